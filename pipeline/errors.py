@@ -1,0 +1,60 @@
+"""Every error a user can meet, in one small hierarchy.
+
+Each is also the builtin it resembles, so that callers who do not know this package can catch it.
+`exit_code` is what the command line returns: 2 for wrong use, 1 for a failure of the job itself.
+Messages are one line: the file or option, the value found, the values allowed.
+"""
+
+from __future__ import annotations
+
+
+class DistInitError(Exception):
+    """Base of all errors raised on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(DistInitError, ValueError):
+    """An option or a config key has a value that is not allowed."""
+
+    exit_code = 2
+
+
+class SourceError(UsageError):
+    """A video source names nothing: no such folder, an empty list, no videos found."""
+
+
+class VideoError(DistInitError, ValueError):
+    """A video cannot be read. The message is the reason, without the path."""
+
+
+class TeacherError(UsageError):
+    """A teacher is unknown or its module cannot be built."""
+
+
+class WeightsError(DistInitError, ValueError):
+    """A weights file is missing, has another sha256, or does not fit the model."""
+
+
+class StoreError(DistInitError, OSError):
+    """A target store cannot be opened or written: missing, foreign, corrupt, of another version."""
+
+
+class StoreMismatchError(DistInitError, ValueError):
+    """Two identities differ: of teachers, sampling, videos or stores. Names both sides."""
+
+
+class CheckpointError(DistInitError, ValueError):
+    """A checkpoint or an exported model is unreadable or does not fit."""
+
+
+class LabelsError(DistInitError, ValueError):
+    """A label file or a labelled folder is inconsistent."""
+
+
+class DeviceError(UsageError):
+    """A device that is not there was asked for."""
+
+
+class TrainingError(DistInitError, RuntimeError):
+    """Training cannot go on: a loss that is not finite, no clip left to draw."""
