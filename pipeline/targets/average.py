@@ -1,0 +1,40 @@
+"""Temporal averaging, soft targets and entropy: equation 1 of the paper.
+
+The paper averages the picked frames' logits first and takes one softmax of the mean; the mean of
+softmaxes is another target. Entropies are in nats and always at temperature 1, whatever temperature
+the student's targets use. NumPy, float32 in and out; the loss has its own tensors.
+
+Shapes: n picked frames, K classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def mean_logits(logits: ArrayLike) -> NDArray[np.float32]:
+    """Mean over frames, ``logits[..., n, K] -> [..., K]`` (the exponent of eq. 1, before τ)."""
+    return np.asarray(logits, dtype=np.float32).mean(axis=-2, dtype=np.float32)
+
+
+def soft_targets(mean: ArrayLike, tau: float = 1.0) -> NDArray[np.float32]:
+    """Distribution over classes of averaged logits, ``mean[..., K] -> y[..., K]`` (eq. 1)."""
+    if not tau > 0:
+        raise ValueError(f"tau must be positive, got {tau}")
+    z = np.asarray(mean, dtype=np.float32) / np.float32(tau)
+    e = np.exp(z - z.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True), dtype=np.float32)
+
+
+def entropy(logits: ArrayLike) -> NDArray[np.float32]:
+    """Entropy in nats of the softmax at τ = 1, ``logits[..., K] -> [...]``; 0 is certain, ln K uniform.
+
+    H = log Σ exp z − Σ p z, with z shifted by its maximum: no logarithm of a vanishing p is taken.
+    """
+    z = np.asarray(logits, dtype=np.float32)
+    z = z - z.max(axis=-1, keepdims=True)
+    e = np.exp(z)
+    total = e.sum(axis=-1)
+    h = np.log(total) - (e * z).sum(axis=-1) / total
+    return np.asarray(np.maximum(h, 0), dtype=np.float32)

@@ -1,0 +1,140 @@
+"""Which cached frames of a clip give its target, and where a clip may start.
+
+A clip of T consecutive frames covers the window [start, start + T) of its video. The store holds some
+of the video's frames; a pick is always one of those inside the window, and n picks are distinct. A valid
+start is one whose window holds at least n cached frames, so the rule also decides where a clip may start.
+A video shorter than T has the one start 0: its clip repeats the last frame, its window is the whole video.
+
+    every 4th frame cached, T = 8, start = 3:   3 . . . . . . 10
+                                                  4       8         two cached frames in the window
+
+Shapes: N cached frames of one video, ascending, counted from the start of its file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UsageError
+
+Kind = Literal["center", "random", "uniform"]
+ALLOWED = "center, random, random:N, uniform:N"
+
+
+@dataclass(frozen=True)
+class PickRule:
+    """`center` (the frame start + T//2), `random:n`, or `uniform:n` (evenly spread) picks of a clip."""
+
+    kind: Kind
+    n: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> PickRule:
+        """Read `center`, `random`, `random:N` or `uniform:N`; UsageError for anything else."""
+        kind, colon, count = text.strip().partition(":")
+        if kind == "center" and not colon:
+            return cls("center", 1)
+        if kind == "random" and not colon:
+            return cls("random", 1)
+        if kind in ("random", "uniform") and count.isascii() and count.isdigit() and int(count) > 0:
+            return cls("random" if kind == "random" else "uniform", int(count))
+        raise UsageError(f"picks must be one of {ALLOWED} with N ≥ 1, got {text!r}")
+
+    def __str__(self) -> str:
+        if self.kind == "center" or (self.kind == "random" and self.n == 1):
+            return self.kind
+        return f"{self.kind}:{self.n}"
+
+
+@dataclass(frozen=True)
+class StartSet:
+    """The valid clip starts of one video, as disjoint ascending intervals [first, last]."""
+
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+
+    @property
+    def count(self) -> int:
+        """How many starts there are."""
+        return int((self.last - self.first + 1).sum())
+
+    def nth(self, k: int) -> int:
+        """The k-th valid start in ascending order, 0 ≤ k < count."""
+        if not 0 <= k < self.count:
+            raise IndexError(f"start {k} of {self.count}")
+        ends = np.cumsum(self.last - self.first + 1)
+        i = int(np.searchsorted(ends, k, side="right"))
+        before = int(ends[i - 1]) if i else 0
+        return int(self.first[i]) + k - before
+
+
+def center_frame(start: int, frames: int, length: int) -> int:
+    """Index of a clip's center frame, start + ⌊T/2⌋; of a video shorter than T, its own middle."""
+    return start + min(length, frames) // 2
+
+
+def start_set(rule: PickRule, cached: NDArray[np.int64], frames: int, length: int) -> StartSet:
+    """Valid starts of clips of `length` frames in a video of `frames` frames with `cached` [N] in the store."""
+    last_start = max(frames - length, 0)
+    if rule.kind == "center":
+        lo = cached - center_frame(0, frames, length)
+        hi = lo
+    else:
+        # The window holds cached[i] … cached[i+n−1] for starts in [cached[i+n−1] − T + 1, cached[i]].
+        if len(cached) < rule.n:
+            lo = hi = np.empty(0, np.int64)
+        else:
+            hi = cached[: len(cached) - rule.n + 1]
+            lo = cached[rule.n - 1 :] - length + 1
+    lo = np.maximum(lo, 0)
+    hi = np.minimum(hi, last_start)
+    keep = lo <= hi
+    lo, hi = lo[keep], hi[keep]
+    if len(lo) == 0:
+        return StartSet(lo.astype(np.int64), hi.astype(np.int64))
+    # Both ends ascend, so neighbours that touch merge in one pass.
+    new = np.concatenate([[True], lo[1:] > np.maximum.accumulate(hi)[:-1] + 1])
+    begin = np.flatnonzero(new)
+    end = np.concatenate([begin[1:] - 1, [len(lo) - 1]])
+    return StartSet(lo[begin].astype(np.int64), hi[end].astype(np.int64))
+
+
+def window(cached: NDArray[np.int64], start: int, length: int) -> tuple[int, int]:
+    """Positions [a, b) into `cached` that lie inside the window [start, start + T)."""
+    return (
+        int(np.searchsorted(cached, start, side="left")),
+        int(np.searchsorted(cached, start + length, side="left")),
+    )
+
+
+def pick(
+    rule: PickRule,
+    cached: NDArray[np.int64],
+    start: int,
+    length: int,
+    rng: np.random.Generator,
+    *,
+    frames: int | None = None,
+) -> NDArray[np.int64]:
+    """Positions into `cached` of the picks of the clip at `start`, ascending and distinct, [n].
+
+    `frames` is the length of the video; it matters to `center` in videos shorter than the clip.
+    Raises ValueError if the window does not hold the frames that the rule needs (not a valid start).
+    """
+    a, b = window(cached, start, length)
+    if rule.kind == "center":
+        wanted = center_frame(start, length if frames is None else frames, length)
+        at = int(np.searchsorted(cached, wanted))
+        if at >= len(cached) or cached[at] != wanted:
+            raise ValueError(f"the center frame {wanted} of the clip at {start} is not cached")
+        return np.array([at], np.int64)
+    if b - a < rule.n:
+        raise ValueError(f"the clip at {start} holds {b - a} cached frames, {rule.n} are to be picked")
+    if rule.kind == "uniform":
+        # The middles of n equal parts of the cached frames in the window.
+        return a + (2 * np.arange(rule.n, dtype=np.int64) + 1) * (b - a) // (2 * rule.n)
+    return a + np.sort(rng.choice(b - a, size=rule.n, replace=False)).astype(np.int64)
