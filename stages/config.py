@@ -1,0 +1,235 @@
+"""From preset, file, options and `--set` to one validated config, and back to a file beside the result.
+
+Presets and config files have the same layout, a section a command:
+
+    train-student:
+      student: {architecture: r2plus1d_18}
+    finetune:
+      ...
+
+so that one file describes a whole experiment and a config as used can be given to `--config` again.
+Later layers win: the model's defaults, `--preset`, `--config`, options, `--set`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from ..pipeline.config import Options
+from ..pipeline.errors import DistInitError, UsageError
+
+C = TypeVar("C", bound=Options)
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+SECTIONS = ("extract-targets", "train-student", "finetune", "evaluate", "report", "demo")
+
+
+def load_config(
+    model: type[C],
+    command: str,
+    *,
+    preset: str | None = None,
+    file: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
+) -> C:
+    """The validated config of one command.
+
+    options: dotted key → value; None means that the option was not given.
+    settings: "a.b=value" with values in YAML.
+    Raises UsageError, one line: the key, where its value comes from, the value, what is allowed.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if preset is not None:
+        layers.append((f"preset {preset}", preset_section(preset, command)))
+    if file is not None:
+        layers.append((file, _section(read_yaml(Path(file)), command, file)))
+    for key, value in (options or {}).items():
+        if value is not None:
+            layers.append(("the command line", _nested(key, value)))
+    for setting in settings:
+        key, value = parse_setting(setting)
+        layers.append((f"--set {setting}", _nested(key, value)))
+
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        merged = merge(merged, layer)
+        origins.update({key: origin for key in _leaves(layer)})
+    try:
+        return model.model_validate(merged)
+    except ValidationError as error:
+        raise UsageError(_explain(error, model, origins)) from None
+
+
+def write_config(path: str | os.PathLike[str], command: str, config: Options) -> None:
+    """Write the config as used, atomically, in the layout that `--config` reads."""
+    text = yaml.safe_dump({command: config.model_dump(mode="json")}, sort_keys=False, width=100)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    part.write_text("# The config as used; `distinit " + command + " --config FILE` reads it.\n" + text)
+    os.replace(part, target)
+
+
+def presets() -> list[str]:
+    """Names of the presets that ship with the package."""
+    return sorted(path.stem for path in CONF.glob("*.yaml"))
+
+
+def preset_section(preset: str, command: str) -> dict[str, Any]:
+    """One command's section of a shipped preset."""
+    if preset not in presets():
+        raise UsageError(f"--preset: no preset {preset!r}; there are: {', '.join(presets())}")
+    text = (CONF / f"{preset}.yaml").read_text(encoding="utf-8")
+    return _section(_parse(text, f"preset {preset}"), command, f"preset {preset}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file whose top is a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--config {path}: not a text file in UTF-8") from None
+    return _parse(text, f"--config {path}")
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """`a.b=value` → key and value; the value is YAML: 3, 1e-4, [1, 2], null, text."""
+    key, equals, text = setting.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key.strip()):
+        raise UsageError(f"--set {setting}: expected key=value, as in loop.lr=0.01")
+    try:
+        return key.strip(), yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {setting}: not YAML: {_yaml_problem(error)}") from None
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`; mappings are merged, everything else (lists too) is replaced."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def known_keys(model: type[Options], prefix: str = "") -> list[str]:
+    """All dotted keys of a model, those of nested models included."""
+    keys = []
+    for name, field in model.model_fields.items():
+        inner = _inner_model(field.annotation)
+        keys += known_keys(inner, f"{prefix}{name}.") if inner else [prefix + name]
+    return keys
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number and refuses the same key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}: not YAML: {_yaml_problem(error)}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: expected a section a command ({', '.join(SECTIONS)})")
+    return value
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem} (line {mark.line + 1})" if mark else str(problem)
+
+
+def _section(content: dict[str, Any], command: str, where: str) -> dict[str, Any]:
+    unknown = [str(key) for key in content if key not in SECTIONS]
+    if unknown:
+        raise UsageError(f"{where}: unknown section {unknown[0]!r}; a file has sections {', '.join(SECTIONS)}")
+    section = content.get(command)
+    if command not in content:
+        raise UsageError(f"{where}: no section {command!r}; it has: {', '.join(content)}")
+    if not isinstance(section, dict | None):
+        raise UsageError(f"{where}: section {command!r} must hold keys, got {section!r}")
+    return section or {}
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    first, dot, rest = key.partition(".")
+    return {first: _nested(rest, value) if dot else value}
+
+
+def _leaves(layer: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in layer.items():
+        name = f"{prefix}{key}"
+        keys += _leaves(value, f"{name}.") if isinstance(value, Mapping) and value else [name]
+    return keys
+
+
+def _inner_model(annotation: Any) -> type[Options] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Options):
+            return candidate if annotation is candidate or type(None) in get_args(annotation) else None
+    return None
+
+
+def _explain(error: ValidationError, model: type[Options], origins: Mapping[str, str]) -> str:
+    problems = error.errors()
+    text = _problem(problems[0], model, origins)
+    return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _problem(problem: ErrorDetails, model: type[Options], origins: Mapping[str, str]) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "config"
+    origin = next((where for name, where in origins.items() if key == name or key.startswith(f"{name}.")), None)
+    origin = origin or next((where for name, where in origins.items() if name.startswith(f"{key}.")), None)
+    place = f" ({origin})" if origin else ""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{place}{_near(key, known_keys(model))}"
+    if problem["type"] == "missing":
+        return f"{key}: a value is needed, by an option, --set {key}=… or --config"
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, DistInitError):
+        return f"{key}{place}: {cause}" if key != "config" else str(cause)
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
+    message = message.replace("must be a valid", "must be a", 1)
+    if key == "config":
+        return message
+    return f"{key}: got {problem['input']!r}{place}, {message[:1].lower()}{message[1:]}"
+
+
+def _near(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    last = key.rpartition(".")[2]
+    near += [name for name in known if name.rpartition(".")[2] == last and name not in near]
+    if not near:
+        tails = {name.rpartition(".")[2]: name for name in known}
+        near = [tails[tail] for tail in difflib.get_close_matches(last, tails, n=3)]
+    if near:
+        return f"; did you mean {' or '.join(near[:3])}?"
+    return f"; there are: {', '.join(known)}"
