@@ -1,0 +1,157 @@
+"""What a store's plans and commits say, as arrays: which rows of which video exist, and every status.
+
+Shapes: S segments, V videos.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from ..errors import StoreError
+from . import format as fmt
+
+PENDING, OK, FAILED, MOVED = 0, 1, 2, 3
+STATUS = {PENDING: "pending", OK: "ok", FAILED: "failed"}
+
+
+@dataclass
+class TeacherCommits:
+    """Shards of one teacher that exist, and its own failures by segment."""
+
+    shards: set[int] = field(default_factory=set)
+    failed: dict[int, str] = field(default_factory=dict)
+    commits: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class StoreIndex:
+    """Tables of the planned segments [S] and what became of each."""
+
+    n_videos: int
+    n_shards: int
+    shard_rows: int
+    corpora: list[dict[str, str]]
+    video: NDArray[np.int64]
+    shard: NDArray[np.int64]
+    first: NDArray[np.int64]
+    end: NDArray[np.int64]
+    bound: NDArray[np.int64]
+    replaces: NDArray[np.int64]
+    state: NDArray[np.int8]
+    row: NDArray[np.int64]  # absolute first row
+    rows: NDArray[np.int64]
+    frames: NDArray[np.int64]  # frames in the file, −1 where a stretch did not reach its end
+    reason: dict[int, str]
+    note: dict[int, str]
+    overflow: dict[int, int]
+    counted: set[int]
+    frame_commits: dict[int, dict[str, Any]]
+    teachers: dict[str, TeacherCommits]
+
+    @property
+    def live(self) -> NDArray[np.bool_]:
+        """Segments that no later attempt replaces [S]."""
+        live = np.ones(len(self.video), bool)
+        old = self.replaces[self.replaces >= 0]
+        live[old] = False
+        return live
+
+    def order(self) -> NDArray[np.int64]:
+        """Live segments by video, then by first frame."""
+        ids = np.flatnonzero(self.live)
+        return ids[np.lexsort((self.first[ids], self.video[ids]))]
+
+    def video_state(self) -> NDArray[np.int8]:
+        """ok, failed or pending of each video's frames [V]: the worst of its live segments."""
+        state = np.full(self.n_videos, OK, np.int8)
+        ids = np.flatnonzero(self.live)
+        has = np.zeros(self.n_videos, bool)
+        has[self.video[ids]] = True
+        state[~has] = PENDING
+        state[self.video[ids[(self.state[ids] == PENDING) | (self.state[ids] == MOVED)]]] = PENDING
+        state[self.video[ids[self.state[ids] == FAILED]]] = FAILED
+        return state
+
+    def teacher_state(self, name: str) -> NDArray[np.int8]:
+        """ok, failed or pending of each video under one teacher [V]; failed frames fail every teacher."""
+        state = self.video_state()
+        teacher = self.teachers[name]
+        ids = np.flatnonzero(self.live & (self.state == OK))
+        there = np.isin(self.shard[ids], np.fromiter(teacher.shards, np.int64, len(teacher.shards)))
+        missing = self.video[ids[~there]]
+        state[missing[state[missing] == OK]] = PENDING
+        for segment in teacher.failed:
+            if self.live[segment]:
+                state[self.video[segment]] = FAILED
+        return state
+
+    def video_reasons(self, teacher: str | None = None) -> dict[int, str]:
+        """Why videos failed, by video."""
+        live = self.live
+        failed = dict(self.teachers[teacher].failed) if teacher else {}
+        failed.update(self.reason)
+        return {int(self.video[s]): text for s, text in sorted(failed.items()) if live[s]}
+
+
+def load_index(root: Path) -> StoreIndex:
+    """Read plans and commits of the store at `root`; StoreError where they contradict the arrays."""
+    attributes = fmt.check_root(root)
+    plans = list(fmt.list_nodes(root, "plans").values())
+    n_videos = max((p.get("videos", 0) for p in plans), default=0)
+    n_segments = max((p.get("segments", 0) for p in plans), default=0)
+    n_shards = max((p.get("shards", 0) for p in plans), default=0)
+    corpora: list[dict[str, str]] = max((p.get("corpora", []) for p in plans), key=len, default=[])
+    table = {}
+    for spec in fmt.segment_specs():
+        try:
+            column = zarr.open_array(root / spec.path, mode="r")[:n_segments]
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{root / spec.path}: unreadable ({error})") from error
+        table[spec.path.split("/")[1]] = np.asarray(column, np.int64)
+        if len(table[spec.path.split("/")[1]]) < n_segments:
+            raise StoreError(f"{root / spec.path}: shorter than the {n_segments} planned segments")
+    shard_rows = int(attributes.get("shard_rows") or 0)
+    zeros = np.zeros(n_segments, np.int64)
+    index = StoreIndex(
+        n_videos=n_videos, n_shards=n_shards, shard_rows=shard_rows, corpora=corpora, **table,
+        state=np.zeros(n_segments, np.int8), row=zeros.copy(), rows=zeros.copy(), frames=zeros - 1,
+        reason={}, note={}, overflow={}, counted=set(), frame_commits={}, teachers={},
+    )  # fmt: skip
+    for name, node in fmt.list_nodes(root, "commits/frames").items():
+        add_frame_commit(index, int(name), node)
+    for name in fmt.list_nodes(root, "teachers"):
+        index.teachers[name] = TeacherCommits()
+        for shard, node in fmt.list_nodes(root, f"commits/teachers/{name}").items():
+            add_teacher_commit(index, name, int(shard), node)
+    return index
+
+
+def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any]) -> None:
+    """Enter one commit of frame tables; StoreError if it speaks of segments that are not planned there."""
+    ids = np.asarray(node["segment"], np.int64)
+    if len(ids) and (ids.min() < 0 or ids.max() >= len(index.video) or (index.shard[ids] != shard).any()):
+        raise StoreError(f"commits/frames/{shard:06d}: speaks of segments that are not planned in this shard")
+    index.row[ids] = np.asarray(node["first_row"], np.int64) + shard * index.shard_rows
+    index.rows[ids] = node["rows"]
+    index.frames[ids] = node["frames"]
+    index.state[ids] = OK
+    for target, key in ((index.reason, "failed"), (index.note, "notes"), (index.overflow, "overflow")):
+        target.update({int(s): v for s, v in node[key].items()})
+    index.state[[int(s) for s in node["failed"]]] = FAILED
+    index.state[[int(s) for s in node["overflow"]]] = MOVED
+    index.counted.update(node["counted"])
+    index.frame_commits[shard] = node
+
+
+def add_teacher_commit(index: StoreIndex, name: str, shard: int, node: dict[str, Any]) -> None:
+    """Enter one commit of a teacher's rows."""
+    teacher = index.teachers[name]
+    teacher.shards.add(shard)
+    teacher.failed.update({int(s): reason for s, reason in node["failed"].items()})
+    teacher.commits[shard] = node
