@@ -1,0 +1,52 @@
+"""Which device a stage computes on, from what the user typed."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from .errors import DeviceError
+
+_NAME = re.compile(r"(auto|cpu|mps|cuda(?::(\d+))?)")
+
+
+def _available() -> list[str]:
+    """Names that `resolve_device` would accept on this machine, `auto` aside."""
+    names = ["cpu"]
+    if torch.cuda.is_available():
+        names += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return names
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a device that is there.
+
+    `auto` takes the first CUDA device, else Apple's GPU, else the CPU; it never fails. A plain
+    `cuda` is the current CUDA device, which a launcher may have set.
+
+    Raises:
+        DeviceError: the name is not one of these, or the device is not on this machine.
+    """
+    found = _NAME.fullmatch(name.strip().lower())
+    if found is None:
+        raise DeviceError(f"device {name!r} is not known; allowed: auto, cpu, cuda, cuda:INDEX, mps")
+    kind, index = found.group(1), found.group(2)
+    if kind == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if kind.startswith("cuda"):
+        if not torch.cuda.is_available():
+            built = torch.version.cuda or torch.version.hip
+            why = "no GPU or no driver" if built else f"torch {torch.__version__} is built without CUDA"
+            raise DeviceError(f"device {name!r} is not there ({why}); available: {', '.join(_available())}")
+        count = torch.cuda.device_count()
+        if index is not None and int(index) >= count:
+            raise DeviceError(f"device {name!r} is not there; available: {', '.join(_available())}")
+        return torch.device("cuda", torch.cuda.current_device() if index is None else int(index))
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError(f"device 'mps' is not there; available: {', '.join(_available())}")
+    return torch.device(kind)

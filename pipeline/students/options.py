@@ -1,0 +1,40 @@
+"""Which student: architecture, variant, width, input channels. Free of torch, so configs stay cheap."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ..config import Options
+
+Architecture = Literal["r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18"]
+
+
+class StudentOptions(Options):
+    """A student's backbone, heads aside.
+
+    `variant` is the rule for the middle width of R(2+1)D's factorised convolutions: `torchvision`
+    computes it once a block, `vmz` (the paper's code family) once a convolution. Their shapes
+    differ, so neither loads the other's weights. Other architectures have no such choice.
+    """
+
+    architecture: Architecture = "r2plus1d_18"
+    variant: Literal["torchvision", "vmz"] = "torchvision"
+    width: float = Field(default=1.0, gt=0, le=8)
+    """Factor on every number of channels: 0.5 gives 32, 64, 128, 256."""
+    channels: Literal[2, 3] = 3
+    """Channels of the clip: 3 for RGB, 2 for optical flow."""
+
+    @model_validator(mode="after")
+    def _variant_fits(self) -> StudentOptions:
+        if self.variant == "vmz" and not self.architecture.startswith("r2plus1d"):
+            raise ValueError(
+                f"variant 'vmz' is a rule of r2plus1d_18 and r2plus1d_34; "
+                f"{self.architecture} has only 'torchvision'"
+            )
+        return self
+
+    def describe(self) -> str:
+        """One phrase for messages: `r2plus1d_18 (variant vmz, width 0.5, 3 channels)`."""
+        return f"{self.architecture} (variant {self.variant}, width {self.width:g}, {self.channels} channels)"
