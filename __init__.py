@@ -1,2 +1,75 @@
-"""DistInit: video backbones from unlabelled video."""
+"""DistInit: video backbones from unlabelled video.
+
+Frozen image models (teachers) look at frames of unlabelled videos once; their outputs are stored
+(targets); a video model (student) learns to predict them from whole clips, many times over, and is then
+the initialisation for a small labelled data set.
+
+The names below are the public Python API. They are loaded on first use, so that `import distinit` and
+`distinit --help` do not pay for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from distinit.pipeline.corpus.sources import list_videos
+    from distinit.pipeline.errors import DistInitError
+    from distinit.pipeline.students.export import load_student
+    from distinit.pipeline.students.student import build_student
+    from distinit.pipeline.targets.average import mean_logits, soft_targets
+    from distinit.pipeline.targets.store import TargetStore
+    from distinit.pipeline.teachers.teacher import load_teacher
+    from distinit.pipeline.training.dataset import StudentClips
+    from distinit.pipeline.video.clips import read_frames
+    from distinit.stages.extract_targets import extract_targets
+    from distinit.stages.finetune import finetune
+    from distinit.stages.train_student import train_student
+
+__all__ = [
+    "DistInitError",
+    "StudentClips",
+    "TargetStore",
+    "build_student",
+    "extract_targets",
+    "finetune",
+    "list_videos",
+    "load_student",
+    "load_teacher",
+    "mean_logits",
+    "read_frames",
+    "soft_targets",
+    "train_student",
+]
+
+# By absolute name: a test runner may import this file under any name.
+_HOME = {
+    "DistInitError": "distinit.pipeline.errors",
+    "StudentClips": "distinit.pipeline.training.dataset",
+    "TargetStore": "distinit.pipeline.targets.store",
+    "build_student": "distinit.pipeline.students.student",
+    "extract_targets": "distinit.stages.extract_targets",
+    "finetune": "distinit.stages.finetune",
+    "list_videos": "distinit.pipeline.corpus.sources",
+    "load_student": "distinit.pipeline.students.export",
+    "load_teacher": "distinit.pipeline.teachers.teacher",
+    "mean_logits": "distinit.pipeline.targets.average",
+    "read_frames": "distinit.pipeline.video.clips",
+    "soft_targets": "distinit.pipeline.targets.average",
+    "train_student": "distinit.stages.train_student",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
