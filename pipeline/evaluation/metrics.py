@@ -1,0 +1,123 @@
+"""Accuracies of a test set and how sure one can be of them.
+
+Shape letters: V test videos, N clips of a video, K classes, R bootstrap resamples. A video without finite scores
+(it could not be read) counts as wrong in every number; it never leaves the denominator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+SEED = 0
+_BLOCK = 256  # resamples held in memory at a time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over the test videos with its 95 % bootstrap interval, all as fractions."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def hits(scores: np.ndarray, labels: np.ndarray, top: int = 1) -> np.ndarray:
+    """scores[..., K], labels[...] -> bool[...]: is the label among the `top` best scores.
+
+    Among equal scores the lower class comes first, as in argmax. Scores that are not finite never hit.
+    """
+    own = np.take_along_axis(scores, labels[..., None].astype(np.int64), axis=-1)
+    earlier = np.arange(scores.shape[-1]) < labels[..., None]
+    rank = ((scores > own) | ((scores == own) & earlier)).sum(axis=-1)
+    return (rank < top) & np.isfinite(scores).all(axis=-1)
+
+
+def video_values(clip_scores: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """clip_scores[V, N, K], labels[V] -> float64[V] of each accuracy: `per_clip`, `top1`, `top5`.
+
+    top 1 and top 5 are those of the mean of the clips' scores; per clip is the share of a video's clips whose
+    own best class is the label.
+    """
+    video_scores = mean_scores(clip_scores)
+    clip_labels = np.broadcast_to(labels[:, None], clip_scores.shape[:2])
+    return {
+        "per_clip": hits(clip_scores, clip_labels).mean(axis=1),
+        "top1": hits(video_scores, labels, 1).astype(np.float64),
+        "top5": hits(video_scores, labels, 5).astype(np.float64),
+    }
+
+
+def mean_scores(clip_scores: np.ndarray) -> np.ndarray:
+    """clip_scores[V, N, K] -> float32[V, K]: the mean over a video's clips (FACTS §3)."""
+    return clip_scores.mean(axis=1, dtype=np.float64).astype(np.float32)
+
+
+def bootstrap_ratios(
+    above: np.ndarray, below: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> np.ndarray:
+    """above[V, M], below[V, M] -> float64[R, M]: Σ above / Σ below over resampled videos; NaN for 0 / 0.
+
+    The videos are drawn with replacement, the same draw for all M columns, so that columns stay paired.
+    """
+    n = len(above)
+    rng = np.random.default_rng(seed)
+    ratios = np.empty((resamples, above.shape[1]))
+    for first in range(0, resamples, _BLOCK):
+        count = min(_BLOCK, resamples - first)
+        drawn = rng.integers(n, size=(count, n)) + np.arange(count)[:, None] * n
+        times = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            ratios[first : first + count] = (times @ above) / (times @ below)
+    return ratios
+
+
+def estimate_mean(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
+    """values[V] -> their mean with the 2.5 and 97.5 % quantiles of the resampled means."""
+    means = bootstrap_ratios(values[:, None], np.ones((len(values), 1)), resamples=resamples, seed=seed)
+    low, high = np.quantile(means[:, 0], (0.025, 0.975))
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def class_values(top1: np.ndarray, labels: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """top1[V], labels[V] -> (right[V, K], present[V, K]), whose column sums give each class's accuracy."""
+    present = (labels[:, None] == np.arange(k)).astype(np.float64)
+    return present * top1[:, None], present
+
+
+def estimate_class_mean(
+    top1: np.ndarray, labels: np.ndarray, k: int, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> Estimate:
+    """top1[V], labels[V] -> the mean over classes of their top-1 accuracy; classes a resample lacks are left out."""
+    right, present = class_values(top1, labels, k)
+    there = present.any(axis=0)
+    value = (right[:, there].sum(axis=0) / present[:, there].sum(axis=0)).mean()
+    means = np.nanmean(
+        bootstrap_ratios(right[:, there], present[:, there], resamples=resamples, seed=seed), axis=1
+    )
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Estimate(float(value), float(low), float(high))
+
+
+def accuracies(
+    clip_scores: np.ndarray, labels: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> dict[str, Estimate]:
+    """clip_scores[V, N, K], labels[V] -> `per_clip`, `top1`, `top5`, `class_mean`, each with its interval."""
+    values = video_values(clip_scores, labels)
+    result = {name: estimate_mean(v, resamples=resamples, seed=seed) for name, v in values.items()}
+    result["class_mean"] = estimate_class_mean(
+        values["top1"], labels, clip_scores.shape[2], resamples=resamples, seed=seed
+    )
+    return result
+
+
+def estimate_difference(a: np.ndarray, b: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
+    """a[V], b[V] of the same videos -> mean of a − b, paired, with its interval."""
+    if a.shape != b.shape:
+        raise ValueError(f"a paired difference needs the same videos, got {a.shape} and {b.shape}")
+    return estimate_mean(a - b, resamples=resamples, seed=seed)

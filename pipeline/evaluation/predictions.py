@@ -1,0 +1,246 @@
+"""predictions.h5: what a model said about every test video, from which every number is recomputed.
+
+Layout (HDF5, V test videos, N clips, K classes; row v of every table is the video `videos[v]`):
+
+    attributes   format "distinit-predictions", format_version 1, protocol (JSON), identity (JSON)
+    classes      string [K]
+    videos       string [V]         path relative to the data set, percent-escaped, each once: the key
+    labels       int32 [V]          index into classes
+    status       string [V]         "ok", "failed", or "pending" in the file of an unfinished evaluation
+    reasons      string [V]         why a video failed, else empty
+    frames       int64 [V]          frames of the video, −1 where not known
+    starts       int64 [V, N]       first frame of each clip, −1 where there is none
+    clip_scores  float32 [V, N, K]  softmax of each clip, NaN where there is none
+    video_scores float32 [V, K]     mean of clip_scores over the clips; checked when read
+
+Every table carries fletcher32 checksums, so a damaged file is an error and not a number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from ..corpus.sources import escape_path, unescape_path
+from ..errors import CheckpointError, DistInitError
+from .metrics import accuracies, mean_scores, video_values
+
+FORMAT = "distinit-predictions"
+FORMAT_VERSION = 1
+OK, FAILED, PENDING = "ok", "failed", "pending"
+
+
+class PredictionsError(DistInitError, OSError):
+    """A predictions file is missing, foreign, damaged or unfinished."""
+
+
+@dataclass
+class Predictions:
+    """The tables of the file above, in memory; `protocol` and `identity` are JSON-able."""
+
+    classes: list[str]
+    videos: list[str]
+    labels: np.ndarray
+    status: list[str]
+    reasons: list[str]
+    frames: np.ndarray
+    starts: np.ndarray
+    clip_scores: np.ndarray
+    protocol: dict[str, Any]
+    identity: dict[str, Any]
+
+    @classmethod
+    def empty(
+        cls,
+        classes: Sequence[str],
+        videos: Sequence[str],
+        labels: Sequence[int],
+        clips: int,
+        *,
+        protocol: dict[str, Any],
+        identity: dict[str, Any],
+    ) -> Predictions:
+        """All videos pending."""
+        v = len(videos)
+        return cls(
+            classes=list(classes),
+            videos=list(videos),
+            labels=np.asarray(labels, dtype=np.int32),
+            status=[PENDING] * v,
+            reasons=[""] * v,
+            frames=np.full(v, -1, dtype=np.int64),
+            starts=np.full((v, clips), -1, dtype=np.int64),
+            clip_scores=np.full((v, clips, len(classes)), np.nan, dtype=np.float32),
+            protocol=protocol,
+            identity=identity,
+        )
+
+    @property
+    def pending(self) -> list[int]:
+        return [i for i, status in enumerate(self.status) if status == PENDING]
+
+    @property
+    def video_scores(self) -> np.ndarray:
+        """float32 [V, K]: mean over clips, NaN for videos without scores."""
+        return mean_scores(self.clip_scores)
+
+    def set_scores(self, video: int, scores: np.ndarray, starts: np.ndarray, frames: int) -> None:
+        """scores[N, K], starts[N] of one video that was read."""
+        self.clip_scores[video] = scores
+        self.starts[video] = starts
+        self.frames[video] = frames
+        self.status[video] = OK
+
+    def fail(self, video: int, reason: str) -> None:
+        self.status[video], self.reasons[video] = FAILED, reason
+
+    def failures(self) -> list[dict[str, str]]:
+        """The videos that could not be read, as {video, reason}, in the file's order."""
+        failed = [i for i, status in enumerate(self.status) if status == FAILED]
+        return [{"video": escape_path(self.videos[i]), "reason": self.reasons[i]} for i in failed]
+
+    def adopt(self, earlier: Predictions) -> int:
+        """Takes over what an earlier, interrupted evaluation of the same model and videos has; how many videos."""
+        same = (
+            earlier.identity == self.identity
+            and earlier.protocol == self.protocol
+            and earlier.classes == self.classes
+            and earlier.videos == self.videos
+            and np.array_equal(earlier.labels, self.labels)
+        )
+        if not same:
+            return 0
+        self.status, self.reasons = earlier.status, earlier.reasons
+        self.frames, self.starts, self.clip_scores = earlier.frames, earlier.starts, earlier.clip_scores
+        return len(self.videos) - len(self.pending)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Atomic: the file at `path` is the old one or the whole new one. OSError when the disk is full."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        try:
+            with h5py.File(partial, "w") as file:
+                self._fill(file)
+            with open(partial, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(partial, target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise PredictionsError(f"{target}: cannot write the predictions ({_short(error)})") from error
+
+    def _fill(self, file: h5py.File) -> None:
+        file.attrs["format"] = FORMAT
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["protocol"] = json.dumps(self.protocol)
+        file.attrs["identity"] = json.dumps(self.identity)
+        strings = h5py.string_dtype()
+        texts = {
+            "classes": [escape_path(name) for name in self.classes],
+            "videos": [escape_path(name) for name in self.videos],
+            "status": self.status,
+            "reasons": [escape_path(reason) for reason in self.reasons],
+        }
+        for name, text in texts.items():
+            file.create_dataset(name, data=np.array(text, dtype=object), dtype=strings)
+        numbers = {
+            "labels": self.labels,
+            "frames": self.frames,
+            "starts": self.starts,
+            "clip_scores": self.clip_scores,
+            "video_scores": self.video_scores,
+        }
+        for name, values in numbers.items():
+            file.create_dataset(name, data=values, fletcher32=True)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Predictions:
+        """Raises PredictionsError for a file that is missing, foreign, of another version or inconsistent."""
+        try:
+            with h5py.File(path, "r") as file:
+                return cls._parse(path, file)
+        except FileNotFoundError as error:
+            raise PredictionsError(f"{path}: no such predictions file") from error
+        except (OSError, KeyError, ValueError) as error:
+            if isinstance(error, DistInitError):
+                raise
+            raise PredictionsError(f"{path}: not a readable predictions file ({_short(error)})") from error
+
+    @classmethod
+    def _parse(cls, path: str | os.PathLike[str], file: h5py.File) -> Predictions:
+        if file.attrs.get("format") != FORMAT:
+            raise PredictionsError(f"{path}: not a predictions file (format {file.attrs.get('format')!r})")
+        version = int(file.attrs["format_version"])
+        if version != FORMAT_VERSION:
+            raise PredictionsError(f"{path}: predictions of format {version}, this version reads {FORMAT_VERSION}")
+        found = cls(
+            classes=[unescape_path(name) for name in file["classes"].asstr()[:]],
+            videos=[unescape_path(name) for name in file["videos"].asstr()[:]],
+            labels=file["labels"][:],
+            status=list(file["status"].asstr()[:]),
+            reasons=[unescape_path(reason) for reason in file["reasons"].asstr()[:]],
+            frames=file["frames"][:],
+            starts=file["starts"][:],
+            clip_scores=file["clip_scores"][:],
+            protocol=json.loads(file.attrs["protocol"]),
+            identity=json.loads(file.attrs["identity"]),
+        )
+        if len(set(found.videos)) != len(found.videos):
+            raise PredictionsError(f"{path}: a video stands in it twice")
+        stored = file["video_scores"][:]
+        if stored.shape != found.video_scores.shape or not np.allclose(
+            stored, found.video_scores, atol=1e-6, equal_nan=True
+        ):
+            raise PredictionsError(f"{path}: video_scores are not the mean of clip_scores")
+        return found
+
+
+def metrics_from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Every number of an evaluation, recomputed from its predictions file; JSON-able.
+
+    `per_clip`, `top1`, `top5` and `class_mean` are {value, low, high} with 95 % bootstrap intervals over the
+    videos; `per_class` gives the right and the tested videos of each class.
+
+    Raises PredictionsError for a file that cannot be read or whose evaluation is not finished.
+    """
+    found = Predictions.read(path)
+    if found.pending:
+        raise PredictionsError(
+            f"{path}: the evaluation is not finished, {len(found.pending)} of {len(found.videos)} videos are pending"
+        )
+    top1 = video_values(found.clip_scores, found.labels)["top1"]
+    per_class = {
+        name: {"right": int(top1[found.labels == k].sum()), "videos": int((found.labels == k).sum())}
+        for k, name in enumerate(found.classes)
+    }
+    return {
+        "videos": len(found.videos),
+        "failed": found.failures(),
+        "clips_per_video": int(found.clip_scores.shape[1]),
+        **{name: estimate.as_dict() for name, estimate in accuracies(found.clip_scores, found.labels).items()},
+        "per_class": per_class,
+        "protocol": found.protocol,
+    }
+
+
+def require_classes(classes: Sequence[str], expected: Sequence[str], *, here: str, there: str) -> None:
+    """Raises CheckpointError when two class lists differ: `here` and `there` name where each comes from."""
+    if list(classes) == list(expected):
+        return
+    if len(classes) != len(expected):
+        difference = f"{len(classes)} classes against {len(expected)}"
+    else:
+        first = next(i for i, (a, b) in enumerate(zip(classes, expected, strict=True)) if a != b)
+        difference = f"class {first} is {classes[first]!r} against {expected[first]!r}"
+    raise CheckpointError(f"the class list of {here} differs from that of {there}: {difference}")
+
+
+def _short(error: BaseException) -> str:
+    """h5py's messages run over lines."""
+    return " ".join(str(error).split())[:200]
