@@ -1,0 +1,287 @@
+"""The one process that changes a store: creates it, plans, moves finished shards into place and commits them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from ..errors import StoreError, StoreMismatchError
+from . import format as fmt
+from .index import StoreIndex, add_frame_commit, add_teacher_commit, load_index
+from .plan import Segment, Stretch, assign, auto_shard_rows
+from .shard import ShardResult, StagedFile
+
+
+class StoreWriter:
+    """An open, locked store. Use as a context manager; the lock dies with the process.
+
+    Raises StoreError if `path` is foreign, corrupt or being written by another process, and
+    StoreMismatchError if the store was made with another sampling.
+    """
+
+    def __init__(self, path: Path, *, sampling: Mapping[str, Any], shard_rows: int | None = None) -> None:
+        self.root = Path(os.path.abspath(path))
+        if not (self.root / "zarr.json").exists():
+            _create(self.root, sampling, shard_rows)
+        self.attributes = fmt.check_root(self.root)
+        self._lock = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise StoreError(f"{self.root}: another process is writing this store") from None
+        try:
+            if self.attributes["sampling"] != dict(sampling):
+                raise StoreMismatchError(
+                    f"{self.root}: its frames were sampled with {_short(self.attributes['sampling'])}, "
+                    f"this command asks for {_short(sampling)}"
+                )
+            if shard_rows and self.attributes["shard_rows"] not in (None, shard_rows):
+                raise StoreMismatchError(
+                    f"{self.root}: its shards have {self.attributes['shard_rows']} rows, --shard-rows says {shard_rows}"
+                )
+            shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)  # what a killed run left behind
+            zarr.open_group(self.root / fmt.STAGING, mode="w")
+            self.index: StoreIndex = load_index(self.root)
+            self._grow()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)
+        os.close(self._lock)
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a shard; 0 until the first segments are planned."""
+        return int(self.attributes["shard_rows"] or 0)
+
+    # -- planning ------------------------------------------------------------------------------------
+
+    def add_videos(self, columns: Mapping[str, Sequence[Any]], corpora: list[dict[str, str]]) -> None:
+        """Append rows to the video table: `columns` by name of `format.video_specs`, then the plan node."""
+        start = self.index.n_videos
+        stop = start + len(columns["path"])
+        self._append(fmt.video_specs(), {f"videos/{k}": v for k, v in columns.items()}, start, stop)
+        self.index.n_videos, self.index.corpora = stop, corpora
+        self._plan_node("videos")
+
+    def add_segments(self, stretches: Iterable[Stretch]) -> list[Segment]:
+        """Give stretches their shards and append them to the segment table, in one act."""
+        stretches = list(stretches)
+        if not stretches:
+            return []
+        if not self.shard_rows:
+            self._set_shard_rows(auto_shard_rows(sum(s.bound for s in stretches)))
+        start = len(self.index.video)
+        placed = assign(
+            stretches, first_id=start, first_shard=self.index.n_shards, shard_rows=self.shard_rows
+        )
+        columns = {
+            "segments/video": [s.stretch.video for s in placed],
+            "segments/shard": [s.shard for s in placed],
+            "segments/first": [s.stretch.first for s in placed],
+            "segments/end": [s.stretch.end for s in placed],
+            "segments/bound": [s.stretch.bound for s in placed],
+            "segments/replaces": [s.stretch.replaces for s in placed],
+        }
+        self._append(fmt.segment_specs(), columns, start, start + len(placed))
+        node = {"segments": start + len(placed), "shards": placed[-1].shard + 1}
+        self._plan_node("segments", **node)
+        self.index = load_index(self.root)
+        self._grow()
+        return placed
+
+    def set_shard_rows_for(self, rows: int) -> int:
+        """Fix the shard size for about `rows` rows if it is still open; returns it."""
+        if not self.shard_rows:
+            self._set_shard_rows(auto_shard_rows(rows))
+        return self.shard_rows
+
+    def add_teacher(self, name: str, classes: Sequence[str], attributes: Mapping[str, Any]) -> None:
+        """Make room for a teacher, or check that the one of this name is the same (StoreMismatchError)."""
+        node = self.root / "teachers" / name
+        if node.exists():
+            there = fmt.read_node(node / "zarr.json")
+            for key in ("identity", "run"):
+                _same(f"{self.root}: teacher {name!r}", key, there[key], attributes[key])
+            return
+        staged = self.root / fmt.STAGING / f"teacher-{uuid.uuid4().hex[:8]}"
+        zarr.open_group(staged, mode="w", attributes={fmt.KEY: dict(attributes)})
+        rows = max(self.index.n_shards, 1) * self.shard_rows
+        for spec in fmt.teacher_specs(name, len(classes)):
+            leaf = fmt.ArraySpec(spec.path.split("/")[-1], *_rest(spec))
+            fmt.create_array(staged, leaf, rows, self.shard_rows)
+        names = zarr.open_group(staged, mode="a").create_array(
+            "class", shape=(len(classes),), dtype=str, chunks=(len(classes),), dimension_names=("class",)
+        )
+        names[:] = np.asarray(classes, dtype=object)
+        _sync_tree(staged)
+        os.rename(staged, node)
+        fmt.fsync_path(node.parent)
+        self.index = load_index(self.root)
+
+    # -- committing ----------------------------------------------------------------------------------
+
+    def commit(self, result: ShardResult, run: Mapping[str, Any]) -> None:
+        """Move a shard's files into place and make it exist: frames first, then each teacher.
+
+        What is committed already is left alone, so that a superseded attempt changes nothing. A kill
+        between two nodes leaves a shard whose missing teachers the next run computes over its frames.
+        """
+        shard = result.shard
+        frames = result.frames
+        if frames is not None and shard not in self.index.frame_commits:
+            self._publish(frames.files)
+            node = {
+                "shard": shard, "segment": frames.segment, "first_row": frames.first_row,
+                "rows": frames.rows, "frames": frames.frames, "failed": _keys(frames.failed),
+                "notes": _keys(frames.notes), "overflow": _keys(frames.overflow), "counted": frames.counted,
+                "files": _files(frames.files), "run": dict(run), "time": _now(),
+            }  # fmt: skip
+            fmt.write_node(self.root, f"commits/frames/{shard:06d}", node)
+            add_frame_commit(self.index, shard, node)
+        for name, part in result.teachers.items():
+            if shard in self.index.teachers[name].shards:
+                continue
+            self._publish(part.files)
+            node = {
+                "shard": shard, "teacher": name, "rows": part.rows, "failed": _keys(part.failed),
+                "files": _files(part.files), "run": dict(run), "time": _now(),
+            }  # fmt: skip
+            if not (self.root / "commits/teachers" / name).exists():
+                fmt.write_node(self.root, f"commits/teachers/{name}", {})
+            fmt.write_node(self.root, f"commits/teachers/{name}/{shard:06d}", node)
+            add_teacher_commit(self.index, name, shard, node)
+        shutil.rmtree(result.staging, ignore_errors=True)
+
+    # -- details -------------------------------------------------------------------------------------
+
+    def _publish(self, files: Iterable[StagedFile]) -> None:
+        for file in files:
+            final = self.root / file.final
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file.staged, final)
+            fmt.fsync_path(final.parent)
+
+    def _append(
+        self, specs: list[fmt.ArraySpec], columns: Mapping[str, Sequence[Any]], start: int, stop: int
+    ) -> None:
+        for spec in specs:
+            fmt.resize_array(self.root, spec, stop)
+            array = zarr.open_array(self.root / spec.path, mode="r+")
+            # Rows that no plan node speaks of may stand here from a run that was killed: written over.
+            array[start:stop] = fmt.as_numpy(spec, columns[spec.path])
+            _sync_tree(self.root / spec.path)
+
+    def _plan_node(self, kind: str, **extra: Any) -> None:
+        plans = fmt.list_nodes(self.root, "plans")
+        node = {"kind": kind, "videos": self.index.n_videos, "corpora": self.index.corpora, "time": _now()}
+        fmt.write_node(self.root, f"plans/{len(plans):06d}", {**node, **extra})
+
+    def _set_shard_rows(self, rows: int) -> None:
+        self.attributes = {**self.attributes, "shard_rows": rows}
+        fmt.write_node(self.root, ".", self.attributes)
+
+    def _grow(self) -> None:
+        """Bring every row array to the planned size: idempotent, so a kill between two resizes is healed."""
+        rows = self.index.n_shards * self.shard_rows
+        if not rows:
+            return
+        for spec in fmt.frame_specs():
+            if not (self.root / spec.path / "zarr.json").exists():
+                fmt.create_array(self.root, spec, rows, self.shard_rows)
+            fmt.resize_array(self.root, spec, rows)
+        for name in self.index.teachers:
+            for spec in fmt.teacher_specs(name, 1):
+                fmt.resize_array(self.root, spec, rows)
+
+
+def _create(root: Path, sampling: Mapping[str, Any], shard_rows: int | None) -> None:
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        fmt.check_root(root)  # says what it is instead
+    if shard_rows is not None and (shard_rows < fmt.TABLE_CHUNK or shard_rows % fmt.TABLE_CHUNK):
+        raise StoreError(f"--shard-rows must be a multiple of {fmt.TABLE_CHUNK}, got {shard_rows}")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    new = root.parent / f".{root.name}.new-{os.getpid()}"
+    shutil.rmtree(new, ignore_errors=True)
+    attributes = {
+        "format": fmt.FORMAT,
+        "version": fmt.VERSION,
+        "store_id": uuid.uuid4().hex,
+        "created": _now(),
+        "created_by": f"distinit {version('distinit')}",
+        "sampling": dict(sampling),
+        "shard_rows": shard_rows,
+    }
+    try:
+        zarr.open_group(new, mode="w", attributes={fmt.KEY: attributes})
+        for group in ("videos", "segments", "frames", "teachers", "plans", "commits"):
+            zarr.open_group(new / group, mode="w", attributes={fmt.KEY: {}})
+        for group in ("frames", "teachers"):
+            zarr.open_group(new / "commits" / group, mode="w", attributes={fmt.KEY: {}})
+        for spec in fmt.video_specs() + fmt.segment_specs():
+            fmt.create_array(new, spec, 0, 0)
+        _sync_tree(new)
+        os.rename(new, root)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    fmt.fsync_path(root.parent)
+
+
+def _same(where: str, what: str, there: Any, here: Any) -> None:
+    """StoreMismatchError naming the first key in which two JSON-able identities differ."""
+    here = json.loads(json.dumps(here))
+    if there == here:
+        return
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *here]:
+            if there.get(key) != here.get(key):
+                _same(where, f"{what}.{key}", there.get(key), here.get(key))
+    raise StoreMismatchError(
+        f"{where}: {what} is {_short(there)} in the store, {_short(here)} in this command"
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _rest(spec: fmt.ArraySpec) -> tuple[Any, ...]:
+    return (spec.dtype, spec.fill, spec.dims, spec.row, spec.chunk, spec.sharded)
+
+
+def _keys(values: Mapping[int, Any]) -> dict[str, Any]:
+    return {str(k): v for k, v in values.items()}
+
+
+def _files(files: Iterable[StagedFile]) -> dict[str, dict[str, Any]]:
+    return {f.final: {"size": f.size, "blake2b": f.blake2b} for f in files}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            fmt.fsync_path(Path(parent, name))
+        fmt.fsync_path(Path(parent))
