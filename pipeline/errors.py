@@ -58,3 +58,9 @@ class DeviceError(UsageError):
 
 class TrainingError(DistInitError, RuntimeError):
     """Training cannot go on: a loss that is not finite, no clip left to draw."""
+
+
+class TrainingInterrupted(DistInitError, RuntimeError):
+    """Training was asked to stop (SIGTERM) and has written its checkpoint: try again later (EX_TEMPFAIL)."""
+
+    exit_code = 75

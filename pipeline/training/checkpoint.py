@@ -1,0 +1,179 @@
+"""Checkpoints that survive: written whole or not at all, and refused by a run they do not belong to.
+
+RUN/checkpoints/last.pt and best.pt hold model, optimizer, position, random states and the identity of the
+run as a dict that torch loads with weights_only=True.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, StoreMismatchError, UsageError
+from .state import TrainState
+
+FORMAT_VERSION = 1
+# Any of these means that a folder holds a run.
+RUN_FILES = ("checkpoints/last.pt", "metrics.jsonl", "student.safetensors", "model.safetensors")
+# Identities of what the targets are; a difference there is a difference of stores, not of checkpoints.
+STORE_KEYS = frozenset({"store", "teachers", "sampling"})
+
+
+def claim_run_dir(run_dir: Path, *, resume: bool) -> None:
+    """Makes `run_dir`. UsageError if it holds a run and `resume` is off, or if it cannot be a folder."""
+    found = [name for name in RUN_FILES if (run_dir / name).exists()]
+    if found and not resume:
+        raise UsageError(f"{run_dir} already holds a run ({found[0]}); add --resume to continue it, or choose another --out")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {run_dir} cannot be made: {error.strerror}") from error
+
+
+def read_identity(run_dir: Path) -> dict[str, Any] | None:
+    """The identity that the last checkpoint of a run carries; None where there is no checkpoint yet."""
+    path = run_dir / "checkpoints" / "last.pt"
+    if not path.exists():
+        return None
+    identity = json.loads(_load(path)["identity"])
+    return dict(identity)
+
+
+class Checkpoints:
+    """The last and the best checkpoint of one run.
+
+    identity: JSON-able, by top-level key what a resume must share: store, teachers, sampling, student, …
+    """
+
+    def __init__(self, run_dir: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = run_dir / "checkpoints"
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+
+    def start(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool, max_broken: int
+    ) -> TrainState:
+        """A fresh state, or that of last.pt with model, optimizer and random states restored.
+
+        With `resume` and no checkpoint (killed before the first one) the run starts from its beginning.
+        Raises UsageError (there is a checkpoint, resume is off), CheckpointError, StoreMismatchError.
+        """
+        path = self.folder / "last.pt"
+        if not path.exists():
+            return TrainState(max_broken=max_broken)
+        if not resume:
+            raise UsageError(
+                f"{self.folder.parent} already holds a run (checkpoints/last.pt); add --resume to continue it"
+            )
+        saved = _load(path)
+        self._check(path, json.loads(saved["identity"]))
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} does not fit the model: {str(error).splitlines()[0]}") from error
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+        state = TrainState.from_dict(saved["state"])
+        state.max_broken = max_broken
+        return state
+
+    def save(self, which: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> Path:
+        """Writes `last` or `best`. CheckpointError if the disk refuses; the checkpoint before stays whole."""
+        path = self.folder / f"{which}.pt"
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "format_version": FORMAT_VERSION,
+                "identity": json.dumps(self.identity),
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "state": state.to_dict(),
+                "rng": {
+                    "cpu": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                },
+            },
+            buffer,
+        )
+        write_atomically(path, buffer.getbuffer())
+        return path
+
+    def _check(self, path: Path, theirs: dict[str, Any]) -> None:
+        for key in sorted(self.identity.keys() | theirs.keys()):
+            difference = _difference(theirs.get(key), self.identity.get(key), key)
+            if difference is None:
+                continue
+            where, old, new = difference
+            error = StoreMismatchError if key in STORE_KEYS else CheckpointError
+            raise error(
+                f"{path} belongs to another run: it was trained with {where} = {_short(old)}, "
+                f"this run has {_short(new)}; resume with the same or choose another --out"
+            )
+
+
+def load_weights(run_dir: Path, which: str, model: nn.Module) -> None:
+    """Puts the weights of the `last` or `best` checkpoint into `model`."""
+    path = run_dir / "checkpoints" / f"{which}.pt"
+    try:
+        model.load_state_dict(_load(path)["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model: {str(error).splitlines()[0]}") from error
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """All of the file or none of it: written beside it, synced, renamed over it, the folder synced."""
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(scratch, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        kept = "; the one before is untouched" if path.exists() else ""
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}{kept}") from error
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise CheckpointError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(saved, dict) or saved.get("format_version") != FORMAT_VERSION:
+        found = saved.get("format_version") if isinstance(saved, dict) else None
+        raise CheckpointError(
+            f"{path} has checkpoint format {found}, this version of distinit reads {FORMAT_VERSION}"
+        )
+    return saved
+
+
+def _difference(theirs: Any, ours: Any, where: str) -> tuple[str, Any, Any] | None:
+    """The first key, in alphabetical order, at which two JSON values differ."""
+    if theirs == ours:
+        return None
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted(theirs.keys() | ours.keys()):
+            found = _difference(theirs.get(key), ours.get(key), f"{where}.{key}")
+            if found is not None:
+                return found
+    return where, theirs, ours
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "…"

@@ -1,0 +1,139 @@
+"""What a training says of itself while it runs: loss, speed, waiting, memory, filtered share, time left."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .loader import batch_size_of
+from .options import LoopOptions
+from .state import TrainState
+
+
+class Meter:
+    """Sums over the steps since the last record. Parts stay on the device until a record is made."""
+
+    def __init__(self, options: LoopOptions, state: TrainState, device: torch.device) -> None:
+        self._options = options
+        self._state = state
+        self._device = device
+        self.first_step = state.step
+        self._began = time.monotonic()
+        self._clips_seen = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since = time.monotonic()
+        self._waited = 0.0
+        self._steps = 0
+        self._clips = 0
+        self._kept = 0
+        self._rejected = 0
+        self._loss = 0.0
+        self._parts: dict[str, Tensor] = {}
+
+    def timed(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches; the time spent waiting for them is counted."""
+        iterator = iter(batches)
+        while True:
+            before = time.monotonic()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - before
+            yield batch
+
+    def add(
+        self, batch: Mapping[str, Any], loss: Tensor, kept: int | Tensor, parts: Mapping[str, Tensor]
+    ) -> None:
+        """Counts one step."""
+        clips = batch_size_of(batch)
+        self._steps += 1
+        self._clips += clips
+        self._clips_seen += clips
+        self._kept += int(kept)
+        self._rejected += int(batch["rejected"].sum()) if "rejected" in batch else 0
+        self._loss += float(loss.detach())
+        for name, value in parts.items():
+            self._parts[name] = self._parts.get(name, torch.zeros((), device=value.device)) + value.detach()
+
+    def record(self, rate: float) -> dict[str, Any]:
+        """The means since the last record, which starts anew.
+
+        filtered: of all draws, the share that the filter turned down, whether drawn again or weighted zero.
+        data_share: of the wall time, the share spent waiting for clips.
+        """
+        elapsed = max(time.monotonic() - self._since, 1e-9)
+        steps = max(self._steps, 1)
+        draws = self._clips + self._rejected
+        done = max(self._state.step - self.first_step, 1)
+        left = self._options.total_steps - self._state.step
+        record = {
+            "epoch": (self._state.step - 1) // self._options.steps_per_epoch + 1,
+            "loss": self._loss / steps,
+            **{name: float(value) / steps for name, value in self._parts.items()},
+            "lr": rate,
+            "clips_per_s": self._clips / elapsed,
+            "data_share": min(1.0, self._waited / elapsed),
+            "memory_gb": memory_gb(self._device),
+            "filtered": (draws - self._kept) / draws if draws else 0.0,
+            "broken": len(self._state.broken),
+            "eta_s": left * self.seconds / done,
+        }
+        self._reset()
+        return record
+
+    def line(self, record: Mapping[str, Any]) -> str:
+        """The record as one line for a person."""
+        fixed = {"epoch", "loss", "lr", "clips_per_s", "data_share", "memory_gb", "filtered", "broken", "eta_s"}
+        parts = ", ".join(f"{name} {value:.4f}" for name, value in record.items() if name not in fixed)
+        where = "GPU memory" if self._device.type == "cuda" else "memory"
+        words = [
+            f"epoch {record['epoch']}/{self._options.epochs}",
+            f"step {self._state.step}/{self._options.total_steps}",
+            f"loss {record['loss']:.4f}" + (f" ({parts})" if parts else ""),
+            f"lr {record['lr']:.3g}",
+            f"{record['clips_per_s']:.1f} clips/s",
+            f"data {record['data_share']:.0%}",
+            f"{where} {record['memory_gb']:.1f} GB",
+            f"filtered {record['filtered']:.0%}",
+        ]
+        if record["broken"]:
+            words.append(f"unreadable videos {record['broken']}")
+        return "  ".join([*words, f"ETA {_clock(record['eta_s'])}"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this session."""
+        return time.monotonic() - self._began
+
+    @property
+    def clips_per_second(self) -> float:
+        """Clips trained on in this session, a second of its wall time."""
+        return self._clips_seen / max(self.seconds, 1e-9)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Gigabytes: the most that tensors held on a GPU, or what this process holds of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
