@@ -53,7 +53,7 @@ def video_specs() -> list[ArraySpec]:
         ("size", "int64", -1),
         ("duration", "float64", float("nan")),
         ("fps", "float64", float("nan")),
-        ("frames_bound", "int64", 0),
+        ("rows_bound", "int64", 0),
         ("time_base_num", "int64", 0),
         ("time_base_den", "int64", 0),
         ("width", "int32", 0),
@@ -131,7 +131,7 @@ def write_node(root: Path, node: str, attributes: Mapping[str, Any]) -> None:
     """Write a group node (`.` is the root) in one atomic step: made in staging/, synced, renamed into place."""
     folder = root / node
     text = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {KEY: dict(attributes)}})
-    scratch = root / STAGING / f"node-{os.getpid()}" if node != "." else root.parent / f".{root.name}.new"
+    scratch = root / STAGING / f"node-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:

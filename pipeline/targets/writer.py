@@ -113,12 +113,19 @@ class StoreWriter:
             self._set_shard_rows(auto_shard_rows(rows))
         return self.shard_rows
 
-    def add_teacher(self, name: str, classes: Sequence[str], attributes: Mapping[str, Any]) -> None:
-        """Make room for a teacher, or check that the one of this name is the same (StoreMismatchError)."""
+    def add_teacher(
+        self, name: str, classes: Sequence[str], attributes: Mapping[str, Any], *, accept_run: bool = False
+    ) -> None:
+        """Make room for a teacher, or check that the one of this name is the same (StoreMismatchError).
+
+        `attributes` holds `identity` (what the teacher is) and `run` (batch size, precision, torch, device
+        kind: what makes equal rows equal bits). `accept_run` lets another `run` continue the store; every
+        commit records its own.
+        """
         node = self.root / "teachers" / name
         if node.exists():
             there = fmt.read_node(node / "zarr.json")
-            for key in ("identity", "run"):
+            for key in ("identity",) if accept_run else ("identity", "run"):
                 _same(f"{self.root}: teacher {name!r}", key, there[key], attributes[key])
             return
         staged = self.root / fmt.STAGING / f"teacher-{uuid.uuid4().hex[:8]}"

@@ -1,0 +1,272 @@
+"""Read a target store: which videos it holds, which of their frames, and what the teachers said of them.
+
+Only what is committed exists here. Reading never writes, and a store object can be handed to loader
+workers: it is picklable, and forked or spawned processes open their own files.
+
+Shapes: V videos, N cached frames of a video, n rows, K classes of a teacher.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import ArrayLike, NDArray
+
+from ..corpus.sources import unescape_path
+from ..errors import StoreError, StoreMismatchError, UsageError
+from ..video.sampling import Sampling
+from . import format as fmt
+from .index import OK, STATUS, StoreIndex, load_index
+from .shardfile import ShardedRows
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """A teacher in a store: `classes` [K] by name and the identity it was extracted under."""
+
+    name: str
+    classes: tuple[str, ...]
+    identity: dict[str, Any]
+    run: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class VideoRecord:
+    """One row of the video table and what became of it. Paths are relative to the corpus."""
+
+    id: int
+    corpus: str
+    path: str
+    size: int
+    digest: str
+    duration: float
+    fps: float
+    time_base: Fraction | None
+    frames: int
+    rows: int
+    status: str
+    reason: str | None
+    note: str | None
+    clock: str
+
+
+class TargetStore:
+    """A target store opened for reading; see `TargetStore.open`."""
+
+    def __init__(self, root: Path) -> None:
+        self.path = root
+        self.attributes = fmt.check_root(root)
+        self.index: StoreIndex = load_index(root)
+        self.sampling = Sampling.model_validate(self.attributes["sampling"])
+        self.teachers: dict[str, TeacherRecord] = {}
+        for name, node in fmt.list_nodes(root, "teachers").items():
+            names = zarr.open_array(root / "teachers" / name / "class", mode="r")[:]
+            classes = tuple(str(c) for c in np.asarray(names))
+            self.teachers[name] = TeacherRecord(name, classes, node["identity"], node["run"])
+        self._columns: dict[str, NDArray[Any]] = {}
+        self._rows: dict[str, ShardedRows] = {}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> TargetStore:
+        """Open the store at `path`. StoreError if it is missing, foreign, corrupt or of another version."""
+        return cls(Path(os.path.abspath(os.fspath(path))))
+
+    def __repr__(self) -> str:
+        teachers = ", ".join(f"{t.name}[{len(t.classes)}]" for t in self.teachers.values())
+        return f"TargetStore({str(self.path)!r}, {self.n_videos} videos, {self.n_rows} rows, teachers: {teachers})"
+
+    # -- what there is -------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the store: its id, format, sampling and every teacher's identity."""
+        return {
+            "store_id": self.attributes["store_id"],
+            "format_version": self.attributes["version"],
+            "sampling": self.attributes["sampling"],
+            "teachers": {t.name: t.identity for t in self.teachers.values()},
+        }
+
+    @property
+    def n_videos(self) -> int:
+        """Videos listed, whatever their status."""
+        return self.index.n_videos
+
+    @property
+    def n_rows(self) -> int:
+        """Cached frames."""
+        return int(self.row_counts.sum())
+
+    @property
+    def corpora(self) -> dict[str, str]:
+        """Corpus name → the folder it lay in when it was extracted."""
+        return {c["name"]: unescape_path(c["root"]) for c in self.index.corpora}
+
+    @cached_property
+    def row_counts(self) -> NDArray[np.int64]:
+        """Cached frames of each video [V]."""
+        segments, _ = self._by_video
+        weights = self.index.rows[segments]
+        counts = np.bincount(self.index.video[segments], weights=weights, minlength=self.n_videos)
+        return counts.astype(np.int64)
+
+    @cached_property
+    def frame_counts(self) -> NDArray[np.int64]:
+        """Frames in each video's file [V], 0 where not known."""
+        segments, _ = self._by_video
+        counts = np.zeros(self.n_videos, np.int64)
+        np.maximum.at(counts, self.index.video[segments], self.index.frames[segments])
+        return np.maximum(counts, 0)
+
+    @cached_property
+    def _by_video(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Live segments that hold rows, by video and first frame, and where each video's begin [V + 1]."""
+        order = self.index.order()
+        order = order[self.index.state[order] == OK]
+        start = np.searchsorted(self.index.video[order], np.arange(self.n_videos + 1))
+        return order, start
+
+    @cached_property
+    def video_state(self) -> NDArray[np.int8]:
+        """Status of each video's frames [V]: codes of `targets.index`."""
+        return self.index.video_state()
+
+    def teacher(self, name: str) -> TeacherRecord:
+        """The teacher of this name; UsageError lists those the store has."""
+        if name not in self.teachers:
+            raise UsageError(f"teacher {name!r} is not in {self.path}; it has: {', '.join(self.teachers) or 'none'}")
+        return self.teachers[name]
+
+    def usable(self, teachers: Sequence[str] | None = None) -> NDArray[np.int64]:
+        """Ids of the videos that have at least one row under every one of the teachers (default: all)."""
+        good = (self.video_state == OK) & (self.row_counts > 0)
+        for name in self.teachers if teachers is None else teachers:
+            good &= self.index.teacher_state(self.teacher(name).name) == OK
+        return np.flatnonzero(good)
+
+    def video(self, i: int) -> VideoRecord:
+        """Everything the store knows of video `i`."""
+        if not 0 <= i < self.n_videos:
+            raise IndexError(f"video {i} of {self.n_videos}")
+        live = np.flatnonzero(self.index.live & (self.index.video == i))
+        segments, start = self._by_video
+        mine = segments[start[i] : start[i + 1]]
+        den = int(self.column("time_base_den")[i])
+        state = int(self.video_state[i])
+        return VideoRecord(
+            id=i,
+            corpus=self.index.corpora[int(self.column("corpus")[i])]["name"],
+            path=unescape_path(self._path_at(i)),
+            size=int(self.column("size")[i]),
+            digest=self.digest(i),
+            duration=float(self.column("duration")[i]),
+            fps=float(self.column("fps")[i]),
+            time_base=Fraction(int(self.column("time_base_num")[i]), den) if den else None,
+            frames=int(self.frame_counts[i]),
+            rows=int(self.row_counts[i]),
+            status=STATUS[state],
+            reason=next((self.index.reason[int(s)] for s in live if int(s) in self.index.reason), None),
+            note=next((self.index.note[int(s)] for s in live if int(s) in self.index.note), None),
+            clock="counted" if any(int(s) in self.index.counted for s in mine) else "pts",
+        )
+
+    def digest(self, i: int) -> str:
+        """Digest of the head and tail of video `i` (`video.container.digest`), '' if it could not be read."""
+        raw = bytes(np.asarray(self.column("digest")[i], np.uint8))
+        return raw.hex() if any(raw) else ""
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A numeric column of the video table [V], read once."""
+        if name not in self._columns:
+            self._columns[name] = np.asarray(zarr.open_array(self.path / "videos" / name, mode="r")[: self.n_videos])
+        return self._columns[name]
+
+    @cached_property
+    def _paths(self) -> tuple[bytes, NDArray[np.int64]]:
+        """All paths in one buffer with their ends: 10⁶ Python strings would cost ten times the memory."""
+        array = zarr.open_array(self.path / "videos" / "path", mode="r")
+        parts: list[bytes] = []
+        for at in range(0, self.n_videos, fmt.VIDEO_CHUNK):
+            block = array[at : min(at + fmt.VIDEO_CHUNK, self.n_videos)]
+            parts.extend(str(p).encode() for p in np.asarray(block))
+        ends = np.cumsum([len(p) for p in parts], dtype=np.int64)
+        return b"".join(parts), ends
+
+    def _path_at(self, i: int) -> str:
+        blob, ends = self._paths
+        return blob[int(ends[i - 1]) if i else 0 : int(ends[i])].decode()
+
+    def video_path(self, i: int, moved: Mapping[str, str] | None = None) -> str:
+        """Where video `i` lies: its corpus' folder (`moved` says where a corpus lies now) and its path."""
+        corpus = self.index.corpora[int(self.column("corpus")[i])]
+        root = (moved or {}).get(corpus["name"], unescape_path(corpus["root"]))
+        return os.path.join(root, unescape_path(self._path_at(i)))
+
+    # -- rows ----------------------------------------------------------------------------------------
+
+    def frames(self, video: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Cached frames of a video, ascending: frame index [N], pts [N], row in the store [N]."""
+        segments, start = self._by_video
+        mine = segments[start[video] : start[video + 1]]
+        row, count = self.index.row[mine], self.index.rows[mine]
+        parts = [np.arange(a, a + n, dtype=np.int64) for a, n in zip(row, count, strict=True)]
+        rows = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        owner = self._table("video").read(rows)
+        if (owner != video).any():
+            raise StoreError(f"{self.path}: rows of video {video} belong to another; see `distinit targets verify`")
+        return (
+            self._table("index").read(rows).astype(np.int64),
+            self._table("pts").read(rows).astype(np.int64),
+            rows,
+        )
+
+    def logits(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
+        """Logits of rows, [n, K] float32 (stored as float16)."""
+        return self._teacher_rows(teacher, "logits").read(rows).astype(np.float32)
+
+    def entropy(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
+        """Entropy of rows in nats at τ = 1, [n] float32, from the teacher's float32 logits."""
+        return self._teacher_rows(teacher, "entropy").read(rows).astype(np.float32)
+
+    def committed_rows(self, teacher: str) -> NDArray[np.int64]:
+        """All rows that exist under a teacher, ascending."""
+        segments, _ = self._by_video
+        there = self.index.teachers[self.teacher(teacher).name]
+        keep = [s for s in segments.tolist() if int(self.index.shard[s]) in there.shards and s not in there.failed]
+        parts = [np.arange(self.index.row[s], self.index.row[s] + self.index.rows[s]) for s in keep]
+        return np.sort(np.concatenate(parts)).astype(np.int64) if parts else np.empty(0, np.int64)
+
+    def _table(self, name: str) -> ShardedRows:
+        return self._array(f"frames/{name}")
+
+    def _teacher_rows(self, teacher: str, name: str) -> ShardedRows:
+        return self._array(f"teachers/{self.teacher(teacher).name}/{name}")
+
+    def _array(self, path: str) -> ShardedRows:
+        if path not in self._rows:
+            self._rows[path] = ShardedRows(self.path / path)
+        return self._rows[path]
+
+
+def check_moved(store: TargetStore, moved: Mapping[str, str]) -> None:
+    """UsageError if `--videos` names a corpus that the store does not have or a folder that is not there."""
+    for name, folder in moved.items():
+        if name not in store.corpora:
+            raise UsageError(f"--videos {name}=…: the store has the corpora {', '.join(store.corpora)}")
+        if not os.path.isdir(folder):
+            raise UsageError(f"--videos {name}={folder}: no such folder")
+
+
+def check_file(store: TargetStore, i: int, path: str, digest: str) -> None:
+    """StoreMismatchError if the file at `path` is not the video `i` that the teachers saw."""
+    if digest != store.digest(i):
+        raise StoreMismatchError(
+            f"{path}: digest {digest}, but the teachers saw a file with digest {store.digest(i)}"
+        )
