@@ -95,7 +95,9 @@ class Meter:
     def line(self, record: Mapping[str, Any]) -> str:
         """The record as one line for a person."""
         fixed = {"epoch", "loss", "lr", "clips_per_s", "data_share", "memory_gb", "filtered", "broken", "eta_s"}
-        parts = ", ".join(f"{name} {value:.4f}" for name, value in record.items() if name not in fixed)
+        parts = ", ".join(
+            f"{name.removeprefix('loss/')} {value:.4f}" for name, value in record.items() if name not in fixed
+        )
         where = "GPU memory" if self._device.type == "cuda" else "memory"
         words = [
             f"epoch {record['epoch']}/{self._options.epochs}",

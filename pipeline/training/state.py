@@ -65,7 +65,7 @@ class TrainState:
 
     def epoch_record(self) -> dict[str, Any]:
         """What the log says of the epoch that has just ended."""
-        held_out = {f"held_out_{name}": value for name, value in self.validation.items()}
+        held_out = {f"held_out/{name}": value for name, value in self.validation.items()}
         return {"epoch": self.epochs, "loss": self.train_loss, **held_out, "best": self.best}
 
     def to_dict(self) -> dict[str, Any]:

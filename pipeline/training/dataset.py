@@ -1,0 +1,117 @@
+"""Clips with their targets, for the loop of stage two or anyone's own DataLoader.
+
+Shapes: T frames, C channels, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..corpus.sources import escape_path
+from ..errors import StoreMismatchError, TrainingError, VideoError
+from ..video.clips import read_frames
+from ..video.transforms import ClipView, center_crop, crop_and_flip
+from .loader import Key
+from .sampler import Draw, TargetSampler
+
+MAX_BROKEN_IN_A_ROW = 20  # for one sample; a corpus that has moved away ends a run at its first batch
+
+
+class StudentClips(Dataset[Any]):
+    """dataset[(epoch, sample)] -> one example, a pure function of the sampler's seed and the key.
+
+    "clip": uint8 [C, T, H, W]; black where no head counts it (it was not decoded)
+    "targets": teacher → mean picked logits float32 [K]; "weight": teacher → float32 scalar, 1 or 0
+    "video": id in the store; "name": its path; "start": first frame
+    "rejected": draws that the filter turned down; "broken": [(path, reason)] of the files that failed
+
+    A video that cannot be read, or is not the one the teachers saw, is drawn again; the caller counts them.
+    A held-out one (a `fixed` sampler) is None instead. Raises TrainingError after 20 failures for a sample.
+
+    moved: corpus → folder where it lies now.
+    """
+
+    def __init__(self, sampler: TargetSampler, view: ClipView, moved: Mapping[str, str] | None = None) -> None:
+        self.sampler = sampler
+        self.view = view
+        self.moved = dict(moved or {})
+        self._failed: dict[int, str] = {}
+        self._seen = np.zeros(0, bool)
+
+    def __getitem__(self, key: Key) -> dict[str, Any] | None:
+        epoch, sample = key
+        draw = self.sampler.draw(epoch, sample)
+        rejected = draw.rejected
+        broken: list[tuple[str, str]] = []
+        while True:
+            clip = self._read(draw)
+            if isinstance(clip, torch.Tensor):
+                return self._example(draw, clip, rejected, broken)
+            broken.append((self.name(draw.video), clip))
+            if self.sampler.fixed:
+                return None
+            if len(broken) >= MAX_BROKEN_IN_A_ROW:
+                raise TrainingError(
+                    f"{len(broken)} videos in a row could not be read, the last: {broken[-1][0]}: {broken[-1][1]}; "
+                    f"has the corpus moved? --videos CORPUS=DIR says where it lies"
+                )
+            draw = self.sampler.draw(epoch, sample, draw.attempt + 1)
+            rejected += draw.rejected
+
+    def name(self, video: int) -> str:
+        """The path of a video, as text that can be printed."""
+        return escape_path(self.sampler.store.video_path(video, self.moved))
+
+    def _read(self, draw: Draw) -> torch.Tensor | str:
+        """uint8 [C, T, H, W], or why it cannot be read. A failure is remembered, and comes to the same as
+        failing again: the draws depend on nothing but the key."""
+        if not draw.counts:
+            return torch.zeros(3, len(draw.indices), self.view.size, self.view.size, dtype=torch.uint8)
+        if draw.video in self._failed:
+            return self._failed[draw.video]
+        store = self.sampler.store
+        if len(self._seen) == 0:
+            self._seen = np.zeros(store.n_videos, bool)
+        try:
+            frames = read_frames(
+                store.video_path(draw.video, self.moved),
+                draw.indices,
+                self.view.frame_view(),
+                expect=self._expected(draw),
+                digest=None if self._seen[draw.video] else store.digest(draw.video) or None,
+            )
+        except (VideoError, StoreMismatchError) as error:
+            self._failed[draw.video] = str(error)
+            return str(error)
+        self._seen[draw.video] = True
+        images = frames.images
+        if self.sampler.fixed:
+            return center_crop(images, self.view.size)
+        top = int(draw.top * (images.shape[1] - self.view.size + 1))
+        left = int(draw.left * (images.shape[2] - self.view.size + 1))
+        return crop_and_flip(images, top, left, self.view.size, draw.flip)
+
+    def _expected(self, draw: Draw) -> tuple[Any, Any] | None:
+        """(indices, pts) of the picked frames: the clip must show the frames that the teachers saw. A frame
+        picked beyond the clip, as in no video today, is not decoded and cannot be compared."""
+        inside = np.isin(draw.picked, draw.indices)
+        return (draw.picked[inside], draw.picked_pts[inside]) if inside.any() else None
+
+    def _example(
+        self, draw: Draw, clip: torch.Tensor, rejected: int, broken: list[tuple[str, str]]
+    ) -> dict[str, Any]:
+        return {
+            "clip": clip,
+            "targets": {name: torch.from_numpy(mean) for name, mean in draw.logits.items()},
+            "weight": {name: torch.tensor(weight) for name, weight in draw.weight.items()},
+            "video": draw.video,
+            "name": self.name(draw.video),
+            "start": draw.start,
+            "rejected": rejected,
+            "broken": broken,
+        }

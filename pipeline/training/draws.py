@@ -1,0 +1,62 @@
+"""Randomness by address: every draw is a pure function of (seed, epoch, sample, attempt).
+
+Philox is counter-based: the seed is its key, the address its counter, and two addresses never share a
+number. No state travels between workers, processes or a run and its resume.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Streams keep draws of different purposes apart, all from one seed.
+EXAMPLES = 0
+HELD_OUT = 1
+PERMUTATIONS = 2
+
+
+def rng(seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES) -> np.random.Generator:
+    """The generator of one attempt at one sample of one epoch; all are at least 0 and below 2**64."""
+    counter = np.array([0, attempt, sample, epoch], np.uint64)  # word 0 counts the numbers drawn
+    return np.random.Generator(np.random.Philox(counter=counter, key=np.array([seed, stream], np.uint64)))
+
+
+def epoch_position(seed: int, epoch: int, sample: int, *, epoch_clips: int, n: int) -> int:
+    """Which of n videos (0 … n - 1) a sample takes before anything is turned down.
+
+    The videos are gone through in seeded permutations, one after the other, and an epoch is a stretch of
+    `epoch_clips` of that sequence: epochs shorter or longer than the corpus still visit all videos equally.
+
+        n = 5, epoch_clips = 3:   permutation 0: 2 4 0 1 3   permutation 1: 1 3 2 0 4
+                                         epoch 0 |2 4 0|1 3    1| 3 2 0| … epoch 1 = 1 3 1, epoch 2 = 3 2 0
+    """
+    turn, place = divmod(epoch * epoch_clips + sample, n)
+    return int(_permutation(seed, turn, n)[place])
+
+
+def split_held_out(videos: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(train, held out) of video ids: a video is held out when a hash of (seed, id) falls below `share`, so
+    that videos added to a store later do not move the others."""
+    if share <= 0:
+        return videos, videos[:0]
+    held = _hash(videos.astype(np.uint64), seed) < np.uint64(int(share * 2.0**53))
+    return videos[~held], videos[held]
+
+
+def _hash(ids: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """splitmix64 of id + seed's own hash, its top 53 bits."""
+    x = ids + np.uint64(((seed + 1) * 0x9E3779B97F4A7C15) % 2**64)
+    for _ in range(2):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return x >> np.uint64(11)
+
+
+# Workers that read ahead straddle two permutations at most.
+@lru_cache(maxsize=2)
+def _permutation(seed: int, turn: int, n: int) -> NDArray[np.integer]:
+    order = rng(seed, turn, 0, stream=PERMUTATIONS).permutation(n)
+    return order.astype(np.int32) if n < 2**31 else order

@@ -1,0 +1,314 @@
+"""Stage two: train a student on clips whose targets come from the store. No teacher is ever loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ..pipeline.config import Options
+from ..pipeline.devices import resolve_device
+from ..pipeline.errors import StoreError, UsageError
+from ..pipeline.students.export import save_student
+from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
+from ..pipeline.targets.picks import PickRule
+from ..pipeline.targets.store import TargetStore, check_moved
+from ..pipeline.training.checkpoint import claim_run_dir, load_weights, read_identity
+from ..pipeline.training.dataset import StudentClips
+from ..pipeline.training.device import pick_workers
+from ..pipeline.training.distillation import Distillation, evaluate_distillation
+from ..pipeline.training.draws import split_held_out
+from ..pipeline.training.loop import FitResult, LoopOptions, fit
+from ..pipeline.training.sampler import TargetSampler, measure_entropies
+from ..pipeline.video.transforms import ClipView
+from .config import write_config
+from .screen import Screen
+
+COMMAND = "train-student"
+QUICK_DRAWS = 2000  # enough to tell the share that a threshold in nats keeps to about one per cent
+
+
+class ClipOptions(ClipView):
+    """The clips that the student sees: `length` consecutive frames, resized, cropped and mirrored."""
+
+    length: int = Field(default=8, ge=1, description="frames of a clip, T")
+
+
+class TargetOptions(Options):
+    """How targets are made of what the store holds; none of it touches the store.
+
+    `max_entropy`: nats, one number for all teachers or one by name; or `max_entropy_quantile`: the share of
+    draws to keep, measured on the sampler itself and saved in nats. At most one of the two.
+    With `loss=squared-error` use a tenth of the learning rate (the paper, section 4.2).
+    """
+
+    teachers: tuple[str, ...] | None = Field(default=None, description="heads to train; default all in the store")
+    picks: str = Field(default="random", description="center, random, random:N or uniform:N")
+    loss: Literal["cross-entropy", "squared-error"] = "cross-entropy"
+    mse_reduction: Literal["sum", "mean"] = Field(default="sum", description="over classes, of the squared error")
+    tau: float = Field(default=1.0, gt=0, description="temperature of the targets (eq. 1)")
+    max_entropy: float | dict[str, float] | None = Field(default=None, description="nats; less sure clips are filtered")
+    max_entropy_quantile: float | None = Field(default=None, gt=0, le=1, description="share of draws to keep")
+    quantile_draws: int = Field(default=100_000, ge=1, description="draws that the quantile is taken over")
+    filter: Literal["skip", "zero-weight"] = "skip"
+
+    @model_validator(mode="after")
+    def _check(self) -> TargetOptions:
+        PickRule.parse(self.picks)
+        if self.max_entropy is not None and self.max_entropy_quantile is not None:
+            raise ValueError("give max_entropy (nats) or max_entropy_quantile (share of draws), not both")
+        nats = self.max_entropy.values() if isinstance(self.max_entropy, dict) else (self.max_entropy,)
+        if any(value is not None and not value > 0 for value in nats):
+            raise ValueError(f"max_entropy must be above 0 nats, got {self.max_entropy}")
+        return self
+
+
+class TrainConfig(Options):
+    """Everything that `distinit train-student` can be told."""
+
+    store: str = Field(description="the target store")
+    out: str = Field(description="the run folder to write")
+    student: StudentOptions = StudentOptions()
+    clips: ClipOptions = ClipOptions()
+    targets: TargetOptions = TargetOptions()
+    loop: LoopOptions = LoopOptions()
+    moved: dict[str, str] = Field(default_factory=dict, description="corpus: folder where it lies now")
+    held_out: float = Field(default=0.0, ge=0, lt=1, description="share of videos kept for the held-out loss")
+    held_out_clips: int = Field(default=1000, ge=1, description="held-out videos used, one clip each, at most")
+    export: Literal["last", "best"] = Field(default="last", description="checkpoint that is exported")
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a training is made of, once the store is open and the filter measured."""
+
+    train: StudentClips
+    held_out: StudentClips | None
+    thresholds: dict[str, float]
+    kept_share: float
+
+
+def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
+    """Trains a student, exports RUN/student.safetensors, and says how it went.
+
+    Raises UsageError, StoreError, StoreMismatchError, CheckpointError, TrainingError, DeviceError.
+    """
+    run_dir = Path(config.out)
+    device = resolve_device(config.loop.device)
+    store = TargetStore.open(config.store)
+    check_moved(store, config.moved)
+    teachers = _teachers(config, store)
+    claim_run_dir(run_dir, resume=config.resume)
+    parts = _assemble(config, store, teachers, read_identity(run_dir) if config.resume else None, screen)
+    options = config.loop.for_videos(len(parts.train.sampler.videos))
+    write_config(run_dir / "config.yaml", COMMAND, config)
+
+    student = _build(config, store, teachers)
+    screen.say(
+        f"{config.student.describe()}: {count_parameters(student) / 1e6:.1f} M parameters, "
+        f"heads {', '.join(f'{name} [{k}]' for name, k in student.classes.items())}; "
+        f"{options.epochs} epochs of {options.clips_per_epoch} clips from {len(parts.train.sampler.videos)} videos, "
+        f"{options.batch_size} a step, {options.total_steps} steps, peak learning rate {options.lr:g}"
+    )
+    objective = Distillation(
+        teachers, loss=config.targets.loss, tau=config.targets.tau, mse_reduction=config.targets.mse_reduction
+    )
+
+    def held_out() -> dict[str, float]:
+        if parts.held_out is None:
+            return {}
+        return evaluate_distillation(
+            student,
+            objective,
+            parts.held_out,
+            len(parts.held_out.sampler.videos),
+            batch_size=options.batch_size,
+            workers=pick_workers(options.workers, device),
+            device=device,
+            precision=options.precision,
+        )
+
+    result = fit(
+        model=student,
+        dataset=parts.train,
+        objective=objective,
+        options=options,
+        run_dir=run_dir,
+        identity=_identity(config, store, teachers, parts.thresholds),
+        resume=config.resume,
+        validate=held_out if parts.held_out is not None else None,
+        say=screen.say,
+        progress=screen.progress,
+    )
+    exported = _export(config, store, student, teachers, run_dir, result)
+    return _summary(config, parts, result, exported)
+
+
+def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
+    """The teachers to learn from; UsageError if the store lacks one."""
+    names = tuple(config.targets.teachers or store.teachers)
+    if not names:
+        raise StoreError(f"{store.path} holds no teacher's logits; run distinit extract-targets first")
+    for name in names:
+        store.teacher(name)
+    named = config.targets.max_entropy
+    for name in named if isinstance(named, dict) else ():
+        if name not in names:
+            raise UsageError(f"targets.max_entropy names {name!r}; the heads are: {', '.join(names)}")
+    return names
+
+
+def _assemble(
+    config: TrainConfig, store: TargetStore, teachers: tuple[str, ...], saved: dict[str, Any] | None, screen: Screen
+) -> _Parts:
+    """The data sets, with the filter's thresholds in nats."""
+    seed = config.loop.seed
+    videos, held_ids = split_held_out(store.usable(teachers), config.held_out, seed)
+    options = config.loop.for_videos(len(videos))
+
+    def sampler(ids: np.ndarray, thresholds: dict[str, float], fixed: bool = False) -> TargetSampler:
+        return TargetSampler(
+            store,
+            teachers=teachers,
+            picks=PickRule.parse(config.targets.picks),
+            clip_length=config.clips.length,
+            videos=ids,
+            seed=seed,
+            epoch_clips=options.clips_per_epoch,
+            flip=config.clips.flip,
+            thresholds=thresholds,
+            reject=config.targets.filter,
+            fixed=fixed,
+        )
+
+    unfiltered = sampler(videos, {})
+    unfiltered.check_windows()
+    thresholds, kept_share = _thresholds(config.targets, unfiltered, saved, screen)
+    train = StudentClips(sampler(videos, thresholds), config.clips, config.moved)
+    # A video without a window would be an error in a fixed list.
+    held_ids = np.array([v for v in held_ids if unfiltered.has_window(int(v))][: config.held_out_clips], np.int64)
+    if config.held_out > 0 and len(held_ids) == 0:
+        screen.warn(f"held_out={config.held_out:g} of the videos is none here; best is by training loss")
+    held = StudentClips(sampler(held_ids, thresholds, fixed=True), config.clips, config.moved) if len(held_ids) else None
+    return _Parts(train, held, thresholds, kept_share)
+
+
+def _thresholds(
+    options: TargetOptions, sampler: TargetSampler, saved: dict[str, Any] | None, screen: Screen
+) -> tuple[dict[str, float], float]:
+    """Thresholds in nats by teacher, and the share of draws that at least one head keeps.
+
+    A resumed run takes its own measured ones: more videos in the store must not move them.
+    """
+    teachers = sampler.teachers
+    if options.max_entropy is None and options.max_entropy_quantile is None:
+        return {}, 1.0
+    by_quantile = options.max_entropy_quantile is not None
+    count = options.quantile_draws if by_quantile else QUICK_DRAWS
+    found = np.stack(list(_with_progress(sampler, count, screen)))
+    if options.max_entropy_quantile is not None:
+        nats = np.quantile(found, options.max_entropy_quantile, axis=0)
+        thresholds = {name: float(value) for name, value in zip(teachers, nats, strict=True)}
+        if saved is not None and saved.get("filter", {}).get("quantile") == options.max_entropy_quantile:
+            thresholds = {name: float(value) for name, value in saved["filter"]["nats"].items()}
+    elif isinstance(options.max_entropy, dict):
+        thresholds = dict(options.max_entropy)
+    else:
+        thresholds = {name: float(options.max_entropy or math.inf) for name in teachers}
+    limits = np.array([thresholds.get(name, math.inf) for name in teachers])
+    kept = float((found <= limits).any(axis=1).mean())
+    if kept == 0:
+        low = ", ".join(f"{name} {value:.2f}" for name, value in zip(teachers, found.min(axis=0), strict=True))
+        raise UsageError(
+            f"targets.max_entropy={options.max_entropy} keeps none of {len(found)} clips; lowest entropies: {low} nats"
+        )
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in thresholds.items())
+    screen.say(f"entropy filter at {shown} nats keeps {kept:.0%} of {len(found)} draws ({options.filter})")
+    return thresholds, kept
+
+
+def _with_progress(sampler: TargetSampler, count: int, screen: Screen) -> Iterator[np.ndarray]:
+    with screen.progress("measuring entropies", count, "draw") as bar:
+        for found in measure_entropies(sampler, count):
+            bar.advance(1)
+            yield found
+
+
+def _build(config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]) -> Student:
+    """The student with seeded fresh weights."""
+    import torch
+
+    torch.manual_seed(config.loop.seed)
+    return build_student(config.student, {name: len(store.teachers[name].classes) for name in teachers})
+
+
+def _identity(
+    config: TrainConfig, store: TargetStore, teachers: tuple[str, ...], thresholds: dict[str, float]
+) -> dict[str, Any]:
+    """What a resume must share: by top-level key, so that a refusal names what differs."""
+    found = store.identity()
+    return {
+        "store": found["store_id"],
+        "sampling": found["sampling"],
+        "teachers": {name: found["teachers"][name] for name in teachers},
+        "student": config.student.model_dump(mode="json"),
+        "clips": config.clips.model_dump(mode="json"),
+        "targets": config.targets.model_dump(mode="json", exclude={"teachers"}),
+        "filter": {"quantile": config.targets.max_entropy_quantile, "nats": thresholds},
+        "held_out": {"share": config.held_out, "clips": config.held_out_clips},
+    }
+
+
+def _export(
+    config: TrainConfig,
+    store: TargetStore,
+    student: Student,
+    teachers: tuple[str, ...],
+    run_dir: Path,
+    result: FitResult,
+) -> Path:
+    """RUN/student.safetensors from the last weights, or the best."""
+    path = run_dir / "student.safetensors"
+    if result.already_finished and path.exists():
+        return path
+    if config.export == "best":
+        load_weights(run_dir, "best", student)
+    meta = {
+        "classes": {name: list(store.teachers[name].classes) for name in teachers},
+        "clip_length": config.clips.length,
+        "clip_size": config.clips.size,
+        "steps": result.steps,
+        "store": store.identity()["store_id"],
+    }
+    save_student(path, student.cpu(), meta)
+    return path
+
+
+def _summary(config: TrainConfig, parts: _Parts, result: FitResult, exported: Path) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "run": config.out,
+        "student": str(exported),
+        "exported": config.export,
+        "epochs": result.epochs,
+        "steps": result.steps,
+        "videos": len(parts.train.sampler.videos),
+        "held_out_videos": len(parts.held_out.sampler.videos) if parts.held_out is not None else 0,
+        "loss": result.train_loss,
+        "best": result.best,
+        "best_epoch": result.best_epoch,
+        "held_out": result.validation,
+        "thresholds_nats": parts.thresholds,
+        "kept_share": parts.kept_share,
+        "broken": result.broken,
+        "already_finished": result.already_finished,
+        "resumed_from_step": result.resumed_from,
+        "seconds": result.seconds,
+        "clips_per_second": result.clips_per_second,
+    }
