@@ -222,10 +222,14 @@ class TargetStore:
         if (owner != video).any():
             raise StoreError(f"{self.path}: rows of video {video} belong to another; see `distinit targets verify`")
         return (
-            self._table("index").read(rows).astype(np.int64),
-            self._table("pts").read(rows).astype(np.int64),
+            self.read_table("index", rows),
+            self.read_table("pts", rows),
             rows,
         )
+
+    def read_table(self, name: str, rows: ArrayLike) -> NDArray[np.int64]:
+        """A frame table's values (`video`, `index` or `pts`) of rows, [n]."""
+        return self._table(name).read(rows).astype(np.int64)
 
     def logits(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
         """Logits of rows, [n, K] float32 (stored as float16)."""

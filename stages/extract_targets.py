@@ -1,0 +1,236 @@
+"""Stage one: frozen image teachers look at the sampled frames of every video, once."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ..pipeline.config import Options
+from ..pipeline.corpus.sources import VideoList, list_videos
+from ..pipeline.devices import resolve_device
+from ..pipeline.errors import StoreError, UsageError
+from ..pipeline.targets.index import FAILED, OK, PENDING
+from ..pipeline.targets.writer import StoreWriter
+from ..pipeline.teachers.teacher import Teacher, TeacherSpec, load_teacher
+from ..pipeline.video.geometry import View
+from ..pipeline.video.pool import DecodePool
+from ..pipeline.video.sampling import Sampling
+from .config import write_config
+from .extract_plan import (
+    StorePlan,
+    add_new_videos,
+    check_unchanged,
+    open_tasks,
+    plan_overflow,
+    plan_retries,
+    plan_segments,
+    tasks,
+)
+from .extract_work import ShardFiller
+from .screen import Screen
+
+
+class ExtractConfig(Options):
+    """Everything `distinit extract-targets` can be told."""
+
+    sources: list[str] = []
+    out: Path
+    teachers: list[TeacherSpec] = Field(min_length=1)
+    sampling: Sampling | None = None
+    batch_size: int = Field(32, ge=1)
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    decoders: int | None = Field(None, ge=1)
+    timeout_s: float = Field(120, gt=0)
+    memory_gb: float = Field(4, gt=0)
+    shard_rows: int | None = None
+    retry_failed: bool = False
+    accept_run: bool = False
+    dry_run: bool = False
+
+
+def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
+    """List, probe, plan, decode, infer, commit; returns what the store holds afterwards.
+
+    Running it again on the same sources continues where it was stopped, and does nothing when all is done.
+    Raises SourceError, TeacherError, WeightsError, StoreError, StoreMismatchError, DeviceError.
+    """
+    device = resolve_device(config.device)
+    videos = _list(config, screen)
+    if config.dry_run:
+        from .extract_dry_run import dry_run
+
+        return dry_run(config, videos, device, screen)
+    sampling = _sampling(config)
+    teachers = load_teachers(config, device, screen)
+    views = list(dict.fromkeys(t.view for t in teachers.values()))
+    decoders = config.decoders or default_decoders(device)
+    with ExitStack() as stack:
+        writer = stack.enter_context(
+            StoreWriter(config.out, sampling=sampling.model_dump(), shard_rows=config.shard_rows)
+        )
+        pool = stack.enter_context(
+            DecodePool(
+                processes=decoders, views=views, memory_gb=config.memory_gb, timeout_s=config.timeout_s
+            )
+        )
+        plan = StorePlan(writer, videos)
+        if videos is not None:
+            check_unchanged(plan, videos)
+            added = add_new_videos(plan, videos, pool, screen)
+            if added and writer.index.n_videos > added:
+                screen.say(f"{added} new videos, {writer.index.n_videos - added} are in the store already")
+        plan_segments(plan, pool, screen)
+        if config.retry_failed:
+            screen.say(f"{plan_retries(plan, list(teachers), pool, screen)} failed stretches are tried again")
+        run = run_record(config, device)
+        for name, teacher in teachers.items():
+            attributes = {"name": name, "identity": teacher.identity(config.precision), "run": run}
+            writer.add_teacher(name, teacher.classes, attributes, accept_run=config.accept_run)
+        began, done = time.monotonic(), 0
+        with _threads(device, decoders):
+            while shards := open_tasks(plan, list(teachers)):
+                done += _run_shards(plan, shards, teachers, pool, views, config, run, screen)
+                plan_overflow(plan, pool)
+        write_config(_beside(config.out), "extract-targets", config)
+        return _summary(plan, list(teachers), done, time.monotonic() - began, screen)
+
+
+def _run_shards(
+    plan: StorePlan,
+    shards: list[int],
+    teachers: dict[str, Teacher],
+    pool: DecodePool,
+    views: list[View],
+    config: ExtractConfig,
+    run: dict[str, Any],
+    screen: Screen,
+) -> int:
+    """One pass over open shards; each is committed as soon as it is whole. Returns the rows done."""
+    index, writer = plan.writer.index, plan.writer
+    bound = sum(int(index.bound[index.shard == s].sum()) for s in shards)
+    done = 0
+    with screen.progress("extracting", total=bound, unit="frames") as bar:
+        filler = ShardFiller(
+            writer.root,
+            teachers,
+            pool,
+            views,
+            sampling=_sampling(config) if config.sampling else Sampling.model_validate(writer.attributes["sampling"]),
+            shard_rows=writer.shard_rows,
+            batch_size=config.batch_size,
+            advance=bar.advance,
+        )  # fmt: skip
+        for result in filler.fill(tasks(plan, shards, list(teachers))):
+            writer.commit(result, run)
+            done += result.rows
+        bar.set_total(done)
+    return done
+
+
+def _list(config: ExtractConfig, screen: Screen) -> VideoList | None:
+    """The listed sources; None (all that the store lists) without sources on an existing store."""
+    if not config.sources:
+        if not config.out.exists():
+            raise UsageError(f"no SOURCE given, and {config.out} does not exist yet")
+        return None
+    videos = list_videos(config.sources)
+    ignored = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(videos.ignored.items()))
+    names = ", ".join(c.name for c in videos.corpora)
+    screen.say(f"{len(videos)} videos in {names}" + (f" (not videos: {ignored})" if ignored else ""))
+    return videos
+
+
+def _sampling(config: ExtractConfig) -> Sampling:
+    """The sampling asked for; where none was, that of the existing store, else every 4th frame."""
+    if config.sampling is not None:
+        return config.sampling
+    if (config.out / "zarr.json").exists():
+        from ..pipeline.targets.format import check_root
+
+        return Sampling.model_validate(check_root(config.out)["sampling"])
+    return Sampling()
+
+
+def load_teachers(config: ExtractConfig, device: torch.device, screen: Screen) -> dict[str, Teacher]:
+    """The teachers by their name in the store, on the device; UsageError for the same name twice."""
+    teachers: dict[str, Teacher] = {}
+    for spec in config.teachers:
+        teacher = load_teacher(spec)
+        if teacher.name in teachers:
+            raise UsageError(f"--teacher: {teacher.name} is named twice")
+        teachers[teacher.name] = teacher.to(device, config.precision)
+    return teachers
+
+
+def default_decoders(device: torch.device) -> int:
+    """Decode processes: half of the cores beside a teacher on the CPU, all but one beside a GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // 2 if device.type == "cpu" else cores - 1)
+
+
+def run_record(config: ExtractConfig, device: torch.device) -> dict[str, Any]:
+    """What makes equal inputs give equal bits; recorded with the teacher and in every commit."""
+    return {
+        "batch_size": config.batch_size,
+        "precision": config.precision,
+        "torch": torch.__version__.split("+")[0],
+        "device": device.type,
+    }
+
+
+class _threads:
+    """Torch threads = cores − decoders while a teacher runs on the CPU: more of them spin (MEASURED)."""
+
+    def __init__(self, device: torch.device, decoders: int) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.wanted = max(1, cores - decoders) if device.type == "cpu" else torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.wanted)
+
+    def __exit__(self, *exc: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def _beside(store: Path) -> Path:
+    return store.with_name(store.name + ".config.yaml")
+
+
+def _summary(
+    plan: StorePlan, teachers: list[str], done: int, seconds: float, screen: Screen
+) -> dict[str, Any]:
+    index = plan.writer.index
+    state = index.video_state()
+    reasons = index.video_reasons()
+    failures = Counter(reasons.values())
+    if failures:
+        screen.say(f"{len(reasons)} videos failed; `distinit targets info {plan.writer.root} --failed` lists them:")
+        for reason, count in failures.most_common(10):
+            screen.say(f"  {count:6d}  {reason}")
+    rows = int(index.rows[(index.state == OK) & index.live].sum())
+    if done:
+        screen.say(f"{done} new rows in {seconds:.1f} s ({done / max(seconds, 1e-9):.0f} frames/s)")
+    else:
+        screen.say("nothing to do: every video has its targets or a reason why not")
+    if (state == PENDING).any():
+        raise StoreError(f"{plan.writer.root}: {int((state == PENDING).sum())} videos are left without a status")
+    return {
+        "store": str(plan.writer.root),
+        "videos": int(index.n_videos),
+        "ok": int((state == OK).sum()),
+        "failed": int((state == FAILED).sum()),
+        "failures": dict(failures.most_common(100)),
+        "rows": rows,
+        "new_rows": done,
+        "seconds": round(seconds, 2),
+        "teachers": {t: int(((index.teacher_state(t)) == OK).sum()) for t in teachers},
+    }

@@ -1,0 +1,294 @@
+"""Fill shards: decode, run the teachers, stage the files. What a worker does; it never commits.
+
+One decode serves all teachers. Videos come from the decode pool in the planned order whatever number of
+processes decodes, batches take rows in that order, never cross a shard and are padded to the batch size:
+the same plan gives the same batches, and so the same bits, for any number of decoders and after any kill.
+
+Shapes: B rows of a batch, H W pixels of a view, K classes of a teacher.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..pipeline.errors import VideoError
+from ..pipeline.targets import format as fmt
+from ..pipeline.targets.average import entropy
+from ..pipeline.targets.shard import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from ..pipeline.teachers.teacher import Teacher
+from ..pipeline.video.container import digest
+from ..pipeline.video.geometry import View
+from ..pipeline.video.pool import Block, DecodeJob, DecodePool, Done, Failed
+from ..pipeline.video.sampling import Sampling
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class SegmentTask:
+    """One segment to decode; `there` holds (index, pts) [n] of rows that the store has already."""
+
+    id: int
+    video: int
+    path: str
+    digest: str
+    first: int
+    end: int | None
+    bound: int
+    there: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard: its segments in order and the teachers whose rows it lacks."""
+
+    shard: int
+    segments: tuple[SegmentTask, ...]
+    teachers: tuple[str, ...]
+    frames_there: bool
+    rows_there: int = 0
+
+
+@dataclass
+class _Outcome:
+    """Where a segment's rows stand in the working arrays, and what became of it."""
+
+    task: SegmentTask
+    start: int
+    stop: int
+    frames: int = -1
+    counted: bool = False
+    note: str | None = None
+    failed: str | None = None
+    overflow: int | None = None
+
+
+@dataclass
+class _Rows:
+    """Working arrays of one shard, in decoding order; rows of failed segments are dropped at the end."""
+
+    index: NDArray[np.int64]
+    pts: NDArray[np.int64]
+    video: NDArray[np.int32]
+    logits: dict[str, NDArray[np.float16]]
+    entropy: dict[str, NDArray[np.float32]]
+    finite: dict[str, NDArray[np.bool_]]
+    used: int = 0
+    outcomes: list[_Outcome] = field(default_factory=list)
+
+
+class ShardFiller:
+    """Fills shards of the store at `root` with the frames of `pool` seen by `teachers`.
+
+    views: the distinct views of all teachers, in the pool's order.
+    advance: called with the number of rows done, for the progress bar.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        teachers: dict[str, Teacher],
+        pool: DecodePool,
+        views: list[View],
+        *,
+        sampling: Sampling,
+        shard_rows: int,
+        batch_size: int,
+        advance: Callable[[int], Any] = lambda n: None,
+    ) -> None:
+        self.root, self.teachers, self.pool = root, teachers, pool
+        self.sampling, self.shard_rows, self.batch_size = sampling, shard_rows, batch_size
+        self.view_of = {name: views.index(t.view) for name, t in teachers.items()}
+        self.advance = advance
+        shapes = [view.shape(view.crop or 1, view.crop or 1) for view in views]
+        self._batch = [np.zeros((batch_size, h, w, 3), np.uint8) for h, w in shapes]
+
+    def fill(self, tasks: Iterable[ShardTask]) -> Iterator[ShardResult]:
+        """Shards in the order of `tasks`, decoding ahead across their borders."""
+        waiting: deque[ShardTask] = deque()
+
+        def jobs() -> Iterator[DecodeJob]:
+            for task in tasks:
+                waiting.append(task)
+                for s in task.segments:
+                    yield DecodeJob(
+                        s.id, s.path, self.sampling, s.first, s.end, None if s.bound == 0 else s.bound
+                    )
+
+        events = iter(self.pool.stream(jobs()))
+        for event in events:
+            task = waiting.popleft()
+            yield self._fill_one(task, event, events)
+
+    def _fill_one(self, task: ShardTask, event: Any, events: Iterator[Any]) -> ShardResult:
+        rows = self._allocate(task)
+        pending = 0  # rows in the batch that no teacher has seen
+        for n, segment in enumerate(task.segments):
+            if n:
+                event = next(events)
+            outcome = _Outcome(segment, rows.used, rows.used)
+            while isinstance(event, Block):
+                pending = self._take(task, rows, segment, event, pending)
+                event = next(events)
+            outcome.stop = rows.used
+            self._conclude(outcome, event, rows)
+            rows.outcomes.append(outcome)
+            self.advance(outcome.stop - outcome.start)
+        self._run_teachers(task, rows, pending)
+        return self._stage(task, rows)
+
+    def _allocate(self, task: ShardTask) -> _Rows:
+        # A file whose probe failed has bound 0 and may yield rows all the same: then the arrays grow.
+        n = sum(s.bound for s in task.segments)
+        classes = {name: len(self.teachers[name].classes) for name in task.teachers}
+        return _Rows(
+            np.empty(n, np.int64),
+            np.empty(n, np.int64),
+            np.empty(n, np.int32),
+            {name: np.empty((n, k), np.float16) for name, k in classes.items()},
+            {name: np.empty(n, np.float32) for name in classes},
+            {name: np.empty(n, np.bool_) for name in classes},
+        )
+
+    def _take(self, task: ShardTask, rows: _Rows, segment: SegmentTask, block: Block, pending: int) -> int:
+        """Copy a block's frames into the batch, running the teachers whenever it is full."""
+        for i in range(len(block.index)):
+            if rows.used == len(rows.index):
+                _double(rows)
+            rows.index[rows.used], rows.pts[rows.used] = block.index[i], block.pts[i]
+            rows.video[rows.used] = segment.video
+            for buffer, images in zip(self._batch, block.images, strict=True):
+                buffer[pending] = images[i]
+            rows.used, pending = rows.used + 1, pending + 1
+            if pending == self.batch_size:
+                self._run_teachers(task, rows, pending)
+                pending = 0
+        return pending
+
+    def _run_teachers(self, task: ShardTask, rows: _Rows, count: int) -> None:
+        if count == 0:
+            return
+        for buffer in self._batch:
+            buffer[count:] = 0
+        at = slice(rows.used - count, rows.used)
+        for name in task.teachers:
+            logits = self.teachers[name].logits(self._batch[self.view_of[name]]).numpy()[:count]
+            rows.finite[name][at] = np.isfinite(logits).all(1) & (np.abs(logits) <= FLOAT16_MAX).all(1)
+            with np.errstate(all="ignore"):
+                rows.entropy[name][at] = entropy(logits)
+                rows.logits[name][at] = logits.astype(np.float16)
+
+    def _conclude(self, outcome: _Outcome, event: Done | Failed, rows: _Rows) -> None:
+        segment = outcome.task
+        n = outcome.stop - outcome.start
+        if isinstance(event, Failed):
+            outcome.failed = event.reason
+            return
+        outcome.frames, outcome.note, outcome.counted = event.frames, event.note, event.clock == "counted"
+        try:
+            # After the decode, so that a file that changed meanwhile is caught too.
+            now = digest(segment.path)
+        except VideoError as error:
+            outcome.failed = str(error)
+            return
+        if now != segment.digest:
+            outcome.failed = "the file changed after it was listed"
+        elif segment.there is not None:
+            index, pts = segment.there
+            at = slice(outcome.start, outcome.stop)
+            if n != len(index) or (rows.index[at] != index).any() or (rows.pts[at] != pts).any():
+                outcome.failed = f"its frames differ from those in the store ({n} sampled, {len(index)} stored)"
+        elif event.more or n > segment.bound:
+            outcome.overflow = max(n, segment.bound + 1)
+        elif n == 0:
+            outcome.failed = event.note or "no frame could be decoded"
+
+    def _stage(self, task: ShardTask, rows: _Rows) -> ShardResult:
+        folder = new_staging(self.root, task.shard)
+        frames, place = self._stage_frames(task, rows, folder)
+        teachers: dict[str, TeacherPart] = {}
+        for name in task.teachers:
+            part = TeacherPart()
+            logits = np.full((place.total, len(self.teachers[name].classes)), np.nan, np.float16)
+            entropies = np.full(place.total, np.nan, np.float32)
+            for outcome, first in place.kept:
+                at = slice(outcome.start, outcome.stop)
+                if not rows.finite[name][at].all():
+                    frame = int(rows.index[at][~rows.finite[name][at]][0])
+                    part.failed[outcome.task.id] = f"the teacher's logits of frame {frame} are not finite"
+                    continue
+                logits[first : first + at.stop - at.start] = rows.logits[name][at]
+                entropies[first : first + at.stop - at.start] = rows.entropy[name][at]
+                part.rows += at.stop - at.start
+            if task.frames_there:
+                part.failed.update({o.task.id: o.failed for o in rows.outcomes if o.failed})
+            for spec, values in zip(
+                fmt.teacher_specs(name, logits.shape[1]), (logits, entropies), strict=True
+            ):
+                part.files += stage_array(folder, spec, task.shard, values, self.shard_rows)
+            teachers[name] = part
+        return ShardResult(task.shard, frames, teachers, str(folder))
+
+    def _stage_frames(self, task: ShardTask, rows: _Rows, folder: Path) -> tuple[FramesPart | None, _Placement]:
+        """Where each good segment's rows stand in the shard; its frame tables unless the store has them."""
+        good = [o for o in rows.outcomes if o.failed is None and o.overflow is None]
+        if task.frames_there:
+            first = _starts([len(s.there[0]) if s.there else 0 for s in task.segments])
+            by_id = {s.id: at for s, at in zip(task.segments, first, strict=True)}
+            return None, _Placement([(o, by_id[o.task.id]) for o in good], task.rows_there)
+        first = _starts([o.stop - o.start for o in good])
+        total = sum(o.stop - o.start for o in good)
+        place = _Placement(list(zip(good, first, strict=True)), total)
+        start_of = {o.task.id: at for o, at in place.kept}
+        part = FramesPart()
+        for o in rows.outcomes:
+            ok = o.task.id in start_of
+            part.segment.append(o.task.id)
+            part.first_row.append(start_of.get(o.task.id, 0))
+            part.rows.append(o.stop - o.start if ok else 0)
+            part.frames.append(o.frames)
+            if o.failed is not None:
+                part.failed[o.task.id] = o.failed
+            elif o.overflow is not None:
+                part.overflow[o.task.id] = o.overflow
+            if ok and o.note:
+                part.notes[o.task.id] = o.note
+            if ok and o.counted:
+                part.counted.append(o.task.id)
+        keep = np.concatenate([np.arange(o.start, o.stop) for o in good] or [np.empty(0, np.int64)])
+        columns = {"video": rows.video, "index": rows.index, "pts": rows.pts}
+        for spec in fmt.frame_specs():
+            values = columns[spec.path.split("/")[1]][keep]
+            part.files += stage_array(folder, spec, task.shard, values, self.shard_rows)
+        return part, place
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Segments that keep their rows with their first row in the shard, and the rows of the shard."""
+
+    kept: list[tuple[_Outcome, int]]
+    total: int
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    return [int(x) for x in np.cumsum([0, *lengths])[:-1]]
+
+
+def _double(rows: _Rows) -> None:
+    grow = max(len(rows.index), 64)
+
+    def more(a: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate([a, np.empty((grow, *a.shape[1:]), a.dtype)])
+
+    rows.index, rows.pts, rows.video = more(rows.index), more(rows.pts), more(rows.video)
+    for arrays in (rows.logits, rows.entropy, rows.finite):
+        for name in arrays:
+            arrays[name] = more(arrays[name])  # type: ignore[index, assignment]
