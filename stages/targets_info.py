@@ -1,0 +1,144 @@
+"""What is in a store, for a person and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ..pipeline.targets.index import FAILED, OK, PENDING
+from ..pipeline.targets.store import TargetStore
+from .screen import Screen
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SAMPLED_ROWS = 200_000  # rows read for entropies and labels; all of a small store
+LISTED = 1000
+
+
+def targets_info(store_path: str | Path, screen: Screen, *, list_failed: bool = False) -> dict[str, Any]:
+    """Counts, corpora, teachers, entropies and failures of a store. Raises StoreError."""
+    store = TargetStore.open(store_path)
+    state = store.video_state
+    reasons = store.index.video_reasons()
+    corpus = store.column("corpus")
+    info: dict[str, Any] = {
+        "store": str(store.path),
+        "format_version": store.attributes["version"],
+        "store_id": store.attributes["store_id"],
+        "created": store.attributes["created"],
+        "sampling": store.sampling.describe(),
+        "shard_rows": store.index.shard_rows,
+        "shards": {"planned": store.index.n_shards, "committed": len(store.index.frame_commits)},
+        "videos": _counts(state),
+        "rows": store.n_rows,
+        "bytes": sum(f.stat().st_size for f in store.path.rglob("*") if f.is_file()),
+        "corpora": [
+            {
+                "name": name,
+                "root": root,
+                **_counts(state[corpus == i]),
+                "rows": int(store.row_counts[corpus == i].sum()),
+            }
+            for i, (name, root) in enumerate(store.corpora.items())
+        ],
+        "teachers": [_teacher(store, name) for name in store.teachers],
+        "failures": dict(Counter(reasons.values()).most_common()),
+    }
+    info["bytes_a_row"] = round(info["bytes"] / max(store.n_rows, 1), 1)
+    if list_failed:
+        info["failed"] = [
+            {"corpus": r.corpus, "path": r.path, "reason": reasons[i]}
+            for i in sorted(reasons)
+            for r in [store.video(i)]
+        ]
+    _show(info, screen)
+    return info
+
+
+def _counts(state: np.ndarray) -> dict[str, int]:
+    names = {"ok": OK, "failed": FAILED, "pending": PENDING}
+    return {"listed": len(state), **{n: int((state == code).sum()) for n, code in names.items()}}
+
+
+def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
+    record = store.teachers[name]
+    rows = store.committed_rows(name)
+    if len(rows) > SAMPLED_ROWS:
+        rows = rows[np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(np.int64)]
+    top: Counter[int] = Counter()
+    entropies = []
+    for at in range(0, len(rows), 4096):
+        some = rows[at : at + 4096]
+        entropies.append(store.entropy(name, some))
+        top.update(store.logits(name, some).argmax(1).tolist())
+    values = np.concatenate(entropies) if entropies else np.empty(0, np.float32)
+    values = values[np.isfinite(values)]
+    return {
+        "name": name,
+        "classes": len(record.classes),
+        "identity": record.identity,
+        "run": record.run,
+        **_counts(store.index.teacher_state(name)),
+        "rows": len(store.committed_rows(name)),
+        "entropy_nats": {
+            "mean": float(values.mean()) if len(values) else None,
+            **{f"q{round(q * 100):02d}": float(v) for q, v in zip(QUANTILES, _quantiles(values), strict=True)},
+        },
+        "most_frequent": [
+            {"class": record.classes[k], "share": n / max(len(rows), 1)} for k, n in top.most_common(10)
+        ],
+        "failures": dict(Counter(store.index.video_reasons(name).values()).most_common()),
+    }
+
+
+def _quantiles(values: np.ndarray) -> list[float]:
+    return np.quantile(values, QUANTILES).tolist() if len(values) else [float("nan")] * len(QUANTILES)
+
+
+def _show(info: dict[str, Any], screen: Screen) -> None:
+    videos = info["videos"]
+    about = Table(title=info["store"], show_header=False)
+    about.add_row("videos", f"{videos['listed']:,}: {videos['ok']:,} ok, {videos['failed']:,} failed, "
+                  f"{videos['pending']:,} pending")  # fmt: skip
+    about.add_row("cached frames", f"{info['rows']:,}, {info['sampling']}")
+    about.add_row("size", f"{info['bytes'] / 1e6:,.1f} MB, {info['bytes_a_row']:,.0f} bytes a frame")
+    shards = info["shards"]
+    about.add_row("shards", f"{shards['committed']} of {shards['planned']}, {info['shard_rows']} rows each")
+    about.add_row("made", f"{info['created']}, format version {info['format_version']}, id {info['store_id'][:12]}")
+    screen.table(about)
+    corpora = Table("corpus", "lay in")
+    for column in ("ok", "failed", "pending", "frames"):
+        corpora.add_column(column, justify="right")
+    for c in info["corpora"]:
+        corpora.add_row(c["name"], c["root"], *(f"{c[k]:,}" for k in ("ok", "failed", "pending", "rows")))
+    screen.table(corpora)
+    teachers = Table("teacher", "weights")
+    for column in ("classes", "frames", "entropy median", "5 % to 95 %"):
+        teachers.add_column(column, justify="right")
+    teachers.add_column("most frequent")
+    for t in info["teachers"]:
+        e = t["entropy_nats"]
+        spread = f"{e['q05']:.2f} to {e['q95']:.2f}" if t["rows"] else "–"
+        labels = ", ".join(f"{m['class']} {m['share']:.0%}" for m in t["most_frequent"][:4])
+        weights = str(t["identity"].get("weights", ""))
+        median = f"{e['q50']:.2f} nats" if t["rows"] else "–"
+        teachers.add_row(t["name"], weights, f"{t['classes']:,}", f"{t['rows']:,}", median, spread, labels)
+    screen.table(teachers)
+    failures = Counter(info["failures"])
+    for t in info["teachers"]:
+        failures.update({f"{t['name']}: {r}": n for r, n in t["failures"].items() if r not in failures})
+    if failures:
+        table = Table("videos", "failed because")
+        for reason, count in failures.most_common(20):
+            table.add_row(str(count), reason)
+        screen.table(table)
+    if "failed" in info:
+        table = Table("corpus", "file", "reason")
+        for f in info["failed"][:LISTED]:
+            table.add_row(f["corpus"], f["path"], f["reason"])
+        screen.table(table)
+        if len(info["failed"]) > LISTED:
+            screen.say(f"{len(info['failed']) - LISTED} more; --json lists all")
