@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from ..pipeline.students.export import save_student
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
 from ..pipeline.targets.picks import PickRule
 from ..pipeline.targets.store import TargetStore, check_moved
-from ..pipeline.training.checkpoint import claim_run_dir, load_weights, read_identity
+from ..pipeline.training.checkpoint import check_identity, claim_run_dir, load_weights, read_identity
 from ..pipeline.training.dataset import StudentClips
 from ..pipeline.training.device import pick_workers
 from ..pipeline.training.distillation import Distillation, evaluate_distillation
@@ -47,12 +48,12 @@ class TargetOptions(Options):
     With `loss=squared-error` use a tenth of the learning rate (the paper, section 4.2).
     """
 
-    teachers: tuple[str, ...] | None = Field(default=None, description="heads to train; default all in the store")
+    teachers: tuple[str, ...] | None = Field(default=None, description="heads; default all in the store")
     picks: str = Field(default="random", description="center, random, random:N or uniform:N")
     loss: Literal["cross-entropy", "squared-error"] = "cross-entropy"
-    mse_reduction: Literal["sum", "mean"] = Field(default="sum", description="over classes, of the squared error")
+    mse_reduction: Literal["sum", "mean"] = Field(default="sum", description="squared error, over classes")
     tau: float = Field(default=1.0, gt=0, description="temperature of the targets (eq. 1)")
-    max_entropy: float | dict[str, float] | None = Field(default=None, description="nats; less sure clips are filtered")
+    max_entropy: float | dict[str, float] | None = Field(default=None, description="nats; the filter")
     max_entropy_quantile: float | None = Field(default=None, gt=0, le=1, description="share of draws to keep")
     quantile_draws: int = Field(default=100_000, ge=1, description="draws that the quantile is taken over")
     filter: Literal["skip", "zero-weight"] = "skip"
@@ -79,7 +80,7 @@ class TrainConfig(Options):
     loop: LoopOptions = LoopOptions()
     moved: dict[str, str] = Field(default_factory=dict, description="corpus: folder where it lies now")
     held_out: float = Field(default=0.0, ge=0, lt=1, description="share of videos kept for the held-out loss")
-    held_out_clips: int = Field(default=1000, ge=1, description="held-out videos used, one clip each, at most")
+    held_out_clips: int = Field(default=1000, ge=1, description="most held-out videos used, a clip each")
     export: Literal["last", "best"] = Field(default="last", description="checkpoint that is exported")
     resume: bool = False
 
@@ -105,15 +106,20 @@ def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
     check_moved(store, config.moved)
     teachers = _teachers(config, store)
     claim_run_dir(run_dir, resume=config.resume)
-    parts = _assemble(config, store, teachers, read_identity(run_dir) if config.resume else None, screen)
+    saved = read_identity(run_dir) if config.resume else None
+    parts = _assemble(config, store, teachers, saved, screen)
     options = config.loop.for_videos(len(parts.train.sampler.videos))
+    identity = _identity(config, store, teachers, parts, options)
+    if saved is not None:
+        check_identity(run_dir, saved, identity)  # before the config of the run is overwritten
     write_config(run_dir / "config.yaml", COMMAND, config)
 
     student = _build(config, store, teachers)
     screen.say(
         f"{config.student.describe()}: {count_parameters(student) / 1e6:.1f} M parameters, "
         f"heads {', '.join(f'{name} [{k}]' for name, k in student.classes.items())}; "
-        f"{options.epochs} epochs of {options.clips_per_epoch} clips from {len(parts.train.sampler.videos)} videos, "
+        f"{options.epochs} epochs of {options.clips_per_epoch} clips from {len(parts.train.sampler.videos)} "
+        f"videos, "
         f"{options.batch_size} a step, {options.total_steps} steps, peak learning rate {options.lr:g}"
     )
     objective = Distillation(
@@ -140,7 +146,7 @@ def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
         objective=objective,
         options=options,
         run_dir=run_dir,
-        identity=_identity(config, store, teachers, parts.thresholds),
+        identity=identity,
         resume=config.resume,
         validate=held_out if parts.held_out is not None else None,
         say=screen.say,
@@ -192,10 +198,13 @@ def _assemble(
     thresholds, kept_share = _thresholds(config.targets, unfiltered, saved, screen)
     train = StudentClips(sampler(videos, thresholds), config.clips, config.moved)
     # A video without a window would be an error in a fixed list.
-    held_ids = np.array([v for v in held_ids if unfiltered.has_window(int(v))][: config.held_out_clips], np.int64)
+    with_window = (int(video) for video in held_ids if unfiltered.has_window(int(video)))
+    held_ids = np.array(list(islice(with_window, config.held_out_clips)), np.int64)
     if config.held_out > 0 and len(held_ids) == 0:
         screen.warn(f"held_out={config.held_out:g} of the videos is none here; best is by training loss")
-    held = StudentClips(sampler(held_ids, thresholds, fixed=True), config.clips, config.moved) if len(held_ids) else None
+    held = None
+    if len(held_ids):
+        held = StudentClips(sampler(held_ids, thresholds, fixed=True), config.clips, config.moved)
     return _Parts(train, held, thresholds, kept_share)
 
 
@@ -204,19 +213,19 @@ def _thresholds(
 ) -> tuple[dict[str, float], float]:
     """Thresholds in nats by teacher, and the share of draws that at least one head keeps.
 
-    A resumed run takes its own measured ones: more videos in the store must not move them.
+    A resumed run takes those that its checkpoint has in nats: measuring again would cost as much again.
     """
     teachers = sampler.teachers
-    if options.max_entropy is None and options.max_entropy_quantile is None:
+    quantile = options.max_entropy_quantile
+    if options.max_entropy is None and quantile is None:
         return {}, 1.0
-    by_quantile = options.max_entropy_quantile is not None
-    count = options.quantile_draws if by_quantile else QUICK_DRAWS
+    known = saved["filter"]["nats"] if saved and saved.get("filter", {}).get("quantile") == quantile else None
+    count = QUICK_DRAWS if quantile is None or known else options.quantile_draws
     found = np.stack(list(_with_progress(sampler, count, screen)))
-    if options.max_entropy_quantile is not None:
-        nats = np.quantile(found, options.max_entropy_quantile, axis=0)
+    if quantile is not None:
+        nats = np.quantile(found, quantile, axis=0)
         thresholds = {name: float(value) for name, value in zip(teachers, nats, strict=True)}
-        if saved is not None and saved.get("filter", {}).get("quantile") == options.max_entropy_quantile:
-            thresholds = {name: float(value) for name, value in saved["filter"]["nats"].items()}
+        thresholds = known or thresholds
     elif isinstance(options.max_entropy, dict):
         thresholds = dict(options.max_entropy)
     else:
@@ -226,7 +235,8 @@ def _thresholds(
     if kept == 0:
         low = ", ".join(f"{name} {value:.2f}" for name, value in zip(teachers, found.min(axis=0), strict=True))
         raise UsageError(
-            f"targets.max_entropy={options.max_entropy} keeps none of {len(found)} clips; lowest entropies: {low} nats"
+            f"targets.max_entropy={options.max_entropy} keeps none of {len(found)} clips; "
+            f"their lowest entropies: {low} nats"
         )
     shown = ", ".join(f"{name} {value:.3f}" for name, value in thresholds.items())
     screen.say(f"entropy filter at {shown} nats keeps {kept:.0%} of {len(found)} draws ({options.filter})")
@@ -249,19 +259,20 @@ def _build(config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]) -
 
 
 def _identity(
-    config: TrainConfig, store: TargetStore, teachers: tuple[str, ...], thresholds: dict[str, float]
+    config: TrainConfig, store: TargetStore, teachers: tuple[str, ...], parts: _Parts, options: LoopOptions
 ) -> dict[str, Any]:
     """What a resume must share: by top-level key, so that a refusal names what differs."""
     found = store.identity()
     return {
-        "store": found["store_id"],
+        "store": {"id": found["store_id"], "videos": len(parts.train.sampler.videos)},
         "sampling": found["sampling"],
         "teachers": {name: found["teachers"][name] for name in teachers},
         "student": config.student.model_dump(mode="json"),
         "clips": config.clips.model_dump(mode="json"),
         "targets": config.targets.model_dump(mode="json", exclude={"teachers"}),
-        "filter": {"quantile": config.targets.max_entropy_quantile, "nats": thresholds},
+        "filter": {"quantile": config.targets.max_entropy_quantile, "nats": parts.thresholds},
         "held_out": {"share": config.held_out, "clips": config.held_out_clips},
+        **options.identity(),
     }
 
 

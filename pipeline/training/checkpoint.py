@@ -30,7 +30,9 @@ def claim_run_dir(run_dir: Path, *, resume: bool) -> None:
     """Makes `run_dir`. UsageError if it holds a run and `resume` is off, or if it cannot be a folder."""
     found = [name for name in RUN_FILES if (run_dir / name).exists()]
     if found and not resume:
-        raise UsageError(f"{run_dir} already holds a run ({found[0]}); add --resume to continue it, or choose another --out")
+        raise UsageError(
+            f"{run_dir} already holds a run ({found[0]}); add --resume to continue it, or choose another --out"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,6 +48,22 @@ def read_identity(run_dir: Path) -> dict[str, Any] | None:
     return dict(identity)
 
 
+def check_identity(run_dir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """StoreMismatchError or CheckpointError that names the first key at which a run's checkpoint and what
+    is asked for now differ."""
+    ours = json.loads(json.dumps(ours))
+    for key in sorted(ours.keys() | theirs.keys()):
+        difference = _difference(theirs.get(key), ours.get(key), key)
+        if difference is None:
+            continue
+        where, old, new = difference
+        error = StoreMismatchError if key in STORE_KEYS else CheckpointError
+        raise error(
+            f"{run_dir} holds another run: it was trained with {where} = {_short(old)}, "
+            f"now it is {_short(new)}; resume with the same or choose another --out"
+        )
+
+
 class Checkpoints:
     """The last and the best checkpoint of one run.
 
@@ -56,9 +74,7 @@ class Checkpoints:
         self.folder = run_dir / "checkpoints"
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
 
-    def start(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool, max_broken: int
-    ) -> TrainState:
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool, max_broken: int) -> TrainState:
         """A fresh state, or that of last.pt with model, optimizer and random states restored.
 
         With `resume` and no checkpoint (killed before the first one) the run starts from its beginning.
@@ -72,7 +88,7 @@ class Checkpoints:
                 f"{self.folder.parent} already holds a run (checkpoints/last.pt); add --resume to continue it"
             )
         saved = _load(path)
-        self._check(path, json.loads(saved["identity"]))
+        check_identity(self.folder.parent, json.loads(saved["identity"]), self.identity)
         try:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -105,18 +121,6 @@ class Checkpoints:
         )
         write_atomically(path, buffer.getbuffer())
         return path
-
-    def _check(self, path: Path, theirs: dict[str, Any]) -> None:
-        for key in sorted(self.identity.keys() | theirs.keys()):
-            difference = _difference(theirs.get(key), self.identity.get(key), key)
-            if difference is None:
-                continue
-            where, old, new = difference
-            error = StoreMismatchError if key in STORE_KEYS else CheckpointError
-            raise error(
-                f"{path} belongs to another run: it was trained with {where} = {_short(old)}, "
-                f"this run has {_short(new)}; resume with the same or choose another --out"
-            )
 
 
 def load_weights(run_dir: Path, which: str, model: nn.Module) -> None:
@@ -156,9 +160,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(saved, dict) or saved.get("format_version") != FORMAT_VERSION:
         found = saved.get("format_version") if isinstance(saved, dict) else None
-        raise CheckpointError(
-            f"{path} has checkpoint format {found}, this version of distinit reads {FORMAT_VERSION}"
-        )
+        raise CheckpointError(f"{path} has checkpoint format {found}, this version of distinit reads {FORMAT_VERSION}")
     return saved
 
 

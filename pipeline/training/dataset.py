@@ -57,8 +57,8 @@ class StudentClips(Dataset[Any]):
                 return None
             if len(broken) >= MAX_BROKEN_IN_A_ROW:
                 raise TrainingError(
-                    f"{len(broken)} videos in a row could not be read, the last: {broken[-1][0]}: {broken[-1][1]}; "
-                    f"has the corpus moved? --videos CORPUS=DIR says where it lies"
+                    f"{len(broken)} videos in a row could not be read, the last: "
+                    f"{broken[-1][0]}: {broken[-1][1]}; --videos CORPUS=DIR says where a corpus lies now"
                 )
             draw = self.sampler.draw(epoch, sample, draw.attempt + 1)
             rejected += draw.rejected
@@ -102,9 +102,7 @@ class StudentClips(Dataset[Any]):
         inside = np.isin(draw.picked, draw.indices)
         return (draw.picked[inside], draw.picked_pts[inside]) if inside.any() else None
 
-    def _example(
-        self, draw: Draw, clip: torch.Tensor, rejected: int, broken: list[tuple[str, str]]
-    ) -> dict[str, Any]:
+    def _example(self, draw: Draw, clip: torch.Tensor, rejected: int, broken: list[tuple[str, str]]) -> dict[str, Any]:
         return {
             "clip": clip,
             "targets": {name: torch.from_numpy(mean) for name, mean in draw.logits.items()},

@@ -30,7 +30,12 @@ class Distillation:
     """
 
     def __init__(
-        self, teachers: Sequence[str], *, loss: Loss = "cross-entropy", tau: float = 1.0, mse_reduction: Reduction = "sum"
+        self,
+        teachers: Sequence[str],
+        *,
+        loss: Loss = "cross-entropy",
+        tau: float = 1.0,
+        mse_reduction: Reduction = "sum",
     ) -> None:
         self.teachers = tuple(teachers)
         self.loss = loss
@@ -104,7 +109,7 @@ def evaluate_distillation(
             hits[name] += int(((outputs[name].argmax(1) == targets.argmax(1)) & (weight != 0)).sum())
             kept[name] += count
     if not any(kept.values()):
-        raise TrainingError(f"none of the {n} held-out clips could be used: unreadable, or all turned down by the filter")
+        raise TrainingError(f"none of the {n} held-out clips could be used: unreadable, or all filtered")
     losses = {name: sums[name] / kept[name] for name in objective.teachers if kept[name]}
     result = {"loss": sum(losses.values())}
     for name, loss in losses.items():

@@ -38,11 +38,13 @@ def epoch_position(seed: int, epoch: int, sample: int, *, epoch_clips: int, n: i
 
 def split_held_out(videos: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(train, held out) of video ids: a video is held out when a hash of (seed, id) falls below `share`, so
-    that videos added to a store later do not move the others."""
+    that videos added to a store later do not move the others. The held out come in the hash's order, so
+    that the first few of them are a sample of all."""
     if share <= 0:
         return videos, videos[:0]
-    held = _hash(videos.astype(np.uint64), seed) < np.uint64(int(share * 2.0**53))
-    return videos[~held], videos[held]
+    hashes = _hash(videos.astype(np.uint64), seed)
+    held = hashes < np.uint64(int(share * 2.0**53))
+    return videos[~held], videos[held][np.argsort(hashes[held], kind="stable")]
 
 
 def _hash(ids: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:

@@ -1,7 +1,8 @@
 """Batches by key: from a map-style data set of (epoch, sample) to collated batches on the way to a device.
 
 The key says everything, so the same batches come from 0, 1 or 4 workers, and a run starts at any step.
-A data set here is any object with `__getitem__((epoch, sample)) -> dict`; a None item is left out of its batch.
+A data set here is any object with `__getitem__((epoch, sample)) -> dict`; an item that is None is left out
+of its batch.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def read_batches(
         yield batch
 
 
-def collate(items: Sequence[dict[str, Any] | None | DistInitError]) -> dict[str, Any] | DistInitError:
+def collate(items: Sequence[dict[str, Any] | DistInitError | None]) -> dict[str, Any] | DistInitError:
     """Tensors are stacked, numbers become tensors, mappings are collated by key, all else becomes a list."""
     for item in items:
         if isinstance(item, DistInitError):
@@ -127,7 +128,7 @@ def batch_size_of(batch: Mapping[str, Any]) -> int:
 
 
 class _Reader(Dataset[Any]):
-    """Reads a whole batch. An error of ours comes back as a value: the loader would bury it in a traceback."""
+    """Reads a whole batch. Our errors come back as values: the loader would bury them in a traceback."""
 
     def __init__(self, dataset: KeyedDataset) -> None:
         self.dataset = dataset

@@ -105,7 +105,7 @@ def fit(
         nesterov=options.nesterov,
         weight_decay=options.weight_decay,
     )
-    checkpoints = Checkpoints(run_dir, identity | {"loop": options.identity()})
+    checkpoints = Checkpoints(run_dir, identity | options.identity())
     state = checkpoints.start(model, optimizer, resume=resume, max_broken=options.max_broken)
     meter = Meter(options, state, device)
     if state.step >= options.total_steps:

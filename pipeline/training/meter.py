@@ -52,9 +52,7 @@ class Meter:
             self._waited += time.monotonic() - before
             yield batch
 
-    def add(
-        self, batch: Mapping[str, Any], loss: Tensor, kept: int | Tensor, parts: Mapping[str, Tensor]
-    ) -> None:
+    def add(self, batch: Mapping[str, Any], loss: Tensor, kept: int | Tensor, parts: Mapping[str, Tensor]) -> None:
         """Counts one step."""
         clips = batch_size_of(batch)
         self._steps += 1
@@ -94,10 +92,7 @@ class Meter:
 
     def line(self, record: Mapping[str, Any]) -> str:
         """The record as one line for a person."""
-        fixed = {"epoch", "loss", "lr", "clips_per_s", "data_share", "memory_gb", "filtered", "broken", "eta_s"}
-        parts = ", ".join(
-            f"{name.removeprefix('loss/')} {value:.4f}" for name, value in record.items() if name not in fixed
-        )
+        parts = ", ".join(f"{name.removeprefix('loss/')} {value:.4f}" for name, value in record.items() if "/" in name)
         where = "GPU memory" if self._device.type == "cuda" else "memory"
         words = [
             f"epoch {record['epoch']}/{self._options.epochs}",

@@ -11,9 +11,7 @@ from ..config import Options
 
 # Options that may differ between the start of a run and its resume: none of them changes what is learned
 # from a given step on. (`epochs` may: the schedule does not depend on it, so a run can be made longer.)
-FREE_ON_RESUME = frozenset(
-    {"epochs", "device", "workers", "threads", "log_every", "checkpoint_every", "max_broken"}
-)
+FREE_ON_RESUME = frozenset({"epochs", "device", "workers", "threads", "log_every", "checkpoint_every", "max_broken"})
 
 
 class LoopOptions(Options):
@@ -42,11 +40,11 @@ class LoopOptions(Options):
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     workers: int | None = Field(default=None, ge=0, description="loader processes; default by the machine")
-    threads: int | None = Field(default=None, ge=1, description="torch threads on a CPU; default cores - workers")
+    threads: int | None = Field(default=None, ge=1, description="torch threads on a CPU; default cores less workers")
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=20, ge=1, description="steps")
     checkpoint_every: int = Field(default=500, ge=1, description="steps; the end of an epoch always is one")
-    max_broken: int = Field(default=100, ge=0, description="videos that may fail to decode before the run stops")
+    max_broken: int = Field(default=100, ge=0, description="unreadable videos before the run stops")
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> LoopOptions:
@@ -74,5 +72,5 @@ class LoopOptions(Options):
         return self.epochs * self.steps_per_epoch
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with its checkpoint."""
-        return self.model_dump(mode="json", exclude=set(FREE_ON_RESUME))
+        """What a resumed run must share with its checkpoint, under one top-level key."""
+        return {"loop": self.model_dump(mode="json", exclude=set(FREE_ON_RESUME))}

@@ -52,7 +52,7 @@ class TrainState:
         self.epochs += 1
         if self.kept_sum == 0:
             raise TrainingError(
-                f"no clip of epoch {self.epochs} counted: the filter turned all of them down; raise its threshold"
+                f"no clip of epoch {self.epochs} counted, the filter turned all down; raise its threshold"
             )
         self.train_loss = self.loss_sum / self.kept_sum
         self.loss_sum, self.kept_sum = 0.0, 0
