@@ -1,8 +1,8 @@
-"""Which student: architecture, variant, width, input channels. Free of torch, so configs stay cheap."""
+"""Which student, and what is written beside its weights. Free of torch, so that configs stay cheap."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,11 +30,28 @@ class StudentOptions(Options):
     def _variant_fits(self) -> StudentOptions:
         if self.variant == "vmz" and not self.architecture.startswith("r2plus1d"):
             raise ValueError(
-                f"variant 'vmz' is a rule of r2plus1d_18 and r2plus1d_34; "
-                f"{self.architecture} has only 'torchvision'"
+                f"variant 'vmz' is a rule of r2plus1d_18 and r2plus1d_34; {self.architecture} has only 'torchvision'"
             )
         return self
 
     def describe(self) -> str:
         """One phrase for messages: `r2plus1d_18 (variant vmz, width 0.5, 3 channels)`."""
         return f"{self.architecture} (variant {self.variant}, width {self.width:g}, {self.channels} channels)"
+
+
+class StudentMeta(Options):
+    """What a user of an exported student must know, its options aside."""
+
+    classes: dict[str, list[str]] = {}
+    """Class names of each head, in the order of its logits; a head may be left out."""
+    clip_length: int = 8
+    """T, frames of a clip."""
+    clip_size: int = 112
+    """H and W of a clip, in pixels."""
+    resize: tuple[int, int] | None = None
+    """Height and width a frame is resized to before the crop, where it is known."""
+    mean: tuple[float, ...] = (0.43216, 0.394666, 0.37645)
+    """Of pixels in 0–1, a number a channel (of pixels' displacements for flow)."""
+    std: tuple[float, ...] = (0.22803, 0.22145, 0.216989)
+    extra: dict[str, Any] = {}
+    """JSON-able: where the student comes from (store, teachers, data set, …)."""

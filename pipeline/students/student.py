@@ -18,7 +18,7 @@ from torchvision.models.video.resnet import (
 )
 
 from ..errors import UsageError
-from .options import StudentOptions
+from .options import StudentMeta, StudentOptions
 
 STEM, STEM_MIDDLE, PLANES = 64, 45, (64, 128, 256, 512)
 # VMZ's BatchNorm eps (FACTS §2). Its Caffe2 momentum of 0.9 weighs the old average: PyTorch's 0.1.
@@ -35,9 +35,7 @@ class VmzConv2Plus1D(Conv2Plus1D):
     both convolutions of a block, which is ignored here.
     """
 
-    def __init__(
-        self, in_planes: int, out_planes: int, midplanes: int, stride: int = 1, padding: int = 1
-    ) -> None:
+    def __init__(self, in_planes: int, out_planes: int, midplanes: int, stride: int = 1, padding: int = 1) -> None:
         middle = (3 * in_planes * out_planes * 3 * 3) // (in_planes * 3 * 3 + 3 * out_planes)
         super().__init__(in_planes, out_planes, middle, stride, padding)
 
@@ -149,6 +147,8 @@ class Student(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise UsageError(f"dropout is {dropout}, allowed: 0 up to 1, 1 excluded")
         self.options = options
+        self.meta: StudentMeta | None = None
+        """Set by `load_student`."""
         self.classes: dict[str, int] = dict(heads)
         self.backbone = Backbone(options)
         self.dropout = nn.Dropout(dropout)

@@ -1,0 +1,244 @@
+"""Students as files: safetensors in torchvision's parameter names, everything else in its metadata.
+
+One head is written as torchvision's `fc.weight` and `fc.bias`, several as `heads.<name>.weight` and
+`.bias`, so that a student of one head and the torchvision variant loads strictly into torchvision's
+own model. The metadata's `distinit` entry is one JSON object, the options and heads beside
+the `StudentMeta`; `format_version` is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..config import Options
+from ..errors import CheckpointError
+from .options import StudentMeta, StudentOptions
+from .student import Backbone, Student, build_student
+
+FORMAT_VERSION = 1
+RUN_FILES = ("student.safetensors", "model.safetensors")
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """Which tensors an initialisation took, and which of the file it left."""
+
+    path: str
+    loaded: tuple[str, ...]
+    left: tuple[str, ...]
+    """In the file, but of no use to a backbone: its heads."""
+
+
+class _Header(Options):
+    format_version: int
+    options: StudentOptions
+    heads: dict[str, int]
+    meta: StudentMeta
+
+
+def save_student(path: str | Path, student: Student, meta: StudentMeta) -> None:
+    """Write a student as one safetensors file, atomically: the file of that name is old or new, never half.
+
+    Raises:
+        CheckpointError: class names that do not fit the heads, or a file that cannot be written.
+    """
+    path = Path(path)
+    _check_classes(student.classes, meta, path)
+    header = _Header(format_version=FORMAT_VERSION, options=student.options, heads=student.classes, meta=meta)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(student)}
+    data = safetensors.torch.save(tensors, {"format": "pt", "distinit": header.model_dump_json()})
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def load_student(path: str | Path, device: torch.device | str = "cpu") -> Student:
+    """The student of a file or a run folder, in evaluation mode, with its `meta`.
+
+    A run folder holds `student.safetensors` (from train-student) or `model.safetensors` (from finetune).
+
+    Raises:
+        CheckpointError: no such file, not a student of this package, a newer format, damaged.
+    """
+    path = _file_of(path)
+    state, header = _read(path)
+    if header is None:
+        raise CheckpointError(
+            f"{path}: has no 'distinit' metadata, so it is not a student written by distinit; "
+            "load_backbone takes its tensors if they fit"
+        )
+    student = build_student(header.options, header.heads)
+    _fill(student, state, path)
+    student.meta = header.meta
+    return student.eval().to(device)
+
+
+def load_backbone(student: Student, path: str | Path) -> InitReport:
+    """Initialise a student's backbone from an exported student; its heads stay as they are.
+
+    Takes a run folder or a safetensors file, also one in torchvision's names without metadata, whose
+    kind is then told by its shapes.
+
+    Raises:
+        CheckpointError: another architecture, variant, width or number of channels (named, with the
+            options that fit), a damaged file, or values that are not finite.
+    """
+    path = _file_of(path)
+    state, header = _read(path)
+    found = header.options if header else _recognise(state)
+    if found is None:
+        raise CheckpointError(f"{path}: its tensors are those of no student that distinit knows")
+    _check_options(student.options, found, path)
+    own = student.backbone.state_dict()
+    taken = {name: state[name] for name in own if name in state}
+    missing = [name for name in own if name not in taken]
+    if missing:
+        raise CheckpointError(f"{path}: damaged: {len(missing)} tensors missing, first {missing[0]}")
+    for name, tensor in taken.items():
+        if tensor.shape != own[name].shape:
+            raise CheckpointError(f"{path}: damaged: {name} is {list(tensor.shape)}, expected {list(own[name].shape)}")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds values that are not finite")
+    student.backbone.load_state_dict(taken)
+    return InitReport(str(path), tuple(taken), tuple(name for name in state if name not in taken))
+
+
+def read_options(path: str | Path) -> StudentOptions:
+    """The options that a file's or run folder's student was built with, without loading its tensors' values.
+
+    Raises:
+        CheckpointError: as `load_backbone`.
+    """
+    path = _file_of(path)
+    state, header = _read(path)
+    found = header.options if header else _recognise(state)
+    if found is None:
+        raise CheckpointError(f"{path}: its tensors are those of no student that distinit knows")
+    return found
+
+
+def _named_tensors(student: Student) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a student under its exported name."""
+    yield from student.backbone.state_dict().items()
+    for name in student.classes:
+        prefix = "fc" if len(student.classes) == 1 else f"heads.{name}"
+        for part, tensor in student.head(name).state_dict().items():
+            yield f"{prefix}.{part}", tensor
+
+
+def _fill(student: Student, state: dict[str, Tensor], path: Path) -> None:
+    own = dict(_named_tensors(student))
+    wrong = sorted(own.keys() ^ state.keys())
+    wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: damaged: its tensors are not those of {student.options.describe()}, first {wrong[0]}"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def _file_of(path: str | Path) -> Path:
+    """The safetensors file that a path means."""
+    path = Path(path)
+    if not path.is_dir():
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file or run folder")
+        return path
+    inside = [path / name for name in RUN_FILES if (path / name).is_file()]
+    if not inside:
+        raise CheckpointError(f"{path}: holds no {' and no '.join(RUN_FILES)}; is its run finished?")
+    if len(inside) > 1:
+        raise CheckpointError(f"{path}: holds {' and '.join(RUN_FILES)}; name the file")
+    return inside[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], _Header | None]:
+    """Tensors and, where distinit wrote the file, the header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or damaged ({error})") from None
+    if "distinit" not in metadata:
+        return state, None
+    try:
+        content = json.loads(metadata["distinit"])
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: format version {version}, this distinit reads {FORMAT_VERSION}: update it")
+        return state, _Header.model_validate(content)
+    except (json.JSONDecodeError, TypeError, KeyError, ValidationError) as error:
+        raise CheckpointError(f"{path}: damaged 'distinit' metadata ({type(error).__name__})") from None
+
+
+def _check_options(wanted: StudentOptions, found: StudentOptions, path: Path) -> None:
+    """Refuse by name: each option that differs, and the options that would fit."""
+    asked, has = wanted.model_dump(), found.model_dump()
+    differing = [
+        f"{key} is {has[key]!r} in the file, {asked[key]!r} was asked for" for key in asked if asked[key] != has[key]
+    ]
+    if differing:
+        fitting = " ".join(f"{key}={value}" for key, value in has.items())
+        raise CheckpointError(f"{path}: {'; '.join(differing)}; what fits: {fitting}")
+
+
+def _check_classes(heads: dict[str, int], meta: StudentMeta, path: Path) -> None:
+    for name, classes in meta.classes.items():
+        if heads.get(name) != len(classes):
+            raise CheckpointError(
+                f"{path}: {len(classes)} class names for head {name!r}, which has {heads.get(name, 'no')} classes"
+            )
+
+
+def _recognise(state: dict[str, Tensor]) -> StudentOptions | None:
+    """The options whose backbone has just these shapes; None where there are none.
+
+    Read off the tensors: input channels and width from the stem, the rest by trying.
+    """
+    stem, first = state.get("stem.0.weight"), state.get("layer1.0.conv2.1.weight")
+    if stem is None or stem.ndim != 5 or first is None:
+        return None
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    for architecture in ("r2plus1d_18", "r3d_18", "r2plus1d_34", "r3d_34", "mc3_18"):
+        for variant in ("torchvision", "vmz") if architecture.startswith("r2plus1d") else ("torchvision",):
+            try:
+                options = StudentOptions.model_validate(
+                    {
+                        "architecture": architecture,
+                        "variant": variant,
+                        "width": len(first) / 64,
+                        "channels": stem.shape[1],
+                    }
+                )
+            except ValidationError:
+                return None
+            with torch.device("meta"):
+                own = Backbone(options).state_dict()
+            fits = all(shapes.get(name) == tensor.shape for name, tensor in own.items())
+            deeper = any(name.startswith("layer") and name not in own for name in shapes)
+            if fits and not deeper:
+                return options
+    return None

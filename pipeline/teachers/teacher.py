@@ -1,0 +1,290 @@
+"""Frozen image models that look at single frames. `load_teacher` turns a name into one.
+
+Names: `efficientnet_lite0`, `resnet50`, `resnet50-places365`, `torchvision:NAME[@WEIGHTS]`, `timm:NAME`,
+and `package.module:factory`, a function that returns an `nn.Module` (images [B, 3, h, w] → logits [B, K])
+or a `Teacher`. Shape letters: B images, h w pixels of the view, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import DistInitError, TeacherError
+from ..video.geometry import View
+from ..weights import check_sha256, load_into, load_weights, state_sha256
+from .efficientnet_lite import efficientnet_lite0
+from .recipe import (
+    Preprocessing,
+    Recipe,
+    TeacherSpec,
+    apply_view_options,
+    builder_options,
+    preprocessing,
+    read_classes,
+)
+from .timm_models import timm_model
+from .torchvision_models import resnet50_places365, torchvision_model
+
+__all__ = ["Teacher", "TeacherSpec", "known_teachers", "load_teacher"]
+
+Precision = Literal["fp32", "bf16"]
+_COMPUTE = {"fp32": "float32", "bf16": "bfloat16 autocast over float32 weights"}
+
+_BY_NAME: dict[str, Callable[[TeacherSpec], Recipe]] = {
+    "efficientnet_lite0": efficientnet_lite0,
+    "resnet50": lambda spec: torchvision_model(spec, "resnet50", "IMAGENET1K_V1"),
+    "resnet50-places365": resnet50_places365,
+}
+
+
+class Teacher:
+    """A frozen image model with its preprocessing, classes and identity; in evaluation mode always.
+
+    Args:
+        name: its name in a store; characters other than letters, digits, `.`, `_`, `-` become `-`.
+        recipe: the module and what belongs to it.
+
+    Raises:
+        TeacherError: the module does not map a batch of images to [B, K] logits, or the number of
+            class names is not K.
+    """
+
+    def __init__(self, name: str, recipe: Recipe) -> None:
+        self.name = _store_name(name)
+        self.recipe = recipe
+        self.module = recipe.module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.input_shape: tuple[int, int] = self.view.shape(480, 640)
+        self.state_sha256 = state_sha256(self.module.state_dict())
+        self.device, self.precision = torch.device("cpu"), "fp32"
+        self._place()
+        self.classes: list[str] = self._class_names(self._count_classes())
+
+    @property
+    def view(self) -> View:
+        """How a frame is resized and cropped for this teacher; the result has a fixed size."""
+        return self.recipe.preprocessing.view
+
+    def to(self, device: torch.device | str, precision: str = "fp32") -> Teacher:
+        """Move to a device and choose what it computes in: `fp32`, or `bf16` (autocast; weights stay float32).
+
+        Raises:
+            TeacherError: another precision.
+        """
+        if precision not in _COMPUTE:
+            raise TeacherError(f"precision is {precision!r}, allowed: {', '.join(_COMPUTE)}")
+        self.device, self.precision = torch.device(device), precision
+        self.module.to(self.device)
+        self._place()
+        return self
+
+    def identity(self, precision: str | None = None) -> dict[str, Any]:
+        """What makes its logits what they are, JSON-able, the same on every machine.
+
+        `sha256` is that of the state actually loaded (its form: `distinit.pipeline.weights`), so a
+        file of another name with the same tensors is the same teacher. The device is not in it.
+        """
+        prepared = self.recipe.preprocessing
+        identity = {
+            "architecture": self.recipe.architecture,
+            "weights": self.recipe.weights,
+            "sha256": self.state_sha256,
+            "options": self.recipe.options,
+            "classes": len(self.classes),
+            "classes_sha256": hashlib.sha256("\n".join(self.classes).encode()).hexdigest(),
+            "view": prepared.view.model_dump(mode="json"),
+            "mean": prepared.mean,
+            "std": prepared.std,
+            "compute": _COMPUTE[precision or self.precision],
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+        return plain
+
+    def provenance(self) -> dict[str, Any]:
+        """For people, not compared: the weights file's name and sha256 as `sha256sum` prints it, torch's version."""
+        return {
+            "weights_file": self.recipe.file,
+            "weights_file_sha256": self.recipe.file_sha256,
+            "torch": torch.__version__,
+        }
+
+    def logits(self, images: np.ndarray | Tensor) -> Tensor:
+        """logits[B, K], float32 on the CPU, of RGB images[B, h, w, 3], uint8, rendered by `view`.
+
+        The same batch gives the same values; another batch size may change the last bits, so
+        batches are padded to one size where stores must be equal.
+
+        Raises:
+            TeacherError: images of another dtype or shape.
+        """
+        if isinstance(images, np.ndarray):
+            # Shared memory comes read-only, which torch.from_numpy warns about: that is copied.
+            images = torch.from_numpy(np.require(images, requirements="W"))
+        batch = images
+        if batch.dtype != torch.uint8 or batch.ndim != 4 or tuple(batch.shape[1:]) != (*self.input_shape, 3):
+            height, width = self.input_shape
+            raise TeacherError(
+                f"teacher {self.name!r}: images must be uint8 [B, {height}, {width}, 3], "
+                f"got {str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
+            )
+        if len(batch) == 0:
+            return torch.zeros(0, len(self.classes))
+        with torch.inference_mode(), self._arithmetic():
+            # [B, h, w, 3] seen as [B, 3, h, w] lies in memory as channels_last already.
+            pixels = batch.to(self.device).permute(0, 3, 1, 2).float()
+            output = self.module((pixels - self._mean) / self._std)
+        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(batch):
+            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise TeacherError(f"teacher {self.name!r}: logits must be [{len(batch)}, K], got {shape}")
+        return output.float().cpu()
+
+    def _place(self) -> None:
+        prepared = self.recipe.preprocessing
+        self._mean = torch.tensor(prepared.mean, device=self.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(prepared.std, device=self.device).view(1, 3, 1, 1)
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Any:
+        """Deterministic kernels, no TF32, and autocast for bf16."""
+        bf16 = self.precision == "bf16"
+        with (
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16),
+        ):
+            yield
+
+    def _count_classes(self) -> int:
+        self.classes = []
+        try:
+            return self.logits(np.zeros((1, *self.input_shape, 3), np.uint8)).shape[1]
+        except DistInitError:
+            raise
+        except Exception as error:  # a stranger's module may raise anything
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TeacherError(
+                f"teacher {self.name!r}: fails on an image [1, 3, {self.input_shape[0]}, {self.input_shape[1]}]: {line}"
+            ) from error
+
+    def _class_names(self, count: int) -> list[str]:
+        names = self.recipe.classes
+        if names is None:
+            return [f"class {index}" for index in range(count)]
+        if len(names) != count:
+            raise TeacherError(f"teacher {self.name!r}: has {count} classes, but {len(names)} class names")
+        return list(names)
+
+
+def known_teachers() -> list[str]:
+    """The names a user can give, as patterns."""
+    return [*_BY_NAME, "torchvision:NAME[@WEIGHTS]", "timm:NAME", "package.module:factory"]
+
+
+def load_teacher(spec: TeacherSpec) -> Teacher:
+    """Build a teacher on the CPU in float32; then `teacher.to(device, precision)`.
+
+    What a library prints on the way goes to standard error.
+
+    Raises:
+        TeacherError: an unknown name (the message has the list), an option that is not allowed, a
+            package that is missing, a module that is no image classifier.
+        WeightsError: weights that are missing, have another sha256, need a free unpickle or do not fit.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        made = _build(spec)
+        if isinstance(made, Teacher):
+            teacher = made
+        else:
+            if "classes" in spec.options:
+                made = _with_classes(made, read_classes(spec.options["classes"]))
+            teacher = Teacher(spec.options.get("name", spec.name), made)
+    if teacher.recipe.file is None:
+        check_sha256(f"teacher {spec.name!r}: its loaded state", teacher.state_sha256, spec.sha256)
+    return teacher
+
+
+def _build(spec: TeacherSpec) -> Recipe | Teacher:
+    if spec.name in _BY_NAME:
+        return _BY_NAME[spec.name](spec)
+    family, _, rest = spec.name.partition(":")
+    if family == "torchvision" and rest:
+        model, _, weights = rest.partition("@")
+        return torchvision_model(spec, model, weights or None)
+    if family == "timm" and rest:
+        return timm_model(spec, rest)
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec.name):
+        return _from_factory(spec, family, rest)
+    raise TeacherError(f"teacher {spec.name!r} is not known; allowed: {', '.join(known_teachers())}")
+
+
+def _from_factory(spec: TeacherSpec, module_name: str, function_name: str) -> Recipe | Teacher:
+    """Call a user's factory with the options that are not distinit's own.
+
+    A module is taken to want ImageNet's preprocessing (short side 256, centre 224, mean and std of
+    0–1 pixels) unless options say otherwise; a weights file is loaded into it, every tensor.
+    """
+    options = builder_options(spec)
+    made = _call(spec, module_name, function_name, options)
+    if isinstance(made, Teacher):
+        if spec.weights:
+            raise TeacherError(f"teacher {spec.name!r} is finished by its factory and takes no weights file")
+        return made
+    if not isinstance(made, nn.Module):
+        raise TeacherError(
+            f"teacher {spec.name!r}: the factory returned a {type(made).__name__}, allowed: torch.nn.Module, Teacher"
+        )
+    file = load_weights(spec.weights, spec.sha256) if spec.weights else None
+    if file is not None:
+        load_into(made, file.state, f"weights file {spec.weights}")
+    return Recipe(
+        architecture=spec.name,
+        weights="file" if file else "factory",
+        module=made,
+        preprocessing=apply_view_options(preprocessing(View(resize=256, crop=224)), spec),
+        file=file.name if file else None,
+        file_sha256=file.sha256 if file else None,
+        options=options,
+    )
+
+
+def _call(spec: TeacherSpec, module_name: str, function_name: str, options: Mapping[str, Any]) -> object:
+    here = os.getcwd()
+    # A console script does not have the working directory on its path, where a user's module often is.
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        factory = getattr(importlib.import_module(module_name), function_name, None)
+        if not callable(factory):
+            raise TeacherError(f"teacher {spec.name!r}: module {module_name!r} has no function {function_name!r}")
+        return factory(**options)
+    except DistInitError:
+        raise
+    except Exception as error:  # a stranger's module may raise anything
+        line = (str(error).splitlines() or [""])[0]
+        raise TeacherError(f"teacher {spec.name!r}: {type(error).__name__}: {line}") from error
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
+def _with_classes(recipe: Recipe, classes: Sequence[str]) -> Recipe:
+    return Recipe(**{**recipe.__dict__, "classes": tuple(classes)})
+
+
+def _store_name(name: str) -> str:
+    """A name that every file system and Zarr take; Zarr reserves a leading `__`."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")
+    if not safe:
+        raise TeacherError(f"teacher name {name!r} has no letter or digit")
+    return safe

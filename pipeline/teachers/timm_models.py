@@ -1,0 +1,89 @@
+"""Teachers from timm, with the preprocessing that timm records for them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from ..errors import TeacherError, WeightsError
+from ..video.geometry import View
+from ..weights import WeightsFile, load_into, load_weights
+from .recipe import Recipe, TeacherSpec, apply_view_options, builder_options, imagenet_classes, preprocessing
+
+
+def timm_model(spec: TeacherSpec, model: str) -> Recipe:
+    """A timm model by name, with its pretrained weights unless a file is given.
+
+    Raises:
+        TeacherError: timm is not installed, or it has no such model or option.
+        WeightsError: weights that cannot be fetched or do not fit.
+    """
+    try:
+        import timm
+        import timm.data
+    except ImportError:
+        raise TeacherError(f"teacher {spec.name!r} needs timm: pip install 'distinit[timm]'") from None
+    options = builder_options(spec)
+    file = load_weights(spec.weights, spec.sha256) if spec.weights else None
+    module = _create(timm, spec, model, options, file)
+    config = timm.data.resolve_model_data_config(module)
+    classes = _classes(timm, module) if file is None else None
+    return Recipe(
+        architecture=f"timm:{model}",
+        weights="file" if file else (_tag(module) or "pretrained"),
+        module=module,
+        preprocessing=apply_view_options(
+            preprocessing(_view(config), tuple(config["mean"]), tuple(config["std"])), spec
+        ),
+        classes=classes,
+        file=file.name if file else None,
+        file_sha256=file.sha256 if file else None,
+        options=options,
+    )
+
+
+def _create(timm: Any, spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile | None) -> nn.Module:
+    try:
+        module: nn.Module = timm.create_model(model, pretrained=file is None, **options)
+    except Exception as error:
+        # RuntimeError for an unknown model; for weights it cannot fetch, whatever the hub's client raises.
+        if not timm.is_model(model.split(".", 1)[0]) and ":" not in model:
+            near = timm.list_models(f"*{model.split('.', 1)[0]}*")[:5]
+            also = f"; near: {', '.join(near)}" if near else ""
+            raise TeacherError(f"timm has no model {model!r}{also}") from None
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, TypeError) or file is not None:
+            raise TeacherError(f"teacher {spec.name!r}: timm refuses to build it: {line}") from None
+        raise WeightsError(
+            f"teacher {spec.name!r}: its weights are not on this machine and cannot be fetched ({line}); "
+            f"bring the file and pass --teacher-weights {spec.name}=FILE"
+        ) from None
+    if file is not None:
+        load_into(module, file.state, f"weights file {file.name}")
+    return module
+
+
+def _tag(module: nn.Module) -> str:
+    return str((getattr(module, "pretrained_cfg", None) or {}).get("tag", ""))
+
+
+def _view(config: dict[str, Any]) -> View:
+    """timm's evaluation view: short side ⌊size / crop_pct⌋ and a centre crop, or a squash to the input."""
+    height, width = int(config["input_size"][1]), int(config["input_size"][2])
+    interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+    if height != width or config.get("crop_mode") == "squash":
+        return View(resize=(height, width), crop=None, interpolation=interpolation)
+    return View(resize=math.floor(height / config["crop_pct"]), crop=height, interpolation=interpolation)
+
+
+def _classes(timm: Any, module: nn.Module) -> tuple[str, ...] | None:
+    """Names for the ImageNet subsets timm knows; None for others."""
+    if getattr(module, "num_classes", 0) == 1000:
+        return imagenet_classes()
+    subset = timm.data.infer_imagenet_subset(module)
+    if not subset:
+        return None
+    info = timm.data.ImageNetInfo(subset)
+    return tuple(info.index_to_description(index) for index in range(info.num_classes()))

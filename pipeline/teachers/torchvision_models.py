@@ -1,0 +1,160 @@
+"""Teachers that torchvision builds: any of its classification models, and ResNet-50 on Places365."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+import torchvision
+from torch import nn
+
+from ..errors import TeacherError, WeightsError
+from ..video.geometry import View
+from ..weights import WeightsFile, load_into, load_weights
+from .places365 import CATEGORIES
+from .recipe import (
+    Preprocessing,
+    Recipe,
+    TeacherSpec,
+    apply_view_options,
+    builder_options,
+    preprocessing,
+    read_classes,
+    refuse_builder_options,
+)
+
+PLACES_FILE = "resnet50_places365.pth.tar"
+PLACES_URL = f"http://places2.csail.mit.edu/models_places365/{PLACES_FILE}"
+# Their builders set these only together with weights, which are loaded apart here.
+_WITH_WEIGHTS: dict[str, dict[str, Any]] = {
+    "googlenet": {"transform_input": True, "aux_logits": True, "init_weights": False},
+    "inception_v3": {"transform_input": True, "aux_logits": True, "init_weights": False},
+}
+
+
+def torchvision_model(spec: TeacherSpec, model: str, weights_name: str | None = None) -> Recipe:
+    """A classification model by torchvision's name, with one of torchvision's weights or a file's.
+
+    Without a weights name: IMAGENET1K_V1, for `DEFAULT` is often the V2 whose outputs are far less
+    confident (pytorch/vision#7570). A file may have another number of classes.
+
+    Raises:
+        TeacherError: an unknown model, weights name or option.
+        WeightsError: weights that are not there, cannot be fetched, or do not fit.
+    """
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model not in known:
+        near = difflib.get_close_matches(model, known, 5)
+        also = f"; did you mean {', '.join(near)}?" if near else f"; allowed: {', '.join(known)}"
+        raise TeacherError(f"torchvision has no classification model {model!r}{also}")
+    choices = torchvision.models.get_model_weights(model)
+    if weights_name is None:
+        weights_name = "IMAGENET1K_V1" if "IMAGENET1K_V1" in choices.__members__ else "DEFAULT"
+    if weights_name not in choices.__members__:
+        raise TeacherError(
+            f"torchvision's {model} has no weights {weights_name!r}; allowed: {', '.join(choices.__members__)}"
+        )
+    choice = choices[weights_name]
+    options = {**_WITH_WEIGHTS.get(model, {}), **builder_options(spec)}
+    file = load_weights(spec.weights, spec.sha256) if spec.weights else _library_file(spec, choice)
+    module = _fitting(spec, model, options, file)
+    own = not spec.weights
+    return Recipe(
+        architecture=f"torchvision:{model}",
+        weights=choice.name if own else "file",
+        module=module,
+        preprocessing=apply_view_options(_from_preset(choice), spec),
+        classes=tuple(choice.meta["categories"]) if own else None,
+        file=file.name,
+        file_sha256=file.sha256,
+        options=builder_options(spec),
+    )
+
+
+def resnet50_places365(spec: TeacherSpec) -> Recipe:
+    """ResNet-50 on Places365 from CSAILVision's checkpoint: a file, or one in torch hub's cache.
+
+    Class names come from `categories_places365.txt` beside the checkpoint, else from the list here.
+    Validation there: short side 256, centre crop 224.
+
+    Raises:
+        WeightsError: no checkpoint (it is never downloaded), or one that does not fit.
+    """
+    refuse_builder_options(spec)
+    path = Path(spec.weights) if spec.weights else _hub_folder() / PLACES_FILE
+    if not spec.weights and not path.is_file():
+        raise WeightsError(
+            f"teacher {spec.name!r}: no {PLACES_FILE} in {path.parent}; fetch {PLACES_URL} "
+            f"and pass --teacher-weights {spec.name}=FILE"
+        )
+    weights = load_weights(path, spec.sha256)
+    module = torchvision.models.resnet50(num_classes=len(CATEGORIES))
+    load_into(module, weights.state, f"weights file {path}")
+    names = path.with_name("categories_places365.txt")
+    return Recipe(
+        architecture="torchvision:resnet50",
+        weights="PLACES365",
+        module=module,
+        preprocessing=apply_view_options(preprocessing(View(resize=256, crop=224)), spec),
+        classes=read_classes(names) if names.is_file() else CATEGORIES,
+        file=weights.name,
+        file_sha256=weights.sha256,
+    )
+
+
+def _hub_folder() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _library_file(spec: TeacherSpec, choice: Any) -> WeightsFile:
+    """Torchvision's own weights, fetched through its own API where torch hub's cache lacks them."""
+    path = _hub_folder() / Path(urlparse(choice.url).path).name
+    if not path.is_file():
+        try:
+            choice.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise WeightsError(
+                f"teacher {spec.name!r}: {path.name} is not in {path.parent} and cannot be fetched "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+                f"get {choice.url} and pass --teacher-weights {spec.name}=FILE"
+            ) from None
+    return load_weights(path, spec.sha256)
+
+
+def _fitting(spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile) -> nn.Module:
+    """The module with the file's weights, and with the file's number of classes if that is what differs."""
+    what = f"weights file {file.name}"
+    try:
+        module = torchvision.models.get_model(model, weights=None, **options)
+        own = module.state_dict()
+        other = {
+            (tuple(own[name].shape), tuple(tensor.shape))
+            for name, tensor in file.state.items()
+            if name in own and own[name].shape != tensor.shape
+        }
+        counts = {theirs[0] for _, theirs in other if theirs}
+        same_inputs = all(mine[1:] == theirs[1:] for mine, theirs in other)
+        if other and same_inputs and len(counts) == 1 and "num_classes" not in options:
+            module = torchvision.models.get_model(model, weights=None, **options, num_classes=counts.pop())
+    except (TypeError, ValueError) as error:
+        raise TeacherError(f"teacher {spec.name!r}: torchvision's {model} refuses its options: {error}") from None
+    load_into(module, file.state, what)
+    return module  # type: ignore[no-any-return]
+
+
+def _from_preset(choice: Any) -> Preprocessing:
+    """Preprocessing from a weights' ImageClassification preset."""
+    preset = choice.transforms()
+    return preprocessing(
+        View(
+            resize=int(preset.resize_size[0]),
+            crop=int(preset.crop_size[0]),
+            interpolation="bicubic" if preset.interpolation.value == "bicubic" else "bilinear",
+        ),
+        tuple(preset.mean),
+        tuple(preset.std),
+    )

@@ -1,0 +1,169 @@
+"""Weights from files of strangers, and what identifies them.
+
+A checkpoint is data: safetensors, or torch's formats through its weights-only unpickler. Anything
+that would need a free unpickle is refused.
+
+Two digests, both sha256 in hex:
+
+- of the **file**, as `sha256sum FILE` prints it: what a user passes and what is kept for people;
+- of the **state** that was loaded: what identifies a teacher. It covers every tensor of the state in
+  the order of the names' UTF-8 bytes: name, dtype, shape, and the bytes as little-endian, contiguous.
+  BatchNorm's batch counters are left out, for no output depends on them and older files lack them.
+  So the same weights have the same identity whatever file, library or machine they came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .errors import WeightsError
+
+_NESTED = ("state_dict", "model")
+_COUNTER = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A state read from a file, and the file's name (without folders) and sha256."""
+
+    state: dict[str, Tensor]
+    name: str
+    sha256: str
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file, in hex.
+
+    Raises:
+        WeightsError: the file is missing or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"weights file {path}: {error.strerror or error}") from None
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """sha256 of a state in the canonical form of this module's docstring, in hex."""
+    digest = hashlib.sha256()
+    for name in sorted(state, key=lambda key: key.encode()):
+        if name.rsplit(".", 1)[-1] == _COUNTER:
+            continue
+        tensor = state[name].detach().cpu().contiguous()
+        head = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        digest.update(json.dumps(head, ensure_ascii=False).encode() + b"\n")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_sha256(what: str, found: str, expected: str | None) -> None:
+    """Compare a digest with the one a user gave, if any; upper case and spaces around do not matter.
+
+    Raises:
+        WeightsError: they differ. Names `what`, the digest found and the one expected.
+    """
+    if expected is not None and found != expected.strip().lower():
+        raise WeightsError(f"{what}: sha256 is {found}, expected {expected.strip().lower()}")
+
+
+def load_weights(path: str | Path, sha256: str | None = None) -> WeightsFile:
+    """Read a state dict from a safetensors or torch checkpoint, never unpickling freely.
+
+    The digest is checked before the file is parsed. A state may lie under `state_dict` or `model`
+    and its names may all begin with `module.`, as DataParallel leaves them.
+
+    Raises:
+        WeightsError: missing file, another sha256, not a checkpoint, or one that would need a free
+            unpickle.
+    """
+    path = Path(path)
+    digest = file_sha256(path)
+    check_sha256(f"weights file {path}", digest, sha256)
+    if path.suffix == ".safetensors":
+        try:
+            content: object = load_file(path)
+        except (SafetensorError, ValueError) as error:
+            raise WeightsError(f"weights file {path}: not a safetensors file ({_line(error)})") from None
+    else:
+        content = _load_torch(path)
+    return WeightsFile(_state_in(content, path), path.name, digest)
+
+
+def _load_torch(path: Path) -> object:
+    """torch.load, weights-only; once more as latin1 for pickles written by Python 2."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, UnicodeDecodeError, TypeError, AttributeError, KeyError, ValueError) as error:
+        first: Exception = error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"weights file {path}: not a torch checkpoint ({_line(error)})") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
+    except Exception:  # whatever a hostile or foreign pickle makes the reader raise, it is refused
+        raise WeightsError(
+            f"weights file {path}: not a checkpoint of tensors alone, and it is never unpickled freely; "
+            f"save its state dict as safetensors ({_line(first)})"
+        ) from None
+
+
+def _state_in(content: object, path: Path) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint."""
+    for key in _NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(
+            f"weights file {path}: holds a {type(content).__name__} and no state dict; "
+            f"allowed: a state dict, alone or under {' or '.join(_NESTED)}"
+        )
+    strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise WeightsError(f"weights file {path}: {strange[0]!r} is not a tensor, so this is no state dict")
+    names = [str(key) for key in content]
+    prefix = "module." if all(name.startswith("module.") for name in names) else ""
+    return {name.removeprefix(prefix): content[key] for name, key in zip(names, content, strict=True)}
+
+
+def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load a whole state; BatchNorm's batch counters may be missing.
+
+    Raises:
+        WeightsError: a tensor is missing, unexpected or of another shape. Names the first of each.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state and not name.endswith(_COUNTER)]
+    extra = [name for name in state if name not in own]
+    shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
+    found = []
+    if missing:
+        found.append(f"{len(missing)} tensors missing (first {missing[0]})")
+    if extra:
+        found.append(f"{len(extra)} unexpected (first {extra[0]})")
+    if shapes:
+        name = shapes[0]
+        found.append(
+            f"{len(shapes)} of another shape (first {name}: {list(state[name].shape)}, "
+            f"the model's is {list(own[name].shape)})"
+        )
+    if found:
+        raise WeightsError(f"{what}: does not fit {type(module).__name__}: {', '.join(found)}")
+    module.load_state_dict(state, strict=False)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a library's message, shortened."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:160]
