@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +48,20 @@ class _Header(Options):
     meta: StudentMeta
 
 
-def save_student(path: str | Path, student: Student, meta: StudentMeta) -> None:
+def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping[str, Any]) -> None:
     """Write a student as one safetensors file, atomically: the file of that name is old or new, never half.
+
+    `meta` may be a flat mapping: keys that `StudentMeta` has no field for go under its `extra`.
 
     Raises:
         CheckpointError: class names that do not fit the heads, or a file that cannot be written.
     """
     path = Path(path)
+    try:
+        meta = meta if isinstance(meta, StudentMeta) else StudentMeta.of(meta)
+        meta = meta.completed(student.options.channels)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be described: {' '.join(str(error).split())}") from None
     _check_classes(student.classes, meta, path)
     header = _Header(format_version=FORMAT_VERSION, options=student.options, heads=student.classes, meta=meta)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(student)}

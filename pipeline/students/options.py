@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ..config import Options
+
+# Mean and std of RGB pixels in 0–1 (torchvision's video references) and of Farneback flow in pixels
+# (pytorch/pytorch caffe2/video/optical_flow.cc).
+NORMALISATION: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    3: ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),
+    2: ((0.0046635, 0.0046261), (0.972347, 0.755146)),
+}
 
 Architecture = Literal["r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18"]
 
@@ -50,8 +58,27 @@ class StudentMeta(Options):
     """H and W of a clip, in pixels."""
     resize: tuple[int, int] | None = None
     """Height and width a frame is resized to before the crop, where it is known."""
-    mean: tuple[float, ...] = (0.43216, 0.394666, 0.37645)
-    """Of pixels in 0–1, a number a channel (of pixels' displacements for flow)."""
-    std: tuple[float, ...] = (0.22803, 0.22145, 0.216989)
+    mean: tuple[float, ...] | None = None
+    """A number a channel: of pixels in 0–1, or of displacements in pixels for flow. None: the usual ones."""
+    std: tuple[float, ...] | None = None
     extra: dict[str, Any] = {}
     """JSON-able: where the student comes from (store, teachers, data set, …)."""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> StudentMeta:
+        """From a flat mapping; keys that are no field of their own go under `extra`."""
+        own = {key: value for key, value in content.items() if key in cls.model_fields}
+        rest = {key: value for key, value in content.items() if key not in cls.model_fields}
+        return cls.model_validate({**own, "extra": {**own.get("extra", {}), **rest}})
+
+    def completed(self, channels: int) -> StudentMeta:
+        """With the usual normalisation of RGB or of flow where none was given.
+
+        Raises:
+            ValueError: a mean or std that has not one number a channel.
+        """
+        mean, std = NORMALISATION[channels]
+        mean, std = self.mean or mean, self.std or std
+        if not len(mean) == len(std) == channels:
+            raise ValueError(f"mean has {len(mean)} numbers and std {len(std)}, the student {channels} channels")
+        return self.model_copy(update={"mean": mean, "std": std})

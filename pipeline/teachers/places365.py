@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-CATEGORIES: tuple[str, ...] = tuple(
-    """
+_NAMES = """
 airfield airplane_cabin airport_terminal alcove alley amphitheater amusement_arcade amusement_park
 apartment_building/outdoor aquarium aqueduct arcade arch archaelogical_excavation archive arena/hockey
 arena/performance arena/rodeo army_base art_gallery art_school art_studio artists_loft assembly_line
@@ -46,5 +45,6 @@ temple/asia throne_room ticket_booth topiary_garden tower toyshop train_interior
 tree_farm tree_house trench tundra underwater/ocean_deep utility_room valley vegetable_garden
 veterinarians_office viaduct village vineyard volcano volleyball_court/outdoor waiting_room water_park
 water_tower waterfall watering_hole wave wet_bar wheat_field wind_farm windmill yard youth_hostel zen_garden
-""".split()
-)
+"""
+
+CATEGORIES: tuple[str, ...] = tuple(_NAMES.split())

@@ -26,7 +26,6 @@ from ..video.geometry import View
 from ..weights import check_sha256, load_into, load_weights, state_sha256
 from .efficientnet_lite import efficientnet_lite0
 from .recipe import (
-    Preprocessing,
     Recipe,
     TeacherSpec,
     apply_view_options,
