@@ -1,0 +1,167 @@
+"""Check everything that can be checked of a store without its videos, and drop what is broken."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from ..errors import StoreError
+from . import format as fmt
+from .average import entropy
+from .index import OK, StoreIndex
+from .shard import digest_bytes
+from .shardfile import ShardedRows
+
+# Entropies come from float32 logits, the check from the stored float16: measured 0.005 nats at the 99th
+# percentile (docs/benchmarks.md); a wrong row is off by far more.
+ENTROPY_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong. `shard` is None where no shard can be named, `teacher` for frame tables."""
+
+    what: str
+    shard: int | None = None
+    teacher: str | None = None
+
+    def __str__(self) -> str:
+        place = f"shard {self.shard:06d}" if self.shard is not None else "store"
+        return f"{place}, {self.teacher or 'frames'}: {self.what}"
+
+
+def verify(root: Path, index: StoreIndex, advance: Callable[[int], Any] = lambda n: None) -> Iterator[Finding]:
+    """Findings in order of shards: structure, missing commits, digests, crc, counts, finiteness, entropies."""
+    yield from _structure(root, index)
+    for shard in range(index.n_shards):
+        if shard not in index.frame_commits:
+            yield Finding("planned, but not committed: extraction unfinished, or the commit was deleted", shard)
+        else:
+            yield from _frames(root, index, shard)
+        for name, teacher in index.teachers.items():
+            if shard in teacher.shards:
+                yield from _teacher(root, index, shard, name)
+            elif shard in index.frame_commits:
+                yield Finding("no rows: extraction unfinished, or the commit was deleted", shard, name)
+        advance(1)
+
+
+def drop_commits(root: Path, findings: list[Finding]) -> int:
+    """Remove the commits of broken shards, so that the next extraction fills them again; returns how many.
+
+    Rows of teachers hang on the frame tables, so a broken frame shard takes its teachers' commits along.
+    """
+    broken: set[Path] = set()
+    for f in findings:
+        if f.shard is None:
+            continue
+        if f.teacher is None:
+            broken.add(root / f"commits/frames/{f.shard:06d}")
+            broken.update(p / f"{f.shard:06d}" for p in (root / "commits/teachers").iterdir() if p.is_dir())
+        else:
+            broken.add(root / f"commits/teachers/{f.teacher}/{f.shard:06d}")
+    there = [p for p in broken if p.exists()]
+    for path in sorted(there, reverse=True):  # teachers before the frames they hang on
+        shutil.rmtree(path)
+        fmt.fsync_path(path.parent)
+    return len(there)
+
+
+def _structure(root: Path, index: StoreIndex) -> Iterator[Finding]:
+    rows = index.n_shards * index.shard_rows
+    specs = [(s, index.n_videos, None) for s in fmt.video_specs()]
+    specs += [(s, len(index.video), None) for s in fmt.segment_specs()]
+    specs += [(s, rows, None) for s in fmt.frame_specs()] if rows else []
+    for name in index.teachers if rows else ():
+        specs += [(s, rows, name) for s in fmt.teacher_specs(name, 1)]
+    for spec, length, teacher in specs:
+        try:
+            array = zarr.open_array(root / spec.path, mode="r")
+        except (OSError, ValueError, KeyError) as error:
+            yield Finding(f"array {spec.path} cannot be opened ({error})", None, teacher)
+            continue
+        if array.shape[0] < length:
+            yield Finding(f"array {spec.path} has {array.shape[0]} rows, {length} are planned", None, teacher)
+        if array.metadata.dimension_names != spec.dims:  # type: ignore[union-attr]
+            yield Finding(f"array {spec.path} has dimensions {array.metadata.dimension_names}", None, teacher)  # type: ignore[union-attr]
+
+
+def _frames(root: Path, index: StoreIndex, shard: int) -> Iterator[Finding]:
+    commit = index.frame_commits[shard]
+    bad = list(_files(root, commit["files"], shard, None))
+    yield from bad
+    rows, first = np.asarray(commit["rows"], np.int64), np.asarray(commit["first_row"], np.int64)
+    if rows.sum() > index.shard_rows or (first[rows > 0] != (np.cumsum(rows) - rows)[rows > 0]).any():
+        yield Finding("its commit's rows overlap or do not fit the shard", shard)
+        return
+    if bad:
+        return
+    total = int(rows.sum())
+    base = shard * index.shard_rows
+    try:
+        video, frame, pts = (_rows(root, spec, base, total) for spec in fmt.frame_specs())
+    except StoreError as error:
+        yield Finding(str(error), shard)
+        return
+    owner = np.repeat(index.video[np.asarray(commit["segment"], np.int64)], rows)
+    if (video != owner).any():
+        yield Finding(f"{int((video != owner).sum())} rows name another video than their segment", shard)
+    same = np.diff(np.repeat(np.arange(len(rows)), rows)) == 0
+    if (np.diff(frame)[same] <= 0).any() or (np.diff(pts)[same] <= 0).any():
+        yield Finding("frame indices or pts do not ascend inside a segment", shard)
+
+
+def _teacher(root: Path, index: StoreIndex, shard: int, name: str) -> Iterator[Finding]:
+    teacher = index.teachers[name]
+    bad = list(_files(root, teacher.commits[shard]["files"], shard, name))
+    yield from bad
+    if bad or shard not in index.frame_commits:
+        return
+    commit = index.frame_commits[shard]
+    good = [(f, n) for s, f, n in zip(commit["segment"], commit["first_row"], commit["rows"], strict=True)
+            if index.state[s] == OK and s not in teacher.failed]  # fmt: skip
+    if sum(n for _, n in good) != teacher.commits[shard]["rows"]:
+        yield Finding(f"holds rows of {sum(n for _, n in good)} frames, its commit says "
+                      f"{teacher.commits[shard]['rows']}", shard, name)  # fmt: skip
+    base = shard * index.shard_rows
+    rows = np.concatenate([np.arange(base + f, base + f + n) for f, n in good] or [np.empty(0, np.int64)])
+    try:
+        logits = ShardedRows(root / "teachers" / name / "logits")
+        entropies = ShardedRows(root / "teachers" / name / "entropy").read(rows)
+        worst = 0.0
+        for at in range(0, len(rows), 2048):
+            z = logits.read(rows[at : at + 2048]).astype(np.float32)
+            h = entropies[at : at + 2048]
+            if not (np.isfinite(z).all() and np.isfinite(h).all()):
+                yield Finding("rows are not finite", shard, name)
+                return
+            worst = max(worst, float(np.abs(entropy(z) - h).max(initial=0)))
+    except StoreError as error:
+        yield Finding(str(error), shard, name)
+        return
+    if worst > ENTROPY_TOLERANCE:
+        yield Finding(f"an entropy is {worst:.3f} nats off its logits", shard, name)
+
+
+def _files(root: Path, files: dict[str, Any], shard: int, teacher: str | None) -> Iterator[Finding]:
+    for name, record in files.items():
+        try:
+            data = (root / name).read_bytes()
+        except OSError as error:
+            yield Finding(f"{name} is missing ({error.strerror})", shard, teacher)
+            continue
+        if len(data) != record["size"]:
+            yield Finding(f"{name} has {len(data)} bytes, committed were {record['size']}", shard, teacher)
+        elif digest_bytes(data) != record["blake2b"]:
+            yield Finding(f"{name} differs from what was committed (digest)", shard, teacher)
+
+
+def _rows(root: Path, spec: fmt.ArraySpec, first: int, count: int) -> NDArray[Any]:
+    return ShardedRows(root / spec.path).read(np.arange(first, first + count))
