@@ -144,9 +144,7 @@ def _check(dataset: str, split: int, source: str, root: str, rows: list[_Row]) -
     rows = _one_row_per_file(source, root, rows)
     classes = _classes(source, rows)
     index = {name: i for i, name in enumerate(classes)}
-    sides = {
-        side: tuple(Labelled(row.path, index[row.label]) for row in rows if row.side == side) for side in SIDES
-    }
+    sides = {side: tuple(Labelled(row.path, index[row.label]) for row in rows if row.side == side) for side in SIDES}
     return Labels(dataset, split, root, classes, sides["train"], sides["test"])
 
 

@@ -97,9 +97,7 @@ def estimate_class_mean(
     right, present = class_values(top1, labels, k)
     there = present.any(axis=0)
     value = (right[:, there].sum(axis=0) / present[:, there].sum(axis=0)).mean()
-    means = np.nanmean(
-        bootstrap_ratios(right[:, there], present[:, there], resamples=resamples, seed=seed), axis=1
-    )
+    means = np.nanmean(bootstrap_ratios(right[:, there], present[:, there], resamples=resamples, seed=seed), axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Estimate(float(value), float(low), float(high))
 

@@ -42,7 +42,8 @@ def test_starts_are_the_formula(n_frames: int, need: int, k: int) -> None:
 def test_ten_clips_of_every_length_reach_both_ends() -> None:
     for n in range(1, 400):
         starts = clip_starts(n, 8)
-        assert starts[0] == 0 and starts[-1] == max(n - 8, 0)
+        assert starts[0] == 0
+        assert starts[-1] == max(n - 8, 0)
         assert len(starts) == 10
     assert clip_starts(21, 8, 1).tolist() == [6]
     with pytest.raises(ValueError, match="at least 1, got 0"):
@@ -101,7 +102,8 @@ def test_interval_of_a_mean_has_the_spread_of_the_binomial() -> None:
     chances = np.cumsum([_binomial(100, 0.3, i) for i in range(101)])
     low, high = (int(np.searchsorted(chances, q)) / 100 for q in (0.025, 0.975))
     assert found.value == pytest.approx(0.3)
-    assert found.low == pytest.approx(low, abs=0.011) and found.high == pytest.approx(high, abs=0.011)
+    assert found.low == pytest.approx(low, abs=0.011)
+    assert found.high == pytest.approx(high, abs=0.011)
     assert estimate_mean(values) == found, "the bootstrap is seeded"
 
 

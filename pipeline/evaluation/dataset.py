@@ -1,0 +1,128 @@
+"""Clips of labelled videos: random ones to train on, ten fixed ones of each video to test with.
+
+Shapes: T frames, C channels, H W pixels, N clips of a test video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..corpus.sources import escape_path
+from ..errors import TrainingError, VideoError
+from ..training.draws import epoch_position, rng
+from ..training.loader import Key
+from ..video.clips import count_frames, read_frames
+from ..video.transforms import ClipView, center_crop, crop_and_flip
+from .labels import Labelled, Labels
+from .starts import clip_frames, clip_starts
+
+MAX_BROKEN_IN_A_ROW = 20
+
+
+class LabelledClips:
+    """dataset[(epoch, sample)] -> a random training clip, a pure function of the seed and the key.
+
+    "clip": uint8 [C, T, H, W]; "label": int; "video": index into `labels.train`; "name": its path;
+    "start": first frame; "broken": [(path, reason)] of the videos that could not be read for this sample and
+    were drawn again.
+
+    The train view of FACTS §3: consecutive frames at a random start, resized, randomly cropped and mirrored.
+    An epoch is a stretch of `epoch_clips` of seeded permutations of the videos. Raises TrainingError after
+    20 unreadable videos for one sample.
+    """
+
+    def __init__(self, labels: Labels, view: ClipView, *, length: int, seed: int, epoch_clips: int) -> None:
+        self.labels = labels
+        self.view = view
+        self.length = length
+        self.seed = seed
+        self.epoch_clips = epoch_clips
+        # Per process: a frame count costs a demux, and neither it nor a failure changes during a run.
+        self._counts: dict[int, int] = {}
+        self._failed: dict[int, str] = {}
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, sample = key
+        broken: list[tuple[str, str]] = []
+        for attempt in range(MAX_BROKEN_IN_A_ROW):
+            draw = rng(self.seed, epoch, sample, attempt)
+            video = self._video(epoch, sample, attempt, draw)
+            try:
+                clip, start = self._read(video, draw)
+            except VideoError as error:
+                self._failed[video] = str(error)
+                broken.append((self.name(video), str(error)))
+                continue
+            return {
+                "clip": clip,
+                "label": self.labels.train[video].label,
+                "video": video,
+                "name": self.name(video),
+                "start": start,
+                "broken": broken,
+            }
+        raise TrainingError(
+            f"{len(broken)} training videos in a row could not be read, the last: {broken[-1][0]}: {broken[-1][1]}"
+        )
+
+    def name(self, video: int) -> str:
+        """The path of a training video as listed, as text that can be printed."""
+        return escape_path(self.labels.train[video].path)
+
+    def _video(self, epoch: int, sample: int, attempt: int, draw: np.random.Generator) -> int:
+        n = len(self.labels.train)
+        if attempt == 0:
+            return epoch_position(self.seed, epoch, sample, epoch_clips=self.epoch_clips, n=n)
+        return int(draw.integers(n))
+
+    def _read(self, video: int, draw: np.random.Generator) -> tuple[Tensor, int]:
+        """uint8 [C, T, H, W] and its first frame. VideoError with the reason."""
+        if video in self._failed:
+            raise VideoError(self._failed[video])
+        path = self.labels.absolute(self.labels.train[video])
+        if video not in self._counts:
+            self._counts[video] = count_frames(path)
+        total = self._counts[video]
+        start = int(draw.integers(max(total - self.length, 0) + 1))
+        down, across, mirror = draw.random(3)
+        images = read_frames(path, clip_frames(start, self.length, total), self.view.frame_view()).images
+        size = self.view.size
+        top, left = int(down * (images.shape[1] - size + 1)), int(across * (images.shape[2] - size + 1))
+        return crop_and_flip(images, top, left, size, bool(mirror < self.view.flip)), start
+
+
+class EvaluationClips:
+    """dataset[(0, i)] -> the N test clips of the i-th of `videos`, read in one pass over the file.
+
+    "video": index into `videos`; and either "clips" uint8 [N, C, T, H, W], "starts" int64 [N], "frames" int
+    (of the whole video), or "error", the reason why it cannot be read. The test view of FACTS §3: starts
+    ⌊i·(n − T)/(N − 1)⌋, resized, center crop.
+    """
+
+    def __init__(self, labels: Labels, videos: Sequence[Labelled], view: ClipView, *, length: int, clips: int) -> None:
+        self.labels = labels
+        self.videos = list(videos)
+        self.view = view
+        self.length = length
+        self.clips = clips
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        _, i = key
+        try:
+            return {"video": i, **self._read(self.labels.absolute(self.videos[i]))}
+        except VideoError as error:
+            return {"video": i, "error": str(error)}
+
+    def _read(self, path: str) -> dict[str, Any]:
+        total = count_frames(path)
+        starts = clip_starts(total, self.length, self.clips)
+        frames = np.stack([clip_frames(int(start), self.length, total) for start in starts])
+        wanted, place = np.unique(frames, return_inverse=True)
+        images = center_crop(read_frames(path, wanted, self.view.frame_view()).images, self.view.size)
+        clips = images[:, torch.from_numpy(place.reshape(frames.shape))]  # [C, N, T, H, W]
+        return {"clips": clips.transpose(0, 1).contiguous(), "starts": torch.from_numpy(starts), "frames": total}

@@ -1,0 +1,111 @@
+"""From a model and test videos to the tables of predictions.h5.
+
+Shapes: B clips of a forward pass, N clips of a video, C channels, T frames, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+from ..training.loader import EachOnce, Key, KeyedDataset, read_batches
+from ..video.transforms import normalize_clip
+from .classification import HEAD
+from .predictions import Predictions
+
+SAVE_EVERY_S = 60.0
+
+
+class _Pending:
+    """The videos that still lack a result, renumbered from 0."""
+
+    def __init__(self, dataset: KeyedDataset, videos: list[int]) -> None:
+        self.dataset = dataset
+        self.videos = videos
+
+    def __getitem__(self, key: Key) -> object:
+        return self.dataset[(0, self.videos[key[1]])]
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    dataset: KeyedDataset,
+    predictions: Predictions,
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    done: Callable[[int], None] = lambda videos: None,
+    save: Callable[[], None] = lambda: None,
+) -> None:
+    """Fills in the pending videos of `predictions` from dataset[(0, video)] (see EvaluationClips).
+
+    Always float32, whatever the training's precision: scores then differ by less than 1e-4 between batch sizes.
+    done(1) is called after each video, save() about once a minute. Raises TrainingError when the model's
+    scores are not finite, for no accuracy of such a model means anything.
+    """
+    model.to(device).eval()
+    pending = predictions.pending
+    rows = read_batches(_Pending(dataset, pending), EachOnce(len(pending), 1), workers=workers, device=device)  # type: ignore[arg-type]
+    waiting: list[dict[str, Tensor]] = []
+    saved = time.monotonic()
+    with _exact_float32(device):
+        for row in rows:
+            video = int(row["video"][0])
+            if "error" in row:
+                predictions.fail(video, row["error"][0])
+                done(1)
+            else:
+                waiting.append(row)
+            if sum(r["clips"].shape[1] for r in waiting) >= batch_size:
+                _score(model, waiting, predictions, batch_size, device, done)
+                waiting = []
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                save()
+                saved = time.monotonic()
+        if waiting:
+            _score(model, waiting, predictions, batch_size, device, done)
+
+
+def _score(
+    model: nn.Module,
+    rows: list[dict[str, Tensor]],
+    predictions: Predictions,
+    batch_size: int,
+    device: torch.device,
+    done: Callable[[int], None],
+) -> None:
+    """Scores the clips of whole videos in passes of at most `batch_size` clips."""
+    clips = torch.cat([row["clips"][0] for row in rows])  # [ΣN, C, T, H, W]
+    scores = torch.cat([clip_scores(model, part.to(device, non_blocking=True)) for part in clips.split(batch_size)])
+    for row, own in zip(rows, scores.cpu().split([row["clips"].shape[1] for row in rows]), strict=True):
+        video = int(row["video"][0])
+        if not bool(torch.isfinite(own).all()):
+            raise TrainingError(
+                f"the scores of {predictions.videos[video]!r} are not finite: the weights are damaged or have diverged"
+            )
+        predictions.set_scores(video, own.numpy(), row["starts"][0].numpy().astype(np.int64), int(row["frames"][0]))
+        done(1)
+
+
+def clip_scores(model: nn.Module, clips: Tensor) -> Tensor:
+    """clips uint8 [B, C, T, H, W] -> float32 [B, K]: the softmax over the labels of each clip."""
+    logits: Tensor = model(normalize_clip(clips, torch.float32))[HEAD]
+    return logits.float().softmax(dim=1)
+
+
+@contextmanager
+def _exact_float32(device: torch.device) -> Iterator[None]:
+    """No TF32 on a GPU: its convolutions round differently for every batch size."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+        yield

@@ -1,0 +1,160 @@
+"""The table of accuracies, the paired differences, and the line on how little a small test set proves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.metrics import Estimate, estimate_difference, video_values
+from .runs import Run
+from .tables import Column, Table
+
+MEASURES = {"per_clip": "per clip", "top1": "top 1", "top5": "top 5", "class_mean": "mean per class"}
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """top 1 of `run` minus that of `base`, both tested on the same videos. Fractions."""
+
+    run: Run
+    base: Run
+    videos: int
+    estimate: Estimate
+
+    @property
+    def decided(self) -> bool:
+        return self.estimate.low > 0 or self.estimate.high < 0
+
+    def sentence(self) -> str:
+        e = self.estimate
+        verdict = (
+            "which does not contain 0: on these videos the order is clear, for these two runs and their one seed each"
+            if self.decided
+            else "which contains 0: these videos do not show which of the two is better"
+        )
+        return (
+            f"{self.run.name} − {self.base.name}: {signed(e.value)} points of top 1 on the same {self.videos} test "
+            f"videos, 95 % interval {signed(e.low)} to {signed(e.high)}, {verdict}."
+        )
+
+
+def percent(estimate: dict[str, float] | Estimate | None) -> str:
+    """`54.3 [37.1–71.4]`, in percent; a dash where there is nothing."""
+    if estimate is None:
+        return DASH
+    e = estimate if isinstance(estimate, Estimate) else Estimate(**estimate)
+    return f"{100 * e.value:.1f} [{100 * e.low:.1f}–{100 * e.high:.1f}]"
+
+
+def signed(fraction: float) -> str:
+    """`+11.4` or `−5.7`, in points."""
+    return f"{100 * fraction:+.1f}".replace("-", "−")
+
+
+def accuracy_table(runs: Sequence[Run]) -> Table:
+    """One row a finetuned run; runs without an evaluation are shown as missing."""
+    columns = [Column("run"), Column("init"), Column("data set"), Column("split", True), Column("test videos", True)]
+    table = Table("Accuracy, % [95 % interval]", [*columns, *(Column(name, True) for name in MEASURES.values())])
+    for run in runs:
+        m = run.metrics
+        if m is None:
+            table.add(run.name, run.init, run.dataset, run.split, *["missing"] * (1 + len(MEASURES)))
+            continue
+        videos = f"{m['videos']}" + (f" ({run.failed} unread)" if run.failed else "")
+        cells = [DASH if name == "top5" and _few_classes(run) else percent(m[name]) for name in MEASURES]
+        table.add(run.name, run.init, run.dataset, run.split, videos, *cells)
+    table.notes = _table_notes(runs)
+    return table
+
+
+def _few_classes(run: Run) -> bool:
+    return run.predictions is not None and len(run.predictions.classes) <= 5
+
+
+def _table_notes(runs: Sequence[Run]) -> list[str]:
+    evaluated = [run for run in runs if run.metrics]
+    notes = []
+    if any(run.metrics is None for run in runs):
+        notes.append("missing: the run is not finished, or was not evaluated.")
+    if any(run.failed for run in evaluated):
+        notes.append("unread: test videos that could not be read; each counts as wrong in every number.")
+    if any(_few_classes(run) for run in evaluated):
+        notes.append(f"{DASH}: with five classes or fewer, top 5 is always right.")
+    if evaluated:
+        chances = sorted({len(run.predictions.classes) for run in evaluated if run.predictions})
+        guesses = ", ".join(f"{100 / k:.1f} % with {k} classes" for k in chances)
+        notes.append(f"Guessing among equally frequent classes scores {guesses}.")
+    return notes
+
+
+def accuracy_numbers(runs: Sequence[Run]) -> Table:
+    """The same as plain numbers for a CSV: fractions, each with the ends of its interval; empty where missing."""
+    columns = ["run", "path", "init", "dataset", "split", "classes", "test_videos", "unread_videos"]
+    columns += [name + end for name in MEASURES for end in ("", "_low", "_high")]
+    table = Table("accuracy", [Column(name) for name in columns])
+    for run in runs:
+        head = [run.name, str(run.path), run.init, str(run.config.get("dataset", "")), run.split]
+        if run.metrics is None or run.predictions is None:
+            table.add(*head, *[""] * (len(columns) - len(head)))
+            continue
+        head += [str(len(run.predictions.classes)), str(run.metrics["videos"]), str(run.failed)]
+        cells = [repr(run.metrics[name][end]) for name in MEASURES for end in ("value", "low", "high")]
+        table.add(*head, *cells)
+    return table
+
+
+def differences(runs: Sequence[Run]) -> list[Difference]:
+    """Each run against the one that its test videos' base is: the first from scratch, else the first.
+
+    Only runs on the same test videos with the same labels are compared; their videos are paired.
+    """
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        if run.predictions is not None:
+            groups.setdefault(tuple(sorted(_labelled(run).items())), []).append(run)
+    found = []
+    for group in groups.values():
+        base = next((run for run in group if run.init == "scratch"), group[0])
+        found += [_difference(run, base) for run in group if run is not base]
+    return found
+
+
+def _labelled(run: Run) -> dict[str, str]:
+    p = run.predictions
+    return {} if p is None else {video: p.classes[int(k)] for video, k in zip(p.videos, p.labels, strict=True)}
+
+
+def _top1(run: Run) -> dict[str, float]:
+    p = run.predictions
+    if p is None:
+        return {}
+    return dict(zip(p.videos, video_values(p.clip_scores, p.labels)["top1"].tolist(), strict=True))
+
+
+def _difference(run: Run, base: Run) -> Difference:
+    ours, theirs = _top1(run), _top1(base)
+    videos = sorted(ours)
+    a, b = (np.array([side[video] for video in videos]) for side in (ours, theirs))
+    return Difference(run, base, len(videos), estimate_difference(a, b))
+
+
+def how_little(runs: Sequence[Run], found: Sequence[Difference]) -> list[str]:
+    """What these test sets can and cannot show, computed from their sizes and intervals."""
+    lines = [difference.sentence() for difference in found]
+    sizes = sorted({run.metrics["videos"] for run in runs if run.metrics})
+    for n in sizes:
+        widths = [_width(run.metrics["top1"]) for run in runs if run.metrics and run.metrics["videos"] == n]
+        lines.append(
+            f"With {n} test videos one video is worth {100 / n:.1f} points, and the 95 % interval of top 1 is "
+            f"{100 * max(widths):.0f} points wide. It covers the choice of test videos alone, not the seed of the "
+            f"training, and is too narrow where several videos show the same scene."
+        )
+    return lines
+
+
+def _width(estimate: dict[str, float]) -> float:
+    return estimate["high"] - estimate["low"]

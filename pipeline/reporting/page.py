@@ -1,0 +1,237 @@
+"""The report as one HTML page that needs nothing but itself, and the same as Markdown."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from .accuracy import Difference, accuracy_table, differences, how_little, percent, signed
+from .charts import Line, Whisker, line_chart, whisker_chart
+from .runs import Run
+from .tables import Column, Table
+
+STYLE = """
+:root { --ink: #1a1a1a; --soft: #5c5c5c; --rule: #d9d9d9; --band: #f6f7f8; }
+body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: var(--ink);
+  background: #fff; margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 62rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--rule); }
+p { margin: .4rem 0; max-width: 48rem; }
+.lead, .note, figcaption { color: var(--soft); }
+.note, figcaption { font-size: .88rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
+caption { text-align: left; font-weight: 600; padding: .2rem 0 .4rem; }
+th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; }
+thead th { border-bottom: 2px solid var(--ink); font-weight: 600; white-space: nowrap; }
+tbody td { border-bottom: 1px solid var(--rule); overflow-wrap: anywhere; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+ul.findings { padding-left: 1.2rem; max-width: 48rem; }
+ul.findings li { margin: .4rem 0; }
+figure { margin: 1rem 0; }
+svg { max-width: 100%; height: auto; display: block; font: 12px system-ui, Arial, sans-serif; }
+svg text { fill: var(--ink); }
+svg .grid { stroke: var(--rule); stroke-width: 1; }
+details { margin: .5rem 0; border: 1px solid var(--rule); border-radius: 4px; padding: .4rem .8rem; }
+summary { cursor: pointer; font-weight: 600; }
+details h3 { font-size: .95rem; margin: .9rem 0 .2rem; }
+pre { background: var(--band); padding: .7rem; overflow-x: auto; font-size: .8rem; line-height: 1.4; }
+@media print { body { max-width: none; padding: 0; font-size: 11pt; } details { break-inside: avoid; }
+  figure, table { break-inside: avoid; } }
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is shown, computed once for all forms."""
+
+    runs: Sequence[Run]
+    accuracy: Table
+    differences: Sequence[Difference]
+    findings: Sequence[str]
+    students: Table | None
+
+    @property
+    def finetuned(self) -> list[Run]:
+        return [run for run in self.runs if run.kind == "finetune"]
+
+
+def make_report(runs: Sequence[Run]) -> Report:
+    """Recomputes every number from the runs' predictions."""
+    finetuned = [run for run in runs if run.kind == "finetune"]
+    found = differences(finetuned)
+    return Report(runs, accuracy_table(finetuned), found, how_little(finetuned, found), student_table(runs))
+
+
+def student_table(runs: Sequence[Run]) -> Table | None:
+    """One row a student run; None where there is none."""
+    students = [run for run in runs if run.kind == "student"]
+    if not students:
+        return None
+    columns = [Column("run"), Column("student"), Column("teachers"), Column("steps", True)]
+    table = Table("Students", [*columns, Column("loss of last epoch", True), Column("clips/s", True)])
+    for run in students:
+        r = run.result
+        if not r:
+            table.add(run.name, _architecture(run), *["missing"] * 4)
+            continue
+        loss, rate = _find(r, "train_loss"), _find(r, "clips_per_second")
+        teachers = _find(r, "teachers")
+        table.add(
+            run.name,
+            _architecture(run),
+            ", ".join(map(str, teachers)) if teachers else "–",
+            str(_find(r, "steps") or "–"),
+            "–" if loss is None else f"{loss:.3f}",
+            "–" if rate is None else f"{rate:.1f}",
+        )
+    return table
+
+
+def _architecture(run: Run) -> str:
+    student = run.config.get("student") or {}
+    words = [str(student.get("architecture", "–"))]
+    if student.get("variant") == "vmz":
+        words.append("vmz")
+    if student.get("width", 1.0) != 1.0:
+        words.append(f"width {student['width']}")
+    return ", ".join(words)
+
+
+def _find(values: dict[str, Any], key: str) -> Any:
+    """A key at the top of a result or one level down."""
+    if key in values:
+        return values[key]
+    return next((inner[key] for inner in values.values() if isinstance(inner, dict) and key in inner), None)
+
+
+def to_markdown(report: Report) -> str:
+    parts = ["# DistInit report\n"]
+    if report.finetuned:
+        parts += [report.accuracy.to_markdown(), "### What these numbers show\n"]
+        parts += [f"- {line}" for line in report.findings] + [""]
+    if report.students is not None:
+        parts.append(report.students.to_markdown())
+    for run in report.runs:
+        for failure in run.metrics["failed"] if run.metrics else []:
+            parts.append(f"- {run.name}: counted as wrong, could not be read: {failure['video']}: {failure['reason']}")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def to_html(report: Report, version: str) -> str:
+    sections = []
+    if report.finetuned:
+        sections += [_accuracy_section(report), _findings_section(report)]
+    if report.students is not None:
+        sections.append(f"<h2>Students</h2><div class=scroll>{report.students.to_html()}</div>")
+    sections += [_curves_section(report), _details_section(report)]
+    return (
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>DistInit report</title><style>{STYLE}</style></head><body>\n"
+        f"<h1>DistInit report</h1><p class=lead>{len(report.runs)} runs, distinit {html.escape(version)}. Every "
+        "accuracy is recomputed from the run’s <code>predictions.h5</code>; the settings and identities behind it "
+        "are at the end of the page.</p>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</body></html>\n"
+    )
+
+
+def _accuracy_section(report: Report) -> str:
+    whiskers = [
+        Whisker(f"{run.name}", *(100 * run.metrics["top1"][end] for end in ("value", "low", "high")))
+        for run in report.finetuned
+        if run.metrics
+    ]
+    chart = whisker_chart(whiskers, x_label="top 1 accuracy, %")
+    figure = _figure(chart, "Top 1 of each run (dot) and its 95 % bootstrap interval over the test videos (line).")
+    return f"<h2>Accuracy</h2><div class=scroll>{report.accuracy.to_html()}</div>{figure}"
+
+
+def _findings_section(report: Report) -> str:
+    if not report.findings:
+        return ""
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in report.findings)
+    rows = [
+        Whisker(
+            f"{d.run.name} − {d.base.name}", *(100 * v for v in (d.estimate.value, d.estimate.low, d.estimate.high))
+        )
+        for d in report.differences
+    ]
+    chart = whisker_chart(rows, x_label="difference in top 1, points", zero=True)
+    figure = _figure(
+        chart,
+        "Paired differences on the same test videos with their 95 % intervals. "
+        "A line that crosses zero leaves open which run is better.",
+    )
+    return f"<h2>What these numbers show</h2><ul class=findings>{items}</ul>{figure}"
+
+
+def _curves_section(report: Report) -> str:
+    figures = []
+    for kind, title in (("student", "Distillation loss"), ("finetune", "Finetuning loss")):
+        runs = [run for run in report.runs if run.kind == kind]
+        lines: list[Line] = [run.curve("loss") for run in runs]
+        chart = line_chart(lines, x_label="step", y_label="loss")
+        figures.append(_figure(chart, f"{title} by step of each {kind} run, as logged during training."))
+    content = "".join(figures)
+    return f"<h2>Training</h2>{content}" if content else ""
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" if svg else ""
+
+
+def _details_section(report: Report) -> str:
+    return "<h2>Settings and identities</h2>" + "\n".join(_details(run) for run in report.runs)
+
+
+def _details(run: Run) -> str:
+    parts = [f"<p class=note>{html.escape(str(run.path))}</p>"]
+    if run.metrics is not None:
+        parts.append(_failures(run.metrics["failed"]))
+        parts.append(f"<div class=scroll>{_class_table(run.metrics['per_class']).to_html()}</div>")
+        parts.append(_block("Test protocol", _yaml(run.metrics["protocol"])))
+    if run.predictions is not None:
+        parts.append(_block("Identity of what was tested", _yaml(run.predictions.identity)))
+    parts.append(_block("Configuration as used", _yaml(run.config)))
+    result = {key: value for key, value in run.result.items() if key not in ("metrics", "config")}
+    if result:
+        parts.append(_block("Result", _yaml(result)))
+    shown = f", top 1 {percent(run.metrics['top1'])}" if run.metrics else ""
+    return f"<details><summary>{html.escape(run.name + shown)}</summary>{''.join(parts)}</details>"
+
+
+def _failures(failed: list[dict[str, str]]) -> str:
+    if not failed:
+        return ""
+    table = Table("Test videos that could not be read, counted as wrong", [Column("video"), Column("reason")])
+    for failure in failed:
+        table.add(failure["video"], failure["reason"])
+    return f"<div class=scroll>{table.to_html()}</div>"
+
+
+def _class_table(per_class: dict[str, dict[str, int]]) -> Table:
+    columns = [Column("class"), Column("right", True), Column("test videos", True), Column("top 1, %", True)]
+    table = Table("Each class", columns)
+    for name, count in per_class.items():
+        share = f"{100 * count['right'] / count['videos']:.1f}" if count["videos"] else "–"
+        table.add(name, str(count["right"]), str(count["videos"]), share)
+    return table
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    plain = json.loads(json.dumps(values, default=str))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _block(title: str, text: str) -> str:
+    return f"<h3>{html.escape(title)}</h3><pre>{html.escape(text)}</pre>"
+
+
+__all__ = ["Report", "make_report", "signed", "to_html", "to_markdown"]

@@ -1,0 +1,166 @@
+"""Run folders as a report sees them: what was asked for, what came out, and how training went.
+
+A run folder holds `config.yaml` (one section, named after its command), `metrics.jsonl` (training), and when its
+command is done `result.json`; a finetuned one `predictions.h5` as well. Accuracies are recomputed from the
+predictions; result.json is only believed for what cannot be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ..errors import SourceError
+from ..evaluation.predictions import Predictions, metrics_from_file
+from .charts import Line
+
+KINDS = {"train-student": "student", "finetune": "finetune"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `metrics` and `predictions` are None where the run has not been evaluated (yet)."""
+
+    name: str
+    path: Path
+    kind: str  # "student" or "finetune"
+    config: dict[str, Any]
+    result: dict[str, Any]
+    metrics: dict[str, Any] | None
+    predictions: Predictions | None
+    history: list[dict[str, Any]]
+
+    @property
+    def init(self) -> str:
+        """How the backbone began, as a reader says it: `scratch`, or the run or file it came from."""
+        typed = str(self.config.get("init", "scratch"))
+        return typed if typed == "scratch" else f"student {short_path(typed)}"
+
+    @property
+    def dataset(self) -> str:
+        return short_dataset(str(self.config.get("dataset", "")))
+
+    @property
+    def split(self) -> str:
+        return str(self.result.get("split") or self.config.get("split") or 1)
+
+    @property
+    def failed(self) -> int:
+        return len(self.metrics["failed"]) if self.metrics else 0
+
+    def curve(self, key: str) -> Line:
+        """The logged values of `key` during training, by step."""
+        points = [(r["step"], r[key]) for r in self.history if isinstance(r.get(key), int | float) and "step" in r]
+        values = np.array(points, dtype=np.float64).reshape(-1, 2)
+        return Line(self.name, values[:, 0], values[:, 1])
+
+
+def find_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """The runs in these folders, each itself a run or a folder of runs, in the order given, then by name.
+
+    Raises SourceError where a folder does not exist or holds no run.
+    """
+    found: dict[Path, None] = {}
+    for folder in folders:
+        root = Path(folder)
+        if not root.is_dir():
+            raise SourceError(f"{folder}: no such folder of runs")
+        runs = [Path(path).resolve() for path in _walk(root)]
+        if not runs:
+            raise SourceError(
+                f"{folder}: no run in it (a run folder holds the config.yaml of train-student or finetune)"
+            )
+        found.update(dict.fromkeys(runs))
+    names = _distinct_names(list(found))
+    return [read_run(path, name) for path, name in zip(found, names, strict=True)]
+
+
+def _walk(root: Path) -> list[str]:
+    paths = []
+    for here, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.endswith(".zarr"))
+        if "config.yaml" in files and _kind(Path(here)) is not None:
+            paths.append(here)
+            folders.clear()  # a run holds no other runs
+    return paths
+
+
+def _kind(path: Path) -> str | None:
+    config = _read_config(path)
+    return next((kind for command, kind in KINDS.items() if command in config), None)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}  # a foreign config.yaml makes no run
+    return content if isinstance(content, dict) else {}
+
+
+def _distinct_names(paths: list[Path]) -> list[str]:
+    """Folder names, with as many parents as tell them apart."""
+    depth = 1
+    while True:
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+        depth += 1
+
+
+def read_run(path: Path, name: str) -> Run:
+    """One run folder; PredictionsError if its predictions.h5 is damaged."""
+    config = _read_config(path)
+    command, kind = next(item for item in KINDS.items() if item[0] in config)
+    result, predictions, metrics = _read_json(path / "result.json"), None, None
+    file = path / "predictions.h5"
+    if kind == "finetune" and result and file.exists():
+        metrics, predictions = metrics_from_file(file), Predictions.read(file)
+    return Run(name, path, kind, config[command] or {}, result, metrics, predictions, _read_history(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise SourceError(f"{path}: not JSON ({error})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _read_history(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; the last one may be half written while the run is alive."""
+    file = path / "metrics.jsonl"
+    if not file.exists():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def short_path(path: str) -> str:
+    """The last part of a path that says something: a run's folder, not the file in it."""
+    p = Path(path)
+    generic = p.suffix in (".safetensors", ".pt") and p.stem in ("student", "model", "last", "best")
+    return (p.parent if generic else p).name or path
+
+
+def short_dataset(dataset: str) -> str:
+    """`csv:/data/har7/labels.csv` → `har7/labels.csv`, `folder:/data/mine` → `mine`."""
+    kind, colon, path = dataset.partition(":")
+    if not colon:
+        return dataset
+    parts = Path(path).parts
+    return "/".join(parts[-2:] if kind == "csv" else parts[-1:])

@@ -1,0 +1,89 @@
+"""One table, four ways to show it: on a terminal, as Markdown, as CSV and as HTML."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading; numbers stand to the right."""
+
+    title: str
+    number: bool = False
+
+
+@dataclass
+class Table:
+    """Cells are text as a person reads it; `notes` stand below, a line each."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, *cells: str) -> None:
+        if len(cells) != len(self.columns):
+            raise ValueError(f"table {self.title!r} has {len(self.columns)} columns, got {len(cells)} cells")
+        self.rows.append(list(cells))
+
+    def to_rich(self) -> RichTable:
+        caption = Text("\n".join(self.notes), style="none") if self.notes else None
+        table = RichTable(title=Text(self.title), caption=caption, title_justify="left", caption_justify="left")
+        for column in self.columns:
+            justify = "right" if column.number else "left"
+            # Numbers are never cut or wrapped; names give way.
+            table.add_column(
+                Text(column.title),
+                justify=justify,
+                no_wrap=column.number,
+                overflow="fold",  # type: ignore[arg-type]
+            )
+        for row in self.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        return table
+
+    def to_markdown(self) -> str:
+        lines = [
+            _markdown_row([column.title for column in self.columns]),
+            "|" + "|".join("---:" if column.number else "---" for column in self.columns) + "|",
+            *(_markdown_row(row) for row in self.rows),
+        ]
+        notes = [f"\n{note}" for note in self.notes]
+        return f"### {self.title}\n\n" + "\n".join(lines + notes) + "\n"
+
+    def to_csv(self) -> str:
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow([column.title for column in self.columns])
+        writer.writerows(self.rows)
+        return out.getvalue()
+
+    def to_html(self) -> str:
+        """A <table> with every cell escaped; the notes as paragraphs below."""
+        classes = [' class="number"' if column.number else "" for column in self.columns]
+        head = "".join(
+            f"<th{c} scope=col>{html.escape(column.title)}</th>"
+            for c, column in zip(classes, self.columns, strict=True)
+        )
+        body = "\n".join(
+            "<tr>" + "".join(f"<td{c}>{html.escape(cell)}</td>" for c, cell in zip(classes, row, strict=True)) + "</tr>"
+            for row in self.rows
+        )
+        notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in self.notes)
+        return (
+            f"<table><caption>{html.escape(self.title)}</caption>"
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>\n{notes}"
+        )
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    safe = (cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return "| " + " | ".join(safe) + " |"

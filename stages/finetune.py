@@ -1,0 +1,241 @@
+"""Stage three: finetune a student on labels, from scratch or from an initialisation, and test it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from ..pipeline.config import Options
+from ..pipeline.devices import resolve_device
+from ..pipeline.errors import CheckpointError
+from ..pipeline.evaluation.classification import HEAD, classification
+from ..pipeline.evaluation.dataset import LabelledClips
+from ..pipeline.evaluation.labels import Labels, load_labels
+from ..pipeline.evaluation.predictions import require_classes
+from ..pipeline.students.export import InitReport, load_backbone, load_student, read_options, save_student
+from ..pipeline.students.options import StudentMeta
+from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
+from ..pipeline.training.checkpoint import claim_run_dir, read_identity
+from ..pipeline.training.loop import FitResult, LoopOptions, fit
+from ..pipeline.video.transforms import ClipView
+from ..pipeline.weights import state_sha256
+from .config import write_config
+from .evaluate import PREDICTIONS, EvaluationOptions, evaluate_student, labels_digest, write_result
+from .screen import Screen
+
+COMMAND = "finetune"
+SCRATCH = "scratch"
+
+
+class FinetuneClips(ClipView):
+    """The clips that are trained on and tested with."""
+
+    length: int = Field(default=8, ge=1, description="frames of a clip, T; default those of the initialisation")
+
+
+class FinetuneLoop(LoopOptions):
+    """The paper's finetuning (FACTS §1): 8 epochs of 40 000 clips, 0.002 and a tenth of it every 2 epochs.
+
+    From scratch the paper takes 45 epochs, 0.01, and drops every 10: preset `scratch`.
+    """
+
+    epochs: int = Field(default=8, ge=1)
+    epoch_clips: int | None = Field(default=40_000, ge=1, description="clips an epoch; none: one a video")
+    lr: float = Field(default=0.002, gt=0, description="learning rate after the warm-up")
+    weight_decay: float = Field(default=5e-3, ge=0)
+    step_epochs: int | None = Field(default=2, ge=1, description="epochs between drops; None: no drops")
+
+
+class FinetuneConfig(Options):
+    """Everything that `distinit finetune` can be told.
+
+    `student` and the clips' length and size are those of the initialisation unless they are given; a student
+    that is given and differs from the file is refused.
+    """
+
+    init: str = Field(default=SCRATCH, description="scratch, a run folder, or a student's safetensors file")
+    dataset: str = Field(description="csv:FILE or folder:DIR")
+    split: int | None = Field(default=None, ge=1, description="default 1")
+    out: str = Field(description="the run folder to write")
+    student: StudentOptions | None = Field(default=None, description="default that of the initialisation")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of the features before the new head")
+    clips: FinetuneClips = FinetuneClips()
+    loop: FinetuneLoop = FinetuneLoop()
+    test: EvaluationOptions = EvaluationOptions()
+    resume: bool = False
+
+
+def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
+    """Trains on the train videos, tests on the test videos, and says how it went.
+
+    Writes RUN/config.yaml, checkpoints and metrics.jsonl, model.safetensors, predictions.h5, result.json.
+    Raises UsageError, LabelsError, CheckpointError, TrainingError, DeviceError.
+    """
+    run_dir = Path(config.out)
+    device = resolve_device(config.loop.device)
+    labels = load_labels(config.dataset, config.split)
+    config = _resolved(config, labels)
+    claim_run_dir(run_dir, resume=config.resume)
+    saved = read_identity(run_dir) if config.resume else None
+    if saved is not None:
+        require_classes(labels.classes, saved["classes"], here=config.dataset, there=f"the checkpoint in {run_dir}")
+    student, report = _build(config, labels)
+    identity = _identity(config, labels, student, report)
+    write_config(run_dir / "config.yaml", COMMAND, config)
+
+    _announce(config, labels, student, report, screen)
+    options = config.loop.for_videos(len(labels.train))
+    result = fit(
+        model=student,
+        dataset=LabelledClips(
+            labels,
+            config.clips,
+            length=config.clips.length,
+            seed=config.loop.seed,
+            epoch_clips=options.clips_per_epoch,
+        ),
+        objective=classification,
+        options=options,
+        run_dir=run_dir,
+        identity=identity,
+        resume=config.resume,
+        say=screen.say,
+        progress=screen.progress,
+    )
+    _export(config, labels, student, run_dir)
+    metrics = evaluate_student(
+        student,
+        labels,
+        view=config.clips,
+        length=config.clips.length,
+        options=config.test,
+        device=device,
+        out=run_dir,
+        screen=screen,
+    )
+    summary = _summary(config, labels, report, result, metrics)
+    write_result(run_dir, summary)
+    return summary
+
+
+def _resolved(config: FinetuneConfig, labels: Labels) -> FinetuneConfig:
+    """The config with what the initialisation decides filled in and paths that hold from any folder."""
+    kind, _, where = config.dataset.partition(":")
+    update: dict[str, Any] = {"dataset": f"{kind}:{os.path.abspath(where)}", "split": labels.split}
+    if config.init == SCRATCH:
+        update["student"] = config.student or StudentOptions()
+        return config.model_copy(update=update)
+    update["init"] = os.path.abspath(config.init)
+    update["student"] = config.student or read_options(config.init)
+    meta = _meta(config.init)
+    if meta is not None:
+        theirs = {"length": meta.clip_length, "size": meta.clip_size, "resize": meta.resize}
+        given = config.clips.model_fields_set
+        if "size" in given:  # another size wants its own resize, not the file's
+            theirs.pop("resize")
+        update["clips"] = config.clips.model_copy(update={k: v for k, v in theirs.items() if k not in given})
+    return config.model_copy(update=update)
+
+
+def _meta(init: str) -> StudentMeta | None:
+    """What the file says of its clips; None for one in torchvision's names alone, which says nothing."""
+    try:
+        meta: StudentMeta = load_student(init).meta
+    except CheckpointError:
+        return None
+    return meta
+
+
+def _build(config: FinetuneConfig, labels: Labels) -> tuple[Student, InitReport | None]:
+    """The student with a new head and, unless from scratch, the initialisation's backbone."""
+    torch.manual_seed(config.loop.seed)
+    student = build_student(config.student or StudentOptions(), {HEAD: len(labels.classes)}, config.dropout)
+    return student, None if config.init == SCRATCH else load_backbone(student, config.init)
+
+
+def _identity(config: FinetuneConfig, labels: Labels, student: Student, report: InitReport | None) -> dict[str, Any]:
+    """What a resume must share: by top-level key, so that a refusal names what differs."""
+    # The digest is that of the weights as they begin, head included: a seed or a file that changed shows.
+    return {
+        "classes": list(labels.classes),
+        "labels": labels_digest(labels),
+        "split": labels.split,
+        "init": {"from": SCRATCH if report is None else "file", "weights": state_sha256(student.state_dict())},
+        "student": student.options.model_dump(mode="json"),
+        "dropout": config.dropout,
+        "clips": config.clips.model_dump(mode="json"),
+    }
+
+
+def _announce(
+    config: FinetuneConfig, labels: Labels, student: Student, report: InitReport | None, screen: Screen
+) -> None:
+    counts = Counter(video.label for video in labels.train)
+    fewest, most = min(counts.values()), max(counts.values())
+    each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    screen.say(
+        f"{config.dataset}, split {labels.split}: {len(labels.classes)} classes, {len(labels.train)} train videos "
+        f"({each} a class), {len(labels.test)} test videos"
+    )
+    screen.say(f"{student.options.describe()}: {count_parameters(student) / 1e6:.1f} M parameters")
+    if report is None:
+        screen.say("from scratch: fresh weights")
+        return
+    left = f"; left: {', '.join(report.left[:6])}{', …' if len(report.left) > 6 else ''}" if report.left else ""
+    screen.say(f"from {report.path}: {len(report.loaded)} tensors loaded{left}; the head is new")
+
+
+def _export(config: FinetuneConfig, labels: Labels, student: Student, run_dir: Path) -> None:
+    clips = config.clips
+    meta = StudentMeta(
+        classes={HEAD: list(labels.classes)},
+        clip_length=clips.length,
+        clip_size=clips.size,
+        resize=_pair(clips),
+        extra={"dataset": config.dataset, "split": labels.split, "init": config.init},
+    )
+    save_student(run_dir / "model.safetensors", student, meta)
+
+
+def _pair(clips: ClipView) -> tuple[int, int] | None:
+    """Height and width that a frame is resized to."""
+    resize = clips.frame_view().resize
+    return tuple(resize) if isinstance(resize, tuple) else None
+
+
+def _summary(
+    config: FinetuneConfig,
+    labels: Labels,
+    report: InitReport | None,
+    result: FitResult,
+    metrics: dict[str, Any],
+) -> dict[str, Any]:
+    """What --json prints and result.json holds."""
+    run_dir = Path(config.out)
+    return {
+        "run": config.out,
+        "init": config.init,
+        "tensors_loaded": len(report.loaded) if report else 0,
+        "tensors_left": list(report.left) if report else [],
+        "dataset": config.dataset,
+        "split": labels.split,
+        "classes": len(labels.classes),
+        "train_videos": len(labels.train),
+        "test_videos": len(labels.test),
+        "metrics": metrics,
+        "model": str(run_dir / "model.safetensors"),
+        "predictions": str(run_dir / PREDICTIONS),
+        "epochs": result.epochs,
+        "steps": result.steps,
+        "loss": result.train_loss,
+        "broken": result.broken,
+        "already_finished": result.already_finished,
+        "resumed_from_step": result.resumed_from,
+        "seconds": result.seconds,
+        "clips_per_second": result.clips_per_second,
+    }

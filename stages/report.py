@@ -1,0 +1,58 @@
+"""`distinit report DIR… --out DIR`: what runs have reached, as a table, Markdown, CSV and one HTML page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..pipeline.errors import UsageError
+from ..pipeline.reporting.accuracy import accuracy_numbers
+from ..pipeline.reporting.page import make_report, to_html, to_markdown
+from ..pipeline.reporting.runs import find_runs
+from .screen import Screen
+
+
+def report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], screen: Screen) -> dict[str, Any]:
+    """Writes report.html, report.md and accuracy.csv into `out`; shows the table and what it proves.
+
+    `folders` are run folders or folders of runs. The result holds the files, and per finetuned run its
+    accuracies (None where it is not finished) as recomputed from its predictions.
+
+    Raises SourceError (no run there), PredictionsError (a damaged file), UsageError (`out` cannot be written).
+    """
+    runs = find_runs(folders)
+    found = make_report(runs)
+    page, markdown, table = (Path(out) / name for name in ("report.html", "report.md", "accuracy.csv"))
+    _write(page, to_html(found, __version__))
+    _write(markdown, to_markdown(found))
+    _write(table, accuracy_numbers(found.finetuned).to_csv())
+
+    if found.finetuned:
+        screen.table(found.accuracy.to_rich())
+    for line in found.findings:
+        screen.say(line)
+    screen.say(f"report: {page}")
+    return {
+        "report": str(page),
+        "markdown": str(markdown),
+        "csv": str(table),
+        "runs": [{"name": run.name, "path": str(run.path), "kind": run.kind, "metrics": run.metrics} for run in runs],
+        "differences": [
+            {"run": d.run.name, "base": d.base.name, "videos": d.videos, **d.estimate.as_dict()}
+            for d in found.differences
+        ],
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: a report that is being looked at is replaced, never half there."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(part, path)
+    except OSError as error:
+        raise UsageError(f"--out {path.parent}: cannot write {path.name} ({error.strerror or error})") from error
