@@ -1,0 +1,170 @@
+"""Exports against plain safetensors and torchvision's own model; what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torchvision.models.video import r2plus1d_18
+
+from distinit.pipeline.errors import CheckpointError
+from distinit.pipeline.students.export import load_backbone, load_student, read_options, save_student
+from distinit.pipeline.students.options import StudentMeta, StudentOptions
+from distinit.pipeline.students.student import Student, build_student
+
+NARROW = {"width": 0.125}
+
+
+def student_of(heads: dict[str, int], **options: Any) -> Student:
+    return build_student(StudentOptions.model_validate(options), heads).eval()
+
+
+def clip_of(channels: int = 3) -> torch.Tensor:
+    return torch.randn(2, channels, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_export_loads_strictly_into_torchvision(tmp_path: Path) -> None:
+    student = student_of({"teacher": 7})
+    # Statistics that differ from the initial ones, as after training.
+    student.train()(clip_of())
+    student.eval()
+    save_student(tmp_path / "student.safetensors", student, StudentMeta(classes={"teacher": list("abcdefg")}))
+    theirs = r2plus1d_18(num_classes=7)
+    theirs.load_state_dict(load_file(tmp_path / "student.safetensors"), strict=True)
+    with torch.inference_mode():
+        assert torch.equal(theirs.eval()(clip_of()), student(clip_of())["teacher"])
+
+
+def test_round_trip_with_several_heads_through_a_run_folder(tmp_path: Path) -> None:
+    student = student_of({"a.b-c": 3, "keys": 2}, variant="vmz", channels=2, **NARROW)
+    meta = {"classes": {"keys": ["no", "yes"]}, "clip_length": 16, "clip_size": 64, "store": "abc"}
+    save_student(tmp_path / "student.safetensors", student, meta)
+    loaded = load_student(tmp_path)
+    assert loaded.options == student.options
+    assert not loaded.training
+    assert loaded.meta == StudentMeta(
+        classes={"keys": ["no", "yes"]},
+        clip_length=16,
+        clip_size=64,
+        mean=(0.0046635, 0.0046261),
+        std=(0.972347, 0.755146),
+        extra={"store": "abc"},
+    )
+    with torch.inference_mode():
+        ours, theirs = student(clip_of(2)), loaded(clip_of(2))
+    assert {name: torch.equal(ours[name], theirs[name]) for name in ours} == {"a.b-c": True, "keys": True}
+    with safe_open(tmp_path / "student.safetensors", framework="pt") as file:
+        assert {name for name in file.keys() if name.startswith(("heads", "fc"))} == {  # noqa: SIM118
+            "heads.a.b-c.weight",
+            "heads.a.b-c.bias",
+            "heads.keys.weight",
+            "heads.keys.bias",
+        }
+        header = json.loads(file.metadata()["distinit"])
+    assert header["format_version"] == 1
+    assert header["options"]["variant"] == "vmz"
+    assert header["heads"] == {"a.b-c": 3, "keys": 2}
+
+
+def test_backbone_initialises_another_student(tmp_path: Path) -> None:
+    source, target = student_of({"t": 5}, **NARROW), student_of({"labels": 2}, **NARROW)
+    head = target.head("labels").weight.clone()
+    save_student(tmp_path / "s.safetensors", source, StudentMeta())
+    report = load_backbone(target, tmp_path / "s.safetensors")
+    assert torch.equal(target.features(clip_of()), source.features(clip_of()))
+    assert torch.equal(target.head("labels").weight, head)
+    assert set(report.loaded) == set(source.backbone.state_dict())
+    assert set(report.left) == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"variant": "vmz"}, "variant is 'torchvision' in the file, 'vmz' was asked for"),
+        ({"architecture": "r3d_18"}, "architecture is 'r2plus1d_18' in the file, 'r3d_18' was asked for"),
+        ({"width": 0.25}, "width is 0.125 in the file, 0.25 was asked for"),
+        ({"channels": 2}, "channels is 3 in the file, 2 was asked for"),
+    ],
+)
+@pytest.mark.parametrize("foreign", [False, True])
+def test_misfits_are_refused_by_name(
+    tmp_path: Path, asked: dict[str, Any], words: str, foreign: bool
+) -> None:
+    path = tmp_path / "s.safetensors"
+    source = student_of({"t": 5}, **NARROW)
+    save_student(path, source, StudentMeta())
+    if foreign:  # without metadata the kind is told by the shapes
+        save_file(load_file(path), path)
+    target = student_of({"labels": 2}, **{**NARROW, **asked})
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone(target, path)
+    assert words in str(caught.value)
+    fitting = "what fits: architecture=r2plus1d_18 variant=torchvision width=0.125 channels=3"
+    assert fitting in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", ["torchvision", "vmz"])
+def test_kind_is_told_by_shapes_for_torchvisions_own_file(tmp_path: Path, variant: str) -> None:
+    theirs = student_of({"t": 2}, variant=variant, width=0.5)
+    save_file(theirs.backbone.state_dict(), tmp_path / "plain.safetensors")
+    assert read_options(tmp_path / "plain.safetensors") == theirs.options
+    with pytest.raises(CheckpointError, match="no 'distinit' metadata"):
+        load_student(tmp_path / "plain.safetensors")
+
+
+def test_damaged_foreign_and_missing_files(tmp_path: Path) -> None:
+    student = student_of({"t": 5}, **NARROW)
+    path = tmp_path / "student.safetensors"
+    with pytest.raises(CheckpointError, match="no such file or run folder"):
+        load_student(path)
+    with pytest.raises(CheckpointError, match="holds no student.safetensors"):
+        load_student(tmp_path)
+    save_student(path, student, StudentMeta())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="not a safetensors file, or damaged"):
+        load_student(path)
+    tensors = load_file_bytes(whole)
+    newer = {"distinit": json.dumps({"format_version": 2})}
+    save_file(tensors, path, newer)
+    with pytest.raises(CheckpointError, match="format version 2, this distinit reads 1"):
+        load_student(path)
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match="no student that distinit knows"):
+        load_backbone(student, path)
+    tensors["layer1.0.conv1.1.bias"][0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"layer1.0.conv1.1.bias holds values that are not finite"):
+        load_backbone(student, path)
+
+
+def load_file_bytes(data: bytes) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    return load(data)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    student = student_of({"t": 5}, **NARROW)
+    save_student(path, student, StudentMeta())
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="3 class names for head 't', which has 5"):
+        save_student(path, student, StudentMeta(classes={"t": ["a", "b", "c"]}))
+    if os.path.exists("/dev/full"):
+        partial = tmp_path / f".{path.name}.{os.getpid()}.partial"
+        partial.symlink_to("/dev/full")
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            save_student(path, student, StudentMeta())
+        assert not partial.is_symlink()
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
