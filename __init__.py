@@ -5,7 +5,7 @@ Frozen image models (teachers) look at frames of unlabelled videos once; their o
 the initialisation for a small labelled data set.
 
 The names below are the public Python API. They are loaded on first use, so that `import distinit` and
-`distinit --help` do not pay for torch.
+`distinit --help` do not pay for torch. The stages behind the commands are in `distinit.stages`.
 """
 
 from __future__ import annotations
@@ -19,47 +19,44 @@ if TYPE_CHECKING:
     from distinit.pipeline.corpus.sources import list_videos
     from distinit.pipeline.errors import DistInitError
     from distinit.pipeline.students.export import load_student
+    from distinit.pipeline.students.options import StudentOptions
     from distinit.pipeline.students.student import build_student
     from distinit.pipeline.targets.average import mean_logits, soft_targets
     from distinit.pipeline.targets.store import TargetStore
+    from distinit.pipeline.teachers.recipe import TeacherSpec
     from distinit.pipeline.teachers.teacher import load_teacher
     from distinit.pipeline.training.dataset import StudentClips
     from distinit.pipeline.video.clips import read_frames
-    from distinit.stages.extract_targets import extract_targets
-    from distinit.stages.finetune import finetune
-    from distinit.stages.train_student import train_student
 
 __all__ = [
     "DistInitError",
     "StudentClips",
+    "StudentOptions",
     "TargetStore",
+    "TeacherSpec",
     "build_student",
-    "extract_targets",
-    "finetune",
     "list_videos",
     "load_student",
     "load_teacher",
     "mean_logits",
     "read_frames",
     "soft_targets",
-    "train_student",
 ]
 
 # By absolute name: a test runner may import this file under any name.
 _HOME = {
     "DistInitError": "distinit.pipeline.errors",
     "StudentClips": "distinit.pipeline.training.dataset",
+    "StudentOptions": "distinit.pipeline.students.options",
     "TargetStore": "distinit.pipeline.targets.store",
+    "TeacherSpec": "distinit.pipeline.teachers.recipe",
     "build_student": "distinit.pipeline.students.student",
-    "extract_targets": "distinit.stages.extract_targets",
-    "finetune": "distinit.stages.finetune",
     "list_videos": "distinit.pipeline.corpus.sources",
     "load_student": "distinit.pipeline.students.export",
     "load_teacher": "distinit.pipeline.teachers.teacher",
     "mean_logits": "distinit.pipeline.targets.average",
     "read_frames": "distinit.pipeline.video.clips",
     "soft_targets": "distinit.pipeline.targets.average",
-    "train_student": "distinit.stages.train_student",
 }
 
 

@@ -1,4 +1,4 @@
-"""What all commands of cli.py share: options that fill config keys, running a stage, and errors on one line."""
+"""What all commands of cli.py share: from what was typed to a stage, and errors on one line."""
 
 from __future__ import annotations
 
@@ -7,88 +7,19 @@ import errno
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
 
+from .cli_options import KeyArgument, KeyOption
 from .pipeline.errors import DistInitError, UsageError
 
-F = TypeVar("F", bound=Callable[..., Any])
-Stage = Callable[[Any, Any], dict[str, Any]]
+if TYPE_CHECKING:
+    from .stages.screen import Screen
+
 
 INTERRUPTED = 130
-
-
-class KeyOption(click.Option):
-    """An option that fills one key of the command's config.
-
-    It has no default of its own: not given, the preset, the file or the model decides. `shown` is the
-    model's default as --help prints it (a test holds the two together: reading the model here would
-    import torch for a help text).
-    """
-
-    def __init__(self, *args: Any, key: str, shown: object = None, **kwargs: Any) -> None:
-        if shown is not None:
-            kwargs["help"] = f"{kwargs.get('help', '')}  [default: {shown}]"
-        super().__init__(*args, **kwargs)
-        self.key = key
-        self.shown = shown
-
-
-class KeyArgument(click.Argument):
-    """An argument that fills one key of the command's config."""
-
-    def __init__(self, *args: Any, key: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.key = key
-
-
-class Choices(click.ParamType):
-    """Shows the usual values in --help and leaves the check to the config, whose message is the same
-    wherever the value came from."""
-
-    def __init__(self, *values: str) -> None:
-        self.values = values
-        self.name = "|".join(values)
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return self.name
-
-
-def key_option(*names: str, key: str, shown: object = None, **kwargs: Any) -> Callable[[F], F]:
-    """`click.option` for a config key."""
-    return click.option(*names, cls=KeyOption, key=key, shown=shown, **kwargs)
-
-
-def key_argument(name: str, *, key: str, **kwargs: Any) -> Callable[[F], F]:
-    """`click.argument` for a config key."""
-    return click.argument(name, cls=KeyArgument, key=key, **kwargs)
-
-
-def config_options(command: F) -> F:
-    """--preset, --config and --set."""
-    for option in (
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
-                     help="Set any key of the config; the value is YAML. Repeatable, wins over all else."),
-        click.option("--config", "file", metavar="FILE",
-                     help="A YAML file with a section a command, as the ones written beside results."),
-        click.option("--preset", metavar="NAME", help="A preset that ships with the package: demo, paper."),
-    ):
-        command = option(command)
-    return command
-
-
-def screen_options(command: F) -> F:
-    """--json, --quiet and --debug."""
-    for option in (
-        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-        click.option("--quiet", is_flag=True, help="No lines and no progress, warnings only."),
-        click.option("--json", "as_json", is_flag=True,
-                     help="End with one JSON object on standard output; all else goes to standard error."),
-    ):
-        command = option(command)
-    return command
 
 
 def run_stage(
@@ -97,21 +28,28 @@ def run_stage(
     stage: str,
     given: dict[str, Any],
     extra: dict[str, Any] | None = None,
+    flags: dict[str, str] | None = None,
 ) -> None:
     """Build the config of the current command and run its stage.
 
     module: below `distinit.stages`. given: what click parsed. extra: config keys that the command worked
-    out of several options. Everything heavy is imported here, not for --help.
+    out of several options; flags: the option to name for such a key. Everything heavy is imported here, not for --help.
     """
     from .stages.config import load_config
 
     context = click.get_current_context()
     options = {
-        param.key: _listed(given[cast(str, param.name)])
+        param.key: param.config_value(given[cast(str, param.name)])
         for param in context.command.params
         if isinstance(param, KeyOption | KeyArgument)
     }
-    with quiet_stdout(given["as_json"]) as screen_args:
+    dropped = [
+        key
+        for param in context.command.params
+        if isinstance(param, KeyOption) and options.get(param.key) is not None
+        for key in param.replaces
+    ]
+    with _screen(given) as screen:
         home = importlib.import_module(f".stages.{module}", __package__)
         config = load_config(
             getattr(home, config_class),
@@ -120,27 +58,40 @@ def run_stage(
             file=given.get("file"),
             options={**options, **(extra or {})},
             settings=given.get("settings", ()),
+            dropped=dropped,
+            flags=_flags(context) | (flags or {}),
         )
-        show(cast(Stage, getattr(home, stage)), config, given, screen_args)
+        screen.result(getattr(home, stage)(config, screen))
 
 
-def show(stage: Stage, config: Any, given: dict[str, Any], screen_args: dict[str, Any]) -> None:
-    """Run a stage with the screen asked for and print its result as JSON if asked for."""
-    from .stages.screen import Screen
+def _flags(context: click.Context) -> dict[str, str]:
+    """Config key → the option or argument that fills it, for messages."""
+    return {
+        param.key: param.make_metavar(context) if isinstance(param, KeyArgument) else param.opts[0]
+        for param in context.command.params
+        if isinstance(param, KeyOption | KeyArgument)
+    }
 
-    screen = Screen(json=given["as_json"], quiet=given["quiet"], **screen_args)
-    screen.result(stage(config, screen))
+
+def call_stage(module: str, stage: str, given: dict[str, Any], *args: Any, **named: Any) -> None:
+    """Run a stage that takes plain arguments, then the screen, and no config."""
+    with _screen(given) as screen:
+        home = importlib.import_module(f".stages.{module}", __package__)
+        result = getattr(home, stage)(*args, screen, **named)
+        screen.result(result)
+    if result.get("ok") is False:  # a check that found something
+        click.get_current_context().exit(1)
 
 
 @contextlib.contextmanager
-def quiet_stdout(as_json: bool) -> Iterator[dict[str, Any]]:
-    """With --json whatever prints (libraries do) goes to standard error; the screen keeps the real one."""
-    if not as_json:
-        yield {}
-        return
-    stdout = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        yield {"stdout": stdout}
+def _screen(given: dict[str, Any]) -> Iterator[Screen]:
+    """The screen asked for. With --json whatever prints (libraries do) goes to standard error; the screen
+    keeps the real standard output for its one object."""
+    from .stages.screen import Screen
+
+    screen = Screen(json=given["as_json"], quiet=given["quiet"])
+    with contextlib.redirect_stdout(sys.stderr) if screen.json else contextlib.nullcontext():
+        yield screen
 
 
 def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
@@ -154,6 +105,43 @@ def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
             raise UsageError(f"{option} {text}: {name!r} is given twice")
         result[name] = value
     return result
+
+
+def teacher_specs(
+    names: tuple[str, ...],
+    options: tuple[str, ...],
+    weights: tuple[str, ...],
+    sha256: tuple[str, ...],
+) -> list[dict[str, Any]] | None:
+    """`--teacher` and what belongs to it, as config values; None when no teacher was given.
+
+    `NAME:key=value`, `NAME=FILE` and `NAME=DIGEST` name the teacher; with one teacher NAME may be left
+    out. Raises UsageError for a name that is no `--teacher`, or none where it is needed.
+    """
+    specs: dict[str, dict[str, Any]] = {name: {"name": name} for name in names}
+
+    def spec(name: str, option: str) -> dict[str, Any]:
+        if name in specs:
+            return specs[name]
+        if not name and len(specs) == 1:
+            return next(iter(specs.values()))
+        given = ", ".join(specs) or "none is given"
+        what = f"teacher {name!r} is not among" if name else "name the teacher, one of"
+        raise UsageError(f"{option}: {what} the --teacher options: {given}")
+
+    for text in options:
+        left, equals, value = text.partition("=")
+        owner, _, key = left.rpartition(":")
+        if not (equals and key):
+            raise UsageError(f"--teacher-option {text}: expected key=value or NAME:key=value")
+        spec(owner, f"--teacher-option {text}").setdefault("options", {})[key] = value
+    for option, field, texts in (("--teacher-weights", "weights", weights), ("--teacher-sha256", "sha256", sha256)):
+        for text in texts:
+            # A file name may hold "=": what stands before it is a teacher's name or part of the file's.
+            name, equals, value = text.partition("=")
+            named = equals != "" and (name in specs or field == "sha256")
+            spec(name if named else "", f"{option} {text}")[field] = value if named else text
+    return list(specs.values()) or None
 
 
 def run(group: click.Group, argv: list[str] | None = None, resume_hints: dict[str, str] | None = None) -> NoReturn:
@@ -212,11 +200,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _listed(value: Any) -> Any:
-    """click gives tuples for repeatable options: empty means not given."""
-    return (list(value) or None) if isinstance(value, tuple) else value
 
 
 def _fail(message: str, code: int, debug: bool, prefix: str = "error: ") -> NoReturn:

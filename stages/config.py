@@ -41,21 +41,26 @@ def load_config(
     file: str | None = None,
     options: Mapping[str, Any] | None = None,
     settings: Sequence[str] = (),
+    dropped: Sequence[str] = (),
+    flags: Mapping[str, str] | None = None,
 ) -> C:
     """The validated config of one command.
 
     options: dotted key → value; None means that the option was not given.
     settings: "a.b=value" with values in YAML.
+    dropped: keys of preset and file that an option replaces, as --fps does with sampling.every.
+    flags: dotted key → the option that sets it, for messages.
     Raises UsageError, one line: the key, where its value comes from, the value, what is allowed.
     """
-    layers: list[tuple[str, dict[str, Any]]] = []
+    layers: list[tuple[str, Mapping[str, Any]]] = []
     if preset is not None:
         layers.append((f"preset {preset}", preset_section(preset, command)))
     if file is not None:
         layers.append((file, _section(read_yaml(Path(file)), command, file)))
+    layers = [(origin, _without(layer, dropped)) for origin, layer in layers]
     for key, value in (options or {}).items():
         if value is not None:
-            layers.append(("the command line", _nested(key, value)))
+            layers.append(("", _nested(key, value)))
     for setting in settings:
         key, value = parse_setting(setting)
         layers.append((f"--set {setting}", _nested(key, value)))
@@ -64,11 +69,11 @@ def load_config(
     origins: dict[str, str] = {}
     for origin, layer in layers:
         merged = merge(merged, layer)
-        origins.update({key: origin for key in _leaves(layer)})
+        origins.update(dict.fromkeys(_leaves(layer), origin))
     try:
         return model.model_validate(merged)
     except ValidationError as error:
-        raise UsageError(_explain(error, model, origins)) from None
+        raise UsageError(_explain(error, model, origins, flags or {})) from None
 
 
 def write_config(path: str | os.PathLike[str], command: str, config: Options) -> None:
@@ -183,6 +188,14 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return {first: _nested(rest, value) if dot else value}
 
 
+def _without(layer: Mapping[str, Any], dropped: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, dropped, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in layer.items()
+        if f"{prefix}{key}" not in dropped
+    }
+
+
 def _leaves(layer: Mapping[str, Any], prefix: str = "") -> list[str]:
     keys = []
     for key, value in layer.items():
@@ -198,29 +211,35 @@ def _inner_model(annotation: Any) -> type[Options] | None:
     return None
 
 
-def _explain(error: ValidationError, model: type[Options], origins: Mapping[str, str]) -> str:
+def _explain(
+    error: ValidationError, model: type[Options], origins: Mapping[str, str], flags: Mapping[str, str]
+) -> str:
     problems = error.errors()
-    text = _problem(problems[0], model, origins)
+    text = _problem(problems[0], model, origins, flags)
     return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
-def _problem(problem: ErrorDetails, model: type[Options], origins: Mapping[str, str]) -> str:
-    key = ".".join(str(part) for part in problem["loc"]) or "config"
-    origin = next((where for name, where in origins.items() if key == name or key.startswith(f"{name}.")), None)
-    origin = origin or next((where for name, where in origins.items() if name.startswith(f"{key}.")), None)
+def _problem(
+    problem: ErrorDetails, model: type[Options], origins: Mapping[str, str], flags: Mapping[str, str]
+) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    origin = next((where for name, where in origins.items() if key == name or key.startswith(f"{name}.")), "")
+    origin = origin or next((where for name, where in origins.items() if name.startswith(f"{key}.")), "")
     place = f" ({origin})" if origin else ""
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}{place}{_near(key, known_keys(model))}"
+    flag = next((option for name, option in flags.items() if key == name or key.startswith(f"{name}.")), "")
+    label = f"{flag} ({key})" if flag and flag != f"--{key}" else flag or key
     if problem["type"] == "missing":
-        return f"{key}: a value is needed, by an option, --set {key}=… or --config"
+        return f"{label}: a value is needed" + ("" if flag else f", by --set {key}=… or --config")
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, DistInitError):
-        return f"{key}{place}: {cause}" if key != "config" else str(cause)
+        return f"{label}{place}: {cause}" if key else str(cause)
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
-    message = message.replace("must be a valid", "must be a", 1)
-    if key == "config":
-        return message
-    return f"{key}: got {problem['input']!r}{place}, {message[:1].lower()}{message[1:]}"
+    message = message.replace("must be a valid", "must be a", 1).replace("a integer", "an integer", 1)
+    if problem["type"] in ("value_error", "assertion_error"):
+        return f"{label}{place}: {message}" if key else message
+    return f"{label}: got {problem['input']!r}{place}, {message[:1].lower()}{message[1:]}"
 
 
 def _near(key: str, known: Sequence[str]) -> str:

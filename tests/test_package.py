@@ -1,0 +1,104 @@
+"""The package as installed: what the wheel holds, what importing it costs, and the names it offers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import distinit
+
+ROOT = Path(distinit.__file__).resolve().parent
+PACKAGE_FOLDERS = ("conf", "pipeline", "stages")
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "pyproject.toml").is_file(), reason="the tests run on an installed copy, not on the tree"
+)
+
+
+def python(code: str, cwd: Path) -> str:
+    """What a fresh interpreter prints, started in another folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout.strip()
+
+
+def test_the_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
+    """Built from a copy of the tracked tree, so that nothing left over from other builds can hide a gap."""
+    tree = tmp_path / "a-b"
+    tracked = [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE", ROOT / "py.typed"]
+    for folder in PACKAGE_FOLDERS:
+        tracked += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    tracked = [path for path in tracked if "__pycache__" not in path.parts]
+    for path in tracked:
+        copy = tree / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('dist'))"
+    (tree / "dist").mkdir()
+    name = python(build, tree).splitlines()[-1]
+    with zipfile.ZipFile(tree / "dist" / name) as wheel:
+        members = {member for member in wheel.namelist() if member.startswith("distinit/")}
+
+    ours = {
+        f"distinit/{path.relative_to(ROOT).as_posix()}"
+        for path in tracked
+        if path.suffix == ".py" or path.name == "py.typed" or "conf" in path.relative_to(ROOT).parts
+    }
+    assert members == ours
+    with zipfile.ZipFile(tree / "dist" / name) as wheel:
+        metadata = wheel.read(f"distinit-{distinit.__version__}.dist-info/METADATA").decode()
+        licenses = [member for member in wheel.namelist() if "/licenses/" in member]
+    assert f"Version: {distinit.__version__}" in metadata
+    assert {Path(name).name for name in licenses} == {"LICENSE", "NOTICE"}
+
+
+def test_importing_and_help_do_not_load_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, distinit, distinit.cli\n"
+        "heavy = {'torch', 'av', 'zarr', 'numpy', 'h5py'} & set(sys.modules)\n"
+        "print(sorted(heavy), bool(distinit.__version__))"
+    )
+    assert python(code, tmp_path) == "[] True"
+    help_code = (
+        "import sys\nfrom distinit.cli import main\n"
+        "sys.argv = ['distinit', 'train-student', '--help']\n"
+        "try: main()\nexcept SystemExit: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", help_code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert "--targets" in done.stdout
+    assert done.stderr.strip() == "False"
+
+
+def test_modules_of_decoding_processes_do_not_load_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nimport distinit.pipeline.video.child, distinit.pipeline.video.pool\n"
+        "import distinit.stages.config, distinit.stages.screen\nprint('torch' in sys.modules)"
+    )
+    assert python(code, tmp_path) == "False"
+
+
+def test_every_public_name_loads_and_is_documented() -> None:
+    assert sorted(distinit.__all__) == sorted(distinit._HOME)
+    for name in distinit.__all__:
+        assert getattr(distinit, name).__doc__, name
+        assert name in dir(distinit)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        distinit.no_such_name  # noqa: B018
+
+
+def test_python_m_distinit_runs_from_any_folder(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "distinit", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert re.fullmatch(rf"distinit,? (version )?{re.escape(distinit.__version__)}", done.stdout.strip())
+    assert done.returncode == 0
