@@ -1,1 +1,1 @@
-""""""
+"""Which videos: folders, globs, lists and csv files become one table."""

@@ -1,0 +1,104 @@
+"""What a packet's first bytes say: whether decoding may begin at it, and whether it shows a frame.
+
+Containers flag key frames too generously (an AVI flags them all; an open GOP's I frame needs frames
+from before it). Decoding from a wrong entry gives wrong pixels silently, so the entry is read from the
+bitstream itself for the codecs below; codecs not listed are decoded from the start.
+Sources: ITU-T H.264 table 7-1, ITU-T H.265 table 7-1, ISO 14496-2 §6.2.5, RFC 6386 §9.1, VP9 bitstream
+specification §6.2 and annex B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+# Every frame stands alone: any packet is an entry.
+INTRA_ONLY = frozenset(
+    "mjpeg prores dnxhd cfhd huffyuv ffvhuff utvideo magicyuv png rawvideo dvvideo v210 jpeg2000 hap".split()
+)
+# The demuxer's own flag is trusted (the parser read it from the picture header).
+FLAGGED = frozenset("av1 mpeg1video mpeg2video".split())
+# Non-reference pictures can be left out without any effect on the others.
+SKIP_NON_REFERENCE = frozenset("h264 mpeg1video mpeg2video mpeg4".split())
+
+
+def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool] | None:
+    """A function that tells whether a flagged packet is a true entry; None when the codec is unknown."""
+    if codec in INTRA_ONLY or codec in FLAGGED:
+        return lambda data: True
+    length = _length_size(codec, extradata)
+    tests: dict[str, Callable[[memoryview], bool]] = {
+        "h264": lambda data: _has_nal(data, length, lambda b: b & 0x1F == 5, lambda b: b & 0x1F == 1),
+        "hevc": lambda data: _has_nal(
+            data, length, lambda b: 16 <= b >> 1 & 0x3F <= 21, lambda b: b >> 1 & 0x3F < 16
+        ),
+        "vp8": lambda data: len(data) > 0 and not data[0] & 1,
+        "vp9": lambda data: len(data) > 0 and not _vp9(data[0])[1],
+        "mpeg4": _mpeg4_intra,
+    }
+    return tests.get(codec)
+
+
+def shown_test(codec: str) -> Callable[[memoryview], bool]:
+    """A function that tells whether a packet gives a frame to show (VP8 and VP9 have hidden ones)."""
+    if codec == "vp8":
+        return lambda data: bool(data[0] & 0x10)
+    if codec == "vp9":
+        return lambda data: _vp9(data[0])[0] or _vp9(data[0])[2] or data[-1] & 0xE0 == 0xC0
+    return lambda data: True
+
+
+def _vp9(first: int) -> tuple[bool, bool, bool]:
+    """(show_existing_frame, frame is inter, show_frame) of a VP9 frame's first byte."""
+    profile = (first >> 5 & 1) | (first >> 4 & 1) << 1
+    shift = 3 if profile < 3 else 2
+    existing = bool(first >> shift & 1)
+    return existing, existing or bool(first >> (shift - 1) & 1), bool(first >> (shift - 2) & 1)
+
+
+def _length_size(codec: str, extradata: bytes | None) -> int:
+    """Bytes of a NAL unit's length prefix as the container stores it; 0 for start codes."""
+    if not extradata or extradata[0] != 1:
+        return 0
+    if codec == "h264" and len(extradata) > 4:
+        return (extradata[4] & 3) + 1
+    if codec == "hevc" and len(extradata) > 21:
+        return (extradata[21] & 3) + 1
+    return 0
+
+
+def _has_nal(
+    data: memoryview, length: int, wanted: Callable[[int], bool], other: Callable[[int], bool]
+) -> bool:
+    """Whether the first slice of an access unit is of a wanted kind."""
+    for first in _nal_headers(data, length):
+        if wanted(first):
+            return True
+        if other(first):
+            return False
+    return False
+
+
+def _nal_headers(data: memoryview, length: int, most: int = 64) -> Iterator[int]:
+    """The first byte of each NAL unit of a packet."""
+    at, end = 0, len(data)
+    if length:
+        for _ in range(most):
+            if at + length >= end:
+                return
+            yield data[at + length]
+            at += length + int.from_bytes(data[at : at + length], "big")
+        return
+    raw = bytes(data[: 1 << 16])
+    for _ in range(most):
+        at = raw.find(b"\x00\x00\x01", at)
+        if at < 0 or at + 3 >= len(raw):
+            return
+        yield raw[at + 3]
+        at += 3
+
+
+def _mpeg4_intra(data: memoryview) -> bool:
+    """Whether the first VOP of an MPEG-4 part 2 packet is intra coded."""
+    raw = bytes(data[: 1 << 12])
+    at = raw.find(b"\x00\x00\x01\xb6")
+    return 0 <= at < len(raw) - 4 and raw[at + 4] >> 6 == 0

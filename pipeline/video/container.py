@@ -1,0 +1,156 @@
+"""Open a file as a real container of video, or say in words a person understands why not.
+
+FFmpeg treats playlists as media and would follow them to other files and to the network, so every
+open goes through the whitelist here, with an absolute path: a file called `http:x.mp4` or `-a.mp4`
+is then just a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import av
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+from ..errors import VideoError
+
+# Demuxers of formats that carry their own frames. Not among them on purpose: concat, hls, dash, imf,
+# sdp, rtsp, image2 and whatever else opens further files or addresses.
+FORMATS = (
+    "3gp,apng,asf,av1,avi,avs2,avs3,bink,cavsvideo,dhav,dirac,dnxhd,dv,evc,flic,flv,gif,gxf,h261,h263,h264,"
+    "hevc,ivf,kux,live_flv,m4v,matroska,mgsts,mjpeg,mkv,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nsv,nut,nuv,obu,"
+    "ogg,rm,roq,smk,vc1,vc1test,vvc,webm,wtv,yuv4mpegpipe"
+)
+MAX_PIXELS = 2**27  # of one frame: a 16K frame fits; a header that claims more is refused unread
+DIGEST_BYTES = 2**16
+_NOT_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
+_PLAYLIST_STARTS = (b"ffconcat", b"#extm3u", b"[playlist]", b"<smil", b"<?xml", b"<mpd", b"v=0")
+
+
+def open_container(path: str) -> InputContainer:
+    """Open `path` for reading; raises VideoError with the reason. Nothing but `path` is read."""
+    absolute = os.path.abspath(path)
+    try:
+        status = os.stat(absolute)
+    except (OSError, ValueError) as error:
+        raise VideoError(reason(error)) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoError("is a folder, not a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError("is not a regular file")
+    if status.st_size == 0:
+        raise VideoError("empty file")
+    options = {
+        "format_whitelist": FORMATS,
+        "protocol_whitelist": "file",
+        "max_pixels": str(MAX_PIXELS),
+        "enable_drefs": "0",
+    }
+    try:
+        return av.open(absolute, mode="r", options=options, metadata_errors="replace")
+    except (FFmpegError, OSError, ValueError, MemoryError, UnicodeError) as error:
+        raise VideoError(_why_not_opened(absolute, error)) from error
+
+
+def video_stream(container: InputContainer) -> VideoStream:
+    """The stream that FFmpeg calls the best video, cover art aside, set to decode in one thread."""
+    streams = [s for s in container.streams.video if not s.disposition & _NOT_PICTURES]
+    if not streams:
+        if container.streams.video:
+            raise VideoError("no video stream (cover art only)")
+        kinds = sorted({s.type for s in container.streams})
+        if kinds:
+            raise VideoError(f"no video stream ({' and '.join(kinds)} only)")
+        raise VideoError("no video stream")
+    readable = [s for s in streams if s.codec_context is not None]
+    if not readable:
+        raise VideoError("no decoder for the codec of the video stream")
+    best = container.streams.best("video")
+    stream = next((s for s in readable if best is not None and s.index == best.index), readable[0])
+    context = stream.codec_context
+    if context.width * context.height > MAX_PIXELS:
+        size = f"{context.width}x{context.height}"
+        raise VideoError(f"the header claims frames of {size}, allowed are at most {MAX_PIXELS} pixels")
+    context.options = {"max_pixels": str(MAX_PIXELS)}
+    # One thread: frame threads cost more than they give and can deadlock (FFmpeg logging).
+    context.thread_type = "NONE"
+    context.thread_count = 1
+    return stream
+
+
+def digest(path: str) -> str:
+    """Identity of a file's content: hex of blake2b-16 over its size, first and last 64 KiB."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(DIGEST_BYTES)
+            file.seek(max(0, size - DIGEST_BYTES))
+            tail = file.read(DIGEST_BYTES)
+    except (OSError, ValueError) as error:
+        raise VideoError(reason(error)) from error
+    return hashlib.blake2b(str(size).encode() + b"\0" + head + tail, digest_size=16).hexdigest()
+
+
+def reason(error: BaseException) -> str:
+    """An exception of the system or of FFmpeg in one plain clause, without the path."""
+    if isinstance(error, VideoError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, PermissionError):
+        return "permission denied"
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return "needs more memory than allowed"
+    if isinstance(error, av.error.InvalidDataError):
+        return "invalid data"
+    if isinstance(error, av.error.EOFError):
+        return "the data ends too early"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split()).lower()
+
+
+def _why_not_opened(path: str, error: BaseException) -> str:
+    """Name the common causes behind FFmpeg's "Invalid data found" and "Invalid argument"."""
+    if isinstance(error, (FileNotFoundError, PermissionError, MemoryError)):
+        return reason(error)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+        boxes = _top_level_boxes(path) if head[4:8] == b"ftyp" else []
+    except OSError as unreadable:
+        return reason(unreadable)
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_PLAYLIST_STARTS):
+        return "a playlist or text file, not a video"
+    if boxes and b"moov" not in boxes:
+        return "no index (moov box): the recording or download was cut off"
+    if boxes:
+        return "the mp4 header is damaged"
+    if isinstance(error, av.error.InvalidDataError | ValueError):
+        return "not a video container FFmpeg knows"
+    return reason(error)
+
+
+def _top_level_boxes(path: str, most: int = 64) -> list[bytes]:
+    """The types of the first boxes of an ISO base media file."""
+    found: list[bytes] = []
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file:
+        at = 0
+        while at + 8 <= size and len(found) < most:
+            file.seek(at)
+            header = file.read(16)
+            length = int.from_bytes(header[:4], "big")
+            if length == 1:
+                length = int.from_bytes(header[8:16], "big")
+            found.append(header[4:8])
+            if length < 8:  # 0: to the end of the file
+                break
+            at += length
+    return found

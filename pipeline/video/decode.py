@@ -1,0 +1,475 @@
+"""Exact frames of one video, with as little decoding as that allows.
+
+A plain linear decode of the whole file is the truth. Two shortcuts give the same frames for less: only
+those groups of pictures are decoded that hold wanted frames, each only up to the last wanted packet, and
+in them the non-reference pictures nobody wants are left out. Whatever looks wrong on the way (a frame
+that does not come out, an error, a damaged picture) makes the reader fall back to the plain decode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from types import TracebackType
+from typing import Self
+
+import av
+import numpy as np
+
+from ..errors import VideoError
+from .bitstream import SKIP_NON_REFERENCE
+from .container import open_container, reason, video_stream
+from .geometry import Orientation, display_size, pixel_aspect
+from .sampling import Sampling
+from .timeline import PacketTable, Timeline, read_packets
+
+Rows = Iterator[tuple[int, int, av.VideoFrame]]  # (index, pts, frame)
+
+_HOLD = 32  # frames that may come out ahead of a wanted one before that is given up: H.264 reorders by ≤ 16
+_SEEKABLE = frozenset(("mov", "matroska"))  # seeking by timestamp lands where their index says
+_READ_ON = 2**21  # bytes of packets that are read and dropped rather than sought over
+
+
+@dataclass(frozen=True)
+class VideoIndex:
+    """What reading a whole file was needed for; a reader that is given it need not do so again."""
+
+    packets: PacketTable
+    timeline: Timeline
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """Size on display (width and height in square pixels, rotation applied), codec, timing."""
+
+    width: int
+    height: int
+    orientation: Orientation
+    pixel_aspect: Fraction
+    codec: str
+    time_base: Fraction
+    duration: float
+    fps: float
+
+
+class _NotAsPlanned(Exception):
+    """The shortcut did not deliver what the timeline promised."""
+
+
+class VideoReader:
+    """One open video. `progress` is called for every packet and frame touched (a sign of life).
+
+    Raises VideoError, with a reason, when the file has no frame to give. After decoding, `truncated`
+    says in words what was damaged, or is None.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        index: VideoIndex | None = None,
+        progress: Callable[[], None] | None = None,
+    ) -> None:
+        self.path = path
+        self.truncated: str | None = None
+        self._progress = progress or (lambda: None)
+        self._table = index.packets if index is not None else None
+        self._timeline = index.timeline if index is not None else None
+        self._info: VideoInfo | None = None
+        self._open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._container.close()
+
+    def _open(self) -> None:
+        self._container = open_container(self.path)
+        try:
+            self._stream = video_stream(self._container)
+        except BaseException:
+            self._container.close()
+            raise
+        self._context = self._stream.codec_context
+        self._read, self._fed = False, False  # whether the container or the decoder is no longer fresh
+
+    def _start(self, *, read: bool, feed: bool) -> None:
+        """Make sure that what will be used is fresh: the container to read, the decoder to feed."""
+        if (read and self._read) or (feed and self._fed):
+            self._container.close()
+            self._open()  # 2 ms
+        self._read, self._fed = self._read or read, self._fed or feed
+
+    # What the video is
+
+    @property
+    def packets(self) -> PacketTable:
+        """The packets of the stream, demuxed once."""
+        if self._table is None:
+            self._start(read=True, feed=False)
+            self._table = read_packets(self._container, self._stream, self._progress)
+            if self._table.encrypted:
+                raise VideoError("encrypted")
+        return self._table
+
+    @property
+    def info(self) -> VideoInfo:
+        """What is shown, from the header and the first frame that decodes."""
+        if self._info is None:
+            frame = next(self._decode_all(), None)
+            if frame is None:
+                raise VideoError(self._why_nothing())
+            self._notice(frame)
+        return self._info
+
+    def _notice(self, frame: av.VideoFrame) -> None:
+        if self._info is None:
+            self._info = self._describe(frame)
+
+    def _describe(self, frame: av.VideoFrame) -> VideoInfo:
+        stream = self._stream
+        aspect = pixel_aspect(stream.sample_aspect_ratio)
+        orientation = Orientation.of(frame)
+        width, height = display_size(frame.width, frame.height, aspect, orientation)
+        rate = stream.average_rate or stream.guessed_rate
+        duration = math.nan
+        if stream.duration is not None and stream.time_base:
+            duration = float(stream.duration * stream.time_base)
+        elif self._container.duration is not None:
+            duration = self._container.duration / av.time_base
+        return VideoInfo(
+            width=width,
+            height=height,
+            orientation=orientation,
+            pixel_aspect=aspect,
+            codec=self._context.codec.canonical_name,
+            time_base=self._time_base,
+            duration=duration,
+            fps=float(rate) if rate else math.nan,
+        )
+
+    @property
+    def _time_base(self) -> Fraction:
+        base = self._stream.time_base
+        return base if base else Fraction(1, 1000)
+
+    def timeline(self) -> Timeline:
+        """All frames in order: from the packets where they can be trusted, else by a full decode."""
+        if self._timeline is None:
+            found = self.packets.timeline(self._time_base)
+            if not found.reliable:
+                found = self._timeline_by_decoding()
+            elif len(found) == 0:
+                raise VideoError(self._why_nothing())
+            self._timeline = found
+        return self._timeline
+
+    def _timeline_by_decoding(self) -> Timeline:
+        pts: list[int | None] = []
+        key: list[bool] = []
+        for frame in self._decode_all():
+            pts.append(frame.pts)
+            key.append(bool(frame.key_frame))
+        if not pts:
+            raise VideoError(self._why_nothing())
+        if all(p is not None for p in pts):
+            known = np.array(pts, np.int64)
+            if np.all(np.diff(known) > 0):
+                return Timeline(known, np.array(key), self._time_base, reliable=False)
+        rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
+        counted = np.arange(len(pts), dtype=np.int64)
+        return Timeline(counted, np.array(key), 1 / Fraction(rate), reliable=False, clock="counted")
+
+    def _why_nothing(self) -> str:
+        """Why no frame came out."""
+        packets = self.packets
+        if len(packets.pts) == 0:
+            promised = self._stream.frames
+            if packets.error is not None:
+                return f"no frame could be read: {packets.error}"
+            if promised > 0:
+                return f"the header promises {promised} frames, the file holds none (cut off)"
+            return "a header without any frame"
+        if not packets.shown.any():
+            return "all frames are marked as not to be shown"
+        if len(packets.pts) == 1:
+            return "its one frame could not be decoded: damaged data"
+        return f"none of its {len(packets.pts)} frames could be decoded: damaged data"
+
+    # The plain decode: the truth
+
+    def _decode_all(self) -> Iterator[av.VideoFrame]:
+        """Every frame in the decoder's order, by a fresh decoder; damage is noted and passed over."""
+        table = self.packets
+        kept = table.kept
+        self._start(read=kept is None, feed=True)
+        source = iter(kept) if kept is not None else self._read_on()
+        came, failed, last_failed = 0, 0, False
+        why = table.error
+        for packet in source:
+            self._progress()
+            try:
+                frames = self._context.decode(packet)
+            except MemoryError as error:
+                raise VideoError(reason(error)) from error
+            except av.FFmpegError as error:
+                failed, last_failed, why = failed + 1, True, why or reason(error)
+                continue
+            last_failed = last_failed and not frames
+            for frame in frames:
+                came += 1
+                self._notice(frame)
+                yield frame
+        try:
+            rest = self._context.decode(None)
+        except av.FFmpegError as error:
+            rest, failed, last_failed, why = [], failed + 1, True, why or reason(error)
+        for frame in rest:
+            came += 1
+            self._notice(frame)
+            yield frame
+        if came and (failed or table.error):
+            if table.error or (last_failed and failed == 1):
+                self.truncated = f"truncated after {came} frames: {why}"
+            else:
+                self.truncated = f"{failed} of {len(table.pts)} packets are damaged: {why}"
+
+    def _read_on(self) -> Iterator[av.Packet]:
+        """Packets from where the container stands; an error ends them."""
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except (av.FFmpegError, MemoryError):
+                return
+            if packet is None:
+                return
+            if packet.size:
+                yield packet
+
+    def _plain_rows(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index, frame) of every frame as the decoder gives them."""
+        timeline = self.timeline()
+        if not timeline.reliable:
+            yield from enumerate(self._decode_all())
+            return
+        # Damage must not shift the count: the index of a frame is the rank of its pts.
+        rank = {int(p): i for i, p in enumerate(timeline.pts)}
+        for frame in self._decode_all():
+            index = rank.pop(frame.pts, None) if frame.pts is not None else None
+            if index is not None:
+                yield index, frame
+
+    def decode_plain(self) -> Rows:
+        """(index, pts, frame) of every frame that decodes, by one linear decode of the whole file."""
+        pts = self.timeline().pts
+        for index, frame in _ascending(self._plain_rows(), None):
+            yield index, int(pts[index]), frame
+
+    # The shortcuts
+
+    def frames_at(self, indices: np.ndarray) -> Rows:
+        """(index, pts, frame) for int64 [N] ascending, distinct `indices`; equal to the plain decode.
+
+        Frames that even the plain decode does not give are left out.
+        """
+        timeline = self.timeline()
+        wanted = np.asarray(indices, np.int64)
+        if len(wanted) and not (0 <= wanted[0] and wanted[-1] < len(timeline) and np.all(np.diff(wanted) > 0)):
+            raise VideoError(f"frames {wanted[0]} … {wanted[-1]} wanted, the video has {len(timeline)}")
+        done = 0
+        shortcut = self._shortcut(wanted) if timeline.reliable else iter(())
+        planned = timeline.reliable
+        while planned and done < len(wanted):
+            try:
+                index, frame = next(shortcut)
+            except _NotAsPlanned:
+                planned = False
+            else:
+                done += 1
+                yield index, int(timeline.pts[index]), frame
+        for index, frame in _ascending(self._plain_rows(), wanted[done:]):
+            yield index, int(timeline.pts[index]), frame
+
+    def _shortcut(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index, frame) for all of `wanted` in order, else raises _NotAsPlanned."""
+        table = self.packets
+        rank = {int(table.pts[table.order[i]]): int(i) for i in wanted}
+        queue = [int(i) for i in wanted[::-1]]
+        held: dict[int, av.VideoFrame] = {}
+        for frame in self._feed_stretches(wanted):
+            index = rank.pop(frame.pts, None)
+            if index is not None:
+                self._notice(frame)
+                held[index] = frame
+            while queue and queue[-1] in held:
+                index = queue.pop()
+                yield index, held.pop(index)
+            if len(held) > _HOLD:
+                raise _NotAsPlanned
+        if queue:
+            raise _NotAsPlanned
+
+    def _feed_stretches(self, wanted: np.ndarray) -> Iterator[av.VideoFrame]:
+        """Every frame that comes out of the stretches of packets that hold `wanted`."""
+        table, context = self.packets, self._context
+        needed = np.zeros(len(table.pts), bool)
+        needed[table.order[wanted]] = True
+        skips = context.codec.canonical_name in SKIP_NON_REFERENCE
+        feed = _Feed(self)
+        for start, stop in _stretches(table, wanted):
+            feed.begin(start)
+            context = self._context  # another one if the file had to be opened again
+            first_pts = table.pts[start]
+            for position in range(start, stop + 2):
+                self._progress()
+                if skips and position <= stop:
+                    context.skip_frame = "DEFAULT" if needed[position] else "NONREF"
+                for frame in feed.decode(position) if position <= stop else feed.drain():
+                    known = table.position_of.get(frame.pts)
+                    if known is None or not table.shown[known]:
+                        raise _NotAsPlanned
+                    if frame.pts < first_pts:  # a leading picture that lacks what it refers to
+                        continue
+                    if frame.is_corrupt:
+                        raise _NotAsPlanned
+                    yield frame
+
+    def sample(self, sampling: Sampling, first: int = 0, end: int | None = None) -> Rows:
+        """(index, pts, frame) of the sampled frames with first ≤ index < end, in one pass."""
+        timeline = self.timeline()
+        chosen = sampling.select(timeline.pts, timeline.key, timeline.time_base)
+        last = len(timeline) if end is None else end
+        yield from self.frames_at(chosen[(chosen >= first) & (chosen < last)])
+
+
+class _Feed:
+    """Gives the reader's decoder the packets of a stretch: from memory, or from the file by seeking."""
+
+    def __init__(self, reader: VideoReader) -> None:
+        self._reader = reader
+        self._table = reader.packets
+        self._next: Iterator[av.Packet] = iter(())
+        self._position = -1  # decode position of the packet that comes next; -1: nowhere
+        reader._start(read=self._table.kept is None, feed=self._table.kept is None)
+
+    def begin(self, start: int) -> None:
+        """Empty the decoder and stand before packet `start`."""
+        self._reader._context.flush_buffers()
+        if self._table.kept is not None or self._position == start:
+            return
+        if 0 <= self._position < start:
+            between = int(self._table.bytes[self._position : start].sum())
+            if between <= _READ_ON:
+                return
+        if start == 0 or not self._seek(start):
+            self._reader._start(read=True, feed=True)
+            self._next, self._position = self._reader._read_on(), 0
+
+    def _seek(self, start: int) -> bool:
+        """Seek to packet `start` or to one before it."""
+        reader, table = self._reader, self._table
+        if not _SEEKABLE & set(reader._container.format.name.split(",")):
+            return False
+        entries = np.flatnonzero(table.entry[: start + 1])[::-1][:3]
+        for entry in entries:
+            target = int(min(table.dts[entry], table.pts[entry]))
+            try:
+                reader._container.seek(target, stream=reader._stream)
+            except (av.FFmpegError, OverflowError):
+                return False
+            packets = reader._read_on()
+            packet = next(packets, None)
+            landed = table.position_of.get(packet.pts) if packet is not None else None
+            if packet is not None and landed is not None and landed <= start:
+                self._next, self._position = _with_first(packet, packets), landed
+                return True
+        return False
+
+    def decode(self, position: int) -> list[av.VideoFrame]:
+        kept = self._table.kept
+        try:
+            if kept is not None:
+                return self._reader._context.decode(kept[position])
+            while True:
+                packet = next(self._next, None)
+                if packet is None or self._table.position_of.get(packet.pts) != self._position:
+                    raise _NotAsPlanned
+                self._position += 1
+                if self._position > position:
+                    return self._reader._context.decode(packet)
+        except av.FFmpegError as error:
+            raise _NotAsPlanned from error
+
+    def drain(self) -> list[av.VideoFrame]:
+        """What the decoder still holds back."""
+        try:
+            return self._reader._context.decode(None)
+        except av.FFmpegError as error:
+            raise _NotAsPlanned from error
+
+
+def _with_first(first: av.Packet, rest: Iterator[av.Packet]) -> Iterator[av.Packet]:
+    yield first
+    yield from rest
+
+
+def _stretches(table: PacketTable, wanted: np.ndarray) -> list[tuple[int, int]]:
+    """Decode positions [(start, stop), …] to feed, both ends included, ascending and apart.
+
+    A wanted frame is decoded from the last entry at or before its packet. If it is shown before that
+    entry (a leading picture of an open group), it may need frames of the group before: the entry before
+    that is taken. Example: decode order I0 P3 B1 B2 I6 B4 B5, wanted B5 → (0, 6), wanted I6 → (4, 4).
+    """
+    positions = table.order[wanted]
+    entries = np.flatnonzero(table.entry)
+    which = np.searchsorted(entries, positions, side="right") - 1
+    pts = table.pts[positions]
+    leading = (pts < table.pts[entries[which]]) & (which > 0)
+    while leading.any():
+        which = which - leading
+        leading = (pts < table.pts[entries[which]]) & (which > 0)
+    spans: list[tuple[int, int]] = []
+    for start, stop in sorted(zip(entries[which].tolist(), positions.tolist(), strict=True)):
+        if spans and start <= spans[-1][1] + 1:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], stop))
+        else:
+            spans.append((start, stop))
+    return spans
+
+
+def _ascending(
+    rows: Iterator[tuple[int, av.VideoFrame]], wanted: np.ndarray | None
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The rows of `wanted` (None: all) in ascending order; holds back those that come early.
+
+    A frame still missing when more than _HOLD later ones wait is given up.
+    """
+    queue = None if wanted is None else deque(int(i) for i in wanted)
+    asked = None if queue is None else set(queue)
+    held: dict[int, av.VideoFrame] = {}
+    done = -1
+    if queue is not None and not queue:
+        return
+    for index, frame in rows:
+        if index <= done or (asked is not None and index not in asked):
+            continue
+        held[index] = frame
+        while held and (min(held) == (queue[0] if queue else done + 1) or len(held) > _HOLD):
+            done = min(held)
+            yield done, held.pop(done)
+            while queue and queue[0] <= done:
+                queue.popleft()
+            if queue is not None and not queue:
+                return
+    for index in sorted(held):
+        yield index, held[index]

@@ -1,0 +1,88 @@
+"""Which frames of a video are kept: every nth, at a rate, or key frames only."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ..config import Options
+
+if TYPE_CHECKING:
+    from .probe import Probe
+
+
+class Sampling(Options):
+    """Exactly one of `every` (frames), `fps` (frames a second), `keyframes`; every 4th by default."""
+
+    every: int | None = Field(default=None, ge=1)
+    fps: float | None = Field(default=None, gt=0, le=1000)
+    keyframes: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_every(cls, data: object) -> object:
+        """With nothing chosen, every 4th frame."""
+        if isinstance(data, dict) and not any(data.get(k) for k in ("every", "fps", "keyframes")):
+            if data.get("every") is None and data.get("fps") is None:
+                return {**data, "every": 4}
+        return data
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Sampling:
+        chosen = [self.every is not None, self.fps is not None, self.keyframes]
+        if sum(chosen) != 1:
+            raise ValueError("choose one of every, fps, keyframes")
+        return self
+
+    def describe(self) -> str:
+        """For a person: "every 4th frame", "2 frames a second", "key frames"."""
+        if self.keyframes:
+            return "key frames"
+        if self.fps is not None:
+            return f"{self.fps:g} frames a second"
+        every = self.every or 1
+        if every == 1:
+            return "every frame"
+        suffix = "th" if every % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(every % 10, "th")
+        return f"every {every}{suffix} frame"
+
+    def select(self, pts: np.ndarray, is_key: np.ndarray, time_base: Fraction) -> np.ndarray:
+        """Indices int64 [N], ascending, of the frames kept.
+
+        `pts` int64 [T], strictly ascending, and `is_key` bool [T] are of all frames of a video. For a
+        rate, of each k = 0, 1, … up to the last frame's time: the last frame with
+        time ≤ first + k/fps; a frame that several k name is kept once.
+        """
+        if self.keyframes:
+            return np.flatnonzero(is_key).astype(np.int64)
+        if self.fps is None:
+            return np.arange(0, len(pts), self.every or 1, dtype=np.int64)
+        if len(pts) == 0:
+            return np.zeros(0, np.int64)
+        # In units where both times are integers: (pts - first)·a against k·b.
+        rate = Fraction(self.fps).limit_denominator(1_000_000)
+        a = time_base.numerator * rate.numerator
+        b = time_base.denominator * rate.denominator
+        span = int(pts[-1]) - int(pts[0])
+        safe = span * a < 2**62
+        offsets = (pts - pts[0]) * a if safe else (pts.astype(object) - int(pts[0])) * a
+        # Frame i is kept when some k has offset[i] ≤ k·b < offset[i+1]; the smallest such k is a ceiling.
+        ceiling = -(-offsets // b)
+        kept = np.empty(len(pts), bool)
+        kept[:-1] = ceiling[:-1] * b < offsets[1:]
+        kept[-1] = offsets[-1] % b == 0
+        return np.flatnonzero(kept).astype(np.int64)
+
+    def rows_bound(self, probe: Probe) -> int:
+        """At least how many rows to keep free for a probed video (exact counts give exact bounds)."""
+        if self.keyframes:
+            return max(1, probe.keyframes)
+        if self.fps is None:
+            return max(1, -(-probe.frames // (self.every or 1)))
+        if not np.isfinite(probe.duration):
+            return max(1, probe.frames)
+        slack = 1.0 if probe.exact else 1.1
+        return max(1, min(probe.frames, int(probe.duration * slack * self.fps) + 2))

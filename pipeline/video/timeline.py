@@ -1,0 +1,150 @@
+"""The frames of a video in presentation order, read from its packets without decoding.
+
+A frame's identity is its pts; its index is the rank of that pts. Where the packets cannot be trusted
+(a pts missing or double, damage, a start in mid-stream, fields, old AVI), a full decode decides.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from functools import cached_property
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
+
+import av
+import numpy as np
+
+from .bitstream import entry_test, shown_test
+from .container import reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+NO_PTS = np.iinfo(np.int64).min
+KEEP_BYTES = 2**24  # compressed video up to this size stays in memory between the demux and the decode
+_COLUMNS = {"pts": "q", "dts": "q", "bytes": "q", "key": "b", "shown": "b", "entry": "b"}
+_CHANGES = ("new_extradata", "param_change")  # decoder settings that a skipped packet would lose
+_PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """pts int64 [T] strictly ascending, key bool [T], in the stream's `time_base` (seconds a tick).
+
+    `reliable`: from packets alone. `clock` is "counted" where the file has no usable pts and the index
+    stands in for it, one tick a frame.
+    """
+
+    pts: np.ndarray
+    key: np.ndarray
+    time_base: Fraction
+    reliable: bool
+    clock: Literal["pts", "counted"] = "pts"
+
+    def __len__(self) -> int:
+        return len(self.pts)
+
+
+@dataclass
+class PacketTable:
+    """One row a packet in decode order: pts and dts int64 [P], flags bool [P], bytes int32 [P]."""
+
+    pts: np.ndarray
+    dts: np.ndarray
+    key: np.ndarray
+    shown: np.ndarray
+    entry: np.ndarray
+    bytes: np.ndarray
+    trusted: bool  # codec, container and flags leave no doubt that shown packets are frames, in pts order
+    error: str | None = None
+    kept: list[av.Packet] | None = None
+    encrypted: bool = False
+    order: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # decode position of each row
+
+    @cached_property
+    def position_of(self) -> dict[int, int]:
+        """Decode position by pts."""
+        return {int(p): k for k, p in enumerate(self.pts)}
+
+    def timeline(self, time_base: Fraction) -> Timeline:
+        """Rows of the shown packets by pts; sets `order` to their decode positions."""
+        positions = np.flatnonzero(self.shown)
+        pts = self.pts[positions]
+        by_pts = np.argsort(pts, kind="stable")
+        self.order = positions[by_pts]
+        pts = pts[by_pts]
+        reliable = self.trusted and bool(np.all(np.diff(pts) > 0))
+        if reliable and len(pts):
+            # Nothing may be shown before the first packet, which must be an entry.
+            reliable = bool(self.entry[0]) and bool(self.pts[0] == self.pts.min())
+        return Timeline(pts, self.key[self.order], time_base, reliable)
+
+
+def read_packets(
+    container: InputContainer, stream: VideoStream, progress: Callable[[], None] | None = None
+) -> PacketTable:
+    """Demux the whole stream. Never raises for bad data: the error is recorded, what came is kept."""
+    context = stream.codec_context
+    codec = context.codec.canonical_name
+    is_entry = entry_test(codec, context.extradata)
+    is_shown = shown_test(codec)
+    columns = {name: array(kind) for name, kind in _COLUMNS.items()}
+    kept: list[av.Packet] | None = []
+    total, sound, encrypted = 0, is_entry is not None, False
+    error: str | None = None
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except (av.FFmpegError, MemoryError) as failure:
+            error = reason(failure)
+            break
+        if packet is None:
+            break
+        if packet.size == 0:  # the final flush, or an empty chunk of an AVI, which would end the decoder
+            continue
+        if progress is not None:
+            progress()
+        data = memoryview(packet)
+        columns["pts"].append(NO_PTS if packet.pts is None else packet.pts)
+        columns["dts"].append(NO_PTS if packet.dts is None else packet.dts)
+        columns["bytes"].append(packet.size)
+        columns["key"].append(packet.is_keyframe)
+        columns["shown"].append(not packet.is_discard and is_shown(data))
+        columns["entry"].append(packet.is_keyframe and is_entry is not None and is_entry(data))
+        encrypted = encrypted or packet.has_sidedata("encryption_info")
+        sound = sound and not packet.is_corrupt and packet.pts is not None
+        if len(columns["pts"]) > 1:
+            sound = sound and not any(packet.has_sidedata(kind) for kind in _CHANGES)
+        total += packet.size
+        if kept is not None:
+            kept.append(packet)
+            if total > KEEP_BYTES:
+                kept = None
+    return PacketTable(
+        pts=np.array(columns["pts"], np.int64),
+        dts=np.array(columns["dts"], np.int64),
+        bytes=np.array(columns["bytes"], np.int32),
+        key=np.array(columns["key"], bool),
+        shown=np.array(columns["shown"], bool),
+        entry=np.array(columns["entry"], bool),
+        trusted=sound and error is None and _pts_are_real(container, stream),
+        error=error,
+        kept=kept,
+        encrypted=encrypted,
+    )
+
+
+def _pts_are_real(container: InputContainer, stream: VideoStream) -> bool:
+    """Whether the container stores presentation times, or FFmpeg made them up from the decode order."""
+    names = set(container.format.name.split(","))
+    context = stream.codec_context
+    if names & {"h264", "hevc", "vvc", "m4v", "mpegvideo", "avi", "obu", "cavsvideo", "vc1"}:
+        if context.reorder_depth or context.codec.canonical_name in ("h264", "hevc", "vvc"):
+            return False
+    # Coded fields may come in packets of their own, two to a frame.
+    return context.field_order in _PROGRESSIVE or context.codec.canonical_name not in ("h264", "hevc")
