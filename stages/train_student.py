@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
 from ..pipeline.errors import StoreError, UsageError
-from ..pipeline.students.export import save_student
+from ..pipeline.students.export import StudentMeta, save_student
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
 from ..pipeline.targets.picks import PickRule
 from ..pipeline.targets.store import TargetStore, check_moved
@@ -290,14 +290,15 @@ def _export(
         return path
     if config.export == "best":
         load_weights(run_dir, "best", student)
-    meta = {
-        "classes": {name: list(store.teachers[name].classes) for name in teachers},
-        "clip_length": config.clips.length,
-        "clip_size": config.clips.size,
-        "steps": result.steps,
-        "store": store.identity()["store_id"],
-    }
-    save_student(path, student.cpu(), meta)
+    resize = config.clips.frame_view().resize
+    meta = StudentMeta(
+        classes={name: list(store.teachers[name].classes) for name in teachers},
+        clip_length=config.clips.length,
+        clip_size=config.clips.size,
+        resize=resize if isinstance(resize, tuple) else None,
+        extra={"store": store.identity()["store_id"], "targets": config.targets.model_dump(mode="json")},
+    )
+    save_student(path, student, meta)
     return path
 
 

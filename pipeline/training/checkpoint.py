@@ -93,7 +93,7 @@ class Checkpoints:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} does not fit the model: {str(error).splitlines()[0]}") from error
+            raise CheckpointError(f"{path} does not fit the model: {_first_line(error)}") from error
         torch.set_rng_state(saved["rng"]["cpu"])
         if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
@@ -129,7 +129,7 @@ def load_weights(run_dir: Path, which: str, model: nn.Module) -> None:
     try:
         model.load_state_dict(_load(path)["model"])
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the model: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} does not fit the model: {_first_line(error)}") from error
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
@@ -157,7 +157,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise CheckpointError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
     if not isinstance(saved, dict) or saved.get("format_version") != FORMAT_VERSION:
         found = saved.get("format_version") if isinstance(saved, dict) else None
         raise CheckpointError(f"{path} has checkpoint format {found}, this version of distinit reads {FORMAT_VERSION}")
@@ -174,6 +174,10 @@ def _difference(theirs: Any, ours: Any, where: str) -> tuple[str, Any, Any] | No
             if found is not None:
                 return found
     return where, theirs, ours
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _short(value: Any) -> str:

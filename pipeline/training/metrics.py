@@ -30,6 +30,7 @@ class Metrics:
         self._tensorboard: SummaryWriter | None = None
 
     def __enter__(self) -> Metrics:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             kept = [line for line in self.path.read_text("utf-8").splitlines() if _step_of(line) <= self._step]
             write_atomically(self.path, "".join(line + "\n" for line in kept).encode())

@@ -1,0 +1,87 @@
+"""Checkpoints on a disk that fills up, and files that are none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from distinit.pipeline.errors import CheckpointError, UsageError
+from distinit.pipeline.training.checkpoint import Checkpoints, claim_run_dir, load_weights, read_identity
+from distinit.pipeline.training.state import TrainState
+
+# A file-size limit is a full disk that needs no disk: write() fails half-way through the file.
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from distinit.pipeline.errors import CheckpointError
+from distinit.pipeline.training.checkpoint import Checkpoints
+from distinit.pipeline.training.state import TrainState
+
+model = torch.nn.Linear(500, 500)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    Checkpoints(Path(sys.argv[1]), {"store": "a"}).save("last", model, optimizer, TrainState(step=9))
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def start(run: Path, *, resume: bool = True) -> TrainState:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Checkpoints(run, {"store": "a"}).start(model, optimizer, resume=resume, max_broken=5)
+
+
+def save(run: Path, step: int) -> nn.Module:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Checkpoints(run, {"store": "a"}).save("last", model, optimizer, TrainState(step=step, broken={"a\udcff": "x"}))
+    return model
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
+    save(tmp_path, 4)
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "last.pt: File too large; the one before is untouched" in done.stdout
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.pt"]
+    assert start(tmp_path).step == 4
+    assert start(tmp_path).broken == {"a\udcff": "x"}
+
+
+def test_weights_come_back_and_another_model_is_refused(tmp_path):
+    model = save(tmp_path, 1)
+    other = nn.Linear(3, 2)
+    load_weights(tmp_path, "last", other)
+    assert torch.equal(other.weight, model.weight)
+    assert read_identity(tmp_path) == {"store": "a"}
+    with pytest.raises(CheckpointError, match=r"last\.pt does not fit the model"):
+        load_weights(tmp_path, "last", nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"\x80\x02cos\nsystem\n."])
+def test_a_damaged_checkpoint_is_named(tmp_path, content):
+    save(tmp_path, 1)
+    path = tmp_path / "checkpoints" / "last.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"last\.pt is not a readable checkpoint: [^\n]+$"):
+        start(tmp_path)
+
+
+def test_a_folder_with_a_run_is_not_taken_without_resume(tmp_path):
+    claim_run_dir(tmp_path / "new" / "run", resume=False)
+    assert start(tmp_path / "new" / "run").step == 0  # killed before its first checkpoint
+    save(tmp_path, 1)
+    with pytest.raises(UsageError, match=rf"{tmp_path} already holds a run \(checkpoints/last\.pt\)"):
+        claim_run_dir(tmp_path, resume=False)
+    claim_run_dir(tmp_path, resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"--out .*file"):
+        claim_run_dir(tmp_path / "file", resume=False)
