@@ -1,17 +1,203 @@
+"""Which videos: folders, globs, lists and csv files become one ordered table, each source a named corpus.
+
+File names are what the system gives: any bytes but NUL and the slash. They are held as `str` with
+surrogate escapes (`os.fsdecode`), and stored percent-escaped, since Zarr strings must be UTF-8.
+"""
+
 from __future__ import annotations
+
+import csv
+import glob
 import os
-from urllib.parse import quote, unquote_to_bytes
-from types import SimpleNamespace
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import SourceError
-def escape_path(s):
-    return "".join(c if c!="%" and c>=" " and not 0xD800<=ord(c)<=0xDFFF else "".join("%%%02X"%b for b in os.fsencode(c)) for c in s)
-def unescape_path(s): return os.fsdecode(unquote_to_bytes(s))
-def list_videos(sources):
-    out=[]
-    for s in sources:
-        root=s.split("=",1)[1]
-        for h,d,f in os.walk(root):
-            d.sort()
-            out+=[os.path.relpath(os.path.join(h,n),root) for n in sorted(f) if n.endswith((".mp4",".avi"))]
-    if not out: raise SourceError("none")
-    return SimpleNamespace(paths=sorted(out))
+
+EXTENSIONS = frozenset(
+    ".3g2 .3gp .amv .apng .asf .avi .dav .divx .dv .f4v .flv .gif .gxf .h264 .h265 .hevc .ismv .ivf .m1v .m2t .m2ts "
+    ".m2v .m4v .mjpeg .mjpg .mkv .mov .mp4 .mpe .mpeg .mpg .mpv .mts .mxf .nut .obu .ogg .ogm .ogv .qt .rm .rmvb .ts "
+    ".vob .webm .wmv .wtv .y4m".split()
+)
+_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", re.DOTALL)
+_LABEL = re.compile(r"(.*\S)(?:\s*,\s*|\s+)-?\d+\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A named set of videos under one folder; the name stays when the folder moves."""
+
+    name: str
+    root: str
+
+
+@dataclass(frozen=True)
+class VideoList:
+    """The listed videos [V]: corpus number and path relative to that corpus' root."""
+
+    corpora: tuple[Corpus, ...]
+    corpus: NDArray[np.int32]
+    paths: list[str]
+    ignored: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def absolute(self, i: int) -> str:
+        """Where video `i` lies."""
+        return os.path.join(self.corpora[int(self.corpus[i])].root, self.paths[i])
+
+
+def list_videos(sources: Sequence[str]) -> VideoList:
+    """All videos of the sources, in their order, each file once.
+
+    A source is `[NAME=]WHERE`; WHERE is a folder (searched with everything below it for files whose ending is
+    that of a video), a quoted glob, one video file, a list (`list.txt` or `@list`, a path a line, relative to
+    the list, `#` comments, a trailing label as in `a.mp4 3` ignored) or a csv file with a column `path`.
+    NAME defaults to the folder's name, of a list to the file's. Files that a list names and that are not
+    there stay in the table: they get a status, not a silent omission.
+
+    Raises SourceError for a source that names nothing, and for one name with two folders.
+    """
+    corpora: dict[str, str] = {}
+    rows: dict[tuple[str, str], None] = {}
+    ignored: Counter[str] = Counter()
+    for source in sources:
+        name, root, paths = _expand(source, ignored)
+        if corpora.setdefault(name, root) != root:
+            raise SourceError(
+                f"{source}: corpus {name!r} is {corpora[name]} already; give this one another name, as in new={root}"
+            )
+        if not paths:
+            others = ", ".join(f"{n} {ending or 'without ending'}" for ending, n in ignored.items())
+            raise SourceError(f"{source}: no videos found" + (f" (other files: {others})" if others else ""))
+        rows.update(dict.fromkeys((name, p) for p in paths))
+    if not rows:
+        raise SourceError("no videos found: no source given")
+    number = {name: i for i, name in enumerate(corpora)}
+    return VideoList(
+        tuple(Corpus(name, root) for name, root in corpora.items()),
+        np.fromiter((number[name] for name, _ in rows), np.int32, len(rows)),
+        [path for _, path in rows],
+        dict(ignored),
+    )
+
+
+def escape_path(path: str) -> str:
+    """Percent-escape `%`, control characters and bytes that are not UTF-8; the rest stays readable."""
+    return "".join(
+        c
+        if c.isprintable() and c != "%"
+        else "".join(f"%{b:02X}" for b in c.encode("utf-8", "surrogateescape"))
+        for c in path
+    )
+
+
+def unescape_path(text: str) -> str:
+    """The path that `escape_path` was given."""
+    return unquote_to_bytes(text).decode("utf-8", "surrogateescape")
+
+
+def _expand(source: str, ignored: Counter[str]) -> tuple[str, str, list[str]]:
+    """Name, root and relative paths of one source."""
+    named = _NAME.fullmatch(source)
+    # `a=b` may be a folder's own name: what exists as it stands is taken as it stands.
+    name, where = (named[1], named[2]) if named and not os.path.lexists(source) else (None, source)
+    where = os.path.expanduser(where)
+    if where.startswith("@") and not os.path.exists(where):
+        return _listed(source, name, where[1:], csv_file=where.lower().endswith(".csv"))
+    if os.path.isdir(where):
+        root = os.path.abspath(where)
+        return name or _basename(root), root, _walk(root, ignored)
+    if os.path.isfile(where):
+        ending = os.path.splitext(where)[1].lower()
+        if ending in (".txt", ".lst", ".list", ".csv"):
+            return _listed(source, name, where, csv_file=ending == ".csv")
+        root = os.path.dirname(os.path.abspath(where))
+        return name or _basename(root), root, [os.path.basename(where)]
+    if glob.has_magic(where):
+        return _globbed(name, where, ignored)
+    raise SourceError(f"{source}: no such folder, video, list or glob")
+
+
+def _walk(root: str, ignored: Counter[str]) -> list[str]:
+    """Video files below `root`, links followed (each folder once), names with a leading dot left out."""
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_unreadable):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted((f for f in folders if not f.startswith(".")), key=os.fsencode)
+        found += _videos((os.path.relpath(os.path.join(folder, n), root) for n in names), ignored)
+    return sorted(found, key=os.fsencode)
+
+
+def _videos(paths: Iterable[str], ignored: Counter[str]) -> list[str]:
+    kept = []
+    for path in paths:
+        base = os.path.basename(path)
+        ending = os.path.splitext(base)[1].lower()
+        if base.startswith("."):
+            continue
+        if ending in EXTENSIONS:
+            kept.append(path)
+        else:
+            ignored[ending] += 1
+    return kept
+
+
+def _globbed(name: str | None, pattern: str, ignored: Counter[str]) -> tuple[str, str, list[str]]:
+    parts = Path(os.path.abspath(pattern)).parts
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root = os.path.join(*parts[:fixed])
+    matches = [p for p in glob.glob(os.path.abspath(pattern), recursive=True) if os.path.isfile(p)]
+    paths = _videos((os.path.relpath(p, root) for p in matches), ignored)
+    return name or _basename(root), root, sorted(set(paths), key=os.fsencode)
+
+
+def _listed(source: str, name: str | None, file: str, *, csv_file: bool) -> tuple[str, str, list[str]]:
+    root = os.path.dirname(os.path.abspath(file))
+    try:
+        if csv_file:
+            with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
+                reader = csv.DictReader(f)
+                if "path" not in (reader.fieldnames or ()):
+                    columns = ", ".join(reader.fieldnames or ()) or "none"
+                    raise SourceError(f"{source}: needs a column `path`, it has: {columns}")
+                lines = [row["path"] for row in reader if row["path"]]
+        else:
+            text = Path(file).read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+            lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
+            lines = [_without_label(line, root) for line in lines]
+    except OSError as error:
+        raise SourceError(f"{source}: {error.strerror}") from None
+    paths = [os.path.normpath(os.path.relpath(p, root) if os.path.isabs(p) else p) for p in lines]
+    stem = os.path.splitext(os.path.basename(file))[0]
+    return name or stem, root, paths
+
+
+def _without_label(line: str, root: str) -> str:
+    """The path of a list's line; `path 3` and `path,3` lose the label unless a file has that very name."""
+    line = line.strip()
+    labelled = _LABEL.fullmatch(line)
+    if labelled is None or os.path.exists(os.path.join(root, line)):
+        return line
+    return labelled[1].rstrip(",").rstrip()
+
+
+def _basename(root: str) -> str:
+    return os.path.basename(root.rstrip("/")) or "videos"
+
+
+def _unreadable(error: OSError) -> None:
+    raise SourceError(f"{error.filename}: {error.strerror}") from None

@@ -1,0 +1,82 @@
+"""Sources: what is listed, under which name, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distinit.pipeline.corpus.sources import escape_path, list_videos, unescape_path
+from distinit.pipeline.errors import SourceError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with videos, other files, odd names and a link in a circle."""
+    root = tmp_path / "clips"
+    for name in ("b/2.mp4", "a.MKV", "-dash.avi", "with space.webm", "b/.hidden.mp4", "notes.txt", "b/x.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    Path(os.fsdecode(os.fsencode(root) + b"/\xff\xfe.mp4")).write_bytes(b"x")
+    (root / "b" / "again").symlink_to(root)
+    return root
+
+
+def test_a_folder_is_searched_in_byte_order(folder: Path) -> None:
+    videos = list_videos([str(folder)])
+    assert videos.paths == ["-dash.avi", "a.MKV", "b/2.mp4", "with space.webm", os.fsdecode(b"\xff\xfe.mp4")]
+    assert videos.corpora[0].name == "clips" and videos.corpora[0].root == str(folder)
+    assert videos.ignored == {".txt": 1, ".jpg": 1}
+    assert all(os.path.isfile(videos.absolute(i)) for i in range(len(videos)))
+
+
+def test_lists_csv_globs_and_names(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(
+        f"# comment\nclips/b/2.mp4 3\nclips/with space.webm\n\n{folder}/a.MKV,12\nclips/gone.mp4\n"
+    )
+    (tmp_path / "labels.csv").write_text('path,label\n"clips/a.MKV",x\n')
+    lists = list_videos([f"k=@{tmp_path}/list.txt", str(tmp_path / "labels.csv"), f"g={folder}/b/*.mp4"])
+    assert [c.name for c in lists.corpora] == ["k", "labels", "g"]
+    assert lists.paths == [
+        "clips/b/2.mp4", "clips/with space.webm", "clips/a.MKV", "clips/gone.mp4", "clips/a.MKV", "2.mp4",
+    ]  # fmt: skip
+    assert lists.corpus.tolist() == [0, 0, 0, 0, 1, 2]
+
+
+def test_one_file_and_the_same_source_twice(folder: Path) -> None:
+    videos = list_videos([str(folder / "a.MKV"), str(folder)])
+    assert videos.paths.count("a.MKV") == 1 and len(videos.corpora) == 1
+
+
+def test_a_folder_with_an_equals_sign_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x=y").mkdir()
+    (tmp_path / "x=y" / "v.mp4").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    assert list_videos(["x=y"]).corpora[0].name == "x=y"
+
+
+def test_what_names_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.csv").write_text("file,label\na,b\n")
+    for source, words in (
+        (str(tmp_path / "nowhere"), "no such folder"),
+        (str(tmp_path / "empty"), "no videos found"),
+        (str(tmp_path / "bad.csv"), "needs a column `path`"),
+        (str(tmp_path / "@nolist"), "no such"),
+    ):
+        with pytest.raises(SourceError, match=words):
+            list_videos([source])
+    with pytest.raises(SourceError, match="another name"):
+        list_videos([f"c={folder}", f"c={folder}/b"])
+
+
+@given(st.binary(min_size=1).filter(lambda b: b"\0" not in b))
+def test_every_file_name_round_trips_through_utf8(name: bytes) -> None:
+    text = os.fsdecode(name)
+    escaped = escape_path(text)
+    escaped.encode("utf-8")
+    assert escaped.isprintable()
+    assert unescape_path(escaped) == text
