@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,13 +105,18 @@ def load_weights(path: str | Path, sha256: str | None = None) -> WeightsFile:
 def _load_torch(path: Path) -> object:
     """torch.load, weights-only; once more as latin1 for pickles written by Python 2."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, UnicodeDecodeError, TypeError, AttributeError, KeyError, ValueError) as error:
         first: Exception = error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise WeightsError(f"weights file {path}: not a torch checkpoint ({_line(error)})") from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
+        with warnings.catch_warnings():
+            # torch warns that it ignores `encoding` here; it does pass it to the weights-only reader.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
     except Exception:  # whatever a hostile or foreign pickle makes the reader raise, it is refused
         raise WeightsError(
             f"weights file {path}: not a checkpoint of tensors alone, and it is never unpickled freely; "

@@ -117,7 +117,7 @@ def apply_view_options(base: Preprocessing, spec: TeacherSpec) -> Preprocessing:
         view = View(resize=resize, crop=crop, interpolation=options.get("interpolation", base.view.interpolation))
     except ValidationError as error:
         raise TeacherError(f"teacher {spec.name!r}: {error.errors()[0]['msg']}") from None
-    if view.crop is None and isinstance(view.resize, int):
+    if view.fixed_shape is None:
         raise TeacherError(
             f"teacher {spec.name!r}: a short side of {view.resize} alone has no fixed size; set input_size as well"
         )

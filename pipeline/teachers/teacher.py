@@ -64,7 +64,10 @@ class Teacher:
         self.name = _store_name(name)
         self.recipe = recipe
         self.module = recipe.module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.input_shape: tuple[int, int] = self.view.shape(480, 640)
+        shape = self.view.fixed_shape
+        if shape is None:
+            raise TeacherError(f"teacher {name!r}: a short side of {self.view.resize} alone has no fixed size")
+        self.input_shape: tuple[int, int] = shape
         self.state_sha256 = state_sha256(self.module.state_dict())
         self.device, self.precision = torch.device("cpu"), "fp32"
         self._place()

@@ -93,9 +93,7 @@ def test_backbone_initialises_another_student(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("foreign", [False, True])
-def test_misfits_are_refused_by_name(
-    tmp_path: Path, asked: dict[str, Any], words: str, foreign: bool
-) -> None:
+def test_misfits_are_refused_by_name(tmp_path: Path, asked: dict[str, Any], words: str, foreign: bool) -> None:
     path = tmp_path / "s.safetensors"
     source = student_of({"t": 5}, **NARROW)
     save_student(path, source, StudentMeta())
