@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     from distinit.pipeline.targets.store import TargetStore
     from distinit.pipeline.teachers.recipe import TeacherSpec
     from distinit.pipeline.teachers.teacher import load_teacher
-    from distinit.pipeline.training.dataset import StudentClips
+    from distinit.pipeline.training.clips import student_clips
     from distinit.pipeline.video.clips import read_frames
 
 __all__ = [
     "DistInitError",
-    "StudentClips",
     "StudentOptions",
     "TargetStore",
     "TeacherSpec",
@@ -41,12 +40,12 @@ __all__ = [
     "mean_logits",
     "read_frames",
     "soft_targets",
+    "student_clips",
 ]
 
 # By absolute name: a test runner may import this file under any name.
 _HOME = {
     "DistInitError": "distinit.pipeline.errors",
-    "StudentClips": "distinit.pipeline.training.dataset",
     "StudentOptions": "distinit.pipeline.students.options",
     "TargetStore": "distinit.pipeline.targets.store",
     "TeacherSpec": "distinit.pipeline.teachers.recipe",
@@ -57,6 +56,7 @@ _HOME = {
     "mean_logits": "distinit.pipeline.targets.average",
     "read_frames": "distinit.pipeline.video.clips",
     "soft_targets": "distinit.pipeline.targets.average",
+    "student_clips": "distinit.pipeline.training.clips",
 }
 
 

@@ -1,0 +1,58 @@
+"""A clip data set over a target store in one call, for anyone's own training loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from ..targets.picks import PickRule
+from ..targets.store import TargetStore, check_moved
+from ..video.transforms import ClipView
+from .dataset import StudentClips
+from .sampler import TargetSampler
+
+
+def student_clips(
+    store: TargetStore | str | os.PathLike[str],
+    *,
+    teachers: Sequence[str] | None = None,
+    frames: int = 8,
+    size: int = 112,
+    picks: str = "random",
+    max_entropy: Mapping[str, float] | None = None,
+    reject: Literal["skip", "zero-weight"] = "skip",
+    seed: int = 0,
+    epoch_clips: int | None = None,
+    moved: Mapping[str, str] | None = None,
+) -> StudentClips:
+    """Clips of the store's videos with their targets: dataset[(epoch, sample)] → one example, a dict.
+
+    "clip" uint8 [C, T, H, W]; "targets" teacher → mean picked logits float32 [K]; "weight" teacher → 1 or 0.
+    Every example is a pure function of (seed, epoch, sample): any number of loader workers gives the same.
+
+    teachers: default all in the store. frames: T. size: H = W in pixels.
+    picks: center, random, random:N or uniform:N cached frames of the clip.
+    max_entropy: teacher → nats; clips above it in every teacher are drawn again or weigh zero, by `reject`.
+    epoch_clips: samples an epoch, default one a video. moved: corpus → folder where it lies now.
+
+    Raises StoreError (no store, no such teacher), UsageError (a value that is not allowed, nothing to draw
+    from); reading an example may raise TrainingError.
+    """
+    opened = store if isinstance(store, TargetStore) else TargetStore.open(store)
+    check_moved(opened, moved or {})
+    names = tuple(teachers or opened.teachers)
+    videos = opened.usable(names)
+    sampler = TargetSampler(
+        opened,
+        teachers=names,
+        picks=PickRule.parse(picks),
+        clip_length=frames,
+        videos=videos,
+        seed=seed,
+        epoch_clips=epoch_clips or max(1, len(videos)),
+        thresholds=max_entropy,
+        reject=reject,
+    )
+    sampler.check_windows()
+    return StudentClips(sampler, ClipView(size=size), moved)

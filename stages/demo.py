@@ -1,0 +1,140 @@
+"""The whole pipeline on the small corpus that ships with the package, through the stages everyone uses."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.text import Text
+
+from ..pipeline.config import Options
+from ..pipeline.errors import UsageError
+from .config import CONF, load_config, write_config
+from .extract_targets import ExtractConfig, extract_targets
+from .finetune import FinetuneConfig, finetune
+from .report import report
+from .screen import Screen
+from .train_student import TrainConfig, train_student
+
+CORPUS = CONF / "demo_corpus"
+PRESET = "demo"
+
+
+class DemoConfig(Options):
+    """`extract`, `train` and `finetune` are laid over the sections of preset `demo`."""
+
+    out: Path = Field(default=Path("demo-out"), description="folder of store, runs and report")
+    extract: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    finetune: dict[str, Any] = {}
+
+
+def demo(config: DemoConfig, screen: Screen) -> dict[str, Any]:
+    """Extract, distil, finetune from the student and from scratch, report. What is done already is kept.
+
+    The student never sees a test clip: the unlabelled corpus is the training side alone.
+    Raises what its stages raise; TeacherError if the extra `demo` is not installed.
+    """
+    began = time.monotonic()
+    out, runs = config.out, config.out / "runs"
+    if not (CORPUS / "labels.csv").is_file():
+        raise UsageError(f"the demo corpus is not there: {CORPUS}; install distinit again")
+    store = out / "targets.zarr"
+
+    screen.say("1/5 extract-targets: a frozen image model looks at the unlabelled clips, once")
+    extraction = load_config(
+        ExtractConfig,
+        "extract-targets",
+        preset=PRESET,
+        options={**config.extract, "sources": [f"demo={CORPUS / 'unlabelled.txt'}"], "out": store},
+    )
+    extracted = extract_targets(extraction, screen)
+
+    screen.say("2/5 train-student: a video network learns to predict what was stored, no labels")
+    training = load_config(
+        TrainConfig,
+        "train-student",
+        preset=PRESET,
+        options={
+            **config.train,
+            "store": str(store),
+            "out": str(runs / "student"),
+            "moved": {"demo": str(CORPUS)},
+            "resume": True,
+        },
+    )
+    student = train_student(training, screen)
+
+    results = {}
+    starts = {"distinit": str(runs / "student"), "scratch": "scratch"}
+    for number, (name, init) in enumerate(starts.items(), start=3):
+        screen.say(f"{number}/5 finetune: on the labels, {'from the student' if number == 3 else 'from scratch'}")
+        results[name] = finetune(_finetuning(config, runs / name, init), screen)
+
+    screen.say("5/5 report")
+    made = report([runs], out / "report", screen)
+    write_config(out / "demo.yaml", "demo", config)
+    seconds = time.monotonic() - began
+    _farewell(config, results, made, seconds, screen)
+    return {
+        "out": str(out),
+        "store": str(store),
+        "report": made["report"],
+        "seconds": round(seconds, 1),
+        "extract_targets": extracted,
+        "train_student": student,
+        "finetune": results,
+        "differences": made["differences"],
+    }
+
+
+def _finetuning(config: DemoConfig, run: Path, init: str) -> FinetuneConfig:
+    """The same settings whatever the start."""
+    return load_config(
+        FinetuneConfig,
+        "finetune",
+        preset=PRESET,
+        options={
+            **config.finetune,
+            "init": init,
+            # From scratch the network has to be named; from a student it is the student's.
+            **({"student": _student(config)} if init == "scratch" else {}),
+            "dataset": f"csv:{CORPUS / 'labels.csv'}",
+            "out": str(run),
+            "resume": True,
+        },
+    )
+
+
+def _student(config: DemoConfig) -> dict[str, Any]:
+    options = {**config.train, "store": "-", "out": "-"}
+    return load_config(TrainConfig, "train-student", preset=PRESET, options=options).student.model_dump()
+
+
+def _farewell(
+    config: DemoConfig, results: dict[str, Any], made: dict[str, Any], seconds: float, screen: Screen
+) -> None:
+    """Where things lie, what the numbers are worth, and what to type next."""
+    tested = next(iter(results.values()))["test_videos"]
+    out = shlex.quote(str(config.out))
+    lines = [
+        f"{seconds / 60:.1f} minutes. {tested} test clips and one seed are few: read the intervals. The demo shows "
+        "that everything runs, not which start is better.",
+        "",
+        f"  report   {made['report']}",
+        f"  store    {config.out / 'targets.zarr'}",
+        f"  student  {config.out / 'runs' / 'student' / 'student.safetensors'}",
+        "",
+        "Look into the store:",
+        f"  distinit targets info {out}/targets.zarr",
+        "With your own videos, no labels needed, then with your labels (a csv of path,label,split1):",
+        "  distinit extract-targets VIDEOS/ --out targets.zarr --teacher efficientnet_lite0 --dry-run",
+        "  distinit extract-targets VIDEOS/ --out targets.zarr --teacher efficientnet_lite0",
+        "  distinit train-student --targets targets.zarr --out runs/student",
+        "  distinit finetune --init runs/student --dataset csv:labels.csv --out runs/ours",
+        "  distinit report runs --out report",
+    ]
+    screen.table(Text("\n".join(lines)))
