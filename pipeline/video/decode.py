@@ -18,6 +18,7 @@ from typing import Self
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 
 from ..errors import VideoError
 from .bitstream import SKIP_NON_REFERENCE
@@ -125,7 +126,8 @@ class VideoReader:
     def info(self) -> VideoInfo:
         """What is shown, from the header and the first frame that decodes."""
         if self._info is None:
-            frame = next(self._decode_all(), None)
+            frames = self._decode_all() if self._table is not None else self._decode_head()
+            frame = next(frames, None)
             if frame is None:
                 raise VideoError(self._why_nothing())
             self._notice(frame)
@@ -156,6 +158,11 @@ class VideoReader:
             duration=duration,
             fps=float(rate) if rate else math.nan,
         )
+
+    @property
+    def stream(self) -> VideoStream:
+        """The open stream, for what its header says."""
+        return self._stream
 
     @property
     def _time_base(self) -> Fraction:
@@ -242,6 +249,16 @@ class VideoReader:
                 self.truncated = f"truncated after {came} frames: {why}"
             else:
                 self.truncated = f"{failed} of {len(table.pts)} packets are damaged: {why}"
+
+    def _decode_head(self) -> Iterator[av.VideoFrame]:
+        """The first frames, without reading the whole file."""
+        self._start(read=True, feed=True)
+        for packet in self._read_on():
+            self._progress()
+            try:
+                yield from self._context.decode(packet)
+            except av.FFmpegError:
+                continue
 
     def _read_on(self) -> Iterator[av.Packet]:
         """Packets from where the container stands; an error ends them."""

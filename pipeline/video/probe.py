@@ -1,0 +1,95 @@
+"""What a file holds, cheaply: sizes and bounds for planning, or the reason why it cannot be used."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from av.video.stream import VideoStream
+
+from ..errors import VideoError
+from .container import digest, reason
+from .decode import VideoReader
+
+DEMUX_BYTES = 2**26  # files up to this size are demuxed in full
+_HEADROOM = 1.1
+_SPARE = 64
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Bytes, identity, seconds, display size in pixels. `frames` and `keyframes` are upper bounds.
+
+    `exact`: the packets were all read, and `frames` counts them (a damaged one may not decode).
+    `error`: why the file cannot be used; the other fields are then zero where unknown.
+    """
+
+    size: int = 0
+    digest: str = ""
+    duration: float = math.nan
+    frames: int = 0
+    exact: bool = False
+    keyframes: int = 0
+    time_base: tuple[int, int] = (0, 1)
+    width: int = 0
+    height: int = 0
+    codec: str = ""
+    fps: float = math.nan
+    error: str | None = None
+
+
+def probe(path: str, progress: Callable[[], None] | None = None) -> Probe:
+    """Look at one file. Never raises for a bad file: `error` says what is wrong with it."""
+    size, identity = 0, ""
+    try:
+        size = os.stat(path).st_size
+        identity = digest(path)
+        with VideoReader(path, progress=progress) as reader:
+            return _measure(reader, size, identity)
+    except (VideoError, OSError, MemoryError, ValueError) as error:
+        return Probe(size=size, digest=identity, error=reason(error))
+
+
+def _measure(reader: VideoReader, size: int, identity: str) -> Probe:
+    if size > DEMUX_BYTES:
+        info = reader.info
+        frames, keyframes = _estimate(reader.stream, info.duration)
+        base, duration, exact = info.time_base, info.duration, False
+    else:
+        timeline = reader.timeline()
+        info = reader.info
+        frames, keyframes, exact = len(timeline), int(timeline.key.sum()), True
+        base = timeline.time_base
+        duration = _seconds(int(timeline.pts[-1] - timeline.pts[0]), base, frames)
+    return Probe(
+        size=size,
+        digest=identity,
+        duration=duration,
+        frames=frames,
+        exact=exact,
+        keyframes=keyframes,
+        time_base=(base.numerator, base.denominator),
+        width=info.width,
+        height=info.height,
+        codec=info.codec,
+        fps=info.fps,
+    )
+
+
+def _estimate(stream: VideoStream, duration: float) -> tuple[int, int]:
+    """Upper bounds of (frames, key frames) from the header: the index where it is complete, else rates."""
+    entries = stream.index_entries
+    if "mov" in stream.container.format.name and len(entries) >= stream.frames > 0:
+        return len(entries), sum(entry.is_keyframe for entry in entries)
+    rates = [float(r) for r in (stream.average_rate, stream.base_rate, stream.guessed_rate) if r]
+    by_rate = duration * max(rates, default=60.0) if math.isfinite(duration) else 0.0
+    frames = int(max(by_rate, stream.frames) * _HEADROOM) + _SPARE
+    return frames, frames
+
+
+def _seconds(span: int, time_base: Fraction, frames: int) -> float:
+    """Seconds from the first frame to the end of the last, which is taken to last as long as the others."""
+    return float(span * time_base) * (frames / (frames - 1) if frames > 1 else 1.0)
