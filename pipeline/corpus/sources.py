@@ -1,38 +1,38 @@
-"""Turn what a user types as SOURCE into one table of videos, in an order that does not change.
+"""Which videos: folders, globs, lists and csv files become one ordered table, each source a named corpus.
 
-SOURCE is [NAME=]WHERE; WHERE is a folder, a glob, one video, a list (`list.txt`, `@list`) or a csv with
-a column `path`. A corpus is a name and the folder that its paths are relative to.
+File names are what the system gives: any bytes but NUL and the slash. They are held as `str` with
+surrogate escapes (`os.fsdecode`), and stored percent-escaped, since Zarr strings must be UTF-8.
 """
 
 from __future__ import annotations
 
 import csv
 import glob
-import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import SourceError
 
-VIDEO_EXTENSIONS = frozenset(
-    (
-        ".3g2 .3gp .apng .asf .avi .divx .dv .f4v .flv .gif .h264 .hevc .h265 .ivf .m1v .m2t .m2ts .m2v .m4v .mjpeg "
-        ".mjpg .mkv .mov .mp4 .mpe .mpeg .mpg .mpv .mts .mxf .nut .obu .ogm .ogv .qt .rm .rmvb .ts .vob .webm .wmv "
-        ".wtv .y4m"
-    ).split()
+EXTENSIONS = frozenset(
+    ".3g2 .3gp .amv .apng .asf .avi .dav .divx .dv .f4v .flv .gif .gxf .h264 .h265 .hevc .ismv .ivf .m1v .m2t .m2ts "
+    ".m2v .m4v .mjpeg .mjpg .mkv .mov .mp4 .mpe .mpeg .mpg .mpv .mts .mxf .nut .obu .ogg .ogm .ogv .qt .rm .rmvb .ts "
+    ".vob .webm .wmv .wtv .y4m".split()
 )
-_LABEL = re.compile(r"(?:\s+|\s*,\s*)-?\d+\s*$")
+_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", re.DOTALL)
+_LABEL = re.compile(r"(.*\S)(?:\s*,\s*|\s+)-?\d+\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A named set of videos under `root`, an absolute path (file-system bytes as surrogate escapes)."""
+    """A named set of videos under one folder; the name stays when the folder moves."""
 
     name: str
     root: str
@@ -40,13 +40,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class VideoList:
-    """V videos: `paths[i]` is relative to the root of `corpora[corpus[i]]` (int32 [V]).
-
-    `ignored`: files found in folders that are not videos, by extension.
-    """
+    """The listed videos [V]: corpus number and path relative to that corpus' root."""
 
     corpora: tuple[Corpus, ...]
-    corpus: np.ndarray
+    corpus: NDArray[np.int32]
     paths: list[str]
     ignored: dict[str, int] = field(default_factory=dict)
 
@@ -54,197 +51,153 @@ class VideoList:
         return len(self.paths)
 
     def absolute(self, i: int) -> str:
-        """Absolute path of video `i`."""
-        return os.path.join(self.corpora[self.corpus[i]].root, self.paths[i])
+        """Where video `i` lies."""
+        return os.path.join(self.corpora[int(self.corpus[i])].root, self.paths[i])
 
 
 def list_videos(sources: Sequence[str]) -> VideoList:
-    """The videos that `sources` name, without duplicates; order: sources, then names as bytes, or the list's.
+    """All videos of the sources, in their order, each file once.
 
-    Files that a list names and that do not exist stay in the table: they fail later, with a reason.
-    Raises SourceError where a source names nothing or a corpus name stands for two folders.
+    A source is `[NAME=]WHERE`; WHERE is a folder (searched with everything below it for files whose ending is
+    that of a video), a quoted glob, one video file, a list (`list.txt` or `@list`, a path a line, relative to
+    the list, `#` comments, a trailing label as in `a.mp4 3` ignored) or a csv file with a column `path`.
+    NAME defaults to the folder's name, of a list to the file's. Files that a list names and that are not
+    there stay in the table: they get a status, not a silent omission.
+
+    Raises SourceError for a source that names nothing, and for one name with two folders.
     """
-    corpora: list[Corpus] = []
-    corpus: list[int] = []
-    paths: list[str] = []
-    seen: set[tuple[int, str]] = set()
+    corpora: dict[str, str] = {}
+    rows: dict[tuple[str, str], None] = {}
     ignored: Counter[str] = Counter()
     for source in sources:
-        name, where = _split_name(source)
-        others: Counter[str] = Counter()
-        found = _look(where, others)
-        place = _place(corpora, Corpus(name or found.name, found.root))
-        count = 0
-        for path in found.paths:
-            count += 1
-            if (place, path) not in seen:
-                seen.add((place, path))
-                corpus.append(place)
-                paths.append(path)
-        ignored.update(others)
-        if not count:
-            kinds = f" among {sum(others.values())} other files" if others else ""
-            raise SourceError(f"no videos found in {source!r}{kinds}")
-    if not paths:
-        raise SourceError("no videos: name at least one folder, glob, list or file")
-    return VideoList(tuple(corpora), np.array(corpus, np.int32), paths, dict(ignored))
-
-
-@dataclass(frozen=True)
-class _Found:
-    name: str
-    root: str
-    paths: Iterator[str]
-
-
-def _split_name(source: str) -> tuple[str, str]:
-    """NAME=WHERE → both; a WHERE that exists as it is typed, or has a separator before `=`, has no name."""
-    name, equals, where = source.partition("=")
-    if not equals or os.path.lexists(source) or os.sep in name or name.startswith("@"):
-        return "", source
-    if not name or not where:
-        raise SourceError(f"source {source!r} is not [NAME=]WHERE")
-    return name, where
-
-
-def _place(corpora: list[Corpus], new: Corpus) -> int:
-    """Index of the corpus in the list, appended if its name is new."""
-    for place, corpus in enumerate(corpora):
-        if corpus.name == new.name:
-            if corpus.root != new.root:
-                both = f"{corpus.root!r} and {new.root!r}"
-                raise SourceError(f"corpus {new.name!r} stands for two folders, {both}: give one another name")
-            return place
-    corpora.append(new)
-    return len(corpora) - 1
-
-
-def _look(where: str, ignored: Counter[str]) -> _Found:
-    """What `where` is: its default name, its root, its paths relative to the root."""
-    if where.startswith("@") and not os.path.lexists(where):
-        return _text_list(where[1:])
-    absolute = os.path.abspath(where)
-    if os.path.isdir(absolute):
-        return _Found(_base(absolute), absolute, _walk(absolute, ignored))
-    extension = os.path.splitext(absolute)[1].lower()
-    if os.path.isfile(absolute):
-        if extension in (".txt", ".lst", ".list"):
-            return _text_list(absolute)
-        if extension in (".csv", ".tsv"):
-            return _csv_list(absolute)
-        folder, file = os.path.split(absolute)
-        return _Found(_base(folder), folder, iter([file]))
-    if glob.has_magic(where):
-        return _glob(absolute)
-    kind = "file" if extension else "folder"
-    raise SourceError(f"no such {kind}: {where!r}")
-
-
-def _base(folder: str) -> str:
-    return os.path.basename(folder) or "root"
-
-
-def _is_video(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS
-
-
-def _walk(root: str, ignored: Counter[str]) -> Iterator[str]:
-    """Videos below `root`, links followed, each folder once even where links go in circles."""
-    found: list[str] = []
-    visited: set[tuple[int, int]] = set()
-    pending = [""]
-    while pending:
-        below = pending.pop()
-        folder = os.path.join(root, below) if below else root
-        try:
-            status = os.stat(folder)
-            entries = sorted(os.scandir(folder), key=lambda e: os.fsencode(e.name))
-        except OSError as error:
-            if not below:
-                raise SourceError(f"folder {folder!r} cannot be read: {error.strerror}") from error
-            ignored["(unreadable folder)"] += 1
-            continue
-        if (status.st_dev, status.st_ino) in visited:
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        for entry in entries:
-            path = os.path.join(below, entry.name) if below else entry.name
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                pending.append(path)
-            elif _is_video(entry.name):
-                found.append(path)
-            else:
-                ignored[os.path.splitext(entry.name)[1].lower() or "(none)"] += 1
-    found.sort(key=os.fsencode)
-    yield from found
-
-
-def _glob(pattern: str) -> _Found:
-    """Files that match; the root is the deepest folder without a wildcard."""
-    fixed = pattern
-    while glob.has_magic(fixed):
-        fixed = os.path.dirname(fixed)
-    matches = [m for m in glob.glob(pattern, recursive=True) if os.path.isfile(m) and _is_video(_base(m))]
-    paths = sorted((os.path.relpath(m, fixed) for m in matches), key=os.fsencode)
-    return _Found(_base(fixed), fixed, iter(paths))
-
-
-def _text_list(file: str) -> _Found:
-    """A path a line, relative to the list's folder; `#` begins a comment line; a trailing label goes."""
-    absolute = os.path.abspath(file)
-    folder = os.path.dirname(absolute)
-    text = os.fsdecode(_read(absolute))
-    paths = []
-    for line in text.lstrip("\ufeff").split("\n"):
-        line = line.rstrip("\r")
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        if not os.path.lexists(os.path.join(folder, line)):
-            line = _LABEL.sub("", line).strip()
-        paths.append(_relative(line, folder))
-    return _Found(os.path.splitext(_base(absolute))[0], folder, iter(paths))
-
-
-def _csv_list(file: str) -> _Found:
-    """The column `path` of a csv (tab-separated: .tsv), relative to the csv's folder."""
-    folder = os.path.dirname(file)
-    delimiter = "\t" if file.lower().endswith(".tsv") else ","
-    text = os.fsdecode(_read(file)).lstrip("\ufeff")
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    columns = list(reader.fieldnames or ())
-    if "path" not in columns:
-        raise SourceError(f"{file!r} needs a column `path`, its columns are {', '.join(columns) or 'none'}")
-    try:
-        paths = [_relative(row["path"], folder) for row in reader if row["path"]]
-    except csv.Error as error:
-        raise SourceError(f"{file!r} line {reader.line_num}: {error}") from error
-    return _Found(os.path.splitext(_base(file))[0], folder, iter(paths))
-
-
-def _relative(path: str, folder: str) -> str:
-    """A listed path relative to `folder`; one that lies elsewhere keeps its ../"""
-    return os.path.normpath(os.path.relpath(path, folder) if os.path.isabs(path) else path)
-
-
-def _read(file: str) -> bytes:
-    try:
-        with open(file, "rb") as stream:
-            return stream.read()
-    except OSError as error:
-        raise SourceError(f"list {file!r} cannot be read: {(error.strerror or str(error)).lower()}") from error
+        name, root, paths = _expand(source, ignored)
+        if corpora.setdefault(name, root) != root:
+            raise SourceError(
+                f"{source}: corpus {name!r} is {corpora[name]} already; give this one another name, as in new={root}"
+            )
+        if not paths:
+            others = ", ".join(f"{n} {ending or 'without ending'}" for ending, n in ignored.items())
+            raise SourceError(f"{source}: no videos found" + (f" (other files: {others})" if others else ""))
+        rows.update(dict.fromkeys((name, p) for p in paths))
+    if not rows:
+        raise SourceError("no videos found: no source given")
+    number = {name: i for i, name in enumerate(corpora)}
+    return VideoList(
+        tuple(Corpus(name, root) for name, root in corpora.items()),
+        np.fromiter((number[name] for name, _ in rows), np.int32, len(rows)),
+        [path for _, path in rows],
+        dict(ignored),
+    )
 
 
 def escape_path(path: str) -> str:
-    """A path as printable, valid UTF-8: `%`, control and other unprintable characters as %XX of their bytes."""
-    return "".join(c if c != "%" and c.isprintable() else _percent(c) for c in path)
+    """Percent-escape `%`, control characters and bytes that are not UTF-8; the rest stays readable."""
+    return "".join(
+        c
+        if c.isprintable() and c != "%"
+        else "".join(f"%{b:02X}" for b in c.encode("utf-8", "surrogateescape"))
+        for c in path
+    )
 
 
 def unescape_path(text: str) -> str:
-    """The inverse of `escape_path`."""
-    return os.fsdecode(unquote_to_bytes(text))
+    """The path that `escape_path` was given."""
+    return unquote_to_bytes(text).decode("utf-8", "surrogateescape")
 
 
-def _percent(character: str) -> str:
-    return "".join(f"%{byte:02X}" for byte in os.fsencode(character))
+def _expand(source: str, ignored: Counter[str]) -> tuple[str, str, list[str]]:
+    """Name, root and relative paths of one source."""
+    named = _NAME.fullmatch(source)
+    # `a=b` may be a folder's own name: what exists as it stands is taken as it stands.
+    name, where = (named[1], named[2]) if named and not os.path.lexists(source) else (None, source)
+    where = os.path.expanduser(where)
+    if where.startswith("@") and not os.path.exists(where):
+        return _listed(source, name, where[1:], csv_file=where.lower().endswith(".csv"))
+    if os.path.isdir(where):
+        root = os.path.abspath(where)
+        return name or _basename(root), root, _walk(root, ignored)
+    if os.path.isfile(where):
+        ending = os.path.splitext(where)[1].lower()
+        if ending in (".txt", ".lst", ".list", ".csv"):
+            return _listed(source, name, where, csv_file=ending == ".csv")
+        root = os.path.dirname(os.path.abspath(where))
+        return name or _basename(root), root, [os.path.basename(where)]
+    if glob.has_magic(where):
+        return _globbed(name, where, ignored)
+    raise SourceError(f"{source}: no such folder, video, list or glob")
+
+
+def _walk(root: str, ignored: Counter[str]) -> list[str]:
+    """Video files below `root`, links followed (each folder once), names with a leading dot left out."""
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_unreadable):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted((f for f in folders if not f.startswith(".")), key=os.fsencode)
+        found += _videos((os.path.relpath(os.path.join(folder, n), root) for n in names), ignored)
+    return sorted(found, key=os.fsencode)
+
+
+def _videos(paths: Iterable[str], ignored: Counter[str]) -> list[str]:
+    kept = []
+    for path in paths:
+        base = os.path.basename(path)
+        ending = os.path.splitext(base)[1].lower()
+        if base.startswith("."):
+            continue
+        if ending in EXTENSIONS:
+            kept.append(path)
+        else:
+            ignored[ending] += 1
+    return kept
+
+
+def _globbed(name: str | None, pattern: str, ignored: Counter[str]) -> tuple[str, str, list[str]]:
+    parts = Path(os.path.abspath(pattern)).parts
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root = os.path.join(*parts[:fixed])
+    matches = [p for p in glob.glob(os.path.abspath(pattern), recursive=True) if os.path.isfile(p)]
+    paths = _videos((os.path.relpath(p, root) for p in matches), ignored)
+    return name or _basename(root), root, sorted(set(paths), key=os.fsencode)
+
+
+def _listed(source: str, name: str | None, file: str, *, csv_file: bool) -> tuple[str, str, list[str]]:
+    root = os.path.dirname(os.path.abspath(file))
+    try:
+        if csv_file:
+            with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
+                reader = csv.DictReader(f)
+                if "path" not in (reader.fieldnames or ()):
+                    columns = ", ".join(reader.fieldnames or ()) or "none"
+                    raise SourceError(f"{source}: needs a column `path`, it has: {columns}")
+                lines = [row["path"] for row in reader if row["path"]]
+        else:
+            text = Path(file).read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+            lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
+            lines = [_without_label(line, root) for line in lines]
+    except OSError as error:
+        raise SourceError(f"{source}: {error.strerror}") from None
+    paths = [os.path.normpath(os.path.relpath(p, root) if os.path.isabs(p) else p) for p in lines]
+    stem = os.path.splitext(os.path.basename(file))[0]
+    return name or stem, root, paths
+
+
+def _without_label(line: str, root: str) -> str:
+    """The path of a list's line; `path 3` and `path,3` lose the label unless a file has that very name."""
+    line = line.strip()
+    labelled = _LABEL.fullmatch(line)
+    if labelled is None or os.path.exists(os.path.join(root, line)):
+        return line
+    return labelled[1].rstrip(",").rstrip()
+
+
+def _basename(root: str) -> str:
+    return os.path.basename(root.rstrip("/")) or "videos"
+
+
+def _unreadable(error: OSError) -> None:
+    raise SourceError(f"{error.filename}: {error.strerror}") from None
