@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.corpus.sources import VideoList, list_videos
 from ..pipeline.devices import resolve_device
 from ..pipeline.errors import StoreError, UsageError
 from ..pipeline.targets.index import FAILED, OK, PENDING
+from ..pipeline.targets.shard import ShardResult
 from ..pipeline.targets.writer import StoreWriter
 from ..pipeline.teachers.teacher import Teacher, TeacherSpec, load_teacher
 from ..pipeline.video.geometry import View
@@ -33,7 +36,7 @@ from .extract_plan import (
     plan_segments,
     tasks,
 )
-from .extract_work import ShardFiller
+from .extract_work import ShardFiller, ShardTask
 from .screen import Screen
 
 
@@ -53,7 +56,16 @@ class ExtractConfig(Options):
     shard_rows: int | None = None
     retry_failed: bool = False
     accept_run: bool = False
+    workers: int | None = Field(None, ge=1)
+    scheduler: str | None = None
+    retries: int = Field(2, ge=0)
     dry_run: bool = False
+
+    @model_validator(mode="after")
+    def _one_cluster(self) -> ExtractConfig:
+        if self.workers is not None and self.scheduler is not None:
+            raise ValueError("give --workers (a local cluster) or --scheduler (an existing one), not both")
+        return self
 
 
 def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
@@ -94,42 +106,66 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
         for name, teacher in teachers.items():
             attributes = {"name": name, "identity": teacher.identity(config.precision), "run": run}
             writer.add_teacher(name, teacher.classes, attributes, accept_run=config.accept_run)
-        began, done = time.monotonic(), 0
-        with _threads(device, decoders):
-            while shards := open_tasks(plan, list(teachers)):
-                done += _run_shards(plan, shards, teachers, pool, views, config, run, screen)
-                plan_overflow(plan, pool)
+        began = time.monotonic()
+        fill = stack.enter_context(_filling(config, writer, teachers, pool, views, device, decoders, screen))
+        done = 0
+        while shards := open_tasks(plan, list(teachers)):
+            done += _run_shards(plan, shards, list(teachers), fill, run, screen)
+            plan_overflow(plan, pool)
         write_config(_beside(config.out), "extract-targets", config)
         return _summary(plan, list(teachers), done, time.monotonic() - began, screen)
 
 
-def _run_shards(
-    plan: StorePlan,
-    shards: list[int],
+Fill = Callable[[Iterator[ShardTask], Callable[[int], Any]], Iterator[ShardResult]]
+
+
+@contextmanager
+def _filling(
+    config: ExtractConfig,
+    writer: StoreWriter,
     teachers: dict[str, Teacher],
     pool: DecodePool,
     views: list[View],
-    config: ExtractConfig,
-    run: dict[str, Any],
+    device: torch.device,
+    decoders: int,
     screen: Screen,
+) -> Iterator[Fill]:
+    """How shards are filled: in this process, or by the workers of a dask cluster."""
+    sampling = Sampling.model_validate(writer.attributes["sampling"])
+    if config.workers is None and config.scheduler is None:
+
+        def here(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
+            filler = ShardFiller(writer.root, teachers, pool, views, sampling=sampling,
+                                 shard_rows=writer.shard_rows, batch_size=config.batch_size,
+                                 advance=advance)  # fmt: skip
+            return filler.fill(work)
+
+        with _threads(device, decoders):
+            yield here
+        return
+    from .extract_cluster import WorkerSetup, cluster, run_shards
+
+    with cluster(config.workers, config.scheduler, screen) as client:
+
+        def there(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
+            setup = WorkerSetup.of(config, writer, teachers, sampling)
+            for result in run_shards(client, setup, work, retries=config.retries):
+                advance(result.rows)
+                yield result
+
+        yield there
+
+
+def _run_shards(
+    plan: StorePlan, shards: list[int], teachers: list[str], fill: Fill, run: dict[str, Any], screen: Screen
 ) -> int:
     """One pass over open shards; each is committed as soon as it is whole. Returns the rows done."""
-    index, writer = plan.writer.index, plan.writer
-    bound = sum(int(index.bound[index.shard == s].sum()) for s in shards)
+    index = plan.writer.index
+    bound = int(index.bound[np.isin(index.shard, shards)].sum())
     done = 0
     with screen.progress("extracting", total=bound, unit="frames") as bar:
-        filler = ShardFiller(
-            writer.root,
-            teachers,
-            pool,
-            views,
-            sampling=_sampling(config) if config.sampling else Sampling.model_validate(writer.attributes["sampling"]),
-            shard_rows=writer.shard_rows,
-            batch_size=config.batch_size,
-            advance=bar.advance,
-        )  # fmt: skip
-        for result in filler.fill(tasks(plan, shards, list(teachers))):
-            writer.commit(result, run)
+        for result in fill(tasks(plan, shards, teachers), bar.advance):
+            plan.writer.commit(result, run)
             done += result.rows
         bar.set_total(done)
     return done

@@ -1,0 +1,246 @@
+"""The store against plain zarr and xarray, and against everything that can be wrong with one on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+from distinit.pipeline.errors import StoreError, StoreMismatchError, UsageError
+from distinit.pipeline.targets import format as fmt
+from distinit.pipeline.targets.average import entropy
+from distinit.pipeline.targets.index import load_index
+from distinit.pipeline.targets.plan import Stretch
+from distinit.pipeline.targets.shard import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.targets.verify import drop_commits, verify
+from distinit.pipeline.targets.writer import StoreWriter
+
+SAMPLING = {"every": 4, "fps": None, "keyframes": False}
+R, K, V = 512, 10, 40
+RUN = {"batch_size": 4, "precision": "fp32", "torch": "x", "device": "cpu"}
+
+
+def rows_of(video: int) -> int:
+    return 0 if video % 7 == 3 else 20 + video
+
+
+def logits_of(video: int) -> np.ndarray:
+    return np.random.default_rng(video).normal(0, 3, (rows_of(video), K)).astype(np.float32)
+
+
+def listed(writer: StoreWriter) -> None:
+    columns = {
+        "corpus": [v % 2 for v in range(V)],
+        "path": [f"v{v:02d} ü%FF.mp4" for v in range(V)],
+        "size": [1000 + v for v in range(V)],
+        "digest": [[v + 1] * 16 for v in range(V)],
+        "duration": [1.5] * V, "fps": [25.0] * V, "rows_bound": [rows_of(v) for v in range(V)],
+        "time_base_num": [1] * V, "time_base_den": [12800] * V, "width": [64] * V, "height": [48] * V,
+    }  # fmt: skip
+    writer.add_videos(columns, [{"name": "a", "root": "/data/a"}, {"name": "b", "root": "/data/b"}])
+
+
+def stage(writer: StoreWriter, shard: int, teacher: str = "t") -> ShardResult:
+    """What a worker hands over for one shard, made from known logits."""
+    index = writer.index
+    ids = [int(s) for s in np.flatnonzero(index.shard == shard)]
+    folder = new_staging(writer.root, shard)
+    part, teacher_part = FramesPart(), TeacherPart()
+    video, frame, z = [], [], []
+    first = 0
+    for s in ids:
+        v = int(index.video[s])
+        n = rows_of(v)
+        part.segment.append(s)
+        part.first_row.append(first if n else 0)
+        part.rows.append(n)
+        part.frames.append(4 * n if n else -1)
+        if not n:
+            part.failed[s] = "no video stream (audio only)"
+        video += [v] * n
+        frame += [4 * i for i in range(n)]
+        z.append(logits_of(v))
+        first += n
+    data = {"video": np.array(video), "index": np.array(frame), "pts": np.array(frame) * 512}
+    for spec in fmt.frame_specs():
+        part.files += stage_array(folder, spec, shard, data[spec.path.split("/")[1]], R)
+    values = np.concatenate(z)
+    teacher_part.rows = len(values)
+    for spec, x in zip(fmt.teacher_specs(teacher, K), (values.astype(np.float16), entropy(values)), strict=True):
+        teacher_part.files += stage_array(folder, spec, shard, x, R)
+    return ShardResult(shard, part, {teacher: teacher_part}, str(folder))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A finished store of 40 videos, 5 of them failed, in several shards."""
+    path = tmp_path / "s.zarr"
+    with StoreWriter(path, sampling=SAMPLING, shard_rows=R) as writer:
+        listed(writer)
+        writer.add_segments([Stretch(v, 0, -1, rows_of(v)) for v in range(V)])
+        writer.add_teacher("t", [f"class {k}" for k in range(K)], {"name": "t", "identity": {"w": 1}, "run": RUN})
+        for shard in range(writer.index.n_shards):
+            writer.commit(stage(writer, shard), RUN)
+    return path
+
+
+def test_rows_equal_what_plain_zarr_and_xarray_read(root: Path) -> None:
+    store = TargetStore.open(root)
+    group = zarr.open_group(root, mode="r")
+    frames = xr.open_zarr(root, group="frames", consolidated=False)
+    teacher = xr.open_zarr(root, group="teachers/t", consolidated=False)
+    assert frames["pts"].dims == ("frame",) and teacher["logits"].dims == ("frame", "class")
+    assert [str(c) for c in teacher["class"].values] == [f"class {k}" for k in range(K)]
+    for v in range(V):
+        index, pts, rows = store.frames(v)
+        assert len(index) == rows_of(v)
+        if not len(index):
+            continue
+        expected = logits_of(v)
+        np.testing.assert_array_equal(store.logits("t", rows), expected.astype(np.float16).astype(np.float32))
+        np.testing.assert_array_equal(group["teachers/t/logits"][rows[0] : rows[-1] + 1], expected.astype(np.float16))
+        np.testing.assert_array_equal(teacher["entropy"].values[rows], store.entropy("t", rows))
+        p = np.exp(expected - expected.max(1, keepdims=True), dtype=np.float64)
+        p /= p.sum(1, keepdims=True)
+        np.testing.assert_allclose(store.entropy("t", rows), -(p * np.log(p)).sum(1), atol=1e-5)
+        assert (frames["video"].values[rows] == v).all() and (frames["pts"].values[rows] == pts).all()
+    used = np.concatenate([store.frames(v)[2] for v in range(V)])
+    fill = np.setdiff1d(np.arange(store.index.n_shards * R), used)
+    assert (frames["video"].values[fill] == -1).all() and np.isnan(teacher["logits"].values[fill]).all()
+
+
+def test_records_statuses_and_paths(root: Path) -> None:
+    store = TargetStore.open(root)
+    bad = [v for v in range(V) if not rows_of(v)]
+    assert store.usable().tolist() == [v for v in range(V) if v not in bad]
+    record = store.video(3)
+    assert (record.status, record.reason, record.rows) == ("failed", "no video stream (audio only)", 0)
+    good = store.video(5)
+    assert (good.status, good.frames, good.rows, good.corpus) == ("ok", 100, 25, "b")
+    assert good.path == "v05 ü\udcff.mp4" and store.video_path(5, {"b": "/new"}) == f"/new/{good.path}"
+    with pytest.raises(UsageError, match="it has: t"):
+        store.usable(["x"])
+
+
+def test_a_store_travels_to_workers(root: Path) -> None:
+    store = TargetStore.open(root)
+    rows = store.frames(5)[2]
+    expected = store.logits("t", rows)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).logits("t", rows), expected)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if (store.logits("t", rows) == expected).all() else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    np.testing.assert_array_equal(store.logits("t", rows), expected)
+
+
+def test_what_is_not_committed_does_not_exist(root: Path) -> None:
+    index = load_index(root)
+    videos = sorted({int(v) for v in index.video[index.shard == 1]})
+    drop_commits(root, [f for f in [_finding(1)]])
+    store = TargetStore.open(root)
+    assert {store.video(v).status for v in videos} == {"pending"}
+    assert not set(store.usable()) & set(videos)
+    with StoreWriter(root, sampling=SAMPLING) as writer:  # and a rerun brings back the very same bytes
+        before = {p: p.read_bytes() for p in root.glob("*/**/c/1/**/*") if p.is_file()}
+        writer.commit(stage(writer, 1), RUN)
+    assert before and all(p.read_bytes() == data for p, data in before.items())
+    assert TargetStore.open(root).video(videos[0]).status in ("ok", "failed")
+
+
+def _finding(shard: int):  # type: ignore[no-untyped-def]
+    from distinit.pipeline.targets.verify import Finding
+
+    return Finding("broken", shard)
+
+
+def test_a_superseded_attempt_changes_nothing(root: Path) -> None:
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    with StoreWriter(root, sampling=SAMPLING) as writer:
+        late = stage(writer, 0)
+        Path(late.frames.files[0].staged).write_bytes(b"other")  # type: ignore[union-attr]
+        writer.commit(late, RUN)
+    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+
+
+def test_verify_names_every_kind_of_damage(root: Path, tmp_path: Path) -> None:
+    assert list(verify(root, load_index(root))) == []
+    logits = root / "teachers/t/logits/c/0/0"
+    good = logits.read_bytes()
+    flipped = bytearray(good)
+    flipped[37] ^= 4
+    cases = {
+        "digest": lambda: logits.write_bytes(bytes(flipped)),
+        "bytes, committed were": lambda: logits.write_bytes(good[:-9]),
+        "is missing": lambda: logits.unlink(),
+        "differs from what was committed": lambda: logits.write_bytes((root / "teachers/t/logits/c/1/0").read_bytes()),
+    }
+    for words, damage in cases.items():
+        damage()
+        findings = list(verify(root, load_index(root)))
+        assert len(findings) == 1 and findings[0].shard == 0 and findings[0].teacher == "t", findings
+        assert words in findings[0].what or "bytes" in findings[0].what
+        logits.write_bytes(good)
+    node = root / "commits/teachers/t/000001/zarr.json"
+    node.rename(tmp_path / "away")
+    node.parent.rmdir()
+    assert [(f.shard, f.teacher) for f in verify(root, load_index(root))] == [(1, "t")]
+
+
+def test_a_flipped_bit_or_a_missing_shard_is_not_read_as_data(root: Path) -> None:
+    store = TargetStore.open(root)
+    rows = store.frames(0)[2]
+    path = root / "teachers/t/logits/c/0/0"
+    good = bytearray(path.read_bytes())
+    good[3] ^= 1
+    path.write_bytes(good)
+    with pytest.raises(StoreError, match="crc32c"):
+        TargetStore.open(root).logits("t", rows)
+    path.unlink()
+    with pytest.raises(StoreError, match="missing"):
+        TargetStore.open(root).logits("t", rows)
+
+
+def test_foreign_corrupt_and_other_stores_are_refused_by_name(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no such target store"):
+        TargetStore.open(tmp_path / "nowhere")
+    zarr.open_group(tmp_path / "foreign", mode="w")
+    with pytest.raises(StoreError, match="not a target store"):
+        TargetStore.open(tmp_path / "foreign")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    with pytest.raises(StoreError, match="no zarr.json"):
+        StoreWriter(tmp_path / "full", sampling=SAMPLING)
+    with pytest.raises(StoreMismatchError, match='"every": 4.*"every": 2'):
+        StoreWriter(root, sampling={**SAMPLING, "every": 2})
+    with StoreWriter(root, sampling=SAMPLING) as writer:
+        with pytest.raises(StoreMismatchError, match=r"teacher 't'.*identity.w is 1 in the store, 2"):
+            writer.add_teacher("t", ["c"] * K, {"name": "t", "identity": {"w": 2}, "run": RUN})
+        with pytest.raises(StoreError, match="another process"):
+            StoreWriter(root, sampling=SAMPLING)
+    document = json.loads((root / "zarr.json").read_text())
+    document["attributes"]["distinit"]["version"] = 2
+    (root / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(StoreError, match="version 2.*version 1"):
+        TargetStore.open(root)
+    (root / "zarr.json").write_text("{")
+    with pytest.raises(StoreError, match="corrupt"):
+        TargetStore.open(root)
+
+
+def test_zarr_and_xarray_find_nothing_foreign(root: Path) -> None:
+    code = (
+        "import sys, warnings; warnings.simplefilter('error'); import zarr;"
+        "g = zarr.open_group(sys.argv[1], mode='r'); print(len(list(g.members(max_depth=None))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) > 20, done.stderr
