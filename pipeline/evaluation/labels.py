@@ -180,12 +180,16 @@ def _one_row_per_file(source: str, root: str, rows: list[_Row]) -> list[_Row]:
 
 def _classes(source: str, rows: list[_Row]) -> tuple[str, ...]:
     train, test = ({row.label for row in rows if row.side == side} for side in SIDES)
-    for side, alone in (("train", train - test), ("test", test - train)):
-        if alone:
-            raise LabelsError(
-                f"{source}: {len(alone)} of {len(train | test)} classes are only in {side}: "
-                f"{', '.join(repr(name) for name in sorted(alone)[:5])}{', …' if len(alone) > 5 else ''}"
-            )
+    if train != test:
+        alone = {side: sorted(names) for side, names in (("train", train - test), ("test", test - train)) if names}
+        shown = (
+            f"only in {side}: {', '.join(map(repr, names[:5]))}{', …' if len(names) > 5 else ''}"
+            for side, names in alone.items()
+        )
+        raise LabelsError(
+            f"{source}: {len(train ^ test)} of {len(train | test)} classes are on one side of the split alone, "
+            f"{'; '.join(shown)}"
+        )
     names = sorted(train)
     if all(name.isdecimal() for name in names):  # numbered classes in the order of their numbers
         names.sort(key=int)

@@ -78,8 +78,9 @@ class Predictions:
             frames=np.full(v, -1, dtype=np.int64),
             starts=np.full((v, clips), -1, dtype=np.int64),
             clip_scores=np.full((v, clips, len(classes)), np.nan, dtype=np.float32),
-            protocol=protocol,
-            identity=identity,
+            # As they come back from a file: tuples as lists, so that the two compare equal.
+            protocol=json.loads(json.dumps(protocol)),
+            identity=json.loads(json.dumps(identity)),
         )
 
     @property

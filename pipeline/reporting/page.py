@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import yaml
 
-from .accuracy import Difference, accuracy_table, differences, how_little, percent, signed
+from .accuracy import DASH, Difference, accuracy_table, differences, how_little, percent
 from .charts import Line, Whisker, line_chart, whisker_chart
 from .runs import Run
 from .tables import Column, Table
@@ -76,19 +77,17 @@ def student_table(runs: Sequence[Run]) -> Table | None:
     columns = [Column("run"), Column("student"), Column("teachers"), Column("steps", True)]
     table = Table("Students", [*columns, Column("loss of last epoch", True), Column("clips/s", True)])
     for run in students:
-        r = run.result
-        if not r:
+        if not run.finished:
             table.add(run.name, _architecture(run), *["missing"] * 4)
             continue
-        loss, rate = _find(r, "train_loss"), _find(r, "clips_per_second")
-        teachers = _find(r, "teachers")
+        epoch, rates = run.last("epoch"), run.curve("clips_per_s").y
         table.add(
             run.name,
             _architecture(run),
-            ", ".join(map(str, teachers)) if teachers else "–",
-            str(_find(r, "steps") or "–"),
-            "–" if loss is None else f"{loss:.3f}",
-            "–" if rate is None else f"{rate:.1f}",
+            ", ".join(run.heads),
+            str(epoch.get("step", DASH)),
+            f"{epoch['loss']:.3f}" if epoch.get("loss") is not None else DASH,
+            f"{np.median(rates):.1f}" if len(rates) else DASH,
         )
     return table
 
@@ -101,13 +100,6 @@ def _architecture(run: Run) -> str:
     if student.get("width", 1.0) != 1.0:
         words.append(f"width {student['width']}")
     return ", ".join(words)
-
-
-def _find(values: dict[str, Any], key: str) -> Any:
-    """A key at the top of a result or one level down."""
-    if key in values:
-        return values[key]
-    return next((inner[key] for inner in values.values() if isinstance(inner, dict) and key in inner), None)
 
 
 def to_markdown(report: Report) -> str:
@@ -220,7 +212,7 @@ def _class_table(per_class: dict[str, dict[str, int]]) -> Table:
     columns = [Column("class"), Column("right", True), Column("test videos", True), Column("top 1, %", True)]
     table = Table("Each class", columns)
     for name, count in per_class.items():
-        share = f"{100 * count['right'] / count['videos']:.1f}" if count["videos"] else "–"
+        share = f"{100 * count['right'] / count['videos']:.1f}" if count["videos"] else DASH
         table.add(name, str(count["right"]), str(count["videos"]), share)
     return table
 
@@ -232,6 +224,3 @@ def _yaml(values: dict[str, Any]) -> str:
 
 def _block(title: str, text: str) -> str:
     return f"<h3>{html.escape(title)}</h3><pre>{html.escape(text)}</pre>"
-
-
-__all__ = ["Report", "make_report", "signed", "to_html", "to_markdown"]

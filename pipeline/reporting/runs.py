@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from ..errors import SourceError
 from ..evaluation.predictions import Predictions, metrics_from_file
@@ -55,9 +56,28 @@ class Run:
     def failed(self) -> int:
         return len(self.metrics["failed"]) if self.metrics else 0
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its exported model."""
+        return (self.path / ("student.safetensors" if self.kind == "student" else "model.safetensors")).exists()
+
+    @property
+    def heads(self) -> list[str]:
+        """The exported model's heads, a teacher each after train-student; read from the file's header."""
+        try:
+            with safe_open(self.path / "student.safetensors", framework="np") as file:
+                return list(json.loads((file.metadata() or {})["distinit"])["heads"])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return []  # nothing exported (yet)
+
+    def last(self, kind: str) -> dict[str, Any]:
+        """The last record of a kind in metrics.jsonl, `train` or `epoch`."""
+        return next((r for r in reversed(self.history) if r.get("kind") == kind), {})
+
     def curve(self, key: str) -> Line:
         """The logged values of `key` during training, by step."""
-        points = [(r["step"], r[key]) for r in self.history if isinstance(r.get(key), int | float) and "step" in r]
+        logged = [r for r in self.history if r.get("kind") == "train"]
+        points = [(r["step"], r[key]) for r in logged if isinstance(r.get(key), int | float)]
         values = np.array(points, dtype=np.float64).reshape(-1, 2)
         return Line(self.name, values[:, 0], values[:, 1])
 

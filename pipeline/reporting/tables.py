@@ -8,6 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -34,9 +35,9 @@ class Table:
             raise ValueError(f"table {self.title!r} has {len(self.columns)} columns, got {len(cells)} cells")
         self.rows.append(list(cells))
 
-    def to_rich(self) -> RichTable:
-        caption = Text("\n".join(self.notes), style="none") if self.notes else None
-        table = RichTable(title=Text(self.title), caption=caption, title_justify="left", caption_justify="left")
+    def to_rich(self) -> Group:
+        """Title, table, notes; beside each other's width, which rich's own title and caption would wrap to."""
+        table = RichTable()
         for column in self.columns:
             justify = "right" if column.number else "left"
             # Numbers are never cut or wrapped; names give way.
@@ -48,7 +49,7 @@ class Table:
             )
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
-        return table
+        return Group(Text(self.title, style="bold"), table, *(Text(note) for note in self.notes))
 
     def to_markdown(self) -> str:
         lines = [

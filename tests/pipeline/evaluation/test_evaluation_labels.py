@@ -1,0 +1,137 @@
+"""Label files and labelled folders: what they give, and every way in which they are refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from distinit.pipeline.errors import LabelsError, UsageError
+from distinit.pipeline.evaluation.labels import load_labels
+
+GOOD = """path,label,source,split1,split2
+a/1.mp4,run,s1,train,test
+a/2.mp4,run,s2,test,train
+b/3.mp4,sit,s3,train,test
+b/4.mp4,sit,s4,test,train
+b/5.mp4,sit,s5,,unused
+"""
+
+
+def dataset(tmp_path: Path, text: str = GOOD, *, missing: tuple[str, ...] = ()) -> str:
+    """A csv and the files it names; their content does not matter here."""
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
+    for row in text.splitlines()[1:]:
+        name = row.split(",")[0]
+        if name and name not in missing:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"x")
+    return f"csv:{tmp_path / 'labels.csv'}"
+
+
+def test_csv_gives_both_sides_of_the_split_asked_for(tmp_path: Path) -> None:
+    where = dataset(tmp_path)
+    first, second = load_labels(where), load_labels(where, 2)
+    assert first.classes == second.classes == ("run", "sit")
+    assert [(v.path, first.classes[v.label]) for v in first.train] == [("a/1.mp4", "run"), ("b/3.mp4", "sit")]
+    assert second.train == first.test
+    assert second.test == first.train
+    assert first.absolute(first.train[0]) == str(tmp_path / "a/1.mp4")
+    assert "train[2]" in repr(first)
+
+
+def test_csv_spellings(tmp_path: Path) -> None:
+    """A byte order mark, spaces after commas, capitals, repeated rows, quoted commas and odd bytes in names."""
+    odd = os.fsdecode(b"\xff-odd.mp4")
+    rows = ["path, label, split1", "./x.mp4, 10, Train", "x.mp4,10,train", '"y, z.mp4",9,TRAIN']
+    rows += ["-dash.mp4,10,test", f"{odd},9,test"]
+    (tmp_path / "l.csv").write_bytes(b"\xef\xbb\xbf" + os.fsencode("\n".join(rows)))
+    for name in ("x.mp4", "y, z.mp4", "-dash.mp4", odd):
+        (tmp_path / name).write_bytes(b"x")
+    labels = load_labels(f"csv:{tmp_path / 'l.csv'}")
+    assert labels.classes == ("9", "10"), "numbered classes stand in the order of their numbers"
+    assert [v.path for v in labels.train] == ["x.mp4", "y, z.mp4"]
+    assert [v.path for v in labels.test] == ["-dash.mp4", odd]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "split", "message"),
+    [
+        ("path,label", "file,label", 1, r"labels.csv: no column 'path' \(found: file, label, source, split1, split2\)"),
+        ("path,label", "path,class", 1, "no column 'label'"),
+        ("", "", 3, r"no column 'split3' \(splits there are: 1, 2\)"),
+        ("split1,split2", "a,b", 1, "no column 'split1' .*no splitN column"),
+        (",test,train", ",no,no", 1, "split 1 has no test videos"),
+        (",train,test", ",no,no", 1, "split 1 has no train videos"),
+        ("a/2.mp4,run", "a/2.mp4,jump", 1, "2 of 3 classes .*only in train: 'run'; only in test: 'jump'"),
+        ("sit,s5,,", "lie,s5,train,", 1, "1 of 3 classes .*only in train: 'lie'"),
+        ("a/2.mp4,run", "a/1.mp4,run", 1, r"on both sides .*a/1.mp4 \(line 2, train\) and a/1.mp4 \(line 3, test\)"),
+        ("a/2.mp4,run", "a/1.mp4,sit", 1, r"a/1.mp4 has two labels, 'run' \(line 2\) and 'sit' \(line 3\)"),
+        ("a/2.mp4,run", "a/2.mp4,", 1, "line 3 has no label"),
+        ("a/2.mp4,run", ",run", 1, "line 3 has no path"),
+    ],
+)
+def test_csv_refusals(tmp_path: Path, old: str, new: str, split: int, message: str) -> None:
+    where = dataset(tmp_path, GOOD.replace(old, new))
+    with pytest.raises(LabelsError, match=message) as error:
+        load_labels(where, split)
+    assert "\n" not in str(error.value)
+    assert "labels.csv" in str(error.value)
+
+
+def test_unknown_paths_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+    where = dataset(tmp_path, missing=("a/2.mp4", "b/4.mp4", "b/5.mp4"))
+    with pytest.raises(LabelsError, match=r"2 of 4 paths do not exist; the first is a/2.mp4 \(line 3\), looked for"):
+        load_labels(where)
+
+
+def test_a_link_to_a_training_video_leaks(tmp_path: Path) -> None:
+    where = dataset(tmp_path)
+    (tmp_path / "a/2.mp4").unlink()
+    (tmp_path / "a/2.mp4").symlink_to(tmp_path / "a/1.mp4")
+    with pytest.raises(LabelsError, match=r"the same file is on both sides of the split, a/1\.mp4"):
+        load_labels(where)
+
+
+def test_missing_and_foreign_files(tmp_path: Path) -> None:
+    with pytest.raises(LabelsError, match="cannot read the label file"):
+        load_labels(f"csv:{tmp_path / 'none.csv'}")
+    (tmp_path / "noise.csv").write_bytes(bytes(range(256)) * 4)
+    with pytest.raises(LabelsError, match=r"noise\.csv"):
+        load_labels(f"csv:{tmp_path / 'noise.csv'}")
+    for wrong in ("labels.csv", "hmdb51:x", "csv:"):
+        with pytest.raises(UsageError, match="expected csv:FILE or folder:DIR"):
+            load_labels(wrong)
+
+
+def folder(tmp_path: Path, *names: str) -> str:
+    for name in names:
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return f"folder:{tmp_path / 'set'}"
+
+
+def test_folder(tmp_path: Path) -> None:
+    where = folder(tmp_path, "train/b/2.mp4", "train/a/deep/1.mp4", "test/a/3.avi", "test/b/4.mp4", "test/b/notes.txt")
+    labels = load_labels(where)
+    assert labels.classes == ("a", "b")
+    assert [(v.path, v.label) for v in labels.train] == [("train/a/deep/1.mp4", 0), ("train/b/2.mp4", 1)]
+    assert [(v.path, v.label) for v in labels.test] == [("test/a/3.avi", 0), ("test/b/4.mp4", 1)]
+    with pytest.raises(LabelsError, match="a folder has split 1 only, got --split 2"):
+        load_labels(where, 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train/a/1.mp4"], "no folder 'test'"),
+        (["train/a/1.mp4", "test/a/notes.txt"], "no test videos"),
+        (["train/a/1.mp4", "test/a/2.mp4", "test/b/3.mp4"], "only in test: 'b'"),
+        (["train/a/1.mp4", "train/0.mp4", "test/a/2.mp4"], "0.mp4 stands in no class folder"),
+    ],
+)
+def test_folder_refusals(tmp_path: Path, names: list[str], message: str) -> None:
+    with pytest.raises(LabelsError, match=message):
+        load_labels(folder(tmp_path, *names))

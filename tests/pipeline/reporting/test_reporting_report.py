@@ -1,0 +1,176 @@
+"""The report: its numbers against the predictions, missing runs shown as missing, nothing fetched or executed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+
+from distinit.pipeline.errors import SourceError
+from distinit.pipeline.evaluation.predictions import Predictions
+from distinit.pipeline.reporting.charts import Line, line_chart, ticks
+from distinit.pipeline.reporting.page import make_report, to_markdown
+from distinit.pipeline.reporting.runs import find_runs
+from distinit.pipeline.reporting.tables import Column, Table
+from distinit.stages.report import report
+from distinit.stages.screen import Screen
+
+CLASSES = [f"class {k}" for k in range(7)]
+VIDEOS = [f"v{i}.mp4" for i in range(35)]
+
+
+def finetuned(folder: Path, init: str, right: int, *, unread: int = 0, done: bool = True) -> None:
+    """A run folder as finetune leaves it; `right` of its 35 test videos are right."""
+    folder.mkdir(parents=True)
+    config = {"init": init, "dataset": "csv:/data/har7/labels.csv", "split": 1, "loop": {"lr": 0.002}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"finetune": config}))
+    history = [{"kind": "train", "step": s, "loss": 2 / (1 + s / 40)} for s in range(0, 200, 5)]
+    history.append({"kind": "epoch", "step": 200, "loss": 0.3, "epoch": 2})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history) + '{"torn": ')
+    if not done:
+        return
+    labels = [i % 7 for i in range(35)]
+    found = Predictions.empty(CLASSES, VIDEOS, labels, 10, protocol={"clips": 10}, identity={"weights": init})
+    for i in range(35):
+        guess = labels[i] if i < right else (labels[i] + 1) % 7
+        scores = np.full((10, 7), 0.05, dtype=np.float32)
+        scores[:, guess] = 0.7
+        if i < 35 - unread:
+            found.set_scores(i, scores, np.arange(10), 50)
+        else:
+            found.fail(i, "<b>no video stream</b> (audio only)")
+    found.write(folder / "predictions.h5")
+    (folder / "result.json").write_text(json.dumps({"run": str(folder), "split": 1, "metrics": {"top1": "not read"}}))
+
+
+def student(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    config = {"student": {"architecture": "r2plus1d_18", "width": 0.25}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"train-student": config}))
+    (folder / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 20, "loss": 6.0}) + "\n")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    student(tmp_path / "runs" / "student")
+    finetuned(tmp_path / "runs" / "distinit", "/x/runs/student", 20, unread=2)
+    finetuned(tmp_path / "runs" / "scratch", "scratch", 9)
+    finetuned(tmp_path / "runs" / "unfinished", "scratch", 0, done=False)
+    return tmp_path / "runs"
+
+
+def test_numbers_are_those_of_the_predictions(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = report([runs], tmp_path / "out", Screen())
+    with open(tmp_path / "out" / "accuracy.csv", encoding="utf-8") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    with h5py.File(runs / "distinit" / "predictions.h5") as file:
+        scores, labels = file["clip_scores"][:], file["labels"][:]
+    readable = np.isfinite(scores).all(axis=(1, 2))
+    top1 = (np.nan_to_num(scores).mean(axis=1).argmax(axis=1) == labels) & readable
+    assert float(rows["distinit"]["top1"]) == pytest.approx(top1.mean()) == pytest.approx(20 / 35)
+    assert float(rows["distinit"]["top1_low"]) < 20 / 35 < float(rows["distinit"]["top1_high"])
+    assert rows["distinit"]["unread_videos"] == "2"
+    assert rows["unfinished"]["top1"] == ""
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    for text in (page, markdown, capsys.readouterr().out):
+        assert "57.1 [" in text
+        assert "missing" in text
+        assert "35 (2 unread)" in text
+    assert [r["name"] for r in result["runs"]] == ["distinit", "scratch", "student", "unfinished"]
+
+
+def test_difference_is_paired_and_says_what_it_proves(runs: Path) -> None:
+    found = make_report(find_runs([runs]))
+    (difference,) = found.differences
+    assert (difference.run.name, difference.base.name, difference.videos) == ("distinit", "scratch", 35)
+    assert difference.estimate.value == pytest.approx(11 / 35)
+    # Nine videos are right in both: resampling the 35 paired differences, eleven of them 1, the others 0.
+    rng = np.random.default_rng(5)
+    means = rng.binomial(35, 11 / 35, size=20000) / 35
+    assert difference.estimate.low == pytest.approx(np.quantile(means, 0.025), abs=0.03)
+    assert "does not contain 0" in found.findings[0]
+    assert "+31.4 points" in found.findings[0]
+    assert "one video is worth 2.9 points" in found.findings[-1]
+
+
+def test_a_tie_is_called_undecided(tmp_path: Path) -> None:
+    finetuned(tmp_path / "a", "/x/student", 12)
+    finetuned(tmp_path / "b", "scratch", 11)
+    found = make_report(find_runs([tmp_path / "a", tmp_path / "b"]))
+    assert "which contains 0: these videos do not show which of the two is better" in found.findings[0]
+
+
+def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(runs: Path, tmp_path: Path) -> None:
+    report([runs], tmp_path / "out", Screen(quiet=True))
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    addresses = set(re.findall(r"https?://[^\s\"'<]+", page))
+    assert addresses <= {"http://www.w3.org/2000/svg"}, "a name space, never fetched"
+    assert not re.search(r"<(script|link|img|iframe)|@import|url\(", page)
+    assert "<b>no video stream" not in page
+    assert "&lt;b&gt;no video stream" in page
+    charts = re.findall(r"<svg.*?</svg>", page, flags=re.S)
+    assert len(charts) == 4  # accuracies, differences, distillation, finetuning
+    for chart in charts:
+        ElementTree.fromstring(chart)
+        assert "nan" not in chart
+    assert page.count("<details>") == 4
+    before = page
+    report([runs], tmp_path / "out", Screen(quiet=True))
+    assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == before, "the same runs, the same page"
+
+
+def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no such folder of runs"):
+        find_runs([tmp_path / "none"])
+    with pytest.raises(SourceError, match="no run in it"):
+        find_runs([tmp_path])
+
+
+def test_runs_of_equal_names_are_told_apart(tmp_path: Path) -> None:
+    finetuned(tmp_path / "one" / "scratch", "scratch", 9)
+    finetuned(tmp_path / "two" / "scratch", "scratch", 9)
+    assert [run.name for run in find_runs([tmp_path])] == ["one/scratch", "two/scratch"]
+
+
+def test_tables_escape_in_every_form() -> None:
+    table = Table("t", [Column("na|me"), Column("n", True)], notes=["a < b"])
+    table.add("<i>|x", "1,5")
+    assert "| <i>\\|x | 1,5 |" in table.to_markdown()
+    assert '<td class="number">1,5</td>' in table.to_html()
+    assert "&lt;i&gt;|x" in table.to_html()
+    assert list(csv.reader(table.to_csv().splitlines())) == [["na|me", "n"], ["<i>|x", "1,5"]]
+    with pytest.raises(ValueError, match="has 2 columns, got 1 cells"):
+        table.add("one")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.1, 0.1), (-3, 7000), (6.1, 6.9), (0, 0), (1e-9, 2e-9)])
+def test_ticks_span_the_values(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert found[0] <= low + 1e-12
+    assert found[-1] >= high - 1e-12
+    assert 2 <= len(found) <= 9
+
+
+def test_long_and_broken_curves_are_thinned_and_kept_finite() -> None:
+    x = np.arange(5000.0)
+    y = np.where(x % 7 == 0, np.nan, x)
+    chart = line_chart([Line("a", x, y), Line("empty", x[:0], y[:0])], x_label="x", y_label="y")
+    points = re.search(r'points="([^"]*)"', chart)
+    assert points is not None
+    assert len(points.group(1).split()) == 400
+    assert "nan" not in chart
+    assert "empty" not in chart
+    assert line_chart([Line("empty", x[:0], y[:0])], x_label="x", y_label="y") == ""
+
+
+def test_markdown_lists_unread_videos(runs: Path) -> None:
+    text = to_markdown(make_report(find_runs([runs])))
+    assert "distinit: counted as wrong, could not be read: v34.mp4" in text
