@@ -25,11 +25,12 @@ def timm_model(spec: TeacherSpec, model: str) -> Recipe:
         import timm.data
     except ImportError:
         raise TeacherError(f"teacher {spec.name!r} needs timm: pip install 'distinit[timm]'") from None
+    library: Any = timm  # its types leave out what `timm.data` re-exports
     options = builder_options(spec)
     file = load_weights(spec.weights, spec.sha256) if spec.weights else None
-    module = _create(timm, spec, model, options, file)
-    config = timm.data.resolve_model_data_config(module)
-    classes = _classes(timm, module) if file is None else None
+    module = _create(library, spec, model, options, file)
+    config = library.data.resolve_model_data_config(module)
+    classes = _classes(library, module) if file is None else None
     return Recipe(
         architecture=f"timm:{model}",
         weights="file" if file else (_tag(module) or "pretrained"),

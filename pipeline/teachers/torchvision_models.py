@@ -143,7 +143,7 @@ def _fitting(spec: TeacherSpec, model: str, options: dict[str, Any], file: Weigh
     except (TypeError, ValueError) as error:
         raise TeacherError(f"teacher {spec.name!r}: torchvision's {model} refuses its options: {error}") from None
     load_into(module, file.state, what)
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def _from_preset(choice: Any) -> Preprocessing:

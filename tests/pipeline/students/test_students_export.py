@@ -124,7 +124,7 @@ def test_damaged_foreign_and_missing_files(tmp_path: Path) -> None:
     path = tmp_path / "student.safetensors"
     with pytest.raises(CheckpointError, match="no such file or run folder"):
         load_student(path)
-    with pytest.raises(CheckpointError, match="holds no student.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds no student\.safetensors"):
         load_student(tmp_path)
     save_student(path, student, StudentMeta())
     whole = path.read_bytes()

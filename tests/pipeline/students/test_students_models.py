@@ -111,7 +111,7 @@ def test_refusals() -> None:
         StudentOptions(architecture="r3d_18", variant="vmz")
     with pytest.raises(ValidationError, match="r2plus1d_34"):
         StudentOptions.model_validate({"architecture": "resnet18"})
-    with pytest.raises(UsageError, match="dropout is 1.5"):
+    with pytest.raises(UsageError, match=r"dropout is 1\.5"):
         build_student(StudentOptions(width=0.1), {}, dropout=1.5)
     with pytest.raises(UsageError, match="'b' is not in this student, it has: a"):
         build_student(StudentOptions(width=0.1), {"a": 1}).head("b")

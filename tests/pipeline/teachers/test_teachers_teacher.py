@@ -23,7 +23,7 @@ LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 
 
 @pytest.fixture(autouse=True)
-def _hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty torch hub, and a network that refuses at once."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
@@ -100,8 +100,8 @@ def saved_resnet(path: Path, classes: int = 1000, name: str = "resnet18") -> tor
     return module
 
 
-def test_torchvision_weights_from_the_hub_with_their_own_preset(_hub: Path) -> None:
-    module = saved_resnet(_hub / "resnet18-f37072fd.pth")
+def test_torchvision_weights_from_the_hub_with_their_own_preset(hub: Path) -> None:
+    module = saved_resnet(hub / "resnet18-f37072fd.pth")
     teacher = load_teacher(TeacherSpec(name="torchvision:resnet18"))
     preset = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()
     images = noise(2, 224, 224)
@@ -156,19 +156,19 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
         teacher.to("cpu", "fp16")
 
 
-def test_places365_from_hub_or_file(_hub: Path, tmp_path: Path) -> None:
+def test_places365_from_hub_or_file(hub: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"no resnet50_places365.pth.tar in .*--teacher-weights resnet50-p"):
         load_teacher(TeacherSpec(name="resnet50-places365"))
     module = saved_resnet(tmp_path / "plain.pth", 365, "resnet50")
     state = {f"module.{n}": t for n, t in module.state_dict().items() if not n.endswith("batches_tracked")}
     content = {"epoch": 90, "arch": "resnet50", "state_dict": state, "best_prec1": torch.tensor(54.7)}
-    torch.save(content, _hub / "resnet50_places365.pth.tar", _use_new_zipfile_serialization=False)
+    torch.save(content, hub / "resnet50_places365.pth.tar", _use_new_zipfile_serialization=False)
     teacher = load_teacher(TeacherSpec(name="resnet50-places365"))
     assert teacher.classes == list(CATEGORIES)
     assert (CATEGORIES[0], CATEGORIES[364], len(set(CATEGORIES))) == ("airfield", "zen_garden", 365)
     assert teacher.identity()["sha256"] == state_sha256(module.state_dict())
     lines = [f"/c/class_{index} {index}" for index in range(365)]
-    (_hub / "categories_places365.txt").write_text("\n".join(lines) + "\n")
+    (hub / "categories_places365.txt").write_text("\n".join(lines) + "\n")
     assert load_teacher(TeacherSpec(name="resnet50-places365")).classes[364] == "class_364"
     saved_resnet(tmp_path / "other.pth", 10)
     with pytest.raises(WeightsError, match=r"other.pth: does not fit ResNet: \d+ tensors missing"):

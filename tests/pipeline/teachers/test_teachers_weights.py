@@ -69,7 +69,7 @@ def latin1_pickle() -> Any:
             self.write(b"U" + bytes([len(data)]) + data)
             self.memoize(text)
 
-        dispatch = {**pickle._Pickler.dispatch, str: save_string}  # type: ignore[attr-defined]  # noqa: RUF012
+        dispatch = {**pickle._Pickler.dispatch, str: save_string}  # type: ignore[attr-defined]
 
     def dump(content: object, file: Any, protocol: int) -> None:
         Python2Pickler(file, protocol).dump(content)
