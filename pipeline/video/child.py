@@ -1,0 +1,182 @@
+"""The decoding child process: `python -m distinit.pipeline.video.child SOCKET MEMORY`.
+
+A decoder that crashes or hangs in C takes this process with it and nothing else. The child imports no
+torch, keeps to its memory limit, and ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from ..errors import VideoError
+from .container import reason
+from .decode import VideoReader
+from .geometry import Renderer, View
+from .probe import probe
+from .sampling import Sampling
+from .wire import SLOTS, Layout, receive, send
+
+_SIGN_OF_LIFE_S = 1.0
+
+
+class Child:
+    """Serves one parent: probes, timelines and decode jobs, one at a time."""
+
+    def __init__(self, connection: Connection, memory: mmap.mmap, views: tuple[View, ...]) -> None:
+        self._connection = connection
+        self._memory, self._layout, self._views = memory, Layout.of(views), views
+        self._free = list(range(SLOTS))
+        self._spoke = time.monotonic()
+
+    def serve(self) -> None:
+        """Work until the parent hangs up."""
+        send(self._connection, {"kind": "ready"})
+        while True:
+            message = receive(self._connection)
+            if message["kind"] == "free":
+                self._free.append(message["slot"])
+                continue
+            self._spoke = time.monotonic()
+            try:
+                answer = self._work(message)
+            except VideoError as error:
+                answer = {"kind": "failed", "reason": str(error)}
+            except MemoryError as error:
+                answer = {"kind": "failed", "reason": reason(error)}
+            except (OSError, ValueError, ArithmeticError) as error:
+                if isinstance(error, (BrokenPipeError, ConnectionError)):
+                    raise
+                answer = {"kind": "failed", "reason": f"{type(error).__name__}: {reason(error)}"}
+            send(self._connection, answer)
+
+    def _alive(self) -> None:
+        """Tell the parent now and then that work goes on."""
+        now = time.monotonic()
+        if now - self._spoke > _SIGN_OF_LIFE_S:
+            self._spoke = now
+            send(self._connection, {"kind": "alive"})
+
+    def _work(self, message: dict[str, Any]) -> dict[str, Any]:
+        if message["kind"] == "probe":
+            return {"kind": "probed", "probe": asdict(probe(message["path"], self._alive))}
+        if message["kind"] == "timeline":
+            with VideoReader(message["path"], progress=self._alive) as reader:
+                timeline = reader.timeline()
+                base = timeline.time_base
+                return {
+                    "kind": "timeline",
+                    "pts": timeline.pts.tolist(),
+                    "key": np.flatnonzero(timeline.key).tolist(),
+                    "time_base": [base.numerator, base.denominator],
+                    "reliable": timeline.reliable,
+                    "clock": timeline.clock,
+                }
+        return self._decode(message)
+
+    def _decode(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Decode a job's rows into slots; `skip` rows were delivered by a child that died."""
+        sampling = Sampling.model_validate(job["sampling"])
+        first, end, most, skip = job["first"], job["end"], job["max_rows"], job["skip"]
+        with VideoReader(job["path"], progress=self._alive) as reader:
+            timeline = reader.timeline()
+            chosen = sampling.select(timeline.pts, timeline.key, timeline.time_base)
+            chosen = chosen[(chosen >= first) & (chosen < (len(timeline) if end is None else end))]
+            limit = len(chosen) if most is None else most
+            renderer: Renderer | None = None
+            index: list[int] = []
+            pts: list[int] = []
+            slot, arrays, rows = -1, (), 0
+            more = False
+            # Rows are counted as they come, since a damaged frame gives none.
+            for i, p, frame in reader.frames_at(chosen):
+                if rows >= limit:
+                    more = True
+                    break
+                rows += 1
+                if rows <= skip:
+                    continue
+                if slot < 0:
+                    slot = self._slot()
+                    arrays = self._layout.arrays(self._memory, slot)
+                renderer = renderer or Renderer(reader.info.pixel_aspect)
+                for view, array in zip(self._views, arrays, strict=True):
+                    renderer.render(frame, view, out=array[len(index)])
+                index.append(i)
+                pts.append(p)
+                if len(index) == self._layout.rows:
+                    self._deliver(slot, index, pts)
+                    slot, index, pts = -1, [], []
+            if index:
+                self._deliver(slot, index, pts)
+            elif slot >= 0:
+                self._free.append(slot)
+            if len(chosen) and not rows:
+                raise VideoError("none of the sampled frames could be decoded: damaged data")
+            return {
+                "kind": "done",
+                "frames": len(timeline),
+                "clock": timeline.clock,
+                "note": reader.truncated,
+                "more": more,
+            }
+
+    def _slot(self) -> int:
+        """A slot the parent has read; waits for one."""
+        while not self._free:
+            message = receive(self._connection)
+            self._free.append(message["slot"])
+        return self._free.pop()
+
+    def _deliver(self, slot: int, index: list[int], pts: list[int]) -> None:
+        self._spoke = time.monotonic()
+        send(self._connection, {"kind": "block", "slot": slot, "index": index, "pts": pts})
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when its parent is gone, even while a decoder hangs (which frees the lock)."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _limit_memory(gigabytes: float) -> None:
+    """Bound the address space, so that a hostile header cannot fill the machine."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on every system
+        import resource
+
+        limit = int(gigabytes * 2**30)
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main(arguments: list[str]) -> int:
+    """Entry of the child process."""
+    connection = Connection(int(arguments[0]))
+    setup = receive(connection)
+    threading.Thread(target=_end_with_parent, args=(setup["parent"],), daemon=True).start()
+    memory = mmap.mmap(int(arguments[1]), setup["bytes"])
+    os.close(int(arguments[1]))
+    _limit_memory(setup["memory_gb"])
+    views = tuple(View.model_validate(view) for view in setup["views"])
+    try:
+        Child(connection, memory, views).serve()
+    except (EOFError, BrokenPipeError, ConnectionError):
+        return 0  # the parent is done with us
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

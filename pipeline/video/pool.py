@@ -1,0 +1,296 @@
+"""Decode many videos in child processes, in order, ahead of whoever eats the frames.
+
+A child that crashes or falls silent costs its video a second try in a fresh child and, if that fails
+too, a reason; never the run. Each child has four slots of shared memory; a child whose slots are all
+unread waits, which bounds what is decoded ahead.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from multiprocessing.connection import wait
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from ..errors import VideoError
+from .geometry import View
+from .probe import Probe
+from .process import ChildProcess
+from .sampling import Sampling
+from .timeline import Timeline
+from .wire import Layout
+
+_ATTEMPTS = 2
+_AHEAD = 4  # tasks that may be finished and unread, per child
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """Sampled frames of one video with first ≤ index < end, at most `max_rows` of them."""
+
+    key: int
+    path: str
+    sampling: Sampling
+    first: int = 0
+    end: int | None = None
+    max_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """n frames of job `key`: index and pts int64 [n], images uint8 [n, h, w, 3] per view.
+
+    The images are shared memory: valid until the next item is asked for.
+    """
+
+    key: int
+    index: np.ndarray
+    pts: np.ndarray
+    images: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """Job `key` is complete. `frames` in the file (−1: unknown); `note` says what was damaged; `more`:
+    max_rows was reached with frames left."""
+
+    key: int
+    frames: int
+    clock: Literal["pts", "counted"]
+    note: str | None
+    more: bool
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Job `key` gave no further frames, for this reason."""
+
+    key: int
+    reason: str
+
+
+@dataclass
+class _Task:
+    """One message to a child, and what came back so far."""
+
+    message: dict[str, Any]
+    answers: deque[tuple[dict[str, Any], ChildProcess | None]] = field(default_factory=deque)
+    finished: bool = False
+    rows: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+class DecodePool:
+    """`processes` children that probe and decode. Use as a context manager; one call at a time.
+
+    views: fixed size, rendered of every frame. memory_gb: address space of a child. timeout_s: how long a
+    child may go without a packet, a frame or an answer before it is killed.
+    """
+
+    def __init__(
+        self, *, processes: int, views: Sequence[View], memory_gb: float = 4, timeout_s: float = 120
+    ) -> None:
+        if processes < 1:
+            raise ValueError(f"processes must be at least 1, got {processes}")
+        self._layout = Layout.of(tuple(views))
+        self._views = tuple(views)
+        self._memory_gb, self._timeout_s = memory_gb, timeout_s
+        self._children: list[ChildProcess | None] = [None] * processes
+        self._working: dict[int, _Task] = {}  # by place of the child
+        self._busy = False
+        self._owner = os.getpid()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the children."""
+        if self._owner == os.getpid():
+            for place in range(len(self._children)):
+                self._drop(place)
+
+    def probe(self, paths: Sequence[str]) -> Iterator[Probe]:
+        """A Probe of each path, in order; a crash or a hang is a Probe with an error."""
+        for _, answer, _ in self._run({"kind": "probe", "path": path} for path in paths):
+            if answer["kind"] == "failed":
+                yield Probe(error=answer["reason"])
+            else:
+                fields = answer["probe"]
+                yield Probe(**{**fields, "time_base": tuple(fields["time_base"])})
+
+    def timeline(self, path: str) -> Timeline:
+        """All frames of one video in order; raises VideoError."""
+        answer: dict[str, Any] = {}
+        for _, answer, _ in self._run(iter([{"kind": "timeline", "path": path}])):
+            if answer["kind"] == "failed":
+                raise VideoError(answer["reason"])
+        pts = np.array(answer["pts"], np.int64)
+        key = np.zeros(len(pts), bool)
+        key[answer["key"]] = True
+        return Timeline(pts, key, Fraction(*answer["time_base"]), answer["reliable"], answer["clock"])
+
+    def stream(self, jobs: Iterable[DecodeJob]) -> Iterator[Block | Done | Failed]:
+        """Of each job, in order: its Blocks, then Done or Failed. Jobs are read as children get free."""
+        messages = (
+            {
+                "kind": "decode",
+                "key": job.key,
+                "path": job.path,
+                "sampling": job.sampling.model_dump(),
+                "first": job.first,
+                "end": job.end,
+                "max_rows": job.max_rows,
+                "skip": 0,
+            }
+            for job in jobs
+        )
+        for message, answer, child in self._run(messages):
+            key = message["key"]
+            if answer["kind"] == "done":
+                yield Done(key, answer["frames"], answer["clock"], answer["note"], answer["more"])
+            elif answer["kind"] == "failed":
+                yield Failed(key, answer["reason"])
+            elif child is not None:
+                n = len(answer["index"])
+                images = tuple(a[:n] for a in child.slot(answer["slot"]))
+                index, pts = np.array(answer["index"], np.int64), np.array(answer["pts"], np.int64)
+                yield Block(key, index, pts, images)
+                child.free(answer["slot"])
+
+    # One engine for all three
+
+    def _run(
+        self, messages: Iterator[dict[str, Any]]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any], ChildProcess | None]]:
+        """(message, answer, child) in the order of the messages; the last answer of each finishes it."""
+        if self._busy:
+            raise RuntimeError("this pool is in use: finish or close the iterator of the earlier call first")
+        self._busy = True
+        queue: deque[_Task] = deque()
+        again: deque[_Task] = deque()
+        source = iter(messages)
+        try:
+            while True:
+                exhausted = self._assign(queue, again, source)
+                if not queue:
+                    if exhausted:
+                        return
+                    continue
+                head = queue[0]
+                while not head.answers and not head.finished:
+                    self._listen(again, self._timeout_s)
+                    self._assign(queue, again, source)
+                if head.answers:
+                    answer, child = head.answers.popleft()
+                    yield head.message, answer, child
+                else:
+                    queue.popleft()
+        finally:
+            for place, child in enumerate(self._children):
+                if place in self._working or (child is not None and child.unread):
+                    self._drop(place)  # the consumer left early: what it did not read is not wanted any more
+            self._busy = False
+
+    def _assign(self, queue: deque[_Task], again: deque[_Task], source: Iterator[dict[str, Any]]) -> bool:
+        """Give work to idle children; True when there is no more."""
+        for place in range(len(self._children)):
+            if place in self._working:
+                continue
+            if again:
+                task = again.popleft()
+            elif len(queue) >= _AHEAD * len(self._children):
+                return False
+            else:
+                message = next(source, None)
+                if message is None:
+                    return True
+                task = _Task(message)
+                queue.append(task)
+            self._give(place, task, again)
+        return False
+
+    def _give(self, place: int, task: _Task, again: deque[_Task]) -> None:
+        child = self._children[place]
+        if child is None:
+            child = ChildProcess(self._layout, self._views, self._memory_gb)
+            self._children[place] = child
+        self._working[place] = task
+        if not child.tell(task.message):
+            self._died(place, again)
+
+    def _listen(self, again: deque[_Task], timeout: float) -> None:
+        """Take in what children say; kill those that have said nothing for too long."""
+        waiting = {self._child(place).connection: place for place in self._working}
+        began = time.monotonic()
+        for connection in wait(list(waiting), timeout=min(timeout, 1.0)):
+            place = waiting[connection]  # type: ignore[index]
+            self._take(place, again)
+        now = time.monotonic()
+        for place in list(self._working):
+            child = self._child(place)
+            # Time in which nobody listened, or in which all slots were unread, is not the child's silence.
+            child.listened += now - began
+            if child.all_slots_unread():
+                child.listened = 0.0
+            if child.listened > self._timeout_s and not child.connection.poll():
+                self._failed(place, again, f"no frame for {self._timeout_s:g} s")
+
+    def _take(self, place: int, again: deque[_Task]) -> None:
+        """All messages that are there from one child."""
+        child, task = self._child(place), self._working[place]
+        while place in self._working:
+            try:
+                answer = child.hear()
+            except (EOFError, OSError, ValueError):
+                self._died(place, again)
+                return
+            if answer is None:
+                return
+            child.listened = 0.0
+            if answer["kind"] == "block":
+                task.rows += len(answer["index"])
+                child.unread += 1
+                task.answers.append((answer, child))
+            elif answer["kind"] not in ("alive", "ready"):
+                task.answers.append((answer, None))
+                task.finished = True
+                del self._working[place]
+
+    def _died(self, place: int, again: deque[_Task]) -> None:
+        self._failed(place, again, self._child(place).last_words())
+
+    def _failed(self, place: int, again: deque[_Task], why: str) -> None:
+        """One more try in a fresh child for the task, then its end."""
+        task = self._working.pop(place)
+        self._drop(place)
+        task.failures.append(why)
+        if len(task.failures) < _ATTEMPTS:
+            task.message = {**task.message, "skip": task.rows}
+            again.append(task)
+        else:
+            task.answers.append(({"kind": "failed", "reason": why}, None))
+            task.finished = True
+
+    def _child(self, place: int) -> ChildProcess:
+        child = self._children[place]
+        if child is None:
+            raise RuntimeError(f"no child at place {place}")
+        return child
+
+    def _drop(self, place: int) -> None:
+        child, self._children[place] = self._children[place], None
+        self._working.pop(place, None)
+        if child is not None:
+            child.kill()

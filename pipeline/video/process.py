@@ -1,0 +1,110 @@
+"""The parent's end of one decoding child: its process, its socket, its shared memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from .geometry import View
+from .wire import SLOTS, Layout, receive, send, shared_file
+
+_MODULE = f"{__package__}.child"
+
+
+class ChildProcess:
+    """A started child. `listened`: seconds the parent has waited for it since it last spoke.
+
+    Started with `subprocess`, not `multiprocessing`: that works inside daemonic workers and from scripts
+    without a `__main__` guard.
+    """
+
+    def __init__(self, layout: Layout, views: tuple[View, ...], memory_gb: float) -> None:
+        self.unread = 0
+        self.listened = 0.0
+        ours, theirs = socket.socketpair()
+        descriptor = shared_file(layout.total_bytes)
+        self._memory = mmap.mmap(descriptor, layout.total_bytes)
+        self._layout = layout
+        self._errors = tempfile.TemporaryFile()
+        # The same modules as here, wherever they were imported from; -P keeps the working folder out.
+        path = os.pathsep.join(p for p in sys.path if p)
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", _MODULE, str(theirs.fileno()), str(descriptor)],
+                pass_fds=(theirs.fileno(), descriptor),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the parent, which ends its children
+            )
+        finally:
+            theirs.close()
+            os.close(descriptor)
+        self.connection = Connection(ours.detach())
+        self.tell(
+            {
+                "views": [view.model_dump() for view in views],
+                "bytes": layout.total_bytes,
+                "memory_gb": memory_gb,
+                "parent": os.getpid(),
+            }
+        )
+
+    def tell(self, message: dict[str, Any]) -> bool:
+        """Send a message; False if the child is gone."""
+        self.listened = 0.0
+        try:
+            send(self.connection, message)
+        except OSError:
+            return False
+        return True
+
+    def hear(self) -> dict[str, Any] | None:
+        """The next message, None if there is none yet; EOFError or OSError if the child is gone."""
+        return receive(self.connection) if self.connection.poll() else None
+
+    def slot(self, slot: int) -> tuple[np.ndarray, ...]:
+        """uint8 [rows, h, w, 3] per view of one slot; readable also after the child's death."""
+        return self._layout.arrays(self._memory, slot)
+
+    def free(self, slot: int) -> None:
+        """Give a slot back. A child that has died meanwhile does not care."""
+        self.unread -= 1
+        if self._process.poll() is None and not self.connection.closed:
+            self.tell({"kind": "free", "slot": slot})
+
+    def all_slots_unread(self) -> bool:
+        """Whether the child can only wait for its parent."""
+        return self.unread >= SLOTS
+
+    def last_words(self) -> str:
+        """Why the child died, in words."""
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "the decoder hung up"
+        if code < 0:
+            name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+            return f"the decoder crashed ({name})"
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return f"the decoder process ended with status {code}" + (f": {lines[-1]}" if lines else "")
+
+    def kill(self) -> None:
+        """End the process at once; blocks that were delivered stay readable."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self.connection.close()
+        self._errors.close()
