@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,11 +17,12 @@ from pydantic import Field, model_validator
 from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
 from ..pipeline.errors import StoreError, UsageError
-from ..pipeline.students.export import StudentMeta, save_student
+from ..pipeline.students.export import save_student
+from ..pipeline.students.options import StudentMeta
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
 from ..pipeline.targets.picks import PickRule
 from ..pipeline.targets.store import TargetStore, check_moved
-from ..pipeline.training.checkpoint import check_identity, claim_run_dir, load_weights, read_identity
+from ..pipeline.training.checkpoint import check_identity, claim_run_dir, load_weights, read_identity, write_atomically
 from ..pipeline.training.dataset import StudentClips
 from ..pipeline.training.device import pick_workers
 from ..pipeline.training.distillation import Distillation, evaluate_distillation
@@ -28,7 +31,7 @@ from ..pipeline.training.loop import FitResult, LoopOptions, fit
 from ..pipeline.training.sampler import TargetSampler, measure_entropies
 from ..pipeline.video.transforms import ClipView
 from .config import write_config
-from .screen import Screen
+from .screen import Screen, plain
 
 COMMAND = "train-student"
 QUICK_DRAWS = 2000  # enough to tell the share that a threshold in nats keeps to about one per cent
@@ -112,7 +115,7 @@ def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
     identity = _identity(config, store, teachers, parts, options)
     if saved is not None:
         check_identity(run_dir, saved, identity)  # before the config of the run is overwritten
-    write_config(run_dir / "config.yaml", COMMAND, config)
+    write_config(run_dir / "config.yaml", COMMAND, _absolute(config))
 
     student = _build(config, store, teachers)
     screen.say(
@@ -153,7 +156,16 @@ def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
         progress=screen.progress,
     )
     exported = _export(config, store, student, teachers, run_dir, result)
-    return _summary(config, parts, result, exported)
+    summary = _summary(config, parts, result, exported)
+    write_atomically(run_dir / "result.json", json.dumps(plain(summary), indent=1).encode())
+    return summary
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """The config with paths that hold from any folder."""
+    moved = {name: os.path.abspath(folder) for name, folder in config.moved.items()}
+    paths = {"store": os.path.abspath(config.store), "out": os.path.abspath(config.out), "moved": moved}
+    return config.model_copy(update=paths)
 
 
 def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:

@@ -153,6 +153,21 @@ def test_an_error_of_a_worker_arrives_as_it_was_raised():
         list(read_batches(Points(bad=(0, 9)), keys, workers=2, device=torch.device("cpu")))
 
 
+class Deadly(Points):
+    """A decoder that is killed, as by the system when memory runs out."""
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        if key == (0, 9):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(key)
+
+
+def test_a_worker_that_dies_is_an_error_of_one_line():
+    keys = KeyedBatches(batch_size=4, steps_per_epoch=5, epochs=1)
+    with pytest.raises(TrainingError, match=r"^a loader process died: DataLoader worker [^\n]*less memory$"):
+        list(read_batches(Deadly(), keys, workers=2, device=torch.device("cpu")))
+
+
 def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path):
     train(tmp_path, Regression(), network(), options={"epochs": 1})
     before = (tmp_path / "metrics.jsonl").read_bytes()

@@ -1,0 +1,84 @@
+"""A small real store for the tests of training: videos encoded here, two tiny teachers, stage one itself."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TEACHERS = '''
+import torch
+from torch import nn
+
+
+def teacher(k, gain):
+    """Fixed random logits of 4x4 cells of the image: `gain` says how sure it is."""
+    torch.manual_seed(k)
+    linear = nn.Linear(48, k)
+    linear.weight.data.mul_(gain)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), linear)
+'''
+EVERY = 4
+FRAMES = [48, 40, 5, 31, 48, 64, 48, 33, 48, 48, 52, 48]
+"""Frames of each video; the third is shorter than an 8-frame clip."""
+
+
+@dataclass(frozen=True)
+class TinyStore:
+    """Where the store and its videos lie."""
+
+    path: Path
+    videos: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
+    """12 videos of 96x64 pixels, every 4th frame seen by teachers `sure` (7 classes) and `unsure` (5)."""
+    from distinit.pipeline.teachers.teacher import TeacherSpec
+    from distinit.pipeline.video.encode import write_video
+    from distinit.stages.extract_targets import ExtractConfig, extract_targets
+    from distinit.stages.screen import Screen
+
+    root = tmp_path_factory.mktemp("tiny")
+    (root / "modules").mkdir()
+    (root / "modules" / "tiny_teachers.py").write_text(TEACHERS)
+    (root / "videos").mkdir()
+    for number, frames in enumerate(FRAMES):
+        write_video(root / "videos" / f"v{number:02d} é.mp4", moving_blobs(number, frames), fps=25, gop=12)
+    sys.path.insert(0, str(root / "modules"))
+    try:
+        options = {"sure": {"k": "7", "gain": "20"}, "unsure": {"k": "5", "gain": "4"}}
+        specs = [
+            TeacherSpec(name="tiny_teachers:teacher", options={"name": name, "input_size": "32", **own})
+            for name, own in options.items()
+        ]
+        config = ExtractConfig(sources=[str(root / "videos")], out=root / "targets.zarr", teachers=specs)
+        extract_targets(config, Screen(quiet=True))
+    finally:
+        sys.path.remove(str(root / "modules"))
+    return TinyStore(root / "targets.zarr", root / "videos")
+
+
+@pytest.fixture
+def own_store(tiny_store: TinyStore, tmp_path: Path) -> TinyStore:
+    """A copy of the videos that a test may harm; the store itself is shared and never written."""
+    shutil.copytree(tiny_store.videos, tmp_path / "videos")
+    return TinyStore(tiny_store.path, tmp_path / "videos")
+
+
+def moving_blobs(number: int, frames: int) -> np.ndarray:
+    """Smooth coloured blobs that drift, uint8 [frames, 64, 96, 3]: neighbours differ, and so do videos."""
+    random = np.random.default_rng(number)
+    centre, speed = random.uniform(0, 64, (5, 2)), random.uniform(-2, 2, (5, 2))
+    colour = random.uniform(0, 255, (5, 3))
+    y, x = np.mgrid[0:64, 0:96]
+    images = np.zeros((frames, 64, 96, 3))
+    for t in range(frames):
+        for blob in range(5):
+            cy, cx = (centre[blob] + t * speed[blob]) % (64, 96)
+            images[t] += np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 300)[..., None] * colour[blob]
+    return images.clip(0, 255).astype(np.uint8)

@@ -1,0 +1,187 @@
+"""Stage two as a whole on a tiny real store: learns, exports, resumes, refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.nn.functional import log_softmax, softmax
+
+from distinit.pipeline.errors import CheckpointError, TrainingInterrupted, UsageError
+from distinit.pipeline.students.export import load_student
+from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.video.transforms import normalize_clip
+from distinit.stages.screen import Screen
+from distinit.stages.train_student import TrainConfig, train_student
+
+QUIET = Screen(quiet=True)
+
+
+def config(store: Any, out: Path, **changes: Any) -> TrainConfig:
+    loop = {
+        "batch_size": 4, "epochs": 2, "epoch_clips": 12, "lr": 0.02, "workers": 0, "threads": 1,
+        "device": "cpu", "checkpoint_every": 2, "log_every": 2, **changes.pop("loop", {}),
+    }  # fmt: skip
+    base = {
+        "store": str(store.path), "out": str(out), "student": {"width": 0.125}, "loop": loop,
+        "clips": {"length": 8, "size": 32, "resize": [40, 60]},
+    }  # fmt: skip
+    return TrainConfig.model_validate(base | changes)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_student(run).state_dict()
+
+
+def test_a_run_trains_exports_and_says_what_it_did(tiny_store, tmp_path):
+    changes = {"held_out": 0.3, "targets": {"picks": "random:2", "max_entropy_quantile": 0.6, "quantile_draws": 300}}
+    result = train_student(config(tiny_store, tmp_path / "run", **changes), QUIET)
+    assert (result["epochs"], result["steps"]) == (2, 6)
+    assert result["videos"] + result["held_out_videos"] == 12
+    assert 0.5 < result["kept_share"] < 1  # two heads, each keeps 0.6
+    assert result["best"] <= result["held_out"]["loss"]
+    heads = sum(result["held_out"][f"loss/{name}"] for name in ("sure", "unsure"))
+    assert result["held_out"]["loss"] == pytest.approx(heads)
+    assert 0 <= result["held_out"]["agreement/sure"] <= 1
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(json.dumps(result))
+    used = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train-student"]
+    assert used["loop"]["lr"] == 0.02
+    assert used["targets"]["picks"] == "random:2"
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    assert json.loads(checkpoint["identity"])["filter"]["nats"] == result["thresholds_nats"]
+    student = load_student(tmp_path / "run")
+    assert student.classes == {"sure": 7, "unsure": 5}
+    assert student.meta.clip_size == 32
+    # The loss of the sum over teachers is what the log says.
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "train":
+            assert line["loss"] == pytest.approx(line["loss/sure"] + line["loss/unsure"], rel=1e-5)
+    again = train_student(config(tiny_store, tmp_path / "run", resume=True, **changes), QUIET)
+    assert again["already_finished"]
+
+
+def test_a_narrow_student_overfits_the_teachers_on_a_few_clips(tiny_store, tmp_path):
+    """Towards the entropy of the targets, below which no cross-entropy falls."""
+    train = config(
+        tiny_store, tmp_path / "run", targets={"teachers": ["sure"], "picks": "uniform:2"},
+        loop={"epochs": 25, "epoch_clips": 12, "lr": 0.05, "step_epochs": 20, "clip_norm": 5},
+    )  # fmt: skip
+    result = train_student(train, QUIET)
+    epochs = [
+        line["loss"]
+        for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        if line["kind"] == "epoch"
+    ]
+    assert result["loss"] < 0.7 * epochs[0]
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "squared-error"])
+def test_the_first_loss_is_the_equation_computed_by_hand(tiny_store, tmp_path, loss):
+    targets = {"loss": loss, "tau": 2.0, "max_entropy": {"unsure": 1.2}, "filter": "zero-weight"}
+    train = config(tiny_store, tmp_path / "run", targets=targets, loop={"epoch_clips": 4, "epochs": 1, "lr": 1e-9})
+    result = train_student(train, QUIET)
+
+    from distinit.pipeline.students.student import build_student
+    from distinit.pipeline.targets.picks import PickRule
+    from distinit.pipeline.training.dataset import StudentClips
+    from distinit.pipeline.training.sampler import TargetSampler
+
+    store = TargetStore.open(tiny_store.path)
+    sampler = TargetSampler(
+        store, teachers=("sure", "unsure"), picks=PickRule.parse("random"), clip_length=8, videos=store.usable(),
+        seed=0, epoch_clips=4, thresholds={"unsure": 1.2}, reject="zero-weight",
+    )  # fmt: skip
+    clips = StudentClips(sampler, train.clips)
+    batch = [clips[0, sample] for sample in range(4)]
+    torch.manual_seed(0)
+    student = build_student(train.student, {"sure": 7, "unsure": 5}).train()
+    outputs = student(normalize_clip(torch.stack([example["clip"] for example in batch]), torch.float32))
+    total = 0.0
+    for name in ("sure", "unsure"):
+        losses = []
+        for i, example in enumerate(batch):
+            if example["weight"][name] == 0:
+                continue
+            mean, own = example["targets"][name], outputs[name][i]
+            if loss == "cross-entropy":
+                losses.append(-(softmax(mean / 2.0, 0) * log_softmax(own, 0)).sum())
+            else:
+                losses.append(((own - mean) ** 2).sum())
+        total += float(sum(losses) / len(losses)) if losses else 0.0
+    assert result["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tiny_store, tmp_path, monkeypatch):
+    train_student(config(tiny_store, tmp_path / "whole"), QUIET)
+
+    class Stopping(Screen):
+        """SIGTERM when the first log line is shown, after step 2."""
+
+        def say(self, text: str) -> None:
+            if "step 2/" in text:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted, match=r"step [23] of 6"):
+        train_student(config(tiny_store, tmp_path / "cut"), Stopping(quiet=True))
+    assert not (tmp_path / "cut" / "student.safetensors").exists()
+    result = train_student(config(tiny_store, tmp_path / "cut", resume=True, loop={"workers": 2}), QUIET)
+    assert result["resumed_from_step"] in (2, 3)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_kill_9_and_resume(tiny_store, tmp_path):
+    train_student(config(tiny_store, tmp_path / "whole"), QUIET)
+    settings = config(tiny_store, tmp_path / "cut").model_dump(mode="json") | {"resume": True}
+    program = (
+        "import json, sys\n"
+        "from distinit.stages.screen import Screen\n"
+        "from distinit.stages.train_student import TrainConfig, train_student\n"
+        "train_student(TrainConfig.model_validate(json.loads(sys.argv[1])), Screen(quiet=True))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, json.dumps(settings)])
+    last = tmp_path / "cut" / "checkpoints" / "last.pt"
+    while process.poll() is None and not last.exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    train_student(TrainConfig.model_validate(settings), QUIET)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_refusals_are_one_line_that_names_the_option(tiny_store, tmp_path):
+    done = config(tiny_store, tmp_path / "run", loop={"epochs": 1})
+    train_student(done, QUIET)
+    used = (tmp_path / "run" / "config.yaml").read_text()
+
+    def refused(error: type[Exception], **changes: Any) -> str:
+        with pytest.raises(error) as caught:
+            train_student(config(tiny_store, tmp_path / "run", **changes), QUIET)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    one = {"epochs": 1}
+    assert "already holds a run" in refused(UsageError, loop=one)
+    vmz = {"width": 0.125, "variant": "vmz"}
+    assert 'student.variant = "torchvision", now it is "vmz"' in refused(
+        CheckpointError, loop=one, resume=True, student=vmz
+    )
+    assert "targets.picks" in refused(CheckpointError, loop=one, resume=True, targets={"picks": "center"})
+    assert (tmp_path / "run" / "config.yaml").read_text() == used  # a refused command changes nothing
+    fresh = {"out": str(tmp_path / "new")}
+    assert "'nobody' is not in" in refused(UsageError, targets={"teachers": ["nobody"]}, **fresh)
+    assert "asked for 3 picks" in refused(UsageError, targets={"picks": "random:3"}, **fresh)
+    assert "keeps none" in refused(UsageError, targets={"max_entropy": 1e-6}, **fresh)
+    assert "names 'x'" in refused(UsageError, targets={"max_entropy": {"x": 1.0}}, **fresh)
+    assert "--videos nowhere=" in refused(UsageError, moved={"nowhere": str(tmp_path)}, **fresh)
