@@ -1,0 +1,132 @@
+"""Frames of one video by index, checked against what a store says about them."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import StoreMismatchError, VideoError
+from .container import digest as digest_of
+from .container import reason
+from .decode import VideoIndex, VideoReader
+from .geometry import Renderer, View
+
+_REMEMBERED = 2**18  # packets of all videos whose index is kept in this process, some 40 MB
+_Key = tuple[str, int, int]
+_indices: OrderedDict[_Key, VideoIndex] = OrderedDict()
+
+
+@dataclass(frozen=True)
+class Frames:
+    """images uint8 [L, h, w, 3] RGB, their pts int64 [L], and the number of frames in the file.
+
+    `repeated`: how many of the L are damaged in the file and shown as the decodable frame before them.
+    """
+
+    images: np.ndarray
+    pts: np.ndarray
+    total: int
+    repeated: int = 0
+
+
+def read_frames(
+    path: str,
+    indices: np.ndarray,
+    view: View | None,
+    *,
+    expect: tuple[np.ndarray, np.ndarray] | None = None,
+    digest: str | None = None,
+) -> Frames:
+    """The frames int64 [L] at `indices` of a video, in any order, repeats allowed; one open, one pass.
+
+    view: None for the size on display. expect: (indices, pts), int64 each, that the file must agree with.
+    digest: the file's identity as `container.digest` gives it.
+
+    A damaged frame inside a clip is shown as a player shows it, by the one before; it is an error where it
+    is expected, or where half of the clip is damaged. Raises VideoError with the reason, and
+    StoreMismatchError if the file is not the one that `expect` or `digest` describe.
+    """
+    wanted = np.asarray(indices, np.int64).ravel()
+    if digest is not None and (found := digest_of(path)) != digest:
+        raise StoreMismatchError(f"the file has changed: its digest is {found}, the store has {digest}")
+    with _open(path) as reader:
+        timeline = reader.timeline()
+        total = len(timeline)
+        if expect is not None:
+            _check(timeline.pts, expect)
+        distinct, place = np.unique(wanted, return_inverse=True)
+        if len(distinct) == 0:
+            raise VideoError("no frames were asked for")
+        if distinct[0] < 0 or distinct[-1] >= total:
+            raise VideoError(f"frames {distinct[0]}–{distinct[-1]} wanted, the video has {total}")
+        info = reader.info
+        display = (info.height, info.width)
+        shape = view.shape(*display) if view is not None else display
+        images = np.empty((len(distinct), *shape, 3), np.uint8)
+        pts = timeline.pts[distinct].copy()
+        there = np.zeros(len(distinct), bool)
+        renderer = Renderer(info.pixel_aspect)
+        for index, _, frame in reader.frames_at(distinct):
+            at = int(np.searchsorted(distinct, index))
+            renderer.render(frame, view, out=images[at], display=display)
+            there[at] = True
+        _remember(reader)
+    if not there.all():
+        required = expect[0] if expect is not None else np.zeros(0, np.int64)
+        _repeat(images, pts, there, distinct, required)
+    return Frames(images[place], pts[place], total, int(np.sum(~there[place])))
+
+
+def count_frames(path: str) -> int:
+    """How many frames a video has; VideoError with the reason if it has none."""
+    with _open(path) as reader:
+        total = len(reader.timeline())
+        _remember(reader)
+        return total
+
+
+def _check(pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray]) -> None:
+    """The file's pts at the expected indices must be the expected ones."""
+    for index, expected in zip(*expect, strict=True):
+        found = str(pts[index]) if 0 <= index < len(pts) else f"missing (it has {len(pts)} frames)"
+        if found != str(expected):
+            raise StoreMismatchError(f"frame {index} has pts {expected} in the store, in the file it is {found}")
+
+
+def _repeat(
+    images: np.ndarray, pts: np.ndarray, there: np.ndarray, indices: np.ndarray, required: np.ndarray
+) -> None:
+    """Fill damaged frames with the one before them, or with the first that is there."""
+    missing = indices[~there]
+    if 2 * there.sum() < len(there) or np.isin(missing, required).any():
+        first = missing[np.isin(missing, required)][0] if np.isin(missing, required).any() else missing[0]
+        raise VideoError(f"frame {first} cannot be decoded: damaged data ({len(missing)} of {len(there)} frames)")
+    source = np.maximum.accumulate(np.where(there, np.arange(len(there)), -1))
+    source[source < 0] = int(np.flatnonzero(there)[0])
+    images[:] = images[source]
+    pts[:] = pts[source]
+
+
+def _key(path: str) -> _Key:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise VideoError(reason(error)) from error
+    return os.path.abspath(path), status.st_size, status.st_mtime_ns
+
+
+def _open(path: str) -> VideoReader:
+    return VideoReader(path, index=_indices.get(_key(path)))
+
+
+def _remember(reader: VideoReader) -> None:
+    """Keep the index of a video for its next clip; the oldest go first. Compressed data is not kept."""
+    key = _key(reader.path)
+    if key not in _indices:
+        _indices[key] = VideoIndex(replace(reader.packets, kept=None), reader.timeline())
+    _indices.move_to_end(key)
+    while len(_indices) > 1 and sum(len(i.packets.pts) for i in _indices.values()) > _REMEMBERED:
+        _indices.popitem(last=False)

@@ -1,0 +1,147 @@
+"""Encode and transcode: the only module that runs ffmpeg, with the binary that imageio-ffmpeg carries."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import ffmpeg
+import imageio_ffmpeg
+import numpy as np
+
+from ..errors import VideoError
+
+_TAIL = 4000  # bytes of ffmpeg's last words
+
+
+def write_video(
+    path: str,
+    frames: Iterable[np.ndarray],
+    *,
+    fps: float = 25.0,
+    codec: str = "libx264",
+    gop: int | None = None,
+    bframes: int | None = None,
+    crf: int | None = None,
+    pix_fmt: str = "yuv420p",
+    extra: dict[str, Any] | None = None,
+) -> int:
+    """Encode RGB `frames`, uint8 [h, w, 3] each of one size (or [n, h, w, 3]); returns their number.
+
+    `extra`: further output options of ffmpeg by name, without the dash (`vf`, `x264opts`, …).
+    Raises VideoError with ffmpeg's last words.
+    """
+    source = iter(frames)
+    first = next(source, None)
+    if first is None:
+        raise VideoError("no frames to encode")
+    height, width = first.shape[:2]
+    stream = ffmpeg.input(
+        "pipe:0", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", framerate=fps, threads=1
+    )
+    options = _encoder_options(codec, gop, bframes, crf, pix_fmt)
+    command = stream.output(_plain(path), **{**options, **(extra or {})})
+    count = 0
+    with _running(command, stdin=True) as process:
+        for frame in _chain(first, source):
+            if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
+                raise VideoError(f"frame {count} is {frame.dtype} {frame.shape}, the first uint8 {first.shape}")
+            try:
+                process.stdin.write(np.ascontiguousarray(frame).tobytes())
+            except (BrokenPipeError, OSError):  # ffmpeg has ended: its own words tell why
+                break
+            count += 1
+    return count
+
+
+def transcode(
+    source: str,
+    target: str,
+    *,
+    short_side: int | None = None,
+    codec: str = "libx264",
+    gop: int | None = None,
+    bframes: int | None = None,
+    crf: int | None = None,
+    pix_fmt: str = "yuv420p",
+    input_options: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Encode a file anew without its audio, timestamps passed through, short side as given (even sizes)."""
+    stream = ffmpeg.input(_plain(source), **(input_options or {})).video
+    if short_side is not None:
+        size = f"if(gt(iw,ih),-2,{short_side})", f"if(gt(iw,ih),{short_side},-2)"
+        stream = stream.filter("scale", *size)
+    options = _encoder_options(codec, gop, bframes, crf, pix_fmt)
+    command = stream.output(_plain(target), **{"fps_mode": "passthrough", **options, **(extra or {})})
+    with _running(command, stdin=False):
+        pass  # the exit of the context waits for the end
+
+
+def _plain(path: str) -> str:
+    """A path that ffmpeg takes for a file, whatever it begins with."""
+    return "file:" + os.path.abspath(path)
+
+
+def _encoder_options(
+    codec: str, gop: int | None, bframes: int | None, crf: int | None, pix_fmt: str
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"vcodec": codec, "pix_fmt": pix_fmt, "threads": 1, "an": None}
+    if gop is not None:
+        options["g"] = gop
+    if bframes is not None:
+        options["bf"] = bframes
+    if crf is not None:
+        options["crf"] = crf
+    return options
+
+
+def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    yield first
+    yield from rest
+
+
+@contextlib.contextmanager
+def _running(command: Any, *, stdin: bool) -> Iterator[subprocess.Popen[bytes]]:
+    """ffmpeg at work; on leaving, its end is awaited and a failure raised. Its stderr is drained all along."""
+    arguments = ffmpeg.compile(
+        command.global_args("-hide_banner", "-loglevel", "error", "-nostdin"),
+        cmd=imageio_ffmpeg.get_ffmpeg_exe(),
+        overwrite_output=True,
+    )
+    process = subprocess.Popen(
+        arguments,
+        stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    tail = bytearray()
+    drain = threading.Thread(target=_drain, args=(process.stderr, tail), daemon=True)
+    drain.start()
+    try:
+        yield process
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        process.wait()
+        drain.join()
+        if process.stderr is not None:
+            process.stderr.close()
+    if process.returncode != 0:
+        words = tail.decode(errors="replace").strip().splitlines()
+        raise VideoError(f"ffmpeg failed (status {process.returncode}): {' | '.join(words[-3:]) or 'no message'}")
+
+
+def _drain(stream: Any, tail: bytearray) -> None:
+    """Keep the last bytes of a stream, so that the writer never waits for a reader."""
+    for chunk in iter(lambda: stream.read1(65536), b""):
+        tail += chunk
+        del tail[:-_TAIL]

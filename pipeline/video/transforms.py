@@ -1,0 +1,60 @@
+"""From frames to what a video model eats: crop, mirror, normalise. The only module of this room with torch.
+
+Shapes: B clips, C channels, T frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from ..config import Options
+from .geometry import View
+
+# Kinetics statistics of torchvision's video models, RGB in 0 … 1 (FACTS §3).
+MEAN = (0.43216, 0.394666, 0.37645)
+STD = (0.22803, 0.22145, 0.216989)
+
+
+class ClipView(Options):
+    """A square `size`, cropped from a resize (height, width), mirrored with probability `flip` in training.
+
+    Without `resize`: 128×171 for 112, and in proportion for other sizes (VMZ and torchvision references).
+    """
+
+    size: int = Field(default=112, ge=1)
+    resize: tuple[int, int] | None = None
+    flip: float = Field(default=0.5, ge=0, le=1)
+
+    def frame_view(self) -> View:
+        """The resize, as the decoder does it."""
+        resize = self.resize or (round(128 * self.size / 112), round(171 * self.size / 112))
+        if min(resize) < self.size:
+            raise ValueError(f"resize {resize[0]}x{resize[1]} is smaller than the crop of {self.size}")
+        return View(resize=resize)
+
+
+def crop_and_flip(images: np.ndarray, top: int, left: int, size: int, flip: bool) -> torch.Tensor:
+    """uint8 [T, H, W, 3] → uint8 [3, T, size, size], mirrored left to right if `flip`."""
+    height, width = images.shape[1:3]
+    if not (0 <= top <= height - size and 0 <= left <= width - size):
+        raise ValueError(f"a crop of {size} at ({top}, {left}) does not fit into {height}x{width}")
+    window = images[:, top : top + size, left : left + size]
+    if flip:
+        window = window[:, :, ::-1]
+    return torch.from_numpy(np.ascontiguousarray(window.transpose(3, 0, 1, 2)))
+
+
+def center_crop(images: np.ndarray, size: int) -> torch.Tensor:
+    """uint8 [T, H, W, 3] → uint8 [3, T, size, size] around the middle, rounded as torchvision does."""
+    height, width = images.shape[1:3]
+    return crop_and_flip(images, round((height - size) / 2), round((width - size) / 2), size, False)
+
+
+def normalize_clip(clip: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """uint8 [B, 3, T, H, W] → (x/255 − mean) / std in `dtype`, on the clip's own device."""
+    shape = (3, 1, 1, 1)
+    mean = torch.tensor(MEAN, device=clip.device, dtype=torch.float32).view(shape)
+    std = torch.tensor(STD, device=clip.device, dtype=torch.float32).view(shape)
+    return clip.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)
