@@ -14,10 +14,10 @@ B = TypeVar("B")
 
 
 class Interrupts:
-    """While entered, SIGTERM sets `requested` instead of ending the process (main thread only)."""
+    """While entered, SIGTERM is noted (`requested()`) instead of ending the process (main thread only)."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
         self._before: Any = None
         self._installed = False
 
@@ -38,16 +38,20 @@ class Interrupts:
         """The batches up to an interruption. A job's SIGTERM reaches the loader processes as well: that
         they are gone is no error then."""
         iterator = iter(batches)
-        while not self.requested:
+        while not self.requested():
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
             except TrainingError:
-                if self.requested:
+                if self.requested():
                     return
                 raise
             yield batch
 
+    def requested(self) -> bool:
+        """Whether SIGTERM has come."""
+        return self._requested
+
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._requested = True

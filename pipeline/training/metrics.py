@@ -36,7 +36,7 @@ class Metrics:
             write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
         self._file = open(self.path, "a", encoding="utf-8")
         purge = self._step + 1 if self._step else None
-        self._tensorboard = SummaryWriter(str(self._tensorboard_dir), purge_step=purge)  # type: ignore[no-untyped-call]
+        self._tensorboard = SummaryWriter(str(self._tensorboard_dir), purge_step=purge)
         return self
 
     def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ class Metrics:
             self._file.flush()
             for name, value in values.items():
                 if isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)  # type: ignore[no-untyped-call]
+                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
             raise TrainingError(f"cannot write {self.path}: {error.strerror or error}") from error
 
@@ -61,7 +61,7 @@ class Metrics:
     ) -> None:
         try:
             if self._tensorboard is not None:
-                self._tensorboard.close()  # type: ignore[no-untyped-call]
+                self._tensorboard.close()
             if self._file is not None:
                 self._file.close()
         except OSError as failure:
