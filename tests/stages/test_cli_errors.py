@@ -1,0 +1,154 @@
+"""What a shell sees of `distinit`: exit codes, one line on standard error, standard output kept clean."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import click
+import pytest
+
+from distinit.cli_support import explain, run
+from distinit.pipeline.errors import StoreError, UsageError
+
+
+def distinit(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "distinit", *args], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["extrct"], ["extrct"]),
+        (["train-student", "--targts", "x"], ["--targts", "--targets"]),
+        (["targets", "info"], ["STORE"]),
+        (["finetune", "--epochs", "many"], ["--epochs", "many"]),
+        (["train-student", "--videos", "nowhere", "--targets", "s", "--out", "r"], ["--videos nowhere", "NAME=VALUE"]),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_2(args: list[str], words: list[str], tmp_path: Path) -> None:
+    done = distinit(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    for word in words:
+        assert word in done.stderr
+
+
+def test_errors_of_the_job_are_one_line_and_debug_shows_where(tmp_path: Path) -> None:
+    (tmp_path / "foreign.zarr").mkdir()
+    done = distinit("targets", "info", "foreign.zarr", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert "foreign.zarr" in done.stderr
+    assert done.stderr.count("\n") == 1
+    done = distinit("targets", "info", "foreign.zarr", "--debug", cwd=tmp_path)
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_no_videos_and_an_unknown_teacher(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.mp4").write_bytes(b"not a video")
+    done = distinit("extract-targets", "empty", "--out", "s", "--teacher", "resnet50", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "empty" in done.stderr
+    done = distinit("extract-targets", "full", "--out", "s", "--teacher", "resnet5000", cwd=tmp_path)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    for word in ("resnet5000", "efficientnet_lite0", "torchvision:NAME", "package.module:factory"):
+        assert word in line
+    assert not (tmp_path / "s").exists()
+
+
+def boom(error: BaseException) -> click.Group:
+    """A command line whose one command raises."""
+
+    @click.group()
+    def group() -> None:
+        pass
+
+    @group.command()
+    @click.option("--debug", is_flag=True)
+    def go(debug: bool) -> NoReturn:
+        raise error
+
+    return group
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UsageError("--x: got 3"), 2, "error: --x: got 3"),
+        (StoreError("s.zarr: cor\nrupt \udcff"), 1, "error: s.zarr: cor rupt \\udcff"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "error: /x/y: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left", "/x/y"), 1, "error: disk full while writing /x/y"),
+        (ZeroDivisionError("by\nzero"), 1, "error: ZeroDivisionError: by (--debug shows where)"),
+        (KeyboardInterrupt(), 130, "interrupted; again"),
+    ],
+)
+def test_exceptions_become_exit_codes(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(boom(error), ["go"], resume_hints={"go": "interrupted; again"})
+    assert left.value.code == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.strip("\n").startswith(line)  # after ^C a new line comes first
+    assert shown.err.strip("\n").count("\n") == 0
+
+
+def test_a_full_disk_is_seen_through_what_wraps_it() -> None:
+    error = StoreError("runs/a.zarr: cannot write")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    line = "disk full while writing: runs/a.zarr: cannot write; free some space and run it again"
+    assert explain(error) == (line, 1)
+
+
+def test_ctrl_c_leaves_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+    """A real interrupt, while a teacher is being built."""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\ndef build():\n    pathlib.Path('begun').touch()\n    time.sleep(600)\n"
+    )
+    (tmp_path / "a.mp4").write_bytes(b"not a video")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distinit", "extract-targets", "a.mp4", "--out", "s", "--teacher", "slow:build"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "begun").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert shown.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+    assert "Traceback" not in shown
+
+
+def test_json_stays_alone_on_standard_output(tmp_path: Path) -> None:
+    """A teacher's module that prints, also from C, must not spoil the object."""
+    (tmp_path / "chatty.py").write_text(
+        "import torch\nprint('importing')\n"
+        "def build():\n    print('building')\n"
+        "    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 4))\n"
+    )
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    done = distinit(
+        *("extract-targets", "junk=bad.mp4", "--out", "s.zarr", "--teacher", "chatty:build", "--json"), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["videos"], result["failed"]) == (1, 1)
+    assert "building" in done.stderr

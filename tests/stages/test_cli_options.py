@@ -1,0 +1,205 @@
+"""Options, presets and config files: every layer reaches the config, and every mistake is one line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+from distinit.cli import cli
+from distinit.cli_options import KeyArgument, KeyOption
+from distinit.cli_support import pairs, teacher_specs
+from distinit.pipeline.config import Options
+from distinit.pipeline.errors import UsageError
+from distinit.stages.config import CONF, SECTIONS, known_keys, load_config, presets, write_config
+
+MODELS = {
+    "demo": ("demo", "DemoConfig"),
+    "extract-targets": ("extract_targets", "ExtractConfig"),
+    "train-student": ("train_student", "TrainConfig"),
+    "finetune": ("finetune", "FinetuneConfig"),
+    "evaluate": ("evaluate", "EvaluateConfig"),
+}
+
+
+def model_of(command: str) -> type[Options]:
+    module, name = MODELS[command]
+    model: type[Options] = getattr(importlib.import_module(f"distinit.stages.{module}"), name)
+    return model
+
+
+def default_of(model: type[Options], key: str) -> Any:
+    """The model's default for a dotted key; nested groups are made by their own defaults."""
+    *groups, last = key.split(".")
+    for group in groups:
+        model = type(model.model_fields[group].get_default(call_default_factory=True))
+    return model.model_fields[last].get_default(call_default_factory=True)
+
+
+@pytest.mark.parametrize("command", MODELS)
+def test_options_fill_keys_that_exist_and_help_prints_their_defaults(command: str) -> None:
+    model = model_of(command)
+    keys = known_keys(model)
+    for param in cli.commands[command].params:
+        if isinstance(param, KeyOption | KeyArgument):
+            assert any(key == param.key or key.startswith(f"{param.key}.") for key in keys), param.key
+        if isinstance(param, KeyOption):
+            assert set(param.replaces) <= set(keys)
+        if isinstance(param, KeyOption) and param.shown is not None:
+            assert str(default_of(model, param.key)) == str(param.shown), param.key
+
+
+def test_every_command_has_a_help_with_examples() -> None:
+    def leaves(group: click.Group) -> list[click.Command]:
+        below = [leaves(c) if isinstance(c, click.Group) else [c] for c in group.commands.values()]
+        return [command for found in below for command in found]
+
+    for command in leaves(cli):
+        assert command.help, command.name
+        assert command.epilog, command.name
+        assert "distinit" in command.epilog, command.name
+        for param in command.params:
+            assert isinstance(param, click.Argument) or (isinstance(param, click.Option) and param.help), param
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_section_of_every_preset_is_valid(preset: str) -> None:
+    needed: dict[str, dict[str, Any]] = {
+        "extract-targets": {"out": "store"},
+        "train-student": {"store": "store", "out": "run"},
+        "finetune": {"dataset": "csv:labels.csv", "out": "run"},
+    }
+    sections = list(yaml.safe_load((CONF / f"{preset}.yaml").read_text()))
+    assert sections
+    for command in sections:
+        load_config(model_of(command), command, preset=preset, options=needed.get(command, {}))
+
+
+def test_later_layers_win_and_the_config_as_used_reads_back(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("train-student:\n  loop: {lr: 1e-3, epochs: 7}\n  clips: {length: 16}\nfinetune: {}\n")
+    model = model_of("train-student")
+    config: Any = load_config(
+        model,
+        "train-student",
+        preset="paper",
+        file=str(file),
+        options={"store": "s", "out": "r", "loop.epochs": 3, "loop.seed": None},
+        settings=["loop.momentum=0.8", "targets.teachers=[a, b]"],
+    )
+    assert config.student.variant == "vmz"  # preset
+    assert (config.loop.lr, config.clips.length) == (1e-3, 16)  # file; 1e-3 is a number
+    assert (config.loop.epochs, config.loop.seed) == (3, 0)  # option over file; None is not given
+    assert (config.loop.momentum, list(config.targets.teachers)) == (0.8, ["a", "b"])  # --set
+
+    write_config(tmp_path / "used.yaml", "train-student", config)
+    assert load_config(model, "train-student", file=str(tmp_path / "used.yaml")) == config
+    assert set(yaml.safe_load((tmp_path / "used.yaml").read_text())) == {"train-student"}
+
+
+def test_an_option_voids_the_keys_it_replaces(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("extract-targets: {sampling: {every: 1}, teachers: [{name: resnet50}]}")
+    config: Any = load_config(
+        model_of("extract-targets"),
+        "extract-targets",
+        file=str(file),
+        options={"sources": ["x"], "out": "s", "sampling.fps": 2.0},
+        dropped=["sampling.every", "sampling.keyframes"],
+    )
+    assert (config.sampling.every, config.sampling.fps) == (None, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["loop.lrr=1"], ["unknown key 'loop.lrr'", "loop.lr"]),
+        (["lr=1"], ["unknown key 'lr'", "loop.lr"]),
+        (["loop.lr=-1"], ["loop.lr", "-1", "greater than 0"]),
+        (["loop.precision=fp16"], ["fp16", "'fp32' or 'bf16'"]),
+        (["loop.lr"], ["--set loop.lr", "key=value"]),
+        (["loop.lr=[1"], ["--set loop.lr=[1", "not YAML"]),
+        (["loop=3"], ["loop", "3"]),
+        (["targets.picks=middle"], ["middle", "center", "random:N"]),
+        (["student.architecture=r3d_18", "student.variant=vmz"], ["vmz", "r2plus1d_18"]),
+    ],
+)
+def test_a_wrong_setting_is_one_line_with_key_value_and_what_is_allowed(settings: list[str], words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(
+            model_of("train-student"), "train-student", options={"store": "s", "out": "r"}, settings=settings
+        )
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train-student: {loop: {lr: 1, lr: 2}}", ["lr", "twice"]),
+        ("train_student: {}", ["train_student", *SECTIONS]),
+        ("finetune: {}", ["no section 'train-student'", "finetune"]),
+        ("- a list", ["section"]),
+        ("train-student: 5", ["train-student", "5"]),
+        ("a: [", ["not YAML"]),
+    ],
+)
+def test_a_wrong_config_file_is_one_line_with_its_name(tmp_path: Path, text: str, words: list[str]) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_config(model_of("train-student"), "train-student", file=str(file))
+    for word in [*words, "plan.yaml"]:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_values_are_named_by_their_option() -> None:
+    with pytest.raises(UsageError, match=r"--targets \(store\): a value is needed"):
+        load_config(model_of("train-student"), "train-student", options={"out": "r"}, flags={"store": "--targets"})
+    with pytest.raises(UsageError, match=r"no preset 'papr'; there are: .*paper"):
+        load_config(model_of("train-student"), "train-student", preset="papr")
+
+
+def test_teacher_options_find_their_teacher() -> None:
+    specs = teacher_specs(
+        ("resnet50", "torchvision:resnet18"),
+        ("resnet50:resize=232", "torchvision:resnet18:mean=0.5"),
+        ("resnet50=/w/a=b.pth",),
+        ("torchvision:resnet18=abc",),
+    )
+    assert specs == [
+        {"name": "resnet50", "options": {"resize": "232"}, "weights": "/w/a=b.pth"},
+        {"name": "torchvision:resnet18", "options": {"mean": "0.5"}, "sha256": "abc"},
+    ]
+    alone = teacher_specs(("m:f",), ("depth=50", "m:f:x=1"), ("/w/a=b.pth",), ("abc",))
+    assert alone == [{"name": "m:f", "options": {"depth": "50", "x": "1"}, "weights": "/w/a=b.pth", "sha256": "abc"}]
+    assert teacher_specs((), (), (), ()) is None
+    for names, option in ((("a", "b"), "k=v"), (("a",), "b:k=v"), ((), "k=v"), (("a",), "nothing")):
+        with pytest.raises(UsageError, match="--teacher-option"):
+            teacher_specs(names, (option,), (), ())
+
+
+def test_pairs_refuse_what_is_no_pair() -> None:
+    assert pairs(("a=/x", "b=/y=z"), "--videos") == {"a": "/x", "b": "/y=z"}
+    for wrong in (("a",), ("=x",), ("a=",), ("a=1", "a=2")):
+        with pytest.raises(UsageError, match="--videos"):
+            pairs(wrong, "--videos")
+
+
+def test_json_of_odd_values_is_json() -> None:
+    import numpy as np
+
+    from distinit.stages.screen import plain, printable
+
+    odd = {"nan": float("nan"), "path": Path("a"), "array": np.arange(2), "scalar": np.float32(0.5), 3: (1, None)}
+    text = json.dumps(plain(odd), allow_nan=False)
+    assert json.loads(text) == {"nan": None, "path": "a", "array": [0, 1], "scalar": 0.5, "3": [1, None]}
+    assert printable("a\nb\udcff\x1b[1m é") == "a\\nb\\udcff\\x1b[1m é"
