@@ -147,8 +147,8 @@ class Student(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise UsageError(f"dropout is {dropout}, allowed: 0 up to 1, 1 excluded")
         self.options = options
-        self.meta: StudentMeta | None = None
-        """Set by `load_student`."""
+        self.meta = StudentMeta()
+        """What its file says of it, after `load_student`."""
         self.classes: dict[str, int] = dict(heads)
         self.backbone = Backbone(options)
         self.dropout = nn.Dropout(dropout)

@@ -26,7 +26,7 @@ def student_of(heads: dict[str, int], **options: Any) -> Student:
 
 
 def clip_of(channels: int = 3) -> torch.Tensor:
-    return torch.randn(2, channels, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, channels, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def test_export_loads_strictly_into_torchvision(tmp_path: Path) -> None:

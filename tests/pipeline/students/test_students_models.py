@@ -37,11 +37,10 @@ def test_torchvision_variant_is_torchvisions_model(architecture: str) -> None:
     head = {name: state.pop(f"fc.{name}") for name in ("weight", "bias")}
     ours.backbone.load_state_dict(state, strict=True)
     ours.head("a.b").load_state_dict(head)
-    clip = torch.randn(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    clip = torch.randn(1, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.equal(ours(clip)["a.b"], theirs(clip))
-        features = ours.features(clip)
-        assert torch.equal(ours.head("a.b")(features), theirs(clip))
+        assert ours.features(clip).shape == (1, ours.feature_size) == (1, 512)
     their_norm = next(module for module in theirs.modules() if isinstance(module, nn.BatchNorm3d))
     our_norm = next(module for module in ours.modules() if isinstance(module, nn.BatchNorm3d))
     assert (our_norm.eps, our_norm.momentum) == (their_norm.eps, their_norm.momentum) == (1e-5, 0.1)

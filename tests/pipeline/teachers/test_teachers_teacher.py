@@ -122,7 +122,7 @@ def test_identity_does_not_depend_on_the_file(tmp_path: Path) -> None:
     module = saved_resnet(tmp_path / "a.pth", classes=7)
     counted = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     save_file({n: t for n, t in counted.items() if not n.endswith("batches_tracked")}, tmp_path / "b.safetensors")
-    spec = TeacherSpec(name="torchvision:resnet18", weights="a.pth")
+    spec = TeacherSpec(name="torchvision:resnet18", weights="a.pth", options={"input_size": "32"})
     ours = load_teacher(spec)
     other = load_teacher(spec.model_copy(update={"weights": "b.safetensors"}))
     assert ours.identity() == other.identity()
@@ -163,13 +163,14 @@ def test_places365_from_hub_or_file(hub: Path, tmp_path: Path) -> None:
     state = {f"module.{n}": t for n, t in module.state_dict().items() if not n.endswith("batches_tracked")}
     content = {"epoch": 90, "arch": "resnet50", "state_dict": state, "best_prec1": torch.tensor(54.7)}
     torch.save(content, hub / "resnet50_places365.pth.tar", _use_new_zipfile_serialization=False)
-    teacher = load_teacher(TeacherSpec(name="resnet50-places365"))
+    small = TeacherSpec(name="resnet50-places365", options={"input_size": "32"})
+    teacher = load_teacher(small)
     assert teacher.classes == list(CATEGORIES)
     assert (CATEGORIES[0], CATEGORIES[364], len(set(CATEGORIES))) == ("airfield", "zen_garden", 365)
     assert teacher.identity()["sha256"] == state_sha256(module.state_dict())
     lines = [f"/c/class_{index} {index}" for index in range(365)]
     (hub / "categories_places365.txt").write_text("\n".join(lines) + "\n")
-    assert load_teacher(TeacherSpec(name="resnet50-places365")).classes[364] == "class_364"
+    assert load_teacher(small).classes[364] == "class_364"
     saved_resnet(tmp_path / "other.pth", 10)
     with pytest.raises(WeightsError, match=r"other.pth: does not fit ResNet: \d+ tensors missing"):
         load_teacher(TeacherSpec(name="resnet50-places365", weights="other.pth"))
