@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=11, help="training clips a class")
     parser.add_argument("--test", type=int, default=5, help="test clips a class")
-    parser.add_argument("--crf", type=int, default=30)
+    parser.add_argument("--crf", type=int, default=29, help="quality: a lower number is better and larger")
     args = parser.parse_args()
 
     with open(args.folder / "labels.csv", newline="") as file:
@@ -45,11 +45,16 @@ def main() -> None:
     for row in rows:
         copy = OUT / row["path"]
         copy.parent.mkdir(parents=True, exist_ok=True)
-        transcode(args.folder / row["path"], copy, short_side=128, crf=args.crf)
+        # One encoding whatever the machine; the demo reads clips at random, so key frames are close.
+        source = str(args.folder / row["path"])
+        transcode(source, str(copy), short_side=128, gop=12, crf=args.crf, extra={"preset": "veryslow"})
     with open(OUT / "labels.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label", "source", "split1"])
         writer.writerows([row["path"], row["label"], row["source"], row["split1"]] for row in rows)
+    # Stage one of the demo sees the training side alone, and no labels.
+    unlabelled = [row["path"] for row in rows if row["split1"] == "train"]
+    (OUT / "unlabelled.txt").write_text("".join(f"{path}\n" for path in unlabelled))
     size = sum((OUT / row["path"]).stat().st_size for row in rows)
     sides = [row["split1"] for row in rows]
     print(f"{len(rows)} clips ({sides.count('train')} train, {sides.count('test')} test), {size / 1e6:.2f} MB")
