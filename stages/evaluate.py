@@ -201,5 +201,7 @@ def _show(labels: Labels, metrics: dict[str, Any], screen: Screen) -> None:
     if len(labels.classes) <= 5:
         table.notes.append(f"Top 5 of {len(labels.classes)} classes is always right where the video could be read.")
     screen.table(table.to_rich())
-    for failure in metrics["failed"]:
-        screen.warn(f"counted as wrong, could not be read: {failure['video']}: {failure['reason']}")
+    for found in metrics["failed"]:
+        screen.warn(f"counted as wrong, could not be read: {found['video']}: {found['reason']}")
+    for found in metrics["damaged"]:
+        screen.warn(f"tested, but damaged: {found['video']}: {found['reason']}")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
-from ..pipeline.errors import CheckpointError
+from ..pipeline.errors import CheckpointError, UsageError
 from ..pipeline.evaluation.classification import HEAD, classification
 from ..pipeline.evaluation.dataset import LabelledClips
 from ..pipeline.evaluation.labels import Labels, load_labels
@@ -36,6 +36,11 @@ class FinetuneClips(ClipView):
     """The clips that are trained on and tested with."""
 
     length: int = Field(default=8, ge=1, description="frames of a clip, T; default those of the initialisation")
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> FinetuneClips:
+        self.frame_view()
+        return self
 
 
 class FinetuneLoop(LoopOptions):
@@ -153,8 +158,11 @@ def _meta(init: str) -> StudentMeta | None:
 
 def _build(config: FinetuneConfig, labels: Labels) -> tuple[Student, InitReport | None]:
     """The student with a new head and, unless from scratch, the initialisation's backbone."""
+    options = config.student or StudentOptions()
+    if options.channels != 3:
+        raise UsageError(f"student.channels is {options.channels}: finetune reads RGB clips, which have 3")
     torch.manual_seed(config.loop.seed)
-    student = build_student(config.student or StudentOptions(), {HEAD: len(labels.classes)}, config.dropout)
+    student = build_student(options, {HEAD: len(labels.classes)}, config.dropout)
     return student, None if config.init == SCRATCH else load_backbone(student, config.init)
 
 
@@ -205,7 +213,7 @@ def _export(config: FinetuneConfig, labels: Labels, student: Student, run_dir: P
 def _pair(clips: ClipView) -> tuple[int, int] | None:
     """Height and width that a frame is resized to."""
     resize = clips.frame_view().resize
-    return tuple(resize) if isinstance(resize, tuple) else None
+    return resize if isinstance(resize, tuple) else None
 
 
 def _summary(

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..pipeline.errors import UsageError
-from ..pipeline.reporting.accuracy import accuracy_numbers
+from ..pipeline.reporting.accuracy import accuracy_numbers, screen_tables
 from ..pipeline.reporting.page import make_report, to_html, to_markdown
 from ..pipeline.reporting.runs import find_runs
 from .screen import Screen
@@ -30,8 +30,8 @@ def report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str
     _write(markdown, to_markdown(found))
     _write(table, accuracy_numbers(found.finetuned).to_csv())
 
-    if found.finetuned:
-        screen.table(found.accuracy.to_rich())
+    for part in screen_tables(found.finetuned):
+        screen.table(part.to_rich())
     for line in found.findings:
         screen.say(line)
     screen.say(f"report: {page}")

@@ -100,8 +100,8 @@ class EvaluationClips:
     """dataset[(0, i)] -> the N test clips of the i-th of `videos`, read in one pass over the file.
 
     "video": index into `videos`; and either "clips" uint8 [N, C, T, H, W], "starts" int64 [N], "frames" int
-    (of the whole video), or "error", the reason why it cannot be read. The test view of FACTS §3: starts
-    ⌊i·(n − T)/(N − 1)⌋, resized, center crop.
+    (of the whole video) and "note" (what is damaged, else empty), or "error", why it cannot be read. The test
+    view of FACTS §3: starts ⌊i·(n − T)/(N − 1)⌋, resized, center crop.
     """
 
     def __init__(self, labels: Labels, videos: Sequence[Labelled], view: ClipView, *, length: int, clips: int) -> None:
@@ -123,6 +123,15 @@ class EvaluationClips:
         starts = clip_starts(total, self.length, self.clips)
         frames = np.stack([clip_frames(int(start), self.length, total) for start in starts])
         wanted, place = np.unique(frames, return_inverse=True)
-        images = center_crop(read_frames(path, wanted, self.view.frame_view()).images, self.view.size)
+        found = read_frames(path, wanted, self.view.frame_view())
+        images = center_crop(found.images, self.view.size)
         clips = images[:, torch.from_numpy(place.reshape(frames.shape))]  # [C, N, T, H, W]
-        return {"clips": clips.transpose(0, 1).contiguous(), "starts": torch.from_numpy(starts), "frames": total}
+        note = (
+            f"{found.repeated} of {len(wanted)} frames are damaged, shown as the one before" if found.repeated else ""
+        )
+        return {
+            "clips": clips.transpose(0, 1).contiguous(),
+            "starts": torch.from_numpy(starts),
+            "frames": total,
+            "note": note,
+        }

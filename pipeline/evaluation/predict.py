@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def predict(
     model.to(device).eval()
     pending = predictions.pending
     rows = read_batches(_Pending(dataset, pending), EachOnce(len(pending), 1), workers=workers, device=device)  # type: ignore[arg-type]
-    waiting: list[dict[str, Tensor]] = []
+    waiting: list[dict[str, Any]] = []
     saved = time.monotonic()
     with _exact_float32(device):
         for row in rows:
@@ -76,7 +77,7 @@ def predict(
 
 def _score(
     model: nn.Module,
-    rows: list[dict[str, Tensor]],
+    rows: list[dict[str, Any]],
     predictions: Predictions,
     batch_size: int,
     device: torch.device,
@@ -91,7 +92,8 @@ def _score(
             raise TrainingError(
                 f"the scores of {predictions.videos[video]!r} are not finite: the weights are damaged or have diverged"
             )
-        predictions.set_scores(video, own.numpy(), row["starts"][0].numpy().astype(np.int64), int(row["frames"][0]))
+        starts = row["starts"][0].numpy().astype(np.int64)
+        predictions.set_scores(video, own.numpy(), starts, int(row["frames"][0]), note=row["note"][0])
         done(1)
 
 

@@ -7,7 +7,7 @@ Layout (HDF5, V test videos, N clips, K classes; row v of every table is the vid
     videos       string [V]         path relative to the data set, percent-escaped, each once: the key
     labels       int32 [V]          index into classes
     status       string [V]         "ok", "failed", or "pending" in the file of an unfinished evaluation
-    reasons      string [V]         why a video failed, else empty
+    reasons      string [V]         why a video failed, or what is damaged in one that was read, else empty
     frames       int64 [V]          frames of the video, −1 where not known
     starts       int64 [V, N]       first frame of each clip, −1 where there is none
     clip_scores  float32 [V, N, K]  softmax of each clip, NaN where there is none
@@ -92,20 +92,29 @@ class Predictions:
         """float32 [V, K]: mean over clips, NaN for videos without scores."""
         return mean_scores(self.clip_scores)
 
-    def set_scores(self, video: int, scores: np.ndarray, starts: np.ndarray, frames: int) -> None:
-        """scores[N, K], starts[N] of one video that was read."""
+    def set_scores(self, video: int, scores: np.ndarray, starts: np.ndarray, frames: int, note: str = "") -> None:
+        """scores[N, K], starts[N] of one video that was read; `note` says what is damaged in it."""
         self.clip_scores[video] = scores
         self.starts[video] = starts
         self.frames[video] = frames
-        self.status[video] = OK
+        self.status[video], self.reasons[video] = OK, note
 
     def fail(self, video: int, reason: str) -> None:
         self.status[video], self.reasons[video] = FAILED, reason
 
     def failures(self) -> list[dict[str, str]]:
         """The videos that could not be read, as {video, reason}, in the file's order."""
-        failed = [i for i, status in enumerate(self.status) if status == FAILED]
-        return [{"video": escape_path(self.videos[i]), "reason": self.reasons[i]} for i in failed]
+        return self._reasons(FAILED)
+
+    def damaged(self) -> list[dict[str, str]]:
+        """The videos that were read but are damaged, as {video, reason}, in the file's order."""
+        return self._reasons(OK)
+
+    def _reasons(self, status: str) -> list[dict[str, str]]:
+        rows = zip(self.videos, self.status, self.reasons, strict=True)
+        return [
+            {"video": escape_path(video), "reason": reason} for video, own, reason in rows if own == status and reason
+        ]
 
     def adopt(self, earlier: Predictions) -> int:
         """Takes over what an earlier, interrupted evaluation of the same model and videos has; how many videos."""
@@ -223,6 +232,7 @@ def metrics_from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {
         "videos": len(found.videos),
         "failed": found.failures(),
+        "damaged": found.damaged(),
         "clips_per_video": int(found.clip_scores.shape[1]),
         **{name: estimate.as_dict() for name, estimate in accuracies(found.clip_scores, found.labels).items()},
         "per_class": per_class,

@@ -12,7 +12,7 @@ from ..evaluation.metrics import Estimate, estimate_difference, video_values
 from .runs import Run
 from .tables import Column, Table
 
-MEASURES = {"per_clip": "per clip", "top1": "top 1", "top5": "top 5", "class_mean": "mean per class"}
+MEASURES = {"per_clip": "per clip", "top1": "top 1", "top5": "top 5", "class_mean": "class mean"}
 DASH = "–"
 
 
@@ -69,6 +69,32 @@ def accuracy_table(runs: Sequence[Run]) -> Table:
         table.add(run.name, run.init, run.dataset, run.split, videos, *cells)
     table.notes = _table_notes(runs)
     return table
+
+
+def screen_tables(runs: Sequence[Run]) -> list[Table]:
+    """The same for a terminal of 80 columns: a table for each set of test videos, the interval of top 1 alone."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        size = f", {run.metrics['videos']} test videos" if run.metrics else ""
+        groups.setdefault(f"{run.dataset}, split {run.split}{size}", []).append(run)
+    tables = []
+    for title, group in groups.items():
+        columns = [Column("run"), Column("init"), Column("top 1, % [95 %]", True)]
+        table = Table(title, [*columns, *(Column(MEASURES[name], True) for name in ("per_clip", "top5", "class_mean"))])
+        for run in group:
+            m = run.metrics
+            if m is None:
+                table.add(run.name, run.init, *["missing"] * 4)
+                continue
+            top5 = DASH if _few_classes(run) else f"{100 * m['top5']['value']:.1f}"
+            rest = [f"{100 * m['per_clip']['value']:.1f}", top5, f"{100 * m['class_mean']['value']:.1f}"]
+            table.add(run.name, run.init, percent(m["top1"]), *rest)
+        table.notes = _table_notes(group)
+        for run in group:
+            if run.failed:
+                table.notes.append(f"{run.name}: {run.failed} test videos unread.")
+        tables.append(table)
+    return tables
 
 
 def _few_classes(run: Run) -> bool:

@@ -120,14 +120,14 @@ class _Frame:
 
     def axes(self, x_label: str, y_label: str, *, y_axis: bool = True) -> str:
         parts = []
-        for tick in self.x_ticks:
+        for tick, label in zip(self.x_ticks, tick_labels(self.x_ticks), strict=True):
             x = f"{self.x(tick):.1f}"
             parts.append(f'<line x1="{x}" x2="{x}" y1="{self.top}" y2="{self.bottom}" class="grid"/>')
-            parts.append(f'<text x="{x}" y="{self.bottom + 16}" text-anchor="middle">{number(tick)}</text>')
-        for tick in self.y_ticks if y_axis else ():
+            parts.append(f'<text x="{x}" y="{self.bottom + 16}" text-anchor="middle">{label}</text>')
+        for tick, label in zip(self.y_ticks, tick_labels(self.y_ticks), strict=True) if y_axis else ():
             y = f"{self.y(tick):.1f}"
             parts.append(f'<line x1="{self.left}" x2="{self.right}" y1="{y}" y2="{y}" class="grid"/>')
-            parts.append(f'<text x="{self.left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+            parts.append(f'<text x="{self.left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{label}</text>')
         middle = (self.left + self.right) / 2
         parts.append(f'<text x="{middle}" y="{self.bottom + 34}" text-anchor="middle">{html.escape(x_label)}</text>')
         if y_axis:
@@ -139,10 +139,12 @@ class _Frame:
         return "".join(parts)
 
 
-def number(value: float) -> str:
-    """A tick's label: no trailing zeros, thousands set apart."""
-    text = f"{value:.6g}" if abs(value) < 10_000 else f"{value:,.0f}".replace(",", "\u202f")
-    return "0" if float(value) == 0 else text.replace("-", "−")
+def tick_labels(values: np.ndarray) -> list[str]:
+    """All with as many decimals as the step between them needs; thousands set apart."""
+    step = float(values[1] - values[0])
+    decimals = next((d for d in range(12) if abs(round(step, d) - step) < step * 1e-6), 12)
+    texts = (f"{abs(value):,.{decimals}f}".replace(",", "\u202f") for value in values)
+    return [("−" if value < -step / 2 else "") + text for value, text in zip(values, texts, strict=True)]
 
 
 def _thin(line: Line) -> Line:

@@ -14,12 +14,12 @@ import yaml
 from .accuracy import DASH, Difference, accuracy_table, differences, how_little, percent
 from .charts import Line, Whisker, line_chart, whisker_chart
 from .runs import Run
-from .tables import Column, Table
+from .tables import Column, Table, markdown_text
 
 STYLE = """
 :root { --ink: #1a1a1a; --soft: #5c5c5c; --rule: #d9d9d9; --band: #f6f7f8; }
 body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: var(--ink);
-  background: #fff; margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 62rem; }
+  background: #fff; margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--rule); }
 p { margin: .4rem 0; max-width: 48rem; }
@@ -30,7 +30,7 @@ table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
 caption { text-align: left; font-weight: 600; padding: .2rem 0 .4rem; }
 th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; }
 thead th { border-bottom: 2px solid var(--ink); font-weight: 600; white-space: nowrap; }
-tbody td { border-bottom: 1px solid var(--rule); overflow-wrap: anywhere; }
+tbody td { border-bottom: 1px solid var(--rule); overflow-wrap: break-word; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 ul.findings { padding-left: 1.2rem; max-width: 48rem; }
 ul.findings li { margin: .4rem 0; }
@@ -75,7 +75,9 @@ def student_table(runs: Sequence[Run]) -> Table | None:
     if not students:
         return None
     columns = [Column("run"), Column("student"), Column("teachers"), Column("steps", True)]
-    table = Table("Students", [*columns, Column("loss of last epoch", True), Column("clips/s", True)])
+    table = Table(
+        "Distillation from cached targets", [*columns, Column("loss of last epoch", True), Column("clips/s", True)]
+    )
     for run in students:
         if not run.finished:
             table.add(run.name, _architecture(run), *["missing"] * 4)
@@ -106,12 +108,13 @@ def to_markdown(report: Report) -> str:
     parts = ["# DistInit report\n"]
     if report.finetuned:
         parts += [report.accuracy.to_markdown(), "### What these numbers show\n"]
-        parts += [f"- {line}" for line in report.findings] + [""]
+        parts += [f"- {markdown_text(line)}" for line in report.findings] + [""]
     if report.students is not None:
         parts.append(report.students.to_markdown())
     for run in report.runs:
         for failure in run.metrics["failed"] if run.metrics else []:
-            parts.append(f"- {run.name}: counted as wrong, could not be read: {failure['video']}: {failure['reason']}")
+            line = f"{run.name}: counted as wrong, could not be read: {failure['video']}: {failure['reason']}"
+            parts.append(f"- {markdown_text(line)}")
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -186,7 +189,8 @@ def _details_section(report: Report) -> str:
 def _details(run: Run) -> str:
     parts = [f"<p class=note>{html.escape(str(run.path))}</p>"]
     if run.metrics is not None:
-        parts.append(_failures(run.metrics["failed"]))
+        parts.append(_reasons("Test videos that could not be read, counted as wrong", run.metrics["failed"]))
+        parts.append(_reasons("Test videos that were tested although damaged", run.metrics["damaged"]))
         parts.append(f"<div class=scroll>{_class_table(run.metrics['per_class']).to_html()}</div>")
         parts.append(_block("Test protocol", _yaml(run.metrics["protocol"])))
     if run.predictions is not None:
@@ -199,12 +203,12 @@ def _details(run: Run) -> str:
     return f"<details><summary>{html.escape(run.name + shown)}</summary>{''.join(parts)}</details>"
 
 
-def _failures(failed: list[dict[str, str]]) -> str:
-    if not failed:
+def _reasons(title: str, rows: list[dict[str, str]]) -> str:
+    if not rows:
         return ""
-    table = Table("Test videos that could not be read, counted as wrong", [Column("video"), Column("reason")])
-    for failure in failed:
-        table.add(failure["video"], failure["reason"])
+    table = Table(title, [Column("video"), Column("reason")])
+    for row in rows:
+        table.add(row["video"], row["reason"])
     return f"<div class=scroll>{table.to_html()}</div>"
 
 

@@ -40,9 +40,9 @@ class Run:
 
     @property
     def init(self) -> str:
-        """How the backbone began, as a reader says it: `scratch`, or the run or file it came from."""
+        """How the backbone began: `scratch`, or the name of the run or file it came from."""
         typed = str(self.config.get("init", "scratch"))
-        return typed if typed == "scratch" else f"student {short_path(typed)}"
+        return short_path(typed)
 
     @property
     def dataset(self) -> str:

@@ -36,16 +36,15 @@ class Table:
         self.rows.append(list(cells))
 
     def to_rich(self) -> Group:
-        """Title, table, notes; beside each other's width, which rich's own title and caption would wrap to."""
+        """Title, table and notes; rich's own title and caption would be wrapped to the width of a narrow table."""
         table = RichTable()
         for column in self.columns:
-            justify = "right" if column.number else "left"
             # Numbers are never cut or wrapped; names give way.
             table.add_column(
                 Text(column.title),
-                justify=justify,
+                justify="right" if column.number else "left",
                 no_wrap=column.number,
-                overflow="fold",  # type: ignore[arg-type]
+                overflow="fold",
             )
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
@@ -57,7 +56,7 @@ class Table:
             "|" + "|".join("---:" if column.number else "---" for column in self.columns) + "|",
             *(_markdown_row(row) for row in self.rows),
         ]
-        notes = [f"\n{note}" for note in self.notes]
+        notes = [f"\n{markdown_text(note)}" for note in self.notes]
         return f"### {self.title}\n\n" + "\n".join(lines + notes) + "\n"
 
     def to_csv(self) -> str:
@@ -86,5 +85,10 @@ class Table:
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    safe = (cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in cells)
+    safe = (markdown_text(cell).replace("|", "\\|") for cell in cells)
     return "| " + " | ".join(safe) + " |"
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is: on one line, no HTML in it."""
+    return text.replace("\\", "\\\\").replace("<", "&lt;").replace("\n", " ")

@@ -15,7 +15,7 @@ import yaml
 
 from distinit.pipeline.errors import SourceError
 from distinit.pipeline.evaluation.predictions import Predictions
-from distinit.pipeline.reporting.charts import Line, line_chart, ticks
+from distinit.pipeline.reporting.charts import Line, line_chart, tick_labels, ticks
 from distinit.pipeline.reporting.page import make_report, to_markdown
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.pipeline.reporting.tables import Column, Table
@@ -80,10 +80,14 @@ def test_numbers_are_those_of_the_predictions(runs: Path, tmp_path: Path, capsys
     assert rows["unfinished"]["top1"] == ""
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    for text in (page, markdown, capsys.readouterr().out):
+    shown = capsys.readouterr().out
+    for text in (page, markdown, shown):
         assert "57.1 [" in text
         assert "missing" in text
-        assert "35 (2 unread)" in text
+    assert "35 (2 unread)" in page
+    assert "35 (2 unread)" in markdown
+    assert "distinit: 2 test videos unread" in shown
+    assert "labels.csv, split 1, 35 test videos" in shown
     assert [r["name"] for r in result["runs"]] == ["distinit", "scratch", "student", "unfinished"]
 
 
@@ -143,7 +147,7 @@ def test_runs_of_equal_names_are_told_apart(tmp_path: Path) -> None:
 def test_tables_escape_in_every_form() -> None:
     table = Table("t", [Column("na|me"), Column("n", True)], notes=["a < b"])
     table.add("<i>|x", "1,5")
-    assert "| <i>\\|x | 1,5 |" in table.to_markdown()
+    assert "| &lt;i>\\|x | 1,5 |" in table.to_markdown()
     assert '<td class="number">1,5</td>' in table.to_html()
     assert "&lt;i&gt;|x" in table.to_html()
     assert list(csv.reader(table.to_csv().splitlines())) == [["na|me", "n"], ["<i>|x", "1,5"]]
@@ -157,6 +161,11 @@ def test_ticks_span_the_values(low: float, high: float) -> None:
     assert found[0] <= low + 1e-12
     assert found[-1] >= high - 1e-12
     assert 2 <= len(found) <= 9
+
+
+def test_tick_labels_have_equal_decimals() -> None:
+    assert tick_labels(np.array([4.5, 4.75, 5.0])) == ["4.50", "4.75", "5.00"]
+    assert tick_labels(np.array([-5000.0, 0.0, 5000.0, 10000.0])) == ["−5\u202f000", "0", "5\u202f000", "10\u202f000"]
 
 
 def test_long_and_broken_curves_are_thinned_and_kept_finite() -> None:
