@@ -63,6 +63,11 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
     used = _run_config(run)
     if (config.dataset is not None or config.split is not None) and config.out is None:
         raise UsageError("another --dataset or --split needs --out, for the run keeps the predictions of its own")
+    options = config.test or EvaluationOptions.model_validate(used.get("test", {}))
+    if options.clips != used.get("test", {}).get("clips", options.clips) and config.out is None:
+        raise UsageError(
+            f"test.clips={options.clips} needs --out, for the run keeps the predictions of its own protocol"
+        )
     labels = load_labels(config.dataset or used["dataset"], config.split or used.get("split"))
     student = load_student(run / "model.safetensors")
     require_classes(labels.classes, student.meta.classes.get(HEAD, []), here=labels.dataset, there=str(run))
@@ -75,7 +80,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
         labels,
         view=view,
         length=student.meta.clip_length,
-        options=config.test or EvaluationOptions.model_validate(used.get("test", {})),
+        options=options,
         device=resolve_device(config.device),
         out=out,
         screen=screen,

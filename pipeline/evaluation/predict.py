@@ -21,6 +21,7 @@ from .classification import HEAD
 from .predictions import Predictions
 
 SAVE_EVERY_S = 60.0
+READ_AHEAD = 4  # batches that a loader process has under way, at most
 
 
 class _Pending:
@@ -30,8 +31,41 @@ class _Pending:
         self.dataset = dataset
         self.videos = videos
 
-    def __getitem__(self, key: Key) -> object:
+    def __getitem__(self, key: Key) -> dict[str, Any] | None:
         return self.dataset[(0, self.videos[key[1]])]
+
+
+def _rows(dataset: KeyedDataset, videos: list[int], workers: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """A row for each of `videos`, in order, also when a loader process dies.
+
+    Then one of the videos under way has crashed its decoder: those are read again, each in a process of its
+    own, and the one whose process dies again is at fault.
+    """
+
+    def read(some: list[int], processes: int) -> Iterator[dict[str, Any]]:
+        return read_batches(_Pending(dataset, some), EachOnce(len(some), 1), workers=processes, device=device)
+
+    left = list(videos)
+    while left:
+        try:
+            for row in read(list(left), workers):
+                left.pop(0)
+                yield row
+        except TrainingError as error:
+            _only_if_died(error)
+            for video in left[: workers * READ_AHEAD + 1]:
+                left.pop(0)
+                try:
+                    yield from read([video], 1)
+                except TrainingError as again:
+                    _only_if_died(again)
+                    yield {"video": torch.tensor([video]), "error": ["its decoder crashed"]}
+
+
+def _only_if_died(error: TrainingError) -> None:
+    """Raises an error that a loader process reported itself: that is a fault of ours, not of a video."""
+    if "Caught" in str(error):
+        raise error
 
 
 @torch.inference_mode()
@@ -53,12 +87,10 @@ def predict(
     scores are not finite, for no accuracy of such a model means anything.
     """
     model.to(device).eval()
-    pending = predictions.pending
-    rows = read_batches(_Pending(dataset, pending), EachOnce(len(pending), 1), workers=workers, device=device)  # type: ignore[arg-type]
     waiting: list[dict[str, Any]] = []
     saved = time.monotonic()
     with _exact_float32(device):
-        for row in rows:
+        for row in _rows(dataset, predictions.pending, workers, device):
             video = int(row["video"][0])
             if "error" in row:
                 predictions.fail(video, row["error"][0])

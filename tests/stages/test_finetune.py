@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,6 +184,30 @@ def test_scores_do_not_depend_on_the_batch_size_or_the_workers(
     np.testing.assert_allclose(stored[0], expected, atol=1e-4)
 
 
+class Crashing(EvaluationClips):
+    """As a decoder that crashes in C does: the whole process is gone."""
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        if key[1] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(key)
+
+
+def test_a_video_that_crashes_its_decoder_costs_itself_alone(
+    dataset: str, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    student, labels = load_student(finished[0]), load_labels(dataset)
+    videos = [v.path for v in labels.test]
+    tables = Predictions.empty(labels.classes, videos, [v.label for v in labels.test], 10, protocol={}, identity={})
+    clips = Crashing(labels, labels.test, ClipView(size=32), length=4, clips=10)
+    predict(student, clips, tables, batch_size=16, workers=2, device=torch.device("cpu"))
+    assert [f["video"] for f in tables.failures()] == [videos[2], "broken.mp4"]
+    assert tables.reasons[2] == "its decoder crashed"
+    whole = Predictions.read(finished[0] / "predictions.h5").clip_scores
+    for i in (0, 1, 3):
+        np.testing.assert_allclose(tables.clip_scores[i], whole[i], atol=1e-4)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(
     dataset: str, finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -256,6 +282,8 @@ def test_evaluating_again_gives_the_same_numbers(finished: tuple[Path, dict[str,
     run, result = finished
     again = evaluate(EvaluateConfig(run=str(run), out=str(tmp_path), device="cpu"), Screen(quiet=True))
     assert again["metrics"] == result["metrics"]
+    with pytest.raises(UsageError, match=r"test\.clips=3 needs --out"):
+        evaluate(EvaluateConfig.model_validate({"run": str(run), "test": {"clips": 3}}), Screen(quiet=True))
     with pytest.raises(UsageError, match="not a run of distinit finetune"):
         evaluate(EvaluateConfig(run=str(tmp_path)), Screen(quiet=True))
 
