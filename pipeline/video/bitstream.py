@@ -3,8 +3,8 @@
 Containers flag key frames too generously (an AVI flags them all; an open GOP's I frame needs frames
 from before it). Decoding from a wrong entry gives wrong pixels silently, so the entry is read from the
 bitstream itself for the codecs below; codecs not listed are decoded from the start.
-Sources: ITU-T H.264 table 7-1, ITU-T H.265 table 7-1, ISO 14496-2 §6.2.5, RFC 6386 §9.1, VP9 bitstream
-specification §6.2 and annex B.
+Sources: ITU-T H.264 table 7-1, ITU-T H.265 table 7-1, RFC 6386 §9.1, VP9 bitstream specification §6.2
+and annex B.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ from collections.abc import Callable, Iterator
 INTRA_ONLY = frozenset(
     "mjpeg prores dnxhd cfhd huffyuv ffvhuff utvideo magicyuv png rawvideo dvvideo v210 jpeg2000 hap".split()
 )
-# The demuxer's own flag is trusted (the parser read it from the picture header).
-FLAGGED = frozenset("av1 mpeg1video mpeg2video".split())
+# The demuxer's own flag is trusted (the parser read it from the frame header).
+FLAGGED = frozenset(("av1",))
+# MPEG-1, -2 and -4 conceal damage without a word, from whatever was decoded before: nothing is left out.
+FROM_START = frozenset("mpeg1video mpeg2video mpeg4".split())
 # Non-reference pictures can be left out without any effect on the others.
-SKIP_NON_REFERENCE = frozenset("h264 mpeg1video mpeg2video mpeg4".split())
+SKIP_NON_REFERENCE = frozenset(("h264",))
 
 
 def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool] | None:
     """A function that tells whether a flagged packet is a true entry; None when the codec is unknown."""
     if codec in INTRA_ONLY or codec in FLAGGED:
         return lambda data: True
+    if codec in FROM_START:
+        return lambda data: False
     length = _length_size(codec, extradata)
     tests: dict[str, Callable[[memoryview], bool]] = {
         "h264": lambda data: _has_nal(data, length, lambda b: b & 0x1F == 5, lambda b: b & 0x1F == 1),
@@ -33,7 +37,6 @@ def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bo
         ),
         "vp8": lambda data: len(data) > 0 and not data[0] & 1,
         "vp9": lambda data: len(data) > 0 and not _vp9(data[0])[1],
-        "mpeg4": _mpeg4_intra,
     }
     return tests.get(codec)
 
@@ -96,9 +99,3 @@ def _nal_headers(data: memoryview, length: int, most: int = 64) -> Iterator[int]
         yield raw[at + 3]
         at += 3
 
-
-def _mpeg4_intra(data: memoryview) -> bool:
-    """Whether the first VOP of an MPEG-4 part 2 packet is intra coded."""
-    raw = bytes(data[: 1 << 12])
-    at = raw.find(b"\x00\x00\x01\xb6")
-    return 0 <= at < len(raw) - 4 and raw[at + 4] >> 6 == 0

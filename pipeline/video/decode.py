@@ -377,7 +377,9 @@ class _Feed:
         self._table = reader.packets
         self._next: Iterator[av.Packet] = iter(())
         self._position = -1  # decode position of the packet that comes next; -1: nowhere
-        reader._start(read=self._table.kept is None, feed=self._table.kept is None)
+        if self._table.kept is None:
+            reader._start(read=True, feed=True)
+        reader._fed = True
 
     def begin(self, start: int) -> None:
         """Empty the decoder and stand before packet `start`."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import av
 import numpy as np
 
-from .bitstream import entry_test, shown_test
+from .bitstream import FROM_START, INTRA_ONLY, entry_test, shown_test
 from .container import reason
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ NO_PTS = np.iinfo(np.int64).min
 KEEP_BYTES = 2**24  # compressed video up to this size stays in memory between the demux and the decode
 _COLUMNS = {"pts": "q", "dts": "q", "bytes": "q", "key": "b", "shown": "b", "entry": "b"}
 _CHANGES = ("new_extradata", "param_change")  # decoder settings that a skipped packet would lose
+_STORES_PTS = frozenset(("mov", "matroska", "nut", "ivf", "flv"))
+_STORES_PTS_OF_H26X = frozenset(("mpegts",))
 _PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive
 
 
@@ -79,7 +81,7 @@ class PacketTable:
         pts = pts[by_pts]
         reliable = self.trusted and bool(np.all(np.diff(pts) > 0))
         if reliable and len(pts):
-            # Nothing may be shown before the first packet, which must be an entry.
+            # The first packet must be a key frame that one can begin at, with nothing shown before it.
             reliable = bool(self.entry[0]) and bool(self.pts[0] == self.pts.min())
         return Timeline(pts, self.key[self.order], time_base, reliable)
 
@@ -110,12 +112,14 @@ def read_packets(
         if progress is not None:
             progress()
         data = memoryview(packet)
+        first = not columns["pts"]  # of the codecs that are decoded from the start, only this is an entry
+        known = is_entry is not None and (is_entry(data) or (first and codec in FROM_START))
+        columns["entry"].append(packet.is_keyframe and known)
         columns["pts"].append(NO_PTS if packet.pts is None else packet.pts)
         columns["dts"].append(NO_PTS if packet.dts is None else packet.dts)
         columns["bytes"].append(packet.size)
         columns["key"].append(packet.is_keyframe)
         columns["shown"].append(not packet.is_discard and is_shown(data))
-        columns["entry"].append(packet.is_keyframe and is_entry is not None and is_entry(data))
         encrypted = encrypted or packet.has_sidedata("encryption_info")
         sound = sound and not packet.is_corrupt and packet.pts is not None
         if len(columns["pts"]) > 1:
@@ -143,8 +147,8 @@ def _pts_are_real(container: InputContainer, stream: VideoStream) -> bool:
     """Whether the container stores presentation times, or FFmpeg made them up from the decode order."""
     names = set(container.format.name.split(","))
     context = stream.codec_context
-    if names & {"h264", "hevc", "vvc", "m4v", "mpegvideo", "avi", "obu", "cavsvideo", "vc1"}:
-        if context.reorder_depth or context.codec.canonical_name in ("h264", "hevc", "vvc"):
-            return False
-    # Coded fields may come in packets of their own, two to a frame.
-    return context.field_order in _PROGRESSIVE or context.codec.canonical_name not in ("h264", "hevc")
+    codec = context.codec.canonical_name
+    if names & _STORES_PTS or (names & _STORES_PTS_OF_H26X and codec in ("h264", "hevc")):
+        # Coded fields may come in packets of their own, two to a frame.
+        return context.field_order in _PROGRESSIVE or codec not in ("h264", "hevc")
+    return "avi" in names and not context.reorder_depth and codec in INTRA_ONLY
