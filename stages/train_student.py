@@ -42,6 +42,11 @@ class ClipOptions(ClipView):
 
     length: int = Field(default=8, ge=1, description="frames of a clip, T")
 
+    @model_validator(mode="after")
+    def _check(self) -> ClipOptions:
+        self.frame_view()  # ValueError where the crop does not fit into the resize
+        return self
+
 
 class TargetOptions(Options):
     """How targets are made of what the store holds; none of it touches the store.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from ..targets.store import TargetStore
 from . import draws
 
 MAX_REDRAWS = 100  # other clips tried for one sample when the filter turns down the first
+REMEMBERED = 4096  # videos whose frame table is kept: some 8 MB a worker, whatever the size of the corpus
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,18 @@ class Draw:
     def counts(self) -> bool:
         """Whether any head learns from this clip; one that none does is not decoded."""
         return any(self.weight.values())
+
+
+@dataclass(frozen=True)
+class _Video:
+    """What the store says of one video: cached frames, pts and rows [N], valid starts."""
+
+    frames: int
+    cached: NDArray[np.int64]
+    pts: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    starts: StartSet
+    count: int
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,11 @@ class TargetSampler:
         self.thresholds = dict(thresholds or {})
         self.reject = reject
         self.fixed = fixed
+        self._known: dict[int, _Video] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker fills its own memory."""
+        return self.__dict__ | {"_known": {}}
 
     def draw(self, epoch: int, sample: int, attempt: int = 0) -> Draw:
         """The clip of a sample, from attempt `attempt` on (a broken file asks for the one after its own).
@@ -137,7 +155,7 @@ class TargetSampler:
 
     def has_window(self, video: int) -> bool:
         """Whether the video has a clip that holds enough cached frames."""
-        return self._starts(video)[3].count > 0
+        return self._look_up(video).count > 0
 
     def check_windows(self, tries: int = 1000) -> None:
         """UsageError if none of the first `tries` videos has a window that holds enough cached frames."""
@@ -164,26 +182,42 @@ class TargetSampler:
         ends = np.searchsorted(cached, cached + self.clip_length, side="left")
         return int((ends - np.arange(len(cached))).max(initial=0))
 
-    def _starts(self, video: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], StartSet, int]:
-        cached, pts, rows = self.store.frames(video)
-        # A truncated file's length may be unknown: what is cached certainly exists.
-        frames = max(int(self.store.frame_counts[video]), int(cached[-1]) + 1 if len(cached) else 0)
-        return cached, pts, rows, start_set(self.picks, cached, frames, self.clip_length), frames
+    def _look_up(self, video: int) -> _Video:
+        known = self._known.get(video)
+        if known is None:
+            cached, pts, rows = self.store.frames(video)
+            # A truncated file's length may be unknown: what is cached certainly exists.
+            frames = max(int(self.store.frame_counts[video]), int(cached[-1]) + 1 if len(cached) else 0)
+            starts = start_set(self.picks, cached, frames, self.clip_length)
+            known = _Video(frames, cached, pts, rows, starts, starts.count)
+            if len(self._known) >= REMEMBERED:
+                self._known.pop(next(iter(self._known)))
+            self._known[video] = known
+        return known
 
     def _clip(self, epoch: int, sample: int, attempt: int) -> _Clip | None:
         """One attempt at a sample; None if its video has no window that holds enough cached frames."""
         stream = draws.HELD_OUT if self.fixed else draws.EXAMPLES
         random = draws.rng(self.seed, epoch, sample, attempt, stream=stream)
         video = self._video(epoch, sample, attempt, random)
-        cached, pts, rows, starts, frames = self._starts(video)
-        if starts.count == 0:
+        known = self._look_up(video)
+        if known.count == 0:
             return None
         # Always the same numbers in the same order, so that a crop does not depend on the pick rule.
         top, left, flip = random.random(3)
-        nth = starts.count // 2 if self.fixed else int(random.integers(starts.count))
-        start = starts.nth(nth)
-        at = pick(self.picks, cached, start, self.clip_length, random, frames=frames)
-        return _Clip(video, frames, start, cached[at], pts[at], rows[at], float(top), float(left), float(flip))
+        start = known.starts.nth(known.count // 2 if self.fixed else int(random.integers(known.count)))
+        at = pick(self.picks, known.cached, start, self.clip_length, random, frames=known.frames)
+        return _Clip(
+            video=video,
+            frame_count=known.frames,
+            start=start,
+            picked=known.cached[at],
+            picked_pts=known.pts[at],
+            rows=known.rows[at],
+            top=float(top),
+            left=float(left),
+            flip=float(flip),
+        )
 
     def _video(self, epoch: int, sample: int, attempt: int, random: np.random.Generator) -> int:
         n = len(self.videos)

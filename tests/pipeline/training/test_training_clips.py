@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def test_draws_against_the_rules_and_plain_zarr(store, rule):
         counts = Counter(draw.video for draw in drawn)
         assert len(counts) == 12
         assert max(counts.values()) == min(counts.values())  # 20 permutations of 12 videos
-        assert {draw.start for draw in drawn if draw.video == 5} > set(range(5, 15))
+        starts = {draw.start for draw in drawn if draw.video == 5}  # 64 frames, so 57 starts
+        assert len(starts) > 10
+        assert min(starts) < 15 < 40 < max(starts)
         assert 80 < sum(draw.flip for draw in drawn) < 160
     again = make(store, picks=sampler.picks)
     assert all(same(drawn[i], again.draw(i // 24, i % 24)) for i in range(len(drawn) - 1, -1, -7))
@@ -124,7 +127,7 @@ def test_skip_draws_another_video_until_one_head_keeps_the_clip(store):
 
 
 def test_a_filter_that_keeps_nothing_gives_up_after_100_redraws(store):
-    draw = make(store, thresholds=dict.fromkeys(TEACHERS, 1e-9)).draw(0, 0)
+    draw = make(store, thresholds=dict.fromkeys(TEACHERS, -1.0)).draw(0, 0)
     assert (draw.rejected, draw.counts) == (100, False)
 
 
@@ -190,14 +193,11 @@ def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(
     assert len(everything) == 8
     for workers, start in [(1, 0), (2, 3), (4, 5)]:
         assert stream(workers, start) == everything[start:]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        elsewhere = pool.apply(_first, (clips,))
-    assert torch.equal(torch.from_numpy(elsewhere), clips[0, 0]["clip"])
-
-
-def _first(clips: StudentClips) -> np.ndarray:
-    return clips[0, 0]["clip"].numpy()
+    # What spawn and forkserver do with it: a fresh process gets the pickle and opens the store itself.
+    program = "import pickle, sys; print(pickle.load(sys.stdin.buffer)[0, 0]['clip'].long().sum().item())"
+    arguments = [sys.executable, "-c", program]
+    elsewhere = subprocess.run(arguments, input=pickle.dumps(clips), capture_output=True, timeout=60, check=True)
+    assert int(elsewhere.stdout) == int(clips[0, 0]["clip"].long().sum())
 
 
 def test_broken_and_exchanged_videos_are_drawn_again_and_named(store, own_store):
@@ -233,7 +233,7 @@ def test_a_corpus_that_moved_away_ends_at_the_first_batch(store, tmp_path):
 
 
 def test_a_clip_that_counts_for_no_head_costs_no_decode(store, tmp_path):
-    nothing = {"sure": 1e-9, "unsure": 1e-9}
+    nothing = dict.fromkeys(TEACHERS, -1.0)
     sampler = make(store, thresholds=nothing, reject="zero-weight")
     example = StudentClips(sampler, VIEW, {"videos": str(Path(tmp_path) / "not there")})[0, 0]
     assert example["weight"] == {"sure": 0.0, "unsure": 0.0}
