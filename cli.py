@@ -137,6 +137,18 @@ def demo(**given: Any) -> None:
 @key_option(
     "--timeout", key="timeout_s", shown=120, type=float, metavar="S", help="Seconds without a frame that fail a video."
 )
+@key_option("--memory", key="memory_gb", shown=4.0, type=float, metavar="GB", help="Address space of a decoder.")
+@key_option(
+    "--shard-rows",
+    key="shard_rows",
+    type=int,
+    metavar="R",
+    help="Rows of a shard, a multiple of 256.  [default: by the size, 512 to 16384]",
+)
+@key_option("--workers", key="workers", type=int, metavar="N", help="Extract in N dask worker processes.")
+@key_option("--scheduler", key="scheduler", metavar="ADDRESS", help="Extract on an existing dask.distributed cluster.")
+@key_option("--retries", key="retries", shown=2, type=int, metavar="N", help="Tries of a failed shard after the first.")
+@key_flag("--accept-run", key="accept_run", help="Go on with another batch size, precision, torch or device kind.")
 @key_flag("--retry-failed", key="retry_failed", help="Try the videos again that failed before.")
 @key_flag("--dry-run", key="dry_run", help="Say rows, GB and hours; write nothing.")
 @config_options
@@ -179,6 +191,17 @@ def targets_info(store: str, failed: bool, **given: Any) -> None:
 def targets_verify(store: str, repair: bool, **given: Any) -> None:
     """Check a store: structure, counts, checksums, finiteness, entropy against logits."""
     call_stage("targets_verify", "targets_verify", given, store, repair=repair)
+
+
+@targets.command("export", epilog=examples("distinit targets export targets.zarr --out targets.h5 --teacher resnet50"))
+@click.argument("store")
+@click.option("--out", required=True, metavar="FILE", help="The HDF5 file to write.")
+@click.option("--teacher", "teachers", multiple=True, metavar="NAME", help="Only this teacher. Repeatable.")
+@click.option("--corpus", "corpora", multiple=True, metavar="NAME", help="Only this corpus. Repeatable.")
+@screen_options
+def targets_export(store: str, out: str, teachers: tuple[str, ...], corpora: tuple[str, ...], **given: Any) -> None:
+    """Write a store out as one HDF5 file: usable videos, their frames, logits and entropies."""
+    call_stage("targets_export", "targets_export", given, store, out, teachers=teachers, corpora=corpora)
 
 
 @cli.command(

@@ -104,7 +104,12 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
             screen.say(f"{plan_retries(plan, list(teachers), pool, screen)} failed stretches are tried again")
         run = run_record(config, device)
         for name, teacher in teachers.items():
-            attributes = {"name": name, "identity": teacher.identity(config.precision), "run": run}
+            attributes = {
+                "name": name,
+                "identity": teacher.identity(config.precision),
+                "provenance": teacher.provenance(),
+                "run": run,
+            }
             writer.add_teacher(name, teacher.classes, attributes, accept_run=config.accept_run)
         began = time.monotonic()
         fill = stack.enter_context(_filling(config, writer, teachers, pool, views, device, decoders, screen))

@@ -20,7 +20,7 @@ BLOCK = 4096  # rows copied at a time
 
 def targets_export(
     store_path: str | Path,
-    out: Path,
+    out: str | Path,
     screen: Screen,
     *,
     teachers: Sequence[str] = (),
@@ -32,7 +32,7 @@ def targets_export(
     `teachers/NAME/{logits [N, K] float16, entropy [N] float32, class [K]}`; `video` counts in `videos/`.
     Raises StoreError, and UsageError for a teacher or corpus that the store does not have.
     """
-    store = TargetStore.open(store_path)
+    store, out = TargetStore.open(store_path), Path(out)
     names = list(teachers) or list(store.teachers)
     for corpus in corpora:
         if corpus not in store.corpora:

@@ -1,0 +1,243 @@
+"""Stage one on real files: equal to an own full decode, whatever interrupts it, whatever lies in the folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from distinit.pipeline.errors import SourceError, StoreMismatchError
+from distinit.pipeline.targets.average import entropy
+from distinit.pipeline.targets.index import load_index
+from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.targets.verify import verify
+from distinit.pipeline.teachers.teacher import TeacherSpec
+from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.geometry import View, render
+from distinit.pipeline.video.sampling import Sampling
+from distinit.stages.extract_targets import ExtractConfig, extract_targets
+from distinit.stages.screen import Screen
+
+QUIET = Screen(quiet=True)
+SPEC = TeacherSpec(name="stage_one_teachers:teacher", options={"name": "tiny", "input_size": "32", "resize": "32", "k": "6"})
+MODULE = '''
+import torch
+from torch import nn
+
+
+class Teacher(nn.Module):
+    def __init__(self, k, broken):
+        super().__init__()
+        torch.manual_seed(k)
+        self.linear = nn.Linear(48, k)
+        self.broken = broken
+
+    def forward(self, x):
+        z = self.linear(nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)) * 5
+        # `broken`: not a number wherever the top left of the image is bright
+        return torch.where((x[:, :, :16, :16].mean((1, 2, 3)) > self.broken)[:, None], float("nan"), z)
+
+
+def teacher(k, broken=1e9):
+    return Teacher(k, broken)
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Twelve videos of odd lengths and names, an audio file, a text file named .mp4, a cut-off file."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "stage_one_teachers.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    rng = np.random.default_rng(0)
+    names = ["-dash.mp4", "sp ace.mkv", "ü.avi", *(f"v{i}.mp4" for i in range(9))]
+    for i, name in enumerate(names):
+        base = rng.integers(0, 256, (1, 6, 8, 3)).repeat(8, 1).repeat(8, 2)
+        frames = (base + rng.integers(0, 60, (7 + 5 * i, 1, 1, 3))).clip(0, 255).astype(np.uint8)
+        write_video(videos / name, frames, fps=25, gop=10)
+    shutil.copy(videos / "v1.mp4", os.fsencode(str(videos)) + b"/\xe9.mp4")
+    (videos / "playlist.mp4").write_text("ffconcat version 1.0\nfile v1.mp4\n")
+    (videos / "empty.mp4").write_bytes(b"")
+    (videos / "cut.mp4").write_bytes((videos / "v8.mp4").read_bytes()[:700])
+    return videos
+
+
+def config(folder: Path, out: Path, **changes: Any) -> ExtractConfig:
+    base = {"sources": [str(folder)], "out": out, "teachers": [SPEC], "batch_size": 8, "shard_rows": 256}
+    return ExtractConfig.model_validate(base | changes)
+
+
+def arrays(root: Path) -> dict[str, np.ndarray]:
+    group = zarr.open_group(root, mode="r")
+    return {name: np.asarray(a[:]) for name, a in group.members(max_depth=None) if isinstance(a, zarr.Array)}
+
+
+def same(a: Path, b: Path) -> None:
+    x, y = arrays(a), arrays(b)
+    assert x.keys() == y.keys()
+    for name in x:
+        np.testing.assert_array_equal(x[name], y[name], err_msg=name)
+
+
+def test_every_row_is_the_teacher_on_the_plainly_decoded_frame(folder: Path, tmp_path: Path) -> None:
+    result = extract_targets(config(folder, tmp_path / "s.zarr", sampling=Sampling(every=3)), QUIET)
+    assert (result["videos"], result["ok"], result["failed"]) == (16, 13, 3)
+    store = TargetStore.open(tmp_path / "s.zarr")
+    sys.modules.pop("stage_one_teachers", None)
+    import stage_one_teachers
+
+    module = stage_one_teachers.teacher(6)
+    view = View(resize=32, crop=32)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    for v in store.usable():
+        index, pts, rows = store.frames(int(v))
+        with VideoReader(store.video_path(int(v))) as reader:
+            plain = [(i, p, render(f, view)) for i, p, f in reader.decode_plain()]
+        wanted = plain[::3]
+        assert index.tolist() == [i for i, _, _ in wanted] and pts.tolist() == [p for _, p, _ in wanted]
+        assert store.frame_counts[v] == len(plain)
+        images = torch.from_numpy(np.stack([x for _, _, x in wanted])).permute(0, 3, 1, 2) / 255
+        with torch.inference_mode():
+            expected = module((images - mean) / std).numpy()
+        np.testing.assert_allclose(store.logits("tiny", rows), expected, atol=0.02)
+        np.testing.assert_allclose(store.entropy("tiny", rows), entropy(expected), atol=1e-3)
+    reasons = {store.video(v).path: store.video(v).reason for v in range(16) if store.video(v).status == "failed"}
+    assert set(reasons) == {"playlist.mp4", "empty.mp4", "cut.mp4"}
+    assert "playlist" in reasons["playlist.mp4"] and "empty" in reasons["empty.mp4"]
+
+
+def test_a_second_run_does_nothing_and_growth_touches_nothing(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    late = [folder / "v7.mp4", folder / "v8.mp4"]
+    for p in late:
+        p.rename(tmp_path / p.name)
+    extract_targets(config(folder, out), QUIET)
+    before = {p: p.read_bytes() for p in out.rglob("c/**/*") if p.is_file() and "videos" not in p.parts}
+    assert extract_targets(config(folder, out), QUIET)["new_rows"] == 0
+    for p in late:
+        (tmp_path / p.name).rename(p)
+    grown = extract_targets(config(folder, out), QUIET)
+    assert (grown["videos"], grown["ok"]) == (16, 13) and grown["new_rows"] > 0
+    other = TeacherSpec(name=SPEC.name, options={**SPEC.options, "name": "second", "k": "4"})
+    added = extract_targets(config(folder, out, teachers=[other]), QUIET)
+    assert added["teachers"] == {"second": 13}
+    index = load_index(out)
+    assert list(verify(out, index)) == []
+    segments = {p: d for p, d in before.items() if "segments" not in p.parts}
+    assert all(p.read_bytes() == d for p, d in segments.items())
+    together = tmp_path / "both.zarr"
+    extract_targets(config(folder, together, teachers=[SPEC, other]), QUIET)
+    a, b = TargetStore.open(out), TargetStore.open(together)
+    of = {a.video(v).path: v for v in range(16)}
+    for v in b.usable():
+        rows_a, rows_b = a.frames(of[b.video(int(v)).path])[2], b.frames(int(v))[2]
+        np.testing.assert_allclose(a.logits("second", rows_a), b.logits("second", rows_b), atol=0.02)
+
+
+def test_killed_at_any_moment_the_store_becomes_that_of_an_undisturbed_run(folder: Path, tmp_path: Path) -> None:
+    for i in range(30):  # enough work to be hit in the midst of it
+        shutil.copy(folder / f"v{i % 9}.mp4", folder / f"w{i:02d}.mp4")
+    options = ["--teacher", SPEC.name, "--batch-size", "8", "--every", "1", "--set", "shard_rows=256"]
+    options += [x for k, v in SPEC.options.items() for x in ("--teacher-option", f"{k}={v}")]
+    command = [sys.executable, "-m", "distinit", "extract-targets", str(folder), *options, "--out"]
+    began = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole.zarr")], check=True, capture_output=True)
+    seconds = time.monotonic() - began
+    broken = tmp_path / "broken.zarr"
+    for share in (0.6, 0.85):
+        process = subprocess.Popen([*command, str(broken)], start_new_session=True, stderr=subprocess.DEVNULL)
+        time.sleep(share * seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, str(broken)], check=True, capture_output=True)
+    same(tmp_path / "whole.zarr", broken)
+    assert not (broken / "staging").exists()
+    assert [p.name for p in tmp_path.glob(".*.new*")] == []
+
+
+def test_failures_are_tried_again_on_request_alone(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    whole = (folder / "v8.mp4").read_bytes()
+    extract_targets(config(folder, out), QUIET)
+    (folder / "cut.mp4").write_bytes(whole)
+    assert extract_targets(config(folder, out), QUIET)["failed"] == 3
+    again = extract_targets(config(folder, out, retry_failed=True), QUIET)
+    assert (again["ok"], again["failed"]) == (14, 2)
+    store = TargetStore.open(out)
+    of = {store.video(v).path: v for v in range(16)}
+    np.testing.assert_array_equal(store.frames(of["cut.mp4"])[0], store.frames(of["v8.mp4"])[0])
+    assert list(verify(out, load_index(out))) == []
+
+
+def test_a_teacher_that_returns_nan_fails_that_video_alone(folder: Path, tmp_path: Path) -> None:
+    spec = TeacherSpec(name=SPEC.name, options={**SPEC.options, "broken": "0.9"})
+    result = extract_targets(config(folder, tmp_path / "s.zarr", teachers=[spec]), QUIET)
+    store = TargetStore.open(tmp_path / "s.zarr")
+    assert result["ok"] == 13 and 0 < result["teachers"]["tiny"] < 13
+    reasons = store.index.video_reasons("tiny")
+    assert any("not finite" in r for r in reasons.values())
+    assert len(store.usable()) == result["teachers"]["tiny"]
+    assert list(verify(store.path, store.index)) == []
+
+
+def test_long_videos_are_cut_into_segments_that_read_as_one(folder: Path, tmp_path: Path) -> None:
+    frames = np.random.default_rng(1).integers(0, 255, (700, 2, 2, 3)).repeat(16, 1).repeat(16, 2)
+    (tmp_path / "long").mkdir()
+    write_video(tmp_path / "long" / "long.mp4", frames.astype(np.uint8), fps=25, gop=50)
+    cut = config(tmp_path / "long", tmp_path / "cut.zarr", sampling=Sampling(every=1), shard_rows=256)
+    whole = config(tmp_path / "long", tmp_path / "whole.zarr", sampling=Sampling(every=1), shard_rows=1024)
+    extract_targets(cut, QUIET)
+    extract_targets(whole, QUIET)
+    a, b = TargetStore.open(tmp_path / "cut.zarr"), TargetStore.open(tmp_path / "whole.zarr")
+    assert len(a.index.video) > 2 and len(b.index.video) == 1
+    for x, y in zip(a.frames(0)[:2], b.frames(0)[:2], strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert a.frames(0)[0].tolist() == list(range(700))
+    np.testing.assert_allclose(a.entropy("tiny", a.frames(0)[2]), b.entropy("tiny", b.frames(0)[2]), atol=1e-4)
+
+
+def test_what_does_not_fit_a_store_is_refused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    extract_targets(config(folder, out), QUIET)
+    with pytest.raises(StoreMismatchError, match="every"):
+        extract_targets(config(folder, out, sampling=Sampling(every=2)), QUIET)
+    changed = TeacherSpec(name=SPEC.name, options={**SPEC.options, "k": "7"})
+    with pytest.raises(StoreMismatchError, match="tiny"):
+        extract_targets(config(folder, out, teachers=[changed]), QUIET)
+    with pytest.raises(StoreMismatchError, match="batch_size"):
+        extract_targets(config(folder, out, batch_size=16), QUIET)
+    with open(folder / "v3.mp4", "ab") as f:
+        f.write(b"more")
+    with pytest.raises(StoreMismatchError, match=r"v3.mp4: \d+ bytes, but the teachers saw"):
+        extract_targets(config(folder, out), QUIET)
+    with pytest.raises(SourceError, match="no such"):
+        extract_targets(config(tmp_path / "nowhere", out), QUIET)
+
+
+def test_dask_workers_fill_the_same_store(folder: Path, tmp_path: Path) -> None:
+    extract_targets(config(folder, tmp_path / "one.zarr", sampling=Sampling(every=1)), QUIET)
+    extract_targets(config(folder, tmp_path / "two.zarr", sampling=Sampling(every=1), workers=2), QUIET)
+    same(tmp_path / "one.zarr", tmp_path / "two.zarr")
+
+
+def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    costs = extract_targets(config(folder, tmp_path / "s.zarr", dry_run=True), QUIET)["costs"]
+    assert [p for p in sorted(tmp_path.rglob("*")) if p not in before and "__pycache__" not in str(p)] == []
+    by = {c["sampling"]: c for c in costs}
+    extract_targets(config(folder, tmp_path / "s.zarr"), QUIET)
+    assert by["every 4th frame"]["rows"] == TargetStore.open(tmp_path / "s.zarr").n_rows
