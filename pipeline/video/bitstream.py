@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 # Every frame stands alone: any packet is an entry.
-INTRA_ONLY = frozenset(
-    "mjpeg prores dnxhd cfhd huffyuv ffvhuff utvideo magicyuv png rawvideo dvvideo v210 jpeg2000 hap".split()
-)
+INTRA_ONLY = frozenset(("mjpeg", "png", "prores", "dnxhd", "cfhd", "hap", "jpeg2000", "dvvideo", "rawvideo", "v210"))
+INTRA_ONLY |= {"huffyuv", "ffvhuff", "utvideo", "magicyuv"}
 # The demuxer's own flag is trusted (the parser read it from the frame header).
 FLAGGED = frozenset(("av1",))
 # MPEG-1, -2 and -4 conceal damage without a word, from whatever was decoded before: nothing is left out.
-FROM_START = frozenset("mpeg1video mpeg2video mpeg4".split())
+FROM_START = frozenset(("mpeg1video", "mpeg2video", "mpeg4"))
 # Non-reference pictures can be left out without any effect on the others.
 SKIP_NON_REFERENCE = frozenset(("h264",))
 
@@ -32,9 +31,7 @@ def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bo
     length = _length_size(codec, extradata)
     tests: dict[str, Callable[[memoryview], bool]] = {
         "h264": lambda data: _has_nal(data, length, lambda b: b & 0x1F == 5, lambda b: b & 0x1F == 1),
-        "hevc": lambda data: _has_nal(
-            data, length, lambda b: 16 <= b >> 1 & 0x3F <= 21, lambda b: b >> 1 & 0x3F < 16
-        ),
+        "hevc": lambda data: _has_nal(data, length, lambda b: 16 <= b >> 1 & 0x3F <= 21, lambda b: b >> 1 & 0x3F < 16),
         "vp8": lambda data: len(data) > 0 and not data[0] & 1,
         "vp9": lambda data: len(data) > 0 and not _vp9(data[0])[1],
     }
@@ -69,9 +66,7 @@ def _length_size(codec: str, extradata: bytes | None) -> int:
     return 0
 
 
-def _has_nal(
-    data: memoryview, length: int, wanted: Callable[[int], bool], other: Callable[[int], bool]
-) -> bool:
+def _has_nal(data: memoryview, length: int, wanted: Callable[[int], bool], other: Callable[[int], bool]) -> bool:
     """Whether the first slice of an access unit is of a wanted kind."""
     for first in _nal_headers(data, length):
         if wanted(first):
@@ -98,4 +93,3 @@ def _nal_headers(data: memoryview, length: int, most: int = 64) -> Iterator[int]
             return
         yield raw[at + 3]
         at += 3
-

@@ -62,18 +62,22 @@ def read_frames(
             raise VideoError("no frames were asked for")
         if distinct[0] < 0 or distinct[-1] >= total:
             raise VideoError(f"frames {distinct[0]}–{distinct[-1]} wanted, the video has {total}")
-        info = reader.info
-        display = (info.height, info.width)
-        shape = view.shape(*display) if view is not None else display
-        images = np.empty((len(distinct), *shape, 3), np.uint8)
         pts = timeline.pts[distinct].copy()
         there = np.zeros(len(distinct), bool)
-        renderer = Renderer(info.pixel_aspect)
+        images: np.ndarray | None = None
         for index, _, frame in reader.frames_at(distinct):
+            if images is None:
+                info = reader.info
+                display = (info.height, info.width)
+                renderer = Renderer(info.pixel_aspect)
+                shape = view.shape(*display) if view is not None else display
+                images = np.empty((len(distinct), *shape, 3), np.uint8)
             at = int(np.searchsorted(distinct, index))
             renderer.render(frame, view, out=images[at], display=display)
             there[at] = True
         _remember(reader)
+    if images is None:
+        raise VideoError(f"frame {distinct[0]} cannot be decoded: damaged data")
     if not there.all():
         required = expect[0] if expect is not None else np.zeros(0, np.int64)
         _repeat(images, pts, there, distinct, required)
@@ -96,9 +100,7 @@ def _check(pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray]) -> None:
             raise StoreMismatchError(f"frame {index} has pts {expected} in the store, in the file it is {found}")
 
 
-def _repeat(
-    images: np.ndarray, pts: np.ndarray, there: np.ndarray, indices: np.ndarray, required: np.ndarray
-) -> None:
+def _repeat(images: np.ndarray, pts: np.ndarray, there: np.ndarray, indices: np.ndarray, required: np.ndarray) -> None:
     """Fill damaged frames with the one before them, or with the first that is there."""
     missing = indices[~there]
     if 2 * there.sum() < len(there) or np.isin(missing, required).any():

@@ -37,15 +37,7 @@ _PLAYLIST_STARTS = (b"ffconcat", b"#extm3u", b"[playlist]", b"<smil", b"<?xml", 
 def open_container(path: str) -> InputContainer:
     """Open `path` for reading; raises VideoError with the reason. Nothing but `path` is read."""
     absolute = os.path.abspath(path)
-    try:
-        status = os.stat(absolute)
-    except (OSError, ValueError) as error:
-        raise VideoError(reason(error)) from error
-    if stat.S_ISDIR(status.st_mode):
-        raise VideoError("is a folder, not a file")
-    if not stat.S_ISREG(status.st_mode):
-        raise VideoError("is not a regular file")
-    if status.st_size == 0:
+    if file_size(absolute) == 0:
         raise VideoError("empty file")
     options = {
         "format_whitelist": FORMATS,
@@ -57,6 +49,19 @@ def open_container(path: str) -> InputContainer:
         return av.open(absolute, mode="r", options=options, metadata_errors="replace")
     except (FFmpegError, OSError, ValueError, MemoryError, UnicodeError) as error:
         raise VideoError(_why_not_opened(absolute, error)) from error
+
+
+def file_size(path: str) -> int:
+    """Bytes of a regular file; anything else (a pipe would be waited for) is a VideoError."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise VideoError(reason(error)) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoError("is a folder, not a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError("is not a regular file")
+    return status.st_size
 
 
 def video_stream(container: InputContainer) -> VideoStream:
@@ -87,6 +92,7 @@ def video_stream(container: InputContainer) -> VideoStream:
 
 def digest(path: str) -> str:
     """Identity of a file's content: hex of blake2b-16 over its size, first and last 64 KiB."""
+    file_size(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -134,7 +140,7 @@ def _why_not_opened(path: str, error: BaseException) -> str:
         return "the mp4 header is damaged"
     if isinstance(error, av.error.InvalidDataError | ValueError):
         return "not a video container FFmpeg knows"
-    return reason(error)
+    return f"FFmpeg cannot open it: {reason(error)}"
 
 
 def _top_level_boxes(path: str, most: int = 64) -> list[bytes]:

@@ -9,7 +9,6 @@ that does not come out, an error, a damaged picture) makes the reader fall back 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,15 +22,12 @@ from av.video.stream import VideoStream
 from ..errors import VideoError
 from .bitstream import SKIP_NON_REFERENCE
 from .container import open_container, reason, video_stream
+from .feed import HOLD, Feed, NotAsPlanned, ascending, stretches
 from .geometry import Orientation, display_size, pixel_aspect
 from .sampling import Sampling
 from .timeline import PacketTable, Timeline, read_packets
 
 Rows = Iterator[tuple[int, int, av.VideoFrame]]  # (index, pts, frame)
-
-_HOLD = 32  # frames that may come out ahead of a wanted one before that is given up: H.264 reorders by ≤ 16
-_SEEKABLE = frozenset(("mov", "matroska"))  # seeking by timestamp lands where their index says
-_READ_ON = 2**21  # bytes of packets that are read and dropped rather than sought over
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,6 @@ class VideoInfo:
     time_base: Fraction
     duration: float
     fps: float
-
-
-class _NotAsPlanned(Exception):
-    """The shortcut did not deliver what the timeline promised."""
 
 
 class VideoReader:
@@ -103,7 +95,7 @@ class VideoReader:
         self._context = self._stream.codec_context
         self._read, self._fed = False, False  # whether the container or the decoder is no longer fresh
 
-    def _start(self, *, read: bool, feed: bool) -> None:
+    def start(self, *, read: bool, feed: bool) -> None:
         """Make sure that what will be used is fresh: the container to read, the decoder to feed."""
         if (read and self._read) or (feed and self._fed):
             self._container.close()
@@ -116,7 +108,7 @@ class VideoReader:
     def packets(self) -> PacketTable:
         """The packets of the stream, demuxed once."""
         if self._table is None:
-            self._start(read=True, feed=False)
+            self.start(read=True, feed=False)
             self._table = read_packets(self._container, self._stream, self._progress)
             if self._table.encrypted:
                 raise VideoError("encrypted")
@@ -161,7 +153,7 @@ class VideoReader:
 
     @property
     def stream(self) -> VideoStream:
-        """The open stream, for what its header says."""
+        """The open stream and, in it, the decoder; another one after `start`."""
         return self._stream
 
     @property
@@ -218,8 +210,8 @@ class VideoReader:
         """Every frame in the decoder's order, by a fresh decoder; damage is noted and passed over."""
         table = self.packets
         kept = table.kept
-        self._start(read=kept is None, feed=True)
-        source = iter(kept) if kept is not None else self._read_on()
+        self.start(read=kept is None, feed=True)
+        source = iter(kept) if kept is not None else self.read_on()
         came, failed, last_failed = 0, 0, False
         why = table.error
         for packet in source:
@@ -252,15 +244,15 @@ class VideoReader:
 
     def _decode_head(self) -> Iterator[av.VideoFrame]:
         """The first frames, without reading the whole file."""
-        self._start(read=True, feed=True)
-        for packet in self._read_on():
+        self.start(read=True, feed=True)
+        for packet in self.read_on():
             self._progress()
             try:
                 yield from self._context.decode(packet)
             except av.FFmpegError:
                 continue
 
-    def _read_on(self) -> Iterator[av.Packet]:
+    def read_on(self) -> Iterator[av.Packet]:
         """Packets from where the container stands; an error ends them."""
         packets = self._container.demux(self._stream)
         while True:
@@ -289,7 +281,7 @@ class VideoReader:
     def decode_plain(self) -> Rows:
         """(index, pts, frame) of every frame that decodes, by one linear decode of the whole file."""
         pts = self.timeline().pts
-        for index, frame in _ascending(self._plain_rows(), None):
+        for index, frame in ascending(self._plain_rows(), None):
             yield index, int(pts[index]), frame
 
     # The shortcuts
@@ -301,7 +293,8 @@ class VideoReader:
         """
         timeline = self.timeline()
         wanted = np.asarray(indices, np.int64)
-        if len(wanted) and not (0 <= wanted[0] and wanted[-1] < len(timeline) and np.all(np.diff(wanted) > 0)):
+        inside = len(wanted) == 0 or (wanted[0] >= 0 and wanted[-1] < len(timeline))
+        if not inside or np.any(np.diff(wanted) <= 0):
             raise VideoError(f"frames {wanted[0]} … {wanted[-1]} wanted, the video has {len(timeline)}")
         done = 0
         shortcut = self._shortcut(wanted) if timeline.reliable else iter(())
@@ -309,16 +302,16 @@ class VideoReader:
         while planned and done < len(wanted):
             try:
                 index, frame = next(shortcut)
-            except _NotAsPlanned:
+            except NotAsPlanned:
                 planned = False
             else:
                 done += 1
                 yield index, int(timeline.pts[index]), frame
-        for index, frame in _ascending(self._plain_rows(), wanted[done:]):
+        for index, frame in ascending(self._plain_rows(), wanted[done:]):
             yield index, int(timeline.pts[index]), frame
 
     def _shortcut(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(index, frame) for all of `wanted` in order, else raises _NotAsPlanned."""
+        """(index, frame) for all of `wanted` in order, else raises NotAsPlanned."""
         table = self.packets
         rank = {int(table.pts[table.order[i]]): int(i) for i in wanted}
         queue = [int(i) for i in wanted[::-1]]
@@ -331,10 +324,10 @@ class VideoReader:
             while queue and queue[-1] in held:
                 index = queue.pop()
                 yield index, held.pop(index)
-            if len(held) > _HOLD:
-                raise _NotAsPlanned
+            if len(held) > HOLD:
+                raise NotAsPlanned
         if queue:
-            raise _NotAsPlanned
+            raise NotAsPlanned
 
     def _feed_stretches(self, wanted: np.ndarray) -> Iterator[av.VideoFrame]:
         """Every frame that comes out of the stretches of packets that hold `wanted`."""
@@ -342,8 +335,8 @@ class VideoReader:
         needed = np.zeros(len(table.pts), bool)
         needed[table.order[wanted]] = True
         skips = context.codec.canonical_name in SKIP_NON_REFERENCE
-        feed = _Feed(self)
-        for start, stop in _stretches(table, wanted):
+        feed = Feed(self)
+        for start, stop in stretches(table, wanted):
             feed.begin(start)
             context = self._context  # another one if the file had to be opened again
             first_pts = table.pts[start]
@@ -354,11 +347,11 @@ class VideoReader:
                 for frame in feed.decode(position) if position <= stop else feed.drain():
                     known = table.position_of.get(frame.pts)
                     if known is None or not table.shown[known]:
-                        raise _NotAsPlanned
+                        raise NotAsPlanned
                     if frame.pts < first_pts:  # a leading picture that lacks what it refers to
                         continue
                     if frame.is_corrupt:
-                        raise _NotAsPlanned
+                        raise NotAsPlanned
                     yield frame
 
     def sample(self, sampling: Sampling, first: int = 0, end: int | None = None) -> Rows:
@@ -367,128 +360,3 @@ class VideoReader:
         chosen = sampling.select(timeline.pts, timeline.key, timeline.time_base)
         last = len(timeline) if end is None else end
         yield from self.frames_at(chosen[(chosen >= first) & (chosen < last)])
-
-
-class _Feed:
-    """Gives the reader's decoder the packets of a stretch: from memory, or from the file by seeking."""
-
-    def __init__(self, reader: VideoReader) -> None:
-        self._reader = reader
-        self._table = reader.packets
-        self._next: Iterator[av.Packet] = iter(())
-        self._position = -1  # decode position of the packet that comes next; -1: nowhere
-        if self._table.kept is None:
-            reader._start(read=True, feed=True)
-        reader._fed = True
-
-    def begin(self, start: int) -> None:
-        """Empty the decoder and stand before packet `start`."""
-        self._reader._context.flush_buffers()
-        if self._table.kept is not None or self._position == start:
-            return
-        if 0 <= self._position < start:
-            between = int(self._table.bytes[self._position : start].sum())
-            if between <= _READ_ON:
-                return
-        if start == 0 or not self._seek(start):
-            self._reader._start(read=True, feed=True)
-            self._next, self._position = self._reader._read_on(), 0
-
-    def _seek(self, start: int) -> bool:
-        """Seek to packet `start` or to one before it."""
-        reader, table = self._reader, self._table
-        if not _SEEKABLE & set(reader._container.format.name.split(",")):
-            return False
-        entries = np.flatnonzero(table.entry[: start + 1])[::-1][:3]
-        for entry in entries:
-            target = int(min(table.dts[entry], table.pts[entry]))
-            try:
-                reader._container.seek(target, stream=reader._stream)
-            except (av.FFmpegError, OverflowError):
-                return False
-            packets = reader._read_on()
-            packet = next(packets, None)
-            landed = table.position_of.get(packet.pts) if packet is not None else None
-            if packet is not None and landed is not None and landed <= start:
-                self._next, self._position = _with_first(packet, packets), landed
-                return True
-        return False
-
-    def decode(self, position: int) -> list[av.VideoFrame]:
-        kept = self._table.kept
-        try:
-            if kept is not None:
-                return self._reader._context.decode(kept[position])
-            while True:
-                packet = next(self._next, None)
-                if packet is None or self._table.position_of.get(packet.pts) != self._position:
-                    raise _NotAsPlanned
-                self._position += 1
-                if self._position > position:
-                    return self._reader._context.decode(packet)
-        except av.FFmpegError as error:
-            raise _NotAsPlanned from error
-
-    def drain(self) -> list[av.VideoFrame]:
-        """What the decoder still holds back."""
-        try:
-            return self._reader._context.decode(None)
-        except av.FFmpegError as error:
-            raise _NotAsPlanned from error
-
-
-def _with_first(first: av.Packet, rest: Iterator[av.Packet]) -> Iterator[av.Packet]:
-    yield first
-    yield from rest
-
-
-def _stretches(table: PacketTable, wanted: np.ndarray) -> list[tuple[int, int]]:
-    """Decode positions [(start, stop), …] to feed, both ends included, ascending and apart.
-
-    A wanted frame is decoded from the last entry at or before its packet. If it is shown before that
-    entry (a leading picture of an open group), it may need frames of the group before: the entry before
-    that is taken. Example: decode order I0 P3 B1 B2 I6 B4 B5, wanted B5 → (0, 6), wanted I6 → (4, 4).
-    """
-    positions = table.order[wanted]
-    entries = np.flatnonzero(table.entry)
-    which = np.searchsorted(entries, positions, side="right") - 1
-    pts = table.pts[positions]
-    leading = (pts < table.pts[entries[which]]) & (which > 0)
-    while leading.any():
-        which = which - leading
-        leading = (pts < table.pts[entries[which]]) & (which > 0)
-    spans: list[tuple[int, int]] = []
-    for start, stop in sorted(zip(entries[which].tolist(), positions.tolist(), strict=True)):
-        if spans and start <= spans[-1][1] + 1:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], stop))
-        else:
-            spans.append((start, stop))
-    return spans
-
-
-def _ascending(
-    rows: Iterator[tuple[int, av.VideoFrame]], wanted: np.ndarray | None
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The rows of `wanted` (None: all) in ascending order; holds back those that come early.
-
-    A frame still missing when more than _HOLD later ones wait is given up.
-    """
-    queue = None if wanted is None else deque(int(i) for i in wanted)
-    asked = None if queue is None else set(queue)
-    held: dict[int, av.VideoFrame] = {}
-    done = -1
-    if queue is not None and not queue:
-        return
-    for index, frame in rows:
-        if index <= done or (asked is not None and index not in asked):
-            continue
-        held[index] = frame
-        while held and (min(held) == (queue[0] if queue else done + 1) or len(held) > _HOLD):
-            done = min(held)
-            yield done, held.pop(done)
-            while queue and queue[0] <= done:
-                queue.popleft()
-            if queue is not None and not queue:
-                return
-    for index in sorted(held):
-        yield index, held[index]

@@ -40,9 +40,7 @@ def write_video(
     if first is None:
         raise VideoError("no frames to encode")
     height, width = first.shape[:2]
-    stream = ffmpeg.input(
-        "pipe:0", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", framerate=fps, threads=1
-    )
+    stream = ffmpeg.input("pipe:0", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", framerate=fps, threads=1)
     options = _encoder_options(codec, gop, bframes, crf, pix_fmt)
     command = stream.output(_plain(path), **{**options, **(extra or {})})
     count = 0
@@ -87,9 +85,7 @@ def _plain(path: str) -> str:
     return "file:" + os.path.abspath(path)
 
 
-def _encoder_options(
-    codec: str, gop: int | None, bframes: int | None, crf: int | None, pix_fmt: str
-) -> dict[str, Any]:
+def _encoder_options(codec: str, gop: int | None, bframes: int | None, crf: int | None, pix_fmt: str) -> dict[str, Any]:
     options: dict[str, Any] = {"vcodec": codec, "pix_fmt": pix_fmt, "threads": 1, "an": None}
     if gop is not None:
         options["g"] = gop

@@ -94,9 +94,7 @@ class DecodePool:
     child may go without a packet, a frame or an answer before it is killed.
     """
 
-    def __init__(
-        self, *, processes: int, views: Sequence[View], memory_gb: float = 4, timeout_s: float = 120
-    ) -> None:
+    def __init__(self, *, processes: int, views: Sequence[View], memory_gb: float = 4, timeout_s: float = 120) -> None:
         if processes < 1:
             raise ValueError(f"processes must be at least 1, got {processes}")
         self._layout = Layout.of(tuple(views))
@@ -120,6 +118,11 @@ class DecodePool:
         if self._owner == os.getpid():
             for place in range(len(self._children)):
                 self._drop(place)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the children that were started."""
+        return [child.pid for child in self._children if child is not None]
 
     def probe(self, paths: Sequence[str]) -> Iterator[Probe]:
         """A Probe of each path, in order; a crash or a hang is a Probe with an error."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +10,7 @@ from fractions import Fraction
 from av.video.stream import VideoStream
 
 from ..errors import VideoError
-from .container import digest, reason
+from .container import digest, file_size, reason
 from .decode import VideoReader
 
 DEMUX_BYTES = 2**26  # files up to this size are demuxed in full
@@ -45,7 +44,7 @@ def probe(path: str, progress: Callable[[], None] | None = None) -> Probe:
     """Look at one file. Never raises for a bad file: `error` says what is wrong with it."""
     size, identity = 0, ""
     try:
-        size = os.stat(path).st_size
+        size = file_size(path)
         identity = digest(path)
         with VideoReader(path, progress=progress) as reader:
             return _measure(reader, size, identity)

@@ -34,7 +34,7 @@ class ChildProcess:
         descriptor = shared_file(layout.total_bytes)
         self._memory = mmap.mmap(descriptor, layout.total_bytes)
         self._layout = layout
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
         # The same modules as here, wherever they were imported from; -P keeps the working folder out.
         path = os.pathsep.join(p for p in sys.path if p)
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -60,6 +60,10 @@ class ChildProcess:
                 "parent": os.getpid(),
             }
         )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def tell(self, message: dict[str, Any]) -> bool:
         """Send a message; False if the child is gone."""

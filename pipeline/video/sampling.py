@@ -25,10 +25,10 @@ class Sampling(Options):
     @classmethod
     def _default_every(cls, data: object) -> object:
         """With nothing chosen, every 4th frame."""
-        if isinstance(data, dict) and not any(data.get(k) for k in ("every", "fps", "keyframes")):
-            if data.get("every") is None and data.get("fps") is None:
-                return {**data, "every": 4}
-        return data
+        if not isinstance(data, dict) or data.get("keyframes"):
+            return data
+        chosen = data.get("every") is not None or data.get("fps") is not None
+        return data if chosen else {**data, "every": 4}
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Sampling:

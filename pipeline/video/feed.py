@@ -1,0 +1,147 @@
+"""Which packets to give to the decoder for the frames that are wanted, and the frames in order again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+
+from .timeline import NO_PTS, PacketTable
+
+if TYPE_CHECKING:
+    from .decode import VideoReader
+
+HOLD = 32  # frames that may come out ahead of a wanted one before that is given up: H.264 reorders by ≤ 16
+_SEEKABLE = frozenset(("mov", "matroska"))  # seeking by timestamp lands where their index says
+_READ_ON = 2**21  # bytes of packets that are read and dropped rather than sought over
+
+
+class NotAsPlanned(Exception):
+    """The shortcut did not deliver what the timeline promised: the plain decode must decide."""
+
+
+def stretches(table: PacketTable, wanted: np.ndarray) -> list[tuple[int, int]]:
+    """Decode positions [(start, stop), …] to feed, both ends included, ascending and apart.
+
+    A wanted frame is decoded from the last entry at or before its packet. If it is shown before that
+    entry (a leading picture of an open group), it may need frames of the group before: the entry before
+    that is taken. Example: decode order I0 P3 B1 B2 I6 B4 B5, wanted B5 → (0, 6), wanted I6 → (4, 4).
+    """
+    positions = table.order[wanted]
+    entries = np.flatnonzero(table.entry)
+    which = np.searchsorted(entries, positions, side="right") - 1
+    pts = table.pts[positions]
+    leading = (pts < table.pts[entries[which]]) & (which > 0)
+    while leading.any():
+        which = which - leading
+        leading = (pts < table.pts[entries[which]]) & (which > 0)
+    spans: list[tuple[int, int]] = []
+    for start, stop in sorted(zip(entries[which].tolist(), positions.tolist(), strict=True)):
+        if spans and start <= spans[-1][1] + 1:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], stop))
+        else:
+            spans.append((start, stop))
+    return spans
+
+
+class Feed:
+    """Gives the reader's decoder the packets of a stretch: from memory, or from the file by seeking."""
+
+    def __init__(self, reader: VideoReader) -> None:
+        self._reader = reader
+        self._table = reader.packets
+        self._next: Iterator[av.Packet] = iter(())
+        self._position = -1  # decode position of the packet that comes next; -1: nowhere
+        reader.start(read=self._table.kept is None, feed=True)
+
+    def begin(self, start: int) -> None:
+        """Empty the decoder and stand before packet `start`."""
+        self._reader.stream.codec_context.flush_buffers()
+        if self._table.kept is not None or self._position == start:
+            return
+        if 0 <= self._position < start:
+            between = int(self._table.bytes[self._position : start].sum())
+            if between <= _READ_ON:
+                return
+        if start == 0 or not self._seek(start):
+            self._reader.start(read=True, feed=True)
+            self._next, self._position = self._reader.read_on(), 0
+
+    def _seek(self, start: int) -> bool:
+        """Seek to packet `start` or to one before it."""
+        reader, table = self._reader, self._table
+        if not _SEEKABLE & set(reader.stream.container.format.name.split(",")):
+            return False
+        entries = np.flatnonzero(table.entry[: start + 1])[::-1][:3]
+        for entry in entries:
+            known = [int(t) for t in (table.dts[entry], table.pts[entry]) if t != NO_PTS]
+            target = min(known)  # mov seeks by dts, Matroska by pts: the smaller is never too far
+            try:
+                reader.stream.container.seek(target, stream=reader.stream)
+            except (av.FFmpegError, OverflowError):
+                return False
+            packets = reader.read_on()
+            packet = next(packets, None)
+            landed = table.position_of.get(packet.pts) if packet is not None else None
+            if packet is not None and landed is not None and landed <= start:
+                self._next, self._position = _with_first(packet, packets), landed
+                return True
+        return False
+
+    def decode(self, position: int) -> list[av.VideoFrame]:
+        kept = self._table.kept
+        try:
+            if kept is not None:
+                return self._reader.stream.codec_context.decode(kept[position])
+            while True:
+                packet = next(self._next, None)
+                if packet is None or self._table.position_of.get(packet.pts) != self._position:
+                    raise NotAsPlanned
+                self._position += 1
+                if self._position > position:
+                    return self._reader.stream.codec_context.decode(packet)
+        except av.FFmpegError as error:
+            raise NotAsPlanned from error
+
+    def drain(self) -> list[av.VideoFrame]:
+        """What the decoder still holds back."""
+        try:
+            return self._reader.stream.codec_context.decode(None)
+        except av.FFmpegError as error:
+            raise NotAsPlanned from error
+
+
+def _with_first(first: av.Packet, rest: Iterator[av.Packet]) -> Iterator[av.Packet]:
+    yield first
+    yield from rest
+
+
+def ascending(
+    rows: Iterator[tuple[int, av.VideoFrame]], wanted: np.ndarray | None
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The rows of `wanted` (None: all) in ascending order; holds back those that come early.
+
+    A frame still missing when more than HOLD later ones wait is given up.
+    """
+    queue = None if wanted is None else deque(int(i) for i in wanted)
+    asked = None if queue is None else set(queue)
+    held: dict[int, av.VideoFrame] = {}
+    done = -1
+    if queue is not None and not queue:
+        return
+    for index, frame in rows:
+        if index <= done or (asked is not None and index not in asked):
+            continue
+        held[index] = frame
+        while held and (min(held) == (queue[0] if queue else done + 1) or len(held) > HOLD):
+            done = min(held)
+            yield done, held.pop(done)
+            while queue and queue[0] <= done:
+                queue.popleft()
+            if queue is not None and not queue:
+                return
+    for index in sorted(held):
+        yield index, held[index]
