@@ -26,7 +26,8 @@ import zarr
 def command(args: argparse.Namespace, out: Path) -> list[str]:
     """The extraction as a user would type it."""
     teachers = [word for t in args.teacher for word in ("--teacher", t)]
-    return [sys.executable, "-m", "distinit", "extract-targets", *args.sources, "--out", str(out), *teachers, *args.extra]
+    base = [sys.executable, "-m", "distinit", "extract-targets", *args.sources]
+    return [*base, "--out", str(out), *teachers, *args.extra]
 
 
 def differences(a: Path, b: Path) -> list[str]:
@@ -79,10 +80,15 @@ def main() -> int:
                 print(f"kill {kills} after {moment:.1f} s: {nodes} shards committed", flush=True)
         subprocess.run(command(args, broken), check=True)
         found = differences(whole, broken)
-        print("equal, array by array" if not found else f"DIFFERENT: {', '.join(found)}")
-        return 1 if found else 0
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    except BaseException:
+        print(f"the stores are in {work}")
+        raise
+    if found:
+        print(f"DIFFERENT: {', '.join(found)}; the stores are kept in {work}")
+        return 1
+    print("equal, array by array")
+    shutil.rmtree(work)
+    return 0
 
 
 if __name__ == "__main__":

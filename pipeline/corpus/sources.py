@@ -22,9 +22,12 @@ from numpy.typing import NDArray
 from ..errors import SourceError
 
 EXTENSIONS = frozenset(
-    ".3g2 .3gp .amv .apng .asf .avi .dav .divx .dv .f4v .flv .gif .gxf .h264 .h265 .hevc .ismv .ivf .m1v .m2t .m2ts "
-    ".m2v .m4v .mjpeg .mjpg .mkv .mov .mp4 .mpe .mpeg .mpg .mpv .mts .mxf .nut .obu .ogg .ogm .ogv .qt .rm .rmvb .ts "
-    ".vob .webm .wmv .wtv .y4m".split()
+    f".{ending}"
+    for ending in re.findall(
+        r"\w+",
+        "3g2 3gp amv apng asf avi dav divx dv f4v flv gif gxf h264 h265 hevc ismv ivf m1v m2t m2ts m2v m4v mjpeg mjpg "
+        "mkv mov mp4 mpe mpeg mpg mpv mts mxf nut obu ogg ogm ogv qt rm rmvb ts vob webm wmv wtv y4m",
+    )
 )
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", re.DOTALL)
 _LABEL = re.compile(r"(.*\S)(?:\s*,\s*|\s+)-?\d+\s*", re.DOTALL)

@@ -30,7 +30,8 @@ from distinit.stages.extract_targets import ExtractConfig, extract_targets
 from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
-SPEC = TeacherSpec(name="stage_one_teachers:teacher", options={"name": "tiny", "input_size": "32", "resize": "32", "k": "6"})
+OPTIONS = {"name": "tiny", "input_size": "32", "resize": "32", "k": "6"}
+SPEC = TeacherSpec(name="stage_one_teachers:teacher", options=OPTIONS)
 MODULE = '''
 import torch
 from torch import nn
@@ -108,7 +109,8 @@ def test_every_row_is_the_teacher_on_the_plainly_decoded_frame(folder: Path, tmp
         with VideoReader(store.video_path(int(v))) as reader:
             plain = [(i, p, render(f, view)) for i, p, f in reader.decode_plain()]
         wanted = plain[::3]
-        assert index.tolist() == [i for i, _, _ in wanted] and pts.tolist() == [p for _, p, _ in wanted]
+        assert index.tolist() == [i for i, _, _ in wanted]
+        assert pts.tolist() == [p for _, p, _ in wanted]
         assert store.frame_counts[v] == len(plain)
         images = torch.from_numpy(np.stack([x for _, _, x in wanted])).permute(0, 3, 1, 2) / 255
         with torch.inference_mode():
@@ -117,7 +119,8 @@ def test_every_row_is_the_teacher_on_the_plainly_decoded_frame(folder: Path, tmp
         np.testing.assert_allclose(store.entropy("tiny", rows), entropy(expected), atol=1e-3)
     reasons = {store.video(v).path: store.video(v).reason for v in range(16) if store.video(v).status == "failed"}
     assert set(reasons) == {"playlist.mp4", "empty.mp4", "cut.mp4"}
-    assert "playlist" in reasons["playlist.mp4"] and "empty" in reasons["empty.mp4"]
+    assert "playlist" in reasons["playlist.mp4"]
+    assert "empty" in reasons["empty.mp4"]
 
 
 def test_a_second_run_does_nothing_and_growth_touches_nothing(folder: Path, tmp_path: Path) -> None:
@@ -131,7 +134,8 @@ def test_a_second_run_does_nothing_and_growth_touches_nothing(folder: Path, tmp_
     for p in late:
         (tmp_path / p.name).rename(p)
     grown = extract_targets(config(folder, out), QUIET)
-    assert (grown["videos"], grown["ok"]) == (16, 13) and grown["new_rows"] > 0
+    assert (grown["videos"], grown["ok"]) == (16, 13)
+    assert grown["new_rows"] > 0
     other = TeacherSpec(name=SPEC.name, options={**SPEC.options, "name": "second", "k": "4"})
     added = extract_targets(config(folder, out, teachers=[other]), QUIET)
     assert added["teachers"] == {"second": 13}
@@ -187,7 +191,8 @@ def test_a_teacher_that_returns_nan_fails_that_video_alone(folder: Path, tmp_pat
     spec = TeacherSpec(name=SPEC.name, options={**SPEC.options, "broken": "0.9"})
     result = extract_targets(config(folder, tmp_path / "s.zarr", teachers=[spec]), QUIET)
     store = TargetStore.open(tmp_path / "s.zarr")
-    assert result["ok"] == 13 and 0 < result["teachers"]["tiny"] < 13
+    assert result["ok"] == 13
+    assert 0 < result["teachers"]["tiny"] < 13
     reasons = store.index.video_reasons("tiny")
     assert any("not finite" in r for r in reasons.values())
     assert len(store.usable()) == result["teachers"]["tiny"]
@@ -203,7 +208,8 @@ def test_long_videos_are_cut_into_segments_that_read_as_one(folder: Path, tmp_pa
     extract_targets(cut, QUIET)
     extract_targets(whole, QUIET)
     a, b = TargetStore.open(tmp_path / "cut.zarr"), TargetStore.open(tmp_path / "whole.zarr")
-    assert len(a.index.video) > 2 and len(b.index.video) == 1
+    assert len(a.index.video) > 2
+    assert len(b.index.video) == 1
     for x, y in zip(a.frames(0)[:2], b.frames(0)[:2], strict=True):
         np.testing.assert_array_equal(x, y)
     assert a.frames(0)[0].tolist() == list(range(700))

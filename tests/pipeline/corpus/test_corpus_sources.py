@@ -28,7 +28,8 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_is_searched_in_byte_order(folder: Path) -> None:
     videos = list_videos([str(folder)])
     assert videos.paths == ["-dash.avi", "a.MKV", "b/2.mp4", "with space.webm", os.fsdecode(b"\xff\xfe.mp4")]
-    assert videos.corpora[0].name == "clips" and videos.corpora[0].root == str(folder)
+    assert videos.corpora[0].name == "clips"
+    assert videos.corpora[0].root == str(folder)
     assert videos.ignored == {".txt": 1, ".jpg": 1}
     assert all(os.path.isfile(videos.absolute(i)) for i in range(len(videos)))
 
@@ -48,7 +49,8 @@ def test_lists_csv_globs_and_names(folder: Path, tmp_path: Path) -> None:
 
 def test_one_file_and_the_same_source_twice(folder: Path) -> None:
     videos = list_videos([str(folder / "a.MKV"), str(folder)])
-    assert videos.paths.count("a.MKV") == 1 and len(videos.corpora) == 1
+    assert videos.paths.count("a.MKV") == 1
+    assert len(videos.corpora) == 1
 
 
 def test_a_folder_with_an_equals_sign_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,10 +20,11 @@ def test_shards_hold_whole_segments_in_order(bounds: list[int]) -> None:
     assert shards == sorted(shards)
     for shard in set(shards):
         assert sum(s.stretch.bound for s in placed if s.shard == shard) <= 512
-    for a, b in zip(placed, placed[1:], strict=False):
+    for a, b in itertools.pairwise(placed):
         if b.shard != a.shard:  # greedy: a new shard only where the next segment did not fit
             used = sum(s.stretch.bound for s in placed if s.shard == a.shard)
-            assert b.shard == a.shard + 1 and used + b.stretch.bound > 512
+            assert b.shard == a.shard + 1
+            assert used + b.stretch.bound > 512
 
 
 @given(st.integers(1, 4000), st.integers(1, 9), st.integers(1, 700), st.integers(0, 99))
@@ -29,12 +32,14 @@ def test_cuts_cover_every_wanted_frame_once(frames: int, every: int, gop: int, s
     wanted = np.arange(0, frames, every, dtype=np.int64)
     keys = np.arange(seed % gop, frames, gop, dtype=np.int64)
     parts = cut(5, wanted, keys, frames, 256)
-    assert parts[0].first == 0 and parts[-1].end == -1
-    for a, b in zip(parts, parts[1:], strict=False):
+    assert parts[0].first == 0
+    assert parts[-1].end == -1
+    for a, b in itertools.pairwise(parts):
         assert a.end == b.first > a.first
     rows = [((wanted >= p.first) & (wanted < (p.end if p.end >= 0 else frames))).sum() for p in parts]
     assert rows == [p.bound for p in parts]
-    assert sum(rows) == len(wanted) and max(rows) <= 256
+    assert sum(rows) == len(wanted)
+    assert max(rows) <= 256
     if gop * 2 <= 256 * every:  # a stretch always holds a key frame to cut at
         assert all(p.first == 0 or p.first in keys for p in parts)
 
