@@ -95,7 +95,8 @@ class Child:
             renderer: Renderer | None = None
             index: list[int] = []
             pts: list[int] = []
-            slot, arrays, rows = -1, (), 0
+            slot, rows = -1, 0
+            arrays: tuple[np.ndarray, ...] = ()
             more = False
             # Rows are counted as they come, since a damaged frame gives none.
             for i, p, frame in reader.frames_at(chosen):

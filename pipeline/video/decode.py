@@ -17,6 +17,7 @@ from typing import Self
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from ..errors import VideoError
@@ -117,17 +118,18 @@ class VideoReader:
     @property
     def info(self) -> VideoInfo:
         """What is shown, from the header and the first frame that decodes."""
-        if self._info is None:
-            frames = self._decode_all() if self._table is not None else self._decode_head()
-            frame = next(frames, None)
-            if frame is None:
-                raise VideoError(self._why_nothing())
-            self._notice(frame)
-        return self._info
+        if self._info is not None:
+            return self._info
+        frames = self._decode_all() if self._table is not None else self._decode_head()
+        frame = next(frames, None)
+        if frame is None:
+            raise VideoError(self._why_nothing())
+        return self._notice(frame)
 
-    def _notice(self, frame: av.VideoFrame) -> None:
+    def _notice(self, frame: av.VideoFrame) -> VideoInfo:
         if self._info is None:
             self._info = self._describe(frame)
+        return self._info
 
     def _describe(self, frame: av.VideoFrame) -> VideoInfo:
         stream = self._stream
@@ -150,6 +152,11 @@ class VideoReader:
             duration=duration,
             fps=float(rate) if rate else math.nan,
         )
+
+    @property
+    def container(self) -> InputContainer:
+        """The open file."""
+        return self._container
 
     @property
     def stream(self) -> VideoStream:
@@ -317,7 +324,7 @@ class VideoReader:
         queue = [int(i) for i in wanted[::-1]]
         held: dict[int, av.VideoFrame] = {}
         for frame in self._feed_stretches(wanted):
-            index = rank.pop(frame.pts, None)
+            index = rank.pop(frame.pts, None) if frame.pts is not None else None
             if index is not None:
                 self._notice(frame)
                 held[index] = frame
@@ -345,6 +352,8 @@ class VideoReader:
                 if skips and position <= stop:
                     context.skip_frame = "DEFAULT" if needed[position] else "NONREF"
                 for frame in feed.decode(position) if position <= stop else feed.drain():
+                    if frame.pts is None:
+                        raise NotAsPlanned
                     known = table.position_of.get(frame.pts)
                     if known is None or not table.shown[known]:
                         raise NotAsPlanned

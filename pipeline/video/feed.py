@@ -73,20 +73,22 @@ class Feed:
     def _seek(self, start: int) -> bool:
         """Seek to packet `start` or to one before it."""
         reader, table = self._reader, self._table
-        if not _SEEKABLE & set(reader.stream.container.format.name.split(",")):
+        if not _SEEKABLE & set(reader.container.format.name.split(",")):
             return False
         entries = np.flatnonzero(table.entry[: start + 1])[::-1][:3]
         for entry in entries:
             known = [int(t) for t in (table.dts[entry], table.pts[entry]) if t != NO_PTS]
             target = min(known)  # mov seeks by dts, Matroska by pts: the smaller is never too far
             try:
-                reader.stream.container.seek(target, stream=reader.stream)
+                reader.container.seek(target, stream=reader.stream)
             except (av.FFmpegError, OverflowError):
                 return False
             packets = reader.read_on()
             packet = next(packets, None)
-            landed = table.position_of.get(packet.pts) if packet is not None else None
-            if packet is not None and landed is not None and landed <= start:
+            if packet is None or packet.pts is None:
+                continue
+            landed = table.position_of.get(packet.pts)
+            if landed is not None and landed <= start:
                 self._next, self._position = _with_first(packet, packets), landed
                 return True
         return False
@@ -98,7 +100,7 @@ class Feed:
                 return self._reader.stream.codec_context.decode(kept[position])
             while True:
                 packet = next(self._next, None)
-                if packet is None or self._table.position_of.get(packet.pts) != self._position:
+                if packet is None or packet.pts is None or self._table.position_of.get(packet.pts) != self._position:
                     raise NotAsPlanned
                 self._position += 1
                 if self._position > position:

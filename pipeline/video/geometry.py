@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -45,8 +45,11 @@ class Orientation:
         The matrix maps a stored point (p, q) to (a·p + c·q, b·p + d·q), x to the right and y down
         (ISO 14496-12 §6.2.2; FFmpeg libavutil/display.h).
         """
-        data = frame.side_data.get(SideData.DISPLAYMATRIX)
-        if data is None or len(raw := bytes(data)) < 20:
+        side_data: Any = frame.side_data  # a mapping by type, annotated otherwise by PyAV
+        if SideData.DISPLAYMATRIX not in side_data:
+            return _UPRIGHT
+        raw = bytes(side_data[SideData.DISPLAYMATRIX])
+        if len(raw) < 20:
             return _UPRIGHT
         a, b, _, c, d = struct.unpack("5i", raw[:20])
         if max(abs(a), abs(d)) >= max(abs(b), abs(c)):
@@ -163,7 +166,7 @@ class Renderer:
         except (av.FFmpegError, ValueError) as error:
             raise VideoError(f"pixel format {frame.format.name} cannot be converted to RGB") from error
         plane = rgb.planes[0]
-        lines = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
+        lines = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
         return lines[:, : width * 3].reshape(height, width, 3)
 
 
@@ -189,8 +192,8 @@ def _progressive(frame: av.VideoFrame) -> av.VideoFrame:
     copy = av.VideoFrame(frame.width, frame.height, frame.format.name)
     copy.colorspace, copy.color_range = frame.colorspace, frame.color_range
     for source, target in zip(frame.planes, copy.planes, strict=True):
-        read = np.frombuffer(source, np.uint8).reshape(-1, abs(source.line_size))
-        write = np.frombuffer(target, np.uint8).reshape(-1, target.line_size)
+        read = np.frombuffer(memoryview(source), np.uint8).reshape(-1, abs(source.line_size))
+        write = np.frombuffer(memoryview(target), np.uint8).reshape(-1, target.line_size)
         shared = min(read.shape[1], write.shape[1])
         write[:, :shared] = read[:, :shared]
     return copy
