@@ -164,7 +164,7 @@ def run_shards(
     from distributed import as_completed
 
     failed: list[str] = []
-    shard_of: dict[str, int] = {}
+    shard_of: dict[Any, int] = {}
 
     def submit() -> Any:
         task = next(tasks, None)

@@ -229,10 +229,9 @@ class ShardFiller:
                 part.rows += at.stop - at.start
             if task.frames_there:
                 part.failed.update({o.task.id: o.failed for o in rows.outcomes if o.failed})
-            for spec, values in zip(
-                fmt.teacher_specs(name, logits.shape[1]), (logits, entropies), strict=True
-            ):
-                part.files += stage_array(folder, spec, task.shard, values, self.shard_rows)
+            of_logits, of_entropy = fmt.teacher_specs(name, logits.shape[1])
+            part.files += stage_array(folder, of_logits, task.shard, logits, self.shard_rows)
+            part.files += stage_array(folder, of_entropy, task.shard, entropies, self.shard_rows)
             teachers[name] = part
         return ShardResult(task.shard, frames, teachers, str(folder))
 
@@ -263,7 +262,7 @@ class ShardFiller:
             if ok and o.counted:
                 part.counted.append(o.task.id)
         keep = np.concatenate([np.arange(o.start, o.stop) for o in good] or [np.empty(0, np.int64)])
-        columns = {"video": rows.video, "index": rows.index, "pts": rows.pts}
+        columns: dict[str, NDArray[Any]] = {"video": rows.video, "index": rows.index, "pts": rows.pts}
         for spec in fmt.frame_specs():
             values = columns[spec.path.split("/")[1]][keep]
             part.files += stage_array(folder, spec, task.shard, values, self.shard_rows)
@@ -291,4 +290,4 @@ def _double(rows: _Rows) -> None:
     rows.index, rows.pts, rows.video = more(rows.index), more(rows.pts), more(rows.video)
     for arrays in (rows.logits, rows.entropy, rows.finite):
         for name in arrays:
-            arrays[name] = more(arrays[name])  # type: ignore[index, assignment]
+            arrays[name] = more(arrays[name])

@@ -76,6 +76,7 @@ def drop_commits(root: Path, findings: list[Finding]) -> int:
 
 def _structure(root: Path, index: StoreIndex) -> Iterator[Finding]:
     rows = index.n_shards * index.shard_rows
+    specs: list[tuple[fmt.ArraySpec, int, str | None]]
     specs = [(s, index.n_videos, None) for s in fmt.video_specs()]
     specs += [(s, len(index.video), None) for s in fmt.segment_specs()]
     specs += [(s, rows, None) for s in fmt.frame_specs()] if rows else []

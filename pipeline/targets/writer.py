@@ -227,7 +227,7 @@ def _create(root: Path, sampling: Mapping[str, Any], shard_rows: int | None) -> 
     root.parent.mkdir(parents=True, exist_ok=True)
     new = root.parent / f".{root.name}.new-{os.getpid()}"
     shutil.rmtree(new, ignore_errors=True)
-    attributes = {
+    attributes: dict[str, Any] = {
         "format": fmt.FORMAT,
         "version": fmt.VERSION,
         "store_id": uuid.uuid4().hex,
