@@ -19,7 +19,7 @@ _TAIL = 4000  # bytes of ffmpeg's last words
 
 
 def write_video(
-    path: str,
+    path: str | os.PathLike[str],
     frames: Iterable[np.ndarray],
     *,
     fps: float = 25.0,
@@ -45,11 +45,14 @@ def write_video(
     command = stream.output(_plain(path), **{**options, **(extra or {})})
     count = 0
     with _running(command, stdin=True) as process:
+        pipe = process.stdin
+        if pipe is None:
+            raise VideoError("ffmpeg cannot be written to")
         for frame in _chain(first, source):
             if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
                 raise VideoError(f"frame {count} is {frame.dtype} {frame.shape}, the first uint8 {first.shape}")
             try:
-                process.stdin.write(np.ascontiguousarray(frame).tobytes())
+                pipe.write(np.ascontiguousarray(frame).tobytes())
             except (BrokenPipeError, OSError):  # ffmpeg has ended: its own words tell why
                 break
             count += 1
@@ -57,8 +60,8 @@ def write_video(
 
 
 def transcode(
-    source: str,
-    target: str,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     *,
     short_side: int | None = None,
     codec: str = "libx264",
@@ -69,7 +72,10 @@ def transcode(
     input_options: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Encode a file anew without its audio, timestamps passed through, short side as given (even sizes)."""
+    """Encode a file anew without its audio, timestamps passed through, short side as given (even sizes).
+
+    With codec "copy" the packets are only put into another container.
+    """
     stream = ffmpeg.input(_plain(source), **(input_options or {})).video
     if short_side is not None:
         size = f"if(gt(iw,ih),-2,{short_side})", f"if(gt(iw,ih),{short_side},-2)"
@@ -80,13 +86,15 @@ def transcode(
         pass  # the exit of the context waits for the end
 
 
-def _plain(path: str) -> str:
+def _plain(path: str | os.PathLike[str]) -> str:
     """A path that ffmpeg takes for a file, whatever it begins with."""
     return "file:" + os.path.abspath(path)
 
 
 def _encoder_options(codec: str, gop: int | None, bframes: int | None, crf: int | None, pix_fmt: str) -> dict[str, Any]:
     options: dict[str, Any] = {"vcodec": codec, "pix_fmt": pix_fmt, "threads": 1, "an": None}
+    if codec == "copy":
+        return {"vcodec": "copy", "an": None}
     if gop is not None:
         options["g"] = gop
     if bframes is not None:

@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 NO_PTS = np.iinfo(np.int64).min
 KEEP_BYTES = 2**24  # compressed video up to this size stays in memory between the demux and the decode
 _COLUMNS = {"pts": "q", "dts": "q", "bytes": "q", "key": "b", "shown": "b", "entry": "b"}
-_CHANGES: tuple[Literal["new_extradata"], Literal["param_change"]] = (
-    "new_extradata",
-    "param_change",
-)  # decoder settings that a skipped packet would lose
+# Side data that changes the decoder's settings: lost where its packet is skipped.
+_CHANGES: tuple[Literal["new_extradata"], Literal["param_change"]] = ("new_extradata", "param_change")
 _STORES_PTS = frozenset(("mov", "matroska", "nut", "ivf", "flv"))
 _STORES_PTS_OF_H26X = frozenset(("mpegts",))
 _PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive

@@ -1,0 +1,200 @@
+"""Frames by pts and index, pixel by pixel, against a plain PyAV decode written here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distinit.pipeline.errors import VideoError
+from distinit.pipeline.video import feed, timeline
+from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.sampling import Sampling
+
+Row = tuple[int, int, bytes]
+SAMPLINGS = [Sampling(every=4), Sampling(every=7), Sampling(fps=2), Sampling(keyframes=True)]
+
+
+def moving(frames: int, seed: int = 0, height: int = 48, width: int = 64) -> Iterator[np.ndarray]:
+    """Pictures with motion, noise and cuts, so that encoders use all they have."""
+    random = np.random.default_rng(seed)
+    for t in range(frames):
+        if t % 23 == 0:
+            scene = random.integers(0, 255, (height // 8, width // 8, 3)).repeat(8, 0).repeat(8, 1)
+        noise = random.integers(0, 6, scene.shape)
+        yield (np.roll(scene, (t, 2 * t), (0, 1)) + noise).clip(0, 255).astype(np.uint8)
+
+
+def pixels(frame: av.VideoFrame) -> bytes:
+    return frame.to_ndarray(format="gray16le" if "10" in frame.format.name else "yuv444p").tobytes()
+
+
+def plain(path: Path) -> list[tuple[int | None, bytes]]:
+    """Every frame that comes out of a linear decode; packets that fail are passed over, as players do."""
+    rows = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets)
+                rows += [(f.pts, pixels(f)) for f in stream.codec_context.decode(packet if packet.size else None)]
+            except av.error.EOFError:
+                break
+            except StopIteration:
+                break
+            except av.FFmpegError:
+                continue
+    return rows
+
+
+def rows(frames: Iterator[tuple[int, int, av.VideoFrame]]) -> list[Row]:
+    return [(index, pts, pixels(frame)) for index, pts, frame in frames]
+
+
+def check(path: Path, *, whole: bool = True, clock: str | None = None) -> None:
+    """All samplings and some clips of a file against the plain decode. `whole`: nothing in it is damaged."""
+    truth = plain(path)
+    with VideoReader(str(path)) as reader:
+        line = reader.timeline()
+        full = rows(reader.decode_plain())
+    assert clock is None or line.clock == clock
+    assert sorted(p for _, _, p in full) == sorted(p for _, p in truth)
+    if whole:
+        assert [i for i, _, _ in full] == list(range(len(truth))) and len(line) == len(truth)
+        assert [p for _, _, p in full] == [p for _, p in truth]
+        if line.clock == "pts":
+            assert [t for _, t, _ in full] == [t for t, _ in truth]
+    by_index = {row[0]: row for row in full}
+    with VideoReader(str(path)) as reader:
+        for sampling in SAMPLINGS:
+            chosen = sampling.select(line.pts, line.key, line.time_base)
+            assert rows(reader.sample(sampling)) == [by_index[i] for i in chosen.tolist() if i in by_index], sampling
+    random = np.random.default_rng(1)
+    for _ in range(3):
+        start = int(random.integers(0, len(line)))
+        clip = np.arange(start, min(start + 8, len(line)))
+        with VideoReader(str(path)) as reader:
+            assert rows(reader.frames_at(clip)) == [by_index[i] for i in clip.tolist() if i in by_index], clip
+
+
+@pytest.fixture(params=["in memory", "by seeking"])
+def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files are kept in memory between demux and decode, large ones are sought in: both, on small files."""
+    if request.param == "by seeking":
+        monkeypatch.setattr(timeline, "KEEP_BYTES", 0)
+        monkeypatch.setattr(feed, "_READ_ON", 0)
+
+
+CASES = {
+    "closed groups": ("a.mp4", {"gop": 12, "bframes": 2}),
+    "one group": ("a.mkv", {"gop": 250, "bframes": 3, "extra": {"x264-params": "b-pyramid=strict"}}),
+    "open groups, H.264": ("a.mp4", {"gop": 10, "bframes": 3, "extra": {"x264-params": "open-gop=1:b-adapt=0"}}),
+    "intra refresh": ("a.mkv", {"gop": 20, "extra": {"x264-params": "intra-refresh=1"}}),
+    "open groups, HEVC": ("a.ts", {"codec": "libx265", "gop": 8, "extra": {"x265-params": "log-level=none:open-gop=1"}}),
+    "layers, HEVC": ("a.mp4", {"codec": "libx265", "gop": 9, "extra": {"x265-params": "log-level=none:temporal-layers=2"}}),
+    "MPEG-TS": ("a.ts", {"gop": 12, "bframes": 2}),
+    "program stream": ("a.mpg", {"codec": "mpeg2video", "gop": 9, "bframes": 2}),
+    "AVI with B-frames, no pts": ("a.avi", {"gop": 12, "bframes": 3}),
+    "MPEG-4 in AVI": ("a.avi", {"codec": "mpeg4", "gop": 12, "bframes": 2}),
+    "hidden frames": ("a.webm", {"codec": "libvpx", "gop": 20, "extra": {"auto-alt-ref": 1, "lag-in-frames": 12, "b:v": "100k", "cpu-used": 5}}),
+    "VP9": ("a.webm", {"codec": "libvpx-vp9", "gop": 15, "extra": {"cpu-used": 8, "lag-in-frames": 8}}),
+    "AV1": ("a.mp4", {"codec": "libsvtav1", "gop": 12, "extra": {"preset": 12}}),
+    "GIF": ("a.gif", {"codec": "gif", "pix_fmt": "rgb8"}),
+    "dropped frames": ("a.mp4", {"gop": 12, "bframes": 2, "extra": {"vf": "select='not(eq(mod(n,3),1))'", "fps_mode": "passthrough"}}),
+    "uneven times": ("a.mkv", {"gop": 12, "bframes": 2, "extra": {"vf": "setpts='PTS+floor(N/7)*0.2/TB+mod(N,3)*0.01/TB'", "fps_mode": "passthrough"}}),
+    "interlaced": ("a.mp4", {"gop": 12, "extra": {"flags": "+ilme+ildct"}}),
+    "one frame": ("a.mp4", {"frames": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("reading")
+def test_every_kind_of_stream(case: str, tmp_path: Path) -> None:
+    name, options = CASES[case]
+    write_video(str(tmp_path / name), moving(options.get("frames", 50)), **{k: v for k, v in options.items() if k != "frames"})
+    check(tmp_path / name, clock="counted" if "no pts" in case else "pts")
+
+
+@pytest.mark.usefixtures("reading")
+def test_an_edit_list_hides_the_frames_before_its_start(tmp_path: Path) -> None:
+    from distinit.pipeline.video.encode import transcode
+
+    write_video(str(tmp_path / "long.mp4"), moving(60), gop=30, bframes=2)
+    # Cut without encoding anew: the copy begins at the key frame and hides what comes before the cut.
+    transcode(
+        str(tmp_path / "long.mp4"), str(tmp_path / "cut.mp4"), codec="copy", input_options={"ss": 1.7},
+        extra={"fps_mode": "auto"},
+    )  # fmt: skip
+    check(tmp_path / "cut.mp4")
+    with VideoReader(str(tmp_path / "cut.mp4")) as reader:
+        assert not reader.packets.shown.all()
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.ts", "a.mp4"])
+def test_a_cut_file_keeps_what_came(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    write_video(str(path), moving(60), gop=12, bframes=2, extra={"movflags": "faststart"} if name == "a.mp4" else None)
+    os.truncate(path, path.stat().st_size * 2 // 3)
+    check(path, whole=False)
+    with VideoReader(str(path)) as reader:
+        assert 20 < len(rows(reader.decode_plain())) < 60
+
+
+def test_damage_does_not_shift_the_frames_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_video(str(path), moving(60), gop=20, bframes=0)
+    with VideoReader(str(path)) as reader:
+        whole = {index: pts for index, pts, _ in reader.decode_plain()}
+    with av.open(str(path)) as container:
+        broken = [p for p in container.demux(video=0) if p.size][25]
+        position, size = broken.pos, broken.size
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(b"\xff" * size)
+    check(path, whole=False)
+    with VideoReader(str(path)) as reader:
+        damaged = {index: pts for index, pts, _ in reader.decode_plain()}
+        assert reader.truncated is not None and "damaged" in reader.truncated
+    assert damaged.items() <= whole.items() and 0 < len(whole) - len(damaged) < 5
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    codec=st.sampled_from(["libx264", "libx264", "libx265", "mpeg4", "libvpx"]),
+    gop=st.sampled_from([1, 2, 5, 12, 250]),
+    bframes=st.integers(0, 4),
+    frames=st.integers(1, 60),
+    rate=st.sampled_from([10, 25, 29.97]),
+    keep=st.sampled_from([0, 2**24]),
+    cut=st.sampled_from([0, 0, 0.4, 0.8]),
+    seed=st.integers(0, 9),
+)
+def test_random_streams(
+    codec: str, gop: int, bframes: int, frames: int, rate: float, keep: int, cut: float, seed: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(timeline, "KEEP_BYTES", keep)
+    path = tmp_path / "a.mkv"
+    extra = {"x265-params": "log-level=none"} if codec == "libx265" else {"cpu-used": 5} if codec == "libvpx" else {}
+    write_video(
+        str(path), moving(frames, seed), fps=rate, codec=codec, gop=gop, extra=extra,
+        bframes=None if codec == "libvpx" else bframes,
+    )  # fmt: skip
+    if cut:
+        os.truncate(path, int(path.stat().st_size * cut))
+        try:
+            with VideoReader(str(path)) as reader:
+                reader.timeline()
+        except VideoError:
+            assert plain(path) == []
+            return
+    check(path, whole=not cut)
