@@ -8,6 +8,7 @@ that does not come out, an error, a damaged picture) makes the reader fall back 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -252,7 +253,7 @@ class VideoReader:
     def _decode_head(self) -> Iterator[av.VideoFrame]:
         """The first frames, without reading the whole file."""
         self.start(read=True, feed=True)
-        for packet in self.read_on():
+        for packet in itertools.chain(self.read_on(), [None]):
             self._progress()
             try:
                 yield from self._context.decode(packet)

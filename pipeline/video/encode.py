@@ -15,11 +15,14 @@ import numpy as np
 
 from ..errors import VideoError
 
+Path = str | os.PathLike[str]
+# ffmpeg-python refuses names that are not UTF-8: these stand for them until the command is complete.
+_SOURCE, _TARGET = "file:source", "file:target"
 _TAIL = 4000  # bytes of ffmpeg's last words
 
 
 def write_video(
-    path: str | os.PathLike[str],
+    path: Path,
     frames: Iterable[np.ndarray],
     *,
     fps: float = 25.0,
@@ -42,9 +45,9 @@ def write_video(
     height, width = first.shape[:2]
     stream = ffmpeg.input("pipe:0", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", framerate=fps, threads=1)
     options = _encoder_options(codec, gop, bframes, crf, pix_fmt)
-    command = stream.output(_plain(path), **{**options, **(extra or {})})
+    command = stream.output(_TARGET, **{**options, **(extra or {})})
     count = 0
-    with _running(command, stdin=True) as process:
+    with _running(command, {_TARGET: path}, stdin=True) as process:
         pipe = process.stdin
         if pipe is None:
             raise VideoError("ffmpeg cannot be written to")
@@ -60,8 +63,8 @@ def write_video(
 
 
 def transcode(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: Path,
+    target: Path,
     *,
     short_side: int | None = None,
     codec: str = "libx264",
@@ -76,17 +79,17 @@ def transcode(
 
     With codec "copy" the packets are only put into another container.
     """
-    stream = ffmpeg.input(_plain(source), **(input_options or {})).video
+    stream = ffmpeg.input(_SOURCE, **(input_options or {})).video
     if short_side is not None:
         size = f"if(gt(iw,ih),-2,{short_side})", f"if(gt(iw,ih),{short_side},-2)"
         stream = stream.filter("scale", *size)
     options = _encoder_options(codec, gop, bframes, crf, pix_fmt)
-    command = stream.output(_plain(target), **{"fps_mode": "passthrough", **options, **(extra or {})})
-    with _running(command, stdin=False):
+    command = stream.output(_TARGET, **{"fps_mode": "passthrough", **options, **(extra or {})})
+    with _running(command, {_SOURCE: source, _TARGET: target}, stdin=False):
         pass  # the exit of the context waits for the end
 
 
-def _plain(path: str | os.PathLike[str]) -> str:
+def _plain(path: Path) -> str:
     """A path that ffmpeg takes for a file, whatever it begins with."""
     return "file:" + os.path.abspath(path)
 
@@ -110,15 +113,18 @@ def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray
 
 
 @contextlib.contextmanager
-def _running(command: Any, *, stdin: bool) -> Iterator[subprocess.Popen[bytes]]:
-    """ffmpeg at work; on leaving, its end is awaited and a failure raised. Its stderr is drained all along."""
-    arguments = ffmpeg.compile(
+def _running(command: Any, paths: dict[str, Path], *, stdin: bool) -> Iterator[subprocess.Popen[bytes]]:
+    """ffmpeg at work on `paths`, which stand in the command under other names; its stderr is drained all along.
+
+    On leaving, its end is awaited and a failure raised.
+    """
+    compiled = ffmpeg.compile(
         command.global_args("-hide_banner", "-loglevel", "error", "-nostdin"),
         cmd=imageio_ffmpeg.get_ffmpeg_exe(),
         overwrite_output=True,
     )
     process = subprocess.Popen(
-        arguments,
+        [_plain(paths[word]) if word in paths else word for word in compiled],
         stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -120,7 +120,9 @@ CASES = {
 @pytest.mark.usefixtures("reading")
 def test_every_kind_of_stream(case: str, tmp_path: Path) -> None:
     name, options = CASES[case]
-    write_video(str(tmp_path / name), moving(options.get("frames", 50)), **{k: v for k, v in options.items() if k != "frames"})
+    write_video(
+        str(tmp_path / name), moving(options.get("frames", 50)), **{k: v for k, v in options.items() if k != "frames"}
+    )
     check(tmp_path / name, clock="counted" if "no pts" in case else "pts")
 
 
