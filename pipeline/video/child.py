@@ -122,7 +122,7 @@ class Child:
             elif slot >= 0:
                 self._free.append(slot)
             if len(chosen) and not rows:
-                raise VideoError("none of the sampled frames could be decoded: damaged data")
+                raise VideoError(f"none of the sampled frames could be decoded: {reader.damage}")
             return {
                 "kind": "done",
                 "frames": len(timeline),

@@ -115,7 +115,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return "needs more memory than allowed"
     if isinstance(error, av.error.InvalidDataError):
-        return "invalid data"
+        return "damaged data"
     if isinstance(error, av.error.EOFError):
         return "the data ends too early"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

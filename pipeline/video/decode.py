@@ -70,6 +70,7 @@ class VideoReader:
     ) -> None:
         self.path = path
         self.truncated: str | None = None
+        self.damage = "damaged data"  # what the decoder said of the first packet that failed
         self._progress = progress or (lambda: None)
         self._table = index.packets if index is not None else None
         self._timeline = index.timeline if index is not None else None
@@ -209,8 +210,8 @@ class VideoReader:
         if not packets.shown.any():
             return "all frames are marked as not to be shown"
         if len(packets.pts) == 1:
-            return "its one frame could not be decoded: damaged data"
-        return f"none of its {len(packets.pts)} frames could be decoded: damaged data"
+            return f"its one frame could not be decoded: {self.damage}"
+        return f"none of its {len(packets.pts)} frames could be decoded: {self.damage}"
 
     # The plain decode: the truth
 
@@ -221,7 +222,6 @@ class VideoReader:
         self.start(read=kept is None, feed=True)
         source = iter(kept) if kept is not None else self.read_on()
         came, failed, last_failed = 0, 0, False
-        why = table.error
         for packet in source:
             self._progress()
             try:
@@ -229,7 +229,8 @@ class VideoReader:
             except MemoryError as error:
                 raise VideoError(reason(error)) from error
             except av.FFmpegError as error:
-                failed, last_failed, why = failed + 1, True, why or reason(error)
+                self.damage = self.damage if failed else reason(error)
+                failed, last_failed = failed + 1, True
                 continue
             last_failed = last_failed and not frames
             for frame in frames:
@@ -239,16 +240,17 @@ class VideoReader:
         try:
             rest = self._context.decode(None)
         except av.FFmpegError as error:
-            rest, failed, last_failed, why = [], failed + 1, True, why or reason(error)
+            self.damage = self.damage if failed else reason(error)
+            rest, failed, last_failed = [], failed + 1, True
         for frame in rest:
             came += 1
             self._notice(frame)
             yield frame
         if came and (failed or table.error):
             if table.error or (last_failed and failed == 1):
-                self.truncated = f"truncated after {came} frames: {why}"
+                self.truncated = f"truncated after {came} frames: {table.error or self.damage}"
             else:
-                self.truncated = f"{failed} of {len(table.pts)} packets are damaged: {why}"
+                self.truncated = f"{failed} of {len(table.pts)} packets could not be decoded: {self.damage}"
 
     def _decode_head(self) -> Iterator[av.VideoFrame]:
         """The first frames, without reading the whole file."""
