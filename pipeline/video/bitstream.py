@@ -38,13 +38,13 @@ def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bo
     return tests.get(codec)
 
 
-def shown_test(codec: str) -> Callable[[memoryview], bool]:
-    """A function that tells whether a packet gives a frame to show (VP8 and VP9 have hidden ones)."""
+def shown_test(codec: str) -> Callable[[memoryview], bool] | None:
+    """A function that tells whether a packet gives a frame to show; None where all do (not in VP8 and VP9)."""
     if codec == "vp8":
         return lambda data: bool(data[0] & 0x10)
     if codec == "vp9":
         return lambda data: _vp9(data[0])[0] or _vp9(data[0])[2] or data[-1] & 0xE0 == 0xC0
-    return lambda data: True
+    return None
 
 
 def _vp9(first: int) -> tuple[bool, bool, bool]:

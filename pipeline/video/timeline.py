@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 NO_PTS = np.iinfo(np.int64).min
 KEEP_BYTES = 2**24  # compressed video up to this size stays in memory between the demux and the decode
-_COLUMNS = {"pts": "q", "dts": "q", "bytes": "q", "key": "b", "shown": "b", "entry": "b"}
-# Side data that changes the decoder's settings: lost where its packet is skipped.
+# Side data that changes the decoder's settings, at a key frame: lost where its packet is skipped.
 _CHANGES: tuple[Literal["new_extradata"], Literal["param_change"]] = ("new_extradata", "param_change")
 _STORES_PTS = frozenset(("mov", "matroska", "nut", "ivf", "flv"))
 _STORES_PTS_OF_H26X = frozenset(("mpegts",))
@@ -54,7 +53,7 @@ class Timeline:
 
 @dataclass
 class PacketTable:
-    """One row a packet in decode order: pts and dts int64 [P], flags bool [P], bytes int32 [P]."""
+    """One row a packet in decode order: pts and dts int64 [P], flags bool [P], bytes int64 [P]."""
 
     pts: np.ndarray
     dts: np.ndarray
@@ -95,7 +94,8 @@ def read_packets(
     codec = context.codec.canonical_name
     is_entry = entry_test(codec, context.extradata)
     is_shown = shown_test(codec)
-    columns = {name: array(kind) for name, kind in _COLUMNS.items()}
+    pts, dts, sizes = array("q"), array("q"), array("q")
+    flags: list[tuple[bool, bool, bool]] = []  # key, shown, entry
     kept: list[av.Packet] | None = []
     total, sound, encrypted = 0, is_entry is not None, False
     error: str | None = None
@@ -108,35 +108,39 @@ def read_packets(
             break
         if packet is None:
             break
-        if packet.size == 0:  # the final flush, or an empty chunk of an AVI, which would end the decoder
+        size, key, entry = packet.size, packet.is_keyframe, False
+        if size == 0:  # the final flush, or an empty chunk of an AVI, which would end the decoder
             continue
         if progress is not None:
             progress()
-        data = memoryview(packet)
-        first = not columns["pts"]  # of the codecs that are decoded from the start, only this is an entry
-        known = is_entry is not None and (is_entry(data) or (first and codec in FROM_START))
-        columns["entry"].append(packet.is_keyframe and known)
-        columns["pts"].append(NO_PTS if packet.pts is None else packet.pts)
-        columns["dts"].append(NO_PTS if packet.dts is None else packet.dts)
-        columns["bytes"].append(packet.size)
-        columns["key"].append(packet.is_keyframe)
-        columns["shown"].append(not packet.is_discard and is_shown(data))
-        encrypted = encrypted or packet.has_sidedata("encryption_info")
-        sound = sound and not packet.is_corrupt and packet.pts is not None
-        if len(columns["pts"]) > 1:
-            sound = sound and not any(packet.has_sidedata(kind) for kind in _CHANGES)
-        total += packet.size
+        if key or not flags:
+            encrypted = encrypted or packet.has_sidedata("encryption_info")
+            if flags:
+                sound = sound and not any(packet.has_sidedata(kind) for kind in _CHANGES)
+            elif codec in FROM_START:
+                entry = key
+            if key and is_entry is not None:
+                entry = entry or is_entry(memoryview(packet))
+        shown = not packet.is_discard and (is_shown is None or is_shown(memoryview(packet)))
+        flags.append((key, shown, entry))
+        if packet.pts is None or packet.is_corrupt:
+            sound = False
+        pts.append(NO_PTS if packet.pts is None else packet.pts)
+        dts.append(NO_PTS if packet.dts is None else packet.dts)
+        sizes.append(size)
         if kept is not None:
             kept.append(packet)
+            total += size
             if total > KEEP_BYTES:
                 kept = None
+    key_shown_entry = np.array(flags, bool).reshape(-1, 3)
     return PacketTable(
-        pts=np.array(columns["pts"], np.int64),
-        dts=np.array(columns["dts"], np.int64),
-        bytes=np.array(columns["bytes"], np.int32),
-        key=np.array(columns["key"], bool),
-        shown=np.array(columns["shown"], bool),
-        entry=np.array(columns["entry"], bool),
+        pts=np.array(pts, np.int64),
+        dts=np.array(dts, np.int64),
+        bytes=np.array(sizes, np.int64),
+        key=key_shown_entry[:, 0],
+        shown=key_shown_entry[:, 1],
+        entry=key_shown_entry[:, 2],
         trusted=sound and error is None and _pts_are_real(container, stream),
         error=error,
         kept=kept,
