@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from ..pipeline.targets.files import LocalFiles
 from ..pipeline.targets.index import FAILED, OK, PENDING
 from ..pipeline.targets.store import TargetStore
 from .screen import Screen
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SAMPLED_ROWS = 200_000  # rows read for entropies and labels; all of a small store
+REMOTE_ROWS, RUN = 16_384, 128  # of a remote store fewer, in runs that share a request
 LISTED = 1000
 
 
@@ -25,7 +27,7 @@ def targets_info(store_path: str | Path, screen: Screen, *, list_failed: bool = 
     reasons = store.index.video_reasons()
     corpus = store.column("corpus")
     info: dict[str, Any] = {
-        "store": str(store.path),
+        "store": store.name,
         "format_version": store.attributes["version"],
         "store_id": store.attributes["store_id"],
         "created": store.attributes["created"],
@@ -34,7 +36,7 @@ def targets_info(store_path: str | Path, screen: Screen, *, list_failed: bool = 
         "shards": {"planned": store.index.n_shards, "committed": len(store.index.frame_commits)},
         "videos": _counts(state),
         "rows": store.n_rows,
-        "bytes": sum(f.stat().st_size for f in store.path.rglob("*") if f.is_file()),
+        "bytes": _bytes(store),
         "corpora": [
             {
                 "name": name,
@@ -58,6 +60,14 @@ def targets_info(store_path: str | Path, screen: Screen, *, list_failed: bool = 
     return info
 
 
+def _bytes(store: TargetStore) -> int:
+    """What the store's files take; of a remote store, its committed shards alone."""
+    if isinstance(store.files, LocalFiles):
+        return sum(f.stat().st_size for f in store.path.rglob("*") if f.is_file())
+    commits = [store.index.frame_commits, *(t.commits for t in store.index.teachers.values())]
+    return sum(f["size"] for of in commits for node in of.values() for f in node["files"].values())
+
+
 def _counts(state: np.ndarray) -> dict[str, int]:
     names = {"ok": OK, "failed": FAILED, "pending": PENDING}
     return {"listed": len(state), **{n: int((state == code).sum()) for n, code in names.items()}}
@@ -66,8 +76,11 @@ def _counts(state: np.ndarray) -> dict[str, int]:
 def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
     record = store.teachers[name]
     rows = store.committed_rows(name)
-    if len(rows) > SAMPLED_ROWS:
-        rows = rows[np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(np.int64)]
+    most = SAMPLED_ROWS if isinstance(store.files, LocalFiles) else REMOTE_ROWS
+    if len(rows) > most:
+        run = 1 if isinstance(store.files, LocalFiles) else RUN
+        starts = np.linspace(0, len(rows) - run, most // run).astype(np.int64)
+        rows = rows[(starts[:, None] + np.arange(run)).ravel()]
     top: Counter[int] = Counter()
     entropies = []
     for at in range(0, len(rows), 4096):

@@ -20,6 +20,7 @@ from ..pipeline.errors import StoreError, UsageError
 from ..pipeline.students.export import save_student
 from ..pipeline.students.options import StudentMeta
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
+from ..pipeline.targets.files import absolute
 from ..pipeline.targets.picks import PickRule
 from ..pipeline.targets.store import TargetStore, check_moved
 from ..pipeline.training.checkpoint import check_identity, claim_run_dir, load_weights, read_identity, write_atomically
@@ -169,7 +170,7 @@ def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
 def _absolute(config: TrainConfig) -> TrainConfig:
     """The config with paths that hold from any folder."""
     moved = {name: os.path.abspath(folder) for name, folder in config.moved.items()}
-    paths = {"store": os.path.abspath(config.store), "out": os.path.abspath(config.out), "moved": moved}
+    paths = {"store": absolute(config.store), "out": os.path.abspath(config.out), "moved": moved}
     return config.model_copy(update=paths)
 
 
@@ -177,7 +178,7 @@ def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
     """The teachers to learn from; UsageError if the store lacks one."""
     names = tuple(config.targets.teachers or store.teachers)
     if not names:
-        raise StoreError(f"{store.path} holds no teacher's logits; run distinit extract-targets first")
+        raise StoreError(f"{store.name} holds no teacher's logits; run distinit extract-targets first")
     for name in names:
         store.teacher(name)
     named = config.targets.max_entropy

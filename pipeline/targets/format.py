@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from ..errors import StoreError
+from .files import LocalFiles, StoreFiles, store_files
 
 FORMAT = "distinit-targets"
 VERSION = 1
@@ -155,41 +156,70 @@ def write_node(root: Path, node: str, attributes: Mapping[str, Any]) -> None:
 def read_node(path: Path) -> dict[str, Any]:
     """Attributes of the node whose zarr.json is `path`; StoreError if it is not one of ours."""
     try:
-        attributes = json.loads(path.read_bytes())["attributes"][KEY]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return parse_node(str(path), path.read_bytes())
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
         raise StoreError(f"{path}: not a readable node of a target store ({error})") from error
-    return dict(attributes)
 
 
-def list_nodes(root: Path, group: str) -> dict[str, dict[str, Any]]:
-    """All committed nodes directly under a group, by name, in order of name."""
-    folder = root / group
-    if not folder.is_dir():
-        return {}
-    names = sorted(e.name for e in os.scandir(folder) if e.is_dir())
-    return {n: read_node(folder / n / "zarr.json") for n in names if (folder / n / "zarr.json").exists()}
-
-
-def check_root(root: Path) -> dict[str, Any]:
-    """Attributes of the store at `root`; StoreError names what was found instead of a version-1 store."""
-    if not root.exists():
-        raise StoreError(f"{root}: no such target store")
-    meta = root / "zarr.json"
-    if not meta.is_file():
-        kind = "a Zarr v2 group" if (root / ".zgroup").exists() else "not a target store (no zarr.json)"
-        raise StoreError(f"{root}: {kind}; a store is made by `distinit extract-targets`")
+def parse_node(where: str, text: bytes) -> dict[str, Any]:
+    """Attributes of a node from its zarr.json; StoreError names `where` if it is not one of ours."""
     try:
-        document = json.loads(meta.read_bytes())
+        return dict(json.loads(text)["attributes"][KEY])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{where}: not a readable node of a target store ({error})") from error
+
+
+def read_nodes(files: StoreFiles, group: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Those of the nodes of a group that exist, by name, in the order asked for."""
+    paths = {f"{group}/{name}/zarr.json": name for name in names}
+    found = files.read_many(paths)
+    return {paths[p]: parse_node(f"{files.name}/{p}", text) for p, text in found.items()}
+
+
+def read_plans(files: StoreFiles) -> list[dict[str, Any]]:
+    """The nodes of `plans/`: they are numbered, so asking goes on until one is missing."""
+    plans: list[dict[str, Any]] = []
+    ask = 8
+    while True:
+        found = read_nodes(files, "plans", (f"{i:06d}" for i in range(len(plans), len(plans) + ask)))
+        plans += found.values()
+        if len(found) < ask:
+            return plans
+        ask *= 2
+
+
+def check_root(where: Path | StoreFiles) -> dict[str, Any]:
+    """Attributes of the store at `where`; StoreError names what was found instead of a version-1 store."""
+    files = store_files(where)
+    try:
+        document = json.loads(files.read("zarr.json"))
+    except FileNotFoundError:
+        raise StoreError(f"{files.name}: {_instead(files)}") from None
     except (OSError, ValueError) as error:
-        raise StoreError(f"{meta}: corrupt, not JSON ({error})") from error
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{files.name}/zarr.json: corrupt, not JSON ({error})") from error
     attributes = document.get("attributes", {}).get(KEY) if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
-        raise StoreError(f"{root}: a Zarr node, but not a target store (attribute {KEY}.format is missing)")
+        raise StoreError(f"{files.name}: a Zarr node, but not a target store (attribute {KEY}.format is missing)")
     if attributes.get("version") != VERSION:
         raise StoreError(
-            f"{root}: format version {attributes.get('version')}, this distinit reads version {VERSION}"
+            f"{files.name}: format version {attributes.get('version')}, this distinit reads version {VERSION}"
         )
     return attributes
+
+
+def _instead(files: StoreFiles) -> str:
+    """What stands where a store's zarr.json was looked for."""
+    if isinstance(files, LocalFiles) and not files.root.exists():
+        return "no such target store"
+    if files.read_many([".zgroup"]):
+        return "a Zarr v2 group; a store is made by `distinit extract-targets`"
+    if isinstance(files, LocalFiles):
+        return "not a target store (no zarr.json); a store is made by `distinit extract-targets`"
+    return "no such target store (no zarr.json there)"
 
 
 def as_numpy(spec: ArraySpec, values: Any) -> np.ndarray:

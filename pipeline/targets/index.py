@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from ..errors import StoreError
 from . import format as fmt
+from .files import StoreFiles, store_files
 
 PENDING, OK, FAILED, MOVED = 0, 1, 2, 3
 STATUS = {PENDING: "pending", OK: "ok", FAILED: "failed"}
@@ -35,6 +35,7 @@ class StoreIndex:
 
     n_videos: int
     n_shards: int
+    n_plans: int
     shard_rows: int
     corpora: list[dict[str, str]]
     video: NDArray[np.int64]
@@ -53,6 +54,13 @@ class StoreIndex:
     counted: set[int]
     frame_commits: dict[int, dict[str, Any]]
     teachers: dict[str, TeacherCommits]
+
+    def file_record(self, path: str, shard: int) -> dict[str, Any] | None:
+        """Size and digest that commits give to the file of a shard of the array `path`; None if it has none."""
+        _, name, *_ = path.split("/")
+        commits = self.frame_commits if path.startswith("frames/") else self.teachers[name].commits
+        files = commits[shard]["files"] if shard in commits else {}
+        return next((record for file, record in files.items() if file.startswith(f"{path}/c/{shard}")), None)
 
     @property
     def live(self) -> NDArray[np.bool_]:
@@ -99,35 +107,36 @@ class StoreIndex:
         return {int(self.video[s]): text for s, text in sorted(failed.items()) if live[s]}
 
 
-def load_index(root: Path) -> StoreIndex:
-    """Read plans and commits of the store at `root`; StoreError where they contradict the arrays."""
-    attributes = fmt.check_root(root)
-    plans = list(fmt.list_nodes(root, "plans").values())
+def load_index(where: Path | StoreFiles) -> StoreIndex:
+    """Read plans and commits of a store; StoreError where they contradict the arrays."""
+    files = store_files(where)
+    attributes = fmt.check_root(files)
+    plans = fmt.read_plans(files)
+    files.pin(attributes["store_id"], len(plans))
     n_videos = max((p.get("videos", 0) for p in plans), default=0)
     n_segments = max((p.get("segments", 0) for p in plans), default=0)
     n_shards = max((p.get("shards", 0) for p in plans), default=0)
     corpora: list[dict[str, str]] = max((p.get("corpora", []) for p in plans), key=len, default=[])
+    teachers: list[str] = max((p.get("teachers", []) for p in plans), key=len, default=[])
     table = {}
     for spec in fmt.segment_specs():
-        try:
-            column = zarr.open_array(root / spec.path, mode="r")[:n_segments]
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{root / spec.path}: unreadable ({error})") from error
-        table[spec.path.split("/")[1]] = np.asarray(column, np.int64)
-        if len(table[spec.path.split("/")[1]]) < n_segments:
-            raise StoreError(f"{root / spec.path}: shorter than the {n_segments} planned segments")
-    shard_rows = int(attributes.get("shard_rows") or 0)
+        column = np.asarray(files.table(spec.path)[:n_segments], np.int64)
+        if len(column) < n_segments:
+            raise StoreError(f"{files.name}/{spec.path}: shorter than the {n_segments} planned segments")
+        table[spec.path.split("/")[1]] = column
     zeros = np.zeros(n_segments, np.int64)
     index = StoreIndex(
-        n_videos=n_videos, n_shards=n_shards, shard_rows=shard_rows, corpora=corpora, **table,
+        n_videos=n_videos, n_shards=n_shards, shard_rows=int(attributes.get("shard_rows") or 0),
+        n_plans=len(plans), corpora=corpora, **table,
         state=np.zeros(n_segments, np.int8), row=zeros.copy(), rows=zeros.copy(), frames=zeros - 1,
         reason={}, note={}, overflow={}, counted=set(), frame_commits={}, teachers={},
     )  # fmt: skip
-    for name, node in fmt.list_nodes(root, "commits/frames").items():
+    shards = [f"{i:06d}" for i in range(n_shards)]
+    for name, node in fmt.read_nodes(files, "commits/frames", shards).items():
         add_frame_commit(index, int(name), node)
-    for name in fmt.list_nodes(root, "teachers"):
+    for name in teachers:
         index.teachers[name] = TeacherCommits()
-        for shard, node in fmt.list_nodes(root, f"commits/teachers/{name}").items():
+        for shard, node in fmt.read_nodes(files, f"commits/teachers/{name}", shards).items():
             add_teacher_commit(index, name, int(shard), node)
     return index
 

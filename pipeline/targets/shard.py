@@ -7,7 +7,6 @@ Shapes: R rows of a shard, K classes of a teacher.
 
 from __future__ import annotations
 
-import hashlib
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import zarr
 from numpy.typing import NDArray
 
 from . import format as fmt
+from .shardfile import digest_bytes
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,3 @@ def stage_array(
     data = path.read_bytes()
     final = fmt.shard_file(Path(), spec, shard).as_posix()
     return [StagedFile(str(path), final, len(data), digest_bytes(data))]
-
-
-def digest_bytes(data: bytes) -> str:
-    """The digest that commits hold of each shard file."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -9,7 +9,9 @@ Shapes: n rows asked for, R rows of a shard.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -28,12 +30,13 @@ OPEN_SHARDS = 128  # descriptors and indices kept, an array
 class ShardedRows:
     """Rows of one sharded local array; opens shards lazily and keeps the most recent ones open.
 
-    Picklable and fork-safe: descriptors belong to the process that opened them.
+    path: the array's folder; a subclass that reads elsewhere gives what messages call it, and `meta_text`, the text of
+    the array's zarr.json. Picklable and fork-safe: descriptors belong to the process that opened them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str, meta_text: bytes | None = None) -> None:
         self.path = path
-        meta = json.loads((path / "zarr.json").read_bytes())
+        meta = json.loads(meta_text if meta_text is not None else Path(path, "zarr.json").read_bytes())
         sharding = meta["codecs"][0]
         inner = sharding["configuration"]
         names = [c["name"] for c in inner["codecs"]]
@@ -80,11 +83,13 @@ class ShardedRows:
         shape = (self.chunk_rows, *self.shape[1:])
         if offset == MISSING and length == MISSING:
             return np.full(shape, self.fill, self.dtype)
+        size = math.prod(shape) * self.dtype.itemsize
         data = os.pread(fd, int(length), int(offset))
-        body = memoryview(data)[:-4]
-        if len(body) != np.prod(shape) * self.dtype.itemsize or _crc(body) != data[-4:]:
+        if not _intact(data, size):
+            data = self._again(shard, fd, int(offset), int(length))
+        if not _intact(data, size):
             raise StoreError(f"{self._file(shard)}: chunk {inside} fails its crc32c; see `distinit targets verify`")
-        return np.frombuffer(body, self.dtype).reshape(shape)
+        return np.frombuffer(memoryview(data)[:-4], self.dtype).reshape(shape)
 
     def _shard(self, shard: int) -> tuple[int, NDArray[np.uint64]]:
         if self._owner != os.getpid():  # a forked worker: the parent's descriptors are not ours to close
@@ -92,25 +97,51 @@ class ShardedRows:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        file = self._file(shard)
+        fd = self._open_file(shard)
         try:
-            fd = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise StoreError(f"{file}: a committed shard is missing ({error.strerror})") from error
-        n = self.shard_rows // self.chunk_rows
-        size = os.fstat(fd).st_size
-        tail = os.pread(fd, 16 * n + 4, max(size - 16 * n - 4, 0))
-        if len(tail) != 16 * n + 4 or _crc(tail[:-4]) != tail[-4:]:
+            n = 16 * (self.shard_rows // self.chunk_rows)
+            start = max(os.fstat(fd).st_size - n - 4, 0)
+            tail = os.pread(fd, n + 4, start)
+            if not _intact(tail, n):
+                tail = self._again(shard, fd, start, n + 4)
+            if not _intact(tail, n):
+                raise StoreError(f"{self._file(shard)}: the shard's index is damaged or cut off")
+        except BaseException:
             os.close(fd)
-            raise StoreError(f"{file}: the shard's index is damaged or cut off")
-        index = np.frombuffer(tail[:-4], "<u8").reshape(n, 2)
+            raise
+        index = np.frombuffer(tail[:-4], "<u8").reshape(-1, 2)
         self._open[shard] = (fd, index)
         if len(self._open) > OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1][0])
         return fd, index
 
-    def _file(self, shard: int) -> Path:
-        return self.path.joinpath("c", str(shard), *("0" for _ in self.shape[1:]))
+    def _open_file(self, shard: int) -> int:
+        """A descriptor of the shard's file."""
+        file = self._file(shard)
+        try:
+            return os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise StoreError(f"{file}: a committed shard is missing ({error.strerror})") from error
+
+    def _again(self, shard: int, fd: int, start: int, length: int) -> bytes:
+        """The bytes again where those in the file failed their crc32c: a local file has no others."""
+        return b""
+
+    def _file(self, shard: int) -> str:
+        return f"{self.path}/{self._key(shard)}"
+
+    def _key(self, shard: int) -> str:
+        return "/".join(("c", str(shard), *("0" for _ in self.shape[1:])))
+
+
+def digest_bytes(data: bytes) -> str:
+    """The digest that commits hold of each shard file."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _intact(data: bytes, size: int) -> bool:
+    """Whether `data` is `size` bytes and their crc32c."""
+    return len(data) == size + 4 and _crc(memoryview(data)[:-4]) == data[-4:]
 
 
 def _crc(data: bytes | memoryview) -> bytes:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import ArrayLike, NDArray
 
 from ..corpus.sources import unescape_path
 from ..errors import StoreError, StoreMismatchError, UsageError
 from ..video.sampling import Sampling
 from . import format as fmt
+from .files import LocalFiles, StoreFiles, store_files
 from .index import OK, STATUS, StoreIndex, load_index
 from .shardfile import ShardedRows
 
@@ -61,27 +61,49 @@ class VideoRecord:
 class TargetStore:
     """A target store opened for reading; see `TargetStore.open`."""
 
-    def __init__(self, root: Path) -> None:
-        self.path = root
-        self.attributes = fmt.check_root(root)
-        self.index: StoreIndex = load_index(root)
+    def __init__(self, files: StoreFiles) -> None:
+        self.files = files
+        self.attributes = fmt.check_root(files)
+        self.index: StoreIndex = load_index(files)
         self.sampling = Sampling.model_validate(self.attributes["sampling"])
         self.teachers: dict[str, TeacherRecord] = {}
-        for name, node in fmt.list_nodes(root, "teachers").items():
-            names = zarr.open_array(root / "teachers" / name / "class", mode="r")[:]
-            classes = tuple(str(c) for c in np.asarray(names))
+        for name, node in fmt.read_nodes(files, "teachers", self.index.teachers).items():
+            classes = tuple(str(c) for c in np.asarray(files.table(f"teachers/{name}/class")[:]))
             self.teachers[name] = TeacherRecord(name, classes, node["identity"], node["run"])
         self._columns: dict[str, NDArray[Any]] = {}
         self._rows: dict[str, ShardedRows] = {}
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> TargetStore:
-        """Open the store at `path`. StoreError if it is missing, foreign, corrupt or of another version."""
-        return cls(Path(os.path.abspath(os.fspath(path))))
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        cache: str | os.PathLike[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> TargetStore:
+        """Open the store in a folder, or at any URL that fsspec knows (`https://…`, `s3://…`).
+
+        Of a remote store, what is read is kept in `cache` (default: $DISTINIT_CACHE, else `distinit` in the user's
+        cache folder); `storage_options` go to fsspec. StoreError if the store is missing, foreign, corrupt or of
+        another version, or if its place cannot be read.
+        """
+        return cls(store_files(path, cache=cache, storage_options=storage_options))
+
+    @property
+    def name(self) -> str:
+        """The folder or URL of the store, for messages."""
+        return self.files.name
+
+    @property
+    def path(self) -> Path:
+        """The store's folder; StoreError for a remote store, which has none."""
+        if not isinstance(self.files, LocalFiles):
+            raise StoreError(f"{self.name}: this needs a store in a local folder, not behind a URL")
+        return self.files.root
 
     def __repr__(self) -> str:
         teachers = ", ".join(f"{t.name}[{len(t.classes)}]" for t in self.teachers.values())
-        return f"TargetStore({str(self.path)!r}, {self.n_videos} videos, {self.n_rows} rows, teachers: {teachers})"
+        return f"TargetStore({self.name!r}, {self.n_videos} videos, {self.n_rows} rows, teachers: {teachers})"
 
     # -- what there is -------------------------------------------------------------------------------
 
@@ -141,7 +163,7 @@ class TargetStore:
     def teacher(self, name: str) -> TeacherRecord:
         """The teacher of this name; UsageError lists those the store has."""
         if name not in self.teachers:
-            raise UsageError(f"teacher {name!r} is not in {self.path}; it has: {', '.join(self.teachers) or 'none'}")
+            raise UsageError(f"teacher {name!r} is not in {self.name}; it has: {', '.join(self.teachers) or 'none'}")
         return self.teachers[name]
 
     def usable(self, teachers: Sequence[str] | None = None) -> NDArray[np.int64]:
@@ -185,13 +207,13 @@ class TargetStore:
     def column(self, name: str) -> NDArray[Any]:
         """A numeric column of the video table [V], read once."""
         if name not in self._columns:
-            self._columns[name] = np.asarray(zarr.open_array(self.path / "videos" / name, mode="r")[: self.n_videos])
+            self._columns[name] = np.asarray(self.files.table(f"videos/{name}")[: self.n_videos])
         return self._columns[name]
 
     @cached_property
     def _paths(self) -> tuple[bytes, NDArray[np.int64]]:
         """All paths in one buffer with their ends: 10⁶ Python strings would cost ten times the memory."""
-        array = zarr.open_array(self.path / "videos" / "path", mode="r")
+        array = self.files.table("videos/path")
         parts: list[bytes] = []
         for at in range(0, self.n_videos, fmt.VIDEO_CHUNK):
             block = array[at : min(at + fmt.VIDEO_CHUNK, self.n_videos)]
@@ -220,7 +242,7 @@ class TargetStore:
         rows = np.concatenate(parts) if parts else np.empty(0, np.int64)
         owner = self._table("video").read(rows)
         if (owner != video).any():
-            raise StoreError(f"{self.path}: rows of video {video} belong to another; see `distinit targets verify`")
+            raise StoreError(f"{self.name}: rows of video {video} belong to another; see `distinit targets verify`")
         return (
             self.read_table("index", rows),
             self.read_table("pts", rows),
@@ -255,7 +277,7 @@ class TargetStore:
 
     def _array(self, path: str) -> ShardedRows:
         if path not in self._rows:
-            self._rows[path] = ShardedRows(self.path / path)
+            self._rows[path] = self.files.rows(path, self.index.file_record)
         return self._rows[path]
 
 

@@ -16,8 +16,7 @@ from ..errors import StoreError
 from . import format as fmt
 from .average import entropy
 from .index import OK, StoreIndex
-from .shard import digest_bytes
-from .shardfile import ShardedRows
+from .shardfile import ShardedRows, digest_bytes
 
 # Entropies come from float32 logits, the check from the stored float16: measured 0.005 nats at the 99th
 # percentile (docs/benchmarks.md); a wrong row is off by far more.

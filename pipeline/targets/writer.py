@@ -123,7 +123,7 @@ class StoreWriter:
         commit records its own.
         """
         node = self.root / "teachers" / name
-        if node.exists():
+        if name in self.index.teachers:
             there = fmt.read_node(node / "zarr.json")
             for key in ("identity",) if accept_run else ("identity", "run"):
                 _same(f"{self.root}: teacher {name!r}", key, there[key], attributes[key])
@@ -139,8 +139,12 @@ class StoreWriter:
         )
         names[:] = np.asarray(classes, dtype=object)
         _sync_tree(staged)
+        if (self.root / "commits/teachers" / name).exists():
+            raise StoreError(f"{self.root}: holds commits of teacher {name!r}, but no plan names it")
+        shutil.rmtree(node, ignore_errors=True)  # of a run that was killed before the plan that names it
         os.rename(staged, node)
         fmt.fsync_path(node.parent)
+        self._plan_node("teachers", teachers=[*self.index.teachers, name])
         self.index = load_index(self.root)
 
     # -- committing ----------------------------------------------------------------------------------
@@ -197,9 +201,9 @@ class StoreWriter:
             _sync_tree(self.root / spec.path)
 
     def _plan_node(self, kind: str, **extra: Any) -> None:
-        plans = fmt.list_nodes(self.root, "plans")
         node = {"kind": kind, "videos": self.index.n_videos, "corpora": self.index.corpora, "time": _now()}
-        fmt.write_node(self.root, f"plans/{len(plans):06d}", {**node, **extra})
+        fmt.write_node(self.root, f"plans/{self.index.n_plans:06d}", {**node, **extra})
+        self.index.n_plans += 1
 
     def _set_shard_rows(self, rows: int) -> None:
         self.attributes = {**self.attributes, "shard_rows": rows}

@@ -109,7 +109,7 @@ class TargetSampler:
         fixed: bool = False,
     ) -> None:
         if len(videos) == 0:
-            raise UsageError(f"{store.path} holds no video with targets of {', '.join(teachers)} to draw from")
+            raise UsageError(f"{store.name} holds no video with targets of {', '.join(teachers)} to draw from")
         self.store = store
         self.teachers = tuple(teachers)
         self.picks = picks

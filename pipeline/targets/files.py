@@ -1,0 +1,122 @@
+"""Where the files of a store are. A folder is read in place; any other URL through `remote.py` and its cache.
+
+Every file of a store has a name that follows from its nodes (docs/store-format.md), so nothing here lists a
+folder: many HTTP servers cannot.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from ..errors import StoreError
+from .shardfile import ShardedRows
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
+
+Record = Callable[[str, int], Mapping[str, Any] | None]
+"""(array path, shard) → size and digest of the shard's file as committed, None if it has none."""
+
+
+class StoreFiles(ABC):
+    """Read access to the files of one store; `name` is what messages call it. Picklable, fork-safe."""
+
+    name: str
+
+    @abstractmethod
+    def read(self, path: str) -> bytes:
+        """The whole file; FileNotFoundError if there is none, StoreError if it cannot be read."""
+
+    @abstractmethod
+    def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
+        """Those of the files that exist, by path, in the order asked for."""
+
+    def pin(self, store_id: str, plans: int) -> None:
+        """Say which state of the tables is meant from now on, for those that keep what they read."""
+        return
+
+    @abstractmethod
+    def table(self, path: str) -> zarr.Array:
+        """An unsharded array, opened for reading. StoreError if it cannot be."""
+
+    @abstractmethod
+    def rows(self, path: str, record: Record) -> ShardedRows:
+        """A sharded array. `record` knows what the commits say of its files."""
+
+
+class LocalFiles(StoreFiles):
+    """A store in a folder of a mounted file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.name = root, str(root)
+
+    def read(self, path: str) -> bytes:
+        """The whole file; FileNotFoundError if there is none."""
+        return (self.root / path).read_bytes()
+
+    def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
+        """Those of the files that exist, by path."""
+        found = {}
+        for path in paths:
+            try:
+                with open(f"{self.name}/{path}", "rb") as file:
+                    found[path] = file.read()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        return found
+
+    def table(self, path: str) -> zarr.Array:
+        """An unsharded array, opened for reading."""
+        return open_table(self.root / path)
+
+    def rows(self, path: str, record: Record) -> ShardedRows:
+        """A sharded array, read by `pread` from its files."""
+        return ShardedRows(self.root / path)
+
+
+def store_files(
+    where: str | os.PathLike[str] | StoreFiles,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> StoreFiles:
+    """The files of the store at a path or URL; what exists as a local path is one, whatever it is called.
+
+    cache: folder for what is read from a URL (default: see `remote.cache_folder`). storage_options: for the
+    fsspec file system of the URL.
+    """
+    if isinstance(where, StoreFiles):
+        return where
+    text = os.fspath(where)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    elif is_url(text):
+        from .remote import RemoteFiles, cache_folder
+
+        return RemoteFiles(text, cache_folder(cache), dict(storage_options or {}))
+    return LocalFiles(Path(os.path.abspath(text)))
+
+
+def is_url(text: str | os.PathLike[str]) -> bool:
+    """Whether a store's address is a URL that is not a local path."""
+    text = os.fspath(text)
+    return URL.match(text) is not None and not text.startswith("file://") and not os.path.exists(text)
+
+
+def absolute(where: str) -> str:
+    """A store's address that holds from any working folder."""
+    return where if is_url(where) else os.path.abspath(where.removeprefix("file://"))
+
+
+def open_table(folder: Path) -> zarr.Array:
+    """The array in a local folder, for reading; StoreError if it is none."""
+    try:
+        return zarr.open_array(folder, mode="r")
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{folder}: unreadable ({error})") from error
