@@ -14,6 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from ..errors import VideoError
+from .container import FORMATS
 
 Path = str | os.PathLike[str]
 # ffmpeg-python refuses names that are not UTF-8: these stand for them until the command is complete.
@@ -79,7 +80,7 @@ def transcode(
 
     With codec "copy" the packets are only put into another container.
     """
-    stream = ffmpeg.input(_SOURCE, **(input_options or {})).video
+    stream = ffmpeg.input(_SOURCE, format_whitelist=FORMATS, protocol_whitelist="file", **(input_options or {})).video
     if short_side is not None:
         size = f"if(gt(iw,ih),-2,{short_side})", f"if(gt(iw,ih),{short_side},-2)"
         stream = stream.filter("scale", *size)

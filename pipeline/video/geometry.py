@@ -16,7 +16,7 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import Interpolation, VideoReformatter
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from ..config import Options
 from ..errors import VideoError
@@ -89,7 +89,7 @@ class View(Options):
     `resize`: the short side (the long side follows, rounded down as torchvision does) or (height, width).
     """
 
-    resize: int | tuple[int, int]
+    resize: PositiveInt | tuple[PositiveInt, PositiveInt]
     crop: int | None = Field(default=None, ge=1)
     interpolation: Literal["bilinear", "bicubic", "area"] = "bilinear"
 

@@ -53,9 +53,10 @@ def probe(path: str, progress: Callable[[], None] | None = None) -> Probe:
 
 
 def _measure(reader: VideoReader, size: int, identity: str) -> Probe:
-    if size > DEMUX_BYTES:
+    estimate = _estimate(reader.stream, reader.info.duration) if size > DEMUX_BYTES else None
+    if estimate is not None:
         info = reader.info
-        frames, keyframes = _estimate(reader.stream, info.duration)
+        frames, keyframes = estimate
         base, duration, exact = info.time_base, info.duration, False
     else:
         timeline = reader.timeline()
@@ -78,12 +79,17 @@ def _measure(reader: VideoReader, size: int, identity: str) -> Probe:
     )
 
 
-def _estimate(stream: VideoStream, duration: float) -> tuple[int, int]:
-    """Upper bounds of (frames, key frames) from the header: the index where it is complete, else rates."""
+def _estimate(stream: VideoStream, duration: float) -> tuple[int, int] | None:
+    """Upper bounds of (frames, key frames) from the header: the index where it is complete, else rates.
+
+    None where the header says neither: then only the whole file can tell.
+    """
     entries = stream.index_entries
     if "mov" in stream.container.format.name and len(entries) >= stream.frames > 0:
         return len(entries), sum(entry.is_keyframe for entry in entries)
     rates = [float(r) for r in (stream.average_rate, stream.base_rate, stream.guessed_rate) if r]
+    if not math.isfinite(duration) and stream.frames == 0:
+        return None
     by_rate = duration * max(rates, default=60.0) if math.isfinite(duration) else 0.0
     frames = int(max(by_rate, stream.frames) * _HEADROOM) + _SPARE
     return frames, frames

@@ -54,6 +54,8 @@ def test_playlists_are_not_followed(tmp_path: Path) -> None:
         )
         for name in ("concat.mp4", "concat.mkv", "list.mp4", "list.m3u8", "list.ts", "session.mp4"):
             assert reason(tmp_path / name) == "a playlist or text file, not a video"
+            with pytest.raises(VideoError, match="Error opening input"):
+                transcode(tmp_path / name, tmp_path / "copy.mkv")
         with pytest.raises(TimeoutError):
             server.accept()
 
