@@ -140,7 +140,7 @@ def _why_not_opened(path: str, error: BaseException) -> str:
         return "the mp4 header is damaged"
     if isinstance(error, av.error.InvalidDataError | ValueError):
         return "not a video container FFmpeg knows"
-    return f"the header is damaged or not supported ({reason(error)})"
+    return f"the header is damaged, cut off or not supported ({reason(error)})"
 
 
 def _top_level_boxes(path: str, most: int = 64) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,6 +201,7 @@ def test_random_streams(
             with VideoReader(str(path)) as reader:
                 reader.timeline()
         except VideoError:
-            assert plain(path) == []
+            with contextlib.suppress(av.FFmpegError):  # as unreadable for others
+                assert plain(path) == []
             return
     check(path, whole=not cut)
