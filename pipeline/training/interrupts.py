@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
-from ..errors import TrainingError
-
 B = TypeVar("B")
 
 
@@ -35,18 +33,13 @@ class Interrupts:
             signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
 
     def until(self, batches: Iterable[B]) -> Iterator[B]:
-        """The batches up to an interruption. A job's SIGTERM reaches the loader processes as well: that
-        they are gone is no error then."""
+        """The batches up to an interruption."""
         iterator = iter(batches)
         while not self.requested():
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            except TrainingError:
-                if self.requested():
-                    return
-                raise
             yield batch
 
     def requested(self) -> bool:

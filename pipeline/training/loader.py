@@ -8,8 +8,10 @@ of its batch.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -66,7 +68,7 @@ class EachOnce(Sampler[list[Key]]):
 
 def read_batches(
     dataset: KeyedDataset, batches: Sampler[list[Key]], *, workers: int, device: torch.device
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """Yields collated batches in the order of `batches`; see `collate`. Workers end with the iterator.
 
     Raises the data set's own DistInitError as it was raised in the worker, and TrainingError when a worker
@@ -80,24 +82,38 @@ def read_batches(
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         multiprocessing_context=_context(device) if workers else None,
+        worker_init_fn=_outlive_sigterm,
         # An own generator: the loader draws a seed from it, and must not touch the global one, whose state
         # a checkpoint carries.
         generator=torch.Generator().manual_seed(0),
     )
+    others = multiprocessing.active_children()
     iterator = iter(loader)
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if isinstance(error, DistInitError) or "worker" not in str(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise TrainingError(f"a loader process died: {reason}; fewer workers need less memory") from error
-        if isinstance(batch, DistInitError):
-            raise batch
-        yield batch
+    started = [process for process in multiprocessing.active_children() if process not in others]
+    try:
+        with worker_errors():
+            for batch in iterator:
+                if isinstance(batch, DistInitError):
+                    raise batch
+                yield batch
+    finally:
+        del iterator  # asks the workers to end, and waits
+        for process in started:
+            if process.is_alive():
+                process.kill()
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """TrainingError for a loader process that died. Torch raises it from a signal handler, so it may come
+    up anywhere in the main process, not only where a batch is asked for."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, DistInitError) or "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[0].rstrip(". ")
+        raise TrainingError(f"a loader process died: {reason}; fewer workers need less memory") from error
 
 
 def collate(items: Sequence[dict[str, Any] | DistInitError | None]) -> dict[str, Any] | DistInitError:
@@ -138,6 +154,12 @@ class _Reader(Dataset[Any]):
             return [self.dataset[key] for key in keys]
         except DistInitError as error:
             return [error]
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A job's SIGTERM goes to all its processes. The main one finishes its step and writes a checkpoint; a
+    worker that died meanwhile would raise in the middle of that step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate_values(values: list[Any]) -> Any:

@@ -7,7 +7,7 @@ the learning rate, checkpoints and the log.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..devices import resolve_device
 from ..errors import TrainingError, TrainingInterrupted
 from .checkpoint import Checkpoints
-from .device import autocast, pick_workers, torch_threads
+from .device import autocast, pick_workers, place, slow_precision, torch_threads
 from .interrupts import Interrupts
-from .loader import KeyedBatches, KeyedDataset, read_batches, to_device
+from .loader import KeyedBatches, KeyedDataset, read_batches, to_device, worker_errors
 from .meter import Meter
 from .metrics import Metrics
 from .options import LoopOptions
@@ -97,7 +97,7 @@ def fit(
     device = resolve_device(options.device)
     workers = pick_workers(options.workers, device)
     torch.manual_seed(options.seed)
-    model.to(device).train()
+    place(model, device).train()
     optimizer = torch.optim.SGD(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=options.lr,
@@ -111,6 +111,8 @@ def fit(
     if state.step >= options.total_steps:
         say(f"{run_dir} is finished: {state.step} of {options.total_steps} steps; nothing to do")
         return _result(state, options, meter, already_finished=True)
+    if warning := slow_precision(device, options.precision):
+        say(f"warning: {warning}")
 
     keys = KeyedBatches(
         batch_size=options.batch_size,
@@ -122,11 +124,9 @@ def fit(
         stack.enter_context(torch_threads(options.threads, workers, device))
         interrupts = stack.enter_context(Interrupts())
         metrics = stack.enter_context(Metrics(run_dir, state.step))
-        bar = stack.enter_context(progress("training", options.total_steps, "step")) if progress else None
-        if bar is not None and state.step:
-            bar.advance(state.step)
-
-        batches = read_batches(dataset, keys, workers=workers, device=device)
+        bar = stack.enter_context(progress("training", len(keys), "step")) if progress else None
+        stack.enter_context(worker_errors())
+        batches = stack.enter_context(closing(read_batches(dataset, keys, workers=workers, device=device)))
         for batch in meter.timed(interrupts.until(batches)):
             rate = learning_rate(state.step, options)
             report = _step(model, objective, optimizer, to_device(batch, device), rate, options, device)

@@ -146,21 +146,32 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tiny_store, tmp_p
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
-def test_kill_9_and_resume(tiny_store, tmp_path, whole):
-    settings = config(tiny_store, tmp_path / "cut").model_dump(mode="json") | {"resume": True}
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_job_that_is_killed_with_all_its_processes_goes_on_where_it_was(tiny_store, tmp_path, whole, sent):
+    used = config(tiny_store, tmp_path / "cut", loop={"workers": 2}).model_dump(mode="json") | {"resume": True}
     program = (
         "import json, sys\n"
+        "from distinit.pipeline.errors import TrainingInterrupted\n"
         "from distinit.stages.screen import Screen\n"
         "from distinit.stages.train_student import TrainConfig, train_student\n"
-        "train_student(TrainConfig.model_validate(json.loads(sys.argv[1])), Screen(quiet=True))\n"
+        "try:\n"
+        "    train_student(TrainConfig.model_validate(json.loads(sys.argv[1])), Screen(quiet=True))\n"
+        "except TrainingInterrupted as error:\n"
+        "    print(error)\n"
+        "    sys.exit(error.exit_code)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, json.dumps(settings)])
+    arguments = [sys.executable, "-c", program, json.dumps(used)]
+    process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.PIPE, text=True)
     last = tmp_path / "cut" / "checkpoints" / "last.pt"
     while process.poll() is None and not last.exists():
         time.sleep(0.01)
-    process.kill()
-    process.wait()
-    train_student(TrainConfig.model_validate(settings), QUIET)
+    if process.poll() is None:
+        os.killpg(process.pid, sent)
+    said, _ = process.communicate(timeout=60)
+    if sent == signal.SIGTERM and process.returncode:  # 0: the run was faster than the signal
+        assert process.returncode == 75
+        assert "the checkpoint is written" in said
+    train_student(TrainConfig.model_validate(used), QUIET)
     cut = weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
