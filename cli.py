@@ -213,7 +213,7 @@ def targets_export(store: str, out: str, teachers: tuple[str, ...], corpora: tup
         "distinit train-student --targets targets.zarr --out runs/student --resume",
     ),
 )
-@key_option("--targets", key="store", metavar="STORE", help="The target store of extract-targets.")
+@key_option("--targets", key="store", metavar="STORE", help="The target store of extract-targets: a folder or a URL.")
 @key_option("--out", key="out", metavar="RUN", help="The run folder to write.")
 @key_option(
     "--videos",
