@@ -7,8 +7,12 @@ digests of the files it staged inside the store, which therefore must lie on a f
 from __future__ import annotations
 
 import atexit
+import errno
 import json
+import logging
+import signal
 from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +26,7 @@ from .extract_work import ShardFiller, ShardTask
 from .screen import Screen
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future, LocalCluster
 
     from ..pipeline.targets.writer import StoreWriter
     from ..pipeline.teachers.teacher import Teacher
@@ -134,7 +138,7 @@ def _worker_device(device: Any) -> Any:
 def cluster(workers: int | None, scheduler: str | None, screen: Screen) -> Iterator[Client]:
     """A client of the cluster at `scheduler`, or of a local one with `workers` processes."""
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
     # A worker that dies three times on one shard has met something that kills workers.
     dask.config.set({"distributed.scheduler.allowed-failures": 3, "distributed.admin.low-level-log-length": 100})
@@ -146,12 +150,33 @@ def cluster(workers: int | None, scheduler: str | None, screen: Screen) -> Itera
         except OSError as error:
             raise DistInitError(f"--scheduler {scheduler}: no dask scheduler answers there ({error})") from None
         return
-    with (
-        LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0") as local,
-        Client(local) as client,
-    ):
+    with _local_cluster(workers) as local, Client(local) as client:
         screen.say(f"dask dashboard: {client.dashboard_link}")
         yield client
+
+
+def _local_cluster(workers: int | None) -> LocalCluster:
+    """Worker processes of this machine, which Ctrl-C does not reach: it is for the client, which ends them.
+
+    Whoever starts a process hands on the signals it blocks, and dask starts (and restarts) workers from the
+    thread of its event loop, which is made here and keeps what is blocked here.
+    """
+    from multiprocessing import resource_tracker
+
+    from distributed import LocalCluster
+
+    resource_tracker.ensure_running()  # where it has to be started later, Python unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=":0",
+            silence_logs=logging.ERROR,  # a worker that is restarted, or slow to end, costs nothing
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_shards(
@@ -181,7 +206,9 @@ def run_shards(
         if future.status == "finished":
             yield future.result()
         else:
-            error = future.exception()
+            error = _why(future)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise error  # no other worker can write there either
             failed.append(f"shard {shard:06d}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         future.release()
         if (more := submit()) is not None:
@@ -191,3 +218,11 @@ def run_shards(
             f"{len(failed)} shards failed {retries + 1} times each, all others are committed; "
             f"the same command tries them again; the first: {failed[0]}"
         )
+
+
+def _why(future: Future) -> BaseException:
+    try:
+        error: BaseException = future.exception()
+    except CancelledError as lost:  # the scheduler itself went away
+        return lost
+    return error
