@@ -39,7 +39,7 @@ def run_stage(
 
     context = click.get_current_context()
     options = {
-        param.key: param.config_value(given[cast(str, param.name)])
+        param.key: param.config_value(given[param.name])
         for param in context.command.params
         if isinstance(param, KeyOption | KeyArgument)
     }

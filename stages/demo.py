@@ -49,7 +49,7 @@ def demo(config: DemoConfig, screen: Screen) -> dict[str, Any]:
         ExtractConfig,
         "extract-targets",
         preset=PRESET,
-        options={**config.extract, "sources": [f"demo={CORPUS / 'unlabelled.txt'}"], "out": store},
+        options={"sources": [f"demo={CORPUS / 'unlabelled.txt'}"], **config.extract, "out": store},
     )
     extracted = extract_targets(extraction, screen)
 
@@ -59,10 +59,10 @@ def demo(config: DemoConfig, screen: Screen) -> dict[str, Any]:
         "train-student",
         preset=PRESET,
         options={
+            "moved": {"demo": str(CORPUS)},
             **config.train,
             "store": str(store),
             "out": str(runs / "student"),
-            "moved": {"demo": str(CORPUS)},
             "resume": True,
         },
     )
@@ -98,11 +98,11 @@ def _finetuning(config: DemoConfig, run: Path, init: str) -> FinetuneConfig:
         "finetune",
         preset=PRESET,
         options={
+            "dataset": f"csv:{CORPUS / 'labels.csv'}",
             **config.finetune,
             "init": init,
             # From scratch the network has to be named; from a student it is the student's.
             **({"student": _student(config)} if init == "scratch" else {}),
-            "dataset": f"csv:{CORPUS / 'labels.csv'}",
             "out": str(run),
             "resume": True,
         },
