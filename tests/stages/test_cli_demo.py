@@ -1,0 +1,81 @@
+"""The demo through the command a user types, on a few of its clips, and again when it is done."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distinit.stages.config import CONF
+from distinit.stages.demo import CORPUS
+
+pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `demo` is not installed")
+
+
+def rows() -> list[dict[str, str]]:
+    with open(CORPUS / "labels.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_corpus_is_whole_small_and_split_by_source() -> None:
+    clips = rows()
+    files = {path.relative_to(CORPUS).as_posix() for path in CORPUS.rglob("*.mp4")}
+    assert {row["path"] for row in clips} == files
+    assert 80 <= len(clips) <= 120
+    assert sum((CORPUS / name).stat().st_size for name in files) < 5_000_000
+    train = {row["source"] for row in clips if row["split1"] == "train"}
+    test = {row["source"] for row in clips if row["split1"] == "test"}
+    assert train.isdisjoint(test)
+    unlabelled = (CORPUS / "unlabelled.txt").read_text().splitlines()
+    assert unlabelled == [row["path"] for row in clips if row["split1"] == "train"]
+    assert "Apache License" in (CORPUS / "NOTICE").read_text()
+    assert (CONF / "demo.yaml").is_file()
+
+
+def run(folder: Path, *settings: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "distinit", "demo", "--out", "out", "--json"]
+    for setting in settings:
+        command += ["--set", setting]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_the_demo_runs_and_keeps_what_is_done(tmp_path: Path) -> None:
+    """One clip a class and side: all stages, real weights, real video, no result to speak of."""
+    few = {(row["label"], row["split1"]): row for row in rows()}.values()
+    with open(tmp_path / "few.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "split1"])
+        writer.writerows([str(CORPUS / row["path"]), row["label"], row["split1"]] for row in few)
+    loop = "{batch_size: 4, epochs: 1, epoch_clips: 8, warmup_epochs: 0, step_epochs: 1}"
+    settings = (
+        f"extract.sources=[demo={CORPUS / 'Walking'}]",
+        "extract.sampling.every=16",
+        f"train.loop={loop}",
+        "train.moved={}",
+        f"finetune.loop={loop}",
+        "finetune.test.clips=2",
+        f"finetune.dataset=csv:{tmp_path / 'few.csv'}",
+    )
+    first = run(tmp_path, *settings)
+    assert first["extract_targets"]["ok"] == 16
+    assert set(first["finetune"]) == {"distinit", "scratch"}
+    assert first["finetune"]["distinit"]["tensors_loaded"] > 200
+    assert first["finetune"]["scratch"]["tensors_loaded"] == 0
+    assert first["finetune"]["scratch"]["test_videos"] == 7
+    assert (tmp_path / first["report"]).read_text().startswith("<!")
+    assert (tmp_path / "out" / "demo.yaml").is_file()
+
+    again = run(tmp_path, *settings)
+    assert again["extract_targets"]["new_rows"] == 0
+    assert again["train_student"]["already_finished"]
+    assert all(result["already_finished"] for result in again["finetune"].values())
+    for name, result in again["finetune"].items():
+        assert result["metrics"] == first["finetune"][name]["metrics"]
