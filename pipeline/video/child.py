@@ -30,7 +30,7 @@ _SIGN_OF_LIFE_S = 1.0
 
 
 class Child:
-    """Serves one parent: probes, timelines and decode jobs, one at a time."""
+    """Serves one parent: probes, timelines, decode jobs and copies, one at a time."""
 
     def __init__(self, connection: Connection, memory: mmap.mmap, views: tuple[View, ...]) -> None:
         self._connection = connection
@@ -81,6 +81,10 @@ class Child:
                     "reliable": timeline.reliable,
                     "clock": timeline.clock,
                 }
+        if message["kind"] == "copy":
+            from .prepare import copy_job  # with the encoder's modules, which no other child needs
+
+            return {"kind": "copied", "row": copy_job(message, self._alive)}
         return self._decode(message)
 
     def _decode(self, job: dict[str, Any]) -> dict[str, Any]:

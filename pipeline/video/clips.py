@@ -80,7 +80,7 @@ def read_frames(
         raise VideoError(f"frame {distinct[0]} cannot be decoded: damaged data")
     if not there.all():
         required = expect[0] if expect is not None else np.zeros(0, np.int64)
-        _repeat(images, pts, there, distinct, required)
+        fill_damaged(images, pts, there, distinct, required)
     return Frames(images[place], pts[place], total, int(np.sum(~there[place])))
 
 
@@ -100,8 +100,13 @@ def _check(pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray]) -> None:
             raise StoreMismatchError(f"frame {index} has pts {expected} in the store, in the file it is {found}")
 
 
-def _repeat(images: np.ndarray, pts: np.ndarray, there: np.ndarray, indices: np.ndarray, required: np.ndarray) -> None:
-    """Fill damaged frames with the one before them, or with the first that is there."""
+def fill_damaged(
+    images: np.ndarray, pts: np.ndarray, there: np.ndarray, indices: np.ndarray, required: np.ndarray
+) -> None:
+    """Fill the frames [n] that are not `there` with the one before them, or with the first that is.
+
+    VideoError where a `required` index is missing, or more than half of `indices` are.
+    """
     missing = indices[~there]
     if 2 * there.sum() < len(there) or np.isin(missing, required).any():
         first = missing[np.isin(missing, required)][0] if np.isin(missing, required).any() else missing[0]

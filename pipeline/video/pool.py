@@ -91,15 +91,25 @@ class DecodePool:
     """`processes` children that probe and decode. Use as a context manager; one call at a time.
 
     views: fixed size, rendered of every frame. memory_gb: address space of a child. timeout_s: how long a
-    child may go without a packet, a frame or an answer before it is killed.
+    child may go without a packet, a frame or an answer before it is killed. ahead: tasks a child may have
+    finished that nobody has read, because one before them takes longer.
     """
 
-    def __init__(self, *, processes: int, views: Sequence[View], memory_gb: float = 4, timeout_s: float = 120) -> None:
+    def __init__(
+        self,
+        *,
+        processes: int,
+        views: Sequence[View],
+        memory_gb: float = 4,
+        timeout_s: float = 120,
+        ahead: int = _AHEAD,
+    ) -> None:
         if processes < 1:
             raise ValueError(f"processes must be at least 1, got {processes}")
         self._layout = Layout.of(tuple(views))
         self._views = tuple(views)
         self._memory_gb, self._timeout_s = memory_gb, timeout_s
+        self._ahead = ahead
         self._children: list[ChildProcess | None] = [None] * processes
         self._working: dict[int, _Task] = {}  # by place of the child
         self._busy = False
@@ -143,6 +153,12 @@ class DecodePool:
         key = np.zeros(len(pts), bool)
         key[answer["key"]] = True
         return Timeline(pts, key, Fraction(*answer["time_base"]), answer["reliable"], answer["clock"])
+
+    def copies(self, jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | Failed]:
+        """Prepared copies made by `prepare.copy_job`, in order: of each job its row, or Failed with the reason."""
+        messages = ({**job, "kind": "copy", "key": key} for key, job in enumerate(jobs))
+        for message, answer, _ in self._run(messages):
+            yield Failed(message["key"], answer["reason"]) if answer["kind"] == "failed" else answer["row"]
 
     def stream(self, jobs: Iterable[DecodeJob]) -> Iterator[Block | Done | Failed]:
         """Of each job, in order: its Blocks, then Done or Failed. Jobs are read as children get free."""
@@ -213,7 +229,7 @@ class DecodePool:
                 continue
             if again:
                 task = again.popleft()
-            elif len(queue) >= _AHEAD * len(self._children):
+            elif len(queue) >= self._ahead * len(self._children):
                 return False
             else:
                 message = next(source, None)

@@ -1,0 +1,243 @@
+"""Make a prepared copy: small, quick to seek, with a map to the frames of its source.
+
+The frames come from this package's own reader and go down a pipe into the encoder one by one, so that copy
+frame k is the k-th frame that the reader gave: the map is a record of what was done, not a comparison of
+timestamps afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from ..config import Options
+from ..errors import VideoError
+from .container import digest, open_container, reason, video_stream
+from .copymap import CopyMap, SourceRecord
+from .decode import VideoReader
+from .encode import write_video
+from .geometry import Renderer, View
+from .prepared import decode_copy
+from .quality import psnr, ssim
+from .timeline import Timeline
+
+_LONGEST_SIDE = 8192  # of a copy
+_COLOURS = {"colorspace": "smpte170m", "color_range": "tv", "color_primaries": "smpte170m", "color_trc": "smpte170m"}
+
+
+class CopyOptions(Options):
+    """What copies are like. The defaults are the quickest to read per byte of what was measured
+    (docs/benchmarks.md): H.264 without B-frames, CABAC and deblocking filter.
+
+    short_side: pixels; smaller sources keep their size. gop: most frames between key frames.
+    crf: x264's quality, lower is better and larger. quality_frames: of each video, read back and compared.
+    """
+
+    short_side: int = Field(default=128, ge=16, le=4096)
+    gop: int = Field(default=12, ge=1, le=1000)
+    crf: int = Field(default=20, ge=0, le=51)
+    quality_frames: int = Field(default=2, ge=1)
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the copy of a picture of that size on display: even numbers, as H.264 needs."""
+        scale = min(1.0, self.short_side / min(height, width), _LONGEST_SIDE / max(height, width))
+        rows, columns = (max(2, 2 * round(side * scale / 2)) for side in (height, width))
+        return rows, columns
+
+
+def make_copy(
+    source: str, part: str, target: str, options: CopyOptions, progress: Callable[[], None] | None = None
+) -> CopyMap:
+    """Write the copy of `source` to `part`, a file on the same disk as `target`, and rename it to `target`.
+
+    The copy is read back before that: its packets, its map, and `quality_frames` frames whose PSNR and SSIM
+    against the scaled frames of the source are put into the map. Returns the map. Raises VideoError with the
+    reason; then `target` is what it was.
+    """
+    try:
+        before = os.stat(source)
+        identity = digest(source)
+        with VideoReader(source, progress=progress) as reader:
+            made = _encode(reader, part, options)
+            info, timeline, note = reader.info, reader.timeline(), reader.truncated
+        after = os.stat(source)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise VideoError("the file changed while it was copied")
+        record = SourceRecord(
+            digest=identity,
+            size=before.st_size,
+            mtime_ns=before.st_mtime_ns,
+            frames=len(timeline),
+            width=info.width,
+            height=info.height,
+            time_base=timeline.time_base,
+            clock=timeline.clock,
+            note=note,
+        )
+        copy = _read_back(part, made, record, options)
+        with open(part, "ab") as file:
+            file.write(copy.pack())
+            file.flush()
+            os.fsync(file.fileno())
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.replace(part, target)
+    except OSError as error:
+        raise VideoError(f"the copy cannot be written: {reason(error)}") from error
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)
+    return copy
+
+
+class _Made:
+    """What went into the encoder: index and pts of each frame, and the sampled pictures themselves."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+        self.index: list[int] = []
+        self.pts: list[int] = []
+        self.sample: dict[int, np.ndarray] = {}
+
+
+def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _Made:
+    timeline, info = reader.timeline(), reader.info
+    display = (info.height, info.width)
+    made = _Made(options.size(*display))
+    view, renderer = View(resize=made.size), Renderer(info.pixel_aspect)
+    # Seeded by the number of frames: the same frames whenever and wherever the copy is made again.
+    chosen = np.random.default_rng(len(timeline)).choice(len(timeline), options.quality_frames)
+    sampled = set(chosen.tolist())
+
+    def frames() -> Iterator[np.ndarray]:
+        picture: np.ndarray | None = None
+        for index, pts, frame in reader.decode_plain():
+            picture = renderer.render(frame, view, display=display)
+            if index in sampled:
+                made.sample[len(made.index)] = picture
+            made.index.append(index)
+            made.pts.append(pts)
+            yield picture
+        if picture is None:
+            raise VideoError(f"none of its frames could be decoded: {reader.damage}")
+        if not made.sample:  # those chosen are damaged
+            made.sample[len(made.index) - 1] = picture
+
+    filters = "scale=out_color_matrix=bt601:out_range=tv"
+    write_video(
+        part,
+        frames(),
+        fps=_rate(timeline),
+        gop=options.gop,
+        bframes=0,
+        crf=options.crf,
+        extra={
+            "vf": filters,
+            "f": "mp4",
+            "fps_mode": "passthrough",
+            "tune": "fastdecode",
+            "fflags": "+bitexact",
+            "map_metadata": -1,
+            **_COLOURS,
+        },
+    )
+    return made
+
+
+def _rate(timeline: Timeline) -> float:
+    """Frames a second for players: the source's average, as far as that makes sense."""
+    span = float((int(timeline.pts[-1]) - int(timeline.pts[0])) * timeline.time_base)
+    rate = (len(timeline) - 1) / span if span > 0 else 25.0
+    return min(1000.0, max(0.1, rate)) if math.isfinite(rate) else 25.0
+
+
+def _read_back(part: str, made: _Made, record: SourceRecord, options: CopyOptions) -> CopyMap:
+    """The map, with positions and checksums of the packets as they lie in the file."""
+    offset, keys, crc, codec, extradata = _packets(part)
+    if len(crc) != len(made.index) or not keys[0]:
+        raise VideoError(f"the encoder made {len(crc)} frames of {len(made.index)}")
+    copy = CopyMap(
+        source=record,
+        index=np.array(made.index, np.int64),
+        pts=np.array(made.pts, np.int64),
+        offset=offset,
+        key=keys,
+        crc=crc,
+        width=made.size[1],
+        height=made.size[0],
+        codec=codec,
+        extradata=extradata,
+        options=options.model_dump(),
+    )
+    return replace(copy, quality=_quality(part, copy, made.sample))
+
+
+def _packets(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, str, bytes]:
+    """offset int64 [N + 1], key bool [N], crc uint32 [N], codec, extradata; packets must follow each other."""
+    offset, keys, crc, last = [0], [], [], -1
+    with open_container(part) as container:
+        stream = video_stream(container)
+        codec, extradata = stream.codec_context.codec.canonical_name, bytes(stream.codec_context.extradata or b"")
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if not crc:
+                offset[0] = packet.pos or 0
+            if packet.pos != offset[-1] or packet.pts is None or packet.pts <= last:
+                raise VideoError(f"the encoder's packet {len(crc)} does not follow the one before it")
+            last = packet.pts
+            offset.append(packet.pos + packet.size)
+            keys.append(packet.is_keyframe)
+            crc.append(zlib.crc32(bytes(packet)))
+    if not crc:
+        raise VideoError("the encoder made no frame")
+    return np.array(offset, np.int64), np.array(keys, bool), np.array(crc, np.uint32), codec, extradata
+
+
+def _quality(part: str, copy: CopyMap, sample: dict[int, np.ndarray]) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of the sampled frames, read as a loader reads them."""
+    positions = np.array(sorted(sample), np.int64)
+    view = View(resize=(copy.height, copy.width))
+    values: list[tuple[float, float]] = []
+    descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for position, (frame, renderer) in zip(
+            positions.tolist(), decode_copy(descriptor, copy, positions), strict=True
+        ):
+            picture = renderer.render(frame, view)
+            values.append((psnr(picture, sample[position]), ssim(picture, sample[position])))
+    finally:
+        os.close(descriptor)
+    means = np.mean(values, axis=0)
+    return {"psnr": round(float(means[0]), 3), "ssim": round(float(means[1]), 5), "frames": len(values)}
+
+
+def copy_job(message: dict[str, Any], progress: Callable[[], None]) -> dict[str, Any]:
+    """What a child process does with a message {"source", "part", "target", "options"}: a row for the report."""
+    options = CopyOptions.model_validate(message["options"])
+    copy = make_copy(message["source"], message["part"], message["target"], options, progress)
+    return copy_row(copy, os.stat(message["target"]).st_size)
+
+
+def copy_row(copy: CopyMap, size: int) -> dict[str, Any]:
+    """What the report says of a copy."""
+    source = copy.source
+    return {
+        "frames": len(copy),
+        "seconds": round(copy.seconds, 3),
+        "source_bytes": source.size,
+        "source_mtime_ns": source.mtime_ns,
+        "copy_bytes": size,
+        "width": copy.width,
+        "height": copy.height,
+        "psnr": copy.quality.get("psnr"),
+        "ssim": copy.quality.get("ssim"),
+        "note": source.note,
+    }
+

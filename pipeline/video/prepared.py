@@ -1,0 +1,261 @@
+"""Frames of prepared copies, asked for as frames of their sources.
+
+A copy is decoded without opening its container: its map says which bytes to read and how the decoder is set
+up, so that a clip costs one read and the frames from the key frame before it. Timestamps of the copy are
+never looked at; copy frame k is the source frame that the map names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import av
+import numpy as np
+
+from ..errors import StoreMismatchError, UsageError, VideoError
+from .clips import Frames, fill_damaged
+from .container import reason
+from .copymap import CopyMap, map_of
+from .geometry import Renderer, View
+
+MARKER = "prepared.json"
+FORMAT = "distinit prepared copies"
+ENDING = ".mp4"
+_DECODERS = 8  # set up and kept in each thread: copies of one size and one set of options share one
+
+
+@dataclass(frozen=True)
+class PreparedCorpus:
+    """The copies of one corpus, below `root` under the paths of their sources."""
+
+    root: str
+
+    def path(self, relative: str) -> str:
+        """Where the copy of a video lies, by the video's path relative to its corpus."""
+        return os.path.join(self.root, copy_name(relative))
+
+
+def copy_name(relative: str) -> str:
+    """`a/b.avi` → `a/b.avi.mp4`. Lists may lead out of their folder; their copies stay below it.
+
+        >>> copy_name("../other/c.mp4")
+        '%2E%2E/other/c.mp4.mp4'
+    """
+    parts = ("%2E%2E" if part == ".." else part for part in relative.split("/") if part not in ("", "."))
+    return "/".join(parts) + ENDING
+
+
+def prepared_corpora(moved: Mapping[str, str]) -> dict[str, PreparedCorpus]:
+    """Of the folders where corpora lie now (corpus → folder), those that hold copies made by `prepare`.
+
+    A folder of copies of a single corpus serves that corpus under any name. Also a corpus' own folder inside
+    may be named. Raises UsageError if a folder of copies has none of the corpus.
+    """
+    found = {}
+    for name, folder in moved.items():
+        marker = read_marker(folder)
+        if marker is not None:
+            held = list(marker["corpora"])
+            own = name if name in held else held[0] if len(held) == 1 else None
+            if own is None:
+                raise UsageError(f"--videos {name}={folder}: the copies there are of {', '.join(held) or 'no corpus'}")
+            found[name] = PreparedCorpus(os.path.join(os.path.abspath(folder), own))
+            continue
+        above, own = os.path.split(os.path.abspath(folder))
+        marker = read_marker(above)
+        if marker is not None and own in marker["corpora"]:
+            found[name] = PreparedCorpus(os.path.abspath(folder))
+    return found
+
+
+def read_marker(folder: str | os.PathLike[str]) -> dict[str, dict[str, object]] | None:
+    """What `prepare` says of a folder of copies ("options", "corpora"); None where it did not make it.
+
+    Raises UsageError where the marker cannot be read.
+    """
+    path = os.path.join(folder, MARKER)
+    try:
+        with open(path, encoding="utf-8") as file:
+            marker = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(marker, dict) or marker.get("format") != FORMAT or marker.get("version") != 1:
+        raise UsageError(f"{path}: expected format {FORMAT!r}, version 1")
+    return marker
+
+
+def read_copy(
+    path: str,
+    indices: np.ndarray,
+    view: View | None,
+    *,
+    expect: tuple[np.ndarray, np.ndarray] | None = None,
+    digest: str | None = None,
+) -> Frames:
+    """As `clips.read_frames` of the source, out of its copy: the frames int64 [L] at `indices` of the source.
+
+    expect: (indices, pts), int64 each, of the source. digest: the source's identity. The result's pts and
+    total are the source's; view is applied to the size that the source has on display.
+
+    Raises VideoError with the reason, and StoreMismatchError if the copy is not of the source that `expect`
+    or `digest` describe.
+    """
+    wanted = np.asarray(indices, np.int64).ravel()
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise VideoError(f"no copy ({reason(error)}): status.csv of `distinit prepare` says why") from error
+    try:
+        found = map_of(descriptor, path)
+        if digest is not None and digest != found.source.digest:
+            raise StoreMismatchError(
+                f"a copy of another file: made from one with digest {found.source.digest}, "
+                f"the teachers saw one with digest {digest}"
+            )
+        if expect is not None:
+            _check(found, expect)
+        return _frames(descriptor, found, wanted, view, expect[0] if expect is not None else wanted[:0])
+    finally:
+        os.close(descriptor)
+
+
+def _check(found: CopyMap, expect: tuple[np.ndarray, np.ndarray]) -> None:
+    """The map's pts of the expected frames must be the expected ones; one that was damaged has none."""
+    at = np.searchsorted(found.index, expect[0])
+    for place, index, pts in zip(at.tolist(), *(column.tolist() for column in expect), strict=True):
+        if place < len(found) and found.index[place] == index and found.pts[place] != pts:
+            raise StoreMismatchError(
+                f"frame {index} has pts {pts} in the store, in the file that was copied it has {found.pts[place]}"
+            )
+        if index >= found.source.frames:
+            total = found.source.frames
+            raise StoreMismatchError(f"frame {index} is in the store, the file that was copied has {total} frames")
+
+
+def _frames(descriptor: int, found: CopyMap, wanted: np.ndarray, view: View | None, required: np.ndarray) -> Frames:
+    source = found.source
+    distinct, place = np.unique(wanted, return_inverse=True)
+    if len(distinct) == 0:
+        raise VideoError("no frames were asked for")
+    if distinct[0] < 0 or distinct[-1] >= source.frames:
+        raise VideoError(f"frames {distinct[0]}–{distinct[-1]} wanted, the video has {source.frames}")
+    at = np.minimum(np.searchsorted(found.index, distinct), len(found) - 1)
+    there = found.index[at] == distinct  # not there: damaged in the source
+    if not there.any():
+        raise VideoError(f"frame {distinct[0]} cannot be decoded: damaged data in the source")
+    display = (source.height, source.width)
+    images = np.empty((len(distinct), *(view.shape(*display) if view is not None else display), 3), np.uint8)
+    rows = np.flatnonzero(there)
+    copies = decode_copy(descriptor, found, at[rows])
+    for row, (frame, renderer) in zip(rows, copies, strict=True):
+        renderer.render(frame, view, out=images[row], display=display)
+    pts = np.where(there, found.pts[at], 0)
+    if not there.all():
+        fill_damaged(images, pts, there, distinct, required)
+    return Frames(images[place], pts[place], source.frames, int(np.sum(~there[place])))
+
+
+def decode_copy(descriptor: int, found: CopyMap, positions: np.ndarray) -> Iterator[tuple[av.VideoFrame, Renderer]]:
+    """The copy's own frames at `positions` int64 [n], ascending and distinct, with a renderer for them.
+
+    Raises VideoError if a packet is not what it was when the copy was made, or does not decode.
+    """
+    decoder = _decoder(found)
+    keys = np.flatnonzero(found.key)
+    entries = keys[np.searchsorted(keys, positions, side="right") - 1]
+    first = 0
+    while first < len(positions):
+        # One stretch: as long as the next frame's group is the same, or begins where this one is left.
+        last = first
+        while last + 1 < len(positions) and entries[last + 1] <= positions[last] + 1:
+            last += 1
+        yield from decoder.stretch(descriptor, found, int(entries[first]), positions[first : last + 1].tolist())
+        first = last + 1
+
+
+class _Decoder:
+    """A decoder that stays set up from one copy to the next, and the renderer of its frames."""
+
+    def __init__(self, found: CopyMap) -> None:
+        context = av.CodecContext.create(found.codec, "r")
+        context.extradata = found.extradata
+        context.thread_type = "NONE"
+        context.thread_count = 1
+        self._context = context
+        self.renderer = Renderer()
+
+    def stretch(
+        self, descriptor: int, found: CopyMap, entry: int, positions: list[int]
+    ) -> Iterator[tuple[av.VideoFrame, Renderer]]:
+        """Decode from key frame `entry` to the last of `positions`, all of which come out in order."""
+        offset = found.offset[entry : positions[-1] + 2].tolist()
+        data = _read(descriptor, offset[0], offset[-1])
+        self._flush()
+        queue = positions[::-1]
+        for k, (start, stop) in enumerate(zip(offset, offset[1:], strict=False)):
+            packet = data[start - offset[0] : stop - offset[0]]
+            if zlib.crc32(packet) != found.crc[entry + k]:
+                raise VideoError(f"the copy is damaged at its frame {entry + k}: the checksum is wrong")
+            for frame in self._decode(packet, entry + k):
+                if queue and frame.pts == queue[-1]:
+                    queue.pop()
+                    yield frame, self.renderer
+        for frame in self._decode(None, positions[-1]) if queue else ():
+            if queue and frame.pts == queue[-1]:
+                queue.pop()
+                yield frame, self.renderer
+        if queue:
+            raise VideoError(f"the copy's frame {queue[-1]} does not decode")
+
+    def _decode(self, data: bytes | None, position: int) -> list[av.VideoFrame]:
+        packet = None
+        if data is not None:
+            packet = av.Packet(data)
+            packet.pts = position  # comes out again with the frame: the copy's own clock is not used
+        try:
+            return self._context.decode(packet)
+        except av.FFmpegError as error:
+            raise VideoError(f"the copy is damaged at its frame {position}: {reason(error)}") from error
+
+    def _flush(self) -> None:
+        if self._context.is_open:
+            self._context.flush_buffers()
+
+
+class _Kept(threading.local):
+    """The decoders of one thread, the one used last at the end."""
+
+    def __init__(self) -> None:
+        self.decoders: OrderedDict[tuple[str, bytes], _Decoder] = OrderedDict()
+
+
+_kept = _Kept()
+
+
+def _decoder(found: CopyMap) -> _Decoder:
+    key = (found.codec, found.extradata)
+    decoders = _kept.decoders
+    if key not in decoders:
+        decoders[key] = _Decoder(found)
+        if len(decoders) > _DECODERS:
+            decoders.popitem(last=False)
+    decoders.move_to_end(key)
+    return decoders[key]
+
+
+def _read(descriptor: int, start: int, stop: int) -> bytes:
+    try:
+        data = os.pread(descriptor, stop - start, start)
+    except OSError as error:
+        raise VideoError(reason(error)) from error
+    if len(data) < stop - start:
+        raise VideoError("the copy was cut off while it was read")
+    return data
