@@ -30,7 +30,7 @@ from ..pipeline.errors import DistInitError, UsageError
 C = TypeVar("C", bound=Options)
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-SECTIONS = ("extract-targets", "train-student", "finetune", "evaluate", "report", "demo")
+SECTIONS = ("prepare", "extract-targets", "train-student", "finetune", "evaluate", "report", "demo")
 
 
 def load_config(

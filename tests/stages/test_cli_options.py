@@ -20,6 +20,7 @@ from distinit.stages.config import CONF, SECTIONS, known_keys, load_config, pres
 
 MODELS = {
     "demo": ("demo", "DemoConfig"),
+    "prepare": ("prepare", "PrepareConfig"),
     "extract-targets": ("extract_targets", "ExtractConfig"),
     "train-student": ("train_student", "TrainConfig"),
     "finetune": ("finetune", "FinetuneConfig"),
