@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from ..corpus.sources import escape_path
 from ..errors import StoreMismatchError, TrainingError, VideoError
-from ..video.clips import read_frames
+from ..video.clips import Frames, read_frames
+from ..video.prepared import prepared_corpora, read_copy
 from ..video.transforms import ClipView, center_crop, crop_and_flip
 from .loader import Key
 from .sampler import Draw, TargetSampler
@@ -33,13 +34,15 @@ class StudentClips(Dataset[Any]):
     A video that cannot be read, or is not the one the teachers saw, is drawn again; the caller counts them.
     A held-out one (a `fixed` sampler) is None instead. Raises TrainingError after 20 failures for a sample.
 
-    moved: corpus → folder where it lies now.
+    moved: corpus → folder where it lies now, or of copies by `distinit prepare`, which are read in place of
+    the originals: the same draws, targets and frames. UsageError if such a folder has none of the corpus.
     """
 
     def __init__(self, sampler: TargetSampler, view: ClipView, moved: Mapping[str, str] | None = None) -> None:
         self.sampler = sampler
         self.view = view
         self.moved = dict(moved or {})
+        self.copies = prepared_corpora(self.moved)
         self._failed: dict[int, str] = {}
         self._seen = np.zeros(0, bool)
 
@@ -64,8 +67,18 @@ class StudentClips(Dataset[Any]):
             rejected += draw.rejected
 
     def name(self, video: int) -> str:
-        """The path of a video, as text that can be printed."""
-        return escape_path(self.sampler.store.video_path(video, self.moved))
+        """The path of a video or of its copy, as text that can be printed."""
+        return escape_path(self._path(video)[0])
+
+    def _path(self, video: int) -> tuple[str, bool]:
+        """Where the frames of a video are read, and whether that is a copy."""
+        store = self.sampler.store
+        if not self.copies:
+            return store.video_path(video, self.moved), False
+        corpus = store.index.corpora[int(store.column("corpus")[video])]["name"]
+        if corpus not in self.copies:
+            return store.video_path(video, self.moved), False
+        return self.copies[corpus].path(store.video_path(video, {corpus: ""})), True
 
     def _read(self, draw: Draw) -> torch.Tensor | str:
         """uint8 [C, T, H, W], or why it cannot be read. A failure is remembered, and comes to the same as
@@ -78,13 +91,7 @@ class StudentClips(Dataset[Any]):
         if len(self._seen) == 0:
             self._seen = np.zeros(store.n_videos, bool)
         try:
-            frames = read_frames(
-                store.video_path(draw.video, self.moved),
-                draw.indices,
-                self.view.frame_view(),
-                expect=self._expected(draw),
-                digest=None if self._seen[draw.video] else store.digest(draw.video) or None,
-            )
+            frames = self._frames(draw)
         except (VideoError, StoreMismatchError) as error:
             self._failed[draw.video] = str(error)
             return str(error)
@@ -95,6 +102,14 @@ class StudentClips(Dataset[Any]):
         top = int(draw.top * (images.shape[1] - self.view.size + 1))
         left = int(draw.left * (images.shape[2] - self.view.size + 1))
         return crop_and_flip(images, top, left, self.view.size, draw.flip)
+
+    def _frames(self, draw: Draw) -> Frames:
+        path, copied = self._path(draw.video)
+        digest, view = self.sampler.store.digest(draw.video) or None, self.view.frame_view()
+        if copied:  # its map has the digest of the source
+            return read_copy(path, draw.indices, view, expect=self._expected(draw), digest=digest)
+        digest = None if self._seen[draw.video] else digest
+        return read_frames(path, draw.indices, view, expect=self._expected(draw), digest=digest)
 
     def _expected(self, draw: Draw) -> tuple[Any, Any] | None:
         """(indices, pts) of the picked frames: the clip must show the frames that the teachers saw. A frame
