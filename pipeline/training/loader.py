@@ -97,7 +97,10 @@ def read_batches(
                     raise batch
                 yield batch
     finally:
-        del iterator  # asks the workers to end, and waits
+        # What the iterator does when it is collected; the traceback of an error may keep it alive. Until it
+        # has let go of its workers, the end of one raises an error wherever the main process is.
+        if started:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
         for process in started:
             if process.is_alive():
                 process.kill()
