@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..pipeline.teachers.teacher import Teacher
     from .extract_targets import ExtractConfig
 
+STARTS = 3  # of a local cluster, before the run is given up
 IN_FLIGHT = 2  # tasks a worker holds: one at work, one waiting
 
 
@@ -168,13 +169,20 @@ def _local_cluster(workers: int | None) -> LocalCluster:
     resource_tracker.ensure_running()  # where it has to be started later, Python unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=":0",
-            silence_logs=logging.ERROR,  # a worker that is restarted, or slow to end, costs nothing
-        )
+        starts = 0
+        while True:
+            starts += 1
+            try:
+                return LocalCluster(
+                    n_workers=workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    dashboard_address=":0",
+                    silence_logs=logging.ERROR,  # a worker that is restarted, or slow to end, costs nothing
+                )
+            except RuntimeError as error:  # a worker died before it was up
+                if starts == STARTS:
+                    raise DistInitError(f"--workers {workers}: the workers do not start ({error})") from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
