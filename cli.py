@@ -26,6 +26,7 @@ videos --> extract-targets --> targets.zarr --> train-student --> finetune --> r
 
 RESUME_HINTS = {
     "demo": "interrupted; the same command goes on where it stopped",
+    "prepare": "interrupted; the same command goes on where it stopped",
     "extract-targets": "interrupted; the same command goes on where it stopped",
     "train-student": "interrupted; the same command with --resume goes on from the last checkpoint",
     "finetune": "interrupted; the same command with --resume goes on from the last checkpoint",
@@ -60,6 +61,37 @@ def demo(**given: Any) -> None:
     not done yet.
     """
     run_stage("demo", "DemoConfig", "demo", given)
+
+
+@cli.command(
+    epilog=examples(
+        "distinit prepare clips/ --out small/",
+        "distinit prepare k400=/data/kinetics @more.txt --out small/ --short-side 160 --gop 8 --crf 18",
+        "distinit train-student --targets targets.zarr --videos clips=small/ --out runs/student",
+    ),
+)
+@key_argument("sources", key="sources", nargs=-1, metavar="SOURCE...")
+@key_option("--out", key="out", metavar="DIR", help="The folder of copies: made, or gone on with.")
+@key_option("--short-side", key="copies.short_side", shown=128, type=int, metavar="PX", help="At most the source's.")
+@key_option("--gop", key="copies.gop", shown=12, type=int, metavar="N", help="Most frames between key frames.")
+@key_option("--crf", key="copies.crf", shown=20, type=int, metavar="Q", help="x264's quality: lower is better, larger.")
+@key_option("--workers", key="workers", type=int, metavar="N", help="Processes.  [default: one a core]")
+@key_option(
+    "--timeout", key="timeout_s", shown=120.0, type=float, metavar="S", help="Seconds of silence that fail a video."
+)
+@key_option("--memory", key="memory_gb", shown=4.0, type=float, metavar="GB", help="Address space of a process.")
+@key_flag("--retry-failed", key="retry_failed", help="Try the videos again that failed before.")
+@key_flag("--replace", key="replace", help="Make copies again that were made with other options.")
+@config_options
+@screen_options
+def prepare(**given: Any) -> None:
+    """Small copies of videos that clips are read from several times faster.
+
+    A SOURCE is what extract-targets takes. Each copy carries a map to its source's frames, so that targets
+    of the originals fit it: give the folder to train-student --videos. An interrupted run goes on with the
+    same command; DIR/status.csv has a line a video.
+    """
+    run_stage("prepare", "PrepareConfig", "prepare", given)
 
 
 @cli.command(
@@ -144,6 +176,12 @@ def demo(**given: Any) -> None:
     type=int,
     metavar="R",
     help="Rows of a shard, a multiple of 256.  [default: by the size, 512 to 16384]",
+)
+@key_option(
+    "--encoding",
+    key="encoding",
+    type=Choices("float16", "int8"),
+    help="How a new teacher's logits are kept; int8 halves the store.  [default: float16]",
 )
 @key_option("--workers", key="workers", type=int, metavar="N", help="Extract in N dask worker processes.")
 @key_option("--scheduler", key="scheduler", metavar="ADDRESS", help="Extract on an existing dask.distributed cluster.")

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..pipeline.corpus.sources import VideoList
 from ..pipeline.errors import UsageError
+from ..pipeline.targets.encoding import DEFAULT, row_bytes
 from ..pipeline.teachers.teacher import Teacher
 from ..pipeline.video.pool import Block, DecodeJob, DecodePool
 from ..pipeline.video.probe import Probe
@@ -42,7 +43,8 @@ def dry_run(
     asked = config.sampling or Sampling()
     options = [asked, *(s for s in _others() if s != asked)]
     teacher_s = sum(_seconds_a_row(t, config.batch_size, screen) for t in teachers.values())
-    width = sum(2 * len(t.classes) + 4 for t in teachers.values())
+    encoding = config.encoding or DEFAULT
+    width = sum(row_bytes(len(t.classes), encoding) + 4 for t in teachers.values())
     rows_out: list[dict[str, Any]] = []
     with DecodePool(processes=config.decoders or default_decoders(device), views=views) as pool:
         paths = [videos.absolute(i) for i in chosen]

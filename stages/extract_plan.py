@@ -195,7 +195,7 @@ def tasks(plan: StorePlan, shards: Sequence[int], teachers: Sequence[str]) -> It
     for shard in shards:
         mine = order[begin[shard] : begin[shard + 1]]
         there = shard in index.frame_commits
-        lacking = tuple(t for t in teachers if shard not in index.teachers[t].shards)
+        lacking = {t: index.teachers[t].encoding for t in teachers if shard not in index.teachers[t].shards}
         if there:
             mine = mine[index.state[mine] == OK]
         rows_there = int(index.rows[mine].sum()) if there else 0

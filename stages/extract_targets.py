@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from ..pipeline.config import Options
 from ..pipeline.corpus.sources import VideoList, list_videos
 from ..pipeline.devices import resolve_device
 from ..pipeline.errors import StoreError, UsageError
+from ..pipeline.targets.encoding import Encoding
 from ..pipeline.targets.index import FAILED, OK, PENDING
 from ..pipeline.targets.shard import ShardResult
 from ..pipeline.targets.writer import StoreWriter
@@ -54,6 +56,7 @@ class ExtractConfig(Options):
     timeout_s: float = Field(120, gt=0)
     memory_gb: float = Field(4, gt=0)
     shard_rows: int | None = None
+    encoding: Encoding | None = None
     retry_failed: bool = False
     accept_run: bool = False
     workers: int | None = Field(None, ge=1)
@@ -85,6 +88,7 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
     views = list(dict.fromkeys(t.view for t in teachers.values()))
     decoders = config.decoders or default_decoders(device)
     with ExitStack() as stack:
+        stack.enter_context(_naming(config.out))
         writer = stack.enter_context(
             StoreWriter(config.out, sampling=sampling.model_dump(), shard_rows=config.shard_rows)
         )
@@ -110,7 +114,9 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
                 "provenance": teacher.provenance(),
                 "run": run,
             }
-            writer.add_teacher(name, teacher.classes, attributes, accept_run=config.accept_run)
+            writer.add_teacher(
+                name, teacher.classes, attributes, encoding=config.encoding, accept_run=config.accept_run
+            )
         began = time.monotonic()
         fill = stack.enter_context(_filling(config, writer, teachers, pool, views, device, decoders, screen))
         done = 0
@@ -240,6 +246,17 @@ class _threads:
 
     def __exit__(self, *exc: object) -> None:
         torch.set_num_threads(self.before)
+
+
+@contextmanager
+def _naming(store: Path) -> Iterator[None]:
+    """Let a full disk say which: what writes below does not know."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+            error.filename = str(store)
+        raise
 
 
 def _beside(store: Path) -> Path:

@@ -9,6 +9,7 @@ Shapes: B rows of a batch, H W pixels of a view, K classes of a teacher.
 
 from __future__ import annotations
 
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,14 +22,13 @@ from numpy.typing import NDArray
 from ..pipeline.errors import VideoError
 from ..pipeline.targets import format as fmt
 from ..pipeline.targets.average import entropy
+from ..pipeline.targets.encoding import Encoding, decode, divergence, encode, error_record, storable
 from ..pipeline.targets.shard import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
 from ..pipeline.teachers.teacher import Teacher
 from ..pipeline.video.container import digest
 from ..pipeline.video.geometry import View
 from ..pipeline.video.pool import Block, DecodeJob, DecodePool, Done, Failed
 from ..pipeline.video.sampling import Sampling
-
-FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class SegmentTask:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard: its segments in order and the teachers whose rows it lacks."""
+    """One shard: its segments in order and the teachers whose rows it lacks, with the encoding of each."""
 
     shard: int
     segments: tuple[SegmentTask, ...]
-    teachers: tuple[str, ...]
+    teachers: dict[str, Encoding]
     frames_there: bool
     rows_there: int = 0
 
@@ -72,14 +72,17 @@ class _Outcome:
 
 @dataclass
 class _Rows:
-    """Working arrays of one shard, in decoding order; rows of failed segments are dropped at the end."""
+    """Working arrays of one shard, in decoding order; rows of failed segments are dropped at the end.
+
+    stored: of each teacher its arrays as the store keeps them, by name.
+    """
 
     index: NDArray[np.int64]
     pts: NDArray[np.int64]
     video: NDArray[np.int32]
-    logits: dict[str, NDArray[np.float16]]
-    entropy: dict[str, NDArray[np.float32]]
-    finite: dict[str, NDArray[np.bool_]]
+    stored: dict[str, dict[str, NDArray[Any]]]
+    error: dict[str, NDArray[np.float32]]
+    good: dict[str, NDArray[np.bool_]]
     used: int = 0
     outcomes: list[_Outcome] = field(default_factory=list)
 
@@ -142,20 +145,29 @@ class ShardFiller:
             rows.outcomes.append(outcome)
             self.advance(outcome.stop - outcome.start)
         self._run_teachers(task, rows, pending)
-        return self._stage(task, rows)
+        folder = new_staging(self.root, task.shard)
+        try:
+            return self._stage(task, rows, folder)
+        except BaseException:  # a full disk above all: leave what space there is to the next attempt
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _allocate(self, task: ShardTask) -> _Rows:
         # A file whose probe failed has bound 0 and may yield rows all the same: then the arrays grow.
         n = sum(s.bound for s in task.segments)
-        classes = {name: len(self.teachers[name].classes) for name in task.teachers}
         return _Rows(
             np.empty(n, np.int64),
             np.empty(n, np.int64),
             np.empty(n, np.int32),
-            {name: np.empty((n, k), np.float16) for name, k in classes.items()},
-            {name: np.empty(n, np.float32) for name in classes},
-            {name: np.empty(n, np.bool_) for name in classes},
+            {name: {a: np.empty((n, *s.row), s.dtype) for a, s in self._specs(task, name)} for name in task.teachers},
+            {name: np.empty(n, np.float32) for name in task.teachers},
+            {name: np.empty(n, np.bool_) for name in task.teachers},
         )
+
+    def _specs(self, task: ShardTask, name: str) -> list[tuple[str, fmt.ArraySpec]]:
+        """A teacher's arrays by name."""
+        specs = fmt.teacher_specs(name, len(self.teachers[name].classes), task.teachers[name])
+        return [(spec.path.split("/")[-1], spec) for spec in specs]
 
     def _take(self, task: ShardTask, rows: _Rows, segment: SegmentTask, block: Block, pending: int) -> int:
         """Copy a block's frames into the batch, running the teachers whenever it is full."""
@@ -180,10 +192,14 @@ class ShardFiller:
         at = slice(rows.used - count, rows.used)
         for name in task.teachers:
             logits = self.teachers[name].logits(self._batch[self.view_of[name]]).numpy()[:count]
-            rows.finite[name][at] = np.isfinite(logits).all(1) & (np.abs(logits) <= FLOAT16_MAX).all(1)
-            with np.errstate(all="ignore"):
-                rows.entropy[name][at] = entropy(logits)
-                rows.logits[name][at] = logits.astype(np.float16)
+            encoding, stored = task.teachers[name], rows.stored[name]
+            rows.good[name][at] = storable(logits)
+            encoded = encode(logits, encoding)
+            for array, values in encoded.items():
+                stored[array][at] = values
+            with np.errstate(all="ignore"):  # rows that are not storable
+                stored["entropy"][at] = entropy(logits)
+                rows.error[name][at] = divergence(logits, decode(encoded, encoding))
 
     def _conclude(self, outcome: _Outcome, event: Done | Failed, rows: _Rows) -> None:
         segment = outcome.task
@@ -198,7 +214,9 @@ class ShardFiller:
         except VideoError as error:
             outcome.failed = str(error)
             return
-        if now != segment.digest:
+        if not segment.digest:
+            outcome.failed = "could not be read when it was listed; --retry-failed tries it again"
+        elif now != segment.digest:
             outcome.failed = "the file changed after it was listed"
         elif segment.there is not None:
             index, pts = segment.there
@@ -210,28 +228,28 @@ class ShardFiller:
         elif n == 0:
             outcome.failed = event.note or "no frame could be decoded"
 
-    def _stage(self, task: ShardTask, rows: _Rows) -> ShardResult:
-        folder = new_staging(self.root, task.shard)
+    def _stage(self, task: ShardTask, rows: _Rows, folder: Path) -> ShardResult:
         frames, place = self._stage_frames(task, rows, folder)
         teachers: dict[str, TeacherPart] = {}
         for name in task.teachers:
             part = TeacherPart()
-            logits = np.full((place.total, len(self.teachers[name].classes)), np.nan, np.float16)
-            entropies = np.full(place.total, np.nan, np.float32)
+            full = {a: np.full((place.total, *s.row), s.fill, s.dtype) for a, s in self._specs(task, name)}
+            errors: list[NDArray[np.float32]] = []
             for outcome, first in place.kept:
                 at = slice(outcome.start, outcome.stop)
-                if not rows.finite[name][at].all():
-                    frame = int(rows.index[at][~rows.finite[name][at]][0])
+                if not rows.good[name][at].all():
+                    frame = int(rows.index[at][~rows.good[name][at]][0])
                     part.failed[outcome.task.id] = f"the teacher's logits of frame {frame} are not finite"
                     continue
-                logits[first : first + at.stop - at.start] = rows.logits[name][at]
-                entropies[first : first + at.stop - at.start] = rows.entropy[name][at]
+                for array, values in full.items():
+                    values[first : first + at.stop - at.start] = rows.stored[name][array][at]
+                errors.append(rows.error[name][at])
                 part.rows += at.stop - at.start
+            part.error = error_record(np.concatenate(errors or [np.empty(0, np.float32)]))
             if task.frames_there:
                 part.failed.update({o.task.id: o.failed for o in rows.outcomes if o.failed})
-            of_logits, of_entropy = fmt.teacher_specs(name, logits.shape[1])
-            part.files += stage_array(folder, of_logits, task.shard, logits, self.shard_rows)
-            part.files += stage_array(folder, of_entropy, task.shard, entropies, self.shard_rows)
+            for array, spec in self._specs(task, name):
+                part.files += stage_array(folder, spec, task.shard, full[array], self.shard_rows)
             teachers[name] = part
         return ShardResult(task.shard, frames, teachers, str(folder))
 
@@ -288,6 +306,7 @@ def _double(rows: _Rows) -> None:
         return np.concatenate([a, np.empty((grow, *a.shape[1:]), a.dtype)])
 
     rows.index, rows.pts, rows.video = more(rows.index), more(rows.pts), more(rows.video)
-    for arrays in (rows.logits, rows.entropy, rows.finite):
+    groups: list[dict[str, Any]] = [*rows.stored.values(), rows.error, rows.good]
+    for arrays in groups:
         for name in arrays:
             arrays[name] = more(arrays[name])

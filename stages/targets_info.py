@@ -60,6 +60,12 @@ def targets_info(store_path: str | Path, screen: Screen, *, list_failed: bool = 
     return info
 
 
+def _kept(teacher: dict[str, Any]) -> str:
+    """The encoding and what it costs."""
+    error = teacher["encoding_error"]["kl_mean"]
+    return teacher["encoding"] + (f", KL {error:.0e}" if error is not None else "")
+
+
 def _bytes(store: TargetStore) -> int:
     """What the store's files take; of a remote store, its committed shards alone."""
     if isinstance(store.files, LocalFiles):
@@ -94,6 +100,8 @@ def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
         "classes": len(record.classes),
         "identity": record.identity,
         "run": record.run,
+        "encoding": record.encoding,
+        "encoding_error": store.encoding_error(name),
         **_counts(store.index.teacher_state(name)),
         "rows": len(store.committed_rows(name)),
         "entropy_nats": {
@@ -129,7 +137,7 @@ def _show(info: dict[str, Any], screen: Screen) -> None:
         corpora.add_row(c["name"], c["root"], *(f"{c[k]:,}" for k in ("ok", "failed", "pending", "rows")))
     screen.table(corpora)
     teachers = Table("teacher", "weights")
-    for column in ("classes", "frames", "entropy median", "5 % to 95 %"):
+    for column in ("classes", "frames", "kept as", "entropy median", "5 % to 95 %"):
         teachers.add_column(column, justify="right")
     teachers.add_column("most frequent")
     for t in info["teachers"]:
@@ -138,7 +146,7 @@ def _show(info: dict[str, Any], screen: Screen) -> None:
         labels = ", ".join(f"{m['class']} {m['share']:.0%}" for m in t["most_frequent"][:4])
         weights = str(t["identity"].get("weights", ""))
         median = f"{e['q50']:.2f} nats" if t["rows"] else "–"
-        teachers.add_row(t["name"], weights, f"{t['classes']:,}", f"{t['rows']:,}", median, spread, labels)
+        teachers.add_row(t["name"], weights, f"{t['classes']:,}", f"{t['rows']:,}", _kept(t), median, spread, labels)
     screen.table(teachers)
     failures = Counter(info["failures"])
     for t in info["teachers"]:

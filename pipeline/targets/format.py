@@ -21,6 +21,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from ..errors import StoreError
+from .encoding import DEFAULT, Encoding, arrays_of
 from .files import LocalFiles, StoreFiles, store_files
 
 FORMAT = "distinit-targets"
@@ -76,14 +77,16 @@ def frame_specs() -> list[ArraySpec]:
     return [ArraySpec(f"frames/{n}", t, f, ("frame",), (), TABLE_CHUNK, True) for n, t, f in kinds]
 
 
-def teacher_specs(name: str, classes: int) -> list[ArraySpec]:
-    """The rows of one teacher: logits [frame, class] and entropy [frame] in nats."""
-    nan = float("nan")
+def teacher_specs(name: str, classes: int, encoding: Encoding = DEFAULT) -> list[ArraySpec]:
+    """The rows of one teacher: the arrays of `encoding` for logits [frame, class]; entropy [frame] in nats."""
+    nan, fill = float("nan"), 0 if encoding == "int8" else float("nan")
+    logits = ArraySpec(
+        f"teachers/{name}/logits", encoding, fill, ("frame", "class"), (classes,), LOGITS_CHUNK, True
+    )
+    others = [*arrays_of(encoding)[1:], "entropy"]
     return [
-        ArraySpec(
-            f"teachers/{name}/logits", "float16", nan, ("frame", "class"), (classes,), LOGITS_CHUNK, True
-        ),
-        ArraySpec(f"teachers/{name}/entropy", "float32", nan, ("frame",), (), TABLE_CHUNK, True),
+        logits,
+        *(ArraySpec(f"teachers/{name}/{n}", "float32", nan, ("frame",), (), TABLE_CHUNK, True) for n in others),
     ]
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import StoreError
 from . import format as fmt
+from .encoding import DEFAULT, Encoding, check_encoding
 from .files import StoreFiles, store_files
 
 PENDING, OK, FAILED, MOVED = 0, 1, 2, 3
@@ -24,6 +25,7 @@ STATUS = {PENDING: "pending", OK: "ok", FAILED: "failed"}
 class TeacherCommits:
     """Shards of one teacher that exist, and its own failures by segment."""
 
+    encoding: Encoding = DEFAULT
     shards: set[int] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)
     commits: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -134,8 +136,14 @@ def load_index(where: Path | StoreFiles) -> StoreIndex:
     shards = [f"{i:06d}" for i in range(n_shards)]
     for name, node in fmt.read_nodes(files, "commits/frames", shards).items():
         add_frame_commit(index, int(name), node)
+    encodings = {
+        name: check_encoding(node.get("encoding"), f"{files.name}/teachers/{name}")
+        for name, node in fmt.read_nodes(files, "teachers", teachers).items()
+    }
     for name in teachers:
-        index.teachers[name] = TeacherCommits()
+        if name not in encodings:
+            raise StoreError(f"{files.name}/teachers/{name}: a plan names this teacher, but it is missing")
+        index.teachers[name] = TeacherCommits(encodings[name])
         for shard, node in fmt.read_nodes(files, f"commits/teachers/{name}", shards).items():
             add_teacher_commit(index, name, int(shard), node)
     return index

@@ -10,12 +10,14 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
 from . import format as fmt
+from .encoding import error_record
 from .shardfile import digest_bytes
 
 
@@ -46,9 +48,10 @@ class FramesPart:
 
 @dataclass
 class TeacherPart:
-    """One teacher's rows of one shard."""
+    """One teacher's rows of one shard; `error` is what `encoding.error_record` says of them."""
 
     rows: int = 0
+    error: dict[str, Any] = field(default_factory=lambda: error_record(np.empty(0)))
     failed: dict[int, str] = field(default_factory=dict)
     files: list[StagedFile] = field(default_factory=list)
 

@@ -23,6 +23,7 @@ from ..corpus.sources import unescape_path
 from ..errors import StoreError, StoreMismatchError, UsageError
 from ..video.sampling import Sampling
 from . import format as fmt
+from .encoding import DEFAULT, Encoding, read_logits, total_error
 from .files import LocalFiles, StoreFiles, store_files
 from .index import OK, STATUS, StoreIndex, load_index
 from .shardfile import ShardedRows
@@ -36,6 +37,7 @@ class TeacherRecord:
     classes: tuple[str, ...]
     identity: dict[str, Any]
     run: dict[str, Any]
+    encoding: Encoding = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class TargetStore:
         self.teachers: dict[str, TeacherRecord] = {}
         for name, node in fmt.read_nodes(files, "teachers", self.index.teachers).items():
             classes = tuple(str(c) for c in np.asarray(files.table(f"teachers/{name}/class")[:]))
-            self.teachers[name] = TeacherRecord(name, classes, node["identity"], node["run"])
+            self.teachers[name] = TeacherRecord(
+                name, classes, node["identity"], node["run"], self.index.teachers[name].encoding
+            )
         self._columns: dict[str, NDArray[Any]] = {}
         self._rows: dict[str, ShardedRows] = {}
 
@@ -254,12 +258,22 @@ class TargetStore:
         return self._table(name).read(rows).astype(np.int64)
 
     def logits(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
-        """Logits of rows, [n, K] float32 (stored as float16)."""
-        return self._teacher_rows(teacher, "logits").read(rows).astype(np.float32)
+        """Logits of rows, [n, K] float32, whatever the encoding they are stored in."""
+        encoding = self.teacher(teacher).encoding
+        return read_logits(lambda name: self.read_stored(teacher, name, rows), encoding)
 
     def entropy(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
         """Entropy of rows in nats at τ = 1, [n] float32, from the teacher's float32 logits."""
-        return self._teacher_rows(teacher, "entropy").read(rows).astype(np.float32)
+        return self.read_stored(teacher, "entropy", rows).astype(np.float32)
+
+    def read_stored(self, teacher: str, name: str, rows: ArrayLike) -> NDArray[Any]:
+        """Rows of one of a teacher's arrays as they are stored (`encoding.arrays_of`, `entropy`)."""
+        return self._array(f"teachers/{self.teacher(teacher).name}/{name}").read(rows)
+
+    def encoding_error(self, teacher: str) -> dict[str, Any]:
+        """KL in nats of the stored logits' softmax from the teacher's own: mean, and a bound of the 99th percentile."""
+        commits = self.index.teachers[self.teacher(teacher).name].commits.values()
+        return total_error([(c["rows"], c["error"]) for c in commits])
 
     def committed_rows(self, teacher: str) -> NDArray[np.int64]:
         """All rows that exist under a teacher, ascending."""
@@ -271,9 +285,6 @@ class TargetStore:
 
     def _table(self, name: str) -> ShardedRows:
         return self._array(f"frames/{name}")
-
-    def _teacher_rows(self, teacher: str, name: str) -> ShardedRows:
-        return self._array(f"teachers/{self.teacher(teacher).name}/{name}")
 
     def _array(self, path: str) -> ShardedRows:
         if path not in self._rows:

@@ -18,6 +18,7 @@ import zarr
 
 from ..errors import StoreError, StoreMismatchError
 from . import format as fmt
+from .encoding import DEFAULT, Encoding
 from .index import StoreIndex, add_frame_commit, add_teacher_commit, load_index
 from .plan import Segment, Stretch, assign, auto_shard_rows
 from .shard import ShardResult, StagedFile
@@ -114,24 +115,33 @@ class StoreWriter:
         return self.shard_rows
 
     def add_teacher(
-        self, name: str, classes: Sequence[str], attributes: Mapping[str, Any], *, accept_run: bool = False
+        self,
+        name: str,
+        classes: Sequence[str],
+        attributes: Mapping[str, Any],
+        *,
+        encoding: Encoding | None = None,
+        accept_run: bool = False,
     ) -> None:
         """Make room for a teacher, or check that the one of this name is the same (StoreMismatchError).
 
         `attributes` holds `identity` (what the teacher is) and `run` (batch size, precision, torch, device
         kind: what makes equal rows equal bits). `accept_run` lets another `run` continue the store; every
-        commit records its own.
+        commit records its own. `encoding` None is that of the store, of a new teacher the default.
         """
         node = self.root / "teachers" / name
         if name in self.index.teachers:
             there = fmt.read_node(node / "zarr.json")
             for key in ("identity",) if accept_run else ("identity", "run"):
                 _same(f"{self.root}: teacher {name!r}", key, there[key], attributes[key])
+            if encoding is not None:
+                _same(f"{self.root}: teacher {name!r}", "encoding", there["encoding"], encoding)
             return
+        encoding = encoding or DEFAULT
         staged = self.root / fmt.STAGING / f"teacher-{uuid.uuid4().hex[:8]}"
-        zarr.open_group(staged, mode="w", attributes={fmt.KEY: dict(attributes)})
+        zarr.open_group(staged, mode="w", attributes={fmt.KEY: {**attributes, "encoding": encoding}})
         rows = max(self.index.n_shards, 1) * self.shard_rows
-        for spec in fmt.teacher_specs(name, len(classes)):
+        for spec in fmt.teacher_specs(name, len(classes), encoding):
             leaf = fmt.ArraySpec(spec.path.split("/")[-1], *_rest(spec))
             fmt.create_array(staged, leaf, rows, self.shard_rows)
         names = zarr.open_group(staged, mode="a").create_array(
@@ -173,7 +183,7 @@ class StoreWriter:
             self._publish(part.files)
             node = {
                 "shard": shard, "teacher": name, "rows": part.rows, "failed": _keys(part.failed),
-                "files": _files(part.files), "run": dict(run), "time": _now(),
+                "error": part.error, "files": _files(part.files), "run": dict(run), "time": _now(),
             }  # fmt: skip
             if not (self.root / "commits/teachers" / name).exists():
                 fmt.write_node(self.root, f"commits/teachers/{name}", {})
@@ -218,8 +228,8 @@ class StoreWriter:
             if not (self.root / spec.path / "zarr.json").exists():
                 fmt.create_array(self.root, spec, rows, self.shard_rows)
             fmt.resize_array(self.root, spec, rows)
-        for name in self.index.teachers:
-            for spec in fmt.teacher_specs(name, 1):
+        for name, teacher in self.index.teachers.items():
+            for spec in fmt.teacher_specs(name, 1, teacher.encoding):
                 fmt.resize_array(self.root, spec, rows)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from distinit.pipeline.targets import format as fmt
 from distinit.pipeline.targets.average import entropy
+from distinit.pipeline.targets.encoding import Encoding, decode, divergence, encode, error_record
 from distinit.pipeline.targets.plan import Stretch
 from distinit.pipeline.targets.shard import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
 from distinit.pipeline.targets.writer import StoreWriter
@@ -29,6 +30,7 @@ class Recipe:
     identity: int = 1
     uncommitted: Sequence[int] = ()
     run: Mapping[str, object] = field(default_factory=lambda: RUN)
+    encoding: Encoding = "float16"
 
     @property
     def sampling(self) -> dict[str, object]:
@@ -58,7 +60,7 @@ class Recipe:
             writer.add_segments([Stretch(i, 0, -1, self.rows(v)) for i, v in enumerate(self.videos)])
             for name, classes in self.teachers.items():
                 attributes = {"name": name, "identity": {"w": self.identity}, "run": self.run}
-                writer.add_teacher(name, [f"class {k}" for k in range(classes)], attributes)
+                writer.add_teacher(name, [f"class {k}" for k in range(classes)], attributes, encoding=self.encoding)
             for shard in range(writer.index.n_shards):
                 if shard not in self.uncommitted:
                     writer.commit(self.stage(writer, shard), self.run)
@@ -96,10 +98,13 @@ class Recipe:
             part.files += stage_array(folder, spec, shard, data[spec.path.split("/")[1]], self.shard_rows)
         parts = {}
         for name, classes in self.teachers.items():
-            values = np.concatenate([self.logits(v, name) for v in videos])
-            parts[name] = TeacherPart(rows=len(values))
-            for spec, x in zip(fmt.teacher_specs(name, classes), (values.astype("f2"), entropy(values)), strict=True):
-                parts[name].files += stage_array(folder, spec, shard, x, self.shard_rows)
+            z = np.concatenate([self.logits(v, name) for v in videos])
+            stored = {**encode(z, self.encoding), "entropy": entropy(z)}
+            error = divergence(z, decode(stored, self.encoding))
+            parts[name] = TeacherPart(rows=len(z), error=error_record(error))
+            for spec in fmt.teacher_specs(name, classes, self.encoding):
+                values = stored[spec.path.split("/")[-1]]
+                parts[name].files += stage_array(folder, spec, shard, values, self.shard_rows)
         return ShardResult(shard, part, parts, str(folder))
 
 
