@@ -1,9 +1,11 @@
 """Kill an extraction at random moments, run it again to its end, compare with an undisturbed run.
 
-    python benchmarks/kill_and_resume.py SOURCE… --kills 5 --teacher efficientnet_lite0
+    python benchmarks/kill_and_resume.py SOURCE… --teacher efficientnet_lite0 --kills 20 --workers 2 --who both
 
-`kill -9` goes to the whole process group of the command, decoders included. The comparison reads both
-stores with plain zarr: every array, every row, bit for bit. The result goes to docs/benchmarks.md.
+`kill -9` goes to the client (`--who client`; without workers that is all there is, and its decoders end
+with it), to a random dask worker (`worker`; the run goes on), or to a worker and then the client (`both`).
+The comparison reads both stores with plain zarr: every array, every row, bit for bit. The result goes to
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -17,17 +19,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import zarr
+
+VICTIMS = {"client": ("client",), "worker": ("worker", "worker"), "both": ("worker", "client")}
 
 
 def command(args: argparse.Namespace, out: Path) -> list[str]:
     """The extraction as a user would type it."""
     teachers = [word for t in args.teacher for word in ("--teacher", t)]
     base = [sys.executable, "-m", "distinit", "extract-targets", *args.sources]
-    return [*base, "--out", str(out), *teachers, *args.extra]
+    workers = ["--workers", str(args.workers)] if args.workers else []
+    return [*base, "--out", str(out), *teachers, *workers, *args.extra]
 
 
 def differences(a: Path, b: Path) -> list[str]:
@@ -39,12 +46,62 @@ def differences(a: Path, b: Path) -> list[str]:
         return [f"other arrays: {sorted(set(arrays) ^ set(others))}"]
     for name in arrays:
         x, y = (np.asarray(zarr.open_array(root / name, mode="r")[:]) for root in (a, b))
-        same = x.shape == y.shape and (
-            x.tobytes() == y.tobytes() if x.dtype.kind in "iufb" else bool((x == y).all())
-        )
+        same = x.shape == y.shape and (x.tobytes() == y.tobytes() if x.dtype.kind in "iufb" else bool((x == y).all()))
         if not same:
             found.append(name)
     return found
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """The dask workers among the children of a client."""
+    found = []
+    for child in psutil.Process(pid).children():
+        try:
+            if any("spawn_main" in word for word in child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the client, and see to it that all that it started ends by itself."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    left = psutil.wait_procs(family, timeout=30)[1]
+    if left:
+        raise SystemExit(f"outlived their client by 30 s: {[p.cmdline() for p in left]}")
+
+
+def kill_one(process: subprocess.Popen[bytes], who: str, rng: random.Random) -> bool:
+    """`kill -9` of the client or of a random worker; False where there is none (yet)."""
+    if who == "client":
+        end(process)
+        return True
+    workers = workers_of(process.pid)
+    if workers:
+        rng.choice(workers).kill()
+    return bool(workers)
+
+
+def one_run(words: list[str], victims: tuple[str, ...], seconds: float, rng: random.Random) -> tuple[list[str], bool]:
+    """Run the command, kill the victims at random moments; returns who was killed and whether it ended well."""
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    killed = []
+    moments = sorted(rng.uniform(0.05, 1.0) * seconds for _ in victims)
+    began = time.monotonic()
+    for moment, who in zip(moments, victims, strict=True):
+        try:
+            process.wait(timeout=max(0.0, moment - (time.monotonic() - began)))
+            break
+        except subprocess.TimeoutExpired:
+            if kill_one(process, who, rng):
+                killed.append(f"{who} at {moment:.1f} s")
+    code = process.wait()
+    if code not in (0, -signal.SIGKILL):
+        raise SystemExit(f"the extraction ended with status {code} after these kills: {', '.join(killed)}")
+    return killed, code == 0
 
 
 def main() -> int:
@@ -52,43 +109,52 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+")
     parser.add_argument("--teacher", action="append", required=True)
-    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=5, help="how often each of them is killed")
+    parser.add_argument("--workers", type=int, default=0, help="dask workers; 0: none")
+    parser.add_argument("--who", choices=tuple(VICTIMS), default="client")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--extra", action="append", default=[], help="more words for extract-targets, one each")
     args = parser.parse_args()
+    if args.who != "client" and not args.workers:
+        parser.error(f"--who {args.who} needs --workers")
     rng = random.Random(args.seed)
     work = Path(tempfile.mkdtemp(prefix="distinit-kill-"))
+    whole, broken = work / "whole.zarr", work / "broken.zarr"
+    words = command(args, broken)
+    kills: Counter[str] = Counter()
     try:
-        whole, broken = work / "whole.zarr", work / "broken.zarr"
         began = time.monotonic()
         subprocess.run(command(args, whole), check=True)
         seconds = time.monotonic() - began
-        print(f"undisturbed: {seconds:.1f} s", flush=True)
-        kills = 0
-        while kills < args.kills:
-            process = subprocess.Popen(command(args, broken), start_new_session=True, stderr=subprocess.DEVNULL)
-            moment = rng.uniform(0.05, 1.0) * seconds
-            try:
-                process.wait(timeout=moment)
-                print(f"finished before the moment of kill {kills + 1} ({moment:.1f} s)", flush=True)
-                shutil.rmtree(broken)  # so that every kill hits a run at work
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                kills += 1
-                nodes = len(list(broken.glob("commits/frames/*/zarr.json")))
-                print(f"kill {kills} after {moment:.1f} s: {nodes} shards committed", flush=True)
-        subprocess.run(command(args, broken), check=True)
-        found = differences(whole, broken)
+        print(f"undisturbed: {seconds:.1f} s, load {os.getloadavg()[0]:.1f}", flush=True)
+        compared = 0
+        while min(kills[who] for who in VICTIMS[args.who]) < args.kills:
+            killed, ended = one_run(words, VICTIMS[args.who], seconds, rng)
+            kills.update(text.split()[0] for text in killed)
+            nodes = len(list(broken.glob("commits/frames/*/zarr.json")))
+            print(f"killed: {', '.join(killed) or 'nothing in time'}; {nodes} shards committed", flush=True)
+            if ended:  # compare, and begin anew, so that every kill hits a run at work
+                check(whole, broken)
+                compared += 1
+                shutil.rmtree(broken)
+        subprocess.run(words, check=True)
+        check(whole, broken)
     except BaseException:
         print(f"the stores are in {work}")
         raise
-    if found:
-        print(f"DIFFERENT: {', '.join(found)}; the stores are kept in {work}")
-        return 1
-    print("equal, array by array")
+    counts = ", ".join(f"{n} kills of a {who}" for who, n in kills.items())
+    print(f"{counts}: {compared + 1} finished stores, each equal to the undisturbed one, array by array")
     shutil.rmtree(work)
     return 0
+
+
+def check(whole: Path, broken: Path) -> None:
+    """SystemExit where the stores differ or something was left behind."""
+    found = differences(whole, broken)
+    if (broken / "staging").exists():
+        found.append("staging was left behind")
+    if found:
+        raise SystemExit(f"DIFFERENT: {', '.join(found)}")
 
 
 if __name__ == "__main__":

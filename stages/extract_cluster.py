@@ -145,11 +145,12 @@ def cluster(workers: int | None, scheduler: str | None, screen: Screen) -> Itera
     dask.config.set({"distributed.scheduler.allowed-failures": 3, "distributed.admin.low-level-log-length": 100})
     if scheduler is not None:
         try:
-            with Client(scheduler, timeout="20s") as client:
-                screen.say(f"dask dashboard: {client.dashboard_link}")
-                yield client
+            there = Client(scheduler, timeout="20s")
         except OSError as error:
             raise DistInitError(f"--scheduler {scheduler}: no dask scheduler answers there ({error})") from None
+        with there as client:
+            screen.say(f"dask dashboard: {client.dashboard_link}")
+            yield client
         return
     with _local_cluster(workers) as local, Client(local) as client:
         screen.say(f"dask dashboard: {client.dashboard_link}")
