@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ from ..pipeline.errors import UsageError, VideoError
 from ..pipeline.video.container import digest
 from ..pipeline.video.copymap import read_map
 from ..pipeline.video.pool import DecodePool, Failed
-from ..pipeline.video.prepare import CopyOptions, copy_row
+from ..pipeline.video.prepare import NOT_WRITTEN, CopyOptions, copy_row
 from ..pipeline.video.prepared import FORMAT, MARKER, copy_name, read_marker
 from .config import write_config
 from .prepare_status import Row, StatusFile
@@ -216,8 +217,8 @@ def _done(target: str, source: str, options: dict[str, Any]) -> Row | None:
 
 
 def _failed_before(row: Row | None, source: str) -> Row | None:
-    """The row of a source that failed and has not changed since."""
-    if row is None or row["status"] != "failed" or not row["source_bytes"]:
+    """The row of a source that failed, by its own fault, and has not changed since."""
+    if row is None or row["status"] != "failed" or not row["source_bytes"] or NOT_WRITTEN in row["reason"]:
         return None
     try:
         now = os.stat(source)
@@ -255,6 +256,8 @@ def _copy(
     with pool, screen.progress("copying", len(todo), "videos") as bar:
         for i, answer in zip(todo, pool.copies(jobs), strict=True):
             if isinstance(answer, Failed):
+                if "no space left" in answer.reason.lower():  # not the video's fault, nor one that passes
+                    raise OSError(errno.ENOSPC, "No space left on device", str(out))
                 row: Row = {"status": "failed", "reason": answer.reason, **_as_it_is(videos.absolute(i))}
                 _drop(_target(out, videos, i))
             else:
@@ -311,7 +314,7 @@ def _summary(
         factor = tally.source_bytes / max(1, tally.copy_bytes)
         screen.say(
             f"{tally.ok} copies, {tally.copy_bytes / 1e6:.1f} MB for {tally.source_bytes / 1e6:.1f} MB of sources "
-            f"({factor:.1f} times smaller, {tally.copy_bytes / max(tally.seconds, 1e-9) / 1e3:.1f} kB a second of video)"
+            f"({factor:.1f} times smaller, {tally.copy_bytes / max(tally.seconds, 1e-9) / 1e3:.1f} kB a second)"
         )
         screen.say(
             f"against the scaled source: PSNR {result['psnr']['mean']:.1f} dB, SSIM {result['ssim']['mean']:.3f}; "

@@ -28,6 +28,7 @@ from .prepared import decode_copy
 from .quality import psnr, ssim
 from .timeline import Timeline
 
+NOT_WRITTEN = "the copy cannot be written"
 _LONGEST_SIDE = 8192  # of a copy
 _COLOURS = {"colorspace": "smpte170m", "color_range": "tv", "color_primaries": "smpte170m", "color_trc": "smpte170m"}
 
@@ -62,12 +63,12 @@ def make_copy(
     reason; then `target` is what it was.
     """
     try:
-        before = os.stat(source)
+        before = _stat(source)
         identity = digest(source)
         with VideoReader(source, progress=progress) as reader:
             made = _encode(reader, part, options)
             info, timeline, note = reader.info, reader.timeline(), reader.truncated
-        after = os.stat(source)
+        after = _stat(source)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise VideoError("the file changed while it was copied")
         record = SourceRecord(
@@ -89,11 +90,18 @@ def make_copy(
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.replace(part, target)
     except OSError as error:
-        raise VideoError(f"the copy cannot be written: {reason(error)}") from error
+        raise VideoError(f"{NOT_WRITTEN}: {reason(error)}") from error
     finally:
         if os.path.exists(part):
             os.unlink(part)
     return copy
+
+
+def _stat(source: str) -> os.stat_result:
+    try:
+        return os.stat(source)
+    except (OSError, ValueError) as error:
+        raise VideoError(reason(error)) from error
 
 
 class _Made:
@@ -180,7 +188,9 @@ def _read_back(part: str, made: _Made, record: SourceRecord, options: CopyOption
 
 def _packets(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, str, bytes]:
     """offset int64 [N + 1], key bool [N], crc uint32 [N], codec, extradata; packets must follow each other."""
-    offset, keys, crc, last = [0], [], [], -1
+    offset, last = [0], -1
+    keys: list[bool] = []
+    crc: list[int] = []
     with open_container(part) as container:
         stream = video_stream(container)
         codec, extradata = stream.codec_context.codec.canonical_name, bytes(stream.codec_context.extradata or b"")

@@ -14,9 +14,12 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
 
 import av
 import numpy as np
+from av.video.codeccontext import VideoCodecContext
 
 from ..errors import StoreMismatchError, UsageError, VideoError
 from .clips import Frames, fill_damaged
@@ -185,7 +188,7 @@ class _Decoder:
     """A decoder that stays set up from one copy to the next, and the renderer of its frames."""
 
     def __init__(self, found: CopyMap) -> None:
-        context = av.CodecContext.create(found.codec, "r")
+        context = cast(VideoCodecContext, av.CodecContext.create(found.codec, "r"))
         context.extradata = found.extradata
         context.thread_type = "NONE"
         context.thread_count = 1
@@ -200,7 +203,7 @@ class _Decoder:
         data = _read(descriptor, offset[0], offset[-1])
         self._flush()
         queue = positions[::-1]
-        for k, (start, stop) in enumerate(zip(offset, offset[1:], strict=False)):
+        for k, (start, stop) in enumerate(pairwise(offset)):
             packet = data[start - offset[0] : stop - offset[0]]
             if zlib.crc32(packet) != found.crc[entry + k]:
                 raise VideoError(f"the copy is damaged at its frame {entry + k}: the checksum is wrong")

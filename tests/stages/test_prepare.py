@@ -1,0 +1,209 @@
+"""`distinit prepare` as users run it: whole folders, odd names, kills, changes; and training on its copies."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distinit.pipeline.errors import TrainingError, UsageError
+from distinit.pipeline.targets.picks import PickRule
+from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.training.clips import student_clips
+from distinit.pipeline.training.dataset import StudentClips
+from distinit.pipeline.training.sampler import TargetSampler
+from distinit.pipeline.video.copymap import read_map
+from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.prepared import read_copy
+from distinit.pipeline.video.transforms import ClipView
+from distinit.stages.prepare import PrepareConfig, prepare
+from distinit.stages.screen import Screen
+
+OPTIONS = {"copies": {"short_side": 48, "crf": 14}, "workers": 2}
+
+
+def run(*sources: Path | str, out: Path, **changes: Any) -> dict[str, Any]:
+    config = PrepareConfig.model_validate({"sources": list(map(os.fspath, sources)), "out": out, **OPTIONS, **changes})
+    return prepare(config, Screen(quiet=True))
+
+
+def table(out: Path) -> dict[str, dict[str, str]]:
+    with open(out / "status.csv", newline="", encoding="utf-8") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+def stamps(out: Path) -> dict[str, int]:
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
+
+
+@pytest.fixture(scope="module")
+def copies(tiny_store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "small"
+    assert run(tiny_store.videos, out=out)["ok"] == 12
+    return out
+
+
+def test_training_on_copies_sees_the_same_clips_with_the_same_targets(tiny_store, copies: Path) -> None:
+    originals = student_clips(tiny_store.path, frames=8, size=32, seed=3)
+    moved = student_clips(tiny_store.path, frames=8, size=32, seed=3, moved={"videos": os.fspath(copies)})
+    read = []
+    for sample in range(12):
+        a, b = originals[2, sample], moved[2, sample]
+        assert (a["video"], a["start"], a["broken"], a["rejected"]) == (b["video"], b["start"], [], b["rejected"])
+        for name in a["targets"]:
+            np.testing.assert_array_equal(a["targets"][name], b["targets"][name])
+        assert a["clip"].shape == b["clip"].shape == (3, 8, 32, 32)
+        difference = (a["clip"].int() - b["clip"].int()).abs().float()
+        assert difference.mean() < 5, b["name"]
+        # Nearer than the same clip one frame on, where there is one: the frames are the right ones.
+        draw = originals.sampler.draw(2, sample)
+        if draw.frame_count > draw.start + 8:
+            none = {"picked": draw.picked[:0], "picked_pts": draw.picked_pts[:0]}
+            later = moved._frames(replace(draw, indices=draw.indices + 1, **none))
+            here = originals._frames(draw).images.astype(int)
+            there = moved._frames(draw).images.astype(int)
+            assert np.abs(here - there).mean() < np.abs(here - later.images).mean()
+        read.append(b["name"])
+    assert all(name.startswith(str(copies / "videos")) and name.endswith(".mp4.mp4") for name in read)
+
+
+def test_copies_of_other_files_are_not_trained_on(own_store, tmp_path: Path) -> None:
+    for number, path in enumerate(sorted(own_store.videos.iterdir())):
+        write_video(path, np.full((30, 48, 64, 3), number, np.uint8))  # other content, same names
+    out = tmp_path / "small"
+    assert run(own_store.videos, out=out)["ok"] == 12
+    clips = student_clips(own_store.path, frames=8, size=32, moved={"videos": os.fspath(out)})
+    with pytest.raises(TrainingError, match=r"a copy of another file: .* the teachers saw one with digest"):
+        clips[0, 0]
+
+
+def test_a_second_run_does_nothing_and_other_options_are_refused_by_name(tiny_store, copies: Path) -> None:
+    before, status = stamps(copies), (copies / "status.csv").read_bytes()
+    result = run(tiny_store.videos, out=copies)
+    assert (result["new"], result["ok"], result["failed"]) == (0, 12, 0)
+    assert (stamps(copies), (copies / "status.csv").read_bytes()) == (before, status)
+    with pytest.raises(UsageError, match=r"its copies have short_side=48, asked for short_side=64; .*--replace"):
+        run(tiny_store.videos, out=copies, copies={"short_side": 64, "crf": 14})
+    assert result["copy_bytes"] == sum(path.stat().st_size for path in copies.rglob("*.mp4"))
+    assert result["psnr"]["mean"] > 30
+    assert 0.8 < result["ssim"]["worst_5_percent"] <= 1
+    assert result["frames"] == sum(int(row["frames"]) for row in table(copies).values())
+
+
+def test_odd_names_failures_changes_and_replacements(tmp_path: Path) -> None:
+    source, out = tmp_path / "clips", tmp_path / "small"
+    (source / "-dash").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 255, (20, 6, 8, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    good = [b"-dash/ a,b.avi", b"line\nbreak.mkv", b"\xff\xfe.mp4", b"x.mp4"]
+    for name in good:
+        write_video(os.fsdecode(os.path.join(os.fsencode(source), name)), noise, gop=7)
+    (source / "broken.mp4").write_bytes(b"\0" * 300)
+    (tmp_path / "list.txt").write_text("clips/x.mp4 3\ngone.mp4\n")
+
+    result = run(source, tmp_path / "list.txt", out=out)
+    assert (result["videos"], result["ok"], result["failed"]) == (7, 5, 2)
+    assert result["failures"] == {"not a video container FFmpeg knows": 1, "no such file": 1}
+    found = table(out)
+    assert {path for path, row in found.items() if row["status"] == "ok"} == {
+        "-dash/ a,b.avi", "line%0Abreak.mkv", "%FF%FE.mp4", "x.mp4", "clips/x.mp4",
+    }  # fmt: skip
+    assert found["gone.mp4"]["reason"] == "no such file"
+    for name in good:
+        path = os.fsdecode(os.path.join(os.fsencode(out / "clips"), name + b".mp4"))
+        assert len(read_copy(path, np.arange(20), None).images) == 20
+
+    # A changed source is copied anew, the others are left; one that became unreadable loses its copy.
+    before = stamps(out)
+    write_video(source / "x.mp4", noise[:11], gop=7)
+    (source / "-dash" / " a,b.avi").write_bytes(b"")
+    (source / "broken.mp4").touch()
+    result = run(source, out=out)
+    after = stamps(out)
+    assert (result["new"], result["ok"], result["failed"]) == (3, 3, 2)
+    assert {name for name, time in after.items() if before.get(name) != time} == {"clips/x.mp4.mp4"}
+    assert before.keys() - after.keys() == {"clips/-dash/ a,b.avi.mp4"}
+    assert len(read_map(str(out / "clips" / "x.mp4.mp4"))) == 11
+    assert table(out)["clips/x.mp4"]["frames"] == "20"  # of the list, which this run was not asked about
+    assert run(source, out=out)["new"] == 0
+    assert run(source, out=out, retry_failed=True)["new"] == 2
+
+    # A touched source is the same; a damaged copy is not there.
+    os.utime(source / "x.mp4")
+    (out / "clips" / "line\nbreak.mkv.mp4").write_bytes(b"damaged")
+    assert run(source, out=out)["new"] == 1
+    assert run(source, out=out, replace=True, copies={"short_side": 16})["new"] == 3
+    assert read_map(str(out / "clips" / "x.mp4.mp4")).height == 16
+    assert not [path for path in (out / ".partial").iterdir() if path.name != "lock"]
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a" / "x").mkdir(parents=True)
+    write_video(tmp_path / "a" / "x" / "v.mp4", np.zeros((3, 32, 32, 3), np.uint8))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    run(tmp_path / "a" / "x", out=tmp_path / "out")
+    with pytest.raises(UsageError, match=r"corpus 'x' there is .*give this one another name"):
+        run(tmp_path / "b" / "x", out=tmp_path / "out")
+    with pytest.raises(UsageError, match="holds other files"):
+        run(tmp_path / "b" / "x", out=tmp_path / "a")
+    with pytest.raises(UsageError, match="holds all of the sources"):
+        run(tmp_path / "out", out=tmp_path / "out")
+    # Copies inside of the source folder are not taken for sources.
+    inside = tmp_path / "b" / "small"
+    assert run(tmp_path / "b", out=inside)["ok"] == 1
+    assert run(tmp_path / "b", out=inside)["videos"] == 1
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_killed_at_any_moment_and_run_again(tiny_store, copies: Path, tmp_path: Path, after: int) -> None:
+    out = tmp_path / "small"
+    command = [sys.executable, "-m", "distinit", "prepare", os.fspath(tiny_store.videos), "--out", os.fspath(out),
+               "--short-side", "48", "--crf", "14", "--workers", "2", "--json"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        while len(list(out.rglob("*.mp4"))) < after and process.poll() is None:
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    there = stamps(out)
+    for name in there:  # what is there is whole
+        frames = len(read_map(str(out / name)))
+        assert len(read_copy(str(out / name), np.arange(frames), None).images) == frames
+    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+    result = json.loads(done.stdout)
+    assert (result["ok"], result["failed"]) == (12, 0)
+    assert result["new"] <= 12 - len(there)
+    assert there.items() <= stamps(out).items()
+    assert not [path for path in (out / ".partial").iterdir() if path.name != "lock"]
+    for name in stamps(copies):  # and equal to what an undisturbed run makes, byte for byte but for times
+        ours, theirs = (read_map(str(root / name)) for root in (out, copies))
+        assert (ours.source.digest, ours.index.tolist(), ours.pts.tolist(), ours.crc.tolist()) == (
+            theirs.source.digest, theirs.index.tolist(), theirs.pts.tolist(), theirs.crc.tolist()
+        )  # fmt: skip
+    assert list(table(out)) == list(table(copies))
+
+
+def test_held_out_clips_come_from_copies_too(tiny_store, copies: Path) -> None:
+    store = TargetStore.open(tiny_store.path)
+    sampler = TargetSampler(
+        store, teachers=("sure",), picks=PickRule.parse("random"), clip_length=8, videos=store.usable(), seed=1,
+        epoch_clips=12, fixed=True,
+    )  # fmt: skip
+    view = ClipView(size=32, resize=(40, 60))
+    ours = StudentClips(sampler, view, {"videos": os.fspath(copies / "videos")})
+    theirs = StudentClips(sampler, view)
+    for sample in range(12):
+        a, b = ours[0, sample], theirs[0, sample]
+        assert (a["video"], a["start"]) == (b["video"], b["start"])
+        assert (a["clip"].int() - b["clip"].int()).abs().float().mean() < 5
