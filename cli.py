@@ -169,7 +169,7 @@ def prepare(**given: Any) -> None:
 @key_option(
     "--timeout", key="timeout_s", shown=120, type=float, metavar="S", help="Seconds without a frame that fail a video."
 )
-@key_option("--memory", key="memory_gb", shown=4.0, type=float, metavar="GB", help="Address space of a decoder.")
+@key_option("--memory", key="memory_gb", shown=4, type=float, metavar="GB", help="Address space of a decoder.")
 @key_option(
     "--shard-rows",
     key="shard_rows",
