@@ -20,7 +20,7 @@ from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.students.export import InitReport, load_backbone, load_student, read_options, save_student
 from ..pipeline.students.options import StudentMeta
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
-from ..pipeline.training.checkpoint import claim_run_dir, read_identity
+from ..pipeline.training.checkpoint import check_identity, claim_run_dir, read_identity
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
 from ..pipeline.video.transforms import ClipView
 from ..pipeline.weights import state_sha256
@@ -90,11 +90,13 @@ def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
     if saved is not None:
         require_classes(labels.classes, saved["classes"], here=config.dataset, there=f"the checkpoint in {run_dir}")
     student, report = _build(config, labels)
+    options = config.loop.for_videos(len(labels.train))
     identity = _identity(config, labels, student, report)
+    if saved is not None:
+        check_identity(run_dir, saved, identity | options.identity())  # before the run's config is overwritten
     write_config(run_dir / "config.yaml", COMMAND, config)
 
     _announce(config, labels, student, report, screen)
-    options = config.loop.for_videos(len(labels.train))
     result = fit(
         model=student,
         dataset=LabelledClips(
