@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -149,6 +150,9 @@ def run(group: click.Group, argv: list[str] | None = None, resume_hints: dict[st
 
     An error is one line on standard error; --debug shows the traceback before it.
     """
+    # OpenMP's threads spin while they wait, which slows torch manyfold on cores that have other work too
+    # (decoding, another job): sleeping ones cost nothing measurable. Read when torch is loaded, later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:
