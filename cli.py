@@ -17,7 +17,7 @@ from .cli_options import (
     screen_options,
     student_options,
 )
-from .cli_support import call_stage, pairs, run, run_stage, teacher_specs
+from .cli_support import call_stage, height_and_width, pairs, run, run_stage, teacher_specs
 
 FLOW = """\b
 videos --> extract-targets --> targets.zarr --> train-student --> finetune --> report
@@ -28,6 +28,7 @@ RESUME_HINTS = {
     "demo": "interrupted; the same command goes on where it stopped",
     "prepare": "interrupted; the same command goes on where it stopped",
     "extract-targets": "interrupted; the same command goes on where it stopped",
+    "targets": "interrupted; what is committed stays, the same command does the rest",
     "train-student": "interrupted; the same command with --resume goes on from the last checkpoint",
     "finetune": "interrupted; the same command with --resume goes on from the last checkpoint",
 }
@@ -66,13 +67,28 @@ def demo(**given: Any) -> None:
 @cli.command(
     epilog=examples(
         "distinit prepare clips/ --out small/",
-        "distinit prepare k400=/data/kinetics @more.txt --out small/ --short-side 160 --gop 8 --crf 18",
+        "distinit prepare k400=/data/kinetics @more.txt --out small/ --size 256x342 --gop 8 --crf 18",
         "distinit train-student --targets targets.zarr --videos clips=small/ --out runs/student",
     ),
 )
 @key_argument("sources", key="sources", nargs=-1, metavar="SOURCE...")
 @key_option("--out", key="out", metavar="DIR", help="The folder of copies: made, or gone on with.")
-@key_option("--short-side", key="copies.short_side", shown=128, type=int, metavar="PX", help="At most the source's.")
+@key_option(
+    "--size",
+    key="copies.size",
+    replaces=("copies.short_side",),
+    metavar="HxW",
+    convert=height_and_width,
+    help="Of copies: what clips are resized to, before the crop.  [default: 128x171, for clips of 112]",
+)
+@key_option(
+    "--short-side",
+    key="copies.short_side",
+    replaces=("copies.size",),
+    type=int,
+    metavar="PX",
+    help="Keep the shape instead, with this short side, at most the source's.",
+)
 @key_option("--gop", key="copies.gop", shown=12, type=int, metavar="N", help="Most frames between key frames.")
 @key_option("--crf", key="copies.crf", shown=20, type=int, metavar="Q", help="x264's quality: lower is better, larger.")
 @key_option("--workers", key="workers", type=int, metavar="N", help="Processes.  [default: one a core]")
@@ -160,6 +176,12 @@ def prepare(**given: Any) -> None:
     replaces=("sampling.every", "sampling.fps"),
     help="Cache key frames only: much less to decode.",
 )
+@key_option(
+    "--part",
+    key="part",
+    metavar="I/N",
+    help="Only the I-th of N shares of the videos, for machines that share nothing; see `targets merge`.",
+)
 @key_option("--batch-size", key="batch_size", shown=32, type=int, metavar="B", help="Frames a teacher sees at once.")
 @key_option("--device", key="device", shown="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @key_option(
@@ -229,6 +251,26 @@ def targets_info(store: str, failed: bool, **given: Any) -> None:
 def targets_verify(store: str, repair: bool, **given: Any) -> None:
     """Check a store: structure, counts, checksums, finiteness, entropy against logits."""
     call_stage("targets_verify", "targets_verify", given, store, repair=repair)
+
+
+@targets.command(
+    "merge",
+    epilog=examples(
+        "distinit extract-targets clips/ --out part-1.zarr --teacher resnet50 --part 1/2",
+        "distinit extract-targets clips/ --out part-2.zarr --teacher resnet50 --part 2/2",
+        "distinit targets merge part-1.zarr part-2.zarr --out targets.zarr",
+    ),
+)
+@click.argument("parts", nargs=-1, required=True, metavar="PART...")
+@click.option("--out", required=True, metavar="STORE", help="The store to make, or to go on with.")
+@click.option("--accept-run", is_flag=True, help="Merge parts of other batch size, precision, torch or device kind.")
+@screen_options
+def targets_merge(parts: tuple[str, ...], out: str, accept_run: bool, **given: Any) -> None:
+    """Put finished stores of the same teachers and sampling together into one.
+
+    No row is computed again and no logit changes. An interrupted merge goes on with the same command.
+    """
+    call_stage("targets_merge", "targets_merge", given, parts, out, accept_run=accept_run)
 
 
 @targets.command("export", epilog=examples("distinit targets export targets.zarr --out targets.h5 --teacher resnet50"))

@@ -108,6 +108,14 @@ def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
     return result
 
 
+def height_and_width(text: str, option: str) -> list[int]:
+    """`128x171` as [128, 171]. Raises UsageError."""
+    height, times, width = text.lower().partition("x")
+    if not (times and height.isdecimal() and width.isdecimal()):
+        raise UsageError(f"{option} {text}: expected HEIGHTxWIDTH, as in 128x171")
+    return [int(height), int(width)]
+
+
 def teacher_specs(
     names: tuple[str, ...],
     options: tuple[str, ...],

@@ -161,7 +161,7 @@ def _mark(out: Path, config: PrepareConfig, videos: VideoList) -> None:
 
 def _options(config: PrepareConfig) -> dict[str, Any]:
     """What makes two copies of one source differ."""
-    return config.copies.model_dump(exclude={"quality_frames"})
+    return config.copies.model_dump(mode="json", exclude={"quality_frames"})
 
 
 def _keys(videos: VideoList) -> Iterator[tuple[str, str]]:
@@ -245,7 +245,7 @@ def _copy(
             "source": videos.absolute(i),
             "part": os.path.join(parts, f"{os.getpid()}-{i}"),
             "target": _target(out, videos, i),
-            "options": config.copies.model_dump(),
+            "options": config.copies.model_dump(mode="json"),
         }
         for i in todo
     )

@@ -54,7 +54,7 @@ class CopyMap:
     """index, pts int64 [N]: the source frame that each frame of the copy shows; ascending.
 
     offset int64 [N + 1]: where each packet begins, and where the last ends; key bool [N]; crc uint32 [N] of
-    each packet. width, height: of the copy. extradata: what its decoder is set up with. quality: PSNR and
+    each packet. width, height: of the copy's pictures. extradata: what its decoder is set up with. quality: PSNR and
     SSIM against the scaled source frames. options: how it was encoded.
     """
 

@@ -12,10 +12,11 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from fractions import Fraction
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..config import Options
 from ..errors import VideoError
@@ -29,26 +30,47 @@ from .quality import psnr, ssim
 from .timeline import Timeline
 
 NOT_WRITTEN = "the copy cannot be written"
-_LONGEST_SIDE = 8192  # of a copy
+LONGEST_SIDE = 8192  # of a copy
+Side = Annotated[int, Field(ge=16, le=4096)]
 _COLOURS = {"colorspace": "smpte170m", "color_range": "tv", "color_primaries": "smpte170m", "color_trc": "smpte170m"}
 
 
 class CopyOptions(Options):
     """What copies are like. The defaults are the quickest to read per byte of what was measured
-    (docs/benchmarks.md): H.264 without B-frames, CABAC and deblocking filter.
+    (docs/benchmarks.md): H.264 without B-frames, CABAC and deblocking filter, at the size that clips of 112
+    pixels are cropped from, so that reading them needs no resize.
 
-    short_side: pixels; smaller sources keep their size. gop: most frames between key frames.
-    crf: x264's quality, lower is better and larger. quality_frames: of each video, read back and compared.
+    size: (height, width), whatever the source's shape; or short_side: pixels, the shape kept, smaller
+    sources at their own size. gop: most frames between key frames. crf: x264's quality, lower is better and
+    larger. quality_frames: of each video, read back and compared.
     """
 
-    short_side: int = Field(default=128, ge=16, le=4096)
+    size: tuple[Side, Side] | None = (128, 171)
+    short_side: Side | None = None
     gop: int = Field(default=12, ge=1, le=1000)
     crf: int = Field(default=20, ge=0, le=51)
     quality_frames: int = Field(default=2, ge=1)
 
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the copy of a picture of that size on display: even numbers, as H.264 needs."""
-        scale = min(1.0, self.short_side / min(height, width), _LONGEST_SIDE / max(height, width))
+    @model_validator(mode="before")
+    @classmethod
+    def _short_side_alone(cls, data: object) -> object:
+        """A short side in place of the default size."""
+        if isinstance(data, dict) and data.get("short_side") is not None and "size" not in data:
+            return {**data, "size": None}
+        return data
+
+    @model_validator(mode="after")
+    def _one_of(self) -> CopyOptions:
+        if (self.size is None) == (self.short_side is None):
+            raise ValueError("give size (height and width) or short_side, one of the two")
+        return self
+
+    def picture(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the copy of a picture of that size on display; even numbers for a short side."""
+        if self.size is not None:
+            return self.size
+        short = self.short_side or 1
+        scale = min(1.0, short / min(height, width), LONGEST_SIDE / max(height, width))
         rows, columns = (max(2, 2 * round(side * scale / 2)) for side in (height, width))
         return rows, columns
 
@@ -117,7 +139,7 @@ class _Made:
 def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _Made:
     timeline, info = reader.timeline(), reader.info
     display = (info.height, info.width)
-    made = _Made(options.size(*display))
+    made = _Made(options.picture(*display))
     view, renderer = View(resize=made.size), Renderer(info.pixel_aspect)
     # Seeded by the number of frames: the same frames whenever and wherever the copy is made again.
     chosen = np.random.default_rng(len(timeline)).choice(len(timeline), options.quality_frames)
@@ -131,13 +153,15 @@ def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _Made:
                 made.sample[len(made.index)] = picture
             made.index.append(index)
             made.pts.append(pts)
-            yield picture
+            yield _even(picture)
         if picture is None:
             raise VideoError(f"none of its frames could be decoded: {reader.damage}")
         if not made.sample:  # those chosen are damaged
             made.sample[len(made.index) - 1] = picture
 
-    filters = "scale=out_color_matrix=bt601:out_range=tv"
+    # Players shall show the shape of the source.
+    shape = Fraction(info.width * made.size[0], info.height * made.size[1]).limit_denominator(1000)
+    filters = f"scale=out_color_matrix=bt601:out_range=tv,setsar={max(shape, Fraction(1, 1000))}"
     write_video(
         part,
         frames(),
@@ -156,6 +180,12 @@ def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _Made:
         },
     )
     return made
+
+
+def _even(picture: np.ndarray) -> np.ndarray:
+    """[h, w, 3] with its last row or column twice where the number is odd: 4:2:0 needs even ones."""
+    height, width = picture.shape[:2]
+    return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge") if height % 2 + width % 2 else picture
 
 
 def _rate(timeline: Timeline) -> float:
@@ -181,7 +211,7 @@ def _read_back(part: str, made: _Made, record: SourceRecord, options: CopyOption
         height=made.size[0],
         codec=codec,
         extradata=extradata,
-        options=options.model_dump(),
+        options=options.model_dump(mode="json"),
     )
     return replace(copy, quality=_quality(part, copy, made.sample))
 
@@ -213,14 +243,15 @@ def _packets(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, str, bytes]
 def _quality(part: str, copy: CopyMap, sample: dict[int, np.ndarray]) -> dict[str, float]:
     """Mean PSNR (dB) and SSIM of the sampled frames, read as a loader reads them."""
     positions = np.array(sorted(sample), np.int64)
-    view = View(resize=(copy.height, copy.width))
+    size = (copy.height, copy.width)
+    picture = np.empty((*size, 3), np.uint8)
     values: list[tuple[float, float]] = []
     descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for position, (frame, renderer) in zip(
+        for position, (frame, decoder) in zip(
             positions.tolist(), decode_copy(descriptor, copy, positions), strict=True
         ):
-            picture = renderer.render(frame, view)
+            decoder.render(frame, copy, None, size, picture)
             values.append((psnr(picture, sample[position]), ssim(picture, sample[position])))
     finally:
         os.close(descriptor)

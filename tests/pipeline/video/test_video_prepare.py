@@ -26,6 +26,7 @@ from distinit.pipeline.video.prepared import copy_name, prepared_corpora, read_c
 from distinit.pipeline.video.quality import psnr, ssim
 
 OPTIONS = CopyOptions(short_side=32, gop=5, crf=12)
+ODD = CopyOptions(size=(33, 45), gop=5, crf=12)
 VIEW = View(resize=(30, 44))
 
 
@@ -96,7 +97,7 @@ def test_copy_frame_k_shows_source_frame_k(case: str, tmp_path: Path) -> None:
     path, _ = copied(source, tmp_path)
     with VideoReader(str(source)) as reader:
         line, info = reader.timeline(), reader.info
-    size = View(resize=OPTIONS.size(info.height, info.width))
+    size = View(resize=OPTIONS.picture(info.height, info.width))
     truth, copies = plain(source, size), plain(path, size)
 
     # The map is the reader's account of the source …
@@ -124,10 +125,33 @@ def test_copy_frame_k_shows_source_frame_k(case: str, tmp_path: Path) -> None:
     for wanted in (whole, whole[::-3], random.choice(whole, 9), whole[-4:]):
         clip = read_copy(path, wanted, VIEW, expect=(wanted[:1], np.array([truth[int(wanted[0])][0]])))
         expected = [seen[rank[i]][1] for i in wanted.tolist()]
-        if VIEW.shape(info.height, info.width) == VIEW.resize:
-            np.testing.assert_array_equal(clip.images, expected)
+        np.testing.assert_array_equal(clip.images, expected)
         assert clip.pts.tolist() == [truth[i][0] for i in wanted.tolist()]
         assert (clip.total, clip.repeated) == (len(line), 0)
+
+
+@pytest.mark.parametrize("case", ["uneven times", "rotated", "wide pixels"])
+def test_copies_of_the_clips_own_size_need_no_resize_and_no_even_sides(case: str, tmp_path: Path) -> None:
+    source = make_source(case, tmp_path)
+    path, made = copied(source, tmp_path, ODD)
+    assert (made.height, made.width) == ODD.size == (33, 45)
+    with av.open(path) as container:  # without a resize: these are the colours of the stored pictures
+        stream = container.streams.video[0]
+        stored = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
+        shape = stored[0].shape[1] * stream.sample_aspect_ratio / stored[0].shape[0]
+    assert stored[0].shape == (34, 46, 3)
+    assert float(shape) == pytest.approx(46 / 45 * 33 / 34 * made.source.width / made.source.height, rel=0.01)
+    everything = np.arange(len(made))
+    exact = View(resize=ODD.size)
+    found = read_copy(path, everything, exact).images
+    np.testing.assert_array_equal(found, [picture[:33, :45] for picture in stored])
+    for view, limit in ((exact, 5), (VIEW, 7), (View(resize=40), 9)):
+        truth = plain(source, view)
+        for k, picture in enumerate(read_copy(path, everything, view).images):
+            assert picture.shape == truth[k][1].shape
+            assert np.abs(picture.astype(int) - truth[k][1]).mean() < limit, (view, k)
+    cropped = read_copy(path, everything[:5], View(resize=ODD.size, crop=31)).images
+    np.testing.assert_array_equal(cropped, found[:5, 1:32, 7:38])
 
 
 def test_a_frame_damaged_in_the_source_is_shown_as_the_original_shows_it(tmp_path: Path) -> None:
@@ -246,7 +270,7 @@ def test_copies_are_small_plain_videos_with_even_sides(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         write_video(folder / "a.mkv", moving(14, height, width), codec="ffv1", pix_fmt="bgr0")
-        path, made = copied(folder / "a.mkv", folder, CopyOptions(gop=4))
+        path, made = copied(folder / "a.mkv", folder, CopyOptions(short_side=128, gop=4))
         assert (made.height, made.width) == size
         with av.open(path) as container:
             kinds = [s.type for s in container.streams]
