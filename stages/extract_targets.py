@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..pipeline.config import Options
+from ..pipeline.corpus.parts import Part
 from ..pipeline.corpus.sources import VideoList, list_videos
 from ..pipeline.devices import resolve_device
 from ..pipeline.errors import StoreError, UsageError
@@ -46,6 +47,7 @@ class ExtractConfig(Options):
     """Everything `distinit extract-targets` can be told."""
 
     sources: list[str] = []
+    part: str | None = None
     out: Path
     teachers: list[TeacherSpec] = Field(min_length=1)
     sampling: Sampling | None = None
@@ -64,6 +66,11 @@ class ExtractConfig(Options):
     retries: int = Field(2, ge=0)
     dry_run: bool = False
 
+    @field_validator("part")
+    @classmethod
+    def _a_part(cls, part: str | None) -> str | None:
+        return None if part is None else str(Part.parse(part))
+
     @model_validator(mode="after")
     def _one_cluster(self) -> ExtractConfig:
         if self.workers is not None and self.scheduler is not None:
@@ -78,7 +85,10 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
     Raises SourceError, TeacherError, WeightsError, StoreError, StoreMismatchError, DeviceError.
     """
     device = resolve_device(config.device)
-    videos = _list(config, screen)
+    videos = listed = _list(config, screen)
+    if listed is not None and config.part is not None:
+        videos = Part.parse(config.part).share(listed)
+        screen.say(f"part {config.part}: {len(videos)} of {len(listed)} videos")
     if config.dry_run:
         from .extract_dry_run import dry_run
 
@@ -90,7 +100,12 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
     with ExitStack() as stack:
         stack.enter_context(_naming(config.out))
         writer = stack.enter_context(
-            StoreWriter(config.out, sampling=sampling.model_dump(), shard_rows=config.shard_rows)
+            StoreWriter(
+                config.out,
+                sampling=sampling.model_dump(),
+                shard_rows=config.shard_rows,
+                origin=None if videos is None else {"part": config.part},
+            )
         )
         pool = stack.enter_context(
             DecodePool(
@@ -103,6 +118,10 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
             added = add_new_videos(plan, videos, pool, screen)
             if added and writer.index.n_videos > added:
                 screen.say(f"{added} new videos, {writer.index.n_videos - added} are in the store already")
+        if config.part is not None and listed is not None:
+            # From the whole list, so that all parts have shards of one size and can be merged.
+            rows = writer.set_shard_rows_for(len(listed) * _rows_of_a_clip(sampling))
+            screen.say(f"shards of {rows} rows; the parts of a merge need the same (--shard-rows {rows})")
         plan_segments(plan, pool, screen)
         if config.retry_failed:
             screen.say(f"{plan_retries(plan, list(teachers), pool, screen)} failed stretches are tried again")
@@ -204,6 +223,13 @@ def _sampling(config: ExtractConfig) -> Sampling:
 
         return Sampling.model_validate(check_root(config.out)["sampling"])
     return Sampling()
+
+
+def _rows_of_a_clip(sampling: Sampling) -> int:
+    """Rows of a video of 10 s: what the shards of parts go by, of which none has seen all videos."""
+    if sampling.keyframes:
+        return 10
+    return round(10 * sampling.fps) if sampling.fps is not None else 300 // (sampling.every or 1)
 
 
 def load_teachers(config: ExtractConfig, device: torch.device, screen: Screen) -> dict[str, Teacher]:

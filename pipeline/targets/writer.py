@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 
 from ..errors import StoreError, StoreMismatchError
 from . import format as fmt
@@ -27,14 +28,22 @@ from .shard import ShardResult, StagedFile
 class StoreWriter:
     """An open, locked store. Use as a context manager; the lock dies with the process.
 
+    `origin` are attributes that say which videos the store is made of (`part`, `merged_from`, `exported_from`).
     Raises StoreError if `path` is foreign, corrupt or being written by another process, and
-    StoreMismatchError if the store was made with another sampling.
+    StoreMismatchError if the store was made with another sampling, shard size or origin.
     """
 
-    def __init__(self, path: Path, *, sampling: Mapping[str, Any], shard_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        sampling: Mapping[str, Any],
+        shard_rows: int | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
         self.root = Path(os.path.abspath(path))
         if not (self.root / "zarr.json").exists():
-            _create(self.root, sampling, shard_rows)
+            _create(self.root, sampling, shard_rows, origin or {})
         self.attributes = fmt.check_root(self.root)
         self._lock = os.open(self.root, os.O_RDONLY)
         try:
@@ -52,6 +61,8 @@ class StoreWriter:
                 raise StoreMismatchError(
                     f"{self.root}: its shards have {self.attributes['shard_rows']} rows, --shard-rows says {shard_rows}"
                 )
+            for key, value in (origin or {}).items():
+                same_attributes(str(self.root), key, self.attributes.get(key), value)
             shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)  # what a killed run left behind
             zarr.open_group(self.root / fmt.STAGING, mode="w")
             self.index: StoreIndex = load_index(self.root)
@@ -74,7 +85,9 @@ class StoreWriter:
 
     # -- planning ------------------------------------------------------------------------------------
 
-    def add_videos(self, columns: Mapping[str, Sequence[Any]], corpora: list[dict[str, str]]) -> None:
+    def add_videos(
+        self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], corpora: list[dict[str, str]]
+    ) -> None:
         """Append rows to the video table: `columns` by name of `format.video_specs`, then the plan node."""
         start = self.index.n_videos
         stop = start + len(columns["path"])
@@ -89,24 +102,31 @@ class StoreWriter:
             return []
         if not self.shard_rows:
             self._set_shard_rows(auto_shard_rows(sum(s.bound for s in stretches)))
-        start = len(self.index.video)
         placed = assign(
-            stretches, first_id=start, first_shard=self.index.n_shards, shard_rows=self.shard_rows
+            stretches,
+            first_id=len(self.index.video),
+            first_shard=self.index.n_shards,
+            shard_rows=self.shard_rows,
         )
         columns = {
-            "segments/video": [s.stretch.video for s in placed],
-            "segments/shard": [s.shard for s in placed],
-            "segments/first": [s.stretch.first for s in placed],
-            "segments/end": [s.stretch.end for s in placed],
-            "segments/bound": [s.stretch.bound for s in placed],
-            "segments/replaces": [s.stretch.replaces for s in placed],
+            "video": [s.stretch.video for s in placed],
+            "shard": [s.shard for s in placed],
+            "first": [s.stretch.first for s in placed],
+            "end": [s.stretch.end for s in placed],
+            "bound": [s.stretch.bound for s in placed],
+            "replaces": [s.stretch.replaces for s in placed],
         }
-        self._append(fmt.segment_specs(), columns, start, start + len(placed))
-        node = {"segments": start + len(placed), "shards": placed[-1].shard + 1}
-        self._plan_node("segments", **node)
+        self.add_placed(columns, placed[-1].shard + 1)
+        return placed
+
+    def add_placed(self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], shards: int) -> None:
+        """Append segments that have their shards: `columns` by name of `format.segment_specs`."""
+        start = len(self.index.video)
+        stop = start + len(columns["video"])
+        self._append(fmt.segment_specs(), {f"segments/{k}": v for k, v in columns.items()}, start, stop)
+        self._plan_node("segments", segments=stop, shards=shards)
         self.index = load_index(self.root)
         self._grow()
-        return placed
 
     def set_shard_rows_for(self, rows: int) -> int:
         """Fix the shard size for about `rows` rows if it is still open; returns it."""
@@ -133,9 +153,9 @@ class StoreWriter:
         if name in self.index.teachers:
             there = fmt.read_node(node / "zarr.json")
             for key in ("identity",) if accept_run else ("identity", "run"):
-                _same(f"{self.root}: teacher {name!r}", key, there[key], attributes[key])
+                same_attributes(f"{self.root}: teacher {name!r}", key, there[key], attributes[key])
             if encoding is not None:
-                _same(f"{self.root}: teacher {name!r}", "encoding", there["encoding"], encoding)
+                same_attributes(f"{self.root}: teacher {name!r}", "encoding", there["encoding"], encoding)
             return
         encoding = encoding or DEFAULT
         staged = self.root / fmt.STAGING / f"teacher-{uuid.uuid4().hex[:8]}"
@@ -201,7 +221,11 @@ class StoreWriter:
             fmt.fsync_path(final.parent)
 
     def _append(
-        self, specs: list[fmt.ArraySpec], columns: Mapping[str, Sequence[Any]], start: int, stop: int
+        self,
+        specs: list[fmt.ArraySpec],
+        columns: Mapping[str, Sequence[Any] | NDArray[Any]],
+        start: int,
+        stop: int,
     ) -> None:
         for spec in specs:
             fmt.resize_array(self.root, spec, stop)
@@ -233,7 +257,9 @@ class StoreWriter:
                 fmt.resize_array(self.root, spec, rows)
 
 
-def _create(root: Path, sampling: Mapping[str, Any], shard_rows: int | None) -> None:
+def _create(
+    root: Path, sampling: Mapping[str, Any], shard_rows: int | None, origin: Mapping[str, Any]
+) -> None:
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         fmt.check_root(root)  # says what it is instead
     if shard_rows is not None and (shard_rows < fmt.TABLE_CHUNK or shard_rows % fmt.TABLE_CHUNK):
@@ -249,6 +275,7 @@ def _create(root: Path, sampling: Mapping[str, Any], shard_rows: int | None) -> 
         "created_by": f"distinit {version('distinit')}",
         "sampling": dict(sampling),
         "shard_rows": shard_rows,
+        **origin,
     }
     try:
         zarr.open_group(new, mode="w", attributes={fmt.KEY: attributes})
@@ -266,18 +293,18 @@ def _create(root: Path, sampling: Mapping[str, Any], shard_rows: int | None) -> 
     fmt.fsync_path(root.parent)
 
 
-def _same(where: str, what: str, there: Any, here: Any) -> None:
-    """StoreMismatchError naming the first key in which two JSON-able identities differ."""
+def same_attributes(
+    where: str, what: str, there: Any, here: Any, place: str = "in the store", other: str = "in this command"
+) -> None:
+    """StoreMismatchError naming the first key in which two JSON-able values differ, and what it is on both sides."""
     here = json.loads(json.dumps(here))
     if there == here:
         return
     if isinstance(there, dict) and isinstance(here, dict):
         for key in [*there, *here]:
             if there.get(key) != here.get(key):
-                _same(where, f"{what}.{key}", there.get(key), here.get(key))
-    raise StoreMismatchError(
-        f"{where}: {what} is {_short(there)} in the store, {_short(here)} in this command"
-    )
+                same_attributes(where, f"{what}.{key}", there.get(key), here.get(key), place, other)
+    raise StoreMismatchError(f"{where}: {what} is {_short(there)} {place}, {_short(here)} {other}")
 
 
 def _short(value: Any) -> str:

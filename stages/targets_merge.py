@@ -1,0 +1,74 @@
+"""Put the stores of machines that shared nothing together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..pipeline.errors import UsageError
+from ..pipeline.targets.index import FAILED, OK
+from ..pipeline.targets.merge import check_parts, copy_shards, place, plan_merge, reading
+from ..pipeline.targets.store import TargetStore
+from ..pipeline.targets.writer import StoreWriter
+from .screen import Screen
+
+
+def targets_merge(
+    parts: Sequence[str | Path], out: str | Path, screen: Screen, *, accept_run: bool = False
+) -> dict[str, Any]:
+    """Merge finished stores into `out`, which is made, or gone on with after an interrupted merge of the same parts.
+
+    Raises StoreError (a part is unfinished, damaged or being written), StoreMismatchError (parts that do not fit
+    each other or `out`, a video in two of them) and UsageError (`out` is a part, a part is given twice).
+    """
+    out = Path(out)
+    stores = [TargetStore.open(part) for part in parts]
+    if any(Path(store.name) == out.absolute() for store in stores):
+        raise UsageError(f"--out {out}: is one of the parts")
+    check_parts(stores, accept_run=accept_run)
+    _say_missing(stores, screen)
+    placed, corpora = place(stores)
+    first = stores[0].attributes
+    origin = {"merged_from": [_identity(store) for store in stores]}
+    with ExitStack() as stack:
+        for store in stores:
+            stack.enter_context(reading(store))
+        writer = stack.enter_context(
+            StoreWriter(out, sampling=first["sampling"], shard_rows=first["shard_rows"], origin=origin)
+        )
+        plan_merge(writer, placed, corpora)
+        shards = sum(store.index.n_shards for store in stores)
+        with screen.progress("merging", total=shards, unit="shards") as bar:
+            copied = copy_shards(writer, placed, bar.advance)
+    merged = TargetStore.open(out)
+    screen.say(f"{merged.n_videos} videos, {merged.n_rows} rows, {shards} shards from {len(stores)} parts in {out}")
+    return {
+        "store": merged.name,
+        "parts": [store.name for store in stores],
+        "videos": merged.n_videos,
+        "ok": int(np.sum(merged.video_state == OK)),
+        "failed": int(np.sum(merged.video_state == FAILED)),
+        "rows": merged.n_rows,
+        "shards": shards,
+        "copied": copied,
+    }
+
+
+def _identity(store: TargetStore) -> dict[str, Any]:
+    index = store.index
+    counts = {"videos": index.n_videos, "segments": len(index.video), "shards": index.n_shards}
+    return {"store_id": store.attributes["store_id"], **counts}
+
+
+def _say_missing(stores: Sequence[TargetStore], screen: Screen) -> None:
+    """A warning where the parts say of how many they are, and not all are here."""
+    parts = [str(store.attributes.get("part") or "") for store in stores]
+    counts = {part.partition("/")[2] for part in parts}
+    if len(counts) == 1 and (of := counts.pop()):
+        missing = [f"{i}/{of}" for i in range(1, int(of) + 1) if f"{i}/{of}" not in parts]
+        if missing:
+            screen.warn(f"not all parts are here; missing: {', '.join(missing)}")
