@@ -184,8 +184,8 @@ def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _Made:
 
 def _even(picture: np.ndarray) -> np.ndarray:
     """[h, w, 3] with its last row or column twice where the number is odd: 4:2:0 needs even ones."""
-    height, width = picture.shape[:2]
-    return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge") if height % 2 + width % 2 else picture
+    more = [side % 2 for side in picture.shape[:2]]
+    return np.pad(picture, ((0, more[0]), (0, more[1]), (0, 0)), mode="edge") if any(more) else picture
 
 
 def _rate(timeline: Timeline) -> float:
