@@ -244,13 +244,47 @@ def targets_info(store: str, failed: bool, **given: Any) -> None:
     call_stage("targets_info", "targets_info", given, store, list_failed=failed)
 
 
-@targets.command("verify", epilog=examples("distinit targets verify targets.zarr"))
+@targets.command(
+    "verify",
+    epilog=examples(
+        "distinit targets verify targets.zarr",
+        "distinit targets verify targets.zarr --deep 20 --videos kinetics=/data/k400",
+    ),
+)
 @click.argument("store")
 @click.option("--repair", is_flag=True, help="Drop what is broken, so that extract-targets fills it again.")
+@click.option(
+    "--deep", type=click.IntRange(0), default=0, metavar="N", help="Decode N random videos again and run the teachers."
+)
+@click.option("--seed", type=int, default=0, metavar="S", help="Which videos those are.  [default: 0]")
+@click.option("--videos", multiple=True, metavar="CORPUS=DIR", help="Where a corpus of the store lies now. Repeatable.")
+@click.option(
+    "--teacher-weights",
+    "teacher_weights",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Where the weights of a teacher of the store lie now. Repeatable.",
+)
+@click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.  [default: auto]")
 @screen_options
 def targets_verify(store: str, repair: bool, **given: Any) -> None:
-    """Check a store: structure, counts, checksums, finiteness, entropy against logits."""
-    call_stage("targets_verify", "targets_verify", given, store, repair=repair)
+    """Check a store: structure, counts, checksums, finiteness, entropy against logits.
+
+    With --deep also against the videos and the teachers themselves. Exit status 1 and a line for each thing
+    that is wrong.
+    """
+    call_stage(
+        "targets_verify",
+        "targets_verify",
+        given,
+        store,
+        repair=repair,
+        deep=given["deep"],
+        seed=given["seed"],
+        moved=pairs(given["videos"], "--videos"),
+        weights=pairs(given["teacher_weights"], "--teacher-weights"),
+        device=given["device"],
+    )
 
 
 @targets.command(
@@ -273,15 +307,36 @@ def targets_merge(parts: tuple[str, ...], out: str, accept_run: bool, **given: A
     call_stage("targets_merge", "targets_merge", given, parts, out, accept_run=accept_run)
 
 
-@targets.command("export", epilog=examples("distinit targets export targets.zarr --out targets.h5 --teacher resnet50"))
+@targets.command(
+    "export",
+    epilog=examples(
+        "distinit targets export targets.zarr --out targets.h5 --teacher resnet50",
+        "distinit targets export targets.zarr --out kinetics.zarr --corpus kinetics",
+        "distinit targets export https://data.example.org/all.zarr --out mine.zarr --videos-from list.txt",
+    ),
+)
 @click.argument("store")
-@click.option("--out", required=True, metavar="FILE", help="The HDF5 file to write.")
+@click.option("--out", required=True, metavar="OUT", help="NAME.h5: one HDF5 file. NAME.zarr: a store.")
 @click.option("--teacher", "teachers", multiple=True, metavar="NAME", help="Only this teacher. Repeatable.")
 @click.option("--corpus", "corpora", multiple=True, metavar="NAME", help="Only this corpus. Repeatable.")
+@click.option(
+    "--videos-from",
+    "videos_from",
+    metavar="LIST",
+    help="Only the videos of a text file: a path in its corpus, CORPUS=PATH or an absolute path a line.",
+)
+@click.option(
+    "--shard-rows", type=int, metavar="R", help="Rows of a shard of a new store.  [default: by the size, 512 to 16384]"
+)
 @screen_options
-def targets_export(store: str, out: str, teachers: tuple[str, ...], corpora: tuple[str, ...], **given: Any) -> None:
-    """Write a store out as one HDF5 file: usable videos, their frames, logits and entropies."""
-    call_stage("targets_export", "targets_export", given, store, out, teachers=teachers, corpora=corpora)
+def targets_export(store: str, out: str, **given: Any) -> None:
+    """Write a store out, or some teachers, corpora and videos of it, as one HDF5 file or as a new store.
+
+    HDF5 holds the usable videos: their frames, logits and entropies. A new store also holds the videos that
+    failed, with their reasons, and is one like any other.
+    """
+    chosen = {key: given[key] for key in ("teachers", "corpora", "videos_from", "shard_rows")}
+    call_stage("targets_export", "targets_export", given, store, out, **chosen)
 
 
 @cli.command(

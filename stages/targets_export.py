@@ -1,8 +1,10 @@
-"""Write a store out as one HDF5 file: only rows that exist, only the corpora and teachers asked for."""
+"""Write a store out: as one HDF5 file, or as a store of chosen teachers, corpora and videos."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,16 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.errors import UsageError
+from ..pipeline.errors import StoreError, UsageError
+from ..pipeline.targets.choose import choose_videos
+from ..pipeline.targets.format import fsync_path
+from ..pipeline.targets.index import PENDING
 from ..pipeline.targets.store import TargetStore
+from ..pipeline.targets.subset import write_subset
 from .screen import Screen
 
 BLOCK = 4096  # rows copied at a time
+HDF5, ZARR = (".h5", ".hdf5"), ".zarr"
 
 
 def targets_export(
@@ -25,24 +32,77 @@ def targets_export(
     *,
     teachers: Sequence[str] = (),
     corpora: Sequence[str] = (),
+    videos_from: str | Path | None = None,
+    shard_rows: int | None = None,
 ) -> dict[str, Any]:
-    """Write usable videos of the store to `out`.
+    """Write videos of the store to `out`: HDF5 or a store, by its ending.
+
+    teachers, corpora: only these (default all). videos_from: a list of videos, see `choose.choose_videos`.
+    shard_rows: of a store that is written. HDF5 gets the usable videos, a store also those that failed, with their
+    reasons; videos that are pending are left out of both. Nothing stands at `out` until it is finished.
+    Raises StoreError, and UsageError for what the store does not have or `out` cannot be.
+    """
+    store, out = TargetStore.open(store_path), Path(os.path.abspath(out))
+    names = [store.teacher(name).name for name in dict.fromkeys(teachers)] or list(store.teachers)
+    if out.suffix not in (*HDF5, ZARR):
+        raise UsageError(f"--out {out}: must end in {', '.join(HDF5)} (one HDF5 file) or {ZARR} (a store)")
+    if out.suffix != ZARR and shard_rows is not None:
+        raise UsageError(f"--shard-rows: {out.name} is an HDF5 file, only a store ({ZARR}) has shards")
+    if out.exists():
+        raise UsageError(f"--out {out}: exists already")
+    chosen = choose_videos(store, corpora, videos_from)
+    if out.suffix in HDF5:
+        return _export_hdf5(store, out, names, chosen, screen)
+    return _export_store(store, out, names, chosen, shard_rows, screen)
+
+
+def _export_store(
+    store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], shard_rows: int | None, screen: Screen
+) -> dict[str, Any]:
+    pending = store.video_state == PENDING
+    for name in names:
+        pending |= store.index.teacher_state(name) == PENDING
+    videos = chosen[~pending[chosen]]
+    if len(videos) < len(chosen):
+        screen.warn(f"{len(chosen) - len(videos)} pending videos are left out")
+    if len(videos) == 0:
+        raise UsageError(f"{store.name}: no video is left to export")
+    part = out.with_name(f".{out.name}.part")
+    _sweep(part)
+    try:
+        with screen.progress("exporting", int(store.row_counts[videos].sum()), "rows") as bar:
+            rows = write_subset(store, part, videos, names, shard_rows=shard_rows, advance=bar.advance)
+        os.rename(part, out)
+        fsync_path(out.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    return {"out": str(out), "videos": len(videos), "rows": rows, "teachers": names, "bytes": size}
+
+
+def _sweep(part: Path) -> None:
+    """Remove what a killed export left behind; StoreError while another one is at work there."""
+    if not part.exists():
+        return
+    lock = os.open(part, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(part)
+    except BlockingIOError:
+        raise StoreError(f"{part}: another export is writing it") from None
+    finally:
+        os.close(lock)
+
+
+def _export_hdf5(
+    store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], screen: Screen
+) -> dict[str, Any]:
+    """Usable videos as one file.
 
     Layout: `videos/{corpus,path,frames,first_row,rows}` [V], `frames/{video,index,pts}` [N],
     `teachers/NAME/{logits [N, K] float16, entropy [N] float32, class [K]}`; `video` counts in `videos/`.
-    Raises StoreError, and UsageError for a teacher or corpus that the store does not have.
     """
-    store, out = TargetStore.open(store_path), Path(out)
-    names = list(teachers) or list(store.teachers)
-    for corpus in corpora:
-        if corpus not in store.corpora:
-            raise UsageError(f"--corpus {corpus}: the store has {', '.join(store.corpora)}")
-    if out.exists():
-        raise UsageError(f"--out {out}: exists already")
-    usable = store.usable(names)
-    if corpora:
-        wanted = [list(store.corpora).index(c) for c in corpora]
-        usable = usable[np.isin(store.column("corpus")[usable], wanted)]
+    usable = np.intersect1d(store.usable(names), chosen)
     counts = store.row_counts[usable]
     part = out.with_name(f".{out.name}.part")
     try:

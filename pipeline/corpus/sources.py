@@ -108,6 +108,12 @@ def unescape_path(text: str) -> str:
     return unquote_to_bytes(text).decode("utf-8", "surrogateescape")
 
 
+def strip_label(line: str) -> str:
+    """`path` of `path 3` and `path,3`, as lists of labelled videos have them; any other line as it is."""
+    labelled = _LABEL.fullmatch(line)
+    return labelled[1].rstrip(",").rstrip() if labelled else line
+
+
 def _expand(source: str, ignored: Counter[str]) -> tuple[str, str, list[str]]:
     """Name, root and relative paths of one source."""
     named = _NAME.fullmatch(source)
@@ -192,10 +198,7 @@ def _listed(source: str, name: str | None, file: str, *, csv_file: bool) -> tupl
 def _without_label(line: str, root: str) -> str:
     """The path of a list's line; `path 3` and `path,3` lose the label unless a file has that very name."""
     line = line.strip()
-    labelled = _LABEL.fullmatch(line)
-    if labelled is None or os.path.exists(os.path.join(root, line)):
-        return line
-    return labelled[1].rstrip(",").rstrip()
+    return line if os.path.exists(os.path.join(root, line)) else strip_label(line)
 
 
 def _basename(root: str) -> str:

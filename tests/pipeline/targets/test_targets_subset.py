@@ -1,0 +1,115 @@
+"""Stores made of some videos and teachers of another hold the same bits, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distinit.pipeline.errors import StoreError, UsageError
+from distinit.pipeline.targets import subset
+from distinit.pipeline.targets.index import load_index
+from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.targets.verify import verify
+from distinit.stages.screen import Screen
+from distinit.stages.targets_export import targets_export
+from distinit.stages.targets_merge import targets_merge
+
+QUIET = Screen(quiet=True)
+Make = Callable[..., Any]
+
+
+def same_videos(a: TargetStore, b: TargetStore, teachers: tuple[str, ...]) -> None:
+    """Every video of `b` is in `a`, with the same bits."""
+    of = {(a.video(v).corpus, a.video(v).path): v for v in range(a.n_videos)}
+    for w in range(b.n_videos):
+        record = b.video(w)
+        v = of[record.corpus, record.path]
+        assert repr(record).replace(f"id={w}", "") == repr(a.video(v)).replace(f"id={v}", "")
+        rows, mine = a.frames(v), b.frames(w)
+        for x, y in zip(rows[:2], mine[:2], strict=True):
+            np.testing.assert_array_equal(x, y)
+        for t in teachers:
+            np.testing.assert_array_equal(a.logits(t, rows[2]), b.logits(t, mine[2]))
+            np.testing.assert_array_equal(a.entropy(t, rows[2]), b.entropy(t, mine[2]))
+
+
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_a_chosen_part_is_a_store_like_any_other(make_store: Make, tmp_path: Path, encoding: str) -> None:
+    recipe, root = make_store(teachers={"t": 9, "u": 4}, encoding=encoding)
+    whole = TargetStore.open(root)
+    numbers = [1, 3, 7, 8, 10, 30, 31, 39]
+    names = [recipe.path(v).replace("%FF", "\udcff") for v in numbers]
+    lines = [names[0], f"b={names[1]}", f"/data/b/{names[2]} 5", "# a comment", "", *names[3:]]
+    (tmp_path / "list.txt").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    out = tmp_path / "some.zarr"
+    result = targets_export(root, out, QUIET, teachers=["u"], corpora=["b"], videos_from=tmp_path / "list.txt")
+    store = TargetStore.open(out)
+    kept = [v for v in numbers if recipe.corpus(v) == 1]
+    paths = [recipe.path(v).replace("%FF", "\udcff") for v in kept]
+    assert [store.video(w).path for w in range(store.n_videos)] == paths
+    assert (list(store.teachers), list(store.corpora)) == (["u"], ["b"])
+    assert store.teachers["u"] == whole.teachers["u"]
+    assert (result["videos"], result["rows"]) == (len(kept), sum(recipe.rows(v) for v in kept))
+    same_videos(whole, store, ("u",))
+    assert list(verify(out, load_index(out))) == []
+    assert 0 < store.encoding_error("u")["kl_mean"] <= store.encoding_error("u")["kl_p99"] or encoding == "float16"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["list.txt", "s.zarr", "some.zarr"]
+    everything = tmp_path / "all.zarr"
+    targets_export(root, everything, QUIET, shard_rows=1024)
+    assert TargetStore.open(everything).index.shard_rows == 1024
+    same_videos(whole, TargetStore.open(everything), ("t", "u"))
+    same_videos(TargetStore.open(everything), whole, ("t", "u"))
+
+
+def test_an_exported_part_fits_a_merge_that_it_did_not(make_store: Make, tmp_path: Path) -> None:
+    a = make_store("a.zarr", videos=range(10))[1]
+    b = make_store("b.zarr", videos=range(10, 15), shard_rows=1024)[1]
+    targets_export(b, tmp_path / "b2.zarr", QUIET, shard_rows=512)
+    merged = targets_merge([a, tmp_path / "b2.zarr"], tmp_path / "ab.zarr", QUIET)
+    assert merged["videos"] == 15
+    same_videos(TargetStore.open(b), TargetStore.open(tmp_path / "b2.zarr"), ("t",))
+
+
+def test_nothing_stands_at_out_until_it_is_whole(make_store: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    root = make_store(uncommitted=[1])[1]
+    out = tmp_path / "out.zarr"
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subset._Copy, "teacher", stop)
+        with pytest.raises(KeyboardInterrupt):
+            targets_export(root, out, QUIET)
+    assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
+    (tmp_path / ".out.zarr.part" / "plans").mkdir(parents=True)  # as a kill leaves it
+    whole = TargetStore.open(root)
+    done = targets_export(root, out, QUIET)
+    assert done["videos"] == whole.n_videos - int((whole.video_state == 0).sum())  # pending ones are left out
+    assert list(verify(out, load_index(out))) == []
+    damaged = root / "teachers/t/logits/c/0/0"
+    damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
+    with pytest.raises(StoreError, match="crc32c"):
+        targets_export(root, tmp_path / "again.zarr", QUIET)
+    assert not (tmp_path / "again.zarr").exists()
+
+
+def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> None:
+    root = make_store()[1]
+    (tmp_path / "list.txt").write_text("v00\nnothing.mp4\n")
+    for words, changes in (
+        (r"must end in .h5, .hdf5 \(one HDF5 file\) or .zarr", {"out": "x.csv"}),
+        ("exists already", {"out": "s.zarr"}),
+        ("the store has a, b", {"corpora": ["c"]}),
+        ("it has: t", {"teachers": ["x"]}),
+        ("2 of 2 lines name no video of .*first: 'v00'", {"videos_from": tmp_path / "list.txt"}),
+        ("--shard-rows must be a multiple of 256", {"shard_rows": 100}),
+        ("only a store", {"out": "x.h5", "shard_rows": 512}),
+    ):
+        out = tmp_path / str(changes.pop("out", "out.zarr"))  # type: ignore[attr-defined]
+        with pytest.raises((UsageError, StoreError), match=words):
+            targets_export(root, out, QUIET, **changes)  # type: ignore[arg-type]
