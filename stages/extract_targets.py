@@ -126,11 +126,12 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
         if config.retry_failed:
             screen.say(f"{plan_retries(plan, list(teachers), pool, screen)} failed stretches are tried again")
         run = run_record(config, device)
+        specs = dict(zip(teachers, config.teachers, strict=True))
         for name, teacher in teachers.items():
             attributes = {
                 "name": name,
                 "identity": teacher.identity(config.precision),
-                "provenance": teacher.provenance(),
+                "provenance": {**teacher.provenance(), "spec": specs[name].record()},
                 "run": run,
             }
             writer.add_teacher(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..pipeline.errors import UsageError
 from ..pipeline.targets.index import load_index
 from ..pipeline.targets.store import TargetStore
 from ..pipeline.targets.verify import drop_commits, verify
@@ -12,15 +14,35 @@ from ..pipeline.targets.writer import StoreWriter
 from .screen import Screen
 
 
-def targets_verify(store_path: str | Path, screen: Screen, *, repair: bool = False) -> dict[str, Any]:
+def targets_verify(
+    store_path: str | Path,
+    screen: Screen,
+    *,
+    repair: bool = False,
+    deep: int = 0,
+    seed: int = 0,
+    moved: Mapping[str, str] | None = None,
+    weights: Mapping[str, str] | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
     """Findings of a store, each a line; `repair` drops the commits of broken shards.
 
-    The next `extract-targets` fills dropped shards again. Raises StoreError if it is no store at all.
+    The next `extract-targets` fills dropped shards again. deep: so many random videos are decoded and shown to
+    the teachers once more (see `targets_deep`, also for the other arguments). Raises StoreError if it is no
+    store at all, UsageError for a corpus or teacher it does not have.
     """
+    if not deep and (moved or weights):
+        raise UsageError("--videos and --teacher-weights are for --deep N: nothing is decoded without it")
     store = TargetStore.open(store_path)
     index = load_index(store.path)
     with screen.progress("verifying", total=index.n_shards, unit="shards") as bar:
         findings = list(verify(store.path, index, bar.advance))
+    compared: dict[str, Any] = {}
+    if deep:
+        from .targets_deep import deep_check
+
+        found, compared = deep_check(store, deep, screen, seed=seed, moved=moved, weights=weights, device=device)
+        findings += found
     for finding in findings:
         screen.say(str(finding))
     dropped = 0
@@ -30,11 +52,16 @@ def targets_verify(store_path: str | Path, screen: Screen, *, repair: bool = Fal
         screen.say(f"{dropped} commits dropped; run the same extract-targets command again to fill them")
     if not findings:
         screen.say(f"{store.n_rows} rows of {index.n_shards} shards and {len(index.teachers)} teachers: all good")
+    for name, c in compared.get("teachers", {}).items():
+        if c["rows"]:
+            screen.say(f"{name}: {c['rows']} rows of {compared['videos']} videos computed again, "
+                       f"{c['bit_equal']:.2%} of them equal to the bit")  # fmt: skip
     return {
         "store": str(store.path),
         "shards": index.n_shards,
         "rows": store.n_rows,
         "findings": [{"shard": f.shard, "teacher": f.teacher, "what": f.what} for f in findings],
         "dropped": dropped,
+        **({"deep": compared} if deep else {}),
         "ok": not findings,
     }

@@ -237,10 +237,14 @@ class TargetStore:
 
     # -- rows ----------------------------------------------------------------------------------------
 
+    def segments(self, video: int) -> NDArray[np.int64]:
+        """Ids of the segments that hold the rows of a video, in order of their frames."""
+        segments, start = self._by_video
+        return segments[start[video] : start[video + 1]]
+
     def frames(self, video: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Cached frames of a video, ascending: frame index [N], pts [N], row in the store [N]."""
-        segments, start = self._by_video
-        mine = segments[start[video] : start[video + 1]]
+        mine = self.segments(video)
         row, count = self.index.row[mine], self.index.rows[mine]
         parts = [np.arange(a, a + n, dtype=np.int64) for a, n in zip(row, count, strict=True)]
         rows = np.concatenate(parts) if parts else np.empty(0, np.int64)

@@ -36,6 +36,15 @@ class TeacherSpec(Options):
     """Expected digest of the weights file, or of the loaded state where the weights have no file."""
     options: dict[str, str] = {}
 
+    def record(self) -> dict[str, Any]:
+        """As a store keeps it: enough to load the teacher again, no folder of this machine.
+
+        `weights` loses its folder and `classes` goes: the store has the names.
+        """
+        options = {key: value for key, value in self.options.items() if key != "classes"}
+        weights = Path(self.weights).name if self.weights is not None else None
+        return {"name": self.name, "weights": weights, "sha256": self.sha256, "options": options}
+
 
 class Preprocessing(Options):
     """From a video frame to a teacher's input: a view of the frame, then (pixel − mean) / std."""

@@ -1,0 +1,130 @@
+"""`targets verify --deep`: the videos are decoded and the teachers run once more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distinit.pipeline.errors import UsageError
+from distinit.pipeline.targets.shardfile import digest_bytes
+from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.teachers.teacher import TeacherSpec
+from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.sampling import Sampling
+from distinit.stages.extract_targets import ExtractConfig, extract_targets
+from distinit.stages.screen import Screen
+from distinit.stages.targets_verify import targets_verify
+
+QUIET = Screen(quiet=True)
+MODULE = """
+from torch import nn
+
+
+def teacher():
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 5))
+"""
+"""Of random weights: which ones, a file says."""
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with videos/, two weights files, classes.txt and a store of two teachers, one of them int8."""
+    (tmp_path / "deep_teachers.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    sys.modules.pop("deep_teachers", None)
+    import deep_teachers
+
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        torch.save(deep_teachers.teacher().state_dict(), tmp_path / f"weights{seed}.pt")
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\ne\n")
+    (tmp_path / "videos").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        shade = rng.integers(0, 150, (300 if number == 3 else 20 + number, 1, 1, 3)) + rng.integers(0, 99, (1, 4, 6, 3))
+        write_video(tmp_path / "videos" / f"v{number}.mp4", shade.repeat(8, 1).repeat(8, 2).astype(np.uint8), fps=25)
+    own = {"input_size": "32", "classes": str(tmp_path / "classes.txt")}
+    for name, encoding in (("one", "float16"), ("small", "int8")):
+        weights = str(tmp_path / "weights1.pt")
+        spec = TeacherSpec(name="deep_teachers:teacher", weights=weights, options={**own, "name": name})
+        config = {"sources": [str(tmp_path / "videos")], "out": tmp_path / "s.zarr", "teachers": [spec]}
+        size = {"batch_size": 7, "shard_rows": 256, "sampling": Sampling(every=1), "encoding": encoding}
+        extract_targets(ExtractConfig.model_validate({**config, **size}), QUIET)
+    return tmp_path
+
+
+def deep(made: Path, *, weights: str = "weights1.pt", **more: Any) -> dict[str, Any]:
+    given = {name: str(made / weights) for name in ("one", "small")}
+    return targets_verify(made / "s.zarr", QUIET, deep=99, weights=given, **more)
+
+
+def test_a_good_store_is_computed_again_to_the_bit(made: Path) -> None:
+    (made / "videos").rename(made / "elsewhere")
+    result = deep(made, moved={"videos": str(made / "elsewhere")})
+    assert result["findings"] == []
+    store = TargetStore.open(made / "s.zarr")
+    assert len(store.index.video) > 5  # one video is cut into segments
+    for compared in result["deep"]["teachers"].values():
+        assert compared["rows"] == store.n_rows
+        assert compared["bit_equal"] == 1
+    text = (made / "s.zarr" / "teachers" / "one" / "zarr.json").read_text()
+    assert "weights1.pt" in text
+    assert str(made) not in text
+
+
+def test_the_command_names_another_teacher_and_a_changed_video(made: Path) -> None:
+    shutil.copy(made / "videos" / "v0.mp4", made / "videos" / "v1.mp4")
+    (made / "videos" / "v2.mp4").unlink()
+    words = ["targets", "verify", str(made / "s.zarr"), "--deep", "5", "--json"]
+    words += ["--teacher-weights", f"one={made}/weights1.pt", "--teacher-weights", f"small={made}/weights2.pt"]
+    done = subprocess.run([sys.executable, "-m", "distinit", *words], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)["findings"]
+    assert len(found) == 3
+    assert found[0]["teacher"] == "small"
+    assert "not the teacher that was extracted: its sha256 is" in found[0]["what"]
+    assert "v1.mp4: changed, its digest is" in found[1]["what"]
+    assert "v2.mp4: no such file" in found[2]["what"]
+    assert all(f["what"] in done.stderr for f in found)
+
+
+def test_rows_of_another_frame_are_found_though_every_digest_is_right(made: Path) -> None:
+    store = made / "s.zarr"
+    rows = TargetStore.open(store).frames(0)[2]
+    # A shard whose first two rows are exchanged, committed as if it had been written so.
+    import zarr
+
+    for array in ("logits", "entropy"):
+        opened = zarr.open_array(store / "teachers" / "one" / array, mode="r+")
+        two = opened[int(rows[0]) : int(rows[0]) + 2]
+        opened[int(rows[0]) : int(rows[0]) + 2] = two[::-1]
+    shard = int(rows[0]) // 256
+    node = store / "commits" / "teachers" / "one" / f"{shard:06d}" / "zarr.json"
+    document = json.loads(node.read_text())
+    for name, record in document["attributes"]["distinit"]["files"].items():
+        data = (store / name).read_bytes()
+        record.update(size=len(data), blake2b=digest_bytes(data))
+    node.write_text(json.dumps(document))
+    assert targets_verify(store, QUIET)["ok"]
+    (found,) = deep(made)["findings"]
+    assert (found["teacher"], found["shard"]) == ("one", shard)
+    assert "v0.mp4: of 2 frames the teacher says other logits" in found["what"]
+
+
+def test_what_is_missing_is_asked_for(made: Path) -> None:
+    found = targets_verify(made / "s.zarr", QUIET, deep=1)["findings"]
+    assert [f["teacher"] for f in found] == ["one", "small"]
+    assert "weights weights1.pt are not here: --teacher-weights one=FILE" in found[0]["what"]
+    with pytest.raises(UsageError, match="it has: one, small"):
+        targets_verify(made / "s.zarr", QUIET, deep=1, weights={"other": "x"})
+    with pytest.raises(UsageError, match="--deep"):
+        targets_verify(made / "s.zarr", QUIET, moved={"videos": "x"})
