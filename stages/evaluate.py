@@ -125,7 +125,8 @@ def evaluate_student(
     final, partial = out / PREDICTIONS, out / "predictions.partial.h5"
     kept = 0 if fresh else _adopt(predictions, final) or _adopt(predictions, partial)
     workers = pick_workers(options.workers, device)
-    dataset = EvaluationClips(labels, labels.test, view, length=length, clips=options.clips)
+    channels = student.options.channels
+    dataset = EvaluationClips(labels, labels.test, view, length=length, clips=options.clips, channels=channels)
     with torch_threads(None, workers, device), screen.progress("testing", len(predictions.videos), "video") as bar:
         if kept:
             bar.advance(kept)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
-from ..pipeline.errors import CheckpointError, UsageError
+from ..pipeline.errors import CheckpointError
 from ..pipeline.evaluation.classification import HEAD, classification
 from ..pipeline.evaluation.dataset import LabelledClips
 from ..pipeline.evaluation.labels import Labels, load_labels
@@ -22,6 +22,7 @@ from ..pipeline.students.options import StudentMeta
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
 from ..pipeline.training.checkpoint import check_identity, claim_run_dir, read_identity
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
+from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
 from ..pipeline.video.transforms import ClipView
 from ..pipeline.weights import state_sha256
 from .config import write_config
@@ -105,6 +106,7 @@ def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
             length=config.clips.length,
             seed=config.loop.seed,
             epoch_clips=options.clips_per_epoch,
+            channels=student.options.channels,
         ),
         objective=classification,
         options=options,
@@ -161,8 +163,8 @@ def _meta(init: str) -> StudentMeta | None:
 def _build(config: FinetuneConfig, labels: Labels) -> tuple[Student, InitReport | None]:
     """The student with a new head and, unless from scratch, the initialisation's backbone."""
     options = config.student or StudentOptions()
-    if options.channels != 3:
-        raise UsageError(f"student.channels is {options.channels}: finetune reads RGB clips, which have 3")
+    if options.channels == FLOW_CHANNELS:
+        require_opencv()
     torch.manual_seed(config.loop.seed)
     student = build_student(options, {HEAD: len(labels.classes)}, config.dropout)
     return student, None if config.init == SCRATCH else load_backbone(student, config.init)

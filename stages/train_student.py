@@ -30,6 +30,7 @@ from ..pipeline.training.distillation import Distillation, evaluate_distillation
 from ..pipeline.training.draws import split_held_out
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
 from ..pipeline.training.sampler import TargetSampler, measure_entropies
+from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
 from ..pipeline.video.transforms import ClipView
 from .config import write_config
 from .screen import Screen, plain
@@ -192,7 +193,9 @@ def _assemble(
     config: TrainConfig, store: TargetStore, teachers: tuple[str, ...], saved: dict[str, Any] | None, screen: Screen
 ) -> _Parts:
     """The data sets, with the filter's thresholds in nats."""
-    seed = config.loop.seed
+    seed, channels = config.loop.seed, config.student.channels
+    if channels == FLOW_CHANNELS:
+        require_opencv()
     videos, held_ids = split_held_out(store.usable(teachers), config.held_out, seed)
     options = config.loop.for_videos(len(videos))
 
@@ -209,12 +212,13 @@ def _assemble(
             thresholds=thresholds,
             reject=config.targets.filter,
             fixed=fixed,
+            ahead=pictures_needed(0, channels),
         )
 
     unfiltered = sampler(videos, {})
     unfiltered.check_windows()
     thresholds, kept_share = _thresholds(config.targets, unfiltered, saved, screen)
-    train = StudentClips(sampler(videos, thresholds), config.clips, config.moved)
+    train = StudentClips(sampler(videos, thresholds), config.clips, config.moved, channels=channels)
     # A video without a window would be an error in a fixed list.
     with_window = (int(video) for video in held_ids if unfiltered.has_window(int(video)))
     held_ids = np.array(list(islice(with_window, config.held_out_clips)), np.int64)
@@ -222,7 +226,8 @@ def _assemble(
         screen.warn(f"held_out={config.held_out:g} of the videos is none here; best is by training loss")
     held = None
     if len(held_ids):
-        held = StudentClips(sampler(held_ids, thresholds, fixed=True), config.clips, config.moved)
+        fixed = sampler(held_ids, thresholds, fixed=True)
+        held = StudentClips(fixed, config.clips, config.moved, channels=channels)
     return _Parts(train, held, thresholds, kept_share)
 
 

@@ -17,7 +17,8 @@ from ..errors import TrainingError, VideoError
 from ..training.draws import epoch_position, rng
 from ..training.loader import Key
 from ..video.clips import count_frames, read_frames
-from ..video.transforms import ClipView, center_crop, crop_and_flip
+from ..video.flow import pictures_needed
+from ..video.transforms import ClipView, center_crop, crop_and_flip, of_channels
 from .labels import Labelled, Labels
 from .starts import clip_frames, clip_starts
 
@@ -27,16 +28,19 @@ MAX_BROKEN_IN_A_ROW = 20
 class LabelledClips:
     """dataset[(epoch, sample)] -> a random training clip, a pure function of the seed and the key.
 
-    "clip": uint8 [C, T, H, W]; "label": int; "video": index into `labels.train`; "name": its path;
-    "start": first frame; "broken": [(path, reason)] of the videos that could not be read for this sample and
-    were drawn again.
+    "clip": uint8 [3, T, H, W], or with channels=2 its optical flow, float32 [2, T, H, W]; "label": int; "video":
+    index into `labels.train`; "name": its path; "start": first frame; "broken": [(path, reason)] of the videos
+    that could not be read for this sample and were drawn again.
 
     The train view of FACTS §3: consecutive frames at a random start, resized, randomly cropped and mirrored.
     An epoch is a stretch of `epoch_clips` of seeded permutations of the videos. Raises TrainingError after
     20 unreadable videos for one sample.
     """
 
-    def __init__(self, labels: Labels, view: ClipView, *, length: int, seed: int, epoch_clips: int) -> None:
+    def __init__(
+        self, labels: Labels, view: ClipView, *, length: int, seed: int, epoch_clips: int, channels: int = 3
+    ) -> None:
+        self.channels = channels
         self.labels = labels
         self.view = view
         self.length = length
@@ -88,23 +92,35 @@ class LabelledClips:
         if video not in self._counts:
             self._counts[video] = count_frames(path)
         total = self._counts[video]
-        start = int(draw.integers(max(total - self.length, 0) + 1))
+        need = pictures_needed(self.length, self.channels)
+        start = int(draw.integers(max(total - need, 0) + 1))
         down, across, mirror = draw.random(3)
-        images = read_frames(path, clip_frames(start, self.length, total), self.view.frame_view()).images
+        images = read_frames(path, clip_frames(start, need, total), self.view.frame_view()).images
         size = self.view.size
         top, left = int(down * (images.shape[1] - size + 1)), int(across * (images.shape[2] - size + 1))
-        return crop_and_flip(images, top, left, size, bool(mirror < self.view.flip)), start
+        clip = crop_and_flip(images, top, left, size, bool(mirror < self.view.flip))
+        return of_channels(clip, self.channels), start
 
 
 class EvaluationClips:
     """dataset[(0, i)] -> the N test clips of the i-th of `videos`, read in one pass over the file.
 
-    "video": index into `videos`; and either "clips" uint8 [N, C, T, H, W], "starts" int64 [N], "frames" int
-    (of the whole video) and "note" (what is damaged, else empty), or "error", why it cannot be read. The test
-    view of FACTS §3: starts ⌊i·(n − T)/(N − 1)⌋, resized, center crop.
+    "video": index into `videos`; and either "clips" uint8 [N, 3, T, H, W] (flow: float32 [N, 2, T, H, W]),
+    "starts" int64 [N], "frames" int (of the whole video) and "note" (what is damaged, else empty), or "error", why
+    it cannot be read. The test view of FACTS §3, of flow with n − T − 1 for n − T: starts ⌊i·(n − T)/(N − 1)⌋, resized, center crop.
     """
 
-    def __init__(self, labels: Labels, videos: Sequence[Labelled], view: ClipView, *, length: int, clips: int) -> None:
+    def __init__(
+        self,
+        labels: Labels,
+        videos: Sequence[Labelled],
+        view: ClipView,
+        *,
+        length: int,
+        clips: int,
+        channels: int = 3,
+    ) -> None:
+        self.channels = channels
         self.labels = labels
         self.videos = list(videos)
         self.view = view
@@ -120,17 +136,19 @@ class EvaluationClips:
 
     def _read(self, path: str) -> dict[str, Any]:
         total = count_frames(path)
-        starts = clip_starts(total, self.length, self.clips)
-        frames = np.stack([clip_frames(int(start), self.length, total) for start in starts])
+        need = pictures_needed(self.length, self.channels)
+        starts = clip_starts(total, need, self.clips)
+        frames = np.stack([clip_frames(int(start), need, total) for start in starts])
         wanted, place = np.unique(frames, return_inverse=True)
         found = read_frames(path, wanted, self.view.frame_view())
         images = center_crop(found.images, self.view.size)
-        clips = images[:, torch.from_numpy(place.reshape(frames.shape))]  # [C, N, T, H, W]
+        taken = images[:, torch.from_numpy(place.reshape(frames.shape))]  # [3, N, need, H, W]
+        clips = torch.stack([of_channels(clip, self.channels) for clip in taken.unbind(1)])
         note = (
             f"{found.repeated} of {len(wanted)} frames are damaged, shown as the one before" if found.repeated else ""
         )
         return {
-            "clips": clips.transpose(0, 1).contiguous(),
+            "clips": clips.contiguous(),
             "starts": torch.from_numpy(starts),
             "frames": total,
             "note": note,

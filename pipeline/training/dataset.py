@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from ..corpus.sources import escape_path
 from ..errors import StoreMismatchError, TrainingError, VideoError
 from ..video.clips import Frames, read_frames
+from ..video.flow import pictures_needed
 from ..video.prepared import prepared_corpora, read_copy
-from ..video.transforms import ClipView, center_crop, crop_and_flip
+from ..video.transforms import ClipView, center_crop, crop_and_flip, of_channels
 from .loader import Key
 from .sampler import Draw, TargetSampler
 
@@ -26,7 +27,8 @@ MAX_BROKEN_IN_A_ROW = 20  # for one sample; a corpus that has moved away ends a 
 class StudentClips(Dataset[Any]):
     """dataset[(epoch, sample)] -> one example, a pure function of the sampler's seed and the key.
 
-    "clip": uint8 [C, T, H, W]; black where no head counts it (it was not decoded)
+    "clip": uint8 [3, T, H, W], or with channels=2 its optical flow, float32 [2, T, H, W], from a sampler with
+        ahead=1; zeros where no head counts it (it was not decoded)
     "targets": teacher → mean picked logits float32 [K]; "weight": teacher → float32 scalar, 1 or 0
     "video": id in the store; "name": its path; "start": first frame
     "rejected": draws that the filter turned down; "broken": [(path, reason)] of the files that failed
@@ -38,7 +40,12 @@ class StudentClips(Dataset[Any]):
     the originals: the same draws, targets and frames. UsageError if such a folder has none of the corpus.
     """
 
-    def __init__(self, sampler: TargetSampler, view: ClipView, moved: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, sampler: TargetSampler, view: ClipView, moved: Mapping[str, str] | None = None, *, channels: int = 3
+    ) -> None:
+        if sampler.ahead != pictures_needed(0, channels):
+            raise ValueError(f"clips of {channels} channels need a sampler with ahead={pictures_needed(0, channels)}")
+        self.channels = channels
         self.sampler = sampler
         self.view = view
         self.moved = dict(moved or {})
@@ -84,7 +91,8 @@ class StudentClips(Dataset[Any]):
         """uint8 [C, T, H, W], or why it cannot be read. A failure is remembered, and comes to the same as
         failing again: the draws depend on nothing but the key."""
         if not draw.counts:
-            return torch.zeros(3, len(draw.indices), self.view.size, self.view.size, dtype=torch.uint8)
+            shape = (self.channels, len(draw.indices) - self.sampler.ahead, self.view.size, self.view.size)
+            return torch.zeros(shape, dtype=torch.float32 if self.sampler.ahead else torch.uint8)
         if draw.video in self._failed:
             return self._failed[draw.video]
         store = self.sampler.store
@@ -98,10 +106,10 @@ class StudentClips(Dataset[Any]):
         self._seen[draw.video] = True
         images = frames.images
         if self.sampler.fixed:
-            return center_crop(images, self.view.size)
+            return of_channels(center_crop(images, self.view.size), self.channels)
         top = int(draw.top * (images.shape[1] - self.view.size + 1))
         left = int(draw.left * (images.shape[2] - self.view.size + 1))
-        return crop_and_flip(images, top, left, self.view.size, draw.flip)
+        return of_channels(crop_and_flip(images, top, left, self.view.size, draw.flip), self.channels)
 
     def _frames(self, draw: Draw) -> Frames:
         path, copied = self._path(draw.video)

@@ -27,7 +27,7 @@ class Draw:
     """One clip of one video and its targets.
 
     frame_count: frames of the video, as far as the store knows.
-    indices[T]: frames to decode, counted from the start of the file; a video shorter than T repeats its last.
+    indices[T + ahead]: frames to decode, counted from the start of the file; a video shorter than T repeats its last.
     picked, picked_pts [n]: the frames whose logits were averaged.
     logits: teacher → mean picked logits [K] float32; weight: teacher → 1 (counts) or 0 (turned down).
     rejected: draws that the filter turned down before this one; attempt: the attempt that this one is.
@@ -89,6 +89,7 @@ class TargetSampler:
         counts; teachers that are not named count always. Every head has its own mask.
     reject: "skip" draws another video, at most 100 times, when every head turns a clip down (after that the
         clip has weight zero); "zero-weight" keeps the clip with weight zero (the paper's letter).
+    ahead: frames read after a clip's own, which must be there too (flow needs one); never picked.
     fixed: for held-out videos. Sample i is videos[i], the middle start, no flip, the middle crop; nothing is
         drawn again.
     """
@@ -107,6 +108,7 @@ class TargetSampler:
         thresholds: Mapping[str, float] | None = None,
         reject: Literal["skip", "zero-weight"] = "skip",
         fixed: bool = False,
+        ahead: int = 0,
     ) -> None:
         if len(videos) == 0:
             raise UsageError(f"{store.name} holds no video with targets of {', '.join(teachers)} to draw from")
@@ -121,6 +123,7 @@ class TargetSampler:
         self.thresholds = dict(thresholds or {})
         self.reject = reject
         self.fixed = fixed
+        self.ahead = ahead
         self._known: dict[int, _Video] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,7 +191,7 @@ class TargetSampler:
             cached, pts, rows = self.store.frames(video)
             # A truncated file's length may be unknown: what is cached certainly exists.
             frames = max(int(self.store.frame_counts[video]), int(cached[-1]) + 1 if len(cached) else 0)
-            starts = start_set(self.picks, cached, frames, self.clip_length)
+            starts = start_set(self.picks, cached, max(frames - self.ahead, 1), self.clip_length)
             known = _Video(frames, cached, pts, rows, starts, starts.count)
             if len(self._known) >= REMEMBERED:
                 self._known.pop(next(iter(self._known)))
@@ -252,7 +255,7 @@ class TargetSampler:
             video=clip.video,
             frame_count=clip.frame_count,
             start=clip.start,
-            indices=np.minimum(clip.start + np.arange(self.clip_length, dtype=np.int64), last),
+            indices=np.minimum(clip.start + np.arange(self.clip_length + self.ahead, dtype=np.int64), last),
             picked=clip.picked,
             picked_pts=clip.picked_pts,
             logits=logits,

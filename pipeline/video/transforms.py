@@ -10,11 +10,15 @@ import torch
 from pydantic import Field
 
 from ..config import Options
+from .flow import FLOW_CHANNELS, flow_of
 from .geometry import View
 
 # Kinetics statistics of torchvision's video models, RGB in 0 … 1 (FACTS §3).
 MEAN = (0.43216, 0.394666, 0.37645)
 STD = (0.22803, 0.22145, 0.216989)
+# Of Farnebäck flow in pixels, x and y (FACTS §5).
+FLOW_MEAN = (0.0046635, 0.0046261)
+FLOW_STD = (0.972347, 0.755146)
 
 
 class ClipView(Options):
@@ -52,8 +56,21 @@ def center_crop(images: np.ndarray, size: int) -> torch.Tensor:
     return crop_and_flip(images, round((height - size) / 2), round((width - size) / 2), size, False)
 
 
+def of_channels(clip: torch.Tensor, channels: int) -> torch.Tensor:
+    """What a student of so many channels sees of a cropped clip: for 3 the clip itself, for 2 its optical flow,
+    uint8 [3, T + 1, H, W] → float32 [2, T, H, W] in pixels (see `flow.flow_of`)."""
+    if channels != FLOW_CHANNELS:
+        return clip
+    flow = flow_of(clip.permute(1, 2, 3, 0).numpy())
+    return torch.from_numpy(np.ascontiguousarray(flow.transpose(3, 0, 1, 2)))
+
+
 def normalize_clip(clip: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """uint8 [B, 3, T, H, W] → (x/255 − mean) / std in `dtype`, on the clip's own device."""
+    """uint8 [B, 3, T, H, W] → (x/255 − mean) / std in `dtype`, on the clip's own device; flow, float32
+    [B, 2, T, H, W], with flow's mean and std."""
+    if clip.shape[1] == FLOW_CHANNELS:
+        mean, std = (torch.tensor(v, device=clip.device).view(2, 1, 1, 1) for v in (FLOW_MEAN, FLOW_STD))
+        return clip.to(torch.float32).sub(mean).div_(std).to(dtype)
     shape = (3, 1, 1, 1)
     mean = torch.tensor(MEAN, device=clip.device, dtype=torch.float32).view(shape)
     std = torch.tensor(STD, device=clip.device, dtype=torch.float32).view(shape)

@@ -1,0 +1,58 @@
+"""Optical flow of clips, for students of two channels: Farnebäck's method as in Caffe2's video operator.
+
+Parameters of FACTS §5 (`caffe2/video/optical_flow.cc`): the flow is taken from the grey frames of the clip
+as cropped and mirrored, so that a mirrored clip's horizontal flow is negative of itself; T frames of flow
+need T + 1 pictures. OpenCV is an extra: pip install "distinit[flow]".
+
+T frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ..errors import UsageError
+
+FLOW_CHANNELS = 2
+_PARAMETERS = {
+    "pyr_scale": 0.5**0.5,
+    "levels": 5,
+    "winsize": 10,
+    "iterations": 2,
+    "poly_n": 7,
+    "poly_sigma": 1.5,
+}
+_GAUSSIAN_WINDOW = 256  # OPTFLOW_FARNEBACK_GAUSSIAN
+_GREY = np.array([4899, 9617, 1868], np.int32)  # 0.299, 0.587, 0.114 in 1/16384, as OpenCV has them
+
+
+def pictures_needed(length: int, channels: int) -> int:
+    """Frames to decode for a clip of `length` frames: one more where it is of flow."""
+    return length + 1 if channels == FLOW_CHANNELS else length
+
+
+def require_opencv() -> Any:
+    """OpenCV, in one thread: loaders are parallel over clips. UsageError where it is not installed."""
+    try:
+        opencv = importlib.import_module("cv2")
+    except ImportError:
+        what = "student.channels=2 reads optical flow, which needs OpenCV"
+        raise UsageError(f'{what}: pip install "distinit[flow]"') from None
+    opencv.setNumThreads(1)
+    return opencv
+
+
+def flow_of(images: np.ndarray) -> np.ndarray:
+    """uint8 [T + 1, H, W, 3] RGB → float32 [T, H, W, 2]: how far (x, y) in pixels each point of frame t is
+    found in frame t + 1, x to the right, y down."""
+    opencv = require_opencv()
+    grey = ((images.astype(np.int32) @ _GREY + 8192) >> 14).astype(np.uint8)
+    frames = [
+        opencv.calcOpticalFlowFarneback(before, after, None, flags=_GAUSSIAN_WINDOW, **_PARAMETERS)
+        for before, after in pairwise(grey)
+    ]
+    return np.stack(frames) if frames else np.empty((0, *images.shape[1:3], 2), np.float32)
