@@ -107,7 +107,8 @@ class EvaluationClips:
 
     "video": index into `videos`; and either "clips" uint8 [N, 3, T, H, W] (flow: float32 [N, 2, T, H, W]),
     "starts" int64 [N], "frames" int (of the whole video) and "note" (what is damaged, else empty), or "error", why
-    it cannot be read. The test view of FACTS §3, of flow with n − T − 1 for n − T: starts ⌊i·(n − T)/(N − 1)⌋, resized, center crop.
+    it cannot be read. The test view of FACTS §3: starts ⌊i·(n − T)/(N − 1)⌋ (of flow n − T − 1), resized, center
+    crop.
     """
 
     def __init__(
