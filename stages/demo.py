@@ -121,8 +121,8 @@ def _farewell(
     tested = next(iter(results.values()))["test_videos"]
     out = shlex.quote(str(config.out))
     lines = [
-        f"{seconds / 60:.1f} minutes. {tested} test clips and one seed are few: read the intervals. The demo shows "
-        "that everything runs, not which start is better.",
+        f"{seconds / 60:.1f} minutes. {tested} test clips and one seed are few: the demo shows that everything runs,",
+        "not which start is better. Both starts had the same short schedule; scratch deserves its own, longer one.",
         "",
         f"  report   {made['report']}",
         f"  store    {config.out / 'targets.zarr'}",
