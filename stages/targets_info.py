@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SAMPLED_ROWS = 200_000  # rows read for entropies and labels; all of a small store
 REMOTE_ROWS, RUN = 16_384, 128  # of a remote store fewer, in runs that share a request
 LISTED = 1000
+BINS = 24  # of the entropy histogram, from 0 to ln K
+BARS = " ▁▂▃▄▅▆▇█"
 
 
 def targets_info(store_path: str | Path, screen: Screen, *, list_failed: bool = False) -> dict[str, Any]:
@@ -51,13 +54,22 @@ def targets_info(store_path: str | Path, screen: Screen, *, list_failed: bool = 
     }
     info["bytes_a_row"] = round(info["bytes"] / max(store.n_rows, 1), 1)
     if list_failed:
-        info["failed"] = [
-            {"corpus": r.corpus, "path": r.path, "reason": reasons[i]}
-            for i in sorted(reasons)
-            for r in [store.video(i)]
-        ]
+        info["failed"] = list(_failed(store))
     _show(info, screen)
     return info
+
+
+def _failed(store: TargetStore) -> Iterator[dict[str, str]]:
+    """Videos that failed; those of which a teacher alone has no rows, with its name."""
+    reasons = store.index.video_reasons()
+    texts = {i: [text] for i, text in reasons.items()}
+    for name in store.teachers:
+        for i, text in store.index.video_reasons(name).items():
+            if i not in reasons:
+                texts.setdefault(i, []).append(f"{name}: {text}")
+    for i in sorted(texts):
+        corpus, path = store.place(i)
+        yield from ({"corpus": corpus, "path": path, "reason": text} for text in texts[i])
 
 
 def _kept(teacher: dict[str, Any]) -> str:
@@ -79,9 +91,29 @@ def _counts(state: np.ndarray) -> dict[str, int]:
     return {"listed": len(state), **{n: int((state == code).sum()) for n, code in names.items()}}
 
 
+def _teacher_bytes(store: TargetStore, name: str) -> int:
+    """What the committed shards of one teacher take."""
+    commits = store.index.teachers[name].commits.values()
+    return sum(f["size"] for node in commits for f in node["files"].values())
+
+
+def _histogram(entropies: np.ndarray, classes: int) -> dict[str, list[Any]]:
+    """Counts of entropies in equal bins from 0 to ln K nats, and the bins' edges."""
+    top = max(float(np.log(classes)), 1e-9)
+    counts, edges = np.histogram(np.clip(entropies.astype(np.float64), 0, top), BINS, (0.0, top))
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def _bars(counts: list[int]) -> str:
+    """A histogram as one line of text; whatever is not empty shows."""
+    highest = max(counts, default=0) or 1
+    return "".join(BARS[-(-n * (len(BARS) - 1) // highest)] for n in counts)
+
+
 def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
     record = store.teachers[name]
     rows = store.committed_rows(name)
+    all_rows = len(rows)
     most = SAMPLED_ROWS if isinstance(store.files, LocalFiles) else REMOTE_ROWS
     if len(rows) > most:
         run = 1 if isinstance(store.files, LocalFiles) else RUN
@@ -103,14 +135,15 @@ def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
         "encoding": record.encoding,
         "encoding_error": store.encoding_error(name),
         **_counts(store.index.teacher_state(name)),
-        "rows": len(store.committed_rows(name)),
+        "rows": all_rows,
+        "bytes": (size := _teacher_bytes(store, name)),
+        "bytes_a_row": round(size / max(all_rows, 1), 1),
         "entropy_nats": {
             "mean": float(values.mean()) if len(values) else None,
             **{f"q{round(q * 100):02d}": float(v) for q, v in zip(QUANTILES, _quantiles(values), strict=True)},
+            "histogram": _histogram(values, len(record.classes)),
         },
-        "most_frequent": [
-            {"class": record.classes[k], "share": n / max(len(rows), 1)} for k, n in top.most_common(10)
-        ],
+        "most_frequent": [{"class": record.classes[k], "share": n / max(len(rows), 1)} for k, n in top.most_common(10)],
         "failures": dict(Counter(store.index.video_reasons(name).values()).most_common()),
     }
 
@@ -137,17 +170,26 @@ def _show(info: dict[str, Any], screen: Screen) -> None:
         corpora.add_row(c["name"], c["root"], *(f"{c[k]:,}" for k in ("ok", "failed", "pending", "rows")))
     screen.table(corpora)
     teachers = Table("teacher", "weights")
-    for column in ("classes", "frames", "kept as", "entropy median", "5 % to 95 %"):
+    for column in ("classes", "frames", "kept as", "bytes a frame"):
         teachers.add_column(column, justify="right")
     teachers.add_column("most frequent")
+    entropies = Table("teacher")
+    for column in ("entropy median", "5 % to 95 %"):
+        entropies.add_column(column, justify="right")
+    entropies.add_column("its histogram, from 0 to ln of the classes")
     for t in info["teachers"]:
         e = t["entropy_nats"]
         spread = f"{e['q05']:.2f} to {e['q95']:.2f}" if t["rows"] else "–"
         labels = ", ".join(f"{m['class']} {m['share']:.0%}" for m in t["most_frequent"][:4])
         weights = str(t["identity"].get("weights", ""))
         median = f"{e['q50']:.2f} nats" if t["rows"] else "–"
-        teachers.add_row(t["name"], weights, f"{t['classes']:,}", f"{t['rows']:,}", _kept(t), median, spread, labels)
+        size = f"{t['bytes_a_row']:,.0f}" if t["rows"] else "–"
+        teachers.add_row(t["name"], weights, f"{t['classes']:,}", f"{t['rows']:,}", _kept(t), size, labels)
+        histogram = e["histogram"]
+        bars = f"0 ▕{_bars(histogram['counts'])}▏ {histogram['edges'][-1]:.1f} nats"
+        entropies.add_row(t["name"], median, spread, bars)
     screen.table(teachers)
+    screen.table(entropies)
     failures = Counter(info["failures"])
     for t in info["teachers"]:
         failures.update({f"{t['name']}: {r}": n for r, n in t["failures"].items() if r not in failures})

@@ -186,10 +186,11 @@ class TargetStore:
         mine = segments[start[i] : start[i + 1]]
         den = int(self.column("time_base_den")[i])
         state = int(self.video_state[i])
+        corpus, path = self.place(i)
         return VideoRecord(
             id=i,
-            corpus=self.index.corpora[int(self.column("corpus")[i])]["name"],
-            path=unescape_path(self._path_at(i)),
+            corpus=corpus,
+            path=path,
             size=int(self.column("size")[i]),
             digest=self.digest(i),
             duration=float(self.column("duration")[i]),
@@ -202,6 +203,10 @@ class TargetStore:
             note=next((self.index.note[int(s)] for s in live if int(s) in self.index.note), None),
             clock="counted" if any(int(s) in self.index.counted for s in mine) else "pts",
         )
+
+    def place(self, i: int) -> tuple[str, str]:
+        """The corpus of video `i` and its path there."""
+        return self.index.corpora[int(self.column("corpus")[i])]["name"], unescape_path(self._path_at(i))
 
     def digest(self, i: int) -> str:
         """Digest of the head and tail of video `i` (`video.container.digest`), '' if it could not be read."""
