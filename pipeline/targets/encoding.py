@@ -1,7 +1,7 @@
 """How logits are kept: float16 as they are, or int8 with a scale and an offset a row, half the size.
 
 int8 maps a row's smallest logit to −128 and its largest to 127, both exactly: z ≈ offset + scale · q. Of a symmetric
-scale alone the steps are larger by half, where it matters most, at the top (docs/benchmarks.md). Entropies never come
+scale alone the steps are larger by half, where it matters most, at the top (docs/stores.md). Entropies never come
 from what is kept here, but from the teacher's float32 logits.
 
 Shapes: n rows, K classes.

@@ -23,7 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StoreError
 
-MISSING = np.uint64(2**64 - 1)
+MISSING = 2**64 - 1
+FEW = 16
 OPEN_SHARDS = 128  # descriptors and indices kept, an array
 
 
@@ -66,7 +67,8 @@ class ShardedRows:
         """The rows [n, …] in the order asked for; StoreError on a wrong crc, a short file, a missing shard."""
         wanted = np.asarray(rows, np.int64)
         out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
-        if len(wanted) == 0:
+        if len(wanted) <= FEW:
+            self._read_few(wanted.tolist(), out)
             return out
         if wanted.min() < 0 or wanted.max() >= self.shape[0]:
             raise StoreError(f"{self.path}: row {int(wanted.max())} of {self.shape[0]}")
@@ -76,20 +78,31 @@ class ShardedRows:
             out[at] = self._chunk(int(chunk))[wanted[at] % self.chunk_rows]
         return out
 
+    def _read_few(self, rows: list[int], out: NDArray[Any]) -> None:
+        """The rows of a pick: of so few NumPy's grouping would cost more than the reading."""
+        last, values = -1, out
+        for i, row in enumerate(rows):
+            if not 0 <= row < self.shape[0]:
+                raise StoreError(f"{self.path}: row {row} of {self.shape[0]}")
+            chunk, at = divmod(row, self.chunk_rows)
+            if chunk != last:
+                last, values = chunk, self._chunk(chunk)
+            out[i] = values[at]
+
     def _chunk(self, chunk: int) -> NDArray[Any]:
         shard, inside = divmod(chunk, self.shard_rows // self.chunk_rows)
         fd, index = self._shard(shard)
-        offset, length = index[inside]
+        offset, length = index[inside].tolist()
         shape = (self.chunk_rows, *self.shape[1:])
         if offset == MISSING and length == MISSING:
             return np.full(shape, self.fill, self.dtype)
         size = math.prod(shape) * self.dtype.itemsize
-        data = os.pread(fd, int(length), int(offset))
+        data = os.pread(fd, length, offset)
         if not _intact(data, size):
-            data = self._again(shard, fd, int(offset), int(length))
-        if not _intact(data, size):
-            raise StoreError(f"{self._file(shard)}: chunk {inside} fails its crc32c; see `distinit targets verify`")
-        return np.frombuffer(memoryview(data)[:-4], self.dtype).reshape(shape)
+            data = self._again(shard, fd, offset, length)
+            if not _intact(data, size):
+                raise StoreError(f"{self._file(shard)}: chunk {inside} fails its crc32c; see `distinit targets verify`")
+        return np.frombuffer(data, self.dtype, math.prod(shape)).reshape(shape)
 
     def _shard(self, shard: int) -> tuple[int, NDArray[np.uint64]]:
         if self._owner != os.getpid():  # a forked worker: the parent's descriptors are not ours to close
@@ -104,8 +117,8 @@ class ShardedRows:
             tail = os.pread(fd, n + 4, start)
             if not _intact(tail, n):
                 tail = self._again(shard, fd, start, n + 4)
-            if not _intact(tail, n):
-                raise StoreError(f"{self._file(shard)}: the shard's index is damaged or cut off")
+                if not _intact(tail, n):
+                    raise StoreError(f"{self._file(shard)}: the shard's index is damaged or cut off")
         except BaseException:
             os.close(fd)
             raise
@@ -141,8 +154,4 @@ def digest_bytes(data: bytes) -> str:
 
 def _intact(data: bytes, size: int) -> bool:
     """Whether `data` is `size` bytes and their crc32c."""
-    return len(data) == size + 4 and _crc(memoryview(data)[:-4]) == data[-4:]
-
-
-def _crc(data: bytes | memoryview) -> bytes:
-    return int(google_crc32c.value(bytes(data))).to_bytes(4, "little")
+    return len(data) == size + 4 and int(google_crc32c.value(data[:-4])).to_bytes(4, "little") == data[-4:]

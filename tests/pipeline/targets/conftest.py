@@ -72,7 +72,7 @@ class Recipe:
             "corpus": [self.corpus(v) for v in self.videos],
             "path": [self.path(v) for v in self.videos],
             "size": [1000 + v for v in self.videos],
-            "digest": [[v + 1] * 16 for v in self.videos],
+            "digest": [[v % 255 + 1] * 16 for v in self.videos],
             "rows_bound": [self.rows(v) for v in self.videos],
             "duration": [1.5] * n, "fps": [25.0] * n, "width": [64] * n, "height": [48] * n,
             "time_base_num": [1] * n, "time_base_den": [12800] * n,
