@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..pipeline.errors import StoreError, UsageError
 from ..pipeline.targets.choose import choose_videos
+from ..pipeline.targets.files import check_local
 from ..pipeline.targets.format import fsync_path
 from ..pipeline.targets.index import PENDING
 from ..pipeline.targets.store import TargetStore
@@ -42,6 +43,7 @@ def targets_export(
     reasons; videos that are pending are left out of both. Nothing stands at `out` until it is finished.
     Raises StoreError, and UsageError for what the store does not have or `out` cannot be.
     """
+    check_local(out)
     store, out = TargetStore.open(store_path), Path(os.path.abspath(out))
     names = [store.teacher(name).name for name in dict.fromkeys(teachers)] or list(store.teachers)
     if out.suffix not in (*HDF5, ZARR):

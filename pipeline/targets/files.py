@@ -109,6 +109,13 @@ def is_url(text: str | os.PathLike[str]) -> bool:
     return URL.match(text) is not None and not text.startswith("file://") and not os.path.exists(text)
 
 
+def check_local(path: str | os.PathLike[str]) -> None:
+    """StoreError if a place to write is a URL, also one that was made a `Path`, which makes `s3:/` of `s3://`."""
+    text = os.fspath(path)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text) and not os.path.exists(text):
+        raise StoreError(f"{text}: a store is written in a local folder; behind a URL it can only be read")
+
+
 def absolute(where: str) -> str:
     """A store's address that holds from any working folder."""
     return where if is_url(where) else os.path.abspath(where.removeprefix("file://"))

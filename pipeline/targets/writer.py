@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..errors import StoreError, StoreMismatchError
 from . import format as fmt
 from .encoding import DEFAULT, Encoding
+from .files import check_local
 from .index import StoreIndex, add_frame_commit, add_teacher_commit, load_index
 from .plan import Segment, Stretch, assign, auto_shard_rows
 from .shard import ShardResult, StagedFile
@@ -41,6 +42,7 @@ class StoreWriter:
         shard_rows: int | None = None,
         origin: Mapping[str, Any] | None = None,
     ) -> None:
+        check_local(path)
         self.root = Path(os.path.abspath(path))
         if not (self.root / "zarr.json").exists():
             _create(self.root, sampling, shard_rows, origin or {})

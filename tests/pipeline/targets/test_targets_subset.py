@@ -104,12 +104,14 @@ def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> No
     for words, changes in (
         (r"must end in .h5, .hdf5 \(one HDF5 file\) or .zarr", {"out": "x.csv"}),
         ("exists already", {"out": "s.zarr"}),
+        ("written in a local folder", {"out": "s3://bucket/x.zarr"}),
         ("the store has a, b", {"corpora": ["c"]}),
         ("it has: t", {"teachers": ["x"]}),
         ("2 of 2 lines name no video of .*first: 'v00'", {"videos_from": tmp_path / "list.txt"}),
         ("--shard-rows must be a multiple of 256", {"shard_rows": 100}),
         ("only a store", {"out": "x.h5", "shard_rows": 512}),
     ):
-        out = tmp_path / str(changes.pop("out", "out.zarr"))  # type: ignore[attr-defined]
+        out = str(changes.pop("out", "out.zarr"))  # type: ignore[attr-defined]
+        out = out if "://" in out else str(tmp_path / out)
         with pytest.raises((UsageError, StoreError), match=words):
             targets_export(root, out, QUIET, **changes)  # type: ignore[arg-type]
