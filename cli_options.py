@@ -84,6 +84,11 @@ def key_argument(name: str, *, key: str, **kwargs: Any) -> Callable[[F], F]:
     return click.argument(name, cls=KeyArgument, key=key, **kwargs)
 
 
+def examples(*lines: str) -> str:
+    """An epilog that keeps its lines."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
 def config_options(command: F) -> F:
     """--preset, --config and --set."""
     for option in (
