@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -120,8 +121,14 @@ def _load_torch(path: Path) -> object:
     except Exception:  # whatever a hostile or foreign pickle makes the reader raise, it is refused
         raise WeightsError(
             f"weights file {path}: not a checkpoint of tensors alone, and it is never unpickled freely; "
-            f"save its state dict as safetensors ({_line(first)})"
+            f"save its state dict as safetensors ({_refused(first)})"
         ) from None
+
+
+def _refused(error: Exception) -> str:
+    """What torch's weights-only reader met, without its advice on how to read the file all the same."""
+    found = re.search(r"[Uu]nsupported [^\n]{1,200}", str(error))
+    return found[0].rstrip(".") if found else "neither torch nor safetensors can read it"
 
 
 def _state_in(content: object, path: Path) -> dict[str, Tensor]:
