@@ -87,21 +87,24 @@ def kill_one(process: subprocess.Popen[bytes], who: str, rng: random.Random) -> 
 
 def one_run(words: list[str], victims: tuple[str, ...], seconds: float, rng: random.Random) -> tuple[list[str], bool]:
     """Run the command, kill the victims at random moments; returns who was killed and whether it ended well."""
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
-    killed = []
-    moments = sorted(rng.uniform(0.05, 1.0) * seconds for _ in victims)
-    began = time.monotonic()
-    for moment, who in zip(moments, victims, strict=True):
-        try:
-            process.wait(timeout=max(0.0, moment - (time.monotonic() - began)))
-            break
-        except subprocess.TimeoutExpired:
-            if kill_one(process, who, rng):
-                killed.append(f"{who} at {moment:.1f} s")
-    code = process.wait()
-    if code not in (0, -signal.SIGKILL):
-        raise SystemExit(f"the extraction ended with status {code} after these kills: {', '.join(killed)}")
-    return killed, code == 0
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(words, stderr=said)
+        killed = []
+        moments = sorted(rng.uniform(0.05, 1.0) * seconds for _ in victims)
+        began = time.monotonic()
+        for moment, who in zip(moments, victims, strict=True):
+            try:
+                process.wait(timeout=max(0.0, moment - (time.monotonic() - began)))
+                break
+            except subprocess.TimeoutExpired:
+                if kill_one(process, who, rng):
+                    killed.append(f"{who} at {moment:.1f} s")
+        code = process.wait()
+        if code not in (0, -signal.SIGKILL):
+            said.seek(0)
+            sys.stderr.buffer.write(said.read())
+            raise SystemExit(f"the extraction ended with status {code} after these kills: {', '.join(killed)}")
+        return killed, code == 0
 
 
 def main() -> int:

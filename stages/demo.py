@@ -13,7 +13,8 @@ from rich.text import Text
 from ..pipeline.config import Options
 from ..pipeline.errors import UsageError
 from .config import CONF, load_config, write_config
-from .extract_targets import ExtractConfig, extract_targets
+from .extract_config import ExtractConfig
+from .extract_targets import extract_targets
 from .finetune import FinetuneConfig, finetune
 from .report import report
 from .screen import Screen

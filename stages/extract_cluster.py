@@ -22,6 +22,8 @@ from ..pipeline.errors import DistInitError, StoreMismatchError
 from ..pipeline.targets.shard import ShardResult
 from ..pipeline.teachers.teacher import TeacherSpec
 from ..pipeline.video.sampling import Sampling
+from .extract_batches import TeacherRunner
+from .extract_config import ExtractConfig
 from .extract_work import ShardFiller, ShardTask
 from .screen import Screen
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
     from ..pipeline.targets.writer import StoreWriter
     from ..pipeline.teachers.teacher import Teacher
-    from .extract_targets import ExtractConfig
 
 STARTS = 3  # of a local cluster, before the run is given up
 IN_FLIGHT = 2  # tasks a worker holds: one at work, one waiting
@@ -85,13 +86,14 @@ def fill_shard(setup: WorkerSetup, task: ShardTask) -> ShardResult:
 def _make_filler(setup: WorkerSetup) -> ShardFiller:
     import torch
 
-    from ..pipeline.devices import resolve_device
+    from ..pipeline.devices import keep_freed_memory, resolve_device
     from ..pipeline.teachers.teacher import load_teacher
     from ..pipeline.video.pool import DecodePool
 
     device = _worker_device(resolve_device(setup.device))
     if device.type == "cpu":
-        torch.set_num_threads(1)  # workers share the machine's cores; more threads spin (MEASURED)
+        torch.set_num_threads(1)  # workers share the machine's cores; more threads spin
+        keep_freed_memory()
     teachers = {}
     expected = dict(setup.identities)
     for text in setup.specs:
@@ -106,17 +108,12 @@ def _make_filler(setup: WorkerSetup) -> ShardFiller:
     pool = DecodePool(
         processes=setup.decoders, views=views, memory_gb=setup.memory_gb, timeout_s=setup.timeout_s
     )
-    pool.__enter__()
-    atexit.register(pool.__exit__, None, None, None)
-    return ShardFiller(
-        Path(setup.root),
-        teachers,
-        pool,
-        views,
-        sampling=Sampling.model_validate_json(setup.sampling),
-        shard_rows=setup.shard_rows,
-        batch_size=setup.batch_size,
-    )
+    runner = TeacherRunner(teachers, views, batch_size=setup.batch_size, threads=1)
+    for each in (pool, runner):
+        each.__enter__()
+        atexit.register(each.__exit__, None, None, None)
+    sampling = Sampling.model_validate_json(setup.sampling)
+    return ShardFiller(Path(setup.root), runner, pool, sampling=sampling, shard_rows=setup.shard_rows)
 
 
 def _identity(teacher: Teacher, precision: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,8 @@ from ..pipeline.teachers.teacher import Teacher
 from ..pipeline.video.pool import Block, DecodeJob, DecodePool
 from ..pipeline.video.probe import Probe
 from ..pipeline.video.sampling import Sampling
+from .extract_config import ExtractConfig, default_decoders, load_teachers
 from .screen import Screen
-
-if TYPE_CHECKING:
-    from .extract_targets import ExtractConfig
 
 PROBED, TIMED = 2000, 8  # videos probed; of these, decoded to measure the rate
 ROW_BYTES = 4 + 8 + 8  # video, index, pts
@@ -31,13 +29,12 @@ def dry_run(
     """Rows, GB and hours of the asked sampling beside others; nothing is written.
 
     Rows are upper bounds from the containers, scaled up where only a sample was probed; hours come from
-    rates measured here and now: the teachers on one batch, the decoder on a few videos, overlapped.
+    rates measured here and now: the teachers on one batch, the decoder on a few videos. On a CPU they share
+    the cores and their hours add up, a GPU works beside them.
     """
-    from .extract_targets import default_decoders, load_teachers
-
     if videos is None:
         raise UsageError("--dry-run needs a SOURCE")
-    teachers = load_teachers(config, device, screen)
+    teachers = load_teachers(config, device)
     views = list(dict.fromkeys(t.view for t in teachers.values()))
     chosen = np.unique(np.linspace(0, len(videos) - 1, min(PROBED, len(videos))).astype(int)).tolist()
     asked = config.sampling or Sampling()
@@ -45,6 +42,7 @@ def dry_run(
     teacher_s = sum(_seconds_a_row(t, config.batch_size, screen) for t in teachers.values())
     encoding = config.encoding or DEFAULT
     width = sum(row_bytes(len(t.classes), encoding) + 4 for t in teachers.values())
+    together = sum if device.type == "cpu" else max
     rows_out: list[dict[str, Any]] = []
     with DecodePool(processes=config.decoders or default_decoders(device), views=views) as pool:
         paths = [videos.absolute(i) for i in chosen]
@@ -63,7 +61,7 @@ def dry_run(
                     "sampling": sampling.describe(),
                     "rows": int(rows),
                     "gigabytes": rows * (width + ROW_BYTES) / 1e9,
-                    "hours": max(decode_s, rows * teacher_s) / 3600,
+                    "hours": together([decode_s, rows * teacher_s]) / 3600,
                     "hours_decoding": decode_s / 3600,
                     "hours_teachers": rows * teacher_s / 3600,
                 }

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
 
-from ..pipeline.config import Options
 from ..pipeline.corpus.parts import Part
 from ..pipeline.corpus.sources import VideoList, list_videos
 from ..pipeline.devices import resolve_device
 from ..pipeline.errors import StoreError, UsageError
-from ..pipeline.targets.encoding import Encoding
 from ..pipeline.targets.index import FAILED, OK, PENDING
 from ..pipeline.targets.shard import ShardResult
 from ..pipeline.targets.writer import StoreWriter
-from ..pipeline.teachers.teacher import Teacher, TeacherSpec, load_teacher
+from ..pipeline.teachers.teacher import Teacher
+from ..pipeline.training.device import cores
 from ..pipeline.video.geometry import View
 from ..pipeline.video.pool import DecodePool
 from ..pipeline.video.sampling import Sampling
 from .config import write_config
+from .extract_batches import TeacherRunner, batch_threads
+from .extract_config import ExtractConfig, default_decoders, load_teachers, run_record
+from .extract_dry_run import dry_run
 from .extract_plan import (
     StorePlan,
     add_new_videos,
@@ -43,41 +43,6 @@ from .extract_work import ShardFiller, ShardTask
 from .screen import Screen
 
 
-class ExtractConfig(Options):
-    """Everything `distinit extract-targets` can be told."""
-
-    sources: list[str] = []
-    part: str | None = None
-    out: Path
-    teachers: list[TeacherSpec] = Field(min_length=1)
-    sampling: Sampling | None = None
-    batch_size: int = Field(32, ge=1)
-    device: str = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    decoders: int | None = Field(None, ge=1)
-    timeout_s: float = Field(120, gt=0)
-    memory_gb: float = Field(4, gt=0)
-    shard_rows: int | None = None
-    encoding: Encoding | None = None
-    retry_failed: bool = False
-    accept_run: bool = False
-    workers: int | None = Field(None, ge=1)
-    scheduler: str | None = None
-    retries: int = Field(2, ge=0)
-    dry_run: bool = False
-
-    @field_validator("part")
-    @classmethod
-    def _a_part(cls, part: str | None) -> str | None:
-        return None if part is None else str(Part.parse(part))
-
-    @model_validator(mode="after")
-    def _one_cluster(self) -> ExtractConfig:
-        if self.workers is not None and self.scheduler is not None:
-            raise ValueError("give --workers (a local cluster) or --scheduler (an existing one), not both")
-        return self
-
-
 def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
     """List, probe, plan, decode, infer, commit; returns what the store holds afterwards.
 
@@ -90,11 +55,9 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
         videos = Part.parse(config.part).share(listed)
         screen.say(f"part {config.part}: {len(videos)} of {len(listed)} videos")
     if config.dry_run:
-        from .extract_dry_run import dry_run
-
         return dry_run(config, videos, device, screen)
     sampling = _sampling(config)
-    teachers = load_teachers(config, device, screen)
+    teachers = load_teachers(config, device)
     views = list(dict.fromkeys(t.view for t in teachers.values()))
     decoders = config.decoders or default_decoders(device)
     with ExitStack() as stack:
@@ -138,7 +101,7 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
                 name, teacher.classes, attributes, encoding=config.encoding, accept_run=config.accept_run
             )
         began = time.monotonic()
-        fill = stack.enter_context(_filling(config, writer, teachers, pool, views, device, decoders, screen))
+        fill = stack.enter_context(_filling(config, writer, teachers, pool, views, device, screen))
         done = 0
         while shards := open_tasks(plan, list(teachers)):
             done += _run_shards(plan, shards, list(teachers), fill, run, screen)
@@ -158,7 +121,6 @@ def _filling(
     pool: DecodePool,
     views: list[View],
     device: torch.device,
-    decoders: int,
     screen: Screen,
 ) -> Iterator[Fill]:
     """How shards are filled: in this process, or by the workers of a dask cluster."""
@@ -166,12 +128,15 @@ def _filling(
     if config.workers is None and config.scheduler is None:
 
         def here(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
-            filler = ShardFiller(writer.root, teachers, pool, views, sampling=sampling,
-                                 shard_rows=writer.shard_rows, batch_size=config.batch_size,
-                                 advance=advance)  # fmt: skip
+            filler = ShardFiller(
+                writer.root, runner, pool, sampling=sampling, shard_rows=writer.shard_rows, advance=advance
+            )
             return filler.fill(work)
 
-        with _threads(device, decoders):
+        with (
+            batch_threads(device, cores()) as threads,
+            TeacherRunner(teachers, views, batch_size=config.batch_size, threads=threads) as runner,
+        ):
             yield here
         return
     from .extract_cluster import WorkerSetup, cluster, run_shards
@@ -231,48 +196,6 @@ def _rows_of_a_clip(sampling: Sampling) -> int:
     if sampling.keyframes:
         return 10
     return round(10 * sampling.fps) if sampling.fps is not None else 300 // (sampling.every or 1)
-
-
-def load_teachers(config: ExtractConfig, device: torch.device, screen: Screen) -> dict[str, Teacher]:
-    """The teachers by their name in the store, on the device; UsageError for the same name twice."""
-    teachers: dict[str, Teacher] = {}
-    for spec in config.teachers:
-        teacher = load_teacher(spec)
-        if teacher.name in teachers:
-            raise UsageError(f"--teacher: {teacher.name} is named twice")
-        teachers[teacher.name] = teacher.to(device, config.precision)
-    return teachers
-
-
-def default_decoders(device: torch.device) -> int:
-    """Decode processes: half of the cores beside a teacher on the CPU, all but one beside a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // 2 if device.type == "cpu" else cores - 1)
-
-
-def run_record(config: ExtractConfig, device: torch.device) -> dict[str, Any]:
-    """What makes equal inputs give equal bits; recorded with the teacher and in every commit."""
-    return {
-        "batch_size": config.batch_size,
-        "precision": config.precision,
-        "torch": torch.__version__.split("+")[0],
-        "device": device.type,
-    }
-
-
-class _threads:
-    """Torch threads = cores − decoders while a teacher runs on the CPU: more of them spin (MEASURED)."""
-
-    def __init__(self, device: torch.device, decoders: int) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.wanted = max(1, cores - decoders) if device.type == "cpu" else torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.wanted)
-
-    def __exit__(self, *exc: object) -> None:
-        torch.set_num_threads(self.before)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,10 @@ from ..pipeline.targets import format as fmt
 from ..pipeline.targets.average import entropy
 from ..pipeline.targets.encoding import Encoding, decode, divergence, encode, error_record, storable
 from ..pipeline.targets.shard import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
-from ..pipeline.teachers.teacher import Teacher
 from ..pipeline.video.container import digest
-from ..pipeline.video.geometry import View
 from ..pipeline.video.pool import Block, DecodeJob, DecodePool, Done, Failed
 from ..pipeline.video.sampling import Sampling
+from .extract_batches import Batch, Logits, TeacherRunner
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,11 @@ class _Outcome:
 class _Rows:
     """Working arrays of one shard, in decoding order; rows of failed segments are dropped at the end.
 
-    stored: of each teacher its arrays as the store keeps them, by name.
+    stored: of each teacher its arrays as the store keeps them, by name. running: rows whose batches are at the
+    teachers, in order.
     """
 
+    task: ShardTask
     index: NDArray[np.int64]
     pts: NDArray[np.int64]
     video: NDArray[np.int32]
@@ -85,69 +87,110 @@ class _Rows:
     good: dict[str, NDArray[np.bool_]]
     used: int = 0
     outcomes: list[_Outcome] = field(default_factory=list)
+    running: deque[tuple[slice, Future[Logits]]] = field(default_factory=deque)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all batches that were submitted are through the teachers."""
+        return all(future.done() for _, future in self.running)
+
+    def submit(self, runner: TeacherRunner, batch: Batch) -> None:
+        """Send the rows that came last, as many as the batch holds, through the teachers."""
+        at = slice(self.used - batch.count, self.used)
+        if self.task.teachers:
+            self.running.append((at, runner.submit(batch, self.task.teachers)))
+        else:
+            runner.give_back(batch)
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Enter the logits of batches that are through; raises what a teacher raised."""
+        while self.running and (wait or self.running[0][1].done()):
+            at, future = self.running.popleft()
+            for name, logits in future.result().items():
+                self._enter(name, at, logits[: at.stop - at.start])
+
+    def _enter(self, name: str, at: slice, logits: NDArray[np.float32]) -> None:
+        encoding, stored = self.task.teachers[name], self.stored[name]
+        self.good[name][at] = storable(logits)
+        encoded = encode(logits, encoding)
+        for array, values in encoded.items():
+            stored[array][at] = values
+        with np.errstate(all="ignore"):  # rows that are not storable
+            stored["entropy"][at] = entropy(logits)
+            self.error[name][at] = divergence(logits, decode(encoded, encoding))
 
 
 class ShardFiller:
-    """Fills shards of the store at `root` with the frames of `pool` seen by `teachers`.
+    """Fills shards of the store at `root` with the frames of `pool` seen by the teachers of `runner`.
 
-    views: the distinct views of all teachers, in the pool's order.
-    advance: called with the number of rows done, for the progress bar.
+    advance: called with the number of rows decoded, for the progress bar.
     """
 
     def __init__(
         self,
         root: Path,
-        teachers: dict[str, Teacher],
+        runner: TeacherRunner,
         pool: DecodePool,
-        views: list[View],
         *,
         sampling: Sampling,
         shard_rows: int,
-        batch_size: int,
         advance: Callable[[int], Any] = lambda n: None,
     ) -> None:
-        self.root, self.teachers, self.pool = root, teachers, pool
-        self.sampling, self.shard_rows, self.batch_size = sampling, shard_rows, batch_size
-        self.view_of = {name: views.index(t.view) for name, t in teachers.items()}
+        self.root, self.runner, self.pool = root, runner, pool
+        self.teachers = runner.teachers
+        self.sampling, self.shard_rows = sampling, shard_rows
         self.advance = advance
-        shapes = [view.shape(view.crop or 1, view.crop or 1) for view in views]
-        self._batch = [np.zeros((batch_size, h, w, 3), np.uint8) for h, w in shapes]
 
     def fill(self, tasks: Iterable[ShardTask]) -> Iterator[ShardResult]:
-        """Shards in the order of `tasks`, decoding ahead across their borders."""
-        waiting: deque[ShardTask] = deque()
+        """Shards in the order of `tasks`. Across their borders frames are decoded and teachers run ahead."""
+        waiting: deque[ShardTask] = deque()  # given to the pool
+        decoded: deque[_Rows] = deque()  # the teachers are at the last batches of these
 
         def jobs() -> Iterator[DecodeJob]:
             for task in tasks:
                 waiting.append(task)
                 for s in task.segments:
-                    yield DecodeJob(
-                        s.id, s.path, self.sampling, s.first, s.end, None if s.bound == 0 else s.bound
-                    )
+                    yield DecodeJob(s.id, s.path, self.sampling, s.first, s.end, None if s.bound == 0 else s.bound)
 
         events = iter(self.pool.stream(jobs()))
         for event in events:
-            task = waiting.popleft()
-            yield self._fill_one(task, event, events)
+            while not waiting[0].segments:
+                decoded.append(self._allocate(waiting.popleft()))
+            for _ in self._decode(self._allocate(waiting.popleft()), event, events, decoded):
+                while decoded and decoded[0].ready:
+                    yield self._finish(decoded.popleft())
+        decoded += [self._allocate(task) for task in waiting]
+        while decoded:
+            yield self._finish(decoded.popleft())
 
-    def _fill_one(self, task: ShardTask, event: Any, events: Iterator[Any]) -> ShardResult:
-        rows = self._allocate(task)
-        pending = 0  # rows in the batch that no teacher has seen
-        for n, segment in enumerate(task.segments):
+    def _decode(self, rows: _Rows, event: Any, events: Iterator[Any], decoded: deque[_Rows]) -> Iterator[None]:
+        """Decode a shard's segments and submit its batches; yields after each block of frames."""
+        batch = self.runner.take()
+        for n, segment in enumerate(rows.task.segments):
             if n:
                 event = next(events)
             outcome = _Outcome(segment, rows.used, rows.used)
             while isinstance(event, Block):
-                pending = self._take(task, rows, segment, event, pending)
+                batch = self._take(rows, segment, event, batch)
+                yield
                 event = next(events)
             outcome.stop = rows.used
             self._conclude(outcome, event, rows)
             rows.outcomes.append(outcome)
             self.advance(outcome.stop - outcome.start)
-        self._run_teachers(task, rows, pending)
-        folder = new_staging(self.root, task.shard)
+        if batch.count:
+            rows.submit(self.runner, batch)
+        else:
+            self.runner.give_back(batch)
+        decoded.append(rows)
+        yield
+
+    def _finish(self, rows: _Rows) -> ShardResult:
+        """Stage a shard once its last batch is through."""
+        rows.collect(wait=True)
+        folder = new_staging(self.root, rows.task.shard)
         try:
-            return self._stage(task, rows, folder)
+            return self._stage(rows.task, rows, folder)
         except BaseException:  # a full disk above all: leave what space there is to the next attempt
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -156,6 +199,7 @@ class ShardFiller:
         # A file whose probe failed has bound 0 and may yield rows all the same: then the arrays grow.
         n = sum(s.bound for s in task.segments)
         return _Rows(
+            task,
             np.empty(n, np.int64),
             np.empty(n, np.int64),
             np.empty(n, np.int32),
@@ -169,37 +213,21 @@ class ShardFiller:
         specs = fmt.teacher_specs(name, len(self.teachers[name].classes), task.teachers[name])
         return [(spec.path.split("/")[-1], spec) for spec in specs]
 
-    def _take(self, task: ShardTask, rows: _Rows, segment: SegmentTask, block: Block, pending: int) -> int:
-        """Copy a block's frames into the batch, running the teachers whenever it is full."""
+    def _take(self, rows: _Rows, segment: SegmentTask, block: Block, batch: Batch) -> Batch:
+        """Copy a block's frames into batches, submitting each that is full; returns the one to go on with."""
         for i in range(len(block.index)):
             if rows.used == len(rows.index):
                 _double(rows)
             rows.index[rows.used], rows.pts[rows.used] = block.index[i], block.pts[i]
             rows.video[rows.used] = segment.video
-            for buffer, images in zip(self._batch, block.images, strict=True):
-                buffer[pending] = images[i]
-            rows.used, pending = rows.used + 1, pending + 1
-            if pending == self.batch_size:
-                self._run_teachers(task, rows, pending)
-                pending = 0
-        return pending
-
-    def _run_teachers(self, task: ShardTask, rows: _Rows, count: int) -> None:
-        if count == 0:
-            return
-        for buffer in self._batch:
-            buffer[count:] = 0
-        at = slice(rows.used - count, rows.used)
-        for name in task.teachers:
-            logits = self.teachers[name].logits(self._batch[self.view_of[name]]).numpy()[:count]
-            encoding, stored = task.teachers[name], rows.stored[name]
-            rows.good[name][at] = storable(logits)
-            encoded = encode(logits, encoding)
-            for array, values in encoded.items():
-                stored[array][at] = values
-            with np.errstate(all="ignore"):  # rows that are not storable
-                stored["entropy"][at] = entropy(logits)
-                rows.error[name][at] = divergence(logits, decode(encoded, encoding))
+            for buffer, images in zip(batch.images, block.images, strict=True):
+                buffer[batch.count] = images[i]
+            rows.used, batch.count = rows.used + 1, batch.count + 1
+            if batch.full:
+                rows.submit(self.runner, batch)
+                batch = self.runner.take()
+                rows.collect()
+        return batch
 
     def _conclude(self, outcome: _Outcome, event: Done | Failed, rows: _Rows) -> None:
         segment = outcome.task

@@ -40,7 +40,8 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
     """12 videos of 96x64 pixels, every 4th frame seen by teachers `sure` (7 classes) and `unsure` (5)."""
     from distinit.pipeline.teachers.teacher import TeacherSpec
     from distinit.pipeline.video.encode import write_video
-    from distinit.stages.extract_targets import ExtractConfig, extract_targets
+    from distinit.stages.extract_config import ExtractConfig
+    from distinit.stages.extract_targets import extract_targets
     from distinit.stages.screen import Screen
 
     root = tmp_path_factory.mktemp("tiny")

@@ -160,8 +160,11 @@ class Teacher:
     def _arithmetic(self) -> Any:
         """Deterministic kernels, no TF32, and autocast for bf16."""
         bf16 = self.precision == "bf16"
+        # The flags are of the whole process: left alone where they mean nothing, since threads run teachers there.
+        cuda = self.device.type == "cuda"
+        flags = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
         with (
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+            torch.backends.cudnn.flags(**flags) if cuda else contextlib.nullcontext(),
             torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16),
         ):
             yield

@@ -16,7 +16,8 @@ import distinit
 from distinit.cli import cli
 from distinit.pipeline.errors import UsageError
 from distinit.pipeline.video.encode import write_video
-from distinit.stages.extract_targets import ExtractConfig, extract_targets
+from distinit.stages.extract_config import ExtractConfig
+from distinit.stages.extract_targets import extract_targets
 from distinit.stages.screen import Screen
 
 ROOT = Path(distinit.__file__).resolve().parent

@@ -26,7 +26,8 @@ from distinit.pipeline.targets.verify import verify
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
-from distinit.stages.extract_targets import ExtractConfig, extract_targets
+from distinit.stages.extract_config import ExtractConfig
+from distinit.stages.extract_targets import extract_targets
 from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
@@ -219,6 +220,22 @@ def test_a_file_that_vanishes_or_changes_after_the_listing(home: Path, videos: P
     assert extract_targets(config(videos, out), QUIET)["new_rows"] == 0
     assert extract_targets(config(videos, out, retry_failed=True), QUIET)["failed"] == 0
     same_videos(home / "whole.zarr", out, but="")
+
+
+def test_a_shard_of_nothing_but_failures_takes_another_teacher(home: Path, videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+
+    def harm() -> None:
+        for name in NAMES[-2:]:
+            (videos / name).unlink()
+
+    extract_targets(config(videos, out), Meddling(harm))
+    index = TargetStore.open(out).index
+    assert not index.rows[index.shard == index.n_shards - 1].any()
+    second = TeacherSpec(name=NAME, options={**OPTIONS, "name": "second"})
+    result = extract_targets(config(videos, out, teachers=[second]), QUIET)
+    assert result["teachers"] == {"second": 7}
+    assert list(verify(out, TargetStore.open(out).index)) == []
 
 
 # -- the store ---------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from distinit.pipeline.video.decode import VideoReader
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.geometry import View, render
 from distinit.pipeline.video.sampling import Sampling
-from distinit.stages.extract_targets import ExtractConfig, extract_targets
+from distinit.stages.extract_config import ExtractConfig
+from distinit.stages.extract_targets import extract_targets
 from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)

@@ -19,7 +19,8 @@ from distinit.pipeline.targets.store import TargetStore
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
-from distinit.stages.extract_targets import ExtractConfig, extract_targets
+from distinit.stages.extract_config import ExtractConfig
+from distinit.stages.extract_targets import extract_targets
 from distinit.stages.screen import Screen
 from distinit.stages.targets_verify import targets_verify
 

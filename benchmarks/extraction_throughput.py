@@ -1,0 +1,178 @@
+"""Sampled frames a second of stage one, end to end, against its parts alone on the same cores.
+
+    python benchmarks/extraction_throughput.py /data/clips
+    python benchmarks/extraction_throughput.py /data/clips --precision bf16 --teacher torchvision.models:resnet50
+
+The bound: where decoders and teachers share the cores of a CPU, a frame costs the time of both, so that no
+arrangement gives more than 1 / (1/D + 1/T) frames a second, with D those of decoding alone and T those of the
+teachers alone, each on all the cores. A GPU works beside the decoders: there it is min(D, T). D, T and the whole
+are measured in turn in one process, by the clock. Processor time a frame (decoding + teacher, over the whole's) says
+the same without the waiting, and hardly depends on what else the machine does.
+
+Goal: at least 0.90 of the bound. `torchvision.models:resnet50` has random weights, which serve for speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measuring import in_turn, machine, medians, processor_seconds, table
+
+from distinit.pipeline.corpus.sources import list_videos
+from distinit.pipeline.devices import resolve_device
+from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
+from distinit.pipeline.training.device import cores
+from distinit.pipeline.video.pool import Block, DecodeJob, DecodePool
+from distinit.pipeline.video.sampling import Sampling
+from distinit.stages.extract_batches import TeacherRunner, batch_threads
+from distinit.stages.extract_config import ExtractConfig, default_decoders
+from distinit.stages.extract_targets import extract_targets
+from distinit.stages.screen import Screen
+
+
+class Watch(Screen):
+    """A quiet screen that takes the time of the decoding part of an extraction."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.seconds, self.processor = 0.0, 0.0
+
+    @contextmanager
+    def progress(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Any]:
+        """As Screen's."""
+        with super().progress(description, total, unit) as bar:
+            if description != "extracting":
+                yield bar
+                return
+            began, processor = time.perf_counter(), processor_seconds()
+            yield bar
+            self.seconds += time.perf_counter() - began
+            self.processor += processor_seconds() - processor
+
+
+class Parts:
+    """The contenders for one teacher; each returns frames a second and notes processor time a frame."""
+
+    def __init__(self, args: argparse.Namespace, name: str) -> None:
+        self.args, self.device = args, resolve_device(args.device)
+        self.spec = TeacherSpec(name=name)
+        self.teacher = load_teacher(self.spec).to(self.device, args.precision)
+        self.sampling = Sampling(every=args.every)
+        self.decoders = args.decoders or default_decoders(self.device)
+        self.processor: dict[str, list[float]] = {}
+        listed = list_videos([args.source])
+        self.paths = [listed.absolute(i) for i in range(len(listed))]
+
+    def decode(self) -> float:
+        """Decoding alone."""
+        with DecodePool(processes=self.decoders, views=[self.teacher.view]) as pool:
+            list(pool.probe(self.paths[: 2 * self.decoders]))  # the children are up
+            began, processor, rows = time.perf_counter(), processor_seconds(), 0
+            for event in pool.stream(DecodeJob(i, p, self.sampling) for i, p in enumerate(self.paths)):
+                rows += len(event.index) if isinstance(event, Block) else 0
+            return self._rate("decode", rows, time.perf_counter() - began, processor_seconds() - processor)
+
+    def teach(self) -> float:
+        """The teacher alone, on batches that are there."""
+        images = np.random.default_rng(0).integers(0, 255, (*self.teacher.input_shape, 3), dtype=np.uint8)
+        rows, waiting = 0, []
+        with (
+            batch_threads(self.device, cores()) as threads,
+            TeacherRunner(
+                {"t": self.teacher}, [self.teacher.view], batch_size=self.args.batch_size, threads=threads
+            ) as runner,
+        ):
+            began, processor = time.perf_counter(), processor_seconds()
+            while rows == 0 or time.perf_counter() - began < self.args.seconds:
+                batch = runner.take()
+                batch.images[0][:] = images
+                batch.count = self.args.batch_size
+                waiting.append(runner.submit(batch, ["t"]))
+                rows += self.args.batch_size
+            for future in waiting:
+                future.result()
+            return self._rate("teacher", rows, time.perf_counter() - began, processor_seconds() - processor)
+
+    def whole(self) -> float:
+        """Stage one, from decoding to the committed store; listing and probing apart."""
+        folder = Path(tempfile.mkdtemp(prefix="distinit-speed-"))
+        try:
+            config = {
+                "sources": self.paths,
+                "out": folder / "s.zarr",
+                "teachers": [self.spec],
+                "sampling": self.sampling,
+            }
+            more = {"batch_size": self.args.batch_size, "precision": self.args.precision, "device": self.args.device}
+            watch = Watch()
+            result = extract_targets(ExtractConfig.model_validate({**config, **more, "decoders": self.decoders}), watch)
+            return self._rate("whole", result["new_rows"], watch.seconds, watch.processor)
+        finally:
+            shutil.rmtree(folder)
+
+    def _rate(self, part: str, rows: int, seconds: float, processor: float) -> float:
+        self.processor.setdefault(part, []).append(1000 * processor / rows)
+        print(f"{self.spec.name} {part}: {rows} frames in {seconds:.1f} s", file=sys.stderr, flush=True)
+        return rows / seconds
+
+    def fit(self) -> None:
+        """Take as many videos as the teacher is busy with for about the time wanted."""
+        rate = self.teach()
+        few, self.paths = self.paths, self.paths[:: max(1, len(self.paths) // 16)][:16]
+        with DecodePool(processes=1, views=[self.teacher.view]) as pool:
+            frames = [self.sampling.rows_bound(p) for p in pool.probe(self.paths)]
+        wanted = max(8, int(rate * self.args.seconds / max(1.0, float(np.mean(frames)))))
+        step = max(1, len(few) // wanted)
+        self.paths = few[::step][:wanted]
+        self.processor.clear()
+
+
+def main() -> None:
+    """Print a table and where it was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a folder of videos")
+    parser.add_argument("--teacher", action="append", help="default: efficientnet_lite0, torchvision.models:resnet50")
+    parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8, help="small, so that a short run has many")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--decoders", type=int, help="default: as extract-targets")
+    parser.add_argument("--seconds", type=float, default=6, help="of the teacher's time a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    rows = []
+    for name in args.teacher or ["efficientnet_lite0", "torchvision.models:resnet50"]:
+        parts = Parts(args, name)
+        parts.fit()
+        rate = medians(in_turn({"decode": parts.decode, "teacher": parts.teach, "whole": parts.whole}, args.rounds))
+        busy = medians(parts.processor)
+        shared = parts.device.type == "cpu"
+        bound = 1 / (1 / rate["decode"] + 1 / rate["teacher"]) if shared else min(rate["decode"], rate["teacher"])
+        rows.append(
+            [
+                f"{name}, {args.precision}, {parts.device.type}",
+                len(parts.paths),
+                *(f"{rate[k]:.0f}" for k in ("decode", "teacher")),
+                f"{bound:.1f}",
+                f"{rate['whole']:.1f}",
+                f"**{rate['whole'] / bound:.2f}**",
+                f"{busy['decode']:.1f} + {busy['teacher']:.1f} / {busy['whole']:.1f} = "
+                f"{(busy['decode'] + busy['teacher']) / busy['whole']:.2f}",
+            ]
+        )
+    print(machine())
+    head = ["teacher", "videos", "decoding alone", "teacher alone", "bound", "the whole, frames/s", "ratio"]
+    print(table([*head, "processor ms a frame"], rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

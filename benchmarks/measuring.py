@@ -1,0 +1,60 @@
+"""What the benchmarks share: contenders in turn, medians, processor time, and a line that says where."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import psutil
+
+
+def machine() -> str:
+    """Processor, cores, memory, load of the last minute, date: what a figure is worth nothing without."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = psutil.virtual_memory().total / 2**30
+    load = os.getloadavg()[0]
+    date = time.strftime("%Y-%m-%d")
+    return f"{date}, {name}, {cores} cores, {memory:.0f} GB, load {load:.1f}, Python {platform.python_version()}"
+
+
+def in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Values of each contender, one a round, all of them in every round: what disturbs one disturbs all."""
+    values: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, measure in contenders.items():
+            values[name].append(measure())
+    return values
+
+
+def medians(values: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each."""
+    return {name: statistics.median(v) for name, v in values.items()}
+
+
+def processor_seconds() -> float:
+    """Processor time so far of this process and of its children that live."""
+    total = 0.0
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), *[[str(cell) for cell in row] for row in rows]]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,78 @@
+"""What `distinit extract-targets` can be told, and what follows from it alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+
+from ..pipeline.config import Options
+from ..pipeline.corpus.parts import Part
+from ..pipeline.errors import UsageError
+from ..pipeline.targets.encoding import Encoding
+from ..pipeline.teachers.teacher import Teacher, TeacherSpec, load_teacher
+from ..pipeline.training.device import cores
+from ..pipeline.video.sampling import Sampling
+
+
+class ExtractConfig(Options):
+    """Everything `distinit extract-targets` can be told."""
+
+    sources: list[str] = []
+    part: str | None = None
+    out: Path
+    teachers: list[TeacherSpec] = Field(min_length=1)
+    sampling: Sampling | None = None
+    batch_size: int = Field(32, ge=1)
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    decoders: int | None = Field(None, ge=1)
+    timeout_s: float = Field(120, gt=0)
+    memory_gb: float = Field(4, gt=0)
+    shard_rows: int | None = None
+    encoding: Encoding | None = None
+    retry_failed: bool = False
+    accept_run: bool = False
+    workers: int | None = Field(None, ge=1)
+    scheduler: str | None = None
+    retries: int = Field(2, ge=0)
+    dry_run: bool = False
+
+    @field_validator("part")
+    @classmethod
+    def _a_part(cls, part: str | None) -> str | None:
+        return None if part is None else str(Part.parse(part))
+
+    @model_validator(mode="after")
+    def _one_cluster(self) -> ExtractConfig:
+        if self.workers is not None and self.scheduler is not None:
+            raise ValueError("give --workers (a local cluster) or --scheduler (an existing one), not both")
+        return self
+
+
+def load_teachers(config: ExtractConfig, device: torch.device) -> dict[str, Teacher]:
+    """The teachers by their name in the store, on the device; UsageError for the same name twice."""
+    teachers: dict[str, Teacher] = {}
+    for spec in config.teachers:
+        teacher = load_teacher(spec)
+        if teacher.name in teachers:
+            raise UsageError(f"--teacher: {teacher.name} is named twice")
+        teachers[teacher.name] = teacher.to(device, config.precision)
+    return teachers
+
+
+def default_decoders(device: torch.device) -> int:
+    """Decode processes: one a core beside a teacher on the CPU, for who is ahead waits; all but one beside a GPU."""
+    return cores() if device.type == "cpu" else max(1, cores() - 1)
+
+
+def run_record(config: ExtractConfig, device: torch.device) -> dict[str, Any]:
+    """What makes equal inputs give equal bits; recorded with the teacher and in every commit."""
+    return {
+        "batch_size": config.batch_size,
+        "precision": config.precision,
+        "torch": torch.__version__.split("+")[0],
+        "device": device.type,
+    }
