@@ -328,6 +328,7 @@ def train_student(**given: Any) -> None:
         "distinit finetune --init runs/student --dataset csv:labels.csv --out runs/ours",
         "distinit finetune --init scratch --preset scratch --dataset csv:labels.csv --out runs/scratch",
         "distinit finetune --init runs/student --dataset folder:/data/actions --epochs 20 --out runs/folder",
+        "distinit finetune --init runs/student --dataset csv:labels.csv --videos small/ --out runs/ours",
     ),
 )
 @key_option(
@@ -344,6 +345,7 @@ def train_student(**given: Any) -> None:
     help="csv:FILE with columns path, label and splitN (train or test), or folder:DIR with train/CLASS and test/CLASS.",
 )
 @key_option("--split", key="split", type=int, metavar="N", help="Which splitN column.  [default: 1]")
+@key_option("--videos", key="videos", metavar="DIR", help="Copies by `distinit prepare`, read instead of the videos.")
 @key_option("--out", key="out", metavar="RUN", help="The run folder to write.")
 @student_options()
 @key_option("--dropout", key="dropout", shown=0.0, type=float, metavar="P", help="Of the features before the head.")
@@ -385,6 +387,7 @@ def finetune(**given: Any) -> None:
 @key_argument("run", key="run", metavar="RUN")
 @key_option("--dataset", key="dataset", metavar="KIND:PATH", help="csv:FILE or folder:DIR.  [default: the run's]")
 @key_option("--split", key="split", type=int, metavar="N", help="Which splitN column.  [default: the run's]")
+@key_option("--videos", key="videos", metavar="DIR", help="Copies by `distinit prepare`.  [default: the run's]")
 @key_option("--out", key="out", metavar="DIR", help="The folder to write.  [default: the run's own]")
 @key_option("--device", key="device", shown="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @key_option("--test-clips", key="test.clips", type=int, metavar="N", help="Clips a video.  [default: the run's]")

@@ -48,6 +48,7 @@ class EvaluateConfig(Options):
     run: str = Field(description="a folder written by distinit finetune")
     dataset: str | None = Field(default=None, description="csv:FILE or folder:DIR; default the run's")
     split: int | None = Field(default=None, ge=1, description="default the run's")
+    videos: str | None = Field(default=None, description="folder of copies; default the run's; null: the videos")
     out: str | None = Field(default=None, description="folder to write; default the run's own")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     test: EvaluationOptions | None = None
@@ -68,7 +69,8 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
         raise UsageError(
             f"test.clips={options.clips} needs --out, for the run keeps the predictions of its own protocol"
         )
-    labels = load_labels(config.dataset or used["dataset"], config.split or used.get("split"))
+    videos = config.videos if "videos" in config.model_fields_set else used.get("videos")
+    labels = load_labels(config.dataset or used["dataset"], config.split or used.get("split"), videos)
     student = load_student(run / "model.safetensors")
     require_classes(labels.classes, student.meta.classes.get(HEAD, []), here=labels.dataset, there=str(run))
     view = ClipView.model_validate(
@@ -113,7 +115,7 @@ def evaluate_student(
         [video.path for video in labels.test],
         [video.label for video in labels.test],
         options.clips,
-        protocol=_protocol(view, length, options.clips),
+        protocol=_protocol(view, length, options.clips) | _read_from(labels),
         identity={
             "dataset": labels.dataset,
             "split": labels.split,
@@ -175,6 +177,11 @@ def _protocol(view: ClipView, length: int, clips: int) -> dict[str, Any]:
         "precision": "fp32",
         "unread_videos": "wrong",
     }
+
+
+def _read_from(labels: Labels) -> dict[str, Any]:
+    """What the test clips are decoded from, where that is not the videos themselves."""
+    return {} if labels.copies is None else {"copies": dict(labels.copies.options)}
 
 
 def _adopt(predictions: Predictions, path: Path) -> int:

@@ -67,6 +67,7 @@ class FinetuneConfig(Options):
     init: str = Field(default=SCRATCH, description="scratch, a run folder, or a student's safetensors file")
     dataset: str = Field(description="csv:FILE or folder:DIR")
     split: int | None = Field(default=None, ge=1, description="default 1")
+    videos: str | None = Field(default=None, description="folder of copies by distinit prepare, read in their place")
     out: str = Field(description="the run folder to write")
     student: StudentOptions | None = Field(default=None, description="default that of the initialisation")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="of the features before the new head")
@@ -84,7 +85,7 @@ def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
     """
     run_dir = Path(config.out)
     device = resolve_device(config.loop.device)
-    labels = load_labels(config.dataset, config.split)
+    labels = load_labels(config.dataset, config.split, config.videos)
     config = _resolved(config, labels)
     claim_run_dir(run_dir, resume=config.resume)
     saved = read_identity(run_dir) if config.resume else None
@@ -136,6 +137,7 @@ def _resolved(config: FinetuneConfig, labels: Labels) -> FinetuneConfig:
     """The config with what the initialisation decides filled in and paths that hold from any folder."""
     kind, _, where = config.dataset.partition(":")
     update: dict[str, Any] = {"dataset": f"{kind}:{os.path.abspath(where)}", "split": labels.split}
+    update["videos"] = labels.copies.folder if labels.copies is not None else None
     if config.init == SCRATCH:
         update["student"] = config.student or StudentOptions()
         return config.model_copy(update=update)

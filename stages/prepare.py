@@ -22,9 +22,9 @@ from ..pipeline.corpus.sources import VideoList, escape_path, list_videos, unesc
 from ..pipeline.errors import UsageError, VideoError
 from ..pipeline.video.container import digest
 from ..pipeline.video.copymap import read_map
+from ..pipeline.video.folders import FORMAT, MARKER, copy_name, read_marker
 from ..pipeline.video.pool import DecodePool, Failed
 from ..pipeline.video.prepare import NOT_WRITTEN, CopyOptions, copy_row
-from ..pipeline.video.prepared import FORMAT, MARKER, copy_name, read_marker
 from .config import write_config
 from .prepare_status import Row, StatusFile
 from .screen import Screen

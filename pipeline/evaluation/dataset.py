@@ -16,9 +16,9 @@ from ..corpus.sources import escape_path
 from ..errors import TrainingError, VideoError
 from ..training.draws import epoch_position, rng
 from ..training.loader import Key
-from ..video.clips import count_frames, read_frames
 from ..video.flow import pictures_needed
-from ..video.transforms import ClipView, center_crop, crop_and_flip, of_channels
+from ..video.reading import count_frames, read_clip, read_clips
+from ..video.transforms import ClipView, Crop
 from .labels import Labelled, Labels
 from .starts import clip_frames, clip_starts
 
@@ -88,18 +88,16 @@ class LabelledClips:
         """uint8 [C, T, H, W] and its first frame. VideoError with the reason."""
         if video in self._failed:
             raise VideoError(self._failed[video])
-        path = self.labels.absolute(self.labels.train[video])
+        file = self.labels.file(self.labels.train[video])
         if video not in self._counts:
-            self._counts[video] = count_frames(path)
+            self._counts[video] = count_frames(file)
         total = self._counts[video]
         need = pictures_needed(self.length, self.channels)
         start = int(draw.integers(max(total - need, 0) + 1))
         down, across, mirror = draw.random(3)
-        images = read_frames(path, clip_frames(start, need, total), self.view.frame_view()).images
-        size = self.view.size
-        top, left = int(down * (images.shape[1] - size + 1)), int(across * (images.shape[2] - size + 1))
-        clip = crop_and_flip(images, top, left, size, bool(mirror < self.view.flip))
-        return of_channels(clip, self.channels), start
+        crop = Crop(down, across, bool(mirror < self.view.flip))
+        frames = clip_frames(start, need, total)
+        return read_clip(file, frames, self.view, channels=self.channels, crop=crop), start
 
 
 class EvaluationClips:
@@ -131,26 +129,21 @@ class EvaluationClips:
     def __getitem__(self, key: Key) -> dict[str, Any]:
         _, i = key
         try:
-            return {"video": i, **self._read(self.labels.absolute(self.videos[i]))}
+            return {"video": i, **self._read(self.videos[i])}
         except VideoError as error:
             return {"video": i, "error": str(error)}
 
-    def _read(self, path: str) -> dict[str, Any]:
-        total = count_frames(path)
+    def _read(self, video: Labelled) -> dict[str, Any]:
+        file = self.labels.file(video)
+        total = count_frames(file)
         need = pictures_needed(self.length, self.channels)
         starts = clip_starts(total, need, self.clips)
         frames = np.stack([clip_frames(int(start), need, total) for start in starts])
-        wanted, place = np.unique(frames, return_inverse=True)
-        found = read_frames(path, wanted, self.view.frame_view())
-        images = center_crop(found.images, self.view.size)
-        taken = images[:, torch.from_numpy(place.reshape(frames.shape))]  # [3, N, need, H, W]
-        clips = torch.stack([of_channels(clip, self.channels) for clip in taken.unbind(1)])
-        note = (
-            f"{found.repeated} of {len(wanted)} frames are damaged, shown as the one before" if found.repeated else ""
-        )
+        found = read_clips(file, frames, self.view, channels=self.channels)
+        note = f"{found.repeated} of {found.distinct} frames are damaged, shown as the one before"
         return {
-            "clips": clips.contiguous(),
+            "clips": found.clips,
             "starts": torch.from_numpy(starts),
             "frames": total,
-            "note": note,
+            "note": note if found.repeated else "",
         }

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..corpus.sources import escape_path, list_videos
-from ..errors import LabelsError, SourceError, UsageError
+from ..errors import LabelsError, SourceError, UsageError, VideoError
+from ..video.folders import CopyFolder
+from ..video.reading import VideoFile
 
 SIDES = ("train", "test")
 
@@ -28,7 +30,10 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class Labels:
-    """One split of a labelled data set: classes[K], train and test videos."""
+    """One split of a labelled data set: classes[K], train and test videos.
+
+    copies: where the videos are read from, if not from their own files.
+    """
 
     dataset: str
     split: int
@@ -36,6 +41,14 @@ class Labels:
     classes: tuple[str, ...]
     train: tuple[Labelled, ...]
     test: tuple[Labelled, ...]
+    copies: CopyFolder | None = None
+
+    def file(self, video: Labelled) -> VideoFile:
+        """Where a video is read. VideoError where it has no copy."""
+        path = self.absolute(video)
+        if self.copies is None:
+            return VideoFile(path)
+        return VideoFile(self.copies.find(self.root, video.path), "copy", path)
 
     def absolute(self, video: Labelled) -> str:
         return os.path.join(self.root, video.path)
@@ -57,12 +70,13 @@ class _Row:
     where: str
 
 
-def load_labels(dataset: str, split: int | None = None) -> Labels:
+def load_labels(dataset: str, split: int | None = None, videos: str | None = None) -> Labels:
     """Reads `csv:FILE` or `folder:DIR`; the split is 1 where it is left out.
 
     csv: columns `path` (relative to the csv's folder), `label` and `splitN`, whose values are `train`, `test`
     or anything else (not used in this split); other columns are ignored. folder: `DIR/{train,test}/CLASS/…`,
-    which has split 1 only.
+    which has split 1 only. videos: a folder of copies by `distinit prepare` to read in place of the videos, which
+    then need not be there.
 
     Raises UsageError for another form, and LabelsError (one line, naming the file and what was found) for
     missing columns, unknown paths, an empty side, a class on one side only, a file on both sides or of two
@@ -72,7 +86,8 @@ def load_labels(dataset: str, split: int | None = None) -> Labels:
     if not colon or kind not in _READERS or not where:
         raise UsageError(f"--dataset {dataset!r}: expected csv:FILE or folder:DIR")
     root, rows = _READERS[kind](os.path.abspath(where), 1 if split is None else split)
-    return _check(dataset, 1 if split is None else split, os.path.abspath(where), root, rows)
+    copies = None if videos is None else CopyFolder.open(videos)
+    return _check(dataset, 1 if split is None else split, os.path.abspath(where), root, rows, copies)
 
 
 def _read_csv(path: str, split: int) -> tuple[str, list[_Row]]:
@@ -137,25 +152,29 @@ def _read_folder(root: str, split: int) -> tuple[str, list[_Row]]:
 _READERS: dict[str, Callable[[str, int], tuple[str, list[_Row]]]] = {"csv": _read_csv, "folder": _read_folder}
 
 
-def _check(dataset: str, split: int, source: str, root: str, rows: list[_Row]) -> Labels:
+def _check(
+    dataset: str, split: int, source: str, root: str, rows: list[_Row], copies: CopyFolder | None = None
+) -> Labels:
     for side in SIDES:
         if not any(row.side == side for row in rows):
             raise LabelsError(f"{source}: split {split} has no {side} videos ({len(rows)} rows are used)")
-    rows = _one_row_per_file(source, root, rows)
+    rows = _one_row_per_file(source, root, rows, copies)
     classes = _classes(source, rows)
     index = {name: i for i, name in enumerate(classes)}
+    if copies is not None and not any(_has_copy(copies, root, row.path) for row in rows):
+        raise UsageError(f"--videos {copies.folder}: holds a copy of none of the {len(rows)} videos of {source}")
     sides = {side: tuple(Labelled(row.path, index[row.label]) for row in rows if row.side == side) for side in SIDES}
-    return Labels(dataset, split, root, classes, sides["train"], sides["test"])
+    return Labels(dataset, split, root, classes, sides["train"], sides["test"], copies)
 
 
-def _one_row_per_file(source: str, root: str, rows: list[_Row]) -> list[_Row]:
+def _one_row_per_file(source: str, root: str, rows: list[_Row], copies: CopyFolder | None) -> list[_Row]:
     """Drops plain repetitions; refuses paths that are not there and files with two labels or sides."""
     kept: dict[tuple[int, int], _Row] = {}
     missing: list[_Row] = []
     for row in rows:
         try:
-            found = os.stat(os.path.join(root, row.path))
-        except (OSError, ValueError):  # ValueError: a null byte in the name
+            found = _stat(root, row.path, copies)
+        except (OSError, ValueError):  # ValueError: a null byte in the name, or no copy
             missing.append(row)
             continue
         # Device and inode, not the name: a link to a training video in the test list leaks as well.
@@ -176,6 +195,23 @@ def _one_row_per_file(source: str, root: str, rows: list[_Row]) -> list[_Row]:
             f"{escape_path(missing[0].path)} ({missing[0].where}), looked for in {root}"
         )
     return list(kept.values())
+
+
+def _stat(root: str, path: str, copies: CopyFolder | None) -> os.stat_result:
+    """Of the video, or where it is gone of its copy."""
+    try:
+        return os.stat(os.path.join(root, path))
+    except OSError:
+        if copies is None:
+            raise
+        return os.stat(copies.find(root, path))
+
+
+def _has_copy(copies: CopyFolder, root: str, path: str) -> bool:
+    try:
+        return bool(copies.find(root, path))
+    except VideoError:
+        return False
 
 
 def _classes(source: str, rows: list[_Row]) -> tuple[str, ...]:

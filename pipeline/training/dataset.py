@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 
 from ..corpus.sources import escape_path
 from ..errors import StoreMismatchError, TrainingError, VideoError
-from ..video.clips import Frames, read_frames
 from ..video.flow import pictures_needed
-from ..video.prepared import prepared_corpora, read_copy
-from ..video.transforms import ClipView, center_crop, crop_and_flip, of_channels
+from ..video.folders import prepared_corpora
+from ..video.reading import VideoFile, read_clip
+from ..video.transforms import ClipView, Crop
 from .loader import Key
 from .sampler import Draw, TargetSampler
 
@@ -75,17 +75,17 @@ class StudentClips(Dataset[Any]):
 
     def name(self, video: int) -> str:
         """The path of a video or of its copy, as text that can be printed."""
-        return escape_path(self._path(video)[0])
+        return escape_path(self.file(video).path)
 
-    def _path(self, video: int) -> tuple[str, bool]:
-        """Where the frames of a video are read, and whether that is a copy."""
+    def file(self, video: int) -> VideoFile:
+        """Where the frames of a video are read."""
         store = self.sampler.store
         if not self.copies:
-            return store.video_path(video, self.moved), False
+            return VideoFile(store.video_path(video, self.moved))
         corpus = store.index.corpora[int(store.column("corpus")[video])]["name"]
         if corpus not in self.copies:
-            return store.video_path(video, self.moved), False
-        return self.copies[corpus].path(store.video_path(video, {corpus: ""})), True
+            return VideoFile(store.video_path(video, self.moved))
+        return VideoFile(self.copies[corpus].path(store.video_path(video, {corpus: ""})), "copy")
 
     def _read(self, draw: Draw) -> torch.Tensor | str:
         """uint8 [C, T, H, W], or why it cannot be read. A failure is remembered, and comes to the same as
@@ -95,29 +95,24 @@ class StudentClips(Dataset[Any]):
             return torch.zeros(shape, dtype=torch.float32 if self.sampler.ahead else torch.uint8)
         if draw.video in self._failed:
             return self._failed[draw.video]
-        store = self.sampler.store
-        if len(self._seen) == 0:
-            self._seen = np.zeros(store.n_videos, bool)
         try:
-            frames = self._frames(draw)
+            clip = self._clip(draw)
         except (VideoError, StoreMismatchError) as error:
             self._failed[draw.video] = str(error)
             return str(error)
         self._seen[draw.video] = True
-        images = frames.images
-        if self.sampler.fixed:
-            return of_channels(center_crop(images, self.view.size), self.channels)
-        top = int(draw.top * (images.shape[1] - self.view.size + 1))
-        left = int(draw.left * (images.shape[2] - self.view.size + 1))
-        return of_channels(crop_and_flip(images, top, left, self.view.size, draw.flip), self.channels)
+        return clip
 
-    def _frames(self, draw: Draw) -> Frames:
-        path, copied = self._path(draw.video)
-        digest, view = self.sampler.store.digest(draw.video) or None, self.view.frame_view()
-        if copied:  # its map has the digest of the source
-            return read_copy(path, draw.indices, view, expect=self._expected(draw), digest=digest)
-        digest = None if self._seen[draw.video] else digest
-        return read_frames(path, draw.indices, view, expect=self._expected(draw), digest=digest)
+    def _clip(self, draw: Draw) -> torch.Tensor:
+        file, digest = self.file(draw.video), self.sampler.store.digest(draw.video) or None
+        if len(self._seen) == 0:
+            self._seen = np.zeros(self.sampler.store.n_videos, bool)
+        if file.kind == "video" and self._seen[draw.video]:  # of a copy, the map has the digest of the source
+            digest = None
+        crop = None if self.sampler.fixed else Crop(draw.top, draw.left, draw.flip)
+        return read_clip(
+            file, draw.indices, self.view, channels=self.channels, crop=crop, expect=self._expected(draw), digest=digest
+        )
 
     def _expected(self, draw: Draw) -> tuple[Any, Any] | None:
         """(indices, pts) of the picked frames: the clip must show the frames that the teachers saw. A frame

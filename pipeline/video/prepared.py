@@ -7,13 +7,11 @@ never looked at; copy frame k is the source frame that the map names.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import cast
 
@@ -22,78 +20,13 @@ import numpy as np
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import VideoReformatter
 
-from ..errors import StoreMismatchError, UsageError, VideoError
+from ..errors import StoreMismatchError, VideoError
 from .clips import Frames, fill_damaged
 from .container import reason
 from .copymap import CopyMap, map_of
 from .geometry import Renderer, View
 
-MARKER = "prepared.json"
-FORMAT = "distinit prepared copies"
-ENDING = ".mp4"
 _DECODERS = 8  # set up and kept in each thread: copies of one size and one set of options share one
-
-
-@dataclass(frozen=True)
-class PreparedCorpus:
-    """The copies of one corpus, below `root` under the paths of their sources."""
-
-    root: str
-
-    def path(self, relative: str) -> str:
-        """Where the copy of a video lies, by the video's path relative to its corpus."""
-        return os.path.join(self.root, copy_name(relative))
-
-
-def copy_name(relative: str) -> str:
-    """`a/b.avi` → `a/b.avi.mp4`. Lists may lead out of their folder; their copies stay below it.
-
-        >>> copy_name("../other/c.mp4")
-        '%2E%2E/other/c.mp4.mp4'
-    """
-    parts = ("%2E%2E" if part == ".." else part for part in relative.split("/") if part not in ("", "."))
-    return "/".join(parts) + ENDING
-
-
-def prepared_corpora(moved: Mapping[str, str]) -> dict[str, PreparedCorpus]:
-    """Of the folders where corpora lie now (corpus → folder), those that hold copies made by `prepare`.
-
-    A folder of copies of a single corpus serves that corpus under any name. Also a corpus' own folder inside
-    may be named. Raises UsageError if a folder of copies has none of the corpus.
-    """
-    found = {}
-    for name, folder in moved.items():
-        marker = read_marker(folder)
-        if marker is not None:
-            held = list(marker["corpora"])
-            own = name if name in held else held[0] if len(held) == 1 else None
-            if own is None:
-                raise UsageError(f"--videos {name}={folder}: the copies there are of {', '.join(held) or 'no corpus'}")
-            found[name] = PreparedCorpus(os.path.join(os.path.abspath(folder), own))
-            continue
-        above, own = os.path.split(os.path.abspath(folder))
-        marker = read_marker(above)
-        if marker is not None and own in marker["corpora"]:
-            found[name] = PreparedCorpus(os.path.abspath(folder))
-    return found
-
-
-def read_marker(folder: str | os.PathLike[str]) -> dict[str, dict[str, object]] | None:
-    """What `prepare` says of a folder of copies ("options", "corpora"); None where it did not make it.
-
-    Raises UsageError where the marker cannot be read.
-    """
-    path = os.path.join(folder, MARKER)
-    try:
-        with open(path, encoding="utf-8") as file:
-            marker = json.load(file)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(marker, dict) or marker.get("format") != FORMAT or marker.get("version") != 1:
-        raise UsageError(f"{path}: expected format {FORMAT!r}, version 1")
-    return marker
 
 
 def read_copy(

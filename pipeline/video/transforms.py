@@ -5,6 +5,8 @@ Shapes: B clips, C channels, T frames, H W pixels.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from pydantic import Field
@@ -19,6 +21,15 @@ STD = (0.22803, 0.22145, 0.216989)
 # Of Farnebäck flow in pixels, x and y (FACTS §5).
 FLOW_MEAN = (0.0046635, 0.0046261)
 FLOW_STD = (0.972347, 0.755146)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Where a training clip is cut out: top, left as shares in [0, 1) of the room there is; flip: mirror it."""
+
+    top: float
+    left: float
+    flip: bool
 
 
 class ClipView(Options):
@@ -37,6 +48,14 @@ class ClipView(Options):
         if min(resize) < self.size:
             raise ValueError(f"resize {resize[0]}x{resize[1]} is smaller than the crop of {self.size}")
         return View(resize=resize)
+
+    def cut(self, images: np.ndarray, crop: Crop | None) -> torch.Tensor:
+        """Resized frames uint8 [T, H, W, 3] → uint8 [3, T, size, size]; in the middle where crop is None."""
+        if crop is None:
+            return center_crop(images, self.size)
+        height, width = images.shape[1:3]
+        top, left = int(crop.top * (height - self.size + 1)), int(crop.left * (width - self.size + 1))
+        return crop_and_flip(images, top, left, self.size, crop.flip)
 
 
 def crop_and_flip(images: np.ndarray, top: int, left: int, size: int, flip: bool) -> torch.Tensor:

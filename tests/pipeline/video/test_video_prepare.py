@@ -20,9 +20,10 @@ from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.copymap import CopyMap, read_map
 from distinit.pipeline.video.decode import VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
+from distinit.pipeline.video.folders import copy_name, prepared_corpora
 from distinit.pipeline.video.geometry import Renderer, View
 from distinit.pipeline.video.prepare import CopyOptions, make_copy
-from distinit.pipeline.video.prepared import copy_name, prepared_corpora, read_copy
+from distinit.pipeline.video.prepared import read_copy
 from distinit.pipeline.video.quality import psnr, ssim
 
 OPTIONS = CopyOptions(short_side=32, gop=5, crf=12)
