@@ -1,0 +1,136 @@
+"""Seconds and memory to open a store of a million videos and a hundred million rows, and to read its first pick.
+
+    python benchmarks/large_store.py --videos 1000000 --keep big.zarr    # makes it (some 15 minutes), then measures
+    python benchmarks/large_store.py --reuse big.zarr                    # measures again
+
+The store is made by the writer that extraction uses: real tables of videos, segments and frames, a commit for every
+shard of the frames and of one teacher. Its logits are NaN, which takes no space, but for the last shard. Each
+opening is a process of its own; the files are in the page cache. Goal: under 3 s and 600 MB (peak resident memory of
+the process, all imports included).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from measuring import machine, table
+
+from distinit.pipeline.targets import format as fmt
+from distinit.pipeline.targets.plan import Stretch
+from distinit.pipeline.targets.shard import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from distinit.pipeline.targets.writer import StoreWriter
+from distinit.pipeline.video.sampling import Sampling
+
+CLASSES = 1000
+OPEN = """
+import json, resource, sys, time
+began = time.perf_counter()
+from distinit.pipeline.targets.store import TargetStore
+imported = time.perf_counter()
+store = TargetStore.open(sys.argv[1])
+opened = time.perf_counter()
+last = int(store.usable()[-1])
+path, rows = store.video_path(last), store.frames(last)[2]
+store.logits("t", rows[:1])
+used = time.perf_counter()
+print(json.dumps({
+    "videos": store.n_videos, "rows": store.n_rows, "import": imported - began, "open": opened - imported,
+    "first": used - opened, "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+}))
+"""
+
+
+def make(root: Path, videos: int, rows: int) -> None:
+    """A store of `videos` videos with `rows` cached frames each."""
+    columns = {
+        "corpus": np.zeros(videos, np.int32),
+        "path": [f"class_{i % 700:03d}/{i:011x}_{i % 300:06d}.mp4" for i in range(videos)],
+        "size": np.full(videos, 1_000_000),
+        "duration": np.full(videos, 10.0),
+        "fps": np.full(videos, 30.0),
+        "rows_bound": np.full(videos, rows),
+        "time_base_num": np.ones(videos, np.int64),
+        "time_base_den": np.full(videos, 15360),
+        "width": np.full(videos, 340),
+        "height": np.full(videos, 256),
+        "digest": np.random.default_rng(0).integers(0, 256, (videos, 16), np.uint8),
+    }
+    run = {"batch_size": 32}
+    with StoreWriter(root, sampling=Sampling().model_dump()) as writer:
+        writer.add_videos(columns, [{"name": "big", "root": "/data/big"}])
+        writer.add_segments(Stretch(v, 0, -1, rows) for v in range(videos))
+        writer.add_teacher("t", [f"class {i}" for i in range(CLASSES)], {"identity": {"name": "t"}, "run": run})
+        frames = np.arange(rows) * 4
+        order = np.searchsorted(writer.index.shard, np.arange(writer.index.n_shards + 1))
+        began = time.monotonic()
+        for shard in range(writer.index.n_shards):
+            mine = np.arange(order[shard], order[shard + 1])
+            n = len(mine)
+            values = {
+                "video": np.repeat(mine, rows).astype(np.int32),
+                "index": np.tile(frames, n),
+                "pts": np.tile(frames * 512, n),
+            }
+            folder = new_staging(root, shard)
+            files = [
+                file
+                for spec in fmt.frame_specs()
+                for file in stage_array(folder, spec, shard, values[spec.path.split("/")[-1]], writer.shard_rows)
+            ]
+            logits, entropy = fmt.teacher_specs("t", CLASSES)
+            said = stage_array(folder, entropy, shard, np.full(n * rows, 2.5, np.float32), writer.shard_rows)
+            if shard == writer.index.n_shards - 1:  # the one that is read
+                said += stage_array(folder, logits, shard, np.ones((n * rows, CLASSES), "f2"), writer.shard_rows)
+            part = FramesPart(
+                segment=mine.tolist(), first_row=(np.arange(n) * rows).tolist(), rows=[rows] * n,
+                frames=[rows * 4] * n, files=files,
+            )  # fmt: skip
+            writer.commit(ShardResult(shard, part, {"t": TeacherPart(rows=n * rows, files=said)}, str(folder)), run)
+            if shard % 200 == 199:
+                seconds = time.monotonic() - began
+                print(f"{shard + 1} of {writer.index.n_shards} shards, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Print a table and where it was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, default=100, help="a video")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keep", type=Path, help="make the store here and leave it")
+    parser.add_argument("--reuse", type=Path, help="measure this one")
+    args = parser.parse_args()
+    scratch = None if args.keep or args.reuse else Path(tempfile.mkdtemp(prefix="distinit-large-"))
+    root = args.reuse or args.keep or scratch / "large.zarr"
+    try:
+        if not args.reuse:
+            make(root, args.videos, args.rows)
+        found = []
+        for _ in range(args.rounds):
+            done = subprocess.run([sys.executable, "-c", OPEN, str(root)], check=True, capture_output=True, text=True)
+            found.append(json.loads(done.stdout))
+    finally:
+        if scratch:
+            shutil.rmtree(scratch)
+    middle = {key: statistics.median(each[key] for each in found) for key in found[0]}
+    print(machine())
+    print(
+        table(
+            ["videos", "rows", "import s", "open s", "first pick s", "peak MB"],
+            [[f"{middle['videos']:.0f}", f"{middle['rows']:.0f}", f"{middle['import']:.2f}", f"{middle['open']:.2f}",
+              f"{middle['first']:.2f}", f"{middle['mb']:.0f}"]],
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
