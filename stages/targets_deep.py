@@ -29,9 +29,10 @@ from ..pipeline.video.container import digest
 from ..pipeline.video.pool import DecodeJob, DecodePool, Done, Failed
 from .screen import Screen
 
-# How far a row may be off beside its rounding: root mean square over classes, in standard deviations of the row. In
-# fp32 another batch size makes 5e-6; bf16 is 0.07 off fp32 (docs/benchmarks.md), another frame about 1.
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.25}
+# How far a row may be off beside its rounding: root mean square over classes, in standard deviations of the row.
+# In fp32 another batch size makes 2e-6; bf16 is up to 0.12 off fp32, the next cached frame 0.2 or more
+# (docs/benchmarks.md).
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
 
 
 class Replay:

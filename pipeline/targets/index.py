@@ -151,17 +151,20 @@ def load_index(where: Path | StoreFiles) -> StoreIndex:
 
 def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any]) -> None:
     """Enter one commit of frame tables; StoreError if it speaks of segments that are not planned there."""
-    ids = np.asarray(node["segment"], np.int64)
+    # As arrays: of a million videos the lists would take 200 MB.
+    node = {**node, **{key: np.asarray(node[key], np.int64) for key in ("segment", "first_row", "rows", "frames")}}
+    ids = node["segment"]
     if len(ids) and (ids.min() < 0 or ids.max() >= len(index.video) or (index.shard[ids] != shard).any()):
         raise StoreError(f"commits/frames/{shard:06d}: speaks of segments that are not planned in this shard")
-    index.row[ids] = np.asarray(node["first_row"], np.int64) + shard * index.shard_rows
+    index.row[ids] = node["first_row"] + shard * index.shard_rows
     index.rows[ids] = node["rows"]
     index.frames[ids] = node["frames"]
     index.state[ids] = OK
     for target, key in ((index.reason, "failed"), (index.note, "notes"), (index.overflow, "overflow")):
         target.update({int(s): v for s, v in node[key].items()})
-    index.state[[int(s) for s in node["failed"]]] = FAILED
-    index.state[[int(s) for s in node["overflow"]]] = MOVED
+    for key, state in (("failed", FAILED), ("overflow", MOVED)):
+        if node[key]:
+            index.state[[int(s) for s in node[key]]] = state
     index.counted.update(node["counted"])
     index.frame_commits[shard] = node
 

@@ -148,10 +148,10 @@ def _copy_shard(writer: StoreWriter, part: Placed, shard: int) -> bool:
         folder = new_staging(writer.root, target)
         node = index.frame_commits[shard]
         frames = FramesPart(
-            segment=[s + part.segment for s in node["segment"]],
-            first_row=node["first_row"],
-            rows=node["rows"],
-            frames=node["frames"],
+            segment=(node["segment"] + part.segment).tolist(),
+            first_row=node["first_row"].tolist(),
+            rows=node["rows"].tolist(),
+            frames=node["frames"].tolist(),
             failed=_moved(node["failed"], part.segment),
             notes=_moved(node["notes"], part.segment),
             overflow=_moved(node["overflow"], part.segment),
@@ -160,7 +160,7 @@ def _copy_shard(writer: StoreWriter, part: Placed, shard: int) -> bool:
         for name, record in node["files"].items():
             data = _checked(part.store, name, record)
             if part.video and name.startswith("frames/video/"):
-                rows = shard * index.shard_rows + np.arange(sum(node["rows"]))
+                rows = shard * index.shard_rows + np.arange(node["rows"].sum())
                 video = part.store.read_table("video", rows) + part.video
                 frames.files += stage_array(folder, fmt.frame_specs()[0], target, video, index.shard_rows)
             else:

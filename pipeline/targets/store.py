@@ -223,12 +223,15 @@ class TargetStore:
     def _paths(self) -> tuple[bytes, NDArray[np.int64]]:
         """All paths in one buffer with their ends: 10⁶ Python strings would cost ten times the memory."""
         array = self.files.table("videos/path")
-        parts: list[bytes] = []
+        blocks: list[bytes] = []
+        lengths: list[NDArray[np.int64]] = []
         for at in range(0, self.n_videos, fmt.VIDEO_CHUNK):
-            block = array[at : min(at + fmt.VIDEO_CHUNK, self.n_videos)]
-            parts.extend(str(p).encode() for p in np.asarray(block))
-        ends = np.cumsum([len(p) for p in parts], dtype=np.int64)
-        return b"".join(parts), ends
+            texts = np.asarray(array[at : min(at + fmt.VIDEO_CHUNK, self.n_videos)]).tolist()
+            paths = [str(text).encode() for text in texts]
+            blocks.append(b"".join(paths))
+            lengths.append(np.fromiter(map(len, paths), np.int64, len(paths)))
+        ends = np.cumsum(np.concatenate(lengths)) if lengths else np.empty(0, np.int64)
+        return b"".join(blocks), ends
 
     def _path_at(self, i: int) -> str:
         blob, ends = self._paths

@@ -19,7 +19,7 @@ from .encoding import arrays_of, decode, rounding
 from .index import OK, StoreIndex
 from .shardfile import ShardedRows, digest_bytes
 
-ENTROPY_TOLERANCE = 0.05
+ENTROPY_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def entropy_tolerance(logits: NDArray[np.float32], rounding: NDArray[np.float32]
     """How far a row's entropy may be off that of its stored `logits` [n, K], which are off by ≤ `rounding` [n].
 
     dH/dz_i = −p_i (log p_i + H), so that H is off by at most rounding · Σ p |log p + H| to first order; what is
-    beyond is measured to be below the constant (docs/benchmarks.md). A wrong row is mostly off by far more.
+    beyond is measured to be below 1e-6 (docs/benchmarks.md). A wrong row is mostly off by far more.
     """
     z = logits - logits.max(axis=1, keepdims=True)
     e = np.exp(z)
@@ -110,7 +110,7 @@ def _frames(root: Path, index: StoreIndex, shard: int) -> Iterator[Finding]:
     commit = index.frame_commits[shard]
     bad = list(_files(root, commit["files"], shard, None))
     yield from bad
-    rows, first = np.asarray(commit["rows"], np.int64), np.asarray(commit["first_row"], np.int64)
+    rows, first = commit["rows"], commit["first_row"]
     if rows.sum() > index.shard_rows or (first[rows > 0] != (np.cumsum(rows) - rows)[rows > 0]).any():
         yield Finding("its commit's rows overlap or do not fit the shard", shard)
         return
@@ -123,7 +123,7 @@ def _frames(root: Path, index: StoreIndex, shard: int) -> Iterator[Finding]:
     except StoreError as error:
         yield Finding(str(error), shard)
         return
-    owner = np.repeat(index.video[np.asarray(commit["segment"], np.int64)], rows)
+    owner = np.repeat(index.video[commit["segment"]], rows)
     if (video != owner).any():
         yield Finding(f"{int((video != owner).sum())} rows name another video than their segment", shard)
     same = np.diff(np.repeat(np.arange(len(rows)), rows)) == 0
@@ -138,7 +138,7 @@ def _teacher(root: Path, index: StoreIndex, shard: int, name: str) -> Iterator[F
     if bad or shard not in index.frame_commits:
         return
     commit = index.frame_commits[shard]
-    good = [(f, n) for s, f, n in zip(commit["segment"], commit["first_row"], commit["rows"], strict=True)
+    good = [(f, n) for s, f, n in zip(*(commit[k].tolist() for k in ("segment", "first_row", "rows")), strict=True)
             if index.state[s] == OK and s not in teacher.failed]  # fmt: skip
     if sum(n for _, n in good) != teacher.commits[shard]["rows"]:
         yield Finding(f"holds rows of {sum(n for _, n in good)} frames, its commit says "

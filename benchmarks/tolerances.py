@@ -1,0 +1,98 @@
+"""What the tolerances of `distinit targets verify` rest on.
+
+    python benchmarks/tolerances.py FOLDER
+
+Entropy against stored logits: how far an entropy of float32 logits is off that of the stored ones, beyond what
+`entropy_tolerance` grants to rounding at first order (its constant must be above it). On logits from nearly
+certain to nearly uniform, of 2 to 20 000 classes, and on those of the videos.
+`--deep`: how far the logits of the same frames are off in another batch size and in bf16, and those of the next
+frame: root mean square over the classes, in standard deviations of the row; medians and extremes over rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+from measuring import machine, table
+
+from distinit.pipeline.corpus.sources import list_videos
+from distinit.pipeline.errors import VideoError
+from distinit.pipeline.targets.average import entropy
+from distinit.pipeline.targets.encoding import decode, encode, rounding
+from distinit.pipeline.targets.verify import ENTROPY_TOLERANCE, entropy_tolerance
+from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
+from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.video.geometry import Renderer
+
+
+def frames_of(folder: str, view, count: int) -> np.ndarray:
+    """RGB [count, h, w, 3], pairs of neighbouring frames of one video after the other."""
+    listed = list_videos([folder])
+    found: list[np.ndarray] = []
+    for i in range(len(listed)):
+        try:
+            with VideoReader(listed.absolute(i)) as reader:
+                renderer = Renderer(reader.info.pixel_aspect)
+                pair = [renderer.render(f, view).copy() for _, _, f in reader.frames_at(np.array([4, 8]))]
+        except (VideoError, IndexError, ValueError):
+            continue
+        found += pair if len(pair) == 2 else []
+        if len(found) >= count:
+            break
+    return np.stack(found[:count])
+
+
+def beyond(logits: np.ndarray, encoding: str) -> float:
+    """The largest excess over the first-order bound, in nats."""
+    arrays = encode(logits, encoding)
+    kept = decode(arrays, encoding)
+    granted = entropy_tolerance(kept, rounding(arrays, encoding)) - ENTROPY_TOLERANCE
+    return float((np.abs(entropy(kept) - entropy(logits)) - granted).max())
+
+
+def main() -> None:
+    """Print two tables and where they were measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a folder of videos")
+    parser.add_argument("--teacher", default="efficientnet_lite0")
+    parser.add_argument("--frames", type=int, default=128)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    teacher = load_teacher(TeacherSpec(name=args.teacher))
+    images = frames_of(args.source, teacher.view, args.frames)
+    real = np.concatenate([teacher.logits(images[i : i + 32]).numpy() for i in range(0, len(images), 32)])
+    random = np.random.default_rng(0)
+    rows = []
+    for encoding in ("float16", "int8"):
+        worst = -np.inf
+        for classes in (2, 10, 365, 1000, 20000):
+            for spread in (0.01, 0.1, 1, 3, 10, 30, 100, 1000, 10000):
+                z = random.normal(0, spread, (200, classes)).astype(np.float32)
+                for shift in (0, 50):
+                    z[::2, 0] += spread * shift / 10
+                    worst = max(worst, beyond(z + np.float32(shift), encoding))
+        rows.append([encoding, f"{worst:.1e}", f"{beyond(real, encoding):.1e}", ENTROPY_TOLERANCE])
+    print(machine())
+    print(table(["encoding", "random logits, nats", f"{args.teacher}, nats", "constant"], rows))
+    deviation = real.std(axis=1)
+
+    def off(other: np.ndarray, here: np.ndarray = real, scale: np.ndarray = deviation) -> list[str]:
+        far = np.sqrt(((other - here) ** 2).mean(axis=1)) / scale
+        return [f"{v:.2g}" for v in (far.min(), np.median(far), far.max())]
+
+    eight = np.concatenate([teacher.logits(images[i : i + 8]).numpy() for i in range(0, len(images), 8)])
+    half = load_teacher(TeacherSpec(name=args.teacher)).to(torch.device("cpu"), "bf16")
+    bf16 = np.concatenate([half.logits(images[i : i + 32]).numpy() for i in range(0, len(images), 32)])
+    lines = [
+        ["batches of 8 instead of 32, fp32", *off(eight)],
+        ["bf16 instead of fp32", *off(bf16)],
+        ["the next cached frame (4 further)", *off(real[1::2], real[::2], deviation[::2])],
+        ["a frame of another video", *off(np.roll(real, 2, axis=0))],
+    ]
+    print(table(["rows", "least", "median", "most"], lines))
+
+
+if __name__ == "__main__":
+    main()
