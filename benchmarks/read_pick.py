@@ -42,7 +42,7 @@ def write(folder: Path, rows: int, classes: int, encoding: str) -> list[str]:
         values = encode(random.normal(0, 2, (SHARD_ROWS, classes)).astype(np.float32), encoding)
         for spec in specs:
             part = values[spec.path.split("/")[-1]]
-            for file in stage_array(folder / "staging", spec, shard, part, SHARD_ROWS):
+            for file in stage_array(folder / f"staging-{shard}", spec, shard, part, SHARD_ROWS):
                 final = folder / file.final
                 final.parent.mkdir(parents=True, exist_ok=True)
                 Path(file.staged).rename(final)

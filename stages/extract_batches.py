@@ -1,8 +1,8 @@
 """Batches of frames on their way through the teachers, several at once, while more frames are decoded.
 
 Each thread runs whole batches with torch's own parallelism off: that gives the same bits, needs no cores kept apart
-for the decoders (whoever has work gets the time), and does not spin as OpenMP does on busy cores (up to 18 times
-slower, docs/benchmarks.md).
+for the decoders (whoever has work gets the time), and does not spin as OpenMP does on busy cores (several
+times slower, docs/benchmarks.md).
 
 Shapes: B rows of a batch, h w pixels of a view, K classes of a teacher.
 """
