@@ -69,6 +69,8 @@ def demo(**given: Any) -> None:
         "distinit prepare clips/ --out small/",
         "distinit prepare k400=/data/kinetics @more.txt --out small/ --size 256x342 --gop 8 --crf 18",
         "distinit train-student --targets targets.zarr --videos clips=small/ --out runs/student",
+        "distinit prepare clips/ --out flow/ --flow",
+        "distinit train-student --targets targets.zarr --videos clips=flow/ --out runs/flow --set student.channels=2",
     ),
 )
 @key_argument("sources", key="sources", nargs=-1, metavar="SOURCE...")
@@ -91,6 +93,10 @@ def demo(**given: Any) -> None:
 )
 @key_option("--gop", key="copies.gop", shown=12, type=int, metavar="N", help="Most frames between key frames.")
 @key_option("--crf", key="copies.crf", shown=20, type=int, metavar="Q", help="x264's quality: lower is better, larger.")
+@key_flag("--flow", key="flow", help="Optical flow of frames of --size in place of copies, for students of flow.")
+@key_option(
+    "--flow-bound", key="flow_bound", shown=16.0, type=float, metavar="PX", help="Faster motion is stored as this."
+)
 @key_option("--workers", key="workers", type=int, metavar="N", help="Processes.  [default: one a core]")
 @key_option(
     "--timeout", key="timeout_s", shown=120.0, type=float, metavar="S", help="Seconds of silence that fail a video."

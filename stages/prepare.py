@@ -1,4 +1,4 @@
-"""Make small, seekable copies of videos, each with a map to its source's frames."""
+"""Make small, seekable copies of videos, or files of their optical flow, each with a map to its source's frames."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import Field
 
 from ..pipeline.config import Options
 from ..pipeline.corpus.sources import VideoList, escape_path, list_videos, unescape_path
 from ..pipeline.errors import UsageError, VideoError
 from ..pipeline.video.container import digest
-from ..pipeline.video.copymap import read_map
-from ..pipeline.video.folders import FORMAT, MARKER, copy_name, read_marker
+from ..pipeline.video.copymap import CopyMap, read_map
+from ..pipeline.video.flow import require_opencv
+from ..pipeline.video.flowfile import FlowMap, FlowOptions, read_flow_map
+from ..pipeline.video.folders import ENDINGS, FORMAT, MARKER, copy_name, kind_of, read_marker
 from ..pipeline.video.pool import DecodePool, Failed
 from ..pipeline.video.prepare import NOT_WRITTEN, CopyOptions, copy_row
 from .config import write_config
+from .prepare_report import Tally, summary
 from .prepare_status import Row, StatusFile
 from .screen import Screen
 
@@ -40,6 +41,8 @@ class PrepareConfig(Options):
     sources: list[str] = Field(min_length=1)
     out: Path
     copies: CopyOptions = CopyOptions()
+    flow: bool = Field(False, description="write optical flow, of frames of copies.size, in place of copies")
+    flow_bound: float = Field(16.0, gt=0, description="pixels; faster motion is stored as this")
     workers: int | None = Field(None, ge=1, description="processes, each with an encoder; default one a core")
     timeout_s: float = Field(120.0, gt=0)
     memory_gb: float = Field(4.0, gt=0)
@@ -53,6 +56,8 @@ def prepare(config: PrepareConfig, screen: Screen) -> dict[str, Any]:
     Running it again goes on where it was stopped; a source that has changed is copied anew. Raises
     SourceError, and UsageError where `out` holds copies made with other options.
     """
+    if config.flow:
+        require_opencv("prepare --flow")
     videos = _list(config, screen)
     with _claim(config) as out:
         _mark(out, config, videos)
@@ -65,28 +70,7 @@ def prepare(config: PrepareConfig, screen: Screen) -> dict[str, Any]:
         status.begin()
         _copy(config, videos, todo, out, status, tally, screen)
         status.finish(_keys(videos))
-        return _summary(out, videos, len(todo), time.monotonic() - began, tally, screen)
-
-
-class _Tally:
-    """What is known of the copies so far; a few numbers a video."""
-
-    def __init__(self) -> None:
-        self.reasons: Counter[str] = Counter()
-        self.ok = self.frames = self.source_bytes = self.copy_bytes = 0
-        self.seconds = 0.0
-        self.quality: list[tuple[float, float]] = []
-
-    def add(self, row: Row) -> None:
-        if row["status"] != "ok":
-            self.reasons[str(row["reason"])] += 1
-            return
-        self.ok += 1
-        self.frames += int(row["frames"])
-        self.seconds += float(row["seconds"])
-        self.source_bytes += int(row["source_bytes"])
-        self.copy_bytes += int(row["copy_bytes"])
-        self.quality.append((float(row["psnr"]), float(row["ssim"])))
+        return summary(out, len(videos), len(todo), time.monotonic() - began, tally, screen)
 
 
 def _list(config: PrepareConfig, screen: Screen) -> VideoList:
@@ -137,6 +121,9 @@ def _mark(out: Path, config: PrepareConfig, videos: VideoList) -> None:
     """Write what the copies are like and which corpora there are; refuse to mix."""
     options = _options(config)
     marker: dict[str, Any] = read_marker(out) or {"options": options, "corpora": {}}
+    if kind_of(marker["options"]) != kind_of(options):
+        held, asked = ("copies", "--flow") if config.flow else ("optical flow", "copies")
+        raise UsageError(f"--out {out}: holds {held}, asked for {asked}; choose another folder")
     if not config.replace:
         for key, value in marker["options"].items():
             if options.get(key) != value:
@@ -161,7 +148,15 @@ def _mark(out: Path, config: PrepareConfig, videos: VideoList) -> None:
 
 def _options(config: PrepareConfig) -> dict[str, Any]:
     """What makes two copies of one source differ."""
+    if config.flow:
+        return _flow_options(config).model_dump(mode="json")
     return config.copies.model_dump(mode="json", exclude={"quality_frames"})
+
+
+def _flow_options(config: PrepareConfig) -> FlowOptions:
+    if config.copies.size is None:
+        raise UsageError("--flow with --short-side: flow is that of clips of one size, --size HxW")
+    return FlowOptions(size=config.copies.size, bound=config.flow_bound)
 
 
 def _keys(videos: VideoList) -> Iterator[tuple[str, str]]:
@@ -169,19 +164,19 @@ def _keys(videos: VideoList) -> Iterator[tuple[str, str]]:
         yield videos.corpora[int(videos.corpus[i])].name, escape_path(path)
 
 
-def _target(out: Path, videos: VideoList, i: int) -> str:
+def _target(config: PrepareConfig, out: Path, videos: VideoList, i: int) -> str:
     corpus = videos.corpora[int(videos.corpus[i])].name
-    return os.path.join(os.path.abspath(out), corpus, copy_name(videos.paths[i]))
+    return os.path.join(os.path.abspath(out), corpus, copy_name(videos.paths[i], "flow" if config.flow else "copy"))
 
 
 def _plan(
     config: PrepareConfig, videos: VideoList, out: Path, status: StatusFile, screen: Screen
-) -> tuple[list[int], _Tally]:
+) -> tuple[list[int], Tally]:
     """The videos to copy, and the tally of those that are done or have failed before."""
-    todo, tally, options = [], _Tally(), _options(config)
+    todo, tally, options = [], Tally(), _options(config)
     with screen.progress("looking at what is there", len(videos), "videos") as bar:
         for i, key in enumerate(_keys(videos)):
-            row = _done(_target(out, videos, i), videos.absolute(i), options)
+            row = _done(_target(config, out, videos, i), videos.absolute(i), options)
             if row is None and not config.retry_failed:
                 row = _failed_before(status.row(key), videos.absolute(i))
             if row is None:
@@ -198,7 +193,8 @@ def _done(target: str, source: str, options: dict[str, Any]) -> Row | None:
     if not os.path.exists(target):
         return None
     try:
-        copy = read_map(target)
+        copy: CopyMap | FlowMap
+        copy = read_flow_map(target) if target.endswith(ENDINGS["flow"]) else read_map(target)
         row: Row = {"status": "ok", **copy_row(copy, os.stat(target).st_size)}
     except (VideoError, OSError):
         return None  # another file, or one that was damaged since: made again
@@ -234,18 +230,20 @@ def _copy(
     todo: list[int],
     out: Path,
     status: StatusFile,
-    tally: _Tally,
+    tally: Tally,
     screen: Screen,
 ) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(config.workers or cores, max(1, len(todo)))
     parts = os.path.join(os.path.abspath(out), PARTIAL)
+    options = _flow_options(config) if config.flow else config.copies
     jobs = (
         {
             "source": videos.absolute(i),
             "part": os.path.join(parts, f"{os.getpid()}-{i}"),
-            "target": _target(out, videos, i),
-            "options": config.copies.model_dump(mode="json"),
+            "target": _target(config, out, videos, i),
+            "flow": config.flow,
+            "options": options.model_dump(mode="json"),
         }
         for i in todo
     )
@@ -253,13 +251,13 @@ def _copy(
     pool = DecodePool(
         processes=workers, views=(), memory_gb=config.memory_gb, timeout_s=config.timeout_s, ahead=_AHEAD
     )
-    with pool, screen.progress("copying", len(todo), "videos") as bar:
+    with pool, screen.progress("flow" if config.flow else "copying", len(todo), "videos") as bar:
         for i, answer in zip(todo, pool.copies(jobs), strict=True):
             if isinstance(answer, Failed):
                 if "no space left" in answer.reason.lower():  # not the video's fault, nor one that passes
                     raise OSError(errno.ENOSPC, "No space left on device", str(out))
                 row: Row = {"status": "failed", "reason": answer.reason, **_as_it_is(videos.absolute(i))}
-                _drop(_target(out, videos, i))
+                _drop(_target(config, out, videos, i))
             else:
                 row = {"status": "ok", **answer}
             status.add(keys[i], row)
@@ -279,46 +277,3 @@ def _drop(target: str) -> None:
     """Remove the copy of what the source was before: a copy of something else is worse than none."""
     if os.path.exists(target):
         os.unlink(target)
-
-
-def _summary(
-    out: Path, videos: VideoList, new: int, seconds: float, tally: _Tally, screen: Screen
-) -> dict[str, Any]:
-    failed = sum(tally.reasons.values())
-    if failed:
-        screen.say(f"{failed} videos failed; {out / 'status.csv'} lists them:")
-        for reason, count in tally.reasons.most_common(10):
-            screen.say(f"  {count:6d}  {reason}")
-    quality = np.array(tally.quality).reshape(-1, 2)
-    result: dict[str, Any] = {
-        "out": str(out),
-        "videos": len(videos),
-        "ok": tally.ok,
-        "failed": failed,
-        "failures": dict(tally.reasons.most_common(100)),
-        "new": new,
-        "seconds": round(seconds, 2),
-        "frames": tally.frames,
-        "video_seconds": round(tally.seconds, 2),
-        "source_bytes": tally.source_bytes,
-        "copy_bytes": tally.copy_bytes,
-        "bytes_per_second": round(tally.copy_bytes / tally.seconds) if tally.seconds else None,
-    }
-    for name, column in (("psnr", quality[:, 0]), ("ssim", quality[:, 1])):
-        low = float(np.quantile(column, 0.05)) if len(column) else None
-        mean = float(column.mean()) if len(column) else None
-        result[name] = {"mean": mean, "worst_5_percent": low}
-    if not new:
-        screen.say("nothing to do: every video has its copy or a reason why not")
-    if tally.ok:
-        factor = tally.source_bytes / max(1, tally.copy_bytes)
-        screen.say(
-            f"{tally.ok} copies, {tally.copy_bytes / 1e6:.1f} MB for {tally.source_bytes / 1e6:.1f} MB of sources "
-            f"({factor:.1f} times smaller, {tally.copy_bytes / max(tally.seconds, 1e-9) / 1e3:.1f} kB a second)"
-        )
-        screen.say(
-            f"against the scaled source: PSNR {result['psnr']['mean']:.1f} dB, SSIM {result['ssim']['mean']:.3f}; "
-            f"the worst 5 % of the videos below {result['psnr']['worst_5_percent']:.1f} dB, "
-            f"{result['ssim']['worst_5_percent']:.3f}"
-        )
-    return result

@@ -15,7 +15,7 @@ Key = tuple[str, str]
 
 COLUMNS = (
     "corpus", "path", "status", "reason", "frames", "seconds", "source_bytes", "copy_bytes", "width", "height",
-    "psnr", "ssim", "note", "source_mtime_ns",
+    "psnr", "ssim", "clipped", "note", "source_mtime_ns",
 )  # fmt: skip
 
 

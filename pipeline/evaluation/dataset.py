@@ -17,7 +17,7 @@ from ..errors import TrainingError, VideoError
 from ..training.draws import epoch_position, rng
 from ..training.loader import Key
 from ..video.flow import pictures_needed
-from ..video.reading import count_frames, read_clip, read_clips
+from ..video.reading import check_fits, count_frames, read_clip, read_clips
 from ..video.transforms import ClipView, Crop
 from .labels import Labelled, Labels
 from .starts import clip_frames, clip_starts
@@ -34,12 +34,14 @@ class LabelledClips:
 
     The train view of FACTS §3: consecutive frames at a random start, resized, randomly cropped and mirrored.
     An epoch is a stretch of `epoch_clips` of seeded permutations of the videos. Raises TrainingError after
-    20 unreadable videos for one sample.
+    20 unreadable videos for one sample, and UsageError for a folder of flow that does not fit.
     """
 
     def __init__(
         self, labels: Labels, view: ClipView, *, length: int, seed: int, epoch_clips: int, channels: int = 3
     ) -> None:
+        if labels.copies is not None:
+            check_fits(labels.copies.options, view, channels, folder=labels.copies.folder)
         self.channels = channels
         self.labels = labels
         self.view = view
@@ -119,6 +121,8 @@ class EvaluationClips:
         clips: int,
         channels: int = 3,
     ) -> None:
+        if labels.copies is not None:
+            check_fits(labels.copies.options, view, channels, folder=labels.copies.folder)
         self.channels = channels
         self.labels = labels
         self.videos = list(videos)

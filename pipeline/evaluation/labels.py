@@ -48,7 +48,7 @@ class Labels:
         path = self.absolute(video)
         if self.copies is None:
             return VideoFile(path)
-        return VideoFile(self.copies.find(self.root, video.path), "copy", path)
+        return VideoFile(self.copies.find(self.root, video.path), self.copies.kind, path)
 
     def absolute(self, video: Labelled) -> str:
         return os.path.join(self.root, video.path)

@@ -16,7 +16,7 @@ from ..corpus.sources import escape_path
 from ..errors import StoreMismatchError, TrainingError, VideoError
 from ..video.flow import pictures_needed
 from ..video.folders import prepared_corpora
-from ..video.reading import VideoFile, read_clip
+from ..video.reading import VideoFile, check_fits, read_clip
 from ..video.transforms import ClipView, Crop
 from .loader import Key
 from .sampler import Draw, TargetSampler
@@ -36,8 +36,9 @@ class StudentClips(Dataset[Any]):
     A video that cannot be read, or is not the one the teachers saw, is drawn again; the caller counts them.
     A held-out one (a `fixed` sampler) is None instead. Raises TrainingError after 20 failures for a sample.
 
-    moved: corpus → folder where it lies now, or of copies by `distinit prepare`, which are read in place of
-    the originals: the same draws, targets and frames. UsageError if such a folder has none of the corpus.
+    moved: corpus → folder where it lies now, or of copies (channels=2: or of flow) by `distinit prepare`, which
+    are read in place of the originals: the same draws, targets and frames. UsageError if such a folder has
+    none of the corpus, or its flow is of another size.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class StudentClips(Dataset[Any]):
         self.view = view
         self.moved = dict(moved or {})
         self.copies = prepared_corpora(self.moved)
+        for name, corpus in self.copies.items():
+            check_fits(corpus.options, view, channels, folder=f"{name}={self.moved[name]}")
         self._failed: dict[int, str] = {}
         self._seen = np.zeros(0, bool)
 
@@ -85,7 +88,8 @@ class StudentClips(Dataset[Any]):
         corpus = store.index.corpora[int(store.column("corpus")[video])]["name"]
         if corpus not in self.copies:
             return VideoFile(store.video_path(video, self.moved))
-        return VideoFile(self.copies[corpus].path(store.video_path(video, {corpus: ""})), "copy")
+        found = self.copies[corpus]
+        return VideoFile(found.path(store.video_path(video, {corpus: ""})), found.kind)
 
     def _read(self, draw: Draw) -> torch.Tensor | str:
         """uint8 [C, T, H, W], or why it cannot be read. A failure is remembered, and comes to the same as

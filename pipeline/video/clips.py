@@ -105,16 +105,21 @@ def fill_damaged(
 ) -> None:
     """Fill the frames [n] that are not `there` with the one before them, or with the first that is.
 
-    VideoError where a `required` index is missing, or more than half of `indices` are.
+    Raises what `check_damage` raises.
     """
-    missing = indices[~there]
-    if 2 * there.sum() < len(there) or np.isin(missing, required).any():
-        first = missing[np.isin(missing, required)][0] if np.isin(missing, required).any() else missing[0]
-        raise VideoError(f"frame {first} cannot be decoded: damaged data ({len(missing)} of {len(there)} frames)")
+    check_damage(there, indices, required)
     source = np.maximum.accumulate(np.where(there, np.arange(len(there)), -1))
     source[source < 0] = int(np.flatnonzero(there)[0])
     images[:] = images[source]
     pts[:] = pts[source]
+
+
+def check_damage(there: np.ndarray, indices: np.ndarray, required: np.ndarray) -> None:
+    """VideoError where a `required` index is not `there` [n], or more than half of `indices` [n] are not."""
+    missing = indices[~there]
+    if 2 * there.sum() < len(there) or np.isin(missing, required).any():
+        first = missing[np.isin(missing, required)][0] if np.isin(missing, required).any() else missing[0]
+        raise VideoError(f"frame {first} cannot be decoded: damaged data ({len(missing)} of {len(there)} frames)")
 
 
 def _key(path: str) -> _Key:

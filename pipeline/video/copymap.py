@@ -16,11 +16,11 @@ import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from ..errors import VideoError
+from ..errors import StoreMismatchError, VideoError
 from .container import reason
 
 BOX = uuid.UUID("6bb1fa8c-5e0b-4f43-9d8c-2f3c5a7d1e90").bytes
@@ -48,6 +48,34 @@ class SourceRecord:
     clock: Literal["pts", "counted"]
     note: str | None = None
 
+    def seconds(self, pts: np.ndarray) -> float:
+        """From the first frame, pts int64 [N], to the end of the last, which lasts as long as the others do."""
+        n = len(pts)
+        return float((int(pts[-1]) - int(pts[0])) * self.time_base) * n / (n - 1) if n > 1 else 0.0
+
+    def check(
+        self, index: np.ndarray, pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray] | None, digest: str | None
+    ) -> None:
+        """StoreMismatchError where the source is not the one that `digest` or `expect` (indices and their pts)
+        describe. index, pts int64 [N]: of the frames that the copy has; one that was damaged has none."""
+        if digest is not None and digest != self.digest:
+            raise StoreMismatchError(
+                f"a copy of another file: made from one with digest {self.digest}, "
+                f"the teachers saw one with digest {digest}"
+            )
+        if expect is None:
+            return
+        at = np.searchsorted(index, expect[0])
+        for place, number, wanted in zip(at.tolist(), *(column.tolist() for column in expect), strict=True):
+            if place < len(index) and index[place] == number and pts[place] != wanted:
+                raise StoreMismatchError(
+                    f"frame {number} has pts {wanted} in the store, in the file that was copied it has {pts[place]}"
+                )
+            if number >= self.frames:
+                raise StoreMismatchError(
+                    f"frame {number} is in the store, the file that was copied has {self.frames} frames"
+                )
+
 
 @dataclass(frozen=True)
 class CopyMap:
@@ -73,13 +101,6 @@ class CopyMap:
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @property
-    def seconds(self) -> float:
-        """From the first frame to the end of the last, which is taken to last as long as the others."""
-        n = len(self)
-        span = float((int(self.pts[-1]) - int(self.pts[0])) * self.source.time_base) if n else 0.0
-        return span * n / (n - 1) if n > 1 else 0.0
 
     def pack(self) -> bytes:
         """The box."""
@@ -149,24 +170,31 @@ class CopyMap:
         )
 
 
-class _Maps:
-    """The maps read last, `_REMEMBERED` frames of them in all."""
+class _Sized(Protocol):
+    def __len__(self) -> int: ...
+
+
+M = TypeVar("M", bound=_Sized)
+
+
+class Remembered(Generic[M]):
+    """The maps read last in this process, `_REMEMBERED` frames of them in all, by (path, size, mtime_ns)."""
 
     def __init__(self) -> None:
-        self._maps: OrderedDict[_Key, CopyMap] = OrderedDict()
+        self._maps: OrderedDict[_Key, M] = OrderedDict()
         self._frames = 0
 
-    def get(self, key: _Key) -> CopyMap | None:
+    def get(self, key: _Key) -> M | None:
         return self._maps.get(key)
 
-    def add(self, key: _Key, found: CopyMap) -> None:
+    def add(self, key: _Key, found: M) -> None:
         self._maps[key] = found
         self._frames += len(found)
         while self._frames > _REMEMBERED and len(self._maps) > 1:
             self._frames -= len(self._maps.popitem(last=False)[1])
 
 
-_maps = _Maps()
+_maps: Remembered[CopyMap] = Remembered()
 
 
 def read_map(path: str) -> CopyMap:

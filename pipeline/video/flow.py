@@ -27,7 +27,7 @@ _PARAMETERS = {
     "poly_sigma": 1.5,
 }
 _GAUSSIAN_WINDOW = 256  # OPTFLOW_FARNEBACK_GAUSSIAN
-_GREY = np.array([4899, 9617, 1868], np.int32)  # 0.299, 0.587, 0.114 in 1/16384, as OpenCV has them
+_GREY = np.array([9798, 19235, 3735], np.int32)  # 0.299, 0.587, 0.114 in 1/32768, as OpenCV has them
 
 
 def pictures_needed(length: int, channels: int) -> int:
@@ -35,24 +35,34 @@ def pictures_needed(length: int, channels: int) -> int:
     return length + 1 if channels == FLOW_CHANNELS else length
 
 
-def require_opencv() -> Any:
+def require_opencv(what: str = "student.channels=2") -> Any:
     """OpenCV, in one thread: loaders are parallel over clips. UsageError where it is not installed."""
     try:
         opencv = importlib.import_module("cv2")
     except ImportError:
-        what = "student.channels=2 reads optical flow, which needs OpenCV"
-        raise UsageError(f'{what}: pip install "distinit[flow]"') from None
+        raise UsageError(f'{what} needs OpenCV for optical flow: pip install "distinit[flow]"') from None
     opencv.setNumThreads(1)
     return opencv
 
 
+def grey(image: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] RGB → uint8 [...] luma, as OpenCV rounds it."""
+    return ((image.astype(np.int32) @ _GREY + 16384) >> 15).astype(np.uint8)
+
+
+def flow_between(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Two grey pictures uint8 [H, W] → float32 [H, W, 2]: how far (x, y) in pixels each point of the first is found
+    in the second, x to the right, y down. Between two pictures that are the same it is zero, where Farnebäck's method
+    finds motion along the border; clips that end before their length repeat a frame."""
+    if np.array_equal(before, after):
+        return np.zeros((*before.shape, 2), np.float32)
+    found: np.ndarray = require_opencv().calcOpticalFlowFarneback(
+        before, after, None, flags=_GAUSSIAN_WINDOW, **_PARAMETERS
+    )
+    return found
+
+
 def flow_of(images: np.ndarray) -> np.ndarray:
-    """uint8 [T + 1, H, W, 3] RGB → float32 [T, H, W, 2]: how far (x, y) in pixels each point of frame t is
-    found in frame t + 1, x to the right, y down."""
-    opencv = require_opencv()
-    grey = ((images.astype(np.int32) @ _GREY + 8192) >> 14).astype(np.uint8)
-    frames = [
-        opencv.calcOpticalFlowFarneback(before, after, None, flags=_GAUSSIAN_WINDOW, **_PARAMETERS)
-        for before, after in pairwise(grey)
-    ]
+    """uint8 [T + 1, H, W, 3] RGB → float32 [T, H, W, 2]: the flow from each frame to the next."""
+    frames = [flow_between(before, after) for before, after in pairwise(grey(images))]
     return np.stack(frames) if frames else np.empty((0, *images.shape[1:3], 2), np.float32)

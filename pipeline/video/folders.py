@@ -1,6 +1,7 @@
 """Folders made by `distinit prepare`: what lies in them, and where the copy of a video is.
 
-A folder holds DIR/prepared.json (options, and of each corpus where its originals lay) and DIR/CORPUS/PATH.mp4.
+A folder holds DIR/prepared.json (options, and of each corpus where its originals lay) and DIR/CORPUS/PATH.mp4,
+or with optical flow in place of copies DIR/CORPUS/PATH.h5.
 """
 
 from __future__ import annotations
@@ -9,37 +10,49 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..corpus.sources import unescape_path
 from ..errors import UsageError, VideoError
 from .container import digest, reason
-from .copymap import read_map
+from .copymap import SourceRecord
 
 MARKER = "prepared.json"
 FORMAT = "distinit prepared copies"
-ENDING = ".mp4"
+Kind = Literal["copy", "flow"]
+ENDINGS: Mapping[Kind, str] = {"copy": ".mp4", "flow": ".h5"}
+
+
+def kind_of(options: Mapping[str, Any]) -> Kind:
+    """What a folder made with these options holds."""
+    return "flow" if "bound" in options else "copy"
 
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """The copies of one corpus, below `root` under the paths of their sources."""
+    """The copies of one corpus, below `root` under the paths of their sources; options: how they were made."""
 
     root: str
+    options: Mapping[str, Any]
+
+    @property
+    def kind(self) -> Kind:
+        """Copies or flow."""
+        return kind_of(self.options)
 
     def path(self, relative: str) -> str:
         """Where the copy of a video lies, by the video's path relative to its corpus."""
-        return os.path.join(self.root, copy_name(relative))
+        return os.path.join(self.root, copy_name(relative, self.kind))
 
 
-def copy_name(relative: str) -> str:
+def copy_name(relative: str, kind: Kind = "copy") -> str:
     """`a/b.avi` → `a/b.avi.mp4`. Lists may lead out of their folder; their copies stay below it.
 
         >>> copy_name("../other/c.mp4")
         '%2E%2E/other/c.mp4.mp4'
     """
     parts = ("%2E%2E" if part == ".." else part for part in relative.split("/") if part not in ("", "."))
-    return "/".join(parts) + ENDING
+    return "/".join(parts) + ENDINGS[kind]
 
 
 def prepared_corpora(moved: Mapping[str, str]) -> dict[str, PreparedCorpus]:
@@ -56,12 +69,12 @@ def prepared_corpora(moved: Mapping[str, str]) -> dict[str, PreparedCorpus]:
             own = name if name in held else held[0] if len(held) == 1 else None
             if own is None:
                 raise UsageError(f"--videos {name}={folder}: the copies there are of {', '.join(held) or 'no corpus'}")
-            found[name] = PreparedCorpus(os.path.join(os.path.abspath(folder), own))
+            found[name] = PreparedCorpus(os.path.join(os.path.abspath(folder), own), marker["options"])
             continue
         above, own = os.path.split(os.path.abspath(folder))
         marker = read_marker(above)
         if marker is not None and own in marker["corpora"]:
-            found[name] = PreparedCorpus(os.path.abspath(folder))
+            found[name] = PreparedCorpus(os.path.abspath(folder), marker["options"])
     return found
 
 
@@ -104,6 +117,11 @@ class CopyFolder:
         roots = {name: unescape_path(held["root"]) for name, held in corpora.items()}
         return cls(os.path.abspath(folder), roots, marker["options"])
 
+    @property
+    def kind(self) -> Kind:
+        """Copies or flow."""
+        return kind_of(self.options)
+
     def find(self, root: str, relative: str) -> str:
         """The copy of the original `root`/`relative`, which need not be there any more.
 
@@ -126,16 +144,15 @@ class CopyFolder:
         raise VideoError(f"no copy in {self.folder}: its status.csv says why")
 
     def _copy(self, corpus: str, relative: str) -> str:
-        return os.path.join(self.folder, corpus, copy_name(relative))
+        return os.path.join(self.folder, corpus, copy_name(relative, self.kind))
 
 
-def check_current(copy: str, original: str) -> None:
-    """VideoError where the original is there and is not what the copy was made of."""
+def check_current(source: SourceRecord, original: str) -> None:
+    """VideoError where the original is there and is not what a copy was made of."""
     try:
         now = os.stat(original)
     except (OSError, ValueError):
         return
-    source = read_map(copy).source
     if now.st_size == source.size and now.st_mtime_ns == source.mtime_ns:
         return
     try:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -24,6 +24,7 @@ from .container import digest, open_container, reason, video_stream
 from .copymap import CopyMap, SourceRecord
 from .decode import VideoReader
 from .encode import write_video
+from .flowfile import FlowMap, FlowOptions, write_flow
 from .geometry import Renderer, View
 from .prepared import decode_copy
 from .quality import psnr, ssim
@@ -75,6 +76,10 @@ class CopyOptions(Options):
         return rows, columns
 
 
+Record = Callable[[], SourceRecord]
+M = TypeVar("M", CopyMap, FlowMap)
+
+
 def make_copy(
     source: str, part: str, target: str, options: CopyOptions, progress: Callable[[], None] | None = None
 ) -> CopyMap:
@@ -84,30 +89,57 @@ def make_copy(
     against the scaled frames of the source are put into the map. Returns the map. Raises VideoError with the
     reason; then `target` is what it was.
     """
+
+    def write(reader: VideoReader, record: Record) -> CopyMap:
+        made = _encode(reader, part, options)
+        copy = _read_back(part, made, record(), options)
+        with open(part, "ab") as file:
+            file.write(copy.pack())
+        return copy
+
+    return _make(source, part, target, write, progress)
+
+
+def make_flow(
+    source: str, part: str, target: str, options: FlowOptions, progress: Callable[[], None] | None = None
+) -> FlowMap:
+    """Write the optical flow of `source` as `make_copy` writes its copy; see `flowfile`."""
+    return _make(source, part, target, lambda reader, record: write_flow(reader, part, options, record), progress)
+
+
+def _make(
+    source: str,
+    part: str,
+    target: str,
+    write: Callable[[VideoReader, Record], M],
+    progress: Callable[[], None] | None,
+) -> M:
+    """What `write` makes of a reader and a record of the source, as a file that is there whole or not at all."""
     try:
         before = _stat(source)
         identity = digest(source)
         with VideoReader(source, progress=progress) as reader:
-            made = _encode(reader, part, options)
-            info, timeline, note = reader.info, reader.timeline(), reader.truncated
-        after = _stat(source)
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise VideoError("the file changed while it was copied")
-        record = SourceRecord(
-            digest=identity,
-            size=before.st_size,
-            mtime_ns=before.st_mtime_ns,
-            frames=len(timeline),
-            width=info.width,
-            height=info.height,
-            time_base=timeline.time_base,
-            clock=timeline.clock,
-            note=note,
-        )
-        copy = _read_back(part, made, record, options)
-        with open(part, "ab") as file:
-            file.write(copy.pack())
-            file.flush()
+
+            def record() -> SourceRecord:
+                """Asked for when the video has been read."""
+                after = _stat(source)
+                if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                    raise VideoError("the file changed while it was copied")
+                timeline = reader.timeline()
+                return SourceRecord(
+                    digest=identity,
+                    size=before.st_size,
+                    mtime_ns=before.st_mtime_ns,
+                    frames=len(timeline),
+                    width=reader.info.width,
+                    height=reader.info.height,
+                    time_base=timeline.time_base,
+                    clock=timeline.clock,
+                    note=reader.truncated,
+                )
+
+            made = write(reader, record)
+        with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.replace(part, target)
@@ -116,7 +148,7 @@ def make_copy(
     finally:
         if os.path.exists(part):
             os.unlink(part)
-    return copy
+    return made
 
 
 def _stat(source: str) -> os.stat_result:
@@ -260,25 +292,28 @@ def _quality(part: str, copy: CopyMap, sample: dict[int, np.ndarray]) -> dict[st
 
 
 def copy_job(message: dict[str, Any], progress: Callable[[], None]) -> dict[str, Any]:
-    """What a child process does with a message {"source", "part", "target", "options"}: a row for the report."""
-    options = CopyOptions.model_validate(message["options"])
-    copy = make_copy(message["source"], message["part"], message["target"], options, progress)
-    return copy_row(copy, os.stat(message["target"]).st_size)
+    """What a child process does with a message {"source", "part", "target", "flow", "options"}: a row."""
+    source, part, target = message["source"], message["part"], message["target"]
+    made: CopyMap | FlowMap
+    if message["flow"]:
+        made = make_flow(source, part, target, FlowOptions.model_validate(message["options"]), progress)
+    else:
+        made = make_copy(source, part, target, CopyOptions.model_validate(message["options"]), progress)
+    return copy_row(made, os.stat(target).st_size)
 
 
-def copy_row(copy: CopyMap, size: int) -> dict[str, Any]:
-    """What the report says of a copy."""
+def copy_row(copy: CopyMap | FlowMap, size: int) -> dict[str, Any]:
+    """What the report says of a copy or of flow."""
     source = copy.source
-    return {
+    row = {
         "frames": len(copy),
-        "seconds": round(copy.seconds, 3),
+        "seconds": round(source.seconds(copy.pts), 3),
         "source_bytes": source.size,
         "source_mtime_ns": source.mtime_ns,
         "copy_bytes": size,
-        "width": copy.width,
-        "height": copy.height,
-        "psnr": copy.quality.get("psnr"),
-        "ssim": copy.quality.get("ssim"),
         "note": source.note,
     }
-
+    if isinstance(copy, FlowMap):
+        return row | {"width": copy.size[1], "height": copy.size[0], "clipped": f"{copy.clipped:.6f}"}
+    quality = {name: copy.quality.get(name) for name in ("psnr", "ssim")}
+    return row | {"width": copy.width, "height": copy.height} | quality

@@ -20,7 +20,7 @@ import numpy as np
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import VideoReformatter
 
-from ..errors import StoreMismatchError, VideoError
+from ..errors import VideoError
 from .clips import Frames, fill_damaged
 from .container import reason
 from .copymap import CopyMap, map_of
@@ -52,29 +52,10 @@ def read_copy(
         raise VideoError(f"no copy ({reason(error)}): status.csv of `distinit prepare` says why") from error
     try:
         found = map_of(descriptor, path)
-        if digest is not None and digest != found.source.digest:
-            raise StoreMismatchError(
-                f"a copy of another file: made from one with digest {found.source.digest}, "
-                f"the teachers saw one with digest {digest}"
-            )
-        if expect is not None:
-            _check(found, expect)
+        found.source.check(found.index, found.pts, expect, digest)
         return _frames(descriptor, found, wanted, view, expect[0] if expect is not None else wanted[:0])
     finally:
         os.close(descriptor)
-
-
-def _check(found: CopyMap, expect: tuple[np.ndarray, np.ndarray]) -> None:
-    """The map's pts of the expected frames must be the expected ones; one that was damaged has none."""
-    at = np.searchsorted(found.index, expect[0])
-    for place, index, pts in zip(at.tolist(), *(column.tolist() for column in expect), strict=True):
-        if place < len(found) and found.index[place] == index and found.pts[place] != pts:
-            raise StoreMismatchError(
-                f"frame {index} has pts {pts} in the store, in the file that was copied it has {found.pts[place]}"
-            )
-        if index >= found.source.frames:
-            total = found.source.frames
-            raise StoreMismatchError(f"frame {index} is in the store, the file that was copied has {total} frames")
 
 
 def _frames(descriptor: int, found: CopyMap, wanted: np.ndarray, view: View | None, required: np.ndarray) -> Frames:

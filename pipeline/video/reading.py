@@ -1,32 +1,35 @@
-"""Clips of one video, wherever its frames lie: in the video itself or in its prepared copy.
+"""Clips of one video, wherever its frames lie: in the video itself, in its prepared copy or in its flow file.
 
 N clips of L frames; C channels, T frames of a clip as the student sees it, H W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from . import clips
-from .copymap import read_map
-from .folders import check_current
+from .copymap import SourceRecord, read_map
+from .flow import FLOW_CHANNELS
+from .flowfile import STEPS, STILL, read_flow, read_flow_map
+from .folders import Kind, check_current, kind_of
 from .prepared import read_copy
 from .transforms import ClipView, Crop, of_channels
 
 
 class VideoFile(NamedTuple):
-    """A file to read clips from: a video, or the copy of one.
+    """A file to read clips from: a video, the copy of one, or its flow.
 
-    original: of a copy, where the video itself may lie; compared with the copy if it is there.
+    original: of a copy or of flow, where the video itself may lie; compared if it is there.
     """
 
     path: str
-    kind: Literal["video", "copy"] = "video"
+    kind: Literal["video"] | Kind = "video"
     original: str | None = None
 
 
@@ -42,13 +45,31 @@ class Clips(NamedTuple):
 _READERS: dict[str, Callable[..., clips.Frames]] = {"video": clips.read_frames, "copy": read_copy}
 
 
+def check_fits(options: Mapping[str, Any], view: ClipView, channels: int, *, folder: str) -> None:
+    """UsageError where clips of so many channels cannot be read from a folder of `prepare` with these options."""
+    if kind_of(options) != "flow":
+        return
+    if channels != FLOW_CHANNELS:
+        raise UsageError(
+            f"--videos {folder}: holds optical flow, for student.channels=2; student.channels={channels} reads "
+            "the videos themselves or copies of them"
+        )
+    size, resize = tuple(options["size"]), view.frame_view().resize
+    if size != resize:
+        raise UsageError(
+            f"--videos {folder}: holds the flow of frames of {size[0]}x{size[1]}, asked for clips out of frames "
+            f"resized to {resize}; set clips.resize, or make another folder with distinit prepare --flow --size"
+        )
+
+
 def count_frames(file: VideoFile) -> int:
     """How many frames the video has. VideoError with the reason where it has none, or its copy is not of it."""
     if file.kind == "video":
         return clips.count_frames(file.path)
+    source: SourceRecord = (read_map if file.kind == "copy" else read_flow_map)(file.path).source
     if file.original is not None:
-        check_current(file.path, file.original)
-    return read_map(file.path).source.frames
+        check_current(source, file.original)
+    return source.frames
 
 
 def read_clip(
@@ -61,12 +82,15 @@ def read_clip(
     expect: tuple[np.ndarray, np.ndarray] | None = None,
     digest: str | None = None,
 ) -> Tensor:
-    """The clip of the video's frames int64 [L]: uint8 [3, T = L, H, W], or with channels=2 its optical flow,
-    float32 [2, T = L - 1, H, W] in pixels.
+    """The clip of the video's consecutive frames int64 [L]: uint8 [3, T = L, H, W], or with channels=2 its optical
+    flow, float32 [2, T = L - 1, H, W] in pixels.
 
     crop: where it is cut and whether mirrored, in the middle without. expect, digest: of the video, see
     `clips.read_frames`, which says what is raised.
     """
+    if file.kind == "flow":
+        stored, bound, _ = read_flow(file.path, frames, expect=expect, digest=digest)
+        return _flow_clip(stored, bound, view, crop)
     found = _READERS[file.kind](file.path, frames, view.frame_view(), expect=expect, digest=digest)
     return of_channels(view.cut(found.images, crop), channels)
 
@@ -74,8 +98,23 @@ def read_clip(
 def read_clips(file: VideoFile, frames: np.ndarray, view: ClipView, *, channels: int = 3) -> Clips:
     """Several clips, frames int64 [N, L], in one pass over the file, all cut in the middle."""
     wanted, place = np.unique(frames, return_inverse=True)
+    if file.kind == "flow":
+        each, damaged = [], 0
+        for clip in frames:
+            stored, bound, repeated = read_flow(file.path, clip)
+            each.append(_flow_clip(stored, bound, view, None))
+            damaged += repeated
+        return Clips(torch.stack(each), frames.size, damaged)
     found = _READERS[file.kind](file.path, wanted, view.frame_view())
     images = view.cut(found.images, None)
     taken = images[:, torch.from_numpy(place.reshape(frames.shape))]  # [3, N, L, H, W]
-    each = torch.stack([of_channels(clip, channels) for clip in taken.unbind(1)])
-    return Clips(each.contiguous(), len(wanted), found.repeated)
+    made = torch.stack([of_channels(clip, channels) for clip in taken.unbind(1)])
+    return Clips(made.contiguous(), len(wanted), found.repeated)
+
+
+def _flow_clip(stored: np.ndarray, bound: float, view: ClipView, crop: Crop | None) -> Tensor:
+    """Stored flow uint8 [T, 2, H, W] → float32 [2, T, size, size] in pixels; a mirrored clip moves the other way."""
+    clip = view.cut(stored.transpose(0, 2, 3, 1), crop).to(torch.float32).sub_(STILL).mul_(bound / STEPS)
+    if crop is not None and crop.flip:
+        clip[0].neg_()
+    return clip

@@ -50,7 +50,7 @@ class ClipView(Options):
         return View(resize=resize)
 
     def cut(self, images: np.ndarray, crop: Crop | None) -> torch.Tensor:
-        """Resized frames uint8 [T, H, W, 3] → uint8 [3, T, size, size]; in the middle where crop is None."""
+        """Resized frames uint8 [T, H, W, C] → uint8 [C, T, size, size]; in the middle where crop is None."""
         if crop is None:
             return center_crop(images, self.size)
         height, width = images.shape[1:3]
@@ -59,7 +59,7 @@ class ClipView(Options):
 
 
 def crop_and_flip(images: np.ndarray, top: int, left: int, size: int, flip: bool) -> torch.Tensor:
-    """uint8 [T, H, W, 3] → uint8 [3, T, size, size], mirrored left to right if `flip`."""
+    """uint8 [T, H, W, C] → uint8 [C, T, size, size], mirrored left to right if `flip`."""
     height, width = images.shape[1:3]
     if not (0 <= top <= height - size and 0 <= left <= width - size):
         raise ValueError(f"a crop of {size} at ({top}, {left}) does not fit into {height}x{width}")
