@@ -241,6 +241,7 @@ def extract_targets(**given: Any) -> None:
         "distinit train-student --targets targets.zarr --out runs/vmz --variant vmz --frames 32 --batch-size 16",
         "distinit train-student --targets targets.zarr --out runs/sure --picks random:2 --filter-quantile 0.5",
         "distinit train-student --targets targets.zarr --out runs/student --resume",
+        "distinit train-student --targets targets.zarr --out runs/large --gpus 8 --batch-size 512 --resume auto",
     ),
 )
 @key_option("--targets", key="store", metavar="STORE", help="The target store of extract-targets: a folder or a URL.")

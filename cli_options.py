@@ -117,8 +117,11 @@ def screen_options(command: F) -> F:
 LOOP_OPTIONS: tuple[tuple[str, Any, str, str], ...] = (
     ("epochs", int, "N", "Epochs, counted in clips."),
     ("epoch-clips", int, "N", "Clips an epoch; by default one a video."),
-    ("batch-size", int, "B", "Clips a step."),
+    ("batch-size", int, "B", "Clips a step, over all GPUs."),
+    ("gpu-batch-size", int, "B", "Most clips a GPU takes at once; of more the gradients are accumulated."),
+    ("gpus", int, "N", "Processes on this machine, one a GPU; on several machines use torchrun."),
     ("lr", float, "X", "Learning rate after the warm-up."),
+    ("lr-batch-size", int, "B", "Clips a step that --lr is meant for; by default it is not scaled."),
     ("momentum", float, "X", "Momentum of Nesterov's SGD."),
     ("weight-decay", float, "X", "Weight decay."),
     ("warmup-epochs", int, "N", "Epochs of linear warm-up."),
@@ -175,7 +178,14 @@ def loop_options(**shown: object) -> Callable[[F], F]:
     """What stages two and three are told about training; `shown` are the defaults that --help prints."""
 
     def add(command: F) -> F:
-        command = key_flag("--resume", key="resume", help="Go on from the last checkpoint of --out.")(command)
+        command = key_option(
+            "--resume",
+            key="resume",
+            is_flag=False,
+            flag_value="true",
+            metavar="[auto]",
+            help="Go on from the last checkpoint of --out; with `auto` also where there is no run yet.",
+        )(command)
         for name, kind, metavar, text in reversed(LOOP_OPTIONS):
             key = name.replace("-", "_")
             option = key_option(

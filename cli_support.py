@@ -90,8 +90,9 @@ def _screen(given: dict[str, Any]) -> Iterator[Screen]:
     keeps the real standard output for its one object."""
     from .stages.screen import Screen
 
-    screen = Screen(json=given["as_json"], quiet=given["quiet"])
-    with contextlib.redirect_stdout(sys.stderr) if screen.json else contextlib.nullcontext():
+    lead = os.environ.get("RANK", "0") == "0"  # torchrun starts the command once a process; one speaks
+    screen = Screen(json=given["as_json"] and lead, quiet=given["quiet"] or not lead)
+    with contextlib.redirect_stdout(sys.stderr) if given["as_json"] else contextlib.nullcontext():
         yield screen
 
 
@@ -181,6 +182,8 @@ def run(group: click.Group, argv: list[str] | None = None, resume_hints: dict[st
         sys.stderr.close()
         _leave(1)
     except Exception as error:
+        if getattr(error, "shared", False) and os.environ.get("RANK", "0") != "0":
+            _leave(explain(error)[1])  # one of several processes with the same error, which rank 0 tells
         _fail(*explain(error), debug)
 
 

@@ -12,6 +12,8 @@ class DistInitError(Exception):
     """Base of all errors raised on purpose."""
 
     exit_code = 1
+    shared = False
+    """Raised alike in every process of one run, so that one of them tells it."""
 
 
 class UsageError(DistInitError, ValueError):
@@ -58,6 +60,10 @@ class DeviceError(UsageError):
 
 class TrainingError(DistInitError, RuntimeError):
     """Training cannot go on: a loss that is not finite, no clip left to draw."""
+
+
+class RankLostError(TrainingError):
+    """Another process of the same run has ended; its own error says why."""
 
 
 class TrainingInterrupted(DistInitError, RuntimeError):

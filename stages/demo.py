@@ -64,7 +64,7 @@ def demo(config: DemoConfig, screen: Screen) -> dict[str, Any]:
             **config.train,
             "store": str(store),
             "out": str(runs / "student"),
-            "resume": True,
+            "resume": "auto",
         },
     )
     student = train_student(training, screen)
@@ -105,7 +105,7 @@ def _finetuning(config: DemoConfig, run: Path, init: str) -> FinetuneConfig:
             # From scratch the network has to be named; from a student it is the student's.
             **({"student": _student(config)} if init == "scratch" else {}),
             "out": str(run),
-            "resume": True,
+            "resume": "auto",
         },
     )
 

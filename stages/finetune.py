@@ -12,16 +12,17 @@ from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
-from ..pipeline.errors import CheckpointError
-from ..pipeline.evaluation.classification import HEAD, classification
+from ..pipeline.errors import CheckpointError, UsageError
+from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.dataset import LabelledClips
 from ..pipeline.evaluation.labels import Labels, load_labels
 from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.students.export import InitReport, load_backbone, load_student, read_options, save_student
 from ..pipeline.students.options import StudentMeta
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
-from ..pipeline.training.checkpoint import check_identity, claim_run_dir, read_identity
+from ..pipeline.training.checkpoint import Resume, check_identity, claim_run_dir, read_identity
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
+from ..pipeline.training.ranks import launched
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
 from ..pipeline.video.transforms import ClipView
 from ..pipeline.weights import state_sha256
@@ -74,7 +75,7 @@ class FinetuneConfig(Options):
     clips: FinetuneClips = FinetuneClips()
     loop: FinetuneLoop = FinetuneLoop()
     test: EvaluationOptions = EvaluationOptions()
-    resume: bool = False
+    resume: Resume = False
 
 
 def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
@@ -83,6 +84,8 @@ def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
     Writes RUN/config.yaml, checkpoints and metrics.jsonl, model.safetensors, predictions.h5, result.json.
     Raises UsageError, LabelsError, CheckpointError, TrainingError, DeviceError.
     """
+    if config.loop.gpus > 1 or launched():
+        raise UsageError("finetune runs in one process: leave out --gpus and torchrun")
     run_dir = Path(config.out)
     device = resolve_device(config.loop.device)
     labels = load_labels(config.dataset, config.split, config.videos)
@@ -109,7 +112,7 @@ def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
             epoch_clips=options.clips_per_epoch,
             channels=student.options.channels,
         ),
-        objective=classification,
+        objective=Classification(),
         options=options,
         run_dir=run_dir,
         identity=identity,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
@@ -23,16 +24,25 @@ from ..pipeline.students.student import Student, StudentOptions, build_student, 
 from ..pipeline.targets.files import absolute
 from ..pipeline.targets.picks import PickRule
 from ..pipeline.targets.store import TargetStore, check_moved
-from ..pipeline.training.checkpoint import check_identity, claim_run_dir, load_weights, read_identity, write_atomically
+from ..pipeline.training.checkpoint import (
+    Resume,
+    check_identity,
+    claim_run_dir,
+    load_weights,
+    read_identity,
+    write_atomically,
+)
 from ..pipeline.training.dataset import StudentClips
 from ..pipeline.training.device import pick_workers
 from ..pipeline.training.distillation import Distillation, evaluate_distillation
 from ..pipeline.training.draws import split_held_out
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
+from ..pipeline.training.ranks import Ranks
 from ..pipeline.training.sampler import TargetSampler, measure_entropies
 from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
 from ..pipeline.video.transforms import ClipView
 from .config import write_config
+from .launch import across_ranks
 from .screen import Screen, plain
 
 COMMAND = "train-student"
@@ -92,7 +102,7 @@ class TrainConfig(Options):
     held_out: float = Field(default=0.0, ge=0, lt=1, description="share of videos kept for the held-out loss")
     held_out_clips: int = Field(default=1000, ge=1, description="most held-out videos used, a clip each")
     export: Literal["last", "best"] = Field(default="last", description="checkpoint that is exported")
-    resume: bool = False
+    resume: Resume = False
 
 
 @dataclass(frozen=True)
@@ -108,30 +118,33 @@ class _Parts:
 def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
     """Trains a student, exports RUN/student.safetensors, and says how it went.
 
+    With `loop.gpus` above 1, or under torchrun, in several processes that train one student.
+
     Raises UsageError, StoreError, StoreMismatchError, CheckpointError, TrainingError, DeviceError.
     """
+    return across_ranks(_train, config, screen, config.loop)
+
+
+def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
+    """One process of the training; rank 0 alone writes."""
     run_dir = Path(config.out)
-    device = resolve_device(config.loop.device)
-    store = TargetStore.open(config.store)
-    check_moved(store, config.moved)
-    teachers = _teachers(config, store)
-    claim_run_dir(run_dir, resume=config.resume)
-    saved = read_identity(run_dir) if config.resume else None
-    parts = _assemble(config, store, teachers, saved, screen)
+    store, teachers, device = ranks.agree(lambda: _open(config))
+    ranks.on_lead(lambda: claim_run_dir(run_dir, resume=config.resume))
+    saved = ranks.agree(lambda: read_identity(run_dir) if config.resume else None)
+    parts = ranks.agree(lambda: _assemble(config, store, teachers, saved, screen))
     options = config.loop.for_videos(len(parts.train.sampler.videos))
     identity = _identity(config, store, teachers, parts, options)
-    if saved is not None:
-        check_identity(run_dir, saved, identity)  # before the config of the run is overwritten
-    write_config(run_dir / "config.yaml", COMMAND, _absolute(config))
+    if saved is not None:  # before the config of the run is overwritten
+        ranks.agree(lambda: check_identity(run_dir, saved, identity))
+    ranks.on_lead(lambda: write_config(run_dir / "config.yaml", COMMAND, _absolute(config)))
 
-    student = _build(config, store, teachers)
+    student = ranks.agree(lambda: _build(config, store, teachers))
     screen.say(
         f"{config.student.describe()}: {count_parameters(student) / 1e6:.1f} M parameters, "
         f"heads {', '.join(f'{name} [{k}]' for name, k in student.classes.items())}; "
-        f"{options.epochs} epochs of {options.clips_per_epoch} clips from {len(parts.train.sampler.videos)} "
-        f"videos, "
-        f"{options.batch_size} a step, {options.total_steps} steps, peak learning rate {options.lr:g}"
+        f"{options.epochs} epochs of {options.clips_per_epoch} clips from {len(parts.train.sampler.videos)} videos"
     )
+    screen.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     objective = Distillation(
         teachers, loss=config.targets.loss, tau=config.targets.tau, mse_reduction=config.targets.mse_reduction
     )
@@ -144,10 +157,11 @@ def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
             objective,
             parts.held_out,
             len(parts.held_out.sampler.videos),
-            batch_size=options.batch_size,
+            batch_size=math.ceil(options.batch_size / ranks.world / options.pieces(ranks.world)),
             workers=pick_workers(options.workers, device),
             device=device,
             precision=options.precision,
+            ranks=ranks,
         )
 
     result = fit(
@@ -161,11 +175,24 @@ def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
         validate=held_out if parts.held_out is not None else None,
         say=screen.say,
         progress=screen.progress,
+        ranks=ranks,
     )
-    exported = _export(config, store, student, teachers, run_dir, result)
-    summary = _summary(config, parts, result, exported)
-    write_atomically(run_dir / "result.json", json.dumps(plain(summary), indent=1).encode())
-    return summary
+
+    def finish() -> dict[str, Any]:
+        exported = _export(config, store, student, teachers, run_dir, result)
+        summary = _summary(config, parts, result, exported)
+        write_atomically(run_dir / "result.json", json.dumps(plain(summary), indent=1).encode())
+        return summary
+
+    return ranks.on_lead(finish)
+
+
+def _open(config: TrainConfig) -> tuple[TargetStore, tuple[str, ...], torch.device]:
+    """The store, the teachers to learn from, and the device."""
+    device = resolve_device(config.loop.device)
+    store = TargetStore.open(config.store)
+    check_moved(store, config.moved)
+    return store, _teachers(config, store), device
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -275,8 +302,6 @@ def _with_progress(sampler: TargetSampler, count: int, screen: Screen) -> Iterat
 
 def _build(config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]) -> Student:
     """The student with seeded fresh weights."""
-    import torch
-
     torch.manual_seed(config.loop.seed)
     return build_student(config.student, {name: len(store.teachers[name].classes) for name in teachers})
 

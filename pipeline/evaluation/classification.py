@@ -5,10 +5,11 @@ Shapes: B clips, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ..training.loop import LossReport
@@ -18,8 +19,15 @@ HEAD = "label"
 """Name of the one head of a finetuned student."""
 
 
-def classification(model: nn.Module, batch: dict[str, Any]) -> LossReport:
-    """objective(model, batch): mean cross-entropy of the labels, and the share of clips that are right."""
-    logits = model(normalize_clip(batch["clip"], torch.float32))[HEAD].float()
-    right = (logits.detach().argmax(dim=1) == batch["label"]).float().mean()
-    return LossReport(functional.cross_entropy(logits, batch["label"]), len(logits), {"accuracy": right})
+class Classification:
+    """objective(model, batch, counts): cross-entropy of the labels, and the share of clips that are right."""
+
+    def counts(self, batch: Mapping[str, Any]) -> Tensor:
+        """int64 [1]: the clips, all of which count."""
+        return torch.tensor([len(batch["label"])])
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], counts: Tensor) -> LossReport:
+        logits = model(normalize_clip(batch["clip"], torch.float32))[HEAD].float()
+        right = (logits.detach().argmax(dim=1) == batch["label"]).sum()
+        loss = functional.cross_entropy(logits, batch["label"], reduction="sum")
+        return LossReport(loss / counts[0], {"accuracy": right / counts[0]})

@@ -9,25 +9,31 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError, StoreMismatchError, UsageError
+from .ranks import ALONE, Ranks
 from .state import TrainState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Any of these means that a folder holds a run.
 RUN_FILES = ("checkpoints/last.pt", "metrics.jsonl", "student.safetensors", "model.safetensors")
+Resume = Literal["auto"] | bool
+"""False: a folder that holds a run is refused; True: one that holds none; auto: a run goes on or begins."""
 # Identities of what the targets are; a difference there is a difference of stores, not of checkpoints.
 STORE_KEYS = frozenset({"store", "teachers", "sampling"})
 
 
-def claim_run_dir(run_dir: Path, *, resume: bool) -> None:
-    """Makes `run_dir`. UsageError if it holds a run and `resume` is off, or if it cannot be a folder."""
+def claim_run_dir(run_dir: Path, *, resume: Resume) -> None:
+    """Makes `run_dir`. UsageError if it holds a run and `resume` is off, or the other way round, or if it
+    cannot be a folder."""
+    if resume is True and not any((run_dir / name).exists() for name in (*RUN_FILES, "config.yaml")):
+        raise UsageError(f"--resume: {run_dir} holds no run; --resume auto begins one")
     found = [name for name in RUN_FILES if (run_dir / name).exists()]
     if found and not resume:
         raise UsageError(
@@ -74,10 +80,19 @@ class Checkpoints:
         self.folder = run_dir / "checkpoints"
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
 
-    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool, max_broken: int) -> TrainState:
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        resume: Resume,
+        max_broken: int,
+        ranks: Ranks = ALONE,
+    ) -> TrainState:
         """A fresh state, or that of last.pt with model, optimizer and random states restored.
 
-        With `resume` and no checkpoint (killed before the first one) the run starts from its beginning.
+        With `resume` and no checkpoint (killed before the first one) the run starts from its beginning. With
+        another number of processes than before the random states of dropout begin anew.
         Raises UsageError (there is a checkpoint, resume is off), CheckpointError, StoreMismatchError.
         """
         path = self.folder / "last.pt"
@@ -94,15 +109,27 @@ class Checkpoints:
             optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} does not fit the model: {_first_line(error)}") from error
-        torch.set_rng_state(saved["rng"]["cpu"])
-        if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
         state = TrainState.from_dict(saved["state"])
         state.max_broken = max_broken
+        if len(saved["rng"]) == ranks.world:
+            own = saved["rng"][ranks.rank]
+            torch.set_rng_state(own["cpu"])
+            if own["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(own["cuda"])
+        else:
+            torch.manual_seed(torch.initial_seed() + state.step * ranks.world)
         return state
 
-    def save(self, which: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> Path:
-        """Writes `last` or `best`. CheckpointError if the disk refuses; the checkpoint before stays whole."""
+    def save(
+        self,
+        which: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: TrainState,
+        rng: Sequence[dict[str, Any]],
+    ) -> Path:
+        """Writes `last` or `best`, rng being the `random_states` of each rank. CheckpointError if the disk
+        refuses; the checkpoint before stays whole."""
         path = self.folder / f"{which}.pt"
         buffer = io.BytesIO()
         torch.save(
@@ -112,15 +139,20 @@ class Checkpoints:
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "state": state.to_dict(),
-                "rng": {
-                    "cpu": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                },
+                "rng": list(rng),
             },
             buffer,
         )
         write_atomically(path, buffer.getbuffer())
         return path
+
+
+def random_states() -> dict[str, Any]:
+    """Of this process: torch's on the CPU and on its GPU."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
 
 
 def load_weights(run_dir: Path, which: str, model: nn.Module) -> None:

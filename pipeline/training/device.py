@@ -12,9 +12,10 @@ from torch import nn
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Cores this process may use; those that a launcher has started on one machine share them."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return max(1, len(affinity(0)) if affinity is not None else os.cpu_count() or 1)
+    found = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def pick_workers(workers: int | None, device: torch.device) -> int:
@@ -43,10 +44,10 @@ def torch_threads(threads: int | None, workers: int, device: torch.device) -> It
         torch.set_num_threads(before)
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
+def place(model: nn.Module, device: torch.device, *, channels_last: bool = True) -> nn.Module:
     """The model on `device`, its 3D convolutions channels-last: measured a fifth faster on a CPU in fp32."""
     model.to(device)
-    for parameter in model.parameters():
+    for parameter in model.parameters() if channels_last else ():
         if parameter.dim() == 5:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
     return model

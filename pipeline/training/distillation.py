@@ -5,19 +5,22 @@ Shapes: B clips, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainingError
 from ..video.transforms import normalize_clip
 from .device import autocast
 from .loader import EachOnce, KeyedDataset, read_batches, to_device
-from .loop import LossReport
 from .losses.soft_target_cross_entropy import soft_target_cross_entropy
 from .losses.squared_error import Reduction, squared_error
+from .ranks import ALONE, Ranks, ShareOfBatches
+from .step import LossReport
 
 Loss = Literal["cross-entropy", "squared-error"]
 
@@ -42,36 +45,56 @@ class Distillation:
         self.tau = tau
         self.mse_reduction: Reduction = mse_reduction
 
-    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> LossReport:
+    def counts(self, batch: Mapping[str, Any]) -> Tensor:
+        """int64 [1 + teachers]: the clips that at least one head counts, then those that each counts."""
+        each = [batch["weight"][name].ne(0).sum() for name in self.teachers]
+        return torch.stack([self.counted(batch).sum(), *each])
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], counts: Tensor) -> LossReport:
         """Clips that no head counts are left out of the forward pass: they were not decoded, and black clips
         would spoil the batch statistics. Without any clip the loss is 0 with a graph over all parameters."""
-        counts = self.counts(batch)
-        if not bool(counts.any()):
+        counted = self.counted(batch)
+        # Ranks that share gradients all need a forward pass, if need be of no clips.
+        if not bool(counted.any()) and not isinstance(model, DistributedDataParallel):
             nothing = sum((p.sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros(()))
-            return LossReport(nothing, 0)
-        outputs = self.forward(model, batch, counts)
+            return LossReport(nothing, {f"loss/{name}": torch.zeros(()) for name in self.teachers})
+        outputs = self.forward(model, batch, counted)
         parts = {
-            name: self.head_loss(outputs[name], batch["targets"][name][counts], batch["weight"][name][counts])
-            for name in self.teachers
+            f"loss/{name}": self.head_loss(
+                outputs[name], batch["targets"][name][counted], batch["weight"][name][counted], counts[number]
+            )
+            for number, name in enumerate(self.teachers, start=1)
         }
-        total = torch.stack(list(parts.values())).sum()
-        return LossReport(total, counts.sum(), {f"loss/{name}": loss.detach() for name, loss in parts.items()})
+        return LossReport(torch.stack(list(parts.values())).sum(), parts)
 
-    def counts(self, batch: dict[str, Any]) -> Tensor:
+    def counted(self, batch: Mapping[str, Any]) -> Tensor:
         """bool [B]: the clips that at least one head counts."""
         return torch.stack([batch["weight"][name] for name in self.teachers]).ne(0).any(dim=0)
 
-    def forward(self, model: nn.Module, batch: dict[str, Any], counts: Tensor) -> dict[str, Tensor]:
+    def forward(self, model: nn.Module, batch: dict[str, Any], counted: Tensor) -> dict[str, Tensor]:
         """Student logits of each teacher's head for the clips that count."""
-        clip = batch["clip"] if bool(counts.all()) else batch["clip"][counts]
+        clip = batch["clip"] if bool(counted.all()) else batch["clip"][counted]
         outputs: dict[str, Tensor] = model(normalize_clip(clip, torch.float32))
         return outputs
 
-    def head_loss(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """The loss of one head: logits[B, K] against mean teacher logits targets[B, K] with weight[B]."""
+    def head_loss(self, logits: Tensor, targets: Tensor, weight: Tensor, count: Tensor | None = None) -> Tensor:
+        """The loss of one head: logits[B, K] against mean teacher logits targets[B, K] with weight[B]; over
+        `count` clips where these are some of a step's."""
         if self.loss == "squared-error":
-            return squared_error(logits, targets, weight, self.mse_reduction)
-        return soft_target_cross_entropy(logits, torch.softmax(targets.float() / self.tau, dim=1), weight)
+            return squared_error(logits, targets, weight, self.mse_reduction, count)
+        return soft_target_cross_entropy(logits, torch.softmax(targets.float() / self.tau, dim=1), weight, count)
+
+    def measures(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """float64 [4] of one head, over clips [B] that the weight counts: their number, and the sums of
+        their losses, of agreeing top classes and of KL(teacher‖student) at the temperature."""
+        use = weight != 0
+        one = torch.ones((), device=logits.device)
+        logits, targets, weight = logits[use].float(), targets[use].float(), weight[use]
+        divergence = kl_div(
+            torch.log_softmax(logits, 1), torch.log_softmax(targets / self.tau, 1), reduction="sum", log_target=True
+        )
+        hits = (logits.argmax(1) == targets.argmax(1)).sum()
+        return torch.stack([use.sum(), self.head_loss(logits, targets, weight, one), hits, divergence]).double()
 
 
 @torch.no_grad()
@@ -85,34 +108,36 @@ def evaluate_distillation(
     workers: int,
     device: torch.device,
     precision: str,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Over the first `n` held-out samples: "loss" (the sum over teachers), "loss/NAME", and "agreement/NAME",
-    the share of clips on which student and teacher have the same top class. Clips that do not count or
-    cannot be read are left out; TrainingError if that is all of them. The model is left in eval mode."""
+    the share of clips on which student and teacher have the same top class, and "kl/NAME", the divergence
+    KL(teacher‖student) in nats at the temperature. Clips that do not count or cannot be read are left out;
+    TrainingError if that is all of them. Ranks share the samples, each taking every W-th batch, and all get
+    the same numbers. The model is left in eval mode."""
     model.eval()
-    sums = dict.fromkeys(objective.teachers, 0.0)
-    hits = dict.fromkeys(objective.teachers, 0)
-    kept = dict.fromkeys(objective.teachers, 0)
-    for raw in read_batches(dataset, EachOnce(n, batch_size), workers=workers, device=device):
-        if not raw:
-            continue
-        batch = to_device(raw, device)
-        counts = objective.counts(batch)
-        if not bool(counts.any()):
-            continue
-        with autocast(device, precision):
-            outputs = objective.forward(model, batch, counts)
-        for name in objective.teachers:
-            targets, weight = batch["targets"][name][counts], batch["weight"][name][counts]
-            count = int((weight != 0).sum())
-            sums[name] += float(objective.head_loss(outputs[name], targets, weight)) * count
-            hits[name] += int(((outputs[name].argmax(1) == targets.argmax(1)) & (weight != 0)).sum())
-            kept[name] += count
-    if not any(kept.values()):
+    share = ShareOfBatches(EachOnce(n, batch_size), ranks)
+
+    def measured() -> Tensor:
+        sums = torch.zeros(4, len(objective.teachers), dtype=torch.float64)
+        for raw in read_batches(dataset, share, workers=workers, device=device):
+            batch = to_device(raw, device)
+            if not raw or not bool((counted := objective.counted(batch)).any()):
+                continue
+            with autocast(device, precision):
+                outputs = objective.forward(model, batch, counted)
+            for number, name in enumerate(objective.teachers):
+                targets, weight = batch["targets"][name][counted], batch["weight"][name][counted]
+                sums[:, number] += objective.measures(outputs[name], targets, weight).cpu()
+        return sums
+
+    kept, *measures = ranks.sum(ranks.agree(measured)).unbind()
+    if not bool(kept.any()):
         raise TrainingError(f"none of the {n} held-out clips could be used: unreadable, or all filtered")
-    losses = {name: sums[name] / kept[name] for name in objective.teachers if kept[name]}
-    result = {"loss": sum(losses.values())}
-    for name, loss in losses.items():
-        result[f"loss/{name}"] = loss
-        result[f"agreement/{name}"] = hits[name] / kept[name]
-    return result
+    means = {
+        f"{what}/{name}": float(values[number] / kept[number])
+        for what, values in zip(("loss", "agreement", "kl"), measures, strict=True)
+        for number, name in enumerate(objective.teachers)
+        if kept[number]
+    }
+    return {"loss": sum(value for name, value in means.items() if name.startswith("loss/"))} | means

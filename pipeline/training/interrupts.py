@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
-
-B = TypeVar("B")
+from typing import Any
 
 
 class Interrupts:
@@ -31,16 +28,6 @@ class Interrupts:
     ) -> None:
         if self._installed:
             signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
-
-    def until(self, batches: Iterable[B]) -> Iterator[B]:
-        """The batches up to an interruption."""
-        iterator = iter(batches)
-        while not self.requested():
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            yield batch
 
     def requested(self) -> bool:
         """Whether SIGTERM has come."""

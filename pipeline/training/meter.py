@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .loader import batch_size_of
 from .options import LoopOptions
 from .state import TrainState
+from .step import StepReport
 
 
 class Meter:
-    """Sums over the steps since the last record. Parts stay on the device until a record is made."""
+    """Sums over the steps since the last record."""
 
     def __init__(self, options: LoopOptions, state: TrainState, device: torch.device) -> None:
         self._options = options
@@ -38,7 +37,7 @@ class Meter:
         self._kept = 0
         self._rejected = 0
         self._loss = 0.0
-        self._parts: dict[str, Tensor] = {}
+        self._parts: dict[str, float] = {}
 
     def timed(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches; the time spent waiting for them is counted."""
@@ -52,17 +51,16 @@ class Meter:
             self._waited += time.monotonic() - before
             yield batch
 
-    def add(self, batch: Mapping[str, Any], loss: Tensor, kept: int | Tensor, parts: Mapping[str, Tensor]) -> None:
+    def add(self, report: StepReport) -> None:
         """Counts one step."""
-        clips = batch_size_of(batch)
         self._steps += 1
-        self._clips += clips
-        self._clips_seen += clips
-        self._kept += int(kept)
-        self._rejected += int(batch["rejected"].sum()) if "rejected" in batch else 0
-        self._loss += float(loss.detach())
-        for name, value in parts.items():
-            self._parts[name] = self._parts.get(name, torch.zeros((), device=value.device)) + value.detach()
+        self._clips += report.clips
+        self._clips_seen += report.clips
+        self._kept += report.kept
+        self._rejected += report.rejected
+        self._loss += report.loss
+        for name, value in report.parts.items():
+            self._parts[name] = self._parts.get(name, 0.0) + value
 
     def record(self, rate: float) -> dict[str, Any]:
         """The means since the last record, which starts anew.
@@ -78,7 +76,7 @@ class Meter:
         record = {
             "epoch": (self._state.step - 1) // self._options.steps_per_epoch + 1,
             "loss": self._loss / steps,
-            **{name: float(value) / steps for name, value in self._parts.items()},
+            **{name: value / steps for name, value in self._parts.items()},
             "lr": rate,
             "clips_per_s": self._clips / elapsed,
             "data_share": min(1.0, self._waited / elapsed),

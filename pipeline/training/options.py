@@ -10,8 +10,12 @@ from pydantic import Field, model_validator
 from ..config import Options
 
 # Options that may differ between the start of a run and its resume: none of them changes what is learned
-# from a given step on. (`epochs` may: the schedule does not depend on it, so a run can be made longer.)
-FREE_ON_RESUME = frozenset({"epochs", "device", "workers", "threads", "log_every", "checkpoint_every", "max_broken"})
+# from a given step on, but for the clips that share batch statistics and for rounding. (`epochs` may: the
+# schedule does not depend on it, so a run can be made longer.)
+FREE_ON_RESUME = frozenset(
+    {"epochs", "device", "gpus", "gpu_batch_size", "compile", "channels_last", "workers", "threads"}
+    | {"log_every", "checkpoint_every", "max_broken"}
+)
 
 
 class LoopOptions(Options):
@@ -20,13 +24,21 @@ class LoopOptions(Options):
     An epoch is counted in clips, not in videos: `epoch_clips` clips, rounded up to whole batches
     (`clips_per_epoch`); None means one clip a video, which `for_videos` fills in.
 
+    A step has `batch_size` clips whatever the hardware: each of the processes takes its share, in pieces of
+    at most `gpu_batch_size` clips whose gradients add up. So the number of GPUs changes neither clips nor
+    schedule, and a run may be resumed on another.
+
     Learning rate (FACTS, section 1): linear warm-up per iteration over `warmup_epochs`, then
-    lr * gamma ** ((epoch - warmup_epochs) // step_epochs). It is not scaled by the batch size; a
-    squared-error run wants a tenth of the rate of a cross-entropy run (the paper's section 4.2), which a
-    preset or the user sets.
+    peak_lr * gamma ** ((epoch - warmup_epochs) // step_epochs), peak_lr being lr, or with `lr_batch_size`
+    lr * batch_size / lr_batch_size. A squared-error run wants a tenth of the rate of a cross-entropy run
+    (the paper's section 4.2), which a preset or the user sets.
     """
 
-    batch_size: int = Field(default=32, ge=1, description="clips a step")
+    batch_size: int = Field(default=32, ge=1, description="clips a step, over all GPUs")
+    gpu_batch_size: int | None = Field(
+        default=None, ge=1, description="most clips a GPU takes at once; of more the gradients are accumulated"
+    )
+    gpus: int = Field(default=1, ge=1, description="processes on this machine, one a GPU; torchrun decides for itself")
     epochs: int = Field(default=45, ge=1)
     epoch_clips: int | None = Field(default=None, ge=1, description="clips an epoch; default one a video")
     lr: float = Field(default=0.01, gt=0, description="learning rate after the warm-up")
@@ -36,8 +48,16 @@ class LoopOptions(Options):
     warmup_epochs: int = Field(default=0, ge=0)
     step_epochs: int | None = Field(default=10, ge=1, description="epochs between drops; None: no drops")
     gamma: float = Field(default=0.1, gt=0, le=1, description="factor of each drop")
+    lr_batch_size: int | None = Field(
+        default=None, ge=1, description="clips a step that lr is meant for; none: lr is not scaled"
+    )
     clip_norm: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     precision: Literal["fp32", "bf16"] = "fp32"
+    sync_batchnorm: bool = Field(default=True, description="batch statistics over all GPUs; not on a CPU")
+    channels_last: bool = Field(default=True, description="3D convolutions in channels-last memory")
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = Field(
+        default="none", description="torch.compile and its mode"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     workers: int | None = Field(default=None, ge=0, description="loader processes; default by the machine")
     threads: int | None = Field(default=None, ge=1, description="torch threads on a CPU; default cores less workers")
@@ -68,9 +88,42 @@ class LoopOptions(Options):
         return self.steps_per_epoch * self.batch_size
 
     @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up, scaled where that was asked for."""
+        return self.lr if self.lr_batch_size is None else self.lr * self.batch_size / self.lr_batch_size
+
+    def describe_rate(self) -> str:
+        """For the log: the rate that the steps see, and what scaled it."""
+        scaled = (
+            "not scaled by the batch size"
+            if self.lr_batch_size is None
+            else f"{self.lr:g} × {self.batch_size} / {self.lr_batch_size}"
+        )
+        return f"peak learning rate {self.peak_lr:g} ({scaled})"
+
+    def describe_steps(self, world: int) -> str:
+        """For the log: `120 steps of 64 clips, 2 GPUs × 2 pieces × at most 16`."""
+        words = f"{self.total_steps} steps of {self.batch_size} clips"
+        pieces = self.pieces(world)
+        if world == pieces == 1:
+            return words
+        most = math.ceil(math.ceil(self.batch_size / world) / pieces)
+        parts = (_number(world, "process", "es"), _number(pieces, "piece"), f"at most {_number(most, 'clip')}")
+        return f"{words}: {' × '.join(parts)}"
+
+    def pieces(self, world: int) -> int:
+        """Parts that each of `world` processes goes through its share of a batch in."""
+        share = math.ceil(self.batch_size / world)
+        return math.ceil(share / self.gpu_batch_size) if self.gpu_batch_size is not None else 1
+
+    @property
     def total_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with its checkpoint, under one top-level key."""
         return {"loop": self.model_dump(mode="json", exclude=set(FREE_ON_RESUME))}
+
+
+def _number(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count} {noun}{'' if count == 1 else plural}"

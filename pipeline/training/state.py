@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import TrainingError
+from .step import StepReport
 
 
 @dataclass
@@ -32,20 +31,19 @@ class TrainState:
     broken: dict[str, str] = field(default_factory=dict)
     max_broken: int = 0
 
-    def add(self, batch: Mapping[str, Any], loss: Tensor, kept: int | Tensor) -> None:
+    def add(self, report: StepReport) -> None:
         """Counts one finished step. TrainingError once more than `max_broken` videos are unreadable."""
         self.step += 1
-        self.last_loss = float(loss.detach())
-        self.loss_sum += self.last_loss * int(kept)
-        self.kept_sum += int(kept)
-        for turned_down in batch.get("broken", ()):
-            for name, reason in turned_down:
-                self.broken[name] = reason
-                if len(self.broken) > self.max_broken:
-                    raise TrainingError(
-                        f"{len(self.broken)} videos could not be read, loop.max_broken allows "
-                        f"{self.max_broken}; the last: {name}: {reason}"
-                    )
+        self.last_loss = report.loss
+        self.loss_sum += report.loss * report.kept
+        self.kept_sum += report.kept
+        for name, reason in report.broken:
+            self.broken[name] = reason
+            if len(self.broken) > self.max_broken:
+                raise TrainingError(
+                    f"{len(self.broken)} videos could not be read, loop.max_broken allows "
+                    f"{self.max_broken}; the last: {name}: {reason}"
+                )
 
     def end_epoch(self, validation: Mapping[str, float]) -> bool:
         """Closes an epoch; True if it is the best so far, by held-out loss if there is one."""

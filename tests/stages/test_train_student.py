@@ -148,7 +148,7 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tiny_store, tmp_p
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_a_job_that_is_killed_with_all_its_processes_goes_on_where_it_was(tiny_store, tmp_path, whole, sent):
-    used = config(tiny_store, tmp_path / "cut", loop={"workers": 2}).model_dump(mode="json") | {"resume": True}
+    used = config(tiny_store, tmp_path / "cut", loop={"workers": 2}).model_dump(mode="json") | {"resume": "auto"}
     program = (
         "import json, sys\n"
         "from distinit.pipeline.errors import TrainingInterrupted\n"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distinit.pipeline.errors import CheckpointError, UsageError
-from distinit.pipeline.training.checkpoint import Checkpoints, claim_run_dir, load_weights, read_identity
+from distinit.pipeline.training.checkpoint import Checkpoints, claim_run_dir, load_weights, random_states, read_identity
 from distinit.pipeline.training.state import TrainState
 
 # A file-size limit is a full disk that needs no disk: write() fails half-way through the file.
@@ -27,7 +27,7 @@ model = torch.nn.Linear(500, 500)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    Checkpoints(Path(sys.argv[1]), {"store": "a"}).save("last", model, optimizer, TrainState(step=9))
+    Checkpoints(Path(sys.argv[1]), {"store": "a"}).save("last", model, optimizer, TrainState(step=9), [])
 except CheckpointError as error:
     print(error)
 """
@@ -42,7 +42,8 @@ def start(run: Path, *, resume: bool = True) -> TrainState:
 def save(run: Path, step: int) -> nn.Module:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    Checkpoints(run, {"store": "a"}).save("last", model, optimizer, TrainState(step=step, broken={"a\udcff": "x"}))
+    state = TrainState(step=step, broken={"a\udcff": "x"})
+    Checkpoints(run, {"store": "a"}).save("last", model, optimizer, state, [random_states()])
     return model
 
 
@@ -82,6 +83,10 @@ def test_a_folder_with_a_run_is_not_taken_without_resume(tmp_path):
     with pytest.raises(UsageError, match=rf"{tmp_path} already holds a run \(checkpoints/last\.pt\)"):
         claim_run_dir(tmp_path, resume=False)
     claim_run_dir(tmp_path, resume=True)
+    claim_run_dir(tmp_path, resume="auto")
+    claim_run_dir(tmp_path / "another", resume="auto")
+    with pytest.raises(UsageError, match=r"--resume: .*another holds no run; --resume auto begins one"):
+        claim_run_dir(tmp_path / "another", resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"--out .*file"):
         claim_run_dir(tmp_path / "file", resume=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ class Regression:
     def __init__(self, stop: tuple[int, str] | None = None) -> None:
         self.stop, self.seen = stop, []
 
-    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> LossReport:
-        loss = (model(batch["x"]).squeeze(1) - batch["y"]).square().mean()
+    def counts(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        return torch.tensor([len(batch["y"])])
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], counts: torch.Tensor) -> LossReport:
+        loss = (model(batch["x"]).squeeze(1) - batch["y"]).square().sum() / counts[0]
         if self.stop is not None and len(self.seen) == self.stop[0]:
             if self.stop[1] == "crash":
                 raise ZeroDivisionError
@@ -58,7 +62,7 @@ class Regression:
             if self.stop[1] == "term":
                 os.kill(os.getpid(), signal.SIGTERM)
         self.seen.append((tuple(batch["name"]), loss.item()))
-        return LossReport(loss, len(batch["y"]), {"loss/t": loss.detach()})
+        return LossReport(loss, {"loss/t": loss.detach()})
 
 
 def network() -> nn.Module:

@@ -1,0 +1,209 @@
+"""Several real processes train one student: the weights of one process, and one clear end when a process fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from distinit.pipeline.errors import TrainingError
+from distinit.pipeline.training.loader import EachOnce, KeyedBatches
+from distinit.pipeline.training.options import LoopOptions
+from distinit.pipeline.training.ranks import ALONE, Ranks, ShareOfBatches, ShareOfSamples
+from distinit.stages.launch import across_ranks
+from distinit.stages.screen import Screen
+from distinit.stages.train_student import TrainConfig, train_student
+
+# A module of its own: the processes import it by name.
+JOB = '''
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distinit.pipeline.config import Options
+from distinit.pipeline.errors import TrainingError
+from distinit.pipeline.students.options import StudentOptions
+from distinit.pipeline.students.student import build_student
+from distinit.pipeline.training import draws
+from distinit.pipeline.training.distillation import Distillation, evaluate_distillation
+from distinit.pipeline.training.loop import LoopOptions, fit
+
+
+class Job(Options):
+    folder: str
+    runs: dict[str, dict] = {}
+    suicidal: bool = False
+
+
+class Clips:
+    """Random clips and targets; the second teacher counts none of samples 0 to 2, no teacher sample 4."""
+
+    def __init__(self, bad=None):
+        self.bad = bad
+
+    def __getitem__(self, key):
+        if self.bad == ("gone", key[1]):
+            raise TrainingError("v9.mp4: gone")
+        random = draws.rng(3, *key)
+        clip = torch.from_numpy(random.integers(0, 256, (3, 4, 16, 16), dtype="uint8"))
+        first = torch.from_numpy(random.normal(size=5).astype("float32"))
+        second = torch.from_numpy(random.normal(size=3).astype("float32"))
+        if self.bad == ("nan", key[1]):
+            first = first * float("nan")
+        return {
+            "clip": clip,
+            "targets": {"a": first, "b": second},
+            "weight": {"a": torch.tensor(float(key[1] != 4)), "b": torch.tensor(float(key[1] not in (0, 1, 2, 4)))},
+            "name": f"{key[0]}/{key[1]}",
+            "rejected": 1,
+            "broken": [(f"v{key[1]}.mp4", "no video stream")] if key[1] == 5 else [],
+        }
+
+
+class Frozen(Distillation):
+    """With the batch statistics left as they are."""
+
+    def __call__(self, model, batch, counts):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm3d):
+                module.eval()
+        return super().__call__(model, batch, counts)
+
+
+def job(config, screen, ranks):
+    if config.suicidal:
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ranks.gather(None)
+    results = {}
+    for name, changes in config.runs.items():
+        bad = changes.pop("bad", None)
+        options = LoopOptions.model_validate(
+            dict(batch_size=6, epochs=2, epoch_clips=12, lr=0.01, step_epochs=1, workers=0, threads=1, device="cpu",
+                 log_every=2) | changes
+        )
+        torch.manual_seed(5 + ranks.rank)  # what the ranks begin with is that of rank 0
+        student = build_student(StudentOptions(width=0.1), {"a": 5, "b": 3})
+        objective = Frozen(("a", "b"))
+        held_out = Clips()
+
+        def validate():
+            return evaluate_distillation(student, objective, held_out, 11, batch_size=3, workers=0,
+                                         device=torch.device("cpu"), precision="fp32", ranks=ranks)
+
+        try:
+            result = fit(model=student, dataset=Clips(bad and tuple(bad)), objective=objective, options=options,
+                         run_dir=Path(config.folder) / name, identity={}, validate=validate,
+                         say=lambda text: None, ranks=ranks)
+        except TrainingError as error:
+            results[name] = str(error)
+            continue
+        every = ranks.gather({key: tensor.clone() for key, tensor in student.state_dict().items()})
+        alike = all(torch.equal(tensor, other[key]) for other in every for key, tensor in every[0].items())
+        results[name] = {"alike": alike, "weights": every[0], "loss": result.train_loss, "broken": result.broken,
+                         "held_out": result.validation, "clips": result.steps * options.batch_size}
+    return results
+'''
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The job's module, importable here and in the processes."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "ranks_job.py").write_text(JOB)
+    sys.path.insert(0, str(folder))
+    import ranks_job  # type: ignore[import-not-found]
+
+    yield ranks_job
+    sys.path.remove(str(folder))
+
+
+def metrics(run: Path) -> list[str]:
+    return [line.split('"clips_per_s"')[0] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_the_student_of_one_and_so_does_accumulation(work: Any, tmp_path: Path) -> None:
+    """With BatchNorm frozen. The second head counts none of rank 0's clips of the first batch; in pieces of
+    two clips, rank 1's first piece holds none that counts at all."""
+    runs = {"whole": {}, "uneven": {"batch_size": 5}, "pieces": {"gpu_batch_size": 1, "clip_norm": 1.0}}
+    bad = {"nan": {"bad": ["nan", 5]}, "gone": {"bad": ["gone", 5]}}
+    both = across_ranks(
+        work.job, work.Job(folder=str(tmp_path / "two"), runs=runs | bad), Screen(quiet=True), LoopOptions(gpus=2)
+    )
+    runs["pieces"].pop("gpu_batch_size")
+    one = work.job(work.Job(folder=str(tmp_path / "one"), runs=runs), Screen(quiet=True), ALONE)
+    started = work.build_student(work.StudentOptions(width=0.1), {"a": 5, "b": 3}).state_dict()
+    for name in runs:
+        assert both[name]["alike"]
+        assert both[name]["broken"] == one[name]["broken"] == {"v5.mp4": "no video stream"}
+        assert both[name]["held_out"] == pytest.approx(one[name]["held_out"], rel=1e-4)
+        assert both[name]["loss"] == pytest.approx(one[name]["loss"], rel=1e-5)
+        for key, tensor in one[name]["weights"].items():
+            assert torch.allclose(both[name]["weights"][key], tensor, rtol=1e-3, atol=1e-5), (name, key)
+        moved = one[name]["weights"]["backbone.layer4.1.conv2.0.0.weight"]
+        assert not torch.allclose(moved, started["backbone.layer4.1.conv2.0.0.weight"], atol=1e-2)
+        # The log of rank 0 is that of all: steps, losses, clips.
+        assert len(metrics(tmp_path / "two" / name)) == len(metrics(tmp_path / "one" / name))
+    # What goes wrong on one rank is told alike on all.
+    assert "the loss is not finite" in both["nan"]
+    assert "0/5;" in both["nan"]
+    assert both["gone"] == "rank 1: v9.mp4: gone"
+
+
+def test_a_process_that_is_killed_ends_all_with_one_error(work: Any, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^rank 1 of 2 was ended by SIGKILL; the machine may have run out of"):
+        across_ranks(
+            work.job, work.Job(folder=str(tmp_path), suicidal=True), Screen(quiet=True), LoopOptions(gpus=2)
+        )
+
+
+def test_sigterm_reaches_all_processes_and_fewer_go_on(tiny_store: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    used = {
+        "store": str(tiny_store.path), "out": str(run), "student": {"width": 0.125},
+        "clips": {"length": 8, "size": 32, "resize": [40, 60]}, "resume": "auto",
+        "loop": {"batch_size": 4, "epochs": 400, "epoch_clips": 12, "workers": 0, "device": "cpu", "log_every": 1,
+                 "checkpoint_every": 1},
+    }  # fmt: skip
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"train-student": used}))
+    command = [sys.executable, "-m", "distinit", "train-student", "--config", str(tmp_path / "plan.yaml")]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen([*command, "--gpus", "2"], stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (run / "checkpoints" / "last.pt").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75, (tmp_path / "said").read_text()
+    lines = (tmp_path / "said").read_text().splitlines()
+    errors = [line for line in lines if line.startswith("error")]
+    assert len(errors) == 1
+    assert "interrupted at step" in errors[0]
+    assert any("2 processes × 1 piece × at most 2 clips" in line for line in lines)
+    done = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["state"]["step"]
+    used["loop"]["epochs"] = done // 3 + 1
+    result = train_student(TrainConfig.model_validate(used), Screen(quiet=True))
+    assert result["resumed_from_step"] == done
+    assert result["steps"] == (done // 3 + 1) * 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_ranks_share_every_batch_and_every_sample_without_padding(world: int) -> None:
+    whole = list(KeyedBatches(batch_size=7, steps_per_epoch=2, epochs=2, start=1))
+    shares = [
+        list(ShareOfSamples(KeyedBatches(batch_size=7, steps_per_epoch=2, epochs=2, start=1), Ranks(rank, world)))
+        for rank in range(world)
+    ]
+    assert [[key for share in shares for key in share[step]] for step in range(len(whole))] == whole
+    each = [ShareOfBatches(EachOnce(11, 3), Ranks(rank, world)) for rank in range(world)]
+    assert sorted(key for share in each for batch in share for key in batch) == [(0, i) for i in range(11)]
+    assert [len(share) for share in each] == [len(list(share)) for share in each]
