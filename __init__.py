@@ -26,18 +26,23 @@ if TYPE_CHECKING:
     from distinit.pipeline.teachers.recipe import TeacherSpec
     from distinit.pipeline.teachers.teacher import load_teacher
     from distinit.pipeline.training.clips import student_clips
+    from distinit.pipeline.training.loader import KeyedBatches, collate
     from distinit.pipeline.video.clips import read_frames
+    from distinit.pipeline.video.transforms import normalize_clip
 
 __all__ = [
     "DistInitError",
+    "KeyedBatches",
     "StudentOptions",
     "TargetStore",
     "TeacherSpec",
     "build_student",
+    "collate",
     "list_videos",
     "load_student",
     "load_teacher",
     "mean_logits",
+    "normalize_clip",
     "read_frames",
     "soft_targets",
     "student_clips",
@@ -46,14 +51,17 @@ __all__ = [
 # By absolute name: a test runner may import this file under any name.
 _HOME = {
     "DistInitError": "distinit.pipeline.errors",
+    "KeyedBatches": "distinit.pipeline.training.loader",
     "StudentOptions": "distinit.pipeline.students.options",
     "TargetStore": "distinit.pipeline.targets.store",
     "TeacherSpec": "distinit.pipeline.teachers.recipe",
     "build_student": "distinit.pipeline.students.student",
+    "collate": "distinit.pipeline.training.loader",
     "list_videos": "distinit.pipeline.corpus.sources",
     "load_student": "distinit.pipeline.students.export",
     "load_teacher": "distinit.pipeline.teachers.teacher",
     "mean_logits": "distinit.pipeline.targets.average",
+    "normalize_clip": "distinit.pipeline.video.transforms",
     "read_frames": "distinit.pipeline.video.clips",
     "soft_targets": "distinit.pipeline.targets.average",
     "student_clips": "distinit.pipeline.training.clips",

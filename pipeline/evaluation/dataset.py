@@ -96,8 +96,8 @@ class LabelledClips:
         total = self._counts[video]
         need = pictures_needed(self.length, self.channels)
         start = int(draw.integers(max(total - need, 0) + 1))
-        down, across, mirror = draw.random(3)
-        crop = Crop(down, across, bool(mirror < self.view.flip))
+        down, across, mirror, zoom = draw.random(4)
+        crop = Crop(down, across, bool(mirror < self.view.flip), zoom)
         frames = clip_frames(start, need, total)
         return read_clip(file, frames, self.view, channels=self.channels, crop=crop), start
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..targets.picks import PickRule
 from ..targets.store import TargetStore, check_moved
+from ..video.flow import pictures_needed
 from ..video.transforms import ClipView
 from .dataset import StudentClips
 from .sampler import TargetSampler
@@ -19,6 +20,8 @@ def student_clips(
     teachers: Sequence[str] | None = None,
     frames: int = 8,
     size: int = 112,
+    channels: int = 3,
+    scale: tuple[float, float] = (1.0, 1.0),
     picks: str = "random",
     max_entropy: Mapping[str, float] | None = None,
     reject: Literal["skip", "zero-weight"] = "skip",
@@ -28,13 +31,16 @@ def student_clips(
 ) -> StudentClips:
     """Clips of the store's videos with their targets: dataset[(epoch, sample)] → one example, a dict.
 
-    "clip" uint8 [C, T, H, W]; "targets" teacher → mean picked logits float32 [K]; "weight" teacher → 1 or 0.
+    "clip" uint8 [3, T, H, W], or with channels=2 optical flow in pixels, float32 [2, T, H, W]; "targets" teacher →
+    mean picked logits float32 [K]; "weight" teacher → 1 or 0. `normalize_clip` makes a student's input of a batch.
     Every example is a pure function of (seed, epoch, sample): any number of loader workers gives the same.
 
-    teachers: default all in the store. frames: T. size: H = W in pixels.
+    teachers: default all in the store. frames: T. size: H = W in pixels. scale: range of a random factor on the
+    size that frames are resized to before the crop.
     picks: center, random, random:N or uniform:N cached frames of the clip.
     max_entropy: teacher → nats; clips above it in every teacher are drawn again or weigh zero, by `reject`.
-    epoch_clips: samples an epoch, default one a video. moved: corpus → folder where it lies now.
+    epoch_clips: samples an epoch, default one a video. moved: corpus → folder where it lies now, or of copies or
+    flow by `distinit prepare`.
 
     Raises StoreError (no store, no such teacher), UsageError (a value that is not allowed, nothing to draw
     from); reading an example may raise TrainingError.
@@ -53,6 +59,7 @@ def student_clips(
         epoch_clips=epoch_clips or max(1, len(videos)),
         thresholds=max_entropy,
         reject=reject,
+        ahead=pictures_needed(0, channels),
     )
     sampler.check_windows()
-    return StudentClips(sampler, ClipView(size=size), moved)
+    return StudentClips(sampler, ClipView(size=size, scale=scale), moved, channels=channels)

@@ -113,7 +113,7 @@ class StudentClips(Dataset[Any]):
             self._seen = np.zeros(self.sampler.store.n_videos, bool)
         if file.kind == "video" and self._seen[draw.video]:  # of a copy, the map has the digest of the source
             digest = None
-        crop = None if self.sampler.fixed else Crop(draw.top, draw.left, draw.flip)
+        crop = None if self.sampler.fixed else Crop(draw.top, draw.left, draw.flip, draw.zoom)
         return read_clip(
             file, draw.indices, self.view, channels=self.channels, crop=crop, expect=self._expected(draw), digest=digest
         )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 EXAMPLES = 0
 HELD_OUT = 1
 PERMUTATIONS = 2
+ZOOMS = 3
 
 
 def rng(seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES) -> np.random.Generator:

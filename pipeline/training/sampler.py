@@ -31,7 +31,8 @@ class Draw:
     picked, picked_pts [n]: the frames whose logits were averaged.
     logits: teacher → mean picked logits [K] float32; weight: teacher → 1 (counts) or 0 (turned down).
     rejected: draws that the filter turned down before this one; attempt: the attempt that this one is.
-    top, left: where to crop, as shares in [0, 1) of the room there is; flip: mirror it.
+    top, left: where to crop, as shares in [0, 1) of the room there is; flip: mirror it; zoom: a share in [0, 1)
+        of the range of scales.
     """
 
     video: int
@@ -47,6 +48,7 @@ class Draw:
     top: float
     left: float
     flip: bool
+    zoom: float
 
     @property
     def counts(self) -> bool:
@@ -79,6 +81,7 @@ class _Clip:
     top: float
     left: float
     flip: float
+    zoom: float
 
 
 class TargetSampler:
@@ -208,6 +211,7 @@ class TargetSampler:
             return None
         # Always the same numbers in the same order, so that a crop does not depend on the pick rule.
         top, left, flip = random.random(3)
+        zoom = draws.rng(self.seed, epoch, sample, attempt, stream=draws.ZOOMS).random()
         start = known.starts.nth(known.count // 2 if self.fixed else int(random.integers(known.count)))
         at = pick(self.picks, known.cached, start, self.clip_length, random, frames=known.frames)
         return _Clip(
@@ -220,6 +224,7 @@ class TargetSampler:
             top=float(top),
             left=float(left),
             flip=float(flip),
+            zoom=zoom,
         )
 
     def _video(self, epoch: int, sample: int, attempt: int, random: np.random.Generator) -> int:
@@ -265,6 +270,7 @@ class TargetSampler:
             top=0.5 if self.fixed else clip.top,
             left=0.5 if self.fixed else clip.left,
             flip=not self.fixed and clip.flip < self.flip,
+            zoom=clip.zoom,
         )
 
 

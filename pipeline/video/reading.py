@@ -54,6 +54,8 @@ def check_fits(options: Mapping[str, Any], view: ClipView, channels: int, *, fol
             f"--videos {folder}: holds optical flow, for student.channels=2; student.channels={channels} reads "
             "the videos themselves or copies of them"
         )
+    if view.scale != (1.0, 1.0):
+        raise UsageError(f"--videos {folder}: holds the flow of one size, which clips.scale={list(view.scale)} is not")
     size, resize = tuple(options["size"]), view.frame_view().resize
     if size != resize:
         raise UsageError(
@@ -91,7 +93,7 @@ def read_clip(
     if file.kind == "flow":
         stored, bound, _ = read_flow(file.path, frames, expect=expect, digest=digest)
         return _flow_clip(stored, bound, view, crop)
-    found = _READERS[file.kind](file.path, frames, view.frame_view(), expect=expect, digest=digest)
+    found = _READERS[file.kind](file.path, frames, view.frame_view(crop), expect=expect, digest=digest)
     return of_channels(view.cut(found.images, crop), channels)
 
 

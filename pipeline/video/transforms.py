@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..config import Options
 from .flow import FLOW_CHANNELS, flow_of
@@ -25,29 +25,45 @@ FLOW_STD = (0.972347, 0.755146)
 
 @dataclass(frozen=True)
 class Crop:
-    """Where a training clip is cut out: top, left as shares in [0, 1) of the room there is; flip: mirror it."""
+    """Where a training clip is cut out: top, left as shares in [0, 1) of the room there is; flip: mirror it; zoom: as a
+    share in [0, 1) of the view's `scale`, how large the picture is that it is cut from."""
 
     top: float
     left: float
     flip: bool
+    zoom: float = 0.0
 
 
 class ClipView(Options):
     """A square `size`, cropped from a resize (height, width), mirrored with probability `flip` in training.
 
     Without `resize`: 128×171 for 112, and in proportion for other sizes (VMZ and torchvision references).
+    `scale`: in training the resize is a factor larger that is drawn evenly from this range, as in (1.0, 1.25); the
+    paper has none.
     """
 
     size: int = Field(default=112, ge=1)
     resize: tuple[int, int] | None = None
     flip: float = Field(default=0.5, ge=0, le=1)
+    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="range of a random factor on resize")
 
-    def frame_view(self) -> View:
-        """The resize, as the decoder does it."""
-        resize = self.resize or (round(128 * self.size / 112), round(171 * self.size / 112))
-        if min(resize) < self.size:
-            raise ValueError(f"resize {resize[0]}x{resize[1]} is smaller than the crop of {self.size}")
-        return View(resize=resize)
+    @field_validator("scale")
+    @classmethod
+    def _range(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 16:
+            raise ValueError(f"scale must be two factors, the smaller first, as in [1.0, 1.25], got {list(scale)}")
+        return scale
+
+    def frame_view(self, crop: Crop | None = None) -> View:
+        """The resize, as the decoder does it, for a clip that is cut there. ValueError where none could be cut."""
+        height, width = self.resize or (round(128 * self.size / 112), round(171 * self.size / 112))
+        least = min(1.0, self.scale[0])
+        if round(least * min(height, width)) < self.size:
+            shrunk = f" times scale {least:g}" if least < 1 else ""
+            raise ValueError(f"resize {height}x{width}{shrunk} is smaller than the crop of {self.size}")
+        low, high = self.scale
+        factor = 1.0 if crop is None else low + crop.zoom * (high - low)
+        return View(resize=(round(factor * height), round(factor * width)))
 
     def cut(self, images: np.ndarray, crop: Crop | None) -> torch.Tensor:
         """Resized frames uint8 [T, H, W, C] → uint8 [C, T, size, size]; in the middle where crop is None."""

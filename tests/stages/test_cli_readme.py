@@ -106,6 +106,9 @@ def test_the_python_example_runs(
     loss = names["loss"]
     assert isinstance(loss, torch.Tensor)
     assert torch.isfinite(loss)
+    clips, last = names["clips"], names["batch"]
+    assert isinstance(last, dict)
+    assert sorted(last["name"]) == sorted(clips[0, sample]["name"] for sample in range(4, 8))  # type: ignore[index]
     assert re.match(r"a\.mp4: class \d 0\.\d\d|b\.mp4: class \d 0\.\d\d", capsys.readouterr().out)
 
 

@@ -135,6 +135,10 @@ def test_a_student_of_flow_reads_flow_that_was_prepared(tiny_store, tmp_path: Pa
         train_student(config.model_copy(update={"student": StudentOptions(width=0.1), "out": f"{out}-x"}), QUIET)
     with pytest.raises(UsageError, match=r"flow of frames of 37x49, asked for .* resized to \(46, 61\)"):
         train_student(config.model_copy(update={"clips": ClipOptions(size=40), "out": f"{out}-y"}), QUIET)
+    with pytest.raises(UsageError, match=r"holds the flow of one size, which clips\.scale=\[1\.0, 1\.5\] is not"):
+        train_student(
+            config.model_copy(update={"clips": ClipOptions(size=32, scale=(1.0, 1.5)), "out": f"{out}-z"}), QUIET
+        )
     tuned = finetune(tuned_config(tiny_store, tmp_path, result["run"], videos=os.fspath(out)), QUIET)
     assert (tuned["test_videos"], tuned["broken"], tuned["metrics"]["failed"]) == (4, {}, [])
 

@@ -20,8 +20,9 @@ from distinit.pipeline.targets.store import TargetStore
 from distinit.pipeline.training.dataset import StudentClips
 from distinit.pipeline.training.loader import KeyedBatches, read_batches
 from distinit.pipeline.training.sampler import Draw, TargetSampler, measure_entropies
+from distinit.pipeline.video.clips import read_frames
 from distinit.pipeline.video.decode import VideoReader
-from distinit.pipeline.video.geometry import render
+from distinit.pipeline.video.geometry import View, render
 from distinit.pipeline.video.transforms import ClipView
 
 T = 8
@@ -178,6 +179,25 @@ def test_a_clip_is_the_frames_of_a_plain_decode_cropped_and_mirrored(store):
         np.testing.assert_array_equal(example["targets"]["sure"].numpy(), draw.logits["sure"])
         checked.add((draw.flip, len(frames) < T))
     assert checked == {(False, False), (True, False), (False, True), (True, True)} or len(checked) >= 3
+
+
+def test_a_scale_is_drawn_like_the_crop_and_changes_nothing_else(store):
+    sampler, view = make(store), ClipView(size=32, resize=(40, 60), scale=(0.8, 1.5))
+    clips, plain = StudentClips(sampler, view), StudentClips(sampler, VIEW)
+    heights = set()
+    for sample in range(12):
+        draw, example = sampler.draw(3, sample), clips[3, sample]
+        factor = 0.8 + draw.zoom * 0.7
+        height, width = round(40 * factor), round(60 * factor)
+        images = read_frames(store.video_path(draw.video), draw.indices, View(resize=(height, width))).images
+        top, left = int(draw.top * (height - 31)), int(draw.left * (width - 31))
+        expected = images[:, top : top + 32, left : left + 32].transpose(3, 0, 1, 2)
+        np.testing.assert_array_equal(example["clip"], expected[..., ::-1] if draw.flip else expected)
+        without = plain[3, sample]
+        assert (example["video"], example["start"]) == (without["video"], without["start"])
+        heights.add(height)
+    assert len(heights) > 6
+    assert 32 <= min(heights) < 40 < max(heights) <= 60
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

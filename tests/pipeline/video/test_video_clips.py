@@ -17,7 +17,7 @@ from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.decode import VideoReader
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.geometry import View, render
-from distinit.pipeline.video.transforms import ClipView, center_crop, crop_and_flip, normalize_clip
+from distinit.pipeline.video.transforms import ClipView, Crop, center_crop, crop_and_flip, normalize_clip
 
 VIEW = View(resize=(32, 40))
 
@@ -107,3 +107,17 @@ def test_the_resize_follows_the_crop() -> None:
     assert ClipView(size=64, resize=(64, 80)).frame_view() == View(resize=(64, 80))
     with pytest.raises(ValueError, match="smaller than the crop"):
         ClipView(size=112, resize=(100, 200)).frame_view()
+
+
+def test_a_scale_makes_the_picture_larger_that_the_crop_is_cut_from() -> None:
+    view = ClipView(size=112, scale=(1.0, 1.25))
+    sizes = [view.frame_view(Crop(0, 0, False, zoom)).resize for zoom in (0.0, 0.5, 0.999999)]
+    assert sizes == [(128, 171), (144, 192), (160, 214)]
+    assert view.frame_view() == view.frame_view(None) == View(resize=(128, 171))
+    assert ClipView(size=112, scale=(0.875, 1)).frame_view(Crop(0, 0, False)).resize == (112, 150)
+    assert ClipView().frame_view(Crop(0, 0, False, 0.7)) == View(resize=(128, 171))  # off by default
+    with pytest.raises(ValueError, match=r"resize 128x171 times scale 0\.8 is smaller than the crop of 112"):
+        ClipView(size=112, scale=(0.8, 1.2)).frame_view()
+    for wrong in ((1.2, 1.0), (0.0, 1.0), (1.0, 99.0)):
+        with pytest.raises(ValueError, match="scale must be two factors, the smaller first"):
+            ClipView(scale=wrong)
