@@ -109,6 +109,14 @@ def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
     return result
 
 
+def numbers(text: str, option: str) -> list[float]:
+    """`1,1.5` as [1.0, 1.5]. Raises UsageError."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text}: expected numbers, as in 1,1.5") from None
+
+
 def height_and_width(text: str, option: str) -> list[int]:
     """`128x171` as [128, 171]. Raises UsageError."""
     height, times, width = text.lower().partition("x")

@@ -1,81 +1,109 @@
-"""Test a finetuned student: ten clips a video, predictions of each, and the numbers recomputed from them."""
+"""Test a finetuned student again, fuse the predictions of several, or compare those of two."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
 from ..pipeline.errors import CheckpointError, UsageError
 from ..pipeline.evaluation.classification import HEAD
-from ..pipeline.evaluation.dataset import EvaluationClips
-from ..pipeline.evaluation.labels import Labels, load_labels
-from ..pipeline.evaluation.predict import predict
-from ..pipeline.evaluation.predictions import Predictions, PredictionsError, metrics_from_file, require_classes
-from ..pipeline.reporting.accuracy import MEASURES
+from ..pipeline.evaluation.labels import load_labels
+from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.reporting.runs import short_dataset
-from ..pipeline.reporting.tables import Column, Table
 from ..pipeline.students.export import load_student
-from ..pipeline.students.student import Student
-from ..pipeline.training.checkpoint import write_atomically
-from ..pipeline.training.device import pick_workers, torch_threads
 from ..pipeline.video.transforms import ClipView
-from ..pipeline.weights import state_sha256
+from .fuse_compare import compare, fuse
 from .screen import Screen
+from .splits import ALL, split_folder, split_folders, summarise_splits
+from .testing import PREDICTIONS, RESULT, EvaluationOptions, evaluate_student, write_result
 
-PREDICTIONS = "predictions.h5"
-RESULT = "result.json"
-
-
-class EvaluationOptions(Options):
-    """How videos are tested. None of it changes a score by more than rounding, `clips` aside."""
-
-    clips: int = Field(default=10, ge=1, description="clips a test video, evenly spread")
-    batch_size: int = Field(default=32, ge=1, description="clips a forward pass")
-    workers: int | None = Field(default=None, ge=0, description="loader processes; default by the machine")
+MODEL = "model.safetensors"
 
 
 class EvaluateConfig(Options):
     """Everything that `distinit evaluate` can be told. What is left out is that of the run."""
 
-    run: str = Field(description="a folder written by distinit finetune")
-    dataset: str | None = Field(default=None, description="csv:FILE or folder:DIR; default the run's")
-    split: int | None = Field(default=None, ge=1, description="default the run's")
+    runs: list[str] = Field(
+        min_length=1, description="a folder or model.safetensors of distinit finetune; several to fuse or compare"
+    )
+    fuse: bool = Field(default=False, description="late fusion of the runs' saved predictions")
+    weights: list[float] | None = Field(default=None, description="of each fused run; default equal")
+    compare: bool = Field(default=False, description="the first run against the second, by their saved predictions")
+    dataset: str | None = Field(default=None, description="default the run's")
+    root: str | None = Field(default=None, description="where the videos lie; default the run's")
+    split: int | Literal["all"] | None = Field(default=None, description="default the run's")
+    partial: bool | None = Field(default=None, description="default the run's")
     videos: str | None = Field(default=None, description="folder of copies; default the run's; null: the videos")
     out: str | None = Field(default=None, description="folder to write; default the run's own")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     test: EvaluationOptions | None = None
 
+    @model_validator(mode="after")
+    def _one_job(self) -> EvaluateConfig:
+        if self.fuse and self.compare:
+            raise UsageError("--fuse and --compare are two jobs; --compare takes what --fuse --out wrote")
+        if self.compare and len(self.runs) != 2:
+            raise UsageError(f"--compare takes two runs, got {len(self.runs)}")
+        if self.fuse and len(self.runs) < 2:
+            raise UsageError("--fuse takes two runs or more, got 1")
+        if len(self.runs) > 1 and not (self.fuse or self.compare):
+            raise UsageError(f"{len(self.runs)} runs need --fuse or --compare")
+        if self.weights is not None and not self.fuse:
+            raise UsageError("--weights goes with --fuse")
+        return self
+
 
 def evaluate(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
-    """Tests a finished run again and writes predictions.h5 and the metrics in result.json.
+    """Tests a finished run or model again and writes predictions.h5 and the metrics in result.json; or fuses or
+    compares predictions that are there.
 
-    Raises UsageError (not a finetuned run; another data set without `out`), CheckpointError (another class
-    list, no model), LabelsError, PredictionsError.
+    Raises UsageError (not a finetuned run; another data set or protocol without `out`), CheckpointError (another
+    class list, no model), LabelsError, PredictionsError.
     """
-    run = Path(config.run)
-    used = _run_config(run)
-    if (config.dataset is not None or config.split is not None) and config.out is None:
-        raise UsageError("another --dataset or --split needs --out, for the run keeps the predictions of its own")
-    options = config.test or EvaluationOptions.model_validate(used.get("test", {}))
-    if options.clips != used.get("test", {}).get("clips", options.clips) and config.out is None:
-        raise UsageError(
-            f"test.clips={options.clips} needs --out, for the run keeps the predictions of its own protocol"
-        )
-    videos = config.videos if "videos" in config.model_fields_set else used.get("videos")
-    labels = load_labels(config.dataset or used["dataset"], config.split or used.get("split"), videos)
-    student = load_student(run / "model.safetensors")
-    require_classes(labels.classes, student.meta.classes.get(HEAD, []), here=labels.dataset, there=str(run))
-    view = ClipView.model_validate(
-        {key: used["clips"].get(key) for key in ClipView.model_fields if key in used["clips"]}
+    if config.fuse:
+        return fuse(config.runs, config.weights, config.out, screen)
+    if config.compare:
+        return compare(config.runs[0], config.runs[1], config.out, screen)
+    run = Path(config.runs[0])
+    splits = {} if (run / "config.yaml").exists() else split_folders(run)
+    if splits and config.split in (None, ALL):
+        results = {}
+        for split, folder in splits.items():
+            out = str(split_folder(Path(config.out), split)) if config.out is not None else None
+            results[split] = _evaluate_one(config.model_copy(update={"split": None, "out": out}), folder, screen)
+        title = short_dataset(next(iter(results.values()))["dataset"])
+        return summarise_splits(Path(config.out or run), results, title, screen)
+    if config.split == ALL:
+        raise UsageError(f"--split all: {run} was trained on one split; it cannot be tested on what it has seen")
+    if isinstance(config.split, int) and config.split in splits:
+        return _evaluate_one(config.model_copy(update={"split": None}), splits[config.split], screen)
+    return _evaluate_one(config, run, screen)
+
+
+def _evaluate_one(config: EvaluateConfig, run: Path, screen: Screen) -> dict[str, Any]:
+    model, used = _opened(run)
+    options = _options(config.test, used)
+    _refuse_overwriting(config, options, used)
+    asked = config.model_fields_set
+    labels = load_labels(
+        config.dataset or used["dataset"],
+        config.split if isinstance(config.split, int) else used.get("split"),
+        config.videos if "videos" in asked else used.get("videos"),
+        root=config.root if "root" in asked or config.dataset else used.get("root"),
+        partial=bool(used.get("partial") if config.partial is None else config.partial),
     )
+    for note in labels.notes:
+        screen.warn(note)
+    student = load_student(model)
+    require_classes(labels.classes, student.meta.classes.get(HEAD, []), here=labels.dataset, there=str(run))
+    clips = used.get("clips") or {"size": student.meta.clip_size, "resize": student.meta.resize}
+    view = ClipView.model_validate({key: clips.get(key) for key in ClipView.model_fields if key in clips})
     out = Path(config.out or run)
     metrics = evaluate_student(
         student,
@@ -94,102 +122,15 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
     return {**found, "metrics": metrics}
 
 
-def evaluate_student(
-    student: Student,
-    labels: Labels,
-    *,
-    view: ClipView,
-    length: int,
-    options: EvaluationOptions,
-    device: torch.device,
-    out: Path,
-    screen: Screen,
-    fresh: bool = False,
-) -> dict[str, Any]:
-    """Writes `out`/predictions.h5 and returns metrics_from_file of it; shows the table and the unread videos.
-
-    What an earlier call, interrupted or not, has predicted with the same weights is kept unless `fresh`.
-    """
-    predictions = Predictions.empty(
-        labels.classes,
-        [video.path for video in labels.test],
-        [video.label for video in labels.test],
-        options.clips,
-        protocol=_protocol(view, length, options.clips) | _read_from(labels),
-        identity={
-            "dataset": labels.dataset,
-            "split": labels.split,
-            "labels": labels_digest(labels),
-            "weights": state_sha256(student.state_dict()),
-            "student": student.options.model_dump(mode="json"),
-        },
-    )
-    final, partial = out / PREDICTIONS, out / "predictions.partial.h5"
-    kept = 0 if fresh else _adopt(predictions, final) or _adopt(predictions, partial)
-    workers = pick_workers(options.workers, device)
-    channels = student.options.channels
-    dataset = EvaluationClips(labels, labels.test, view, length=length, clips=options.clips, channels=channels)
-    with torch_threads(None, workers, device), screen.progress("testing", len(predictions.videos), "video") as bar:
-        if kept:
-            bar.advance(kept)
-        predict(
-            student,
-            dataset,
-            predictions,
-            batch_size=options.batch_size,
-            workers=workers,
-            device=device,
-            done=bar.advance,
-            save=lambda: predictions.write(partial),
-        )
-    if kept < len(predictions.videos) or not final.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        predictions.write(final)
-    partial.unlink(missing_ok=True)
-    metrics = metrics_from_file(final)
-    _show(labels, metrics, screen)
-    return metrics
-
-
-def write_result(out: Path, result: dict[str, Any]) -> None:
-    """RUN/result.json, whole or not at all."""
-    write_atomically(out / RESULT, json.dumps(result, indent=1, allow_nan=False).encode())
-
-
-def labels_digest(labels: Labels) -> str:
-    """sha256 of classes and of both lists, in hex: the same labels wherever the files lie."""
-    content = [list(labels.classes), [list(v) for v in labels.train], [list(v) for v in labels.test]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _protocol(view: ClipView, length: int, clips: int) -> dict[str, Any]:
-    frame = view.frame_view()
-    return {
-        "clips": clips,
-        "starts": f"floor(i * (n - {length}) / {max(clips - 1, 1)})",
-        "frames": length,
-        "stride": 1,
-        "short_videos": "last frame repeated",
-        "resize": frame.resize,
-        "interpolation": frame.interpolation,
-        "crop": f"center {view.size}",
-        "scores": "mean over clips of the softmax",
-        "precision": "fp32",
-        "unread_videos": "wrong",
-    }
-
-
-def _read_from(labels: Labels) -> dict[str, Any]:
-    """What the test clips are decoded from, where that is not the videos themselves."""
-    return {} if labels.copies is None else {"copies": dict(labels.copies.options)}
-
-
-def _adopt(predictions: Predictions, path: Path) -> int:
-    """How many videos an earlier file of the same weights and labels has already; a damaged one has none."""
-    try:
-        return predictions.adopt(Predictions.read(path)) if path.exists() else 0
-    except PredictionsError:
-        return 0
+def _opened(run: Path) -> tuple[Path, dict[str, Any]]:
+    """The model's file, and the config of its run; an empty one for a file that stands alone."""
+    if run.is_file():
+        beside = run.parent / "config.yaml"
+        return run, (_run_config(run.parent) if run.name == MODEL and beside.is_file() else {})
+    used = _run_config(run)
+    if not (run / MODEL).exists():
+        raise CheckpointError(f"{run} holds no {MODEL}: the training is not finished")
+    return run / MODEL, used
 
 
 def _run_config(run: Path) -> dict[str, Any]:
@@ -200,21 +141,26 @@ def _run_config(run: Path) -> dict[str, Any]:
         raise UsageError(f"{run} is not a run of distinit finetune: no readable config.yaml") from error
     if not isinstance(content, dict) or not isinstance(content.get("finetune"), dict):
         raise UsageError(f"{run} is not a run of distinit finetune: its config.yaml has no section 'finetune'")
-    if not (run / "model.safetensors").exists():
-        raise CheckpointError(f"{run} holds no model.safetensors: the training is not finished")
     return dict(content["finetune"])
 
 
-def _show(labels: Labels, metrics: dict[str, Any], screen: Screen) -> None:
-    title = f"{short_dataset(labels.dataset)}, split {labels.split}: {metrics['videos']} test videos"
-    table = Table(title, [Column("accuracy, %"), Column("value", True), Column("95 % interval", True)])
-    for name, shown in MEASURES.items():
-        value, low, high = (100 * metrics[name][end] for end in ("value", "low", "high"))
-        table.add(shown, f"{value:.1f}", f"{low:.1f} – {high:.1f}")
-    if len(labels.classes) <= 5:
-        table.notes.append(f"Top 5 of {len(labels.classes)} classes is always right where the video could be read.")
-    screen.table(table.to_rich())
-    for found in metrics["failed"]:
-        screen.warn(f"counted as wrong, could not be read: {found['video']}: {found['reason']}")
-    for found in metrics["damaged"]:
-        screen.warn(f"tested, but damaged: {found['video']}: {found['reason']}")
+def _options(given: EvaluationOptions | None, used: dict[str, Any]) -> EvaluationOptions:
+    """The run's test options, with what was given now."""
+    asked = given.model_dump(include=given.model_fields_set) if given is not None else {}
+    return EvaluationOptions.model_validate({**used.get("test", {}), **asked})
+
+
+def _refuse_overwriting(config: EvaluateConfig, options: EvaluationOptions, used: dict[str, Any]) -> None:
+    """A run keeps the predictions of its own data and protocol; others go elsewhere."""
+    if not used and (config.dataset is None or config.out is None):
+        raise UsageError(f"{config.runs[0]} is a model without its run: it needs --dataset and --out")
+    if config.out is not None:
+        return
+    if config.dataset is not None or config.split is not None or config.root is not None:
+        raise UsageError("another --dataset, --root or --split needs --out, for the run keeps its own predictions")
+    own = EvaluationOptions.model_validate(used.get("test", {})).protocol()
+    for key, value in options.protocol().items():
+        if value != own[key]:
+            raise UsageError(
+                f"test.{key}={value} needs --out, for the run keeps the predictions of its own protocol ({own[key]})"
+            )

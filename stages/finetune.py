@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -15,9 +15,12 @@ from ..pipeline.devices import resolve_device
 from ..pipeline.errors import CheckpointError, UsageError
 from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.dataset import LabelledClips
-from ..pipeline.evaluation.labels import Labels, load_labels
+from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
 from ..pipeline.evaluation.predictions import require_classes
-from ..pipeline.students.export import InitReport, load_backbone, load_student, read_options, save_student
+from ..pipeline.reporting.runs import short_dataset
+from ..pipeline.students.export import InitReport, load_student, save_student
+from ..pipeline.students.inflate import Inflation
+from ..pipeline.students.initialise import SCRATCH, Start, canonical_init, open_init, student_file
 from ..pipeline.students.options import StudentMeta
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
 from ..pipeline.training.checkpoint import Resume, check_identity, claim_run_dir, read_identity
@@ -27,11 +30,11 @@ from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
 from ..pipeline.video.transforms import ClipView
 from ..pipeline.weights import state_sha256
 from .config import write_config
-from .evaluate import PREDICTIONS, EvaluationOptions, evaluate_student, labels_digest, write_result
 from .screen import Screen
+from .splits import ALL, split_folder, summarise_splits
+from .testing import PREDICTIONS, EvaluationOptions, evaluate_student, labels_digest, write_result
 
 COMMAND = "finetune"
-SCRATCH = "scratch"
 
 
 class FinetuneClips(ClipView):
@@ -65,13 +68,22 @@ class FinetuneConfig(Options):
     that is given and differs from the file is refused.
     """
 
-    init: str = Field(default=SCRATCH, description="scratch, a run folder, or a student's safetensors file")
-    dataset: str = Field(description="csv:FILE or folder:DIR")
-    split: int | None = Field(default=None, ge=1, description="default 1")
+    init: str = Field(
+        default=SCRATCH,
+        description="scratch, a student's run folder or safetensors, inflate:resnet18, inflate:FILE, kinetics, "
+        "kinetics:FILE, or package.module:factory",
+    )
+    inflation: Inflation = Field(default="scaled", description="2D kernels over time: divided by their length, or not")
+    dataset: str = Field(description="csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101")
+    root: str | None = Field(default=None, description="where the videos lie: of hmdb51, ucf101, kinetics:, csv:")
+    split: int | Literal["all"] | None = Field(default=None, description="default 1; all: a run each, and the mean")
+    partial: bool = Field(default=False, description="go on where videos have no label or labels no video")
     videos: str | None = Field(default=None, description="folder of copies by distinit prepare, read in their place")
     out: str = Field(description="the run folder to write")
     student: StudentOptions | None = Field(default=None, description="default that of the initialisation")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="of the features before the new head")
+    freeze: Literal["none", "backbone"] = Field(default="none", description="backbone: train the head alone")
+    verbose: bool = Field(default=False, description="say of every tensor what it was loaded from")
     clips: FinetuneClips = FinetuneClips()
     loop: FinetuneLoop = FinetuneLoop()
     test: EvaluationOptions = EvaluationOptions()
@@ -81,20 +93,39 @@ class FinetuneConfig(Options):
 def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
     """Trains on the train videos, tests on the test videos, and says how it went.
 
-    Writes RUN/config.yaml, checkpoints and metrics.jsonl, model.safetensors, predictions.h5, result.json.
-    Raises UsageError, LabelsError, CheckpointError, TrainingError, DeviceError.
+    Writes RUN/config.yaml, checkpoints and metrics.jsonl, model.safetensors, predictions.h5, result.json; with all
+    splits each into a folder of its own, and into RUN/result.json their mean.
+    Raises UsageError, LabelsError, CheckpointError, TrainingError, DeviceError, WeightsError.
     """
     if config.loop.gpus > 1 or launched():
         raise UsageError("finetune runs in one process: leave out --gpus and torchrun")
+    if config.split != ALL:
+        return _finetune_split(config, screen)
+    results = {}
+    for split in available_splits(config.dataset, config.root):
+        screen.say(f"split {split}")
+        own = config.model_copy(update={"split": split, "out": str(split_folder(Path(config.out), split))})
+        results[split] = _finetune_split(own, screen)
+    return summarise_splits(Path(config.out), results, short_dataset(config.dataset), screen)
+
+
+def _finetune_split(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
     run_dir = Path(config.out)
     device = resolve_device(config.loop.device)
-    labels = load_labels(config.dataset, config.split, config.videos)
-    config = _resolved(config, labels)
+    labels = load_labels(
+        config.dataset,
+        config.split if isinstance(config.split, int) else None,
+        config.videos,
+        root=config.root,
+        partial=config.partial,
+    )
+    start = open_init(config.init, config.student, config.inflation)
+    config = _resolved(config, labels, start)
     claim_run_dir(run_dir, resume=config.resume)
     saved = read_identity(run_dir) if config.resume else None
     if saved is not None:
         require_classes(labels.classes, saved["classes"], here=config.dataset, there=f"the checkpoint in {run_dir}")
-    student, report = _build(config, labels)
+    student, report = _build(config, labels, start)
     options = config.loop.for_videos(len(labels.train))
     identity = _identity(config, labels, student, report)
     if saved is not None:
@@ -136,17 +167,18 @@ def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
     return summary
 
 
-def _resolved(config: FinetuneConfig, labels: Labels) -> FinetuneConfig:
+def _resolved(config: FinetuneConfig, labels: Labels, start: Start) -> FinetuneConfig:
     """The config with what the initialisation decides filled in and paths that hold from any folder."""
-    kind, _, where = config.dataset.partition(":")
-    update: dict[str, Any] = {"dataset": f"{kind}:{os.path.abspath(where)}", "split": labels.split}
-    update["videos"] = labels.copies.folder if labels.copies is not None else None
-    if config.init == SCRATCH:
-        update["student"] = config.student or StudentOptions()
-        return config.model_copy(update=update)
-    update["init"] = os.path.abspath(config.init)
-    update["student"] = config.student or read_options(config.init)
-    meta = _meta(config.init)
+    update: dict[str, Any] = {
+        "dataset": canonical(config.dataset),
+        "root": None if config.root is None else os.path.abspath(config.root),
+        "split": labels.split,
+        "videos": labels.copies.folder if labels.copies is not None else None,
+        "init": canonical_init(config.init),
+        "student": start.options,
+    }
+    file = student_file(config.init)
+    meta = _meta(file) if file is not None else None
     if meta is not None:
         theirs = {"length": meta.clip_length, "size": meta.clip_size, "resize": meta.resize}
         given = config.clips.model_fields_set
@@ -165,14 +197,16 @@ def _meta(init: str) -> StudentMeta | None:
     return meta
 
 
-def _build(config: FinetuneConfig, labels: Labels) -> tuple[Student, InitReport | None]:
+def _build(config: FinetuneConfig, labels: Labels, start: Start) -> tuple[Student, InitReport | None]:
     """The student with a new head and, unless from scratch, the initialisation's backbone."""
-    options = config.student or StudentOptions()
-    if options.channels == FLOW_CHANNELS:
+    if start.options.channels == FLOW_CHANNELS:
         require_opencv()
     torch.manual_seed(config.loop.seed)
-    student = build_student(options, {HEAD: len(labels.classes)}, config.dropout)
-    return student, None if config.init == SCRATCH else load_backbone(student, config.init)
+    student = build_student(start.options, {HEAD: len(labels.classes)}, config.dropout)
+    report = None if config.init == SCRATCH else start.fill(student)
+    if config.freeze == "backbone":
+        student.freeze_backbone()
+    return student, report
 
 
 def _identity(config: FinetuneConfig, labels: Labels, student: Student, report: InitReport | None) -> dict[str, Any]:
@@ -185,6 +219,7 @@ def _identity(config: FinetuneConfig, labels: Labels, student: Student, report: 
         "init": {"from": SCRATCH if report is None else "file", "weights": state_sha256(student.state_dict())},
         "student": student.options.model_dump(mode="json"),
         "dropout": config.dropout,
+        "freeze": config.freeze,
         "clips": config.clips.model_dump(mode="json"),
     }
 
@@ -192,19 +227,36 @@ def _identity(config: FinetuneConfig, labels: Labels, student: Student, report: 
 def _announce(
     config: FinetuneConfig, labels: Labels, student: Student, report: InitReport | None, screen: Screen
 ) -> None:
-    counts = Counter(video.label for video in labels.train)
-    fewest, most = min(counts.values()), max(counts.values())
-    each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    for note in labels.notes:
+        screen.warn(note)
     screen.say(
-        f"{config.dataset}, split {labels.split}: {len(labels.classes)} classes, {len(labels.train)} train videos "
-        f"({each} a class), {len(labels.test)} test videos"
+        f"{config.dataset}, split {labels.split}: {len(labels.classes)} classes, {len(labels.train)} train videos, "
+        f"{len(labels.test)} test videos"
     )
-    screen.say(f"{student.options.describe()}: {count_parameters(student) / 1e6:.1f} M parameters")
+    screen.say(balance(labels))
+    frozen = ", the backbone frozen" if config.freeze == "backbone" else ""
+    screen.say(f"{student.options.describe()}: {count_parameters(student) / 1e6:.1f} M parameters{frozen}")
     if report is None:
         screen.say("from scratch: fresh weights")
         return
     left = f"; left: {', '.join(report.left[:6])}{', …' if len(report.left) > 6 else ''}" if report.left else ""
     screen.say(f"from {report.path}: {len(report.loaded)} tensors loaded{left}; the head is new")
+    for line in report.lines if config.verbose else ():
+        screen.say(f"  {line}")
+
+
+def balance(labels: Labels) -> str:
+    """How even the classes are in training, and what always guessing the most frequent one would score."""
+    counts = Counter(video.label for video in labels.train)
+    (most, count), (fewest, few) = counts.most_common()[0], counts.most_common()[-1]
+    guess = sum(video.label == most for video in labels.test) / len(labels.test)
+    each = (
+        f"{count} train videos in every class"
+        if count == few
+        else f"{few} ({labels.classes[fewest]}) to {count} ({labels.classes[most]}) train videos a class, "
+        f"{count / few:.1f} times as many"
+    )
+    return f"{each}; always guessing {labels.classes[most]!r} is right for {100 * guess:.1f} % of the test videos"
 
 
 def _export(config: FinetuneConfig, labels: Labels, student: Student, run_dir: Path) -> None:
@@ -242,6 +294,9 @@ def _summary(
         "dataset": config.dataset,
         "split": labels.split,
         "classes": len(labels.classes),
+        "train_videos_of_class": {
+            name: sum(video.label == k for video in labels.train) for k, name in enumerate(labels.classes)
+        },
         "train_videos": len(labels.train),
         "test_videos": len(labels.test),
         "metrics": metrics,

@@ -6,7 +6,7 @@ Shapes: T frames, C channels, H W pixels, N clips of a test video.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -103,12 +103,12 @@ class LabelledClips:
 
 
 class EvaluationClips:
-    """dataset[(0, i)] -> the N test clips of the i-th of `videos`, read in one pass over the file.
+    """dataset[(0, i)] -> the N = clips · crops test clips of the i-th of `videos`, read in one pass over the file.
 
     "video": index into `videos`; and either "clips" uint8 [N, 3, T, H, W] (flow: float32 [N, 2, T, H, W]),
     "starts" int64 [N], "frames" int (of the whole video) and "note" (what is damaged, else empty), or "error", why
-    it cannot be read. The test view of FACTS §3: starts ⌊i·(n − T)/(N − 1)⌋ (of flow n − T − 1), resized, center
-    crop.
+    it cannot be read. The test view of FACTS §3: starts ⌊i·(n − T)/(clips − 1)⌋ (of flow n − T − 1), resized, center
+    crop; with three crops also both ends of the longer side, the crops of one clip side by side.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class EvaluationClips:
         *,
         length: int,
         clips: int,
+        crops: Literal[1, 3] = 1,
         channels: int = 3,
     ) -> None:
         if labels.copies is not None:
@@ -126,6 +127,7 @@ class EvaluationClips:
         self.channels = channels
         self.labels = labels
         self.videos = list(videos)
+        self.crops: Literal[1, 3] = crops
         self.view = view
         self.length = length
         self.clips = clips
@@ -143,11 +145,11 @@ class EvaluationClips:
         need = pictures_needed(self.length, self.channels)
         starts = clip_starts(total, need, self.clips)
         frames = np.stack([clip_frames(int(start), need, total) for start in starts])
-        found = read_clips(file, frames, self.view, channels=self.channels)
+        found = read_clips(file, frames, self.view, channels=self.channels, crops=self.crops)
         note = f"{found.repeated} of {found.distinct} frames are damaged, shown as the one before"
         return {
             "clips": found.clips,
-            "starts": torch.from_numpy(starts),
+            "starts": torch.from_numpy(starts.repeat(self.crops)),
             "frames": total,
             "note": note if found.repeated else "",
         }

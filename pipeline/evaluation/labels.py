@@ -1,38 +1,47 @@
 """Labelled data sets: which videos train, which test, and of which class.
 
-Two forms are read: `csv:FILE` and `folder:DIR`. Whatever the form, the result is checked in the same way, so
-that no number is ever computed on a list that leaks, misses files or names a class it cannot learn.
+Five forms are read: `csv:FILE`, `folder:DIR`, `kinetics:FILE`, `hmdb51` and `ucf101`. Whatever the form, the result
+is checked in the same way, so that no number is ever computed on a list that leaks, misses files or names a class it
+cannot learn.
 """
 
 from __future__ import annotations
 
-import csv
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..corpus.sources import escape_path, list_videos
-from ..errors import LabelsError, SourceError, UsageError, VideoError
+from ..corpus.sources import escape_path
+from ..errors import LabelsError, UsageError, VideoError
+from ..video.container import digest
 from ..video.folders import CopyFolder
 from ..video.reading import VideoFile
+from .kinetics import read_kinetics
+from .listing import SIDES, Listing, Row, first_few
+from .official import READERS as OFFICIAL
+from .official import SPLITS as OFFICIAL_SPLITS
+from .own_lists import csv_splits, read_csv, read_folder
 
-SIDES = ("train", "test")
+FORMS = "csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101 (these two with --root DIR)"
 
 
 class Labelled(NamedTuple):
-    """One labelled video: its path relative to `Labels.root` and the index of its class."""
+    """One labelled video: its path relative to `Labels.root`, the index of its class, and the recording it was cut
+    from ("" where that is not known)."""
 
     path: str
     label: int
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class Labels:
     """One split of a labelled data set: classes[K], train and test videos.
 
-    copies: where the videos are read from, if not from their own files.
+    copies: where the videos are read from, if not from their own files. notes: what a user should know of the list,
+    a line each.
     """
 
     dataset: str
@@ -42,6 +51,7 @@ class Labels:
     train: tuple[Labelled, ...]
     test: tuple[Labelled, ...]
     copies: CopyFolder | None = None
+    notes: tuple[str, ...] = ()
 
     def file(self, video: Labelled) -> VideoFile:
         """Where a video is read. VideoError where it has no copy."""
@@ -60,151 +70,117 @@ class Labels:
         )
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A video as listed, before any check. `where` says to a person where it was listed."""
-
-    path: str
-    label: str
-    side: str
-    where: str
-
-
-def load_labels(dataset: str, split: int | None = None, videos: str | None = None) -> Labels:
-    """Reads `csv:FILE` or `folder:DIR`; the split is 1 where it is left out.
-
-    csv: columns `path` (relative to the csv's folder), `label` and `splitN`, whose values are `train`, `test`
-    or anything else (not used in this split); other columns are ignored. folder: `DIR/{train,test}/CLASS/…`,
-    which has split 1 only. videos: a folder of copies by `distinit prepare` to read in place of the videos, which
-    then need not be there.
-
-    Raises UsageError for another form, and LabelsError (one line, naming the file and what was found) for
-    missing columns, unknown paths, an empty side, a class on one side only, a file on both sides or of two
-    classes.
-    """
-    kind, colon, where = dataset.partition(":")
-    if not colon or kind not in _READERS or not where:
-        raise UsageError(f"--dataset {dataset!r}: expected csv:FILE or folder:DIR")
-    root, rows = _READERS[kind](os.path.abspath(where), 1 if split is None else split)
-    copies = None if videos is None else CopyFolder.open(videos)
-    return _check(dataset, 1 if split is None else split, os.path.abspath(where), root, rows, copies)
-
-
-def _read_csv(path: str, split: int) -> tuple[str, list[_Row]]:
-    try:
-        # Names that are not UTF-8 travel as surrogates, like everywhere in Python's os module.
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, restval="")
-            columns = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            _require_columns(path, columns, split)
-            rows = list(_used_rows(path, reader, f"split{split}"))
-    except OSError as error:
-        raise LabelsError(f"{path}: cannot read the label file ({error.strerror})") from error
-    except csv.Error as error:
-        raise LabelsError(f"{path}: not a csv file ({error})") from error
-    return os.path.dirname(path), rows
-
-
-def _require_columns(path: str, columns: list[str], split: int) -> None:
-    found = ", ".join(columns) or "no columns"
-    for name in ("path", "label"):
-        if name not in columns:
-            raise LabelsError(f"{path}: no column {name!r} (found: {found})")
-    if f"split{split}" not in columns:
-        splits = [m.group(1) for m in (re.fullmatch(r"split(\d+)", name) for name in columns) if m]
-        there = f"splits there are: {', '.join(splits)}" if splits else f"no splitN column among: {found}"
-        raise LabelsError(f"{path}: no column 'split{split}' ({there})")
-
-
-def _used_rows(path: str, reader: csv.DictReader[str], column: str) -> Iterable[_Row]:
-    for row in reader:
-        side = row[column].strip().lower()
-        if side not in SIDES:
-            continue
-        where = f"line {reader.line_num}"
-        name, label = row["path"], row["label"].strip()
-        if not name or not label:
-            raise LabelsError(f"{path}: {where} has no {'label' if name else 'path'}")
-        yield _Row(os.path.normpath(name), label, side, where)
-
-
-def _read_folder(root: str, split: int) -> tuple[str, list[_Row]]:
-    if split != 1:
-        raise LabelsError(f"{root}: a folder has split 1 only, got --split {split}")
-    rows = []
-    for side in SIDES:
-        folder = os.path.join(root, side)
-        if not os.path.isdir(folder):
-            raise LabelsError(f"{root}: no folder {side!r}; expected DIR/train/CLASS/… and DIR/test/CLASS/…")
-        try:
-            listed = list_videos([f"{side}={folder}"])
-        except SourceError:
-            continue  # an empty side is reported with the other checks
-        for name in listed.paths:
-            label, slash, _ = name.partition("/")
-            if not slash:
-                raise LabelsError(f"{folder}: {escape_path(name)} stands in no class folder")
-            rows.append(_Row(f"{side}/{name}", label, side, f"{side}/{label}"))
-    return root, rows
-
-
-_READERS: dict[str, Callable[[str, int], tuple[str, list[_Row]]]] = {"csv": _read_csv, "folder": _read_folder}
-
-
-def _check(
-    dataset: str, split: int, source: str, root: str, rows: list[_Row], copies: CopyFolder | None = None
+def load_labels(
+    dataset: str,
+    split: int | None = None,
+    videos: str | None = None,
+    *,
+    root: str | None = None,
+    partial: bool = False,
 ) -> Labels:
+    """One split of a data set; the split is 1 where it is left out.
+
+    dataset: `csv:FILE` with columns `path`, `label`, `splitN` (`train`, `test`, anything else: not used in this
+    split) and perhaps `source`; `folder:DIR` with `DIR/{train,test}/CLASS/…`; `kinetics:FILE`; `hmdb51`, `ucf101`.
+    root: what the paths are relative to, default the csv's folder; for the last two, where they lie.
+    videos: a folder of copies by `distinit prepare` to read in place of the videos, which then need not be there.
+    partial: go on where labels have no video (left out of training; wrong in the test, for it cannot be read) or
+    videos have no label (left out).
+
+    Raises UsageError for another form, and LabelsError (one line, naming the file and what was found) for what the
+    readers refuse, an empty side, a class on one side only, a file of two classes, a file on both sides of the split,
+    by name, link or content, and, unless `partial`, for paths without videos and videos without labels.
+    """
+    kind, where = _parse(dataset, root)
+    number = 1 if split is None else split
+    copies = None if videos is None else CopyFolder.open(videos)
+    if kind == "csv":
+        listing = read_csv(where, number, root)
+    elif kind == "folder":
+        listing = read_folder(where, number)
+    elif kind == "kinetics":
+        listing = read_kinetics(where, number, root, partial)
+    else:
+        listing = OFFICIAL[kind](root, number, partial)
+    return _check(dataset, number, listing, copies, partial)
+
+
+def available_splits(dataset: str, root: str | None = None) -> tuple[int, ...]:
+    """The splits that a data set has. Raises as `load_labels`."""
+    kind, where = _parse(dataset, root)
+    if kind in OFFICIAL:
+        return OFFICIAL_SPLITS
+    return csv_splits(where) if kind == "csv" else (1,)
+
+
+def canonical(dataset: str) -> str:
+    """The data set under a name that holds from any folder."""
+    kind, colon, where = dataset.partition(":")
+    return f"{kind}:{os.path.abspath(where)}" if colon else dataset
+
+
+def _parse(dataset: str, root: str | None) -> tuple[str, str]:
+    """Kind and absolute place ("" for hmdb51 and ucf101)."""
+    kind, colon, where = dataset.partition(":")
+    if kind in OFFICIAL and not colon:
+        return kind, ""
+    if kind not in ("csv", "folder", "kinetics") or not where:
+        raise UsageError(f"--dataset {dataset!r}: expected {FORMS}")
+    if kind == "folder" and root is not None:
+        raise UsageError(f"--root {root}: a folder:DIR has its own, it goes with the other data sets")
+    return kind, os.path.abspath(where)
+
+
+class _File(NamedTuple):
+    """A listed video that is there: itself, or where it is gone its copy."""
+
+    row: Row
+    path: str
+    status: os.stat_result
+
+
+def _check(dataset: str, split: int, listing: Listing, copies: CopyFolder | None, partial: bool) -> Labels:
+    origin = listing.origin
     for side in SIDES:
-        if not any(row.side == side for row in rows):
-            raise LabelsError(f"{source}: split {split} has no {side} videos ({len(rows)} rows are used)")
-    rows = _one_row_per_file(source, root, rows, copies)
-    classes = _classes(source, rows)
+        if not any(row.side == side for row in listing.rows):
+            raise LabelsError(f"{origin}: split {split} has no {side} videos ({len(listing.rows)} rows are used)")
+    notes: list[str] = []
+    files, missing = _found(listing, copies)
+    _say_or_refuse(listing, missing, partial, notes)
+    kept = _one_row_per_file(origin, files)
+    _refuse_leaks(listing, kept, notes)
+    # A test video that is not there stays: it cannot be read, and so it counts as wrong.
+    rows = [file.row for file in kept] + [row for row in missing if row.side == "test"]
+    classes = _classes(origin, rows, listing.classes)
     index = {name: i for i, name in enumerate(classes)}
-    if copies is not None and not any(_has_copy(copies, root, row.path) for row in rows):
-        raise UsageError(f"--videos {copies.folder}: holds a copy of none of the {len(rows)} videos of {source}")
-    sides = {side: tuple(Labelled(row.path, index[row.label]) for row in rows if row.side == side) for side in SIDES}
-    return Labels(dataset, split, root, classes, sides["train"], sides["test"], copies)
+    if copies is not None and not any(_has_copy(copies, listing.root, row.path) for row in rows):
+        raise UsageError(f"--videos {copies.folder}: holds a copy of none of the {len(rows)} videos of {origin}")
+    sides = {
+        side: tuple(Labelled(row.path, index[row.label], row.source) for row in rows if row.side == side)
+        for side in SIDES
+    }
+    return Labels(dataset, split, listing.root, classes, sides["train"], sides["test"], copies, tuple(notes))
 
 
-def _one_row_per_file(source: str, root: str, rows: list[_Row], copies: CopyFolder | None) -> list[_Row]:
-    """Drops plain repetitions; refuses paths that are not there and files with two labels or sides."""
-    kept: dict[tuple[int, int], _Row] = {}
-    missing: list[_Row] = []
-    for row in rows:
-        try:
-            found = _stat(root, row.path, copies)
-        except (OSError, ValueError):  # ValueError: a null byte in the name, or no copy
+def _found(listing: Listing, copies: CopyFolder | None) -> tuple[list[_File], list[Row]]:
+    """The listed videos that are there, and the rows of those that are not."""
+    files, missing = [], []
+    for row in listing.rows:
+        for path in _places(listing.root, row.path, copies):
+            try:
+                files.append(_File(row, path, os.stat(path)))
+                break
+            except (OSError, ValueError):  # ValueError: a null byte in the name
+                continue
+        else:
             missing.append(row)
-            continue
-        # Device and inode, not the name: a link to a training video in the test list leaks as well.
-        first = kept.setdefault((found.st_dev, found.st_ino), row)
-        if first.label != row.label:
-            raise LabelsError(
-                f"{source}: {escape_path(row.path)} has two labels, "
-                f"{first.label!r} ({first.where}) and {row.label!r} ({row.where})"
-            )
-        if first.side != row.side:
-            raise LabelsError(
-                f"{source}: the same file is on both sides of the split, {escape_path(first.path)} "
-                f"({first.where}, {first.side}) and {escape_path(row.path)} ({row.where}, {row.side})"
-            )
-    if missing:
-        raise LabelsError(
-            f"{source}: {len(missing)} of {len(rows)} paths do not exist; the first is "
-            f"{escape_path(missing[0].path)} ({missing[0].where}), looked for in {root}"
-        )
-    return list(kept.values())
+    return files, missing
 
 
-def _stat(root: str, path: str, copies: CopyFolder | None) -> os.stat_result:
-    """Of the video, or where it is gone of its copy."""
-    try:
-        return os.stat(os.path.join(root, path))
-    except OSError:
-        if copies is None:
-            raise
-        return os.stat(copies.find(root, path))
+def _places(root: str, path: str, copies: CopyFolder | None) -> Iterator[str]:
+    yield os.path.join(root, path)
+    if copies is not None and _has_copy(copies, root, path):
+        yield copies.find(root, path)
 
 
 def _has_copy(copies: CopyFolder, root: str, path: str) -> bool:
@@ -214,7 +190,76 @@ def _has_copy(copies: CopyFolder, root: str, path: str) -> bool:
         return False
 
 
-def _classes(source: str, rows: list[_Row]) -> tuple[str, ...]:
+def _say_or_refuse(listing: Listing, missing: list[Row], partial: bool, notes: list[str]) -> None:
+    """Labels without videos and videos without labels: an error, or with `partial` a note."""
+    if missing and not partial:
+        raise LabelsError(
+            f"{listing.origin}: {len(missing)} of {len(listing.rows)} paths do not exist; the first is "
+            f"{escape_path(missing[0].path)} ({missing[0].where}), looked for in {listing.root}"
+        )
+    if listing.unlabelled and not partial:
+        raise LabelsError(
+            f"{listing.origin}: {len(listing.unlabelled)} videos beside the listed ones have no label, "
+            f"{first_few(listing.unlabelled)}; list them (an empty split leaves a row out), or take --partial"
+        )
+    for side, what in (("train", "left out"), ("test", "each counts as wrong")):
+        if count := sum(row.side == side for row in missing):
+            notes.append(f"{count} {side} videos of {listing.origin} are not there: {what}")
+    if listing.unlabelled:
+        notes.append(f"{len(listing.unlabelled)} videos beside those of {listing.origin} have no label: left out")
+
+
+def _one_row_per_file(origin: str, files: list[_File]) -> list[_File]:
+    """Drops plain repetitions; refuses files with two labels or sides."""
+    kept: dict[tuple[int, int], _File] = {}
+    for file in files:
+        # Device and inode, not the name: a link to a training video in the test list leaks as well.
+        first = kept.setdefault((file.status.st_dev, file.status.st_ino), file).row
+        row = file.row
+        if first.label != row.label:
+            raise LabelsError(
+                f"{origin}: {escape_path(row.path)} has two labels, "
+                f"{first.label!r} ({first.where}) and {row.label!r} ({row.where})"
+            )
+        if first.side != row.side:
+            raise LabelsError(_leak(origin, first, row))
+    return list(kept.values())
+
+
+def _refuse_leaks(listing: Listing, files: list[_File], notes: list[str]) -> None:
+    """Copies of a file on both sides. Only files of one size, on both sides, are read to compare them.
+
+    A published split is used as it is, and what it leaks is said.
+    """
+    sides: dict[int, set[str]] = {}
+    for file in files:
+        sides.setdefault(file.status.st_size, set()).add(file.row.side)
+    seen: dict[str, Row] = {}
+    leaks = []
+    for file in files:
+        if len(sides[file.status.st_size]) == 1:
+            continue
+        try:
+            content = digest(file.path)
+        except VideoError:
+            continue  # an unreadable file has its own message later
+        first = seen.setdefault(content, file.row)
+        if first.side != file.row.side:
+            leaks.append(_leak(listing.origin, first, file.row))
+    if leaks and not listing.official:
+        raise LabelsError(leaks[0] + (f" (and {len(leaks) - 1} more)" if len(leaks) > 1 else ""))
+    if leaks:
+        notes.append(f"{len(leaks)} leaks of the official split, kept as published; the first: {leaks[0]}")
+
+
+def _leak(origin: str, first: Row, again: Row) -> str:
+    return (
+        f"{origin}: the same file is on both sides of the split, {escape_path(first.path)} "
+        f"({first.where}, {first.side}) and {escape_path(again.path)} ({again.where}, {again.side})"
+    )
+
+
+def _classes(origin: str, rows: list[Row], order: tuple[str, ...] | None) -> tuple[str, ...]:
     train, test = ({row.label for row in rows if row.side == side} for side in SIDES)
     if train != test:
         alone = {side: sorted(names) for side, names in (("train", train - test), ("test", test - train)) if names}
@@ -223,10 +268,12 @@ def _classes(source: str, rows: list[_Row]) -> tuple[str, ...]:
             for side, names in alone.items()
         )
         raise LabelsError(
-            f"{source}: {len(train ^ test)} of {len(train | test)} classes are on one side of the split alone, "
+            f"{origin}: {len(train ^ test)} of {len(train | test)} classes are on one side of the split alone, "
             f"{'; '.join(shown)}"
         )
+    if order is not None:
+        return order
     names = sorted(train)
-    if all(name.isdecimal() for name in names):  # numbered classes in the order of their numbers
+    if all(re.fullmatch(r"[0-9]+", name) for name in names):  # numbered classes in the order of their numbers
         names.sort(key=int)
     return tuple(names)

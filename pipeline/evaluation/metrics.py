@@ -2,6 +2,9 @@
 
 Shape letters: V test videos, N clips of a video, K classes, R bootstrap resamples. A video without finite scores
 (it could not be read) counts as wrong in every number; it never leaves the denominator.
+
+Clips cut from one recording are right or wrong together: where the recordings are known (`groups[V]`, a number each),
+intervals come from resampling recordings, not videos.
 """
 
 from __future__ import annotations
@@ -77,9 +80,22 @@ def bootstrap_ratios(
     return ratios
 
 
-def estimate_mean(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
+def by_group(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """values[V, M], groups[V] -> float64[G, M]: the sums over each group; the values themselves without groups."""
+    if groups is None:
+        return np.asarray(values, dtype=np.float64)
+    _, index = np.unique(groups, return_inverse=True)
+    sums = np.zeros((index.max() + 1, values.shape[1]))
+    np.add.at(sums, index, values)
+    return sums
+
+
+def estimate_mean(
+    values: np.ndarray, groups: np.ndarray | None = None, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> Estimate:
     """values[V] -> their mean with the 2.5 and 97.5 % quantiles of the resampled means."""
-    means = bootstrap_ratios(values[:, None], np.ones((len(values), 1)), resamples=resamples, seed=seed)
+    above, below = by_group(values[:, None], groups), by_group(np.ones((len(values), 1)), groups)
+    means = bootstrap_ratios(above, below, resamples=resamples, seed=seed)
     low, high = np.quantile(means[:, 0], (0.025, 0.975))
     return Estimate(float(values.mean()), float(low), float(high))
 
@@ -91,31 +107,45 @@ def class_values(top1: np.ndarray, labels: np.ndarray, k: int) -> tuple[np.ndarr
 
 
 def estimate_class_mean(
-    top1: np.ndarray, labels: np.ndarray, k: int, *, resamples: int = RESAMPLES, seed: int = SEED
+    top1: np.ndarray,
+    labels: np.ndarray,
+    k: int,
+    groups: np.ndarray | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
 ) -> Estimate:
     """top1[V], labels[V] -> the mean over classes of their top-1 accuracy; classes a resample lacks are left out."""
     right, present = class_values(top1, labels, k)
     there = present.any(axis=0)
-    value = (right[:, there].sum(axis=0) / present[:, there].sum(axis=0)).mean()
-    means = np.nanmean(bootstrap_ratios(right[:, there], present[:, there], resamples=resamples, seed=seed), axis=1)
+    right, present = by_group(right[:, there], groups), by_group(present[:, there], groups)
+    value = (right.sum(axis=0) / present.sum(axis=0)).mean()
+    means = np.nanmean(bootstrap_ratios(right, present, resamples=resamples, seed=seed), axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Estimate(float(value), float(low), float(high))
 
 
 def accuracies(
-    clip_scores: np.ndarray, labels: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED
+    clip_scores: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
 ) -> dict[str, Estimate]:
     """clip_scores[V, N, K], labels[V] -> `per_clip`, `top1`, `top5`, `class_mean`, each with its interval."""
     values = video_values(clip_scores, labels)
-    result = {name: estimate_mean(v, resamples=resamples, seed=seed) for name, v in values.items()}
+    result = {name: estimate_mean(v, groups, resamples=resamples, seed=seed) for name, v in values.items()}
     result["class_mean"] = estimate_class_mean(
-        values["top1"], labels, clip_scores.shape[2], resamples=resamples, seed=seed
+        values["top1"], labels, clip_scores.shape[2], groups, resamples=resamples, seed=seed
     )
     return result
 
 
-def estimate_difference(a: np.ndarray, b: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
+def estimate_difference(
+    a: np.ndarray, b: np.ndarray, groups: np.ndarray | None = None, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> Estimate:
     """a[V], b[V] of the same videos -> mean of a − b, paired, with its interval."""
     if a.shape != b.shape:
         raise ValueError(f"a paired difference needs the same videos, got {a.shape} and {b.shape}")
-    return estimate_mean(a - b, resamples=resamples, seed=seed)
+    return estimate_mean(a - b, groups, resamples=resamples, seed=seed)

@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import TrainingError
+from ..students.student import Student
 from ..training.loader import EachOnce, Key, KeyedDataset, read_batches
 from ..video.transforms import normalize_clip
 from .classification import HEAD
 from .predictions import Predictions
 
 SAVE_EVERY_S = 60.0
+LOGITS = "logits"
 READ_AHEAD = 4  # batches that a loader process has under way, at most
 
 
@@ -70,7 +72,7 @@ def _only_if_died(error: TrainingError) -> None:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
+    model: Student,
     dataset: KeyedDataset,
     predictions: Predictions,
     *,
@@ -82,7 +84,9 @@ def predict(
 ) -> None:
     """Fills in the pending videos of `predictions` from dataset[(0, video)] (see EvaluationClips).
 
-    Always float32, whatever the training's precision: scores then differ by less than 1e-4 between batch sizes.
+    What is averaged over a video's clips is told by `predictions.protocol`: the softmax, or with "scores": "logits"
+    the logits. Always float32, whatever the training's precision: scores then differ by less than 1e-4 between batch
+    sizes.
     done(1) is called after each video, save() about once a minute. Raises TrainingError when the model's
     scores are not finite, for no accuracy of such a model means anything.
     """
@@ -108,7 +112,7 @@ def predict(
 
 
 def _score(
-    model: nn.Module,
+    model: Student,
     rows: list[dict[str, Any]],
     predictions: Predictions,
     batch_size: int,
@@ -117,22 +121,28 @@ def _score(
 ) -> None:
     """Scores the clips of whole videos in passes of at most `batch_size` clips."""
     clips = torch.cat([row["clips"][0] for row in rows])  # [ΣN, C, T, H, W]
-    scores = torch.cat([clip_scores(model, part.to(device, non_blocking=True)) for part in clips.split(batch_size)])
-    for row, own in zip(rows, scores.cpu().split([row["clips"].shape[1] for row in rows]), strict=True):
+    parts = [clip_logits(model, part.to(device, non_blocking=True)) for part in clips.split(batch_size)]
+    counts = [row["clips"].shape[1] for row in rows]
+    logits, features = (torch.cat(found).cpu().split(counts) for found in zip(*parts, strict=True))
+    averaged = logits if predictions.protocol.get("scores") == LOGITS else [each.softmax(dim=1) for each in logits]
+    for row, own, feature in zip(rows, averaged, features, strict=True):
         video = int(row["video"][0])
         if not bool(torch.isfinite(own).all()):
             raise TrainingError(
                 f"the scores of {predictions.videos[video]!r} are not finite: the weights are damaged or have diverged"
             )
         starts = row["starts"][0].numpy().astype(np.int64)
-        predictions.set_scores(video, own.numpy(), starts, int(row["frames"][0]), note=row["note"][0])
+        predictions.set_scores(
+            video, own.numpy(), starts, int(row["frames"][0]), note=row["note"][0], features=feature.numpy()
+        )
         done(1)
 
 
-def clip_scores(model: nn.Module, clips: Tensor) -> Tensor:
-    """clips uint8 [B, C, T, H, W] -> float32 [B, K]: the softmax over the labels of each clip."""
-    logits: Tensor = model(normalize_clip(clips, torch.float32))[HEAD]
-    return logits.float().softmax(dim=1)
+def clip_logits(model: Student, clips: Tensor) -> tuple[Tensor, Tensor]:
+    """clips uint8 [B, C, T, H, W] -> float32 logits [B, K] of the labels and features [B, D] of each clip."""
+    features = model.features(normalize_clip(clips, torch.float32)).float()
+    logits: Tensor = model.head(HEAD)(features)
+    return logits.float(), features
 
 
 @contextmanager

@@ -1,17 +1,22 @@
 """predictions.h5: what a model said about every test video, from which every number is recomputed.
 
-Layout (HDF5, V test videos, N clips, K classes; row v of every table is the video `videos[v]`):
+Layout (HDF5, V test videos, N clips, K classes, D features; row v of every table is the video `videos[v]`):
 
-    attributes   format "distinit-predictions", format_version 1, protocol (JSON), identity (JSON)
+    attributes   format "distinit-predictions", format_version 2, protocol (JSON), identity (JSON)
     classes      string [K]
     videos       string [V]         path relative to the data set, percent-escaped, each once: the key
     labels       int32 [V]          index into classes
+    sources      string [V]         the recording a video was cut from, empty where that is not known
     status       string [V]         "ok", "failed", or "pending" in the file of an unfinished evaluation
     reasons      string [V]         why a video failed, or what is damaged in one that was read, else empty
     frames       int64 [V]          frames of the video, −1 where not known
     starts       int64 [V, N]       first frame of each clip, −1 where there is none
-    clip_scores  float32 [V, N, K]  softmax of each clip, NaN where there is none
+    clip_scores  float32 [V, N, K]  of each clip what is averaged, NaN where there is none: the softmax, or the logits
+                                    where protocol.scores is "logits"
     video_scores float32 [V, K]     mean of clip_scores over the clips; checked when read
+    features     float32 [V, N, D]  of each clip what the head sees, NaN where there is none; left out where D is 0
+
+With several crops a clip, N counts every crop of every clip, those of one clip side by side.
 
 Every table carries fletcher32 checksums, so a damaged file is an error and not a number.
 """
@@ -33,7 +38,7 @@ from ..errors import CheckpointError, DistInitError
 from .metrics import accuracies, mean_scores, video_values
 
 FORMAT = "distinit-predictions"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 OK, FAILED, PENDING = "ok", "failed", "pending"
 
 
@@ -55,6 +60,8 @@ class Predictions:
     clip_scores: np.ndarray
     protocol: dict[str, Any]
     identity: dict[str, Any]
+    sources: list[str]
+    features: np.ndarray
 
     @classmethod
     def empty(
@@ -66,8 +73,10 @@ class Predictions:
         *,
         protocol: dict[str, Any],
         identity: dict[str, Any],
+        sources: Sequence[str] | None = None,
+        features: int = 0,
     ) -> Predictions:
-        """All videos pending."""
+        """All videos pending; `features` is D."""
         v = len(videos)
         return cls(
             classes=list(classes),
@@ -81,6 +90,8 @@ class Predictions:
             # As they come back from a file: tuples as lists, so that the two compare equal.
             protocol=json.loads(json.dumps(protocol)),
             identity=json.loads(json.dumps(identity)),
+            sources=[""] * v if sources is None else list(sources),
+            features=np.full((v, clips, features), np.nan, dtype=np.float32),
         )
 
     @property
@@ -92,8 +103,36 @@ class Predictions:
         """float32 [V, K]: mean over clips, NaN for videos without scores."""
         return mean_scores(self.clip_scores)
 
-    def set_scores(self, video: int, scores: np.ndarray, starts: np.ndarray, frames: int, note: str = "") -> None:
-        """scores[N, K], starts[N] of one video that was read; `note` says what is damaged in it."""
+    @property
+    def groups(self) -> np.ndarray | None:
+        """int64 [V], equal for videos of one recording; None unless the recording of every video is known."""
+        if not all(self.sources):
+            return None
+        return np.unique(self.sources, return_inverse=True)[1].astype(np.int64)
+
+    @property
+    def resampled(self) -> dict[str, Any]:
+        """What the bootstrap draws, and how many of them there are."""
+        groups = self.groups
+        if groups is None:
+            return {"resampled": "videos", "units": len(self.videos)}
+        return {"resampled": "sources", "units": int(groups.max()) + 1}
+
+    def set_scores(
+        self,
+        video: int,
+        scores: np.ndarray,
+        starts: np.ndarray,
+        frames: int,
+        note: str = "",
+        features: np.ndarray | None = None,
+    ) -> None:
+        """scores[N, K], starts[N], features[N, D] of one video that was read; `note` says what is damaged in it.
+
+        Tables made without features keep none.
+        """
+        if features is not None and self.features.shape[2]:
+            self.features[video] = features
         self.clip_scores[video] = scores
         self.starts[video] = starts
         self.frames[video] = frames
@@ -124,11 +163,13 @@ class Predictions:
             and earlier.classes == self.classes
             and earlier.videos == self.videos
             and np.array_equal(earlier.labels, self.labels)
+            and earlier.features.shape == self.features.shape
         )
         if not same:
             return 0
         self.status, self.reasons = earlier.status, earlier.reasons
         self.frames, self.starts, self.clip_scores = earlier.frames, earlier.starts, earlier.clip_scores
+        self.features = earlier.features
         return len(self.videos) - len(self.pending)
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -154,6 +195,7 @@ class Predictions:
         texts = {
             "classes": [escape_path(name) for name in self.classes],
             "videos": [escape_path(name) for name in self.videos],
+            "sources": [escape_path(name) for name in self.sources],
             "status": self.status,
             "reasons": [escape_path(reason) for reason in self.reasons],
         }
@@ -166,6 +208,8 @@ class Predictions:
             "clip_scores": self.clip_scores,
             "video_scores": self.video_scores,
         }
+        if self.features.shape[2]:
+            numbers["features"] = self.features
         for name, values in numbers.items():
             file.create_dataset(name, data=values, fletcher32=True)
 
@@ -200,12 +244,14 @@ class Predictions:
             clip_scores=file["clip_scores"][:],
             protocol=json.loads(file.attrs["protocol"]),
             identity=json.loads(file.attrs["identity"]),
+            sources=[unescape_path(name) for name in file["sources"].asstr()[:]],
+            features=file["features"][:] if "features" in file else np.empty((*file["starts"].shape, 0), np.float32),
         )
         if len(set(found.videos)) != len(found.videos):
             raise PredictionsError(f"{path}: a video stands in it twice")
         stored = file["video_scores"][:]
         if stored.shape != found.video_scores.shape or not np.allclose(
-            stored, found.video_scores, atol=1e-6, equal_nan=True
+            stored, found.video_scores, rtol=1e-6, atol=1e-6, equal_nan=True
         ):
             raise PredictionsError(f"{path}: video_scores are not the mean of clip_scores")
         return found
@@ -214,8 +260,9 @@ class Predictions:
 def metrics_from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Every number of an evaluation, recomputed from its predictions file; JSON-able.
 
-    `per_clip`, `top1`, `top5` and `class_mean` are {value, low, high} with 95 % bootstrap intervals over the
-    videos; `per_class` gives the right and the tested videos of each class.
+    `per_clip`, `top1`, `top5` and `class_mean` are {value, low, high} with 95 % bootstrap intervals; `intervals` says
+    what was resampled: recordings where each video's is known, else videos. `per_class` gives the right and the tested
+    videos of each class. Fused scores are of videos, and have no `per_clip`.
 
     Raises PredictionsError for a file that cannot be read or whose evaluation is not finished.
     """
@@ -229,12 +276,16 @@ def metrics_from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         name: {"right": int(top1[found.labels == k].sum()), "videos": int((found.labels == k).sum())}
         for k, name in enumerate(found.classes)
     }
+    estimates = accuracies(found.clip_scores, found.labels, found.groups)
+    if "fused" in found.protocol:
+        del estimates["per_clip"]
     return {
         "videos": len(found.videos),
         "failed": found.failures(),
         "damaged": found.damaged(),
         "clips_per_video": int(found.clip_scores.shape[1]),
-        **{name: estimate.as_dict() for name, estimate in accuracies(found.clip_scores, found.labels).items()},
+        **{name: estimate.as_dict() for name, estimate in estimates.items()},
+        "intervals": found.resampled,
         "per_class": per_class,
         "protocol": found.protocol,
     }

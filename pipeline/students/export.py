@@ -39,6 +39,8 @@ class InitReport:
     loaded: tuple[str, ...]
     left: tuple[str, ...]
     """In the file, but of no use to a backbone: its heads."""
+    lines: tuple[str, ...] = ()
+    """A line a tensor: what was loaded from what, what was left."""
 
 
 class _Header(Options):
@@ -112,22 +114,40 @@ def load_backbone(student: Student, path: str | Path) -> InitReport:
     """
     path = _file_of(path)
     state, header = _read(path)
-    found = header.options if header else _recognise(state)
+    found = header.options if header else recognise(state)
     if found is None:
         raise CheckpointError(f"{path}: its tensors are those of no student that distinit knows")
-    _check_options(student.options, found, path)
+    check_options(student.options, found, str(path))
+    return take_backbone(student, state, str(path))
+
+
+def take_backbone(
+    student: Student, state: Mapping[str, Tensor], label: str, origin: Mapping[str, str] | None = None
+) -> InitReport:
+    """Put a state in a student's own names into its backbone; what else the state holds is left.
+
+    label: where the state is from, for messages. origin: name → what it was made of, for the report.
+
+    Raises:
+        CheckpointError: a tensor that is missing, of another shape, or not finite.
+    """
     own = student.backbone.state_dict()
     taken = {name: state[name] for name in own if name in state}
-    missing = [name for name in own if name not in taken]
+    # BatchNorm's batch counters are of no use here, and older files lack them.
+    missing = [name for name in own if name not in taken and not name.endswith("num_batches_tracked")]
     if missing:
-        raise CheckpointError(f"{path}: damaged: {len(missing)} tensors missing, first {missing[0]}")
+        raise CheckpointError(f"{label}: damaged: {len(missing)} tensors missing, first {missing[0]}")
     for name, tensor in taken.items():
         if tensor.shape != own[name].shape:
-            raise CheckpointError(f"{path}: damaged: {name} is {list(tensor.shape)}, expected {list(own[name].shape)}")
+            raise CheckpointError(f"{label}: damaged: {name} is {list(tensor.shape)}, expected {list(own[name].shape)}")
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} holds values that are not finite")
-    student.backbone.load_state_dict(taken)
-    return InitReport(str(path), tuple(taken), tuple(name for name in state if name not in taken))
+            raise CheckpointError(f"{label}: {name} holds values that are not finite")
+    student.backbone.load_state_dict(taken, strict=False)
+    left = tuple(name for name in state if name not in taken)
+    made_of = origin or {}
+    lines = [f"{name} {list(tensor.shape)} from {made_of.get(name, name)}" for name, tensor in taken.items()]
+    lines += [f"left: {name} {list(state[name].shape)}" for name in left]
+    return InitReport(label, tuple(taken), left, tuple(lines))
 
 
 def read_options(path: str | Path) -> StudentOptions:
@@ -138,7 +158,7 @@ def read_options(path: str | Path) -> StudentOptions:
     """
     path = _file_of(path)
     state, header = _read(path)
-    found = header.options if header else _recognise(state)
+    found = header.options if header else recognise(state)
     if found is None:
         raise CheckpointError(f"{path}: its tensors are those of no student that distinit knows")
     return found
@@ -201,15 +221,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header | None]:
         raise CheckpointError(f"{path}: damaged 'distinit' metadata ({type(error).__name__})") from None
 
 
-def _check_options(wanted: StudentOptions, found: StudentOptions, path: Path) -> None:
-    """Refuse by name: each option that differs, and the options that would fit."""
+def check_options(wanted: StudentOptions, found: StudentOptions, label: str) -> None:
+    """Refuse by name: each option that differs, and the options that would fit. `label` names the file."""
     asked, has = wanted.model_dump(), found.model_dump()
     differing = [
         f"{key} is {has[key]!r} in the file, {asked[key]!r} was asked for" for key in asked if asked[key] != has[key]
     ]
     if differing:
         fitting = " ".join(f"{key}={value}" for key, value in has.items())
-        raise CheckpointError(f"{path}: {'; '.join(differing)}; what fits: {fitting}")
+        raise CheckpointError(f"{label}: {'; '.join(differing)}; what fits: {fitting}")
 
 
 def _check_classes(heads: dict[str, int], meta: StudentMeta, path: Path) -> None:
@@ -220,7 +240,7 @@ def _check_classes(heads: dict[str, int], meta: StudentMeta, path: Path) -> None
             )
 
 
-def _recognise(state: dict[str, Tensor]) -> StudentOptions | None:
+def recognise(state: Mapping[str, Tensor]) -> StudentOptions | None:
     """The options whose backbone has just these shapes; None where there are none.
 
     Read off the tensors: input channels and width from the stem, the rest by trying.

@@ -151,6 +151,8 @@ class Student(nn.Module):
         """What its file says of it, after `load_student`."""
         self.classes: dict[str, int] = dict(heads)
         self.backbone = Backbone(options)
+        self.frozen = False
+        """Whether the heads alone are trained; see `freeze_backbone`."""
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleDict()
         for name, classes in heads.items():
@@ -160,6 +162,19 @@ class Student(nn.Module):
             nn.init.normal_(linear.weight, 0.0, 0.01)
             nn.init.zeros_(linear.bias)
             self.heads[_key(name)] = linear
+
+    def freeze_backbone(self) -> None:
+        """Train the heads alone: the backbone gets no gradients, and its BatchNorm keeps its statistics."""
+        self.frozen = True
+        self.backbone.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Student:
+        """As of any module; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
 
     @property
     def feature_size(self) -> int:

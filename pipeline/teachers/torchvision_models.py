@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-import torch
 import torchvision
 from torch import nn
 
 from ..errors import TeacherError, WeightsError
+from ..library_weights import hub_folder, library_weights
 from ..video.geometry import View
 from ..weights import WeightsFile, load_into, load_weights
 from .places365 import CATEGORIES
@@ -85,7 +83,7 @@ def resnet50_places365(spec: TeacherSpec) -> Recipe:
         WeightsError: no checkpoint (it is never downloaded), or one that does not fit.
     """
     refuse_builder_options(spec)
-    path = Path(spec.weights) if spec.weights else _hub_folder() / PLACES_FILE
+    path = Path(spec.weights) if spec.weights else hub_folder() / PLACES_FILE
     if not spec.weights and not path.is_file():
         raise WeightsError(
             f"teacher {spec.name!r}: no {PLACES_FILE} in {path.parent}; fetch {PLACES_URL} "
@@ -106,23 +104,11 @@ def resnet50_places365(spec: TeacherSpec) -> Recipe:
     )
 
 
-def _hub_folder() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
 def _library_file(spec: TeacherSpec, choice: Any) -> WeightsFile:
     """Torchvision's own weights, fetched through its own API where torch hub's cache lacks them."""
-    path = _hub_folder() / Path(urlparse(choice.url).path).name
-    if not path.is_file():
-        try:
-            choice.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError) as error:
-            raise WeightsError(
-                f"teacher {spec.name!r}: {path.name} is not in {path.parent} and cannot be fetched "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-                f"get {choice.url} and pass --teacher-weights {spec.name}=FILE"
-            ) from None
-    return load_weights(path, spec.sha256)
+    return library_weights(
+        choice, spec.sha256, who=f"teacher {spec.name!r}", remedy=f"pass --teacher-weights {spec.name}=FILE"
+    )
 
 
 def _fitting(spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile) -> nn.Module:

@@ -97,26 +97,33 @@ def read_clip(
     return of_channels(view.cut(found.images, crop), channels)
 
 
-def read_clips(file: VideoFile, frames: np.ndarray, view: ClipView, *, channels: int = 3) -> Clips:
-    """Several clips, frames int64 [N, L], in one pass over the file, all cut in the middle."""
+def read_clips(
+    file: VideoFile, frames: np.ndarray, view: ClipView, *, channels: int = 3, crops: Literal[1, 3] = 1
+) -> Clips:
+    """Several clips, frames int64 [N, L], in one pass over the file: clips [N · crops, …], see `ClipView.cuts`."""
     wanted, place = np.unique(frames, return_inverse=True)
     if file.kind == "flow":
         each, damaged = [], 0
         for clip in frames:
             stored, bound, repeated = read_flow(file.path, clip)
-            each.append(_flow_clip(stored, bound, view, None))
+            each += [_in_pixels(cut, bound) for cut in view.cuts(stored.transpose(0, 2, 3, 1), crops)]
             damaged += repeated
         return Clips(torch.stack(each), frames.size, damaged)
     found = _READERS[file.kind](file.path, wanted, view.frame_view())
-    images = view.cut(found.images, None)
-    taken = images[:, torch.from_numpy(place.reshape(frames.shape))]  # [3, N, L, H, W]
-    made = torch.stack([of_channels(clip, channels) for clip in taken.unbind(1)])
+    indices = torch.from_numpy(place.reshape(frames.shape))
+    taken = torch.stack([cut[:, indices] for cut in view.cuts(found.images, crops)], dim=2)  # [3, N, crops, L, H, W]
+    made = torch.stack([of_channels(clip, channels) for clip in taken.flatten(1, 2).unbind(1)])
     return Clips(made.contiguous(), len(wanted), found.repeated)
 
 
 def _flow_clip(stored: np.ndarray, bound: float, view: ClipView, crop: Crop | None) -> Tensor:
     """Stored flow uint8 [T, 2, H, W] → float32 [2, T, size, size] in pixels; a mirrored clip moves the other way."""
-    clip = view.cut(stored.transpose(0, 2, 3, 1), crop).to(torch.float32).sub_(STILL).mul_(bound / STEPS)
+    clip = _in_pixels(view.cut(stored.transpose(0, 2, 3, 1), crop), bound)
     if crop is not None and crop.flip:
         clip[0].neg_()
     return clip
+
+
+def _in_pixels(clip: Tensor, bound: float) -> Tensor:
+    """Stored flow uint8 [2, T, H, W] → float32, in pixels."""
+    return clip.to(torch.float32).sub_(STILL).mul_(bound / STEPS)

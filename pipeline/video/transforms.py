@@ -6,6 +6,7 @@ Shapes: B clips, C channels, T frames, H W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -72,6 +73,18 @@ class ClipView(Options):
         height, width = images.shape[1:3]
         top, left = int(crop.top * (height - self.size + 1)), int(crop.left * (width - self.size + 1))
         return crop_and_flip(images, top, left, self.size, crop.flip)
+
+    def cuts(self, images: np.ndarray, crops: Literal[1, 3]) -> list[torch.Tensor]:
+        """Of one clip, uint8 [3, T, size, size] each: the middle, or begin, middle and end of the longer side."""
+        middle = center_crop(images, self.size)
+        if crops == 1:
+            return [middle]
+        down, across = (length - self.size for length in images.shape[1:3])
+        ends = [(0, round(across / 2)), (down, round(across / 2))]
+        if across >= down:
+            ends = [(round(down / 2), 0), (round(down / 2), across)]
+        first, last = (crop_and_flip(images, top, left, self.size, False) for top, left in ends)
+        return [first, middle, last]
 
 
 def crop_and_flip(images: np.ndarray, top: int, left: int, size: int, flip: bool) -> torch.Tensor:

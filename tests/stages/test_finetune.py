@@ -244,9 +244,10 @@ def test_resume_refuses_other_classes(dataset: str, finished: tuple[Path, dict[s
     with pytest.raises(CheckpointError, match=r"class list .* differs .*class 1 is 'crimson' against 'red'"):
         finetune(config(f"csv:{renamed}", finished[0], resume=True), Screen(quiet=True))
     with pytest.raises(UsageError, match="needs --out"):
-        evaluate(EvaluateConfig(run=str(finished[0]), dataset=f"csv:{renamed}"), Screen(quiet=True))
+        evaluate(EvaluateConfig(runs=[str(finished[0])], dataset=f"csv:{renamed}"), Screen(quiet=True))
+    other = EvaluateConfig(runs=[str(finished[0])], dataset=f"csv:{renamed}", out=str(tmp_path))
     with pytest.raises(CheckpointError, match="class list"):
-        evaluate(EvaluateConfig(run=str(finished[0]), dataset=f"csv:{renamed}", out=str(tmp_path)), Screen(quiet=True))
+        evaluate(other, Screen(quiet=True))
 
 
 def test_finetuning_begins_where_another_run_ended(
@@ -280,12 +281,12 @@ def test_finetuning_begins_where_another_run_ended(
 
 def test_evaluating_again_gives_the_same_numbers(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     run, result = finished
-    again = evaluate(EvaluateConfig(run=str(run), out=str(tmp_path), device="cpu"), Screen(quiet=True))
+    again = evaluate(EvaluateConfig(runs=[str(run)], out=str(tmp_path), device="cpu"), Screen(quiet=True))
     assert again["metrics"] == result["metrics"]
     with pytest.raises(UsageError, match=r"test\.clips=3 needs --out"):
-        evaluate(EvaluateConfig.model_validate({"run": str(run), "test": {"clips": 3}}), Screen(quiet=True))
+        evaluate(EvaluateConfig.model_validate({"runs": [str(run)], "test": {"clips": 3}}), Screen(quiet=True))
     with pytest.raises(UsageError, match="not a run of distinit finetune"):
-        evaluate(EvaluateConfig(run=str(tmp_path)), Screen(quiet=True))
+        evaluate(EvaluateConfig(runs=[str(tmp_path)]), Screen(quiet=True))
 
 
 def test_an_interrupted_evaluation_goes_on(dataset: str, finished: tuple[Path, dict[str, Any]]) -> None:

@@ -84,11 +84,11 @@ def test_finetune_and_evaluate_read_copies(folder: tuple[Path, Path], tmp_path: 
     assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["videos"] == os.fspath(small)
     found = Predictions.read(out / "predictions.h5")
     assert found.protocol["copies"]["size"] == [37, 49]
-    again = evaluate(EvaluateConfig(run=os.fspath(out), device="cpu"), QUIET)
+    again = evaluate(EvaluateConfig(runs=[os.fspath(out)], device="cpu"), QUIET)
     assert again["metrics"] == result["metrics"]
     np.testing.assert_array_equal(Predictions.read(out / "predictions.h5").clip_scores, found.clip_scores)
     # null: the videos themselves, whatever the run was trained on.
-    evaluate(EvaluateConfig(run=os.fspath(out), device="cpu", videos=None, out=os.fspath(tmp_path / "o")), QUIET)
+    evaluate(EvaluateConfig(runs=[os.fspath(out)], device="cpu", videos=None, out=os.fspath(tmp_path / "o")), QUIET)
     originals = Predictions.read(tmp_path / "o" / "predictions.h5")
     assert "copies" not in originals.protocol
     assert 0 < np.abs(originals.clip_scores - found.clip_scores).max() < 0.2

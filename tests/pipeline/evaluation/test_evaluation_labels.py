@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distinit.pipeline.errors import LabelsError, UsageError
-from distinit.pipeline.evaluation.labels import load_labels
+from distinit.pipeline.evaluation.labels import available_splits, load_labels
 
 GOOD = """path,label,source,split1,split2
 a/1.mp4,run,s1,train,test
@@ -26,7 +26,7 @@ def dataset(tmp_path: Path, text: str = GOOD, *, missing: tuple[str, ...] = ()) 
         name = row.split(",")[0]
         if name and name not in missing:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes(b"x")
+            (tmp_path / name).write_bytes(name.encode())
     return f"csv:{tmp_path / 'labels.csv'}"
 
 
@@ -35,6 +35,8 @@ def test_csv_gives_both_sides_of_the_split_asked_for(tmp_path: Path) -> None:
     first, second = load_labels(where), load_labels(where, 2)
     assert first.classes == second.classes == ("run", "sit")
     assert [(v.path, first.classes[v.label]) for v in first.train] == [("a/1.mp4", "run"), ("b/3.mp4", "sit")]
+    assert [v.source for v in first.train] == ["s1", "s3"]
+    assert available_splits(where) == (1, 2)
     assert second.train == first.test
     assert second.test == first.train
     assert first.absolute(first.train[0]) == str(tmp_path / "a/1.mp4")
@@ -48,7 +50,7 @@ def test_csv_spellings(tmp_path: Path) -> None:
     rows += ["-dash.mp4,10,test", f"{odd},9,test"]
     (tmp_path / "l.csv").write_bytes(b"\xef\xbb\xbf" + os.fsencode("\n".join(rows)))
     for name in ("x.mp4", "y, z.mp4", "-dash.mp4", odd):
-        (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).write_bytes(os.fsencode(name))
     labels = load_labels(f"csv:{tmp_path / 'l.csv'}")
     assert labels.classes == ("9", "10"), "numbered classes stand in the order of their numbers"
     assert [v.path for v in labels.train] == ["x.mp4", "y, z.mp4"]
@@ -101,8 +103,87 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(LabelsError, match=r"noise\.csv"):
         load_labels(f"csv:{tmp_path / 'noise.csv'}")
     for wrong in ("labels.csv", "hmdb51:x", "csv:"):
-        with pytest.raises(UsageError, match="expected csv:FILE or folder:DIR"):
+        with pytest.raises(UsageError, match="expected csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101"):
             load_labels(wrong)
+
+
+def test_a_copy_of_a_training_video_leaks(tmp_path: Path) -> None:
+    """Another name and another file, the same content; equal sizes alone are no leak."""
+    where = dataset(tmp_path)
+    content = b"\0" * 200_000 + b"one"
+    (tmp_path / "a/1.mp4").write_bytes(content)
+    (tmp_path / "b/4.mp4").write_bytes(content[:-3] + b"two")
+    assert len(load_labels(where).test) == 2
+    (tmp_path / "a/2.mp4").write_bytes(content)
+    with pytest.raises(LabelsError, match=r"the same file is on both sides of the split, a/1\.mp4 .*a/2\.mp4"):
+        load_labels(where)
+
+
+def test_what_has_no_label_or_no_video_is_refused_or_told(tmp_path: Path) -> None:
+    where = dataset(tmp_path, missing=("b/3.mp4", "b/4.mp4"))
+    (tmp_path / "b/another.mp4").write_bytes(b"unlisted")
+    (tmp_path / "a/notes.txt").write_bytes(b"no video")
+    with pytest.raises(LabelsError, match="2 of 4 paths do not exist"):
+        load_labels(where)
+    (tmp_path / "a/0.mp4").write_bytes(b"sit 0")
+    more = dataset(tmp_path, GOOD + "a/0.mp4,sit,s6,train,test\n", missing=("b/3.mp4", "b/4.mp4"))
+    labels = load_labels(more, partial=True)
+    assert [v.path for v in labels.train] == ["a/1.mp4", "a/0.mp4"]
+    assert [v.path for v in labels.test] == ["a/2.mp4", "b/4.mp4"], "a missing test video counts as wrong"
+    assert [note.split(" of ")[0].split(" beside")[0] for note in labels.notes] == [
+        "1 train videos",
+        "1 test videos",
+        "1 videos",
+    ]
+    for name in ("b/3.mp4", "b/4.mp4"):
+        (tmp_path / name).write_bytes(name.encode())
+    with pytest.raises(LabelsError, match=r"1 videos beside the listed ones have no label, 'b/another\.mp4'"):
+        load_labels(more)
+
+
+def test_videos_may_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    dataset(tmp_path / "videos")
+    (tmp_path / "labels.csv").write_text(GOOD)
+    labels = load_labels(f"csv:{tmp_path / 'labels.csv'}", root=str(tmp_path / "videos"))
+    assert labels.absolute(labels.train[0]) == str(tmp_path / "videos/a/1.mp4")
+    with pytest.raises(LabelsError, match="4 of 4 paths do not exist"):
+        load_labels(f"csv:{tmp_path / 'labels.csv'}")
+    with pytest.raises(UsageError, match=r"--root .*: a folder:DIR has its own"):
+        load_labels("folder:x", root="y")
+
+
+KINETICS = """label,youtube_id,time_start,time_end,split
+riding a bike,-abc_123,4,14,train
+riding a bike,defghijk,10,20,validate
+abseiling,00000001,0,10,train
+abseiling,00000002,120,130,val
+abseiling,00000003,5,15,test
+"""
+
+
+def test_kinetics(tmp_path: Path) -> None:
+    """Names as downloaders give them, anywhere below the root; other splits' rows are left out."""
+    names = ["riding a bike/-abc_123_000004_000014.mp4", "val/defghijk_000010_000020.mkv"]
+    names += ["abseiling/00000001_000000_000010.mp4", "abseiling/00000002_000120_000130.mp4"]
+    for name in names:
+        (tmp_path / "v" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "v" / name).write_bytes(name.encode())
+    (tmp_path / "k.csv").write_text(KINETICS)
+    where, root = f"kinetics:{tmp_path / 'k.csv'}", str(tmp_path / "v")
+    labels = load_labels(where, root=root)
+    assert labels.classes == ("abseiling", "riding a bike")
+    assert [(v.path, v.label, v.source) for v in labels.train] == [(names[0], 1, "-abc_123"), (names[2], 0, "00000001")]
+    assert [v.path for v in labels.test] == [names[1], names[3]]
+    (tmp_path / "v" / names[3]).unlink()
+    with pytest.raises(LabelsError, match=r"1 of 4 videos are not below .*_000120_000130\.mp4 \(k\.csv line 5\)"):
+        load_labels(where, root=root)
+    assert len(load_labels(where, root=root, partial=True).test) == 2
+    (tmp_path / "k.csv").write_text(KINETICS.replace("time_end", "end"))
+    with pytest.raises(LabelsError, match="no column 'time_end'"):
+        load_labels(where, root=root)
+    with pytest.raises(UsageError, match="kinetics has split 1 only"):
+        load_labels(where, 2, root=root)
 
 
 def folder(tmp_path: Path, *names: str) -> str:

@@ -1,0 +1,261 @@
+"""HMDB-51 and UCF-101 from their official folders and split files, with every count checked (FACTS §1, §4).
+
+HMDB-51: `testTrainMulti_7030_splits/CLASS_test_splitN.txt`, lines `NAME.avi 0|1|2`: unused, train, test.
+UCF-101: `ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt`; the test lists have no label.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..corpus.sources import escape_path
+from ..errors import LabelsError, UsageError
+from .listing import Listing, Names, Row, first_few, read_lines, videos_in
+
+SPLITS = (1, 2, 3)
+
+_HMDB51_NAMES = """
+brush_hair cartwheel catch chew clap climb climb_stairs dive draw_sword dribble drink eat fall_floor fencing flic_flac
+golf handstand hit hug jump kick kick_ball kiss laugh pick pour pullup punch push pushup ride_bike ride_horse run
+shake_hands shoot_ball shoot_bow shoot_gun sit situp smile smoke somersault stand swing_baseball sword sword_exercise
+talk throw turn walk wave
+"""
+HMDB51_CLASSES = tuple(_HMDB51_NAMES.split())
+# RECORDING_CLASS_VISIBLE_MOTION_PEOPLE_VIEW_QUALITY_NUMBER.avi
+_HMDB51_NAME = re.compile(r"(.+)_[fhlu]_(?:cm|nm)_np\d+_(?:ba|fr|le|ri)_(?:bad|goo|med)_\d+\.avi")
+_UCF101_NAME = re.compile(r"v_(.+_g\d+)_c\d+\.avi", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of an official data set, to hold a folder against."""
+
+    name: str
+    classes: int
+    videos: int
+    train: tuple[int, int, int]
+    test: tuple[int, int, int]
+    lists: tuple[str, ...]
+    video_archive: str
+    list_archive: str
+    page: str
+
+    @property
+    def get(self) -> str:
+        return f"get {self.video_archive} and {self.list_archive} from {self.page} and unpack both"
+
+
+HMDB51 = _Facts(
+    name="HMDB-51",
+    classes=51,
+    videos=6766,
+    train=(3570, 3570, 3570),
+    test=(1530, 1530, 1530),
+    lists=tuple(f"{name}_test_split{n}.txt" for name in HMDB51_CLASSES for n in SPLITS),
+    video_archive="hmdb51_org.rar",
+    list_archive="test_train_splits.rar",
+    page="https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database/",
+)
+UCF101 = _Facts(
+    name="UCF-101",
+    classes=101,
+    videos=13320,
+    train=(9537, 9586, 9624),
+    test=(3783, 3734, 3696),
+    lists=("classInd.txt", *(f"{side}list0{n}.txt" for side in ("train", "test") for n in SPLITS)),
+    video_archive="UCF101.rar",
+    list_archive="UCF101TrainTestSplits-RecognitionTask.zip",
+    page="https://www.crcv.ucf.edu/data/UCF101.php",
+)
+
+
+def read_hmdb51(root: str | None, split: int, partial: bool = False) -> Listing:
+    """HMDB-51 below `root`: 51 class folders of .avi files and the folder of 153 split files.
+
+    Unless `partial`, exactly the 6766 videos must be there. Raises UsageError (no root, no such split) and
+    LabelsError: what was expected, what was found, where to get it.
+    """
+    base, lists, names = _open(HMDB51, root, split, HMDB51_CLASSES)
+    rows: list[Row] = []
+    listed = []
+    for label in HMDB51_CLASSES:
+        file = os.path.join(lists, f"{label}_test_split{split}.txt")
+        used = Counter[str]()
+        for line in read_lines(file):
+            name, _, tag = line.rpartition(" ")
+            if tag not in ("0", "1", "2") or not name.strip():
+                raise LabelsError(f"{file}: {escape_path(line)!r} is not a line `NAME.avi 0|1|2`")
+            path = f"{label}/{name.strip()}"
+            found = names.find(path) or path
+            listed.append(found)
+            used[tag] += 1
+            if tag != "0":
+                cut = _HMDB51_NAME.fullmatch(name.strip())
+                source = cut[1].removesuffix(f"_{label}") if cut else name.strip()
+                rows.append(Row(found, label, "train" if tag == "1" else "test", os.path.basename(file), source))
+        if (used["1"], used["2"]) != (70, 30):
+            raise LabelsError(f"{file}: {used['1']} train and {used['2']} test videos, expected 70 and 30")
+    return _listing(HMDB51, base, lists, split, rows, listed, names, HMDB51_CLASSES, partial)
+
+
+def read_ucf101(root: str | None, split: int, partial: bool = False) -> Listing:
+    """UCF-101 below `root`: 101 class folders of .avi files and the folder of 7 lists; else as `read_hmdb51`."""
+    if root is not None and (found := _folder_of(root, UCF101.lists)) is not None:
+        classes = _class_index(os.path.join(found, "classInd.txt"))
+    else:
+        classes = ()
+    base, lists, names = _open(UCF101, root, split, classes)
+    folded = {name.casefold(): name for name in classes}
+    rows = []
+    for side in ("train", "test"):
+        file = os.path.join(lists, f"{side}list0{split}.txt")
+        for line in read_lines(file):
+            path, _, number = line.partition(" ")
+            folder, slash, name = path.partition("/")
+            label = folded.get(folder.casefold())
+            if not slash or label is None:
+                raise LabelsError(f"{file}: {escape_path(line)!r} names no class of classInd.txt")
+            if number and number.strip() != str(classes.index(label) + 1):
+                raise LabelsError(
+                    f"{file}: {escape_path(line)!r}: the class {label!r} is {classes.index(label) + 1} in classInd.txt"
+                )
+            cut = _UCF101_NAME.fullmatch(name)
+            found_as = names.find(path) or path
+            rows.append(Row(found_as, label, side, os.path.basename(file), cut[1] if cut else name))
+    return _listing(UCF101, base, lists, split, rows, [row.path for row in rows], names, classes, partial)
+
+
+def _class_index(path: str) -> tuple[str, ...]:
+    """classInd.txt: `1 ApplyEyeMakeup` … `101 YoYo`, the numbers counting from 1."""
+    classes = []
+    for number, line in enumerate(read_lines(path), start=1):
+        first, _, name = line.partition(" ")
+        if first != str(number) or not name.strip():
+            raise LabelsError(f"{path}: line {number} is {escape_path(line)!r}, expected `{number} CLASS`")
+        classes.append(name.strip())
+    if len(set(classes)) != UCF101.classes:
+        raise LabelsError(f"{path}: {len(set(classes))} classes, expected {UCF101.classes}")
+    return tuple(classes)
+
+
+def _open(facts: _Facts, root: str | None, split: int, classes: tuple[str, ...]) -> tuple[str, str, Names]:
+    """The folder of class folders, the folder of lists, and the videos. Says what is packed, missing or elsewhere."""
+    if root is None:
+        raise UsageError(f"--root: {facts.name} needs the folder that holds its videos and lists ({facts.get})")
+    if split not in SPLITS:
+        raise UsageError(f"--split: {facts.name} has splits 1, 2 and 3, got {split}")
+    root = os.path.abspath(root)
+    if not os.path.isdir(root):
+        raise LabelsError(f"--root {root}: no such folder; {facts.get}")
+    lists = _folder_of(root, facts.lists)
+    if lists is None:
+        packed = _packed(root, facts.list_archive)
+        why = f"{packed} is there, but not unpacked" if packed else f"found: {_contents(root)}; {facts.get}"
+        raise LabelsError(f"--root {root}: none of the {len(facts.lists)} lists of {facts.name} is in it; {why}")
+    missing = [name for name in facts.lists if not os.path.isfile(os.path.join(lists, name))]
+    if missing:
+        raise LabelsError(
+            f"{lists}: {len(missing)} of the {len(facts.lists)} lists of {facts.name} are missing, "
+            f"{first_few(missing)}; get {facts.list_archive} from {facts.page}"
+        )
+    base = _videos_folder(facts, root, classes)
+    folders = [name for name in os.listdir(base) if os.path.isdir(os.path.join(base, name))]
+    wanted = {name.casefold() for name in classes}
+    return base, lists, Names(videos_in(base, (name for name in folders if name.casefold() in wanted)))
+
+
+def _videos_folder(facts: _Facts, root: str, classes: tuple[str, ...]) -> str:
+    """Where most class folders lie; LabelsError where they are not all there."""
+    best, held = root, set[str]()
+    for folder in _near(root):
+        here = {name.casefold() for name in _folders(folder)} & {name.casefold() for name in classes}
+        if len(here) > len(held):
+            best, held = folder, here
+    gone = [name for name in classes if name.casefold() not in held]
+    if not gone:
+        return best
+    packed = [name for name in gone for folder in _near(root) if os.path.isfile(os.path.join(folder, f"{name}.rar"))]
+    if packed:
+        why = f"{len(packed)} of them are there as class archives ({packed[0]}.rar), but not unpacked"
+    elif archive := _packed(root, facts.video_archive):
+        why = f"{archive} is there, but not unpacked"
+    else:
+        why = f"found: {_contents(root)}; get {facts.video_archive} from {facts.page}"
+    raise LabelsError(
+        f"--root {root}: {len(gone)} of the {len(classes)} class folders of {facts.name} are missing, "
+        f"{first_few(gone)}; {why}"
+    )
+
+
+def _listing(
+    facts: _Facts,
+    base: str,
+    lists: str,
+    split: int,
+    rows: list[Row],
+    listed: list[str],
+    names: Names,
+    classes: tuple[str, ...],
+    partial: bool,
+) -> Listing:
+    counts: dict[str, tuple[int, int]] = {
+        "videos": (len(set(listed)), facts.videos),
+        "train videos": (sum(row.side == "train" for row in rows), facts.train[split - 1]),
+        "test videos": (sum(row.side == "test" for row in rows), facts.test[split - 1]),
+    }
+    for what, (found, expected) in counts.items():
+        if found != expected:
+            raise LabelsError(
+                f"{lists}: split {split} lists {found} {what}, {facts.name} has {expected}: the lists are not the "
+                f"official ones, or damaged; get {facts.list_archive} from {facts.page}"
+            )
+    gone = [name for name in listed if name not in names.exact]
+    if gone and not partial:
+        raise LabelsError(
+            f"{base}: {len(gone)} of the {facts.videos} videos of {facts.name} are missing, {first_few(gone)}: an "
+            f"incomplete download or archive? get {facts.video_archive} from {facts.page}, or take --partial"
+        )
+    unlabelled = tuple(sorted(names.exact - set(listed)))
+    return Listing(lists, base, rows, classes, unlabelled, official=True, get=facts.get)
+
+
+def _near(root: str) -> list[str]:
+    """`root`, its folders and theirs: archives unpack into folders of their own name or not."""
+    first = [os.path.join(root, name) for name in _folders(root)]
+    return [root, *first, *(os.path.join(folder, name) for folder in first for name in _folders(folder))]
+
+
+def _folders(folder: str) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except OSError:
+        return []
+
+
+def _folder_of(root: str, files: tuple[str, ...]) -> str | None:
+    """The folder in or below `root` that holds most of these files; None where none holds any."""
+
+    def held(folder: str) -> int:
+        try:
+            return len(set(os.listdir(folder)) & set(files))
+        except OSError:
+            return 0
+
+    best = max(_near(root), key=held, default=root)
+    return best if held(best) else None
+
+
+def _packed(root: str, archive: str) -> str | None:
+    return next((path for folder in _near(root) if os.path.isfile(path := os.path.join(folder, archive))), None)
+
+
+def _contents(root: str) -> str:
+    names = sorted(os.listdir(root))
+    return first_few(names, 5) if names else "an empty folder"
+
+
+READERS: dict[str, Callable[[str | None, int, bool], Listing]] = {"hmdb51": read_hmdb51, "ucf101": read_ucf101}

@@ -1,0 +1,39 @@
+"""Weights that torchvision publishes: from torch hub's cache, or fetched into it through torchvision's own API."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+
+from .errors import WeightsError
+from .weights import WeightsFile, load_weights
+
+
+def hub_folder() -> Path:
+    """Where torch hub keeps checkpoints: TORCH_HOME, or the user's cache."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def library_weights(choice: Any, sha256: str | None = None, *, who: str, remedy: str) -> WeightsFile:
+    """The weights of a member of torchvision's weights enums, such as ResNet18_Weights.IMAGENET1K_V1.
+
+    who, remedy: for the message where they cannot be had: who wants them, and what to do with a file.
+
+    Raises:
+        WeightsError: not in the cache and cannot be fetched, another sha256, or damaged.
+    """
+    path = hub_folder() / Path(urlparse(choice.url).path).name
+    if not path.is_file():
+        try:
+            choice.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise WeightsError(
+                f"{who}: {path.name} is not in {path.parent} and cannot be fetched "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+                f"get {choice.url} and {remedy}"
+            ) from None
+    return load_weights(path, sha256)

@@ -1,0 +1,172 @@
+"""The test of stage three, shared by `finetune` and `evaluate`: predictions of every test video, then the numbers,
+recomputed from the file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ..pipeline.config import Options
+from ..pipeline.evaluation.dataset import EvaluationClips
+from ..pipeline.evaluation.labels import Labels
+from ..pipeline.evaluation.predict import predict
+from ..pipeline.evaluation.predictions import Predictions, PredictionsError, metrics_from_file
+from ..pipeline.reporting.accuracy import MEASURES
+from ..pipeline.reporting.runs import short_dataset
+from ..pipeline.reporting.tables import Column, Table
+from ..pipeline.students.student import Student
+from ..pipeline.training.checkpoint import write_atomically
+from ..pipeline.training.device import pick_workers, torch_threads
+from ..pipeline.video.transforms import ClipView
+from ..pipeline.weights import state_sha256
+from .screen import Screen
+
+PREDICTIONS = "predictions.h5"
+RESULT = "result.json"
+
+
+class EvaluationOptions(Options):
+    """How videos are tested. `clips`, `crops` and `scores` are the protocol; the others change no score by more than
+    rounding."""
+
+    clips: int = Field(default=10, ge=1, description="clips a test video, evenly spread")
+    crops: Literal[1, 3] = Field(default=1, description="of each clip: the middle, or three along the longer side")
+    scores: Literal["softmax", "logits"] = Field(default="softmax", description="what is averaged over a video's clips")
+    batch_size: int = Field(default=32, ge=1, description="clips a forward pass")
+    workers: int | None = Field(default=None, ge=0, description="loader processes; default by the machine")
+
+    def protocol(self) -> dict[str, Any]:
+        """The options that make another number."""
+        return self.model_dump(include={"clips", "crops", "scores"})
+
+
+def evaluate_student(
+    student: Student,
+    labels: Labels,
+    *,
+    view: ClipView,
+    length: int,
+    options: EvaluationOptions,
+    device: torch.device,
+    out: Path,
+    screen: Screen,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Writes `out`/predictions.h5 and returns metrics_from_file of it; shows the table and the unread videos.
+
+    What an earlier call, interrupted or not, has predicted with the same weights is kept unless `fresh`.
+    """
+    predictions = Predictions.empty(
+        labels.classes,
+        [video.path for video in labels.test],
+        [video.label for video in labels.test],
+        options.clips * options.crops,
+        protocol=_protocol(view, length, options) | _read_from(labels),
+        identity={
+            "dataset": labels.dataset,
+            "split": labels.split,
+            "labels": labels_digest(labels),
+            "weights": state_sha256(student.state_dict()),
+            "student": student.options.model_dump(mode="json"),
+        },
+        sources=[video.source for video in labels.test],
+        features=student.feature_size,
+    )
+    final, partial = out / PREDICTIONS, out / "predictions.partial.h5"
+    kept = 0 if fresh else _adopt(predictions, final) or _adopt(predictions, partial)
+    workers = pick_workers(options.workers, device)
+    channels = student.options.channels
+    dataset = EvaluationClips(
+        labels, labels.test, view, length=length, clips=options.clips, crops=options.crops, channels=channels
+    )
+    with torch_threads(None, workers, device), screen.progress("testing", len(predictions.videos), "video") as bar:
+        if kept:
+            bar.advance(kept)
+        predict(
+            student,
+            dataset,
+            predictions,
+            batch_size=options.batch_size,
+            workers=workers,
+            device=device,
+            done=bar.advance,
+            save=lambda: predictions.write(partial),
+        )
+    if kept < len(predictions.videos) or not final.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        predictions.write(final)
+    partial.unlink(missing_ok=True)
+    metrics = metrics_from_file(final)
+    show_metrics(f"{short_dataset(labels.dataset)}, split {labels.split}", len(labels.classes), metrics, screen)
+    return metrics
+
+
+def write_result(out: Path, result: dict[str, Any]) -> None:
+    """RUN/result.json, whole or not at all."""
+    write_atomically(out / RESULT, json.dumps(result, indent=1, allow_nan=False).encode())
+
+
+def labels_digest(labels: Labels) -> str:
+    """sha256 of classes and of both lists, in hex: the same labels wherever the files lie."""
+    content = [list(labels.classes), *([[v.path, v.label] for v in side] for side in (labels.train, labels.test))]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _protocol(view: ClipView, length: int, options: EvaluationOptions) -> dict[str, Any]:
+    frame = view.frame_view()
+    return {
+        **options.protocol(),
+        "starts": f"floor(i * (n - {length}) / {max(options.clips - 1, 1)})",
+        "frames": length,
+        "stride": 1,
+        "short_videos": "last frame repeated",
+        "resize": frame.resize,
+        "interpolation": frame.interpolation,
+        "crop": f"{'center' if options.crops == 1 else 'begin, middle and end of the longer side'} {view.size}",
+        "precision": "fp32",
+        "unread_videos": "wrong",
+    }
+
+
+def _read_from(labels: Labels) -> dict[str, Any]:
+    """What the test clips are decoded from, where that is not the videos themselves."""
+    return {} if labels.copies is None else {"copies": dict(labels.copies.options)}
+
+
+def _adopt(predictions: Predictions, path: Path) -> int:
+    """How many videos an earlier file of the same weights and labels has already; a damaged one has none."""
+    try:
+        return predictions.adopt(Predictions.read(path)) if path.exists() else 0
+    except PredictionsError:
+        return 0
+
+
+def show_metrics(title: str, classes: int, metrics: dict[str, Any], screen: Screen) -> None:
+    """The table of accuracies, what its intervals rest on, and the videos that were not read."""
+    title = f"{title}: {metrics['videos']} test videos"
+    table = Table(title, [Column("accuracy, %"), Column("value", True), Column("95 % interval", True)])
+    for name, shown in MEASURES.items():
+        if name not in metrics:
+            continue
+        value, low, high = (100 * metrics[name][end] for end in ("value", "low", "high"))
+        table.add(shown, f"{value:.1f}", f"{low:.1f} – {high:.1f}")
+    table.notes.append(intervals_note(metrics["intervals"]))
+    if classes <= 5:
+        table.notes.append(f"Top 5 of {classes} classes is always right where the video could be read.")
+    screen.table(table.to_rich())
+    for found in metrics["failed"]:
+        screen.warn(f"counted as wrong, could not be read: {found['video']}: {found['reason']}")
+    for found in metrics["damaged"]:
+        screen.warn(f"tested, but damaged: {found['video']}: {found['reason']}")
+
+
+def intervals_note(intervals: dict[str, Any]) -> str:
+    """What the bootstrap resampled, as a sentence."""
+    if intervals["resampled"] == "sources":
+        return f"Intervals: bootstrap over the {intervals['units']} sources that the videos were cut from."
+    return "Intervals: bootstrap over videos; too narrow where several show the same recording (no column `source`)."
