@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
+from .cli_ablate import ablate
 from .cli_options import (
     Choices,
     config_options,
@@ -32,6 +33,7 @@ RESUME_HINTS = {
     "extract-targets": "interrupted; the same command goes on where it stopped",
     "targets": "interrupted; what is committed stays, the same command does the rest",
     "train-student": "interrupted; the same command with --resume goes on from the last checkpoint",
+    "ablate": "interrupted; the same command goes on where it stopped",
     "finetune": "interrupted; the same command with --resume goes on from the last checkpoint",
 }
 
@@ -46,6 +48,7 @@ def cli() -> None:
 
 
 cli.add_command(targets)
+cli.add_command(ablate)
 
 
 @cli.command(

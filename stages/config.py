@@ -30,7 +30,7 @@ from ..pipeline.errors import DistInitError, UsageError
 C = TypeVar("C", bound=Options)
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-SECTIONS = ("prepare", "extract-targets", "train-student", "finetune", "evaluate", "report", "demo")
+SECTIONS = ("prepare", "extract-targets", "train-student", "finetune", "evaluate", "ablate", "report", "demo")
 
 
 def load_config(
@@ -39,6 +39,7 @@ def load_config(
     *,
     preset: str | None = None,
     file: str | None = None,
+    layers: Sequence[tuple[str, Mapping[str, Any]]] = (),
     options: Mapping[str, Any] | None = None,
     settings: Sequence[str] = (),
     dropped: Sequence[str] = (),
@@ -46,28 +47,30 @@ def load_config(
 ) -> C:
     """The validated config of one command.
 
+    layers: (what messages call it, keys), nested, over preset and file.
     options: dotted key → value; None means that the option was not given.
     settings: "a.b=value" with values in YAML.
     dropped: keys of preset and file that an option replaces, as --fps does with sampling.every.
     flags: dotted key → the option that sets it, for messages.
     Raises UsageError, one line: the key, where its value comes from, the value, what is allowed.
     """
-    layers: list[tuple[str, Mapping[str, Any]]] = []
+    below: list[tuple[str, Mapping[str, Any]]] = []
     if preset is not None:
-        layers.append((f"preset {preset}", preset_section(preset, command)))
+        below.append((f"preset {preset}", preset_section(preset, command)))
     if file is not None:
-        layers.append((file, _section(read_yaml(Path(file)), command, file)))
-    layers = [(origin, _without(layer, dropped)) for origin, layer in layers]
+        below.append((file, _section(read_yaml(Path(file)), command, file)))
+    all_layers: list[tuple[str, Mapping[str, Any]]] = [(origin, _without(layer, dropped)) for origin, layer in below]
+    all_layers += layers
     for key, value in (options or {}).items():
         if value is not None:
-            layers.append(("", _nested(key, value)))
+            all_layers.append(("", nested(key, value)))
     for setting in settings:
         key, value = parse_setting(setting)
-        layers.append((f"--set {setting}", _nested(key, value)))
+        all_layers.append((f"--set {setting}", nested(key, value)))
 
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, layer in layers:
+    for origin, layer in all_layers:
         merged = merge(merged, layer)
         origins.update(dict.fromkeys(_leaves(layer), origin))
     try:
@@ -99,21 +102,21 @@ def preset_section(preset: str, command: str) -> dict[str, Any]:
     return _section(_parse(text, f"preset {preset}"), command, f"preset {preset}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file whose top is a mapping."""
+def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
+    """A YAML file whose top is a mapping; `option` is what named it, for messages."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror or error}") from None
+        raise UsageError(f"{option} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise UsageError(f"--config {path}: not a text file in UTF-8") from None
-    return _parse(text, f"--config {path}")
+        raise UsageError(f"{option} {path}: not a text file in UTF-8") from None
+    return _parse(text, f"{option} {path}")
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
     """`a.b=value` → key and value; the value is YAML: 3, 1e-4, [1, 2], null, text."""
     key, equals, text = setting.partition("=")
-    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key.strip()):
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key.strip()):
         raise UsageError(f"--set {setting}: expected key=value, as in loop.lr=0.01")
     try:
         return key.strip(), yaml.load(text, _Loader)
@@ -128,6 +131,12 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         old = result.get(key)
         result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return result
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """A dotted key and its value as mappings in mappings."""
+    first, dot, rest = key.partition(".")
+    return {first: nested(rest, value) if dot else value}
 
 
 def known_keys(model: type[Options], prefix: str = "") -> list[str]:
@@ -181,11 +190,6 @@ def _section(content: dict[str, Any], command: str, where: str) -> dict[str, Any
     if not isinstance(section, dict | None):
         raise UsageError(f"{where}: section {command!r} must hold keys, got {section!r}")
     return section or {}
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    first, dot, rest = key.partition(".")
-    return {first: _nested(rest, value) if dot else value}
 
 
 def _without(layer: Mapping[str, Any], dropped: Sequence[str], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,163 @@
+"""The runs that cells are made of: which are equal, where they lie, and whether they are done.
+
+A step is one run of stage two or three. Its key is the digest of all that decides its outcome: the config without
+paths and without what may differ on a resume, the identity of the store, and for stage three the labels and the student
+(its step's key, or the digest of a file). Equal steps are one run, whatever cells and plans they come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..pipeline.config import Options
+from ..pipeline.evaluation.labels import Labels, load_labels
+from ..pipeline.targets.store import TargetStore
+from ..pipeline.training.options import FREE_ON_RESUME
+from .ablate_plan import SECTIONS, STUDENT, Cell
+from .config import load_config, merge, preset_section
+from .evaluate import labels_digest
+from .finetune import FinetuneConfig, finetune
+from .screen import Screen
+from .train_student import TrainConfig, train_student
+
+RESULT = "result.json"
+TRAIN, TUNE = SECTIONS
+FOLDERS = {TRAIN: "students", TUNE: "finetunes"}
+PATHS = {TRAIN: {"out", "resume", "moved", "store"}, TUNE: {"out", "resume", "videos", "init", "dataset", "root"}}
+FREE = FREE_ON_RESUME - {"epochs"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run: `config` is what its command is told, `needs` the key of the student it begins from.
+
+    clips: that it trains on; network: what its speed depends on (`StudentOptions` and the shape of a batch).
+    """
+
+    kind: str
+    key: str
+    config: dict[str, Any] = field(compare=False)
+    clips: int = field(compare=False)
+    network: dict[str, Any] = field(compare=False)
+    needs: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """Of the run, relative to the ablation's."""
+        return f"{FOLDERS[self.kind]}/{self.key}"
+
+    def result(self, out: Path) -> dict[str, Any] | None:
+        """What the finished run said; None before."""
+        try:
+            return dict(json.loads((out / self.folder / RESULT).read_text()))
+        except (OSError, ValueError):
+            return None
+
+
+class StepMaker:
+    """Makes the steps of cells for one store."""
+
+    def __init__(self, store: TargetStore, moved: dict[str, str]) -> None:
+        self.store, self.moved = store, moved
+        self._labels: dict[tuple[Any, ...], Labels] = {}
+
+    def student(self, cell: Cell) -> Step:
+        """The run of stage two of a cell. Raises UsageError for a config that does not hold."""
+        config = self._config(TrainConfig, TRAIN, cell, {"store": self.store.name, "out": ".", "moved": self.moved})
+        teachers = config.targets.teachers or tuple(self.store.teachers)
+        identity = self.store.identity()
+        seen = {
+            "store": identity["store_id"],
+            "sampling": identity["sampling"],
+            "teachers": {name: identity["teachers"].get(name) for name in teachers},
+            "videos": len(self.store.usable([name for name in teachers if name in self.store.teachers])),
+        }
+        loop = config.loop.for_videos(int(seen["videos"] * (1 - config.held_out)))
+        key = _digest(_bare(config, TRAIN), seen)
+        return Step(TRAIN, key, _given(config), loop.total_steps * loop.batch_size, _network(config, config))
+
+    def finetuning(self, cell: Cell, student: Step | None) -> Step:
+        """The run of stage three of a cell, from its student's if it has one."""
+        dataset, equals, root = cell.dataset.partition("=")
+        forced: dict[str, Any] = {"dataset": dataset, "split": cell.split, "out": "."}
+        forced |= {"root": root} if equals else {}
+        if student is not None:
+            forced["init"] = "."
+        ours = self._config(TrainConfig, TRAIN, cell, {"store": self.store.name, "out": "."})
+        if student is None:  # the same network and the same clips as the students beside it
+            section = cell.sections[TUNE]
+            forced |= {} if "student" in section else {"student": ours.student.model_dump(mode="json")}
+            clips = {k: v for k, v in ours.clips.model_dump(mode="json").items() if k in ("length", "size", "resize")}
+            forced["clips"] = merge(clips, section.get("clips", {}))
+        config = self._config(FinetuneConfig, TUNE, cell, forced)
+        labels = self._labels_of(config)
+        begins = student.key if student is not None else _of_file(config.init)
+        key = _digest(_bare(config, TUNE), {"begins": begins, "labels": labels_digest(labels)})
+        loop = config.loop.for_videos(len(labels.train))
+        clips, needs = loop.total_steps * loop.batch_size, student.key if student is not None else None
+        return Step(TUNE, key, _given(config), clips, _network(ours, config), needs)
+
+    def _config(self, model: type, command: str, cell: Cell, forced: dict[str, Any]) -> Any:
+        section = dict(cell.sections[command])
+        preset = section.pop("preset", None)
+        if command == TUNE and section.get("init") == STUDENT:
+            section.pop("init")
+        layers = [(f"preset {preset}", preset_section(preset, command))] if preset else []
+        forced = merge({"loop": {"seed": cell.seed}}, forced)
+        return load_config(model, command, layers=[*layers, (f"plan, {cell.row}", section), ("", forced)])
+
+    def _labels_of(self, config: FinetuneConfig) -> Labels:
+        place = (config.dataset, config.split, config.videos)
+        if place not in self._labels:
+            self._labels[place] = load_labels(*place)
+        return self._labels[place]
+
+
+def run_step(step: Step, out: Path, screen: Screen) -> dict[str, Any]:
+    """Do a step, or go on with it where it was stopped; what is done is left alone. Raises what its stage raises."""
+    done = step.result(out)
+    if done is not None:
+        return done
+    config = prepared_config(step, out)
+    if step.kind == TRAIN:
+        return train_student(TrainConfig.model_validate(config), screen)
+    return finetune(FinetuneConfig.model_validate(config), screen)
+
+
+def prepared_config(step: Step, out: Path) -> dict[str, Any]:
+    """What a step's command is told, paths included."""
+    begins = {} if step.needs is None else {"init": str(out / FOLDERS[TRAIN] / step.needs)}
+    return {**step.config, **begins, "out": str(out / step.folder), "resume": True}
+
+
+def _given(config: Options) -> dict[str, Any]:
+    """The keys that preset and plan give: what they leave open, stage three takes from the initialisation."""
+    return dict(config.model_dump(mode="json", exclude_unset=True))
+
+
+def _network(ours: TrainConfig, loop: TrainConfig | FinetuneConfig) -> dict[str, Any]:
+    shape = {"length": ours.clips.length, "size": ours.clips.size}
+    batch = {key: getattr(loop.loop, key) for key in ("batch_size", "precision", "device")}
+    return {"student": ours.student.model_dump(mode="json"), **shape, **batch}
+
+
+def _bare(config: Any, kind: str) -> dict[str, Any]:
+    return dict(config.model_dump(mode="json", exclude={**dict.fromkeys(PATHS[kind], True), "loop": set(FREE)}))
+
+
+def _digest(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _of_file(init: str) -> str:
+    """The digest of an initialisation's file, or its name where it is none (scratch, a recipe)."""
+    if not os.path.isfile(init):
+        return init
+    with open(init, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
