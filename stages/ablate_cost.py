@@ -13,7 +13,7 @@ from rich.table import Table
 from .ablate_steps import TRAIN, Step
 from .screen import Screen
 
-MEASURED_S = 5.0
+MEASURED_S = 2.0
 
 
 def show_cost(

@@ -132,7 +132,7 @@ def run_step(step: Step, out: Path, screen: Screen) -> dict[str, Any]:
 def prepared_config(step: Step, out: Path) -> dict[str, Any]:
     """What a step's command is told, paths included."""
     begins = {} if step.needs is None else {"init": str(out / FOLDERS[TRAIN] / step.needs)}
-    return {**step.config, **begins, "out": str(out / step.folder), "resume": True}
+    return {**step.config, **begins, "out": str(out / step.folder), "resume": "auto"}
 
 
 def _given(config: Options) -> dict[str, Any]:

@@ -20,8 +20,8 @@ import yaml
 
 from ..pipeline.errors import DistInitError
 from .ablate_steps import Step, prepared_config
-from .extract_cluster import cluster
 from .screen import Screen
+from .workers import cluster
 
 if TYPE_CHECKING:
     from .ablate import Progress
@@ -70,7 +70,7 @@ def run_as_command(step: Step, out: str, after: float | None) -> float:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file, open(log, "ab") as said:
         yaml.safe_dump({step.kind: prepared_config(step, folder)}, file)
         file.flush()
-        words = [sys.executable, "-m", "distinit", step.kind, "--config", file.name, "--resume"]
+        words = [sys.executable, "-m", "distinit", step.kind, "--config", file.name]
         code = subprocess.run(
             words, stdout=said, stderr=said, stdin=subprocess.DEVNULL, env=_environment(), preexec_fn=_end_with_parent
         ).returncode

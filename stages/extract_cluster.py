@@ -9,11 +9,8 @@ from __future__ import annotations
 import atexit
 import errno
 import json
-import logging
-import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +22,13 @@ from ..pipeline.video.sampling import Sampling
 from .extract_batches import TeacherRunner
 from .extract_config import ExtractConfig
 from .extract_work import ShardFiller, ShardTask
-from .screen import Screen
 
 if TYPE_CHECKING:
-    from distributed import Client, Future, LocalCluster
+    from distributed import Client, Future
 
     from ..pipeline.targets.writer import StoreWriter
     from ..pipeline.teachers.teacher import Teacher
 
-STARTS = 3  # of a local cluster, before the run is given up
 IN_FLIGHT = 2  # tasks a worker holds: one at work, one waiting
 
 
@@ -130,59 +125,6 @@ def _worker_device(device: Any) -> Any:
     name = str(get_worker().name)
     digits = "".join(c for c in name if c.isdigit())
     return torch.device("cuda", int(digits or 0) % torch.cuda.device_count())
-
-
-@contextmanager
-def cluster(workers: int | None, scheduler: str | None, screen: Screen) -> Iterator[Client]:
-    """A client of the cluster at `scheduler`, or of a local one with `workers` processes."""
-    import dask
-    from distributed import Client
-
-    # A worker that dies three times on one shard has met something that kills workers.
-    dask.config.set({"distributed.scheduler.allowed-failures": 3, "distributed.admin.low-level-log-length": 100})
-    if scheduler is not None:
-        try:
-            there = Client(scheduler, timeout="20s")
-        except OSError as error:
-            raise DistInitError(f"--scheduler {scheduler}: no dask scheduler answers there ({error})") from None
-        with there as client:
-            screen.say(f"dask dashboard: {client.dashboard_link}")
-            yield client
-        return
-    with _local_cluster(workers) as local, Client(local) as client:
-        screen.say(f"dask dashboard: {client.dashboard_link}")
-        yield client
-
-
-def _local_cluster(workers: int | None) -> LocalCluster:
-    """Worker processes of this machine, which Ctrl-C does not reach: it is for the client, which ends them.
-
-    Whoever starts a process hands on the signals it blocks, and dask starts (and restarts) workers from the
-    thread of its event loop, which is made here and keeps what is blocked here.
-    """
-    from multiprocessing import resource_tracker
-
-    from distributed import LocalCluster
-
-    resource_tracker.ensure_running()  # where it has to be started later, Python unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        starts = 0
-        while True:
-            starts += 1
-            try:
-                return LocalCluster(
-                    n_workers=workers,
-                    threads_per_worker=1,
-                    processes=True,
-                    dashboard_address=":0",
-                    silence_logs=logging.ERROR,  # a worker that is restarted, or slow to end, costs nothing
-                )
-            except RuntimeError as error:  # a worker died before it was up
-                if starts == STARTS:
-                    raise DistInitError(f"--workers {workers}: the workers do not start ({error})") from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_shards(

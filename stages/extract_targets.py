@@ -139,7 +139,8 @@ def _filling(
         ):
             yield here
         return
-    from .extract_cluster import WorkerSetup, cluster, run_shards
+    from .extract_cluster import WorkerSetup, run_shards
+    from .workers import cluster
 
     with cluster(config.workers, config.scheduler, screen) as client:
 

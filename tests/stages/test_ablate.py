@@ -1,0 +1,204 @@
+"""Ablations: equal runs shared, killed and gone on with, no teacher, not a byte of the store changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+
+from distinit.pipeline.errors import DistInitError, UsageError
+from distinit.pipeline.targets.store import TargetStore
+from distinit.stages.ablate import AblateConfig, ablate
+from distinit.stages.ablate_plan import cells, read_plan, shipped_plans
+from distinit.stages.ablate_steps import StepMaker
+from distinit.stages.screen import Screen
+
+QUIET = Screen(quiet=True)
+LOOP = {
+    "batch_size": 4, "epochs": 2, "epoch_clips": 8, "lr": 0.02, "workers": 0, "threads": 1, "device": "cpu",
+    "checkpoint_every": 1,
+}  # fmt: skip
+PLAN: dict[str, Any] = {
+    "title": "picks and starts",
+    "paper": {"table": "2", "rows": {"random": {"hmdb51": 43.2}}},
+    "base": {
+        "train-student": {
+            "student": {"width": 0.125}, "loop": LOOP, "clips": {"length": 8, "size": 32, "resize": [40, 60]},
+            "targets": {"teachers": ["sure"]},
+        },
+        "finetune": {"loop": LOOP, "test": {"clips": 2, "workers": 0}},
+    },
+    "axes": {
+        "what": {
+            "random": {"train-student.targets.picks": "random"},
+            "slow": {"train-student.targets.picks": "random", "finetune.loop.lr": 0.001},
+            "2 random": {"train-student.targets.picks": "random:2"},
+            "scratch": {"finetune.init": "scratch"},
+        }
+    },
+}  # fmt: skip
+NO_TEACHERS = """
+import sys
+for name in ("distinit.pipeline.teachers", "distinit.stages.extract_targets", "efficientnet_lite_pytorch", "timm"):
+    sys.modules[name] = None  # import raises ImportError
+from distinit.cli import main
+sys.argv[0] = "distinit"
+main()
+"""
+
+
+@pytest.fixture
+def home(tiny_store, tmp_path: Path) -> Path:
+    """A plan and labels of the store's videos."""
+    names = sorted(p.name for p in tiny_store.videos.iterdir())
+    lines = [
+        f"{tiny_store.videos / name},{'ab'[i % 2]},{'test' if i >= 8 else 'train'}" for i, name in enumerate(names)
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,split1", *lines]) + "\n")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False))
+    return tmp_path
+
+
+def config(home: Path, store: Any, out: str, **more: Any) -> AblateConfig:
+    given = {"plan": str(home / "plan.yaml"), "store": str(store.path), "out": str(home / out)}
+    return AblateConfig.model_validate({**given, "datasets": [f"csv:{home / 'labels.csv'}"], **more})
+
+
+def words(home: Path, store: Any, out: str) -> list[str]:
+    return [
+        sys.executable, "-c", NO_TEACHERS, "ablate", str(home / "plan.yaml"), "--targets", str(store.path),
+        "--dataset", f"csv:{home / 'labels.csv'}", "--out", str(home / out),
+    ]  # fmt: skip
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def scores(out: Path) -> dict[str, np.ndarray]:
+    """Clip scores of every cell by its row."""
+    found = {}
+    for record in json.loads((out / "cells.json").read_text())["cells"]:
+        with h5py.File(out / record["finetune"] / "predictions.h5") as file:
+            found[record["row"]] = np.asarray(file["clip_scores"])
+    return found
+
+
+def test_killed_twice_it_ends_as_an_undisturbed_run_and_touches_no_teacher_and_no_store(tiny_store, home):
+    before = bytes_of(tiny_store.path)
+    result = ablate(config(home, tiny_store, "whole"), QUIET)
+    assert [c["status"] for c in result["cells"]] == ["done"] * 4
+    # The first two rows differ in stage three alone: one student serves both.
+    assert len(list((home / "whole/students").iterdir())) == 2
+    assert len(list((home / "whole/finetunes").iterdir())) == 4
+    for runs in (1, 3):  # kill -9 once so many checkpoints or results are there
+        process = subprocess.Popen(words(home, tiny_store, "broken"), stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(list((home / "broken").glob("*/*/checkpoints/last.pt"))) < runs and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(words(home, tiny_store, "broken"), check=True, stderr=subprocess.DEVNULL)
+    whole, broken = scores(home / "whole"), scores(home / "broken")
+    assert list(whole) == ["random", "slow", "2 random", "scratch"]
+    for row in whole:
+        np.testing.assert_array_equal(whole[row], broken[row])
+    assert not np.array_equal(whole["random"], whole["2 random"])
+    assert bytes_of(tiny_store.path) == before
+
+
+def test_workers_do_the_same_and_a_failed_cell_stops_no_other(tiny_store, home):
+    broken = {**PLAN, "axes": {"what": {
+        "random": {"train-student.targets.picks": "random"},
+        "nothing left": {"train-student.targets.max_entropy": 1e-9, "train-student.targets.teachers": ["unsure"]},
+    }}}  # fmt: skip
+    (home / "plan.yaml").write_text(yaml.safe_dump(broken, sort_keys=False))
+    found = []
+    for out, more in (("here", {}), ("there", {"workers": 1})):
+        with pytest.raises(DistInitError, match=r"1 of 2 cells failed.*nothing left.*keeps none"):
+            ablate(config(home, tiny_store, out, **more), QUIET)
+        records = json.loads((home / out / "cells.json").read_text())["cells"]
+        assert [r["status"] for r in records] == ["done", "failed"]
+        assert "keeps none" in records[1]["reason"]
+        with h5py.File(home / out / records[0]["finetune"] / "predictions.h5") as file:
+            found.append(np.asarray(file["clip_scores"]))
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_dry_run_lists_the_cells_and_writes_nothing(tiny_store, home):
+    result = ablate(config(home, tiny_store, "out", seeds=[0, 1], dry_run=True), QUIET)
+    assert len(result["cells"]) == 8
+    assert result["hours_left"] > 0
+    assert result["measured_on_noise"]
+    assert not (home / "out").exists()
+
+
+def test_keys_follow_what_decides_an_outcome(tiny_store, home):
+    maker = StepMaker(TargetStore.open(tiny_store.path), {})
+
+    def keys(seeds: tuple[int, ...] = (0,), base: Mapping[str, Any] | None = None) -> list[str]:
+        maker._labels.clear()
+        plan = read_plan(str(home / "plan.yaml"), base or {})
+        found = cells(plan, datasets=[f"csv:{home / 'labels.csv'}"], seeds=list(seeds), splits=[1])
+        return [maker.finetuning(c, maker.student(c) if c.needs_student else None).key for c in found]
+
+    first = keys()
+    assert len(set(first)) == 4
+    assert keys(base={"train-student": {"loop": {"log_every": 7}}, "finetune": {"loop": {"threads": 2}}}) == first
+    assert set(keys(seeds=(1,))).isdisjoint(first)
+    assert keys(base={"train-student": {"targets": {"tau": 2.0}}})[3] == first[3]  # scratch knows no targets
+    assert set(keys(base={"train-student": {"targets": {"tau": 2.0}}})[:3]).isdisjoint(first)
+    labels = (home / "labels.csv").read_text()
+    (home / "labels.csv").write_text(labels.replace(",b,train", ",a,train", 1))
+    assert set(keys()).isdisjoint(first)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"axes": {"picks": ["center"]}}, "'picks': a key begins with its section"),
+        ({"axes": {"what": {"a": {"train-student.targets.picked": "x"}}}}, "unknown key 'targets.picked'"),
+        ({"axes": {"train-student.targets.tau": [1, 1]}}, "the plan has '1' twice"),
+        ({"axes": {"train-student.targets.tau": []}}, "has no values"),
+        ({"seed": [1]}, "seed"),
+        ({"base": {"train-student": {"preset": "papr"}}}, "no preset 'papr'"),
+    ],
+)
+def test_plans_that_do_not_hold_are_refused_in_one_line(tiny_store, home, change, message):
+    (home / "plan.yaml").write_text(yaml.safe_dump({**PLAN, **change}, sort_keys=False))
+    with pytest.raises(UsageError, match=message):
+        ablate(config(home, tiny_store, "out"), QUIET)
+    assert not (home / "out").exists()
+
+
+def test_one_ablation_at_a_time_in_a_folder(tiny_store, home):
+    import fcntl
+
+    (home / "out").mkdir()
+    lock = os.open(home / "out", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match="another distinit ablate"):
+        ablate(config(home, tiny_store, "out"), QUIET)
+    os.close(lock)
+
+
+@pytest.mark.parametrize("name", shipped_plans())
+def test_shipped_plans_are_whole(name):
+    plan = read_plan(name, {})
+    rows = {cell.row for cell in cells(plan, datasets=plan.datasets, seeds=plan.seeds, splits=plan.splits)}
+    assert plan.paper is None or set(plan.paper.rows) <= rows
+    assert plan.datasets
