@@ -10,14 +10,24 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
+import threading
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..corpus.sources import escape_path
 from ..errors import DistInitError, TrainingError
+from ..video.whereabouts import Whereabouts, begin
+
+HANG_S = 120.0  # a worker that reads one video for longer hangs
+LOOK_EVERY_S = 1.0  # how often a process that waits for a batch looks what its workers do
+CRASHES = 2  # of workers reading one video, after which it is refused
+MAX_STARTS = 20
 
 Key = tuple[int, int]
 """(epoch, sample): sample counts from 0 in each epoch."""
@@ -67,13 +77,79 @@ class EachOnce(Sampler[list[Key]]):
 
 
 def read_batches(
-    dataset: KeyedDataset, batches: Sampler[list[Key]], *, workers: int, device: torch.device
+    dataset: KeyedDataset,
+    batches: Sampler[list[Key]],
+    *,
+    workers: int,
+    device: torch.device,
+    hang_s: float = HANG_S,
 ) -> Generator[dict[str, Any]]:
     """Yields collated batches in the order of `batches`; see `collate`. Workers end with the iterator.
 
-    Raises the data set's own DistInitError as it was raised in the worker, and TrainingError when a worker
-    dies (out of memory, a decoder that crashes).
+    A video that a decoder crashes on twice, or that takes a worker longer than `hang_s` seconds, is refused: the
+    workers are started again, find it unreadable with that reason, and go on where the batches stopped.
+
+    Raises the data set's own DistInitError as it was raised in the worker, and TrainingError when a worker dies
+    that read no video, that the system killed (as it does where memory runs out), or after 20 starts.
     """
+    if not workers:
+        yield from _one_go(dataset, batches, 0, device, {}, hang_s)
+        return
+    refused: dict[str, str] = {}
+    suspects: Counter[str] = Counter()
+    done, last = 0, _Ended("", "")
+    for _ in range(MAX_STARTS):
+        try:
+            for batch in _one_go(dataset, _Rest(batches, done), workers, device, refused, hang_s):
+                done += 1
+                yield batch
+            return
+        except _Ended as ended:
+            last = ended
+            suspects[ended.path] += 1
+            if isinstance(ended, _Stuck) or suspects[ended.path] >= CRASHES:
+                refused[ended.path] = ended.reason
+    where = escape_path(last.path)
+    raise TrainingError(f"loader processes ended {MAX_STARTS} times, the last reading {where}: {last.reason}")
+
+
+class _Ended(Exception):
+    """The workers had to be ended for a video's sake."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+
+class _Stuck(_Ended):
+    """A worker has been reading a video for too long."""
+
+
+class _Crashed(_Ended):
+    """A worker died reading a video."""
+
+
+class _Rest(Sampler[list[Key]]):
+    """The batches from the k-th on."""
+
+    def __init__(self, batches: Sampler[list[Key]], k: int) -> None:
+        self.batches, self.k = batches, k
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return islice(iter(self.batches), self.k, None)
+
+
+def _one_go(
+    dataset: KeyedDataset,
+    batches: Sampler[list[Key]],
+    workers: int,
+    device: torch.device,
+    refused: dict[str, str],
+    hang_s: float,
+) -> Generator[dict[str, Any]]:
+    """The batches from one set of workers; _Stuck or _Crashed where a video ends it."""
+    context = _context(device) if workers else None
+    places = Whereabouts(context, workers) if context is not None else None
     loader = DataLoader(
         _Reader(dataset),
         batch_sampler=batches,
@@ -81,42 +157,72 @@ def read_batches(
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
-        multiprocessing_context=_context(device) if workers else None,
-        worker_init_fn=_outlive_sigterm,
+        multiprocessing_context=context,
+        worker_init_fn=partial(_begin, places, dict(refused)),
+        timeout=min(hang_s, LOOK_EVERY_S) if workers else 0,
         # An own generator: the loader draws a seed from it, and must not touch the global one, whose state
         # a checkpoint carries.
         generator=torch.Generator().manual_seed(0),
     )
-    others = multiprocessing.active_children()
     iterator = iter(loader)
-    started = [process for process in multiprocessing.active_children() if process not in others]
+    _look_for_deaths()
+    processes = list(getattr(iterator, "_workers", []))
     try:
-        with worker_errors():
-            for batch in iterator:
-                if isinstance(batch, DistInitError):
-                    raise batch
-                yield batch
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if isinstance(error, DistInitError) or "DataLoader" not in str(error):
+                    raise
+                _why(error, places, processes, hang_s)  # raises, or says to wait on
+                continue
+            if isinstance(batch, DistInitError):
+                raise batch
+            yield batch
+    except _Ended:
+        for process in processes:
+            process.kill()
+        raise
     finally:
-        # What the iterator does when it is collected; the traceback of an error may keep it alive. Until it
-        # has let go of its workers, the end of one raises an error wherever the main process is.
-        if started:
+        # What the iterator does when it is collected; the traceback of an error may keep it alive.
+        if processes:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
-        for process in started:
+        for process in processes:
             if process.is_alive():
                 process.kill()
 
 
-@contextmanager
-def worker_errors() -> Iterator[None]:
-    """TrainingError for a loader process that died. Torch raises it from a signal handler, so it may come
-    up anywhere in the main process, not only where a batch is asked for."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, DistInitError) or "DataLoader worker" not in str(error):
-            raise
-        reason = str(error).splitlines()[0].rstrip(". ")
-        raise TrainingError(f"a loader process died: {reason}; fewer workers need less memory") from error
+def _why(error: RuntimeError, places: Whereabouts | None, processes: list[Any], hang_s: float) -> None:
+    """_Crashed, _Stuck or TrainingError for what the DataLoader says; nothing where all is well but slow."""
+    if "timed out" in str(error):
+        for worker in range(len(processes)):
+            reading = places.reading(worker) if places is not None else None
+            if reading is not None and reading[1] > hang_s:
+                raise _Stuck(reading[0], f"its decoder hung: no answer for {hang_s:g} s") from error
+        return
+    for worker, process in enumerate(processes):
+        process.join(0)
+        if process.exitcode in (None, 0):
+            continue
+        how = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit status {process.exitcode}"
+        reading = places.reading(worker) if places is not None else None
+        if reading is None or process.exitcode == -signal.SIGKILL:
+            where = f", reading {escape_path(reading[0])}" if reading is not None else ""
+            raise TrainingError(f"a loader process died: {how}{where}; fewer workers need less memory") from error
+        raise _Crashed(reading[0], f"its decoder crashed ({how})") from error
+    reason = str(error).splitlines()[0].rstrip(". ")
+    raise TrainingError(f"a loader process died: {reason}; fewer workers need less memory") from error
+
+
+def _look_for_deaths() -> None:
+    """Without the signal handler that torch sets for its workers: it raises their death wherever the main process
+    is, in the middle of a step; without, it is seen where a batch is waited for."""
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling":
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def collate(items: Sequence[dict[str, Any] | DistInitError | None]) -> dict[str, Any] | DistInitError:
@@ -159,10 +265,12 @@ class _Reader(Dataset[Any]):
             return [error]
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """A job's SIGTERM goes to all its processes. The main one finishes its step and writes a checkpoint; a
-    worker that died meanwhile would raise in the middle of that step."""
+def _begin(places: Whereabouts | None, refused: dict[str, str], worker: int) -> None:
+    """In a new worker. A job's SIGTERM goes to all its processes: the main one finishes its step and writes a
+    checkpoint; a worker that died meanwhile would be missed in the middle of that step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if places is not None:
+        begin(places, worker, refused)
 
 
 def _collate_values(values: list[Any]) -> Any:

@@ -20,7 +20,7 @@ from ..errors import TrainingInterrupted, UsageError
 from .checkpoint import Checkpoints, Resume, random_states
 from .device import pick_workers, slow_precision, torch_threads
 from .interrupts import Interrupts
-from .loader import KeyedBatches, KeyedDataset, read_batches, worker_errors
+from .loader import KeyedBatches, KeyedDataset, read_batches
 from .meter import Meter
 from .metrics import Metrics
 from .options import LoopOptions
@@ -121,7 +121,6 @@ def fit(
             interrupts = stack.enter_context(Interrupts())
             metrics = stack.enter_context(Metrics(run_dir, state.step)) if ranks.lead else None
             bar = stack.enter_context(progress("training", len(keys), "step")) if progress else None
-            stack.enter_context(worker_errors())
             share = ShareOfSamples(keys, ranks)
             batches = stack.enter_context(closing(read_batches(dataset, share, workers=workers, device=device)))
             for batch in meter.timed(ranks.together(batches, interrupts.requested)):

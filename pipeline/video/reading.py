@@ -20,6 +20,7 @@ from .flowfile import STEPS, STILL, read_flow, read_flow_map
 from .folders import Kind, check_current, kind_of
 from .prepared import read_copy
 from .transforms import ClipView, Crop, of_channels
+from .whereabouts import at
 
 
 class VideoFile(NamedTuple):
@@ -66,6 +67,11 @@ def check_fits(options: Mapping[str, Any], view: ClipView, channels: int, *, fol
 
 def count_frames(file: VideoFile) -> int:
     """How many frames the video has. VideoError with the reason where it has none, or its copy is not of it."""
+    with at(file.path):
+        return _count(file)
+
+
+def _count(file: VideoFile) -> int:
     if file.kind == "video":
         return clips.count_frames(file.path)
     source: SourceRecord = (read_map if file.kind == "copy" else read_flow_map)(file.path).source
@@ -90,10 +96,11 @@ def read_clip(
     crop: where it is cut and whether mirrored, in the middle without. expect, digest: of the video, see
     `clips.read_frames`, which says what is raised.
     """
-    if file.kind == "flow":
-        stored, bound, _ = read_flow(file.path, frames, expect=expect, digest=digest)
-        return _flow_clip(stored, bound, view, crop)
-    found = _READERS[file.kind](file.path, frames, view.frame_view(crop), expect=expect, digest=digest)
+    with at(file.path):
+        if file.kind == "flow":
+            stored, bound, _ = read_flow(file.path, frames, expect=expect, digest=digest)
+            return _flow_clip(stored, bound, view, crop)
+        found = _READERS[file.kind](file.path, frames, view.frame_view(crop), expect=expect, digest=digest)
     return of_channels(view.cut(found.images, crop), channels)
 
 
@@ -105,11 +112,13 @@ def read_clips(
     if file.kind == "flow":
         each, damaged = [], 0
         for clip in frames:
-            stored, bound, repeated = read_flow(file.path, clip)
+            with at(file.path):
+                stored, bound, repeated = read_flow(file.path, clip)
             each += [_in_pixels(cut, bound) for cut in view.cuts(stored.transpose(0, 2, 3, 1), crops)]
             damaged += repeated
         return Clips(torch.stack(each), frames.size, damaged)
-    found = _READERS[file.kind](file.path, wanted, view.frame_view())
+    with at(file.path):
+        found = _READERS[file.kind](file.path, wanted, view.frame_view())
     indices = torch.from_numpy(place.reshape(frames.shape))
     taken = torch.stack([cut[:, indices] for cut in view.cuts(found.images, crops)], dim=2)  # [3, N, crops, L, H, W]
     made = torch.stack([of_channels(clip, channels) for clip in taken.flatten(1, 2).unbind(1)])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import multiprocessing
+import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,12 +19,13 @@ import pytest
 import torch
 import zarr
 
-from distinit.pipeline.errors import TrainingError, UsageError
+from distinit.pipeline.errors import TrainingError, UsageError, VideoError
 from distinit.pipeline.targets.picks import PickRule
 from distinit.pipeline.targets.store import TargetStore
 from distinit.pipeline.training.dataset import StudentClips
 from distinit.pipeline.training.loader import KeyedBatches, read_batches
 from distinit.pipeline.training.sampler import Draw, TargetSampler, measure_entropies
+from distinit.pipeline.video import reading
 from distinit.pipeline.video.clips import read_frames
 from distinit.pipeline.video.decode import VideoReader
 from distinit.pipeline.video.geometry import View, render
@@ -204,20 +210,68 @@ def test_a_scale_is_drawn_like_the_crop_and_changes_nothing_else(store):
 def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(store):
     clips = StudentClips(make(store, thresholds={"sure": 0.4, "unsure": 1.2}), VIEW)
 
-    def stream(workers: int, start: int) -> list[tuple[list[int], list[int], int]]:
+    def stream(workers: int, start: int) -> list[tuple[list[int], list[int], str]]:
         keys = KeyedBatches(batch_size=6, steps_per_epoch=4, epochs=2, start=start)
-        batches = read_batches(clips, keys, workers=workers, device=torch.device("cpu"))
-        return [(b["video"].tolist(), b["start"].tolist(), int(b["clip"].long().sum())) for b in batches]
+        batches = list(read_batches(clips, keys, workers=workers, device=torch.device("cpu")))
+        # A read that failed on its own account would be drawn again: then say so, not that batches differ.
+        assert [each for batch in batches for each in batch["broken"] if each] == []
+        return [(b["video"].tolist(), b["start"].tolist(), digest(b["clip"])) for b in batches]
+
+    def digest(clip: torch.Tensor) -> str:
+        return hashlib.blake2b(clip.numpy().tobytes(), digest_size=16).hexdigest()
 
     everything = stream(0, 0)
     assert len(everything) == 8
+    for start in range(1, 9):  # stopped after any batch
+        assert stream(0, start) == everything[start:]
     for workers, start in [(1, 0), (2, 3), (4, 5)]:
         assert stream(workers, start) == everything[start:]
     # What spawn and forkserver do with it: a fresh process gets the pickle and opens the store itself.
     program = "import pickle, sys; print(pickle.load(sys.stdin.buffer)[0, 0]['clip'].long().sum().item())"
     arguments = [sys.executable, "-c", program]
-    elsewhere = subprocess.run(arguments, input=pickle.dumps(clips), capture_output=True, timeout=60, check=True)
+    elsewhere = subprocess.run(arguments, input=pickle.dumps(clips), capture_output=True, timeout=300, check=True)
     assert int(elsewhere.stdout) == int(clips[0, 0]["clip"].long().sum())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("how", ["crash", "hang"])
+def test_a_video_that_a_decoder_crashes_or_hangs_on_is_named_and_drawn_again(store, monkeypatch, how):
+    """Whatever worker meets it; the batches are those of a run in which the video is simply broken."""
+    bad = store.video_path(int(store.usable()[4]))
+
+    def reader(path: str, *arguments: Any, **options: Any) -> Any:
+        if path == bad:
+            if multiprocessing.parent_process() is None:
+                raise VideoError("broken")
+            if how == "crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            time.sleep(100)
+        return read_frames(path, *arguments, **options)
+
+    monkeypatch.setitem(reading._READERS, "video", reader)
+
+    def stream(workers: int) -> tuple[list[Any], dict[str, str]]:
+        keys = KeyedBatches(batch_size=6, steps_per_epoch=4, epochs=1)
+        clips = StudentClips(make(store), VIEW)
+        found = list(read_batches(clips, keys, workers=workers, device=torch.device("cpu"), hang_s=1.0))
+        broken = {name: why for batch in found for each in batch["broken"] for name, why in each}
+        return [(b["video"].tolist(), b["start"].tolist(), int(b["clip"].long().sum())) for b in found], broken
+
+    expected, _ = stream(0)
+    batches, broken = stream(2)
+    assert batches == expected
+    why = {"crash": "its decoder crashed (SIGSEGV)", "hang": "its decoder hung: no answer for 1 s"}[how]
+    assert broken == {bad: why}
+
+
+def test_a_worker_that_the_system_kills_ends_the_run_with_the_video_it_read(store, monkeypatch):
+    def reader(path: str, *arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setitem(reading._READERS, "video", reader)
+    keys = KeyedBatches(batch_size=6, steps_per_epoch=4, epochs=1)
+    with pytest.raises(TrainingError, match=r"^a loader process died: SIGKILL, reading .*/v\d\d é\.mp4; fewer workers"):
+        list(read_batches(StudentClips(make(store), VIEW), keys, workers=1, device=torch.device("cpu")))
 
 
 def test_broken_and_exchanged_videos_are_drawn_again_and_named(store, own_store):
