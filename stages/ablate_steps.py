@@ -20,15 +20,18 @@ from ..pipeline.targets.store import TargetStore
 from ..pipeline.training.options import FREE_ON_RESUME
 from .ablate_plan import SECTIONS, STUDENT, Cell
 from .config import load_config, merge, preset_section
-from .evaluate import labels_digest
 from .finetune import FinetuneConfig, finetune
 from .screen import Screen
+from .testing import labels_digest
 from .train_student import TrainConfig, train_student
 
 RESULT = "result.json"
 TRAIN, TUNE = SECTIONS
 FOLDERS = {TRAIN: "students", TUNE: "finetunes"}
-PATHS = {TRAIN: {"out", "resume", "moved", "store"}, TUNE: {"out", "resume", "videos", "init", "dataset", "root"}}
+PATHS = {
+    TRAIN: {"out", "resume", "moved", "store"},
+    TUNE: {"out", "resume", "verbose", "videos", "init", "dataset", "root"},
+}
 FREE = FREE_ON_RESUME - {"epochs"}
 
 
@@ -112,9 +115,12 @@ class StepMaker:
         return load_config(model, command, layers=[*layers, (f"plan, {cell.row}", section), ("", forced)])
 
     def _labels_of(self, config: FinetuneConfig) -> Labels:
-        place = (config.dataset, config.split, config.videos)
+        place = (config.dataset, config.split, config.videos, config.root, config.partial)
         if place not in self._labels:
-            self._labels[place] = load_labels(*place)
+            split = config.split if isinstance(config.split, int) else None
+            self._labels[place] = load_labels(
+                config.dataset, split, config.videos, root=config.root, partial=config.partial
+            )
         return self._labels[place]
 
 
@@ -156,8 +162,11 @@ def _digest(*parts: Any) -> str:
 
 
 def _of_file(init: str) -> str:
-    """The digest of an initialisation's file, or its name where it is none (scratch, a recipe)."""
-    if not os.path.isfile(init):
-        return init
-    with open(init, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """An initialisation's name, with the digest of its file where it has one (`inflate:FILE`, a student's, …)."""
+    kind, colon, rest = init.partition(":")
+    for path in (init, rest) if colon else (init,):
+        path = os.path.join(path, "student.safetensors") if os.path.isdir(path) else path
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                return f"{kind if path == rest else ''}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return init
