@@ -27,6 +27,30 @@ def targets_info(store: str, failed: bool, **given: Any) -> None:
 
 
 @targets.command(
+    "browse",
+    epilog=examples(
+        "distinit targets browse targets.zarr --out look",
+        "distinit targets browse targets.zarr --out look --sample 30 --videos kinetics=/data/k400",
+    ),
+)
+@click.argument("store")
+@click.option("--out", required=True, metavar="DIR", help="The folder for browse.html.")
+@click.option("--sample", type=int, default=12, metavar="N", help="Videos shown as strips of frames.  [default: 12]")
+@click.option("--seed", type=int, default=0, metavar="S", help="Which videos those are.  [default: 0]")
+@click.option("--videos", multiple=True, metavar="CORPUS=DIR", help="Where a corpus of the store lies now. Repeatable.")
+@screen_options
+def targets_browse(store: str, out: str, **given: Any) -> None:
+    """A page with frames, labels and entropies of sampled videos, for any browser, without network.
+
+    Also the most and least confident frames of each teacher, how often each class comes first, and the videos that
+    failed. A video that is not here is shown as missing.
+    """
+    moved = pairs(given["videos"], "--videos")
+    call_stage("targets_browse", "targets_browse", given, store, out, sample=given["sample"], seed=given["seed"],
+               moved=moved)  # fmt: skip
+
+
+@targets.command(
     "verify",
     epilog=examples(
         "distinit targets verify targets.zarr",

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..pipeline.errors import UsageError
 from ..pipeline.reporting.accuracy import accuracy_numbers, screen_tables
 from ..pipeline.reporting.page import make_report, to_html, to_markdown
 from ..pipeline.reporting.runs import find_runs
+from ..pipeline.reporting.writing import write_whole
 from .screen import Screen
 
 
@@ -26,9 +26,9 @@ def report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str
     runs = find_runs(folders)
     found = make_report(runs)
     page, markdown, table = (Path(out) / name for name in ("report.html", "report.md", "accuracy.csv"))
-    _write(page, to_html(found, __version__))
-    _write(markdown, to_markdown(found))
-    _write(table, accuracy_numbers(found.finetuned).to_csv())
+    write_whole(page, to_html(found, __version__))
+    write_whole(markdown, to_markdown(found))
+    write_whole(table, accuracy_numbers(found.finetuned).to_csv())
 
     for part in screen_tables(found.finetuned):
         screen.table(part.to_rich())
@@ -45,14 +45,3 @@ def report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str
             for d in found.differences
         ],
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: a report that is being looked at is replaced, never half there."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(part, path)
-    except OSError as error:
-        raise UsageError(f"--out {path.parent}: cannot write {path.name} ({error.strerror or error})") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,10 @@ from rich.table import Table
 from ..pipeline.targets.files import LocalFiles
 from ..pipeline.targets.index import FAILED, OK, PENDING
 from ..pipeline.targets.store import TargetStore
+from ..pipeline.targets.survey import failures, survey
 from .screen import Screen
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-SAMPLED_ROWS = 200_000  # rows read for entropies and labels; all of a small store
-REMOTE_ROWS, RUN = 16_384, 128  # of a remote store fewer, in runs that share a request
 LISTED = 1000
-BINS = 24  # of the entropy histogram, from 0 to ln K
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -54,22 +51,9 @@ def targets_info(store_path: str | Path, screen: Screen, *, list_failed: bool = 
     }
     info["bytes_a_row"] = round(info["bytes"] / max(store.n_rows, 1), 1)
     if list_failed:
-        info["failed"] = list(_failed(store))
+        info["failed"] = [asdict(failure) for failure in failures(store)]
     _show(info, screen)
     return info
-
-
-def _failed(store: TargetStore) -> Iterator[dict[str, str]]:
-    """Videos that failed; those of which a teacher alone has no rows, with its name."""
-    reasons = store.index.video_reasons()
-    texts = {i: [text] for i, text in reasons.items()}
-    for name in store.teachers:
-        for i, text in store.index.video_reasons(name).items():
-            if i not in reasons:
-                texts.setdefault(i, []).append(f"{name}: {text}")
-    for i in sorted(texts):
-        corpus, path = store.place(i)
-        yield from ({"corpus": corpus, "path": path, "reason": text} for text in texts[i])
 
 
 def _kept(teacher: dict[str, Any]) -> str:
@@ -97,13 +81,6 @@ def _teacher_bytes(store: TargetStore, name: str) -> int:
     return sum(f["size"] for node in commits for f in node["files"].values())
 
 
-def _histogram(entropies: np.ndarray, classes: int) -> dict[str, list[Any]]:
-    """Counts of entropies in equal bins from 0 to ln K nats, and the bins' edges."""
-    top = max(float(np.log(classes)), 1e-9)
-    counts, edges = np.histogram(np.clip(entropies.astype(np.float64), 0, top), BINS, (0.0, top))
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
-
-
 def _bars(counts: list[int]) -> str:
     """A histogram as one line of text; whatever is not empty shows."""
     highest = max(counts, default=0) or 1
@@ -112,21 +89,9 @@ def _bars(counts: list[int]) -> str:
 
 def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
     record = store.teachers[name]
-    rows = store.committed_rows(name)
-    all_rows = len(rows)
-    most = SAMPLED_ROWS if isinstance(store.files, LocalFiles) else REMOTE_ROWS
-    if len(rows) > most:
-        run = 1 if isinstance(store.files, LocalFiles) else RUN
-        starts = np.linspace(0, len(rows) - run, most // run).astype(np.int64)
-        rows = rows[(starts[:, None] + np.arange(run)).ravel()]
-    top: Counter[int] = Counter()
-    entropies = []
-    for at in range(0, len(rows), 4096):
-        some = rows[at : at + 4096]
-        entropies.append(store.entropy(name, some))
-        top.update(store.logits(name, some).argmax(1).tolist())
-    values = np.concatenate(entropies) if entropies else np.empty(0, np.float32)
-    values = values[np.isfinite(values)]
+    found = survey(store, name)
+    counts, edges = found.histogram()
+    values = found.entropy[np.isfinite(found.entropy)]
     return {
         "name": name,
         "classes": len(record.classes),
@@ -135,21 +100,17 @@ def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
         "encoding": record.encoding,
         "encoding_error": store.encoding_error(name),
         **_counts(store.index.teacher_state(name)),
-        "rows": all_rows,
+        "rows": found.total,
         "bytes": (size := _teacher_bytes(store, name)),
-        "bytes_a_row": round(size / max(all_rows, 1), 1),
+        "bytes_a_row": round(size / max(found.total, 1), 1),
         "entropy_nats": {
             "mean": float(values.mean()) if len(values) else None,
-            **{f"q{round(q * 100):02d}": float(v) for q, v in zip(QUANTILES, _quantiles(values), strict=True)},
-            "histogram": _histogram(values, len(record.classes)),
+            **{f"q{round(q * 100):02d}": v for q, v in found.quantiles().items()},
+            "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         },
-        "most_frequent": [{"class": record.classes[k], "share": n / max(len(rows), 1)} for k, n in top.most_common(10)],
+        "most_frequent": [{"class": label, "share": share} for label, share in found.most_frequent(10)],
         "failures": dict(Counter(store.index.video_reasons(name).values()).most_common()),
     }
-
-
-def _quantiles(values: np.ndarray) -> list[float]:
-    return np.quantile(values, QUANTILES).tolist() if len(values) else [float("nan")] * len(QUANTILES)
 
 
 def _show(info: dict[str, Any], screen: Screen) -> None:

@@ -37,18 +37,39 @@ class Whisker:
     high: float
 
 
-def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, width: int = 640, height: int = 300) -> str:
-    """An <svg> with axes, gridlines and a legend; an empty string where there is nothing to draw."""
+@dataclass(frozen=True)
+class Bars:
+    """A histogram: counts[n] between edges[n + 1], ascending."""
+
+    edges: np.ndarray
+    counts: np.ndarray
+
+
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    width: int = 640,
+    height: int = 300,
+    y_range: tuple[float, float] | None = None,
+) -> str:
+    """An <svg> with axes, gridlines and a legend; an empty string where there is nothing to draw.
+
+    y_range: what the y axis spans at least, by default what the lines span.
+    """
     drawn = [(i, _thin(line)) for i, line in enumerate(lines)]
     drawn = [(i, line) for i, line in drawn if len(line.x)]
     if not drawn:
         return ""
     xs = np.concatenate([line.x for _, line in drawn])
     ys = np.concatenate([line.y for _, line in drawn])
+    bounds = np.concatenate([ys, y_range or []])
     legend = 18 * len(drawn)
     frame = _Frame(
         left=56, top=10, right=width - 14, bottom=height - 42,
-        x_ticks=ticks(float(xs.min()), float(xs.max())), y_ticks=ticks(float(ys.min()), float(ys.max())),
+        x_ticks=ticks(float(xs.min()), float(xs.max())),
+        y_ticks=ticks(float(bounds.min()), float(bounds.max()), 6 if height >= 250 else 3),
     )  # fmt: skip
     parts = [frame.axes(x_label, y_label)]
     for row, (i, line) in enumerate(drawn):
@@ -61,6 +82,22 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, width: int 
         parts.append(f'<line x1="{frame.left}" x2="{frame.left + 28}" y1="{y - 4}" y2="{y - 4}" {style}/>')
         parts.append(f'<text x="{frame.left + 36}" y="{y}">{html.escape(line.name)}</text>')
     return _svg(width, height + legend + 4, f"{y_label} by {x_label}", parts)
+
+
+def bar_chart(bars: Bars, *, x_label: str, y_label: str, width: int = 640, height: int = 240) -> str:
+    """An <svg> of a histogram; an empty string where all counts are 0."""
+    if not bars.counts.any():
+        return ""
+    frame = _Frame(
+        left=64, top=10, right=width - 14, bottom=height - 42,
+        x_ticks=ticks(float(bars.edges[0]), float(bars.edges[-1])), y_ticks=ticks(0.0, float(bars.counts.max()), 4),
+    )  # fmt: skip
+    parts = [frame.axes(x_label, y_label)]
+    for low, high, count in zip(bars.edges[:-1], bars.edges[1:], bars.counts, strict=True):
+        x, y = frame.x(low), frame.y(count)
+        size = f'width="{frame.x(high) - x - 1:.1f}" height="{frame.bottom - y:.1f}"'
+        parts.append(f'<rect x="{x + 0.5:.1f}" y="{y:.1f}" {size} {_fill(0)}/>')
+    return _svg(width, height, f"{y_label} by {x_label}", parts)
 
 
 def whisker_chart(rows: Sequence[Whisker], *, x_label: str, zero: bool = False, width: int = 640) -> str:

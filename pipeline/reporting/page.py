@@ -14,37 +14,8 @@ import yaml
 from .accuracy import DASH, Difference, accuracy_table, differences, how_little, percent
 from .charts import Line, Whisker, line_chart, whisker_chart
 from .runs import Run
+from .style import document
 from .tables import Column, Table, markdown_text
-
-STYLE = """
-:root { --ink: #1a1a1a; --soft: #5c5c5c; --rule: #d9d9d9; --band: #f6f7f8; }
-body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: var(--ink);
-  background: #fff; margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--rule); }
-p { margin: .4rem 0; max-width: 48rem; }
-.lead, .note, figcaption { color: var(--soft); }
-.note, figcaption { font-size: .88rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
-caption { text-align: left; font-weight: 600; padding: .2rem 0 .4rem; }
-th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; }
-thead th { border-bottom: 2px solid var(--ink); font-weight: 600; white-space: nowrap; }
-tbody td { border-bottom: 1px solid var(--rule); overflow-wrap: break-word; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-ul.findings { padding-left: 1.2rem; max-width: 48rem; }
-ul.findings li { margin: .4rem 0; }
-figure { margin: 1rem 0; }
-svg { max-width: 100%; height: auto; display: block; font: 12px system-ui, Arial, sans-serif; }
-svg text { fill: var(--ink); }
-svg .grid { stroke: var(--rule); stroke-width: 1; }
-details { margin: .5rem 0; border: 1px solid var(--rule); border-radius: 4px; padding: .4rem .8rem; }
-summary { cursor: pointer; font-weight: 600; }
-details h3 { font-size: .95rem; margin: .9rem 0 .2rem; }
-pre { background: var(--band); padding: .7rem; overflow-x: auto; font-size: .8rem; line-height: 1.4; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } details { break-inside: avoid; }
-  figure, table { break-inside: avoid; } }
-"""
 
 
 @dataclass(frozen=True)
@@ -125,16 +96,11 @@ def to_html(report: Report, version: str) -> str:
     if report.students is not None:
         sections.append(f"<h2>Students</h2><div class=scroll>{report.students.to_html()}</div>")
     sections += [_curves_section(report), _details_section(report)]
-    return (
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>DistInit report</title><style>{STYLE}</style></head><body>\n"
-        f"<h1>DistInit report</h1><p class=lead>{len(report.runs)} runs, distinit {html.escape(version)}. Every "
-        "accuracy is recomputed from the run’s <code>predictions.h5</code>; the settings and identities behind it "
-        "are at the end of the page.</p>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body></html>\n"
+    lead = (
+        f"{len(report.runs)} runs, distinit {html.escape(version)}. Every accuracy is recomputed from the run’s "
+        "<code>predictions.h5</code>; the settings and identities behind it are at the end of the page."
     )
+    return document("DistInit report", lead, sections)
 
 
 def _accuracy_section(report: Report) -> str:

@@ -1,0 +1,230 @@
+"""A look into a target store: sampled videos with what the teachers said of them, and how sure they were.
+
+Nothing here is shown; `browse_page` does that. Shapes: N cached frames of a video, F pictures of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..errors import StoreMismatchError, VideoError
+from ..targets.index import OK, STATUS
+from ..targets.store import TargetStore, check_file
+from ..targets.survey import Failure, Survey, failures, survey
+from ..video.clips import read_frames
+from ..video.container import digest
+from ..video.folders import PreparedCorpus, prepared_corpora
+from ..video.geometry import View
+from ..video.prepared import read_copy
+
+STRIP = 8  # pictures of a sampled video
+EXTREMES = 8  # most and least confident frames of a teacher, each of another video
+LABELS = 3  # best classes named under a picture
+HEIGHT = 96  # of a picture, short side
+QUALITY = 80
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one teacher said of a frame: its best classes with their probabilities (τ = 1), and the entropy in nats."""
+
+    labels: Sequence[tuple[str, float]]
+    entropy: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A cached frame: `jpeg` as a data URL, None where the video cannot be read; `verdicts` by teacher."""
+
+    video: str
+    index: int
+    seconds: float
+    jpeg: str | None
+    problem: str | None
+    verdicts: Mapping[str, Verdict]
+
+
+@dataclass(frozen=True)
+class VideoLook:
+    """One sampled video. curves: teacher → (seconds [N], entropy in nats [N])."""
+
+    corpus: str
+    path: str
+    duration: float
+    frames: int
+    problem: str | None
+    pictures: Sequence[Picture]
+    curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class TeacherLook:
+    """A teacher over the whole store: `sure` and `unsure` are the frames of lowest and highest entropy."""
+
+    survey: Survey
+    sure: Sequence[Picture]
+    unsure: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class StoreLook:
+    """Everything that the page shows. states: videos by status."""
+
+    store: TargetStore
+    states: Mapping[str, int]
+    videos: Sequence[VideoLook]
+    teachers: Sequence[TeacherLook]
+    failures: Sequence[Failure]
+
+
+class FrameReader:
+    """Small JPEGs of a store's videos through the readers of training, from the originals or from copies of them."""
+
+    def __init__(self, store: TargetStore, moved: Mapping[str, str]) -> None:
+        self.store, self.moved = store, moved
+        self.prepared: Mapping[str, PreparedCorpus] = prepared_corpora(moved)
+
+    def read(self, video: int, index: NDArray[np.int64], pts: NDArray[np.int64]) -> list[str]:
+        """A data URL of each of the frames index [F] at pts [F].
+
+        Raises VideoError (missing, damaged) and StoreMismatchError (not the file that the teachers saw).
+        """
+        store, view = self.store, View(resize=HEIGHT)
+        corpus, _ = store.place(video)
+        copies = self.prepared.get(corpus)
+        if copies is None:
+            path = store.video_path(video, self.moved)
+            check_file(store, video, path, digest(path))
+            found = read_frames(path, index, view, expect=(index, pts))
+        elif copies.kind == "flow":
+            raise VideoError(f"{copies.root} holds optical flow, no pictures")
+        else:
+            path = copies.path(store.video_path(video, {corpus: ""}))
+            found = read_copy(path, index, view, expect=(index, pts), digest=store.digest(video))
+        return [_data_url(image) for image in found.images]
+
+
+def look(store: TargetStore, count: int, *, seed: int = 0, moved: Mapping[str, str] | None = None) -> StoreLook:
+    """Gather it: `count` random videos with rows, each teacher's labels, entropies and extremes, all failures.
+
+    moved: corpus → folder where it lies now, or of copies. A video that cannot be read is shown with the reason in
+    place of its pictures. Raises StoreError.
+    """
+    reader = FrameReader(store, moved or {})
+    state = store.video_state
+    usable = np.flatnonzero((state == OK) & (store.row_counts > 0))
+    chosen = np.sort(np.random.default_rng(seed).permutation(usable)[:count])
+    return StoreLook(
+        store=store,
+        states={name: int((state == code).sum()) for code, name in STATUS.items()},
+        videos=[_video(store, int(v), reader) for v in chosen],
+        teachers=[_teacher(store, name, reader) for name in store.teachers],
+        failures=list(failures(store)),
+    )
+
+
+def _teachers_of(store: TargetStore, video: int) -> list[str]:
+    return [name for name in store.teachers if store.index.teacher_state(name)[video] == OK]
+
+
+def _video(store: TargetStore, video: int, reader: FrameReader) -> VideoLook:
+    record = store.video(video)
+    index, pts, rows = store.frames(video)
+    seconds = _seconds(store, video, index, pts)
+    names = _teachers_of(store, video)
+    shown = np.unique(np.linspace(0, len(rows) - 1, STRIP).round().astype(np.int64))
+    pictures = _pictures(store, video, reader, names, index[shown], pts[shown], seconds[shown], rows[shown])
+    return VideoLook(
+        corpus=record.corpus,
+        path=record.path,
+        duration=record.duration,
+        frames=len(rows),
+        problem=pictures[0].problem,
+        pictures=pictures,
+        curves={name: (seconds, store.entropy(name, rows)) for name in names},
+    )
+
+
+def _seconds(
+    store: TargetStore, video: int, index: NDArray[np.int64], pts: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Time since the first cached frame [N]; frame numbers where the file has no clock."""
+    record = store.video(video)
+    if record.time_base is not None and record.clock == "pts":
+        return (pts - pts[0]) * float(record.time_base)
+    return (index - index[0]) / (record.fps if np.isfinite(record.fps) and record.fps > 0 else 1.0)
+
+
+def _pictures(
+    store: TargetStore,
+    video: int,
+    reader: FrameReader,
+    teachers: Sequence[str],
+    index: NDArray[np.int64],
+    pts: NDArray[np.int64],
+    seconds: NDArray[np.float64],
+    rows: NDArray[np.int64],
+) -> list[Picture]:
+    """F cached frames of one video, read in one pass."""
+    problem: str | None = None
+    jpegs: list[str] | list[None] = [None] * len(rows)
+    try:
+        jpegs = reader.read(video, index, pts)
+    except (VideoError, StoreMismatchError, OSError) as error:
+        problem = str(error)
+    said = {name: _verdicts(store, name, rows) for name in teachers}
+    _, path = store.place(video)
+    return [
+        Picture(path, int(index[i]), float(seconds[i]), jpegs[i], problem, {name: said[name][i] for name in teachers})
+        for i in range(len(rows))
+    ]
+
+
+def _verdicts(store: TargetStore, teacher: str, rows: NDArray[np.int64]) -> list[Verdict]:
+    logits = store.logits(teacher, rows).astype(np.float64)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    odds /= odds.sum(axis=1, keepdims=True)
+    best = np.argsort(-odds, axis=1, kind="stable")[:, :LABELS]
+    classes = store.teachers[teacher].classes
+    return [
+        Verdict([(classes[k], float(row[k])) for k in top], float(nats))
+        for row, top, nats in zip(odds, best, store.entropy(teacher, rows), strict=True)
+    ]
+
+
+def _teacher(store: TargetStore, name: str, reader: FrameReader) -> TeacherLook:
+    found = survey(store, name)
+    order = np.argsort(found.entropy, kind="stable")
+    order = order[np.isfinite(found.entropy[order])]
+    videos = store.read_table("video", found.rows)
+    ends = [_extremes(store, name, reader, found.rows[o], videos[o]) for o in (order, order[::-1])]
+    return TeacherLook(found, *ends)
+
+
+def _extremes(
+    store: TargetStore, name: str, reader: FrameReader, rows: NDArray[np.int64], videos: NDArray[np.int64]
+) -> list[Picture]:
+    """The first rows in the order given, each of another video: neighbours of a frame would all look like it."""
+    _, first = np.unique(videos, return_index=True)
+    pictures = []
+    for at in np.sort(first)[:EXTREMES]:
+        video = int(videos[at])
+        index, pts, all_rows = store.frames(video)
+        i = np.flatnonzero(all_rows == rows[at])
+        seconds = _seconds(store, video, index, pts)
+        pictures += _pictures(store, video, reader, [name], index[i], pts[i], seconds[i], all_rows[i])
+    return pictures
+
+
+def _data_url(image: NDArray[np.uint8]) -> str:
+    """uint8 [h, w, 3] RGB → a JPEG that an <img> shows without a file."""
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "JPEG", quality=QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

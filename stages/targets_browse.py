@@ -1,0 +1,49 @@
+"""`distinit targets browse STORE --out DIR`: the store as a page that a browser opens from disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..pipeline.errors import UsageError
+from ..pipeline.reporting.browse import look
+from ..pipeline.reporting.browse_page import browse_page
+from ..pipeline.reporting.writing import write_whole
+from ..pipeline.targets.store import TargetStore, check_moved
+from .screen import Screen
+
+
+def targets_browse(
+    store_path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    screen: Screen,
+    *,
+    sample: int = 12,
+    seed: int = 0,
+    moved: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Writes OUT/browse.html; the result says what is on it.
+
+    sample: videos that are shown as strips of frames. moved: where a corpus lies now, the videos or copies of them.
+    Raises StoreError, UsageError (a corpus that the store does not have, `out` cannot be written).
+    """
+    if sample < 0:
+        raise UsageError(f"--sample {sample}: expected 0 or more videos")
+    store = TargetStore.open(store_path)
+    check_moved(store, moved or {})
+    found = look(store, sample, seed=seed, moved=moved)
+    page = Path(out) / "browse.html"
+    write_whole(page, browse_page(found, __version__))
+    missing = {video.path: video.problem for video in found.videos if video.problem is not None}
+    for path, problem in missing.items():
+        screen.warn(f"{path}: shown without pictures, {problem}")
+    screen.say(f"{len(found.videos)} videos of {store.n_videos}: {page}")
+    return {
+        "page": str(page),
+        "videos": [video.path for video in found.videos],
+        "missing": missing,
+        "failures": len(found.failures),
+    }

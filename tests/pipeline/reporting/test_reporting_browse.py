@@ -1,0 +1,119 @@
+"""The look into a store: what it shows against the arrays, missing videos, and the page in a browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from PIL import Image
+
+from distinit.pipeline.errors import UsageError
+from distinit.pipeline.reporting.browse import EXTREMES, HEIGHT, STRIP, look
+from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.video.decode import VideoReader
+from distinit.stages.prepare import PrepareConfig, prepare
+from distinit.stages.screen import Screen
+from distinit.stages.targets_browse import targets_browse
+
+QUIET = Screen(quiet=True)
+
+
+def decoded(path: Path, index: int) -> np.ndarray:
+    with VideoReader(str(path)) as reader:
+        frames = {i: frame.to_ndarray(format="rgb24") for i, _, frame in reader.decode_plain()}
+    return frames[index]
+
+
+def test_pictures_and_labels_are_those_of_the_frames(tiny_store: Any) -> None:
+    found = look(TargetStore.open(tiny_store.path), 3, seed=4)
+    assert [t.survey.teacher for t in found.teachers] == ["sure", "unsure"]
+    root = zarr.open_group(tiny_store.path, mode="r")
+    owner, index = (np.asarray(root[f"frames/{name}"][:]) for name in ("video", "index"))
+    paths = [str(v) for v in root["videos/path"][:]]
+    for video in found.videos:
+        assert video.problem is None
+        number = paths.index(video.path)
+        assert 2 <= len(video.pictures) <= STRIP
+        for picture in video.pictures:
+            row = int(np.flatnonzero((owner == number) & (index == picture.index))[0])
+            assert picture.seconds == pytest.approx(picture.index / 25)
+            for teacher, verdict in picture.verdicts.items():
+                z = np.asarray(root[f"teachers/{teacher}/logits"][row], np.float64)
+                p = np.exp(z) / np.exp(z).sum()
+                names = np.array([str(name) for name in root[f"teachers/{teacher}/class"][:]])
+                assert [label for label, _ in verdict.labels] == names[np.argsort(-p)[:3]].tolist()
+                assert verdict.labels[0][1] == pytest.approx(p.max())
+                assert verdict.entropy == pytest.approx(-(p * np.log(p)).sum(), abs=0.02)
+        picture = video.pictures[-1]
+        jpeg = np.asarray(Image.open(io.BytesIO(base64.b64decode((picture.jpeg or "").split(",")[1]))))
+        assert min(jpeg.shape[:2]) == HEIGHT
+        own = decoded(tiny_store.videos / video.path, picture.index)
+        scaled = np.asarray(Image.fromarray(own).resize(jpeg.shape[1::-1], Image.Resampling.BILINEAR))
+        assert np.abs(scaled.astype(float) - jpeg).mean() < 8
+
+
+def test_extremes_are_of_different_videos_and_in_order(tiny_store: Any) -> None:
+    (teacher, _) = look(TargetStore.open(tiny_store.path), 0).teachers
+    root = zarr.open_group(tiny_store.path, mode="r")
+    entropy, video = np.asarray(root["teachers/sure/entropy"][:]), np.asarray(root["frames/video"][:])
+    rows = video >= 0
+    lowest = sorted(float(entropy[rows & (video == v)].min()) for v in np.unique(video[rows]))
+    highest = sorted((float(entropy[rows & (video == v)].max()) for v in np.unique(video[rows])), reverse=True)
+    assert [p.verdicts["sure"].entropy for p in teacher.sure] == pytest.approx(lowest[:EXTREMES])
+    assert [p.verdicts["sure"].entropy for p in teacher.unsure] == pytest.approx(highest[:EXTREMES])
+    best = Counter(np.asarray(root["teachers/sure/logits"][:])[rows].argmax(1).tolist())
+    assert teacher.survey.most_frequent(3)[0][1] == pytest.approx(best.most_common(1)[0][1] / rows.sum())
+
+
+def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_path: Path) -> None:
+    paths = sorted(own_store.videos.iterdir())
+    paths[0].unlink()
+    paths[1].write_bytes(paths[3].read_bytes())
+    moved = {"videos": str(own_store.videos)}
+    result = targets_browse(own_store.path, tmp_path / "out", QUIET, sample=99, moved=moved)
+    assert len(result["videos"]) == len(paths)
+    assert "no such file" in result["missing"][paths[0].name]
+    assert "the teachers saw a file with digest" in result["missing"][paths[1].name]
+    assert len(result["missing"]) == 2
+    page = (tmp_path / "out" / "browse.html").read_text(encoding="utf-8")
+    assert page.count("missing here: ") == 2
+    assert paths[0].name in page
+    with pytest.raises(UsageError, match="the store has the corpora videos"):
+        targets_browse(own_store.path, tmp_path / "out", QUIET, moved={"other": str(tmp_path)})
+    with pytest.raises(UsageError, match="--sample -1: expected 0 or more"):
+        targets_browse(own_store.path, tmp_path / "out", QUIET, sample=-1)
+
+
+def test_pictures_come_from_copies_too(tiny_store: Any, tmp_path: Path) -> None:
+    copies = tmp_path / "copies"
+    prepare(PrepareConfig.model_validate({"sources": [str(tiny_store.videos)], "out": str(copies)}), QUIET)
+    store = TargetStore.open(tiny_store.path)
+    from_copies, from_videos = look(store, 2, moved={"videos": str(copies)}), look(store, 2)
+    for a, b in zip(from_copies.videos, from_videos.videos, strict=True):
+        assert a.problem is None
+        assert [p.index for p in a.pictures] == [p.index for p in b.pictures]
+        assert a.pictures[0].jpeg != b.pictures[0].jpeg
+
+
+def test_the_command_and_its_page_in_a_browser(tiny_store: Any, tmp_path: Path, open_page: Callable[..., Any]) -> None:
+    command = [sys.executable, "-m", "distinit", "targets", "browse", str(tiny_store.path), "--out", str(tmp_path)]
+    done = subprocess.run([*command, "--sample", "2", "--json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    page = Path(json.loads(done.stdout)["page"])
+    assert not re.search(r"<(script|iframe)|@import|url\(", page.read_text(encoding="utf-8"))
+    for width in (1100, 500):
+        opened = open_page(page, width)
+        assert opened.console == []
+        assert opened.images == opened.loaded > 2 * 2 + 2 * 2 * EXTREMES
+        assert opened.wide <= 0
