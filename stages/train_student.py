@@ -303,7 +303,8 @@ def _with_progress(sampler: TargetSampler, count: int, screen: Screen) -> Iterat
 def _build(config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]) -> Student:
     """The student with seeded fresh weights."""
     torch.manual_seed(config.loop.seed)
-    return build_student(config.student, {name: len(store.teachers[name].classes) for name in teachers})
+    heads = {name: len(store.teachers[name].classes) for name in teachers}
+    return build_student(config.student, heads, clip=(config.clips.length, config.clips.size))
 
 
 def _identity(

@@ -1,9 +1,9 @@
 """Students as files: safetensors in torchvision's parameter names, everything else in its metadata.
 
-One head is written as torchvision's `fc.weight` and `fc.bias`, several as `heads.<name>.weight` and
-`.bias`, so that a student of one head and the torchvision variant loads strictly into torchvision's
-own model. The metadata's `distinit` entry is one JSON object, the options and heads beside
-the `StudentMeta`; `format_version` is 1.
+One head is written as torchvision's `fc.weight` and `fc.bias` (unless the backbone has an `fc` of its own),
+several as `heads.<name>.weight` and `.bias`, so that a student of one head and the torchvision variant loads
+strictly into torchvision's own model. The metadata's `distinit` entry is one JSON object, the options and
+heads beside the `StudentMeta`; `format_version` is 1.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping
         raise CheckpointError(f"{path}: cannot be described: {' '.join(str(error).split())}") from None
     _check_classes(student.classes, meta, path)
     header = _Header(format_version=FORMAT_VERSION, options=student.options, heads=student.classes, meta=meta)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(student)}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named_tensors(student)}
     data = safetensors.torch.save(tensors, {"format": "pt", "distinit": header.model_dump_json()})
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -81,8 +81,11 @@ def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def load_student(path: str | Path, device: torch.device | str = "cpu") -> Student:
+def load_student(path: str | Path, device: torch.device | str = "cpu", *, factory: str | None = None) -> Student:
     """The student of a file or a run folder, in evaluation mode, with its `meta`.
+
+    factory: a file whose student is made by a `package.module:factory` is loaded only where the caller names
+    that very factory here: its code is run, and a file is no reason to run code.
 
     A run folder holds `student.safetensors` (from train-student) or `model.safetensors` (from finetune).
 
@@ -96,7 +99,8 @@ def load_student(path: str | Path, device: torch.device | str = "cpu") -> Studen
             f"{path}: has no 'distinit' metadata, so it is not a student written by distinit; "
             "load_backbone takes its tensors if they fit"
         )
-    student = build_student(header.options, header.heads)
+    _require_named(header.options, factory, path)
+    student = build_student(header.options, header.heads, clip=(header.meta.clip_length, header.meta.clip_size))
     _fill(student, state, path)
     student.meta = header.meta
     return student.eval().to(device)
@@ -161,14 +165,24 @@ def read_options(path: str | Path) -> StudentOptions:
     found = header.options if header else recognise(state)
     if found is None:
         raise CheckpointError(f"{path}: its tensors are those of no student that distinit knows")
+    _require_named(found, None, path)
     return found
+
+
+def _require_named(options: StudentOptions, factory: str | None, path: Path) -> None:
+    if options.is_factory and options.architecture != factory:
+        raise CheckpointError(
+            f"{path}: its student is made by {options.architecture}, whose code would be run; name it to allow that: "
+            f"--student {options.architecture}, load_student(…, factory={options.architecture!r})"
+        )
 
 
 def _named_tensors(student: Student) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a student under its exported name."""
     yield from student.backbone.state_dict().items()
     for name in student.classes:
-        prefix = "fc" if len(student.classes) == 1 else f"heads.{name}"
+        alone = len(student.classes) == 1 and not hasattr(student.backbone, "fc")
+        prefix = "fc" if alone else f"heads.{name}"
         for part, tensor in student.head(name).state_dict().items():
             yield f"{prefix}.{part}", tensor
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..config import Options
 
@@ -16,7 +17,9 @@ NORMALISATION: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     2: ((0.0046635, 0.0046261), (0.972347, 0.755146)),
 }
 
-Architecture = Literal["r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18"]
+OWN = ("r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18")
+"""Architectures that are built here, at any width; torchvision's other video models and factories are not."""
+FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class StudentOptions(Options):
@@ -25,17 +28,46 @@ class StudentOptions(Options):
     `variant` is the rule for the middle width of R(2+1)D's factorised convolutions: `torchvision`
     computes it once a block, `vmz` (the paper's code family) once a convolution. Their shapes
     differ, so neither loads the other's weights. Other architectures have no such choice.
+
+    `architecture` may also name one of torchvision's other video models (`s3d`), which is used without its
+    classifier, or a `package.module:factory` that returns a module from clips [B, C, T, H, W] to features
+    [B, D] or [B, D, t, h, w]; `options` are then the arguments of its builder.
     """
 
-    architecture: Architecture = "r2plus1d_18"
+    architecture: str = "r2plus1d_18"
     variant: Literal["torchvision", "vmz"] = "torchvision"
     width: float = Field(default=1.0, gt=0, le=8)
     """Factor on every number of channels: 0.5 gives 32, 64, 128, 256."""
     channels: Literal[2, 3] = 3
     """Channels of the clip: 3 for RGB, 2 for optical flow."""
 
+    options: dict[str, Any] = Field(default={}, description="arguments of torchvision's builder or of the factory")
+
+    @field_validator("architecture")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name in OWN or FACTORY.fullmatch(name):
+            return name
+        from torchvision.models import list_models, video  # only here: a config of ours needs no torch
+
+        theirs = [model for model in list_models(module=video) if model not in OWN]
+        if name not in theirs:
+            known = ", ".join((*OWN, *theirs))
+            raise ValueError(f"{name!r} is not known; there are: {known}, and package.module:factory")
+        return name
+
+    @property
+    def is_factory(self) -> bool:
+        """Whether building this student runs a module that the options name."""
+        return FACTORY.fullmatch(self.architecture) is not None
+
     @model_validator(mode="after")
     def _variant_fits(self) -> StudentOptions:
+        own = self.architecture in OWN
+        if not own and self.width != 1.0:
+            raise ValueError(f"width is {self.width:g}; {self.architecture} has only 1, of any are: {', '.join(OWN)}")
+        if own and self.options:
+            raise ValueError(f"options {', '.join(self.options)}: {self.architecture} takes none")
         if self.variant == "vmz" and not self.architecture.startswith("r2plus1d"):
             raise ValueError(
                 f"variant 'vmz' is a rule of r2plus1d_18 and r2plus1d_34; {self.architecture} has only 'torchvision'"
@@ -44,6 +76,9 @@ class StudentOptions(Options):
 
     def describe(self) -> str:
         """One phrase for messages: `r2plus1d_18 (variant vmz, width 0.5, 3 channels)`."""
+        if self.architecture not in OWN:
+            given = "".join(f", {key} {value}" for key, value in self.options.items())
+            return f"{self.architecture} ({self.channels} channels{given})"
         return f"{self.architecture} (variant {self.variant}, width {self.width:g}, {self.channels} channels)"
 
 

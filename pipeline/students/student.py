@@ -18,7 +18,8 @@ from torchvision.models.video.resnet import (
 )
 
 from ..errors import UsageError
-from .options import StudentMeta, StudentOptions
+from .foreign import CLIP, foreign_backbone
+from .options import OWN, StudentMeta, StudentOptions
 
 STEM, STEM_MIDDLE, PLANES = 64, 45, (64, 128, 256, 512)
 # VMZ's BatchNorm eps (FACTS §2). Its Caffe2 momentum of 0.9 weighs the old average: PyTorch's 0.1.
@@ -142,7 +143,9 @@ def _key(name: str) -> str:
 class Student(nn.Module):
     """A backbone and its linear heads; made by `build_student`."""
 
-    def __init__(self, options: StudentOptions, heads: Mapping[str, int], dropout: float = 0.0) -> None:
+    def __init__(
+        self, options: StudentOptions, heads: Mapping[str, int], dropout: float = 0.0, clip: tuple[int, int] = CLIP
+    ) -> None:
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise UsageError(f"dropout is {dropout}, allowed: 0 up to 1, 1 excluded")
@@ -150,7 +153,11 @@ class Student(nn.Module):
         self.meta = StudentMeta()
         """What its file says of it, after `load_student`."""
         self.classes: dict[str, int] = dict(heads)
-        self.backbone = Backbone(options)
+        if options.architecture in OWN:
+            self.backbone: nn.Module = (own := Backbone(options))
+            self._width = own.width
+        else:
+            self.backbone, self._width = foreign_backbone(options, clip)
         self.frozen = False
         """Whether the heads alone are trained; see `freeze_backbone`."""
         self.dropout = nn.Dropout(dropout)
@@ -158,7 +165,7 @@ class Student(nn.Module):
         for name, classes in heads.items():
             if classes < 1:
                 raise UsageError(f"head {name!r} has {classes} classes, allowed: 1 or more")
-            linear = nn.Linear(self.backbone.width, classes)
+            linear = nn.Linear(self._width, classes)
             nn.init.normal_(linear.weight, 0.0, 0.01)
             nn.init.zeros_(linear.bias)
             self.heads[_key(name)] = linear
@@ -179,7 +186,7 @@ class Student(nn.Module):
     @property
     def feature_size(self) -> int:
         """D, the length of a clip's feature."""
-        return self.backbone.width
+        return self._width
 
     def head(self, name: str) -> nn.Linear:
         """The linear head of a teacher (or of the labels).
@@ -195,26 +202,31 @@ class Student(nn.Module):
     def features(self, clip: Tensor) -> Tensor:
         """features[B, D] of normalised clip[B, C, T, H, W], averaged over time and space."""
         features: Tensor = self.backbone(clip)
-        return features
+        return features if features.ndim == 2 else features.flatten(2).mean(2)
 
     def forward(self, clip: Tensor) -> dict[str, Tensor]:
         """logits[B, K] of every head for normalised clip[B, C, T, H, W] (eq. 3: one head a teacher)."""
-        features = self.dropout(self.backbone(clip))
+        features = self.dropout(self.features(clip))
         return {name: self.heads[_key(name)](features) for name in self.classes}
 
 
-def build_student(options: StudentOptions, heads: Mapping[str, int], dropout: float = 0.0) -> Student:
+def build_student(
+    options: StudentOptions, heads: Mapping[str, int], dropout: float = 0.0, *, clip: tuple[int, int] = CLIP
+) -> Student:
     """A student with fresh weights, drawn from torch's global generator.
 
     Args:
         options: architecture, variant, width and channels.
         heads: number of classes K of each head, by teacher name (or `label` in stage three).
         dropout: probability of dropping a feature before the heads, in training mode.
+        clip: (T, side) of the clips it is for: a backbone that is not distinit's own is tried on one, which
+            tells its number of features.
 
     Raises:
-        UsageError: a head without classes, or a dropout outside [0, 1).
+        UsageError: a head without classes, a dropout outside [0, 1), a factory that fails, a backbone that
+            does not take such clips or gives no features [B, D] or [B, D, t, h, w].
     """
-    return Student(options, heads, dropout)
+    return Student(options, heads, dropout, clip)
 
 
 def count_parameters(module: nn.Module) -> int:
