@@ -145,7 +145,7 @@ def student_options(**shown: object) -> Callable[[F], F]:
             key="student.architecture",
             shown=shown.get("architecture"),
             type=Choices("r2plus1d_18", "r3d_18"),
-            help="The backbone; also r2plus1d_34, r3d_34, mc3_18, torchvision's s3d and others, package.module:factory.",
+            help="The backbone; also r2plus1d_34, r3d_34, mc3_18, torchvision's s3d and others, module:factory.",
         ),
         key_option(
             "--variant",

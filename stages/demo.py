@@ -18,7 +18,8 @@ from .extract_targets import extract_targets
 from .finetune import FinetuneConfig, finetune
 from .report import report
 from .screen import Screen
-from .train_student import TrainConfig, train_student
+from .train_config import TrainConfig
+from .train_student import train_student
 
 CORPUS = CONF / "demo_corpus"
 PRESET = "demo"

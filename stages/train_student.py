@@ -9,23 +9,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 
-from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
 from ..pipeline.errors import StoreError, UsageError
 from ..pipeline.students.export import save_student
 from ..pipeline.students.options import StudentMeta
-from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
+from ..pipeline.students.student import Student, build_student, count_parameters
 from ..pipeline.targets.files import absolute
 from ..pipeline.targets.picks import PickRule
 from ..pipeline.targets.store import TargetStore, check_moved
 from ..pipeline.training.checkpoint import (
-    Resume,
     check_identity,
     claim_run_dir,
     load_weights,
@@ -37,72 +34,18 @@ from ..pipeline.training.device import pick_workers
 from ..pipeline.training.distillation import Distillation, evaluate_distillation
 from ..pipeline.training.draws import split_held_out
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
+from ..pipeline.training.mixture import by_corpus
 from ..pipeline.training.ranks import Ranks
 from ..pipeline.training.sampler import TargetSampler, measure_entropies
 from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
-from ..pipeline.video.transforms import ClipView
 from .config import write_config
 from .launch import across_ranks
 from .screen import Screen, plain
+from .train_config import TargetOptions, TrainConfig
+from .train_dry_run import dry_run
 
 COMMAND = "train-student"
 QUICK_DRAWS = 2000  # enough to tell the share that a threshold in nats keeps to about one per cent
-
-
-class ClipOptions(ClipView):
-    """The clips that the student sees: `length` consecutive frames, resized, cropped and mirrored."""
-
-    length: int = Field(default=8, ge=1, description="frames of a clip, T")
-
-    @model_validator(mode="after")
-    def _check(self) -> ClipOptions:
-        self.frame_view()  # ValueError where the crop does not fit into the resize
-        return self
-
-
-class TargetOptions(Options):
-    """How targets are made of what the store holds; none of it touches the store.
-
-    `max_entropy`: nats, one number for all teachers or one by name; or `max_entropy_quantile`: the share of
-    draws to keep, measured on the sampler itself and saved in nats. At most one of the two.
-    With `loss=squared-error` use a tenth of the learning rate (the paper, section 4.2).
-    """
-
-    teachers: tuple[str, ...] | None = Field(default=None, description="heads; default all in the store")
-    picks: str = Field(default="random", description="center, random, random:N or uniform:N")
-    loss: Literal["cross-entropy", "squared-error"] = "cross-entropy"
-    mse_reduction: Literal["sum", "mean"] = Field(default="sum", description="squared error, over classes")
-    tau: float = Field(default=1.0, gt=0, description="temperature of the targets (eq. 1)")
-    max_entropy: float | dict[str, float] | None = Field(default=None, description="nats; the filter")
-    max_entropy_quantile: float | None = Field(default=None, gt=0, le=1, description="share of draws to keep")
-    quantile_draws: int = Field(default=100_000, ge=1, description="draws that the quantile is taken over")
-    filter: Literal["skip", "zero-weight"] = "skip"
-
-    @model_validator(mode="after")
-    def _check(self) -> TargetOptions:
-        PickRule.parse(self.picks)
-        if self.max_entropy is not None and self.max_entropy_quantile is not None:
-            raise ValueError("give max_entropy (nats) or max_entropy_quantile (share of draws), not both")
-        nats = self.max_entropy.values() if isinstance(self.max_entropy, dict) else (self.max_entropy,)
-        if any(value is not None and not value > 0 for value in nats):
-            raise ValueError(f"max_entropy must be above 0 nats, got {self.max_entropy}")
-        return self
-
-
-class TrainConfig(Options):
-    """Everything that `distinit train-student` can be told."""
-
-    store: str = Field(description="the target store")
-    out: str = Field(description="the run folder to write")
-    student: StudentOptions = StudentOptions()
-    clips: ClipOptions = ClipOptions()
-    targets: TargetOptions = TargetOptions()
-    loop: LoopOptions = LoopOptions()
-    moved: dict[str, str] = Field(default_factory=dict, description="corpus: folder where it lies now")
-    held_out: float = Field(default=0.0, ge=0, lt=1, description="share of videos kept for the held-out loss")
-    held_out_clips: int = Field(default=1000, ge=1, description="most held-out videos used, a clip each")
-    export: Literal["last", "best"] = Field(default="last", description="checkpoint that is exported")
-    resume: Resume = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +65,16 @@ def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
 
     Raises UsageError, StoreError, StoreMismatchError, CheckpointError, TrainingError, DeviceError.
     """
+    if config.dry_run:
+        return _try_out(config, screen)
     return across_ranks(_train, config, screen, config.loop)
+
+
+def _try_out(config: TrainConfig, screen: Screen) -> dict[str, Any]:
+    """What a training would be: said, drawn, and not done."""
+    store, teachers, _ = _open(config)
+    parts = _assemble(config, store, teachers, None, screen)
+    return dry_run(config, store, parts.train, _build(config, store, teachers), screen)
 
 
 def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
@@ -146,7 +98,11 @@ def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
     )
     screen.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     objective = Distillation(
-        teachers, loss=config.targets.loss, tau=config.targets.tau, mse_reduction=config.targets.mse_reduction
+        teachers,
+        loss=config.targets.loss,
+        tau=config.targets.tau,
+        mse_reduction=config.targets.mse_reduction,
+        weights=config.targets.loss_weights,
     )
 
     def held_out() -> dict[str, float]:
@@ -209,10 +165,11 @@ def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
         raise StoreError(f"{store.name} holds no teacher's logits; run distinit extract-targets first")
     for name in names:
         store.teacher(name)
-    named = config.targets.max_entropy
-    for name in named if isinstance(named, dict) else ():
-        if name not in names:
-            raise UsageError(f"targets.max_entropy names {name!r}; the heads are: {', '.join(names)}")
+    for key in ("max_entropy", "max_entropy_quantile", "loss_weights"):
+        named = getattr(config.targets, key)
+        for name in named if isinstance(named, dict) else ():
+            if name not in names:
+                raise UsageError(f"targets.{key} names {name!r}; the heads are: {', '.join(names)}")
     return names
 
 
@@ -224,6 +181,12 @@ def _assemble(
     if channels == FLOW_CHANNELS:
         require_opencv()
     videos, held_ids = split_held_out(store.usable(teachers), config.held_out, seed)
+    shares = None
+    if config.targets.corpora is not None:
+        corpus, names = store.column("corpus"), list(store.corpora)
+        shares = by_corpus(videos, corpus, names, config.targets.corpora)
+        videos = np.concatenate(shares[0])
+        held_ids = held_ids[np.isin(corpus[held_ids], [names.index(name) for name in config.targets.corpora])]
     options = config.loop.for_videos(len(videos))
 
     def sampler(ids: np.ndarray, thresholds: dict[str, float], fixed: bool = False) -> TargetSampler:
@@ -239,6 +202,7 @@ def _assemble(
             thresholds=thresholds,
             reject=config.targets.filter,
             fixed=fixed,
+            shares=None if fixed else shares,
             ahead=pictures_needed(0, channels),
         )
 
@@ -273,9 +237,12 @@ def _thresholds(
     count = QUICK_DRAWS if quantile is None or known else options.quantile_draws
     found = np.stack(list(_with_progress(sampler, count, screen)))
     if quantile is not None:
-        nats = np.quantile(found, quantile, axis=0)
-        thresholds = {name: float(value) for name, value in zip(teachers, nats, strict=True)}
-        thresholds = known or thresholds
+        wanted = quantile if isinstance(quantile, dict) else dict.fromkeys(teachers, quantile)
+        thresholds = known or {
+            name: float(np.quantile(found[:, column], wanted[name]))
+            for column, name in enumerate(teachers)
+            if name in wanted
+        }
     elif isinstance(options.max_entropy, dict):
         thresholds = dict(options.max_entropy)
     else:

@@ -26,7 +26,8 @@ Loss = Literal["cross-entropy", "squared-error"]
 
 
 class Distillation:
-    """objective(model, batch): the losses of all teachers added (paper, eq. 3).
+    """objective(model, batch, counts): the losses of all teachers added (paper, eq. 3), by their weights if there
+    are any; the parts that are logged are without weight.
 
     loss: "cross-entropy" against softmax(mean logits / tau) (eq. 1 and 2), or "squared-error" on the mean
     logits themselves, which tau does not touch.
@@ -39,11 +40,13 @@ class Distillation:
         loss: Loss = "cross-entropy",
         tau: float = 1.0,
         mse_reduction: Reduction = "sum",
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.teachers = tuple(teachers)
         self.loss = loss
         self.tau = tau
         self.mse_reduction: Reduction = mse_reduction
+        self.weights = {name: (weights or {}).get(name, 1.0) for name in self.teachers}
 
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
         """int64 [1 + teachers]: the clips that at least one head counts, then those that each counts."""
@@ -65,7 +68,8 @@ class Distillation:
             )
             for number, name in enumerate(self.teachers, start=1)
         }
-        return LossReport(torch.stack(list(parts.values())).sum(), parts)
+        weighted = [self.weights[name] * parts[f"loss/{name}"] for name in self.teachers]
+        return LossReport(torch.stack(weighted).sum(), parts)
 
     def counted(self, batch: Mapping[str, Any]) -> Tensor:
         """bool [B]: the clips that at least one head counts."""
@@ -110,7 +114,7 @@ def evaluate_distillation(
     precision: str,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Over the first `n` held-out samples: "loss" (the sum over teachers), "loss/NAME", and "agreement/NAME",
+    """Over the first `n` held-out samples: "loss" (the weighted sum over teachers), "loss/NAME", and "agreement/NAME",
     the share of clips on which student and teacher have the same top class, and "kl/NAME", the divergence
     KL(teacher‖student) in nats at the temperature. Clips that do not count or cannot be read are left out;
     TrainingError if that is all of them. Ranks share the samples, each taking every W-th batch, and all get
@@ -140,4 +144,4 @@ def evaluate_distillation(
         for number, name in enumerate(objective.teachers)
         if kept[number]
     }
-    return {"loss": sum(value for name, value in means.items() if name.startswith("loss/"))} | means
+    return {"loss": sum(weight * means.get(f"loss/{name}", 0.0) for name, weight in objective.weights.items())} | means

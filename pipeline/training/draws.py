@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 EXAMPLES = 0
 HELD_OUT = 1
 PERMUTATIONS = 2
+MIXTURE = 3
 ZOOMS = 3
 
 
@@ -33,8 +34,13 @@ def epoch_position(seed: int, epoch: int, sample: int, *, epoch_clips: int, n: i
         n = 5, epoch_clips = 3:   permutation 0: 2 4 0 1 3   permutation 1: 1 3 2 0 4
                                          epoch 0 |2 4 0|1 3    1| 3 2 0| … epoch 1 = 1 3 1, epoch 2 = 3 2 0
     """
-    turn, place = divmod(epoch * epoch_clips + sample, n)
-    return int(_permutation(seed, turn, n)[place])
+    return position(seed, epoch * epoch_clips + sample, n=n)
+
+
+def position(seed: int, nth: int, *, n: int, group: int = 0) -> int:
+    """The nth clip's video of n, in the sequence of permutations; each group of videos has its own."""
+    turn, place = divmod(nth, n)
+    return int(_permutation(seed, turn, n, group)[place])
 
 
 def split_held_out(videos: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -58,8 +64,8 @@ def _hash(ids: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     return x >> np.uint64(11)
 
 
-# Workers that read ahead straddle two permutations at most.
-@lru_cache(maxsize=2)
-def _permutation(seed: int, turn: int, n: int) -> NDArray[np.integer]:
-    order = rng(seed, turn, 0, stream=PERMUTATIONS).permutation(n)
+# Workers that read ahead straddle two permutations of a group at most.
+@lru_cache(maxsize=8)
+def _permutation(seed: int, turn: int, n: int, group: int) -> NDArray[np.integer]:
+    order = rng(seed, turn, group, stream=PERMUTATIONS).permutation(n)
     return order.astype(np.int32) if n < 2**31 else order

@@ -17,6 +17,7 @@ from ..targets.average import entropy, mean_logits
 from ..targets.picks import PickRule, StartSet, pick, start_set
 from ..targets.store import TargetStore
 from . import draws
+from .mixture import Mixture
 
 MAX_REDRAWS = 100  # other clips tried for one sample when the filter turns down the first
 REMEMBERED = 4096  # videos whose frame table is kept: some 8 MB a worker, whatever the size of the corpus
@@ -92,6 +93,8 @@ class TargetSampler:
         counts; teachers that are not named count always. Every head has its own mask.
     reject: "skip" draws another video, at most 100 times, when every head turns a clip down (after that the
         clip has weight zero); "zero-weight" keeps the clip with weight zero (the paper's letter).
+    shares: mixes groups of videos by their shares of the clips, in place of all `videos` alike; what the filter
+        turns down is drawn again from the same group.
     ahead: frames read after a clip's own, which must be there too (flow needs one); never picked.
     fixed: for held-out videos. Sample i is videos[i], the middle start, no flip, the middle crop; nothing is
         drawn again.
@@ -112,6 +115,7 @@ class TargetSampler:
         reject: Literal["skip", "zero-weight"] = "skip",
         fixed: bool = False,
         ahead: int = 0,
+        shares: tuple[Sequence[NDArray[np.int64]], Sequence[float]] | None = None,
     ) -> None:
         if len(videos) == 0:
             raise UsageError(f"{store.name} holds no video with targets of {', '.join(teachers)} to draw from")
@@ -127,6 +131,8 @@ class TargetSampler:
         self.reject = reject
         self.fixed = fixed
         self.ahead = ahead
+        groups, weights = shares or ((videos,), (1.0,))
+        self.mixture = Mixture(groups, weights, seed=seed, epoch_clips=epoch_clips)
         self._known: dict[int, _Video] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -228,13 +234,13 @@ class TargetSampler:
         )
 
     def _video(self, epoch: int, sample: int, attempt: int, random: np.random.Generator) -> int:
-        n = len(self.videos)
         if self.fixed:
-            return int(self.videos[sample % n])
-        first = draws.epoch_position(self.seed, epoch, sample, epoch_clips=self.epoch_clips, n=n)
+            return int(self.videos[sample % len(self.videos)])
+        group, first = self.mixture.first(epoch, sample)
+        n = len(group)
         if attempt == 0 or n == 1:
-            return int(self.videos[first])
-        return int(self.videos[(first + 1 + int(random.integers(n - 1))) % n])  # any but the first
+            return int(group[first])
+        return int(group[(first + 1 + int(random.integers(n - 1))) % n])  # any but the first
 
     def _read(self, teacher: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32] | None, float]:
         """(mean logits [K] if they had to be read, entropy in nats). The entropy of a single frame is in the

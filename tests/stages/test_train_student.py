@@ -121,6 +121,39 @@ def test_the_first_loss_is_the_equation_computed_by_hand(tiny_store, tmp_path, l
     assert result["loss"] == pytest.approx(total, rel=1e-4)
 
 
+def test_a_dry_run_writes_the_first_batch_as_a_picture_and_nothing_else(tiny_store, tmp_path):
+    result = train_student(config(tiny_store, tmp_path / "run", dry_run=True), QUIET)
+    assert result["picture"] == str(tmp_path / "run" / "first-batch.png")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["first-batch.png"]
+    assert result["head_parameters"] == {"sure": (64 + 1) * 7, "unsure": (64 + 1) * 5}
+    assert result["memory_bytes"] > 4 * 3 * result["backbone_parameters"]
+    assert result["flops_per_clip"] > 0
+    train_student(config(tiny_store, tmp_path / "run", loop={"epochs": 1, "epoch_clips": 4}), QUIET)
+
+
+def test_weights_of_losses_filters_of_teachers_and_corpora_are_options_of_one_store(tiny_store, tmp_path):
+    targets = {
+        "loss_weights": {"sure": 3.0}, "corpora": {"videos": 1.0}, "filter": "zero-weight",
+        "max_entropy_quantile": {"unsure": 0.5}, "quantile_draws": 400,
+    }  # fmt: skip
+    train = config(tiny_store, tmp_path / "run", targets=targets, held_out=0.3, loop={"epochs": 1})
+    result = train_student(train, QUIET)
+    assert list(result["thresholds_nats"]) == ["unsure"]
+    assert result["kept_share"] == 1  # the head without a filter keeps every clip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(3 * lines[0]["loss/sure"] + lines[0]["loss/unsure"], rel=1e-5)
+    held = result["held_out"]
+    assert held["loss"] == pytest.approx(3 * held["loss/sure"] + held.get("loss/unsure", 0.0))
+    with pytest.raises(UsageError, match=r"targets\.corpora names 'x'; the store has: videos"):
+        train_student(config(tiny_store, tmp_path / "new", targets={"corpora": {"x": 1}}), QUIET)
+    with pytest.raises(UsageError, match=r"targets\.loss_weights names 'x'; the heads are: sure, unsure"):
+        train_student(config(tiny_store, tmp_path / "new", targets={"loss_weights": {"x": 1}}), QUIET)
+    changed = {**targets, "loss_weights": {"sure": 2.0}}
+    again = config(tiny_store, tmp_path / "run", targets=changed, held_out=0.3, loop={"epochs": 1}, resume=True)
+    with pytest.raises(CheckpointError, match=r"targets\.loss_weights\.sure = 3\.0, now it is 2\.0"):
+        train_student(again, QUIET)
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_store, tmp_path_factory) -> dict[str, torch.Tensor]:
     """Weights of a run that was never stopped."""

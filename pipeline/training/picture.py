@@ -1,0 +1,88 @@
+"""A batch as a picture for people: the frames of each clip, and what the teachers say of it.
+
+Shapes: B clips, C channels, T frames, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MOST_CLIPS, MOST_FRAMES = 24, 8
+SIDE, GAP, LINE = 112, 4, 17  # pixels
+TEXT = 420
+PAPER, INK, FAINT, BLANK = (255, 255, 255), (20, 20, 20), (150, 150, 150), (225, 225, 225)
+
+
+def draw_batch(batch: Mapping[str, Any], classes: Mapping[str, Sequence[str]], *, tau: float = 1.0) -> Image.Image:
+    """A row a clip: up to 8 of its frames, evenly spread, as the student sees them; beside it the video and first
+    frame, and of each teacher the entropy (of the mean logits at τ = 1, which the filter judges) and the three
+    likeliest classes of the target at `tau`. Clips that do not count for a teacher are said so, those that
+    count for none are grey, for they were not decoded.
+
+    batch: as the clip data set gives it, collated; classes: teacher → names [K].
+    """
+    clips = batch["clip"][:MOST_CLIPS]
+    chosen = np.unique(np.linspace(0, clips.shape[2] - 1, min(MOST_FRAMES, clips.shape[2])).round().astype(int))
+    row = max(SIDE, LINE * (1 + 2 * len(classes))) + GAP
+    picture = Image.new("RGB", (len(chosen) * (SIDE + GAP) + TEXT, len(clips) * row + GAP), PAPER)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    for number in range(len(clips)):
+        top = GAP + number * row
+        decoded = any(bool(weight[number] != 0) for weight in batch["weight"].values())
+        for column, frame in enumerate(chosen):
+            place = (GAP + column * (SIDE + GAP), top)
+            if not decoded:
+                picture.paste(BLANK, (*place, place[0] + SIDE, place[1] + SIDE))
+                continue
+            image = Image.fromarray(_pixels(clips[number, :, frame])).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            picture.paste(image, place)
+        left = len(chosen) * (SIDE + GAP) + 2 * GAP
+        for line, (text, strong) in enumerate(_lines(batch, number, classes, tau)):
+            pen.text((left, top + line * LINE), text, fill=INK if strong else FAINT, font=font)
+    return picture
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """As PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, format="PNG")
+
+
+def _lines(
+    batch: Mapping[str, Any], number: int, classes: Mapping[str, Sequence[str]], tau: float
+) -> list[tuple[str, bool]]:
+    """Text and whether it is strong, of one clip."""
+    name = Path(str(batch["name"][number])).name
+    lines = [(f"{_short(name, 40)}  from frame {int(batch['start'][number])}", True)]
+    for teacher, names in classes.items():
+        logits = batch["targets"][teacher][number].float()
+        counts = bool(batch["weight"][teacher][number] != 0)
+        nats = float(torch.distributions.Categorical(logits=logits).entropy())
+        lines.append((f"{teacher}: {nats:.2f} nats" + ("" if counts else ", does not count"), counts))
+        likely = torch.softmax(logits / tau, 0).topk(min(3, len(names)))
+        shares = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+        lines.append(("   " + ", ".join(f"{_short(names[k], 20)} {share:.0%}" for k, share in shares), counts))
+    return lines
+
+
+def _pixels(frame: Tensor) -> np.ndarray:
+    """uint8 [H, W, 3] of a frame [C, H, W]; flow as colour around grey: x in red, y in green, 8 pixels the most."""
+    if frame.shape[0] == 3:
+        return np.ascontiguousarray(frame.permute(1, 2, 0).numpy())
+    flow = (128 + frame.float().numpy() * 16).clip(0, 255)
+    return np.stack([flow[0], flow[1], np.full_like(flow[0], 128)], axis=-1).astype(np.uint8)
+
+
+def _short(text: str, most: int) -> str:
+    # Pillow's own font has hardly more than ASCII.
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    text = "".join(c if c.isascii() and c.isprintable() else "?" for c in letters)
+    return text if len(text) <= most else text[: most - 3] + "..."
