@@ -23,7 +23,8 @@ from .config import load_config, merge, preset_section
 from .finetune import FinetuneConfig, finetune
 from .screen import Screen
 from .testing import labels_digest
-from .train_student import TrainConfig, train_student
+from .train_config import TrainConfig
+from .train_student import train_student
 
 RESULT = "result.json"
 TRAIN, TUNE = SECTIONS

@@ -202,7 +202,8 @@ def _build(config: FinetuneConfig, labels: Labels, start: Start) -> tuple[Studen
     if start.options.channels == FLOW_CHANNELS:
         require_opencv()
     torch.manual_seed(config.loop.seed)
-    student = build_student(start.options, {HEAD: len(labels.classes)}, config.dropout)
+    clip = (config.clips.length, config.clips.size)
+    student = build_student(start.options, {HEAD: len(labels.classes)}, config.dropout, clip=clip)
     report = None if config.init == SCRATCH else start.fill(student)
     if config.freeze == "backbone":
         student.freeze_backbone()

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
@@ -25,7 +26,7 @@ from ..weights import load_weights
 from .export import InitReport, check_options, load_backbone, read_options, recognise, take_backbone
 from .inflate import Inflation, inflatable, inflate
 from .options import StudentOptions
-from .student import Student
+from .student import Backbone, Student
 
 SCRATCH = "scratch"
 INFLATABLE = ("resnet18", "resnet34")
@@ -89,7 +90,7 @@ def _inflated(init: str, where: str, wanted: StudentOptions | None, inflation: I
     options = inflatable(state, wanted, f"--init {init}")
 
     def fill(student: Student) -> InitReport:
-        inflated, origin = inflate(state, student.backbone, inflation)
+        inflated, origin = inflate(state, cast(Backbone, student.backbone), inflation)
         return take_backbone(student, inflated, init, origin)
 
     return Start(options, fill)
