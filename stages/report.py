@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..pipeline.reporting.ablation import ablation_folders, read_ablations
+from ..pipeline.reporting.ablation_tables import ablation_numbers, screen_table
 from ..pipeline.reporting.accuracy import accuracy_numbers, screen_tables
 from ..pipeline.reporting.page import make_report, to_html, to_markdown
 from ..pipeline.reporting.runs import find_runs
@@ -16,20 +18,26 @@ from .screen import Screen
 
 
 def report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], screen: Screen) -> dict[str, Any]:
-    """Writes report.html, report.md and accuracy.csv into `out`; shows the table and what it proves.
+    """Writes report.html, report.md, accuracy.csv and a CSV an ablation into `out`; shows the table and what it proves.
 
-    `folders` are run folders or folders of runs. The result holds the files, and per finetuned run its
-    accuracies (None where it is not finished) as recomputed from its predictions.
+    `folders` are run folders, folders of runs, or folders of `distinit ablate`. The result holds the files, and per
+    finetuned run its accuracies (None where it is not finished) as recomputed from its predictions.
 
     Raises SourceError (no run there), PredictionsError (a damaged file), UsageError (`out` cannot be written).
     """
-    runs = find_runs(folders)
-    found = make_report(runs)
+    places = ablation_folders(folders)
+    ablations, runs = read_ablations(places, find_runs(folders, places))
+    found = make_report(runs, ablations)
     page, markdown, table = (Path(out) / name for name in ("report.html", "report.md", "accuracy.csv"))
     write_whole(page, to_html(found, __version__))
     write_whole(markdown, to_markdown(found))
     write_whole(table, accuracy_numbers(found.finetuned).to_csv())
 
+    written = []
+    for number, ablation in enumerate(ablations, start=1):
+        written.append(Path(out) / f"ablation-{number}.csv")
+        write_whole(written[-1], ablation_numbers(ablation).to_csv())
+        screen.table(screen_table(ablation).to_rich())
     for part in screen_tables(found.finetuned):
         screen.table(part.to_rich())
     for line in found.findings:
@@ -39,6 +47,10 @@ def report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str
         "report": str(page),
         "markdown": str(markdown),
         "csv": str(table),
+        "ablations": [
+            {"title": a.title, "folder": str(a.folder), "csv": str(file), "rows": ablation_numbers(a).records()}
+            for a, file in zip(ablations, written, strict=True)
+        ],
         "runs": [{"name": run.name, "path": str(run.path), "kind": run.kind, "metrics": run.metrics} for run in runs],
         "differences": [
             {"run": d.run.name, "base": d.base.name, "videos": d.videos, **d.estimate.as_dict()}

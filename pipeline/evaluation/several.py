@@ -107,7 +107,7 @@ def compare_predictions(
     def gain(x: np.ndarray, y: np.ndarray, resampled: np.ndarray) -> Gain:
         low, high = np.quantile(resampled, (0.025, 0.975))
         value = float(x.mean() - y.mean())
-        return Gain(float(x.mean()), float(y.mean()), Estimate(value, float(low), float(high)), _p(resampled))
+        return Gain(float(x.mean()), float(y.mean()), Estimate(value, float(low), float(high)), p_value(resampled))
 
     def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
         return bootstrap_ratios(by_group(above, groups), by_group(below, groups), resamples=resamples, seed=seed)
@@ -131,7 +131,7 @@ def compare_predictions(
     return Comparison(measures, ordered, {a.classes[c]: int(present[:, c].sum()) for c in there})
 
 
-def _p(resampled: np.ndarray) -> float:
+def p_value(resampled: np.ndarray) -> float:
     """Two-sided bootstrap p-value of a difference of 0."""
     below, above = ((count + 1) / (len(resampled) + 1) for count in ((resampled <= 0).sum(), (resampled >= 0).sum()))
     return float(min(1.0, 2 * min(below, above)))

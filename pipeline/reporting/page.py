@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from .ablation import Ablation
+from .ablation_tables import ablation_table, cells_table
 from .accuracy import DASH, Difference, accuracy_table, differences, how_little, percent
 from .charts import Line, Whisker, line_chart, whisker_chart
 from .runs import Run
@@ -27,17 +29,26 @@ class Report:
     differences: Sequence[Difference]
     findings: Sequence[str]
     students: Table | None
+    ablations: Sequence[Ablation]
 
     @property
     def finetuned(self) -> list[Run]:
-        return [run for run in self.runs if run.kind == "finetune"]
+        """The finetuned runs that stand alone; those of an ablation's cells are in its table."""
+        return alone(self.runs, self.ablations)
 
 
-def make_report(runs: Sequence[Run]) -> Report:
+def alone(runs: Sequence[Run], ablations: Sequence[Ablation]) -> list[Run]:
+    """The finetuned runs that belong to no ablation."""
+    taken = {(ablation.folder / cell.record.finetune).resolve() for ablation in ablations for cell in ablation.cells}
+    return [run for run in runs if run.kind == "finetune" and run.path not in taken]
+
+
+def make_report(runs: Sequence[Run], ablations: Sequence[Ablation] = ()) -> Report:
     """Recomputes every number from the runs' predictions."""
-    finetuned = [run for run in runs if run.kind == "finetune"]
+    finetuned = alone(runs, ablations)
     found = differences(finetuned)
-    return Report(runs, accuracy_table(finetuned), found, how_little(finetuned, found), student_table(runs))
+    findings = how_little(finetuned, found)
+    return Report(runs, accuracy_table(finetuned), found, findings, student_table(runs), ablations)
 
 
 def student_table(runs: Sequence[Run]) -> Table | None:
@@ -80,6 +91,7 @@ def to_markdown(report: Report) -> str:
     if report.finetuned:
         parts += [report.accuracy.to_markdown(), "### What these numbers show\n"]
         parts += [f"- {markdown_text(line)}" for line in report.findings] + [""]
+    parts += [ablation_table(ablation).to_markdown() for ablation in report.ablations]
     if report.students is not None:
         parts.append(report.students.to_markdown())
     for run in report.runs:
@@ -93,6 +105,7 @@ def to_html(report: Report, version: str) -> str:
     sections = []
     if report.finetuned:
         sections += [_accuracy_section(report), _findings_section(report)]
+    sections += [_ablation_section(ablation) for ablation in report.ablations]
     if report.students is not None:
         sections.append(f"<h2>Students</h2><div class=scroll>{report.students.to_html()}</div>")
     sections += [_curves_section(report), _details_section(report)]
@@ -131,6 +144,24 @@ def _findings_section(report: Report) -> str:
         "A line that crosses zero leaves open which run is better.",
     )
     return f"<h2>What these numbers show</h2><ul class=findings>{items}</ul>{figure}"
+
+
+def _ablation_section(ablation: Ablation) -> str:
+    rows = [
+        Whisker(f"{entry.row}", *(100 * value for value in (e.value, e.low, e.high)))
+        for entry in ablation.entries()
+        if entry.gain is not None and len(ablation.datasets) == 1
+        for e in (entry.gain.estimate,)
+    ]
+    chart = whisker_chart(rows, x_label=f"difference in top 1 to {ablation.rows[0]}, points", zero=True)
+    figure = _figure(
+        chart, "What each row gains over the first, with its 95 % interval: one that crosses zero leaves it open."
+    )
+    return (
+        f"<h2>{html.escape(ablation.title)}</h2><div class=scroll>{ablation_table(ablation).to_html()}</div>{figure}"
+        "<details><summary>Every run behind these numbers</summary>"
+        f"<div class=scroll>{cells_table(ablation).to_html()}</div></details>"
+    )
 
 
 def _curves_section(report: Report) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,10 @@ class Run:
         return Line(self.name, values[:, 0], values[:, 1])
 
 
-def find_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
+def find_runs(folders: Sequence[str | os.PathLike[str]], empty: Collection[Path] = ()) -> list[Run]:
     """The runs in these folders, each itself a run or a folder of runs, in the order given, then by name.
 
-    Raises SourceError where a folder does not exist or holds no run.
+    Raises SourceError where a folder does not exist or holds no run; those of `empty` (resolved) may hold none.
     """
     found: dict[Path, None] = {}
     for folder in folders:
@@ -93,7 +93,7 @@ def find_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
         if not root.is_dir():
             raise SourceError(f"{folder}: no such folder of runs")
         runs = [Path(path).resolve() for path in _walk(root)]
-        if not runs:
+        if not runs and root.resolve() not in empty:
             raise SourceError(
                 f"{folder}: no run in it (a run folder holds the config.yaml of train-student or finetune)"
             )

@@ -66,6 +66,10 @@ class Table:
         writer.writerows(self.rows)
         return out.getvalue()
 
+    def records(self) -> list[dict[str, str]]:
+        """A dict a row, by the columns' titles."""
+        return [dict(zip((column.title for column in self.columns), row, strict=True)) for row in self.rows]
+
     def to_html(self) -> str:
         """A <table> with every cell escaped; the notes as paragraphs below."""
         classes = [' class="number"' if column.number else "" for column in self.columns]

@@ -1,0 +1,242 @@
+"""An ablation as a report sees it: the cells of its cells.json, and the runs behind them.
+
+Numbers are recomputed from the runs' predictions; cells.json is believed for what a cell is, and for why it failed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import SourceError
+from ..evaluation.metrics import Estimate, bootstrap_ratios, by_group, video_values
+from ..evaluation.several import Gain, p_value
+from .runs import Run, short_dataset
+
+CELLS = "cells.json"
+
+
+class _Record(BaseModel):
+    """What is read of cells.json; what else stands there is for others."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class CellRecord(_Record):
+    """One cell: `student` and `finetune` are run folders relative to the ablation's."""
+
+    row: str
+    axes: dict[str, Any] = {}
+    seed: int
+    dataset: str
+    split: int
+    student: str | None = None
+    finetune: str
+    status: Literal["done", "failed", "missing"]
+    reason: str | None = None
+    seconds: float | None = None
+
+    @property
+    def label(self) -> str:
+        """For people; tells cells of one ablation apart."""
+        return f"{self.row}, {short_dataset(self.dataset)}, split {self.split}, seed {self.seed}"
+
+
+class Paper(_Record):
+    """The paper's numbers: row → data set → top 1, %."""
+
+    table: str
+    rows: dict[str, dict[str, float]] = {}
+
+
+class _File(_Record):
+    title: str
+    paper: Paper | None = None
+    axes: list[str] = []
+    cells: list[CellRecord]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell with its finetuned run, None where there are no finished predictions, and its student's run."""
+
+    record: CellRecord
+    run: Run | None
+    student: Run | None
+
+    @property
+    def problem(self) -> str | None:
+        """Why it has no number; None where it has one."""
+        if self.run is not None and self.run.predictions is not None:
+            return None
+        if self.record.status == "done":
+            return "missing: no finished predictions in its folder"
+        return self.record.status + (f": {self.record.reason}" if self.record.reason else "")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the cells of one row and data set came to.
+
+    values: accuracy [n] of each finished cell as a fraction, by measure. gain: of top 1 over the first row.
+    """
+
+    row: str
+    dataset: str
+    cells: Sequence[Cell]
+    values: dict[str, np.ndarray]
+    paper: float | None
+    gain: Gain | None
+
+    @property
+    def done(self) -> int:
+        return len(self.values["top1"])
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One cells.json; rows and data sets in its order."""
+
+    title: str
+    folder: Path
+    paper: Paper | None
+    cells: Sequence[Cell]
+
+    @property
+    def rows(self) -> list[str]:
+        return list(dict.fromkeys(cell.record.row for cell in self.cells))
+
+    @property
+    def datasets(self) -> list[str]:
+        return list(dict.fromkeys(cell.record.dataset for cell in self.cells))
+
+    def of(self, row: str, dataset: str) -> list[Cell]:
+        """The cells of a row and data set."""
+        return [cell for cell in self.cells if (cell.record.row, cell.record.dataset) == (row, dataset)]
+
+    def entries(self) -> list[Entry]:
+        """All rows by all data sets, row by row; numbers are computed here."""
+        return [self._entry(row, dataset) for row in self.rows for dataset in self.datasets]
+
+    def _entry(self, row: str, dataset: str) -> Entry:
+        cells = self.of(row, dataset)
+        metrics = [cell.run.metrics for cell in cells if cell.problem is None and cell.run and cell.run.metrics]
+        names = ("per_clip", "top1", "top5")
+        return Entry(
+            row=row,
+            dataset=dataset,
+            cells=cells,
+            values={name: np.array([each[name]["value"] for each in metrics]) for name in names},
+            paper=self.paper.rows.get(row, {}).get(dataset) if self.paper else None,
+            gain=gain_over(cells, self.of(self.rows[0], dataset)) if row != self.rows[0] else None,
+        )
+
+
+def gain_over(cells: Sequence[Cell], base: Sequence[Cell]) -> Gain | None:
+    """top 1 of `cells` minus that of `base`, paired by test video; None where they share no split.
+
+    A video's value is its mean over the seeds that a row has; the videos (or the recordings they were cut from) are
+    resampled. Splits that one row lacks are left out of both; so is a split whose videos or labels differ.
+    """
+    ours, theirs = (_by_split(side) for side in (cells, base))
+    differences, levels, groups = [], [], []
+    for split in sorted(ours.keys() & theirs.keys()):
+        a, b = ours[split], theirs[split]
+        if a.keys() != b.keys():
+            continue
+        videos = sorted(a)
+        pair = np.array([[a[video][0], b[video][0]] for video in videos])
+        levels.append(pair)
+        differences.append(pair[:, 0] - pair[:, 1])
+        groups += [f"{split}\n{a[video][1]}" for video in videos]
+    if not differences:
+        return None
+    difference = np.concatenate(differences)
+    index = np.array(groups)
+    resampled = bootstrap_ratios(
+        by_group(difference[:, None], index), by_group(np.ones((len(difference), 1)), index)
+    )[:, 0]
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    means = np.concatenate(levels).mean(axis=0)
+    estimate = Estimate(float(difference.mean()), float(low), float(high))
+    return Gain(float(means[0]), float(means[1]), estimate, p_value(resampled))
+
+
+def _by_split(cells: Sequence[Cell]) -> dict[int, dict[tuple[str, str], tuple[float, str]]]:
+    """split → (video, label) → (mean over seeds of whether it is right, its recording)."""
+    found: dict[int, dict[tuple[str, str], list[float]]] = {}
+    recording: dict[tuple[str, str], str] = {}
+    for cell in cells:
+        p = cell.run.predictions if cell.run is not None and cell.problem is None else None
+        if p is None:
+            continue
+        right = video_values(p.clip_scores, p.labels)["top1"]
+        keys = [(video, p.classes[int(k)]) for video, k in zip(p.videos, p.labels, strict=True)]
+        groups = keys if p.groups is None else p.groups
+        for key, value, group in zip(keys, right.tolist(), groups, strict=True):
+            found.setdefault(cell.record.split, {}).setdefault(key, []).append(value)
+            recording[key] = str(group)
+    return {
+        split: {key: (float(np.mean(values)), recording[key]) for key, values in each.items()}
+        for split, each in found.items()
+    }
+
+
+def ablation_folders(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Folders with a cells.json, these or below them; run folders and stores are not looked into."""
+    found: dict[Path, None] = {}
+    for root in folders:
+        for here, inner, files in os.walk(root):
+            inner[:] = sorted(name for name in inner if not name.endswith(".zarr"))
+            if CELLS in files:
+                found[Path(here).resolve()] = None
+            if "result.json" in files:
+                inner.clear()
+    return list(found)
+
+
+def read_ablations(folders: Sequence[Path], runs: Sequence[Run]) -> tuple[list[Ablation], list[Run]]:
+    """The ablations in these folders, and the runs, those of cells named after their cells.
+
+    Raises SourceError for a cells.json that is damaged or foreign.
+    """
+    files = {folder: _read(folder / CELLS) for folder in folders}
+    names: dict[Path, str] = {}
+    for folder, file in files.items():
+        for record in file.cells:
+            names.setdefault((folder / record.finetune).resolve(), record.label)
+            if record.student is not None:
+                names.setdefault((folder / record.student).resolve(), f"student of {record.row}, seed {record.seed}")
+    named = [dataclasses.replace(run, name=names.get(run.path, run.name)) for run in runs]
+    by_path = {run.path: run for run in named}
+
+    def cell(folder: Path, record: CellRecord) -> Cell:
+        student = by_path.get((folder / record.student).resolve()) if record.student is not None else None
+        return Cell(record, by_path.get((folder / record.finetune).resolve()), student)
+
+    found = [
+        Ablation(file.title, folder, file.paper, [cell(folder, record) for record in file.cells])
+        for folder, file in files.items()
+    ]
+    return found, named
+
+
+def _read(path: Path) -> _File:
+    try:
+        return _File.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise SourceError(f"{path}: not the cells of an ablation ({place}: {first['msg']})") from None
+    except ValueError as error:
+        raise SourceError(f"{path}: not JSON ({error})") from None

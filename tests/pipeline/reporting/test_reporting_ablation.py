@@ -1,0 +1,152 @@
+"""Tables of an ablation: every number against the predictions themselves, what is missing shown as missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+
+from distinit.pipeline.errors import SourceError
+from distinit.pipeline.evaluation.predictions import Predictions
+from distinit.pipeline.reporting.ablation import ablation_folders, read_ablations
+from distinit.pipeline.reporting.ablation_tables import ablation_table
+from distinit.pipeline.reporting.runs import find_runs
+from distinit.stages.report import report
+from distinit.stages.screen import Screen
+
+CLASSES = [f"class {k}" for k in range(6)]
+ROWS = {"center": 0.35, "random": 0.6, "2 random": 0.4}
+DATASETS = ["csv:/data/har7/labels.csv", "hmdb51"]
+
+
+def predictions(folder: Path, seed: int, right: float, split: int, dataset: str) -> None:
+    """A finetuned run as it is left behind; 40 test videos of a split, the same whatever the seed, in its own order."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"finetune": {"dataset": dataset, "split": split}}))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(40)
+    labels = [int(i) % 6 for i in order]
+    found = Predictions.empty(
+        CLASSES, [f"s{split}/v{i:02d}.mp4" for i in order], labels, 3, protocol={"clips": 3}, identity={"seed": seed}
+    )
+    for i in range(39):
+        scores = rng.random((3, 6)).astype(np.float32)
+        scores[:, labels[i]] += rng.random() < right
+        found.set_scores(i, scores / scores.sum(axis=1, keepdims=True), np.arange(3), 50)
+    found.fail(39, "no video stream")
+    found.write(folder / "predictions.h5")
+    (folder / "result.json").write_text(json.dumps({"seconds": 36.0, "metrics": {"top1": "not read"}}))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Three rows, two data sets, two splits, two seeds; one cell failed, one is missing, one lost its predictions."""
+    folder, cells = tmp_path / "out", []
+    for row, (name, right) in enumerate(ROWS.items()):
+        for d, dataset in enumerate(DATASETS):
+            for split in (1, 2):
+                for seed in (0, 1):
+                    key = f"{row}{d}{split}{seed}"
+                    predictions(folder / "finetunes" / key, int(key), right, split, dataset)
+                    cells.append({
+                        "row": name, "axes": {"picks": name}, "seed": seed, "dataset": dataset, "split": split,
+                        "student": None, "finetune": f"finetunes/{key}", "status": "done", "reason": None,
+                        "seconds": 72.0, "for others": 1,
+                    })  # fmt: skip
+    gone = {"2021": ("failed", "out of <memory>"), "2120": ("missing", None), "2121": ("done", None)}
+    for key, (status, reason) in gone.items():
+        shutil.rmtree(folder / "finetunes" / key)
+        cell = next(cell for cell in cells if cell["finetune"] == f"finetunes/{key}")
+        cell.update(status=status, reason=reason)
+    paper = {"table": "2", "rows": {"random": {"hmdb51": 43.2}, "center": {"hmdb51": 40.3}}}
+    content = {"title": "Table 2: picks", "paper": paper, "axes": ["picks"], "cells": cells}
+    (folder / "cells.json").write_text(json.dumps(content))
+    return folder
+
+
+def top1(folder: Path) -> dict[str, float]:
+    with h5py.File(folder / "predictions.h5") as file:
+        scores, labels, videos = file["clip_scores"][:], file["labels"][:], file["videos"].asstr()[:]
+    readable = np.isfinite(scores).all(axis=(1, 2))
+    best = np.nan_to_num(scores).mean(axis=1).argmax(axis=1)
+    return dict(zip(videos, ((best == labels) & readable).astype(float), strict=True))
+
+
+def test_numbers_are_those_of_the_predictions(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = report([out], tmp_path / "report", Screen())
+    with open(tmp_path / "report" / "ablation-1.csv", encoding="utf-8") as file:
+        rows = {(row["row"], row["dataset"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 6
+    for r, name in enumerate(ROWS):
+        for d, dataset in enumerate(DATASETS):
+            row = rows[name, dataset]
+            runs = [p for s in (1, 2) for k in (0, 1) if (p := out / "finetunes" / f"{r}{d}{s}{k}").exists()]
+            values = [np.mean(list(top1(run).values())) for run in runs]
+            assert int(row["runs"]) == len(runs)
+            assert row["planned"] == "4"
+            assert float(row["top1_mean"]) == pytest.approx(np.mean(values))
+            assert float(row["top1_deviation"]) == pytest.approx(np.std(values, ddof=1))
+    random, paired = rows["random", "hmdb51"], []
+    for split in (1, 2):
+        each = [[top1(out / "finetunes" / f"{row}1{split}{seed}") for seed in (0, 1)] for row in (1, 0)]
+        for video in each[0][0]:
+            ours, theirs = (np.mean([values[video] for values in side]) for side in each)
+            paired.append(ours - theirs)
+    assert float(random["difference"]) == pytest.approx(np.mean(paired))
+    draws = np.random.default_rng(7).choice(paired, (4000, len(paired))).mean(axis=1)
+    assert float(random["difference_low"]) == pytest.approx(np.quantile(draws, 0.025), abs=0.02)
+    assert float(random["difference_high"]) == pytest.approx(np.quantile(draws, 0.975), abs=0.02)
+    assert float(random["p"]) < 0.05
+    assert rows["center", "hmdb51"]["difference"] == ""
+    assert (random["paper_top1"], rows["random", DATASETS[0]]["paper_top1"]) == ("0.432", "")
+    assert [a["title"] for a in result["ablations"]] == ["Table 2: picks"]
+    assert "Table 2: picks" in capsys.readouterr().out
+
+
+def test_missing_cells_are_shown_with_their_reasons(out: Path, tmp_path: Path) -> None:
+    report([out], tmp_path / "report", Screen(quiet=True))
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    for text in (page, markdown):
+        assert "2 random, har7/labels.csv, split 2, seed 1: failed: out of &lt;memory" in text
+        assert "2 random, hmdb51, split 2, seed 0: missing" in text
+        assert "2 random, hmdb51, split 2, seed 1: missing: no finished predictions in its folder" in text
+        assert "3 of 4" in text
+        assert "43.2" in text
+    assert "<h2>Accuracy" not in page  # all runs are cells
+    for path in (out / "finetunes").iterdir():
+        shutil.rmtree(path)
+    report([out], tmp_path / "report", Screen(quiet=True))
+    ablations, runs = read_ablations(ablation_folders([out]), [])
+    assert runs == []
+    for row in ablation_table(ablations[0]).rows:
+        assert row[1] == "missing"
+        assert row[2] == "0 of 4"
+
+
+def test_one_data_set_has_all_measures_and_runs_are_named_after_cells(out: Path) -> None:
+    content = json.loads((out / "cells.json").read_text())
+    content["cells"] = [cell for cell in content["cells"] if cell["dataset"] == "hmdb51"]
+    (out / "cells.json").write_text(json.dumps(content))
+    (ablation,), runs = read_ablations(ablation_folders([out.parent]), find_runs([out]))
+    assert [c.title for c in ablation_table(ablation).columns] == [
+        "row", "hmdb51: top 1, %", "runs", "paper", "difference", "p", "per clip, %", "top 5, %",
+    ]  # fmt: skip
+    names = {run.path.name: run.name for run in runs}
+    assert names["1121"] == "random, hmdb51, split 2, seed 1"
+    assert names["0011"] == "0011"
+
+
+def test_a_damaged_file_is_named(out: Path) -> None:
+    (out / "cells.json").write_text('{"title": "x", "cells": [{"row": "a"}]}')
+    with pytest.raises(SourceError, match=r"cells\.json: not the cells of an ablation \(cells\.0\.seed"):
+        read_ablations(ablation_folders([out]), [])
+    (out / "cells.json").write_text("{")
+    with pytest.raises(SourceError, match="not JSON"):
+        read_ablations(ablation_folders([out]), [])
