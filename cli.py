@@ -432,6 +432,7 @@ def finetune(**given: Any) -> None:
 @key_option("--videos", key="videos", metavar="DIR", help="Copies by `distinit prepare`.  [default: the run's]")
 @key_option("--out", key="out", metavar="DIR", help="The folder to write.  [default: the run's own]")
 @key_option("--device", key="device", shown="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@key_option("--gpus", key="gpus", shown=1, type=int, metavar="N", help="Processes on this machine, one a GPU.")
 @key_option("--test-clips", key="test.clips", type=int, metavar="N", help="Clips a video.  [default: the run's]")
 @key_option("--test-crops", key="test.crops", type=int, metavar="1|3", help="Crops of each.  [default: the run's]")
 @key_option(

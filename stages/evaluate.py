@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +14,16 @@ from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
 from ..pipeline.errors import CheckpointError, UsageError
 from ..pipeline.evaluation.classification import HEAD
-from ..pipeline.evaluation.labels import load_labels
+from ..pipeline.evaluation.labels import Labels, load_labels
 from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.students.export import load_student
+from ..pipeline.students.student import Student
+from ..pipeline.training.options import LoopOptions
+from ..pipeline.training.ranks import Ranks
 from ..pipeline.video.transforms import ClipView
 from .fuse_compare import compare, fuse
+from .launch import across_ranks
 from .screen import Screen
 from .splits import ALL, split_folder, split_folders, summarise_splits
 from .testing import PREDICTIONS, RESULT, EvaluationOptions, evaluate_student, write_result
@@ -42,6 +47,7 @@ class EvaluateConfig(Options):
     videos: str | None = Field(default=None, description="folder of copies; default the run's; null: the videos")
     out: str | None = Field(default=None, description="folder to write; default the run's own")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    gpus: int = Field(default=1, ge=1, description="processes on this machine, one a GPU; torchrun decides for itself")
     test: EvaluationOptions | None = None
 
     @model_validator(mode="after")
@@ -70,23 +76,72 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
         return fuse(config.runs, config.weights, config.out, screen)
     if config.compare:
         return compare(config.runs[0], config.runs[1], config.out, screen)
+    return across_ranks(_evaluate, config, screen, LoopOptions(device=config.device, gpus=config.gpus))
+
+
+def _evaluate(config: EvaluateConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
+    """One process of the test; rank 0 alone writes."""
     run = Path(config.runs[0])
     splits = {} if (run / "config.yaml").exists() else split_folders(run)
     if splits and config.split in (None, ALL):
         results = {}
         for split, folder in splits.items():
             out = str(split_folder(Path(config.out), split)) if config.out is not None else None
-            results[split] = _evaluate_one(config.model_copy(update={"split": None, "out": out}), folder, screen)
+            own = config.model_copy(update={"split": None, "out": out})
+            results[split] = _evaluate_split(own, folder, screen, ranks)
         title = short_dataset(next(iter(results.values()))["dataset"])
-        return summarise_splits(Path(config.out or run), results, title, screen)
+        return ranks.on_lead(lambda: summarise_splits(Path(config.out or run), results, title, screen))
     if config.split == ALL:
         raise UsageError(f"--split all: {run} was trained on one split; it cannot be tested on what it has seen")
-    if isinstance(config.split, int) and config.split in splits:
-        return _evaluate_one(config.model_copy(update={"split": None}), splits[config.split], screen)
-    return _evaluate_one(config, run, screen)
+    if config.split in splits:
+        own = config.model_copy(update={"split": None})
+        return _evaluate_split(own, splits[int(config.split)], screen, ranks)
+    return _evaluate_split(config, run, screen, ranks)
 
 
-def _evaluate_one(config: EvaluateConfig, run: Path, screen: Screen) -> dict[str, Any]:
+def _evaluate_split(config: EvaluateConfig, run: Path, screen: Screen, ranks: Ranks) -> dict[str, Any]:
+    job = ranks.agree(lambda: _assemble(config, run))
+    for note in job.labels.notes if ranks.lead else ():
+        screen.warn(note)
+    out = Path(config.out or run)
+    metrics = evaluate_student(
+        job.student,
+        job.labels,
+        view=job.view,
+        length=job.student.meta.clip_length,
+        options=job.options,
+        device=ranks.agree(lambda: resolve_device(config.device)),
+        out=out,
+        screen=screen,
+        fresh=True,
+        ranks=ranks,
+    )
+    found = {
+        "run": str(run),
+        "dataset": job.labels.dataset,
+        "split": job.labels.split,
+        "predictions": str(out / PREDICTIONS),
+    }
+
+    def finish() -> None:
+        before = json.loads((out / RESULT).read_text(encoding="utf-8")) if (out / RESULT).exists() else {}
+        write_result(out, {**before, **found, "metrics": metrics})
+
+    ranks.on_lead(finish)
+    return {**found, "metrics": metrics}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is tested on what, and how."""
+
+    student: Student
+    labels: Labels
+    view: ClipView
+    options: EvaluationOptions
+
+
+def _assemble(config: EvaluateConfig, run: Path) -> _Job:
     model, used = _opened(run)
     options = _options(config.test, used)
     _refuse_overwriting(config, options, used)
@@ -98,28 +153,11 @@ def _evaluate_one(config: EvaluateConfig, run: Path, screen: Screen) -> dict[str
         root=config.root if "root" in asked or config.dataset else used.get("root"),
         partial=bool(used.get("partial") if config.partial is None else config.partial),
     )
-    for note in labels.notes:
-        screen.warn(note)
     student = load_student(model)
     require_classes(labels.classes, student.meta.classes.get(HEAD, []), here=labels.dataset, there=str(run))
     clips = used.get("clips") or {"size": student.meta.clip_size, "resize": student.meta.resize}
     view = ClipView.model_validate({key: clips.get(key) for key in ClipView.model_fields if key in clips})
-    out = Path(config.out or run)
-    metrics = evaluate_student(
-        student,
-        labels,
-        view=view,
-        length=student.meta.clip_length,
-        options=options,
-        device=resolve_device(config.device),
-        out=out,
-        screen=screen,
-        fresh=True,
-    )
-    before = json.loads((out / RESULT).read_text(encoding="utf-8")) if (out / RESULT).exists() else {}
-    found = {"run": str(run), "dataset": labels.dataset, "split": labels.split, "predictions": str(out / PREDICTIONS)}
-    write_result(out, {**before, **found, "metrics": metrics})
-    return {**found, "metrics": metrics}
+    return _Job(student, labels, view, options)
 
 
 def _opened(run: Path) -> tuple[Path, dict[str, Any]]:

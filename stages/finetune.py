@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
-from ..pipeline.errors import CheckpointError, UsageError
+from ..pipeline.errors import CheckpointError
 from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.dataset import LabelledClips
 from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
@@ -25,11 +26,12 @@ from ..pipeline.students.options import StudentMeta
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
 from ..pipeline.training.checkpoint import Resume, check_identity, claim_run_dir, read_identity
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
-from ..pipeline.training.ranks import launched
+from ..pipeline.training.ranks import Ranks
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
 from ..pipeline.video.transforms import ClipView
 from ..pipeline.weights import state_sha256
 from .config import write_config
+from .launch import across_ranks
 from .screen import Screen
 from .splits import ALL, split_folder, summarise_splits
 from .testing import PREDICTIONS, EvaluationOptions, evaluate_student, labels_digest, write_result
@@ -97,42 +99,40 @@ def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
     splits each into a folder of its own, and into RUN/result.json their mean.
     Raises UsageError, LabelsError, CheckpointError, TrainingError, DeviceError, WeightsError.
     """
-    if config.loop.gpus > 1 or launched():
-        raise UsageError("finetune runs in one process: leave out --gpus and torchrun")
+    return across_ranks(_finetune, config, screen, config.loop)
+
+
+def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
+    """One process of the training and the test; rank 0 alone writes."""
     if config.split != ALL:
-        return _finetune_split(config, screen)
+        return _finetune_split(config, screen, ranks)
     results = {}
-    for split in available_splits(config.dataset, config.root):
+    for split in ranks.agree(lambda: available_splits(config.dataset, config.root)):
         screen.say(f"split {split}")
         own = config.model_copy(update={"split": split, "out": str(split_folder(Path(config.out), split))})
-        results[split] = _finetune_split(own, screen)
-    return summarise_splits(Path(config.out), results, short_dataset(config.dataset), screen)
+        results[split] = _finetune_split(own, screen, ranks)
+    title = short_dataset(config.dataset)
+    return ranks.on_lead(lambda: summarise_splits(Path(config.out), results, title, screen))
 
 
-def _finetune_split(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
+def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
     run_dir = Path(config.out)
-    device = resolve_device(config.loop.device)
-    labels = load_labels(
-        config.dataset,
-        config.split if isinstance(config.split, int) else None,
-        config.videos,
-        root=config.root,
-        partial=config.partial,
-    )
-    start = open_init(config.init, config.student, config.inflation)
-    config = _resolved(config, labels, start)
-    claim_run_dir(run_dir, resume=config.resume)
-    saved = read_identity(run_dir) if config.resume else None
-    if saved is not None:
-        require_classes(labels.classes, saved["classes"], here=config.dataset, there=f"the checkpoint in {run_dir}")
-    student, report = _build(config, labels, start)
+    device = ranks.agree(lambda: resolve_device(config.loop.device))
+    # Rank 0 first, alone: what has to be fetched is fetched once.
+    ranks.on_lead(lambda: open_init(config.init, config.student).options)
+    job = ranks.agree(lambda: _assemble(config))
+    config, labels, student = job.config, job.labels, job.student
+    ranks.on_lead(lambda: claim_run_dir(run_dir, resume=config.resume))
+    saved = ranks.agree(lambda: read_identity(run_dir) if config.resume else None)
     options = config.loop.for_videos(len(labels.train))
-    identity = _identity(config, labels, student, report)
-    if saved is not None:
-        check_identity(run_dir, saved, identity | options.identity())  # before the run's config is overwritten
-    write_config(run_dir / "config.yaml", COMMAND, config)
+    identity = _identity(config, labels, student, job.report)
+    if saved is not None:  # before the run's config is overwritten
+        ranks.agree(lambda: _check_same(run_dir, saved, identity | options.identity(), labels))
+    ranks.on_lead(lambda: write_config(run_dir / "config.yaml", COMMAND, config))
 
-    _announce(config, labels, student, report, screen)
+    if ranks.lead:
+        _announce(config, labels, student, job.report, screen)
+    screen.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     result = fit(
         model=student,
         dataset=LabelledClips(
@@ -150,8 +150,9 @@ def _finetune_split(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
         resume=config.resume,
         say=screen.say,
         progress=screen.progress,
+        ranks=ranks,
     )
-    _export(config, labels, student, run_dir)
+    ranks.on_lead(lambda: _export(config, labels, student, run_dir))
     metrics = evaluate_student(
         student,
         labels,
@@ -161,10 +162,41 @@ def _finetune_split(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
         device=device,
         out=run_dir,
         screen=screen,
+        ranks=ranks,
     )
-    summary = _summary(config, labels, report, result, metrics)
-    write_result(run_dir, summary)
+    summary = _summary(config, labels, job.report, result, metrics)
+    ranks.on_lead(lambda: write_result(run_dir, summary))
     return summary
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is trained on what. report: None from scratch."""
+
+    config: FinetuneConfig
+    labels: Labels
+    student: Student
+    report: InitReport | None
+
+
+def _assemble(config: FinetuneConfig) -> _Job:
+    labels = load_labels(
+        config.dataset,
+        config.split if isinstance(config.split, int) else None,
+        config.videos,
+        root=config.root,
+        partial=config.partial,
+    )
+    start = open_init(config.init, config.student, config.inflation)
+    resolved = _resolved(config, labels, start)
+    student, report = _build(resolved, labels, start)
+    return _Job(resolved, labels, student, report)
+
+
+def _check_same(run_dir: Path, saved: dict[str, Any], identity: dict[str, Any], labels: Labels) -> None:
+    """The classes first: a difference there has words of its own."""
+    require_classes(labels.classes, saved["classes"], here=labels.dataset, there=f"the checkpoint in {run_dir}")
+    check_identity(run_dir, saved, identity)
 
 
 def _resolved(config: FinetuneConfig, labels: Labels, start: Start) -> FinetuneConfig:

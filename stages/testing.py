@@ -21,7 +21,8 @@ from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.reporting.tables import Column, Table
 from ..pipeline.students.student import Student
 from ..pipeline.training.checkpoint import write_atomically
-from ..pipeline.training.device import pick_workers, torch_threads
+from ..pipeline.training.device import cores, pick_workers, torch_threads
+from ..pipeline.training.ranks import ALONE, Ranks
 from ..pipeline.video.transforms import ClipView
 from ..pipeline.weights import state_sha256
 from .screen import Screen
@@ -56,10 +57,12 @@ def evaluate_student(
     out: Path,
     screen: Screen,
     fresh: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Writes `out`/predictions.h5 and returns metrics_from_file of it; shows the table and the unread videos.
 
-    What an earlier call, interrupted or not, has predicted with the same weights is kept unless `fresh`.
+    What an earlier call, interrupted or not, has predicted with the same weights is kept unless `fresh`. Of several
+    ranks each tests its share of the videos; rank 0 writes, and all return the metrics.
     """
     predictions = Predictions.empty(
         labels.classes,
@@ -78,32 +81,44 @@ def evaluate_student(
         features=student.feature_size,
     )
     final, partial = out / PREDICTIONS, out / "predictions.partial.h5"
-    kept = 0 if fresh else _adopt(predictions, final) or _adopt(predictions, partial)
+    if ranks.lead and not fresh and not _adopt(predictions, final):
+        _adopt(predictions, partial)
+    pending = ranks.on_lead(lambda: predictions.pending)
+    mine = pending[ranks.rank :: ranks.world]
     workers = pick_workers(options.workers, device)
     channels = student.options.channels
     dataset = EvaluationClips(
         labels, labels.test, view, length=length, clips=options.clips, crops=options.crops, channels=channels
     )
-    with torch_threads(None, workers, device), screen.progress("testing", len(predictions.videos), "video") as bar:
-        if kept:
-            bar.advance(kept)
-        predict(
-            student,
-            dataset,
-            predictions,
-            batch_size=options.batch_size,
-            workers=workers,
-            device=device,
-            done=bar.advance,
-            save=lambda: predictions.write(partial),
+    threads = max(1, (cores() - workers) // ranks.world) if ranks.world > 1 else None
+    with torch_threads(threads, workers, device), screen.progress("testing", len(mine), "video") as bar:
+        ranks.agree(
+            lambda: predict(
+                student,
+                dataset,
+                predictions,
+                videos=mine,
+                batch_size=options.batch_size,
+                workers=workers,
+                device=device,
+                done=bar.advance,
+                save=lambda: predictions.write(partial) if ranks.lead else None,
+            )
         )
-    if kept < len(predictions.videos) or not final.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        predictions.write(final)
-    partial.unlink(missing_ok=True)
-    metrics = metrics_from_file(final)
-    show_metrics(f"{short_dataset(labels.dataset)}, split {labels.split}", len(labels.classes), metrics, screen)
-    return metrics
+    for rows in ranks.gather(predictions.rows(mine)) if ranks.world > 1 else ():
+        predictions.take(rows)
+
+    def finish() -> dict[str, Any]:
+        if pending or not final.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            predictions.write(final)
+        partial.unlink(missing_ok=True)
+        metrics = metrics_from_file(final)
+        title = f"{short_dataset(labels.dataset)}, split {labels.split}"
+        show_metrics(title, len(labels.classes), metrics, screen)
+        return metrics
+
+    return ranks.on_lead(finish)
 
 
 def write_result(out: Path, result: dict[str, Any]) -> None:

@@ -76,13 +76,14 @@ def predict(
     dataset: KeyedDataset,
     predictions: Predictions,
     *,
+    videos: list[int] | None = None,
     batch_size: int,
     workers: int,
     device: torch.device,
     done: Callable[[int], None] = lambda videos: None,
     save: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fills in the pending videos of `predictions` from dataset[(0, video)] (see EvaluationClips).
+    """Fills in `videos`, by default all pending ones, of `predictions` from dataset[(0, video)] (see EvaluationClips).
 
     What is averaged over a video's clips is told by `predictions.protocol`: the softmax, or with "scores": "logits"
     the logits. Always float32, whatever the training's precision: scores then differ by less than 1e-4 between batch
@@ -94,7 +95,7 @@ def predict(
     waiting: list[dict[str, Any]] = []
     saved = time.monotonic()
     with _exact_float32(device):
-        for row in _rows(dataset, predictions.pending, workers, device):
+        for row in _rows(dataset, predictions.pending if videos is None else videos, workers, device):
             video = int(row["video"][0])
             if "error" in row:
                 predictions.fail(video, row["error"][0])

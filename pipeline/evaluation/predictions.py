@@ -141,6 +141,20 @@ class Predictions:
     def fail(self, video: int, reason: str) -> None:
         self.status[video], self.reasons[video] = FAILED, reason
 
+    def rows(self, videos: Sequence[int]) -> dict[str, Any]:
+        """What these tables say of some videos, for `take` of another process."""
+        rows = list(videos)
+        tables = {name: getattr(self, name)[rows] for name in ("frames", "starts", "clip_scores", "features")}
+        texts = {name: [getattr(self, name)[v] for v in rows] for name in ("status", "reasons")}
+        return {"videos": rows, **tables, **texts}
+
+    def take(self, rows: dict[str, Any]) -> None:
+        """Enters the rows that another process has filled in."""
+        for name in ("frames", "starts", "clip_scores", "features"):
+            getattr(self, name)[rows["videos"]] = rows[name]
+        for i, video in enumerate(rows["videos"]):
+            self.status[video], self.reasons[video] = rows["status"][i], rows["reasons"][i]
+
     def failures(self) -> list[dict[str, str]]:
         """The videos that could not be read, as {video, reason}, in the file's order."""
         return self._reasons(FAILED)
