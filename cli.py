@@ -454,6 +454,29 @@ def evaluate(**given: Any) -> None:
 
 
 @cli.command(
+    epilog=examples(
+        "distinit predict runs/ours holiday.mp4 clips/*.mp4",
+        "distinit predict runs/ours clips/ --top 3 --json > classes.json",
+    ),
+)
+@key_argument("model", key="model", metavar="MODEL")
+@key_argument("sources", key="sources", nargs=-1, metavar="VIDEO...")
+@key_option("--top", key="top", shown=5, type=int, metavar="N", help="Classes shown of each video.")
+@key_option("--test-clips", key="test.clips", shown=10, type=int, metavar="N", help="Clips of a video.")
+@key_option("--test-crops", key="test.crops", shown=1, type=int, metavar="1|3", help="Crops of each clip.")
+@key_option("--device", key="device", shown="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@config_options
+@screen_options
+def predict(**given: Any) -> None:
+    """The classes of your own videos, by a finetuned MODEL: a run folder or its model.safetensors.
+
+    A VIDEO is a file, a folder, a quoted glob or a list. Exits with 1 where one cannot be read; it is listed with
+    the reason, and the others are shown all the same.
+    """
+    run_stage("predict", "PredictConfig", "predict", given)
+
+
+@cli.command(
     epilog=examples("distinit report runs/ --out report", "distinit report runs/ours runs/scratch --out report")
 )
 @click.argument("folders", nargs=-1, required=True, metavar="DIR...")

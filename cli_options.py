@@ -96,7 +96,11 @@ def config_options(command: F) -> F:
                      help="Set any key of the config; the value is YAML. Repeatable, wins over all else."),
         click.option("--config", "file", metavar="FILE",
                      help="A YAML file with a section a command, as the ones written beside results."),
-        click.option("--preset", metavar="NAME", help="A preset that ships with the package: demo, paper."),
+        click.option(
+            "--preset",
+            metavar="NAME",
+            help="A preset that ships with the package: demo, paper; of finetune also hmdb51, ucf101, scratch.",
+        ),
     ):
         command = option(command)
     return command

@@ -62,7 +62,10 @@ def run_stage(
             dropped=dropped,
             flags=_flags(context) | (flags or {}),
         )
-        screen.result(getattr(home, stage)(config, screen))
+        result = getattr(home, stage)(config, screen)
+        screen.result(result)
+    if result.get("ok") is False:  # a part of the job could not be done
+        context.exit(1)
 
 
 def _flags(context: click.Context) -> dict[str, str]:

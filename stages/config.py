@@ -30,7 +30,17 @@ from ..pipeline.errors import DistInitError, UsageError
 C = TypeVar("C", bound=Options)
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-SECTIONS = ("prepare", "extract-targets", "train-student", "finetune", "evaluate", "ablate", "report", "demo")
+SECTIONS = (
+    "prepare",
+    "extract-targets",
+    "train-student",
+    "finetune",
+    "evaluate",
+    "predict",
+    "ablate",
+    "report",
+    "demo",
+)
 
 
 def load_config(

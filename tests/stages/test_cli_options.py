@@ -25,6 +25,7 @@ MODELS = {
     "train-student": ("train_student", "TrainConfig"),
     "finetune": ("finetune", "FinetuneConfig"),
     "evaluate": ("evaluate", "EvaluateConfig"),
+    "predict": ("predict", "PredictConfig"),
 }
 
 

@@ -1,0 +1,120 @@
+"""The classes of one's own videos, by a finetuned student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from ..pipeline.config import Options
+from ..pipeline.corpus.sources import escape_path, list_videos
+from ..pipeline.devices import resolve_device
+from ..pipeline.errors import CheckpointError
+from ..pipeline.evaluation.classification import HEAD
+from ..pipeline.evaluation.dataset import EvaluationClips
+from ..pipeline.evaluation.labels import Labelled, Labels
+from ..pipeline.evaluation.predict import predict as fill_in
+from ..pipeline.evaluation.predictions import OK, Predictions
+from ..pipeline.evaluation.several import probabilities
+from ..pipeline.reporting.tables import Column, Table
+from ..pipeline.students.export import load_student
+from ..pipeline.training.device import pick_workers, torch_threads
+from ..pipeline.video.transforms import ClipView
+from .screen import Screen
+from .testing import EvaluationOptions
+
+
+class PredictConfig(Options):
+    """Everything that `distinit predict` can be told."""
+
+    model: str = Field(description="a run folder or model.safetensors of distinit finetune")
+    sources: list[str] = Field(min_length=1, description="videos, folders, globs, lists")
+    top: int = Field(default=5, ge=1, description="classes shown of each video, the best first")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    test: EvaluationOptions = EvaluationOptions()
+
+
+def predict(config: PredictConfig, screen: Screen) -> dict[str, Any]:
+    """Shows the best classes of every video with their probabilities; `ok` is False where a video cannot be read.
+
+    The clips are those of a test: `test.clips` uniform ones of the length and size that the model was trained with.
+    Raises CheckpointError (no model, or none of finetune), SourceError, DeviceError.
+    """
+    student = load_student(config.model)
+    classes = student.meta.classes.get(HEAD)
+    if not classes:
+        heads = ", ".join(student.classes)
+        raise CheckpointError(f"{config.model}: no model of distinit finetune, for it has no labels (heads: {heads})")
+    listed = list_videos(config.sources)
+    device = resolve_device(config.device)
+    videos = [Labelled(listed.absolute(i), -1) for i in range(len(listed))]
+    meta, options = student.meta, config.test
+    predictions = Predictions.empty(
+        classes,
+        [video.path for video in videos],
+        [video.label for video in videos],
+        options.clips * options.crops,
+        protocol=options.protocol(),
+        identity={},
+    )
+    clips = EvaluationClips(
+        Labels("", 1, "", tuple(classes), (), tuple(videos)),
+        videos,
+        ClipView(size=meta.clip_size, resize=meta.resize),
+        length=meta.clip_length,
+        clips=options.clips,
+        crops=options.crops,
+        channels=student.options.channels,
+    )
+    workers = min(pick_workers(options.workers, device), len(videos) - 1)  # one video needs no process of its own
+    with torch_threads(None, workers, device), screen.progress("predicting", len(videos), "video") as bar:
+        fill_in(
+            student,
+            clips,
+            predictions,
+            batch_size=options.batch_size,
+            workers=workers,
+            device=device,
+            done=bar.advance,
+        )
+    found = _best(predictions, min(config.top, len(classes)))
+    _show(found, predictions, screen)
+    failed = predictions.failures()
+    return {
+        "ok": not failed,
+        "model": str(Path(config.model)),
+        "protocol": predictions.protocol,
+        "videos": found,
+        "failed": failed,
+    }
+
+
+def _best(predictions: Predictions, top: int) -> list[dict[str, Any]]:
+    """Of each video that was read: its frames and its `top` classes, the best first; among equals the first."""
+    scores = probabilities(predictions)
+    found = []
+    for i, video in enumerate(predictions.videos):
+        if predictions.status[i] != OK:
+            continue
+        order = np.argsort(-scores[i], kind="stable")[:top]
+        best = [{"class": predictions.classes[k], "probability": float(scores[i, k])} for k in order]
+        row = {"video": escape_path(video), "frames": int(predictions.frames[i]), "top": best}
+        found.append(row | ({"note": predictions.reasons[i]} if predictions.reasons[i] else {}))
+    return found
+
+
+def _show(found: list[dict[str, Any]], predictions: Predictions, screen: Screen) -> None:
+    if found:
+        columns = [Column("video"), Column("class"), Column("%", True), Column("then")]
+        table = Table(f"{len(found)} of {len(predictions.videos)} videos", columns)
+        for row in found:
+            first, *others = row["top"]
+            then = ", ".join(f"{each['class']} {100 * each['probability']:.1f}" for each in others)
+            table.add(row["video"], first["class"], f"{100 * first['probability']:.1f}", then)
+        screen.table(table.to_rich())
+    for each in predictions.failures():
+        screen.warn(f"could not be read: {each['video']}: {each['reason']}")
+    for each in predictions.damaged():
+        screen.warn(f"read, but damaged: {each['video']}: {each['reason']}")

@@ -1,0 +1,230 @@
+"""Stage three's other ways: all splits, a frozen backbone, other protocols, fusion, comparison, own videos."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from distinit.cli import cli
+from distinit.cli_support import run
+from distinit.pipeline.errors import CheckpointError, SourceError, UsageError
+from distinit.pipeline.evaluation.dataset import EvaluationClips
+from distinit.pipeline.evaluation.labels import load_labels
+from distinit.pipeline.evaluation.predictions import Predictions
+from distinit.pipeline.students.export import load_student
+from distinit.pipeline.video.clips import read_frames
+from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.transforms import ClipView, normalize_clip
+from distinit.stages.config import load_config
+from distinit.stages.evaluate import EvaluateConfig, evaluate
+from distinit.stages.finetune import FinetuneConfig, finetune
+from distinit.stages.predict import PredictConfig, predict
+from distinit.stages.report import report
+from distinit.stages.screen import Screen
+
+QUIET = Screen(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine videos, three of them blue; two splits."""
+    root = tmp_path_factory.mktemp("labelled")
+    random = np.random.default_rng(2)
+    rows = ["path,label,source,split1,split2"]
+    for i in range(9):
+        label = "blue" if i % 3 == 0 else "red"
+        images = random.integers(0, 60, (8 + i, 6, 9, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+        images[..., 2 if label == "blue" else 0] += 120
+        write_video(root / f"{i}.mp4", images, fps=8)
+        sides = ("train", "test") if i < 5 else ("test", "train")
+        rows.append(f"{i}.mp4,{label},s{i},{sides[0]},{sides[1]}")
+    (root / "labels.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def config(folder: Path, out: Path, **changes: Any) -> FinetuneConfig:
+    values: dict[str, Any] = {
+        "dataset": f"csv:{folder / 'labels.csv'}",
+        "out": str(out),
+        "student": {"architecture": "r3d_18", "width": 0.0625},
+        "clips": {"size": 32, "length": 4},
+        "loop": {"batch_size": 4, "epochs": 2, "epoch_clips": 8, "lr": 0.02, "workers": 0, "device": "cpu"},
+        "test": {"clips": 2, "workers": 0},
+    }
+    return FinetuneConfig.model_validate(values | changes)
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("runs")
+    return out, finetune(config(folder, out / "all", split="all"), QUIET)
+
+
+def test_all_splits_are_runs_of_their_own_and_their_mean(
+    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, result = runs
+    each = [result["splits"][split]["metrics"]["top1"]["value"] for split in ("1", "2")]
+    assert result["mean"]["top1"]["mean"] == pytest.approx(np.mean(each))
+    assert result["mean"]["top1"]["std"] == pytest.approx(np.std(each, ddof=1))
+    assert json.loads((out / "all/result.json").read_text())["mean"] == result["mean"]
+    assert [r["name"] for r in report([out / "all"], tmp_path / "report", QUIET)["runs"]] == ["split1", "split2"]
+    single = finetune(config(folder, tmp_path / "two", split=2), QUIET)
+    assert single["metrics"] == result["splits"]["2"]["metrics"]
+    again = finetune(config(folder, out / "all", split="all", resume=True), QUIET)
+    assert again["mean"] == result["mean"]
+    assert all(part["already_finished"] for part in again["splits"].values())
+    tested = evaluate(EvaluateConfig(runs=[str(out / "all")], out=str(tmp_path / "again"), device="cpu"), QUIET)
+    assert tested["mean"] == result["mean"]
+    assert (tmp_path / "again/split2/predictions.h5").exists()
+    with pytest.raises(UsageError, match="was trained on one split"):
+        evaluate(EvaluateConfig(runs=[str(tmp_path / "two")], split="all", out=str(tmp_path / "x")), QUIET)
+    with pytest.raises(UsageError, match="--resume"):
+        finetune(config(folder, out / "all", split="all"), QUIET)
+
+
+def test_a_linear_probe_leaves_the_backbone(
+    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start = runs[0] / "all/split1"
+    probe = config(folder, tmp_path / "probe", init=str(start), freeze="backbone", dropout=0.2, verbose=True)
+    result = finetune(probe, Screen())
+    before, after = (load_student(path).state_dict() for path in (start, tmp_path / "probe"))
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == name.startswith("backbone."), name
+    said = capfd.readouterr().err
+    assert "the backbone frozen" in said
+    assert "2 (blue) to 3 (red) train videos a class, 1.5 times as many; always guessing 'red'" in said
+    assert "stem.0.weight [4, 3, 3, 7, 7] from stem.0.weight" in said
+    assert "left: fc.weight [2, 32]" in said
+    assert result["train_videos_of_class"] == {"blue": 2, "red": 3}
+    with pytest.raises(CheckpointError, match='freeze = "backbone", now it is "none"'):
+        finetune(config(folder, tmp_path / "probe", init=str(start), dropout=0.2, resume=True), QUIET)
+
+
+def test_three_crops_and_logits(folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Each view against a crop made here, the scores against the student called here."""
+    own = str(runs[0] / "all/split1")
+    test = {"clips": 3, "crops": 3, "scores": "logits", "workers": 0}
+    for key in ("clips", "crops", "scores"):
+        with pytest.raises(UsageError, match=rf"test\.{key}={test[key]} needs --out"):
+            evaluate(EvaluateConfig.model_validate({"runs": [own], "test": {key: test[key]}}), QUIET)
+    evaluate(EvaluateConfig.model_validate({"runs": [own], "out": str(tmp_path), "test": test, "device": "cpu"}), QUIET)
+    found = Predictions.read(tmp_path / "predictions.h5")
+    assert found.clip_scores.shape == (4, 9, 2)
+    labels, view = load_labels(f"csv:{folder / 'labels.csv'}"), ClipView(size=32)
+    one, three = (
+        EvaluationClips(labels, labels.test, view, length=4, clips=3, crops=crops)[0, 1]["clips"] for crops in (1, 3)
+    )
+    assert torch.equal(three[1::3], one), "the middle one is that of a single crop"
+    frames = read_frames(labels.absolute(labels.test[1]), np.arange(14), view.frame_view()).images  # [14, 37, 49, 3]
+    for clip, start in enumerate((0, 5, 10)):  # 14 frames, 4 a clip
+        for crop, left in enumerate((0, 8, 17)):
+            expected = frames[start : start + 4, 2:34, left : left + 32].transpose(3, 0, 1, 2)
+            np.testing.assert_array_equal(three[3 * clip + crop].numpy(), expected)
+    student = load_student(own)
+    with torch.no_grad():
+        features = student.features(normalize_clip(three))
+        logits = student.head("label")(features)
+    np.testing.assert_allclose(found.clip_scores[1], logits.numpy(), atol=1e-4)
+    np.testing.assert_allclose(found.features[1], features.numpy(), atol=1e-4)
+    with h5py.File(tmp_path / "predictions.h5") as file:
+        np.testing.assert_allclose(file["video_scores"][1], logits.numpy().mean(axis=0), atol=1e-4)
+        assert json.loads(file.attrs["protocol"])["scores"] == "logits"
+
+
+def test_runs_are_fused_and_compared_without_decoding(
+    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    a = str(runs[0] / "all/split1")
+    finetune(config(folder, tmp_path / "b", loop={**config(folder, tmp_path).loop.model_dump(), "seed": 5}), QUIET)
+    b = str(tmp_path / "b")
+    fused = evaluate(EvaluateConfig(runs=[a, b], fuse=True, weights=[1, 2], out=str(tmp_path / "f")), Screen())
+    assert "per_clip" not in fused["metrics"]
+    assert fused["metrics"]["videos"] == 4
+    scores = [Predictions.read(Path(path) / "predictions.h5").video_scores for path in (a, b, tmp_path / "f")]
+    np.testing.assert_allclose(scores[2], (scores[0] + 2 * scores[1]) / 3, atol=1e-6)
+    compared = evaluate(EvaluateConfig(runs=[str(tmp_path / "f"), a], compare=True, out=str(tmp_path / "c")), Screen())
+    assert set(compared["measures"]) == {"top1", "top5", "class_mean"}
+    assert compared["classes"]["red"]["videos"] == 3
+    assert json.loads((tmp_path / "c/result.json").read_text()) == compared
+    shown = capfd.readouterr().out
+    assert "late fusion of 1 × split1, 2 × b" in shown
+    assert "bootstrap over the 4 sources" in shown
+    assert "top 1 of each class" in shown
+    for wrong, words in (
+        ({"runs": [a, b]}, "2 runs need --fuse or --compare"),
+        ({"runs": [a], "fuse": True}, "--fuse takes two runs or more"),
+        ({"runs": [a], "compare": True}, "--compare takes two runs, got 1"),
+        ({"runs": [a, b], "compare": True, "weights": [1, 2]}, "--weights goes with --fuse"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            load_config(EvaluateConfig, "evaluate", options=wrong)
+    with pytest.raises(UsageError, match="--fuse needs --out"):
+        evaluate(EvaluateConfig(runs=[a, b], fuse=True), QUIET)
+
+
+def test_own_videos_get_classes_and_failures_reasons(
+    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = runs[0] / "all/split1"
+    (tmp_path / "broken.mp4").write_bytes(b"this is no video")
+    command = ["predict", str(model), str(folder / "5.mp4"), str(tmp_path / "broken.mp4"), str(folder / "6.mp4")]
+    with pytest.raises(SystemExit) as end:
+        run(cli, [*command, "--json", "--device", "cpu", "--test-clips", "2"])
+    assert end.value.code == 1, "one of the three could not be read"
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert [Path(f["video"]).name for f in result["failed"]] == ["broken.mp4"]
+    assert "could not be read" in shown.err
+    assert [Path(row["video"]).name for row in result["videos"]] == ["5.mp4", "6.mp4"]
+    tested = Predictions.read(model / "predictions.h5")
+    for row, name in zip(result["videos"], ("5.mp4", "6.mp4"), strict=True):
+        scores = dict(zip(tested.classes, tested.video_scores[tested.videos.index(name)], strict=True))
+        found = {best["class"]: best["probability"] for best in row["top"]}
+        assert found == pytest.approx(scores, abs=1e-4)
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+        assert row["frames"] == 8 + int(name[0])
+    alone = predict(PredictConfig(model=str(model / "model.safetensors"), sources=[str(folder)], top=1), QUIET)
+    assert alone["ok"]
+    assert [len(row["top"]) for row in alone["videos"]] == [1] * 9
+    with pytest.raises(SourceError):
+        predict(PredictConfig(model=str(model), sources=[str(tmp_path / "none")]), QUIET)
+    with pytest.raises(CheckpointError, match="no such file or run folder"):
+        predict(PredictConfig(model=str(tmp_path / "none"), sources=[str(folder)]), QUIET)
+
+
+def test_a_model_without_its_run_is_tested_on_what_it_is_given(
+    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    run_folder = runs[0] / "all/split1"
+    alone = tmp_path / "mine.safetensors"
+    alone.write_bytes((run_folder / "model.safetensors").read_bytes())
+    with pytest.raises(UsageError, match="a model without its run: it needs --dataset and --out"):
+        evaluate(EvaluateConfig(runs=[str(alone)]), QUIET)
+    given = {"runs": [str(alone)], "dataset": f"csv:{folder / 'labels.csv'}", "out": str(tmp_path), "device": "cpu"}
+    found = evaluate(EvaluateConfig.model_validate(given | {"test": {"clips": 2}}), QUIET)
+    assert found["metrics"] == runs[1]["splits"]["1"]["metrics"]
+
+
+def test_presets_are_the_papers() -> None:
+    for name in ("hmdb51", "ucf101"):
+        options = {"root": "videos", "out": "run"}
+        found = load_config(FinetuneConfig, "finetune", preset=name, options=options)
+        loop = found.loop
+        assert (found.dataset, found.split) == (name, 1)
+        assert (loop.lr, loop.gamma, loop.step_epochs, loop.epochs) == (0.002, 0.1, 2, 8)
+        assert (loop.epoch_clips, loop.weight_decay) == (40_000, 0.005)
+        assert found.test.protocol() == {"clips": 10, "crops": 1, "scores": "softmax"}
+    scratch = load_config(FinetuneConfig, "finetune", preset="scratch", options={"dataset": "hmdb51", "out": "run"})
+    assert (scratch.loop.lr, scratch.loop.step_epochs, scratch.loop.epochs) == (0.01, 10, 45)
+    everything = load_config(
+        FinetuneConfig, "finetune", preset="hmdb51", options={"root": "v", "out": "run", "split": "all"}
+    )
+    assert everything.split == "all"
