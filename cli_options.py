@@ -99,7 +99,8 @@ def config_options(command: F) -> F:
         click.option(
             "--preset",
             metavar="NAME",
-            help="A preset that ships with the package: demo, paper; of finetune also hmdb51, ucf101, scratch.",
+            help="A preset that ships: demo, small, paper; of train-student also paper-32, flow; of finetune also "
+            "hmdb51, ucf101, scratch.",
         ),
     ):
         command = option(command)
