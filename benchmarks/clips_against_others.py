@@ -1,0 +1,223 @@
+"""Random clips of 8 and 32 frames: this package's reader against torchcodec, decord and OpenCV; and prepared copies.
+
+    pip install torchcodec decord opencv-python-headless
+    python benchmarks/clips_against_others.py /data/clips
+
+From the videos of the folder, H.264 files of 10 s are encoded (x264's defaults, B-frames included) at 340x256 and at
+1280x720, with a key frame at least every 250 and every 12 frames, and copies of the former by `distinit prepare`. Each
+contender gives the same consecutive frames, RGB of 128x171, with its own resize where it has one; that they are the
+same frames is checked. One decoder thread; nothing is remembered from one clip to the next, as in a corpus of
+many videos. Processor time a clip: alone in one process, and in a DataLoader with 2 workers (main process included).
+
+Goals: never behind the best, 1.3 times it for 8 frames at GOP 250; copies 6 times the originals of GOP 250.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads would spin on a contender's account
+
+import numpy as np
+import torch
+from measuring import in_turn, machine, medians, processor_seconds, table
+from torch.utils.data import DataLoader, Dataset
+
+from distinit.pipeline.corpus.sources import list_videos
+from distinit.pipeline.errors import VideoError
+from distinit.pipeline.video import clips, copymap, prepare
+from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.geometry import Renderer, View
+from distinit.pipeline.video.prepared import read_copy
+
+SIZE = (128, 171)
+CLIP = View(resize=SIZE)
+Read = Callable[[str, int, int], np.ndarray]  # path, first frame, frames → uint8 [T, 128, 171, 3]
+
+
+def pictures(paths: list[str], size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Frames of one file after the other, without end."""
+    for path in itertools.cycle(paths):
+        try:
+            with VideoReader(path) as reader:
+                renderer = Renderer(reader.info.pixel_aspect)
+                for _, _, frame in reader.decode_plain():
+                    yield renderer.render(frame, View(resize=size))
+        except VideoError:
+            continue
+
+
+def ours(path: str, start: int, length: int) -> np.ndarray:
+    """A video as met for the first time."""
+    clips._indices.clear()
+    return clips.read_frames(path, np.arange(start, start + length), CLIP).images
+
+
+def ours_again(path: str, start: int, length: int) -> np.ndarray:
+    """A video whose packets this process has listed before."""
+    return clips.read_frames(path, np.arange(start, start + length), CLIP).images
+
+
+def copy(path: str, start: int, length: int) -> np.ndarray:
+    """A prepared copy as met for the first time."""
+    copymap._maps = copymap.Remembered()
+    return read_copy(path, np.arange(start, start + length), CLIP).images
+
+
+def torchcodec(mode: str) -> Read:
+    """Of torchcodec, in one of its seek modes, with its own resize."""
+    from torchcodec.decoders import VideoDecoder
+    from torchcodec.transforms import Resize
+
+    def read(path: str, start: int, length: int) -> np.ndarray:
+        decoder = VideoDecoder(
+            path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode=mode, transforms=[Resize(SIZE)]
+        )
+        return decoder.get_frames_in_range(start, start + length).data.numpy()
+
+    return read
+
+
+def decord(path: str, start: int, length: int) -> np.ndarray:
+    """Of decord, which resizes while it decodes."""
+    import decord
+
+    reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, width=SIZE[1], height=SIZE[0])
+    return reader.get_batch(range(start, start + length)).asnumpy()
+
+
+def opencv(path: str, start: int, length: int) -> np.ndarray:
+    """Of OpenCV; its bilinear resize would skip pixels where the others average. BGR is turned round after it."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    capture.set(cv2.CAP_PROP_POS_FRAMES, start)
+    small = (cv2.resize(capture.read()[1], SIZE[::-1], interpolation=cv2.INTER_AREA) for _ in range(length))
+    return np.stack([cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for frame in small])
+
+
+def contenders(sample: str) -> dict[str, Read]:
+    """Those that are installed and read the sample."""
+    found: dict[str, Read] = {"distinit": ours, "distinit, packets known": ours_again}
+    for name, make in (
+        ("torchcodec, approximate", lambda: torchcodec("approximate")),
+        ("torchcodec, exact", lambda: torchcodec("exact")),
+        ("decord", lambda: __import__("decord") and decord),
+        ("OpenCV", lambda: __import__("cv2") and opencv),
+    ):
+        try:
+            read = make()
+            read(sample, 3, 2)
+            found[name] = read
+        except (ImportError, RuntimeError, OSError) as error:
+            print(f"{name} is not there: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+    return found
+
+
+class Clips(Dataset[Any]):
+    """The drawn clips as tensors, for a DataLoader."""
+
+    def __init__(self, read: Read, drawn: list[tuple[str, int, int]]) -> None:
+        self.read, self.drawn = read, drawn
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    def __getitem__(self, k: int) -> torch.Tensor:
+        torch.set_num_threads(1)
+        return torch.from_numpy(np.ascontiguousarray(self.read(*self.drawn[k])))
+
+
+def alone(read: Read, drawn: list[tuple[str, int, int]]) -> float:
+    """Processor milliseconds a clip in this process."""
+    began = time.process_time()
+    for clip in drawn:
+        read(*clip)
+    return 1000 * (time.process_time() - began) / len(drawn)
+
+
+def loaded(read: Read, drawn: list[tuple[str, int, int]]) -> float:
+    """Processor milliseconds a clip of a DataLoader's 2 workers and of this process."""
+    loader = DataLoader(Clips(read, [*drawn[:4], *drawn]), batch_size=2, num_workers=2, persistent_workers=True)
+    batches = iter(loader)
+    for _ in range(2):  # the first batch of each worker: imports, first contexts
+        next(batches)
+    began = processor_seconds()
+    for _ in batches:
+        pass
+    return 1000 * (processor_seconds() - began) / len(drawn)
+
+
+def draw(files: list[str], frames: int, length: int, count: int) -> list[tuple[str, int, int]]:
+    """Random clips, the same for all."""
+    random = np.random.default_rng(length)
+    return [(files[int(random.integers(len(files)))], int(random.integers(frames - length + 1)), length)
+            for _ in range(count)]  # fmt: skip
+
+
+def check(read: dict[str, Read], drawn: list[tuple[str, int, int]], where: str) -> None:
+    """Whether all give the frames that this package gives."""
+    for name, each in read.items():
+        off = max(float(np.abs(each(*clip).astype(int) - ours(*clip)).mean()) for clip in drawn[:6])
+        if off > 6:  # resizers differ by 1 to 3 of 255; another frame by more
+            print(f"{where}, {name}: other frames, off by {off:.1f} of 255", file=sys.stderr)
+
+
+def main() -> None:
+    """Print a table and where it was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a folder of videos, for real pictures")
+    parser.add_argument("--videos", type=int, default=4)
+    parser.add_argument("--frames", type=int, default=300)
+    parser.add_argument("--clips", type=int, default=24, help="a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    listed = list_videos([args.source])
+    paths = [listed.absolute(i) for i in range(len(listed))]
+    rows: list[list[object]] = []
+    print(machine())
+    with tempfile.TemporaryDirectory() as folder:
+        for (height, width), gop in itertools.product(((256, 340), (720, 1280)), (250, 12)):
+            files, copies = [], []
+            source = pictures(paths, (height, width))
+            for n in range(args.videos if height < 720 else max(1, args.videos // 2)):
+                files.append(str(Path(folder, f"{height}-{gop}-{n}.mp4")))
+                write_video(files[-1], itertools.islice(source, args.frames), fps=30, gop=gop)
+                copies.append(f"{files[-1]}.copy.mp4")
+                prepare.make_copy(files[-1], f"{folder}/part", copies[-1], prepare.CopyOptions())
+            small = dict(zip(files, copies, strict=True))
+            read = contenders(files[0])
+
+            def prepared(path: str, start: int, length: int, small: dict[str, str] = small) -> np.ndarray:
+                return copy(small[path], start, length)
+
+            read["distinit, prepared copy"] = prepared
+            count = args.clips if height < 720 else max(4, args.clips // 3)
+            for length in (8, 32):
+                drawn = draw(files, args.frames, length, count)
+                check(read, drawn, f"{width}x{height}, GOP {gop}")
+                one = medians(in_turn({n: partial(alone, r, drawn) for n, r in read.items()}, args.rounds))
+                two = medians(in_turn({n: partial(loaded, r, drawn) for n, r in read.items()}, args.rounds))
+                for name in read:
+                    rows.append([f"{width}x{height}", gop, length, name, f"{one[name]:.1f}",
+                                 f"{one[name] / one['distinit']:.2f}", f"{two[name]:.1f}",
+                                 f"{two[name] / two['distinit']:.2f}"])  # fmt: skip
+                    print(" | ".join(map(str, rows[-1])), file=sys.stderr, flush=True)
+    print(machine())
+    head = ["size", "GOP", "frames", "reader", "alone: ms", "times distinit", "2 workers: ms", "times distinit"]
+    print(table(head, rows))
+
+
+if __name__ == "__main__":
+    main()

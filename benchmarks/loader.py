@@ -1,0 +1,217 @@
+"""The loader of stage two: what cached targets cost it, what they save, and its memory.
+
+    python benchmarks/loader.py /data/clips targets      # cached targets against the bare decode, and an online teacher
+    python benchmarks/loader.py /data/clips flat         # ten thousand clips from 2 workers: does memory grow?
+    python benchmarks/loader.py /data/clips size         # memory of a worker, and the first batch, by number of videos
+
+`targets` and `flat` take the first --videos of the folder, extract every 4th frame with a small linear teacher of 1000
+classes, and read 8-frame clips from the videos and from prepared copies. `size` makes stores of 10^3 and 10^6
+videos whose paths all lead to a few of the folder's videos. Processor time unless said; contenders take turns.
+Goals: targets under 3 % of the bare decode; memory that neither grows nor depends on the number of videos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads would spin on a contender's account
+
+import numpy as np
+import psutil
+import torch
+from large_store import make
+from measuring import in_turn, machine, medians, table
+from torchvision.models import resnet50
+
+from distinit.pipeline.corpus.sources import list_videos
+from distinit.pipeline.targets.picks import PickRule
+from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.teachers.teacher import TeacherSpec
+from distinit.pipeline.training.dataset import StudentClips
+from distinit.pipeline.training.loader import KeyedBatches, read_batches
+from distinit.pipeline.training.sampler import Draw, TargetSampler
+from distinit.pipeline.video.clips import count_frames, read_frames
+from distinit.pipeline.video.geometry import View
+from distinit.pipeline.video.reading import VideoFile, read_clip
+from distinit.pipeline.video.transforms import ClipView, Crop
+from distinit.stages.extract_config import ExtractConfig
+from distinit.stages.extract_targets import extract_targets
+from distinit.stages.prepare import PrepareConfig, prepare
+from distinit.stages.screen import Screen
+
+VIEW, CPU = ClipView(), torch.device("cpu")
+TEACHER = """
+import torch
+from torch import nn
+
+
+def teacher():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 1000))
+"""
+
+
+def sampler_of(store: TargetStore, epoch_clips: int | None = None) -> TargetSampler:
+    """Random picks of all videos with 8-frame clips."""
+    videos = store.usable()
+    return TargetSampler(
+        store, teachers=tuple(store.teachers), picks=PickRule.parse("random"), clip_length=8, videos=videos, seed=0,
+        epoch_clips=epoch_clips or len(videos),
+    )  # fmt: skip
+
+
+def build(source: str, count: int, folder: Path) -> tuple[TargetStore, Path]:
+    """A store of the first videos of a folder, and their copies."""
+    (folder / "linear_teacher.py").write_text(TEACHER)
+    sys.path.insert(0, str(folder))
+    listed = list_videos([source])
+    paths = [listed.absolute(i) for i in range(min(count, len(listed)))]
+    (folder / "list.txt").write_text("\n".join(paths) + "\n")
+    spec = TeacherSpec(name="linear_teacher:teacher", options={"input_size": "112"})
+    quiet = Screen(quiet=True)
+    sources = [f"v=@{folder / 'list.txt'}"]
+    extract_targets(ExtractConfig(sources=sources, out=folder / "targets.zarr", teachers=[spec]), quiet)
+    prepare(PrepareConfig.model_validate({"sources": sources, "out": folder / "small"}), quiet)
+    return TargetStore.open(str(folder / "targets.zarr")), folder / "small"
+
+
+def targets(source: str, videos: int, rounds: int, count: int) -> None:
+    """What targets cost, and an online teacher."""
+    with tempfile.TemporaryDirectory() as name:
+        store, small = build(source, videos, Path(name))
+        net = resnet50().eval()
+        rows: list[list[object]] = []
+        for where, moved in (("videos", None), ("prepared copies", {"v": str(small)})):
+            clips = StudentClips(sampler_of(store, count), VIEW, moved)
+            drawn = [clips.sampler.draw(0, k) for k in range(count)]
+
+            def bare(clips: StudentClips = clips, drawn: list[Draw] = drawn) -> float:
+                began = time.process_time()
+                for draw in drawn:
+                    read_clip(clips.file(draw.video), draw.indices, VIEW, crop=Crop(draw.top, draw.left, draw.flip))
+                return (time.process_time() - began) / len(drawn) * 1000
+
+            def cached(clips: StudentClips = clips) -> float:
+                clips.sampler._known.clear()
+                began = time.process_time()
+                for k in range(count):
+                    clips[0, k]
+                return (time.process_time() - began) / count * 1000
+
+            @torch.inference_mode()
+            def online(clips: StudentClips = clips, drawn: list[Draw] = drawn) -> float:
+                """The clip, its picked frame at 224 pixels from the video, and a ResNet-50 in fp32, 16 at once."""
+                began = time.process_time()
+                few, images = drawn[:16], []
+                for draw in few:
+                    read_clip(clips.file(draw.video), draw.indices, VIEW, crop=Crop(draw.top, draw.left, draw.flip))
+                    path = store.video_path(draw.video)
+                    images.append(read_frames(path, draw.picked[:1], View(resize=256, crop=224)).images[0])
+                net(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(255))
+                return (time.process_time() - began) / len(few) * 1000
+
+            bare()  # both begin with the packets of all videos known
+            found = medians(in_turn({"bare decode": bare, "cached targets": cached}, rounds))
+            found |= medians(in_turn({"online ResNet-50, fp32": online}, max(2, rounds // 3)))
+            for what, milliseconds in found.items():
+                more = milliseconds / found["bare decode"] - 1
+                rows.append([where, what, f"{milliseconds:.2f}", f"{1000 / milliseconds:.1f}", f"{more:+.1%}"])
+        print(machine())
+        print(table(["from", "what", "ms a clip", "clips/s and core", "over the bare decode"], rows))
+
+
+def workers_memory() -> list[tuple[float, float]]:
+    """Of each child process, (unshared, resident) in MB."""
+    found = []
+    for child in psutil.Process().children():
+        memory = child.memory_full_info()
+        found.append((memory.uss / 1e6, memory.rss / 1e6))
+    return found
+
+
+def flat(source: str, videos: int, count: int) -> None:
+    """Memory of 2 workers and of the main process over many clips."""
+    with tempfile.TemporaryDirectory() as name:
+        store, small = build(source, videos, Path(name))
+        rows: list[list[object]] = []
+        for where, moved in (("prepared copies", {"v": str(small)}), ("videos", None)):
+            clips = StudentClips(sampler_of(store), VIEW, moved)
+            steps = KeyedBatches(batch_size=10, steps_per_epoch=count // 10, epochs=1)
+            began = time.monotonic()
+            for step, _ in enumerate(read_batches(clips, steps, workers=2, device=CPU), 1):
+                if step in (10, 100) or step * 10 % (count // 5) == 0:
+                    memory = workers_memory()
+                    main = psutil.Process().memory_info().rss / 1e6
+                    rows.append([where, step * 10, *(f"{uss:.0f}" for uss, _ in memory), f"{main:.0f}",
+                                 f"{time.monotonic() - began:.0f}"])  # fmt: skip
+        print(machine())
+        print(table(["from", "clips", "worker 1: MB of its own", "worker 2", "main process: MB", "seconds"], rows))
+
+
+class OneOfFew(StudentClips):
+    """Clips of a store whose videos are not there: each leads to one of a few that are."""
+
+    files: list[str]
+
+    def file(self, video: int) -> VideoFile:
+        return VideoFile(self.files[video % len(self.files)])
+
+    def _clip(self, draw: Draw) -> torch.Tensor:
+        return read_clip(self.file(draw.video), draw.indices, VIEW, crop=Crop(draw.top, draw.left, draw.flip))
+
+
+def size(source: str, numbers: list[int]) -> None:
+    """Memory of a worker by the number of videos."""
+    listed = list_videos([source])
+    files = [listed.absolute(i) for i in range(len(listed))]
+    files = [file for file in files[:40] if count_frames(file) >= 32][:8]
+    rows: list[list[object]] = []
+    for number in numbers:
+        with tempfile.TemporaryDirectory() as name:
+            make(Path(name, "big.zarr"), number, 8)
+            began = time.monotonic()
+            store = TargetStore.open(str(Path(name, "big.zarr")))
+            opened = time.monotonic() - began
+            clips = OneOfFew(sampler_of(store), VIEW)
+            clips.files = files
+            steps = KeyedBatches(batch_size=10, steps_per_epoch=100, epochs=1)
+            began = time.monotonic()
+            for step, _ in enumerate(read_batches(clips, steps, workers=2, device=CPU), 1):
+                if step == 1:
+                    first = time.monotonic() - began
+            memory: list[Any] = []
+            for step, _ in enumerate(read_batches(clips, steps, workers=2, device=CPU), 1):
+                if step == 100 - 10:
+                    memory = workers_memory()
+            main = psutil.Process().memory_info().rss / 1e6
+            rows.append([number, f"{opened:.2f}", f"{first:.2f}", f"{max(m[0] for m in memory):.0f}", f"{main:.0f}"])
+    print(machine())
+    print(table(["videos", "opened in s", "first batch after s", "worker: MB of its own", "main process: MB"], rows))
+
+
+def main() -> None:
+    """Run one of the three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a folder of videos")
+    parser.add_argument("what", choices=("targets", "flat", "size"))
+    parser.add_argument("--videos", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--clips", type=int, help="a round (60), or in all (10000)")
+    parser.add_argument("--numbers", type=int, nargs="+", default=[1000, 1_000_000])
+    args = parser.parse_args()
+    if args.what == "targets":
+        targets(args.source, args.videos, args.rounds, args.clips or 60)
+    elif args.what == "flat":
+        flat(args.source, args.videos, args.clips or 10_000)
+    else:
+        size(args.source, args.numbers)
+
+
+if __name__ == "__main__":
+    main()
