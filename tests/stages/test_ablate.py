@@ -23,7 +23,10 @@ from distinit.pipeline.targets.store import TargetStore
 from distinit.stages.ablate import AblateConfig, ablate
 from distinit.stages.ablate_plan import cells, read_plan, shipped_plans
 from distinit.stages.ablate_steps import StepMaker
+from distinit.stages.config import load_config
+from distinit.stages.finetune import FinetuneConfig
 from distinit.stages.screen import Screen
+from distinit.stages.train_student import TrainConfig
 
 QUIET = Screen(quiet=True)
 LOOP = {
@@ -199,6 +202,13 @@ def test_one_ablation_at_a_time_in_a_folder(tiny_store, home):
 @pytest.mark.parametrize("name", shipped_plans())
 def test_shipped_plans_are_whole(name):
     plan = read_plan(name, {})
-    rows = {cell.row for cell in cells(plan, datasets=plan.datasets, seeds=plan.seeds, splits=plan.splits)}
-    assert plan.paper is None or set(plan.paper.rows) <= rows
+    found = cells(plan, datasets=plan.datasets, seeds=plan.seeds, splits=plan.splits)
+    assert plan.paper is None or set(plan.paper.rows) <= {cell.row for cell in found}
     assert plan.datasets
+    for cell in found:
+        for model, command, needed in (
+            (TrainConfig, "train-student", {"store": "s", "out": "o"}),
+            (FinetuneConfig, "finetune", {"dataset": cell.dataset, "out": "o"}),
+        ):
+            section = dict(cell.sections[command])
+            load_config(model, command, preset=section.pop("preset"), layers=[(name, section), ("", needed)])
