@@ -50,11 +50,13 @@ def inflatable(state: Mapping[str, Tensor], wanted: StudentOptions | None, label
     fitting = _FITTING[depth]
     given = wanted.model_dump(include=wanted.model_fields_set) if wanted is not None else {}
     architecture = given.get("architecture", fitting[0])
-    if architecture not in fitting:
+    if architecture not in fitting or given.get("variant", "torchvision") != "torchvision":
         why = (
             "its factorised convolutions have middle widths that a 2D ResNet has no tensors for"
             if architecture.startswith("r2plus1d")
             else "the depth differs"
+            if architecture not in fitting
+            else "variant 'vmz' is a rule of R(2+1)D"
         )
         raise CheckpointError(
             f"{label}: a ResNet-{depth} does not inflate to {architecture}: {why}; what fits: --student "

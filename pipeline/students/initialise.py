@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
@@ -77,7 +78,7 @@ def open_init(init: str, wanted: StudentOptions | None, inflation: Inflation = "
     if _is_factory(init):
         state = _from_factory(init)
         return _in_video_names(state, f"--init {init}", wanted)
-    options = _with_wanted(read_options(init), wanted)
+    options = _with_wanted(read_options(init), wanted, init)
     return Start(options, lambda student: load_backbone(student, init))
 
 
@@ -109,7 +110,7 @@ def _kinetics(init: str, where: str, wanted: StudentOptions | None) -> Start:
         ) from None
     # Before anything is fetched: they exist in one form.
     exist = StudentOptions(architecture=architecture)
-    check_options(_with_wanted(exist, wanted), exist, "--init kinetics")
+    check_options(_with_wanted(exist, wanted, "--init kinetics"), exist, "--init kinetics")
     state = library_weights(choice, who="--init kinetics", remedy="take --init kinetics:FILE").state
     return _in_video_names(state, "--init kinetics", wanted)
 
@@ -118,19 +119,23 @@ def _in_video_names(state: Mapping[str, Tensor], label: str, wanted: StudentOpti
     found = recognise(state)
     if found is None:
         raise CheckpointError(f"{label}: its tensors are those of no student that distinit knows")
-    options = _with_wanted(found, wanted)
+    options = _with_wanted(found, wanted, label)
     check_options(options, found, label)
     return Start(options, lambda student: take_backbone(student, state, label.removeprefix("--init ")))
 
 
-def _with_wanted(found: StudentOptions, wanted: StudentOptions | None) -> StudentOptions:
+def _with_wanted(found: StudentOptions, wanted: StudentOptions | None, label: str) -> StudentOptions:
     """What was found, with what was asked for expressly: the two are compared before anything is loaded."""
     if wanted is None:
         return found
     asked = wanted.model_dump(include=wanted.model_fields_set)
     if asked.get("architecture", found.architecture) != found.architecture:
         asked.setdefault("variant", wanted.variant)  # not the file's, which may be no rule of this one
-    return StudentOptions.model_validate({**found.model_dump(), **asked})
+    try:
+        return StudentOptions.model_validate({**found.model_dump(), **asked})
+    except ValidationError as error:  # each is possible, the two together are not
+        words = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"{label}: {words}; what fits: {found.describe()}") from None
 
 
 def _is_factory(init: str) -> bool:

@@ -126,6 +126,7 @@ def test_flow_gets_the_mean_of_the_colours_for_both_channels(network: nn.Module,
     [
         ("resnet18", {"architecture": "r2plus1d_18"}, r"ResNet-18 does not inflate to r2plus1d_18: .*r3d_18 or mc3_18"),
         ("resnet18", {"architecture": "r3d_34"}, "to r3d_34: the depth differs; what fits: --student r3d_18"),
+        ("resnet18", {"variant": "vmz"}, r"to r3d_18: variant 'vmz' is a rule of R\(2\+1\)D; what fits"),
         ("resnet18", {"width": 0.5}, r"its width is 1, 0\.5 was asked for; what fits: --width 1"),
         ("resnet34", {"architecture": "r3d_18"}, r"ResNet-34 does not inflate to r3d_18.*what fits: --student r3d_34"),
         ("resnet50", {}, "bottleneck blocks"),
@@ -232,6 +233,8 @@ def test_factories_and_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     student, report = started(str(tmp_path), {"architecture": "r3d_18"})
     assert student.options.width == 0.0625, "only what was asked for is compared"
     assert sorted(report.left) == ["fc.bias", "fc.weight"]
+    with pytest.raises(CheckpointError, match=r"variant 'vmz' is a rule of .*; what fits: r3d_18 \(variant"):
+        started(str(tmp_path), {"variant": "vmz"})
     with pytest.raises(CheckpointError, match=r"width is 0\.0625 in the file, 1\.0 was asked for"):
         started(str(tmp_path), {"width": 1.0})
     monkeypatch.chdir(tmp_path)
