@@ -165,7 +165,12 @@ def _difference(run: Run, base: Run) -> Difference:
     ours, theirs = _top1(run), _top1(base)
     videos = sorted(ours)
     a, b = (np.array([side[video] for video in videos]) for side in (ours, theirs))
-    return Difference(run, base, len(videos), estimate_difference(a, b))
+    p = run.predictions
+    if p is None or p.groups is None:
+        return Difference(run, base, len(videos), estimate_difference(a, b))
+    source = dict(zip(p.videos, p.sources, strict=True))
+    groups = np.unique([source[video] for video in videos], return_inverse=True)[1]
+    return Difference(run, base, len(videos), estimate_difference(a, b, groups))
 
 
 def how_little(runs: Sequence[Run], found: Sequence[Difference]) -> list[str]:
@@ -173,11 +178,18 @@ def how_little(runs: Sequence[Run], found: Sequence[Difference]) -> list[str]:
     lines = [difference.sentence() for difference in found]
     sizes = sorted({run.metrics["videos"] for run in runs if run.metrics})
     for n in sizes:
-        widths = [_width(run.metrics["top1"]) for run in runs if run.metrics and run.metrics["videos"] == n]
+        tested = [run.metrics for run in runs if run.metrics and run.metrics["videos"] == n]
+        widths = [_width(metrics["top1"]) for metrics in tested]
+        by_source = all(metrics["intervals"]["resampled"] == "sources" for metrics in tested)
+        caveat = (
+            "training; clips of one recording are drawn together."
+            if by_source
+            else "training, and is too narrow where several videos show the same scene."
+        )
         lines.append(
             f"With {n} test videos one video is worth {100 / n:.1f} points, and the 95 % interval of top 1 is "
             f"{100 * max(widths):.0f} points wide. It covers the choice of test videos alone, not the seed of the "
-            f"training, and is too narrow where several videos show the same scene."
+            f"{caveat}"
         )
     return lines
 

@@ -175,6 +175,11 @@ def test_kinetics(tmp_path: Path) -> None:
     assert labels.classes == ("abseiling", "riding a bike")
     assert [(v.path, v.label, v.source) for v in labels.train] == [(names[0], 1, "-abc_123"), (names[2], 0, "00000001")]
     assert [v.path for v in labels.test] == [names[1], names[3]]
+    head, *rows = KINETICS.splitlines(keepends=True)
+    for side in ("train", "val"):
+        (tmp_path / f"{side}.csv").write_text(head + "".join(row for row in rows if f",{side}" in row))
+    both = load_labels(f"kinetics:{tmp_path}", root=root)
+    assert (both.train, both.test) == (labels.train, labels.test)
     (tmp_path / "v" / names[3]).unlink()
     with pytest.raises(LabelsError, match=r"1 of 4 videos are not below .*_000120_000130\.mp4 \(k\.csv line 5\)"):
         load_labels(where, root=root)
