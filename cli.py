@@ -480,14 +480,15 @@ def predict(**given: Any) -> None:
     epilog=examples("distinit report runs/ --out report", "distinit report runs/ours runs/scratch --out report")
 )
 @click.argument("folders", nargs=-1, required=True, metavar="DIR...")
-@click.option("--out", required=True, metavar="DIR", help="Where report.html, report.md and accuracy.csv go.")
+@click.option("--out", required=True, metavar="DIR", help="Where report.html, report.md, CSV files and figures/ go.")
+@click.option("--kinetics", metavar="FILE", help="Weights of R(2+1)D, to set beside a student's first filters.")
 @screen_options
 def report(folders: tuple[str, ...], out: str, **given: Any) -> None:
-    """A table of runs with intervals, as one self-contained HTML page, Markdown and CSV.
+    """Tables and figures of runs and ablations, as one self-contained HTML page, Markdown, CSV, PNG and SVG.
 
-    A DIR is a run folder or a folder of run folders.
+    A DIR is a run folder, a folder of run folders, or the folder of an ablation.
     """
-    call_stage("report", "report", given, list(folders), out)
+    call_stage("report", "report", given, list(folders), out, kinetics=given["kinetics"])
 
 
 def main() -> NoReturn:

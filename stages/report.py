@@ -8,31 +8,44 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..pipeline.reporting.ablation import ablation_folders, read_ablations
+from ..pipeline.reporting.ablation import ablation_folders, cell_names, read_ablations
 from ..pipeline.reporting.ablation_tables import ablation_numbers, screen_table
 from ..pipeline.reporting.accuracy import accuracy_numbers, screen_tables
-from ..pipeline.reporting.page import make_report, to_html, to_markdown
+from ..pipeline.reporting.contents import make_report
+from ..pipeline.reporting.page import FIGURES, to_html, to_markdown
 from ..pipeline.reporting.runs import find_runs
 from ..pipeline.reporting.writing import write_whole
 from .screen import Screen
 
 
-def report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], screen: Screen) -> dict[str, Any]:
-    """Writes report.html, report.md, accuracy.csv and a CSV an ablation into `out`; shows the table and what it proves.
+def report(
+    folders: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    screen: Screen,
+    *,
+    kinetics: str | None = None,
+) -> dict[str, Any]:
+    """Writes report.html, report.md, accuracy.csv, figures/ and a CSV an ablation into `out`; shows the tables.
 
     `folders` are run folders, folders of runs, or folders of `distinit ablate`. The result holds the files, and per
     finetuned run its accuracies (None where it is not finished) as recomputed from its predictions.
 
-    Raises SourceError (no run there), PredictionsError (a damaged file), UsageError (`out` cannot be written).
+    kinetics: weights of R(2+1)D to set beside a student's first filters.
+    Raises SourceError (no run there), PredictionsError (a damaged file), UsageError (`out` cannot be written),
+    WeightsError (`kinetics`).
     """
     places = ablation_folders(folders)
-    ablations, runs = read_ablations(places, find_runs(folders, places))
-    found = make_report(runs, ablations)
+    runs = find_runs(folders, cell_names(places), places)
+    ablations = read_ablations(places, runs)
+    found = make_report(runs, ablations, kinetics=kinetics)
     page, markdown, table = (Path(out) / name for name in ("report.html", "report.md", "accuracy.csv"))
     write_whole(page, to_html(found, __version__))
     write_whole(markdown, to_markdown(found))
     write_whole(table, accuracy_numbers(found.finetuned).to_csv())
 
+    for figure in found.figures:
+        write_whole(Path(out) / FIGURES / f"{figure.name}.svg", figure.svg)
+        write_whole(Path(out) / FIGURES / f"{figure.name}.png", figure.png)
     written = []
     for number, ablation in enumerate(ablations, start=1):
         written.append(Path(out) / f"ablation-{number}.csv")
@@ -47,6 +60,7 @@ def report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str
         "report": str(page),
         "markdown": str(markdown),
         "csv": str(table),
+        "figures": [figure.name for figure in found.figures],
         "ablations": [
             {"title": a.title, "folder": str(a.folder), "csv": str(file), "rows": ablation_numbers(a).records()}
             for a, file in zip(ablations, written, strict=True)

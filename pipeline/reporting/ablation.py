@@ -5,11 +5,11 @@ Numbers are recomputed from the runs' predictions; cells.json is believed for wh
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,6 +122,7 @@ class Ablation:
         """The cells of a row and data set."""
         return [cell for cell in self.cells if (cell.record.row, cell.record.dataset) == (row, dataset)]
 
+    @cached_property
     def entries(self) -> list[Entry]:
         """All rows by all data sets, row by row; numbers are computed here."""
         return [self._entry(row, dataset) for row in self.rows for dataset in self.datasets]
@@ -203,30 +204,33 @@ def ablation_folders(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return list(found)
 
 
-def read_ablations(folders: Sequence[Path], runs: Sequence[Run]) -> tuple[list[Ablation], list[Run]]:
-    """The ablations in these folders, and the runs, those of cells named after their cells.
+def cell_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """Resolved run folder → what its cell calls it, in the order of the cells, a student before its finetuning.
 
     Raises SourceError for a cells.json that is damaged or foreign.
     """
-    files = {folder: _read(folder / CELLS) for folder in folders}
     names: dict[Path, str] = {}
-    for folder, file in files.items():
-        for record in file.cells:
-            names.setdefault((folder / record.finetune).resolve(), record.label)
+    for folder in folders:
+        for record in _read(folder / CELLS).cells:
             if record.student is not None:
                 names.setdefault((folder / record.student).resolve(), f"student of {record.row}, seed {record.seed}")
-    named = [dataclasses.replace(run, name=names.get(run.path, run.name)) for run in runs]
-    by_path = {run.path: run for run in named}
+            names.setdefault((folder / record.finetune).resolve(), record.label)
+    return names
+
+
+def read_ablations(folders: Sequence[Path], runs: Sequence[Run]) -> list[Ablation]:
+    """The ablations in these folders, with those of the runs that are theirs. Raises as `cell_names`."""
+    by_path = {run.path: run for run in runs}
 
     def cell(folder: Path, record: CellRecord) -> Cell:
         student = by_path.get((folder / record.student).resolve()) if record.student is not None else None
         return Cell(record, by_path.get((folder / record.finetune).resolve()), student)
 
-    found = [
+    files = {folder: _read(folder / CELLS) for folder in folders}
+    return [
         Ablation(file.title, folder, file.paper, [cell(folder, record) for record in file.cells])
         for folder, file in files.items()
     ]
-    return found, named
 
 
 def _read(path: Path) -> _File:

@@ -22,7 +22,7 @@ NOTES = (
 def ablation_table(ablation: Ablation) -> Table:
     """One row a variant; of a single data set also accuracy per clip and top 5."""
     datasets = ablation.datasets
-    entries = {(entry.row, entry.dataset): entry for entry in ablation.entries()}
+    entries = {(entry.row, entry.dataset): entry for entry in ablation.entries}
     paper = any(entry.paper is not None for entry in entries.values())
     more = [name for name in ("per_clip", "top5") if len(datasets) == 1]
     columns = [Column("row")]
@@ -46,7 +46,7 @@ def ablation_table(ablation: Ablation) -> Table:
 
 def screen_table(ablation: Ablation) -> Table:
     """The same for a terminal of 80 columns: top 1, runs, paper, difference; a table's data sets below each other."""
-    entries = ablation.entries()
+    entries = ablation.entries
     paper = any(entry.paper is not None for entry in entries)
     columns = [Column("row")] + [Column("data set")] * (len(ablation.datasets) > 1)
     columns += [Column("top 1, %", True), Column("runs", True)] + [Column("paper", True)] * paper
@@ -64,7 +64,7 @@ def ablation_numbers(ablation: Ablation) -> Table:
     ends = ["difference", "difference_low", "difference_high", "p"]
     columns = ["row", "dataset", "runs", "planned", *names, "paper_top1", *ends, "problems"]
     table = Table(ablation.title, [Column(name) for name in columns])
-    for entry in ablation.entries():
+    for entry in ablation.entries:
         numbers = []
         for name in ("top1", "per_clip", "top5"):
             values = entry.values[name]
@@ -87,14 +87,13 @@ def ablation_numbers(ablation: Ablation) -> Table:
 
 def cells_table(ablation: Ablation) -> Table:
     """Every cell: its own top 1, or why it has none."""
-    columns = [Column("row"), Column("data set"), Column("split", True), Column("seed", True), Column("top 1, %", True)]
-    table = Table("Every run", [*columns, Column("hours", True), Column("folder"), Column("")])
+    columns = [Column("run"), Column("top 1, %", True), Column("hours", True), Column("folder"), Column("")]
+    table = Table("Every run", columns)
     for cell in ablation.cells:
         record, metrics = cell.record, cell.run.metrics if cell.run is not None else None
         top1 = f"{100 * metrics['top1']['value']:.1f}" if cell.problem is None and metrics else "missing"
         hours = DASH if record.seconds is None else f"{record.seconds / 3600:.3f}"
-        place = [record.row, short_dataset(record.dataset), str(record.split), str(record.seed)]
-        table.add(*place, top1, hours, record.finetune, cell.problem or "")
+        table.add(record.label, top1, hours, record.finetune, cell.problem or "")
     return table
 
 

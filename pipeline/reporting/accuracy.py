@@ -138,15 +138,28 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 
     Only runs on the same test videos with the same labels are compared; their videos are paired.
     """
+    return [_difference(run, base) for base, group in comparable(runs) for run in group if run is not base]
+
+
+def comparable(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
+    """Evaluated runs by equal test videos and labels, each group after its base."""
     groups: dict[Any, list[Run]] = {}
     for run in runs:
         if run.predictions is not None:
             groups.setdefault(tuple(sorted(_labelled(run).items())), []).append(run)
-    found = []
-    for group in groups.values():
-        base = next((run for run in group if run.init == "scratch"), group[0])
-        found += [_difference(run, base) for run in group if run is not base]
-    return found
+    return [(next((run for run in group if run.init == "scratch"), group[0]), group) for group in groups.values()]
+
+
+def largest_gain(runs: Sequence[Run]) -> tuple[Run, Run] | None:
+    """The run that gains most over its base, and the base; None where no two runs can be compared."""
+    pairs = [
+        (run.metrics["top1"]["value"] - base.metrics["top1"]["value"], run, base)
+        for base, group in comparable(runs)
+        for run in group
+        if run is not base and run.metrics and base.metrics
+    ]
+    best = max(pairs, key=lambda pair: pair[0], default=None)
+    return best[1:] if best else None
 
 
 def _labelled(run: Run) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Two small charts as inline SVG: lines over steps, and values with their intervals.
+"""Two small charts as inline SVG: lines over time, and histograms. For a page that shows dozens of them.
 
 SVG written here needs no network, prints sharp and weighs a few kilobytes. The colours are Okabe and Ito's, told
 apart by colour-blind readers; lines differ in dash as well, so that a grey print can be read.
@@ -28,16 +28,6 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Whisker:
-    """A named value with its interval."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Bars:
     """A histogram: counts[n] between edges[n + 1], ascending."""
 
@@ -58,7 +48,7 @@ def line_chart(
 
     y_range: what the y axis spans at least, by default what the lines span.
     """
-    drawn = [(i, _thin(line)) for i, line in enumerate(lines)]
+    drawn = [(i, thin(line)) for i, line in enumerate(lines)]
     drawn = [(i, line) for i, line in drawn if len(line.x)]
     if not drawn:
         return ""
@@ -98,33 +88,6 @@ def bar_chart(bars: Bars, *, x_label: str, y_label: str, width: int = 640, heigh
         size = f'width="{frame.x(high) - x - 1:.1f}" height="{frame.bottom - y:.1f}"'
         parts.append(f'<rect x="{x + 0.5:.1f}" y="{y:.1f}" {size} {_fill(0)}/>')
     return _svg(width, height, f"{y_label} by {x_label}", parts)
-
-
-def whisker_chart(rows: Sequence[Whisker], *, x_label: str, zero: bool = False, width: int = 640) -> str:
-    """An <svg> with one row a value; `zero` draws the line of no difference."""
-    rows = [row for row in rows if all(map(math.isfinite, (row.value, row.low, row.high)))]
-    if not rows:
-        return ""
-    left = min(300, 20 + max(7 * len(row.name) for row in rows))
-    low, high = min(row.low for row in rows), max(row.high for row in rows)
-    low, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
-    bottom = 14 + 30 * len(rows)
-    frame = _Frame(
-        left=left, top=4, right=width - 24, bottom=bottom, x_ticks=ticks(low, high), y_ticks=np.array([0.0, 1.0])
-    )
-    parts = [frame.axes(x_label, "", y_axis=False)]
-    if zero:
-        x = f"{frame.x(0.0):.1f}"
-        parts.append(f'<line x1="{x}" x2="{x}" y1="{frame.top}" y2="{bottom}" stroke="#222" stroke-width="1.5"/>')
-    for i, row in enumerate(rows):
-        y, style = 24 + 30 * i, _stroke(i, dashed=False)
-        a, b = frame.x(row.low), frame.x(row.high)
-        parts.append(f'<line x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}" {style}/>')
-        parts += [f'<line x1="{e:.1f}" x2="{e:.1f}" y1="{y - 5}" y2="{y + 5}" {style}/>' for e in (a, b)]
-        parts.append(f'<circle cx="{frame.x(row.value):.1f}" cy="{y}" r="5" {_fill(i)}/>')
-        name = row.name if len(row.name) <= 40 else row.name[:18] + "…" + row.name[-20:]
-        parts.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{html.escape(name)}</text>')
-    return _svg(width, bottom + 42, x_label, parts)
 
 
 def ticks(low: float, high: float, wanted: int = 6) -> np.ndarray:
@@ -184,7 +147,7 @@ def tick_labels(values: np.ndarray) -> list[str]:
     return [("−" if value < -step / 2 else "") + text for value, text in zip(values, texts, strict=True)]
 
 
-def _thin(line: Line) -> Line:
+def thin(line: Line) -> Line:
     """At most MAX_POINTS points, each the mean of its neighbours, so that noise does not hide the trend."""
     keep = np.isfinite(line.x) & np.isfinite(line.y)
     x, y = np.asarray(line.x, dtype=np.float64)[keep], np.asarray(line.y, dtype=np.float64)[keep]

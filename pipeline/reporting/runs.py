@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,18 +57,40 @@ class Run:
         return len(self.metrics["failed"]) if self.metrics else 0
 
     @property
+    def model(self) -> Path:
+        """The exported model, of a finished run."""
+        return self.path / ("student.safetensors" if self.kind == "student" else "model.safetensors")
+
+    @property
     def finished(self) -> bool:
         """Whether the run has its exported model."""
-        return (self.path / ("student.safetensors" if self.kind == "student" else "model.safetensors")).exists()
+        return self.model.exists()
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What the exported model says of itself, from the file's header; empty where there is none (yet)."""
+        try:
+            with safe_open(self.model, framework="np") as file:
+                return dict(json.loads((file.metadata() or {})["distinit"]))
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return {}
 
     @property
     def heads(self) -> list[str]:
-        """The exported model's heads, a teacher each after train-student; read from the file's header."""
-        try:
-            with safe_open(self.path / "student.safetensors", framework="np") as file:
-                return list(json.loads((file.metadata() or {})["distinit"])["heads"])
-        except (OSError, SafetensorError, KeyError, ValueError):
-            return []  # nothing exported (yet)
+        """The exported model's heads, a teacher each after train-student."""
+        return list(self.header.get("heads", {}))
+
+    @property
+    def hours(self) -> float | None:
+        """What its command took, of a finished run; of a resumed one its last part."""
+        seconds = self.result.get("seconds")
+        return float(seconds) / 3600 if isinstance(seconds, int | float) else None
+
+    @property
+    def clips(self) -> int:
+        """Clips trained on so far: steps times clips a step."""
+        size = (self.config.get("loop") or {}).get("batch_size")
+        return int(self.last("epoch").get("step", 0)) * int(size or 0)
 
     def last(self, kind: str) -> dict[str, Any]:
         """The last record of a kind in metrics.jsonl, `train` or `epoch`."""
@@ -82,9 +104,12 @@ class Run:
         return Line(self.name, values[:, 0], values[:, 1])
 
 
-def find_runs(folders: Sequence[str | os.PathLike[str]], empty: Collection[Path] = ()) -> list[Run]:
+def find_runs(
+    folders: Sequence[str | os.PathLike[str]], names: Mapping[Path, str] | None = None, empty: Collection[Path] = ()
+) -> list[Run]:
     """The runs in these folders, each itself a run or a folder of runs, in the order given, then by name.
 
+    names: of runs that have one, by their resolved folders; these runs come last, in this order.
     Raises SourceError where a folder does not exist or holds no run; those of `empty` (resolved) may hold none.
     """
     found: dict[Path, None] = {}
@@ -98,8 +123,10 @@ def find_runs(folders: Sequence[str | os.PathLike[str]], empty: Collection[Path]
                 f"{folder}: no run in it (a run folder holds the config.yaml of train-student or finetune)"
             )
         found.update(dict.fromkeys(runs))
-    names = _distinct_names(list(found))
-    return [read_run(path, name) for path, name in zip(found, names, strict=True)]
+    known = {path: name for path, name in (names or {}).items() if path in found}
+    others = [path for path in found if path not in known]
+    every = dict(zip(others, _distinct_names(others), strict=True)) | known
+    return [read_run(path, name) for path, name in every.items()]
 
 
 def _walk(root: Path) -> list[str]:

@@ -23,7 +23,12 @@ tbody td { border-bottom: 1px solid var(--rule); overflow-wrap: break-word; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 ul.findings { padding-left: 1.2rem; max-width: 48rem; }
 ul.findings li { margin: .4rem 0; }
-figure { margin: 1rem 0; }
+figure { margin: 1rem 0 1.8rem; }
+figure > img { max-width: 100%; height: auto; display: block; }
+figcaption { max-width: 48rem; margin-top: .35rem; }
+figcaption b { color: var(--ink); }
+a { color: #00598f; text-decoration-thickness: 1px; text-underline-offset: 2px; }
+:target { background: #fff3cf; }
 svg { max-width: 100%; height: auto; display: block; font: 12px system-ui, Arial, sans-serif; }
 svg text { fill: var(--ink); }
 svg .grid { stroke: var(--rule); stroke-width: 1; }
@@ -31,8 +36,9 @@ details { margin: .5rem 0; border: 1px solid var(--rule); border-radius: 4px; pa
 summary { cursor: pointer; font-weight: 600; }
 details h3 { font-size: .95rem; margin: .9rem 0 .2rem; }
 pre { background: var(--band); padding: .7rem; overflow-x: auto; font-size: .8rem; line-height: 1.4; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } details { break-inside: avoid; }
-  figure, table { break-inside: avoid; } }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; } a { color: inherit; text-decoration: none; }
+  .files { display: none; } figure, tr, details { break-inside: avoid; } h2, h3, caption { break-after: avoid; }
+  .scroll { overflow: visible; } thead { display: table-header-group; } }
 """
 
 

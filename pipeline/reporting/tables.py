@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Group
@@ -70,15 +70,21 @@ class Table:
         """A dict a row, by the columns' titles."""
         return [dict(zip((column.title for column in self.columns), row, strict=True)) for row in self.rows]
 
-    def to_html(self) -> str:
-        """A <table> with every cell escaped; the notes as paragraphs below."""
+    def to_html(self, links: Mapping[str, str] | None = None) -> str:
+        """A <table> with every cell escaped; the notes as paragraphs below. links: texts of the first column that lead
+        somewhere, with the address."""
         classes = [' class="number"' if column.number else "" for column in self.columns]
         head = "".join(
             f"<th{c} scope=col>{html.escape(column.title)}</th>"
             for c, column in zip(classes, self.columns, strict=True)
         )
         body = "\n".join(
-            "<tr>" + "".join(f"<td{c}>{html.escape(cell)}</td>" for c, cell in zip(classes, row, strict=True)) + "</tr>"
+            "<tr>"
+            + "".join(
+                f"<td{c}>{_linked(cell, links or {}) if at == 0 else html.escape(cell)}</td>"
+                for at, (c, cell) in enumerate(zip(classes, row, strict=True))
+            )
+            + "</tr>"
             for row in self.rows
         )
         notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in self.notes)
@@ -86,6 +92,11 @@ class Table:
             f"<table><caption>{html.escape(self.title)}</caption>"
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>\n{notes}"
         )
+
+
+def _linked(text: str, links: Mapping[str, str]) -> str:
+    inside = html.escape(text)
+    return f'<a href="{html.escape(links[text])}">{inside}</a>' if text in links else inside
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

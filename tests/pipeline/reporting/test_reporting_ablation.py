@@ -14,7 +14,7 @@ import yaml
 
 from distinit.pipeline.errors import SourceError
 from distinit.pipeline.evaluation.predictions import Predictions
-from distinit.pipeline.reporting.ablation import ablation_folders, read_ablations
+from distinit.pipeline.reporting.ablation import ablation_folders, cell_names, read_ablations
 from distinit.pipeline.reporting.ablation_tables import ablation_table
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.stages.report import report
@@ -123,9 +123,8 @@ def test_missing_cells_are_shown_with_their_reasons(out: Path, tmp_path: Path) -
     for path in (out / "finetunes").iterdir():
         shutil.rmtree(path)
     report([out], tmp_path / "report", Screen(quiet=True))
-    ablations, runs = read_ablations(ablation_folders([out]), [])
-    assert runs == []
-    for row in ablation_table(ablations[0]).rows:
+    (ablation,) = read_ablations(ablation_folders([out]), [])
+    for row in ablation_table(ablation).rows:
         assert row[1] == "missing"
         assert row[2] == "0 of 4"
 
@@ -134,7 +133,9 @@ def test_one_data_set_has_all_measures_and_runs_are_named_after_cells(out: Path)
     content = json.loads((out / "cells.json").read_text())
     content["cells"] = [cell for cell in content["cells"] if cell["dataset"] == "hmdb51"]
     (out / "cells.json").write_text(json.dumps(content))
-    (ablation,), runs = read_ablations(ablation_folders([out.parent]), find_runs([out]))
+    places = ablation_folders([out.parent])
+    runs = find_runs([out], cell_names(places))
+    (ablation,) = read_ablations(places, runs)
     assert [c.title for c in ablation_table(ablation).columns] == [
         "row", "hmdb51: top 1, %", "runs", "paper", "difference", "p", "per clip, %", "top 5, %",
     ]  # fmt: skip

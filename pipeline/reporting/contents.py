@@ -1,0 +1,106 @@
+"""What a report holds, before it becomes a page: numbers, tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .ablation import Ablation
+from .accuracy import DASH, Difference, accuracy_table, differences, how_little
+from .costs import cost_table
+from .figures.all import draw_figures
+from .figures.canvas import Figure
+from .figures.entropy import read_stores
+from .runs import Run
+from .tables import Column, Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is shown, computed once for all forms.
+
+    stores: identity of each store that a student was trained from, by its path. notes: what could not be shown,
+    and why.
+    """
+
+    runs: Sequence[Run]
+    accuracy: Table
+    differences: Sequence[Difference]
+    findings: Sequence[str]
+    students: Table | None
+    costs: Table | None
+    ablations: Sequence[Ablation]
+    figures: Sequence[Figure]
+    stores: Mapping[str, dict[str, Any]]
+    notes: Sequence[str]
+
+    @property
+    def finetuned(self) -> list[Run]:
+        """The finetuned runs that stand alone; those of an ablation's cells are in its table."""
+        return alone(self.runs, self.ablations)
+
+
+def alone(runs: Sequence[Run], ablations: Sequence[Ablation]) -> list[Run]:
+    """The finetuned runs that belong to no ablation."""
+    taken = {(ablation.folder / cell.record.finetune).resolve() for ablation in ablations for cell in ablation.cells}
+    return [run for run in runs if run.kind == "finetune" and run.path not in taken]
+
+
+def make_report(runs: Sequence[Run], ablations: Sequence[Ablation] = (), *, kinetics: str | None = None) -> Report:
+    """Recomputes every number from the runs' predictions, and draws what there is to draw.
+
+    kinetics: a file of R(2+1)D weights to set beside a student's filters. Raises WeightsError, UsageError.
+    """
+    finetuned = alone(runs, ablations)
+    found = differences(finetuned)
+    stores = read_stores(runs)
+    return Report(
+        runs=runs,
+        accuracy=accuracy_table(finetuned),
+        differences=found,
+        findings=how_little(finetuned, found),
+        students=student_table(runs),
+        costs=cost_table(runs),
+        ablations=ablations,
+        figures=draw_figures(runs, ablations, finetuned, found, stores, kinetics),
+        stores={path: store.identity for path, store in stores.items() if store.surveys is not None},
+        notes=[f"store {path}: {store.problem}" for path, store in stores.items() if store.problem],
+    )
+
+
+def student_table(runs: Sequence[Run]) -> Table | None:
+    """One row a student run; None where there is none."""
+    students = [run for run in runs if run.kind == "student"]
+    if not students:
+        return None
+    columns = [Column("run"), Column("student"), Column("teachers"), Column("steps", True)]
+    table = Table(
+        "Distillation from cached targets", [*columns, Column("loss of last epoch", True), Column("clips/s", True)]
+    )
+    for run in students:
+        if not run.finished:
+            table.add(run.name, _architecture(run), *["missing"] * 4)
+            continue
+        epoch, rates = run.last("epoch"), run.curve("clips_per_s").y
+        table.add(
+            run.name,
+            _architecture(run),
+            ", ".join(run.heads),
+            str(epoch.get("step", DASH)),
+            f"{epoch['loss']:.3f}" if epoch.get("loss") is not None else DASH,
+            f"{np.median(rates):.1f}" if len(rates) else DASH,
+        )
+    return table
+
+
+def _architecture(run: Run) -> str:
+    student = run.config.get("student") or {}
+    words = [str(student.get("architecture", "–"))]
+    if student.get("variant") == "vmz":
+        words.append("vmz")
+    if student.get("width", 1.0) != 1.0:
+        words.append(f"width {student['width']}")
+    return ", ".join(words)

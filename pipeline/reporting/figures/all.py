@@ -1,0 +1,78 @@
+"""The figures of a report: each one for which the data are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ...errors import UsageError
+from ...evaluation.several import compare_predictions
+from ...weights import load_weights
+from ..ablation import Ablation
+from ..accuracy import Difference, largest_gain
+from ..runs import Run, short_path
+from .accuracy import accuracies, class_gains, curves, gains, paired, points
+from .canvas import Figure, styled
+from .entropy import StoreSurvey, densities, threshold_points
+from .features import feature_map
+from .filters import STEM, Filters, in_space, over_time, read_filters
+
+
+def draw_figures(
+    runs: Sequence[Run],
+    ablations: Sequence[Ablation],
+    alone: Sequence[Run],
+    differences: Sequence[Difference],
+    stores: Mapping[str, StoreSurvey],
+    kinetics: str | None,
+) -> list[Figure]:
+    """In the order of the page. alone: finetuned runs of no ablation, differences: theirs; the rest as in `contents`.
+
+    Raises WeightsError and UsageError for `kinetics`.
+    """
+    beside = _kinetics(kinetics) if kinetics is not None else None
+    with styled():
+        return _draw(runs, ablations, alone, differences, stores, beside)
+
+
+def _draw(
+    runs: Sequence[Run],
+    ablations: Sequence[Ablation],
+    alone: Sequence[Run],
+    differences: Sequence[Difference],
+    stores: Mapping[str, StoreSurvey],
+    beside: Filters | None,
+) -> list[Figure]:
+    found: list[Figure | None] = [accuracies(alone), paired(differences)]
+    found += [_ablation(number, ablation) for number, ablation in enumerate(ablations, start=1)]
+    filters = [f for f in map(read_filters, runs) if f is not None]
+    found += [over_time(filters), in_space(filters, beside)]
+    with_features = [run for run in runs if run.predictions is not None and run.predictions.features.shape[2]]
+    mapped, best = largest_gain(with_features), largest_gain(runs)
+    if mapped is not None:
+        found.append(feature_map(*mapped))
+    thresholds = next((rows for rows in map(threshold_points, ablations) if rows), [])
+    for number, (path, store) in enumerate(stores.items(), start=1):
+        found.append(densities(store.surveys or [], thresholds if number == 1 else [], short_path(path), number))
+    if best is not None and best[0].predictions is not None and best[1].predictions is not None:
+        compared = compare_predictions(best[0].predictions, best[1].predictions, (best[0].name, best[1].name))
+        found.append(class_gains(compared, *best))
+    found += [curves(runs, "student", "Loss of distillation"), curves(runs, "finetune", "Loss of finetuning")]
+    return [figure for figure in found if figure is not None]
+
+
+def _ablation(number: int, ablation: Ablation) -> Figure | None:
+    """What each row gains over the first; of a single data set, so that the axis means one thing."""
+    if len(ablation.datasets) > 1:
+        return None
+    rows = [points(entry.row, entry.gain.estimate) for entry in ablation.entries if entry.gain is not None]
+    axis = f"difference in top 1 to “{ablation.rows[0]}”, points"
+    return gains(rows, f"ablation-{number}", "Gain of each row over the first", axis)
+
+
+def _kinetics(path: str) -> Filters:
+    stem = load_weights(path).state.get(STEM)
+    if stem is None or stem.ndim != 5:
+        raise UsageError(f"--kinetics {path}: has no {STEM}; expected weights of R(2+1)D in torchvision's names")
+    return Filters(short_path(path), stem.numpy().astype(np.float64), distilled=False)

@@ -1,0 +1,137 @@
+"""Figure 6: how sure the teachers are of a store's frames, and what a threshold on it does to accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ...errors import DistInitError
+from ...targets.store import TargetStore
+from ...targets.survey import Survey, survey
+from ..ablation import Ablation
+from ..runs import Run
+from .accuracy import spread_of
+from .canvas import INK, MARKERS, Figure, colour, finish, new_canvas, short
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row of an ablation over the threshold: nats by teacher (None: no filter), mean top 1 and deviation, in %."""
+
+    row: str
+    nats: Mapping[str, float] | None
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True)
+class StoreSurvey:
+    """A store that students were trained from: its teachers' surveys and identity, or why it cannot be read."""
+
+    surveys: Sequence[Survey] | None
+    identity: dict[str, Any]
+    problem: str | None = None
+
+
+def read_stores(runs: Sequence[Run]) -> dict[str, StoreSurvey]:
+    """By its path, each store that a student of the runs was trained from."""
+    found = {}
+    students = [run for run in runs if run.kind == "student" and "store" in run.config]
+    for path in dict.fromkeys(str(run.config["store"]) for run in students):
+        try:
+            store = TargetStore.open(path)
+            found[path] = StoreSurvey([survey(store, name) for name in store.teachers], store.identity())
+        except (DistInitError, OSError) as error:
+            found[path] = StoreSurvey(None, {}, str(error))
+    return found
+
+
+def threshold_points(ablation: Ablation) -> list[Point]:
+    """The rows whose students were trained behind the entropy filter, and those whose students had none.
+
+    Empty unless at least two thresholds are there: then the filter is not what the ablation varies.
+    """
+    points = []
+    for row in ablation.rows:
+        cells = [cell for cell in ablation.cells if cell.record.row == row and cell.problem is None]
+        students = [cell.student for cell in cells if cell.student is not None]
+        values = np.array([cell.run.metrics["top1"]["value"] for cell in cells if cell.run and cell.run.metrics])
+        if not students or len(students) < len(cells) or not len(values):
+            continue  # nothing finished, or nothing distilled
+        each = [dict(student.result.get("thresholds_nats") or {}) for student in students]
+        nats = {name: float(np.mean([e[name] for e in each if name in e])) for name in each[0]} or None
+        points.append(Point(row, nats, *spread_of(values)))
+    return points if sum(point.nats is not None for point in points) >= 2 else []
+
+
+def densities(surveys: Sequence[Survey], points: Sequence[Point], where: str, number: int) -> Figure | None:
+    """The density of each teacher's entropies; where an ablation varies the threshold, accuracy against it as well."""
+    surveys = [found for found in surveys if np.isfinite(found.entropy).any()]
+    if not surveys:
+        return None
+    canvas, axes = new_canvas(8, 5.6 if points else 3.2, 2 if points else 1, 1)
+    for i, found in enumerate(surveys):
+        x, density = entropy_density(found.entropy, np.log(len(found.classes)))
+        axes[-1].fill_between(x, density, color=colour(i), alpha=0.25, lw=0)
+        axes[-1].plot(x, density, color=colour(i), lw=1.8, label=f"{found.teacher} (ln K = {x[-1]:.2f})")
+    axes[-1].set_xlabel("entropy of the teacher’s softmax, nats")
+    axes[-1].set_ylabel("density")
+    axes[-1].set_ylim(bottom=0)
+    axes[-1].set_xlim(0, max(float(np.log(len(found.classes))) for found in surveys))
+    axes[-1].legend(loc="upper left", fontsize=8.5)
+    if points:
+        _accuracy(axes[0], points, [found.teacher for found in surveys])
+        axes[0].sharex(axes[-1])
+        axes[0].tick_params(labelbottom=False)
+    frames = sum(len(found.rows) for found in surveys[:1])
+    caption = (
+        f"Below, how often a cached frame has an entropy ({frames:,} frames of {where}): left is sure. Above, top 1 of "
+        "students that learned only from clips left of a threshold, mean ± deviation over seeds; the dashed line is "
+        "without a threshold. It pays where points lie above the line by more than their bars."
+        if points
+        else f"How often a cached frame has an entropy ({frames:,} frames of {where}): left is sure, ln K on the right "
+        "is a guess among K classes. A threshold keeps what lies left of it. No ablation over the threshold is here."
+    )
+    name = f"figure-6-entropy{f'-{number}' if number > 1 else ''}"
+    return finish(canvas, name, "Figure 6: how sure the teachers are", caption, [where])
+
+
+def _accuracy(ax: Axes, points: Sequence[Point], teachers: Sequence[str]) -> None:
+    for i, teacher in enumerate(teachers):
+        mine = [(p.nats[teacher], p) for p in points if p.nats is not None and teacher in p.nats]
+        mine.sort(key=lambda item: item[0])
+        if not mine:
+            continue
+        x, y = [nats for nats, _ in mine], [p.mean for _, p in mine]
+        bars = [p.deviation for _, p in mine]
+        ax.errorbar(x, y, yerr=bars, fmt=MARKERS[i] + "-", color=colour(i), capsize=3, lw=1.6, label=teacher)
+        for nats, p in mine:
+            ax.annotate(short(p.row, 24), (nats, p.mean), (4, 6), textcoords="offset points", fontsize=8)
+    for p in points:
+        if p.nats is None:
+            ax.axhline(p.mean, color=INK, ls="--", lw=1.1, label=f"{short(p.row, 30)} (no threshold)")
+    ax.set_ylabel("top 1, %")
+    ax.legend(loc="best", fontsize=8.5)
+
+
+def entropy_density(values: np.ndarray, highest: float, points: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Entropies in nats [n] → (x [points] from 0 to `highest`, density [points], whose integral is 1).
+
+    A Gaussian kernel by Silverman's rule over a fine histogram; what would spill over an end is folded back, so that
+    nothing lies below 0 or above ln K.
+    """
+    finite = np.clip(values[np.isfinite(values)].astype(np.float64), 0, highest)
+    bins = 4 * points
+    counts, edges = np.histogram(finite, bins, (0.0, highest))
+    middle = (edges[:-1] + edges[1:]) / 2
+    width = max(0.9 * min(finite.std(), np.subtract(*np.quantile(finite, (0.75, 0.25))) / 1.34 or finite.std())
+                * len(finite) ** -0.2, highest / points)  # fmt: skip
+    x = np.linspace(0, highest, points)
+    density = np.zeros(points)
+    for centre in (middle, -middle, 2 * highest - middle):
+        density += np.exp(-0.5 * np.square((x[:, None] - centre) / width)) @ counts
+    return x, density / (density.sum() * (x[1] - x[0]))

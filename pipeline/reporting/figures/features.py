@@ -1,0 +1,72 @@
+"""Figure 5: t-SNE of the features of test videos, two runs side by side.
+
+Shapes: V videos, N clips, D features.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.manifold import TSNE
+
+from ...evaluation.predictions import Predictions
+from ..runs import Run
+from .canvas import MARKERS, Figure, colour, finish, new_canvas, short
+
+CLASSES = 10  # the paper's number
+LEAST = 12  # videos; fewer make no map
+SEED = 0
+
+
+def feature_map(a: Run, b: Run) -> Figure | None:
+    """A map of each run's features; None where one of them has none or too few videos are in both."""
+    if a.predictions is None or b.predictions is None:
+        return None
+    first, second = (_means(run.predictions) for run in (a, b) if run.predictions is not None)
+    both = sorted(first.keys() & second.keys())
+    labels = dict(zip(a.predictions.videos, a.predictions.labels.tolist(), strict=True))
+    present = np.bincount([labels[v] for v in both], minlength=1) if both else np.zeros(1, int)
+    # The paper drew 10 classes at random; those with the most videos need no draw and say more.
+    order = np.argsort(-present, kind="stable")
+    classes = [int(k) for k in order[:CLASSES] if present[k]]
+    videos = [v for v in both if labels[v] in classes]
+    if len(videos) < LEAST:
+        return None
+    canvas, axes = new_canvas(9, 4.6, 1, 2)
+    owner = np.array([labels[v] for v in videos])
+    for ax, run, features in zip(axes, (a, b), (first, second), strict=True):
+        places = embed(np.stack([features[v] for v in videos]))
+        for i, k in enumerate(sorted(classes)):
+            mine = places[owner == k]
+            ax.scatter(
+                mine[:, 0], mine[:, 1], s=26, color=colour(i), marker=MARKERS[i % len(MARKERS)], linewidths=0.4,
+                edgecolors="white", label=short(a.predictions.classes[k], 30) if run is a else None,
+            )  # fmt: skip
+        ax.set_title(short(run.name, 50), fontsize=9.5)
+        ax.set_xticks([])
+        ax.set_yticks([])
+    canvas.legend(loc="outside lower center", ncols=4, fontsize=8.5)
+    caption = (
+        f"t-SNE of what the heads see, the mean over a video’s clips, of {len(videos)} test videos of {len(classes)} "
+        f"classes (colour and shape): {a.name} on the left, {b.name} on the right. Classes that lie apart are told "
+        "apart by the features; distances between groups and the axes mean nothing."
+    )
+    return finish(canvas, "figure-5-features", "Figure 5: features of test videos", caption, [a.name, b.name])
+
+
+def embed(features: np.ndarray) -> np.ndarray:
+    """features float [V, D] → places float [V, 2] by t-SNE, the same every time.
+
+    Features are taken as they are; the perplexity is 30, or less where videos are few.
+    """
+    perplexity = min(30.0, max(2.0, (len(features) - 1) / 4))
+    found = TSNE(perplexity=perplexity, init="pca", random_state=SEED, learning_rate="auto").fit_transform(features)
+    return np.asarray(found, dtype=np.float64)
+
+
+def _means(found: Predictions) -> dict[str, np.ndarray]:
+    """Features [D] of each video that has them, the mean over its clips."""
+    if not found.features.shape[2]:
+        return {}
+    means = found.features.astype(np.float64).mean(axis=1)
+    good = np.isfinite(means).all(axis=1)
+    return {video: mean for video, mean, ok in zip(found.videos, means, good, strict=True) if ok}

@@ -1,0 +1,181 @@
+"""Figures of a report: their numbers against NumPy and scikit-learn, drawn where data are, and in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from sklearn.neighbors import KernelDensity
+
+from distinit.pipeline.errors import UsageError
+from distinit.pipeline.evaluation.predictions import Predictions
+from distinit.pipeline.reporting.ablation import ablation_folders, cell_names, read_ablations
+from distinit.pipeline.reporting.costs import forwards_saved
+from distinit.pipeline.reporting.figures.entropy import entropy_density, threshold_points
+from distinit.pipeline.reporting.figures.features import embed
+from distinit.pipeline.reporting.figures.filters import variation_over_time
+from distinit.pipeline.reporting.runs import find_runs, read_run
+from distinit.pipeline.students.export import save_student
+from distinit.pipeline.students.options import StudentMeta, StudentOptions
+from distinit.pipeline.students.student import build_student
+from distinit.stages.report import report
+from distinit.stages.screen import Screen
+
+QUIET = Screen(quiet=True)
+CLASSES = ["run", "walk", "jump"]
+ROWS = {"none": None, "2 nats": 2.0, "1 nat": 1.0}
+
+
+def exported(path: Path, architecture: str, *, still: bool = False) -> None:
+    """A student of random weights, as runs export it; `still`: its first kernel repeated over time, as inflated."""
+    torch.manual_seed(1)
+    options = StudentOptions.model_validate({"architecture": architecture, "width": 0.125})
+    student = build_student(options, {"sure": 7, "unsure": 5})
+    if still:
+        stem = student.backbone.get_parameter("stem.0.weight")
+        stem.data[:] = stem.data.mean(dim=2, keepdim=True)
+    names = {"sure": [f"s{k}" for k in range(7)], "unsure": [f"u{k}" for k in range(5)]}
+    save_student(path, student, StudentMeta(classes=names, clip_length=8, clip_size=56))
+
+
+def student_run(folder: Path, store: Path, architecture: str, nats: float | None) -> None:
+    folder.mkdir(parents=True)
+    config = {"store": str(store), "targets": {"picks": "random:2"}, "loop": {"batch_size": 8}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"train-student": config}))
+    result = {"seconds": 7200.0, "clips_per_second": 3.5, "thresholds_nats": {"sure": nats} if nats else {}}
+    (folder / "result.json").write_text(json.dumps(result))
+    history = [{"kind": "train", "step": s, "loss": 5 - s / 9} for s in (5, 10)] + [{"kind": "epoch", "step": 10}]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, history)))
+    exported(folder / "student.safetensors", architecture)
+
+
+def finetuned(folder: Path, init: str, seed: int) -> None:
+    """24 videos, 8 a class; features of the three classes lie apart."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"finetune": {"init": init, "dataset": "hmdb51", "split": 1}}))
+    rng = np.random.default_rng(seed)
+    labels = [i % 3 for i in range(24)]
+    found = Predictions.empty(CLASSES, [f"v{i}" for i in range(24)], labels, 2, protocol={}, identity={}, features=6)
+    for i, label in enumerate(labels):
+        scores = rng.random((2, 3)).astype(np.float32)
+        scores[:, label] += 0.5 * seed
+        features = rng.normal(0, 0.1, (2, 6)) + np.eye(6)[label]
+        scores /= scores.sum(axis=1, keepdims=True)
+        found.set_scores(i, scores, np.arange(2), 50, features=features.astype(np.float32))
+    found.write(folder / "predictions.h5")
+    (folder / "result.json").write_text(json.dumps({"seconds": 10.0}))
+
+
+@pytest.fixture
+def out(tmp_path: Path, tiny_store: Any) -> Path:
+    """An ablation over the threshold, two seeds; beside it an inflated run."""
+    folder, cells = tmp_path / "out", []
+    for row, (name, nats) in enumerate(ROWS.items()):
+        for seed in (0, 1):
+            paths = {"student": f"students/{row}{seed}", "finetune": f"finetunes/{row}{seed}"}
+            student_run(folder / paths["student"], tiny_store.path, "r3d_18" if row else "r2plus1d_18", nats)
+            finetuned(folder / paths["finetune"], str(folder / paths["student"]), row + seed)
+            cells.append({"row": name, "seed": seed, "dataset": "hmdb51", "split": 1, "status": "done", **paths})
+    (folder / "cells.json").write_text(json.dumps({"title": "Thresholds", "axes": ["threshold"], "cells": cells}))
+    finetuned(folder / "inflated", "inflate:resnet18", 0)
+    exported(folder / "inflated" / "model.safetensors", "r3d_18", still=True)
+    return folder
+
+
+def test_variation_over_time_has_known_ends() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.normal(size=(4, 3, 1, 7, 7))
+    assert variation_over_time(picture.repeat(3, axis=2)) == pytest.approx(0, abs=1e-12)
+    assert variation_over_time(np.concatenate([picture, -picture], axis=2)) == pytest.approx(1)
+    # A mean w and a change of ±w around it: half of the whole changes.
+    assert variation_over_time(np.concatenate([2 * picture, 0 * picture], axis=2)) == pytest.approx(1 / np.sqrt(2))
+    assert variation_over_time(np.zeros((2, 3, 3, 7, 7))) == 0
+    noise = rng.normal(size=(64, 3, 3, 7, 7))
+    assert variation_over_time(noise) == pytest.approx(np.sqrt(2 / 3), abs=0.01)  # of three independent steps
+    assert variation_over_time(5 * noise) == pytest.approx(variation_over_time(noise))
+
+
+def test_entropy_density_is_that_of_a_kernel_estimate() -> None:
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(2, 0.3, 3000), rng.normal(4.5, 0.5, 2000)]).astype(np.float32)
+    x, density = entropy_density(values, 6.9)
+    assert (x[0], x[-1]) == (0, 6.9)
+    assert np.trapezoid(density, x) == pytest.approx(1, abs=0.01)
+    width = 0.9 * min(values.std(), np.subtract(*np.quantile(values, (0.75, 0.25))) / 1.34) * len(values) ** -0.2
+    independent = np.exp(KernelDensity(bandwidth=width).fit(values[:, None]).score_samples(x[:, None]))
+    assert density == pytest.approx(independent, abs=0.01)
+    x, density = entropy_density(np.abs(rng.normal(0, 0.2, 5000)).astype(np.float32), 2.0)
+    assert density[0] == pytest.approx(density.max(), rel=0.05), "folded back at 0, not halved"
+
+
+def test_a_map_keeps_neighbours_and_is_repeatable() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    features = rng.normal(0, 0.2, (60, 16)) + 3 * np.eye(16)[labels]
+    places = embed(features)
+    distance = np.linalg.norm(places[:, None] - places[None], axis=2) + 1e9 * np.eye(60)
+    assert (labels[distance.argmin(axis=1)] == labels).all()
+    assert np.array_equal(places, embed(features))
+
+
+def test_threshold_points_are_nats_and_accuracies_of_the_rows(out: Path) -> None:
+    places = ablation_folders([out])
+    runs = find_runs([out], cell_names(places))
+    (ablation,) = read_ablations(places, runs)
+    points = threshold_points(ablation)
+    assert [p.row for p in points] == list(ROWS)
+    assert [p.nats for p in points] == [None, {"sure": 2.0}, {"sure": 1.0}]
+    for row, point in enumerate(points):
+        each = []
+        for seed in (0, 1):
+            p = Predictions.read(out / "finetunes" / f"{row}{seed}" / "predictions.h5")
+            each.append(100 * (p.clip_scores.mean(axis=1).argmax(axis=1) == p.labels).mean())
+        assert point.mean == pytest.approx(np.mean(each))
+        assert point.deviation == pytest.approx(np.std(each, ddof=1))
+    assert [run.name for run in runs][:3] == ["inflated", "student of none, seed 0", "none, hmdb51, split 1, seed 0"]
+    student = next(run for run in runs if run.kind == "student")
+    assert forwards_saved(student) == 10 * 8 * 2 * 2  # steps, clips a step, picks, teachers
+
+
+def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
+    out: Path, tmp_path: Path, open_page: Callable[..., Any]
+) -> None:
+    exported(tmp_path / "kinetics.safetensors", "r2plus1d_18")
+    result = report([out], tmp_path / "report", QUIET, kinetics=str(tmp_path / "kinetics.safetensors"))
+    assert result["figures"] == [
+        "accuracy", "ablation-1", "figure-3-filters", "figure-4-filters", "figure-5-features", "figure-6-entropy",
+        "figure-7-classes", "curves-student",
+    ]  # fmt: skip
+    page = tmp_path / "report" / "report.html"
+    text = page.read_text(encoding="utf-8")
+    rows = dict(re.findall(r"<tr><td><a[^>]*>([^<]*)</a></td><td class=\"number\">(\d\.\d+)</td></tr>", text))
+    assert rows["inflated"] == "0.000"
+    assert float(rows["student of 2 nats, seed 0"]) > 0.5
+    assert "below a network that began inflated" in text
+    for width in (1100, 500):
+        opened = open_page(page, width)
+        assert opened.console == []
+        assert opened.images == opened.loaded == len(result["figures"])
+        assert opened.wide <= 0
+
+
+def test_what_is_not_there_is_not_drawn_and_said(out: Path, tmp_path: Path) -> None:
+    alone = out / "students" / "10"
+    config = yaml.safe_load((alone / "config.yaml").read_text())
+    config["train-student"]["store"] = str(tmp_path / "gone.zarr")
+    (alone / "config.yaml").write_text(yaml.safe_dump(config))
+    assert report([alone], tmp_path / "report", QUIET)["figures"] == ["figure-3-filters", "curves-student"]
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "gone.zarr" in text
+    assert "No other network of this kind is among the runs" in text
+    assert read_run(alone, "x").hours == 2.0
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(UsageError, match=r"other\.pt: has no stem\.0\.weight"):
+        report([alone], tmp_path / "report", QUIET, kinetics=str(tmp_path / "other.pt"))
