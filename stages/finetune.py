@@ -118,8 +118,8 @@ def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str,
 def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
     run_dir = Path(config.out)
     device = ranks.agree(lambda: resolve_device(config.loop.device))
-    # Rank 0 first, alone: what has to be fetched is fetched once.
-    ranks.on_lead(lambda: open_init(config.init, config.student).options)
+    if ranks.world > 1:  # rank 0 first, alone: what has to be fetched is fetched once
+        ranks.on_lead(lambda: open_init(config.init, config.student).options)
     job = ranks.agree(lambda: _assemble(config))
     config, labels, student = job.config, job.labels, job.student
     ranks.on_lead(lambda: claim_run_dir(run_dir, resume=config.resume))

@@ -45,7 +45,8 @@ def compare(a: str, b: str, out: str | None, screen: Screen) -> dict[str, Any]:
     """
     parts = _finished(a), _finished(b)
     found = compare_predictions(*parts, (a, b))
-    if parts[0].protocol != parts[1].protocol:
+    protocols = [single for part in parts for single in part.protocol.get("fused", [part.protocol])]
+    if any(protocol != protocols[0] for protocol in protocols):
         screen.warn(f"{a} and {b} were tested by other protocols: see `protocol` in each result.json")
     _show(found, parts[0], a, b, screen)
     result = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,14 @@ def _best(predictions: Predictions, top: int) -> list[dict[str, Any]]:
 
 def _show(found: list[dict[str, Any]], predictions: Predictions, screen: Screen) -> None:
     if found:
+        # What all paths begin with stands once, above: long ones leave no room for the classes.
+        above = os.path.commonpath([os.path.dirname(row["video"]) for row in found])
         columns = [Column("video"), Column("class"), Column("%", True), Column("then")]
-        table = Table(f"{len(found)} of {len(predictions.videos)} videos", columns)
+        table = Table(f"{len(found)} of {len(predictions.videos)} videos, in {above}", columns)
         for row in found:
             first, *others = row["top"]
             then = ", ".join(f"{each['class']} {100 * each['probability']:.1f}" for each in others)
-            table.add(row["video"], first["class"], f"{100 * first['probability']:.1f}", then)
+            table.add(os.path.relpath(row["video"], above), first["class"], f"{100 * first['probability']:.1f}", then)
         screen.table(table.to_rich())
     for each in predictions.failures():
         screen.warn(f"could not be read: {each['video']}: {each['reason']}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -47,6 +47,21 @@ def inflatable(state: Mapping[str, Tensor], wanted: StudentOptions | None, label
     depth = _BLOCKS.get((blocks[0], blocks[1], blocks[2], blocks[3]))
     if depth is None:
         raise CheckpointError(f"{label}: a ResNet with {blocks} blocks; ResNet-18 has (2, 2, 2, 2), -34 (3, 4, 6, 3)")
+    given, architecture = fitting_student(depth, wanted, label)
+    width = stem.shape[0] / 64
+    if given.get("width", width) != width:
+        raise CheckpointError(
+            f"{label}: its width is {width:g}, {given['width']:g} was asked for; what fits: --width {width:g}"
+        )
+    return StudentOptions.model_validate({**given, "architecture": architecture, "width": width})
+
+
+def fitting_student(depth: int, wanted: StudentOptions | None, label: str) -> tuple[dict[str, Any], str]:
+    """What `wanted` sets expressly, and the architecture that a ResNet of this depth inflates to.
+
+    Raises:
+        CheckpointError: the wanted one is not made of it; names what would fit.
+    """
     fitting = _FITTING[depth]
     given = wanted.model_dump(include=wanted.model_fields_set) if wanted is not None else {}
     architecture = given.get("architecture", fitting[0])
@@ -62,12 +77,7 @@ def inflatable(state: Mapping[str, Tensor], wanted: StudentOptions | None, label
             f"{label}: a ResNet-{depth} does not inflate to {architecture}: {why}; what fits: --student "
             f"{' or '.join(fitting)}"
         )
-    width = stem.shape[0] / 64
-    if given.get("width", width) != width:
-        raise CheckpointError(
-            f"{label}: its width is {width:g}, {given['width']:g} was asked for; what fits: --width {width:g}"
-        )
-    return StudentOptions.model_validate({**given, "architecture": architecture, "width": width})
+    return given, architecture
 
 
 def inflate(

@@ -25,7 +25,7 @@ from ..errors import CheckpointError, DistInitError, UsageError
 from ..library_weights import library_weights
 from ..weights import load_weights
 from .export import InitReport, check_options, load_backbone, read_options, recognise, take_backbone
-from .inflate import Inflation, inflatable, inflate
+from .inflate import Inflation, fitting_student, inflatable, inflate
 from .options import StudentOptions
 from .student import Backbone, Student
 
@@ -78,12 +78,18 @@ def open_init(init: str, wanted: StudentOptions | None, inflation: Inflation = "
     if _is_factory(init):
         state = _from_factory(init)
         return _in_video_names(state, f"--init {init}", wanted)
+    if not os.path.exists(init):
+        raise CheckpointError(
+            f"--init {init}: no such file or run folder; it may also be scratch, inflate:resnet18, inflate:FILE, "
+            "kinetics, kinetics:FILE or package.module:factory"
+        )
     options = _with_wanted(read_options(init), wanted, init)
     return Start(options, lambda student: load_backbone(student, init))
 
 
 def _inflated(init: str, where: str, wanted: StudentOptions | None, inflation: Inflation) -> Start:
     if where in INFLATABLE and not os.path.isfile(where):
+        fitting_student(int(where.removeprefix("resnet")), wanted, f"--init {init}")  # before anything is fetched
         choice = get_model_weights(where)["IMAGENET1K_V1"]
         state = library_weights(choice, who=f"--init {init}", remedy="take --init inflate:FILE").state
     else:
