@@ -85,11 +85,12 @@ def load_labels(
     root: what the paths are relative to, default the csv's folder; for the last two, where they lie.
     videos: a folder of copies by `distinit prepare` to read in place of the videos, which then need not be there.
     partial: go on where labels have no video (left out of training; wrong in the test, for it cannot be read) or
-    videos have no label (left out).
+    videos among those of HMDB-51 or UCF-101 have no label (left out).
 
     Raises UsageError for another form, and LabelsError (one line, naming the file and what was found) for what the
     readers refuse, an empty side, a class on one side only, a file of two classes, a file on both sides of the split,
-    by name, link or content, and, unless `partial`, for paths without videos and videos without labels.
+    by name, link or content, rows without a label, and, unless `partial`, for paths without videos and for videos
+    that official lists do not name. Of those that a user's own list does not name there is a note.
     """
     kind, where = _parse(dataset, root)
     number = 1 if split is None else split
@@ -191,22 +192,28 @@ def _has_copy(copies: CopyFolder, root: str, path: str) -> bool:
 
 
 def _say_or_refuse(listing: Listing, missing: list[Row], partial: bool, notes: list[str]) -> None:
-    """Labels without videos and videos without labels: an error, or with `partial` a note."""
+    """Labels without videos and videos without labels: an error, or with `partial` a note.
+
+    A user's own list may name a part of a folder on purpose: what it leaves out is always a note.
+    """
     if missing and not partial:
         raise LabelsError(
             f"{listing.origin}: {len(missing)} of {len(listing.rows)} paths do not exist; the first is "
             f"{escape_path(missing[0].path)} ({missing[0].where}), looked for in {listing.root}"
         )
-    if listing.unlabelled and not partial:
+    if listing.unlabelled and listing.official and not partial:
         raise LabelsError(
             f"{listing.origin}: {len(listing.unlabelled)} videos beside the listed ones have no label, "
-            f"{first_few(listing.unlabelled)}; list them (an empty split leaves a row out), or take --partial"
+            f"{first_few(listing.unlabelled)}; {listing.get}, or take --partial"
         )
     for side, what in (("train", "left out"), ("test", "each counts as wrong")):
         if count := sum(row.side == side for row in missing):
             notes.append(f"{count} {side} videos of {listing.origin} are not there: {what}")
     if listing.unlabelled:
-        notes.append(f"{len(listing.unlabelled)} videos beside those of {listing.origin} have no label: left out")
+        notes.append(
+            f"{len(listing.unlabelled)} videos beside those of {listing.origin} have no label and are left out: "
+            f"{first_few(listing.unlabelled)}"
+        )
 
 
 def _one_row_per_file(origin: str, files: list[_File]) -> list[_File]:
