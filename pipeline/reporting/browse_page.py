@@ -20,6 +20,7 @@ LISTED = 1000  # failures
 STYLE = """<style>
 .strip { display: grid; grid-template-columns: repeat(8, minmax(0, 1fr)); gap: .6rem; margin: .5rem 0; }
 @media screen and (max-width: 50rem) { .strip { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
+@media print { .strip { gap: .3rem; } .strip .shot { font-size: 6.5pt; } .strip .when span { display: none; } }
 .shot { font-size: .74rem; line-height: 1.3; break-inside: avoid; }
 .shot img { width: 100%; height: 4.8rem; object-fit: contain; background: #e9ebed; border-radius: 3px; display: block; }
 .gone { height: 4.8rem; border: 1px dashed #999; border-radius: 3px; display: flex; align-items: center;
@@ -109,7 +110,8 @@ def _shot(picture: Picture, named: bool) -> str:
             name = html.escape(label)
             words.append(f'<div class=says><span title="{name}">{name}</span><span>{100 * share:.0f} %</span></div>')
     name = f'<div class=says><span title="{html.escape(path)}">{html.escape(_tail(path))}</span></div>' if named else ""
-    return f"<div class=shot>{shown}<div class=when>{when}</div>{name}{''.join(words)}</div>"
+    time = f"<div class=when>{picture.seconds:.2f} s<span>, frame {picture.index}</span></div>"
+    return f"<div class=shot>{shown}{time}{name}{''.join(words)}</div>"
 
 
 def _teacher_section(teacher: TeacherLook) -> str:

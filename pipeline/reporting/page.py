@@ -103,7 +103,10 @@ def _figure(figure: Figure, links: Links) -> str:
     files = " ".join(f'<a href="{FIGURES}/{figure.name}.{kind}">{kind.upper()}</a>' for kind in ("svg", "png"))
     behind = ", ".join(f'<a href="{links[name]}">{html.escape(name)}</a>' for name in figure.about if name in links)
     about = f" · runs: {behind}" if behind else ""
-    table = _scroll(figure.table, links) if figure.table is not None else ""
+    table = ""
+    if figure.table is not None:
+        inside = _scroll(figure.table, links)
+        table = f"<details><summary>{html.escape(figure.table.title)}, every run</summary>{inside}</details>"
     return (
         f'<figure id="{figure.name}"><img src="data:image/svg+xml;base64,{data}" alt="{title}: {caption}">'
         f"<figcaption><b>{title}.</b> {caption} <span class=files>{files}{about}</span>"

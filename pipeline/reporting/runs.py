@@ -40,9 +40,10 @@ class Run:
 
     @property
     def init(self) -> str:
-        """How the backbone began: `scratch`, or the name of the run or file it came from."""
+        """How the backbone began: `scratch`, `inflate:…`, `kinetics…`, or the name of the run or file it came from."""
         typed = str(self.config.get("init", "scratch"))
-        return short_path(typed)
+        kind, colon, where = typed.partition(":")
+        return f"{kind}:{short_path(where)}" if colon and kind in ("inflate", "kinetics") else short_path(typed)
 
     @property
     def dataset(self) -> str:

@@ -37,7 +37,7 @@ summary { cursor: pointer; font-weight: 600; }
 details h3 { font-size: .95rem; margin: .9rem 0 .2rem; }
 pre { background: var(--band); padding: .7rem; overflow-x: auto; font-size: .8rem; line-height: 1.4; }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } a { color: inherit; text-decoration: none; }
-  .files { display: none; } figure, tr, details { break-inside: avoid; } h2, h3, caption { break-after: avoid; }
+  .files { display: none; } figure, tr, details { break-inside: avoid; } h2, h3, caption, thead { break-after: avoid; }
   .scroll { overflow: visible; } thead { display: table-header-group; } }
 """
 

@@ -49,7 +49,9 @@ def _draw(
     filters = [f for f in map(read_filters, runs) if f is not None]
     found += [over_time(filters), in_space(filters, beside)]
     with_features = [run for run in runs if run.predictions is not None and run.predictions.features.shape[2]]
-    mapped, best = largest_gain(with_features), largest_gain(runs)
+    cells = [cell for ablation in ablations for cell in ablation.cells]
+    alike = {cell.run.path: cell.record.row for cell in cells if cell.run is not None}
+    mapped, best = largest_gain(with_features, alike), largest_gain(runs, alike)
     if mapped is not None:
         found.append(feature_map(*mapped))
     thresholds = next((rows for rows in map(threshold_points, ablations) if rows), [])

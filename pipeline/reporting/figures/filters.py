@@ -111,6 +111,7 @@ def in_space(found: Sequence[Filters], beside: Filters | None = None) -> Figure 
     for ax, f in zip(axes, shown, strict=True):
         ax.axis("off")
         ax.imshow(_mosaic(f.weights, 0), interpolation="nearest")
+        ax.set_anchor("N")
         ax.set_title(f"{short(f.name, 40)}: {len(f.weights)} filters", fontsize=9)
     caption = (
         "The spatial half of the first convolution, a square a filter, each scaled by itself: grey is 0. Trained "

@@ -16,6 +16,7 @@ from distinit.pipeline.errors import SourceError
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.ablation import ablation_folders, cell_names, read_ablations
 from distinit.pipeline.reporting.ablation_tables import ablation_table
+from distinit.pipeline.reporting.accuracy import largest_gain
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.stages.report import report
 from distinit.stages.screen import Screen
@@ -142,6 +143,24 @@ def test_one_data_set_has_all_measures_and_runs_are_named_after_cells(out: Path)
     names = {run.path.name: run.name for run in runs}
     assert names["1121"] == "random, hmdb51, split 2, seed 1"
     assert names["0011"] == "0011"
+
+
+def test_the_pair_of_the_figures_is_never_two_seeds_of_a_row(out: Path) -> None:
+    places = ablation_folders([out])
+    runs = find_runs([out], cell_names(places))
+    (ablation,) = read_ablations(places, runs)
+    rows = {cell.run.path: cell.record.row for cell in ablation.cells if cell.run is not None}
+    pair = largest_gain(runs, rows)
+    assert pair is not None
+    run, base = pair
+    assert rows[run.path] != rows[base.path]
+    gains = {}
+    for other in runs:  # of all cells on the base's videos
+        ours, theirs = top1(other.path), top1(base.path)
+        if ours.keys() == theirs.keys() and rows[other.path] != rows[base.path]:
+            gains[other.path] = np.mean(list(ours.values())) - np.mean(list(theirs.values()))
+    assert gains[run.path] == max(gains.values())
+    assert largest_gain(runs, dict.fromkeys(rows, "one row")) is None
 
 
 def test_a_damaged_file_is_named(out: Path) -> None:

@@ -84,7 +84,7 @@ def out(tmp_path: Path, tiny_store: Any) -> Path:
             finetuned(folder / paths["finetune"], str(folder / paths["student"]), row + seed)
             cells.append({"row": name, "seed": seed, "dataset": "hmdb51", "split": 1, "status": "done", **paths})
     (folder / "cells.json").write_text(json.dumps({"title": "Thresholds", "axes": ["threshold"], "cells": cells}))
-    finetuned(folder / "inflated", "inflate:resnet18", 0)
+    finetuned(folder / "inflated", "inflate:/weights/resnet18.pth", 0)
     exported(folder / "inflated" / "model.safetensors", "r3d_18", still=True)
     return folder
 
@@ -159,6 +159,7 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
     assert rows["inflated"] == "0.000"
     assert float(rows["student of 2 nats, seed 0"]) > 0.5
     assert "below a network that began inflated" in text
+    assert "<td>inflate:resnet18.pth</td>" in text
     for width in (1100, 500):
         opened = open_page(page, width)
         assert opened.console == []
