@@ -99,6 +99,8 @@ class StudentClips(Dataset[Any]):
             return torch.zeros(shape, dtype=torch.float32 if self.sampler.ahead else torch.uint8)
         if draw.video in self._failed:
             return self._failed[draw.video]
+        if len(self._seen) == 0:
+            self._seen = np.zeros(self.sampler.store.n_videos, bool)
         try:
             clip = self._clip(draw)
         except (VideoError, StoreMismatchError) as error:
@@ -109,8 +111,6 @@ class StudentClips(Dataset[Any]):
 
     def _clip(self, draw: Draw) -> torch.Tensor:
         file, digest = self.file(draw.video), self.sampler.store.digest(draw.video) or None
-        if len(self._seen) == 0:
-            self._seen = np.zeros(self.sampler.store.n_videos, bool)
         if file.kind == "video" and self._seen[draw.video]:  # of a copy, the map has the digest of the source
             digest = None
         crop = None if self.sampler.fixed else Crop(draw.top, draw.left, draw.flip, draw.zoom)
