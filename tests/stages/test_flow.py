@@ -26,7 +26,8 @@ from distinit.pipeline.video.transforms import ClipView
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.prepare import PrepareConfig, prepare
 from distinit.stages.screen import Screen
-from distinit.stages.train_student import ClipOptions, TrainConfig, train_student
+from distinit.stages.train_config import ClipOptions
+from distinit.stages.train_student import TrainConfig, train_student
 
 QUIET = Screen(quiet=True)
 LOOP = {"epochs": 1, "epoch_clips": 8, "batch_size": 4, "workers": 0, "device": "cpu"}
