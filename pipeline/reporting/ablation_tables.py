@@ -98,8 +98,14 @@ def cells_table(ablation: Ablation) -> Table:
 
 
 def problems(ablation: Ablation) -> list[str]:
-    """One line for each cell without a number, with the reason."""
-    return [f"{cell.record.label}: {cell.problem}" for cell in ablation.cells if cell.problem is not None]
+    """One line for each row, data set and reason for which cells have no number, with their splits and seeds."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for cell in ablation.cells:
+        if cell.problem is not None:
+            record = cell.record
+            place = record.row, short_dataset(record.dataset), cell.problem
+            found.setdefault(place, []).append(f"split {record.split} seed {record.seed}")
+    return [f"{row}, {dataset}, {', '.join(cells)}: {why}" for (row, dataset, why), cells in found.items()]
 
 
 def spread(values: np.ndarray) -> str:

@@ -85,11 +85,16 @@ class StoreLook:
 
 
 class FrameReader:
-    """Small JPEGs of a store's videos through the readers of training, from the originals or from copies of them."""
+    """Small JPEGs of a store's videos through the readers of training, from the originals or from copies of them.
+
+    teacher_states: status of each video [V] by teacher.
+    """
 
     def __init__(self, store: TargetStore, moved: Mapping[str, str]) -> None:
         self.store, self.moved = store, moved
         self.prepared: Mapping[str, PreparedCorpus] = prepared_corpora(moved)
+        # Once: each is a pass over all segments.
+        self.teacher_states = {name: store.index.teacher_state(name) for name in store.teachers}
 
     def read(self, video: int, index: NDArray[np.int64], pts: NDArray[np.int64]) -> list[str]:
         """A data URL of each of the frames index [F] at pts [F].
@@ -130,15 +135,11 @@ def look(store: TargetStore, count: int, *, seed: int = 0, moved: Mapping[str, s
     )
 
 
-def _teachers_of(store: TargetStore, video: int) -> list[str]:
-    return [name for name in store.teachers if store.index.teacher_state(name)[video] == OK]
-
-
 def _video(store: TargetStore, video: int, reader: FrameReader) -> VideoLook:
     record = store.video(video)
     index, pts, rows = store.frames(video)
     seconds = _seconds(store, video, index, pts)
-    names = _teachers_of(store, video)
+    names = [name for name, state in reader.teacher_states.items() if state[video] == OK]
     shown = np.unique(np.linspace(0, len(rows) - 1, STRIP).round().astype(np.int64))
     pictures = _pictures(store, video, reader, names, index[shown], pts[shown], seconds[shown], rows[shown])
     return VideoLook(

@@ -54,9 +54,9 @@ def _draw(
     mapped, best = largest_gain(with_features, alike), largest_gain(runs, alike)
     if mapped is not None:
         found.append(feature_map(*mapped))
-    thresholds = next((rows for rows in map(threshold_points, ablations) if rows), [])
     for number, (path, store) in enumerate(stores.items(), start=1):
-        found.append(densities(store.surveys or [], thresholds if number == 1 else [], short_path(path), number))
+        thresholds = next((rows for rows in (threshold_points(each, path) for each in ablations) if rows), [])
+        found.append(densities(store.surveys or [], thresholds, short_path(path), number))
     if best is not None and best[0].predictions is not None and best[1].predictions is not None:
         compared = compare_predictions(best[0].predictions, best[1].predictions, (best[0].name, best[1].name))
         found.append(class_gains(compared, *best))

@@ -50,8 +50,8 @@ def read_stores(runs: Sequence[Run]) -> dict[str, StoreSurvey]:
     return found
 
 
-def threshold_points(ablation: Ablation) -> list[Point]:
-    """The rows whose students were trained behind the entropy filter, and those whose students had none.
+def threshold_points(ablation: Ablation, store: str) -> list[Point]:
+    """The rows whose students learned from the store at this path behind the entropy filter, and those without one.
 
     Empty unless at least two thresholds are there: then the filter is not what the ablation varies.
     """
@@ -62,6 +62,8 @@ def threshold_points(ablation: Ablation) -> list[Point]:
         values = np.array([cell.run.metrics["top1"]["value"] for cell in cells if cell.run and cell.run.metrics])
         if not students or len(students) < len(cells) or not len(values):
             continue  # nothing finished, or nothing distilled
+        if any(str(student.config.get("store")) != store for student in students):
+            continue
         each = [dict(student.result.get("thresholds_nats") or {}) for student in students]
         nats = {name: float(np.mean([e[name] for e in each if name in e])) for name in each[0]} or None
         points.append(Point(row, nats, *spread_of(values)))

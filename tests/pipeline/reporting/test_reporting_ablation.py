@@ -115,9 +115,9 @@ def test_missing_cells_are_shown_with_their_reasons(out: Path, tmp_path: Path) -
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     for text in (page, markdown):
-        assert "2 random, har7/labels.csv, split 2, seed 1: failed: out of &lt;memory" in text
-        assert "2 random, hmdb51, split 2, seed 0: missing" in text
-        assert "2 random, hmdb51, split 2, seed 1: missing: no finished predictions in its folder" in text
+        assert "2 random, har7/labels.csv, split 2 seed 1: failed: out of &lt;memory" in text
+        assert "2 random, hmdb51, split 2 seed 0: missing" in text
+        assert "2 random, hmdb51, split 2 seed 1: missing: no finished predictions in its folder" in text
         assert "3 of 4" in text
         assert "43.2" in text
     assert "<h2>Accuracy" not in page  # all runs are cells

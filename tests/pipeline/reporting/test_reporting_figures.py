@@ -125,11 +125,12 @@ def test_a_map_keeps_neighbours_and_is_repeatable() -> None:
     assert np.array_equal(places, embed(features))
 
 
-def test_threshold_points_are_nats_and_accuracies_of_the_rows(out: Path) -> None:
+def test_threshold_points_are_nats_and_accuracies_of_the_rows(out: Path, tiny_store: Any) -> None:
     places = ablation_folders([out])
     runs = find_runs([out], cell_names(places))
     (ablation,) = read_ablations(places, runs)
-    points = threshold_points(ablation)
+    assert threshold_points(ablation, "another.zarr") == []
+    points = threshold_points(ablation, str(tiny_store.path))
     assert [p.row for p in points] == list(ROWS)
     assert [p.nats for p in points] == [None, {"sure": 2.0}, {"sure": 1.0}]
     for row, point in enumerate(points):
