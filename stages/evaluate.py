@@ -73,10 +73,26 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
     class list, no model), LabelsError, PredictionsError.
     """
     if config.fuse:
-        return fuse(config.runs, config.weights, config.out, screen)
+        return _fuse(config, screen)
     if config.compare:
         return compare(config.runs[0], config.runs[1], config.out, screen)
     return across_ranks(_evaluate, config, screen, LoopOptions(device=config.device, gpus=config.gpus))
+
+
+def _fuse(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
+    """Runs of one split, or split by split those that `finetune --split all` wrote."""
+    splits = [split_folders(Path(run)) for run in config.runs]
+    if config.out is None or not all(splits):
+        return fuse(config.runs, config.weights, config.out, screen)
+    if any(each.keys() != splits[0].keys() for each in splits):
+        held = "; ".join(f"{run}: {', '.join(map(str, each))}" for run, each in zip(config.runs, splits, strict=True))
+        raise UsageError(f"--fuse: the runs have other splits ({held})")
+    out = Path(config.out)
+    results = {
+        split: fuse([str(each[split]) for each in splits], config.weights, str(split_folder(out, split)), screen)
+        for split in splits[0]
+    }
+    return summarise_splits(out, results, "late fusion", screen)
 
 
 def _evaluate(config: EvaluateConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:

@@ -33,6 +33,8 @@ def summarise_splits(out: Path, results: Mapping[int, dict[str, Any]], title: st
     columns = [Column("accuracy, %"), *(Column(f"split {split}", True) for split in results)]
     table = Table(f"{title}, {len(results)} splits", [*columns, Column("mean", True), Column("deviation", True)])
     for name, shown in MEASURES.items():
+        if name not in means:
+            continue
         each = [f"{100 * value:.1f}" for value in means[name]["splits"]]
         mean, deviation = means[name]["mean"], means[name]["std"]
         table.add(shown, *each, f"{100 * mean:.1f}", "–" if deviation is None else f"{100 * deviation:.1f}")
