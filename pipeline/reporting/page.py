@@ -115,17 +115,26 @@ def _figure(figure: Figure, links: Links) -> str:
 
 
 def _details_section(report: Report) -> str:
-    runs = [_details(run, number) for number, run in enumerate(report.runs, start=1)]
-    stores = [
-        f"<details><summary>store {html.escape(path)}</summary>{_block('Identity', _yaml(identity))}</details>"
+    stores = {path: f"store-{number}" for number, path in enumerate(report.stores, start=1)}
+    places = {str(run.path): (f"#run-{number}", run.name) for number, run in enumerate(report.runs, start=1)}
+    places |= {path: (f"#{anchor}", f"store {path}") for path, anchor in stores.items()}
+    runs = [_details(run, number, places) for number, run in enumerate(report.runs, start=1)]
+    shown = [
+        f"<details><summary>store {html.escape(path)}</summary><p class=note id={stores[path]}>{html.escape(path)}</p>"
+        f"{_block('Identity', _yaml(identity))}</details>"
         for path, identity in report.stores.items()
     ]
-    return "<h2>Settings and identities</h2>" + "\n".join(runs + stores)
+    return "<h2>Settings and identities</h2>" + "\n".join(runs + shown)
 
 
-def _details(run: Run, number: int) -> str:
+def _details(run: Run, number: int, places: Mapping[str, tuple[str, str]]) -> str:
+    """One run. places: path of a run or store → its anchor and name."""
     # A link to something inside a closed <details> opens it; one to the <details> itself would not.
     parts = [f'<p class=note id="run-{number}">{html.escape(str(run.path))}</p>']
+    origin = places.get(str(run.config.get("store" if run.kind == "student" else "init")))
+    if origin is not None:
+        verb = "Learned from" if run.kind == "student" else "Began from"
+        parts.append(f'<p>{verb} <a href="{origin[0]}">{html.escape(origin[1])}</a>.</p>')
     if run.metrics is not None:
         parts.append(_reasons("Test videos that could not be read, counted as wrong", run.metrics["failed"]))
         parts.append(_reasons("Test videos that were tested although damaged", run.metrics["damaged"]))

@@ -161,6 +161,10 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
     assert float(rows["student of 2 nats, seed 0"]) > 0.5
     assert "below a network that began inflated" in text
     assert "<td>inflate:resnet18.pth</td>" in text
+    anchors = re.findall(r'href="#([^"]+)"', text)
+    assert all(len(re.findall(rf'id="?{anchor}"?[ >]', text)) == 1 for anchor in anchors)
+    assert len(re.findall(r'Began from <a href="#run-\d+">student of', text)) == 6
+    assert len(re.findall(r'Learned from <a href="#store-1">', text)) == 6
     for width in (1100, 500):
         opened = open_page(page, width)
         assert opened.console == []
