@@ -23,8 +23,9 @@ STYLE = """<style>
 @media print { .strip { gap: .3rem; } .strip .shot { font-size: 6.5pt; } .strip .when span { display: none; } }
 .shot { font-size: .74rem; line-height: 1.3; break-inside: avoid; }
 .shot img { width: 100%; height: 4.8rem; object-fit: contain; background: #e9ebed; border-radius: 3px; display: block; }
-.gone { height: 4.8rem; box-sizing: border-box; border: 1px dashed #999; border-radius: 3px; display: flex; align-items: center;
-  justify-content: center; text-align: center; color: var(--soft); padding: 0 .3rem; overflow: hidden; }
+.gone { height: 4.8rem; box-sizing: border-box; border: 1px dashed #999; border-radius: 3px; display: flex;
+  align-items: center; justify-content: center; text-align: center; color: var(--soft); padding: 0 .3rem;
+  overflow: hidden; }
 .shot .when { color: var(--soft); font-variant-numeric: tabular-nums; }
 .shot .says { display: flex; justify-content: space-between; gap: .3rem; }
 .says span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
