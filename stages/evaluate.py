@@ -46,6 +46,7 @@ class EvaluateConfig(Options):
     partial: bool | None = Field(default=None, description="default the run's")
     videos: str | None = Field(default=None, description="folder of copies; default the run's; null: the videos")
     out: str | None = Field(default=None, description="folder to write; default the run's own")
+    factory: str | None = Field(default=None, description="package.module:factory that the model's file may run")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     gpus: int = Field(default=1, ge=1, description="processes on this machine, one a GPU; torchrun decides for itself")
     test: EvaluationOptions | None = None
@@ -169,7 +170,7 @@ def _assemble(config: EvaluateConfig, run: Path) -> _Job:
         root=config.root if "root" in asked or config.dataset else used.get("root"),
         partial=bool(used.get("partial") if config.partial is None else config.partial),
     )
-    student = load_student(model)
+    student = load_student(model, factory=config.factory)
     require_classes(labels.classes, student.meta.classes.get(HEAD, []), here=labels.dataset, there=str(run))
     clips = used.get("clips") or {"size": student.meta.clip_size, "resize": student.meta.resize}
     view = ClipView.model_validate({key: clips.get(key) for key in ClipView.model_fields if key in clips})

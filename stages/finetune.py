@@ -13,13 +13,12 @@ from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
-from ..pipeline.errors import CheckpointError
 from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.dataset import LabelledClips
 from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
 from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.reporting.runs import short_dataset
-from ..pipeline.students.export import InitReport, load_student, save_student
+from ..pipeline.students.export import InitReport, read_meta, save_student
 from ..pipeline.students.inflate import Inflation
 from ..pipeline.students.initialise import SCRATCH, Start, canonical_init, open_init, student_file
 from ..pipeline.students.options import StudentMeta
@@ -222,11 +221,7 @@ def _resolved(config: FinetuneConfig, labels: Labels, start: Start) -> FinetuneC
 
 def _meta(init: str) -> StudentMeta | None:
     """What the file says of its clips; None for one in torchvision's names alone, which says nothing."""
-    try:
-        meta: StudentMeta = load_student(init).meta
-    except CheckpointError:
-        return None
-    return meta
+    return read_meta(init)
 
 
 def _build(config: FinetuneConfig, labels: Labels, start: Start) -> tuple[Student, InitReport | None]:

@@ -33,6 +33,7 @@ class PredictConfig(Options):
     model: str = Field(description="a run folder or model.safetensors of distinit finetune")
     sources: list[str] = Field(min_length=1, description="videos, folders, globs, lists")
     top: int = Field(default=5, ge=1, description="classes shown of each video, the best first")
+    factory: str | None = Field(default=None, description="package.module:factory that the model's file may run")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     test: EvaluationOptions = EvaluationOptions()
 
@@ -43,7 +44,7 @@ def predict(config: PredictConfig, screen: Screen) -> dict[str, Any]:
     The clips are those of a test: `test.clips` uniform ones of the length and size that the model was trained with.
     Raises CheckpointError (no model, or none of finetune), SourceError, DeviceError.
     """
-    student = load_student(config.model)
+    student = load_student(config.model, factory=config.factory)
     classes = student.meta.classes.get(HEAD)
     if not classes:
         heads = ", ".join(student.classes)

@@ -154,7 +154,7 @@ def take_backbone(
     return InitReport(label, tuple(taken), left, tuple(lines))
 
 
-def read_options(path: str | Path) -> StudentOptions:
+def read_options(path: str | Path, *, factory: str | None = None) -> StudentOptions:
     """The options that a file's or run folder's student was built with, without loading its tensors' values.
 
     Raises:
@@ -165,15 +165,26 @@ def read_options(path: str | Path) -> StudentOptions:
     found = header.options if header else recognise(state)
     if found is None:
         raise CheckpointError(f"{path}: its tensors are those of no student that distinit knows")
-    _require_named(found, None, path)
+    _require_named(found, factory, path)
     return found
+
+
+def read_meta(path: str | Path) -> StudentMeta | None:
+    """What a file or run folder says of its student; None for one that distinit did not write.
+
+    Raises:
+        CheckpointError: no such file, damaged, of a newer format.
+    """
+    _, header = _read(_file_of(path))
+    return header.meta if header is not None else None
 
 
 def _require_named(options: StudentOptions, factory: str | None, path: Path) -> None:
     if options.is_factory and options.architecture != factory:
         raise CheckpointError(
             f"{path}: its student is made by {options.architecture}, whose code would be run; name it to allow that: "
-            f"--student {options.architecture}, load_student(…, factory={options.architecture!r})"
+            f"--student {options.architecture} (of evaluate and predict --set factory={options.architecture}, of "
+            f"load_student factory={options.architecture!r})"
         )
 
 

@@ -83,7 +83,8 @@ def open_init(init: str, wanted: StudentOptions | None, inflation: Inflation = "
             f"--init {init}: no such file or run folder; it may also be scratch, inflate:resnet18, inflate:FILE, "
             "kinetics, kinetics:FILE or package.module:factory"
         )
-    options = _with_wanted(read_options(init), wanted, init)
+    named = wanted.architecture if wanted is not None else None
+    options = _with_wanted(read_options(init, factory=named), wanted, init)
     return Start(options, lambda student: load_backbone(student, init))
 
 
