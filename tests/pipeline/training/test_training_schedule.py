@@ -30,3 +30,19 @@ def test_an_epoch_is_whole_batches():
     options = LoopOptions(batch_size=24).for_videos(100)
     assert (options.steps_per_epoch, options.clips_per_epoch) == (5, 120)
     assert LoopOptions(epoch_clips=7).for_videos(100).epoch_clips == 7
+
+
+def test_the_rate_is_scaled_only_where_the_batch_that_it_is_meant_for_is_given():
+    plain = LoopOptions(lr=0.01, batch_size=1536, epoch_clips=15360, warmup_epochs=2, step_epochs=1)
+    scaled = plain.model_copy(update={"lr_batch_size": 24})
+    for step in (0, 7, 19, 20, 35):
+        assert learning_rate(step, scaled) == pytest.approx(64 * learning_rate(step, plain))
+    assert plain.describe_rate() == "peak learning rate 0.01 (not scaled by the batch size)"
+    assert scaled.describe_rate() == "peak learning rate 0.64 (0.01 × 1536 / 24)"
+
+
+@pytest.mark.parametrize(("world", "most", "pieces"), [(1, None, 1), (1, 24, 64), (64, 24, 1), (5, 24, 13), (2, 1000, 1)])
+def test_a_step_is_gone_through_in_pieces_that_fit(world, most, pieces):
+    options = LoopOptions(batch_size=1536, gpu_batch_size=most, epoch_clips=1536)
+    assert options.pieces(world) == pieces
+    assert most is None or -(-1536 // world) <= pieces * most
