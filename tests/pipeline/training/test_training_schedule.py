@@ -41,7 +41,9 @@ def test_the_rate_is_scaled_only_where_the_batch_that_it_is_meant_for_is_given()
     assert scaled.describe_rate() == "peak learning rate 0.64 (0.01 × 1536 / 24)"
 
 
-@pytest.mark.parametrize(("world", "most", "pieces"), [(1, None, 1), (1, 24, 64), (64, 24, 1), (5, 24, 13), (2, 1000, 1)])
+@pytest.mark.parametrize(
+    ("world", "most", "pieces"), [(1, None, 1), (1, 24, 64), (64, 24, 1), (5, 24, 13), (2, 1000, 1)]
+)
 def test_a_step_is_gone_through_in_pieces_that_fit(world, most, pieces):
     options = LoopOptions(batch_size=1536, gpu_batch_size=most, epoch_clips=1536)
     assert options.pieces(world) == pieces
