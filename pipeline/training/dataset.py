@@ -62,7 +62,7 @@ class StudentClips(Dataset[Any]):
         rejected = draw.rejected
         broken: list[tuple[str, str]] = []
         while True:
-            clip = self._read(draw)
+            clip = self._read(key, draw)
             if isinstance(clip, torch.Tensor):
                 return self._example(draw, clip, rejected, broken)
             broken.append((self.name(draw.video), clip))
@@ -91,7 +91,7 @@ class StudentClips(Dataset[Any]):
         found = self.copies[corpus]
         return VideoFile(found.path(store.video_path(video, {corpus: ""})), found.kind)
 
-    def _read(self, draw: Draw) -> torch.Tensor | str:
+    def _read(self, key: Key, draw: Draw) -> torch.Tensor | str:
         """uint8 [C, T, H, W], or why it cannot be read. A failure is remembered, and comes to the same as
         failing again: the draws depend on nothing but the key."""
         if not draw.counts:
@@ -102,18 +102,19 @@ class StudentClips(Dataset[Any]):
         if len(self._seen) == 0:
             self._seen = np.zeros(self.sampler.store.n_videos, bool)
         try:
-            clip = self._clip(draw)
+            clip = self._clip(key, draw)
         except (VideoError, StoreMismatchError) as error:
             self._failed[draw.video] = str(error)
             return str(error)
         self._seen[draw.video] = True
         return clip
 
-    def _clip(self, draw: Draw) -> torch.Tensor:
+    def _clip(self, key: Key, draw: Draw) -> torch.Tensor:
         file, digest = self.file(draw.video), self.sampler.store.digest(draw.video) or None
         if file.kind == "video" and self._seen[draw.video]:  # of a copy, the map has the digest of the source
             digest = None
-        crop = None if self.sampler.fixed else Crop(draw.top, draw.left, draw.flip, draw.zoom)
+        zoom = self.sampler.zoom(*key, draw.attempt) if self.view.scale[0] < self.view.scale[1] else 0.0
+        crop = None if self.sampler.fixed else Crop(draw.top, draw.left, draw.flip, zoom)
         return read_clip(
             file, draw.indices, self.view, channels=self.channels, crop=crop, expect=self._expected(draw), digest=digest
         )

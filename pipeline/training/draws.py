@@ -16,7 +16,7 @@ EXAMPLES = 0
 HELD_OUT = 1
 PERMUTATIONS = 2
 MIXTURE = 3
-ZOOMS = 3
+ZOOMS = 4
 
 
 def rng(seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES) -> np.random.Generator:

@@ -32,8 +32,7 @@ class Draw:
     picked, picked_pts [n]: the frames whose logits were averaged.
     logits: teacher → mean picked logits [K] float32; weight: teacher → 1 (counts) or 0 (turned down).
     rejected: draws that the filter turned down before this one; attempt: the attempt that this one is.
-    top, left: where to crop, as shares in [0, 1) of the room there is; flip: mirror it; zoom: a share in [0, 1)
-        of the range of scales.
+    top, left: where to crop, as shares in [0, 1) of the room there is; flip: mirror it.
     """
 
     video: int
@@ -49,7 +48,6 @@ class Draw:
     top: float
     left: float
     flip: bool
-    zoom: float
 
     @property
     def counts(self) -> bool:
@@ -82,7 +80,6 @@ class _Clip:
     top: float
     left: float
     flip: float
-    zoom: float
 
 
 class TargetSampler:
@@ -158,6 +155,10 @@ class TargetSampler:
                 rejected += 1
             attempt += 1
 
+    def zoom(self, epoch: int, sample: int, attempt: int) -> float:
+        """Where in the range of scales a draw's clip is resized to, a share in [0, 1)."""
+        return float(draws.rng(self.seed, epoch, sample, attempt, stream=draws.ZOOMS).random())
+
     def entropies(self, epoch: int, sample: int) -> NDArray[np.float32] | None:
         """Entropy in nats of the first attempt at a sample, one for each teacher; None without a window."""
         clip = self._clip(epoch, sample, 0)
@@ -217,7 +218,6 @@ class TargetSampler:
             return None
         # Always the same numbers in the same order, so that a crop does not depend on the pick rule.
         top, left, flip = random.random(3)
-        zoom = draws.rng(self.seed, epoch, sample, attempt, stream=draws.ZOOMS).random()
         start = known.starts.nth(known.count // 2 if self.fixed else int(random.integers(known.count)))
         at = pick(self.picks, known.cached, start, self.clip_length, random, frames=known.frames)
         return _Clip(
@@ -230,7 +230,6 @@ class TargetSampler:
             top=float(top),
             left=float(left),
             flip=float(flip),
-            zoom=zoom,
         )
 
     def _video(self, epoch: int, sample: int, attempt: int, random: np.random.Generator) -> int:
@@ -276,7 +275,6 @@ class TargetSampler:
             top=0.5 if self.fixed else clip.top,
             left=0.5 if self.fixed else clip.left,
             flip=not self.fixed and clip.flip < self.flip,
-            zoom=clip.zoom,
         )
 
 

@@ -193,7 +193,7 @@ def test_a_scale_is_drawn_like_the_crop_and_changes_nothing_else(store):
     heights = set()
     for sample in range(12):
         draw, example = sampler.draw(3, sample), clips[3, sample]
-        factor = 0.8 + draw.zoom * 0.7
+        factor = 0.8 + sampler.zoom(3, sample, draw.attempt) * 0.7
         height, width = round(40 * factor), round(60 * factor)
         images = read_frames(store.video_path(draw.video), draw.indices, View(resize=(height, width))).images
         top, left = int(draw.top * (height - 31)), int(draw.left * (width - 31))
