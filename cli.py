@@ -8,6 +8,7 @@ import click
 
 from . import __version__
 from .cli_ablate import ablate
+from .cli_finetune import evaluate, finetune, predict
 from .cli_options import (
     Choices,
     config_options,
@@ -19,13 +20,42 @@ from .cli_options import (
     screen_options,
     student_options,
 )
-from .cli_support import call_stage, height_and_width, numbers, pairs, run, run_stage, teacher_specs
+from .cli_support import call_stage, height_and_width, pairs, run, run_stage, teacher_specs
 from .cli_targets import targets
 
 FLOW = """\b
 videos --> extract-targets --> targets.zarr --> train-student --> finetune --> report
-           once, teachers      the cache        many times        many times
+  |        once, teachers      the cache        many times        many times
+  +------> prepare (optional) --> copies or flow ------+--------------+
 """
+
+COMMANDS = {
+    "demo": "The whole pipeline on a small corpus, in minutes.",
+    "prepare": "Small copies or optical flow, for fast clips.",
+    "extract-targets": "Stage one: teachers look at videos, once.",
+    "targets": "Look into a store; check it, write it out.",
+    "train-student": "Stage two: a student learns from the store.",
+    "finetune": "Stage three: train on labels, and test.",
+    "evaluate": "Test again; fuse or compare runs.",
+    "predict": "The classes of your own videos.",
+    "ablate": "A grid of stages two and three over a store.",
+    "report": "Tables and figures of runs, as one page.",
+}
+"""In the order of the work, with what the list of commands says of each."""
+
+
+class InOrder(click.Group):
+    """Lists its commands as `COMMANDS` has them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = super().get_command(ctx, cmd_name)
+        if found is not None:
+            found.short_help = COMMANDS[cmd_name]
+        return found
+
 
 RESUME_HINTS = {
     "demo": "interrupted; the same command goes on where it stopped",
@@ -39,6 +69,7 @@ RESUME_HINTS = {
 
 
 @click.group(
+    cls=InOrder,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help=f"Video backbones from unlabelled video (DistInit).\n\n{FLOW}\nStart with: distinit demo",
 )
@@ -47,8 +78,8 @@ def cli() -> None:
     """The group; its help is above."""
 
 
-cli.add_command(targets)
-cli.add_command(ablate)
+for command in (targets, finetune, evaluate, predict, ablate):
+    cli.add_command(command)
 
 
 @cli.command(
@@ -332,148 +363,6 @@ def train_student(**given: Any) -> None:
     student.safetensors, in torchvision's parameter names.
     """
     run_stage("train_student", "TrainConfig", "train_student", given)
-
-
-@cli.command(
-    epilog=examples(
-        "distinit finetune --init runs/student --dataset csv:labels.csv --out runs/ours",
-        "distinit finetune --init scratch --preset scratch --dataset csv:labels.csv --out runs/scratch",
-        "distinit finetune --init runs/student --dataset folder:/data/actions --epochs 20 --out runs/folder",
-        "distinit finetune --init runs/student --dataset csv:labels.csv --videos small/ --out runs/ours",
-    ),
-)
-@key_option(
-    "--init",
-    key="init",
-    shown="scratch",
-    metavar="INIT",
-    help="scratch, a student's run folder or .safetensors, inflate:resnet18, inflate:FILE (a 2D ResNet), kinetics, "
-    "kinetics:FILE, or package.module:factory.",
-)
-@key_option(
-    "--inflation",
-    key="inflation",
-    shown="scaled",
-    type=Choices("scaled", "replicated"),
-    help="How inflate: repeats kernels over time: divided by their length, or as they are.",
-)
-@key_option(
-    "--dataset",
-    key="dataset",
-    metavar="NAME",
-    help="csv:FILE with columns path, label and splitN (train or test); folder:DIR with train/CLASS and test/CLASS; "
-    "kinetics:FILE; hmdb51; ucf101.",
-)
-@key_option("--root", key="root", metavar="DIR", help="Where the videos lie: of hmdb51, ucf101, kinetics:, csv:.")
-@key_option("--split", key="split", metavar="N|all", help="Which split; all: a run each, and the mean.  [default: 1]")
-@key_flag("--partial", key="partial", help="Go on where videos have no label, or labels no video (wrong in the test).")
-@key_option("--videos", key="videos", metavar="DIR", help="Copies by `distinit prepare`, read instead of the videos.")
-@key_option("--out", key="out", metavar="RUN", help="The run folder to write.")
-@student_options()
-@key_option("--dropout", key="dropout", shown=0.0, type=float, metavar="P", help="Of the features before the head.")
-@key_option(
-    "--freeze", key="freeze", shown="none", type=Choices("none", "backbone"), help="backbone: train the head alone."
-)
-@key_option("--test-clips", key="test.clips", shown=10, type=int, metavar="N", help="Clips a test video.")
-@key_option("--test-crops", key="test.crops", shown=1, type=int, metavar="1|3", help="Crops of each test clip.")
-@key_option(
-    "--test-scores",
-    key="test.scores",
-    shown="softmax",
-    type=Choices("softmax", "logits"),
-    help="What is averaged over a video's clips.",
-)
-@key_flag("--verbose", key="verbose", help="Say of every tensor what it was loaded from.")
-@loop_options(
-    epochs=8,
-    epoch_clips=40_000,
-    batch_size=32,
-    lr=0.002,
-    momentum=0.9,
-    weight_decay=5e-3,
-    warmup_epochs=0,
-    step_epochs=2,
-    gamma=0.1,
-    precision="fp32",
-    device="auto",
-    seed=0,
-    log_every=20,
-    checkpoint_every=500,
-)
-@config_options
-@screen_options
-def finetune(**given: Any) -> None:
-    """Stage three: train a student on labels, from an initialisation or from scratch, and test it.
-
-    Student, frames and size are those of the initialisation. RUN gets checkpoints, the config as used,
-    model.safetensors and predictions.h5, from which every number can be computed again. A test video that
-    cannot be read counts as wrong and is listed.
-    """
-    run_stage("finetune", "FinetuneConfig", "finetune", given)
-
-
-@cli.command(
-    epilog=examples(
-        "distinit evaluate runs/ours",
-        "distinit evaluate runs/ours --dataset csv:others.csv --split 2 --out runs/ours-on-others",
-        "distinit evaluate runs/ours --test-clips 5 --test-crops 3 --out runs/ours-15-views",
-        "distinit evaluate runs/rgb runs/flow --fuse --weights 1,1.5 --out runs/both",
-        "distinit evaluate runs/ours runs/scratch --compare",
-    ),
-)
-@key_argument("runs", key="runs", nargs=-1, metavar="RUN...")
-@key_flag("--fuse", key="fuse", help="Late fusion of the runs' saved predictions, into --out.")
-@key_option("--weights", key="weights", metavar="W,W", convert=numbers, help="Of each fused run.  [default: equal]")
-@key_flag("--compare", key="compare", help="What the first run gains over the second, by class, with p-values.")
-@key_option("--dataset", key="dataset", metavar="NAME", help="As for finetune.  [default: the run's]")
-@key_option("--root", key="root", metavar="DIR", help="Where the videos lie.  [default: the run's]")
-@key_option("--split", key="split", metavar="N|all", help="Which split.  [default: the run's]")
-@key_flag("--partial", key="partial", help="Go on where videos have no label, or labels no video (wrong).")
-@key_option("--videos", key="videos", metavar="DIR", help="Copies by `distinit prepare`.  [default: the run's]")
-@key_option("--out", key="out", metavar="DIR", help="The folder to write.  [default: the run's own]")
-@key_option("--device", key="device", shown="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
-@key_option("--gpus", key="gpus", shown=1, type=int, metavar="N", help="Processes on this machine, one a GPU.")
-@key_option("--test-clips", key="test.clips", type=int, metavar="N", help="Clips a video.  [default: the run's]")
-@key_option("--test-crops", key="test.crops", type=int, metavar="1|3", help="Crops of each.  [default: the run's]")
-@key_option(
-    "--test-scores",
-    key="test.scores",
-    type=Choices("softmax", "logits"),
-    help="What is averaged over a video's clips.  [default: the run's]",
-)
-@config_options
-@screen_options
-def evaluate(**given: Any) -> None:
-    """Test a finetuned run again, or fuse or compare the predictions of several.
-
-    A RUN is a folder of finetune, or its model.safetensors (with --dataset and --out). 10 uniform clips a video
-    and the mean of the softmax, as it was trained to be tested, unless options say otherwise. --fuse and
-    --compare take runs or predictions.h5 files of the same test videos; nothing is decoded again.
-    """
-    run_stage("evaluate", "EvaluateConfig", "evaluate", given)
-
-
-@cli.command(
-    epilog=examples(
-        "distinit predict runs/ours holiday.mp4 clips/*.mp4",
-        "distinit predict runs/ours clips/ --top 3 --json > classes.json",
-    ),
-)
-@key_argument("model", key="model", metavar="MODEL")
-@key_argument("sources", key="sources", nargs=-1, metavar="VIDEO...")
-@key_option("--top", key="top", shown=5, type=int, metavar="N", help="Classes shown of each video.")
-@key_option("--test-clips", key="test.clips", shown=10, type=int, metavar="N", help="Clips of a video.")
-@key_option("--test-crops", key="test.crops", shown=1, type=int, metavar="1|3", help="Crops of each clip.")
-@key_option("--device", key="device", shown="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
-@config_options
-@screen_options
-def predict(**given: Any) -> None:
-    """The classes of your own videos, by a finetuned MODEL: a run folder or its model.safetensors.
-
-    A VIDEO is a file, a folder, a quoted glob or a list. Exits with 1 where one cannot be read; it is listed with
-    the reason, and the others are shown all the same.
-    """
-    run_stage("predict", "PredictConfig", "predict", given)
 
 
 @cli.command(
