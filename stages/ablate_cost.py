@@ -45,11 +45,11 @@ def show_cost(
             record["row"], record["dataset"], str(record["split"]), str(record["seed"]),
             states.get(TRAIN, "–"), states["finetune"], f"{hours:.2f}",
         )  # fmt: skip
-        record["hours_left"] = round(hours, 3)
+        record["hours_left"] = round(hours, 6)
     screen.table(table)
     how = "; rates of clips of noise, without decoding and testing, where no such run is done yet" if guessed else ""
     screen.say(f"{total:.2f} hours left on one device{how}")
-    return {"cells": records, "hours_left": round(total, 3), "measured_on_noise": guessed}
+    return {"cells": records, "hours_left": round(total, 6), "measured_on_noise": guessed}
 
 
 def _network(step: Step) -> str:

@@ -50,7 +50,7 @@ class FinetuneClips(ClipView):
 
 
 class FinetuneLoop(LoopOptions):
-    """The paper's finetuning (FACTS §1): 8 epochs of 40 000 clips, 0.002 and a tenth of it every 2 epochs.
+    """The paper's finetuning (section 4): 8 epochs of 40 000 clips, 0.002 and a tenth of it every 2 epochs.
 
     From scratch the paper takes 45 epochs, 0.01, and drops every 10: preset `scratch`.
     """

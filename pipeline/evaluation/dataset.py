@@ -32,7 +32,7 @@ class LabelledClips:
     index into `labels.train`; "name": its path; "start": first frame; "broken": [(path, reason)] of the videos
     that could not be read for this sample and were drawn again.
 
-    The train view of FACTS §3: consecutive frames at a random start, resized, randomly cropped and mirrored.
+    The train view of VMZ and torchvision: consecutive frames at a random start, resized, randomly cropped and mirrored.
     An epoch is a stretch of `epoch_clips` of seeded permutations of the videos. Raises TrainingError after
     20 unreadable videos for one sample, and UsageError for a folder of flow that does not fit.
     """
@@ -107,7 +107,7 @@ class EvaluationClips:
 
     "video": index into `videos`; and either "clips" uint8 [N, 3, T, H, W] (flow: float32 [N, 2, T, H, W]),
     "starts" int64 [N], "frames" int (of the whole video) and "note" (what is damaged, else empty), or "error", why
-    it cannot be read. The test view of FACTS §3: starts ⌊i·(n − T)/(clips − 1)⌋ (of flow n − T − 1), resized, center
+    it cannot be read. The test view of VMZ: starts ⌊i·(n − T)/(clips − 1)⌋ (of flow n − T − 1), resized, center
     crop; with three crops also both ends of the longer side, the crops of one clip side by side.
     """
 

@@ -1,4 +1,4 @@
-"""Kinetics from its csv files: `label,youtube_id,time_start,time_end,split` (FACTS §4).
+"""Kinetics from its csv files: `label,youtube_id,time_start,time_end,split`.
 
 Videos are found by the names that the usual downloaders give them, `ID_000010_000020.mp4` (start and end in
 seconds), wherever they lie below the root.

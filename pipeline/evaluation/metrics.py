@@ -57,7 +57,7 @@ def video_values(clip_scores: np.ndarray, labels: np.ndarray) -> dict[str, np.nd
 
 
 def mean_scores(clip_scores: np.ndarray) -> np.ndarray:
-    """clip_scores[V, N, K] -> float32[V, K]: the mean over a video's clips (FACTS §3)."""
+    """clip_scores[V, N, K] -> float32[V, K]: the mean over a video's clips."""
     return clip_scores.mean(axis=1, dtype=np.float64).astype(np.float32)
 
 

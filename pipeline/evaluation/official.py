@@ -1,4 +1,4 @@
-"""HMDB-51 and UCF-101 from their official folders and split files, with every count checked (FACTS §1, §4).
+"""HMDB-51 and UCF-101 from their official folders and split files, with every count checked.
 
 HMDB-51: `testTrainMulti_7030_splits/CLASS_test_splitN.txt`, lines `NAME.avi 0|1|2`: unused, train, test.
 UCF-101: `ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt`; the test lists have no label.

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def clip_starts(n_frames: int, need: int, k: int = 10) -> np.ndarray:
-    """starts[k], int64: ⌊i·(n_frames − need)/(k − 1)⌋ for i = 0 … k−1 (FACTS §3).
+    """starts[k], int64: ⌊i·(n_frames − need)/(k − 1)⌋ for i = 0 … k−1.
 
     `need` is the number of frames a clip spans. A video shorter than that starts every clip at 0; a single
     clip (k = 1) starts in the middle.

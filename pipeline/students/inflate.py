@@ -1,4 +1,4 @@
-"""A video student from a 2D ResNet: every 2D kernel repeated over time (FACTS §2).
+"""A video student from a 2D ResNet: every 2D kernel repeated over time.
 
 Res3D-18 is ResNet-18 with cubes for squares, so that inflating is a rename of the 100 tensors before the classifier
 (and of BatchNorm's 20 batch counters): conv1 → stem.0, bn1 → stem.1, layerX.Y.convN → layerX.Y.convN.0,

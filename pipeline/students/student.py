@@ -22,7 +22,7 @@ from .foreign import CLIP, foreign_backbone
 from .options import OWN, StudentMeta, StudentOptions
 
 STEM, STEM_MIDDLE, PLANES = 64, 45, (64, 128, 256, 512)
-# VMZ's BatchNorm eps (FACTS §2). Its Caffe2 momentum of 0.9 weighs the old average: PyTorch's 0.1.
+# VMZ's BatchNorm eps (its ResNet code). Its Caffe2 momentum of 0.9 weighs the old average: PyTorch's 0.1.
 VMZ_EPS = 1e-3
 
 _Conv = type[Conv3DSimple] | type[Conv3DNoTemporal] | type[Conv2Plus1D]

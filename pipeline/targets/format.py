@@ -95,7 +95,8 @@ def create_array(root: Path, spec: ArraySpec, rows: int, shard_rows: int) -> Non
     group = zarr.open_group(root, mode="a")
     extra: dict[str, Any] = {}
     if spec.sharded:
-        # No compression (MEASURED: 1.08 at most, 3 times slower); a crc in every chunk finds a flipped bit.
+        # No compression: logits shrink by 8 % at most, and reading takes three times as long. A crc in every chunk
+        # finds a flipped bit.
         extra = {"shards": (shard_rows, *spec.row), "compressors": [Crc32cCodec()], "filters": None}
     group.create_array(
         spec.path,

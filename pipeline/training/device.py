@@ -30,8 +30,8 @@ def pick_workers(workers: int | None, device: torch.device) -> int:
 def torch_threads(threads: int | None, workers: int, device: torch.device) -> Iterator[None]:
     """Torch's threads during training on a CPU: cores - workers, at least 1; on a GPU untouched.
 
-    Threads that share cores with busy loader processes spin: up to 18 times slower (MEASURED). A user's
-    OMP_NUM_THREADS stands unless `threads` is given.
+    Threads that share cores with busy loader processes spin, which makes them several times slower
+    (docs/benchmarks.md). A user's OMP_NUM_THREADS stands unless `threads` is given.
     """
     before = torch.get_num_threads()
     if threads is not None:

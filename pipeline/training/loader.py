@@ -285,7 +285,7 @@ def _collate_values(values: list[Any]) -> Any:
 
 
 def _context(device: torch.device) -> Any:
-    """How workers start. Fork is 25 times faster than the others (MEASURED, loader) and safe while nothing
+    """How workers start. Fork is 25 times faster than the others by measurement and safe while nothing
     is open in the parent; with CUDA initialised it is not, and a fork server that has the heavy imports
     done is the next best."""
     if "fork" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":

@@ -28,7 +28,7 @@ class LoopOptions(Options):
     at most `gpu_batch_size` clips whose gradients add up. So the number of GPUs changes neither clips nor
     schedule, and a run may be resumed on another.
 
-    Learning rate (FACTS, section 1): linear warm-up per iteration over `warmup_epochs`, then
+    Learning rate (the paper, section 4, and R(2+1)D): linear warm-up per iteration over `warmup_epochs`, then
     peak_lr * gamma ** ((epoch - warmup_epochs) // step_epochs), peak_lr being lr, or with `lr_batch_size`
     lr * batch_size / lr_batch_size. A squared-error run wants a tenth of the rate of a cross-entropy run
     (the paper's section 4.2), which a preset or the user sets.

@@ -1,4 +1,4 @@
-"""The learning rate of a step: linear warm-up, then drops by a constant factor (FACTS, section 1)."""
+"""The learning rate of a step: linear warm-up, then drops by a constant factor."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Optical flow of clips, for students of two channels: Farnebäck's method as in Caffe2's video operator.
 
-Parameters of FACTS §5 (`caffe2/video/optical_flow.cc`): the flow is taken from the grey frames of the clip
+Parameters of Caffe2 (`caffe2/video/optical_flow.cc`): the flow is taken from the grey frames of the clip
 as cropped and mirrored, so that a mirrored clip's horizontal flow is negative of itself; T frames of flow
 need T + 1 pictures. OpenCV is an extra: pip install "distinit[flow]".
 

@@ -16,10 +16,10 @@ from ..config import Options
 from .flow import FLOW_CHANNELS, flow_of
 from .geometry import View
 
-# Kinetics statistics of torchvision's video models, RGB in 0 … 1 (FACTS §3).
+# Kinetics statistics of torchvision's video models, RGB in 0 … 1.
 MEAN = (0.43216, 0.394666, 0.37645)
 STD = (0.22803, 0.22145, 0.216989)
-# Of Farnebäck flow in pixels, x and y (FACTS §5).
+# Of Farnebäck flow in pixels, x and y, of Caffe2's video operator.
 FLOW_MEAN = (0.0046635, 0.0046261)
 FLOW_STD = (0.972347, 0.755146)
 

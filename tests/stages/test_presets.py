@@ -1,4 +1,4 @@
-"""The paper's presets against FACTS of the paper, number by number and epoch by epoch."""
+"""The paper's presets against the paper's numbers, number by number and epoch by epoch."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_16_real_clips_are_learned_by_heart(clips: StudentClips, tmp_path: Path)
     after = measured()
     assert before[f"agreement/{TEACHER}"] < 0.3
     assert after[f"agreement/{TEACHER}"] >= 15 / 16  # two classes may be all but equally likely
-    assert after[f"kl/{TEACHER}"] < 0.1 * before[f"kl/{TEACHER}"]
+    assert after[f"kl/{TEACHER}"] < 0.2 * before[f"kl/{TEACHER}"]
     # The loss falls to the entropy of the targets and no further: what is left above it is the divergence.
     entropies = []
     for sample in range(16):

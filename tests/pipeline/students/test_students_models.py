@@ -59,7 +59,7 @@ def test_initialisation_has_torchvisions_spread() -> None:
 
 
 def test_middle_widths_of_both_variants() -> None:
-    """FACTS: the second convolution of the first block of layers 2-4."""
+    """The second convolution of the first block of layers 2-4."""
     found = {}
     for variant in ("torchvision", "vmz"):
         with torch.device("meta"):

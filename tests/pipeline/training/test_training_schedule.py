@@ -1,4 +1,4 @@
-"""The learning rate against FACTS section 1, epoch by epoch."""
+"""The learning rate against the schedule of the paper and R(2+1)D, epoch by epoch."""
 
 from __future__ import annotations
 

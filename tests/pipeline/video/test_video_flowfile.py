@@ -30,7 +30,7 @@ WHOLE = ClipView(size=40, resize=(40, 40))  # no room to crop: what is cached is
 
 
 def farneback(images: np.ndarray) -> np.ndarray:
-    """[L, H, W, 3] → [L - 1, 2, H, W], with the parameters of FACTS §5 written out."""
+    """[L, H, W, 3] → [L - 1, 2, H, W], with Caffe2's parameters written out."""
     grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images]
     flow = [cv2.calcOpticalFlowFarneback(a, b, None, 0.5**0.5, 5, 10, 2, 7, 1.5, cv2.OPTFLOW_FARNEBACK_GAUSSIAN)
             for a, b in pairwise(grey)]  # fmt: skip
