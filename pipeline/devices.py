@@ -60,7 +60,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones, for the rest of the process.
 
     By default it maps every large tensor anew and gives it back when it is freed, so that each layer's output is
-    made of pages that the system zeroes first: a tenth of a convolutional network's time on a CPU and more
+    made of pages that the system zeroes first: a third of a convolutional network's time on a CPU
     (docs/benchmarks.md). Elsewhere than on Linux with glibc nothing happens.
     """
     if not sys.platform.startswith("linux"):

@@ -1,6 +1,6 @@
 """Read rows straight from local shard files: one `pread` a chunk, its crc32c checked, nothing else read.
 
-zarr-python needs 0.9 ms for a row, this 0.02–0.06 (docs/benchmarks.md); a loader asks for thousands a second. The
+zarr-python needs 2 ms for a row, this 0.02 (docs/benchmarks.md); a loader asks for thousands a second. The
 file stays plain Zarr v3: `sharding_indexed` with the index at the end (offset and length of every chunk as
 uint64 pairs, then a crc32c), inner codecs `bytes` little-endian and `crc32c`.
 

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
+from ..devices import keep_freed_memory
+
 
 def cores() -> int:
     """Cores this process may use; those that a launcher has started on one machine share them."""
@@ -31,9 +33,12 @@ def torch_threads(threads: int | None, workers: int, device: torch.device) -> It
     """Torch's threads during training on a CPU: cores - workers, at least 1; on a GPU untouched.
 
     Threads that share cores with busy loader processes spin, which makes them several times slower
-    (docs/benchmarks.md). A user's OMP_NUM_THREADS stands unless `threads` is given.
+    (docs/benchmarks.md). A user's OMP_NUM_THREADS stands unless `threads` is given. On a CPU the memory of freed
+    tensors is kept, for the rest of the process.
     """
     before = torch.get_num_threads()
+    if device.type == "cpu":
+        keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
