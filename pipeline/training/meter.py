@@ -18,7 +18,7 @@ from .step import StepReport
 
 
 class Meter:
-    """Sums over the steps since the last record."""
+    """Sums over the steps since the last record: those that a resume goes on with stand in the state."""
 
     def __init__(self, options: LoopOptions, state: TrainState, device: torch.device) -> None:
         self._options = options
@@ -32,12 +32,7 @@ class Meter:
     def _reset(self) -> None:
         self._since = time.monotonic()
         self._waited = 0.0
-        self._steps = 0
         self._clips = 0
-        self._kept = 0
-        self._rejected = 0
-        self._loss = 0.0
-        self._parts: dict[str, float] = {}
 
     def timed(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches; the time spent waiting for them is counted."""
@@ -53,14 +48,12 @@ class Meter:
 
     def add(self, report: StepReport) -> None:
         """Counts one step."""
-        self._steps += 1
         self._clips += report.clips
         self._clips_seen += report.clips
-        self._kept += report.kept
-        self._rejected += report.rejected
-        self._loss += report.loss
-        for name, value in report.parts.items():
-            self._parts[name] = self._parts.get(name, 0.0) + value
+        counts = {"steps": 1, "clips": report.clips, "kept": report.kept, "rejected": report.rejected}
+        since = self._state.since
+        for name, value in {**counts, "loss": report.loss, **report.parts}.items():
+            since[name] = since.get(name, 0.0) + value
 
     def record(self, rate: float) -> dict[str, Any]:
         """The means since the last record, which starts anew.
@@ -69,22 +62,24 @@ class Meter:
         data_share: of the wall time, the share spent waiting for clips.
         """
         elapsed = max(time.monotonic() - self._since, 1e-9)
-        steps = max(self._steps, 1)
-        draws = self._clips + self._rejected
+        since = self._state.since
+        steps = max(since.pop("steps", 0), 1)
+        clips, kept, rejected = (since.pop(name, 0) for name in ("clips", "kept", "rejected"))
+        draws = clips + rejected
         done = max(self._state.step - self.first_step, 1)
         left = self._options.total_steps - self._state.step
         record = {
             "epoch": (self._state.step - 1) // self._options.steps_per_epoch + 1,
-            "loss": self._loss / steps,
-            **{name: value / steps for name, value in self._parts.items()},
+            **{name: value / steps for name, value in since.items()},
             "lr": rate,
             "clips_per_s": self._clips / elapsed,
             "data_share": min(1.0, self._waited / elapsed),
             "memory_gb": memory_gb(self._device),
-            "filtered": (draws - self._kept) / draws if draws else 0.0,
+            "filtered": (draws - kept) / draws if draws else 0.0,
             "broken": len(self._state.broken),
             "eta_s": left * self.seconds / done,
         }
+        since.clear()
         self._reset()
         return record
 

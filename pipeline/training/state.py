@@ -16,12 +16,14 @@ class TrainState:
     """Counters of a training. `step` steps are done; the next batch is that of step `step`.
 
     loss_sum, kept_sum: of the epoch under way, so that its mean survives a resume.
+    since: sums over the steps since the last record of the log, by name, for the same reason.
     broken: name → reason of the videos that could not be read.
     """
 
     step: int = 0
     loss_sum: float = 0.0
     kept_sum: int = 0
+    since: dict[str, float] = field(default_factory=dict)
     last_loss: float = math.nan
     train_loss: float = math.nan
     epochs: int = 0
