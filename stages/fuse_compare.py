@@ -12,6 +12,7 @@ from ..pipeline.evaluation.several import Comparison, compare_predictions, fuse_
 from ..pipeline.reporting.accuracy import MEASURES, signed
 from ..pipeline.reporting.tables import Column, Table
 from .screen import Screen
+from .splits import split_folders
 from .testing import PREDICTIONS, intervals_note, show_metrics, write_result
 
 SHOWN = 10  # classes of the largest gains and losses in the table; all are in the result
@@ -66,7 +67,10 @@ def compare(a: str, b: str, out: str | None, screen: Screen) -> dict[str, Any]:
 
 
 def _finished(run: str) -> Predictions:
-    """The predictions of a run folder or a file."""
+    """The predictions of a run folder or a file. UsageError for a folder of `--split all`, which has several."""
+    parts = split_folders(Path(run))
+    if parts and not (Path(run) / PREDICTIONS).exists():
+        raise UsageError(f"{run} holds a run for each split; name one: {', '.join(map(str, parts.values()))}")
     path = Path(run) / PREDICTIONS if Path(run).is_dir() else Path(run)
     found = Predictions.read(path)
     if found.pending:

@@ -170,6 +170,8 @@ def test_runs_are_fused_and_compared_without_decoding(
     both = evaluate(EvaluateConfig(runs=[every, every], fuse=True, out=str(tmp_path / "every")), QUIET)
     assert both["mean"] == {name: mean for name, mean in runs[1]["mean"].items() if name != "per_clip"}
     assert (tmp_path / "every/split2/predictions.h5").exists()
+    with pytest.raises(UsageError, match=r"holds a run for each split; name one: .*split1, .*split2"):
+        evaluate(EvaluateConfig(runs=[every, a], compare=True), QUIET)
     with pytest.raises(UsageError, match="--fuse needs --out"):
         evaluate(EvaluateConfig(runs=[a, b], fuse=True), QUIET)
 
