@@ -25,6 +25,7 @@ from .config import write_config
 from .screen import Screen
 
 CELLS, SECONDS = "cells.json", "seconds.json"
+OUTLIVED_S = 8.0  # a killed run's loader processes hold its lock until they see that it is gone, after 5 s
 
 
 class AblateConfig(Options):
@@ -179,11 +180,15 @@ def _locked(out: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"--out {out} cannot be made: {error.strerror}") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise UsageError(f"{out}: another distinit ablate is at work there") from None
-    try:
+        deadline = time.monotonic() + OUTLIVED_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise UsageError(f"{out}: another distinit ablate is at work there") from None
+                time.sleep(0.2)
         yield
     finally:
         os.close(lock)
