@@ -61,7 +61,7 @@ def _local_cluster(workers: int | None) -> LocalCluster:
                     threads_per_worker=1,
                     processes=True,
                     dashboard_address=":0",
-                    silence_logs=logging.ERROR,  # a worker that is restarted, or slow to end, costs nothing
+                    silence_logs=logging.CRITICAL,  # a restart or a heartbeat cut off by the end costs nothing
                 )
             except RuntimeError as error:  # a worker died before it was up
                 if starts == STARTS:
