@@ -337,6 +337,7 @@ def extract_targets(**given: Any) -> None:
     type=Choices("skip", "zero-weight"),
     help="Draw another clip before anything is decoded, or keep it with weight zero.",
 )
+@key_option("--leave-out", key="leave_out", metavar="FILE", help="Never draw the videos it names, CORPUS/PATH a line.")
 @key_option("--held-out", key="held_out", shown=0.0, type=float, metavar="Q", help="Share of videos set aside.")
 @key_flag("--dry-run", key="dry_run", help="Show config, sizes and the first batch as a picture; train nothing.")
 @loop_options(

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..pipeline.config import Options
 from ..pipeline.evaluation.labels import Labels, load_labels
+from ..pipeline.targets.leave_out import leave_out_digest, without
 from ..pipeline.targets.store import TargetStore
 from ..pipeline.training.options import FREE_ON_RESUME
 from .ablate_plan import SECTIONS, STUDENT, Cell
@@ -30,7 +31,7 @@ RESULT = "result.json"
 TRAIN, TUNE = SECTIONS
 FOLDERS = {TRAIN: "students", TUNE: "finetunes"}
 PATHS = {
-    TRAIN: {"out", "resume", "moved", "store"},
+    TRAIN: {"out", "resume", "moved", "store", "leave_out"},
     TUNE: {"out", "resume", "verbose", "videos", "init", "dataset", "root"},
 }
 FREE = FREE_ON_RESUME - {"epochs"}
@@ -75,13 +76,18 @@ class StepMaker:
         config = self._config(TrainConfig, TRAIN, cell, {"store": self.store.name, "out": ".", "moved": self.moved})
         teachers = config.targets.teachers or tuple(self.store.teachers)
         identity = self.store.identity()
+        usable = self.store.usable([name for name in teachers if name in self.store.teachers])
         seen = {
             "store": identity["store_id"],
             "sampling": identity["sampling"],
             "teachers": {name: identity["teachers"].get(name) for name in teachers},
-            "videos": len(self.store.usable([name for name in teachers if name in self.store.teachers])),
+            "videos": len(usable),
         }
-        loop = config.loop.for_videos(int(seen["videos"] * (1 - config.held_out)))
+        if config.leave_out is not None:
+            config = config.model_copy(update={"leave_out": os.path.abspath(config.leave_out)})
+            seen["leave_out"] = leave_out_digest(config.leave_out)
+            usable = without(self.store, usable, config.leave_out)
+        loop = config.loop.for_videos(int(len(usable) * (1 - config.held_out)))
         key = _digest(_bare(config, TRAIN), seen)
         return Step(TRAIN, key, _given(config), loop.total_steps * loop.batch_size, _network(config, config))
 
@@ -94,7 +100,7 @@ class StepMaker:
             forced["init"] = "."
         ours = self._config(TrainConfig, TRAIN, cell, {"store": self.store.name, "out": "."})
         if student is None:  # the same network and the same clips as the students beside it
-            section = cell.sections[TUNE]
+            section = filled_in(cell.sections[TUNE], cell.split)
             forced |= {} if "student" in section else {"student": ours.student.model_dump(mode="json")}
             clips = {k: v for k, v in ours.clips.model_dump(mode="json").items() if k in ("length", "size", "resize")}
             forced["clips"] = merge(clips, section.get("clips", {}))
@@ -107,7 +113,7 @@ class StepMaker:
         return Step(TUNE, key, _given(config), clips, _network(ours, config), needs)
 
     def _config(self, model: type, command: str, cell: Cell, forced: dict[str, Any]) -> Any:
-        section = dict(cell.sections[command])
+        section = filled_in(cell.sections[command], cell.split)
         preset = section.pop("preset", None)
         if command == TUNE and section.get("init") == STUDENT:
             section.pop("init")
@@ -140,6 +146,15 @@ def prepared_config(step: Step, out: Path) -> dict[str, Any]:
     """What a step's command is told, paths included."""
     begins = {} if step.needs is None else {"init": str(out / FOLDERS[TRAIN] / step.needs)}
     return {**step.config, **begins, "out": str(out / step.folder), "resume": "auto"}
+
+
+def filled_in(section: Any, split: int) -> Any:
+    """A section of a plan with {split} in its texts replaced: what differs by split, such as what to leave out."""
+    if isinstance(section, dict):
+        return {key: filled_in(value, split) for key, value in section.items()}
+    if isinstance(section, list):
+        return [filled_in(value, split) for value in section]
+    return section.replace("{split}", str(split)) if isinstance(section, str) else section
 
 
 def _given(config: Options) -> dict[str, Any]:

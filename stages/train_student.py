@@ -20,6 +20,7 @@ from ..pipeline.students.export import save_student
 from ..pipeline.students.options import StudentMeta
 from ..pipeline.students.student import Student, build_student, count_parameters
 from ..pipeline.targets.files import absolute
+from ..pipeline.targets.leave_out import leave_out_digest, without
 from ..pipeline.targets.picks import PickRule
 from ..pipeline.targets.store import TargetStore, check_moved
 from ..pipeline.training.checkpoint import (
@@ -154,7 +155,9 @@ def _open(config: TrainConfig) -> tuple[TargetStore, tuple[str, ...], torch.devi
 def _absolute(config: TrainConfig) -> TrainConfig:
     """The config with paths that hold from any folder."""
     moved = {name: os.path.abspath(folder) for name, folder in config.moved.items()}
-    paths = {"store": absolute(config.store), "out": os.path.abspath(config.out), "moved": moved}
+    paths: dict[str, Any] = {"store": absolute(config.store), "out": os.path.abspath(config.out), "moved": moved}
+    if config.leave_out is not None:
+        paths["leave_out"] = os.path.abspath(config.leave_out)
     return config.model_copy(update=paths)
 
 
@@ -180,7 +183,10 @@ def _assemble(
     seed, channels = config.loop.seed, config.student.channels
     if channels == FLOW_CHANNELS:
         require_opencv()
-    videos, held_ids = split_held_out(store.usable(teachers), config.held_out, seed)
+    usable = store.usable(teachers)
+    if config.leave_out is not None:
+        usable = without(store, usable, config.leave_out)
+    videos, held_ids = split_held_out(usable, config.held_out, seed)
     shares = None
     if config.targets.corpora is not None:
         corpus, names = store.column("corpus"), list(store.corpora)
@@ -287,6 +293,7 @@ def _identity(
         "clips": config.clips.model_dump(mode="json"),
         "targets": config.targets.model_dump(mode="json", exclude={"teachers"}),
         "filter": {"quantile": config.targets.max_entropy_quantile, "nats": parts.thresholds},
+        "leave_out": leave_out_digest(config.leave_out) if config.leave_out is not None else None,
         "held_out": {"share": config.held_out, "clips": config.held_out_clips},
         **options.identity(),
     }

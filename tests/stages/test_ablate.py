@@ -170,6 +170,23 @@ def test_keys_follow_what_decides_an_outcome(tiny_store, home):
     assert set(keys()).isdisjoint(first)
 
 
+def test_students_of_a_split_leave_out_its_test_videos(tiny_store, home):
+    store = TargetStore.open(str(tiny_store.path))
+    for split in (1, 2):
+        (home / f"test{split}.txt").write_text("".join(f"{'/'.join(store.place(v))}\n" for v in range(3 * split)))
+    base = PLAN["base"]
+    train = {**base["train-student"], "leave_out": str(home / "test{split}.txt"), "loop": {**LOOP, "epoch_clips": None}}
+    plan = {**PLAN, "base": {**base, "train-student": train}}
+    (home / "plan.yaml").write_text(yaml.safe_dump(plan))
+    read = read_plan(str(home / "plan.yaml"), {})
+    maker = StepMaker(store, {})
+    first_row = cells(read, datasets=[f"csv:{home / 'labels.csv'}"], seeds=[0], splits=[1, 2])[:2]
+    made = [maker.student(cell) for cell in first_row]
+    assert [step.config["leave_out"] for step in made] == [str(home / f"test{split}.txt") for split in (1, 2)]
+    assert made[0].key != made[1].key
+    assert [step.clips for step in made] == [2 * 12, 2 * 8]  # 12 - 3 and 12 - 6 videos, in whole batches of 4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -21,7 +21,7 @@ from distinit.pipeline.students.export import load_student
 from distinit.pipeline.targets.store import TargetStore
 from distinit.pipeline.video.transforms import normalize_clip
 from distinit.stages.screen import Screen
-from distinit.stages.train_student import TrainConfig, train_student
+from distinit.stages.train_student import TrainConfig, _assemble, train_student
 
 QUIET = Screen(quiet=True)
 
@@ -207,6 +207,22 @@ def test_a_job_that_is_killed_with_all_its_processes_goes_on_where_it_was(tiny_s
     train_student(TrainConfig.model_validate(used), QUIET)
     cut = weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_videos_left_out_are_never_drawn(tiny_store, tmp_path):
+    store = TargetStore.open(str(tiny_store.path))
+    listed = tmp_path / "tests.txt"
+    listed.write_text("# of the labelled set\n\n" + "".join(f"{'/'.join(store.place(v))}\n" for v in range(0, 12, 2)))
+    chosen = config(tiny_store, tmp_path / "run", leave_out=str(listed), loop={"epoch_clips": None, "epochs": 1})
+    dataset = _assemble(chosen, store, ("sure",), None, QUIET).train
+    assert {dataset.sampler.draw(0, sample).video for sample in range(48)} == set(range(1, 12, 2))
+    assert train_student(chosen, QUIET)["videos"] == 6
+    listed.write_text("/".join(store.place(1)) + "\n")
+    with pytest.raises(CheckpointError, match="leave_out"):
+        train_student(chosen.model_copy(update={"resume": True}), QUIET)
+    listed.write_text("elsewhere/a.mp4\n")
+    with pytest.raises(UsageError, match=r"leave_out: .*tests.txt: 'elsewhere/a.mp4' \(1 such\) is not in"):
+        train_student(chosen.model_copy(update={"out": str(tmp_path / "other")}), QUIET)
 
 
 def test_refusals_are_one_line_that_names_the_option(tiny_store, tmp_path):
