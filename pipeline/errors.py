@@ -70,3 +70,8 @@ class TrainingInterrupted(DistInitError, RuntimeError):
     """Training was asked to stop (SIGTERM) and has written its checkpoint: try again later (EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+def in_one_line(error: BaseException) -> str:
+    """A stranger's error for a message of ours: its type, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -5,10 +5,6 @@ Shape letters: B clips, C channels, T frames of a clip, H W pixels, D features.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-import sys
 from typing import Any
 
 import torch
@@ -16,7 +12,8 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.models.video import S3D
 
-from ..errors import DistInitError, UsageError
+from ..errors import UsageError, in_one_line
+from ..factories import call_factory
 from .options import StudentOptions
 
 CLIP = (8, 112)  # T and H = W that a backbone is tried on where nothing else is said
@@ -46,7 +43,7 @@ def _from_torchvision(options: StudentOptions) -> nn.Module:
     try:
         model: nn.Module = get_model(name, weights=None, **options.options)
     except Exception as error:  # the builders check little themselves
-        raise UsageError(f"student {name!r}: {_first_line(error)}") from error
+        raise UsageError(f"student {name!r}: {in_one_line(error)}") from error
     classifier = next(part for part in _CLASSIFIERS if hasattr(model, part))
     setattr(model, classifier, nn.Identity())
     if isinstance(model, S3D):
@@ -82,30 +79,10 @@ def _take_channels(model: nn.Module, options: StudentOptions) -> None:
 
 
 def _from_factory(options: StudentOptions) -> nn.Module:
-    name = options.architecture
-    module_name, _, function_name = name.partition(":")
-    here = os.getcwd()
-    # A console script does not have the working directory on its path, where a user's module often is.
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
-    try:
-        factory = getattr(importlib.import_module(module_name), function_name, None)
-        if not callable(factory):
-            raise UsageError(f"student {name!r}: module {module_name!r} has no function {function_name!r}")
-        arguments: dict[str, Any] = dict(options.options)
-        if "channels" in inspect.signature(factory).parameters:
-            arguments["channels"] = options.channels
-        made = factory(**arguments)
-    except DistInitError:
-        raise
-    except Exception as error:  # a stranger's module may raise anything
-        raise UsageError(f"student {name!r}: {_first_line(error)}") from error
-    finally:
-        if added:
-            sys.path.remove(here)
+    who = f"student {options.architecture!r}"
+    made = call_factory(options.architecture, who, options.options, offered={"channels": options.channels})
     if not isinstance(made, nn.Module):
-        raise UsageError(f"student {name!r}: the factory returned a {type(made).__name__}, allowed: torch.nn.Module")
+        raise UsageError(f"{who}: the factory returned a {type(made).__name__}, allowed: torch.nn.Module")
     return made
 
 
@@ -120,7 +97,7 @@ def _features_of(module: nn.Module, options: StudentOptions, clip: tuple[int, in
     except Exception as error:
         raise UsageError(
             f"student {options.architecture!r} does not take clips [B, C, T, H, W] = {['B', *shape[1:]]}: "
-            f"{_first_line(error)}"
+            f"{in_one_line(error)}"
         ) from error
     finally:
         module.train(training)
@@ -130,7 +107,3 @@ def _features_of(module: nn.Module, options: StudentOptions, clip: tuple[int, in
             f"student {options.architecture!r} gives {found} for one clip, allowed: features [1, D] or [1, D, t, h, w]"
         )
     return int(features.shape[1])
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

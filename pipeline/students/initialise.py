@@ -10,9 +10,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -21,7 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from ..errors import CheckpointError, DistInitError, UsageError
+from ..errors import CheckpointError, UsageError
+from ..factories import call_factory, is_factory
 from ..library_weights import library_weights
 from ..weights import load_weights
 from .export import InitReport, check_options, load_backbone, read_options, recognise, take_backbone
@@ -31,7 +30,6 @@ from .student import Backbone, Student
 
 SCRATCH = "scratch"
 INFLATABLE = ("resnet18", "resnet34")
-_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -146,18 +144,12 @@ def _with_wanted(found: StudentOptions, wanted: StudentOptions | None, label: st
 
 
 def _is_factory(init: str) -> bool:
-    return bool(_FACTORY.fullmatch(init)) and init.partition(":")[0] not in ("inflate", "kinetics")
+    return is_factory(init) and init.partition(":")[0] not in ("inflate", "kinetics")
 
 
 def _from_factory(init: str) -> Mapping[str, Tensor]:
     """The state that `package.module:factory` gives, called without arguments."""
-    module, _, name = init.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), name)()
-    except DistInitError:
-        raise
-    except Exception as error:
-        raise UsageError(f"--init {init}: {type(error).__name__}: {error}") from error
+    made = call_factory(init, f"--init {init}")
     state = made.state_dict() if isinstance(made, nn.Module) else made
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"--init {init}: returned a {type(made).__name__}; expected a module or a dict of tensors")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ..config import Options
+from ..factories import is_factory
 
 # Mean and std of RGB pixels in 0–1 (torchvision's video references) and of Farneback flow in pixels
 # (pytorch/pytorch caffe2/video/optical_flow.cc).
@@ -19,7 +19,6 @@ NORMALISATION: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 OWN = ("r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18")
 """Architectures that are built here, at any width; torchvision's other video models and factories are not."""
-FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class StudentOptions(Options):
@@ -46,7 +45,7 @@ class StudentOptions(Options):
     @field_validator("architecture")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name in OWN or FACTORY.fullmatch(name):
+        if name in OWN or is_factory(name):
             return name
         from torchvision.models import list_models, video  # only here: a config of ours needs no torch
 
@@ -59,7 +58,7 @@ class StudentOptions(Options):
     @property
     def is_factory(self) -> bool:
         """Whether building this student runs a module that the options name."""
-        return FACTORY.fullmatch(self.architecture) is not None
+        return is_factory(self.architecture)
 
     @model_validator(mode="after")
     def _variant_fits(self) -> StudentOptions:

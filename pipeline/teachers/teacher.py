@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
-import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DistInitError, TeacherError
+from ..factories import call_factory, is_factory
 from ..video.geometry import View
 from ..weights import check_sha256, load_into, load_weights, state_sha256
 from .efficientnet_lite import efficientnet_lite0
@@ -227,19 +226,19 @@ def _build(spec: TeacherSpec) -> Recipe | Teacher:
         return torchvision_model(spec, model, weights or None)
     if family == "timm" and rest:
         return timm_model(spec, rest)
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec.name):
-        return _from_factory(spec, family, rest)
+    if is_factory(spec.name):
+        return _from_factory(spec)
     raise TeacherError(f"teacher {spec.name!r} is not known; allowed: {', '.join(known_teachers())}")
 
 
-def _from_factory(spec: TeacherSpec, module_name: str, function_name: str) -> Recipe | Teacher:
+def _from_factory(spec: TeacherSpec) -> Recipe | Teacher:
     """Call a user's factory with the options that are not distinit's own.
 
     A module is taken to want ImageNet's preprocessing (short side 256, centre 224, mean and std of
     0–1 pixels) unless options say otherwise; a weights file is loaded into it, every tensor.
     """
     options = builder_options(spec)
-    made = _call(spec, module_name, function_name, options)
+    made = call_factory(spec.name, f"teacher {spec.name!r}", options, error=TeacherError)
     if isinstance(made, Teacher):
         if spec.weights:
             raise TeacherError(f"teacher {spec.name!r} is finished by its factory and takes no weights file")
@@ -260,27 +259,6 @@ def _from_factory(spec: TeacherSpec, module_name: str, function_name: str) -> Re
         file_sha256=file.sha256 if file else None,
         options=options,
     )
-
-
-def _call(spec: TeacherSpec, module_name: str, function_name: str, options: Mapping[str, Any]) -> object:
-    here = os.getcwd()
-    # A console script does not have the working directory on its path, where a user's module often is.
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
-    try:
-        factory = getattr(importlib.import_module(module_name), function_name, None)
-        if not callable(factory):
-            raise TeacherError(f"teacher {spec.name!r}: module {module_name!r} has no function {function_name!r}")
-        return factory(**options)
-    except DistInitError:
-        raise
-    except Exception as error:  # a stranger's module may raise anything
-        line = (str(error).splitlines() or [""])[0]
-        raise TeacherError(f"teacher {spec.name!r}: {type(error).__name__}: {line}") from error
-    finally:
-        if added:
-            sys.path.remove(here)
 
 
 def _with_classes(recipe: Recipe, classes: Sequence[str]) -> Recipe:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +219,30 @@ def test_a_model_without_its_run_is_tested_on_what_it_is_given(
     given = {"runs": [str(alone)], "dataset": f"csv:{folder / 'labels.csv'}", "out": str(tmp_path), "device": "cpu"}
     found = evaluate(EvaluateConfig.model_validate(given | {"test": {"clips": 2}}), QUIET)
     assert found["metrics"] == runs[1]["splits"]["1"]["metrics"]
+
+
+STARTS = """
+from distinit.pipeline.students.student import StudentOptions, build_student
+
+
+def narrow():
+    return build_student(StudentOptions(architecture="r3d_18", width=0.0625), {}).backbone
+"""
+
+
+def test_the_console_script_starts_from_a_function_in_the_working_folder(folder: Path, tmp_path: Path) -> None:
+    """Python itself does not look there: the first place of a script's path is the script's folder."""
+    (tmp_path / "own_narrow_start.py").write_text(STARTS)
+    script = Path(sysconfig.get_path("scripts")) / "distinit"
+    given = ["--dataset", f"csv:{folder / 'labels.csv'}", "--device", "cpu", "--frames", "4", "--size", "32"]
+    short = ["--epochs", "1", "--epoch-clips", "4", "--batch-size", "4", "--workers", "0", "--test-clips", "1"]
+    done = subprocess.run(
+        [script, "finetune", "--init", "own_narrow_start:narrow", *given, *short, "--out", "run", "--json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["init"], result["tensors_loaded"]) == ("own_narrow_start:narrow", 120)
 
 
 def test_presets_are_the_papers() -> None:

@@ -1,0 +1,65 @@
+"""A user's own function, named as `package.module:factory`: of a teacher, a student or an initialisation."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from .errors import DistInitError, UsageError, in_one_line
+
+_FORM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_factory(name: str) -> bool:
+    """Whether a name has the form `package.module:factory`."""
+    return _FORM.fullmatch(name) is not None
+
+
+def call_factory(
+    name: str,
+    who: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    offered: Mapping[str, Any] | None = None,
+    error: type[UsageError] = UsageError,
+) -> object:
+    """What the function of that name returns, called with `options` and with what it has a place for of `offered`.
+
+    The module is looked for in the working folder too. who: begins the message, as in `--init a:b`.
+
+    Raises:
+        error: no such module or function, or it fails; an error of distinit's own passes as it is.
+    """
+    module_name, _, function_name = name.partition(":")
+    with _working_folder_on_path():
+        try:
+            factory = getattr(importlib.import_module(module_name), function_name, None)
+            if not callable(factory):
+                raise error(f"{who}: module {module_name!r} has no function {function_name!r}")
+            places = inspect.signature(factory).parameters if offered else ()
+            extra = {key: value for key, value in (offered or {}).items() if key in places}
+            return factory(**(options or {}), **extra)
+        except DistInitError:
+            raise
+        except Exception as cause:  # a stranger's module may raise anything
+            raise error(f"{who}: {in_one_line(cause)}") from cause
+
+
+@contextmanager
+def _working_folder_on_path() -> Iterator[None]:
+    """A console script does not have the working folder on its path, where a user's module often is."""
+    here = os.getcwd()
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added:
+            sys.path.remove(here)
