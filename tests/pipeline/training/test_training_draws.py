@@ -17,6 +17,13 @@ def test_a_draw_depends_on_its_address_alone():
     assert draws.rng(0, 1, 2).random() != draws.rng(0, 1, 2, stream=draws.HELD_OUT).random()
 
 
+def test_no_two_streams_share_their_numbers():
+    streams = {name: value for name, value in vars(draws).items() if name.isupper()}
+    assert {"EXAMPLES", "HELD_OUT", "PERMUTATIONS"} <= set(streams)
+    firsts = {name: draws.rng(3, 1, 2, stream=stream).integers(2**62) for name, stream in streams.items()}
+    assert len(set(firsts.values())) == len(streams), streams
+
+
 def test_draws_are_uniform_over_neighbouring_addresses():
     values = np.array([draws.rng(1, e, i).random() for e in range(20) for i in range(500)])
     assert abs(values.mean() - 0.5) < 0.015  # 5 standard errors
