@@ -86,9 +86,12 @@ class Progress:
 
     def write(self) -> None:
         """OUT/cells.json, whole or not at all."""
+        paper = self.plan.paper
+        if paper is not None and paper.splits is None:  # cells may be of others
+            paper = paper.model_copy(update={"splits": self.plan.splits})
         content = {
             "title": self.plan.title,
-            "paper": self.plan.paper.model_dump() if self.plan.paper else None,
+            "paper": paper.model_dump(exclude_none=True) if paper else None,
             "axes": list(self.plan.axes),
             "cells": self.records(),
         }

@@ -30,6 +30,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.errors import UsageError
+from ..pipeline.reporting.paper import PaperNumbers
 from .config import CONF, merge, nested, read_yaml
 
 PLANS = CONF / "ablations"
@@ -38,13 +39,6 @@ STUDENT = "student"  # the value of finetune.init that means the cell's own
 
 Keys = dict[str, Any]
 """Dotted key, its section first → value."""
-
-
-class PaperNumbers(Options):
-    """What the paper has in this place: `rows` by name of a row, then by data set, top 1 in per cent."""
-
-    table: str
-    rows: dict[str, dict[str, float]] = {}
 
 
 class Plan(Options):

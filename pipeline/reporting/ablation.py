@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..errors import SourceError
 from ..evaluation.metrics import Estimate, bootstrap_ratios, by_group, video_values
 from ..evaluation.several import Gain, p_value
+from .paper import PaperNumbers
 from .runs import Run, short_dataset
 
 CELLS = "cells.json"
@@ -50,16 +51,9 @@ class CellRecord(_Record):
         return f"{self.row}, {short_dataset(self.dataset)}, split {self.split}, seed {self.seed}"
 
 
-class Paper(_Record):
-    """The paper's numbers: row → data set → top 1, %."""
-
-    table: str
-    rows: dict[str, dict[str, float]] = {}
-
-
 class _File(_Record):
     title: str
-    paper: Paper | None = None
+    paper: PaperNumbers | None = None
     axes: list[str] = []
     cells: list[CellRecord]
 
@@ -86,14 +80,15 @@ class Cell:
 class Entry:
     """What the cells of one row and data set came to.
 
-    values: accuracy [n] of each finished cell as a fraction, by measure. gain: of top 1 over the first row.
+    values: accuracy [n] of each finished cell as a fraction, by measure; split1 is top 1 of the cells of split 1.
+    paper: its numbers, %, by measure. gain: of top 1 over the first row.
     """
 
     row: str
     dataset: str
     cells: Sequence[Cell]
     values: dict[str, np.ndarray]
-    paper: float | None
+    paper: dict[str, float]
     gain: Gain | None
 
     @property
@@ -107,7 +102,7 @@ class Ablation:
 
     title: str
     folder: Path
-    paper: Paper | None
+    paper: PaperNumbers | None
     cells: Sequence[Cell]
 
     @property
@@ -117,6 +112,18 @@ class Ablation:
     @property
     def datasets(self) -> list[str]:
         return list(dict.fromkeys(cell.record.dataset for cell in self.cells))
+
+    @property
+    def splits(self) -> list[int]:
+        return sorted({cell.record.split for cell in self.cells})
+
+    def published(self, dataset: str) -> list[tuple[str, dict[str, float]]]:
+        """What the paper lists of others: name, and its numbers, %, by measure; {} where they are of other splits."""
+        paper = self.paper
+        if paper is None:
+            return []
+        listed = [(each.label, each.numbers[dataset]) for each in paper.published if dataset in each.numbers]
+        return [(label, paper.beside(numbers, self.splits)) for label, numbers in listed]
 
     def of(self, row: str, dataset: str) -> list[Cell]:
         """The cells of a row and data set."""
@@ -129,14 +136,20 @@ class Ablation:
 
     def _entry(self, row: str, dataset: str) -> Entry:
         cells = self.of(row, dataset)
-        metrics = [cell.run.metrics for cell in cells if cell.problem is None and cell.run and cell.run.metrics]
-        names = ("per_clip", "top1", "top5")
+        found = [
+            (cell.record.split, cell.run.metrics)
+            for cell in cells
+            if cell.problem is None and cell.run and cell.run.metrics
+        ]
+        values = {name: [each[name]["value"] for _, each in found] for name in ("per_clip", "top1", "top5")}
+        values["split1"] = [each["top1"]["value"] for split, each in found if split == 1]
+        paper = self.paper
         return Entry(
             row=row,
             dataset=dataset,
             cells=cells,
-            values={name: np.array([each[name]["value"] for each in metrics]) for name in names},
-            paper=self.paper.rows.get(row, {}).get(dataset) if self.paper else None,
+            values={name: np.array(each) for name, each in values.items()},
+            paper=paper.beside(paper.rows.get(row, {}).get(dataset), self.splits) if paper else {},
             gain=gain_over(cells, self.of(self.rows[0], dataset)) if row != self.rows[0] else None,
         )
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+
 import numpy as np
 
+from . import accuracy
 from .ablation import Ablation, Entry
-from .accuracy import DASH, MEASURES, signed
+from .accuracy import DASH, signed
 from .runs import short_dataset
 from .tables import Column, Table
 
+MEASURES = ("per_clip", "split1", "top1", "top5")  # the paper's order; split 1 and the mean of splits as in its Table 6
 NOTES = (
-    "top 1, %: mean ± standard deviation over the finished runs of a row (seeds and splits, n − 1); runs: finished of "
-    "planned.",
+    "mean ± standard deviation over the finished runs of a row (seeds and splits, n − 1); runs: finished of planned.",
     "difference: top 1 minus that of the first row, in points, paired by test video, with its 95 % bootstrap interval "
     "over test videos (over recordings where a data set names them); a video’s value is its mean over seeds. The "
     "interval is of the choice of test videos; the spread over seeds is the ±. p: two-sided, of no difference, not "
@@ -19,69 +22,110 @@ NOTES = (
 )
 
 
-def ablation_table(ablation: Ablation) -> Table:
-    """One row a variant; of a single data set also accuracy per clip and top 5."""
-    datasets = ablation.datasets
-    entries = {(entry.row, entry.dataset): entry for entry in ablation.entries}
-    paper = any(entry.paper is not None for entry in entries.values())
-    more = [name for name in ("per_clip", "top5") if len(datasets) == 1]
+def ablation_tables(ablation: Ablation) -> list[Table]:
+    """One a data set: a row a variant, each measure with the paper's number to its right, and below our rows the
+    results that the paper lists as published."""
+    return [_table(ablation, dataset) for dataset in ablation.datasets]
+
+
+def _table(ablation: Ablation, dataset: str) -> Table:
+    entries = [entry for entry in ablation.entries if entry.dataset == dataset]
+    shown = [name for name in MEASURES if name != "split1" or (len(ablation.splits) > 1 and 1 in ablation.splits)]
+    listed = ablation.published(dataset)
+    published = [(label, numbers) for label, numbers in listed if numbers.keys() & set(shown)]
+    known = {name for numbers in (*(e.paper for e in entries), *(n for _, n in published)) for name in numbers}
     columns = [Column("row")]
-    for dataset in datasets:
-        columns += [Column(f"{short_dataset(dataset)}: top 1, %", True), Column("runs", True)]
-        columns += [Column("paper", True)] * paper
-        columns += [Column("difference", True), Column("p", True)]
-    table = Table(ablation.title, [*columns, *(Column(f"{MEASURES[name]}, %", True) for name in more)])
-    for row in ablation.rows:
-        cells = [row]
-        for dataset in datasets:
-            cells += _cells(entries[row, dataset], paper, first=row == ablation.rows[0])
-        only = entries[row, datasets[0]]
-        table.add(*cells, *(spread(only.values[name]) for name in more))
-    table.notes = [*NOTES]
-    if paper and ablation.paper is not None:
-        table.notes.append(f"paper: top 1, %, of its Table {ablation.paper.table}; other data, machines and seeds.")
-    table.notes += problems(ablation)
+    for name in shown:
+        columns += [Column(f"{_heading(name, ablation.splits)}, %", True)]
+        columns += [Column("paper", True)] * (name in known)
+    columns += [Column("runs", True), Column("difference", True), Column("p", True)]
+    table = Table(f"{ablation.title}: {short_dataset(dataset)}", columns)
+    for entry in entries:
+        cells = [entry.row]
+        for name in shown:
+            cells += [spread(entry.values[name])] + [_percent(entry.paper.get(name))] * (name in known)
+        table.add(*cells, _runs(entry), *_gain(entry, first=entry.row == ablation.rows[0]))
+    if published:
+        table.head("Published results, as the paper lists them")
+    for label, numbers in published:
+        cells = [label]
+        for name in shown:
+            cells += [""] + [_percent(numbers.get(name))] * (name in known)
+        table.add(*cells, "", "", "")
+    table.notes = _notes(ablation, dataset, known, len(listed) - len(published))
     return table
+
+
+def _heading(measure: str, splits: Sequence[int]) -> str:
+    if measure == "top1" and len(splits) > 1:
+        return f"top 1, splits {', '.join(map(str, splits))}"
+    return "top 1, split 1" if measure == "split1" else accuracy.MEASURES[measure]
+
+
+def _notes(ablation: Ablation, dataset: str, known: Collection[str], left_out: int) -> list[str]:
+    notes = [*NOTES]
+    if known and ablation.paper is not None:
+        notes.append(
+            f"paper: %, as in its {_named(ablation.paper.table)}, for these splits; other data, machines and seeds."
+        )
+    if left_out:
+        notes.append(f"{left_out} results that the paper lists are of other splits and not shown.")
+    return notes + problems(ablation, dataset)
+
+
+def _named(table: str) -> str:
+    """`2` → `Table 2`; `section 4.3` as it is."""
+    return f"Table {table}" if table.isdecimal() else table
 
 
 def screen_table(ablation: Ablation) -> Table:
     """The same for a terminal of 80 columns: top 1, runs, paper, difference; a table's data sets below each other."""
     entries = ablation.entries
-    paper = any(entry.paper is not None for entry in entries)
+    paper = any("top1" in entry.paper for entry in entries)
     columns = [Column("row")] + [Column("data set")] * (len(ablation.datasets) > 1)
     columns += [Column("top 1, %", True), Column("runs", True)] + [Column("paper", True)] * paper
     table = Table(ablation.title, [*columns, Column("difference", True), Column("p", True)])
     for entry in entries:
-        head = [entry.row] + [short_dataset(entry.dataset)] * (len(ablation.datasets) > 1)
-        table.add(*head, *_cells(entry, paper, first=entry.row == ablation.rows[0]))
-    table.notes = problems(ablation)
+        cells = [entry.row] + [short_dataset(entry.dataset)] * (len(ablation.datasets) > 1)
+        cells += [spread(entry.values["top1"]), _runs(entry)] + [_percent(entry.paper.get("top1"))] * paper
+        table.add(*cells, *_gain(entry, first=entry.row == ablation.rows[0]))
+    table.notes = [line for dataset in ablation.datasets for line in problems(ablation, dataset)]
     return table
 
 
 def ablation_numbers(ablation: Ablation) -> Table:
-    """Plain numbers for a CSV, a row and data set a line: fractions, the paper's as well; empty where missing."""
-    names = [f"{name}_{what}" for name in ("top1", "per_clip", "top5") for what in ("mean", "deviation")]
+    """Plain numbers for a CSV, a row and data set a line, then the published results: fractions, the paper's as well;
+    empty where missing."""
+    names = ("top1", "per_clip", "top5", "split1")
+    ours = [f"{name}_{what}" for name in names for what in ("mean", "deviation")]
+    theirs = [f"paper_{name}" for name in names]
     ends = ["difference", "difference_low", "difference_high", "p"]
-    columns = ["row", "dataset", "runs", "planned", *names, "paper_top1", *ends, "problems"]
+    columns = ["row", "dataset", "source", "runs", "planned", *ours, *theirs, *ends, "problems"]
     table = Table(ablation.title, [Column(name) for name in columns])
+
+    def paper(numbers: Mapping[str, float]) -> list[str]:
+        return [repr(round(numbers[name] / 100, 6)) if name in numbers else "" for name in names]
+
     for entry in ablation.entries:
-        numbers = []
-        for name in ("top1", "per_clip", "top5"):
+        means = []
+        for name in names:
             values = entry.values[name]
-            numbers.append(repr(float(values.mean())) if len(values) else "")
-            numbers.append(repr(float(values.std(ddof=1))) if len(values) > 1 else "")
+            means.append(repr(float(values.mean())) if len(values) else "")
+            means.append(repr(float(values.std(ddof=1))) if len(values) > 1 else "")
         gain = entry.gain
         tail = [gain.estimate.value, gain.estimate.low, gain.estimate.high, gain.p] if gain else []
         table.add(
-            entry.row,
-            entry.dataset,
-            str(entry.done),
-            str(len(entry.cells)),
-            *numbers,
-            "" if entry.paper is None else repr(round(entry.paper / 100, 6)),
+            *(entry.row, entry.dataset, "ours", str(entry.done), str(len(entry.cells))),
+            *means,
+            *paper(entry.paper),
             *([repr(value) for value in tail] or [""] * len(ends)),
             "; ".join(cell.problem for cell in entry.cells if cell.problem),
         )
+    for dataset in ablation.datasets:
+        for label, numbers in ablation.published(dataset):
+            table.add(
+                *(label, dataset, "published", "", ""), *[""] * len(ours), *paper(numbers), *[""] * (len(ends) + 1)
+            )
     return table
 
 
@@ -97,15 +141,14 @@ def cells_table(ablation: Ablation) -> Table:
     return table
 
 
-def problems(ablation: Ablation) -> list[str]:
-    """One line for each row, data set and reason for which cells have no number, with their splits and seeds."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+def problems(ablation: Ablation, dataset: str) -> list[str]:
+    """One line for each row and reason for which cells of a data set have no number, with their splits and seeds."""
+    found: dict[tuple[str, str], list[str]] = {}
     for cell in ablation.cells:
-        if cell.problem is not None:
-            record = cell.record
-            place = record.row, short_dataset(record.dataset), cell.problem
-            found.setdefault(place, []).append(f"split {record.split} seed {record.seed}")
-    return [f"{row}, {dataset}, {', '.join(cells)}: {why}" for (row, dataset, why), cells in found.items()]
+        record = cell.record
+        if cell.problem is not None and record.dataset == dataset:
+            found.setdefault((record.row, cell.problem), []).append(f"split {record.split} seed {record.seed}")
+    return [f"{row}, {short_dataset(dataset)}, {', '.join(cells)}: {why}" for (row, why), cells in found.items()]
 
 
 def spread(values: np.ndarray) -> str:
@@ -116,16 +159,20 @@ def spread(values: np.ndarray) -> str:
     return f"{mean} ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else mean
 
 
-def _cells(entry: Entry, paper: bool, *, first: bool) -> list[str]:
-    found = [spread(entry.values["top1"]), str(entry.done)]
-    if entry.done < len(entry.cells):
-        found[1] += f" of {len(entry.cells)}"
-    if paper:
-        found.append(DASH if entry.paper is None else f"{entry.paper:.1f}")
+def _percent(number: float | None) -> str:
+    return DASH if number is None else f"{number:.1f}"
+
+
+def _runs(entry: Entry) -> str:
+    return str(entry.done) + (f" of {len(entry.cells)}" if entry.done < len(entry.cells) else "")
+
+
+def _gain(entry: Entry, *, first: bool) -> list[str]:
+    """The columns difference and p."""
     if first or entry.gain is None:
-        return [*found, "first row" if first else DASH, DASH]
+        return ["first row" if first else DASH, DASH]
     e = entry.gain.estimate
-    return [*found, f"{signed(e.value)} [{signed(e.low)} to {signed(e.high)}]", p_text(entry.gain.p)]
+    return [f"{signed(e.value)} [{signed(e.low)} to {signed(e.high)}]", p_text(entry.gain.p)]
 
 
 def p_text(p: float) -> str:

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from .ablation import Ablation
-from .ablation_tables import ablation_table, cells_table
+from .ablation_tables import ablation_tables, cells_table
 from .accuracy import DASH, percent
 from .contents import Report
 from .figures.canvas import Figure
-from .runs import Run
+from .runs import Run, short_dataset
 from .style import document
 from .tables import Column, Table, markdown_text
 
@@ -31,7 +31,7 @@ def to_markdown(report: Report) -> str:
     if report.finetuned:
         parts += [report.accuracy.to_markdown(), "### What these numbers show\n"]
         parts += [f"- {markdown_text(line)}" for line in report.findings] + [""]
-    parts += [ablation_table(ablation).to_markdown() for ablation in report.ablations]
+    parts += [table.to_markdown() for ablation in report.ablations for table in ablation_tables(ablation)]
     parts += [table.to_markdown() for table in (report.students, report.costs) if table is not None]
     for figure in report.figures:
         title = markdown_text(figure.title)
@@ -88,10 +88,13 @@ def _findings_section(report: Report, figure: str) -> str:
 
 def _ablation_section(ablation: Ablation, figure: str, links: Links) -> str:
     rows = {cell.record.row: links[cell.run.name] for cell in reversed(ablation.cells) if cell.run is not None}
-    # The section's heading is the table's title.
-    table = dataclasses.replace(ablation_table(ablation), title="Accuracy by row")
+    # The section's heading is what the tables' titles have in common.
+    tables = [
+        dataclasses.replace(table, title=f"Accuracy on {short_dataset(dataset)}")
+        for table, dataset in zip(ablation_tables(ablation), ablation.datasets, strict=True)
+    ]
     return (
-        f"<h2>{html.escape(ablation.title)}</h2>{_scroll(table, rows)}{figure}"
+        f"<h2>{html.escape(ablation.title)}</h2>{''.join(_scroll(table, rows) for table in tables)}{figure}"
         f"<details><summary>Every run behind these numbers</summary>{_scroll(cells_table(ablation), links)}</details>"
     )
 

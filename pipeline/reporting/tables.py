@@ -23,17 +23,23 @@ class Column:
 
 @dataclass
 class Table:
-    """Cells are text as a person reads it; `notes` stand below, a line each."""
+    """Cells are text as a person reads it; `notes` stand below, a line each. headings: index of a row → the heading
+    above it, which a CSV does without."""
 
     title: str
     columns: Sequence[Column]
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    headings: dict[int, str] = field(default_factory=dict)
 
     def add(self, *cells: str) -> None:
         if len(cells) != len(self.columns):
             raise ValueError(f"table {self.title!r} has {len(self.columns)} columns, got {len(cells)} cells")
         self.rows.append(list(cells))
+
+    def head(self, text: str) -> None:
+        """A heading above the rows that are still to come."""
+        self.headings[len(self.rows)] = text
 
     def to_rich(self) -> Group:
         """Title, table and notes; rich's own title and caption would be wrapped to the width of a narrow table."""
@@ -46,7 +52,10 @@ class Table:
                 no_wrap=column.number,
                 overflow="fold",
             )
-        for row in self.rows:
+        for at, row in enumerate(self.rows):
+            if at in self.headings:
+                table.add_section()
+                table.add_row(Text(self.headings[at], style="bold"))
             table.add_row(*(Text(cell) for cell in row))
         return Group(Text(self.title, style="bold"), table, *(Text(note) for note in self.notes))
 
@@ -54,8 +63,11 @@ class Table:
         lines = [
             _markdown_row([column.title for column in self.columns]),
             "|" + "|".join("---:" if column.number else "---" for column in self.columns) + "|",
-            *(_markdown_row(row) for row in self.rows),
         ]
+        for at, row in enumerate(self.rows):
+            if at in self.headings:
+                lines.append(f"| **{markdown_cell(self.headings[at])}** |" + " |" * (len(self.columns) - 1))
+            lines.append(_markdown_row(row))
         notes = [f"\n{markdown_text(note)}" for note in self.notes]
         return f"### {self.title}\n\n" + "\n".join(lines + notes) + "\n"
 
@@ -79,19 +91,26 @@ class Table:
             for c, column in zip(classes, self.columns, strict=True)
         )
         body = "\n".join(
-            "<tr>"
+            self._heading(number)
+            + "<tr>"
             + "".join(
                 f"<td{c}>{_linked(cell, links or {}) if at == 0 else html.escape(cell)}</td>"
                 for at, (c, cell) in enumerate(zip(classes, row, strict=True))
             )
             + "</tr>"
-            for row in self.rows
+            for number, row in enumerate(self.rows)
         )
         notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in self.notes)
         return (
             f"<table><caption>{html.escape(self.title)}</caption>"
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>\n{notes}"
         )
+
+    def _heading(self, number: int) -> str:
+        if number not in self.headings:
+            return ""
+        text = html.escape(self.headings[number])
+        return f'<tr class="heading"><th colspan="{len(self.columns)}" scope="rowgroup">{text}</th></tr>\n'
 
 
 def _linked(text: str, links: Mapping[str, str]) -> str:
@@ -100,8 +119,12 @@ def _linked(text: str, links: Mapping[str, str]) -> str:
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    safe = (markdown_text(cell).replace("|", "\\|") for cell in cells)
-    return "| " + " | ".join(safe) + " |"
+    return "| " + " | ".join(map(markdown_cell, cells)) + " |"
+
+
+def markdown_cell(text: str) -> str:
+    """Text as it is, inside a table."""
+    return markdown_text(text).replace("|", "\\|")
 
 
 def markdown_text(text: str) -> str:

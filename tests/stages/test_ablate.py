@@ -35,7 +35,7 @@ LOOP = {
 }  # fmt: skip
 PLAN: dict[str, Any] = {
     "title": "picks and starts",
-    "paper": {"table": "2", "rows": {"random": {"hmdb51": 43.2}}},
+    "paper": {"table": "2", "rows": {"random": {"hmdb51": 43.2}, "slow": {"hmdb51": {"top5": 73.9}}}},
     "base": {
         "train-student": {
             "student": {"width": 0.125}, "loop": LOOP, "clips": {"length": 8, "size": 32, "resize": [40, 60]},
@@ -104,6 +104,9 @@ def test_killed_twice_it_ends_as_an_undisturbed_run_and_touches_no_teacher_and_n
     before = bytes_of(tiny_store.path)
     result = ablate(config(home, tiny_store, "whole"), QUIET)
     assert [c["status"] for c in result["cells"]] == ["done"] * 4
+    paper = json.loads((home / "whole/cells.json").read_text())["paper"]
+    assert paper["rows"] == {"random": {"hmdb51": {"top1": 43.2}}, "slow": {"hmdb51": {"top5": 73.9}}}
+    assert paper["splits"] == [1], "the plan's"
     # The first two rows differ in stage three alone: one student serves both.
     assert len(list((home / "whole/students").iterdir())) == 2
     assert len(list((home / "whole/finetunes").iterdir())) == 4
@@ -196,6 +199,12 @@ def test_students_of_a_split_leave_out_its_test_videos(tiny_store, home):
         ({"axes": {"train-student.targets.tau": []}}, "has no values"),
         ({"seed": [1]}, "seed"),
         ({"base": {"train-student": {"preset": "papr"}}}, "no preset 'papr'"),
+        ({"paper": {"table": "2", "rows": {"a": {"hmdb51": 143}}}}, r"paper\.rows\.a\.hmdb51\.top1: .* less than"),
+        ({"paper": {"table": "2", "rows": {"a": {"hmdb51": {"top_1": 43}}}}}, r"paper\.rows\.a\.hmdb51\.top_1: Extra"),
+        (
+            {"paper": {"table": "2", "rows": {"a": {"hmdb51": {}}}}},
+            "hmdb51: no number; expected some of top1, per",
+        ),
     ],
 )
 def test_plans_that_do_not_hold_are_refused_in_one_line(tiny_store, home, change, message):
@@ -229,3 +238,16 @@ def test_shipped_plans_are_whole(name):
         ):
             section = dict(cell.sections[command])
             load_config(model, command, preset=section.pop("preset"), layers=[(name, section), ("", needed)])
+
+
+def test_the_run_that_stands_in_several_of_the_papers_tables_has_the_same_numbers_in_each():
+    """R(2+1)D-18, Kinetics, ImageNet's teacher, the center frame, cross-entropy; HMDB-51, split 1."""
+    places = {
+        "table1-initialisation": "R(2+1)D-18, DistInit", "table2-picks": "center", "table3-loss": "cross-entropy",
+        "table4-corpora": "Kinetics", "teachers": "ImageNet",
+    }  # fmt: skip
+    papers = {name: read_plan(name, {}).paper for name in places}
+    found = [paper.rows[places[name]]["hmdb51"] for name, paper in papers.items() if paper is not None]
+    assert [each.model_dump(exclude_none=True) for each in found] == [
+        {"per_clip": 37.8, "top1": 40.3, "top5": 74.4}
+    ] * len(places)

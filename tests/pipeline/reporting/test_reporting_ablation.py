@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,8 +17,9 @@ import yaml
 from distinit.pipeline.errors import SourceError
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.ablation import ablation_folders, cell_names, read_ablations
-from distinit.pipeline.reporting.ablation_tables import ablation_table
+from distinit.pipeline.reporting.ablation_tables import ablation_tables
 from distinit.pipeline.reporting.accuracy import largest_gain
+from distinit.pipeline.reporting.paper import Accuracies, PaperNumbers
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.stages.report import report
 from distinit.stages.screen import Screen
@@ -65,34 +68,54 @@ def out(tmp_path: Path) -> Path:
         shutil.rmtree(folder / "finetunes" / key)
         cell = next(cell for cell in cells if cell["finetune"] == f"finetunes/{key}")
         cell.update(status=status, reason=reason)
-    paper = {"table": "2", "rows": {"random": {"hmdb51": 43.2}, "center": {"hmdb51": 40.3}}}
+    center = {"top1": 40.3, "per_clip": 37.8, "split1": 39.5}
+    published = [
+        {"name": "C3D", "network": "of | its own", "frames": 16, "numbers": {"hmdb51": {"split1": 24.3}}},
+        {"name": "Misra", "frames": 1, "pretraining": "ImageNet", "numbers": {"hmdb51": 28.5}},
+    ]
+    rows = {"random": {"hmdb51": 43.2}, "center": {"hmdb51": center}}
+    paper = {"table": "2", "rows": rows, "published": published, "splits": [1, 2]}
     content = {"title": "Table 2: picks", "paper": paper, "axes": ["picks"], "cells": cells}
     (folder / "cells.json").write_text(json.dumps(content))
     return folder
 
 
-def top1(folder: Path) -> dict[str, float]:
+def measured(folder: Path) -> dict[str, np.ndarray]:
+    """Of each test video [V]: its name, whether it is right, and among the first five, and the share of clips right."""
     with h5py.File(folder / "predictions.h5") as file:
         scores, labels, videos = file["clip_scores"][:], file["labels"][:], file["videos"].asstr()[:]
     readable = np.isfinite(scores).all(axis=(1, 2))
-    best = np.nan_to_num(scores).mean(axis=1).argmax(axis=1)
-    return dict(zip(videos, ((best == labels) & readable).astype(float), strict=True))
+    scores = np.nan_to_num(scores)
+    order = np.argsort(-scores.mean(axis=1), axis=1)
+    return {
+        "videos": videos,
+        "top1": (order[:, 0] == labels) & readable,
+        "top5": (order[:, :5] == labels[:, None]).any(axis=1) & readable,
+        "per_clip": (scores.argmax(axis=2) == labels[:, None]).mean(axis=1) * readable,
+    }
+
+
+def top1(folder: Path) -> dict[str, float]:
+    found = measured(folder)
+    return dict(zip(found["videos"], found["top1"].astype(float), strict=True))
 
 
 def test_numbers_are_those_of_the_predictions(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = report([out], tmp_path / "report", Screen())
     with open(tmp_path / "report" / "ablation-1.csv", encoding="utf-8") as file:
         rows = {(row["row"], row["dataset"]): row for row in csv.DictReader(file)}
-    assert len(rows) == 6
+    assert len(rows) == 8
     for r, name in enumerate(ROWS):
         for d, dataset in enumerate(DATASETS):
             row = rows[name, dataset]
             runs = [p for s in (1, 2) for k in (0, 1) if (p := out / "finetunes" / f"{r}{d}{s}{k}").exists()]
-            values = [np.mean(list(top1(run).values())) for run in runs]
             assert int(row["runs"]) == len(runs)
-            assert row["planned"] == "4"
-            assert float(row["top1_mean"]) == pytest.approx(np.mean(values))
-            assert float(row["top1_deviation"]) == pytest.approx(np.std(values, ddof=1))
+            assert (row["planned"], row["source"]) == ("4", "ours")
+            values = {key: [measured(run)[key].mean() for run in runs] for key in ("top1", "per_clip", "top5")}
+            values["split1"] = [measured(run)["top1"].mean() for run in runs if run.name[2] == "1"]
+            for key, each in values.items():
+                assert float(row[f"{key}_mean"]) == pytest.approx(np.mean(each)), key
+                assert float(row[f"{key}_deviation"]) == pytest.approx(np.std(each, ddof=1)), key
     random, paired = rows["random", "hmdb51"], []
     for split in (1, 2):
         each = [[top1(out / "finetunes" / f"{row}1{split}{seed}") for seed in (0, 1)] for row in (1, 0)]
@@ -106,6 +129,10 @@ def test_numbers_are_those_of_the_predictions(out: Path, tmp_path: Path, capsys:
     assert float(random["p"]) < 0.05
     assert rows["center", "hmdb51"]["difference"] == ""
     assert (random["paper_top1"], rows["random", DATASETS[0]]["paper_top1"]) == ("0.432", "")
+    center = [rows["center", "hmdb51"][f"paper_{key}"] for key in ("top1", "per_clip", "top5", "split1")]
+    assert center == ["0.403", "0.378", "", "0.395"]
+    c3d = rows["C3D, of | its own, 16 frames", "hmdb51"]
+    assert (c3d["source"], c3d["paper_split1"], c3d["paper_top1"], c3d["runs"]) == ("published", "0.243", "", "")
     assert [a["title"] for a in result["ablations"]] == ["Table 2: picks"]
     assert "Table 2: picks" in capsys.readouterr().out
 
@@ -125,21 +152,80 @@ def test_missing_cells_are_shown_with_their_reasons(out: Path, tmp_path: Path) -
         shutil.rmtree(path)
     report([out], tmp_path / "report", Screen(quiet=True))
     (ablation,) = read_ablations(ablation_folders([out]), [])
-    for row in ablation_table(ablation).rows:
-        assert row[1] == "missing"
-        assert row[2] == "0 of 4"
+    for table in ablation_tables(ablation):
+        for row in table.rows[:3]:
+            assert row[1] == "missing"
+            assert "0 of 4" in row
 
 
-def test_one_data_set_has_all_measures_and_runs_are_named_after_cells(out: Path) -> None:
+def cells_of(table: str, kind: str) -> list[list[str]]:
+    """The texts of a table in Markdown or HTML, line by line, headings of columns first."""
+    if kind == "md":
+        lines = [line for line in table.splitlines() if line.startswith("|") and "---" not in line]
+        return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    lines = re.findall(r"<tr.*?</tr>", table)
+    return [[re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", line)] for line in lines]
+
+
+def test_each_measure_has_the_papers_beside_it_and_published_results_stand_below(out: Path, tmp_path: Path) -> None:
+    report([out], tmp_path / "report", Screen(quiet=True))
+    with open(tmp_path / "report" / "ablation-1.csv", encoding="utf-8") as file:
+        plain = {(row["row"], row["dataset"]): row for row in csv.DictReader(file)}
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    tables = {
+        "html": re.findall(r"<table>.*?</table>", page, re.S)[1],
+        "md": markdown.split("### Table 2: picks: hmdb51")[1].split("###")[0],
+    }
+    measures = ("per_clip", "split1", "top1")
+    for kind, table in tables.items():
+        head, *rows = cells_of(table, kind)
+        assert head == [
+            "row", "per clip, %", "paper", "top 1, split 1, %", "paper", "top 1, splits 1, 2, %", "paper", "top 5, %",
+            "runs", "difference", "p",
+        ]  # fmt: skip
+        assert [row[0].strip("*").replace("\\", "") for row in rows] == [
+            "center", "random", "2 random", "Published results, as the paper lists them",
+            "C3D, of | its own, 16 frames", "Misra, 1 frame, ImageNet",
+        ]  # fmt: skip
+        center = plain["center", "hmdb51"]
+        ours = [
+            f"{100 * float(center[f'{key}_mean']):.1f} ± {100 * float(center[f'{key}_deviation']):.1f}"
+            for key in measures
+        ]
+        assert rows[0][1:7] == [ours[0], "37.8", ours[1], "39.5", ours[2], "40.3"]
+        assert rows[1][2::2][:3] == ["–", "–", "43.2"]
+        assert rows[4][1:] == ["", "–", "", "24.3", "", "–", "", "", "", ""]
+        assert rows[5][1:7] == ["", "–", "", "–", "", "28.5"]
+    assert "paper" not in cells_of(re.findall(r"<table>.*?</table>", page, re.S)[0], "html")[0], "not this data set's"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "expected"),
+    [
+        ([1, 2, 3], {1, 2, 3}, {"top1": 54.8, "split1": 54.9, "top5": 80.0}),
+        ([1, 2, 3], {1}, {"top1": 54.9, "split1": 54.9}),
+        ([1, 2, 3], {2}, {"split1": 54.9}),
+        (None, {1, 2}, {"top1": 54.8, "split1": 54.9, "top5": 80.0}),
+    ],
+)
+def test_only_numbers_of_the_same_splits_stand_beside_ours(theirs: Any, ours: set[int], expected: Any) -> None:
+    paper = PaperNumbers(table="6", splits=theirs)
+    assert paper.beside(Accuracies(top1=54.8, split1=54.9, top5=80.0), ours) == expected
+    one = PaperNumbers.model_validate({"table": "2", "splits": [1], "rows": {"a": {"hmdb51": 40}}})
+    assert one.beside(one.rows["a"]["hmdb51"], {1, 2, 3}) == {"split1": 40.0}
+
+
+def test_one_split_has_no_column_of_its_own_and_runs_are_named_after_cells(out: Path) -> None:
     content = json.loads((out / "cells.json").read_text())
-    content["cells"] = [cell for cell in content["cells"] if cell["dataset"] == "hmdb51"]
+    content["cells"] = [cell for cell in content["cells"] if (cell["dataset"], cell["split"]) == ("hmdb51", 2)]
     (out / "cells.json").write_text(json.dumps(content))
     places = ablation_folders([out.parent])
     runs = find_runs([out], cell_names(places))
     (ablation,) = read_ablations(places, runs)
-    assert [c.title for c in ablation_table(ablation).columns] == [
-        "row", "hmdb51: top 1, %", "runs", "paper", "difference", "p", "per clip, %", "top 5, %",
-    ]  # fmt: skip
+    (table,) = ablation_tables(ablation)
+    assert [c.title for c in table.columns] == ["row", "per clip, %", "top 1, %", "top 5, %", "runs", "difference", "p"]
+    assert "2 results that the paper lists are of other splits and not shown." in table.notes
     names = {run.path.name: run.name for run in runs}
     assert names["1121"] == "random, hmdb51, split 2, seed 1"
     assert names["0011"] == "0011"
