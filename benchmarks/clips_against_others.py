@@ -59,7 +59,7 @@ def pictures(paths: list[str], size: tuple[int, int]) -> Iterator[np.ndarray]:
 
 def ours(path: str, start: int, length: int) -> np.ndarray:
     """A video as met for the first time."""
-    clips._indices.clear()
+    clips._indices = copymap.Remembered()
     return clips.read_frames(path, np.arange(start, start + length), CLIP).images
 
 

@@ -38,6 +38,14 @@ def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bo
     return tests.get(codec)
 
 
+def sets_parameters(codec: str, extradata: bytes | None, data: memoryview) -> bool:
+    """Whether a packet of H.264 or HEVC brings a sequence parameter set of its own, before its first slice."""
+    length = _length_size(codec, extradata)
+    if codec == "h264":
+        return _has_nal(data, length, lambda b: b & 0x1F == 7, lambda b: 1 <= b & 0x1F <= 5)
+    return _has_nal(data, length, lambda b: b >> 1 & 0x3F == 33, lambda b: b >> 1 & 0x3F < 32)
+
+
 def shown_test(codec: str) -> Callable[[memoryview], bool] | None:
     """A function that tells whether a packet gives a frame to show; None where all do (not in VP8 and VP9)."""
     if codec == "vp8":
@@ -67,7 +75,7 @@ def _length_size(codec: str, extradata: bytes | None) -> int:
 
 
 def _has_nal(data: memoryview, length: int, wanted: Callable[[int], bool], other: Callable[[int], bool]) -> bool:
-    """Whether the first slice of an access unit is of a wanted kind."""
+    """Whether an access unit has a NAL unit of a wanted kind before any of another one."""
     for first in _nal_headers(data, length):
         if wanted(first):
             return True

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from ..errors import StoreMismatchError, VideoError
 from .container import digest as digest_of
 from .container import reason
+from .copymap import Remembered
 from .decode import VideoIndex, VideoReader
+from .feed import NotAsPlanned
 from .geometry import Renderer, View
+from .quick import QuickReader
 
-_REMEMBERED = 2**18  # packets of all videos whose index is kept in this process, some 40 MB
-_Key = tuple[str, int, int]
-_indices: OrderedDict[_Key, VideoIndex] = OrderedDict()
+T = TypeVar("T")
+_indices: Remembered[VideoIndex] = Remembered()  # of the videos read last in this process, some 40 MB
 
 
 @dataclass(frozen=True)
@@ -52,44 +55,77 @@ def read_frames(
     wanted = np.asarray(indices, np.int64).ravel()
     if digest is not None and (found := digest_of(path)) != digest:
         raise StoreMismatchError(f"the file has changed: its digest is {found}, the store has {digest}")
-    with _open(path) as reader:
-        timeline = reader.timeline()
-        total = len(timeline)
-        if expect is not None:
-            _check(timeline.pts, expect)
-        distinct, place = np.unique(wanted, return_inverse=True)
-        if len(distinct) == 0:
-            raise VideoError("no frames were asked for")
-        if distinct[0] < 0 or distinct[-1] >= total:
-            raise VideoError(f"frames {distinct[0]}–{distinct[-1]} wanted, the video has {total}")
-        pts = timeline.pts[distinct].copy()
-        there = np.zeros(len(distinct), bool)
-        images: np.ndarray | None = None
-        for index, _, frame in reader.frames_at(distinct):
-            if images is None:
-                info = reader.info
-                display = (info.height, info.width)
-                renderer = Renderer(info.pixel_aspect)
-                shape = view.shape(*display) if view is not None else display
-                images = np.empty((len(distinct), *shape, 3), np.uint8)
-            at = int(np.searchsorted(distinct, index))
-            renderer.render(frame, view, out=images[at], display=display)
-            there[at] = True
-        _remember(reader)
+    return _read(path, lambda reader: _frames(reader, wanted, view, expect))
+
+
+def count_frames(path: str) -> int:
+    """How many frames a video has; VideoError with the reason if it has none."""
+    return _read(path, lambda reader: len(reader.timeline()))
+
+
+def _frames(
+    reader: VideoReader, wanted: np.ndarray, view: View | None, expect: tuple[np.ndarray, np.ndarray] | None
+) -> Frames:
+    timeline = reader.timeline()
+    total = len(timeline)
+    if expect is not None:
+        _check(timeline.pts, expect)
+    distinct, place = np.unique(wanted, return_inverse=True)
+    if len(distinct) == 0:
+        raise VideoError("no frames were asked for")
+    if distinct[0] < 0 or distinct[-1] >= total:
+        raise VideoError(f"frames {distinct[0]}–{distinct[-1]} wanted, the video has {total}")
+    pts = timeline.pts[distinct].copy()
+    there = np.zeros(len(distinct), bool)
+    images: np.ndarray | None = None
+    for index, _, frame in reader.frames_at(distinct):
+        if images is None:
+            info = reader.info
+            display = (info.height, info.width)
+            renderer = Renderer(info.pixel_aspect)
+            shape = view.shape(*display) if view is not None else display
+            images = np.empty((len(distinct), *shape, 3), np.uint8)
+        at = int(np.searchsorted(distinct, index))
+        renderer.render(frame, view, out=images[at], display=display)
+        there[at] = True
     if images is None:
         raise VideoError(f"frame {distinct[0]} cannot be decoded: damaged data")
     if not there.all():
         required = expect[0] if expect is not None else np.zeros(0, np.int64)
         fill_damaged(images, pts, there, distinct, required)
+    if len(distinct) == len(wanted) and np.array_equal(distinct, wanted):
+        return Frames(images, pts, total, int(np.sum(~there)))
     return Frames(images[place], pts[place], total, int(np.sum(~there[place])))
 
 
-def count_frames(path: str) -> int:
-    """How many frames a video has; VideoError with the reason if it has none."""
-    with _open(path) as reader:
-        total = len(reader.timeline())
-        _remember(reader)
-        return total
+def _read(path: str, use: Callable[[VideoReader], T]) -> T:
+    """What is made of the file by a reader that knows its header; or, where that is not enough or something is
+    wrong, by one that has read all packets. What was learnt of the file is kept for its next clip."""
+    key = _key(path)
+    known = _indices.get(key)
+    if known.from_header if known is not None else _is_mp4(path):
+        try:
+            with QuickReader(path, index=known) as quick:
+                made = use(quick)
+                if known is None:
+                    _indices.add(key, quick.index())
+                return made
+        except (NotAsPlanned, VideoError, StoreMismatchError):
+            known = None
+    with VideoReader(path, index=known) as reader:
+        made = use(reader)
+        if known is None:  # compressed data is not kept
+            _indices.add(key, VideoIndex(replace(reader.packets, kept=None), reader.timeline()))
+        return made
+
+
+def _is_mp4(path: str) -> bool:
+    """Whether the file begins as one."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return (file.read(8) or b"")[4:] == b"ftyp"
+    except (OSError, ValueError) as error:
+        raise VideoError(reason(error)) from error
 
 
 def _check(pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray]) -> None:
@@ -122,23 +158,9 @@ def check_damage(there: np.ndarray, indices: np.ndarray, required: np.ndarray) -
         raise VideoError(f"frame {first} cannot be decoded: damaged data ({len(missing)} of {len(there)} frames)")
 
 
-def _key(path: str) -> _Key:
+def _key(path: str) -> tuple[str, int, int]:
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
         raise VideoError(reason(error)) from error
     return os.path.abspath(path), status.st_size, status.st_mtime_ns
-
-
-def _open(path: str) -> VideoReader:
-    return VideoReader(path, index=_indices.get(_key(path)))
-
-
-def _remember(reader: VideoReader) -> None:
-    """Keep the index of a video for its next clip; the oldest go first. Compressed data is not kept."""
-    key = _key(reader.path)
-    if key not in _indices:
-        _indices[key] = VideoIndex(replace(reader.packets, kept=None), reader.timeline())
-    _indices.move_to_end(key)
-    while len(_indices) > 1 and sum(len(i.packets.pts) for i in _indices.values()) > _REMEMBERED:
-        _indices.popitem(last=False)

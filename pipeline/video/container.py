@@ -34,8 +34,11 @@ _NOT_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 _PLAYLIST_STARTS = (b"ffconcat", b"#extm3u", b"[playlist]", b"<smil", b"<?xml", b"<mpd", b"v=0")
 
 
-def open_container(path: str) -> InputContainer:
-    """Open `path` for reading; raises VideoError with the reason. Nothing but `path` is read."""
+def open_container(path: str, *, header_only: bool = False) -> InputContainer:
+    """Open `path` for reading; raises VideoError with the reason. Nothing but `path` is read.
+
+    header_only: no frame is decoded to learn what the header does not say, which takes most of the time.
+    """
     absolute = os.path.abspath(path)
     if file_size(absolute) == 0:
         raise VideoError("empty file")
@@ -45,6 +48,8 @@ def open_container(path: str) -> InputContainer:
         "max_pixels": str(MAX_PIXELS),
         "enable_drefs": "0",
     }
+    if header_only:
+        options["codec_whitelist"] = "none"  # of decoders that libavformat tries
     try:
         return av.open(absolute, mode="r", options=options, metadata_errors="replace")
     except (FFmpegError, OSError, ValueError, MemoryError, UnicodeError) as error:

@@ -188,6 +188,8 @@ class Remembered(Generic[M]):
         return self._maps.get(key)
 
     def add(self, key: _Key, found: M) -> None:
+        if key in self._maps:
+            self._frames -= len(self._maps[key])
         self._maps[key] = found
         self._frames += len(found)
         while self._frames > _REMEMBERED and len(self._maps) > 1:

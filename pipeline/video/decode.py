@@ -34,10 +34,17 @@ Rows = Iterator[tuple[int, int, av.VideoFrame]]  # (index, pts, frame)
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """What reading a whole file was needed for; a reader that is given it need not do so again."""
+    """What reading a whole file was needed for; a reader that is given it need not do so again.
+
+    from_header: by `mp4.read_header`, for a `quick.QuickReader` alone.
+    """
 
     packets: PacketTable
     timeline: Timeline
+    from_header: bool = False
+
+    def __len__(self) -> int:
+        return len(self.packets.pts)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class VideoReader:
     Raises VideoError, with a reason, when the file has no frame to give. After decoding, `truncated`
     says in words what was damaged, or is None.
     """
+
+    _header_only = False
 
     def __init__(
         self,
@@ -89,7 +98,7 @@ class VideoReader:
         self._container.close()
 
     def _open(self) -> None:
-        self._container = open_container(self.path)
+        self._container = open_container(self.path, header_only=self._header_only)
         try:
             self._stream = video_stream(self._container)
         except BaseException:
@@ -135,7 +144,7 @@ class VideoReader:
 
     def _describe(self, frame: av.VideoFrame) -> VideoInfo:
         stream = self._stream
-        aspect = pixel_aspect(stream.sample_aspect_ratio)
+        aspect = pixel_aspect(self._aspect())
         orientation = Orientation.of(frame)
         width, height = display_size(frame.width, frame.height, aspect, orientation)
         rate = stream.average_rate or stream.guessed_rate
@@ -154,6 +163,9 @@ class VideoReader:
             duration=duration,
             fps=float(rate) if rate else math.nan,
         )
+
+    def _aspect(self) -> Fraction | None:
+        return self._stream.sample_aspect_ratio
 
     @property
     def container(self) -> InputContainer:
@@ -307,7 +319,7 @@ class VideoReader:
         if not inside or np.any(np.diff(wanted) <= 0):
             raise VideoError(f"frames {wanted[0]} … {wanted[-1]} wanted, the video has {len(timeline)}")
         done = 0
-        shortcut = self._shortcut(wanted) if timeline.reliable else iter(())
+        shortcut = self.shortcut(wanted) if timeline.reliable else iter(())
         planned = timeline.reliable
         while planned and done < len(wanted):
             try:
@@ -320,7 +332,7 @@ class VideoReader:
         for index, frame in ascending(self._plain_rows(), wanted[done:]):
             yield index, int(timeline.pts[index]), frame
 
-    def _shortcut(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
+    def shortcut(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
         """(index, frame) for all of `wanted` in order, else raises NotAsPlanned."""
         table = self.packets
         rank = {int(table.pts[table.order[i]]): int(i) for i in wanted}

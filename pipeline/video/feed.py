@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 HOLD = 32  # frames that may come out ahead of a wanted one before that is given up: H.264 reorders by ≤ 16
 _SEEKABLE = frozenset(("mov", "matroska"))  # seeking by timestamp lands where their index says
-_READ_ON = 2**21  # bytes of packets that are read and dropped rather than sought over
+# Packets are read and dropped rather than sought over if there are at most so many, of so many bytes.
+_READ_ON = (64, 2**21)
 
 
 class NotAsPlanned(Exception):
@@ -53,18 +54,18 @@ class Feed:
     def __init__(self, reader: VideoReader) -> None:
         self._reader = reader
         self._table = reader.packets
-        self._next: Iterator[av.Packet] = iter(())
-        self._position = -1  # decode position of the packet that comes next; -1: nowhere
         reader.start(read=self._table.kept is None, feed=True)
+        self._next: Iterator[av.Packet] = reader.read_on() if self._table.kept is None else iter(())
+        self._position = 0  # decode position of the packet that comes next
 
     def begin(self, start: int) -> None:
         """Empty the decoder and stand before packet `start`."""
         self._reader.stream.codec_context.flush_buffers()
         if self._table.kept is not None or self._position == start:
             return
-        if 0 <= self._position < start:
-            between = int(self._table.bytes[self._position : start].sum())
-            if between <= _READ_ON:
+        if self._position < start:
+            between = self._table.bytes[self._position : start]
+            if len(between) <= _READ_ON[0] and between.sum() <= _READ_ON[1]:
                 return
         if start == 0 or not self._seek(start):
             self._reader.start(read=True, feed=True)
@@ -94,13 +95,15 @@ class Feed:
         return False
 
     def decode(self, position: int) -> list[av.VideoFrame]:
-        kept = self._table.kept
+        kept, place = self._table.kept, self._table.place
         try:
             if kept is not None:
                 return self._reader.stream.codec_context.decode(kept[position])
             while True:
                 packet = next(self._next, None)
                 if packet is None or packet.pts is None or self._table.position_of.get(packet.pts) != self._position:
+                    raise NotAsPlanned
+                if place is not None and packet.pos != place[self._position]:
                     raise NotAsPlanned
                 self._position += 1
                 if self._position > position:

@@ -53,7 +53,10 @@ class Timeline:
 
 @dataclass
 class PacketTable:
-    """One row a packet in decode order: pts and dts int64 [P], flags bool [P], bytes int64 [P]."""
+    """One row a packet in decode order: pts and dts int64 [P], flags bool [P], bytes int64 [P].
+
+    place: where each begins in the file, int64 [P], if that is known and to be held against what is read.
+    """
 
     pts: np.ndarray
     dts: np.ndarray
@@ -64,6 +67,7 @@ class PacketTable:
     trusted: bool  # codec, container and flags leave no doubt that shown packets are frames, in pts order
     error: str | None = None
     kept: list[av.Packet] | None = None
+    place: np.ndarray | None = None
     encrypted: bool = False
     order: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # decode position of each row
 
@@ -141,14 +145,14 @@ def read_packets(
         key=key_shown_entry[:, 0],
         shown=key_shown_entry[:, 1],
         entry=key_shown_entry[:, 2],
-        trusted=sound and error is None and _pts_are_real(container, stream),
+        trusted=sound and error is None and pts_are_real(container, stream),
         error=error,
         kept=kept,
         encrypted=encrypted,
     )
 
 
-def _pts_are_real(container: InputContainer, stream: VideoStream) -> bool:
+def pts_are_real(container: InputContainer, stream: VideoStream) -> bool:
     """Whether the container stores presentation times, or FFmpeg made them up from the decode order."""
     names = set(container.format.name.split(","))
     context = stream.codec_context

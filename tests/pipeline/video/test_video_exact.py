@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from hypothesis import strategies as st
 
 from distinit.pipeline.errors import VideoError
 from distinit.pipeline.video import feed, timeline
-from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.video.decode import VideoIndex, VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
+from distinit.pipeline.video.feed import NotAsPlanned
+from distinit.pipeline.video.quick import QuickReader
 from distinit.pipeline.video.sampling import Sampling
 
 Row = tuple[int, int, bytes]
@@ -62,8 +66,11 @@ def rows(frames: Iterator[tuple[int, int, av.VideoFrame]]) -> list[Row]:
     return [(index, pts, pixels(frame)) for index, pts, frame in frames]
 
 
-def check(path: Path, *, whole: bool = True, clock: str | None = None) -> None:
-    """All samplings and some clips of a file against the plain decode. `whole`: nothing in it is damaged."""
+def check(path: Path, *, whole: bool = True, clock: str | None = None) -> int:
+    """All samplings and some clips of a file against the plain decode. `whole`: nothing in it is damaged.
+
+    Returns how many of 6 clips a QuickReader did without help."""
+    by_header, done = header(path) if path.suffix in (".mp4", ".mov") else None, 0
     truth = plain(path)
     with VideoReader(str(path)) as reader:
         line = reader.timeline()
@@ -85,8 +92,35 @@ def check(path: Path, *, whole: bool = True, clock: str | None = None) -> None:
     for _ in range(3):
         start = int(random.integers(0, len(line)))
         clip = np.arange(start, min(start + 8, len(line)))
+        wanted = [by_index[i] for i in clip.tolist() if i in by_index]
         with VideoReader(str(path)) as reader:
-            assert rows(reader.frames_at(clip)) == [by_index[i] for i in clip.tolist() if i in by_index], clip
+            assert rows(reader.frames_at(clip)) == wanted, clip
+            info = reader.info
+        if by_header is None:
+            continue
+        for index in (None, by_header):
+            with contextlib.suppress(NotAsPlanned), QuickReader(str(path), index=index) as quick:
+                assert rows(quick.frames_at(clip)) == wanted, clip
+                assert quick.info == info
+                done += 1
+    return done
+
+
+def header(path: Path) -> VideoIndex | None:
+    """What the header of a file tells, if a QuickReader takes it: the frames must be those of the packets."""
+    try:
+        with QuickReader(str(path)) as quick:
+            found = quick.index()
+    except NotAsPlanned:
+        return None
+    with VideoReader(str(path)) as reader:
+        packets, line = reader.packets, reader.timeline()
+    for name in ("pts", "dts", "shown", "bytes"):
+        np.testing.assert_array_equal(getattr(found.packets, name), getattr(packets, name))
+    np.testing.assert_array_equal(found.timeline.pts, line.pts)
+    assert (found.timeline.time_base, found.timeline.clock) == (line.time_base, line.clock)
+    assert line.reliable
+    return found
 
 
 @pytest.fixture(params=["in memory", "by seeking"])
@@ -94,7 +128,7 @@ def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Small files are kept in memory between demux and decode, large ones are sought in: both, on small files."""
     if request.param == "by seeking":
         monkeypatch.setattr(timeline, "KEEP_BYTES", 0)
-        monkeypatch.setattr(feed, "_READ_ON", 0)
+        monkeypatch.setattr(feed, "_READ_ON", (0, 0))
 
 
 X265 = "log-level=none"
@@ -107,7 +141,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "open groups, H.264": ("a.mp4", {"gop": 10, "bframes": 3, "extra": {"x264-params": "open-gop=1:b-adapt=0"}}),
     "intra refresh": ("a.mkv", {"gop": 20, "extra": {"x264-params": "intra-refresh=1"}}),
     "open groups, HEVC": ("a.ts", {"codec": "libx265", "gop": 8, "extra": {"x265-params": X265 + ":open-gop=1"}}),
-    "layers, HEVC": ("a.mp4", {"codec": "libx265", "gop": 9, "extra": {"x265-params": X265 + ":temporal-layers=2"}}),
+    "layers, HEVC": ("a.mov", {"codec": "libx265", "gop": 9, "extra": {"x265-params": X265 + ":temporal-layers=2"}}),
     "MPEG-TS": ("a.ts", {"gop": 12, "bframes": 2}),
     "program stream": ("a.mpg", {"codec": "mpeg2video", "gop": 9, "bframes": 2}),
     "AVI with B-frames, no pts": ("a.avi", {"gop": 12, "bframes": 3}),
@@ -119,7 +153,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dropped frames": ("a.mp4", {"gop": 12, "bframes": 2, "extra": DROPPED}),
     "uneven times": ("a.mkv", {"gop": 12, "bframes": 2, "extra": UNEVEN}),
     "interlaced": ("a.mp4", {"gop": 12, "extra": {"flags": "+ilme+ildct"}}),
+    "header behind, shifted": ("a.mp4", {"gop": 12, "bframes": 3, "extra": {"movflags": "negative_cts_offsets"}}),
+    "fragments": ("a.mp4", {"gop": 12, "extra": {"movflags": "frag_keyframe+empty_moov"}}),
 }
+QUICK = {"closed groups": 6, "layers, HEVC": 6, "dropped frames": 6, "header behind, shifted": 6, "fragments": 0}
+QUICK |= {"open groups, H.264": 6, "AV1": 0, "interlaced": 0}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,7 +165,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_every_kind_of_stream(case: str, tmp_path: Path) -> None:
     name, options = CASES[case]
     write_video(tmp_path / name, moving(50), **options)
-    check(tmp_path / name, clock="counted" if "no pts" in case else "pts")
+    assert check(tmp_path / name, clock="counted" if "no pts" in case else "pts") == QUICK.get(case, 0)
 
 
 @pytest.mark.usefixtures("reading")
@@ -138,7 +176,7 @@ def test_an_edit_list_hides_the_frames_before_its_start(tmp_path: Path) -> None:
         tmp_path / "long.mp4", tmp_path / "cut.mp4", codec="copy", input_options={"ss": 1.7},
         extra={"fps_mode": "auto"},
     )  # fmt: skip
-    check(tmp_path / "cut.mp4")
+    assert check(tmp_path / "cut.mp4") == 6
     with VideoReader(str(tmp_path / "cut.mp4")) as reader:
         assert not reader.packets.shown.all()
 
@@ -171,6 +209,39 @@ def test_damage_does_not_shift_the_frames_after_it(tmp_path: Path) -> None:
         assert "damaged data" in reader.truncated
     assert damaged.items() <= whole.items()
     assert 0 < len(whole) - len(damaged) < 5
+
+
+@pytest.mark.parametrize(("name", "quick"), [("a.mp4", 6), ("a.ts", 0)])  # MPEG-TS has parameters at every key frame
+def test_the_shape_of_pixels_where_the_header_does_not_have_it(name: str, quick: int, tmp_path: Path) -> None:
+    write_video(tmp_path / name, moving(40), gop=12, extra={"vf": "setsar=4/3"})
+    transcode(tmp_path / name, tmp_path / "b.mp4", codec="copy")
+    data = (tmp_path / "b.mp4").read_bytes().replace(b"pasp", b"free")
+    width = data.index(b"tkhd") + 80  # of the display, 16.16
+    (tmp_path / "b.mp4").write_bytes(data[:width] + (64 << 16).to_bytes(4, "big") + data[width + 4 :])
+    assert check(tmp_path / "b.mp4") == quick
+    with VideoReader(str(tmp_path / "b.mp4")) as reader:
+        assert reader.info.pixel_aspect == Fraction(4, 3)
+
+
+def test_a_header_that_points_elsewhere_is_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_video(path, moving(40), gop=12, bframes=2)
+    found = header(path)
+    assert found is not None
+    for name, position, clip in (("place", 14, [12, 13, 14, 15]), ("pts", 15, [12, 13, 14, 15]), ("entry", 6, [9, 10])):
+        table = replace(found.packets, entry=found.packets.entry.copy(), pts=found.packets.pts.copy())
+        table.place = found.packets.place + (np.arange(40) == position) if name == "place" else found.packets.place
+        if name == "pts":
+            table.pts[position] += 1
+        if name == "entry":
+            table.entry[position] = True
+        with QuickReader(str(path), index=VideoIndex(table, found.timeline, from_header=True)) as quick:
+            if name == "entry":  # of a frame that is none: the entry before it serves
+                assert [i for i, _, _ in quick.frames_at(np.array(clip))] == clip
+                assert not table.entry[position]
+            else:
+                with pytest.raises(NotAsPlanned):
+                    list(quick.frames_at(np.array(clip)))
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
