@@ -18,10 +18,10 @@ from ..pipeline.evaluation.dataset import LabelledClips
 from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
 from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.reporting.runs import short_dataset
-from ..pipeline.students.export import InitReport, read_meta, save_student
+from ..pipeline.students.export import InitReport, read_meta, save_start, save_student
 from ..pipeline.students.inflate import Inflation
 from ..pipeline.students.initialise import SCRATCH, Start, canonical_init, open_init, student_file
-from ..pipeline.students.options import StudentMeta
+from ..pipeline.students.options import START, StudentMeta
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
 from ..pipeline.training.checkpoint import Resume, check_identity, claim_run_dir, read_identity
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
@@ -128,6 +128,8 @@ def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dic
     if saved is not None:  # before the run's config is overwritten
         ranks.agree(lambda: _check_same(run_dir, saved, identity | options.identity(), labels))
     ranks.on_lead(lambda: write_config(run_dir / "config.yaml", COMMAND, config))
+    if config.init.startswith("inflate:"):  # what a report shows of inflation: training changes it
+        ranks.on_lead(lambda: save_start(run_dir / START, student))
 
     if ranks.lead:
         _announce(config, labels, student, job.report, screen)

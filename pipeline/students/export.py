@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..config import Options
 from ..errors import CheckpointError
-from .options import StudentMeta, StudentOptions
+from .options import STEM, StudentMeta, StudentOptions
 from .student import Backbone, Student, build_student
 
 FORMAT_VERSION = 1
@@ -50,6 +50,12 @@ class _Header(Options):
     meta: StudentMeta
 
 
+def save_start(path: str | Path, student: Student) -> None:
+    """Write the first convolution as it is now, atomically, under its name. Raises CheckpointError."""
+    stem = student.backbone.state_dict()[STEM].detach().cpu().contiguous()
+    _write(Path(path), safetensors.torch.save({STEM: stem}, {"format": "pt"}))
+
+
 def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping[str, Any]) -> None:
     """Write a student as one safetensors file, atomically: the file of that name is old or new, never half.
 
@@ -67,7 +73,10 @@ def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping
     _check_classes(student.classes, meta, path)
     header = _Header(format_version=FORMAT_VERSION, options=student.options, heads=student.classes, meta=meta)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named_tensors(student)}
-    data = safetensors.torch.save(tensors, {"format": "pt", "distinit": header.model_dump_json()})
+    _write(path, safetensors.torch.save(tensors, {"format": "pt", "distinit": header.model_dump_json()}))
+
+
+def _write(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:

@@ -20,6 +20,11 @@ NORMALISATION: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
 OWN = ("r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18")
 """Architectures that are built here, at any width; torchvision's other video models and factories are not."""
 
+STEM = "stem.0.weight"
+"""Torchvision's name for the first convolution of r3d, mc3 and R(2+1)D, [F, C, T, H, W]."""
+START = "start.safetensors"
+"""Beside an inflated run's weights: the first convolution as it was before training, under its name."""
+
 
 class StudentOptions(Options):
     """A student's backbone, heads aside.

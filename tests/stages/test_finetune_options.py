@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from torchvision.models import resnet18
 
 from distinit.cli import cli
 from distinit.cli_support import run
@@ -19,7 +20,12 @@ from distinit.pipeline.errors import CheckpointError, SourceError, UsageError
 from distinit.pipeline.evaluation.dataset import EvaluationClips
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions
+from distinit.pipeline.reporting.figures.filters import read_filters, variation_over_time
+from distinit.pipeline.reporting.runs import read_run
 from distinit.pipeline.students.export import load_student
+from distinit.pipeline.students.inflate import video_name
+from distinit.pipeline.students.options import StudentOptions
+from distinit.pipeline.students.student import build_student
 from distinit.pipeline.video.clips import read_frames
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.transforms import ClipView, normalize_clip
@@ -108,6 +114,25 @@ def test_a_linear_probe_leaves_the_backbone(
     assert result["train_videos_of_class"] == {"blue": 2, "red": 3}
     with pytest.raises(CheckpointError, match='freeze = "backbone", now it is "none"'):
         finetune(config(folder, tmp_path / "probe", init=str(start), dropout=0.2, resume=True), QUIET)
+
+
+def test_an_inflated_run_keeps_the_filters_it_began_with(folder: Path, tmp_path: Path) -> None:
+    """For Figure 3: a ResNet-18 of 4 planes, with its squares, and what finetuning made of their copies."""
+    options = StudentOptions(architecture="r3d_18", width=0.0625)
+    theirs = build_student(options, {"label": 2}).backbone.state_dict()
+    names = {video_name(name): name for name in resnet18(weights=None).state_dict()}
+    squares = {names[new]: t.mean(2) if t.ndim == 5 else t for new, t in theirs.items() if new in names}
+    torch.save(squares, tmp_path / "resnet18.pth")
+    out = tmp_path / "inflated"
+    finetune(config(folder, out, init=f"inflate:{tmp_path / 'resnet18.pth'}"), QUIET)
+    before, after = read_filters(read_run(out, "inflated"))
+    repeated = squares["conv1.weight"].numpy()[:, :, None].repeat(3, axis=2) / 3
+    assert np.array_equal(before.weights.astype(np.float32), repeated)
+    assert (before.start, before.state, after.state) == (
+        True, "inflated, before finetuning", "inflated, after finetuning",
+    )  # fmt: skip
+    assert variation_over_time(before.weights) == pytest.approx(0, abs=1e-7)
+    assert variation_over_time(after.weights) > 1e-4
 
 
 def test_three_crops_and_logits(folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ...errors import UsageError
 from ...evaluation.several import compare_predictions
+from ...students.options import STEM
 from ...weights import load_weights
 from ..ablation import Ablation
 from ..accuracy import Difference, largest_gain
@@ -16,7 +17,7 @@ from .accuracy import accuracies, class_gains, curves, gains, paired, points
 from .canvas import Figure, styled
 from .entropy import StoreSurvey, densities, threshold_points
 from .features import feature_map
-from .filters import STEM, Filters, in_space, over_time, read_filters
+from .filters import Filters, in_space, over_time, read_filters
 
 
 def draw_figures(
@@ -46,7 +47,7 @@ def _draw(
 ) -> list[Figure]:
     found: list[Figure | None] = [accuracies(alone), paired(differences)]
     found += [_ablation(number, ablation) for number, ablation in enumerate(ablations, start=1)]
-    filters = [f for f in map(read_filters, runs) if f is not None]
+    filters = [filters for run in runs for filters in read_filters(run)]
     found += [over_time(filters), in_space(filters, beside)]
     with_features = [run for run in runs if run.predictions is not None and run.predictions.features.shape[2]]
     cells = [cell for ablation in ablations for cell in ablation.cells]
@@ -77,4 +78,4 @@ def _kinetics(path: str) -> Filters:
     stem = load_weights(path).state.get(STEM)
     if stem is None or stem.ndim != 5:
         raise UsageError(f"--kinetics {path}: has no {STEM}; expected weights of R(2+1)D in torchvision's names")
-    return Filters(short_path(path), stem.numpy().astype(np.float64), distilled=False)
+    return Filters(short_path(path), stem.numpy().astype(np.float64), "Kinetics")

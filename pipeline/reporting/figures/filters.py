@@ -8,37 +8,56 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ...students.options import START, STEM
 from ..runs import Run
 from ..tables import Column, Table
 from .canvas import Figure, finish, new_canvas, short
 
-STEM = "stem.0.weight"  # torchvision's name: the first convolution of r3d and of R(2+1)D
 RGB = 3
 SHOWN = 64
 
 
 @dataclass(frozen=True)
 class Filters:
-    """The first convolution of a run or a file: weights float64 [F, C, T, H, W]."""
+    """The first convolution of a run or a file: weights float64 [F, C, T, H, W].
+
+    state: what had happened to it, for people. start: of an inflated network, before its finetuning.
+    """
 
     name: str
     weights: np.ndarray
-    distilled: bool
+    state: str
+    distilled: bool = False
     inflated: bool = False
+    start: bool = False
 
 
-def read_filters(run: Run) -> Filters | None:
-    """Those of a run's exported model; None where there is none yet."""
+def read_filters(run: Run) -> list[Filters]:
+    """Those of a run's exported model, none where there is none yet; before them those that inflation began with."""
+    inflated = run.kind == "finetune" and run.init.startswith("inflate")
+    distilled = run.kind == "student"
+    state = "distilled" if distilled else "inflated, after finetuning" if inflated else "finetuned"
+    start = _stem(run.path / START) if inflated else None
+    trained = _stem(run.model)
+    found = []
+    if start is not None:
+        found.append(Filters(run.name, start, "inflated, before finetuning", inflated=True, start=True))
+    if trained is not None:
+        found.append(Filters(run.name, trained, state, distilled, inflated))
+    return found
+
+
+def _stem(file: Path) -> np.ndarray | None:
     try:
-        with safe_open(run.model, framework="np") as file:
-            weights = file.get_tensor(STEM).astype(np.float64)
+        with safe_open(file, framework="np") as opened:
+            return np.asarray(opened.get_tensor(STEM), dtype=np.float64)
     except (OSError, SafetensorError, KeyError):
         return None
-    return Filters(run.name, weights, run.kind == "student", run.kind == "finetune" and run.init.startswith("inflate"))
 
 
 def variation_over_time(weights: np.ndarray) -> float:
@@ -56,17 +75,16 @@ def variation_over_time(weights: np.ndarray) -> float:
 
 
 def over_time(found: Sequence[Filters]) -> Figure | None:
-    """Figure 3: filters with a temporal extent, a distilled student beside an inflated network (else the next best)."""
+    """Figure 3: filters with a temporal extent, a distilled student above an inflated network before and after its
+    finetuning (else above the next best)."""
     able = [f for f in found if f.weights.shape[2] > 1]
     if not able:
         return None
-    first = next((f for f in able if f.distilled), able[0])
-    rest = [f for f in able if f is not first]
-    second = next((f for f in rest if f.inflated), next((f for f in rest if not f.distilled), None))
-    rows = [f for f in (first, second) if f is not None and f.weights.shape[1] == RGB]
-    table = Table("Variation of first-layer filters over time", [Column("run"), Column("variation", True)])
+    rows = [f for f in _rows(able) if f.weights.shape[1] == RGB]
+    columns = [Column("run"), Column("filters"), Column("variation", True)]
+    table = Table("Variation of first-layer filters over time", columns)
     for f in able:
-        table.add(f.name, f"{variation_over_time(f.weights):.3f}")
+        table.add(f.name, f.state, f"{variation_over_time(f.weights):.3f}")
     table.notes = [
         "Of each filter the norm of what changes over its time steps by the norm of the whole, mean over filters: 0 is "
         "a still picture repeated, as an inflated kernel is before training; 1 is change alone."
@@ -81,22 +99,43 @@ def over_time(found: Sequence[Filters]) -> Figure | None:
             ax.axis("off")
             if step < f.weights.shape[2]:
                 ax.imshow(_mosaic(f.weights, step), interpolation="nearest")
-                label = f"{short(f.name, 70)}: variation {variation_over_time(f.weights):.3f}\n" if step == 0 else "\n"
-                ax.set_title(f"{label}t = {step}", fontsize=9)
+                words = f"{short(f.name, 50)} ({f.state}): variation {variation_over_time(f.weights):.3f}"
+                ax.set_title(f"{words if step == 0 else ''}\nt = {step}", fontsize=9)
     caption = (
         "The first convolution at each of its time steps, a square a filter, each scaled over all its steps: grey is 0."
         " A filter that looks alike at every t sees one picture; one that changes sees motion. " + _beside(rows)
     )
     title = "Figure 3: first-layer filters over time"
-    return finish(canvas, "figure-3-filters", title, caption, [f.name for f in rows], table)
+    return finish(canvas, "figure-3-filters", title, caption, list(dict.fromkeys(f.name for f in rows)), table)
+
+
+def _rows(able: Sequence[Filters]) -> list[Filters]:
+    """What is drawn: a distilled student, and the first inflated run's before and after; else another network's."""
+    trained = [f for f in able if not f.inflated]
+    first = next((f for f in trained if f.distilled), trained[0] if trained else None)
+    inflated = next((f.name for f in able if f.inflated), None)
+    if inflated is not None:
+        return [f for f in (first,) if f is not None] + [f for f in able if f.inflated and f.name == inflated]
+    return [f for f in (first, next((f for f in trained if not f.distilled and f is not first), None)) if f is not None]
 
 
 def _beside(rows: Sequence[Filters]) -> str:
-    if len(rows) == 2 and rows[1].inflated:
-        return "Above a student distilled from image teachers, below a network that began inflated."
-    if len(rows) == 2:
-        return "No inflated network is among the runs; below stands one with another start."
-    return "No other network of this kind is among the runs."
+    """What stands in which row."""
+    if len(rows) == 1:
+        return f"This is {_words(rows[0], None)}. No other network of this kind is among the runs."
+    words = "; ".join(_words(f, before) for f, before in zip(rows, [None, *rows[:-1]], strict=True))
+    missing = "" if any(f.inflated for f in rows) else " No inflated network is among the runs."
+    return f"From top to bottom: {words}.{missing}"
+
+
+def _words(f: Filters, before: Filters | None) -> str:
+    if f.start:
+        return "an inflated network as it began"
+    if f.inflated:
+        if before is not None and before.start:
+            return "the same after its finetuning"
+        return "an inflated network after its finetuning (its run holds no filters from before)"
+    return "a student as distilled, before any finetuning" if f.distilled else "a network finetuned from another start"
 
 
 def in_space(found: Sequence[Filters], beside: Filters | None = None) -> Figure | None:

@@ -85,7 +85,8 @@ def out(tmp_path: Path, tiny_store: Any) -> Path:
             cells.append({"row": name, "seed": seed, "dataset": "hmdb51", "split": 1, "status": "done", **paths})
     (folder / "cells.json").write_text(json.dumps({"title": "Thresholds", "axes": ["threshold"], "cells": cells}))
     finetuned(folder / "inflated", "inflate:/weights/resnet18.pth", 0)
-    exported(folder / "inflated" / "model.safetensors", "r3d_18", still=True)
+    exported(folder / "inflated" / "model.safetensors", "r3d_18")
+    exported(folder / "inflated" / "start.safetensors", "r3d_18", still=True)
     return folder
 
 
@@ -156,10 +157,15 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
     ]  # fmt: skip
     page = tmp_path / "report" / "report.html"
     text = page.read_text(encoding="utf-8")
-    rows = dict(re.findall(r"<tr><td><a[^>]*>([^<]*)</a></td><td class=\"number\">(\d\.\d+)</td></tr>", text))
-    assert rows["inflated"] == "0.000"
-    assert float(rows["student of 2 nats, seed 0"]) > 0.5
-    assert "below a network that began inflated" in text
+    row = r"<tr><td><a[^>]*>([^<]*)</a></td><td>([^<]*)</td><td class=\"number\">(\d\.\d+)</td></tr>"
+    rows = {(name, state): float(number) for name, state, number in re.findall(row, text)}
+    assert rows["inflated", "inflated, before finetuning"] == 0
+    assert rows["inflated", "inflated, after finetuning"] > 0.5
+    assert rows["student of 2 nats, seed 0", "distilled"] > 0.5
+    assert (
+        "From top to bottom: a student as distilled, before any finetuning; an inflated network as it began; the same "
+        "after its finetuning." in text
+    )
     assert "<td>inflate:resnet18.pth</td>" in text
     anchors = re.findall(r'href="#([^"]+)"', text)
     assert all(len(re.findall(rf'id="?{anchor}"?[ >]', text)) == 1 for anchor in anchors)
