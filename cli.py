@@ -367,18 +367,28 @@ def train_student(**given: Any) -> None:
 
 
 @cli.command(
-    epilog=examples("distinit report runs/ --out report", "distinit report runs/ours runs/scratch --out report")
+    epilog=examples(
+        "distinit report runs/ --out report",
+        "distinit report runs/ours runs/scratch --out report",
+        "distinit report ablations/picks --out report --pair '2 random' center",
+    )
 )
 @click.argument("folders", nargs=-1, required=True, metavar="DIR...")
 @click.option("--out", required=True, metavar="DIR", help="Where report.html, report.md, CSV files and figures/ go.")
 @click.option("--kinetics", metavar="FILE", help="Weights of R(2+1)D, to set beside a student's first filters.")
+@click.option(
+    "--pair",
+    nargs=2,
+    metavar="A B",
+    help="Runs or rows of an ablation, by name, for Figures 5 and 7: A beside B.  [default: the largest gain]",
+)
 @screen_options
 def report(folders: tuple[str, ...], out: str, **given: Any) -> None:
     """Tables and figures of runs and ablations, as one self-contained HTML page, Markdown, CSV, PNG and SVG.
 
     A DIR is a run folder, a folder of run folders, or the folder of an ablation.
     """
-    call_stage("report", "report", given, list(folders), out, kinetics=given["kinetics"])
+    call_stage("report", "report", given, list(folders), out, kinetics=given["kinetics"], pair=given["pair"])
 
 
 def main() -> NoReturn:

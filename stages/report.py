@@ -24,20 +24,22 @@ def report(
     screen: Screen,
     *,
     kinetics: str | None = None,
+    pair: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes report.html, report.md, accuracy.csv, figures/ and a CSV an ablation into `out`; shows the tables.
 
     `folders` are run folders, folders of runs, or folders of `distinit ablate`. The result holds the files, and per
     finetuned run its accuracies (None where it is not finished) as recomputed from its predictions.
 
-    kinetics: weights of R(2+1)D to set beside a student's first filters.
-    Raises SourceError (no run there), PredictionsError (a damaged file), UsageError (`out` cannot be written),
+    kinetics: weights of R(2+1)D to set beside a student's first filters. pair: names of the two runs or rows of an
+    ablation that Figures 5 and 7 show, the first minus the second; by default the largest gain.
+    Raises SourceError (no run there), PredictionsError (a damaged file), UsageError (`out` cannot be written, `pair`),
     WeightsError (`kinetics`).
     """
     places = ablation_folders(folders)
     runs = find_runs(folders, cell_names(places), places)
     ablations = read_ablations(places, runs)
-    found = make_report(runs, ablations, kinetics=kinetics)
+    found = make_report(runs, ablations, kinetics=kinetics, pair=pair)
     page, markdown, table = (Path(out) / name for name in ("report.html", "report.md", "accuracy.csv"))
     write_whole(page, to_html(found, __version__))
     write_whole(markdown, to_markdown(found))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,25 +148,6 @@ def comparable(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
         if run.predictions is not None:
             groups.setdefault(tuple(sorted(_labelled(run).items())), []).append(run)
     return [(next((run for run in group if run.init == "scratch"), group[0]), group) for group in groups.values()]
-
-
-def largest_gain(runs: Sequence[Run], alike: Mapping[Path, str]) -> tuple[Run, Run] | None:
-    """The run that gains most over its base, and the base; None where no two runs can be compared.
-
-    alike: what runs share, by folder, that differ in their seeds alone; by default it is their start.
-    """
-
-    def kind(run: Run) -> str:
-        return alike.get(run.path, run.init)
-
-    pairs = [
-        (run.metrics["top1"]["value"] - base.metrics["top1"]["value"], run, base)
-        for base, group in comparable(runs)
-        for run in group
-        if kind(run) != kind(base) and run.metrics and base.metrics
-    ]
-    best = max(pairs, key=lambda pair: pair[0], default=None)
-    return best[1:] if best else None
 
 
 def _labelled(run: Run) -> dict[str, str]:

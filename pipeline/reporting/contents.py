@@ -11,9 +11,12 @@ import numpy as np
 from .ablation import Ablation
 from .accuracy import DASH, Difference, accuracy_table, differences, how_little
 from .costs import cost_table
+from .figures.accuracy import CLASS_GAINS
 from .figures.all import draw_figures
 from .figures.canvas import Figure
 from .figures.entropy import read_stores
+from .figures.features import FEATURES, LEAST
+from .pairs import Pair, named_pair
 from .runs import Run
 from .tables import Column, Table
 
@@ -49,14 +52,24 @@ def alone(runs: Sequence[Run], ablations: Sequence[Ablation]) -> list[Run]:
     return [run for run in runs if run.kind == "finetune" and run.path not in taken]
 
 
-def make_report(runs: Sequence[Run], ablations: Sequence[Ablation] = (), *, kinetics: str | None = None) -> Report:
+def make_report(
+    runs: Sequence[Run],
+    ablations: Sequence[Ablation] = (),
+    *,
+    kinetics: str | None = None,
+    pair: tuple[str, str] | None = None,
+) -> Report:
     """Recomputes every number from the runs' predictions, and draws what there is to draw.
 
-    kinetics: a file of R(2+1)D weights to set beside a student's filters. Raises WeightsError, UsageError.
+    kinetics: a file of R(2+1)D weights to set beside a student's filters. pair: names of the runs or rows that
+    Figures 5 and 7 show, by default those of the largest gain. Raises WeightsError, UsageError.
     """
+    chosen = named_pair(pair, runs, ablations) if pair is not None else None
     finetuned = alone(runs, ablations)
     found = differences(finetuned)
     stores = read_stores(runs)
+    figures = draw_figures(runs, ablations, finetuned, found, stores, kinetics, chosen)
+    notes = [f"store {path}: {store.problem}" for path, store in stores.items() if store.problem]
     return Report(
         runs=runs,
         accuracy=accuracy_table(finetuned),
@@ -65,10 +78,21 @@ def make_report(runs: Sequence[Run], ablations: Sequence[Ablation] = (), *, kine
         students=student_table(runs),
         costs=cost_table(runs),
         ablations=ablations,
-        figures=draw_figures(runs, ablations, finetuned, found, stores, kinetics),
+        figures=figures,
         stores={path: store.identity for path, store in stores.items() if store.surveys is not None},
-        notes=[f"store {path}: {store.problem}" for path, store in stores.items() if store.problem],
+        notes=notes + (_not_drawn(chosen, figures) if chosen is not None else []),
     )
+
+
+def _not_drawn(pair: Pair, figures: Sequence[Figure]) -> list[str]:
+    """Why a figure of the chosen pair is not there."""
+    drawn = {figure.name for figure in figures}
+    names = " and ".join(run.name for run in pair)
+    reasons = {
+        FEATURES: f"Figure 5 of {names}: fewer than {LEAST} test videos with features in both",
+        CLASS_GAINS: f"Figure 7 of {names}: no class differs",
+    }
+    return [reason for name, reason in reasons.items() if name not in drawn]
 
 
 def student_table(runs: Sequence[Run]) -> Table | None:

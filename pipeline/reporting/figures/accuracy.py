@@ -13,6 +13,7 @@ from ..charts import Line, thin
 from ..runs import Run
 from .canvas import DASHES, INK, Figure, colour, finish, new_canvas, short
 
+CLASS_GAINS = "figure-7-classes"
 CLASSES = 12  # of the largest gains, and as many of the largest losses
 Row = tuple[str, float, float, float]
 """Name, value and the ends of its interval."""
@@ -94,7 +95,7 @@ def class_gains(found: Comparison, a: Run, b: Run) -> Figure | None:
         f"intervals, each on its own. Shown are the largest gains and losses, at most {CLASSES} each; {same} of "
         f"{len(found.classes)} classes do not differ."
     )
-    return finish(canvas, "figure-7-classes", "Figure 7: which classes gain", caption, [a.name, b.name])
+    return finish(canvas, CLASS_GAINS, "Figure 7: which classes gain", caption, [a.name, b.name])
 
 
 def curves(runs: Sequence[Run], kind: str, title: str) -> Figure | None:

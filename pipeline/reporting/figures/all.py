@@ -11,7 +11,8 @@ from ...evaluation.several import compare_predictions
 from ...students.options import STEM
 from ...weights import load_weights
 from ..ablation import Ablation
-from ..accuracy import Difference, largest_gain
+from ..accuracy import Difference
+from ..pairs import Pair, largest_gain
 from ..runs import Run, short_path
 from .accuracy import accuracies, class_gains, curves, gains, paired, points
 from .canvas import Figure, styled
@@ -27,6 +28,7 @@ def draw_figures(
     differences: Sequence[Difference],
     stores: Mapping[str, StoreSurvey],
     kinetics: str | None,
+    pair: Pair | None,
 ) -> list[Figure]:
     """In the order of the page. alone: finetuned runs of no ablation, differences: theirs; the rest as in `contents`.
 
@@ -34,7 +36,7 @@ def draw_figures(
     """
     beside = _kinetics(kinetics) if kinetics is not None else None
     with styled():
-        return _draw(runs, ablations, alone, differences, stores, beside)
+        return _draw(runs, ablations, alone, differences, stores, beside, pair)
 
 
 def _draw(
@@ -44,6 +46,7 @@ def _draw(
     differences: Sequence[Difference],
     stores: Mapping[str, StoreSurvey],
     beside: Filters | None,
+    pair: Pair | None,
 ) -> list[Figure]:
     found: list[Figure | None] = [accuracies(alone), paired(differences)]
     found += [_ablation(number, ablation) for number, ablation in enumerate(ablations, start=1)]
@@ -52,7 +55,7 @@ def _draw(
     with_features = [run for run in runs if run.predictions is not None and run.predictions.features.shape[2]]
     cells = [cell for ablation in ablations for cell in ablation.cells]
     alike = {cell.run.path: cell.record.row for cell in cells if cell.run is not None}
-    mapped, best = largest_gain(with_features, alike), largest_gain(runs, alike)
+    mapped, best = pair or largest_gain(with_features, alike), pair or largest_gain(runs, alike)
     if mapped is not None:
         found.append(feature_map(*mapped))
     for number, (path, store) in enumerate(stores.items(), start=1):

@@ -12,6 +12,7 @@ from ...evaluation.predictions import Predictions
 from ..runs import Run
 from .canvas import MARKERS, Figure, colour, finish, new_canvas, short
 
+FEATURES = "figure-5-features"
 CLASSES = 10  # the paper's number
 LEAST = 12  # videos; fewer make no map
 SEED = 0
@@ -50,7 +51,7 @@ def feature_map(a: Run, b: Run) -> Figure | None:
         f"classes (colour and shape): {a.name} on the left, {b.name} on the right. Classes that lie apart are told "
         "apart by the features; distances between groups and the axes mean nothing."
     )
-    return finish(canvas, "figure-5-features", "Figure 5: features of test videos", caption, [a.name, b.name])
+    return finish(canvas, FEATURES, "Figure 5: features of test videos", caption, [a.name, b.name])
 
 
 def embed(features: np.ndarray) -> np.ndarray:

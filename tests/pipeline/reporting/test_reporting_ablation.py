@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import yaml
 
-from distinit.pipeline.errors import SourceError
+from distinit.pipeline.errors import SourceError, UsageError
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.ablation import ablation_folders, cell_names, read_ablations
 from distinit.pipeline.reporting.ablation_tables import ablation_tables
-from distinit.pipeline.reporting.accuracy import largest_gain
+from distinit.pipeline.reporting.pairs import largest_gain, named_pair
 from distinit.pipeline.reporting.paper import Accuracies, PaperNumbers
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.stages.report import report
@@ -247,6 +247,34 @@ def test_the_pair_of_the_figures_is_never_two_seeds_of_a_row(out: Path) -> None:
             gains[other.path] = np.mean(list(ours.values())) - np.mean(list(theirs.values()))
     assert gains[run.path] == max(gains.values())
     assert largest_gain(runs, dict.fromkeys(rows, "one row")) is None
+
+
+def test_a_named_pair_is_of_runs_or_rows_on_the_same_videos(out: Path) -> None:
+    places = ablation_folders([out])
+    runs = find_runs([out], cell_names(places))
+    ablations = read_ablations(places, runs)
+
+    def pair(a: str, b: str) -> list[str]:
+        return [run.path.name for run in named_pair((a, b), runs, ablations)]
+
+    assert pair("2 random", "random") == ["2010", "1010"], "of rows the first runs: data set, split and seed alike"
+    assert pair("random, hmdb51, split 2, seed 1", "center") == ["1121", "0120"]
+    assert pair("random, hmdb51, split 2, seed 1", "random, hmdb51, split 2, seed 0") == ["1121", "1120"]
+    for a, b, said in [
+        ("rnd", "center", r"--pair 'rnd': no finetuned run and no row of that name; there are: center; random; 2 "),
+        ("random, hmdb51, split 2, seed 1", "random, hmdb51, split 1, seed 1", "on the same videos and labels"),
+        ("2 random, hmdb51, split 2, seed 1", "center", "no finetuned run and no row"),
+        ("random, hmdb51, split 2, seed 1", "random, hmdb51, split 2, seed 1", "no two runs of these names"),
+    ]:
+        with pytest.raises(UsageError, match=said) as error:
+            pair(a, b)
+        assert "\n" not in str(error.value)
+    shutil.rmtree(out / "finetunes" / "2120", ignore_errors=True)
+    for path in (out / "finetunes").glob("2*"):
+        (path / "predictions.h5").unlink()
+    runs = find_runs([out], cell_names(places))
+    with pytest.raises(UsageError, match="--pair '2 random': has no finished predictions"):
+        named_pair(("2 random", "center"), runs, read_ablations(places, runs))
 
 
 def test_a_damaged_file_is_named(out: Path) -> None:

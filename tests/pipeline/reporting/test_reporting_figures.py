@@ -150,7 +150,8 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
     out: Path, tmp_path: Path, open_page: Callable[..., Any]
 ) -> None:
     exported(tmp_path / "kinetics.safetensors", "r2plus1d_18")
-    result = report([out], tmp_path / "report", QUIET, kinetics=str(tmp_path / "kinetics.safetensors"))
+    kinetics = str(tmp_path / "kinetics.safetensors")
+    result = report([out], tmp_path / "report", QUIET, kinetics=kinetics, pair=("none", "2 nats"))
     assert result["figures"] == [
         "accuracy", "ablation-1", "figure-3-filters", "figure-4-filters", "figure-5-features", "figure-6-entropy",
         "figure-7-classes", "curves-student",
@@ -167,6 +168,9 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
         "after its finetuning." in text
     )
     assert "<td>inflate:resnet18.pth</td>" in text
+    pair = "none, hmdb51, split 1, seed 0", "2 nats, hmdb51, split 1, seed 0"
+    assert f"{pair[0]} on the left, {pair[1]} on the right" in text
+    assert f"Top 1 of {pair[0]} minus that of {pair[1]}, by class" in text
     anchors = re.findall(r'href="#([^"]+)"', text)
     assert all(len(re.findall(rf'id="?{anchor}"?[ >]', text)) == 1 for anchor in anchors)
     assert len(re.findall(r'Began from <a href="#run-\d+">student of', text)) == 6
