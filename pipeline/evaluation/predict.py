@@ -19,10 +19,9 @@ from ..students.student import Student
 from ..training.loader import EachOnce, Key, KeyedDataset, read_batches
 from ..video.transforms import normalize_clip
 from .classification import HEAD
-from .predictions import Predictions
+from .predictions import LOGITS, Predictions
 
 SAVE_EVERY_S = 60.0
-LOGITS = "logits"
 READ_AHEAD = 4  # batches that a loader process has under way, at most
 
 

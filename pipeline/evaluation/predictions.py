@@ -40,6 +40,7 @@ from .metrics import accuracies, mean_scores, video_values
 FORMAT = "distinit-predictions"
 FORMAT_VERSION = 2
 OK, FAILED, PENDING = "ok", "failed", "pending"
+LOGITS = "logits"  # of protocol.scores
 
 
 class PredictionsError(DistInitError, OSError):

@@ -14,8 +14,7 @@ import numpy as np
 from ..corpus.sources import escape_path
 from ..errors import LabelsError, UsageError
 from .metrics import RESAMPLES, SEED, Estimate, bootstrap_ratios, by_group, class_values, video_values
-from .predict import LOGITS
-from .predictions import FAILED, OK, Predictions, require_classes
+from .predictions import FAILED, LOGITS, OK, Predictions, require_classes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import numpy as np
 from ...errors import UsageError
 from ...evaluation.several import compare_predictions
 from ...students.options import STEM
-from ...weights import load_weights
 from ..ablation import Ablation
 from ..accuracy import Difference
 from ..pairs import Pair, largest_gain
@@ -78,6 +77,8 @@ def _ablation(number: int, ablation: Ablation) -> Figure | None:
 
 
 def _kinetics(path: str) -> Filters:
+    from ...weights import load_weights  # with torch, which takes seconds and which no other figure needs
+
     stem = load_weights(path).state.get(STEM)
     if stem is None or stem.ndim != 5:
         raise UsageError(f"--kinetics {path}: has no {STEM}; expected weights of R(2+1)D in torchvision's names")

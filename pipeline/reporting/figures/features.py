@@ -6,7 +6,6 @@ Shapes: V videos, N clips, D features.
 from __future__ import annotations
 
 import numpy as np
-from sklearn.manifold import TSNE
 
 from ...evaluation.predictions import Predictions
 from ..runs import Run
@@ -59,6 +58,8 @@ def embed(features: np.ndarray) -> np.ndarray:
 
     Features are taken as they are; the perplexity is 30, or less where videos are few.
     """
+    from sklearn.manifold import TSNE  # takes seconds
+
     perplexity = min(30.0, max(2.0, (len(features) - 1) / 4))
     found = TSNE(perplexity=perplexity, init="pca", random_state=SEED, learning_rate="auto").fit_transform(features)
     return np.asarray(found, dtype=np.float64)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,18 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
         assert opened.console == []
         assert opened.images == opened.loaded == len(result["figures"])
         assert opened.wide <= 0
+
+
+def test_a_report_is_made_without_torch(out: Path, tmp_path: Path) -> None:
+    """Its import takes seconds; weights of Kinetics alone want it."""
+    words = (
+        "import sys; from distinit.stages.report import report; from distinit.stages.screen import Screen; "
+        "report(sys.argv[1:2], sys.argv[2], Screen(quiet=True)); sys.exit('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", words, str(out), str(tmp_path / "report")]
+    subprocess.run(command, check=True, timeout=300)
+    drawn = {path.stem for path in (tmp_path / "report" / "figures").glob("*.svg")}
+    assert {"figure-3-filters", "figure-5-features", "figure-6-entropy"} <= drawn
 
 
 def test_what_is_not_there_is_not_drawn_and_said(out: Path, tmp_path: Path) -> None:
