@@ -127,6 +127,12 @@ def finetune(**given: Any) -> None:
     type=Choices("softmax", "logits"),
     help="What is averaged over a video's clips.  [default: the run's]",
 )
+@key_option(
+    "--test-frames",
+    key="test.frames",
+    type=Choices("ordered", "shuffled", "frozen"),
+    help="What of motion is left in a clip.  [default: the run's]",
+)
 @config_options
 @screen_options
 def evaluate(**given: Any) -> None:

@@ -68,6 +68,7 @@ def predict(config: PredictConfig, screen: Screen) -> dict[str, Any]:
         length=meta.clip_length,
         clips=options.clips,
         crops=options.crops,
+        order=options.frames,
         channels=student.options.channels,
     )
     workers = min(pick_workers(options.workers, device), len(videos) - 1)  # one video needs no process of its own

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from ..pipeline.config import Options
-from ..pipeline.evaluation.dataset import EvaluationClips
+from ..pipeline.evaluation.dataset import EvaluationClips, FrameOrder
 from ..pipeline.evaluation.labels import Labels
 from ..pipeline.evaluation.predict import predict
 from ..pipeline.evaluation.predictions import Predictions, PredictionsError, metrics_from_file
@@ -32,18 +32,23 @@ RESULT = "result.json"
 
 
 class EvaluationOptions(Options):
-    """How videos are tested. `clips`, `crops` and `scores` are the protocol; the others change no score by more than
-    rounding."""
+    """How videos are tested. `clips`, `crops`, `scores` and `frames` are the protocol; the others change no score by
+    more than rounding.
+
+    `frames` asks what a model makes of motion: `shuffled` puts the frames of every clip into a random order, `frozen`
+    shows its middle frame only. A model that sees no motion has the accuracy of `ordered` with both.
+    """
 
     clips: int = Field(default=10, ge=1, description="clips a test video, evenly spread")
     crops: Literal[1, 3] = Field(default=1, description="of each clip: the middle, or three along the longer side")
     scores: Literal["softmax", "logits"] = Field(default="softmax", description="what is averaged over a video's clips")
+    frames: FrameOrder = Field(default="ordered", description="of each clip: ordered, shuffled or frozen (the middle)")
     batch_size: int = Field(default=32, ge=1, description="clips a forward pass")
     workers: int | None = Field(default=None, ge=0, description="loader processes; default by the machine")
 
     def protocol(self) -> dict[str, Any]:
         """The options that make another number."""
-        return self.model_dump(include={"clips", "crops", "scores"})
+        return self.model_dump(include={"clips", "crops", "scores", "frames"})
 
 
 def evaluate_student(
@@ -88,7 +93,14 @@ def evaluate_student(
     workers = pick_workers(options.workers, device)
     channels = student.options.channels
     dataset = EvaluationClips(
-        labels, labels.test, view, length=length, clips=options.clips, crops=options.crops, channels=channels
+        labels,
+        labels.test,
+        view,
+        length=length,
+        clips=options.clips,
+        crops=options.crops,
+        channels=channels,
+        order=options.frames,
     )
     threads = max(1, (cores() - workers) // ranks.world) if ranks.world > 1 else None
     with torch_threads(threads, workers, device), screen.progress("testing", len(mine), "video") as bar:

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from ..corpus.sources import escape_path
-from ..errors import TrainingError, VideoError
-from ..training.draws import epoch_position, rng
+from ..errors import TrainingError, UsageError, VideoError
+from ..training.draws import SHUFFLES, epoch_position, rng
 from ..training.loader import Key
-from ..video.flow import pictures_needed
+from ..video.flow import FLOW_CHANNELS, pictures_needed
 from ..video.reading import check_fits, count_frames, read_clip, read_clips
 from ..video.transforms import ClipView, Crop
 from .labels import Labelled, Labels
 from .starts import clip_frames, clip_starts
 
 MAX_BROKEN_IN_A_ROW = 20
+
+FrameOrder = Literal["ordered", "shuffled", "frozen"]
 
 
 class LabelledClips:
@@ -109,6 +111,9 @@ class EvaluationClips:
     "starts" int64 [N], "frames" int (of the whole video) and "note" (what is damaged, else empty), or "error", why
     it cannot be read. The test view of VMZ: starts ⌊i·(n − T)/(clips − 1)⌋ (of flow n − T − 1), resized, center
     crop; with three crops also both ends of the longer side, the crops of one clip side by side.
+
+    order: `shuffled` gives every clip's frames in a random order, a pure function of i and the clip; `frozen` its
+    middle frame T times. UsageError for either with flow, which is motion itself.
     """
 
     def __init__(
@@ -121,9 +126,13 @@ class EvaluationClips:
         clips: int,
         crops: Literal[1, 3] = 1,
         channels: int = 3,
+        order: FrameOrder = "ordered",
     ) -> None:
         if labels.copies is not None:
             check_fits(labels.copies.options, view, channels, folder=labels.copies.folder)
+        if order != "ordered" and channels == FLOW_CHANNELS:
+            raise UsageError(f"test.frames={order} is for students of RGB; optical flow has no order to lose")
+        self.order = order
         self.channels = channels
         self.labels = labels
         self.videos = list(videos)
@@ -135,9 +144,19 @@ class EvaluationClips:
     def __getitem__(self, key: Key) -> dict[str, Any]:
         _, i = key
         try:
-            return {"video": i, **self._read(self.videos[i])}
+            found = self._read(self.videos[i])
         except VideoError as error:
             return {"video": i, "error": str(error)}
+        clips = found["clips"]
+        for n in range(len(clips) if self.order != "ordered" else 0):
+            clips[n] = clips[n][:, self._order(clips.shape[2], i, n // self.crops)]
+        return {"video": i, **found}
+
+    def _order(self, length: int, video: int, clip: int) -> list[int]:
+        """Which frame stands in each place of a clip; the crops of a clip share it."""
+        if self.order == "frozen":
+            return [length // 2] * length
+        return [int(t) for t in rng(0, video, clip, stream=SHUFFLES).permutation(length)]
 
     def _read(self, video: Labelled) -> dict[str, Any]:
         file = self.labels.file(video)

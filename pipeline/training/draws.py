@@ -17,6 +17,7 @@ HELD_OUT = 1
 PERMUTATIONS = 2
 MIXTURE = 3
 ZOOMS = 4
+SHUFFLES = 5
 
 
 def rng(seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES) -> np.random.Generator:

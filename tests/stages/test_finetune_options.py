@@ -135,6 +135,34 @@ def test_an_inflated_run_keeps_the_filters_it_began_with(folder: Path, tmp_path:
     assert variation_over_time(after.weights) > 1e-4
 
 
+def test_shuffled_and_frozen_clips_have_the_frames_of_ordered_ones(folder: Path, runs: Any, tmp_path: Path) -> None:
+    """Held against the ordered clip, and the saved scores against the student called here."""
+    own = str(runs[0] / "all/split1")
+    labels = load_labels(f"csv:{folder / 'labels.csv'}")
+    clips = {
+        order: EvaluationClips(labels, labels.test, ClipView(size=32), length=4, clips=3, crops=3, order=order)[0, 1]
+        for order in ("ordered", "shuffled", "frozen")
+    }
+    ordered, shuffled, frozen = (clips[order]["clips"] for order in ("ordered", "shuffled", "frozen"))
+    assert torch.equal(frozen, ordered[:, :, 2:3].expand_as(ordered))
+    orders = []
+    for n in range(9):
+        orders.append([next(s for s in range(4) if torch.equal(ordered[n, :, s], shuffled[n, :, t])) for t in range(4)])
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+    assert all(orders[3 * n] == orders[3 * n + 1] == orders[3 * n + 2] for n in range(3)), "crops share it"
+    with pytest.raises(UsageError, match=r"test\.frames=frozen needs --out"):
+        evaluate(EvaluateConfig.model_validate({"runs": [own], "test": {"frames": "frozen"}}), QUIET)
+    test = {"clips": 3, "frames": "frozen", "workers": 0}
+    evaluate(EvaluateConfig.model_validate({"runs": [own], "out": str(tmp_path), "test": test, "device": "cpu"}), QUIET)
+    with torch.no_grad():
+        expected = load_student(own)(normalize_clip(frozen[1::3]))["label"].softmax(dim=1)
+    found = Predictions.read(tmp_path / "predictions.h5").clip_scores[1]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+    with pytest.raises(UsageError, match=r"test\.frames=shuffled is for students of RGB"):
+        EvaluationClips(labels, labels.test, ClipView(size=32), length=4, clips=3, channels=2, order="shuffled")
+
+
 def test_three_crops_and_logits(folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Each view against a crop made here, the scores against the student called here."""
     own = str(runs[0] / "all/split1")
@@ -278,7 +306,7 @@ def test_presets_are_the_papers() -> None:
         assert (found.dataset, found.split) == (name, 1)
         assert (loop.lr, loop.gamma, loop.step_epochs, loop.epochs) == (0.002, 0.1, 2, 8)
         assert (loop.epoch_clips, loop.weight_decay) == (40_000, 0.005)
-        assert found.test.protocol() == {"clips": 10, "crops": 1, "scores": "softmax"}
+        assert found.test.protocol() == {"clips": 10, "crops": 1, "scores": "softmax", "frames": "ordered"}
     scratch = load_config(FinetuneConfig, "finetune", preset="scratch", options={"dataset": "hmdb51", "out": "run"})
     assert (scratch.loop.lr, scratch.loop.step_epochs, scratch.loop.epochs) == (0.01, 10, 45)
     everything = load_config(
