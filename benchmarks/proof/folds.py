@@ -1,0 +1,175 @@
+"""Lists and measures of the proofs: what a student leaves out, what schedules are chosen on, folds pooled.
+
+Shape letters: V videos, S seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distinit.pipeline.evaluation.metrics import bootstrap_ratios, by_group, hits
+from distinit.pipeline.evaluation.predictions import Predictions
+
+SPLITS = (1, 2, 3)
+Row = dict[str, str]
+
+
+def read_labels(folder: Path) -> list[Row]:
+    """Rows of FOLDER/labels.csv: path, label, source, split1, split2, split3; every video is tested in one split."""
+    with open(folder / "labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        if [row[f"split{k}"] for k in SPLITS].count("test") != 1:
+            raise SystemExit(f"{folder}/labels.csv: {row['path']} is not a test video of exactly one split")
+    return rows
+
+
+def write_leave_out(out: Path, folders: Sequence[Path]) -> None:
+    """OUT/testK.txt: the test videos of split K of all data sets, for train-student's leave_out."""
+    for k in SPLITS:
+        names = [
+            f"{folder.name}/{row['path']}" for folder in folders for row in read_labels(folder) if _on(row, k, "test")
+        ]
+        (out / f"test{k}.txt").write_text("".join(f"{name}\n" for name in names))
+
+
+def write_inner(out: Path, folder: Path) -> Path:
+    """A csv whose split K divides the training side of split K once more, by source: for choosing a schedule.
+
+    Of each class the sources with the smallest hashes, about a third of them, are the inner test side.
+    """
+    rows = read_labels(folder)
+    inner = [dict(row) for row in rows]
+    for k in SPLITS:
+        sources: dict[str, set[str]] = defaultdict(set)
+        for row in rows:
+            if _on(row, k, "train"):
+                sources[row["label"]].add(row["source"])
+        tested = {
+            (label, name)
+            for label, names in sources.items()
+            for name in sorted(names, key=_hash)[: max(1, round(len(names) / 3))]
+        }
+        for row, made in zip(rows, inner, strict=True):
+            side = "test" if (row["label"], row["source"]) in tested else "train"
+            made[f"split{k}"] = side if _on(row, k, "train") else ""
+    return _write(out / f"inner-{folder.name}.csv", inner)
+
+
+def write_share(out: Path, folder: Path, share: float) -> Path:
+    """A csv with that share of each class's training videos, those with the smallest hashes; test sides are whole."""
+    rows = read_labels(folder)
+    few = [dict(row) for row in rows]
+    for k in SPLITS:
+        of_class: dict[str, list[str]] = defaultdict(list)
+        for row in rows:
+            if _on(row, k, "train"):
+                of_class[row["label"]].append(row["path"])
+        kept = {
+            name
+            for names in of_class.values()
+            for name in sorted(names, key=_hash)[: max(1, round(share * len(names)))]
+        }
+        for row, made in zip(rows, few, strict=True):
+            if _on(row, k, "train") and row["path"] not in kept:
+                made[f"split{k}"] = ""
+    return _write(out / f"share{share:g}-{folder.name}.csv", few)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Whether each video was recognised: right [S, V], every video tested once a seed; groups [V] by source."""
+
+    right: np.ndarray
+    videos: list[str]
+    groups: np.ndarray
+
+    @property
+    def by_seed(self) -> np.ndarray:
+        """Top-1 accuracy of the pooled folds [S]."""
+        return self.right.mean(axis=1)
+
+
+def pooled(runs: dict[tuple[int, int], Path], rows: Sequence[Row]) -> Pooled:
+    """runs: (split, seed) → run folder with predictions.h5. SystemExit where a fold or a video is missing."""
+    seeds = sorted({seed for _, seed in runs})
+    names = [row["path"] for row in rows]
+    right = np.full((len(seeds), len(names)), np.nan)
+    place = {name: i for i, name in enumerate(names)}
+    for (_, seed), run in runs.items():
+        found = Predictions.read(run / "predictions.h5")
+        correct = right_of(found)
+        for video, value in zip(found.videos, correct, strict=True):
+            at = place[_relative(video, place)]
+            if not np.isnan(right[seeds.index(seed), at]):
+                raise SystemExit(f"{run}: {video} was tested twice with seed {seed}")
+            right[seeds.index(seed), at] = value
+    if np.isnan(right).any():
+        missing = np.argwhere(np.isnan(right))
+        raise SystemExit(f"{len(missing)} of {right.size} tests are missing, the first: {names[missing[0][1]]}")
+    groups = np.unique([row["source"] for row in rows], return_inverse=True)[1]
+    return Pooled(right, names, groups)
+
+
+def right_of(found: Predictions) -> np.ndarray:
+    """1 where a video's top class is its own, else 0 [V]; 0 for one that could not be read."""
+    return np.asarray(hits(found.video_scores, found.labels), np.float64)
+
+
+def interval(values: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:
+    """values [V] → mean, and the ends of its 95 % bootstrap interval over sources."""
+    above, below = by_group(values[:, None], groups), by_group(np.ones((len(values), 1)), groups)
+    low, high = np.quantile(bootstrap_ratios(above, below)[:, 0], (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
+def gain(ours: Pooled, theirs: Pooled) -> tuple[float, float, float]:
+    """The paired difference of the seeds' means, with its interval over sources."""
+    return interval(ours.right.mean(axis=0) - theirs.right.mean(axis=0), ours.groups)
+
+
+def runs_of(out: Path, records: Iterable[dict[str, object]]) -> dict[str, dict[tuple[int, int], Path]]:
+    """Row → (split, seed) → run folder, of the finished cells of cells.json."""
+    found: dict[str, dict[tuple[int, int], Path]] = defaultdict(dict)
+    for record in records:
+        if record["status"] == "done":
+            found[str(record["row"])][int(str(record["split"])), int(str(record["seed"]))] = out / str(
+                record["finetune"]
+            )
+    return found
+
+
+def read_cells(path: Path) -> list[dict[str, object]]:
+    """The records of a cells.json."""
+    return list(json.loads(path.read_text())["cells"])
+
+
+def _relative(video: str, place: dict[str, int]) -> str:
+    """The name in the labels of a path in predictions.h5."""
+    if video in place:
+        return video
+    return next(name for name in place if video.endswith("/" + name))
+
+
+def _on(row: Row, split: int, side: str) -> bool:
+    return row[f"split{split}"] == side
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _write(path: Path, rows: list[Row]) -> Path:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

@@ -1,0 +1,181 @@
+"""DistInit, inflated and scratch where the actions are motion alone and the teacher knows the objects alone.
+
+    python benchmarks/proof/motion.py --out OUT
+
+The corpus is that of motion_corpus.py; the teacher, a narrow ResNet-18 trained on still digits (object_teacher.py), is
+also what the inflated network is made of: all three starts are r3d_18 of the same width. Each has the learning rate and
+length that was best on an inner split of the training videos (split2), with one seed; then split1, all seeds. Then the
+same networks on test clips whose frames are shuffled or frozen, and how much the first filters vary in time.
+Interrupted, the same command goes on. OUT/results.json has the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import motion_corpus
+import numpy as np
+import object_teacher
+import yaml
+from folds import Pooled, gain, interval, read_cells, right_of, runs_of
+
+from distinit.pipeline.evaluation.predictions import Predictions
+from distinit.pipeline.reporting.figures.filters import variation_over_time
+from distinit.pipeline.students.export import load_student
+
+HERE = Path(__file__).resolve().parent
+STARTS = {"DistInit": "student", "inflated": "inflate:{teacher}", "scratch": "scratch"}
+SCHEDULES = [(10, 0.01), (20, 0.04)]  # epochs of 256 clips, learning rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--backgrounds", type=Path, default=motion_corpus.DEMO)
+    parser.add_argument("--width", type=float, default=0.25)
+    parser.add_argument("--unlabelled", type=int, default=480)
+    parser.add_argument("--clips", type=int, default=6000, help="clips of stage two")
+    parser.add_argument("--images", type=int, default=64_000, help="still images that the teacher learns from")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    corpus, teacher = out / "corpus", out / "object_teacher.pt"
+    motion_corpus.make(corpus, args.backgrounds, train=30, test=30, unlabelled=args.unlabelled, seed=0)
+    if not teacher.exists():
+        right = object_teacher.train(teacher, args.backgrounds, width=args.width, images=args.images)
+        (out / "teacher.json").write_text(json.dumps({"accuracy": right}))
+    words = ["--teacher", "object_teacher:build", "--teacher-option", f"width={args.width:g}"]
+    words += ["--teacher-option", f"input_size={object_teacher.SIDE}", "--teacher-option", "resize=64"]
+    for key in ("mean", "std"):
+        words += ["--teacher-option", f"{key}={','.join(map(str, getattr(object_teacher, key.upper())))}"]
+    _distinit("extract-targets", f"motion={corpus}", "--out", str(out / "targets.zarr"), *words, "--every", "2",
+              "--teacher-weights", str(teacher))  # fmt: skip
+    proof = Proof(args, out, corpus, teacher)
+    chosen = proof.choose()
+    results = proof.compare(chosen)
+    results["teacher"] = json.loads((out / "teacher.json").read_text())
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    print(json.dumps(results, indent=1))
+
+
+class Proof:
+    """The ablations, in OUT/runs."""
+
+    def __init__(self, args: argparse.Namespace, out: Path, corpus: Path, teacher: Path) -> None:
+        self.args, self.out, self.corpus = args, out, corpus
+        self.inits = {start: init.format(teacher=teacher) for start, init in STARTS.items()}
+
+    def choose(self) -> dict[str, tuple[int, float]]:
+        """Of each start, the schedule with the best top 1 on the inner split; the shorter where equal."""
+        rows = {f"{start} {n} {lr:g}": (start, n, lr) for start in STARTS for n, lr in SCHEDULES}
+        records = self.ablate("choose", {name: self.keys(*row) for name, row in rows.items()}, self.args.seeds[:1], 2)
+        scores: dict[str, dict[tuple[int, float], float]] = defaultdict(dict)
+        for record in records:
+            start, n, lr = rows[record["row"]]
+            result = json.loads((self.out / "runs" / record["finetune"] / "result.json").read_text())
+            scores[start][n, lr] = result["metrics"]["top1"]["value"]
+        print({start: {str(k): round(v, 3) for k, v in mine.items()} for start, mine in scores.items()})
+        return {start: max(mine, key=lambda k: (round(mine[k], 6), -k[0])) for start, mine in scores.items()}
+
+    def compare(self, chosen: dict[str, tuple[int, float]]) -> dict[str, Any]:
+        """Accuracy of each start as it is and with frames shuffled or frozen; gains; variation of filters in time."""
+        axis = {start: self.keys(start, *chosen[start]) for start in STARTS}
+        runs = runs_of(self.out / "runs", self.ablate("compare", axis, self.args.seeds, 1))
+        found = {start: {"ordered": self.right(mine.values())} for start, mine in runs.items()}
+        for start, mine in runs.items():
+            for frames in ("shuffled", "frozen"):
+                tested = [self.tested(run, frames) for run in mine.values()]
+                found[start][frames] = self.right(tested)
+        students = {start: [self.student_of(run) for run in mine.values()] for start, mine in runs.items()}
+        return {
+            "schedules": chosen,
+            "accuracy": {
+                start: {frames: interval(p.right.mean(axis=0), p.groups) for frames, p in mine.items()}
+                for start, mine in found.items()
+            },
+            "by seed": {start: mine["ordered"].by_seed.tolist() for start, mine in found.items()},
+            "gain": {
+                f"{a} over {b}": gain(found[a]["ordered"], found[b]["ordered"])
+                for a, b in (("DistInit", "inflated"), ("DistInit", "scratch"), ("inflated", "scratch"))
+            },
+            "filters vary in time": {
+                start: [variation_over_time(_first_filters(run)) for run in mine] for start, mine in students.items()
+            },
+        }
+
+    def keys(self, start: str, epochs: int, lr: float) -> dict[str, Any]:
+        """Of a plan: how stage three begins and its schedule, a tenth of the rate after every third of the epochs."""
+        keys: dict[str, Any] = {"finetune.loop.epochs": epochs, "finetune.loop.lr": lr}
+        keys["finetune.loop.step_epochs"] = -(-epochs // 3)
+        return keys | ({"finetune.init": self.inits[start]} if start != "DistInit" else {})
+
+    def ablate(self, name: str, axis: dict[str, Any], seeds: list[int], split: int) -> list[dict[str, Any]]:
+        """One `distinit ablate`; the cells."""
+        loop = {"clip_norm": 5.0, "workers": 0, "threads": 1, "device": "cpu", "warmup_epochs": 1, "gamma": 0.1}
+        loop |= {"batch_size": 16, "log_every": 50}
+        pretraining = {"epochs": 10, "epoch_clips": self.args.clips // 10, "lr": 0.1, "step_epochs": 6}
+        base = {
+            "train-student": {
+                "student": {"architecture": "r3d_18", "width": self.args.width},
+                "clips": {"length": 8, "size": 56, "resize": [64, 64], "flip": 0.0},
+                "leave_out": str(self.corpus / "test.txt"),
+                "loop": {**loop, **pretraining},
+            },
+            "finetune": {  # mirrored, left would be right
+                "clips": {"flip": 0.0},
+                "loop": {**loop, "epoch_clips": 256, "weight_decay": 0.005},
+                "test": {"clips": 5, "workers": 0},
+            },
+        }
+        plan = {"title": name, "base": base, "axes": {"start": axis}, "seeds": seeds, "splits": [split]}
+        file = self.out / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(plan, sort_keys=False))
+        words = ["ablate", str(file), "--targets", str(self.out / "targets.zarr"), "--out", str(self.out / "runs")]
+        words += ["--dataset", f"csv:{self.corpus / 'labels.csv'}"]
+        _distinit(*words, *(["--workers", str(self.args.workers)] if self.args.workers > 1 else []))
+        shutil.copy(self.out / "runs" / "cells.json", self.out / f"{name}.cells.json")
+        return read_cells(self.out / f"{name}.cells.json")
+
+    def tested(self, run: Path, frames: str) -> Path:
+        """The run tested on clips without their order or without motion."""
+        folder = self.out / frames / run.name
+        if not (folder / "result.json").exists():
+            _distinit("evaluate", str(run), "--test-frames", frames, "--out", str(folder), "--device", "cpu", "--quiet")
+        return folder
+
+    def right(self, runs: Iterable[Path]) -> Pooled:
+        """One fold, a run a seed."""
+        found = [Predictions.read(run / "predictions.h5") for run in runs]
+        first = found[0]
+        order = [[each.videos.index(video) for video in first.videos] for each in found]
+        right = np.stack([right_of(each)[mine] for each, mine in zip(found, order, strict=True)])
+        return Pooled(right, first.videos, np.unique(first.sources, return_inverse=True)[1])
+
+    def student_of(self, run: Path) -> Path:
+        """Where a run began, for its filters: the student, or the finetuned network where there is none."""
+        init = yaml.safe_load((run / "config.yaml").read_text())["finetune"]["init"]
+        return Path(init) if Path(init).is_dir() else run
+
+
+def _first_filters(run: Path) -> np.ndarray:
+    """[filters, 3, t, h, w] of the first convolution."""
+    return np.asarray(load_student(run).backbone.stem[0].weight.detach())
+
+
+def _distinit(*words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "distinit", *words], cwd=HERE)
+    if done.returncode:
+        raise SystemExit(f"distinit {words[0]} ended with {done.returncode}")
+
+
+if __name__ == "__main__":
+    main()

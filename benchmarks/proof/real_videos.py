@@ -1,0 +1,247 @@
+"""Does DistInit beat training from scratch on real labelled videos?
+
+    python benchmarks/proof/real_videos.py FOLDER... --out OUT
+
+A FOLDER has `labels.csv` with columns path, label, source, split1, split2, split3: three folds, every video tested in
+one, no source on both sides. All videos of the folders (and of `--more`) are the unlabelled corpus; the students of a
+split have not seen its test videos (`--seen` adds students that have, without labels). The teacher is
+EfficientNet-Lite0 with its ImageNet weights. Every start has the schedule that was best on the training side alone: on
+an inner split of it, by source, for each data set and fold. Interrupted, the same command goes on.
+
+The primary measure, fixed before anything ran: top 1 of the three test folds pooled, the mean over seeds, and the
+paired difference with a 95 % bootstrap interval over sources. OUT/results.json has it, with a linear probe and
+finetuning on a tenth of the labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from folds import (
+    SPLITS,
+    gain,
+    interval,
+    pooled,
+    read_cells,
+    read_labels,
+    runs_of,
+    write_inner,
+    write_leave_out,
+    write_share,
+)
+
+DISTINIT = "DistInit"
+SCRATCH = "scratch"
+SAME = "scratch, the schedule of DistInit"
+SCHEDULES = [(10, 0.02), (30, 0.02)]  # epochs of 192 clips, learning rate: the candidates, the same for both starts
+STARTS = (DISTINIT, SCRATCH)
+SHARE = 0.1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    seen = "besides, students that have seen the test videos without labels"
+    parser.add_argument("--seen", action="store_true", help=seen)
+    args = parser.parse_args()
+    out = args.out.resolve()
+    lists = out / "lists"
+    lists.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    sources = [f"{folder.name}={folder.resolve()}" for folder in [*args.folders, *args.more]]
+    if not args.store:
+        prepare = ["prepare", *sources, "--out", str(out / "copies"), "--size", "64x85", "--gop", "8"]
+        _distinit(*prepare, check=False)  # files that cannot be read are listed and left out: exit 1 says so
+        extract = ["extract-targets", *sources, "--out", str(out / "targets.zarr"), "--every", "2"]
+        _distinit(*extract, "--teacher", "efficientnet_lite0", check=False)
+    write_leave_out(lists, args.folders)
+    proof = Proof(args, out, lists, [source.partition("=")[0] for source in sources])
+    for folder in args.folders:
+        proof.choose(folder)
+    for folder in args.folders:
+        proof.compare(folder)
+    for folder in args.folders:
+        proof.probe(folder)
+        proof.few_labels(folder)
+        if args.seen:
+            proof.seen(folder)
+    (out / "results.json").write_text(json.dumps(proof.results, indent=1))
+    print(json.dumps(proof.results, indent=1))
+    print(f"{(time.time() - began) / 60:.0f} minutes in this run")
+
+
+class Proof:
+    """The ablations, all in OUT/runs, so that a student serves every one of them."""
+
+    def __init__(self, args: argparse.Namespace, out: Path, lists: Path, corpora: list[str]) -> None:
+        self.args, self.out, self.lists, self.corpora = args, out, lists, corpora
+        self.results: dict[str, Any] = {}
+        self.chosen: dict[tuple[str, int, str], tuple[int, float]] = {}
+
+    def choose(self, folder: Path) -> None:
+        """The schedule of each start with the best top 1 on the inner test side, by fold; the shorter where equal."""
+        labels = write_inner(self.lists, folder)
+        rows = {f"{name} {epochs} {lr:g}": (name, epochs, lr) for name in STARTS for epochs, lr in SCHEDULES}
+        axis = {row: start(*chosen) for row, chosen in rows.items()}
+        records = self.ablate(f"choose-{folder.name}", axis, labels, folder, seeds=[self.args.seeds[0]])
+        for k in SPLITS:
+            scores: dict[str, float] = {}
+            for record in records:
+                if record["split"] == k and record["status"] == "done":
+                    result = json.loads((self.out / "runs" / record["finetune"] / "result.json").read_text())
+                    scores[record["row"]] = result["metrics"]["top1"]["value"]
+            for name in STARTS:
+                mine = [(row, rows[row][1:]) for row in scores if rows[row][0] == name]
+                best = max(mine, key=lambda item: (round(scores[item[0]], 6), -item[1][0]))
+                self.chosen[folder.name, k, name] = best[1]
+            print(f"{folder.name}, fold {k}: {scores} -> {[self.chosen[folder.name, k, s] for s in STARTS]}")
+
+    def compare(self, folder: Path) -> None:
+        """The primary measure."""
+        self.measure("finetuned", folder, folder / "labels.csv", {})
+
+    def probe(self, folder: Path) -> None:
+        """The head alone is trained."""
+        more = {"finetune.freeze": "backbone", "finetune.loop.epochs": 10, "finetune.loop.step_epochs": 4}
+        more["finetune.loop.lr"] = 0.1
+        self.measure("linear probe", folder, folder / "labels.csv", more, same=False)
+
+    def few_labels(self, folder: Path) -> None:
+        """A tenth of the labels, 640 clips of them."""
+        labels = write_share(self.lists, folder, SHARE)
+        more = {"finetune.loop.epoch_clips": 64, "finetune.loop.epochs": 10, "finetune.loop.step_epochs": 4}
+        self.measure(f"{SHARE:.0%} of the labels", folder, labels, more, same=False)
+
+    def measure(self, name: str, folder: Path, labels: Path, more: dict[str, Any], *, same: bool = True) -> None:
+        """Runs of every fold and seed, and what they come to."""
+        found: dict[str, dict[tuple[int, int], Path]] = {}
+        for k in SPLITS:
+            ours, theirs = (self.chosen[folder.name, k, each] for each in STARTS)
+            axis = {DISTINIT: start(DISTINIT, *ours), SCRATCH: start(SCRATCH, *theirs)}
+            if same:
+                axis[SAME] = start(SCRATCH, *ours)
+                if ours == theirs:  # the same run
+                    del axis[SAME]
+            axis = {row: keys | more for row, keys in axis.items()}
+            records = self.ablate(f"{name}-{folder.name}-{k}", axis, labels, folder, seeds=self.args.seeds, split=k)
+            runs = runs_of(self.out / "runs", records)
+            if same and ours == theirs:
+                runs[SAME] = runs[SCRATCH]
+            for row, mine in runs.items():
+                found.setdefault(row, {}).update(mine)
+        rows = read_labels(folder)
+        each = {row: pooled(runs, rows) for row, runs in found.items()}
+        self.results.setdefault(name, {})[folder.name] = {
+            "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in each.items()},
+            "by seed": {row: p.by_seed.tolist() for row, p in each.items()},
+            "gain": {row: gain(each[DISTINIT], p) for row, p in each.items() if row != DISTINIT},
+            "schedules": {f"fold {k}": [self.chosen[folder.name, k, each] for each in STARTS] for k in SPLITS},
+        }
+        print(name, folder.name, json.dumps(self.results[name][folder.name]["accuracy"]))
+
+    def seen(self, folder: Path) -> None:
+        """DistInit by students that have seen the test videos too, without their labels."""
+        runs: dict[tuple[int, int], Path] = {}
+        for k in SPLITS:
+            axis = {DISTINIT: start(DISTINIT, *self.chosen[folder.name, k, DISTINIT])}
+            name, labels = f"seen-{folder.name}-{k}", folder / "labels.csv"
+            records = self.ablate(name, axis, labels, folder, seeds=self.args.seeds, split=k, seen=True)
+            runs.update(runs_of(self.out / "runs", records)[DISTINIT])
+        found = pooled(runs, read_labels(folder))
+        self.results.setdefault("test videos seen", {})[folder.name] = {
+            "accuracy": {DISTINIT: interval(found.right.mean(axis=0), found.groups)},
+            "by seed": {DISTINIT: found.by_seed.tolist()},
+        }
+
+    def ablate(
+        self,
+        name: str,
+        axis: dict[str, Any],
+        labels: Path,
+        root: Path,
+        *,
+        seeds: list[int],
+        split: int | None = None,
+        seen: bool = False,
+    ) -> list[dict[str, Any]]:
+        """One `distinit ablate` over a plan that is kept in OUT/plans; its cells."""
+        plans = self.out / "plans"
+        plans.mkdir(exist_ok=True)
+        slug = name.replace(" ", "-").replace("%", "")
+        plan = {"title": name, "base": self.base(seen=seen), "axes": {"start": axis}, "seeds": seeds}
+        plan["splits"] = [split] if split is not None else list(SPLITS)
+        (plans / f"{slug}.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+        words = ["ablate", str(plans / f"{slug}.yaml"), "--targets", str(self.args.store or self.out / "targets.zarr")]
+        for corpus in self.corpora:
+            words += ["--videos", f"{corpus}={self.copies}"]
+        words += ["--dataset", f"csv:{labels.resolve()}={root.resolve()}", "--out", str(self.out / "runs")]
+        _distinit(*words, *(["--workers", str(self.args.workers)] if self.args.workers > 1 else []))
+        shutil.copy(self.out / "runs" / "cells.json", plans / f"{slug}.cells.json")
+        return read_cells(plans / f"{slug}.cells.json")
+
+    def tested(self, run: Path, frames: str) -> Path:
+        """The run tested on clips without their order or without motion."""
+        folder = self.out / frames / run.name
+        if not (folder / "result.json").exists():
+            _distinit("evaluate", str(run), "--test-frames", frames, "--out", str(folder), "--device", "cpu", "--quiet")
+        return folder
+
+    @property
+    def copies(self) -> Path:
+        return (self.args.copies or self.out / "copies").resolve()
+
+    def base(self, *, seen: bool = False) -> dict[str, Any]:
+        """What all runs share; seen: the students have seen the test videos."""
+        loop = {"clip_norm": 5.0, "workers": 0, "threads": 1, "device": "cpu", "warmup_epochs": 1, "log_every": 50}
+        pretraining = {"batch_size": 16, "epochs": 10, "epoch_clips": self.args.clips // 10, "lr": 0.1}
+        student = {
+            "student": {"width": self.args.width},
+            "clips": {"length": 8, "size": 56, "resize": [64, 85]},
+            "loop": {**loop, **pretraining, "step_epochs": 6, "gamma": 0.1},
+        }
+        if not seen:
+            student["leave_out"] = str(self.lists / "test{split}.txt")
+        tuning = {
+            "videos": str(self.copies),
+            "loop": {**loop, "batch_size": 16, "epoch_clips": 192, "gamma": 0.1, "weight_decay": 0.005},
+            "test": {"clips": 5, "workers": 0},
+        }
+        return {"train-student": student, "finetune": tuning}
+
+
+def start(name: str, epochs: int, lr: float) -> dict[str, Any]:
+    """Keys of a plan: how stage three begins, its epochs, its rate, a tenth after every third of them."""
+    keys: dict[str, Any] = {"finetune.loop.epochs": epochs, "finetune.loop.lr": lr}
+    keys["finetune.loop.step_epochs"] = -(-epochs // 3)
+    return keys | ({"finetune.init": "scratch"} if name != DISTINIT else {})
+
+
+def _distinit(*words: str, check: bool = True) -> None:
+    done = subprocess.run([sys.executable, "-m", "distinit", *words])
+    if done.returncode and (check or done.returncode != 1):
+        raise SystemExit(f"distinit {words[0]} ended with {done.returncode}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that diagnostics.py has too."""
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--more", nargs="*", type=Path, default=[], help="folders of unlabelled videos besides")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--store", type=Path, help="a store made before, with --copies; else both are made")
+    parser.add_argument("--copies", type=Path)
+    parser.add_argument("--width", type=float, default=0.125)
+    parser.add_argument("--clips", type=int, default=10_000, help="clips of stage two")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+
+
+if __name__ == "__main__":
+    main()

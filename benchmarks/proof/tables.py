@@ -1,0 +1,69 @@
+"""The figures of the proofs as Markdown tables, for docs/results.md.
+
+    python benchmarks/proof/tables.py OUT/results.json
+    python benchmarks/proof/tables.py OUT/diagnostics.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import table
+
+
+def main() -> None:
+    found = json.loads(Path(sys.argv[1]).read_text())
+    if "filters vary in time" in found:
+        print(motion(found))
+    elif "finetuned" in found:
+        for name, sets in found.items():
+            print(f"\n{name}\n\n{real(sets)}")
+    else:
+        for name, of_set in found.items():
+            print(f"\n{name}\n\n{rows(of_set)}")
+
+
+def real(sets: dict[str, Any]) -> str:
+    """Data sets × starts: top 1 in per cent with its interval, each seed's, and DistInit's gain over the row."""
+    lines = []
+    for name, found in sets.items():
+        for start, accuracy in found["accuracy"].items():
+            seeds = ", ".join(f"{100 * value:.1f}" for value in found["by seed"][start])
+            gain = found.get("gain", {}).get(start)
+            lines.append([name, start, _percent(accuracy), seeds, _percent(gain, sign=True) if gain else ""])
+    return table(["data set", "start", "top 1, % [95 %]", "each seed", "gain of DistInit [95 %]"], lines)
+
+
+def rows(found: dict[str, Any]) -> str:
+    """Rows of diagnostics.py."""
+    lines = []
+    for row, accuracy in found["accuracy"].items():
+        gain, seconds = found["gain"].get(row), found["seconds of stage two"].get(row)
+        change = _percent(gain, sign=True) if gain else ""
+        lines.append([row, _percent(accuracy), change, f"{seconds:.0f}" if seconds else ""])
+    return table(["row", "top 1, % [95 %]", "change [95 %]", "stage two, s"], lines)
+
+
+def motion(found: dict[str, Any]) -> str:
+    """Starts × order of the test clips' frames, and how much first filters vary in time."""
+    lines = []
+    for start, accuracy in found["accuracy"].items():
+        vary = found["filters vary in time"][start]
+        cells = [_percent(accuracy[frames]) for frames in ("ordered", "shuffled", "frozen")]
+        lines.append([start, *cells, f"{sum(vary) / len(vary):.3f}"])
+    text = table(["start", "top 1, % [95 %]", "frames shuffled", "frames frozen", "filters vary in time"], lines)
+    gains = [[name, _percent(gain, sign=True)] for name, gain in found["gain"].items()]
+    return f"{text}\n\n{table(['gain', 'points [95 %]'], gains)}"
+
+
+def _percent(values: list[float], *, sign: bool = False) -> str:
+    mean, low, high = (100 * value for value in values)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if sign else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+if __name__ == "__main__":
+    main()
