@@ -18,7 +18,9 @@ p { margin: .4rem 0; max-width: 48rem; }
 table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
 caption { text-align: left; font-weight: 600; padding: .2rem 0 .4rem; }
 th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; }
-thead th { border-bottom: 2px solid var(--ink); font-weight: 600; white-space: nowrap; }
+thead th { border-bottom: 2px solid var(--ink); font-weight: 600; vertical-align: bottom; }
+thead th.number { white-space: normal; }
+tr.heading th { padding-top: 1rem; border-bottom: 1px solid var(--ink); font-weight: 600; }
 tbody td { border-bottom: 1px solid var(--rule); overflow-wrap: break-word; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 ul.findings { padding-left: 1.2rem; max-width: 48rem; }

@@ -181,7 +181,7 @@ def test_each_measure_has_the_papers_beside_it_and_published_results_stand_below
     for kind, table in tables.items():
         head, *rows = cells_of(table, kind)
         assert head == [
-            "row", "per clip, %", "paper", "top 1, split 1, %", "paper", "top 1, splits 1, 2, %", "paper", "top 5, %",
+            "row", "per clip, %", "paper", "top 1, split 1, %", "paper", "top 1, splits 1–2, %", "paper", "top 5, %",
             "runs", "difference", "p",
         ]  # fmt: skip
         assert [row[0].strip("*").replace("\\", "") for row in rows] == [
