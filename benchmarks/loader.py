@@ -33,7 +33,7 @@ from distinit.pipeline.corpus.sources import list_videos
 from distinit.pipeline.targets.picks import PickRule
 from distinit.pipeline.targets.store import TargetStore
 from distinit.pipeline.teachers.teacher import TeacherSpec
-from distinit.pipeline.training.dataset import StudentClips
+from distinit.pipeline.training.dataset import StudentClips, _Plan
 from distinit.pipeline.training.loader import KeyedBatches, read_batches
 from distinit.pipeline.training.sampler import Draw, TargetSampler
 from distinit.pipeline.video.clips import count_frames, read_frames
@@ -100,8 +100,8 @@ def targets(source: str, videos: int, rounds: int, count: int) -> None:
             def cached(clips: StudentClips = clips) -> float:
                 clips.sampler._known.clear()
                 began = time.process_time()
-                for k in range(count):
-                    clips[0, k]
+                for first in range(0, count, 10):
+                    clips.__getitems__([(0, k) for k in range(first, min(first + 10, count))])
                 return (time.process_time() - began) / count * 1000
 
             @torch.inference_mode()
@@ -163,8 +163,8 @@ class OneOfFew(StudentClips):
     def file(self, video: int) -> VideoFile:
         return VideoFile(self.files[video % len(self.files)])
 
-    def _clip(self, draw: Draw) -> torch.Tensor:
-        return read_clip(self.file(draw.video), draw.indices, VIEW, crop=Crop(draw.top, draw.left, draw.flip))
+    def _clip(self, plan: _Plan) -> torch.Tensor:
+        return read_clip(plan.file, plan.draw.indices, VIEW, crop=plan.crop)
 
 
 def size(source: str, numbers: list[int]) -> None:

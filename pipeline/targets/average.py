@@ -15,7 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 
 def mean_logits(logits: ArrayLike) -> NDArray[np.float32]:
     """Mean over frames, ``logits[..., n, K] -> [..., K]`` (the exponent of eq. 1, before τ)."""
-    return np.asarray(logits, dtype=np.float32).mean(axis=-2, dtype=np.float32)
+    given = np.asarray(logits, dtype=np.float32)
+    if given.shape[-2] == 1:
+        return given[..., 0, :]
+    return given.mean(axis=-2, dtype=np.float32)
 
 
 def soft_targets(mean: ArrayLike, tau: float = 1.0) -> NDArray[np.float32]:

@@ -78,6 +78,19 @@ class ShardedRows:
             out[at] = self._chunk(int(chunk))[wanted[at] % self.chunk_rows]
         return out
 
+    def read_range(self, first: int, count: int) -> NDArray[Any]:
+        """Rows `first` … `first` + `count` - 1, [count, …]; raises as `read`."""
+        out = np.empty((count, *self.shape[1:]), self.dtype)
+        if not 0 <= first <= first + count <= self.shape[0]:
+            raise StoreError(f"{self.path}: rows {first} … {first + count - 1} of {self.shape[0]}")
+        done = 0
+        while done < count:
+            chunk, at = divmod(first + done, self.chunk_rows)
+            part = self._chunk(chunk)[at : at + count - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+        return out
+
     def _read_few(self, rows: list[int], out: NDArray[Any]) -> None:
         """The rows of a pick: of so few NumPy's grouping would cost more than the reading."""
         last, values = -1, out

@@ -253,17 +253,13 @@ class TargetStore:
     def frames(self, video: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Cached frames of a video, ascending: frame index [N], pts [N], row in the store [N]."""
         mine = self.segments(video)
-        row, count = self.index.row[mine], self.index.rows[mine]
-        parts = [np.arange(a, a + n, dtype=np.int64) for a, n in zip(row, count, strict=True)]
-        rows = np.concatenate(parts) if parts else np.empty(0, np.int64)
-        owner = self._table("video").read(rows)
+        ranges = list(zip(self.index.row[mine].tolist(), self.index.rows[mine].tolist(), strict=True))
+        owner, index, pts = (
+            _joined([self._table(name).read_range(*each) for each in ranges]) for name in ("video", "index", "pts")
+        )
         if (owner != video).any():
             raise StoreError(f"{self.name}: rows of video {video} belong to another; see `distinit targets verify`")
-        return (
-            self.read_table("index", rows),
-            self.read_table("pts", rows),
-            rows,
-        )
+        return index, pts, _joined([np.arange(first, first + count, dtype=np.int64) for first, count in ranges])
 
     def read_table(self, name: str, rows: ArrayLike) -> NDArray[np.int64]:
         """A frame table's values (`video`, `index` or `pts`) of rows, [n]."""
@@ -302,6 +298,13 @@ class TargetStore:
         if path not in self._rows:
             self._rows[path] = self.files.rows(path, self.index.file_record)
         return self._rows[path]
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[np.int64]:
+    """One array of several."""
+    if len(parts) == 1:
+        return parts[0].astype(np.int64, copy=False)
+    return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
 
 def check_moved(store: TargetStore, moved: Mapping[str, str]) -> None:

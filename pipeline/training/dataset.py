@@ -5,8 +5,8 @@ Shapes: T frames, C channels, H W pixels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,15 +57,37 @@ class StudentClips(Dataset[Any]):
         self._seen = np.zeros(0, bool)
 
     def __getitem__(self, key: Key) -> dict[str, Any] | None:
-        epoch, sample = key
-        draw = self.sampler.draw(epoch, sample)
-        rejected = draw.rejected
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any] | None]:
+        """The examples of a batch, as a DataLoader asks for them. All draws and targets first: right after a decoder,
+        which leaves nothing of them in the processor's caches, they take three times as long."""
+        plans = [self._plan(key) for key in keys]
+        return [self._get(key, plan) for key, plan in zip(keys, plans, strict=True)]
+
+    def _plan(self, key: Key, attempt: int = 0) -> _Plan:
+        draw = self.sampler.draw(*key, attempt)
+        file = self.file(draw.video)
+        digest = self.sampler.store.digest(draw.video) or None
+        zoom = self.sampler.zoom(*key, draw.attempt) if self.view.scale[0] < self.view.scale[1] else 0.0
+        crop = None if self.sampler.fixed else Crop(draw.top, draw.left, draw.flip, zoom)
+        example = {
+            "targets": {name: torch.from_numpy(mean) for name, mean in draw.logits.items()},
+            "weight": {name: torch.tensor(weight) for name, weight in draw.weight.items()},
+            "video": draw.video,
+            "name": escape_path(file.path),
+            "start": draw.start,
+        }
+        return _Plan(draw, file, digest, crop, _expected(draw), example)
+
+    def _get(self, key: Key, plan: _Plan) -> dict[str, Any] | None:
+        rejected = plan.draw.rejected
         broken: list[tuple[str, str]] = []
         while True:
-            clip = self._read(key, draw)
+            clip = self._read(plan)
             if isinstance(clip, torch.Tensor):
-                return self._example(draw, clip, rejected, broken)
-            broken.append((self.name(draw.video), clip))
+                return {"clip": clip, **plan.example, "rejected": rejected, "broken": broken}
+            broken.append((plan.example["name"], clip))
             if self.sampler.fixed:
                 return None
             if len(broken) >= MAX_BROKEN_IN_A_ROW:
@@ -73,8 +95,8 @@ class StudentClips(Dataset[Any]):
                     f"{len(broken)} videos in a row could not be read, the last: "
                     f"{broken[-1][0]}: {broken[-1][1]}; --videos CORPUS=DIR says where a corpus lies now"
                 )
-            draw = self.sampler.draw(epoch, sample, draw.attempt + 1)
-            rejected += draw.rejected
+            plan = self._plan(key, plan.draw.attempt + 1)
+            rejected += plan.draw.rejected
 
     def name(self, video: int) -> str:
         """The path of a video or of its copy, as text that can be printed."""
@@ -91,9 +113,10 @@ class StudentClips(Dataset[Any]):
         found = self.copies[corpus]
         return VideoFile(found.path(store.video_path(video, {corpus: ""})), found.kind)
 
-    def _read(self, key: Key, draw: Draw) -> torch.Tensor | str:
+    def _read(self, plan: _Plan) -> torch.Tensor | str:
         """uint8 [C, T, H, W], or why it cannot be read. A failure is remembered, and comes to the same as
         failing again: the draws depend on nothing but the key."""
+        draw = plan.draw
         if not draw.counts:
             shape = (self.channels, len(draw.indices) - self.sampler.ahead, self.view.size, self.view.size)
             return torch.zeros(shape, dtype=torch.float32 if self.sampler.ahead else torch.uint8)
@@ -102,37 +125,36 @@ class StudentClips(Dataset[Any]):
         if len(self._seen) == 0:
             self._seen = np.zeros(self.sampler.store.n_videos, bool)
         try:
-            clip = self._clip(key, draw)
+            clip = self._clip(plan)
         except (VideoError, StoreMismatchError) as error:
             self._failed[draw.video] = str(error)
             return str(error)
         self._seen[draw.video] = True
         return clip
 
-    def _clip(self, key: Key, draw: Draw) -> torch.Tensor:
-        file, digest = self.file(draw.video), self.sampler.store.digest(draw.video) or None
-        if file.kind == "video" and self._seen[draw.video]:  # of a copy, the map has the digest of the source
+    def _clip(self, plan: _Plan) -> torch.Tensor:
+        draw, digest = plan.draw, plan.digest
+        if plan.file.kind == "video" and self._seen[draw.video]:  # of a copy, the map has the digest of the source
             digest = None
-        zoom = self.sampler.zoom(*key, draw.attempt) if self.view.scale[0] < self.view.scale[1] else 0.0
-        crop = None if self.sampler.fixed else Crop(draw.top, draw.left, draw.flip, zoom)
+        channels, crop, expect = self.channels, plan.crop, plan.expect
         return read_clip(
-            file, draw.indices, self.view, channels=self.channels, crop=crop, expect=self._expected(draw), digest=digest
+            plan.file, draw.indices, self.view, channels=channels, crop=crop, expect=expect, digest=digest
         )
 
-    def _expected(self, draw: Draw) -> tuple[Any, Any] | None:
-        """(indices, pts) of the picked frames: the clip must show the frames that the teachers saw. A frame
-        picked beyond the clip, as in no video today, is not decoded and cannot be compared."""
-        inside = np.isin(draw.picked, draw.indices)
-        return (draw.picked[inside], draw.picked_pts[inside]) if inside.any() else None
 
-    def _example(self, draw: Draw, clip: torch.Tensor, rejected: int, broken: list[tuple[str, str]]) -> dict[str, Any]:
-        return {
-            "clip": clip,
-            "targets": {name: torch.from_numpy(mean) for name, mean in draw.logits.items()},
-            "weight": {name: torch.tensor(weight) for name, weight in draw.weight.items()},
-            "video": draw.video,
-            "name": self.name(draw.video),
-            "start": draw.start,
-            "rejected": rejected,
-            "broken": broken,
-        }
+class _Plan(NamedTuple):
+    """A draw, where its frames are and how they are cut, what is expected of them, and the example but for its clip."""
+
+    draw: Draw
+    file: VideoFile
+    digest: str | None
+    crop: Crop | None
+    expect: tuple[Any, Any] | None
+    example: dict[str, Any]
+
+
+def _expected(draw: Draw) -> tuple[Any, Any] | None:
+    """(indices, pts) of the picked frames: the clip must show the frames that the teachers saw. A frame
+    picked beyond the clip, as in no video today, is not decoded and cannot be compared."""
+    inside = (draw.picked >= draw.start) & (draw.picked <= draw.indices[-1])
+    return (draw.picked[inside], draw.picked_pts[inside]) if inside.any() else None

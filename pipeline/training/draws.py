@@ -6,7 +6,9 @@ number. No state travels between workers, processes or a run and its resume.
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,32 @@ def rng(seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = E
     """The generator of one attempt at one sample of one epoch; all are at least 0 and below 2**64."""
     counter = np.array([0, attempt, sample, epoch], np.uint64)  # word 0 counts the numbers drawn
     return np.random.Generator(np.random.Philox(counter=counter, key=np.array([seed, stream], np.uint64)))
+
+
+class _Movable(threading.local):
+    """A generator of each thread's own, at no address yet, and the words of its buffer, none of which is left."""
+
+    def __init__(self) -> None:
+        self.bits = np.random.Philox(0)
+        self.generator = np.random.Generator(self.bits)
+        self.buffer = np.zeros(4, np.uint64)
+
+
+_movable = _Movable()
+
+
+def moved_to(seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES) -> np.random.Generator:
+    """The numbers of `rng`, for a tenth of its time, from this thread's one generator: until it is next moved."""
+    state: Any = {  # tuples do as well as the arrays that NumPy declares, in less time
+        "bit_generator": "Philox",
+        "state": {"counter": (0, attempt, sample, epoch), "key": (seed, stream)},
+        "buffer": _movable.buffer,
+        "buffer_pos": 4,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    _movable.bits.state = state
+    return _movable.generator
 
 
 def epoch_position(seed: int, epoch: int, sample: int, *, epoch_clips: int, n: int) -> int:

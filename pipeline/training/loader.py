@@ -1,8 +1,8 @@
 """Batches by key: from a map-style data set of (epoch, sample) to collated batches on the way to a device.
 
 The key says everything, so the same batches come from 0, 1 or 4 workers, and a run starts at any step.
-A data set here is any object with `__getitem__((epoch, sample)) -> dict`; an item that is None is left out
-of its batch.
+A data set here is any object with `__getitem__((epoch, sample)) -> dict`, and `__getitems__` of several keys if that
+is faster; an item that is None is left out of its batch.
 """
 
 from __future__ import annotations
@@ -259,8 +259,9 @@ class _Reader(Dataset[Any]):
         self.dataset = dataset
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:
+        many = getattr(self.dataset, "__getitems__", None)
         try:
-            return [self.dataset[key] for key in keys]
+            return list(many(keys)) if many is not None else [self.dataset[key] for key in keys]
         except DistInitError as error:
             return [error]
 

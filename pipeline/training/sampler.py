@@ -157,7 +157,7 @@ class TargetSampler:
 
     def zoom(self, epoch: int, sample: int, attempt: int) -> float:
         """Where in the range of scales a draw's clip is resized to, a share in [0, 1)."""
-        return float(draws.rng(self.seed, epoch, sample, attempt, stream=draws.ZOOMS).random())
+        return float(draws.moved_to(self.seed, epoch, sample, attempt, stream=draws.ZOOMS).random())
 
     def entropies(self, epoch: int, sample: int) -> NDArray[np.float32] | None:
         """Entropy in nats of the first attempt at a sample, one for each teacher; None without a window."""
@@ -211,13 +211,13 @@ class TargetSampler:
     def _clip(self, epoch: int, sample: int, attempt: int) -> _Clip | None:
         """One attempt at a sample; None if its video has no window that holds enough cached frames."""
         stream = draws.HELD_OUT if self.fixed else draws.EXAMPLES
-        random = draws.rng(self.seed, epoch, sample, attempt, stream=stream)
+        random = draws.moved_to(self.seed, epoch, sample, attempt, stream=stream)
         video = self._video(epoch, sample, attempt, random)
         known = self._look_up(video)
         if known.count == 0:
             return None
         # Always the same numbers in the same order, so that a crop does not depend on the pick rule.
-        top, left, flip = random.random(3)
+        top, left, flip = random.random(), random.random(), random.random()
         start = known.starts.nth(known.count // 2 if self.fixed else int(random.integers(known.count)))
         at = pick(self.picks, known.cached, start, self.clip_length, random, frames=known.frames)
         return _Clip(
@@ -227,9 +227,9 @@ class TargetSampler:
             picked=known.cached[at],
             picked_pts=known.pts[at],
             rows=known.rows[at],
-            top=float(top),
-            left=float(left),
-            flip=float(flip),
+            top=top,
+            left=left,
+            flip=flip,
         )
 
     def _video(self, epoch: int, sample: int, attempt: int, random: np.random.Generator) -> int:
@@ -260,12 +260,15 @@ class TargetSampler:
             else:
                 weight[name] = 1.0
             logits[name] = mean_logits(self.store.logits(name, clip.rows)) if mean is None else mean
-        last = clip.frame_count - 1
+        stop = clip.start + self.clip_length + self.ahead
+        indices = np.arange(clip.start, stop, dtype=np.int64)
+        if stop > clip.frame_count:
+            np.minimum(indices, clip.frame_count - 1, out=indices)
         return Draw(
             video=clip.video,
             frame_count=clip.frame_count,
             start=clip.start,
-            indices=np.minimum(clip.start + np.arange(self.clip_length + self.ahead, dtype=np.int64), last),
+            indices=indices,
             picked=clip.picked,
             picked_pts=clip.picked_pts,
             logits=logits,

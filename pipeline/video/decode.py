@@ -354,18 +354,19 @@ class VideoReader:
     def _feed_stretches(self, wanted: np.ndarray) -> Iterator[av.VideoFrame]:
         """Every frame that comes out of the stretches of packets that hold `wanted`."""
         table, context = self.packets, self._context
-        needed = np.zeros(len(table.pts), bool)
-        needed[table.order[wanted]] = True
+        needed = set(table.order[wanted].tolist())
         skips = context.codec.canonical_name in SKIP_NON_REFERENCE
         feed = Feed(self)
         for start, stop in stretches(table, wanted):
             feed.begin(start)
             context = self._context  # another one if the file had to be opened again
             first_pts = table.pts[start]
+            keeps: bool | None = None
             for position in range(start, stop + 2):
                 self._progress()
-                if skips and position <= stop:
-                    context.skip_frame = "DEFAULT" if needed[position] else "NONREF"
+                if skips and position <= stop and keeps is not (position in needed):
+                    keeps = position in needed
+                    context.skip_frame = "DEFAULT" if keeps else "NONREF"
                 for frame in feed.decode(position) if position <= stop else feed.drain():
                     if frame.pts is None:
                         raise NotAsPlanned

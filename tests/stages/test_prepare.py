@@ -69,10 +69,9 @@ def test_training_on_copies_sees_the_same_clips_with_the_same_targets(tiny_store
         # Nearer than the same clip one frame on, where there is one: the frames are the right ones.
         draw = originals.sampler.draw(2, sample)
         if draw.frame_count > draw.start + 8:
-            none = {"picked": draw.picked[:0], "picked_pts": draw.picked_pts[:0]}
-            later = moved._clip((0, 0), replace(draw, indices=draw.indices + 1, **none))
-            here, there = originals._clip((0, 0), draw).float(), moved._clip((0, 0), draw).float()
-            assert (here - there).abs().mean() < (here - later.float()).abs().mean()
+            plan = moved._plan((2, sample))
+            later = moved._clip(plan._replace(draw=replace(draw, indices=draw.indices + 1), expect=None))
+            assert difference.mean() < (a["clip"].int() - later.int()).abs().float().mean()
         read.append(b["name"])
     assert all(name.startswith(str(copies / "videos")) and name.endswith(".mp4.mp4") for name in read)
 

@@ -51,6 +51,10 @@ def test_picks_are_distinct_cached_frames_inside_the_window(
         assert len(chosen) == rule.n
         assert (np.diff(chosen) > 0).all()
         assert ((chosen >= start) & (chosen < start + length)).all()
+        if rule.kind == "random":  # of one, too, where `pick` takes a shorter way
+            there = np.flatnonzero((cached >= start) & (cached < start + length))
+            expected = there[np.sort(np.random.default_rng(seed).choice(len(there), rule.n, replace=False))]
+            assert at.tolist() == expected.tolist()
         if rule.kind == "center":
             assert chosen[0] == start + min(length, frames) // 2
 

@@ -222,6 +222,7 @@ def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(
 
     everything = stream(0, 0)
     assert len(everything) == 8
+    assert digest(torch.stack([clips[0, sample]["clip"] for sample in range(6)])) == everything[0][2]
     for start in range(1, 9):  # stopped after any batch
         assert stream(0, start) == everything[start:]
     for workers, start in [(1, 0), (2, 3), (4, 5)]:

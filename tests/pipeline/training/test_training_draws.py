@@ -17,6 +17,14 @@ def test_a_draw_depends_on_its_address_alone():
     assert draws.rng(0, 1, 2).random() != draws.rng(0, 1, 2, stream=draws.HELD_OUT).random()
 
 
+def test_a_moved_generator_gives_the_numbers_of_a_new_one():
+    for address in [(7, 0, 3, 0), (2**63 - 1, 40, 10**9, 100), (7, 0, 3, 0)]:
+        new, moved = draws.rng(*address, stream=draws.ZOOMS), draws.moved_to(*address, stream=draws.ZOOMS)
+        assert [moved.random(), moved.random()] == new.random(2).tolist()
+        # 32-bit numbers come in halves of a word, of which none may be left from the address before.
+        assert [moved.integers(10) for _ in range(5)] == [new.integers(10) for _ in range(5)]
+
+
 def test_no_two_streams_share_their_numbers():
     streams = {name: value for name, value in vars(draws).items() if name.isupper()}
     assert {"EXAMPLES", "HELD_OUT", "PERMUTATIONS"} <= set(streams)
