@@ -69,22 +69,7 @@ def evaluate_student(
     What an earlier call, interrupted or not, has predicted with the same weights is kept unless `fresh`. Of several
     ranks each tests its share of the videos; rank 0 writes, and all return the metrics.
     """
-    predictions = Predictions.empty(
-        labels.classes,
-        [video.path for video in labels.test],
-        [video.label for video in labels.test],
-        options.clips * options.crops,
-        protocol=_protocol(view, length, options) | _read_from(labels),
-        identity={
-            "dataset": labels.dataset,
-            "split": labels.split,
-            "labels": labels_digest(labels),
-            "weights": state_sha256(student.state_dict()),
-            "student": student.options.model_dump(mode="json"),
-        },
-        sources=[video.source for video in labels.test],
-        features=student.feature_size,
-    )
+    predictions = _nothing_yet(student, labels, view, length, options)
     final, partial = out / PREDICTIONS, out / "predictions.partial.h5"
     if ranks.lead and not fresh and not _adopt(predictions, final):
         _adopt(predictions, partial)
@@ -131,6 +116,28 @@ def evaluate_student(
         return metrics
 
     return ranks.on_lead(finish)
+
+
+def _nothing_yet(
+    student: Student, labels: Labels, view: ClipView, length: int, options: EvaluationOptions
+) -> Predictions:
+    """Predictions of all test videos, pending, with what they are held against: protocol, labels and weights."""
+    return Predictions.empty(
+        labels.classes,
+        [video.path for video in labels.test],
+        [video.label for video in labels.test],
+        options.clips * options.crops,
+        protocol=_protocol(view, length, options) | _read_from(labels),
+        identity={
+            "dataset": labels.dataset,
+            "split": labels.split,
+            "labels": labels_digest(labels),
+            "weights": state_sha256(student.state_dict()),
+            "student": student.options.model_dump(mode="json"),
+        },
+        sources=[video.source for video in labels.test],
+        features=student.feature_size,
+    )
 
 
 def write_result(out: Path, result: dict[str, Any]) -> None:
