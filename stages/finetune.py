@@ -163,6 +163,7 @@ def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dic
         device=device,
         out=run_dir,
         screen=screen,
+        threads=config.loop.threads,
         ranks=ranks,
     )
     summary = _summary(config, labels, job.report, result, metrics)

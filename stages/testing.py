@@ -21,7 +21,7 @@ from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.reporting.tables import Column, Table
 from ..pipeline.students.student import Student
 from ..pipeline.training.checkpoint import write_atomically
-from ..pipeline.training.device import cores, pick_workers, torch_threads
+from ..pipeline.training.device import pick_workers, torch_threads
 from ..pipeline.training.ranks import ALONE, Ranks
 from ..pipeline.video.transforms import ClipView
 from ..pipeline.weights import state_sha256
@@ -61,11 +61,13 @@ def evaluate_student(
     device: torch.device,
     out: Path,
     screen: Screen,
+    threads: int | None = None,
     fresh: bool = False,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Writes `out`/predictions.h5 and returns metrics_from_file of it; shows the table and the unread videos.
 
+    threads: of torch on a CPU, on which the last bits of scores depend; default by the machine.
     What an earlier call, interrupted or not, has predicted with the same weights is kept unless `fresh`. Of several
     ranks each tests its share of the videos; rank 0 writes, and all return the metrics.
     """
@@ -87,7 +89,6 @@ def evaluate_student(
         channels=channels,
         order=options.frames,
     )
-    threads = max(1, (cores() - workers) // ranks.world) if ranks.world > 1 else None
     with torch_threads(threads, workers, device), screen.progress("testing", len(mine), "video") as bar:
         ranks.agree(
             lambda: predict(

@@ -30,7 +30,7 @@ def pick_workers(workers: int | None, device: torch.device) -> int:
 
 @contextmanager
 def torch_threads(threads: int | None, workers: int, device: torch.device) -> Iterator[None]:
-    """Torch's threads during training on a CPU: cores - workers, at least 1; on a GPU untouched.
+    """Torch's threads in training or a test on a CPU: cores - workers, at least 1; on a GPU untouched.
 
     Threads that share cores with busy loader processes spin, which makes them several times slower
     (docs/benchmarks.md). A user's OMP_NUM_THREADS stands unless `threads` is given. On a CPU the memory of freed
