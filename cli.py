@@ -65,6 +65,7 @@ RESUME_HINTS = {
     "train-student": "interrupted; the same command with --resume goes on from the last checkpoint",
     "ablate": "interrupted; the same command goes on where it stopped",
     "finetune": "interrupted; the same command with --resume goes on from the last checkpoint",
+    "evaluate": "interrupted; the same command goes on where it stopped",
 }
 
 

@@ -68,14 +68,19 @@ def evaluate_student(
     """Writes `out`/predictions.h5 and returns metrics_from_file of it; shows the table and the unread videos.
 
     threads: of torch on a CPU, on which the last bits of scores depend; default by the machine.
-    What an earlier call, interrupted or not, has predicted with the same weights is kept unless `fresh`. Of several
-    ranks each tests its share of the videos; rank 0 writes, and all return the metrics.
+    What an interrupted call has predicted with the same weights is kept, and what a finished one has unless `fresh`.
+    Of several ranks each tests its share of the videos; rank 0 writes, and all return the metrics.
     """
     predictions = _nothing_yet(student, labels, view, length, options)
     final, partial = out / PREDICTIONS, out / "predictions.partial.h5"
-    if ranks.lead and not fresh and not _adopt(predictions, final):
-        _adopt(predictions, partial)
-    pending = ranks.on_lead(lambda: predictions.pending)
+
+    def begin() -> list[int]:
+        out.mkdir(parents=True, exist_ok=True)
+        if fresh or not _adopt(predictions, final):
+            _adopt(predictions, partial)
+        return predictions.pending
+
+    pending = ranks.on_lead(begin)
     mine = pending[ranks.rank :: ranks.world]
     workers = pick_workers(options.workers, device)
     channels = student.options.channels
@@ -107,8 +112,7 @@ def evaluate_student(
         predictions.take(rows)
 
     def finish() -> dict[str, Any]:
-        if pending or not final.exists():
-            out.mkdir(parents=True, exist_ok=True)
+        if pending or fresh or not final.exists():
             predictions.write(final)
         partial.unlink(missing_ok=True)
         metrics = metrics_from_file(final)

@@ -87,13 +87,13 @@ def predict(
     What is averaged over a video's clips is told by `predictions.protocol`: the softmax, or with "scores": "logits"
     the logits. Always float32, whatever the training's precision: scores then differ by less than 1e-4 between batch
     sizes.
-    done(1) is called after each video, save() about once a minute. Raises TrainingError when the model's
+    done(1) is called after each video, save() about once a minute and on Ctrl-C. Raises TrainingError when the model's
     scores are not finite, for no accuracy of such a model means anything.
     """
     model.to(device).eval()
     waiting: list[dict[str, Any]] = []
     saved = time.monotonic()
-    with _exact_float32(device):
+    with _exact_float32(device), _on_interrupt(save):
         for row in _rows(dataset, predictions.pending if videos is None else videos, workers, device):
             video = int(row["video"][0])
             if "error" in row:
@@ -143,6 +143,15 @@ def clip_logits(model: Student, clips: Tensor) -> tuple[Tensor, Tensor]:
     features = model.features(normalize_clip(clips, torch.float32)).float()
     logits: Tensor = model.head(HEAD)(features)
     return logits.float(), features
+
+
+@contextmanager
+def _on_interrupt(save: Callable[[], None]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        save()
+        raise
 
 
 @contextmanager

@@ -303,3 +303,26 @@ def test_an_interrupted_evaluation_goes_on(dataset: str, finished: tuple[Path, d
     assert again["metrics"] == result["metrics"]
     np.testing.assert_allclose(Predictions.read(run / "predictions.h5").clip_scores, whole.clip_scores, atol=1e-4)
     assert not (run / "predictions.partial.h5").exists()
+
+
+def test_an_interrupted_evaluate_goes_on(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Ctrl-C after three of five videos: the next call does the other two, the one after it all of them again."""
+
+    def tested(out: Path, screen: StopsAt) -> int:
+        """How many videos were."""
+        given = {"runs": [str(finished[0])], "out": str(out), "device": "cpu", "test": {"batch_size": 1}}
+        steps = screen.steps_left
+        evaluate(EvaluateConfig.model_validate(given), screen)
+        return steps - screen.steps_left
+
+    assert tested(tmp_path / "whole", StopsAt(99)) == 5
+    with pytest.raises(KeyboardInterrupt):
+        tested(tmp_path / "broken", StopsAt(3))
+    assert not (tmp_path / "broken/predictions.h5").exists()
+    assert tested(tmp_path / "broken", StopsAt(99)) == 2
+    whole, broken = (Predictions.read(tmp_path / name / "predictions.h5") for name in ("whole", "broken"))
+    np.testing.assert_array_equal(broken.clip_scores, whole.clip_scores)
+    assert (broken.status, broken.reasons) == (whole.status, whole.reasons)
+    results = [json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in ("whole", "broken")]
+    assert results[0] == results[1]
+    assert tested(tmp_path / "broken", StopsAt(99)) == 5
