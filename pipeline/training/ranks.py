@@ -123,9 +123,7 @@ class Ranks:
 
     def _first(self, own: DistInitError | None) -> DistInitError:
         errors = self.gather(own)
-        rank = next(rank for rank, error in enumerate(errors) if error is not None)
-        first = errors[rank]
-        assert first is not None
+        rank, first = next((rank, error) for rank, error in enumerate(errors) if error is not None)
         alike = all(error is not None and str(error) == str(first) for error in errors)
         error = first if alike or isinstance(first, RankLostError) else type(first)(f"rank {rank}: {first}")
         error.shared = True
