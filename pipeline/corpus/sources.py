@@ -95,8 +95,8 @@ def list_videos(sources: Sequence[str]) -> VideoList:
 
 def escape_path(path: str) -> str:
     """Percent-escape `%`, control characters and bytes that are not UTF-8; the rest stays readable."""
-    if path.isprintable() and "%" not in path:
-        return path
+    if path.isprintable():  # as nearly all are: a name goes with every clip
+        return path.replace("%", "%25")
     return "".join(
         c
         if c.isprintable() and c != "%"
