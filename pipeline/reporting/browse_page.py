@@ -20,7 +20,6 @@ LISTED = 1000  # failures
 STYLE = """<style>
 .strip { display: grid; grid-template-columns: repeat(8, minmax(0, 1fr)); gap: .6rem; margin: .5rem 0; }
 @media screen and (max-width: 50rem) { .strip { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
-@media print { .strip { gap: .3rem; } .strip .shot { font-size: 6.5pt; } .strip .when span { display: none; } }
 .shot { font-size: .74rem; line-height: 1.3; break-inside: avoid; }
 .shot img { width: 100%; height: 4.8rem; object-fit: contain; background: #e9ebed; border-radius: 3px; display: block; }
 .gone { height: 4.8rem; box-sizing: border-box; border: 1px dashed #999; border-radius: 3px; display: flex;
@@ -34,8 +33,11 @@ STYLE = """<style>
 .video { break-inside: avoid; margin: 1.4rem 0; }
 .video h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
 .pair { display: flex; flex-wrap: wrap; gap: 0 2.5rem; align-items: flex-start; }
-.pair figure { flex: 1 1 26rem; max-width: 40rem; }
+.pair figure { flex: 1 1 26rem; min-width: 0; max-width: 40rem; }
 .problem { color: #a33d00; }
+@media print { .strip { gap: .3rem; } .strip .shot { font-size: 6.5pt; } .strip .when span { display: none; }
+  .shot img { height: auto; max-height: 4.8rem; outline: 1px solid var(--rule); outline-offset: -1px; }
+  .pair { break-inside: avoid; } .video { margin: .8rem 0; } .video .note { margin: 0; } }
 </style>"""
 
 
@@ -72,21 +74,21 @@ def _videos_section(look: StoreLook) -> str:
         f"<h2>Sampled videos</h2><p>{len(look.videos)} random videos with cached frames.{note} Under a picture: its "
         "time, each teacher’s best classes with their probabilities, and the entropy H. The curve shows how sure each "
         "teacher is over the whole video; where it jumps, there is usually a cut or a new thing in view.</p>"
-        + "".join(_video(video, limit) for video in look.videos)
+        + "".join(_video(video, limit, legend=len(look.teachers) > 1) for video in look.videos)
     )
 
 
-def _video(video: VideoLook, limit: float) -> str:
+def _video(video: VideoLook, limit: float, *, legend: bool) -> str:
     lines = [Line(name, seconds, nats) for name, (seconds, nats) in video.curves.items()]
     chart = line_chart(
-        lines, x_label="seconds", y_label="entropy, nats", width=1040, height=160, y_range=(0.0, limit)
+        lines, x_label="seconds", y_label="entropy, nats", width=1040, height=160, y_range=(0.0, limit), legend=legend
     )
     length = f"{video.duration:.1f} s, " if np.isfinite(video.duration) else ""
     problem = f"<p class=problem>missing here: {html.escape(video.problem)}</p>" if video.problem else ""
     return (
         f"<div class=video><h3>{html.escape(video.corpus)}: {html.escape(_printable(video.path))}</h3>"
         f"<p class=note>{length}{video.frames:,} cached frames</p>{problem}"
-        f"{_strip(video.pictures)}{chart}</div>"
+        f"{_strip(video.pictures)}<div class=scroll>{chart}</div></div>"
     )
 
 
@@ -111,7 +113,7 @@ def _shot(picture: Picture, named: bool) -> str:
             name = html.escape(label)
             words.append(f'<div class=says><span title="{name}">{name}</span><span>{100 * share:.0f} %</span></div>')
     name = f'<div class=says><span title="{html.escape(path)}">{html.escape(_tail(path))}</span></div>' if named else ""
-    time = f"<div class=when>{picture.seconds:.2f} s<span>, frame {picture.index}</span></div>"
+    time = f"<div class=when>{picture.seconds:.2f} s<span>, frame\u00a0{picture.index}</span></div>"
     return f"<div class=shot>{shown}{time}{name}{''.join(words)}</div>"
 
 
@@ -135,7 +137,7 @@ def _teacher_section(teacher: TeacherLook) -> str:
     )
     return (
         f"<h2>{html.escape(found.teacher)}</h2>"
-        f"<div class=pair><figure>{chart}<figcaption>{caption}</figcaption></figure>"
+        f"<div class=pair><figure><div class=scroll>{chart}</div><figcaption>{caption}</figcaption></figure>"
         f"<div class=scroll>{frequent.to_html()}</div></div>"
         f"<h3>Most confident frames</h3><p class=note>Lowest entropy, at most one frame of a video.</p>"
         f"{_strip(teacher.sure, named=True)}"

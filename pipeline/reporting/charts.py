@@ -43,8 +43,10 @@ def line_chart(
     width: int = 640,
     height: int = 300,
     y_range: tuple[float, float] | None = None,
+    legend: bool = True,
 ) -> str:
-    """An <svg> with axes, gridlines and a legend; an empty string where there is nothing to draw.
+    """An <svg> with axes, gridlines and, unless told otherwise, a legend; an empty string where there is nothing to
+    draw.
 
     y_range: what the y axis spans at least, by default what the lines span.
     """
@@ -55,7 +57,6 @@ def line_chart(
     xs = np.concatenate([line.x for _, line in drawn])
     ys = np.concatenate([line.y for _, line in drawn])
     bounds = np.concatenate([ys, y_range or []])
-    legend = 18 * len(drawn)
     frame = _Frame(
         left=56, top=10, right=width - 14, bottom=height - 42,
         x_ticks=ticks(float(xs.min()), float(xs.max())),
@@ -68,10 +69,12 @@ def line_chart(
         if len(line.x) == 1:
             parts.append(f'<circle cx="{frame.x(line.x[0]):.1f}" cy="{frame.y(line.y[0]):.1f}" r="3" {_fill(i)}/>')
         parts.append(f'<polyline fill="none" {style} points="{points}"/>')
+        if not legend:
+            continue
         y = height + 14 + 18 * row
         parts.append(f'<line x1="{frame.left}" x2="{frame.left + 28}" y1="{y - 4}" y2="{y - 4}" {style}/>')
         parts.append(f'<text x="{frame.left + 36}" y="{y}">{html.escape(line.name)}</text>')
-    return _svg(width, height + legend + 4, f"{y_label} by {x_label}", parts)
+    return _svg(width, height + 18 * len(drawn) * legend + 4, f"{y_label} by {x_label}", parts)
 
 
 def bar_chart(bars: Bars, *, x_label: str, y_label: str, width: int = 640, height: int = 240) -> str:

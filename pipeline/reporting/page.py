@@ -111,7 +111,8 @@ def _figure(figure: Figure, links: Links) -> str:
         inside = _scroll(figure.table, links)
         table = f"<details><summary>{html.escape(figure.table.title)}, every run</summary>{inside}</details>"
     return (
-        f'<figure id="{figure.name}"><img src="data:image/svg+xml;base64,{data}" alt="{title}: {caption}">'
+        f'<figure id="{figure.name}"><div class=scroll>'
+        f'<img src="data:image/svg+xml;base64,{data}" alt="{title}: {caption}"></div>'
         f"<figcaption><b>{title}.</b> {caption} <span class=files>{files}{about}</span>"
         f"</figcaption></figure>{table}"
     )

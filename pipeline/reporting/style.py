@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 
 STYLE = """
@@ -18,15 +19,15 @@ p { margin: .4rem 0; max-width: 48rem; }
 table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
 caption { text-align: left; font-weight: 600; padding: .2rem 0 .4rem; }
 th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; }
-thead th { border-bottom: 2px solid var(--ink); font-weight: 600; vertical-align: bottom; }
-thead th.number { white-space: normal; }
+thead th { border-bottom: 2px solid var(--ink); font-weight: 600; white-space: nowrap; vertical-align: bottom; }
 tr.heading th { padding-top: 1rem; border-bottom: 1px solid var(--ink); font-weight: 600; }
 tbody td { border-bottom: 1px solid var(--rule); overflow-wrap: break-word; }
+td:first-child:not(.number) { min-width: 8rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 ul.findings { padding-left: 1.2rem; max-width: 48rem; }
 ul.findings li { margin: .4rem 0; }
 figure { margin: 1rem 0 1.8rem; }
-figure > img { max-width: 100%; height: auto; display: block; }
+figure img { max-width: 100%; height: auto; display: block; }
 figcaption { max-width: 48rem; margin-top: .35rem; }
 figcaption b { color: var(--ink); }
 a { color: #00598f; text-decoration-thickness: 1px; text-underline-offset: 2px; }
@@ -38,15 +39,20 @@ details { margin: .5rem 0; border: 1px solid var(--rule); border-radius: 4px; pa
 summary { cursor: pointer; font-weight: 600; }
 details h3 { font-size: .95rem; margin: .9rem 0 .2rem; }
 pre { background: var(--band); padding: .7rem; overflow-x: auto; font-size: .8rem; line-height: 1.4; }
+@media screen and (max-width: 40rem) { figure > .scroll > img { max-width: 38rem; }
+  .scroll > svg { max-width: none; width: 38rem; }
+  .scroll tr > :first-child { position: sticky; left: 0; background: #fff; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } a { color: inherit; text-decoration: none; }
   .files { display: none; } figure, tr, details { break-inside: avoid; } h2, h3, caption, thead { break-after: avoid; }
-  .scroll { overflow: visible; } thead { display: table-header-group; } }
+  .scroll { overflow: visible; } thead { display: table-header-group; } tr.heading { break-after: avoid; }
+  table, .note, figcaption { font-size: 8.5pt; } th, td { padding-right: .5rem; }
+  details:not([open]) { border: 0; padding: 0; margin: 0; } details:not([open]) > summary { font-weight: 400; } }
 """
 
 
 def document(title: str, lead: str, sections: Iterable[str]) -> str:
     """A whole page that needs nothing but itself. `title` is text; `lead` and `sections` are HTML."""
-    return (
+    page = (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n"
@@ -54,3 +60,4 @@ def document(title: str, lead: str, sections: Iterable[str]) -> str:
         + "\n".join(section for section in sections if section)
         + "\n</body></html>\n"
     )
+    return re.sub(r"(?<=\d) %", "\u00a0%", page)  # a line never begins with %

@@ -5,6 +5,8 @@ Shapes: V videos, N clips, D features.
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 
 from ...evaluation.predictions import Predictions
@@ -38,10 +40,10 @@ def feature_map(a: Run, b: Run) -> Figure | None:
         for i, k in enumerate(sorted(classes)):
             mine = places[owner == k]
             ax.scatter(
-                mine[:, 0], mine[:, 1], s=26, color=colour(i), marker=MARKERS[i % len(MARKERS)], linewidths=0.4,
+                mine[:, 0], mine[:, 1], s=34, color=colour(i), marker=MARKERS[i % len(MARKERS)], linewidths=0.4,
                 edgecolors="white", label=short(a.predictions.classes[k], 30) if run is a else None,
             )  # fmt: skip
-        ax.set_title(short(run.name, 50), fontsize=9.5)
+        ax.set_title(textwrap.fill(short(run.name, 96), 54), fontsize=9.5)
         ax.set_xticks([])
         ax.set_yticks([])
     canvas.legend(loc="outside lower center", ncols=4, fontsize=8.5)

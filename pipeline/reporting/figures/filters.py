@@ -99,8 +99,12 @@ def over_time(found: Sequence[Filters]) -> Figure | None:
             ax.axis("off")
             if step < f.weights.shape[2]:
                 ax.imshow(_mosaic(f.weights, step), interpolation="nearest")
-                words = f"{short(f.name, 50)} ({f.state}): variation {variation_over_time(f.weights):.3f}"
-                ax.set_title(f"{words if step == 0 else ''}\nt = {step}", fontsize=9)
+                ax.set_title(f"\nt = {step}", fontsize=9)
+        # Over all steps, and no part of the layout: it would widen the column of the first.
+        words = f"{short(f.name, 60)} ({f.state}): variation {variation_over_time(f.weights):.3f}"
+        axes[row * steps].annotate(
+            words, (0, 1), (0, 18), "axes fraction", "offset points", fontsize=9, annotation_clip=False
+        ).set_in_layout(False)
     caption = (
         "The first convolution at each of its time steps, a square a filter, each scaled over all its steps: grey is 0."
         " A filter that looks alike at every t sees one picture; one that changes sees motion. " + _beside(rows)
@@ -146,10 +150,12 @@ def in_space(found: Sequence[Filters], beside: Filters | None = None) -> Figure 
     first = next((f for f in able if f.distilled), able[0])
     other = beside or next((f for f in able if f.distilled != first.distilled), None)
     shown = [f for f in (first, other) if f is not None]
-    canvas, axes = new_canvas(4.2 * len(shown), 4.5, 1, len(shown))
-    for ax, f in zip(axes, shown, strict=True):
+    pictures = [_mosaic(f.weights, 0) for f in shown]
+    tall = max(len(picture) / picture.shape[1] for picture in pictures)
+    canvas, axes = new_canvas(4.2 * len(shown), 4.2 * tall + 0.3, 1, len(shown))
+    for ax, f, picture in zip(axes, shown, pictures, strict=True):
         ax.axis("off")
-        ax.imshow(_mosaic(f.weights, 0), interpolation="nearest")
+        ax.imshow(picture, interpolation="nearest")
         ax.set_anchor("N")
         ax.set_title(f"{short(f.name, 40)}: {len(f.weights)} filters", fontsize=9)
     caption = (

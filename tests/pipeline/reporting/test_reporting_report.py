@@ -187,6 +187,8 @@ def test_long_and_broken_curves_are_thinned_and_kept_finite() -> None:
     assert len(points.group(1).split()) == 400
     assert "nan" not in chart
     assert "empty" not in chart
+    assert ">a</text>" in chart
+    assert ">a</text>" not in line_chart([Line("a", x, y)], x_label="x", y_label="y", legend=False)
     assert line_chart([Line("empty", x[:0], y[:0])], x_label="x", y_label="y") == ""
 
 
