@@ -73,7 +73,6 @@ def main() -> None:
         proof.few_labels(folder)
         if args.seen:
             proof.seen(folder)
-    (out / "results.json").write_text(json.dumps(proof.results, indent=1))
     print(json.dumps(proof.results, indent=1))
     print(f"{(time.time() - began) / 60:.0f} minutes in this run")
 
@@ -145,7 +144,12 @@ class Proof:
             "gain": {row: gain(each[DISTINIT], p) for row, p in each.items() if row != DISTINIT},
             "schedules": {f"fold {k}": [self.chosen[folder.name, k, each] for each in STARTS] for k in SPLITS},
         }
+        self.write()
         print(name, folder.name, json.dumps(self.results[name][folder.name]["accuracy"]))
+
+    def write(self) -> None:
+        """OUT/results.json, of what is done so far."""
+        (self.out / "results.json").write_text(json.dumps(self.results, indent=1))
 
     def seen(self, folder: Path) -> None:
         """DistInit by students that have seen the test videos too, without their labels."""
@@ -160,6 +164,7 @@ class Proof:
             "accuracy": {DISTINIT: interval(found.right.mean(axis=0), found.groups)},
             "by seed": {DISTINIT: found.by_seed.tolist()},
         }
+        self.write()
 
     def ablate(
         self,
