@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -267,6 +268,10 @@ def _create(
     if shard_rows is not None and (shard_rows < fmt.TABLE_CHUNK or shard_rows % fmt.TABLE_CHUNK):
         raise StoreError(f"--shard-rows must be a multiple of {fmt.TABLE_CHUNK}, got {shard_rows}")
     root.parent.mkdir(parents=True, exist_ok=True)
+    for left in root.parent.glob(f".{glob.escape(root.name)}.new-*"):  # of a process that was killed while it made one
+        maker = left.name.rpartition("-")[2]
+        if maker.isdigit() and not _alive(int(maker)):
+            shutil.rmtree(left, ignore_errors=True)
     new = root.parent / f".{root.name}.new-{os.getpid()}"
     shutil.rmtree(new, ignore_errors=True)
     attributes: dict[str, Any] = {
@@ -293,6 +298,16 @@ def _create(
         shutil.rmtree(new, ignore_errors=True)
         raise
     fmt.fsync_path(root.parent)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def same_attributes(

@@ -242,6 +242,17 @@ def test_foreign_corrupt_and_other_stores_are_refused_by_name(root: Path, tmp_pa
         TargetStore.open(root)
 
 
+def test_what_a_killed_process_left_while_it_made_the_store_is_swept(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, others, alive = (tmp_path / f".{name}" for name in (f"t.new-{ended.pid}", f"u.new-{ended.pid}", "t.new-1"))
+    for folder in (left, others, alive):
+        folder.mkdir()
+    with StoreWriter(tmp_path / "t", sampling=SAMPLING):
+        pass
+    assert [folder.exists() for folder in (left, others, alive)] == [False, True, True]
+
+
 def test_zarr_and_xarray_find_nothing_foreign(root: Path) -> None:
     code = (
         "import sys, warnings; warnings.simplefilter('error'); import zarr;"
