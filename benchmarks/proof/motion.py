@@ -33,7 +33,7 @@ from distinit.pipeline.students.export import load_student
 
 HERE = Path(__file__).resolve().parent
 STARTS = {"DistInit": "student", "inflated": "inflate:{teacher}", "scratch": "scratch"}
-SCHEDULES = [(10, 0.01), (20, 0.04)]  # epochs of 256 clips, learning rate
+SCHEDULES = [(10, 0.01), (20, 0.04), (20, 0.15)]  # epochs of 256 clips, learning rate
 
 
 def main() -> None:
