@@ -9,6 +9,7 @@ and annex B.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 # Every frame stands alone: any packet is an entry.
@@ -20,6 +21,11 @@ FLAGGED = frozenset(("av1",))
 FROM_START = frozenset(("mpeg1video", "mpeg2video", "mpeg4"))
 # Non-reference pictures can be left out without any effect on the others.
 SKIP_NON_REFERENCE = frozenset(("h264",))
+_X264 = re.compile(rb"x264 - core (\d{1,9})")
+_H264_SEQUENCE = re.compile(rb"\x00\x00\x01[\x07\x27\x47\x67](.)", re.DOTALL)
+_H264_444 = (44, 244)  # of profile_idc
+# The NAL units that say how the others are to be read: sequence, picture and, of HEVC, video parameter sets.
+_PARAMETERS = {"h264": (7, 8), "hevc": (32, 33, 34)}
 
 
 def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool] | None:
@@ -38,12 +44,46 @@ def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bo
     return tests.get(codec)
 
 
-def sets_parameters(codec: str, extradata: bytes | None, data: memoryview) -> bool:
-    """Whether a packet of H.264 or HEVC brings a sequence parameter set of its own, before its first slice."""
-    length = _length_size(codec, extradata)
-    if codec == "h264":
-        return _has_nal(data, length, lambda b: b & 0x1F == 7, lambda b: 1 <= b & 0x1F <= 5)
-    return _has_nal(data, length, lambda b: b >> 1 & 0x3F == 33, lambda b: b >> 1 & 0x3F < 32)
+def in_doubt(codec: str, extradata: bytes | None, data: memoryview, size: int) -> bool:
+    """Whether a packet of H.264 or HEVC, before its first slice ends, has a unit longer than itself, or brings
+    parameter sets that the header lacks: a decoder that saw the ones before keeps some of what they said.
+
+    data: the beginning of the packet's `size` bytes.
+    """
+    if codec not in _PARAMETERS:
+        return False
+    length, at = _length_size(codec, extradata), 0
+    for unit in _nal_units(data, length):
+        at += length + int.from_bytes(data[at : at + length], "big")
+        if length and at > size:
+            return True
+        kind = unit[0] & 0x1F if codec == "h264" else unit[0] >> 1 & 0x3F
+        if 1 <= kind <= 5 if codec == "h264" else kind < 32:
+            return False
+        if kind in _PARAMETERS[codec]:  # in avcC and hvcC, each is preceded by its length
+            known = len(unit).to_bytes(2, "big") + unit if length else unit.rstrip(b"\0")
+            if known not in (extradata or b""):
+                return True
+    return True
+
+
+def must_be_first(codec: str, extradata: bytes | None, first: memoryview) -> bool:
+    """Whether a decoder has to see the `first` packet before any other: it tells of mistakes of early x264, in 4:4:4
+    before build 151 and in direct prediction before 34, which libavcodec makes as well where it knows the build.
+    """
+    found = _X264.search(first) if codec == "h264" else None
+    if found is None:
+        return False
+    build = int(found[1])
+    return build < 34 or (build < 151 and _profile(extradata or bytes(first)) in _H264_444)
+
+
+def _profile(extradata: bytes) -> int:
+    """profile_idc of H.264, from avcC or from the first parameter set after a start code."""
+    if extradata[0] == 1:
+        return extradata[1]
+    found = _H264_SEQUENCE.search(extradata)
+    return found[1][0] if found is not None else -1
 
 
 def shown_test(codec: str) -> Callable[[memoryview], bool] | None:
@@ -84,20 +124,26 @@ def _has_nal(data: memoryview, length: int, wanted: Callable[[int], bool], other
     return False
 
 
-def _nal_headers(data: memoryview, length: int, most: int = 64) -> Iterator[int]:
+def _nal_headers(data: memoryview, length: int) -> Iterator[int]:
     """The first byte of each NAL unit of a packet."""
-    at, end = 0, len(data)
+    return (unit[0] for unit in _nal_units(data, length))
+
+
+def _nal_units(data: memoryview, length: int, most: int = 64) -> Iterator[bytes]:
+    """The NAL units of a packet, after start codes or a `length` of so many bytes; cut off where the data is."""
+    at, raw = 0, bytes(data[: 1 << 16])
     if length:
         for _ in range(most):
-            if at + length >= end:
+            start = at + length
+            if start >= len(raw):
                 return
-            yield data[at + length]
-            at += length + int.from_bytes(data[at : at + length], "big")
+            at = start + int.from_bytes(raw[at:start], "big")
+            yield raw[start : max(at, start + 1)]
         return
-    raw = bytes(data[: 1 << 16])
+    at = raw.find(b"\x00\x00\x01")
     for _ in range(most):
-        at = raw.find(b"\x00\x00\x01", at)
         if at < 0 or at + 3 >= len(raw):
             return
-        yield raw[at + 3]
-        at += 3
+        end = raw.find(b"\x00\x00\x01", at + 3)
+        yield raw[at + 3 : end if end > 0 else len(raw)]
+        at = end

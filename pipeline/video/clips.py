@@ -110,7 +110,7 @@ def _read(path: str, use: Callable[[VideoReader], T]) -> T:
                 if known is None:
                     _indices.add(key, quick.index())
                 return made
-        except (NotAsPlanned, VideoError, StoreMismatchError):
+        except (NotAsPlanned, VideoError, StoreMismatchError, OSError):
             known = None
     with VideoReader(path, index=known) as reader:
         made = use(reader)

@@ -40,14 +40,12 @@ def read_header(descriptor: int, container: InputContainer, stream: VideoStream)
     if moov is None:
         return None
     try:
-        found = _samples(moov)
+        found = _samples(moov, len(stream.index_entries))
     except (ValueError, IndexError):  # cut off
         return None
     if found is None:
         return None
     sizes, offsets, shift = found
-    if len(stream.index_entries) != len(sizes):
-        return None
     rows = [(e.timestamp, e.pos, e.size, e.is_keyframe, e.is_discard) for e in stream.index_entries]
     dts, place, length, key, hidden = np.array(rows, np.int64).reshape(-1, 5).T
     whole = np.all(length > 0) and np.all(place + length <= os.fstat(descriptor).st_size)
@@ -87,10 +85,10 @@ def _moov(descriptor: int) -> bytes | None:
     return None
 
 
-def _samples(moov: bytes) -> tuple[np.ndarray, np.ndarray, int] | None:
+def _samples(moov: bytes, known: int) -> tuple[np.ndarray, np.ndarray, int] | None:
     """Of the one video track: size in bytes and offset of the presentation time int64 [P], and the shift of all.
 
-    ValueError or IndexError where a box ends too early.
+    known: P; None where the header claims another number. ValueError or IndexError where a box ends too early.
     """
     tracks = []
     for kind, start, end in _boxes(moov, 0, len(moov)):
@@ -111,6 +109,8 @@ def _samples(moov: bytes) -> tuple[np.ndarray, np.ndarray, int] | None:
     if b"elst" in boxes and not _one_edit(boxes[b"elst"]):
         return None
     size, count = np.frombuffer(table, ">u4", 2, 4).tolist()
+    if count != known:
+        return None
     sizes = np.full(count, size) if size else np.frombuffer(table, ">u4", count, 12).astype(np.int64)
     offsets, shift = np.zeros(count, np.int64), 0
     if b"ctts" in boxes:
@@ -132,11 +132,13 @@ def _one_edit(box: bytes) -> bool:
     return int(np.sum(np.frombuffer(box, edit, count, 8)["time"] != -1)) <= 1
 
 
-def _leaves(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, bytes]]:
-    """(type, content) of the boxes of a track that hold no others."""
+def _leaves(data: bytes, start: int, end: int, depth: int = 4) -> Iterator[tuple[bytes, bytes]]:
+    """(type, content) of the boxes of a track that hold no others. ValueError where they lie too deep."""
+    if not depth:
+        raise ValueError("boxes in boxes without end")
     for kind, at, stop in _boxes(data, start, end):
         if kind in _CONTAINERS:
-            yield from _leaves(data, at, stop)
+            yield from _leaves(data, at, stop, depth - 1)
         else:
             yield kind, data[at:stop]
 

@@ -14,7 +14,7 @@ import numpy as np
 from av.stream import Discard
 
 from ..errors import VideoError
-from .bitstream import entry_test, sets_parameters
+from .bitstream import entry_test, in_doubt, must_be_first
 from .container import reason
 from .decode import Rows, VideoIndex, VideoReader
 from .feed import NotAsPlanned, stretches
@@ -41,18 +41,22 @@ class QuickReader(VideoReader):
             raise VideoError(reason(error)) from error
         if index is None:
             try:
-                found = read_header(self._file, self._container, self._stream)
+                self._plan()
             except BaseException:
                 self.close()
                 raise
-            if found is None:
-                self.close()
-                raise NotAsPlanned
-            self._table, self._timeline = found
 
     def close(self) -> None:
         super().close()
         os.close(self._file)
+
+    def _plan(self) -> None:
+        found = read_header(self._file, self._container, self._stream)
+        if found is None:
+            raise NotAsPlanned
+        self._table, self._timeline = found
+        if not self._begins(0):  # the first frames may never come out, and the others would have other indices
+            raise NotAsPlanned
 
     def _open(self) -> None:
         super()._open()
@@ -61,7 +65,7 @@ class QuickReader(VideoReader):
                 stream.discard = Discard.all  # libavformat does not even read them
 
     def _aspect(self) -> Fraction | None:
-        """The container's, else the decoder's, of which `_check_entries` made sure that the whole file has it."""
+        """The container's, else that of the header's parameters, which the decoder has: `_begins` lets no others in."""
         return self._stream.sample_aspect_ratio or self._context.sample_aspect_ratio
 
     def index(self) -> VideoIndex:
@@ -79,28 +83,21 @@ class QuickReader(VideoReader):
         """Look at the packets that decoding is to begin at; those where it cannot begin are no longer entries."""
         table = self.packets
         while True:
-            starts = [start for start, _ in stretches(table, wanted)]
-            wrong = [start for start in starts if not self._is_entry(start)]
+            wrong = [start for start, _ in stretches(table, wanted) if not self._begins(start)]
             if not wrong:
-                break
+                return
             table.entry[wrong] = False
-            if not table.entry[0]:
-                raise NotAsPlanned
-        # A header that is silent on the shape of pixels leaves it to the parameters that come with the header,
-        # unless the stream itself sets others.
-        if self._stream.sample_aspect_ratio is None and any(self._sets_parameters(k) for k in {0, *starts}):
+
+    def _begins(self, position: int) -> bool:
+        """Whether decoding may begin at a packet. Parameters other than the header's are in doubt everywhere: what
+        they do not say (colours, the shape of pixels) stays as it was before."""
+        codec, extradata, data = self._context.codec.canonical_name, self._context.extradata, self._beginning(position)
+        if extradata is None or in_doubt(codec, extradata, data, int(self.packets.bytes[position])):
             raise NotAsPlanned
-
-    def _is_entry(self, position: int) -> bool:
-        test = entry_test(self._codec, self._context.extradata)
-        return test is not None and test(self._beginning(position))
-
-    def _sets_parameters(self, position: int) -> bool:
-        return sets_parameters(self._codec, self._context.extradata, self._beginning(position))
-
-    @property
-    def _codec(self) -> str:
-        return self._context.codec.canonical_name
+        if position == 0 and must_be_first(codec, extradata, data):
+            raise NotAsPlanned
+        test = entry_test(codec, extradata)
+        return test is not None and test(data)
 
     def _beginning(self, position: int) -> memoryview:
         """What the file has in the place of a packet, as far as it tells what the packet is."""

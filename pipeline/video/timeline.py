@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import av
 import numpy as np
 
-from .bitstream import FROM_START, INTRA_ONLY, entry_test, shown_test
+from .bitstream import FROM_START, INTRA_ONLY, entry_test, in_doubt, must_be_first, shown_test
 from .container import reason
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def read_packets(
     flags: list[tuple[bool, bool, bool]] = []  # key, shown, entry
     kept: list[av.Packet] | None = []
     total, sound, encrypted = 0, is_entry is not None, False
+    bound = False  # whether what comes now needs what the decoder saw before, key frames as well
     error: str | None = None
     packets = container.demux(stream)
     while True:
@@ -125,6 +126,11 @@ def read_packets(
                 entry = key
             if key and is_entry is not None:
                 entry = entry or is_entry(memoryview(packet))
+            if not flags:
+                bound = must_be_first(codec, context.extradata, memoryview(packet))
+            elif not bound:
+                bound = key and in_doubt(codec, context.extradata, memoryview(packet), size)
+            entry = entry and not (flags and bound)
         shown = not packet.is_discard and (is_shown is None or is_shown(memoryview(packet)))
         flags.append((key, shown, entry))
         if packet.pts is None or packet.is_corrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from distinit.pipeline.errors import VideoError
 from distinit.pipeline.video import feed, timeline
+from distinit.pipeline.video.clips import count_frames
 from distinit.pipeline.video.decode import VideoIndex, VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
 from distinit.pipeline.video.feed import NotAsPlanned
@@ -211,7 +213,7 @@ def test_damage_does_not_shift_the_frames_after_it(tmp_path: Path) -> None:
     assert 0 < len(whole) - len(damaged) < 5
 
 
-@pytest.mark.parametrize(("name", "quick"), [("a.mp4", 6), ("a.ts", 0)])  # MPEG-TS has parameters at every key frame
+@pytest.mark.parametrize(("name", "quick"), [("a.mp4", 6), ("a.ts", 6)])  # MPEG-TS has parameters at every key frame
 def test_the_shape_of_pixels_where_the_header_does_not_have_it(name: str, quick: int, tmp_path: Path) -> None:
     write_video(tmp_path / name, moving(40), gop=12, extra={"vf": "setsar=4/3"})
     transcode(tmp_path / name, tmp_path / "b.mp4", codec="copy")
@@ -221,6 +223,47 @@ def test_the_shape_of_pixels_where_the_header_does_not_have_it(name: str, quick:
     assert check(tmp_path / "b.mp4") == quick
     with VideoReader(str(tmp_path / "b.mp4")) as reader:
         assert reader.info.pixel_aspect == Fraction(4, 3)
+
+
+def test_a_first_frame_that_never_comes_out_is_not_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_video(path, moving(40), gop=12, bframes=2)
+    with av.open(str(path)) as container:
+        first = next(container.demux(video=0))
+    with path.open("r+b") as file:
+        file.seek(first.pos)
+        file.write(b"\xff" * first.size)
+    assert check(path, whole=False) == 0
+    assert count_frames(str(path)) == len(plain(path)) < 40
+
+
+@pytest.mark.parametrize("other", [{"vf": "setsar=1,format=yuv420p,setparams=range=unknown"}, {"qp": 0}], ids=str)
+def test_what_new_parameters_do_not_say_stays_as_it_was(other: dict[str, Any], tmp_path: Path) -> None:
+    first = {"color_range": "pc", "vf": "setsar=1"} if "vf" in other else {"x264-params": "8x8dct=0"}
+    write_video(tmp_path / "a.ts", moving(20), gop=12, extra=first)
+    write_video(tmp_path / "b.ts", moving(20), gop=12, extra={**other, "output_ts_offset": 2})
+    (tmp_path / "ab.ts").write_bytes(b"".join((tmp_path / name).read_bytes() for name in ("a.ts", "b.ts")))
+    transcode(tmp_path / "ab.ts", tmp_path / "ab.mp4", codec="copy")
+    check(tmp_path / "ab.mp4")
+
+
+def test_mistakes_of_early_encoders_are_made_everywhere(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_video(path, moving(40), gop=10, bframes=2, pix_fmt="yuv444p")
+    path.write_bytes(re.sub(rb"(?<=x264 - core )\d{3}", b"148", path.read_bytes()))
+    assert check(path) == 0
+
+
+def test_boxes_in_boxes_without_end_are_left_to_libavformat(tmp_path: Path) -> None:
+    path, nested = tmp_path / "a.mp4", b""
+    write_video(path, moving(20), gop=12)
+    for _ in range(2000):
+        nested = (len(nested) + 8).to_bytes(4, "big") + b"trak" + nested
+    data = path.read_bytes()
+    start = data.rindex(b"moov") - 4
+    size = (len(data) - start + len(nested)).to_bytes(4, "big")
+    path.write_bytes(data[:start] + size + data[start + 4 :] + nested)
+    assert check(path) == 0
 
 
 def test_a_header_that_points_elsewhere_is_not_believed(tmp_path: Path) -> None:
