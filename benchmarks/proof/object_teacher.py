@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from motion_corpus import backgrounds, scans, scene
@@ -17,7 +18,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from distinit.pipeline.video.transforms import MEAN, STD  # those of students, so that the inflated twin is exact
 
-SIDE = 64  # of the images it sees
+RESIZED, SIDE = 48, 40  # frames are made this small; it is taught, like the student, on parts of this side
 
 
 def build(width: float = 0.25) -> nn.Module:
@@ -53,7 +54,8 @@ def train(path: Path, folder: Path, *, width: float, images: int, seed: int = 0,
         for thing in chosen:
             mine, other = draw.choice(len(behind), 2, replace=False)
             picture = next(scene(draw, things.images[thing], behind[mine], behind[other], None))
-            top, left = draw.integers(0, picture.shape[0] - SIDE + 1, 2)
+            picture = cv2.resize(picture, (RESIZED, RESIZED), interpolation=cv2.INTER_AREA)
+            top, left = draw.integers(0, RESIZED - SIDE + 1, 2)
             pictures.append(picture[top : top + SIDE, left : left + SIDE])
         clean = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
         scaled = (clean - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

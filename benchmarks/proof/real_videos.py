@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -41,8 +42,11 @@ from folds import (
 DISTINIT = "DistInit"
 SCRATCH = "scratch"
 SAME = "scratch, the schedule of DistInit"
-SCHEDULES = [(10, 0.02), (30, 0.02)]  # epochs of 192 clips, learning rate: the candidates, the same for both starts
+LONG = "scratch, as many clips as both stages"
+EPOCH_CLIPS, RATE = 192, 0.02
+SCHEDULES = [(10, RATE), (30, RATE)]  # epochs of 192 clips, learning rate: the candidates, the same for both starts
 STARTS = (DISTINIT, SCRATCH)
+MEASURES = ("finetuned", "probe", "tenth")
 SHARE = 0.1
 
 
@@ -51,6 +55,8 @@ def main() -> None:
     add_arguments(parser)
     seen = "besides, students that have seen the test videos without labels"
     parser.add_argument("--seen", action="store_true", help=seen)
+    parser.add_argument("--epochs", type=int, help=f"of {EPOCH_CLIPS} clips, for both starts: nothing is chosen")
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="some of the measures")
     args = parser.parse_args()
     out = args.out.resolve()
     lists = out / "lists"
@@ -66,13 +72,12 @@ def main() -> None:
     proof = Proof(args, out, lists, [source.partition("=")[0] for source in sources])
     for folder in args.folders:
         proof.choose(folder)
-    for folder in args.folders:
-        proof.compare(folder)
-    for folder in args.folders:
-        proof.probe(folder)
-        proof.few_labels(folder)
-        if args.seen:
-            proof.seen(folder)
+    measures = {"finetuned": proof.compare, "probe": proof.probe, "tenth": proof.few_labels}
+    for name in args.only:
+        for folder in args.folders:
+            measures[name](folder)
+    for folder in args.folders if args.seen else ():
+        proof.seen(folder)
     print(json.dumps(proof.results, indent=1))
     print(f"{(time.time() - began) / 60:.0f} minutes in this run")
 
@@ -87,6 +92,9 @@ class Proof:
 
     def choose(self, folder: Path) -> None:
         """The schedule of each start with the best top 1 on the inner test side, by fold; the shorter where equal."""
+        if self.args.epochs:
+            self.chosen |= {(folder.name, k, name): (self.args.epochs, RATE) for k in SPLITS for name in STARTS}
+            return
         labels = write_inner(self.lists, folder)
         rows = {f"{name} {epochs} {lr:g}": (name, epochs, lr) for name in STARTS for epochs, lr in SCHEDULES}
         axis = {row: start(*chosen) for row, chosen in rows.items()}
@@ -129,6 +137,7 @@ class Proof:
                 axis[SAME] = start(SCRATCH, *ours)
                 if ours == theirs:  # the same run
                     del axis[SAME]
+                axis[LONG] = start(SCRATCH, ours[0] + math.ceil(self.args.clips / EPOCH_CLIPS), ours[1])
             axis = {row: keys | more for row, keys in axis.items()}
             records = self.ablate(f"{name}-{folder.name}-{k}", axis, labels, folder, seeds=self.args.seeds, split=k)
             runs = runs_of(self.out / "runs", records)
@@ -216,7 +225,7 @@ class Proof:
             student["leave_out"] = str(self.lists / "test{split}.txt")
         tuning = {
             "videos": str(self.copies),
-            "loop": {**loop, "batch_size": 16, "epoch_clips": 192, "gamma": 0.1, "weight_decay": 0.005},
+            "loop": {**loop, "batch_size": 16, "epoch_clips": EPOCH_CLIPS, "gamma": 0.1, "weight_decay": 0.005},
             "test": {"clips": 5, "workers": 0},
         }
         return {"train-student": student, "finetune": tuning}

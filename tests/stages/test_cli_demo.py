@@ -28,9 +28,12 @@ def test_the_corpus_is_whole_small_and_split_by_source() -> None:
     assert {row["path"] for row in clips} == files
     assert 80 <= len(clips) <= 120
     assert sum((CORPUS / name).stat().st_size for name in files) < 5_000_000
-    train = {row["source"] for row in clips if row["split1"] == "train"}
-    test = {row["source"] for row in clips if row["split1"] == "test"}
-    assert train.isdisjoint(test)
+    for split in ("split1", "split2", "split3"):
+        train = {row["source"] for row in clips if row[split] == "train"}
+        test = {row["source"] for row in clips if row[split] == "test"}
+        assert train.isdisjoint(test)
+        assert {row["label"] for row in clips if row[split] == "test"} == {row["label"] for row in clips}
+    assert all([row["split1"], row["split2"], row["split3"]].count("test") == 1 for row in clips)
     unlabelled = (CORPUS / "unlabelled.txt").read_text().splitlines()
     assert unlabelled == [row["path"] for row in clips if row["split1"] == "train"]
     assert "Apache License" in (CORPUS / "NOTICE").read_text()
