@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distinit.pipeline.evaluation.metrics import bootstrap_ratios, by_group, hits
+from distinit.pipeline.evaluation.metrics import bootstrap_ratios, by_group
 from distinit.pipeline.evaluation.predictions import Predictions
 
 SPLITS = (1, 2, 3)
@@ -86,42 +86,81 @@ def write_share(out: Path, folder: Path, share: float) -> Path:
 
 @dataclass(frozen=True)
 class Pooled:
-    """Whether each video was recognised: right [S, V], every video tested once a seed; groups [V] by source."""
+    """What was said of each video: said [S, V], names of classes, empty of one that could not be read; labels [V] and
+    sources [V] of the videos; every video tested once a seed."""
 
-    right: np.ndarray
+    said: np.ndarray
+    labels: np.ndarray
     videos: list[str]
     groups: np.ndarray
+    seeds: list[int]
+
+    @property
+    def right(self) -> np.ndarray:
+        """1 where the video's own class was said, else 0 [S, V]."""
+        return (self.said == self.labels).astype(np.float64)
 
     @property
     def by_seed(self) -> np.ndarray:
         """Top-1 accuracy of the pooled folds [S]."""
-        return self.right.mean(axis=1)
+        return np.asarray(self.right.mean(axis=1))
 
 
 def pooled(runs: dict[tuple[int, int], Path], rows: Sequence[Row]) -> Pooled:
     """runs: (split, seed) → run folder with predictions.h5. SystemExit where a fold or a video is missing."""
     seeds = sorted({seed for _, seed in runs})
     names = [row["path"] for row in rows]
-    right = np.full((len(seeds), len(names)), np.nan)
+    said = np.full((len(seeds), len(names)), None, dtype=object)
     place = {name: i for i, name in enumerate(names)}
     for (_, seed), run in runs.items():
         found = Predictions.read(run / "predictions.h5")
-        correct = right_of(found)
-        for video, value in zip(found.videos, correct, strict=True):
+        for video, value in zip(found.videos, said_of(found), strict=True):
             at = place[_relative(video, place)]
-            if not np.isnan(right[seeds.index(seed), at]):
+            if said[seeds.index(seed), at] is not None:
                 raise SystemExit(f"{run}: {video} was tested twice with seed {seed}")
-            right[seeds.index(seed), at] = value
-    if np.isnan(right).any():
-        missing = np.argwhere(np.isnan(right))
-        raise SystemExit(f"{len(missing)} of {right.size} tests are missing, the first: {names[missing[0][1]]}")
-    groups = np.unique([row["source"] for row in rows], return_inverse=True)[1]
-    return Pooled(right, names, groups)
+            said[seeds.index(seed), at] = value
+    missing = np.argwhere(said == None)  # noqa: E711
+    if len(missing):
+        raise SystemExit(f"{len(missing)} of {said.size} tests are missing, the first: {names[missing[0][1]]}")
+    labels, sources = (np.array([row[key] for row in rows], dtype=object) for key in ("label", "source"))
+    return Pooled(said, labels, names, sources, seeds)
 
 
-def right_of(found: Predictions) -> np.ndarray:
-    """1 where a video's top class is its own, else 0 [V]; 0 for one that could not be read."""
-    return np.asarray(hits(found.video_scores, found.labels), np.float64)
+def said_of(found: Predictions) -> list[str]:
+    """The top class of each video [V], empty where it could not be read."""
+    best = found.video_scores.argmax(axis=1)  # of NaN anything: not looked at
+    fine = np.isfinite(found.video_scores).all(axis=1)
+    return [found.classes[k] if ok else "" for k, ok in zip(best, fine, strict=True)]
+
+
+def write_said(path: Path, found: dict[str, Pooled]) -> None:
+    """A csv that all figures of these rows can be computed from again: video, source, label, and `ROW | SEED`."""
+    first = next(iter(found.values()))
+    columns = {f"{row} | {seed}": p.said[i] for row, p in found.items() for i, seed in enumerate(p.seeds)}
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["video", "source", "label", *columns])
+        writer.writerows(zip(first.videos, first.groups, first.labels, *columns.values(), strict=True))
+
+
+def read_said(path: Path) -> dict[str, Pooled]:
+    """Row → what `write_said` wrote of it."""
+    with open(path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    seeds: dict[str, list[int]] = defaultdict(list)
+    for column in list(lines[0])[3:]:
+        row, _, seed = column.rpartition(" | ")
+        seeds[row].append(int(seed))
+    videos = [line["video"] for line in lines]
+    labels, sources = (np.array([line[key] for line in lines], dtype=object) for key in ("label", "source"))
+    return {
+        row: Pooled(
+            np.array([[line[f"{row} | {seed}"] for line in lines] for seed in mine], dtype=object),
+            labels, videos, sources, mine,
+        )
+        for row, mine in seeds.items()
+    }  # fmt: skip
 
 
 def interval(values: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:

@@ -28,8 +28,8 @@ import motion_corpus
 import numpy as np
 import object_teacher
 import yaml
+from folds import Pooled, gain, interval, read_cells, runs_of, said_of, write_said
 from object_teacher import RESIZED, SIDE
-from folds import Pooled, gain, interval, read_cells, right_of, runs_of
 
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.figures.filters import variation_over_time
@@ -37,7 +37,7 @@ from distinit.pipeline.students.export import load_student
 
 HERE = Path(__file__).resolve().parent
 STARTS = {"DistInit": "student", "inflated": "inflate:{teacher}", "scratch": "scratch"}
-SCHEDULES = [(20, 0.02), (20, 0.05), (20, 0.15)]  # epochs of 256 clips, learning rate
+SCHEDULES = [(20, 0.05), (20, 0.15)]  # epochs of 256 clips, learning rate
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--backgrounds", type=Path, default=motion_corpus.DEMO)
     parser.add_argument("--width", type=float, default=0.25)
     motion_corpus.add_arguments(parser)
-    parser.add_argument("--clips", type=int, default=16_000, help="clips of stage two")
+    parser.add_argument("--clips", type=int, default=12_000, help="clips of stage two")
     parser.add_argument("--images", type=int, default=48_000, help="still images that the teacher learns from")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
@@ -100,6 +100,8 @@ class Proof:
             for frames in ("shuffled", "frozen"):
                 tested = [self.tested(run, frames) for run in mine.values()]
                 found[start][frames] = self.right(tested)
+        rows = {f"{start}, {frames}": p for start, mine in found.items() for frames, p in mine.items()}
+        write_said(self.out / "said" / f"{self.args.actions}.csv", rows)
         students = {start: [self.student_of(run) for run in mine.values()] for start, mine in runs.items()}
         return {
             "schedules": chosen,
@@ -107,7 +109,7 @@ class Proof:
                 start: {frames: interval(p.right.mean(axis=0), p.groups) for frames, p in mine.items()}
                 for start, mine in found.items()
             },
-            "what is right": {start: self.of_parts(mine.values()) for start, mine in runs.items()},
+            "what is right": {start: of_parts(mine["ordered"]) for start, mine in found.items()},
             "by seed": {start: mine["ordered"].by_seed.tolist() for start, mine in found.items()},
             "gain": {
                 f"{a} over {b}": gain(found[a]["ordered"], found[b]["ordered"])
@@ -163,26 +165,24 @@ class Proof:
         found = [Predictions.read(run / "predictions.h5") for run in runs]
         first = found[0]
         order = [[each.videos.index(video) for video in first.videos] for each in found]
-        right = np.stack([right_of(each)[mine] for each, mine in zip(found, order, strict=True)])
-        return Pooled(right, first.videos, np.unique(first.sources, return_inverse=True)[1])
-
-    def of_parts(self, runs: Iterable[Path]) -> dict[str, float]:
-        """How often the thing and the way are right, each by itself, in the label that is predicted; of labels that name both."""
-        found = [Predictions.read(run / "predictions.h5") for run in runs]
-        if not all("-" in label for label in found[0].classes):
-            return {}
-        parts: dict[str, list[float]] = defaultdict(list)
-        for each in found:
-            said, true = (np.array(each.classes)[of] for of in (each.video_scores.argmax(axis=1), each.labels))
-            for name, part in (("thing", 0), ("way", -1)):
-                pairs = zip(said, true, strict=True)
-                parts[name].append(float(np.mean([a.split("-")[part] == b.split("-")[part] for a, b in pairs])))
-        return {name: float(np.mean(values)) for name, values in parts.items()}
+        said = np.array([np.array(said_of(each), object)[mine] for each, mine in zip(found, order, strict=True)])
+        labels, sources = np.array(first.classes, object)[first.labels], np.array(first.sources, object)
+        return Pooled(said, labels, first.videos, sources, self.args.seeds[: len(found)])
 
     def student_of(self, run: Path) -> Path:
         """Where a run began, for its filters: the student, or the finetuned network where there is none."""
         init = yaml.safe_load((run / "config.yaml").read_text())["finetune"]["init"]
         return Path(init) if Path(init).is_dir() else run
+
+
+def of_parts(found: Pooled) -> dict[str, float]:
+    """How often the thing and the way are right, each by itself, in what is said; of labels that name both."""
+    if not all("-" in label for label in found.labels):
+        return {}
+    parts = {"thing": 0, "way": 2}
+    of_labels = np.array([label.partition("-") for label in found.labels], object)
+    of_said = np.array([[each.partition("-") for each in seed] for seed in found.said], object)
+    return {name: float((of_said[..., part] == of_labels[:, part]).mean()) for name, part in parts.items()}
 
 
 def _first_filters(run: Path) -> np.ndarray:

@@ -184,7 +184,8 @@ def make(out: Path, args: argparse.Namespace, *, seed: int = 0) -> None:
         return
     pool, behind = Pool(scans(of_teacher=False), seed), backgrounds(args.backgrounds)
     of_labels = actions(args.actions)
-    labelled = [(side, a) for side, n in (("train", args.train), ("test", args.test)) for _ in range(n) for a in of_labels]
+    labelled = [("train", action) for _ in range(args.train) for action in of_labels]
+    labelled += [("test", action) for _ in range(args.test) for action in of_labels]
     draw = np.random.default_rng(seed)
     free = [("", Action(str(draw.choice(WAYS)))) for _ in range(args.unlabelled)]
     cut = len(behind) // 4  # backgrounds of test videos

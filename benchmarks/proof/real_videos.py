@@ -36,6 +36,7 @@ from folds import (
     runs_of,
     write_inner,
     write_leave_out,
+    write_said,
     write_share,
 )
 
@@ -147,6 +148,8 @@ class Proof:
                 found.setdefault(row, {}).update(mine)
         rows = read_labels(folder)
         each = {row: pooled(runs, rows) for row, runs in found.items()}
+        slug = name.replace(" ", "-").replace("%", "")
+        write_said(self.out / "said" / f"{folder.name}-{slug}.csv", each)
         self.results.setdefault(name, {})[folder.name] = {
             "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in each.items()},
             "by seed": {row: p.by_seed.tolist() for row, p in each.items()},
@@ -169,6 +172,7 @@ class Proof:
             records = self.ablate(name, axis, labels, folder, seeds=self.args.seeds, split=k, seen=True)
             runs.update(runs_of(self.out / "runs", records)[DISTINIT])
         found = pooled(runs, read_labels(folder))
+        write_said(self.out / "said" / f"{folder.name}-seen.csv", {DISTINIT: found})
         self.results.setdefault("test videos seen", {})[folder.name] = {
             "accuracy": {DISTINIT: interval(found.right.mean(axis=0), found.groups)},
             "by seed": {DISTINIT: found.by_seed.tolist()},

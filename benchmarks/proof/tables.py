@@ -2,20 +2,28 @@
 
     python benchmarks/proof/tables.py OUT/results.json
     python benchmarks/proof/tables.py OUT/diagnostics.json
+    python benchmarks/proof/tables.py benchmarks/proof/said/har7-finetuned.csv
+
+The last computes accuracies, and gains of its first row over the others, from what every run said of every video: such
+files lie in OUT/said, and those of docs/results.md in said/ beside this script.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import folds
 from measuring import table
 
 
 def main() -> None:
+    if sys.argv[1].endswith(".csv"):
+        return print(of_videos(folds.read_said(Path(sys.argv[1]))))
     found = json.loads(Path(sys.argv[1]).read_text())
     if "filters vary in time" in found:
         print(motion(found))
@@ -25,6 +33,16 @@ def main() -> None:
     else:
         for name, of_set in found.items():
             print(f"\n{name}\n\n{rows(of_set)}")
+
+
+def of_videos(found: dict[str, folds.Pooled]) -> str:
+    """Rows of a csv of what was said."""
+    first, lines = next(iter(found.values())), []
+    for row, each in found.items():
+        seeds = ", ".join(f"{100 * value:.1f}" for value in each.by_seed)
+        change = _percent(folds.gain(first, each), sign=True) if each is not first else ""
+        lines.append([row, _percent(folds.interval(each.right.mean(axis=0), each.groups)), seeds, change])
+    return table(["row", "top 1, % [95 %]", "each seed", f"gain of {next(iter(found))} [95 %]"], lines)
 
 
 def real(sets: dict[str, Any]) -> str:
@@ -54,13 +72,16 @@ def motion(found: dict[str, Any]) -> str:
     for start, accuracy in found["accuracy"].items():
         vary = found["filters vary in time"][start]
         cells = [_percent(accuracy[frames]) for frames in ("ordered", "shuffled", "frozen")]
+        parts = found["what is right"][start]
+        cells += [f"{100 * parts[part]:.0f}" if part in parts else "" for part in ("thing", "way")]
         lines.append([start, *cells, f"{sum(vary) / len(vary):.3f}"])
-    text = table(["start", "top 1, % [95 %]", "frames shuffled", "frames frozen", "filters vary in time"], lines)
+    head = ["start", "top 1, % [95 %]", "frames shuffled", "frames frozen", "thing right", "way right"]
+    text = table([*head, "filters vary in time"], lines)
     gains = [[name, _percent(gain, sign=True)] for name, gain in found["gain"].items()]
     return f"{text}\n\n{table(['gain', 'points [95 %]'], gains)}"
 
 
-def _percent(values: list[float], *, sign: bool = False) -> str:
+def _percent(values: Sequence[float], *, sign: bool = False) -> str:
     mean, low, high = (100 * value for value in values)
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if sign else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
