@@ -44,6 +44,7 @@ DISTINIT = "DistInit"
 SCRATCH = "scratch"
 SAME = "scratch, the schedule of DistInit"
 LONG = "scratch, as many clips as both stages"
+BOTH_LONG = "DistInit, finetuned as long as that"
 EPOCH_CLIPS, RATE = 192, 0.02
 SCHEDULES = [(10, RATE), (30, RATE)]  # epochs of 192 clips, learning rate: the candidates, the same for both starts
 STARTS = (DISTINIT, SCRATCH)
@@ -138,7 +139,9 @@ class Proof:
                 axis[SAME] = start(SCRATCH, *ours)
                 if ours == theirs:  # the same run
                     del axis[SAME]
-                axis[LONG] = start(SCRATCH, ours[0] + math.ceil(self.args.clips / EPOCH_CLIPS), ours[1])
+                more_epochs = ours[0] + math.ceil(self.args.clips / EPOCH_CLIPS)
+                axis[LONG] = start(SCRATCH, more_epochs, ours[1])
+                axis[BOTH_LONG] = start(DISTINIT, more_epochs, ours[1])
             axis = {row: keys | more for row, keys in axis.items()}
             records = self.ablate(f"{name}-{folder.name}-{k}", axis, labels, folder, seeds=self.args.seeds, split=k)
             runs = runs_of(self.out / "runs", records)
@@ -239,7 +242,7 @@ def start(name: str, epochs: int, lr: float) -> dict[str, Any]:
     """Keys of a plan: how stage three begins, its epochs, its rate, a tenth after every third of them."""
     keys: dict[str, Any] = {"finetune.loop.epochs": epochs, "finetune.loop.lr": lr}
     keys["finetune.loop.step_epochs"] = -(-epochs // 3)
-    return keys | ({"finetune.init": "scratch"} if name != DISTINIT else {})
+    return keys | ({"finetune.init": "scratch"} if name == SCRATCH else {})
 
 
 def _distinit(*words: str, check: bool = True) -> None:
