@@ -23,6 +23,7 @@ from ..pipeline.targets.files import absolute
 from ..pipeline.targets.leave_out import leave_out_digest, without
 from ..pipeline.targets.picks import PickRule
 from ..pipeline.targets.store import TargetStore, check_moved
+from ..pipeline.training.bounds import DRAWS, TOO_LITTLE, LossBounds, loss_bounds
 from ..pipeline.training.checkpoint import (
     check_identity,
     claim_run_dir,
@@ -37,7 +38,7 @@ from ..pipeline.training.draws import split_held_out
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
 from ..pipeline.training.mixture import by_corpus
 from ..pipeline.training.ranks import Ranks
-from ..pipeline.training.sampler import TargetSampler, measure_entropies
+from ..pipeline.training.sampler import Draw, TargetSampler, measure_entropies
 from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
 from .config import write_config
 from .launch import across_ranks
@@ -105,6 +106,7 @@ def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
         mse_reduction=config.targets.mse_reduction,
         weights=config.targets.loss_weights,
     )
+    bounds = ranks.on_lead(lambda: _bounds(parts.train.sampler, objective, screen))
 
     def held_out() -> dict[str, float]:
         if parts.held_out is None:
@@ -137,7 +139,7 @@ def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
 
     def finish() -> dict[str, Any]:
         exported = _export(config, store, student, teachers, run_dir, result)
-        summary = _summary(config, parts, result, exported)
+        summary = _summary(config, parts, result, exported) | _learned(bounds, result, screen)
         write_atomically(run_dir / "result.json", json.dumps(plain(summary), indent=1).encode())
         return summary
 
@@ -271,6 +273,40 @@ def _with_progress(sampler: TargetSampler, count: int, screen: Screen) -> Iterat
         for found in measure_entropies(sampler, count):
             bar.advance(1)
             yield found
+
+
+def _bounds(sampler: TargetSampler, objective: Distillation, screen: Screen) -> LossBounds | None:
+    """What a loss of this training means, said before it begins; of its first draws, at most ten a video."""
+    count = min(DRAWS, 10 * len(sampler.videos))
+    with screen.progress("measuring targets", count, "draw") as bar:
+
+        def drawn() -> Iterator[Draw]:
+            for number in range(count):
+                yield sampler.draw(*divmod(number, sampler.epoch_clips))
+                bar.advance(1)
+
+        bounds = loss_bounds(drawn(), objective)
+    if bounds is not None:
+        screen.say(
+            f"loss of a student that says the same of every clip: {bounds.constant:.3f}; "
+            f"of one that knows every target: {bounds.perfect:.3f}"
+        )
+    return bounds
+
+
+def _learned(bounds: LossBounds | None, result: FitResult, screen: Screen) -> dict[str, Any]:
+    """For result.json, how far the student came between the two losses; a warning where that is next to nothing."""
+    if bounds is None:
+        return {"loss_of_a_constant": None, "loss_of_the_targets": None, "learned": None}
+    learned = bounds.learned(result.train_loss)
+    if learned < TOO_LITTLE:
+        screen.warn(
+            f"the student has learned next to nothing: loss {result.train_loss:.3f}, a constant guess has "
+            f"{bounds.constant:.3f}; try more loop.epochs, another loop.lr or a larger student.width"
+        )
+    else:
+        screen.say(f"learned {learned:.0%} of the way from a constant guess to the targets themselves")
+    return {"loss_of_a_constant": bounds.constant, "loss_of_the_targets": bounds.perfect, "learned": learned}
 
 
 def _build(config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]) -> Student:

@@ -37,7 +37,7 @@ from distinit.pipeline.students.export import load_student
 
 HERE = Path(__file__).resolve().parent
 STARTS = {"DistInit": "student", "inflated": "inflate:{teacher}", "scratch": "scratch"}
-SCHEDULES = [(20, 0.05), (20, 0.15)]  # epochs of 256 clips, learning rate
+SCHEDULES = [(20, 0.02), (20, 0.05), (20, 0.15)]  # epochs of 256 clips, learning rate
 
 
 def main() -> None:

@@ -83,6 +83,16 @@ def test_a_narrow_student_overfits_the_teachers_on_a_few_clips(tiny_store, tmp_p
         if line["kind"] == "epoch"
     ]
     assert result["loss"] < 0.7 * epochs[0]
+    assert result["loss_of_the_targets"] < result["loss"] < result["loss_of_a_constant"] < epochs[0]
+    constant = result["loss_of_a_constant"]
+    assert result["learned"] == pytest.approx((constant - result["loss"]) / (constant - result["loss_of_the_targets"]))
+
+
+def test_a_student_that_learned_nothing_is_told_of(tiny_store, tmp_path, capfd):
+    train_student(config(tiny_store, tmp_path / "run", loop={"lr": 1e-9}), Screen())
+    said = capfd.readouterr().err
+    assert "loss of a student that says the same of every clip" in said
+    assert "warning: the student has learned next to nothing" in said
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "squared-error"])
