@@ -2,10 +2,10 @@
 
     python benchmarks/proof/tables.py OUT/results.json
     python benchmarks/proof/tables.py OUT/diagnostics.json
-    python benchmarks/proof/tables.py benchmarks/proof/said/har7-finetuned.csv
+    python benchmarks/proof/tables.py benchmarks/proof/said/har7-finetuned.csv [ROW]
 
-The last computes accuracies, and gains of its first row over the others, from what every run said of every video: such
-files lie in OUT/said, and those of docs/results.md in said/ beside this script.
+The last computes accuracies, and gains of ROW (default the first) over the others from what
+every run said of every video: such files lie in OUT/said, and those of docs/results.md in said/ beside this script.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from measuring import table
 
 def main() -> None:
     if sys.argv[1].endswith(".csv"):
-        return print(of_videos(folds.read_said(Path(sys.argv[1]))))
+        return print(of_videos(folds.read_said(Path(sys.argv[1])), *sys.argv[2:3]))
     found = json.loads(Path(sys.argv[1]).read_text())
     if "filters vary in time" in found:
         print(motion(found))
@@ -35,14 +35,17 @@ def main() -> None:
             print(f"\n{name}\n\n{rows(of_set)}")
 
 
-def of_videos(found: dict[str, folds.Pooled]) -> str:
+def of_videos(found: dict[str, folds.Pooled], row: str | None = None) -> str:
     """Rows of a csv of what was said."""
-    first, lines = next(iter(found.values())), []
-    for row, each in found.items():
+    row = row or next(iter(found))
+    if row not in found:
+        raise SystemExit(f"{row}: not one of {', '.join(found)}")
+    lines = []
+    for name, each in found.items():
         seeds = ", ".join(f"{100 * value:.1f}" for value in each.by_seed)
-        change = _percent(folds.gain(first, each), sign=True) if each is not first else ""
-        lines.append([row, _percent(folds.interval(each.right.mean(axis=0), each.groups)), seeds, change])
-    return table(["row", "top 1, % [95 %]", "each seed", f"gain of {next(iter(found))} [95 %]"], lines)
+        change = _percent(folds.gain(found[row], each), sign=True) if name != row else ""
+        lines.append([name, _percent(folds.interval(each.right.mean(axis=0), each.groups)), seeds, change])
+    return table(["row", "top 1, % [95 %]", "each seed", f"gain of {row} [95 %]"], lines)
 
 
 def real(sets: dict[str, Any]) -> str:
