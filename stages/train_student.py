@@ -99,13 +99,7 @@ def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
         f"{options.epochs} epochs of {options.clips_per_epoch} clips from {len(parts.train.sampler.videos)} videos"
     )
     screen.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
-    objective = Distillation(
-        teachers,
-        loss=config.targets.loss,
-        tau=config.targets.tau,
-        mse_reduction=config.targets.mse_reduction,
-        weights=config.targets.loss_weights,
-    )
+    objective = _objective(config.targets, teachers)
     bounds = ranks.on_lead(lambda: _bounds(parts.train.sampler, objective, screen))
 
     def held_out() -> dict[str, float]:
@@ -273,6 +267,17 @@ def _with_progress(sampler: TargetSampler, count: int, screen: Screen) -> Iterat
         for found in measure_entropies(sampler, count):
             bar.advance(1)
             yield found
+
+
+def _objective(options: TargetOptions, teachers: tuple[str, ...]) -> Distillation:
+    """What the student learns: the losses of these teachers."""
+    return Distillation(
+        teachers,
+        loss=options.loss,
+        tau=options.tau,
+        mse_reduction=options.mse_reduction,
+        weights=options.loss_weights,
+    )
 
 
 def _bounds(sampler: TargetSampler, objective: Distillation, screen: Screen) -> LossBounds | None:

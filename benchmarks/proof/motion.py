@@ -8,8 +8,8 @@ length that was best on an inner split of the training videos (split2), with one
 same networks on test clips whose frames are shuffled or frozen, and how much the first filters vary in time.
 Interrupted, the same command goes on. OUT/results.json has the figures.
 
-The primary measure, fixed before anything ran: top 1 on the test side of split1, the mean over seeds, the paired
-difference of two starts with a 95 % bootstrap interval over videos (each has a scan of its own).
+The primary measure, fixed before the starts were compared: top 1 on the test side of split1, the mean over seeds, the
+paired difference of two starts with a 95 % bootstrap interval over videos (each has a scan of its own).
 """
 
 from __future__ import annotations
