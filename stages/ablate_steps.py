@@ -88,7 +88,10 @@ class StepMaker:
             seen["leave_out"] = leave_out_digest(config.leave_out)
             usable = without(self.store, usable, config.leave_out)
         loop = config.loop.for_videos(int(len(usable) * (1 - config.held_out)))
-        key = _digest(_bare(config, TRAIN), seen)
+        bare = _bare(config, TRAIN)
+        if list(teachers) == [name for name in self.store.teachers if name in teachers]:
+            bare["targets"]["teachers"] = None  # `seen` names them: a plan may name the store's teachers or leave it
+        key = _digest(bare, seen)
         return Step(TRAIN, key, _given(config), loop.total_steps * loop.batch_size, _network(config, config))
 
     def finetuning(self, cell: Cell, student: Step | None) -> Step:

@@ -168,6 +168,10 @@ def test_keys_follow_what_decides_an_outcome(tiny_store, home):
     assert set(keys(seeds=(1,))).isdisjoint(first)
     assert keys(base={"train-student": {"targets": {"tau": 2.0}}})[3] == first[3]  # scratch knows no targets
     assert set(keys(base={"train-student": {"targets": {"tau": 2.0}}})[:3]).isdisjoint(first)
+    named = {"train-student": {"targets": {"teachers": list(TargetStore.open(tiny_store.path).teachers)}}}
+    both = keys(base={"train-student": {"targets": {"teachers": None}}})
+    assert set(both[:3]).isdisjoint(first)  # the plan itself names one of two
+    assert keys(base=named) == both
     labels = (home / "labels.csv").read_text()
     (home / "labels.csv").write_text(labels.replace(",b,train", ",a,train", 1))
     assert set(keys()).isdisjoint(first)
