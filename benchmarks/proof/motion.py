@@ -3,8 +3,8 @@
     python benchmarks/proof/motion.py --out OUT [--actions ways]
 
 The corpus is that of motion_corpus.py; the teacher, a narrow ResNet-18 trained on still digits (object_teacher.py), is
-also what the inflated network is made of: all three starts are r3d_18 of the same width. Each has the learning rate and
-length that was best on an inner split of the training videos (split2), with one seed; then split1, all seeds. Then the
+also what the inflated network is made of: all three starts are r3d_18 of the same width. Each has the learning rate
+that was best on an inner split of the training videos (split2), with one seed; then split1, all seeds. Then the
 same networks on test clips whose frames are shuffled or frozen, and how much the first filters vary in time.
 Interrupted, the same command goes on. OUT/results.json has the figures.
 
@@ -28,6 +28,7 @@ import motion_corpus
 import numpy as np
 import object_teacher
 import yaml
+from diagnostics import seconds_of_students, select, variants
 from folds import Pooled, gain, interval, read_cells, runs_of, said_of, write_said
 from object_teacher import RESIZED, SIDE
 
@@ -37,7 +38,8 @@ from distinit.pipeline.students.export import load_student
 
 HERE = Path(__file__).resolve().parent
 STARTS = {"DistInit": "student", "inflated": "inflate:{teacher}", "scratch": "scratch"}
-SCHEDULES = [(20, 0.02), (20, 0.05), (20, 0.15)]  # epochs of 256 clips, learning rate
+RATE = 0.1  # of stage two
+EPOCHS = 20  # of finetuning, 256 clips each
 
 
 def main() -> None:
@@ -48,9 +50,15 @@ def main() -> None:
     motion_corpus.add_arguments(parser)
     parser.add_argument("--clips", type=int, default=12_000, help="clips of stage two")
     parser.add_argument("--images", type=int, default=48_000, help="still images that the teacher learns from")
+    rates = "finetuning's learning rates to choose from, the same for every start; one: nothing is chosen"
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.02, 0.05, 0.15], help=rates)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    known = variants([], RATE)
+    rows = "besides, DistInit with one thing changed in stage two: all, or some of " + ", ".join(known)
+    parser.add_argument("--vary", nargs="*", metavar="ROW", help=rows)
     args = parser.parse_args()
+    vary = select(known, args.vary) if args.vary is not None else {}
     out = args.out.resolve()
     corpus, teacher = out / "corpus", out / "object_teacher.pt"
     motion_corpus.make(corpus, args)
@@ -67,6 +75,8 @@ def main() -> None:
     proof = Proof(args, out, corpus, teacher)
     chosen = proof.choose()
     results = proof.compare(chosen)
+    if vary:
+        results["varied"] = proof.vary(vary, chosen["DistInit"])
     results["teacher"] = json.loads((out / "teacher.json").read_text())
     (out / "results.json").write_text(json.dumps(results, indent=1))
     print(json.dumps(results, indent=1))
@@ -79,21 +89,23 @@ class Proof:
         self.args, self.out, self.corpus = args, out, corpus
         self.inits = {start: init.format(teacher=teacher) for start, init in STARTS.items()}
 
-    def choose(self) -> dict[str, tuple[int, float]]:
-        """Of each start, the schedule with the best top 1 on the inner split; the shorter where equal."""
-        rows = {f"{start} {n} {lr:g}": (start, n, lr) for start in STARTS for n, lr in SCHEDULES}
+    def choose(self) -> dict[str, float]:
+        """Of each start, the rate with the best top 1 on the inner split; the lower where equal."""
+        if len(self.args.rates) == 1:
+            return dict.fromkeys(STARTS, self.args.rates[0])
+        rows = {f"{start} {lr:g}": (start, lr) for start in STARTS for lr in self.args.rates}
         records = self.ablate("choose", {name: self.keys(*row) for name, row in rows.items()}, self.args.seeds[:1], 2)
-        scores: dict[str, dict[tuple[int, float], float]] = defaultdict(dict)
+        scores: dict[str, dict[float, float]] = defaultdict(dict)
         for record in records:
-            start, n, lr = rows[record["row"]]
+            start, lr = rows[record["row"]]
             result = json.loads((self.out / "runs" / record["finetune"] / "result.json").read_text())
-            scores[start][n, lr] = result["metrics"]["top1"]["value"]
-        print({start: {str(k): round(v, 3) for k, v in mine.items()} for start, mine in scores.items()})
-        return {start: max(mine, key=lambda k: (round(mine[k], 6), -k[0])) for start, mine in scores.items()}
+            scores[start][lr] = result["metrics"]["top1"]["value"]
+        print({start: {f"{lr:g}": round(v, 3) for lr, v in mine.items()} for start, mine in scores.items()})
+        return {start: max(mine, key=lambda lr: (round(mine[lr], 6), -lr)) for start, mine in scores.items()}
 
-    def compare(self, chosen: dict[str, tuple[int, float]]) -> dict[str, Any]:
+    def compare(self, chosen: dict[str, float]) -> dict[str, Any]:
         """Accuracy of each start as it is and with frames shuffled or frozen; gains; variation of filters in time."""
-        axis = {start: self.keys(start, *chosen[start]) for start in STARTS}
+        axis = {start: self.keys(start, chosen[start]) for start in STARTS}
         runs = runs_of(self.out / "runs", self.ablate("compare", axis, self.args.seeds, 1))
         found = {start: {"ordered": self.right(mine.values())} for start, mine in runs.items()}
         for start, mine in runs.items():
@@ -104,7 +116,7 @@ class Proof:
         write_said(self.out / "said" / f"{self.args.actions}.csv", rows)
         students = {start: [self.student_of(run) for run in mine.values()] for start, mine in runs.items()}
         return {
-            "schedules": chosen,
+            "rates": chosen,
             "accuracy": {
                 start: {frames: interval(p.right.mean(axis=0), p.groups) for frames, p in mine.items()}
                 for start, mine in found.items()
@@ -120,17 +132,33 @@ class Proof:
             },
         }
 
-    def keys(self, start: str, epochs: int, lr: float) -> dict[str, Any]:
+    def vary(self, rows: dict[str, dict[str, Any]], lr: float) -> dict[str, Any]:
+        """Accuracy of rows with one thing changed in stage two, all finetuned with one rate; each one's gain over the
+        unchanged row; seconds of their students."""
+        plain = self.keys("DistInit", lr)
+        axis = {"DistInit": plain, **{row: plain | keys for row, keys in rows.items()}}
+        records = self.ablate("vary", axis, self.args.seeds, 1)
+        found = {row: self.right(mine.values()) for row, mine in runs_of(self.out / "runs", records).items()}
+        write_said(self.out / "said" / f"{self.args.actions}-varied.csv", found)
+        return {
+            "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in found.items()},
+            "by seed": {row: p.by_seed.tolist() for row, p in found.items()},
+            "what is right": {row: of_parts(p) for row, p in found.items()},
+            "gain": {row: gain(p, found["DistInit"]) for row, p in found.items() if row != "DistInit"},
+            "seconds of stage two": seconds_of_students(self.out / "runs", records),
+        }
+
+    def keys(self, start: str, lr: float) -> dict[str, Any]:
         """Of a plan: how stage three begins and its schedule, a tenth of the rate after every third of the epochs."""
-        keys: dict[str, Any] = {"finetune.loop.epochs": epochs, "finetune.loop.lr": lr}
-        keys["finetune.loop.step_epochs"] = -(-epochs // 3)
+        keys: dict[str, Any] = {"finetune.loop.epochs": EPOCHS, "finetune.loop.lr": lr}
+        keys["finetune.loop.step_epochs"] = -(-EPOCHS // 3)
         return keys | ({"finetune.init": self.inits[start]} if start != "DistInit" else {})
 
     def ablate(self, name: str, axis: dict[str, Any], seeds: list[int], split: int) -> list[dict[str, Any]]:
         """One `distinit ablate`; the cells."""
         loop = {"clip_norm": 5.0, "workers": 0, "threads": 1, "device": "cpu", "warmup_epochs": 1, "gamma": 0.1}
         loop |= {"batch_size": 16, "log_every": 50}
-        pretraining = {"epochs": 10, "epoch_clips": self.args.clips // 10, "lr": 0.1, "step_epochs": 6}
+        pretraining = {"epochs": 10, "epoch_clips": self.args.clips // 10, "lr": RATE, "step_epochs": 6}
         base = {
             "train-student": {
                 "student": {"architecture": "r3d_18", "width": self.args.width},

@@ -6,7 +6,8 @@ A FOLDER has `labels.csv` with columns path, label, source, split1, split2, spli
 one, no source on both sides. All videos of the folders (and of `--more`) are the unlabelled corpus; the students of a
 split have not seen its test videos (`--seen` adds students that have, without labels). The teacher is
 EfficientNet-Lite0 with its ImageNet weights. Every start has the schedule that was best on the training side alone: on
-an inner split of it, by source, for each data set and fold. Interrupted, the same command goes on.
+an inner split of it, by source, for each data set and fold. There an epoch has two thirds of the clips, as there are
+two thirds of the videos. Interrupted, the same command goes on.
 
 The primary measure, fixed before anything ran: top 1 of the three test folds pooled, the mean over seeds, and the
 paired difference with a 95 % bootstrap interval over sources. OUT/results.json has it, with a linear probe and
@@ -45,8 +46,10 @@ SCRATCH = "scratch"
 SAME = "scratch, the schedule of DistInit"
 LONG = "scratch, as many clips as both stages"
 BOTH_LONG = "DistInit, finetuned as long as that"
-EPOCH_CLIPS, RATE = 192, 0.02
-SCHEDULES = [(10, RATE), (30, RATE)]  # epochs of 192 clips, learning rate: the candidates, the same for both starts
+BESIDE = {"same": (SAME,), "long": (LONG, BOTH_LONG)}
+EPOCH_CLIPS = 192
+INNER_CLIPS = EPOCH_CLIPS * 2 // 3
+TEACHER = "efficientnet_lite0"
 STARTS = (DISTINIT, SCRATCH)
 MEASURES = ("finetuned", "probe", "tenth")
 SHARE = 0.1
@@ -57,9 +60,20 @@ def main() -> None:
     add_arguments(parser)
     seen = "besides, students that have seen the test videos without labels"
     parser.add_argument("--seen", action="store_true", help=seen)
-    parser.add_argument("--epochs", type=int, help=f"of {EPOCH_CLIPS} clips, for both starts: nothing is chosen")
+    candidates = "a start has the best of these, each with each of the {}; one candidate: nothing is chosen"
+    epochs = f"epochs of {EPOCH_CLIPS} clips: " + candidates.format("rates")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[60], help=epochs)
+    rates = "learning rates of finetuning: " + candidates.format("epochs")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.06], help=rates)
+    beside = "besides: scratch by DistInit's schedule; both for as many clips as stages two and three have together"
+    parser.add_argument("--beside", nargs="+", choices=BESIDE, default=[], help=beside)
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="some of the measures")
+    parser.add_argument("--sets", nargs="+", metavar="NAME", help="of the labelled sets, those to measure; default all")
     args = parser.parse_args()
+    measured = [folder for folder in args.folders if folder.name in (args.sets or [folder.name])]
+    for name in args.sets or ():
+        if name not in (known := [folder.name for folder in args.folders]):
+            raise SystemExit(f"--sets {name}: not one of {', '.join(known)}")
     out = args.out.resolve()
     lists = out / "lists"
     lists.mkdir(parents=True, exist_ok=True)
@@ -67,18 +81,18 @@ def main() -> None:
     sources = [f"{folder.name}={folder.resolve()}" for folder in [*args.folders, *args.more]]
     if not args.store:
         prepare = ["prepare", *sources, "--out", str(out / "copies"), "--size", "64x85", "--gop", "8"]
-        _distinit(*prepare, check=False)  # files that cannot be read are listed and left out: exit 1 says so
+        run_distinit(*prepare, check=False)  # files that cannot be read are listed and left out: exit 1 says so
         extract = ["extract-targets", *sources, "--out", str(out / "targets.zarr"), "--every", "2"]
-        _distinit(*extract, "--teacher", "efficientnet_lite0", check=False)
+        run_distinit(*extract, "--teacher", TEACHER, check=False)
     write_leave_out(lists, args.folders)
     proof = Proof(args, out, lists, [source.partition("=")[0] for source in sources])
-    for folder in args.folders:
+    for folder in measured:
         proof.choose(folder)
     measures = {"finetuned": proof.compare, "probe": proof.probe, "tenth": proof.few_labels}
     for name in args.only:
-        for folder in args.folders:
+        for folder in measured:
             measures[name](folder)
-    for folder in args.folders if args.seen else ():
+    for folder in measured if args.seen else ():
         proof.seen(folder)
     print(json.dumps(proof.results, indent=1))
     print(f"{(time.time() - began) / 60:.0f} minutes in this run")
@@ -93,13 +107,14 @@ class Proof:
         self.chosen: dict[tuple[str, int, str], tuple[int, float]] = {}
 
     def choose(self, folder: Path) -> None:
-        """The schedule of each start with the best top 1 on the inner test side, by fold; the shorter where equal."""
-        if self.args.epochs:
-            self.chosen |= {(folder.name, k, name): (self.args.epochs, RATE) for k in SPLITS for name in STARTS}
+        """The schedule of each start with the best top 1 on the inner test side, by fold; the first where equal."""
+        candidates = [(epochs, lr) for epochs in sorted(self.args.epochs) for lr in sorted(self.args.rates)]
+        if len(candidates) == 1:
+            self.chosen |= {(folder.name, k, name): candidates[0] for k in SPLITS for name in STARTS}
             return
         labels = write_inner(self.lists, folder)
-        rows = {f"{name} {epochs} {lr:g}": (name, epochs, lr) for name in STARTS for epochs, lr in SCHEDULES}
-        axis = {row: start(*chosen) for row, chosen in rows.items()}
+        rows = {f"{name} {epochs} {lr:g}": (name, epochs, lr) for name in STARTS for epochs, lr in candidates}
+        axis = {row: start(*chosen) | {"finetune.loop.epoch_clips": INNER_CLIPS} for row, chosen in rows.items()}
         records = self.ablate(f"choose-{folder.name}", axis, labels, folder, seeds=[self.args.seeds[0]])
         for k in SPLITS:
             scores: dict[str, float] = {}
@@ -109,7 +124,7 @@ class Proof:
                     scores[record["row"]] = result["metrics"]["top1"]["value"]
             for name in STARTS:
                 mine = [(row, rows[row][1:]) for row in scores if rows[row][0] == name]
-                best = max(mine, key=lambda item: (round(scores[item[0]], 6), -item[1][0]))
+                best = max(mine, key=lambda item: round(scores[item[0]], 6))  # the first of equal ones
                 self.chosen[folder.name, k, name] = best[1]
             print(f"{folder.name}, fold {k}: {scores} -> {[self.chosen[folder.name, k, s] for s in STARTS]}")
 
@@ -135,17 +150,17 @@ class Proof:
         for k in SPLITS:
             ours, theirs = (self.chosen[folder.name, k, each] for each in STARTS)
             axis = {DISTINIT: start(DISTINIT, *ours), SCRATCH: start(SCRATCH, *theirs)}
-            if same:
+            beside = self.args.beside if same else []
+            if "same" in beside and ours != theirs:  # else the same run
                 axis[SAME] = start(SCRATCH, *ours)
-                if ours == theirs:  # the same run
-                    del axis[SAME]
+            if "long" in beside:
                 more_epochs = ours[0] + math.ceil(self.args.clips / EPOCH_CLIPS)
-                axis[LONG] = start(SCRATCH, more_epochs, ours[1])
+                axis[LONG] = start(SCRATCH, more_epochs, theirs[1])
                 axis[BOTH_LONG] = start(DISTINIT, more_epochs, ours[1])
             axis = {row: keys | more for row, keys in axis.items()}
             records = self.ablate(f"{name}-{folder.name}-{k}", axis, labels, folder, seeds=self.args.seeds, split=k)
             runs = runs_of(self.out / "runs", records)
-            if same and ours == theirs:
+            if "same" in beside and ours == theirs:
                 runs[SAME] = runs[SCRATCH]
             for row, mine in runs.items():
                 found.setdefault(row, {}).update(mine)
@@ -204,7 +219,7 @@ class Proof:
         for corpus in self.corpora:
             words += ["--videos", f"{corpus}={self.copies}"]
         words += ["--dataset", f"csv:{labels.resolve()}={root.resolve()}", "--out", str(self.out / "runs")]
-        _distinit(*words, *(["--workers", str(self.args.workers)] if self.args.workers > 1 else []))
+        run_distinit(*words, *(["--workers", str(self.args.workers)] if self.args.workers > 1 else []))
         shutil.copy(self.out / "runs" / "cells.json", plans / f"{slug}.cells.json")
         return read_cells(plans / f"{slug}.cells.json")
 
@@ -212,7 +227,8 @@ class Proof:
         """The run tested on clips without their order or without motion."""
         folder = self.out / frames / run.name
         if not (folder / "result.json").exists():
-            _distinit("evaluate", str(run), "--test-frames", frames, "--out", str(folder), "--device", "cpu", "--quiet")
+            words = ["evaluate", str(run), "--test-frames", frames, "--out", str(folder)]
+            run_distinit(*words, "--device", "cpu", "--quiet")
         return folder
 
     @property
@@ -222,10 +238,11 @@ class Proof:
     def base(self, *, seen: bool = False) -> dict[str, Any]:
         """What all runs share; seen: the students have seen the test videos."""
         loop = {"clip_norm": 5.0, "workers": 0, "threads": 1, "device": "cpu", "warmup_epochs": 1, "log_every": 50}
-        pretraining = {"batch_size": 16, "epochs": 10, "epoch_clips": self.args.clips // 10, "lr": 0.1}
+        pretraining = {"batch_size": 16, "epochs": 10, "epoch_clips": self.args.clips // 10, "lr": self.args.lr}
         student = {
             "student": {"width": self.args.width},
             "clips": {"length": 8, "size": 56, "resize": [64, 85]},
+            "targets": {"teachers": [TEACHER]},  # diagnostics.py may have added another
             "loop": {**loop, **pretraining, "step_epochs": 6, "gamma": 0.1},
         }
         if not seen:
@@ -245,8 +262,9 @@ def start(name: str, epochs: int, lr: float) -> dict[str, Any]:
     return keys | ({"finetune.init": "scratch"} if name == SCRATCH else {})
 
 
-def _distinit(*words: str, check: bool = True) -> None:
-    done = subprocess.run([sys.executable, "-m", "distinit", *words])
+def run_distinit(*words: str, check: bool = True, cwd: Path | None = None) -> None:
+    """The command; SystemExit where it fails, unless told that files may be left out (exit 1)."""
+    done = subprocess.run([sys.executable, "-m", "distinit", *words], cwd=cwd)
     if done.returncode and (check or done.returncode != 1):
         raise SystemExit(f"distinit {words[0]} ended with {done.returncode}")
 
@@ -259,7 +277,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, help="a store made before, with --copies; else both are made")
     parser.add_argument("--copies", type=Path)
     parser.add_argument("--width", type=float, default=0.125)
-    parser.add_argument("--clips", type=int, default=10_000, help="clips of stage two")
+    parser.add_argument("--clips", type=int, default=25_000, help="clips of stage two")
+    parser.add_argument("--lr", type=float, default=0.3, help="stage two's learning rate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
 

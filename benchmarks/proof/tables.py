@@ -81,7 +81,8 @@ def motion(found: dict[str, Any]) -> str:
     head = ["start", "top 1, % [95 %]", "frames shuffled", "frames frozen", "thing right", "way right"]
     text = table([*head, "filters vary in time"], lines)
     gains = [[name, _percent(gain, sign=True)] for name, gain in found["gain"].items()]
-    return f"{text}\n\n{table(['gain', 'points [95 %]'], gains)}"
+    text = f"{text}\n\n{table(['gain', 'points [95 %]'], gains)}"
+    return text + (f"\n\n{rows(found['varied'])}" if "varied" in found else "")
 
 
 def _percent(values: Sequence[float], *, sign: bool = False) -> str:
