@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import real_videos
+import second_teacher
 from folds import SPLITS, gain, interval, pooled, read_labels, runs_of, write_said
 from real_videos import DISTINIT, SCRATCH, TEACHER, Proof, run_distinit, start
 
 HERE = Path(__file__).resolve().parent
-SECOND = "efficientnet_lite1"
 SCHEDULE = (30, 0.02)  # epochs of 192 clips, learning rate
 FRAMES = ("shuffled", "frozen")
 
@@ -60,11 +60,10 @@ def seconds_of_students(runs: Path, records: list[dict[str, Any]]) -> dict[str, 
 
 def add_second_teacher(store: Path, folders: list[Path]) -> None:
     """The same frames as the first teacher's; what is done is left alone."""
-    from second_teacher import OPTIONS  # its packages are needed for this alone
-
-    options = [word for key, value in OPTIONS.items() for word in ("--teacher-option", f"{key}={value}")]
-    words = ["extract-targets", *(f"{folder.name}={folder.resolve()}" for folder in folders), "--out", str(store)]
-    run_distinit(*words, "--every", "2", "--teacher", "second_teacher:build", *options, check=False, cwd=HERE)
+    options = [word for key, value in second_teacher.OPTIONS.items() for word in ("--teacher-option", f"{key}={value}")]
+    words = ["extract-targets", *(f"{folder.name}={folder.resolve()}" for folder in folders)]
+    words += ["--out", str(store.resolve()), "--every", "2", "--teacher", "second_teacher:build", *options]
+    run_distinit(*words, check=False, cwd=HERE)
 
 
 def main() -> None:
@@ -77,7 +76,7 @@ def main() -> None:
     names = [folder.name for folder in [*args.folders, *args.more]]
     rows = variants([folder.name for folder in args.folders], args.lr)
     if args.second_teacher:
-        rows["two teachers"] = {"train-student.targets.teachers": [TEACHER, SECOND]}
+        rows["two teachers"] = {"train-student.targets.teachers": [TEACHER, second_teacher.NAME]}
     wanted = select(rows, args.rows or [])
     out = args.out.resolve()
     if args.second_teacher:

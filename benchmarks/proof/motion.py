@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,6 +29,7 @@ import yaml
 from diagnostics import seconds_of_students, select, variants
 from folds import Pooled, gain, interval, read_cells, runs_of, said_of, write_said
 from object_teacher import RESIZED, SIDE
+from real_videos import run_distinit
 
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.figures.filters import variation_over_time
@@ -70,8 +69,8 @@ def main() -> None:
     words += ["--teacher-option", f"resize={object_teacher.RESIZED}"]
     for key in ("mean", "std"):
         words += ["--teacher-option", f"{key}={','.join(map(str, getattr(object_teacher, key.upper())))}"]
-    _distinit("extract-targets", f"motion={corpus}", "--out", str(out / "targets.zarr"), *words, "--every", "2",
-              "--teacher-weights", str(teacher))  # fmt: skip
+    run_distinit("extract-targets", f"motion={corpus}", "--out", str(out / "targets.zarr"), *words, "--every", "2",
+                 "--teacher-weights", str(teacher), cwd=HERE)  # fmt: skip
     proof = Proof(args, out, corpus, teacher)
     chosen = proof.choose()
     results = proof.compare(chosen)
@@ -177,7 +176,7 @@ class Proof:
         file.write_text(yaml.safe_dump(plan, sort_keys=False))
         words = ["ablate", str(file), "--targets", str(self.out / "targets.zarr"), "--out", str(self.out / "runs")]
         words += ["--dataset", f"csv:{self.corpus / 'labels.csv'}"]
-        _distinit(*words, *(["--workers", str(self.args.workers)] if self.args.workers > 1 else []))
+        run_distinit(*words, *(["--workers", str(self.args.workers)] if self.args.workers > 1 else []), cwd=HERE)
         shutil.copy(self.out / "runs" / "cells.json", self.out / f"{name}.cells.json")
         return read_cells(self.out / f"{name}.cells.json")
 
@@ -185,7 +184,8 @@ class Proof:
         """The run tested on clips without their order or without motion."""
         folder = self.out / frames / run.name
         if not (folder / "result.json").exists():
-            _distinit("evaluate", str(run), "--test-frames", frames, "--out", str(folder), "--device", "cpu", "--quiet")
+            words = ["evaluate", str(run), "--test-frames", frames, "--out", str(folder)]
+            run_distinit(*words, "--device", "cpu", "--quiet", cwd=HERE)
         return folder
 
     def right(self, runs: Iterable[Path]) -> Pooled:
@@ -216,12 +216,6 @@ def of_parts(found: Pooled) -> dict[str, float]:
 def _first_filters(run: Path) -> np.ndarray:
     """[filters, 3, t, h, w] of the first convolution."""
     return np.asarray(load_student(run).backbone.stem[0].weight.detach())
-
-
-def _distinit(*words: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "distinit", *words], cwd=HERE)
-    if done.returncode:
-        raise SystemExit(f"distinit {words[0]} ended with {done.returncode}")
 
 
 if __name__ == "__main__":

