@@ -48,14 +48,17 @@ def select(rows: dict[str, dict[str, Any]], names: list[str]) -> dict[str, dict[
     return {row: keys for row, keys in rows.items() if not names or row in names}
 
 
-def seconds_of_students(runs: Path, records: list[dict[str, Any]]) -> dict[str, float]:
-    """Row → mean seconds of its students, of the cells of an ablation in RUNS."""
+def of_students(runs: Path, records: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Row → of its students, seed by seed and fold by fold: seconds, and how much of the way from a constant guess to
+    their targets they have learned; of the cells of an ablation in RUNS."""
     seconds = json.loads((runs / "seconds.json").read_text())
-    found: dict[str, list[float]] = {}
+    found: dict[str, dict[str, list[float]]] = {"seconds of stage two": {}, "learned": {}}
     for record in records:
         if record["student"]:
-            found.setdefault(record["row"], []).append(seconds[Path(record["student"]).name])
-    return {row: sum(each) / len(each) for row, each in found.items()}
+            learned = json.loads((runs / record["student"] / "result.json").read_text())["learned"]
+            found["seconds of stage two"].setdefault(record["row"], []).append(seconds[Path(record["student"]).name])
+            found["learned"].setdefault(record["row"], []).append(learned)
+    return found
 
 
 def add_second_teacher(store: Path, folders: list[Path]) -> None:
@@ -106,7 +109,7 @@ def measure(proof: Proof, folder: Path, rows: dict[str, dict[str, Any]]) -> dict
     return {
         "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in found.items()},
         "gain": {row: gain(p, found[_beside(row)]) for row, p in found.items() if row != DISTINIT},
-        "seconds of stage two": seconds_of_students(proof.out / "runs", records),
+        **of_students(proof.out / "runs", records),
         "folds": len(SPLITS),
         "seeds": seeds,
     }

@@ -6,7 +6,7 @@ The corpus is that of motion_corpus.py; the teacher, a narrow ResNet-18 trained 
 also what the inflated network is made of: all three starts are r3d_18 of the same width. Each has the learning rate
 that was best on an inner split of the training videos (split2), with one seed; then split1, all seeds. Then the
 same networks on test clips whose frames are shuffled or frozen, and how much the first filters vary in time.
-Interrupted, the same command goes on. OUT/results.json has the figures.
+Interrupted, the same command goes on. OUT/results.json has the figures, the screen shows them.
 
 The primary measure, fixed before the starts were compared: top 1 on the test side of split1, the mean over seeds, the
 paired difference of two starts with a 95 % bootstrap interval over videos (each has a scan of its own).
@@ -25,8 +25,9 @@ from typing import Any
 import motion_corpus
 import numpy as np
 import object_teacher
+import tables
 import yaml
-from diagnostics import seconds_of_students, select, variants
+from diagnostics import of_students, select, variants
 from folds import Pooled, gain, interval, read_cells, runs_of, said_of, write_said
 from object_teacher import RESIZED, SIDE
 from real_videos import run_distinit
@@ -78,7 +79,7 @@ def main() -> None:
         results["varied"] = proof.vary(vary, chosen["DistInit"])
     results["teacher"] = json.loads((out / "teacher.json").read_text())
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(json.dumps(results, indent=1))
+    print(tables.motion(results))
 
 
 class Proof:
@@ -105,7 +106,8 @@ class Proof:
     def compare(self, chosen: dict[str, float]) -> dict[str, Any]:
         """Accuracy of each start as it is and with frames shuffled or frozen; gains; variation of filters in time."""
         axis = {start: self.keys(start, chosen[start]) for start in STARTS}
-        runs = runs_of(self.out / "runs", self.ablate("compare", axis, self.args.seeds, 1))
+        records = self.ablate("compare", axis, self.args.seeds, 1)
+        runs = runs_of(self.out / "runs", records)
         found = {start: {"ordered": self.right(mine.values())} for start, mine in runs.items()}
         for start, mine in runs.items():
             for frames in ("shuffled", "frozen"):
@@ -126,6 +128,7 @@ class Proof:
                 f"{a} over {b}": gain(found[a]["ordered"], found[b]["ordered"])
                 for a, b in (("DistInit", "inflated"), ("DistInit", "scratch"), ("inflated", "scratch"))
             },
+            "learned": of_students(self.out / "runs", records)["learned"],
             "filters vary in time": {
                 start: [variation_over_time(_first_filters(run)) for run in mine] for start, mine in students.items()
             },
@@ -133,7 +136,7 @@ class Proof:
 
     def vary(self, rows: dict[str, dict[str, Any]], lr: float) -> dict[str, Any]:
         """Accuracy of rows with one thing changed in stage two, all finetuned with one rate; each one's gain over the
-        unchanged row; seconds of their students."""
+        unchanged row; seconds of their students, and how much these have learned."""
         plain = self.keys("DistInit", lr)
         axis = {"DistInit": plain, **{row: plain | keys for row, keys in rows.items()}}
         records = self.ablate("vary", axis, self.args.seeds, 1)
@@ -144,7 +147,7 @@ class Proof:
             "by seed": {row: p.by_seed.tolist() for row, p in found.items()},
             "what is right": {row: of_parts(p) for row, p in found.items()},
             "gain": {row: gain(p, found["DistInit"]) for row, p in found.items() if row != "DistInit"},
-            "seconds of stage two": seconds_of_students(self.out / "runs", records),
+            **of_students(self.out / "runs", records),
         }
 
     def keys(self, start: str, lr: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -65,8 +66,9 @@ def rows(found: dict[str, Any]) -> str:
     for row, accuracy in found["accuracy"].items():
         gain, seconds = found["gain"].get(row), found["seconds of stage two"].get(row)
         change = _percent(gain, sign=True) if gain else ""
-        lines.append([row, _percent(accuracy), change, f"{seconds:.0f}" if seconds else ""])
-    return table(["row", "top 1, % [95 %]", "change [95 %]", "stage two, s"], lines)
+        learned = ", ".join(f"{100 * value:.0f}" for value in found["learned"].get(row, []))
+        lines.append([row, learned, _percent(accuracy), change, f"{fmean(seconds):.0f}" if seconds else ""])
+    return table(["row", "learned, %", "top 1, % [95 %]", "change [95 %]", "stage two, s"], lines)
 
 
 def motion(found: dict[str, Any]) -> str:
@@ -77,7 +79,7 @@ def motion(found: dict[str, Any]) -> str:
         cells = [_percent(accuracy[frames]) for frames in ("ordered", "shuffled", "frozen")]
         parts = found["what is right"][start]
         cells += [f"{100 * parts[part]:.0f}" if part in parts else "" for part in ("thing", "way")]
-        lines.append([start, *cells, f"{sum(vary) / len(vary):.3f}"])
+        lines.append([start, *cells, f"{fmean(vary):.3f}"])
     head = ["start", "top 1, % [95 %]", "frames shuffled", "frames frozen", "thing right", "way right"]
     text = table([*head, "filters vary in time"], lines)
     gains = [[name, _percent(gain, sign=True)] for name, gain in found["gain"].items()]
