@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--backgrounds", type=Path, default=motion_corpus.DEMO)
     parser.add_argument("--width", type=float, default=0.25)
     motion_corpus.add_arguments(parser)
-    parser.add_argument("--clips", type=int, default=12_000, help="clips of stage two")
+    parser.add_argument("--clips", type=int, default=30_000, help="clips of stage two")
     parser.add_argument("--images", type=int, default=48_000, help="still images that the teacher learns from")
     rates = "finetuning's learning rates to choose from, the same for every start; one: nothing is chosen"
     parser.add_argument("--rates", nargs="+", type=float, default=[0.02, 0.05, 0.15], help=rates)
@@ -111,6 +111,7 @@ class Proof:
         found = {start: {"ordered": self.right(mine.values())} for start, mine in runs.items()}
         for start, mine in runs.items():
             for frames in ("shuffled", "frozen"):
+                print(f"{start}, frames of the test clips {frames}:", flush=True)
                 tested = [self.tested(run, frames) for run in mine.values()]
                 found[start][frames] = self.right(tested)
         rows = {f"{start}, {frames}": p for start, mine in found.items() for frames, p in mine.items()}

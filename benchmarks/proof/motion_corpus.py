@@ -191,6 +191,7 @@ def make(out: Path, args: argparse.Namespace, *, seed: int = 0) -> None:
     cut = len(behind) // 4  # backgrounds of test videos
     places = {"test": behind[:cut], "train": behind[cut:], "": behind[cut:]}
     rows = []
+    print(f"making {len(labelled) + len(free)} videos in {out}", flush=True)
     for number, (side, action) in enumerate([*labelled, *free]):
         thing = pool.take(action.thing)
         mine, other = (int(i) for i in draw.choice(len(places[side]), 2, replace=False))
