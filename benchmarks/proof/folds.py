@@ -41,13 +41,12 @@ def write_leave_out(out: Path, folders: Sequence[Path]) -> None:
         (out / f"test{k}.txt").write_text("".join(f"{name}\n" for name in names))
 
 
-def write_inner(out: Path, folder: Path) -> Path:
-    """A csv whose split K divides the training side of split K once more, by source: for choosing a schedule.
+def inner(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose split K divides the training side of split K once more, by source: for choosing a schedule.
 
     Of each class the sources with the smallest hashes, about a third of them, are the inner test side.
     """
-    rows = read_labels(folder)
-    inner = [dict(row) for row in rows]
+    made = [dict(row) for row in rows]
     for k in SPLITS:
         sources: dict[str, set[str]] = defaultdict(set)
         for row in rows:
@@ -58,16 +57,15 @@ def write_inner(out: Path, folder: Path) -> Path:
             for label, names in sources.items()
             for name in sorted(names, key=_hash)[: max(1, round(len(names) / 3))]
         }
-        for row, made in zip(rows, inner, strict=True):
+        for row, one in zip(rows, made, strict=True):
             side = "test" if (row["label"], row["source"]) in tested else "train"
-            made[f"split{k}"] = side if _on(row, k, "train") else ""
-    return _write(out / f"inner-{folder.name}.csv", inner)
+            one[f"split{k}"] = side if _on(row, k, "train") else ""
+    return made
 
 
-def write_share(out: Path, folder: Path, share: float) -> Path:
-    """A csv with that share of each class's training videos, those with the smallest hashes; test sides are whole."""
-    rows = read_labels(folder)
-    few = [dict(row) for row in rows]
+def few(rows: Sequence[Row], share: float) -> list[Row]:
+    """Rows with that share of each class's training videos, those with the smallest hashes; test sides are whole."""
+    made = [dict(row) for row in rows]
     for k in SPLITS:
         of_class: dict[str, list[str]] = defaultdict(list)
         for row in rows:
@@ -78,10 +76,19 @@ def write_share(out: Path, folder: Path, share: float) -> Path:
             for names in of_class.values()
             for name in sorted(names, key=_hash)[: max(1, round(share * len(names)))]
         }
-        for row, made in zip(rows, few, strict=True):
+        for row, one in zip(rows, made, strict=True):
             if _on(row, k, "train") and row["path"] not in kept:
-                made[f"split{k}"] = ""
-    return _write(out / f"share{share:g}-{folder.name}.csv", few)
+                one[f"split{k}"] = ""
+    return made
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> Path:
+    """A csv of labels for `--dataset csv:PATH`."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 @dataclass(frozen=True)
@@ -204,11 +211,3 @@ def _on(row: Row, split: int, side: str) -> bool:
 
 def _hash(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
-
-
-def _write(path: Path, rows: list[Row]) -> Path:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path

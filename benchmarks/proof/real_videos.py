@@ -7,7 +7,8 @@ one, no source on both sides. All videos of the folders (and of `--more`) are th
 split have not seen its test videos (`--seen` adds students that have, without labels). The teacher is
 EfficientNet-Lite0 with its ImageNet weights. Every start has the schedule that was best on the training side alone: on
 an inner split of it, by source, for each data set and fold. There an epoch has two thirds of the clips, as there are
-two thirds of the videos. Interrupted, the same command goes on.
+two thirds of the videos. With a tenth of the labels it is chosen anew, among the same rates. Interrupted, the same
+command goes on.
 
 The primary measure, fixed before anything ran: top 1 of the three test folds pooled, the mean over seeds, and the
 paired difference with a 95 % bootstrap interval over sources. OUT/results.json has it, with a linear probe and
@@ -29,16 +30,17 @@ from typing import Any
 import yaml
 from folds import (
     SPLITS,
+    few,
     gain,
+    inner,
     interval,
     pooled,
     read_cells,
     read_labels,
     runs_of,
-    write_inner,
     write_leave_out,
+    write_rows,
     write_said,
-    write_share,
 )
 
 DISTINIT = "DistInit"
@@ -48,11 +50,13 @@ LONG = "scratch, as many clips as both stages"
 BOTH_LONG = "DistInit, finetuned as long as that"
 BESIDE = {"same": (SAME,), "long": (LONG, BOTH_LONG)}
 EPOCH_CLIPS = 192
-INNER_CLIPS = EPOCH_CLIPS * 2 // 3
+FEW_CLIPS, FEW_EPOCHS = 48, 30  # with a tenth of the labels: each video is seen about as often
 TEACHER = "efficientnet_lite0"
 STARTS = (DISTINIT, SCRATCH)
 MEASURES = ("finetuned", "probe", "tenth")
 SHARE = 0.1
+
+Chosen = dict[tuple[int, str], tuple[int, float]]  # fold, start → epochs, learning rate
 
 
 def main() -> None:
@@ -87,7 +91,7 @@ def main() -> None:
     write_leave_out(lists, args.folders)
     proof = Proof(args, out, lists, [source.partition("=")[0] for source in sources])
     for folder in measured:
-        proof.choose(folder)
+        proof.chosen[folder.name] = proof.choose(folder)
     measures = {"finetuned": proof.compare, "probe": proof.probe, "tenth": proof.few_labels}
     for name in args.only:
         for folder in measured:
@@ -104,18 +108,23 @@ class Proof:
     def __init__(self, args: argparse.Namespace, out: Path, lists: Path, corpora: list[str]) -> None:
         self.args, self.out, self.lists, self.corpora = args, out, lists, corpora
         self.results: dict[str, Any] = {}
-        self.chosen: dict[tuple[str, int, str], tuple[int, float]] = {}
+        self.chosen: dict[str, Chosen] = {}  # by data set, with all labels
 
-    def choose(self, folder: Path) -> None:
-        """The schedule of each start with the best top 1 on the inner test side, by fold; the first where equal."""
-        candidates = [(epochs, lr) for epochs in sorted(self.args.epochs) for lr in sorted(self.args.rates)]
+    def choose(self, folder: Path, share: float = 1) -> Chosen:
+        """The schedule of each start with the best top 1 on the inner test side, by fold; the first where equal. From
+        that share of the inner training side."""
+        some = share < 1
+        clips, epochs = (FEW_CLIPS, [FEW_EPOCHS]) if some else (EPOCH_CLIPS, sorted(self.args.epochs))
+        candidates = [(length, lr) for length in epochs for lr in sorted(self.args.rates)]
         if len(candidates) == 1:
-            self.chosen |= {(folder.name, k, name): candidates[0] for k in SPLITS for name in STARTS}
-            return
-        labels = write_inner(self.lists, folder)
-        rows = {f"{name} {epochs} {lr:g}": (name, epochs, lr) for name in STARTS for epochs, lr in candidates}
-        axis = {row: start(*chosen) | {"finetune.loop.epoch_clips": INNER_CLIPS} for row, chosen in rows.items()}
-        records = self.ablate(f"choose-{folder.name}", axis, labels, folder, seeds=[self.args.seeds[0]])
+            return {(k, name): candidates[0] for k in SPLITS for name in STARTS}
+        videos = inner(read_labels(folder))
+        prefix = f"share{share:g}-" if some else ""
+        labels = write_rows(self.lists / f"{prefix}inner-{folder.name}.csv", few(videos, share) if some else videos)
+        rows = {f"{name} {length} {lr:g}": (name, length, lr) for name in STARTS for length, lr in candidates}
+        axis = {row: start(*mine) | {"finetune.loop.epoch_clips": clips * 2 // 3} for row, mine in rows.items()}
+        records = self.ablate(f"{prefix}choose-{folder.name}", axis, labels, folder, seeds=[self.args.seeds[0]])
+        chosen: Chosen = {}
         for k in SPLITS:
             scores: dict[str, float] = {}
             for record in records:
@@ -125,8 +134,9 @@ class Proof:
             for name in STARTS:
                 mine = [(row, rows[row][1:]) for row in scores if rows[row][0] == name]
                 best = max(mine, key=lambda item: round(scores[item[0]], 6))  # the first of equal ones
-                self.chosen[folder.name, k, name] = best[1]
-            print(f"{folder.name}, fold {k}: {scores} -> {[self.chosen[folder.name, k, s] for s in STARTS]}")
+                chosen[k, name] = best[1]
+            print(f"{prefix}{folder.name}, fold {k}: {scores} -> {[chosen[k, name] for name in STARTS]}")
+        return chosen
 
     def compare(self, folder: Path) -> None:
         """The primary measure."""
@@ -139,16 +149,28 @@ class Proof:
         self.measure("linear probe", folder, folder / "labels.csv", more, same=False)
 
     def few_labels(self, folder: Path) -> None:
-        """A tenth of the labels, 640 clips of them."""
-        labels = write_share(self.lists, folder, SHARE)
-        more = {"finetune.loop.epoch_clips": 64, "finetune.loop.epochs": 10, "finetune.loop.step_epochs": 4}
-        self.measure(f"{SHARE:.0%} of the labels", folder, labels, more, same=False)
+        """A tenth of the labels."""
+        labels = write_rows(self.lists / f"share{SHARE:g}-{folder.name}.csv", few(read_labels(folder), SHARE))
+        more = {"finetune.loop.epoch_clips": FEW_CLIPS}
+        chosen = self.choose(folder, SHARE)
+        self.measure(f"{SHARE:.0%} of the labels", folder, labels, more, same=False, chosen=chosen)
 
-    def measure(self, name: str, folder: Path, labels: Path, more: dict[str, Any], *, same: bool = True) -> None:
-        """Runs of every fold and seed, and what they come to."""
+    def measure(
+        self,
+        name: str,
+        folder: Path,
+        labels: Path,
+        more: dict[str, Any],
+        *,
+        same: bool = True,
+        chosen: Chosen | None = None,
+    ) -> None:
+        """Runs of every fold and seed by the chosen schedules, by default those with all labels, and what they come
+        to."""
+        chosen = chosen or self.chosen[folder.name]
         found: dict[str, dict[tuple[int, int], Path]] = {}
         for k in SPLITS:
-            ours, theirs = (self.chosen[folder.name, k, each] for each in STARTS)
+            ours, theirs = (chosen[k, each] for each in STARTS)
             axis = {DISTINIT: start(DISTINIT, *ours), SCRATCH: start(SCRATCH, *theirs)}
             beside = self.args.beside if same else []
             if "same" in beside and ours != theirs:  # else the same run
@@ -172,7 +194,7 @@ class Proof:
             "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in each.items()},
             "by seed": {row: p.by_seed.tolist() for row, p in each.items()},
             "gain": {row: gain(each[DISTINIT], p) for row, p in each.items() if row != DISTINIT},
-            "schedules": {f"fold {k}": [self.chosen[folder.name, k, each] for each in STARTS] for k in SPLITS},
+            "schedules": {f"fold {k}": [chosen[k, each] for each in STARTS] for k in SPLITS},
         }
         self.write()
         print(name, folder.name, json.dumps(self.results[name][folder.name]["accuracy"]))
@@ -185,7 +207,7 @@ class Proof:
         """DistInit by students that have seen the test videos too, without their labels."""
         runs: dict[tuple[int, int], Path] = {}
         for k in SPLITS:
-            axis = {DISTINIT: start(DISTINIT, *self.chosen[folder.name, k, DISTINIT])}
+            axis = {DISTINIT: start(DISTINIT, *self.chosen[folder.name][k, DISTINIT])}
             name, labels = f"seen-{folder.name}-{k}", folder / "labels.csv"
             records = self.ablate(name, axis, labels, folder, seeds=self.args.seeds, split=k, seen=True)
             runs.update(runs_of(self.out / "runs", records)[DISTINIT])
