@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48_000, help="still images that the teacher learns from")
     rates = "finetuning's learning rates to choose from, the same for every start; one: nothing is chosen"
     parser.add_argument("--rates", nargs="+", type=float, default=[0.02, 0.05, 0.15], help=rates)
+    before = "the rate of every start as chosen before: " + " ".join(f"{start}=RATE" for start in STARTS)
+    parser.add_argument("--chosen", nargs="+", metavar="START=RATE", help=before)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
     known = variants([], RATE)
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--vary", nargs="*", metavar="ROW", help=rows)
     args = parser.parse_args()
     vary = select(known, args.vary) if args.vary is not None else {}
+    before = rates_of(args.chosen) if args.chosen else None
     out = args.out.resolve()
     corpus, teacher = out / "corpus", out / "object_teacher.pt"
     motion_corpus.make(corpus, args)
@@ -73,13 +76,27 @@ def main() -> None:
     run_distinit("extract-targets", f"motion={corpus}", "--out", str(out / "targets.zarr"), *words, "--every", "2",
                  "--teacher-weights", str(teacher), cwd=HERE)  # fmt: skip
     proof = Proof(args, out, corpus, teacher)
-    chosen = proof.choose()
+    chosen = before or proof.choose()
     results = proof.compare(chosen)
     if vary:
         results["varied"] = proof.vary(vary, chosen["DistInit"])
     results["teacher"] = json.loads((out / "teacher.json").read_text())
     (out / "results.json").write_text(json.dumps(results, indent=1))
     print(tables.motion(results))
+
+
+def rates_of(words: list[str]) -> dict[str, float]:
+    """Start → rate, of `--chosen`. SystemExit where a start is missing or unknown, or a rate no number above 0."""
+    given = dict(word.partition("=")[::2] for word in words)
+    if given.keys() != STARTS.keys():
+        raise SystemExit(f"--chosen {' '.join(words)}: wanted is START=RATE for each of {', '.join(STARTS)}")
+    try:
+        rates = {start: float(rate) for start, rate in given.items()}
+    except ValueError as error:
+        raise SystemExit(f"--chosen {' '.join(words)}: {error}") from None
+    if min(rates.values()) <= 0:
+        raise SystemExit(f"--chosen {' '.join(words)}: a rate is above 0")
+    return rates
 
 
 class Proof:
