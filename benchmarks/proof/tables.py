@@ -66,8 +66,8 @@ def rows(found: dict[str, Any]) -> str:
     for row, accuracy in found["accuracy"].items():
         gain, seconds = found["gain"].get(row), found["seconds of stage two"].get(row)
         change = _percent(gain, sign=True) if gain else ""
-        learned = ", ".join(f"{100 * value:.0f}" for value in found["learned"].get(row, []))
-        lines.append([row, learned, _percent(accuracy), change, f"{fmean(seconds):.0f}" if seconds else ""])
+        took = f"{fmean(seconds):.0f}" if seconds else ""
+        lines.append([row, _learned(found, row), _percent(accuracy), change, took])
     return table(["row", "learned, %", "top 1, % [95 %]", "change [95 %]", "stage two, s"], lines)
 
 
@@ -79,12 +79,17 @@ def motion(found: dict[str, Any]) -> str:
         cells = [_percent(accuracy[frames]) for frames in ("ordered", "shuffled", "frozen")]
         parts = found["what is right"][start]
         cells += [f"{100 * parts[part]:.0f}" if part in parts else "" for part in ("thing", "way")]
-        lines.append([start, *cells, f"{fmean(vary):.3f}"])
-    head = ["start", "top 1, % [95 %]", "frames shuffled", "frames frozen", "thing right", "way right"]
+        lines.append([start, _learned(found, start), *cells, f"{fmean(vary):.3f}"])
+    head = ["start", "learned, %", "top 1, % [95 %]", "frames shuffled", "frames frozen", "thing right", "way right"]
     text = table([*head, "filters vary in time"], lines)
     gains = [[name, _percent(gain, sign=True)] for name, gain in found["gain"].items()]
     text = f"{text}\n\n{table(['gain', 'points [95 %]'], gains)}"
     return text + (f"\n\n{rows(found['varied'])}" if "varied" in found else "")
+
+
+def _learned(found: dict[str, Any], row: str) -> str:
+    """What the students of a row have learned, one by one; empty of a row without any."""
+    return ", ".join(f"{100 * value:.0f}" for value in found["learned"].get(row, []))
 
 
 def _percent(values: Sequence[float], *, sign: bool = False) -> str:
