@@ -106,12 +106,13 @@ class Run:
 
 
 def find_runs(
-    folders: Sequence[str | os.PathLike[str]], names: Mapping[Path, str] | None = None, empty: Collection[Path] = ()
+    folders: Sequence[str | os.PathLike[str]], names: Mapping[Path, str] | None = None, ablations: Collection[Path] = ()
 ) -> list[Run]:
     """The runs in these folders, each itself a run or a folder of runs, in the order given, then by name.
 
-    names: of runs that have one, by their resolved folders; these runs come last, in this order.
-    Raises SourceError where a folder does not exist or holds no run; those of `empty` (resolved) may hold none.
+    names: of runs that have one, by their resolved folders; these runs come last, in this order. ablations: resolved
+    folders of ablations, of which only runs with a name count (others are an earlier plan's) and which may hold none.
+    Raises SourceError where another folder does not exist or holds no run.
     """
     found: dict[Path, None] = {}
     for folder in folders:
@@ -119,13 +120,13 @@ def find_runs(
         if not root.is_dir():
             raise SourceError(f"{folder}: no such folder of runs")
         runs = [Path(path).resolve() for path in _walk(root)]
-        if not runs and root.resolve() not in empty:
+        if not runs and root.resolve() not in ablations:
             raise SourceError(
                 f"{folder}: no run in it (a run folder holds the config.yaml of train-student or finetune)"
             )
         found.update(dict.fromkeys(runs))
     known = {path: name for path, name in (names or {}).items() if path in found}
-    others = [path for path in found if path not in known]
+    others = [path for path in found if path not in known and not any(map(path.is_relative_to, ablations))]
     every = dict(zip(others, _distinct_names(others), strict=True)) | known
     return [read_run(path, name) for path, name in every.items()]
 

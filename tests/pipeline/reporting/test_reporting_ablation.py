@@ -216,19 +216,20 @@ def test_only_numbers_of_the_same_splits_stand_beside_ours(theirs: Any, ours: se
     assert one.beside(one.rows["a"]["hmdb51"], {1, 2, 3}) == {"split1": 40.0}
 
 
-def test_one_split_has_no_column_of_its_own_and_runs_are_named_after_cells(out: Path) -> None:
+def test_one_split_has_no_column_of_its_own_and_only_runs_of_cells_count_named_after_them(out: Path) -> None:
     content = json.loads((out / "cells.json").read_text())
     content["cells"] = [cell for cell in content["cells"] if (cell["dataset"], cell["split"]) == ("hmdb51", 2)]
     (out / "cells.json").write_text(json.dumps(content))
     places = ablation_folders([out.parent])
-    runs = find_runs([out], cell_names(places))
+    runs = find_runs([out], cell_names(places), places)
     (ablation,) = read_ablations(places, runs)
     (table,) = ablation_tables(ablation)
     assert [c.title for c in table.columns] == ["row", "per clip, %", "top 1, %", "top 5, %", "runs", "difference", "p"]
     assert "2 results that the paper lists are of other splits and not shown." in table.notes
     names = {run.path.name: run.name for run in runs}
     assert names["1121"] == "random, hmdb51, split 2, seed 1"
-    assert names["0011"] == "0011"
+    assert (out / "finetunes" / "0011").exists()
+    assert "0011" not in names, "a run of an earlier plan"
 
 
 def test_the_pair_of_the_figures_is_never_two_seeds_of_a_row(out: Path) -> None:
