@@ -6,7 +6,8 @@ The corpus is that of motion_corpus.py; the teacher, a narrow ResNet-18 trained 
 also what the inflated network is made of: all three starts are r3d_18 of the same width. Each has the learning rate
 that was best on an inner split of the training videos (split2), with one seed; then split1, all seeds. Then the
 same networks on test clips whose frames are shuffled or frozen, and how much the first filters vary in time.
-Interrupted, the same command goes on. OUT/results.json has the figures, the screen shows them.
+Interrupted, the same command goes on. OUT/results.json has the figures, the screen shows them;
+OUT/reports has a page of each ablation.
 
 The primary measure, fixed before the starts were compared: top 1 on the test side of split1, the mean over seeds, the
 paired difference of two starts with a 95 % bootstrap interval over videos (each has a scan of its own).
@@ -175,7 +176,7 @@ class Proof:
         return keys | ({"finetune.init": self.inits[start]} if start != "DistInit" else {})
 
     def ablate(self, name: str, axis: dict[str, Any], seeds: list[int], split: int) -> list[dict[str, Any]]:
-        """One `distinit ablate`; the cells."""
+        """One `distinit ablate` and its report, in OUT/reports; the cells."""
         loop = {"clip_norm": 5.0, "workers": 0, "threads": 1, "device": "cpu", "warmup_epochs": 1, "gamma": 0.1}
         loop |= {"batch_size": 16, "log_every": 50}
         pretraining = {"epochs": 10, "epoch_clips": self.args.clips // 10, "lr": RATE, "step_epochs": 6}
@@ -199,6 +200,8 @@ class Proof:
         words += ["--dataset", f"csv:{self.corpus / 'labels.csv'}"]
         run_distinit(*words, *(["--workers", str(self.args.workers)] if self.args.workers > 1 else []), cwd=HERE)
         shutil.copy(self.out / "runs" / "cells.json", self.out / f"{name}.cells.json")
+        page = self.out / "reports" / name
+        run_distinit("report", str(self.out / "runs"), "--out", str(page), "--quiet", check=False)
         return read_cells(self.out / f"{name}.cells.json")
 
     def tested(self, run: Path, frames: str) -> Path:

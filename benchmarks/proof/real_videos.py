@@ -12,7 +12,7 @@ command goes on.
 
 The primary measure, fixed before anything ran: top 1 of the three test folds pooled, the mean over seeds, and the
 paired difference with a 95 % bootstrap interval over sources. OUT/results.json has it, with a linear probe and
-finetuning on a tenth of the labels.
+finetuning on a tenth of the labels; OUT/reports a page of each ablation.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SCRATCH = "scratch"
 SAME = "scratch, the schedule of DistInit"
 LONG = "scratch, as many clips as both stages"
 BOTH_LONG = "DistInit, finetuned as long as that"
-BESIDE = {"same": (SAME,), "long": (LONG, BOTH_LONG)}
+BESIDE = ("same", "long", "both-long")
 EPOCH_CLIPS = 192
 FEW_CLIPS, FEW_EPOCHS = 48, 30  # with a tenth of the labels: each video is seen about as often
 TEACHER = "efficientnet_lite0"
@@ -69,15 +69,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs="+", default=[60], help=epochs)
     rates = "learning rates of finetuning: " + candidates.format("epochs")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.06], help=rates)
-    beside = "besides: scratch by DistInit's schedule; both for as many clips as stages two and three have together"
+    beside = "besides: scratch by DistInit's schedule; scratch, and DistInit too, for as many clips as stages two and"
+    beside += " three have together"
     parser.add_argument("--beside", nargs="+", choices=BESIDE, default=[], help=beside)
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="some of the measures")
-    parser.add_argument("--sets", nargs="+", metavar="NAME", help="of the labelled sets, those to measure; default all")
     args = parser.parse_args()
-    measured = [folder for folder in args.folders if folder.name in (args.sets or [folder.name])]
-    for name in args.sets or ():
-        if name not in (known := [folder.name for folder in args.folders]):
-            raise SystemExit(f"--sets {name}: not one of {', '.join(known)}")
+    measured = folders_of(args)
     out = args.out.resolve()
     lists = out / "lists"
     lists.mkdir(parents=True, exist_ok=True)
@@ -175,9 +172,10 @@ class Proof:
             beside = self.args.beside if same else []
             if "same" in beside and ours != theirs:  # else the same run
                 axis[SAME] = start(SCRATCH, *ours)
+            more_epochs = ours[0] + math.ceil(self.args.clips / EPOCH_CLIPS)
             if "long" in beside:
-                more_epochs = ours[0] + math.ceil(self.args.clips / EPOCH_CLIPS)
                 axis[LONG] = start(SCRATCH, more_epochs, theirs[1])
+            if "both-long" in beside:
                 axis[BOTH_LONG] = start(DISTINIT, more_epochs, ours[1])
             axis = {row: keys | more for row, keys in axis.items()}
             records = self.ablate(f"{name}-{folder.name}-{k}", axis, labels, folder, seeds=self.args.seeds, split=k)
@@ -230,7 +228,7 @@ class Proof:
         split: int | None = None,
         seen: bool = False,
     ) -> list[dict[str, Any]]:
-        """One `distinit ablate` over a plan that is kept in OUT/plans; its cells."""
+        """One `distinit ablate` over a plan that is kept in OUT/plans, and its report, in OUT/reports; its cells."""
         plans = self.out / "plans"
         plans.mkdir(exist_ok=True)
         slug = name.replace(" ", "-").replace("%", "")
@@ -243,6 +241,8 @@ class Proof:
         words += ["--dataset", f"csv:{labels.resolve()}={root.resolve()}", "--out", str(self.out / "runs")]
         run_distinit(*words, *(["--workers", str(self.args.workers)] if self.args.workers > 1 else []))
         shutil.copy(self.out / "runs" / "cells.json", plans / f"{slug}.cells.json")
+        page = self.out / "reports" / slug
+        run_distinit("report", str(self.out / "runs"), "--out", str(page), "--quiet", check=False)
         return read_cells(plans / f"{slug}.cells.json")
 
     def tested(self, run: Path, frames: str) -> Path:
@@ -295,6 +295,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those that diagnostics.py has too."""
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--more", nargs="*", type=Path, default=[], help="folders of unlabelled videos besides")
+    parser.add_argument("--sets", nargs="+", metavar="NAME", help="of the labelled sets, those to measure; default all")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--store", type=Path, help="a store made before, with --copies; else both are made")
     parser.add_argument("--copies", type=Path)
@@ -303,6 +304,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=0.3, help="stage two's learning rate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+
+
+def folders_of(args: argparse.Namespace) -> list[Path]:
+    """Those to measure, of `--sets`. SystemExit where a name is none of a folder's."""
+    known = [folder.name for folder in args.folders]
+    for name in args.sets or ():
+        if name not in known:
+            raise SystemExit(f"--sets {name}: not one of {', '.join(known)}")
+    return [folder for folder in args.folders if folder.name in (args.sets or known)]
 
 
 if __name__ == "__main__":
