@@ -16,6 +16,7 @@ from typing import Any
 
 from ..pipeline.config import Options
 from ..pipeline.evaluation.labels import Labels, load_labels
+from ..pipeline.reporting.runs import STEP_FOLDERS
 from ..pipeline.targets.leave_out import leave_out_digest, without
 from ..pipeline.targets.store import TargetStore
 from ..pipeline.training.options import FREE_ON_RESUME
@@ -29,7 +30,6 @@ from .train_student import train_student
 
 RESULT = "result.json"
 TRAIN, TUNE = SECTIONS
-FOLDERS = {TRAIN: "students", TUNE: "finetunes"}
 PATHS = {
     TRAIN: {"out", "resume", "moved", "store", "leave_out"},
     TUNE: {"out", "resume", "verbose", "videos", "init", "dataset", "root"},
@@ -54,7 +54,7 @@ class Step:
     @property
     def folder(self) -> str:
         """Of the run, relative to the ablation's."""
-        return f"{FOLDERS[self.kind]}/{self.key}"
+        return f"{STEP_FOLDERS[self.kind]}/{self.key}"
 
     def result(self, out: Path) -> dict[str, Any] | None:
         """What the finished run said; None before."""
@@ -147,7 +147,7 @@ def run_step(step: Step, out: Path, screen: Screen) -> dict[str, Any]:
 
 def prepared_config(step: Step, out: Path) -> dict[str, Any]:
     """What a step's command is told, paths included."""
-    begins = {} if step.needs is None else {"init": str(out / FOLDERS[TRAIN] / step.needs)}
+    begins = {} if step.needs is None else {"init": str(out / STEP_FOLDERS[TRAIN] / step.needs)}
     return {**step.config, **begins, "out": str(out / step.folder), "resume": "auto"}
 
 

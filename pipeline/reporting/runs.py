@@ -23,6 +23,7 @@ from ..evaluation.predictions import Predictions, metrics_from_file
 from .charts import Line
 
 KINDS = {"train-student": "student", "finetune": "finetune"}
+STEP_FOLDERS = {"train-student": "students", "finetune": "finetunes"}  # in an ablation's folder
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def find_runs(
     """The runs in these folders, each itself a run or a folder of runs, in the order given, then by name.
 
     names: of runs that have one, by their resolved folders; these runs come last, in this order. ablations: resolved
-    folders of ablations, of which only runs with a name count (others are an earlier plan's) and which may hold none.
-    Raises SourceError where another folder does not exist or holds no run.
+    folders of ablations, whose steps without a name are an earlier plan's and do not count; they may hold no run.
+    Raises SourceError where a folder does not exist, or holds no run and is not of an ablation.
     """
     found: dict[Path, None] = {}
     for folder in folders:
@@ -126,7 +127,8 @@ def find_runs(
             )
         found.update(dict.fromkeys(runs))
     known = {path: name for path, name in (names or {}).items() if path in found}
-    others = [path for path in found if path not in known and not any(map(path.is_relative_to, ablations))]
+    steps = {folder / inner for folder in ablations for inner in STEP_FOLDERS.values()}
+    others = [path for path in found if path not in known and path.parent not in steps]
     every = dict(zip(others, _distinct_names(others), strict=True)) | known
     return [read_run(path, name) for path, name in every.items()]
 
