@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
     known = variants([], RATE)
-    rows = "besides, DistInit with one thing changed in stage two: all, or some of " + ", ".join(known)
+    rows = "besides, DistInit with one thing changed in stage two, each with its own rate (with --chosen that of the "
+    rows += "start that it has): all, or some of " + ", ".join(known)
     parser.add_argument("--vary", nargs="*", metavar="ROW", help=rows)
     args = parser.parse_args()
     vary = select(known, args.vary) if args.vary is not None else {}
@@ -77,10 +78,13 @@ def main() -> None:
     run_distinit("extract-targets", f"motion={corpus}", "--out", str(out / "targets.zarr"), *words, "--every", "2",
                  "--teacher-weights", str(teacher), cwd=HERE)  # fmt: skip
     proof = Proof(args, out, corpus, teacher)
-    chosen = before or proof.choose()
+    chosen = before or proof.choose("choose", proof.starts)
     results = proof.compare(chosen)
     if vary:
-        results["varied"] = proof.vary(vary, chosen["DistInit"])
+        scratch = {row for row, keys in vary.items() if keys.get("finetune.init") == "scratch"}
+        rates = {row: chosen["scratch" if row in scratch else "DistInit"] for row in vary}
+        rates = rates if before else proof.choose("choose-varied", vary)
+        results["varied"] = proof.vary(vary, chosen | rates)
     results["teacher"] = json.loads((out / "teacher.json").read_text())
     (out / "results.json").write_text(json.dumps(results, indent=1))
     print(tables.motion(results))
@@ -105,25 +109,27 @@ class Proof:
 
     def __init__(self, args: argparse.Namespace, out: Path, corpus: Path, teacher: Path) -> None:
         self.args, self.out, self.corpus = args, out, corpus
-        self.inits = {start: init.format(teacher=teacher) for start, init in STARTS.items()}
+        inits = {start: init.format(teacher=teacher) for start, init in STARTS.items()}
+        self.starts = {start: {"finetune.init": init} if start != "DistInit" else {} for start, init in inits.items()}
 
-    def choose(self) -> dict[str, float]:
-        """Of each start, the rate with the best top 1 on the inner split; the lower where equal."""
+    def choose(self, name: str, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+        """Of each row of a plan, the rate of finetuning with the best top 1 on the inner split; the lower where
+        equal."""
         if len(self.args.rates) == 1:
-            return dict.fromkeys(STARTS, self.args.rates[0])
-        rows = {f"{start} {lr:g}": (start, lr) for start in STARTS for lr in self.args.rates}
-        records = self.ablate("choose", {name: self.keys(*row) for name, row in rows.items()}, self.args.seeds[:1], 2)
+            return dict.fromkeys(rows, self.args.rates[0])
+        tried = {f"{row} {lr:g}": (row, lr) for row in rows for lr in self.args.rates}
+        axis = {each: rows[row] | schedule(lr) for each, (row, lr) in tried.items()}
         scores: dict[str, dict[float, float]] = defaultdict(dict)
-        for record in records:
-            start, lr = rows[record["row"]]
+        for record in self.ablate(name, axis, self.args.seeds[:1], 2):
+            row, lr = tried[record["row"]]
             result = json.loads((self.out / "runs" / record["finetune"] / "result.json").read_text())
-            scores[start][lr] = result["metrics"]["top1"]["value"]
-        print({start: {f"{lr:g}": round(v, 3) for lr, v in mine.items()} for start, mine in scores.items()})
-        return {start: max(mine, key=lambda lr: (round(mine[lr], 6), -lr)) for start, mine in scores.items()}
+            scores[row][lr] = result["metrics"]["top1"]["value"]
+        print({row: {f"{lr:g}": round(v, 3) for lr, v in mine.items()} for row, mine in scores.items()})
+        return {row: max(mine, key=lambda lr: (round(mine[lr], 6), -lr)) for row, mine in scores.items()}
 
     def compare(self, chosen: dict[str, float]) -> dict[str, Any]:
         """Accuracy of each start as it is and with frames shuffled or frozen; gains; variation of filters in time."""
-        axis = {start: self.keys(start, chosen[start]) for start in STARTS}
+        axis = {start: keys | schedule(chosen[start]) for start, keys in self.starts.items()}
         records = self.ablate("compare", axis, self.args.seeds, 1)
         runs = runs_of(self.out / "runs", records)
         found = {start: {"ordered": self.right(mine.values())} for start, mine in runs.items()}
@@ -153,27 +159,21 @@ class Proof:
             },
         }
 
-    def vary(self, rows: dict[str, dict[str, Any]], lr: float) -> dict[str, Any]:
-        """Accuracy of rows with one thing changed in stage two, all finetuned with one rate; each one's gain over the
-        unchanged row; seconds of their students, and how much these have learned."""
-        plain = self.keys("DistInit", lr)
-        axis = {"DistInit": plain, **{row: plain | keys for row, keys in rows.items()}}
+    def vary(self, rows: dict[str, dict[str, Any]], rates: dict[str, float]) -> dict[str, Any]:
+        """Accuracy of rows with one thing changed in stage two, each finetuned with its own rate; each one's gain over
+        the unchanged row; seconds of their students, and how much these have learned."""
+        axis = {row: keys | schedule(rates[row]) for row, keys in ({"DistInit": {}} | rows).items()}
         records = self.ablate("vary", axis, self.args.seeds, 1)
         found = {row: self.right(mine.values()) for row, mine in runs_of(self.out / "runs", records).items()}
         write_said(self.out / "said" / f"{self.args.actions}-varied.csv", found)
         return {
+            "rates": {row: rates[row] for row in axis},
             "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in found.items()},
             "by seed": {row: p.by_seed.tolist() for row, p in found.items()},
             "what is right": {row: of_parts(p) for row, p in found.items()},
             "gain": {row: gain(p, found["DistInit"]) for row, p in found.items() if row != "DistInit"},
             **of_students(self.out / "runs", records),
         }
-
-    def keys(self, start: str, lr: float) -> dict[str, Any]:
-        """Of a plan: how stage three begins and its schedule, a tenth of the rate after every third of the epochs."""
-        keys: dict[str, Any] = {"finetune.loop.epochs": EPOCHS, "finetune.loop.lr": lr}
-        keys["finetune.loop.step_epochs"] = -(-EPOCHS // 3)
-        return keys | ({"finetune.init": self.inits[start]} if start != "DistInit" else {})
 
     def ablate(self, name: str, axis: dict[str, Any], seeds: list[int], split: int) -> list[dict[str, Any]]:
         """One `distinit ablate` and its report, in OUT/reports; the cells."""
@@ -225,6 +225,12 @@ class Proof:
         """Where a run began, for its filters: the student, or the finetuned network where there is none."""
         init = yaml.safe_load((run / "config.yaml").read_text())["finetune"]["init"]
         return Path(init) if Path(init).is_dir() else run
+
+
+def schedule(lr: float) -> dict[str, Any]:
+    """Keys of a plan: finetuning's epochs and its rate, a tenth of it after every third of them."""
+    keys = {"epochs": EPOCHS, "lr": lr, "step_epochs": -(-EPOCHS // 3)}
+    return {f"finetune.loop.{key}": value for key, value in keys.items()}
 
 
 def of_parts(found: Pooled) -> dict[str, float]:
