@@ -61,14 +61,14 @@ def real(sets: dict[str, Any]) -> str:
 
 
 def rows(found: dict[str, Any]) -> str:
-    """Rows of diagnostics.py."""
-    lines = []
+    """Rows with one thing changed, of diagnostics.py and motion.py; rates are those of finetuning."""
+    lines, rates = [], found.get("rates", {})
     for row, accuracy in found["accuracy"].items():
         gain, seconds = found["gain"].get(row), found["seconds of stage two"].get(row)
         change = _percent(gain, sign=True) if gain else ""
         took = f"{fmean(seconds):.0f}" if seconds else ""
-        lines.append([row, _learned(found, row), _percent(accuracy), change, took])
-    return table(["row", "learned, %", "top 1, % [95 %]", "change [95 %]", "stage two, s"], lines)
+        lines.append([row, _learned(found, row), _percent(accuracy), change, str(rates.get(row, "")), took])
+    return table(["row", "learned, %", "top 1, % [95 %]", "change [95 %]", "rate", "stage two, s"], lines)
 
 
 def motion(found: dict[str, Any]) -> str:
