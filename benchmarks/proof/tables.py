@@ -28,12 +28,12 @@ def main() -> None:
     found = json.loads(Path(sys.argv[1]).read_text())
     if "filters vary in time" in found:
         print(motion(found))
-    elif "finetuned" in found:
-        for name, sets in found.items():
-            print(f"\n{name}\n\n{real(sets)}")
-    else:
+    elif all("accuracy" in of_set for of_set in found.values()):  # diagnostics.json
         for name, of_set in found.items():
             print(f"\n{name}\n\n{rows(of_set)}")
+    else:  # results.json of some or all of the measures
+        for name, sets in found.items():
+            print(f"\n{name}\n\n{real(sets)}")
 
 
 def of_videos(found: dict[str, folds.Pooled], row: str | None = None) -> str:
