@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -218,15 +219,20 @@ def ablation_folders(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def cell_names(folders: Sequence[Path]) -> dict[Path, str]:
-    """Resolved run folder → what its cell calls it, in the order of the cells, a student before its finetuning.
+    """Resolved run folder → what its cell calls it, in the order of the cells, a student before its finetuning. A
+    student has its split where the row has another one with that seed, as where each split leaves other videos out.
 
     Raises SourceError for a cells.json that is damaged or foreign.
     """
     names: dict[Path, str] = {}
     for folder in folders:
-        for record in _read(folder / CELLS).cells:
+        cells = _read(folder / CELLS).cells
+        of_row = Counter((row, seed) for row, seed, _ in {(cell.row, cell.seed, cell.student) for cell in cells})
+        for record in cells:
             if record.student is not None:
-                names.setdefault((folder / record.student).resolve(), f"student of {record.row}, seed {record.seed}")
+                split = f", split {record.split}" if of_row[record.row, record.seed] > 1 else ""
+                name = f"student of {record.row}{split}, seed {record.seed}"
+                names.setdefault((folder / record.student).resolve(), name)
             names.setdefault((folder / record.finetune).resolve(), record.label)
     return names
 

@@ -232,6 +232,17 @@ def test_one_split_has_no_column_of_its_own_and_only_runs_of_cells_count_named_a
     assert "0011" not in names, "a run of an earlier plan"
 
 
+def test_students_of_a_row_are_told_apart_by_split_where_each_split_has_its_own(out: Path) -> None:
+    content = json.loads((out / "cells.json").read_text())
+    for cell in content["cells"]:
+        cell["student"] = f"students/{cell['row']}-{cell['seed']}" + (f"-{cell['split']}" if cell["seed"] else "")
+    (out / "cells.json").write_text(json.dumps(content))
+    names = {path.name: name for path, name in cell_names([out.resolve()]).items() if path.parent.name == "students"}
+    assert names["random-0"] == "student of random, seed 0"
+    assert {names[f"random-1-{split}"] for split in (1, 2)} == {f"student of random, split {k}, seed 1" for k in (1, 2)}
+    assert len(set(names.values())) == len(names)
+
+
 def test_the_pair_of_the_figures_is_never_two_seeds_of_a_row(out: Path) -> None:
     places = ablation_folders([out])
     runs = find_runs([out], cell_names(places))
