@@ -4,8 +4,9 @@
 
 OUT is that of real_videos.py: its store, copies and students are used. Every row is DistInit with one thing changed in
 stage two, finetuned by one schedule for all, three folds pooled; its gain is over the row without a change, paired,
-with a 95 % bootstrap interval over sources; that of flow from scratch is over the unchanged row too. The row `frames`
-tests the unchanged one and scratch on clips whose frames are shuffled or frozen. Interrupted, the same command goes on.
+with a 95 % bootstrap interval over sources; that of flow from scratch is over the unchanged row too. Beside the row
+`scratch`, it and the unchanged one are tested on clips whose frames are shuffled or frozen. Interrupted, the same
+command goes on.
 OUT/diagnostics.json has the figures, seconds of stage two included.
 """
 
@@ -24,7 +25,6 @@ from real_videos import DISTINIT, SCRATCH, TEACHER, Proof, run_distinit, start
 HERE = Path(__file__).resolve().parent
 SCHEDULE = (60, 0.06)  # epochs of 192 clips, learning rate: what DistInit chose on har7, in every fold
 FRAMES = ("shuffled", "frozen")
-BY_FRAMES = "frames"  # the name of that part among the rows
 
 
 def variants(corpora: list[str], lr: float) -> dict[str, dict[str, Any]]:
@@ -78,10 +78,10 @@ def main() -> None:
     parser.add_argument("--second-teacher", action="store_true", help=second)
     args = parser.parse_args()
     names = [folder.name for folder in [*args.folders, *args.more]]
-    rows = variants([folder.name for folder in args.folders], args.lr)
+    rows = variants([folder.name for folder in args.folders], args.lr) | {SCRATCH: {"finetune.init": "scratch"}}
     if args.second_teacher:
         rows["two teachers"] = {"train-student.targets.teachers": [TEACHER, second_teacher.NAME]}
-    wanted = select(rows | {BY_FRAMES: {}}, args.rows or [])
+    wanted = select(rows, args.rows or [])
     out = args.out.resolve()
     if args.second_teacher:
         add_second_teacher(args.store or out / "targets.zarr", [*args.folders, *args.more])
@@ -96,15 +96,13 @@ def main() -> None:
 def measure(proof: Proof, folder: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Accuracy of every row on a data set and its gain over the unchanged one; seconds of its students."""
     plain = start(DISTINIT, *SCHEDULE)
-    axis = {DISTINIT: plain, **{row: plain | keys for row, keys in rows.items() if row != BY_FRAMES}}
-    starts = (DISTINIT, SCRATCH) if BY_FRAMES in rows else ()
-    axis |= {SCRATCH: start(SCRATCH, *SCHEDULE)} if starts else {}
+    axis = {DISTINIT: plain, **{row: plain | keys for row, keys in rows.items()}}
     name, seeds = f"diagnostics-{folder.name}", proof.args.seeds
     records = proof.ablate(name, axis, folder / "labels.csv", folder, seeds=seeds)
     labels = read_labels(folder)
     runs = runs_of(proof.out / "runs", records)
     found = {row: pooled(mine, labels) for row, mine in runs.items()}
-    for row in starts:
+    for row in (DISTINIT, SCRATCH) if SCRATCH in rows else ():
         for frames in FRAMES:
             tested = {key: proof.tested(run, frames) for key, run in runs[row].items()}
             found[f"{row}, {frames}"] = pooled(tested, labels)

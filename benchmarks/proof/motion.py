@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,9 +28,9 @@ import object_teacher
 import tables
 import yaml
 from diagnostics import of_students, select, variants
-from folds import Pooled, gain, interval, read_cells, runs_of, said_of, write_said
+from folds import Pooled, gain, interval, runs_of, said_of, write_said
 from object_teacher import RESIZED, SIDE
-from real_videos import run_distinit
+from real_videos import run_ablation, run_distinit
 
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.figures.filters import variation_over_time
@@ -81,9 +80,10 @@ def main() -> None:
     chosen = before or proof.choose("choose", proof.starts)
     results = proof.compare(chosen)
     if vary:
-        scratch = {row for row, keys in vary.items() if keys.get("finetune.init") == "scratch"}
-        rates = {row: chosen["scratch" if row in scratch else "DistInit"] for row in vary}
-        rates = rates if before else proof.choose("choose-varied", vary)
+        if before:
+            rates = {row: chosen[keys.get("finetune.init", "DistInit")] for row, keys in vary.items()}
+        else:
+            rates = proof.choose("choose-varied", vary)
         results["varied"] = proof.vary(vary, chosen | rates)
     results["teacher"] = json.loads((out / "teacher.json").read_text())
     (out / "results.json").write_text(json.dumps(results, indent=1))
@@ -196,13 +196,8 @@ class Proof:
         plan = {"title": name, "base": base, "axes": {"start": axis}, "seeds": seeds, "splits": [split]}
         file = self.out / f"{name}.yaml"
         file.write_text(yaml.safe_dump(plan, sort_keys=False))
-        words = ["ablate", str(file), "--targets", str(self.out / "targets.zarr"), "--out", str(self.out / "runs")]
-        words += ["--dataset", f"csv:{self.corpus / 'labels.csv'}"]
-        run_distinit(*words, *(["--workers", str(self.args.workers)] if self.args.workers > 1 else []), cwd=HERE)
-        shutil.copy(self.out / "runs" / "cells.json", self.out / f"{name}.cells.json")
-        page = self.out / "reports" / name
-        run_distinit("report", str(self.out / "runs"), "--out", str(page), "--quiet", check=False)
-        return read_cells(self.out / f"{name}.cells.json")
+        words = ["--targets", str(self.out / "targets.zarr"), "--dataset", f"csv:{self.corpus / 'labels.csv'}"]
+        return run_ablation(file, self.out, words, self.args.workers, cwd=HERE)
 
     def tested(self, run: Path, frames: str) -> Path:
         """The run tested on clips without their order or without motion."""

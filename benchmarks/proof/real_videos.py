@@ -228,22 +228,19 @@ class Proof:
         split: int | None = None,
         seen: bool = False,
     ) -> list[dict[str, Any]]:
-        """One `distinit ablate` over a plan that is kept in OUT/plans, and its report, in OUT/reports; its cells."""
+        """One ablation over a plan that is kept in OUT/plans; its cells."""
         plans = self.out / "plans"
         plans.mkdir(exist_ok=True)
         slug = name.replace(" ", "-").replace("%", "")
         plan = {"title": name, "base": self.base(seen=seen), "axes": {"start": axis}, "seeds": seeds}
         plan["splits"] = [split] if split is not None else list(SPLITS)
-        (plans / f"{slug}.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
-        words = ["ablate", str(plans / f"{slug}.yaml"), "--targets", str(self.args.store or self.out / "targets.zarr")]
+        file = plans / f"{slug}.yaml"
+        file.write_text(yaml.safe_dump(plan, sort_keys=False))
+        words = ["--targets", str(self.args.store or self.out / "targets.zarr")]
         for corpus in self.corpora:
             words += ["--videos", f"{corpus}={self.copies}"]
-        words += ["--dataset", f"csv:{labels.resolve()}={root.resolve()}", "--out", str(self.out / "runs")]
-        run_distinit(*words, *(["--workers", str(self.args.workers)] if self.args.workers > 1 else []))
-        shutil.copy(self.out / "runs" / "cells.json", plans / f"{slug}.cells.json")
-        page = self.out / "reports" / slug
-        run_distinit("report", str(self.out / "runs"), "--out", str(page), "--quiet", check=False)
-        return read_cells(plans / f"{slug}.cells.json")
+        words += ["--dataset", f"csv:{labels.resolve()}={root.resolve()}"]
+        return run_ablation(file, self.out, words, self.args.workers)
 
     def tested(self, run: Path, frames: str) -> Path:
         """The run tested on clips without their order or without motion."""
@@ -289,6 +286,20 @@ def run_distinit(*words: str, check: bool = True, cwd: Path | None = None) -> No
     done = subprocess.run([sys.executable, "-m", "distinit", *words], cwd=cwd)
     if done.returncode and (check or done.returncode != 1):
         raise SystemExit(f"distinit {words[0]} ended with {done.returncode}")
+
+
+def run_ablation(
+    plan: Path, out: Path, words: list[str], workers: int, cwd: Path | None = None
+) -> list[dict[str, Any]]:
+    """`distinit ablate` in OUT/runs and its `distinit report` in OUT/reports; the cells, which are kept beside the
+    plan. A page that cannot be made does not end the proof."""
+    side_by_side = ["--workers", str(workers)] if workers > 1 else []
+    run_distinit("ablate", str(plan), *words, "--out", str(out / "runs"), *side_by_side, cwd=cwd)
+    cells = plan.with_suffix(".cells.json")
+    shutil.copy(out / "runs" / "cells.json", cells)
+    page = out / "reports" / plan.stem
+    run_distinit("report", str(out / "runs"), "--out", str(page), "--quiet", check=False)
+    return read_cells(cells)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
