@@ -52,17 +52,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48_000, help="still images that the teacher learns from")
     rates = "finetuning's learning rates to choose from, the same for every start; one: nothing is chosen"
     parser.add_argument("--rates", nargs="+", type=float, default=[0.02, 0.05, 0.15], help=rates)
-    before = "the rate of every start as chosen before: " + " ".join(f"{start}=RATE" for start in STARTS)
+    before = f"the rates as chosen before, of {', '.join(STARTS)}, and of rows of --vary, else that of their start"
     parser.add_argument("--chosen", nargs="+", metavar="START=RATE", help=before)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
     known = variants([], RATE)
-    rows = "besides, DistInit with one thing changed in stage two, each with its own rate (with --chosen that of the "
-    rows += "start that it has): all, or some of " + ", ".join(known)
+    rows = "besides, DistInit with one thing changed in stage two, each with its own rate: all, or some of "
+    rows += ", ".join(known)
     parser.add_argument("--vary", nargs="*", metavar="ROW", help=rows)
     args = parser.parse_args()
     vary = select(known, args.vary) if args.vary is not None else {}
-    before = rates_of(args.chosen) if args.chosen else None
+    before = rates_of(args.chosen, list(vary)) if args.chosen else None
     out = args.out.resolve()
     corpus, teacher = out / "corpus", out / "object_teacher.pt"
     motion_corpus.make(corpus, args)
@@ -81,7 +81,7 @@ def main() -> None:
     results = proof.compare(chosen)
     if vary:
         if before:
-            rates = {row: chosen[keys.get("finetune.init", "DistInit")] for row, keys in vary.items()}
+            rates = {row: chosen.get(row, chosen[keys.get("finetune.init", "DistInit")]) for row, keys in vary.items()}
         else:
             rates = proof.choose("choose-varied", vary)
         results["varied"] = proof.vary(vary, chosen | rates)
@@ -90,11 +90,13 @@ def main() -> None:
     print(tables.motion(results))
 
 
-def rates_of(words: list[str]) -> dict[str, float]:
-    """Start → rate, of `--chosen`. SystemExit where a start is missing or unknown, or a rate no number above 0."""
+def rates_of(words: list[str], rows: list[str]) -> dict[str, float]:
+    """Start, or one of these rows, → rate, of `--chosen`. SystemExit where a start is missing, a name unknown, or a
+    rate no number above 0."""
     given = dict(word.partition("=")[::2] for word in words)
-    if given.keys() != STARTS.keys():
-        raise SystemExit(f"--chosen {' '.join(words)}: wanted is START=RATE for each of {', '.join(STARTS)}")
+    if not STARTS.keys() <= given.keys() <= STARTS.keys() | set(rows):
+        wanted = f"START=RATE for each of {', '.join(STARTS)}" + (f" and any of {', '.join(rows)}" if rows else "")
+        raise SystemExit(f"--chosen {' '.join(words)}: wanted is {wanted}")
     try:
         rates = {start: float(rate) for start, rate in given.items()}
     except ValueError as error:
@@ -142,7 +144,7 @@ class Proof:
         write_said(self.out / "said" / f"{self.args.actions}.csv", rows)
         students = {start: [self.student_of(run) for run in mine.values()] for start, mine in runs.items()}
         return {
-            "rates": chosen,
+            "rates": {start: chosen[start] for start in axis},
             "accuracy": {
                 start: {frames: interval(p.right.mean(axis=0), p.groups) for frames, p in mine.items()}
                 for start, mine in found.items()
