@@ -7,8 +7,9 @@ one, no source on both sides. All videos of the folders (and of `--more`) are th
 split have not seen its test videos (`--seen` adds students that have, without labels). The teacher is
 EfficientNet-Lite0 with its ImageNet weights. Every start has the schedule that was best on the training side alone: on
 an inner split of it, by source, for each data set and fold. There an epoch has two thirds of the clips, as there are
-two thirds of the videos. With a tenth of the labels it is chosen anew, among the same rates. Interrupted, the same
-command goes on.
+two thirds of the videos. With a tenth of the labels it is chosen anew, among the same rates. `--starts scratch` with
+more `--epochs` gives scratch as many clips as stages two and three have together. Interrupted, the same command goes
+on.
 
 The primary measure, fixed before anything ran: top 1 of the three test folds pooled, the mean over seeds, and the
 paired difference with a 95 % bootstrap interval over sources. OUT/results.json has it, with a linear probe and
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -45,16 +45,13 @@ from folds import (
 
 DISTINIT = "DistInit"
 SCRATCH = "scratch"
-SAME = "scratch, the schedule of DistInit"
-LONG = "scratch, as many clips as both stages"
-BOTH_LONG = "DistInit, finetuned as long as that"
-BESIDE = ("same", "long", "both-long")
 EPOCH_CLIPS = 192
 FEW_CLIPS, FEW_EPOCHS = 48, 30  # with a tenth of the labels: each video is seen about as often
 TEACHER = "efficientnet_lite0"
 STARTS = (DISTINIT, SCRATCH)
 MEASURES = ("finetuned", "probe", "tenth")
 SHARE = 0.1
+RESULTS = "results.json"
 
 Chosen = dict[tuple[int, str], tuple[int, float]]  # fold, start → epochs, learning rate
 
@@ -69,11 +66,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs="+", default=[60], help=epochs)
     rates = "learning rates of finetuning: " + candidates.format("epochs")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.06], help=rates)
-    beside = "besides: scratch by DistInit's schedule; scratch, and DistInit too, for as many clips as stages two and"
-    beside += " three have together"
-    parser.add_argument("--beside", nargs="+", choices=BESIDE, default=[], help=beside)
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="some of the starts")
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="some of the measures")
     args = parser.parse_args()
+    if args.seen and DISTINIT not in args.starts:
+        parser.error(f"--seen: students are those of {DISTINIT}, which --starts does not name")
     measured = folders_of(args)
     out = args.out.resolve()
     lists = out / "lists"
@@ -104,7 +101,8 @@ class Proof:
 
     def __init__(self, args: argparse.Namespace, out: Path, lists: Path, corpora: list[str]) -> None:
         self.args, self.out, self.lists, self.corpora = args, out, lists, corpora
-        self.results: dict[str, Any] = {}
+        kept = out / RESULTS
+        self.results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
         self.chosen: dict[str, Chosen] = {}  # by data set, with all labels
 
     def choose(self, folder: Path, share: float = 1) -> Chosen:
@@ -114,13 +112,14 @@ class Proof:
         clips, epochs = (FEW_CLIPS, [FEW_EPOCHS]) if some else (EPOCH_CLIPS, sorted(self.args.epochs))
         candidates = [(length, lr) for length in epochs for lr in sorted(self.args.rates)]
         if len(candidates) == 1:
-            return {(k, name): candidates[0] for k in SPLITS for name in STARTS}
+            return {(k, name): candidates[0] for k in SPLITS for name in self.args.starts}
         videos = inner(read_labels(folder))
         prefix = f"share{share:g}-" if some else ""
         labels = write_rows(self.lists / f"{prefix}inner-{folder.name}.csv", few(videos, share) if some else videos)
-        rows = {f"{name} {length} {lr:g}": (name, length, lr) for name in STARTS for length, lr in candidates}
+        rows = {f"{name} {length} {lr:g}": (name, length, lr) for name in self.args.starts for length, lr in candidates}
         axis = {row: start(*mine) | {"finetune.loop.epoch_clips": clips * 2 // 3} for row, mine in rows.items()}
-        records = self.ablate(f"{prefix}choose-{folder.name}", axis, labels, folder, seeds=[self.args.seeds[0]])
+        name = f"{prefix}choose-{folder.name}" + ("" if some else f"-{self.length}")
+        records = self.ablate(name, axis, labels, folder, seeds=[self.args.seeds[0]])
         chosen: Chosen = {}
         for k in SPLITS:
             scores: dict[str, float] = {}
@@ -128,61 +127,41 @@ class Proof:
                 if record["split"] == k and record["status"] == "done":
                     result = json.loads((self.out / "runs" / record["finetune"] / "result.json").read_text())
                     scores[record["row"]] = result["metrics"]["top1"]["value"]
-            for name in STARTS:
-                mine = [(row, rows[row][1:]) for row in scores if rows[row][0] == name]
+            for each in self.args.starts:
+                mine = [(row, rows[row][1:]) for row in scores if rows[row][0] == each]
                 best = max(mine, key=lambda item: round(scores[item[0]], 6))  # the first of equal ones
-                chosen[k, name] = best[1]
-            print(f"{prefix}{folder.name}, fold {k}: {scores} -> {[chosen[k, name] for name in STARTS]}")
+                chosen[k, each] = best[1]
+            print(f"{prefix}{folder.name}, fold {k}: {scores} -> {[chosen[k, each] for each in self.args.starts]}")
         return chosen
 
     def compare(self, folder: Path) -> None:
         """The primary measure."""
-        self.measure("finetuned", folder, folder / "labels.csv", {})
+        self.measure(f"finetuned for {self.length}", folder, folder / "labels.csv", {})
 
     def probe(self, folder: Path) -> None:
         """The head alone is trained."""
         more = {"finetune.freeze": "backbone", "finetune.loop.epochs": 10, "finetune.loop.step_epochs": 4}
         more["finetune.loop.lr"] = 0.1
-        self.measure("linear probe", folder, folder / "labels.csv", more, same=False)
+        self.measure("linear probe", folder, folder / "labels.csv", more)
 
     def few_labels(self, folder: Path) -> None:
         """A tenth of the labels."""
         labels = write_rows(self.lists / f"share{SHARE:g}-{folder.name}.csv", few(read_labels(folder), SHARE))
         more = {"finetune.loop.epoch_clips": FEW_CLIPS}
         chosen = self.choose(folder, SHARE)
-        self.measure(f"{SHARE:.0%} of the labels", folder, labels, more, same=False, chosen=chosen)
+        self.measure(f"{SHARE:.0%} of the labels", folder, labels, more, chosen=chosen)
 
     def measure(
-        self,
-        name: str,
-        folder: Path,
-        labels: Path,
-        more: dict[str, Any],
-        *,
-        same: bool = True,
-        chosen: Chosen | None = None,
+        self, name: str, folder: Path, labels: Path, more: dict[str, Any], *, chosen: Chosen | None = None
     ) -> None:
         """Runs of every fold and seed by the chosen schedules, by default those with all labels, and what they come
         to."""
         chosen = chosen or self.chosen[folder.name]
         found: dict[str, dict[tuple[int, int], Path]] = {}
         for k in SPLITS:
-            ours, theirs = (chosen[k, each] for each in STARTS)
-            axis = {DISTINIT: start(DISTINIT, *ours), SCRATCH: start(SCRATCH, *theirs)}
-            beside = self.args.beside if same else []
-            if "same" in beside and ours != theirs:  # else the same run
-                axis[SAME] = start(SCRATCH, *ours)
-            more_epochs = ours[0] + math.ceil(self.args.clips / EPOCH_CLIPS)
-            if "long" in beside:
-                axis[LONG] = start(SCRATCH, more_epochs, theirs[1])
-            if "both-long" in beside:
-                axis[BOTH_LONG] = start(DISTINIT, more_epochs, ours[1])
-            axis = {row: keys | more for row, keys in axis.items()}
+            axis = {each: start(each, *chosen[k, each]) | more for each in self.args.starts}
             records = self.ablate(f"{name}-{folder.name}-{k}", axis, labels, folder, seeds=self.args.seeds, split=k)
-            runs = runs_of(self.out / "runs", records)
-            if "same" in beside and ours == theirs:
-                runs[SAME] = runs[SCRATCH]
-            for row, mine in runs.items():
+            for row, mine in runs_of(self.out / "runs", records).items():
                 found.setdefault(row, {}).update(mine)
         rows = read_labels(folder)
         each = {row: pooled(runs, rows) for row, runs in found.items()}
@@ -191,15 +170,15 @@ class Proof:
         self.results.setdefault(name, {})[folder.name] = {
             "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in each.items()},
             "by seed": {row: p.by_seed.tolist() for row, p in each.items()},
-            "gain": {row: gain(each[DISTINIT], p) for row, p in each.items() if row != DISTINIT},
-            "schedules": {f"fold {k}": [chosen[k, each] for each in STARTS] for k in SPLITS},
+            "gain": {row: gain(each[DISTINIT], p) for row, p in each.items() if DISTINIT in each and row != DISTINIT},
+            "schedules": {f"fold {k}": {each: chosen[k, each] for each in self.args.starts} for k in SPLITS},
         }
         self.write()
         print(name, folder.name, json.dumps(self.results[name][folder.name]["accuracy"]))
 
     def write(self) -> None:
-        """OUT/results.json, of what is done so far."""
-        (self.out / "results.json").write_text(json.dumps(self.results, indent=1))
+        """OUT/results.json, of what is done so far, earlier runs into this OUT included."""
+        (self.out / RESULTS).write_text(json.dumps(self.results, indent=1))
 
     def seen(self, folder: Path) -> None:
         """DistInit by students that have seen the test videos too, without their labels."""
@@ -249,6 +228,11 @@ class Proof:
             words = ["evaluate", str(run), "--test-frames", frames, "--out", str(folder)]
             run_distinit(*words, "--device", "cpu", "--quiet")
         return folder
+
+    @property
+    def length(self) -> str:
+        """The epochs of finetuning that schedules have, in words."""
+        return " or ".join(map(str, sorted(self.args.epochs))) + " epochs"
 
     @property
     def copies(self) -> Path:

@@ -2,10 +2,11 @@
 
     python benchmarks/proof/tables.py OUT/results.json
     python benchmarks/proof/tables.py OUT/diagnostics.json
-    python benchmarks/proof/tables.py benchmarks/proof/said/har7-finetuned.csv [ROW]
+    python benchmarks/proof/tables.py benchmarks/proof/said/har7-60-epochs.csv [MORE.csv …] [ROW]
 
-The last computes accuracies, and gains of ROW (default the first) over the others from what
-every run said of every video: such files lie in OUT/said, and those of docs/results.md in said/ beside this script.
+The last computes accuracies, and gains of ROW (default the first) over the others, from what every run said of every
+video: such files lie in OUT/said, and those of docs/results.md in said/ beside this script. Of several files that have
+a row of one name, it is told apart by the file's.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from measuring import table
 
 
 def main() -> None:
-    if sys.argv[1].endswith(".csv"):
-        return print(of_videos(folds.read_said(Path(sys.argv[1])), *sys.argv[2:3]))
+    files = [Path(word) for word in sys.argv[1:] if word.endswith(".csv")]
+    if files:
+        return print(of_videos(together(files), *[word for word in sys.argv[1:] if not word.endswith(".csv")]))
     found = json.loads(Path(sys.argv[1]).read_text())
     if "filters vary in time" in found:
         print(motion(found))
@@ -34,6 +36,22 @@ def main() -> None:
     else:  # results.json of some or all of the measures
         for name, sets in found.items():
             print(f"\n{name}\n\n{real(sets)}")
+
+
+def together(files: list[Path]) -> dict[str, folds.Pooled]:
+    """Rows of several csv files of what was said, of the same videos. SystemExit where they are others."""
+    each = {file: folds.read_said(file) for file in files}
+    names = [row for rows in each.values() for row in rows]
+    found = {
+        row if names.count(row) == 1 else f"{row} ({file.stem})": p
+        for file, rows in each.items()
+        for row, p in rows.items()
+    }
+    videos = next(iter(found.values())).videos
+    for file, rows in each.items():
+        if any(p.videos != videos for p in rows.values()):
+            raise SystemExit(f"{file}: its videos are not those of {files[0]}")
+    return found
 
 
 def of_videos(found: dict[str, folds.Pooled], row: str | None = None) -> str:
