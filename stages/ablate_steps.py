@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.config import Options
-from ..pipeline.evaluation.labels import Labels, load_labels
+from ..pipeline.evaluation.labels import Labels, canonical, load_labels
 from ..pipeline.reporting.runs import STEP_FOLDERS
 from ..pipeline.targets.leave_out import leave_out_digest, without
 from ..pipeline.targets.store import TargetStore
@@ -97,8 +97,9 @@ class StepMaker:
     def finetuning(self, cell: Cell, student: Step | None) -> Step:
         """The run of stage three of a cell, from its student's if it has one."""
         dataset, equals, root = cell.dataset.partition("=")
-        forced: dict[str, Any] = {"dataset": dataset, "split": cell.split, "out": "."}
-        forced |= {"root": root} if equals else {}
+        # Whatever the folder of the worker that runs it.
+        forced: dict[str, Any] = {"dataset": canonical(dataset), "split": cell.split, "out": "."}
+        forced |= {"root": os.path.abspath(root)} if equals else {}
         if student is not None:
             forced["init"] = "."
         ours = self._config(TrainConfig, TRAIN, cell, {"store": self.store.name, "out": "."})

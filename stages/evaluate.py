@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +13,9 @@ import yaml
 from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
+from ..pipeline.corpus.sources import escape_path
 from ..pipeline.devices import resolve_device
-from ..pipeline.errors import CheckpointError, UsageError
+from ..pipeline.errors import CheckpointError, LabelsError, UsageError
 from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.labels import Labels, load_labels
 from ..pipeline.evaluation.predictions import require_classes
@@ -118,7 +121,7 @@ def _evaluate(config: EvaluateConfig, screen: Screen, ranks: Ranks) -> dict[str,
 
 def _evaluate_split(config: EvaluateConfig, run: Path, screen: Screen, ranks: Ranks) -> dict[str, Any]:
     job = ranks.agree(lambda: _assemble(config, run))
-    for note in job.labels.notes if ranks.lead else ():
+    for note in (*job.labels.notes, *job.notes) if ranks.lead else ():
         screen.warn(note)
     out = Path(config.out or run)
     metrics = evaluate_student(
@@ -156,6 +159,7 @@ class _Job:
     labels: Labels
     view: ClipView
     options: EvaluationOptions
+    notes: tuple[str, ...] = ()
 
 
 def _assemble(config: EvaluateConfig, run: Path) -> _Job:
@@ -174,7 +178,24 @@ def _assemble(config: EvaluateConfig, run: Path) -> _Job:
     require_classes(labels.classes, student.meta.classes.get(HEAD, []), here=labels.dataset, there=str(run))
     clips = used.get("clips") or {"size": student.meta.clip_size, "resize": student.meta.resize}
     view = ClipView.model_validate({key: clips.get(key) for key in ClipView.model_fields if key in clips})
-    return _Job(student, labels, view, options)
+    other = config.dataset is not None or config.split is not None
+    return _Job(student, labels, view, options, tuple(_trained_on(labels, config, used)) if other and used else ())
+
+
+def _trained_on(labels: Labels, config: EvaluateConfig, used: dict[str, Any]) -> Iterator[str]:
+    """A line where test videos of other labels or of another split are among those that the run was trained on."""
+    root = config.root if config.dataset is None and config.root is not None else used.get("root")
+    try:
+        own = load_labels(used["dataset"], used.get("split"), used.get("videos"), root=root, partial=True)
+    except (LabelsError, UsageError):  # its labels are not here any more: nothing to compare with
+        return
+    trained = {os.path.realpath(own.absolute(video)) for video in own.train}
+    known = [video.path for video in labels.test if os.path.realpath(labels.absolute(video)) in trained]
+    if known:
+        yield (
+            f"{len(known)} of {len(labels.test)} test videos are among those that the run was trained on, the first: "
+            f"{escape_path(known[0])}; accuracies are not those of unseen videos"
+        )
 
 
 def _opened(run: Path) -> tuple[Path, dict[str, Any]]:

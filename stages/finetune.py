@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
+from ..pipeline.errors import UsageError
 from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.dataset import LabelledClips
 from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
@@ -32,7 +33,7 @@ from ..pipeline.weights import state_sha256
 from .config import write_config
 from .launch import across_ranks
 from .screen import Screen
-from .splits import ALL, split_folder, summarise_splits
+from .splits import ALL, split_folder, split_folders, summarise_splits
 from .testing import PREDICTIONS, EvaluationOptions, evaluate_student, labels_digest, write_result
 
 COMMAND = "finetune"
@@ -45,7 +46,8 @@ class FinetuneClips(ClipView):
 
     @model_validator(mode="after")
     def _crop_fits(self) -> FinetuneClips:
-        self.frame_view()
+        if "size" in self.model_fields_set:  # else it is known when the initialisation is
+            self.frame_view()
         return self
 
 
@@ -105,13 +107,18 @@ def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str,
     """One process of the training and the test; rank 0 alone writes."""
     if config.split != ALL:
         return _finetune_split(config, screen, ranks)
-    results = {}
+    out, results = Path(config.out), {}
+    begun = ranks.on_lead(lambda: bool(split_folders(out)))
+    if config.resume is True and not begun:
+        raise UsageError(f"--resume: {out} holds no run; --resume auto begins one")
     for split in ranks.agree(lambda: available_splits(config.dataset, config.root)):
         screen.say(f"split {split}")
-        own = config.model_copy(update={"split": split, "out": str(split_folder(Path(config.out), split))})
+        # Interrupted, some splits have not begun.
+        update = {"split": split, "out": str(split_folder(out, split)), "resume": "auto" if config.resume else False}
+        own = config.model_copy(update=update)
         results[split] = _finetune_split(own, screen, ranks)
     title = short_dataset(config.dataset)
-    return ranks.on_lead(lambda: summarise_splits(Path(config.out), results, title, screen))
+    return ranks.on_lead(lambda: summarise_splits(out, results, title, screen))
 
 
 def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
@@ -219,6 +226,11 @@ def _resolved(config: FinetuneConfig, labels: Labels, start: Start) -> FinetuneC
         if "size" in given:  # another size wants its own resize, not the file's
             theirs.pop("resize")
         update["clips"] = config.clips.model_copy(update={k: v for k, v in theirs.items() if k not in given})
+    clips = update.get("clips", config.clips)
+    try:
+        clips.frame_view()
+    except ValueError as error:
+        raise UsageError(f"clips.resize: {error}; clips.size is that of {config.init} unless it is given") from error
     return config.model_copy(update=update)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -132,7 +132,7 @@ def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
     )
 
     def finish() -> dict[str, Any]:
-        exported = _export(config, store, student, teachers, run_dir, result)
+        exported = _export(config, store, student, teachers, run_dir)
         summary = _summary(config, parts, result, exported) | _learned(bounds, result, screen)
         write_atomically(run_dir / "result.json", json.dumps(plain(summary), indent=1).encode())
         return summary
@@ -158,12 +158,14 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 
 
 def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
-    """The teachers to learn from; UsageError if the store lacks one."""
+    """The teachers to learn from, in the store's order, so that the order in which they are named changes nothing;
+    UsageError if the store lacks one."""
     names = tuple(config.targets.teachers or store.teachers)
     if not names:
         raise StoreError(f"{store.name} holds no teacher's logits; run distinit extract-targets first")
     for name in names:
         store.teacher(name)
+    names = tuple(name for name in store.teachers if name in names)
     for key in ("max_entropy", "max_entropy_quantile", "loss_weights"):
         named = getattr(config.targets, key)
         for name in named if isinstance(named, dict) else ():
@@ -212,16 +214,24 @@ def _assemble(
     unfiltered.check_windows()
     thresholds, kept_share = _thresholds(config.targets, unfiltered, saved, screen)
     train = StudentClips(sampler(videos, thresholds), config.clips, config.moved, channels=channels)
-    # A video without a window would be an error in a fixed list.
-    with_window = (int(video) for video in held_ids if unfiltered.has_window(int(video)))
-    held_ids = np.array(list(islice(with_window, config.held_out_clips)), np.int64)
+    held_ids = _usable_held_out(held_ids, lambda ids: sampler(ids, thresholds, fixed=True), config.held_out_clips)
     if config.held_out > 0 and len(held_ids) == 0:
-        screen.warn(f"held_out={config.held_out:g} of the videos is none here; best is by training loss")
+        screen.warn(f"held_out={config.held_out:g}: no clip of these videos counts; best is by training loss")
     held = None
     if len(held_ids):
         fixed = sampler(held_ids, thresholds, fixed=True)
         held = StudentClips(fixed, config.clips, config.moved, channels=channels)
     return _Parts(train, held, thresholds, kept_share)
+
+
+def _usable_held_out(ids: np.ndarray, fixed: Callable[[np.ndarray], TargetSampler], most: int) -> np.ndarray:
+    """The first `most` of the held-out videos that have a window and whose clip the filter keeps: both are known before
+    anything is decoded, and a list of none would end the training after its first epoch."""
+    if len(ids) == 0:
+        return ids
+    sampler = fixed(ids)
+    usable = (int(video) for k, video in enumerate(ids) if sampler.has_window(int(video)) and sampler.draw(0, k).counts)
+    return np.array(list(islice(usable, most)), np.int64)
 
 
 def _thresholds(
@@ -346,12 +356,9 @@ def _export(
     student: Student,
     teachers: tuple[str, ...],
     run_dir: Path,
-    result: FitResult,
 ) -> Path:
     """RUN/student.safetensors from the last weights, or the best."""
     path = run_dir / "student.safetensors"
-    if result.already_finished and path.exists():
-        return path
     if config.export == "best":
         load_weights(run_dir, "best", student)
     resize = config.clips.frame_view().resize

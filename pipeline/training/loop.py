@@ -28,7 +28,7 @@ from .ranks import ALONE, Ranks, ShareOfSamples
 from .schedule import learning_rate
 from .state import TrainState
 from .step import LossReport, Objective, take_step
-from .wrap import wrap
+from .wrap import share_buffers, wrap
 
 __all__ = ["FitResult", "LoopOptions", "LossReport", "Objective", "fit"]
 
@@ -139,6 +139,7 @@ def fit(
                 best = False
                 epoch_over = state.step % options.steps_per_epoch == 0
                 if epoch_over:
+                    share_buffers(model, ranks)
                     validation = validate() if validate is not None else {}
                     trained.train()
                     best = state.end_epoch(validation)

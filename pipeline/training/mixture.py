@@ -50,19 +50,21 @@ class Mixture:
 def by_corpus(
     videos: NDArray[np.int64], corpus: NDArray[np.int64], names: Sequence[str], weights: Mapping[str, float]
 ) -> tuple[list[NDArray[np.int64]], list[float]]:
-    """Groups and shares: the ids among `videos` of each corpus of `weights`, by the corpus [video] of each.
+    """Groups and shares: the ids among `videos` of each corpus of `weights`, by the corpus [video] of each; in the
+    order of `names`, so that the order of `weights` changes no draw.
 
     UsageError for a corpus that the store has not, or that has no video to draw from.
     """
     groups, shares = [], []
-    for name, weight in weights.items():
+    for name in weights:
         if name not in names:
             raise UsageError(f"targets.corpora names {name!r}; the store has: {', '.join(names)}")
+    for name in (name for name in names if name in weights):
         found = videos[corpus[videos] == list(names).index(name)]
         if len(found) == 0:
             raise UsageError(f"targets.corpora: {name!r} has no video to draw from")
         groups.append(found)
-        shares.append(weight)
+        shares.append(weights[name])
     return groups, shares
 
 

@@ -57,9 +57,11 @@ class Draw:
 
 @dataclass(frozen=True)
 class _Video:
-    """What the store says of one video: cached frames, pts and rows [N], valid starts."""
+    """What the store says of one video: cached frames, pts and rows [N], valid starts. pickable: frames that a clip
+    can have, those that are read ahead left out."""
 
     frames: int
+    pickable: int
     cached: NDArray[np.int64]
     pts: NDArray[np.int64]
     rows: NDArray[np.int64]
@@ -93,8 +95,8 @@ class TargetSampler:
     shares: mixes groups of videos by their shares of the clips, in place of all `videos` alike; what the filter
         turns down is drawn again from the same group.
     ahead: frames read after a clip's own, which must be there too (flow needs one); never picked.
-    fixed: for held-out videos. Sample i is videos[i], the middle start, no flip, the middle crop; nothing is
-        drawn again.
+    fixed: for held-out videos. Sample i is videos[i], the middle start, no flip, the middle crop, picks by the
+        video's id; nothing is drawn again.
     """
 
     def __init__(
@@ -201,8 +203,9 @@ class TargetSampler:
             cached, pts, rows = self.store.frames(video)
             # A truncated file's length may be unknown: what is cached certainly exists.
             frames = max(int(self.store.frame_counts[video]), int(cached[-1]) + 1 if len(cached) else 0)
-            starts = start_set(self.picks, cached, max(frames - self.ahead, 1), self.clip_length)
-            known = _Video(frames, cached, pts, rows, starts, starts.count)
+            pickable = max(frames - self.ahead, 1)
+            starts = start_set(self.picks, cached, pickable, self.clip_length)
+            known = _Video(frames, pickable, cached, pts, rows, starts, starts.count)
             if len(self._known) >= REMEMBERED:
                 self._known.pop(next(iter(self._known)))
             self._known[video] = known
@@ -210,16 +213,19 @@ class TargetSampler:
 
     def _clip(self, epoch: int, sample: int, attempt: int) -> _Clip | None:
         """One attempt at a sample; None if its video has no window that holds enough cached frames."""
-        stream = draws.HELD_OUT if self.fixed else draws.EXAMPLES
-        random = draws.moved_to(self.seed, epoch, sample, attempt, stream=stream)
-        video = self._video(epoch, sample, attempt, random)
+        if self.fixed:  # by the video, not by its place: the same clip whatever the list
+            video = int(self.videos[sample % len(self.videos)])
+            random = draws.moved_to(self.seed, epoch, video, attempt, stream=draws.HELD_OUT)
+        else:
+            random = draws.moved_to(self.seed, epoch, sample, attempt, stream=draws.EXAMPLES)
+            video = self._video(epoch, sample, attempt, random)
         known = self._look_up(video)
         if known.count == 0:
             return None
         # Always the same numbers in the same order, so that a crop does not depend on the pick rule.
         top, left, flip = random.random(), random.random(), random.random()
         start = known.starts.nth(known.count // 2 if self.fixed else int(random.integers(known.count)))
-        at = pick(self.picks, known.cached, start, self.clip_length, random, frames=known.frames)
+        at = pick(self.picks, known.cached, start, self.clip_length, random, frames=known.pickable)
         return _Clip(
             video=video,
             frame_count=known.frames,
@@ -233,8 +239,6 @@ class TargetSampler:
         )
 
     def _video(self, epoch: int, sample: int, attempt: int, random: np.random.Generator) -> int:
-        if self.fixed:
-            return int(self.videos[sample % len(self.videos)])
         group, first = self.mixture.first(epoch, sample)
         n = len(group)
         if attempt == 0 or n == 1:

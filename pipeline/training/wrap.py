@@ -1,4 +1,4 @@
-"""From a model to what is trained: on its device, compiled, its gradients shared between processes."""
+"""From a model to what is trained: on its device, compiled, its gradients and statistics shared between processes."""
 
 from __future__ import annotations
 
@@ -27,3 +27,14 @@ def wrap(model: nn.Module, options: LoopOptions, device: torch.device, ranks: Ra
     return DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Gives every rank the buffers of rank 0, whose checkpoint it is: without synchronised BatchNorm each has running
+    statistics of its own share of the last batch, for DistributedDataParallel copies them before a step, not after."""
+    if ranks.world == 1:
+        return
+    of_lead = ranks.on_lead(lambda: [buffer.cpu() for buffer in model.buffers()])
+    for buffer, value in zip(model.buffers(), of_lead, strict=True):
+        buffer.copy_(value)

@@ -74,6 +74,42 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return out, finetune(config(folder, out / "all", split="all"), QUIET)
 
 
+def test_all_splits_go_on_after_an_interrupt(folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Interrupted in the first split, the others have not begun."""
+    with pytest.raises(UsageError, match=r"--resume: .* holds no run"):
+        finetune(config(folder, tmp_path / "none", split="all", resume=True), QUIET)
+    finetune(config(folder, tmp_path / "all" / "split1", split=1), QUIET)
+    with pytest.raises(UsageError, match="add --resume"):
+        finetune(config(folder, tmp_path / "all", split="all"), QUIET)
+    result = finetune(config(folder, tmp_path / "all", split="all", resume=True), QUIET)
+    assert result["splits"]["1"]["already_finished"]
+    assert result["mean"] == runs[1]["mean"]
+
+
+def test_a_test_on_videos_of_the_training_is_told_of(
+    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Split 2 tests the five videos that split 1 trains on."""
+    given = {"runs": [str(runs[0] / "all/split1")], "out": str(tmp_path / "seen"), "split": 2, "device": "cpu"}
+    evaluate(EvaluateConfig.model_validate(given), Screen())
+    assert "warning: 5 of 5 test videos are among those that the run was trained on" in capfd.readouterr().err
+    other = tmp_path / "other.csv"
+    other.write_text("path,label,split1\n0.mp4,blue,train\n1.mp4,red,train\n6.mp4,blue,test\n5.mp4,red,test\n")
+    given |= {"dataset": f"csv:{other}", "root": str(folder), "out": str(tmp_path / "unseen"), "split": None}
+    evaluate(EvaluateConfig.model_validate(given), Screen())
+    assert "trained on" not in capfd.readouterr().err
+
+
+def test_a_resize_is_held_against_the_size_of_the_initialisation(
+    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    init = {"init": str(runs[0] / "all/split1"), "student": None}
+    with pytest.raises(UsageError, match=r"clips\.resize: resize 20x30 is smaller than the crop of 32; clips\.size is"):
+        finetune(config(folder, tmp_path / "small", clips={"resize": [20, 30]}, **init), QUIET)
+    assert not (tmp_path / "small").exists()
+    finetune(config(folder, tmp_path / "fits", clips={"resize": [36, 40]}, **init), QUIET)
+
+
 def test_all_splits_are_runs_of_their_own_and_their_mean(
     folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -35,14 +35,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"csv:{root / 'labels.csv'}"
 
 
-def config(dataset: str, out: Path, **loop: Any) -> FinetuneConfig:
+def config(dataset: str, out: Path, freeze: str = "backbone", **loop: Any) -> FinetuneConfig:
     return FinetuneConfig.model_validate(
         {
             "dataset": dataset,
             "out": str(out),
             "student": {"architecture": "r3d_18", "width": 0.0625},
             "clips": {"size": 32, "length": 4},
-            "freeze": "backbone",
+            "freeze": freeze,
             "loop": {"batch_size": 4, "epochs": 2, "epoch_clips": 8, "lr": 0.05, "workers": 0, "device": "cpu"} | loop,
             "test": {"batch_size": 7, "workers": 0, "crops": 3, "clips": 2},
         }
@@ -80,3 +80,13 @@ def test_two_processes_train_and_test_as_one(dataset: str, tmp_path: Path) -> No
     three = Predictions.read(tmp_path / "again/predictions.h5")
     np.testing.assert_allclose(three.clip_scores, one.clip_scores, atol=1e-4)
     assert again["metrics"]["top1"] == alone["metrics"]["top1"]
+
+
+def test_every_process_tests_the_model_that_is_saved(dataset: str, tmp_path: Path) -> None:
+    """Batch statistics differ between processes until those of the first are everybody's."""
+    finetune(config(dataset, tmp_path / "run", freeze="none", gpus=2), QUIET)
+    given = {"runs": [str(tmp_path / "run")], "out": str(tmp_path / "again"), "device": "cpu"}
+    evaluate(EvaluateConfig.model_validate(given), QUIET)
+    two, one = (Predictions.read(tmp_path / name / "predictions.h5") for name in ("run", "again"))
+    assert two.identity["weights"] == one.identity["weights"]
+    np.testing.assert_allclose(two.clip_scores, one.clip_scores, atol=1e-6)

@@ -70,6 +70,50 @@ def test_a_run_trains_exports_and_says_what_it_did(tiny_store, tmp_path):
     assert again["already_finished"]
 
 
+def test_a_finished_run_exports_the_best_weights_when_asked_later(tiny_store, tmp_path):
+    """And the last ones after that again."""
+    run = tmp_path / "run"
+    train_student(config(tiny_store, run), QUIET)
+    last = weights(run)
+    checkpoint = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
+    for tensor in checkpoint["model"].values():
+        tensor.mul_(2)  # whichever epoch was the best
+    torch.save(checkpoint, run / "checkpoints" / "best.pt")
+    for export, wanted in (("best", checkpoint["model"]), ("last", last)):
+        again = train_student(config(tiny_store, run, resume=True, export=export), QUIET)
+        assert again["already_finished"]
+        assert again["exported"] == export
+        found = weights(run)
+        assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+def test_held_out_clips_are_those_that_the_filter_keeps(tiny_store, tmp_path, capfd):
+    """Whichever videos are held out, an epoch never ends with none that count, and each is the clip it was found to
+    be."""
+    store = TargetStore.open(str(tiny_store.path))
+    targets = {"teachers": ["unsure"], "max_entropy_quantile": 0.3, "quantile_draws": 300}
+    held = []
+    for seed in range(6):
+        made = config(tiny_store, tmp_path / "run", targets=targets, held_out=0.2, loop={"seed": seed})
+        parts = _assemble(made, store, ("unsure",), None, QUIET)
+        held.append(0 if parts.held_out is None else len(parts.held_out.sampler.videos))
+        for k in range(held[-1]):
+            assert parts.held_out.sampler.draw(0, k).counts
+    assert 0 in held, "of some seeds no held-out clip counts"
+    assert max(held) > 0
+    seed = held.index(0)
+    made = config(tiny_store, tmp_path / "run", targets=targets, held_out=0.2, loop={"seed": seed, "epochs": 1})
+    assert train_student(made, Screen())["held_out"] == {}
+    assert "no clip of these videos counts; best is by training loss" in capfd.readouterr().err
+
+
+def test_the_order_in_which_teachers_are_named_changes_nothing(tiny_store, tmp_path, whole):
+    for run, names in (("one", ["sure", "unsure"]), ("other", ["unsure", "sure"])):
+        train_student(config(tiny_store, tmp_path / run, targets={"teachers": names}), QUIET)
+        found = weights(tmp_path / run)
+        assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
 def test_a_narrow_student_overfits_the_teachers_on_a_few_clips(tiny_store, tmp_path):
     """Towards the entropy of the targets, below which no cross-entropy falls."""
     train = config(

@@ -53,6 +53,19 @@ def some(sampler: TargetSampler, epochs: int = 10) -> list[Draw]:
     return [sampler.draw(epoch, sample) for epoch in range(epochs) for sample in range(24)]
 
 
+@pytest.mark.parametrize("picks", ["center", "random", "random:2", "uniform:1"])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_every_valid_start_of_a_short_video_can_be_picked(store: TargetStore, picks: str, ahead: int) -> None:
+    """Clips longer than the videos, with and without the frame that flow reads ahead: start and picks count the same
+    frames."""
+    sampler = make(store, picks=PickRule.parse(picks), ahead=ahead, clip_length=64)
+    videos = [int(video) for video in store.usable() if sampler.has_window(int(video))]
+    assert min(int(store.frame_counts[video]) for video in videos) < 64
+    for sample in range(100):
+        draw = sampler.draw(0, sample)
+        assert set(draw.picked) <= set(draw.indices)
+
+
 def nats(logits: np.ndarray) -> float:
     p = np.exp(logits.astype(float) - logits.max())
     p /= p.sum()

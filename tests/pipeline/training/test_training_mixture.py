@@ -40,8 +40,8 @@ def test_epochs_of_any_length_are_stretches_of_one_sequence() -> None:
 def test_groups_are_those_of_the_corpora_that_are_named() -> None:
     corpus = np.array([0, 0, 1, 2, 1, 0])
     groups, shares = by_corpus(np.array([0, 1, 2, 4]), corpus, ["a", "b", "c"], {"b": 2.0, "a": 1.0})
-    assert [group.tolist() for group in groups] == [[2, 4], [0, 1]]
-    assert shares == [2.0, 1.0]
+    assert [group.tolist() for group in groups] == [[0, 1], [2, 4]], "in the store's order, however they are named"
+    assert shares == [1.0, 2.0]
     with pytest.raises(UsageError, match=r"targets\.corpora names 'x'; the store has: a, b, c"):
         by_corpus(np.array([0]), corpus, ["a", "b", "c"], {"x": 1.0})
     with pytest.raises(UsageError, match="'c' has no video to draw from"):
