@@ -186,9 +186,11 @@ def _three(spec: TeacherSpec, key: str) -> tuple[float, ...]:
     except ValueError:
         numbers = ()
     numbers = numbers * 3 if len(numbers) == 1 else numbers
-    good = len(numbers) == 3 and all(0 <= number <= 255 for number in numbers)
+    good = len(numbers) == 3 and all(0 <= number <= 1 for number in numbers)
     if not good or (key == "std" and min(numbers) == 0):
+        least = "above 0" if key == "std" else "0"
         raise TeacherError(
-            f"teacher {spec.name!r}: option {key} is {text!r}, allowed: one or three numbers a,b,c for pixels in 0–1"
+            f"teacher {spec.name!r}: option {key} is {text!r}, allowed: one or three numbers a,b,c from {least} to 1, "
+            f"for pixels in 0–1; of pixels in 0–255 divide them by 255"
         )
     return numbers

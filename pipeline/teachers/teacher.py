@@ -25,6 +25,7 @@ from ..video.geometry import View
 from ..weights import check_sha256, load_into, load_weights, state_sha256
 from .efficientnet_lite import efficientnet_lite0
 from .recipe import (
+    OWN_OPTIONS,
     Recipe,
     TeacherSpec,
     apply_view_options,
@@ -242,6 +243,8 @@ def _from_factory(spec: TeacherSpec) -> Recipe | Teacher:
     if isinstance(made, Teacher):
         if spec.weights:
             raise TeacherError(f"teacher {spec.name!r} is finished by its factory and takes no weights file")
+        if own := sorted(spec.options.keys() & set(OWN_OPTIONS)):
+            raise TeacherError(f"teacher {spec.name!r} is finished by its factory and takes no option {', '.join(own)}")
         return made
     if not isinstance(made, nn.Module):
         raise TeacherError(

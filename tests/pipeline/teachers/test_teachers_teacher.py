@@ -234,6 +234,10 @@ def mean(classes=2, gain=1.0):
     assert isinstance(classes, int) and isinstance(gain, float)
     return Mean(classes, gain)
 
+def whole():
+    from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
+    return load_teacher(TeacherSpec(name="own_teachers:mean", options={"input_size": "32"}))
+
 def text():
     return "no module"
 
@@ -273,6 +277,7 @@ def test_factories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("own_teachers:broken", {}, "RuntimeError: first line$"),
         ("own_teachers:table", {}, "module 'own_teachers' has no function 'table'"),
         ("own_teachers:mean", {"depth": "3"}, "unexpected keyword argument 'depth'"),
+        ("own_teachers:whole", {"mean": "0", "name": "x"}, "finished by its factory and takes no option mean, name"),
         ("no_such_module:mean", {}, "No module named 'no_such_module'"),
     ):
         with pytest.raises(TeacherError, match=words):
@@ -288,7 +293,8 @@ def test_factories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("torchvision:resnet50@V3", {}, "allowed: IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
         ("efficientnet_lite0", {"depth": "3"}, "no option 'depth'; allowed: classes, input_size"),
         ("efficientnet_lite0", {"resize": "big"}, "resize is 'big', allowed: pixels, 1 or more or HEIGHTxW"),
-        ("efficientnet_lite0", {"std": "0"}, "std is '0', allowed: one or three numbers"),
+        ("efficientnet_lite0", {"std": "0"}, "std is '0', allowed: one or three numbers a,b,c from above 0 to 1"),
+        ("efficientnet_lite0", {"mean": "123.675,116.28,103.53"}, "pixels in 0–1; of pixels in 0–255 divide them by"),
         ("efficientnet_lite0", {"interpolation": "nearest"}, "'bilinear', 'bicubic' or 'area'"),
         ("efficientnet_lite0", {"classes": "missing.txt"}, "classes file missing.txt: cannot be read"),
     ],
