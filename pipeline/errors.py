@@ -62,6 +62,10 @@ class TrainingError(DistInitError, RuntimeError):
     """Training cannot go on: a loss that is not finite, no clip left to draw."""
 
 
+class WorkerDied(TrainingError):
+    """A loader process has gone, which may be the fault of what it was reading."""
+
+
 class RankLostError(TrainingError):
     """Another process of the same run has ended; its own error says why."""
 

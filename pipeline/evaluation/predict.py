@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import TrainingError
+from ..errors import TrainingError, WorkerDied
 from ..students.student import Student
 from ..training.loader import EachOnce, Key, KeyedDataset, read_batches
 from ..video.transforms import normalize_clip
@@ -52,21 +52,13 @@ def _rows(dataset: KeyedDataset, videos: list[int], workers: int, device: torch.
             for row in read(list(left), workers):
                 left.pop(0)
                 yield row
-        except TrainingError as error:
-            _only_if_died(error)
+        except WorkerDied:
             for video in left[: workers * READ_AHEAD + 1]:
                 left.pop(0)
                 try:
                     yield from read([video], 1)
-                except TrainingError as again:
-                    _only_if_died(again)
+                except WorkerDied:
                     yield {"video": torch.tensor([video]), "error": ["its decoder crashed"]}
-
-
-def _only_if_died(error: TrainingError) -> None:
-    """Raises an error that a loader process reported itself: that is a fault of ours, not of a video."""
-    if "Caught" in str(error):
-        raise error
 
 
 @torch.inference_mode()

@@ -12,19 +12,20 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..corpus.sources import escape_path
-from ..errors import DistInitError, TrainingError
+from ..errors import DistInitError, TrainingError, WorkerDied
 from ..video.whereabouts import Whereabouts, begin
 
 HANG_S = 120.0  # a worker that reads one video for longer hangs
+PATIENCE = 10  # times HANG_S for what is no reading and may be slow: to start a worker, to draw from a remote store
 LOOK_EVERY_S = 1.0  # how often a process that waits for a batch looks what its workers do
 CRASHES = 2  # of workers reading one video, after which it is refused
 MAX_STARTS = 20
@@ -83,24 +84,28 @@ def read_batches(
     workers: int,
     device: torch.device,
     hang_s: float = HANG_S,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Generator[dict[str, Any]]:
     """Yields collated batches in the order of `batches`; see `collate`. Workers end with the iterator.
 
     A video that a decoder crashes on twice, or that takes a worker longer than `hang_s` seconds, is refused: the
     workers are started again, find it unreadable with that reason, and go on where the batches stopped.
 
-    Raises the data set's own DistInitError as it was raised in the worker, and TrainingError when a worker dies
-    that read no video, that the system killed (as it does where memory runs out), or after 20 starts.
+    stop: asked about once a second of a wait for a batch; true ends the batches there.
+
+    Raises the data set's own DistInitError as it was raised in the worker; WorkerDied when one dies that read no
+    video, that the system killed (as it does where memory runs out), or after 20 starts; and TrainingError for
+    another error in a worker, when shared memory is full, and when no batch comes though no video is being read.
     """
     if not workers:
-        yield from _one_go(dataset, batches, 0, device, {}, hang_s)
+        yield from _one_go(dataset, batches, 0, device, {}, hang_s, stop)
         return
     refused: dict[str, str] = {}
     suspects: Counter[str] = Counter()
     done, last = 0, _Ended("", "")
     for _ in range(MAX_STARTS):
         try:
-            for batch in _one_go(dataset, _Rest(batches, done), workers, device, refused, hang_s):
+            for batch in _one_go(dataset, _Rest(batches, done), workers, device, refused, hang_s, stop):
                 done += 1
                 yield batch
             return
@@ -110,7 +115,7 @@ def read_batches(
             if isinstance(ended, _Stuck) or suspects[ended.path] >= CRASHES:
                 refused[ended.path] = ended.reason
     where = escape_path(last.path)
-    raise TrainingError(f"loader processes ended {MAX_STARTS} times, the last reading {where}: {last.reason}")
+    raise WorkerDied(f"loader processes ended {MAX_STARTS} times, the last reading {where}: {last.reason}")
 
 
 class _Ended(Exception):
@@ -146,20 +151,23 @@ def _one_go(
     device: torch.device,
     refused: dict[str, str],
     hang_s: float,
+    stop: Callable[[], bool],
 ) -> Generator[dict[str, Any]]:
     """The batches from one set of workers; _Stuck or _Crashed where a video ends it."""
     context = _context(device) if workers else None
     places = Whereabouts(context, workers) if context is not None else None
+    resting = context.RawArray("b", workers) if context is not None else []
+    look_s = min(hang_s, LOOK_EVERY_S)
     loader = DataLoader(
-        _Reader(dataset),
+        _Reader(dataset, resting),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         multiprocessing_context=context,
         worker_init_fn=partial(_begin, places, dict(refused)),
-        timeout=min(hang_s, LOOK_EVERY_S) if workers else 0,
+        timeout=look_s if workers else 0,
         # An own generator: the loader draws a seed from it, and must not touch the global one, whose state
         # a checkpoint carries.
         generator=torch.Generator().manual_seed(0),
@@ -168,40 +176,59 @@ def _one_go(
     _look_for_deaths()
     processes = list(getattr(iterator, "_workers", []))
     try:
+        # For how long, in this wait, no video has been read and no worker has had anything to do: by the looks and
+        # not by the clock, which goes on while a job is suspended.
+        quiet = lost = 0.0
         while True:
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if isinstance(error, DistInitError) or "DataLoader" not in str(error):
+            except Exception as error:
+                if str(error).startswith("Caught "):  # the worker's traceback, as torch words it
+                    raise TrainingError(f"a loader process failed: {str(error).splitlines()[-1]}") from error
+                if not isinstance(error, RuntimeError) or "DataLoader" not in str(error):
                     raise
-                _why(error, places, processes, hang_s)  # raises, or says to wait on
+                reading = _why(error, places, processes, hang_s)  # raises, or says to wait on
+                if stop():
+                    _kill(processes)
+                    return
+                quiet = 0.0 if reading else quiet + look_s
+                lost = lost + look_s if all(resting) else 0.0
+                _look_for_loss(quiet, lost, hang_s)
                 continue
             if isinstance(batch, DistInitError):
                 raise batch
             yield batch
-    except _Ended:
-        for process in processes:
-            process.kill()
+            quiet = lost = 0.0
+    except (_Ended, TrainingError, KeyboardInterrupt):
+        _kill(processes)
         raise
     finally:
         # What the iterator does when it is collected; the traceback of an error may keep it alive.
         if processes:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
-        for process in processes:
-            if process.is_alive():
-                process.kill()
+        _kill(processes)
 
 
-def _why(error: RuntimeError, places: Whereabouts | None, processes: list[Any], hang_s: float) -> None:
-    """_Crashed, _Stuck or TrainingError for what the DataLoader says; nothing where all is well but slow."""
-    if "timed out" in str(error):
+def _kill(processes: list[Any]) -> None:
+    """Ends what has not ended: a worker ignores SIGTERM, and the loader would wait 5 s for each that hangs."""
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+
+
+def _why(error: RuntimeError, places: Whereabouts | None, processes: list[Any], hang_s: float) -> bool:
+    """_Crashed, _Stuck or TrainingError for what the DataLoader says; where it is but slow, whether a video is
+    being read."""
+    if str(error).startswith("DataLoader timed out"):
+        busy = False
         for worker in range(len(processes)):
             reading = places.reading(worker) if places is not None else None
             if reading is not None and reading[1] > hang_s:
                 raise _Stuck(reading[0], f"its decoder hung: no answer for {hang_s:g} s") from error
-        return
+            busy = busy or reading is not None
+        return busy
     for worker, process in enumerate(processes):
         process.join(0)
         if process.exitcode in (None, 0):
@@ -210,10 +237,25 @@ def _why(error: RuntimeError, places: Whereabouts | None, processes: list[Any], 
         reading = places.reading(worker) if places is not None else None
         if reading is None or process.exitcode == -signal.SIGKILL:
             where = f", reading {escape_path(reading[0])}" if reading is not None else ""
-            raise TrainingError(f"a loader process died: {how}{where}; fewer workers need less memory") from error
+            raise WorkerDied(f"a loader process died: {how}{where}; fewer workers need less memory") from error
         raise _Crashed(reading[0], f"its decoder crashed ({how})") from error
     reason = str(error).splitlines()[0].rstrip(". ")
-    raise TrainingError(f"a loader process died: {reason}; fewer workers need less memory") from error
+    raise WorkerDied(f"a loader process died: {reason}; fewer workers need less memory") from error
+
+
+def _look_for_loss(quiet: float, lost: float, hang_s: float) -> None:
+    """TrainingError where no batch will come any more: one that a worker has made and cannot send, or this process
+    not receive, is dropped, and the loader waits for it for ever."""
+    hint = "0 workers (loop.workers, test.workers) read in the main process"
+    if lost > hang_s:
+        raise TrainingError(
+            "a batch was lost on its way from a loader process, which may have said why above: all are done, and "
+            f"none came for {hang_s:g} s; {hint}"
+        )
+    if quiet > PATIENCE * hang_s:
+        raise TrainingError(
+            f"a loader process hangs: no batch for {PATIENCE * hang_s:g} s, and no video is being read; {hint}"
+        )
 
 
 def _look_for_deaths() -> None:
@@ -253,17 +295,62 @@ def batch_size_of(batch: Mapping[str, Any]) -> int:
 
 
 class _Reader(Dataset[Any]):
-    """Reads a whole batch. Our errors come back as values: the loader would bury them in a traceback."""
+    """Makes a whole batch. Our errors come back as values: the loader would bury them in a traceback.
 
-    def __init__(self, dataset: KeyedDataset) -> None:
+    resting: of each worker, 1 when it has made what was asked of it; 0 before its first batch, and while it makes one.
+    """
+
+    def __init__(self, dataset: KeyedDataset, resting: Any) -> None:
         self.dataset = dataset
+        self.resting = resting
 
-    def __getitems__(self, keys: list[Key]) -> list[Any]:
+    def __getitems__(self, keys: list[Key]) -> dict[str, Any] | DistInitError:
+        worker = get_worker_info()
+        if worker is None:
+            return self._read(keys)
+        self.resting[worker.id] = 0
+        batch = self._read(keys)
+        if not isinstance(batch, DistInitError):
+            batch = _shared(batch)
+        self.resting[worker.id] = 1
+        return batch
+
+    def _read(self, keys: list[Key]) -> dict[str, Any] | DistInitError:
         many = getattr(self.dataset, "__getitems__", None)
         try:
-            return list(many(keys)) if many is not None else [self.dataset[key] for key in keys]
+            return collate(list(many(keys)) if many is not None else [self.dataset[key] for key in keys])
         except DistInitError as error:
-            return [error]
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    """For the loader, which has nothing left to collate; a lambda would not go to a process that is spawned."""
+    return batch
+
+
+def _shared(batch: dict[str, Any]) -> dict[str, Any] | TrainingError:
+    """The batch in the memory in which it goes to the main process. Torch would move it there when it sends it, in
+    a thread that drops a batch for which there is no room, and prints so."""
+    tensors = list(_tensors(batch))
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except (OSError, RuntimeError) as error:
+        size = sum(tensor.nbytes for tensor in tensors)
+        reason = str(error).splitlines()[0].rpartition(": ")[2]  # before it, a file that nobody will find
+        return TrainingError(
+            f"shared memory (/dev/shm) is full: no room for a batch of {size / 1e6:.1f} MB ({reason}); fewer workers "
+            "(loop.workers, test.workers), a smaller batch or a larger /dev/shm (docker run --shm-size) help"
+        )
+    return batch
+
+
+def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
 
 
 def _begin(places: Whereabouts | None, refused: dict[str, str], worker: int) -> None:

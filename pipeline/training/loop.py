@@ -122,8 +122,10 @@ def fit(
             metrics = stack.enter_context(Metrics(run_dir, state.step)) if ranks.lead else None
             bar = stack.enter_context(progress("training", len(keys), "step")) if progress else None
             share = ShareOfSamples(keys, ranks)
-            batches = stack.enter_context(closing(read_batches(dataset, share, workers=workers, device=device)))
-            for batch in meter.timed(ranks.together(batches, interrupts.requested)):
+            stop = interrupts.requested
+            batches = read_batches(dataset, share, workers=workers, device=device, stop=stop)
+            stack.enter_context(closing(batches))
+            for batch in meter.timed(ranks.together(batches, stop)):
                 rate = learning_rate(state.step, options)
                 report = take_step(trained, objective, optimizer, batch, rate, options, device, ranks)
                 state.add(report)

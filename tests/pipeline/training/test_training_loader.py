@@ -1,0 +1,167 @@
+"""Waiting for batches that do not come: shared memory that is full, batches that get lost, workers that hang."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import get_worker_info
+
+from distinit.pipeline.errors import TrainingError, TrainingInterrupted
+from distinit.pipeline.training import loader
+from distinit.pipeline.training.loader import KeyedBatches, read_batches
+from distinit.pipeline.training.loop import LoopOptions, LossReport, fit
+
+CPU = torch.device("cpu")
+KEYS = KeyedBatches(batch_size=2, steps_per_epoch=5, epochs=1)
+
+
+@pytest.fixture(autouse=True)
+def _a_loop_without_end_is_a_failure() -> Iterator[None]:
+    def late(*_: Any) -> None:
+        raise AssertionError("still waiting for a batch after 30 s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+class Examples:
+    """In a worker, `odd` is done for the sample 4, which is in the third batch of `KEYS`."""
+
+    def __init__(self, odd: Callable[[], Any]) -> None:
+        self.odd = odd
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        found = self.odd() if key == (0, 4) and get_worker_info() is not None else None
+        x = torch.full((1000,), float(key[1]))
+        return {"x": x, "deep": {"t": x[:3]}, "n": key[1], "name": str(key[1]), "empty": x[:0], "odd": found}
+
+
+def allow_4_kb() -> None:
+    """As where /dev/shm is full: no room for a batch's 8 kB of `x`."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+def nothing() -> None:
+    pass
+
+
+def hang() -> None:
+    time.sleep(100)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere shared memory is no file, which a limit holds for")
+def test_full_shared_memory_is_an_error_of_one_line_that_says_what_helps():
+    seen = []
+    with pytest.raises(TrainingError) as full:
+        seen.extend(batch["n"].tolist() for batch in read_batches(Examples(allow_4_kb), KEYS, workers=2, device=CPU))
+    assert seen == [[0, 1], [2, 3]]
+    assert str(full.value) == (
+        "shared memory (/dev/shm) is full: no room for a batch of 0.0 MB (File too large (27)); fewer workers "
+        "(loop.workers, test.workers), a smaller batch or a larger /dev/shm (docker run --shm-size) help"
+    )
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_the_tensors_of_a_batch_are_moved_to_shared_memory_once(monkeypatch, how):
+    monkeypatch.setattr(loader, "_context", lambda device: multiprocessing.get_context(how))
+    own, sent = (read_batches(Examples(nothing), KEYS, workers=workers, device=CPU) for workers in (0, 1))
+    for expected, batch in zip(own, sent, strict=True):
+        assert torch.equal(batch["x"], expected["x"])
+        assert torch.equal(batch["deep"]["t"], expected["deep"]["t"])
+        assert batch["empty"].shape == (2, 0)
+        assert batch["x"].is_shared()
+        assert batch["deep"]["t"].is_shared()
+        assert not expected["x"].is_shared()
+
+
+def test_a_batch_that_a_worker_cannot_send_is_an_error(capfd):
+    def secret() -> Callable[[], None]:
+        return lambda: None  # no pickle
+
+    began = time.monotonic()
+    with pytest.raises(TrainingError, match=r"^a batch was lost .*: all are done, and none came for 1 s; 0 workers"):
+        list(read_batches(Examples(secret), KEYS, workers=2, device=CPU, hang_s=1.0))
+    assert time.monotonic() - began < 15
+    assert "pickle" in capfd.readouterr().err  # of the worker: why
+
+
+def test_a_worker_that_hangs_while_it_reads_no_video_is_an_error(monkeypatch):
+    monkeypatch.setattr(loader, "PATIENCE", 5)
+    began = time.monotonic()
+    with pytest.raises(TrainingError, match=r"^a loader process hangs: no batch for 1 s, and no video is being read"):
+        list(read_batches(Examples(hang), KEYS, workers=2, device=CPU, hang_s=0.2))
+    assert time.monotonic() - began < 15  # and is not waited for
+
+
+def test_slow_workers_and_slow_steps_are_no_error():
+    def late() -> None:
+        time.sleep(1.0)
+
+    count = 0
+    for _ in read_batches(Examples(late), KEYS, workers=2, device=CPU, hang_s=0.3):
+        count += 1
+        time.sleep(1.0 if count == 2 else 0.0)
+    assert count == 5
+
+
+def test_an_error_that_speaks_of_time_is_not_taken_for_waiting():
+    def fail() -> None:
+        raise RuntimeError("the connection timed out")
+
+    with pytest.raises(TrainingError, match=r"^a loader process failed: RuntimeError: the connection timed out$"):
+        list(read_batches(Examples(fail), KEYS, workers=1, device=CPU))
+
+
+def test_only_a_wait_that_may_be_given_up_is():
+    """Not that of a validation during which SIGTERM comes."""
+
+    def late() -> None:
+        time.sleep(1.0)
+
+    batches = read_batches(Examples(late), KEYS, workers=1, device=CPU, hang_s=0.2)
+    assert [batch["n"].tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    batches = read_batches(Examples(hang), KEYS, workers=1, device=CPU, stop=lambda: True)
+    assert [batch["n"].tolist() for batch in batches] == [[0, 1], [2, 3]]
+
+
+def test_sigterm_while_no_batch_comes_writes_the_checkpoint(tmp_path: Path):
+    sent: list[float] = []
+
+    def send() -> None:
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    class Mean:
+        def counts(self, batch: Any) -> torch.Tensor:
+            return torch.tensor([len(batch["x"])])
+
+        def __call__(self, model: nn.Module, batch: Any, counts: torch.Tensor) -> LossReport:
+            if batch["n"][0] == 2:  # the last step before the wait
+                threading.Timer(1.0, send).start()
+            loss = model(batch["x"]).mean()
+            return LossReport(loss, {"loss/t": loss.detach()})
+
+    def train(odd: Callable[[], Any], **options: Any) -> int:
+        settings = LoopOptions(batch_size=2, epochs=1, epoch_clips=10, lr=1e-6, workers=1, threads=1, device="cpu")
+        run = {"objective": Mean(), "run_dir": tmp_path, "identity": {}, "say": lambda text: None}
+        return fit(model=nn.Linear(1000, 1), dataset=Examples(odd), options=settings, **run, **options).resumed_from
+
+    with pytest.raises(TrainingInterrupted, match=r"^interrupted at step 2 of 5; the checkpoint is written"):
+        train(hang)
+    assert time.monotonic() - sent[0] < 5
+    assert train(nothing, resume=True) == 2
