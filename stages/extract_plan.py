@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from ..pipeline.corpus.sources import VideoList, escape_path, unescape_path
+from ..pipeline.corpus.sources import Corpus, VideoList, escape_path, unescape_path
 from ..pipeline.errors import StoreMismatchError, VideoError
-from ..pipeline.targets import format as fmt
-from ..pipeline.targets.index import FAILED, MOVED, OK
+from ..pipeline.targets.index import MOVED, OK
 from ..pipeline.targets.plan import Stretch, cut
 from ..pipeline.targets.store import TargetStore
 from ..pipeline.targets.writer import StoreWriter
@@ -33,14 +33,36 @@ SLAB = 10_000  # videos probed between two writes of the video table
 class StorePlan:
     """The store's tables as planning and tasks need them: who is listed, where each file lies now."""
 
-    def __init__(self, writer: StoreWriter, videos: VideoList | None) -> None:
+    def __init__(self, writer: StoreWriter) -> None:
         self.writer = writer
         self.roots = {c["name"]: unescape_path(c["root"]) for c in writer.index.corpora}
-        if videos is not None:
-            # A corpus is known by its name: what the command line says of its place holds for this run.
-            self.roots.update({c.name: c.root for c in videos.corpora})
         self.corpora: list[dict[str, str]] = list(writer.index.corpora)
         self._columns: dict[str, NDArray[Any]] = {}
+
+    def locate(self, videos: VideoList) -> VideoList:
+        """Take the places of corpora from `videos`, for this run; returns them as the store would list them.
+
+        A corpus is known by its name, and videos by their paths in it. Of a list that moved away from what it names,
+        all paths are others: its videos are found where the store says, and it goes on from the root of that time.
+        """
+        corpora, paths = list(videos.corpora), list(videos.paths)
+        for number, corpus in enumerate(videos.corpora):
+            recorded = self.roots.get(corpus.name, corpus.root)
+            if recorded != corpus.root:
+                mine = np.flatnonzero(videos.corpus == number).tolist()
+                known = {unescape_path(path) for path in self.paths_of(corpus.name).values()}
+                before = {i: os.path.relpath(videos.absolute(i), recorded) for i in mine}
+                if sum(path in known for path in before.values()) > sum(paths[i] in known for i in mine):
+                    corpora[number] = Corpus(corpus.name, recorded)
+                    for i, path in before.items():
+                        paths[i] = path
+        self.roots.update({c.name: c.root for c in corpora})
+        return replace(videos, corpora=tuple(corpora), paths=paths)
+
+    def paths_of(self, corpus: str) -> dict[int, str]:
+        """The escaped paths of a corpus' videos, by video."""
+        number, path = [c["name"] for c in self.corpora].index(corpus), self.column("path")
+        return {v: str(path[v]) for v in np.flatnonzero(self.column("corpus") == number).tolist()}
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of the video table [V], read once a state of the table."""
@@ -48,6 +70,11 @@ class StorePlan:
         if name not in self._columns or len(self._columns[name]) != n:
             self._columns[name] = np.asarray(zarr.open_array(self.writer.root / "videos" / name, mode="r")[:n])
         return self._columns[name]
+
+    @property
+    def sampling(self) -> Sampling:
+        """Which frames the store keeps."""
+        return Sampling.model_validate(self.writer.attributes["sampling"])
 
     def forget(self) -> None:
         """Read the columns again: rows were written in place."""
@@ -67,7 +94,7 @@ class StorePlan:
 def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, screen: Screen) -> int:
     """Probe the files that the store does not list yet and list them; returns how many.
 
-    StoreMismatchError if a file that the teachers have seen has another size now.
+    StoreMismatchError if they would join another corpus of the same name.
     """
     names = {c["name"]: i for i, c in enumerate(plan.corpora)}
     for c in videos.corpora:
@@ -82,6 +109,8 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, screen:
             new.append((i, corpus))
     if not new:
         return 0
+    for corpus in np.unique([c for _, c in new]).tolist():
+        _check_moved(plan, plan.corpora[corpus])
     with screen.progress("probing", total=len(new), unit="videos") as bar:
         for at in range(0, len(new), SLAB):
             slab = new[at : at + SLAB]
@@ -89,11 +118,28 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, screen:
             for probe in pool.probe([videos.absolute(i) for i, _ in slab]):
                 probes.append(probe)
                 bar.advance(1)
-            columns = video_columns(probes, _sampling(plan))
+            columns = video_columns(probes, plan.sampling)
             columns["corpus"] = [c for _, c in slab]
             columns["path"] = [escape_path(videos.paths[i]) for i, _ in slab]
             plan.writer.add_videos(columns, plan.corpora)
     return len(new)
+
+
+def _check_moved(plan: StorePlan, corpus: dict[str, str]) -> None:
+    """StoreMismatchError if videos of a corpus are not where it lies now: what is new there belongs to another.
+
+    Of a corpus that moved as a whole all are there; one that stays where it was may lose some.
+    """
+    name, lay, lies = corpus["name"], unescape_path(corpus["root"]), plan.roots[corpus["name"]]
+    if lay == lies:
+        return
+    seen = {v: path for v, path in plan.paths_of(name).items() if plan.digest(v)}
+    gone = sum(not os.path.lexists(os.path.join(lies, unescape_path(path))) for path in seen.values())
+    if gone:
+        raise StoreMismatchError(
+            f"corpus {name!r} lay in {lay}, and {gone} of its {len(seen)} videos are not in {lies}; "
+            f"give the new source another name (new={lies}), or the whole moved folder"
+        )
 
 
 def check_unchanged(plan: StorePlan, videos: VideoList) -> None:
@@ -127,7 +173,7 @@ def plan_segments(plan: StorePlan, pool: DecodePool, screen: Screen) -> int:
     rows = writer.set_shard_rows_for(int(plan.column("rows_bound")[todo].sum()))
     stretches: list[Stretch] = []
     for v in todo.tolist():
-        stretches += _stretches(plan, pool, v, int(plan.column("rows_bound")[v]), rows, -1)
+        stretches += stretches_of(plan, pool, v, int(plan.column("rows_bound")[v]), rows, -1)
     return len(writer.add_segments(stretches))
 
 
@@ -142,37 +188,6 @@ def plan_overflow(plan: StorePlan, pool: DecodePool) -> int:
         else:  # one stretch of several: the others stand, so it keeps its frames and gets more room
             bound = min(2 * int(index.overflow[s]), plan.writer.shard_rows)
             stretches.append(Stretch(int(index.video[s]), int(index.first[s]), int(index.end[s]), bound, s))
-    return len(plan.writer.add_segments(stretches))
-
-
-def plan_retries(plan: StorePlan, teachers: Sequence[str], pool: DecodePool, screen: Screen) -> int:
-    """Plan the failed videos again, in new shards; files that changed since are identified anew."""
-    index = plan.writer.index
-    live = index.live
-    failed = np.zeros(len(index.video), bool)
-    failed[np.flatnonzero((index.state == FAILED) & live)] = True
-    for name in teachers:
-        for s in index.teachers[name].failed if name in index.teachers else ():
-            failed[s] |= live[s]
-    ids = np.flatnonzero(failed)
-    if len(ids) == 0:
-        return 0
-    videos = np.unique(index.video[ids])
-    with screen.progress("probing", total=len(videos), unit="videos") as bar:
-        for v, probe in zip(videos.tolist(), pool.probe([plan.path(v) for v in videos.tolist()]), strict=True):
-            for name, values in video_columns([probe], _sampling(plan)).items():
-                array = zarr.open_array(plan.writer.root / "videos" / name, mode="r+")
-                spec = next(s for s in fmt.video_specs() if s.path == f"videos/{name}")
-                array[v : v + 1] = fmt.as_numpy(spec, values)
-            bar.advance(1)
-    plan.forget()
-    stretches: list[Stretch] = []
-    for s in ids.tolist():
-        v = int(index.video[s])
-        if index.first[s] == 0 and index.end[s] == -1:
-            stretches += _stretches(plan, pool, v, int(plan.column("rows_bound")[v]), plan.writer.shard_rows, s)
-        else:
-            stretches.append(Stretch(v, int(index.first[s]), int(index.end[s]), int(index.bound[s]), s))
     return len(plan.writer.add_segments(stretches))
 
 
@@ -239,9 +254,10 @@ def video_columns(probes: Sequence[Probe], sampling: Sampling) -> dict[str, list
     }
 
 
-def _stretches(
+def stretches_of(
     plan: StorePlan, pool: DecodePool, video: int, bound: int, shard_rows: int, replaces: int
 ) -> list[Stretch]:
+    """A video as stretches that fit a shard, by the bound of its probe."""
     if bound <= shard_rows:
         return [Stretch(video, 0, -1, bound, replaces)]
     return _exact(plan, pool, video, replaces)
@@ -253,7 +269,7 @@ def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list
         timeline = pool.timeline(plan.path(video))
     except VideoError:
         return [Stretch(video, 0, -1, 0, replaces)]  # the decode will say what is wrong with it
-    wanted = _sampling(plan).select(timeline.pts, timeline.key, timeline.time_base)
+    wanted = plan.sampling.select(timeline.pts, timeline.key, timeline.time_base)
     keys = np.flatnonzero(timeline.key)
     parts = cut(video, wanted, keys, len(timeline.pts), plan.writer.shard_rows)
     return [Stretch(p.video, p.first, p.end, p.bound, replaces) for p in parts]
@@ -262,9 +278,3 @@ def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list
 def _known(plan: StorePlan) -> dict[tuple[int, str], int]:
     corpus, path = plan.column("corpus"), plan.column("path")
     return {(int(c), str(p)): i for i, (c, p) in enumerate(zip(corpus, path, strict=True))}
-
-
-def _sampling(plan: StorePlan) -> Sampling:
-    return Sampling.model_validate(plan.writer.attributes["sampling"])
-
-

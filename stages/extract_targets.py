@@ -35,10 +35,10 @@ from .extract_plan import (
     check_unchanged,
     open_tasks,
     plan_overflow,
-    plan_retries,
     plan_segments,
     tasks,
 )
+from .extract_retry import copy_stored, plan_retries
 from .extract_work import ShardFiller, ShardTask
 from .screen import Screen
 
@@ -50,12 +50,9 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
     Raises SourceError, TeacherError, WeightsError, StoreError, StoreMismatchError, DeviceError.
     """
     device = resolve_device(config.device)
-    videos = listed = _list(config, screen)
-    if listed is not None and config.part is not None:
-        videos = Part.parse(config.part).share(listed)
-        screen.say(f"part {config.part}: {len(videos)} of {len(listed)} videos")
+    listed = _list(config, screen)
     if config.dry_run:
-        return dry_run(config, videos, device, screen)
+        return dry_run(config, None if listed is None else _share(config, listed, screen), device, screen)
     sampling = _sampling(config)
     teachers = load_teachers(config, device)
     views = list(dict.fromkeys(t.view for t in teachers.values()))
@@ -67,47 +64,44 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
                 config.out,
                 sampling=sampling.model_dump(),
                 shard_rows=config.shard_rows,
-                origin=None if videos is None else {"part": config.part},
+                origin=None if listed is None else {"part": config.part},
             )
         )
+        run = run_record(config, device)
+        asked = {name: {**attributes, "run": run} for name, attributes in _records(config, teachers).items()}
+        for name, attributes in asked.items():  # before videos are listed, since those stay
+            writer.check_teacher(name, attributes, encoding=config.encoding, accept_run=config.accept_run)
         pool = stack.enter_context(
             DecodePool(
                 processes=decoders, views=views, memory_gb=config.memory_gb, timeout_s=config.timeout_s
             )
         )
-        plan = StorePlan(writer, videos)
-        if videos is not None:
-            check_unchanged(plan, videos)
-            added = add_new_videos(plan, videos, pool, screen)
-            if added and writer.index.n_videos > added:
-                screen.say(f"{added} new videos, {writer.index.n_videos - added} are in the store already")
-        if config.part is not None and listed is not None:
-            # From the whole list, so that all parts have shards of one size and can be merged.
-            rows = writer.set_shard_rows_for(len(listed) * _rows_of_a_clip(sampling))
-            screen.say(f"shards of {rows} rows; the parts of a merge need the same (--shard-rows {rows})")
+        plan = StorePlan(writer)
+        if listed is not None:
+            _add_videos(config, plan, listed, pool, screen)
         plan_segments(plan, pool, screen)
         if config.retry_failed:
-            screen.say(f"{plan_retries(plan, list(teachers), pool, screen)} failed stretches are tried again")
-        run = run_record(config, device)
-        specs = dict(zip(teachers, config.teachers, strict=True))
+            plan_retries(plan, list(teachers), pool, run, screen)
         for name, teacher in teachers.items():
-            attributes = {
-                "name": name,
-                "identity": teacher.identity(config.precision),
-                "provenance": {**teacher.provenance(), "spec": specs[name].record()},
-                "run": run,
-            }
             writer.add_teacher(
-                name, teacher.classes, attributes, encoding=config.encoding, accept_run=config.accept_run
+                name, teacher.classes, asked[name], encoding=config.encoding, accept_run=config.accept_run
             )
+        copy_stored(plan, list(teachers))
         began = time.monotonic()
         fill = stack.enter_context(_filling(config, writer, teachers, pool, views, device, screen))
-        done = 0
+        done, idle = 0, True
         while shards := open_tasks(plan, list(teachers)):
+            idle = False
             done += _run_shards(plan, shards, list(teachers), fill, run, screen)
             plan_overflow(plan, pool)
         write_config(_beside(config.out), "extract-targets", config)
-        return _summary(plan, list(teachers), done, time.monotonic() - began, screen)
+        seconds = time.monotonic() - began
+        result = _summary(plan, list(teachers), done, seconds, screen)
+        if idle:
+            screen.say("nothing to do: every video has its targets or a reason why not")
+        else:
+            screen.say(f"{done} new rows in {seconds:.1f} s ({done / max(seconds, 1e-9):.0f} frames/s)")
+        return result
 
 
 Fill = Callable[[Iterator[ShardTask], Callable[[int], Any]], Iterator[ShardResult]]
@@ -181,6 +175,42 @@ def _list(config: ExtractConfig, screen: Screen) -> VideoList | None:
     return videos
 
 
+def _share(config: ExtractConfig, listed: VideoList, screen: Screen) -> VideoList:
+    """Those of the listed videos that are this run's part."""
+    if config.part is None:
+        return listed
+    videos = Part.parse(config.part).share(listed)
+    screen.say(f"part {config.part}: {len(videos)} of {len(listed)} videos")
+    return videos
+
+
+def _add_videos(config: ExtractConfig, plan: StorePlan, listed: VideoList, pool: DecodePool, screen: Screen) -> None:
+    """Enter in the store what is new of the sources."""
+    listed = plan.locate(listed)
+    videos = _share(config, listed, screen)
+    check_unchanged(plan, videos)
+    added = add_new_videos(plan, videos, pool, screen)
+    there = plan.writer.index.n_videos - added
+    if added and there:
+        screen.say(f"{added} new videos, {there} are in the store already")
+    if config.part is not None:
+        # From the whole list, so that all parts have shards of one size and can be merged.
+        rows = plan.writer.set_shard_rows_for(len(listed) * _rows_of_a_clip(plan.sampling))
+        screen.say(f"shards of {rows} rows; the parts of a merge need the same (--shard-rows {rows})")
+
+
+def _records(config: ExtractConfig, teachers: dict[str, Teacher]) -> dict[str, dict[str, Any]]:
+    """What the store keeps of each teacher, its run aside."""
+    return {
+        name: {
+            "name": name,
+            "identity": teacher.identity(config.precision),
+            "provenance": {**teacher.provenance(), "spec": spec.record()},
+        }
+        for (name, teacher), spec in zip(teachers.items(), config.teachers, strict=True)
+    }
+
+
 def _sampling(config: ExtractConfig) -> Sampling:
     """The sampling asked for; where none was, that of the existing store, else every 4th frame."""
     if config.sampling is not None:
@@ -219,27 +249,33 @@ def _summary(
 ) -> dict[str, Any]:
     index = plan.writer.index
     state = index.video_state()
-    reasons = index.video_reasons()
-    failures = Counter(reasons.values())
-    if failures:
-        screen.say(f"{len(reasons)} videos failed; `distinit targets info {plan.writer.root} --failed` lists them:")
-        for reason, count in failures.most_common(10):
-            screen.say(f"  {count:6d}  {reason}")
-    rows = int(index.rows[(index.state == OK) & index.live].sum())
-    if done:
-        screen.say(f"{done} new rows in {seconds:.1f} s ({done / max(seconds, 1e-9):.0f} frames/s)")
-    else:
-        screen.say("nothing to do: every video has its targets or a reason why not")
     if (state == PENDING).any():
         raise StoreError(f"{plan.writer.root}: {int((state == PENDING).sum())} videos are left without a status")
+    reasons = index.video_reasons()
+    failures = Counter(reasons.values())
+    _say_failures(plan, failures, "failed", screen)
+    under: dict[str, Counter[str]] = {}
+    for name in teachers:
+        under[name] = Counter(text for v, text in index.video_reasons(name).items() if v not in reasons)
+        _say_failures(plan, under[name], f"failed under {name} alone", screen)
     return {
         "store": str(plan.writer.root),
         "videos": int(index.n_videos),
         "ok": int((state == OK).sum()),
         "failed": int((state == FAILED).sum()),
         "failures": dict(failures.most_common(100)),
-        "rows": rows,
+        "rows": int(index.rows[(index.state == OK) & index.live].sum()),
         "new_rows": done,
         "seconds": round(seconds, 2),
         "teachers": {t: int(((index.teacher_state(t)) == OK).sum()) for t in teachers},
+        "teacher_failures": {t: dict(failed.most_common(100)) for t, failed in under.items()},
     }
+
+
+def _say_failures(plan: StorePlan, failures: Counter[str], how: str, screen: Screen) -> None:
+    if not failures:
+        return
+    root = plan.writer.root
+    screen.say(f"{failures.total()} videos {how}; `distinit targets info {root} --failed` lists them:")
+    for reason, count in failures.most_common(10):
+        screen.say(f"  {count:6d}  {reason}")

@@ -60,7 +60,7 @@ def write_subset(
         pairs = zip(segments, old.tolist(), strict=True)
         for shard, group in groupby(pairs, key=lambda pair: pair[0].shard):
             members = list(group)
-            copy = _Copy(source, writer, shard, [new.id for new, _ in members], [s for _, s in members])
+            copy = ShardCopy(source, writer, shard, [new.id for new, _ in members], [s for _, s in members])
             copy.frames(np.array([new.stretch.video for new, _ in members]))
             for name in teachers:
                 copy.teacher(name)
@@ -68,8 +68,8 @@ def write_subset(
     return int(bounds.sum())
 
 
-class _Copy:
-    """One shard of the new store: segments `new`, which are those `old` of the source."""
+class ShardCopy:
+    """One shard of the store that `writer` writes: segments `new`, which are those `old` of `source`."""
 
     def __init__(self, source: TargetStore, writer: StoreWriter, shard: int, new: list[int], old: list[int]) -> None:
         self.source, self.writer, self.shard, self.new, self.old = source, writer, shard, new, old
@@ -115,8 +115,10 @@ class _Copy:
         )
         folder = new_staging(self.writer.root, self.shard)
         specs = fmt.teacher_specs(name, len(record.classes), record.encoding)
+        kept = np.repeat(np.array(good) > 0, self.counts)  # a shard of which every segment failed may have no file
         for array, spec in zip((*arrays_of(record.encoding), "entropy"), specs, strict=True):
-            values = self.source.read_stored(name, array, self.rows)
+            values = np.full((len(self.rows), *spec.row), spec.fill, spec.dtype)
+            values[kept] = self.source.read_stored(name, array, self.rows[kept])
             part.files += stage_array(folder, spec, self.shard, values, self.writer.shard_rows)
         run = _common([of.commits[shard]["run"] for shard in sorted(set(shards))])
         self.writer.commit(ShardResult(self.shard, None, {name: part}, str(folder)), run)

@@ -137,6 +137,23 @@ class StoreWriter:
             self._set_shard_rows(auto_shard_rows(rows))
         return self.shard_rows
 
+    def check_teacher(
+        self, name: str, attributes: Mapping[str, Any], *, encoding: Encoding | None = None, accept_run: bool = False
+    ) -> None:
+        """StoreMismatchError if the store has a teacher of this name that is another.
+
+        `attributes` holds `identity` (what the teacher is) and `run` (batch size, precision, torch, device
+        kind: what makes equal rows equal bits). `accept_run` lets another `run` continue the store; every
+        commit records its own. `encoding` None is that of the store, of a new teacher the default.
+        """
+        if name not in self.index.teachers:
+            return
+        there = fmt.read_node(self.root / "teachers" / name / "zarr.json")
+        for key in ("identity",) if accept_run else ("identity", "run"):
+            same_attributes(f"{self.root}: teacher {name!r}", key, there[key], attributes[key])
+        if encoding is not None:
+            same_attributes(f"{self.root}: teacher {name!r}", "encoding", there["encoding"], encoding)
+
     def add_teacher(
         self,
         name: str,
@@ -146,20 +163,11 @@ class StoreWriter:
         encoding: Encoding | None = None,
         accept_run: bool = False,
     ) -> None:
-        """Make room for a teacher, or check that the one of this name is the same (StoreMismatchError).
-
-        `attributes` holds `identity` (what the teacher is) and `run` (batch size, precision, torch, device
-        kind: what makes equal rows equal bits). `accept_run` lets another `run` continue the store; every
-        commit records its own. `encoding` None is that of the store, of a new teacher the default.
-        """
-        node = self.root / "teachers" / name
+        """Make room for a teacher, unless there is one of this name: then `check_teacher`, and nothing changes."""
+        self.check_teacher(name, attributes, encoding=encoding, accept_run=accept_run)
         if name in self.index.teachers:
-            there = fmt.read_node(node / "zarr.json")
-            for key in ("identity",) if accept_run else ("identity", "run"):
-                same_attributes(f"{self.root}: teacher {name!r}", key, there[key], attributes[key])
-            if encoding is not None:
-                same_attributes(f"{self.root}: teacher {name!r}", "encoding", there["encoding"], encoding)
             return
+        node = self.root / "teachers" / name
         encoding = encoding or DEFAULT
         staged = self.root / fmt.STAGING / f"teacher-{uuid.uuid4().hex[:8]}"
         zarr.open_group(staged, mode="w", attributes={fmt.KEY: {**attributes, "encoding": encoding}})

@@ -248,3 +248,65 @@ def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
     by = {c["sampling"]: c for c in costs}
     extract_targets(config(folder, tmp_path / "s.zarr"), QUIET)
     assert by["every 4th frame"]["rows"] == TargetStore.open(tmp_path / "s.zarr").n_rows
+
+
+def test_a_command_that_is_refused_lists_nothing(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    extract_targets(config(folder, out, encoding="float16"), QUIET)
+    before = sorted(p.read_bytes() for p in out.rglob("*") if p.is_file())
+    (tmp_path / "more").mkdir()
+    shutil.copy(folder / "v1.mp4", tmp_path / "more" / "new.mp4")
+    both = [str(folder), str(tmp_path / "more")]
+    changed = TeacherSpec(name=SPEC.name, options={**SPEC.options, "k": "7"})
+    other = TeacherSpec(name=SPEC.name, options={**SPEC.options, "name": "other"})
+    refused: list[tuple[str, dict[str, Any]]] = [
+        ("batch_size", {"batch_size": 16}), ("encoding", {"encoding": "int8"}),
+        ("identity", {"teachers": [changed]}), ("identity", {"teachers": [other, changed]}),
+    ]  # fmt: skip
+    for what, options in refused:
+        with pytest.raises(StoreMismatchError, match=what):
+            extract_targets(config(folder, out, sources=both, **options), QUIET)
+        assert sorted(p.read_bytes() for p in out.rglob("*") if p.is_file()) == before
+    assert extract_targets(config(folder, out, sources=both), QUIET)["videos"] == 17
+
+
+def test_a_corpus_may_move_and_grow_but_another_of_its_name_does_not_join_it(folder: Path, tmp_path: Path) -> None:
+    out, clips = tmp_path / "s.zarr", tmp_path / "p1" / "clips"
+    other, moved = tmp_path / "p2" / "clips", tmp_path / "p3" / "clips"
+    for place, name in ((clips, "v1.mp4"), (clips, "v2.mp4"), (other, "v3.mp4")):
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, place)
+    extract_targets(config(clips, out), QUIET)
+    joined = f"corpus 'clips' lay in {clips}, and 2 of its 2 videos are not in {other}; .*new={other}"
+    with pytest.raises(StoreMismatchError, match=joined):
+        extract_targets(config(other, out), QUIET)
+    assert TargetStore.open(out).n_videos == 2
+    assert extract_targets(config(clips, out, sources=[f"new={other}"]), QUIET)["videos"] == 3
+    moved.parent.mkdir()
+    clips.rename(moved)
+    assert extract_targets(config(moved, out), QUIET)["new_rows"] == 0
+    shutil.copy(folder / "v4.mp4", moved)
+    grown = extract_targets(config(moved, out), QUIET)
+    assert (grown["videos"], grown["ok"]) == (4, 4)
+    (moved / "v1.mp4").unlink()
+    assert extract_targets(config(moved, out), QUIET)["videos"] == 4
+    shutil.copy(folder / "v5.mp4", moved)
+    with pytest.raises(StoreMismatchError, match="1 of its 3 videos are not in"):
+        extract_targets(config(moved, out), QUIET)
+
+
+def test_a_list_may_move_away_from_what_it_names(folder: Path, tmp_path: Path) -> None:
+    out, listed, lists = tmp_path / "s.zarr", tmp_path / "some.txt", tmp_path / "lists"
+    listed.write_text("".join(f"{folder / name}\n" for name in ("v1.mp4", "v2.mp4", "gone.mp4")))
+    extract_targets(config(listed, out), QUIET)
+    lists.mkdir()
+    listed = listed.rename(lists / "some.txt")
+    assert extract_targets(config(listed, out), QUIET)["videos"] == 3
+    with open(listed, "a") as f:
+        f.write(f"{folder / 'v3.mp4'}\n")
+    grown = extract_targets(config(listed, out), QUIET)
+    assert (grown["videos"], grown["ok"]) == (4, 3)
+    assert extract_targets(config(listed, out, sources=[]), QUIET)["new_rows"] == 0
+    store = TargetStore.open(out)
+    found = sorted(store.video_path(v) for v in store.usable().tolist())
+    assert found == [str(folder / f"v{i}.mp4") for i in (1, 2, 3)]

@@ -82,7 +82,7 @@ def test_nothing_stands_at_out_until_it_is_whole(make_store: Make, tmp_path: Pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(subset._Copy, "teacher", stop)
+        patch.setattr(subset.ShardCopy, "teacher", stop)
         with pytest.raises(KeyboardInterrupt):
             targets_export(root, out, QUIET)
     assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
