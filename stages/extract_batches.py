@@ -55,10 +55,11 @@ class TeacherRunner:
         self._view_of = {name: views.index(t.view) for name, t in teachers.items()}
         shapes = [t.fixed_shape for t in views]
         # One batch is filled while each thread has one at work and one more waits.
-        self._free = [
+        self._batches = [
             Batch([np.zeros((batch_size, *shape, 3), np.uint8) for shape in shapes if shape is not None])
             for _ in range(threads + 2)
         ]
+        self._free = list(self._batches)
         self._running: deque[tuple[Future[Logits], Batch]] = deque()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="teacher")
 
@@ -75,6 +76,16 @@ class TeacherRunner:
         """Return a batch that nobody needs to see."""
         batch.count = 0
         self._free.append(batch)
+
+    def take_back(self) -> None:
+        """Make all batches free again, also those that were taken and not returned; waits for those at work."""
+        while self._running:
+            future, _ = self._running.popleft()
+            if not future.cancel():
+                future.exception()
+        self._free = list(self._batches)
+        for batch in self._free:
+            batch.count = 0
 
     def submit(self, batch: Batch, names: Iterable[str]) -> Future[Logits]:
         """The logits of these teachers, all B rows, of which those beyond `count` mean nothing. The batch is spent."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 from ..pipeline.errors import DistInitError, StoreMismatchError
@@ -75,7 +76,12 @@ def fill_shard(setup: WorkerSetup, task: ShardTask) -> ShardResult:
     """Run in a worker: one shard, staged. Raises what the shard's work raises; dask tries it again."""
     if setup not in _FILLERS:
         _FILLERS[setup] = _make_filler(setup)
-    return next(iter(_FILLERS[setup].fill([task])))
+    try:
+        (result,) = _FILLERS[setup].fill([task])
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # dask keeps the error: its frames would hold memory that the next try needs
+        raise
+    return result
 
 
 def _make_filler(setup: WorkerSetup) -> ShardFiller:

@@ -13,6 +13,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,10 @@ class ShardFiller:
         self.advance = advance
 
     def fill(self, tasks: Iterable[ShardTask]) -> Iterator[ShardResult]:
-        """Shards in the order of `tasks`. Across their borders frames are decoded and teachers run ahead."""
+        """Shards in the order of `tasks`. Across their borders frames are decoded and teachers run ahead.
+
+        Ends with its pool and runner ready for another call, also when it raises or is closed: a worker keeps both.
+        """
         waiting: deque[ShardTask] = deque()  # given to the pool
         decoded: deque[_Rows] = deque()  # the teachers are at the last batches of these
 
@@ -152,16 +156,20 @@ class ShardFiller:
                 for s in task.segments:
                     yield DecodeJob(s.id, s.path, self.sampling, s.first, s.end, None if s.bound == 0 else s.bound)
 
-        events = iter(self.pool.stream(jobs()))
-        for event in events:
-            while not waiting[0].segments:
-                decoded.append(self._allocate(waiting.popleft()))
-            for _ in self._decode(self._allocate(waiting.popleft()), event, events, decoded):
-                while decoded and decoded[0].ready:
-                    yield self._finish(decoded.popleft())
-        decoded += [self._allocate(task) for task in waiting]
-        while decoded:
-            yield self._finish(decoded.popleft())
+        try:
+            # Closed here: the traceback of an error holds this frame, and so the stream, for as long as dask keeps it.
+            with closing(self.pool.stream(jobs())) as events:
+                for event in events:
+                    while not waiting[0].segments:
+                        decoded.append(self._allocate(waiting.popleft()))
+                    for _ in self._decode(self._allocate(waiting.popleft()), event, events, decoded):
+                        while decoded and decoded[0].ready:
+                            yield self._finish(decoded.popleft())
+            decoded += [self._allocate(task) for task in waiting]
+            while decoded:
+                yield self._finish(decoded.popleft())
+        finally:
+            self.runner.take_back()
 
     def _decode(self, rows: _Rows, event: Any, events: Iterator[Any], decoded: deque[_Rows]) -> Iterator[None]:
         """Decode a shard's segments and submit its batches; yields after each block of frames."""

@@ -57,7 +57,7 @@ class Replay:
         """Images [n, h, w, 3] of the store's rows [n], ascending; runs the teacher whenever a batch is full."""
         for image, row in zip(images, rows.tolist(), strict=True):
             shard, inside = divmod(row, self.store.index.shard_rows)
-            size = int(self.commits.commits[shard]["run"]["batch_size"])
+            size = _batch_size(self.commits.commits[shard]["run"])
             place = inside % size
             if self._waiting and (shard, inside // size) != self._at:
                 self.run()
@@ -209,6 +209,15 @@ def _check_video(
                 for replay, view in view_of.items():
                     if replay.has(s):
                         replay.feed(event.images[view], rows[at])
+
+
+def _batch_size(run: Mapping[str, Any]) -> int:
+    """Of the batches that rows were computed in. Rows that were copied from several runs have no batch any more, and
+    any will do: they are held to the tolerance.
+    """
+    while "mixed" in run:
+        run = run["mixed"][0]
+    return int(run["batch_size"])
 
 
 def _rows_equal(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.bool_]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -65,9 +66,17 @@ def _kept(teacher: dict[str, Any]) -> str:
 def _bytes(store: TargetStore) -> int:
     """What the store's files take; of a remote store, its committed shards alone."""
     if isinstance(store.files, LocalFiles):
-        return sum(f.stat().st_size for f in store.path.rglob("*") if f.is_file())
+        return sum(_file_bytes(Path(folder, name)) for folder, _, names in os.walk(store.path) for name in names)
     commits = [store.index.frame_commits, *(t.commits for t in store.index.teachers.values())]
     return sum(f["size"] for of in commits for node in of.values() for f in node["files"].values())
+
+
+def _file_bytes(path: Path) -> int:
+    """0 for a file that is gone since it was listed: an extraction moves what it has staged."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _counts(state: np.ndarray) -> dict[str, int]:

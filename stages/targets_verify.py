@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UsageError
-from ..pipeline.targets.index import load_index
+from ..pipeline.targets.files import store_files
 from ..pipeline.targets.store import TargetStore
 from ..pipeline.targets.verify import drop_commits, verify
 from ..pipeline.targets.writer import StoreWriter
@@ -33,8 +33,8 @@ def targets_verify(
     """
     if not deep and (moved or weights):
         raise UsageError("--videos and --teacher-weights are for --deep N: nothing is decoded without it")
-    store = TargetStore.open(store_path)
-    index = load_index(store.path)
+    store = TargetStore(store_files(store_path), damaged=True)
+    index = store.index
     with screen.progress("verifying", total=index.n_shards, unit="shards") as bar:
         findings = list(verify(store.path, index, bar.advance))
     compared: dict[str, Any] = {}
@@ -46,7 +46,7 @@ def targets_verify(
     for finding in findings:
         screen.say(str(finding))
     dropped = 0
-    if repair and findings:
+    if repair and any(finding.shard is not None for finding in findings):
         with StoreWriter(store.path, sampling=store.attributes["sampling"]) as writer:
             dropped = drop_commits(writer.root, findings)
         screen.say(f"{dropped} commits dropped; run the same extract-targets command again to fill them")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class StoreFiles(ABC):
     def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
         """Those of the files that exist, by path, in the order asked for."""
 
-    def pin(self, store_id: str, plans: int) -> None:
+    def pin(self, store_id: str, plans: Sequence[Mapping[str, Any]]) -> None:
         """Say which state of the tables is meant from now on, for those that keep what they read."""
         return
 

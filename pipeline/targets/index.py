@@ -5,6 +5,7 @@ Shapes: S segments, V videos.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import StoreError
 from . import format as fmt
 from .encoding import DEFAULT, Encoding, check_encoding
-from .files import StoreFiles, store_files
+from .files import LocalFiles, StoreFiles, open_table, store_files
 
 PENDING, OK, FAILED, MOVED = 0, 1, 2, 3
 STATUS = {PENDING: "pending", OK: "ok", FAILED: "failed"}
@@ -109,12 +110,17 @@ class StoreIndex:
         return {int(self.video[s]): text for s, text in sorted(failed.items()) if live[s]}
 
 
-def load_index(where: Path | StoreFiles) -> StoreIndex:
-    """Read plans and commits of a store; StoreError where they contradict the arrays."""
+def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex:
+    """Read plans and commits of a store; StoreError where they contradict the arrays.
+
+    StoreError also for a store in a folder of which `losses` tells, unless `damaged`: for those who look for damage.
+    """
     files = store_files(where)
     attributes = fmt.check_root(files)
     plans = fmt.read_plans(files)
-    files.pin(attributes["store_id"], len(plans))
+    if not damaged and isinstance(files, LocalFiles) and (lost := next(losses(files.root, plans), None)):
+        raise StoreError(f"{files.name}: {lost}; `distinit targets verify {files.name}` says what else is damaged")
+    files.pin(attributes["store_id"], plans)
     n_videos = max((p.get("videos", 0) for p in plans), default=0)
     n_segments = max((p.get("segments", 0) for p in plans), default=0)
     n_shards = max((p.get("shards", 0) for p in plans), default=0)
@@ -126,6 +132,9 @@ def load_index(where: Path | StoreFiles) -> StoreIndex:
         if len(column) < n_segments:
             raise StoreError(f"{files.name}/{spec.path}: shorter than the {n_segments} planned segments")
         table[spec.path.split("/")[1]] = column
+    for kind, count in (("video", n_videos), ("shard", n_shards)):
+        if ((table[kind] < 0) | (table[kind] >= count)).any():  # a chunk that is lost, above all
+            raise StoreError(f"{files.name}/segments/{kind}: damaged, names a {kind} that is not planned")
     zeros = np.zeros(n_segments, np.int64)
     index = StoreIndex(
         n_videos=n_videos, n_shards=n_shards, shard_rows=int(attributes.get("shard_rows") or 0),
@@ -147,6 +156,23 @@ def load_index(where: Path | StoreFiles) -> StoreIndex:
         for shard, node in fmt.read_nodes(files, f"commits/teachers/{name}", shards).items():
             add_teacher_commit(index, name, int(shard), node)
     return index
+
+
+def losses(root: Path, plans: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What a store in a folder has lost of its plans and of the video table. To a reader neither is an error: what a
+    plan that is missing speaks of does not exist, and a chunk that is missing is fill, a video without a name.
+    """
+    numbers = [int(p.name) for p in (root / "plans").glob("*") if p.name.isdigit()]
+    for number in range(max(numbers, default=-1) + 1):
+        if not (root / f"plans/{number:06d}/zarr.json").exists():
+            yield f"plans/{number:06d} is missing"
+    n_videos = max((p.get("videos", 0) for p in plans), default=0)
+    for column in ("videos/path", "videos/corpus"):  # no video has fill here
+        array = open_table(root / column)
+        for chunk in range(-(-n_videos // array.chunks[0])):
+            key = array.metadata.encode_chunk_key((chunk,))
+            if not (root / column / key).exists():
+                yield f"{column}/{key} is missing"
 
 
 def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Read a store from any URL that fsspec opens, keeping locally what was read.
 
-    CACHE/tables/<store id>-<plans>/…   columns of the tables as the plans so far speak of them
-    CACHE/shards/<digest>               shard files, under the digest of their commit; sparse
+    CACHE/tables/<store id>-<digest>/…   columns of the tables as the plans so far, of this digest, speak of them
+    CACHE/shards/<digest>                shard files, under the digest of their commit; sparse
 
 A shard file in the cache has its full length from the start, as a hole, and is filled with what is asked for. No
 list of what is there is kept: every chunk and every index ends with its own crc32c, which a hole does not satisfy.
@@ -18,7 +18,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,9 +58,12 @@ class RemoteFiles(StoreFiles):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_connection": None}
 
-    def pin(self, store_id: str, plans: int) -> None:
-        """Say which state of the tables is meant: rows of which the first `plans` plans speak do not change."""
-        self._snapshot = f"{store_id}-{plans}"
+    def pin(self, store_id: str, plans: Sequence[Mapping[str, Any]]) -> None:
+        """Say which state of the tables is meant: rows of which these plans speak do not change.
+
+        By what the plans say, not by their number: two copies of a store may have grown differently.
+        """
+        self._snapshot = f"{store_id}-{digest_bytes(json.dumps(plans, sort_keys=True).encode())}"
 
     def read(self, path: str) -> bytes:
         """The whole file; FileNotFoundError if there is none."""

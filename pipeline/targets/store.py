@@ -61,12 +61,12 @@ class VideoRecord:
 
 
 class TargetStore:
-    """A target store opened for reading; see `TargetStore.open`."""
+    """A target store opened for reading; see `TargetStore.open`. `damaged`: see `load_index`."""
 
-    def __init__(self, files: StoreFiles) -> None:
+    def __init__(self, files: StoreFiles, *, damaged: bool = False) -> None:
         self.files = files
         self.attributes = fmt.check_root(files)
-        self.index: StoreIndex = load_index(files)
+        self.index: StoreIndex = load_index(files, damaged=damaged)
         self.sampling = Sampling.model_validate(self.attributes["sampling"])
         self.teachers: dict[str, TeacherRecord] = {}
         for name, node in fmt.read_nodes(files, "teachers", self.index.teachers).items():

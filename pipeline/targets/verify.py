@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from ..errors import StoreError
+from ..errors import StoreError, in_one_line
 from . import format as fmt
 from .average import entropy
 from .encoding import arrays_of, decode, rounding
-from .index import OK, StoreIndex
+from .files import LocalFiles, open_table
+from .index import OK, StoreIndex, losses
 from .shardfile import ShardedRows, digest_bytes
 
 ENTROPY_TOLERANCE = 1e-3
@@ -31,13 +33,18 @@ class Finding:
     teacher: str | None = None
 
     def __str__(self) -> str:
-        place = f"shard {self.shard:06d}" if self.shard is not None else "store"
-        return f"{place}, {self.teacher or 'frames'}: {self.what}"
+        if self.shard is None:
+            return f"store{f', {self.teacher}' if self.teacher else ''}: {self.what}"
+        return f"shard {self.shard:06d}, {self.teacher or 'frames'}: {self.what}"
 
 
 def verify(root: Path, index: StoreIndex, advance: Callable[[int], Any] = lambda n: None) -> Iterator[Finding]:
-    """Findings in order of shards: structure, missing commits, digests, crc, counts, finiteness, entropies."""
+    """Findings: structure and tables, then in order of shards missing commits, digests, crc, counts, finiteness,
+    entropies."""
     yield from _structure(root, index)
+    yield from (Finding(lost) for lost in losses(root, fmt.read_plans(LocalFiles(root))))
+    yield from _videos(root, index)
+    yield from _unplanned(root, index)
     for shard in range(index.n_shards):
         if shard not in index.frame_commits:
             yield Finding("planned, but not committed: extraction unfinished, or the commit was deleted", shard)
@@ -104,6 +111,46 @@ def _structure(root: Path, index: StoreIndex) -> Iterator[Finding]:
             yield Finding(f"array {spec.path} has {array.shape[0]} rows, {length} are planned", None, teacher)
         if array.metadata.dimension_names != spec.dims:  # type: ignore[union-attr]
             yield Finding(f"array {spec.path} has dimensions {array.metadata.dimension_names}", None, teacher)  # type: ignore[union-attr]
+
+
+def _videos(root: Path, index: StoreIndex) -> Iterator[Finding]:
+    """What cannot be so in the video table, as far as the plans speak of it."""
+    try:
+        corpus, path, size, digest = (
+            np.asarray(open_table(root / "videos" / name)[: index.n_videos])
+            for name in ("corpus", "path", "size", "digest")
+        )
+    except Exception as error:  # of a chunk that cannot be decoded: every codec has errors of its own
+        yield Finding(f"the video table cannot be read ({in_one_line(error)})")
+        return
+    if min(map(len, (corpus, path, size, digest))) < index.n_videos:
+        return  # which `_structure` has said
+    ok = index.video_state() == OK
+    for what, bad in (
+        ("videos/path: {} videos have no path", path == ""),
+        ("videos/corpus: {} videos are in no corpus that the plans name", ~np.isin(corpus, range(len(index.corpora)))),
+        ("videos/size: {} videos have frames, but no size", ok & (size < 0)),
+        ("videos/digest: {} videos have frames, but no digest", ok & ~digest.any(axis=1)),
+    ):
+        if bad.any():
+            yield Finding(what.format(int(bad.sum())))
+    listed = Counter((c, p) for c, p in zip(corpus.tolist(), path.tolist(), strict=True) if p)
+    if twice := [p for (_, p), count in listed.items() if count > 1]:
+        yield Finding(f"videos/path: {len(twice)} videos are listed more than once, the first is {twice[0]}")
+    s = index.order()
+    overlap = (index.end[s[:-1]] < 0) | (index.end[s[:-1]] > index.first[s[1:]])
+    if count := int((overlap & (index.video[s[:-1]] == index.video[s[1:]])).sum()):
+        yield Finding(f"segments: {count} overlap the one before them of the same video")
+
+
+def _unplanned(root: Path, index: StoreIndex) -> Iterator[Finding]:
+    """Commits of what no plan speaks of: a plan is lost."""
+    for folder in sorted((root / "commits/teachers").glob("*/")):
+        if folder.name not in index.teachers:
+            yield Finding(f"commits/teachers/{folder.name}: no plan names this teacher")
+    for folder in sorted((root / "commits/frames").glob("*/")):
+        if folder.name.isdigit() and int(folder.name) >= index.n_shards:
+            yield Finding(f"commits/frames/{folder.name}: no plan speaks of this shard")
 
 
 def _frames(root: Path, index: StoreIndex, shard: int) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from multiprocessing.connection import wait
@@ -160,7 +160,7 @@ class DecodePool:
         for message, answer, _ in self._run(messages):
             yield Failed(message["key"], answer["reason"]) if answer["kind"] == "failed" else answer["row"]
 
-    def stream(self, jobs: Iterable[DecodeJob]) -> Iterator[Block | Done | Failed]:
+    def stream(self, jobs: Iterable[DecodeJob]) -> Generator[Block | Done | Failed, None, None]:
         """Of each job, in order: its Blocks, then Done or Failed. Jobs are read as children get free."""
         messages = (
             {

@@ -22,6 +22,7 @@ from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.screen import Screen
+from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_verify import targets_verify
 
 QUIET = Screen(quiet=True)
@@ -53,14 +54,18 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number in range(5):
         shade = rng.integers(0, 150, (300 if number == 3 else 20 + number, 1, 1, 3)) + rng.integers(0, 99, (1, 4, 6, 3))
         write_video(tmp_path / "videos" / f"v{number}.mp4", shade.repeat(8, 1).repeat(8, 2).astype(np.uint8), fps=25)
-    own = {"input_size": "32", "classes": str(tmp_path / "classes.txt")}
-    for name, encoding in (("one", "float16"), ("small", "int8")):
-        weights = str(tmp_path / "weights1.pt")
-        spec = TeacherSpec(name="deep_teachers:teacher", weights=weights, options={**own, "name": name})
-        config = {"sources": [str(tmp_path / "videos")], "out": tmp_path / "s.zarr", "teachers": [spec]}
-        size = {"batch_size": 7, "shard_rows": 256, "sampling": Sampling(every=1), "encoding": encoding}
-        extract_targets(ExtractConfig.model_validate({**config, **size}), QUIET)
+    extract(tmp_path, "one", "float16")
+    extract(tmp_path, "small", "int8")
     return tmp_path
+
+
+def extract(made: Path, name: str, encoding: str, **more: Any) -> None:
+    """Teacher `name` over all of videos/, into s.zarr."""
+    options = {"input_size": "32", "classes": str(made / "classes.txt"), "name": name}
+    spec = TeacherSpec(name="deep_teachers:teacher", weights=str(made / "weights1.pt"), options=options)
+    config = {"sources": [str(made / "videos")], "out": made / "s.zarr", "teachers": [spec], "encoding": encoding}
+    size = {"batch_size": 7, "shard_rows": 256, "sampling": Sampling(every=1)}
+    extract_targets(ExtractConfig.model_validate({**config, **size, **more}), QUIET)
 
 
 def deep(made: Path, *, weights: str = "weights1.pt", **more: Any) -> dict[str, Any]:
@@ -80,6 +85,20 @@ def test_a_good_store_is_computed_again_to_the_bit(made: Path) -> None:
     text = (made / "s.zarr" / "teachers" / "one" / "zarr.json").read_text()
     assert "weights1.pt" in text
     assert str(made) not in text
+
+
+def test_rows_of_several_runs_that_an_export_put_together(made: Path) -> None:
+    shutil.copy(made / "videos" / "v0.mp4", made / "videos" / "v9.mp4")
+    for name, encoding in (("one", "float16"), ("small", "int8")):
+        extract(made, name, encoding, batch_size=5, accept_run=True)
+    (made / "s.zarr").rename(made / "grown.zarr")
+    targets_export(made / "grown.zarr", made / "half.zarr", QUIET, shard_rows=1024)
+    targets_export(made / "half.zarr", made / "s.zarr", QUIET)
+    runs = [c["run"] for c in TargetStore.open(made / "s.zarr").index.teachers["one"].commits.values()]
+    assert any("mixed" in run for run in runs)
+    result = deep(made)
+    assert result["findings"] == []
+    assert [c["rows"] for c in result["deep"]["teachers"].values()] == [result["rows"]] * 2
 
 
 def test_the_command_names_another_teacher_and_a_changed_video(made: Path) -> None:

@@ -10,10 +10,34 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import zarr
 
 from distinit.stages.screen import Screen
 from distinit.stages.targets_info import targets_info
+
+
+def test_files_that_an_extraction_moves_meanwhile_are_no_error(
+    make_store: Callable[..., tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, root = make_store()
+    size = targets_info(root, Screen(quiet=True))["bytes"]
+    (root / "staging").mkdir()
+    for name in ("before", "after"):
+        (root / "staging" / name).write_bytes(b"12345")
+    look = Path.stat
+
+    def stat(path: Path, **how: Any) -> Any:
+        """The file `before` goes before anybody looks at it, `after` when somebody has."""
+        if path.name == "before":
+            path.unlink(missing_ok=True)
+        found = look(path, **how)
+        if path.name == "after":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert targets_info(root, Screen(quiet=True))["bytes"] - size in (0, 5)
 
 
 def test_histogram_failures_and_bytes(make_store: Callable[..., tuple[Any, Path]]) -> None:

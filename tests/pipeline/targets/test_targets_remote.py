@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ import pytest
 from torch.utils.data import DataLoader
 
 from distinit.pipeline.errors import StoreError
+from distinit.pipeline.targets import format as fmt
 from distinit.pipeline.targets import remote
 from distinit.pipeline.targets.files import absolute, is_url
 from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.targets.writer import StoreWriter
 from distinit.stages.screen import Screen
 from distinit.stages.targets_info import targets_info
 
@@ -117,8 +120,6 @@ def test_a_store_in_memory_and_a_store_that_grows(make_store: Callable[..., Any]
     memory.put(str(root), "/bucket/s.zarr", recursive=True)
     before = TargetStore.open("memory://bucket/s.zarr")
     same(TargetStore.open(root), before)
-    from distinit.pipeline.targets.writer import StoreWriter
-
     with StoreWriter(root, sampling=recipe.sampling) as writer:
         writer.commit(recipe.stage(writer, 1), recipe.run)
         writer.add_teacher("late", ["x"], {"name": "late", "identity": {"w": 1}, "run": recipe.run})
@@ -130,6 +131,20 @@ def test_a_store_in_memory_and_a_store_that_grows(make_store: Callable[..., Any]
     assert len(after.usable(["t"])) > len(before.usable())
     with pytest.raises(StoreError, match="local folder"):
         _ = after.path
+
+
+def test_two_copies_that_grew_differently_are_not_mixed_up(make_store: Callable[..., Any], tmp_path: Path) -> None:
+    recipe, root = make_store(videos=range(5))
+    for name in ("c", "d"):
+        copy = shutil.copytree(root, tmp_path / f"{name}.zarr")
+        with StoreWriter(copy, sampling=recipe.sampling) as writer:
+            columns: dict[str, list[Any]] = {s.path.split("/")[1]: [1] for s in fmt.video_specs()}
+            columns |= {"path": [f"{name}.mp4"], "corpus": [2], "digest": [[1] * 16]}
+            writer.add_videos(columns, [*writer.index.corpora, {"name": name, "root": f"/{name}"}])
+    with serve(tmp_path) as server:
+        for name in ("c", "d"):
+            store = TargetStore.open(f"{server.url}/{name}.zarr")
+            assert (store.video(5).corpus, store.video(5).path) == (name, f"{name}.mp4")
 
 
 def test_a_damaged_cache_heals_and_damage_behind_it_is_named(make_store: Callable[..., Any], tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ from distinit.pipeline.targets.shard import FramesPart, ShardResult, TeacherPart
 from distinit.pipeline.targets.store import TargetStore
 from distinit.pipeline.targets.verify import drop_commits, verify
 from distinit.pipeline.targets.writer import StoreWriter
+from distinit.stages.screen import Screen
+from distinit.stages.targets_verify import targets_verify
 
 SAMPLING = {"every": 4, "fps": None, "keyframes": False}
 R, K, V = 512, 10, 40
@@ -199,6 +203,73 @@ def test_verify_names_every_kind_of_damage(root: Path, tmp_path: Path) -> None:
     node.rename(tmp_path / "away")
     node.parent.rmdir()
     assert [(f.shard, f.teacher) for f in verify(root, load_index(root))] == [(1, "t")]
+
+
+def damaged(root: Path, *, lost: str = "", column: str = "", at: int = 0, value: object = None) -> list[str]:
+    """What verify says of the store after a folder is lost, or one value of a table is another."""
+    if lost:
+        shutil.rmtree(root / lost)
+    else:
+        zarr.open_array(root / column, mode="r+")[at] = value
+    result = targets_verify(root, Screen(quiet=True))
+    assert result["ok"] is False
+    return [f["what"] for f in result["findings"]]
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("videos/path/c", "videos/path/c/0 is missing"),
+        ("videos/corpus/c", "videos/corpus/c/0 is missing"),
+        ("plans/000000", "plans/000000 is missing"),
+        ("plans/000001", "plans/000001 is missing"),
+    ],
+)
+def test_a_lost_plan_or_video_table_is_found_and_never_written_on(root: Path, lost: str, said: str) -> None:
+    assert said in damaged(root, lost=lost)
+    for again in (lambda: StoreWriter(root, sampling=SAMPLING), lambda: TargetStore.open(root)):
+        with pytest.raises(StoreError, match=f"{said}; `distinit targets verify {root}`"):
+            again()
+
+
+@pytest.mark.parametrize("column", ["segments/video", "segments/shard"])
+def test_a_lost_segment_table_is_said(root: Path, column: str) -> None:
+    shutil.rmtree(root / column / "c")
+    with pytest.raises(StoreError, match=f"{column}: damaged"):
+        targets_verify(root, Screen(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lost": "videos/path/c"}, f"videos/path: {V} videos have no path"),
+        ({"lost": "videos/corpus/c"}, f"videos/corpus: {V} videos are in no corpus that the plans name"),
+        ({"lost": "videos/digest/c"}, f"videos/digest: {V - 6} videos have frames, but no digest"),
+        ({"lost": "videos/size/c"}, f"videos/size: {V - 6} videos have frames, but no size"),
+        ({"lost": "plans/000001"}, "commits/frames/000002: no plan speaks of this shard"),
+        ({"lost": "plans/000002"}, "commits/teachers/t: no plan names this teacher"),
+        ({"column": "videos/path", "at": 7, "value": ""}, "videos/path: 1 videos have no path"),
+        ({"column": "videos/path", "at": 7, "value": "v05 ü%FF.mp4"}, "listed more than once, the first is v05"),
+        ({"column": "videos/corpus", "at": 7, "value": 2}, "videos/corpus: 1 videos are in no corpus"),
+        ({"column": "segments/video", "at": 7, "value": 6}, "segments: 1 overlap the one before"),
+    ],
+)  # fmt: skip
+def test_verify_reads_the_tables(root: Path, change: dict[str, Any], said: str) -> None:
+    assert any(said in what for what in damaged(root, **change))
+
+
+def test_a_table_that_is_too_short_or_cannot_be_decoded_is_found(root: Path) -> None:
+    zarr.open_array(root / "videos/size", mode="r+").resize((3,))
+    assert damaged(root, lost="videos/digest/c") == [f"array videos/size has 3 rows, {V} are planned"]
+    (root / "videos/path/c/0").write_bytes(b"torn")
+    (_, unreadable) = damaged(root, column="videos/fps", value=1.0)
+    assert "the video table cannot be read" in unreadable
+
+
+def test_a_lost_teacher_plan_is_not_healed_and_nothing_else_is_dropped(root: Path) -> None:
+    shutil.rmtree(root / "plans/000002")
+    assert targets_verify(root, Screen(quiet=True), repair=True)["dropped"] == 0
+    assert (root / "commits/teachers/t/000000").exists()
 
 
 def test_a_flipped_bit_or_a_missing_shard_is_not_read_as_data(root: Path) -> None:

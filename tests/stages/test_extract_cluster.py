@@ -1,0 +1,153 @@
+"""Stage one on dask workers that meet errors: what one raises costs its shard a try, and the worker goes on."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distinit.pipeline.errors import DistInitError
+from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.targets.writer import StoreWriter
+from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
+from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.sampling import Sampling
+from distinit.stages import extract_cluster
+from distinit.stages.extract_cluster import WorkerSetup, fill_shard
+from distinit.stages.extract_config import ExtractConfig
+from distinit.stages.extract_targets import extract_targets
+from distinit.stages.extract_work import SegmentTask, ShardTask
+from distinit.stages.screen import Screen
+
+QUIET = Screen(quiet=True)
+NAME = "flaky_teachers:teacher"
+MODULE = """
+import pathlib
+import weakref
+
+import torch
+from torch import nn
+
+SEEN = []
+
+
+class Flaky(nn.Sequential):
+    '''Runs out of memory as often as there are files in `trouble`, each of which counts for one batch.'''
+
+    def __init__(self, trouble):
+        torch.manual_seed(0)
+        super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 6))
+        self.trouble = pathlib.Path(trouble)
+
+    def forward(self, x):
+        activations = x * 1
+        for file in self.trouble.glob("*") if len(x) > 1 else ():
+            try:
+                file.unlink()
+            except FileNotFoundError:  # another worker's
+                continue
+            SEEN.append(weakref.ref(activations))
+            raise RuntimeError("CUDA out of memory (pretended)")
+        return super().forward(activations)
+
+
+def teacher(trouble):
+    return Flaky(trouble)
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """videos/ of four shards, the teacher's module, and whole.zarr, the store of an extraction without trouble."""
+    home = tmp_path_factory.mktemp("cluster")
+    (home / "modules").mkdir()
+    (home / "modules" / "flaky_teachers.py").write_text(MODULE)
+    (home / "videos").mkdir()
+    (home / "trouble").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        shade = rng.integers(0, 200, (100, 1, 1, 3)) // 4 + rng.integers(0, 150, (1, 4, 6, 3))
+        write_video(home / "videos" / f"v{number}.mp4", shade.repeat(8, 1).repeat(8, 2).astype(np.uint8), fps=25)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(home / "modules"))
+        patch.setenv("PYTHONPATH", str(home / "modules"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        extract_targets(config(home, home / "whole.zarr"), QUIET)
+        yield home
+    sys.modules.pop("flaky_teachers", None)
+
+
+def config(home: Path, out: Path, **changes: Any) -> ExtractConfig:
+    options = {"name": "tiny", "input_size": "32", "resize": "32", "trouble": str(home / "trouble")}
+    base = {"sources": [str(home / "videos")], "out": out, "batch_size": 8, "shard_rows": 256, "decoders": 1}
+    teachers = [TeacherSpec(name=NAME, options=options)]
+    return ExtractConfig.model_validate({**base, "teachers": teachers, "sampling": Sampling(every=1), **changes})
+
+
+def trouble(home: Path, batches: int) -> None:
+    """Let so many batches fail, and none that an earlier test left over."""
+    for file in (home / "trouble").iterdir():
+        file.unlink()
+    for number in range(batches):
+        (home / "trouble" / str(number)).touch()
+
+
+def same(a: Path, b: Path) -> None:
+    x, y = TargetStore.open(a), TargetStore.open(b)
+    assert x.index.n_shards == y.index.n_shards > 2
+    for v in range(x.n_videos):
+        (i, _, rows), (j, _, others) = x.frames(v), y.frames(v)
+        np.testing.assert_array_equal(i, j)
+        np.testing.assert_array_equal(x.logits("tiny", rows), y.logits("tiny", others))
+
+
+def test_an_error_in_a_worker_costs_its_shard_one_try(home: Path, tmp_path: Path) -> None:
+    trouble(home, 1)
+    result = extract_targets(config(home, tmp_path / "s.zarr", workers=1), QUIET)
+    assert list((home / "trouble").iterdir()) == []
+    assert (result["ok"], result["failed"]) == (8, 0)
+    same(home / "whole.zarr", tmp_path / "s.zarr")
+
+
+def test_an_error_that_stays_is_the_one_that_is_told(home: Path, tmp_path: Path) -> None:
+    trouble(home, 99)
+    with pytest.raises(DistInitError, match=r"shards failed 2 times each.* RuntimeError: CUDA out of memory"):
+        extract_targets(config(home, tmp_path / "s.zarr", workers=1, retries=1), QUIET)
+    trouble(home, 0)
+    extract_targets(config(home, tmp_path / "s.zarr"), QUIET)
+    same(home / "whole.zarr", tmp_path / "s.zarr")
+
+
+def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(home: Path, tmp_path: Path) -> None:
+    made = config(home, tmp_path / "s.zarr", device="cpu")
+    teachers = {"tiny": load_teacher(made.teachers[0]).to(torch.device("cpu"), "fp32")}
+    whole = TargetStore.open(home / "whole.zarr")
+    segments = tuple(
+        SegmentTask(v, v, whole.video_path(v), whole.video(v).digest, 0, None, 104) for v in range(2)
+    )
+    task = ShardTask(0, segments, {"tiny": "float16"}, frames_there=False)
+    threads = torch.get_num_threads()
+    with StoreWriter(made.out, sampling=Sampling(every=1).model_dump(), shard_rows=256) as writer:
+        setup = WorkerSetup.of(made, writer, teachers, Sampling(every=1))
+        kept = []
+        for _ in range(6):  # more than the runner has batches
+            trouble(home, 1)
+            with pytest.raises(RuntimeError, match="out of memory") as caught:
+                fill_shard(setup, task)
+            kept.append(caught.value)
+        gc.collect()
+        import flaky_teachers
+
+        assert len(flaky_teachers.SEEN) == 6
+        assert [ref() for ref in flaky_teachers.SEEN] == [None] * 6
+        assert fill_shard(setup, task).rows == 200
+    filler = extract_cluster._FILLERS.pop(setup)
+    filler.pool.close()
+    filler.runner.__exit__(None, None, None)
+    torch.set_num_threads(threads)
