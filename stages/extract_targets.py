@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -241,6 +242,7 @@ def _naming(store: Path) -> Iterator[None]:
 
 
 def _beside(store: Path) -> Path:
+    store = Path(os.path.abspath(store))  # "." has no name
     return store.with_name(store.name + ".config.yaml")
 
 

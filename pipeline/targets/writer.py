@@ -301,7 +301,12 @@ def _create(
         for spec in fmt.video_specs() + fmt.segment_specs():
             fmt.create_array(new, spec, 0, 0)
         _sync_tree(new)
-        os.rename(new, root)
+        try:
+            os.rename(new, root)
+        except OSError as error:  # a link, a mount point, or another process was first
+            raise StoreError(
+                f"--out {root}: a store cannot be made there ({error.strerror}); give a folder that does not exist yet"
+            ) from error
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

@@ -222,6 +222,20 @@ def test_a_file_that_vanishes_or_changes_after_the_listing(home: Path, videos: P
     same_videos(home / "whole.zarr", out, but="")
 
 
+def test_places_that_cannot_be_a_store_and_one_without_a_name(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "empty")
+    with pytest.raises(StoreError, match=r"--out .*link.zarr: a store cannot be made there .Not a directory.; give a"):
+        extract_targets(config(home / "videos", tmp_path / "link.zarr"), QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link.zarr"]
+    shutil.copytree(home / "whole.zarr", tmp_path / "s.zarr")
+    monkeypatch.chdir(tmp_path / "s.zarr")
+    assert extract_targets(config(home / "videos", Path(".")), QUIET)["new_rows"] == 0
+    assert (tmp_path / "s.zarr.config.yaml").exists()
+
+
 def test_a_shard_of_nothing_but_failures_takes_another_teacher(home: Path, videos: Path, tmp_path: Path) -> None:
     out = tmp_path / "s.zarr"
 
