@@ -19,7 +19,6 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,14 @@ import yaml
 from diagnostics import of_students, select, variants
 from folds import Pooled, gain, interval, runs_of, said_of, write_said
 from object_teacher import RESIZED, SIDE
-from real_videos import DISTINIT, run_ablation, run_distinit
+from real_videos import run_ablation, run_distinit
 
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.figures.filters import variation_over_time
 from distinit.pipeline.students.export import load_student
 
 HERE = Path(__file__).resolve().parent
-STARTS = {DISTINIT: "student", "inflated": "inflate:{teacher}", "scratch": "scratch"}
+STARTS = {"DistInit": "student", "inflated": "inflate:{teacher}", "scratch": "scratch"}
 RATE = 0.1  # of stage two
 EPOCHS = 20  # of finetuning, 256 clips each
 
@@ -53,8 +52,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48_000, help="still images that the teacher learns from")
     rates = "finetuning's learning rates to choose from, the same for every start; one: nothing is chosen"
     parser.add_argument("--rates", nargs="+", type=float, default=[0.02, 0.05, 0.15], help=rates)
-    starts = "some of the starts; without DistInit rows of --vary stand alone"
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help=starts)
     before = f"the rates as chosen before, of {', '.join(STARTS)}, and of rows of --vary, else that of their start"
     parser.add_argument("--chosen", nargs="+", metavar="START=RATE", help=before)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -84,7 +81,7 @@ def main() -> None:
     results = proof.compare(chosen)
     if vary:
         if before:
-            rates = {row: chosen.get(row, chosen[keys.get("finetune.init", DISTINIT)]) for row, keys in vary.items()}
+            rates = {row: chosen.get(row, chosen[keys.get("finetune.init", "DistInit")]) for row, keys in vary.items()}
         else:
             rates = proof.choose("choose-varied", vary)
         results["varied"] = proof.vary(vary, chosen | rates)
@@ -114,8 +111,8 @@ class Proof:
 
     def __init__(self, args: argparse.Namespace, out: Path, corpus: Path, teacher: Path) -> None:
         self.args, self.out, self.corpus = args, out, corpus
-        inits = {start: STARTS[start].format(teacher=teacher) for start in args.starts}
-        self.starts = {start: {"finetune.init": init} if start != DISTINIT else {} for start, init in inits.items()}
+        inits = {start: init.format(teacher=teacher) for start, init in STARTS.items()}
+        self.starts = {start: {"finetune.init": init} if start != "DistInit" else {} for start, init in inits.items()}
 
     def choose(self, name: str, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
         """Of each row of a plan, the rate of finetuning with the best top 1 on the inner split; the lower where
@@ -156,7 +153,7 @@ class Proof:
             "by seed": {start: mine["ordered"].by_seed.tolist() for start, mine in found.items()},
             "gain": {
                 f"{a} over {b}": gain(found[a]["ordered"], found[b]["ordered"])
-                for a, b in combinations([start for start in STARTS if start in found], 2)
+                for a, b in (("DistInit", "inflated"), ("DistInit", "scratch"), ("inflated", "scratch"))
             },
             "learned": of_students(self.out / "runs", records)["learned"],
             "filters vary in time": {
@@ -167,8 +164,7 @@ class Proof:
     def vary(self, rows: dict[str, dict[str, Any]], rates: dict[str, float]) -> dict[str, Any]:
         """Accuracy of rows with one thing changed in stage two, each finetuned with its own rate; each one's gain over
         the unchanged row; seconds of their students, and how much these have learned."""
-        plain = {DISTINIT: {}} if DISTINIT in self.starts else {}
-        axis = {row: keys | schedule(rates[row]) for row, keys in (plain | rows).items()}
+        axis = {row: keys | schedule(rates[row]) for row, keys in ({"DistInit": {}} | rows).items()}
         records = self.ablate("vary", axis, self.args.seeds, 1)
         found = {row: self.right(mine.values()) for row, mine in runs_of(self.out / "runs", records).items()}
         write_said(self.out / "said" / f"{self.args.actions}-varied.csv", found)
@@ -177,7 +173,7 @@ class Proof:
             "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in found.items()},
             "by seed": {row: p.by_seed.tolist() for row, p in found.items()},
             "what is right": {row: of_parts(p) for row, p in found.items()},
-            "gain": {row: gain(p, found[DISTINIT]) for row, p in found.items() if plain and row != DISTINIT},
+            "gain": {row: gain(p, found["DistInit"]) for row, p in found.items() if row != "DistInit"},
             **of_students(self.out / "runs", records),
         }
 

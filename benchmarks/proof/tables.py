@@ -101,7 +101,7 @@ def motion(found: dict[str, Any]) -> str:
     head = ["start", "learned, %", "top 1, % [95 %]", "frames shuffled", "frames frozen", "thing right", "way right"]
     text = table([*head, "filters vary in time"], lines)
     gains = [[name, _percent(gain, sign=True)] for name, gain in found["gain"].items()]
-    text += f"\n\n{table(['gain', 'points [95 %]'], gains)}" if gains else ""
+    text = f"{text}\n\n{table(['gain', 'points [95 %]'], gains)}"
     return text + (f"\n\n{rows(found['varied'])}" if "varied" in found else "")
 
 

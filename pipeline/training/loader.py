@@ -158,21 +158,8 @@ def _one_go(
     places = Whereabouts(context, workers) if context is not None else None
     resting = context.RawArray("b", workers) if context is not None else []
     look_s = min(hang_s, LOOK_EVERY_S)
-    loader = DataLoader(
-        _Reader(dataset, resting),
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-        multiprocessing_context=context,
-        worker_init_fn=partial(_begin, places, dict(refused)),
-        timeout=look_s if workers else 0,
-        # An own generator: the loader draws a seed from it, and must not touch the global one, whose state
-        # a checkpoint carries.
-        generator=torch.Generator().manual_seed(0),
-    )
-    iterator = iter(loader)
+    begin_worker = partial(_begin, places, dict(refused))
+    iterator = iter(_loader(_Reader(dataset, resting), batches, workers, device, context, begin_worker, look_s))
     _look_for_deaths()
     processes = list(getattr(iterator, "_workers", []))
     try:
@@ -209,6 +196,31 @@ def _one_go(
         if processes:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
         _kill(processes)
+
+
+def _loader(
+    reader: _Reader,
+    batches: Sampler[list[Key]],
+    workers: int,
+    device: torch.device,
+    context: Any,
+    begin_worker: Callable[[int], None],
+    look_s: float,
+) -> DataLoader[Any]:
+    return DataLoader(
+        reader,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context=context,
+        worker_init_fn=begin_worker,
+        timeout=look_s if workers else 0,
+        # An own generator: the loader draws a seed from it, and must not touch the global one, whose state
+        # a checkpoint carries.
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def _kill(processes: list[Any]) -> None:
