@@ -88,3 +88,35 @@ def moving_blobs(number: int, frames: int) -> np.ndarray:
             cy, cx = (centre[blob] + t * speed[blob]) % (64, 96)
             images[t] += np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 300)[..., None] * colour[blob]
     return images.clip(0, 255).astype(np.uint8)
+
+
+RANDOM_TEACHERS = """
+import torch
+from torch import nn
+
+
+class Teacher(nn.Module):
+    def __init__(self, k, broken):
+        super().__init__()
+        torch.manual_seed(k)
+        self.linear = nn.Linear(48, k)
+        self.broken = broken
+
+    def forward(self, x):
+        z = self.linear(nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)) * 5
+        # `broken`: not a number wherever the top left of the image is bright
+        return torch.where((x[:, :, :16, :16].mean((1, 2, 3)) > self.broken)[:, None], float("nan"), z)
+
+
+def teacher(k, broken=1e9):
+    return Teacher(k, broken)
+"""
+
+
+@pytest.fixture
+def random_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module random_teachers, for processes too: teacher(k, broken) has k fixed random logits of an image."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "random_teachers.py").write_text(RANDOM_TEACHERS)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))

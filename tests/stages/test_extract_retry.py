@@ -24,40 +24,15 @@ from distinit.stages.extract_targets import extract_targets
 from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
-MODULE = '''
-import torch
-from torch import nn
-
-
-class Teacher(nn.Module):
-    """Fixed random logits; not a number wherever the image is brighter than `broken`."""
-
-    def __init__(self, k, broken):
-        super().__init__()
-        torch.manual_seed(k)
-        self.linear = nn.Linear(48, k)
-        self.broken = broken
-
-    def forward(self, x):
-        z = self.linear(nn.functional.adaptive_avg_pool2d(x, 4).flatten(1))
-        return torch.where((x.mean((1, 2, 3)) > self.broken)[:, None], float("nan"), z)
-
-
-def teacher(k, broken=1e9):
-    return Teacher(k, broken)
-'''
 A, B = (
-    TeacherSpec(name="retry_teachers:teacher", options={"name": n, "input_size": "32", "resize": "32", "k": k})
+    TeacherSpec(name="random_teachers:teacher", options={"name": n, "input_size": "32", "resize": "32", "k": k})
     for n, k in (("a", "6"), ("b", "4"))
 )
 
 
 @pytest.fixture
-def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def videos(tmp_path: Path, random_teachers: None) -> Path:
     """Five short videos, the last a bright one."""
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "retry_teachers.py").write_text(MODULE)
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     (tmp_path / "videos").mkdir()
     for i in range(5):
         film(tmp_path / "videos" / f"v{i}.mp4", i, 30 + 7 * i, shade=200 if i == 4 else 20)

@@ -32,37 +32,12 @@ from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
 OPTIONS = {"name": "tiny", "input_size": "32", "resize": "32", "k": "6"}
-SPEC = TeacherSpec(name="stage_one_teachers:teacher", options=OPTIONS)
-MODULE = '''
-import torch
-from torch import nn
-
-
-class Teacher(nn.Module):
-    def __init__(self, k, broken):
-        super().__init__()
-        torch.manual_seed(k)
-        self.linear = nn.Linear(48, k)
-        self.broken = broken
-
-    def forward(self, x):
-        z = self.linear(nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)) * 5
-        # `broken`: not a number wherever the top left of the image is bright
-        return torch.where((x[:, :, :16, :16].mean((1, 2, 3)) > self.broken)[:, None], float("nan"), z)
-
-
-def teacher(k, broken=1e9):
-    return Teacher(k, broken)
-'''
+SPEC = TeacherSpec(name="random_teachers:teacher", options=OPTIONS)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, random_teachers: None) -> Path:
     """Twelve videos of odd lengths and names, an audio file, a text file named .mp4, a cut-off file."""
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "stage_one_teachers.py").write_text(MODULE)
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     videos = tmp_path / "videos"
     videos.mkdir()
     rng = np.random.default_rng(0)
@@ -99,10 +74,10 @@ def test_every_row_is_the_teacher_on_the_plainly_decoded_frame(folder: Path, tmp
     result = extract_targets(config(folder, tmp_path / "s.zarr", sampling=Sampling(every=3)), QUIET)
     assert (result["videos"], result["ok"], result["failed"]) == (16, 13, 3)
     store = TargetStore.open(tmp_path / "s.zarr")
-    sys.modules.pop("stage_one_teachers", None)
-    import stage_one_teachers
+    sys.modules.pop("random_teachers", None)
+    import random_teachers
 
-    module = stage_one_teachers.teacher(6)
+    module = random_teachers.teacher(6)
     view = View(resize=32, crop=32)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     for v in store.usable():
