@@ -7,13 +7,13 @@ one, no source on both sides. All videos of the folders (and of `--more`) are th
 split have not seen its test videos (`--seen` adds students that have, without labels). The teacher is
 EfficientNet-Lite0 with its ImageNet weights. Every start has the schedule that was best on the training side alone: on
 an inner split of it, by source, for each data set and fold. There an epoch has two thirds of the clips, as there are
-two thirds of the videos. With a tenth of the labels it is chosen anew, among the same rates. `--starts scratch` with
-more `--epochs` gives scratch as many clips as stages two and three have together. Interrupted, the same command goes
-on.
+two thirds of the videos. With fewer labels (`--shares`) it is chosen anew, among the same rates. `--starts scratch`
+with more `--epochs` gives scratch as many clips as stages two and three have together. Interrupted, the same command
+goes on.
 
 The primary measure, fixed before anything ran: top 1 of the three test folds pooled, the mean over seeds, and the
 paired difference with a 95 % bootstrap interval over sources. OUT/results.json has it, with a linear probe and
-finetuning on a tenth of the labels; OUT/reports a page of each ablation.
+finetuning on a tenth of the labels; OUT/reports a page of each ablation. `--flow` does it with networks that see flow.
 """
 
 from __future__ import annotations
@@ -46,11 +46,10 @@ from folds import (
 DISTINIT = "DistInit"
 SCRATCH = "scratch"
 EPOCH_CLIPS = 192
-FEW_CLIPS, FEW_EPOCHS = 48, 30  # with a tenth of the labels: each video is seen about as often
+FEW = {0.1: (48, 30), 0.3: (64, 60)}  # share of the labels → clips an epoch, epochs: each video is seen about as often
 TEACHER = "efficientnet_lite0"
 STARTS = (DISTINIT, SCRATCH)
-MEASURES = ("finetuned", "probe", "tenth")
-SHARE = 0.1
+MEASURES = ("finetuned", "probe", "few")
 RESULTS = "results.json"
 
 Chosen = dict[tuple[int, str], tuple[int, float]]  # fold, start → epochs, learning rate
@@ -68,6 +67,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.06], help=rates)
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="some of the starts")
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="some of the measures")
+    shares = "shares of the labels that `few` has, of {}"
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.1], choices=FEW, help=shares.format(list(FEW)))
+    parser.add_argument("--flow", action="store_true", help="networks see flow, from either start")
     args = parser.parse_args()
     if args.seen and DISTINIT not in args.starts:
         parser.error(f"--seen: students are those of {DISTINIT}, which --starts does not name")
@@ -83,10 +85,9 @@ def main() -> None:
         extract = ["extract-targets", *sources, "--out", str(out / "targets.zarr"), "--every", "2"]
         run_distinit(*extract, "--teacher", TEACHER, check=False)
     write_leave_out(lists, args.folders)
-    proof = Proof(args, out, lists, [source.partition("=")[0] for source in sources])
-    for folder in measured:
-        proof.chosen[folder.name] = proof.choose(folder)
-    measures = {"finetuned": proof.compare, "probe": proof.probe, "tenth": proof.few_labels}
+    corpora = [source.partition("=")[0] for source in sources]
+    proof = Proof(args, out, lists, corpora, flow=args.flow)
+    measures = {"finetuned": proof.compare, "probe": proof.probe, "few": proof.few_labels}
     for name in args.only:
         for folder in measured:
             measures[name](folder)
@@ -99,17 +100,28 @@ def main() -> None:
 class Proof:
     """The ablations, all in OUT/runs, so that a student serves every one of them."""
 
-    def __init__(self, args: argparse.Namespace, out: Path, lists: Path, corpora: list[str]) -> None:
-        self.args, self.out, self.lists, self.corpora = args, out, lists, corpora
+    def __init__(
+        self, args: argparse.Namespace, out: Path, lists: Path, corpora: list[str], *, flow: bool = False
+    ) -> None:
+        self.args, self.out, self.lists, self.corpora, self.flow = args, out, lists, corpora, flow
         kept = out / RESULTS
         self.results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
-        self.chosen: dict[str, Chosen] = {}  # by data set, with all labels
+        self.chosen: dict[tuple[str, float], Chosen] = {}  # by data set and share of its labels
 
-    def choose(self, folder: Path, share: float = 1) -> Chosen:
+    def schedules(self, folder: Path, share: float = 1) -> Chosen:
+        """Those that `choose` finds, looked for once."""
+        key = (folder.name, share)
+        if key not in self.chosen:
+            self.chosen[key] = self.choose(folder, share)
+        return self.chosen[key]
+
+    def choose(self, folder: Path, share: float) -> Chosen:
         """The schedule of each start with the best top 1 on the inner test side, by fold; the first where equal. From
         that share of the inner training side."""
         some = share < 1
-        clips, epochs = (FEW_CLIPS, [FEW_EPOCHS]) if some else (EPOCH_CLIPS, sorted(self.args.epochs))
+        clips, epochs = (EPOCH_CLIPS, sorted(self.args.epochs))
+        if some:
+            clips, epochs = FEW[share][0], [FEW[share][1]]
         candidates = [(length, lr) for length in epochs for lr in sorted(self.args.rates)]
         if len(candidates) == 1:
             return {(k, name): candidates[0] for k in SPLITS for name in self.args.starts}
@@ -145,18 +157,15 @@ class Proof:
         self.measure("linear probe", folder, folder / "labels.csv", more)
 
     def few_labels(self, folder: Path) -> None:
-        """A tenth of the labels."""
-        labels = write_rows(self.lists / f"share{SHARE:g}-{folder.name}.csv", few(read_labels(folder), SHARE))
-        more = {"finetune.loop.epoch_clips": FEW_CLIPS}
-        chosen = self.choose(folder, SHARE)
-        self.measure(f"{SHARE:.0%} of the labels", folder, labels, more, chosen=chosen)
+        """A tenth of the labels, or the shares that were asked for."""
+        for share in self.args.shares:
+            labels = write_rows(self.lists / f"share{share:g}-{folder.name}.csv", few(read_labels(folder), share))
+            more = {"finetune.loop.epoch_clips": FEW[share][0]}
+            self.measure(f"{share:.0%} of the labels", folder, labels, more, share=share)
 
-    def measure(
-        self, name: str, folder: Path, labels: Path, more: dict[str, Any], *, chosen: Chosen | None = None
-    ) -> None:
-        """Runs of every fold and seed by the chosen schedules, by default those with all labels, and what they come
-        to."""
-        chosen = chosen or self.chosen[folder.name]
+    def measure(self, name: str, folder: Path, labels: Path, more: dict[str, Any], *, share: float = 1) -> None:
+        """Runs of every fold and seed by the schedules chosen with that share of the labels, and what they come to."""
+        chosen = self.schedules(folder, share)
         found: dict[str, dict[tuple[int, int], Path]] = {}
         for k in SPLITS:
             axis = {each: start(each, *chosen[k, each]) | more for each in self.args.starts}
@@ -165,8 +174,8 @@ class Proof:
                 found.setdefault(row, {}).update(mine)
         rows = read_labels(folder)
         each = {row: pooled(runs, rows) for row, runs in found.items()}
-        slug = name.replace(" ", "-").replace("%", "")
-        write_said(self.out / "said" / f"{folder.name}-{slug}.csv", each)
+        name = self.named(name)
+        write_said(self.out / "said" / f"{folder.name}-{_slug(name)}.csv", each)
         self.results.setdefault(name, {})[folder.name] = {
             "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in each.items()},
             "by seed": {row: p.by_seed.tolist() for row, p in each.items()},
@@ -184,13 +193,13 @@ class Proof:
         """DistInit by students that have seen the test videos too, without their labels."""
         runs: dict[tuple[int, int], Path] = {}
         for k in SPLITS:
-            axis = {DISTINIT: start(DISTINIT, *self.chosen[folder.name][k, DISTINIT])}
+            axis = {DISTINIT: start(DISTINIT, *self.schedules(folder)[k, DISTINIT])}
             name, labels = f"seen-{folder.name}-{k}", folder / "labels.csv"
             records = self.ablate(name, axis, labels, folder, seeds=self.args.seeds, split=k, seen=True)
             runs.update(runs_of(self.out / "runs", records)[DISTINIT])
         found = pooled(runs, read_labels(folder))
-        write_said(self.out / "said" / f"{folder.name}-seen.csv", {DISTINIT: found})
-        self.results.setdefault("test videos seen", {})[folder.name] = {
+        write_said(self.out / "said" / f"{folder.name}-{_slug(self.named('seen'))}.csv", {DISTINIT: found})
+        self.results.setdefault(self.named("test videos seen"), {})[folder.name] = {
             "accuracy": {DISTINIT: interval(found.right.mean(axis=0), found.groups)},
             "by seed": {DISTINIT: found.by_seed.tolist()},
         }
@@ -210,10 +219,10 @@ class Proof:
         """One ablation over a plan that is kept in OUT/plans; its cells."""
         plans = self.out / "plans"
         plans.mkdir(exist_ok=True)
-        slug = name.replace(" ", "-").replace("%", "")
+        name = self.named(name)
         plan = {"title": name, "base": self.base(seen=seen), "axes": {"start": axis}, "seeds": seeds}
         plan["splits"] = [split] if split is not None else list(SPLITS)
-        file = plans / f"{slug}.yaml"
+        file = plans / f"{_slug(name)}.yaml"
         file.write_text(yaml.safe_dump(plan, sort_keys=False))
         words = ["--targets", str(self.args.store or self.out / "targets.zarr")]
         for corpus in self.corpora:
@@ -228,6 +237,10 @@ class Proof:
             words = ["evaluate", str(run), "--test-frames", frames, "--out", str(folder)]
             run_distinit(*words, "--device", "cpu", "--quiet")
         return folder
+
+    def named(self, name: str) -> str:
+        """A measure's name, told apart where students see flow."""
+        return f"flow {name}" if self.flow else name
 
     @property
     def length(self) -> str:
@@ -248,6 +261,8 @@ class Proof:
             "targets": {"teachers": [TEACHER]},  # diagnostics.py may have added another
             "loop": {**loop, **pretraining, "step_epochs": 6, "gamma": 0.1},
         }
+        if self.flow:
+            student["student"]["channels"] = 2
         if not seen:
             student["leave_out"] = str(self.lists / "test{split}.txt")
         tuning = {
@@ -256,6 +271,10 @@ class Proof:
             "test": {"clips": 5, "workers": 0},
         }
         return {"train-student": student, "finetune": tuning}
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "-").replace("%", "")
 
 
 def start(name: str, epochs: int, lr: float) -> dict[str, Any]:
