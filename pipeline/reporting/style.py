@@ -9,7 +9,7 @@ from collections.abc import Iterable
 STYLE = """
 :root { --ink: #1a1a1a; --soft: #5c5c5c; --rule: #d9d9d9; --band: #f6f7f8; }
 body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: var(--ink);
-  background: #fff; margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; }
+  background: #fff; margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 78rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--rule); }
 p { margin: .4rem 0; max-width: 48rem; }
