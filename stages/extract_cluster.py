@@ -9,9 +9,13 @@ from __future__ import annotations
 import atexit
 import errno
 import json
+import os
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
@@ -21,8 +25,9 @@ from ..pipeline.targets.shard import ShardResult
 from ..pipeline.teachers.teacher import TeacherSpec
 from ..pipeline.video.sampling import Sampling
 from .extract_batches import TeacherRunner
-from .extract_config import ExtractConfig
+from .extract_config import ExtractConfig, run_record
 from .extract_work import ShardFiller, ShardTask
+from .screen import Screen
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from ..pipeline.teachers.teacher import Teacher
 
 IN_FLIGHT = 2  # tasks a worker holds: one at work, one waiting
+QUEUED = 32  # tasks at least, whatever the workers: a cluster that adapts grows by what waits
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class WorkerSetup:
     root: str
     specs: tuple[str, ...]  # TeacherSpec as JSON
     identities: tuple[tuple[str, str], ...]  # name → identity as JSON: a worker's own must be equal
+    run: str  # the run record as JSON: likewise
     sampling: str
     shard_rows: int
     batch_size: int
@@ -51,13 +58,19 @@ class WorkerSetup:
 
     @classmethod
     def of(
-        cls, config: ExtractConfig, writer: StoreWriter, teachers: Mapping[str, Teacher], sampling: Sampling
+        cls,
+        config: ExtractConfig,
+        writer: StoreWriter,
+        teachers: Mapping[str, Teacher],
+        sampling: Sampling,
+        run: Mapping[str, Any],
     ) -> WorkerSetup:
-        """The setup that does on a worker what the client would do by itself."""
+        """The setup that does on a worker what the client would do by itself, wherever the worker was started."""
         return cls(
             root=str(writer.root),
-            specs=tuple(spec.model_dump_json() for spec in config.teachers),
+            specs=tuple(_anywhere(spec).model_dump_json() for spec in config.teachers),
             identities=tuple((n, _identity(t, config.precision)) for n, t in teachers.items()),
+            run=_json(run),
             sampling=sampling.model_dump_json(),
             shard_rows=writer.shard_rows,
             batch_size=config.batch_size,
@@ -69,22 +82,63 @@ class WorkerSetup:
         )
 
 
-_FILLERS: dict[WorkerSetup, ShardFiller] = {}
+class _Worker:
+    """What a worker process keeps between shards: teachers and decoders of the setup it was last told, no others."""
+
+    def __init__(self) -> None:
+        self.busy = threading.Lock()  # a worker of several threads fills one shard at a time all the same
+        self.setup: WorkerSetup | None = None
+        self.filler: ShardFiller | None = None
+        self.open = ExitStack()
+        atexit.register(self.open.close)
+
+    def filler_of(self, setup: WorkerSetup) -> ShardFiller:
+        if self.filler is None or self.setup != setup:
+            self.setup = self.filler = None
+            self.open.close()
+            self.filler = _make_filler(setup, self.open)
+            self.setup = setup
+        return self.filler
+
+
+_WORKER = _Worker()
 
 
 def fill_shard(setup: WorkerSetup, task: ShardTask) -> ShardResult:
     """Run in a worker: one shard, staged. Raises what the shard's work raises; dask tries it again."""
-    if setup not in _FILLERS:
-        _FILLERS[setup] = _make_filler(setup)
-    try:
-        (result,) = _FILLERS[setup].fill([task])
-    except BaseException as error:
-        clear_frames(error.__traceback__)  # dask keeps the error: its frames would hold memory that the next try needs
-        raise
+    with _WORKER.busy:
+        try:
+            (result,) = _WORKER.filler_of(setup).fill([task])
+        except BaseException as error:
+            clear_frames(error.__traceback__)  # dask keeps the error: its frames would hold what the next try needs
+            raise
     return result
 
 
-def _make_filler(setup: WorkerSetup) -> ShardFiller:
+def run_of_workers(client: Client, config: ExtractConfig, screen: Screen) -> dict[str, Any]:
+    """The run record of a worker of the cluster, which may have a GPU where the client has none."""
+    if not client.nthreads():
+        screen.say("no worker is there yet: waiting for the first")
+    found: dict[str, Any] = client.submit(_run_here, config.batch_size, config.precision, config.device).result()
+    return found
+
+
+def _run_here(batch_size: int, precision: str, device: str) -> dict[str, Any]:
+    from ..pipeline.devices import resolve_device
+
+    return run_record(batch_size, precision, resolve_device(device))
+
+
+def _anywhere(spec: TeacherSpec) -> TeacherSpec:
+    """The spec with paths that mean the same in any working folder."""
+    options = dict(spec.options)
+    if "classes" in options:
+        options["classes"] = os.path.abspath(options["classes"])
+    weights = None if spec.weights is None else os.path.abspath(spec.weights)
+    return spec.model_copy(update={"options": options, "weights": weights})
+
+
+def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
     import torch
 
     from ..pipeline.devices import keep_freed_memory, resolve_device
@@ -92,6 +146,9 @@ def _make_filler(setup: WorkerSetup) -> ShardFiller:
     from ..pipeline.video.pool import DecodePool
 
     device = _worker_device(resolve_device(setup.device))
+    run = _json(run_record(setup.batch_size, setup.precision, device))
+    if run != setup.run:
+        raise StoreMismatchError(f"this worker would compute with {run}, the others do with {setup.run}")
     if device.type == "cpu":
         torch.set_num_threads(1)  # workers share the machine's cores; more threads spin
         keep_freed_memory()
@@ -110,15 +167,18 @@ def _make_filler(setup: WorkerSetup) -> ShardFiller:
         processes=setup.decoders, views=views, memory_gb=setup.memory_gb, timeout_s=setup.timeout_s
     )
     runner = TeacherRunner(teachers, views, batch_size=setup.batch_size, threads=1)
-    for each in (pool, runner):
-        each.__enter__()
-        atexit.register(each.__exit__, None, None, None)
+    open_.enter_context(pool)
+    open_.enter_context(runner)
     sampling = Sampling.model_validate_json(setup.sampling)
     return ShardFiller(Path(setup.root), runner, pool, sampling=sampling, shard_rows=setup.shard_rows)
 
 
 def _identity(teacher: Teacher, precision: str) -> str:
-    return json.dumps(teacher.identity(precision), sort_keys=True)
+    return _json(teacher.identity(precision))
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True)
 
 
 def _worker_device(device: Any) -> Any:
@@ -136,7 +196,8 @@ def _worker_device(device: Any) -> Any:
 def run_shards(
     client: Client, setup: WorkerSetup, tasks: Iterator[ShardTask], *, retries: int
 ) -> Iterator[ShardResult]:
-    """Shards as workers finish them, in any order. A shard that fails for good does not stop the others.
+    """Shards as workers finish them, in any order. A shard that fails for good does not stop the others; workers that
+    join get their share.
 
     Raises DistInitError at the end if any shard failed on every try; what was yielded stands.
     """
@@ -145,16 +206,15 @@ def run_shards(
     failed: list[str] = []
     shard_of: dict[Any, int] = {}
 
-    def submit() -> Any:
-        task = next(tasks, None)
-        if task is None:
-            return None
-        future = client.submit(fill_shard, setup, task, retries=retries, pure=False)
-        shard_of[future.key] = task.shard
-        return future
+    def submit() -> None:
+        wanted = max(QUEUED, IN_FLIGHT * len(client.nthreads()))
+        for task in islice(tasks, max(0, wanted - len(shard_of))):
+            future = client.submit(fill_shard, setup, task, retries=retries, pure=False)
+            shard_of[future.key] = task.shard
+            waiting.add(future)
 
-    width = IN_FLIGHT * max(1, len(client.scheduler_info()["workers"]))
-    waiting = as_completed([f for f in (submit() for _ in range(width)) if f is not None])
+    waiting = as_completed()
+    submit()
     for future in waiting:
         shard = shard_of.pop(future.key)
         if future.status == "finished":
@@ -165,8 +225,7 @@ def run_shards(
                 raise error  # no other worker can write there either
             failed.append(f"shard {shard:06d}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         future.release()
-        if (more := submit()) is not None:
-            waiting.add(more)
+        submit()
     if failed:
         raise DistInitError(
             f"{len(failed)} shards failed {retries + 1} times each, all others are committed; "

@@ -68,11 +68,11 @@ def default_decoders(device: torch.device) -> int:
     return cores() if device.type == "cpu" else max(1, cores() - 1)
 
 
-def run_record(config: ExtractConfig, device: torch.device) -> dict[str, Any]:
-    """What makes equal inputs give equal bits; recorded with the teacher and in every commit."""
+def run_record(batch_size: int, precision: str, device: torch.device) -> dict[str, Any]:
+    """What makes equal inputs give equal bits on this machine; recorded with the teacher and in every commit."""
     return {
-        "batch_size": config.batch_size,
-        "precision": config.precision,
+        "batch_size": batch_size,
+        "precision": precision,
         "torch": torch.__version__.split("+")[0],
         "device": device.type,
     }

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ from .extract_plan import (
 from .extract_retry import copy_stored, plan_retries
 from .extract_work import ShardFiller, ShardTask
 from .screen import Screen
+from .workers import cluster
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 
 def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
@@ -68,7 +72,14 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
                 origin=None if listed is None else {"part": config.part},
             )
         )
-        run = run_record(config, device)
+        client = None
+        if config.scheduler is not None:
+            from .extract_cluster import run_of_workers
+
+            client = stack.enter_context(cluster(None, config.scheduler, screen))
+            run = run_of_workers(client, config, screen)
+        else:
+            run = run_record(config.batch_size, config.precision, device)
         asked = {name: {**attributes, "run": run} for name, attributes in _records(config, teachers).items()}
         for name, attributes in asked.items():  # before videos are listed, since those stay
             writer.check_teacher(name, attributes, encoding=config.encoding, accept_run=config.accept_run)
@@ -89,7 +100,13 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
             )
         copy_stored(plan, list(teachers))
         began = time.monotonic()
-        fill = stack.enter_context(_filling(config, writer, teachers, pool, views, device, screen))
+        if config.workers is not None:
+            client = stack.enter_context(cluster(config.workers, None, screen))
+        fill = (
+            _there(config, writer, teachers, run, client)
+            if client is not None
+            else stack.enter_context(_here(config, writer, teachers, pool, views, device))
+        )
         done, idle = 0, True
         while shards := open_tasks(plan, list(teachers)):
             idle = False
@@ -109,43 +126,43 @@ Fill = Callable[[Iterator[ShardTask], Callable[[int], Any]], Iterator[ShardResul
 
 
 @contextmanager
-def _filling(
+def _here(
     config: ExtractConfig,
     writer: StoreWriter,
     teachers: dict[str, Teacher],
     pool: DecodePool,
     views: list[View],
     device: torch.device,
-    screen: Screen,
 ) -> Iterator[Fill]:
-    """How shards are filled: in this process, or by the workers of a dask cluster."""
-    sampling = Sampling.model_validate(writer.attributes["sampling"])
-    if config.workers is None and config.scheduler is None:
+    """Shards are filled in this process."""
 
-        def here(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
-            filler = ShardFiller(
-                writer.root, runner, pool, sampling=sampling, shard_rows=writer.shard_rows, advance=advance
-            )
-            return filler.fill(work)
+    def fill(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
+        sampling = Sampling.model_validate(writer.attributes["sampling"])
+        return ShardFiller(
+            writer.root, runner, pool, sampling=sampling, shard_rows=writer.shard_rows, advance=advance
+        ).fill(work)
 
-        with (
-            batch_threads(device, cores()) as threads,
-            TeacherRunner(teachers, views, batch_size=config.batch_size, threads=threads) as runner,
-        ):
-            yield here
-        return
+    with (
+        batch_threads(device, cores()) as threads,
+        TeacherRunner(teachers, views, batch_size=config.batch_size, threads=threads) as runner,
+    ):
+        yield fill
+
+
+def _there(
+    config: ExtractConfig, writer: StoreWriter, teachers: dict[str, Teacher], run: dict[str, Any], client: Client
+) -> Fill:
+    """Shards are filled by the workers of a dask cluster."""
     from .extract_cluster import WorkerSetup, run_shards
-    from .workers import cluster
 
-    with cluster(config.workers, config.scheduler, screen) as client:
+    def fill(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
+        sampling = Sampling.model_validate(writer.attributes["sampling"])
+        setup = WorkerSetup.of(config, writer, teachers, sampling, run)
+        for result in run_shards(client, setup, work, retries=config.retries):
+            advance(result.rows)
+            yield result
 
-        def there(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
-            setup = WorkerSetup.of(config, writer, teachers, sampling)
-            for result in run_shards(client, setup, work, retries=config.retries):
-                advance(result.rows)
-                yield result
-
-        yield there
+    return fill
 
 
 def _run_shards(

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from distributed import Client, LocalCluster
 
-from distinit.pipeline.errors import DistInitError
+from distinit.pipeline.errors import DistInitError, StoreMismatchError
 from distinit.pipeline.targets.store import TargetStore
 from distinit.pipeline.targets.writer import StoreWriter
 from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages import extract_cluster
-from distinit.stages.extract_cluster import WorkerSetup, fill_shard
-from distinit.stages.extract_config import ExtractConfig
+from distinit.stages.extract_cluster import WorkerSetup, fill_shard, run_shards
+from distinit.stages.extract_config import ExtractConfig, run_record
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.extract_work import SegmentTask, ShardTask
 from distinit.stages.screen import Screen
@@ -134,7 +138,9 @@ def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(home: Path,
     task = ShardTask(0, segments, {"tiny": "float16"}, frames_there=False)
     threads = torch.get_num_threads()
     with StoreWriter(made.out, sampling=Sampling(every=1).model_dump(), shard_rows=256) as writer:
-        setup = WorkerSetup.of(made, writer, teachers, Sampling(every=1))
+        run = run_record(8, "fp32", torch.device("cpu"))
+        setup = WorkerSetup.of(made, writer, teachers, Sampling(every=1), run)
+        before = set(psutil.Process().children(recursive=True))
         kept = []
         for _ in range(6):  # more than the runner has batches
             trouble(home, 1)
@@ -147,7 +153,62 @@ def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(home: Path,
         assert len(flaky_teachers.SEEN) == 6
         assert [ref() for ref in flaky_teachers.SEEN] == [None] * 6
         assert fill_shard(setup, task).rows == 200
-    filler = extract_cluster._FILLERS.pop(setup)
-    filler.pool.close()
-    filler.runner.__exit__(None, None, None)
+        decoders = set(psutil.Process().children(recursive=True)) - before
+        assert decoders
+        other = WorkerSetup.of(made, writer, teachers, Sampling(every=1), run | {"torch": "1.0"})
+        with pytest.raises(StoreMismatchError, match=r'"torch": "1\.0"'):
+            fill_shard(other, task)
+        assert not any(process.is_running() for process in decoders)  # another setup ends those before it
     torch.set_num_threads(threads)
+
+
+def test_a_worker_elsewhere_with_many_threads_fills_the_same_store(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trouble(home, 0)
+    monkeypatch.chdir(tmp_path)
+    Path("names.txt").write_text("\n".join("abcdef"))
+    made = config(home, tmp_path / "s.zarr")
+    made.teachers[0].options["classes"] = "names.txt"
+    there = torch.__version__.split("+")[0]
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=4, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+        monkeypatch.context() as patch,
+    ):
+        client.run(os.chdir, "/")
+        patch.setattr(torch, "__version__", "0.0.1")  # the client's
+        extract_targets(made.model_copy(update={"scheduler": cluster.scheduler_address}), QUIET)
+    same(home / "whole.zarr", tmp_path / "s.zarr")
+    store = TargetStore.open(tmp_path / "s.zarr")
+    assert list(store.teacher("tiny").classes) == list("abcdef")
+    assert store.teacher("tiny").run["torch"] == there
+
+
+def test_workers_that_join_get_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(setup: None, task: ShardTask) -> int:
+        time.sleep(0.05)
+        return task.shard
+
+    monkeypatch.setattr(extract_cluster, "fill_shard", slow)
+    taken = 0
+
+    def tasks() -> Iterator[ShardTask]:
+        nonlocal taken
+        for shard in range(120):
+            taken += 1
+            yield ShardTask(shard, (), {}, frames_there=False)
+
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        results = run_shards(client, None, tasks(), retries=0)  # type: ignore[arg-type]
+        found = [next(results)]
+        assert taken == extract_cluster.QUEUED  # enough waits for a cluster that adapts to grow
+        cluster.scale(20)
+        client.wait_for_workers(20)
+        found += [next(results), next(results)]
+        assert taken >= extract_cluster.IN_FLIGHT * 20
+        found += results
+    assert sorted(found) == list(range(120))
