@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -16,6 +15,7 @@ from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.errors import DistInitError, TrainingInterrupted, UsageError
+from ..pipeline.locks import lock
 from ..pipeline.targets.store import TargetStore, check_moved
 from ..pipeline.training.checkpoint import write_atomically
 from .ablate_cost import show_cost
@@ -179,22 +179,23 @@ def _locked(out: Path) -> Iterator[None]:
     """One ablation at a time in a folder; the lock dies with the process."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)
+        descriptor = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise UsageError(f"--out {out} cannot be made: {error.strerror}") from error
     try:
+        busy = UsageError(f"{out}: another distinit ablate is at work there")
         deadline = time.monotonic() + OUTLIVED_S
         while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(descriptor, out, busy)
                 break
-            except OSError:
+            except UsageError:
                 if time.monotonic() > deadline:
-                    raise UsageError(f"{out}: another distinit ablate is at work there") from None
+                    raise
                 time.sleep(0.2)
         yield
     finally:
-        os.close(lock)
+        os.close(descriptor)
 
 
 def _summary(progress: Progress, out: Path, screen: Screen) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -16,13 +15,14 @@ from typing import Any
 from pydantic import Field
 
 from ..pipeline.config import Options
-from ..pipeline.corpus.sources import VideoList, escape_path, list_videos, unescape_path
+from ..pipeline.corpus.sources import MARKER, VideoList, escape_path, list_videos, unescape_path
 from ..pipeline.errors import UsageError, VideoError
+from ..pipeline.locks import lock
 from ..pipeline.video.container import digest
 from ..pipeline.video.copymap import CopyMap, read_map
 from ..pipeline.video.flow import require_opencv
 from ..pipeline.video.flowfile import FlowMap, FlowOptions, read_flow_map
-from ..pipeline.video.folders import ENDINGS, FORMAT, MARKER, copy_name, kind_of, read_marker
+from ..pipeline.video.folders import ENDINGS, FORMAT, copy_name, kind_of, read_marker
 from ..pipeline.video.pool import DecodePool, Failed
 from ..pipeline.video.prepare import NOT_WRITTEN, CopyOptions, copy_row
 from .config import write_config
@@ -100,10 +100,7 @@ def _claim(config: PrepareConfig) -> Iterator[Path]:
     (out / PARTIAL).mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out / PARTIAL / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"--out {out}: another run of distinit prepare is at work there") from None
+        lock(descriptor, out, UsageError(f"--out {out}: another run of distinit prepare is at work there"))
         _sweep(out)
         yield out
         _sweep(out)
@@ -124,13 +121,13 @@ def _mark(out: Path, config: PrepareConfig, videos: VideoList) -> None:
     if kind_of(marker["options"]) != kind_of(options):
         held, asked = ("copies", "--flow") if config.flow else ("optical flow", "copies")
         raise UsageError(f"--out {out}: holds {held}, asked for {asked}; choose another folder")
-    if not config.replace:
-        for key, value in marker["options"].items():
-            if options.get(key) != value:
-                raise UsageError(
-                    f"--out {out}: its copies have {key}={value}, asked for {key}={options.get(key)}; choose another "
-                    "folder, or --replace to make them again"
-                )
+    for key, value in marker["options"].items():
+        if options.get(key) != value:
+            differ = f"--out {out}: its copies have {key}={value}, asked for {key}={options.get(key)}; choose another "
+            if not config.replace:
+                raise UsageError(f"{differ}folder, or --replace to make them again")
+            if left := marker["corpora"].keys() - {corpus.name for corpus in videos.corpora}:
+                raise UsageError(f"{differ}folder, or name {', '.join(sorted(left))} as well: --replace is for all")
     corpora = dict(marker["corpora"])
     for corpus in videos.corpora:
         before = unescape_path(corpora.get(corpus.name, {}).get("root", escape_path(corpus.root)))
@@ -161,7 +158,7 @@ def _flow_options(config: PrepareConfig) -> FlowOptions:
 
 def _keys(videos: VideoList) -> Iterator[tuple[str, str]]:
     for i, path in enumerate(videos.paths):
-        yield videos.corpora[int(videos.corpus[i])].name, escape_path(path)
+        yield escape_path(videos.corpora[int(videos.corpus[i])].name), escape_path(path)
 
 
 def _target(config: PrepareConfig, out: Path, videos: VideoList, i: int) -> str:

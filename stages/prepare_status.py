@@ -30,7 +30,7 @@ class StatusFile:
         self._lines: dict[Key, str] = {}
         self._file: TextIO | None = None
         if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
+            with open(path, newline="", encoding="utf-8", errors="replace") as file:
                 for row in csv.reader(file):
                     # The last line of a killed run may be cut short: that video is looked at again.
                     if len(row) == len(COLUMNS) and row[2] in ("ok", "failed"):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..pipeline.errors import StoreError, UsageError
+from ..pipeline.hdf5 import Hdf5Writer
+from ..pipeline.locks import lock
 from ..pipeline.targets.choose import choose_videos
 from ..pipeline.targets.files import check_local
 from ..pipeline.targets.format import fsync_path
@@ -86,14 +88,12 @@ def _sweep(part: Path) -> None:
     """Remove what a killed export left behind; StoreError while another one is at work there."""
     if not part.exists():
         return
-    lock = os.open(part, os.O_RDONLY)
+    descriptor = os.open(part, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor, part, StoreError(f"{part}: another export is writing it"))
         shutil.rmtree(part)
-    except BlockingIOError:
-        raise StoreError(f"{part}: another export is writing it") from None
     finally:
-        os.close(lock)
+        os.close(descriptor)
 
 
 def _export_hdf5(
@@ -107,8 +107,9 @@ def _export_hdf5(
     usable = np.intersect1d(store.usable(names), chosen)
     counts = store.row_counts[usable]
     part = out.with_name(f".{out.name}.part")
-    try:
-        with h5py.File(part, "w") as file, screen.progress("exporting", int(counts.sum()), "rows") as bar:
+    with _alone(part):
+        with Hdf5Writer(part) as writer, screen.progress("exporting", int(counts.sum()), "rows") as bar:
+            file = writer.file
             file.attrs["format"] = "distinit-targets-export"
             file.attrs["store_id"] = store.attributes["store_id"]
             file.attrs["sampling"] = store.sampling.describe()
@@ -123,12 +124,25 @@ def _export_hdf5(
                     some = rows[at : at + BLOCK]
                     logits[at : at + BLOCK] = store.logits(name, some)
                     entropy[at : at + BLOCK] = store.entropy(name, some)
+                    writer.check()
                     bar.advance(len(some) / len(names))
         os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
     return {"out": str(out), "videos": len(usable), "rows": len(rows), "teachers": names,
             "bytes": out.stat().st_size}  # fmt: skip
+
+
+@contextmanager
+def _alone(part: Path) -> Iterator[None]:
+    """No other export writes `part` meanwhile; nothing is left of it. StoreError where one does."""
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        lock(descriptor, part, StoreError(f"{part}: another export is writing it"))
+        try:
+            yield
+        finally:
+            part.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def _tables(
@@ -141,7 +155,7 @@ def _tables(
     records = [store.video(int(v)) for v in usable]
     text = h5py.string_dtype()
     videos = file.create_group("videos")
-    videos.create_dataset("corpus", data=[r.corpus for r in records], dtype=text)
+    videos.create_dataset("corpus", data=[os.fsencode(r.corpus) for r in records], dtype=text)
     videos.create_dataset("path", data=[os.fsencode(r.path) for r in records], dtype=text)
     videos.create_dataset("frames", data=store.frame_counts[usable])
     videos.create_dataset("first_row", data=np.cumsum(counts) - counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,25 @@ def targets_verify(
     if not deep and (moved or weights):
         raise UsageError("--videos and --teacher-weights are for --deep N: nothing is decoded without it")
     store = TargetStore(store_files(store_path), damaged=True)
-    index = store.index
-    with screen.progress("verifying", total=index.n_shards, unit="shards") as bar:
-        findings = list(verify(store.path, index, bar.advance))
-    compared: dict[str, Any] = {}
-    if deep:
-        from .targets_deep import deep_check
+    with ExitStack() as stack:
+        if repair:  # nobody commits between what is found and what is dropped
+            stack.enter_context(StoreWriter(store.path, sampling=store.attributes["sampling"]))
+            store = TargetStore(store_files(store_path), damaged=True)
+        index = store.index
+        with screen.progress("verifying", total=index.n_shards, unit="shards") as bar:
+            findings = list(verify(store.path, index, bar.advance))
+        compared: dict[str, Any] = {}
+        if deep:
+            from .targets_deep import deep_check
 
-        found, compared = deep_check(store, deep, screen, seed=seed, moved=moved, weights=weights, device=device)
-        findings += found
-    for finding in findings:
-        screen.say(str(finding))
-    dropped = 0
-    if repair and any(finding.shard is not None for finding in findings):
-        with StoreWriter(store.path, sampling=store.attributes["sampling"]) as writer:
-            dropped = drop_commits(writer.root, findings)
-        screen.say(f"{dropped} commits dropped; run the same extract-targets command again to fill them")
+            found, compared = deep_check(store, deep, screen, seed=seed, moved=moved, weights=weights, device=device)
+            findings += found
+        for finding in findings:
+            screen.say(str(finding))
+        dropped = 0
+        if repair and any(finding.shard is not None for finding in findings):
+            dropped = drop_commits(Path(store.path), findings)
+            screen.say(f"{dropped} commits dropped; run the same extract-targets command again to fill them")
     if not findings:
         screen.say(f"{store.n_rows} rows of {index.n_shards} shards and {len(index.teachers)} teachers: all good")
     for name, c in compared.get("teachers", {}).items():

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from ..errors import SourceError
 
+MARKER = "prepared.json"  # lies in a folder that `distinit prepare` made
+
 EXTENSIONS = frozenset(
     f".{ending}"
     for ending in re.findall(
@@ -139,17 +141,24 @@ def _expand(source: str, ignored: Counter[str]) -> tuple[str, str, list[str]]:
 
 
 def _walk(root: str, ignored: Counter[str]) -> list[str]:
-    """Video files below `root`, links followed (each folder once), names with a leading dot left out."""
+    """Video files below `root`; each folder once, by its own name rather than that of a link to it. Names with a
+    leading dot and, below `root`, folders of prepared copies are left out."""
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_unreadable):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted((f for f in folders if not f.startswith(".")), key=os.fsencode)
-        found += _videos((os.path.relpath(os.path.join(folder, n), root) for n in names), ignored)
+    tops = [root]
+    for top in tops:  # links to folders are added behind
+        for folder, folders, names in os.walk(top, onerror=_unreadable):
+            status = os.stat(folder)
+            again = (status.st_dev, status.st_ino) in seen
+            seen.add((status.st_dev, status.st_ino))
+            if copies := MARKER in names and folder != root and not again:
+                ignored["folder of prepared copies"] += 1
+            if copies or again:
+                folders.clear()
+                continue
+            folders[:] = sorted((f for f in folders if not f.startswith(".")), key=os.fsencode)
+            tops += (path for f in folders if os.path.islink(path := os.path.join(folder, f)))
+            found += _videos((os.path.relpath(os.path.join(folder, n), root) for n in names), ignored)
     return sorted(found, key=os.fsencode)
 
 

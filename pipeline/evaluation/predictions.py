@@ -35,6 +35,7 @@ import numpy as np
 
 from ..corpus.sources import escape_path, unescape_path
 from ..errors import CheckpointError, DistInitError
+from ..hdf5 import Hdf5Writer
 from .metrics import accuracies, mean_scores, video_values
 
 FORMAT = "distinit-predictions"
@@ -192,10 +193,8 @@ class Predictions:
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
         try:
-            with h5py.File(partial, "w") as file:
-                self._fill(file)
-            with open(partial, "rb") as written:
-                os.fsync(written.fileno())
+            with Hdf5Writer(partial) as writer:
+                self._fill(writer.file)
             os.replace(partial, target)
         except OSError as error:
             partial.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ commit, as in an extraction: an interrupted merge is a store with pending videos
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 
 from ..corpus.sources import unescape_path
 from ..errors import StoreError, StoreMismatchError, UsageError
+from ..locks import lock
 from . import format as fmt
 from .files import LocalFiles
 from .index import PENDING
@@ -47,15 +47,13 @@ def reading(store: TargetStore) -> Iterator[None]:
     if not isinstance(store.files, LocalFiles):
         yield
         return
-    lock = os.open(store.files.root, os.O_RDONLY)
+    descriptor = os.open(store.files.root, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            raise StoreError(f"{store.name}: another process is writing this store") from None
+        busy = StoreError(f"{store.name}: another process is writing this store")
+        lock(descriptor, store.files.root, busy, shared=True)
         yield
     finally:
-        os.close(lock)
+        os.close(descriptor)
 
 
 def check_parts(stores: Sequence[TargetStore], *, accept_run: bool = False) -> None:

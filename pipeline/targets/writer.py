@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 import os
@@ -19,6 +18,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ..errors import StoreError, StoreMismatchError
+from ..locks import lock
 from . import format as fmt
 from .encoding import DEFAULT, Encoding
 from .files import check_local
@@ -47,14 +47,10 @@ class StoreWriter:
         self.root = Path(os.path.abspath(path))
         if not (self.root / "zarr.json").exists():
             _create(self.root, sampling, shard_rows, origin or {})
-        self.attributes = fmt.check_root(self.root)
         self._lock = os.open(self.root, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise StoreError(f"{self.root}: another process is writing this store") from None
-        try:
+            lock(self._lock, self.root, StoreError(f"{self.root}: another process is writing this store"))
+            self.attributes = fmt.check_root(self.root)
             if self.attributes["sampling"] != dict(sampling):
                 raise StoreMismatchError(
                     f"{self.root}: its frames were sampled with {_short(self.attributes['sampling'])}, "

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from ..config import Options
 from ..errors import VideoError
+from ..hdf5 import Hdf5Writer
 from .clips import check_damage
 from .container import reason
 from .copymap import Remembered, SourceRecord
@@ -69,7 +70,8 @@ class FlowWriter:
 
     def __init__(self, path: str, options: FlowOptions) -> None:
         self._options = options
-        self._file = h5py.File(path, "w", libver="latest")
+        self._writer = Hdf5Writer(path, libver="latest")
+        self._file = self._writer.file
         height, width = options.size
         self._flow = self._file.create_dataset(
             "flow", (0, 2, height, width), "u1", maxshape=(None, 2, height, width), chunks=(1, 2, height, width),
@@ -88,6 +90,7 @@ class FlowWriter:
             if self._rows == len(self._flow):
                 self._flow.resize(self._rows + _ROOM, axis=0)
             self._flow[self._rows] = stored.transpose(2, 0, 1)
+            self._writer.check()
             self._rows += 1
             self._clipped += beyond
         self._before = now
@@ -111,8 +114,8 @@ class FlowWriter:
         return FlowMap(source, index, pts, self._options.bound, share, self._options.size, options)
 
     def close(self) -> None:
-        """Also a file that was not finished."""
-        self._file.close()
+        """Also a file that was not finished. OSError, of a full disk above all."""
+        self._writer.close()
 
 
 def quantise(flow: np.ndarray, bound: float) -> tuple[np.ndarray, int]:

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..corpus.sources import unescape_path
+from ..corpus.sources import MARKER, unescape_path
 from ..errors import UsageError, VideoError
 from .container import digest, reason
 from .copymap import SourceRecord
 
-MARKER = "prepared.json"
 FORMAT = "distinit prepared copies"
 Kind = Literal["copy", "flow"]
 ENDINGS: Mapping[Kind, str] = {"copy": ".mp4", "flow": ".h5"}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, VideoError
 from . import clips
 from .copymap import SourceRecord, read_map
 from .flow import FLOW_CHANNELS
@@ -98,7 +98,7 @@ def read_clip(
     """
     with at(file.path):
         if file.kind == "flow":
-            stored, bound, _ = read_flow(file.path, frames, expect=expect, digest=digest)
+            stored, bound, _ = _flow_of(file, frames, view, expect, digest)
             return _flow_clip(stored, bound, view, crop)
         found = _READERS[file.kind](file.path, frames, view.frame_view(crop), expect=expect, digest=digest)
     return of_channels(view.cut(found.images, crop), channels)
@@ -113,7 +113,7 @@ def read_clips(
         each, damaged = [], 0
         for clip in frames:
             with at(file.path):
-                stored, bound, repeated = read_flow(file.path, clip)
+                stored, bound, repeated = _flow_of(file, clip, view)
             each += [_in_pixels(cut, bound) for cut in view.cuts(stored.transpose(0, 2, 3, 1), crops)]
             damaged += repeated
         return Clips(torch.stack(each), frames.size, damaged)
@@ -123,6 +123,21 @@ def read_clips(
     taken = torch.stack([cut[:, indices] for cut in view.cuts(found.images, crops)], dim=2)  # [3, N, crops, L, H, W]
     made = torch.stack([of_channels(clip, channels) for clip in taken.flatten(1, 2).unbind(1)])
     return Clips(made.contiguous(), len(wanted), found.repeated)
+
+
+def _flow_of(
+    file: VideoFile,
+    frames: np.ndarray,
+    view: ClipView,
+    expect: tuple[np.ndarray, np.ndarray] | None = None,
+    digest: str | None = None,
+) -> tuple[np.ndarray, float, int]:
+    """What `read_flow` says, of frames as large as the view has them; VideoError where they are not."""
+    stored, bound, repeated = read_flow(file.path, frames, expect=expect, digest=digest)
+    size, resize = stored.shape[2:], view.frame_view().resize
+    if size != resize:
+        raise VideoError(f"its flow is that of frames of {size[0]}x{size[1]}, not {resize}: prepare it again")
+    return stored, bound, repeated
 
 
 def _flow_clip(stored: np.ndarray, bound: float, view: ClipView, crop: Crop | None) -> Tensor:

@@ -140,9 +140,26 @@ def test_odd_names_failures_changes_and_replacements(tmp_path: Path) -> None:
     os.utime(source / "x.mp4")
     (out / "clips" / "line\nbreak.mkv.mp4").write_bytes(b"damaged")
     assert run(source, out=out)["new"] == 1
-    assert run(source, out=out, replace=True, copies={"short_side": 16})["new"] == 3
+    with pytest.raises(UsageError, match=r"short_side=48, asked for short_side=16.* name list as well: --replace is"):
+        run(source, out=out, replace=True, copies={"short_side": 16})
+    assert run(source, tmp_path / "list.txt", out=out, replace=True, copies={"short_side": 16})["ok"] == 4
     assert read_map(str(out / "clips" / "x.mp4.mp4")).height == 16
     assert not [path for path in (out / ".partial").iterdir() if path.name != "lock"]
+
+
+def test_names_that_are_no_text_and_a_table_that_was_cut(tmp_path: Path) -> None:
+    source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/vid\xe9os"))
+    source.mkdir()
+    for name in ("a.mp4", "ü.mp4"):
+        write_video(source / name, np.zeros((3, 32, 32, 3), np.uint8))
+    out = tmp_path / "out"
+    assert run(source, out=out)["ok"] == 2
+    assert run(source, out=out)["new"] == 0
+    whole = (out / "status.csv").read_bytes()
+    assert b"vid%E9os,\xc3\xbc.mp4,ok" in whole
+    (out / "status.csv").write_bytes(whole[: whole.index(b"\xbc")])  # in the middle of the letter
+    assert run(source, out=out)["ok"] == 2
+    assert (out / "status.csv").read_bytes() == whole
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -34,6 +34,21 @@ def test_a_folder_is_searched_in_byte_order(folder: Path) -> None:
     assert all(os.path.isfile(videos.absolute(i)) for i in range(len(videos)))
 
 
+def test_a_folder_counts_under_its_own_name_and_prepared_copies_are_no_videos(tmp_path: Path) -> None:
+    root = tmp_path / "clips"
+    for name in ("v/1.mp4", "copies/prepared.json", "copies/clips/1.mp4"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.mp4").write_bytes(b"x")
+    (root / "a_link").symlink_to("v")
+    (root / "v" / "far").symlink_to(tmp_path / "elsewhere")
+    videos = list_videos([str(root)])
+    assert videos.paths == ["v/1.mp4", "v/far/2.mp4"]
+    assert videos.ignored == {"folder of prepared copies": 1}
+    assert list_videos([str(root / "copies")]).paths == ["clips/1.mp4"]  # who names them wants them
+
+
 def test_lists_csv_globs_and_names(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(
         f"# comment\nclips/b/2.mp4 3\nclips/with space.webm\n\n{folder}/a.MKV,12\nclips/gone.mp4\n"

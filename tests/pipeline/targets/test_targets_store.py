@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from distinit.pipeline.targets.index import load_index
 from distinit.pipeline.targets.plan import Stretch
 from distinit.pipeline.targets.shard import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
 from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.targets.verify import drop_commits, verify
+from distinit.pipeline.targets.verify import Finding, drop_commits, verify
 from distinit.pipeline.targets.writer import StoreWriter
+from distinit.stages import targets_verify as verifying
 from distinit.stages.screen import Screen
 from distinit.stages.targets_verify import targets_verify
 
@@ -270,6 +272,17 @@ def test_a_lost_teacher_plan_is_not_healed_and_nothing_else_is_dropped(root: Pat
     shutil.rmtree(root / "plans/000002")
     assert targets_verify(root, Screen(quiet=True), repair=True)["dropped"] == 0
     assert (root / "commits/teachers/t/000000").exists()
+
+
+def test_nobody_writes_while_a_repair_looks_for_what_to_drop(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looking(*args: Any) -> Iterator[Finding]:
+        with pytest.raises(StoreError, match="another process is writing"):
+            StoreWriter(root, sampling=TargetStore.open(root).attributes["sampling"])
+        return verify(*args)
+
+    monkeypatch.setattr(verifying, "verify", looking)
+    shutil.rmtree(root / "teachers/t/logits/c/0")
+    assert targets_verify(root, Screen(quiet=True), repair=True)["dropped"] == 1
 
 
 def test_a_flipped_bit_or_a_missing_shard_is_not_read_as_data(root: Path) -> None:

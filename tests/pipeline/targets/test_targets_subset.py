@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,20 @@ def test_nothing_stands_at_out_until_it_is_whole(make_store: Make, tmp_path: Pat
     with pytest.raises(StoreError, match="crc32c"):
         targets_export(root, tmp_path / "again.zarr", QUIET)
     assert not (tmp_path / "again.zarr").exists()
+
+
+def test_one_export_at_a_time_writes_a_file(make_store: Make, tmp_path: Path) -> None:
+    root = make_store()[1]
+    part = tmp_path / ".x.h5.part"
+    part.write_bytes(b"of another export")
+    descriptor = os.open(part, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(StoreError, match="another export is writing it"):
+        targets_export(root, tmp_path / "x.h5", QUIET)
+    assert part.read_bytes() == b"of another export"
+    os.close(descriptor)  # that one was killed
+    assert targets_export(root, tmp_path / "x.h5", QUIET)["videos"] > 0
+    assert not part.exists()
 
 
 def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> None:

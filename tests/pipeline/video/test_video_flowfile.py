@@ -102,6 +102,10 @@ def test_clips_from_the_file_are_those_computed_when_read(video: tuple[str, str]
     assert not ours[:, 2:].any()
     theirs = read_clip(VideoFile(source), repeated, WHOLE, channels=2)
     torch.testing.assert_close(ours, theirs.clamp(-BOUND, BOUND), atol=STEP / 2 + 1e-4, rtol=0)
+    other = VideoFile(path, "flow", source)
+    for read in (lambda: read_clip(other, frames, WHOLE, channels=2), lambda: read_clips(other, frames[None], WHOLE)):
+        with pytest.raises(VideoError, match=r"frames of 40x56, not \(40, 40\): prepare it again"):
+            read()
     several = read_clips(whole, np.stack([frames, frames - 4]), WHOLE, channels=2)
     assert torch.equal(several.clips[0], read_clip(whole, frames, WHOLE, channels=2))
     assert torch.equal(several.clips[1], read_clip(whole, frames - 4, WHOLE, channels=2))
