@@ -21,7 +21,7 @@ from ..pipeline.training.checkpoint import write_atomically
 from .ablate_cost import show_cost
 from .ablate_plan import Cell, Plan, cells, read_plan
 from .ablate_steps import Step, StepMaker, run_step
-from .config import write_config
+from .config import require_own, write_config
 from .screen import Screen
 
 CELLS, SECONDS = "cells.json", "seconds.json"
@@ -133,6 +133,7 @@ def ablate(config: AblateConfig, screen: Screen) -> dict[str, Any]:
         student = maker.student(cell) if cell.needs_student else None
         work.append(Work(cell, student, maker.finetuning(cell, student)))
     out = Path(os.path.abspath(config.out))
+    require_own(out, "ablate")
     progress = Progress(out, plan, work)
     steps = list(dict.fromkeys(step for each in work for step in each.steps))
     open_steps = [step for step in steps if step.result(out) is None]

@@ -99,6 +99,21 @@ def write_config(path: str | os.PathLike[str], command: str, config: Options) ->
     os.replace(part, target)
 
 
+def require_own(folder: Path, command: str) -> None:
+    """UsageError where the folder's config.yaml has another command's section: it would be overwritten, and with it
+    what says what the folder holds."""
+    try:
+        content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return
+    others = [name for name in content if name in SECTIONS and name != command] if isinstance(content, dict) else []
+    if others:
+        raise UsageError(
+            f"--out {folder}: its config.yaml is one of distinit {others[0]}, which {command} would overwrite; "
+            f"choose another --out"
+        )
+
+
 def presets() -> list[str]:
     """Names of the presets that ship with the package."""
     return sorted(path.stem for path in CONF.glob("*.yaml"))

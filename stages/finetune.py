@@ -30,7 +30,7 @@ from ..pipeline.training.ranks import Ranks
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
 from ..pipeline.video.transforms import ClipView
 from ..pipeline.weights import state_sha256
-from .config import write_config
+from .config import require_own, write_config
 from .launch import across_ranks
 from .screen import Screen
 from .splits import ALL, split_folder, split_folders, summarise_splits
@@ -105,9 +105,10 @@ def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
 
 def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
     """One process of the training and the test; rank 0 alone writes."""
+    out, results = Path(config.out), {}
+    ranks.on_lead(lambda: _require_own(out, config.split))
     if config.split != ALL:
         return _finetune_split(config, screen, ranks)
-    out, results = Path(config.out), {}
     begun = ranks.on_lead(lambda: bool(split_folders(out)))
     if config.resume is True and not begun:
         raise UsageError(f"--resume: {out} holds no run; --resume auto begins one")
@@ -119,6 +120,17 @@ def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str,
         results[split] = _finetune_split(own, screen, ranks)
     title = short_dataset(config.dataset)
     return ranks.on_lead(lambda: summarise_splits(out, results, title, screen))
+
+
+def _require_own(out: Path, split: int | str | None) -> None:
+    """UsageError where the folder holds another command's run, or one split where all are asked for, or all where it
+    is one: both write RUN/result.json."""
+    require_own(out, COMMAND)
+    if split == ALL and (out / "config.yaml").exists():
+        raise UsageError(f"--out {out} holds a run of one split; --split all needs a folder of its own")
+    if split != ALL and (theirs := split_folders(out)):
+        held = ", ".join(map(str, theirs))
+        raise UsageError(f"--out {out} holds runs of the splits {held}; one split needs a folder of its own")
 
 
 def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:

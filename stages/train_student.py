@@ -40,7 +40,7 @@ from ..pipeline.training.mixture import by_corpus
 from ..pipeline.training.ranks import Ranks
 from ..pipeline.training.sampler import Draw, TargetSampler, measure_entropies
 from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
-from .config import write_config
+from .config import require_own, write_config
 from .launch import across_ranks
 from .screen import Screen, plain
 from .train_config import TargetOptions, TrainConfig
@@ -82,6 +82,7 @@ def _try_out(config: TrainConfig, screen: Screen) -> dict[str, Any]:
 def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
     """One process of the training; rank 0 alone writes."""
     run_dir = Path(config.out)
+    ranks.on_lead(lambda: require_own(run_dir, COMMAND))
     store, teachers, device = ranks.agree(lambda: _open(config))
     ranks.on_lead(lambda: claim_run_dir(run_dir, resume=config.resume))
     saved = ranks.agree(lambda: read_identity(run_dir) if config.resume else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -84,6 +85,25 @@ def test_all_splits_go_on_after_an_interrupt(folder: Path, runs: tuple[Path, dic
     result = finetune(config(folder, tmp_path / "all", split="all", resume=True), QUIET)
     assert result["splits"]["1"]["already_finished"]
     assert result["mean"] == runs[1]["mean"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_another_kind_of_run_is_left_alone(
+    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path, resume: bool
+) -> None:
+    """Both write config.yaml and result.json into it, and a resume would take one's checkpoint for the other's."""
+    shutil.copytree(runs[0] / "all" / "split1", tmp_path / "one")
+    shutil.copytree(runs[0] / "all", tmp_path / "all")
+    (student := tmp_path / "student").mkdir()
+    (student / "config.yaml").write_text("train-student: {store: t.zarr}\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=r"one holds a run of one split; --split all needs"):
+        finetune(config(folder, tmp_path / "one", split="all", resume=resume), QUIET)
+    with pytest.raises(UsageError, match=r"all holds runs of the splits 1, 2; one split needs"):
+        finetune(config(folder, tmp_path / "all", resume=resume), QUIET)
+    with pytest.raises(UsageError, match=r"student: its config.yaml is one of distinit train-student, which finetune"):
+        finetune(config(folder, student, resume=resume), QUIET)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_test_on_videos_of_the_training_is_told_of(
