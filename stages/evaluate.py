@@ -76,11 +76,26 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
     Raises UsageError (not a finetuned run; another data set or protocol without `out`), CheckpointError (another
     class list, no model), LabelsError, PredictionsError.
     """
+    config = _without_runs_own_out(config)
     if config.fuse:
         return _fuse(config, screen)
     if config.compare:
         return compare(config.runs[0], config.runs[1], config.out, screen)
     return across_ranks(_evaluate, config, screen, LoopOptions(device=config.device, gpus=config.gpus))
+
+
+def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
+    """Without an `out` that is the tested run itself, which keeps what is its own. UsageError for an `out` that is any
+    other run, whose predictions or result would be lost."""
+    if config.out is None:
+        return config
+    out = Path(config.out)
+    if not (out / "config.yaml").exists() and not split_folders(out):
+        return config
+    single = not (config.fuse or config.compare)
+    if single and os.path.realpath(out) == os.path.realpath(config.runs[0]):
+        return config.model_copy(update={"out": None})
+    raise UsageError(f"--out {out} is a run, which keeps its own predictions and result; choose another --out")
 
 
 def _fuse(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:

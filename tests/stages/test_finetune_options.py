@@ -287,6 +287,22 @@ def test_runs_are_fused_and_compared_without_decoding(
         evaluate(EvaluateConfig(runs=[a, b], fuse=True), QUIET)
 
 
+def test_no_other_run_is_overwritten(folder: Path, runs: tuple[Path, dict[str, Any]]) -> None:
+    a, b = (str(runs[0] / "all" / name) for name in ("split1", "split2"))
+    before = {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()}
+    for options in (
+        {"runs": [a, a], "fuse": True, "out": a},
+        {"runs": [a, a], "compare": True, "out": a},
+        {"runs": [a], "split": 2, "out": b},
+        {"runs": [a], "split": 2, "out": str(runs[0] / "all")},
+    ):
+        with pytest.raises(UsageError, match=r"is a run, which keeps its own predictions and result"):
+            evaluate(EvaluateConfig.model_validate(options), QUIET)
+    with pytest.raises(UsageError, match="needs --out, for the run keeps the predictions of its own protocol"):
+        evaluate(EvaluateConfig.model_validate({"runs": [a], "test": {"clips": 3}, "out": a}), QUIET)
+    assert {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()} == before
+
+
 def test_own_videos_get_classes_and_failures_reasons(
     folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
