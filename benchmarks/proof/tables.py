@@ -62,8 +62,8 @@ def of_videos(found: dict[str, folds.Pooled], row: str | None = None) -> str:
     lines = []
     for name, each in found.items():
         seeds = ", ".join(f"{100 * value:.1f}" for value in each.by_seed)
-        change = _percent(folds.gain(found[row], each), sign=True) if name != row else ""
-        lines.append([name, _percent(folds.interval(each.right.mean(axis=0), each.groups)), seeds, change])
+        change = percent(folds.gain(found[row], each), sign=True) if name != row else ""
+        lines.append([name, percent(folds.interval(each.right.mean(axis=0), each.groups)), seeds, change])
     return table(["row", "top 1, % [95 %]", "each seed", f"gain of {row} [95 %]"], lines)
 
 
@@ -74,7 +74,7 @@ def real(sets: dict[str, Any]) -> str:
         for start, accuracy in found["accuracy"].items():
             seeds = ", ".join(f"{100 * value:.1f}" for value in found["by seed"][start])
             gain = found.get("gain", {}).get(start)
-            lines.append([name, start, _percent(accuracy), seeds, _percent(gain, sign=True) if gain else ""])
+            lines.append([name, start, percent(accuracy), seeds, percent(gain, sign=True) if gain else ""])
     return table(["data set", "start", "top 1, % [95 %]", "each seed", "gain of DistInit [95 %]"], lines)
 
 
@@ -83,9 +83,9 @@ def rows(found: dict[str, Any]) -> str:
     lines, rates = [], found.get("rates", {})
     for row, accuracy in found["accuracy"].items():
         gain, seconds = found["gain"].get(row), found["seconds of stage two"].get(row)
-        change = _percent(gain, sign=True) if gain else ""
+        change = percent(gain, sign=True) if gain else ""
         took = f"{fmean(seconds):.0f}" if seconds else ""
-        lines.append([row, _learned(found, row), _percent(accuracy), change, str(rates.get(row, "")), took])
+        lines.append([row, _learned(found, row), percent(accuracy), change, str(rates.get(row, "")), took])
     return table(["row", "learned, %", "top 1, % [95 %]", "change [95 %]", "rate", "stage two, s"], lines)
 
 
@@ -94,13 +94,13 @@ def motion(found: dict[str, Any]) -> str:
     lines = []
     for start, accuracy in found["accuracy"].items():
         vary = found["filters vary in time"][start]
-        cells = [_percent(accuracy[frames]) for frames in ("ordered", "shuffled", "frozen")]
+        cells = [percent(accuracy[frames]) for frames in ("ordered", "shuffled", "frozen")]
         parts = found["what is right"][start]
         cells += [f"{100 * parts[part]:.0f}" if part in parts else "" for part in ("thing", "way")]
         lines.append([start, _learned(found, start), *cells, f"{fmean(vary):.3f}"])
     head = ["start", "learned, %", "top 1, % [95 %]", "frames shuffled", "frames frozen", "thing right", "way right"]
     text = table([*head, "filters vary in time"], lines)
-    gains = [[name, _percent(gain, sign=True)] for name, gain in found["gain"].items()]
+    gains = [[name, percent(gain, sign=True)] for name, gain in found["gain"].items()]
     text = f"{text}\n\n{table(['gain', 'points [95 %]'], gains)}"
     return text + (f"\n\n{rows(found['varied'])}" if "varied" in found else "")
 
@@ -110,7 +110,8 @@ def _learned(found: dict[str, Any], row: str) -> str:
     return ", ".join(f"{100 * value:.0f}" for value in found["learned"].get(row, []))
 
 
-def _percent(values: Sequence[float], *, sign: bool = False) -> str:
+def percent(values: Sequence[float], *, sign: bool = False) -> str:
+    """A mean and the ends of its interval, in per cent."""
     mean, low, high = (100 * value for value in values)
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if sign else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 

@@ -1,0 +1,85 @@
+"""Is DistInit's gain the larger the fewer labels there are? From what every run said of every video.
+
+    python benchmarks/proof/fewer_labels.py SHARE=FILE.csv[,FILE.csv] ...
+
+A measure (all labels, a tenth of them, …) is a csv of said/ with rows DistInit and scratch, or two csvs that have one
+of them each; compared are the seeds that both have. Of each the accuracies, the gain in points and as a ratio; then how
+much the gain of each differs from the first one's: in points a difference, as a ratio a quotient. Intervals are 95 %,
+by one bootstrap over the sources, so that measures on the same videos stay paired.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import folds
+import numpy as np
+import tables
+from measuring import table
+from real_videos import DISTINIT, SCRATCH
+
+from distinit.pipeline.evaluation.metrics import bootstrap_ratios, by_group
+
+
+def main() -> None:
+    measures = {name: files.split(",") for name, _, files in (word.partition("=") for word in sys.argv[1:])}
+    if not measures or not all(all(files) for files in measures.values()):
+        raise SystemExit("each argument is SHARE=FILE.csv or SHARE=FILE.csv,FILE.csv")
+    print(compare({name: pair([Path(file) for file in files]) for name, files in measures.items()}))
+
+
+def pair(files: list[Path]) -> tuple[folds.Pooled, folds.Pooled]:
+    """DistInit's row and scratch's, by the seeds that both have."""
+    found = [folds.read_said(file) for file in files]
+    each = [next((rows[name] for rows in found if name in rows), None) for name in (DISTINIT, SCRATCH)]
+    if each[0] is None or each[1] is None:
+        raise SystemExit(f"{', '.join(map(str, files))}: no rows {DISTINIT} and {SCRATCH}")
+    seeds = [seed for seed in each[0].seeds if seed in each[1].seeds]
+    ours, theirs = (of_seeds(row, seeds) for row in each if row is not None)
+    return ours, theirs
+
+
+def of_seeds(found: folds.Pooled, seeds: Sequence[int]) -> folds.Pooled:
+    """The runs of these seeds alone."""
+    said = found.said[[found.seeds.index(seed) for seed in seeds]]
+    return folds.Pooled(said, found.labels, found.videos, found.groups, list(seeds))
+
+
+def compare(measures: dict[str, tuple[folds.Pooled, folds.Pooled]]) -> str:
+    """A table of the measures, and one of what the others' gains differ from the first's."""
+    first = next(iter(measures.values()))[0]
+    for name, each in measures.items():
+        if any(p.videos != first.videos for p in each):
+            raise SystemExit(f"{name}: its videos are not those of {next(iter(measures))}")
+    right = np.stack([p.right.mean(axis=0) for each in measures.values() for p in each], axis=1)
+    # What is drawn again is sources; two columns a measure, ours and scratch's.
+    above, below = by_group(right, first.groups), by_group(np.ones_like(right), first.groups)
+    drawn = bootstrap_ratios(above, below)
+    values = np.concatenate([right.mean(axis=0)[None], drawn])  # the first row: as it is
+    ours, theirs = values[:, ::2], values[:, 1::2]
+    gains, times = ours - theirs, ours / theirs
+    lines, changes = [], []
+    for k, (name, each) in enumerate(measures.items()):
+        cells = [_percent(ours[:, k]), _percent(theirs[:, k]), _percent(gains[:, k], sign=True), _ratio(times[:, k])]
+        lines.append([name, *cells, ", ".join(map(str, each[0].seeds))])
+        if k:
+            change = _percent(gains[:, k] - gains[:, 0], sign=True)
+            changes.append([name, change, _ratio(times[:, k] / times[:, 0])])
+    text = table(["measure", DISTINIT, SCRATCH, "gain", "times", "seeds"], lines)
+    head = ["measure", f"its gain less that of {next(iter(measures))}", "its times by that"]
+    return text + (f"\n\n{table(head, changes)}" if changes else "")
+
+
+def _percent(values: np.ndarray, *, sign: bool = False) -> str:
+    return tables.percent((values[0], *np.quantile(values[1:], (0.025, 0.975))), sign=sign)
+
+
+def _ratio(values: np.ndarray) -> str:
+    low, high = np.quantile(values[1:], (0.025, 0.975))
+    return f"{values[0]:.2f} [{low:.2f}, {high:.2f}]"
+
+
+if __name__ == "__main__":
+    main()
