@@ -8,12 +8,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
+from ..pipeline.devices import resolve_device
+from ..pipeline.errors import TrainingError
+from ..pipeline.students.options import StudentOptions
+from ..pipeline.students.student import Student, build_student
 from .ablate_steps import TRAIN, Step
 from .screen import Screen
 
 MEASURED_S = 2.0
+CPU_CLIPS = 4  # on a CPU more clips at once take memory and time, and are hardly faster by the clip
 
 
 def show_cost(
@@ -66,17 +72,25 @@ def _known_rates(steps: list[list[Step]], out: Path, seconds: dict[str, float]) 
 
 
 def measure(network: dict[str, Any]) -> float:
-    """Training clips a second of a network on its device, on a batch of noise, timed for some seconds."""
-    import torch
-
-    from ..pipeline.devices import resolve_device
-    from ..pipeline.students.student import StudentOptions, build_student
-
+    """Training clips a second of a network on its device, on as many clips of noise as it is to have at once, timed
+    for some seconds. TrainingError where they do not fit into the GPU's memory."""
     device = resolve_device(network["device"])
     options = StudentOptions.model_validate(network["student"])
     student = build_student(options, {"head": 1000}).to(device).train()
-    batch, size = network["batch_size"], network["size"]
-    clips = torch.randn(batch, options.channels, network["length"], size, size, device=device)
+    batch, size = network["clips_at_once"], network["size"]
+    if device.type == "cpu":
+        batch = min(batch, CPU_CLIPS)
+    try:
+        return _timed(student, batch, size, network, device)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"{batch} clips at once do not fit into the GPU's memory; set loop.gpu_batch_size lower, which accumulates "
+            "gradients, or loop.precision=bf16"
+        ) from error
+
+
+def _timed(student: Student, batch: int, size: int, network: dict[str, Any], device: torch.device) -> float:
+    clips = torch.randn(batch, student.options.channels, network["length"], size, size, device=device)
     steps, began = 0, 0.0
     while steps < 2 or time.perf_counter() - began < MEASURED_S:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=network["precision"] == "bf16"):

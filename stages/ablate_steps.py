@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,8 +169,10 @@ def _given(config: Options) -> dict[str, Any]:
 
 def _network(ours: TrainConfig, loop: TrainConfig | FinetuneConfig) -> dict[str, Any]:
     shape = {"length": ours.clips.length, "size": ours.clips.size}
-    batch = {key: getattr(loop.loop, key) for key in ("batch_size", "precision", "device")}
-    return {"student": ours.student.model_dump(mode="json"), **shape, **batch}
+    options = loop.loop
+    at_once = math.ceil(options.batch_size / (options.gpus * options.pieces(options.gpus)))
+    how = {"clips_at_once": at_once, "precision": options.precision, "device": options.device}
+    return {"student": ours.student.model_dump(mode="json"), **shape, **how}
 
 
 def _bare(config: Any, kind: str) -> dict[str, Any]:

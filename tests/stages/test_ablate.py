@@ -21,6 +21,7 @@ import yaml
 from distinit.pipeline.errors import DistInitError, UsageError
 from distinit.pipeline.targets.store import TargetStore
 from distinit.stages.ablate import AblateConfig, ablate
+from distinit.stages.ablate_cost import measure
 from distinit.stages.ablate_plan import cells, read_plan, shipped_plans
 from distinit.stages.ablate_steps import StepMaker
 from distinit.stages.config import load_config
@@ -255,3 +256,9 @@ def test_the_run_that_stands_in_several_of_the_papers_tables_has_the_same_number
     assert [each.model_dump(exclude_none=True) for each in found] == [
         {"per_clip": 37.8, "top1": 40.3, "top5": 74.4}
     ] * len(places)
+
+
+def test_the_cost_of_a_large_batch_is_measured_on_what_fits() -> None:
+    """A paper's step of 1536 clips, in one piece, is more than this machine's memory; here it is a million clips."""
+    network = {"student": {"architecture": "r3d_18", "width": 0.0625}, "length": 4, "size": 32}
+    assert measure({**network, "clips_at_once": 10**6, "precision": "fp32", "device": "cpu"}) > 0
