@@ -80,8 +80,8 @@ def load_labels(
 ) -> Labels:
     """One split of a data set; the split is 1 where it is left out.
 
-    dataset: `csv:FILE` with columns `path`, `label`, `splitN` (`train`, `test`, anything else: not used in this
-    split) and perhaps `source`; `folder:DIR` with `DIR/{train,test}/CLASS/…`; `kinetics:FILE`; `hmdb51`, `ucf101`.
+    dataset: `csv:FILE` with columns `path`, `label`, `splitN` (`train`, `test`, empty: not used in this split)
+    and perhaps `source`; `folder:DIR` with `DIR/{train,test}/CLASS/…`; `kinetics:FILE`; `hmdb51`, `ucf101`.
     root: what the paths are relative to, default the csv's folder; for the last two, where they lie.
     videos: a folder of copies by `distinit prepare` to read in place of the videos, which then need not be there.
     partial: go on where labels have no video (left out of training; wrong in the test, for it cannot be read) or

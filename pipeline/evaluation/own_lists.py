@@ -92,8 +92,11 @@ def _require_columns(path: str, columns: list[str], split: int) -> None:
 def _used_rows(path: str, rows: Iterable[tuple[str, dict[str, str]]], column: str) -> Iterable[Row]:
     for where, row in rows:
         side = row[column].strip().lower()
-        if side not in SIDES:
+        if not side:
             continue
+        if side not in SIDES:
+            found = row[column].strip()
+            raise LabelsError(f"{path}: {where} has {column}={found!r}, allowed: {', '.join(SIDES)} or an empty cell")
         name, label = row["path"], row["label"].strip()
         if not name or not label:
             raise LabelsError(f"{path}: {where} has no {'label' if name else 'path'}")

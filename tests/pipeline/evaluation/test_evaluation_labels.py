@@ -15,7 +15,7 @@ a/1.mp4,run,s1,train,test
 a/2.mp4,run,s2,test,train
 b/3.mp4,sit,s3,train,test
 b/4.mp4,sit,s4,test,train
-b/5.mp4,sit,s5,,unused
+b/5.mp4,sit,s5,,
 """
 
 
@@ -64,8 +64,9 @@ def test_csv_spellings(tmp_path: Path) -> None:
         ("path,label", "path,class", 1, "no column 'label'"),
         ("", "", 3, r"no column 'split3' \(splits there are: 1, 2\)"),
         ("split1,split2", "a,b", 1, "no column 'split1' .*no splitN column"),
-        (",test,train", ",no,no", 1, "split 1 has no test videos"),
-        (",train,test", ",no,no", 1, "split 1 has no train videos"),
+        (",test,train", ",,", 1, "split 1 has no test videos"),
+        (",train,test", ",,", 1, "split 1 has no train videos"),
+        (",train,test", ",trian,test", 1, r"line 2 has split1='trian', allowed: train, test or an empty cell"),
         ("a/2.mp4,run", "a/2.mp4,jump", 1, "2 of 3 classes .*only in train: 'run'; only in test: 'jump'"),
         ("sit,s5,,", "lie,s5,train,", 1, "1 of 3 classes .*only in train: 'lie'"),
         ("a/2.mp4,run", "a/1.mp4,run", 1, r"on both sides .*a/1.mp4 \(line 2, train\) and a/1.mp4 \(line 3, test\)"),
