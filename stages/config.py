@@ -101,7 +101,9 @@ def write_config(path: str | os.PathLike[str], command: str, config: Options) ->
 
 def require_own(folder: Path, command: str) -> None:
     """UsageError where the folder's config.yaml has another command's section: it would be overwritten, and with it
-    what says what the folder holds."""
+    what says what the folder holds. Or where it is a Zarr store, which a run's files have no place in."""
+    if (folder / "zarr.json").exists():
+        raise UsageError(f"--out {folder}: is a Zarr store; choose another --out")
     try:
         content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

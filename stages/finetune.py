@@ -172,6 +172,8 @@ def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dic
         progress=screen.progress,
         ranks=ranks,
     )
+    if result.broken and ranks.lead:
+        screen.warn(result.unread())
     ranks.on_lead(lambda: _export(config, labels, student, run_dir))
     metrics = evaluate_student(
         student,

@@ -133,6 +133,8 @@ def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
     )
 
     def finish() -> dict[str, Any]:
+        if result.broken:
+            screen.warn(result.unread())
         exported = _export(config, store, student, teachers, run_dir)
         summary = _summary(config, parts, result, exported) | _learned(bounds, result, screen)
         write_atomically(run_dir / "result.json", json.dumps(plain(summary), indent=1).encode())
@@ -215,6 +217,8 @@ def _assemble(
     unfiltered.check_windows()
     thresholds, kept_share = _thresholds(config.targets, unfiltered, saved, screen)
     train = StudentClips(sampler(videos, thresholds), config.clips, config.moved, channels=channels)
+    for line in train.missing():
+        screen.warn(line)
     held_ids = _usable_held_out(held_ids, lambda ids: sampler(ids, thresholds, fixed=True), config.held_out_clips)
     if config.held_out > 0 and len(held_ids) == 0:
         screen.warn(f"held_out={config.held_out:g}: no clip of these videos counts; best is by training loss")

@@ -201,7 +201,13 @@ def check_root(where: Path | StoreFiles) -> dict[str, Any]:
         document = json.loads(files.read("zarr.json"))
     except FileNotFoundError:
         raise StoreError(f"{files.name}: {_instead(files)}") from None
-    except (OSError, ValueError) as error:
+    except NotADirectoryError:
+        raise StoreError(f"{files.name}: is a file, expected a target store, which is a folder") from None
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{files.name}/zarr.json: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{files.name}/zarr.json: corrupt, not JSON ({error})") from error

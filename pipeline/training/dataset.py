@@ -5,6 +5,7 @@ Shapes: T frames, C channels, H W pixels, K classes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..corpus.sources import escape_path
-from ..errors import StoreMismatchError, TrainingError, VideoError
+from ..errors import StoreMismatchError, TrainingError, UsageError, VideoError
 from ..video.flow import pictures_needed
 from ..video.folders import prepared_corpora
 from ..video.reading import VideoFile, check_fits, read_clip
@@ -97,6 +98,25 @@ class StudentClips(Dataset[Any]):
                 )
             plan = self._plan(key, plan.draw.attempt + 1)
             rejected += plan.draw.rejected
+
+    def missing(self, tries: int = 100) -> list[str]:
+        """A sentence for each corpus of whose first `tries` videos some are not where they are looked for. UsageError
+        where that is all of them: the corpus has moved."""
+        store, found = self.sampler.store, list[str]()
+        corpus = store.column("corpus")[self.sampler.videos]
+        for number, name in enumerate(store.corpora):
+            videos = self.sampler.videos[corpus == number][:tries]
+            paths = [self.file(int(video)).path for video in videos]
+            gone = [escape_path(path) for path in paths if not os.path.exists(path)]
+            if gone and len(gone) == len(paths):
+                raise UsageError(
+                    f"none of the first {len(gone)} videos of corpus {name!r} is there, as {gone[0]}; "
+                    f"--videos {name}=DIR says where it lies now"
+                )
+            if gone:
+                some = f"{len(gone)} of the first {len(paths)} videos of corpus {name!r}"
+                found.append(f"{some} are not there, as {gone[0]}")
+        return found
 
     def name(self, video: int) -> str:
         """The path of a video or of its copy, as text that can be printed."""

@@ -50,6 +50,13 @@ class FitResult:
     seconds: float
     clips_per_second: float
 
+    def unread(self) -> str:
+        """The broken videos in a sentence: how many, and why the first three."""
+        some = list(self.broken.items())[:3]
+        named = "; ".join(f"{name}: {reason}" for name, reason in some)
+        more = "; …" if len(self.broken) > len(some) else ""
+        return f"videos that could not be read, others were drawn in their place: {len(self.broken)}: {named}{more}"
+
 
 def fit(
     *,

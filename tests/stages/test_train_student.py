@@ -303,3 +303,20 @@ def test_refusals_are_one_line_that_names_the_option(tiny_store, tmp_path):
     assert "keeps none" in refused(UsageError, "new", targets={"teachers": ["unsure"], "max_entropy": 1e-6})
     assert "names 'x'" in refused(UsageError, "new", targets={"max_entropy": {"x": 1.0}})
     assert "--videos nowhere=" in refused(UsageError, "new", moved={"nowhere": str(tmp_path)})
+    (tmp_path / "empty").mkdir()
+    assert "none of the first 12 videos of corpus 'videos' is there, as " in refused(
+        UsageError, "new", moved={"videos": str(tmp_path / "empty")}
+    )
+    with pytest.raises(UsageError, match=r"targets\.zarr: is a Zarr store; choose another --out"):
+        train_student(config(tiny_store, tiny_store.path), QUIET)
+
+
+def test_videos_that_are_gone_are_told_of_before_and_after(tiny_store, own_store, tmp_path, capfd):
+    for path in sorted(own_store.videos.iterdir())[:5]:
+        path.unlink()
+    moved = {"videos": str(own_store.videos)}
+    result = train_student(config(tiny_store, tmp_path / "run", moved=moved), Screen())
+    told = capfd.readouterr().err
+    assert "5 of the first 12 videos of corpus 'videos' are not there, as " in told
+    assert f"others were drawn in their place: {len(result['broken'])}: " in told
+    assert 0 < len(result["broken"]) <= 5

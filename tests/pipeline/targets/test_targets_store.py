@@ -305,6 +305,9 @@ def test_foreign_corrupt_and_other_stores_are_refused_by_name(root: Path, tmp_pa
     zarr.open_group(tmp_path / "foreign", mode="w")
     with pytest.raises(StoreError, match="not a target store"):
         TargetStore.open(tmp_path / "foreign")
+    (tmp_path / "file").write_text("no store")
+    with pytest.raises(StoreError, match="file: is a file, expected a target store, which is a folder"):
+        TargetStore.open(tmp_path / "file")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
     with pytest.raises(StoreError, match=r"no zarr\.json"):
