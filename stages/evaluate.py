@@ -29,7 +29,7 @@ from .fuse_compare import compare, fuse
 from .launch import across_ranks
 from .screen import Screen
 from .splits import ALL, split_folder, split_folders, summarise_splits
-from .testing import PREDICTIONS, RESULT, EvaluationOptions, evaluate_student, write_result
+from .testing import PREDICTIONS, RESULT, EvaluationOptions, evaluate_student, refuse_other, write_result
 
 MODEL = "model.safetensors"
 
@@ -90,6 +90,8 @@ def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
     if config.out is None:
         return config
     out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file, expected a folder")
     if not (out / "config.yaml").exists() and not split_folders(out):
         return config
     single = not (config.fuse or config.compare)
@@ -138,7 +140,9 @@ def _evaluate_split(config: EvaluateConfig, run: Path, screen: Screen, ranks: Ra
     job = ranks.agree(lambda: _assemble(config, run))
     for note in (*job.labels.notes, *job.notes) if ranks.lead else ():
         screen.warn(note)
-    out = Path(config.out or run)
+    out = Path(config.out or (run.parent if run.is_file() else run))
+    if config.out is not None:
+        ranks.on_lead(lambda: refuse_other(out, {"run": str(run)}))
     metrics = evaluate_student(
         job.student,
         job.labels,

@@ -13,7 +13,7 @@ from ..pipeline.reporting.accuracy import MEASURES, signed
 from ..pipeline.reporting.tables import Column, Table
 from .screen import Screen
 from .splits import split_folders
-from .testing import PREDICTIONS, intervals_note, show_metrics, write_result
+from .testing import PREDICTIONS, intervals_note, refuse_other, show_metrics, write_result
 
 SHOWN = 10  # classes of the largest gains and losses in the table; all are in the result
 
@@ -29,6 +29,7 @@ def fuse(runs: Sequence[str], weights: Sequence[float] | None, out: str | None, 
     used = list(weights) if weights is not None else [1.0] * len(parts)
     fused = fuse_predictions(parts, list(runs), used)
     folder = Path(out)
+    refuse_other(folder, {"fused": list(runs)})
     folder.mkdir(parents=True, exist_ok=True)
     fused.write(folder / PREDICTIONS)
     metrics = metrics_from_file(folder / PREDICTIONS)
@@ -44,6 +45,8 @@ def compare(a: str, b: str, out: str | None, screen: Screen) -> dict[str, Any]:
 
     Raises PredictionsError, CheckpointError, LabelsError.
     """
+    if out is not None:
+        refuse_other(Path(out), {"a": a, "b": b})
     parts = _finished(a), _finished(b)
     found = compare_predictions(*parts, (a, b))
     protocols = [single for part in parts for single in part.protocol.get("fused", [part.protocol])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from pydantic import Field
 
 from ..pipeline.config import Options
+from ..pipeline.errors import UsageError
 from ..pipeline.evaluation.dataset import EvaluationClips, FrameOrder
 from ..pipeline.evaluation.labels import Labels
 from ..pipeline.evaluation.predict import predict
@@ -148,6 +150,23 @@ def _nothing_yet(
 def write_result(out: Path, result: dict[str, Any]) -> None:
     """RUN/result.json, whole or not at all."""
     write_atomically(out / RESULT, json.dumps(result, indent=1, allow_nan=False).encode())
+
+
+def refuse_other(out: Path, mine: dict[str, str | list[str]]) -> None:
+    """UsageError where `out` has a result.json that is not of these runs and of this kind: `run`, `fused`, or `a` and
+    `b`."""
+    try:
+        held = json.loads((out / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+
+    def places(found: Any) -> list[str]:
+        return [os.path.realpath(str(path)) for path in (found if isinstance(found, list) else [found])]
+
+    theirs = {key: held[key] for key in ("run", "fused", "a", "b") if key in held} if isinstance(held, dict) else {}
+    if {key: places(found) for key, found in theirs.items()} != {key: places(found) for key, found in mine.items()}:
+        what = ", ".join(f"{key}={found}" for key, found in theirs.items())
+        raise UsageError(f"--out {out} holds another result, of {what or 'something else'}; choose another --out")
 
 
 def labels_digest(labels: Labels) -> str:

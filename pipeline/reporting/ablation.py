@@ -182,7 +182,7 @@ def gain_over(cells: Sequence[Cell], base: Sequence[Cell]) -> Gain | None:
     low, high = np.quantile(resampled, (0.025, 0.975))
     means = np.concatenate(levels).mean(axis=0)
     estimate = Estimate(float(difference.mean()), float(low), float(high))
-    return Gain(float(means[0]), float(means[1]), estimate, p_value(resampled))
+    return Gain(float(means[0]), float(means[1]), estimate, p_value(resampled, len(set(groups))))
 
 
 def _by_split(cells: Sequence[Cell]) -> dict[int, dict[tuple[str, str], tuple[float, str]]]:

@@ -303,6 +303,22 @@ def test_no_other_run_is_overwritten(folder: Path, runs: tuple[Path, dict[str, A
     assert {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()} == before
 
 
+def test_no_other_result_is_overwritten(folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    a, b = (str(runs[0] / "all" / name) for name in ("split1", "split2"))
+    out = str(tmp_path / "frozen")
+    frozen = EvaluateConfig.model_validate({"runs": [a], "test": {"frames": "frozen"}, "out": out})
+    for _ in range(2):  # the same once more is no other
+        evaluate(frozen, QUIET)
+    for options in ({"runs": [b]}, {"runs": [a, a], "fuse": True}, {"runs": [a, a], "compare": True}):
+        with pytest.raises(UsageError, match=r"frozen holds another result, of run=.*split1; choose another --out"):
+            evaluate(EvaluateConfig.model_validate(options | {"out": out}), QUIET)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file: is a file, expected a folder"):
+        evaluate(frozen.model_copy(update={"out": str(tmp_path / "file")}), QUIET)
+    model = evaluate(EvaluateConfig(runs=[str(Path(a) / "model.safetensors")]), QUIET)
+    assert model["metrics"] == json.loads((Path(a) / "result.json").read_text())["metrics"]
+
+
 def test_own_videos_get_classes_and_failures_reasons(
     folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 from distinit.pipeline.errors import CheckpointError, LabelsError, UsageError
 from distinit.pipeline.evaluation.metrics import estimate_class_mean, estimate_mean
 from distinit.pipeline.evaluation.predictions import Predictions
-from distinit.pipeline.evaluation.several import compare_predictions, fuse_predictions
+from distinit.pipeline.evaluation.several import compare_predictions, fuse_predictions, p_value
 from distinit.pipeline.evaluation.splits import mean_over_splits
 
 V, N, K = 60, 4, 5
@@ -95,6 +95,13 @@ def test_p_is_that_of_no_difference() -> None:
         for s in range(2, 62)
     ]
     assert sum(small) <= 10, "of 60 comparisons 3 are expected"
+
+
+def test_a_few_videos_that_all_agree_prove_little() -> None:
+    """Every resample of them has the same gain; a sign test has 1 of one unit, a quarter of three, 1/64 of seven."""
+    same = np.full(10_000, -1.0)
+    assert [p_value(same, units) for units in (1, 3, 7)] == [1.0, 0.25, 2 / 128]
+    assert p_value(same, 100) == pytest.approx(2 / 10_001)
 
 
 def test_other_videos_classes_or_labels_are_refused() -> None:
