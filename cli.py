@@ -57,14 +57,18 @@ class InOrder(click.Group):
         return found
 
 
+FROM_CHECKPOINT = (
+    "interrupted; the same command with --resume goes on from the last checkpoint, or begins where there is none "
+    "(SIGTERM writes one first)"
+)
 RESUME_HINTS = {
     "demo": "interrupted; the same command goes on where it stopped",
     "prepare": "interrupted; the same command goes on where it stopped",
     "extract-targets": "interrupted; the same command goes on where it stopped",
     "targets": "interrupted; what is committed stays, the same command does the rest",
-    "train-student": "interrupted; the same command with --resume goes on from the last checkpoint",
+    "train-student": FROM_CHECKPOINT,
     "ablate": "interrupted; the same command goes on where it stopped",
-    "finetune": "interrupted; the same command with --resume goes on from the last checkpoint",
+    "finetune": FROM_CHECKPOINT,
     "evaluate": "interrupted; the same command goes on where it stopped",
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..pipeline.devices import resolve_device
-from ..pipeline.errors import StoreError, UsageError
+from ..pipeline.errors import StoreError, StoreMismatchError, UsageError
 from ..pipeline.students.export import save_student
 from ..pipeline.students.options import StudentMeta
 from ..pipeline.students.student import Student, build_student, count_parameters
@@ -90,7 +90,7 @@ def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
     options = config.loop.for_videos(len(parts.train.sampler.videos))
     identity = _identity(config, store, teachers, parts, options)
     if saved is not None:  # before the config of the run is overwritten
-        ranks.agree(lambda: check_identity(run_dir, saved, identity))
+        ranks.agree(lambda: _check_same(run_dir, saved, identity))
     ranks.on_lead(lambda: write_config(run_dir / "config.yaml", COMMAND, _absolute(config)))
 
     student = ranks.agree(lambda: _build(config, store, teachers))
@@ -188,6 +188,8 @@ def _assemble(
     if config.leave_out is not None:
         usable = without(store, usable, config.leave_out)
     videos, held_ids = split_held_out(usable, config.held_out, seed)
+    if len(usable) and not len(videos):
+        raise UsageError(f"--held-out {config.held_out:g} leaves none of {len(usable)} videos to learn from")
     shares = None
     if config.targets.corpora is not None:
         corpus, names = store.column("corpus"), list(store.corpora)
@@ -353,6 +355,18 @@ def _identity(
         "held_out": {"share": config.held_out, "clips": config.held_out_clips},
         **options.identity(),
     }
+
+
+def _check_same(run_dir: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
+    """A store that has grown has words of its own: with other videos an epoch has other clips."""
+    theirs, ours = saved["store"], identity["store"]
+    grown = theirs["id"] == ours["id"] and theirs["videos"] < ours["videos"]
+    if grown and saved["leave_out"] == identity["leave_out"] and saved["held_out"] == identity["held_out"]:
+        raise StoreMismatchError(
+            f"{run_dir} was trained on {theirs['videos']} videos of the store, which has {ours['videos']} to draw from "
+            "by now: no run goes on with others; begin anew with another --out"
+        )
+    check_identity(run_dir, saved, identity)
 
 
 def _export(

@@ -30,7 +30,7 @@ class Part:
         """Read `i/n` with 1 ≤ i ≤ n; UsageError for anything else."""
         match = re.fullmatch(r"([0-9]+)/([0-9]+)", text.strip())
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise UsageError(f"--part must be i/n with 1 ≤ i ≤ n, as in 2/8, got {text!r}")
+            raise UsageError(f"must be i/n with 1 ≤ i ≤ n, as in 2/8, got {text!r}")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, WeightsError
 from ..factories import call_factory, is_factory
 from ..library_weights import library_weights
 from ..weights import load_weights
@@ -91,6 +91,9 @@ def _inflated(init: str, where: str, wanted: StudentOptions | None, inflation: I
         fitting_student(int(where.removeprefix("resnet")), wanted, f"--init {init}")  # before anything is fetched
         choice = get_model_weights(where)["IMAGENET1K_V1"]
         state = library_weights(choice, who=f"--init {init}", remedy="take --init inflate:FILE").state
+    elif not os.path.exists(where):
+        names = " or ".join(f"inflate:{name}" for name in INFLATABLE)
+        raise WeightsError(f"--init {init}: no such file; without one it is {names}")
     else:
         state = load_weights(where).state
     options = inflatable(state, wanted, f"--init {init}")

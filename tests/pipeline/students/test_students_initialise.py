@@ -225,7 +225,7 @@ def test_factories_and_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "no_such_module:f": (UsageError, "ModuleNotFoundError"),
         "inflate:": (UsageError, "expected inflate:resnet18"),
         "runs/none": (CheckpointError, "no such file or run folder"),
-        "inflate:none.pth": (WeightsError, "No such file"),
+        "inflate:none.pth": (WeightsError, "no such file; without one it is inflate:resnet18 or inflate:resnet34"),
     }
     for init, (error, words) in refused.items():
         with pytest.raises(error, match=words):

@@ -157,5 +157,5 @@ def test_shares_cover_a_list_once_and_do_not_shift() -> None:
     assert [p for p in grown if not p.startswith("new")] == shares[0].paths
     assert str(Part.parse(" 2/8 ")) == "2/8"
     for wrong in ("0/2", "3/2", "1", "a/b", "1/2/3", "-1/2"):
-        with pytest.raises(UsageError, match="--part must be i/n"):
+        with pytest.raises(UsageError, match="must be i/n"):
             Part.parse(wrong)
