@@ -57,19 +57,15 @@ class InOrder(click.Group):
         return found
 
 
+GOES_ON = "interrupted; the same command goes on where it stopped"
 FROM_CHECKPOINT = (
     "interrupted; the same command with --resume goes on from the last checkpoint, or begins where there is none "
     "(SIGTERM writes one first)"
 )
 RESUME_HINTS = {
-    "demo": "interrupted; the same command goes on where it stopped",
-    "prepare": "interrupted; the same command goes on where it stopped",
-    "extract-targets": "interrupted; the same command goes on where it stopped",
+    **dict.fromkeys(("demo", "prepare", "extract-targets", "ablate", "evaluate"), GOES_ON),
+    **dict.fromkeys(("train-student", "finetune"), FROM_CHECKPOINT),
     "targets": "interrupted; what is committed stays, the same command does the rest",
-    "train-student": FROM_CHECKPOINT,
-    "ablate": "interrupted; the same command goes on where it stopped",
-    "finetune": FROM_CHECKPOINT,
-    "evaluate": "interrupted; the same command goes on where it stopped",
 }
 
 

@@ -15,6 +15,7 @@ from ..pipeline.devices import resolve_device
 from ..pipeline.errors import TrainingError
 from ..pipeline.students.options import StudentOptions
 from ..pipeline.students.student import Student, build_student
+from ..pipeline.training.device import too_many
 from .ablate_steps import TRAIN, Step
 from .screen import Screen
 
@@ -83,10 +84,7 @@ def measure(network: dict[str, Any]) -> float:
     try:
         return _timed(student, batch, size, network, device)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"{batch} clips at once do not fit into the GPU's memory; set loop.gpu_batch_size lower, which accumulates "
-            "gradients, or loop.precision=bf16"
-        ) from error
+        raise TrainingError(too_many(batch)) from error
 
 
 def _timed(student: Student, batch: int, size: int, network: dict[str, Any], device: torch.device) -> float:

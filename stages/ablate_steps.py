@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,7 +169,7 @@ def _given(config: Options) -> dict[str, Any]:
 def _network(ours: TrainConfig, loop: TrainConfig | FinetuneConfig) -> dict[str, Any]:
     shape = {"length": ours.clips.length, "size": ours.clips.size}
     options = loop.loop
-    at_once = math.ceil(options.batch_size / (options.gpus * options.pieces(options.gpus)))
+    at_once = options.clips_at_once(options.gpus)
     how = {"clips_at_once": at_once, "precision": options.precision, "device": options.device}
     return {"student": ours.student.model_dump(mode="json"), **shape, **how}
 

@@ -106,7 +106,7 @@ def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
 def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
     """One process of the training and the test; rank 0 alone writes."""
     out, results = Path(config.out), {}
-    ranks.on_lead(lambda: _require_own(out, config.split))
+    ranks.on_lead(lambda: _require_fitting(out, config.split))
     if config.split != ALL:
         return _finetune_split(config, screen, ranks)
     begun = ranks.on_lead(lambda: bool(split_folders(out)))
@@ -122,7 +122,7 @@ def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str,
     return ranks.on_lead(lambda: summarise_splits(out, results, title, screen))
 
 
-def _require_own(out: Path, split: int | str | None) -> None:
+def _require_fitting(out: Path, split: int | str | None) -> None:
     """UsageError where the folder holds another command's run, or one split where all are asked for, or all where it
     is one: both write RUN/result.json."""
     require_own(out, COMMAND)

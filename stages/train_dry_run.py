@@ -60,8 +60,7 @@ def dry_run(
 def _memory(config: TrainConfig, student: Student, screen: Screen) -> dict[str, Any]:
     """Of one device: bytes and FLOPs of a piece of a step, said and returned."""
     options, view = config.loop, config.clips
-    pieces = options.pieces(options.gpus)
-    clips = -(-options.batch_size // (options.gpus * pieces))
+    clips = options.clips_at_once(options.gpus)
     shape = (clips, config.student.channels, view.length, view.size, view.size)
     found = footprint(student, shape, precision=options.precision)
     if found is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,16 +37,16 @@ from ..pipeline.training.draws import split_held_out
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
 from ..pipeline.training.mixture import by_corpus
 from ..pipeline.training.ranks import Ranks
-from ..pipeline.training.sampler import Draw, TargetSampler, measure_entropies
+from ..pipeline.training.sampler import Draw, TargetSampler
 from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
 from .config import require_own, write_config
 from .launch import across_ranks
 from .screen import Screen, plain
 from .train_config import TargetOptions, TrainConfig
 from .train_dry_run import dry_run
+from .train_filter import measure_thresholds
 
 COMMAND = "train-student"
-QUICK_DRAWS = 2000  # enough to tell the share that a threshold in nats keeps to about one per cent
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
             objective,
             parts.held_out,
             len(parts.held_out.sampler.videos),
-            batch_size=math.ceil(options.batch_size / ranks.world / options.pieces(ranks.world)),
+            batch_size=options.clips_at_once(ranks.world),
             workers=pick_workers(options.workers, device),
             device=device,
             precision=options.precision,
@@ -217,7 +216,7 @@ def _assemble(
 
     unfiltered = sampler(videos, {})
     unfiltered.check_windows()
-    thresholds, kept_share = _thresholds(config.targets, unfiltered, saved, screen)
+    thresholds, kept_share = measure_thresholds(config.targets, unfiltered, saved, screen)
     train = StudentClips(sampler(videos, thresholds), config.clips, config.moved, channels=channels)
     for line in train.missing():
         screen.warn(line)
@@ -239,51 +238,6 @@ def _usable_held_out(ids: np.ndarray, fixed: Callable[[np.ndarray], TargetSample
     sampler = fixed(ids)
     usable = (int(video) for k, video in enumerate(ids) if sampler.has_window(int(video)) and sampler.draw(0, k).counts)
     return np.array(list(islice(usable, most)), np.int64)
-
-
-def _thresholds(
-    options: TargetOptions, sampler: TargetSampler, saved: dict[str, Any] | None, screen: Screen
-) -> tuple[dict[str, float], float]:
-    """Thresholds in nats by teacher, and the share of draws that at least one head keeps.
-
-    A resumed run takes those that its checkpoint has in nats: measuring again would cost as much again.
-    """
-    teachers = sampler.teachers
-    quantile = options.max_entropy_quantile
-    if options.max_entropy is None and quantile is None:
-        return {}, 1.0
-    known = saved["filter"]["nats"] if saved and saved.get("filter", {}).get("quantile") == quantile else None
-    count = QUICK_DRAWS if quantile is None or known else options.quantile_draws
-    found = np.stack(list(_with_progress(sampler, count, screen)))
-    if quantile is not None:
-        wanted = quantile if isinstance(quantile, dict) else dict.fromkeys(teachers, quantile)
-        thresholds = known or {
-            name: float(np.quantile(found[:, column], wanted[name]))
-            for column, name in enumerate(teachers)
-            if name in wanted
-        }
-    elif isinstance(options.max_entropy, dict):
-        thresholds = dict(options.max_entropy)
-    else:
-        thresholds = {name: float(options.max_entropy or math.inf) for name in teachers}
-    limits = np.array([thresholds.get(name, math.inf) for name in teachers])
-    kept = float((found <= limits).any(axis=1).mean())
-    if kept == 0:
-        low = ", ".join(f"{name} {value:.2f}" for name, value in zip(teachers, found.min(axis=0), strict=True))
-        raise UsageError(
-            f"targets.max_entropy={options.max_entropy} keeps none of {len(found)} clips; "
-            f"their lowest entropies: {low} nats"
-        )
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in thresholds.items())
-    screen.say(f"entropy filter at {shown} nats keeps {kept:.0%} of {len(found)} draws ({options.filter})")
-    return thresholds, kept
-
-
-def _with_progress(sampler: TargetSampler, count: int, screen: Screen) -> Iterator[np.ndarray]:
-    with screen.progress("measuring entropies", count, "draw") as bar:
-        for found in measure_entropies(sampler, count):
-            bar.advance(1)
-            yield found
 
 
 def _objective(options: TargetOptions, teachers: tuple[str, ...]) -> Distillation:

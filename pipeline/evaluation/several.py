@@ -106,8 +106,8 @@ def compare_predictions(
 
     def gain(x: np.ndarray, y: np.ndarray, resampled: np.ndarray, units: int) -> Gain:
         low, high = np.quantile(resampled, (0.025, 0.975))
-        a, b = float(x.mean()), float(y.mean())
-        return Gain(a, b, Estimate(a - b, float(low), float(high)), p_value(resampled, units))
+        ours, theirs = float(x.mean()), float(y.mean())
+        return Gain(ours, theirs, Estimate(ours - theirs, float(low), float(high)), p_value(resampled, units))
 
     def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
         return bootstrap_ratios(by_group(above, groups), by_group(below, groups), resamples=resamples, seed=seed)

@@ -203,13 +203,11 @@ def check_root(where: Path | StoreFiles) -> dict[str, Any]:
         raise StoreError(f"{files.name}: {_instead(files)}") from None
     except NotADirectoryError:
         raise StoreError(f"{files.name}: is a file, expected a target store, which is a folder") from None
+    except StoreError:
+        raise
     except OSError as error:
-        if isinstance(error, StoreError):
-            raise
         raise StoreError(f"{files.name}/zarr.json: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
-        if isinstance(error, StoreError):
-            raise
         raise StoreError(f"{files.name}/zarr.json: corrupt, not JSON ({error})") from error
     attributes = document.get("attributes", {}).get(KEY) if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:

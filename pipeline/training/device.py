@@ -58,6 +58,14 @@ def place(model: nn.Module, device: torch.device, *, channels_last: bool = True)
     return model
 
 
+def too_many(clips: int) -> str:
+    """Of a forward pass that a GPU has no memory for: what to set."""
+    return (
+        f"{clips} clips at once do not fit into the GPU's memory; set loop.gpu_batch_size lower, which accumulates "
+        "gradients, or loop.precision=bf16"
+    )
+
+
 def slow_precision(device: torch.device, precision: str) -> str | None:
     """A warning, where the precision is one that the machine only imitates: bf16 on an x86 CPU without
     bf16 instructions was measured 15 times slower than fp32."""

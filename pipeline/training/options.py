@@ -107,14 +107,18 @@ class LoopOptions(Options):
         pieces = self.pieces(world)
         if world == pieces == 1:
             return words
-        most = math.ceil(math.ceil(self.batch_size / world) / pieces)
-        parts = (_number(world, "process", "es"), _number(pieces, "piece"), f"at most {_number(most, 'clip')}")
+        most = _number(self.clips_at_once(world), "clip")
+        parts = (_number(world, "process", "es"), _number(pieces, "piece"), f"at most {most}")
         return f"{words}: {' × '.join(parts)}"
 
     def pieces(self, world: int) -> int:
         """Parts that each of `world` processes goes through its share of a batch in."""
         share = math.ceil(self.batch_size / world)
         return math.ceil(share / self.gpu_batch_size) if self.gpu_batch_size is not None else 1
+
+    def clips_at_once(self, world: int) -> int:
+        """The most clips that a device of `world` has in one forward pass of training."""
+        return math.ceil(math.ceil(self.batch_size / world) / self.pieces(world))
 
     @property
     def total_steps(self) -> int:

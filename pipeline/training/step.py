@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainingError
-from .device import autocast
+from .device import autocast, too_many
 from .loader import batch_size_of, to_device
 from .options import LoopOptions
 from .ranks import Ranks
@@ -124,10 +124,7 @@ def _backward(
         # DDP divides the sum of gradients by the number of ranks; what each has is a summand already.
         (report.loss * ranks.world).backward()
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"rank {ranks.rank}: {batch_size_of(piece)} clips at once do not fit into the GPU's memory; "
-            f"set loop.gpu_batch_size lower, which accumulates gradients, or loop.precision=bf16"
-        ) from error
+        raise TrainingError(f"rank {ranks.rank}: {too_many(batch_size_of(piece))}") from error
     return LossReport(report.loss.detach(), {name: value.detach() for name, value in report.parts.items()})
 
 

@@ -1,0 +1,62 @@
+"""The entropy filter of stage two: its thresholds in nats, measured on the clips that are drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..pipeline.errors import UsageError
+from ..pipeline.training.sampler import TargetSampler, measure_entropies
+from .screen import Screen
+from .train_config import TargetOptions
+
+QUICK_DRAWS = 2000  # enough to tell the share that a threshold in nats keeps to about one per cent
+
+
+def measure_thresholds(
+    options: TargetOptions, sampler: TargetSampler, saved: dict[str, Any] | None, screen: Screen
+) -> tuple[dict[str, float], float]:
+    """Thresholds in nats by teacher, and the share of draws that at least one head keeps.
+
+    A resumed run takes those that its checkpoint has in nats: measuring again would cost as much again.
+    Raises UsageError where they keep no clip.
+    """
+    teachers = sampler.teachers
+    quantile = options.max_entropy_quantile
+    if options.max_entropy is None and quantile is None:
+        return {}, 1.0
+    known = saved["filter"]["nats"] if saved and saved.get("filter", {}).get("quantile") == quantile else None
+    count = QUICK_DRAWS if quantile is None or known else options.quantile_draws
+    found = np.stack(list(_with_progress(sampler, count, screen)))
+    if quantile is not None:
+        wanted = quantile if isinstance(quantile, dict) else dict.fromkeys(teachers, quantile)
+        thresholds = known or {
+            name: float(np.quantile(found[:, column], wanted[name]))
+            for column, name in enumerate(teachers)
+            if name in wanted
+        }
+    elif isinstance(options.max_entropy, dict):
+        thresholds = dict(options.max_entropy)
+    else:
+        thresholds = {name: float(options.max_entropy or math.inf) for name in teachers}
+    limits = np.array([thresholds.get(name, math.inf) for name in teachers])
+    kept = float((found <= limits).any(axis=1).mean())
+    if kept == 0:
+        low = ", ".join(f"{name} {value:.2f}" for name, value in zip(teachers, found.min(axis=0), strict=True))
+        raise UsageError(
+            f"targets.max_entropy={options.max_entropy} keeps none of {len(found)} clips; "
+            f"their lowest entropies: {low} nats"
+        )
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in thresholds.items())
+    screen.say(f"entropy filter at {shown} nats keeps {kept:.0%} of {len(found)} draws ({options.filter})")
+    return thresholds, kept
+
+
+def _with_progress(sampler: TargetSampler, count: int, screen: Screen) -> Iterator[np.ndarray]:
+    with screen.progress("measuring entropies", count, "draw") as bar:
+        for found in measure_entropies(sampler, count):
+            bar.advance(1)
+            yield found
