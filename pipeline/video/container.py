@@ -11,7 +11,9 @@ import errno
 import hashlib
 import os
 import stat
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 from av.container import InputContainer
@@ -31,6 +33,8 @@ FORMATS = (
 MAX_PIXELS = 2**27  # of one frame: a 16K frame fits; a header that claims more is refused unread
 DIGEST_BYTES = 2**16
 _NOT_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
+# Titles that are not UTF-8 must not keep a file from being opened: PyAV 19 replaces such bytes by itself.
+_LENIENT_METADATA: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 _PLAYLIST_STARTS = (b"ffconcat", b"#extm3u", b"[playlist]", b"<smil", b"<?xml", b"<mpd", b"v=0")
 
 
@@ -51,7 +55,7 @@ def open_container(path: str, *, header_only: bool = False) -> InputContainer:
     if header_only:
         options["codec_whitelist"] = "none"  # of decoders that libavformat tries
     try:
-        return av.open(absolute, mode="r", options=options, metadata_errors="replace")
+        return av.open(absolute, mode="r", options=options, **_LENIENT_METADATA)
     except (FFmpegError, OSError, ValueError, MemoryError, UnicodeError) as error:
         raise VideoError(_why_not_opened(absolute, error)) from error
 
@@ -93,6 +97,16 @@ def video_stream(container: InputContainer) -> VideoStream:
     context.thread_type = "NONE"
     context.thread_count = 1
     return stream
+
+
+def rational(value: Any) -> Fraction | None:
+    """Return a rational number of PyAV as a Fraction, None where it is unknown.
+
+    PyAV 15 to 18 give a Fraction or None, 19 an AVRational that is 0/1 or n/0 where it is unknown.
+    """
+    if value is None or not value.denominator or not value.numerator:
+        return None
+    return Fraction(value.numerator, value.denominator)
 
 
 def digest(path: str) -> str:

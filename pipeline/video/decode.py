@@ -23,7 +23,7 @@ from av.video.stream import VideoStream
 
 from ..errors import VideoError
 from .bitstream import SKIP_NON_REFERENCE
-from .container import open_container, reason, video_stream
+from .container import open_container, rational, reason, video_stream
 from .feed import HOLD, Feed, NotAsPlanned, ascending, stretches
 from .geometry import Orientation, display_size, pixel_aspect
 from .sampling import Sampling
@@ -147,10 +147,11 @@ class VideoReader:
         aspect = pixel_aspect(self._aspect())
         orientation = Orientation.of(frame)
         width, height = display_size(frame.width, frame.height, aspect, orientation)
-        rate = stream.average_rate or stream.guessed_rate
+        rate = rational(stream.average_rate) or rational(stream.guessed_rate)
         duration = math.nan
-        if stream.duration is not None and stream.time_base:
-            duration = float(stream.duration * stream.time_base)
+        base = rational(stream.time_base)
+        if stream.duration is not None and base is not None:
+            duration = float(stream.duration * base)
         elif self._container.duration is not None:
             duration = self._container.duration / av.time_base
         return VideoInfo(
@@ -165,7 +166,7 @@ class VideoReader:
         )
 
     def _aspect(self) -> Fraction | None:
-        return self._stream.sample_aspect_ratio
+        return rational(self._stream.sample_aspect_ratio)
 
     @property
     def container(self) -> InputContainer:
@@ -179,8 +180,7 @@ class VideoReader:
 
     @property
     def _time_base(self) -> Fraction:
-        base = self._stream.time_base
-        return base if base else Fraction(1, 1000)
+        return rational(self._stream.time_base) or Fraction(1, 1000)
 
     def timeline(self) -> Timeline:
         """All frames in order: from the packets where they can be trusted, else by a full decode."""
@@ -205,9 +205,9 @@ class VideoReader:
             known = np.array(pts, np.int64)
             if np.all(np.diff(known) > 0):
                 return Timeline(known, np.array(key), self._time_base, reliable=False)
-        rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
+        rate = rational(self._stream.average_rate) or rational(self._stream.guessed_rate) or Fraction(25)
         counted = np.arange(len(pts), dtype=np.int64)
-        return Timeline(counted, np.array(key), 1 / Fraction(rate), reliable=False, clock="counted")
+        return Timeline(counted, np.array(key), 1 / rate, reliable=False, clock="counted")
 
     def _why_nothing(self) -> str:
         """Why no frame came out."""

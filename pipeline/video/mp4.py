@@ -16,6 +16,7 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from .container import rational
 from .timeline import PacketTable, Timeline, pts_are_real
 
 _MOST = 2**26  # bytes of a header that is taken into memory
@@ -63,7 +64,7 @@ def read_header(descriptor: int, container: InputContainer, stream: VideoStream)
     )
     if len(np.unique(table.pts)) < len(table.pts):
         return None
-    timeline = table.timeline(stream.time_base or Fraction(1, 1000))
+    timeline = table.timeline(rational(stream.time_base) or Fraction(1, 1000))
     return (table, timeline) if timeline.reliable and len(timeline) else None
 
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 from av.video.stream import VideoStream
 
 from ..errors import VideoError
-from .container import digest, file_size, reason
+from .container import digest, file_size, rational, reason
 from .decode import VideoReader
 
 DEMUX_BYTES = 2**26  # files up to this size are demuxed in full
@@ -87,7 +87,7 @@ def _estimate(stream: VideoStream, duration: float) -> tuple[int, int] | None:
     entries = stream.index_entries
     if "mov" in stream.container.format.name and len(entries) >= stream.frames > 0:
         return len(entries), sum(entry.is_keyframe for entry in entries)
-    rates = [float(r) for r in (stream.average_rate, stream.base_rate, stream.guessed_rate) if r]
+    rates = [float(r) for r in map(rational, (stream.average_rate, stream.base_rate, stream.guessed_rate)) if r]
     if not math.isfinite(duration) and stream.frames == 0:
         return None
     by_rate = duration * max(rates, default=60.0) if math.isfinite(duration) else 0.0

@@ -15,7 +15,7 @@ from av.stream import Discard
 
 from ..errors import VideoError
 from .bitstream import entry_test, in_doubt, must_be_first
-from .container import reason
+from .container import rational, reason
 from .decode import Rows, VideoIndex, VideoReader
 from .feed import NotAsPlanned, stretches
 from .mp4 import read_header
@@ -66,7 +66,7 @@ class QuickReader(VideoReader):
 
     def _aspect(self) -> Fraction | None:
         """The container's, else that of the header's parameters, which the decoder has: `_begins` lets no others in."""
-        return self._stream.sample_aspect_ratio or self._context.sample_aspect_ratio
+        return rational(self._stream.sample_aspect_ratio) or rational(self._context.sample_aspect_ratio)
 
     def index(self) -> VideoIndex:
         """For the next reader of the file."""
