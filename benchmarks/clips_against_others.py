@@ -37,7 +37,7 @@ from distinit.pipeline.errors import VideoError
 from distinit.pipeline.video import clips, copymap, prepare
 from distinit.pipeline.video.decode import VideoReader
 from distinit.pipeline.video.encode import write_video
-from distinit.pipeline.video.geometry import Renderer, View
+from distinit.pipeline.video.geometry import View
 from distinit.pipeline.video.prepared import read_copy
 
 SIZE = (128, 171)
@@ -50,7 +50,7 @@ def pictures(paths: list[str], size: tuple[int, int]) -> Iterator[np.ndarray]:
     for path in itertools.cycle(paths):
         try:
             with VideoReader(path) as reader:
-                renderer = Renderer(reader.info.pixel_aspect)
+                renderer = reader.info.renderer()
                 for _, _, frame in reader.decode_plain():
                     yield renderer.render(frame, View(resize=size))
         except VideoError:

@@ -42,7 +42,7 @@ def pictures(paths: list[str]) -> Iterator[np.ndarray]:
     for path in itertools.cycle(paths):
         try:
             with VideoReader(path) as reader:
-                renderer = Renderer(reader.info.pixel_aspect)
+                renderer = reader.info.renderer()
                 for _, _, frame in reader.decode_plain():
                     yield renderer.render(frame, SIZE)
         except VideoError:
@@ -56,7 +56,7 @@ def ours(path: str) -> np.ndarray:
         out = np.empty((len(wanted), 256, 340, 3), np.uint8)
         renderer: Renderer | None = None
         for n, (_, _, frame) in enumerate(reader.frames_at(wanted)):
-            renderer = renderer or Renderer(reader.info.pixel_aspect)
+            renderer = renderer or reader.info.renderer()
             renderer.render(frame, SIZE, out=out[n])
         return out
 

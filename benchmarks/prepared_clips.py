@@ -46,7 +46,7 @@ def pictures(files: list[str]) -> Iterator[np.ndarray]:
     for path in itertools.cycle(files):
         try:
             with VideoReader(path) as reader:
-                renderer = Renderer(reader.info.pixel_aspect)
+                renderer = reader.info.renderer()
                 for _, _, frame in reader.decode_plain():
                     yield renderer.render(frame, ORIGINAL)
         except VideoError:

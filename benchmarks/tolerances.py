@@ -24,7 +24,6 @@ from distinit.pipeline.targets.encoding import decode, encode, rounding
 from distinit.pipeline.targets.verify import ENTROPY_TOLERANCE, entropy_tolerance
 from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
 from distinit.pipeline.video.decode import VideoReader
-from distinit.pipeline.video.geometry import Renderer
 
 
 def frames_of(folder: str, view, count: int) -> np.ndarray:
@@ -34,7 +33,7 @@ def frames_of(folder: str, view, count: int) -> np.ndarray:
     for i in range(len(listed)):
         try:
             with VideoReader(listed.absolute(i)) as reader:
-                renderer = Renderer(reader.info.pixel_aspect)
+                renderer = reader.info.renderer()
                 pair = [renderer.render(f, view).copy() for _, _, f in reader.frames_at(np.array([4, 8]))]
         except (VideoError, IndexError, ValueError):
             continue

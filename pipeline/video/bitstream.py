@@ -3,8 +3,8 @@
 Containers flag key frames too generously (an AVI flags them all; an open GOP's I frame needs frames
 from before it). Decoding from a wrong entry gives wrong pixels silently, so the entry is read from the
 bitstream itself for the codecs below; codecs not listed are decoded from the start.
-Sources: ITU-T H.264 table 7-1, ITU-T H.265 table 7-1, RFC 6386 §9.1, VP9 bitstream specification §6.2
-and annex B.
+Sources: ITU-T H.264 table 7-1 and §7.3.3, ITU-T H.265 table 7-1, ITU-T H.262 §6.2.3, ISO/IEC 14496-2 §6.2.5,
+RFC 6386 §9.1, VP9 bitstream specification §6.2 and annex B.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 # Every frame stands alone: any packet is an entry.
 INTRA_ONLY = frozenset(("mjpeg", "png", "prores", "dnxhd", "cfhd", "hap", "jpeg2000", "dvvideo", "rawvideo", "v210"))
 INTRA_ONLY |= {"huffyuv", "ffvhuff", "utvideo", "magicyuv"}
+# Each packet that is shown gives one frame, fields and damage aside.
+ONE_FRAME_PER_PACKET = INTRA_ONLY | {"h264", "hevc", "vp8", "vp9", "av1"}
 # The demuxer's own flag is trusted (the parser read it from the frame header).
 FLAGGED = frozenset(("av1",))
 # MPEG-1, -2 and -4 conceal damage without a word, from whatever was decoded before: nothing is left out.
@@ -76,6 +78,54 @@ def must_be_first(codec: str, extradata: bytes | None, first: memoryview) -> boo
         return False
     build = int(found[1])
     return build < 34 or (build < 151 and _profile(extradata or bytes(first)) in _H264_444)
+
+
+def b_picture_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool] | None:
+    """Return a function that tells whether a packet holds a bidirectional picture; None where the codec has none.
+
+    Such a picture is shown before one that was decoded earlier. One whose pts is above those of all packets before it
+    has a made-up pts: the muxer wrote the decode order (any `-c copy` of an AVI). HEVC marks low-delay P pictures as B
+    slices too, so that its sub-layer non-reference pictures are taken instead.
+    """
+    length = _length_size(codec, extradata)
+    tests: dict[str, Callable[[memoryview], bool]] = {
+        "h264": lambda data: _h264_slice_is_b(data, length),
+        "hevc": lambda data: any(b >> 1 & 0x3F < 16 and not b >> 1 & 1 for b in _slice_headers(data, length)),
+        "mpeg4": lambda data: any(vop[:1] and vop[0] >> 6 == 2 for vop in bytes(data).split(b"\0\0\1\xb6")[1:]),
+        "mpeg1video": _mpeg_picture_is_b,
+        "mpeg2video": _mpeg_picture_is_b,
+    }
+    return tests.get(codec)
+
+
+def _slice_headers(data: memoryview, length: int) -> Iterator[int]:
+    """The first header byte of each HEVC slice of a packet."""
+    return (first for first in _nal_headers(data, length) if first >> 1 & 0x3F < 32)
+
+
+def _h264_slice_is_b(data: memoryview, length: int) -> bool:
+    for unit in _nal_units(data, length):
+        if unit and 1 <= unit[0] & 0x1F <= 5:
+            bits = int.from_bytes(unit[1:17].ljust(16, b"\0"), "big")
+            _, at = _exp_golomb(bits, 128)  # first_mb_in_slice
+            kind, _ = _exp_golomb(bits, at)
+            return unit[0] & 0x1F != 5 and kind % 5 == 1
+    return False
+
+
+def _exp_golomb(bits: int, at: int) -> tuple[int, int]:
+    """(value, bits left after it) of the ue(v) code that begins `at` bits from the end; (0, 0) where it is cut off."""
+    rest = bits & ((1 << at) - 1)
+    zeros = at - rest.bit_length()
+    if not rest or 2 * zeros + 1 > at:
+        return 0, 0
+    left = at - 2 * zeros - 1
+    return (rest >> left) - 1, left
+
+
+def _mpeg_picture_is_b(data: memoryview) -> bool:
+    pictures = bytes(data).split(b"\0\0\1\0")[1:]
+    return any(len(picture) > 1 and picture[1] >> 3 & 7 == 3 for picture in pictures)
 
 
 def _profile(extradata: bytes) -> int:

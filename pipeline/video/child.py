@@ -113,7 +113,7 @@ class Child:
                 if slot < 0:
                     slot = self._slot()
                     arrays = self._layout.arrays(self._memory, slot)
-                renderer = renderer or Renderer(reader.info.pixel_aspect)
+                renderer = renderer or reader.info.renderer()
                 for view, array in zip(self._views, arrays, strict=True):
                     renderer.render(frame, view, out=array[len(index)])
                 index.append(i)

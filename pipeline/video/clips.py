@@ -15,7 +15,7 @@ from .container import reason
 from .copymap import Remembered
 from .decode import VideoIndex, VideoReader
 from .feed import NotAsPlanned
-from .geometry import Renderer, View
+from .geometry import View
 from .quick import QuickReader
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def _frames(
         if images is None:
             info = reader.info
             display = (info.height, info.width)
-            renderer = Renderer(info.pixel_aspect)
+            renderer = info.renderer()
             shape = view.shape(*display) if view is not None else display
             images = np.empty((len(distinct), *shape, 3), np.uint8)
         at = int(np.searchsorted(distinct, index))

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
+import re
 import stat
+import struct
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 from av.container import InputContainer
@@ -22,6 +25,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from ..errors import VideoError
+from .bitstream import INTRA_ONLY
 
 # Demuxers of formats that carry their own frames. Not among them on purpose: concat, hls, dash, imf,
 # sdp, rtsp, image2 and whatever else opens further files or addresses.
@@ -35,7 +39,17 @@ DIGEST_BYTES = 2**16
 _NOT_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 # Titles that are not UTF-8 must not keep a file from being opened: PyAV 19 replaces such bytes by itself.
 _LENIENT_METADATA: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+_CAN_CROP = frozenset(("mov", "matroska"))
 _PLAYLIST_STARTS = (b"ffconcat", b"#extm3u", b"[playlist]", b"<smil", b"<?xml", b"<mpd", b"v=0")
+
+
+class Margins(NamedTuple):
+    """Pixels of the stored picture that are not to be shown."""
+
+    top: int = 0
+    bottom: int = 0
+    left: int = 0
+    right: int = 0
 
 
 def open_container(path: str, *, header_only: bool = False) -> InputContainer:
@@ -93,6 +107,9 @@ def video_stream(container: InputContainer) -> VideoStream:
         size = f"{context.width}x{context.height}"
         raise VideoError(f"the header claims frames of {size}, allowed are at most {MAX_PIXELS} pixels")
     context.options = {"max_pixels": str(MAX_PIXELS)}
+    if context.codec.canonical_name in INTRA_ONLY:
+        # A damaged picture is an error: it would show what an earlier one left in the buffer, whichever that was.
+        context.options = {**context.options, "err_detect": "explode"}
     # One thread: frame threads cost more than they give and can deadlock (FFmpeg logging).
     context.thread_type = "NONE"
     context.thread_count = 1
@@ -107,6 +124,37 @@ def rational(value: Any) -> Fraction | None:
     if value is None or not value.denominator or not value.numerator:
         return None
     return Fraction(value.numerator, value.denominator)
+
+
+def cropping(stream: VideoStream) -> Margins:
+    """Return what the container says is to be cut off the stored picture: `clap` of mp4, PixelCrop of Matroska.
+
+    FFmpeg (7.1 and newer) reads it and leaves it to the player to apply it.
+    """
+    if not _CAN_CROP & set(stream.container.format.name.split(",")):
+        return Margins()
+    known: Any = getattr(stream.codec_context, "coded_side_data", None)  # of PyAV 19 and newer
+    if known is None:
+        return _cropping_by_remux(stream)
+    raw = bytes(known.get("frame_cropping", b""))
+    return Margins(*struct.unpack("<4I", raw)) if len(raw) == 16 else Margins()
+
+
+def _cropping_by_remux(stream: VideoStream) -> Margins:
+    """As `cropping`, for PyAV 15 to 18, which show it nowhere: from the header of a Matroska file without packets."""
+    header = io.BytesIO()
+    try:
+        with av.open(header, "w", format="matroska") as copy:
+            copy.add_stream_from_template(stream)
+            copy.start_encoding()
+    except (FFmpegError, ValueError):  # a codec that Matroska does not take
+        return Margins()
+    sizes = []
+    for kind in (b"\xbb", b"\xaa", b"\xcc", b"\xdd"):  # PixelCropTop, -Bottom, -Left, -Right
+        # An id of two bytes, 0x80 + the number of bytes that follow, a big-endian number.
+        found = re.search(rb"\x54" + kind + rb"(?:\x81(.)|\x82(..)|\x83(...))", header.getvalue(), re.DOTALL)
+        sizes.append(int.from_bytes(b"".join(group or b"" for group in found.groups()), "big") if found else 0)
+    return Margins(*sizes)
 
 
 def digest(path: str) -> str:

@@ -22,13 +22,14 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from ..errors import VideoError
-from .bitstream import SKIP_NON_REFERENCE
-from .container import open_container, rational, reason, video_stream
+from .bitstream import ONE_FRAME_PER_PACKET, SKIP_NON_REFERENCE
+from .container import Margins, cropping, open_container, rational, reason, video_stream
 from .feed import HOLD, Feed, NotAsPlanned, ascending, stretches
-from .geometry import Orientation, display_size, pixel_aspect
+from .geometry import Orientation, Renderer, display_size, inner_size, pixel_aspect
 from .sampling import Sampling
-from .timeline import PacketTable, Timeline, read_packets
+from .timeline import PROGRESSIVE, PacketTable, Timeline, read_packets
 
+OTHER_ORDER = "its times are not those of its frames, which the decoder shows in another order"
 Rows = Iterator[tuple[int, int, av.VideoFrame]]  # (index, pts, frame)
 
 
@@ -49,16 +50,31 @@ class VideoIndex:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Size on display (width and height in square pixels, rotation applied), codec, timing."""
+    """Size on display (width and height in square pixels, cropping and rotation applied), codec, timing."""
 
     width: int
     height: int
     orientation: Orientation
     pixel_aspect: Fraction
+    margins: Margins
     codec: str
     time_base: Fraction
     duration: float
     fps: float
+
+    def renderer(self) -> Renderer:
+        """Return what renders the frames of this video."""
+        return Renderer(self.pixel_aspect, self.margins)
+
+
+@dataclass
+class _Count:
+    """What came of a decode of the whole file: frames, corrupt ones among them, packets that failed."""
+
+    came: int = 0
+    corrupt: int = 0
+    failed: int = 0
+    last_failed: bool = False
 
 
 class VideoReader:
@@ -146,7 +162,8 @@ class VideoReader:
         stream = self._stream
         aspect = pixel_aspect(self._aspect())
         orientation = Orientation.of(frame)
-        width, height = display_size(frame.width, frame.height, aspect, orientation)
+        margins = cropping(stream)
+        width, height = display_size(*inner_size(frame, margins), aspect, orientation)
         rate = rational(stream.average_rate) or rational(stream.guessed_rate)
         duration = math.nan
         base = rational(stream.time_base)
@@ -159,6 +176,7 @@ class VideoReader:
             height=height,
             orientation=orientation,
             pixel_aspect=aspect,
+            margins=margins,
             codec=self._context.codec.canonical_name,
             time_base=self._time_base,
             duration=duration,
@@ -205,9 +223,20 @@ class VideoReader:
             known = np.array(pts, np.int64)
             if np.all(np.diff(known) > 0):
                 return Timeline(known, np.array(key), self._time_base, reliable=False)
-        rate = rational(self._stream.average_rate) or rational(self._stream.guessed_rate) or Fraction(25)
         counted = np.arange(len(pts), dtype=np.int64)
-        return Timeline(counted, np.array(key), 1 / rate, reliable=False, clock="counted")
+        return Timeline(counted, np.array(key), self._tick(len(pts)), reliable=False, clock="counted")
+
+    def _tick(self, frames: int) -> Fraction:
+        """Seconds from one frame to the next where they are counted, from the times that the packets have.
+
+        The header's rate is taken only where they have none: an AVI made from an mp4 says 600 frames a second.
+        """
+        packets = self.packets
+        # Fields come in two packets to a frame, and an AVI has packets that repeat a frame.
+        each = Fraction(1) if self._one_frame_per_packet else Fraction(int(packets.shown.sum()), frames)
+        seconds = (packets.step * self._time_base * each).limit_denominator(1_000_000)
+        rate = rational(self._stream.average_rate) or rational(self._stream.guessed_rate) or Fraction(25)
+        return seconds if seconds > 0 else 1 / rate
 
     def _why_nothing(self) -> str:
         """Why no frame came out."""
@@ -233,36 +262,43 @@ class VideoReader:
         kept = table.kept
         self.start(read=kept is None, feed=True)
         source = iter(kept) if kept is not None else self.read_on()
-        came, failed, last_failed = 0, 0, False
-        for packet in source:
+        count = self._count = _Count()
+        for packet in itertools.chain(source, [None]):
             self._progress()
             try:
                 frames = self._context.decode(packet)
             except MemoryError as error:
                 raise VideoError(reason(error)) from error
             except av.FFmpegError as error:
-                self.damage = self.damage if failed else reason(error)
-                failed, last_failed = failed + 1, True
+                self.damage = self.damage if count.failed else reason(error)
+                count.failed, count.last_failed = count.failed + 1, True
                 continue
-            last_failed = last_failed and not frames
+            count.last_failed = count.last_failed and not frames
             for frame in frames:
-                came += 1
+                count.came += 1
+                count.corrupt += frame.is_corrupt
                 self._notice(frame)
                 yield frame
-        try:
-            rest = self._context.decode(None)
-        except av.FFmpegError as error:
-            self.damage = self.damage if failed else reason(error)
-            rest, failed, last_failed = [], failed + 1, True
-        for frame in rest:
-            came += 1
-            self._notice(frame)
-            yield frame
-        if came and (failed or table.error):
-            if table.error or (last_failed and failed == 1):
-                self.truncated = f"truncated after {came} frames: {table.error or self.damage}"
-            else:
-                self.truncated = f"{failed} of {len(table.pts)} packets could not be decoded: {self.damage}"
+        if count.came:
+            self.truncated = self._what_is_damaged(count)
+
+    def _what_is_damaged(self, count: _Count) -> str | None:
+        """What a decode of the whole file found to be damaged, in words."""
+        table = self.packets
+        if table.error or (count.last_failed and count.failed == 1):
+            return f"truncated after {count.came} frames: {table.error or self.damage}"
+        if count.failed:
+            return f"{count.failed} of {len(table.pts)} packets could not be decoded: {self.damage}"
+        shown = int(table.shown.sum())
+        if self._one_frame_per_packet and count.came < shown:
+            return f"{shown - count.came} of {shown} frames never came out of the decoder"
+        return f"{count.corrupt} of {count.came} frames are damaged" if count.corrupt else None
+
+    @property
+    def _one_frame_per_packet(self) -> bool:
+        """Whether each shown packet of a sound file gives one frame: not so of fields and of MPEG-4 in AVI."""
+        name = self._context.codec.canonical_name
+        return name in ONE_FRAME_PER_PACKET and self._context.field_order in PROGRESSIVE
 
     def _decode_head(self) -> Iterator[av.VideoFrame]:
         """The first frames, without reading the whole file."""
@@ -295,10 +331,15 @@ class VideoReader:
             return
         # Damage must not shift the count: the index of a frame is the rank of its pts.
         rank = {int(p): i for i, p in enumerate(timeline.pts)}
+        latest = -1
         for frame in self._decode_all():
             index = rank.pop(frame.pts, None) if frame.pts is not None else None
-            if index is not None:
-                yield index, frame
+            if index is None:
+                continue
+            if index < latest and not (self._count.failed or self._count.corrupt):
+                raise VideoError(OTHER_ORDER)
+            latest = max(latest, index)
+            yield index, frame
 
     def decode_plain(self) -> Rows:
         """(index, pts, frame) of every frame that decodes, by one linear decode of the whole file."""
@@ -360,7 +401,7 @@ class VideoReader:
         for start, stop in stretches(table, wanted):
             feed.begin(start)
             context = self._context  # another one if the file had to be opened again
-            first_pts = table.pts[start]
+            first_pts = latest = table.pts[start]
             keeps: bool | None = None
             for position in range(start, stop + 2):
                 self._progress()
@@ -375,8 +416,9 @@ class VideoReader:
                         raise NotAsPlanned
                     if frame.pts < first_pts:  # a leading picture that lacks what it refers to
                         continue
-                    if frame.is_corrupt:
+                    if frame.is_corrupt or frame.pts < latest:  # damaged, or shown in another order than the pts say
                         raise NotAsPlanned
+                    latest = frame.pts
                     yield frame
 
     def sample(self, sampling: Sampling, first: int = 0, end: int | None = None) -> Rows:

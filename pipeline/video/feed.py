@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 
+from .bitstream import b_picture_test
 from .timeline import NO_PTS, PacketTable
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Feed:
         reader.start(read=self._table.kept is None, feed=True)
         self._next: Iterator[av.Packet] = reader.read_on() if self._table.kept is None else iter(())
         self._position = 0  # decode position of the packet that comes next
+        context = reader.stream.codec_context
+        self._is_b = b_picture_test(context.codec.canonical_name, context.extradata)
 
     def begin(self, start: int) -> None:
         """Empty the decoder and stand before packet `start`."""
@@ -103,13 +106,20 @@ class Feed:
                 packet = next(self._next, None)
                 if packet is None or packet.pts is None or self._table.position_of.get(packet.pts) != self._position:
                     raise NotAsPlanned
-                if place is not None and packet.pos != place[self._position]:
+                if place is not None and not self._as_in_header(packet, self._position):
                     raise NotAsPlanned
                 self._position += 1
                 if self._position > position:
                     return self._reader.stream.codec_context.decode(packet)
         except av.FFmpegError as error:
             raise NotAsPlanned from error
+
+    def _as_in_header(self, packet: av.Packet, position: int) -> bool:
+        """Whether a packet is where a header says, and can be shown when it says."""
+        table = self._table
+        if table.place is None or packet.pos != table.place[position]:
+            return False
+        return not (self._is_b is not None and table.rising[position] and self._is_b(memoryview(packet)))
 
     def drain(self) -> list[av.VideoFrame]:
         """What the decoder still holds back."""

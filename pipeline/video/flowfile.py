@@ -134,7 +134,7 @@ def write_flow(
         renderer: Renderer | None = None
         for index, pts, frame in reader.decode_plain():
             info = reader.info
-            renderer = renderer or Renderer(info.pixel_aspect)
+            renderer = renderer or info.renderer()
             view = View(resize=options.size)
             writer.add(index, pts, renderer.render(frame, view, display=(info.height, info.width)))
         if renderer is None:

@@ -1,8 +1,8 @@
 """From a decoded frame to the picture a viewer would see, at the size asked for, in RGB.
 
-Rotation and mirroring from the container's display matrix are applied, non-square pixels are made
-square, the stream's own colour matrix, range and chroma position go through swscale. One resizer for all
-stages: resizers differ by 1–2.6 grey levels on average.
+The container's cropping, and rotation and mirroring from its display matrix, are applied, non-square pixels are made
+square, the stream's own colour matrix, range and chroma position go through swscale. One resizer for all stages:
+resizers differ by 1–2.6 grey levels on average.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import Field, PositiveInt
 
 from ..config import Options
 from ..errors import VideoError
+from .container import Margins
 
 _MOST_PIXELS = 2**26  # of a rendered picture; a 16384x1 frame with short side 256 would be 1 GB
 _WIDEST_PIXEL = 16  # a pixel aspect ratio beyond this, or its inverse, is a broken header: taken as 1
@@ -77,6 +78,13 @@ def pixel_aspect(ratio: Fraction | None) -> Fraction:
     return Fraction(ratio)
 
 
+def inner_size(frame: av.VideoFrame, margins: Margins) -> tuple[int, int]:
+    """(width, height) of a stored picture less its margins; its own where these leave nothing."""
+    width = frame.width - margins.left - margins.right
+    height = frame.height - margins.top - margins.bottom
+    return (width, height) if width > 0 and height > 0 else (frame.width, frame.height)
+
+
 def display_size(width: int, height: int, aspect: Fraction, orientation: Orientation) -> tuple[int, int]:
     """(width, height) on display in square pixels: the stored height is kept, the width follows."""
     width = max(1, round(width * aspect))
@@ -116,8 +124,8 @@ class View(Options):
 class Renderer:
     """Renders frames of one stream; keeps one swscale context a view and never more than one thread."""
 
-    def __init__(self, aspect: Fraction = Fraction(1)) -> None:
-        self._aspect = aspect
+    def __init__(self, aspect: Fraction = Fraction(1), margins: Margins = Margins()) -> None:  # noqa: B008
+        self._aspect, self._margins = aspect, margins
         self._reformatters: dict[View | None, VideoReformatter] = {}
 
     def render(
@@ -130,6 +138,8 @@ class Renderer:
     ) -> np.ndarray:
         """uint8 [h, w, 3] RGB. `display` (height, width) replaces the frame's own size on display."""
         orientation = Orientation.of(frame)
+        if any(self._margins):
+            frame = self._cut(frame)
         if display is None:
             width, height = display_size(frame.width, frame.height, self._aspect, orientation)
         else:
@@ -146,6 +156,16 @@ class Renderer:
             return np.array(image)
         out[...] = image
         return out
+
+    def _cut(self, frame: av.VideoFrame) -> av.VideoFrame:
+        """The frame in RGB, less its margins."""
+        width, height = inner_size(frame, self._margins)
+        if (width, height) == (frame.width, frame.height):
+            return frame
+        top, left = self._margins.top, self._margins.left
+        whole = self._scale(frame, None, frame.width, frame.height)
+        inner = np.ascontiguousarray(whole[top : top + height, left : left + width])
+        return av.VideoFrame.from_ndarray(inner, "rgb24")
 
     def _scale(self, frame: av.VideoFrame, view: View | None, width: int, height: int) -> np.ndarray:
         """[height, width, 3] RGB, a view of swscale's own buffer."""

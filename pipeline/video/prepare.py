@@ -25,7 +25,7 @@ from .copymap import CopyMap, SourceRecord
 from .decode import VideoReader
 from .encode import write_video
 from .flowfile import FlowMap, FlowOptions, write_flow
-from .geometry import Renderer, View
+from .geometry import View
 from .prepared import decode_copy
 from .quality import psnr, ssim
 from .timeline import Timeline
@@ -172,7 +172,7 @@ def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _Made:
     timeline, info = reader.timeline(), reader.info
     display = (info.height, info.width)
     made = _Made(options.picture(*display))
-    view, renderer = View(resize=made.size), Renderer(info.pixel_aspect)
+    view, renderer = View(resize=made.size), info.renderer()
     # Seeded by the number of frames: the same frames whenever and wherever the copy is made again.
     chosen = np.random.default_rng(len(timeline)).choice(len(timeline), options.quality_frames)
     sampled = set(chosen.tolist())

@@ -57,13 +57,14 @@ def _measure(reader: VideoReader, size: int, identity: str) -> Probe:
     if estimate is not None:
         info = reader.info
         frames, keyframes = estimate
-        base, duration, exact = info.time_base, info.duration, False
+        base, duration, fps, exact = info.time_base, info.duration, info.fps, False
     else:
         timeline = reader.timeline()
         info = reader.info
         frames, keyframes, exact = len(timeline), int(timeline.key.sum()), True
         base = timeline.time_base
         duration = _seconds(int(timeline.pts[-1] - timeline.pts[0]), base, frames)
+        fps = float(1 / base) if timeline.clock == "counted" else info.fps
     return Probe(
         size=size,
         digest=identity,
@@ -75,7 +76,7 @@ def _measure(reader: VideoReader, size: int, identity: str) -> Probe:
         width=info.width,
         height=info.height,
         codec=info.codec,
-        fps=info.fps,
+        fps=fps,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from av.stream import Discard
 
 from ..errors import VideoError
-from .bitstream import entry_test, in_doubt, must_be_first
+from .bitstream import b_picture_test, entry_test, in_doubt, must_be_first
 from .container import rational, reason
 from .decode import Rows, VideoIndex, VideoReader
 from .feed import NotAsPlanned, stretches
@@ -83,10 +83,18 @@ class QuickReader(VideoReader):
         """Look at the packets that decoding is to begin at; those where it cannot begin are no longer entries."""
         table = self.packets
         while True:
-            wrong = [start for start, _ in stretches(table, wanted) if not self._begins(start)]
+            spans = stretches(table, wanted)
+            wrong = [start for start, _ in spans if not self._begins(start)]
             if not wrong:
-                return
+                break
             table.entry[wrong] = False
+        codec, extradata = self._context.codec.canonical_name, self._context.extradata
+        is_b = b_picture_test(codec, extradata)
+        for _, stop in spans:
+            # What is decoded is looked at on the way. If the packet after it is shown before it, its pts must say so.
+            after = stop + 1
+            if is_b and after < len(table.pts) and table.rising[after] and is_b(self._beginning(after)):
+                raise NotAsPlanned
 
     def _begins(self, position: int) -> bool:
         """Whether decoding may begin at a packet. Parameters other than the header's are in doubt everywhere: what

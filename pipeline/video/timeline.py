@@ -1,7 +1,8 @@
 """The frames of a video in presentation order, read from its packets without decoding.
 
 A frame's identity is its pts; its index is the rank of that pts. Where the packets cannot be trusted
-(a pts missing or double, damage, a start in mid-stream, fields, old AVI), a full decode decides.
+(a pts missing or double, pts that are the decode order, times that start again, damage, a start in mid-stream,
+fields, old AVI), a full decode decides.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import av
 import numpy as np
 
-from .bitstream import FROM_START, INTRA_ONLY, entry_test, in_doubt, must_be_first, shown_test
+from .bitstream import FROM_START, INTRA_ONLY, b_picture_test, entry_test, in_doubt, must_be_first, shown_test
 from .container import reason
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 NO_PTS = np.iinfo(np.int64).min
+_GAP = 100  # times the usual step between two frames: a step longer than that is none
 KEEP_BYTES = 2**24  # compressed video up to this size stays in memory between the demux and the decode
 # Side data that changes the decoder's settings, at a key frame: lost where its packet is skipped.
 _CHANGES: tuple[Literal["new_extradata"], Literal["param_change"]] = ("new_extradata", "param_change")
 _STORES_PTS = frozenset(("mov", "matroska", "nut", "ivf", "flv"))
 _STORES_PTS_OF_H26X = frozenset(("mpegts",))
-_PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive
+PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,28 @@ class PacketTable:
     order: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # decode position of each row
 
     @cached_property
+    def rising(self) -> np.ndarray:
+        """Whether a packet is shown after all before it, bool [P]: of a bidirectional picture that is a made-up pts."""
+        return np.r_[True, self.pts[1:] > np.maximum.accumulate(self.pts)[:-1]][: len(self.pts)]
+
+    @property
+    def step(self) -> Fraction:
+        """Mean time from one frame to the next, in ticks, as the packets have it; 0 where they have none.
+
+        Of files put one behind another each counts by itself, and a time far from all others does not count.
+        """
+        in_order = bool(np.all(self.dts != NO_PTS) and np.all(np.diff(self.dts) >= 0))
+        times = self.dts if in_order or not np.any(self.pts != NO_PTS) else self.pts
+        known = times != NO_PTS
+        times, key = times[known], self.key[known]
+        restarts = np.flatnonzero(key[1:] & (times[1:] <= np.maximum.accumulate(times)[:-1])) + 1
+        parts = [np.diff(np.sort(part)) for part in np.split(times, restarts)]
+        steps = np.concatenate(parts)
+        steps = steps[steps > 0]
+        steps = steps[steps <= _GAP * np.median(steps)] if len(steps) else steps
+        return Fraction(int(steps.sum()), len(steps)) if len(steps) else Fraction(0)
+
+    @cached_property
     def position_of(self) -> dict[int, int]:
         """Decode position by pts."""
         return {int(p): k for k, p in enumerate(self.pts)}
@@ -84,6 +108,9 @@ class PacketTable:
         self.order = positions[by_pts]
         pts = pts[by_pts]
         reliable = self.trusted and bool(np.all(np.diff(pts) > 0))
+        # A clock that starts again, or one wrong time: dts that go back, a key frame shown before an earlier packet.
+        dts = self.dts[self.dts != NO_PTS]
+        reliable = reliable and bool(np.all(np.diff(dts) >= 0)) and bool(self.rising[self.key].all())
         if reliable and len(pts):
             # The first packet must be a key frame that one can begin at, with nothing shown before it.
             reliable = bool(self.entry[0]) and bool(self.pts[0] == self.pts.min())
@@ -98,6 +125,8 @@ def read_packets(
     codec = context.codec.canonical_name
     is_entry = entry_test(codec, context.extradata)
     is_shown = shown_test(codec)
+    is_b = b_picture_test(codec, context.extradata)
+    latest = NO_PTS
     pts, dts, sizes = array("q"), array("q"), array("q")
     flags: list[tuple[bool, bool, bool]] = []  # key, shown, entry
     kept: list[av.Packet] | None = []
@@ -135,6 +164,9 @@ def read_packets(
         flags.append((key, shown, entry))
         if packet.pts is None or packet.is_corrupt:
             sound = False
+        elif packet.pts > latest:
+            latest = packet.pts
+            sound = sound and not (is_b is not None and is_b(memoryview(packet)))
         pts.append(NO_PTS if packet.pts is None else packet.pts)
         dts.append(NO_PTS if packet.dts is None else packet.dts)
         sizes.append(size)
@@ -165,5 +197,5 @@ def pts_are_real(container: InputContainer, stream: VideoStream) -> bool:
     codec = context.codec.canonical_name
     if names & _STORES_PTS or (names & _STORES_PTS_OF_H26X and codec in ("h264", "hevc")):
         # Coded fields may come in packets of their own, two to a frame.
-        return context.field_order in _PROGRESSIVE or codec not in ("h264", "hevc")
+        return context.field_order in PROGRESSIVE or codec not in ("h264", "hevc")
     return "avi" in names and not context.reorder_depth and codec in INTRA_ONLY

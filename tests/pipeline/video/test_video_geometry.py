@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from distinit.pipeline.errors import VideoError
 from distinit.pipeline.video.decode import VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
-from distinit.pipeline.video.geometry import Renderer, View, render
+from distinit.pipeline.video.geometry import View, render
 
 
 def picture(height: int = 96, width: int = 128) -> np.ndarray:
@@ -37,7 +37,7 @@ def ffmpeg_rgb(path: Path, height: int, width: int, filters: str, *before: str) 
 def ours(path: Path, view: View | None) -> np.ndarray:
     with VideoReader(str(path)) as reader:
         _, _, frame = next(reader.decode_plain())
-        return Renderer(reader.info.pixel_aspect).render(frame, view)
+        return reader.info.renderer().render(frame, view)
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:

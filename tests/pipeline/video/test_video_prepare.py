@@ -21,7 +21,7 @@ from distinit.pipeline.video.copymap import CopyMap, read_map
 from distinit.pipeline.video.decode import VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
 from distinit.pipeline.video.folders import copy_name, prepared_corpora
-from distinit.pipeline.video.geometry import Renderer, View
+from distinit.pipeline.video.geometry import View
 from distinit.pipeline.video.prepare import CopyOptions, make_copy
 from distinit.pipeline.video.prepared import read_copy
 from distinit.pipeline.video.quality import psnr, ssim
@@ -42,7 +42,7 @@ def moving(frames: int, height: int = 48, width: int = 80) -> Iterator[np.ndarra
 def plain(path: Path | str, view: View | None) -> dict[int, tuple[int, np.ndarray]]:
     """index → (pts, picture) by one linear decode."""
     with VideoReader(str(path)) as reader:
-        renderer = Renderer(reader.info.pixel_aspect)
+        renderer = reader.info.renderer()
         display = (reader.info.height, reader.info.width)
         return {i: (p, renderer.render(f, view, display=display)) for i, p, f in reader.decode_plain()}
 
