@@ -10,6 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# Property tests take a share of these examples; --hypothesis-profile=many is for a change of what they test.
+settings.register_profile("many", max_examples=5000)
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and what they start would too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

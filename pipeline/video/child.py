@@ -116,6 +116,7 @@ class Child:
                 renderer = renderer or reader.info.renderer()
                 for view, array in zip(self._views, arrays, strict=True):
                     renderer.render(frame, view, out=array[len(index)])
+                del frame  # see VideoReader
                 index.append(i)
                 pts.append(p)
                 if len(index) == self._layout.rows:

@@ -88,6 +88,7 @@ def _frames(
         at = int(np.searchsorted(distinct, index))
         renderer.render(frame, view, out=images[at], display=display)
         there[at] = True
+        del frame  # see VideoReader
     if images is None:
         raise VideoError(f"frame {distinct[0]} cannot be decoded: damaged data")
     if not there.all():

@@ -108,7 +108,7 @@ def video_stream(container: InputContainer) -> VideoStream:
         raise VideoError(f"the header claims frames of {size}, allowed are at most {MAX_PIXELS} pixels")
     context.options = {"max_pixels": str(MAX_PIXELS)}
     if context.codec.canonical_name in INTRA_ONLY:
-        # A damaged picture is an error: it would show what an earlier one left in the buffer, whichever that was.
+        # A damaged picture is an error: it shows what an earlier one left in the decoder's buffer, whichever that was.
         context.options = {**context.options, "err_detect": "explode"}
     # One thread: frame threads cost more than they give and can deadlock (FFmpeg logging).
     context.thread_type = "NONE"

@@ -22,9 +22,9 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from ..errors import VideoError
-from .bitstream import ONE_FRAME_PER_PACKET, SKIP_NON_REFERENCE
+from .bitstream import INTRA_ONLY, ONE_FRAME_PER_PACKET, SKIP_NON_REFERENCE
 from .container import Margins, cropping, open_container, rational, reason, video_stream
-from .feed import HOLD, Feed, NotAsPlanned, ascending, stretches
+from .feed import DECODE_ERRORS, HOLD, Feed, NotAsPlanned, ascending, stretches
 from .geometry import Orientation, Renderer, display_size, inner_size, pixel_aspect
 from .sampling import Sampling
 from .timeline import PROGRESSIVE, PacketTable, Timeline, read_packets
@@ -263,22 +263,29 @@ class VideoReader:
         self.start(read=kept is None, feed=True)
         source = iter(kept) if kept is not None else self.read_on()
         count = self._count = _Count()
+        intra = self._context.codec.canonical_name in INTRA_ONLY
         for packet in itertools.chain(source, [None]):
             self._progress()
             try:
                 frames = self._context.decode(packet)
             except MemoryError as error:
                 raise VideoError(reason(error)) from error
-            except av.FFmpegError as error:
-                self.damage = self.damage if count.failed else reason(error)
+            except DECODE_ERRORS as error:
+                if not (count.failed or isinstance(error, PermissionError)):  # some decoders' word for damage
+                    self.damage = reason(error)
                 count.failed, count.last_failed = count.failed + 1, True
                 continue
             count.last_failed = count.last_failed and not frames
             for frame in frames:
-                count.came += 1
                 count.corrupt += frame.is_corrupt
+                if frame.is_corrupt and intra:  # shows what an earlier picture left in the buffer, whichever that was
+                    continue
+                count.came += 1
                 self._notice(frame)
                 yield frame
+            # What a decoder puts in the place of damage may depend on the buffers that are free: from here to the
+            # reader's caller no frame is held while the next is decoded.
+            frame = frames = None
         if count.came:
             self.truncated = self._what_is_damaged(count)
 
@@ -290,9 +297,9 @@ class VideoReader:
         if count.failed:
             return f"{count.failed} of {len(table.pts)} packets could not be decoded: {self.damage}"
         shown = int(table.shown.sum())
-        if self._one_frame_per_packet and count.came < shown:
+        if self._one_frame_per_packet and count.came < shown - count.corrupt:
             return f"{shown - count.came} of {shown} frames never came out of the decoder"
-        return f"{count.corrupt} of {count.came} frames are damaged" if count.corrupt else None
+        return f"{count.corrupt} of {shown} frames are damaged" if count.corrupt else None
 
     @property
     def _one_frame_per_packet(self) -> bool:
@@ -307,7 +314,7 @@ class VideoReader:
             self._progress()
             try:
                 yield from self._context.decode(packet)
-            except av.FFmpegError:
+            except DECODE_ERRORS:
                 continue
 
     def read_on(self) -> Iterator[av.Packet]:
@@ -340,12 +347,14 @@ class VideoReader:
                 raise VideoError(OTHER_ORDER)
             latest = max(latest, index)
             yield index, frame
+            del frame
 
     def decode_plain(self) -> Rows:
         """(index, pts, frame) of every frame that decodes, by one linear decode of the whole file."""
         pts = self.timeline().pts
         for index, frame in ascending(self._plain_rows(), None):
             yield index, int(pts[index]), frame
+            del frame
 
     # The shortcuts
 
@@ -372,6 +381,7 @@ class VideoReader:
                 yield index, int(timeline.pts[index]), frame
         for index, frame in ascending(self._plain_rows(), wanted[done:]):
             yield index, int(timeline.pts[index]), frame
+            del frame
 
     def shortcut(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
         """(index, frame) for all of `wanted` in order, else raises NotAsPlanned."""

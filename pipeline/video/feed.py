@@ -21,6 +21,10 @@ _SEEKABLE = frozenset(("mov", "matroska"))  # seeking by timestamp lands where t
 _READ_ON = (64, 2**21)
 
 
+# ValueError: PyAV's of a decoder that could not be opened.
+DECODE_ERRORS = (av.FFmpegError, ValueError)
+
+
 class NotAsPlanned(Exception):
     """The shortcut did not deliver what the timeline promised: the plain decode must decide."""
 
@@ -111,7 +115,7 @@ class Feed:
                 self._position += 1
                 if self._position > position:
                     return self._reader.stream.codec_context.decode(packet)
-        except av.FFmpegError as error:
+        except DECODE_ERRORS as error:
             raise NotAsPlanned from error
 
     def _as_in_header(self, packet: av.Packet, position: int) -> bool:
@@ -125,7 +129,7 @@ class Feed:
         """What the decoder still holds back."""
         try:
             return self._reader.stream.codec_context.decode(None)
-        except av.FFmpegError as error:
+        except DECODE_ERRORS as error:
             raise NotAsPlanned from error
 
 
@@ -151,6 +155,7 @@ def ascending(
         if index <= done or (asked is not None and index not in asked):
             continue
         held[index] = frame
+        del frame
         while held and (min(held) == (queue[0] if queue else done + 1) or len(held) > HOLD):
             done = min(held)
             yield done, held.pop(done)

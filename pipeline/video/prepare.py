@@ -181,6 +181,7 @@ def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _Made:
         picture: np.ndarray | None = None
         for index, pts, frame in reader.decode_plain():
             picture = renderer.render(frame, view, display=display)
+            del frame  # see VideoReader
             if index in sampled:
                 made.sample[len(made.index)] = picture
             made.index.append(index)
