@@ -59,6 +59,7 @@ def targets_browse(store: str, out: str, **given: Any) -> None:
 )
 @click.argument("store")
 @click.option("--repair", is_flag=True, help="Drop what is broken, so that extract-targets fills it again.")
+@click.option("--frames", is_flag=True, help="Hold the frames of all videos against their files; no teacher is run.")
 @click.option(
     "--deep", type=click.IntRange(0), default=0, metavar="N", help="Decode N random videos again and run the teachers."
 )
@@ -76,8 +77,8 @@ def targets_browse(store: str, out: str, **given: Any) -> None:
 def targets_verify(store: str, repair: bool, **given: Any) -> None:
     """Check a store: structure, counts, checksums, finiteness, entropy against logits.
 
-    With --deep also against the videos and the teachers themselves. Exit status 1 and a line for each thing
-    that is wrong.
+    With --frames also against the videos, with --deep against videos and teachers. Exit status 1 and a line for
+    each thing that is wrong.
     """
     call_stage(
         "targets_verify",
@@ -85,6 +86,7 @@ def targets_verify(store: str, repair: bool, **given: Any) -> None:
         given,
         store,
         repair=repair,
+        frames=given["frames"],
         deep=given["deep"],
         seed=given["seed"],
         moved=pairs(given["videos"], "--videos"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..pipeline.corpus.sources import Corpus, VideoList, escape_path, unescape_path
 from ..pipeline.errors import StoreMismatchError, VideoError
+from ..pipeline.targets import format as fmt
 from ..pipeline.targets.index import MOVED, OK
 from ..pipeline.targets.plan import Stretch, cut
 from ..pipeline.targets.store import TargetStore
@@ -252,6 +254,14 @@ def video_columns(probes: Sequence[Probe], sampling: Sampling) -> dict[str, list
         "width": [p.width for p in probes],
         "height": [p.height for p in probes],
     }
+
+
+def rewrite_video(store: Path, sampling: Sampling, video: int, probe: Probe) -> None:
+    """Write again what the store says of a video's file."""
+    for name, values in video_columns([probe], sampling).items():
+        array = zarr.open_array(store / "videos" / name, mode="r+")
+        spec = next(s for s in fmt.video_specs() if s.path == f"videos/{name}")
+        array[video : video + 1] = fmt.as_numpy(spec, values)
 
 
 def stretches_of(

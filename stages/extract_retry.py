@@ -11,9 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import zarr
 
-from ..pipeline.targets import format as fmt
 from ..pipeline.targets.index import FAILED, OK, StoreIndex
 from ..pipeline.targets.plan import Stretch
 from ..pipeline.targets.shard import FramesPart, ShardResult, new_staging
@@ -21,7 +19,7 @@ from ..pipeline.targets.store import TargetStore
 from ..pipeline.targets.subset import ShardCopy
 from ..pipeline.video.pool import DecodePool
 from ..pipeline.video.probe import Probe
-from .extract_plan import StorePlan, stretches_of, video_columns
+from .extract_plan import StorePlan, rewrite_video, stretches_of
 from .screen import Screen
 
 MIXED = "the file changed, and a part of this video is stored from the former file"
@@ -48,7 +46,7 @@ def plan_retries(
     stored = set(index.video[index.live & (index.state == OK)].tolist())
     for v, probe in probes.items():
         if v not in stored and probe.digest:  # a file that cannot be read says nothing of what it is
-            _identify(plan, v, probe)
+            rewrite_video(plan.writer.root, plan.sampling, v, probe)
     plan.forget()
     mixed = {v for v, probe in probes.items() if v in stored and probe.digest not in ("", plan.digest(v))}
     anew = [s for s in without if index.video[s] not in mixed]
@@ -115,13 +113,6 @@ def _lacking(index: StoreIndex, segment: int, teachers: Sequence[str]) -> tuple[
 
 def _again(index: StoreIndex, s: int) -> Stretch:
     return Stretch(int(index.video[s]), int(index.first[s]), int(index.end[s]), int(index.bound[s]), s)
-
-
-def _identify(plan: StorePlan, video: int, probe: Probe) -> None:
-    for name, values in video_columns([probe], plan.sampling).items():
-        array = zarr.open_array(plan.writer.root / "videos" / name, mode="r+")
-        spec = next(s for s in fmt.video_specs() if s.path == f"videos/{name}")
-        array[video : video + 1] = fmt.as_numpy(spec, values)
 
 
 def _fail(plan: StorePlan, segments: Sequence[int], run: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..pipeline.errors import UsageError
 from ..pipeline.targets.files import store_files
 from ..pipeline.targets.store import TargetStore
-from ..pipeline.targets.verify import drop_commits, verify
+from ..pipeline.targets.verify import Finding, drop_commits, verify
 from ..pipeline.targets.writer import StoreWriter
 from .screen import Screen
 
@@ -20,6 +20,7 @@ def targets_verify(
     screen: Screen,
     *,
     repair: bool = False,
+    frames: bool = False,
     deep: int = 0,
     seed: int = 0,
     moved: Mapping[str, str] | None = None,
@@ -28,12 +29,13 @@ def targets_verify(
 ) -> dict[str, Any]:
     """Findings of a store, each a line; `repair` drops the commits of broken shards.
 
-    The next `extract-targets` fills dropped shards again. deep: so many random videos are decoded and shown to
-    the teachers once more (see `targets_deep`, also for the other arguments). Raises StoreError if it is no
+    The next `extract-targets` fills dropped shards again. frames: the frames of all videos are held against their
+    files (see `targets_frames`). deep: so many random videos are decoded and shown to the teachers once more (see
+    `targets_deep`, also for the other arguments). Raises StoreError if it is no
     store at all, UsageError for a corpus or teacher it does not have.
     """
-    if not deep and (moved or weights):
-        raise UsageError("--videos and --teacher-weights are for --deep N: nothing is decoded without it")
+    if (moved and not (deep or frames)) or (weights and not deep):
+        raise UsageError("--videos needs --frames or --deep N, --teacher-weights needs --deep N")
     store = TargetStore(store_files(store_path), damaged=True)
     with ExitStack() as stack:
         if repair:  # nobody commits between what is found and what is dropped
@@ -43,6 +45,12 @@ def targets_verify(
         with screen.progress("verifying", total=index.n_shards, unit="shards") as bar:
             findings = list(verify(store.path, index, bar.advance))
         compared: dict[str, Any] = {}
+        by_video: dict[int, list[Finding]] = {}
+        if frames:
+            from .targets_frames import frame_check, identify_again
+
+            by_video = frame_check(store, screen, moved)
+            findings += [finding for of_video in by_video.values() for finding in of_video]
         if deep:
             from .targets_deep import deep_check
 
@@ -53,6 +61,8 @@ def targets_verify(
         dropped = 0
         if repair and any(finding.shard is not None for finding in findings):
             dropped = drop_commits(Path(store.path), findings)
+            if off := [v for v, of_video in by_video.items() if any(f.shard is not None for f in of_video)]:
+                identify_again(store, off, moved)
             screen.say(f"{dropped} commits dropped; run the same extract-targets command again to fill them")
     if not findings:
         screen.say(f"{store.n_rows} rows of {index.n_shards} shards and {len(index.teachers)} teachers: all good")

@@ -80,6 +80,7 @@ class Child:
                     "time_base": [base.numerator, base.denominator],
                     "reliable": timeline.reliable,
                     "clock": timeline.clock,
+                    "size": [reader.info.width, reader.info.height],
                 }
         if message["kind"] == "copy":
             from .prepare import copy_job  # with the encoder's modules, which no other child needs

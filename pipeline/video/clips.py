@@ -134,7 +134,10 @@ def _check(pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray]) -> None:
     for index, expected in zip(*expect, strict=True):
         found = str(pts[index]) if 0 <= index < len(pts) else f"missing (it has {len(pts)} frames)"
         if found != str(expected):
-            raise StoreMismatchError(f"frame {index} has pts {expected} in the store, in the file it is {found}")
+            raise StoreMismatchError(
+                f"frame {index} has pts {expected} in the store, in the file it is {found}: "
+                "`distinit targets verify STORE --frames` lists all such videos"
+            )
 
 
 def fill_damaged(

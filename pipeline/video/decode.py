@@ -283,9 +283,10 @@ class VideoReader:
                 count.came += 1
                 self._notice(frame)
                 yield frame
-            # What a decoder puts in the place of damage may depend on the buffers that are free: from here to the
-            # reader's caller no frame is held while the next is decoded.
-            frame = frames = None
+                # What a decoder puts in the place of damage may depend on the buffers that are free: from here to the
+                # reader's caller no frame is held while the next is decoded.
+                del frame
+            frames.clear()
         if count.came:
             self.truncated = self._what_is_damaged(count)
 

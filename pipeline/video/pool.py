@@ -145,14 +145,24 @@ class DecodePool:
 
     def timeline(self, path: str) -> Timeline:
         """All frames of one video in order; raises VideoError."""
-        answer: dict[str, Any] = {}
-        for _, answer, _ in self._run(iter([{"kind": "timeline", "path": path}])):
+        (found,) = self.timelines([path])
+        if isinstance(found, Failed):
+            raise VideoError(found.reason)
+        return found[0]
+
+    def timelines(self, paths: Iterable[str]) -> Iterator[tuple[Timeline, tuple[int, int]] | Failed]:
+        """Of each video, in order, all frames and (width, height) on display in pixels, or Failed."""
+        messages = ({"kind": "timeline", "path": path, "key": key} for key, path in enumerate(paths))
+        for message, answer, _ in self._run(messages):
             if answer["kind"] == "failed":
-                raise VideoError(answer["reason"])
-        pts = np.array(answer["pts"], np.int64)
-        key = np.zeros(len(pts), bool)
-        key[answer["key"]] = True
-        return Timeline(pts, key, Fraction(*answer["time_base"]), answer["reliable"], answer["clock"])
+                yield Failed(message["key"], answer["reason"])
+                continue
+            pts = np.array(answer["pts"], np.int64)
+            key = np.zeros(len(pts), bool)
+            key[answer["key"]] = True
+            base = Fraction(*answer["time_base"])
+            width, height = answer["size"]
+            yield Timeline(pts, key, base, answer["reliable"], answer["clock"]), (width, height)
 
     def copies(self, jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | Failed]:
         """Prepared copies made by `prepare.copy_job`, in order: of each job its row, or Failed with the reason."""
