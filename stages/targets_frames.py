@@ -65,6 +65,9 @@ def _compare(store: TargetStore, video: int, path: str, timeline: Timeline, size
         seen = f"shown at {size[0]}x{size[1]} pixels, the teachers saw {stored_size[0]}x{stored_size[1]}"
         yield from (Finding(f"{path}: {seen}", int(store.index.shard[s])) for s in segments)
         return
+    record = store.video(video)
+    if record.time_base not in (None, timeline.time_base):
+        yield Finding(f"{path}: its clock ticks every {timeline.time_base} s, stored is {record.time_base} s")
     chosen = store.sampling.select(timeline.pts, timeline.key, timeline.time_base)
     for s in segments:
         first, end = int(store.index.first[s]), int(store.index.end[s])
@@ -80,9 +83,9 @@ def _compare(store: TargetStore, video: int, path: str, timeline: Timeline, size
 
 
 def identify_again(store: TargetStore, videos: list[int], moved: Mapping[str, str] | None = None) -> None:
-    """Write what is known of the files of `videos` again, before their frames are."""
+    """Write again what the store says of the files of `videos`, where they are those that the teachers saw."""
     paths = [store.video_path(video, moved) for video in videos]
     with DecodePool(processes=1, views=[View(resize=(16, 16))]) as pool:
         for video, probe in zip(videos, pool.probe(paths), strict=True):
-            if probe.error is None:
+            if probe.error is None and probe.digest == store.digest(video):
                 rewrite_video(Path(store.path), store.sampling, video, probe)

@@ -59,10 +59,10 @@ def targets_verify(
         for finding in findings:
             screen.say(str(finding))
         dropped = 0
+        if repair and by_video:
+            identify_again(store, list(by_video), moved)
         if repair and any(finding.shard is not None for finding in findings):
             dropped = drop_commits(Path(store.path), findings)
-            if off := [v for v, of_video in by_video.items() if any(f.shard is not None for f in of_video)]:
-                identify_again(store, off, moved)
             screen.say(f"{dropped} commits dropped; run the same extract-targets command again to fill them")
     if not findings:
         screen.say(f"{store.n_rows} rows of {index.n_shards} shards and {len(index.teachers)} teachers: all good")

@@ -69,7 +69,7 @@ class VideoInfo:
 
 @dataclass
 class _Count:
-    """What came of a decode of the whole file: frames, corrupt ones among them, packets that failed."""
+    """What came of a plain decode: frames, corrupt ones among them, packets that failed."""
 
     came: int = 0
     corrupt: int = 0
@@ -80,8 +80,7 @@ class _Count:
 class VideoReader:
     """One open video. `progress` is called for every packet and frame touched (a sign of life).
 
-    Raises VideoError, with a reason, when the file has no frame to give. After decoding, `truncated`
-    says in words what was damaged, or is None.
+    Raises VideoError, with a reason, when the file has no frame to give.
     """
 
     _header_only = False
@@ -94,7 +93,8 @@ class VideoReader:
         progress: Callable[[], None] | None = None,
     ) -> None:
         self.path = path
-        self.truncated: str | None = None
+        self._count = _Count()  # of the plain decode that was begun last
+        self._whole: _Count | None = None  # of one that went to the end of the file
         self.damage = "damaged data"  # what the decoder said of the first packet that failed
         self._progress = progress or (lambda: None)
         self._table = index.packets if index is not None else None
@@ -121,6 +121,7 @@ class VideoReader:
             self._container.close()
             raise
         self._context = self._stream.codec_context
+        self._opened_aspect = rational(self._stream.sample_aspect_ratio)  # what comes later in the stream may change it
         self._read, self._fed = False, False  # whether the container or the decoder is no longer fresh
 
     def start(self, *, read: bool, feed: bool) -> None:
@@ -184,7 +185,7 @@ class VideoReader:
         )
 
     def _aspect(self) -> Fraction | None:
-        return rational(self._stream.sample_aspect_ratio)
+        return self._opened_aspect
 
     @property
     def container(self) -> InputContainer:
@@ -283,22 +284,24 @@ class VideoReader:
                 count.came += 1
                 self._notice(frame)
                 yield frame
-                # What a decoder puts in the place of damage may depend on the buffers that are free: from here to the
-                # reader's caller no frame is held while the next is decoded.
+                # What a decoder puts in the place of damage may depend on the buffers that are free: from here to
+                # the reader's caller no frame is held while the next is decoded.
                 del frame
             frames.clear()
-        if count.came:
-            self.truncated = self._what_is_damaged(count)
+        self._whole = count
 
-    def _what_is_damaged(self, count: _Count) -> str | None:
-        """What a decode of the whole file found to be damaged, in words."""
-        table = self.packets
-        if table.error or (count.last_failed and count.failed == 1):
+    @property
+    def truncated(self) -> str | None:
+        """What was damaged in what has been decoded, in words; None where nothing was."""
+        table, count = self._table, self._whole or self._count
+        if table is None or not count.came:
+            return None
+        if self._whole and (table.error or (count.last_failed and count.failed == 1)):
             return f"truncated after {count.came} frames: {table.error or self.damage}"
         if count.failed:
             return f"{count.failed} of {len(table.pts)} packets could not be decoded: {self.damage}"
         shown = int(table.shown.sum())
-        if self._one_frame_per_packet and count.came < shown - count.corrupt:
+        if self._whole and self._one_frame_per_packet and count.came < shown - count.corrupt:
             return f"{shown - count.came} of {shown} frames never came out of the decoder"
         return f"{count.corrupt} of {shown} frames are damaged" if count.corrupt else None
 
