@@ -249,6 +249,13 @@ def prepare(**given: Any) -> None:
 @key_option("--workers", key="workers", type=int, metavar="N", help="Extract in N dask worker processes.")
 @key_option("--scheduler", key="scheduler", metavar="ADDRESS", help="Extract on an existing dask.distributed cluster.")
 @key_option("--retries", key="retries", shown=2, type=int, metavar="N", help="Tries of a failed shard after the first.")
+@key_option(
+    "--accept-teacher",
+    key="accept_teachers",
+    multiple=True,
+    metavar="NAME",
+    help="Take a teacher for that of a store of version 0.1 although no video is left to check it by. Repeatable.",
+)
 @key_flag("--accept-run", key="accept_run", help="Go on with another batch size, precision, torch or device kind.")
 @key_flag("--retry-failed", key="retry_failed", help="Try the videos again that failed before.")
 @key_flag("--dry-run", key="dry_run", help="Say rows, GB and hours; write nothing.")

@@ -142,6 +142,10 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
     import torch
 
     from ..pipeline.devices import keep_freed_memory, resolve_device
+    from ..pipeline.targets.files import LocalFiles
+    from ..pipeline.targets.format import read_fingerprint
+    from ..pipeline.teachers.fingerprint import Fingerprint
+    from ..pipeline.teachers.probes import fingerprint
     from ..pipeline.teachers.teacher import load_teacher
     from ..pipeline.video.pool import DecodePool
 
@@ -161,6 +165,10 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
             raise StoreMismatchError(
                 f"teacher {teacher.name!r} differs on this worker: {here}, the client's is {expected[teacher.name]}"
             )
+        node = read_fingerprint(LocalFiles(Path(setup.root)), teacher.name)
+        if node is not None:
+            there = Fingerprint.parse(node, f"{setup.root}/teachers/{teacher.name}")
+            there.check(fingerprint(teacher), teacher.name, f"{setup.root}, on this worker")
         teachers[teacher.name] = teacher
     views = list(dict.fromkeys(t.view for t in teachers.values()))
     pool = DecodePool(

@@ -35,6 +35,7 @@ class ExtractConfig(Options):
     encoding: Encoding | None = None
     retry_failed: bool = False
     accept_run: bool = False
+    accept_teachers: list[str] = []
     workers: int | None = Field(None, ge=1)
     scheduler: str | None = None
     retries: int = Field(2, ge=0)

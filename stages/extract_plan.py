@@ -93,6 +93,17 @@ class StorePlan:
         return raw.hex() if any(raw) else ""
 
 
+def new_videos(plan: StorePlan, videos: VideoList) -> list[int]:
+    """Which of the located videos the store does not list yet."""
+    names = {c["name"]: i for i, c in enumerate(plan.corpora)}
+    known = _known(plan)
+    return [
+        i
+        for i in range(len(videos))
+        if (names.get(videos.corpora[int(videos.corpus[i])].name, -1), escape_path(videos.paths[i])) not in known
+    ]
+
+
 def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, screen: Screen) -> int:
     """Probe the files that the store does not list yet and list them; returns how many.
 
@@ -103,12 +114,7 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, screen:
         if c.name not in names:
             names[c.name] = len(plan.corpora)
             plan.corpora.append({"name": c.name, "root": escape_path(c.root)})
-    known = _known(plan)
-    new: list[tuple[int, int]] = []
-    for i in range(len(videos)):
-        corpus = names[videos.corpora[int(videos.corpus[i])].name]
-        if (corpus, escape_path(videos.paths[i])) not in known:
-            new.append((i, corpus))
+    new = [(i, names[videos.corpora[int(videos.corpus[i])].name]) for i in new_videos(plan, videos)]
     if not new:
         return 0
     for corpus in np.unique([c for _, c in new]).tolist():

@@ -34,12 +34,14 @@ from .extract_plan import (
     StorePlan,
     add_new_videos,
     check_unchanged,
+    new_videos,
     open_tasks,
     plan_overflow,
     plan_segments,
     tasks,
 )
 from .extract_retry import copy_stored, plan_retries
+from .extract_teachers import check_fingerprints, examine_teachers, prove_teachers
 from .extract_work import ShardFiller, ShardTask
 from .screen import Screen
 from .workers import cluster
@@ -60,6 +62,8 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
         return dry_run(config, None if listed is None else _share(config, listed, screen), device, screen)
     sampling = _sampling(config)
     teachers = load_teachers(config, device)
+    _check_accepted(config, teachers)
+    fingerprints = examine_teachers(teachers, screen)
     views = list(dict.fromkeys(t.view for t in teachers.values()))
     decoders = config.decoders or default_decoders(device)
     with ExitStack() as stack:
@@ -83,20 +87,29 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
         asked = {name: {**attributes, "run": run} for name, attributes in _records(config, teachers).items()}
         for name, attributes in asked.items():  # before videos are listed, since those stay
             writer.check_teacher(name, attributes, encoding=config.encoding, accept_run=config.accept_run)
+        without = check_fingerprints(writer, fingerprints)
         pool = stack.enter_context(
             DecodePool(
                 processes=decoders, views=views, memory_gb=config.memory_gb, timeout_s=config.timeout_s
             )
         )
         plan = StorePlan(writer)
-        if listed is not None:
-            _add_videos(config, plan, listed, pool, screen)
+        videos = None if listed is None else _share(config, plan.locate(listed), screen)
+        if without and _grows(config, plan, videos, list(teachers)):
+            prove_teachers(plan, without, teachers, fingerprints, config.accept_teachers, pool, views, screen)
+        if listed is not None and videos is not None:
+            _add_videos(config, plan, videos, len(listed), pool, screen)
         plan_segments(plan, pool, screen)
         if config.retry_failed:
             plan_retries(plan, list(teachers), pool, run, screen)
         for name, teacher in teachers.items():
             writer.add_teacher(
-                name, teacher.classes, asked[name], encoding=config.encoding, accept_run=config.accept_run
+                name,
+                teacher.classes,
+                asked[name],
+                encoding=config.encoding,
+                accept_run=config.accept_run,
+                fingerprint=fingerprints[name].record(),
             )
         copy_stored(plan, list(teachers))
         began = time.monotonic()
@@ -202,10 +215,25 @@ def _share(config: ExtractConfig, listed: VideoList, screen: Screen) -> VideoLis
     return videos
 
 
-def _add_videos(config: ExtractConfig, plan: StorePlan, listed: VideoList, pool: DecodePool, screen: Screen) -> None:
-    """Enter in the store what is new of the sources."""
-    listed = plan.locate(listed)
-    videos = _share(config, listed, screen)
+def _check_accepted(config: ExtractConfig, teachers: dict[str, Teacher]) -> None:
+    for name in config.accept_teachers:
+        if name not in teachers:
+            raise UsageError(f"--accept-teacher {name}: is none of this command's teachers: {', '.join(teachers)}")
+
+
+def _grows(config: ExtractConfig, plan: StorePlan, videos: VideoList | None, teachers: list[str]) -> bool:
+    """Whether there is anything to add to the store: videos, shards, or failed videos to try again."""
+    if config.retry_failed or (videos is not None and new_videos(plan, videos)):
+        return True
+    index = plan.writer.index
+    known = [name for name in teachers if name in index.teachers]
+    return len(np.unique(index.video)) < index.n_videos or bool(open_tasks(plan, known))
+
+
+def _add_videos(
+    config: ExtractConfig, plan: StorePlan, videos: VideoList, listed: int, pool: DecodePool, screen: Screen
+) -> None:
+    """Enter in the store what is new of the sources, of which there are `listed` in all parts."""
     check_unchanged(plan, videos)
     added = add_new_videos(plan, videos, pool, screen)
     there = plan.writer.index.n_videos - added
@@ -213,7 +241,7 @@ def _add_videos(config: ExtractConfig, plan: StorePlan, listed: VideoList, pool:
         screen.say(f"{added} new videos, {there} are in the store already")
     if config.part is not None:
         # From the whole list, so that all parts have shards of one size and can be merged.
-        rows = plan.writer.set_shard_rows_for(len(listed) * _rows_of_a_clip(plan.sampling))
+        rows = plan.writer.set_shard_rows_for(listed * _rows_of_a_clip(plan.sampling))
         screen.say(f"shards of {rows} rows; the parts of a merge need the same (--shard-rows {rows})")
 
 

@@ -24,6 +24,8 @@ from ..pipeline.targets.encoding import arrays_of, decode, encode, rounding
 from ..pipeline.targets.index import OK
 from ..pipeline.targets.store import TargetStore, check_moved
 from ..pipeline.targets.verify import Finding
+from ..pipeline.teachers.fingerprint import Fingerprint
+from ..pipeline.teachers.probes import fingerprint
 from ..pipeline.teachers.teacher import Teacher, TeacherSpec, load_teacher
 from ..pipeline.video.container import digest
 from ..pipeline.video.pool import DecodeJob, DecodePool, Done, Failed
@@ -130,7 +132,10 @@ def deep_check(
     replays = []
     for name in store.teachers:
         try:
-            replays.append(Replay(store, name, _load(store, name, weights or {}, resolve_device(device))))
+            teacher = _load(store, name, weights or {}, resolve_device(device))
+            replays.append(Replay(store, name, teacher))
+            if (node := store.fingerprint(name)) is not None:
+                Fingerprint.parse(node, f"teachers/{name}").check(fingerprint(teacher), name, store.name)
         except DistInitError as error:
             findings.append(Finding(str(error), None, name))
     videos = np.flatnonzero((store.video_state == OK) & (store.row_counts > 0))

@@ -90,6 +90,21 @@ def _teacher_bytes(store: TargetStore, name: str) -> int:
     return sum(f["size"] for node in commits for f in node["files"].values())
 
 
+def _fingerprint(store: TargetStore, name: str) -> dict[str, Any] | None:
+    """What a teacher's fingerprint says beside the logits; None if it has none."""
+    node = store.fingerprint(name)
+    return None if node is None else {key: node.get(key) for key in ("probes", "torch", "device", "basis")}
+
+
+def _in_words(fingerprint: dict[str, Any] | None) -> str:
+    """Present or missing, and what it rests on where that is not the teacher itself."""
+    if fingerprint is None:
+        return "missing"
+    basis = fingerprint["basis"] or {}
+    what: dict[Any, str] = {"rows": f" (after {basis.get('rows')} rows again)", "accepted": " (--accept-teacher)"}
+    return "present" + what.get(basis.get("kind"), "")
+
+
 def _bars(counts: list[int]) -> str:
     """A histogram as one line of text; whatever is not empty shows."""
     highest = max(counts, default=0) or 1
@@ -106,6 +121,7 @@ def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
         "classes": len(record.classes),
         "identity": record.identity,
         "run": record.run,
+        "fingerprint": _fingerprint(store, name),
         "encoding": record.encoding,
         "encoding_error": store.encoding_error(name),
         **_counts(store.index.teacher_state(name)),
@@ -132,6 +148,8 @@ def _show(info: dict[str, Any], screen: Screen) -> None:
     shards = info["shards"]
     about.add_row("shards", f"{shards['committed']} of {shards['planned']}, {info['shard_rows']} rows each")
     about.add_row("made", f"{info['created']}, format version {info['format_version']}, id {info['store_id'][:12]}")
+    words = [f"{t['name']} {_in_words(t['fingerprint'])}" for t in info["teachers"]]
+    about.add_row("fingerprints", ", ".join(words) or "–")
     screen.table(about)
     corpora = Table("corpus", "lay in")
     for column in ("ok", "failed", "pending", "frames"):

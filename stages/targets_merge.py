@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..pipeline.errors import UsageError
+from ..pipeline.errors import StoreMismatchError, UsageError
 from ..pipeline.targets.index import FAILED, OK
 from ..pipeline.targets.merge import check_parts, copy_shards, place, plan_merge, reading
 from ..pipeline.targets.store import TargetStore
 from ..pipeline.targets.writer import StoreWriter
+from ..pipeline.teachers.fingerprint import Fingerprint
 from .screen import Screen
 
 
@@ -30,6 +31,7 @@ def targets_merge(
     if any(Path(store.name) == out.absolute() for store in stores):
         raise UsageError(f"--out {out}: is one of the parts")
     check_parts(stores, accept_run=accept_run)
+    fingerprints = _fingerprints(stores, screen)
     _say_missing(stores, screen)
     placed, corpora = place(stores)
     first = stores[0].attributes
@@ -40,7 +42,7 @@ def targets_merge(
         writer = stack.enter_context(
             StoreWriter(out, sampling=first["sampling"], shard_rows=first["shard_rows"], origin=origin)
         )
-        plan_merge(writer, placed, corpora)
+        plan_merge(writer, placed, corpora, fingerprints)
         shards = sum(store.index.n_shards for store in stores)
         with screen.progress("merging", total=shards, unit="shards") as bar:
             copied = copy_shards(writer, placed, bar.advance)
@@ -62,6 +64,32 @@ def _identity(store: TargetStore) -> dict[str, Any]:
     index = store.index
     counts = {"videos": index.n_videos, "segments": len(index.video), "shards": index.n_shards}
     return {"store_id": store.attributes["store_id"], **counts}
+
+
+def _fingerprints(stores: Sequence[TargetStore], screen: Screen) -> dict[str, dict[str, Any]]:
+    """Those of the result: of each teacher the one of all parts, none where a part has none.
+
+    StoreMismatchError for parts whose teachers computed other logits.
+    """
+    agreed = {}
+    for name in stores[0].teachers:
+        nodes = {store.name: node for store in stores if (node := store.fingerprint(name)) is not None}
+        known = {where: Fingerprint.parse(node, f"{where}/teachers/{name}") for where, node in nodes.items()}
+        first = next(iter(known), "")
+        for where, other in known.items():
+            if how := known[first].differs(other):
+                raise StoreMismatchError(
+                    f"the parts do not fit: teacher {name!r} of {where} says other logits than that of {first}: {how}"
+                )
+        if without := [store.name for store in stores if store.name not in known]:
+            screen.warn(
+                f"teacher {name!r}: no fingerprint in {', '.join(without)}, and so none in the merged store; the next "
+                f"extract-targets adds it after a sample of rows was computed again from videos"
+            )
+        else:  # what a user accepted is not proven by being merged
+            doubtful = [where for where, other in known.items() if other.basis.get("kind") == "accepted"]
+            agreed[name] = nodes[doubtful[0] if doubtful else first]
+    return agreed
 
 
 def _say_missing(stores: Sequence[TargetStore], screen: Screen) -> None:

@@ -31,6 +31,7 @@ STAGING = "staging"  # a group that exists only while a store is written
 LOGITS_CHUNK = 16  # rows read for one pick: 32 kB at 1000 classes
 TABLE_CHUNK = 256  # rows of the frame tables read together
 VIDEO_CHUNK = 16384  # rows of the video and segment tables
+FINGERPRINT = "fingerprint"  # the node of a teacher's own in its group
 FRAME_TABLES = ("video", "index", "pts")
 
 
@@ -180,6 +181,11 @@ def read_nodes(files: StoreFiles, group: str, names: Iterable[str]) -> dict[str,
     paths = {f"{group}/{name}/zarr.json": name for name in names}
     found = files.read_many(paths)
     return {paths[p]: parse_node(f"{files.name}/{p}", text) for p, text in found.items()}
+
+
+def read_fingerprint(files: StoreFiles, teacher: str) -> dict[str, Any] | None:
+    """The fingerprint of a teacher of the store, None if it has none."""
+    return read_nodes(files, f"teachers/{teacher}", [FINGERPRINT]).get(FINGERPRINT)
 
 
 def read_plans(files: StoreFiles) -> list[dict[str, Any]]:

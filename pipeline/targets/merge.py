@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +99,12 @@ def place(stores: Sequence[TargetStore]) -> tuple[list[Placed], list[dict[str, s
     return placed, corpora
 
 
-def plan_merge(writer: StoreWriter, placed: Sequence[Placed], corpora: list[dict[str, str]]) -> None:
+def plan_merge(
+    writer: StoreWriter,
+    placed: Sequence[Placed],
+    corpora: list[dict[str, str]],
+    fingerprints: Mapping[str, Mapping[str, Any]],
+) -> None:
     """Write the tables and teachers of the result, those that a killed merge has not written yet."""
     if not writer.index.n_videos:
         columns: dict[str, Any] = {}
@@ -121,7 +126,8 @@ def plan_merge(writer: StoreWriter, placed: Sequence[Placed], corpora: list[dict
     first = placed[0].store
     nodes = fmt.read_nodes(first.files, "teachers", first.teachers)
     for name, record in first.teachers.items():
-        writer.add_teacher(name, record.classes, nodes[name], encoding=record.encoding, accept_run=True)
+        writer.add_teacher(name, record.classes, nodes[name], encoding=record.encoding, accept_run=True,
+                           fingerprint=fingerprints.get(name))  # fmt: skip
 
 
 def copy_shards(

@@ -170,6 +170,10 @@ class TargetStore:
             raise UsageError(f"teacher {name!r} is not in {self.name}; it has: {', '.join(self.teachers) or 'none'}")
         return self.teachers[name]
 
+    def fingerprint(self, teacher: str) -> dict[str, Any] | None:
+        """What a teacher's node of that name holds (`teachers.fingerprint`), None if it has none."""
+        return fmt.read_fingerprint(self.files, self.teacher(teacher).name)
+
     def usable(self, teachers: Sequence[str] | None = None) -> NDArray[np.int64]:
         """Ids of the videos that have at least one row under every one of the teachers (default: all)."""
         good = (self.video_state == OK) & (self.row_counts > 0)

@@ -56,7 +56,9 @@ def write_subset(
         nodes = fmt.read_nodes(source.files, "teachers", teachers)
         for name in teachers:
             record = source.teacher(name)
-            writer.add_teacher(name, record.classes, nodes[name], encoding=record.encoding)
+            writer.add_teacher(
+                name, record.classes, nodes[name], encoding=record.encoding, fingerprint=source.fingerprint(name)
+            )
         pairs = zip(segments, old.tolist(), strict=True)
         for shard, group in groupby(pairs, key=lambda pair: pair[0].shard):
             members = list(group)

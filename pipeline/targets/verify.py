@@ -14,6 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ..errors import StoreError, in_one_line
+from ..teachers.fingerprint import Fingerprint
 from . import format as fmt
 from .average import entropy
 from .encoding import arrays_of, decode, rounding
@@ -45,6 +46,7 @@ def verify(root: Path, index: StoreIndex, advance: Callable[[int], Any] = lambda
     yield from (Finding(lost) for lost in losses(root, fmt.read_plans(LocalFiles(root))))
     yield from _videos(root, index)
     yield from _unplanned(root, index)
+    yield from _fingerprints(root, index)
     for shard in range(index.n_shards):
         if shard not in index.frame_commits:
             yield Finding("planned, but not committed: extraction unfinished, or the commit was deleted", shard)
@@ -151,6 +153,22 @@ def _unplanned(root: Path, index: StoreIndex) -> Iterator[Finding]:
     for folder in sorted((root / "commits/frames").glob("*/")):
         if folder.name.isdigit() and int(folder.name) >= index.n_shards:
             yield Finding(f"commits/frames/{folder.name}: no plan speaks of this shard")
+
+
+def _fingerprints(root: Path, index: StoreIndex) -> Iterator[Finding]:
+    """Fingerprints that cannot be read, or are of another number of classes than the rows."""
+    for name in index.teachers:
+        try:
+            node = fmt.read_fingerprint(LocalFiles(root), name)
+            if node is None:
+                continue
+            count = Fingerprint.parse(node, f"teachers/{name}/{fmt.FINGERPRINT}").logits.shape[1]
+            classes = open_table(root / "teachers" / name / "class").shape[0]
+        except StoreError as error:
+            yield Finding(str(error), None, name)
+            continue
+        if count != classes:
+            yield Finding(f"its fingerprint is of {count} classes, it has {classes}", None, name)
 
 
 def _frames(root: Path, index: StoreIndex, shard: int) -> Iterator[Finding]:

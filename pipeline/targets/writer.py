@@ -158,6 +158,7 @@ class StoreWriter:
         *,
         encoding: Encoding | None = None,
         accept_run: bool = False,
+        fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
         """Make room for a teacher, unless there is one of this name: then `check_teacher`, and nothing changes."""
         self.check_teacher(name, attributes, encoding=encoding, accept_run=accept_run)
@@ -167,6 +168,8 @@ class StoreWriter:
         encoding = encoding or DEFAULT
         staged = self.root / fmt.STAGING / f"teacher-{uuid.uuid4().hex[:8]}"
         zarr.open_group(staged, mode="w", attributes={fmt.KEY: {**attributes, "encoding": encoding}})
+        if fingerprint is not None:
+            zarr.open_group(staged / fmt.FINGERPRINT, mode="w", attributes={fmt.KEY: dict(fingerprint)})
         rows = max(self.index.n_shards, 1) * self.shard_rows
         for spec in fmt.teacher_specs(name, len(classes), encoding):
             leaf = fmt.ArraySpec(spec.path.split("/")[-1], *_rest(spec))
@@ -183,6 +186,10 @@ class StoreWriter:
         fmt.fsync_path(node.parent)
         self._plan_node("teachers", teachers=[*self.index.teachers, name])
         self.index = load_index(self.root)
+
+    def add_fingerprint(self, name: str, record: Mapping[str, Any]) -> None:
+        """Give a teacher that has none its fingerprint, in a node of its own: nothing else of the store changes."""
+        fmt.write_node(self.root, f"teachers/{name}/{fmt.FINGERPRINT}", record)
 
     # -- committing ----------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ class Flaky(nn.Sequential):
 
     def forward(self, x):
         activations = x * 1
-        for file in self.trouble.glob("*") if len(x) > 1 else ():
+        for file in self.trouble.glob("*") if len(x) == 8 else ():
             try:
                 file.unlink()
             except FileNotFoundError:  # another worker's
