@@ -28,6 +28,7 @@ from ..pipeline.video.transforms import ClipView
 from .fuse_compare import compare, fuse
 from .launch import across_ranks
 from .screen import Screen
+from .short_videos import count_some, warn_of_short_videos
 from .splits import ALL, split_folder, split_folders, summarise_splits
 from .testing import PREDICTIONS, RESULT, EvaluationOptions, evaluate_student, refuse_other, write_result
 
@@ -140,6 +141,10 @@ def _evaluate_split(config: EvaluateConfig, run: Path, screen: Screen, ranks: Ra
     job = ranks.agree(lambda: _assemble(config, run))
     for note in (*job.labels.notes, *job.notes) if ranks.lead else ():
         screen.warn(note)
+    length, channels = job.student.meta.clip_length, job.student.options.channels
+    if ranks.lead:
+        counts = count_some(job.labels, job.labels.test)
+        warn_of_short_videos(counts, len(job.labels.test), length, channels, screen)
     out = Path(config.out or (run.parent if run.is_file() else run))
     if config.out is not None:
         ranks.on_lead(lambda: refuse_other(out, {"run": str(run)}))
@@ -147,7 +152,7 @@ def _evaluate_split(config: EvaluateConfig, run: Path, screen: Screen, ranks: Ra
         job.student,
         job.labels,
         view=job.view,
-        length=job.student.meta.clip_length,
+        length=length,
         options=job.options,
         device=ranks.agree(lambda: resolve_device(config.device)),
         out=out,

@@ -33,6 +33,7 @@ from ..pipeline.weights import state_sha256
 from .config import require_own, write_config
 from .launch import across_ranks
 from .screen import Screen
+from .short_videos import count_some, warn_of_short_videos
 from .splits import ALL, split_folder, split_folders, summarise_splits
 from .testing import PREDICTIONS, EvaluationOptions, evaluate_student, labels_digest, write_result
 
@@ -152,6 +153,9 @@ def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dic
 
     if ranks.lead:
         _announce(config, labels, student, job.report, screen)
+        videos = [*labels.train, *labels.test]
+        counts = count_some(labels, videos)
+        warn_of_short_videos(counts, len(videos), config.clips.length, student.options.channels, screen)
     screen.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     result = fit(
         model=student,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,20 @@ from .train_config import TargetOptions
 QUICK_DRAWS = 2000  # enough to tell the share that a threshold in nats keeps to about one per cent
 
 
+@dataclass(frozen=True)
+class Filter:
+    """thresholds: nats by teacher. kept: share of draws that at least one head keeps. kept_by: that of each head that
+    has a threshold, by teacher."""
+
+    thresholds: dict[str, float] = field(default_factory=dict)
+    kept: float = 1.0
+    kept_by: dict[str, float] = field(default_factory=dict)
+
+
 def measure_thresholds(
     options: TargetOptions, sampler: TargetSampler, saved: dict[str, Any] | None, screen: Screen
-) -> tuple[dict[str, float], float]:
-    """Thresholds in nats by teacher, and the share of draws that at least one head keeps.
+) -> Filter:
+    """The filter's thresholds, and what they keep of the draws.
 
     A resumed run takes those that its checkpoint has in nats: measuring again would cost as much again.
     Raises UsageError where they keep no clip.
@@ -27,7 +38,7 @@ def measure_thresholds(
     teachers = sampler.teachers
     quantile = options.max_entropy_quantile
     if options.max_entropy is None and quantile is None:
-        return {}, 1.0
+        return Filter()
     known = saved["filter"]["nats"] if saved and saved.get("filter", {}).get("quantile") == quantile else None
     count = QUICK_DRAWS if quantile is None or known else options.quantile_draws
     found = np.stack(list(_with_progress(sampler, count, screen)))
@@ -43,16 +54,19 @@ def measure_thresholds(
     else:
         thresholds = {name: float(options.max_entropy or math.inf) for name in teachers}
     limits = np.array([thresholds.get(name, math.inf) for name in teachers])
-    kept = float((found <= limits).any(axis=1).mean())
+    passed = found <= limits
+    kept = float(passed.any(axis=1).mean())
     if kept == 0:
         low = ", ".join(f"{name} {value:.2f}" for name, value in zip(teachers, found.min(axis=0), strict=True))
         raise UsageError(
             f"targets.max_entropy={options.max_entropy} keeps none of {len(found)} clips; "
             f"their lowest entropies: {low} nats"
         )
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in thresholds.items())
-    screen.say(f"entropy filter at {shown} nats keeps {kept:.0%} of {len(found)} draws ({options.filter})")
-    return thresholds, kept
+    kept_by = {name: float(passed[:, i].mean()) for i, name in enumerate(teachers) if name in thresholds}
+    shown = ", ".join(f"{name} at {thresholds[name]:.3f} nats keeps {share:.0%}" for name, share in kept_by.items())
+    together = f"; {kept:.0%} count for at least one of {len(teachers)} heads" if len(teachers) > 1 else ""
+    screen.say(f"entropy filter ({options.filter}): {shown} of {len(found)} draws{together}")
+    return Filter(thresholds, kept, kept_by)
 
 
 def _with_progress(sampler: TargetSampler, count: int, screen: Screen) -> Iterator[np.ndarray]:

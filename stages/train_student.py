@@ -42,9 +42,10 @@ from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
 from .config import require_own, write_config
 from .launch import across_ranks
 from .screen import Screen, plain
+from .short_videos import warn_of_short_videos
 from .train_config import TargetOptions, TrainConfig
 from .train_dry_run import dry_run
-from .train_filter import measure_thresholds
+from .train_filter import Filter, measure_thresholds
 
 COMMAND = "train-student"
 
@@ -55,8 +56,7 @@ class _Parts:
 
     train: StudentClips
     held_out: StudentClips | None
-    thresholds: dict[str, float]
-    kept_share: float
+    filter: Filter
 
 
 def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
         if result.broken:
             screen.warn(result.unread())
         exported = _export(config, store, student, teachers, run_dir)
-        summary = _summary(config, parts, result, exported) | _learned(bounds, result, screen)
+        summary = _summary(config, parts, result, exported) | _learned(bounds, result, teachers, config.export, screen)
         write_atomically(run_dir / "result.json", json.dumps(plain(summary), indent=1).encode())
         return summary
 
@@ -216,10 +216,12 @@ def _assemble(
 
     unfiltered = sampler(videos, {})
     unfiltered.check_windows()
-    thresholds, kept_share = measure_thresholds(config.targets, unfiltered, saved, screen)
+    found = measure_thresholds(config.targets, unfiltered, saved, screen)
+    thresholds = found.thresholds
     train = StudentClips(sampler(videos, thresholds), config.clips, config.moved, channels=channels)
     for line in train.missing():
         screen.warn(line)
+    warn_of_short_videos(store.frame_counts[videos].tolist(), len(videos), config.clips.length, channels, screen)
     held_ids = _usable_held_out(held_ids, lambda ids: sampler(ids, thresholds, fixed=True), config.held_out_clips)
     if config.held_out > 0 and len(held_ids) == 0:
         screen.warn(f"held_out={config.held_out:g}: no clip of these videos counts; best is by training loss")
@@ -227,7 +229,7 @@ def _assemble(
     if len(held_ids):
         fixed = sampler(held_ids, thresholds, fixed=True)
         held = StudentClips(fixed, config.clips, config.moved, channels=channels)
-    return _Parts(train, held, thresholds, kept_share)
+    return _Parts(train, held, found)
 
 
 def _usable_held_out(ids: np.ndarray, fixed: Callable[[np.ndarray], TargetSampler], most: int) -> np.ndarray:
@@ -270,19 +272,31 @@ def _bounds(sampler: TargetSampler, objective: Distillation, screen: Screen) -> 
     return bounds
 
 
-def _learned(bounds: LossBounds | None, result: FitResult, screen: Screen) -> dict[str, Any]:
-    """For result.json, how far the student came between the two losses; a warning where that is next to nothing."""
+def _learned(
+    bounds: LossBounds | None, result: FitResult, teachers: tuple[str, ...], export: str, screen: Screen
+) -> dict[str, Any]:
+    """For result.json, how far the student came between the two losses, by the loss on held-out clips where every
+    teacher has some; a warning where that is next to nothing."""
     if bounds is None:
-        return {"loss_of_a_constant": None, "loss_of_the_targets": None, "learned": None}
-    learned = bounds.learned(result.train_loss)
+        return {"loss_of_a_constant": None, "loss_of_the_targets": None, "learned": None, "learned_by": None}
+    held_out = all(f"loss/{name}" in result.validation for name in teachers)
+    loss, by = result.train_loss, "training"
+    if held_out:
+        loss, by = result.best if export == "best" else result.validation["loss"], "held-out"
+    learned = bounds.learned(loss)
     if learned < TOO_LITTLE:
         screen.warn(
-            f"the student has learned next to nothing: loss {result.train_loss:.3f}, a constant guess has "
+            f"the student has learned next to nothing: {by} loss {loss:.3f}, a constant guess has "
             f"{bounds.constant:.3f}; try more loop.epochs, another loop.lr or a larger student.width"
         )
     else:
-        screen.say(f"learned {learned:.0%} of the way from a constant guess to the targets themselves")
-    return {"loss_of_a_constant": bounds.constant, "loss_of_the_targets": bounds.perfect, "learned": learned}
+        of_training = f" ({bounds.learned(result.train_loss):.0%} by the training loss)" if held_out else ""
+        screen.say(
+            f"learned {learned:.0%} of the way from a constant guess to the targets themselves, by the {by} loss"
+            f"{of_training}"
+        )
+    ends = {"loss_of_a_constant": bounds.constant, "loss_of_the_targets": bounds.perfect}
+    return {**ends, "learned": learned, "learned_by": by}
 
 
 def _build(config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]) -> Student:
@@ -304,7 +318,7 @@ def _identity(
         "student": config.student.model_dump(mode="json"),
         "clips": config.clips.model_dump(mode="json"),
         "targets": config.targets.model_dump(mode="json", exclude={"teachers"}),
-        "filter": {"quantile": config.targets.max_entropy_quantile, "nats": parts.thresholds},
+        "filter": {"quantile": config.targets.max_entropy_quantile, "nats": parts.filter.thresholds},
         "leave_out": leave_out_digest(config.leave_out) if config.leave_out is not None else None,
         "held_out": {"share": config.held_out, "clips": config.held_out_clips},
         **options.identity(),
@@ -360,8 +374,9 @@ def _summary(config: TrainConfig, parts: _Parts, result: FitResult, exported: Pa
         "best": result.best,
         "best_epoch": result.best_epoch,
         "held_out": result.validation,
-        "thresholds_nats": parts.thresholds,
-        "kept_share": parts.kept_share,
+        "thresholds_nats": parts.filter.thresholds,
+        "kept_share": parts.filter.kept,
+        "kept_share_by_teacher": parts.filter.kept_by,
         "broken": result.broken,
         "already_finished": result.already_finished,
         "resumed_from_step": result.resumed_from,

@@ -3,6 +3,10 @@
 Shape letters: V test videos, N clips of a video, K classes, R bootstrap resamples. A video without finite scores
 (it could not be read) counts as wrong in every number; it never leaves the denominator.
 
+Where every resample gives the same value (two videos, both right), the bootstrap is silent, and the interval is what an
+exact test of a proportion leaves open (Clopper and Pearson): all of n units alike, another share p of all units may
+differ with (1 − p)ⁿ ≥ 0.025.
+
 Clips cut from one recording are right or wrong together: where the recordings are known (`groups[V]`, a number each),
 intervals come from resampling recordings, not videos.
 """
@@ -20,7 +24,7 @@ _BLOCK = 256  # resamples held in memory at a time
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over the test videos with its 95 % bootstrap interval, all as fractions."""
+    """A mean over the test videos with its 95 % interval, all as fractions."""
 
     value: float
     low: float
@@ -91,13 +95,27 @@ def by_group(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
 
 
 def estimate_mean(
-    values: np.ndarray, groups: np.ndarray | None = None, *, resamples: int = RESAMPLES, seed: int = SEED
+    values: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+    least: float = 0,
 ) -> Estimate:
-    """values[V] -> their mean with the 2.5 and 97.5 % quantiles of the resampled means."""
+    """values[V] in [least, 1] -> their mean with its interval."""
     above, below = by_group(values[:, None], groups), by_group(np.ones((len(values), 1)), groups)
     means = bootstrap_ratios(above, below, resamples=resamples, seed=seed)
-    low, high = np.quantile(means[:, 0], (0.025, 0.975))
-    return Estimate(float(values.mean()), float(low), float(high))
+    return Estimate(float(values.mean()), *interval(means[:, 0], len(above), least))
+
+
+def interval(resampled: np.ndarray, units: int | np.ndarray, least: float = 0, most: float = 1) -> tuple[float, float]:
+    """The 2.5 and 97.5 % quantiles of resampled means of `units` units; where they are one value, which all units
+    have, the exact bounds between `least` and `most`. units[K]: of each class, where the mean is one over classes."""
+    low, high = (float(end) for end in np.quantile(resampled, (0.025, 0.975)))
+    if high - low > 1e-12:
+        return low, high
+    others = float(np.mean(1 - 0.025 ** (1 / np.asarray(units))))  # the largest share of units that may be otherwise
+    return low - others * (low - least), high + others * (most - high)
 
 
 def class_values(top1: np.ndarray, labels: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -121,8 +139,7 @@ def estimate_class_mean(
     right, present = by_group(right[:, there], groups), by_group(present[:, there], groups)
     value = (right.sum(axis=0) / present.sum(axis=0)).mean()
     means = np.nanmean(bootstrap_ratios(right, present, resamples=resamples, seed=seed), axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Estimate(float(value), float(low), float(high))
+    return Estimate(float(value), *interval(means, (present > 0).sum(axis=0)))
 
 
 def accuracies(
@@ -148,4 +165,4 @@ def estimate_difference(
     """a[V], b[V] of the same videos -> mean of a − b, paired, with its interval."""
     if a.shape != b.shape:
         raise ValueError(f"a paired difference needs the same videos, got {a.shape} and {b.shape}")
-    return estimate_mean(a - b, groups, resamples=resamples, seed=seed)
+    return estimate_mean(a - b, groups, resamples=resamples, seed=seed, least=-1)

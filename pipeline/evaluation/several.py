@@ -13,7 +13,7 @@ import numpy as np
 
 from ..corpus.sources import escape_path
 from ..errors import LabelsError, UsageError
-from .metrics import RESAMPLES, SEED, Estimate, bootstrap_ratios, by_group, class_values, video_values
+from .metrics import RESAMPLES, SEED, Estimate, bootstrap_ratios, by_group, class_values, interval, video_values
 from .predictions import FAILED, LOGITS, OK, Predictions, require_classes
 
 
@@ -105,9 +105,9 @@ def compare_predictions(
     one = np.ones((len(labels), 1))
 
     def gain(x: np.ndarray, y: np.ndarray, resampled: np.ndarray, units: int) -> Gain:
-        low, high = np.quantile(resampled, (0.025, 0.975))
         ours, theirs = float(x.mean()), float(y.mean())
-        return Gain(ours, theirs, Estimate(ours - theirs, float(low), float(high)), p_value(resampled, units))
+        estimate = Estimate(ours - theirs, *interval(resampled, units, least=-1))
+        return Gain(ours, theirs, estimate, p_value(resampled, units))
 
     def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
         return bootstrap_ratios(by_group(above, groups), by_group(below, groups), resamples=resamples, seed=seed)

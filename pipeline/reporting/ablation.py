@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import SourceError
-from ..evaluation.metrics import Estimate, bootstrap_ratios, by_group, video_values
+from ..evaluation.metrics import Estimate, bootstrap_ratios, by_group, interval, video_values
 from ..evaluation.several import Gain, p_value
 from .paper import PaperNumbers
 from .runs import Run, short_dataset
@@ -95,6 +95,13 @@ class Entry:
     @property
     def done(self) -> int:
         return len(self.values["top1"])
+
+    @property
+    def learned(self) -> np.ndarray:
+        """How far its students came from a constant guess (0) to their targets (1), one by one."""
+        students = {cell.student.path: cell.student for cell in self.cells if cell.student is not None}
+        found = [run.learned for run in students.values()]
+        return np.array([value for value in found if value is not None])
 
 
 @dataclass(frozen=True)
@@ -179,10 +186,10 @@ def gain_over(cells: Sequence[Cell], base: Sequence[Cell]) -> Gain | None:
     resampled = bootstrap_ratios(
         by_group(difference[:, None], index), by_group(np.ones((len(difference), 1)), index)
     )[:, 0]
-    low, high = np.quantile(resampled, (0.025, 0.975))
     means = np.concatenate(levels).mean(axis=0)
-    estimate = Estimate(float(difference.mean()), float(low), float(high))
-    return Gain(float(means[0]), float(means[1]), estimate, p_value(resampled, len(set(groups))))
+    units = len(set(groups))
+    estimate = Estimate(float(difference.mean()), *interval(resampled, units, least=-1))
+    return Gain(float(means[0]), float(means[1]), estimate, p_value(resampled, units))
 
 
 def _by_split(cells: Sequence[Cell]) -> dict[int, dict[tuple[str, str], tuple[float, str]]]:

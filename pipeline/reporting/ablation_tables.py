@@ -13,6 +13,11 @@ from .runs import short_dataset
 from .tables import Column, Table
 
 MEASURES = ("per_clip", "split1", "top1", "top5")  # the paper's order; split 1 and the mean of splits as in its Table 6
+LEARNED = (
+    "learned: how far a student’s loss came from that of a constant guess (0) to that of the targets themselves (100), "
+    "by held-out clips where a run has some. Below 5 it has learned next to nothing, whatever its accuracy."
+)
+LEAST_LEARNED = 0.05
 NOTES = (
     "mean ± standard deviation over the finished runs of a row (seeds and splits, n − 1); runs: finished of planned.",
     "difference: top 1 minus that of the first row, in points, paired by test video, with its 95 % bootstrap interval "
@@ -38,12 +43,15 @@ def _table(ablation: Ablation, dataset: str) -> Table:
     for name in shown:
         columns += [Column(f"{_heading(name, ablation.splits)}, %", True)]
         columns += [Column("paper", True)] * (name in known)
+    learned = any(len(entry.learned) for entry in entries)
+    columns += [Column("learned, %", True)] * learned
     columns += [Column("runs", True), Column("difference", True), Column("p", True)]
     table = Table(f"{ablation.title}: {short_dataset(dataset)}", columns)
     for entry in entries:
         cells = [entry.row]
         for name in shown:
             cells += [spread(entry.values[name])] + [_percent(entry.paper.get(name))] * (name in known)
+        cells += [spread(entry.learned) if len(entry.learned) else DASH] * learned
         table.add(*cells, _runs(entry), *_gain(entry, first=entry.row == ablation.rows[0]))
     if published:
         table.head("Published results, as the paper lists them")
@@ -51,8 +59,8 @@ def _table(ablation: Ablation, dataset: str) -> Table:
         cells = [label]
         for name in shown:
             cells += [""] + [_percent(numbers.get(name))] * (name in known)
-        table.add(*cells, "", "", "")
-    table.notes = _notes(ablation, dataset, known, len(listed) - len(published))
+        table.add(*cells, *[""] * learned, "", "", "")
+    table.notes = [LEARNED] * learned + _notes(ablation, dataset, known, len(listed) - len(published))
     return table
 
 
@@ -92,7 +100,14 @@ def screen_table(ablation: Ablation) -> Table:
         cells += [spread(entry.values["top1"]), _runs(entry)] + [_percent(entry.paper.get("top1"))] * paper
         table.add(*cells, *_gain(entry, first=entry.row == ablation.rows[0]))
     table.notes = [line for dataset in ablation.datasets for line in problems(ablation, dataset)]
+    table.notes += _have_not_learned(entries)
     return table
+
+
+def _have_not_learned(entries: Sequence[Entry]) -> list[str]:
+    """A line for each row whose students have learned next to nothing."""
+    low = {e.row: e.learned.mean() for e in entries if len(e.learned) and e.learned.mean() < LEAST_LEARNED}
+    return [f"{row}: its students have learned next to nothing ({100 * mean:.0f} %)." for row, mean in low.items()]
 
 
 def ablation_numbers(ablation: Ablation) -> Table:
@@ -102,7 +117,7 @@ def ablation_numbers(ablation: Ablation) -> Table:
     ours = [f"{name}_{what}" for name in names for what in ("mean", "deviation")]
     theirs = [f"paper_{name}" for name in names]
     ends = ["difference", "difference_low", "difference_high", "p"]
-    columns = ["row", "dataset", "source", "runs", "planned", *ours, *theirs, *ends, "problems"]
+    columns = ["row", "dataset", "source", "runs", "planned", "learned", *ours, *theirs, *ends, "problems"]
     table = Table(ablation.title, [Column(name) for name in columns])
 
     def paper(numbers: Mapping[str, float]) -> list[str]:
@@ -118,6 +133,7 @@ def ablation_numbers(ablation: Ablation) -> Table:
         tail = [gain.estimate.value, gain.estimate.low, gain.estimate.high, gain.p] if gain else []
         table.add(
             *(entry.row, entry.dataset, "ours", str(entry.done), str(len(entry.cells))),
+            repr(float(entry.learned.mean())) if len(entry.learned) else "",
             *means,
             *paper(entry.paper),
             *([repr(value) for value in tail] or [""] * len(ends)),
@@ -126,7 +142,7 @@ def ablation_numbers(ablation: Ablation) -> Table:
     for dataset in ablation.datasets:
         for label, numbers in ablation.published(dataset):
             table.add(
-                *(label, dataset, "published", "", ""), *[""] * len(ours), *paper(numbers), *[""] * (len(ends) + 1)
+                *(label, dataset, "published", "", "", ""), *[""] * len(ours), *paper(numbers), *[""] * (len(ends) + 1)
             )
     return table
 

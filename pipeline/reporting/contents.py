@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .ablation import Ablation
+from .ablation_tables import LEARNED
 from .accuracy import DASH, Difference, accuracy_table, differences, how_little
 from .costs import cost_table
 from .figures.accuracy import CLASS_GAINS
@@ -102,11 +103,12 @@ def student_table(runs: Sequence[Run]) -> Table | None:
         return None
     columns = [Column("run"), Column("student"), Column("teachers"), Column("steps", True)]
     table = Table(
-        "Distillation from cached targets", [*columns, Column("loss of last epoch", True), Column("clips/s", True)]
+        "Distillation from cached targets",
+        [*columns, Column("loss of last epoch", True), Column("learned, %", True), Column("clips/s", True)],
     )
     for run in students:
         if not run.finished:
-            table.add(run.name, _architecture(run), *["missing"] * 4)
+            table.add(run.name, _architecture(run), *["missing"] * 5)
             continue
         epoch, rates = run.last("epoch"), run.curve("clips_per_s").y
         table.add(
@@ -115,9 +117,17 @@ def student_table(runs: Sequence[Run]) -> Table | None:
             ", ".join(run.heads),
             str(epoch.get("step", DASH)),
             f"{epoch['loss']:.3f}" if epoch.get("loss") is not None else DASH,
+            DASH if run.learned is None else f"{100 * run.learned:.0f}",
             f"{np.median(rates):.1f}" if len(rates) else DASH,
         )
+    table.notes = [LEARNED, *(line for run in students if (line := of_training(run)))]
     return table
+
+
+def of_training(run: Run) -> str:
+    """A line where a student's number is of the clips that it was trained on."""
+    held_out = run.result.get("learned_by") == "held-out"
+    return "" if run.learned is None or held_out else f"{run.name}: learned is by the loss on its training clips."
 
 
 def _architecture(run: Run) -> str:

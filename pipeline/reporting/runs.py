@@ -89,6 +89,12 @@ class Run:
         return float(seconds) / 3600 if isinstance(seconds, int | float) else None
 
     @property
+    def learned(self) -> float | None:
+        """How far a student came from a constant guess (0) to its targets (1), by held-out clips if there are any."""
+        value = self.result.get("learned")
+        return float(value) if isinstance(value, int | float) else None
+
+    @property
     def clips(self) -> int:
         """Clips trained on so far: steps times clips a step."""
         size = (self.config.get("loop") or {}).get("batch_size")

@@ -6,7 +6,7 @@ the learning rate, checkpoints and the log.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +152,8 @@ def fit(
                     validation = validate() if validate is not None else {}
                     trained.train()
                     best = state.end_epoch(validation)
+                    if validation:
+                        say(_held_out_line(state.step // options.steps_per_epoch, options.epochs, validation))
                     if metrics is not None:
                         metrics.write("epoch", state.step, state.epoch_record())
                 # Best before last: killed between the two, the resume repeats the steps and writes both.
@@ -167,6 +169,12 @@ def fit(
                     f"the checkpoint is written, --resume continues from it"
                 )
         return _result(state, options, meter, already_finished=False)
+
+
+def _held_out_line(epoch: int, epochs: int, measures: Mapping[str, float]) -> str:
+    """What `validate` measured after an epoch, for a person: the loss first, then what stands with it."""
+    others = (f"{name.replace('/', ' ')} {value:.4g}" for name, value in measures.items() if name != "loss")
+    return f"epoch {epoch}/{epochs}  held out: " + ", ".join([f"loss {measures['loss']:.4f}", *others])
 
 
 def _result(state: TrainState, options: LoopOptions, meter: Meter, *, already_finished: bool) -> FitResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -49,6 +50,11 @@ def test_a_run_trains_exports_and_says_what_it_did(tiny_store, tmp_path):
     assert result["videos"] + result["held_out_videos"] == 12
     assert 0.5 < result["kept_share"] < 1  # two heads, each keeps 0.6
     assert result["best"] <= result["held_out"]["loss"]
+    shares = result["kept_share_by_teacher"]
+    assert shares == {name: pytest.approx(0.6, abs=0.1) for name in ("sure", "unsure")}
+    constant, perfect = result["loss_of_a_constant"], result["loss_of_the_targets"]
+    assert result["learned"] == pytest.approx((constant - result["held_out"]["loss"]) / (constant - perfect))
+    assert result["learned_by"] == "held-out"
     heads = sum(result["held_out"][f"loss/{name}"] for name in ("sure", "unsure"))
     assert result["held_out"]["loss"] == pytest.approx(heads)
     assert 0 <= result["held_out"]["agreement/sure"] <= 1
@@ -194,6 +200,7 @@ def test_weights_of_losses_filters_of_teachers_and_corpora_are_options_of_one_st
     result = train_student(train, QUIET)
     assert list(result["thresholds_nats"]) == ["unsure"]
     assert result["kept_share"] == 1  # the head without a filter keeps every clip
+    assert result["kept_share_by_teacher"] == {"unsure": pytest.approx(0.5, abs=0.1)}
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] == pytest.approx(3 * lines[0]["loss/sure"] + lines[0]["loss/unsure"], rel=1e-5)
     held = result["held_out"]
@@ -320,3 +327,18 @@ def test_videos_that_are_gone_are_told_of_before_and_after(tiny_store, own_store
     assert "5 of the first 12 videos of corpus 'videos' are not there, as " in told
     assert f"others were drawn in their place: {len(result['broken'])}: " in told
     assert 0 < len(result["broken"]) <= 5
+
+
+def test_held_out_results_and_each_head_s_share_are_on_the_screen(tiny_store, tmp_path):
+    err = io.StringIO()
+    targets = {"max_entropy_quantile": {"unsure": 0.25}, "quantile_draws": 400}
+    made = config(tiny_store, tmp_path / "run", targets=targets, held_out=0.3, loop={"epochs": 2})
+    made = made.model_copy(update={"clips": made.clips.model_copy(update={"length": 60})})
+    result = train_student(made, Screen(stderr=err))
+    lines = err.getvalue().splitlines()
+    (shares,) = [line for line in lines if "entropy filter" in line]
+    assert result["kept_share_by_teacher"]["unsure"] < result["kept_share"] == 1
+    assert f"{result['kept_share_by_teacher']['unsure']:.0%}" in shares
+    assert "100%" in shares
+    assert sum("held out" in line and "agreement sure" in line for line in lines) == 2
+    assert sum("--frames 60" in line for line in lines) == 1

@@ -1,4 +1,4 @@
-"""Figure 5: t-SNE of the features of test videos, two runs side by side.
+"""After the paper's Figure 5: t-SNE of the features of test videos, two finetuned runs side by side.
 
 Shapes: V videos, N clips, D features.
 """
@@ -49,10 +49,13 @@ def feature_map(a: Run, b: Run) -> Figure | None:
     canvas.legend(loc="outside lower center", ncols=4, fontsize=8.5)
     caption = (
         f"t-SNE of what the heads see, the mean over a video’s clips, of {len(videos)} test videos of {len(classes)} "
-        f"classes (colour and shape): {a.name} on the left, {b.name} on the right. Classes that lie apart are told "
-        "apart by the features; distances between groups and the axes mean nothing."
+        f"classes (colour and shape): {a.name} on the left, {b.name} on the right. Both networks were finetuned on "
+        "these classes; the paper’s Figure 5 shows the distilled backbone, which has seen no action label, on training "
+        "videos (a run of finetune --freeze backbone comes near). Classes that lie apart are told apart by the "
+        "features; distances between groups and the axes mean nothing."
     )
-    return finish(canvas, FEATURES, "Figure 5: features of test videos", caption, [a.name, b.name])
+    title = "After Figure 5: features of test videos, of finetuned networks"
+    return finish(canvas, FEATURES, title, caption, [a.name, b.name])
 
 
 def embed(features: np.ndarray) -> np.ndarray:

@@ -134,3 +134,17 @@ def _binomial(n: int, p: float, i: int) -> float:
     for j in range(i):
         choose = choose * (n - j) // (j + 1)
     return choose * p**i * (1 - p) ** (n - i)
+
+
+@pytest.mark.parametrize(("units", "low"), [(1, 0.025), (2, 0.158), (10, 0.692), (100, 0.964)])
+def test_where_all_videos_are_alike_the_interval_is_the_exact_one(units: int, low: float) -> None:
+    found = estimate_mean(np.ones(units))
+    assert (found.value, found.high) == (1, 1)
+    assert found.low == pytest.approx(low, abs=1e-3)  # Clopper and Pearson's, from a table
+    assert estimate_mean(np.zeros(units)).high == pytest.approx(1 - low, abs=1e-3)
+    same = estimate_difference(np.ones(units), np.ones(units))
+    assert (same.low, same.high) == (pytest.approx(low - 1, abs=1e-3), pytest.approx(1 - low, abs=1e-3))
+    of_two = estimate_mean(np.ones(units * 3), np.arange(units * 3) // 3)
+    assert of_two.low == pytest.approx(low, abs=1e-3)  # three videos of a recording are one unit
+    mean = estimate_class_mean(np.repeat([1.0, 0.0], units), np.repeat([0, 1], units), 2)
+    assert mean.low < mean.value < mean.high

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +20,7 @@ import pytest
 import xarray as xr
 import zarr
 
+import distinit
 from distinit.pipeline.errors import StoreError, StoreMismatchError, UsageError
 from distinit.pipeline.targets import format as fmt
 from distinit.pipeline.targets.average import entropy
@@ -348,3 +352,17 @@ def test_zarr_and_xarray_find_nothing_foreign(root: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20
+
+
+def test_the_example_of_the_documentation_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(distinit.__file__).parent / "docs" / "store-format.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "targets.zarr").symlink_to(root)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(example.replace("efficientnet_lite0", "t"), {})
+    best, nats = out.getvalue().split()
+    assert int(best) == logits_of(0)[0].argmax()
+    assert float(nats) == pytest.approx(float(entropy(logits_of(0)[:1])[0]), abs=1e-4)
