@@ -63,7 +63,8 @@ def in_doubt(codec: str, extradata: bytes | None, data: memoryview, size: int) -
         if 1 <= kind <= 5 if codec == "h264" else kind < 32:
             return False
         if kind in _PARAMETERS[codec]:  # in avcC and hvcC, each is preceded by its length
-            known = len(unit).to_bytes(2, "big") + unit if length else unit.rstrip(b"\0")
+            content = bytes(unit)
+            known = len(content).to_bytes(2, "big") + content if length else content.rstrip(b"\0")
             if known not in (extradata or b""):
                 return True
     return True
@@ -105,11 +106,13 @@ def _slice_headers(data: memoryview, length: int) -> Iterator[int]:
 
 def _h264_slice_is_b(data: memoryview, length: int) -> bool:
     for unit in _nal_units(data, length):
-        if unit and 1 <= unit[0] & 0x1F <= 5:
-            bits = int.from_bytes(unit[1:17].ljust(16, b"\0"), "big")
-            _, at = _exp_golomb(bits, 128)  # first_mb_in_slice
-            kind, _ = _exp_golomb(bits, at)
-            return unit[0] & 0x1F != 5 and kind % 5 == 1
+        kind = unit[0] & 0x1F if unit else 0
+        if 1 <= kind <= 5:
+            head = bytes(unit[1:9])
+            bits = int.from_bytes(head, "big")
+            _, at = _exp_golomb(bits, 8 * len(head))  # first_mb_in_slice
+            slice_type, _ = _exp_golomb(bits, at)
+            return kind != 5 and slice_type % 5 == 1
     return False
 
 
@@ -179,21 +182,23 @@ def _nal_headers(data: memoryview, length: int) -> Iterator[int]:
     return (unit[0] for unit in _nal_units(data, length))
 
 
-def _nal_units(data: memoryview, length: int, most: int = 64) -> Iterator[bytes]:
+def _nal_units(data: memoryview, length: int, most: int = 64) -> Iterator[memoryview]:
     """The NAL units of a packet, after start codes or a `length` of so many bytes; cut off where the data is."""
-    at, raw = 0, bytes(data[: 1 << 16])
+    at = 0
     if length:
+        data = data[: 1 << 16]
         for _ in range(most):
             start = at + length
-            if start >= len(raw):
+            if start >= len(data):
                 return
-            at = start + int.from_bytes(raw[at:start], "big")
-            yield raw[start : max(at, start + 1)]
+            at = start + int.from_bytes(data[at:start], "big")
+            yield data[start : max(at, start + 1)]
         return
+    raw = bytes(data[: 1 << 16])
     at = raw.find(b"\x00\x00\x01")
     for _ in range(most):
         if at < 0 or at + 3 >= len(raw):
             return
         end = raw.find(b"\x00\x00\x01", at + 3)
-        yield raw[at + 3 : end if end > 0 else len(raw)]
+        yield memoryview(raw)[at + 3 : end if end > 0 else len(raw)]
         at = end
