@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from ..pipeline.errors import VideoError
 from ..pipeline.evaluation.labels import Labelled, Labels
 from ..pipeline.video.flow import pictures_needed
+from ..pipeline.video.pool import DecodePool
 from ..pipeline.video.reading import count_frames
 from .screen import Screen
 
@@ -32,10 +34,17 @@ def warn_of_short_videos(counts: Sequence[int], listed: int, length: int, channe
 
 def count_some(labels: Labels, videos: Sequence[Labelled]) -> list[int]:
     """Frames of some of the videos, evenly spread over the list; without those that cannot be read."""
-    found = []
+    files = []
     for i in np.unique(np.linspace(0, len(videos) - 1, min(SAMPLE, len(videos))).astype(int)).tolist():
-        try:
-            found.append(count_frames(labels.file(videos[i])))
-        except VideoError:
-            continue
+        with suppress(VideoError):
+            files.append(labels.file(videos[i]))
+    found = []
+    for file in files if labels.copies is not None else ():  # a copy's map is read, no container
+        with suppress(VideoError):
+            found.append(count_frames(file))
+    if labels.copies is None:  # in a process of its own: a file may crash or hang the library that opens it
+        with DecodePool(processes=1, views=()) as pool:
+            for file in files:
+                with suppress(VideoError):
+                    found.append(len(pool.timeline(file.path).pts))
     return found

@@ -117,7 +117,7 @@ def student_table(runs: Sequence[Run]) -> Table | None:
             ", ".join(run.heads),
             str(epoch.get("step", DASH)),
             f"{epoch['loss']:.3f}" if epoch.get("loss") is not None else DASH,
-            DASH if run.learned is None else f"{100 * run.learned:.0f}",
+            DASH if run.learned is None else f"{100 * run.learned:.0f}" if run.learned >= 0 else "below 0",
             f"{np.median(rates):.1f}" if len(rates) else DASH,
         )
     table.notes = [LEARNED, *(line for run in students if (line := of_training(run)))]

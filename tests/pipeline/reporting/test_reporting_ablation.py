@@ -17,7 +17,7 @@ import yaml
 from distinit.pipeline.errors import SourceError, UsageError
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.ablation import ablation_folders, cell_names, read_ablations
-from distinit.pipeline.reporting.ablation_tables import ablation_tables
+from distinit.pipeline.reporting.ablation_tables import ablation_numbers, ablation_tables, screen_table
 from distinit.pipeline.reporting.pairs import largest_gain, named_pair
 from distinit.pipeline.reporting.paper import Accuracies, PaperNumbers
 from distinit.pipeline.reporting.runs import find_runs
@@ -296,3 +296,23 @@ def test_a_damaged_file_is_named(out: Path) -> None:
     (out / "cells.json").write_text("{")
     with pytest.raises(SourceError, match="not JSON"):
         read_ablations(ablation_folders([out]), [])
+
+
+def test_what_students_have_learned_stands_beside_their_accuracy(out: Path) -> None:
+    content = json.loads((out / "cells.json").read_text())
+    for cell in content["cells"]:
+        cell["student"] = f"students/{cell['row']}-{cell['seed']}"
+        folder = out / cell["student"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text("train-student: {}")
+        learned = {"learned": 0.5 + cell["seed"] / 10 if cell["row"] == "random" else 0.02}
+        (folder / "result.json").write_text(json.dumps(learned))
+    (out / "cells.json").write_text(json.dumps(content))
+    (ablation,) = read_ablations([out.resolve()], find_runs([out], cell_names([out.resolve()]), [out.resolve()]))
+    table = ablation_tables(ablation)[0]
+    column = [c.title for c in table.columns].index("learned, %")
+    assert {row[0]: row[column] for row in table.rows if row[column]}["random"] == "55.0 ± 7.1"
+    low = [note.partition(":")[0] for note in screen_table(ablation).notes if "next to nothing" in note]
+    assert sorted(low) == sorted(name for name in ROWS if name != "random")
+    learned = {r["row"]: r["learned"] for r in ablation_numbers(ablation).records() if r["source"] == "ours"}
+    assert float(learned["random"]) == pytest.approx(0.55)

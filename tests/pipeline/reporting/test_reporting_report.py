@@ -18,7 +18,7 @@ from PIL import Image
 from distinit.pipeline.errors import SourceError
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.charts import Line, line_chart, tick_labels, ticks
-from distinit.pipeline.reporting.contents import make_report
+from distinit.pipeline.reporting.contents import make_report, student_table
 from distinit.pipeline.reporting.page import to_markdown
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.pipeline.reporting.tables import Column, Table
@@ -195,3 +195,25 @@ def test_long_and_broken_curves_are_thinned_and_kept_finite() -> None:
 def test_markdown_lists_unread_videos(runs: Path) -> None:
     text = to_markdown(make_report(find_runs([runs])))
     assert "distinit: counted as wrong, could not be read: v34.mp4" in text
+
+
+@pytest.mark.parametrize(
+    ("result", "shown", "of_training"),
+    [
+        ({"learned": 0.123, "learned_by": "held-out"}, "12", 0),
+        ({"learned": 0.123, "learned_by": "training"}, "12", 1),
+        ({"learned": -40.0}, "below 0", 1),  # a run of version 0.1
+        ({"learned": None}, "–", 0),
+        ({}, "–", 0),
+    ],
+)
+def test_how_much_a_student_has_learned_is_in_the_report(
+    runs: Path, result: dict[str, object], shown: str, of_training: int
+) -> None:
+    (runs / "student" / "result.json").write_text(json.dumps(result))
+    (runs / "student" / "student.safetensors").write_bytes(b"")
+    table = student_table(find_runs([runs]))
+    assert table is not None
+    column = [c.title for c in table.columns].index("learned, %")
+    assert table.rows[0][column] == shown
+    assert sum(note.startswith("student:") for note in table.notes) == of_training
