@@ -16,6 +16,7 @@ from .decode import VideoReader
 DEMUX_BYTES = 2**26  # files up to this size are demuxed in full
 _HEADROOM = 1.1
 _SPARE = 64
+_RATE_OFF = 0.1  # that the header's rate may differ from that of the frames, by share
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def _measure(reader: VideoReader, size: int, identity: str) -> Probe:
         frames, keyframes, exact = len(timeline), int(timeline.key.sum()), True
         base = timeline.time_base
         duration = _seconds(int(timeline.pts[-1] - timeline.pts[0]), base, frames)
-        fps = float(1 / base) if timeline.clock == "counted" else info.fps
+        # A header may say anything: 600 frames a second for an AVI made of an mp4.
+        measured = frames / duration if duration > 0 else info.fps
+        fps = info.fps if abs(info.fps - measured) <= _RATE_OFF * measured else measured
     return Probe(
         size=size,
         digest=identity,
