@@ -282,6 +282,7 @@ def extract_targets(**given: Any) -> None:
         "distinit train-student --targets targets.zarr --out runs/student",
         "distinit train-student --targets targets.zarr --out runs/vmz --variant vmz --frames 32 --batch-size 16",
         "distinit train-student --targets targets.zarr --out runs/sure --picks random:2 --filter-quantile 0.5",
+        "distinit train-student --targets targets.zarr --out runs/student --leave-out csv:labels.csv --split 1",
         "distinit train-student --targets targets.zarr --out runs/student --resume",
         "distinit train-student --targets targets.zarr --out runs/large --gpus 8 --batch-size 512 --resume auto",
     ),
@@ -345,7 +346,14 @@ def extract_targets(**given: Any) -> None:
     type=Choices("skip", "zero-weight"),
     help="Draw another clip before anything is decoded, or keep it with weight zero.",
 )
-@key_option("--leave-out", key="leave_out", metavar="FILE", help="Never draw the videos it names, CORPUS/PATH a line.")
+@key_option(
+    "--leave-out",
+    key="leave_out",
+    metavar="LIST",
+    help="Never draw these videos: a list, CORPUS/PATH a line, or the test videos of csv:FILE, folder:DIR, "
+    "kinetics:FILE, hmdb51:DIR or ucf101:DIR.",
+)
+@key_option("--split", key="leave_out_split", metavar="N|all", help="Whose test videos --leave-out is.  [default: 1]")
 @key_option("--held-out", key="held_out", shown=0.0, type=float, metavar="Q", help="Share of videos set aside.")
 @key_flag("--dry-run", key="dry_run", help="Show config, sizes and the first batch as a picture; train nothing.")
 @loop_options(

@@ -15,6 +15,7 @@ import click
 
 from .cli_options import KeyArgument, KeyOption
 from .pipeline.errors import DistInitError, UsageError
+from .pipeline.streams import never_fail_to_encode
 
 if TYPE_CHECKING:
     from .stages.screen import Screen
@@ -175,6 +176,7 @@ def run(group: click.Group, argv: list[str] | None = None, resume_hints: dict[st
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    never_fail_to_encode(sys.stdout, sys.stderr)
     try:
         code = group.main(args=argv, prog_name="distinit", standalone_mode=False)
         _leave(code if isinstance(code, int) else 0)

@@ -54,6 +54,10 @@ class LabelsError(DistInitError, ValueError):
     """A label file or a labelled folder is inconsistent."""
 
 
+class ListError(SourceError, LabelsError):
+    """A list or a csv file is not text in UTF-8, or names files in the way of another system."""
+
+
 class DeviceError(UsageError):
     """A device that is not there was asked for."""
 

@@ -16,22 +16,23 @@ from typing import Any
 
 from ..pipeline.config import Options
 from ..pipeline.evaluation.labels import Labels, canonical, load_labels
+from ..pipeline.evaluation.run_labels import labels_digest
 from ..pipeline.reporting.runs import STEP_FOLDERS
-from ..pipeline.targets.leave_out import leave_out_digest, without
+from ..pipeline.targets.leave_out import LeftOut
 from ..pipeline.targets.store import TargetStore
 from ..pipeline.training.options import FREE_ON_RESUME
 from .ablate_plan import SECTIONS, STUDENT, Cell
 from .config import load_config, merge, preset_section
 from .finetune import FinetuneConfig, finetune
+from .leave_out import canonical_leave_out, leave_out
 from .screen import Screen
-from .testing import labels_digest
 from .train_config import TrainConfig
 from .train_student import train_student
 
 RESULT = "result.json"
 TRAIN, TUNE = SECTIONS
 PATHS = {
-    TRAIN: {"out", "resume", "moved", "store", "leave_out"},
+    TRAIN: {"out", "resume", "moved", "store", "leave_out", "leave_out_split"},
     TUNE: {"out", "resume", "verbose", "videos", "init", "dataset", "root"},
 }
 FREE = FREE_ON_RESUME - {"epochs"}
@@ -70,6 +71,7 @@ class StepMaker:
     def __init__(self, store: TargetStore, moved: dict[str, str]) -> None:
         self.store, self.moved = store, moved
         self._labels: dict[tuple[Any, ...], Labels] = {}
+        self._left: dict[tuple[Any, ...], LeftOut] = {}
 
     def student(self, cell: Cell) -> Step:
         """The run of stage two of a cell. Raises UsageError for a config that does not hold."""
@@ -84,9 +86,10 @@ class StepMaker:
             "videos": len(usable),
         }
         if config.leave_out is not None:
-            config = config.model_copy(update={"leave_out": os.path.abspath(config.leave_out)})
-            seen["leave_out"] = leave_out_digest(config.leave_out)
-            usable = without(self.store, usable, config.leave_out)
+            config = config.model_copy(update={"leave_out": canonical_leave_out(config.leave_out)})
+            left_out = self._left_out(config.leave_out, config.leave_out_split)
+            seen["leave_out"] = left_out.digest
+            usable = left_out.remove_from(usable)
         loop = config.loop.for_videos(int(len(usable) * (1 - config.held_out)))
         bare = _bare(config, TRAIN)
         if list(teachers) == [name for name in self.store.teachers if name in teachers]:
@@ -124,6 +127,11 @@ class StepMaker:
         layers = [(f"preset {preset}", preset_section(preset, command))] if preset else []
         forced = merge({"loop": {"seed": cell.seed}}, forced)
         return load_config(model, command, layers=[*layers, (f"plan, {cell.row}", section), ("", forced)])
+
+    def _left_out(self, source: str, split: int | str | None) -> LeftOut:
+        if (source, split) not in self._left:
+            self._left[source, split] = leave_out(self.store, source, split, self.moved)
+        return self._left[source, split]
 
     def _labels_of(self, config: FinetuneConfig) -> Labels:
         place = (config.dataset, config.split, config.videos, config.root, config.partial)

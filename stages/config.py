@@ -18,7 +18,8 @@ import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -101,9 +102,8 @@ def write_config(path: str | os.PathLike[str], command: str, config: Options) ->
 
 def require_own(folder: Path, command: str) -> None:
     """UsageError where the folder's config.yaml has another command's section: it would be overwritten, and with it
-    what says what the folder holds. Or where it is a Zarr store, which a run's files have no place in."""
-    if (folder / "zarr.json").exists():
-        raise UsageError(f"--out {folder}: is a Zarr store; choose another --out")
+    what says what the folder holds. Or where it is a Zarr store or in one, which a run's files have no place in."""
+    require_no_store(folder)
     try:
         content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -114,6 +114,30 @@ def require_own(folder: Path, command: str) -> None:
             f"--out {folder}: its config.yaml is one of distinit {others[0]}, which {command} would overwrite; "
             f"choose another --out"
         )
+
+
+def require_no_store(folder: Path) -> None:
+    """UsageError where the folder is a Zarr store or below one."""
+    absolute = Path(os.path.realpath(folder))
+    store = next((place for place in (absolute, *absolute.parents) if (place / "zarr.json").exists()), None)
+    if store is not None:
+        where = "is a Zarr store" if store == absolute else f"is in the Zarr store {store}"
+        raise UsageError(f"--out {folder}: {where}; choose another --out")
+
+
+def require_writable(folder: Path) -> None:
+    """UsageError where no file can be written into the folder, which is made: tried before the work, not after it."""
+    require_no_store(folder)
+    trial = folder / f".distinit-{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            trial.write_bytes(b"trial")
+        finally:
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"--out {folder}: cannot be written: {why}; choose another --out") from error
 
 
 def presets() -> list[str]:
@@ -245,9 +269,37 @@ def _inner_model(annotation: Any) -> type[Options] | None:
 def _explain(
     error: ValidationError, model: type[Options], origins: Mapping[str, str], flags: Mapping[str, str]
 ) -> str:
-    problems = error.errors()
+    by_key: dict[str, list[ErrorDetails]] = {}
+    for problem in error.errors():
+        key, rest = _field_of(problem["loc"], model)
+        # Of a union pydantic tells what is wrong with every branch, after the branch's name.
+        by_key.setdefault(key, []).append({**problem, "loc": (*key.split("."), *rest) if key else rest})
+    problems = [_likeliest(each) for each in by_key.values()]
     text = _problem(problems[0], model, origins, flags)
     return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _field_of(loc: tuple[int | str, ...], model: type[Options]) -> tuple[str, tuple[int | str, ...]]:
+    """The dotted key of the field that a problem is in, and where in its value, names of a union's branches aside."""
+    inner: type[Options] | None = model
+    for depth, part in enumerate(loc):
+        field = inner.model_fields.get(str(part)) if inner is not None else None
+        if field is None:
+            break
+        inner = _inner_model(field.annotation)
+        if inner is None:
+            tagged = get_origin(field.annotation) in (Union, UnionType) and len(_branches(field.annotation)) > 1
+            return ".".join(map(str, loc[: depth + 1])), loc[depth + 1 + tagged :]
+    return ".".join(map(str, loc)), ()
+
+
+def _branches(annotation: Any) -> list[Any]:
+    return [each for each in get_args(annotation) if each is not type(None)]
+
+
+def _likeliest(problems: list[ErrorDetails]) -> ErrorDetails:
+    """Of the branches of a union the one whose type the value has: there the value itself is what is wrong."""
+    return next((each for each in problems if not each["type"].endswith("_type")), problems[0])
 
 
 def _problem(

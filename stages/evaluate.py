@@ -13,21 +13,25 @@ import yaml
 from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
-from ..pipeline.corpus.sources import escape_path
 from ..pipeline.devices import resolve_device
 from ..pipeline.errors import CheckpointError, LabelsError, UsageError
 from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.labels import Labels, load_labels
 from ..pipeline.evaluation.predictions import require_classes
+from ..pipeline.evaluation.run_labels import RunLabels
 from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student
+from ..pipeline.training.checkpoint import read_identity
 from ..pipeline.training.options import LoopOptions
 from ..pipeline.training.ranks import Ranks
+from ..pipeline.training.seen import SeenVideos
 from ..pipeline.video.transforms import ClipView
+from .config import require_no_store, require_writable
 from .fuse_compare import compare, fuse
 from .launch import across_ranks
 from .screen import Screen
+from .seen import overlap, require_own_labels
 from .short_videos import count_some, warn_of_short_videos
 from .splits import ALL, split_folder, split_folders, summarise_splits
 from .testing import PREDICTIONS, RESULT, EvaluationOptions, evaluate_student, refuse_other, write_result
@@ -93,6 +97,7 @@ def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file, expected a folder")
+    require_no_store(out)
     if not (out / "config.yaml").exists() and not split_folders(out):
         return config
     single = not (config.fuse or config.compare)
@@ -122,32 +127,32 @@ def _evaluate(config: EvaluateConfig, screen: Screen, ranks: Ranks) -> dict[str,
     run = Path(config.runs[0])
     splits = {} if (run / "config.yaml").exists() else split_folders(run)
     if splits and config.split in (None, ALL):
-        results = {}
-        for split, folder in splits.items():
-            out = str(split_folder(Path(config.out), split)) if config.out is not None else None
-            own = config.model_copy(update={"split": None, "out": out})
-            results[split] = _evaluate_split(own, folder, screen, ranks)
+        outs = {n: None if config.out is None else str(split_folder(Path(config.out), n)) for n in splits}
+        configs = {n: config.model_copy(update={"split": None, "out": out}) for n, out in outs.items()}
+        # What is wrong with the last is found before the first is tested.
+        jobs = ranks.agree(lambda: {n: _assemble(configs[n], folder) for n, folder in splits.items()})
+        results = {n: _evaluate_split(configs[n], jobs[n], folder, screen, ranks) for n, folder in splits.items()}
         title = short_dataset(next(iter(results.values()))["dataset"])
         return ranks.on_lead(lambda: summarise_splits(Path(config.out or run), results, title, screen))
     if config.split == ALL:
         raise UsageError(f"--split all: {run} was trained on one split; it cannot be tested on what it has seen")
-    if config.split in splits:
-        own = config.model_copy(update={"split": None})
-        return _evaluate_split(own, splits[int(config.split)], screen, ranks)
-    return _evaluate_split(config, run, screen, ranks)
+    if isinstance(config.split, int) and config.split in splits:
+        run, config = splits[config.split], config.model_copy(update={"split": None})
+    return _evaluate_split(config, ranks.agree(lambda: _assemble(config, run)), run, screen, ranks)
 
 
-def _evaluate_split(config: EvaluateConfig, run: Path, screen: Screen, ranks: Ranks) -> dict[str, Any]:
-    job = ranks.agree(lambda: _assemble(config, run))
+def _evaluate_split(config: EvaluateConfig, job: _Job, run: Path, screen: Screen, ranks: Ranks) -> dict[str, Any]:
+    out = Path(config.out or _folder(run))
+    if config.out is not None:
+        ranks.on_lead(lambda: refuse_other(out, {"run": str(run)}))
+    ranks.on_lead(lambda: require_writable(out))
     for note in (*job.labels.notes, *job.notes) if ranks.lead else ():
         screen.warn(note)
     length, channels = job.student.meta.clip_length, job.student.options.channels
     if ranks.lead:
         counts = count_some(job.labels, job.labels.test)
         warn_of_short_videos(counts, len(job.labels.test), length, channels, screen)
-    out = Path(config.out or (run.parent if run.is_file() else run))
-    if config.out is not None:
-        ranks.on_lead(lambda: refuse_other(out, {"run": str(run)}))
+    known = ranks.on_lead(lambda: _known(config, job, _folder(run), screen))
     metrics = evaluate_student(
         job.student,
         job.labels,
@@ -165,7 +170,7 @@ def _evaluate_split(config: EvaluateConfig, run: Path, screen: Screen, ranks: Ra
         "dataset": job.labels.dataset,
         "split": job.labels.split,
         "predictions": str(out / PREDICTIONS),
-    }
+    } | ({"overlap": known} if known is not None else {})
 
     def finish() -> None:
         before = json.loads((out / RESULT).read_text(encoding="utf-8")) if (out / RESULT).exists() else {}
@@ -190,36 +195,66 @@ def _assemble(config: EvaluateConfig, run: Path) -> _Job:
     model, used = _opened(run)
     options = _options(config.test, used)
     _refuse_overwriting(config, options, used)
-    asked = config.model_fields_set
+    student = load_student(model, factory=config.factory)
+    classes = student.meta.classes.get(HEAD, [])
+    if not classes:
+        raise CheckpointError(f"{run}: no model of distinit finetune, for it has no labels")
+    asked, own = config.model_fields_set, config.out is None
     labels = load_labels(
         config.dataset or used["dataset"],
         config.split if isinstance(config.split, int) else used.get("split"),
         config.videos if "videos" in asked else used.get("videos"),
         root=config.root if "root" in asked or config.dataset else used.get("root"),
         partial=bool(used.get("partial") if config.partial is None else config.partial),
+        classes=None if own else classes,
     )
-    student = load_student(model, factory=config.factory)
-    require_classes(labels.classes, student.meta.classes.get(HEAD, []), here=labels.dataset, there=str(run))
+    notes: tuple[str, ...] = ()
+    if own:  # the run's result would be another's
+        require_classes(labels.classes, classes, here=labels.dataset, there=str(run))
+        folder = _folder(run)
+        require_own_labels(folder, read_identity(folder), labels, "give --out to test on them")
+    elif used and config.dataset is None and config.split is None:
+        notes = tuple(_other_labels(_folder(run), labels))
     clips = used.get("clips") or {"size": student.meta.clip_size, "resize": student.meta.resize}
     view = ClipView.model_validate({key: clips.get(key) for key in ClipView.model_fields if key in clips})
-    other = config.dataset is not None or config.split is not None
-    return _Job(student, labels, view, options, tuple(_trained_on(labels, config, used)) if other and used else ())
+    return _Job(student, labels, view, options, notes)
 
 
-def _trained_on(labels: Labels, config: EvaluateConfig, used: dict[str, Any]) -> Iterator[str]:
-    """A line where test videos of other labels or of another split are among those that the run was trained on."""
+def _other_labels(run: Path, labels: Labels) -> Iterator[str]:
+    """A line where the file that the run's labels were read from names other test videos by now."""
+    record = RunLabels.read(run)
+    if record is not None and (how := record.difference(labels, ("test",))):
+        yield f"{labels.dataset}: not the test videos that {run} was trained to be tested on ({how})"
+
+
+def _known(config: EvaluateConfig, job: _Job, run: Path, screen: Screen) -> dict[str, int] | None:
+    """How many of the test videos the run has seen, with a warning; None for its own test, of which its training has
+    told, and for a run of which nothing is known."""
+    if config.out is None:
+        return None
+    seen = SeenVideos.read(run)
+    if seen is None:  # of distinit 0.1
+        seen = _trained_on(config, run)
+    if seen is None:
+        return None
+    return overlap(seen, job.labels, screen, init_seen="the videos that the run's initialisation was trained on")
+
+
+def _trained_on(config: EvaluateConfig, run: Path) -> SeenVideos | None:
+    """The training videos of a run that did not record them, as its label file has them today."""
+    used = _run_config(run) if (run / "config.yaml").is_file() else {}
+    if not used:
+        return None
     root = config.root if config.dataset is None and config.root is not None else used.get("root")
     try:
         own = load_labels(used["dataset"], used.get("split"), used.get("videos"), root=root, partial=True)
     except (LabelsError, UsageError):  # its labels are not here any more: nothing to compare with
-        return
-    trained = {os.path.realpath(own.absolute(video)) for video in own.train}
-    known = [video.path for video in labels.test if os.path.realpath(labels.absolute(video)) in trained]
-    if known:
-        yield (
-            f"{len(known)} of {len(labels.test)} test videos are among those that the run was trained on, the first: "
-            f"{escape_path(known[0])}; accuracies are not those of unseen videos"
-        )
+        return None
+    return SeenVideos.of([own.digest(video) for video in own.train], [own.absolute(video) for video in own.train])
+
+
+def _folder(run: Path) -> Path:
+    return run.parent if run.is_file() else run
 
 
 def _opened(run: Path) -> tuple[Path, dict[str, Any]]:

@@ -17,14 +17,14 @@ from ..pipeline.errors import UsageError
 from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.dataset import LabelledClips
 from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
-from ..pipeline.evaluation.predictions import require_classes
+from ..pipeline.evaluation.run_labels import labels_digest
 from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.students.export import InitReport, read_meta, save_start, save_student
 from ..pipeline.students.inflate import Inflation
 from ..pipeline.students.initialise import SCRATCH, Start, canonical_init, open_init, student_file
 from ..pipeline.students.options import START, StudentMeta
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
-from ..pipeline.training.checkpoint import Resume, check_identity, claim_run_dir, read_identity
+from ..pipeline.training.checkpoint import Resume, check_identity, claim_run_dir, read_identity, require_not_longer
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
 from ..pipeline.training.ranks import Ranks
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
@@ -33,9 +33,10 @@ from ..pipeline.weights import state_sha256
 from .config import require_own, write_config
 from .launch import across_ranks
 from .screen import Screen
+from .seen import record_and_compare, require_own_labels
 from .short_videos import count_some, warn_of_short_videos
 from .splits import ALL, split_folder, split_folders, summarise_splits
-from .testing import PREDICTIONS, EvaluationOptions, evaluate_student, labels_digest, write_result
+from .testing import PREDICTIONS, EvaluationOptions, evaluate_student, write_result
 
 COMMAND = "finetune"
 
@@ -113,7 +114,7 @@ def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str,
     begun = ranks.on_lead(lambda: bool(split_folders(out)))
     if config.resume is True and not begun:
         raise UsageError(f"--resume: {out} holds no run; --resume auto begins one")
-    for split in ranks.agree(lambda: available_splits(config.dataset, config.root)):
+    for split in ranks.agree(lambda: _checked_splits(config)):
         screen.say(f"split {split}")
         # Interrupted, some splits have not begun.
         update = {"split": split, "out": str(split_folder(out, split)), "resume": "auto" if config.resume else False}
@@ -121,6 +122,15 @@ def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str,
         results[split] = _finetune_split(own, screen, ranks)
     title = short_dataset(config.dataset)
     return ranks.on_lead(lambda: summarise_splits(out, results, title, screen))
+
+
+def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
+    """The splits of the data set, each of which was read: what is wrong with the last is found before the first is
+    trained."""
+    splits = available_splits(config.dataset, config.root)
+    for split in splits:
+        load_labels(config.dataset, split, config.videos, root=config.root, partial=config.partial)
+    return splits
 
 
 def _require_fitting(out: Path, split: int | str | None) -> None:
@@ -147,7 +157,9 @@ def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dic
     identity = _identity(config, labels, student, job.report)
     if saved is not None:  # before the run's config is overwritten
         ranks.agree(lambda: _check_same(run_dir, saved, identity | options.identity(), labels))
+        ranks.agree(lambda: require_not_longer(run_dir, options))
     ranks.on_lead(lambda: write_config(run_dir / "config.yaml", COMMAND, config))
+    overlap = ranks.on_lead(lambda: record_and_compare(config.init, labels, run_dir, screen, again=saved is not None))
     if config.init.startswith("inflate:"):  # what a report shows of inflation: training changes it
         ranks.on_lead(lambda: save_start(run_dir / START, student))
 
@@ -191,7 +203,7 @@ def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dic
         threads=config.loop.threads,
         ranks=ranks,
     )
-    summary = _summary(config, labels, job.report, result, metrics)
+    summary = _summary(config, labels, job.report, result, metrics) | {"overlap": overlap}
     ranks.on_lead(lambda: write_result(run_dir, summary))
     return summary
 
@@ -221,8 +233,8 @@ def _assemble(config: FinetuneConfig) -> _Job:
 
 
 def _check_same(run_dir: Path, saved: dict[str, Any], identity: dict[str, Any], labels: Labels) -> None:
-    """The classes first: a difference there has words of its own."""
-    require_classes(labels.classes, saved["classes"], here=labels.dataset, there=f"the checkpoint in {run_dir}")
+    """The labels first: a difference there has words of its own."""
+    require_own_labels(run_dir, saved, labels, "choose another --out")
     check_identity(run_dir, saved, identity)
 
 

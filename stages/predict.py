@@ -49,9 +49,11 @@ def predict(config: PredictConfig, screen: Screen) -> dict[str, Any]:
     if not classes:
         heads = ", ".join(student.classes)
         raise CheckpointError(f"{config.model}: no model of distinit finetune, for it has no labels (heads: {heads})")
-    listed = list_videos(config.sources)
+    # Each source by itself: two folders of one name are no matter here, where corpora have no use.
+    lists = [list_videos([source]) for source in config.sources]
+    paths = dict.fromkeys(os.path.normpath(listed.absolute(i)) for listed in lists for i in range(len(listed)))
     device = resolve_device(config.device)
-    videos = [Labelled(listed.absolute(i), -1) for i in range(len(listed))]
+    videos = [Labelled(path, -1) for path in paths]
     meta, options = student.meta, config.test
     predictions = Predictions.empty(
         classes,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from ..pipeline.reporting.contents import make_report
 from ..pipeline.reporting.page import FIGURES, to_html, to_markdown
 from ..pipeline.reporting.runs import find_runs
 from ..pipeline.reporting.writing import write_whole
+from .config import require_writable
 from .screen import Screen
+
+FILES = "report-files.json"
 
 
 def report(
@@ -39,20 +44,23 @@ def report(
     places = ablation_folders(folders)
     runs = find_runs(folders, cell_names(places), places)
     ablations = read_ablations(places, runs)
+    require_writable(Path(out))
     found = make_report(runs, ablations, kinetics=kinetics, pair=pair)
     page, markdown, table = (Path(out) / name for name in ("report.html", "report.md", "accuracy.csv"))
-    write_whole(page, to_html(found, __version__))
-    write_whole(markdown, to_markdown(found))
-    write_whole(table, accuracy_numbers(found.finetuned).to_csv())
-
+    files: dict[Path, str | bytes] = {
+        page: to_html(found, __version__),
+        markdown: to_markdown(found),
+        table: accuracy_numbers(found.finetuned).to_csv(),
+    }
     for figure in found.figures:
-        write_whole(Path(out) / FIGURES / f"{figure.name}.svg", figure.svg)
-        write_whole(Path(out) / FIGURES / f"{figure.name}.png", figure.png)
+        files[Path(out) / FIGURES / f"{figure.name}.svg"] = figure.svg
+        files[Path(out) / FIGURES / f"{figure.name}.png"] = figure.png
     written = []
     for number, ablation in enumerate(ablations, start=1):
         written.append(Path(out) / f"ablation-{number}.csv")
-        write_whole(written[-1], ablation_numbers(ablation).to_csv())
+        files[written[-1]] = ablation_numbers(ablation).to_csv()
         screen.table(screen_table(ablation).to_rich())
+    _write(Path(out), files)
     for part in screen_tables(found.finetuned):
         screen.table(part.to_rich())
     for line in found.findings:
@@ -73,3 +81,22 @@ def report(
             for d in found.differences
         ],
     }
+
+
+def _write(out: Path, files: Mapping[Path, str | bytes]) -> None:
+    """Write the files, and remove those that an earlier report wrote here and this one does not have."""
+    record = out / FILES
+    try:
+        earlier = [str(name) for name in json.loads(record.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        earlier = []
+    names = [path.relative_to(out).as_posix() for path in files]
+    # The union first: interrupted, the next report knows of both.
+    write_whole(record, json.dumps(sorted({*names, *earlier})))
+    for path, content in files.items():
+        write_whole(path, content)
+    for name in set(earlier) - set(names):
+        if ".." not in Path(name).parts and not os.path.isabs(name):
+            with suppress(FileNotFoundError):
+                (out / name).unlink()
+    write_whole(record, json.dumps(sorted(names)))

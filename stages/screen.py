@@ -25,6 +25,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ..pipeline.streams import never_fail_to_encode
+
 PLAIN_EVERY_S = 10.0
 PLAIN_WIDTH = 120
 
@@ -61,6 +63,7 @@ class Screen:
         self.quiet = quiet
         # Kept from the start: while --json runs, sys.stdout is pointed at standard error, because
         # libraries print.
+        never_fail_to_encode(sys.stdout, sys.stderr)
         self._stdout = stdout or sys.stdout
         self._err = _console(stderr or sys.stderr)
         self._out = self._err if json else _console(self._stdout)

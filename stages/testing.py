@@ -3,7 +3,6 @@ recomputed from the file."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..pipeline.evaluation.dataset import EvaluationClips, FrameOrder
 from ..pipeline.evaluation.labels import Labels
 from ..pipeline.evaluation.predict import predict
 from ..pipeline.evaluation.predictions import Predictions, PredictionsError, metrics_from_file
+from ..pipeline.evaluation.run_labels import labels_digest
 from ..pipeline.reporting.accuracy import MEASURES
 from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.reporting.tables import Column, Table
@@ -167,12 +167,6 @@ def refuse_other(out: Path, mine: dict[str, str | list[str]]) -> None:
     if {key: places(found) for key, found in theirs.items()} != {key: places(found) for key, found in mine.items()}:
         what = ", ".join(f"{key}={found}" for key, found in theirs.items())
         raise UsageError(f"--out {out} holds another result, of {what or 'something else'}; choose another --out")
-
-
-def labels_digest(labels: Labels) -> str:
-    """sha256 of classes and of both lists, in hex: the same labels wherever the files lie."""
-    content = [list(labels.classes), *([[v.path, v.label] for v in side] for side in (labels.train, labels.test))]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _protocol(view: ClipView, length: int, options: EvaluationOptions) -> dict[str, Any]:

@@ -75,7 +75,10 @@ class TrainConfig(Options):
     targets: TargetOptions = TargetOptions()
     loop: LoopOptions = LoopOptions()
     moved: dict[str, str] = Field(default_factory=dict, description="corpus: folder where it lies now")
-    leave_out: str | None = Field(default=None, description="a list, CORPUS/PATH a line: videos never to be drawn")
+    leave_out: str | None = Field(
+        default=None, description="videos never drawn: a list, CORPUS/PATH a line, or the test side of csv:FILE, …"
+    )
+    leave_out_split: int | Literal["all"] | None = Field(default=None, description="of leave_out's labels; default 1")
     held_out: float = Field(default=0.0, ge=0, lt=1, description="share of videos kept for the held-out loss")
     held_out_clips: int = Field(default=1000, ge=1, description="most held-out videos used, a clip each")
     export: Literal["last", "best"] = Field(default="last", description="checkpoint that is exported")

@@ -19,7 +19,7 @@ from ..pipeline.students.export import save_student
 from ..pipeline.students.options import StudentMeta
 from ..pipeline.students.student import Student, build_student, count_parameters
 from ..pipeline.targets.files import absolute
-from ..pipeline.targets.leave_out import leave_out_digest, without
+from ..pipeline.targets.leave_out import LeftOut
 from ..pipeline.targets.picks import PickRule
 from ..pipeline.targets.store import TargetStore, check_moved
 from ..pipeline.training.bounds import DRAWS, TOO_LITTLE, LossBounds, loss_bounds
@@ -28,6 +28,7 @@ from ..pipeline.training.checkpoint import (
     claim_run_dir,
     load_weights,
     read_identity,
+    require_not_longer,
     write_atomically,
 )
 from ..pipeline.training.dataset import StudentClips
@@ -38,9 +39,11 @@ from ..pipeline.training.loop import FitResult, LoopOptions, fit
 from ..pipeline.training.mixture import by_corpus
 from ..pipeline.training.ranks import Ranks
 from ..pipeline.training.sampler import Draw, TargetSampler
+from ..pipeline.training.seen import OWN, SEEN_VIDEOS, SeenVideos
 from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
 from .config import require_own, write_config
 from .launch import across_ranks
+from .leave_out import canonical_leave_out, left_out_of
 from .screen import Screen, plain
 from .short_videos import warn_of_short_videos
 from .train_config import TargetOptions, TrainConfig
@@ -57,6 +60,7 @@ class _Parts:
     train: StudentClips
     held_out: StudentClips | None
     filter: Filter
+    left_out: LeftOut | None
 
 
 def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
@@ -90,7 +94,10 @@ def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
     identity = _identity(config, store, teachers, parts, options)
     if saved is not None:  # before the config of the run is overwritten
         ranks.agree(lambda: _check_same(run_dir, saved, identity))
+        ranks.agree(lambda: require_not_longer(run_dir, options))
     ranks.on_lead(lambda: write_config(run_dir / "config.yaml", COMMAND, _absolute(config)))
+    if saved is None or not (run_dir / SEEN_VIDEOS).exists():
+        ranks.on_lead(lambda: _seen(store, parts.train.sampler.videos, config.moved).write(run_dir))
 
     student = ranks.agree(lambda: _build(config, store, teachers))
     screen.say(
@@ -155,7 +162,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     moved = {name: os.path.abspath(folder) for name, folder in config.moved.items()}
     paths: dict[str, Any] = {"store": absolute(config.store), "out": os.path.abspath(config.out), "moved": moved}
     if config.leave_out is not None:
-        paths["leave_out"] = os.path.abspath(config.leave_out)
+        paths["leave_out"] = canonical_leave_out(config.leave_out)
     return config.model_copy(update=paths)
 
 
@@ -184,8 +191,10 @@ def _assemble(
     if channels == FLOW_CHANNELS:
         require_opencv()
     usable = store.usable(teachers)
-    if config.leave_out is not None:
-        usable = without(store, usable, config.leave_out)
+    left_out = left_out_of(store, config.leave_out, config.leave_out_split, config.moved)
+    if left_out is not None:
+        screen.say(left_out.describe())
+        usable = left_out.remove_from(usable)
     videos, held_ids = split_held_out(usable, config.held_out, seed)
     if len(usable) and not len(videos):
         raise UsageError(f"--held-out {config.held_out:g} leaves none of {len(usable)} videos to learn from")
@@ -229,7 +238,16 @@ def _assemble(
     if len(held_ids):
         fixed = sampler(held_ids, thresholds, fixed=True)
         held = StudentClips(fixed, config.clips, config.moved, channels=channels)
-    return _Parts(train, held, found)
+    return _Parts(train, held, found, left_out)
+
+
+def _seen(store: TargetStore, videos: np.ndarray, moved: dict[str, str]) -> SeenVideos:
+    """The videos that a student learns from, those held out or left out not among them."""
+    places = [store.video_path(int(video), moved) for video in videos]
+    if moved:  # a corpus may have moved, or copies of it may be read
+        lay = [store.video_path(int(video)) for video in videos]
+        places = [now if os.path.exists(now) else before for now, before in zip(places, lay, strict=True)]
+    return SeenVideos(store.column("digest")[videos], places, np.full(len(videos), OWN, np.uint8))
 
 
 def _usable_held_out(ids: np.ndarray, fixed: Callable[[np.ndarray], TargetSampler], most: int) -> np.ndarray:
@@ -319,7 +337,7 @@ def _identity(
         "clips": config.clips.model_dump(mode="json"),
         "targets": config.targets.model_dump(mode="json", exclude={"teachers"}),
         "filter": {"quantile": config.targets.max_entropy_quantile, "nats": parts.filter.thresholds},
-        "leave_out": leave_out_digest(config.leave_out) if config.leave_out is not None else None,
+        "leave_out": parts.left_out.digest if parts.left_out is not None else None,
         "held_out": {"share": config.held_out, "clips": config.held_out_clips},
         **options.identity(),
     }
@@ -370,6 +388,7 @@ def _summary(config: TrainConfig, parts: _Parts, result: FitResult, exported: Pa
         "steps": result.steps,
         "videos": len(parts.train.sampler.videos),
         "held_out_videos": len(parts.held_out.sampler.videos) if parts.held_out is not None else 0,
+        "left_out_videos": len(parts.left_out.videos) if parts.left_out is not None else 0,
         "loss": result.train_loss,
         "best": result.best,
         "best_epoch": result.best_epoch,

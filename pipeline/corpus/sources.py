@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import os
 import re
 from collections import Counter
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SourceError
+from .textfiles import read_text, refuse_windows_paths
 
 MARKER = "prepared.json"  # lies in a folder that `distinit prepare` made
 
@@ -27,8 +29,10 @@ EXTENSIONS = frozenset(
     f".{ending}"
     for ending in re.findall(
         r"\w+",
-        "3g2 3gp amv apng asf avi dav divx dv f4v flv gif gxf h264 h265 hevc ismv ivf m1v m2t m2ts m2v m4v mjpeg mjpg "
-        "mkv mov mp4 mpe mpeg mpg mpv mts mxf nut obu ogg ogm ogv qt rm rmvb ts vob webm wmv wtv y4m",
+        "263 264 265 266 3g2 3gp 3gp2 3gpp 3gpp2 amv apng asf av1 avc avi bik dav divx drc dv evo f4v flc fli flv gif "
+        "gxf h261 h263 h264 h265 h266 hevc insv ismv ivf kux lrv m1v m2p m2t m2ts m2v m4v mjpeg mjpg mk3d mkv mov "
+        "mp2v mp4 mp4v mpe mpeg mpeg4 mpg mpg4 mpv mpv2 mts mxf nsv nut nuv obu ogg ogm ogv qt rm rmvb roq smk tp "
+        "trp ts vc1 vob vro vvc webm wmv wtv xvid y4m",
     )
 )
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", re.DOTALL)
@@ -51,6 +55,7 @@ class VideoList:
     corpus: NDArray[np.int32]
     paths: list[str]
     ignored: dict[str, int] = field(default_factory=dict)
+    """Ending → how many files are left out for it."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -65,11 +70,13 @@ def list_videos(sources: Sequence[str]) -> VideoList:
 
     A source is `[NAME=]WHERE`; WHERE is a folder (searched with everything below it for files whose ending is
     that of a video), a quoted glob, one video file, a list (`list.txt` or `@list`, a path a line, relative to
-    the list, `#` comments, a trailing label as in `a.mp4 3` ignored) or a csv file with a column `path`.
+    the list, a trailing label as in `a.mp4 3` ignored) or a csv file with a column `path`. A line of a list that
+    begins with `#` is a comment unless a file has that name.
     NAME defaults to the folder's name, of a list to the file's. Files that a list names and that are not
     there stay in the table: they get a status, not a silent omission.
 
-    Raises SourceError for a source that names nothing, and for one name with two folders.
+    Raises SourceError for a source that names nothing, for one name with two folders, and for a list in UTF-16 or with
+    paths of Windows.
     """
     corpora: dict[str, str] = {}
     rows: dict[tuple[str, str], None] = {}
@@ -93,6 +100,11 @@ def list_videos(sources: Sequence[str]) -> VideoList:
         [path for _, path in rows],
         dict(ignored),
     )
+
+
+def is_video(path: str) -> bool:
+    """Whether a file's ending is that of a video."""
+    return os.path.splitext(path)[1].lower() in EXTENSIONS
 
 
 def escape_path(path: str) -> str:
@@ -166,13 +178,12 @@ def _videos(paths: Iterable[str], ignored: Counter[str]) -> list[str]:
     kept = []
     for path in paths:
         base = os.path.basename(path)
-        ending = os.path.splitext(base)[1].lower()
         if base.startswith("."):
             continue
-        if ending in EXTENSIONS:
+        if is_video(base):
             kept.append(path)
         else:
-            ignored[ending] += 1
+            ignored[os.path.splitext(base)[1].lower()] += 1
     return kept
 
 
@@ -188,28 +199,41 @@ def _globbed(name: str | None, pattern: str, ignored: Counter[str]) -> tuple[str
 def _listed(source: str, name: str | None, file: str, *, csv_file: bool) -> tuple[str, str, list[str]]:
     root = os.path.dirname(os.path.abspath(file))
     try:
-        if csv_file:
-            with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
-                reader = csv.DictReader(f)
-                if "path" not in (reader.fieldnames or ()):
-                    columns = ", ".join(reader.fieldnames or ()) or "none"
-                    raise SourceError(f"{source}: needs a column `path`, it has: {columns}")
-                lines = [row["path"] for row in reader if row["path"]]
-        else:
-            text = Path(file).read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-            lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
-            lines = [_without_label(line, root) for line in lines]
+        text = read_text(file)
     except OSError as error:
         raise SourceError(f"{source}: {error.strerror}") from None
+    if csv_file:
+        lines = _paths_of_csv(source, text)
+    else:
+        named = (_named_by(line, root) for line in text.split("\n"))
+        lines = [path for path in named if path is not None]
+    refuse_windows_paths(file, root, lines)
     paths = [os.path.normpath(os.path.relpath(p, root) if os.path.isabs(p) else p) for p in lines]
     stem = os.path.splitext(os.path.basename(file))[0]
     return name or stem, root, paths
 
 
-def _without_label(line: str, root: str) -> str:
-    """The path of a list's line; `path 3` and `path,3` lose the label unless a file has that very name."""
+def _paths_of_csv(source: str, text: str) -> list[str]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        if "path" not in (reader.fieldnames or ()):
+            columns = ", ".join(reader.fieldnames or ()) or "none"
+            raise SourceError(f"{source}: needs a column `path`, it has: {columns}")
+        return [row["path"] for row in reader if row["path"]]
+    except csv.Error as error:
+        raise SourceError(f"{source}: not a csv file ({error})") from None
+
+
+def _named_by(line: str, root: str) -> str | None:
+    """The path of a list's line, None for a comment or an empty one.
+
+    `path 3` and `path,3` lose the label, and `#…` is a comment, unless a file has that very name.
+    """
     line = line.strip()
-    return line if os.path.exists(os.path.join(root, line)) else strip_label(line)
+    if not line or os.path.exists(os.path.join(root, line)):
+        return line or None
+    path = strip_label(line)
+    return None if line.startswith("#") and not os.path.exists(os.path.join(root, path)) else path
 
 
 def _basename(root: str) -> str:

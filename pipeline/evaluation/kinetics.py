@@ -7,11 +7,13 @@ seconds), wherever they lie below the root.
 from __future__ import annotations
 
 import csv
+import io
 import os
 
 from ..corpus.sources import escape_path, list_videos
+from ..corpus.textfiles import read_text
 from ..errors import LabelsError, SourceError, UsageError
-from .listing import Listing, Row, first_few
+from .listing import Listing, Row, first_few, require_utf8
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
 _SIDES = {"train": "train", "val": "test", "validate": "test", "validation": "test"}
@@ -62,28 +64,28 @@ def _rows(path: str) -> list[tuple[str, str, str, str]]:
     """(name without ending, side, label, "line N") of the rows that train or test."""
     found = []
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            columns = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            missing = [name for name in COLUMNS if name not in columns]
-            if missing:
-                raise LabelsError(f"{path}: no column {missing[0]!r} (found: {', '.join(columns) or 'none'})")
-            for row in reader:
-                line = f"line {reader.line_num}"
-                side = _SIDES.get(row["split"].strip().lower())
-                if side is None:
-                    continue
-                label = row["label"].strip()
-                try:
-                    start, end = int(float(row["time_start"])), int(float(row["time_end"]))
-                except ValueError:
-                    raise LabelsError(
-                        f"{path}: {line}: time_start {row['time_start']!r}, time_end {row['time_end']!r}: not seconds"
-                    ) from None
-                if not label or not row["youtube_id"].strip():
-                    raise LabelsError(f"{path}: {line} has no {'youtube_id' if label else 'label'}")
-                found.append((f"{row['youtube_id'].strip()}_{start:06d}_{end:06d}", side, label, line))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
+        columns = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = columns
+        missing = [name for name in COLUMNS if name not in columns]
+        if missing:
+            raise LabelsError(f"{path}: no column {missing[0]!r} (found: {', '.join(columns) or 'none'})")
+        for row in reader:
+            line = f"line {reader.line_num}"
+            side = _SIDES.get(row["split"].strip().lower())
+            if side is None:
+                continue
+            label = row["label"].strip()
+            require_utf8(path, line, (label, row["youtube_id"]))
+            try:
+                start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+            except ValueError:
+                raise LabelsError(
+                    f"{path}: {line}: time_start {row['time_start']!r}, time_end {row['time_end']!r}: not seconds"
+                ) from None
+            if not label or not row["youtube_id"].strip():
+                raise LabelsError(f"{path}: {line} has no {'youtube_id' if label else 'label'}")
+            found.append((f"{row['youtube_id'].strip()}_{start:06d}_{end:06d}", side, label, line))
+    except (OSError, csv.Error) as error:
         raise LabelsError(f"{path}: cannot read the label file ({error})") from error
     return found

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..corpus.sources import escape_path
-from ..errors import LabelsError, UsageError, VideoError
+from ..corpus.textfiles import is_utf8
+from ..errors import CheckpointError, LabelsError, UsageError, VideoError
 from ..video.container import digest
+from ..video.content import same_content, source_digest
 from ..video.folders import CopyFolder
 from ..video.reading import VideoFile
 from .kinetics import read_kinetics
-from .listing import SIDES, Listing, Row, first_few
+from .listing import SIDES, Listing, Row, first_few, videos_in
 from .official import READERS as OFFICIAL
 from .official import SPLITS as OFFICIAL_SPLITS
 from .own_lists import csv_splits, read_csv, read_folder
@@ -41,7 +44,7 @@ class Labels:
     """One split of a labelled data set: classes[K], train and test videos.
 
     copies: where the videos are read from, if not from their own files. notes: what a user should know of the list,
-    a line each.
+    a line each. shared_sources: test videos cut from a recording that training videos are cut from too.
     """
 
     dataset: str
@@ -52,6 +55,7 @@ class Labels:
     test: tuple[Labelled, ...]
     copies: CopyFolder | None = None
     notes: tuple[str, ...] = ()
+    shared_sources: int = 0
 
     def file(self, video: Labelled) -> VideoFile:
         """Where a video is read. VideoError where it has no copy."""
@@ -62,6 +66,15 @@ class Labels:
 
     def absolute(self, video: Labelled) -> str:
         return os.path.join(self.root, video.path)
+
+    def digest(self, video: Labelled) -> str:
+        """Of the video's own file, or where that is gone what its copy says of it; "" where neither can be read."""
+        try:
+            path = self.absolute(video)
+            own = self.copies is None or os.path.exists(path)
+            return digest(path) if own else source_digest(self.file(video))
+        except (VideoError, OSError):
+            return ""
 
     def __repr__(self) -> str:
         return (
@@ -77,6 +90,7 @@ def load_labels(
     *,
     root: str | None = None,
     partial: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> Labels:
     """One split of a data set; the split is 1 where it is left out.
 
@@ -86,11 +100,14 @@ def load_labels(
     videos: a folder of copies by `distinit prepare` to read in place of the videos, which then need not be there.
     partial: go on where labels have no video (left out of training; wrong in the test, for it cannot be read) or
     videos among those of HMDB-51 or UCF-101 have no label (left out).
+    classes: those of a model that the test side is for. The train side is then neither needed nor read, and classes
+    without a test video are no error; one that the model does not have is.
 
     Raises UsageError for another form, and LabelsError (one line, naming the file and what was found) for what the
     readers refuse, an empty side, a class on one side only, a file of two classes, a file on both sides of the split,
-    by name, link or content, rows without a label, and, unless `partial`, for paths without videos and for videos
-    that official lists do not name. Of those that a user's own list does not name there is a note.
+    by name, link or content, a file with two labels, rows without a label, and, unless `partial`, for paths without
+    videos and for videos that official lists do not name; CheckpointError for a class that is not among `classes`.
+    Of videos that a user's own list does not name there is a note.
     """
     kind, where = _parse(dataset, root)
     number = 1 if split is None else split
@@ -103,6 +120,8 @@ def load_labels(
         listing = read_kinetics(where, number, root, partial)
     else:
         listing = OFFICIAL[kind](root, number, partial)
+    if classes is not None:
+        return _check_test(dataset, number, listing, copies, partial, tuple(classes))
     return _check(dataset, number, listing, copies, partial)
 
 
@@ -141,26 +160,53 @@ class _File(NamedTuple):
 
 
 def _check(dataset: str, split: int, listing: Listing, copies: CopyFolder | None, partial: bool) -> Labels:
-    origin = listing.origin
-    for side in SIDES:
+    rows, notes = _checked_rows(split, listing, SIDES, copies, partial)
+    classes = _classes(listing, rows)
+    shared = _shared_sources(listing, rows, notes)
+    train, test = (_labelled(rows, side, classes) for side in SIDES)
+    return Labels(dataset, split, listing.root, classes, train, test, copies, tuple(notes), shared_sources=shared)
+
+
+def _check_test(
+    dataset: str, split: int, listing: Listing, copies: CopyFolder | None, partial: bool, classes: tuple[str, ...]
+) -> Labels:
+    """The test side alone, with the classes of the model that is tested."""
+    listing = replace(listing, rows=[row for row in listing.rows if row.side == "test"])
+    rows, notes = _checked_rows(split, listing, ("test",), copies, partial)
+    labels = {row.label for row in rows}
+    if unknown := sorted(labels - set(classes)):
+        raise CheckpointError(
+            f"the class list of {listing.origin} is not the model's: {len(unknown)} of its {len(labels)} classes are "
+            f"not known, {first_few(unknown, 5)}; the model has: {first_few(classes, 10)}"
+        )
+    if without := [name for name in classes if name not in labels]:
+        notes.append(f"{len(without)} of {len(classes)} classes have no test video: {first_few(without, 5)}")
+    return Labels(dataset, split, listing.root, classes, (), _labelled(rows, "test", classes), copies, tuple(notes))
+
+
+def _checked_rows(
+    split: int, listing: Listing, sides: tuple[str, ...], copies: CopyFolder | None, partial: bool
+) -> tuple[list[Row], list[str]]:
+    """The rows that are used, a file once, and what to know of them."""
+    origin, notes = listing.origin, list(listing.notes)
+    for side in sides:
         if not any(row.side == side for row in listing.rows):
-            raise LabelsError(f"{origin}: split {split} has no {side} videos ({len(listing.rows)} rows are used)")
-    notes: list[str] = []
+            why = f"; {'; '.join(notes)}" if notes else ""
+            raise LabelsError(f"{origin}: split {split} has no {side} videos ({len(listing.rows)} rows are used){why}")
     files, missing = _found(listing, copies)
     _say_or_refuse(listing, missing, partial, notes)
     kept = _one_row_per_file(origin, files)
-    _refuse_leaks(listing, kept, notes)
+    _refuse_same_content(listing, kept, notes)
     # A test video that is not there stays: it cannot be read, and so it counts as wrong.
     rows = [file.row for file in kept] + [row for row in missing if row.side == "test"]
-    classes = _classes(origin, rows, listing.classes)
-    index = {name: i for i, name in enumerate(classes)}
     if copies is not None and not any(_has_copy(copies, listing.root, row.path) for row in rows):
         raise UsageError(f"--videos {copies.folder}: holds a copy of none of the {len(rows)} videos of {origin}")
-    sides = {
-        side: tuple(Labelled(row.path, index[row.label], row.source) for row in rows if row.side == side)
-        for side in SIDES
-    }
-    return Labels(dataset, split, listing.root, classes, sides["train"], sides["test"], copies, tuple(notes))
+    return rows, notes
+
+
+def _labelled(rows: list[Row], side: str, classes: tuple[str, ...]) -> tuple[Labelled, ...]:
+    index = {name: i for i, name in enumerate(classes)}
+    return tuple(Labelled(row.path, index[row.label], row.source) for row in rows if row.side == side)
 
 
 def _found(listing: Listing, copies: CopyFolder | None) -> tuple[list[_File], list[Row]]:
@@ -200,6 +246,7 @@ def _say_or_refuse(listing: Listing, missing: list[Row], partial: bool, notes: l
         raise LabelsError(
             f"{listing.origin}: {len(missing)} of {len(listing.rows)} paths do not exist; the first is "
             f"{escape_path(missing[0].path)} ({missing[0].where}), looked for in {listing.root}"
+            f"{_hint(listing.root, missing[0].path)}"
         )
     if listing.unlabelled and listing.official and not partial:
         raise LabelsError(
@@ -214,6 +261,15 @@ def _say_or_refuse(listing: Listing, missing: list[Row], partial: bool, notes: l
             f"{len(listing.unlabelled)} videos beside those of {listing.origin} have no label and are left out: "
             f"{first_few(listing.unlabelled)}"
         )
+
+
+def _hint(root: str, path: str) -> str:
+    """What may be wrong with a path that is not there."""
+    if not is_utf8(path):
+        return "; the name is not UTF-8: save the file in UTF-8 if the video's name on the disk is"
+    stem = os.path.splitext(path)[0]
+    near = [name for name in videos_in(root, [os.path.dirname(path)]) if os.path.splitext(name)[0] == stem]
+    return f"; it is there as {escape_path(near[0])}" if near else ""
 
 
 def _one_row_per_file(origin: str, files: list[_File]) -> list[_File]:
@@ -233,30 +289,57 @@ def _one_row_per_file(origin: str, files: list[_File]) -> list[_File]:
     return list(kept.values())
 
 
-def _refuse_leaks(listing: Listing, files: list[_File], notes: list[str]) -> None:
-    """Copies of a file on both sides. Only files of one size, on both sides, are read to compare them.
+def _refuse_same_content(listing: Listing, files: list[_File], notes: list[str]) -> None:
+    """Copies of a file on both sides, or with two labels. Only files of one size are read to compare them.
 
     A published split is used as it is, and what it leaks is said.
     """
-    sides: dict[int, set[str]] = {}
+    sizes = Counter(file.status.st_size for file in files)
+    seen: dict[str, list[_File]] = {}
+    leaks, relabelled = [], []
     for file in files:
-        sides.setdefault(file.status.st_size, set()).add(file.row.side)
-    seen: dict[str, Row] = {}
-    leaks = []
-    for file in files:
-        if len(sides[file.status.st_size]) == 1:
+        if sizes[file.status.st_size] == 1:
             continue
         try:
-            content = digest(file.path)
+            alike = seen.setdefault(digest(file.path), [])
         except VideoError:
             continue  # an unreadable file has its own message later
-        first = seen.setdefault(content, file.row)
-        if first.side != file.row.side:
-            leaks.append(_leak(listing.origin, first, file.row))
-    if leaks and not listing.official:
-        raise LabelsError(leaks[0] + (f" (and {len(leaks) - 1} more)" if len(leaks) > 1 else ""))
-    if leaks:
-        notes.append(f"{len(leaks)} leaks of the official split, kept as published; the first: {leaks[0]}")
+        first = next((other for other in alike if same_content(other.path, file.path)), None)
+        if first is None:
+            alike.append(file)
+        elif first.row.side != file.row.side:
+            leaks.append(_leak(listing.origin, first.row, file.row))
+        elif first.row.label != file.row.label:
+            relabelled.append(
+                f"{listing.origin}: the same file has two labels, {escape_path(first.row.path)} is "
+                f"{first.row.label!r} ({first.row.where}) and {escape_path(file.row.path)} is {file.row.label!r} "
+                f"({file.row.where})"
+            )
+    for what, found in (("leaks", leaks), ("files with two labels", relabelled)):
+        if found and not listing.official:
+            raise LabelsError(found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""))
+        if found:
+            notes.append(f"{len(found)} {what} of the official split, kept as published; the first: {found[0]}")
+
+
+def _shared_sources(listing: Listing, rows: list[Row], notes: list[str]) -> int:
+    """How many test videos are cut from a recording that training videos are cut from too; a note where there are any.
+
+    What published lists say by the names of their files is a guess, and they are used as they are.
+    """
+    if listing.official:
+        return 0
+    train = {row.source for row in rows if row.side == "train" and row.source}
+    test = [row for row in rows if row.side == "test" and row.source]
+    shared = [row for row in test if row.source in train]
+    if shared:
+        both, every = {row.source for row in shared}, {row.source for row in test}
+        notes.append(
+            f"{len(shared)} of {len(test)} test videos are cut from recordings that training videos are cut from too "
+            f"({len(both)} of {len(every)} test recordings: {first_few(sorted(both))}); "
+            "accuracies are not those of unseen recordings"
+        )
+    return len(shared)
 
 
 def _leak(origin: str, first: Row, again: Row) -> str:
@@ -266,7 +349,7 @@ def _leak(origin: str, first: Row, again: Row) -> str:
     )
 
 
-def _classes(origin: str, rows: list[Row], order: tuple[str, ...] | None) -> tuple[str, ...]:
+def _classes(listing: Listing, rows: list[Row]) -> tuple[str, ...]:
     train, test = ({row.label for row in rows if row.side == side} for side in SIDES)
     if train != test:
         alone = {side: sorted(names) for side, names in (("train", train - test), ("test", test - train)) if names}
@@ -275,11 +358,11 @@ def _classes(origin: str, rows: list[Row], order: tuple[str, ...] | None) -> tup
             for side, names in alone.items()
         )
         raise LabelsError(
-            f"{origin}: {len(train ^ test)} of {len(train | test)} classes are on one side of the split alone, "
-            f"{'; '.join(shown)}"
+            f"{listing.origin}: {len(train ^ test)} of {len(train | test)} classes are on one side of the split alone, "
+            f"{'; '.join((*shown, *listing.notes))}"
         )
-    if order is not None:
-        return order
+    if listing.classes is not None:
+        return listing.classes
     names = sorted(train)
     if all(re.fullmatch(r"[0-9]+", name) for name in names):  # numbered classes in the order of their numbers
         names.sort(key=int)

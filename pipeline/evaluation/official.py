@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ..corpus.sources import escape_path
 from ..errors import LabelsError, UsageError
-from .listing import Listing, Names, Row, first_few, read_lines, videos_in
+from .listing import Listing, Names, Row, first_few, other_endings, read_lines, videos_in
 
 SPLITS = (1, 2, 3)
 
@@ -81,7 +81,7 @@ def read_hmdb51(root: str | None, split: int, partial: bool = False) -> Listing:
     """
     base, lists, names = _open(HMDB51, root, split, HMDB51_CLASSES)
     rows: list[Row] = []
-    listed = []
+    listed: list[tuple[str, str]] = []
     for label in HMDB51_CLASSES:
         file = os.path.join(lists, f"{label}_test_split{split}.txt")
         used = Counter[str]()
@@ -91,7 +91,7 @@ def read_hmdb51(root: str | None, split: int, partial: bool = False) -> Listing:
                 raise LabelsError(f"{file}: {escape_path(line)!r} is not a line `NAME.avi 0|1|2`")
             path = f"{label}/{name.strip()}"
             found = names.find(path) or path
-            listed.append(found)
+            listed.append((path, found))
             used[tag] += 1
             if tag != "0":
                 cut = _HMDB51_NAME.fullmatch(name.strip())
@@ -104,13 +104,14 @@ def read_hmdb51(root: str | None, split: int, partial: bool = False) -> Listing:
 
 def read_ucf101(root: str | None, split: int, partial: bool = False) -> Listing:
     """UCF-101 below `root`: 101 class folders of .avi files and the folder of 7 lists; else as `read_hmdb51`."""
-    if root is not None and (found := _folder_of(root, UCF101.lists)) is not None:
-        classes = _class_index(os.path.join(found, "classInd.txt"))
+    if root is not None and (folder := _folder_of(root, UCF101.lists)) is not None:
+        classes = _class_index(os.path.join(folder, "classInd.txt"))
     else:
         classes = ()
     base, lists, names = _open(UCF101, root, split, classes)
     folded = {name.casefold(): name for name in classes}
-    rows = []
+    rows: list[Row] = []
+    listed: list[tuple[str, str]] = []
     for side in ("train", "test"):
         file = os.path.join(lists, f"{side}list0{split}.txt")
         for line in read_lines(file):
@@ -124,9 +125,10 @@ def read_ucf101(root: str | None, split: int, partial: bool = False) -> Listing:
                     f"{file}: {escape_path(line)!r}: the class {label!r} is {classes.index(label) + 1} in classInd.txt"
                 )
             cut = _UCF101_NAME.fullmatch(name)
-            found_as = names.find(path) or path
-            rows.append(Row(found_as, label, side, os.path.basename(file), cut[1] if cut else name))
-    return _listing(UCF101, base, lists, split, rows, [row.path for row in rows], names, classes, partial)
+            found = names.find(path) or path
+            listed.append((path, found))
+            rows.append(Row(found, label, side, os.path.basename(file), cut[1] if cut else name))
+    return _listing(UCF101, base, lists, split, rows, listed, names, classes, partial)
 
 
 def _class_index(path: str) -> tuple[str, ...]:
@@ -197,13 +199,15 @@ def _listing(
     lists: str,
     split: int,
     rows: list[Row],
-    listed: list[str],
+    listed: list[tuple[str, str]],
     names: Names,
     classes: tuple[str, ...],
     partial: bool,
 ) -> Listing:
+    """listed: of each listed video the name in the lists and that on the disk."""
+    used = {found for _, found in listed}
     counts: dict[str, tuple[int, int]] = {
-        "videos": (len(set(listed)), facts.videos),
+        "videos": (len(used), facts.videos),
         "train videos": (sum(row.side == "train" for row in rows), facts.train[split - 1]),
         "test videos": (sum(row.side == "test" for row in rows), facts.test[split - 1]),
     }
@@ -213,14 +217,16 @@ def _listing(
                 f"{lists}: split {split} lists {found} {what}, {facts.name} has {expected}: the lists are not the "
                 f"official ones, or damaged; get {facts.list_archive} from {facts.page}"
             )
-    gone = [name for name in listed if name not in names.exact]
+    gone = [found for _, found in listed if found not in names.exact]
     if gone and not partial:
         raise LabelsError(
             f"{base}: {len(gone)} of the {facts.videos} videos of {facts.name} are missing, {first_few(gone)}: an "
             f"incomplete download or archive? get {facts.video_archive} from {facts.page}, or take --partial"
         )
-    unlabelled = tuple(sorted(names.exact - set(listed)))
-    return Listing(lists, base, rows, classes, unlabelled, official=True, get=facts.get)
+    unlabelled = tuple(sorted(names.exact - used))
+    return Listing(
+        lists, base, rows, classes, unlabelled, official=True, get=facts.get, notes=other_endings(listed)
+    )
 
 
 def _near(root: str) -> list[str]:

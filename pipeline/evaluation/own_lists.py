@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from ..corpus.sources import escape_path, list_videos
+from ..corpus.sources import escape_path, is_video, list_videos
+from ..corpus.textfiles import is_utf8, read_text, refuse_windows_paths
 from ..errors import LabelsError, SourceError
-from .listing import SIDES, Listing, Row, videos_in
+from .listing import SIDES, Listing, Row, first_few, require_utf8, videos_in
 
 
 def read_csv(path: str, split: int, root: str | None = None) -> Listing:
@@ -19,6 +21,7 @@ def read_csv(path: str, split: int, root: str | None = None) -> Listing:
     reader_columns, rows = _table(path)
     _require_columns(path, reader_columns, split)
     used = list(_used_rows(path, rows, f"split{split}"))
+    refuse_windows_paths(path, base, [row.path for row in used])
     named = {os.path.normpath(row["path"]) for _, row in rows if row["path"]}
     there = videos_in(base, (os.path.dirname(name) for name in named))
     return Listing(path, base, used, unlabelled=tuple(name for name in there if name not in named))
@@ -38,35 +41,71 @@ def read_folder(root: str, split: int) -> Listing:
     class folder."""
     if split != 1:
         raise LabelsError(f"{root}: a folder has split 1 only, got --split {split}")
-    rows = []
+    rows: list[Row] = []
+    notes: list[str] = []
     for side in SIDES:
         folder = os.path.join(root, side)
         if not os.path.isdir(folder):
             raise LabelsError(f"{root}: no folder {side!r}; expected DIR/train/CLASS/… and DIR/test/CLASS/…")
         try:
-            listed = list_videos([f"{side}={folder}"])
+            listed = list_videos([f"{side}={folder}"]).paths
         except SourceError:
-            continue  # an empty side is reported with the other checks
-        for name in listed.paths:
+            listed = []  # an empty side is reported with the other checks
+        for name in listed:
             label, slash, _ = name.partition("/")
             if not slash:
                 raise LabelsError(f"{folder}: {escape_path(name)} stands in no class folder")
-            rows.append(Row(f"{side}/{name}", label, side, f"{side}/{label}"))
-    return Listing(root, root, rows)
+            rows.append(Row(f"{side}/{name}", class_name(label), side, f"{side}/{escape_path(label)}"))
+        notes += _left_out(root, side, listed)
+    return Listing(root, root, rows, notes=(*notes, *_other_folders(root)))
+
+
+def class_name(folder: str) -> str:
+    """The class of a folder: its name, percent-escaped where that is not UTF-8, for models and results hold it."""
+    return folder if is_utf8(folder) else escape_path(folder)
+
+
+def _left_out(root: str, side: str, listed: list[str]) -> Iterator[str]:
+    """What of a side is no video by its ending, and the classes that have no video for it."""
+    top = os.path.join(root, side)
+    known, others = set(listed), []
+    for folder, folders, names in os.walk(top, followlinks=False):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = (os.path.normpath(os.path.relpath(os.path.join(folder, n), top)) for n in sorted(names) if n[0] != ".")
+        others += [name for name in below if name not in known and not is_video(name)]
+    if others:
+        shown = first_few((f"{side}/{name}" for name in others), 5)
+        yield f"{len(others)} files of {root} are left out, for their ending is not that of a video: {shown}"
+    used = {name.partition("/")[0] for name in listed}
+    classes = (entry.name for entry in os.scandir(top) if entry.is_dir() and entry.name[0] != ".")
+    if empty := sorted(name for name in classes if name not in used):
+        yield f"{len(empty)} class folders of {os.path.join(root, side)} hold no video: {first_few(empty, 5)}"
+
+
+def _other_folders(root: str) -> Iterator[str]:
+    """Folders beside train and test, such as val, that hold videos."""
+    for name in sorted(os.listdir(root)):
+        if name in SIDES or name.startswith(".") or not os.path.isdir(os.path.join(root, name)):
+            continue
+        try:
+            count = len(list_videos([f"other={os.path.join(root, name)}"]))
+        except SourceError:
+            continue
+        yield f"{escape_path(name)}/ of {root} is not used ({count} videos): only train/ and test/ are"
 
 
 def _table(path: str) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
     """Columns, and ("line N", row) of every row."""
     try:
         # Names that are not UTF-8 travel as surrogates, like everywhere in Python's os module.
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, restval="")
-            columns = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            for name in ("path", "label"):
-                if name not in columns:
-                    raise LabelsError(f"{path}: no column {name!r} (found: {', '.join(columns) or 'no columns'})")
-            return columns, [(f"line {reader.line_num}", row) for row in reader]
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True, restval="")
+        columns = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = columns
+        for name in ("path", "label"):
+            if name not in columns:
+                shown = escape_path(", ".join(columns)) or "no columns"
+                raise LabelsError(f"{path}: no column {name!r} (found: {shown})")
+        return columns, [(f"line {reader.line_num}", row) for row in reader]
     except OSError as error:
         raise LabelsError(f"{path}: cannot read the label file ({error.strerror})") from error
     except csv.Error as error:
@@ -100,4 +139,6 @@ def _used_rows(path: str, rows: Iterable[tuple[str, dict[str, str]]], column: st
         name, label = row["path"], row["label"].strip()
         if not name or not label:
             raise LabelsError(f"{path}: {where} has no {'label' if name else 'path'}")
-        yield Row(os.path.normpath(name), label, side, where, row.get("source", "").strip())
+        source = row.get("source", "").strip()
+        require_utf8(path, where, (label, source))
+        yield Row(os.path.normpath(name), label, side, where, source)

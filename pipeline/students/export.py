@@ -73,7 +73,12 @@ def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping
     _check_classes(student.classes, meta, path)
     header = _Header(format_version=FORMAT_VERSION, options=student.options, heads=student.classes, meta=meta)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named_tensors(student)}
-    _write(path, safetensors.torch.save(tensors, {"format": "pt", "distinit": header.model_dump_json()}))
+    _write(path, safetensors.torch.save(tensors, {"format": "pt", "distinit": _as_json(header)}))
+
+
+def _as_json(header: _Header) -> str:
+    """The header as ASCII: paths that are not UTF-8 travel as lone surrogates, which JSON writes as escapes."""
+    return json.dumps(header.model_dump(mode="python"))
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -16,7 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..corpus.sources import escape_path
+from ..corpus.textfiles import is_utf8
 from ..errors import CheckpointError, StoreMismatchError, UsageError
+from .options import LoopOptions
 from .ranks import ALONE, Ranks
 from .state import TrainState
 
@@ -32,6 +35,8 @@ STORE_KEYS = frozenset({"store", "teachers", "sampling"})
 def claim_run_dir(run_dir: Path, *, resume: Resume) -> None:
     """Makes `run_dir`. UsageError if it holds a run and `resume` is off, or the other way round, or if it
     cannot be a folder."""
+    if not is_utf8(os.fspath(run_dir)):  # TensorBoard's writer cannot take it
+        raise UsageError(f"--out {escape_path(os.fspath(run_dir))}: the path is not UTF-8; choose another --out")
     if resume is True and not any((run_dir / name).exists() for name in (*RUN_FILES, "config.yaml")):
         raise UsageError(f"--resume: {run_dir} holds no run; --resume auto begins one")
     found = [name for name in RUN_FILES if (run_dir / name).exists()]
@@ -52,6 +57,19 @@ def read_identity(run_dir: Path) -> dict[str, Any] | None:
         return None
     identity = json.loads(_load(path)["identity"])
     return dict(identity)
+
+
+def require_not_longer(run_dir: Path, options: LoopOptions) -> None:
+    """UsageError where a run has done more steps than are asked for: what it would say of itself would be wrong."""
+    path = run_dir / "checkpoints" / "last.pt"
+    if not path.exists():
+        return
+    done = int(_load(path)["state"]["step"])
+    if done > options.total_steps:
+        raise UsageError(
+            f"--epochs {options.epochs}: {run_dir} has been trained for {done // options.steps_per_epoch} epochs "
+            f"({done} steps) already; --resume takes no fewer, choose another --out"
+        )
 
 
 def check_identity(run_dir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

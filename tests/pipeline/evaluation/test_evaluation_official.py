@@ -220,6 +220,31 @@ def test_an_incomplete_download_is_counted(hmdb: Path, tmp_path: Path) -> None:
     extra.unlink()
 
 
+@pytest.mark.parametrize("classes", [("sit",), HMDB51_CLASSES])
+def test_videos_converted_to_mp4_are_found(hmdb: Path, classes: tuple[str, ...]) -> None:
+    """The tree as people convert it, one class or all; with both of a video, that of the lists counts."""
+    before = labels_of("hmdb51", hmdb)
+    videos = [video for label in classes for video in (hmdb / "hmdb51_org" / label).iterdir()]
+    try:
+        for video in videos:
+            video.rename(video.with_suffix(".mp4"))
+        labels = labels_of("hmdb51", hmdb)
+        first = labels.absolute(labels.test[0])
+        if first.endswith(".mp4"):
+            shutil.copy(first, first.removesuffix(".mp4") + ".avi")
+            with pytest.raises(LabelsError, match="1 videos beside the listed ones have no label"):
+                labels_of("hmdb51", hmdb)
+            os.unlink(first.removesuffix(".mp4") + ".avi")
+    finally:
+        for video in videos:
+            video.with_suffix(".mp4").rename(video)
+    for side in ("train", "test"):
+        converted = [video.path.removesuffix(".mp4").removesuffix(".avi") for video in getattr(labels, side)]
+        assert converted == [video.path.removesuffix(".avi") for video in getattr(before, side)]
+    assert [note for note in labels.notes if f"{len(videos)} as .mp4" in note]
+    assert not before.notes
+
+
 def test_wrong_lists_are_refused(hmdb: Path, ucf: Path, tmp_path: Path) -> None:
     lists = hmdb / "testTrainMulti_7030_splits"
     with (

@@ -1,0 +1,160 @@
+"""What label lists leave out, repeat or share is told or refused; the test side of other labels stands alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from distinit.pipeline.errors import CheckpointError, LabelsError
+from distinit.pipeline.evaluation.labels import load_labels
+from distinit.pipeline.evaluation.run_labels import RunLabels
+
+ENDS = b"\x10" * 2**16
+
+
+def write(root: Path, rows: str, contents: dict[str, bytes] | None = None) -> str:
+    """A csv, and the files that it names, each of its own content unless `contents` gives it."""
+    root.mkdir(exist_ok=True)
+    (root / "labels.csv").write_text(rows)
+    for line in rows.splitlines()[1:]:
+        name = line.split(",")[0]
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes((contents or {}).get(name, name.encode()))
+    return f"csv:{root / 'labels.csv'}"
+
+
+FOUR = "path,label,split1\na.mp4,x,train\nb.mp4,y,train\nc.mp4,x,test\nd.mp4,y,test\n"
+
+
+def test_files_with_equal_ends_are_other_files(tmp_path: Path) -> None:
+    """Raw videos that begin and end in black: size, head and tail agree, the middles do not."""
+    contents = {f"{name}.mp4": ENDS + name.encode() * 1000 + ENDS for name in "abcd"}
+    labels = load_labels(write(tmp_path, FOUR, contents))
+    assert (len(labels.train), len(labels.test)) == (2, 2)
+    contents["d.mp4"] = contents["b.mp4"]
+    with pytest.raises(LabelsError, match=r"both sides .*b\.mp4 .*d\.mp4"):
+        load_labels(write(tmp_path, FOUR, contents))
+
+
+@pytest.mark.parametrize("side", ["train", "test"])
+def test_a_copy_with_another_label_is_refused(tmp_path: Path, side: str) -> None:
+    rows = f"{FOUR}e.mp4,x,{side}\nf.mp4,y,{side}\n"
+    same = dict.fromkeys(("e.mp4", "f.mp4"), b"same content")
+    with pytest.raises(LabelsError, match=r"two labels, e\.mp4 is 'x' \(line 6\) and f\.mp4 is 'y' \(line 7\)"):
+        load_labels(write(tmp_path, rows, same))
+    assert len(load_labels(write(tmp_path, rows.replace("f.mp4,y", "f.mp4,x"), same)).classes) == 2
+
+
+def test_recordings_on_both_sides_are_counted(tmp_path: Path) -> None:
+    rows = "path,label,source,split1\na.mp4,x,s1,train\nb.mp4,y,s2,train\n"
+    rows += "c.mp4,x,s1,test\nd.mp4,y,s3,test\ne.mp4,y,,test\n"
+    labels = load_labels(write(tmp_path, rows))
+    assert labels.shared_sources == 1
+    assert len(labels.notes) == 1
+    assert "'s1'" in labels.notes[0]
+    assert labels.notes[0].startswith("1 of 2 test videos")
+    assert load_labels(write(tmp_path, rows.replace("x,s1,test", "x,s4,test"))).notes == ()
+
+
+def test_one_video_of_youtube_on_both_sides_of_kinetics_is_counted(tmp_path: Path) -> None:
+    """Other seconds of it: the same are refused."""
+    rows = "label,youtube_id,time_start,time_end,split\nx,abc,1,11,train\nx,abc,21,31,val\nx,def,0,10,val\n"
+    (tmp_path / "k.csv").write_text(rows)
+    for name in ("abc_000001_000011.mp4", "abc_000021_000031.mp4", "def_000000_000010.mp4"):
+        (tmp_path / name).write_bytes(name.encode())
+    labels = load_labels(f"kinetics:{tmp_path / 'k.csv'}")
+    assert labels.shared_sources == 1
+    assert labels.notes[0].startswith("1 of 2 test videos")
+
+
+def folder(root: Path, *names: str | bytes) -> str:
+    for name in names:
+        path = Path(os.fsdecode(os.fsencode(root / "set") + b"/" + os.fsencode(name)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.fsencode(name))
+    return f"folder:{root / 'set'}"
+
+
+def test_what_a_folder_leaves_out_is_named(tmp_path: Path) -> None:
+    used = ["train/a/1.mp4", "test/a/2.mp4", "train/b/1.3gpp", "test/b/2.264"]
+    others = ["train/a/noending", "test/a/x.weird", "train/wave/1.weird", "test/wave/2.weird", "val/a/3.mp4"]
+    others += ["train/a/.hidden", "notes/readme.txt"]
+    labels = load_labels(folder(tmp_path, *used, *others))
+    assert labels.classes == ("a", "b")
+    told = "\n".join(labels.notes)
+    for name in ("train/a/noending", "test/a/x.weird", "train/wave/1.weird", "test/wave/2.weird", "'wave'", "val/"):
+        assert name in told
+    for name in ("hidden", "notes", "readme"):
+        assert name not in told
+    assert load_labels(folder(tmp_path / "clean", *used)).notes == ()
+
+
+def test_a_class_that_its_endings_leave_to_one_side_is_explained(tmp_path: Path) -> None:
+    where = folder(tmp_path, "train/a/1.mp4", "test/a/2.mp4", "train/b/1.mp4", "test/b/2.weird")
+    with pytest.raises(LabelsError, match=r"only in train: 'b'.*test/b/2\.weird"):
+        load_labels(where)
+
+
+def test_class_folders_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
+    where = folder(tmp_path, b"train/caf\xe9/1.mp4", b"test/caf\xe9/2.mp4", "train/100%/1.mp4", "test/100%/2.mp4")
+    labels = load_labels(where)
+    assert labels.classes == ("100%", "caf%E9")
+    assert all(os.path.exists(labels.absolute(video)) for video in labels.train)
+
+
+@pytest.mark.parametrize("column", ["label", "source"])
+def test_a_csv_with_cells_that_are_not_utf8_is_refused_with_its_line(tmp_path: Path, column: str) -> None:
+    rows = "path,label,source,split1\na.mp4,LABEL,SOURCE,train\nb.mp4,LABEL,SOURCE,test\n"
+    write(tmp_path, rows)
+    other = {"label": "source", "source": "label"}[column]
+    text = rows.replace(column.upper(), "café").replace(other.upper(), "plain")
+    (tmp_path / "labels.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(LabelsError, match=r"labels\.csv: line 2: .*UTF-8"):
+        load_labels(f"csv:{tmp_path / 'labels.csv'}")
+    (tmp_path / "labels.csv").write_bytes(text.encode("utf-8"))
+    assert load_labels(f"csv:{tmp_path / 'labels.csv'}").classes in (("café",), ("plain",))
+
+
+def test_what_a_missing_path_may_be_is_said(tmp_path: Path) -> None:
+    where = write(tmp_path, FOUR)
+    (tmp_path / "c.mp4").rename(tmp_path / "c.webm")
+    with pytest.raises(LabelsError, match=r"first is c\.mp4 \(line 4\).*there as c\.webm"):
+        load_labels(where)
+
+
+def test_the_test_side_alone_for_the_classes_of_a_model(tmp_path: Path) -> None:
+    where = write(tmp_path, FOUR.replace("train", "test").replace("b.mp4,y,test\n", "").replace("d.mp4,y,test\n", ""))
+    with pytest.raises(LabelsError, match="no train videos"):
+        load_labels(where)
+    labels = load_labels(where, classes=("y", "x"))
+    assert [(v.path, v.label) for v in labels.test] == [("a.mp4", 1), ("c.mp4", 1)]
+    assert labels.train == ()
+    assert labels.classes == ("y", "x")
+    assert any("'y'" in note for note in labels.notes)
+    with pytest.raises(CheckpointError, match="'x'"):
+        load_labels(where, classes=("y", "z"))
+    with pytest.raises(LabelsError, match="no test videos"):
+        load_labels(write(tmp_path / "n", FOUR.replace("test", "train")), classes=("x", "y"))
+
+
+def test_a_run_knows_its_labels(tmp_path: Path) -> None:
+    labels = load_labels(write(tmp_path, FOUR))
+    RunLabels.of(labels).write(tmp_path)
+    record = RunLabels.read(tmp_path)
+    assert record is not None
+    shutil.copytree(tmp_path, tmp_path / "moved")
+    assert record.difference(load_labels(f"csv:{tmp_path / 'moved/labels.csv'}")) == ""
+    for number, (old, new, what) in enumerate(
+        (
+            ("a.mp4,x,train", "a.mp4,x,test", "a.mp4"),
+            ("a.mp4,x,train\n", "a.mp4,x,train\ng.mp4,x,train\n", "g.mp4"),
+            ("y", "z", "'z'"),
+            ("c.mp4,x", "c.mp4,y", "c.mp4"),
+        )
+    ):
+        text = FOUR.replace(old, new) + "h.mp4,x,train\ni.mp4,x,test\n"
+        assert what in record.difference(load_labels(write(tmp_path / str(number), text)))
+    assert RunLabels.read(tmp_path / "nowhere") is None
