@@ -15,6 +15,7 @@ import numpy as np
 from ..pipeline.errors import StoreMismatchError, VideoError
 from ..pipeline.targets.files import LocalFiles
 from ..pipeline.targets.format import read_fingerprint
+from ..pipeline.targets.index import OK
 from ..pipeline.targets.store import TargetStore
 from ..pipeline.targets.writer import StoreWriter
 from ..pipeline.teachers.fingerprint import Fingerprint
@@ -103,10 +104,12 @@ def _replay_sample(plan: StorePlan, replay: Replay, pool: DecodePool, view: int)
     StoreMismatchError if a row comes out otherwise than it is stored.
     """
     store, used, why = replay.store, 0, "no video has rows"
-    usable = store.usable([replay.name])
-    for video in np.random.default_rng(0).permutation(usable).tolist():
+    index = store.index
+    stored = [s for s in np.flatnonzero(index.live & (index.state == OK) & (index.rows > 0)).tolist() if replay.has(s)]
+    first = {int(index.video[s]): s for s in reversed(stored)}  # one segment of each video
+    for video in np.random.default_rng(0).permutation(list(first)).tolist():
         path = plan.path(video)
-        unusable = _replay_video(store, video, path, replay, pool, view)
+        unusable = _replay_segment(store, first[video], path, replay, pool, view)
         replay.run()
         if wrong := replay.findings(path):
             raise StoreMismatchError(
@@ -115,7 +118,7 @@ def _replay_sample(plan: StorePlan, replay: Replay, pool: DecodePool, view: int)
                 f"(`distinit targets verify --deep` tells of all)"
             )
         if unusable:
-            why = f"{len(usable) - used} of its videos cannot be used, as {path}: {unusable}"
+            why = f"{len(first) - used} of its videos cannot be used, as {path}: {unusable}"
         else:
             used += 1
         if used == VIDEOS:
@@ -123,16 +126,15 @@ def _replay_sample(plan: StorePlan, replay: Replay, pool: DecodePool, view: int)
     return used, why
 
 
-def _replay_video(
-    store: TargetStore, video: int, path: str, replay: Replay, pool: DecodePool, view: int
+def _replay_segment(
+    store: TargetStore, segment: int, path: str, replay: Replay, pool: DecodePool, view: int
 ) -> str | None:
-    """Feed the teacher the first rows of a video; returns why there are none."""
+    """Feed the teacher the first rows of a segment; returns why there are none."""
     try:
-        if digest(path) != store.digest(video):
+        if digest(path) != store.digest(int(store.index.video[segment])):
             return "it is another file now"
     except VideoError as error:
         return str(error)
-    segment = int(store.segments(video)[0])
     rows = np.arange(store.index.row[segment], store.index.row[segment] + min(store.index.rows[segment], ROWS))
     stored = store.read_table("index", rows), store.read_table("pts", rows)
     end = int(store.index.end[segment])

@@ -14,6 +14,7 @@ from distinit.pipeline.errors import DistInitError, StoreMismatchError, TeacherE
 from distinit.pipeline.targets.store import TargetStore
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.screen import Screen
@@ -160,6 +161,20 @@ def test_a_store_of_version_0_1_gets_its_fingerprint_once_rows_agree(
     assert info(home)["basis"] == {"kind": "rows", "rows": 9, "videos": 3}
     shards = {f: digest for f, digest in before.items() if "/c/" in f and "/videos/" not in f and "/segments/" not in f}
     assert shards.items() <= files(home / "s.zarr").items()
+
+
+def test_a_part_of_a_video_is_enough_for_the_check(home: Path) -> None:
+    shutil.rmtree(home / "videos")
+    (home / "videos").mkdir()
+    frames = np.random.default_rng(0).integers(0, 255, (300, 4, 6, 3)).repeat(8, 1).repeat(8, 2)
+    write_video(home / "videos" / "long.mp4", frames.astype(np.uint8), fps=25, gop=12)
+    cut = {"shard_rows": 256, "sampling": Sampling(every=1)}
+    extract(home, **cut)
+    for commits in ("frames", "teachers/t"):  # as of a run that was killed
+        shutil.rmtree(home / "s.zarr" / "commits" / commits / "000001")
+    shutil.rmtree(node(home / "s.zarr"))
+    assert extract(home, **cut)["ok"] == 1
+    assert info(home)["basis"] == {"kind": "rows", "rows": 32, "videos": 1}
 
 
 def test_without_videos_a_user_must_say_that_it_is_the_same(home: Path) -> None:
