@@ -115,7 +115,7 @@ def _replay_sample(plan: StorePlan, replay: Replay, pool: DecodePool, view: int)
             raise StoreMismatchError(
                 f"{store.name}: teacher {replay.name!r} has no fingerprint there, and its stored rows are not what it "
                 f"computes now: {wrong[0].what}; the teacher or the reading of that video has changed "
-                f"(`distinit targets verify --deep` tells of all)"
+                f"(`distinit targets verify --frames` compares the frames of all)"
             )
         if unusable:
             why = f"{len(first) - used} of its videos cannot be used, as {path}: {unusable}"
