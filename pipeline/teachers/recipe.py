@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..config import Options
-from ..errors import TeacherError
+from ..corpus.textfiles import is_utf8, read_text
+from ..errors import ListError, TeacherError
 from ..video.geometry import View
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -143,9 +144,12 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
         TeacherError: the file cannot be read or is empty.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except (OSError, ListError) as error:
         raise TeacherError(f"classes file {path}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        if not is_utf8(line):
+            raise TeacherError(f"classes file {path}: line {number} is not UTF-8; save it as text in UTF-8")
     names = [line for line in lines if line]
     if not names:
         raise TeacherError(f"classes file {path}: holds no name")

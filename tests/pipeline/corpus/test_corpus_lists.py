@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from distinit.pipeline.corpus.sources import is_video, list_videos
-from distinit.pipeline.errors import LabelsError, SourceError, UsageError
+from distinit.pipeline.errors import LabelsError, SourceError, TeacherError, UsageError
 from distinit.pipeline.evaluation.labels import load_labels
+from distinit.pipeline.teachers.recipe import read_classes
 
 ENCODINGS = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
 
@@ -76,6 +77,15 @@ def test_usual_endings_are_videos(ending: str) -> None:
     assert is_video(f"a.b.{ending}")
     assert not is_video(f"{ending}")
     assert not is_video(f"a.{ending}.txt")
+
+
+@pytest.mark.parametrize("encoding", [*ENCODINGS, "latin-1"])
+def test_class_names_that_are_not_utf8_are_wrong_use(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "classes.txt").write_bytes("tea\r\ncafé\r\n".encode(encoding))
+    with pytest.raises(TeacherError, match=r"classes\.txt.*UTF-8"):
+        read_classes(tmp_path / "classes.txt")
+    (tmp_path / "classes.txt").write_bytes("tea\r\ncafé\r\n".encode("utf-8-sig"))
+    assert read_classes(tmp_path / "classes.txt") == ("tea", "café")
 
 
 def test_a_list_may_hold_names_that_are_not_utf8(clips: Path) -> None:
