@@ -79,7 +79,7 @@ class Replay:
         encoding = self.store.teachers[self.name].encoding
         stored = {a: self.store.read_stored(self.name, a, rows) for a in arrays_of(encoding)}
         now = encode(logits, encoding)
-        self.equal += int(np.logical_and.reduce([_rows_equal(stored[a], now[a]) for a in stored]).sum())
+        self.equal += int(np.all([_rows_equal(stored[a], now[a]) for a in stored], axis=0).sum())
         off = np.sqrt(np.square(decode(stored, encoding) - logits).mean(axis=1))
         spread = logits.std(axis=1)
         self.worst = max(self.worst, float(np.nanmax(off / np.maximum(spread, 1e-12), initial=0)))

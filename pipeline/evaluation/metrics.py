@@ -89,7 +89,7 @@ def by_group(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
     if groups is None:
         return np.asarray(values, dtype=np.float64)
     _, index = np.unique(groups, return_inverse=True)
-    sums = np.zeros((index.max() + 1, values.shape[1]))
+    sums = np.zeros((int(np.max(index)) + 1, values.shape[1]))
     np.add.at(sums, index, values)
     return sums
 

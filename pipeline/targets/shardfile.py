@@ -70,8 +70,8 @@ class ShardedRows:
         if len(wanted) <= FEW:
             self._read_few(wanted.tolist(), out)
             return out
-        if wanted.min() < 0 or wanted.max() >= self.shape[0]:
-            raise StoreError(f"{self.path}: row {int(wanted.max())} of {self.shape[0]}")
+        if np.min(wanted) < 0 or np.max(wanted) >= self.shape[0]:
+            raise StoreError(f"{self.path}: row {int(np.max(wanted))} of {self.shape[0]}")
         chunks = wanted // self.chunk_rows
         for chunk in np.unique(chunks):
             at = np.flatnonzero(chunks == chunk)

@@ -131,7 +131,7 @@ class ShardCopy:
 
 def _shard_rows(source: TargetStore, bounds: NDArray[np.int64], asked: int | None) -> int:
     """The size asked for, or one by the number of rows that holds the longest stretch."""
-    longest = int(bounds.max(initial=0))
+    longest = int(np.max(bounds, initial=0))
     if asked is not None:
         if asked < longest:
             raise UsageError(f"--shard-rows {asked}: a stretch of a video has {longest} rows, the store {source.name} "

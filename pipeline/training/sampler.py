@@ -195,7 +195,7 @@ class TargetSampler:
     def _most_in_window(self, video: int) -> int:
         cached = self.store.frames(video)[0]
         ends = np.searchsorted(cached, cached + self.clip_length, side="left")
-        return int((ends - np.arange(len(cached))).max(initial=0))
+        return int(np.max(ends - np.arange(len(cached)), initial=0))
 
     def _look_up(self, video: int) -> _Video:
         known = self._known.get(video)

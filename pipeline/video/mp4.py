@@ -117,10 +117,10 @@ def _samples(moov: bytes, known: int) -> tuple[np.ndarray, np.ndarray, int] | No
     if b"ctts" in boxes:
         (runs,) = np.frombuffer(boxes[b"ctts"], ">u4", 1, 4).tolist()
         lengths, values = np.frombuffer(boxes[b"ctts"], ">i4", 2 * runs, 8).reshape(-1, 2).astype(np.int64).T
-        if lengths.min(initial=1) < 1 or lengths.sum() != count or values.min(initial=0) < _LEAST_OFFSET:
+        if np.min(lengths, initial=1) < 1 or lengths.sum() != count or np.min(values, initial=0) < _LEAST_OFFSET:
             return None
         offsets = np.repeat(values, lengths)
-        shift = max(0, -int(values[:-2].min(initial=0)))  # as libavformat: the last two runs do not count
+        shift = max(0, -int(np.min(values[:-2], initial=0)))  # as libavformat: the last two runs do not count
     return sizes, offsets, shift
 
 
