@@ -1,22 +1,38 @@
-# make demo: a virtual environment, the package with the demo's teacher, and the demo itself.
-# make test: the same environment with the developers' tools, and the tests.
-# Another Python: make PYTHON=python3.12 demo
+# make demo         a virtual environment, the package with the demo's teacher, and the demo itself
+# make test         the same environment with the developers' tools, and all tests
+# make test-oldest  an environment with the oldest versions that are supported, and what depends on versions
+# Another Python:   make PYTHON=python3.12 demo
 
 VENV ?= .venv
 OUT ?= demo-out
-NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
-PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
-	"$$p" -c '$(NEW_ENOUGH)' 2>/dev/null && echo "$$p" && break; done)
+TESTS ?=
+CONSTRAINTS ?=
+# Minor versions of Python 3, the ones to prefer first.
+MINORS ?= 13 12 11 14
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+# The first that runs and can make environments: what is on the PATH may be the shim of a version manager, which fails.
+PYTHON ?= $(shell \
+	usable() { "$$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$1"; }; \
+	IFS=:; for minor in $(MINORS); do \
+		for folder in $$PATH; do usable "$$folder/python3.$$minor" && exit; done; \
+		for home in "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.$$minor.*; do usable "$$home/bin/python" && exit; done; \
+	done; \
+	for folder in $$PATH; do usable "$$folder/python3" && exit; done)
+
+.PHONY: demo test test-oldest lint versions clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m distinit demo --out "$(OUT)"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile $(TESTS)
+
+# Decoding, Zarr, torch and dask; what else there is depends on no version.
+test-oldest:
+	@$(MAKE) --no-print-directory VENV=.venv-oldest CONSTRAINTS=tests/oldest.txt MINORS="11 12 13 14" versions test \
+		TESTS="tests/pipeline/video tests/pipeline/targets tests/stages/test_extract_cluster.py"
 
 # mypy takes the package by name, whatever the folder is called: a link gives it that name.
 lint: $(VENV)/.installed-dev
@@ -24,20 +40,37 @@ lint: $(VENV)/.installed-dev
 	@mkdir -p .mypy_cache/path && ln -sfn ../.. .mypy_cache/path/distinit
 	MYPYPATH=.mypy_cache/path $(BIN)/mypy -p distinit
 
-clean:
-	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+versions: $(VENV)/.installed-dev
+	@$(BIN)/python -c 'import sys; from importlib.metadata import version; \
+		print("Python", sys.version.split()[0], *(f"{p} {version(p)}" for p in \
+		"torch torchvision numpy av zarr dask h5py scikit-learn click pydantic rich pytest".split()), sep=", ")'
 
-$(VENV)/.installed-%: pyproject.toml | $(VENV)/.made
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on --editable ".[$*]"
+clean:
+	rm -rf "$(VENV)" .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/.made
+	@echo "Installing distinit[$*] into $(VENV): some minutes, up to 3 GB"
+	@rm -f "$(VENV)/pip.log"
+	@$(BIN)/python -m pip install --disable-pip-version-check -qqq --log "$(VENV)/pip.log" \
+		$(CONSTRAINTS:%=--constraint=%) --editable ".[$*]" || { \
+		if grep -qiE "no space left|disk quota" "$(VENV)/pip.log"; then \
+			echo "make: disk full while installing into $(VENV), which needs 6 GB; free some space and run it again"; \
+		elif grep -qE "NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|SSLError" "$(VENV)/pip.log"; then \
+			echo "make: pip cannot reach a package index; connect, or set PIP_INDEX_URL or HTTPS_PROXY"; \
+		else \
+			echo "make: pip failed: $$(grep -aoE "ERROR: .*" "$(VENV)/pip.log" | tail -1); all of it: $(VENV)/pip.log"; \
+		fi >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.made:
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found:" \
-		"install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@"$(PYTHON)" -c '$(NEW_ENOUGH)' || { echo "$(PYTHON) is older than 3.11 or does not run:" \
-		"name a newer one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) lacks venv or ensurepip:" \
-		"install it, on Debian and Ubuntu: apt install $$("$(PYTHON)" -c \
-		'import sys; print("python3.%d-venv" % sys.version_info[1])')" >&2; exit 1; }
-	"$(PYTHON)" -m venv "$(VENV)"
+	@python="$(PYTHON)"; \
+	test -n "$$python" || { echo "make: no Python 3.11 or newer with venv and ensurepip was found; install it" \
+		"(Debian, Ubuntu: apt install python3-venv) or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }; \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "make: $$python is" \
+		"older than 3.11 or does not run; name a newer one: make PYTHON=/path/to/python3.12" >&2; exit 1; }; \
+	"$$python" -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $$python has no venv or ensurepip; install" \
+		"them (Debian, Ubuntu: apt install python3-venv) or name another: make PYTHON=/path/to/python3.12" >&2; exit 1; }; \
+	echo "$(VENV): $$("$$python" --version), $$python"; \
+	failure=$$("$$python" -m venv "$(VENV)" 2>&1) && $(BIN)/python -m pip --version >/dev/null || { \
+		echo "make: $$python cannot make $(VENV): $$(echo "$$failure" | tail -1)" >&2; rm -f $@; exit 1; }
 	@touch $@

@@ -6,10 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import distinit
 
@@ -58,6 +61,26 @@ def test_the_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
         licenses = [member for member in wheel.namelist() if "/licenses/" in member]
     assert f"Version: {distinit.__version__}" in metadata
     assert {Path(name).name for name in licenses} == {"LICENSE", "NOTICE"}
+
+
+def test_lower_bounds_are_the_versions_that_are_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tools = {"ruff", "mypy", "types-PyYAML", "setuptools", "wheel", "distinit"}  # of lint and builds
+    asked = [Requirement(text) for text in sum(project["optional-dependencies"].values(), project["dependencies"])]
+    bounds = {item.name: Version(next(iter(item.specifier)).version) for item in asked if item.name not in tools}
+    lines = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    held = [Requirement(line) for line in lines if not line.startswith("#")]
+    for minor in (11, 12, 13):
+        here = {"python_version": f"3.{minor}"}
+        tested = {
+            item.name: Version(next(iter(item.specifier)).version)
+            for item in held
+            if item.marker is None or item.marker.evaluate(here)
+        }
+        assert tested.keys() == bounds.keys()
+        assert all(tested[name] >= bound for name, bound in bounds.items())
+        assert tested == bounds or minor > 11
+        assert f"Programming Language :: Python :: 3.{minor}" in project["classifiers"]
 
 
 def test_importing_and_help_do_not_load_torch(tmp_path: Path) -> None:
