@@ -65,7 +65,7 @@ def run_stage(
         )
         result = getattr(home, stage)(config, screen)
         screen.result(result)
-    if result.get("ok") is False:  # a part of the job could not be done
+    if result.get("ok") is False or result.get("complete") is False:  # a part of the job could not be done
         context.exit(1)
 
 

@@ -30,6 +30,10 @@ class VideoError(DistInitError, ValueError):
     """A video cannot be read. The message is the reason, without the path."""
 
 
+class DecoderError(DistInitError, RuntimeError):
+    """Decoding does not work on this machine, whatever the video: a library, a limit, a process that cannot start."""
+
+
 class TeacherError(UsageError):
     """A teacher is unknown or its module cannot be built."""
 

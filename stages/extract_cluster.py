@@ -20,7 +20,7 @@ from pathlib import Path
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
-from ..pipeline.errors import DistInitError, StoreMismatchError
+from ..pipeline.errors import DecoderError, DistInitError, StoreMismatchError
 from ..pipeline.targets.shard import ShardResult
 from ..pipeline.teachers.teacher import TeacherSpec
 from ..pipeline.video.sampling import Sampling
@@ -231,6 +231,8 @@ def run_shards(
             error = _why(future)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise error  # no other worker can write there either
+            if isinstance(error, DecoderError):
+                raise DecoderError(f"on a worker: {error}") from error
             failed.append(f"shard {shard:06d}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         future.release()
         submit()

@@ -27,6 +27,7 @@ from ..pipeline.video.pool import DecodePool
 from ..pipeline.video.probe import Probe
 from ..pipeline.video.sampling import Sampling
 from .extract_work import SegmentTask, ShardTask
+from .same_failure import SameFailure
 from .screen import Screen
 
 SLAB = 10_000  # videos probed between two writes of the video table
@@ -104,10 +105,11 @@ def new_videos(plan: StorePlan, videos: VideoList) -> list[int]:
     ]
 
 
-def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, screen: Screen) -> int:
+def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, screen: Screen, max_failures: int) -> int:
     """Probe the files that the store does not list yet and list them; returns how many.
 
-    StoreMismatchError if they would join another corpus of the same name.
+    StoreMismatchError if they would join another corpus of the same name. DistInitError where the first
+    `max_failures` of them, or all of fewer, cannot be read for one reason; then none of them is listed.
     """
     names = {c["name"]: i for i, c in enumerate(plan.corpora)}
     for c in videos.corpora:
@@ -119,13 +121,17 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, screen:
         return 0
     for corpus in np.unique([c for _, c in new]).tolist():
         _check_moved(plan, plan.corpora[corpus])
+    watch = SameFailure(max_failures)
     with screen.progress("probing", total=len(new), unit="videos") as bar:
         for at in range(0, len(new), SLAB):
             slab = new[at : at + SLAB]
             probes = []
-            for probe in pool.probe([videos.absolute(i) for i, _ in slab]):
+            for (i, _), probe in zip(slab, pool.probe([videos.absolute(i) for i, _ in slab]), strict=True):
+                watch.see(i, probe.error)
                 probes.append(probe)
                 bar.advance(1)
+            if at + SLAB >= len(new) and not (plan.writer.index.state == OK).any():
+                watch.finish()
             columns = video_columns(probes, plan.sampling)
             columns["corpus"] = [c for _, c in slab]
             columns["path"] = [escape_path(videos.paths[i]) for i, _ in slab]
@@ -289,6 +295,14 @@ def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list
     keys = np.flatnonzero(timeline.key)
     parts = cut(video, wanted, keys, len(timeline.pts), plan.writer.shard_rows)
     return [Stretch(p.video, p.first, p.end, p.bound, replaces) for p in parts]
+
+
+def ids_of(plan: StorePlan, videos: VideoList) -> list[int]:
+    """The store's numbers of the located videos, those that it lists."""
+    names, known = {c["name"]: i for i, c in enumerate(plan.corpora)}, _known(plan)
+    of = [names.get(corpus.name, -1) for corpus in videos.corpora]
+    keys = [(of[int(c)], escape_path(path)) for c, path in zip(videos.corpus, videos.paths, strict=True)]
+    return [known[key] for key in keys if key in known]
 
 
 def _known(plan: StorePlan) -> dict[tuple[int, str], int]:

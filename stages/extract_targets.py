@@ -26,6 +26,7 @@ from ..pipeline.training.device import cores
 from ..pipeline.video.geometry import View
 from ..pipeline.video.pool import DecodePool
 from ..pipeline.video.sampling import Sampling
+from ..pipeline.video.wire import INTERNAL
 from .config import write_config
 from .extract_batches import TeacherRunner, batch_threads
 from .extract_config import ExtractConfig, default_decoders, load_teachers, run_record
@@ -34,6 +35,7 @@ from .extract_plan import (
     StorePlan,
     add_new_videos,
     check_unchanged,
+    ids_of,
     new_videos,
     open_tasks,
     plan_overflow,
@@ -43,6 +45,7 @@ from .extract_plan import (
 from .extract_retry import copy_stored, plan_retries
 from .extract_teachers import check_fingerprints, examine_teachers, prove_teachers
 from .extract_work import ShardFiller, ShardTask
+from .same_failure import SameFailure
 from .screen import Screen
 from .workers import cluster
 
@@ -121,13 +124,17 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
             else stack.enter_context(_here(config, writer, teachers, pool, views, device))
         )
         done, idle = 0, True
+        # What failed before may fail again; and where others were stored, a killed run's last ones may.
+        watch = SameFailure(0 if config.retry_failed else config.max_failures)
+        all_of_fewer = not (writer.index.state == OK).any()
         while shards := open_tasks(plan, list(teachers)):
             idle = False
-            done += _run_shards(plan, shards, list(teachers), fill, run, screen)
+            done += _run_shards(plan, shards, list(teachers), fill, run, watch, all_of_fewer, screen)
             plan_overflow(plan, pool)
         write_config(_beside(config.out), "extract-targets", config)
         seconds = time.monotonic() - began
-        result = _summary(plan, list(teachers), done, seconds, screen)
+        ids = None if videos is None else ids_of(plan, videos)
+        result = _summary(plan, list(teachers), ids, done, seconds, screen)
         if idle:
             screen.say("nothing to do: every video has its targets or a reason why not")
         else:
@@ -179,18 +186,47 @@ def _there(
 
 
 def _run_shards(
-    plan: StorePlan, shards: list[int], teachers: list[str], fill: Fill, run: dict[str, Any], screen: Screen
+    plan: StorePlan,
+    shards: list[int],
+    teachers: list[str],
+    fill: Fill,
+    run: dict[str, Any],
+    watch: SameFailure,
+    all_of_fewer: bool,
+    screen: Screen,
 ) -> int:
-    """One pass over open shards; each is committed as soon as it is whole. Returns the rows done."""
+    """One pass over open shards; each is committed as soon as it is whole, the first ones once one is not like the
+    others. Returns the rows done."""
     index = plan.writer.index
     bound = int(index.bound[np.isin(index.shard, shards)].sum())
     done = 0
+    held: list[ShardResult] = []
     with screen.progress("extracting", total=bound, unit="frames") as bar:
         for result in fill(tasks(plan, shards, teachers), bar.advance):
-            plan.writer.commit(result, run)
+            for segment in np.flatnonzero(index.shard == result.shard).tolist():
+                watch.see(int(index.video[segment]), _reason(result, segment))
+            held.append(result)
             done += result.rows
+            if not watch.watching:
+                _commit(plan, held, run)
+        if all_of_fewer:
+            watch.finish()
+        _commit(plan, held, run)
         bar.set_total(done)
     return done
+
+
+def _commit(plan: StorePlan, held: list[ShardResult], run: dict[str, Any]) -> None:
+    while held:
+        plan.writer.commit(held.pop(0), run)
+
+
+def _reason(result: ShardResult, segment: int) -> str | None:
+    """Why a segment has no rows, None where a teacher has some."""
+    if result.frames is not None and segment in result.frames.failed:
+        return result.frames.failed[segment]
+    reasons = [part.failed.get(segment) for part in result.teachers.values()]
+    return None if not reasons or None in reasons else reasons[0]
 
 
 def _list(config: ExtractConfig, screen: Screen) -> VideoList | None:
@@ -235,7 +271,7 @@ def _add_videos(
 ) -> None:
     """Enter in the store what is new of the sources, of which there are `listed` in all parts."""
     check_unchanged(plan, videos)
-    added = add_new_videos(plan, videos, pool, screen)
+    added = add_new_videos(plan, videos, pool, screen, config.max_failures)
     there = plan.writer.index.n_videos - added
     if added and there:
         screen.say(f"{added} new videos, {there} are in the store already")
@@ -292,8 +328,9 @@ def _beside(store: Path) -> Path:
 
 
 def _summary(
-    plan: StorePlan, teachers: list[str], done: int, seconds: float, screen: Screen
+    plan: StorePlan, teachers: list[str], listed: list[int] | None, done: int, seconds: float, screen: Screen
 ) -> dict[str, Any]:
+    """What the store holds; `complete` is false where no listed video is usable, or one failed by a fault of ours."""
     index = plan.writer.index
     state = index.video_state()
     if (state == PENDING).any():
@@ -305,8 +342,15 @@ def _summary(
     for name in teachers:
         under[name] = Counter(text for v, text in index.video_reasons(name).items() if v not in reasons)
         _say_failures(plan, under[name], f"failed under {name} alone", screen)
+    internal = sum(count for reason, count in failures.items() if reason.startswith(INTERNAL))
+    if internal:
+        screen.warn(f"{internal} videos failed by an internal error: see the log; --retry-failed tries again")
+    usable = state[listed] if listed is not None else state
+    if len(usable) and not (usable == OK).any():
+        screen.warn("no video of the sources is usable")
     return {
         "store": str(plan.writer.root),
+        "complete": not internal and (not len(usable) or bool((usable == OK).any())),
         "videos": int(index.n_videos),
         "ok": int((state == OK).sum()),
         "failed": int((state == FAILED).sum()),

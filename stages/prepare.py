@@ -28,6 +28,7 @@ from ..pipeline.video.prepare import NOT_WRITTEN, CopyOptions, copy_row
 from .config import write_config
 from .prepare_report import Tally, summary
 from .prepare_status import Row, StatusFile
+from .same_failure import SameFailure
 from .screen import Screen
 
 COMMAND = "prepare"
@@ -45,7 +46,8 @@ class PrepareConfig(Options):
     flow_bound: float = Field(16.0, gt=0, description="pixels; faster motion is stored as this")
     workers: int | None = Field(None, ge=1, description="processes, each with an encoder; default one a core")
     timeout_s: float = Field(120.0, gt=0)
-    memory_gb: float = Field(4.0, gt=0)
+    memory_gb: float = Field(4.0, ge=0.1)
+    max_failures: int = Field(100, ge=0)
     retry_failed: bool = False
     replace: bool = False
 
@@ -248,18 +250,33 @@ def _copy(
     pool = DecodePool(
         processes=workers, views=(), memory_gb=config.memory_gb, timeout_s=config.timeout_s, ahead=_AHEAD
     )
+    watch = SameFailure(0 if config.retry_failed else config.max_failures)
+    held: list[tuple[int, Row]] = []
+
+    def record() -> None:
+        for i, row in held:
+            if row["status"] == "failed":
+                _drop(_target(config, out, videos, i))
+            status.add(keys[i], row)
+            tally.add(row)
+        held.clear()
+
     with pool, screen.progress("flow" if config.flow else "copying", len(todo), "videos") as bar:
         for i, answer in zip(todo, pool.copies(jobs), strict=True):
             if isinstance(answer, Failed):
                 if "no space left" in answer.reason.lower():  # not the video's fault, nor one that passes
                     raise OSError(errno.ENOSPC, "No space left on device", str(out))
                 row: Row = {"status": "failed", "reason": answer.reason, **_as_it_is(videos.absolute(i))}
-                _drop(_target(config, out, videos, i))
             else:
                 row = {"status": "ok", **answer}
-            status.add(keys[i], row)
-            tally.add(row)
+            watch.see(i, row.get("reason"))
+            held.append((i, row))
+            if not watch.watching:
+                record()
             bar.advance(failed=sum(tally.reasons.values()))
+        if not tally.ok:
+            watch.finish()
+        record()
 
 
 def _as_it_is(source: str) -> Row:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..pipeline.video.wire import INTERNAL
 from .prepare_status import Row
 from .screen import Screen
 
@@ -45,6 +46,7 @@ def summary(out: Path, videos: int, new: int, seconds: float, tally: Tally, scre
             screen.say(f"  {count:6d}  {reason}")
     result: dict[str, Any] = {
         "out": str(out),
+        "complete": tally.ok > 0 and not any(reason.startswith(INTERNAL) for reason in tally.reasons),
         "videos": videos,
         "ok": tally.ok,
         "failed": failed,

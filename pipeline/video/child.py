@@ -2,6 +2,9 @@
 
 A decoder that crashes or hangs in C takes this process with it and nothing else. The child imports no
 torch, keeps to its memory limit, and ends when its parent does.
+
+An exception that no bad file explains is not the file's: the child then reads a video that ships with the package,
+and says which of the two it is. It reads that video once before it begins, too.
 """
 
 from __future__ import annotations
@@ -10,23 +13,28 @@ import contextlib
 import mmap
 import os
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from dataclasses import asdict
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 
-from ..errors import VideoError
+from ..errors import DecoderError, VideoError, in_one_line
 from .container import reason
 from .decode import VideoReader
 from .geometry import Renderer, View
 from .probe import probe
 from .sampling import Sampling
-from .wire import SLOTS, Layout, receive, send
+from .wire import INTERNAL, SLOTS, Layout, receive, send
 
 _SIGN_OF_LIFE_S = 1.0
+_GOOD = Path(__file__).parents[2] / "conf" / "demo_corpus" / "Standing_Still" / "test_Standing-Still-001.mp4"
 
 
 class Child:
@@ -51,13 +59,52 @@ class Child:
                 answer = self._work(message)
             except VideoError as error:
                 answer = {"kind": "failed", "reason": str(error)}
-            except MemoryError as error:
-                answer = {"kind": "failed", "reason": reason(error)}
-            except (OSError, ValueError, ArithmeticError) as error:
-                if isinstance(error, (BrokenPipeError, ConnectionError)):
-                    raise
-                answer = {"kind": "failed", "reason": f"{type(error).__name__}: {reason(error)}"}
+            except (MemoryError, av.FFmpegError) as error:
+                answer = self._of_the_file(error)
+            except (EOFError, ConnectionError):  # the parent has gone
+                raise
+            except Exception as error:
+                answer = self._unexpected(error, message)
             send(self._connection, answer)
+
+    def check(self, message: dict[str, Any] | None = None) -> None:
+        """Read a video that is known to be good, as `message` would have its own read; raises what goes wrong."""
+        found = probe(str(_GOOD))
+        if found.error is not None:
+            raise DecoderError(f"{_GOOD}: {found.error}")
+        with VideoReader(str(_GOOD)) as reader:
+            for _, _, frame in reader.sample(Sampling(every=4)):
+                renderer = reader.info.renderer()
+                for view in self._views:
+                    renderer.render(frame, view)
+        if message is not None and message["kind"] == "copy":
+            from .prepare import copy_job
+
+            with tempfile.TemporaryDirectory() as folder:
+                place = {"source": str(_GOOD), "part": f"{folder}/part", "target": f"{folder}/copy"}
+                copy_job({**message, **place}, self._alive)
+
+    def _of_the_file(self, error: BaseException) -> dict[str, Any]:
+        try:
+            return {"kind": "failed", "reason": reason(error)}
+        except DecoderError as fault:
+            return {"kind": "fault", "what": str(fault), "trace": ""}
+
+    def _unexpected(self, error: Exception, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to an exception that a bad file should not cause: ours if a good file causes one as well."""
+        trace = "".join(traceback.format_exception(error))
+        if isinstance(error, (DecoderError, ImportError)):
+            return {"kind": "fault", "what": str(error), "trace": trace}
+        with contextlib.suppress(DecoderError):
+            if isinstance(error, OSError):
+                reason(error)  # a limit
+            try:
+                self.check(message)
+            except Exception as again:
+                trace += "".join(traceback.format_exception(again))
+            else:
+                return {"kind": "failed", "reason": f"{INTERNAL}{in_one_line(error)}", "trace": trace}
+        return {"kind": "fault", "what": in_one_line(error), "trace": trace}
 
     def _alive(self) -> None:
         """Tell the parent now and then that work goes on."""
@@ -157,11 +204,12 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _limit_memory(gigabytes: float) -> None:
-    """Bound the address space, so that a hostile header cannot fill the machine."""
+    """Bound the address space to so much more than is used now, so that a hostile header cannot fill the machine."""
     with contextlib.suppress(ImportError, ValueError, OSError):  # not on every system
         import resource
 
-        limit = int(gigabytes * 2**30)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+        limit = used + int(gigabytes * 2**30)
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         if hard != resource.RLIM_INFINITY:
             limit = min(limit, hard)
@@ -176,10 +224,12 @@ def main(arguments: list[str]) -> int:
     threading.Thread(target=_end_with_parent, args=(setup["parent"],), daemon=True).start()
     memory = mmap.mmap(int(arguments[1]), setup["bytes"])
     os.close(int(arguments[1]))
-    _limit_memory(setup["memory_gb"])
     views = tuple(View.model_validate(view) for view in setup["views"])
+    child = Child(connection, memory, views)
+    child.check()
+    _limit_memory(setup["memory_gb"])
     try:
-        Child(connection, memory, views).serve()
+        child.serve()
     except (EOFError, BrokenPipeError, ConnectionError):
         return 0  # the parent is done with us
     return 0

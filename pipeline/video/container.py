@@ -24,7 +24,7 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from ..errors import VideoError
+from ..errors import DecoderError, VideoError
 from .bitstream import INTRA_ONLY
 
 # Demuxers of formats that carry their own frames. Not among them on purpose: concat, hls, dash, imf,
@@ -39,6 +39,10 @@ DIGEST_BYTES = 2**16
 _NOT_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 # Titles that are not UTF-8 must not keep a file from being opened: PyAV 19 replaces such bytes by itself.
 _LENIENT_METADATA: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+_LIMITS = {
+    errno.EMFILE: "too many open files in this process: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine (fs.file-max)",
+}
 _CAN_CROP = frozenset(("mov", "matroska"))
 _PLAYLIST_STARTS = (b"ffconcat", b"#extm3u", b"[playlist]", b"<smil", b"<?xml", b"<mpd", b"v=0")
 
@@ -172,9 +176,14 @@ def digest(path: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An exception of the system or of FFmpeg in one plain clause, without the path."""
+    """An exception of the system or of FFmpeg in one plain clause, without the path.
+
+    Raises DecoderError for one that no file explains: a limit of this process or machine.
+    """
     if isinstance(error, VideoError):
         return str(error)
+    if (limit := _LIMITS.get(getattr(error, "errno", None) or 0)) is not None:
+        raise DecoderError(limit) from error
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, PermissionError):

@@ -13,7 +13,7 @@ import ffmpeg
 import imageio_ffmpeg
 import numpy as np
 
-from ..errors import VideoError
+from ..errors import DecoderError, VideoError
 from .container import FORMATS
 
 Path = str | os.PathLike[str]
@@ -124,12 +124,15 @@ def _running(command: Any, paths: dict[str, Path], *, stdin: bool) -> Iterator[s
         cmd=imageio_ffmpeg.get_ffmpeg_exe(),
         overwrite_output=True,
     )
-    process = subprocess.Popen(
-        [_plain(paths[word]) if word in paths else word for word in compiled],
-        stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    try:
+        process = subprocess.Popen(
+            [_plain(paths[word]) if word in paths else word for word in compiled],
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+    except OSError as error:
+        raise DecoderError(f"ffmpeg cannot be started: {error}") from error
     tail = bytearray()
     drain = threading.Thread(target=_drain, args=(process.stderr, tail), daemon=True)
     drain.start()

@@ -1,12 +1,14 @@
 """Decode many videos in child processes, in order, ahead of whoever eats the frames.
 
 A child that crashes or falls silent costs its video a second try in a fresh child and, if that fails
-too, a reason; never the run. Each child has four slots of shared memory; a child whose slots are all
-unread waits, which bounds what is decoded ahead.
+too, a reason; never the run. Where decoding does not work at all, whatever the video, a DecoderError ends
+the run, and no video is given a reason. Each child has four slots of shared memory; a child whose slots
+are all unread waits, which bounds what is decoded ahead.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -19,13 +21,15 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from ..errors import VideoError
+from ..errors import DecoderError, VideoError
 from .geometry import View
 from .probe import Probe
 from .process import ChildProcess
 from .sampling import Sampling
 from .timeline import Timeline
 from .wire import Layout
+
+log = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
 _AHEAD = 4  # tasks that may be finished and unread, per child
@@ -253,7 +257,10 @@ class DecodePool:
     def _give(self, place: int, task: _Task, again: deque[_Task]) -> None:
         child = self._children[place]
         if child is None:
-            child = ChildProcess(self._layout, self._views, self._memory_gb)
+            try:
+                child = ChildProcess(self._layout, self._views, self._memory_gb)
+            except OSError as error:  # descriptors, processes, shared memory
+                raise DecoderError(f"a decoding process cannot be started: {error.strerror or error}") from error
             self._children[place] = child
         self._working[place] = task
         if not child.tell(task.message):
@@ -292,7 +299,14 @@ class DecodePool:
                 task.rows += len(answer["index"])
                 child.unread += 1
                 task.answers.append((answer, child))
-            elif answer["kind"] not in ("alive", "ready"):
+            elif answer["kind"] == "ready":
+                child.ready = True
+            elif answer["kind"] == "fault":
+                log.error("%s: %s", task.message.get("path", task.message.get("source")), answer["trace"])
+                raise DecoderError(f"decoding does not work here, whatever the video: {answer['what']}")
+            elif answer["kind"] != "alive":
+                if "trace" in answer:
+                    log.error("%s: %s", task.message.get("path", task.message.get("source")), answer["trace"])
                 task.answers.append((answer, None))
                 task.finished = True
                 del self._working[place]
@@ -301,10 +315,12 @@ class DecodePool:
         self._failed(place, again, self._child(place).last_words())
 
     def _failed(self, place: int, again: deque[_Task], why: str) -> None:
-        """One more try in a fresh child for the task, then its end."""
-        task = self._working.pop(place)
+        """One more try in a fresh child for the task, then its end. A child that never began has no video to blame."""
+        child, task = self._child(place), self._working.pop(place)
         self._drop(place)
         task.failures.append(why)
+        if not child.ready and (child.ended or len(task.failures) == _ATTEMPTS):
+            raise DecoderError(f"a decoding process cannot start: {why}")
         if len(task.failures) < _ATTEMPTS:
             task.message = {**task.message, "skip": task.rows}
             again.append(task)

@@ -28,6 +28,7 @@ class ChildProcess:
     """
 
     def __init__(self, layout: Layout, views: tuple[View, ...], memory_gb: float) -> None:
+        self.ready = False  # whether it has begun to work
         self.unread = 0
         self.listened = 0.0
         ours, theirs = socket.socketpair()
@@ -104,6 +105,11 @@ class ChildProcess:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return f"the decoder process ended with status {code}" + (f": {lines[-1]}" if lines else "")
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process ended by itself, not by a signal."""
+        return (self._process.poll() or 0) > 0
 
     def kill(self) -> None:
         """End the process at once; blocks that were delivered stay readable."""

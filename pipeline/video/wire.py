@@ -21,6 +21,8 @@ import numpy as np
 
 from .geometry import View
 
+INTERNAL = "internal error: "
+"""How the reason of a video begins that could not be read through a fault of this package."""
 SLOTS = 4
 _SLOT_BYTES = 2**22
 

@@ -144,7 +144,7 @@ def test_a_hanging_child_is_killed_after_the_time_out(long_video: str) -> None:
 
 def test_a_child_keeps_to_its_memory(tmp_path: Path, long_video: str) -> None:
     write_video(tmp_path / "big.mp4", [np.zeros((4096, 8192, 3), np.uint8)])
-    with pool(memory_gb=0.3) as decoders:
+    with pool(memory_gb=0.03) as decoders:
         probes = list(decoders.probe([str(tmp_path / "big.mp4"), long_video]))
     assert "could not be decoded" in str(probes[0].error)
     assert probes[1].frames == FRAMES
