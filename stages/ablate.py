@@ -133,7 +133,7 @@ def ablate(config: AblateConfig, screen: Screen) -> dict[str, Any]:
         student = maker.student(cell) if cell.needs_student else None
         work.append(Work(cell, student, maker.finetuning(cell, student)))
     out = Path(os.path.abspath(config.out))
-    require_own(out, "ablate")
+    require_own(out, "ablate", (CELLS, SECONDS))
     progress = Progress(out, plan, work)
     steps = list(dict.fromkeys(step for each in work for step in each.steps))
     open_steps = [step for step in steps if step.result(out) is None]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -100,20 +100,49 @@ def write_config(path: str | os.PathLike[str], command: str, config: Options) ->
     os.replace(part, target)
 
 
-def require_own(folder: Path, command: str) -> None:
-    """UsageError where the folder's config.yaml has another command's section: it would be overwritten, and with it
-    what says what the folder holds. Or where it is a Zarr store or in one, which a run's files have no place in."""
+def require_own(folder: Path, command: str, writes: Iterable[str] = (), *, record: str = "config.yaml") -> None:
+    """Check that a command overwrites nothing in a folder but what it wrote itself.
+
+    The record of a folder that a command wrote is its config there, see `write_config`: names of other files and of
+    folders prove nothing.
+
+    Args:
+        writes: names of the other files that the command writes into the folder.
+        record: name of the file that holds the config.
+
+    Raises:
+        UsageError: The config is another command's, or there is none and one of `writes` exists, or the folder is a
+            Zarr store or in one, where the files of a run have no place.
+    """
     require_no_store(folder)
-    try:
-        content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    sections = recorded_sections(folder / record)
+    if sections == {command}:
         return
-    others = [name for name in content if name in SECTIONS and name != command] if isinstance(content, dict) else []
-    if others:
+    if sections:
         raise UsageError(
-            f"--out {folder}: its config.yaml is one of distinit {others[0]}, which {command} would overwrite; "
-            f"choose another --out"
+            f"--out {folder}: its {record} is one of distinit {min(sections - {command})}, which {command} would "
+            f"overwrite; choose another --out"
         )
+    refuse_existing(folder, (record, *writes), f"distinit {command}")
+
+
+def refuse_existing(folder: Path, names: Iterable[str], writer: str) -> None:
+    """UsageError where one of the files is in the folder; writer: whose work they are not, for the message."""
+    for name in names:
+        if os.path.lexists(folder / name):
+            raise UsageError(
+                f"--out {folder}: its {name} was not written by {writer}, which would overwrite it; "
+                f"choose another --out"
+            )
+
+
+def recorded_sections(config: Path) -> set[str]:
+    """The commands of which a config file has a section; none for a file that is no config of ours, or not there."""
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return set()
+    return set(content) & set(SECTIONS) if isinstance(content, dict) and set(content) <= set(SECTIONS) else set()
 
 
 def require_no_store(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from pathlib import Path
@@ -11,8 +12,9 @@ from pydantic import Field
 from rich.text import Text
 
 from ..pipeline.config import Options
-from ..pipeline.errors import UsageError
-from .config import CONF, load_config, write_config
+from ..pipeline.errors import StoreError, UsageError
+from ..pipeline.targets.store import TargetStore
+from .config import CONF, load_config, require_own, write_config
 from .extract_config import ExtractConfig
 from .extract_targets import extract_targets
 from .finetune import FinetuneConfig, finetune
@@ -23,6 +25,7 @@ from .train_student import train_student
 
 CORPUS = CONF / "demo_corpus"
 PRESET = "demo"
+RECORD = "demo.yaml"
 
 
 class DemoConfig(Options):
@@ -45,6 +48,8 @@ def demo(config: DemoConfig, screen: Screen) -> dict[str, Any]:
     if not (CORPUS / "labels.csv").is_file():
         raise UsageError(f"the demo corpus is not there: {CORPUS}; install distinit again")
     store = out / "targets.zarr"
+    _require_own(out, store)
+    write_config(out / RECORD, "demo", config)
 
     screen.say("1/5 extract-targets: a frozen image model looks at the unlabelled clips, once")
     extraction = load_config(
@@ -78,7 +83,6 @@ def demo(config: DemoConfig, screen: Screen) -> dict[str, Any]:
 
     screen.say("5/5 report")
     made = report([runs], out / "report", screen)
-    write_config(out / "demo.yaml", "demo", config)
     seconds = time.monotonic() - began
     _farewell(config, results, made, seconds, screen)
     return {
@@ -91,6 +95,18 @@ def demo(config: DemoConfig, screen: Screen) -> dict[str, Any]:
         "finetune": results,
         "differences": made["differences"],
     }
+
+
+def _require_own(out: Path, store: Path) -> None:
+    """UsageError where the folder is not one of the demo: its store would grow by the demo's clips.
+
+    Version 0.1 wrote its record last: the store of an interrupted demo is known by its corpus.
+    """
+    own_store = False
+    if store.exists():
+        with contextlib.suppress(StoreError):
+            own_store = {corpus["name"] for corpus in TargetStore.open(store).index.corpora} <= {"demo"}
+    require_own(out, "demo", () if own_store else (store.name,), record=RECORD)
 
 
 def _finetuning(config: DemoConfig, run: Path, init: str) -> FinetuneConfig:

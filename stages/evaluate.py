@@ -115,6 +115,7 @@ def _fuse(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
         held = "; ".join(f"{run}: {', '.join(map(str, each))}" for run, each in zip(config.runs, splits, strict=True))
         raise UsageError(f"--fuse: the runs have other splits ({held})")
     out = Path(config.out)
+    refuse_other(out, {"run": str(out)})
     results = {
         split: fuse([str(each[split]) for each in splits], config.weights, str(split_folder(out, split)), screen)
         for split in splits[0]
@@ -127,6 +128,8 @@ def _evaluate(config: EvaluateConfig, screen: Screen, ranks: Ranks) -> dict[str,
     run = Path(config.runs[0])
     splits = {} if (run / "config.yaml").exists() else split_folders(run)
     if splits and config.split in (None, ALL):
+        if config.out is not None:
+            ranks.on_lead(lambda: refuse_other(Path(str(config.out)), {"run": str(config.out)}))
         outs = {n: None if config.out is None else str(split_folder(Path(config.out), n)) for n in splits}
         configs = {n: config.model_copy(update={"split": None, "out": out}) for n, out in outs.items()}
         # What is wrong with the last is found before the first is tested.

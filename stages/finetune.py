@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +25,17 @@ from ..pipeline.students.inflate import Inflation
 from ..pipeline.students.initialise import SCRATCH, Start, canonical_init, open_init, student_file
 from ..pipeline.students.options import START, StudentMeta
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
-from ..pipeline.training.checkpoint import Resume, check_identity, claim_run_dir, read_identity, require_not_longer
+from ..pipeline.training.checkpoint import (
+    RUN_FILES,
+    Resume,
+    check_identity,
+    claim_run_dir,
+    read_identity,
+    require_not_longer,
+)
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
 from ..pipeline.training.ranks import Ranks
+from ..pipeline.training.seen import SEEN_VIDEOS
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
 from ..pipeline.video.transforms import ClipView
 from ..pipeline.weights import state_sha256
@@ -36,9 +45,10 @@ from .screen import Screen
 from .seen import record_and_compare, require_own_labels
 from .short_videos import count_some, warn_of_short_videos
 from .splits import ALL, split_folder, split_folders, summarise_splits
-from .testing import PREDICTIONS, EvaluationOptions, evaluate_student, write_result
+from .testing import FILES, PREDICTIONS, EvaluationOptions, evaluate_student, write_result
 
 COMMAND = "finetune"
+_WRITES = (*RUN_FILES, *FILES, START, SEEN_VIDEOS)
 
 
 class FinetuneClips(ClipView):
@@ -114,7 +124,9 @@ def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str,
     begun = ranks.on_lead(lambda: bool(split_folders(out)))
     if config.resume is True and not begun:
         raise UsageError(f"--resume: {out} holds no run; --resume auto begins one")
-    for split in ranks.agree(lambda: _checked_splits(config)):
+    splits = ranks.agree(lambda: _checked_splits(config))
+    ranks.on_lead(lambda: _require_own_splits(out, splits))
+    for split in splits:
         screen.say(f"split {split}")
         # Interrupted, some splits have not begun.
         update = {"split": split, "out": str(split_folder(out, split)), "resume": "auto" if config.resume else False}
@@ -136,12 +148,19 @@ def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
 def _require_fitting(out: Path, split: int | str | None) -> None:
     """UsageError where the folder holds another command's run, or one split where all are asked for, or all where it
     is one: both write RUN/result.json."""
-    require_own(out, COMMAND)
+    splits = split_folders(out)
+    require_own(out, COMMAND, () if splits else _WRITES)
     if split == ALL and (out / "config.yaml").exists():
         raise UsageError(f"--out {out} holds a run of one split; --split all needs a folder of its own")
-    if split != ALL and (theirs := split_folders(out)):
-        held = ", ".join(map(str, theirs))
+    if split != ALL and splits:
+        held = ", ".join(map(str, splits))
         raise UsageError(f"--out {out} holds runs of the splits {held}; one split needs a folder of its own")
+
+
+def _require_own_splits(out: Path, splits: Sequence[int]) -> None:
+    """UsageError where the folder of a split is not one that --split all wrote, before the first of them is trained."""
+    for split in splits:
+        require_own(split_folder(out, split), COMMAND, _WRITES)
 
 
 def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:

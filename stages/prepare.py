@@ -32,7 +32,7 @@ from .same_failure import SameFailure
 from .screen import Screen
 
 COMMAND = "prepare"
-PARTIAL = ".partial"
+PARTIAL, LOCK = ".partial", "lock"
 _AHEAD = 256  # finished copies that may wait for one long video listed before them
 
 
@@ -97,10 +97,10 @@ def _claim(config: PrepareConfig) -> Iterator[Path]:
     out = config.out
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file, expected a folder")
-    if out.is_dir() and any(out.iterdir()) and read_marker(out) is None and not (out / PARTIAL).is_dir():
+    if out.is_dir() and read_marker(out) is None and not _only_claimed(out):
         raise UsageError(f"--out {out}: holds other files; choose a new or empty folder")
     (out / PARTIAL).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / PARTIAL / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    descriptor = os.open(out / PARTIAL / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     try:
         lock(descriptor, out, UsageError(f"--out {out}: another run of distinit prepare is at work there"))
         _sweep(out)
@@ -110,9 +110,15 @@ def _claim(config: PrepareConfig) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def _only_claimed(out: Path) -> bool:
+    """Whether a folder without a marker is empty, or holds what a run killed before it wrote one leaves."""
+    inside = [path.name for path in (out / PARTIAL).iterdir()] if (out / PARTIAL).is_dir() else []
+    return {path.name for path in out.iterdir()} <= {PARTIAL} and set(inside) <= {LOCK, MARKER}
+
+
 def _sweep(out: Path) -> None:
     for left in (out / PARTIAL).iterdir():
-        if left.name != "lock":
+        if left.name != LOCK:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 

@@ -16,7 +16,7 @@ from ..pipeline.reporting.accuracy import accuracy_numbers, screen_tables
 from ..pipeline.reporting.contents import make_report
 from ..pipeline.reporting.page import FIGURES, to_html, to_markdown
 from ..pipeline.reporting.runs import find_runs
-from ..pipeline.reporting.writing import write_whole
+from ..pipeline.reporting.writing import require_own, write_whole
 from .config import require_writable
 from .screen import Screen
 
@@ -60,6 +60,7 @@ def report(
         written.append(Path(out) / f"ablation-{number}.csv")
         files[written[-1]] = ablation_numbers(ablation).to_csv()
         screen.table(screen_table(ablation).to_rich())
+    require_own(page, (FILES, *(path.relative_to(out).as_posix() for path in files)))
     _write(Path(out), files)
     for part in screen_tables(found.finetuned):
         screen.table(part.to_rich())
@@ -91,7 +92,9 @@ def _write(out: Path, files: Mapping[Path, str | bytes]) -> None:
     except (OSError, ValueError, TypeError):
         earlier = []
     names = [path.relative_to(out).as_posix() for path in files]
-    # The union first: interrupted, the next report knows of both.
+    # The page first: by it the folder is known. Then the union: interrupted, the next report knows of both.
+    page = next(iter(files))
+    write_whole(page, files[page])
     write_whole(record, json.dumps(sorted({*names, *earlier})))
     for path, content in files.items():
         write_whole(path, content)

@@ -10,6 +10,7 @@ from typing import Any
 from ..pipeline.evaluation.splits import mean_over_splits
 from ..pipeline.reporting.accuracy import MEASURES
 from ..pipeline.reporting.tables import Column, Table
+from .config import recorded_sections
 from .screen import Screen
 from .testing import write_result
 
@@ -24,7 +25,7 @@ def split_folder(run: Path, split: int) -> Path:
 def split_folders(run: Path) -> dict[int, Path]:
     """The runs of a folder that `finetune --split all` wrote, by split; empty for any other."""
     found = {int(m[1]): path for path in run.glob("split*") if (m := re.fullmatch(r"split(\d+)", path.name))}
-    return {split: found[split] for split in sorted(found) if (found[split] / "config.yaml").is_file()}
+    return {split: found[split] for split in sorted(found) if recorded_sections(found[split] / "config.yaml")}
 
 
 def summarise_splits(out: Path, results: Mapping[int, dict[str, Any]], title: str, screen: Screen) -> dict[str, Any]:

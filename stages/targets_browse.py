@@ -11,7 +11,7 @@ from .. import __version__
 from ..pipeline.errors import UsageError
 from ..pipeline.reporting.browse import look
 from ..pipeline.reporting.browse_page import browse_page
-from ..pipeline.reporting.writing import write_whole
+from ..pipeline.reporting.writing import require_own, write_whole
 from ..pipeline.targets.store import TargetStore, check_moved
 from .screen import Screen
 
@@ -34,8 +34,9 @@ def targets_browse(
         raise UsageError(f"--sample {sample}: expected 0 or more videos")
     store = TargetStore.open(store_path)
     check_moved(store, moved or {})
-    found = look(store, sample, seed=seed, moved=moved)
     page = Path(out) / "browse.html"
+    require_own(page)
+    found = look(store, sample, seed=seed, moved=moved)
     write_whole(page, browse_page(found, __version__))
     missing = {video.path: video.problem for video in found.videos if video.problem is not None}
     for path, problem in missing.items():

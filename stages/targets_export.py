@@ -18,7 +18,7 @@ from ..pipeline.hdf5 import Hdf5Writer
 from ..pipeline.locks import lock
 from ..pipeline.targets.choose import choose_videos
 from ..pipeline.targets.files import check_local
-from ..pipeline.targets.format import fsync_path
+from ..pipeline.targets.format import fsync_path, is_ours
 from ..pipeline.targets.index import PENDING
 from ..pipeline.targets.store import TargetStore
 from ..pipeline.targets.subset import write_subset
@@ -88,6 +88,8 @@ def _sweep(part: Path) -> None:
     """Remove what a killed export left behind; StoreError while another one is at work there."""
     if not part.exists():
         return
+    if not is_ours(part):
+        raise UsageError(f"--out: {part} is in the way, and is no part of an export; move it")
     descriptor = os.open(part, os.O_RDONLY)
     try:
         lock(descriptor, part, StoreError(f"{part}: another export is writing it"))

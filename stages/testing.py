@@ -31,6 +31,9 @@ from .screen import Screen
 
 PREDICTIONS = "predictions.h5"
 RESULT = "result.json"
+_PARTIAL = "predictions.partial.h5"
+FILES = (PREDICTIONS, _PARTIAL, RESULT)
+"""What a test writes into a folder."""
 
 
 class EvaluationOptions(Options):
@@ -74,7 +77,7 @@ def evaluate_student(
     Of several ranks each tests its share of the videos; rank 0 writes, and all return the metrics.
     """
     predictions = _nothing_yet(student, labels, view, length, options)
-    final, partial = out / PREDICTIONS, out / "predictions.partial.h5"
+    final, partial = out / PREDICTIONS, out / _PARTIAL
 
     def begin() -> list[int]:
         out.mkdir(parents=True, exist_ok=True)
@@ -154,11 +157,14 @@ def write_result(out: Path, result: dict[str, Any]) -> None:
 
 def refuse_other(out: Path, mine: dict[str, str | list[str]]) -> None:
     """UsageError where `out` has a result.json that is not of these runs and of this kind: `run`, `fused`, or `a` and
-    `b`."""
+    `b`. Or where it has none, but predictions that no test of ours wrote before it was interrupted."""
     try:
         held = json.loads((out / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
+        _refuse_foreign_predictions(out)
         return
+    except (OSError, ValueError):
+        held = None
 
     def places(found: Any) -> list[str]:
         return [os.path.realpath(str(path)) for path in (found if isinstance(found, list) else [found])]
@@ -167,6 +173,15 @@ def refuse_other(out: Path, mine: dict[str, str | list[str]]) -> None:
     if {key: places(found) for key, found in theirs.items()} != {key: places(found) for key, found in mine.items()}:
         what = ", ".join(f"{key}={found}" for key, found in theirs.items())
         raise UsageError(f"--out {out} holds another result, of {what or 'something else'}; choose another --out")
+
+
+def _refuse_foreign_predictions(out: Path) -> None:
+    for path in (out / PREDICTIONS, out / _PARTIAL):
+        try:
+            if path.exists():
+                Predictions.read(path)
+        except PredictionsError as error:
+            raise UsageError(f"--out {out}: its {path.name} is no file of distinit; choose another --out") from error
 
 
 def _protocol(view: ClipView, length: int, options: EvaluationOptions) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..pipeline.targets.picks import PickRule
 from ..pipeline.targets.store import TargetStore, check_moved
 from ..pipeline.training.bounds import DRAWS, TOO_LITTLE, LossBounds, loss_bounds
 from ..pipeline.training.checkpoint import (
+    RUN_FILES,
     check_identity,
     claim_run_dir,
     load_weights,
@@ -51,6 +52,7 @@ from .train_dry_run import dry_run
 from .train_filter import Filter, measure_thresholds
 
 COMMAND = "train-student"
+RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _try_out(config: TrainConfig, screen: Screen) -> dict[str, Any]:
 def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
     """One process of the training; rank 0 alone writes."""
     run_dir = Path(config.out)
-    ranks.on_lead(lambda: require_own(run_dir, COMMAND))
+    ranks.on_lead(lambda: require_own(run_dir, COMMAND, (*RUN_FILES, SEEN_VIDEOS, RESULT)))
     store, teachers, device = ranks.agree(lambda: _open(config))
     ranks.on_lead(lambda: claim_run_dir(run_dir, resume=config.resume))
     saved = ranks.agree(lambda: read_identity(run_dir) if config.resume else None)
@@ -143,7 +145,7 @@ def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
             screen.warn(result.unread())
         exported = _export(config, store, student, teachers, run_dir)
         summary = _summary(config, parts, result, exported) | _learned(bounds, result, teachers, config.export, screen)
-        write_atomically(run_dir / "result.json", json.dumps(plain(summary), indent=1).encode())
+        write_atomically(run_dir / RESULT, json.dumps(plain(summary), indent=1).encode())
         return summary
 
     return ranks.on_lead(finish)

@@ -53,7 +53,7 @@ pre { background: var(--band); padding: .7rem; overflow-x: auto; font-size: .8re
 def document(title: str, lead: str, sections: Iterable[str]) -> str:
     """A whole page that needs nothing but itself. `title` is text; `lead` and `sections` are HTML."""
     page = (
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=generator content=distinit>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n"
         f"<h1>{html.escape(title)}</h1><p class=lead>{lead}</p>\n"

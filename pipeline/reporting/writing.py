@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import UsageError
+
+# Pages of version 0.1 have no generator, but name it in the lead.
+_OURS = re.compile(
+    r"<meta name=generator content=distinit>"
+    r"|\bdistinit 0\.1\.\w+\. (Every accuracy is recomputed|Entropies are in nats)"
+)
+
+
+def require_own(page: Path, names: Iterable[str] = ()) -> None:
+    """UsageError where writing `page`, and files of these names next to it, would overwrite what is not distinit's:
+    the page is the record."""
+    try:
+        ours = _OURS.search(page.read_text(encoding="utf-8", errors="replace")) is not None
+    except OSError:
+        ours = False
+    for name in (page.name, *names) if not ours else ():
+        if os.path.lexists(page.parent / name):
+            raise UsageError(
+                f"--out {page.parent}: its {name} was not written by distinit, which would overwrite it; "
+                f"choose another --out"
+            )
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -200,6 +200,15 @@ def read_plans(files: StoreFiles) -> list[dict[str, Any]]:
         ask *= 2
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a folder beside a store is one that was begun as a store, or empty."""
+    try:
+        check_root(folder)
+    except StoreError:
+        return folder.is_dir() and not any(folder.iterdir())
+    return True
+
+
 def check_root(where: Path | StoreFiles) -> dict[str, Any]:
     """Attributes of the store at `where`; StoreError names what was found instead of a version-1 store."""
     files = store_files(where)

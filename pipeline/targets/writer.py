@@ -281,9 +281,11 @@ def _create(
     root.parent.mkdir(parents=True, exist_ok=True)
     for left in root.parent.glob(f".{glob.escape(root.name)}.new-*"):  # of a process that was killed while it made one
         maker = left.name.rpartition("-")[2]
-        if maker.isdigit() and not _alive(int(maker)):
+        if maker.isdigit() and not _alive(int(maker)) and fmt.is_ours(left):
             shutil.rmtree(left, ignore_errors=True)
     new = root.parent / f".{root.name}.new-{os.getpid()}"
+    if new.exists() and not fmt.is_ours(new):
+        raise StoreError(f"{new}: is in the way of a new store, and is none; move it")
     shutil.rmtree(new, ignore_errors=True)
     attributes: dict[str, Any] = {
         "format": fmt.FORMAT,
