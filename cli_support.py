@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import importlib.util
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Iterator
@@ -94,10 +96,23 @@ def _screen(given: dict[str, Any]) -> Iterator[Screen]:
     keeps the real standard output for its one object."""
     from .stages.screen import Screen
 
+    require_system()
     lead = os.environ.get("RANK", "0") == "0"  # torchrun starts the command once a process; one speaks
     screen = Screen(json=given["as_json"] and lead, quiet=given["quiet"] or not lead)
+    if not sys.platform.startswith("linux"):
+        screen.warn(f"distinit is tested on Linux only; on {platform.system()} decoding processes have no memory limit")
     with contextlib.redirect_stdout(sys.stderr) if given["as_json"] else contextlib.nullcontext():
         yield screen
+
+
+def require_system() -> None:
+    """DistInitError where the system lacks what every command rests on."""
+    missing = [name for name in ("fcntl", "resource") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DistInitError(
+            f"distinit needs Linux; {platform.system()} has no {' and no '.join(missing)}, which locks of stores and "
+            f"limits of decoding processes need (on Windows, WSL has them)"
+        )
 
 
 def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:

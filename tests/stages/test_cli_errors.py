@@ -44,6 +44,29 @@ def test_wrong_use_is_one_line_and_exit_2(args: list[str], words: list[str], tmp
         assert word in done.stderr
 
 
+def test_a_system_without_what_is_needed_is_named_in_one_line(tmp_path: Path) -> None:
+    """As on Windows, where a module cannot be imported that Linux has; --help works all the same."""
+    code = "import sys; sys.modules['fcntl'] = None\nfrom distinit.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code, "report", ".", "--out", "r"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("error: ")
+    assert "Linux" in done.stderr
+    assert "fcntl" in done.stderr
+    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=tmp_path, capture_output=True, timeout=120)
+    assert done.returncode == 0
+
+
+def test_another_system_is_told_what_it_does_without(tmp_path: Path) -> None:
+    code = "import sys\nfrom distinit.cli import main\nsys.platform = 'darwin'\nmain()"
+    command = [sys.executable, "-c", code, "targets", "info", "nowhere.zarr"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    *warning, error = done.stderr.splitlines()
+    assert "memory limit" in " ".join(warning)
+    assert error.startswith("error: ")
+
+
 def test_errors_of_the_job_are_one_line_and_debug_shows_where(tmp_path: Path) -> None:
     (tmp_path / "foreign.zarr").mkdir()
     done = distinit("targets", "info", "foreign.zarr", "--json", cwd=tmp_path)
