@@ -216,7 +216,7 @@ def damaged(root: Path, *, lost: str = "", column: str = "", at: int = 0, value:
     if lost:
         shutil.rmtree(root / lost)
     else:
-        zarr.open_array(root / column, mode="r+")[at] = value
+        zarr.open_array(root / column, mode="r+")[at : at + 1] = np.array([value])
     result = targets_verify(root, Screen(quiet=True))
     assert result["ok"] is False
     return [f["what"] for f in result["findings"]]

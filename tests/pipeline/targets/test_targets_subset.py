@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def test_nothing_stands_at_out_until_it_is_whole(make_store: Make, tmp_path: Pat
         with pytest.raises(KeyboardInterrupt):
             targets_export(root, out, QUIET)
     assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
-    (tmp_path / ".out.zarr.part" / "plans").mkdir(parents=True)  # as a kill leaves it
+    shutil.copytree(root, tmp_path / ".out.zarr.part")  # as a kill leaves it
+    shutil.rmtree(tmp_path / ".out.zarr.part" / "commits")
     whole = TargetStore.open(root)
     done = targets_export(root, out, QUIET)
     assert done["videos"] == whole.n_videos - int((whole.video_state == 0).sum())  # pending ones are left out
