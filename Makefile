@@ -27,7 +27,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m distinit demo --out "$(OUT)"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile $(TESTS)
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal $(TESTS)
 
 # Decoding, Zarr, torch and dask; what else there is depends on no version.
 test-oldest:
