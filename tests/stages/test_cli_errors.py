@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
+import numpy as np
 import pytest
 
 from distinit.cli_support import explain, run
 from distinit.pipeline.errors import StoreError, UsageError
+from distinit.pipeline.video.encode import write_video
 
 
 def distinit(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -167,11 +169,13 @@ def test_json_stays_alone_on_standard_output(tmp_path: Path) -> None:
         "def build():\n    print('building')\n"
         "    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 4))\n"
     )
-    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "bad.mp4").write_bytes(b"not a video")
+    write_video(tmp_path / "videos" / "good.mp4", np.zeros((8, 32, 32, 3), np.uint8))
     done = distinit(
-        *("extract-targets", "junk=bad.mp4", "--out", "s.zarr", "--teacher", "chatty:build", "--json"), cwd=tmp_path
+        *("extract-targets", "videos", "--out", "s.zarr", "--teacher", "chatty:build", "--json"), cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["videos"], result["failed"]) == (1, 1)
+    assert (result["videos"], result["failed"]) == (2, 1)
     assert "building" in done.stderr
