@@ -313,9 +313,18 @@ def _create(
                 f"--out {root}: a store cannot be made there ({error.strerror}); give a folder that does not exist yet"
             ) from error
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        _remove(new)
         raise
     fmt.fsync_path(root.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder in which threads of zarr may still be writing when one of them has failed."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.02)
 
 
 def _alive(pid: int) -> bool:
