@@ -157,6 +157,7 @@ class Child:
                     break
                 rows += 1
                 if rows <= skip:
+                    del frame
                     continue
                 if slot < 0:
                     slot = self._slot()

@@ -338,7 +338,10 @@ class VideoReader:
         """(index, frame) of every frame as the decoder gives them."""
         timeline = self.timeline()
         if not timeline.reliable:
-            yield from enumerate(self._decode_all())
+            count = itertools.count()  # not enumerate, which holds the last frame
+            for frame in self._decode_all():
+                yield next(count), frame
+                del frame
             return
         # Damage must not shift the count: the index of a frame is the rank of its pts.
         rank = {int(p): i for i, p in enumerate(timeline.pts)}
@@ -346,6 +349,7 @@ class VideoReader:
         for frame in self._decode_all():
             index = rank.pop(frame.pts, None) if frame.pts is not None else None
             if index is None:
+                del frame
                 continue
             if index < latest and not (self._count.failed or self._count.corrupt):
                 raise VideoError(OTHER_ORDER)

@@ -152,10 +152,9 @@ def ascending(
     if queue is not None and not queue:
         return
     for index, frame in rows:
-        if index <= done or (asked is not None and index not in asked):
-            continue
-        held[index] = frame
-        del frame
+        if index > done and (asked is None or index in asked):
+            held[index] = frame
+        del frame  # see VideoReader
         while held and (min(held) == (queue[0] if queue else done + 1) or len(held) > HOLD):
             done = min(held)
             yield done, held.pop(done)

@@ -136,7 +136,9 @@ def write_flow(
             info = reader.info
             renderer = renderer or info.renderer()
             view = View(resize=options.size)
-            writer.add(index, pts, renderer.render(frame, view, display=(info.height, info.width)))
+            picture = renderer.render(frame, view, display=(info.height, info.width))
+            del frame  # see VideoReader
+            writer.add(index, pts, picture)
         if renderer is None:
             raise VideoError(f"none of its frames could be decoded: {reader.damage}")
         return writer.finish(record())

@@ -195,6 +195,30 @@ def test_a_damaged_picture_of_its_own_is_left_out_everywhere(tmp_path: Path) -> 
     assert clip.repeated == 1
 
 
+def test_a_concealed_picture_is_the_same_whatever_is_sampled(tmp_path: Path) -> None:
+    path = tmp_path / "a.asf"  # of which FFmpeg makes a raw stream with rubbish between its packets
+    write_video(tmp_path / "a.mpg", numbered(0, 40), codec="mpeg2video", gop=9, bframes=2)
+    transcode(tmp_path / "a.mpg", path, codec="copy")
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+
+    def pictures(sampling: Sampling) -> dict[int, bytes]:
+        found = {}
+        with VideoReader(str(path)) as reader:
+            for index, _, frame in reader.sample(sampling):
+                found[index] = reader.info.renderer().render(frame, None).tobytes()
+                del frame
+        assert reader.truncated is not None
+        return found
+
+    whole = pictures(Sampling(every=1))
+    assert len(whole) > 20
+    for every in (3, 4, 7):
+        sampled = pictures(Sampling(every=every))
+        assert sampled == {index: whole[index] for index in sampled}
+
+
 def test_frames_that_never_come_out_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     write_video(path, numbered(0, 40), gop=40, bframes=0)

@@ -211,7 +211,9 @@ def clips(path: Path, by_index: dict[int, tuple[int, int, str]], total: int) -> 
                 np.testing.assert_array_equal(image, whole[index])
     with VideoReader(str(path)) as reader:
         for index, _, frame in reader.frames_at(np.array(sorted(whole), np.int64)):
-            np.testing.assert_array_equal(reader.info.renderer().render(frame, VIEW), whole[index])
+            image = reader.info.renderer().render(frame, VIEW)
+            del frame
+            np.testing.assert_array_equal(image, whole[index])
 
 
 def examples(share: float) -> int:
