@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
@@ -16,7 +17,7 @@ from distinit.pipeline.video.clips import read_frames
 from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.decode import VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
-from distinit.pipeline.video.geometry import View
+from distinit.pipeline.video.geometry import View, render
 from distinit.pipeline.video.pool import Block, DecodeJob, DecodePool
 from distinit.pipeline.video.prepare import CopyOptions, make_copy
 from distinit.pipeline.video.prepared import read_copy
@@ -197,7 +198,11 @@ def test_a_damaged_picture_of_its_own_is_left_out_everywhere(tmp_path: Path) -> 
 
 def test_a_concealed_picture_is_the_same_whatever_is_sampled(tmp_path: Path) -> None:
     path = tmp_path / "a.asf"  # of which FFmpeg makes a raw stream with rubbish between its packets
-    write_video(tmp_path / "a.mpg", numbered(0, 40), codec="mpeg2video", gop=9, bframes=2)
+    random = np.random.default_rng(0)
+    scenes = random.integers(0, 255, (3, 6, 8, 3)).repeat(8, 1).repeat(8, 2)
+    moving = [np.roll(scenes[t // 17], (t, 2 * t), (0, 1)) + random.integers(0, 6, (48, 64, 3)) for t in range(40)]
+    images = np.stack(moving).clip(0, 255).astype(np.uint8)
+    write_video(tmp_path / "a.mpg", images, codec="mpeg2video", gop=9, bframes=2)
     transcode(tmp_path / "a.mpg", path, codec="copy")
     data = bytearray(path.read_bytes())
     data[0] ^= 1
@@ -212,8 +217,16 @@ def test_a_concealed_picture_is_the_same_whatever_is_sampled(tmp_path: Path) -> 
         assert reader.truncated is not None
         return found
 
+    alone: list[bytes] = []
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        context.thread_type, context.thread_count = "NONE", 1
+        for packet in container.demux(video=0):
+            with contextlib.suppress(av.FFmpegError):
+                alone += [render(f, None).tobytes() for f in context.decode(packet if packet.size else None)]
     whole = pictures(Sampling(every=1))
     assert len(whole) > 8
+    assert list(whole.values()) == alone
     for every in (3, 4, 7):
         sampled = pictures(Sampling(every=every))
         assert sampled == {index: whole[index] for index in sampled}
