@@ -127,7 +127,7 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, screen:
             slab = new[at : at + SLAB]
             probes = []
             for (i, _), probe in zip(slab, pool.probe([videos.absolute(i) for i, _ in slab]), strict=True):
-                watch.see(i, probe.error)
+                watch.see(i, probe.error, videos.absolute(i))
                 probes.append(probe)
                 bar.advance(1)
             if at + SLAB >= len(new) and not (plan.writer.index.state == OK).any():
@@ -172,7 +172,8 @@ def check_unchanged(plan: StorePlan, videos: VideoList) -> None:
             continue  # gone now, but its targets stand: nothing to extract
         if now != size[video]:
             raise StoreMismatchError(
-                f"{videos.absolute(i)}: {now} bytes, but the teachers saw a file of {int(size[video])} bytes"
+                f"{videos.absolute(i)}: {now} bytes, but the teachers saw a file of {int(size[video])} bytes; put that "
+                "file back, or leave this one out of the sources"
             )
 
 

@@ -142,6 +142,8 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
         return result
 
 
+# How reasons of version 0.1 begin that were a fault of its own: with PyAV 19 it failed on every video.
+OF_0_1 = ("the decoder process ended with status", "TypeError: ")
 Fill = Callable[[Iterator[ShardTask], Callable[[int], Any]], Iterator[ShardResult]]
 
 
@@ -204,7 +206,8 @@ def _run_shards(
     with screen.progress("extracting", total=bound, unit="frames") as bar:
         for result in fill(tasks(plan, shards, teachers), bar.advance):
             for segment in np.flatnonzero(index.shard == result.shard).tolist():
-                watch.see(int(index.video[segment]), _reason(result, segment))
+                video = int(index.video[segment])
+                watch.see(video, _reason(result, segment), plan.path(video))
             held.append(result)
             done += result.rows
             if not watch.watching:
@@ -342,7 +345,7 @@ def _summary(
     for name in teachers:
         under[name] = Counter(text for v, text in index.video_reasons(name).items() if v not in reasons)
         _say_failures(plan, under[name], f"failed under {name} alone", screen)
-    internal = sum(count for reason, count in failures.items() if reason.startswith(INTERNAL))
+    internal = sum(count for reason, count in failures.items() if reason.startswith((INTERNAL, *OF_0_1)))
     if internal:
         screen.warn(f"{internal} videos failed by an internal error: see the log; --retry-failed tries again")
     usable = state[listed] if listed is not None else state

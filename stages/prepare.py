@@ -47,7 +47,7 @@ class PrepareConfig(Options):
     workers: int | None = Field(None, ge=1, description="processes, each with an encoder; default one a core")
     timeout_s: float = Field(120.0, gt=0)
     memory_gb: float = Field(4.0, ge=0.1)
-    max_failures: int = Field(100, ge=0)
+    max_failures: int = Field(100, ge=0, le=10_000)
     retry_failed: bool = False
     replace: bool = False
 
@@ -275,7 +275,7 @@ def _copy(
                 row: Row = {"status": "failed", "reason": answer.reason, **_as_it_is(videos.absolute(i))}
             else:
                 row = {"status": "ok", **answer}
-            watch.see(i, row.get("reason"))
+            watch.see(i, row.get("reason"), videos.absolute(i))
             held.append((i, row))
             if not watch.watching:
                 record()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from ..pipeline.errors import DistInitError
 
-_NUMBERS = re.compile(r"\d+(\.\d+)?")
-_PATHS = re.compile(r"(/[^\s:,']+|'[^']*')")
+_VARYING = re.compile(r"0x[0-9a-f]+|/[^\s:,'\"]+|'[^']*'|\"[^\"]*\"|\d+(\.\d+)?", re.IGNORECASE)
 
 
 class SameFailure:
@@ -19,11 +19,11 @@ class SameFailure:
         self._kind: str | None = None
         self.watching = limit > 0
 
-    def see(self, video: int, reason: str | None) -> None:
+    def see(self, video: int, reason: str | None, path: str) -> None:
         """Take in a video's reason, None if it is usable. DistInitError if it is the last that was waited for."""
         if not self.watching or video in self._seen:
             return
-        kind = None if reason is None else _PATHS.sub("", _NUMBERS.sub("", reason))
+        kind = _kind(reason, path) if reason is not None else None
         if reason is None or self._kind not in (None, kind):
             self.watching = False
             return
@@ -43,3 +43,10 @@ class SameFailure:
             f"{which} failed for one reason, nothing of them is recorded: {reason}; "
             "if it is the videos' own, --max-failures 0 records it and continues"
         )
+
+
+def _kind(reason: str, path: str) -> str:
+    """The reason without what varies from video to video: its name, numbers, addresses."""
+    for name in (path, os.path.basename(path)):
+        reason = reason.replace(name, "")
+    return _VARYING.sub("", reason)

@@ -200,7 +200,7 @@ def reason(error: BaseException) -> str:
 
 def _why_not_opened(path: str, error: BaseException) -> str:
     """Name the common causes behind FFmpeg's "Invalid data found" and "Invalid argument"."""
-    if isinstance(error, (FileNotFoundError, PermissionError, MemoryError)):
+    if isinstance(error, (FileNotFoundError, PermissionError, MemoryError)) or getattr(error, "errno", 0) in _LIMITS:
         return reason(error)
     try:
         with open(path, "rb") as file:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from av.error import FFmpegError
 from av.video.stream import VideoStream
 
 from ..errors import VideoError
@@ -49,7 +50,7 @@ def probe(path: str, progress: Callable[[], None] | None = None) -> Probe:
         identity = digest(path)
         with VideoReader(path, progress=progress) as reader:
             return _measure(reader, size, identity)
-    except (VideoError, OSError, MemoryError, ValueError) as error:
+    except (VideoError, MemoryError, FFmpegError) as error:
         return Probe(size=size, digest=identity, error=reason(error))
 
 

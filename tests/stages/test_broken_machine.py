@@ -1,0 +1,150 @@
+"""Faults of this package or of the machine are never recorded as faults of a video.
+
+They are put into the decoding processes by a module that Python loads at its start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distinit.pipeline.errors import DecoderError, DistInitError
+from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.teachers.teacher import TeacherSpec
+from distinit.pipeline.video.encode import write_video
+from distinit.stages.extract_config import ExtractConfig
+from distinit.stages.extract_targets import extract_targets
+from distinit.stages.prepare import PrepareConfig, prepare
+from distinit.stages.same_failure import SameFailure
+from distinit.stages.screen import Screen
+
+QUIET = Screen(quiet=True)
+BREAK = """
+import sys
+if any("pipeline.video.child" in word for word in sys.orig_argv):
+    import av
+    opened, real = [], av.open
+    def broken(file, *args, **named):
+        opened.append(str(file))
+        if {condition}:
+            raise {error}
+        return real(file, *args, **named)
+    av.open = broken
+"""
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(4):
+        shades = np.random.default_rng(number).integers(0, 255, (12, 6, 8, 3), np.uint8)
+        write_video(folder / f"v{number}.mp4", shades.repeat(8, 1).repeat(8, 2), gop=6)
+    return folder
+
+
+def break_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, condition: str, error: str) -> None:
+    """Let `av.open` raise `error` in the decoding processes wherever `condition` holds."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sitecustomize.py").write_text(BREAK.format(condition=condition, error=error))
+    monkeypatch.syspath_prepend(str(tmp_path / "broken"))
+
+
+def extract(videos: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """Every 4th frame of `videos`, seen by a teacher of 4 classes."""
+    options.setdefault("teachers", [teacher()])
+    return extract_targets(ExtractConfig(sources=[str(videos)], out=out, **options), QUIET)
+
+
+def teacher(**options: str) -> TeacherSpec:
+    return TeacherSpec(
+        name="random_teachers:teacher", options={"name": "t", "k": "4", "input_size": "32", **options}
+    )
+
+
+@pytest.mark.usefixtures("random_teachers")
+@pytest.mark.parametrize(
+    ("condition", "error", "workers"),
+    [
+        ("True", "TypeError('open() got an unexpected keyword argument')", None),  # a process that cannot begin
+        ("True", "TypeError('open() got an unexpected keyword argument')", 1),
+        ("len(opened) > 2", "AttributeError('moved')", None),  # a library that breaks while it works
+        ("'v1' in opened[-1]", "ImportError('libx264.so')", None),
+        ("'v1' in opened[-1]", "OSError(24, 'Too many open files')", None),
+    ],
+)
+def test_a_fault_of_ours_stops_the_run_and_nothing_is_recorded(
+    condition: str, error: str, workers: int | None, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "t.zarr"
+    with monkeypatch.context() as patch:
+        break_decoders(tmp_path, patch, condition, error)
+        with pytest.raises(DecoderError):
+            extract(videos, out, workers=workers)
+        with pytest.raises(DecoderError):
+            prepare(PrepareConfig(sources=[str(videos)], out=tmp_path / "copies"), QUIET)
+    assert not list(TargetStore.open(out).index.reason)
+    result = extract(videos, out)
+    assert (result["complete"], result["ok"], result["failed"]) == (True, 4, 0)
+    copied = prepare(PrepareConfig(sources=[str(videos)], out=tmp_path / "copies"), QUIET)
+    assert (copied["complete"], copied["ok"], copied["failed"]) == (True, 4, 0)
+
+
+@pytest.mark.usefixtures("random_teachers")
+def test_an_unexpected_exception_for_one_video_is_an_internal_error(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "t.zarr"
+    with monkeypatch.context() as patch:
+        break_decoders(tmp_path, patch, "'v1' in opened[-1]", "KeyError('surprise')")
+        result = extract(videos, out)
+    assert (result["complete"], result["ok"], result["failed"]) == (False, 3, 1)
+    (reason,) = result["failures"]
+    assert reason.startswith("internal error: KeyError")
+    assert any("Traceback" in record.getMessage() for record in caplog.records)
+    again = extract(videos, out, retry_failed=True)
+    assert (again["complete"], again["ok"]) == (True, 4)
+
+
+@pytest.mark.usefixtures("random_teachers")
+def test_videos_that_all_fail_alike_are_recorded_only_when_asked(videos: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        (videos / f"v{number}.mp4").write_bytes(b"no video" * (9 + number))
+    out = tmp_path / "t.zarr"
+    with pytest.raises(DistInitError) as stopped:
+        extract(videos, out)
+    assert "--max-failures" in str(stopped.value)
+    assert TargetStore.open(out).n_videos == 0
+    result = extract(videos, out, max_failures=0)
+    assert (result["complete"], result["ok"], result["failed"]) == (False, 0, 4)
+    with pytest.raises(DistInitError):
+        prepare(PrepareConfig(sources=[str(videos)], out=tmp_path / "copies"), QUIET)
+
+
+@pytest.mark.usefixtures("random_teachers")
+def test_a_teacher_that_says_nothing_stops_the_run(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.zarr"
+    with pytest.raises(DistInitError):
+        extract(videos, out, teachers=[teacher(broken="-100")])  # not a number for any picture
+    assert TargetStore.open(out).n_rows == 0
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["{path}: no such thing", "cannot open {name} ({n} bytes)", "[h264 @ 0x55d1ab4{n}] no frame", 'what is "{name}"?'],
+)
+def test_names_numbers_and_addresses_make_no_other_reason(reason: str) -> None:
+    watch = SameFailure(3)
+    paths = [f"/some where/a b{n}.mp4" for n in range(3)]
+    reasons = [reason.format(path=path, name=Path(path).name, n=n) for n, path in enumerate(paths)]
+    for n in (0, 1):
+        watch.see(n, reasons[n], paths[n])
+    with pytest.raises(DistInitError):
+        watch.see(2, reasons[2], paths[2])
+    watch = SameFailure(3)
+    watch.see(0, "one reason", "a.mp4")
+    watch.see(1, "another", "b.mp4")
+    assert not watch.watching
