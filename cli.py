@@ -12,6 +12,7 @@ from .cli_finetune import evaluate, finetune, predict
 from .cli_options import (
     Choices,
     config_options,
+    decoding_options,
     examples,
     key_argument,
     key_flag,
@@ -136,15 +137,7 @@ def demo(**given: Any) -> None:
 @key_option(
     "--timeout", key="timeout_s", shown=120.0, type=float, metavar="S", help="Seconds of silence that fail a video."
 )
-@key_option("--memory", key="memory_gb", shown=4.0, type=float, metavar="GB", help="Memory for decoding, each process.")
-@key_option(
-    "--max-failures",
-    key="max_failures",
-    shown=100,
-    type=int,
-    metavar="N",
-    help="Stop where the first N videos, or all of fewer, fail for one reason; 0: never.",
-)
+@decoding_options
 @key_flag("--retry-failed", key="retry_failed", help="Try the videos again that failed before.")
 @key_flag("--replace", key="replace", help="Make copies again that were made with other options.")
 @config_options
@@ -240,15 +233,7 @@ def prepare(**given: Any) -> None:
 @key_option(
     "--timeout", key="timeout_s", shown=120, type=float, metavar="S", help="Seconds without a frame that fail a video."
 )
-@key_option("--memory", key="memory_gb", shown=4, type=float, metavar="GB", help="Memory for decoding, each process.")
-@key_option(
-    "--max-failures",
-    key="max_failures",
-    shown=100,
-    type=int,
-    metavar="N",
-    help="Stop where the first N videos, or all of fewer, fail for one reason; 0: never.",
-)
+@decoding_options
 @key_option(
     "--shard-rows",
     key="shard_rows",

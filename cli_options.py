@@ -107,6 +107,30 @@ def config_options(command: F) -> F:
     return command
 
 
+def decoding_options(command: F) -> F:
+    """--memory and --max-failures, of commands that decode whole corpora."""
+    for option in (
+        key_option(
+            "--max-failures",
+            key="max_failures",
+            shown=100,
+            type=int,
+            metavar="N",
+            help="Stop where the first N videos, or all of fewer, fail for one reason; 0: never.",
+        ),
+        key_option(
+            "--memory",
+            key="memory_gb",
+            shown=4.0,
+            type=float,
+            metavar="GB",
+            help="Memory for decoding, each process.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def screen_options(command: F) -> F:
     """--json, --quiet and --debug."""
     for option in (

@@ -30,7 +30,7 @@ class ExtractConfig(Options):
     precision: Literal["fp32", "bf16"] = "fp32"
     decoders: int | None = Field(None, ge=1)
     timeout_s: float = Field(120, gt=0)
-    memory_gb: float = Field(4, ge=0.1)
+    memory_gb: float = Field(4.0, ge=0.1)
     max_failures: int = Field(100, ge=0, le=10_000)
     shard_rows: int | None = None
     encoding: Encoding | None = None

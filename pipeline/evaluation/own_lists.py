@@ -83,7 +83,7 @@ def _left_out(root: str, side: str, listed: list[str]) -> Iterator[str]:
 
 
 def _other_folders(root: str) -> Iterator[str]:
-    """Folders beside train and test, such as val, that hold videos."""
+    """Folders next to train and test, such as val, that hold videos."""
     for name in sorted(os.listdir(root)):
         if name in SIDES or name.startswith(".") or not os.path.isdir(os.path.join(root, name)):
             continue

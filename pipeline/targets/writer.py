@@ -283,10 +283,8 @@ def _create(
         maker = left.name.rpartition("-")[2]
         if maker.isdigit() and not _alive(int(maker)) and fmt.is_ours(left):
             shutil.rmtree(left, ignore_errors=True)
-    new = root.parent / f".{root.name}.new-{os.getpid()}"
-    if new.exists() and not fmt.is_ours(new):
-        raise StoreError(f"{new}: is in the way of a new store, and is none; move it")
-    shutil.rmtree(new, ignore_errors=True)
+    # A name of its own: threads of zarr may write on where one has failed, after the folder was removed.
+    new = root.parent / f".{root.name}.new-{uuid.uuid4().hex[:8]}-{os.getpid()}"
     attributes: dict[str, Any] = {
         "format": fmt.FORMAT,
         "version": fmt.VERSION,
@@ -313,18 +311,9 @@ def _create(
                 f"--out {root}: a store cannot be made there ({error.strerror}); give a folder that does not exist yet"
             ) from error
     except BaseException:
-        _remove(new)
+        shutil.rmtree(new, ignore_errors=True)
         raise
     fmt.fsync_path(root.parent)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder in which threads of zarr may still be writing when one of them has failed."""
-    for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.02)
 
 
 def _alive(pid: int) -> bool:
