@@ -22,7 +22,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from ..errors import VideoError
-from .bitstream import INTRA_ONLY, ONE_FRAME_PER_PACKET, SKIP_NON_REFERENCE
+from .bitstream import FROM_START, INTRA_ONLY, ONE_FRAME_PER_PACKET, SKIP_NON_REFERENCE
 from .container import Margins, cropping, open_container, rational, reason, video_stream
 from .feed import DECODE_ERRORS, HOLD, Feed, NotAsPlanned, ascending, stretches
 from .geometry import Orientation, Renderer, display_size, inner_size, pixel_aspect
@@ -63,8 +63,12 @@ class VideoInfo:
     fps: float
 
     def renderer(self) -> Renderer:
-        """Return what renders the frames of this video."""
-        return Renderer(self.pixel_aspect, self.margins)
+        """Return what renders the frames of this video.
+
+        A frame whose side data is read stays alive for a while in PyAV 18, which matters to the decoders of MPEG (see
+        `VideoReader`); their frames are turned by the container alone, the first one like all others.
+        """
+        return Renderer(self.pixel_aspect, self.margins, self.orientation if self.codec in FROM_START else None)
 
 
 @dataclass

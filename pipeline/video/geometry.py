@@ -122,10 +122,18 @@ class View(Options):
 
 
 class Renderer:
-    """Renders frames of one stream; keeps one swscale context a view and never more than one thread."""
+    """Renders frames of one stream; keeps one swscale context a view and never more than one thread.
 
-    def __init__(self, aspect: Fraction = Fraction(1), margins: Margins = Margins()) -> None:  # noqa: B008
-        self._aspect, self._margins = aspect, margins
+    orientation: of all frames; by default each is turned by its own display matrix.
+    """
+
+    def __init__(
+        self,
+        aspect: Fraction = Fraction(1),
+        margins: Margins = Margins(),  # noqa: B008
+        orientation: Orientation | None = None,
+    ) -> None:
+        self._aspect, self._margins, self._orientation = aspect, margins, orientation
         self._reformatters: dict[View | None, VideoReformatter] = {}
 
     def render(
@@ -137,7 +145,7 @@ class Renderer:
         display: tuple[int, int] | None = None,
     ) -> np.ndarray:
         """uint8 [h, w, 3] RGB. `display` (height, width) replaces the frame's own size on display."""
-        orientation = Orientation.of(frame)
+        orientation = self._orientation or Orientation.of(frame)
         if any(self._margins):
             frame = self._cut(frame)
         if display is None:

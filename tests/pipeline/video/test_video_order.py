@@ -17,7 +17,7 @@ from distinit.pipeline.video.clips import read_frames
 from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.decode import VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
-from distinit.pipeline.video.geometry import View, render
+from distinit.pipeline.video.geometry import Orientation, Renderer, View
 from distinit.pipeline.video.pool import Block, DecodeJob, DecodePool
 from distinit.pipeline.video.prepare import CopyOptions, make_copy
 from distinit.pipeline.video.prepared import read_copy
@@ -218,12 +218,13 @@ def test_a_concealed_picture_is_the_same_whatever_is_sampled(tmp_path: Path) -> 
         return found
 
     alone: list[bytes] = []
+    renderer = Renderer(orientation=Orientation())
     with av.open(str(path)) as container:
         context = container.streams.video[0].codec_context
         context.thread_type, context.thread_count = "NONE", 1
         for packet in container.demux(video=0):
             with contextlib.suppress(av.FFmpegError):
-                alone += [render(f, None).tobytes() for f in context.decode(packet if packet.size else None)]
+                alone += [renderer.render(f, None).tobytes() for f in context.decode(packet if packet.size else None)]
     whole = pictures(Sampling(every=1))
     assert len(whole) > 8
     assert list(whole.values()) == alone
