@@ -182,7 +182,8 @@ def compare(path: Path, *, damaged: bool) -> str:
         assert note is not None or len(rows) == len(shown)
     else:
         assert [pixels for _, _, pixels in rows] == shown
-        assert [index for index, _, _ in rows] == list(range(len(shown)))
+        # Where packets did not decode, a note says so, and what came keeps the index of its time.
+        assert note is not None or [index for index, _, _ in rows] == list(range(len(shown)))
     if line.clock == "pts" and not damaged:
         assert [pts for _, pts, _ in rows] == [frame.pts for frame in truth]
     by_index = {index: (index, pts, pixels) for index, pts, pixels in rows}
@@ -249,6 +250,7 @@ def remux(draw: st.DrawFn, sources: dict[str, list[Path]], folder: Path) -> tupl
 def damage(draw: st.DrawFn, path: Path) -> str:
     """Bits, cuts, zeros and lost, doubled or swapped packets of a transport stream, in place."""
     data = bytearray(path.read_bytes())
+    assume(len(data) > 2)
     kind = draw(st.sampled_from(["bit", "bit", "cut", "zeros", "hole", "lost", "doubled", "swapped"]))
     at = draw(st.integers(0, max(0, len(data) - 2)))
     size = 188 if path.suffix in (".ts", ".m2ts") else draw(st.sampled_from([1, 16, 300, 2000]))
