@@ -157,9 +157,7 @@ class StudentClips(Dataset[Any]):
         if plan.file.kind == "video" and self._seen[draw.video]:  # of a copy, the map has the digest of the source
             digest = None
         channels, crop, expect = self.channels, plan.crop, plan.expect
-        return read_clip(
-            plan.file, draw.indices, self.view, channels=channels, crop=crop, expect=expect, digest=digest
-        )
+        return read_clip(plan.file, draw.indices, self.view, channels=channels, crop=crop, expect=expect, digest=digest)
 
 
 class _Plan(NamedTuple):

@@ -7,10 +7,7 @@ is faster; an item that is None is left out of its batch.
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import sys
-import threading
+import pickle
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,13 +19,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..corpus.sources import escape_path
 from ..errors import DistInitError, TrainingError, WorkerDied
-from ..video.whereabouts import Whereabouts, begin
+from ..video.whereabouts import Whereabouts
+from .loader_workers import HINT, Ended, LoaderWorkers, Stuck, begin_worker, start_context, watch_deaths_here
 
 HANG_S = 120.0  # a worker that reads one video for longer hangs
 PATIENCE = 10  # times HANG_S for what is no reading and may be slow: to start a worker, to draw from a remote store
 LOOK_EVERY_S = 1.0  # how often a process that waits for a batch looks what its workers do
 CRASHES = 2  # of workers reading one video, after which it is refused
 MAX_STARTS = 20
+# What a batch from a worker ends in: of torch, and of the pipe, sockets and descriptors it comes through.
+RECEIVING = (RuntimeError, EOFError, OSError, pickle.UnpicklingError)
 
 Key = tuple[int, int]
 """(epoch, sample): sample counts from 0 in each epoch."""
@@ -102,36 +102,20 @@ def read_batches(
         return
     refused: dict[str, str] = {}
     suspects: Counter[str] = Counter()
-    done, last = 0, _Ended("", "")
+    done, last = 0, Ended("", "")
     for _ in range(MAX_STARTS):
         try:
             for batch in _one_go(dataset, _Rest(batches, done), workers, device, refused, hang_s, stop):
                 done += 1
                 yield batch
             return
-        except _Ended as ended:
+        except Ended as ended:
             last = ended
             suspects[ended.path] += 1
-            if isinstance(ended, _Stuck) or suspects[ended.path] >= CRASHES:
+            if isinstance(ended, Stuck) or suspects[ended.path] >= CRASHES:
                 refused[ended.path] = ended.reason
     where = escape_path(last.path)
     raise WorkerDied(f"loader processes ended {MAX_STARTS} times, the last reading {where}: {last.reason}")
-
-
-class _Ended(Exception):
-    """The workers had to be ended for a video's sake."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
-
-
-class _Stuck(_Ended):
-    """A worker has been reading a video for too long."""
-
-
-class _Crashed(_Ended):
-    """A worker died reading a video."""
 
 
 class _Rest(Sampler[list[Key]]):
@@ -153,15 +137,15 @@ def _one_go(
     hang_s: float,
     stop: Callable[[], bool],
 ) -> Generator[dict[str, Any]]:
-    """The batches from one set of workers; _Stuck or _Crashed where a video ends it."""
-    context = _context(device) if workers else None
+    """The batches from one set of workers; Stuck or Crashed where a video ends it."""
+    context = start_context(device) if workers else None
     places = Whereabouts(context, workers) if context is not None else None
     resting = context.RawArray("b", workers) if context is not None else []
     look_s = min(hang_s, LOOK_EVERY_S)
-    begin_worker = partial(_begin, places, dict(refused))
-    iterator = iter(_loader(_Reader(dataset, resting), batches, workers, device, context, begin_worker, look_s))
-    _look_for_deaths()
-    processes = list(getattr(iterator, "_workers", []))
+    start = partial(begin_worker, places, dict(refused))
+    iterator = iter(_loader(_Reader(dataset, resting), batches, workers, device, context, start, look_s))
+    watch_deaths_here()
+    crew = LoaderWorkers(iterator, places, hang_s)
     try:
         # For how long, in this wait, no video has been read and no worker has had anything to do: by the looks and
         # not by the clock, which goes on while a job is suspended.
@@ -174,11 +158,11 @@ def _one_go(
             except Exception as error:
                 if str(error).startswith("Caught "):  # the worker's traceback, as torch words it
                     raise TrainingError(f"a loader process failed: {str(error).splitlines()[-1]}") from error
-                if not isinstance(error, RuntimeError) or "DataLoader" not in str(error):
+                if not crew.processes or isinstance(error, DistInitError) or not isinstance(error, RECEIVING):
                     raise
-                reading = _why(error, places, processes, hang_s)  # raises, or says to wait on
+                reading = crew.why(error)  # raises, or says to wait on
                 if stop():
-                    _kill(processes)
+                    crew.kill()
                     return
                 quiet = 0.0 if reading else quiet + look_s
                 lost = lost + look_s if all(resting) else 0.0
@@ -188,14 +172,11 @@ def _one_go(
                 raise batch
             yield batch
             quiet = lost = 0.0
-    except (_Ended, TrainingError, KeyboardInterrupt):
-        _kill(processes)
+    except (Ended, TrainingError, KeyboardInterrupt):
+        crew.kill()
         raise
     finally:
-        # What the iterator does when it is collected; the traceback of an error may keep it alive.
-        if processes:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
-        _kill(processes)
+        crew.end()
 
 
 def _loader(
@@ -204,7 +185,7 @@ def _loader(
     workers: int,
     device: torch.device,
     context: Any,
-    begin_worker: Callable[[int], None],
+    start: Callable[[int], None],
     look_s: float,
 ) -> DataLoader[Any]:
     return DataLoader(
@@ -215,7 +196,7 @@ def _loader(
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         multiprocessing_context=context,
-        worker_init_fn=begin_worker,
+        worker_init_fn=start,
         timeout=look_s if workers else 0,
         # An own generator: the loader draws a seed from it, and must not touch the global one, whose state
         # a checkpoint carries.
@@ -223,60 +204,18 @@ def _loader(
     )
 
 
-def _kill(processes: list[Any]) -> None:
-    """Ends what has not ended: a worker ignores SIGTERM, and the loader would wait 5 s for each that hangs."""
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-
-
-def _why(error: RuntimeError, places: Whereabouts | None, processes: list[Any], hang_s: float) -> bool:
-    """_Crashed, _Stuck or TrainingError for what the DataLoader says; where it is but slow, whether a video is
-    being read."""
-    if str(error).startswith("DataLoader timed out"):
-        busy = False
-        for worker in range(len(processes)):
-            reading = places.reading(worker) if places is not None else None
-            if reading is not None and reading[1] > hang_s:
-                raise _Stuck(reading[0], f"its decoder hung: no answer for {hang_s:g} s") from error
-            busy = busy or reading is not None
-        return busy
-    for worker, process in enumerate(processes):
-        process.join(0)
-        if process.exitcode in (None, 0):
-            continue
-        how = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit status {process.exitcode}"
-        reading = places.reading(worker) if places is not None else None
-        if reading is None or process.exitcode == -signal.SIGKILL:
-            where = f", reading {escape_path(reading[0])}" if reading is not None else ""
-            raise WorkerDied(f"a loader process died: {how}{where}; fewer workers need less memory") from error
-        raise _Crashed(reading[0], f"its decoder crashed ({how})") from error
-    reason = str(error).splitlines()[0].rstrip(". ")
-    raise WorkerDied(f"a loader process died: {reason}; fewer workers need less memory") from error
-
-
 def _look_for_loss(quiet: float, lost: float, hang_s: float) -> None:
     """TrainingError where no batch will come any more: one that a worker has made and cannot send, or this process
     not receive, is dropped, and the loader waits for it for ever."""
-    hint = "0 workers (loop.workers, test.workers) read in the main process"
     if lost > hang_s:
         raise TrainingError(
             "a batch was lost on its way from a loader process, which may have said why above: all are done, and "
-            f"none came for {hang_s:g} s; {hint}"
+            f"none came for {hang_s:g} s; {HINT}"
         )
     if quiet > PATIENCE * hang_s:
         raise TrainingError(
-            f"a loader process hangs: no batch for {PATIENCE * hang_s:g} s, and no video is being read; {hint}"
+            f"a loader process hangs: no batch for {PATIENCE * hang_s:g} s, and no video is being read; {HINT}"
         )
-
-
-def _look_for_deaths() -> None:
-    """Without the signal handler that torch sets for its workers: it raises their death wherever the main process
-    is, in the middle of a step; without, it is seen where a batch is waited for."""
-    if threading.current_thread() is threading.main_thread():
-        handler = signal.getsignal(signal.SIGCHLD)
-        if getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling":
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def collate(items: Sequence[dict[str, Any] | DistInitError | None]) -> dict[str, Any] | DistInitError:
@@ -365,14 +304,6 @@ def _tensors(batch: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _begin(places: Whereabouts | None, refused: dict[str, str], worker: int) -> None:
-    """In a new worker. A job's SIGTERM goes to all its processes: the main one finishes its step and writes a
-    checkpoint; a worker that died meanwhile would be missed in the middle of that step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if places is not None:
-        begin(places, worker, refused)
-
-
 def _collate_values(values: list[Any]) -> Any:
     first = values[0]
     if isinstance(first, torch.Tensor):
@@ -382,16 +313,3 @@ def _collate_values(values: list[Any]) -> Any:
     if isinstance(first, (bool, int, float)):
         return torch.tensor(values)
     return values
-
-
-def _context(device: torch.device) -> Any:
-    """How workers start. Fork is 25 times faster than the others by measurement and safe while nothing
-    is open in the parent; with CUDA initialised it is not, and a fork server that has the heavy imports
-    done is the next best."""
-    if "fork" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
-        return multiprocessing.get_context("spawn")
-    if device.type != "cuda" and not torch.cuda.is_initialized():
-        return multiprocessing.get_context("fork")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy", "av"])
-    return context

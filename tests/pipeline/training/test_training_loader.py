@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.reduction as reduction
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ import torch
 from torch import nn
 from torch.utils.data import get_worker_info
 
-from distinit.pipeline.errors import TrainingError, TrainingInterrupted
-from distinit.pipeline.training import loader
+from distinit.pipeline.errors import TrainingError, TrainingInterrupted, VideoError, WorkerDied
+from distinit.pipeline.training import loader, loader_workers
 from distinit.pipeline.training.loader import KeyedBatches, read_batches
 from distinit.pipeline.training.loop import LoopOptions, LossReport, fit
+from distinit.pipeline.video import whereabouts
 
 CPU = torch.device("cpu")
 KEYS = KeyedBatches(batch_size=2, steps_per_epoch=5, epochs=1)
@@ -78,7 +81,7 @@ def test_full_shared_memory_is_an_error_of_one_line_that_says_what_helps():
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])
 def test_the_tensors_of_a_batch_are_moved_to_shared_memory_once(monkeypatch, how):
-    monkeypatch.setattr(loader, "_context", lambda device: multiprocessing.get_context(how))
+    monkeypatch.setattr(loader, "start_context", lambda device: multiprocessing.get_context(how))
     own, sent = (read_batches(Examples(nothing), KEYS, workers=workers, device=CPU) for workers in (0, 1))
     for expected, batch in zip(own, sent, strict=True):
         assert torch.equal(batch["x"], expected["x"])
@@ -98,6 +101,89 @@ def test_a_batch_that_a_worker_cannot_send_is_an_error(capfd):
         list(read_batches(Examples(secret), KEYS, workers=2, device=CPU, hang_s=1.0))
     assert time.monotonic() - began < 15
     assert "local object" in capfd.readouterr().err  # of the worker: why; Python 3.13 has other words before it
+
+
+def die_in_the_middle(how: str, signal_: int) -> None:
+    """In a worker: end as one that is killed at that point of sending a batch."""
+    frame: Any = sys._getframe()
+    while frame.f_code.co_name != "_worker_loop":
+        frame = frame.f_back
+    queue = frame.f_locals["data_queue"]
+    time.sleep(0.5)  # what was made before is sent
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal_)
+
+    if how == "handing over a batch":
+        # The main process hears of the end of the connection before it can hear of that of the process.
+        def late(connection: Any, *_: Any) -> None:
+            time.sleep(0.5)  # it reads the next
+            connection.close()
+            time.sleep(0.3)
+            die()
+
+        reduction.send_handle = late  # type: ignore[assignment]
+        return
+    queue._wlock.acquire()
+    if how == "in a length":
+        os.write(queue._writer.fileno(), b"\0\0")
+    elif how == "in a message":
+        os.write(queue._writer.fileno(), (100).to_bytes(4, "big") + b"x" * 9)
+    die()
+
+
+@pytest.mark.parametrize("how", ["handing over a batch", "with the lock", "in a length", "in a message"])
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_is_killed_while_it_sends_ends_in_an_error(monkeypatch, how, signal_):
+    monkeypatch.setattr(loader_workers, "GRACE_S", 1.0)
+    batches = read_batches(Examples(partial(die_in_the_middle, how, signal_)), KEYS, workers=2, device=CPU, hang_s=20.0)
+    seen: list[list[int]] = []
+    with pytest.raises(WorkerDied, match=signal.Signals(signal_).name):
+        seen.extend(batch["n"].tolist() for batch in batches)
+    assert seen == [[0, 1], [2, 3]][: len(seen)]
+
+
+@pytest.mark.parametrize("how", ["handing over a batch", "with the lock", "in a length", "in a message"])
+def test_a_video_that_kills_a_worker_which_sends_is_refused_and_the_batches_are_the_same(monkeypatch, how):
+    """Batches that it had made and not handed over are read again."""
+    monkeypatch.setattr(loader_workers, "GRACE_S", 1.0)
+
+    class Videos(Examples):
+        def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+            example = super().__getitem__(key)
+            if how == "handing over a batch" and key[1] == 0 and not whereabouts._Own.refused:
+                die_in_the_middle(how, signal.SIGSEGV)
+            try:
+                with whereabouts.at(f"{key[1]}.mp4"):
+                    if key[1] == 4 and get_worker_info() is not None:
+                        if how != "handing over a batch":
+                            die_in_the_middle(how, signal.SIGSEGV)
+                        time.sleep(20.0)
+            except VideoError as error:
+                example["name"] = str(error)
+            return example
+
+    found = list(read_batches(Videos(nothing), KEYS, workers=2, device=CPU, hang_s=20.0))
+    assert [batch["n"].tolist() for batch in found] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert [name for batch in found for name in batch["name"]] == [
+        *"0123",
+        "its decoder crashed (SIGSEGV)",
+        *"56789",
+    ]
+
+
+def test_a_batch_that_cannot_be_received_though_no_worker_died_is_an_error(monkeypatch):
+    monkeypatch.setattr(loader_workers, "GRACE_S", 0.5)
+
+    def refuse() -> None:
+        def close(connection: Any, *_: Any) -> None:
+            connection.close()
+
+        reduction.send_handle = close  # type: ignore[assignment]
+
+    with pytest.raises(TrainingError) as lost:
+        list(read_batches(Examples(refuse), KEYS, workers=2, device=CPU))
+    assert not isinstance(lost.value, WorkerDied)
 
 
 def test_a_worker_that_hangs_while_it_reads_no_video_is_an_error(monkeypatch):
