@@ -72,6 +72,14 @@ def targets_browse(store: str, out: str, **given: Any) -> None:
     metavar="NAME=FILE",
     help="Where the weights of a teacher of the store lie now. Repeatable.",
 )
+@click.option(
+    "--allow-teacher",
+    "allow_teachers",
+    multiple=True,
+    metavar="TEACHER",
+    help="With --deep, run the code of package.module:factory or download the weights of a model that the store names. "
+    "Repeatable.",
+)
 @click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.  [default: auto]")
 @screen_options
 def targets_verify(store: str, repair: bool, **given: Any) -> None:
@@ -91,6 +99,7 @@ def targets_verify(store: str, repair: bool, **given: Any) -> None:
         seed=given["seed"],
         moved=pairs(given["videos"], "--videos"),
         weights=pairs(given["teacher_weights"], "--teacher-weights"),
+        allow_teachers=given["allow_teachers"],
         device=given["device"],
     )
 

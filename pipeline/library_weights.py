@@ -18,16 +18,21 @@ def hub_folder() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def library_weights(choice: Any, sha256: str | None = None, *, who: str, remedy: str) -> WeightsFile:
+def library_weights(
+    choice: Any, sha256: str | None = None, *, who: str, remedy: str, fetch: bool = True
+) -> WeightsFile:
     """The weights of a member of torchvision's weights enums, such as ResNet18_Weights.IMAGENET1K_V1.
 
     who, remedy: for the message where they cannot be had: who wants them, and what to do with a file.
+    fetch: whether they may be downloaded.
 
     Raises:
         WeightsError: not in the cache and cannot be fetched, another sha256, or damaged.
     """
     path = hub_folder() / Path(urlparse(choice.url).path).name
     if not path.is_file():
+        if not fetch:
+            raise WeightsError(f"{who}: {path.name} is not in {path.parent} and is not downloaded here; {remedy}")
         try:
             choice.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError) as error:

@@ -9,8 +9,7 @@ Shapes: B rows of a batch, n rows, K classes of a teacher.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,8 @@ from ..pipeline.targets.store import TargetStore, check_moved
 from ..pipeline.targets.verify import Finding
 from ..pipeline.teachers.fingerprint import Fingerprint
 from ..pipeline.teachers.probes import fingerprint
-from ..pipeline.teachers.teacher import Teacher, TeacherSpec, load_teacher
+from ..pipeline.teachers.recorded import load_recorded
+from ..pipeline.teachers.teacher import Teacher
 from ..pipeline.video.container import digest
 from ..pipeline.video.pool import DecodeJob, DecodePool, Done, Failed
 from .screen import Screen
@@ -118,11 +118,13 @@ def deep_check(
     seed: int = 0,
     moved: Mapping[str, str] | None = None,
     weights: Mapping[str, str] | None = None,
+    allow_teachers: Collection[str] = (),
     device: str = "auto",
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Findings of `count` random videos, and what was compared.
 
-    moved: where a corpus lies now. weights: the weights file of a teacher, by its name in the store.
+    moved: where a corpus lies now. weights: the weights file of a teacher, by its name in the store. allow_teachers:
+    teachers whose code may run and whose weights may be downloaded though the store names them (`load_recorded`).
     Raises UsageError for a corpus or a teacher that the store does not have, and DeviceError.
     """
     check_moved(store, moved or {})
@@ -132,7 +134,7 @@ def deep_check(
     replays = []
     for name in store.teachers:
         try:
-            teacher = _load(store, name, weights or {}, resolve_device(device))
+            teacher = _load(store, name, weights or {}, allow_teachers, resolve_device(device))
             replays.append(Replay(store, name, teacher))
             if (node := store.fingerprint(name)) is not None:
                 Fingerprint.parse(node, f"teachers/{name}").check(fingerprint(teacher), name, store.name)
@@ -159,17 +161,15 @@ def deep_check(
     }
 
 
-def _load(store: TargetStore, name: str, weights: Mapping[str, str], device: torch.device) -> Teacher:
+def _load(
+    store: TargetStore, name: str, weights: Mapping[str, str], allowed: Collection[str], device: torch.device
+) -> Teacher:
     """The store's teacher as it can be loaded here and now; DistInitError says how it is another."""
     record = store.teachers[name]
-    provenance = fmt.read_node(store.path / "teachers" / name / "zarr.json").get("provenance", {})
-    if "spec" not in provenance:
-        raise UsageError("the store does not say how the teacher was asked for, so that it cannot be loaded again")
-    spec = TeacherSpec.model_validate(provenance["spec"])
-    spec = spec.model_copy(update={"weights": weights.get(name, spec.weights)})
-    if name not in weights and spec.weights is not None and not Path(spec.weights).is_file():
-        raise UsageError(f"its weights {spec.weights} are not here: --teacher-weights {name}=FILE says where they lie")
-    teacher = load_teacher(spec).to(device, record.run["precision"])
+    node = fmt.read_nodes(store.files, "teachers", [name])[name]
+    where = f"{store.name}/teachers/{name}/zarr.json"
+    teacher = load_recorded(node.get("provenance", {}), where, weights=weights.get(name), trusted=allowed)
+    teacher.to(device, str(record.run.get("precision")))
     if len(teacher.classes) == len(record.classes):
         teacher.classes = list(record.classes)  # their names may have come from a file
     here = teacher.identity()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ def targets_verify(
     seed: int = 0,
     moved: Mapping[str, str] | None = None,
     weights: Mapping[str, str] | None = None,
+    allow_teachers: Collection[str] = (),
     device: str = "auto",
 ) -> dict[str, Any]:
     """Findings of a store, each a line; `repair` drops the commits of broken shards.
@@ -34,8 +35,10 @@ def targets_verify(
     `targets_deep`, also for the other arguments). Raises StoreError if it is no
     store at all, UsageError for a corpus or teacher it does not have.
     """
-    if (moved and not (deep or frames)) or (weights and not deep):
-        raise UsageError("--videos needs --frames or --deep N, --teacher-weights needs --deep N")
+    if (moved and not (deep or frames)) or ((weights or allow_teachers) and not deep):
+        raise UsageError(
+            "--videos needs --frames or --deep N; --teacher-weights and --allow-teacher need --deep N"
+        )
     store = TargetStore(store_files(store_path), damaged=True)
     with ExitStack() as stack:
         if repair:  # nobody commits between what is found and what is dropped
@@ -54,7 +57,16 @@ def targets_verify(
         if deep:
             from .targets_deep import deep_check
 
-            found, compared = deep_check(store, deep, screen, seed=seed, moved=moved, weights=weights, device=device)
+            found, compared = deep_check(
+                store,
+                deep,
+                screen,
+                seed=seed,
+                moved=moved,
+                weights=weights,
+                allow_teachers=allow_teachers,
+                device=device,
+            )
             findings += found
         for finding in findings:
             screen.say(str(finding))

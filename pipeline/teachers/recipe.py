@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 
 from ..config import Options
@@ -36,6 +36,8 @@ class TeacherSpec(Options):
     sha256: str | None = None
     """Expected digest of the weights file, or of the loaded state where the weights have no file."""
     options: dict[str, str] = {}
+    fetch: bool = Field(default=True, exclude=True)
+    """Whether weights that this machine lacks may be downloaded."""
 
     def record(self) -> dict[str, Any]:
         """As a store keeps it: enough to load the teacher again, no folder of this machine.

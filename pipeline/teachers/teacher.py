@@ -46,6 +46,8 @@ _BY_NAME: dict[str, Callable[[TeacherSpec], Recipe]] = {
     "resnet50": lambda spec: torchvision_model(spec, "resnet50", "IMAGENET1K_V1"),
     "resnet50-places365": resnet50_places365,
 }
+SHIPPED = frozenset(_BY_NAME)
+"""Names of teachers that need no library's model name."""
 
 
 class Teacher:

@@ -27,6 +27,8 @@ def timm_model(spec: TeacherSpec, model: str) -> Recipe:
         raise TeacherError(f"teacher {spec.name!r} needs timm: pip install 'distinit[timm]'") from None
     library: Any = timm  # its types leave out what `timm.data` re-exports
     options = builder_options(spec)
+    if not (spec.weights or spec.fetch):
+        raise WeightsError(f"teacher {spec.name!r}: timm would download its weights, which is not allowed")
     file = load_weights(spec.weights, spec.sha256) if spec.weights else None
     module = _create(library, spec, model, options, file)
     config = library.data.resolve_model_data_config(module)

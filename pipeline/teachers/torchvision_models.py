@@ -107,7 +107,11 @@ def resnet50_places365(spec: TeacherSpec) -> Recipe:
 def _library_file(spec: TeacherSpec, choice: Any) -> WeightsFile:
     """Torchvision's own weights, fetched through its own API where torch hub's cache lacks them."""
     return library_weights(
-        choice, spec.sha256, who=f"teacher {spec.name!r}", remedy=f"pass --teacher-weights {spec.name}=FILE"
+        choice,
+        spec.sha256,
+        who=f"teacher {spec.name!r}",
+        remedy=f"pass --teacher-weights {spec.name}=FILE",
+        fetch=spec.fetch,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from distinit.pipeline.errors import UsageError
+from distinit.pipeline.errors import DistInitError, UsageError
 from distinit.pipeline.targets.shardfile import digest_bytes
 from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.teachers.recorded import load_recorded
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
@@ -34,6 +36,7 @@ def teacher():
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 5))
 """
 """Of random weights: which ones, a file says."""
+FACTORY = "deep_teachers:teacher"
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with videos/, two weights files, classes.txt and a store of two teachers, one of them int8."""
     (tmp_path / "deep_teachers.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     sys.modules.pop("deep_teachers", None)
     import deep_teachers
 
@@ -62,7 +65,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def extract(made: Path, name: str, encoding: str, **more: Any) -> None:
     """Teacher `name` over all of videos/, into s.zarr."""
     options = {"input_size": "32", "classes": str(made / "classes.txt"), "name": name}
-    spec = TeacherSpec(name="deep_teachers:teacher", weights=str(made / "weights1.pt"), options=options)
+    spec = TeacherSpec(name=FACTORY, weights=str(made / "weights1.pt"), options=options)
     config = {"sources": [str(made / "videos")], "out": made / "s.zarr", "teachers": [spec], "encoding": encoding}
     size = {"batch_size": 7, "shard_rows": 256, "sampling": Sampling(every=1)}
     extract_targets(ExtractConfig.model_validate({**config, **size, **more}), QUIET)
@@ -70,6 +73,7 @@ def extract(made: Path, name: str, encoding: str, **more: Any) -> None:
 
 def deep(made: Path, *, weights: str = "weights1.pt", **more: Any) -> dict[str, Any]:
     given = {name: str(made / weights) for name in ("one", "small")}
+    more = {"allow_teachers": [FACTORY], **more}
     return targets_verify(made / "s.zarr", QUIET, deep=99, weights=given, **more)
 
 
@@ -106,6 +110,7 @@ def test_the_command_names_another_teacher_and_a_changed_video(made: Path) -> No
     (made / "videos" / "v2.mp4").unlink()
     words = ["targets", "verify", str(made / "s.zarr"), "--deep", "5", "--json"]
     words += ["--teacher-weights", f"one={made}/weights1.pt", "--teacher-weights", f"small={made}/weights2.pt"]
+    words += ["--allow-teacher", FACTORY]
     done = subprocess.run([sys.executable, "-m", "distinit", *words], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)["findings"]
@@ -143,8 +148,90 @@ def test_rows_of_another_frame_are_found_though_every_digest_is_right(made: Path
 def test_what_is_missing_is_asked_for(made: Path) -> None:
     found = targets_verify(made / "s.zarr", QUIET, deep=1)["findings"]
     assert [f["teacher"] for f in found] == ["one", "small"]
-    assert "weights weights1.pt are not here: --teacher-weights one=FILE" in found[0]["what"]
+    assert f"--allow-teacher '{FACTORY}'" in found[0]["what"]
+    found = targets_verify(made / "s.zarr", QUIET, deep=1, allow_teachers=[FACTORY])["findings"]
+    assert [f["teacher"] for f in found] == ["one", "small"]
+    assert "weights1.pt" in found[0]["what"]
+    assert "--teacher-weights" in found[0]["what"]
     with pytest.raises(UsageError, match="it has: one, small"):
         targets_verify(made / "s.zarr", QUIET, deep=1, weights={"other": "x"})
     with pytest.raises(UsageError, match="--deep"):
         targets_verify(made / "s.zarr", QUIET, moved={"videos": "x"})
+
+
+CODE = """
+from pathlib import Path
+
+
+def teacher(**options):
+    Path(__file__).with_name("canary").write_text("ran")
+"""
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ({"name": "os:system", "options": {"command": "touch CANARY"}}, "os:system"),
+        ({"name": "canary_code:teacher", "options": {}}, "canary_code:teacher"),
+        ({"name": "subprocess:getoutput", "options": {"cmd": "touch CANARY"}}, "subprocess:getoutput"),
+        ({"name": "timm:hf-hub:owner/model", "options": {}}, "timm:hf-hub:owner/model"),
+        ({"name": "timm:local-dir:/FOLDER", "options": {}}, "timm:local-dir:/FOLDER"),
+        ({"name": "timm:resnet18", "options": {"checkpoint_path": "/FOLDER/weights1.pt"}}, "checkpoint_path"),
+        ({"name": "timm:resnet18", "options": {"pretrained_cfg_overlay": "{url: http://x}"}}, "pretrained_cfg_overlay"),
+        ({"name": "torchvision:resnet18", "options": {"norm_layer": "os.system"}}, "norm_layer"),
+        ({"name": "torchvision:resnet18", "options": {"input_size": "99999999"}}, "input_size"),
+        ({"name": "torchvision:resnet18", "options": {"num_classes": "&a [*a, *a]"}}, "num_classes"),
+        ({"name": "torchvision:../x", "options": {}}, "torchvision:../x"),
+        ({"name": "efficientnet_lite0", "weights": "/FOLDER/weights1.pt"}, "/FOLDER/weights1.pt"),
+        ({"name": "torchvision:resnet18"}, "not downloaded"),
+        ({"name": "timm:resnet18"}, "timm:resnet18"),
+        ({"name": "torchvision:resnet18", "fetch": True}, "not downloaded"),
+        ({"name": ["os:system"]}, "zarr.json"),
+        ({"name": "efficientnet_lite0", "more": 1}, "zarr.json"),
+        ("os:system", "zarr.json"),
+    ],
+)
+def test_what_a_store_names_is_not_run_fetched_or_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: Any, named: str
+) -> None:
+    def refused(*args: object, **more: object) -> None:
+        raise AssertionError(f"opened {args}")
+
+    (tmp_path / "canary_code.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    torch.save({}, tmp_path / "weights1.pt")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch, "load", refused)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refused)
+    text = json.dumps(spec).replace("CANARY", str(tmp_path / "canary")).replace("/FOLDER", str(tmp_path))
+    with pytest.raises(DistInitError) as caught:
+        load_recorded({"spec": json.loads(text)}, "teachers/one/zarr.json")
+    assert named.replace("/FOLDER", str(tmp_path)) in str(caught.value)
+    assert not (tmp_path / "canary").exists()
+    assert "canary_code" not in sys.modules
+
+
+def test_deep_runs_no_command_of_a_store(made: Path) -> None:
+    node = made / "s.zarr" / "teachers" / "one" / "zarr.json"
+    document = json.loads(node.read_text())
+    spec = {"name": "os:system", "options": {"command": f"touch {made}/canary"}}
+    document["attributes"]["distinit"]["provenance"]["spec"] = spec
+    node.write_text(json.dumps(document))
+    findings = targets_verify(made / "s.zarr", QUIET, deep=1)["findings"]
+    assert any(f["teacher"] == "one" and "os:system" in f["what"] for f in findings)
+    assert not (made / "canary").exists()
+
+
+def test_a_library_teacher_loads_by_itself_from_what_is_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchvision
+
+    (tmp_path / "hub/hub/checkpoints").mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(state, tmp_path / "hub/hub/checkpoints/resnet18-f37072fd.pth")
+    spec = {"name": "torchvision:resnet18", "options": {"input_size": "64", "mean": "0.5"}}
+    teacher = load_recorded({"spec": spec}, "here")
+    assert teacher.input_shape == (64, 64)
+    assert len(teacher.classes) == 1000
