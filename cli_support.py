@@ -17,7 +17,7 @@ import click
 
 from .cli_options import KeyArgument, KeyOption
 from .pipeline.errors import DistInitError, UsageError
-from .pipeline.streams import never_fail_to_encode
+from .pipeline.streams import clean_streams, printable
 
 if TYPE_CHECKING:
     from .stages.screen import Screen
@@ -191,7 +191,11 @@ def run(group: click.Group, argv: list[str] | None = None, resume_hints: dict[st
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    never_fail_to_encode(sys.stdout, sys.stderr)
+    with clean_streams():
+        _run(group, argv, resume_hints or {}, debug)
+
+
+def _run(group: click.Group, argv: list[str], resume_hints: dict[str, str], debug: bool) -> NoReturn:
     try:
         code = group.main(args=argv, prog_name="distinit", standalone_mode=False)
         _leave(code if isinstance(code, int) else 0)
@@ -204,7 +208,7 @@ def run(group: click.Group, argv: list[str] | None = None, resume_hints: dict[st
         _fail(error.format_message() + where, error.exit_code, debug)
     except (KeyboardInterrupt, click.exceptions.Abort):
         command = next((word for word in argv if word in group.commands), "")
-        _fail((resume_hints or {}).get(command, "interrupted"), INTERRUPTED, debug, prefix="")
+        _fail(resume_hints.get(command, "interrupted"), INTERRUPTED, debug, prefix="")
     except BrokenPipeError:
         # The reader of our output has gone, as in `distinit … | head`.
         sys.stderr.close()
@@ -246,8 +250,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _fail(message: str, code: int, debug: bool, prefix: str = "error: ") -> NoReturn:
-    from .stages.screen import printable
-
     if debug:
         traceback.print_exc()
     line = printable(" ".join(message.split("\n")))

@@ -1,9 +1,80 @@
-"""Standard output and error in whatever encoding the terminal has."""
+"""Text for terminals and pages: in whatever encoding a stream has, and without characters that command a terminal.
+
+Names of classes, videos and teachers, reasons and messages of libraries may come from files of other people. Every
+way out passes `printable`: `stages.screen.Screen` (lines, tables, progress), `CleanStream` (what Python, click and
+libraries write to standard output and error), `reporting.writing.write_whole` (pages, Markdown, CSV, SVG).
+"""
 
 from __future__ import annotations
 
 import io
-from typing import TextIO
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO, cast
+
+# C0, DEL and C1; marks, embeddings, overrides and isolates that turn the order of text; line and paragraph
+# separators; annotations; halves of surrogate pairs, which stand for bytes of file names that are not UTF-8.
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff]")
+_UNSAFE_IN_LINES = re.compile(_UNSAFE.pattern.replace(r"\x00-\x1f", r"\x00-\x09\x0b-\x1f"))
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Return the text with control characters, those that reorder text, and undecodable bytes escaped as `\\x1b`.
+
+    lines: keep line feeds, for a text of several lines.
+    """
+    if text.isprintable():
+        return text
+    return (_UNSAFE_IN_LINES if lines else _UNSAFE).sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode("ascii")
+
+
+def as_json(value: Any, *, indent: int | None = None) -> str:
+    """Return JSON in printable ASCII: `json` escapes all other characters itself but DEL."""
+    return json.dumps(value, allow_nan=False, indent=indent).replace("\x7f", "\\u007f")
+
+
+class CleanStream:
+    """A text stream whose characters are `printable`: for what is not written through a `Screen`.
+
+    Line feeds, tabs and carriage returns pass: the progress bars of libraries are made of them.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text, escaped; returns its length as it was given."""
+        self.stream.write(text if text.isprintable() else re.sub(r"[^\n\r\t]+", lambda m: printable(m[0]), text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write each of the lines."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def clean_streams() -> Iterator[None]:
+    """Let everything that this process writes to standard output and error pass a `CleanStream` for a while."""
+    never_fail_to_encode(sys.stdout, sys.stderr)
+    out, err = (cast(TextIO, CleanStream(stream)) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
+        yield
+
+
+def raw_stream(stream: TextIO) -> TextIO:
+    """Return the stream below a `CleanStream`, for a writer that cleans by itself and sends escape codes of its own."""
+    return stream.stream if isinstance(stream, CleanStream) else stream
 
 
 def never_fail_to_encode(*streams: TextIO | None) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..pipeline.streams import printable
+
 Row = dict[str, Any]
 Key = tuple[str, str]
 """(corpus, escaped path)"""
@@ -45,7 +47,7 @@ class StatusFile:
 
     def set(self, key: Key, row: Row) -> None:
         """Know a row, without writing it yet."""
-        self._lines[key] = _line([*key, *("" if row.get(c) is None else row[c] for c in COLUMNS[2:])])
+        self._lines[key] = _line([*key, *("" if row.get(c) is None else printable(str(row[c])) for c in COLUMNS[2:])])
 
     def begin(self) -> None:
         """Write what is known, and open the file to append."""

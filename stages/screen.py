@@ -5,15 +5,14 @@ Stages talk to a `Screen` only, so that they run alike from the command line, a 
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -23,9 +22,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
-from ..pipeline.streams import never_fail_to_encode
+from ..pipeline.streams import as_json, never_fail_to_encode, printable, raw_stream
 
 PLAIN_EVERY_S = 10.0
 PLAIN_WIDTH = 120
@@ -84,7 +84,7 @@ class Screen:
     def result(self, value: Mapping[str, Any]) -> None:
         """The one JSON object on standard output; without json nothing."""
         if self.json:
-            self._stdout.write(json.dumps(plain(value), allow_nan=False) + "\n")
+            self._stdout.write(as_json(plain(value)) + "\n")
             self._stdout.flush()
 
     @contextmanager
@@ -107,13 +107,6 @@ class Screen:
         self._err.print(Text(printable(text)), soft_wrap=True, highlight=False)
 
 
-def printable(text: str) -> str:
-    """The text on one line: control characters and undecodable bytes of file names are escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def plain(value: Any) -> Any:
     """The value in JSON's own types: NumPy scalars and arrays unpacked, NaN and infinity as null."""
     if isinstance(value, Mapping):
@@ -129,8 +122,21 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+class CleanConsole(Console):
+    """A rich console on which no text commands the terminal; its own escape codes (colours, the bar) do."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as rich does, and escape what is not printable, whatever kind of renderable it came from."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text, lines=True), style, control)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make a `Text` of a cell: escaped before its width is measured, so that columns stay aligned."""
+        return super().render_str(printable(text, lines=True), **options)
+
+
 def _console(file: TextIO) -> Console:
-    console = Console(file=file, markup=False, emoji=False, highlight=False)
+    console = CleanConsole(file=raw_stream(file), markup=False, emoji=False, highlight=False)
     if not console.is_terminal and console.width == 80:
         console.width = PLAIN_WIDTH  # rich's guess where there is no terminal cuts file names
     return console

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..corpus.sources import escape_path
 from ..errors import CheckpointError
+from ..streams import as_json
 from ..training.checkpoint import write_atomically
 from .labels import Labelled, Labels
 
@@ -52,7 +53,7 @@ class RunLabels:
 
     def write(self, run: Path) -> None:
         """Write RUN/labels.json, whole or not at all. CheckpointError."""
-        write_atomically(run / RUN_LABELS, json.dumps(asdict(self), ensure_ascii=False, indent=0).encode())
+        write_atomically(run / RUN_LABELS, as_json(asdict(self), indent=0).encode())
 
     def difference(self, labels: Labels, sides: Sequence[str] = ("train", "test")) -> str:
         """How labels differ from these, in words; "" where they do not. sides: those that are compared."""

@@ -86,7 +86,7 @@ def _video(video: VideoLook, limit: float, *, legend: bool) -> str:
     length = f"{video.duration:.1f} s, " if np.isfinite(video.duration) else ""
     problem = f"<p class=problem>missing here: {html.escape(video.problem)}</p>" if video.problem else ""
     return (
-        f"<div class=video><h3>{html.escape(video.corpus)}: {html.escape(_printable(video.path))}</h3>"
+        f"<div class=video><h3>{html.escape(video.corpus)}: {html.escape(video.path)}</h3>"
         f"<p class=note>{length}{video.frames:,} cached frames</p>{problem}"
         f"{_strip(video.pictures)}<div class=scroll>{chart}</div></div>"
     )
@@ -98,7 +98,7 @@ def _strip(pictures: Sequence[Picture], *, named: bool = False) -> str:
 
 def _shot(picture: Picture, named: bool) -> str:
     when = f"{picture.seconds:.2f} s, frame {picture.index}"
-    path = _printable(picture.video)
+    path = picture.video
     if picture.jpeg is None:
         # The strip of a video says once, above it, why it is missing; pictures of many videos each say it.
         shown = f"<div class=gone>{html.escape(picture.problem or '') if named else 'missing'}</div>"
@@ -154,7 +154,7 @@ def _failures_section(look: StoreLook) -> str:
         reasons.add(reason, f"{count:,}")
     each = Table("Videos that failed", [Column("corpus"), Column("video"), Column("reason")])
     for failure in look.failures[:LISTED]:
-        each.add(failure.corpus, _printable(failure.path), failure.reason)
+        each.add(failure.corpus, failure.path, failure.reason)
     if len(look.failures) > LISTED:
         each.notes = [f"{len(look.failures) - LISTED:,} more: distinit targets info STORE --failed --json lists all."]
     return (
@@ -169,11 +169,6 @@ def _identity_section(look: StoreLook) -> str:
         "<h2>Identity</h2><details><summary>The store’s id, sampling and teachers</summary>"
         f"<pre>{html.escape(text)}</pre></details>"
     )
-
-
-def _printable(path: str) -> str:
-    """Bytes of a name that are no text, as escapes: a page in UTF-8 cannot hold them."""
-    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _tail(path: str) -> str:

@@ -6,6 +6,8 @@ import html
 import re
 from collections.abc import Iterable
 
+from ..streams import printable
+
 STYLE = """
 :root { --ink: #1a1a1a; --soft: #5c5c5c; --rule: #d9d9d9; --band: #f6f7f8; }
 body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: var(--ink);
@@ -60,4 +62,4 @@ def document(title: str, lead: str, sections: Iterable[str]) -> str:
         + "\n".join(section for section in sections if section)
         + "\n</body></html>\n"
     )
-    return re.sub(r"(?<=\d) %", "\u00a0%", page)  # a line never begins with %
+    return printable(re.sub(r"(?<=\d) %", "\u00a0%", page), lines=True)  # a line never begins with %

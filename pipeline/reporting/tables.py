@@ -13,6 +13,8 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from ..streams import printable
+
 
 @dataclass(frozen=True)
 class Column:
@@ -48,7 +50,7 @@ class Table:
         for column in self.columns:
             # Numbers are never cut or wrapped; names give way.
             table.add_column(
-                Text(column.title),
+                _text(column.title),
                 justify="right" if column.number else "left",
                 no_wrap=column.number,
                 overflow="fold",
@@ -56,8 +58,8 @@ class Table:
         for at, row in enumerate(self.rows):
             if at in self.headings:
                 table.add_section()
-                table.add_row(Text(self.headings[at], style="bold"))
-            table.add_row(*(Text(cell) for cell in row))
+                table.add_row(_text(self.headings[at], style="bold"))
+            table.add_row(*(_text(cell) for cell in row))
         return Group(Text(self.title, style="bold"), table, *(Text(note) for note in self.notes))
 
     def to_markdown(self) -> str:
@@ -112,6 +114,11 @@ class Table:
             return ""
         text = html.escape(self.headings[number])
         return f'<tr class="heading"><th colspan="{len(self.columns)}" scope="rowgroup">{text}</th></tr>\n'
+
+
+def _text(text: str, style: str = "") -> Text:
+    """A cell, escaped before its width is measured, so that columns stay aligned."""
+    return Text(printable(text, lines=True), style=style)
 
 
 def _two_lines(title: str) -> str:

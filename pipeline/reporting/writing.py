@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import UsageError
+from ..streams import printable
 
 # Pages of version 0.1 have no generator, but name it in the lead.
 _OURS = re.compile(
@@ -32,9 +33,12 @@ def require_own(page: Path, names: Iterable[str] = ()) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """A page that is being looked at is replaced, never half there. UsageError if it cannot be written."""
+    """Replace a page, which is never half there: it may be looked at. UsageError if it cannot be written.
+
+    Text is escaped by `printable`: a page cannot hold control characters, and may be shown by a terminal.
+    """
     part = path.with_name(f".{path.name}.part")
-    data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
+    data = content if isinstance(content, bytes) else printable(content, lines=True).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)

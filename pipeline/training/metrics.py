@@ -12,6 +12,7 @@ from typing import IO, Any
 from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import TrainingError
+from ..streams import printable
 from .checkpoint import write_atomically
 
 
@@ -52,7 +53,7 @@ class Metrics:
             self._file.flush()
             for name, value in values.items():
                 if isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+                    self._tensorboard.add_scalar(printable(f"{kind}/{name}"), value, step)
         except OSError as error:
             raise TrainingError(f"cannot write {self.path}: {error.strerror or error}") from error
 

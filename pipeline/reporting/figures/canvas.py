@@ -16,6 +16,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from ...streams import printable
 from ..tables import Table
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -44,6 +45,7 @@ STYLE: dict[Any, Any] = {
     "ytick.labelcolor": INK,
     "legend.frameon": False,
     "svg.fonttype": "path",
+    "text.parse_math": False,  # a dollar sign in a name is no formula
     "svg.hashsalt": "distinit",
 }
 
@@ -85,7 +87,9 @@ def finish(
     svg, png = io.BytesIO(), io.BytesIO()
     canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     canvas.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    return Figure(name, title, caption, svg.getvalue(), png.getvalue(), tuple(about), table)
+    # Texts are drawn as paths, but also stand in comments.
+    drawn = printable(svg.getvalue().decode(), lines=True).encode()
+    return Figure(name, title, caption, drawn, png.getvalue(), tuple(about), table)
 
 
 def colour(i: int) -> str:
@@ -95,4 +99,5 @@ def colour(i: int) -> str:
 
 def short(name: str, most: int = 44) -> str:
     """A name that fits beside an axis: long ones lose their middle."""
+    name = printable(name)
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"

@@ -1,0 +1,266 @@
+"""No way out for characters that command a terminal or reorder text, whoever chose the names."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import numpy as np
+import pytest
+import yaml
+from rich.panel import Panel
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from distinit.cli import cli
+from distinit.cli_support import run
+from distinit.pipeline.evaluation.predictions import Predictions
+from distinit.pipeline.reporting.tables import Column, Table
+from distinit.pipeline.streams import CleanStream, as_json, printable
+from distinit.pipeline.training.metrics import Metrics
+from distinit.stages.prepare_status import COLUMNS, StatusFile
+from distinit.stages.screen import Screen
+from distinit.tests.pipeline.targets.conftest import Recipe
+
+UNSAFE = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F)]))
+UNSAFE += "".join(map(chr, [*range(0x2066, 0x2070), 0xDCFF]))
+TITLE = "\x1b]0;owned\x07\x9b31m\u202e\u2066\x7f$\\frac{1"
+"""Sets the title of a terminal, colours it, turns text around; and what matplotlib would take for a formula."""
+OURS = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[[0-9]*[AK]|\r")
+"""Rich's escape codes: style, cursor, the bar that is drawn again."""
+
+
+def unsafe_in(text: str | bytes, allowed: str = "\n") -> set[str]:
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    return set(text) & set(UNSAFE) - set(allowed)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_escapes_are_told_apart_and_text_of_all_scripts_stays() -> None:
+    assert unsafe_in(printable(UNSAFE), allowed="") == set()
+    assert printable("\x1b\n\x9b\u202e\udcff") == "\\x1b\\n\\x9b\\u202e\\udcff"
+    assert printable("a\nb\tc", lines=True) == "a\nb\\tc"
+    text = "naïve 東京 हिन्दी می‌خواهم 👩‍💻 1\u00a0000\u202f000 \\x1b"  # with joiners and spaces that do not break
+    assert printable(text) == text
+
+
+def renderables(name: str) -> list[Any]:
+    """What stages hand to `Screen.table`, and other things that rich can show."""
+    own = Table(name, [Column(name), Column("n", number=True)], notes=[name])
+    own.head(name)
+    own.add(name, "1")
+    rich = RichTable(name, title=name, caption=name)
+    rich.add_row(name)
+    return [own.to_rich(), rich, Text(name), name, Panel(name, title=name), Panel(Text(name))]
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_every_method_of_a_screen(stream: type[io.StringIO]) -> None:
+    out, err = stream(), stream()
+    name = f"x{UNSAFE}{TITLE}y"
+    for as_object in (False, True):
+        screen = Screen(json=as_object, stdout=out, stderr=err)
+        screen.say(name)
+        screen.warn(name)
+        for each in renderables(name):
+            screen.table(each)
+        for total in (2, None):
+            with screen.progress(name, total=total, unit=name) as bar:
+                bar.advance(1, **{name: name})
+                bar.update(name)
+        screen.result({name: [name]})
+    for text in (out.getvalue(), err.getvalue()):
+        assert unsafe_in(OURS.sub("", text) if stream is Terminal else text) == set()
+        assert "owned" in text
+    assert json.loads(out.getvalue().splitlines()[-1]) == {name: [name]}
+
+
+def test_columns_of_escaped_cells_are_aligned() -> None:
+    for each in renderables("a\x1b\x1b\u202e")[:2]:
+        out = io.StringIO()
+        Screen(stdout=out, stderr=io.StringIO()).table(each)
+        widths = {len(line) for line in out.getvalue().splitlines() if line[:1] in "┃│┏└"}
+        assert len(widths) == 1
+
+
+def boom(error: BaseException) -> click.Group:
+    """A command line whose command shows a name in every way that goes past a screen, and raises."""
+
+    @click.group()
+    def group() -> None:
+        pass
+
+    @group.command()
+    @click.option("--debug", is_flag=True)
+    @click.option("--number", type=int)
+    def go(debug: bool, number: int | None) -> NoReturn:
+        warnings.warn(str(error), stacklevel=1)
+        logging.getLogger("a library").error("%s", error)
+        print(error, file=sys.stderr)
+        print(error)
+        click.echo(str(error))
+        raise error
+
+    return group
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+@pytest.mark.parametrize("args", [["go"], [f"go{TITLE}"], ["go", "--number", TITLE], ["go", f"--no{TITLE}"]])
+def test_errors_warnings_logging_and_prints(
+    args: list[str], debug: list[str], capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Click's own errors, which quote the command line; an exception of a library; what libraries print."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    before = sys.stdout, sys.stderr
+    with pytest.raises(SystemExit), pytest.warns() if args == ["go"] else warnings.catch_warnings():
+        run(boom(ValueError(f"{TITLE} é")), [*args, *debug])
+    assert (sys.stdout, sys.stderr) == before
+    shown = capfdbinary.readouterr()
+    assert unsafe_in(shown.out) == unsafe_in(shown.err) == set()
+    assert b"\\x1b]0;owned\\x07\\x9b31m\\u202e" in shown.err
+
+
+def test_what_passes_a_clean_stream() -> None:
+    """A library's progress bar does; a Python warning is written by Python."""
+    raw = io.StringIO()
+    stream = CleanStream(raw)
+    assert stream.write("\r 50%|#####\x1b[2J \t\n") == 18
+    assert raw.getvalue() == "\r 50%|#####\\x1b[2J \t\n"
+    assert not stream.isatty()
+
+
+@dataclass(frozen=True)
+class Dirty(Recipe):
+    """A store whose names of videos and classes, and whose reasons, hold such characters."""
+
+    @staticmethod
+    def path(video: int) -> str:
+        return "".join(f"%{byte:02X}" for byte in f"v{video}{TITLE}\n.mp4".encode())
+
+
+@pytest.fixture(scope="module")
+def dirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """s.zarr, runs/a and runs/b (finetuned), runs/student."""
+    root = tmp_path_factory.mktemp("dirty")
+    store = Dirty(videos=range(12)).make(root / "s.zarr")
+    for node in [*store.glob("commits/**/zarr.json")]:
+        node.write_text(node.read_text().replace("no video stream (audio only)", json.dumps(f"no {TITLE}")[1:-1]))
+    import zarr
+
+    classes = zarr.open_array(store / "teachers" / "t" / "class", mode="r+")
+    classes[:] = np.array([f"class {k} {TITLE}" for k in range(10)], dtype=object)
+    for name, right in (("a", 20), ("b", 9)):
+        finetuned(root / "runs" / f"{name} {TITLE}", right)
+    folder = root / "runs" / f"student {TITLE}"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"train-student": {"store": str(store), "student": {}}}))
+    (folder / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 20, "loss": 6.0}) + "\n")
+    return root
+
+
+def finetuned(folder: Path, right: int) -> None:
+    folder.mkdir(parents=True)
+    config = {"init": TITLE, "dataset": f"csv:/x/{TITLE}.csv", "split": 1}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"finetune": config}))
+    labels = [i % 3 for i in range(30)]
+    classes, videos = [f"class {k} {TITLE}" for k in range(3)], [f"v{i}.mp4" for i in range(30)]
+    found = Predictions.empty(classes, videos, labels, 1, protocol={TITLE: TITLE}, identity={TITLE: TITLE})
+    for i in range(29):
+        scores = np.full((1, 3), 0.1, np.float32)
+        scores[:, labels[i] if i < right else (labels[i] + 1) % 3] = 0.8
+        found.set_scores(i, scores, np.arange(1), 50, note=TITLE)
+    found.fail(29, TITLE)
+    found.write(folder / "predictions.h5")
+    (folder / "result.json").write_text(json.dumps({"split": 1, TITLE: TITLE}))
+
+
+def commands(root: Path, out: Path) -> dict[str, list[str]]:
+    runs = [str(root / "runs" / f"{name} {TITLE}") for name in ("a", "b")]
+    store = str(root / "s.zarr")
+    return {
+        "info": ["targets", "info", store, "--failed"],
+        "browse": ["targets", "browse", store, "--out", str(out / "browse")],
+        "verify": ["targets", "verify", store],
+        "report": ["report", str(root / "runs"), "--out", str(out / "report")],
+        "compare": ["evaluate", "--compare", runs[0], runs[1], "--out", str(out / "compared")],
+        "fuse": ["evaluate", "--fuse", runs[0], runs[1], "--out", str(out / "fused")],
+        "none": ["targets", "info", f"{store}{TITLE}"],
+    }
+
+
+@pytest.mark.parametrize("name", list(commands(Path("/"), Path("/"))))
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_bytes_of_commands_and_of_what_they_write(
+    name: str, extra: list[str], dirty: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(cli, [*commands(dirty, tmp_path)[name], *extra])
+    shown = capfdbinary.readouterr()
+    assert unsafe_in(shown.out) == unsafe_in(shown.err) == set()
+    if name in ("info", "compare", "none"):
+        assert b"owned" in shown.out + shown.err
+    pages = [path for path in tmp_path.rglob("*") if path.suffix in (".html", ".md", ".csv", ".svg", ".json")]
+    assert bool(pages) == (name in ("browse", "report", "compare", "fuse"))
+    for page in pages:
+        assert unsafe_in(page.read_bytes(), allowed="\n\x7f" if page.suffix == ".json" else "\n") == set(), page
+
+
+@pytest.mark.parametrize("name", ["info", "report", "none"])
+def test_a_terminal_gets_no_escape_codes_but_those_of_rich(name: str, dirty: Path, tmp_path: Path) -> None:
+    """A pseudo-terminal, as a person has one."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distinit", *commands(dirty, tmp_path)[name]],
+        stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm-256color"},
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while block := read(ours):
+        shown += block
+    process.wait()
+    text = OURS.sub("", shown.decode())
+    assert "owned" in text
+    assert unsafe_in(text) == set()
+
+
+def read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 2**16)
+    except OSError:  # all who wrote have gone
+        return b""
+
+
+def test_files_that_people_print(tmp_path: Path) -> None:
+    """status.csv keeps its lines over a run; tags of TensorBoard; JSON comes back as it was."""
+    status = StatusFile(tmp_path / "status.csv")
+    status.begin()
+    status.add(("c", "v.mp4"), {"status": "failed", "reason": f"no\n{TITLE}"})
+    status.finish([("c", "v.mp4")])
+    assert unsafe_in((tmp_path / "status.csv").read_bytes()) == set()
+    row = StatusFile(tmp_path / "status.csv").row(("c", "v.mp4"))
+    assert row is not None
+    assert list(row) == list(COLUMNS)
+    assert "owned" in row["reason"]
+    with Metrics(tmp_path, 0) as metrics:
+        metrics.write("train", 1, {TITLE: 1.0})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"\x1b" not in events.read_bytes()
+    assert b"\\x1b]0;owned" in events.read_bytes()
+    assert unsafe_in(as_json({UNSAFE: TITLE}), allowed="") == set()
+    assert json.loads(as_json({UNSAFE: TITLE})) == {UNSAFE: TITLE}
