@@ -4,6 +4,10 @@ A child that crashes or falls silent costs its video a second try in a fresh chi
 too, a reason; never the run. Where decoding does not work at all, whatever the video, a DecoderError ends
 the run, and no video is given a reason. Each child has four slots of shared memory; a child whose slots
 are all unread waits, which bounds what is decoded ahead.
+
+Why no one waits for ever: a child is given tasks in the order in which they are read, and a second try goes to
+a child that was given none. So all unread blocks of the child that works on the first task are of that task:
+either there is a block to read, or the child has a free slot and its silence is timed.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
 _AHEAD = 4  # tasks that may be finished and unread, per child
+# A task for which was waited this many time-outs needs a sign of life every such part of a time-out, on average.
+_SLOW = 10
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,8 @@ class _Task:
     answers: deque[tuple[dict[str, Any], ChildProcess | None]] = field(default_factory=deque)
     finished: bool = False
     rows: int = 0
+    signs: int = 0  # of life, in this try
+    waited: float = 0.0  # seconds in this try
     failures: list[str] = field(default_factory=list)
 
 
@@ -95,7 +103,8 @@ class DecodePool:
     """`processes` children that probe and decode. Use as a context manager; one call at a time.
 
     views: fixed size, rendered of every frame. memory_gb: address space of a child. timeout_s: how long a
-    child may go without a packet, a frame or an answer before it is killed. ahead: tasks a child may have
+    child may go without a packet, a frame or an answer before it is killed; one that is waited for ten times as
+    long is killed if these come less often than every tenth of it. ahead: tasks a child may have
     finished that nobody has read, because one before them takes longer.
     """
 
@@ -212,19 +221,18 @@ class DecodePool:
             raise RuntimeError("this pool is in use: finish or close the iterator of the earlier call first")
         self._busy = True
         queue: deque[_Task] = deque()
-        again: deque[_Task] = deque()
         source = iter(messages)
         try:
             while True:
-                exhausted = self._assign(queue, again, source)
+                exhausted = self._assign(queue, source)
                 if not queue:
                     if exhausted:
                         return
                     continue
                 head = queue[0]
                 while not head.answers and not head.finished:
-                    self._listen(again, self._timeout_s)
-                    self._assign(queue, again, source)
+                    self._listen()
+                    self._assign(queue, source)
                 if head.answers:
                     answer, child = head.answers.popleft()
                     yield head.message, answer, child
@@ -236,25 +244,22 @@ class DecodePool:
                     self._drop(place)  # the consumer left early: what it did not read is not wanted any more
             self._busy = False
 
-    def _assign(self, queue: deque[_Task], again: deque[_Task], source: Iterator[dict[str, Any]]) -> bool:
+    def _assign(self, queue: deque[_Task], source: Iterator[dict[str, Any]]) -> bool:
         """Give work to idle children; True when there is no more."""
         for place in range(len(self._children)):
             if place in self._working:
                 continue
-            if again:
-                task = again.popleft()
-            elif len(queue) >= self._ahead * len(self._children):
+            if len(queue) >= self._ahead * len(self._children):
                 return False
-            else:
-                message = next(source, None)
-                if message is None:
-                    return True
-                task = _Task(message)
-                queue.append(task)
-            self._give(place, task, again)
+            message = next(source, None)
+            if message is None:
+                return True
+            task = _Task(message)
+            queue.append(task)
+            self._give(place, task)
         return False
 
-    def _give(self, place: int, task: _Task, again: deque[_Task]) -> None:
+    def _give(self, place: int, task: _Task) -> None:
         child = self._children[place]
         if child is None:
             try:
@@ -264,37 +269,46 @@ class DecodePool:
             self._children[place] = child
         self._working[place] = task
         if not child.tell(task.message):
-            self._died(place, again)
+            self._died(place)
 
-    def _listen(self, again: deque[_Task], timeout: float) -> None:
-        """Take in what children say; kill those that have said nothing for too long."""
-        waiting = {self._child(place).connection: place for place in self._working}
+    def _listen(self) -> None:
+        """Take in what children say; kill those that have said nothing, or next to nothing, for too long."""
+        listening = {place: self._child(place) for place in self._working}
         began = time.monotonic()
-        for connection in wait(list(waiting), timeout=min(timeout, 1.0)):
-            place = waiting[connection]  # type: ignore[index]
-            self._take(place, again)
-        now = time.monotonic()
-        for place in list(self._working):
-            child = self._child(place)
+        ready = wait([child.connection for child in listening.values()], timeout=min(self._timeout_s, 1.0))
+        seconds = time.monotonic() - began
+        for place, child in listening.items():
+            if child.connection in ready:
+                self._take(place)
+        for place, child in listening.items():
             # Time in which nobody listened, or in which all slots were unread, is not the child's silence.
-            child.listened += now - began
+            if place not in self._working or self._child(place) is not child:
+                continue
             if child.all_slots_unread():
                 child.listened = 0.0
-            if child.listened > self._timeout_s and not child.connection.poll():
-                self._failed(place, again, f"no frame for {self._timeout_s:g} s")
+                continue
+            child.listened += seconds
+            task = self._working[place]
+            task.waited += seconds
+            slow = task.waited > _SLOW * self._timeout_s and task.waited > task.signs * self._timeout_s / _SLOW
+            if child.listened > self._timeout_s and not child.has_sent():
+                self._failed(place, f"no frame for {self._timeout_s:g} s")
+            elif slow:
+                self._failed(place, f"fewer than one frame in {self._timeout_s / _SLOW:g} s")
 
-    def _take(self, place: int, again: deque[_Task]) -> None:
+    def _take(self, place: int) -> None:
         """All messages that are there from one child."""
         child, task = self._child(place), self._working[place]
         while place in self._working:
             try:
                 answer = child.hear()
             except (EOFError, OSError, ValueError):
-                self._died(place, again)
+                self._died(place)
                 return
             if answer is None:
                 return
             child.listened = 0.0
+            task.signs += 1
             if answer["kind"] == "block":
                 task.rows += len(answer["index"])
                 child.unread += 1
@@ -311,11 +325,14 @@ class DecodePool:
                 task.finished = True
                 del self._working[place]
 
-    def _died(self, place: int, again: deque[_Task]) -> None:
-        self._failed(place, again, self._child(place).last_words())
+    def _died(self, place: int) -> None:
+        self._failed(place, self._child(place).last_words())
 
-    def _failed(self, place: int, again: deque[_Task], why: str) -> None:
-        """One more try in a fresh child for the task, then its end. A child that never began has no video to blame."""
+    def _failed(self, place: int, why: str) -> None:
+        """One more try in a fresh child for the task, then its end. A child that never began has no video to blame.
+
+        No other child will do: its slots may all hold blocks that are read after this task.
+        """
         child, task = self._child(place), self._working.pop(place)
         self._drop(place)
         task.failures.append(why)
@@ -323,7 +340,8 @@ class DecodePool:
             raise DecoderError(f"a decoding process cannot start: {why}")
         if len(task.failures) < _ATTEMPTS:
             task.message = {**task.message, "skip": task.rows}
-            again.append(task)
+            task.signs, task.waited = 0, 0.0
+            self._give(place, task)
         else:
             task.answers.append(({"kind": "failed", "reason": why}, None))
             task.finished = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import signal
@@ -9,15 +10,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
 
 from .geometry import View
-from .wire import SLOTS, Layout, receive, send, shared_file
+from .wire import SLOTS, Inbox, Layout, send, shared_file
 
 _MODULE = f"{__package__}.child"
+_READ_BYTES = 2**20
+_END_S = 5.0  # the longest that a process takes to end
 
 
 class ChildProcess:
@@ -53,6 +56,7 @@ class ChildProcess:
             theirs.close()
             os.close(descriptor)
         self.connection = Connection(ours.detach())
+        self._inbox = Inbox()
         self.tell(
             {
                 "views": [view.model_dump() for view in views],
@@ -76,8 +80,21 @@ class ChildProcess:
         return True
 
     def hear(self) -> dict[str, Any] | None:
-        """The next message, None if there is none yet; EOFError or OSError if the child is gone."""
-        return receive(self.connection) if self.connection.poll() else None
+        """The next message, None if there is none yet; EOFError or OSError if the child is gone.
+
+        What there is of a message is a sign of life, but nobody waits for the rest: the child may have stopped.
+        """
+        while (message := self._inbox.next()) is None and self.has_sent():
+            data = os.read(self.connection.fileno(), _READ_BYTES)
+            if not data:
+                raise EOFError
+            self._inbox.add(data)
+            self.listened = 0.0
+        return message
+
+    def has_sent(self) -> bool:
+        """Whether there is something to hear, the end included."""
+        return bool(wait([self.connection], timeout=0))
 
     def slot(self, slot: int) -> tuple[np.ndarray, ...]:
         """uint8 [rows, h, w, 3] per view of one slot; readable also after the child's death."""
@@ -96,7 +113,7 @@ class ChildProcess:
     def last_words(self) -> str:
         """Why the child died, in words."""
         try:
-            code = self._process.wait(timeout=5)
+            code = self._process.wait(timeout=_END_S)
         except subprocess.TimeoutExpired:
             return "the decoder hung up"
         if code < 0:
@@ -115,6 +132,7 @@ class ChildProcess:
         """End the process at once; blocks that were delivered stay readable."""
         if self._process.poll() is None:
             self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it reads from a file server that does not answer
+            self._process.wait(timeout=_END_S)
         self.connection.close()
         self._errors.close()

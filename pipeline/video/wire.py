@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import os
+import struct
 import tempfile
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -83,3 +84,31 @@ def send(connection: Connection, message: dict[str, Any]) -> None:
 def receive(connection: Connection) -> dict[str, Any]:
     """The next message; EOFError when the other side is gone."""
     return dict(json.loads(connection.recv_bytes()))
+
+
+class Inbox:
+    """What has come of messages from `send`, for a reader that must not wait for the rest of one."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def add(self, data: bytes) -> None:
+        """Take in what has come."""
+        self._bytes += data
+
+    def next(self) -> dict[str, Any] | None:
+        """Return the next message, None while it is not whole."""
+        head = 4
+        if len(self._bytes) < head:
+            return None
+        (size,) = struct.unpack_from("!i", self._bytes)
+        if size == -1:  # of 2 GiB and more
+            head = 12
+            if len(self._bytes) < head:
+                return None
+            (size,) = struct.unpack_from("!Q", self._bytes, 4)
+        if len(self._bytes) < head + size:
+            return None
+        message = dict(json.loads(self._bytes[head : head + size]))
+        del self._bytes[: head + size]
+        return message

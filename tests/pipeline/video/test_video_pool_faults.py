@@ -1,0 +1,291 @@
+"""A decoder that dies or stops, at every state of the buffers: the frames are those of an undisturbed run.
+
+The pool is the real one. Its children are simulated, and so is the clock, so that thousands of states are tried and
+a wait without end is seen at once.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distinit.pipeline.video import pool as pool_module
+from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.geometry import View
+from distinit.pipeline.video.pool import Block, DecodeJob, DecodePool, Done, Failed
+from distinit.pipeline.video.process import ChildProcess
+from distinit.pipeline.video.sampling import Sampling
+from distinit.pipeline.video.wire import SLOTS, Inbox
+
+TIMEOUT_S = 100.0
+END_S = 50 * TIMEOUT_S  # of simulated time, far more than any of these runs takes
+Fault = tuple[int, int, str]
+"""(wait, place, what): before the pool's n-th wait the n-th child is killed ("kill") or stops for good ("stop")."""
+
+
+class Standstill(AssertionError):
+    """The pool waits for what will never come."""
+
+
+@dataclass(eq=False)
+class SimulatedChild:
+    """A child as pipeline/video/child.py is, which works when the machine lets it. A job's path is its blocks."""
+
+    machine: Machine
+    ready: bool = True
+    unread: int = 0
+    listened: float = 0.0
+    ended: bool = False
+    pid: int = 0
+    state: str = "runs"
+    todo: list[dict[str, Any]] = field(default_factory=list)
+    said: list[dict[str, Any]] = field(default_factory=list)
+    free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS)))
+    slots: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def connection(self) -> SimulatedChild:
+        return self
+
+    def tell(self, message: dict[str, Any]) -> bool:
+        self.listened = 0.0
+        if self.state == "dead":
+            return False
+        self.todo.append(dict(message))
+        return True
+
+    def can_work(self) -> bool:
+        return self.state == "runs" and bool(self.todo) and (bool(self.free_slots) or self.at_its_end())
+
+    def at_its_end(self) -> bool:
+        return bool(self.todo[0]["skip"] >= int(self.todo[0]["path"]))
+
+    def work(self) -> None:
+        """Decode one block of the task, or end it."""
+        task = self.todo[0]
+        if self.at_its_end():
+            self.said.append({"kind": "done", "frames": -1, "clock": "pts", "note": None, "more": False})
+            self.todo.pop(0)
+            return
+        slot = self.free_slots.pop()
+        self.slots[slot] = (task["key"], task["skip"])
+        self.said.append({"kind": "block", "slot": slot, "index": [task["skip"]], "pts": [0]})
+        task["skip"] += 1
+
+    def hear(self) -> dict[str, Any] | None:
+        if not self.said and self.state == "dead":
+            raise EOFError
+        return self.said.pop(0) if self.said else None
+
+    def has_sent(self) -> bool:
+        return bool(self.said) or self.state == "dead"
+
+    def slot(self, slot: int) -> tuple[np.ndarray, ...]:
+        return (np.array([self.slots[slot]]),)
+
+    def free(self, slot: int) -> None:
+        self.unread -= 1
+        self.free_slots.append(slot)
+
+    def all_slots_unread(self) -> bool:
+        return self.unread >= SLOTS
+
+    def last_words(self) -> str:
+        return "killed"
+
+    def kill(self) -> None:
+        self.state = "dead"
+
+
+class Machine:
+    """Lets children work, in one of several orders, and does harm to them. Stands in for `wait` and for the clock."""
+
+    def __init__(self, order: str, faults: Iterable[Fault], seed: int = 0) -> None:
+        self.order, self.faults = order, list(faults)
+        self.random = random.Random(seed)
+        self.now, self.waits = 0.0, 0
+        self.pool: DecodePool | None = None
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, connections: list[SimulatedChild], timeout: float) -> list[SimulatedChild]:
+        self.waits += 1
+        children = self.pool._children if self.pool is not None else []
+        for number, place, what in self.faults:
+            child = children[place] if number == self.waits and place < len(children) else None
+            if child is not None:
+                child.state = {"kill": "dead", "stop": "stopped"}[what]  # type: ignore[attr-defined]
+        able: list[Any] = [child for child in children if child is not None and child.can_work()]  # type: ignore[attr-defined]
+        if able:
+            if self.order == "first":
+                able = able[:1]
+            elif self.order == "last":
+                able = able[-1:]
+            elif self.order == "any":
+                able = [self.random.choice(able)]
+            for child in able:
+                child.work()
+                while self.order == "far" and child.can_work():
+                    child.work()
+        heard = [child for child in connections if child.has_sent()]
+        if not heard:
+            self.now += timeout
+            if self.now > END_S:
+                raise Standstill
+        return heard
+
+
+def run(blocks: list[int], processes: int, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All events: (key, row) of each block, ("done", key) or ("failed", key)."""
+    events: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(pool_module, "ChildProcess", lambda *_: SimulatedChild(machine))
+        patch.setattr(pool_module, "wait", machine.wait)
+        patch.setattr(pool_module.time, "monotonic", machine.monotonic)
+        machine.pool = DecodePool(processes=processes, views=[View(resize=(8, 8))], timeout_s=TIMEOUT_S)
+        jobs = (DecodeJob(key, str(n), Sampling(every=1)) for key, n in enumerate(blocks))
+        for event in machine.pool.stream(jobs):
+            if isinstance(event, Block):
+                events.append(tuple(int(x) for x in event.images[0][0]))
+            else:
+                events.append(("done" if isinstance(event, Done) else "failed", event.key))
+    return events
+
+
+def undisturbed(blocks: list[int]) -> list[Any]:
+    return [event for key, n in enumerate(blocks) for event in [*((key, row) for row in range(n)), ("done", key)]]
+
+
+# Videos shorter and longer than what a child's slots hold, in the orders that fill them behind a long one.
+CORPORA = [[1, 9, 1, 1, 1, 1], [9, 9, 9], [2, 0, 5, 1, 4, 4, 7], [6, 1, 1, 1, 1, 1, 1, 1, 1, 1], [5, 3]]
+
+
+@pytest.mark.parametrize("order", ["first", "last", "all", "far"])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("what", ["kill", "stop"])
+def test_one_fault_at_every_moment_changes_nothing(
+    order: str, processes: int, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = 0
+    for blocks in CORPORA:
+        quiet = Machine(order, [])
+        assert run(blocks, processes, quiet, monkeypatch) == undisturbed(blocks)
+        for number in range(1, quiet.waits + 1):
+            for place in range(processes):
+                machine = Machine(order, [(number, place, what)])
+                assert run(blocks, processes, machine, monkeypatch) == undisturbed(blocks), (blocks, number, place)
+                tried += 1
+    assert tried >= 20
+
+
+@settings(deadline=None)
+@given(
+    blocks=st.lists(st.integers(0, 10), min_size=1, max_size=9),
+    processes=st.integers(1, 3),
+    order=st.sampled_from(["any", "first", "last", "all", "far"]),
+    faults=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 2), st.sampled_from(["kill", "stop"])), max_size=6),
+    seed=st.integers(0, 9),
+)
+def test_many_faults_cost_at_most_the_videos_that_met_two(
+    blocks: list[int], processes: int, order: str, faults: list[Fault], seed: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        events = run(blocks, processes, Machine(order, faults, seed), patch)
+    ends = [event for event in events if event[0] in ("done", "failed")]
+    assert [key for _, key in ends] == list(range(len(blocks)))
+    failed = {key for how, key in ends if how == "failed"}
+    assert len(failed) <= len(faults) // 2
+    for key, n in enumerate(blocks):
+        rows = [event for event in events if event[0] == key]
+        assert rows == [(key, row) for row in range(n)][: len(rows)]
+        assert key in failed or len(rows) == n
+
+
+def test_a_trickle_of_frames_does_not_hold_a_decoder_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame now and then is no silence; one in a tenth of a time-out is enough, also of a long video."""
+
+    class Slow(Machine):
+        def __init__(self, every_s: float) -> None:
+            super().__init__("all", [])
+            self.every_s, self.last = every_s, 0.0
+
+        def wait(self, connections: list[SimulatedChild], timeout: float) -> list[SimulatedChild]:
+            if self.now - self.last >= self.every_s:
+                self.last = self.now
+                return super().wait(connections, timeout)
+            self.now += timeout
+            return []
+
+    for every_s, expected in [(TIMEOUT_S * 0.8, "failed"), (TIMEOUT_S * 0.05, "done")]:
+        machine = Slow(every_s)
+        events = run([600], 1, machine, monkeypatch)
+        assert events[-1][0] == expected
+        assert machine.now < 40 * TIMEOUT_S
+
+
+# The real children
+
+
+def video(path: Path, frames: int, seed: int) -> str:
+    scene = np.random.default_rng(seed).integers(0, 255, (6, 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+    write_video(path, (np.roll(scene, (t, 2 * t), (0, 1)) for t in range(frames)), gop=50)
+    return os.fspath(path)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_decoder_of_the_first_video_falls_while_the_other_has_filled_its_slots(tmp_path: Path, how: int) -> None:
+    """The second is done with all that comes after: it is no place for the second try."""
+    paths = [video(tmp_path / f"{i}.mp4", frames, i) for i, frames in enumerate((3, 600, 3, 3, 3, 3))]
+
+    def rows(harm: bool) -> list[tuple[int, int, bytes]]:
+        found = []
+        jobs = (DecodeJob(key, path, Sampling(every=1)) for key, path in enumerate(paths))
+        with DecodePool(processes=2, views=[View(resize=(120, 160))], timeout_s=3) as decoders:
+            for event in decoders.stream(jobs):
+                assert not isinstance(event, Failed)
+                if isinstance(event, Block):
+                    found += [
+                        (event.key, int(i), image.tobytes())
+                        for i, image in zip(event.index, event.images[0], strict=True)
+                    ]
+                if harm and event.key == 1:
+                    harm = False
+                    time.sleep(1.0)  # the other goes as far as it can
+                    (place,) = [place for place, task in decoders._working.items() if task.message["key"] == 1]
+                    os.kill(decoders.pids[place], how)
+        return found
+
+    began = time.monotonic()
+    assert rows(harm=True) == rows(harm=False)
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("head", [(17).to_bytes(4, "big"), b"\xff" * 4 + (17).to_bytes(8, "big")])
+def test_a_child_that_stops_in_the_middle_of_a_message_is_not_waited_for(head: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    child = ChildProcess.__new__(ChildProcess)
+    child.connection, child._inbox, child.listened = Connection(ours.detach()), Inbox(), 0.0
+    data = head + b'{"kind": "alive"}'
+    for cut in range(len(data)):
+        assert child.hear() is None
+        theirs.sendall(data[cut : cut + 1])
+    assert child.hear() == {"kind": "alive"}
+    assert child.hear() is None
+    theirs.sendall(data[:5])
+    theirs.close()
+    with pytest.raises(EOFError):
+        child.hear()
