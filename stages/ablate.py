@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, TypeAdapter, model_validator
 
 from ..pipeline.config import Options
-from ..pipeline.errors import DistInitError, TrainingInterrupted, UsageError
+from ..pipeline.documents import read_bytes
+from ..pipeline.errors import DistInitError, SourceError, TrainingInterrupted, UsageError
 from ..pipeline.locks import lock
 from ..pipeline.targets.store import TargetStore, check_moved
 from ..pipeline.training.checkpoint import write_atomically
@@ -71,8 +72,8 @@ class Progress:
         self.out, self.plan, self.work = out, plan, work
         self.failed: dict[str, str] = {}
         try:
-            self.seconds: dict[str, float] = json.loads((out / SECONDS).read_text())
-        except (OSError, ValueError):
+            self.seconds = TypeAdapter(dict[str, FiniteFloat]).validate_json(read_bytes(out / SECONDS) or b"{}")
+        except (SourceError, ValueError):
             self.seconds = {}
 
     def took(self, step: Step, seconds: float) -> None:

@@ -61,7 +61,7 @@ class Step:
         """What the finished run said; None before."""
         try:
             return dict(json.loads((out / self.folder / RESULT).read_text()))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
 

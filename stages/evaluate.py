@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
+from ..pipeline.documents import Form, read_json
 from ..pipeline.errors import CheckpointError, LabelsError, UsageError
 from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.labels import Labels, load_labels
@@ -176,7 +176,7 @@ def _evaluate_split(config: EvaluateConfig, job: _Job, run: Path, screen: Screen
     } | ({"overlap": known} if known is not None else {})
 
     def finish() -> None:
-        before = json.loads((out / RESULT).read_text(encoding="utf-8")) if (out / RESULT).exists() else {}
+        before = read_json(out / RESULT, Form)
         write_result(out, {**before, **found, "metrics": metrics})
 
     ranks.on_lead(finish)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..pipeline.documents import is_regular_file
 from ..pipeline.errors import UsageError
 from ..pipeline.evaluation.predictions import Predictions, PredictionsError, metrics_from_file
 from ..pipeline.evaluation.several import Comparison, compare_predictions, fuse_predictions
@@ -59,9 +60,7 @@ def compare(a: str, b: str, out: str | None, screen: Screen) -> dict[str, Any]:
         "videos": len(parts[0].videos),
         "intervals": parts[0].resampled,
         "measures": {name: gain.as_dict() for name, gain in found.measures.items()},
-        "classes": {
-            name: {"videos": found.videos[name], **gain.as_dict()} for name, gain in found.classes.items()
-        },
+        "classes": {name: {"videos": found.videos[name], **gain.as_dict()} for name, gain in found.classes.items()},
     }
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -75,6 +74,8 @@ def _finished(run: str) -> Predictions:
     if parts and not (Path(run) / PREDICTIONS).exists():
         raise UsageError(f"{run} holds a run for each split; name one: {', '.join(map(str, parts.values()))}")
     path = Path(run) / PREDICTIONS if Path(run).is_dir() else Path(run)
+    if path != Path(run):
+        is_regular_file(path, Path(run))
     found = Predictions.read(path)
     if found.pending:
         raise PredictionsError(f"{path}: the evaluation is not finished, {len(found.pending)} videos are pending")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..pipeline.documents import parse_json, read_bytes
+from ..pipeline.errors import SourceError, UsageError
 from ..pipeline.reporting.ablation import ablation_folders, cell_names, read_ablations
 from ..pipeline.reporting.ablation_tables import ablation_numbers, screen_table
 from ..pipeline.reporting.accuracy import accuracy_numbers, screen_tables
@@ -87,10 +90,9 @@ def report(
 def _write(out: Path, files: Mapping[Path, str | bytes]) -> None:
     """Write the files, and remove those that an earlier report wrote here and this one does not have."""
     record = out / FILES
-    try:
-        earlier = [str(name) for name in json.loads(record.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
-        earlier = []
+    if (out / FIGURES).is_symlink():
+        raise UsageError(f"--out {out}: its {FIGURES} is a link; choose another --out")
+    earlier = _earlier(record)
     names = [path.relative_to(out).as_posix() for path in files]
     # The page first: by it the folder is known. Then the union: interrupted, the next report knows of both.
     page = next(iter(files))
@@ -99,7 +101,16 @@ def _write(out: Path, files: Mapping[Path, str | bytes]) -> None:
     for path, content in files.items():
         write_whole(path, content)
     for name in set(earlier) - set(names):
-        if ".." not in Path(name).parts and not os.path.isabs(name):
-            with suppress(FileNotFoundError):
-                (out / name).unlink()
+        with suppress(FileNotFoundError):
+            (out / name).unlink()
     write_whole(record, json.dumps(sorted(names)))
+
+
+def _earlier(record: Path) -> list[str]:
+    """The files of an earlier report; none of a record that is damaged, and no name that no report writes."""
+    try:
+        names = parse_json(read_bytes(record) or "[]")
+    except (SourceError, ValueError):
+        return []
+    own = re.compile(rf"({FIGURES}/)?[\w-]+\.(html|md|csv|svg|png)")
+    return [name for name in names if isinstance(name, str) and own.fullmatch(name)] if isinstance(names, list) else []

@@ -163,7 +163,7 @@ def refuse_other(out: Path, mine: dict[str, str | list[str]]) -> None:
     except FileNotFoundError:
         _refuse_foreign_predictions(out)
         return
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         held = None
 
     def places(found: Any) -> list[str]:

@@ -34,6 +34,7 @@ import h5py
 import numpy as np
 
 from ..corpus.sources import escape_path, unescape_path
+from ..documents import plain_data
 from ..errors import CheckpointError, DistInitError
 from ..hdf5 import Hdf5Writer
 from .metrics import accuracies, mean_scores, video_values
@@ -261,14 +262,50 @@ class Predictions:
             sources=[unescape_path(name) for name in file["sources"].asstr()[:]],
             features=file["features"][:] if "features" in file else np.empty((*file["starts"].shape, 0), np.float32),
         )
-        if len(set(found.videos)) != len(found.videos):
-            raise PredictionsError(f"{path}: a video stands in it twice")
+        odd = _inconsistency(found)
+        if odd is not None:
+            raise PredictionsError(f"{path}: not a readable predictions file ({odd})")
         stored = file["video_scores"][:]
         if stored.shape != found.video_scores.shape or not np.allclose(
             stored, found.video_scores, rtol=1e-6, atol=1e-6, equal_nan=True
         ):
             raise PredictionsError(f"{path}: video_scores are not the mean of clip_scores")
         return found
+
+
+def _inconsistency(found: Predictions) -> str | None:
+    """What of the tables does not fit together or is no such value; None for a file that `write` has written."""
+    v, n, k = len(found.videos), found.starts.shape[-1], len(found.classes)
+    shapes = {
+        "labels": (v,), "frames": (v,), "starts": (v, n), "clip_scores": (v, n, k),
+        "features": (v, n, found.features.shape[-1]),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        values = getattr(found, name)
+        if values.shape != shape:
+            return f"{name} is {list(values.shape)}, expected {list(shape)}"
+        if values.dtype.kind not in "if":
+            return f"{name} holds values that are no numbers"
+    for name in ("status", "reasons", "sources"):
+        if len(getattr(found, name)) != v:
+            return f"{name} has {len(getattr(found, name))} rows, expected {v}"
+    if min(v, n, k) == 0:
+        return f"{v} videos, {n} clips, {k} classes, expected one or more of each"
+    if len(set(found.videos)) != v or len(set(found.classes)) != k:
+        return "a video or a class stands in it twice"
+    if found.labels.dtype.kind != "i" or found.labels.min() < 0 or found.labels.max() >= k:
+        return f"labels are from {found.labels.min()} to {found.labels.max()}, expected 0 to {k - 1}"
+    if not set(found.status) <= {OK, FAILED, PENDING}:
+        return f"a status is none of {OK}, {FAILED} and {PENDING}"
+    for name in ("protocol", "identity"):
+        try:
+            plain = plain_data(getattr(found, name))
+        except ValueError as error:
+            return f"{name} is {error}"
+        parts = plain.get("fused", []) if isinstance(plain, dict) else None
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            return f"{name} is no mapping of the format"
+    return None
 
 
 def metrics_from_file(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class RunLabels:
             return cls(**{**content, **sides})
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def write(self, run: Path) -> None:

@@ -5,18 +5,18 @@ Numbers are recomputed from the runs' predictions; cells.json is believed for wh
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, Field
 
+from ..documents import Form, inner_path, read_json
 from ..errors import SourceError
 from ..evaluation.metrics import Estimate, bootstrap_ratios, by_group, interval, video_values
 from ..evaluation.several import Gain, p_value
@@ -26,22 +26,20 @@ from .runs import Run, short_dataset
 CELLS = "cells.json"
 
 
-class _Record(BaseModel):
-    """What is read of cells.json; what else stands there is for others."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
+Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+RunFolder = Annotated[str, AfterValidator(inner_path)]
 
 
-class CellRecord(_Record):
+class CellRecord(Form):
     """One cell: `student` and `finetune` are run folders relative to the ablation's."""
 
     row: str
     axes: dict[str, Any] = {}
-    seed: int
+    seed: Number
     dataset: str
-    split: int
-    student: str | None = None
-    finetune: str
+    split: Number
+    student: RunFolder | None = None
+    finetune: RunFolder
     status: Literal["done", "failed", "missing"]
     reason: str | None = None
     seconds: float | None = None
@@ -52,7 +50,8 @@ class CellRecord(_Record):
         return f"{self.row}, {short_dataset(self.dataset)}, split {self.split}, seed {self.seed}"
 
 
-class _File(_Record):
+class _File(Form):
+    what = "the cells of an ablation"
     title: str
     paper: PaperNumbers | None = None
     axes: list[str] = []
@@ -183,9 +182,9 @@ def gain_over(cells: Sequence[Cell], base: Sequence[Cell]) -> Gain | None:
         return None
     difference = np.concatenate(differences)
     index = np.array(groups)
-    resampled = bootstrap_ratios(
-        by_group(difference[:, None], index), by_group(np.ones((len(difference), 1)), index)
-    )[:, 0]
+    resampled = bootstrap_ratios(by_group(difference[:, None], index), by_group(np.ones((len(difference), 1)), index))[
+        :, 0
+    ]
     means = np.concatenate(levels).mean(axis=0)
     units = len(set(groups))
     estimate = Estimate(float(difference.mean()), *interval(resampled, units, least=-1))
@@ -260,13 +259,7 @@ def read_ablations(folders: Sequence[Path], runs: Sequence[Run]) -> list[Ablatio
 
 
 def _read(path: Path) -> _File:
-    try:
-        return _File.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise SourceError(f"{path}: {error.strerror}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise SourceError(f"{path}: not the cells of an ablation ({place}: {first['msg']})") from None
-    except ValueError as error:
-        raise SourceError(f"{path}: not JSON ({error})") from None
+    content = read_json(path, _File, path.parent)
+    if not content:
+        raise SourceError(f"{path}: not the cells of an ablation (empty)")
+    return _File.model_validate(content)

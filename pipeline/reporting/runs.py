@@ -8,22 +8,87 @@ predictions; result.json is only believed for what cannot be.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import yaml
+from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 
-from ..errors import SourceError
+from ..documents import Form, is_regular_file, parse_json, plain_data, read_bytes, read_json, require_form
+from ..errors import SourceError, UsageError
 from ..evaluation.predictions import Predictions, metrics_from_file
+from ..students.options import START
+from ..targets.picks import PickRule
 from .charts import Line
 
 KINDS = {"train-student": "student", "finetune": "finetune"}
 STEP_FOLDERS = {"train-student": "students", "finetune": "finetunes"}  # in an ablation's folder
+
+Size = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class _Student(Form):
+    architecture: str = ""
+    variant: str = ""
+    width: float = 1.0
+
+
+class _Loop(Form):
+    batch_size: Size = 0
+
+
+class _Targets(Form):
+    picks: str = "random"
+
+    @field_validator("picks")
+    @classmethod
+    def _rule(cls, text: str) -> str:
+        try:
+            return str(PickRule.parse(text))
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+
+
+class _Config(Form):
+    """What a report reads of a run's config.yaml."""
+
+    what = "the config of a run"
+
+    store: str | None = None
+    init: str | None = None
+    dataset: str | None = None
+    split: int | str | None = None
+    student: _Student | None = None
+    loop: _Loop | None = None
+    targets: _Targets | None = None
+
+
+class _Result(Form):
+    """What a report reads of result.json."""
+
+    what = "the result of a run"
+
+    split: int | str | None = None
+    seconds: float | None = None
+    clips_per_second: float | None = None
+    learned: float | None = None
+    learned_by: str | None = None
+    thresholds_nats: dict[str, float] | None = None
+
+
+class _Logged(Form):
+    """What a report relies on in a line of metrics.jsonl; other numbers may be missing or null."""
+
+    what = "a record of a training"
+
+    kind: str
+    step: Size
 
 
 @dataclass(frozen=True)
@@ -121,7 +186,7 @@ def find_runs(
     folders of ablations, whose steps without a name are an earlier plan's and do not count; they may hold no run.
     Raises SourceError where a folder does not exist, or holds no run and is not of an ablation.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for folder in folders:
         root = Path(folder)
         if not root.is_dir():
@@ -131,35 +196,36 @@ def find_runs(
             raise SourceError(
                 f"{folder}: no run in it (a run folder holds the config.yaml of train-student or finetune)"
             )
-        found.update(dict.fromkeys(runs))
+        found.update(dict.fromkeys(runs, root))
     known = {path: name for path, name in (names or {}).items() if path in found}
     steps = {folder / inner for folder in ablations for inner in STEP_FOLDERS.values()}
     others = [path for path in found if path not in known and path.parent not in steps]
     every = dict(zip(others, _distinct_names(others), strict=True)) | known
-    return [read_run(path, name) for path, name in every.items()]
+    return [read_run(path, name, found[path]) for path, name in every.items()]
 
 
 def _walk(root: Path) -> list[str]:
     paths = []
     for here, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.endswith(".zarr"))
-        if "config.yaml" in files and _kind(Path(here)) is not None:
+        if "config.yaml" in files and _kind(Path(here), root) is not None:
             paths.append(here)
             folders.clear()  # a run holds no other runs
     return paths
 
 
-def _kind(path: Path) -> str | None:
-    config = _read_config(path)
+def _kind(path: Path, inside: Path) -> str | None:
+    config = _read_config(path, inside)
     return next((kind for command, kind in KINDS.items() if command in config), None)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, inside: Path) -> dict[str, Any]:
+    file = path / "config.yaml"
     try:
-        content = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = yaml.safe_load(read_bytes(file, inside).decode("utf-8"))
+        return plain_data(content) if isinstance(content, dict) else {}
+    except (SourceError, ValueError, yaml.YAMLError, RecursionError):
         return {}  # a foreign config.yaml makes no run
-    return content if isinstance(content, dict) else {}
 
 
 def _distinct_names(paths: list[Path]) -> list[str]:
@@ -172,39 +238,43 @@ def _distinct_names(paths: list[Path]) -> list[str]:
         depth += 1
 
 
-def read_run(path: Path, name: str) -> Run:
-    """One run folder; PredictionsError if its predictions.h5 is damaged."""
-    config = _read_config(path)
+def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
+    """One run folder. inside: the folder that links in it may lead to, by default the run's own.
+
+    Raises PredictionsError if its predictions.h5 is damaged, and SourceError for another file that is.
+    """
+    inside = inside or path
+    config = _read_config(path, inside)
     command, kind = next(item for item in KINDS.items() if item[0] in config)
-    result, predictions, metrics = _read_json(path / "result.json"), None, None
+    section = require_form(config[command] or {}, _Config, f"{path / 'config.yaml'}: {command}")
+    result, predictions, metrics = read_json(path / "result.json", _Result, inside), None, None
     file = path / "predictions.h5"
-    if kind == "finetune" and result and file.exists():
+    if kind == "finetune" and result and is_regular_file(file, inside):
         metrics, predictions = metrics_from_file(file), Predictions.read(file)
-    return Run(name, path, kind, config[command] or {}, result, metrics, predictions, _read_history(path))
+    run = Run(name, path, kind, section, result, metrics, predictions, _read_history(path / "metrics.jsonl", inside))
+    for weights in (run.model, path / START):
+        is_regular_file(weights, inside)
+    return run
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise SourceError(f"{path}: not JSON ({error})") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _read_history(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; the last one may be half written while the run is alive."""
-    file = path / "metrics.jsonl"
-    if not file.exists():
-        return []
+def _read_history(file: Path, inside: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, of each its kind, its step and its numbers; the last one may be half written while
+    the run is alive."""
     records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(read_bytes(file, inside).splitlines(), start=1):
         try:
-            records.append(json.loads(line))
+            content = parse_json(line)
         except ValueError:
             break
+        record = require_form(content, _Logged, f"{file}: line {number}")
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and _drawable(value)}
+        records.append({**numbers, "kind": record["kind"]})
     return records
+
+
+def _drawable(value: float) -> bool:
+    """Whether a number can be drawn: a diverged loss may have any size, and arithmetic on axes overflows."""
+    return math.isfinite(value) and abs(value) < 1e30
 
 
 def short_path(path: str) -> str:

@@ -41,7 +41,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
     data = content if isinstance(content, bytes) else printable(content, lines=True).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as file:  # whatever has the name by then, a link to another file, is not written to
+            file.write(data)
         os.replace(part, path)
     except OSError as error:
         raise UsageError(f"--out {path.parent}: cannot write {path.name} ({error.strerror or error})") from error

@@ -74,5 +74,5 @@ def _step_of(line: str) -> float:
     """The step of a line; a torn one counts as later than everything."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf

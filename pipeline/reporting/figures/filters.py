@@ -45,11 +45,18 @@ def read_filters(run: Run) -> list[Filters]:
     start = _stem(run.path / START) if inflated else None
     trained = _stem(run.model)
     found = []
+    start, trained = (weights if weights is not None and _drawable(weights) else None for weights in (start, trained))
     if start is not None:
         found.append(Filters(run.name, start, "inflated, before finetuning", inflated=True, start=True))
     if trained is not None:
         found.append(Filters(run.name, trained, state, distilled, inflated))
     return found
+
+
+def _drawable(weights: np.ndarray) -> bool:
+    """Whether these are filters that fit on a page: a file may hold any table under the name."""
+    fits = weights.ndim == 5 and min(weights.shape) > 0 and max(weights.shape[2:]) <= 64
+    return fits and bool((np.abs(weights) < 1e15).all())
 
 
 def _stem(file: Path) -> np.ndarray | None:

@@ -1,0 +1,120 @@
+"""JSON documents that others may have written, and the files they come from: read whole, as plain data of a known form.
+
+A folder of runs may come from anybody. What is read of it is a regular file inside of it, no larger than such a file
+can be, nested no deeper than people nest, and of the form that its reader relies on; else one error names the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import DistInitError, SourceError
+
+MAX_BYTES = 256 << 20
+MAX_DEPTH = 48  # of lists and mappings in each other; YAML is written by a recursive function
+
+F = TypeVar("F", bound="Form")
+
+
+class Form(BaseModel):
+    """What is relied on of a document; the rest of it is for others. Numbers are finite. `what` names it."""
+
+    what: ClassVar[str] = "an object"
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+def is_regular_file(path: Path, inside: Path | None = None) -> bool:
+    """Whether there is a file to be read; False where there is none.
+
+    Raises SourceError for a pipe, a device or a folder, and for a link that leads out of the folder `inside`.
+    """
+    try:
+        kind = path.stat().st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not path.is_symlink():
+            return False
+        raise SourceError(f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(kind):
+        raise SourceError(f"{path}: not a regular file")
+    if inside is not None and not path.resolve().is_relative_to(inside.resolve()):
+        raise SourceError(f"{path}: a link to {path.resolve()}, outside of {inside}; expected the file itself")
+    return True
+
+
+def read_bytes(path: Path, inside: Path | None = None) -> bytes:
+    """The whole file; b"" where there is none. SourceError as `is_regular_file`, and for more than MAX_BYTES."""
+    if not is_regular_file(path, inside):
+        return b""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from error
+    if len(content) > MAX_BYTES:
+        raise SourceError(f"{path}: more than {MAX_BYTES:,} bytes")
+    return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError for whatever is none, and for one that is nested too deeply."""
+    try:
+        return plain_data(json.loads(text))
+    except RecursionError as error:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep") from error
+
+
+def plain_data(value: Any, depth: int = 0) -> Any:
+    """The value in JSON's types, others (dates of YAML) as text; ValueError for one that is nested too deeply."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, dict):
+        return {str(key): plain_data(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain_data(inner, depth + 1) for inner in value]
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
+        raise ValueError("a number of more than 64 bits")
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def read_json(path: Path, form: type[F], inside: Path | None = None) -> dict[str, Any]:
+    """The object in a JSON file, which has a form; {} where there is no file. SourceError."""
+    text = read_bytes(path, inside)
+    if not text:
+        return {}
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise SourceError(f"{path}: not JSON ({error})") from error
+    return require_form(content, form, str(path))
+
+
+def require_form(content: Any, form: type[F], where: str, error: type[DistInitError] = SourceError) -> dict[str, Any]:
+    """The content, a mapping; `error` names `where`, the place in it and what is there unless it has the form."""
+    if not isinstance(content, dict):
+        raise error(f"{where}: not {form.what} (a {type(content).__name__})")
+    try:
+        form.model_validate(content)
+    except ValidationError as invalid:
+        first = invalid.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise error(f"{where}: not {form.what} ({place}: {first['msg']}, got {_short(first.get('input'))})") from None
+    return content
+
+
+def inner_path(text: str) -> str:
+    """A path below a folder, as a record names it; ValueError for one that may leave the folder."""
+    if not text or "\0" in text or os.path.isabs(text) or ".." in Path(text).parts:
+        raise ValueError("expected a path inside of the folder")
+    return text
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
