@@ -6,19 +6,20 @@ with its worker.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..pipeline.errors import DistInitError
+from ..pipeline.processes import end_with_parent
 from .ablate_steps import Step, prepared_config
 from .screen import Screen
 from .workers import cluster
@@ -72,7 +73,13 @@ def run_as_command(step: Step, out: str, after: float | None) -> float:
         file.flush()
         words = [sys.executable, "-m", "distinit", step.kind, "--config", file.name]
         code = subprocess.run(
-            words, stdout=said, stderr=said, stdin=subprocess.DEVNULL, env=_environment(), preexec_fn=_end_with_parent
+            words,
+            stdout=said,
+            stderr=said,
+            stdin=subprocess.DEVNULL,
+            env=_environment(),
+            # SIGTERM: it writes a checkpoint, from which the next run goes on.
+            preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
         ).returncode
     if code:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -89,9 +96,3 @@ def _environment() -> dict[str, str]:
         return dict(os.environ)
     digits = "".join(c for c in str(get_worker().name) if c.isdigit())
     return {**os.environ, "CUDA_VISIBLE_DEVICES": str(int(digits or 0) % torch.cuda.device_count())}
-
-
-def _end_with_parent() -> None:
-    """SIGTERM to this process when its worker dies (Linux): it writes a checkpoint, from which the next run goes on."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from ..pipeline.config import Options
 from ..pipeline.errors import DistInitError, RankLostError, TrainingError, UsageError
+from ..pipeline.processes import Owner, end_with
 from ..pipeline.training.loop import LoopOptions
 from ..pipeline.training.ranks import ALONE, Ranks, join_ranks, launched
 from .screen import Screen
@@ -75,7 +76,7 @@ def _launch(stage: Stage[C], config: C, screen: Screen, loop: LoopOptions) -> di
         meeting = f"file://{Path(folder).resolve()}/meeting"
         context: Any = start_processes(
             _rank_main,
-            (loop.gpus, meeting, stage, config, (screen.json, screen.quiet), loop.device, outcomes),
+            (loop.gpus, Owner.here(), meeting, stage, config, (screen.json, screen.quiet), loop.device, outcomes),
             nprocs=loop.gpus,
             join=False,
             start_method="spawn",
@@ -147,6 +148,7 @@ def _passing_on_sigterm(processes: list[Any]) -> Iterator[None]:
 def _rank_main(
     rank: int,
     world: int,
+    owner: Owner,
     meeting: str,
     stage: Stage[C],
     config: C,
@@ -155,6 +157,7 @@ def _rank_main(
     outcomes: Any,
 ) -> None:
     """One process. Errors go through `outcomes` and not to the terminal."""
+    end_with(owner)
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),

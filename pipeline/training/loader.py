@@ -7,11 +7,13 @@ is faster; an item that is None is left out of its batch.
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..corpus.sources import escape_path
 from ..errors import DistInitError, TrainingError, WorkerDied
+from ..processes import Owner
 from ..video.whereabouts import Whereabouts
 from .loader_workers import HINT, Ended, LoaderWorkers, Stuck, begin_worker, start_context, watch_deaths_here
 
@@ -142,7 +145,7 @@ def _one_go(
     places = Whereabouts(context, workers) if context is not None else None
     resting = context.RawArray("b", workers) if context is not None else []
     look_s = min(hang_s, LOOK_EVERY_S)
-    start = partial(begin_worker, places, dict(refused))
+    start = partial(begin_worker, Owner.here(), places, dict(refused))
     iterator = iter(_loader(_Reader(dataset, resting), batches, workers, device, context, start, look_s))
     watch_deaths_here()
     crew = LoaderWorkers(iterator, places, hang_s)
@@ -287,6 +290,8 @@ def _shared(batch: dict[str, Any]) -> dict[str, Any] | TrainingError:
         for tensor in tensors:
             tensor.share_memory_()
     except (OSError, RuntimeError) as error:
+        for file in Path("/dev/shm").glob(f"torch_{os.getpid()}_*"):  # torch forgets a file that it cannot fill
+            file.unlink(missing_ok=True)
         size = sum(tensor.nbytes for tensor in tensors)
         reason = str(error).splitlines()[0].rpartition(": ")[2]  # before it, a file that nobody will find
         return TrainingError(

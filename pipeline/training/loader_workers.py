@@ -15,6 +15,7 @@ import torch
 
 from ..corpus.sources import escape_path
 from ..errors import TrainingError, WorkerDied, in_one_line
+from ..processes import Owner, end_with
 from ..video.whereabouts import Whereabouts, begin
 
 GRACE_S = 5.0  # between the first sign of a worker's death and what the system knows of it
@@ -151,12 +152,14 @@ def watch_deaths_here() -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def begin_worker(places: Whereabouts | None, refused: dict[str, str], worker: int) -> None:
+def begin_worker(owner: Owner, places: Whereabouts | None, refused: dict[str, str], worker: int) -> None:
     """Run in a new worker before it reads.
 
-    A job's SIGTERM goes to all its processes: the main one finishes its step and writes a checkpoint; a worker that
-    died meanwhile would be missed in the middle of that step.
+    It ends with its owner: torch compares its parent with the one it has when its loop begins, which is another one
+    if the owner was killed before. And it ignores a job's SIGTERM, which goes to all processes: the main one finishes
+    its step and writes a checkpoint; a worker that died meanwhile would be missed in the middle of that step.
     """
+    end_with(owner)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if places is not None:
         begin(places, worker, refused)

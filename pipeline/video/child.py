@@ -14,7 +14,6 @@ import mmap
 import os
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from dataclasses import asdict
@@ -26,6 +25,7 @@ import av
 import numpy as np
 
 from ..errors import DecoderError, VideoError, in_one_line
+from ..processes import Owner, end_with
 from .container import reason
 from .decode import VideoReader
 from .geometry import Renderer, View
@@ -197,13 +197,6 @@ class Child:
         send(self._connection, {"kind": "block", "slot": slot, "index": index, "pts": pts})
 
 
-def _end_with_parent(parent: int) -> None:
-    """End this process when its parent is gone, even while a decoder hangs (which frees the lock)."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
 def _limit_memory(gigabytes: float) -> None:
     """Bound the address space to so much more than is used now, so that a hostile header cannot fill the machine."""
     with contextlib.suppress(ImportError, ValueError, OSError):  # not on every system
@@ -222,7 +215,7 @@ def main(arguments: list[str]) -> int:
     """Entry of the child process."""
     connection = Connection(int(arguments[0]))
     setup = receive(connection)
-    threading.Thread(target=_end_with_parent, args=(setup["parent"],), daemon=True).start()
+    end_with(Owner(**setup["owner"]))
     memory = mmap.mmap(int(arguments[1]), setup["bytes"])
     os.close(int(arguments[1]))
     views = tuple(View.model_validate(view) for view in setup["views"])

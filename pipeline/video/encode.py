@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import ffmpeg
@@ -14,6 +15,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from ..errors import DecoderError, VideoError
+from ..processes import end_with_parent
 from .container import FORMATS
 
 Path = str | os.PathLike[str]
@@ -130,8 +132,10 @@ def _running(command: Any, paths: dict[str, Path], *, stdin: bool) -> Iterator[s
             stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            # Killed without a chance to end it, this process may be replaced by one that writes the same file.
+            preexec_fn=partial(end_with_parent, os.getpid()),
         )
-    except OSError as error:
+    except (OSError, subprocess.SubprocessError) as error:
         raise DecoderError(f"ffmpeg cannot be started: {error}") from error
     tail = bytearray()
     drain = threading.Thread(target=_drain, args=(process.stderr, tail), daemon=True)

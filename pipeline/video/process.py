@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
 
+from ..processes import Owner
 from .geometry import View
 from .wire import SLOTS, Inbox, Layout, send, shared_file
 
@@ -62,7 +64,7 @@ class ChildProcess:
                 "views": [view.model_dump() for view in views],
                 "bytes": layout.total_bytes,
                 "memory_gb": memory_gb,
-                "parent": os.getpid(),
+                "owner": asdict(Owner.here()),
             }
         )
 

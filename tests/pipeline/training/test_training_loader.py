@@ -70,9 +70,11 @@ def hang() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere shared memory is no file, which a limit holds for")
 def test_full_shared_memory_is_an_error_of_one_line_that_says_what_helps():
     seen = []
+    before = set(Path("/dev/shm").glob("torch_*"))
     with pytest.raises(TrainingError) as full:
         seen.extend(batch["n"].tolist() for batch in read_batches(Examples(allow_4_kb), KEYS, workers=2, device=CPU))
     assert seen == [[0, 1], [2, 3]]
+    assert not [path for path in set(Path("/dev/shm").glob("torch_*")) - before if path.stat().st_size == 0]
     assert str(full.value) == (
         "shared memory (/dev/shm) is full: no room for a batch of 0.0 MB (File too large (27)); fewer workers "
         "(loop.workers, test.workers), a smaller batch or a larger /dev/shm (docker run --shm-size) help"

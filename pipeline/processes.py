@@ -1,0 +1,99 @@
+"""Processes that work for another one and end with it, whatever happens to it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+# Looked up before any fork: another thread may hold the lock of the linker.
+_prctl = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
+_LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that others work for. It is sent to them, by whatever way they are started.
+
+    in_main_thread: whether they are started in its main thread. Linux takes the end of the thread that started a
+    process for the end of the parent.
+    """
+
+    pid: int
+    in_main_thread: bool
+
+    @classmethod
+    def here(cls) -> Owner:
+        """Return this process, as the owner of those that this thread starts."""
+        return cls(os.getpid(), threading.current_thread() is threading.main_thread())
+
+
+def end_with(owner: Owner) -> None:
+    """Kill this process when `owner` ends, or now if it has ended.
+
+    The system does it where it can, also while the interpreter is stuck. A thread does it where the owner is not the
+    parent (a fork server is), or a thread of it that may end before.
+    """
+    if owner.in_main_thread:
+        _signal_at_death_of_parent(signal.SIGKILL)
+    ended = _watch_of(owner.pid)
+    if ended is None:
+        _kill_self()
+    threading.Thread(target=_kill_self_after, args=(owner.pid, ended), name="end-with-owner", daemon=True).start()
+
+
+def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """Send this process a signal when its parent ends; for `preexec_fn`, with `os.getpid()` of the parent.
+
+    On Linux; elsewhere it does nothing. The thread that starts the process has to wait for it.
+    """
+    _signal_at_death_of_parent(number)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _signal_at_death_of_parent(number: int) -> None:
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _watch_of(pid: int) -> int | None:
+    """Return a descriptor that is readable once the process has ended, −1 where there is none; None if it has."""
+    try:
+        return os.pidfd_open(pid) if sys.platform.startswith("linux") else -1
+    except ProcessLookupError:
+        return None
+    except OSError:  # an old kernel, or no descriptor left
+        return -1
+
+
+def _kill_self_after(pid: int, ended: int) -> None:
+    if ended >= 0:
+        watch = select.poll()  # select would refuse a descriptor above 1023
+        watch.register(ended, select.POLLIN)
+        watch.poll()
+    else:
+        parent = os.getppid()
+        while os.getppid() == parent and _exists(pid):
+            time.sleep(_LOOK_EVERY_S)
+    _kill_self()
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
