@@ -9,16 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from ..pipeline.corpus.sources import Corpus, VideoList, escape_path, unescape_path
 from ..pipeline.errors import StoreMismatchError, VideoError
-from ..pipeline.targets import format as fmt
+from ..pipeline.targets.digests import read_rows
+from ..pipeline.targets.files import LocalFiles
 from ..pipeline.targets.index import MOVED, OK
 from ..pipeline.targets.plan import Stretch, cut
 from ..pipeline.targets.store import TargetStore
@@ -71,7 +70,8 @@ class StorePlan:
         """A column of the video table [V], read once a state of the table."""
         n = self.writer.index.n_videos
         if name not in self._columns or len(self._columns[name]) != n:
-            self._columns[name] = np.asarray(zarr.open_array(self.writer.root / "videos" / name, mode="r")[:n])
+            files, ranges = LocalFiles(self.writer.root), self.writer.index.ranges
+            self._columns[name] = read_rows(files, f"videos/{name}", 0, n, ranges)
         return self._columns[name]
 
     @property
@@ -267,14 +267,6 @@ def video_columns(probes: Sequence[Probe], sampling: Sampling) -> dict[str, list
         "width": [p.width for p in probes],
         "height": [p.height for p in probes],
     }
-
-
-def rewrite_video(store: Path, sampling: Sampling, video: int, probe: Probe) -> None:
-    """Write again what the store says of a video's file."""
-    for name, values in video_columns([probe], sampling).items():
-        array = zarr.open_array(store / "videos" / name, mode="r+")
-        spec = next(s for s in fmt.video_specs() if s.path == f"videos/{name}")
-        array[video : video + 1] = fmt.as_numpy(spec, values)
 
 
 def stretches_of(

@@ -19,7 +19,7 @@ from ..pipeline.targets.store import TargetStore
 from ..pipeline.targets.subset import ShardCopy
 from ..pipeline.video.pool import DecodePool
 from ..pipeline.video.probe import Probe
-from .extract_plan import StorePlan, rewrite_video, stretches_of
+from .extract_plan import StorePlan, stretches_of, video_columns
 from .screen import Screen
 
 MIXED = "the file changed, and a part of this video is stored from the former file"
@@ -44,9 +44,10 @@ def plan_retries(
                 probes[v] = probe
                 bar.advance(1)
     stored = set(index.video[index.live & (index.state == OK)].tolist())
-    for v, probe in probes.items():
-        if v not in stored and probe.digest:  # a file that cannot be read says nothing of what it is
-            rewrite_video(plan.writer.root, plan.sampling, v, probe)
+    # A file that cannot be read says nothing of what it is.
+    identified = {v: probe for v, probe in probes.items() if v not in stored and probe.digest}
+    if identified:
+        plan.writer.identify(list(identified), video_columns(list(identified.values()), plan.sampling))
     plan.forget()
     mixed = {v for v, probe in probes.items() if v in stored and probe.digest not in ("", plan.digest(v))}
     anew = [s for s in without if index.video[s] not in mixed]

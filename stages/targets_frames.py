@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -11,12 +10,13 @@ from ..pipeline.errors import VideoError
 from ..pipeline.targets.index import OK
 from ..pipeline.targets.store import TargetStore, check_moved
 from ..pipeline.targets.verify import Finding
+from ..pipeline.targets.writer import StoreWriter
 from ..pipeline.training.device import cores
 from ..pipeline.video.container import digest
 from ..pipeline.video.geometry import View
 from ..pipeline.video.pool import DecodePool, Failed
 from ..pipeline.video.timeline import Timeline
-from .extract_plan import rewrite_video
+from .extract_plan import video_columns
 from .screen import Screen
 
 
@@ -82,10 +82,13 @@ def _compare(store: TargetStore, video: int, path: str, timeline: Timeline, size
             yield Finding(f"{path}: {len(here)} frames are sampled, {len(index)} are stored", int(store.index.shard[s]))
 
 
-def identify_again(store: TargetStore, videos: list[int], moved: Mapping[str, str] | None = None) -> None:
-    """Write again what the store says of the files of `videos`, where they are those that the teachers saw."""
+def identify_again(
+    store: TargetStore, writer: StoreWriter, videos: list[int], moved: Mapping[str, str] | None = None
+) -> None:
+    """Write again what the store holds of the files of `videos`, where they are those that the teachers saw."""
     paths = [store.video_path(video, moved) for video in videos]
     with DecodePool(processes=1, views=[View(resize=(16, 16))]) as pool:
-        for video, probe in zip(videos, pool.probe(paths), strict=True):
-            if probe.error is None and probe.digest == store.digest(video):
-                rewrite_video(Path(store.path), store.sampling, video, probe)
+        probes = dict(zip(videos, pool.probe(paths), strict=True))
+    same = {v: probe for v, probe in probes.items() if probe.error is None and probe.digest == store.digest(v)}
+    if same:
+        writer.identify(list(same), video_columns(list(same.values()), store.sampling))

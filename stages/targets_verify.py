@@ -10,7 +10,7 @@ from typing import Any
 from ..pipeline.errors import UsageError
 from ..pipeline.targets.files import store_files
 from ..pipeline.targets.store import TargetStore
-from ..pipeline.targets.verify import Finding, drop_commits, verify
+from ..pipeline.targets.verify import Finding, drop_commits, verify, without_digest
 from ..pipeline.targets.writer import StoreWriter
 from .screen import Screen
 
@@ -40,9 +40,10 @@ def targets_verify(
             "--videos needs --frames or --deep N; --teacher-weights and --allow-teacher need --deep N"
         )
     store = TargetStore(store_files(store_path), damaged=True)
+    writer: StoreWriter | None = None
     with ExitStack() as stack:
         if repair:  # nobody commits between what is found and what is dropped
-            stack.enter_context(StoreWriter(store.path, sampling=store.attributes["sampling"]))
+            writer = stack.enter_context(StoreWriter(store.path, sampling=store.attributes["sampling"]))
             store = TargetStore(store_files(store_path), damaged=True)
         index = store.index
         with screen.progress("verifying", total=index.n_shards, unit="shards") as bar:
@@ -71,11 +72,14 @@ def targets_verify(
         for finding in findings:
             screen.say(str(finding))
         dropped = 0
-        if repair and by_video:
-            identify_again(store, list(by_video), moved)
+        if writer is not None and by_video:
+            identify_again(store, writer, list(by_video), moved)
         if repair and any(finding.shard is not None for finding in findings):
             dropped = drop_commits(Path(store.path), findings)
             screen.say(f"{dropped} commits dropped; run the same extract-targets command again to fill them")
+    unchecked = without_digest(store.files, index)
+    if unchecked:
+        screen.say(f"{unchecked} files have no digest, as version 0.1 wrote them: not all of their bits can be checked")
     if not findings:
         screen.say(f"{store.n_rows} rows of {index.n_shards} shards and {len(index.teachers)} teachers: all good")
     for name, c in compared.get("teachers", {}).items():
@@ -88,6 +92,7 @@ def targets_verify(
         "rows": store.n_rows,
         "findings": [{"shard": f.shard, "teacher": f.teacher, "what": f.what} for f in findings],
         "dropped": dropped,
+        "unchecked_files": unchecked,
         **({"deep": compared} if deep else {}),
         "ok": not findings,
     }

@@ -15,7 +15,8 @@ from typing import Any
 
 import zarr
 
-from ..errors import StoreError
+from ..errors import StoreError, in_one_line
+from .digests import check_document
 from .shardfile import ShardedRows
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
@@ -28,6 +29,8 @@ class StoreFiles(ABC):
     """Read access to the files of one store; `name` is what messages call it. Picklable, fork-safe."""
 
     name: str
+    sealed = False
+    """Whether every node and array metadata file of the store has a digest; known when its root was read."""
 
     @abstractmethod
     def read(self, path: str) -> bytes:
@@ -73,11 +76,11 @@ class LocalFiles(StoreFiles):
 
     def table(self, path: str) -> zarr.Array:
         """An unsharded array, opened for reading."""
-        return open_table(self.root / path)
+        return open_table(self.root / path, sealed=self.sealed)
 
     def rows(self, path: str, record: Record) -> ShardedRows:
         """A sharded array, read by `pread` from its files."""
-        return ShardedRows(self.root / path)
+        return ShardedRows(self.root / path, sealed=self.sealed)
 
 
 def store_files(
@@ -121,9 +124,12 @@ def absolute(where: str) -> str:
     return where if is_url(where) else os.path.abspath(where.removeprefix("file://"))
 
 
-def open_table(folder: Path) -> zarr.Array:
-    """The array in a local folder, for reading; StoreError if it is none."""
+def open_table(folder: Path, *, sealed: bool = False) -> zarr.Array:
+    """The array in a local folder, for reading; StoreError if it is none. sealed: its metadata must have a digest."""
     try:
+        check_document(f"{folder}/zarr.json", (folder / "zarr.json").read_bytes(), required=sealed)
         return zarr.open_array(folder, mode="r")
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{folder}: unreadable ({error})") from error
+    except StoreError:
+        raise
+    except Exception as error:  # Metadata that is no array's raises anything in zarr.
+        raise StoreError(f"{folder}: unreadable ({in_one_line(error)})") from error

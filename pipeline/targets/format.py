@@ -8,31 +8,31 @@ it or nothing. Array data that no node speaks of does not exist.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from ..errors import StoreError
+from .digests import DIGEST, KEY, check_document, parse_document, seal
 from .encoding import DEFAULT, Encoding, arrays_of
-from .files import LocalFiles, StoreFiles, store_files
+from .files import LocalFiles, StoreFiles, open_table, store_files
 
 FORMAT = "distinit-targets"
 VERSION = 1
-KEY = "distinit"
 STAGING = "staging"  # a group that exists only while a store is written
 LOGITS_CHUNK = 16  # rows read for one pick: 32 kB at 1000 classes
 TABLE_CHUNK = 256  # rows of the frame tables read together
 VIDEO_CHUNK = 16384  # rows of the video and segment tables
 FINGERPRINT = "fingerprint"  # the node of a teacher's own in its group
 FRAME_TABLES = ("video", "index", "pts")
+GROUPS = ("videos", "segments", "frames", "teachers", "plans", "commits", "commits/frames", "commits/teachers")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def teacher_specs(name: str, classes: int, encoding: Encoding = DEFAULT) -> list
 def create_array(root: Path, spec: ArraySpec, rows: int, shard_rows: int) -> None:
     """Create the array under `root`; sharded arrays of `rows` (a multiple of `shard_rows`) rows."""
     group = zarr.open_group(root, mode="a")
-    extra: dict[str, Any] = {}
+    # Tables are compressed; the crc behind that finds a flipped bit wherever a chunk is read.
+    extra: dict[str, Any] = {"compressors": [ZstdCodec(), Crc32cCodec()]}
     if spec.sharded:
         # No compression: logits shrink by 8 % at most, and reading takes three times as long. A crc in every chunk
         # finds a flipped bit.
@@ -108,15 +109,32 @@ def create_array(root: Path, spec: ArraySpec, rows: int, shard_rows: int) -> Non
         dimension_names=spec.dims,
         **extra,
     )
-    fsync_path(root / spec.path / "zarr.json")
+    seal_array(root / spec.path)
+
+
+def create_classes(group: Path, classes: Sequence[str]) -> None:
+    """Create the array of a teacher's class names in its group, as one chunk."""
+    spec = ArraySpec("class", "str", "", ("class",), (), max(len(classes), 1))
+    create_array(group, spec, len(classes), 0)
+    zarr.open_array(group / spec.path, mode="r+")[:] = np.asarray(classes, dtype=object)
+
+
+def seal_array(folder: Path, **changes: Any) -> None:
+    """Write an array's zarr.json anew with these members changed and a digest of itself, in one atomic step."""
+    file = folder / "zarr.json"
+    document = check_document(str(file), file.read_bytes())
+    temporary = folder / f"zarr.json.{os.getpid()}.partial"
+    temporary.write_bytes(seal({**document, **changes}))
+    fsync_path(temporary)
+    os.replace(temporary, file)
+    fsync_path(folder)
 
 
 def resize_array(root: Path, spec: ArraySpec, rows: int) -> None:
     """Grow an array to `rows` rows; never shrinks it."""
-    array = zarr.open_array(root / spec.path, mode="r+")
-    if array.shape[0] < rows:
-        array.resize((rows, *array.shape[1:]))
-        fsync_path(root / spec.path / "zarr.json")
+    shape = open_table(root / spec.path).shape
+    if shape[0] < rows:
+        seal_array(root / spec.path, shape=[rows, *shape[1:]])
 
 
 def shard_file(root: Path, spec: ArraySpec, shard: int) -> Path:
@@ -136,16 +154,13 @@ def fsync_path(path: Path) -> None:
 def write_node(root: Path, node: str, attributes: Mapping[str, Any]) -> None:
     """Write a group node (`.` is the root) in one atomic step: made in staging/, synced, renamed into place."""
     folder = root / node
-    text = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {KEY: dict(attributes)}})
     scratch = root / STAGING / f"node-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         temporary = scratch / "zarr.json"
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
+        make_group(scratch, attributes)
+        fsync_path(temporary)
         if folder.exists():
             os.replace(temporary, folder / "zarr.json")
         else:
@@ -158,6 +173,14 @@ def write_node(root: Path, node: str, attributes: Mapping[str, Any]) -> None:
     fsync_path(folder.parent)
 
 
+def make_group(folder: Path, record: Mapping[str, Any]) -> None:
+    """Make a folder a Zarr group with this record and its digest: where nobody reads yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "zarr.json").write_bytes(
+        seal({"zarr_format": 3, "node_type": "group", "attributes": {KEY: dict(record)}})
+    )
+
+
 def read_node(path: Path) -> dict[str, Any]:
     """Attributes of the node whose zarr.json is `path`; StoreError if it is not one of ours."""
     try:
@@ -168,19 +191,25 @@ def read_node(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path}: not a readable node of a target store ({error})") from error
 
 
-def parse_node(where: str, text: bytes) -> dict[str, Any]:
-    """Attributes of a node from its zarr.json; StoreError names `where` if it is not one of ours."""
+def parse_node(where: str, text: bytes, *, sealed: bool = False) -> dict[str, Any]:
+    """Attributes of a node from its zarr.json; StoreError names `where` if it is not one of ours or is damaged.
+
+    sealed: the node must have a digest.
+    """
+    document = check_document(where, text, required=sealed)
     try:
-        return dict(json.loads(text)["attributes"][KEY])
+        record = dict(document["attributes"][KEY])
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{where}: not a readable node of a target store ({error})") from error
+    record.pop(DIGEST, None)
+    return record
 
 
 def read_nodes(files: StoreFiles, group: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Those of the nodes of a group that exist, by name, in the order asked for."""
     paths = {f"{group}/{name}/zarr.json": name for name in names}
     found = files.read_many(paths)
-    return {paths[p]: parse_node(f"{files.name}/{p}", text) for p, text in found.items()}
+    return {paths[p]: parse_node(f"{files.name}/{p}", text, sealed=files.sealed) for p, text in found.items()}
 
 
 def read_fingerprint(files: StoreFiles, teacher: str) -> dict[str, Any] | None:
@@ -213,7 +242,7 @@ def check_root(where: Path | StoreFiles) -> dict[str, Any]:
     """Attributes of the store at `where`; StoreError names what was found instead of a version-1 store."""
     files = store_files(where)
     try:
-        document = json.loads(files.read("zarr.json"))
+        text = files.read("zarr.json")
     except FileNotFoundError:
         raise StoreError(f"{files.name}: {_instead(files)}") from None
     except NotADirectoryError:
@@ -222,16 +251,21 @@ def check_root(where: Path | StoreFiles) -> dict[str, Any]:
         raise
     except OSError as error:
         raise StoreError(f"{files.name}/zarr.json: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise StoreError(f"{files.name}/zarr.json: corrupt, not JSON ({error})") from error
-    attributes = document.get("attributes", {}).get(KEY) if isinstance(document, dict) else None
-    if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
-        raise StoreError(f"{files.name}: a Zarr node, but not a target store (attribute {KEY}.format is missing)")
-    if attributes.get("version") != VERSION:
-        raise StoreError(
-            f"{files.name}: format version {attributes.get('version')}, this distinit reads version {VERSION}"
-        )
+    attributes = parse_root(f"{files.name}/zarr.json", text)
+    files.sealed = bool(attributes.get("node_digests"))
     return attributes
+
+
+def parse_root(where: str, text: bytes) -> dict[str, Any]:
+    """Attributes of a store from the zarr.json of its root; StoreError if it is none, of another version or damaged."""
+    attributes = parse_document(where, text).get("attributes")
+    record = attributes.get(KEY) if isinstance(attributes, dict) else None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise StoreError(f"{where}: a Zarr node, but not a target store (attribute {KEY}.format is missing)")
+    # The version comes first: another one may have other digests.
+    if record.get("version") != VERSION:
+        raise StoreError(f"{where}: format version {record.get('version')}, this distinit reads version {VERSION}")
+    return parse_node(where, text, sealed=bool(record.get("node_digests")))
 
 
 def _instead(files: StoreFiles) -> str:

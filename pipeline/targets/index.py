@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import StoreError
 from . import format as fmt
+from .digests import Ranges, ranges_of, read_rows
 from .encoding import DEFAULT, Encoding, check_encoding
 from .files import LocalFiles, StoreFiles, open_table, store_files
 
@@ -57,6 +58,7 @@ class StoreIndex:
     counted: set[int]
     frame_commits: dict[int, dict[str, Any]]
     teachers: dict[str, TeacherCommits]
+    ranges: Ranges
 
     def file_record(self, path: str, shard: int) -> dict[str, Any] | None:
         """Size and digest that commits give to the file of a shard of the array `path`; None if it has none."""
@@ -126,12 +128,11 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
     n_shards = max((p.get("shards", 0) for p in plans), default=0)
     corpora: list[dict[str, str]] = max((p.get("corpora", []) for p in plans), key=len, default=[])
     teachers: list[str] = max((p.get("teachers", []) for p in plans), key=len, default=[])
-    table = {}
-    for spec in fmt.segment_specs():
-        column = np.asarray(files.table(spec.path)[:n_segments], np.int64)
-        if len(column) < n_segments:
-            raise StoreError(f"{files.name}/{spec.path}: shorter than the {n_segments} planned segments")
-        table[spec.path.split("/")[1]] = column
+    ranges = ranges_of(plans)
+    table = {
+        spec.path.split("/")[1]: read_rows(files, spec.path, 0, n_segments, ranges).astype(np.int64, copy=False)
+        for spec in fmt.segment_specs()
+    }
     for kind, count in (("video", n_videos), ("shard", n_shards)):
         if ((table[kind] < 0) | (table[kind] >= count)).any():  # a chunk that is lost, above all
             raise StoreError(f"{files.name}/segments/{kind}: damaged, names a {kind} that is not planned")
@@ -140,7 +141,7 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
         n_videos=n_videos, n_shards=n_shards, shard_rows=int(attributes.get("shard_rows") or 0),
         n_plans=len(plans), corpora=corpora, **table,
         state=np.zeros(n_segments, np.int8), row=zeros.copy(), rows=zeros.copy(), frames=zeros - 1,
-        reason={}, note={}, overflow={}, counted=set(), frame_commits={}, teachers={},
+        reason={}, note={}, overflow={}, counted=set(), frame_commits={}, teachers={}, ranges=ranges,
     )  # fmt: skip
     shards = [f"{i:06d}" for i in range(n_shards)]
     for name, node in fmt.read_nodes(files, "commits/frames", shards).items():

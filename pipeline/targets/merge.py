@@ -22,10 +22,10 @@ from ..corpus.sources import unescape_path
 from ..errors import StoreError, StoreMismatchError, UsageError
 from ..locks import lock
 from . import format as fmt
+from .digests import digest_bytes
 from .files import LocalFiles
 from .index import PENDING
 from .shard import FramesPart, ShardResult, StagedFile, TeacherPart, new_staging, stage_array
-from .shardfile import digest_bytes
 from .store import TargetStore
 from .writer import StoreWriter, same_attributes
 

@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 import zarr
 
 from ..errors import StoreError
+from .digests import digest_bytes
 from .files import Record, StoreFiles, open_table
-from .shardfile import ShardedRows, digest_bytes
+from .shardfile import ShardedRows
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

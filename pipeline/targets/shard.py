@@ -17,8 +17,8 @@ import zarr
 from numpy.typing import NDArray
 
 from . import format as fmt
+from .digests import digest_bytes
 from .encoding import error_record
-from .shardfile import digest_bytes
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ Shapes: n rows asked for, R rows of a shard.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections import OrderedDict
@@ -21,7 +19,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import StoreError
+from ..errors import StoreError, in_one_line
+from .digests import check_document
 
 MISSING = 2**64 - 1
 FEW = 16
@@ -32,22 +31,30 @@ class ShardedRows:
     """Rows of one sharded local array; opens shards lazily and keeps the most recent ones open.
 
     path: the array's folder; a subclass that reads elsewhere gives what messages call it, and `meta_text`, the text of
-    the array's zarr.json. Picklable and fork-safe: descriptors belong to the process that opened them.
+    the array's zarr.json. sealed: that file must have a digest.
+    Picklable and fork-safe: descriptors belong to the process that opened them.
     """
 
-    def __init__(self, path: Path | str, meta_text: bytes | None = None) -> None:
+    def __init__(self, path: Path | str, meta_text: bytes | None = None, *, sealed: bool = False) -> None:
         self.path = path
-        meta = json.loads(meta_text if meta_text is not None else Path(path, "zarr.json").read_bytes())
-        sharding = meta["codecs"][0]
-        inner = sharding["configuration"]
-        names = [c["name"] for c in inner["codecs"]]
+        try:
+            text = meta_text if meta_text is not None else Path(path, "zarr.json").read_bytes()
+        except OSError as error:
+            raise StoreError(f"{path}/zarr.json: cannot be read ({error.strerror})") from error
+        meta = check_document(f"{path}/zarr.json", text, required=sealed)
+        try:
+            sharding = meta["codecs"][0]
+            inner = sharding["configuration"]
+            names = [c["name"] for c in inner["codecs"]]
+            self.shape: tuple[int, ...] = tuple(meta["shape"])
+            self.shard_rows: int = meta["chunk_grid"]["configuration"]["chunk_shape"][0]
+            self.chunk_rows: int = inner["chunk_shape"][0]
+            self.dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+            self.fill: Any = np.nan if meta["fill_value"] == "NaN" else meta["fill_value"]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise StoreError(f"{path}/zarr.json: not a sharded array of a store ({in_one_line(error)})") from error
         if sharding["name"] != "sharding_indexed" or names != ["bytes", "crc32c"]:
             raise StoreError(f"{path}: codecs {names}, version 1 has bytes and crc32c in a shard")
-        self.shape: tuple[int, ...] = tuple(meta["shape"])
-        self.shard_rows: int = meta["chunk_grid"]["configuration"]["chunk_shape"][0]
-        self.chunk_rows: int = inner["chunk_shape"][0]
-        self.dtype = np.dtype(meta["data_type"]).newbyteorder("<")
-        self.fill: Any = np.nan if meta["fill_value"] == "NaN" else meta["fill_value"]
         self._open: OrderedDict[int, tuple[int, NDArray[np.uint64]]] = OrderedDict()
         self._owner = os.getpid()
 
@@ -158,11 +165,6 @@ class ShardedRows:
 
     def _key(self, shard: int) -> str:
         return "/".join(("c", str(shard), *("0" for _ in self.shape[1:])))
-
-
-def digest_bytes(data: bytes) -> str:
-    """The digest that commits hold of each shard file."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _intact(data: bytes, size: int) -> bool:

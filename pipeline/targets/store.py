@@ -8,6 +8,7 @@ Shapes: V videos, N cached frames of a video, n rows, K classes of a teacher.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ..corpus.sources import unescape_path
 from ..errors import StoreError, StoreMismatchError, UsageError
 from ..video.sampling import Sampling
 from . import format as fmt
+from .digests import read_rows, split_ranges
 from .encoding import DEFAULT, Encoding, read_logits, total_error
 from .files import LocalFiles, StoreFiles, store_files
 from .index import OK, STATUS, StoreIndex, load_index
@@ -70,7 +72,9 @@ class TargetStore:
         self.sampling = Sampling.model_validate(self.attributes["sampling"])
         self.teachers: dict[str, TeacherRecord] = {}
         for name, node in fmt.read_nodes(files, "teachers", self.index.teachers).items():
-            classes = tuple(str(c) for c in np.asarray(files.table(f"teachers/{name}/class")[:]))
+            classes = read_classes(files, name)
+            if not damaged and (wrong := other_classes(classes, node["identity"])):
+                raise StoreError(f"{files.name}/teachers/{name}/class: {wrong}")
             self.teachers[name] = TeacherRecord(
                 name, classes, node["identity"], node["run"], self.index.teachers[name].encoding
             )
@@ -220,18 +224,18 @@ class TargetStore:
     def column(self, name: str) -> NDArray[Any]:
         """A numeric column of the video table [V], read once."""
         if name not in self._columns:
-            self._columns[name] = np.asarray(self.files.table(f"videos/{name}")[: self.n_videos])
+            path = f"videos/{name}"
+            self._columns[name] = read_rows(self.files, path, 0, self.n_videos, self.index.ranges)
         return self._columns[name]
 
     @cached_property
     def _paths(self) -> tuple[bytes, NDArray[np.int64]]:
         """All paths in one buffer with their ends: 10⁶ Python strings would cost ten times the memory."""
-        array = self.files.table("videos/path")
         blocks: list[bytes] = []
         lengths: list[NDArray[np.int64]] = []
-        for at in range(0, self.n_videos, fmt.VIDEO_CHUNK):
-            texts = np.asarray(array[at : min(at + fmt.VIDEO_CHUNK, self.n_videos)]).tolist()
-            paths = [str(text).encode() for text in texts]
+        for first, end in split_ranges(0, self.n_videos, fmt.VIDEO_CHUNK):
+            texts = read_rows(self.files, "videos/path", first, end, self.index.ranges)
+            paths = [str(text).encode() for text in texts.tolist()]
             blocks.append(b"".join(paths))
             lengths.append(np.fromiter(map(len, paths), np.int64, len(paths)))
         ends = np.cumsum(np.concatenate(lengths)) if lengths else np.empty(0, np.int64)
@@ -302,6 +306,20 @@ class TargetStore:
         if path not in self._rows:
             self._rows[path] = self.files.rows(path, self.index.file_record)
         return self._rows[path]
+
+
+def read_classes(files: StoreFiles, teacher: str) -> tuple[str, ...]:
+    """Names of a teacher's classes [K]."""
+    path = f"teachers/{teacher}/class"
+    return tuple(str(name) for name in read_rows(files, path, 0, files.table(path).shape[0], {}))
+
+
+def other_classes(classes: Sequence[str], identity: Mapping[str, Any]) -> str | None:
+    """Say how class names contradict the digest of them in a teacher's identity; None where they agree."""
+    expected = identity.get("classes_sha256")
+    if expected is None or hashlib.sha256("\n".join(classes).encode()).hexdigest() == expected:
+        return None
+    return "the class names differ from those of the teacher's identity (classes_sha256)"
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[np.int64]:

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
-from ..errors import StoreError, in_one_line
+from ..errors import StoreError
 from ..teachers.fingerprint import Fingerprint
 from . import format as fmt
 from .average import entropy
+from .digests import check_document, digest_bytes, is_sealed, read_rows
 from .encoding import arrays_of, decode, rounding
-from .files import LocalFiles, open_table
+from .files import LocalFiles, StoreFiles
 from .index import OK, StoreIndex, losses
-from .shardfile import ShardedRows, digest_bytes
+from .shardfile import ShardedRows
+from .store import other_classes, read_classes
 
 ENTROPY_TOLERANCE = 1e-3
 
@@ -42,11 +43,14 @@ class Finding:
 def verify(root: Path, index: StoreIndex, advance: Callable[[int], Any] = lambda n: None) -> Iterator[Finding]:
     """Findings: structure and tables, then in order of shards missing commits, digests, crc, counts, finiteness,
     entropies."""
-    yield from _structure(root, index)
-    yield from (Finding(lost) for lost in losses(root, fmt.read_plans(LocalFiles(root))))
-    yield from _videos(root, index)
+    files = LocalFiles(root)
+    fmt.check_root(files)
+    yield from _nodes(files, index)
+    yield from _structure(files, index)
+    yield from (Finding(lost) for lost in losses(root, fmt.read_plans(files)))
+    yield from _videos(files, index)
     yield from _unplanned(root, index)
-    yield from _fingerprints(root, index)
+    yield from _teachers(files, index)
     for shard in range(index.n_shards):
         if shard not in index.frame_commits:
             yield Finding("planned, but not committed: extraction unfinished, or the commit was deleted", shard)
@@ -95,7 +99,32 @@ def entropy_tolerance(logits: NDArray[np.float32], rounding: NDArray[np.float32]
     return np.asarray(ENTROPY_TOLERANCE + rounding * spread + rounding**2, np.float32)
 
 
-def _structure(root: Path, index: StoreIndex) -> Iterator[Finding]:
+def _nodes(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
+    """Nodes and array metadata that differ from their digests: those, too, that no reader of rows looks at."""
+    for path, text in files.read_many(_documents(index)).items():
+        try:
+            check_document(path, text, required=files.sealed)
+        except StoreError as error:
+            yield Finding(str(error))
+
+
+def without_digest(files: StoreFiles, index: StoreIndex) -> int:
+    """Count nodes and array metadata files without a digest: version 0.1 wrote none."""
+    return sum(not is_sealed(text) for text in files.read_many(_documents(index)).values())
+
+
+def _documents(index: StoreIndex) -> Iterator[str]:
+    """Paths of every zarr.json that a store has, but those of commits, which every reader reads."""
+    folders = ["", *fmt.GROUPS, *(f"plans/{i:06d}" for i in range(index.n_plans))]
+    folders += [s.path for s in (*fmt.video_specs(), *fmt.segment_specs(), *fmt.frame_specs())]
+    for name, of in index.teachers.items():
+        folders += [f"teachers/{name}", f"teachers/{name}/{fmt.FINGERPRINT}", f"teachers/{name}/class"]
+        folders += [s.path for s in fmt.teacher_specs(name, 1, of.encoding)]
+        folders += [f"commits/teachers/{name}"]
+    yield from (f"{folder}/zarr.json".lstrip("/") for folder in folders)
+
+
+def _structure(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
     rows = index.n_shards * index.shard_rows
     specs: list[tuple[fmt.ArraySpec, int, str | None]]
     specs = [(s, index.n_videos, None) for s in fmt.video_specs()]
@@ -105,8 +134,8 @@ def _structure(root: Path, index: StoreIndex) -> Iterator[Finding]:
         specs += [(s, rows, name) for s in fmt.teacher_specs(name, 1, of.encoding)]
     for spec, length, teacher in specs:
         try:
-            array = zarr.open_array(root / spec.path, mode="r")
-        except (OSError, ValueError, KeyError) as error:
+            array = files.table(spec.path)
+        except StoreError as error:
             yield Finding(f"array {spec.path} cannot be opened ({error})", None, teacher)
             continue
         if array.shape[0] < length:
@@ -115,18 +144,20 @@ def _structure(root: Path, index: StoreIndex) -> Iterator[Finding]:
             yield Finding(f"array {spec.path} has dimensions {array.metadata.dimension_names}", None, teacher)  # type: ignore[union-attr]
 
 
-def _videos(root: Path, index: StoreIndex) -> Iterator[Finding]:
+def _videos(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
     """What cannot be so in the video table, as far as the plans speak of it."""
-    try:
-        corpus, path, size, digest = (
-            np.asarray(open_table(root / "videos" / name)[: index.n_videos])
-            for name in ("corpus", "path", "size", "digest")
-        )
-    except Exception as error:  # of a chunk that cannot be decoded: every codec has errors of its own
-        yield Finding(f"the video table cannot be read ({in_one_line(error)})")
+    columns: dict[str, NDArray[Any]] = {}
+    for spec in fmt.video_specs():
+        try:
+            values = read_rows(files, spec.path, 0, index.n_videos, index.ranges)
+        except StoreError as error:
+            yield Finding(str(error))
+            continue
+        if spec.path.split("/")[1] in ("corpus", "path", "size", "digest"):
+            columns[spec.path.split("/")[1]] = values
+    if len(columns) < 4:
         return
-    if min(map(len, (corpus, path, size, digest))) < index.n_videos:
-        return  # which `_structure` has said
+    corpus, path, size, digest = (columns[name] for name in ("corpus", "path", "size", "digest"))
     ok = index.video_state() == OK
     for what, bad in (
         ("videos/path: {} videos have no path", path == ""),
@@ -155,20 +186,23 @@ def _unplanned(root: Path, index: StoreIndex) -> Iterator[Finding]:
             yield Finding(f"commits/frames/{folder.name}: no plan speaks of this shard")
 
 
-def _fingerprints(root: Path, index: StoreIndex) -> Iterator[Finding]:
-    """Fingerprints that cannot be read, or are of another number of classes than the rows."""
+def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
+    """Class names and fingerprints that cannot be read, or contradict the teacher's identity or each other."""
     for name in index.teachers:
         try:
-            node = fmt.read_fingerprint(LocalFiles(root), name)
-            if node is None:
+            classes = read_classes(files, name)
+            node = fmt.read_nodes(files, "teachers", [name])[name]
+            if wrong := other_classes(classes, node["identity"]):
+                yield Finding(f"teachers/{name}/class: {wrong}", None, name)
+            fingerprint = fmt.read_fingerprint(files, name)
+            if fingerprint is None:
                 continue
-            count = Fingerprint.parse(node, f"teachers/{name}/{fmt.FINGERPRINT}").logits.shape[1]
-            classes = open_table(root / "teachers" / name / "class").shape[0]
+            count = Fingerprint.parse(fingerprint, f"teachers/{name}/{fmt.FINGERPRINT}").logits.shape[1]
         except StoreError as error:
             yield Finding(str(error), None, name)
             continue
-        if count != classes:
-            yield Finding(f"its fingerprint is of {count} classes, it has {classes}", None, name)
+        if count != len(classes):
+            yield Finding(f"its fingerprint is of {count} classes, it has {len(classes)}", None, name)
 
 
 def _frames(root: Path, index: StoreIndex, shard: int) -> Iterator[Finding]:

@@ -20,11 +20,15 @@ from numpy.typing import NDArray
 from ..errors import StoreError, StoreMismatchError
 from ..locks import lock
 from . import format as fmt
+from .digests import digest_rows, read_rows, split_ranges
 from .encoding import DEFAULT, Encoding
-from .files import check_local
+from .files import LocalFiles, check_local
 from .index import StoreIndex, add_frame_commit, add_teacher_commit, load_index
 from .plan import Segment, Stretch, assign, auto_shard_rows
 from .shard import ShardResult, StagedFile
+
+Tables = dict[str, list[tuple[int, int, str]]]
+"""Array path → (first row, end, digest) of rows that a plan adds."""
 
 
 class StoreWriter:
@@ -90,9 +94,40 @@ class StoreWriter:
         """Append rows to the video table: `columns` by name of `format.video_specs`, then the plan node."""
         start = self.index.n_videos
         stop = start + len(columns["path"])
-        self._append(fmt.video_specs(), {f"videos/{k}": v for k, v in columns.items()}, start, stop)
+        tables = self._append(fmt.video_specs(), {f"videos/{k}": v for k, v in columns.items()}, start, stop)
         self.index.n_videos, self.index.corpora = stop, corpora
-        self._plan_node("videos")
+        self._plan_node("videos", tables)
+
+    def identify(self, videos: Sequence[int], columns: Mapping[str, Sequence[Any]]) -> None:
+        """Replace rows of the video table: what is known of the files of `videos`, of which no frame is stored.
+
+        The plan with the new digests comes first. A kill before the rows are written leaves them as they were, under
+        the former digests, and the next attempt writes them again.
+        """
+        ids = np.asarray(videos, np.int64)
+        blocks: list[tuple[zarr.Array, int, NDArray[Any]]] = []
+        tables: Tables = {}
+        for spec in fmt.video_specs():
+            if (name := spec.path.split("/")[1]) not in columns:
+                continue
+            new, array = fmt.as_numpy(spec, columns[name]), zarr.open_array(self.root / spec.path, mode="r+")
+            known = self.index.ranges.get(spec.path, {})
+            for start, stop in split_ranges(0, self.index.n_videos, spec.chunk):
+                inside = (ids >= start) & (ids < stop)
+                if not inside.any():
+                    continue
+                values = read_rows(LocalFiles(self.root), spec.path, start, stop, self.index.ranges)
+                values[ids[inside] - start] = new[inside]
+                blocks.append((array, start, values))
+                tables[spec.path] = [
+                    *tables.get(spec.path, []),
+                    *((first, end, digest_rows(values[first - start : end - start]))
+                      for first, end in known if start <= first and end <= stop),
+                ]  # fmt: skip
+        self._plan_node("identities", tables)
+        for array, start, values in blocks:
+            array[start : start + len(values)] = values
+        _sync_tree(self.root / "videos")
 
     def add_segments(self, stretches: Iterable[Stretch]) -> list[Segment]:
         """Give stretches their shards and append them to the segment table, in one act."""
@@ -122,8 +157,8 @@ class StoreWriter:
         """Append segments that have their shards: `columns` by name of `format.segment_specs`."""
         start = len(self.index.video)
         stop = start + len(columns["video"])
-        self._append(fmt.segment_specs(), {f"segments/{k}": v for k, v in columns.items()}, start, stop)
-        self._plan_node("segments", segments=stop, shards=shards)
+        tables = self._append(fmt.segment_specs(), {f"segments/{k}": v for k, v in columns.items()}, start, stop)
+        self._plan_node("segments", tables, segments=stop, shards=shards)
         self.index = load_index(self.root)
         self._grow()
 
@@ -167,24 +202,21 @@ class StoreWriter:
         node = self.root / "teachers" / name
         encoding = encoding or DEFAULT
         staged = self.root / fmt.STAGING / f"teacher-{uuid.uuid4().hex[:8]}"
-        zarr.open_group(staged, mode="w", attributes={fmt.KEY: {**attributes, "encoding": encoding}})
+        fmt.make_group(staged, {**attributes, "encoding": encoding})
         if fingerprint is not None:
-            zarr.open_group(staged / fmt.FINGERPRINT, mode="w", attributes={fmt.KEY: dict(fingerprint)})
+            fmt.make_group(staged / fmt.FINGERPRINT, fingerprint)
         rows = max(self.index.n_shards, 1) * self.shard_rows
         for spec in fmt.teacher_specs(name, len(classes), encoding):
             leaf = fmt.ArraySpec(spec.path.split("/")[-1], *_rest(spec))
             fmt.create_array(staged, leaf, rows, self.shard_rows)
-        names = zarr.open_group(staged, mode="a").create_array(
-            "class", shape=(len(classes),), dtype=str, chunks=(len(classes),), dimension_names=("class",)
-        )
-        names[:] = np.asarray(classes, dtype=object)
+        fmt.create_classes(staged, classes)
         _sync_tree(staged)
         if (self.root / "commits/teachers" / name).exists():
             raise StoreError(f"{self.root}: holds commits of teacher {name!r}, but no plan names it")
         shutil.rmtree(node, ignore_errors=True)  # of a run that was killed before the plan that names it
         os.rename(staged, node)
         fmt.fsync_path(node.parent)
-        self._plan_node("teachers", teachers=[*self.index.teachers, name])
+        self._plan_node("teachers", {}, teachers=[*self.index.teachers, name])
         self.index = load_index(self.root)
 
     def add_fingerprint(self, name: str, record: Mapping[str, Any]) -> None:
@@ -240,18 +272,30 @@ class StoreWriter:
         columns: Mapping[str, Sequence[Any] | NDArray[Any]],
         start: int,
         stop: int,
-    ) -> None:
+    ) -> Tables:
+        """Write rows [start, stop) of the tables; returns their digests, for the plan that names them."""
+        tables: Tables = {}
         for spec in specs:
             fmt.resize_array(self.root, spec, stop)
             array = zarr.open_array(self.root / spec.path, mode="r+")
             # Rows that no plan node speaks of may stand here from a run that was killed: written over.
-            array[start:stop] = fmt.as_numpy(spec, columns[spec.path])
+            values = fmt.as_numpy(spec, columns[spec.path])
+            array[start:stop] = values
             _sync_tree(self.root / spec.path)
+            tables[spec.path] = [
+                (first, end, digest_rows(values[first - start : end - start]))
+                for first, end in split_ranges(start, stop, spec.chunk)
+            ]
+        return tables
 
-    def _plan_node(self, kind: str, **extra: Any) -> None:
+    def _plan_node(self, kind: str, tables: Tables, **extra: Any) -> None:
         node = {"kind": kind, "videos": self.index.n_videos, "corpora": self.index.corpora, "time": _now()}
-        fmt.write_node(self.root, f"plans/{self.index.n_plans:06d}", {**node, **extra})
+        fmt.write_node(self.root, f"plans/{self.index.n_plans:06d}", {**node, **extra, "tables": tables})
         self.index.n_plans += 1
+        for path, entries in tables.items():
+            known = self.index.ranges.setdefault(path, {})
+            for first, end, digest in entries:
+                known.setdefault((first, end), set()).add(digest)
 
     def _set_shard_rows(self, rows: int) -> None:
         self.attributes = {**self.attributes, "shard_rows": rows}
@@ -293,14 +337,13 @@ def _create(
         "created_by": f"distinit {version('distinit')}",
         "sampling": dict(sampling),
         "shard_rows": shard_rows,
+        "node_digests": True,
         **origin,
     }
     try:
-        zarr.open_group(new, mode="w", attributes={fmt.KEY: attributes})
-        for group in ("videos", "segments", "frames", "teachers", "plans", "commits"):
-            zarr.open_group(new / group, mode="w", attributes={fmt.KEY: {}})
-        for group in ("frames", "teachers"):
-            zarr.open_group(new / "commits" / group, mode="w", attributes={fmt.KEY: {}})
+        fmt.make_group(new, attributes)
+        for group in fmt.GROUPS:
+            fmt.make_group(new / group, {})
         for spec in fmt.video_specs() + fmt.segment_specs():
             fmt.create_array(new, spec, 0, 0)
         _sync_tree(new)

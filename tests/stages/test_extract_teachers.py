@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from distinit.pipeline.errors import DistInitError, StoreMismatchError, TeacherError, UsageError
+from distinit.pipeline.targets.digests import seal
 from distinit.pipeline.targets.store import TargetStore
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import write_video
@@ -216,7 +218,9 @@ def test_parts_of_other_code_are_not_merged(home: Path, monkeypatch: pytest.Monk
 def test_a_fingerprint_that_cannot_be_read_is_found(home: Path) -> None:
     extract(home)
     path = node(home / "s.zarr") / "zarr.json"
-    path.write_text(path.read_text().replace('"probes": 1', '"probes": 99'))
+    document = json.loads(path.read_text())
+    document["attributes"]["distinit"]["probes"] = 99
+    path.write_bytes(seal(document))
     assert [f["teacher"] for f in targets_verify(home / "s.zarr", QUIET)["findings"]] == ["t"]
     with pytest.raises(DistInitError, match="99"):
         extract(home)

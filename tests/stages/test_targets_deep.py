@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from distinit.pipeline.errors import DistInitError, UsageError
-from distinit.pipeline.targets.shardfile import digest_bytes
+from distinit.pipeline.targets.digests import digest_bytes, seal
 from distinit.pipeline.targets.store import TargetStore
 from distinit.pipeline.teachers.recorded import load_recorded
 from distinit.pipeline.teachers.teacher import TeacherSpec
@@ -138,7 +138,7 @@ def test_rows_of_another_frame_are_found_though_every_digest_is_right(made: Path
     for name, record in document["attributes"]["distinit"]["files"].items():
         data = (store / name).read_bytes()
         record.update(size=len(data), blake2b=digest_bytes(data))
-    node.write_text(json.dumps(document))
+    node.write_bytes(seal(document))
     assert targets_verify(store, QUIET)["ok"]
     (found,) = deep(made)["findings"]
     assert (found["teacher"], found["shard"]) == ("one", shard)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from distinit.pipeline.targets.shardfile import digest_bytes
+from distinit.pipeline.targets.digests import digest_bytes, seal
 from distinit.pipeline.targets.store import TargetStore
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import transcode, write_video
@@ -19,6 +19,7 @@ from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.screen import Screen
 from distinit.stages.targets_verify import targets_verify
+from distinit.tests.old_stores import without_digests
 
 QUIET = Screen(quiet=True)
 
@@ -45,6 +46,7 @@ def extract(videos: Path, store: Path) -> None:
 
 def spoil(store: Path) -> None:
     """Put decode times where 0.1 believed them, and the size that it saw."""
+    without_digests(store)
     record = TargetStore.open(store)
     paths = [record.place(video)[1] for video in range(record.n_videos)]
     copied, small = paths.index("copied.mp4"), paths.index("small.mp4")
@@ -59,7 +61,7 @@ def spoil(store: Path) -> None:
         for name, file in document["attributes"]["distinit"]["files"].items():
             data = (store / name).read_bytes()
             file.update(size=len(data), blake2b=digest_bytes(data))
-        node.write_text(json.dumps(document))
+        node.write_bytes(seal(document))
     height = zarr.open_array(store / "videos" / "height", mode="r+")
     height[small : small + 1] = 56
 

@@ -155,7 +155,7 @@ def test_verify_finds_rows_of_another_frame_under_either_encoding(make_store: Ca
             zarr.open_array(root / "teachers/t/logits", mode="r+")[: len(z)] = rolled
             file = "teachers/t/logits/c/0/0"
             data = (root / file).read_bytes()
-            from distinit.pipeline.targets.shardfile import digest_bytes
+            from distinit.pipeline.targets.digests import digest_bytes
 
             node["files"][file] = {"size": len(data), "blake2b": digest_bytes(data)}
             write_node(writer.root, "commits/teachers/t/000000", node)

@@ -33,6 +33,7 @@ from distinit.pipeline.targets.writer import StoreWriter
 from distinit.stages import targets_verify as verifying
 from distinit.stages.screen import Screen
 from distinit.stages.targets_verify import targets_verify
+from distinit.tests.old_stores import without_digests
 
 SAMPLING = {"every": 4, "fps": None, "keyframes": False}
 R, K, V = 512, 10, 40
@@ -212,7 +213,8 @@ def test_verify_names_every_kind_of_damage(root: Path, tmp_path: Path) -> None:
 
 
 def damaged(root: Path, *, lost: str = "", column: str = "", at: int = 0, value: object = None) -> list[str]:
-    """What verify says of the store after a folder is lost, or one value of a table is another."""
+    """What verify finds in a store without digests after a folder is lost, or one value of a table is another."""
+    without_digests(root)
     if lost:
         shutil.rmtree(root / lost)
     else:
@@ -241,6 +243,9 @@ def test_a_lost_plan_or_video_table_is_found_and_never_written_on(root: Path, lo
 @pytest.mark.parametrize("column", ["segments/video", "segments/shard"])
 def test_a_lost_segment_table_is_said(root: Path, column: str) -> None:
     shutil.rmtree(root / column / "c")
+    with pytest.raises(StoreError, match=f"{column}: rows 0 to"):
+        targets_verify(root, Screen(quiet=True))
+    without_digests(root)
     with pytest.raises(StoreError, match=f"{column}: damaged"):
         targets_verify(root, Screen(quiet=True))
 
@@ -265,11 +270,10 @@ def test_verify_reads_the_tables(root: Path, change: dict[str, Any], said: str) 
 
 
 def test_a_table_that_is_too_short_or_cannot_be_decoded_is_found(root: Path) -> None:
-    zarr.open_array(root / "videos/size", mode="r+").resize((3,))
-    assert damaged(root, lost="videos/digest/c") == [f"array videos/size has 3 rows, {V} are planned"]
+    zarr.open_array(without_digests(root) / "videos/size", mode="r+").resize((3,))
+    assert f"array videos/size has 3 rows, {V} are planned" in damaged(root, lost="videos/digest/c")
     (root / "videos/path/c/0").write_bytes(b"torn")
-    (_, unreadable) = damaged(root, column="videos/fps", value=1.0)
-    assert "the video table cannot be read" in unreadable
+    assert any("videos/path/c/0: cannot be decoded" in what for what in damaged(root, column="videos/fps", value=1.0))
 
 
 def test_a_lost_teacher_plan_is_not_healed_and_nothing_else_is_dropped(root: Path) -> None:

@@ -1,0 +1,150 @@
+"""Digests that a store holds of its own nodes and tables, so that no flipped bit goes unseen.
+
+Shard files have their digests in commits. Everything else is covered here: each `zarr.json` ends with a digest of
+itself, and each plan holds digests of the table rows that it adds. Both are optional in format version 1
+(docs/store-format.md): stores of version 0.1 have none, and what exists is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from ..errors import StoreError, in_one_line
+
+if TYPE_CHECKING:
+    from .files import StoreFiles
+
+KEY = "distinit"
+DIGEST = "blake2b"
+_TAIL = re.compile(rb'"blake2b": "([0-9a-f]{32})"\}\}\}')
+_TAIL_BYTES = 48
+_AFTER_DIGEST = len(b'"}}}')
+
+Ranges = dict[str, dict[tuple[int, int], set[str]]]
+"""Array path → (first row, end) → the digests that plans give to these rows."""
+
+
+def digest_bytes(data: bytes) -> str:
+    """Return the blake2b-128 digest that nodes, plans and commits use, as 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """Return the text of a zarr.json that ends with a digest of all its other bytes, under `attributes.distinit`."""
+    attributes = document.get("attributes", {})
+    record = _without(attributes.get(KEY, {}), DIGEST)
+    attributes = {**_without(attributes, KEY), KEY: {**record, DIGEST: "0" * 32}}
+    text = json.dumps({**_without(document, "attributes"), "attributes": attributes}).encode()
+    head, tail = text[: -32 - _AFTER_DIGEST], text[-_AFTER_DIGEST:]
+    return head + digest_bytes(head + tail).encode() + tail
+
+
+def is_sealed(text: bytes) -> bool:
+    """Check whether a zarr.json ends with a digest."""
+    return _TAIL.fullmatch(text[-_TAIL_BYTES:]) is not None
+
+
+def check_document(where: str, text: bytes, *, required: bool = False) -> dict[str, Any]:
+    """Parse a zarr.json and compare it with its digest, if it has one.
+
+    Raises:
+        StoreError: names `where` if the text is not JSON of an object, differs from its digest, or has none although
+            that is `required`.
+    """
+    found = _TAIL.fullmatch(text[-_TAIL_BYTES:])
+    if found and digest_bytes(text[: -32 - _AFTER_DIGEST] + text[-_AFTER_DIGEST:]) != found[1].decode():
+        raise StoreError(f"{where}: differs from what was written (digest)")
+    document = parse_document(where, text)
+    if not found and (required or _has_digest(document)):
+        raise StoreError(f"{where}: differs from what was written (its digest is not at its end)")
+    return document
+
+
+def parse_document(where: str, text: bytes) -> dict[str, Any]:
+    """Parse a zarr.json without a look at its digest; StoreError names `where` if it is not JSON of an object."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{where}: corrupt, not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise StoreError(f"{where}: corrupt, expected a JSON object, got {type(document).__name__}")
+    return document
+
+
+def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != key}
+
+
+def _has_digest(document: Mapping[str, Any]) -> bool:
+    attributes = document.get("attributes")
+    record = attributes.get(KEY) if isinstance(attributes, dict) else None
+    return isinstance(record, dict) and DIGEST in record
+
+
+# Tables
+
+
+def digest_rows(values: NDArray[Any]) -> str:
+    """Return the digest of rows of a table column: little-endian numbers, or texts in UTF-8 with a zero byte each."""
+    if values.dtype.kind in "OTU":
+        return digest_bytes("".join(f"{text}\0" for text in values.tolist()).encode("utf-8", "surrogatepass"))
+    return digest_bytes(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes())
+
+
+def split_ranges(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
+    """Return rows [start, stop) as ranges that cross no border of chunks: a chunk is written in one act."""
+    borders = [start, *range((start // chunk + 1) * chunk, stop, chunk), stop]
+    return list(pairwise(borders)) if stop > start else []
+
+
+def ranges_of(plans: Iterable[Mapping[str, Any]]) -> Ranges:
+    """Collect the digests that plans give to rows of tables.
+
+    Rows that a plan identifies again may hold what they held before or what they hold now: the plan is written first,
+    and a kill may have come between.
+    """
+    ranges: Ranges = {}
+    for plan in plans:
+        for path, entries in plan.get("tables", {}).items():
+            for first, end, digest in entries:
+                ranges.setdefault(path, {}).setdefault((first, end), set()).add(digest)
+    return ranges
+
+
+def read_rows(files: StoreFiles, path: str, start: int, stop: int, ranges: Ranges) -> NDArray[Any]:
+    """Read rows [start, stop) of a table column, checked against the digests of the ranges that lie in them.
+
+    Raises:
+        StoreError: names the column or its file if it is missing, too short, cannot be decoded or differs.
+    """
+    array = files.table(path)
+    if array.shape[0] < stop:
+        raise StoreError(f"{files.name}/{path}: has {array.shape[0]} rows, the plans speak of {stop}")
+    try:
+        values = np.asarray(array[start:stop])
+    except Exception as error:  # Every codec has errors of its own.
+        file = _unreadable_chunk(array, start, stop)
+        raise StoreError(f"{files.name}/{path}/{file}: cannot be decoded ({in_one_line(error)})") from error
+    for (first, end), digests in ranges.get(path, {}).items():
+        if start <= first and end <= stop and digest_rows(values[first - start : end - start]) not in digests:
+            raise StoreError(f"{files.name}/{path}: rows {first} to {end} differ from what was written (digest)")
+    return values
+
+
+def _unreadable_chunk(array: zarr.Array, start: int, stop: int) -> str:
+    rows = array.chunks[0]
+    for chunk in range(start // rows, -(-stop // rows)):
+        try:
+            array[chunk * rows : min((chunk + 1) * rows, stop)]
+        except Exception:
+            return str(array.metadata.encode_chunk_key((chunk, *(0 for _ in array.shape[1:]))))
+    return ""
