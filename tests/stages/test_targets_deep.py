@@ -216,7 +216,7 @@ def test_deep_runs_no_command_of_a_store(made: Path) -> None:
     document = json.loads(node.read_text())
     spec = {"name": "os:system", "options": {"command": f"touch {made}/canary"}}
     document["attributes"]["distinit"]["provenance"]["spec"] = spec
-    node.write_text(json.dumps(document))
+    node.write_bytes(seal(document))
     findings = targets_verify(made / "s.zarr", QUIET, deep=1)["findings"]
     assert any(f["teacher"] == "one" and "os:system" in f["what"] for f in findings)
     assert not (made / "canary").exists()
