@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from .errors import DistInitError
+from .errors import DistInitError, UsageError
+
+OUTLIVED_S = 8.0  # for which a process that was told to end may go on: it writes a checkpoint
+_own: set[int] = set()  # descriptors of `folder_lock`
 
 
 def lock(descriptor: int, path: str | os.PathLike[str], busy: DistInitError, *, shared: bool = False) -> None:
@@ -19,3 +25,46 @@ def lock(descriptor: int, path: str | os.PathLike[str], busy: DistInitError, *, 
         raise busy from None
     except OSError as error:
         raise DistInitError(f"{path}: its file system cannot lock it ({error.strerror}); choose another") from None
+
+
+@contextmanager
+def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Lock a folder, which is made, against every other command that writes there. Readers do not ask.
+
+    The lock ends with this process, for processes that it forks (of loaders) have no part in it.
+
+    Raises:
+        UsageError: The folder cannot be made, or another process has it, still after `OUTLIVED_S`.
+        DistInitError: Its file system has no locks.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    except OSError as error:
+        raise UsageError(f"--out {os.fspath(folder)} cannot be made: {error.strerror}") from error
+    _own.add(descriptor)
+    try:
+        deadline = time.monotonic() + OUTLIVED_S
+        busy = UsageError(f"{os.fspath(folder)}: another distinit command is at work there")
+        while True:
+            try:
+                lock(descriptor, folder, busy)
+                break
+            except UsageError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        yield
+    finally:
+        if descriptor in _own:
+            _own.remove(descriptor)
+            os.close(descriptor)
+
+
+def _give_up_locks() -> None:
+    """Run in a process that was just forked: it would hold the locks of its parent beyond the parent's end."""
+    while _own:
+        os.close(_own.pop())
+
+
+os.register_at_fork(after_in_child=_give_up_locks)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from pydantic import Field, FiniteFloat, TypeAdapter, model_validator
 from ..pipeline.config import Options
 from ..pipeline.documents import read_bytes
 from ..pipeline.errors import DistInitError, SourceError, TrainingInterrupted, UsageError
-from ..pipeline.locks import lock
+from ..pipeline.locks import folder_lock
 from ..pipeline.targets.store import TargetStore, check_moved
 from ..pipeline.training.checkpoint import write_atomically
 from .ablate_cost import show_cost
@@ -26,7 +24,6 @@ from .config import require_own, write_config
 from .screen import Screen
 
 CELLS, SECONDS = "cells.json", "seconds.json"
-OUTLIVED_S = 8.0  # a killed run's loader processes hold its lock until they see that it is gone, after 5 s
 
 
 class AblateConfig(Options):
@@ -143,7 +140,7 @@ def ablate(config: AblateConfig, screen: Screen) -> dict[str, Any]:
     )
     if config.dry_run:
         return show_cost(progress.records(), [each.steps for each in work], out, progress.seconds, screen)
-    with _locked(out):
+    with folder_lock(out):
         write_config(out / "config.yaml", "ablate", config)
         progress.write()
         if config.workers is not None or config.scheduler is not None:
@@ -174,30 +171,6 @@ def _run_here(steps: list[Step], progress: Progress, screen: Screen) -> None:
         finally:
             progress.took(step, time.monotonic() - began)
             progress.write()
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One ablation at a time in a folder; the lock dies with the process."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be made: {error.strerror}") from error
-    try:
-        busy = UsageError(f"{out}: another distinit ablate is at work there")
-        deadline = time.monotonic() + OUTLIVED_S
-        while True:
-            try:
-                lock(descriptor, out, busy)
-                break
-            except UsageError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _summary(progress: Progress, out: Path, screen: Screen) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.labels import Labels, load_labels
 from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.evaluation.run_labels import RunLabels
+from ..pipeline.locks import folder_lock
 from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student
@@ -116,15 +118,21 @@ def _fuse(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
         raise UsageError(f"--fuse: the runs have other splits ({held})")
     out = Path(config.out)
     refuse_other(out, {"run": str(out)})
-    results = {
-        split: fuse([str(each[split]) for each in splits], config.weights, str(split_folder(out, split)), screen)
-        for split in splits[0]
-    }
-    return summarise_splits(out, results, "late fusion", screen)
+    with folder_lock(out):
+        results = {
+            split: fuse([str(each[split]) for each in splits], config.weights, str(split_folder(out, split)), screen)
+            for split in splits[0]
+        }
+        return summarise_splits(out, results, "late fusion", screen)
 
 
 def _evaluate(config: EvaluateConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
-    """One process of the test; rank 0 alone writes."""
+    """One process of the test; rank 0 alone writes, and holds the locks of the folders."""
+    with ExitStack() as stack:
+        return _evaluate_locked(config, screen, ranks, stack)
+
+
+def _evaluate_locked(config: EvaluateConfig, screen: Screen, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
     run = Path(config.runs[0])
     splits = {} if (run / "config.yaml").exists() else split_folders(run)
     if splits and config.split in (None, ALL):
@@ -134,6 +142,7 @@ def _evaluate(config: EvaluateConfig, screen: Screen, ranks: Ranks) -> dict[str,
         configs = {n: config.model_copy(update={"split": None, "out": out}) for n, out in outs.items()}
         # What is wrong with the last is found before the first is tested.
         jobs = ranks.agree(lambda: {n: _assemble(configs[n], folder) for n, folder in splits.items()})
+        ranks.on_lead(lambda: stack.enter_context(folder_lock(config.out or run)))
         results = {n: _evaluate_split(configs[n], jobs[n], folder, screen, ranks) for n, folder in splits.items()}
         title = short_dataset(next(iter(results.values()))["dataset"])
         return ranks.on_lead(lambda: summarise_splits(Path(config.out or run), results, title, screen))
@@ -145,10 +154,18 @@ def _evaluate(config: EvaluateConfig, screen: Screen, ranks: Ranks) -> dict[str,
 
 
 def _evaluate_split(config: EvaluateConfig, job: _Job, run: Path, screen: Screen, ranks: Ranks) -> dict[str, Any]:
+    with ExitStack() as stack:
+        return _evaluate_split_locked(config, job, run, screen, ranks, stack)
+
+
+def _evaluate_split_locked(
+    config: EvaluateConfig, job: _Job, run: Path, screen: Screen, ranks: Ranks, stack: ExitStack
+) -> dict[str, Any]:
     out = Path(config.out or _folder(run))
     if config.out is not None:
         ranks.on_lead(lambda: refuse_other(out, {"run": str(run)}))
     ranks.on_lead(lambda: require_writable(out))
+    ranks.on_lead(lambda: stack.enter_context(folder_lock(out)))
     for note in (*job.labels.notes, *job.notes) if ranks.lead else ():
         screen.warn(note)
     length, channels = job.student.meta.clip_length, job.student.options.channels

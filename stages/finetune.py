@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.dataset import LabelledClips
 from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
 from ..pipeline.evaluation.run_labels import labels_digest
+from ..pipeline.locks import folder_lock
 from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.students.export import InitReport, read_meta, save_start, save_student
 from ..pipeline.students.inflate import Inflation
@@ -29,9 +31,9 @@ from ..pipeline.training.checkpoint import (
     RUN_FILES,
     Resume,
     check_identity,
-    claim_run_dir,
     read_identity,
     require_not_longer,
+    run_dir_lock,
 )
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
 from ..pipeline.training.ranks import Ranks
@@ -116,22 +118,29 @@ def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
 
 
 def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
-    """One process of the training and the test; rank 0 alone writes."""
+    """One process of the training and the test; rank 0 alone writes, and holds the locks of the run folders."""
+    with ExitStack() as stack:
+        return _finetune_locked(config, screen, ranks, stack)
+
+
+def _finetune_locked(config: FinetuneConfig, screen: Screen, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
     out, results = Path(config.out), {}
     ranks.on_lead(lambda: _require_fitting(out, config.split))
     if config.split != ALL:
-        return _finetune_split(config, screen, ranks)
+        return _finetune_split(config, screen, ranks, stack)
     begun = ranks.on_lead(lambda: bool(split_folders(out)))
     if config.resume is True and not begun:
         raise UsageError(f"--resume: {out} holds no run; --resume auto begins one")
     splits = ranks.agree(lambda: _checked_splits(config))
     ranks.on_lead(lambda: _require_own_splits(out, splits))
+    ranks.on_lead(lambda: stack.enter_context(folder_lock(out)))
     for split in splits:
         screen.say(f"split {split}")
         # Interrupted, some splits have not begun.
         update = {"split": split, "out": str(split_folder(out, split)), "resume": "auto" if config.resume else False}
         own = config.model_copy(update=update)
-        results[split] = _finetune_split(own, screen, ranks)
+        with ExitStack() as split_stack:
+            results[split] = _finetune_split(own, screen, ranks, split_stack)
     title = short_dataset(config.dataset)
     return ranks.on_lead(lambda: summarise_splits(out, results, title, screen))
 
@@ -163,14 +172,14 @@ def _require_own_splits(out: Path, splits: Sequence[int]) -> None:
         require_own(split_folder(out, split), COMMAND, _WRITES)
 
 
-def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
+def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
     run_dir = Path(config.out)
     device = ranks.agree(lambda: resolve_device(config.loop.device))
     if ranks.world > 1:  # rank 0 first, alone: what has to be fetched is fetched once
         ranks.on_lead(lambda: open_init(config.init, config.student).options)
     job = ranks.agree(lambda: _assemble(config))
     config, labels, student = job.config, job.labels, job.student
-    ranks.on_lead(lambda: claim_run_dir(run_dir, resume=config.resume))
+    ranks.on_lead(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
     saved = ranks.agree(lambda: read_identity(run_dir) if config.resume else None)
     options = config.loop.for_videos(len(labels.train))
     identity = _identity(config, labels, student, job.report)

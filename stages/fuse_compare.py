@@ -10,6 +10,7 @@ from ..pipeline.documents import is_regular_file
 from ..pipeline.errors import UsageError
 from ..pipeline.evaluation.predictions import Predictions, PredictionsError, metrics_from_file
 from ..pipeline.evaluation.several import Comparison, compare_predictions, fuse_predictions
+from ..pipeline.locks import folder_lock
 from ..pipeline.reporting.accuracy import MEASURES, signed
 from ..pipeline.reporting.tables import Column, Table
 from .screen import Screen
@@ -31,13 +32,13 @@ def fuse(runs: Sequence[str], weights: Sequence[float] | None, out: str | None, 
     fused = fuse_predictions(parts, list(runs), used)
     folder = Path(out)
     refuse_other(folder, {"fused": list(runs)})
-    folder.mkdir(parents=True, exist_ok=True)
-    fused.write(folder / PREDICTIONS)
-    metrics = metrics_from_file(folder / PREDICTIONS)
-    named = ", ".join(f"{weight:g} × {Path(run).name}" for run, weight in zip(runs, used, strict=True))
-    show_metrics(f"late fusion of {named}", len(fused.classes), metrics, screen)
-    result = {"fused": list(runs), "weights": used, "predictions": str(folder / PREDICTIONS), "metrics": metrics}
-    write_result(folder, result)
+    with folder_lock(folder):
+        fused.write(folder / PREDICTIONS)
+        metrics = metrics_from_file(folder / PREDICTIONS)
+        named = ", ".join(f"{weight:g} × {Path(run).name}" for run, weight in zip(runs, used, strict=True))
+        show_metrics(f"late fusion of {named}", len(fused.classes), metrics, screen)
+        result = {"fused": list(runs), "weights": used, "predictions": str(folder / PREDICTIONS), "metrics": metrics}
+        write_result(folder, result)
     return result
 
 
@@ -63,8 +64,8 @@ def compare(a: str, b: str, out: str | None, screen: Screen) -> dict[str, Any]:
         "classes": {name: {"videos": found.videos[name], **gain.as_dict()} for name, gain in found.classes.items()},
     }
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        write_result(Path(out), result)
+        with folder_lock(out):
+            write_result(Path(out), result)
     return result
 
 

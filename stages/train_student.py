@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,10 +27,10 @@ from ..pipeline.training.bounds import DRAWS, TOO_LITTLE, LossBounds, loss_bound
 from ..pipeline.training.checkpoint import (
     RUN_FILES,
     check_identity,
-    claim_run_dir,
     load_weights,
     read_identity,
     require_not_longer,
+    run_dir_lock,
     write_atomically,
 )
 from ..pipeline.training.dataset import StudentClips
@@ -85,11 +86,16 @@ def _try_out(config: TrainConfig, screen: Screen) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
-    """One process of the training; rank 0 alone writes."""
+    """One process of the training; rank 0 alone writes, and holds the lock of the run folder."""
+    with ExitStack() as stack:
+        return _train_locked(config, screen, ranks, stack)
+
+
+def _train_locked(config: TrainConfig, screen: Screen, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
     run_dir = Path(config.out)
     ranks.on_lead(lambda: require_own(run_dir, COMMAND, (*RUN_FILES, SEEN_VIDEOS, RESULT)))
     store, teachers, device = ranks.agree(lambda: _open(config))
-    ranks.on_lead(lambda: claim_run_dir(run_dir, resume=config.resume))
+    ranks.on_lead(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
     saved = ranks.agree(lambda: read_identity(run_dir) if config.resume else None)
     parts = ranks.agree(lambda: _assemble(config, store, teachers, saved, screen))
     options = config.loop.for_videos(len(parts.train.sampler.videos))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from torch import nn
 from ..corpus.sources import escape_path
 from ..corpus.textfiles import is_utf8
 from ..errors import CheckpointError, StoreMismatchError, UsageError
+from ..locks import folder_lock
 from .options import LoopOptions
 from .ranks import ALONE, Ranks
 from .state import TrainState
@@ -48,6 +50,15 @@ def claim_run_dir(run_dir: Path, *, resume: Resume) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {run_dir} cannot be made: {error.strerror}") from error
+
+
+@contextmanager
+def run_dir_lock(run_dir: Path, *, resume: Resume) -> Iterator[None]:
+    """Claim a run folder, see `claim_run_dir`, and lock it against every other command that writes there."""
+    claim_run_dir(run_dir, resume=resume)
+    with folder_lock(run_dir):
+        claim_run_dir(run_dir, resume=resume)  # another may have made a run of it meanwhile
+        yield
 
 
 def read_identity(run_dir: Path) -> dict[str, Any] | None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import multiprocessing
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from distinit.pipeline import locks
 from distinit.pipeline.errors import DistInitError, UsageError
-from distinit.pipeline.locks import lock
+from distinit.pipeline.locks import folder_lock, lock
 
 
 def test_one_writer_or_many_readers(tmp_path: Path) -> None:
@@ -32,3 +37,42 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fcntl, "flock", none)
     with pytest.raises(DistInitError, match=r"its file system cannot lock it \(No locks available\)"):
         lock(0, tmp_path, UsageError("busy"))
+
+
+def test_a_folder_is_locked_by_one_process_and_its_forks_have_no_part_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "OUTLIVED_S", 0.3)
+    out = tmp_path / "new" / "run"
+    sleeper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    try:
+        with folder_lock(out):
+            with pytest.raises(UsageError, match="run"), folder_lock(out):
+                pass
+            sleeper.start()
+        with folder_lock(out):  # the sleeper lives and has none
+            pass
+    finally:
+        sleeper.kill()
+        sleeper.join()
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "from distinit.pipeline.locks import folder_lock\n"
+        "with folder_lock(sys.argv[1]):\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        descriptor = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(UsageError):
+            lock(descriptor, tmp_path, UsageError("busy"))
+        os.close(descriptor)
+        holder.kill()
+    with folder_lock(tmp_path):
+        pass

@@ -225,7 +225,7 @@ def test_one_ablation_at_a_time_in_a_folder(tiny_store, home):
     (home / "out").mkdir()
     lock = os.open(home / "out", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(UsageError, match="another distinit ablate"):
+    with pytest.raises(UsageError, match="another distinit"):
         ablate(config(home, tiny_store, "out"), QUIET)
     os.close(lock)
 
