@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..pipeline.errors import DistInitError
+from ..pipeline.errors import DistInitError, in_one_line
 from .screen import Screen
 
 if TYPE_CHECKING:
     from distributed import Client, LocalCluster
 
+ANSWER_WITHIN = "20s"  # of a scheduler
+LOOPBACK = "127.0.0.1"
 STARTS = 3  # of a local cluster, before the run is given up
 # What dask does beside the work, often enough that two idle workers and their scheduler were measured at a fifth of a
 # core, and seldom enough at a fiftieth. Workers here are few and a task lasts minutes.
@@ -35,7 +37,12 @@ def cluster(workers: int | None, scheduler: str | None, screen: Screen) -> Itera
     dask.config.set({"distributed.scheduler.allowed-failures": 3, "distributed.admin.low-level-log-length": 100})
     if scheduler is not None:
         try:
-            there = Client(scheduler, timeout="20s")
+            there = Client(scheduler, timeout=ANSWER_WITHIN)
+        except (ValueError, TypeError) as error:  # an address of no known form; tls:// without keys
+            raise DistInitError(
+                f"--scheduler {scheduler}: expected tcp://HOST:PORT, or tls://HOST:PORT and keys in dask's "
+                f"configuration ({in_one_line(error)})"
+            ) from None
         except OSError as error:
             raise DistInitError(f"--scheduler {scheduler}: no dask scheduler answers there ({error})") from None
         with there as client:
@@ -50,12 +57,17 @@ def cluster(workers: int | None, scheduler: str | None, screen: Screen) -> Itera
 def _local_cluster(workers: int | None) -> LocalCluster:
     """Worker processes of this machine, which Ctrl-C does not reach: it is for the client, which ends them.
 
+    Whoever can speak to a scheduler or a worker runs code as this user. So they listen on the loopback interface
+    only, and speak TLS with a key that this process makes and hands to its workers: other accounts of the machine
+    have none. The dashboard shows what is done and takes no orders.
+
     Whoever starts a process hands on the signals it blocks, and dask starts (and restarts) workers from the
     thread of its event loop, which is made here and keeps what is blocked here.
     """
     from multiprocessing import resource_tracker
 
     from distributed import LocalCluster
+    from distributed.security import Security
 
     resource_tracker.ensure_running()  # where it has to be started later, Python unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -68,7 +80,10 @@ def _local_cluster(workers: int | None) -> LocalCluster:
                     n_workers=workers,
                     threads_per_worker=1,
                     processes=True,
-                    dashboard_address=":0",
+                    host=LOOPBACK,
+                    dashboard_address=f"{LOOPBACK}:0",
+                    worker_dashboard_address=f"{LOOPBACK}:0",  # else everywhere, in older versions
+                    security=Security.temporary(),
                     silence_logs=logging.CRITICAL,  # a restart or a heartbeat cut off by the end costs nothing
                 )
             except RuntimeError as error:  # a worker died before it was up
