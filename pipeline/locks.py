@@ -6,9 +6,10 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from .errors import DistInitError, UsageError
+from .leftovers import sweep_run
 
 OUTLIVED_S = 8.0  # for which a process that was told to end may go on: it writes a checkpoint
 _own: set[int] = set()  # descriptors of `folder_lock`
@@ -54,6 +55,8 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
+        with suppress(OSError):  # a folder that cannot be written: the command says so
+            sweep_run(folder)
         yield
     finally:
         if descriptor in _own:

@@ -18,6 +18,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ..errors import StoreError, StoreMismatchError
+from ..leftovers import sweep_store
 from ..locks import lock
 from . import format as fmt
 from .digests import digest_rows, read_rows, split_ranges
@@ -67,6 +68,7 @@ class StoreWriter:
             for key, value in (origin or {}).items():
                 same_attributes(str(self.root), key, self.attributes.get(key), value)
             shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)  # what a killed run left behind
+            sweep_store(self.root)
             zarr.open_group(self.root / fmt.STAGING, mode="w")
             self.index: StoreIndex = load_index(self.root)
             self._grow()
