@@ -227,6 +227,10 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"disk full while writing{_file_of(full, error)}; free some space and run it again", 1
     if isinstance(error, DistInitError):
         return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        from .pipeline.limits import limit_met
+
+        return str(limit_met(error)), 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
     if isinstance(error, ModuleNotFoundError):

@@ -21,15 +21,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..corpus.sources import escape_path
 from ..errors import DistInitError, TrainingError, WorkerDied
+from ..limits import limit_met
 from ..processes import Owner
 from ..video.whereabouts import Whereabouts
-from .loader_workers import HINT, Ended, LoaderWorkers, Stuck, begin_worker, start_context, watch_deaths_here
+from .loader_workers import HINT, Ended, LoaderWorkers, Stuck, begin_worker, start_context, started, watch_deaths_here
 
 HANG_S = 120.0  # a worker that reads one video for longer hangs
 PATIENCE = 10  # times HANG_S for what is no reading and may be slow: to start a worker, to draw from a remote store
 LOOK_EVERY_S = 1.0  # how often a process that waits for a batch looks what its workers do
 CRASHES = 2  # of workers reading one video, after which it is refused
 MAX_STARTS = 20
+_TO_SEND = 8  # descriptors, besides one for each tensor: a socket that listens, and two for each that connects
 # What a batch from a worker ends in: of torch, and of the pipe, sockets and descriptors it comes through.
 RECEIVING = (RuntimeError, EOFError, OSError, pickle.UnpicklingError)
 
@@ -141,12 +143,17 @@ def _one_go(
     stop: Callable[[], bool],
 ) -> Generator[dict[str, Any]]:
     """The batches from one set of workers; Stuck or Crashed where a video ends it."""
-    context = start_context(device) if workers else None
-    places = Whereabouts(context, workers) if context is not None else None
-    resting = context.RawArray("b", workers) if context is not None else []
     look_s = min(hang_s, LOOK_EVERY_S)
-    start = partial(begin_worker, Owner.here(), places, dict(refused))
-    iterator = iter(_loader(_Reader(dataset, resting), batches, workers, device, context, start, look_s))
+
+    def start() -> tuple[Iterator[Any], Whereabouts | None, Any]:
+        context = start_context(device) if workers else None
+        places = Whereabouts(context, workers) if context is not None else None
+        resting = context.RawArray("b", workers) if context is not None else []
+        begin = partial(begin_worker, Owner.here(), places, dict(refused))
+        reader = _Reader(dataset, resting)
+        return iter(_loader(reader, batches, workers, device, context, begin, look_s)), places, resting
+
+    iterator, places, resting = started(start) if workers else start()
     watch_deaths_here()
     crew = LoaderWorkers(iterator, places, hang_s)
     try:
@@ -188,7 +195,7 @@ def _loader(
     workers: int,
     device: torch.device,
     context: Any,
-    start: Callable[[int], None],
+    begin: Callable[[int], None],
     look_s: float,
 ) -> DataLoader[Any]:
     return DataLoader(
@@ -199,7 +206,7 @@ def _loader(
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         multiprocessing_context=context,
-        worker_init_fn=start,
+        worker_init_fn=begin,
         timeout=look_s if workers else 0,
         # An own generator: the loader draws a seed from it, and must not touch the global one, whose state
         # a checkpoint carries.
@@ -289,9 +296,12 @@ def _shared(batch: dict[str, Any]) -> dict[str, Any] | TrainingError:
     try:
         for tensor in tensors:
             tensor.share_memory_()
+        _check_descriptors(len(tensors) + _TO_SEND)
     except (OSError, RuntimeError) as error:
         for file in Path("/dev/shm").glob(f"torch_{os.getpid()}_*"):  # torch forgets a file that it cannot fill
             file.unlink(missing_ok=True)
+        if (limit := limit_met(error)) is not None:
+            return TrainingError(f"a loader process cannot send a batch: {limit}; {HINT}")
         size = sum(tensor.nbytes for tensor in tensors)
         reason = str(error).splitlines()[0].rpartition(": ")[2]  # before it, a file that nobody will find
         return TrainingError(
@@ -299,6 +309,17 @@ def _shared(batch: dict[str, Any]) -> dict[str, Any] | TrainingError:
             "(loop.workers, test.workers), a smaller batch or a larger /dev/shm (docker run --shm-size) help"
         )
     return batch
+
+
+def _check_descriptors(number: int) -> None:
+    """OSError where so many more cannot be opened: torch opens one per tensor, in a thread that drops the batch."""
+    opened = []
+    try:
+        for _ in range(number):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def _tensors(batch: Any) -> Iterator[torch.Tensor]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..corpus.sources import escape_path
 from ..errors import TrainingError, WorkerDied, in_one_line
+from ..limits import limit_met
 from ..processes import Owner, end_with
 from ..video.whereabouts import Whereabouts, begin
 
 GRACE_S = 5.0  # between the first sign of a worker's death and what the system knows of it
+T = TypeVar("T")
 HINT = "0 workers (loop.workers, test.workers) read in the main process"
 
 
@@ -66,8 +70,9 @@ class LoaderWorkers:
                     raise Stuck(reading[0], f"its decoder hung: no answer for {self._hang_s:g} s") from error
                 busy = busy or reading is not None
             return busy
+        reason = limit_met(error) or in_one_line(error)
         raise self._death(error) or TrainingError(
-            f"a batch could not be received from a loader process: {in_one_line(error)}; {HINT}"
+            f"a batch could not be received from a loader process: {reason}; {HINT}"
         ) from error
 
     def kill(self) -> None:
@@ -138,6 +143,32 @@ class LoaderWorkers:
 
     def _reading(self, worker: int) -> tuple[str, float] | None:
         return self._places.reading(worker) if self._places is not None else None
+
+
+def started(start: Callable[[], T]) -> T:
+    """Return what `start` makes, with loader processes; a TrainingError, and no process left, where it fails."""
+    before = set(multiprocessing.active_children())
+    try:
+        return start()
+    except (OSError, RuntimeError) as error:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()  # at its exit Python would end it by SIGTERM, which it ignores, and wait for it
+            process.join()
+        full = "shared memory (/dev/shm) is full" if getattr(error, "errno", None) == errno.ENOSPC else None
+        reason = full or limit_met(error) or in_one_line(error)
+        _forget_half_built(error)
+    # Not while the error is handled: its number would be taken for that of a full disk.
+    raise TrainingError(f"loader processes cannot be started: {reason}; {HINT}")
+
+
+def _forget_half_built(error: BaseException) -> None:
+    """Keep torch from shutting down an iterator that it has not finished: that prints a traceback."""
+    trace = error.__traceback__
+    while trace is not None:
+        iterator = trace.tb_frame.f_locals.get("self")
+        if type(iterator).__name__ == "_MultiProcessingDataLoaderIter":
+            iterator._shutdown = True
+        trace = trace.tb_next
 
 
 def watch_deaths_here() -> None:

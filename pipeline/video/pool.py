@@ -26,6 +26,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from ..errors import DecoderError, VideoError
+from ..limits import limit_met
 from .geometry import View
 from .probe import Probe
 from .process import ChildProcess
@@ -265,7 +266,8 @@ class DecodePool:
             try:
                 child = ChildProcess(self._layout, self._views, self._memory_gb)
             except OSError as error:  # descriptors, processes, shared memory
-                raise DecoderError(f"a decoding process cannot be started: {error.strerror or error}") from error
+                reason = limit_met(error) or error.strerror or error
+                raise DecoderError(f"a decoding process cannot be started: {reason}") from error
             self._children[place] = child
         self._working[place] = task
         if not child.tell(task.message):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import multiprocessing
 import multiprocessing.reduction as reduction
+import multiprocessing.synchronize
 import os
 import resource
 import signal
@@ -79,6 +82,49 @@ def test_full_shared_memory_is_an_error_of_one_line_that_says_what_helps():
         "shared memory (/dev/shm) is full: no room for a batch of 0.0 MB (File too large (27)); fewer workers "
         "(loop.workers, test.workers), a smaller batch or a larger /dev/shm (docker run --shm-size) help"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")
+@pytest.mark.parametrize("spare", [1, 4, 8, 12, 16, 20, 80])
+def test_too_few_descriptors_are_an_error_that_says_which_limit(spare: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """From the first pipe to the last batch; or they are enough."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(name) for name in os.listdir("/proc/self/fd")}
+    limit = [number for number in range(9999) if number not in used][spare]
+    batches = read_batches(Examples(nothing), KEYS, workers=2, device=CPU, hang_s=5.0)
+    failed = None
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        assert len(list(batches)) == 5
+    except TrainingError as error:
+        failed = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert (failed is None) == (spare > 50)
+    assert failed is None or (str(limit) in failed and "ulimit -n" in failed)
+    assert not multiprocessing.active_children()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("lock", [0, 1, 4, 7, 10])
+def test_no_room_for_the_locks_of_the_queues_is_an_error_that_names_shared_memory(
+    lock: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made, real = [], multiprocessing.synchronize.SemLock.__init__
+
+    def full(self: Any, *arguments: Any, **named: Any) -> None:
+        made.append(1)
+        if len(made) > lock:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, *arguments, **named)
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
+    with pytest.raises(TrainingError, match="/dev/shm") as failed:
+        list(read_batches(Examples(nothing), KEYS, workers=2, device=CPU))
+    assert failed.value.__context__ is None
+    assert not multiprocessing.active_children()
+    gc.collect()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])

@@ -1,0 +1,22 @@
+"""Limits of the system that a process can meet, in words that say which one it is and how to raise it."""
+
+from __future__ import annotations
+
+import errno
+import resource
+
+
+def limit_met(error: BaseException) -> str | None:
+    """Return which limit an error speaks of, None for another error.
+
+    Libraries that pass descriptors between processes drop the number of the error and keep its words.
+    """
+    number, words = getattr(error, "errno", None), str(error)
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in words or "items of ancdata" in words:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"too many open files: a process may have {limit}; raise that limit (ulimit -n)"
+    if number in (errno.EAGAIN, errno.ENOMEM):
+        limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        count = "any number of" if limit == resource.RLIM_INFINITY else str(limit)
+        return f"no further process or memory: this user may have {count} processes (ulimit -u)"
+    return None
