@@ -165,7 +165,7 @@ def _forget_half_built(error: BaseException) -> None:
     """Keep torch from shutting down an iterator that it has not finished: that prints a traceback."""
     trace = error.__traceback__
     while trace is not None:
-        iterator = trace.tb_frame.f_locals.get("self")
+        iterator: Any = trace.tb_frame.f_locals.get("self")
         if type(iterator).__name__ == "_MultiProcessingDataLoaderIter":
             iterator._shutdown = True
         trace = trace.tb_next
