@@ -9,6 +9,8 @@ Kinds of harm:
                   the client alone or, every second time, its whole process group
     kill-moment   kill -9 at a random moment, the client or the group in turn
     signal        INT, TERM, HUP or PIPE at a random moment, to the client or the group in turn
+    kill-child    kill -9, or a segmentation fault, of one process that the command started: a decoder, a loader
+                  process, a dask worker, ffmpeg; the command may go on
     full-disk     2 to 90 % of the space that is needed, on a small tmpfs (root) or by a limit on the size of a file
 
 After each, all processes of the command must be gone in ten seconds. The same command, run again, must end with
@@ -171,6 +173,8 @@ class Workplace:
         videos, base = str(self.videos), self.base
         extract = ["extract-targets", videos, "--teacher", "efficientnet_lite0", "--every", "8"]
         more = [*extract, "--teacher", "tiny_teacher:teacher", "--teacher-option", "tiny_teacher:teacher:k=5"]
+        tiny = ["--teacher", "tiny_teacher:teacher", "--teacher-option", "k=5"]
+        shards = ["extract-targets", videos, *tiny, "--every", "1", "--shard-rows", "256"]
         loop = {"batch_size": 4, "epochs": 2, "epoch_clips": 12, "workers": 2, "device": "cpu", "threads": 1}
         loop_words = [f"--set=loop.{key}={value}" for key, value in (loop | {"checkpoint_every": 1}).items()]
         net = ["--set=clips.size=32"]
@@ -194,6 +198,9 @@ class Workplace:
         ablate = ["ablate", str(self.root / "plan.yaml"), "--targets", str(one), *labels[:1], f"{labels[1]}={videos}"]
         return {
             "extract": Command(lambda out: [*extract, "--out", str(out)], store, name="t.zarr"),
+            "extract-workers": Command(
+                lambda out: [*shards, "--workers", "2", "--out", str(out)], store, name="t.zarr"
+            ),
             "extract-teacher": Command(lambda out: [*more, "--out", str(out)], store, one, "t.zarr"),
             "extract-retry": Command(
                 lambda out: [*extract, "--retry-failed", "--out", str(out)], store, base / "failed.zarr", "t.zarr"
@@ -348,6 +355,21 @@ class Trials:
         os.killpg(process.pid, number) if self._who() == "group" else process.send_signal(number)
         self._all_gone(process, family, slow=number != signal.SIGKILL)
 
+    def _kill_child(self, name: str, words: list[str], out: Path, log: Path) -> None:
+        process = self.place.start(words, log)
+        family = self._watched(process, self.random.uniform(0.05, 1.0) * self.seconds[name])
+        family = [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        number = self.random.choice((signal.SIGKILL, signal.SIGSEGV))
+        if family:
+            with suppress(psutil.NoSuchProcess):
+                self.random.choice(family).send_signal(number)
+        family += self._watched(process, None)
+        self._all_gone(process, family)
+        if not family:
+            raise TooLate
+        if process.returncode not in (0, 1):
+            raise Fell(f"status {process.returncode} after the death of a child")
+
     def _full_disk(self, name: str, words: list[str], out: Path, log: Path) -> None:
         limit = None
         if not out.parent.is_mount():
@@ -405,7 +427,7 @@ def _blocks(path: Path) -> int:
     return sum(-(-each.stat().st_size // 4096) * 4096 if each.is_file() else 0 for each in files)
 
 
-KINDS = ("kill-change", "kill-moment", "signal", "full-disk")
+KINDS = ("kill-change", "kill-moment", "kill-child", "signal", "full-disk")
 REDRAWN = 4  # times that a trial which came too late is drawn again
 
 

@@ -64,9 +64,7 @@ def variant(source: str, target: str, encoder: dict[str, object], extra: dict[st
         n = len(timeline)
     offset, key, crc, codec, extradata = prepare._packets(target)
     record = copymap.SourceRecord("", 0, 0, n, info.width, info.height, timeline.time_base, timeline.clock)
-    made = copymap.CopyMap(
-        record, np.arange(n), timeline.pts, offset, key, crc, width, height, codec, extradata
-    )
+    made = copymap.CopyMap(record, np.arange(n), timeline.pts, offset, key, crc, width, height, codec, extradata)
     with open(target, "ab") as file:
         file.write(made.pack())
 

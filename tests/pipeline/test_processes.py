@@ -137,7 +137,7 @@ def killed(program: str, arguments: list[str], mark: str, folder: Path, after: f
     return pids
 
 
-def nothing_is_left(mark: str, seconds: float = 5.0) -> bool:
+def nothing_is_left(mark: str, seconds: float = 15.0) -> bool:
     until = time.monotonic() + seconds
     while family(mark) and time.monotonic() < until:
         time.sleep(0.05)
