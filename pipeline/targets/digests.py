@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -53,18 +53,40 @@ def is_sealed(text: bytes) -> bool:
     return _TAIL.fullmatch(text[-_TAIL_BYTES:]) is not None
 
 
-def check_document(where: str, text: bytes, *, required: bool = False) -> dict[str, Any]:
+def digest_agrees(text: bytes) -> bool | None:
+    """Compare a zarr.json with the digest at its end; None if it has none."""
+    found = _TAIL.fullmatch(text[-_TAIL_BYTES:])
+    if found is None:
+        return None
+    return digest_bytes(text[: -32 - _AFTER_DIGEST] + text[-_AFTER_DIGEST:]) == found[1].decode()
+
+
+def check_document(
+    where: str, text: bytes, *, required: bool = False, agrees: Callable[[], bool | None] | None = None
+) -> dict[str, Any]:
     """Parse a zarr.json and compare it with its digest, if it has one.
+
+    Args:
+        where: names the file in messages.
+        text: the file.
+        required: whether it must have a digest.
+        agrees: gives `digest_agrees(text)` where that is computed elsewhere.
 
     Raises:
         StoreError: names `where` if the text is not JSON of an object, differs from its digest, or has none although
             that is `required`.
     """
-    found = _TAIL.fullmatch(text[-_TAIL_BYTES:])
-    if found and digest_bytes(text[: -32 - _AFTER_DIGEST] + text[-_AFTER_DIGEST:]) != found[1].decode():
+    corrupt: StoreError | None = None
+    try:
+        document = parse_document(where, text)
+    except StoreError as error:
+        corrupt = error
+    agreed = agrees() if agrees is not None else digest_agrees(text)
+    if agreed is False:
         raise StoreError(f"{where}: differs from what was written (digest)")
-    document = parse_document(where, text)
-    if not found and (required or _has_digest(document)):
+    if corrupt is not None:
+        raise corrupt
+    if agreed is None and (required or _has_digest(document)):
         raise StoreError(f"{where}: differs from what was written (its digest is not at its end)")
     return document
 

@@ -6,6 +6,7 @@ Shapes: S segments, V videos.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,10 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
     corpora: list[dict[str, str]] = max((p.get("corpora", []) for p in plans), key=len, default=[])
     teachers: list[str] = max((p.get("teachers", []) for p in plans), key=len, default=[])
     ranges = ranges_of(plans)
-    table = {
-        spec.path.split("/")[1]: read_rows(files, spec.path, 0, n_segments, ranges).astype(np.int64, copy=False)
-        for spec in fmt.segment_specs()
-    }
+    with ThreadPoolExecutor(2) as pool:  # One column is decoded while the digests of another are computed.
+        columns = pool.map(lambda spec: read_rows(files, spec.path, 0, n_segments, ranges), fmt.segment_specs())
+        names = [spec.path.split("/")[1] for spec in fmt.segment_specs()]
+        table = {name: column.astype(np.int64, copy=False) for name, column in zip(names, columns, strict=True)}
     for kind, count in (("video", n_videos), ("shard", n_shards)):
         if ((table[kind] < 0) | (table[kind] >= count)).any():  # a chunk that is lost, above all
             raise StoreError(f"{files.name}/segments/{kind}: damaged, names a {kind} that is not planned")
