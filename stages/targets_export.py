@@ -152,19 +152,23 @@ def _tables(
     file: h5py.File, store: TargetStore, usable: NDArray[np.int64], counts: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Video and frame tables; returns the store's rows [N] in the order of the export."""
-    parts = [store.frames(int(v)) for v in usable]
-    empty = np.empty(0, np.int64)
-    index, pts, rows = (np.concatenate([p[i] for p in parts] or [empty]) for i in range(3))
-    records = [store.video(int(v)) for v in usable]
+    rows = store.rows_of(usable)
     text = h5py.string_dtype()
     videos = file.create_group("videos")
-    videos.create_dataset("corpus", data=[os.fsencode(r.corpus) for r in records], dtype=text)
-    videos.create_dataset("path", data=[os.fsencode(r.path) for r in records], dtype=text)
+    corpora, paths = (videos.create_dataset(name, (len(usable),), text) for name in ("corpus", "path"))
+    for at in range(0, len(usable), BLOCK):
+        places = [store.place(int(v)) for v in usable[at : at + BLOCK]]
+        corpora[at : at + BLOCK] = [os.fsencode(corpus) for corpus, _ in places]
+        paths[at : at + BLOCK] = [os.fsencode(path) for _, path in places]
     videos.create_dataset("frames", data=store.frame_counts[usable])
     videos.create_dataset("first_row", data=np.cumsum(counts) - counts)
     videos.create_dataset("rows", data=counts)
     frames = file.create_group("frames")
-    frames.create_dataset("video", data=np.repeat(np.arange(len(usable)), counts))
-    frames.create_dataset("index", data=index)
-    frames.create_dataset("pts", data=pts)
+    number = frames.create_dataset("video", data=np.repeat(np.arange(len(usable)), counts))
+    index, pts = (frames.create_dataset(name, (len(rows),), "i8") for name in ("index", "pts"))
+    for at in range(0, len(rows), BLOCK):
+        some = rows[at : at + BLOCK]
+        if (store.read_table("video", some) != usable[number[at : at + BLOCK]]).any():
+            raise StoreError(f"{store.name}: rows of a video belong to another; see `distinit targets verify`")
+        index[at : at + BLOCK], pts[at : at + BLOCK] = (store.read_table(name, some) for name in ("index", "pts"))
     return rows

@@ -158,10 +158,18 @@ class TargetStore:
     @cached_property
     def _by_video(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Live segments that hold rows, by video and first frame, and where each video's begin [V + 1]."""
-        order = self.index.order()
+        order = self._live_by_video[0]
         order = order[self.index.state[order] == OK]
-        start = np.searchsorted(self.index.video[order], np.arange(self.n_videos + 1))
-        return order, start
+        return order, self._starts(order)
+
+    @cached_property
+    def _live_by_video(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Live segments whatever their state, by video and first frame, and where each video's begin [V + 1]."""
+        order = self.index.order()
+        return order, self._starts(order)
+
+    def _starts(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self.index.video[order], np.arange(self.n_videos + 1))
 
     @cached_property
     def video_state(self) -> NDArray[np.int8]:
@@ -189,9 +197,9 @@ class TargetStore:
         """Everything the store knows of video `i`."""
         if not 0 <= i < self.n_videos:
             raise IndexError(f"video {i} of {self.n_videos}")
-        live = np.flatnonzero(self.index.live & (self.index.video == i))
-        segments, start = self._by_video
-        mine = segments[start[i] : start[i + 1]]
+        order, start = self._live_by_video
+        live = sorted(order[start[i] : start[i + 1]].tolist())
+        mine = self.segments(i).tolist()
         den = int(self.column("time_base_den")[i])
         state = int(self.video_state[i])
         corpus, path = self.place(i)
@@ -207,9 +215,9 @@ class TargetStore:
             frames=int(self.frame_counts[i]),
             rows=int(self.row_counts[i]),
             status=STATUS[state],
-            reason=next((self.index.reason[int(s)] for s in live if int(s) in self.index.reason), None),
-            note=next((self.index.note[int(s)] for s in live if int(s) in self.index.note), None),
-            clock="counted" if any(int(s) in self.index.counted for s in mine) else "pts",
+            reason=next((self.index.reason[s] for s in live if s in self.index.reason), None),
+            note=next((self.index.note[s] for s in live if s in self.index.note), None),
+            clock="counted" if any(s in self.index.counted for s in mine) else "pts",
         )
 
     def place(self, i: int) -> tuple[str, str]:
@@ -269,6 +277,16 @@ class TargetStore:
             raise StoreError(f"{self.name}: rows of video {video} belong to another; see `distinit targets verify`")
         return index, pts, _joined([np.arange(first, first + count, dtype=np.int64) for first, count in ranges])
 
+    def rows_of(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of all cached frames of these videos, one video after the other, each in order of its frames, [N].
+
+        What `frames` gives, without a look at any file: for a whole store at once.
+        """
+        segments, start = self._by_video
+        counts = start[videos + 1] - start[videos]
+        mine = segments[_runs(start[videos], counts)]
+        return _runs(self.index.row[mine], self.index.rows[mine])
+
     def read_table(self, name: str, rows: ArrayLike) -> NDArray[np.int64]:
         """A frame table's values (`video`, `index` or `pts`) of rows, [n]."""
         return self._table(name).read(rows).astype(np.int64)
@@ -322,6 +340,11 @@ def other_classes(classes: Sequence[str], identity: Mapping[str, Any]) -> str | 
     return "the class names differ from those of the teacher's identity (classes_sha256)"
 
 
+def _runs(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`first[i]` … `first[i] + count[i] - 1` of every i, one run after the other."""
+    return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
+
+
 def _joined(parts: list[NDArray[Any]]) -> NDArray[np.int64]:
     """One array of several."""
     if len(parts) == 1:
@@ -341,6 +364,4 @@ def check_moved(store: TargetStore, moved: Mapping[str, str]) -> None:
 def check_file(store: TargetStore, i: int, path: str, digest: str) -> None:
     """StoreMismatchError if the file at `path` is not the video `i` that the teachers saw."""
     if digest != store.digest(i):
-        raise StoreMismatchError(
-            f"{path}: digest {digest}, but the teachers saw a file with digest {store.digest(i)}"
-        )
+        raise StoreMismatchError(f"{path}: digest {digest}, but the teachers saw a file with digest {store.digest(i)}")

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -370,3 +370,22 @@ def test_the_example_of_the_documentation_runs(root: Path, tmp_path: Path, monke
     best, nats = out.getvalue().split()
     assert int(best) == logits_of(0)[0].argmax()
     assert float(nats) == pytest.approx(float(entropy(logits_of(0)[:1])[0]), abs=1e-4)
+
+
+def test_a_video_is_found_without_a_look_at_the_others(make_store: Callable[..., tuple[Any, Path]]) -> None:
+    """What the index says of each video, against a search through all segments; segments are not searched again."""
+    _, root = make_store(videos=range(40))
+    store = TargetStore.open(root)
+    index = store.index
+    index.note[int(np.flatnonzero(index.video == 5)[0])] = "cut off"
+    for i in range(store.n_videos):
+        live = np.flatnonzero(index.live & (index.video == i)).tolist()
+        record = store.video(i)
+        assert record.reason == next((index.reason[s] for s in live if s in index.reason), None)
+        assert record.note == next((index.note[s] for s in live if s in index.note), None)
+        assert record.rows == index.rows[live].sum()
+    order = np.array([7, 3, 0, 39, 5])
+    assert store.rows_of(order).tolist() == np.concatenate([store.frames(int(i))[2] for i in order]).tolist()
+    assert store.rows_of(np.empty(0, np.int64)).tolist() == []
+    index.video = index.replaces = np.empty(0)  # neither is read any more
+    assert store.video(5).note == "cut off"
