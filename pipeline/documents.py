@@ -1,4 +1,4 @@
-"""JSON documents that others may have written, and the files they come from: read whole, as plain data of a known form.
+"""JSON and YAML that others may have written, and the files it comes from: read whole, as plain data of a known form.
 
 A folder of runs may come from anybody. What is read of it is a regular file inside of it, no larger than such a file
 can be, nested no deeper than people nest, and of the form that its reader relies on; else one error names the file.
@@ -13,11 +13,14 @@ import stat
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import DistInitError, SourceError
 
 MAX_BYTES = 256 << 20
+MAX_YAML_BYTES = 1 << 20
+MAX_YAML_VALUES = 1_000_000  # with each alias counted as what it stands for
 MAX_DEPTH = 48  # of lists and mappings in each other; YAML is written by a recursive function
 
 F = TypeVar("F", bound="Form")
@@ -81,6 +84,43 @@ def plain_data(value: Any, depth: int = 0) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
         raise ValueError("a number of more than 64 bits")
     return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """The value of a YAML text, without Python's own tags; the one place where YAML is read.
+
+    Raises:
+        yaml.YAMLError: no YAML, or one that is too long, nested too deeply, contains itself, or has aliases of aliases
+            that stand for more values than any document has.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise yaml.YAMLError(f"more than {MAX_YAML_BYTES:,} characters")
+    try:
+        stream = loader(text)
+        try:
+            root = stream.get_single_node()
+            # Before anything is built of the nodes: merge keys (`<<`) copy what aliases stand for.
+            if _count(root, {}, 0) > MAX_YAML_VALUES:
+                raise yaml.YAMLError(f"aliases that stand for more than {MAX_YAML_VALUES:,} values")
+            return None if root is None else stream.construct_document(root)
+        finally:
+            stream.dispose()
+    except RecursionError:
+        raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep") from None
+    except (ValueError, TypeError, OverflowError) as error:  # of a number or date that YAML has and Python does not
+        raise yaml.YAMLError(f"a value that cannot be read ({error})") from error
+
+
+def _count(node: yaml.Node | None, known: dict[int, int], depth: int) -> int:
+    """How many values a node holds, itself included; what an alias repeats is looked at once."""
+    if depth > MAX_DEPTH:
+        raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep, or in itself")
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_count(each, known, depth + 1) for each in inner)
+    return known[id(node)]
 
 
 def read_json(path: Path, form: type[F], inside: Path | None = None) -> dict[str, Any]:

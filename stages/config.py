@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -26,6 +27,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ..pipeline.config import Options
+from ..pipeline.documents import load_yaml
 from ..pipeline.errors import DistInitError, UsageError
 
 C = TypeVar("C", bound=Options)
@@ -139,7 +141,7 @@ def refuse_existing(folder: Path, names: Iterable[str], writer: str) -> None:
 def recorded_sections(config: Path) -> set[str]:
     """The commands of which a config file has a section; none for a file that is no config of ours, or not there."""
     try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+        content = load_yaml(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return set()
     return set(content) & set(SECTIONS) if isinstance(content, dict) and set(content) <= set(SECTIONS) else set()
@@ -199,7 +201,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key.strip()):
         raise UsageError(f"--set {setting}: expected key=value, as in loop.lr=0.01")
     try:
-        return key.strip(), yaml.load(text, _Loader)
+        return key.strip(), load_yaml(text, _Loader)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {setting}: not YAML: {_yaml_problem(error)}") from None
 
@@ -233,9 +235,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} twice", node.start_mark)
+        twice = next((name for name, count in Counter(map(str, names)).items() if count > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -246,7 +248,7 @@ _Loader.add_implicit_resolver(
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        value = yaml.load(text, _Loader)
+        value = load_yaml(text, _Loader)
     except yaml.YAMLError as error:
         raise UsageError(f"{where}: not YAML: {_yaml_problem(error)}") from None
     if not isinstance(value, dict):
@@ -295,9 +297,7 @@ def _inner_model(annotation: Any) -> type[Options] | None:
     return None
 
 
-def _explain(
-    error: ValidationError, model: type[Options], origins: Mapping[str, str], flags: Mapping[str, str]
-) -> str:
+def _explain(error: ValidationError, model: type[Options], origins: Mapping[str, str], flags: Mapping[str, str]) -> str:
     by_key: dict[str, list[ErrorDetails]] = {}
     for problem in error.errors():
         key, rest = _field_of(problem["loc"], model)
@@ -331,9 +331,7 @@ def _likeliest(problems: list[ErrorDetails]) -> ErrorDetails:
     return next((each for each in problems if not each["type"].endswith("_type")), problems[0])
 
 
-def _problem(
-    problem: ErrorDetails, model: type[Options], origins: Mapping[str, str], flags: Mapping[str, str]
-) -> str:
+def _problem(problem: ErrorDetails, model: type[Options], origins: Mapping[str, str], flags: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     origin = next((where for name, where in origins.items() if key == name or key.startswith(f"{name}.")), "")
     origin = origin or next((where for name, where in origins.items() if name.startswith(f"{key}.")), "")

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
-from ..pipeline.documents import Form, read_json
+from ..pipeline.documents import Form, load_yaml, read_json
 from ..pipeline.errors import CheckpointError, LabelsError, UsageError
 from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.labels import Labels, load_labels
@@ -291,7 +291,7 @@ def _opened(run: Path) -> tuple[Path, dict[str, Any]]:
 def _run_config(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{run} is not a run of distinit finetune: no readable config.yaml") from error
     if not isinstance(content, dict) or not isinstance(content.get("finetune"), dict):

@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 
-from ..documents import Form, is_regular_file, parse_json, plain_data, read_bytes, read_json, require_form
+from ..documents import Form, is_regular_file, load_yaml, parse_json, plain_data, read_bytes, read_json, require_form
 from ..errors import SourceError, UsageError
 from ..evaluation.predictions import Predictions, metrics_from_file
 from ..students.options import START
@@ -222,9 +222,9 @@ def _kind(path: Path, inside: Path) -> str | None:
 def _read_config(path: Path, inside: Path) -> dict[str, Any]:
     file = path / "config.yaml"
     try:
-        content = yaml.safe_load(read_bytes(file, inside).decode("utf-8"))
+        content = load_yaml(read_bytes(file, inside).decode("utf-8"))
         return plain_data(content) if isinstance(content, dict) else {}
-    except (SourceError, ValueError, yaml.YAMLError, RecursionError):
+    except (SourceError, ValueError, yaml.YAMLError):
         return {}  # a foreign config.yaml makes no run
 
 

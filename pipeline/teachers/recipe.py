@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import Options
 from ..corpus.textfiles import is_utf8, read_text
+from ..documents import load_yaml
 from ..errors import ListError, TeacherError
 from ..video.geometry import View
 
@@ -172,7 +173,7 @@ def imagenet_classes() -> tuple[str, ...]:
 
 def _value(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError:
         return text
 

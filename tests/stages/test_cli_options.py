@@ -133,9 +133,7 @@ def test_an_option_voids_the_keys_it_replaces(tmp_path: Path) -> None:
 )
 def test_a_wrong_setting_is_one_line_with_key_value_and_what_is_allowed(settings: list[str], words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
-        load_config(
-            model_of("train-student"), "train-student", options={"store": "s", "out": "r"}, settings=settings
-        )
+        load_config(model_of("train-student"), "train-student", options={"store": "s", "out": "r"}, settings=settings)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -205,3 +203,20 @@ def test_json_of_odd_values_is_json() -> None:
     text = json.dumps(plain(odd), allow_nan=False)
     assert json.loads(text) == {"nan": None, "path": "a", "array": [0, 1], "scalar": 0.5, "3": [1, None]}
     assert printable("a\nb\udcff\x1b[1m é") == "a\\nb\\udcff\\x1b[1m é"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000, "a: &a [*a]", "a: 0x" + "f" * 9000, "a: " + "9" * 9000, "a: 2024-99-99",
+        "a: !!python/name:os.system",
+        "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{f'*a{i - 1}, ' * 9}]}}\n" for i in range(1, 12)),
+        "".join(f"k{i}: 1\n" for i in range(600_000)), "a: {? [1]: 2}",
+    ],
+)  # fmt: skip
+def test_yaml_without_bounds_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"c\.yaml") as caught:
+        load_config(importlib.import_module("distinit.stages.extract_config").ExtractConfig, "extract-targets",
+                    file=str(tmp_path / "c.yaml"))  # fmt: skip
+    assert "\n" not in str(caught.value)

@@ -27,6 +27,9 @@ from distinit.stages.screen import Screen
 DEEP = "[" * 100_000 + "]" * 100_000
 LESS_DEEP = "[" * 300 + "]" * 300
 """As deep as a parser goes and a writer of YAML does not."""
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+BOMB += "finetune: {x: *a11}\n"
+"""Twelve lines that stand for 10^10 values."""
 QUIET = Screen(quiet=True)
 CLASSES, VIDEOS = [f"class {k}" for k in range(3)], [f"v{i}.mp4" for i in range(15)]
 
@@ -125,6 +128,8 @@ def content(text: str | bytes) -> Callable[[Path], None]:
         content("finetune: !!python/object/apply:os.system [touch owned]"),
         content(b"finetune: \xff\xfe"),
         content("finetune: {a: 1"),
+        content(BOMB),
+        content(BOMB.replace("[", "{<<: [").replace("]", "]}")),
         content("- a"),
         pipe,
         folder,
