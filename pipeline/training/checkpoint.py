@@ -198,7 +198,8 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     scratch = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(scratch, "wb") as file:
+        scratch.unlink(missing_ok=True)
+        with open(scratch, "xb") as file:  # of a link that has the name, the target is not written to
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

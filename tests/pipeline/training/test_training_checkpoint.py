@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from distinit.pipeline.errors import CheckpointError, UsageError
-from distinit.pipeline.training.checkpoint import Checkpoints, claim_run_dir, load_weights, random_states, read_identity
+from distinit.pipeline.training.checkpoint import (
+    Checkpoints,
+    claim_run_dir,
+    load_weights,
+    random_states,
+    read_identity,
+    write_atomically,
+)
 from distinit.pipeline.training.state import TrainState
 
 # A file-size limit is a full disk that needs no disk: write() fails half-way through the file.
@@ -90,3 +97,14 @@ def test_a_folder_with_a_run_is_not_taken_without_resume(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"--out .*file"):
         claim_run_dir(tmp_path / "file", resume=False)
+
+
+def test_a_link_with_the_name_of_the_temporary_file_is_not_written_to(tmp_path: Path) -> None:
+    """As a run folder that somebody else made may hold one."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt.tmp").symlink_to(victim)
+    write_atomically(tmp_path / "run" / "last.pt", b"new")
+    assert victim.read_text() == "precious"
+    assert (tmp_path / "run" / "last.pt").read_bytes() == b"new"
