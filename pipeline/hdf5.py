@@ -1,26 +1,121 @@
-"""Writing HDF5 files. On a full disk HDF5 itself crashes the process when it closes the file (h5py 3, HDF5 1.14)."""
+"""HDF5 files: `Hdf5Writer` writes every one, `open_hdf5` opens every one that is read.
+
+On a full disk HDF5 itself crashes the process when it closes the file (h5py 3, HDF5 1.14). And a file may name others:
+a link, external storage or a virtual data set shows the content of any file of its reader as its own.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import h5py
 
+from .errors import DistInitError
+from .sealed import USER_BLOCK, comment, seal
+
+STRING = "string"
+_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+_LARGEST_CHUNK = 2**28  # bytes
+_BEST_RATIO = 1100  # more than deflate can compress
+
+
+class Hdf5Error(DistInitError, OSError):
+    """An HDF5 file is damaged, names other files, or is not of its format. The message is the reason, without path."""
+
+
+@contextmanager
+def open_hdf5(
+    path: str | os.PathLike[str],
+    tables: Mapping[str, tuple[str, int]],
+    groups: tuple[str, ...] = (),
+    *,
+    checked: bool = False,
+) -> Iterator[h5py.File]:
+    """Open a file for reading, of which each object is what its format says and is stored in the file itself.
+
+    Whatever is raised while the file is open, but for errors of distinit, is taken for damage.
+
+    Args:
+        tables: path of each data set that the format has → kinds of its values (numpy's letters, or STRING) and
+            number of its dimensions. A file need not have all of them.
+        groups: paths of the groups that it has.
+        checked: this very file was opened here before, and need not be looked through again.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        Hdf5Error: not HDF5, another object, one that is stored elsewhere, damage.
+    """
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            if not checked:
+                _check_group(file.id, "", tables, groups, os.stat(path).st_size)
+            yield file
+    except (FileNotFoundError, DistInitError):
+        raise
+    except Exception as error:  # h5py raises any kind for damage: OSError, KeyError, RuntimeError, AttributeError, …
+        raise Hdf5Error(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
+
+def _check_group(
+    group: h5py.h5g.GroupID, prefix: str, tables: Mapping[str, tuple[str, int]], groups: tuple[str, ...], size: int
+) -> None:
+    """Hdf5Error where a group holds another object than these. size: of the file, bytes.
+
+    By h5py's low-level interface, for which the objects need not be made: a loader opens a file for each clip.
+    """
+    if len(group) > len(tables) + len(groups):
+        raise Hdf5Error(f"{len(group)} objects, more than the format has")
+    for name in group:
+        where = prefix + os.fsdecode(name)
+        # Before the object itself is opened, which would follow the link.
+        if group.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+            raise Hdf5Error(f"{where!r} is a link, maybe to another file: refused")
+        found = h5py.h5o.open(group, name)
+        if where in groups and isinstance(found, h5py.h5g.GroupID):
+            _check_group(found, f"{where}/", tables, groups, size)
+        elif where in tables and isinstance(found, h5py.h5d.DatasetID):
+            _check_table(found, where, *tables[where], size)
+        else:
+            raise Hdf5Error(f"{where!r} is no object of the format")
+
+
+def _check_table(table: h5py.h5d.DatasetID, where: str, kinds: str, dimensions: int, size: int) -> None:
+    """Hdf5Error where a data set is stored outside of the file, or is no table of such values."""
+    properties, shape, dtype = table.get_create_plist(), table.shape, table.dtype
+    layout = properties.get_layout()
+    if layout == h5py.h5d.VIRTUAL or properties.get_external_count():
+        raise Hdf5Error(f"{where!r} is stored in other files: refused")
+    text = h5py.check_string_dtype(dtype) is not None
+    if (not text if kinds == STRING else text or dtype.kind not in kinds) or len(shape or ()) != dimensions:
+        raise Hdf5Error(f"{where!r} is {dtype} {shape}, which the format does not have")
+    filters = {properties.get_filter(i)[0] for i in range(properties.get_nfilters())}
+    if not filters <= _FILTERS:
+        raise Hdf5Error(f"{where!r} has a filter that the format does not have")
+    ratio = _BEST_RATIO if h5py.h5z.FILTER_DEFLATE in filters else 1
+    chunk = math.prod(properties.get_chunk()) if layout == h5py.h5d.CHUNKED else 0
+    if math.prod(shape) * dtype.itemsize > ratio * size or chunk * dtype.itemsize > _LARGEST_CHUNK:
+        raise Hdf5Error(f"{where!r} is {dtype} {shape}, more than the file can hold")
+
 
 class Hdf5Writer:
     """`file`, an h5py.File to be filled, is whole once the writer is left without an error. A context manager.
 
+    sealed: the file carries a digest of itself, see `sealed`, for which it is read once more.
     Raises OSError, of a full disk or whatever else the system says of the path: by `check`, which who writes much
     calls now and then, and at the end.
     """
 
-    def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, sealed: bool = False, **options: Any) -> None:
         self._target = _Target(path)
+        self._sealed = sealed
         try:
-            self.file = h5py.File(self._target, "w", **options)
+            self.file = h5py.File(self._target, "w", userblock_size=USER_BLOCK if sealed else 0, **options)
         except BaseException:
             self._target.close()
             raise
@@ -33,6 +128,8 @@ class Hdf5Writer:
     def close(self) -> None:
         """The end of the file goes to the disk; also of one that is given up. Raises OSError."""
         self.file.close()
+        if self._sealed:
+            self._target.seal()
         self._target.close()
         self.check()
 
@@ -73,6 +170,17 @@ class _Target:
         except OSError as error:
             self._failed(error)
             return size or 0
+
+    def seal(self) -> None:
+        """Put the digest of all that was written into the user block."""
+        if self._file.closed or self.error is not None:
+            return
+        try:
+            self._file.seek(0)
+            self._file.write(comment())
+            seal(self._file)
+        except OSError as error:
+            self._failed(error)
 
     def close(self) -> None:
         if self._file.closed:

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import WeightsError
+from .sealed import check_seal
 
 _NESTED = ("state_dict", "model")
 _COUNTER = "num_batches_tracked"
@@ -93,6 +94,7 @@ def load_weights(path: str | Path, sha256: str | None = None) -> WeightsFile:
     path = Path(path)
     digest = file_sha256(path)
     check_sha256(f"weights file {path}", digest, sha256)
+    check_seal(path, WeightsError)  # a file of our own, such as an exported student
     if path.suffix == ".safetensors":
         try:
             content: object = load_file(path)

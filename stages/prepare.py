@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from ..pipeline.corpus.sources import MARKER, VideoList, escape_path, list_video
 from ..pipeline.errors import UsageError, VideoError
 from ..pipeline.locks import lock
 from ..pipeline.video.container import digest
-from ..pipeline.video.copymap import CopyMap, read_map
+from ..pipeline.video.copymap import CopyMap, check_copy, read_map
 from ..pipeline.video.flow import require_opencv
-from ..pipeline.video.flowfile import FlowMap, FlowOptions, read_flow_map
+from ..pipeline.video.flowfile import FlowMap, FlowOptions, check_flow, read_flow_map
 from ..pipeline.video.folders import ENDINGS, FORMAT, copy_name, kind_of, read_marker
 from ..pipeline.video.pool import DecodePool, Failed
 from ..pipeline.video.prepare import NOT_WRITTEN, CopyOptions, copy_row
@@ -33,7 +34,7 @@ from .screen import Screen
 
 COMMAND = "prepare"
 PARTIAL, LOCK = ".partial", "lock"
-_AHEAD = 256  # finished copies that may wait for one long video listed before them
+_AHEAD = 256  # copies, finished or read, that may wait for one long video listed before them
 
 
 class PrepareConfig(Options):
@@ -179,42 +180,67 @@ def _plan(
 ) -> tuple[list[int], Tally]:
     """The videos to copy, and the tally of those that are done or have failed before."""
     todo, tally, options = [], Tally(), _options(config)
-    with screen.progress("looking at what is there", len(videos), "videos") as bar:
-        for i, key in enumerate(_keys(videos)):
-            row = _done(_target(config, out, videos, i), videos.absolute(i), options)
-            if row is None and not config.retry_failed:
-                row = _failed_before(status.row(key), videos.absolute(i))
-            if row is None:
-                todo.append(i)
-            else:
-                status.set(key, row)
-                tally.add(row)
-            bar.advance()
+    unproved = 0
+
+    def look(i: int) -> tuple[Row | None, bool]:
+        return _done(_target(config, out, videos, i), videos.absolute(i), options)
+
+    keys = _keys(videos)
+    readers = ThreadPoolExecutor(_cores())
+    with readers, screen.progress("reading what is there", len(videos), "videos") as bar:
+        for first in range(0, len(videos), _AHEAD):
+            some = range(first, min(first + _AHEAD, len(videos)))
+            for i, (row, proved) in zip(some, readers.map(look, some), strict=True):
+                key = next(keys)
+                if row is None and not config.retry_failed:
+                    row = _failed_before(status.row(key), videos.absolute(i))
+                if row is None:
+                    todo.append(i)
+                else:
+                    status.set(key, row)
+                    tally.add(row)
+                    unproved += not proved and row["status"] == "ok"
+                bar.advance()
+    if unproved:
+        screen.say(f"{unproved} were made by distinit 0.1, without a digest: only checksums of frames were compared")
     return todo, tally
 
 
-def _done(target: str, source: str, options: dict[str, Any]) -> Row | None:
-    """The row of a copy that is whole, made with these options, and of the source as it is now."""
+def _done(target: str, source: str, options: dict[str, Any]) -> tuple[Row | None, bool]:
+    """The row of a copy that is whole, made with these options, and of the source as it is now; and whether every
+    byte of it has a checksum. A damaged copy whose source is gone is kept: its other frames can still be read."""
     if not os.path.exists(target):
-        return None
+        return None, False
+    flow = target.endswith(ENDINGS["flow"])
     try:
-        copy: CopyMap | FlowMap
-        copy = read_flow_map(target) if target.endswith(ENDINGS["flow"]) else read_map(target)
-        row: Row = {"status": "ok", **copy_row(copy, os.stat(target).st_size)}
-    except (VideoError, OSError):
-        return None  # another file, or one that was damaged since: made again
+        copy: CopyMap | FlowMap = read_flow_map(target) if flow else read_map(target)
+        if not _of_source(copy, source, options):
+            return None, False
+        proved = check_flow(target) if flow else check_copy(target)
+        return {"status": "ok", **copy_row(copy, os.stat(target).st_size)}, proved
+    except (VideoError, OSError) as error:
+        if os.path.lexists(source):
+            return None, False  # another file, or one that was damaged since: made again
+        return {"status": "failed", "reason": f"{error}, and its source is gone: it cannot be made again"}, False
+
+
+def _of_source(copy: CopyMap | FlowMap, source: str, options: dict[str, Any]) -> bool:
+    """Whether a copy was made with these options, of the source as it is now. One without a source may stay."""
     if {**copy.options, **options} != copy.options:
-        return None
+        return False
     try:
         now = os.stat(source)
-        same = now.st_size == copy.source.size and (
+        return now.st_size == copy.source.size and (
             now.st_mtime_ns == copy.source.mtime_ns or digest(source) == copy.source.digest
         )
     except FileNotFoundError:
-        return row  # a list still names it: the copy outlives its source
+        return True  # a list still names it: the copy outlives its source
     except (VideoError, OSError):
-        return None  # the attempt to copy says why
-    return row if same else None
+        return False  # the attempt to copy says why
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _failed_before(row: Row | None, source: str) -> Row | None:
@@ -238,8 +264,7 @@ def _copy(
     tally: Tally,
     screen: Screen,
 ) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(config.workers or cores, max(1, len(todo)))
+    workers = min(config.workers or _cores(), max(1, len(todo)))
     parts = os.path.join(os.path.abspath(out), PARTIAL)
     options = _flow_options(config) if config.flow else config.copies
     jobs = (

@@ -18,12 +18,14 @@ Layout (HDF5, V test videos, N clips, K classes, D features; row v of every tabl
 
 With several crops a clip, N counts every crop of every clip, those of one clip side by side.
 
-Every table carries fletcher32 checksums, so a damaged file is an error and not a number.
+The file carries a digest of itself (see `sealed`) and every table of numbers fletcher32 checksums, which any reader of
+HDF5 compares: a damaged file is an error and not a number. Files of version 0.1 have the checksums alone.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,13 +38,23 @@ import numpy as np
 from ..corpus.sources import escape_path, unescape_path
 from ..documents import plain_data
 from ..errors import CheckpointError, DistInitError
-from ..hdf5 import Hdf5Writer
+from ..hdf5 import STRING, Hdf5Error, Hdf5Writer, open_hdf5
+from ..sealed import check_seal
 from .metrics import accuracies, mean_scores, video_values
 
 FORMAT = "distinit-predictions"
 FORMAT_VERSION = 2
 OK, FAILED, PENDING = "ok", "failed", "pending"
 LOGITS = "logits"  # of protocol.scores
+_TABLES = {
+    **dict.fromkeys(("classes", "videos", "sources", "status", "reasons"), (STRING, 1)),
+    **dict.fromkeys(("labels", "frames"), ("i", 1)),
+    "starts": ("i", 2),
+    "clip_scores": ("f", 3),
+    "video_scores": ("f", 2),
+    "features": ("f", 3),
+}
+log = logging.getLogger(__name__)
 
 
 class PredictionsError(DistInitError, OSError):
@@ -194,7 +206,7 @@ class Predictions:
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
         try:
-            with Hdf5Writer(partial) as writer:
+            with Hdf5Writer(partial, sealed=True) as writer:
                 self._fill(writer.file)
             os.replace(partial, target)
         except OSError as error:
@@ -230,16 +242,18 @@ class Predictions:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Predictions:
-        """Raises PredictionsError for a file that is missing, foreign, of another version or inconsistent."""
+        """Raises PredictionsError for a file that is missing, foreign, of another version, damaged or inconsistent."""
         try:
-            with h5py.File(path, "r") as file:
-                return cls._parse(path, file)
+            sealed = os.path.exists(path) and check_seal(path, PredictionsError)
+            with open_hdf5(path, _TABLES) as file:
+                found = cls._parse(path, file)
         except FileNotFoundError as error:
             raise PredictionsError(f"{path}: no such predictions file") from error
-        except (OSError, KeyError, ValueError) as error:
-            if isinstance(error, DistInitError):
-                raise
-            raise PredictionsError(f"{path}: not a readable predictions file ({_short(error)})") from error
+        except Hdf5Error as error:
+            raise PredictionsError(f"{path}: not a readable predictions file ({error})") from error
+        if not sealed:
+            log.warning("%s: written by distinit 0.1, without a digest: damage to its names cannot be found", path)
+        return found
 
     @classmethod
     def _parse(cls, path: str | os.PathLike[str], file: h5py.File) -> Predictions:

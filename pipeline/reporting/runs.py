@@ -18,11 +18,11 @@ from typing import Annotated, Any
 import numpy as np
 import yaml
 from pydantic import Field, field_validator
-from safetensors import SafetensorError, safe_open
 
 from ..documents import Form, is_regular_file, load_yaml, parse_json, plain_data, read_bytes, read_json, require_form
 from ..errors import SourceError, UsageError
 from ..evaluation.predictions import Predictions, metrics_from_file
+from ..safetensors_files import open_checked
 from ..students.options import START
 from ..targets.picks import PickRule
 from .charts import Line
@@ -135,12 +135,19 @@ class Run:
 
     @property
     def header(self) -> dict[str, Any]:
-        """What the exported model says of itself, from the file's header; empty where there is none (yet)."""
-        try:
-            with safe_open(self.model, framework="np") as file:
-                return dict(json.loads((file.metadata() or {})["distinit"]))
-        except (OSError, SafetensorError, KeyError, ValueError):
+        """What the exported model says of itself, from the file's header; empty where there is none (yet).
+
+        CheckpointError for a damaged file.
+        """
+        if not self.finished:
             return {}
+        with open_checked(self.model, "np") as file:
+            text = (file.metadata() or {}).get("distinit", "{}")
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            content = {}
+        return content if isinstance(content, dict) else {}
 
     @property
     def heads(self) -> list[str]:

@@ -3,11 +3,13 @@
 One head is written as torchvision's `fc.weight` and `fc.bias` (unless the backbone has an `fc` of its own),
 several as `heads.<name>.weight` and `.bias`, so that a student of one head and the torchvision variant loads
 strictly into torchvision's own model. The metadata's `distinit` entry is one JSON object, the options and
-heads beside the `StudentMeta`; `format_version` is 1.
+heads beside the `StudentMeta`; `format_version` is 1. Its `distinit-sha256` entry is a digest of the whole file, see
+`sealed`; files of version 0.1 have none.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,12 +21,13 @@ from typing import Any
 import safetensors.torch
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import Options
 from ..errors import CheckpointError
-from .options import STEM, StudentMeta, StudentOptions
+from ..safetensors_files import open_checked
+from ..sealed import BLANK, KEY, seal
+from .options import OWN, STEM, StudentMeta, StudentOptions
 from .student import Backbone, Student, build_student
 
 FORMAT_VERSION = 1
@@ -53,7 +56,7 @@ class _Header(Options):
 def save_start(path: str | Path, student: Student) -> None:
     """Write the first convolution as it is now, atomically, under its name. Raises CheckpointError."""
     stem = student.backbone.state_dict()[STEM].detach().cpu().contiguous()
-    _write(Path(path), safetensors.torch.save({STEM: stem}, {"format": "pt"}))
+    _write(Path(path), {STEM: stem}, {"format": "pt"})
 
 
 def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping[str, Any]) -> None:
@@ -73,7 +76,7 @@ def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping
     _check_classes(student.classes, meta, path)
     header = _Header(format_version=FORMAT_VERSION, options=student.options, heads=student.classes, meta=meta)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named_tensors(student)}
-    _write(path, safetensors.torch.save(tensors, {"format": "pt", "distinit": _as_json(header)}))
+    _write(path, tensors, {"format": "pt", "distinit": _as_json(header)})
 
 
 def _as_json(header: _Header) -> str:
@@ -81,11 +84,13 @@ def _as_json(header: _Header) -> str:
     return json.dumps(header.model_dump(mode="python"))
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    data = io.BytesIO(safetensors.torch.save(tensors, {**metadata, KEY: BLANK}))
+    seal(data)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            file.write(data.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -114,6 +119,7 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, factor
             "load_backbone takes its tensors if they fit"
         )
     _require_named(header.options, factory, path)
+    _check_sizes(header, state, path)
     student = build_student(header.options, header.heads, clip=(header.meta.clip_length, header.meta.clip_size))
     _fill(student, state, path)
     student.meta = header.meta
@@ -202,6 +208,23 @@ def _require_named(options: StudentOptions, factory: str | None, path: Path) -> 
         )
 
 
+def _check_sizes(header: _Header, state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a header whose student is larger than the file's tensors, before that student takes any memory."""
+    for name, classes in header.heads.items():
+        weight = state.get(f"heads.{name}.weight", state.get("fc.weight") if len(header.heads) == 1 else None)
+        if weight is None or weight.ndim != 2 or len(weight) != classes:
+            found = "none" if weight is None else list(weight.shape)
+            raise CheckpointError(f"{path}: damaged: head {name!r} has {classes} classes, its tensor is {found}")
+    if header.options.architecture in OWN:
+        with torch.device("meta"):
+            own = Backbone(header.options).state_dict()
+        wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
+        if wrong:
+            raise CheckpointError(
+                f"{path}: damaged: its tensors are not those of {header.options.describe()}, first {wrong[0]}"
+            )
+
+
 def _named_tensors(student: Student) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a student under its exported name."""
     yield from student.backbone.state_dict().items()
@@ -242,12 +265,9 @@ def _file_of(path: str | Path) -> Path:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], _Header | None]:
     """Tensors and, where distinit wrote the file, the header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file, or damaged ({error})") from None
+    with open_checked(path, "pt") as file:
+        metadata = file.metadata() or {}
+        state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     if "distinit" not in metadata:
         return state, None
     try:
@@ -256,7 +276,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header | None]:
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path}: format version {version}, this distinit reads {FORMAT_VERSION}: update it")
         return state, _Header.model_validate(content)
-    except (json.JSONDecodeError, TypeError, KeyError, ValidationError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError) as error:  # JSON's and pydantic's are ValueErrors
         raise CheckpointError(f"{path}: damaged 'distinit' metadata ({type(error).__name__})") from None
 
 

@@ -91,9 +91,9 @@ class StudentMeta(Options):
 
     classes: dict[str, list[str]] = {}
     """Class names of each head, in the order of its logits; a head may be left out."""
-    clip_length: int = 8
+    clip_length: int = Field(default=8, ge=1, le=10_000)
     """T, frames of a clip."""
-    clip_size: int = 112
+    clip_size: int = Field(default=112, ge=1, le=10_000)
     """H and W of a clip, in pixels."""
     resize: tuple[int, int] | None = None
     """Height and width a frame is resized to before the crop, where it is known."""

@@ -1,14 +1,17 @@
 """Checkpoints that survive: written whole or not at all, and refused by a run they do not belong to.
 
 RUN/checkpoints/last.pt and best.pt hold model, optimizer, position, random states and the identity of the
-run as a dict that torch loads with weights_only=True.
+run as a dict that torch loads with weights_only=True. They are zip archives whose comment is a digest of the whole
+file, see `sealed`; those of version 0.1 have the CRC-32 of each tensor alone.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,7 @@ from ..corpus.sources import escape_path
 from ..corpus.textfiles import is_utf8
 from ..errors import CheckpointError, StoreMismatchError, UsageError
 from ..locks import folder_lock
+from ..sealed import add_comment, check_seal, seal
 from .options import LoopOptions
 from .ranks import ALONE, Ranks
 from .state import TrainState
@@ -32,6 +36,8 @@ Resume = Literal["auto"] | bool
 """False: a folder that holds a run is refused; True: one that holds none; auto: a run goes on or begins."""
 # Identities of what the targets are; a difference there is a difference of stores, not of checkpoints.
 STORE_KEYS = frozenset({"store", "teachers", "sampling"})
+_KINDS: dict[str, type] = {"identity": str, "model": dict, "optimizer": dict, "state": dict, "rng": list}
+log = logging.getLogger(__name__)
 
 
 def claim_run_dir(run_dir: Path, *, resume: Resume) -> None:
@@ -172,6 +178,8 @@ class Checkpoints:
             },
             buffer,
         )
+        add_comment(buffer)
+        seal(buffer)
         write_atomically(path, buffer.getbuffer())
         return path
 
@@ -216,13 +224,23 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    sealed = check_seal(path, CheckpointError)
     try:
+        if not sealed:  # torch itself compares no checksum
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"the CRC-32 of {damaged} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+    except Exception as error:  # torch and zipfile raise half a dozen kinds for a damaged file
         raise CheckpointError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
+    if not sealed:
+        log.warning("%s: written by distinit 0.1, without a digest: only the CRC-32 of its tensors was compared", path)
     if not isinstance(saved, dict) or saved.get("format_version") != FORMAT_VERSION:
         found = saved.get("format_version") if isinstance(saved, dict) else None
         raise CheckpointError(f"{path} has checkpoint format {found}, this version of distinit reads {FORMAT_VERSION}")
+    wrong = [key for key, kind in _KINDS.items() if not isinstance(saved.get(key), kind)]
+    if wrong:
+        raise CheckpointError(f"{path} is not a checkpoint of distinit: it has no {wrong[0]!r}")
     return saved
 
 

@@ -23,7 +23,8 @@ from pydantic import Field
 
 from ..config import Options
 from ..errors import VideoError
-from ..hdf5 import Hdf5Writer
+from ..hdf5 import Hdf5Error, Hdf5Writer, open_hdf5
+from ..sealed import check_seal
 from .clips import check_damage
 from .container import reason
 from .copymap import Remembered, SourceRecord
@@ -36,6 +37,7 @@ VERSION = 1
 STILL = 128  # the stored value of no motion
 STEPS = 127  # stored values from no motion to the bound
 _ROOM = 64  # frames that the data set grows by
+_TABLES = {"flow": ("u", 4), "index": ("i", 1), "pts": ("i", 1)}
 
 
 class FlowOptions(Options):
@@ -70,7 +72,7 @@ class FlowWriter:
 
     def __init__(self, path: str, options: FlowOptions) -> None:
         self._options = options
-        self._writer = Hdf5Writer(path, libver="latest")
+        self._writer = Hdf5Writer(path, sealed=True, libver="latest")
         self._file = self._writer.file
         height, width = options.size
         self._flow = self._file.create_dataset(
@@ -107,9 +109,9 @@ class FlowWriter:
         self._file.create_dataset("pts", data=pts, fletcher32=True)
         options = self._options.model_dump(mode="json")
         head = {**source.__dict__, "time_base": [*source.time_base.as_integer_ratio()]}
-        self._file.attrs.update(
-            format=FORMAT, version=VERSION, source=json.dumps(head), options=json.dumps(options)
-        )
+        # As bytes of fixed length, which HDF5 stores where it has a checksum; text of any length it does not.
+        texts = {"source": np.bytes_(json.dumps(head)), "options": np.bytes_(json.dumps(options))}
+        self._file.attrs.update(format=FORMAT, version=VERSION, **texts)
         self.close()
         return FlowMap(source, index, pts, self._options.bound, share, self._options.size, options)
 
@@ -151,8 +153,18 @@ _maps: Remembered[FlowMap] = Remembered()
 
 def read_flow_map(path: str) -> FlowMap:
     """The head of a file of flow. VideoError where there is no such file, or it is damaged."""
-    with _open(path) as file:
-        return _map_of(file, path)
+    with _open(path) as (_, found):
+        return found
+
+
+def check_flow(path: str) -> bool:
+    """Read the whole file; False where its head has no checksum, as version 0.1 wrote it. VideoError if damaged."""
+    with _open(path) as (file, _):
+        if check_seal(path, VideoError):
+            return True
+        for first in range(0, len(file["flow"]), _ROOM):
+            file["flow"][first : first + _ROOM]
+        return False
 
 
 def read_flow(
@@ -169,8 +181,7 @@ def read_flow(
     the reason, and StoreMismatchError if the file is not of the source that `expect` or `digest` describe.
     """
     wanted = np.asarray(frames, np.int64)
-    with _open(path) as file:
-        found = _map_of(file, path)
+    with _open(path) as (file, found):
         found.source.check(found.index, found.pts, expect, digest)
         if len(wanted) < 2 or wanted.min() < 0 or wanted.max() >= found.source.frames:
             raise VideoError(f"frames {wanted.min()}–{wanted.max()} wanted, the video has {found.source.frames}")
@@ -185,57 +196,47 @@ def read_flow(
 
 def _fill(file: h5py.File, out: np.ndarray, places: np.ndarray, rows: np.ndarray) -> None:
     """out[place] = flow row rows[place], in as few reads as there are runs of rows."""
-    try:
-        stored = file["flow"]
-        for run in np.split(places, np.flatnonzero((np.diff(rows[places]) != 1) | (np.diff(places) != 1)) + 1):
-            if len(run):
-                first = int(rows[run[0]])
-                out[run[0] : run[-1] + 1] = stored[first : first + len(run)]
-    except (OSError, KeyError) as error:
-        raise VideoError(f"the flow is damaged: {reason(error)}") from error
+    stored = file["flow"]
+    for run in np.split(places, np.flatnonzero((np.diff(rows[places]) != 1) | (np.diff(places) != 1)) + 1):
+        if len(run):
+            first = int(rows[run[0]])
+            out[run[0] : run[-1] + 1] = stored[first : first + len(run)]
 
 
 @contextmanager
-def _open(path: str) -> Iterator[h5py.File]:
-    """The HDF5 file; VideoError where it is none."""
+def _open(path: str) -> Iterator[tuple[h5py.File, FlowMap]]:
+    """The open file and its head; VideoError where there is none, and for damage found while it is open."""
     try:
-        file = h5py.File(path, "r", locking=False)
+        status = os.stat(path)
+        key = (path, status.st_size, status.st_mtime_ns)
+        known = _maps.get(key)
+        with open_hdf5(path, _TABLES, checked=known is not None) as file:
+            if known is None:
+                known = _load(file)
+                _maps.add(key, known)
+            yield file, known
     except FileNotFoundError as error:
         raise VideoError("no file of flow: status.csv of `distinit prepare` says why") from error
-    except (OSError, ValueError) as error:
-        raise VideoError("not a whole HDF5 file") from error
-    with file:
-        yield file
-
-
-def _map_of(file: h5py.File, path: str) -> FlowMap:
-    status = os.stat(path)
-    key = (path, status.st_size, status.st_mtime_ns)
-    known = _maps.get(key)
-    if known is None:
-        known = _load(file)
-        _maps.add(key, known)
-    return known
+    except Hdf5Error as error:
+        raise VideoError(f"the flow is damaged, or no flow: {error}") from error
+    except OSError as error:
+        raise VideoError(reason(error)) from error
 
 
 def _load(file: h5py.File) -> FlowMap:
     if file.attrs.get("format") != FORMAT or file.attrs.get("version") != VERSION:
         raise VideoError(f"not a file of format {FORMAT!r}, version {VERSION}")
-    try:
-        head = json.loads(file.attrs["source"])
-        source = SourceRecord(**{**head, "time_base": Fraction(*head["time_base"])})
-        flow = file["flow"]
-        found = FlowMap(
-            source=source,
-            index=file["index"][:],
-            pts=file["pts"][:],
-            bound=float(flow.attrs["bound"]),
-            clipped=float(flow.attrs["clipped"]),
-            size=(int(flow.shape[2]), int(flow.shape[3])),
-            options=json.loads(file.attrs["options"]),
-        )
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise VideoError(f"its head is damaged: {reason(error)}") from error
+    head = json.loads(file.attrs["source"])
+    flow = file["flow"]
+    found = FlowMap(
+        source=SourceRecord(**{**head, "time_base": Fraction(*head["time_base"])}),
+        index=file["index"][:],
+        pts=file["pts"][:],
+        bound=float(flow.attrs["bound"]),
+        clipped=float(flow.attrs["clipped"]),
+        size=(int(flow.shape[2]), int(flow.shape[3])),
+        options=json.loads(file.attrs["options"]),
+    )
     if len(found.index) != len(found.pts) or len(flow) != len(found) - 1:
         raise VideoError(f"its head is damaged: {len(found.index)} frames, {len(flow)} flows between them")
     return found

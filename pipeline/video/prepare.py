@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from ..config import Options
 from ..errors import VideoError
+from ..sealed import sha256_of
 from .container import digest, open_container, reason, video_stream
 from .copymap import CopyMap, SourceRecord
 from .decode import VideoReader
@@ -93,6 +94,7 @@ def make_copy(
     def write(reader: VideoReader, record: Record) -> CopyMap:
         made = _encode(reader, part, options)
         copy = _read_back(part, made, record(), options)
+        copy = replace(copy, sha256=sha256_of(part))
         with open(part, "ab") as file:
             file.write(copy.pack())
         return copy

@@ -222,3 +222,47 @@ def test_held_out_clips_come_from_copies_too(tiny_store, copies: Path) -> None:
         a, b = ours[0, sample], theirs[0, sample]
         assert (a["video"], a["start"]) == (b["video"], b["start"])
         assert (a["clip"].int() - b["clip"].int()).abs().float().mean() < 5
+
+
+@pytest.mark.parametrize("flow", [False, True], ids=["copies", "flow"])
+def test_damaged_copies_are_made_again(flow: bool, tmp_path: Path) -> None:
+    """One flipped bit anywhere in the copy of each of 32 videos; those of two others are whole."""
+    if flow:
+        pytest.importorskip("cv2")
+    videos, out, rng = tmp_path / "videos", tmp_path / "out", np.random.default_rng(0)
+    videos.mkdir()
+    frames = rng.integers(0, 256, (3, 48, 64, 3), np.uint8)
+    write_video(videos / "v00.mp4", frames)
+    for number in range(1, 34):
+        shutil.copyfile(videos / "v00.mp4", videos / f"v{number:02d}.mp4")
+    changes: dict[str, Any] = {"flow": True, "copies": {"size": (32, 48)}} if flow else {}
+    assert run(videos, out=out, **changes)["ok"] == 34
+    made = sorted(path for path in out.rglob("v*") if path.suffix in (".mp4", ".h5"))
+    whole = {path: path.read_bytes() for path in made}
+    for number, path in enumerate(made[2:]):
+        data = bytearray(whole[path])
+        at = (0, -1, *rng.integers(0, len(data), 40).tolist())[number]
+        data[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+    again = run(videos, out=out, **changes)
+    assert (again["new"], again["ok"], again["failed"]) == (32, 34, 0)
+    assert [path for path in made if path.read_bytes() != whole[path]] == []
+    assert run(videos, out=out, **changes)["new"] == 0
+
+
+def test_a_damaged_copy_without_its_source_is_kept(tmp_path: Path) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write_video(videos / name, np.zeros((3, 48, 64, 3), np.uint8))
+    (tmp_path / "list.txt").write_text("videos/a.mp4\nvideos/b.mp4\n")
+    assert run(tmp_path / "list.txt", out=out)["ok"] == 2
+    copy = next(out.rglob("b.mp4.mp4"))
+    data = bytearray(copy.read_bytes())
+    data[10] ^= 1
+    copy.write_bytes(data)
+    (videos / "b.mp4").unlink()
+    found = run(tmp_path / "list.txt", out=out)
+    assert (found["ok"], found["failed"], found["new"]) == (1, 1, 0)
+    assert copy.read_bytes() == data
+

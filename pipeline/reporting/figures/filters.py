@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from ...safetensors_files import open_checked
 from ...students.options import START, STEM
 from ..runs import Run
 from ..tables import Column, Table
@@ -60,11 +60,11 @@ def _drawable(weights: np.ndarray) -> bool:
 
 
 def _stem(file: Path) -> np.ndarray | None:
-    try:
-        with safe_open(file, framework="np") as opened:
-            return np.asarray(opened.get_tensor(STEM), dtype=np.float64)
-    except (OSError, SafetensorError, KeyError):
+    """The first convolution in a file; None where there is none. CheckpointError for a damaged file."""
+    if not file.exists():
         return None
+    with open_checked(file, "np") as opened:
+        return np.asarray(opened.get_tensor(STEM), dtype=np.float64) if STEM in opened.keys() else None  # noqa: SIM118
 
 
 def variation_over_time(weights: np.ndarray) -> float:

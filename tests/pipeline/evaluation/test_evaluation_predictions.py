@@ -16,6 +16,7 @@ from distinit.pipeline.evaluation.predictions import (
     metrics_from_file,
     require_classes,
 )
+from distinit.pipeline.hdf5 import Hdf5Writer
 
 CLASSES = ["clap", "run, fast", "sit"]
 VIDEOS = ["a/1.mp4", "b 2.mp4", os.fsdecode(b"\xff.mp4"), "-d%.mp4"]
@@ -88,6 +89,11 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     made().write(path)
     with h5py.File(path, "r+") as file:
         file["clip_scores"][0, 0, 0] = 0.9
+    with pytest.raises(PredictionsError, match="damaged"):
+        metrics_from_file(path)
+    with Hdf5Writer(path) as writer:  # as distinit 0.1
+        made()._fill(writer.file)
+        writer.file["clip_scores"][0, 0, 0] = 0.9
     with pytest.raises(PredictionsError, match="not the mean of clip_scores"):
         metrics_from_file(path)
     made().write(path)
@@ -97,7 +103,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     assert at > 0
     content[at + 5] ^= 0x40  # one flipped bit, found by the checksum
     path.write_bytes(content)
-    with pytest.raises(PredictionsError, match="not a readable predictions file"):
+    with pytest.raises(PredictionsError, match=r"p\.h5.*damaged"):
         metrics_from_file(path)
 
 

@@ -1,0 +1,139 @@
+"""A digest of a whole file, inside the file, so that a reader finds every byte that changed since it was written.
+
+The digest is the sha256 of the file in which its own 64 hex digits are zeros. They follow the mark `distinit-sha256` at
+a place where each format allows text of others: in the metadata of safetensors, in the comment that ends a zip archive
+(which a checkpoint of torch is), in the user block before the first byte of HDF5. Any other reader of these formats
+passes over them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import struct
+from functools import lru_cache
+from typing import IO, BinaryIO
+
+from .errors import DistInitError
+
+KEY = "distinit-sha256"
+"""The metadata key of safetensors, whose value `seal` replaces."""
+BLANK = "0" * 64
+USER_BLOCK = 512  # bytes; the smallest that HDF5 has
+_LINE = f"{KEY}: ".encode()
+_IN_JSON = f'"{KEY}":"'.encode()
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_ZIP, _ZIP_END, _ZIP_TAIL = b"PK\3\4", b"PK\5\6", 22
+_BLOCK = 2**20
+_LARGE = 2**24  # bytes, of a file that is not read again where its size and times are what they were
+
+
+def comment() -> bytes:
+    """Return the text that a format without keys carries, before it is sealed."""
+    return _LINE + BLANK.encode()
+
+
+def add_comment(archive: IO[bytes]) -> None:
+    """Give a zip archive the comment that `seal` fills. It must have none."""
+    archive.seek(-_ZIP_TAIL, os.SEEK_END)
+    if archive.read(4) != _ZIP_END:
+        raise ValueError("no zip archive, or one with a comment")
+    archive.seek(-2, os.SEEK_END)
+    archive.write(struct.pack("<H", len(comment())) + comment())
+
+
+def seal(file: IO[bytes]) -> None:
+    """Write the digest of an open file into it. It must have a place for it."""
+    at = _place(file)
+    if at is None:
+        raise ValueError("no place for a digest")
+    digest = _sha256(file, at)
+    file.seek(at)
+    file.write(digest.encode())
+
+
+def check_seal(path: str | os.PathLike[str], error: type[DistInitError]) -> bool:
+    """Compare a file with the digest in it; False where it has none, as those that version 0.1 wrote.
+
+    A large file is read once for each of its states in this process.
+
+    Raises:
+        error: the file differs from its digest, or cannot be read. The message begins with the path.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{os.fspath(path)}: is no regular file")
+        found = (_remembered if status.st_size >= _LARGE else _check)(
+            os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns
+        )
+    except OSError as problem:
+        raise error(f"{os.fspath(path)}: {problem.strerror or problem}") from None
+    if found is False:
+        raise error(f"{os.fspath(path)}: damaged: its bytes are not those that were written (their sha256 differs)")
+    return found is True
+
+
+def sha256_of(path: str | os.PathLike[str], size: int | None = None) -> str:
+    """Return the sha256 of a file's first `size` bytes (default: all), in hex. OSError."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        _feed(digest, file, os.fstat(file.fileno()).st_size if size is None else size)
+        return digest.hexdigest()
+
+
+def _check(path: str, *state: int) -> bool | None:
+    """Whether the digest is that of the file; None where there is none. state: tells its states apart."""
+    with open(path, "rb") as file:
+        at = _place(file)
+        if at is None:
+            return None
+        file.seek(at)
+        return file.read(len(BLANK)) == _sha256(file, at).encode()
+
+
+_remembered = lru_cache(maxsize=4096)(_check)
+
+
+def _place(file: IO[bytes] | BinaryIO) -> int | None:
+    """Where the digits of a file's digest begin.
+
+    Known in HDF5 and zip by the room that was made for it as well, so that a mark with a flipped bit is found.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(USER_BLOCK + len(_HDF5))
+    if head.startswith(_LINE) or head[USER_BLOCK:] == _HDF5:
+        return len(_LINE)
+    if head.startswith(_ZIP):
+        file.seek(max(0, size - len(comment()) - _ZIP_TAIL))
+        tail = file.read()
+        return size - len(BLANK) if _LINE in tail[-len(comment()) :] or tail.startswith(_ZIP_END) else None
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or length > _LONGEST_HEADER:
+        return None
+    file.seek(8)
+    # A quotation mark within a value is escaped in JSON, so that no value looks like the key.
+    found = re.search(re.escape(_IN_JSON) + rb'(?=.{64}")', file.read(length), re.DOTALL)
+    return 8 + found.end() if found else None
+
+
+def _sha256(file: IO[bytes], at: int) -> str:
+    """Of the whole file, with zeros for the digits at `at`."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    _feed(digest, file, at)
+    digest.update(BLANK.encode())
+    size = file.seek(0, os.SEEK_END)
+    file.seek(at + len(BLANK))
+    _feed(digest, file, size - at - len(BLANK))
+    return digest.hexdigest()
+
+
+def _feed(digest: hashlib._Hash, file: IO[bytes], size: int) -> None:
+    while size > 0 and (block := file.read(min(size, _BLOCK))):
+        digest.update(block)
+        size -= len(block)
