@@ -72,14 +72,15 @@ def _export_store(
     if len(videos) == 0:
         raise UsageError(f"{store.name}: no video is left to export")
     part = out.with_name(f".{out.name}.part")
-    _sweep(part)
-    try:
-        with screen.progress("exporting", int(store.row_counts[videos].sum()), "rows") as bar:
-            rows = write_subset(store, part, videos, names, shard_rows=shard_rows, advance=bar.advance)
-        os.rename(part, out)
-        fsync_path(out.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with _alone(out.with_name(f".{out.name}.export-lock"), out):
+        _sweep(part)
+        try:
+            with screen.progress("exporting", int(store.row_counts[videos].sum()), "rows") as bar:
+                rows = write_subset(store, part, videos, names, shard_rows=shard_rows, advance=bar.advance)
+            os.rename(part, out)
+            fsync_path(out.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     return {"out": str(out), "videos": len(videos), "rows": rows, "teachers": names, "bytes": size}
 
@@ -109,7 +110,7 @@ def _export_hdf5(
     usable = np.intersect1d(store.usable(names), chosen)
     counts = store.row_counts[usable]
     part = out.with_name(f".{out.name}.part")
-    with _alone(part):
+    with _alone(part, out):
         with Hdf5Writer(part) as writer, screen.progress("exporting", int(counts.sum()), "rows") as bar:
             file = writer.file
             file.attrs["format"] = "distinit-targets-export"
@@ -135,15 +136,23 @@ def _export_hdf5(
 
 
 @contextmanager
-def _alone(part: Path) -> Iterator[None]:
-    """No other export writes `part` meanwhile; nothing is left of it. StoreError where one does."""
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+def _alone(file: Path, out: Path) -> Iterator[None]:
+    """Hold the lock of `file` while `out` is made; nothing is left of it. StoreError where another export holds it."""
+    busy = StoreError(f"{out}: another export is writing it")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        lock(descriptor, part, StoreError(f"{part}: another export is writing it"))
+        lock(descriptor, out, busy)
+        try:
+            mine = os.path.samestat(os.fstat(descriptor), os.stat(file))
+        except FileNotFoundError:
+            mine = False
+        if not mine:  # another has finished meanwhile, and removed what is locked here
+            raise busy
         try:
             yield
         finally:
-            part.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 

@@ -116,6 +116,27 @@ def test_one_export_at_a_time_writes_a_file(make_store: Make, tmp_path: Path) ->
     assert not part.exists()
 
 
+@pytest.mark.parametrize("name", ["deep/x.zarr", "x.zarr"])
+def test_of_two_exports_to_one_store_the_second_is_refused_and_the_first_goes_on(
+    make_store: Make, tmp_path: Path, monkeypatch: Any, name: str
+) -> None:
+    root, out = make_store()[1], tmp_path / name
+    copy, refused = subset.ShardCopy.teacher, []
+
+    def meanwhile(*args: Any) -> Any:
+        if not refused:
+            with pytest.raises(StoreError) as busy:
+                targets_export(root, out, QUIET)
+            refused.append(str(busy.value))
+        return copy(*args)
+
+    monkeypatch.setattr(subset.ShardCopy, "teacher", meanwhile)
+    assert targets_export(root, out, QUIET)["videos"] > 0
+    assert str(out) in refused[0]
+    assert [path.name for path in out.parent.iterdir() if path.name != "s.zarr"] in (["x.zarr"], ["deep", "x.zarr"])
+    assert list(verify(out, load_index(out))) == []
+
+
 def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> None:
     root = make_store()[1]
     (tmp_path / "list.txt").write_text("v00\nnothing.mp4\n")
