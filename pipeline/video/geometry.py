@@ -7,6 +7,7 @@ resizers differ by 1–2.6 grey levels on average.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from fractions import Fraction
@@ -46,13 +47,23 @@ class Orientation:
         The matrix maps a stored point (p, q) to (a·p + c·q, b·p + d·q), x to the right and y down
         (ISO 14496-12 §6.2.2; FFmpeg libavutil/display.h).
         """
-        side_data: Any = frame.side_data  # a mapping by type, annotated otherwise by PyAV
+        try:
+            side_data: Any = frame.side_data  # a mapping by type, annotated otherwise by PyAV
+        except ValueError:
+            # A kind of side data that this PyAV does not know, such as that of Apple's spatial video, hides all others.
+            # The angle is there still, mirroring is not.
+            turn = math.radians(frame.rotation)
+            return cls._of_matrix(math.cos(turn), -math.sin(turn), math.sin(turn), math.cos(turn))
         if SideData.DISPLAYMATRIX not in side_data:
             return _UPRIGHT
         raw = bytes(side_data[SideData.DISPLAYMATRIX])
         if len(raw) < 20:
             return _UPRIGHT
         a, b, _, c, d = struct.unpack("5i", raw[:20])
+        return cls._of_matrix(a, b, c, d)
+
+    @classmethod
+    def _of_matrix(cls, a: float, b: float, c: float, d: float) -> Orientation:
         if max(abs(a), abs(d)) >= max(abs(b), abs(c)):
             return cls(False, flip_rows=d < 0, flip_columns=a < 0)
         return cls(True, flip_rows=b < 0, flip_columns=c < 0)

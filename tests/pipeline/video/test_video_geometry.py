@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from distinit.pipeline.errors import VideoError
 from distinit.pipeline.video.decode import VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
-from distinit.pipeline.video.geometry import View, render
+from distinit.pipeline.video.geometry import Orientation, View, render
 
 
 def picture(height: int = 96, width: int = 128) -> np.ndarray:
@@ -77,6 +77,27 @@ def test_rotation_and_mirroring(turn: int, mirror: tuple[str, ...], tmp_path: Pa
     assert difference(ours(tmp_path / "b.mp4", None), expected) < 2
     with VideoReader(str(tmp_path / "b.mp4")) as reader:
         assert (reader.info.height, reader.info.width) == (height, width)
+
+
+class UnknownSideData:
+    """A frame of PyAV whose side data is of a kind that PyAV does not know: Apple's spatial video has one."""
+
+    def __init__(self, frame: av.VideoFrame) -> None:
+        self.rotation = frame.rotation
+
+    @property
+    def side_data(self) -> object:
+        raise ValueError("29 is not a valid Type")
+
+
+@pytest.mark.parametrize("turn", [0, 90, 180, 270])
+def test_side_data_that_pyav_does_not_know_leaves_the_rotation(turn: int, tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", [picture()], crf=1)
+    transcode(tmp_path / "a.mp4", tmp_path / "b.mp4", codec="copy", input_options={"display_rotation": turn})
+    with VideoReader(str(tmp_path / "b.mp4")) as reader:
+        _, _, frame = next(reader.decode_plain())
+        assert frame.rotation % 360 in (turn, -turn % 360)
+        assert Orientation.of(UnknownSideData(frame)) == Orientation.of(frame)
 
 
 def test_pixels_become_square(tmp_path: Path) -> None:
