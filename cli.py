@@ -399,13 +399,15 @@ def train_student(**given: Any) -> None:
     metavar="A B",
     help="Runs or rows of an ablation, by name, for Figures 5 and 7: A beside B.  [default: the largest gain]",
 )
+@click.option("--open-urls", is_flag=True, help="Also read stores that are behind the URLs recorded in the runs.")
 @screen_options
 def report(folders: tuple[str, ...], out: str, **given: Any) -> None:
     """Tables and figures of runs and ablations, as one self-contained HTML page, Markdown, CSV, PNG and SVG.
 
     A DIR is a run folder, a folder of run folders, or the folder of an ablation.
     """
-    call_stage("report", "report", given, list(folders), out, kinetics=given["kinetics"], pair=given["pair"])
+    named = {key: given[key] for key in ("kinetics", "pair", "open_urls")}
+    call_stage("report", "report", given, list(folders), out, **named)
 
 
 def main() -> NoReturn:

@@ -254,9 +254,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _fail(message: str, code: int, debug: bool, prefix: str = "error: ") -> NoReturn:
+    from .pipeline.targets.urls import hide_secrets
+
     if debug:
         traceback.print_exc()
-    line = printable(" ".join(message.split("\n")))
+    line = printable(hide_secrets(" ".join(message.split("\n"))))
     print(f"{prefix}{line}", file=sys.stderr)
     _leave(code)
 

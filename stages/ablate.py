@@ -16,6 +16,7 @@ from ..pipeline.documents import read_bytes
 from ..pipeline.errors import DistInitError, SourceError, TrainingInterrupted, UsageError
 from ..pipeline.locks import folder_lock
 from ..pipeline.targets.store import TargetStore, check_moved
+from ..pipeline.targets.urls import StoreAddress
 from ..pipeline.training.checkpoint import write_atomically
 from .ablate_cost import show_cost
 from .ablate_plan import Cell, Plan, cells, read_plan
@@ -30,7 +31,7 @@ class AblateConfig(Options):
     """Everything `distinit ablate` can be told; what is left open is the plan's."""
 
     plan: str = Field(description="a YAML file, or the name of a plan that ships with the package")
-    store: str = Field(description="the target store")
+    store: StoreAddress = Field(description="the target store")
     out: str = Field(description="the folder of all runs")
     datasets: list[str] | None = Field(default=None, description="csv:FILE, folder:DIR, hmdb51=DIR, …")
     splits: list[int] | None = None

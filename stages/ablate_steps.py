@@ -42,7 +42,8 @@ FREE = FREE_ON_RESUME - {"epochs"}
 class Step:
     """One run: `config` is what its command is told, `needs` the key of the student it begins from.
 
-    clips: that it trains on; network: what its speed depends on (`StudentOptions` and the shape of a batch).
+    clips: that it trains on; network: what its speed depends on (`StudentOptions` and the shape of a batch). store: the
+    address of the store, which may hold a password and is in no `config`.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Step:
     clips: int = field(compare=False)
     network: dict[str, Any] = field(compare=False)
     needs: str | None = None
+    store: str | None = field(default=None, compare=False, repr=False)
 
     @property
     def folder(self) -> str:
@@ -95,7 +97,8 @@ class StepMaker:
         if list(teachers) == [name for name in self.store.teachers if name in teachers]:
             bare["targets"]["teachers"] = None  # `seen` names them: a plan may name the store's teachers or leave it
         key = _digest(bare, seen)
-        return Step(TRAIN, key, _given(config), loop.total_steps * loop.batch_size, _network(config, config))
+        clips, address = loop.total_steps * loop.batch_size, self.store.files.address
+        return Step(TRAIN, key, _given(config), clips, _network(config, config), store=address)
 
     def finetuning(self, cell: Cell, student: Step | None) -> Step:
         """The run of stage three of a cell, from its student's if it has one."""
@@ -157,7 +160,8 @@ def run_step(step: Step, out: Path, screen: Screen) -> dict[str, Any]:
 def prepared_config(step: Step, out: Path) -> dict[str, Any]:
     """What a step's command is told, paths included."""
     begins = {} if step.needs is None else {"init": str(out / STEP_FOLDERS[TRAIN] / step.needs)}
-    return {**step.config, **begins, "out": str(out / step.folder), "resume": "auto"}
+    store = {} if step.store is None else {"store": step.store}
+    return {**step.config, **begins, **store, "out": str(out / step.folder), "resume": "auto"}
 
 
 def filled_in(section: Any, split: int) -> Any:

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -68,15 +67,15 @@ def run_as_command(step: Step, out: str, after: float | None) -> float:
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     log = folder / LOGS / f"{step.key}.log"
     began = time.monotonic()
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file, open(log, "ab") as said:
-        yaml.safe_dump({step.kind: prepared_config(step, folder)}, file)
-        file.flush()
-        words = [sys.executable, "-m", "distinit", step.kind, "--config", file.name]
+    # Through a pipe: the store's URL may hold a password, which no file gets.
+    config = yaml.safe_dump({step.kind: prepared_config(step, folder)}).encode()
+    words = [sys.executable, "-m", "distinit", step.kind, "--config", "/dev/stdin"]
+    with open(log, "ab") as said:
         code = subprocess.run(
             words,
             stdout=said,
             stderr=said,
-            stdin=subprocess.DEVNULL,
+            input=config,
             env=_environment(),
             # SIGTERM: it writes a checkpoint, from which the next run goes on.
             preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),

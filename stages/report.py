@@ -33,6 +33,7 @@ def report(
     *,
     kinetics: str | None = None,
     pair: tuple[str, str] | None = None,
+    open_urls: bool = False,
 ) -> dict[str, Any]:
     """Writes report.html, report.md, accuracy.csv, figures/ and a CSV an ablation into `out`; shows the tables.
 
@@ -40,7 +41,8 @@ def report(
     finetuned run its accuracies (None where it is not finished) as recomputed from its predictions.
 
     kinetics: weights of R(2+1)D to set beside a student's first filters. pair: names of the two runs or rows of an
-    ablation that Figures 5 and 7 show, the first minus the second; by default the largest gain.
+    ablation that Figures 5 and 7 show, the first minus the second; by default the largest gain. open_urls: also read
+    stores of which a run says that they are behind a URL; without it no address of a run is contacted.
     Raises SourceError (no run there), PredictionsError (a damaged file), UsageError (`out` cannot be written, `pair`),
     WeightsError (`kinetics`).
     """
@@ -48,7 +50,7 @@ def report(
     runs = find_runs(folders, cell_names(places), places)
     ablations = read_ablations(places, runs)
     require_writable(Path(out))
-    found = make_report(runs, ablations, kinetics=kinetics, pair=pair)
+    found = make_report(runs, ablations, kinetics=kinetics, pair=pair, open_urls=open_urls)
     page, markdown, table = (Path(out) / name for name in ("report.html", "report.md", "accuracy.csv"))
     files: dict[Path, str | bytes] = {
         page: to_html(found, __version__),

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ..pipeline.config import Options
 from ..pipeline.students.options import StudentOptions
 from ..pipeline.targets.picks import PickRule
+from ..pipeline.targets.urls import StoreAddress
 from ..pipeline.training.checkpoint import Resume
 from ..pipeline.training.options import LoopOptions
 from ..pipeline.video.transforms import ClipView
@@ -68,7 +69,7 @@ class TargetOptions(Options):
 class TrainConfig(Options):
     """Everything that `distinit train-student` can be told."""
 
-    store: str = Field(description="the target store")
+    store: StoreAddress = Field(description="the target store")
     out: str = Field(description="the run folder to write")
     student: StudentOptions = StudentOptions()
     clips: ClipOptions = ClipOptions()

@@ -59,16 +59,18 @@ def make_report(
     *,
     kinetics: str | None = None,
     pair: tuple[str, str] | None = None,
+    open_urls: bool = False,
 ) -> Report:
     """Recomputes every number from the runs' predictions, and draws what there is to draw.
 
     kinetics: a file of R(2+1)D weights to set beside a student's filters. pair: names of the runs or rows that
-    Figures 5 and 7 show, by default those of the largest gain. Raises WeightsError, UsageError.
+    Figures 5 and 7 show, by default those of the largest gain. open_urls: read stores that a run says are behind URLs.
+    Raises WeightsError, UsageError.
     """
     chosen = named_pair(pair, runs, ablations) if pair is not None else None
     finetuned = alone(runs, ablations)
     found = differences(finetuned)
-    stores = read_stores(runs)
+    stores = read_stores(runs, open_urls=open_urls)
     figures = draw_figures(runs, ablations, finetuned, found, stores, kinetics, chosen)
     notes = [f"store {path}: {store.problem}" for path, store in stores.items() if store.problem]
     return Report(

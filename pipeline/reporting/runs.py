@@ -25,6 +25,7 @@ from ..evaluation.predictions import Predictions, metrics_from_file
 from ..safetensors_files import open_checked
 from ..students.options import START
 from ..targets.picks import PickRule
+from ..targets.urls import public_url
 from .charts import Line
 
 KINDS = {"train-student": "student", "finetune": "finetune"}
@@ -254,6 +255,8 @@ def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
     config = _read_config(path, inside)
     command, kind = next(item for item in KINDS.items() if item[0] in config)
     section = require_form(config[command] or {}, _Config, f"{path / 'config.yaml'}: {command}")
+    if "store" in section:  # an older version recorded URLs with their passwords
+        section = {**section, "store": public_url(str(section["store"]))}
     result, predictions, metrics = read_json(path / "result.json", _Result, inside), None, None
     file = path / "predictions.h5"
     if kind == "finetune" and result and is_regular_file(file, inside):

@@ -148,17 +148,28 @@ def read_rows(files: StoreFiles, path: str, start: int, stop: int, ranges: Range
     Raises:
         StoreError: names the column or its file if it is missing, too short, cannot be decoded or differs.
     """
-    array = files.table(path)
+    try:
+        return checked_rows(f"{files.name}/{path}", files.table(path), start, stop, ranges.get(path, {}))
+    except StoreError:
+        if not files.forget(path):
+            raise
+        return checked_rows(f"{files.name}/{path}", files.table(path), start, stop, ranges.get(path, {}))
+
+
+def checked_rows(
+    where: str, array: zarr.Array, start: int, stop: int, ranges: Mapping[tuple[int, int], set[str]]
+) -> NDArray[Any]:
+    """Read rows of an open column as `read_rows` does; `where` is what messages call it."""
     if array.shape[0] < stop:
-        raise StoreError(f"{files.name}/{path}: has {array.shape[0]} rows, the plans speak of {stop}")
+        raise StoreError(f"{where}: has {array.shape[0]} rows, the plans speak of {stop}")
     try:
         values = np.asarray(array[start:stop])
     except Exception as error:  # Every codec has errors of its own.
         file = _unreadable_chunk(array, start, stop)
-        raise StoreError(f"{files.name}/{path}/{file}: cannot be decoded ({in_one_line(error)})") from error
-    for (first, end), digests in ranges.get(path, {}).items():
+        raise StoreError(f"{where}/{file}: cannot be decoded ({in_one_line(error)})") from error
+    for (first, end), digests in ranges.items():
         if start <= first and end <= stop and digest_rows(values[first - start : end - start]) not in digests:
-            raise StoreError(f"{files.name}/{path}: rows {first} to {end} differ from what was written (digest)")
+            raise StoreError(f"{where}: rows {first} to {end} differ from what was written (digest)")
     return values
 
 

@@ -18,8 +18,7 @@ import zarr
 from ..errors import StoreError, in_one_line
 from .digests import check_document
 from .shardfile import ShardedRows
-
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
+from .urls import is_url, local_path, public_url
 
 Record = Callable[[str, int], Mapping[str, Any] | None]
 """(array path, shard) → size and digest of the shard's file as committed, None if it has none."""
@@ -31,6 +30,11 @@ class StoreFiles(ABC):
     name: str
     sealed = False
     """Whether every node and array metadata file of the store has a digest; known when its root was read."""
+
+    @property
+    def address(self) -> str:
+        """What opens the same store again: a URL with the password that `name` lacks, so for no file and no message."""
+        return self.name
 
     @abstractmethod
     def read(self, path: str) -> bytes:
@@ -47,6 +51,10 @@ class StoreFiles(ABC):
     @abstractmethod
     def table(self, path: str) -> zarr.Array:
         """An unsharded array, opened for reading. StoreError if it cannot be."""
+
+    def forget(self, path: str) -> bool:
+        """Drop what is kept of an unsharded array, and return whether `table` may find other values now."""
+        return False
 
     @abstractmethod
     def rows(self, path: str, record: Record) -> ShardedRows:
@@ -92,36 +100,30 @@ def store_files(
     """The files of the store at a path or URL; what exists as a local path is one, whatever it is called.
 
     cache: folder for what is read from a URL (default: see `remote.cache_folder`). storage_options: for the
-    fsspec file system of the URL.
+    fsspec file system of the URL. UsageError for a URL that may not be opened.
     """
     if isinstance(where, StoreFiles):
         return where
-    text = os.fspath(where)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
-    elif is_url(text):
-        from .remote import RemoteFiles, cache_folder
+    text = local_path(os.fspath(where))
+    if is_url(text):
+        from .cache import cache_folder
+        from .remote import RemoteFiles
 
         return RemoteFiles(text, cache_folder(cache), dict(storage_options or {}))
     return LocalFiles(Path(os.path.abspath(text)))
-
-
-def is_url(text: str | os.PathLike[str]) -> bool:
-    """Whether a store's address is a URL that is not a local path."""
-    text = os.fspath(text)
-    return URL.match(text) is not None and not text.startswith("file://") and not os.path.exists(text)
 
 
 def check_local(path: str | os.PathLike[str]) -> None:
     """StoreError if a place to write is a URL, also one that was made a `Path`, which makes `s3:/` of `s3://`."""
     text = os.fspath(path)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text) and not os.path.exists(text):
-        raise StoreError(f"{text}: a store is written in a local folder; behind a URL it can only be read")
+        url = public_url(re.sub(":/+", "://", text, count=1))
+        raise StoreError(f"{url}: a store is written in a local folder; behind a URL it can only be read")
 
 
 def absolute(where: str) -> str:
     """A store's address that holds from any working folder."""
-    return where if is_url(where) else os.path.abspath(where.removeprefix("file://"))
+    return where if is_url(where) else os.path.abspath(local_path(where))
 
 
 def open_table(folder: Path, *, sealed: bool = False) -> zarr.Array:

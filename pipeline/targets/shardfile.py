@@ -167,6 +167,16 @@ class ShardedRows:
         return "/".join(("c", str(shard), *("0" for _ in self.shape[1:])))
 
 
+def chunk_crcs_hold(data: bytes, chunks: int) -> bool:
+    """Return whether the index of a whole shard file, of so many chunks, and every chunk in it pass their crc32c."""
+    n = 16 * chunks
+    tail = data[-n - 4 :]
+    if not _intact(tail, n):
+        return False
+    index = np.frombuffer(tail[:-4], "<u8").reshape(-1, 2).tolist()
+    return all(_intact(data[at : at + size], size - 4) for at, size in index if (at, size) != (MISSING, MISSING))
+
+
 def _intact(data: bytes, size: int) -> bool:
     """Whether `data` is `size` bytes and their crc32c."""
     return len(data) == size + 4 and int(google_crc32c.value(data[:-4])).to_bytes(4, "little") == data[-4:]

@@ -9,6 +9,7 @@ import fsspec
 import pytest
 import yaml
 
+from distinit.pipeline.targets import urls
 from distinit.stages.screen import Screen
 from distinit.stages.train_student import TrainConfig, train_student
 
@@ -17,6 +18,7 @@ def test_training_from_a_url_equals_training_from_the_folder(
     tiny_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISTINIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(urls, "PROTOCOLS", (*urls.PROTOCOLS, "memory"))
     fsspec.filesystem("memory").put(str(tiny_store.path), "/train/targets.zarr", recursive=True)
     loop = {"batch_size": 4, "epochs": 1, "epoch_clips": 8, "lr": 0.02, "workers": 0, "threads": 1, "device": "cpu"}
     base = {"student": {"width": 0.125}, "loop": loop, "clips": {"length": 8, "size": 32, "resize": [40, 60]}}
@@ -28,7 +30,7 @@ def test_training_from_a_url_equals_training_from_the_folder(
     url = "memory://train/targets.zarr"
     there, here = run(url, "there"), run(str(tiny_store.path), "here")
     assert there["loss"] == here["loss"]
-    assert list((tmp_path / "cache/shards").glob("*/*"))
+    assert list((tmp_path / "cache/stores").glob("*/shards/*/*"))
     used = yaml.safe_load((tmp_path / "there/config.yaml").read_text())["train-student"]
     assert used["store"] == url
     assert run(url, "there", resume=True)["already_finished"]

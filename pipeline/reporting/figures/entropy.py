@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from ...errors import DistInitError
 from ...targets.store import TargetStore
 from ...targets.survey import Survey, survey
+from ...targets.urls import is_url
 from ..ablation import Ablation
 from ..runs import Run
 from .accuracy import spread_of
@@ -37,15 +38,21 @@ class StoreSurvey:
     problem: str | None = None
 
 
-def read_stores(runs: Sequence[Run]) -> dict[str, StoreSurvey]:
-    """By its path, each store that a student of the runs was trained from."""
+def read_stores(runs: Sequence[Run], *, open_urls: bool = False) -> dict[str, StoreSurvey]:
+    """By its path, each store that a student of the runs was trained from.
+
+    A run may come from anybody, and so may the address in it: a URL is opened where that was asked for, else never.
+    """
     found = {}
     students = [run for run in runs if run.kind == "student" and "store" in run.config]
     for path in dict.fromkeys(str(run.config["store"]) for run in students):
+        if is_url(path) and not open_urls:
+            found[path] = StoreSurvey(None, {}, "not looked at: it is behind a URL; --open-urls reads it")
+            continue
         try:
             store = TargetStore.open(path)
             found[path] = StoreSurvey([survey(store, name) for name in store.teachers], store.identity())
-        except (DistInitError, OSError) as error:
+        except (DistInitError, OSError, ValueError) as error:  # ValueError: a path with a zero byte
             found[path] = StoreSurvey(None, {}, str(error))
     return found
 

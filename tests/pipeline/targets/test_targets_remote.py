@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 
 from distinit.pipeline.errors import StoreError
 from distinit.pipeline.targets import format as fmt
-from distinit.pipeline.targets import remote
-from distinit.pipeline.targets.files import absolute, is_url
+from distinit.pipeline.targets import remote, urls
+from distinit.pipeline.targets.files import absolute
 from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.targets.urls import is_url
 from distinit.pipeline.targets.writer import StoreWriter
 from distinit.stages.screen import Screen
 from distinit.stages.targets_info import targets_info
@@ -110,11 +111,15 @@ def test_rows_over_http_equal_the_local_ones_and_come_once(make_store: Callable[
         asked = len(server.asked)
         again = TargetStore.open(f"{server.url}/s.zarr")
         same(TargetStore.open(root), again)
-        assert all(path.endswith("zarr.json") for path, _ in server.asked[asked:])  # the rest is in the cache
+        # The rest is in the cache; only chunks that were not there, which are fill, are asked for again.
+        assert not [path for path, sent in server.asked[asked:] if sent and not path.endswith("zarr.json")]
     same(TargetStore.open(root), pickle.loads(pickle.dumps(again)))  # and the server is gone
 
 
-def test_a_store_in_memory_and_a_store_that_grows(make_store: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_store_in_memory_and_a_store_that_grows(
+    make_store: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urls, "PROTOCOLS", (*urls.PROTOCOLS, "memory"))  # as it takes the way of s3 and others
     recipe, root = make_store(uncommitted=[1])
     memory = fsspec.filesystem("memory")
     memory.put(str(root), "/bucket/s.zarr", recursive=True)
@@ -154,7 +159,7 @@ def test_a_damaged_cache_heals_and_damage_behind_it_is_named(make_store: Callabl
         store = TargetStore.open(url)
         rows = store.frames(5)[2]
         good = store.logits("t", rows)
-        for file in (tmp_path / "cache/shards").glob("*/*"):
+        for file in (tmp_path / "cache/stores").glob("*/shards/*/*"):
             file.write_bytes(bytes(b ^ 255 for b in file.read_bytes()))
         np.testing.assert_array_equal(TargetStore.open(url).logits("t", rows), good)
         server.broken = 2  # a hiccup
@@ -217,8 +222,6 @@ def test_what_is_no_store_there_is_said_by_its_url(make_store: Callable[..., Any
         }
         with pytest.raises(StoreError, match="DISTINIT_CACHE"):
             TargetStore.open(f"{server.url}/s.zarr", cache=root / "zarr.json")
-    with pytest.raises(StoreError, match="nosuch://x: cannot be opened"):
-        TargetStore.open("nosuch://x")
     assert is_url("s3://b/t.zarr")
     assert is_url("simplecache::http://h/t.zarr")
     assert not any(map(is_url, ("t.zarr", "/a:b/t.zarr", "file:///a", "a:b", str(root))))
