@@ -1,0 +1,183 @@
+"""Seconds and memory of the commands that read a whole store, by the number of its videos.
+
+    python benchmarks/store_commands.py --videos 25000 100000
+    python benchmarks/store_commands.py --videos 1000000 --rounds 1     # an hour
+
+Two cached frames per video and eight classes, one video of a hundred failed: what is measured is the cost per video,
+not per row. Each command is a process of its own, all sizes in every round; medians. "first row" is when the command
+has read or written its first rows. The last column is the time per video compared with that at the first size: above 1
+a command does not scale. `--package DIR` measures another version of distinit (DIR holds the folder `distinit`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from measuring import machine, table
+
+from distinit.pipeline.targets import format as fmt
+from distinit.pipeline.targets.average import entropy
+from distinit.pipeline.targets.plan import Stretch
+from distinit.pipeline.targets.shard import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from distinit.pipeline.targets.writer import StoreWriter
+from distinit.pipeline.video.sampling import Sampling
+
+ROWS, CLASSES = 2, 8
+COMMANDS = ("open", "video", "info", "browse", "verify", "export .h5", "export .zarr", "merge")
+MEASURE = """
+import contextlib, json, resource, sys, time
+from pathlib import Path
+from distinit.stages.screen import Screen
+from distinit.stages.targets_browse import targets_browse
+from distinit.stages.targets_export import targets_export
+from distinit.stages.targets_info import targets_info
+from distinit.stages.targets_merge import targets_merge
+from distinit.stages.targets_verify import targets_verify
+from distinit.pipeline.targets.store import TargetStore
+
+command, store, other, out = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
+first = []
+
+class Bar:
+    def advance(self, n=1, **fields):
+        first.append(time.perf_counter()) if not first else None
+    update = set_total = lambda self, value: None
+
+class Watched(Screen):
+    @contextlib.contextmanager
+    def progress(self, *args, **named):
+        yield Bar()
+    def table(self, renderable):
+        pass
+
+def videos():
+    opened = TargetStore.open(store)
+    for i in range(0, opened.n_videos, max(opened.n_videos // 1000, 1)):
+        opened.video(i)
+
+screen = Watched(quiet=True)
+sys.stderr = open("/dev/null", "w")
+run = {
+    "open": lambda: TargetStore.open(store),
+    "video": videos,
+    "info": lambda: targets_info(store, screen, list_failed=True),
+    "browse": lambda: targets_browse(store, out / "browse", screen),
+    "verify": lambda: targets_verify(store, screen),
+    "export .h5": lambda: targets_export(store, out / "x.h5", screen),
+    "export .zarr": lambda: targets_export(store, out / "x.zarr", screen),
+    "merge": lambda: targets_merge([store, other], out / "m.zarr", screen),
+}[command]
+began = time.perf_counter()
+run()
+seconds = time.perf_counter() - began
+print(json.dumps({
+    "seconds": seconds, "first": first[0] - began if first else None,
+    "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+}))
+"""
+
+
+def make(root: Path, videos: int, number: int) -> None:
+    """A store of `videos` videos, those of another `number` having other names and contents."""
+    columns = {
+        "corpus": np.zeros(videos, np.int32),
+        "path": [f"class_{i % 700:03d}/{number}-{i:011x}.mp4" for i in range(videos)],
+        "size": np.full(videos, 1_000_000),
+        "duration": np.full(videos, 10.0),
+        "fps": np.full(videos, 30.0),
+        "rows_bound": np.full(videos, ROWS),
+        "time_base_num": np.ones(videos, np.int64),
+        "time_base_den": np.full(videos, 15360),
+        "width": np.full(videos, 340),
+        "height": np.full(videos, 256),
+        "digest": np.random.default_rng(number).integers(0, 256, (videos, 16), np.uint8),
+    }
+    run = {"batch_size": 32}
+    with StoreWriter(root, sampling=Sampling().model_dump()) as writer:
+        writer.add_videos(columns, [{"name": "big", "root": "/data/big"}])
+        writer.add_segments(Stretch(v, 0, -1, ROWS) for v in range(videos))
+        writer.add_teacher("t", [f"class {i}" for i in range(CLASSES)], {"identity": {"name": "t"}, "run": run})
+        order = np.searchsorted(writer.index.shard, np.arange(writer.index.n_shards + 1))
+        for shard in range(writer.index.n_shards):
+            mine = np.arange(order[shard], order[shard + 1])
+            writer.commit(shard_of(root, writer, shard, mine, number), run)
+
+
+def shard_of(root: Path, writer: StoreWriter, shard: int, mine: np.ndarray, number: int) -> ShardResult:
+    """One shard with the rows of videos `mine`."""
+    good = mine % 100 != 3
+    counts = np.where(good, ROWS, 0)
+    frame = np.tile(np.arange(ROWS) * 4, int(good.sum()))
+    values = {"video": np.repeat(mine, counts).astype(np.int32), "index": frame, "pts": frame * 512}
+    z = np.random.default_rng([number, shard]).normal(0, 3, (len(frame), CLASSES)).astype(np.float16)
+    folder = new_staging(root, shard)
+    logits, nats = fmt.teacher_specs("t", CLASSES)
+    said = stage_array(folder, logits, shard, z, writer.shard_rows)
+    said += stage_array(folder, nats, shard, entropy(z.astype(np.float32)), writer.shard_rows)
+    part = FramesPart(
+        segment=mine.tolist(),
+        first_row=np.where(good, np.cumsum(counts) - counts, 0).tolist(),
+        rows=counts.tolist(),
+        frames=np.where(good, ROWS * 4, -1).tolist(),
+        failed={int(s): "no frame could be decoded" for s in mine[~good]},
+    )
+    for spec in fmt.frame_specs():
+        part.files += stage_array(folder, spec, shard, values[spec.path.split("/")[1]], writer.shard_rows)
+    error = {"kl_mean": 0.0, "kl_p99": 0.0}
+    return ShardResult(shard, part, {"t": TeacherPart(rows=len(z), files=said, error=error)}, str(folder))
+
+
+def measured(command: str, stores: list[Path], package: Path | None) -> dict[str, float | None]:
+    """Seconds, seconds to the first row, and peak memory of one command."""
+    environment = {**os.environ, "PYTHONPATH": str(package)} if package else None
+    with tempfile.TemporaryDirectory(dir=stores[0].parent) as out:
+        arguments = [sys.executable, "-P", "-c", MEASURE, command, *map(str, stores), out]
+        done = subprocess.run(arguments, check=True, capture_output=True, text=True, env=environment)
+    found: dict[str, float | None] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    """Print a table and where it was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=int, nargs="+", default=[25_000, 100_000])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
+    parser.add_argument("--package", type=Path)
+    parser.add_argument("--work", type=Path, help="keep the stores in this folder, and use those that are there")
+    args = parser.parse_args()
+    scratch = tempfile.TemporaryDirectory(prefix="distinit-commands-")
+    work = args.work or Path(scratch.name)
+    stores = {n: [work / f"{n}-{number}.zarr" for number in range(2)] for n in args.videos}
+    for n, pair in stores.items():
+        for number, path in enumerate(pair):
+            if not path.exists():
+                make(path, n, number)
+    rounds = [
+        {(c, n): measured(c, stores[n], args.package) for c in args.commands for n in args.videos}
+        for _ in range(args.rounds)
+    ]
+    rows = []
+    base: dict[str, float] = {}
+    for command, n in rounds[0]:
+        every = [each[command, n] for each in rounds]
+        seconds, mb = (statistics.median(float(each[key] or 0) for each in every) for key in ("seconds", "mb"))
+        first = [each["first"] for each in every if each["first"] is not None]
+        ratio = seconds / n / base.setdefault(command, seconds / n)
+        shown = f"{statistics.median(first):.1f}" if first else "–"
+        rows.append([command, f"{n:,}", f"{seconds:.1f}", shown, f"{mb:.0f}", f"{ratio:.2f}"])
+    print(machine())
+    print(table(["command", "videos", "s", "first row s", "peak MB", "time per video"], rows))
+    scratch.cleanup()
+
+
+if __name__ == "__main__":
+    main()
