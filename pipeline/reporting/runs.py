@@ -7,7 +7,6 @@ predictions; result.json is only believed for what cannot be.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +19,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from ..documents import Form, is_regular_file, load_yaml, parse_json, plain_data, read_bytes, read_json, require_form
-from ..errors import SourceError, UsageError
+from ..errors import CheckpointError, SourceError, UsageError
 from ..evaluation.predictions import Predictions, metrics_from_file
 from ..safetensors_files import open_checked
 from ..students.options import START
@@ -83,6 +82,15 @@ class _Result(Form):
     thresholds_nats: dict[str, float] | None = None
 
 
+class _Header(Form):
+    """What a report reads of an exported model's header."""
+
+    what = "the header of a model"
+    heads: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    meta: dict[str, Any] | None = None
+
+
 class _Logged(Form):
     """What a report relies on in a line of metrics.jsonl; other numbers may be missing or null."""
 
@@ -138,17 +146,16 @@ class Run:
     def header(self) -> dict[str, Any]:
         """What the exported model says of itself, from the file's header; empty where there is none (yet).
 
-        CheckpointError for a damaged file.
+        CheckpointError for a damaged file, and for a header of another form.
         """
         if not self.finished:
             return {}
         with open_checked(self.model, "np") as file:
             text = (file.metadata() or {}).get("distinit", "{}")
         try:
-            content = json.loads(text)
-        except (ValueError, RecursionError):
-            content = {}
-        return content if isinstance(content, dict) else {}
+            return require_form(parse_json(text), _Header, str(self.model), CheckpointError)
+        except ValueError as error:
+            raise CheckpointError(f"{self.model}: its header is not JSON ({error})") from None
 
     @property
     def heads(self) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from distinit.pipeline.errors import DistInitError, SourceError, UsageError
+from distinit.pipeline.errors import CheckpointError, DistInitError, SourceError, UsageError
 from distinit.pipeline.evaluation.predictions import Predictions, PredictionsError
 from distinit.pipeline.evaluation.run_labels import RunLabels
 from distinit.pipeline.reporting.ablation import cell_names
@@ -266,6 +266,7 @@ TEXT = {"dtype": h5py.string_dtype()}
         replaced("reasons", ["ok"] * 3, **TEXT),
         replaced("sources", ["ok"] * 3, **TEXT),
         replaced("classes", ["a", "a", "b"], **TEXT),
+        replaced("classes", np.arange(3)),
         replaced("videos", ["v"] * 15, **TEXT),
         replaced("features", np.zeros((3, 2, 4), np.float32)),
         attribute("protocol", "[1]"),
@@ -273,6 +274,7 @@ TEXT = {"dtype": h5py.string_dtype()}
         attribute("protocol", '{"fused": [5]}'),
         attribute("protocol", '{"x": ' + LESS_DEEP + "}"),
         attribute("identity", "3"),
+        attribute("identity", 3),
         attribute("format_version", "two"),
     ],
 )
@@ -301,6 +303,17 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, name: str) -> 
     assert [found.name for found in find_runs([tmp_path / "runs"])] == ["run"]
     if name != "metrics.jsonl":
         refused(run, name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [DEEP, "[1]", '{"heads": 5}', '{"heads": ["a"]}', '{"meta": [1]}', '{"options": {"x": ' + LESS_DEEP + "}}", "x"],
+)
+def test_a_model_whose_header_has_another_form_is_named(tmp_path: Path, text: str) -> None:
+    run = run_folder(tmp_path / "run", {"store": "/nowhere"}, command="train-student")
+    save_file({"x": np.zeros(1, np.float32)}, run / "student.safetensors", metadata={"distinit": text})
+    with pytest.raises(CheckpointError, match=r"student\.safetensors"):
+        report([run], tmp_path / "out", QUIET)
 
 
 @pytest.mark.filterwarnings("error")
