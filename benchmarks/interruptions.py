@@ -333,7 +333,7 @@ class Trials:
 
     def _kill_change(self, name: str, words: list[str], out: Path, log: Path) -> None:
         changes = {"INTERRUPT_PARENT": str(os.getpid()), "INTERRUPT_ROOT": str(out)}
-        changes |= {"INTERRUPT_AT": str(int(2 ** self.random.uniform(0, 8))), "INTERRUPT_WHO": self._who()}
+        changes |= {"INTERRUPT_AT": str(int(2 ** self.random.uniform(0, 6))), "INTERRUPT_WHO": self._who()}
         process = self.place.start(words, log, **changes)
         family = self._watched(process, None)
         self._all_gone(process, family)
