@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.errors import StoreError, UsageError
-from ..pipeline.hdf5 import Hdf5Writer
+from ..pipeline.errors import DistInitError, StoreError, UsageError
+from ..pipeline.hdf5 import STRING, Hdf5Writer, open_hdf5
 from ..pipeline.locks import lock
 from ..pipeline.targets.choose import choose_videos
 from ..pipeline.targets.files import check_local
@@ -52,21 +53,91 @@ def targets_export(
         raise UsageError(f"--out {out}: must end in {', '.join(HDF5)} (one HDF5 file) or {ZARR} (a store)")
     if out.suffix != ZARR and shard_rows is not None:
         raise UsageError(f"--shard-rows: {out.name} is an HDF5 file, only a store ({ZARR}) has shards")
-    if out.exists():
+    if out.is_symlink() and not out.exists():
         raise UsageError(f"--out {out}: exists already")
     chosen = choose_videos(store, corpora, videos_from)
+    if out.exists():
+        return _finished(store, out, names, chosen, shard_rows, screen)
     if out.suffix in HDF5:
         return _export_hdf5(store, out, names, chosen, screen)
     return _export_store(store, out, names, chosen, shard_rows, screen)
 
 
-def _export_store(
+def _finished(
     store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], shard_rows: int | None, screen: Screen
 ) -> dict[str, Any]:
+    """What an earlier run of this very export returned, as one that was killed at its end; UsageError for another."""
+    hdf5 = out.suffix in HDF5
+    videos = np.intersect1d(store.usable(names), chosen) if hdf5 else _exportable(store, names, chosen)
+    try:
+        same = _same_file(store, out, names, videos) if hdf5 else _same_store(store, out, names, videos, shard_rows)
+    except DistInitError:  # another file, or a damaged one
+        same = False
+    if not same:
+        raise UsageError(f"--out {out}: exists already, and is another export or none; choose another --out")
+    screen.say(f"{out} exists already and is this export, finished")
+    files = [out] if hdf5 else [f for f in out.rglob("*") if f.is_file()]
+    return {"out": str(out), "videos": len(videos), "rows": int(store.row_counts[videos].sum()), "teachers": names,
+            "bytes": sum(f.stat().st_size for f in files)}  # fmt: skip
+
+
+def _same_store(
+    store: TargetStore, out: Path, names: list[str], videos: NDArray[np.int64], shard_rows: int | None
+) -> bool:
+    """Whether a store was exported from this one and is finished, with these teachers and videos."""
+    made = TargetStore.open(out)
+    if (
+        made.attributes.get("exported_from") != store.attributes["store_id"]
+        or set(made.teachers) != set(names)
+        or shard_rows not in (None, made.index.shard_rows)
+        or made.index.n_videos != len(videos)
+        or len(_exportable(made, names, np.arange(len(videos)))) != len(videos)
+    ):
+        return False
+    return np.array_equal(made.row_counts, store.row_counts[videos]) and all(
+        made.place(v) == store.place(int(video)) and made.digest(v) == store.digest(int(video))
+        for v, video in enumerate(videos)
+    )
+
+
+def _same_file(store: TargetStore, out: Path, names: list[str], videos: NDArray[np.int64]) -> bool:
+    """Whether an HDF5 file was exported from this store, with these teachers and videos."""
+    tables: dict[str, tuple[str, int]] = dict.fromkeys(("videos/corpus", "videos/path"), (STRING, 1))
+    numbers = ("videos/frames", "videos/first_row", "videos/rows", "frames/video", "frames/index", "frames/pts")
+    tables |= dict.fromkeys(numbers, ("iu", 1))
+    for name in names:
+        group = f"teachers/{name}"
+        tables |= {f"{group}/class": (STRING, 1), f"{group}/logits": ("f", 2), f"{group}/entropy": ("f", 1)}
+    groups = ("videos", "frames", "teachers", *(f"teachers/{name}" for name in names))
+    with open_hdf5(out, tables, groups) as file:
+        places = [store.place(int(video)) for video in videos]
+        return bool(
+            file.attrs["store_id"] == store.attributes["store_id"]
+            and set(file["teachers"]) == set(names)
+            and np.array_equal(file["videos/rows"][:], store.row_counts[videos])
+            and all(
+                [bytes(text) for text in file[f"videos/{key}"][:]] == [os.fsencode(place[i]) for place in places]
+                for i, key in enumerate(("corpus", "path"))
+            )
+            and all(
+                file[f"teachers/{name}/logits"].shape == (len(file["frames/pts"]), len(store.teacher(name).classes))
+                for name in names
+            )
+        )
+
+
+def _exportable(store: TargetStore, names: list[str], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of the chosen videos that are pending for none of the teachers."""
     pending = store.video_state == PENDING
     for name in names:
         pending |= store.index.teacher_state(name) == PENDING
-    videos = chosen[~pending[chosen]]
+    return chosen[~pending[chosen]]
+
+
+def _export_store(
+    store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], shard_rows: int | None, screen: Screen
+) -> dict[str, Any]:
+    videos = _exportable(store, names, chosen)
     if len(videos) < len(chosen):
         screen.warn(f"{len(chosen) - len(videos)} pending videos are left out")
     if len(videos) == 0:
@@ -111,7 +182,9 @@ def _export_hdf5(
     counts = store.row_counts[usable]
     part = out.with_name(f".{out.name}.part")
     with _alone(part, out):
-        with Hdf5Writer(part) as writer, screen.progress("exporting", int(counts.sum()), "rows") as bar:
+        # From HDF5 1.10 on the structure of a file has checksums; those of the values are asked for.
+        writer = Hdf5Writer(part, libver=("v110", "v110"))
+        with writer, screen.progress("exporting", int(counts.sum()), "rows") as bar:
             file = writer.file
             file.attrs["format"] = "distinit-targets-export"
             file.attrs["store_id"] = store.attributes["store_id"]
@@ -120,9 +193,10 @@ def _export_hdf5(
             for name in names:
                 record = store.teacher(name)
                 group = file.create_group(f"teachers/{name}")
-                group.create_dataset("class", data=list(record.classes), dtype=h5py.string_dtype())
-                logits = group.create_dataset("logits", (len(rows), len(record.classes)), "f2")
-                entropy = group.create_dataset("entropy", (len(rows),), "f4")
+                _text(group, "class", [name.encode() for name in record.classes])
+                shape = (len(rows), len(record.classes))
+                logits = group.create_dataset("logits", shape, "f2", **_checked(shape, 2))
+                entropy = group.create_dataset("entropy", (len(rows),), "f4", **_checked((len(rows),), 4))
                 for at in range(0, len(rows), BLOCK):
                     some = rows[at : at + BLOCK]
                     # Not by HDF5: 1.14.2 halves what float16 rounds up to a power of two.
@@ -133,6 +207,21 @@ def _export_hdf5(
         os.replace(part, out)
     return {"out": str(out), "videos": len(usable), "rows": len(rows), "teachers": names,
             "bytes": out.stat().st_size}  # fmt: skip
+
+
+def _text(group: h5py.Group, name: str, texts: list[bytes]) -> None:
+    """Write texts of one length, which have checksums; of those of any length HDF5 has none."""
+    kind = h5py.string_dtype("utf-8", max(1, *map(len, texts)) if texts else 1)
+    values = np.array(texts, kind)
+    group.create_dataset(name, data=values, dtype=kind, **_checked(values.shape, kind.itemsize))
+
+
+def _checked(shape: tuple[int, ...], item_bytes: int) -> dict[str, Any]:
+    """Options of a table whose values have checksums, one a chunk of some 256 kB; one without values has none."""
+    if 0 in shape:
+        return {}
+    rows = 2**18 // (math.prod(shape[1:]) * item_bytes)
+    return {"chunks": (max(1, min(rows, shape[0])), *shape[1:]), "fletcher32": True}
 
 
 @contextmanager
@@ -147,7 +236,7 @@ def _alone(file: Path, out: Path) -> Iterator[None]:
             mine = os.path.samestat(os.fstat(descriptor), os.stat(file))
         except FileNotFoundError:
             mine = False
-        if not mine:  # another has finished meanwhile, and removed what is locked here
+        if not mine or out.exists():  # another has finished meanwhile, and removed what is locked here
             raise busy
         try:
             yield
@@ -162,19 +251,17 @@ def _tables(
 ) -> NDArray[np.int64]:
     """Video and frame tables; returns the store's rows [N] in the order of the export."""
     rows = store.rows_of(usable)
-    text = h5py.string_dtype()
     videos = file.create_group("videos")
-    corpora, paths = (videos.create_dataset(name, (len(usable),), text) for name in ("corpus", "path"))
-    for at in range(0, len(usable), BLOCK):
-        places = [store.place(int(v)) for v in usable[at : at + BLOCK]]
-        corpora[at : at + BLOCK] = [os.fsencode(corpus) for corpus, _ in places]
-        paths[at : at + BLOCK] = [os.fsencode(path) for _, path in places]
-    videos.create_dataset("frames", data=store.frame_counts[usable])
-    videos.create_dataset("first_row", data=np.cumsum(counts) - counts)
-    videos.create_dataset("rows", data=counts)
+    places = [store.place(int(v)) for v in usable]
+    _text(videos, "corpus", [os.fsencode(corpus) for corpus, _ in places])
+    _text(videos, "path", [os.fsencode(path) for _, path in places])
+    columns = {"frames": store.frame_counts[usable], "first_row": np.cumsum(counts) - counts, "rows": counts}
+    for name, values in columns.items():
+        videos.create_dataset(name, data=values, **_checked(values.shape, values.itemsize))
     frames = file.create_group("frames")
-    number = frames.create_dataset("video", data=np.repeat(np.arange(len(usable)), counts))
-    index, pts = (frames.create_dataset(name, (len(rows),), "i8") for name in ("index", "pts"))
+    checked = _checked((len(rows),), 8)
+    number = frames.create_dataset("video", data=np.repeat(np.arange(len(usable)), counts), **checked)
+    index, pts = (frames.create_dataset(name, (len(rows),), "i8", **checked) for name in ("index", "pts"))
     for at in range(0, len(rows), BLOCK):
         some = rows[at : at + BLOCK]
         if (store.read_table("video", some) != usable[number[at : at + BLOCK]]).any():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -20,6 +21,7 @@ from distinit.pipeline.targets.verify import verify
 from distinit.stages.screen import Screen
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_merge import targets_merge
+from distinit.tests.flips import flips
 
 QUIET = Screen(quiet=True)
 Make = Callable[..., Any]
@@ -154,3 +156,52 @@ def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> No
         out = out if "://" in out else str(tmp_path / out)
         with pytest.raises((UsageError, StoreError), match=words):
             targets_export(root, out, QUIET, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["x.zarr", "x.h5"])
+def test_a_finished_export_is_known_again_and_another_is_refused(make_store: Make, tmp_path: Path, name: str) -> None:
+    root, out = make_store()[1], tmp_path / name
+    done = targets_export(root, out, QUIET)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert targets_export(root, out, QUIET) == done
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    first = TargetStore.open(root).place(0)
+    (tmp_path / "list.txt").write_bytes(os.fsencode(first[1]) + b"\n")
+    changes: list[dict[str, Any]] = [{"videos_from": tmp_path / "list.txt"}]
+    if name == "x.zarr":
+        changes.append({"shard_rows": 2048})
+    for change in changes:
+        with pytest.raises(UsageError):
+            targets_export(root, out, QUIET, **change)
+    with pytest.raises(UsageError):
+        targets_export(make_store("other.zarr")[1], out, QUIET)
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    out.write_bytes(b"another file")
+    with pytest.raises(UsageError):
+        targets_export(root, out, QUIET)
+    assert out.read_bytes() == b"another file"
+
+
+def tables_of(path: Path) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, found_at: found.update({name: found_at[()].tobytes()})
+            if isinstance(found_at, h5py.Dataset)
+            else None
+        )
+    return found
+
+
+def test_hdf5_itself_finds_every_flipped_bit_of_an_exported_file(make_store: Make, tmp_path: Path) -> None:
+    out = tmp_path / "x.h5"
+    targets_export(make_store()[1], out, QUIET)
+    whole, seen = tables_of(out), 0
+    for flip in flips(out, tmp_path / "y.h5", seed=0, per_kind=150):
+        try:
+            found = tables_of(flip.path)
+        except Exception:  # of h5py, of any kind
+            seen += 1
+        else:
+            assert found == whole, flip
+    assert seen > 100
