@@ -43,7 +43,9 @@ def targets_verify(
     writer: StoreWriter | None = None
     with ExitStack() as stack:
         if repair:  # nobody commits between what is found and what is dropped
-            writer = stack.enter_context(StoreWriter(store.path, sampling=store.attributes["sampling"]))
+            writer = stack.enter_context(
+                StoreWriter(store.path, sampling=store.attributes["sampling"], damaged=True)
+            )
             store = TargetStore(store_files(store_path), damaged=True)
         index = store.index
         with screen.progress("verifying", total=index.n_shards, unit="shards") as bar:

@@ -19,6 +19,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ..errors import StoreError, in_one_line
+from .forms import load_json
 
 if TYPE_CHECKING:
     from .files import StoreFiles
@@ -78,7 +79,7 @@ def check_document(
     """
     corrupt: StoreError | None = None
     try:
-        document = parse_document(where, text)
+        document = load_json(where, text)
     except StoreError as error:
         corrupt = error
     agreed = agrees() if agrees is not None else digest_agrees(text)
@@ -88,17 +89,6 @@ def check_document(
         raise corrupt
     if agreed is None and (required or _has_digest(document)):
         raise StoreError(f"{where}: differs from what was written (its digest is not at its end)")
-    return document
-
-
-def parse_document(where: str, text: bytes) -> dict[str, Any]:
-    """Parse a zarr.json without a look at its digest; StoreError names `where` if it is not JSON of an object."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{where}: corrupt, not JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise StoreError(f"{where}: corrupt, expected a JSON object, got {type(document).__name__}")
     return document
 
 

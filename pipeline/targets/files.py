@@ -6,8 +6,10 @@ folder: many HTTP servers cannot.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ import zarr
 
 from ..errors import StoreError, in_one_line
 from .digests import check_document
+from .forms import check_array
 from .shardfile import ShardedRows
 from .urls import is_url, local_path, public_url
 
@@ -62,33 +65,140 @@ class StoreFiles(ABC):
 
 
 class LocalFiles(StoreFiles):
-    """A store in a folder of a mounted file system."""
+    """A store in a folder of a mounted file system. Only `root` itself may be a link."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.name = root, str(root)
+        self._folders: set[str] = {""}
+        """Folders of the store that were found to be no links."""
+        self._tables: set[str] = set()
+        """Tables in whose folders there is none."""
 
     def read(self, path: str) -> bytes:
         """The whole file; FileNotFoundError if there is none."""
-        return (self.root / path).read_bytes()
+        with open(self.open(path), "rb", buffering=0) as file:
+            try:
+                return file.readall()
+            except (OSError, MemoryError) as error:
+                raise StoreError(f"{self.name}/{path}: cannot be read ({in_one_line(error)})") from error
 
     def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
         """Those of the files that exist, by path."""
         found = {}
         for path in paths:
             try:
-                with open(f"{self.name}/{path}", "rb") as file:
-                    found[path] = file.read()
+                found[path] = self.read(path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
         return found
 
+    def open(self, path: str) -> int:
+        """A descriptor of a regular file of the store; every file of a local store is opened here.
+
+        Raises FileNotFoundError if there is none, and StoreError for a name that leaves the store, a link, a device or
+        a pipe, which would wait for ever.
+        """
+        folder, _, name = path.rpartition("/")
+        if folder not in self._folders:
+            self._check_folder(folder)
+        where = f"{self.name}/{path}"
+        try:
+            descriptor = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except (OSError, ValueError) as error:
+            link = isinstance(error, OSError) and error.errno == errno.ELOOP
+            why = "a link, which a store does not have" if link else f"cannot be read ({in_one_line(error)})"
+            raise StoreError(f"{where}: {why}") from error
+        if name == ".." or not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise StoreError(f"{where}: not a regular file")
+        return descriptor
+
+    def _check_folder(self, folder: str) -> None:
+        parent = folder.rpartition("/")[0]
+        if parent not in self._folders:
+            self._check_folder(parent)
+        inside(self.root, folder)
+        if len(self._folders) < 4096 or folder.count("/") < 2:
+            self._folders.add(folder)
+
+    def metadata(self, path: str) -> bytes:
+        """The zarr.json of an array, checked for its form."""
+        try:
+            text = self.read(f"{path}/zarr.json")
+            return array_metadata(f"{self.name}/{path}/zarr.json", path, text, sealed=self.sealed)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(f"{self.name}/{path}/zarr.json: missing") from error
+
     def table(self, path: str) -> zarr.Array:
         """An unsharded array, opened for reading."""
+        self.metadata(path)
+        if path not in self._tables:
+            inside(self.root, path, below=not path.startswith(("frames/", "teachers/")) or path.endswith("/class"))
+            self._tables.add(path)
         return open_table(self.root / path, sealed=self.sealed)
 
     def rows(self, path: str, record: Record) -> ShardedRows:
         """A sharded array, read by `pread` from its files."""
-        return ShardedRows(self.root / path, sealed=self.sealed)
+        return _LocalRows(self, path)
+
+
+class _LocalRows(ShardedRows):
+    """Rows of an array in a local folder."""
+
+    def __init__(self, files: LocalFiles, path: str) -> None:
+        super().__init__(files.root / path, files.metadata(path), sealed=files.sealed)
+        self._files, self._place = files, path
+
+    def _open_file(self, shard: int) -> int:
+        try:
+            return self._files.open(f"{self._place}/{self._key(shard)}")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(f"{self._file(shard)}: a committed shard is missing ({error.strerror})") from error
+
+
+def array_metadata(where: str, path: str, text: bytes, *, sealed: bool = False) -> bytes:
+    """`text`, the zarr.json of the array `path` of a store; StoreError unless it has the form of that array's."""
+    check_array(where, path, check_document(where, text, required=sealed))
+    return text
+
+
+def inside(root: str | os.PathLike[str], path: str, *, below: bool = False) -> Path:
+    """The place of a file or folder of a local store, which need not exist, to be read, written or removed.
+
+    below: what lies in that folder is checked too.
+
+    Raises:
+        StoreError: for a name that leaves the store, and where a part of it, or anything below, is a link or neither a
+            file nor a folder.
+    """
+    names = path.split("/")
+    if {"", ".", ".."}.intersection(names) or "\0" in path:
+        raise StoreError(f"{os.fspath(root)}: {path!r} is no name of a file in a store")
+    place = os.fspath(root)
+    for name in names:
+        place = f"{place}/{name}"
+        try:
+            mode = os.lstat(place).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            break
+        except OSError as error:
+            raise StoreError(f"{place}: cannot be read ({error.strerror})") from error
+        _check_mode(place, mode)
+    else:
+        if below and stat.S_ISDIR(mode):
+            for parent, folders, files in os.walk(place):
+                for name in (*folders, *files):
+                    _check_mode(f"{parent}/{name}", os.lstat(f"{parent}/{name}").st_mode)
+    return Path(root, path)
+
+
+def _check_mode(place: str, mode: int) -> None:
+    if stat.S_ISLNK(mode):
+        raise StoreError(f"{place}: a link, which a store does not have")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise StoreError(f"{place}: neither a file nor a folder")
 
 
 def store_files(

@@ -21,9 +21,11 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from ..errors import StoreError
-from .digests import DIGEST, KEY, check_document, digest_agrees, parse_document, seal
+from .digests import DIGEST, KEY, check_document, digest_agrees, seal
 from .encoding import DEFAULT, Encoding, arrays_of
-from .files import LocalFiles, StoreFiles, open_table, store_files
+from .files import LocalFiles, StoreFiles, inside, open_table, store_files
+from .forms import check_node, load_json
+from .forms import check_root as check_root_form
 
 FORMAT = "distinit-targets"
 VERSION = 1
@@ -94,6 +96,7 @@ def teacher_specs(name: str, classes: int, encoding: Encoding = DEFAULT) -> list
 
 def create_array(root: Path, spec: ArraySpec, rows: int, shard_rows: int) -> None:
     """Create the array under `root`; sharded arrays of `rows` (a multiple of `shard_rows`) rows."""
+    inside(root, spec.path)
     group = zarr.open_group(root, mode="a")
     # Tables are compressed; the crc behind that finds a flipped bit wherever a chunk is read.
     extra: dict[str, Any] = {"compressors": [ZstdCodec(), Crc32cCodec()]}
@@ -133,6 +136,7 @@ def seal_array(folder: Path, **changes: Any) -> None:
 
 def resize_array(root: Path, spec: ArraySpec, rows: int) -> None:
     """Grow an array to `rows` rows; never shrinks it."""
+    LocalFiles(root).metadata(spec.path)
     shape = open_table(root / spec.path).shape
     if shape[0] < rows:
         seal_array(root / spec.path, shape=[rows, *shape[1:]])
@@ -154,8 +158,8 @@ def fsync_path(path: Path) -> None:
 
 def write_node(root: Path, node: str, attributes: Mapping[str, Any]) -> None:
     """Write a group node (`.` is the root) in one atomic step: made in staging/, synced, renamed into place."""
-    folder = root / node
-    scratch = root / STAGING / f"node-{os.getpid()}"
+    folder = root if node == "." else inside(root, node)
+    scratch = inside(root, STAGING) / f"node-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
@@ -199,26 +203,47 @@ def parse_node(
 
     sealed: the node must have a digest. agrees: see `check_document`.
     """
-    document = check_document(where, text, required=sealed, agrees=agrees)
-    try:
-        record = dict(document["attributes"][KEY])
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{where}: not a readable node of a target store ({error})") from error
+    attributes = check_document(where, text, required=sealed, agrees=agrees).get("attributes")
+    record = attributes.get(KEY) if isinstance(attributes, dict) else None
+    if not isinstance(record, dict):
+        raise StoreError(f"{where}: not a node of a target store (attribute {KEY} is missing or no object)")
     record.pop(DIGEST, None)
     return record
 
 
-def read_nodes(files: StoreFiles, group: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Those of the nodes of a group that exist, by name, in the order asked for."""
+def read_nodes(
+    files: StoreFiles, group: str, names: Iterable[str], *, broken: dict[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Those of the nodes of a group that exist, by name, in the order asked for; each has its form (forms.py).
+
+    broken: takes up, by name, what is wrong with nodes that have not; without it a StoreError says so.
+    """
     paths = {f"{group}/{name}/zarr.json": name for name in names}
-    found = files.read_many(paths)
-    # A thread computes the digests meanwhile: those of a million videos take a tenth of the time of opening the store.
-    with ThreadPoolExecutor(1) as pool:
-        agrees = [pool.submit(digest_agrees, text).result for text in found.values()]
-        return {
-            paths[path]: parse_node(f"{files.name}/{path}", text, sealed=files.sealed, agrees=agreed)
-            for (path, text), agreed in zip(found.items(), agrees, strict=True)
-        }
+    if broken is None:
+        found = files.read_many(paths)
+        # A thread computes the digests meanwhile: those of a million videos take a tenth of the time of opening.
+        with ThreadPoolExecutor(1) as pool:
+            agrees = [pool.submit(digest_agrees, text).result for text in found.values()]
+            return {
+                paths[path]: _node(files, group, path, text, agreed)
+                for (path, text), agreed in zip(found.items(), agrees, strict=True)
+            }
+    nodes = {}
+    for path, name in paths.items():
+        try:
+            nodes[name] = _node(files, group, path, files.read(path))
+        except StoreError as error:
+            broken[name] = str(error)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return nodes
+
+
+def _node(
+    files: StoreFiles, group: str, path: str, text: bytes, agrees: Callable[[], bool | None] | None = None
+) -> dict[str, Any]:
+    where = f"{files.name}/{path}"
+    return check_node(where, group, parse_node(where, text, sealed=files.sealed, agrees=agrees))
 
 
 def read_fingerprint(files: StoreFiles, teacher: str) -> dict[str, Any] | None:
@@ -226,14 +251,18 @@ def read_fingerprint(files: StoreFiles, teacher: str) -> dict[str, Any] | None:
     return read_nodes(files, f"teachers/{teacher}", [FINGERPRINT]).get(FINGERPRINT)
 
 
-def read_plans(files: StoreFiles) -> list[dict[str, Any]]:
-    """The nodes of `plans/`: they are numbered, so asking goes on until one is missing."""
+def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """The nodes of `plans/`: they are numbered, so asking goes on until one is missing. broken: as `read_nodes`; such a
+    plan is empty.
+    """
     plans: list[dict[str, Any]] = []
     ask = 8
     while True:
-        found = read_nodes(files, "plans", (f"{i:06d}" for i in range(len(plans), len(plans) + ask)))
-        plans += found.values()
-        if len(found) < ask:
+        names = [f"{i:06d}" for i in range(len(plans), len(plans) + ask)]
+        found = read_nodes(files, "plans", names, broken=broken)
+        known = [name for name in names if name in found or name in (broken or ())]
+        plans += [found.get(name, {}) for name in known]
+        if len(known) < ask:
             return plans
         ask *= 2
 
@@ -262,12 +291,13 @@ def check_root(where: Path | StoreFiles) -> dict[str, Any]:
         raise StoreError(f"{files.name}/zarr.json: cannot be read ({error.strerror or error})") from error
     attributes = parse_root(f"{files.name}/zarr.json", text)
     files.sealed = bool(attributes.get("node_digests"))
+    check_root_form(f"{files.name}/zarr.json", attributes)
     return attributes
 
 
 def parse_root(where: str, text: bytes) -> dict[str, Any]:
     """Attributes of a store from the zarr.json of its root; StoreError if it is none, of another version or damaged."""
-    attributes = parse_document(where, text).get("attributes")
+    attributes = load_json(where, text).get("attributes")
     record = attributes.get(KEY) if isinstance(attributes, dict) else None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise StoreError(f"{where}: a Zarr node, but not a target store (attribute {KEY}.format is missing)")

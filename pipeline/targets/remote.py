@@ -27,7 +27,7 @@ import zarr
 from ..errors import StoreError, in_one_line
 from .cache import StoreCache, digest_file, has_holes, require_digest, require_name
 from .digests import Ranges, check_document, checked_rows, digest_bytes, ranges_of, split_ranges
-from .files import Record, StoreFiles, open_table
+from .files import Record, StoreFiles, array_metadata, open_table
 from .shardfile import ShardedRows, chunk_crcs_hold
 from .urls import canonical_url, check_url, hide_secrets, public_url
 from .web import STALL_S, TOTAL_S, AnswerError, WebReader
@@ -221,7 +221,7 @@ class RemoteFiles(StoreFiles):
     def _fetch_table(self, path: str, folder: Path) -> None:
         self._asked_again.add(path)
         try:
-            text = self.read(f"{path}/zarr.json")
+            text = array_metadata(f"{self.name}/{path}/zarr.json", path, self.read(f"{path}/zarr.json"))
         except FileNotFoundError as error:
             raise StoreError(f"{self.name}/{path}: missing") from error
         names = self._chunk_names(path, text)
@@ -249,7 +249,7 @@ class _CachedRows(ShardedRows):
 
     def __init__(self, files: RemoteFiles, path: str, record: Record) -> None:
         try:
-            meta = files.read(f"{path}/zarr.json")
+            meta = array_metadata(f"{files.name}/{path}/zarr.json", path, files.read(f"{path}/zarr.json"))
         except FileNotFoundError as error:
             raise StoreError(f"{files.name}/{path}: missing") from error
         super().__init__(f"{files.name}/{path}", meta, sealed=files.sealed)

@@ -72,7 +72,12 @@ class TargetStore:
         self.sampling = Sampling.model_validate(self.attributes["sampling"])
         self.teachers: dict[str, TeacherRecord] = {}
         for name, node in fmt.read_nodes(files, "teachers", self.index.teachers).items():
-            classes = read_classes(files, name)
+            try:
+                classes = read_classes(files, name)
+            except StoreError:
+                if damaged:  # which `verify` tells
+                    continue
+                raise
             if not damaged and (wrong := other_classes(classes, node["identity"])):
                 raise StoreError(f"{files.name}/teachers/{name}/class: {wrong}")
             self.teachers[name] = TeacherRecord(
@@ -232,8 +237,10 @@ class TargetStore:
     def column(self, name: str) -> NDArray[Any]:
         """A numeric column of the video table [V], read once."""
         if name not in self._columns:
-            path = f"videos/{name}"
-            self._columns[name] = read_rows(self.files, path, 0, self.n_videos, self.index.ranges)
+            values = read_rows(self.files, f"videos/{name}", 0, self.n_videos, self.index.ranges)
+            if name == "corpus" and ((values < 0) | (values >= len(self.index.corpora))).any():
+                raise StoreError(f"{self.name}/videos/corpus: names a corpus that no plan speaks of")
+            self._columns[name] = values
         return self._columns[name]
 
     @cached_property
@@ -322,8 +329,23 @@ class TargetStore:
 
     def _array(self, path: str) -> ShardedRows:
         if path not in self._rows:
-            self._rows[path] = self.files.rows(path, self.index.file_record)
+            rows = self.files.rows(path, self.index.file_record)
+            self._check_rows(path, rows)
+            self._rows[path] = rows
         return self._rows[path]
+
+    def _check_rows(self, path: str, rows: ShardedRows) -> None:
+        """StoreError where an array contradicts the store's shard size, or its teacher's encoding or classes."""
+        where = f"{self.name}/{path}/zarr.json"
+        if rows.shard_rows != self.index.shard_rows:
+            raise StoreError(f"{where}: has {rows.shard_rows} rows per shard, the store {self.index.shard_rows}")
+        if path.endswith("/logits"):
+            teacher = self.teachers[path.split("/")[1]]
+            if rows.dtype.name != teacher.encoding or rows.shape[1] != len(teacher.classes):
+                raise StoreError(
+                    f"{where}: is {rows.dtype.name} of {rows.shape[1]} classes, the teacher has "
+                    f"{len(teacher.classes)} in {teacher.encoding}"
+                )
 
 
 def read_classes(files: StoreFiles, teacher: str) -> tuple[str, ...]:

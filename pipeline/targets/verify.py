@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,8 @@ from . import format as fmt
 from .average import entropy
 from .digests import check_document, digest_bytes, is_sealed, read_rows
 from .encoding import arrays_of, decode, rounding
-from .files import LocalFiles, StoreFiles
-from .index import OK, StoreIndex, losses
-from .shardfile import ShardedRows
+from .files import LocalFiles, StoreFiles, inside
+from .index import OK, StoreIndex
 from .store import other_classes, read_classes
 
 ENTROPY_TOLERANCE = 1e-3
@@ -45,21 +46,24 @@ def verify(root: Path, index: StoreIndex, advance: Callable[[int], Any] = lambda
     entropies."""
     files = LocalFiles(root)
     fmt.check_root(files)
+    yield from (Finding(*broken) for broken in index.broken)
+    known = {(shard, teacher) for _, shard, teacher in index.broken if shard is not None}
     yield from _nodes(files, index)
     yield from _structure(files, index)
-    yield from (Finding(lost) for lost in losses(root, fmt.read_plans(files)))
     yield from _videos(files, index)
     yield from _unplanned(root, index)
     yield from _teachers(files, index)
     for shard in range(index.n_shards):
+        if (shard, None) in known:
+            continue
         if shard not in index.frame_commits:
             yield Finding("planned, but not committed: extraction unfinished, or the commit was deleted", shard)
         else:
-            yield from _frames(root, index, shard)
+            yield from _frames(files, index, shard)
         for name, teacher in index.teachers.items():
             if shard in teacher.shards:
-                yield from _teacher(root, index, shard, name)
-            elif shard in index.frame_commits:
+                yield from _teacher(files, index, shard, name)
+            elif shard in index.frame_commits and (shard, name) not in known:
                 yield Finding("no rows: extraction unfinished, or the commit was deleted", shard, name)
         advance(1)
 
@@ -69,18 +73,23 @@ def drop_commits(root: Path, findings: list[Finding]) -> int:
 
     Rows of teachers hang on the frame tables, so a broken frame shard takes its teachers' commits along.
     """
-    broken: set[Path] = set()
+    broken: set[str] = set()
+    teachers = [p.name for p in inside(root, "commits/teachers").iterdir() if p.is_dir()]
     for f in findings:
         if f.shard is None:
             continue
         if f.teacher is None:
-            broken.add(root / f"commits/frames/{f.shard:06d}")
-            broken.update(p / f"{f.shard:06d}" for p in (root / "commits/teachers").iterdir() if p.is_dir())
+            broken.add(f"commits/frames/{f.shard:06d}")
+            broken.update(f"commits/teachers/{name}/{f.shard:06d}" for name in teachers)
         else:
-            broken.add(root / f"commits/teachers/{f.teacher}/{f.shard:06d}")
-    there = [p for p in broken if p.exists()]
-    for path in sorted(there, reverse=True):  # teachers before the frames they hang on
-        shutil.rmtree(path)
+            broken.add(f"commits/teachers/{f.teacher}/{f.shard:06d}")
+    there = [p for p in sorted(broken, reverse=True) if os.path.lexists(root / p)]
+    for name in there:  # teachers before the frames they hang on
+        path = inside(root, name.rpartition("/")[0]) / name.rpartition("/")[2]
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
         fmt.fsync_path(path.parent)
     return len(there)
 
@@ -101,16 +110,24 @@ def entropy_tolerance(logits: NDArray[np.float32], rounding: NDArray[np.float32]
 
 def _nodes(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
     """Nodes and array metadata that differ from their digests: those, too, that no reader of rows looks at."""
-    for path, text in files.read_many(_documents(index)).items():
+    told = [what for what, _, _ in index.broken]
+    for path in _documents(index):
         try:
-            check_document(path, text, required=files.sealed)
+            check_document(path, files.read(path), required=files.sealed)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except StoreError as error:
-            yield Finding(str(error))
+            if not any(path in what for what in told):
+                yield Finding(str(error))
 
 
 def without_digest(files: StoreFiles, index: StoreIndex) -> int:
     """Count nodes and array metadata files without a digest: version 0.1 wrote none."""
-    return sum(not is_sealed(text) for text in files.read_many(_documents(index)).values())
+    count = 0
+    for path in _documents(index):
+        with suppress(OSError):  # what is missing, or is found to be damaged elsewhere
+            count += not is_sealed(files.read(path))
+    return count
 
 
 def _documents(index: StoreIndex) -> Iterator[str]:
@@ -178,11 +195,12 @@ def _videos(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
 
 def _unplanned(root: Path, index: StoreIndex) -> Iterator[Finding]:
     """Commits of what no plan speaks of: a plan is lost."""
+    broken = {teacher for _, _, teacher in index.broken}
     for folder in sorted((root / "commits/teachers").glob("*/")):
-        if folder.name not in index.teachers:
+        if folder.name not in index.teachers and folder.name not in broken:
             yield Finding(f"commits/teachers/{folder.name}: no plan names this teacher")
     for folder in sorted((root / "commits/frames").glob("*/")):
-        if folder.name.isdigit() and int(folder.name) >= index.n_shards:
+        if folder.name.isdecimal() and int(folder.name) >= index.n_shards:
             yield Finding(f"commits/frames/{folder.name}: no plan speaks of this shard")
 
 
@@ -205,9 +223,9 @@ def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
             yield Finding(f"its fingerprint is of {count} classes, it has {len(classes)}", None, name)
 
 
-def _frames(root: Path, index: StoreIndex, shard: int) -> Iterator[Finding]:
+def _frames(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Finding]:
     commit = index.frame_commits[shard]
-    bad = list(_files(root, commit["files"], shard, None))
+    bad = list(_files(files, commit["files"], shard, None))
     yield from bad
     rows, first = commit["rows"], commit["first_row"]
     if rows.sum() > index.shard_rows or (first[rows > 0] != (np.cumsum(rows) - rows)[rows > 0]).any():
@@ -218,7 +236,7 @@ def _frames(root: Path, index: StoreIndex, shard: int) -> Iterator[Finding]:
     total = int(rows.sum())
     base = shard * index.shard_rows
     try:
-        video, frame, pts = (_rows(root, spec, base, total) for spec in fmt.frame_specs())
+        video, frame, pts = (_rows(files, spec, base, total) for spec in fmt.frame_specs())
     except StoreError as error:
         yield Finding(str(error), shard)
         return
@@ -230,9 +248,9 @@ def _frames(root: Path, index: StoreIndex, shard: int) -> Iterator[Finding]:
         yield Finding("frame indices or pts do not ascend inside a segment", shard)
 
 
-def _teacher(root: Path, index: StoreIndex, shard: int, name: str) -> Iterator[Finding]:
+def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Iterator[Finding]:
     teacher = index.teachers[name]
-    bad = list(_files(root, teacher.commits[shard]["files"], shard, name))
+    bad = list(_files(files, teacher.commits[shard]["files"], shard, name))
     yield from bad
     if bad or shard not in index.frame_commits:
         return
@@ -245,9 +263,11 @@ def _teacher(root: Path, index: StoreIndex, shard: int, name: str) -> Iterator[F
     base = shard * index.shard_rows
     rows = np.concatenate([np.arange(base + f, base + f + n) for f, n in good] or [np.empty(0, np.int64)])
     try:
-        stored = {a: ShardedRows(root / "teachers" / name / a) for a in (*arrays_of(teacher.encoding), "entropy")}
-        for at in range(0, len(rows), 2048):
-            some = {a: array.read(rows[at : at + 2048]) for a, array in stored.items()}
+        arrays = (*arrays_of(teacher.encoding), "entropy")
+        stored = {a: files.rows(f"teachers/{name}/{a}", index.file_record) for a in arrays}
+        step = max(16, min(2048, (1 << 22) // stored["logits"].shape[1]))  # memory does not grow with classes
+        for at in range(0, len(rows), step):
+            some = {a: array.read(rows[at : at + step]) for a, array in stored.items()}
             z, h = decode(some, teacher.encoding), some["entropy"]
             if not (np.isfinite(z).all() and np.isfinite(h).all()):
                 yield Finding("rows are not finite", shard, name)
@@ -260,12 +280,15 @@ def _teacher(root: Path, index: StoreIndex, shard: int, name: str) -> Iterator[F
         yield Finding(str(error), shard, name)
 
 
-def _files(root: Path, files: dict[str, Any], shard: int, teacher: str | None) -> Iterator[Finding]:
+def _files(store: LocalFiles, files: dict[str, Any], shard: int, teacher: str | None) -> Iterator[Finding]:
     for name, record in files.items():
         try:
-            data = (root / name).read_bytes()
-        except OSError as error:
+            data = store.read(name)
+        except (FileNotFoundError, NotADirectoryError) as error:
             yield Finding(f"{name} is missing ({error.strerror})", shard, teacher)
+            continue
+        except StoreError as error:
+            yield Finding(str(error), shard, teacher)
             continue
         if len(data) != record["size"]:
             yield Finding(f"{name} has {len(data)} bytes, committed were {record['size']}", shard, teacher)
@@ -273,5 +296,5 @@ def _files(root: Path, files: dict[str, Any], shard: int, teacher: str | None) -
             yield Finding(f"{name} differs from what was committed (digest)", shard, teacher)
 
 
-def _rows(root: Path, spec: fmt.ArraySpec, first: int, count: int) -> NDArray[Any]:
-    return ShardedRows(root / spec.path).read(np.arange(first, first + count))
+def _rows(files: LocalFiles, spec: fmt.ArraySpec, first: int, count: int) -> NDArray[Any]:
+    return files.rows(spec.path, lambda path, shard: None).read(np.arange(first, first + count))

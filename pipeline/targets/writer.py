@@ -23,7 +23,8 @@ from ..locks import lock
 from . import format as fmt
 from .digests import digest_rows, read_rows, split_ranges
 from .encoding import DEFAULT, Encoding
-from .files import LocalFiles, check_local
+from .files import LocalFiles, check_local, inside
+from .forms import is_teacher_name
 from .index import StoreIndex, add_frame_commit, add_teacher_commit, load_index
 from .plan import Segment, Stretch, assign, auto_shard_rows
 from .shard import ShardResult, StagedFile
@@ -36,6 +37,7 @@ class StoreWriter:
     """An open, locked store. Use as a context manager; the lock dies with the process.
 
     `origin` are attributes that say which videos the store is made of (`part`, `merged_from`, `exported_from`).
+    `damaged`: see `load_index`; nothing is added to such a store.
     Raises StoreError if `path` is foreign, corrupt or being written by another process, and
     StoreMismatchError if the store was made with another sampling, shard size or origin.
     """
@@ -47,6 +49,7 @@ class StoreWriter:
         sampling: Mapping[str, Any],
         shard_rows: int | None = None,
         origin: Mapping[str, Any] | None = None,
+        damaged: bool = False,
     ) -> None:
         check_local(path)
         self.root = Path(os.path.abspath(path))
@@ -67,11 +70,13 @@ class StoreWriter:
                 )
             for key, value in (origin or {}).items():
                 same_attributes(str(self.root), key, self.attributes.get(key), value)
-            shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)  # what a killed run left behind
+            self.index: StoreIndex = load_index(self.root, damaged=damaged)
+            staging = inside(self.root, fmt.STAGING)
+            shutil.rmtree(staging, ignore_errors=True)  # what a killed run left behind
             sweep_store(self.root)
-            zarr.open_group(self.root / fmt.STAGING, mode="w")
-            self.index: StoreIndex = load_index(self.root)
-            self._grow()
+            zarr.open_group(staging, mode="w")
+            if not damaged:
+                self._grow()
         except BaseException:
             os.close(self._lock)
             raise
@@ -112,14 +117,15 @@ class StoreWriter:
         for spec in fmt.video_specs():
             if (name := spec.path.split("/")[1]) not in columns:
                 continue
-            new, array = fmt.as_numpy(spec, columns[name]), zarr.open_array(self.root / spec.path, mode="r+")
+            folder = inside(self.root, spec.path, below=True)
+            new, array = fmt.as_numpy(spec, columns[name]), zarr.open_array(folder, mode="r+")
             known = self.index.ranges.get(spec.path, {})
             for start, stop in split_ranges(0, self.index.n_videos, spec.chunk):
-                inside = (ids >= start) & (ids < stop)
-                if not inside.any():
+                chosen = (ids >= start) & (ids < stop)
+                if not chosen.any():
                     continue
                 values = read_rows(LocalFiles(self.root), spec.path, start, stop, self.index.ranges)
-                values[ids[inside] - start] = new[inside]
+                values[ids[chosen] - start] = new[chosen]
                 blocks.append((array, start, values))
                 tables[spec.path] = [
                     *tables.get(spec.path, []),
@@ -181,7 +187,7 @@ class StoreWriter:
         """
         if name not in self.index.teachers:
             return
-        there = fmt.read_node(self.root / "teachers" / name / "zarr.json")
+        there = fmt.read_nodes(LocalFiles(self.root), "teachers", [name])[name]
         for key in ("identity",) if accept_run else ("identity", "run"):
             same_attributes(f"{self.root}: teacher {name!r}", key, there[key], attributes[key])
         if encoding is not None:
@@ -201,7 +207,9 @@ class StoreWriter:
         self.check_teacher(name, attributes, encoding=encoding, accept_run=accept_run)
         if name in self.index.teachers:
             return
-        node = self.root / "teachers" / name
+        if not is_teacher_name(name):
+            raise StoreError(f"{self.root}: {name!r} is no name of a teacher")
+        node = inside(self.root, f"teachers/{name}")
         encoding = encoding or DEFAULT
         staged = self.root / fmt.STAGING / f"teacher-{uuid.uuid4().hex[:8]}"
         fmt.make_group(staged, {**attributes, "encoding": encoding})
@@ -263,7 +271,7 @@ class StoreWriter:
 
     def _publish(self, files: Iterable[StagedFile]) -> None:
         for file in files:
-            final = self.root / file.final
+            final = inside(self.root, file.final)
             final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file.staged, final)
             fmt.fsync_path(final.parent)
@@ -278,6 +286,9 @@ class StoreWriter:
         """Write rows [start, stop) of the tables; returns their digests, for the plan that names them."""
         tables: Tables = {}
         for spec in specs:
+            inside(self.root, spec.path, below=True)
+            if start and (there := LocalFiles(self.root).table(spec.path).shape[0]) < start:
+                raise StoreError(f"{self.root}/{spec.path}: has {there} rows, {start} are planned")
             fmt.resize_array(self.root, spec, stop)
             array = zarr.open_array(self.root / spec.path, mode="r+")
             # Rows that no plan node speaks of may stand here from a run that was killed: written over.
@@ -309,7 +320,7 @@ class StoreWriter:
         if not rows:
             return
         for spec in fmt.frame_specs():
-            if not (self.root / spec.path / "zarr.json").exists():
+            if not (inside(self.root, spec.path) / "zarr.json").exists():
                 fmt.create_array(self.root, spec, rows, self.shard_rows)
             fmt.resize_array(self.root, spec, rows)
         for name, teacher in self.index.teachers.items():

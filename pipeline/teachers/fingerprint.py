@@ -92,7 +92,7 @@ class Fingerprint:
         try:
             logits = np.array([[float(v) for v in row] for row in node["logits"]], np.float32)
             parsed = cls(logits, str(node["torch"]), str(node["device"]), dict(node["basis"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise StoreError(f"{where}: not a readable fingerprint ({type(error).__name__}: {error})") from error
         if logits.ndim != 2 or len(logits) != COUNT:
             raise StoreError(f"{where}: not a readable fingerprint (of shape {list(logits.shape)})")
