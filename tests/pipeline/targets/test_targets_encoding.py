@@ -139,7 +139,7 @@ def test_the_encoding_is_part_of_a_teacher_and_an_unknown_one_is_refused(make_st
             writer.add_teacher("t", ["c"] * 10, attributes, encoding="float16")
         node = read_node(root / "teachers/t/zarr.json")
         write_node(root, "teachers/t", {**node, "encoding": "int4"})
-    with pytest.raises(StoreError, match=r"teachers/t: encoding 'int4', this distinit reads float16, int8"):
+    with pytest.raises(StoreError, match=r"teachers/t/zarr.json: encoding 'int4', this distinit reads float16, int8"):
         TargetStore.open(root)
 
 
