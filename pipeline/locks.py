@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from contextlib import contextmanager, suppress
 
 from .errors import DistInitError, UsageError
 from .leftovers import sweep_run
+
+log = logging.getLogger(__name__)
 
 OUTLIVED_S = 8.0  # for which a process that was told to end may go on: it writes a checkpoint
 _own: set[int] = set()  # descriptors of `folder_lock`
@@ -25,18 +28,18 @@ def lock(descriptor: int, path: str | os.PathLike[str], busy: DistInitError, *, 
     except BlockingIOError:
         raise busy from None
     except OSError as error:
-        raise DistInitError(f"{path}: its file system cannot lock it ({error.strerror}); choose another") from None
+        raise DistInitError(f"{path}: its file system cannot lock it ({error.strerror})") from None
 
 
 @contextmanager
 def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Lock a folder, which is made, against every other command that writes there. Readers do not ask.
 
-    The lock ends with this process, for processes that it forks (of loaders) have no part in it.
+    The lock ends with this process, for processes that it forks (of loaders) have no part in it. Where the file system
+    has no locks, a warning is logged and nothing is locked.
 
     Raises:
         UsageError: The folder cannot be made, or another process has it, still after `OUTLIVED_S`.
-        DistInitError: Its file system has no locks.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -55,6 +58,10 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
+            except DistInitError as error:
+                # Training on such a file system must stay possible; a store, which many processes fill, needs the lock.
+                log.warning("%s: nothing keeps a second command from writing there", error)
+                break
         with suppress(OSError):  # a folder that cannot be written: the command says so
             sweep_run(folder)
         yield

@@ -8,6 +8,7 @@ import re
 
 from ..errors import ListError
 
+MAX_BYTES = 1 << 30
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -21,11 +22,13 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """Read a list; bytes that are not UTF-8, as file names may have them, become surrogates.
 
     Raises:
-        ListError: the file is UTF-16, UTF-32 or not text.
+        ListError: the file is UTF-16, UTF-32 or not text, or larger than a list of some million videos.
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        data = file.read()
+        data = file.read(MAX_BYTES + 1) if os.fstat(file.fileno()).st_size <= MAX_BYTES else None
+    if data is None or len(data) > MAX_BYTES:
+        raise ListError(f"{os.fspath(path)}: more than {MAX_BYTES:,} bytes, which is no list of videos or labels")
     named = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     if named is None and b"\0" in data:  # in UTF-16 without a mark every line end has one
         named = "UTF-16 without a byte order mark, or not text"

@@ -79,7 +79,7 @@ def _rows(path: str) -> list[tuple[str, str, str, str]]:
             require_utf8(path, line, (label, row["youtube_id"]))
             try:
                 start, end = int(float(row["time_start"])), int(float(row["time_end"]))
-            except ValueError:
+            except (ValueError, OverflowError):
                 raise LabelsError(
                     f"{path}: {line}: time_start {row['time_start']!r}, time_end {row['time_end']!r}: not seconds"
                 ) from None

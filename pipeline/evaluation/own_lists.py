@@ -113,7 +113,7 @@ def _table(path: str) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
 
 
 def _splits(columns: list[str]) -> list[int]:
-    return sorted(int(m[1]) for m in (re.fullmatch(r"split([1-9]\d*)", name) for name in columns) if m)
+    return sorted(int(m[1]) for m in (re.fullmatch(r"split([1-9]\d{0,8})", name) for name in columns) if m)
 
 
 def _require_columns(path: str, columns: list[str], split: int) -> None:

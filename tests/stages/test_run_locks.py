@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,3 +116,15 @@ def test_a_run_that_is_written_can_be_read_and_not_be_tested(
         evaluated(folder, [run], out=str(tmp_path / "elsewhere"))
         folder.finetune(tmp_path / "next", init=str(run))
     evaluated(folder, [run])
+
+
+def test_a_file_system_without_locks_is_warned_about_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    with folder_lock(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert str(tmp_path / "run") in caplog.text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distinit.pipeline.errors import LabelsError, UsageError
+from distinit.pipeline.errors import DistInitError, LabelsError, UsageError
 from distinit.pipeline.evaluation.labels import available_splits, load_labels
 
 GOOD = """path,label,source,split1,split2
@@ -155,6 +155,19 @@ def test_videos_may_lie_elsewhere(tmp_path: Path) -> None:
         load_labels("folder:x", root="y")
 
 
+def test_a_file_that_is_too_large_for_labels_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ID_000010_000020.mp4").touch()
+    for spec in ("csv", "kinetics"):
+        path = tmp_path / f"{spec}.csv"
+        path.touch()
+        os.truncate(path, 1 << 40)  # sparse
+        with pytest.raises(DistInitError, match=rf"{spec}\.csv: "):
+            load_labels(f"{spec}:{path}", root=str(tmp_path))
+    (tmp_path / "many.csv").write_text(f"path,label,split{'9' * 5000}\n")
+    with pytest.raises(DistInitError, match=r"many\.csv"):
+        load_labels(f"csv:{tmp_path / 'many.csv'}", root=str(tmp_path))
+
+
 KINETICS = """label,youtube_id,time_start,time_end,split
 riding a bike,-abc_123,4,14,train
 riding a bike,defghijk,10,20,validate
@@ -188,6 +201,9 @@ def test_kinetics(tmp_path: Path) -> None:
     assert len(load_labels(where, root=root, partial=True).test) == 2
     (tmp_path / "k.csv").write_text(KINETICS.replace("time_end", "end"))
     with pytest.raises(LabelsError, match="no column 'time_end'"):
+        load_labels(where, root=root)
+    (tmp_path / "k.csv").write_text(KINETICS.replace(",4,14,", ",1e999,14,"))
+    with pytest.raises(LabelsError, match=r"k\.csv: line 2: time_start '1e999'"):
         load_labels(where, root=root)
     with pytest.raises(UsageError, match="kinetics has split 1 only"):
         load_labels(where, 2, root=root)
