@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 
 INTERRUPTED = 130
+NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
+    kind for kind in [getattr(click.exceptions, "NoArgsIsHelpError", None)] if kind is not None
+)
+"""What click from 8.2 on raises for a group without a command; before, it shows the help by itself."""
 
 
 def run_stage(
@@ -199,7 +203,7 @@ def _run(group: click.Group, argv: list[str], resume_hints: dict[str, str], debu
     try:
         code = group.main(args=argv, prog_name="distinit", standalone_mode=False)
         _leave(code if isinstance(code, int) else 0)
-    except click.exceptions.NoArgsIsHelpError as error:
+    except NO_ARGUMENTS as error:
         click.echo(error.format_message(), err=True)
         _leave(2)
     except click.ClickException as error:
