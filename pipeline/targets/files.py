@@ -76,11 +76,17 @@ class LocalFiles(StoreFiles):
 
     def read(self, path: str) -> bytes:
         """The whole file; FileNotFoundError if there is none."""
-        with open(self.open(path), "rb", buffering=0) as file:
-            try:
-                return file.readall()
-            except (OSError, MemoryError) as error:
-                raise StoreError(f"{self.name}/{path}: cannot be read ({in_one_line(error)})") from error
+        descriptor = self.open(path)
+        try:
+            size = os.fstat(descriptor).st_size
+            data = os.read(descriptor, size + 1)
+            while len(data) < size and (more := os.read(descriptor, size - len(data))):
+                data += more
+            return data
+        except (OSError, MemoryError, OverflowError) as error:
+            raise StoreError(f"{self.name}/{path}: cannot be read ({in_one_line(error)})") from error
+        finally:
+            os.close(descriptor)
 
     def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
         """Those of the files that exist, by path."""
@@ -116,10 +122,17 @@ class LocalFiles(StoreFiles):
         return descriptor
 
     def _check_folder(self, folder: str) -> None:
-        parent = folder.rpartition("/")[0]
+        parent, _, name = folder.rpartition("/")
         if parent not in self._folders:
             self._check_folder(parent)
-        inside(self.root, folder)
+        if name in ("", ".", "..") or "\0" in name:
+            raise StoreError(f"{self.name}: {folder!r} is no name of a folder in a store")
+        try:
+            _check_mode(f"{self.name}/{folder}", os.lstat(f"{self.name}/{folder}").st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise StoreError(f"{self.name}/{folder}: cannot be read ({error.strerror})") from error
         if len(self._folders) < 4096 or folder.count("/") < 2:
             self._folders.add(folder)
 

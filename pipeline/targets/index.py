@@ -231,14 +231,16 @@ def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: 
     """Enter one commit of frame tables; StoreError if its segments, rows or files are not those of the shard."""
     where = f"{root}commits/frames/{shard:06d}/zarr.json"
     # As arrays: of a million videos the lists would take 200 MB.
-    node = {**node, **{key: np.asarray(node[key], np.int64) for key in ("segment", "first_row", "rows", "frames")}}
+    if not isinstance(node["segment"], np.ndarray):
+        node = {**node, **{key: np.asarray(node[key], np.int64) for key in ("segment", "first_row", "rows", "frames")}}
     check_files(where, node["files"], fmt.FRAME_TABLES, shard, "frames")
     ids = node["segment"]
     _check_planned(index, where, shard, ids)
     if max((node["first_row"] + node["rows"]).max(initial=0), node["rows"].sum()) > index.shard_rows:
         raise StoreError(f"{where}: its rows do not fit the {index.shard_rows} of a shard")
     texts = {key: {int(s): v for s, v in node[key].items()} for key in ("failed", "notes", "overflow")}
-    _check_planned(index, where, shard, [*texts["failed"], *texts["notes"], *texts["overflow"], *node["counted"]])
+    if more := [*texts["failed"], *texts["notes"], *texts["overflow"], *node["counted"]]:
+        _check_planned(index, where, shard, more)
     index.row[ids] = node["first_row"] + shard * index.shard_rows
     index.rows[ids] = node["rows"]
     index.frames[ids] = node["frames"]
@@ -260,7 +262,8 @@ def add_teacher_commit(index: StoreIndex, name: str, shard: int, node: dict[str,
     if node["rows"] > index.shard_rows:
         raise StoreError(f"{where}: speaks of {node['rows']} rows, its shard has {index.shard_rows}")
     failed = {int(s): reason for s, reason in node["failed"].items()}
-    _check_planned(index, where, shard, list(failed))
+    if failed:
+        _check_planned(index, where, shard, list(failed))
     teacher.shards.add(shard)
     teacher.failed.update(failed)
     teacher.commits[shard] = node
