@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from distinit.pipeline.errors import DistInitError, StoreError
@@ -23,6 +23,7 @@ from distinit.stages.screen import Screen
 from distinit.stages.targets_verify import targets_verify
 from distinit.tests.flips import flips
 from distinit.tests.old_stores import without_digests
+from distinit.tests.thorough import is_thorough
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -79,7 +80,7 @@ def test_every_flipped_bit_is_found_with_its_file_and_never_read(root: Path, tmp
                                      "basis": {"kind": "new"}})  # fmt: skip
     expected, tried = content(TargetStore.open(root)), 0
     assert findings(root) == ""
-    per_kind = 30 if settings.get_current_profile_name() == "many" else 4
+    per_kind = 30 if is_thorough() else 3
     for flip in flips(root, tmp_path / "copy", seed=0, per_kind=per_kind):
         found = findings(flip.path)
         folder = flip.file.removesuffix("/zarr.json")

@@ -1,0 +1,20 @@
+"""How thorough a run of the tests is: every case with `--hypothesis-profile=many`, else a share of what is alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from hypothesis import settings
+
+T = TypeVar("T")
+
+
+def is_thorough() -> bool:
+    """Check whether the run has the profile `many`."""
+    return settings.default is not None and settings.default.max_examples >= 1000
+
+
+def some(cases: Iterable[T], every: int) -> list[T]:
+    """Return every n-th of the cases, all of them in a thorough run."""
+    return list(cases)[:: 1 if is_thorough() else every]
