@@ -74,7 +74,7 @@ def targets_verify(
         for finding in findings:
             screen.say(str(finding))
         dropped = 0
-        if writer is not None and by_video:
+        if writer is not None and by_video and not index.broken:
             identify_again(store, writer, list(by_video), moved)
         if repair and any(finding.shard is not None for finding in findings):
             dropped = drop_commits(Path(store.path), findings)

@@ -262,7 +262,7 @@ def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> li
         found = read_nodes(files, "plans", names, broken=broken)
         known = [name for name in names if name in found or name in (broken or ())]
         plans += [found.get(name, {}) for name in known]
-        if len(known) < ask:
+        if len(known) < ask or not found:  # where `plans` itself is damaged, no number is the last
             return plans
         ask *= 2
 

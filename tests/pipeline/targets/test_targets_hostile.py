@@ -334,6 +334,14 @@ def test_a_link_or_a_pipe_in_a_store_is_not_followed(sound: Path, tmp_path: Path
     attack(sound, tmp_path, harm, place.removesuffix("/zarr.json"), ALL if kind == "link" and is_thorough() else QUICK)
 
 
+def test_verify_ends_where_the_folder_of_plans_is_a_link(sound: Path, tmp_path: Path) -> None:
+    def harm(store: Path) -> None:
+        (store / "plans").rename(store.with_name("elsewhere"))
+        (store / "plans").symlink_to(store.with_name("elsewhere"))
+
+    attack(sound, tmp_path, harm, "plans", QUICK)
+
+
 @pytest.mark.parametrize("place", ["staging", "teachers/u", "commits/teachers/u"])
 @pytest.mark.parametrize("command", ["extract", "repair", "verify"])
 def test_a_link_where_something_will_be_written_is_not_followed(
