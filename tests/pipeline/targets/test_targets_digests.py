@@ -166,7 +166,7 @@ def test_renamed_classes_are_refused(root: Path) -> None:
     with write(root) as writer:
         writer.add_teacher("u", classes, {"name": "u", "identity": identity, "run": {}})
     assert TargetStore.open(root).teacher("u").classes == ("a", "b")
-    zarr.open_array(root / "teachers/u/class", mode="r+")[1] = "c"
+    zarr.open_array(root / "teachers/u/class", mode="r+")[1:2] = np.array(["c"], dtype=object)
     assert "teachers/u/class" in findings(root)
     with pytest.raises(StoreError, match="teachers/u/class"):
         TargetStore.open(root)
