@@ -34,7 +34,7 @@ class Form(BaseModel):
 
 
 def is_regular_file(path: Path, inside: Path | None = None) -> bool:
-    """Whether there is a file to be read; False where there is none.
+    """Check whether a file exists that can be read.
 
     Raises SourceError for a pipe, a device or a folder, and for a link that leads out of the folder `inside`.
     """
@@ -52,7 +52,7 @@ def is_regular_file(path: Path, inside: Path | None = None) -> bool:
 
 
 def read_bytes(path: Path, inside: Path | None = None) -> bytes:
-    """The whole file; b"" where there is none. SourceError as `is_regular_file`, and for more than MAX_BYTES."""
+    """Return the whole file, b"" if it does not exist. SourceError as `is_regular_file`, and for more than MAX_BYTES."""
     if not is_regular_file(path, inside):
         return b""
     try:

@@ -306,7 +306,7 @@ def _inconsistency(found: Predictions) -> str | None:
     if min(v, n, k) == 0:
         return f"{v} videos, {n} clips, {k} classes, expected one or more of each"
     if len(set(found.videos)) != v or len(set(found.classes)) != k:
-        return "a video or a class stands in it twice"
+        return "a video or a class is listed twice"
     if found.labels.dtype.kind != "i" or found.labels.min() < 0 or found.labels.max() >= k:
         return f"labels are from {found.labels.min()} to {found.labels.max()}, expected 0 to {k - 1}"
     if not set(found.status) <= {OK, FAILED, PENDING}:

@@ -87,7 +87,7 @@ def finish(
     svg, png = io.BytesIO(), io.BytesIO()
     canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     canvas.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    # Texts are drawn as paths, but also stand in comments.
+    # Texts are drawn as paths and repeated in comments.
     drawn = printable(svg.getvalue().decode(), lines=True).encode()
     return Figure(name, title, caption, drawn, png.getvalue(), tuple(about), table)
 
