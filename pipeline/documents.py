@@ -52,7 +52,7 @@ def is_regular_file(path: Path, inside: Path | None = None) -> bool:
 
 
 def read_bytes(path: Path, inside: Path | None = None) -> bytes:
-    """Return the whole file, b"" if it does not exist. SourceError as `is_regular_file`, and for more than MAX_BYTES."""
+    """Return the whole file, b"" if it does not exist. SourceError as `is_regular_file`, or for more than MAX_BYTES."""
     if not is_regular_file(path, inside):
         return b""
     try:
