@@ -12,6 +12,7 @@ Goal: under 0.1 ms a row.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -53,8 +54,8 @@ def contenders(folder: Path, classes: int, rows: int) -> dict[str, Read]:
     """Readers of rows [n] that give float32 logits [n, K]."""
     found: dict[str, Read] = {}
     for encoding in ("float16", "int8"):
-        names = write(folder / encoding, rows, classes, encoding)
-        arrays = {n: ShardedRows(folder / encoding / "teachers/t" / n) for n in names}
+        place, names = folder / encoding / "teachers/t", write(folder / encoding, rows, classes, encoding)
+        arrays = {n: ShardedRows(place / n, json.loads((place / n / "zarr.json").read_bytes())) for n in names}
         found[f"distinit, {encoding}"] = lambda at, arrays=arrays, encoding=encoding: decode(
             {n: a.read(at) for n, a in arrays.items()}, encoding
         )

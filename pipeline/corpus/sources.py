@@ -120,8 +120,12 @@ def escape_path(path: str) -> str:
 
 
 def unescape_path(text: str) -> str:
-    """The path that `escape_path` was given."""
-    return unquote_to_bytes(text).decode("utf-8", "surrogateescape")
+    """Return the path that `escape_path` was given.
+
+    A zero byte, which no path has, stays escaped: so what somebody else wrote names a file that does not exist, and
+    not one at which every function of the system raises.
+    """
+    return unquote_to_bytes(text.replace("\0", "%00").replace("%00", "%2500")).decode("utf-8", "surrogateescape")
 
 
 def strip_label(line: str) -> str:

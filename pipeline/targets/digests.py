@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +21,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ..errors import StoreError, in_one_line
-from .forms import load_json
+from .forms import largest_chunk, load_json, unpacked_bytes
 
 if TYPE_CHECKING:
     from .files import StoreFiles
@@ -62,16 +64,13 @@ def digest_agrees(text: bytes) -> bool | None:
     return digest_bytes(text[: -32 - _AFTER_DIGEST] + text[-_AFTER_DIGEST:]) == found[1].decode()
 
 
-def check_document(
-    where: str, text: bytes, *, required: bool = False, agrees: Callable[[], bool | None] | None = None
-) -> dict[str, Any]:
+def check_document(where: str, text: bytes, *, required: bool = False) -> dict[str, Any]:
     """Parse a zarr.json and compare it with its digest, if it has one.
 
     Args:
         where: names the file in messages.
         text: the file.
         required: whether it must have a digest.
-        agrees: gives `digest_agrees(text)` where that is computed elsewhere.
 
     Raises:
         StoreError: names `where` if the text is not JSON of an object, differs from its digest, or has none although
@@ -82,7 +81,7 @@ def check_document(
         document = load_json(where, text)
     except StoreError as error:
         corrupt = error
-    agreed = agrees() if agrees is not None else digest_agrees(text)
+    agreed = digest_agrees(text)
     if agreed is False:
         raise StoreError(f"{where}: differs from what was written (digest)")
     if corrupt is not None:
@@ -152,6 +151,7 @@ def checked_rows(
     """Read rows of an open column as `read_rows` does; `where` is what messages call it."""
     if array.shape[0] < stop:
         raise StoreError(f"{where}: has {array.shape[0]} rows, the plans speak of {stop}")
+    _check_sizes(where, array, start, stop)
     try:
         values = np.asarray(array[start:stop])
     except Exception as error:  # Every codec has errors of its own.
@@ -163,11 +163,34 @@ def checked_rows(
     return values
 
 
+def _check_sizes(where: str, array: zarr.Array, start: int, stop: int) -> None:
+    """StoreError for a chunk of rows [start, stop) that would unpack to more than its rows can take."""
+    meta: dict[str, Any] = array.metadata.to_dict()
+    folder: Any = array.store  # of a folder
+    most = largest_chunk(meta)
+    packed = any(codec["name"] == "zstd" for codec in meta["codecs"])
+    for key in _chunk_keys(array, start, stop):
+        try:
+            with open(Path(folder.root, array.path, key), "rb") as file:
+                size, head = os.fstat(file.fileno()).st_size, file.read(18) if packed else b""
+        except OSError:  # a chunk of fill, or one of which zarr will tell
+            continue
+        unpacked = unpacked_bytes(head) if packed else size
+        if unpacked is None or max(size, unpacked) > most:
+            found = "does not say how much it holds" if unpacked is None else f"holds {max(size, unpacked)} bytes"
+            raise StoreError(f"{where}/{key}: cannot be decoded ({found}, at most {most} are allowed)")
+
+
+def _chunk_keys(array: zarr.Array, start: int, stop: int) -> list[str]:
+    rows, rest = array.chunks[0], [0] * (len(array.shape) - 1)
+    return [array.metadata.encode_chunk_key((chunk, *rest)) for chunk in range(start // rows, -(-stop // rows))]
+
+
 def _unreadable_chunk(array: zarr.Array, start: int, stop: int) -> str:
     rows = array.chunks[0]
-    for chunk in range(start // rows, -(-stop // rows)):
+    for chunk, key in enumerate(_chunk_keys(array, start, stop), start // rows):
         try:
             array[chunk * rows : min((chunk + 1) * rows, stop)]
         except Exception:
-            return str(array.metadata.encode_chunk_key((chunk, *(0 for _ in array.shape[1:]))))
+            return key
     return ""

@@ -136,13 +136,13 @@ class LocalFiles(StoreFiles):
         if len(self._folders) < 4096 or folder.count("/") < 2:
             self._folders.add(folder)
 
-    def metadata(self, path: str) -> bytes:
-        """The zarr.json of an array, checked for its form."""
+    def metadata(self, path: str) -> dict[str, Any]:
+        """The zarr.json of an array, checked for its digest and form."""
         try:
             text = self.read(f"{path}/zarr.json")
-            return array_metadata(f"{self.name}/{path}/zarr.json", path, text, sealed=self.sealed)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreError(f"{self.name}/{path}/zarr.json: missing") from error
+        return array_metadata(f"{self.name}/{path}/zarr.json", path, text, sealed=self.sealed)
 
     def table(self, path: str) -> zarr.Array:
         """An unsharded array, opened for reading."""
@@ -150,7 +150,7 @@ class LocalFiles(StoreFiles):
         if path not in self._tables:
             inside(self.root, path, below=not path.startswith(("frames/", "teachers/")) or path.endswith("/class"))
             self._tables.add(path)
-        return open_table(self.root / path, sealed=self.sealed)
+        return open_table(self.root / path)
 
     def rows(self, path: str, record: Record) -> ShardedRows:
         """A sharded array, read by `pread` from its files."""
@@ -161,7 +161,7 @@ class _LocalRows(ShardedRows):
     """Rows of an array in a local folder."""
 
     def __init__(self, files: LocalFiles, path: str) -> None:
-        super().__init__(files.root / path, files.metadata(path), sealed=files.sealed)
+        super().__init__(files.root / path, files.metadata(path))
         self._files, self._place = files, path
 
     def _open_file(self, shard: int) -> int:
@@ -171,10 +171,14 @@ class _LocalRows(ShardedRows):
             raise StoreError(f"{self._file(shard)}: a committed shard is missing ({error.strerror})") from error
 
 
-def array_metadata(where: str, path: str, text: bytes, *, sealed: bool = False) -> bytes:
-    """`text`, the zarr.json of the array `path` of a store; StoreError unless it has the form of that array's."""
-    check_array(where, path, check_document(where, text, required=sealed))
-    return text
+def array_metadata(where: str, path: str, text: bytes, *, sealed: bool = False) -> dict[str, Any]:
+    """Parse the zarr.json of the array `path` of a store; StoreError if its digest or form is wrong.
+
+    sealed: it must have a digest.
+    """
+    document = check_document(where, text, required=sealed)
+    check_array(where, path, document)
+    return document
 
 
 def inside(root: str | os.PathLike[str], path: str, *, below: bool = False) -> Path:
@@ -249,12 +253,9 @@ def absolute(where: str) -> str:
     return where if is_url(where) else os.path.abspath(local_path(where))
 
 
-def open_table(folder: Path, *, sealed: bool = False) -> zarr.Array:
-    """The array in a local folder, for reading; StoreError if it is none. sealed: its metadata must have a digest."""
+def open_table(folder: Path) -> zarr.Array:
+    """Open the array in a local folder, whose metadata were checked, for reading; StoreError if that fails."""
     try:
-        check_document(f"{folder}/zarr.json", (folder / "zarr.json").read_bytes(), required=sealed)
         return zarr.open_array(folder, mode="r")
-    except StoreError:
-        raise
     except Exception as error:  # Metadata that is no array's raises anything in zarr.
         raise StoreError(f"{folder}: unreadable ({in_one_line(error)})") from error

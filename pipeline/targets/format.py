@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from ..errors import StoreError
-from .digests import DIGEST, KEY, check_document, digest_agrees, seal
+from .digests import DIGEST, KEY, check_document, seal
 from .encoding import DEFAULT, Encoding, arrays_of
 from .files import LocalFiles, StoreFiles, inside, open_table, store_files
 from .forms import check_node, load_json
@@ -197,13 +196,13 @@ def read_node(path: Path) -> dict[str, Any]:
 
 
 def parse_node(
-    where: str, text: bytes, *, sealed: bool = False, agrees: Callable[[], bool | None] | None = None
+    where: str, text: bytes, *, sealed: bool = False
 ) -> dict[str, Any]:
     """Attributes of a node from its zarr.json; StoreError names `where` if it is not one of ours or is damaged.
 
-    sealed: the node must have a digest. agrees: see `check_document`.
+    sealed: the node must have a digest.
     """
-    attributes = check_document(where, text, required=sealed, agrees=agrees).get("attributes")
+    attributes = check_document(where, text, required=sealed).get("attributes")
     record = attributes.get(KEY) if isinstance(attributes, dict) else None
     if not isinstance(record, dict):
         raise StoreError(f"{where}: not a node of a target store (attribute {KEY} is missing or no object)")
@@ -220,14 +219,7 @@ def read_nodes(
     """
     paths = {f"{group}/{name}/zarr.json": name for name in names}
     if broken is None:
-        found = files.read_many(paths)
-        # A thread computes the digests meanwhile: those of a million videos take a tenth of the time of opening.
-        with ThreadPoolExecutor(1) as pool:
-            agrees = [pool.submit(digest_agrees, text).result for text in found.values()]
-            return {
-                paths[path]: _node(files, group, path, text, agreed)
-                for (path, text), agreed in zip(found.items(), agrees, strict=True)
-            }
+        return {paths[path]: _node(files, group, path, text) for path, text in files.read_many(paths).items()}
     nodes = {}
     for path, name in paths.items():
         try:
@@ -239,11 +231,9 @@ def read_nodes(
     return nodes
 
 
-def _node(
-    files: StoreFiles, group: str, path: str, text: bytes, agrees: Callable[[], bool | None] | None = None
-) -> dict[str, Any]:
+def _node(files: StoreFiles, group: str, path: str, text: bytes) -> dict[str, Any]:
     where = f"{files.name}/{path}"
-    return check_node(where, group, parse_node(where, text, sealed=files.sealed, agrees=agrees))
+    return check_node(where, group, parse_node(where, text, sealed=files.sealed))
 
 
 def read_fingerprint(files: StoreFiles, teacher: str) -> dict[str, Any] | None:

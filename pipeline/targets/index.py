@@ -6,7 +6,6 @@ Shapes: S segments, V videos.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -197,10 +196,10 @@ def _segments(
     n_segments = max((p.get("segments", 0) for p in plans), default=0)
     if n_shards > n_segments:
         raise StoreError(f"{files.name}/plans: speak of {n_shards} shards, but of only {n_segments} segments")
-    with ThreadPoolExecutor(2) as pool:  # One column is decoded while the digests of another are computed.
-        columns = pool.map(lambda spec: read_rows(files, spec.path, 0, n_segments, ranges), fmt.segment_specs())
-        names = [spec.path.split("/")[1] for spec in fmt.segment_specs()]
-        table = {name: column.astype(np.int64, copy=False) for name, column in zip(names, columns, strict=True)}
+    table = {
+        spec.path.split("/")[1]: read_rows(files, spec.path, 0, n_segments, ranges).astype(np.int64, copy=False)
+        for spec in fmt.segment_specs()
+    }
     for kind, count in (("video", n_videos), ("shard", n_shards), ("replaces", n_segments)):
         if ((table[kind] < (-1 if kind == "replaces" else 0)) | (table[kind] >= count)).any():
             # A chunk that is lost, above all.

@@ -21,13 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import zarr
 
 from ..errors import StoreError, in_one_line
 from .cache import StoreCache, digest_file, has_holes, require_digest, require_name
 from .digests import Ranges, check_document, checked_rows, digest_bytes, ranges_of, split_ranges
 from .files import Record, StoreFiles, array_metadata, open_table
+from .forms import largest_chunk
 from .shardfile import ShardedRows, chunk_crcs_hold
 from .urls import canonical_url, check_url, hide_secrets, public_url
 from .web import STALL_S, TOTAL_S, AnswerError, WebReader
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 WHOLE = 4 << 20  # files up to this many bytes are fetched in one request
 BLOCK = 256 << 10  # of larger ones, aligned blocks: neighbours of a row are rows of the same video
-LARGEST = 64 << 20  # bytes of a node, or of a chunk of texts
+LARGEST = 64 << 20  # bytes of a node, or of a file of a table
 CHUNKS = 1 << 14  # of a column: of 16,384 rows each, 268 million videos
 PARALLEL = 32  # requests at a time where the file system takes several
 WAITS_S = (0.5, 2.0)  # before a failed request is made again
@@ -119,7 +119,8 @@ class RemoteFiles(StoreFiles):
         folder = self.cache.table(self._state, require_name(path, self.name))
         if folder.is_symlink() or not (folder / "zarr.json").is_file() or self._may_have_grown(path, folder):
             self._fetch_table(path, folder)
-        return open_table(folder, sealed=self.sealed)
+        check_document(f"{self.name}/{path}/zarr.json", (folder / "zarr.json").read_bytes(), required=self.sealed)
+        return open_table(folder)
 
     def forget(self, path: str) -> bool:
         """Remove a column from the cache, in which it may be damaged."""
@@ -201,14 +202,14 @@ class RemoteFiles(StoreFiles):
         if path in self._asked_again:
             return False
         self._asked_again.add(path)
-        names = self._chunk_names(path, (folder / "zarr.json").read_bytes())
+        text = (folder / "zarr.json").read_bytes()
+        names = self._chunk_names(path, check_document(f"{self.name}/{path}/zarr.json", text, required=self.sealed))
         lacking = [name for name in names if not (folder / name).exists()]
         return bool(self.read_many(f"{path}/{name}" for name in lacking)) if lacking else False
 
-    def _chunk_names(self, path: str, text: bytes) -> list[str]:
+    def _chunk_names(self, path: str, meta: Mapping[str, Any]) -> list[str]:
         """The files of a column that hold the rows of which the plans speak; StoreError for a column that is none."""
         try:
-            meta = check_document(f"{self.name}/{path}/zarr.json", text, required=self.sealed)
             shape, chunks = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
             count = -(-min(shape[0], self._planned.get(path.split("/")[0], shape[0])) // chunks[0])
             last = "/0" * (len(shape) - 1)
@@ -218,21 +219,26 @@ class RemoteFiles(StoreFiles):
             raise StoreError(f"{self.name}/{path}: has {count} chunks, at most {CHUNKS} are read")
         return [f"c/{i}{last}" for i in range(count)]
 
-    def _fetch_table(self, path: str, folder: Path) -> None:
-        self._asked_again.add(path)
+    def _metadata(self, path: str) -> tuple[bytes, dict[str, Any]]:
+        """The zarr.json of an array, as it is and checked for its digest and form."""
         try:
-            text = array_metadata(f"{self.name}/{path}/zarr.json", path, self.read(f"{path}/zarr.json"))
+            text = self.read(f"{path}/zarr.json")
         except FileNotFoundError as error:
             raise StoreError(f"{self.name}/{path}: missing") from error
-        names = self._chunk_names(path, text)
-        found = self.read_many((f"{path}/{name}" for name in names), _largest_chunk(text))
+        return text, array_metadata(f"{self.name}/{path}/zarr.json", path, text, sealed=self.sealed)
+
+    def _fetch_table(self, path: str, folder: Path) -> None:
+        self._asked_again.add(path)
+        text, meta = self._metadata(path)
+        names = self._chunk_names(path, meta)
+        found = self.read_many((f"{path}/{name}" for name in names), min(LARGEST, largest_chunk(meta)))
         lost = next((name for name in names if f"{path}/{name}" not in found), None)
         if lost is not None and (path in WITHOUT_FILL or path.endswith("/class")):
             raise StoreError(f"{self.name}/{path}/{lost}: missing")
         files = {"zarr.json": text} | {name.removeprefix(f"{path}/"): data for name, data in found.items()}
         fresh = self.cache.keep_table(folder, files)
         try:  # what cannot be read is not kept: the server may be right again tomorrow
-            array = open_table(fresh, sealed=self.sealed)
+            array = open_table(fresh)
             stop = min(array.shape[0], self._planned.get(path.split("/")[0], array.shape[0]))
             for start, end in split_ranges(0, stop, array.chunks[0]):
                 checked_rows(f"{self.name}/{path}", array, start, end, self._ranges.get(path, {}))
@@ -248,11 +254,7 @@ class _CachedRows(ShardedRows):
     """Rows of a remote array: read from the cache's sparse files, fetched where those have holes."""
 
     def __init__(self, files: RemoteFiles, path: str, record: Record) -> None:
-        try:
-            meta = array_metadata(f"{files.name}/{path}/zarr.json", path, files.read(f"{path}/zarr.json"))
-        except FileNotFoundError as error:
-            raise StoreError(f"{files.name}/{path}: missing") from error
-        super().__init__(f"{files.name}/{path}", meta, sealed=files.sealed)
+        super().__init__(f"{files.name}/{path}", files._metadata(path)[1])
         self._files, self._path, self._record = files, path, record
 
     def _open_file(self, shard: int) -> int:
@@ -309,17 +311,6 @@ class _CachedRows(ShardedRows):
 
     def _name(self, shard: int) -> str:
         return f"{self._path}/{self._key(shard)}"
-
-
-def _largest_chunk(text: bytes) -> int:
-    """Bytes that a chunk of a column can have, by its metadata: its values, and what compression may add."""
-    meta = json.loads(text)
-    try:
-        itemsize = np.dtype(meta["data_type"]).itemsize
-    except (TypeError, KeyError):  # texts, of any length
-        return LARGEST
-    values = math.prod(meta["chunk_grid"]["configuration"]["chunk_shape"])
-    return int(min(LARGEST, values * itemsize * 257 // 256 + 1024))
 
 
 def _another_try_may_help(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StoreError, in_one_line
-from .digests import check_document
 
 MISSING = 2**64 - 1
 FEW = 16
@@ -30,18 +30,12 @@ OPEN_SHARDS = 128  # descriptors and indices kept, an array
 class ShardedRows:
     """Rows of one sharded local array; opens shards lazily and keeps the most recent ones open.
 
-    path: the array's folder; a subclass that reads elsewhere gives what messages call it, and `meta_text`, the text of
-    the array's zarr.json. sealed: that file must have a digest.
+    path: the array's folder, or what messages call it where a subclass reads elsewhere. meta: the array's zarr.json.
     Picklable and fork-safe: descriptors belong to the process that opened them.
     """
 
-    def __init__(self, path: Path | str, meta_text: bytes | None = None, *, sealed: bool = False) -> None:
+    def __init__(self, path: Path | str, meta: Mapping[str, Any]) -> None:
         self.path = path
-        try:
-            text = meta_text if meta_text is not None else Path(path, "zarr.json").read_bytes()
-        except OSError as error:
-            raise StoreError(f"{path}/zarr.json: cannot be read ({error.strerror})") from error
-        meta = check_document(f"{path}/zarr.json", text, required=sealed)
         try:
             sharding = meta["codecs"][0]
             inner = sharding["configuration"]

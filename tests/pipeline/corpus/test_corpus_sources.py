@@ -97,3 +97,9 @@ def test_every_file_name_round_trips_through_utf8(name: bytes) -> None:
     escaped.encode("utf-8")
     assert escaped.isprintable()
     assert unescape_path(escaped) == text
+
+
+@pytest.mark.parametrize("text", ["a%00b.mp4", "a\0b.mp4", "%00"])
+def test_an_escaped_zero_byte_names_a_file_that_does_not_exist(tmp_path: Path, text: str) -> None:
+    assert not os.path.exists(tmp_path / unescape_path(text))
+    assert unescape_path("50%2500.mp4") == "50%00.mp4"

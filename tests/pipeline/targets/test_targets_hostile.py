@@ -8,13 +8,16 @@ import contextlib
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
+from numcodecs.zstd import Zstd
 
 from distinit.pipeline.errors import DistInitError
 from distinit.pipeline.targets.digests import seal
@@ -332,6 +335,36 @@ def test_a_link_or_a_pipe_in_a_store_is_not_followed(sound: Path, tmp_path: Path
             os.mkfifo(store / place)
 
     attack(sound, tmp_path, harm, place.removesuffix("/zarr.json"), ALL if kind == "link" and is_thorough() else QUICK)
+
+
+BOMB = 100_000_000
+
+
+def zeros_of_no_said_size() -> bytes:
+    """A zstd frame of `BOMB` zero bytes in run-length blocks of 100,000, whose header does not say how many."""
+    blocks = BOMB // 100_000
+    headers = ((100_000 << 3) | (1 << 1) | (at == blocks - 1) for at in range(blocks))
+    return b"\x28\xb5\x2f\xfd\x00\x58" + b"".join(header.to_bytes(3, "little") + b"\0" for header in headers)
+
+
+@pytest.mark.parametrize("column", ["videos/path", "videos/fps", "segments/bound", "teachers/t/class"])
+@pytest.mark.parametrize("kind", ["said", "unsaid", "sparse"])
+def test_a_chunk_that_would_fill_the_memory_is_refused(sound: Path, tmp_path: Path, column: str, kind: str) -> None:
+    packed = zeros_of_no_said_size() if kind == "unsaid" else bytes(Zstd().encode(bytes(BOMB)))
+
+    def harm(store: Path) -> None:
+        chunk = store / column / "c/0"
+        if kind == "sparse":
+            os.truncate(chunk, 2**40)
+        else:
+            chunk.write_bytes(packed + int(google_crc32c.value(packed)).to_bytes(4, "little"))
+
+    tracemalloc.start()
+    try:
+        attack(sound, tmp_path, harm, f"{column}/c/0", QUICK)
+        assert tracemalloc.get_traced_memory()[1] < BOMB / 2
+    finally:
+        tracemalloc.stop()
 
 
 def test_verify_ends_where_the_folder_of_plans_is_a_link(sound: Path, tmp_path: Path) -> None:
