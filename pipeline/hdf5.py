@@ -146,13 +146,18 @@ class Hdf5Writer:
                 raise
 
 
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
 class _Target:
     """The file that HDF5 writes to. HDF5 is never told of an error: what it writes after one goes nowhere."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.error: OSError | None = None
         self._path = Path(path)
-        self._file = open(path, "w+b", buffering=0)  # noqa: SIM115 (closed by close)
+        # Of a link that has the name, the target is not written to.
+        self._file = open(path, "w+b", buffering=0, opener=_no_link)  # noqa: SIM115 (closed by close)
 
     def write(self, data: Any) -> int:
         left = memoryview(data).cast("B")

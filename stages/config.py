@@ -27,8 +27,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ..pipeline.config import Options
-from ..pipeline.documents import load_yaml
-from ..pipeline.errors import DistInitError, UsageError
+from ..pipeline.documents import load_yaml, read_bytes
+from ..pipeline.errors import DistInitError, SourceError, UsageError
 
 C = TypeVar("C", bound=Options)
 
@@ -98,7 +98,9 @@ def write_config(path: str | os.PathLike[str], command: str, config: Options) ->
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
-    part.write_text("# The config as used; `distinit " + command + " --config FILE` reads it.\n" + text)
+    part.unlink(missing_ok=True)
+    with open(part, "x", encoding="utf-8") as file:  # of a link that has the name, the target is not written to
+        file.write("# The config as used; `distinit " + command + " --config FILE` reads it.\n" + text)
     os.replace(part, target)
 
 
@@ -141,8 +143,8 @@ def refuse_existing(folder: Path, names: Iterable[str], writer: str) -> None:
 def recorded_sections(config: Path) -> set[str]:
     """The commands of which a config file has a section; none for a file that is no config of ours, or not there."""
     try:
-        content = load_yaml(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = load_yaml(read_bytes(config).decode("utf-8"))
+    except (SourceError, UnicodeDecodeError, yaml.YAMLError):
         return set()
     return set(content) & set(SECTIONS) if isinstance(content, dict) and set(content) <= set(SECTIONS) else set()
 
@@ -163,7 +165,9 @@ def require_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            trial.write_bytes(b"trial")
+            trial.unlink(missing_ok=True)
+            with open(trial, "xb") as file:
+                file.write(b"trial")
         finally:
             trial.unlink(missing_ok=True)
     except OSError as error:

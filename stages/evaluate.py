@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from ..pipeline.config import Options
 from ..pipeline.devices import resolve_device
-from ..pipeline.documents import Form, load_yaml, read_json
+from ..pipeline.documents import Form, is_regular_file, load_yaml, read_bytes, read_json
 from ..pipeline.errors import CheckpointError, LabelsError, UsageError
 from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.labels import Labels, load_labels
@@ -24,7 +24,7 @@ from ..pipeline.locks import folder_lock
 from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student
-from ..pipeline.training.checkpoint import read_identity
+from ..pipeline.training.checkpoint import LAST, read_identity
 from ..pipeline.training.options import LoopOptions
 from ..pipeline.training.ranks import Ranks
 from ..pipeline.training.seen import SeenVideos
@@ -36,7 +36,7 @@ from .screen import Screen
 from .seen import overlap, require_own_labels
 from .short_videos import count_some, warn_of_short_videos
 from .splits import ALL, split_folder, split_folders, summarise_splits
-from .testing import PREDICTIONS, RESULT, EvaluationOptions, evaluate_student, refuse_other, write_result
+from .testing import FILES, PREDICTIONS, RESULT, EvaluationOptions, evaluate_student, refuse_other, write_result
 
 MODEL = "model.safetensors"
 
@@ -81,7 +81,7 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
     compares predictions that are there.
 
     Raises UsageError (not a finetuned run; another data set or protocol without `out`), CheckpointError (another
-    class list, no model), LabelsError, PredictionsError.
+    class list, no model), LabelsError, PredictionsError, SourceError (a file of the run is a link out of its folder).
     """
     config = _without_runs_own_out(config)
     if config.fuse:
@@ -232,6 +232,8 @@ def _assemble(config: EvaluateConfig, run: Path) -> _Job:
     if own:  # the run's result would be another's
         require_classes(labels.classes, classes, here=labels.dataset, there=str(run))
         folder = _folder(run)
+        for name in (*FILES, LAST):  # what else of the run is read, before the test takes its time
+            is_regular_file(folder / name, folder)
         require_own_labels(folder, read_identity(folder), labels, "give --out to test on them")
     elif used and config.dataset is None and config.split is None:
         notes = tuple(_other_labels(_folder(run), labels))
@@ -283,7 +285,7 @@ def _opened(run: Path) -> tuple[Path, dict[str, Any]]:
         beside = run.parent / "config.yaml"
         return run, (_run_config(run.parent) if run.name == MODEL and beside.is_file() else {})
     used = _run_config(run)
-    if not (run / MODEL).exists():
+    if not is_regular_file(run / MODEL, run):
         raise CheckpointError(f"{run} holds no {MODEL}: the training is not finished")
     return run / MODEL, used
 
@@ -291,8 +293,8 @@ def _opened(run: Path) -> tuple[Path, dict[str, Any]]:
 def _run_config(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        content = load_yaml(read_bytes(path, run).decode("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{run} is not a run of distinit finetune: no readable config.yaml") from error
     if not isinstance(content, dict) or not isinstance(content.get("finetune"), dict):
         raise UsageError(f"{run} is not a run of distinit finetune: its config.yaml has no section 'finetune'")

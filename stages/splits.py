@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..pipeline.errors import UsageError
 from ..pipeline.evaluation.splits import mean_over_splits
 from ..pipeline.reporting.accuracy import MEASURES
 from ..pipeline.reporting.tables import Column, Table
@@ -23,9 +24,17 @@ def split_folder(run: Path, split: int) -> Path:
 
 
 def split_folders(run: Path) -> dict[int, Path]:
-    """The runs of a folder that `finetune --split all` wrote, by split; empty for any other."""
-    found = {int(m[1]): path for path in run.glob("split*") if (m := re.fullmatch(r"split(\d+)", path.name))}
-    return {split: found[split] for split in sorted(found) if recorded_sections(found[split] / "config.yaml")}
+    """The runs of a folder that `finetune --split all` wrote, by split; empty for any other.
+
+    Raises:
+        UsageError: One of them is a link that leads out of the folder.
+    """
+    paths = {int(m[1]): path for path in run.glob("split*") if (m := re.fullmatch(r"split(\d+)", path.name))}
+    found = {split: paths[split] for split in sorted(paths) if recorded_sections(paths[split] / "config.yaml")}
+    for path in found.values():
+        if not path.resolve().is_relative_to(run.resolve()):
+            raise UsageError(f"{path}: a link to {path.resolve()}, outside of {run}; expected the folder itself")
+    return found
 
 
 def summarise_splits(out: Path, results: Mapping[int, dict[str, Any]], title: str, screen: Screen) -> dict[str, Any]:

@@ -206,6 +206,7 @@ class Predictions:
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
         try:
+            partial.unlink(missing_ok=True)
             with Hdf5Writer(partial, sealed=True) as writer:
                 self._fill(writer.file)
             os.replace(partial, target)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..corpus.sources import escape_path
+from ..documents import is_regular_file
 from ..errors import CheckpointError
 from ..streams import as_json
 from ..training.checkpoint import write_atomically
@@ -40,14 +41,15 @@ class RunLabels:
 
     @classmethod
     def read(cls, run: Path) -> RunLabels | None:
-        """What a run folder recorded; None where it has no record, as runs of distinit 0.1. CheckpointError."""
+        """What a run folder recorded; None where it has no record, as runs of distinit 0.1. CheckpointError, and
+        SourceError for a link that leads out of the folder."""
         path = run / RUN_LABELS
+        if not is_regular_file(path, run):
+            return None
         try:
             content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             sides = {side: [(str(name), int(label)) for name, label in content[side]] for side in ("train", "test")}
             return cls(**{**content, **sides})
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..config import Options
+from ..documents import is_regular_file
 from ..errors import CheckpointError
 from ..safetensors_files import open_checked
 from ..sealed import BLANK, KEY, seal
@@ -249,13 +250,13 @@ def _fill(student: Student, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _file_of(path: str | Path) -> Path:
-    """The safetensors file that a path means."""
+    """The safetensors file that a path means. SourceError for a run folder in which it is a link that leads out."""
     path = Path(path)
     if not path.is_dir():
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file or run folder")
         return path
-    inside = [path / name for name in RUN_FILES if (path / name).is_file()]
+    inside = [path / name for name in RUN_FILES if is_regular_file(path / name, path)]
     if not inside:
         raise CheckpointError(f"{path}: holds no {' and no '.join(RUN_FILES)}; is its run finished?")
     if len(inside) > 1:

@@ -30,8 +30,9 @@ from .ranks import ALONE, Ranks
 from .state import TrainState
 
 FORMAT_VERSION = 2
+LAST = "checkpoints/last.pt"
 # Any of these means that a folder holds a run.
-RUN_FILES = ("checkpoints/last.pt", "metrics.jsonl", "student.safetensors", "model.safetensors")
+RUN_FILES = (LAST, "metrics.jsonl", "student.safetensors", "model.safetensors")
 Resume = Literal["auto"] | bool
 """False: a folder that holds a run is refused; True: one that holds none; auto: a run goes on or begins."""
 # Identities of what the targets are; a difference there is a difference of stores, not of checkpoints.

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..documents import is_regular_file
 from ..errors import CheckpointError, VideoError
 from ..video.container import digest
 from ..video.content import same_content
@@ -43,14 +44,15 @@ class SeenVideos:
 
     @classmethod
     def read(cls, run: Path) -> SeenVideos | None:
-        """What a run folder recorded; None where it has no record, as runs of distinit 0.1. CheckpointError."""
+        """What a run folder recorded; None where it has no record, as runs of distinit 0.1. CheckpointError, and
+        SourceError for a link that leads out of the folder."""
         path = run / SEEN_VIDEOS
+        if not is_regular_file(path, run):
+            return None
         try:
             with np.load(path, allow_pickle=False) as file:
                 names = bytes(file["path"]).split(b"\0")
                 found = cls(file["digest"], [os.fsdecode(name) for name in names], file["stage"])
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         if len(found.paths) != len(found.digest):  # of no videos the split gives one empty name
