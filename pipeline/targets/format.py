@@ -242,19 +242,33 @@ def read_fingerprint(files: StoreFiles, teacher: str) -> dict[str, Any] | None:
 
 
 def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """The nodes of `plans/`: they are numbered, so asking goes on until one is missing. broken: as `read_nodes`; such a
-    plan is empty.
+    """Return the nodes of `plans/`: they are numbered, and the last is the one with none behind it.
+
+    Args:
+        files: The store.
+        broken: As in `read_nodes`; a broken plan is empty, and one that is missing is passed over.
+
+    Raises:
+        StoreError: A plan is missing in the middle, or damaged, and `broken` is not given.
     """
     plans: list[dict[str, Any]] = []
     ask = 8
     while True:
         names = [f"{i:06d}" for i in range(len(plans), len(plans) + ask)]
         found = read_nodes(files, "plans", names, broken=broken)
-        known = [name for name in names if name in found or name in (broken or ())]
-        plans += [found.get(name, {}) for name in known]
-        if len(known) < ask or not found:  # where `plans` itself is damaged, no number is the last
+        known = [name in found or name in (broken or ()) for name in names]
+        count = [*known, False].index(False)
+        plans += [found.get(name, {}) for name in names[:count]]
+        if not found:  # where `plans` itself is damaged, no number is the last
             return plans
-        ask *= 2
+        if count == ask:
+            ask *= 2
+        elif count:  # the missing number is asked for again, with some behind it: a server may have failed once
+            continue
+        elif broken is not None:
+            return plans + [found.get(name, {}) for name, is_known in zip(names, known, strict=True) if is_known]
+        elif not read_nodes(files, "plans", names[:1]):  # a writer may have added it since
+            raise StoreError(f"{files.name}/plans/{names[0]}: is missing, but {max(found)} exists")
 
 
 def is_ours(folder: Path) -> bool:

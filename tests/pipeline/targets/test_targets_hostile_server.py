@@ -22,8 +22,10 @@ import yarl
 
 from distinit.pipeline.errors import StoreError
 from distinit.pipeline.targets import cache, remote, web
+from distinit.pipeline.targets import format as fmt
 from distinit.pipeline.targets.digests import seal
 from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.targets.writer import StoreWriter
 
 LIMIT = 300_000  # bytes of a node or text chunk in these tests, above what the store has
 KINDS = [
@@ -322,6 +324,29 @@ def test_a_chunk_that_was_missing_is_there_when_the_server_is_right_again(
         assert TargetStore.open(f"{server.url}/s.zarr").video(0).size == -1
         server.tricks = {}
         assert TargetStore.open(f"{server.url}/s.zarr").video(0).size == plain.video(0).size
+
+
+@pytest.mark.parametrize(("plans", "number"), [(4, 0), (4, 2), (9, 7), (10, 8)])  # 8 are asked for, then 16
+def test_a_plan_that_is_missing_before_another_is_named(
+    make_store: Callable[..., Any], plans: int, number: int
+) -> None:
+    recipe, root = make_store(videos=range(6))
+    columns: dict[str, list[Any]] = {spec.path.split("/")[1]: [1] for spec in fmt.video_specs()}
+    with StoreWriter(root, sampling=recipe.sampling) as writer:
+        while writer.index.n_plans < plans:
+            columns |= {"path": [f"{writer.index.n_plans}.mp4"], "digest": [[1] * 16]}
+            writer.add_videos(columns, writer.index.corpora)
+    file = root / f"plans/{number:06d}/zarr.json"
+    with serve(root.parent) as server:
+        refused(server, lambda handler: answer(handler, b"", 404), f"plans/{number:06d}/zarr.json")
+        once = [404]  # as while a server starts
+        server.tricks = {
+            f"/s.zarr/plans/{number:06d}/zarr.json": lambda handler: (
+                answer(handler, b"", once.pop()) if once else answer(handler, file.read_bytes())
+            )
+        }
+        assert TargetStore.open(f"{server.url}/s.zarr").n_videos == TargetStore.open(root).n_videos
+        assert not once
 
 
 @pytest.mark.parametrize(
