@@ -21,11 +21,14 @@ ONE_FRAME_PER_PACKET = INTRA_ONLY | {"h264", "hevc", "vp8", "vp9", "av1"}
 FLAGGED = frozenset(("av1",))
 # MPEG-1, -2 and -4 conceal damage without a word, from whatever was decoded before: nothing is left out.
 FROM_START = frozenset(("mpeg1video", "mpeg2video", "mpeg4"))
-# Non-reference pictures can be left out without any effect on the others.
-SKIP_NON_REFERENCE = frozenset(("h264",))
 _X264 = re.compile(rb"x264 - core (\d{1,9})")
 _H264_SEQUENCE = re.compile(rb"\x00\x00\x01[\x07\x27\x47\x67](.)", re.DOTALL)
 _H264_444 = (44, 244)  # of profile_idc
+# Their sequence parameter sets have fields of their own for colours (ITU-T H.264 §7.3.2.1.1).
+_H264_HIGH = frozenset((44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 144, 244))
+_H264_HEAD = 9  # bytes in which a picture's first slice has its number: 1 + 7 + 17 + 16 bits after the first, escapes
+# Supplemental information, delimiter and filler: not needed for any picture.
+_H264_ASIDE = frozenset((6, 9, 12))
 # The NAL units that say how the others are to be read: sequence, picture and, of HEVC, video parameter sets.
 _PARAMETERS = {"h264": (7, 8), "hevc": (32, 33, 34)}
 
@@ -118,7 +121,7 @@ def _h264_slice_is_b(data: memoryview, length: int) -> bool:
 
 def _exp_golomb(bits: int, at: int) -> tuple[int, int]:
     """(value, bits left after it) of the ue(v) code that begins `at` bits from the end; (0, 0) where it is cut off."""
-    rest = bits & ((1 << at) - 1)
+    rest = bits & ((1 << max(at, 0)) - 1)
     zeros = at - rest.bit_length()
     if not rest or 2 * zeros + 1 > at:
         return 0, 0
@@ -137,6 +140,134 @@ def _profile(extradata: bytes) -> int:
         return extradata[1]
     found = _H264_SEQUENCE.search(extradata)
     return found[1][0] if found is not None else -1
+
+
+class NonReferencePictures:
+    """Tell, packet by packet, which pictures of H.264 a decoder may leave out without any effect on the others.
+
+    Those are the non-reference pictures, but one flipped bit gives a reference picture the header of one, and a decoder
+    that leaves it out shows the pictures that refer to it wrongly without an error. `frame_num` tells them apart: it
+    counts reference pictures, so that the next picture has the same number after a non-reference picture alone
+    (ITU-T H.264 §7.4.3).
+    """
+
+    def __init__(self, extradata: bytes | None) -> None:
+        self._length = _length_size("h264", extradata)
+        self._bits = _frame_num_bits(extradata or b"", self._length)
+        self._left_out: int | None = None  # the number of the picture before, where that was left out
+
+    def begin(self) -> None:
+        """Forget the packets before."""
+        self._left_out = None
+
+    def may_leave_out(self, data: memoryview, *, wanted: bool) -> bool | None:
+        """Return whether the packet that comes next may be left out.
+
+        None: the one before should not have been, as far as can be seen.
+        """
+        before, self._left_out = self._left_out, None
+        if not self._bits or (wanted and before is None):
+            return False
+        head, alone = self._first_slice(data)
+        if before is None and not alone:
+            return False
+        number = self._number(head)
+        is_idr = head[:1] and head[0] & 0x1F == 5  # refers to nothing
+        if before is not None and number != before and not is_idr:
+            return None
+        if alone and not wanted:
+            self._left_out = number
+        return self._left_out is not None
+
+    def _first_slice(self, data: memoryview) -> tuple[bytes, bool]:
+        """Return how the first slice of a packet begins, and whether the packet has only slices of non-references."""
+        head, alone = b"", True
+        for start in _h264_starts(data, self._length):
+            first = data[start]
+            if not head and first & 0x9F in (1, 5):  # with the highest bit, which is always 0
+                head = bytes(data[start : start + _H264_HEAD])
+                if first != 1:
+                    return head, False
+            elif first != 1 and first & 0x9F not in _H264_ASIDE:
+                alone = False
+        return head, alone and len(head) > 0
+
+    def _number(self, head: bytes) -> int | None:
+        if not head:
+            return None
+        if b"\0\0\3" in head:
+            head = head.replace(b"\0\0\3", b"\0\0")
+        bits, at = int.from_bytes(head, "big"), 8 * len(head) - 8
+        for _ in range(3):  # first_mb_in_slice, slice_type, pic_parameter_set_id: Exp-Golomb codes
+            bits &= (1 << at) - 1
+            at -= 2 * (at - bits.bit_length()) + 1
+            if at < self._bits:
+                return None
+        return bits >> (at - self._bits) & ((1 << self._bits) - 1)
+
+
+def _h264_starts(data: memoryview, length: int) -> list[int]:
+    """Return where the NAL units of a packet begin, all of them."""
+    starts, at, size = [], 0, len(data)
+    while length and at + length < size:
+        start = at + length
+        at = start + int.from_bytes(data[at:start], "big")
+        starts.append(start)
+        if at == start:  # an empty unit is none
+            return starts
+    if not length:
+        raw = bytes(data)
+        at = raw.find(b"\0\0\1")
+        while 0 <= at < size - 3:
+            starts.append(at + 3)
+            at = raw.find(b"\0\0\1", at + 3)
+    return starts
+
+
+def _frame_num_bits(extradata: bytes, length: int) -> int:
+    """Return how many bits frame_num has in the slices of a stream; 0 where its header does not tell."""
+    units, at = extradata.split(b"\0\0\1")[1:], 6
+    if length:
+        units = []
+        for _ in range(int.from_bytes(extradata[5:6]) & 31):
+            end = at + 2 + int.from_bytes(extradata[at : at + 2], "big")
+            units.append(extradata[at + 2 : end])
+            at = end
+    sequences = (unit.replace(b"\0\0\3", b"\0\0") for unit in units if unit[:1] and unit[0] & 0x1F == 7)
+    known = {_frame_num_bits_of(sequence) for sequence in sequences}
+    return known.pop() if len(known) == 1 else 0
+
+
+def _frame_num_bits_of(sequence: bytes) -> int:
+    """Return how many bits frame_num has according to a sequence parameter set; 0 where that cannot be told."""
+    head = sequence[4:1024]
+    bits, at = int.from_bytes(head, "big"), 8 * len(head)
+    _, at = _exp_golomb(bits, at)  # seq_parameter_set_id
+    if sequence[1:2] and sequence[1] in _H264_HIGH:
+        chroma, at = _exp_golomb(bits, at)
+        at -= chroma == 3  # a bit for planes of their own, whose slices have one more field
+        if chroma == 3 and bits >> max(at, 0) & 1:
+            return 0
+        for _ in range(2):  # bit_depth_luma, bit_depth_chroma
+            _, at = _exp_golomb(bits, at)
+        at -= 2  # qpprime_y_zero_transform_bypass_flag, seq_scaling_matrix_present_flag
+        if at > 0 and bits >> at & 1:
+            at = _after_scaling_lists(bits, at, 12 if chroma == 3 else 8)
+    value, left = _exp_golomb(bits, at)
+    return value + 4 if left and value <= 12 else 0
+
+
+def _after_scaling_lists(bits: int, at: int, count: int) -> int:
+    """Return how many bits are left after the scaling lists that begin `at` bits from the end."""
+    for number in range(count):
+        at -= 1
+        last = following = 8 if at > 0 and bits >> at & 1 else 0  # 0: the list ends here
+        for _ in range(16 if number < 6 else 64):
+            if following:
+                code, at = _exp_golomb(bits, at)
+                following = (last + (code + 1) // 2 * (1 if code & 1 else -1)) % 256
+                last = following or last
+    return at
 
 
 def shown_test(codec: str) -> Callable[[memoryview], bool] | None:

@@ -3,7 +3,8 @@
 A plain linear decode of the whole file is the truth. Two shortcuts give the same frames for less: only
 those groups of pictures are decoded that hold wanted frames, each only up to the last wanted packet, and
 in them the non-reference pictures nobody wants are left out. Whatever looks wrong on the way (a frame
-that does not come out, an error, a damaged picture) makes the reader fall back to the plain decode.
+that does not come out, an error, a damaged picture, a left out picture whose number does not confirm that no other
+refers to it) makes the reader fall back to the plain decode.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from ..errors import VideoError
-from .bitstream import FROM_START, INTRA_ONLY, ONE_FRAME_PER_PACKET, SKIP_NON_REFERENCE
+from .bitstream import FROM_START, INTRA_ONLY, ONE_FRAME_PER_PACKET, NonReferencePictures
 from .container import Margins, cropping, open_container, rational, reason, video_stream
-from .feed import DECODE_ERRORS, HOLD, Feed, NotAsPlanned, ascending, stretches
+from .feed import DECODE_ERRORS, HOLD, Feed, NotAsPlanned, Waiting, ascending, stretches
 from .geometry import Orientation, Renderer, display_size, inner_size, pixel_aspect
 from .sampling import Sampling
 from .timeline import PROGRESSIVE, PacketTable, Timeline, read_packets
@@ -415,22 +416,34 @@ class VideoReader:
             raise NotAsPlanned
 
     def _feed_stretches(self, wanted: np.ndarray) -> Iterator[av.VideoFrame]:
-        """Every frame that comes out of the stretches of packets that hold `wanted`."""
+        """Yield the frames of `wanted` that come out of the stretches of packets that hold them."""
         table, context = self.packets, self._context
         needed = set(table.order[wanted].tolist())
-        skips = context.codec.canonical_name in SKIP_NON_REFERENCE
+        codec = context.codec.canonical_name
+        numbers = NonReferencePictures(context.extradata) if codec == "h264" else None
+        marks_damage = codec not in FROM_START  # the others depend on the buffers that are free: nothing is held back
         feed = Feed(self)
         for start, stop in stretches(table, wanted):
             feed.begin(start)
             context = self._context  # another one if the file had to be opened again
             first_pts = latest = table.pts[start]
-            keeps: bool | None = None
+            skips: bool | None = None
+            waiting = Waiting()
+            if numbers is not None:
+                numbers.begin()
             for position in range(start, stop + 2):
                 self._progress()
-                if skips and position <= stop and keeps is not (position in needed):
-                    keeps = position in needed
-                    context.skip_frame = "DEFAULT" if keeps else "NONREF"
-                for frame in feed.decode(position) if position <= stop else feed.drain():
+                packet = feed.packet(position) if position <= stop else None
+                if numbers is not None and packet is not None:
+                    skip = numbers.may_leave_out(memoryview(packet), wanted=position in needed)
+                    if skip is None:
+                        raise NotAsPlanned
+                    if skip is not skips:
+                        skips = skip
+                        context.skip_frame = "NONREF" if skip else "DEFAULT"
+                if packet is not None and marks_damage and not skips and table.shown[position]:
+                    waiting.fed(int(table.pts[position]))
+                for frame in feed.decode(packet):
                     if frame.pts is None:
                         raise NotAsPlanned
                     known = table.position_of.get(frame.pts)
@@ -441,7 +454,8 @@ class VideoReader:
                     if frame.is_corrupt or frame.pts < latest:  # damaged, or shown in another order than the pts say
                         raise NotAsPlanned
                     latest = frame.pts
-                    yield frame
+                    yield from waiting.came(frame, wanted=known in needed)
+            yield from waiting.rest()
 
     def sample(self, sampling: Sampling, first: int = 0, end: int | None = None) -> Rows:
         """(index, pts, frame) of the sampled frames with first ≤ index < end, in one pass."""

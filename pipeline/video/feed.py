@@ -101,20 +101,25 @@ class Feed:
                 return True
         return False
 
-    def decode(self, position: int) -> list[av.VideoFrame]:
+    def packet(self, position: int) -> av.Packet:
+        """Return the packet of a decode position; positions ascend from the one where the stretch begins."""
         kept, place = self._table.kept, self._table.place
+        if kept is not None:
+            return kept[position]
+        while True:
+            packet = next(self._next, None)
+            if packet is None or packet.pts is None or self._table.position_of.get(packet.pts) != self._position:
+                raise NotAsPlanned
+            if place is not None and not self._as_in_header(packet, self._position):
+                raise NotAsPlanned
+            self._position += 1
+            if self._position > position:
+                return packet
+
+    def decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        """Return the frames that come out for a packet; None: those that the decoder still holds back."""
         try:
-            if kept is not None:
-                return self._reader.stream.codec_context.decode(kept[position])
-            while True:
-                packet = next(self._next, None)
-                if packet is None or packet.pts is None or self._table.position_of.get(packet.pts) != self._position:
-                    raise NotAsPlanned
-                if place is not None and not self._as_in_header(packet, self._position):
-                    raise NotAsPlanned
-                self._position += 1
-                if self._position > position:
-                    return self._reader.stream.codec_context.decode(packet)
+            return self._reader.stream.codec_context.decode(packet)
         except DECODE_ERRORS as error:
             raise NotAsPlanned from error
 
@@ -125,12 +130,37 @@ class Feed:
             return False
         return not (self._is_b is not None and table.rising[position] and self._is_b(memoryview(packet)))
 
-    def drain(self) -> list[av.VideoFrame]:
-        """What the decoder still holds back."""
-        try:
-            return self._reader.stream.codec_context.decode(None)
-        except DECODE_ERRORS as error:
-            raise NotAsPlanned from error
+
+class Waiting:
+    """Holds frames back until all pictures that they may refer to have come out, which shows whether those are damaged.
+
+    A picture refers to pictures that were decoded before it, but some of those are shown after it. What a decoder puts
+    in the place of damage depends on what else it decoded. Example: decode order I0 P3 B1, with P3 damaged; B1
+    comes out first, and only then P3 with its mark.
+    """
+
+    def __init__(self) -> None:
+        self._highest = NO_PTS
+        self._needs: dict[int, int] = {}  # pts → the highest pts of what was decoded up to it
+        self._frames: deque[av.VideoFrame] = deque()
+
+    def fed(self, pts: int) -> None:
+        """Note that the packet with this pts is decoded next."""
+        self._highest = max(self._highest, pts)
+        self._needs[pts] = self._highest
+
+    def came(self, frame: av.VideoFrame, *, wanted: bool) -> Iterator[av.VideoFrame]:
+        """Take the frame that came out, undamaged; yield the wanted ones that need not wait any longer."""
+        latest = frame.pts or 0
+        if wanted:
+            self._frames.append(frame)
+        while self._frames and self._needs.get(self._frames[0].pts or 0, NO_PTS) <= latest:
+            yield self._frames.popleft()
+
+    def rest(self) -> Iterator[av.VideoFrame]:
+        """Yield the others, after the end of what is decoded."""
+        while self._frames:
+            yield self._frames.popleft()
 
 
 def _with_first(first: av.Packet, rest: Iterator[av.Packet]) -> Iterator[av.Packet]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from distinit.pipeline.errors import VideoError
+from distinit.pipeline.video.bitstream import NonReferencePictures
 from distinit.pipeline.video.clips import read_frames
 from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.decode import VideoReader
@@ -252,3 +254,68 @@ def test_frames_that_never_come_out_are_counted(tmp_path: Path) -> None:
         assert len(came) == 39
         assert reader.truncated is not None
         assert "1 of 40" in reader.truncated
+
+
+STREAMS_WITH_B = {
+    "mp4": {"x264-params": "b-adapt=0"},
+    "mkv": {"x264-params": "b-pyramid=normal:b-adapt=0:ref=4"},
+    "flv": {"x264-params": "cqm=jvt:slices=2:b-adapt=0"},
+    "ts": {"x264-params": "open-gop=1:b-adapt=0"},
+}
+
+
+def packets_of(path: Path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [bytes(packet) for packet in container.demux(video=0) if packet.size]
+
+
+def slice_of(packet: bytes, ending: str) -> bytes:
+    """The first slice of a packet that has nothing else in front; in MPEG-TS the last."""
+    return packet.split(b"\0\0\1")[-1] if ending == "ts" else packet[4:]
+
+
+@pytest.mark.parametrize("ending", STREAMS_WITH_B)
+def test_non_reference_pictures_are_known_by_their_numbers(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{ending}"
+    write_video(path, numbered(0, 40, 32, 64), gop=16, bframes=3, extra=STREAMS_WITH_B[ending])
+    with VideoReader(str(path)) as reader:
+        extradata = reader.stream.codec_context.extradata
+    pictures, packets = NonReferencePictures(extradata), packets_of(path)
+    may = [pictures.may_leave_out(memoryview(packet), wanted=False) for packet in packets]
+    heads = [slice_of(packet, ending)[0] for packet in packets]
+    assert may == [head == 1 for head in heads]
+    assert 10 < sum(map(bool, may)) < 35
+    header = extradata or b""
+    for cut in range(len(header)):  # whatever is cut off, nothing else is left out
+        pictures = NonReferencePictures(header[:cut])
+        for packet, expected in zip(packets[:20], may, strict=False):
+            assert expected or not pictures.may_leave_out(memoryview(packet), wanted=False)
+    for packet in packets[:20]:
+        for cut in range(min(len(packet), 40)):
+            pictures = NonReferencePictures(header)
+            for damaged in (packet, packet[:cut], packet[:cut] + bytes(30), packet):
+                pictures.may_leave_out(memoryview(damaged), wanted=False)
+
+
+@pytest.mark.parametrize("ending", STREAMS_WITH_B)
+def test_a_reference_picture_that_looks_like_none_is_decoded(ending: str, tmp_path: Path) -> None:
+    whole, path = tmp_path / f"whole.{ending}", tmp_path / f"a.{ending}"
+    write_video(whole, numbered(0, 40, 32, 64), gop=16, bframes=3, extra=STREAMS_WITH_B[ending])
+    data, done = whole.read_bytes(), 0
+    # Slices of reference pictures, whose header's bits 5 and 6 (nal_ref_idc) become 0.
+    heads = {slice_of(packet, ending)[:12] for packet in packets_of(whole)}
+    for head in sorted(head for head in heads if head[0] & 0x1F == 1 and head[0] & 0x60 and data.count(head) == 1):
+        at = data.index(head)
+        path.write_bytes(data[:at] + bytes([1]) + data[at + 1 :])
+        with VideoReader(str(path)) as reader:
+            plain = {index: digest_of(frame) for index, _, frame in reader.decode_plain()}
+        for every in (3, 4, 7):
+            with VideoReader(str(path)) as reader:
+                sampled = {index: digest_of(frame) for index, _, frame in reader.sample(Sampling(every=every))}
+            assert sampled == {index: plain[index] for index in range(0, 40, every) if index in plain}
+        done += 1
+    assert done > 3
+
+
+def digest_of(frame: av.VideoFrame) -> str:
+    return hashlib.md5(frame.to_ndarray().tobytes()).hexdigest()
