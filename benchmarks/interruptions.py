@@ -1,39 +1,43 @@
 """Interrupt every command that writes, run it again, compare with an undisturbed run, bit by bit.
 
-    python benchmarks/interruptions.py                 # one trial per command and kind of harm, 20 minutes or so
-    python benchmarks/interruptions.py --trials 5 --commands extract train --kinds kill-change full-disk
+    python benchmarks/interruptions.py                 # two trials per command and kind of harm: 168, an hour or so
+    python benchmarks/interruptions.py --trials 5 --commands extract train --kinds kill-change file-limit
 
 Kinds of harm:
 
-    kill-change   kill -9 just before the k-th change of a file that the client makes in Python, k drawn at random;
-                  the client alone or, every second time, its whole process group
-    kill-moment   kill -9 at a random moment, the client or the group in turn
-    signal        INT, TERM, HUP or PIPE at a random moment, to the client or the group in turn
-    kill-child    kill -9, or a segmentation fault, of one process that the command started: a decoder, a loader
-                  process, a dask worker, ffmpeg; the command may go on
-    full-disk     2 to 90 % of the space that is needed, on a small tmpfs (root) or by a limit on the size of a file
+    kill-change   kill -9 just before the k-th change of a file that the client makes in Python, k drawn at random
+    kill-moment   kill -9 at a random moment of the work
+    signal        INT, TERM, HUP or PIPE at a random moment of the work
+    kill-child    kill -9, or a segmentation fault, of one process that the command started (a decoder, a loader
+                  process, a dask worker, a process of flow) at a random moment; the command may continue
+    full-disk     a tmpfs of 2 to 90 % of the space that is needed; root only
+    file-limit    no file may have more than 2 to 90 % of the largest file of the result (RLIMIT_FSIZE)
 
-After each, all processes of the command must be gone in ten seconds. The same command, run again, must end with
-status 0, and its result equal that of the undisturbed run: every array of a store, every weight, every prediction,
-every copy. A trial whose command was done before the harm came is drawn again. Needs the demo's teacher
-(`pip install distinit[demo]`) and, for full disks, root. Exit status 0 when nothing fell.
+Kills and signals go to the client or its whole process group in turn. The undisturbed run tells when the client changes
+files; moments are drawn from the time of its work and timed from the change before, so that quick commands are hit.
+
+After each harm, all processes of the command must be gone in ten seconds. The same command, run again, must end with
+status 0, and its folder equal that of the undisturbed run: arrays, weights, predictions and copies, and no other file
+left behind. A trial whose command was done before the harm came is drawn again. Needs the demo's teacher and OpenCV
+(`pip install distinit[demo,flow]`). Exit status 0 when nothing fell.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import os
 import random
-import resource
+import selectors
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,13 +51,18 @@ from safetensors.numpy import load_file
 from distinit.conf import __path__ as conf_folders
 
 CORPUS = Path(next(iter(conf_folders))) / "demo_corpus"
-GONE_S = 10.0
-# Loaded by every Python that the command starts; counts the changes that the client makes, and kills at one of them.
+GONE_S, LONGEST_S = 10.0, 600.0
+REDRAWN = 4  # times that a trial which came too late is drawn again
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+ALONE = ("kill-change", "kill-moment", "signal", "full-disk", "file-limit")
+KINDS = (*ALONE, "kill-child")
+# Loaded by every Python that the command starts. In the client, it writes the moment of each change of a file below
+# INTERRUPT_ROOT into a pipe, and kills at one of them.
 COUNTER = """
-import os, sys
+import os, struct, sys, time
 if os.environ.get("INTERRUPT_PARENT") == str(os.getppid()):
     root, left = os.environ["INTERRUPT_ROOT"], [int(os.environ["INTERRUPT_AT"])]
-    whole = os.environ["INTERRUPT_WHO"] == "group"
+    client, pipe, who = os.getpid(), int(os.environ["INTERRUPT_PIPE"]), os.environ["INTERRUPT_WHO"]
     changes = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree"}
     def count(event, arguments):
         if event == "open":
@@ -62,195 +71,87 @@ if os.environ.get("INTERRUPT_PARENT") == str(os.getppid()):
                 return
         elif event not in changes:
             return
-        if isinstance(arguments[0], (str, bytes, os.PathLike)) and os.fsdecode(arguments[0]).startswith(root):
+        if not isinstance(arguments[0], (str, bytes, os.PathLike)) or os.getpid() != client:
+            return
+        if os.path.abspath(os.fsdecode(arguments[0])).startswith(root):
+            os.write(pipe, struct.pack("d", time.monotonic()))
             left[0] -= 1
             if left[0] == 0:
-                os.killpg(0, 9) if whole else os.kill(os.getpid(), 9)
+                os.killpg(0, 9) if who == "group" else os.kill(client, 9)
     sys.addaudithook(count)
 """
-TINY_TEACHER = """
+TEACHERS = """
 import torch
 from torch import nn
 
 def teacher(k):
     torch.manual_seed(k)
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, k))
+
+other = lambda k: teacher(k + 1)
+"""
+STUDENT = {"student": "{architecture: r3d_18, width: 0.0625}", "clips": "{length: 4, size: 32}"}
+TEST = "--set=test={clips: 2, workers: 1}"
+LOOP = "--set=loop={batch_size: 4, epochs: 2, epoch_clips: 8, workers: 1, device: cpu, threads: 1, checkpoint_every: 1}"
+PLAN = f"""
+title: t
+base:
+  finetune:
+    student: {STUDENT["student"]}
+    clips: {STUDENT["clips"]}
+    test: {{clips: 1, workers: 0}}
+    loop: {{batch_size: 4, epochs: 1, epoch_clips: 8, workers: 1, device: cpu, threads: 1}}
+axes:
+  what:
+    one: {{finetune.init: scratch}}
+    two: {{finetune.init: scratch, finetune.loop.lr: 0.1}}
 """
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line that writes OUT, what OUT is before it, and how two results are compared."""
+    """A command line without its --out, the name of that, and what is in its folder before it.
 
-    words: Callable[[Path], list[str]]
-    differences: Callable[[Path, Path], list[str]]
+    before: copied into the folder under `copied`, or that of --out. beside: the --out of another command that writes
+    there at the same time, and its words.
+    """
+
+    words: list[str]
+    name: str
+    kinds: tuple[str, ...] = KINDS
     before: Path | None = None
-    name: str = "out"
+    copied: str | None = None
+    beside: tuple[str, list[str]] | None = None
 
 
-def differences_of_runs(a: Path, b: Path) -> list[str]:
-    """Weights, predictions and the names of files that differ between two folders of runs."""
-    found = []
-    names = [sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and _lasts(p)) for root in (a, b)]
-    if names[0] != names[1]:
-        found.append(f"other files: {sorted(set(names[0]) ^ set(names[1]))}")
-    for name in sorted(set(names[0]) & set(names[1])):
-        if name.endswith(".safetensors"):
-            x, y = load_file(a / name), load_file(b / name)
-            if x.keys() != y.keys() or any(x[key].tobytes() != y[key].tobytes() for key in x):
-                found.append(name)
-        elif name.endswith(".h5"):
-            found += [f"{name}: {part}" for part in differences_of_hdf5(a / name, b / name)]
-    return found
+def differences(a: Path, b: Path) -> list[str]:
+    """What differs between two files or folders, but for what is named or written after the moment."""
+    if a.is_dir() and a.suffix == ".zarr":
+        left = [path.name for path in b.rglob("*") if "partial" in path.name or path.name == "staging"]
+        return differences_of_stores(a, b) + left
+    if a.is_dir():
+        x, y = ({p.name for p in folder.iterdir() if "tfevents" not in p.name} for folder in (a, b))
+        found = [f"only in one: {name}" for name in sorted(x ^ y)]
+        return found + [part for name in sorted(x & y) for part in differences(a / name, b / name)]
+    read = {".safetensors": load_file, ".h5": tables_of, ".mp4": lambda path: {"": np.fromfile(path, np.uint8)}}
+    if a.suffix not in read:
+        return []
+    tables, others = (read[a.suffix](path) for path in (a, b))
+    names = tables.keys() | others.keys()
+    same = {n for n in tables.keys() & others.keys() if _bits(tables[n]) == _bits(others[n])}
+    return [f"{a.name} {name}" for name in sorted(names - same)]
 
 
-def _lasts(path: Path) -> bool:
-    """Whether a file is a result; logs and TensorBoard's events are named after the moment."""
-    return path.suffix in (".safetensors", ".h5", ".pt", ".json") or ".partial" in path.name or path.suffix == ".tmp"
+def _bits(values: np.ndarray) -> tuple[object, ...]:
+    return (values.dtype, values.shape, values.tolist() if values.dtype.hasobject else values.tobytes())
 
 
-def differences_of_hdf5(a: Path, b: Path) -> list[str]:
-    """Data sets of two HDF5 files that differ."""
-
-    def content(path: Path) -> dict[str, bytes]:
-        arrays: dict[str, bytes] = {}
-
-        def take(name: str, item: h5py.Dataset | h5py.Group) -> None:
-            if isinstance(item, h5py.Dataset):
-                arrays[name] = repr(item[()].tolist()).encode() if item.dtype.hasobject else np.asarray(item).tobytes()
-
-        with h5py.File(path) as file:
-            file.visititems(take)
-        return arrays
-
-    x, y = content(a), content(b)
-    return [name for name in sorted(x.keys() | y.keys()) if x.get(name) != y.get(name)]
-
-
-def differences_of_copies(a: Path, b: Path) -> list[str]:
-    """Prepared copies and their maps that differ in any byte, and what one folder has alone."""
-    files = [{str(p.relative_to(r)): p for p in r.rglob("*") if p.is_file()} for r in (a, b)]
-    found = [f"only in one: {name}" for name in files[0].keys() ^ files[1].keys()]
-    media = [name for name in files[0].keys() & files[1].keys() if name.endswith(".mp4")]
-    return found + [name for name in media if files[0][name].read_bytes() != files[1][name].read_bytes()]
-
-
-def differences_of_exports(a: Path, b: Path) -> list[str]:
-    return differences_of_stores(a, b) if a.is_dir() else differences_of_hdf5(a, b)
-
-
-class Workplace:
-    """A folder with a corpus, and finished results for the commands that start from one."""
-
-    def __init__(self, root: Path, clips: int) -> None:
-        self.root, self.base = root, root / "base"
-        self.videos = root / "videos"
-        self.videos.mkdir(parents=True)
-        labels = ["path,label,split1"]
-        classes = sorted(folder for folder in CORPUS.iterdir() if folder.is_dir())[:2]
-        for folder in classes:
-            for number, clip in enumerate(sorted(folder.glob("*.mp4"))[: clips // 2]):
-                shutil.copy(clip, self.videos / f"{folder.name}-{number}.mp4")
-                labels.append(f"{folder.name}-{number}.mp4,{folder.name},{'test' if number % 3 == 0 else 'train'}")
-        (root / "labels.csv").write_text("\n".join(labels) + "\n")
-        (root / "modules").mkdir()
-        (root / "modules" / "tiny_teacher.py").write_text(TINY_TEACHER)
-        (root / "modules" / "sitecustomize.py").write_text(COUNTER)
-        (root / "plan.yaml").write_text(
-            "title: t\nbase:\n  finetune:\n    student: {architecture: r3d_18, width: 0.0625}\n"
-            "    clips: {length: 4, size: 32}\n    test: {clips: 1, workers: 0}\n"
-            "    loop: {batch_size: 4, epochs: 1, epoch_clips: 8, workers: 1, device: cpu, threads: 1}\n"
-            "axes:\n  what:\n    one: {finetune.init: scratch}\n    "
-            "two: {finetune.init: scratch, finetune.loop.lr: 0.1}\n"
-        )
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        # This package from where it is imported here, whatever the working folder.
-        path = [str(root / "modules"), str(CORPUS.parents[2]), os.environ.get("PYTHONPATH", "")]
-        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-
-    def commands(self) -> dict[str, Command]:
-        """All commands by name, after what they start from has been made."""
-        videos, base = str(self.videos), self.base
-        extract = ["extract-targets", videos, "--teacher", "efficientnet_lite0", "--every", "8"]
-        more = [*extract, "--teacher", "tiny_teacher:teacher", "--teacher-option", "tiny_teacher:teacher:k=5"]
-        tiny = ["--teacher", "tiny_teacher:teacher", "--teacher-option", "k=5"]
-        shards = ["extract-targets", videos, *tiny, "--every", "1", "--shard-rows", "256"]
-        loop = {"batch_size": 4, "epochs": 2, "epoch_clips": 12, "workers": 2, "device": "cpu", "threads": 1}
-        loop_words = [f"--set=loop.{key}={value}" for key, value in (loop | {"checkpoint_every": 1}).items()]
-        net = ["--set=clips.size=32"]
-        student = ["--set=student.width=0.125", "--set=clips.length=8", *net]
-        small = ["--set=student={architecture: r3d_18, width: 0.0625}", "--set=clips.length=4", *net]
-        labels = ["--dataset", f"csv:{self.root / 'labels.csv'}", "--root", videos]
-        test = ["--set=test.clips=2", "--set=test.workers=1"]
-        one, parts, run = base / "one.zarr", [base / f"part{i}.zarr" for i in (1, 2)], base / "run"
-        self.make([*extract, "--out", str(one)])
-        for i, part in enumerate(parts, 1):
-            self.make([*extract, "--part", f"{i}/2", "--out", str(part)])
-        self.make(["finetune", *labels, *small, *loop_words, *test, "--out", str(run)])
-        hurt = self.videos / sorted(os.listdir(self.videos))[1]
-        whole = hurt.read_bytes()
-        hurt.write_bytes(b"no video" * 99)
-        self.make([*extract, "--out", str(base / "failed.zarr")])
-        hurt.write_bytes(whole)
-        train = ["train-student", "--targets", str(one), *student, *loop_words, "--resume", "auto"]
-        store, runs = differences_of_stores, differences_of_runs
-        finetune = ["finetune", *labels, *small, *loop_words, *test, "--resume", "auto"]
-        ablate = ["ablate", str(self.root / "plan.yaml"), "--targets", str(one), *labels[:1], f"{labels[1]}={videos}"]
-        return {
-            "extract": Command(lambda out: [*extract, "--out", str(out)], store, name="t.zarr"),
-            "extract-workers": Command(
-                lambda out: [*shards, "--workers", "2", "--out", str(out)], store, name="t.zarr"
-            ),
-            "extract-teacher": Command(lambda out: [*more, "--out", str(out)], store, one, "t.zarr"),
-            "extract-retry": Command(
-                lambda out: [*extract, "--retry-failed", "--out", str(out)], store, base / "failed.zarr", "t.zarr"
-            ),
-            "extract-part": Command(lambda out: [*extract, "--part", "1/2", "--out", str(out)], store, name="t.zarr"),
-            "prepare": Command(
-                lambda out: ["prepare", videos, "--workers", "2", "--out", str(out)], differences_of_copies
-            ),
-            "train": Command(lambda out: [*train, "--out", str(out)], runs),
-            "finetune": Command(lambda out: [*finetune, "--out", str(out)], runs),
-            "evaluate": Command(lambda out: ["evaluate", str(run), "--out", str(out), "--test-clips", "3"], runs),
-            "ablate": Command(lambda out: [*ablate, "--out", str(out)], runs),
-            "merge": Command(
-                lambda out: ["targets", "merge", *map(str, parts), "--out", str(out)], store, name="m.zarr"
-            ),
-            "export-h5": Command(
-                lambda out: ["targets", "export", str(one), "--out", str(out)], differences_of_exports, name="e.h5"
-            ),
-            "export-zarr": Command(
-                lambda out: ["targets", "export", str(one), "--out", str(out)], differences_of_exports, name="e.zarr"
-            ),
-        }
-
-    def start(self, words: list[str], log: Path, limit: int | None = None, **more: str) -> subprocess.Popen[bytes]:
-        """Start a command in a process group of its own. limit: bytes that a file may have."""
-
-        def small_files() -> None:
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        with open(log, "ab") as said:
-            return subprocess.Popen(
-                [sys.executable, "-m", "distinit", *words],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-                start_new_session=True,
-                env={**self.environment, **more},
-                preexec_fn=small_files,
-                cwd=self.root,
-            )
-
-    def make(self, words: list[str]) -> float:
-        """Run a command to its end; returns its seconds."""
-        began, log = time.monotonic(), self.root / "log"
-        log.unlink(missing_ok=True)
-        code = self.start(words, log).wait()
-        if code:
-            raise Fell(f"status {code} of {' '.join(words[:2])}: {_last_line(log)}")
-        return time.monotonic() - began
+def tables_of(path: Path) -> dict[str, np.ndarray]:
+    """All data sets of an HDF5 file."""
+    tables: dict[str, np.ndarray] = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: tables.update({name: item[()]} if isinstance(item, h5py.Dataset) else {}))
+    return {name: np.asarray(values) for name, values in tables.items()}
 
 
 class Fell(Exception):
@@ -261,37 +162,219 @@ class TooLate(Exception):
     """The command was done before the harm came."""
 
 
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "no word"
+class Started:
+    """A command at work, in a process group of its own.
+
+    at: its client is killed at this change of a file; group: and with it the whole group.
+    """
+
+    def __init__(self, words: list[str], out: Path, environment: dict[str, str], at: int = 0, group: bool = False):
+        self._moments, moments = os.pipe()
+        self._output, output = os.pipe()  # not a file, whose size the kind file-limit would bound
+        self.mark = f"{os.getpid()} {time.monotonic()}"
+        interrupt = {"PARENT": os.getpid(), "ROOT": out.parent, "AT": at, "PIPE": moments}
+        interrupt |= {"WHO": "group" if group else "client", "MARK": self.mark}
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "distinit", *words, "--out", str(out)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**environment, **{f"INTERRUPT_{key}": str(value) for key, value in interrupt.items()}},
+            pass_fds=(moments,),
+            cwd=out.parent,
+        )
+        os.close(moments)
+        os.close(output)
+        self._read = {self._moments: b"", self._output: b""}
+        self._pipes = selectors.DefaultSelector()
+        for pipe in self._read:
+            self._pipes.register(pipe, selectors.EVENT_READ)
+
+    def follow(self, change: int | None = None, delay: float = 0.0) -> int | None:
+        """Wait for the end, or until `delay` after a change; returns the status, None where it is still at work."""
+        until = time.monotonic() + (delay if change == 0 else LONGEST_S)
+        while self.process.poll() is None and (left := until - time.monotonic()) > 0:
+            self._take(min(left, 0.1))
+            if change and len(self.changes()) >= change:
+                until, change = min(until, self.began + self.changes()[change - 1] + delay), 0
+        if self.process.poll() is None and change is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise Fell(f"no end after {LONGEST_S:g} s")
+        self._take(0)
+        return self.process.returncode
+
+    def _take(self, seconds: float) -> None:
+        for key, _ in self._pipes.select(seconds):
+            new = os.read(key.fd, 2**20)
+            self._read[key.fd] += new
+            if not new:
+                self._pipes.unregister(key.fd)
+
+    def changes(self) -> list[float]:
+        """Seconds after the start at which the client changed a file."""
+        return [at - self.began for (at,) in struct.iter_unpack("d", self._read[self._moments])]
+
+    def said(self) -> str:
+        return self._read[self._output].decode(errors="replace")
+
+    def last_line(self) -> str:
+        return ([line for line in self.said().splitlines() if line.strip()] or ["no word"])[-1]
+
+    def family(self) -> list[psutil.Process]:
+        """All processes that it has started, whatever became of their parents."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                ours = process.environ().get("INTERRUPT_MARK") == self.mark and process.pid != self.process.pid
+                found += [process] if ours and process.status() != psutil.STATUS_ZOMBIE else []
+        return found
+
+    def end(self, seconds: float = GONE_S) -> None:
+        """Wait for the end of all its processes. Raises Fell."""
+        self.follow(0, seconds)
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise Fell("does not end")
+        until = time.monotonic() + GONE_S
+        while (left := self.family()) and time.monotonic() < until:
+            time.sleep(0.1)
+        if left:
+            words = []
+            for each in left:
+                with suppress(psutil.Error):
+                    words.append(" ".join(each.cmdline()[:4]))
+                    each.kill()
+            raise Fell(f"outlived the command by {GONE_S:g} s: {words}")
+
+    def close(self) -> None:
+        """End what is left of it, after a trial that fell or came too late."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self._pipes.close()
+        for pipe in self._read:
+            os.close(pipe)
 
 
-def _copy(before: Path | None, out: Path) -> None:
-    if before is not None:
-        shutil.copytree(before, out)
+class Workplace:
+    """A folder with a corpus, and finished results for the commands that start from one."""
+
+    def __init__(self, root: Path, clips: int) -> None:
+        self.root, self.base, self.videos = root, root / "base", root / "videos"
+        self.videos.mkdir(parents=True)
+        labels = ["path,label,split1"]
+        for folder in sorted(folder for folder in CORPUS.iterdir() if folder.is_dir())[:2]:
+            for number, clip in enumerate(sorted(folder.glob("*.mp4"))[: clips // 2]):
+                shutil.copy(clip, self.videos / f"{folder.name}-{number}.mp4")
+                labels.append(f"{folder.name}-{number}.mp4,{folder.name},{'test' if number % 3 == 0 else 'train'}")
+        (root / "labels.csv").write_text("\n".join(labels) + "\n")
+        (root / "plan.yaml").write_text(PLAN)
+        for folder, text in (("modules/teachers.py", TEACHERS), ("modules/sitecustomize.py", COUNTER)):
+            (root / "modules").mkdir(exist_ok=True)
+            (root / folder).write_text(text)
+        # This package from where it is imported here, whatever the working folder.
+        path = [str(root / "modules"), str(CORPUS.parents[2]), os.environ.get("PYTHONPATH", "")]
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+    def commands(self) -> dict[str, Command]:
+        """All commands by name; `recipes` are those that make what others start from."""
+        videos, one, run = str(self.videos), self.base / "one.zarr", self.base / "run"
+        names = [f"teachers:{name}" for name in ("teacher", "other")]
+        tiny, other = (["--teacher", name, "--teacher-option", f"{name}:k=200"] for name in names)
+        extract = ["extract-targets", videos, "--every", "1", "--shard-rows", "256", *tiny]
+        more = [*extract, *other]
+        part, parts = [[*extract, "--part", f"{i}/2"] for i in (1, 2)], [self.base / f"part{i}.zarr" for i in (1, 2)]
+        student = [f"--set={key}={value}" for key, value in STUDENT.items()]
+        train = ["train-student", "--targets", str(one), *student, LOOP, "--resume", "auto"]
+        labels = ["--dataset", f"csv:{self.root / 'labels.csv'}", "--root", videos]
+        finetune = ["finetune", *labels, *student, TEST, LOOP, "--resume", "auto"]
+        dataset = f"csv:{self.root / 'labels.csv'}={videos}"
+        ablate = ["ablate", str(self.root / "plan.yaml"), "--targets", str(one), "--dataset", dataset]
+        prepare = ["prepare", videos, "--workers", "2"]
+        merge = ["targets", "merge", *map(str, parts)]
+        export = ["targets", "export", str(one)]
+        failed = self.base / "failed.zarr"
+        self.recipes = {one: extract, run: finetune, failed: extract} | dict(zip(parts, part, strict=True))
+        demo = ["extract-targets", videos, "--teacher", "efficientnet_lite0", "--every", "8"]
+        first = ["targets", "export", "s.zarr", "--teacher", "teachers-teacher"]
+        changing = {"before": one, "copied": "s.zarr", "beside": ("s.zarr", more)}
+        return {
+            "extract": Command(demo, "t.zarr"),
+            "extract-workers": Command([*extract, "--workers", "2"], "t.zarr"),
+            "extract-teacher": Command(more, "t.zarr", before=one),
+            "extract-retry": Command([*extract, "--retry-failed"], "t.zarr", before=failed),
+            "extract-part": Command(part[0], "t.zarr"),
+            "prepare": Command(prepare, "copies"),
+            "prepare-flow": Command([*prepare, "--flow"], "flow"),
+            "train": Command(train, "run"),
+            "finetune": Command(finetune, "run"),
+            "evaluate": Command(["evaluate", str(run), "--test-clips", "3"], "test"),
+            "ablate": Command(ablate, "table"),
+            "merge": Command(merge, "m.zarr", ALONE),
+            "export-zarr": Command(export, "e.zarr", ALONE),
+            "export-h5": Command(export, "e.h5", ALONE),
+            "export-changing": Command(first, "e.h5", ALONE[:3], **changing),
+        }
+
+    def make_ready(self, command: Command) -> None:
+        """Make what a command starts from, where it does not exist yet."""
+        for path, words in self.recipes.items():
+            if (path != command.before and str(path) not in command.words) or path.exists():
+                continue
+            hurt = sorted(self.videos.iterdir())[1]
+            whole = hurt.read_bytes()
+            if path.name == "failed.zarr":
+                hurt.write_bytes(b"no video" * 99)
+            self.make(words, path)
+            hurt.write_bytes(whole)
+
+    def make(self, words: list[str], out: Path) -> Started:
+        """Run a command to its end."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        started = Started(words, out, self.environment)
+        status = started.follow()
+        started.close()
+        if status:
+            raise Fell(f"status {status} of {' '.join(words[:2])}: {started.last_line()}")
+        return started
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+def _size(path: Path, biggest: bool = False) -> int:
+    """Bytes of a file or of all files of a folder, in whole pages as a tmpfs needs; or of its biggest file."""
+    sizes = [each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file()]
+    return max(sizes) if biggest else sum(-(-size // 4096) * 4096 for size in sizes)
 
 
 class Trials:
     """Undisturbed results of the commands, and harm done to others."""
 
     def __init__(self, place: Workplace, seed: int) -> None:
-        self.place, self.random = place, random.Random(seed)
+        self.place, self.random, self.number = place, random.Random(seed), 0
         self.commands = place.commands()
-        self.seconds: dict[str, float] = {}
-        self.number = 0
+        self.moments: dict[str, list[float]] = {}  # of the changes of the undisturbed run, and of its end
+
+    def _prepared(self, command: Command, folder: Path) -> Path:
+        """The --out of a command, in a folder that holds what it starts from."""
+        out = folder / command.name
+        if command.before is not None:
+            shutil.copytree(command.before, folder / (command.copied or command.name))
+        return out
 
     def whole(self, name: str) -> Path:
         """The undisturbed result of a command."""
-        out = self.place.root / "whole" / name / self.commands[name].name
-        if name not in self.seconds:
-            out.parent.mkdir(parents=True)
-            _copy(self.commands[name].before, out)
-            self.seconds[name] = self.place.make(self.commands[name].words(out))
-        return out
+        command, folder = self.commands[name], self.place.root / "whole" / name
+        if name not in self.moments:
+            folder.mkdir(parents=True)
+            self.place.make_ready(command)
+            out = self._prepared(command, folder)
+            if command.beside:
+                self.place.make(command.beside[1], folder / command.beside[0])
+            began = time.monotonic()
+            done = self.place.make(command.words, out)
+            self.moments[name] = [*done.changes(), time.monotonic() - began]
+        return folder / command.name
 
     def run(self, name: str, kind: str) -> None:
         """One trial. Raises Fell, or TooLate."""
@@ -299,168 +382,120 @@ class Trials:
         self.number += 1
         folder = self.place.root / f"trial{self.number}"
         folder.mkdir()
-        try:
-            out = folder / "disk" / command.name
-            mounted = kind == "full-disk" and self._mount(out.parent, whole, command.before)
-            out.parent.mkdir(exist_ok=True)
-            _copy(command.before, out)
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            if kind == "full-disk":
+                before = _size(command.before) if command.before else 0
+                size = before + int((_size(whole) - before) * self.random.uniform(0.02, 0.9)) + 4096
+                subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+                stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
+            out = self._prepared(command, folder)
+            at = self.random.randint(1, len(self.moments[name]) - 1) if kind == "kill-change" else 0
+            beside = command.beside and Started(command.beside[1], folder / command.beside[0], self.place.environment)
+            started = Started(command.words, out, self.place.environment, at, group=self._group())
             try:
-                harm = getattr(self, "_" + kind.replace("-", "_"))
-                harm(name, command.words(out), out, folder / "log")
-                if mounted:
-                    subprocess.run(["mount", "-o", "remount,size=90%", str(out.parent)], check=True)
-                self._again(command, whole, out)
+                getattr(self, "_" + kind.replace("-", "_"))(name, started)
+                if beside and beside.follow():
+                    raise Fell(f"the command beside: {beside.last_line()}")
+                if kind == "full-disk":
+                    subprocess.run(["mount", "-o", "remount,size=90%", str(folder)], check=True)
+                self.place.make(command.words, out)
+                if found := differences(whole.parent, folder):
+                    raise Fell(f"different: {', '.join(found[:4])}")
+            except Fell as fell:
+                raise Fell(f"{fell} (after: {started.last_line()})") from None
             finally:
-                if mounted:
-                    subprocess.run(["umount", "--lazy", str(out.parent)], check=True)
-        except Fell as fell:
-            raise Fell(f"{fell} (after: {_last_line(folder / 'log')})") from None
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _again(self, command: Command, whole: Path, out: Path) -> None:
-        """The same command once more; one that finds a finished export is content."""
-        log = self.place.root / "log"
-        log.unlink(missing_ok=True)
-        code = self.place.start(command.words(out), log).wait()
-        if code and not (command.differences is differences_of_exports and "already" in _last_line(log)):
-            raise Fell(f"the same command again: status {code}, {_last_line(log)}")
-        found = command.differences(whole, out)
-        if found:
-            raise Fell(f"different: {', '.join(found[:4])}")
+                for each in filter(None, (started, beside)):
+                    each.close()
 
     # Kinds of harm
 
-    def _kill_change(self, name: str, words: list[str], out: Path, log: Path) -> None:
-        changes = {"INTERRUPT_PARENT": str(os.getpid()), "INTERRUPT_ROOT": str(out)}
-        changes |= {"INTERRUPT_AT": str(int(2 ** self.random.uniform(0, 6))), "INTERRUPT_WHO": self._who()}
-        process = self.place.start(words, log, **changes)
-        family = self._watched(process, None)
-        self._all_gone(process, family)
-        if process.returncode != -signal.SIGKILL:
+    def _kill_change(self, name: str, started: Started) -> None:
+        started.follow()
+        started.end()
+        if started.process.returncode != -signal.SIGKILL:
             raise TooLate
 
-    def _kill_moment(self, name: str, words: list[str], out: Path, log: Path) -> None:
-        self._signalled(name, words, log, signal.SIGKILL)
+    def _kill_moment(self, name: str, started: Started, number: signal.Signals = signal.SIGKILL) -> None:
+        self._wait(name, started)
+        os.killpg(started.process.pid, number) if self._group() else started.process.send_signal(number)
+        started.end(GONE_S if number == signal.SIGKILL else 60)
 
-    def _signal(self, name: str, words: list[str], out: Path, log: Path) -> None:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
-        self._signalled(name, words, log, self.random.choice(numbers))
+    def _signal(self, name: str, started: Started) -> None:
+        self._kill_moment(name, started, self.random.choice(SIGNALS))
 
-    def _signalled(self, name: str, words: list[str], log: Path, number: signal.Signals) -> None:
-        process = self.place.start(words, log)
-        family = self._watched(process, self.random.uniform(0.05, 1.0) * self.seconds[name])
-        if process.poll() is not None:
-            raise TooLate
-        os.killpg(process.pid, number) if self._who() == "group" else process.send_signal(number)
-        self._all_gone(process, family, slow=number != signal.SIGKILL)
-
-    def _kill_child(self, name: str, words: list[str], out: Path, log: Path) -> None:
-        process = self.place.start(words, log)
-        family = self._watched(process, self.random.uniform(0.05, 1.0) * self.seconds[name])
-        family = [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-        number = self.random.choice((signal.SIGKILL, signal.SIGSEGV))
-        if family:
-            with suppress(psutil.NoSuchProcess):
-                self.random.choice(family).send_signal(number)
-        family += self._watched(process, None)
-        self._all_gone(process, family)
+    def _kill_child(self, name: str, started: Started) -> None:
+        self._wait(name, started)
+        family = started.family()
         if not family:
             raise TooLate
-        if process.returncode not in (0, 1):
-            raise Fell(f"status {process.returncode} after the death of a child")
+        with suppress(psutil.NoSuchProcess):
+            self.random.choice(family).send_signal(self.random.choice((signal.SIGKILL, signal.SIGSEGV)))
+        status = started.follow()
+        started.end()
+        if status not in (0, 1):
+            raise Fell(f"status {status} after the death of a child")
 
-    def _full_disk(self, name: str, words: list[str], out: Path, log: Path) -> None:
-        limit = None
-        if not out.parent.is_mount():
-            limit = max(1, int(_size(self.whole(name)) * self.random.uniform(0.02, 0.5)))
-        process = self.place.start(words, log, limit)
-        family = self._watched(process, None)
-        self._all_gone(process, family)
-        if process.returncode == 0:
+    def _full_disk(self, name: str, started: Started) -> None:
+        status = started.follow()
+        started.end()
+        if status == 0:
             raise TooLate
-        if process.returncode != 1 or "Traceback" in log.read_text(errors="replace"):
-            raise Fell(f"status {process.returncode} with a full disk")
+        if status != 1 or "Traceback" in started.said():
+            raise Fell(f"status {status} where a file could not be written")
 
-    def _who(self) -> str:
-        return "group" if self.number % 2 else "client"
+    def _file_limit(self, name: str, started: Started) -> None:
+        limit = int(_size(self.whole(name), biggest=True) * self.random.uniform(0.02, 0.9))
+        psutil.Process(started.process.pid).rlimit(psutil.RLIMIT_FSIZE, (limit, limit))
+        self._full_disk(name, started)
 
-    def _mount(self, folder: Path, whole: Path, before: Path | None) -> bool:
-        """A tmpfs with 2 to 90 % of the space that the command adds; False where only root may."""
-        if os.geteuid():
-            return False
-        folder.mkdir()
-        start = 0 if before is None else _blocks(before)
-        size = start + int((_blocks(whole) - start) * self.random.uniform(0.02, 0.9)) + 2**14
-        return subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]).returncode == 0
+    def _wait(self, name: str, started: Started) -> None:
+        """Until a random moment of the work, counted from the change of a file before it."""
+        moments = self.moments[name]
+        moment = self.random.uniform(0.9 * moments[0], moments[-1])
+        change = bisect.bisect(moments, moment)
+        if started.follow(change, moment - (moments[change - 1] if change else 0)) is not None:
+            raise TooLate
 
-    def _watched(self, process: subprocess.Popen[bytes], seconds: float | None) -> list[psutil.Process]:
-        """Wait for the end of a command, or so long; returns all processes that it had in this time."""
-        until = time.monotonic() + (seconds if seconds is not None else 600)
-        family: set[psutil.Process] = set()
-        while process.poll() is None and time.monotonic() < until:
-            with suppress(psutil.Error):
-                family |= set(psutil.Process(process.pid).children(recursive=True))
-            time.sleep(0.05)
-        if seconds is None and process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise Fell("no end after 600 s")
-        return list(family)
-
-    def _all_gone(self, process: subprocess.Popen[bytes], family: list[psutil.Process], slow: bool = False) -> None:
-        try:
-            process.wait(timeout=60 if slow else GONE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise Fell("does not end") from None
-        left = [each for each in psutil.wait_procs(family, timeout=GONE_S)[1] if each.status() != psutil.STATUS_ZOMBIE]
-        if left:
-            words = [" ".join(each.cmdline()[:4]) for each in left]
-            for each in left:
-                each.kill()
-            raise Fell(f"outlived the command by {GONE_S:g} s: {words}")
-
-
-def _blocks(path: Path) -> int:
-    """What a tmpfs needs for it: whole pages."""
-    files = [path] if path.is_file() else list(path.rglob("*"))
-    return sum(-(-each.stat().st_size // 4096) * 4096 if each.is_file() else 0 for each in files)
-
-
-KINDS = ("kill-change", "kill-moment", "kill-child", "signal", "full-disk")
-REDRAWN = 4  # times that a trial which came too late is drawn again
+    def _group(self) -> bool:
+        return self.number % 2 == 0
 
 
 def main() -> int:
     """Exit status 0 when nothing fell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=1, help="of each kind for each command")
+    parser.add_argument("--trials", type=int, default=2, help="of each kind for each command")
     parser.add_argument("--commands", nargs="+", help="default all")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--clips", type=int, default=12, help="of the demo's corpus")
+    parser.add_argument("--clips", type=int, default=8, help="of the demo's corpus")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no trial after so many")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    # A shell that starts this in the background, or nohup, has its children ignore some; the commands must not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if os.geteuid():
+        args.kinds = [kind for kind in args.kinds if kind != "full-disk"]
     began = time.monotonic()
     tried, equal, late = Counter[tuple[str, str]](), Counter[tuple[str, str]](), 0
     fell: list[str] = []
     with tempfile.TemporaryDirectory(prefix="distinit-interrupt-") as root:
         trials = Trials(Workplace(Path(root).resolve(), args.clips), args.seed)
         names = args.commands or list(trials.commands)
-        for name, kind in [(n, k) for _ in range(args.trials) for n in names for k in args.kinds]:
+        for name, kind in args.trials * [(n, k) for k in args.kinds for n in names if k in trials.commands[n].kinds]:
             for _ in range(REDRAWN):
                 if time.monotonic() - began > 60 * args.minutes:
                     break
                 try:
                     trials.run(name, kind)
+                    equal[name, kind] += 1
+                    print(f"{time.strftime('%H:%M:%S')} equal: {name}, {kind}", flush=True)
                 except TooLate:
                     late += 1
                     continue
-                except Fell as error:
+                except (Fell, OSError) as error:
                     fell.append(f"{name}, {kind}: {error}")
-                    print(f"FELL {fell[-1]}", flush=True)
-                else:
-                    equal[name, kind] += 1
+                    print(f"{time.strftime('%H:%M:%S')} FELL: {fell[-1]}", flush=True)
                 tried[name, kind] += 1
                 break
     print(
