@@ -16,7 +16,7 @@ from ..pipeline.documents import read_bytes
 from ..pipeline.errors import DistInitError, SourceError, TrainingInterrupted, UsageError
 from ..pipeline.locks import folder_lock
 from ..pipeline.targets.store import TargetStore, check_moved
-from ..pipeline.targets.urls import StoreAddress
+from ..pipeline.targets.urls import StoreAddress, check_local
 from ..pipeline.training.checkpoint import write_atomically
 from .ablate_cost import show_cost
 from .ablate_plan import Cell, Plan, cells, read_plan
@@ -120,6 +120,7 @@ def ablate(config: AblateConfig, screen: Screen) -> dict[str, Any]:
     Raises UsageError (the plan, a config that does not hold), StoreError, LabelsError; DistInitError at the end if a
     cell failed, after all others.
     """
+    check_local(config.out)
     plan = read_plan(config.plan, config.base)
     datasets = config.datasets or plan.datasets
     if not datasets:

@@ -29,6 +29,7 @@ from pydantic_core import ErrorDetails
 from ..pipeline.config import Options
 from ..pipeline.documents import load_yaml, read_bytes
 from ..pipeline.errors import DistInitError, SourceError, UsageError
+from ..pipeline.targets.urls import check_local
 
 C = TypeVar("C", bound=Options)
 
@@ -150,7 +151,8 @@ def recorded_sections(config: Path) -> set[str]:
 
 
 def require_no_store(folder: Path) -> None:
-    """UsageError where the folder is a Zarr store or below one."""
+    """UsageError where the folder is a Zarr store or below one, or is a URL."""
+    check_local(folder)
     absolute = Path(os.path.realpath(folder))
     store = next((place for place in (absolute, *absolute.parents) if (place / "zarr.json").exists()), None)
     if store is not None:

@@ -20,6 +20,7 @@ from ..pipeline.devices import resolve_device
 from ..pipeline.errors import StoreError, UsageError
 from ..pipeline.targets.index import FAILED, OK, PENDING
 from ..pipeline.targets.shard import ShardResult
+from ..pipeline.targets.urls import check_local
 from ..pipeline.targets.writer import StoreWriter
 from ..pipeline.teachers.teacher import Teacher
 from ..pipeline.training.device import cores
@@ -59,6 +60,7 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
     Running it again on the same sources continues where it was stopped, and does nothing when all is done.
     Raises SourceError, TeacherError, WeightsError, StoreError, StoreMismatchError, DeviceError.
     """
+    check_local(config.out)
     device = resolve_device(config.device)
     listed = _list(config, screen)
     if config.dry_run:
@@ -92,9 +94,7 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
             writer.check_teacher(name, attributes, encoding=config.encoding, accept_run=config.accept_run)
         without = check_fingerprints(writer, fingerprints)
         pool = stack.enter_context(
-            DecodePool(
-                processes=decoders, views=views, memory_gb=config.memory_gb, timeout_s=config.timeout_s
-            )
+            DecodePool(processes=decoders, views=views, memory_gb=config.memory_gb, timeout_s=config.timeout_s)
         )
         plan = StorePlan(writer)
         videos = None if listed is None else _share(config, plan.locate(listed), screen)

@@ -19,6 +19,7 @@ from ..pipeline.config import Options
 from ..pipeline.corpus.sources import MARKER, VideoList, escape_path, list_videos, unescape_path
 from ..pipeline.errors import UsageError, VideoError
 from ..pipeline.locks import lock
+from ..pipeline.targets.urls import check_local
 from ..pipeline.video.container import digest
 from ..pipeline.video.copymap import CopyMap, check_copy, read_map
 from ..pipeline.video.flow import require_opencv
@@ -59,6 +60,7 @@ def prepare(config: PrepareConfig, screen: Screen) -> dict[str, Any]:
     Running it again goes on where it was stopped; a source that has changed is copied anew. Raises
     SourceError, and UsageError where `out` holds copies made with other options.
     """
+    check_local(config.out)
     if config.flow:
         require_opencv("prepare --flow")
     videos = _list(config, screen)
@@ -278,9 +280,7 @@ def _copy(
         for i in todo
     )
     keys = list(_keys(videos)) if todo else []
-    pool = DecodePool(
-        processes=workers, views=(), memory_gb=config.memory_gb, timeout_s=config.timeout_s, ahead=_AHEAD
-    )
+    pool = DecodePool(processes=workers, views=(), memory_gb=config.memory_gb, timeout_s=config.timeout_s, ahead=_AHEAD)
     watch = SameFailure(0 if config.retry_failed else config.max_failures)
     held: list[tuple[int, Row]] = []
 

@@ -18,11 +18,11 @@ from ..pipeline.errors import DistInitError, StoreError, UsageError
 from ..pipeline.hdf5 import STRING, Hdf5Writer, open_hdf5
 from ..pipeline.locks import lock
 from ..pipeline.targets.choose import choose_videos
-from ..pipeline.targets.files import check_local
 from ..pipeline.targets.format import fsync_path, is_ours
 from ..pipeline.targets.index import PENDING
 from ..pipeline.targets.store import TargetStore
 from ..pipeline.targets.subset import write_subset
+from ..pipeline.targets.urls import check_local
 from .screen import Screen
 
 BLOCK = 4096  # rows copied at a time

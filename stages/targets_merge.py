@@ -13,6 +13,7 @@ from ..pipeline.errors import StoreMismatchError, UsageError
 from ..pipeline.targets.index import FAILED, OK
 from ..pipeline.targets.merge import check_parts, copy_shards, place, plan_merge, reading
 from ..pipeline.targets.store import TargetStore
+from ..pipeline.targets.urls import check_local
 from ..pipeline.targets.writer import StoreWriter
 from ..pipeline.teachers.fingerprint import Fingerprint
 from .screen import Screen
@@ -26,6 +27,7 @@ def targets_merge(
     Raises StoreError (a part is unfinished, damaged or being written), StoreMismatchError (parts that do not fit
     each other or `out`, a video in two of them) and UsageError (`out` is a part, a part is given twice).
     """
+    check_local(out)
     out = Path(out)
     stores = [TargetStore.open(part) for part in parts]
     if any(Path(store.name) == out.absolute() for store in stores):

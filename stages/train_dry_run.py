@@ -12,6 +12,7 @@ from ..pipeline.devices import resolve_device
 from ..pipeline.errors import TrainingError
 from ..pipeline.students.student import Student, count_parameters
 from ..pipeline.targets.store import TargetStore
+from ..pipeline.targets.urls import check_local
 from ..pipeline.training.dataset import StudentClips
 from ..pipeline.training.footprint import footprint
 from ..pipeline.training.loader import KeyedBatches, read_batches
@@ -29,6 +30,7 @@ def dry_run(
 
     The batch is the run's own first. Raises TrainingError if its clips cannot be read.
     """
+    check_local(config.out)
     options = config.loop.for_videos(len(clips.sampler.videos))
     for line in yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100).splitlines():
         screen.say(line)

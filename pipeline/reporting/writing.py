@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..streams import printable
+from ..targets.urls import check_local
 
 # Pages of version 0.1 have no generator, but name it in the lead.
 _OURS = re.compile(
@@ -19,7 +20,8 @@ _OURS = re.compile(
 
 def require_own(page: Path, names: Iterable[str] = ()) -> None:
     """UsageError where writing `page`, and files of these names next to it, would overwrite what is not distinit's:
-    the page is the record."""
+    the page is the record. Or where its folder is a URL."""
+    check_local(page.parent)
     try:
         ours = _OURS.search(page.read_text(encoding="utf-8", errors="replace")) is not None
     except OSError:

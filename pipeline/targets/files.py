@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from ..errors import StoreError, in_one_line
 from .digests import check_document
 from .forms import check_array
 from .shardfile import ShardedRows
-from .urls import is_url, local_path, public_url
+from .urls import is_url, local_path
 
 Record = Callable[[str, int], Mapping[str, Any] | None]
 """(array path, shard) → size and digest of the shard's file as committed, None if it has none."""
@@ -238,14 +237,6 @@ def store_files(
 
         return RemoteFiles(text, cache_folder(cache), dict(storage_options or {}))
     return LocalFiles(Path(os.path.abspath(text)))
-
-
-def check_local(path: str | os.PathLike[str]) -> None:
-    """StoreError if a place to write is a URL, also one that was made a `Path`, which makes `s3:/` of `s3://`."""
-    text = os.fspath(path)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text) and not os.path.exists(text):
-        url = public_url(re.sub(":/+", "://", text, count=1))
-        raise StoreError(f"{url}: a store is written in a local folder; behind a URL it can only be read")
 
 
 def absolute(where: str) -> str:

@@ -30,6 +30,18 @@ def local_path(text: str) -> str:
     return text[len("file://") :] if text.lower().startswith("file://") else text
 
 
+def check_local(out: str | os.PathLike[str]) -> None:
+    """Check that a place to write is none behind a URL, also where it was made a `Path`, which makes `s3:/` of `s3://`.
+
+    Raises:
+        UsageError: It is a URL, `file://` included, and no existing folder has this name.
+    """
+    text = os.fspath(out)
+    if re.match(r"[A-Za-z][A-Za-z0-9+._-]+:(:.*:)?/", text) and not os.path.exists(text):
+        url = public_url(re.sub(":/(?!/)", "://", text, count=1))
+        raise UsageError(f"--out {url}: a URL; expected a local folder, for behind a URL stores can only be read")
+
+
 def check_url(url: str) -> None:
     """Check that a URL names a place and nothing else.
 

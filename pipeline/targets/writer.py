@@ -23,11 +23,12 @@ from ..locks import lock
 from . import format as fmt
 from .digests import digest_rows, read_rows, split_ranges
 from .encoding import DEFAULT, Encoding
-from .files import LocalFiles, check_local, inside
+from .files import LocalFiles, inside
 from .forms import is_teacher_name
 from .index import StoreIndex, add_frame_commit, add_teacher_commit, load_index
 from .plan import Segment, Stretch, assign, auto_shard_rows
 from .shard import ShardResult, StagedFile
+from .urls import check_local
 
 Tables = dict[str, list[tuple[int, int, str]]]
 """Array path → (first row, end, digest) of rows that a plan adds."""
@@ -38,7 +39,7 @@ class StoreWriter:
 
     `origin` are attributes that say which videos the store is made of (`part`, `merged_from`, `exported_from`).
     `damaged`: see `load_index`; nothing is added to such a store.
-    Raises StoreError if `path` is foreign, corrupt or being written by another process, and
+    Raises UsageError if `path` is a URL, StoreError if it is foreign, corrupt or being written by another process, and
     StoreMismatchError if the store was made with another sampling, shard size or origin.
     """
 
@@ -95,9 +96,7 @@ class StoreWriter:
 
     # -- planning ------------------------------------------------------------------------------------
 
-    def add_videos(
-        self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], corpora: list[dict[str, str]]
-    ) -> None:
+    def add_videos(self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], corpora: list[dict[str, str]]) -> None:
         """Append rows to the video table: `columns` by name of `format.video_specs`, then the plan node."""
         start = self.index.n_videos
         stop = start + len(columns["path"])
@@ -328,9 +327,7 @@ class StoreWriter:
                 fmt.resize_array(self.root, spec, rows)
 
 
-def _create(
-    root: Path, sampling: Mapping[str, Any], shard_rows: int | None, origin: Mapping[str, Any]
-) -> None:
+def _create(root: Path, sampling: Mapping[str, Any], shard_rows: int | None, origin: Mapping[str, Any]) -> None:
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         fmt.check_root(root)  # says what it is instead
     if shard_rows is not None and (shard_rows < fmt.TABLE_CHUNK or shard_rows % fmt.TABLE_CHUNK):

@@ -16,10 +16,13 @@ from distinit.pipeline.errors import DistInitError, UsageError
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.writing import require_own as require_own_page
 from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.targets.urls import check_local
+from distinit.pipeline.targets.writer import StoreWriter
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.ablate import AblateConfig, ablate
 from distinit.stages.config import require_own, write_config
 from distinit.stages.demo import DemoConfig, demo
+from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.finetune import FinetuneConfig, finetune
@@ -77,7 +80,9 @@ def _ablate(given: Inputs, out: Path) -> object:
 
 
 COMMANDS: dict[str, Callable[[Inputs, Path], object]] = {
-    "prepare": lambda given, out: prepare(PrepareConfig(sources=[str(given.videos)], out=out), QUIET),
+    "prepare": lambda given, out: prepare(
+        PrepareConfig.model_validate({"sources": [str(given.videos)], "out": out}), QUIET
+    ),
     "extract-targets": lambda given, out: extract_targets(
         ExtractConfig.model_validate({"sources": [str(given.videos)], "out": out, "teachers": [TEACHER]}),
         QUIET,
@@ -90,9 +95,9 @@ COMMANDS: dict[str, Callable[[Inputs, Path], object]] = {
     "ablate": _ablate,
     "report": lambda given, out: report([_finished_run(given)], out, QUIET),
     "targets browse": lambda given, out: targets_browse(given.store, out, QUIET, sample=0),
-    "targets export": lambda given, out: targets_export(given.store, out.with_suffix(".zarr"), QUIET),
+    "targets export": lambda given, out: targets_export(given.store, f"{out}.zarr", QUIET),
     "targets merge": lambda given, out: targets_merge([given.store], out, QUIET),
-    "demo": lambda given, out: demo(DemoConfig(out=out), QUIET),
+    "demo": lambda given, out: demo(DemoConfig.model_validate({"out": out}), QUIET),
 }
 
 
@@ -149,6 +154,41 @@ def test_names_like_ours_prove_nothing(command: str, name: str, inputs: Inputs, 
         COMMANDS[command](inputs, out)
     assert str(out) in str(refused.value)
     assert held(out) == {name: THEIRS}
+
+
+URL_COMMANDS: dict[str, Callable[[Inputs, Path], object]] = COMMANDS | {
+    "train-student --dry-run": lambda given, out: _train(given, out, dry_run=True),
+    "evaluate": lambda given, out: evaluate(EvaluateConfig(runs=["run"], out=str(out)), QUIET),
+    "evaluate --fuse": lambda given, out: evaluate(EvaluateConfig(runs=["a", "b"], fuse=True, out=str(out)), QUIET),
+    "evaluate --compare": lambda given, out: evaluate(
+        EvaluateConfig(runs=["a", "b"], compare=True, out=str(out)), QUIET
+    ),
+    "StoreWriter": lambda given, out: StoreWriter(out, sampling={"every": 4}),
+}
+
+
+@pytest.mark.parametrize("url", ["http://host/x", Path("gs://bucket/x")], ids=str)
+@pytest.mark.parametrize("command", list(URL_COMMANDS))
+def test_a_url_is_no_place_to_write(
+    command: str, url: Any, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No folder is made that is called `http:`."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UsageError) as refused:
+        URL_COMMANDS[command](inputs, url)
+    assert "--out" in str(refused.value) and str(url).replace("gs:/", "gs://") in str(refused.value)
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize("url", ["file:///x", "s3://bucket/x", "reference::http://h/x", "hf://a/b", "x://h", "S3:/b"])
+def test_what_is_a_url(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="--out"):
+        check_local(url)
+    monkeypatch.chdir(tmp_path)
+    for path in (url, "C:/runs", "a::b", "a:b/c", "./http:/x"):
+        Path(path).mkdir(parents=True)
+        check_local(path)
 
 
 def test_folders_next_to_a_store_are_left_alone(inputs: Inputs, tmp_path: Path) -> None:
