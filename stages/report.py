@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,22 @@ def report(
     """Writes report.html, report.md, accuracy.csv, figures/ and a CSV an ablation into `out`; shows the tables.
 
     `folders` are run folders, folders of runs, or folders of `distinit ablate`. The result holds the files, and per
-    finetuned run its accuracies (None where it is not finished) as recomputed from its predictions.
+    finetuned run its accuracies (None where it is not finished) as recomputed from its predictions. A run with a
+    damaged file is left out, with a line on the page, in the result's `left_out`, and `ok` is False.
 
     kinetics: weights of R(2+1)D to set beside a student's first filters. pair: names of the two runs or rows of an
     ablation that Figures 5 and 7 show, the first minus the second; by default the largest gain. open_urls: also read
     stores of which a run says that they are behind a URL; without it no address of a run is contacted.
-    Raises SourceError (no run there), PredictionsError (a damaged file), UsageError (`out` cannot be written, `pair`),
-    WeightsError (`kinetics`).
+    Raises SourceError (no run there), UsageError (`out` cannot be written, `pair`), WeightsError (`kinetics`), and
+    where every run is damaged the error of the first.
     """
     places = ablation_folders(folders)
-    runs = find_runs(folders, cell_names(places), places)
+    damaged: list[str] = []
+    runs = find_runs(folders, cell_names(places), places, damaged)
     ablations = read_ablations(places, runs)
     require_writable(Path(out))
     found = make_report(runs, ablations, kinetics=kinetics, pair=pair, open_urls=open_urls)
+    found = replace(found, notes=[*(f"run {line}" for line in damaged), *found.notes])
     page, markdown, table = (Path(out) / name for name in ("report.html", "report.md", "accuracy.csv"))
     files: dict[Path, str | bytes] = {
         page: to_html(found, __version__),
@@ -69,10 +73,14 @@ def report(
     _write(Path(out), files)
     for part in screen_tables(found.finetuned):
         screen.table(part.to_rich())
+    for line in damaged:
+        screen.warn(line)
     for line in found.findings:
         screen.say(line)
     screen.say(f"report: {page}")
     return {
+        "ok": not damaged,
+        "left_out": damaged,
         "report": str(page),
         "markdown": str(markdown),
         "csv": str(table),

@@ -19,9 +19,10 @@ import yaml
 from pydantic import Field, field_validator
 
 from ..documents import Form, is_regular_file, load_yaml, parse_json, plain_data, read_bytes, read_json, require_form
-from ..errors import CheckpointError, SourceError, UsageError
+from ..errors import CheckpointError, DistInitError, SourceError, UsageError
 from ..evaluation.predictions import Predictions, metrics_from_file
 from ..safetensors_files import open_checked
+from ..sealed import check_seal
 from ..students.options import START
 from ..targets.picks import PickRule
 from ..targets.urls import public_url
@@ -193,13 +194,18 @@ class Run:
 
 
 def find_runs(
-    folders: Sequence[str | os.PathLike[str]], names: Mapping[Path, str] | None = None, ablations: Collection[Path] = ()
+    folders: Sequence[str | os.PathLike[str]],
+    names: Mapping[Path, str] | None = None,
+    ablations: Collection[Path] = (),
+    problems: list[str] | None = None,
 ) -> list[Run]:
     """The runs in these folders, each itself a run or a folder of runs, in the order given, then by name.
 
     names: of runs that have one, by their resolved folders; these runs come last, in this order. ablations: resolved
     folders of ablations, whose steps without a name are an earlier plan's and do not count; they may hold no run.
-    Raises SourceError where a folder does not exist, or holds no run and is not of an ablation.
+    problems: takes a line for each run that cannot be read, which is left out; without it, or where no run can be
+    read, the first such error is raised.
+    Raises SourceError where a folder does not exist, or holds no run and is not of an ablation; and as `read_run`.
     """
     found: dict[Path, Path] = {}
     for folder in folders:
@@ -216,7 +222,18 @@ def find_runs(
     steps = {folder / inner for folder in ablations for inner in STEP_FOLDERS.values()}
     others = [path for path in found if path not in known and path.parent not in steps]
     every = dict(zip(others, _distinct_names(others), strict=True)) | known
-    return [read_run(path, name, found[path]) for path, name in every.items()]
+    read: list[Run] = []
+    errors: dict[str, DistInitError] = {}
+    for path, name in every.items():
+        try:
+            read.append(read_run(path, name, found[path]))
+        except DistInitError as error:
+            errors[name] = error
+    if errors and (problems is None or not read):
+        raise next(iter(errors.values()))
+    if problems is not None:
+        problems += [f"{name}: left out: {reason}" for name, reason in errors.items()]
+    return read
 
 
 def _walk(root: Path) -> list[str]:
@@ -256,7 +273,7 @@ def _distinct_names(paths: list[Path]) -> list[str]:
 def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
     """One run folder. inside: the folder that links in it may lead to, by default the run's own.
 
-    Raises PredictionsError if its predictions.h5 is damaged, and SourceError for another file that is.
+    Raises PredictionsError if its predictions.h5 is damaged, CheckpointError for weights, SourceError for other files.
     """
     inside = inside or path
     config = _read_config(path, inside)
@@ -270,7 +287,9 @@ def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
         metrics, predictions = metrics_from_file(file), Predictions.read(file)
     run = Run(name, path, kind, section, result, metrics, predictions, _read_history(path / "metrics.jsonl", inside))
     for weights in (run.model, path / START):
-        is_regular_file(weights, inside)
+        if is_regular_file(weights, inside):
+            check_seal(weights, CheckpointError)
+    _ = run.header
     return run
 
 

@@ -177,11 +177,11 @@ def test_a_url_is_no_place_to_write(
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UsageError) as refused:
         URL_COMMANDS[command](inputs, url)
-    assert "--out" in str(refused.value) and str(url).replace("gs:/", "gs://") in str(refused.value)
+    assert f"--out {str(url).replace('gs:/', 'gs://')}" in str(refused.value)
     assert not list((tmp_path / "here").iterdir())
 
 
-@pytest.mark.parametrize("url", ["file:///x", "s3://bucket/x", "reference::http://h/x", "hf://a/b", "x://h", "S3:/b"])
+@pytest.mark.parametrize("url", ["file:///x", "s3://bucket/x", "reference::http://h/x", "hf://a/b", "S3:/b"])
 def test_what_is_a_url(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--out"):
         check_local(url)

@@ -19,6 +19,9 @@ from distinit.pipeline.evaluation.predictions import Predictions, PredictionsErr
 from distinit.pipeline.evaluation.run_labels import RunLabels
 from distinit.pipeline.reporting.ablation import cell_names
 from distinit.pipeline.reporting.runs import find_runs
+from distinit.pipeline.students.export import save_start
+from distinit.pipeline.students.options import StudentOptions
+from distinit.pipeline.students.student import build_student
 from distinit.stages.ablate_steps import Step
 from distinit.stages.fuse_compare import compare
 from distinit.stages.report import report
@@ -291,6 +294,8 @@ def test_predictions_of_another_form_are_named(tmp_path: Path, spoil: Callable[[
 def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, name: str) -> None:
     """Also where the link is in a folder that the folder of runs links to; one within it is followed."""
     run = run_folder(tmp_path / "runs" / "run")
+    if name.endswith(".safetensors"):
+        save_file({"x": np.zeros(1, np.float32)}, run / name)
     link_out(run / name)
     refused(tmp_path / "runs", name)
     if name == "predictions.h5":
@@ -371,3 +376,29 @@ def test_other_records_of_a_run(tmp_path: Path, text: str) -> None:
     (tmp_path / step.folder).mkdir(parents=True)
     (tmp_path / step.folder / "result.json").write_text(text)
     assert step.result(tmp_path) in (None, {}, {"train": 3}, {"train": [3], "test": []})
+
+
+def flip(path: Path) -> None:
+    """Flip a bit in the header of a file."""
+    content = bytearray(path.read_bytes())
+    content[12] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [flip, link_out, folder])
+@pytest.mark.parametrize("name", ["model.safetensors", "start.safetensors", "predictions.h5", "metrics.jsonl"])
+def test_a_damaged_file_costs_one_run_of_the_report(tmp_path: Path, name: str, harm: Callable[[Path], None]) -> None:
+    whole, harmed = (run_folder(tmp_path / "runs" / run) for run in ("whole", "harmed"))
+    if name.endswith(".safetensors"):
+        save_start(harmed / name, build_student(StudentOptions(width=0.125), {"label": 2}))
+    if name == "metrics.jsonl" and harm is flip:
+        (harmed / name).write_text('[" no object "]\n')
+    else:
+        harm(harmed / name)
+    found = report([tmp_path / "runs"], tmp_path / "out", QUIET)
+    assert not found["ok"]
+    assert [run["path"] for run in found["runs"]] == [str(whole.resolve())]
+    (line,) = found["left_out"]
+    assert str(harmed / name) in line
+    for page in ("report.html", "report.md"):
+        assert name.split(".")[0] in (tmp_path / "out" / page).read_text()

@@ -129,7 +129,7 @@ def test_damage_locks_and_wrong_use_are_named(make_store: Make, tmp_path: Path) 
         targets_merge([a, a], out, QUIET)
     with pytest.raises(UsageError, match="is one of the parts"):
         targets_merge([a, b], b, QUIET)
-    with pytest.raises(UsageError, match="--out s3://bucket/x.zarr: "):
+    with pytest.raises(UsageError, match="--out s3://bucket/x"):
         targets_merge([a, b], "s3://bucket/x.zarr", QUIET)
     with StoreWriter(b, sampling=recipe.sampling), pytest.raises(StoreError, match=r"b.zarr: another process"):
         targets_merge([a, b], out, QUIET)
