@@ -116,8 +116,10 @@ def _same_file(store: TargetStore, out: Path, names: list[str], videos: NDArray[
             and set(file["teachers"]) == set(names)
             and np.array_equal(file["videos/rows"][:], store.row_counts[videos])
             and all(
-                [bytes(text) for text in file[f"videos/{key}"][:]] == [os.fsencode(place[i]) for place in places]
+                [bytes(text) for text in file[f"videos/{key}"][at : at + BLOCK]]
+                == [os.fsencode(place[i]) for place in places[at : at + BLOCK]]
                 for i, key in enumerate(("corpus", "path"))
+                for at in range(0, len(places), BLOCK)
             )
             and all(
                 file[f"teachers/{name}/logits"].shape == (len(file["frames/pts"]), len(store.teacher(name).classes))
@@ -210,10 +212,16 @@ def _export_hdf5(
 
 
 def _text(group: h5py.Group, name: str, texts: list[bytes]) -> None:
-    """Write texts of one length, which have checksums; of those of any length HDF5 has none."""
+    """Write texts of one length, which have checksums; of those of any length HDF5 has none.
+
+    Compressed, for each is padded to the longest, and a few at a time, for that is true in memory as well.
+    """
     kind = h5py.string_dtype("utf-8", max(1, *map(len, texts)) if texts else 1)
-    values = np.array(texts, kind)
-    group.create_dataset(name, data=values, dtype=kind, **_checked(values.shape, kind.itemsize))
+    options = _checked((len(texts),), kind.itemsize)
+    packed = {"compression": "gzip", "compression_opts": 1} if options else {}
+    table = group.create_dataset(name, (len(texts),), kind, **options, **packed)
+    for at in range(0, len(texts), BLOCK):
+        table[at : at + BLOCK] = np.array(texts[at : at + BLOCK], kind)
 
 
 def _checked(shape: tuple[int, ...], item_bytes: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import shlex
 import shutil
 import time
 import uuid
@@ -71,7 +72,7 @@ class StoreWriter:
                 )
             for key, value in (origin or {}).items():
                 same_attributes(str(self.root), key, self.attributes.get(key), value)
-            self.index: StoreIndex = load_index(self.root, damaged=damaged)
+            self.index: StoreIndex = self._load_index(damaged)
             staging = inside(self.root, fmt.STAGING)
             shutil.rmtree(staging, ignore_errors=True)  # what a killed run left behind
             sweep_store(self.root)
@@ -81,6 +82,13 @@ class StoreWriter:
         except BaseException:
             os.close(self._lock)
             raise
+
+    def _load_index(self, damaged: bool) -> StoreIndex:
+        try:
+            return load_index(self.root, damaged=damaged)
+        except StoreError as error:
+            repair = f"distinit targets verify --repair {shlex.quote(str(self.root))}"
+            raise StoreError(f"{error}; `{repair}` drops what is damaged, then this command fills it again") from error
 
     def __enter__(self) -> StoreWriter:
         return self

@@ -170,3 +170,17 @@ def test_renamed_classes_are_refused(root: Path) -> None:
     assert "teachers/u/class" in findings(root)
     with pytest.raises(StoreError, match="teachers/u/class"):
         TargetStore.open(root)
+
+
+@pytest.mark.parametrize("node", ["commits/frames/000000", "commits/teachers/t/000000"])
+def test_a_writer_says_how_a_damaged_commit_is_repaired(node: str, root: Path) -> None:
+    sampling = TargetStore.open(root).attributes["sampling"]
+    file = root / node / "zarr.json"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(StoreError) as caught:
+        StoreWriter(root, sampling=sampling)
+    assert node in str(caught.value)
+    assert f"distinit targets verify --repair {root}`" in str(caught.value)
+    assert targets_verify(root, Screen(quiet=True), repair=True)["dropped"] >= 1
+    with write(root):
+        pass

@@ -145,7 +145,7 @@ def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> No
     for words, changes in (
         (r"must end in .h5, .hdf5 \(one HDF5 file\) or .zarr", {"out": "x.csv"}),
         ("exists already", {"out": "s.zarr"}),
-        ("written in a local folder", {"out": "s3://bucket/x.zarr"}),
+        ("expected a local folder", {"out": "s3://bucket/x.zarr"}),
         ("the store has a, b", {"corpora": ["c"]}),
         ("it has: t", {"teachers": ["x"]}),
         ("2 of 2 lines name no video of .*first: 'v00'", {"videos_from": tmp_path / "list.txt"}),
