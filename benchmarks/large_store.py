@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from measuring import machine, table
+from measuring import machine, table, video_columns
 
 from distinit.pipeline.targets import format as fmt
 from distinit.pipeline.targets.plan import Stretch
@@ -51,19 +51,7 @@ print(json.dumps({
 
 def make(root: Path, videos: int, rows: int) -> None:
     """A store of `videos` videos with `rows` cached frames each."""
-    columns = {
-        "corpus": np.zeros(videos, np.int32),
-        "path": [f"class_{i % 700:03d}/{i:011x}_{i % 300:06d}.mp4" for i in range(videos)],
-        "size": np.full(videos, 1_000_000),
-        "duration": np.full(videos, 10.0),
-        "fps": np.full(videos, 30.0),
-        "rows_bound": np.full(videos, rows),
-        "time_base_num": np.ones(videos, np.int64),
-        "time_base_den": np.full(videos, 15360),
-        "width": np.full(videos, 340),
-        "height": np.full(videos, 256),
-        "digest": np.random.default_rng(0).integers(0, 256, (videos, 16), np.uint8),
-    }
+    columns = video_columns([f"class_{i % 700:03d}/{i:011x}_{i % 300:06d}.mp4" for i in range(videos)], rows, seed=0)
     run = {"batch_size": 32}
     with StoreWriter(root, sampling=Sampling().model_dump()) as writer:
         writer.add_videos(columns, [{"name": "big", "root": "/data/big"}])

@@ -6,9 +6,11 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 
 
@@ -51,6 +53,27 @@ def processor_seconds() -> float:
             continue
         total += times.user + times.system
     return total
+
+
+def video_columns(paths: Sequence[str], rows: int, *, seed: int) -> dict[str, Any]:
+    """Return the columns of a store's video table for made-up videos of 10 s, with `rows` cached frames each.
+
+    seed: of their digests.
+    """
+    videos = len(paths)
+    return {
+        "corpus": np.zeros(videos, np.int32),
+        "path": paths,
+        "size": np.full(videos, 1_000_000),
+        "duration": np.full(videos, 10.0),
+        "fps": np.full(videos, 30.0),
+        "rows_bound": np.full(videos, rows),
+        "time_base_num": np.ones(videos, np.int64),
+        "time_base_den": np.full(videos, 15360),
+        "width": np.full(videos, 340),
+        "height": np.full(videos, 256),
+        "digest": np.random.default_rng(seed).integers(0, 256, (videos, 16), np.uint8),
+    }
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

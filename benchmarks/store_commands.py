@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from measuring import machine, table
+from measuring import machine, table, video_columns
 
 from distinit.pipeline.targets import format as fmt
 from distinit.pipeline.targets.average import entropy
@@ -87,19 +87,7 @@ print(json.dumps({
 
 def make(root: Path, videos: int, number: int) -> None:
     """A store of `videos` videos, those of another `number` having other names and contents."""
-    columns = {
-        "corpus": np.zeros(videos, np.int32),
-        "path": [f"class_{i % 700:03d}/{number}-{i:011x}.mp4" for i in range(videos)],
-        "size": np.full(videos, 1_000_000),
-        "duration": np.full(videos, 10.0),
-        "fps": np.full(videos, 30.0),
-        "rows_bound": np.full(videos, ROWS),
-        "time_base_num": np.ones(videos, np.int64),
-        "time_base_den": np.full(videos, 15360),
-        "width": np.full(videos, 340),
-        "height": np.full(videos, 256),
-        "digest": np.random.default_rng(number).integers(0, 256, (videos, 16), np.uint8),
-    }
+    columns = video_columns([f"class_{i % 700:03d}/{number}-{i:011x}.mp4" for i in range(videos)], ROWS, seed=number)
     run = {"batch_size": 32}
     with StoreWriter(root, sampling=Sampling().model_dump()) as writer:
         writer.add_videos(columns, [{"name": "big", "root": "/data/big"}])

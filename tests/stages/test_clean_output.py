@@ -13,7 +13,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 import numpy as np
@@ -31,6 +31,7 @@ from distinit.pipeline.streams import CleanStream, as_json, printable
 from distinit.pipeline.training.metrics import Metrics
 from distinit.stages.prepare_status import COLUMNS, StatusFile
 from distinit.stages.screen import Screen
+from distinit.tests.commands import command_that_raises
 from distinit.tests.old_stores import without_digests
 from distinit.tests.pipeline.targets.conftest import Recipe
 
@@ -100,25 +101,13 @@ def test_columns_of_escaped_cells_are_aligned() -> None:
         assert len(widths) == 1
 
 
-def boom(error: BaseException) -> click.Group:
-    """A command line whose command shows a name in every way that goes past a screen, and raises."""
-
-    @click.group()
-    def group() -> None:
-        pass
-
-    @group.command()
-    @click.option("--debug", is_flag=True)
-    @click.option("--number", type=int)
-    def go(debug: bool, number: int | None) -> NoReturn:
-        warnings.warn(str(error), stacklevel=1)
-        logging.getLogger("a library").error("%s", error)
-        print(error, file=sys.stderr)
-        print(error)
-        click.echo(str(error))
-        raise error
-
-    return group
+def show_everywhere(error: BaseException) -> None:
+    """Show an error in every way that goes past a screen."""
+    warnings.warn(str(error), stacklevel=1)
+    logging.getLogger("a library").error("%s", error)
+    print(error, file=sys.stderr)
+    print(error)
+    click.echo(str(error))
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
@@ -130,7 +119,7 @@ def test_errors_warnings_logging_and_prints(
     monkeypatch.setattr(logging.root, "handlers", [])
     before = sys.stdout, sys.stderr
     with pytest.raises(SystemExit), pytest.warns() if args == ["go"] else warnings.catch_warnings():
-        run(boom(ValueError(f"{TITLE} é")), [*args, *debug])
+        run(command_that_raises(ValueError(f"{TITLE} é"), show_everywhere), [*args, *debug])
     assert (sys.stdout, sys.stderr) == before
     shown = capfdbinary.readouterr()
     assert unsafe_in(shown.out) == unsafe_in(shown.err) == set()

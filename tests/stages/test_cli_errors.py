@@ -9,15 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
-import click
 import numpy as np
 import pytest
 
 from distinit.cli_support import explain, run
 from distinit.pipeline.errors import StoreError, UsageError
 from distinit.pipeline.video.encode import write_video
+from distinit.tests.commands import command_that_raises
 
 
 def distinit(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -96,21 +95,6 @@ def test_no_videos_and_an_unknown_teacher(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
-def boom(error: BaseException) -> click.Group:
-    """A command line whose one command raises."""
-
-    @click.group()
-    def group() -> None:
-        pass
-
-    @group.command()
-    @click.option("--debug", is_flag=True)
-    def go(debug: bool) -> NoReturn:
-        raise error
-
-    return group
-
-
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -126,7 +110,7 @@ def test_exceptions_become_exit_codes(
     error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
-        run(boom(error), ["go"], resume_hints={"go": "interrupted; again"})
+        run(command_that_raises(error), ["go"], resume_hints={"go": "interrupted; again"})
     assert left.value.code == code
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -128,21 +128,23 @@ def edit(store: Path, node: str, change: Callable[[dict[str, Any]], None]) -> No
     file.write_bytes(seal(document) if sealed else json.dumps(document).encode())
 
 
+def set_members(record: Any, keys: dict[str, Any]) -> None:
+    """Give members of a record other values, of a key with colons the inner one's; ... removes it."""
+    for key, value in keys.items():
+        *outer, last = key.split(":")
+        inner = record
+        for name in outer:
+            inner = inner[int(name) if isinstance(inner, list) else name]
+        place = int(last) if isinstance(inner, list) else last
+        if value is ...:
+            del inner[place]
+        else:
+            inner[place] = value
+
+
 def set_keys(store: Path, node: str, keys: dict[str, Any]) -> None:
-    """Give keys of a node other values, of a dotted key the inner one's; ... removes it."""
-
-    def change(document: dict[str, Any]) -> None:
-        for key, value in keys.items():
-            record = document["attributes"]["distinit"]
-            *outer, last = key.split(":")
-            for name in outer:
-                record = record[name]
-            if value is ...:
-                del record[last]
-            else:
-                record[last] = value
-
-    edit(store, node, change)
+    """Give keys of a node other values (`set_members`)."""
+    edit(store, node, lambda document: set_members(document["attributes"]["distinit"], keys))
 
 
 def commit_file(name: str, **record: Any) -> dict[str, Any]:
@@ -219,20 +221,8 @@ def test_a_node_that_says_nonsense_is_named(sound: Path, tmp_path: Path, node: s
 
 
 def set_meta(store: Path, array: str, keys: dict[str, Any]) -> None:
-    """Give members of an array's metadata other values, of a key with colons the inner one's."""
-
-    def change(document: dict[str, Any]) -> None:
-        for key, value in keys.items():
-            record: Any = document
-            *outer, last = (int(k) if k.isdigit() else k for k in key.split(":"))
-            for name in outer:
-                record = record[name]
-            if value is ...:
-                del record[last]
-            else:
-                record[last] = value
-
-    edit(store, array, change)
+    """Give members of an array's metadata other values (`set_members`)."""
+    edit(store, array, lambda document: set_members(document, keys))
 
 
 SHARD, INNER = "chunk_grid:configuration:chunk_shape", "codecs:0:configuration:chunk_shape"

@@ -103,34 +103,29 @@ def answer(handler: BaseHTTPRequestHandler, data: bytes, status: int = 200, **he
     handler.wfile.write(data)
 
 
-def endless(handler: BaseHTTPRequestHandler) -> None:
+def without_end(handler: BaseHTTPRequestHandler, piece: bytes, **headers: str) -> None:
+    """Send a piece again and again, until the server is stopped."""
     handler.send_response(200)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
     handler.end_headers()
     state = handler.server.state  # type: ignore[attr-defined]
     while not state.stop.is_set():
-        handler.wfile.write(b" " * 65536)
-        state.sent += 65536
+        handler.wfile.write(piece)
+        state.sent += len(piece)
+
+
+def endless(handler: BaseHTTPRequestHandler) -> None:
+    without_end(handler, b" " * 65536)
 
 
 def endless_in_chunks(handler: BaseHTTPRequestHandler) -> None:
     handler.protocol_version = "HTTP/1.1"
-    handler.send_response(200)
-    handler.send_header("Transfer-Encoding", "chunked")
-    handler.end_headers()
-    state = handler.server.state  # type: ignore[attr-defined]
-    while not state.stop.is_set():
-        handler.wfile.write(b"8000\r\n" + b" " * 0x8000 + b"\r\n")
-        state.sent += 0x8000
+    without_end(handler, b"8000\r\n" + b" " * 0x8000 + b"\r\n", Transfer_Encoding="chunked")
 
 
 def claims_a_terabyte(handler: BaseHTTPRequestHandler) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(1 << 40))
-    handler.end_headers()
-    state = handler.server.state  # type: ignore[attr-defined]
-    while not state.stop.is_set():
-        handler.wfile.write(b" " * 65536)
-        state.sent += 65536
+    without_end(handler, b" " * 65536, Content_Length=str(1 << 40))
 
 
 def bomb(handler: BaseHTTPRequestHandler) -> None:
