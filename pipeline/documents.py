@@ -20,7 +20,7 @@ from .errors import DistInitError, SourceError
 
 MAX_BYTES = 256 << 20
 MAX_YAML_BYTES = 1 << 20
-MAX_YAML_VALUES = 1_000_000  # with each alias counted as what it stands for
+MAX_YAML_VALUES = 1_000_000  # each alias counts as many as the values that it repeats
 MAX_DEPTH = 48  # of lists and mappings in each other; YAML is written by a recursive function
 
 F = TypeVar("F", bound="Form")
@@ -124,7 +124,7 @@ def _count(node: yaml.Node | None, known: dict[int, int], depth: int) -> int:
 
 
 def read_json(path: Path, form: type[F], inside: Path | None = None) -> dict[str, Any]:
-    """The object in a JSON file, which has a form; {} where there is no file. SourceError."""
+    """Return the object in a JSON file, checked for its form; {} if the file does not exist. Raises SourceError."""
     text = read_bytes(path, inside)
     if not text:
         return {}

@@ -37,7 +37,7 @@ def open_hdf5(
     *,
     checked: bool = False,
 ) -> Iterator[h5py.File]:
-    """Open a file for reading, of which each object is what its format says and is stored in the file itself.
+    """Open a file for reading; each of its objects must have the type of its format and be stored in the file itself.
 
     Whatever is raised while the file is open, but for errors of distinit, is taken for damage.
 

@@ -1,4 +1,4 @@
-"""Limits of the system that a process can meet, in words that say which one it is and how to raise it."""
+"""Name the limit of the system that a process ran into, and how to raise it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that work for another one and end with it, whatever happens to it."""
+"""Helper processes that end when the process they work for ends, even if it is killed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOOK_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that others work for. It is sent to them, by whatever way they are started.
+    """The process that helper processes work for; it is sent to each of them, however they are started.
 
     in_main_thread: whether they are started in its main thread. Linux takes the end of the thread that started a
     process for the end of the parent.
@@ -37,8 +37,8 @@ class Owner:
 def end_with(owner: Owner) -> None:
     """Kill this process when `owner` ends, or now if it has ended.
 
-    The system does it where it can, also while the interpreter is stuck. A thread does it where the owner is not the
-    parent (a fork server is), or a thread of it that may end before.
+    On Linux the kernel kills it, even while the interpreter is stuck. A thread kills it if the parent is not the owner
+    but a fork server, or if the owner started it from a thread that may end earlier.
     """
     if owner.in_main_thread:
         _signal_at_death_of_parent(signal.SIGKILL)
@@ -51,7 +51,7 @@ def end_with(owner: Owner) -> None:
 def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
     """Send this process a signal when its parent ends; for `preexec_fn`, with `os.getpid()` of the parent.
 
-    On Linux; elsewhere it does nothing. The thread that starts the process has to wait for it.
+    Does nothing on other systems than Linux. The thread that starts the process has to wait for it.
     """
     _signal_at_death_of_parent(number)
     if os.getppid() != parent:
@@ -64,7 +64,7 @@ def _signal_at_death_of_parent(number: int) -> None:
 
 
 def _watch_of(pid: int) -> int | None:
-    """Return a descriptor that is readable once the process has ended, −1 where there is none; None if it has."""
+    """Return a descriptor that is readable once a process has ended; −1 if there is none, None if it has ended."""
     try:
         return os.pidfd_open(pid) if sys.platform.startswith("linux") else -1
     except ProcessLookupError:
@@ -90,8 +90,8 @@ def _exists(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
+    except PermissionError:  # a process of another account has the number, so one exists
+        return True
     return True
 
 

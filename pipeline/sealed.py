@@ -86,7 +86,7 @@ def sha256_of(path: str | os.PathLike[str], size: int | None = None) -> str:
 
 
 def _check(path: str, *state: int) -> bool | None:
-    """Whether the digest is that of the file; None where there is none. state: tells its states apart."""
+    """Return whether a file has the digest that it records; None if it records none. state: tells its states apart."""
     with open(path, "rb") as file:
         at = _place(file)
         if at is None:

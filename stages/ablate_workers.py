@@ -77,7 +77,7 @@ def run_as_command(step: Step, out: str, after: float | None) -> float:
             stderr=said,
             input=config,
             env=_environment(),
-            # SIGTERM: it writes a checkpoint, from which the next run goes on.
+            # SIGTERM: it writes a checkpoint, from which the next run continues.
             preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
         ).returncode
     if code:

@@ -117,7 +117,7 @@ def _write(out: Path, files: Mapping[Path, str | bytes]) -> None:
 
 
 def _earlier(record: Path) -> list[str]:
-    """The files of an earlier report; none of a record that is damaged, and no name that no report writes."""
+    """Return the files of an earlier report from its record; only names that a report writes, none if it is damaged."""
     try:
         names = parse_json(read_bytes(record) or "[]")
     except (SourceError, ValueError):

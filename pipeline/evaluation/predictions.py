@@ -243,7 +243,11 @@ class Predictions:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Predictions:
-        """Raises PredictionsError for a file that is missing, foreign, of another version, damaged or inconsistent."""
+        """Load a file.
+
+        Raises:
+            PredictionsError: The file is missing, of another kind or version, damaged or inconsistent.
+        """
         try:
             sealed = os.path.exists(path) and check_seal(path, PredictionsError)
             with open_hdf5(path, _TABLES) as file:

@@ -57,7 +57,7 @@ class _Targets(Form):
 
 
 class _Config(Form):
-    """What a report reads of a run's config.yaml."""
+    """The part of a run's config.yaml that a report reads."""
 
     what = "the config of a run"
 
@@ -71,7 +71,7 @@ class _Config(Form):
 
 
 class _Result(Form):
-    """What a report reads of result.json."""
+    """The part of result.json that a report reads."""
 
     what = "the result of a run"
 
@@ -84,7 +84,7 @@ class _Result(Form):
 
 
 class _Header(Form):
-    """What a report reads of an exported model's header."""
+    """The part of an exported model's header that a report reads."""
 
     what = "the header of a model"
     heads: dict[str, Any] = {}
@@ -93,7 +93,7 @@ class _Header(Form):
 
 
 class _Logged(Form):
-    """What a report relies on in a line of metrics.jsonl; other numbers may be missing or null."""
+    """The members of a line of metrics.jsonl that a report requires; other numbers may be missing or null."""
 
     what = "a record of a training"
 
@@ -145,9 +145,10 @@ class Run:
 
     @property
     def header(self) -> dict[str, Any]:
-        """What the exported model says of itself, from the file's header; empty where there is none (yet).
+        """Return the metadata in the header of the exported model; empty if no model was exported yet.
 
-        CheckpointError for a damaged file, and for a header of another form.
+        Raises:
+            CheckpointError: The file is damaged, or its header has another form.
         """
         if not self.finished:
             return {}
@@ -271,9 +272,17 @@ def _distinct_names(paths: list[Path]) -> list[str]:
 
 
 def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
-    """One run folder. inside: the folder that links in it may lead to, by default the run's own.
+    """Read one run folder.
 
-    Raises PredictionsError if its predictions.h5 is damaged, CheckpointError for weights, SourceError for other files.
+    Args:
+        path: The run folder.
+        name: Its name in the report.
+        inside: The folder that links may lead to, by default `path`.
+
+    Raises:
+        PredictionsError: predictions.h5 is damaged.
+        CheckpointError: Weights are damaged.
+        SourceError: Another file is damaged.
     """
     inside = inside or path
     config = _read_config(path, inside)
@@ -294,8 +303,7 @@ def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
 
 
 def _read_history(file: Path, inside: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, of each its kind, its step and its numbers; the last one may be half written while
-    the run is alive."""
+    """Return kind, step and numbers of each line of metrics.jsonl, without a last line that is only half written."""
     records = []
     for number, line in enumerate(read_bytes(file, inside).splitlines(), start=1):
         try:
@@ -309,7 +317,7 @@ def _read_history(file: Path, inside: Path) -> list[dict[str, Any]]:
 
 
 def _drawable(value: float) -> bool:
-    """Whether a number can be drawn: a diverged loss may have any size, and arithmetic on axes overflows."""
+    """Return whether a number can be drawn: a diverged loss may be so large that arithmetic on axes overflows."""
     return math.isfinite(value) and abs(value) < 1e30
 
 

@@ -117,7 +117,7 @@ class StoreCache:
         return fd
 
     def write(self, fd: int, data: bytes, offset: int) -> None:
-        """Put bytes into a shard file. A cache that is full is no reason to stop: reading goes on without it."""
+        """Write bytes into a shard file. If the disk is full, reading continues without the cache."""
         try:
             os.pwrite(fd, data, offset)
         except OSError as error:

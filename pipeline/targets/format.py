@@ -123,7 +123,7 @@ def create_classes(group: Path, classes: Sequence[str]) -> None:
 
 
 def seal_array(folder: Path, **changes: Any) -> None:
-    """Write an array's zarr.json anew with these members changed and a digest of itself, in one atomic step."""
+    """Replace an array's zarr.json atomically: these members changed, and a digest of itself added."""
     file = folder / "zarr.json"
     document = check_document(str(file), file.read_bytes())
     temporary = folder / f"zarr.json.{os.getpid()}.partial"
@@ -215,7 +215,7 @@ def read_nodes(
 ) -> dict[str, dict[str, Any]]:
     """Those of the nodes of a group that exist, by name, in the order asked for; each has its form (forms.py).
 
-    broken: takes up, by name, what is wrong with nodes that have not; without it a StoreError says so.
+    broken: receives, by name, what is wrong with nodes of another form; without it a StoreError is raised.
     """
     paths = {f"{group}/{name}/zarr.json": name for name in names}
     if broken is None:

@@ -135,7 +135,7 @@ async def _bounded(answer: aiohttp.ClientResponse, most: int) -> bytes:
 
 
 def _unpacked(data: bytes, most: int) -> bytes:
-    """Return the content of a compressed answer, of which no more than `most` bytes are ever unpacked."""
+    """Return the content of a compressed answer; at most `most` bytes are unpacked."""
     unpack = zlib.decompressobj(wbits=47)  # gzip or zlib, by the header
     try:
         content = unpack.decompress(data, most + 1)

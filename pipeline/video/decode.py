@@ -4,7 +4,8 @@ A plain linear decode of the whole file is the truth. Two shortcuts give the sam
 those groups of pictures are decoded that hold wanted frames, each only up to the last wanted packet, and
 in them the non-reference pictures nobody wants are left out. Whatever looks wrong on the way (a frame
 that does not come out, an error, a damaged picture, a left out picture whose number does not confirm that no other
-refers to it) makes the reader fall back to the plain decode.
+refers to it) makes the reader fall back to the plain decode. Damage in a picture that is left out is not noticed if its
+number is intact: a plain decode marks that picture, or drops one that its damaged order count puts in the wrong place.
 """
 
 from __future__ import annotations

@@ -54,13 +54,17 @@ def read_filters(run: Run) -> list[Filters]:
 
 
 def _drawable(weights: np.ndarray) -> bool:
-    """Whether these are filters that fit on a page: a file may hold any table under the name."""
+    """Return whether these are filters that fit on a page: a file may have any array under this name."""
     fits = weights.ndim == 5 and min(weights.shape) > 0 and max(weights.shape[2:]) <= 64
     return fits and bool((np.abs(weights) < 1e15).all())
 
 
 def _stem(file: Path) -> np.ndarray | None:
-    """The first convolution in a file; None where there is none. CheckpointError for a damaged file."""
+    """Return the weights of the first convolution in a file, None if it has none.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
     if not file.exists():
         return None
     with open_checked(file, "np") as opened:
