@@ -6,6 +6,8 @@ in them the non-reference pictures nobody wants are left out. Whatever looks wro
 that does not come out, an error, a damaged picture, a left out picture whose number does not confirm that no other
 refers to it) makes the reader fall back to the plain decode. Damage in a picture that is left out is not noticed if its
 number is intact: a plain decode marks that picture, or drops one that its damaged order count puts in the wrong place.
+Nor is damage in groups that are not decoded: a decoder of AV1 may give nothing after it, while a shortcut that begins
+after it gives frames.
 """
 
 from __future__ import annotations
