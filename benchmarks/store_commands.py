@@ -86,7 +86,7 @@ print(json.dumps({
 
 
 def make(root: Path, videos: int, number: int) -> None:
-    """A store of `videos` videos, those of another `number` having other names and contents."""
+    """Make a store of `videos` videos, those of another `number` having other names and contents."""
     columns = video_columns([f"class_{i % 700:03d}/{number}-{i:011x}.mp4" for i in range(videos)], ROWS, seed=number)
     run = {"batch_size": 32}
     with StoreWriter(root, sampling=Sampling().model_dump()) as writer:
@@ -100,7 +100,7 @@ def make(root: Path, videos: int, number: int) -> None:
 
 
 def shard_of(root: Path, writer: StoreWriter, shard: int, mine: np.ndarray, number: int) -> ShardResult:
-    """One shard with the rows of videos `mine`."""
+    """Stage one shard with the rows of videos `mine`."""
     good = mine % 100 != 3
     counts = np.where(good, ROWS, 0)
     frame = np.tile(np.arange(ROWS) * 4, int(good.sum()))
@@ -124,7 +124,7 @@ def shard_of(root: Path, writer: StoreWriter, shard: int, mine: np.ndarray, numb
 
 
 def measured(command: str, stores: list[Path], package: Path | None) -> dict[str, float | None]:
-    """Seconds, seconds to the first row, and peak memory of one command."""
+    """Return seconds, seconds to the first row, and peak memory of one command."""
     environment = {**os.environ, "PYTHONPATH": str(package)} if package else None
     with tempfile.TemporaryDirectory(dir=stores[0].parent) as out:
         arguments = [sys.executable, "-P", "-c", MEASURE, command, *map(str, stores), out]

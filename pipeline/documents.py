@@ -66,7 +66,7 @@ def read_bytes(path: Path, inside: Path | None = None) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; ValueError for whatever is none, and for one that is nested too deeply."""
+    """Return the value of a JSON text; ValueError for whatever is none, and for one that is nested too deeply."""
     try:
         return plain_data(json.loads(text))
     except RecursionError as error:
@@ -74,7 +74,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def plain_data(value: Any, depth: int = 0) -> Any:
-    """The value in JSON's types, others (dates of YAML) as text; ValueError for one that is nested too deeply."""
+    """Return a value in JSON's types, dates of YAML as text; ValueError if it is nested too deeply."""
     if depth > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(value, dict):
@@ -87,7 +87,7 @@ def plain_data(value: Any, depth: int = 0) -> Any:
 
 
 def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """The value of a YAML text, without Python's own tags; the one place where YAML is read.
+    """Return the value of a YAML text, without Python's own tags; the one place where YAML is read.
 
     Raises:
         yaml.YAMLError: no YAML, or one that is too long, nested too deeply, contains itself, or has aliases of aliases
@@ -112,7 +112,7 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any
 
 
 def _count(node: yaml.Node | None, known: dict[int, int], depth: int) -> int:
-    """How many values a node holds, itself included; what an alias repeats is looked at once."""
+    """Return how many values a node holds, itself included; what an alias repeats is looked at once."""
     if depth > MAX_DEPTH:
         raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep, or in itself")
     if not isinstance(node, yaml.CollectionNode):
@@ -136,7 +136,7 @@ def read_json(path: Path, form: type[F], inside: Path | None = None) -> dict[str
 
 
 def require_form(content: Any, form: type[F], where: str, error: type[DistInitError] = SourceError) -> dict[str, Any]:
-    """The content, a mapping; `error` names `where`, the place in it and what is there unless it has the form."""
+    """Return the content, a mapping; unless it has the form, raise `error` with `where`, key and value."""
     if not isinstance(content, dict):
         raise error(f"{where}: not {form.what} (a {type(content).__name__})")
     try:
@@ -149,7 +149,7 @@ def require_form(content: Any, form: type[F], where: str, error: type[DistInitEr
 
 
 def inner_path(text: str) -> str:
-    """A path below a folder, as a record names it; ValueError for one that may leave the folder."""
+    """Return a path below a folder, as a record names it; ValueError for one that may leave the folder."""
     if not text or "\0" in text or os.path.isabs(text) or ".." in Path(text).parts:
         raise ValueError("expected a path inside of the folder")
     return text

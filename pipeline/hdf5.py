@@ -65,7 +65,7 @@ def open_hdf5(
 def _check_group(
     group: h5py.h5g.GroupID, prefix: str, tables: Mapping[str, tuple[str, int]], groups: tuple[str, ...], size: int
 ) -> None:
-    """Hdf5Error where a group holds another object than these. size: of the file, bytes.
+    """Raise Hdf5Error if a group has an object other than these. size: of the file, bytes.
 
     By h5py's low-level interface, for which the objects need not be made: a loader opens a file for each clip.
     """
@@ -86,7 +86,7 @@ def _check_group(
 
 
 def _check_table(table: h5py.h5d.DatasetID, where: str, kinds: str, dimensions: int, size: int) -> None:
-    """Hdf5Error where a data set is stored outside of the file, or is no table of such values."""
+    """Raise Hdf5Error if a data set is stored outside the file or has other values than these."""
     properties, shape, dtype = table.get_create_plist(), table.shape, table.dtype
     layout = properties.get_layout()
     if layout == h5py.h5d.VIRTUAL or properties.get_external_count():

@@ -99,7 +99,7 @@ _remembered = lru_cache(maxsize=4096)(_check)
 
 
 def _place(file: IO[bytes] | BinaryIO) -> int | None:
-    """Where the digits of a file's digest begin.
+    """Return where the digits of a file's digest begin.
 
     Known in HDF5 and zip by the room that was made for it as well, so that a mark with a flipped bit is found.
     """
@@ -122,7 +122,7 @@ def _place(file: IO[bytes] | BinaryIO) -> int | None:
 
 
 def _sha256(file: IO[bytes], at: int) -> str:
-    """Of the whole file, with zeros for the digits at `at`."""
+    """Return the digest of the whole file, with zeros for the digits at `at`."""
     digest = hashlib.sha256()
     file.seek(0)
     _feed(digest, file, at)

@@ -127,7 +127,7 @@ def _fuse(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
 
 
 def _evaluate(config: EvaluateConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
-    """One process of the test; rank 0 alone writes, and holds the locks of the folders."""
+    """Run one process of the test; rank 0 alone writes, and holds the locks of the folders."""
     with ExitStack() as stack:
         return _evaluate_locked(config, screen, ranks, stack)
 

@@ -118,7 +118,7 @@ def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
 
 
 def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
-    """One process of the training and the test; rank 0 alone writes, and holds the locks of the run folders."""
+    """Run one process of the training and the test; rank 0 alone writes, and holds the locks of the run folders."""
     with ExitStack() as stack:
         return _finetune_locked(config, screen, ranks, stack)
 

@@ -227,7 +227,7 @@ def _done(target: str, source: str, options: dict[str, Any]) -> tuple[Row | None
 
 
 def _of_source(copy: CopyMap | FlowMap, source: str, options: dict[str, Any]) -> bool:
-    """Whether a copy was made with these options, of the source as it is now. One without a source may stay."""
+    """Return whether a copy was made with these options, of the source as it is now. One without a source may stay."""
     if {**copy.options, **options} != copy.options:
         return False
     try:

@@ -24,7 +24,7 @@ def split_folder(run: Path, split: int) -> Path:
 
 
 def split_folders(run: Path) -> dict[int, Path]:
-    """The runs of a folder that `finetune --split all` wrote, by split; empty for any other.
+    """Return the runs of a folder that `finetune --split all` wrote, by split; empty for any other.
 
     Raises:
         UsageError: One of them is a link that leads out of the folder.

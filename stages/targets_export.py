@@ -66,7 +66,7 @@ def targets_export(
 def _finished(
     store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], shard_rows: int | None, screen: Screen
 ) -> dict[str, Any]:
-    """What an earlier run of this very export returned, as one that was killed at its end; UsageError for another."""
+    """Return the result of an earlier run of the same export that was killed at its end; UsageError for another."""
     hdf5 = out.suffix in HDF5
     videos = np.intersect1d(store.usable(names), chosen) if hdf5 else _exportable(store, names, chosen)
     try:
@@ -84,7 +84,7 @@ def _finished(
 def _same_store(
     store: TargetStore, out: Path, names: list[str], videos: NDArray[np.int64], shard_rows: int | None
 ) -> bool:
-    """Whether a store was exported from this one and is finished, with these teachers and videos."""
+    """Return whether a store was exported from this one and is finished, with these teachers and videos."""
     made = TargetStore.open(out)
     if (
         made.attributes.get("exported_from") != store.attributes["store_id"]
@@ -101,7 +101,7 @@ def _same_store(
 
 
 def _same_file(store: TargetStore, out: Path, names: list[str], videos: NDArray[np.int64]) -> bool:
-    """Whether an HDF5 file was exported from this store, with these teachers and videos."""
+    """Return whether an HDF5 file was exported from this store, with these teachers and videos."""
     tables: dict[str, tuple[str, int]] = dict.fromkeys(("videos/corpus", "videos/path"), (STRING, 1))
     numbers = ("videos/frames", "videos/first_row", "videos/rows", "frames/video", "frames/index", "frames/pts")
     tables |= dict.fromkeys(numbers, ("iu", 1))
@@ -129,7 +129,7 @@ def _same_file(store: TargetStore, out: Path, names: list[str], videos: NDArray[
 
 
 def _exportable(store: TargetStore, names: list[str], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Those of the chosen videos that are pending for none of the teachers."""
+    """Return those of the chosen videos that are pending for none of the teachers."""
     pending = store.video_state == PENDING
     for name in names:
         pending |= store.index.teacher_state(name) == PENDING
@@ -225,7 +225,7 @@ def _text(group: h5py.Group, name: str, texts: list[bytes]) -> None:
 
 
 def _checked(shape: tuple[int, ...], item_bytes: int) -> dict[str, Any]:
-    """Options of a table whose values have checksums, one a chunk of some 256 kB; one without values has none."""
+    """Return the options of a table with checksums, one per chunk of about 256 kB; an empty table has none."""
     if 0 in shape:
         return {}
     rows = 2**18 // (math.prod(shape[1:]) * item_bytes)

@@ -86,7 +86,7 @@ def _try_out(config: TrainConfig, screen: Screen) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
-    """One process of the training; rank 0 alone writes, and holds the lock of the run folder."""
+    """Run one process of the training; rank 0 alone writes, and holds the lock of the run folder."""
     with ExitStack() as stack:
         return _train_locked(config, screen, ranks, stack)
 

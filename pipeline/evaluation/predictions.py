@@ -293,7 +293,7 @@ class Predictions:
 
 
 def _inconsistency(found: Predictions) -> str | None:
-    """What of the tables does not fit together or is no such value; None for a file that `write` has written."""
+    """Return what of the tables does not fit together or is no such value; None for a file that `write` has written."""
     v, n, k = len(found.videos), found.starts.shape[-1], len(found.classes)
     shapes = {
         "labels": (v,), "frames": (v,), "starts": (v, n), "clip_scores": (v, n, k),

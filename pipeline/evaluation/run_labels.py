@@ -41,7 +41,7 @@ class RunLabels:
 
     @classmethod
     def read(cls, run: Path) -> RunLabels | None:
-        """What a run folder recorded; None where it has no record, as runs of distinit 0.1. CheckpointError, and
+        """Return what a run folder recorded; None where it has no record, as runs of distinit 0.1. CheckpointError, and
         SourceError for a link that leads out of the folder."""
         path = run / RUN_LABELS
         if not is_regular_file(path, run):

@@ -117,7 +117,7 @@ class Table:
 
 
 def _text(text: str, style: str = "") -> Text:
-    """A cell, escaped before its width is measured, so that columns stay aligned."""
+    """Return a cell, escaped before its width is measured, so that columns stay aligned."""
     return Text(printable(text, lines=True), style=style)
 
 

@@ -250,7 +250,7 @@ def _fill(student: Student, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _file_of(path: str | Path) -> Path:
-    """The safetensors file that a path means. SourceError for a run folder in which it is a link that leads out."""
+    """Return the safetensors file that a path means. Raises SourceError if it is a link out of a run folder."""
     path = Path(path)
     if not path.is_dir():
         if not path.is_file():

@@ -31,7 +31,7 @@ PIECE = 1 << 20
 
 
 def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
-    """`given`, else $DISTINIT_CACHE, else `distinit` in $XDG_CACHE_HOME or ~/.cache."""
+    """Return `given`, else $DISTINIT_CACHE, else `distinit` in $XDG_CACHE_HOME or ~/.cache."""
     chosen = os.fspath(given) if given is not None else os.environ.get("DISTINIT_CACHE")
     if not chosen:
         chosen = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "distinit")

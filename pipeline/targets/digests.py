@@ -164,7 +164,7 @@ def checked_rows(
 
 
 def _check_sizes(where: str, array: zarr.Array, start: int, stop: int) -> None:
-    """StoreError for a chunk of rows [start, stop) that would unpack to more than its rows can take."""
+    """Raise StoreError for a chunk of rows [start, stop) that would unpack to more than its rows can take."""
     meta: dict[str, Any] = array.metadata.to_dict()
     folder: Any = array.store  # of a folder
     most = largest_chunk(meta)

@@ -55,7 +55,7 @@ class StoreFiles(ABC):
         """An unsharded array, opened for reading. StoreError if it cannot be."""
 
     def forget(self, path: str) -> bool:
-        """Drop what is kept of an unsharded array, and return whether `table` may find other values now."""
+        """Drop an unsharded array from the cache; return whether `table` may find other values now."""
         return False
 
     @abstractmethod
@@ -98,7 +98,7 @@ class LocalFiles(StoreFiles):
         return found
 
     def open(self, path: str) -> int:
-        """A descriptor of a regular file of the store; every file of a local store is opened here.
+        """Return a descriptor of a regular file of the store; every file of a local store is opened here.
 
         Raises FileNotFoundError if there is none, and StoreError for a name that leaves the store, a link, a device or
         a pipe, which would wait for ever.
@@ -136,7 +136,7 @@ class LocalFiles(StoreFiles):
             self._folders.add(folder)
 
     def metadata(self, path: str) -> dict[str, Any]:
-        """The zarr.json of an array, checked for its digest and form."""
+        """Return the zarr.json of an array, checked for its digest and form."""
         try:
             text = self.read(f"{path}/zarr.json")
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -181,7 +181,7 @@ def array_metadata(where: str, path: str, text: bytes, *, sealed: bool = False) 
 
 
 def inside(root: str | os.PathLike[str], path: str, *, below: bool = False) -> Path:
-    """The place of a file or folder of a local store, which need not exist, to be read, written or removed.
+    """Return the place of a file or folder of a local store, which need not exist, to be read, written or removed.
 
     below: what lies in that folder is checked too.
 

@@ -198,7 +198,7 @@ def read_node(path: Path) -> dict[str, Any]:
 def parse_node(
     where: str, text: bytes, *, sealed: bool = False
 ) -> dict[str, Any]:
-    """Attributes of a node from its zarr.json; StoreError names `where` if it is not one of ours or is damaged.
+    """Return the attributes of a node; StoreError names `where` if it is of another program or damaged.
 
     sealed: the node must have a digest.
     """
@@ -213,7 +213,7 @@ def parse_node(
 def read_nodes(
     files: StoreFiles, group: str, names: Iterable[str], *, broken: dict[str, str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Those of the nodes of a group that exist, by name, in the order asked for; each has its form (forms.py).
+    """Return those of the nodes of a group that exist, by name, in the order asked for; each has its form (forms.py).
 
     broken: receives, by name, what is wrong with nodes of another form; without it a StoreError is raised.
     """
@@ -300,7 +300,7 @@ def check_root(where: Path | StoreFiles) -> dict[str, Any]:
 
 
 def parse_root(where: str, text: bytes) -> dict[str, Any]:
-    """Attributes of a store from the zarr.json of its root; StoreError if it is none, of another version or damaged."""
+    """Return the attributes of a store's root; StoreError if it is no store, of another version or damaged."""
     attributes = load_json(where, text).get("attributes")
     record = attributes.get(KEY) if isinstance(attributes, dict) else None
     if not isinstance(record, dict) or record.get("format") != FORMAT:

@@ -82,7 +82,7 @@ def _check_depth(value: Any, left: int) -> None:
 
 
 def is_teacher_name(value: Any) -> bool:
-    """Whether a value can be the name of a teacher: it is a folder in `teachers/`."""
+    """Return whether a value can be the name of a teacher: it is a folder in `teachers/`."""
     return (
         isinstance(value, str)
         and len(value) <= MAX_NAME
@@ -116,7 +116,7 @@ def _is_digest(value: Any) -> bool:
 
 
 def _is_by_segment(value: Any, holds: Callable[[Any], bool]) -> bool:
-    """An object keyed by segment ids in decimal digits."""
+    """Return whether a value is an object keyed by segment ids in decimal digits."""
     return isinstance(value, dict) and all(
         re.fullmatch(r"0|[1-9][0-9]{0,9}", key) is not None and holds(inner) for key, inner in value.items()
     )
@@ -145,7 +145,7 @@ def _is_part(value: Any) -> bool:
 
 
 def _is_tables(value: Any) -> bool:
-    """Digests of ranges of table rows, by array: lists of [first, end, digest]."""
+    """Check digests of ranges of table rows, by array: lists of [first, end, digest]."""
     return isinstance(value, dict) and all(
         isinstance(entries, list)
         and all(
@@ -247,7 +247,7 @@ def check_node(where: str, group: str, record: dict[str, Any]) -> dict[str, Any]
 
 
 def check_root(where: str, record: dict[str, Any]) -> None:
-    """StoreError unless the record of a store's root has its form."""
+    """Raise StoreError unless the record of a store's root has its form."""
     _check(where, "root", record)
     sampling = record["sampling"]
     try:
@@ -268,7 +268,7 @@ def _check(where: str, kind: str, record: Mapping[str, Any]) -> None:
 
 
 def _segment_table(where: str, record: Mapping[str, Any]) -> NDArray[np.int64]:
-    """The lists of a commit of frames as one array [4, segments]."""
+    """Return the lists of a commit of frames as one array [4, segments]."""
     lists: list[Any] = [record.get(key) for key in _SEGMENT_LISTS]
     table: Any = np.zeros((len(lists), 0), np.int64)
     good = all(isinstance(values, list) for values in lists) and len({len(values or ()) for values in lists}) == 1
@@ -290,7 +290,7 @@ def _segment_table(where: str, record: Mapping[str, Any]) -> NDArray[np.int64]:
 
 
 def check_files(where: str, files: Mapping[str, Any], arrays: Collection[str], shard: int, folder: str) -> None:
-    """StoreError unless the files of a commit are those of the shard `shard` of `arrays` in `folder`, or fewer."""
+    """Raise StoreError unless the files of a commit are among those of shard `shard` of `arrays` in `folder`."""
     allowed = _file_names(folder, tuple(arrays), shard)
     for name, record in files.items():
         if name not in allowed:
@@ -311,7 +311,7 @@ def _file_names(folder: str, arrays: tuple[str, ...], shard: int) -> tuple[str, 
 
 
 def check_array(where: str, path: str, meta: Mapping[str, Any]) -> None:
-    """StoreError unless the metadata of the array `path` of a store are those that the format defines for it."""
+    """Raise StoreError unless the metadata of the array `path` is what the format defines for it."""
     spec = _spec_of(path)
     if spec is None:
         raise StoreError(f"{where}: the format has no array {path}")
@@ -337,7 +337,7 @@ def _spec_of(path: str) -> ArraySpec | None:
 
 
 def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
-    """What is wrong with an array's metadata; None if nothing is."""
+    """Return what is wrong with an array's metadata; None if nothing is."""
     rows, *row = meta["shape"]
     logits = spec.path.endswith("/logits")
     types = ["float16", "int8"] if logits else ["string" if spec.dtype == "str" else spec.dtype]

@@ -127,7 +127,7 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
     broken: list[tuple[str, int | None, str | None]] = []
 
     def read(group: str, names: Iterable[str], teacher: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Nodes by name; what is wrong with one is an error unless `damaged`, and goes to `broken` then."""
+        """Yield nodes by name; a damaged one is an error, or an entry of `broken` if `damaged`."""
         wrong: dict[str, str] | None = {} if damaged else None
         yield from fmt.read_nodes(files, group, names, broken=wrong).items()
         for name, what in (wrong or {}).items():
@@ -192,7 +192,7 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
 def _segments(
     files: StoreFiles, plans: Sequence[dict[str, Any]], n_videos: int, n_shards: int, ranges: Ranges
 ) -> dict[str, NDArray[np.int64]]:
-    """The segment table [S] as the plans speak of it."""
+    """Return the segment table [S] as the plans speak of it."""
     n_segments = max((p.get("segments", 0) for p in plans), default=0)
     if n_shards > n_segments:
         raise StoreError(f"{files.name}/plans: speak of {n_shards} shards, but of only {n_segments} segments")
@@ -208,7 +208,7 @@ def _segments(
 
 
 def losses(files: LocalFiles, plans: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What a store in a folder has lost of its plans and of the tables. To a reader neither is an error: what a
+    """Yield what a store in a folder has lost of its plans and of the tables. To a reader neither is an error: what a
     plan that is missing speaks of does not exist, and a chunk that is missing is fill, a video without a name.
     At most `MANY_LOST` of each kind.
     """

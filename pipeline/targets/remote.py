@@ -93,7 +93,7 @@ class RemoteFiles(StoreFiles):
         return self._cache
 
     def read(self, path: str) -> bytes:
-        """The whole file, a node; FileNotFoundError if there is none."""
+        """Return the whole file, a node; FileNotFoundError if there is none."""
         return self._get(path, limit=LARGEST)
 
     def read_many(self, paths: Iterable[str], limit: int | None = None) -> dict[str, bytes]:
@@ -148,7 +148,7 @@ class RemoteFiles(StoreFiles):
     # -- details -------------------------------------------------------------------------------------
 
     def _connect(self) -> tuple[AbstractFileSystem, str | WebReader]:
-        """The file system, and the store's path in it or its reader; a forked process makes its own."""
+        """Return the file system, and the store's path in it or its reader; a forked process makes its own."""
         if self._connection is None or self._connection[0] != os.getpid():
             import fsspec
 
@@ -167,7 +167,7 @@ class RemoteFiles(StoreFiles):
         return self._connection[1:]
 
     def _get(self, path: str, span: tuple[int, int] | None = None, *, limit: int) -> bytes:
-        """A file of at most `limit` bytes; or bytes [start, stop) of it, or all of it where ranges are unknown."""
+        """Return a file of at most `limit` bytes, or bytes [start, stop) of it if the server knows ranges."""
         require_name(path, self.name)
         waits = iter(WAITS_S)
         while True:
@@ -198,7 +198,7 @@ class RemoteFiles(StoreFiles):
         return bytes(sync(filesystem.loop, ask, f"{base}/{path}", start=start, end=stop, timeout=TOTAL_S))
 
     def _may_have_grown(self, path: str, folder: Path) -> bool:
-        """Whether a column in the cache lacks chunks that the server has: 404 is believed for one run, not for good."""
+        """Return whether the server has chunks that a column in the cache lacks: a 404 holds for one run only."""
         if path in self._asked_again:
             return False
         self._asked_again.add(path)
@@ -208,7 +208,7 @@ class RemoteFiles(StoreFiles):
         return bool(self.read_many(f"{path}/{name}" for name in lacking)) if lacking else False
 
     def _chunk_names(self, path: str, meta: Mapping[str, Any]) -> list[str]:
-        """The files of a column that hold the rows of which the plans speak; StoreError for a column that is none."""
+        """Return the chunk files with the planned rows of a column; StoreError if it is not a column."""
         try:
             shape, chunks = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
             count = -(-min(shape[0], self._planned.get(path.split("/")[0], shape[0])) // chunks[0])
@@ -220,7 +220,7 @@ class RemoteFiles(StoreFiles):
         return [f"c/{i}{last}" for i in range(count)]
 
     def _metadata(self, path: str) -> tuple[bytes, dict[str, Any]]:
-        """The zarr.json of an array, as it is and checked for its digest and form."""
+        """Return the zarr.json of an array, as it is and checked for its digest and form."""
         try:
             text = self.read(f"{path}/zarr.json")
         except FileNotFoundError as error:
@@ -298,7 +298,7 @@ class _CachedRows(ShardedRows):
             raise StoreError(f"{self._files.name}/{name}: a committed shard is missing") from error
 
     def _committed(self, shard: int) -> tuple[int, str]:
-        """Size and digest of a shard's file; StoreError where no file of a shard of this array can have them."""
+        """Return size and digest of a shard's file; StoreError if no shard of this array can have such a size."""
         record = self._record(self._path, shard)
         if record is None:
             raise StoreError(f"{self._files.name}/{self._name(shard)}: not committed")
@@ -314,7 +314,7 @@ class _CachedRows(ShardedRows):
 
 
 def _another_try_may_help(error: Exception) -> bool:
-    """Whether to ask again: not without permission, nor after another client error of HTTP."""
+    """Return whether to ask again: not without permission, nor after another client error of HTTP."""
     if isinstance(error, AnswerError):
         return error.again
     status = getattr(error, "status", None)

@@ -285,7 +285,7 @@ class TargetStore:
         return index, pts, _joined([np.arange(first, first + count, dtype=np.int64) for first, count in ranges])
 
     def rows_of(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of all cached frames of these videos, one video after the other, each in order of its frames, [N].
+        """Return the rows of all cached frames of these videos, video by video in order of frames, [N].
 
         What `frames` gives, without a look at any file: for a whole store at once.
         """
@@ -335,7 +335,7 @@ class TargetStore:
         return self._rows[path]
 
     def _check_rows(self, path: str, rows: ShardedRows) -> None:
-        """StoreError where an array contradicts the store's shard size, or its teacher's encoding or classes."""
+        """Raise StoreError if an array contradicts the store's shard size, or its teacher's encoding or classes."""
         where = f"{self.name}/{path}/zarr.json"
         if rows.shard_rows != self.index.shard_rows:
             raise StoreError(f"{where}: has {rows.shard_rows} rows per shard, the store {self.index.shard_rows}")
@@ -349,7 +349,7 @@ class TargetStore:
 
 
 def read_classes(files: StoreFiles, teacher: str) -> tuple[str, ...]:
-    """Names of a teacher's classes [K]."""
+    """Return the names of a teacher's classes [K]."""
     path = f"teachers/{teacher}/class"
     return tuple(str(name) for name in read_rows(files, path, 0, files.table(path).shape[0], {}))
 
@@ -363,7 +363,7 @@ def other_classes(classes: Sequence[str], identity: Mapping[str, Any]) -> str | 
 
 
 def _runs(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`first[i]` … `first[i] + count[i] - 1` of every i, one run after the other."""
+    """Return `first[i]` … `first[i] + count[i] - 1` of every i, one run after the other."""
     return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
 
 

@@ -109,7 +109,7 @@ def entropy_tolerance(logits: NDArray[np.float32], rounding: NDArray[np.float32]
 
 
 def _nodes(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
-    """Nodes and array metadata that differ from their digests: those, too, that no reader of rows looks at."""
+    """Find nodes and array metadata that differ from their digests, also those that readers of rows do not use."""
     told = [what for what, _, _ in index.broken]
     for path in _documents(index):
         try:
@@ -131,7 +131,7 @@ def without_digest(files: StoreFiles, index: StoreIndex) -> int:
 
 
 def _documents(index: StoreIndex) -> Iterator[str]:
-    """Paths of every zarr.json that a store has, but those of commits, which every reader reads."""
+    """Return the paths of all zarr.json of a store except those of commits, which every reader reads."""
     folders = ["", *fmt.GROUPS, *(f"plans/{i:06d}" for i in range(index.n_plans))]
     folders += [s.path for s in (*fmt.video_specs(), *fmt.segment_specs(), *fmt.frame_specs())]
     for name, of in index.teachers.items():
@@ -205,7 +205,7 @@ def _unplanned(root: Path, index: StoreIndex) -> Iterator[Finding]:
 
 
 def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
-    """Class names and fingerprints that cannot be read, or contradict the teacher's identity or each other."""
+    """Find class names and fingerprints that cannot be read, or contradict the teacher's identity or each other."""
     for name in index.teachers:
         try:
             classes = read_classes(files, name)

@@ -27,7 +27,7 @@ _OPENS_FILES = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "
 def load_recorded(
     provenance: Mapping[str, Any], where: str, *, weights: str | None = None, trusted: Collection[str] = ()
 ) -> Teacher:
-    """The teacher that a store records, on the CPU.
+    """Return the teacher that a store records, on the CPU.
 
     Args:
         provenance: the attribute `provenance` of the teacher's node.
@@ -67,7 +67,7 @@ def load_recorded(
 
 
 def _check_plain(spec: TeacherSpec) -> None:
-    """UsageError unless loading the teacher runs no code but distinit's and opens no file that the store chose."""
+    """Raise UsageError if loading the teacher would run other code or open a file that the store chose."""
     allow = f"if you trust it, allow it with --allow-teacher {spec.name!r}"
     if spec.name not in SHIPPED and not _LIBRARY_MODEL.fullmatch(spec.name):
         what = "is a function whose code would be run" if is_factory(spec.name) else "does not ship with distinit"

@@ -142,7 +142,7 @@ def _one_go(
     hang_s: float,
     stop: Callable[[], bool],
 ) -> Generator[dict[str, Any]]:
-    """The batches from one set of workers; Stuck or Crashed where a video ends it."""
+    """Yield the batches from one set of workers; Stuck or Crashed where a video ends it."""
     look_s = min(hang_s, LOOK_EVERY_S)
 
     def start() -> tuple[Iterator[Any], Whereabouts | None, Any]:
@@ -312,7 +312,7 @@ def _shared(batch: dict[str, Any]) -> dict[str, Any] | TrainingError:
 
 
 def _check_descriptors(number: int) -> None:
-    """OSError where so many more cannot be opened: torch opens one per tensor, in a thread that drops the batch."""
+    """Raise OSError if so many more files cannot be opened: torch opens one per tensor, in another thread."""
     opened = []
     try:
         for _ in range(number):

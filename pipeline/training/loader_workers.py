@@ -123,7 +123,7 @@ class LoaderWorkers:
             os.dup2(nothing.fileno(), queue._writer.fileno(), inheritable=False)
 
     def _death(self, error: BaseException) -> Exception | None:
-        """The exception for the worker that died first; None where all are alive."""
+        """Return the exception for the worker that died first; None where all are alive."""
         ended = wait([process.sentinel for process in self.processes], timeout=GRACE_S)
         order = sorted(range(len(self.processes)), key=lambda worker: worker != self._first)
         for worker in order:

@@ -44,7 +44,7 @@ class SeenVideos:
 
     @classmethod
     def read(cls, run: Path) -> SeenVideos | None:
-        """What a run folder recorded; None where it has no record, as runs of distinit 0.1. CheckpointError, and
+        """Return what a run folder recorded; None where it has no record, as runs of distinit 0.1. CheckpointError, and
         SourceError for a link that leads out of the folder."""
         path = run / SEEN_VIDEOS
         if not is_regular_file(path, run):

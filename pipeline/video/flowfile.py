@@ -205,7 +205,7 @@ def _fill(file: h5py.File, out: np.ndarray, places: np.ndarray, rows: np.ndarray
 
 @contextmanager
 def _open(path: str) -> Iterator[tuple[h5py.File, FlowMap]]:
-    """The open file and its head; VideoError where there is none, and for damage found while it is open."""
+    """Open a flow file and read its head; VideoError if it does not exist or turns out to be damaged."""
     try:
         status = os.stat(path)
         key = (path, status.st_size, status.st_mtime_ns)

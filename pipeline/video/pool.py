@@ -331,7 +331,7 @@ class DecodePool:
         self._failed(place, self._child(place).last_words())
 
     def _failed(self, place: int, why: str) -> None:
-        """One more try in a fresh child for the task, then its end. A child that never began has no video to blame.
+        """Try the task once more in a fresh child, then give it up. A child that never began has no video to blame.
 
         No other child will do: its slots may all hold blocks that are read after this task.
         """

@@ -82,7 +82,7 @@ class ChildProcess:
         return True
 
     def hear(self) -> dict[str, Any] | None:
-        """The next message, None if there is none yet; EOFError or OSError if the child is gone.
+        """Return the next message, None if there is none yet; EOFError or OSError if the child is gone.
 
         What there is of a message is a sign of life, but nobody waits for the rest: the child may have stopped.
         """
@@ -95,7 +95,7 @@ class ChildProcess:
         return message
 
     def has_sent(self) -> bool:
-        """Whether there is something to hear, the end included."""
+        """Return whether there is something to hear, the end included."""
         return bool(wait([self.connection], timeout=0))
 
     def slot(self, slot: int) -> tuple[np.ndarray, ...]:

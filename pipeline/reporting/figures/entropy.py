@@ -39,7 +39,7 @@ class StoreSurvey:
 
 
 def read_stores(runs: Sequence[Run], *, open_urls: bool = False) -> dict[str, StoreSurvey]:
-    """By its path, each store that a student of the runs was trained from.
+    """Open each store that a student of the runs was trained from; return them by path.
 
     A run may come from anybody, and so may the address in it: a URL is opened where that was asked for, else never.
     """
