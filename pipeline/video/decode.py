@@ -147,7 +147,8 @@ class VideoReader:
         if self._table is None:
             self.start(read=True, feed=False)
             self._table = read_packets(self._container, self._stream, self._progress)
-            if self._table.encrypted:
+            # The second is what libavformat calls a track of Matroska or WebM with ContentEncryption.
+            if self._table.encrypted or "enc_key_id" in self._stream.metadata:
                 raise VideoError("encrypted")
         return self._table
 
