@@ -35,5 +35,5 @@ def test_a_bit_flipped_in_a_text_is_found(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "x.h5").read_bytes())
     content[place.byte_offset + place.size // 2] ^= 4
     (tmp_path / "x.h5").write_bytes(content)
-    with h5py.File(tmp_path / "x.h5") as file, pytest.raises(OSError, match="filter"):
+    with h5py.File(tmp_path / "x.h5") as file, pytest.raises(OSError, match=r"filter|checksum"):
         _ = file["path"][:]
