@@ -249,7 +249,7 @@ def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> li
         broken: As in `read_nodes`; a broken plan is empty, and one that is missing is passed over.
 
     Raises:
-        StoreError: A plan is missing in the middle, or damaged, and `broken` is not given.
+        StoreError: A plan is damaged, or missing in the middle of a remote store, and `broken` is not given.
     """
     plans: list[dict[str, Any]] = []
     ask = 8
@@ -265,7 +265,7 @@ def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> li
             ask *= 2
         elif count:  # the missing number is asked for again, with some behind it: a server may have failed once
             continue
-        elif broken is not None:
+        elif broken is not None or isinstance(files, LocalFiles):  # what a folder has lost, `index.losses` finds
             return plans + [found.get(name, {}) for name, is_known in zip(names, known, strict=True) if is_known]
         elif not read_nodes(files, "plans", names[:1]):  # a writer may have added it since
             raise StoreError(f"{files.name}/plans/{names[0]}: is missing, but {max(found)} exists")
