@@ -174,7 +174,7 @@ class Started:
         self.mark = f"{os.getpid()} {time.monotonic()}"
         interrupt = {"PARENT": os.getpid(), "ROOT": out.parent, "AT": at, "PIPE": moments}
         interrupt |= {"WHO": "group" if group else "client", "MARK": self.mark}
-        self.began = time.monotonic()
+        self.began, self.folder = time.monotonic(), out.parent
         self.process = subprocess.Popen(
             [sys.executable, "-m", "distinit", *words, "--out", str(out)],
             stdin=subprocess.DEVNULL,
@@ -443,6 +443,8 @@ class Trials:
         status = started.follow()
         started.end()
         if status == 0:
+            if found := differences(self.whole(name).parent, started.folder):
+                raise Fell(f"status 0 where a file could not be written: {', '.join(found[:4])}")
             raise TooLate
         if status != 1 or "Traceback" in started.said():
             raise Fell(f"status {status} where a file could not be written")

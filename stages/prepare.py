@@ -295,8 +295,9 @@ def _copy(
     with pool, screen.progress("flow" if config.flow else "copying", len(todo), "videos") as bar:
         for i, answer in zip(todo, pool.copies(jobs), strict=True):
             if isinstance(answer, Failed):
-                if "no space left" in answer.reason.lower():  # not the video's fault, nor one that passes
-                    raise OSError(errno.ENOSPC, "No space left on device", str(out))
+                for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # not the video's fault, nor one that passes
+                    if os.strerror(number).lower() in answer.reason.lower():
+                        raise OSError(number, os.strerror(number), str(out))
                 row: Row = {"status": "failed", "reason": answer.reason, **_as_it_is(videos.absolute(i))}
             else:
                 row = {"status": "ok", **answer}

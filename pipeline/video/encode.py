@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator
@@ -153,6 +155,8 @@ def _running(command: Any, paths: dict[str, Path], *, stdin: bool) -> Iterator[s
         drain.join()
         if process.stderr is not None:
             process.stderr.close()
+    if process.returncode == -signal.SIGXFSZ:  # a limit such as `ulimit -f`, of which ffmpeg says nothing
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     if process.returncode != 0:
         words = tail.decode(errors="replace").strip().splitlines()
         raise VideoError(f"ffmpeg failed (status {process.returncode}): {' | '.join(words[-3:]) or 'no message'}")

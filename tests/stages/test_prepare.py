@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -266,3 +267,19 @@ def test_a_damaged_copy_without_its_source_is_kept(tmp_path: Path) -> None:
     assert (found["ok"], found["failed"], found["new"]) == (1, 1, 0)
     assert copy.read_bytes() == data
 
+
+@pytest.mark.parametrize("kind", [[], ["--flow"]], ids=["copies", "flow"])
+def test_a_limit_of_the_size_of_files_is_no_fault_of_a_video(kind: list[str], tmp_path: Path) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (20, 96, 128, 3), np.uint8)
+    write_video(videos / "a.mp4", np.full_like(noise, 9))
+    write_video(videos / "b.mp4", noise)
+    words = [sys.executable, "-m", "distinit", "prepare", str(videos), "--out", str(out), "--size", "96x128", *kind]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    ended = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit)
+    assert ended.returncode == 1 and str(out) in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "failed" not in {row["status"] for row in table(out).values()}
+    subprocess.run(words, check=True, capture_output=True)
+    assert {path: row["status"] for path, row in table(out).items()} == {"a.mp4": "ok", "b.mp4": "ok"}
