@@ -32,7 +32,7 @@ test: $(VENV)/.installed-dev
 # Decoding, Zarr, torch and dask; what else there is depends on no version.
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=.venv-oldest CONSTRAINTS=tests/oldest.txt MINORS="11 12 13 14" versions test \
-		TESTS="tests/pipeline/video tests/pipeline/targets tests/stages/test_extract_cluster.py"
+		TESTS="tests/pipeline/video tests/pipeline/prepared tests/pipeline/store tests/stages/test_extract_cluster.py"
 
 # mypy takes the package by name, whatever the folder is called: a link gives it that name.
 lint: $(VENV)/.installed-dev

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
+    from distinit.pipeline.clips.transforms import normalize_clip
+    from distinit.pipeline.common.errors import DistInitError
     from distinit.pipeline.corpus.sources import list_videos
-    from distinit.pipeline.errors import DistInitError
+    from distinit.pipeline.store.reader import TargetStore
     from distinit.pipeline.students.export import load_student
-    from distinit.pipeline.students.options import StudentOptions
     from distinit.pipeline.students.student import build_student
-    from distinit.pipeline.targets.average import mean_logits, soft_targets
-    from distinit.pipeline.targets.store import TargetStore
-    from distinit.pipeline.teachers.recipe import TeacherSpec
+    from distinit.pipeline.students.student_options import StudentOptions
+    from distinit.pipeline.targets.soft_targets import mean_logits, soft_targets
+    from distinit.pipeline.targets.student_clips import student_clips
+    from distinit.pipeline.teachers.loaded_model import TeacherSpec
     from distinit.pipeline.teachers.teacher import load_teacher
-    from distinit.pipeline.training.clips import student_clips
     from distinit.pipeline.training.loader import KeyedBatches, collate
-    from distinit.pipeline.video.clips import read_frames
-    from distinit.pipeline.video.transforms import normalize_clip
+    from distinit.pipeline.video.frames import read_frames
 
 __all__ = [
     "DistInitError",
@@ -50,21 +50,21 @@ __all__ = [
 
 # By absolute name: a test runner may import this file under any name.
 _HOME = {
-    "DistInitError": "distinit.pipeline.errors",
+    "DistInitError": "distinit.pipeline.common.errors",
     "KeyedBatches": "distinit.pipeline.training.loader",
-    "StudentOptions": "distinit.pipeline.students.options",
-    "TargetStore": "distinit.pipeline.targets.store",
-    "TeacherSpec": "distinit.pipeline.teachers.recipe",
+    "StudentOptions": "distinit.pipeline.students.student_options",
+    "TargetStore": "distinit.pipeline.store.reader",
+    "TeacherSpec": "distinit.pipeline.teachers.loaded_model",
     "build_student": "distinit.pipeline.students.student",
     "collate": "distinit.pipeline.training.loader",
     "list_videos": "distinit.pipeline.corpus.sources",
     "load_student": "distinit.pipeline.students.export",
     "load_teacher": "distinit.pipeline.teachers.teacher",
-    "mean_logits": "distinit.pipeline.targets.average",
-    "normalize_clip": "distinit.pipeline.video.transforms",
-    "read_frames": "distinit.pipeline.video.clips",
-    "soft_targets": "distinit.pipeline.targets.average",
-    "student_clips": "distinit.pipeline.training.clips",
+    "mean_logits": "distinit.pipeline.targets.soft_targets",
+    "normalize_clip": "distinit.pipeline.clips.transforms",
+    "read_frames": "distinit.pipeline.video.frames",
+    "soft_targets": "distinit.pipeline.targets.soft_targets",
+    "student_clips": "distinit.pipeline.targets.student_clips",
 }
 
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import click
 
 from .cli_options import KeyArgument, KeyOption
-from .pipeline.errors import DistInitError, UsageError
-from .pipeline.streams import clean_streams, printable
+from .pipeline.common.errors import DistInitError, UsageError
+from .pipeline.common.streams import clean_streams, printable
 
 if TYPE_CHECKING:
-    from .stages.screen import Screen
+    from .pipeline.common.console import Screen
 
 
 INTERRUPTED = 130
@@ -43,7 +43,7 @@ def run_stage(
     module: below `distinit.stages`. given: what click parsed. extra: config keys that the command worked
     out of several options; flags: the option to name for such a key. Everything heavy is imported here, not for --help.
     """
-    from .stages.config import load_config
+    from .pipeline.common.config import load_config
 
     context = click.get_current_context()
     options = {
@@ -98,7 +98,7 @@ def call_stage(module: str, stage: str, given: dict[str, Any], *args: Any, **nam
 def _screen(given: dict[str, Any]) -> Iterator[Screen]:
     """The screen asked for. With --json whatever prints (libraries do) goes to standard error; the screen
     keeps the real standard output for its one object."""
-    from .stages.screen import Screen
+    from .pipeline.common.console import Screen
 
     require_system()
     lead = os.environ.get("RANK", "0") == "0"  # torchrun starts the command once a process; one speaks
@@ -232,7 +232,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, DistInitError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        from .pipeline.limits import limit_met
+        from .pipeline.common.limits import limit_met
 
         return str(limit_met(error)), 1
     if isinstance(error, OSError) and error.strerror:
@@ -258,7 +258,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _fail(message: str, code: int, debug: bool, prefix: str = "error: ") -> NoReturn:
-    from .pipeline.targets.urls import hide_secrets
+    from .pipeline.common.urls import hide_secrets
 
     if debug:
         traceback.print_exc()

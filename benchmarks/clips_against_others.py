@@ -32,13 +32,15 @@ import torch
 from measuring import in_turn, machine, medians, table
 from torch.utils.data import DataLoader, Dataset
 
+from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.corpus.sources import list_videos
-from distinit.pipeline.errors import VideoError
-from distinit.pipeline.video import clips, copymap, prepare
-from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.prepared import frame_map as copymap
+from distinit.pipeline.prepared import make_copy as prepare
+from distinit.pipeline.prepared.copies import read_copy
+from distinit.pipeline.video import frames as clips
+from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.geometry import View
-from distinit.pipeline.video.prepared import read_copy
 
 SIZE = (128, 171)
 CLIP = View(resize=SIZE)

@@ -27,9 +27,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads wou
 import numpy as np
 from measuring import in_turn, machine, medians, table
 
+from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.corpus.sources import list_videos
-from distinit.pipeline.errors import VideoError
-from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.geometry import Renderer, View
 

@@ -27,16 +27,16 @@ from typing import Any
 import numpy as np
 from measuring import in_turn, machine, medians, processor_seconds, table
 
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.devices import resolve_device
 from distinit.pipeline.corpus.sources import list_videos
-from distinit.pipeline.devices import resolve_device
+from distinit.pipeline.extraction.extract_options import ExtractConfig, default_decoders
+from distinit.pipeline.extraction.teacher_runner import TeacherRunner, batch_threads
 from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
-from distinit.pipeline.training.device import cores
-from distinit.pipeline.video.pool import Block, DecodeJob, DecodePool
+from distinit.pipeline.training.precision import cores
+from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool
 from distinit.pipeline.video.sampling import Sampling
-from distinit.stages.extract_batches import TeacherRunner, batch_threads
-from distinit.stages.extract_config import ExtractConfig, default_decoders
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.screen import Screen
 
 
 class Watch(Screen):

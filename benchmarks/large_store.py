@@ -24,17 +24,17 @@ from pathlib import Path
 import numpy as np
 from measuring import machine, table, video_columns
 
-from distinit.pipeline.targets import format as fmt
-from distinit.pipeline.targets.plan import Stretch
-from distinit.pipeline.targets.shard import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
-from distinit.pipeline.targets.writer import StoreWriter
+from distinit.pipeline.store import layout as fmt
+from distinit.pipeline.store.planning import Stretch
+from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from distinit.pipeline.store.writer import StoreWriter
 from distinit.pipeline.video.sampling import Sampling
 
 CLASSES = 1000
 OPEN = """
 import json, resource, sys, time
 began = time.perf_counter()
-from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.store.reader import TargetStore
 imported = time.perf_counter()
 store = TargetStore.open(sys.argv[1])
 opened = time.perf_counter()

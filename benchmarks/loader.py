@@ -29,21 +29,21 @@ from large_store import make
 from measuring import in_turn, machine, medians, table
 from torchvision.models import resnet50
 
+from distinit.pipeline.clips.read import VideoFile, read_clip
+from distinit.pipeline.clips.transforms import ClipView, Crop
+from distinit.pipeline.common.console import Screen
 from distinit.pipeline.corpus.sources import list_videos
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.targets.dataset import StudentClips, _Plan
 from distinit.pipeline.targets.picks import PickRule
-from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.targets.sampler import Draw, TargetSampler
 from distinit.pipeline.teachers.teacher import TeacherSpec
-from distinit.pipeline.training.dataset import StudentClips, _Plan
 from distinit.pipeline.training.loader import KeyedBatches, read_batches
-from distinit.pipeline.training.sampler import Draw, TargetSampler
-from distinit.pipeline.video.clips import count_frames, read_frames
+from distinit.pipeline.video.frames import count_frames, read_frames
 from distinit.pipeline.video.geometry import View
-from distinit.pipeline.video.reading import VideoFile, read_clip
-from distinit.pipeline.video.transforms import ClipView, Crop
-from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.prepare import PrepareConfig, prepare
-from distinit.stages.screen import Screen
 
 VIEW, CPU = ClipView(), torch.device("cpu")
 TEACHER = """

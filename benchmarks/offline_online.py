@@ -28,14 +28,14 @@ from measuring import in_turn, machine, medians, table
 from torch.nn.functional import interpolate
 from training_steps import Trainer
 
-from distinit.pipeline.devices import keep_freed_memory
-from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.devices import keep_freed_memory
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
-from distinit.pipeline.training.device import torch_threads
-from distinit.pipeline.training.options import LoopOptions
-from distinit.stages.extract_config import ExtractConfig
+from distinit.pipeline.training.loop_options import LoopOptions
+from distinit.pipeline.training.precision import torch_threads
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.screen import Screen
 
 TRAININGS = (1, 5, 20)
 

@@ -22,14 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
+from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.corpus.sources import list_videos
-from distinit.pipeline.errors import VideoError
-from distinit.pipeline.video import clips, copymap, prepare
-from distinit.pipeline.video.clips import read_frames
-from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.prepared import frame_map as copymap
+from distinit.pipeline.prepared import make_copy as prepare
+from distinit.pipeline.prepared.copies import read_copy
+from distinit.pipeline.video import frames as clips
+from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.frames import read_frames
 from distinit.pipeline.video.geometry import Renderer, View
-from distinit.pipeline.video.prepared import read_copy
 
 ORIGINAL = View(resize=(256, 340))
 CLIP = View(resize=(128, 171))

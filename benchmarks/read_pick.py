@@ -23,10 +23,10 @@ import numpy as np
 import zarr
 from measuring import in_turn, machine, medians, table
 
-from distinit.pipeline.targets import format as fmt
-from distinit.pipeline.targets.encoding import decode, encode
-from distinit.pipeline.targets.shard import stage_array
-from distinit.pipeline.targets.shardfile import ShardedRows
+from distinit.pipeline.store import layout as fmt
+from distinit.pipeline.store.encoding import decode, encode
+from distinit.pipeline.store.shards import ShardedRows
+from distinit.pipeline.store.staging import stage_array
 
 SHARD_ROWS = 16384
 Read = Callable[[np.ndarray], np.ndarray]

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 from measuring import machine, table, video_columns
 
-from distinit.pipeline.targets import format as fmt
-from distinit.pipeline.targets.average import entropy
-from distinit.pipeline.targets.plan import Stretch
-from distinit.pipeline.targets.shard import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
-from distinit.pipeline.targets.writer import StoreWriter
+from distinit.pipeline.store import layout as fmt
+from distinit.pipeline.store.planning import Stretch
+from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from distinit.pipeline.store.writer import StoreWriter
+from distinit.pipeline.targets.soft_targets import entropy
 from distinit.pipeline.video.sampling import Sampling
 
 ROWS, CLASSES = 2, 8
@@ -35,13 +35,13 @@ COMMANDS = ("open", "video", "info", "browse", "verify", "export .h5", "export .
 MEASURE = """
 import contextlib, json, resource, sys, time
 from pathlib import Path
-from distinit.stages.screen import Screen
+from distinit.pipeline.common.console import Screen
 from distinit.stages.targets_browse import targets_browse
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_info import targets_info
 from distinit.stages.targets_merge import targets_merge
 from distinit.stages.targets_verify import targets_verify
-from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.store.reader import TargetStore
 
 command, store, other, out = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
 first = []

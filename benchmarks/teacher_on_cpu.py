@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from measuring import in_turn, machine, medians, table
 
-from distinit.pipeline.training.device import cores
+from distinit.pipeline.training.precision import cores
 
 RUN = """
 import sys, time

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from measuring import machine, table
 
+from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.corpus.sources import list_videos
-from distinit.pipeline.errors import VideoError
-from distinit.pipeline.targets.average import entropy
-from distinit.pipeline.targets.encoding import decode, encode, rounding
-from distinit.pipeline.targets.verify import ENTROPY_TOLERANCE, entropy_tolerance
+from distinit.pipeline.store.encoding import decode, encode, rounding
+from distinit.pipeline.store.verify import ENTROPY_TOLERANCE, entropy_tolerance
+from distinit.pipeline.targets.soft_targets import entropy
 from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
-from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.video.decoder import VideoReader
 
 
 def frames_of(folder: str, view, count: int) -> np.ndarray:

@@ -24,19 +24,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command does, befo
 import torch
 from measuring import in_turn, machine, medians, table
 
-from distinit.pipeline.devices import keep_freed_memory, resolve_device
-from distinit.pipeline.students.options import StudentOptions
+from distinit.pipeline.common.devices import keep_freed_memory, resolve_device
+from distinit.pipeline.common.distributed import ALONE
+from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.students.student import build_student
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.training.clips import student_clips
-from distinit.pipeline.training.device import torch_threads
+from distinit.pipeline.students.student_options import StudentOptions
+from distinit.pipeline.targets.student_clips import student_clips
 from distinit.pipeline.training.distillation import Distillation
 from distinit.pipeline.training.footprint import footprint
 from distinit.pipeline.training.loader import KeyedBatches, read_batches, to_device
-from distinit.pipeline.training.options import LoopOptions
-from distinit.pipeline.training.ranks import ALONE
+from distinit.pipeline.training.loop_options import LoopOptions
+from distinit.pipeline.training.parallel import wrap
+from distinit.pipeline.training.precision import torch_threads
 from distinit.pipeline.training.step import take_step
-from distinit.pipeline.training.wrap import wrap
 
 WARM_UP = 3
 

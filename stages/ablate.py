@@ -11,18 +11,18 @@ from typing import Any
 
 from pydantic import Field, FiniteFloat, TypeAdapter, model_validator
 
-from ..pipeline.config import Options
-from ..pipeline.documents import read_bytes
-from ..pipeline.errors import DistInitError, SourceError, TrainingInterrupted, UsageError
-from ..pipeline.locks import folder_lock
-from ..pipeline.targets.store import TargetStore, check_moved
-from ..pipeline.targets.urls import StoreAddress, check_local
+from ..pipeline.ablation.cost import show_cost
+from ..pipeline.ablation.plan import Cell, Plan, cells, read_plan
+from ..pipeline.ablation.steps import Step, StepMaker, run_step
+from ..pipeline.common.config import require_own, write_config
+from ..pipeline.common.console import Screen
+from ..pipeline.common.documents import read_bytes
+from ..pipeline.common.errors import DistInitError, SourceError, TrainingInterrupted, UsageError
+from ..pipeline.common.locks import folder_lock
+from ..pipeline.common.settings import Options
+from ..pipeline.common.urls import StoreAddress, check_local
+from ..pipeline.store.reader import TargetStore, check_moved
 from ..pipeline.training.checkpoint import write_atomically
-from .ablate_cost import show_cost
-from .ablate_plan import Cell, Plan, cells, read_plan
-from .ablate_steps import Step, StepMaker, run_step
-from .config import require_own, write_config
-from .screen import Screen
 
 CELLS, SECONDS = "cells.json", "seconds.json"
 
@@ -146,7 +146,7 @@ def ablate(config: AblateConfig, screen: Screen) -> dict[str, Any]:
         write_config(out / "config.yaml", "ablate", config)
         progress.write()
         if config.workers is not None or config.scheduler is not None:
-            from .ablate_workers import run_on_workers
+            from ..pipeline.ablation.execution import run_on_workers
 
             run_on_workers(config.workers, config.scheduler, open_steps, progress, screen)
         else:

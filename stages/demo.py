@@ -11,16 +11,16 @@ from typing import Any
 from pydantic import Field
 from rich.text import Text
 
-from ..pipeline.config import Options
-from ..pipeline.errors import StoreError, UsageError
-from ..pipeline.targets.store import TargetStore
-from .config import CONF, load_config, require_own, write_config
-from .extract_config import ExtractConfig
+from ..pipeline.common.config import CONF, load_config, require_own, write_config
+from ..pipeline.common.console import Screen
+from ..pipeline.common.errors import StoreError, UsageError
+from ..pipeline.common.settings import Options
+from ..pipeline.extraction.extract_options import ExtractConfig
+from ..pipeline.store.reader import TargetStore
+from ..pipeline.training.distillation_options import TrainConfig
 from .extract_targets import extract_targets
 from .finetune import FinetuneConfig, finetune
 from .report import report
-from .screen import Screen
-from .train_config import TrainConfig
 from .train_student import train_student
 
 CORPUS = CONF / "demo_corpus"

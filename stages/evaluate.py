@@ -12,31 +12,39 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from ..pipeline.config import Options
-from ..pipeline.devices import resolve_device
-from ..pipeline.documents import Form, is_regular_file, load_yaml, read_bytes, read_json
-from ..pipeline.errors import CheckpointError, LabelsError, UsageError
+from ..pipeline.clips.transforms import ClipView
+from ..pipeline.common.config import require_no_store, require_writable
+from ..pipeline.common.console import Screen
+from ..pipeline.common.devices import resolve_device
+from ..pipeline.common.distributed import Ranks
+from ..pipeline.common.documents import Form, is_regular_file, load_yaml, read_bytes, read_json
+from ..pipeline.common.errors import CheckpointError, LabelsError, UsageError
+from ..pipeline.common.locks import folder_lock
+from ..pipeline.common.settings import Options
+from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.classification import HEAD
+from ..pipeline.evaluation.compare import compare, fuse
 from ..pipeline.evaluation.labels import Labels, load_labels
 from ..pipeline.evaluation.predictions import require_classes
+from ..pipeline.evaluation.protocol import (
+    FILES,
+    PREDICTIONS,
+    RESULT,
+    EvaluationOptions,
+    evaluate_student,
+    refuse_other,
+    write_result,
+)
 from ..pipeline.evaluation.run_labels import RunLabels
-from ..pipeline.locks import folder_lock
+from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
+from ..pipeline.evaluation.test_overlap import overlap, require_own_labels
 from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student
 from ..pipeline.training.checkpoint import LAST, read_identity
-from ..pipeline.training.options import LoopOptions
-from ..pipeline.training.ranks import Ranks
-from ..pipeline.training.seen import SeenVideos
-from ..pipeline.video.transforms import ClipView
-from .config import require_no_store, require_writable
-from .fuse_compare import compare, fuse
-from .launch import across_ranks
-from .screen import Screen
-from .seen import overlap, require_own_labels
-from .short_videos import count_some, warn_of_short_videos
-from .splits import ALL, split_folder, split_folders, summarise_splits
-from .testing import FILES, PREDICTIONS, RESULT, EvaluationOptions, evaluate_student, refuse_other, write_result
+from ..pipeline.training.launch import across_ranks
+from ..pipeline.training.loop_options import LoopOptions
+from ..pipeline.training.seen_videos import SeenVideos
 
 MODEL = "model.safetensors"
 

@@ -14,25 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..pipeline.common.config import write_config
+from ..pipeline.common.console import Screen
+from ..pipeline.common.dask_workers import cluster
+from ..pipeline.common.devices import resolve_device
+from ..pipeline.common.errors import StoreError, UsageError
+from ..pipeline.common.same_failure import SameFailure
+from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.parts import Part
 from ..pipeline.corpus.sources import VideoList, list_videos
-from ..pipeline.devices import resolve_device
-from ..pipeline.errors import StoreError, UsageError
-from ..pipeline.targets.index import FAILED, OK, PENDING
-from ..pipeline.targets.shard import ShardResult
-from ..pipeline.targets.urls import check_local
-from ..pipeline.targets.writer import StoreWriter
-from ..pipeline.teachers.teacher import Teacher
-from ..pipeline.training.device import cores
-from ..pipeline.video.geometry import View
-from ..pipeline.video.pool import DecodePool
-from ..pipeline.video.sampling import Sampling
-from ..pipeline.video.wire import INTERNAL
-from .config import write_config
-from .extract_batches import TeacherRunner, batch_threads
-from .extract_config import ExtractConfig, default_decoders, load_teachers, run_record
-from .extract_dry_run import dry_run
-from .extract_plan import (
+from ..pipeline.extraction.estimate import dry_run
+from ..pipeline.extraction.extract_options import ExtractConfig, default_decoders, load_teachers, run_record
+from ..pipeline.extraction.planner import (
     StorePlan,
     add_new_videos,
     check_unchanged,
@@ -43,12 +36,19 @@ from .extract_plan import (
     plan_segments,
     tasks,
 )
-from .extract_retry import copy_stored, plan_retries
-from .extract_teachers import check_fingerprints, examine_teachers, prove_teachers
-from .extract_work import ShardFiller, ShardTask
-from .same_failure import SameFailure
-from .screen import Screen
-from .workers import cluster
+from ..pipeline.extraction.retry import copy_stored, plan_retries
+from ..pipeline.extraction.shard_filler import ShardFiller, ShardTask
+from ..pipeline.extraction.teacher_check import check_fingerprints, examine_teachers, prove_teachers
+from ..pipeline.extraction.teacher_runner import TeacherRunner, batch_threads
+from ..pipeline.store.index import FAILED, OK, PENDING
+from ..pipeline.store.staging import ShardResult
+from ..pipeline.store.writer import StoreWriter
+from ..pipeline.teachers.teacher import Teacher
+from ..pipeline.training.precision import cores
+from ..pipeline.video.geometry import View
+from ..pipeline.video.pool.decode_pool import DecodePool
+from ..pipeline.video.pool.protocol import INTERNAL
+from ..pipeline.video.sampling import Sampling
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -83,7 +83,7 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
         )
         client = None
         if config.scheduler is not None:
-            from .extract_cluster import run_of_workers
+            from ..pipeline.extraction.cluster import run_of_workers
 
             client = stack.enter_context(cluster(None, config.scheduler, screen))
             run = run_of_workers(client, config, screen)
@@ -175,7 +175,7 @@ def _there(
     config: ExtractConfig, writer: StoreWriter, teachers: dict[str, Teacher], run: dict[str, Any], client: Client
 ) -> Fill:
     """Shards are filled by the workers of a dask cluster."""
-    from .extract_cluster import WorkerSetup, run_shards
+    from ..pipeline.extraction.cluster import WorkerSetup, run_shards
 
     def fill(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
         sampling = Sampling.model_validate(writer.attributes["sampling"])
@@ -301,7 +301,7 @@ def _sampling(config: ExtractConfig) -> Sampling:
     if config.sampling is not None:
         return config.sampling
     if (config.out / "zarr.json").exists():
-        from ..pipeline.targets.format import check_root
+        from ..pipeline.store.layout import check_root
 
         return Sampling.model_validate(check_root(config.out)["sampling"])
     return Sampling()

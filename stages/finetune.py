@@ -13,20 +13,29 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from ..pipeline.config import Options
-from ..pipeline.devices import resolve_device
-from ..pipeline.errors import UsageError
+from ..pipeline.clips.transforms import ClipView
+from ..pipeline.common.config import require_own, write_config
+from ..pipeline.common.console import Screen
+from ..pipeline.common.devices import resolve_device
+from ..pipeline.common.distributed import Ranks
+from ..pipeline.common.errors import UsageError
+from ..pipeline.common.locks import folder_lock
+from ..pipeline.common.settings import Options
+from ..pipeline.common.weights import state_sha256
+from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.classification import HEAD, Classification
-from ..pipeline.evaluation.dataset import LabelledClips
+from ..pipeline.evaluation.labelled_clips import LabelledClips
 from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
+from ..pipeline.evaluation.protocol import FILES, PREDICTIONS, EvaluationOptions, evaluate_student, write_result
 from ..pipeline.evaluation.run_labels import labels_digest
-from ..pipeline.locks import folder_lock
+from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
+from ..pipeline.evaluation.test_overlap import record_and_compare, require_own_labels
 from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.students.export import InitReport, read_meta, save_start, save_student
 from ..pipeline.students.inflate import Inflation
-from ..pipeline.students.initialise import SCRATCH, Start, canonical_init, open_init, student_file
-from ..pipeline.students.options import START, StudentMeta
+from ..pipeline.students.initialization import SCRATCH, Start, canonical_init, open_init, student_file
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
+from ..pipeline.students.student_options import START, StudentMeta
 from ..pipeline.training.checkpoint import (
     RUN_FILES,
     Resume,
@@ -35,19 +44,10 @@ from ..pipeline.training.checkpoint import (
     require_not_longer,
     run_dir_lock,
 )
+from ..pipeline.training.launch import across_ranks
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
-from ..pipeline.training.ranks import Ranks
-from ..pipeline.training.seen import SEEN_VIDEOS
+from ..pipeline.training.seen_videos import SEEN_VIDEOS
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
-from ..pipeline.video.transforms import ClipView
-from ..pipeline.weights import state_sha256
-from .config import require_own, write_config
-from .launch import across_ranks
-from .screen import Screen
-from .seen import record_and_compare, require_own_labels
-from .short_videos import count_some, warn_of_short_videos
-from .splits import ALL, split_folder, split_folders, summarise_splits
-from .testing import FILES, PREDICTIONS, EvaluationOptions, evaluate_student, write_result
 
 COMMAND = "finetune"
 _WRITES = (*RUN_FILES, *FILES, START, SEEN_VIDEOS)

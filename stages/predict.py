@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from ..pipeline.config import Options
+from ..pipeline.clips.transforms import ClipView
+from ..pipeline.common.console import Screen
+from ..pipeline.common.devices import resolve_device
+from ..pipeline.common.errors import CheckpointError
+from ..pipeline.common.settings import Options
+from ..pipeline.common.tables import Column, Table
 from ..pipeline.corpus.sources import escape_path, list_videos
-from ..pipeline.devices import resolve_device
-from ..pipeline.errors import CheckpointError
 from ..pipeline.evaluation.classification import HEAD
-from ..pipeline.evaluation.dataset import EvaluationClips
+from ..pipeline.evaluation.ensemble import probabilities
+from ..pipeline.evaluation.labelled_clips import EvaluationClips
 from ..pipeline.evaluation.labels import Labelled, Labels
-from ..pipeline.evaluation.predict import predict as fill_in
 from ..pipeline.evaluation.predictions import OK, Predictions
-from ..pipeline.evaluation.several import probabilities
-from ..pipeline.reporting.tables import Column, Table
+from ..pipeline.evaluation.predictor import predict as fill_in
+from ..pipeline.evaluation.protocol import EvaluationOptions
 from ..pipeline.students.export import load_student
-from ..pipeline.training.device import pick_workers, torch_threads
-from ..pipeline.video.transforms import ClipView
-from .screen import Screen
-from .testing import EvaluationOptions
+from ..pipeline.training.precision import pick_workers, torch_threads
 
 
 class PredictConfig(Options):

@@ -15,23 +15,23 @@ from typing import Any
 
 from pydantic import Field
 
-from ..pipeline.config import Options
+from ..pipeline.common.config import write_config
+from ..pipeline.common.console import Screen
+from ..pipeline.common.errors import UsageError, VideoError
+from ..pipeline.common.locks import lock
+from ..pipeline.common.same_failure import SameFailure
+from ..pipeline.common.settings import Options
+from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.sources import MARKER, VideoList, escape_path, list_videos, unescape_path
-from ..pipeline.errors import UsageError, VideoError
-from ..pipeline.locks import lock
-from ..pipeline.targets.urls import check_local
+from ..pipeline.prepared.flow_files import FlowMap, FlowOptions, check_flow, read_flow_map
+from ..pipeline.prepared.folders import ENDINGS, FORMAT, copy_name, kind_of, read_marker
+from ..pipeline.prepared.frame_map import CopyMap, check_copy, read_map
+from ..pipeline.prepared.make_copy import NOT_WRITTEN, CopyOptions, copy_row
+from ..pipeline.prepared.status import Row, StatusFile
+from ..pipeline.prepared.summary import Tally, summary
 from ..pipeline.video.container import digest
-from ..pipeline.video.copymap import CopyMap, check_copy, read_map
 from ..pipeline.video.flow import require_opencv
-from ..pipeline.video.flowfile import FlowMap, FlowOptions, check_flow, read_flow_map
-from ..pipeline.video.folders import ENDINGS, FORMAT, copy_name, kind_of, read_marker
-from ..pipeline.video.pool import DecodePool, Failed
-from ..pipeline.video.prepare import NOT_WRITTEN, CopyOptions, copy_row
-from .config import write_config
-from .prepare_report import Tally, summary
-from .prepare_status import Row, StatusFile
-from .same_failure import SameFailure
-from .screen import Screen
+from ..pipeline.video.pool.decode_pool import DecodePool, Failed
 
 COMMAND = "prepare"
 PARTIAL, LOCK = ".partial", "lock"

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..pipeline.documents import parse_json, read_bytes
-from ..pipeline.errors import SourceError, UsageError
-from ..pipeline.reporting.ablation import ablation_folders, cell_names, read_ablations
+from ..pipeline.common.config import require_writable
+from ..pipeline.common.console import Screen
+from ..pipeline.common.documents import parse_json, read_bytes
+from ..pipeline.common.errors import SourceError, UsageError
+from ..pipeline.common.files import require_own, write_whole
+from ..pipeline.reporting.ablation_results import ablation_folders, cell_names, read_ablations
 from ..pipeline.reporting.ablation_tables import ablation_numbers, screen_table
 from ..pipeline.reporting.accuracy import accuracy_numbers, screen_tables
 from ..pipeline.reporting.contents import make_report
 from ..pipeline.reporting.page import FIGURES, to_html, to_markdown
 from ..pipeline.reporting.runs import find_runs
-from ..pipeline.reporting.writing import require_own, write_whole
-from .config import require_writable
-from .screen import Screen
 
 FILES = "report-files.json"
 

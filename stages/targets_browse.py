@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..pipeline.errors import UsageError
+from ..pipeline.common.console import Screen
+from ..pipeline.common.errors import UsageError
+from ..pipeline.common.files import require_own, write_whole
 from ..pipeline.reporting.browse import look
 from ..pipeline.reporting.browse_page import browse_page
-from ..pipeline.reporting.writing import require_own, write_whole
-from ..pipeline.targets.store import TargetStore, check_moved
-from .screen import Screen
+from ..pipeline.store.reader import TargetStore, check_moved
 
 
 def targets_browse(

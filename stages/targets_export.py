@@ -14,16 +14,16 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.errors import DistInitError, StoreError, UsageError
-from ..pipeline.hdf5 import STRING, Hdf5Writer, open_hdf5
-from ..pipeline.locks import lock
-from ..pipeline.targets.choose import choose_videos
-from ..pipeline.targets.format import fsync_path, is_ours
-from ..pipeline.targets.index import PENDING
-from ..pipeline.targets.store import TargetStore
-from ..pipeline.targets.subset import write_subset
-from ..pipeline.targets.urls import check_local
-from .screen import Screen
+from ..pipeline.common.console import Screen
+from ..pipeline.common.errors import DistInitError, StoreError, UsageError
+from ..pipeline.common.hdf5 import STRING, Hdf5Writer, open_hdf5
+from ..pipeline.common.locks import lock
+from ..pipeline.common.urls import check_local
+from ..pipeline.store.index import PENDING
+from ..pipeline.store.layout import fsync_path, is_ours
+from ..pipeline.store.reader import TargetStore
+from ..pipeline.store.selection import choose_videos
+from ..pipeline.store.subset import write_subset
 
 BLOCK = 4096  # rows copied at a time
 HDF5, ZARR = (".h5", ".hdf5"), ".zarr"

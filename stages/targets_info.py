@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ..pipeline.targets.files import LocalFiles
-from ..pipeline.targets.index import FAILED, OK, PENDING
-from ..pipeline.targets.store import TargetStore
-from ..pipeline.targets.survey import failures, survey
-from .screen import Screen
+from ..pipeline.common.console import Screen
+from ..pipeline.store.index import FAILED, OK, PENDING
+from ..pipeline.store.reader import TargetStore
+from ..pipeline.store.stats import failures, survey
+from ..pipeline.store.storage import LocalFiles
 
 LISTED = 1000
 BARS = " ▁▂▃▄▅▆▇█"

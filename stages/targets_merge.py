@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ..pipeline.errors import StoreMismatchError, UsageError
-from ..pipeline.targets.index import FAILED, OK
-from ..pipeline.targets.merge import check_parts, copy_shards, place, plan_merge, reading
-from ..pipeline.targets.store import TargetStore
-from ..pipeline.targets.urls import check_local
-from ..pipeline.targets.writer import StoreWriter
+from ..pipeline.common.console import Screen
+from ..pipeline.common.errors import StoreMismatchError, UsageError
+from ..pipeline.common.urls import check_local
+from ..pipeline.store.index import FAILED, OK
+from ..pipeline.store.merge import check_parts, copy_shards, place, plan_merge, reading
+from ..pipeline.store.reader import TargetStore
+from ..pipeline.store.writer import StoreWriter
 from ..pipeline.teachers.fingerprint import Fingerprint
-from .screen import Screen
 
 
 def targets_merge(

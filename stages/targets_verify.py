@@ -7,12 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UsageError
-from ..pipeline.targets.files import store_files
-from ..pipeline.targets.store import TargetStore
-from ..pipeline.targets.verify import Finding, drop_commits, verify, without_digest
-from ..pipeline.targets.writer import StoreWriter
-from .screen import Screen
+from ..pipeline.common.console import Screen
+from ..pipeline.common.errors import UsageError
+from ..pipeline.store.reader import TargetStore
+from ..pipeline.store.storage import store_files
+from ..pipeline.store.verify import Finding, drop_commits, verify, without_digest
+from ..pipeline.store.writer import StoreWriter
 
 
 def targets_verify(
@@ -53,12 +53,12 @@ def targets_verify(
         compared: dict[str, Any] = {}
         by_video: dict[int, list[Finding]] = {}
         if frames:
-            from .targets_frames import frame_check, identify_again
+            from ..pipeline.extraction.frame_check import frame_check, identify_again
 
             by_video = frame_check(store, screen, moved)
             findings += [finding for of_video in by_video.values() for finding in of_video]
         if deep:
-            from .targets_deep import deep_check
+            from ..pipeline.extraction.deep_verify import deep_check
 
             found, compared = deep_check(
                 store,

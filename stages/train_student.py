@@ -14,16 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..pipeline.devices import resolve_device
-from ..pipeline.errors import StoreError, StoreMismatchError, UsageError
+from ..pipeline.clips.seeding import split_held_out
+from ..pipeline.common.config import require_own, write_config
+from ..pipeline.common.console import Screen, plain
+from ..pipeline.common.devices import resolve_device
+from ..pipeline.common.distributed import Ranks
+from ..pipeline.common.errors import StoreError, StoreMismatchError, UsageError
+from ..pipeline.evaluation.exclusion import canonical_leave_out, left_out_of
+from ..pipeline.evaluation.short_videos import warn_of_short_videos
+from ..pipeline.store.exclude import LeftOut
+from ..pipeline.store.reader import TargetStore, check_moved
+from ..pipeline.store.storage import absolute
 from ..pipeline.students.export import save_student
-from ..pipeline.students.options import StudentMeta
 from ..pipeline.students.student import Student, build_student, count_parameters
-from ..pipeline.targets.files import absolute
-from ..pipeline.targets.leave_out import LeftOut
+from ..pipeline.students.student_options import StudentMeta
+from ..pipeline.targets.dataset import StudentClips
+from ..pipeline.targets.mixture import by_corpus
 from ..pipeline.targets.picks import PickRule
-from ..pipeline.targets.store import TargetStore, check_moved
-from ..pipeline.training.bounds import DRAWS, TOO_LITTLE, LossBounds, loss_bounds
+from ..pipeline.targets.sampler import Draw, TargetSampler
 from ..pipeline.training.checkpoint import (
     RUN_FILES,
     check_identity,
@@ -33,24 +41,16 @@ from ..pipeline.training.checkpoint import (
     run_dir_lock,
     write_atomically,
 )
-from ..pipeline.training.dataset import StudentClips
-from ..pipeline.training.device import pick_workers
 from ..pipeline.training.distillation import Distillation, evaluate_distillation
-from ..pipeline.training.draws import split_held_out
+from ..pipeline.training.distillation_options import TargetOptions, TrainConfig
+from ..pipeline.training.dry_run import dry_run
+from ..pipeline.training.filter_thresholds import Filter, measure_thresholds
+from ..pipeline.training.launch import across_ranks
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
-from ..pipeline.training.mixture import by_corpus
-from ..pipeline.training.ranks import Ranks
-from ..pipeline.training.sampler import Draw, TargetSampler
-from ..pipeline.training.seen import OWN, SEEN_VIDEOS, SeenVideos
+from ..pipeline.training.precision import pick_workers
+from ..pipeline.training.reference_losses import DRAWS, TOO_LITTLE, LossBounds, loss_bounds
+from ..pipeline.training.seen_videos import OWN, SEEN_VIDEOS, SeenVideos
 from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
-from .config import require_own, write_config
-from .launch import across_ranks
-from .leave_out import canonical_leave_out, left_out_of
-from .screen import Screen, plain
-from .short_videos import warn_of_short_videos
-from .train_config import TargetOptions, TrainConfig
-from .train_dry_run import dry_run
-from .train_filter import Filter, measure_thresholds
 
 COMMAND = "train-student"
 RESULT = "result.json"

@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from distinit.tests.store_recipe import make_store
+
+__all__ = ["make_store"]
+
 # Property tests take a share of these examples; --hypothesis-profile=many is for a change of what they test.
 settings.register_profile("many", max_examples=5000)
 
@@ -52,11 +56,11 @@ class TinyStore:
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
     """12 videos of 96x64 pixels, every 4th frame seen by teachers `sure` (7 classes) and `unsure` (5)."""
+    from distinit.pipeline.common.console import Screen
+    from distinit.pipeline.extraction.extract_options import ExtractConfig
     from distinit.pipeline.teachers.teacher import TeacherSpec
     from distinit.pipeline.video.encode import write_video
-    from distinit.stages.extract_config import ExtractConfig
     from distinit.stages.extract_targets import extract_targets
-    from distinit.stages.screen import Screen
 
     root = tmp_path_factory.mktemp("tiny")
     (root / "modules").mkdir()

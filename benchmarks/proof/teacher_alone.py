@@ -20,7 +20,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.store.reader import TargetStore
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 from .sources import VideoList
 
 

@@ -20,7 +20,7 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SourceError
+from ..common.errors import SourceError
 from .textfiles import read_text, refuse_windows_paths
 
 MARKER = "prepared.json"  # lies in a folder that `distinit prepare` made

@@ -6,7 +6,7 @@ import codecs
 import os
 import re
 
-from ..errors import ListError
+from ..common.errors import ListError
 
 MAX_BYTES = 1 << 30
 _MARKS = {

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..clips.transforms import normalize_clip
 from ..training.loop import LossReport
-from ..video.transforms import normalize_clip
 
 HEAD = "label"
 """Name of the one head of a finetuned student."""

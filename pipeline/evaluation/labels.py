@@ -14,18 +14,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from ..clips.content import same_content, source_digest
+from ..clips.read import VideoFile
+from ..common.errors import CheckpointError, LabelsError, UsageError, VideoError
 from ..corpus.sources import escape_path
 from ..corpus.textfiles import is_utf8
-from ..errors import CheckpointError, LabelsError, UsageError, VideoError
+from ..prepared.folders import CopyFolder
 from ..video.container import digest
-from ..video.content import same_content, source_digest
-from ..video.folders import CopyFolder
-from ..video.reading import VideoFile
 from .kinetics import read_kinetics
 from .listing import SIDES, Listing, Row, first_few, videos_in
 from .official import READERS as OFFICIAL
 from .official import SPLITS as OFFICIAL_SPLITS
-from .own_lists import csv_splits, read_csv, read_folder
+from .user_labels import csv_splits, read_csv, read_folder
 
 FORMS = "csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101 (these two with --root DIR)"
 

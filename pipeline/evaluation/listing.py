@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..common.errors import LabelsError
 from ..corpus.sources import escape_path, is_video
 from ..corpus.textfiles import is_utf8, read_text
-from ..errors import LabelsError
 
 SIDES = ("train", "test")
 

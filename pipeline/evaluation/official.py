@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..common.errors import LabelsError, UsageError
 from ..corpus.sources import escape_path
-from ..errors import LabelsError, UsageError
 from .listing import Listing, Names, Row, first_few, other_endings, read_lines, videos_in
 
 SPLITS = (1, 2, 3)

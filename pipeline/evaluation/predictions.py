@@ -35,11 +35,11 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ..common.documents import plain_data
+from ..common.errors import CheckpointError, DistInitError
+from ..common.hdf5 import STRING, Hdf5Error, Hdf5Writer, open_hdf5
+from ..common.sealed import check_seal
 from ..corpus.sources import escape_path, unescape_path
-from ..documents import plain_data
-from ..errors import CheckpointError, DistInitError
-from ..hdf5 import STRING, Hdf5Error, Hdf5Writer, open_hdf5
-from ..sealed import check_seal
 from .metrics import accuracies, mean_scores, video_values
 
 FORMAT = "distinit-predictions"

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.documents import is_regular_file
+from ..common.errors import CheckpointError
+from ..common.streams import as_json
 from ..corpus.sources import escape_path
-from ..documents import is_regular_file
-from ..errors import CheckpointError
-from ..streams import as_json
 from ..training.checkpoint import write_atomically
 from .labels import Labelled, Labels
 

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from ..common.tables import Column, Table
 from . import accuracy
-from .ablation import Ablation, Entry
+from .ablation_results import Ablation, Entry
 from .accuracy import DASH, signed
 from .runs import short_dataset
-from .tables import Column, Table
 
 MEASURES = ("per_clip", "split1", "top1", "top5")  # the paper's order; split 1 and the mean of splits as in its Table 6
 LEARNED = (

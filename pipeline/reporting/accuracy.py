@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..common.tables import Column, Table
 from ..evaluation.metrics import Estimate, estimate_difference, video_values
 from .runs import Run
-from .tables import Column, Table
 
 MEASURES = {"per_clip": "per clip", "top1": "top 1", "top5": "top 5", "class_mean": "class mean"}
 DASH = "–"

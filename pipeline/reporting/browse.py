@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import StoreMismatchError, VideoError
-from ..targets.index import OK, STATUS
-from ..targets.store import TargetStore, check_file
-from ..targets.survey import Failure, Survey, failures, survey
-from ..video.clips import read_frames
+from ..common.errors import StoreMismatchError, VideoError
+from ..prepared.copies import read_copy
+from ..prepared.folders import PreparedCorpus, prepared_corpora
+from ..store.index import OK, STATUS
+from ..store.reader import TargetStore, check_file
+from ..store.stats import Failure, Survey, failures, survey
 from ..video.container import digest
-from ..video.folders import PreparedCorpus, prepared_corpora
+from ..video.frames import read_frames
 from ..video.geometry import View
-from ..video.prepared import read_copy
 
 STRIP = 8  # pictures of a sampled video
 EXTREMES = 8  # most and least confident frames of a teacher, each of another video

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..common.tables import Column, Table
 from .browse import Picture, StoreLook, TeacherLook, VideoLook
 from .charts import Bars, Line, bar_chart, line_chart
-from .style import document
-from .tables import Column, Table
+from .page_style import document
 
 FREQUENT = 10  # classes of the table of frequencies
 LISTED = 1000  # failures

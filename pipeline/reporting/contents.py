@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from .ablation import Ablation
+from ..common.tables import Column, Table
+from .ablation_results import Ablation
 from .ablation_tables import LEARNED
 from .accuracy import DASH, Difference, accuracy_table, differences, how_little
 from .costs import cost_table
-from .figures.accuracy import CLASS_GAINS
-from .figures.all import draw_figures
+from .figures.accuracy_figures import CLASS_GAINS
+from .figures.all_figures import draw_figures
 from .figures.canvas import Figure
 from .figures.entropy import read_stores
 from .figures.features import FEATURES, LEAST
 from .pairs import Pair, named_pair
 from .runs import Run
-from .tables import Column, Table
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..common.tables import Column, Table
 from ..targets.picks import PickRule
 from .accuracy import DASH
 from .runs import Run
-from .tables import Column, Table
 
 
 def cost_table(runs: Sequence[Run]) -> Table | None:

@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 
-from .ablation import Ablation
+from ..common.tables import Column, Table, markdown_text
+from .ablation_results import Ablation
 from .ablation_tables import ablation_tables, cells_table
 from .accuracy import DASH, percent
 from .contents import Report
 from .figures.canvas import Figure
+from .page_style import document
 from .runs import Run, short_dataset
-from .style import document
-from .tables import Column, Table, markdown_text
 
 FIGURES = "figures"  # folder beside the page
 

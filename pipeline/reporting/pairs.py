@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import UsageError
-from .ablation import Ablation
+from ..common.errors import UsageError
+from .ablation_results import Ablation
 from .accuracy import comparable
 from .runs import Run
 

@@ -18,14 +18,23 @@ import numpy as np
 import yaml
 from pydantic import Field, field_validator
 
-from ..documents import Form, is_regular_file, load_yaml, parse_json, plain_data, read_bytes, read_json, require_form
-from ..errors import CheckpointError, DistInitError, SourceError, UsageError
+from ..common.documents import (
+    Form,
+    is_regular_file,
+    load_yaml,
+    parse_json,
+    plain_data,
+    read_bytes,
+    read_json,
+    require_form,
+)
+from ..common.errors import CheckpointError, DistInitError, SourceError, UsageError
+from ..common.safetensors_files import open_checked
+from ..common.sealed import check_seal
+from ..common.urls import public_url
 from ..evaluation.predictions import Predictions, metrics_from_file
-from ..safetensors_files import open_checked
-from ..sealed import check_seal
-from ..students.options import START
+from ..students.student_options import START
 from ..targets.picks import PickRule
-from ..targets.urls import public_url
 from .charts import Line
 
 KINDS = {"train-student": "student", "finetune": "finetune"}

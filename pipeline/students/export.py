@@ -23,13 +23,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..config import Options
-from ..documents import is_regular_file
-from ..errors import CheckpointError
-from ..safetensors_files import open_checked
-from ..sealed import BLANK, KEY, seal
-from .options import OWN, STEM, StudentMeta, StudentOptions
+from ..common.documents import is_regular_file
+from ..common.errors import CheckpointError
+from ..common.safetensors_files import open_checked
+from ..common.sealed import BLANK, KEY, seal
+from ..common.settings import Options
 from .student import Backbone, Student, build_student
+from .student_options import OWN, STEM, StudentMeta, StudentOptions
 
 FORMAT_VERSION = 1
 RUN_FILES = ("student.safetensors", "model.safetensors")

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..errors import CheckpointError
-from .options import StudentOptions
+from ..common.errors import CheckpointError
 from .student import Backbone
+from .student_options import StudentOptions
 
 Inflation = Literal["scaled", "replicated"]
 

@@ -17,9 +17,9 @@ from torchvision.models.video.resnet import (
     Conv3DSimple,
 )
 
-from ..errors import UsageError
-from .foreign import CLIP, foreign_backbone
-from .options import OWN, StudentMeta, StudentOptions
+from ..common.errors import UsageError
+from .external import CLIP, foreign_backbone
+from .student_options import OWN, StudentMeta, StudentOptions
 
 STEM, STEM_MIDDLE, PLANES = 64, 45, (64, 128, 256, 512)
 # VMZ's BatchNorm eps (its ResNet code). Its Caffe2 momentum of 0.9 weighs the old average: PyTorch's 0.1.

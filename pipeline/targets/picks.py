@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 
 Kind = Literal["center", "random", "uniform"]
 ALLOWED = "center, random, random:N, uniform:N"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..errors import TeacherError
+from ..common.errors import TeacherError
+from ..common.weights import load_into, load_weights
 from ..video.geometry import View
-from ..weights import load_into, load_weights
-from .recipe import (
+from .loaded_model import (
     Recipe,
     TeacherSpec,
     apply_view_options,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import StoreError, StoreMismatchError
+from ..common.errors import StoreError, StoreMismatchError
 
 PROBES = 1
 """Version of the probe images: another set of pictures has another number."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import TeacherError
+from ..common.errors import TeacherError
 from .fingerprint import COUNT, Difference, Fingerprint
 from .teacher import Teacher
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import DistInitError, StoreError, TeacherError, UsageError, in_one_line
-from ..factories import is_factory
-from .recipe import OWN_OPTIONS, TeacherSpec
+from ..common.errors import DistInitError, StoreError, TeacherError, UsageError, in_one_line
+from ..common.plugins import is_factory
+from .loaded_model import OWN_OPTIONS, TeacherSpec
 from .teacher import SHIPPED, Teacher, load_teacher
 
 _LIBRARY_MODEL = re.compile(r"(torchvision|timm):[A-Za-z0-9_.]+(@[A-Za-z0-9_]+)?")

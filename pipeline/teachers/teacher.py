@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import DistInitError, TeacherError
-from ..factories import call_factory, is_factory
+from ..common.errors import DistInitError, TeacherError
+from ..common.plugins import call_factory, is_factory
+from ..common.weights import check_sha256, load_into, load_weights, state_sha256
 from ..video.geometry import View
-from ..weights import check_sha256, load_into, load_weights, state_sha256
 from .efficientnet_lite import efficientnet_lite0
-from .recipe import (
+from .loaded_model import (
     OWN_OPTIONS,
     Recipe,
     TeacherSpec,
@@ -96,7 +96,7 @@ class Teacher:
     def identity(self, precision: str | None = None) -> dict[str, Any]:
         """What makes its logits what they are, JSON-able, the same on every machine.
 
-        `sha256` is that of the state actually loaded (its form: `distinit.pipeline.weights`), so a
+        `sha256` is that of the state actually loaded (its form: `distinit.pipeline.common.weights`), so a
         file of another name with the same tensors is the same teacher. The device is not in it.
         """
         prepared = self.recipe.preprocessing

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import TeacherError, WeightsError
+from ..common.errors import TeacherError, WeightsError
+from ..common.weights import WeightsFile, load_into, load_weights
 from ..video.geometry import View
-from ..weights import WeightsFile, load_into, load_weights
-from .recipe import Recipe, TeacherSpec, apply_view_options, builder_options, imagenet_classes, preprocessing
+from .loaded_model import Recipe, TeacherSpec, apply_view_options, builder_options, imagenet_classes, preprocessing
 
 
 def timm_model(spec: TeacherSpec, model: str) -> Recipe:

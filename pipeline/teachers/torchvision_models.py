@@ -9,12 +9,11 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from ..errors import TeacherError, WeightsError
-from ..library_weights import hub_folder, library_weights
+from ..common.errors import TeacherError, WeightsError
+from ..common.library_weights import hub_folder, library_weights
+from ..common.weights import WeightsFile, load_into, load_weights
 from ..video.geometry import View
-from ..weights import WeightsFile, load_into, load_weights
-from .places365 import CATEGORIES
-from .recipe import (
+from .loaded_model import (
     Preprocessing,
     Recipe,
     TeacherSpec,
@@ -24,6 +23,7 @@ from .recipe import (
     read_classes,
     refuse_builder_options,
 )
+from .places365 import CATEGORIES
 
 PLACES_FILE = "resnet50_places365.pth.tar"
 PLACES_URL = f"http://places2.csail.mit.edu/models_places365/{PLACES_FILE}"

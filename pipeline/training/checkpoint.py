@@ -20,14 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..common.distributed import ALONE, Ranks
+from ..common.errors import CheckpointError, StoreMismatchError, UsageError
+from ..common.locks import folder_lock
+from ..common.sealed import add_comment, check_seal, seal
 from ..corpus.sources import escape_path
 from ..corpus.textfiles import is_utf8
-from ..errors import CheckpointError, StoreMismatchError, UsageError
-from ..locks import folder_lock
-from ..sealed import add_comment, check_seal, seal
-from .options import LoopOptions
-from .ranks import ALONE, Ranks
-from .state import TrainState
+from .loop_options import LoopOptions
+from .train_state import TrainState
 
 FORMAT_VERSION = 2
 LAST = "checkpoints/last.pt"

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import TrainingError
-from ..video.transforms import normalize_clip
-from .device import autocast
+from ..clips.transforms import normalize_clip
+from ..common.distributed import ALONE, Ranks, ShareOfBatches
+from ..common.errors import TrainingError
 from .loader import EachOnce, KeyedDataset, read_batches, to_device
 from .losses.soft_target_cross_entropy import soft_target_cross_entropy
 from .losses.squared_error import Reduction, squared_error
-from .ranks import ALONE, Ranks, ShareOfBatches
+from .precision import autocast
 from .step import LossReport
 
 Loss = Literal["cross-entropy", "squared-error"]

@@ -19,11 +19,11 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from ..common.errors import DistInitError, TrainingError, WorkerDied
+from ..common.limits import limit_met
+from ..common.processes import Owner
+from ..common.worker_status import Whereabouts
 from ..corpus.sources import escape_path
-from ..errors import DistInitError, TrainingError, WorkerDied
-from ..limits import limit_met
-from ..processes import Owner
-from ..video.whereabouts import Whereabouts
 from .loader_workers import HINT, Ended, LoaderWorkers, Stuck, begin_worker, start_context, started, watch_deaths_here
 
 HANG_S = 120.0  # a worker that reads one video for longer hangs

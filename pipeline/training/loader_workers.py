@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..common.errors import TrainingError, WorkerDied, in_one_line
+from ..common.limits import limit_met
+from ..common.processes import Owner, end_with
+from ..common.worker_status import Whereabouts, begin
 from ..corpus.sources import escape_path
-from ..errors import TrainingError, WorkerDied, in_one_line
-from ..limits import limit_met
-from ..processes import Owner, end_with
-from ..video.whereabouts import Whereabouts, begin
 
 GRACE_S = 5.0  # between the first sign of a worker's death and what the system knows of it
 T = TypeVar("T")

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..devices import resolve_device
-from ..errors import TrainingInterrupted, UsageError
+from ..common.devices import resolve_device
+from ..common.distributed import ALONE, Ranks, ShareOfSamples
+from ..common.errors import TrainingInterrupted, UsageError
 from .checkpoint import Checkpoints, Resume, random_states
-from .device import pick_workers, slow_precision, torch_threads
 from .interrupts import Interrupts
 from .loader import KeyedBatches, KeyedDataset, read_batches
+from .loop_options import LoopOptions
 from .meter import Meter
-from .metrics import Metrics
-from .options import LoopOptions
-from .ranks import ALONE, Ranks, ShareOfSamples
+from .metric_logger import Metrics
+from .parallel import share_buffers, wrap
+from .precision import pick_workers, slow_precision, torch_threads
 from .schedule import learning_rate
-from .state import TrainState
 from .step import LossReport, Objective, take_step
-from .wrap import share_buffers, wrap
+from .train_state import TrainState
 
 __all__ = ["FitResult", "LoopOptions", "LossReport", "Objective", "fit"]
 

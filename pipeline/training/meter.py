@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .options import LoopOptions
-from .state import TrainState
+from .loop_options import LoopOptions
 from .step import StepReport
+from .train_state import TrainState
 
 
 class Meter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .options import LoopOptions
+from .loop_options import LoopOptions
 
 
 def learning_rate(step: int, options: LoopOptions) -> float:

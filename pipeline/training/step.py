@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import TrainingError
-from .device import autocast, too_many
+from ..common.distributed import Ranks
+from ..common.errors import TrainingError
 from .loader import batch_size_of, to_device
-from .options import LoopOptions
-from .ranks import Ranks
+from .loop_options import LoopOptions
+from .precision import autocast, too_many
 
 
 @dataclass(frozen=True)

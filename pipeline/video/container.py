@@ -24,7 +24,7 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from ..errors import DecoderError, VideoError
+from ..common.errors import DecoderError, VideoError
 from .bitstream import INTRA_ONLY
 
 # Demuxers of formats that carry their own frames. Not among them on purpose: concat, hls, dash, imf,

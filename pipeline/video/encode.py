@@ -16,8 +16,8 @@ import ffmpeg
 import imageio_ffmpeg
 import numpy as np
 
-from ..errors import DecoderError, VideoError
-from ..processes import end_with_parent
+from ..common.errors import DecoderError, VideoError
+from ..common.processes import end_with_parent
 from .container import FORMATS
 
 Path = str | os.PathLike[str]

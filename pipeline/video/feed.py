@@ -10,10 +10,10 @@ import av
 import numpy as np
 
 from .bitstream import b_picture_test
-from .timeline import NO_PTS, PacketTable
+from .packets import NO_PTS, PacketTable
 
 if TYPE_CHECKING:
-    from .decode import VideoReader
+    from .decoder import VideoReader
 
 HOLD = 32  # frames that may come out ahead of a wanted one before that is given up: H.264 reorders by ≤ 16
 _SEEKABLE = frozenset(("mov", "matroska"))  # seeking by timestamp lands where their index says

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 
 FLOW_CHANNELS = 2
 _PARAMETERS = {

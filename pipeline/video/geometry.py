@@ -19,8 +19,8 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import Interpolation, VideoReformatter
 from pydantic import Field, PositiveInt
 
-from ..config import Options
-from ..errors import VideoError
+from ..common.errors import VideoError
+from ..common.settings import Options
 from .container import Margins
 
 _MOST_PIXELS = 2**26  # of a rendered picture; a 16384x1 frame with short side 256 would be 1 GB

@@ -17,7 +17,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from .container import rational
-from .timeline import PacketTable, Timeline, pts_are_real
+from .packets import PacketTable, Timeline, pts_are_real
 
 _MOST = 2**26  # bytes of a header that is taken into memory
 _MOST_BOXES = 64  # of a file, before its header

@@ -10,9 +10,9 @@ from fractions import Fraction
 from av.error import FFmpegError
 from av.video.stream import VideoStream
 
-from ..errors import VideoError
+from ..common.errors import VideoError
 from .container import digest, file_size, rational, reason
-from .decode import VideoReader
+from .decoder import VideoReader
 
 DEMUX_BYTES = 2**26  # files up to this size are demuxed in full
 _HEADROOM = 1.1

@@ -13,10 +13,10 @@ from fractions import Fraction
 import numpy as np
 from av.stream import Discard
 
-from ..errors import VideoError
+from ..common.errors import VideoError
 from .bitstream import b_picture_test, entry_test, in_doubt, must_be_first
 from .container import rational, reason
-from .decode import Rows, VideoIndex, VideoReader
+from .decoder import Rows, VideoIndex, VideoReader
 from .feed import NotAsPlanned, stretches
 from .mp4 import read_header
 

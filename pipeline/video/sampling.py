@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..config import Options
+from ..common.settings import Options
 
 if TYPE_CHECKING:
     from .probe import Probe

@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 import yaml
 
-from distinit.pipeline.errors import DistInitError, UsageError
-from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.ablation.cost import measure
+from distinit.pipeline.ablation.plan import cells, read_plan, shipped_plans
+from distinit.pipeline.ablation.steps import StepMaker
+from distinit.pipeline.common.config import load_config
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import DistInitError, UsageError
+from distinit.pipeline.store.reader import TargetStore
 from distinit.stages.ablate import AblateConfig, ablate
-from distinit.stages.ablate_cost import measure
-from distinit.stages.ablate_plan import cells, read_plan, shipped_plans
-from distinit.stages.ablate_steps import StepMaker
-from distinit.stages.config import load_config
 from distinit.stages.finetune import FinetuneConfig
-from distinit.stages.screen import Screen
 from distinit.stages.train_student import TrainConfig
 
 QUIET = Screen(quiet=True)

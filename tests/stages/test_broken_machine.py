@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.errors import DecoderError, DistInitError
-from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import DecoderError, DistInitError
+from distinit.pipeline.common.same_failure import SameFailure
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import write_video
-from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.prepare import PrepareConfig, prepare
-from distinit.stages.same_failure import SameFailure
-from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
 BREAK = """

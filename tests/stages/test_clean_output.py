@@ -25,15 +25,15 @@ from rich.text import Text
 
 from distinit.cli import cli
 from distinit.cli_support import run
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.streams import CleanStream, as_json, printable
+from distinit.pipeline.common.tables import Column, Table
 from distinit.pipeline.evaluation.predictions import Predictions
-from distinit.pipeline.reporting.tables import Column, Table
-from distinit.pipeline.streams import CleanStream, as_json, printable
-from distinit.pipeline.training.metrics import Metrics
-from distinit.stages.prepare_status import COLUMNS, StatusFile
-from distinit.stages.screen import Screen
+from distinit.pipeline.prepared.status import COLUMNS, StatusFile
+from distinit.pipeline.training.metric_logger import Metrics
 from distinit.tests.commands import command_that_raises
 from distinit.tests.old_stores import without_digests
-from distinit.tests.pipeline.targets.conftest import Recipe
+from distinit.tests.store_recipe import Recipe
 
 UNSAFE = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F)]))
 UNSAFE += "".join(map(chr, [*range(0x2066, 0x2070), 0xDCFF]))

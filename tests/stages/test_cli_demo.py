@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from distinit.stages.config import CONF
+from distinit.pipeline.common.config import CONF
 from distinit.stages.demo import CORPUS
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `demo` is not installed")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from distinit.cli_support import explain, run
-from distinit.pipeline.errors import StoreError, UsageError
+from distinit.pipeline.common.errors import StoreError, UsageError
 from distinit.pipeline.video.encode import write_video
 from distinit.tests.commands import command_that_raises
 

@@ -14,9 +14,9 @@ import yaml
 from distinit.cli import cli
 from distinit.cli_options import KeyArgument, KeyOption
 from distinit.cli_support import pairs, teacher_specs
-from distinit.pipeline.config import Options
-from distinit.pipeline.errors import UsageError
-from distinit.stages.config import CONF, SECTIONS, known_keys, load_config, presets, write_config
+from distinit.pipeline.common.config import CONF, SECTIONS, known_keys, load_config, presets, write_config
+from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.common.settings import Options
 
 MODELS = {
     "demo": ("demo", "DemoConfig"),
@@ -197,7 +197,7 @@ def test_pairs_refuse_what_is_no_pair() -> None:
 def test_json_of_odd_values_is_json() -> None:
     import numpy as np
 
-    from distinit.stages.screen import plain, printable
+    from distinit.pipeline.common.console import plain, printable
 
     odd = {"nan": float("nan"), "path": Path("a"), "array": np.arange(2), "scalar": np.float32(0.5), 3: (1, None)}
     text = json.dumps(plain(odd), allow_nan=False)
@@ -217,6 +217,6 @@ def test_json_of_odd_values_is_json() -> None:
 def test_yaml_without_bounds_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UsageError, match=r"c\.yaml") as caught:
-        load_config(importlib.import_module("distinit.stages.extract_config").ExtractConfig, "extract-targets",
+        load_config(importlib.import_module("distinit.pipeline.extraction.extract_options").ExtractConfig, "extract-targets",
                     file=str(tmp_path / "c.yaml"))  # fmt: skip
     assert "\n" not in str(caught.value)

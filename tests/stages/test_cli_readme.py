@@ -14,11 +14,11 @@ import torch
 
 import distinit
 from distinit.cli import cli
-from distinit.pipeline.errors import UsageError
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.video.encode import write_video
-from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.screen import Screen
 
 ROOT = Path(distinit.__file__).resolve().parent
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]

@@ -8,8 +8,8 @@ import json
 import pytest
 from rich.table import Table
 
-from distinit.stages import screen as module
-from distinit.stages.screen import Screen
+from distinit.pipeline.common import console as module
+from distinit.pipeline.common.console import Screen
 
 
 class Terminal(io.StringIO):

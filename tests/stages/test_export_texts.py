@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from distinit.pipeline.hdf5 import Hdf5Writer
+from distinit.pipeline.common.hdf5 import Hdf5Writer
 from distinit.stages.targets_export import _text
 
 

@@ -16,18 +16,18 @@ import pytest
 import torch
 from distributed import Client, LocalCluster
 
-from distinit.pipeline.errors import DistInitError, StoreMismatchError
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.targets.writer import StoreWriter
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import DistInitError, StoreMismatchError
+from distinit.pipeline.extraction import cluster as extract_cluster
+from distinit.pipeline.extraction.cluster import WorkerSetup, fill_shard, run_shards
+from distinit.pipeline.extraction.extract_options import ExtractConfig, run_record
+from distinit.pipeline.extraction.shard_filler import SegmentTask, ShardTask
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.writer import StoreWriter
 from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
-from distinit.stages import extract_cluster
-from distinit.stages.extract_cluster import WorkerSetup, fill_shard, run_shards
-from distinit.stages.extract_config import ExtractConfig, run_record
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.extract_work import SegmentTask, ShardTask
-from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
 NAME = "flaky_teachers:teacher"

@@ -20,15 +20,15 @@ import psutil
 import pytest
 import zarr
 
-from distinit.pipeline.errors import StoreError
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.targets.verify import verify
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import StoreError
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.verify import verify
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
-from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
 NAME = "fault_teachers:teacher"
@@ -374,7 +374,7 @@ def test_ctrl_c_and_dead_workers(home: Path, tmp_path: Path, workers: int) -> No
         found = []
         for child in family.children(recursive=True):
             try:
-                parent = child.parent() if "distinit.pipeline.video.child" in child.cmdline() else None
+                parent = child.parent() if "distinit.pipeline.video.pool.worker" in child.cmdline() else None
             except psutil.Error:
                 continue  # ended while we looked
             if parent is not None and parent.pid != process.pid:

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.targets.subset import write_subset
-from distinit.pipeline.targets.verify import verify
-from distinit.pipeline.targets.writer import StoreWriter
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.extraction.retry import MIXED
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.subset import write_subset
+from distinit.pipeline.store.verify import verify
+from distinit.pipeline.store.writer import StoreWriter
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages import extract_targets as stage
-from distinit.stages.extract_config import ExtractConfig
-from distinit.stages.extract_retry import MIXED
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
 A, B = (

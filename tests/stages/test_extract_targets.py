@@ -16,19 +16,19 @@ import pytest
 import torch
 import zarr
 
-from distinit.pipeline.errors import SourceError, StoreMismatchError
-from distinit.pipeline.targets.average import entropy
-from distinit.pipeline.targets.index import load_index
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.targets.verify import verify
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import SourceError, StoreMismatchError
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.store.index import load_index
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.verify import verify
+from distinit.pipeline.targets.soft_targets import entropy
 from distinit.pipeline.teachers.teacher import TeacherSpec
-from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.geometry import View, render
 from distinit.pipeline.video.sampling import Sampling
-from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
 OPTIONS = {"name": "tiny", "input_size": "32", "resize": "32", "k": "6"}

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.errors import DistInitError, StoreMismatchError, TeacherError, UsageError
-from distinit.pipeline.targets.digests import seal
-from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import DistInitError, StoreMismatchError, TeacherError, UsageError
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.store.digests import seal
+from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
-from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.screen import Screen
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_info import targets_info
 from distinit.stages.targets_merge import targets_merge

@@ -16,21 +16,21 @@ import pytest
 import torch
 import yaml
 
-from distinit.pipeline.errors import CheckpointError, UsageError
-from distinit.pipeline.evaluation.dataset import EvaluationClips, LabelledClips
+from distinit.pipeline.clips.transforms import ClipView
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import CheckpointError, UsageError
+from distinit.pipeline.evaluation.clip_starts import clip_starts
+from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, LabelledClips
 from distinit.pipeline.evaluation.labels import load_labels
-from distinit.pipeline.evaluation.predict import predict
 from distinit.pipeline.evaluation.predictions import Predictions, metrics_from_file
-from distinit.pipeline.evaluation.starts import clip_starts
+from distinit.pipeline.evaluation.predictor import predict
 from distinit.pipeline.students.export import load_student
 from distinit.pipeline.training.checkpoint import write_atomically
-from distinit.pipeline.video.clips import read_frames
 from distinit.pipeline.video.encode import write_video
-from distinit.pipeline.video.transforms import ClipView
+from distinit.pipeline.video.frames import read_frames
 from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.report import report
-from distinit.stages.screen import Screen
 
 LENGTHS = {"red": (3, 9, 30, 17, 12), "blue": (24, 5, 11, 40, 14)}  # frames of the clips of each class
 

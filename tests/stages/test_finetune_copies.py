@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import yaml
 
-from distinit.pipeline.errors import LabelsError, UsageError
-from distinit.pipeline.evaluation.dataset import EvaluationClips, LabelledClips
+from distinit.pipeline.clips.transforms import ClipView
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import LabelsError, UsageError
+from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, LabelledClips
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.video.encode import write_video
-from distinit.pipeline.video.transforms import ClipView
 from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.prepare import PrepareConfig, prepare
-from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
 VIEW = ClipView(size=32)

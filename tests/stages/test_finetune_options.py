@@ -17,25 +17,25 @@ from torchvision.models import resnet18
 
 from distinit.cli import cli
 from distinit.cli_support import run
-from distinit.pipeline.errors import CheckpointError, SourceError, UsageError
-from distinit.pipeline.evaluation.dataset import EvaluationClips
+from distinit.pipeline.clips.transforms import ClipView, normalize_clip
+from distinit.pipeline.common.config import load_config
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import CheckpointError, SourceError, UsageError
+from distinit.pipeline.evaluation.labelled_clips import EvaluationClips
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.figures.filters import read_filters, variation_over_time
 from distinit.pipeline.reporting.runs import read_run
 from distinit.pipeline.students.export import load_student
 from distinit.pipeline.students.inflate import video_name
-from distinit.pipeline.students.options import StudentOptions
 from distinit.pipeline.students.student import build_student
-from distinit.pipeline.video.clips import read_frames
+from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.video.encode import write_video
-from distinit.pipeline.video.transforms import ClipView, normalize_clip
-from distinit.stages.config import load_config
+from distinit.pipeline.video.frames import read_frames
 from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.predict import PredictConfig, predict
 from distinit.stages.report import report
-from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
 

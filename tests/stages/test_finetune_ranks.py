@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distinit.pipeline.common.console import Screen
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
-from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
 

@@ -13,20 +13,20 @@ import h5py
 import numpy as np
 import pytest
 
-from distinit.pipeline.errors import UsageError
+from distinit.pipeline.clips.transforms import ClipView
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.students.export import load_student
 from distinit.pipeline.students.student import StudentOptions
+from distinit.pipeline.targets.dataset import StudentClips
 from distinit.pipeline.targets.picks import PickRule
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.training.dataset import StudentClips
-from distinit.pipeline.training.sampler import TargetSampler
+from distinit.pipeline.targets.sampler import TargetSampler
+from distinit.pipeline.training.distillation_options import ClipOptions
 from distinit.pipeline.video import flow
-from distinit.pipeline.video.clips import read_frames
-from distinit.pipeline.video.transforms import ClipView
+from distinit.pipeline.video.frames import read_frames
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.prepare import PrepareConfig, prepare
-from distinit.stages.screen import Screen
-from distinit.stages.train_config import ClipOptions
 from distinit.stages.train_student import TrainConfig, train_student
 
 QUIET = Screen(quiet=True)

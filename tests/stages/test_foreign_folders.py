@@ -11,30 +11,30 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distinit.pipeline.common.config import require_own, write_config
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import DistInitError, UsageError
+from distinit.pipeline.common.files import require_own as require_own_page
+from distinit.pipeline.common.urls import check_local
 from distinit.pipeline.corpus.sources import MARKER
-from distinit.pipeline.errors import DistInitError, UsageError
+from distinit.pipeline.evaluation.all_splits import split_folders
 from distinit.pipeline.evaluation.predictions import Predictions
-from distinit.pipeline.reporting.writing import require_own as require_own_page
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.targets.urls import check_local
-from distinit.pipeline.targets.writer import StoreWriter
+from distinit.pipeline.evaluation.protocol import refuse_other
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.writer import StoreWriter
+from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.ablate import AblateConfig, ablate
-from distinit.stages.config import require_own, write_config
 from distinit.stages.demo import DemoConfig, demo
 from distinit.stages.evaluate import EvaluateConfig, evaluate
-from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.prepare import PrepareConfig, prepare
 from distinit.stages.report import report
-from distinit.stages.screen import Screen
-from distinit.stages.splits import split_folders
 from distinit.stages.targets_browse import targets_browse
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_merge import targets_merge
-from distinit.stages.testing import refuse_other
-from distinit.stages.train_config import TrainConfig
 from distinit.stages.train_student import train_student
 
 QUIET = Screen(quiet=True)

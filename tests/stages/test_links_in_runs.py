@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.errors import SourceError, UsageError
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import SourceError, UsageError
 from distinit.pipeline.students.export import load_student
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.predict import PredictConfig, predict
-from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
 STUDENT = {"architecture": "r3d_18", "width": 0.0625}

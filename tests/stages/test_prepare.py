@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.errors import TrainingError, UsageError
+from distinit.pipeline.clips.transforms import ClipView
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import TrainingError, UsageError
+from distinit.pipeline.prepared.copies import read_copy
+from distinit.pipeline.prepared.frame_map import read_map
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.targets.dataset import StudentClips
 from distinit.pipeline.targets.picks import PickRule
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.training.clips import student_clips
-from distinit.pipeline.training.dataset import StudentClips
-from distinit.pipeline.training.sampler import TargetSampler
-from distinit.pipeline.video.copymap import read_map
+from distinit.pipeline.targets.sampler import TargetSampler
+from distinit.pipeline.targets.student_clips import student_clips
 from distinit.pipeline.video.encode import write_video
-from distinit.pipeline.video.prepared import read_copy
-from distinit.pipeline.video.transforms import ClipView
 from distinit.stages.prepare import PrepareConfig, prepare
-from distinit.stages.screen import Screen
 
 OPTIONS = {"copies": {"short_side": 48, "crf": 14}, "workers": 2}
 

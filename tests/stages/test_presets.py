@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from distinit.pipeline.common.config import load_config, preset_section
+from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.training.schedule import learning_rate
-from distinit.stages.config import load_config, preset_section
-from distinit.stages.train_config import TrainConfig
 
 
 def preset(name: str) -> TrainConfig:

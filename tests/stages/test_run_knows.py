@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 import yaml
 
-from distinit.pipeline.errors import CheckpointError, LabelsError, UsageError
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.training.seen import SeenVideos
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import CheckpointError, LabelsError, UsageError
+from distinit.pipeline.evaluation.exclusion import leave_out
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.training.seen_videos import SeenVideos
 from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
-from distinit.stages.leave_out import leave_out
 from distinit.stages.predict import PredictConfig, predict
 from distinit.stages.report import report
-from distinit.stages.screen import Screen
 from distinit.stages.train_student import TrainConfig, train_student
 
 QUIET = Screen(quiet=True)

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
-from distinit.pipeline import locks
-from distinit.pipeline.errors import UsageError
-from distinit.pipeline.locks import folder_lock
+from distinit.pipeline.common import locks
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.common.locks import folder_lock
 from distinit.stages.ablate import AblateConfig, ablate
 from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.prepare import PrepareConfig, prepare
 from distinit.stages.report import report
-from distinit.stages.screen import Screen
 from distinit.stages.train_student import TrainConfig, train_student
 
 QUIET = Screen(quiet=True)

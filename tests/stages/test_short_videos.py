@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distinit.pipeline.common.console import Screen
 from distinit.pipeline.evaluation.labels import load_labels
+from distinit.pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from distinit.pipeline.video.encode import write_video
-from distinit.stages.screen import Screen
-from distinit.stages.short_videos import count_some, warn_of_short_videos
 
 
 @pytest.mark.parametrize(

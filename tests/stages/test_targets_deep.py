@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from distinit.pipeline.errors import DistInitError, UsageError
-from distinit.pipeline.targets.digests import digest_bytes, seal
-from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import DistInitError, UsageError
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.store.digests import digest_bytes, seal
+from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.teachers.recorded import load_recorded
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
-from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.screen import Screen
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_verify import targets_verify
 

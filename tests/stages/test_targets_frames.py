@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import zarr
 
-from distinit.pipeline.targets.digests import digest_bytes, seal
-from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.store.digests import digest_bytes, seal
+from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import transcode, write_video
 from distinit.pipeline.video.sampling import Sampling
-from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.screen import Screen
 from distinit.stages.targets_verify import targets_verify
 from distinit.tests.old_stores import without_digests
 

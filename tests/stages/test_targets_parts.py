@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distinit.pipeline.errors import StoreMismatchError
-from distinit.pipeline.targets.index import load_index
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.targets.verify import verify
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import StoreMismatchError
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.store.index import load_index
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.verify import verify
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.encode import write_video
-from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.screen import Screen
 from distinit.stages.targets_merge import targets_merge
 
 QUIET = Screen(quiet=True)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from distinit.pipeline.common.console import Screen
 from distinit.pipeline.students.export import load_student
-from distinit.stages.screen import Screen
 from distinit.stages.train_student import TrainConfig, train_student
 
 # The same command twice on a small disk of its own, the second time with room: one process, for the imports' sake.

@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 
-from distinit.pipeline.errors import TrainingError
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.distributed import ALONE, Ranks, ShareOfBatches, ShareOfSamples
+from distinit.pipeline.common.errors import TrainingError
+from distinit.pipeline.training.launch import across_ranks
 from distinit.pipeline.training.loader import EachOnce, KeyedBatches
-from distinit.pipeline.training.options import LoopOptions
-from distinit.pipeline.training.ranks import ALONE, Ranks, ShareOfBatches, ShareOfSamples
-from distinit.stages.launch import across_ranks
-from distinit.stages.screen import Screen
+from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.stages.train_student import TrainConfig, train_student
 
 # A module of its own: the processes import it by name.
@@ -31,9 +31,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distinit.pipeline.config import Options
-from distinit.pipeline.errors import TrainingError
-from distinit.pipeline.students.options import StudentOptions
+from distinit.pipeline.common.settings import Options
+from distinit.pipeline.common.errors import TrainingError
+from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.students.student import build_student
 from distinit.pipeline.training import draws
 from distinit.pipeline.training.distillation import Distillation, evaluate_distillation

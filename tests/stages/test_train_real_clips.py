@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from distinit.pipeline.students.options import StudentOptions
+from distinit.pipeline.clips.transforms import ClipView, normalize_clip
+from distinit.pipeline.common.config import CONF
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.students.student import build_student
+from distinit.pipeline.students.student_options import StudentOptions
+from distinit.pipeline.targets.dataset import StudentClips
 from distinit.pipeline.targets.picks import PickRule
-from distinit.pipeline.targets.store import TargetStore
+from distinit.pipeline.targets.sampler import TargetSampler, measure_entropies
 from distinit.pipeline.teachers.teacher import TeacherSpec
-from distinit.pipeline.training.dataset import StudentClips
 from distinit.pipeline.training.distillation import Distillation, evaluate_distillation
 from distinit.pipeline.training.loop import LoopOptions, fit
-from distinit.pipeline.training.sampler import TargetSampler, measure_entropies
-from distinit.pipeline.video.transforms import ClipView, normalize_clip
-from distinit.stages.config import CONF
-from distinit.stages.extract_config import ExtractConfig
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.screen import Screen
 
 TEACHER = "efficientnet_lite0"
 

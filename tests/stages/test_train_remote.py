@@ -9,8 +9,8 @@ import fsspec
 import pytest
 import yaml
 
-from distinit.pipeline.targets import urls
-from distinit.stages.screen import Screen
+from distinit.pipeline.common import urls
+from distinit.pipeline.common.console import Screen
 from distinit.stages.train_student import TrainConfig, train_student
 
 

@@ -17,11 +17,11 @@ import torch
 import yaml
 from torch.nn.functional import log_softmax, softmax
 
-from distinit.pipeline.errors import CheckpointError, TrainingInterrupted, UsageError
+from distinit.pipeline.clips.transforms import normalize_clip
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import CheckpointError, TrainingInterrupted, UsageError
+from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.students.export import load_student
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.video.transforms import normalize_clip
-from distinit.stages.screen import Screen
 from distinit.stages.train_student import TrainConfig, _assemble, train_student
 
 QUIET = Screen(quiet=True)
@@ -152,9 +152,9 @@ def test_the_first_loss_is_the_equation_computed_by_hand(tiny_store, tmp_path, l
     result = train_student(train, QUIET)
 
     from distinit.pipeline.students.student import build_student
+    from distinit.pipeline.targets.dataset import StudentClips
     from distinit.pipeline.targets.picks import PickRule
-    from distinit.pipeline.training.dataset import StudentClips
-    from distinit.pipeline.training.sampler import TargetSampler
+    from distinit.pipeline.targets.sampler import TargetSampler
 
     store = TargetStore.open(tiny_store.path)
     sampler = TargetSampler(
@@ -245,8 +245,8 @@ def test_a_job_that_is_killed_with_all_its_processes_goes_on_where_it_was(tiny_s
     used = config(tiny_store, tmp_path / "cut", loop={"workers": 2}).model_dump(mode="json") | {"resume": "auto"}
     program = (
         "import json, sys\n"
-        "from distinit.pipeline.errors import TrainingInterrupted\n"
-        "from distinit.stages.screen import Screen\n"
+        "from distinit.pipeline.common.errors import TrainingInterrupted\n"
+        "from distinit.pipeline.common.console import Screen\n"
         "from distinit.stages.train_student import TrainConfig, train_student\n"
         "try:\n"
         "    train_student(TrainConfig.model_validate(json.loads(sys.argv[1])), Screen(quiet=True))\n"

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
-from distinit.pipeline.errors import StoreError, UsageError
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.targets.urls import PROTOCOLS, canonical_url, check_url, hide_secrets, is_url, public_url
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import StoreError, UsageError
+from distinit.pipeline.common.urls import PROTOCOLS, canonical_url, check_url, hide_secrets, is_url, public_url
+from distinit.pipeline.store.reader import TargetStore
 from distinit.stages.ablate import AblateConfig, ablate
 from distinit.stages.report import report
-from distinit.stages.screen import Screen
 from distinit.stages.targets_browse import targets_browse
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_info import targets_info

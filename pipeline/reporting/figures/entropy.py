@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from ...errors import DistInitError
-from ...targets.store import TargetStore
-from ...targets.survey import Survey, survey
-from ...targets.urls import is_url
-from ..ablation import Ablation
+from ...common.errors import DistInitError
+from ...common.urls import is_url
+from ...store.reader import TargetStore
+from ...store.stats import Survey, survey
+from ..ablation_results import Ablation
 from ..runs import Run
-from .accuracy import spread_of
+from .accuracy_figures import spread_of
 from .canvas import INK, MARKERS, Figure, colour, finish, new_canvas, short
 
 

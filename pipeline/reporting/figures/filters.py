@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ...safetensors_files import open_checked
-from ...students.options import START, STEM
+from ...common.safetensors_files import open_checked
+from ...common.tables import Column, Table
+from ...students.student_options import START, STEM
 from ..runs import Run
-from ..tables import Column, Table
 from .canvas import Figure, finish, new_canvas, short
 
 RGB = 3

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from distinit.pipeline.common.errors import LabelsError, SourceError, TeacherError, UsageError
 from distinit.pipeline.corpus.sources import is_video, list_videos
-from distinit.pipeline.errors import LabelsError, SourceError, TeacherError, UsageError
 from distinit.pipeline.evaluation.labels import load_labels
-from distinit.pipeline.teachers.recipe import read_classes
+from distinit.pipeline.teachers.loaded_model import read_classes
 
 ENCODINGS = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
 

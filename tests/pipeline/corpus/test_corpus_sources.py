@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distinit.pipeline.common.errors import SourceError
 from distinit.pipeline.corpus.sources import escape_path, list_videos, unescape_path
-from distinit.pipeline.errors import SourceError
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distinit.pipeline.errors import DistInitError, LabelsError, UsageError
+from distinit.pipeline.common.errors import DistInitError, LabelsError, UsageError
 from distinit.pipeline.evaluation.labels import available_splits, load_labels
 
 GOOD = """path,label,source,split1,split2

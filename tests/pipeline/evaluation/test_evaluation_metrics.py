@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distinit.pipeline.evaluation.clip_starts import clip_frames, clip_starts
 from distinit.pipeline.evaluation.metrics import (
     accuracies,
     estimate_class_mean,
@@ -18,7 +19,6 @@ from distinit.pipeline.evaluation.metrics import (
     hits,
     video_values,
 )
-from distinit.pipeline.evaluation.starts import clip_frames, clip_starts
 
 
 def random_scores(v: int, n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import distinit
-from distinit.pipeline.errors import LabelsError, UsageError
-from distinit.pipeline.evaluation.dataset import EvaluationClips
+from distinit.pipeline.clips.transforms import ClipView
+from distinit.pipeline.common.errors import LabelsError, UsageError
+from distinit.pipeline.evaluation.labelled_clips import EvaluationClips
 from distinit.pipeline.evaluation.labels import Labels, available_splits, load_labels
 from distinit.pipeline.evaluation.official import HMDB51_CLASSES
-from distinit.pipeline.video.transforms import ClipView
 
 CLIP = (
     Path(distinit.__file__).parent / "conf/demo_corpus/Standing_Still/test_Standing-Still-001.mp4"

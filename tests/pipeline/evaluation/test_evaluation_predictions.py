@@ -9,14 +9,14 @@ import h5py
 import numpy as np
 import pytest
 
-from distinit.pipeline.errors import CheckpointError
+from distinit.pipeline.common.errors import CheckpointError
+from distinit.pipeline.common.hdf5 import Hdf5Writer
 from distinit.pipeline.evaluation.predictions import (
     Predictions,
     PredictionsError,
     metrics_from_file,
     require_classes,
 )
-from distinit.pipeline.hdf5 import Hdf5Writer
 
 CLASSES = ["clap", "run, fast", "sit"]
 VIDEOS = ["a/1.mp4", "b 2.mp4", os.fsdecode(b"\xff.mp4"), "-d%.mp4"]

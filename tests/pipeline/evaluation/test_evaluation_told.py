@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distinit.pipeline.errors import CheckpointError, LabelsError
+from distinit.pipeline.common.errors import CheckpointError, LabelsError
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.run_labels import RunLabels
 

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import yaml
 
-from distinit.pipeline.errors import SourceError, UsageError
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import SourceError, UsageError
 from distinit.pipeline.evaluation.predictions import Predictions
-from distinit.pipeline.reporting.ablation import ablation_folders, cell_names, read_ablations
+from distinit.pipeline.reporting.ablation_results import ablation_folders, cell_names, read_ablations
 from distinit.pipeline.reporting.ablation_tables import ablation_numbers, ablation_tables, screen_table
 from distinit.pipeline.reporting.pairs import largest_gain, named_pair
-from distinit.pipeline.reporting.paper import Accuracies, PaperNumbers
+from distinit.pipeline.reporting.paper_results import Accuracies, PaperNumbers
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.stages.report import report
-from distinit.stages.screen import Screen
 
 CLASSES = [f"class {k}" for k in range(6)]
 ROWS = {"center": 0.35, "random": 0.6, "2 random": 0.4}

@@ -18,12 +18,12 @@ import pytest
 import zarr
 from PIL import Image
 
-from distinit.pipeline.errors import UsageError
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.reporting.browse import EXTREMES, HEIGHT, STRIP, look
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.video.decoder import VideoReader
 from distinit.stages.prepare import PrepareConfig, prepare
-from distinit.stages.screen import Screen
 from distinit.stages.targets_browse import targets_browse
 
 QUIET = Screen(quiet=True)

@@ -16,19 +16,19 @@ import torch
 import yaml
 from sklearn.neighbors import KernelDensity
 
-from distinit.pipeline.errors import UsageError
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.evaluation.predictions import Predictions
-from distinit.pipeline.reporting.ablation import ablation_folders, cell_names, read_ablations
+from distinit.pipeline.reporting.ablation_results import ablation_folders, cell_names, read_ablations
 from distinit.pipeline.reporting.costs import forwards_saved
 from distinit.pipeline.reporting.figures.entropy import entropy_density, threshold_points
 from distinit.pipeline.reporting.figures.features import embed
 from distinit.pipeline.reporting.figures.filters import variation_over_time
 from distinit.pipeline.reporting.runs import find_runs, read_run
 from distinit.pipeline.students.export import save_student
-from distinit.pipeline.students.options import StudentMeta, StudentOptions
 from distinit.pipeline.students.student import build_student
+from distinit.pipeline.students.student_options import StudentMeta, StudentOptions
 from distinit.stages.report import report
-from distinit.stages.screen import Screen
 
 QUIET = Screen(quiet=True)
 CLASSES = ["run", "walk", "jump"]
@@ -187,7 +187,7 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
 def test_a_report_is_made_without_torch(out: Path, tmp_path: Path) -> None:
     """Its import takes seconds; weights of Kinetics alone want it."""
     words = (
-        "import sys; from distinit.stages.report import report; from distinit.stages.screen import Screen; "
+        "import sys; from distinit.stages.report import report; from distinit.pipeline.common.console import Screen; "
         "report(sys.argv[1:2], sys.argv[2], Screen(quiet=True)); sys.exit('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", words, str(out), str(tmp_path / "report")]

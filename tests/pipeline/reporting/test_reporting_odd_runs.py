@@ -14,18 +14,18 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from distinit.pipeline.errors import CheckpointError, DistInitError, SourceError, UsageError
+from distinit.pipeline.ablation.steps import Step
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import CheckpointError, DistInitError, SourceError, UsageError
+from distinit.pipeline.evaluation.compare import compare
 from distinit.pipeline.evaluation.predictions import Predictions, PredictionsError
 from distinit.pipeline.evaluation.run_labels import RunLabels
-from distinit.pipeline.reporting.ablation import cell_names
+from distinit.pipeline.reporting.ablation_results import cell_names
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.pipeline.students.export import save_start
-from distinit.pipeline.students.options import StudentOptions
 from distinit.pipeline.students.student import build_student
-from distinit.stages.ablate_steps import Step
-from distinit.stages.fuse_compare import compare
+from distinit.pipeline.students.student_options import StudentOptions
 from distinit.stages.report import report
-from distinit.stages.screen import Screen
 
 DEEP = "[" * 100_000 + "]" * 100_000
 LESS_DEEP = "[" * 300 + "]" * 300

@@ -16,15 +16,15 @@ import yaml
 from PIL import Image
 from safetensors.numpy import save
 
-from distinit.pipeline.errors import SourceError
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import SourceError
+from distinit.pipeline.common.tables import Column, Table
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.charts import Line, line_chart, tick_labels, ticks
 from distinit.pipeline.reporting.contents import make_report, student_table
 from distinit.pipeline.reporting.page import to_markdown
 from distinit.pipeline.reporting.runs import find_runs
-from distinit.pipeline.reporting.tables import Column, Table
 from distinit.stages.report import report
-from distinit.stages.screen import Screen
 
 CLASSES = [f"class {k}" for k in range(7)]
 VIDEOS = [f"v{i}.mp4" for i in range(35)]

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torchvision.models.video import r2plus1d_18
 
-from distinit.pipeline.errors import CheckpointError
+from distinit.pipeline.common.errors import CheckpointError
 from distinit.pipeline.students.export import load_backbone, load_student, read_options, save_student
-from distinit.pipeline.students.options import StudentMeta, StudentOptions
 from distinit.pipeline.students.student import Student, build_student
+from distinit.pipeline.students.student_options import StudentMeta, StudentOptions
 
 NARROW = {"width": 0.125}
 

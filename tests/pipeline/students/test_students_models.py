@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from torch import nn
 from torchvision.models import video
 
-from distinit.pipeline.errors import UsageError
-from distinit.pipeline.students.options import StudentOptions
+from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.students.student import Backbone, build_student, count_parameters
+from distinit.pipeline.students.student_options import StudentOptions
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distinit.pipeline.errors import UsageError
-from distinit.pipeline.targets.average import entropy, mean_logits, soft_targets
+from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.targets.picks import PickRule, pick, start_set
+from distinit.pipeline.targets.soft_targets import entropy, mean_logits, soft_targets
 
 
 @st.composite

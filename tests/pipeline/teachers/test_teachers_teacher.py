@@ -12,12 +12,12 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 
-from distinit.pipeline.devices import resolve_device
-from distinit.pipeline.errors import DeviceError, TeacherError, WeightsError
+from distinit.pipeline.common.devices import resolve_device
+from distinit.pipeline.common.errors import DeviceError, TeacherError, WeightsError
+from distinit.pipeline.common.weights import state_sha256
 from distinit.pipeline.teachers.places365 import CATEGORIES
 from distinit.pipeline.teachers.teacher import Teacher, TeacherSpec, known_teachers, load_teacher
 from distinit.pipeline.video.geometry import View
-from distinit.pipeline.weights import state_sha256
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from distinit.pipeline.errors import WeightsError
-from distinit.pipeline.weights import file_sha256, load_into, load_weights, state_sha256
+from distinit.pipeline.common.errors import WeightsError
+from distinit.pipeline.common.weights import file_sha256, load_into, load_weights, state_sha256
 
 STATE = {
     "b.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from distinit.pipeline.errors import CheckpointError, UsageError
+from distinit.pipeline.common.errors import CheckpointError, UsageError
 from distinit.pipeline.training.checkpoint import (
     Checkpoints,
     claim_run_dir,
@@ -19,16 +19,16 @@ from distinit.pipeline.training.checkpoint import (
     read_identity,
     write_atomically,
 )
-from distinit.pipeline.training.state import TrainState
+from distinit.pipeline.training.train_state import TrainState
 
 # A file-size limit is a full disk that needs no disk: write() fails half-way through the file.
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import torch
-from distinit.pipeline.errors import CheckpointError
+from distinit.pipeline.common.errors import CheckpointError
 from distinit.pipeline.training.checkpoint import Checkpoints
-from distinit.pipeline.training.state import TrainState
+from distinit.pipeline.training.train_state import TrainState
 
 model = torch.nn.Linear(500, 500)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

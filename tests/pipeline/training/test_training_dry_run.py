@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from distinit.pipeline.students.options import StudentOptions
 from distinit.pipeline.students.student import build_student
+from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.training.footprint import footprint
-from distinit.pipeline.training.picture import GAP, SIDE, draw_batch, save_picture
+from distinit.pipeline.training.preview import GAP, SIDE, draw_batch, save_picture
 
 
 class Linear(nn.Module):

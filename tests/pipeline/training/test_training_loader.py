@@ -23,11 +23,11 @@ import torch
 from torch import nn
 from torch.utils.data import get_worker_info
 
-from distinit.pipeline.errors import TrainingError, TrainingInterrupted, VideoError, WorkerDied
+from distinit.pipeline.common import worker_status as whereabouts
+from distinit.pipeline.common.errors import TrainingError, TrainingInterrupted, VideoError, WorkerDied
 from distinit.pipeline.training import loader, loader_workers
 from distinit.pipeline.training.loader import KeyedBatches, read_batches
 from distinit.pipeline.training.loop import LoopOptions, LossReport, fit
-from distinit.pipeline.video import whereabouts
 
 CPU = torch.device("cpu")
 KEYS = KeyedBatches(batch_size=2, steps_per_epoch=5, epochs=1)

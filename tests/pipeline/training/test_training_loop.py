@@ -13,8 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from distinit.pipeline.errors import CheckpointError, StoreMismatchError, TrainingError, TrainingInterrupted, UsageError
-from distinit.pipeline.training import draws
+from distinit.pipeline.clips import seeding as draws
+from distinit.pipeline.common.errors import (
+    CheckpointError,
+    StoreMismatchError,
+    TrainingError,
+    TrainingInterrupted,
+    UsageError,
+)
 from distinit.pipeline.training.loader import KeyedBatches, read_batches
 from distinit.pipeline.training.loop import FitResult, LoopOptions, LossReport, fit
 

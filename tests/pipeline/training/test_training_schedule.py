@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distinit.pipeline.training.options import LoopOptions
+from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.pipeline.training.schedule import learning_rate
 
 

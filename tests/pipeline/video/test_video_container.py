@@ -12,9 +12,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from distinit.pipeline.errors import VideoError
+from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.video.container import digest
-from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
 from distinit.pipeline.video.probe import probe
 

@@ -17,12 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distinit.pipeline.errors import VideoError
-from distinit.pipeline.video import feed, timeline
-from distinit.pipeline.video.clips import count_frames
-from distinit.pipeline.video.decode import VideoIndex, VideoReader
+from distinit.pipeline.common.errors import VideoError
+from distinit.pipeline.video import feed
+from distinit.pipeline.video import packets as timeline
+from distinit.pipeline.video.decoder import VideoIndex, VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
 from distinit.pipeline.video.feed import NotAsPlanned
+from distinit.pipeline.video.frames import count_frames
 from distinit.pipeline.video.quick import QuickReader
 from distinit.pipeline.video.sampling import Sampling
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from distinit.pipeline.evaluation.dataset import EvaluationClips, LabelledClips
+from distinit.pipeline.clips.transforms import ClipView, center_crop, crop_and_flip, normalize_clip, of_channels
+from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, LabelledClips
 from distinit.pipeline.evaluation.labels import load_labels
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.targets.dataset import StudentClips
 from distinit.pipeline.targets.picks import PickRule
-from distinit.pipeline.targets.store import TargetStore
-from distinit.pipeline.training.dataset import StudentClips
-from distinit.pipeline.training.sampler import TargetSampler
+from distinit.pipeline.targets.sampler import TargetSampler
 from distinit.pipeline.video import flow
-from distinit.pipeline.video.clips import read_frames
 from distinit.pipeline.video.encode import write_video
-from distinit.pipeline.video.transforms import ClipView, center_crop, crop_and_flip, normalize_clip, of_channels
+from distinit.pipeline.video.frames import read_frames
 
 cv2 = pytest.importorskip("cv2")
 VIEW = ClipView(size=48, resize=(56, 72))

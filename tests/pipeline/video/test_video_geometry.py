@@ -12,8 +12,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from distinit.pipeline.errors import VideoError
-from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.common.errors import VideoError
+from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
 from distinit.pipeline.video.geometry import Orientation, View, render
 

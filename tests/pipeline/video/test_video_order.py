@@ -13,16 +13,16 @@ import av
 import numpy as np
 import pytest
 
-from distinit.pipeline.errors import VideoError
+from distinit.pipeline.common.errors import VideoError
+from distinit.pipeline.prepared.copies import read_copy
+from distinit.pipeline.prepared.make_copy import CopyOptions, make_copy
 from distinit.pipeline.video.bitstream import NonReferencePictures
-from distinit.pipeline.video.clips import read_frames
 from distinit.pipeline.video.container import digest
-from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
+from distinit.pipeline.video.frames import read_frames
 from distinit.pipeline.video.geometry import Orientation, Renderer, View
-from distinit.pipeline.video.pool import Block, DecodeJob, DecodePool
-from distinit.pipeline.video.prepare import CopyOptions, make_copy
-from distinit.pipeline.video.prepared import read_copy
+from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool
 from distinit.pipeline.video.probe import probe
 from distinit.pipeline.video.sampling import Sampling
 

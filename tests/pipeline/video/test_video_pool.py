@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distinit.pipeline.errors import VideoError
-from distinit.pipeline.video.decode import VideoReader
+from distinit.pipeline.common.errors import VideoError
+from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.geometry import Renderer, View
-from distinit.pipeline.video.pool import Block, DecodeJob, DecodePool, Done, Failed
+from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool, Done, Failed
 from distinit.pipeline.video.sampling import Sampling
 
 VIEWS = [View(resize=(120, 160)), View(resize=64, crop=56)]
@@ -164,7 +164,7 @@ def test_a_stream_may_be_left_and_the_pool_used_again(long_video: str) -> None:
 def test_children_end_with_their_parent(long_video: str) -> None:
     script = (
         "import os, sys, signal\n"
-        "from distinit.pipeline.video.pool import DecodeJob, DecodePool\n"
+        "from distinit.pipeline.video.pool.decode_pool import DecodeJob, DecodePool\n"
         "from distinit.pipeline.video.geometry import View\n"
         "from distinit.pipeline.video.sampling import Sampling\n"
         "pool = DecodePool(processes=2, views=[View(resize=(64, 64))])\n"
@@ -193,5 +193,5 @@ def alive(pid: int) -> bool:
 
 
 def test_children_do_not_load_torch() -> None:
-    script = "import sys, distinit.pipeline.video.child; sys.exit('torch' in sys.modules)"
+    script = "import sys, distinit.pipeline.video.pool.worker; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -22,13 +22,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distinit.pipeline.video import pool as pool_module
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.geometry import View
-from distinit.pipeline.video.pool import Block, DecodeJob, DecodePool, Done, Failed
-from distinit.pipeline.video.process import ChildProcess
+from distinit.pipeline.video.pool import decode_pool as pool_module
+from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool, Done, Failed
+from distinit.pipeline.video.pool.process import ChildProcess
+from distinit.pipeline.video.pool.protocol import SLOTS, Inbox
 from distinit.pipeline.video.sampling import Sampling
-from distinit.pipeline.video.wire import SLOTS, Inbox
 
 TIMEOUT_S = 100.0
 END_S = 50 * TIMEOUT_S  # of simulated time, far more than any of these runs takes
@@ -42,7 +42,7 @@ class Standstill(AssertionError):
 
 @dataclass(eq=False)
 class SimulatedChild:
-    """A child as pipeline/video/child.py is, which works when the machine lets it. A job's path is its blocks."""
+    """A child as pipeline/video/pool/worker.py is, which works when the machine lets it. A job's path is its blocks."""
 
     machine: Machine
     ready: bool = True

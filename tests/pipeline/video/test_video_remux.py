@@ -18,11 +18,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from distinit.pipeline.errors import VideoError
+from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.video.bitstream import INTRA_ONLY
-from distinit.pipeline.video.clips import read_frames
-from distinit.pipeline.video.decode import OTHER_ORDER, Rows, VideoReader
+from distinit.pipeline.video.decoder import OTHER_ORDER, Rows, VideoReader
 from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.frames import read_frames
 from distinit.pipeline.video.geometry import View
 from distinit.pipeline.video.sampling import Sampling
 

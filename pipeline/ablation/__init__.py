@@ -1,0 +1,1 @@
+"""Grids of stages two and three over one store."""

@@ -1,0 +1,206 @@
+"""The runs that cells are made of: which are equal, where they lie, and whether they are done.
+
+A step is one run of stage two or three. Its key is the digest of all that decides its outcome: the config without
+paths and without what may differ on a resume, the identity of the store, and for stage three the labels and the student
+(its step's key, or the digest of a file). Equal steps are one run, whatever cells and plans they come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...stages.finetune import FinetuneConfig, finetune
+from ...stages.train_student import train_student
+from ..common.config import load_config, merge, preset_section
+from ..common.console import Screen
+from ..common.settings import Options
+from ..evaluation.exclusion import canonical_leave_out, leave_out
+from ..evaluation.labels import Labels, canonical, load_labels
+from ..evaluation.run_labels import labels_digest
+from ..reporting.runs import STEP_FOLDERS
+from ..store.exclude import LeftOut
+from ..store.reader import TargetStore
+from ..training.distillation_options import TrainConfig
+from ..training.loop_options import FREE_ON_RESUME
+from .plan import SECTIONS, STUDENT, Cell
+
+RESULT = "result.json"
+TRAIN, TUNE = SECTIONS
+PATHS = {
+    TRAIN: {"out", "resume", "moved", "store", "leave_out", "leave_out_split"},
+    TUNE: {"out", "resume", "verbose", "videos", "init", "dataset", "root"},
+}
+FREE = FREE_ON_RESUME - {"epochs"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run: `config` is what its command is told, `needs` the key of the student it begins from.
+
+    clips: that it trains on; network: what its speed depends on (`StudentOptions` and the shape of a batch). store: the
+    address of the store, which may hold a password and is in no `config`.
+    """
+
+    kind: str
+    key: str
+    config: dict[str, Any] = field(compare=False)
+    clips: int = field(compare=False)
+    network: dict[str, Any] = field(compare=False)
+    needs: str | None = None
+    store: str | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def folder(self) -> str:
+        """Of the run, relative to the ablation's."""
+        return f"{STEP_FOLDERS[self.kind]}/{self.key}"
+
+    def result(self, out: Path) -> dict[str, Any] | None:
+        """What the finished run said; None before."""
+        try:
+            return dict(json.loads((out / self.folder / RESULT).read_text()))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+
+
+class StepMaker:
+    """Makes the steps of cells for one store."""
+
+    def __init__(self, store: TargetStore, moved: dict[str, str]) -> None:
+        self.store, self.moved = store, moved
+        self._labels: dict[tuple[Any, ...], Labels] = {}
+        self._left: dict[tuple[Any, ...], LeftOut] = {}
+
+    def student(self, cell: Cell) -> Step:
+        """The run of stage two of a cell. Raises UsageError for a config that does not hold."""
+        config = self._config(TrainConfig, TRAIN, cell, {"store": self.store.name, "out": ".", "moved": self.moved})
+        teachers = config.targets.teachers or tuple(self.store.teachers)
+        identity = self.store.identity()
+        usable = self.store.usable([name for name in teachers if name in self.store.teachers])
+        seen = {
+            "store": identity["store_id"],
+            "sampling": identity["sampling"],
+            "teachers": {name: identity["teachers"].get(name) for name in teachers},
+            "videos": len(usable),
+        }
+        if config.leave_out is not None:
+            config = config.model_copy(update={"leave_out": canonical_leave_out(config.leave_out)})
+            left_out = self._left_out(config.leave_out, config.leave_out_split)
+            seen["leave_out"] = left_out.digest
+            usable = left_out.remove_from(usable)
+        loop = config.loop.for_videos(int(len(usable) * (1 - config.held_out)))
+        bare = _bare(config, TRAIN)
+        if list(teachers) == [name for name in self.store.teachers if name in teachers]:
+            bare["targets"]["teachers"] = None  # `seen` names them: a plan may name the store's teachers or leave it
+        key = _digest(bare, seen)
+        clips, address = loop.total_steps * loop.batch_size, self.store.files.address
+        return Step(TRAIN, key, _given(config), clips, _network(config, config), store=address)
+
+    def finetuning(self, cell: Cell, student: Step | None) -> Step:
+        """The run of stage three of a cell, from its student's if it has one."""
+        dataset, equals, root = cell.dataset.partition("=")
+        # Whatever the folder of the worker that runs it.
+        forced: dict[str, Any] = {"dataset": canonical(dataset), "split": cell.split, "out": "."}
+        forced |= {"root": os.path.abspath(root)} if equals else {}
+        if student is not None:
+            forced["init"] = "."
+        ours = self._config(TrainConfig, TRAIN, cell, {"store": self.store.name, "out": "."})
+        if student is None:  # the same network and the same clips as the students beside it
+            section = filled_in(cell.sections[TUNE], cell.split)
+            forced |= {} if "student" in section else {"student": ours.student.model_dump(mode="json")}
+            clips = {k: v for k, v in ours.clips.model_dump(mode="json").items() if k in ("length", "size", "resize")}
+            forced["clips"] = merge(clips, section.get("clips", {}))
+        config = self._config(FinetuneConfig, TUNE, cell, forced)
+        labels = self._labels_of(config)
+        begins = student.key if student is not None else _of_file(config.init)
+        key = _digest(_bare(config, TUNE), {"begins": begins, "labels": labels_digest(labels)})
+        loop = config.loop.for_videos(len(labels.train))
+        clips, needs = loop.total_steps * loop.batch_size, student.key if student is not None else None
+        return Step(TUNE, key, _given(config), clips, _network(ours, config), needs)
+
+    def _config(self, model: type, command: str, cell: Cell, forced: dict[str, Any]) -> Any:
+        section = filled_in(cell.sections[command], cell.split)
+        preset = section.pop("preset", None)
+        if command == TUNE and section.get("init") == STUDENT:
+            section.pop("init")
+        layers = [(f"preset {preset}", preset_section(preset, command))] if preset else []
+        forced = merge({"loop": {"seed": cell.seed}}, forced)
+        return load_config(model, command, layers=[*layers, (f"plan, {cell.row}", section), ("", forced)])
+
+    def _left_out(self, source: str, split: int | str | None) -> LeftOut:
+        if (source, split) not in self._left:
+            self._left[source, split] = leave_out(self.store, source, split, self.moved)
+        return self._left[source, split]
+
+    def _labels_of(self, config: FinetuneConfig) -> Labels:
+        place = (config.dataset, config.split, config.videos, config.root, config.partial)
+        if place not in self._labels:
+            split = config.split if isinstance(config.split, int) else None
+            self._labels[place] = load_labels(
+                config.dataset, split, config.videos, root=config.root, partial=config.partial
+            )
+        return self._labels[place]
+
+
+def run_step(step: Step, out: Path, screen: Screen) -> dict[str, Any]:
+    """Do a step, or go on with it where it was stopped; what is done is left alone. Raises what its stage raises."""
+    done = step.result(out)
+    if done is not None:
+        return done
+    config = prepared_config(step, out)
+    if step.kind == TRAIN:
+        return train_student(TrainConfig.model_validate(config), screen)
+    return finetune(FinetuneConfig.model_validate(config), screen)
+
+
+def prepared_config(step: Step, out: Path) -> dict[str, Any]:
+    """What a step's command is told, paths included."""
+    begins = {} if step.needs is None else {"init": str(out / STEP_FOLDERS[TRAIN] / step.needs)}
+    store = {} if step.store is None else {"store": step.store}
+    return {**step.config, **begins, **store, "out": str(out / step.folder), "resume": "auto"}
+
+
+def filled_in(section: Any, split: int) -> Any:
+    """A section of a plan with {split} in its texts replaced: what differs by split, such as what to leave out."""
+    if isinstance(section, dict):
+        return {key: filled_in(value, split) for key, value in section.items()}
+    if isinstance(section, list):
+        return [filled_in(value, split) for value in section]
+    return section.replace("{split}", str(split)) if isinstance(section, str) else section
+
+
+def _given(config: Options) -> dict[str, Any]:
+    """The keys that preset and plan give: what they leave open, stage three takes from the initialisation."""
+    return dict(config.model_dump(mode="json", exclude_unset=True))
+
+
+def _network(ours: TrainConfig, loop: TrainConfig | FinetuneConfig) -> dict[str, Any]:
+    shape = {"length": ours.clips.length, "size": ours.clips.size}
+    options = loop.loop
+    at_once = options.clips_at_once(options.gpus)
+    how = {"clips_at_once": at_once, "precision": options.precision, "device": options.device}
+    return {"student": ours.student.model_dump(mode="json"), **shape, **how}
+
+
+def _bare(config: Any, kind: str) -> dict[str, Any]:
+    return dict(config.model_dump(mode="json", exclude={**dict.fromkeys(PATHS[kind], True), "loop": set(FREE)}))
+
+
+def _digest(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _of_file(init: str) -> str:
+    """An initialisation's name, with the digest of its file where it has one (`inflate:FILE`, a student's, …)."""
+    kind, colon, rest = init.partition(":")
+    for path in (init, rest) if colon else (init,):
+        path = os.path.join(path, "student.safetensors") if os.path.isdir(path) else path
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                return f"{kind if path == rest else ''}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return init

@@ -1,0 +1,1 @@
+"""From frame indices to a clip that a model takes."""

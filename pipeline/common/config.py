@@ -1,0 +1,370 @@
+"""From preset, file, options and `--set` to one validated config, and back to a file beside the result.
+
+Presets and config files have the same layout, a section a command:
+
+    train-student:
+      student: {architecture: r2plus1d_18}
+    finetune:
+      ...
+
+so that one file describes a whole experiment and a config as used can be given to `--config` again.
+Later layers win: the model's defaults, `--preset`, `--config`, options, `--set`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from .documents import load_yaml, read_bytes
+from .errors import DistInitError, SourceError, UsageError
+from .settings import Options
+from .urls import check_local
+
+C = TypeVar("C", bound=Options)
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+SECTIONS = (
+    "prepare",
+    "extract-targets",
+    "train-student",
+    "finetune",
+    "evaluate",
+    "predict",
+    "ablate",
+    "report",
+    "demo",
+)
+
+
+def load_config(
+    model: type[C],
+    command: str,
+    *,
+    preset: str | None = None,
+    file: str | None = None,
+    layers: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    options: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
+    dropped: Sequence[str] = (),
+    flags: Mapping[str, str] | None = None,
+) -> C:
+    """The validated config of one command.
+
+    layers: (what messages call it, keys), nested, over preset and file.
+    options: dotted key → value; None means that the option was not given.
+    settings: "a.b=value" with values in YAML.
+    dropped: keys of preset and file that an option replaces, as --fps does with sampling.every.
+    flags: dotted key → the option that sets it, for messages.
+    Raises UsageError, one line: the key, where its value comes from, the value, what is allowed.
+    """
+    below: list[tuple[str, Mapping[str, Any]]] = []
+    if preset is not None:
+        below.append((f"preset {preset}", preset_section(preset, command)))
+    if file is not None:
+        below.append((file, _section(read_yaml(Path(file)), command, file)))
+    all_layers: list[tuple[str, Mapping[str, Any]]] = [(origin, _without(layer, dropped)) for origin, layer in below]
+    all_layers += layers
+    for key, value in (options or {}).items():
+        if value is not None:
+            all_layers.append(("", nested(key, value)))
+    for setting in settings:
+        key, value = parse_setting(setting)
+        all_layers.append((f"--set {setting}", nested(key, value)))
+
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in all_layers:
+        merged = merge(merged, layer)
+        origins.update(dict.fromkeys(_leaves(layer), origin))
+    try:
+        return model.model_validate(merged)
+    except ValidationError as error:
+        raise UsageError(_explain(error, model, origins, flags or {})) from None
+
+
+def write_config(path: str | os.PathLike[str], command: str, config: Options) -> None:
+    """Write the config as used, atomically, in the layout that `--config` reads."""
+    text = yaml.safe_dump({command: config.model_dump(mode="json")}, sort_keys=False, width=100)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    part.unlink(missing_ok=True)
+    with open(part, "x", encoding="utf-8") as file:  # of a link that has the name, the target is not written to
+        file.write("# The config as used; `distinit " + command + " --config FILE` reads it.\n" + text)
+    os.replace(part, target)
+
+
+def require_own(folder: Path, command: str, writes: Iterable[str] = (), *, record: str = "config.yaml") -> None:
+    """Check that a command overwrites nothing in a folder but what it wrote itself.
+
+    The record of a folder that a command wrote is its config there, see `write_config`: names of other files and of
+    folders prove nothing.
+
+    Args:
+        writes: names of the other files that the command writes into the folder.
+        record: name of the file that holds the config.
+
+    Raises:
+        UsageError: The config is another command's, or there is none and one of `writes` exists, or the folder is a
+            Zarr store or in one, where the files of a run have no place.
+    """
+    require_no_store(folder)
+    sections = recorded_sections(folder / record)
+    if sections == {command}:
+        return
+    if sections:
+        raise UsageError(
+            f"--out {folder}: its {record} is one of distinit {min(sections - {command})}, which {command} would "
+            f"overwrite; choose another --out"
+        )
+    refuse_existing(folder, (record, *writes), f"distinit {command}")
+
+
+def refuse_existing(folder: Path, names: Iterable[str], writer: str) -> None:
+    """UsageError where one of the files is in the folder; writer: whose work they are not, for the message."""
+    for name in names:
+        if os.path.lexists(folder / name):
+            raise UsageError(
+                f"--out {folder}: its {name} was not written by {writer}, which would overwrite it; "
+                f"choose another --out"
+            )
+
+
+def recorded_sections(config: Path) -> set[str]:
+    """The commands of which a config file has a section; none for a file that is no config of ours, or not there."""
+    try:
+        content = load_yaml(read_bytes(config).decode("utf-8"))
+    except (SourceError, UnicodeDecodeError, yaml.YAMLError):
+        return set()
+    return set(content) & set(SECTIONS) if isinstance(content, dict) and set(content) <= set(SECTIONS) else set()
+
+
+def require_no_store(folder: Path) -> None:
+    """UsageError where the folder is a Zarr store or below one, or is a URL."""
+    check_local(folder)
+    absolute = Path(os.path.realpath(folder))
+    store = next((place for place in (absolute, *absolute.parents) if (place / "zarr.json").exists()), None)
+    if store is not None:
+        where = "is a Zarr store" if store == absolute else f"is in the Zarr store {store}"
+        raise UsageError(f"--out {folder}: {where}; choose another --out")
+
+
+def require_writable(folder: Path) -> None:
+    """UsageError where no file can be written into the folder, which is made: tried before the work, not after it."""
+    require_no_store(folder)
+    trial = folder / f".distinit-{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            trial.unlink(missing_ok=True)
+            with open(trial, "xb") as file:
+                file.write(b"trial")
+        finally:
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"--out {folder}: cannot be written: {why}; choose another --out") from error
+
+
+def presets() -> list[str]:
+    """Names of the presets that ship with the package."""
+    return sorted(path.stem for path in CONF.glob("*.yaml"))
+
+
+def preset_section(preset: str, command: str) -> dict[str, Any]:
+    """One command's section of a shipped preset."""
+    if preset not in presets():
+        raise UsageError(f"--preset: no preset {preset!r}; there are: {', '.join(presets())}")
+    text = (CONF / f"{preset}.yaml").read_text(encoding="utf-8")
+    return _section(_parse(text, f"preset {preset}"), command, f"preset {preset}")
+
+
+def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
+    """A YAML file whose top is a mapping; `option` is what named it, for messages."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{option} {path}: not a text file in UTF-8") from None
+    return _parse(text, f"{option} {path}")
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """`a.b=value` → key and value; the value is YAML: 3, 1e-4, [1, 2], null, text."""
+    key, equals, text = setting.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key.strip()):
+        raise UsageError(f"--set {setting}: expected key=value, as in loop.lr=0.01")
+    try:
+        return key.strip(), load_yaml(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {setting}: not YAML: {_yaml_problem(error)}") from None
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`; mappings are merged, everything else (lists too) is replaced."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """A dotted key and its value as mappings in mappings."""
+    first, dot, rest = key.partition(".")
+    return {first: nested(rest, value) if dot else value}
+
+
+def known_keys(model: type[Options], prefix: str = "") -> list[str]:
+    """All dotted keys of a model, those of nested models included."""
+    keys = []
+    for name, field in model.model_fields.items():
+        inner = _inner_model(field.annotation)
+        keys += known_keys(inner, f"{prefix}{name}.") if inner else [prefix + name]
+    return keys
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number and refuses the same key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [key.value for key, _ in node.value]
+        twice = next((name for name, count in Counter(map(str, names)).items() if count > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = load_yaml(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}: not YAML: {_yaml_problem(error)}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: expected a section a command ({', '.join(SECTIONS)})")
+    return value
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem} (line {mark.line + 1})" if mark else str(problem)
+
+
+def _section(content: dict[str, Any], command: str, where: str) -> dict[str, Any]:
+    unknown = [str(key) for key in content if key not in SECTIONS]
+    if unknown:
+        raise UsageError(f"{where}: unknown section {unknown[0]!r}; a file has sections {', '.join(SECTIONS)}")
+    section = content.get(command)
+    if command not in content:
+        raise UsageError(f"{where}: no section {command!r}; it has: {', '.join(content)}")
+    if not isinstance(section, dict | None):
+        raise UsageError(f"{where}: section {command!r} must hold keys, got {section!r}")
+    return section or {}
+
+
+def _without(layer: Mapping[str, Any], dropped: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, dropped, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in layer.items()
+        if f"{prefix}{key}" not in dropped
+    }
+
+
+def _leaves(layer: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in layer.items():
+        name = f"{prefix}{key}"
+        keys += _leaves(value, f"{name}.") if isinstance(value, Mapping) and value else [name]
+    return keys
+
+
+def _inner_model(annotation: Any) -> type[Options] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Options):
+            return candidate if annotation is candidate or type(None) in get_args(annotation) else None
+    return None
+
+
+def _explain(error: ValidationError, model: type[Options], origins: Mapping[str, str], flags: Mapping[str, str]) -> str:
+    by_key: dict[str, list[ErrorDetails]] = {}
+    for problem in error.errors():
+        key, rest = _field_of(problem["loc"], model)
+        # Of a union pydantic tells what is wrong with every branch, after the branch's name.
+        by_key.setdefault(key, []).append({**problem, "loc": (*key.split("."), *rest) if key else rest})
+    problems = [_likeliest(each) for each in by_key.values()]
+    text = _problem(problems[0], model, origins, flags)
+    return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _field_of(loc: tuple[int | str, ...], model: type[Options]) -> tuple[str, tuple[int | str, ...]]:
+    """The dotted key of the field that a problem is in, and where in its value, names of a union's branches aside."""
+    inner: type[Options] | None = model
+    for depth, part in enumerate(loc):
+        field = inner.model_fields.get(str(part)) if inner is not None else None
+        if field is None:
+            break
+        inner = _inner_model(field.annotation)
+        if inner is None:
+            tagged = get_origin(field.annotation) in (Union, UnionType) and len(_branches(field.annotation)) > 1
+            return ".".join(map(str, loc[: depth + 1])), loc[depth + 1 + tagged :]
+    return ".".join(map(str, loc)), ()
+
+
+def _branches(annotation: Any) -> list[Any]:
+    return [each for each in get_args(annotation) if each is not type(None)]
+
+
+def _likeliest(problems: list[ErrorDetails]) -> ErrorDetails:
+    """Of the branches of a union the one whose type the value has: there the value itself is what is wrong."""
+    return next((each for each in problems if not each["type"].endswith("_type")), problems[0])
+
+
+def _problem(problem: ErrorDetails, model: type[Options], origins: Mapping[str, str], flags: Mapping[str, str]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    origin = next((where for name, where in origins.items() if key == name or key.startswith(f"{name}.")), "")
+    origin = origin or next((where for name, where in origins.items() if name.startswith(f"{key}.")), "")
+    place = f" ({origin})" if origin else ""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{place}{_near(key, known_keys(model))}"
+    flag = next((option for name, option in flags.items() if key == name or key.startswith(f"{name}.")), "")
+    label = f"{flag} ({key})" if flag and flag != f"--{key}" else flag or key
+    if problem["type"] == "missing":
+        return f"{label}: a value is needed" + ("" if flag else f", by --set {key}=… or --config")
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, DistInitError):
+        return f"{label}{place}: {cause}" if key else str(cause)
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
+    message = message.replace("must be a valid", "must be a", 1).replace("a integer", "an integer", 1)
+    if problem["type"] in ("value_error", "assertion_error"):
+        return f"{label}{place}: {message}" if key else message
+    return f"{label}: got {problem['input']!r}{place}, {message[:1].lower()}{message[1:]}"
+
+
+def _near(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    last = key.rpartition(".")[2]
+    near += [name for name in known if name.rpartition(".")[2] == last and name not in near]
+    if not near:
+        tails = {name.rpartition(".")[2]: name for name in known}
+        near = [tails[tail] for tail in difflib.get_close_matches(last, tails, n=3)]
+    if near:
+        return f"; did you mean {' or '.join(near[:3])}?"
+    return f"; there are: {', '.join(known)}"

@@ -1,0 +1,99 @@
+"""Which URLs may be opened, and how one is shown: without the password and the query that it may hold."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from pydantic import Field, PlainSerializer
+
+from .errors import UsageError
+
+PROTOCOLS = ("file", "http", "https", "s3", "gs", "hf")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+._-]*(://|::)")
+DEFAULT_PORTS = {"http": 80, "https": 443}
+SECRET = re.compile(r"(?i)token|sig|key|secret|pass|pwd|auth|credential|expires|^x-(amz|goog)-|^s[epvrt]$")
+LOGIN = re.compile(r"(?<=://)[^/?#\s]*@")
+QUERY = re.compile(r"(://[^\s?]*)\?\S*")
+
+
+def is_url(text: str | os.PathLike[str]) -> bool:
+    """Return whether the address of a store is a URL. What exists as a local path is one, whatever it is called."""
+    text = os.fspath(text)
+    return URL.match(text) is not None and local_path(text) == text and not os.path.exists(text)
+
+
+def local_path(text: str) -> str:
+    """Return a path without the `file://` that it may begin with."""
+    return text[len("file://") :] if text.lower().startswith("file://") else text
+
+
+def check_local(out: str | os.PathLike[str]) -> None:
+    """Check that a place to write is none behind a URL, also where it was made a `Path`, which makes `s3:/` of `s3://`.
+
+    Raises:
+        UsageError: It is a URL, `file://` included, and no existing folder has this name.
+    """
+    text = os.fspath(out)
+    if re.match(r"[A-Za-z][A-Za-z0-9+._-]+:(:.*:)?/", text) and not os.path.exists(text):
+        url = public_url(re.sub(":/(?!/)", "://", text, count=1))
+        raise UsageError(f"--out {url}: a URL; expected a local folder, for behind a URL stores can only be read")
+
+
+def check_url(url: str) -> None:
+    """Check that a URL names a place and nothing else.
+
+    Other protocols of fsspec, and chains of them (`a::b`), read files that name further files, unpack archives or
+    evaluate templates: such a URL is a program.
+
+    Raises:
+        UsageError: The protocol is none of `PROTOCOLS`, or the URL is a chain, malformed, or has a password where the
+            protocol has none.
+    """
+    scheme, allowed = url.partition("://")[0].lower(), ", ".join(f"{name}://" for name in PROTOCOLS)
+    try:
+        parts = urlsplit(url)
+        malformed = not parts.netloc or not url.isprintable() or " " in url or (parts.port or 0) < 0
+    except ValueError:  # a port that is no number, brackets that do not match
+        malformed = True
+    if scheme not in PROTOCOLS or "::" in re.sub(r"://(?:[^/]*@)?\[[^/\]]*\]", "", url):
+        raise UsageError(f"{public_url(url)}: not a URL that is opened; allowed are {allowed}, and no chain with '::'")
+    if malformed:
+        raise UsageError(
+            f"{public_url(url)}: malformed; expected PROTOCOL://HOST/PATH, in a password %2F %3F %23 %40 for / ? # @"
+        )
+    if "@" in parts.netloc and scheme in ("s3", "gs"):
+        raise UsageError(f"{public_url(url)}: a password in the URL is for http and https; configure it in fsspec")
+
+
+def public_url(text: str) -> str:
+    """Return the URL without user, password and query, for messages, pages and files; a path as it is."""
+    if not is_url(text):
+        return text
+    try:
+        _ = urlsplit(text).port
+    except ValueError:  # where the password ends is not known
+        return f"{text.partition('://')[0]}://…"
+    bare = re.split(r"[?#]", text, maxsplit=1)[0]
+    return bare if re.match("hf://[^/:]*@", bare) else LOGIN.sub("", bare)
+
+
+def hide_secrets(text: str) -> str:
+    """Return the text with users, passwords and queries taken out of all URLs in it."""
+    return QUERY.sub(r"\1?…", LOGIN.sub("", text))
+
+
+def canonical_url(url: str) -> str:
+    """Return one name for all ways to write a URL, without what only gives access: user, password, signature."""
+    parts = urlsplit(url)
+    scheme, place = parts.scheme.lower(), parts.netloc
+    if scheme in DEFAULT_PORTS:
+        place = f"{parts.hostname}:{parts.port or DEFAULT_PORTS[scheme]}"
+    query = [(k, v) for k, v in parse_qsl(parts.query, keep_blank_values=True) if not SECRET.search(k)]
+    return f"{scheme}://{place}{parts.path.rstrip('/')}?{urlencode(query)}"
+
+
+StoreAddress = Annotated[str, PlainSerializer(public_url), Field(repr=False)]
+"""The folder or URL of a store as an option; no dump of the options (`config.yaml`, `--dry-run`) holds its password."""

@@ -1,0 +1,1 @@
+"""The engine of stage one: plan shards, decode, run the teachers, commit."""

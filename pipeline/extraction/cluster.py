@@ -1,0 +1,251 @@
+"""Extraction on dask.distributed: a task is a shard, workers stage files, the client alone commits.
+
+Teachers and decode processes are set up once a worker and stay. What a worker returns is small: names and
+digests of the files it staged inside the store, which therefore must lie on a file system that all see.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from traceback import clear_frames
+from typing import TYPE_CHECKING, Any
+
+from ..common.console import Screen
+from ..common.errors import DecoderError, DistInitError, StoreMismatchError
+from ..store.staging import ShardResult
+from ..teachers.teacher import TeacherSpec
+from ..video.sampling import Sampling
+from .extract_options import ExtractConfig, run_record
+from .shard_filler import ShardFiller, ShardTask
+from .teacher_runner import TeacherRunner
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+    from ..store.writer import StoreWriter
+    from ..teachers.teacher import Teacher
+
+IN_FLIGHT = 2  # tasks a worker holds: one at work, one waiting
+QUEUED = 32  # tasks at least, whatever the workers: a cluster that adapts grows by what waits
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """All that a worker needs to know beside its task; equal setups share teachers and decoders."""
+
+    root: str
+    specs: tuple[str, ...]  # TeacherSpec as JSON
+    identities: tuple[tuple[str, str], ...]  # name → identity as JSON: a worker's own must be equal
+    run: str  # the run record as JSON: likewise
+    sampling: str
+    shard_rows: int
+    batch_size: int
+    device: str
+    precision: str
+    decoders: int
+    timeout_s: float
+    memory_gb: float
+
+    @classmethod
+    def of(
+        cls,
+        config: ExtractConfig,
+        writer: StoreWriter,
+        teachers: Mapping[str, Teacher],
+        sampling: Sampling,
+        run: Mapping[str, Any],
+    ) -> WorkerSetup:
+        """The setup that does on a worker what the client would do by itself, wherever the worker was started."""
+        return cls(
+            root=str(writer.root),
+            specs=tuple(_anywhere(spec).model_dump_json() for spec in config.teachers),
+            identities=tuple((n, _identity(t, config.precision)) for n, t in teachers.items()),
+            run=_json(run),
+            sampling=sampling.model_dump_json(),
+            shard_rows=writer.shard_rows,
+            batch_size=config.batch_size,
+            device=config.device,
+            precision=config.precision,
+            decoders=config.decoders or 1,
+            timeout_s=config.timeout_s,
+            memory_gb=config.memory_gb,
+        )
+
+
+class _Worker:
+    """What a worker process keeps between shards: teachers and decoders of the setup it was last told, no others."""
+
+    def __init__(self) -> None:
+        self.busy = threading.Lock()  # a worker of several threads fills one shard at a time all the same
+        self.setup: WorkerSetup | None = None
+        self.filler: ShardFiller | None = None
+        self.open = ExitStack()
+        atexit.register(self.open.close)
+
+    def filler_of(self, setup: WorkerSetup) -> ShardFiller:
+        if self.filler is None or self.setup != setup:
+            self.setup = self.filler = None
+            self.open.close()
+            self.filler = _make_filler(setup, self.open)
+            self.setup = setup
+        return self.filler
+
+
+_WORKER = _Worker()
+
+
+def fill_shard(setup: WorkerSetup, task: ShardTask) -> ShardResult:
+    """Run in a worker: one shard, staged. Raises what the shard's work raises; dask tries it again."""
+    with _WORKER.busy:
+        try:
+            (result,) = _WORKER.filler_of(setup).fill([task])
+        except BaseException as error:
+            clear_frames(error.__traceback__)  # dask keeps the error: its frames would hold what the next try needs
+            raise
+    return result
+
+
+def run_of_workers(client: Client, config: ExtractConfig, screen: Screen) -> dict[str, Any]:
+    """The run record of a worker of the cluster, which may have a GPU where the client has none."""
+    if not client.nthreads():
+        screen.say("no worker is there yet: waiting for the first")
+    found: dict[str, Any] = client.submit(_run_here, config.batch_size, config.precision, config.device).result()
+    return found
+
+
+def _run_here(batch_size: int, precision: str, device: str) -> dict[str, Any]:
+    from ..common.devices import resolve_device
+
+    return run_record(batch_size, precision, resolve_device(device))
+
+
+def _anywhere(spec: TeacherSpec) -> TeacherSpec:
+    """The spec with paths that mean the same in any working folder."""
+    options = dict(spec.options)
+    if "classes" in options:
+        options["classes"] = os.path.abspath(options["classes"])
+    weights = None if spec.weights is None else os.path.abspath(spec.weights)
+    return spec.model_copy(update={"options": options, "weights": weights})
+
+
+def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
+    import torch
+
+    from ..common.devices import keep_freed_memory, resolve_device
+    from ..store.layout import read_fingerprint
+    from ..store.storage import LocalFiles
+    from ..teachers.fingerprint import Fingerprint
+    from ..teachers.probes import fingerprint
+    from ..teachers.teacher import load_teacher
+    from ..video.pool.decode_pool import DecodePool
+
+    device = _worker_device(resolve_device(setup.device))
+    run = _json(run_record(setup.batch_size, setup.precision, device))
+    if run != setup.run:
+        raise StoreMismatchError(f"this worker would compute with {run}, the others do with {setup.run}")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # workers share the machine's cores; more threads spin
+        keep_freed_memory()
+    teachers = {}
+    expected = dict(setup.identities)
+    for text in setup.specs:
+        teacher = load_teacher(TeacherSpec.model_validate_json(text)).to(device, setup.precision)
+        here = _identity(teacher, setup.precision)
+        if here != expected[teacher.name]:
+            raise StoreMismatchError(
+                f"teacher {teacher.name!r} differs on this worker: {here}, the client's is {expected[teacher.name]}"
+            )
+        node = read_fingerprint(LocalFiles(Path(setup.root)), teacher.name)
+        if node is not None:
+            there = Fingerprint.parse(node, f"{setup.root}/teachers/{teacher.name}")
+            there.check(fingerprint(teacher), teacher.name, f"{setup.root}, on this worker")
+        teachers[teacher.name] = teacher
+    views = list(dict.fromkeys(t.view for t in teachers.values()))
+    pool = DecodePool(
+        processes=setup.decoders, views=views, memory_gb=setup.memory_gb, timeout_s=setup.timeout_s
+    )
+    runner = TeacherRunner(teachers, views, batch_size=setup.batch_size, threads=1)
+    open_.enter_context(pool)
+    open_.enter_context(runner)
+    sampling = Sampling.model_validate_json(setup.sampling)
+    return ShardFiller(Path(setup.root), runner, pool, sampling=sampling, shard_rows=setup.shard_rows)
+
+
+def _identity(teacher: Teacher, precision: str) -> str:
+    return _json(teacher.identity(precision))
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True)
+
+
+def _worker_device(device: Any) -> Any:
+    """Each worker of this machine its own GPU, by the number in its name."""
+    import torch
+    from distributed import get_worker
+
+    if device.type != "cuda" or device.index is not None or torch.cuda.device_count() < 2:
+        return device
+    name = str(get_worker().name)
+    digits = "".join(c for c in name if c.isdigit())
+    return torch.device("cuda", int(digits or 0) % torch.cuda.device_count())
+
+
+def run_shards(
+    client: Client, setup: WorkerSetup, tasks: Iterator[ShardTask], *, retries: int
+) -> Iterator[ShardResult]:
+    """Shards as workers finish them, in any order. A shard that fails for good does not stop the others; workers that
+    join get their share.
+
+    Raises DistInitError at the end if any shard failed on every try; what was yielded stands.
+    """
+    from distributed import as_completed
+
+    failed: list[str] = []
+    shard_of: dict[Any, int] = {}
+
+    def submit() -> None:
+        wanted = max(QUEUED, IN_FLIGHT * len(client.nthreads()))
+        for task in islice(tasks, max(0, wanted - len(shard_of))):
+            future = client.submit(fill_shard, setup, task, retries=retries, pure=False)
+            shard_of[future.key] = task.shard
+            waiting.add(future)
+
+    waiting = as_completed()
+    submit()
+    for future in waiting:
+        shard = shard_of.pop(future.key)
+        if future.status == "finished":
+            yield future.result()
+        else:
+            error = _why(future)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise error  # no other worker can write there either
+            if isinstance(error, DecoderError):
+                raise DecoderError(f"on a worker: {error}") from error
+            failed.append(f"shard {shard:06d}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        future.release()
+        submit()
+    if failed:
+        raise DistInitError(
+            f"{len(failed)} shards failed {retries + 1} times each, all others are committed; "
+            f"the same command tries them again; the first: {failed[0]}"
+        )
+
+
+def _why(future: Future) -> BaseException:
+    try:
+        error: BaseException = future.exception()
+    except CancelledError as lost:  # the scheduler itself went away
+        return lost
+    return error

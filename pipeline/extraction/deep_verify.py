@@ -1,0 +1,230 @@
+"""Verify a store against its videos and teachers: decode some videos again, run the teachers again, compare.
+
+Frames must be the same, by index and pts. Logits are computed in batches of the recorded size in which each row has
+the place that it had, so that the same torch on the same kind of device gives the same bits; elsewhere the last bits
+differ, for which there is a tolerance.
+
+Shapes: B rows of a batch, n rows, K classes of a teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..common.console import Screen
+from ..common.devices import resolve_device
+from ..common.errors import DistInitError, UsageError, VideoError
+from ..store import layout as fmt
+from ..store.encoding import arrays_of, decode, encode, rounding
+from ..store.index import OK
+from ..store.reader import TargetStore, check_moved
+from ..store.verify import Finding
+from ..teachers.fingerprint import Fingerprint
+from ..teachers.probes import fingerprint
+from ..teachers.recorded import load_recorded
+from ..teachers.teacher import Teacher
+from ..video.container import digest
+from ..video.pool.decode_pool import DecodeJob, DecodePool, Done, Failed
+
+# How far a row may be off beside its rounding: root mean square over classes, in standard deviations of the row.
+# In fp32 another batch size makes 2e-6; bf16 is up to 0.12 off fp32, the next cached frame 0.2 or more
+# (docs/benchmarks.md).
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
+
+
+class Replay:
+    """One teacher of the store, run again. Feed it the rows of one video after the other."""
+
+    def __init__(self, store: TargetStore, name: str, teacher: Teacher) -> None:
+        self.store, self.name, self.teacher = store, name, teacher
+        self.commits = store.index.teachers[name]
+        self.rows, self.equal, self.worst = 0, 0, 0.0
+        self._off: dict[int, tuple[int, float]] = {}
+        self._batch = np.zeros((0, *teacher.input_shape, 3), np.uint8)
+        self._at = (-1, -1)  # shard and batch
+        self._places: list[int] = []
+        self._waiting: list[int] = []
+
+    def has(self, segment: int) -> bool:
+        """Whether the store has this teacher's rows of a segment."""
+        there = int(self.store.index.shard[segment]) in self.commits.shards
+        return there and segment not in self.commits.failed
+
+    def feed(self, images: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
+        """Images [n, h, w, 3] of the store's rows [n], ascending; runs the teacher whenever a batch is full."""
+        for image, row in zip(images, rows.tolist(), strict=True):
+            shard, inside = divmod(row, self.store.index.shard_rows)
+            size = _batch_size(self.commits.commits[shard]["run"])
+            place = inside % size
+            if self._waiting and (shard, inside // size) != self._at:
+                self.run()
+            self._at = shard, inside // size
+            if len(self._batch) != size:
+                self._batch = np.zeros((size, *self._batch.shape[1:]), np.uint8)
+            self._batch[place] = image
+            self._places.append(place)
+            self._waiting.append(row)
+
+    def run(self) -> None:
+        """The teacher on what waits, against what is stored."""
+        if not self._places:
+            return
+        logits = self.teacher.logits(self._batch).numpy()[self._places]
+        rows = np.array(self._waiting)
+        encoding = self.store.teachers[self.name].encoding
+        stored = {a: self.store.read_stored(self.name, a, rows) for a in arrays_of(encoding)}
+        now = encode(logits, encoding)
+        self.equal += int(np.all([_rows_equal(stored[a], now[a]) for a in stored], axis=0).sum())
+        off = np.sqrt(np.square(decode(stored, encoding) - logits).mean(axis=1))
+        spread = logits.std(axis=1)
+        self.worst = max(self.worst, float(np.nanmax(off / np.maximum(spread, 1e-12), initial=0)))
+        bad = ~(off <= rounding(stored, encoding) + TOLERANCE[self.teacher.precision] * spread)  # also where it is nan
+        if bad.any():
+            count, worst = self._off.get(self._at[0], (0, 0.0))
+            self._off[self._at[0]] = (count + int(bad.sum()), max(worst, float(off[bad].max())))
+        self.rows += len(rows)
+        self._batch[:] = 0
+        self._places, self._waiting = [], []
+
+    def findings(self, path: str) -> list[Finding]:
+        """What was off since this was last asked."""
+        off, self._off = self._off, {}
+        return [
+            Finding(f"{path}: of {n} frames the teacher says other logits, off by up to {worst:.3g}", shard, self.name)
+            for shard, (n, worst) in off.items()
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """Rows compared, the share that is equal to the bit, the largest difference in deviations of its row."""
+        return {
+            "rows": self.rows,
+            "bit_equal": self.equal / self.rows if self.rows else None,
+            "largest_difference": self.worst,
+            "device": self.teacher.device.type,
+            "torch": torch.__version__.split("+")[0],
+        }
+
+
+def deep_check(
+    store: TargetStore,
+    count: int,
+    screen: Screen,
+    *,
+    seed: int = 0,
+    moved: Mapping[str, str] | None = None,
+    weights: Mapping[str, str] | None = None,
+    allow_teachers: Collection[str] = (),
+    device: str = "auto",
+) -> tuple[list[Finding], dict[str, Any]]:
+    """Findings of `count` random videos, and what was compared.
+
+    moved: where a corpus lies now. weights: the weights file of a teacher, by its name in the store. allow_teachers:
+    teachers whose code may run and whose weights may be downloaded though the store names them (`load_recorded`).
+    Raises UsageError for a corpus or a teacher that the store does not have, and DeviceError.
+    """
+    check_moved(store, moved or {})
+    for name in weights or {}:
+        store.teacher(name)
+    findings: list[Finding] = []
+    replays = []
+    for name in store.teachers:
+        try:
+            teacher = _load(store, name, weights or {}, allow_teachers, resolve_device(device))
+            replays.append(Replay(store, name, teacher))
+            if (node := store.fingerprint(name)) is not None:
+                Fingerprint.parse(node, f"teachers/{name}").check(fingerprint(teacher), name, store.name)
+        except DistInitError as error:
+            findings.append(Finding(str(error), None, name))
+    videos = np.flatnonzero((store.video_state == OK) & (store.row_counts > 0))
+    chosen = np.sort(np.random.default_rng(seed).permutation(videos)[:count])
+    views = list(dict.fromkeys(r.teacher.view for r in replays))
+    with (
+        DecodePool(processes=1, views=views) as pool,
+        screen.progress("decoding again", total=len(chosen), unit="videos") as bar,
+    ):
+        for video in chosen.tolist():
+            path = store.video_path(video, moved)
+            findings += _check_video(store, video, path, pool, {r: views.index(r.teacher.view) for r in replays})
+            for replay in replays:
+                replay.run()
+                findings += replay.findings(path)
+            bar.advance(1)
+    return findings, {
+        "videos": len(chosen),
+        "seed": seed,
+        "teachers": {r.name: r.summary() for r in replays},
+    }
+
+
+def _load(
+    store: TargetStore, name: str, weights: Mapping[str, str], allowed: Collection[str], device: torch.device
+) -> Teacher:
+    """The store's teacher as it can be loaded here and now; DistInitError says how it is another."""
+    record = store.teachers[name]
+    node = fmt.read_nodes(store.files, "teachers", [name])[name]
+    where = f"{store.name}/teachers/{name}/zarr.json"
+    teacher = load_recorded(node.get("provenance", {}), where, weights=weights.get(name), trusted=allowed)
+    teacher.to(device, str(record.run.get("precision")))
+    if len(teacher.classes) == len(record.classes):
+        teacher.classes = list(record.classes)  # their names may have come from a file
+    here = teacher.identity()
+    for key, there in record.identity.items():
+        if here.get(key) != there:
+            raise UsageError(f"not the teacher that was extracted: its {key} is {here.get(key)}, was {there}")
+    return teacher
+
+
+def _check_video(
+    store: TargetStore, video: int, path: str, pool: DecodePool, view_of: Mapping[Replay, int]
+) -> Iterator[Finding]:
+    """Decode a video again; feeds the teachers."""
+    try:
+        here = digest(path)
+    except VideoError as error:
+        yield Finding(f"{path}: {error}")
+        return
+    if here != store.digest(video):
+        yield Finding(f"{path}: changed, its digest is {here}, the teachers saw {store.digest(video)}")
+        return
+    for s in store.segments(video).tolist():
+        shard, row, count = (int(x[s]) for x in (store.index.shard, store.index.row, store.index.rows))
+        rows = np.arange(row, row + count)
+        stored = store.read_table("index", rows), store.read_table("pts", rows)
+        end = int(store.index.end[s])
+        job = DecodeJob(s, path, store.sampling, int(store.index.first[s]), None if end < 0 else end)
+        done, differs = 0, False
+        for event in pool.stream([job]):
+            if isinstance(event, Failed):
+                yield Finding(f"{path}: {event.reason}", shard)
+            elif isinstance(event, Done):
+                if done != count and not differs:
+                    yield Finding(f"{path}: {done} frames are sampled, {count} are stored", shard)
+            elif not differs:
+                at = slice(done, done + len(event.index))
+                differs = not (np.array_equal(stored[0][at], event.index) and np.array_equal(stored[1][at], event.pts))
+                if differs:
+                    yield Finding(f"{path}: other frames (index or pts) are sampled than are stored", shard)
+                    continue
+                done = at.stop
+                for replay, view in view_of.items():
+                    if replay.has(s):
+                        replay.feed(event.images[view], rows[at])
+
+
+def _batch_size(run: Mapping[str, Any]) -> int:
+    """Of the batches that rows were computed in. Rows that were copied from several runs have no batch any more, and
+    any will do: they are held to the tolerance.
+    """
+    while "mixed" in run:
+        run = run["mixed"][0]
+    return int(run["batch_size"])
+
+
+def _rows_equal(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.bool_]:
+    same = a == b
+    return np.asarray(same if same.ndim == 1 else same.all(axis=1))

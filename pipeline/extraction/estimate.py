@@ -1,0 +1,117 @@
+"""What an extraction would cost, before it costs anything: rows, GB and hours for each way to sample."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from ..common.console import Screen
+from ..common.errors import UsageError
+from ..corpus.sources import VideoList
+from ..store.encoding import DEFAULT, row_bytes
+from ..teachers.teacher import Teacher
+from ..video.pool.decode_pool import Block, DecodeJob, DecodePool
+from ..video.probe import Probe
+from ..video.sampling import Sampling
+from .extract_options import ExtractConfig, default_decoders, load_teachers
+
+PROBED, TIMED = 2000, 8  # videos probed; of these, decoded to measure the rate
+ROW_BYTES = 4 + 8 + 8  # video, index, pts
+
+
+def dry_run(
+    config: ExtractConfig, videos: VideoList | None, device: torch.device, screen: Screen
+) -> dict[str, Any]:
+    """Rows, GB and hours of the asked sampling beside others; nothing is written.
+
+    Rows are upper bounds from the containers, scaled up where only a sample was probed; hours come from
+    rates measured here and now: the teachers on one batch, the decoder on a few videos. On a CPU they share
+    the cores and their hours add up, a GPU works beside them.
+    """
+    if videos is None:
+        raise UsageError("--dry-run needs a SOURCE")
+    teachers = load_teachers(config, device)
+    views = list(dict.fromkeys(t.view for t in teachers.values()))
+    chosen = np.unique(np.linspace(0, len(videos) - 1, min(PROBED, len(videos))).astype(int)).tolist()
+    asked = config.sampling or Sampling()
+    options = [asked, *(s for s in _others() if s != asked)]
+    teacher_s = sum(_seconds_a_row(t, config.batch_size, screen) for t in teachers.values())
+    encoding = config.encoding or DEFAULT
+    width = sum(row_bytes(len(t.classes), encoding) + 4 for t in teachers.values())
+    together = sum if device.type == "cpu" else max
+    rows_out: list[dict[str, Any]] = []
+    with DecodePool(processes=config.decoders or default_decoders(device), views=views) as pool:
+        paths = [videos.absolute(i) for i in chosen]
+        with screen.progress("probing", total=len(paths), unit="videos") as bar:
+            probes: list[Probe] = []
+            for probe in pool.probe(paths):
+                probes.append(probe)
+                bar.advance(1)
+        good = [(path, probe) for path, probe in zip(paths, probes, strict=True) if probe.error is None]
+        scale = len(videos) / max(len(chosen), 1)
+        for sampling in options:
+            rows = scale * sum(sampling.rows_bound(p) for _, p in good)
+            decode_s = scale * _decode_seconds(pool, sampling, good)
+            rows_out.append(
+                {
+                    "sampling": sampling.describe(),
+                    "rows": int(rows),
+                    "gigabytes": rows * (width + ROW_BYTES) / 1e9,
+                    "hours": together([decode_s, rows * teacher_s]) / 3600,
+                    "hours_decoding": decode_s / 3600,
+                    "hours_teachers": rows * teacher_s / 3600,
+                }
+            )
+    broken = int(scale * (len(probes) - len(good)))
+    _show(rows_out, len(videos), len(chosen), broken, screen)
+    return {"dry_run": True, "videos": len(videos), "probed": len(chosen), "unreadable": broken, "costs": rows_out}
+
+
+def _others() -> list[Sampling]:
+    return [Sampling(every=1), Sampling(every=4), Sampling(every=None, keyframes=True)]
+
+
+def _seconds_a_row(teacher: Teacher, batch_size: int, screen: Screen) -> float:
+    screen.say(f"measuring {teacher.name}")
+    h, w = teacher.view.shape(256, 256)
+    images = np.random.default_rng(0).integers(0, 255, (batch_size, h, w, 3), dtype=np.uint8)
+    teacher.logits(images)  # warm-up: allocations, compiled kernels
+    began = time.perf_counter()
+    teacher.logits(images)
+    return (time.perf_counter() - began) / batch_size
+
+
+def _decode_seconds(pool: DecodePool, sampling: Sampling, good: list[tuple[str, Probe]]) -> float:
+    """Seconds for all probed videos, from the time of a few and their share of the frames."""
+    if not good:
+        return 0.0
+    few = [good[i] for i in np.unique(np.linspace(0, len(good) - 1, min(TIMED, len(good))).astype(int))]
+    frames = sum(p.frames for _, p in few)
+    began = time.perf_counter()
+    rows = 0
+    for event in pool.stream(DecodeJob(i, path, sampling, max_rows=200) for i, (path, _) in enumerate(few)):
+        if isinstance(event, Block):
+            rows += len(event.index)
+    seconds = time.perf_counter() - began
+    bound = sum(min(sampling.rows_bound(p), 200) for _, p in few)
+    share = sum(sampling.rows_bound(p) for _, p in few) / max(bound, 1)
+    return seconds * share * sum(p.frames for _, p in good) / max(frames, 1)
+
+
+def _show(rows: list[dict[str, Any]], videos: int, probed: int, broken: int, screen: Screen) -> None:
+    title = f"{videos} videos" + (f", estimated from {probed} of them" if probed < videos else "")
+    table = Table(title=title + (f"; {broken} cannot be read" if broken else ""))
+    table.add_column("frames kept")
+    for name in ("rows", "GB", "hours"):
+        table.add_column(name, justify="right")
+    table.add_column("bound by")
+    for r in rows:
+        by = "decoding" if r["hours_decoding"] > r["hours_teachers"] else "the teachers"
+        hours = r["hours"]
+        shown = f"{hours:.1f}" if hours >= 1 else f"{hours * 60:.1f} min"
+        table.add_row(r["sampling"], f"{r['rows']:,}", f"{r['gigabytes']:.3g}", shown, by)
+    screen.table(table)

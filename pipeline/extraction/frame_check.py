@@ -1,0 +1,94 @@
+"""Hold the frames of a store against its videos, without a teacher: what 0.1 read in another order is found so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ..common.console import Screen
+from ..common.errors import VideoError
+from ..store.index import OK
+from ..store.reader import TargetStore, check_moved
+from ..store.verify import Finding
+from ..store.writer import StoreWriter
+from ..training.precision import cores
+from ..video.container import digest
+from ..video.geometry import View
+from ..video.packets import Timeline
+from ..video.pool.decode_pool import DecodePool, Failed
+from .planner import video_columns
+
+
+def frame_check(store: TargetStore, screen: Screen, moved: Mapping[str, str] | None = None) -> dict[int, list[Finding]]:
+    """Findings of each video whose file does not have the frames, or the size, that the store has.
+
+    moved: where a corpus lies now. Most files are only read, not decoded. Raises UsageError for a corpus that the
+    store does not have.
+    """
+    check_moved(store, moved or {})
+    findings: dict[int, list[Finding]] = {}
+    readable: list[int] = []
+    videos = np.flatnonzero((store.video_state == OK) & (store.row_counts > 0)).tolist()
+    for video in videos:
+        path = store.video_path(video, moved)
+        try:
+            here = digest(path)
+        except VideoError as error:
+            findings[video] = [Finding(f"{path}: {error}")]
+            continue
+        if here == store.digest(video):
+            readable.append(video)
+        else:
+            changed = f"changed, its digest is {here}, the teachers saw {store.digest(video)}"
+            findings[video] = [Finding(f"{path}: {changed}")]
+    view = View(resize=(16, 16))  # nothing is rendered
+    with (
+        DecodePool(processes=cores(), views=[view]) as pool,
+        screen.progress("reading videos", total=len(readable), unit="videos") as bar,
+    ):
+        paths = [store.video_path(video, moved) for video in readable]
+        for video, path, found in zip(readable, paths, pool.timelines(paths), strict=True):
+            if isinstance(found, Failed):
+                findings[video] = [Finding(f"{path}: {found.reason}")]
+            elif off := list(_compare(store, video, path, *found)):
+                findings[video] = off
+            bar.advance(1)
+    return findings
+
+
+def _compare(store: TargetStore, video: int, path: str, timeline: Timeline, size: tuple[int, int]) -> Iterator[Finding]:
+    """One finding for each shard that holds frames which the file does not have."""
+    segments = store.segments(video).tolist()
+    stored_size = int(store.column("width")[video]), int(store.column("height")[video])
+    if size != stored_size:
+        seen = f"shown at {size[0]}x{size[1]} pixels, the teachers saw {stored_size[0]}x{stored_size[1]}"
+        yield from (Finding(f"{path}: {seen}", int(store.index.shard[s])) for s in segments)
+        return
+    record = store.video(video)
+    if record.time_base not in (None, timeline.time_base):
+        yield Finding(f"{path}: its clock ticks every {timeline.time_base} s, stored is {record.time_base} s")
+    chosen = store.sampling.select(timeline.pts, timeline.key, timeline.time_base)
+    for s in segments:
+        first, end = int(store.index.first[s]), int(store.index.end[s])
+        here = chosen[(chosen >= first) & (chosen < (len(timeline) if end < 0 else end))]
+        rows = np.arange(store.index.row[s], store.index.row[s] + store.index.rows[s])
+        index, pts = store.read_table("index", rows), store.read_table("pts", rows)
+        # A damaged frame has no row.
+        known = np.isin(index, here)
+        if not known.all() or not np.array_equal(timeline.pts[index], pts):
+            yield Finding(f"{path}: other frames (index or pts) than are stored", int(store.index.shard[s]))
+        elif len(index) < len(here) and s not in store.index.note:
+            yield Finding(f"{path}: {len(here)} frames are sampled, {len(index)} are stored", int(store.index.shard[s]))
+
+
+def identify_again(
+    store: TargetStore, writer: StoreWriter, videos: list[int], moved: Mapping[str, str] | None = None
+) -> None:
+    """Write again what the store holds of the files of `videos`, where they are those that the teachers saw."""
+    paths = [store.video_path(video, moved) for video in videos]
+    with DecodePool(processes=1, views=[View(resize=(16, 16))]) as pool:
+        probes = dict(zip(videos, pool.probe(paths), strict=True))
+    same = {v: probe for v, probe in probes.items() if probe.error is None and probe.digest == store.digest(v)}
+    if same:
+        writer.identify(list(same), video_columns(list(same.values()), store.sampling))

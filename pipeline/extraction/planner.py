@@ -1,0 +1,303 @@
+"""The planning half of extraction: which files are new, what is in them, which shards they fill.
+
+Everything here happens in the client. The video table grows by slabs, so that a killed planning run keeps
+what it has probed; segments are planned in one act.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.console import Screen
+from ..common.errors import StoreMismatchError, VideoError
+from ..common.same_failure import SameFailure
+from ..corpus.sources import Corpus, VideoList, escape_path, unescape_path
+from ..store.digests import read_rows
+from ..store.index import MOVED, OK
+from ..store.planning import Stretch, cut
+from ..store.reader import TargetStore
+from ..store.storage import LocalFiles
+from ..store.writer import StoreWriter
+from ..video.pool.decode_pool import DecodePool
+from ..video.probe import Probe
+from ..video.sampling import Sampling
+from .shard_filler import SegmentTask, ShardTask
+
+SLAB = 10_000  # videos probed between two writes of the video table
+
+
+class StorePlan:
+    """The store's tables as planning and tasks need them: who is listed, where each file lies now."""
+
+    def __init__(self, writer: StoreWriter) -> None:
+        self.writer = writer
+        self.roots = {c["name"]: unescape_path(c["root"]) for c in writer.index.corpora}
+        self.corpora: list[dict[str, str]] = list(writer.index.corpora)
+        self._columns: dict[str, NDArray[Any]] = {}
+
+    def locate(self, videos: VideoList) -> VideoList:
+        """Take the places of corpora from `videos`, for this run; returns them as the store would list them.
+
+        A corpus is known by its name, and videos by their paths in it. Of a list that moved away from what it names,
+        all paths are others: its videos are found where the store says, and it goes on from the root of that time.
+        """
+        corpora, paths = list(videos.corpora), list(videos.paths)
+        for number, corpus in enumerate(videos.corpora):
+            recorded = self.roots.get(corpus.name, corpus.root)
+            if recorded != corpus.root:
+                mine = np.flatnonzero(videos.corpus == number).tolist()
+                known = {unescape_path(path) for path in self.paths_of(corpus.name).values()}
+                before = {i: os.path.relpath(videos.absolute(i), recorded) for i in mine}
+                if sum(path in known for path in before.values()) > sum(paths[i] in known for i in mine):
+                    corpora[number] = Corpus(corpus.name, recorded)
+                    for i, path in before.items():
+                        paths[i] = path
+        self.roots.update({c.name: c.root for c in corpora})
+        return replace(videos, corpora=tuple(corpora), paths=paths)
+
+    def paths_of(self, corpus: str) -> dict[int, str]:
+        """The escaped paths of a corpus' videos, by video."""
+        number, path = [c["name"] for c in self.corpora].index(corpus), self.column("path")
+        return {v: str(path[v]) for v in np.flatnonzero(self.column("corpus") == number).tolist()}
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of the video table [V], read once a state of the table."""
+        n = self.writer.index.n_videos
+        if name not in self._columns or len(self._columns[name]) != n:
+            files, ranges = LocalFiles(self.writer.root), self.writer.index.ranges
+            self._columns[name] = read_rows(files, f"videos/{name}", 0, n, ranges)
+        return self._columns[name]
+
+    @property
+    def sampling(self) -> Sampling:
+        """Which frames the store keeps."""
+        return Sampling.model_validate(self.writer.attributes["sampling"])
+
+    def forget(self) -> None:
+        """Read the columns again: rows were written in place."""
+        self._columns.clear()
+
+    def path(self, video: int) -> str:
+        """Where a video lies in this run."""
+        name = self.corpora[int(self.column("corpus")[video])]["name"]
+        return f"{self.roots[name]}/{unescape_path(str(self.column('path')[video]))}"
+
+    def digest(self, video: int) -> str:
+        """Its digest when it was listed, '' if it could not be read then."""
+        raw = bytes(self.column("digest")[video])
+        return raw.hex() if any(raw) else ""
+
+
+def new_videos(plan: StorePlan, videos: VideoList) -> list[int]:
+    """Which of the located videos the store does not list yet."""
+    names = {c["name"]: i for i, c in enumerate(plan.corpora)}
+    known = _known(plan)
+    return [
+        i
+        for i in range(len(videos))
+        if (names.get(videos.corpora[int(videos.corpus[i])].name, -1), escape_path(videos.paths[i])) not in known
+    ]
+
+
+def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, screen: Screen, max_failures: int) -> int:
+    """Probe the files that the store does not list yet and list them; returns how many.
+
+    StoreMismatchError if they would join another corpus of the same name. DistInitError where the first
+    `max_failures` of them, or all of fewer, cannot be read for one reason; then none of them is listed.
+    """
+    names = {c["name"]: i for i, c in enumerate(plan.corpora)}
+    for c in videos.corpora:
+        if c.name not in names:
+            names[c.name] = len(plan.corpora)
+            plan.corpora.append({"name": c.name, "root": escape_path(c.root)})
+    new = [(i, names[videos.corpora[int(videos.corpus[i])].name]) for i in new_videos(plan, videos)]
+    if not new:
+        return 0
+    for corpus in np.unique([c for _, c in new]).tolist():
+        _check_moved(plan, plan.corpora[corpus])
+    watch = SameFailure(max_failures)
+    with screen.progress("probing", total=len(new), unit="videos") as bar:
+        for at in range(0, len(new), SLAB):
+            slab = new[at : at + SLAB]
+            probes = []
+            for (i, _), probe in zip(slab, pool.probe([videos.absolute(i) for i, _ in slab]), strict=True):
+                watch.see(i, probe.error, videos.absolute(i))
+                probes.append(probe)
+                bar.advance(1)
+            if at + SLAB >= len(new) and not (plan.writer.index.state == OK).any():
+                watch.finish()
+            columns = video_columns(probes, plan.sampling)
+            columns["corpus"] = [c for _, c in slab]
+            columns["path"] = [escape_path(videos.paths[i]) for i, _ in slab]
+            plan.writer.add_videos(columns, plan.corpora)
+    return len(new)
+
+
+def _check_moved(plan: StorePlan, corpus: dict[str, str]) -> None:
+    """StoreMismatchError if videos of a corpus are not where it lies now: what is new there belongs to another.
+
+    Of a corpus that moved as a whole all are there; one that stays where it was may lose some.
+    """
+    name, lay, lies = corpus["name"], unescape_path(corpus["root"]), plan.roots[corpus["name"]]
+    if lay == lies:
+        return
+    seen = {v: path for v, path in plan.paths_of(name).items() if plan.digest(v)}
+    gone = sum(not os.path.lexists(os.path.join(lies, unescape_path(path))) for path in seen.values())
+    if gone:
+        raise StoreMismatchError(
+            f"corpus {name!r} lay in {lay}, and {gone} of its {len(seen)} videos are not in {lies}; "
+            f"give the new source another name (new={lies}), or the whole moved folder"
+        )
+
+
+def check_unchanged(plan: StorePlan, videos: VideoList) -> None:
+    """StoreMismatchError for the first listed file whose size differs from the one the teachers saw."""
+    state = plan.writer.index.video_state()
+    size, known = plan.column("size"), _known(plan)
+    names = {c["name"]: i for i, c in enumerate(plan.corpora)}
+    for i in range(len(videos)):
+        key = (names.get(videos.corpora[int(videos.corpus[i])].name, -1), escape_path(videos.paths[i]))
+        video = known.get(key)
+        if video is None or state[video] != OK:
+            continue
+        try:
+            now = os.stat(videos.absolute(i)).st_size
+        except OSError:
+            continue  # gone now, but its targets stand: nothing to extract
+        if now != size[video]:
+            raise StoreMismatchError(
+                f"{videos.absolute(i)}: {now} bytes, but the teachers saw a file of {int(size[video])} bytes; put that "
+                "file back, or leave this one out of the sources"
+            )
+
+
+def plan_segments(plan: StorePlan, pool: DecodePool, screen: Screen) -> int:
+    """Give every listed video without a segment its place in shards; returns how many segments."""
+    writer = plan.writer
+    planned = np.zeros(writer.index.n_videos, bool)
+    planned[writer.index.video] = True
+    todo = np.flatnonzero(~planned)
+    if len(todo) == 0:
+        return 0
+    rows = writer.set_shard_rows_for(int(plan.column("rows_bound")[todo].sum()))
+    stretches: list[Stretch] = []
+    for v in todo.tolist():
+        stretches += stretches_of(plan, pool, v, int(plan.column("rows_bound")[v]), rows, -1)
+    return len(writer.add_segments(stretches))
+
+
+def plan_overflow(plan: StorePlan, pool: DecodePool) -> int:
+    """Plan again, from an exact count, the segments that held more rows than their bound."""
+    index = plan.writer.index
+    moved = np.flatnonzero((index.state == MOVED) & index.live)
+    stretches: list[Stretch] = []
+    for s in moved.tolist():
+        if index.first[s] == 0 and index.end[s] == -1:
+            stretches += _exact(plan, pool, int(index.video[s]), s)
+        else:  # one stretch of several: the others stand, so it keeps its frames and gets more room
+            bound = min(2 * int(index.overflow[s]), plan.writer.shard_rows)
+            stretches.append(Stretch(int(index.video[s]), int(index.first[s]), int(index.end[s]), bound, s))
+    return len(plan.writer.add_segments(stretches))
+
+
+def open_tasks(plan: StorePlan, teachers: Sequence[str]) -> list[int]:
+    """Shards that lack their frames or the rows of one of these teachers, in order."""
+    index = plan.writer.index
+    return [
+        shard
+        for shard in range(index.n_shards)
+        if shard not in index.frame_commits or any(shard not in index.teachers[t].shards for t in teachers)
+    ]
+
+
+def tasks(plan: StorePlan, shards: Sequence[int], teachers: Sequence[str]) -> Iterator[ShardTask]:
+    """The work of each shard; over committed frames, that of the teachers it lacks."""
+    index = plan.writer.index
+    store = TargetStore.open(plan.writer.root) if any(s in index.frame_commits for s in shards) else None
+    order = np.argsort(index.shard, kind="stable")
+    begin = np.searchsorted(index.shard[order], np.arange(index.n_shards + 1))
+    for shard in shards:
+        mine = order[begin[shard] : begin[shard + 1]]
+        there = shard in index.frame_commits
+        lacking = {t: index.teachers[t].encoding for t in teachers if shard not in index.teachers[t].shards}
+        if there:
+            mine = mine[index.state[mine] == OK]
+        rows_there = int(index.rows[mine].sum()) if there else 0
+        segments = tuple(_segment(plan, int(s), store if there else None) for s in mine)
+        yield ShardTask(shard, segments, lacking, there, rows_there)
+
+
+def _segment(plan: StorePlan, s: int, store: TargetStore | None) -> SegmentTask:
+    index = plan.writer.index
+    video = int(index.video[s])
+    there = None
+    if store is not None:
+        rows = np.arange(index.row[s], index.row[s] + index.rows[s])
+        there = (store.read_table("index", rows), store.read_table("pts", rows))
+    end = int(index.end[s])
+    return SegmentTask(
+        s,
+        video,
+        plan.path(video),
+        plan.digest(video),
+        int(index.first[s]),
+        None if end < 0 else end,
+        int(index.bound[s]),
+        there,
+    )
+
+
+def video_columns(probes: Sequence[Probe], sampling: Sampling) -> dict[str, list[Any]]:
+    """Columns of the video table that come from probing."""
+    digests = [bytes.fromhex(p.digest) if p.digest else bytes(16) for p in probes]
+    return {
+        "size": [p.size for p in probes],
+        "digest": [list(d) for d in digests],
+        "duration": [p.duration for p in probes],
+        "fps": [p.fps for p in probes],
+        "rows_bound": [0 if p.error else sampling.rows_bound(p) for p in probes],
+        "time_base_num": [p.time_base[0] for p in probes],
+        "time_base_den": [p.time_base[1] for p in probes],
+        "width": [p.width for p in probes],
+        "height": [p.height for p in probes],
+    }
+
+
+def stretches_of(
+    plan: StorePlan, pool: DecodePool, video: int, bound: int, shard_rows: int, replaces: int
+) -> list[Stretch]:
+    """A video as stretches that fit a shard, by the bound of its probe."""
+    if bound <= shard_rows:
+        return [Stretch(video, 0, -1, bound, replaces)]
+    return _exact(plan, pool, video, replaces)
+
+
+def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list[Stretch]:
+    """Stretches of a video from its whole timeline: for long videos and for those that beat their bound."""
+    try:
+        timeline = pool.timeline(plan.path(video))
+    except VideoError:
+        return [Stretch(video, 0, -1, 0, replaces)]  # the decode will say what is wrong with it
+    wanted = plan.sampling.select(timeline.pts, timeline.key, timeline.time_base)
+    keys = np.flatnonzero(timeline.key)
+    parts = cut(video, wanted, keys, len(timeline.pts), plan.writer.shard_rows)
+    return [Stretch(p.video, p.first, p.end, p.bound, replaces) for p in parts]
+
+
+def ids_of(plan: StorePlan, videos: VideoList) -> list[int]:
+    """The store's numbers of the located videos, those that it lists."""
+    names, known = {c["name"]: i for i, c in enumerate(plan.corpora)}, _known(plan)
+    of = [names.get(corpus.name, -1) for corpus in videos.corpora]
+    keys = [(of[int(c)], escape_path(path)) for c, path in zip(videos.corpus, videos.paths, strict=True)]
+    return [known[key] for key in keys if key in known]
+
+
+def _known(plan: StorePlan) -> dict[tuple[int, str], int]:
+    corpus, path = plan.column("corpus"), plan.column("path")
+    return {(int(c), str(p)): i for i, (c, p) in enumerate(zip(corpus, path, strict=True))}

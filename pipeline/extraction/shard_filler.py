@@ -1,0 +1,348 @@
+"""Fill shards: decode, run the teachers, stage the files. What a worker does; it never commits.
+
+One decode serves all teachers. Videos come from the decode pool in the planned order whatever number of
+processes decodes, batches take rows in that order, never cross a shard and are padded to the batch size:
+the same plan gives the same batches, and so the same bits, for any number of decoders and after any kill.
+
+Shapes: B rows of a batch, H W pixels of a view, K classes of a teacher.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.errors import VideoError
+from ..store import layout as fmt
+from ..store.encoding import Encoding, decode, divergence, encode, error_record, storable
+from ..store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from ..targets.soft_targets import entropy
+from ..video.container import digest
+from ..video.pool.decode_pool import Block, DecodeJob, DecodePool, Done, Failed
+from ..video.sampling import Sampling
+from .teacher_runner import Batch, Logits, TeacherRunner
+
+
+@dataclass(frozen=True)
+class SegmentTask:
+    """One segment to decode; `there` holds (index, pts) [n] of rows that the store has already."""
+
+    id: int
+    video: int
+    path: str
+    digest: str
+    first: int
+    end: int | None
+    bound: int
+    there: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard: its segments in order and the teachers whose rows it lacks, with the encoding of each."""
+
+    shard: int
+    segments: tuple[SegmentTask, ...]
+    teachers: dict[str, Encoding]
+    frames_there: bool
+    rows_there: int = 0
+
+
+@dataclass
+class _Outcome:
+    """Where a segment's rows stand in the working arrays, and what became of it."""
+
+    task: SegmentTask
+    start: int
+    stop: int
+    frames: int = -1
+    counted: bool = False
+    note: str | None = None
+    failed: str | None = None
+    overflow: int | None = None
+
+
+@dataclass
+class _Rows:
+    """Working arrays of one shard, in decoding order; rows of failed segments are dropped at the end.
+
+    stored: of each teacher its arrays as the store keeps them, by name. running: rows whose batches are at the
+    teachers, in order.
+    """
+
+    task: ShardTask
+    index: NDArray[np.int64]
+    pts: NDArray[np.int64]
+    video: NDArray[np.int32]
+    stored: dict[str, dict[str, NDArray[Any]]]
+    error: dict[str, NDArray[np.float32]]
+    good: dict[str, NDArray[np.bool_]]
+    used: int = 0
+    outcomes: list[_Outcome] = field(default_factory=list)
+    running: deque[tuple[slice, Future[Logits]]] = field(default_factory=deque)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all batches that were submitted are through the teachers."""
+        return all(future.done() for _, future in self.running)
+
+    def submit(self, runner: TeacherRunner, batch: Batch) -> None:
+        """Send the rows that came last, as many as the batch holds, through the teachers."""
+        at = slice(self.used - batch.count, self.used)
+        if self.task.teachers:
+            self.running.append((at, runner.submit(batch, self.task.teachers)))
+        else:
+            runner.give_back(batch)
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Enter the logits of batches that are through; raises what a teacher raised."""
+        while self.running and (wait or self.running[0][1].done()):
+            at, future = self.running.popleft()
+            for name, logits in future.result().items():
+                self._enter(name, at, logits[: at.stop - at.start])
+
+    def _enter(self, name: str, at: slice, logits: NDArray[np.float32]) -> None:
+        encoding, stored = self.task.teachers[name], self.stored[name]
+        self.good[name][at] = storable(logits)
+        encoded = encode(logits, encoding)
+        for array, values in encoded.items():
+            stored[array][at] = values
+        with np.errstate(all="ignore"):  # rows that are not storable
+            stored["entropy"][at] = entropy(logits)
+            self.error[name][at] = divergence(logits, decode(encoded, encoding))
+
+
+class ShardFiller:
+    """Fills shards of the store at `root` with the frames of `pool` seen by the teachers of `runner`.
+
+    advance: called with the number of rows decoded, for the progress bar.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        runner: TeacherRunner,
+        pool: DecodePool,
+        *,
+        sampling: Sampling,
+        shard_rows: int,
+        advance: Callable[[int], Any] = lambda n: None,
+    ) -> None:
+        self.root, self.runner, self.pool = root, runner, pool
+        self.teachers = runner.teachers
+        self.sampling, self.shard_rows = sampling, shard_rows
+        self.advance = advance
+
+    def fill(self, tasks: Iterable[ShardTask]) -> Iterator[ShardResult]:
+        """Shards in the order of `tasks`. Across their borders frames are decoded and teachers run ahead.
+
+        Ends with its pool and runner ready for another call, also when it raises or is closed: a worker keeps both.
+        """
+        waiting: deque[ShardTask] = deque()  # given to the pool
+        decoded: deque[_Rows] = deque()  # the teachers are at the last batches of these
+
+        def jobs() -> Iterator[DecodeJob]:
+            for task in tasks:
+                waiting.append(task)
+                for s in task.segments:
+                    yield DecodeJob(s.id, s.path, self.sampling, s.first, s.end, None if s.bound == 0 else s.bound)
+
+        try:
+            # Closed here: the traceback of an error holds this frame, and so the stream, for as long as dask keeps it.
+            with closing(self.pool.stream(jobs())) as events:
+                for event in events:
+                    while not waiting[0].segments:
+                        decoded.append(self._allocate(waiting.popleft()))
+                    for _ in self._decode(self._allocate(waiting.popleft()), event, events, decoded):
+                        while decoded and decoded[0].ready:
+                            yield self._finish(decoded.popleft())
+            decoded += [self._allocate(task) for task in waiting]
+            while decoded:
+                yield self._finish(decoded.popleft())
+        finally:
+            self.runner.take_back()
+
+    def _decode(self, rows: _Rows, event: Any, events: Iterator[Any], decoded: deque[_Rows]) -> Iterator[None]:
+        """Decode a shard's segments and submit its batches; yields after each block of frames."""
+        batch = self.runner.take()
+        for n, segment in enumerate(rows.task.segments):
+            if n:
+                event = next(events)
+            outcome = _Outcome(segment, rows.used, rows.used)
+            while isinstance(event, Block):
+                batch = self._take(rows, segment, event, batch)
+                yield
+                event = next(events)
+            outcome.stop = rows.used
+            self._conclude(outcome, event, rows)
+            rows.outcomes.append(outcome)
+            self.advance(outcome.stop - outcome.start)
+        if batch.count:
+            rows.submit(self.runner, batch)
+        else:
+            self.runner.give_back(batch)
+        decoded.append(rows)
+        yield
+
+    def _finish(self, rows: _Rows) -> ShardResult:
+        """Stage a shard once its last batch is through."""
+        rows.collect(wait=True)
+        folder = new_staging(self.root, rows.task.shard)
+        try:
+            return self._stage(rows.task, rows, folder)
+        except BaseException:  # a full disk above all: leave what space there is to the next attempt
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _allocate(self, task: ShardTask) -> _Rows:
+        # A file whose probe failed has bound 0 and may yield rows all the same: then the arrays grow.
+        n = sum(s.bound for s in task.segments)
+        return _Rows(
+            task,
+            np.empty(n, np.int64),
+            np.empty(n, np.int64),
+            np.empty(n, np.int32),
+            {name: {a: np.empty((n, *s.row), s.dtype) for a, s in self._specs(task, name)} for name in task.teachers},
+            {name: np.empty(n, np.float32) for name in task.teachers},
+            {name: np.empty(n, np.bool_) for name in task.teachers},
+        )
+
+    def _specs(self, task: ShardTask, name: str) -> list[tuple[str, fmt.ArraySpec]]:
+        """A teacher's arrays by name."""
+        specs = fmt.teacher_specs(name, len(self.teachers[name].classes), task.teachers[name])
+        return [(spec.path.split("/")[-1], spec) for spec in specs]
+
+    def _take(self, rows: _Rows, segment: SegmentTask, block: Block, batch: Batch) -> Batch:
+        """Copy a block's frames into batches, submitting each that is full; returns the one to go on with."""
+        for i in range(len(block.index)):
+            if rows.used == len(rows.index):
+                _double(rows)
+            rows.index[rows.used], rows.pts[rows.used] = block.index[i], block.pts[i]
+            rows.video[rows.used] = segment.video
+            for buffer, images in zip(batch.images, block.images, strict=True):
+                buffer[batch.count] = images[i]
+            rows.used, batch.count = rows.used + 1, batch.count + 1
+            if batch.full:
+                rows.submit(self.runner, batch)
+                batch = self.runner.take()
+                rows.collect()
+        return batch
+
+    def _conclude(self, outcome: _Outcome, event: Done | Failed, rows: _Rows) -> None:
+        segment = outcome.task
+        n = outcome.stop - outcome.start
+        if isinstance(event, Failed):
+            outcome.failed = event.reason
+            return
+        outcome.frames, outcome.note, outcome.counted = event.frames, event.note, event.clock == "counted"
+        try:
+            # After the decode, so that a file that changed meanwhile is caught too.
+            now = digest(segment.path)
+        except VideoError as error:
+            outcome.failed = str(error)
+            return
+        if not segment.digest:
+            outcome.failed = "could not be read when it was listed; --retry-failed tries it again"
+        elif now != segment.digest:
+            outcome.failed = "the file changed after it was listed"
+        elif segment.there is not None:
+            index, pts = segment.there
+            at = slice(outcome.start, outcome.stop)
+            if n != len(index) or (rows.index[at] != index).any() or (rows.pts[at] != pts).any():
+                outcome.failed = f"its frames differ from those in the store ({n} sampled, {len(index)} stored)"
+        elif event.more or n > segment.bound:
+            outcome.overflow = max(n, segment.bound + 1)
+        elif n == 0:
+            outcome.failed = event.note or "no frame could be decoded"
+
+    def _stage(self, task: ShardTask, rows: _Rows, folder: Path) -> ShardResult:
+        frames, place = self._stage_frames(task, rows, folder)
+        teachers: dict[str, TeacherPart] = {}
+        for name in task.teachers:
+            part = TeacherPart()
+            full = {a: np.full((place.total, *s.row), s.fill, s.dtype) for a, s in self._specs(task, name)}
+            errors: list[NDArray[np.float32]] = []
+            for outcome, first in place.kept:
+                at = slice(outcome.start, outcome.stop)
+                if not rows.good[name][at].all():
+                    frame = int(rows.index[at][~rows.good[name][at]][0])
+                    part.failed[outcome.task.id] = f"the teacher's logits of frame {frame} are not finite"
+                    continue
+                for array, values in full.items():
+                    values[first : first + at.stop - at.start] = rows.stored[name][array][at]
+                errors.append(rows.error[name][at])
+                part.rows += at.stop - at.start
+            part.error = error_record(np.concatenate(errors or [np.empty(0, np.float32)]))
+            if task.frames_there:
+                part.failed.update({o.task.id: o.failed for o in rows.outcomes if o.failed})
+            for array, spec in self._specs(task, name):
+                part.files += stage_array(folder, spec, task.shard, full[array], self.shard_rows)
+            teachers[name] = part
+        return ShardResult(task.shard, frames, teachers, str(folder))
+
+    def _stage_frames(self, task: ShardTask, rows: _Rows, folder: Path) -> tuple[FramesPart | None, _Placement]:
+        """Where each good segment's rows stand in the shard; its frame tables unless the store has them."""
+        good = [o for o in rows.outcomes if o.failed is None and o.overflow is None]
+        if task.frames_there:
+            first = _starts([len(s.there[0]) if s.there else 0 for s in task.segments])
+            by_id = {s.id: at for s, at in zip(task.segments, first, strict=True)}
+            return None, _Placement([(o, by_id[o.task.id]) for o in good], task.rows_there)
+        first = _starts([o.stop - o.start for o in good])
+        total = sum(o.stop - o.start for o in good)
+        place = _Placement(list(zip(good, first, strict=True)), total)
+        start_of = {o.task.id: at for o, at in place.kept}
+        part = FramesPart()
+        for o in rows.outcomes:
+            ok = o.task.id in start_of
+            part.segment.append(o.task.id)
+            part.first_row.append(start_of.get(o.task.id, 0))
+            part.rows.append(o.stop - o.start if ok else 0)
+            part.frames.append(o.frames)
+            if o.failed is not None:
+                part.failed[o.task.id] = o.failed
+            elif o.overflow is not None:
+                part.overflow[o.task.id] = o.overflow
+            if ok and o.note:
+                part.notes[o.task.id] = o.note
+            if ok and o.counted:
+                part.counted.append(o.task.id)
+        keep = np.concatenate([np.arange(o.start, o.stop) for o in good] or [np.empty(0, np.int64)])
+        columns: dict[str, NDArray[Any]] = {"video": rows.video, "index": rows.index, "pts": rows.pts}
+        for spec in fmt.frame_specs():
+            values = columns[spec.path.split("/")[1]][keep]
+            part.files += stage_array(folder, spec, task.shard, values, self.shard_rows)
+        return part, place
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Segments that keep their rows with their first row in the shard, and the rows of the shard."""
+
+    kept: list[tuple[_Outcome, int]]
+    total: int
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    return [int(x) for x in np.cumsum([0, *lengths])[:-1]]
+
+
+def _double(rows: _Rows) -> None:
+    grow = max(len(rows.index), 64)
+
+    def more(a: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate([a, np.empty((grow, *a.shape[1:]), a.dtype)])
+
+    rows.index, rows.pts, rows.video = more(rows.index), more(rows.pts), more(rows.video)
+    groups: list[dict[str, Any]] = [*rows.stored.values(), rows.error, rows.good]
+    for arrays in groups:
+        for name in arrays:
+            arrays[name] = more(arrays[name])

@@ -1,0 +1,153 @@
+"""Before a store grows: are the teachers those whose rows it holds?
+
+A store knows a teacher by its identity and by its fingerprint. One that was made without a fingerprint gets it once a
+sample of its rows was computed again from the videos and came out as stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..common.console import Screen
+from ..common.errors import StoreMismatchError, VideoError
+from ..store.index import OK
+from ..store.layout import read_fingerprint
+from ..store.reader import TargetStore
+from ..store.storage import LocalFiles
+from ..store.writer import StoreWriter
+from ..teachers.fingerprint import Fingerprint
+from ..teachers.probes import examine, says_probabilities
+from ..teachers.teacher import Teacher
+from ..video.container import digest
+from ..video.geometry import View
+from ..video.pool.decode_pool import DecodeJob, DecodePool, Done, Failed
+from .deep_verify import Replay
+from .planner import StorePlan
+
+VIDEOS, ROWS = 8, 32  # of a sample: videos, and rows of each
+
+
+def examine_teachers(teachers: Mapping[str, Teacher], screen: Screen) -> dict[str, Fingerprint]:
+    """Their fingerprints; a warning of one that says probabilities. Raises TeacherError (`probes.examine`)."""
+    found = {}
+    for name, teacher in teachers.items():
+        found[name] = examine(teacher)
+        if says_probabilities(found[name].logits):
+            screen.warn(
+                f"teacher {name!r} seems to give probabilities, not logits (none is negative, and rows have one sum or "
+                f"none is above 1): their softmax is nearly uniform over the {len(teacher.classes)} classes, and a "
+                f"student learns next to nothing; let it return what goes into its softmax or sigmoid"
+            )
+    return found
+
+
+def check_fingerprints(writer: StoreWriter, found: Mapping[str, Fingerprint]) -> list[str]:
+    """StoreMismatchError for a teacher that is not the store's; returns those of which that has no fingerprint."""
+    without = []
+    for name, fingerprint in found.items():
+        if name not in writer.index.teachers:
+            continue
+        node = read_fingerprint(LocalFiles(writer.root), name)
+        if node is None:
+            without.append(name)
+        else:
+            where = str(writer.root)
+            Fingerprint.parse(node, f"{where}/teachers/{name}").check(fingerprint, name, where)
+    return without
+
+
+def prove_teachers(
+    plan: StorePlan,
+    without: Sequence[str],
+    teachers: Mapping[str, Teacher],
+    found: Mapping[str, Fingerprint],
+    accepted: Sequence[str],
+    pool: DecodePool,
+    views: Sequence[View],
+    screen: Screen,
+) -> None:
+    """Give the teachers `without` a fingerprint theirs, after a sample of their rows was computed again from videos.
+
+    Raises StoreMismatchError where rows come out otherwise, and where no video is left to compute one from, unless the
+    teacher is among the `accepted`.
+    """
+    if not without:
+        return
+    store = TargetStore.open(plan.writer.root)
+    for name in without:
+        if not len(store.committed_rows(name)):
+            basis: dict[str, Any] = {"kind": "new"}
+        else:
+            replay = Replay(store, name, teachers[name])
+            videos, why = _replay_sample(plan, replay, pool, views.index(teachers[name].view))
+            if videos:
+                basis = {"kind": "rows", "rows": replay.rows, "videos": videos}
+                screen.say(f"{name}: {replay.rows} rows of {videos} videos computed again as stored; fingerprint added")
+            elif name in accepted:
+                basis = {"kind": "accepted"}
+                screen.warn(f"teacher {name!r}: accepted as the store's without a check ({why}); fingerprint added")
+            else:
+                raise StoreMismatchError(
+                    f"{store.name}: teacher {name!r} has no fingerprint there, and none of its rows can be computed "
+                    f"again to see that it is the same ({why}); give its videos as a SOURCE, or --accept-teacher {name}"
+                )
+        plan.writer.add_fingerprint(name, replace(found[name], basis=basis).record())
+
+
+def _replay_sample(plan: StorePlan, replay: Replay, pool: DecodePool, view: int) -> tuple[int, str]:
+    """Compute some rows of some videos again; returns of how many videos, and why the last one was of no use.
+
+    StoreMismatchError if a row comes out otherwise than it is stored.
+    """
+    store, used, why = replay.store, 0, "no video has rows"
+    index = store.index
+    stored = [s for s in np.flatnonzero(index.live & (index.state == OK) & (index.rows > 0)).tolist() if replay.has(s)]
+    first = {int(index.video[s]): s for s in reversed(stored)}  # one segment of each video
+    for video in np.random.default_rng(0).permutation(list(first)).tolist():
+        path = plan.path(video)
+        unusable = _replay_segment(store, first[video], path, replay, pool, view)
+        replay.run()
+        if wrong := replay.findings(path):
+            raise StoreMismatchError(
+                f"{store.name}: teacher {replay.name!r} has no fingerprint there, and its stored rows are not what it "
+                f"computes now: {wrong[0].what}; the teacher or the reading of that video has changed "
+                f"(`distinit targets verify --frames` compares the frames of all)"
+            )
+        if unusable:
+            why = f"{len(first) - used} of its videos cannot be used, as {path}: {unusable}"
+        else:
+            used += 1
+        if used == VIDEOS:
+            break
+    return used, why
+
+
+def _replay_segment(
+    store: TargetStore, segment: int, path: str, replay: Replay, pool: DecodePool, view: int
+) -> str | None:
+    """Feed the teacher the first rows of a segment; returns why there are none."""
+    try:
+        if digest(path) != store.digest(int(store.index.video[segment])):
+            return "it is another file now"
+    except VideoError as error:
+        return str(error)
+    rows = np.arange(store.index.row[segment], store.index.row[segment] + min(store.index.rows[segment], ROWS))
+    stored = store.read_table("index", rows), store.read_table("pts", rows)
+    end = int(store.index.end[segment])
+    job = DecodeJob(segment, path, store.sampling, int(store.index.first[segment]), None if end < 0 else end, len(rows))
+    done, differs = 0, False
+    for event in pool.stream([job]):
+        if isinstance(event, Failed):
+            return event.reason
+        if isinstance(event, Done) or differs:
+            continue
+        at = slice(done, done + len(event.index))
+        differs = not (np.array_equal(stored[0][at], event.index) and np.array_equal(stored[1][at], event.pts))
+        if not differs:
+            replay.feed(event.images[view], rows[at])
+            done = at.stop
+    return "other frames are read of it than are stored" if differs or done < len(rows) else None

@@ -1,0 +1,127 @@
+"""Batches of frames on their way through the teachers, several at once, while more frames are decoded.
+
+Each thread runs whole batches with torch's own parallelism off: that gives the same bits, needs no cores kept apart
+for the decoders (whoever has work gets the time), and does not spin as OpenMP does on busy cores (several
+times slower, docs/benchmarks.md).
+
+Shapes: B rows of a batch, h w pixels of a view, K classes of a teacher.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..common.devices import keep_freed_memory
+from ..teachers.teacher import Teacher
+from ..video.geometry import View
+
+MOST_THREADS = 16  # each holds the activations of one batch
+
+Logits = dict[str, NDArray[np.float32]]
+"""[B, K] of each teacher, by name."""
+
+
+@dataclass
+class Batch:
+    """Images uint8 [B, h, w, 3] of each view, of which the first `count` are frames."""
+
+    images: list[NDArray[np.uint8]]
+    count: int = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether no further frame fits."""
+        return self.count == len(self.images[0])
+
+
+class TeacherRunner:
+    """Runs teachers over batches in `threads` threads. Batches come from `take` and go to `submit`, in order.
+
+    views: the distinct views of all teachers, in the order of a batch's images.
+    """
+
+    def __init__(self, teachers: dict[str, Teacher], views: list[View], *, batch_size: int, threads: int) -> None:
+        self.teachers = teachers
+        self._view_of = {name: views.index(t.view) for name, t in teachers.items()}
+        shapes = [t.fixed_shape for t in views]
+        # One batch is filled while each thread has one at work and one more waits.
+        self._batches = [
+            Batch([np.zeros((batch_size, *shape, 3), np.uint8) for shape in shapes if shape is not None])
+            for _ in range(threads + 2)
+        ]
+        self._free = list(self._batches)
+        self._running: deque[tuple[Future[Logits], Batch]] = deque()
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="teacher")
+
+    def take(self) -> Batch:
+        """An empty batch; waits for the oldest one that runs if there is none."""
+        while self._running and (self._running[0][0].done() or not self._free):
+            future, batch = self._running.popleft()
+            future.exception()  # waits; whoever wants the logits meets it
+            batch.count = 0
+            self._free.append(batch)
+        return self._free.pop()
+
+    def give_back(self, batch: Batch) -> None:
+        """Return a batch that nobody needs to see."""
+        batch.count = 0
+        self._free.append(batch)
+
+    def take_back(self) -> None:
+        """Make all batches free again, also those that were taken and not returned; waits for those at work."""
+        while self._running:
+            future, _ = self._running.popleft()
+            if not future.cancel():
+                future.exception()
+        self._free = list(self._batches)
+        for batch in self._free:
+            batch.count = 0
+
+    def submit(self, batch: Batch, names: Iterable[str]) -> Future[Logits]:
+        """The logits of these teachers, all B rows, of which those beyond `count` mean nothing. The batch is spent."""
+        for images in batch.images:
+            images[batch.count :] = 0  # padded, so that every batch has one size
+        future = self._threads.submit(self._run, batch, tuple(names))
+        self._running.append((future, batch))
+        return future
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the threads, each after the batch it is at."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, batch: Batch, names: tuple[str, ...]) -> Logits:
+        return {name: self.teachers[name].logits(batch.images[self._view_of[name]]).numpy() for name in names}
+
+
+@contextmanager
+def batch_threads(device: torch.device, cores: int) -> Iterator[int]:
+    """How many batches run at once on a device; on the CPU torch's own threads are few meanwhile, at best one.
+
+    Of a GPU there is one: while it computes, the next batch is put together.
+    """
+    if device.type != "cpu":
+        yield 1
+        return
+    keep_freed_memory()
+    threads = min(cores, MOST_THREADS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores // threads)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,283 @@
+"""The map that a prepared copy carries: from each of its frames to the source's, and where its bytes lie.
+
+It is the last box of the copy itself, an mp4 file: a copy and its map are one file, written and renamed as
+one, and players pass over the box. docs/prepare.md describes the bytes.
+
+N frames of the copy, in presentation order, which is also the order of its packets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import uuid
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+
+from ..common.errors import StoreMismatchError, VideoError
+from ..common.sealed import sha256_of
+from ..video.container import reason
+
+BOX = uuid.UUID("6bb1fa8c-5e0b-4f43-9d8c-2f3c5a7d1e90").bytes
+MAGIC = b"distprep"
+VERSION = 1
+_START = struct.Struct(">I4s16s")  # box size, "uuid", which
+_END = struct.Struct(">II8s")  # CRC-32 of the packed map, box size, magic
+_TAIL = 2**14  # one read of this size holds the map of most videos
+_MOST = 2**28  # bytes that a map may unpack to
+_REMEMBERED = 2**18  # frames of all maps kept in this process, some 9 MB
+_Key = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """The file a copy was made of: identity, frames in its timeline, size on display (pixels), clock."""
+
+    digest: str
+    size: int
+    mtime_ns: int
+    frames: int
+    width: int
+    height: int
+    time_base: Fraction
+    clock: Literal["pts", "counted"]
+    note: str | None = None
+
+    def seconds(self, pts: np.ndarray) -> float:
+        """From the first frame, pts int64 [N], to the end of the last, which lasts as long as the others do."""
+        n = len(pts)
+        return float((int(pts[-1]) - int(pts[0])) * self.time_base) * n / (n - 1) if n > 1 else 0.0
+
+    def check(
+        self, index: np.ndarray, pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray] | None, digest: str | None
+    ) -> None:
+        """StoreMismatchError where the source is not the one that `digest` or `expect` (indices and their pts)
+        describe. index, pts int64 [N]: of the frames that the copy has; one that was damaged has none."""
+        if digest is not None and digest != self.digest:
+            raise StoreMismatchError(
+                f"a copy of another file: made from one with digest {self.digest}, "
+                f"the teachers saw one with digest {digest}"
+            )
+        if expect is None:
+            return
+        at = np.searchsorted(index, expect[0])
+        for place, number, wanted in zip(at.tolist(), *(column.tolist() for column in expect), strict=True):
+            if place < len(index) and index[place] == number and pts[place] != wanted:
+                raise StoreMismatchError(
+                    f"frame {number} has pts {wanted} in the store, in the file that was copied it has {pts[place]}"
+                )
+            if number >= self.frames:
+                raise StoreMismatchError(
+                    f"frame {number} is in the store, the file that was copied has {self.frames} frames"
+                )
+
+
+@dataclass(frozen=True)
+class CopyMap:
+    """index, pts int64 [N]: the source frame that each frame of the copy shows; ascending.
+
+    offset int64 [N + 1]: where each packet begins, and where the last ends; key bool [N]; crc uint32 [N] of
+    each packet. width, height: of the copy's pictures. extradata: what its decoder is set up with. quality: PSNR and
+    SSIM against the scaled source frames. options: how it was encoded. sha256: of all bytes of the file before the map;
+    None in maps of version 0.1.
+    """
+
+    source: SourceRecord
+    index: np.ndarray
+    pts: np.ndarray
+    offset: np.ndarray
+    key: np.ndarray
+    crc: np.ndarray
+    width: int
+    height: int
+    codec: str
+    extradata: bytes
+    options: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, float] = field(default_factory=dict)
+    sha256: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def pack(self) -> bytes:
+        """The box."""
+        source = {**self.source.__dict__, "time_base": [*self.source.time_base.as_integer_ratio()]}
+        head = json.dumps(
+            {
+                "version": VERSION,
+                "frames": len(self),
+                "first_byte": int(self.offset[0]),
+                "width": self.width,
+                "height": self.height,
+                "codec": self.codec,
+                "extradata": self.extradata.hex(),
+                "source": source,
+                "options": self.options,
+                "quality": self.quality,
+                "sha256": self.sha256,
+            }
+        ).encode("ascii")
+        columns = (
+            np.diff(self.index, prepend=0).astype("<i8"),
+            np.diff(self.pts, prepend=0).astype("<i8"),
+            np.diff(self.offset).astype("<u4"),
+            self.crc.astype("<u4"),
+            np.packbits(self.key),
+        )
+        packed = zlib.compress(struct.pack("<I", len(head)) + head + b"".join(c.tobytes() for c in columns), 6)
+        size = _START.size + len(packed) + _END.size
+        return _START.pack(size, b"uuid", BOX) + packed + _END.pack(zlib.crc32(packed), size, MAGIC)
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> CopyMap:
+        """From what `pack` compressed; ValueError, KeyError or the like where it is not that."""
+        unzip = zlib.decompressobj()
+        data = unzip.decompress(packed, _MOST)
+        if unzip.unconsumed_tail or not unzip.eof:
+            raise ValueError("too long")
+        (length,) = struct.unpack_from("<I", data)
+        head = json.loads(data[4 : 4 + length])
+        if head["version"] != VERSION:
+            raise VideoError(f"its map has version {head['version']}, this program reads {VERSION}")
+        n, at = int(head["frames"]), 4 + length
+        index = np.cumsum(np.frombuffer(data, "<i8", n, at), dtype=np.int64)
+        pts = np.cumsum(np.frombuffer(data, "<i8", n, at + 8 * n), dtype=np.int64)
+        sizes = np.frombuffer(data, "<u4", n, at + 16 * n)
+        crc = np.frombuffer(data, "<u4", n, at + 20 * n)
+        key = np.unpackbits(np.frombuffer(data, np.uint8, -(-n // 8), at + 24 * n), count=n).view(bool)
+        offset = np.empty(n + 1, np.int64)
+        offset[0] = head["first_byte"]
+        np.cumsum(sizes, out=offset[1:])
+        offset[1:] += offset[0]
+        source = SourceRecord(**{**head["source"], "time_base": Fraction(*head["source"]["time_base"])})
+        if n == 0 or not key[0]:
+            raise ValueError("no key frame to begin with")
+        return cls(
+            source=source,
+            index=index,
+            pts=pts,
+            offset=offset,
+            key=key,
+            crc=crc,
+            width=int(head["width"]),
+            height=int(head["height"]),
+            codec=head["codec"],
+            extradata=bytes.fromhex(head["extradata"]),
+            options=head["options"],
+            quality=head["quality"],
+            sha256=head.get("sha256"),
+        )
+
+
+class _Sized(Protocol):
+    def __len__(self) -> int: ...
+
+
+M = TypeVar("M", bound=_Sized)
+
+
+class Remembered(Generic[M]):
+    """The maps read last in this process, `_REMEMBERED` frames of them in all, by (path, size, mtime_ns)."""
+
+    def __init__(self) -> None:
+        self._maps: OrderedDict[_Key, M] = OrderedDict()
+        self._frames = 0
+
+    def get(self, key: _Key) -> M | None:
+        return self._maps.get(key)
+
+    def add(self, key: _Key, found: M) -> None:
+        if key in self._maps:
+            self._frames -= len(self._maps[key])
+        self._maps[key] = found
+        self._frames += len(found)
+        while self._frames > _REMEMBERED and len(self._maps) > 1:
+            self._frames -= len(self._maps.popitem(last=False)[1])
+
+
+_maps: Remembered[CopyMap] = Remembered()
+
+
+def read_map(path: str) -> CopyMap:
+    """The map of a copy. VideoError where there is no such file, or no whole map at its end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise VideoError(reason(error)) from error
+    try:
+        return map_of(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def check_copy(path: str) -> bool:
+    """Read a whole copy; False where only the packets of its frames have checksums, as version 0.1 wrote it.
+
+    VideoError if a byte differs from what was written.
+    """
+    found = read_map(path)
+    try:
+        with open(path, "rb") as file:
+            file.seek(-_END.size, os.SEEK_END)
+            box = _END.unpack(file.read())[1]
+            size = file.seek(-box, os.SEEK_END)
+            whole = _START.unpack(file.read(_START.size)) == (box, b"uuid", BOX)
+            if found.sha256 is not None:
+                whole = whole and found.sha256 == sha256_of(path, size)
+            else:
+                file.seek(int(found.offset[0]))
+                sizes = np.diff(found.offset).tolist()
+                whole = whole and all(zlib.crc32(file.read(n)) == c for n, c in zip(sizes, found.crc, strict=True))
+    except (OSError, struct.error) as error:
+        raise VideoError(reason(error)) from error
+    if not whole:
+        raise VideoError("the copy is damaged: its checksum is wrong")
+    return found.sha256 is not None
+
+
+def map_of(descriptor: int, path: str) -> CopyMap:
+    """The map of an open copy; those read last are remembered in this process."""
+    status = os.fstat(descriptor)
+    key = (path, status.st_size, status.st_mtime_ns)
+    known = _maps.get(key)
+    if known is None:
+        known = _load(descriptor, status.st_size)
+        _maps.add(key, known)
+    return known
+
+
+def _load(descriptor: int, size: int) -> CopyMap:
+    try:
+        tail = os.pread(descriptor, _TAIL, max(0, size - _TAIL))
+        if len(tail) < _START.size + _END.size:
+            raise VideoError(_NONE)
+        crc, box, magic = _END.unpack(tail[-_END.size :])
+        if magic != MAGIC or not _START.size + _END.size <= box <= min(size, _MOST):
+            raise VideoError(_NONE)
+        if box > len(tail):
+            tail = os.pread(descriptor, box, size - box)
+    except OSError as error:
+        raise VideoError(reason(error)) from error
+    if len(tail) < box:
+        raise VideoError(_NONE)
+    packed = tail[len(tail) - box + _START.size : -_END.size]
+    if zlib.crc32(packed) != crc:
+        raise VideoError("the copy's map is damaged: its checksum is wrong")
+    try:
+        found = CopyMap.unpack(packed)
+    except VideoError:
+        raise
+    except Exception as error:  # what JSON, zlib and numpy raise for another's bytes is of many kinds
+        raise VideoError(f"the copy's map is damaged: {reason(error)}") from error
+    if found.offset[0] < 0 or found.offset[-1] > size - box:
+        raise VideoError("the copy's map is damaged: it points beyond the file")
+    return found
+
+
+_NONE = "no map at the end of the file: not a copy by `distinit prepare`, or cut off"

@@ -1,0 +1,265 @@
+"""An ablation as a report sees it: the cells of its cells.json, and the runs behind them.
+
+Numbers are recomputed from the runs' predictions; cells.json is believed for what a cell is, and for why it failed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, Field
+
+from ..common.documents import Form, inner_path, read_json
+from ..common.errors import SourceError
+from ..evaluation.ensemble import Gain, p_value
+from ..evaluation.metrics import Estimate, bootstrap_ratios, by_group, interval, video_values
+from .paper_results import PaperNumbers
+from .runs import Run, short_dataset
+
+CELLS = "cells.json"
+
+
+Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+RunFolder = Annotated[str, AfterValidator(inner_path)]
+
+
+class CellRecord(Form):
+    """One cell: `student` and `finetune` are run folders relative to the ablation's."""
+
+    row: str
+    axes: dict[str, Any] = {}
+    seed: Number
+    dataset: str
+    split: Number
+    student: RunFolder | None = None
+    finetune: RunFolder
+    status: Literal["done", "failed", "missing"]
+    reason: str | None = None
+    seconds: float | None = None
+
+    @property
+    def label(self) -> str:
+        """For people; tells cells of one ablation apart."""
+        return f"{self.row}, {short_dataset(self.dataset)}, split {self.split}, seed {self.seed}"
+
+
+class _File(Form):
+    what = "the cells of an ablation"
+    title: str
+    paper: PaperNumbers | None = None
+    axes: list[str] = []
+    cells: list[CellRecord]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell with its finetuned run, None where there are no finished predictions, and its student's run."""
+
+    record: CellRecord
+    run: Run | None
+    student: Run | None
+
+    @property
+    def problem(self) -> str | None:
+        """Why it has no number; None where it has one."""
+        if self.run is not None and self.run.predictions is not None:
+            return None
+        if self.record.status == "done":
+            return "missing: no finished predictions in its folder"
+        return self.record.status + (f": {self.record.reason}" if self.record.reason else "")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the cells of one row and data set came to.
+
+    values: accuracy [n] of each finished cell as a fraction, by measure; split1 is top 1 of the cells of split 1.
+    paper: its numbers, %, by measure. gain: of top 1 over the first row.
+    """
+
+    row: str
+    dataset: str
+    cells: Sequence[Cell]
+    values: dict[str, np.ndarray]
+    paper: dict[str, float]
+    gain: Gain | None
+
+    @property
+    def done(self) -> int:
+        return len(self.values["top1"])
+
+    @property
+    def learned(self) -> np.ndarray:
+        """How far its students came from a constant guess (0) to their targets (1), one by one."""
+        students = {cell.student.path: cell.student for cell in self.cells if cell.student is not None}
+        found = [run.learned for run in students.values()]
+        return np.array([value for value in found if value is not None])
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One cells.json; rows and data sets in its order."""
+
+    title: str
+    folder: Path
+    paper: PaperNumbers | None
+    cells: Sequence[Cell]
+
+    @property
+    def rows(self) -> list[str]:
+        return list(dict.fromkeys(cell.record.row for cell in self.cells))
+
+    @property
+    def datasets(self) -> list[str]:
+        return list(dict.fromkeys(cell.record.dataset for cell in self.cells))
+
+    @property
+    def splits(self) -> list[int]:
+        return sorted({cell.record.split for cell in self.cells})
+
+    def published(self, dataset: str) -> list[tuple[str, dict[str, float]]]:
+        """What the paper lists of others: name, and its numbers, %, by measure; {} where they are of other splits."""
+        paper = self.paper
+        if paper is None:
+            return []
+        listed = [(each.label, each.numbers[dataset]) for each in paper.published if dataset in each.numbers]
+        return [(label, paper.beside(numbers, self.splits)) for label, numbers in listed]
+
+    def of(self, row: str, dataset: str) -> list[Cell]:
+        """The cells of a row and data set."""
+        return [cell for cell in self.cells if (cell.record.row, cell.record.dataset) == (row, dataset)]
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """All rows by all data sets, row by row; numbers are computed here."""
+        return [self._entry(row, dataset) for row in self.rows for dataset in self.datasets]
+
+    def _entry(self, row: str, dataset: str) -> Entry:
+        cells = self.of(row, dataset)
+        found = [
+            (cell.record.split, cell.run.metrics)
+            for cell in cells
+            if cell.problem is None and cell.run and cell.run.metrics
+        ]
+        values = {name: [each[name]["value"] for _, each in found] for name in ("per_clip", "top1", "top5")}
+        values["split1"] = [each["top1"]["value"] for split, each in found if split == 1]
+        paper = self.paper
+        return Entry(
+            row=row,
+            dataset=dataset,
+            cells=cells,
+            values={name: np.array(each) for name, each in values.items()},
+            paper=paper.beside(paper.rows.get(row, {}).get(dataset), self.splits) if paper else {},
+            gain=gain_over(cells, self.of(self.rows[0], dataset)) if row != self.rows[0] else None,
+        )
+
+
+def gain_over(cells: Sequence[Cell], base: Sequence[Cell]) -> Gain | None:
+    """top 1 of `cells` minus that of `base`, paired by test video; None where they share no split.
+
+    A video's value is its mean over the seeds that a row has; the videos (or the recordings they were cut from) are
+    resampled. Splits that one row lacks are left out of both; so is a split whose videos or labels differ.
+    """
+    ours, theirs = (_by_split(side) for side in (cells, base))
+    differences, levels, groups = [], [], []
+    for split in sorted(ours.keys() & theirs.keys()):
+        a, b = ours[split], theirs[split]
+        if a.keys() != b.keys():
+            continue
+        videos = sorted(a)
+        pair = np.array([[a[video][0], b[video][0]] for video in videos])
+        levels.append(pair)
+        differences.append(pair[:, 0] - pair[:, 1])
+        groups += [f"{split}\n{a[video][1]}" for video in videos]
+    if not differences:
+        return None
+    difference = np.concatenate(differences)
+    index = np.array(groups)
+    resampled = bootstrap_ratios(by_group(difference[:, None], index), by_group(np.ones((len(difference), 1)), index))[
+        :, 0
+    ]
+    means = np.concatenate(levels).mean(axis=0)
+    units = len(set(groups))
+    estimate = Estimate(float(difference.mean()), *interval(resampled, units, least=-1))
+    return Gain(float(means[0]), float(means[1]), estimate, p_value(resampled, units))
+
+
+def _by_split(cells: Sequence[Cell]) -> dict[int, dict[tuple[str, str], tuple[float, str]]]:
+    """split → (video, label) → (mean over seeds of whether it is right, its recording)."""
+    found: dict[int, dict[tuple[str, str], list[float]]] = {}
+    recording: dict[tuple[str, str], str] = {}
+    for cell in cells:
+        p = cell.run.predictions if cell.run is not None and cell.problem is None else None
+        if p is None:
+            continue
+        right = video_values(p.clip_scores, p.labels)["top1"]
+        keys = [(video, p.classes[int(k)]) for video, k in zip(p.videos, p.labels, strict=True)]
+        groups = keys if p.groups is None else p.groups
+        for key, value, group in zip(keys, right.tolist(), groups, strict=True):
+            found.setdefault(cell.record.split, {}).setdefault(key, []).append(value)
+            recording[key] = str(group)
+    return {
+        split: {key: (float(np.mean(values)), recording[key]) for key, values in each.items()}
+        for split, each in found.items()
+    }
+
+
+def ablation_folders(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Folders with a cells.json, these or below them; run folders and stores are not looked into."""
+    found: dict[Path, None] = {}
+    for root in folders:
+        for here, inner, files in os.walk(root):
+            inner[:] = sorted(name for name in inner if not name.endswith(".zarr"))
+            if CELLS in files:
+                found[Path(here).resolve()] = None
+            if "result.json" in files:
+                inner.clear()
+    return list(found)
+
+
+def cell_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """Resolved run folder → what its cell calls it, in the order of the cells, a student before its finetuning. A
+    student has its split where the row has another one with that seed, as where each split leaves other videos out.
+
+    Raises SourceError for a cells.json that is damaged or foreign.
+    """
+    names: dict[Path, str] = {}
+    for folder in folders:
+        cells = _read(folder / CELLS).cells
+        of_row = Counter((row, seed) for row, seed, _ in {(cell.row, cell.seed, cell.student) for cell in cells})
+        for record in cells:
+            if record.student is not None:
+                split = f", split {record.split}" if of_row[record.row, record.seed] > 1 else ""
+                name = f"student of {record.row}{split}, seed {record.seed}"
+                names.setdefault((folder / record.student).resolve(), name)
+            names.setdefault((folder / record.finetune).resolve(), record.label)
+    return names
+
+
+def read_ablations(folders: Sequence[Path], runs: Sequence[Run]) -> list[Ablation]:
+    """The ablations in these folders, with those of the runs that are theirs. Raises as `cell_names`."""
+    by_path = {run.path: run for run in runs}
+
+    def cell(folder: Path, record: CellRecord) -> Cell:
+        student = by_path.get((folder / record.student).resolve()) if record.student is not None else None
+        return Cell(record, by_path.get((folder / record.finetune).resolve()), student)
+
+    files = {folder: _read(folder / CELLS) for folder in folders}
+    return [
+        Ablation(file.title, folder, file.paper, [cell(folder, record) for record in file.cells])
+        for folder, file in files.items()
+    ]
+
+
+def _read(path: Path) -> _File:
+    content = read_json(path, _File, path.parent)
+    if not content:
+        raise SourceError(f"{path}: not the cells of an ablation (empty)")
+    return _File.model_validate(content)

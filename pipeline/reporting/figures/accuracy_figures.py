@@ -1,0 +1,127 @@
+"""Accuracies and differences with their intervals, the gain of each class (Figure 7), and curves of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...evaluation.ensemble import Comparison
+from ...evaluation.metrics import Estimate
+from ..accuracy import Difference
+from ..charts import Line, thin
+from ..runs import Run
+from .canvas import DASHES, INK, Figure, colour, finish, new_canvas, short
+
+CLASS_GAINS = "figure-7-classes"
+CLASSES = 12  # of the largest gains, and as many of the largest losses
+Row = tuple[str, float, float, float]
+"""Name, value and the ends of its interval."""
+CURVES = 8  # in one panel; more cannot be told apart
+
+
+def accuracies(runs: Sequence[Run]) -> Figure | None:
+    """Top 1 of each evaluated run with its interval."""
+    rows = [points(run.name, Estimate(**run.metrics["top1"])) for run in runs if run.metrics]
+    if not rows:
+        return None
+    return _whiskers(
+        rows, "accuracy", "Top 1 of each run", "top 1 accuracy, %", None,
+        "The dot is the run’s top 1, the line its 95 % bootstrap interval over the test videos. Where intervals "
+        "overlap widely, look at the paired differences: they are sharper.",
+    )  # fmt: skip
+
+
+def paired(differences: Sequence[Difference]) -> Figure | None:
+    """Paired differences of single runs."""
+    rows = [points(f"{d.run.name} − {d.base.name}", d.estimate) for d in differences]
+    return gains(rows, "differences", "Paired differences", "difference in top 1, points")
+
+
+def points(name: str, estimate: Estimate) -> Row:
+    """The estimate in points of per cent."""
+    return name, 100 * estimate.value, 100 * estimate.low, 100 * estimate.high
+
+
+def gains(rows: Sequence[Row], name: str, title: str, axis: str) -> Figure | None:
+    """Differences in points (name, value, low, high) around the line of no difference."""
+    if not rows:
+        return None
+    return _whiskers(
+        rows, name, title, axis, 0.0,
+        "Differences on the same test videos, paired, with 95 % intervals. A line that crosses zero leaves open which "
+        "is better.",
+    )  # fmt: skip
+
+
+def _whiskers(rows: Sequence[Row], name: str, title: str, axis: str, zero: float | None, caption: str) -> Figure:
+    canvas, (ax,) = new_canvas(8, 0.9 + 0.32 * len(rows))
+    for i, (_, value, low, high) in enumerate(rows):
+        # An interval of a few videos may leave its own mean out.
+        below, above = max(0.0, value - low), max(0.0, high - value)
+        ax.errorbar(value, i, xerr=[[below], [above]], fmt="o", color=colour(i), capsize=3, lw=1.8, ms=6)
+    ax.set_yticks(range(len(rows)), [short(row[0]) for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel(axis)
+    if zero is not None:
+        ax.axvline(zero, color=INK, lw=1.2)
+    return finish(canvas, name, title, caption, [row[0] for row in rows])
+
+
+def class_gains(found: Comparison, a: Run, b: Run) -> Figure | None:
+    """Figure 7: the classes that A gets right more often than B, and less often."""
+    changed = [(name, gain) for name, gain in found.classes.items() if gain.estimate.value != 0]
+    if not changed:
+        return None
+    ups = [item for item in changed if item[1].estimate.value > 0][:CLASSES]
+    downs = [item for item in changed if item[1].estimate.value < 0][-CLASSES:]
+    rows = ups + downs
+    canvas, (ax,) = new_canvas(8, 1.0 + 0.27 * len(rows))
+    for i, (_, gain) in enumerate(rows):
+        e = gain.estimate
+        up = e.value > 0
+        ax.barh(i, 100 * e.value, color=colour(0 if up else 1), height=0.66)
+        ax.plot([100 * e.low, 100 * e.high], [i, i], color=INK, lw=0.9)
+    labels = [f"{short(name, 30)} ({found.videos[name]})" for name, _ in rows]
+    ax.set_yticks(range(len(rows)), labels)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+    ax.axvline(0, color=INK, lw=1)
+    ax.set_xlabel("gain in top 1, points")
+    same = len(found.classes) - len(changed)
+    caption = (
+        f"Top 1 of {a.name} minus that of {b.name}, by class, with the number of its test videos; thin lines are 95 % "
+        f"intervals, each on its own. Shown are the largest gains and losses, at most {CLASSES} each; {same} of "
+        f"{len(found.classes)} classes do not differ."
+    )
+    return finish(canvas, CLASS_GAINS, "Figure 7: which classes gain", caption, [a.name, b.name])
+
+
+def curves(runs: Sequence[Run], kind: str, title: str) -> Figure | None:
+    """The loss during training of the first CURVES runs of a kind that logged one."""
+    lines: list[Line] = [thin(run.curve("loss")) for run in runs if run.kind == kind]
+    lines = [line for line in lines if len(line.x) > 0]
+    if not lines:
+        return None
+    shown = lines[:CURVES]
+    canvas, (ax,) = new_canvas(8, 3.4 + 0.17 * len(shown))
+    for i, line in enumerate(shown):
+        style = DASHES[(i // 2) % len(DASHES)]
+        marker = "o" if len(line.x) == 1 else None
+        ax.plot(line.x, line.y, color=colour(i), ls=style, lw=1.8, marker=marker, label=short(line.name, 70))
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss")
+    canvas.legend(loc="outside lower left", ncols=1 if max(len(line.name) for line in shown) > 40 else 2, fontsize=8.5)
+    more = f" The first {CURVES} of {len(lines)} runs." if len(lines) > CURVES else ""
+    return finish(
+        canvas, f"curves-{kind}", title,
+        f"The loss by step as logged during training, each point the mean since the one before.{more} A curve that "
+        "still falls at its end stands for a schedule that was too short.",
+        [line.name for line in shown],
+    )  # fmt: skip
+
+
+def spread_of(values: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation (n − 1; 0 of one value), in per cent, of fractions [n]."""
+    return 100 * float(values.mean()), 100 * float(values.std(ddof=1)) if len(values) > 1 else 0.0

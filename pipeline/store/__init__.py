@@ -1,0 +1,1 @@
+"""The Zarr target store: its format, its writer and its readers."""

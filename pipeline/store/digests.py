@@ -1,0 +1,196 @@
+"""Digests that a store holds of its own nodes and tables, so that no flipped bit goes unseen.
+
+Shard files have their digests in commits. Everything else is covered here: each `zarr.json` ends with a digest of
+itself, and each plan holds digests of the table rows that it adds. Both are optional in format version 1
+(docs/store-format.md): stores of version 0.1 have none, and what exists is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from ..common.errors import StoreError, in_one_line
+from .validation import largest_chunk, load_json, unpacked_bytes
+
+if TYPE_CHECKING:
+    from .storage import StoreFiles
+
+KEY = "distinit"
+DIGEST = "blake2b"
+_TAIL = re.compile(rb'"blake2b": "([0-9a-f]{32})"\}\}\}')
+_TAIL_BYTES = 48
+_AFTER_DIGEST = len(b'"}}}')
+
+Ranges = dict[str, dict[tuple[int, int], set[str]]]
+"""Array path → (first row, end) → the digests that plans give to these rows."""
+
+
+def digest_bytes(data: bytes) -> str:
+    """Return the blake2b-128 digest that nodes, plans and commits use, as 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """Return the text of a zarr.json that ends with a digest of all its other bytes, under `attributes.distinit`."""
+    attributes = document.get("attributes", {})
+    record = _without(attributes.get(KEY, {}), DIGEST)
+    attributes = {**_without(attributes, KEY), KEY: {**record, DIGEST: "0" * 32}}
+    text = json.dumps({**_without(document, "attributes"), "attributes": attributes}).encode()
+    head, tail = text[: -32 - _AFTER_DIGEST], text[-_AFTER_DIGEST:]
+    return head + digest_bytes(head + tail).encode() + tail
+
+
+def is_sealed(text: bytes) -> bool:
+    """Check whether a zarr.json ends with a digest."""
+    return _TAIL.fullmatch(text[-_TAIL_BYTES:]) is not None
+
+
+def digest_agrees(text: bytes) -> bool | None:
+    """Compare a zarr.json with the digest at its end; None if it has none."""
+    found = _TAIL.fullmatch(text[-_TAIL_BYTES:])
+    if found is None:
+        return None
+    return digest_bytes(text[: -32 - _AFTER_DIGEST] + text[-_AFTER_DIGEST:]) == found[1].decode()
+
+
+def check_document(where: str, text: bytes, *, required: bool = False) -> dict[str, Any]:
+    """Parse a zarr.json and compare it with its digest, if it has one.
+
+    Args:
+        where: names the file in messages.
+        text: the file.
+        required: whether it must have a digest.
+
+    Raises:
+        StoreError: names `where` if the text is not JSON of an object, differs from its digest, or has none although
+            that is `required`.
+    """
+    corrupt: StoreError | None = None
+    try:
+        document = load_json(where, text)
+    except StoreError as error:
+        corrupt = error
+    agreed = digest_agrees(text)
+    if agreed is False:
+        raise StoreError(f"{where}: differs from what was written (digest)")
+    if corrupt is not None:
+        raise corrupt
+    if agreed is None and (required or _has_digest(document)):
+        raise StoreError(f"{where}: differs from what was written (its digest is not at its end)")
+    return document
+
+
+def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != key}
+
+
+def _has_digest(document: Mapping[str, Any]) -> bool:
+    attributes = document.get("attributes")
+    record = attributes.get(KEY) if isinstance(attributes, dict) else None
+    return isinstance(record, dict) and DIGEST in record
+
+
+# Tables
+
+
+def digest_rows(values: NDArray[Any]) -> str:
+    """Return the digest of rows of a table column: little-endian numbers, or texts in UTF-8 with a zero byte each."""
+    if values.dtype.kind in "OTU":
+        return digest_bytes("".join(f"{text}\0" for text in values.tolist()).encode("utf-8", "surrogatepass"))
+    return digest_bytes(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes())
+
+
+def split_ranges(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
+    """Return rows [start, stop) as ranges that cross no border of chunks: a chunk is written in one act."""
+    borders = [start, *range((start // chunk + 1) * chunk, stop, chunk), stop]
+    return list(pairwise(borders)) if stop > start else []
+
+
+def ranges_of(plans: Iterable[Mapping[str, Any]]) -> Ranges:
+    """Collect the digests that plans give to rows of tables.
+
+    Rows that a plan identifies again may hold what they held before or what they hold now: the plan is written first,
+    and a kill may have come between.
+    """
+    ranges: Ranges = {}
+    for plan in plans:
+        for path, entries in plan.get("tables", {}).items():
+            for first, end, digest in entries:
+                ranges.setdefault(path, {}).setdefault((first, end), set()).add(digest)
+    return ranges
+
+
+def read_rows(files: StoreFiles, path: str, start: int, stop: int, ranges: Ranges) -> NDArray[Any]:
+    """Read rows [start, stop) of a table column, checked against the digests of the ranges that lie in them.
+
+    Raises:
+        StoreError: names the column or its file if it is missing, too short, cannot be decoded or differs.
+    """
+    try:
+        return checked_rows(f"{files.name}/{path}", files.table(path), start, stop, ranges.get(path, {}))
+    except StoreError:
+        if not files.forget(path):
+            raise
+        return checked_rows(f"{files.name}/{path}", files.table(path), start, stop, ranges.get(path, {}))
+
+
+def checked_rows(
+    where: str, array: zarr.Array, start: int, stop: int, ranges: Mapping[tuple[int, int], set[str]]
+) -> NDArray[Any]:
+    """Read rows of an open column as `read_rows` does; `where` is what messages call it."""
+    if array.shape[0] < stop:
+        raise StoreError(f"{where}: has {array.shape[0]} rows, the plans speak of {stop}")
+    _check_sizes(where, array, start, stop)
+    try:
+        values = np.asarray(array[start:stop])
+    except Exception as error:  # Every codec has errors of its own.
+        file = _unreadable_chunk(array, start, stop)
+        raise StoreError(f"{where}/{file}: cannot be decoded ({in_one_line(error)})") from error
+    for (first, end), digests in ranges.items():
+        if start <= first and end <= stop and digest_rows(values[first - start : end - start]) not in digests:
+            raise StoreError(f"{where}: rows {first} to {end} differ from what was written (digest)")
+    return values
+
+
+def _check_sizes(where: str, array: zarr.Array, start: int, stop: int) -> None:
+    """Raise StoreError for a chunk of rows [start, stop) that would unpack to more than its rows can take."""
+    meta: dict[str, Any] = array.metadata.to_dict()
+    folder: Any = array.store  # of a folder
+    most = largest_chunk(meta)
+    packed = any(codec["name"] == "zstd" for codec in meta["codecs"])
+    for key in _chunk_keys(array, start, stop):
+        try:
+            with open(Path(folder.root, array.path, key), "rb") as file:
+                size, head = os.fstat(file.fileno()).st_size, file.read(18) if packed else b""
+        except OSError:  # a chunk of fill, or one of which zarr will tell
+            continue
+        unpacked = unpacked_bytes(head) if packed else size
+        if unpacked is None or max(size, unpacked) > most:
+            found = "does not say how much it holds" if unpacked is None else f"holds {max(size, unpacked)} bytes"
+            raise StoreError(f"{where}/{key}: cannot be decoded ({found}, at most {most} are allowed)")
+
+
+def _chunk_keys(array: zarr.Array, start: int, stop: int) -> list[str]:
+    rows, rest = array.chunks[0], [0] * (len(array.shape) - 1)
+    return [array.metadata.encode_chunk_key((chunk, *rest)) for chunk in range(start // rows, -(-stop // rows))]
+
+
+def _unreadable_chunk(array: zarr.Array, start: int, stop: int) -> str:
+    rows = array.chunks[0]
+    for chunk, key in enumerate(_chunk_keys(array, start, stop), start // rows):
+        try:
+            array[chunk * rows : min((chunk + 1) * rows, stop)]
+        except Exception:
+            return key
+    return ""

@@ -1,0 +1,126 @@
+"""How logits are kept: float16 as they are, or int8 with a scale and an offset a row, half the size.
+
+int8 maps a row's smallest logit to −128 and its largest to 127, both exactly: z ≈ offset + scale · q. Of a symmetric
+scale alone the steps are larger by half, where it matters most, at the top (docs/stores.md). Entropies never come
+from what is kept here, but from the teacher's float32 logits.
+
+Shapes: n rows, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.errors import StoreError
+
+Encoding = Literal["float16", "int8"]
+ENCODINGS: tuple[str, ...] = get_args(Encoding)
+DEFAULT: Encoding = "float16"
+LARGEST = float(np.finfo(np.float16).max)
+"""The largest magnitude of a logit that is kept, whatever the encoding: every store can become a float16 one."""
+
+
+def check_encoding(name: object, where: str) -> Encoding:
+    """StoreError if a store says it uses an encoding that version 1 does not have."""
+    if name not in ENCODINGS:
+        raise StoreError(f"{where}: encoding {name!r}, this distinit reads {', '.join(ENCODINGS)}")
+    return cast(Encoding, name)
+
+
+def arrays_of(encoding: Encoding) -> tuple[str, ...]:
+    """Names of the arrays that hold a teacher's logits."""
+    return ("logits", "scale", "offset") if encoding == "int8" else ("logits",)
+
+
+def row_bytes(classes: int, encoding: Encoding) -> int:
+    """What a row of logits takes."""
+    return classes + 8 if encoding == "int8" else 2 * classes
+
+
+def storable(logits: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Rows [n] of `logits` [n, K] that can be kept: all finite and none beyond float16."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray((np.abs(logits) <= LARGEST).all(axis=-1))  # False for nan
+
+
+def encode(logits: NDArray[np.float32], encoding: Encoding) -> dict[str, NDArray[Any]]:
+    """Arrays of `arrays_of(encoding)`, a row each of `logits` [n, K]; rows that are not storable become fill."""
+    good = storable(logits)
+    z = logits if good.all() else np.where(good[:, None], logits, np.float32(np.nan))
+    if encoding == "float16":
+        return {"logits": z.astype(np.float16)}
+    low, high = z.min(axis=1, initial=np.inf).astype(np.float64), z.max(axis=1, initial=-np.inf).astype(np.float64)
+    scale = ((high - low) / 255).astype(np.float32)
+    # From the rounded scale, so that the largest logit, which has the most weight, is met whatever the scale lost.
+    offset = (high - 127 * scale.astype(np.float64)).astype(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = np.rint((z - offset[:, None]) / scale[:, None])
+    # All logits alike: no step, and the offset says it all.
+    steps = np.where(scale[:, None] > 0, steps, np.where(good, 127, 0)[:, None])
+    return {"logits": np.clip(steps, -128, 127).astype(np.int8), "scale": scale, "offset": offset}
+
+
+def decode(arrays: Mapping[str, NDArray[Any]], encoding: Encoding) -> NDArray[np.float32]:
+    """Logits [n, K] in float32; NaN in fill."""
+    logits = arrays["logits"].astype(np.float32)
+    if encoding == "int8":
+        logits *= arrays["scale"][:, None]
+        logits += arrays["offset"][:, None]
+    return logits
+
+
+def read_logits(read: Callable[[str], NDArray[Any]], encoding: Encoding) -> NDArray[np.float32]:
+    """Decoded logits [n, K] where `read(array)` gives rows of a teacher's array."""
+    return decode({name: read(name) for name in arrays_of(encoding)}, encoding)
+
+
+def rounding(arrays: Mapping[str, NDArray[Any]], encoding: Encoding) -> NDArray[np.float32]:
+    """The most by which a kept logit of each row is off [n]."""
+    if encoding == "int8":
+        return np.asarray(arrays["scale"] / 2, np.float32)
+    return np.asarray(np.abs(arrays["logits"].astype(np.float32)).max(axis=1, initial=0) * 2**-11, np.float32)
+
+
+def divergence(logits: NDArray[np.float32], kept: NDArray[np.float32]) -> NDArray[np.float32]:
+    """KL of softmax(kept) from softmax(logits) at τ = 1, in nats [n]: the error of an encoding.
+
+    With p the first and d = kept − logits, KL = log Σ p exp d − Σ p d. Shifted so that Σ p d = 0, that is
+    log1p Σ p (exp d − 1 − d), a sum of small terms of one sign: float32 resolves even float16's 1e-6.
+    """
+    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    d = kept - logits
+    d -= (p * d).sum(axis=-1, keepdims=True)
+    if np.abs(d).max(initial=0) < 0.5:  # its series, several times faster than expm1
+        excess = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120))))
+    else:
+        excess = np.expm1(d) - d
+    return np.asarray(np.log1p((p * excess).sum(axis=-1)), np.float32)
+
+
+def error_record(values: NDArray[np.floating[Any]]) -> dict[str, Any]:
+    """What a commit says of its rows' divergences: mean and 99th percentile, null without rows."""
+    if len(values) == 0:
+        return {"kl_mean": None, "kl_p99": None}
+    return {"kl_mean": float(values.mean()), "kl_p99": float(np.quantile(values, 0.99, method="higher"))}
+
+
+def total_error(records: list[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Errors of several commits, (rows, record) each, as one.
+
+    The mean is exact. The percentile is the largest of them, an upper bound: where at most 1 % of each commit's
+    rows lie above a value, at most 1 % of all do.
+    """
+    known = [(n, r) for n, r in records if n and r["kl_mean"] is not None]
+    rows = sum(n for n, _ in known)
+    if not rows:
+        return {"kl_mean": None, "kl_p99": None}
+    return {
+        "kl_mean": sum(n * r["kl_mean"] for n, r in known) / rows,
+        "kl_p99": max(r["kl_p99"] for _, r in known),
+    }
+

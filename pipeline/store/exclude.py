@@ -1,0 +1,74 @@
+"""Videos of a store that a student must not see, above all those it will be tested on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.errors import UsageError
+from ..corpus.textfiles import read_text
+from .reader import TargetStore
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Videos of a store that are left out, ids ascending. wanted: how many `source` names; digest: SHA-256 of which
+    they are, whatever their order, which a resumed run must share."""
+
+    store: TargetStore
+    source: str
+    videos: NDArray[np.int64]
+    wanted: int
+    digest: str
+
+    @classmethod
+    def of(cls, store: TargetStore, source: str, videos: Iterable[int], wanted: int) -> LeftOut:
+        ids = np.array(sorted(set(videos)), np.int64)
+        lines = "\n".join(sorted("/".join(store.place(int(video))) for video in ids))
+        digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+        return cls(store, source, ids, wanted, digest)
+
+    def describe(self) -> str:
+        """For the log: how many of how many."""
+        among = f", of {self.wanted} that it names" if self.wanted != len(self.videos) else ""
+        return f"leave_out: {len(self.videos)} of {self.store.n_videos} videos are never drawn, by {self.source}{among}"
+
+    def remove_from(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The videos that are not left out; UsageError where there are none."""
+        kept = videos[~np.isin(videos, self.videos)]
+        if len(kept) == 0:
+            raise UsageError(f"leave_out: {self.source} names every video of {self.store.name} that could be drawn")
+        return kept
+
+
+def leave_out_list(store: TargetStore, path: str) -> LeftOut:
+    """The videos that a list names, CORPUS/PATH each; a line that begins with # is a comment unless the store has it.
+
+    UsageError for a list that names nothing, and for a line that names no video of the store (a list with a slip in
+    it would leave a test video in).
+    """
+    try:
+        lines = [line.strip() for line in read_text(path).split("\n")]
+    except OSError as error:
+        raise UsageError(f"leave_out: {path} cannot be read: {error.strerror}") from error
+    named = dict.fromkeys(line for line in lines if line)
+    found = []
+    for video in range(store.n_videos):
+        name = "/".join(store.place(video))
+        if name in named:
+            found.append(video)
+            del named[name]
+    unknown = [line for line in named if not line.startswith("#")]
+    example = "/".join(store.place(0)) if store.n_videos else "CORPUS/PATH"
+    if unknown:
+        raise UsageError(
+            f"leave_out: {path}: {unknown[0]!r} ({len(unknown)} such) is not in {store.name}; "
+            f"a line is CORPUS/PATH, as in {example!r}; of a file of labels take csv:{path}"
+        )
+    if not found:
+        raise UsageError(f"leave_out: {path} names no video; a line is CORPUS/PATH, as in {example!r}")
+    return LeftOut.of(store, path, found, len(found))

@@ -1,0 +1,389 @@
+"""Read a target store: which videos it holds, which of their frames, and what the teachers said of them.
+
+Only what is committed exists here. Reading never writes, and a store object can be handed to loader
+workers: it is picklable, and forked or spawned processes open their own files.
+
+Shapes: V videos, N cached frames of a video, n rows, K classes of a teacher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..common.errors import StoreError, StoreMismatchError, UsageError
+from ..corpus.sources import unescape_path
+from ..video.sampling import Sampling
+from . import layout as fmt
+from .digests import read_rows, split_ranges
+from .encoding import DEFAULT, Encoding, read_logits, total_error
+from .index import OK, STATUS, StoreIndex, load_index
+from .shards import ShardedRows
+from .storage import LocalFiles, StoreFiles, store_files
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """A teacher in a store: `classes` [K] by name and the identity it was extracted under."""
+
+    name: str
+    classes: tuple[str, ...]
+    identity: dict[str, Any]
+    run: dict[str, Any]
+    encoding: Encoding = DEFAULT
+
+
+@dataclass(frozen=True)
+class VideoRecord:
+    """One row of the video table and what became of it. Paths are relative to the corpus."""
+
+    id: int
+    corpus: str
+    path: str
+    size: int
+    digest: str
+    duration: float
+    fps: float
+    time_base: Fraction | None
+    frames: int
+    rows: int
+    status: str
+    reason: str | None
+    note: str | None
+    clock: str
+
+
+class TargetStore:
+    """A target store opened for reading; see `TargetStore.open`. `damaged`: see `load_index`."""
+
+    def __init__(self, files: StoreFiles, *, damaged: bool = False) -> None:
+        self.files = files
+        self.attributes = fmt.check_root(files)
+        self.index: StoreIndex = load_index(files, damaged=damaged)
+        self.sampling = Sampling.model_validate(self.attributes["sampling"])
+        self.teachers: dict[str, TeacherRecord] = {}
+        for name, node in fmt.read_nodes(files, "teachers", self.index.teachers).items():
+            try:
+                classes = read_classes(files, name)
+            except StoreError:
+                if damaged:  # which `verify` tells
+                    continue
+                raise
+            if not damaged and (wrong := other_classes(classes, node["identity"])):
+                raise StoreError(f"{files.name}/teachers/{name}/class: {wrong}")
+            self.teachers[name] = TeacherRecord(
+                name, classes, node["identity"], node["run"], self.index.teachers[name].encoding
+            )
+        self._columns: dict[str, NDArray[Any]] = {}
+        self._rows: dict[str, ShardedRows] = {}
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        cache: str | os.PathLike[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> TargetStore:
+        """Open the store in a folder, or at any URL that fsspec knows (`https://…`, `s3://…`).
+
+        Of a remote store, what is read is kept in `cache` (default: $DISTINIT_CACHE, else `distinit` in the user's
+        cache folder); `storage_options` go to fsspec. StoreError if the store is missing, foreign, corrupt or of
+        another version, or if its place cannot be read.
+        """
+        return cls(store_files(path, cache=cache, storage_options=storage_options))
+
+    @property
+    def name(self) -> str:
+        """The folder or URL of the store, for messages."""
+        return self.files.name
+
+    @property
+    def path(self) -> Path:
+        """The store's folder; StoreError for a remote store, which has none."""
+        if not isinstance(self.files, LocalFiles):
+            raise StoreError(f"{self.name}: this needs a store in a local folder, not behind a URL")
+        return self.files.root
+
+    def __repr__(self) -> str:
+        teachers = ", ".join(f"{t.name}[{len(t.classes)}]" for t in self.teachers.values())
+        return f"TargetStore({self.name!r}, {self.n_videos} videos, {self.n_rows} rows, teachers: {teachers})"
+
+    # -- what there is -------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the store: its id, format, sampling and every teacher's identity."""
+        return {
+            "store_id": self.attributes["store_id"],
+            "format_version": self.attributes["version"],
+            "sampling": self.attributes["sampling"],
+            "teachers": {t.name: t.identity for t in self.teachers.values()},
+        }
+
+    @property
+    def n_videos(self) -> int:
+        """Videos listed, whatever their status."""
+        return self.index.n_videos
+
+    @property
+    def n_rows(self) -> int:
+        """Cached frames."""
+        return int(self.row_counts.sum())
+
+    @property
+    def corpora(self) -> dict[str, str]:
+        """Corpus name → the folder it lay in when it was extracted."""
+        return {c["name"]: unescape_path(c["root"]) for c in self.index.corpora}
+
+    @cached_property
+    def row_counts(self) -> NDArray[np.int64]:
+        """Cached frames of each video [V]."""
+        segments, _ = self._by_video
+        weights = self.index.rows[segments]
+        counts = np.bincount(self.index.video[segments], weights=weights, minlength=self.n_videos)
+        return counts.astype(np.int64)
+
+    @cached_property
+    def frame_counts(self) -> NDArray[np.int64]:
+        """Frames in each video's file [V], 0 where not known."""
+        segments, _ = self._by_video
+        counts = np.zeros(self.n_videos, np.int64)
+        np.maximum.at(counts, self.index.video[segments], self.index.frames[segments])
+        return np.maximum(counts, 0)
+
+    @cached_property
+    def _by_video(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Live segments that hold rows, by video and first frame, and where each video's begin [V + 1]."""
+        order = self._live_by_video[0]
+        order = order[self.index.state[order] == OK]
+        return order, self._starts(order)
+
+    @cached_property
+    def _live_by_video(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Live segments whatever their state, by video and first frame, and where each video's begin [V + 1]."""
+        order = self.index.order()
+        return order, self._starts(order)
+
+    def _starts(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self.index.video[order], np.arange(self.n_videos + 1))
+
+    @cached_property
+    def video_state(self) -> NDArray[np.int8]:
+        """Status of each video's frames [V]: codes of `targets.index`."""
+        return self.index.video_state()
+
+    def teacher(self, name: str) -> TeacherRecord:
+        """The teacher of this name; UsageError lists those the store has."""
+        if name not in self.teachers:
+            raise UsageError(f"teacher {name!r} is not in {self.name}; it has: {', '.join(self.teachers) or 'none'}")
+        return self.teachers[name]
+
+    def fingerprint(self, teacher: str) -> dict[str, Any] | None:
+        """What a teacher's node of that name holds (`teachers.fingerprint`), None if it has none."""
+        return fmt.read_fingerprint(self.files, self.teacher(teacher).name)
+
+    def usable(self, teachers: Sequence[str] | None = None) -> NDArray[np.int64]:
+        """Ids of the videos that have at least one row under every one of the teachers (default: all)."""
+        good = (self.video_state == OK) & (self.row_counts > 0)
+        for name in self.teachers if teachers is None else teachers:
+            good &= self.index.teacher_state(self.teacher(name).name) == OK
+        return np.flatnonzero(good)
+
+    def video(self, i: int) -> VideoRecord:
+        """Everything the store knows of video `i`."""
+        if not 0 <= i < self.n_videos:
+            raise IndexError(f"video {i} of {self.n_videos}")
+        order, start = self._live_by_video
+        live = sorted(order[start[i] : start[i + 1]].tolist())
+        mine = self.segments(i).tolist()
+        den = int(self.column("time_base_den")[i])
+        state = int(self.video_state[i])
+        corpus, path = self.place(i)
+        return VideoRecord(
+            id=i,
+            corpus=corpus,
+            path=path,
+            size=int(self.column("size")[i]),
+            digest=self.digest(i),
+            duration=float(self.column("duration")[i]),
+            fps=float(self.column("fps")[i]),
+            time_base=Fraction(int(self.column("time_base_num")[i]), den) if den else None,
+            frames=int(self.frame_counts[i]),
+            rows=int(self.row_counts[i]),
+            status=STATUS[state],
+            reason=next((self.index.reason[s] for s in live if s in self.index.reason), None),
+            note=next((self.index.note[s] for s in live if s in self.index.note), None),
+            clock="counted" if any(s in self.index.counted for s in mine) else "pts",
+        )
+
+    def place(self, i: int) -> tuple[str, str]:
+        """The corpus of video `i` and its path there."""
+        return self.index.corpora[int(self.column("corpus")[i])]["name"], unescape_path(self._path_at(i))
+
+    def digest(self, i: int) -> str:
+        """Digest of the head and tail of video `i` (`video.container.digest`), '' if it could not be read."""
+        raw = bytes(np.asarray(self.column("digest")[i], np.uint8))
+        return raw.hex() if any(raw) else ""
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A numeric column of the video table [V], read once."""
+        if name not in self._columns:
+            values = read_rows(self.files, f"videos/{name}", 0, self.n_videos, self.index.ranges)
+            if name == "corpus" and ((values < 0) | (values >= len(self.index.corpora))).any():
+                raise StoreError(f"{self.name}/videos/corpus: names a corpus that no plan speaks of")
+            self._columns[name] = values
+        return self._columns[name]
+
+    @cached_property
+    def _paths(self) -> tuple[bytes, NDArray[np.int64]]:
+        """All paths in one buffer with their ends: 10⁶ Python strings would cost ten times the memory."""
+        blocks: list[bytes] = []
+        lengths: list[NDArray[np.int64]] = []
+        for first, end in split_ranges(0, self.n_videos, fmt.VIDEO_CHUNK):
+            texts = read_rows(self.files, "videos/path", first, end, self.index.ranges)
+            paths = [str(text).encode() for text in texts.tolist()]
+            blocks.append(b"".join(paths))
+            lengths.append(np.fromiter(map(len, paths), np.int64, len(paths)))
+        ends = np.cumsum(np.concatenate(lengths)) if lengths else np.empty(0, np.int64)
+        return b"".join(blocks), ends
+
+    def _path_at(self, i: int) -> str:
+        blob, ends = self._paths
+        return blob[int(ends[i - 1]) if i else 0 : int(ends[i])].decode()
+
+    def video_path(self, i: int, moved: Mapping[str, str] | None = None) -> str:
+        """Where video `i` lies: its corpus' folder (`moved` says where a corpus lies now) and its path."""
+        corpus = self.index.corpora[int(self.column("corpus")[i])]
+        root = (moved or {}).get(corpus["name"], unescape_path(corpus["root"]))
+        return os.path.join(root, unescape_path(self._path_at(i)))
+
+    # -- rows ----------------------------------------------------------------------------------------
+
+    def segments(self, video: int) -> NDArray[np.int64]:
+        """Ids of the segments that hold the rows of a video, in order of their frames."""
+        segments, start = self._by_video
+        return segments[start[video] : start[video + 1]]
+
+    def frames(self, video: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Cached frames of a video, ascending: frame index [N], pts [N], row in the store [N]."""
+        mine = self.segments(video)
+        ranges = list(zip(self.index.row[mine].tolist(), self.index.rows[mine].tolist(), strict=True))
+        owner, index, pts = (
+            _joined([self._table(name).read_range(*each) for each in ranges]) for name in ("video", "index", "pts")
+        )
+        if (owner != video).any():
+            raise StoreError(f"{self.name}: rows of video {video} belong to another; see `distinit targets verify`")
+        return index, pts, _joined([np.arange(first, first + count, dtype=np.int64) for first, count in ranges])
+
+    def rows_of(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of all cached frames of these videos, video by video in order of frames, [N].
+
+        What `frames` gives, without a look at any file: for a whole store at once.
+        """
+        segments, start = self._by_video
+        counts = start[videos + 1] - start[videos]
+        mine = segments[_runs(start[videos], counts)]
+        return _runs(self.index.row[mine], self.index.rows[mine])
+
+    def read_table(self, name: str, rows: ArrayLike) -> NDArray[np.int64]:
+        """A frame table's values (`video`, `index` or `pts`) of rows, [n]."""
+        return self._table(name).read(rows).astype(np.int64)
+
+    def logits(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
+        """Logits of rows, [n, K] float32, whatever the encoding they are stored in."""
+        encoding = self.teacher(teacher).encoding
+        return read_logits(lambda name: self.read_stored(teacher, name, rows), encoding)
+
+    def entropy(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
+        """Entropy of rows in nats at τ = 1, [n] float32, from the teacher's float32 logits."""
+        return self.read_stored(teacher, "entropy", rows).astype(np.float32)
+
+    def read_stored(self, teacher: str, name: str, rows: ArrayLike) -> NDArray[Any]:
+        """Rows of one of a teacher's arrays as they are stored (`encoding.arrays_of`, `entropy`)."""
+        return self._array(f"teachers/{self.teacher(teacher).name}/{name}").read(rows)
+
+    def encoding_error(self, teacher: str) -> dict[str, Any]:
+        """KL in nats of the stored logits' softmax from the teacher's own: mean, and a bound of the 99th percentile."""
+        commits = self.index.teachers[self.teacher(teacher).name].commits.values()
+        return total_error([(c["rows"], c["error"]) for c in commits])
+
+    def committed_rows(self, teacher: str) -> NDArray[np.int64]:
+        """All rows that exist under a teacher, ascending."""
+        segments, _ = self._by_video
+        there = self.index.teachers[self.teacher(teacher).name]
+        keep = [s for s in segments.tolist() if int(self.index.shard[s]) in there.shards and s not in there.failed]
+        parts = [np.arange(self.index.row[s], self.index.row[s] + self.index.rows[s]) for s in keep]
+        return np.sort(np.concatenate(parts)).astype(np.int64) if parts else np.empty(0, np.int64)
+
+    def _table(self, name: str) -> ShardedRows:
+        return self._array(f"frames/{name}")
+
+    def _array(self, path: str) -> ShardedRows:
+        if path not in self._rows:
+            rows = self.files.rows(path, self.index.file_record)
+            self._check_rows(path, rows)
+            self._rows[path] = rows
+        return self._rows[path]
+
+    def _check_rows(self, path: str, rows: ShardedRows) -> None:
+        """Raise StoreError if an array contradicts the store's shard size, or its teacher's encoding or classes."""
+        where = f"{self.name}/{path}/zarr.json"
+        if rows.shard_rows != self.index.shard_rows:
+            raise StoreError(f"{where}: has {rows.shard_rows} rows per shard, the store {self.index.shard_rows}")
+        if path.endswith("/logits"):
+            teacher = self.teachers[path.split("/")[1]]
+            if rows.dtype.name != teacher.encoding or rows.shape[1] != len(teacher.classes):
+                raise StoreError(
+                    f"{where}: is {rows.dtype.name} of {rows.shape[1]} classes, the teacher has "
+                    f"{len(teacher.classes)} in {teacher.encoding}"
+                )
+
+
+def read_classes(files: StoreFiles, teacher: str) -> tuple[str, ...]:
+    """Return the names of a teacher's classes [K]."""
+    path = f"teachers/{teacher}/class"
+    return tuple(str(name) for name in read_rows(files, path, 0, files.table(path).shape[0], {}))
+
+
+def other_classes(classes: Sequence[str], identity: Mapping[str, Any]) -> str | None:
+    """Say how class names contradict the digest of them in a teacher's identity; None where they agree."""
+    expected = identity.get("classes_sha256")
+    if expected is None or hashlib.sha256("\n".join(classes).encode()).hexdigest() == expected:
+        return None
+    return "the class names differ from those of the teacher's identity (classes_sha256)"
+
+
+def _runs(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return `first[i]` … `first[i] + count[i] - 1` of every i, one run after the other."""
+    return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[np.int64]:
+    """One array of several."""
+    if len(parts) == 1:
+        return parts[0].astype(np.int64, copy=False)
+    return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
+
+
+def check_moved(store: TargetStore, moved: Mapping[str, str]) -> None:
+    """UsageError if `--videos` names a corpus that the store does not have or a folder that is not there."""
+    for name, folder in moved.items():
+        if name not in store.corpora:
+            raise UsageError(f"--videos {name}=…: the store has the corpora {', '.join(store.corpora)}")
+        if not os.path.isdir(folder):
+            raise UsageError(f"--videos {name}={folder}: no such folder")
+
+
+def check_file(store: TargetStore, i: int, path: str, digest: str) -> None:
+    """StoreMismatchError if the file at `path` is not the video `i` that the teachers saw."""
+    if digest != store.digest(i):
+        raise StoreMismatchError(f"{path}: digest {digest}, but the teachers saw a file with digest {store.digest(i)}")

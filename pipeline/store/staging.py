@@ -1,0 +1,101 @@
+"""One shard as a worker makes it: rows in memory, then files in a staging folder, never in their final place.
+
+The client alone moves the files and commits (writer.py), so a late or superseded attempt changes nothing.
+
+Shapes: R rows of a shard, K classes of a teacher.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from . import layout as fmt
+from .digests import digest_bytes
+from .encoding import error_record
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """A shard file that waits for its commit: where it is, where it goes, what it must hold."""
+
+    staged: str
+    final: str
+    size: int
+    blake2b: str
+
+
+@dataclass
+class FramesPart:
+    """The frame tables of one shard: a row per segment of the shard, rows counted inside the shard."""
+
+    segment: list[int] = field(default_factory=list)
+    first_row: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
+    notes: dict[int, str] = field(default_factory=dict)
+    overflow: dict[int, int] = field(default_factory=dict)
+    counted: list[int] = field(default_factory=list)
+    files: list[StagedFile] = field(default_factory=list)
+
+
+@dataclass
+class TeacherPart:
+    """One teacher's rows of one shard; `error` is what `encoding.error_record` says of them."""
+
+    rows: int = 0
+    error: dict[str, Any] = field(default_factory=lambda: error_record(np.empty(0)))
+    failed: dict[int, str] = field(default_factory=dict)
+    files: list[StagedFile] = field(default_factory=list)
+
+
+@dataclass
+class ShardResult:
+    """What a worker hands to the client. `frames` is None where the frame tables were there already."""
+
+    shard: int
+    frames: FramesPart | None
+    teachers: dict[str, TeacherPart]
+    staging: str
+
+    @property
+    def rows(self) -> int:
+        """Rows written, of the frame tables or else of any teacher."""
+        if self.frames is not None:
+            return sum(self.frames.rows)
+        return max((t.rows for t in self.teachers.values()), default=0)
+
+
+def new_staging(root: Path, shard: int) -> Path:
+    """A folder of this attempt's own, inside the store so that the later rename stays on one file system."""
+    return root / fmt.STAGING / f"{shard:06d}-{uuid.uuid4().hex[:12]}"
+
+
+def stage_array(
+    folder: Path, spec: fmt.ArraySpec, shard: int, values: NDArray[np.generic], shard_rows: int
+) -> list[StagedFile]:
+    """Write `values` [rows ≤ R, …] as shard 0 of a one-shard array in `folder`, synced to disk.
+
+    A shard file does not depend on its place in the array, so it becomes shard `shard` by a rename.
+    Rows beyond `values` are fill and take no space; a shard of fill alone has no file.
+    """
+    if not (folder / "zarr.json").exists():
+        zarr.open_group(folder, mode="a")
+    fmt.create_array(folder, spec, shard_rows, shard_rows)
+    full = np.full((shard_rows, *spec.row), spec.fill, dtype=spec.dtype)
+    full[: len(values)] = values
+    zarr.open_array(folder / spec.path, mode="r+")[:] = full
+    path = fmt.shard_file(folder, spec, 0)
+    if not path.exists():
+        return []
+    fmt.fsync_path(path)
+    data = path.read_bytes()
+    final = fmt.shard_file(Path(), spec, shard).as_posix()
+    return [StagedFile(str(path), final, len(data), digest_bytes(data))]

@@ -1,0 +1,252 @@
+"""Where the files of a store are. A folder is read in place; any other URL through `remote.py` and its cache.
+
+Every file of a store has a name that follows from its nodes (docs/store-format.md), so nothing here lists a
+folder: many HTTP servers cannot.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from ..common.errors import StoreError, in_one_line
+from ..common.urls import is_url, local_path
+from .digests import check_document
+from .shards import ShardedRows
+from .validation import check_array
+
+Record = Callable[[str, int], Mapping[str, Any] | None]
+"""(array path, shard) → size and digest of the shard's file as committed, None if it has none."""
+
+
+class StoreFiles(ABC):
+    """Read access to the files of one store; `name` is what messages call it. Picklable, fork-safe."""
+
+    name: str
+    sealed = False
+    """Whether every node and array metadata file of the store has a digest; known when its root was read."""
+
+    @property
+    def address(self) -> str:
+        """What opens the same store again: a URL with the password that `name` lacks, so for no file and no message."""
+        return self.name
+
+    @abstractmethod
+    def read(self, path: str) -> bytes:
+        """The whole file; FileNotFoundError if there is none, StoreError if it cannot be read."""
+
+    @abstractmethod
+    def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
+        """Those of the files that exist, by path, in the order asked for."""
+
+    def pin(self, store_id: str, plans: Sequence[Mapping[str, Any]]) -> None:
+        """Say which state of the tables is meant from now on, for those that keep what they read."""
+        return
+
+    @abstractmethod
+    def table(self, path: str) -> zarr.Array:
+        """An unsharded array, opened for reading. StoreError if it cannot be."""
+
+    def forget(self, path: str) -> bool:
+        """Drop an unsharded array from the cache; return whether `table` may find other values now."""
+        return False
+
+    @abstractmethod
+    def rows(self, path: str, record: Record) -> ShardedRows:
+        """A sharded array. `record` knows what the commits say of its files."""
+
+
+class LocalFiles(StoreFiles):
+    """A store in a folder of a mounted file system. Only `root` itself may be a link."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.name = root, str(root)
+        self._folders: set[str] = {""}
+        """Folders of the store that were found to be no links."""
+        self._tables: set[str] = set()
+        """Tables in whose folders there is none."""
+
+    def read(self, path: str) -> bytes:
+        """The whole file; FileNotFoundError if there is none."""
+        descriptor = self.open(path)
+        try:
+            size = os.fstat(descriptor).st_size
+            data = os.read(descriptor, size + 1)
+            while len(data) < size and (more := os.read(descriptor, size - len(data))):
+                data += more
+            return data
+        except (OSError, MemoryError, OverflowError) as error:
+            raise StoreError(f"{self.name}/{path}: cannot be read ({in_one_line(error)})") from error
+        finally:
+            os.close(descriptor)
+
+    def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
+        """Those of the files that exist, by path."""
+        found = {}
+        for path in paths:
+            try:
+                found[path] = self.read(path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        return found
+
+    def open(self, path: str) -> int:
+        """Return a descriptor of a regular file of the store; every file of a local store is opened here.
+
+        Raises FileNotFoundError if there is none, and StoreError for a name that leaves the store, a link, a device or
+        a pipe, which would wait for ever.
+        """
+        folder, _, name = path.rpartition("/")
+        if folder not in self._folders:
+            self._check_folder(folder)
+        where = f"{self.name}/{path}"
+        try:
+            descriptor = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except (OSError, ValueError) as error:
+            link = isinstance(error, OSError) and error.errno == errno.ELOOP
+            why = "a link, which a store does not have" if link else f"cannot be read ({in_one_line(error)})"
+            raise StoreError(f"{where}: {why}") from error
+        if name == ".." or not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise StoreError(f"{where}: not a regular file")
+        return descriptor
+
+    def _check_folder(self, folder: str) -> None:
+        parent, _, name = folder.rpartition("/")
+        if parent not in self._folders:
+            self._check_folder(parent)
+        if name in ("", ".", "..") or "\0" in name:
+            raise StoreError(f"{self.name}: {folder!r} is no name of a folder in a store")
+        try:
+            _check_mode(f"{self.name}/{folder}", os.lstat(f"{self.name}/{folder}").st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise StoreError(f"{self.name}/{folder}: cannot be read ({error.strerror})") from error
+        if len(self._folders) < 4096 or folder.count("/") < 2:
+            self._folders.add(folder)
+
+    def metadata(self, path: str) -> dict[str, Any]:
+        """Return the zarr.json of an array, checked for its digest and form."""
+        try:
+            text = self.read(f"{path}/zarr.json")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(f"{self.name}/{path}/zarr.json: missing") from error
+        return array_metadata(f"{self.name}/{path}/zarr.json", path, text, sealed=self.sealed)
+
+    def table(self, path: str) -> zarr.Array:
+        """An unsharded array, opened for reading."""
+        self.metadata(path)
+        if path not in self._tables:
+            inside(self.root, path, below=not path.startswith(("frames/", "teachers/")) or path.endswith("/class"))
+            self._tables.add(path)
+        return open_table(self.root / path)
+
+    def rows(self, path: str, record: Record) -> ShardedRows:
+        """A sharded array, read by `pread` from its files."""
+        return _LocalRows(self, path)
+
+
+class _LocalRows(ShardedRows):
+    """Rows of an array in a local folder."""
+
+    def __init__(self, files: LocalFiles, path: str) -> None:
+        super().__init__(files.root / path, files.metadata(path))
+        self._files, self._place = files, path
+
+    def _open_file(self, shard: int) -> int:
+        try:
+            return self._files.open(f"{self._place}/{self._key(shard)}")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(f"{self._file(shard)}: a committed shard is missing ({error.strerror})") from error
+
+
+def array_metadata(where: str, path: str, text: bytes, *, sealed: bool = False) -> dict[str, Any]:
+    """Parse the zarr.json of the array `path` of a store; StoreError if its digest or form is wrong.
+
+    sealed: it must have a digest.
+    """
+    document = check_document(where, text, required=sealed)
+    check_array(where, path, document)
+    return document
+
+
+def inside(root: str | os.PathLike[str], path: str, *, below: bool = False) -> Path:
+    """Return the place of a file or folder of a local store, which need not exist, to be read, written or removed.
+
+    below: what lies in that folder is checked too.
+
+    Raises:
+        StoreError: for a name that leaves the store, and where a part of it, or anything below, is a link or neither a
+            file nor a folder.
+    """
+    names = path.split("/")
+    if {"", ".", ".."}.intersection(names) or "\0" in path:
+        raise StoreError(f"{os.fspath(root)}: {path!r} is no name of a file in a store")
+    place = os.fspath(root)
+    for name in names:
+        place = f"{place}/{name}"
+        try:
+            mode = os.lstat(place).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            break
+        except OSError as error:
+            raise StoreError(f"{place}: cannot be read ({error.strerror})") from error
+        _check_mode(place, mode)
+    else:
+        if below and stat.S_ISDIR(mode):
+            for parent, folders, files in os.walk(place):
+                for name in (*folders, *files):
+                    _check_mode(f"{parent}/{name}", os.lstat(f"{parent}/{name}").st_mode)
+    return Path(root, path)
+
+
+def _check_mode(place: str, mode: int) -> None:
+    if stat.S_ISLNK(mode):
+        raise StoreError(f"{place}: a link, which a store does not have")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise StoreError(f"{place}: neither a file nor a folder")
+
+
+def store_files(
+    where: str | os.PathLike[str] | StoreFiles,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> StoreFiles:
+    """The files of the store at a path or URL; what exists as a local path is one, whatever it is called.
+
+    cache: folder for what is read from a URL (default: see `remote.cache_folder`). storage_options: for the
+    fsspec file system of the URL. UsageError for a URL that may not be opened.
+    """
+    if isinstance(where, StoreFiles):
+        return where
+    text = local_path(os.fspath(where))
+    if is_url(text):
+        from .cache import cache_folder
+        from .remote import RemoteFiles
+
+        return RemoteFiles(text, cache_folder(cache), dict(storage_options or {}))
+    return LocalFiles(Path(os.path.abspath(text)))
+
+
+def absolute(where: str) -> str:
+    """A store's address that holds from any working folder."""
+    return where if is_url(where) else os.path.abspath(local_path(where))
+
+
+def open_table(folder: Path) -> zarr.Array:
+    """Open the array in a local folder, whose metadata were checked, for reading; StoreError if that fails."""
+    try:
+        return zarr.open_array(folder, mode="r")
+    except Exception as error:  # Metadata that is no array's raises anything in zarr.
+        raise StoreError(f"{folder}: unreadable ({in_one_line(error)})") from error

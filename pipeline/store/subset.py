@@ -1,0 +1,158 @@
+"""A new store of some videos and some teachers of another, rows as they are stored, packed into new shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.errors import UsageError
+from . import layout as fmt
+from .encoding import arrays_of, total_error
+from .index import OK
+from .planning import Stretch, auto_shard_rows
+from .reader import TargetStore
+from .staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from .writer import StoreWriter
+
+
+def write_subset(
+    source: TargetStore,
+    path: Path,
+    videos: NDArray[np.int64],
+    teachers: Sequence[str],
+    *,
+    shard_rows: int | None = None,
+    advance: Callable[[int], Any] = lambda n: None,
+) -> int:
+    """Write `videos` (ids of `source`, none pending) and their rows under `teachers` to a new store; returns the rows.
+
+    Failed videos come along with their reasons. Raises UsageError if a stretch of a video does not fit `shard_rows`,
+    and StoreError where rows of the source cannot be read.
+    """
+    index = source.index
+    order = index.order()
+    begin = np.searchsorted(index.video[order], videos)
+    end = np.searchsorted(index.video[order], videos, side="right")
+    old = np.concatenate([order[a:b] for a, b in zip(begin, end, strict=True)] or [np.empty(0, np.int64)])
+    owner = np.repeat(np.arange(len(videos)), end - begin)
+    bounds = np.where(index.state[old] == OK, index.rows[old], 0)
+    stretches = [
+        Stretch(int(v), int(index.first[s]), int(index.end[s]), int(n))
+        for v, s, n in zip(owner, old, bounds, strict=True)
+    ]
+    with StoreWriter(
+        path,
+        sampling=source.attributes["sampling"],
+        shard_rows=_shard_rows(source, bounds, shard_rows),
+        origin={"exported_from": source.attributes["store_id"]},
+    ) as writer:
+        _list_videos(source, writer, videos)
+        segments = writer.add_segments(stretches)
+        nodes = fmt.read_nodes(source.files, "teachers", teachers)
+        for name in teachers:
+            record = source.teacher(name)
+            writer.add_teacher(
+                name, record.classes, nodes[name], encoding=record.encoding, fingerprint=source.fingerprint(name)
+            )
+        pairs = zip(segments, old.tolist(), strict=True)
+        for shard, group in groupby(pairs, key=lambda pair: pair[0].shard):
+            members = list(group)
+            copy = ShardCopy(source, writer, shard, [new.id for new, _ in members], [s for _, s in members])
+            copy.frames(np.array([new.stretch.video for new, _ in members]))
+            for name in teachers:
+                copy.teacher(name)
+            advance(len(copy.rows))
+    return int(bounds.sum())
+
+
+class ShardCopy:
+    """One shard of the store that `writer` writes: segments `new`, which are those `old` of `source`."""
+
+    def __init__(self, source: TargetStore, writer: StoreWriter, shard: int, new: list[int], old: list[int]) -> None:
+        self.source, self.writer, self.shard, self.new, self.old = source, writer, shard, new, old
+        index = source.index
+        self.counts = np.where(index.state[old] == OK, index.rows[old], 0)
+        parts = [np.arange(index.row[s], index.row[s] + n) for s, n in zip(old, self.counts, strict=True)]
+        self.rows = np.concatenate(parts).astype(np.int64)
+
+    def frames(self, video: NDArray[np.int64]) -> None:
+        """Stage and commit the frame tables; `video` are the new numbers of the segments' videos."""
+        index = self.source.index
+        first = np.where(self.counts > 0, np.cumsum(self.counts) - self.counts, 0)
+        part = FramesPart(
+            segment=self.new,
+            first_row=first.tolist(),
+            rows=self.counts.tolist(),
+            frames=index.frames[self.old].tolist(),
+            failed=self._of(index.reason),
+            notes=self._of(index.note),
+            counted=[new for new, s in zip(self.new, self.old, strict=True) if s in index.counted],
+        )
+        values = {
+            "video": np.repeat(video, self.counts),
+            "index": self.source.read_table("index", self.rows),
+            "pts": self.source.read_table("pts", self.rows),
+        }
+        folder = new_staging(self.writer.root, self.shard)
+        for spec in fmt.frame_specs():
+            part.files += stage_array(folder, spec, self.shard, values[spec.path.split("/")[1]], self.writer.shard_rows)
+        run = _common([index.frame_commits[int(s)]["run"] for s in np.unique(index.shard[self.old])])
+        self.writer.commit(ShardResult(self.shard, part, {}, str(folder)), run)
+
+    def teacher(self, name: str) -> None:
+        """Stage and commit a teacher's rows, as they are stored."""
+        index, record = self.source.index, self.source.teacher(name)
+        of = index.teachers[name]
+        good = [n if s not in of.failed else 0 for s, n in zip(self.old, self.counts.tolist(), strict=True)]
+        shards = index.shard[self.old].tolist()
+        part = TeacherPart(
+            rows=sum(good),
+            error=total_error([(n, of.commits[shard]["error"]) for n, shard in zip(good, shards, strict=True)]),
+            failed=self._of(of.failed),
+        )
+        folder = new_staging(self.writer.root, self.shard)
+        specs = fmt.teacher_specs(name, len(record.classes), record.encoding)
+        kept = np.repeat(np.array(good) > 0, self.counts)  # a shard of which every segment failed may have no file
+        for array, spec in zip((*arrays_of(record.encoding), "entropy"), specs, strict=True):
+            values = np.full((len(self.rows), *spec.row), spec.fill, spec.dtype)
+            values[kept] = self.source.read_stored(name, array, self.rows[kept])
+            part.files += stage_array(folder, spec, self.shard, values, self.writer.shard_rows)
+        run = _common([of.commits[shard]["run"] for shard in sorted(set(shards))])
+        self.writer.commit(ShardResult(self.shard, None, {name: part}, str(folder)), run)
+
+    def _of(self, texts: dict[int, str]) -> dict[int, str]:
+        return {new: texts[s] for new, s in zip(self.new, self.old, strict=True) if s in texts}
+
+
+def _shard_rows(source: TargetStore, bounds: NDArray[np.int64], asked: int | None) -> int:
+    """The size asked for, or one by the number of rows that holds the longest stretch."""
+    longest = int(np.max(bounds, initial=0))
+    if asked is not None:
+        if asked < longest:
+            raise UsageError(f"--shard-rows {asked}: a stretch of a video has {longest} rows, the store {source.name} "
+                             f"has shards of {source.index.shard_rows}")  # fmt: skip
+        return asked
+    rows = auto_shard_rows(int(bounds.sum()))
+    while rows < longest:
+        rows *= 2
+    return rows
+
+
+def _list_videos(source: TargetStore, writer: StoreWriter, videos: NDArray[np.int64]) -> None:
+    columns: dict[str, Any] = {
+        name: source.column(name)[videos] for name in (s.path.split("/")[1] for s in fmt.video_specs())
+    }
+    used = np.unique(columns["corpus"])
+    columns["corpus"] = np.searchsorted(used, columns["corpus"])
+    writer.add_videos(columns, [source.index.corpora[int(c)] for c in used])
+
+
+def _common(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of rows that come from several commits."""
+    distinct = [run for i, run in enumerate(runs) if run not in runs[:i]]
+    return distinct[0] if len(distinct) == 1 else {"mixed": distinct}

@@ -1,0 +1,416 @@
+"""The form of everything that a store says about itself, checked before anything uses it.
+
+A store may come from anybody: its names become paths, its numbers sizes and addresses. docs/store-format.md has the
+bounds. `read_nodes`, `check_root` and the readers of arrays call these functions, so that every reader and writer
+meets only values of the right type and size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from array import array
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from ..common.errors import StoreError
+from ..video.sampling import Sampling
+
+if TYPE_CHECKING:
+    from .layout import ArraySpec
+
+MAX_NODE_BYTES = 64 << 20
+MAX_DEPTH = 64  # of lists and objects in each other
+MAX_COUNT = 2**31 - 1  # videos, segments, shards: `frames/video` is int32
+MAX_SHARD_ROWS = 1 << 20
+MAX_SHARD_BYTES = 1 << 34  # of one file of a shard
+MAX_CLASSES = 1 << 20
+MAX_CHUNK_ROWS = 1 << 16  # of tables
+MAX_CHUNKS = 1 << 16  # of a table's column
+MAX_TEXT_CHUNK = 1 << 26  # bytes of the texts of a chunk
+MAX_NAME = 200
+MAX_TEXT = 1 << 16
+SHARD_UNIT = 256
+
+_TABLE_CODECS: tuple[list[str], ...] = ([], ["zstd"], ["crc32c"], ["zstd", "crc32c"])
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+
+Form = tuple[str, Callable[[Any], bool]]
+"""What is allowed, in words and as a test."""
+
+
+def load_json(where: str, text: bytes) -> dict[str, Any]:
+    """Parse a zarr.json; StoreError names `where` if it is not JSON of an object, too large or too deep."""
+    if len(text) > MAX_NODE_BYTES:
+        raise StoreError(f"{where}: has {len(text)} bytes, at most {MAX_NODE_BYTES} are allowed")
+    try:
+        document = _parse(text)
+        # As many brackets as levels are needed at least: nearly every document has too few to be too deep.
+        if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
+            _check_depth(document, MAX_DEPTH)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{where}: corrupt, not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise StoreError(f"{where}: corrupt, expected a JSON object, got {type(document).__name__}")
+    return document
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return from_json(text)  # takes half the time of the standard library
+    except ValueError:
+        return json.loads(text)  # takes half a surrogate pair as well: a byte of a path that is not UTF-8
+
+
+def _check_depth(value: Any, left: int) -> None:
+    if left < 0:
+        raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep")
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, dict | list):
+            _check_depth(inner, left - 1)
+
+
+# Values
+
+
+def is_teacher_name(value: Any) -> bool:
+    """Return whether a value can be the name of a teacher: it is a folder in `teachers/`."""
+    return (
+        isinstance(value, str)
+        and len(value) <= MAX_NAME
+        and re.fullmatch(r"[A-Za-z0-9._-]+", value) is not None
+        and value not in (".", "..", "zarr.json")
+    )
+
+
+def _is_int(value: Any, least: int = 0, most: int = MAX_COUNT) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_text(value: Any, most: int = MAX_TEXT) -> bool:
+    return isinstance(value, str) and len(value) <= most and "\0" not in value
+
+
+def _is_name(value: Any) -> bool:
+    return _is_text(value, MAX_NAME) and value not in ("", ".", "..") and "/" not in value
+
+
+def _is_unique(value: Any, holds: Callable[[Any], bool], key: Callable[[Any], Any]) -> bool:
+    return isinstance(value, list) and all(map(holds, value)) and len({key(v) for v in value}) == len(value)
+
+
+def _is_corpus(value: Any) -> bool:
+    return isinstance(value, dict) and _is_name(value.get("name")) and _is_text(value.get("root"))
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def _is_by_segment(value: Any, holds: Callable[[Any], bool]) -> bool:
+    """Return whether a value is an object keyed by segment ids in decimal digits."""
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"0|[1-9][0-9]{0,9}", key) is not None and holds(inner) for key, inner in value.items()
+    )
+
+
+def _is_run(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    mixed = value.get("mixed", [])
+    return (
+        _is_int(value.get("batch_size", 1), 1, 1 << 16)
+        and _is_text(value.get("precision", ""), MAX_NAME)
+        and isinstance(mixed, list)
+        and (bool(mixed) or "mixed" not in value)
+        and all(map(_is_run, mixed))
+    )
+
+
+def _is_error(value: Any) -> bool:
+    kinds = (int, float, type(None))
+    return isinstance(value, dict) and all(type(value.get(key, 0.5j)) in kinds for key in ("kl_mean", "kl_p99"))
+
+
+def _is_part(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}/[0-9]{1,6}", value) is not None)
+
+
+def _is_tables(value: Any) -> bool:
+    """Check digests of ranges of table rows, by array: lists of [first, end, digest]."""
+    return isinstance(value, dict) and all(
+        isinstance(entries, list)
+        and all(
+            isinstance(e, list) and len(e) == 3 and _is_int(e[0]) and _is_int(e[1], e[0]) and _is_digest(e[2])
+            for e in entries
+        )
+        for entries in value.values()
+    )
+
+
+_COUNT: Form = f"a whole number from 0 to {MAX_COUNT}", _is_int
+_TEXT: Form = f"text of at most {MAX_TEXT} characters", _is_text
+_OBJECT: Form = "an object", lambda v: isinstance(v, dict)
+_RUN: Form = "an object with batch_size from 1 to 65536 and precision, or with mixed, a list of such", _is_run
+_REASONS: Form = "texts by segment id", lambda v: _is_by_segment(v, _is_text)
+_CORPORA: Form = (
+    "objects with name, of which each is another, and root",
+    lambda v: _is_unique(v, _is_corpus, lambda c: c["name"]),
+)
+_TEACHERS: Form = (
+    f"names of up to {MAX_NAME} of A-Z a-z 0-9 . _ - that are all different, and none of them . or .. or zarr.json",
+    lambda v: _is_unique(v, is_teacher_name, str),
+)
+_SHARD_ROWS: Form = (
+    f"null or a multiple of {SHARD_UNIT} up to {MAX_SHARD_ROWS}",
+    lambda v: v is None or (_is_int(v, SHARD_UNIT, MAX_SHARD_ROWS) and v % SHARD_UNIT == 0),
+)
+_LOGITS: Form = "a list of lists", lambda v: isinstance(v, list) and all(isinstance(row, list) for row in v)
+_SEGMENT_LISTS = ("segment", "first_row", "rows", "frames")
+
+# Of each kind of node the keys that are used: the form of each, and whether it must be there.
+_NODES: dict[str, dict[str, tuple[Form, bool]]] = {
+    "root": {
+        "store_id": (("32 hexadecimal digits", _is_digest), True),
+        "shard_rows": (_SHARD_ROWS, False),
+        "sampling": (_OBJECT, True),
+        "created": (_TEXT, True),
+        "part": (("null or i/n", _is_part), False),
+    },
+    "plan": {
+        "videos": (_COUNT, False),
+        "segments": (_COUNT, False),
+        "shards": (_COUNT, False),
+        "corpora": (_CORPORA, False),
+        "teachers": (_TEACHERS, False),
+        "tables": (("lists of [first row, end, digest] by array", _is_tables), False),
+    },
+    "frames": {
+        "failed": (_REASONS, True),
+        "notes": (_REASONS, True),
+        "overflow": (("whole numbers by segment id", lambda v: _is_by_segment(v, _is_int)), True),
+        "counted": (("a list of segment ids", lambda v: isinstance(v, list) and all(map(_is_int, v))), True),
+        "files": (_OBJECT, True),
+        "run": (_RUN, True),
+    },
+    "rows": {
+        "rows": (_COUNT, True),
+        "failed": (_REASONS, True),
+        "error": (("an object with kl_mean and kl_p99, numbers or null", _is_error), True),
+        "files": (_OBJECT, True),
+        "run": (_RUN, True),
+    },
+    "teacher": {
+        "encoding": (("text", lambda v: _is_text(v, MAX_NAME)), True),
+        "identity": (_OBJECT, True),
+        "run": (_RUN, True),
+        "provenance": (_OBJECT, False),
+    },
+    "fingerprint": {
+        "probes": (_COUNT, True),
+        "logits": (_LOGITS, True),
+        "torch": (_TEXT, True),
+        "device": (_TEXT, True),
+        "basis": (_OBJECT, True),
+    },
+    "other": {},
+}
+
+
+def _kind(group: str) -> str:
+    if group in ("plans", "commits/frames", "teachers"):
+        return {"plans": "plan", "commits/frames": "frames", "teachers": "teacher"}[group]
+    if group.startswith("commits/teachers/"):
+        return "rows"
+    return "fingerprint" if group.startswith("teachers/") else "other"
+
+
+def check_node(where: str, group: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a node of a group of the store; in a commit of frames the lists become arrays [segments].
+
+    Raises:
+        StoreError: names `where`, the key, what is allowed and the value.
+    """
+    kind = _kind(group)
+    _check(where, kind, record)
+    if kind != "frames":
+        return record
+    return {**record, **dict(zip(_SEGMENT_LISTS, _segment_table(where, record), strict=True))}
+
+
+def check_root(where: str, record: dict[str, Any]) -> None:
+    """Raise StoreError unless the record of a store's root has its form."""
+    _check(where, "root", record)
+    sampling = record["sampling"]
+    try:
+        every = Sampling.model_validate(sampling).every
+    except ValidationError as error:
+        raise StoreError(f"{where}: sampling: {error.errors()[0]['msg']}, got {_short(sampling)}") from None
+    if every is not None and not _is_int(every, 1):
+        raise StoreError(f"{where}: sampling.every: expected {_COUNT[0]}, got {_short(every)}")
+
+
+def _check(where: str, kind: str, record: Mapping[str, Any]) -> None:
+    for key, ((allowed, holds), required) in _NODES[kind].items():
+        if key not in record:
+            if required:
+                raise StoreError(f"{where}: {key} is missing, expected {allowed}")
+        elif not holds(record[key]):
+            raise StoreError(f"{where}: {key}: expected {allowed}, got {_short(record[key])}")
+
+
+def _segment_table(where: str, record: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Return the lists of a commit of frames as one array [4, segments]."""
+    lists: list[Any] = [record.get(key) for key in _SEGMENT_LISTS]
+    table: Any = np.zeros((len(lists), 0), np.int64)
+    good = all(isinstance(values, list) for values in lists) and len({len(values or ()) for values in lists}) == 1
+    if good and lists[0]:
+        try:
+            # An array of the standard library takes nothing but whole numbers, and takes them faster than NumPy.
+            table = np.frombuffer(array("q", [*chain.from_iterable(lists)]), np.int64).reshape(len(lists), -1)
+            # Frames are −1 where a segment does not reach the end of its file.
+            good = bool((table.min(axis=1) >= (0, 0, 0, -1)).all()) and int(table[:3].max()) <= MAX_COUNT
+        except (TypeError, OverflowError):
+            good = False
+    if not good:
+        raise StoreError(
+            f"{where}: {', '.join(_SEGMENT_LISTS)}: expected lists of equal length of whole numbers "
+            f"from 0 to {MAX_COUNT} (frames: from -1), got {_short(lists)}"
+        )
+    checked: NDArray[np.int64] = table
+    return checked
+
+
+def check_files(where: str, files: Mapping[str, Any], arrays: Collection[str], shard: int, folder: str) -> None:
+    """Raise StoreError unless the files of a commit are among those of shard `shard` of `arrays` in `folder`."""
+    allowed = _file_names(folder, tuple(arrays), shard)
+    for name, record in files.items():
+        if name not in allowed:
+            raise StoreError(f"{where}: files: expected of {', '.join(allowed)}, got {_short(name)}")
+        good = isinstance(record, dict) and _is_int(record.get("size"), 0, MAX_SHARD_BYTES)
+        if not (good and _is_digest(record.get("blake2b"))):
+            raise StoreError(
+                f"{where}: files: {name}: expected size, from 0 to {MAX_SHARD_BYTES}, and blake2b, "
+                f"32 hexadecimal digits, got {_short(record)}"
+            )
+
+
+def _file_names(folder: str, arrays: tuple[str, ...], shard: int) -> tuple[str, ...]:
+    return tuple(f"{folder}/{array}/c/{shard}{'/0' if array == 'logits' else ''}" for array in arrays)
+
+
+# Arrays
+
+
+def check_array(where: str, path: str, meta: Mapping[str, Any]) -> None:
+    """Raise StoreError unless the metadata of the array `path` is what the format defines for it."""
+    spec = _spec_of(path)
+    if spec is None:
+        raise StoreError(f"{where}: the format has no array {path}")
+    try:
+        problem = _array_problem(spec, meta)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        raise StoreError(f"{where}: not the metadata of {path}: {problem}")
+
+
+@cache
+def _spec_of(path: str) -> ArraySpec | None:
+    from . import layout as fmt  # which reads files through functions that ask here
+
+    specs = {s.path: s for s in (*fmt.video_specs(), *fmt.segment_specs(), *fmt.frame_specs())}
+    if path in specs:
+        return specs[path]
+    _, name, array = path.split("/") if path.startswith("teachers/") and path.count("/") == 2 else ("", "", "")
+    if array == "class":
+        return fmt.ArraySpec(path, "str", "", ("class",))
+    return next((s for s in fmt.teacher_specs(name, 1, "int8") if s.path == path), None)
+
+
+def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with an array's metadata; None if nothing is."""
+    rows, *row = meta["shape"]
+    logits = spec.path.endswith("/logits")
+    types = ["float16", "int8"] if logits else ["string" if spec.dtype == "str" else spec.dtype]
+    fill = meta["fill_value"]
+    expected = ["NaN", 0] if logits else ["NaN" if spec.fill != spec.fill else spec.fill]
+    grid, chunk = meta["chunk_grid"], meta["chunk_grid"]["configuration"]["chunk_shape"]
+    keys = meta["chunk_key_encoding"]
+    problems = {
+        f"shape {_short(meta['shape'])}": not _is_int(rows, 0, MAX_COUNT * (MAX_SHARD_ROWS if spec.sharded else 1))
+        or not (len(row) == 1 and _is_int(row[0], 1, MAX_CLASSES) if logits else row == list(spec.row)),
+        f"data_type {_short(meta['data_type'])}, expected {' or '.join(types)}": meta["data_type"] not in types,
+        f"fill_value {_short(fill)}": fill not in expected or type(fill) not in (int, float, str),
+        f"chunk grid {_short(grid)}": grid["name"] != "regular" or not isinstance(chunk, list) or chunk[1:] != row,
+        f"chunk keys {_short(keys)}": keys["name"] != "default"
+        or keys.get("configuration", {}).get("separator", "/") != "/",
+        "it has storage transformers": bool(meta.get("storage_transformers")),
+        "it is no Zarr v3 array": (meta["zarr_format"], meta["node_type"]) != (3, "array"),
+    }
+    found = next((what for what, wrong in problems.items() if wrong), None)
+    if found or spec.sharded:
+        return found or _sharding_problem(meta["codecs"], chunk, [spec.chunk, *row])
+    most = MAX_CLASSES if spec.dims == ("class",) else MAX_CHUNK_ROWS
+    if not _is_int(chunk[0], 1, most):
+        return f"{_short(chunk[0])} rows per chunk, expected 1 to {most}"
+    if rows > MAX_CHUNKS * chunk[0]:
+        return f"{rows} rows in chunks of {chunk[0]}, expected at most {MAX_CHUNKS} chunks"
+    first, *others = (codec["name"] for codec in meta["codecs"])
+    if first != ("vlen-utf8" if spec.dtype == "str" else "bytes") or others not in _TABLE_CODECS:
+        return f"codecs {_short([first, *others])}"
+    return None
+
+
+def largest_chunk(meta: Mapping[str, Any]) -> int:
+    """Return how many bytes a file of a table's column may have, by the column's metadata, which have their form."""
+    shape: list[int] = meta["chunk_grid"]["configuration"]["chunk_shape"]
+    text = meta["data_type"] == "string"
+    values = MAX_TEXT_CHUNK if text else math.prod(shape) * np.dtype(meta["data_type"]).itemsize
+    return values * 257 // 256 + 1024  # what compression may add
+
+
+def unpacked_bytes(data: bytes) -> int | None:
+    """Return the size of what a zstd frame holds, as its header says (RFC 8878, 3.1.1.1); None if it does not.
+
+    data: the first 18 bytes of the frame, or all of it.
+    """
+    if data[:4] != b"\x28\xb5\x2f\xfd" or len(data) < 5:
+        return None
+    single = data[4] >> 5 & 1
+    size = (single, 2, 4, 8)[data[4] >> 6]
+    start = 6 - single + (0, 1, 2, 4)[data[4] & 3]
+    if not size or len(data) < start + size:
+        return None
+    return int.from_bytes(data[start : start + size], "little") + (256 if size == 2 else 0)
+
+
+def _sharding_problem(codecs: Any, shard: list[Any], chunk: list[int]) -> str | None:
+    if not _is_int(shard[0], SHARD_UNIT, MAX_SHARD_ROWS) or shard[0] % SHARD_UNIT:
+        return f"{_short(shard[0])} rows per shard, expected a multiple of {SHARD_UNIT} up to {MAX_SHARD_ROWS}"
+    if len(codecs) != 1 or codecs[0]["name"] != "sharding_indexed":
+        return f"codecs {_short(codecs)}, expected sharding_indexed"
+    inside = codecs[0]["configuration"]
+    if inside["chunk_shape"] != chunk:
+        return f"chunks {_short(inside['chunk_shape'])} in a shard, expected {chunk}"
+    if inside.get("index_location", "end") != "end":
+        return f"index_location {_short(inside['index_location'])}, expected end"
+    for which in ("codecs", "index_codecs"):
+        names = [codec["name"] for codec in inside[which]]
+        endian = inside[which][0].get("configuration", {}).get("endian", "little")
+        if names != ["bytes", "crc32c"] or endian != "little":
+            return f"{which} {_short(inside[which])}, expected bytes (little-endian) and crc32c"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,300 @@
+"""Check everything that can be checked of a store without its videos, and drop what is broken."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.errors import StoreError
+from ..targets.soft_targets import entropy
+from ..teachers.fingerprint import Fingerprint
+from . import layout as fmt
+from .digests import check_document, digest_bytes, is_sealed, read_rows
+from .encoding import arrays_of, decode, rounding
+from .index import OK, StoreIndex
+from .reader import other_classes, read_classes
+from .storage import LocalFiles, StoreFiles, inside
+
+ENTROPY_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong. `shard` is None where no shard can be named, `teacher` for frame tables."""
+
+    what: str
+    shard: int | None = None
+    teacher: str | None = None
+
+    def __str__(self) -> str:
+        if self.shard is None:
+            return f"store{f', {self.teacher}' if self.teacher else ''}: {self.what}"
+        return f"shard {self.shard:06d}, {self.teacher or 'frames'}: {self.what}"
+
+
+def verify(root: Path, index: StoreIndex, advance: Callable[[int], Any] = lambda n: None) -> Iterator[Finding]:
+    """Findings: structure and tables, then in order of shards missing commits, digests, crc, counts, finiteness,
+    entropies."""
+    files = LocalFiles(root)
+    fmt.check_root(files)
+    yield from (Finding(*broken) for broken in index.broken)
+    known = {(shard, teacher) for _, shard, teacher in index.broken if shard is not None}
+    yield from _nodes(files, index)
+    yield from _structure(files, index)
+    yield from _videos(files, index)
+    yield from _unplanned(root, index)
+    yield from _teachers(files, index)
+    for shard in range(index.n_shards):
+        if (shard, None) in known:
+            continue
+        if shard not in index.frame_commits:
+            yield Finding("planned, but not committed: extraction unfinished, or the commit was deleted", shard)
+        else:
+            yield from _frames(files, index, shard)
+        for name, teacher in index.teachers.items():
+            if shard in teacher.shards:
+                yield from _teacher(files, index, shard, name)
+            elif shard in index.frame_commits and (shard, name) not in known:
+                yield Finding("no rows: extraction unfinished, or the commit was deleted", shard, name)
+        advance(1)
+
+
+def drop_commits(root: Path, findings: list[Finding]) -> int:
+    """Remove the commits of broken shards, so that the next extraction fills them again; returns how many.
+
+    Rows of teachers hang on the frame tables, so a broken frame shard takes its teachers' commits along.
+    """
+    broken: set[str] = set()
+    teachers = [p.name for p in inside(root, "commits/teachers").iterdir() if p.is_dir()]
+    for f in findings:
+        if f.shard is None:
+            continue
+        if f.teacher is None:
+            broken.add(f"commits/frames/{f.shard:06d}")
+            broken.update(f"commits/teachers/{name}/{f.shard:06d}" for name in teachers)
+        else:
+            broken.add(f"commits/teachers/{f.teacher}/{f.shard:06d}")
+    there = [p for p in sorted(broken, reverse=True) if os.path.lexists(root / p)]
+    for name in there:  # teachers before the frames they hang on
+        path = inside(root, name.rpartition("/")[0]) / name.rpartition("/")[2]
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+        fmt.fsync_path(path.parent)
+    return len(there)
+
+
+def entropy_tolerance(logits: NDArray[np.float32], rounding: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How far a row's entropy may be off that of its stored `logits` [n, K], which are off by ≤ `rounding` [n].
+
+    dH/dz_i = −p_i (log p_i + H), so that H is off by at most rounding · Σ p |log p + H| to first order; what is
+    beyond is measured to be below 1e-6 (docs/benchmarks.md). A wrong row is mostly off by far more.
+    """
+    z = logits - logits.max(axis=1, keepdims=True)
+    e = np.exp(z)
+    total = e.sum(axis=1, keepdims=True)
+    p, log_p = e / total, z - np.log(total)
+    spread = (p * np.abs(log_p - (p * log_p).sum(axis=1, keepdims=True))).sum(axis=1)
+    return np.asarray(ENTROPY_TOLERANCE + rounding * spread + rounding**2, np.float32)
+
+
+def _nodes(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
+    """Find nodes and array metadata that differ from their digests, also those that readers of rows do not use."""
+    told = [what for what, _, _ in index.broken]
+    for path in _documents(index):
+        try:
+            check_document(path, files.read(path), required=files.sealed)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except StoreError as error:
+            if not any(path in what for what in told):
+                yield Finding(str(error))
+
+
+def without_digest(files: StoreFiles, index: StoreIndex) -> int:
+    """Count nodes and array metadata files without a digest: version 0.1 wrote none."""
+    count = 0
+    for path in _documents(index):
+        with suppress(OSError):  # what is missing, or is found to be damaged elsewhere
+            count += not is_sealed(files.read(path))
+    return count
+
+
+def _documents(index: StoreIndex) -> Iterator[str]:
+    """Return the paths of all zarr.json of a store except those of commits, which every reader reads."""
+    folders = ["", *fmt.GROUPS, *(f"plans/{i:06d}" for i in range(index.n_plans))]
+    folders += [s.path for s in (*fmt.video_specs(), *fmt.segment_specs(), *fmt.frame_specs())]
+    for name, of in index.teachers.items():
+        folders += [f"teachers/{name}", f"teachers/{name}/{fmt.FINGERPRINT}", f"teachers/{name}/class"]
+        folders += [s.path for s in fmt.teacher_specs(name, 1, of.encoding)]
+        folders += [f"commits/teachers/{name}"]
+    yield from (f"{folder}/zarr.json".lstrip("/") for folder in folders)
+
+
+def _structure(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
+    rows = index.n_shards * index.shard_rows
+    specs: list[tuple[fmt.ArraySpec, int, str | None]]
+    specs = [(s, index.n_videos, None) for s in fmt.video_specs()]
+    specs += [(s, len(index.video), None) for s in fmt.segment_specs()]
+    specs += [(s, rows, None) for s in fmt.frame_specs()] if rows else []
+    for name, of in index.teachers.items() if rows else ():
+        specs += [(s, rows, name) for s in fmt.teacher_specs(name, 1, of.encoding)]
+    for spec, length, teacher in specs:
+        try:
+            array = files.table(spec.path)
+        except StoreError as error:
+            yield Finding(f"array {spec.path} cannot be opened ({error})", None, teacher)
+            continue
+        if array.shape[0] < length:
+            yield Finding(f"array {spec.path} has {array.shape[0]} rows, {length} are planned", None, teacher)
+        if array.metadata.dimension_names != spec.dims:  # type: ignore[union-attr]
+            yield Finding(f"array {spec.path} has dimensions {array.metadata.dimension_names}", None, teacher)  # type: ignore[union-attr]
+
+
+def _videos(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
+    """What cannot be so in the video table, as far as the plans speak of it."""
+    columns: dict[str, NDArray[Any]] = {}
+    for spec in fmt.video_specs():
+        try:
+            values = read_rows(files, spec.path, 0, index.n_videos, index.ranges)
+        except StoreError as error:
+            yield Finding(str(error))
+            continue
+        if spec.path.split("/")[1] in ("corpus", "path", "size", "digest"):
+            columns[spec.path.split("/")[1]] = values
+    if len(columns) < 4:
+        return
+    corpus, path, size, digest = (columns[name] for name in ("corpus", "path", "size", "digest"))
+    ok = index.video_state() == OK
+    for what, bad in (
+        ("videos/path: {} videos have no path", path == ""),
+        ("videos/corpus: {} videos are in no corpus that the plans name", ~np.isin(corpus, range(len(index.corpora)))),
+        ("videos/size: {} videos have frames, but no size", ok & (size < 0)),
+        ("videos/digest: {} videos have frames, but no digest", ok & ~digest.any(axis=1)),
+    ):
+        if bad.any():
+            yield Finding(what.format(int(bad.sum())))
+    listed = Counter((c, p) for c, p in zip(corpus.tolist(), path.tolist(), strict=True) if p)
+    if twice := [p for (_, p), count in listed.items() if count > 1]:
+        yield Finding(f"videos/path: {len(twice)} videos are listed more than once, the first is {twice[0]}")
+    s = index.order()
+    overlap = (index.end[s[:-1]] < 0) | (index.end[s[:-1]] > index.first[s[1:]])
+    if count := int((overlap & (index.video[s[:-1]] == index.video[s[1:]])).sum()):
+        yield Finding(f"segments: {count} overlap the one before them of the same video")
+
+
+def _unplanned(root: Path, index: StoreIndex) -> Iterator[Finding]:
+    """Commits of what no plan speaks of: a plan is lost."""
+    broken = {teacher for _, _, teacher in index.broken}
+    for folder in sorted((root / "commits/teachers").glob("*/")):
+        if folder.name not in index.teachers and folder.name not in broken:
+            yield Finding(f"commits/teachers/{folder.name}: no plan names this teacher")
+    for folder in sorted((root / "commits/frames").glob("*/")):
+        if folder.name.isdecimal() and int(folder.name) >= index.n_shards:
+            yield Finding(f"commits/frames/{folder.name}: no plan speaks of this shard")
+
+
+def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
+    """Find class names and fingerprints that cannot be read, or contradict the teacher's identity or each other."""
+    for name in index.teachers:
+        try:
+            classes = read_classes(files, name)
+            node = fmt.read_nodes(files, "teachers", [name])[name]
+            if wrong := other_classes(classes, node["identity"]):
+                yield Finding(f"teachers/{name}/class: {wrong}", None, name)
+            fingerprint = fmt.read_fingerprint(files, name)
+            if fingerprint is None:
+                continue
+            count = Fingerprint.parse(fingerprint, f"teachers/{name}/{fmt.FINGERPRINT}").logits.shape[1]
+        except StoreError as error:
+            yield Finding(str(error), None, name)
+            continue
+        if count != len(classes):
+            yield Finding(f"its fingerprint is of {count} classes, it has {len(classes)}", None, name)
+
+
+def _frames(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Finding]:
+    commit = index.frame_commits[shard]
+    bad = list(_files(files, commit["files"], shard, None))
+    yield from bad
+    rows, first = commit["rows"], commit["first_row"]
+    if rows.sum() > index.shard_rows or (first[rows > 0] != (np.cumsum(rows) - rows)[rows > 0]).any():
+        yield Finding("its commit's rows overlap or do not fit the shard", shard)
+        return
+    if bad:
+        return
+    total = int(rows.sum())
+    base = shard * index.shard_rows
+    try:
+        video, frame, pts = (_rows(files, spec, base, total) for spec in fmt.frame_specs())
+    except StoreError as error:
+        yield Finding(str(error), shard)
+        return
+    owner = np.repeat(index.video[commit["segment"]], rows)
+    if (video != owner).any():
+        yield Finding(f"{int((video != owner).sum())} rows name another video than their segment", shard)
+    same = np.diff(np.repeat(np.arange(len(rows)), rows)) == 0
+    if (np.diff(frame)[same] <= 0).any() or (np.diff(pts)[same] <= 0).any():
+        yield Finding("frame indices or pts do not ascend inside a segment", shard)
+
+
+def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Iterator[Finding]:
+    teacher = index.teachers[name]
+    bad = list(_files(files, teacher.commits[shard]["files"], shard, name))
+    yield from bad
+    if bad or shard not in index.frame_commits:
+        return
+    commit = index.frame_commits[shard]
+    good = [(f, n) for s, f, n in zip(*(commit[k].tolist() for k in ("segment", "first_row", "rows")), strict=True)
+            if index.state[s] == OK and s not in teacher.failed]  # fmt: skip
+    if sum(n for _, n in good) != teacher.commits[shard]["rows"]:
+        yield Finding(f"holds rows of {sum(n for _, n in good)} frames, its commit says "
+                      f"{teacher.commits[shard]['rows']}", shard, name)  # fmt: skip
+    base = shard * index.shard_rows
+    rows = np.concatenate([np.arange(base + f, base + f + n) for f, n in good] or [np.empty(0, np.int64)])
+    try:
+        arrays = (*arrays_of(teacher.encoding), "entropy")
+        stored = {a: files.rows(f"teachers/{name}/{a}", index.file_record) for a in arrays}
+        step = max(16, min(2048, (1 << 22) // stored["logits"].shape[1]))  # memory does not grow with classes
+        for at in range(0, len(rows), step):
+            some = {a: array.read(rows[at : at + step]) for a, array in stored.items()}
+            z, h = decode(some, teacher.encoding), some["entropy"]
+            if not (np.isfinite(z).all() and np.isfinite(h).all()):
+                yield Finding("rows are not finite", shard, name)
+                return
+            off = np.abs(entropy(z) - h)
+            if (bad_rows := np.flatnonzero(off > entropy_tolerance(z, rounding(some, teacher.encoding)))).size:
+                yield Finding(f"an entropy is {off[bad_rows].max():.3f} nats off its logits", shard, name)
+                return
+    except StoreError as error:
+        yield Finding(str(error), shard, name)
+
+
+def _files(store: LocalFiles, files: dict[str, Any], shard: int, teacher: str | None) -> Iterator[Finding]:
+    for name, record in files.items():
+        try:
+            data = store.read(name)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            yield Finding(f"{name} is missing ({error.strerror})", shard, teacher)
+            continue
+        except StoreError as error:
+            yield Finding(str(error), shard, teacher)
+            continue
+        if len(data) != record["size"]:
+            yield Finding(f"{name} has {len(data)} bytes, committed were {record['size']}", shard, teacher)
+        elif digest_bytes(data) != record["blake2b"]:
+            yield Finding(f"{name} differs from what was committed (digest)", shard, teacher)
+
+
+def _rows(files: LocalFiles, spec: fmt.ArraySpec, first: int, count: int) -> NDArray[Any]:
+    return files.rows(spec.path, lambda path, shard: None).read(np.arange(first, first + count))

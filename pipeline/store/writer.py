@@ -1,0 +1,429 @@
+"""The one process that changes a store: creates it, plans, moves finished shards into place and commits them."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shlex
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from ..common.errors import StoreError, StoreMismatchError
+from ..common.leftovers import sweep_store
+from ..common.locks import lock
+from ..common.urls import check_local
+from . import layout as fmt
+from .digests import digest_rows, read_rows, split_ranges
+from .encoding import DEFAULT, Encoding
+from .index import StoreIndex, add_frame_commit, add_teacher_commit, load_index
+from .planning import Segment, Stretch, assign, auto_shard_rows
+from .staging import ShardResult, StagedFile
+from .storage import LocalFiles, inside
+from .validation import is_teacher_name
+
+Tables = dict[str, list[tuple[int, int, str]]]
+"""Array path → (first row, end, digest) of rows that a plan adds."""
+
+
+class StoreWriter:
+    """An open, locked store. Use as a context manager; the lock dies with the process.
+
+    `origin` are attributes that say which videos the store is made of (`part`, `merged_from`, `exported_from`).
+    `damaged`: see `load_index`; nothing is added to such a store.
+    Raises UsageError if `path` is a URL, StoreError if it is foreign, corrupt or being written by another process, and
+    StoreMismatchError if the store was made with another sampling, shard size or origin.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        sampling: Mapping[str, Any],
+        shard_rows: int | None = None,
+        origin: Mapping[str, Any] | None = None,
+        damaged: bool = False,
+    ) -> None:
+        check_local(path)
+        self.root = Path(os.path.abspath(path))
+        if not (self.root / "zarr.json").exists():
+            _create(self.root, sampling, shard_rows, origin or {})
+        self._lock = os.open(self.root, os.O_RDONLY)
+        try:
+            lock(self._lock, self.root, StoreError(f"{self.root}: another process is writing this store"))
+            self.attributes = fmt.check_root(self.root)
+            if self.attributes["sampling"] != dict(sampling):
+                raise StoreMismatchError(
+                    f"{self.root}: its frames were sampled with {_short(self.attributes['sampling'])}, "
+                    f"this command asks for {_short(sampling)}"
+                )
+            if shard_rows and self.attributes["shard_rows"] not in (None, shard_rows):
+                raise StoreMismatchError(
+                    f"{self.root}: its shards have {self.attributes['shard_rows']} rows, --shard-rows says {shard_rows}"
+                )
+            for key, value in (origin or {}).items():
+                same_attributes(str(self.root), key, self.attributes.get(key), value)
+            self.index: StoreIndex = self._load_index(damaged)
+            staging = inside(self.root, fmt.STAGING)
+            shutil.rmtree(staging, ignore_errors=True)  # what a killed run left behind
+            sweep_store(self.root)
+            zarr.open_group(staging, mode="w")
+            if not damaged:
+                self._grow()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _load_index(self, damaged: bool) -> StoreIndex:
+        try:
+            return load_index(self.root, damaged=damaged)
+        except StoreError as error:
+            repair = f"distinit targets verify --repair {shlex.quote(str(self.root))}"
+            raise StoreError(f"{error}; `{repair}` drops what is damaged, then this command fills it again") from error
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)
+        os.close(self._lock)
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a shard; 0 until the first segments are planned."""
+        return int(self.attributes["shard_rows"] or 0)
+
+    # -- planning ------------------------------------------------------------------------------------
+
+    def add_videos(self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], corpora: list[dict[str, str]]) -> None:
+        """Append rows to the video table: `columns` by name of `format.video_specs`, then the plan node."""
+        start = self.index.n_videos
+        stop = start + len(columns["path"])
+        tables = self._append(fmt.video_specs(), {f"videos/{k}": v for k, v in columns.items()}, start, stop)
+        self.index.n_videos, self.index.corpora = stop, corpora
+        self._plan_node("videos", tables)
+
+    def identify(self, videos: Sequence[int], columns: Mapping[str, Sequence[Any]]) -> None:
+        """Replace rows of the video table: what is known of the files of `videos`, of which no frame is stored.
+
+        The plan with the new digests comes first. A kill before the rows are written leaves them as they were, under
+        the former digests, and the next attempt writes them again.
+        """
+        ids = np.asarray(videos, np.int64)
+        blocks: list[tuple[zarr.Array, int, NDArray[Any]]] = []
+        tables: Tables = {}
+        for spec in fmt.video_specs():
+            if (name := spec.path.split("/")[1]) not in columns:
+                continue
+            folder = inside(self.root, spec.path, below=True)
+            new, array = fmt.as_numpy(spec, columns[name]), zarr.open_array(folder, mode="r+")
+            known = self.index.ranges.get(spec.path, {})
+            for start, stop in split_ranges(0, self.index.n_videos, spec.chunk):
+                chosen = (ids >= start) & (ids < stop)
+                if not chosen.any():
+                    continue
+                values = read_rows(LocalFiles(self.root), spec.path, start, stop, self.index.ranges)
+                values[ids[chosen] - start] = new[chosen]
+                blocks.append((array, start, values))
+                tables[spec.path] = [
+                    *tables.get(spec.path, []),
+                    *((first, end, digest_rows(values[first - start : end - start]))
+                      for first, end in known if start <= first and end <= stop),
+                ]  # fmt: skip
+        self._plan_node("identities", tables)
+        for array, start, values in blocks:
+            array[start : start + len(values)] = values
+        _sync_tree(self.root / "videos")
+
+    def add_segments(self, stretches: Iterable[Stretch]) -> list[Segment]:
+        """Give stretches their shards and append them to the segment table, in one act."""
+        stretches = list(stretches)
+        if not stretches:
+            return []
+        if not self.shard_rows:
+            self._set_shard_rows(auto_shard_rows(sum(s.bound for s in stretches)))
+        placed = assign(
+            stretches,
+            first_id=len(self.index.video),
+            first_shard=self.index.n_shards,
+            shard_rows=self.shard_rows,
+        )
+        columns = {
+            "video": [s.stretch.video for s in placed],
+            "shard": [s.shard for s in placed],
+            "first": [s.stretch.first for s in placed],
+            "end": [s.stretch.end for s in placed],
+            "bound": [s.stretch.bound for s in placed],
+            "replaces": [s.stretch.replaces for s in placed],
+        }
+        self.add_placed(columns, placed[-1].shard + 1)
+        return placed
+
+    def add_placed(self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], shards: int) -> None:
+        """Append segments that have their shards: `columns` by name of `format.segment_specs`."""
+        start = len(self.index.video)
+        stop = start + len(columns["video"])
+        tables = self._append(fmt.segment_specs(), {f"segments/{k}": v for k, v in columns.items()}, start, stop)
+        self._plan_node("segments", tables, segments=stop, shards=shards)
+        self.index = load_index(self.root)
+        self._grow()
+
+    def set_shard_rows_for(self, rows: int) -> int:
+        """Fix the shard size for about `rows` rows if it is still open; returns it."""
+        if not self.shard_rows:
+            self._set_shard_rows(auto_shard_rows(rows))
+        return self.shard_rows
+
+    def check_teacher(
+        self, name: str, attributes: Mapping[str, Any], *, encoding: Encoding | None = None, accept_run: bool = False
+    ) -> None:
+        """StoreMismatchError if the store has a teacher of this name that is another.
+
+        `attributes` holds `identity` (what the teacher is) and `run` (batch size, precision, torch, device
+        kind: what makes equal rows equal bits). `accept_run` lets another `run` continue the store; every
+        commit records its own. `encoding` None is that of the store, of a new teacher the default.
+        """
+        if name not in self.index.teachers:
+            return
+        there = fmt.read_nodes(LocalFiles(self.root), "teachers", [name])[name]
+        for key in ("identity",) if accept_run else ("identity", "run"):
+            same_attributes(f"{self.root}: teacher {name!r}", key, there[key], attributes[key])
+        if encoding is not None:
+            same_attributes(f"{self.root}: teacher {name!r}", "encoding", there["encoding"], encoding)
+
+    def add_teacher(
+        self,
+        name: str,
+        classes: Sequence[str],
+        attributes: Mapping[str, Any],
+        *,
+        encoding: Encoding | None = None,
+        accept_run: bool = False,
+        fingerprint: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make room for a teacher, unless there is one of this name: then `check_teacher`, and nothing changes."""
+        self.check_teacher(name, attributes, encoding=encoding, accept_run=accept_run)
+        if name in self.index.teachers:
+            return
+        if not is_teacher_name(name):
+            raise StoreError(f"{self.root}: {name!r} is no name of a teacher")
+        node = inside(self.root, f"teachers/{name}")
+        encoding = encoding or DEFAULT
+        staged = self.root / fmt.STAGING / f"teacher-{uuid.uuid4().hex[:8]}"
+        fmt.make_group(staged, {**attributes, "encoding": encoding})
+        if fingerprint is not None:
+            fmt.make_group(staged / fmt.FINGERPRINT, fingerprint)
+        rows = max(self.index.n_shards, 1) * self.shard_rows
+        for spec in fmt.teacher_specs(name, len(classes), encoding):
+            leaf = fmt.ArraySpec(spec.path.split("/")[-1], *_rest(spec))
+            fmt.create_array(staged, leaf, rows, self.shard_rows)
+        fmt.create_classes(staged, classes)
+        _sync_tree(staged)
+        if (self.root / "commits/teachers" / name).exists():
+            raise StoreError(f"{self.root}: holds commits of teacher {name!r}, but no plan names it")
+        shutil.rmtree(node, ignore_errors=True)  # of a run that was killed before the plan that names it
+        os.rename(staged, node)
+        fmt.fsync_path(node.parent)
+        self._plan_node("teachers", {}, teachers=[*self.index.teachers, name])
+        self.index = load_index(self.root)
+
+    def add_fingerprint(self, name: str, record: Mapping[str, Any]) -> None:
+        """Give a teacher that has none its fingerprint, in a node of its own: nothing else of the store changes."""
+        fmt.write_node(self.root, f"teachers/{name}/{fmt.FINGERPRINT}", record)
+
+    # -- committing ----------------------------------------------------------------------------------
+
+    def commit(self, result: ShardResult, run: Mapping[str, Any]) -> None:
+        """Move a shard's files into place and make it exist: frames first, then each teacher.
+
+        What is committed already is left alone, so that a superseded attempt changes nothing. A kill
+        between two nodes leaves a shard whose missing teachers the next run computes over its frames.
+        """
+        shard = result.shard
+        frames = result.frames
+        if frames is not None and shard not in self.index.frame_commits:
+            self._publish(frames.files)
+            node = {
+                "shard": shard, "segment": frames.segment, "first_row": frames.first_row,
+                "rows": frames.rows, "frames": frames.frames, "failed": _keys(frames.failed),
+                "notes": _keys(frames.notes), "overflow": _keys(frames.overflow), "counted": frames.counted,
+                "files": _files(frames.files), "run": dict(run), "time": _now(),
+            }  # fmt: skip
+            fmt.write_node(self.root, f"commits/frames/{shard:06d}", node)
+            add_frame_commit(self.index, shard, node)
+        for name, part in result.teachers.items():
+            if shard in self.index.teachers[name].shards:
+                continue
+            self._publish(part.files)
+            node = {
+                "shard": shard, "teacher": name, "rows": part.rows, "failed": _keys(part.failed),
+                "error": part.error, "files": _files(part.files), "run": dict(run), "time": _now(),
+            }  # fmt: skip
+            if not (self.root / "commits/teachers" / name).exists():
+                fmt.write_node(self.root, f"commits/teachers/{name}", {})
+            fmt.write_node(self.root, f"commits/teachers/{name}/{shard:06d}", node)
+            add_teacher_commit(self.index, name, shard, node)
+        shutil.rmtree(result.staging, ignore_errors=True)
+
+    # -- details -------------------------------------------------------------------------------------
+
+    def _publish(self, files: Iterable[StagedFile]) -> None:
+        for file in files:
+            final = inside(self.root, file.final)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file.staged, final)
+            fmt.fsync_path(final.parent)
+
+    def _append(
+        self,
+        specs: list[fmt.ArraySpec],
+        columns: Mapping[str, Sequence[Any] | NDArray[Any]],
+        start: int,
+        stop: int,
+    ) -> Tables:
+        """Write rows [start, stop) of the tables; returns their digests, for the plan that names them."""
+        tables: Tables = {}
+        for spec in specs:
+            inside(self.root, spec.path, below=True)
+            if start and (there := LocalFiles(self.root).table(spec.path).shape[0]) < start:
+                raise StoreError(f"{self.root}/{spec.path}: has {there} rows, {start} are planned")
+            fmt.resize_array(self.root, spec, stop)
+            array = zarr.open_array(self.root / spec.path, mode="r+")
+            # Rows that no plan node speaks of may stand here from a run that was killed: written over.
+            values = fmt.as_numpy(spec, columns[spec.path])
+            array[start:stop] = values
+            _sync_tree(self.root / spec.path)
+            tables[spec.path] = [
+                (first, end, digest_rows(values[first - start : end - start]))
+                for first, end in split_ranges(start, stop, spec.chunk)
+            ]
+        return tables
+
+    def _plan_node(self, kind: str, tables: Tables, **extra: Any) -> None:
+        node = {"kind": kind, "videos": self.index.n_videos, "corpora": self.index.corpora, "time": _now()}
+        fmt.write_node(self.root, f"plans/{self.index.n_plans:06d}", {**node, **extra, "tables": tables})
+        self.index.n_plans += 1
+        for path, entries in tables.items():
+            known = self.index.ranges.setdefault(path, {})
+            for first, end, digest in entries:
+                known.setdefault((first, end), set()).add(digest)
+
+    def _set_shard_rows(self, rows: int) -> None:
+        self.attributes = {**self.attributes, "shard_rows": rows}
+        fmt.write_node(self.root, ".", self.attributes)
+
+    def _grow(self) -> None:
+        """Bring every row array to the planned size: idempotent, so a kill between two resizes is healed."""
+        rows = self.index.n_shards * self.shard_rows
+        if not rows:
+            return
+        for spec in fmt.frame_specs():
+            if not (inside(self.root, spec.path) / "zarr.json").exists():
+                fmt.create_array(self.root, spec, rows, self.shard_rows)
+            fmt.resize_array(self.root, spec, rows)
+        for name, teacher in self.index.teachers.items():
+            for spec in fmt.teacher_specs(name, 1, teacher.encoding):
+                fmt.resize_array(self.root, spec, rows)
+
+
+def _create(root: Path, sampling: Mapping[str, Any], shard_rows: int | None, origin: Mapping[str, Any]) -> None:
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        fmt.check_root(root)  # says what it is instead
+    if shard_rows is not None and (shard_rows < fmt.TABLE_CHUNK or shard_rows % fmt.TABLE_CHUNK):
+        raise StoreError(f"--shard-rows must be a multiple of {fmt.TABLE_CHUNK}, got {shard_rows}")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    for left in root.parent.glob(f".{glob.escape(root.name)}.new-*"):  # of a process that was killed while it made one
+        maker = left.name.rpartition("-")[2]
+        if maker.isdigit() and not _alive(int(maker)) and fmt.is_ours(left):
+            shutil.rmtree(left, ignore_errors=True)
+    # A name of its own: threads of zarr may write on where one has failed, after the folder was removed.
+    new = root.parent / f".{root.name}.new-{uuid.uuid4().hex[:8]}-{os.getpid()}"
+    attributes: dict[str, Any] = {
+        "format": fmt.FORMAT,
+        "version": fmt.VERSION,
+        "store_id": uuid.uuid4().hex,
+        "created": _now(),
+        "created_by": f"distinit {version('distinit')}",
+        "sampling": dict(sampling),
+        "shard_rows": shard_rows,
+        "node_digests": True,
+        **origin,
+    }
+    try:
+        fmt.make_group(new, attributes)
+        for group in fmt.GROUPS:
+            fmt.make_group(new / group, {})
+        for spec in fmt.video_specs() + fmt.segment_specs():
+            fmt.create_array(new, spec, 0, 0)
+        _sync_tree(new)
+        try:
+            os.rename(new, root)
+        except OSError as error:  # a link, a mount point, or another process was first
+            raise StoreError(
+                f"--out {root}: a store cannot be made there ({error.strerror}); give a folder that does not exist yet"
+            ) from error
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    fmt.fsync_path(root.parent)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def same_attributes(
+    where: str, what: str, there: Any, here: Any, place: str = "in the store", other: str = "in this command"
+) -> None:
+    """StoreMismatchError naming the first key in which two JSON-able values differ, and what it is on both sides."""
+    here = json.loads(json.dumps(here))
+    if there == here:
+        return
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *here]:
+            if there.get(key) != here.get(key):
+                same_attributes(where, f"{what}.{key}", there.get(key), here.get(key), place, other)
+    raise StoreMismatchError(f"{where}: {what} is {_short(there)} {place}, {_short(here)} {other}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _rest(spec: fmt.ArraySpec) -> tuple[Any, ...]:
+    return (spec.dtype, spec.fill, spec.dims, spec.row, spec.chunk, spec.sharded)
+
+
+def _keys(values: Mapping[int, Any]) -> dict[str, Any]:
+    return {str(k): v for k, v in values.items()}
+
+
+def _files(files: Iterable[StagedFile]) -> dict[str, dict[str, Any]]:
+    return {f.final: {"size": f.size, "blake2b": f.blake2b} for f in files}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            fmt.fsync_path(Path(parent, name))
+        fmt.fsync_path(Path(parent))

@@ -1,0 +1,159 @@
+"""How a student begins: one option, five ways.
+
+    scratch                     fresh weights
+    RUN or FILE.safetensors     a student of distinit (DistInit), or one in torchvision's names
+    inflate:resnet18            torchvision's ImageNet ResNet-18 (or resnet34), inflated; see `inflate`
+    inflate:FILE                any 2D ResNet of that depth, such as Places365's resnet18_places365.pth.tar
+    kinetics, kinetics:FILE     torchvision's Kinetics-400 weights of the student, fetched or from a file
+    package.module:factory      what your function returns: a module, or a state dict in torchvision's video names
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+
+from ..common.errors import CheckpointError, UsageError, WeightsError
+from ..common.library_weights import library_weights
+from ..common.plugins import call_factory, is_factory
+from ..common.weights import load_weights
+from .export import InitReport, check_options, load_backbone, read_options, recognise, take_backbone
+from .inflate import Inflation, fitting_student, inflatable, inflate
+from .student import Backbone, Student
+from .student_options import StudentOptions
+
+SCRATCH = "scratch"
+INFLATABLE = ("resnet18", "resnet34")
+
+
+@dataclass(frozen=True)
+class Start:
+    """An initialisation that was found and fits: the student it makes, and how to put it in."""
+
+    options: StudentOptions
+    fill: Callable[[Student], InitReport]
+
+
+def canonical_init(init: str) -> str:
+    """The initialisation under a name that holds from any folder."""
+    kind, colon, where = init.partition(":")
+    if init in (SCRATCH, "kinetics") or (kind == "inflate" and where in INFLATABLE):
+        return init
+    if colon and kind in ("inflate", "kinetics"):
+        return f"{kind}:{os.path.abspath(where)}"
+    return init if _is_factory(init) else os.path.abspath(init)
+
+
+def student_file(init: str) -> str | None:
+    """The path, where `init` is a student of distinit or a file in torchvision's names."""
+    kind = init.partition(":")[0]
+    return None if init in (SCRATCH, "kinetics") or kind in ("inflate", "kinetics") or _is_factory(init) else init
+
+
+def open_init(init: str, wanted: StudentOptions | None, inflation: Inflation = "scaled") -> Start:
+    """What `init` names, held against what `wanted` sets expressly.
+
+    Raises:
+        CheckpointError: it does not fit (variant, depth, width or channels, by name, with what would), or is damaged.
+        WeightsError: weights that are not there, cannot be fetched, or would need a free unpickle.
+        UsageError: a form that does not exist; a factory that cannot be imported or fails.
+    """
+    kind, colon, where = init.partition(":")
+    if init == SCRATCH:
+        return Start(wanted or StudentOptions(), lambda student: InitReport(SCRATCH, (), ()))
+    if kind == "inflate":
+        if not where:
+            raise UsageError(f"--init {init}: expected inflate:resnet18, inflate:resnet34 or inflate:FILE")
+        return _inflated(init, where, wanted, inflation)
+    if kind == "kinetics" and (colon == "" or where):
+        return _kinetics(init, where, wanted)
+    if _is_factory(init):
+        state = _from_factory(init)
+        return _in_video_names(state, f"--init {init}", wanted)
+    if not os.path.exists(init):
+        raise CheckpointError(
+            f"--init {init}: no such file or run folder; it may also be scratch, inflate:resnet18, inflate:FILE, "
+            "kinetics, kinetics:FILE or package.module:factory"
+        )
+    named = wanted.architecture if wanted is not None else None
+    options = _with_wanted(read_options(init, factory=named), wanted, init)
+    return Start(options, lambda student: load_backbone(student, init))
+
+
+def _inflated(init: str, where: str, wanted: StudentOptions | None, inflation: Inflation) -> Start:
+    if where in INFLATABLE and not os.path.isfile(where):
+        fitting_student(int(where.removeprefix("resnet")), wanted, f"--init {init}")  # before anything is fetched
+        choice = get_model_weights(where)["IMAGENET1K_V1"]
+        state = library_weights(choice, who=f"--init {init}", remedy="take --init inflate:FILE").state
+    elif not os.path.exists(where):
+        names = " or ".join(f"inflate:{name}" for name in INFLATABLE)
+        raise WeightsError(f"--init {init}: no such file; without one it is {names}")
+    else:
+        state = load_weights(where).state
+    options = inflatable(state, wanted, f"--init {init}")
+
+    def fill(student: Student) -> InitReport:
+        inflated, origin = inflate(state, cast(Backbone, student.backbone), inflation)
+        return take_backbone(student, inflated, init, origin)
+
+    return Start(options, fill)
+
+
+def _kinetics(init: str, where: str, wanted: StudentOptions | None) -> Start:
+    if where:
+        return _in_video_names(load_weights(where).state, f"--init {init}", wanted)
+    architecture = (wanted or StudentOptions()).architecture
+    try:
+        choice = get_model_weights(architecture)["KINETICS400_V1"]
+    except ValueError:
+        raise CheckpointError(
+            f"--init kinetics: torchvision has no Kinetics weights of {architecture}; what fits: --student "
+            "r2plus1d_18, r3d_18 or mc3_18"
+        ) from None
+    # Before anything is fetched: they exist in one form.
+    exist = StudentOptions(architecture=architecture)
+    check_options(_with_wanted(exist, wanted, "--init kinetics"), exist, "--init kinetics")
+    state = library_weights(choice, who="--init kinetics", remedy="take --init kinetics:FILE").state
+    return _in_video_names(state, "--init kinetics", wanted)
+
+
+def _in_video_names(state: Mapping[str, Tensor], label: str, wanted: StudentOptions | None) -> Start:
+    found = recognise(state)
+    if found is None:
+        raise CheckpointError(f"{label}: its tensors are those of no student that distinit knows")
+    options = _with_wanted(found, wanted, label)
+    check_options(options, found, label)
+    return Start(options, lambda student: take_backbone(student, state, label.removeprefix("--init ")))
+
+
+def _with_wanted(found: StudentOptions, wanted: StudentOptions | None, label: str) -> StudentOptions:
+    """What was found, with what was asked for expressly: the two are compared before anything is loaded."""
+    if wanted is None:
+        return found
+    asked = wanted.model_dump(include=wanted.model_fields_set)
+    if asked.get("architecture", found.architecture) != found.architecture:
+        asked.setdefault("variant", wanted.variant)  # not the file's, which may be no rule of this one
+    try:
+        return StudentOptions.model_validate({**found.model_dump(), **asked})
+    except ValidationError as error:  # each is possible, the two together are not
+        words = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"{label}: {words}; what fits: {found.describe()}") from None
+
+
+def _is_factory(init: str) -> bool:
+    return is_factory(init) and init.partition(":")[0] not in ("inflate", "kinetics")
+
+
+def _from_factory(init: str) -> Mapping[str, Tensor]:
+    """The state that `package.module:factory` gives, called without arguments."""
+    made = call_factory(init, f"--init {init}")
+    state = made.state_dict() if isinstance(made, nn.Module) else made
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"--init {init}: returned a {type(made).__name__}; expected a module or a dict of tensors")
+    return state

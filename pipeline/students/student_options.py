@@ -1,0 +1,123 @@
+"""Which student, and what is written beside its weights. Free of torch, so that configs stay cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..common.plugins import is_factory
+from ..common.settings import Options
+
+# Mean and std of RGB pixels in 0–1 (torchvision's video references) and of Farneback flow in pixels
+# (pytorch/pytorch caffe2/video/optical_flow.cc).
+NORMALISATION: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    3: ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),
+    2: ((0.0046635, 0.0046261), (0.972347, 0.755146)),
+}
+
+OWN = ("r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18")
+"""Architectures that are built here, at any width; torchvision's other video models and factories are not."""
+
+STEM = "stem.0.weight"
+"""Torchvision's name for the first convolution of r3d, mc3 and R(2+1)D, [F, C, T, H, W]."""
+START = "start.safetensors"
+"""Beside an inflated run's weights: the first convolution as it was before training, under its name."""
+
+
+class StudentOptions(Options):
+    """A student's backbone, heads aside.
+
+    `variant` is the rule for the middle width of R(2+1)D's factorised convolutions: `torchvision`
+    computes it once a block, `vmz` (the paper's code family) once a convolution. Their shapes
+    differ, so neither loads the other's weights. Other architectures have no such choice.
+
+    `architecture` may also name one of torchvision's other video models (`s3d`), which is used without its
+    classifier, or a `package.module:factory` that returns a module from clips [B, C, T, H, W] to features
+    [B, D] or [B, D, t, h, w]; `options` are then the arguments of its builder.
+    """
+
+    architecture: str = "r2plus1d_18"
+    variant: Literal["torchvision", "vmz"] = "torchvision"
+    width: float = Field(default=1.0, gt=0, le=8)
+    """Factor on every number of channels: 0.5 gives 32, 64, 128, 256."""
+    channels: Literal[2, 3] = 3
+    """Channels of the clip: 3 for RGB, 2 for optical flow."""
+
+    options: dict[str, Any] = Field(default={}, description="arguments of torchvision's builder or of the factory")
+
+    @field_validator("architecture")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name in OWN or is_factory(name):
+            return name
+        from torchvision.models import list_models, video  # only here: a config of ours needs no torch
+
+        theirs = [model for model in list_models(module=video) if model not in OWN]
+        if name not in theirs:
+            known = ", ".join((*OWN, *theirs))
+            raise ValueError(f"{name!r} is not known; there are: {known}, and package.module:factory")
+        return name
+
+    @property
+    def is_factory(self) -> bool:
+        """Whether building this student runs a module that the options name."""
+        return is_factory(self.architecture)
+
+    @model_validator(mode="after")
+    def _variant_fits(self) -> StudentOptions:
+        own = self.architecture in OWN
+        if not own and self.width != 1.0:
+            raise ValueError(f"width is {self.width:g}; {self.architecture} has only 1, of any are: {', '.join(OWN)}")
+        if own and self.options:
+            raise ValueError(f"options {', '.join(self.options)}: {self.architecture} takes none")
+        if self.variant == "vmz" and not self.architecture.startswith("r2plus1d"):
+            raise ValueError(
+                f"variant 'vmz' is a rule of r2plus1d_18 and r2plus1d_34; {self.architecture} has only 'torchvision'"
+            )
+        return self
+
+    def describe(self) -> str:
+        """One phrase for messages: `r2plus1d_18 (variant vmz, width 0.5, 3 channels)`."""
+        if self.architecture not in OWN:
+            given = "".join(f", {key} {value}" for key, value in self.options.items())
+            return f"{self.architecture} ({self.channels} channels{given})"
+        return f"{self.architecture} (variant {self.variant}, width {self.width:g}, {self.channels} channels)"
+
+
+class StudentMeta(Options):
+    """What a user of an exported student must know, its options aside."""
+
+    classes: dict[str, list[str]] = {}
+    """Class names of each head, in the order of its logits; a head may be left out."""
+    clip_length: int = Field(default=8, ge=1, le=10_000)
+    """T, frames of a clip."""
+    clip_size: int = Field(default=112, ge=1, le=10_000)
+    """H and W of a clip, in pixels."""
+    resize: tuple[int, int] | None = None
+    """Height and width a frame is resized to before the crop, where it is known."""
+    mean: tuple[float, ...] | None = None
+    """A number a channel: of pixels in 0–1, or of displacements in pixels for flow. None: the usual ones."""
+    std: tuple[float, ...] | None = None
+    extra: dict[str, Any] = {}
+    """JSON-able: where the student comes from (store, teachers, data set, …)."""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> StudentMeta:
+        """From a flat mapping; keys that are no field of their own go under `extra`."""
+        own = {key: value for key, value in content.items() if key in cls.model_fields}
+        rest = {key: value for key, value in content.items() if key not in cls.model_fields}
+        return cls.model_validate({**own, "extra": {**own.get("extra", {}), **rest}})
+
+    def completed(self, channels: int) -> StudentMeta:
+        """With the usual normalisation of RGB or of flow where none was given.
+
+        Raises:
+            ValueError: a mean or std that has not one number a channel.
+        """
+        mean, std = NORMALISATION[channels]
+        mean, std = self.mean or mean, self.std or std
+        if not len(mean) == len(std) == channels:
+            raise ValueError(f"mean has {len(mean)} numbers and std {len(std)}, the student {channels} channels")
+        return self.model_copy(update={"mean": mean, "std": std})

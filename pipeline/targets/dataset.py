@@ -1,0 +1,178 @@
+"""Clips with their targets, for the loop of stage two or anyone's own DataLoader.
+
+Shapes: T frames, C channels, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..clips.read import VideoFile, check_fits, read_clip
+from ..clips.transforms import ClipView, Crop
+from ..common.errors import StoreMismatchError, TrainingError, UsageError, VideoError
+from ..corpus.sources import escape_path
+from ..prepared.folders import prepared_corpora
+from ..training.loader import Key
+from ..video.flow import pictures_needed
+from .sampler import Draw, TargetSampler
+
+MAX_BROKEN_IN_A_ROW = 20  # for one sample; a corpus that has moved away ends a run at its first batch
+
+
+class StudentClips(Dataset[Any]):
+    """dataset[(epoch, sample)] -> one example, a pure function of the sampler's seed and the key.
+
+    "clip": uint8 [3, T, H, W], or with channels=2 its optical flow, float32 [2, T, H, W], from a sampler with
+        ahead=1; zeros where no head counts it (it was not decoded)
+    "targets": teacher → mean picked logits float32 [K]; "weight": teacher → float32 scalar, 1 or 0
+    "video": id in the store; "name": its path; "start": first frame
+    "rejected": draws that the filter turned down; "broken": [(path, reason)] of the files that failed
+
+    A video that cannot be read, or is not the one the teachers saw, is drawn again; the caller counts them.
+    A held-out one (a `fixed` sampler) is None instead. Raises TrainingError after 20 failures for a sample.
+
+    moved: corpus → folder where it lies now, or of copies (channels=2: or of flow) by `distinit prepare`, which
+    are read in place of the originals: the same draws, targets and frames. UsageError if such a folder has
+    none of the corpus, or its flow is of another size.
+    """
+
+    def __init__(
+        self, sampler: TargetSampler, view: ClipView, moved: Mapping[str, str] | None = None, *, channels: int = 3
+    ) -> None:
+        if sampler.ahead != pictures_needed(0, channels):
+            raise ValueError(f"clips of {channels} channels need a sampler with ahead={pictures_needed(0, channels)}")
+        self.channels = channels
+        self.sampler = sampler
+        self.view = view
+        self.moved = dict(moved or {})
+        self.copies = prepared_corpora(self.moved)
+        for name, corpus in self.copies.items():
+            check_fits(corpus.options, view, channels, folder=f"{name}={self.moved[name]}")
+        self._failed: dict[int, str] = {}
+        self._seen = np.zeros(0, bool)
+
+    def __getitem__(self, key: Key) -> dict[str, Any] | None:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any] | None]:
+        """The examples of a batch, as a DataLoader asks for them. All draws and targets first: right after a decoder,
+        which leaves nothing of them in the processor's caches, they take three times as long."""
+        plans = [self._plan(key) for key in keys]
+        return [self._get(key, plan) for key, plan in zip(keys, plans, strict=True)]
+
+    def _plan(self, key: Key, attempt: int = 0) -> _Plan:
+        draw = self.sampler.draw(*key, attempt)
+        file = self.file(draw.video)
+        digest = self.sampler.store.digest(draw.video) or None
+        zoom = self.sampler.zoom(*key, draw.attempt) if self.view.scale[0] < self.view.scale[1] else 0.0
+        crop = None if self.sampler.fixed else Crop(draw.top, draw.left, draw.flip, zoom)
+        example = {
+            "targets": {name: torch.from_numpy(mean) for name, mean in draw.logits.items()},
+            "weight": {name: torch.tensor(weight) for name, weight in draw.weight.items()},
+            "video": draw.video,
+            "name": escape_path(file.path),
+            "start": draw.start,
+        }
+        return _Plan(draw, file, digest, crop, _expected(draw), example)
+
+    def _get(self, key: Key, plan: _Plan) -> dict[str, Any] | None:
+        rejected = plan.draw.rejected
+        broken: list[tuple[str, str]] = []
+        while True:
+            clip = self._read(plan)
+            if isinstance(clip, torch.Tensor):
+                return {"clip": clip, **plan.example, "rejected": rejected, "broken": broken}
+            broken.append((plan.example["name"], clip))
+            if self.sampler.fixed:
+                return None
+            if len(broken) >= MAX_BROKEN_IN_A_ROW:
+                raise TrainingError(
+                    f"{len(broken)} videos in a row could not be read, the last: "
+                    f"{broken[-1][0]}: {broken[-1][1]}; --videos CORPUS=DIR says where a corpus lies now"
+                )
+            plan = self._plan(key, plan.draw.attempt + 1)
+            rejected += plan.draw.rejected
+
+    def missing(self, tries: int = 100) -> list[str]:
+        """A sentence for each corpus of whose first `tries` videos some are not where they are looked for. UsageError
+        where that is all of them: the corpus has moved."""
+        store, found = self.sampler.store, list[str]()
+        corpus = store.column("corpus")[self.sampler.videos]
+        for number, name in enumerate(store.corpora):
+            videos = self.sampler.videos[corpus == number][:tries]
+            paths = [self.file(int(video)).path for video in videos]
+            gone = [escape_path(path) for path in paths if not os.path.exists(path)]
+            if gone and len(gone) == len(paths):
+                raise UsageError(
+                    f"none of the first {len(gone)} videos of corpus {name!r} is there, as {gone[0]}; "
+                    f"--videos {name}=DIR says where it lies now"
+                )
+            if gone:
+                some = f"{len(gone)} of the first {len(paths)} videos of corpus {name!r}"
+                found.append(f"{some} are not there, as {gone[0]}")
+        return found
+
+    def name(self, video: int) -> str:
+        """The path of a video or of its copy, as text that can be printed."""
+        return escape_path(self.file(video).path)
+
+    def file(self, video: int) -> VideoFile:
+        """Where the frames of a video are read."""
+        store = self.sampler.store
+        if not self.copies:
+            return VideoFile(store.video_path(video, self.moved))
+        corpus = store.index.corpora[int(store.column("corpus")[video])]["name"]
+        if corpus not in self.copies:
+            return VideoFile(store.video_path(video, self.moved))
+        found = self.copies[corpus]
+        return VideoFile(found.path(store.video_path(video, {corpus: ""})), found.kind)
+
+    def _read(self, plan: _Plan) -> torch.Tensor | str:
+        """uint8 [C, T, H, W], or why it cannot be read. A failure is remembered, and comes to the same as
+        failing again: the draws depend on nothing but the key."""
+        draw = plan.draw
+        if not draw.counts:
+            shape = (self.channels, len(draw.indices) - self.sampler.ahead, self.view.size, self.view.size)
+            return torch.zeros(shape, dtype=torch.float32 if self.sampler.ahead else torch.uint8)
+        if draw.video in self._failed:
+            return self._failed[draw.video]
+        if len(self._seen) == 0:
+            self._seen = np.zeros(self.sampler.store.n_videos, bool)
+        try:
+            clip = self._clip(plan)
+        except (VideoError, StoreMismatchError) as error:
+            self._failed[draw.video] = str(error)
+            return str(error)
+        self._seen[draw.video] = True
+        return clip
+
+    def _clip(self, plan: _Plan) -> torch.Tensor:
+        draw, digest = plan.draw, plan.digest
+        if plan.file.kind == "video" and self._seen[draw.video]:  # of a copy, the map has the digest of the source
+            digest = None
+        channels, crop, expect = self.channels, plan.crop, plan.expect
+        return read_clip(plan.file, draw.indices, self.view, channels=channels, crop=crop, expect=expect, digest=digest)
+
+
+class _Plan(NamedTuple):
+    """A draw, where its frames are and how they are cut, what is expected of them, and the example but for its clip."""
+
+    draw: Draw
+    file: VideoFile
+    digest: str | None
+    crop: Crop | None
+    expect: tuple[Any, Any] | None
+    example: dict[str, Any]
+
+
+def _expected(draw: Draw) -> tuple[Any, Any] | None:
+    """(indices, pts) of the picked frames: the clip must show the frames that the teachers saw. A frame
+    picked beyond the clip, as in no video today, is not decoded and cannot be compared."""
+    inside = (draw.picked >= draw.start) & (draw.picked <= draw.indices[-1])
+    return (draw.picked[inside], draw.picked_pts[inside]) if inside.any() else None

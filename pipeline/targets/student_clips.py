@@ -1,0 +1,65 @@
+"""A clip data set over a target store in one call, for anyone's own training loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from ..clips.transforms import ClipView
+from ..store.reader import TargetStore, check_moved
+from ..video.flow import pictures_needed
+from .dataset import StudentClips
+from .picks import PickRule
+from .sampler import TargetSampler
+
+
+def student_clips(
+    store: TargetStore | str | os.PathLike[str],
+    *,
+    teachers: Sequence[str] | None = None,
+    frames: int = 8,
+    size: int = 112,
+    channels: int = 3,
+    scale: tuple[float, float] = (1.0, 1.0),
+    picks: str = "random",
+    max_entropy: Mapping[str, float] | None = None,
+    reject: Literal["skip", "zero-weight"] = "skip",
+    seed: int = 0,
+    epoch_clips: int | None = None,
+    moved: Mapping[str, str] | None = None,
+) -> StudentClips:
+    """Clips of the store's videos with their targets: dataset[(epoch, sample)] → one example, a dict.
+
+    "clip" uint8 [3, T, H, W], or with channels=2 optical flow in pixels, float32 [2, T, H, W]; "targets" teacher →
+    mean picked logits float32 [K]; "weight" teacher → 1 or 0. `normalize_clip` makes a student's input of a batch.
+    Every example is a pure function of (seed, epoch, sample): any number of loader workers gives the same.
+
+    teachers: default all in the store. frames: T. size: H = W in pixels. scale: range of a random factor on the
+    size that frames are resized to before the crop.
+    picks: center, random, random:N or uniform:N cached frames of the clip.
+    max_entropy: teacher → nats; clips above it in every teacher are drawn again or weigh zero, by `reject`.
+    epoch_clips: samples an epoch, default one a video. moved: corpus → folder where it lies now, or of copies or
+    flow by `distinit prepare`.
+
+    Raises StoreError (no store, no such teacher), UsageError (a value that is not allowed, nothing to draw
+    from); reading an example may raise TrainingError.
+    """
+    opened = store if isinstance(store, TargetStore) else TargetStore.open(store)
+    check_moved(opened, moved or {})
+    names = tuple(teachers or opened.teachers)
+    videos = opened.usable(names)
+    sampler = TargetSampler(
+        opened,
+        teachers=names,
+        picks=PickRule.parse(picks),
+        clip_length=frames,
+        videos=videos,
+        seed=seed,
+        epoch_clips=epoch_clips or max(1, len(videos)),
+        thresholds=max_entropy,
+        reject=reject,
+        ahead=pictures_needed(0, channels),
+    )
+    sampler.check_windows()
+    return StudentClips(sampler, ClipView(size=size, scale=scale), moved, channels=channels)

@@ -1,0 +1,203 @@
+"""What every family of teachers hands over, and the options they share."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+from torch import nn
+
+from ..common.documents import load_yaml
+from ..common.errors import ListError, TeacherError
+from ..common.settings import Options
+from ..corpus.textfiles import is_utf8, read_text
+from ..video.geometry import View
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class TeacherSpec(Options):
+    """A teacher as the user asked for it; small and picklable, so that each worker loads its own.
+
+    `options` are distinit's own, which any teacher takes: `name` (its name in the store), `classes`
+    (a file with a class name a line), `input_size` (side of the centre crop), `resize` (short side,
+    or HEIGHTxWIDTH), `interpolation`, `mean` and `std` (of pixels in 0–1, one number or three).
+    All others are keyword arguments of the model's builder.
+    """
+
+    name: str
+    weights: str | None = None
+    """A checkpoint file in place of the library's weights."""
+    sha256: str | None = None
+    """Expected digest of the weights file, or of the loaded state where the weights have no file."""
+    options: dict[str, str] = {}
+    fetch: bool = Field(default=True, exclude=True)
+    """Whether weights that this machine lacks may be downloaded."""
+
+    def record(self) -> dict[str, Any]:
+        """As a store keeps it: enough to load the teacher again, no folder of this machine.
+
+        `weights` loses its folder and `classes` goes: the store has the names.
+        """
+        options = {key: value for key, value in self.options.items() if key != "classes"}
+        weights = Path(self.weights).name if self.weights is not None else None
+        return {"name": self.name, "weights": weights, "sha256": self.sha256, "options": options}
+
+
+class Preprocessing(Options):
+    """From a video frame to a teacher's input: a view of the frame, then (pixel − mean) / std."""
+
+    view: View
+    mean: tuple[float, float, float]
+    """In pixel values, 0–255, RGB."""
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A built module with everything that a teacher is made of."""
+
+    architecture: str
+    weights: str
+    """The weights' name: `IMAGENET1K_V1`, `pretrained`, `file`, …"""
+    module: nn.Module
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None = None
+    """None where nobody knows them: then `class 0`, `class 1`, …"""
+    file: str | None = None
+    file_sha256: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments that reached the builder."""
+
+
+def preprocessing(
+    view: View,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Preprocessing:
+    """Preprocessing from the habitual mean and std of pixels in 0–1."""
+    return Preprocessing(
+        view=view,
+        mean=tuple(round(255 * value, 6) for value in mean),
+        std=tuple(round(255 * value, 6) for value in std),
+    )
+
+
+OWN_OPTIONS = ("name", "classes", "input_size", "resize", "interpolation", "mean", "std")
+
+
+def builder_options(spec: TeacherSpec) -> dict[str, Any]:
+    """The options that go to the model's builder, as Python values: `true`, `3`, `0.5`, `[1, 2]`, text."""
+    return {key: _value(text) for key, text in spec.options.items() if key not in OWN_OPTIONS}
+
+
+def refuse_builder_options(spec: TeacherSpec) -> None:
+    """For teachers whose builder is fixed.
+
+    Raises:
+        TeacherError: an option that is not distinit's own.
+    """
+    for key in builder_options(spec):
+        raise TeacherError(f"teacher {spec.name!r} has no option {key!r}; allowed: {', '.join(sorted(OWN_OPTIONS))}")
+
+
+def apply_view_options(base: Preprocessing, spec: TeacherSpec) -> Preprocessing:
+    """`base`, with what the user set of input size, resize, interpolation, mean and std.
+
+    Raises:
+        TeacherError: a value that is not allowed, or a view whose result has no fixed size.
+    """
+    options = spec.options
+    resize: int | tuple[int, int] = base.view.resize
+    crop = base.view.crop
+    if "input_size" in options:
+        crop = _integer(spec, "input_size")
+        if "resize" not in options:
+            # The habitual margin: a short side of 256 around a crop of 224.
+            resize = round(crop * 256 / 224)
+    if "resize" in options:
+        pair = re.fullmatch(r"(\d+)x(\d+)", options["resize"])
+        resize = (int(pair[1]), int(pair[2])) if pair else _integer(spec, "resize")
+        if pair and "input_size" not in options:
+            crop = None
+    try:
+        view = View(resize=resize, crop=crop, interpolation=options.get("interpolation", base.view.interpolation))
+    except ValidationError as error:
+        raise TeacherError(f"teacher {spec.name!r}: {error.errors()[0]['msg']}") from None
+    if view.fixed_shape is None:
+        raise TeacherError(
+            f"teacher {spec.name!r}: a short side of {view.resize} alone has no fixed size; set input_size as well"
+        )
+    changed = {
+        key: tuple(round(255 * value, 6) for value in _three(spec, key)) for key in ("mean", "std") if key in options
+    }
+    return Preprocessing.model_validate({"view": view, "mean": base.mean, "std": base.std, **changed})
+
+
+def read_classes(path: str | Path) -> tuple[str, ...]:
+    """Class names from a text file, a name a line; also Places365's `/a/airfield 0` lines.
+
+    Raises:
+        TeacherError: the file cannot be read or is empty.
+    """
+    try:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except (OSError, ListError) as error:
+        raise TeacherError(f"classes file {path}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        if not is_utf8(line):
+            raise TeacherError(f"classes file {path}: line {number} is not UTF-8; save it as text in UTF-8")
+    names = [line for line in lines if line]
+    if not names:
+        raise TeacherError(f"classes file {path}: holds no name")
+    numbered = [re.fullmatch(r"(.+\S)\s+(\d+)", name) for name in names]
+    if all(numbered) and sorted(int(found[2]) for found in numbered if found) == list(range(len(names))):
+        ordered = sorted((int(found[2]), found[1]) for found in numbered if found)
+        names = [re.sub(r"^/[a-z]/", "", name) for _, name in ordered]
+    return tuple(names)
+
+
+@cache
+def imagenet_classes() -> tuple[str, ...]:
+    """The 1000 classes of ImageNet-1K in the standard order (some names occur twice: crane, maillot)."""
+    from torchvision.models import ResNet50_Weights
+
+    return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+
+
+def _value(text: str) -> Any:
+    try:
+        return load_yaml(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _integer(spec: TeacherSpec, key: str) -> int:
+    text = spec.options[key]
+    if not text.isdecimal() or int(text) < 1:
+        also = " or HEIGHTxWIDTH" if key == "resize" else ""
+        raise TeacherError(f"teacher {spec.name!r}: option {key} is {text!r}, allowed: pixels, 1 or more{also}")
+    return int(text)
+
+
+def _three(spec: TeacherSpec, key: str) -> tuple[float, ...]:
+    text = spec.options[key]
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    numbers = numbers * 3 if len(numbers) == 1 else numbers
+    good = len(numbers) == 3 and all(0 <= number <= 1 for number in numbers)
+    if not good or (key == "std" and min(numbers) == 0):
+        least = "above 0" if key == "std" else "0"
+        raise TeacherError(
+            f"teacher {spec.name!r}: option {key} is {text!r}, allowed: one or three numbers a,b,c from {least} to 1, "
+            f"for pixels in 0–1; of pixels in 0–255 divide them by 255"
+        )
+    return numbers

@@ -1,0 +1,76 @@
+"""The entropy filter of stage two: its thresholds in nats, measured on the clips that are drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..common.console import Screen
+from ..common.errors import UsageError
+from ..targets.sampler import TargetSampler, measure_entropies
+from .distillation_options import TargetOptions
+
+QUICK_DRAWS = 2000  # enough to tell the share that a threshold in nats keeps to about one per cent
+
+
+@dataclass(frozen=True)
+class Filter:
+    """thresholds: nats by teacher. kept: share of draws that at least one head keeps. kept_by: that of each head that
+    has a threshold, by teacher."""
+
+    thresholds: dict[str, float] = field(default_factory=dict)
+    kept: float = 1.0
+    kept_by: dict[str, float] = field(default_factory=dict)
+
+
+def measure_thresholds(
+    options: TargetOptions, sampler: TargetSampler, saved: dict[str, Any] | None, screen: Screen
+) -> Filter:
+    """The filter's thresholds, and what they keep of the draws.
+
+    A resumed run takes those that its checkpoint has in nats: measuring again would cost as much again.
+    Raises UsageError where they keep no clip.
+    """
+    teachers = sampler.teachers
+    quantile = options.max_entropy_quantile
+    if options.max_entropy is None and quantile is None:
+        return Filter()
+    known = saved["filter"]["nats"] if saved and saved.get("filter", {}).get("quantile") == quantile else None
+    count = QUICK_DRAWS if quantile is None or known else options.quantile_draws
+    found = np.stack(list(_with_progress(sampler, count, screen)))
+    if quantile is not None:
+        wanted = quantile if isinstance(quantile, dict) else dict.fromkeys(teachers, quantile)
+        thresholds = known or {
+            name: float(np.quantile(found[:, column], wanted[name]))
+            for column, name in enumerate(teachers)
+            if name in wanted
+        }
+    elif isinstance(options.max_entropy, dict):
+        thresholds = dict(options.max_entropy)
+    else:
+        thresholds = {name: float(options.max_entropy or math.inf) for name in teachers}
+    limits = np.array([thresholds.get(name, math.inf) for name in teachers])
+    passed = found <= limits
+    kept = float(passed.any(axis=1).mean())
+    if kept == 0:
+        low = ", ".join(f"{name} {value:.2f}" for name, value in zip(teachers, found.min(axis=0), strict=True))
+        raise UsageError(
+            f"targets.max_entropy={options.max_entropy} keeps none of {len(found)} clips; "
+            f"their lowest entropies: {low} nats"
+        )
+    kept_by = {name: float(passed[:, i].mean()) for i, name in enumerate(teachers) if name in thresholds}
+    shown = ", ".join(f"{name} at {thresholds[name]:.3f} nats keeps {share:.0%}" for name, share in kept_by.items())
+    together = f"; {kept:.0%} count for at least one of {len(teachers)} heads" if len(teachers) > 1 else ""
+    screen.say(f"entropy filter ({options.filter}): {shown} of {len(found)} draws{together}")
+    return Filter(thresholds, kept, kept_by)
+
+
+def _with_progress(sampler: TargetSampler, count: int, screen: Screen) -> Iterator[np.ndarray]:
+    with screen.progress("measuring entropies", count, "draw") as bar:
+        for found in measure_entropies(sampler, count):
+            bar.advance(1)
+            yield found

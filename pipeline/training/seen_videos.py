@@ -1,0 +1,103 @@
+"""RUN/seen_videos.npz: the videos that a run's weights come from, known by content wherever they are located now.
+
+Arrays, a row per video: `digest` uint8 [N, 16] (`video.container.digest`, zeros where it could not be read), `stage`
+uint8 [N] (0: seen by the initialisation, 1: by this run), and `path`, the bytes of all paths, NUL between them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..clips.content import same_content
+from ..common.documents import is_regular_file
+from ..common.errors import CheckpointError, VideoError
+from ..video.container import digest
+from .checkpoint import write_atomically
+
+SEEN_VIDEOS = "seen_videos.npz"
+DIGEST_BYTES = 16
+INIT, OWN = 0, 1
+
+
+@dataclass(frozen=True)
+class SeenVideos:
+    """Videos by digest[N, 16], where each was located, and by whom it was seen: stage[N], INIT or OWN."""
+
+    digest: NDArray[np.uint8]
+    paths: list[str]
+    stage: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, digests: Sequence[str], paths: Sequence[str]) -> SeenVideos:
+        """The videos that a run trains on itself; digests in hex, "" where a video could not be read."""
+        rows = b"".join(bytes.fromhex(each) or bytes(DIGEST_BYTES) for each in digests)
+        table = np.frombuffer(rows, np.uint8).reshape(-1, DIGEST_BYTES)
+        return cls(table, list(paths), np.full(len(table), OWN, np.uint8))
+
+    @classmethod
+    def read(cls, run: Path) -> SeenVideos | None:
+        """Return what a run folder recorded; None where it has no record, as runs of distinit 0.1. CheckpointError, and
+        SourceError for a link that leads out of the folder."""
+        path = run / SEEN_VIDEOS
+        if not is_regular_file(path, run):
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                names = bytes(file["path"]).split(b"\0")
+                found = cls(file["digest"], [os.fsdecode(name) for name in names], file["stage"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if len(found.paths) != len(found.digest):  # of no videos the split gives one empty name
+            found = cls(found.digest, found.paths[: len(found.digest)], found.stage)
+        return found
+
+    def write(self, run: Path) -> None:
+        """Write RUN/seen_videos.npz, whole or not at all. CheckpointError."""
+        buffer = io.BytesIO()
+        names = np.frombuffer(b"\0".join(os.fsencode(path) for path in self.paths), np.uint8)
+        np.savez_compressed(buffer, digest=self.digest, path=names, stage=self.stage)
+        write_atomically(run / SEEN_VIDEOS, buffer.getbuffer())
+
+    def after(self, earlier: SeenVideos | None) -> SeenVideos:
+        """These videos, and those that the initialisation had seen."""
+        if earlier is None:
+            return self
+        stage = np.concatenate([np.full(len(earlier.stage), INIT, np.uint8), self.stage])
+        return SeenVideos(np.concatenate([earlier.digest, self.digest]), earlier.paths + self.paths, stage)
+
+    def stages(self, digests: Sequence[str], paths: Sequence[str]) -> list[set[int]]:
+        """By whom each of these videos (digest in hex, where it is located) was seen: a set of INIT and OWN each.
+
+        Where digests agree and both files can be read, their whole content decides.
+        """
+        return [{int(self.stage[row]) for row in rows} for rows in self.rows(digests, paths)]
+
+    def rows(self, digests: Sequence[str], paths: Sequence[str]) -> list[list[int]]:
+        """Which rows are each of these videos; see `stages`."""
+        wanted = [bytes.fromhex(each) for each in digests]
+        kind = np.dtype((np.void, DIGEST_BYTES))
+        mine = np.ascontiguousarray(self.digest).view(kind).ravel()
+        theirs = np.frombuffer(b"".join(each for each in wanted if each), kind)
+        alike: dict[bytes, list[int]] = {}
+        for row in np.flatnonzero(np.isin(mine, theirs)).tolist():
+            alike.setdefault(bytes(self.digest[row]), []).append(row)
+        return [
+            [row for row in alike.get(each, ()) if self._same(row, path)]
+            for each, path in zip(wanted, paths, strict=True)
+        ]
+
+    def _same(self, row: int, path: str) -> bool:
+        if same_content(self.paths[row], path) is not False:
+            return True
+        try:  # a file that has changed since says nothing of what was seen
+            return digest(self.paths[row]) != bytes(self.digest[row]).hex()
+        except VideoError:
+            return True

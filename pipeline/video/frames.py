@@ -1,0 +1,170 @@
+"""Frames of one video by index, checked against what a store says about them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from ..common.errors import StoreMismatchError, VideoError
+from ..prepared.frame_map import Remembered
+from .container import digest as digest_of
+from .container import reason
+from .decoder import VideoIndex, VideoReader
+from .feed import NotAsPlanned
+from .geometry import View
+from .quick import QuickReader
+
+T = TypeVar("T")
+_indices: Remembered[VideoIndex] = Remembered()  # of the videos read last in this process, some 40 MB
+
+
+@dataclass(frozen=True)
+class Frames:
+    """images uint8 [L, h, w, 3] RGB, their pts int64 [L], and the number of frames in the file.
+
+    `repeated`: how many of the L are damaged in the file and shown as the decodable frame before them.
+    """
+
+    images: np.ndarray
+    pts: np.ndarray
+    total: int
+    repeated: int = 0
+
+
+def read_frames(
+    path: str,
+    indices: np.ndarray,
+    view: View | None,
+    *,
+    expect: tuple[np.ndarray, np.ndarray] | None = None,
+    digest: str | None = None,
+) -> Frames:
+    """The frames int64 [L] at `indices` of a video, in any order, repeats allowed; one open, one pass.
+
+    view: None for the size on display. expect: (indices, pts), int64 each, that the file must agree with.
+    digest: the file's identity as `container.digest` gives it.
+
+    A damaged frame inside a clip is shown as a player shows it, by the one before; it is an error where it
+    is expected, or where half of the clip is damaged. Raises VideoError with the reason, and
+    StoreMismatchError if the file is not the one that `expect` or `digest` describe.
+    """
+    wanted = np.asarray(indices, np.int64).ravel()
+    if digest is not None and (found := digest_of(path)) != digest:
+        raise StoreMismatchError(f"the file has changed: its digest is {found}, the store has {digest}")
+    return _read(path, lambda reader: _frames(reader, wanted, view, expect))
+
+
+def count_frames(path: str) -> int:
+    """How many frames a video has; VideoError with the reason if it has none."""
+    return _read(path, lambda reader: len(reader.timeline()))
+
+
+def _frames(
+    reader: VideoReader, wanted: np.ndarray, view: View | None, expect: tuple[np.ndarray, np.ndarray] | None
+) -> Frames:
+    timeline = reader.timeline()
+    total = len(timeline)
+    if expect is not None:
+        _check(timeline.pts, expect)
+    distinct, place = np.unique(wanted, return_inverse=True)
+    if len(distinct) == 0:
+        raise VideoError("no frames were asked for")
+    if distinct[0] < 0 or distinct[-1] >= total:
+        raise VideoError(f"frames {distinct[0]}–{distinct[-1]} wanted, the video has {total}")
+    pts = timeline.pts[distinct].copy()
+    there = np.zeros(len(distinct), bool)
+    images: np.ndarray | None = None
+    for index, _, frame in reader.frames_at(distinct):
+        if images is None:
+            info = reader.info
+            display = (info.height, info.width)
+            renderer = info.renderer()
+            shape = view.shape(*display) if view is not None else display
+            images = np.empty((len(distinct), *shape, 3), np.uint8)
+        at = int(np.searchsorted(distinct, index))
+        renderer.render(frame, view, out=images[at], display=display)
+        there[at] = True
+        del frame  # see VideoReader
+    if images is None:
+        raise VideoError(f"frame {distinct[0]} cannot be decoded: damaged data")
+    if not there.all():
+        required = expect[0] if expect is not None else np.zeros(0, np.int64)
+        fill_damaged(images, pts, there, distinct, required)
+    if len(distinct) == len(wanted) and np.array_equal(distinct, wanted):
+        return Frames(images, pts, total, int(np.sum(~there)))
+    return Frames(images[place], pts[place], total, int(np.sum(~there[place])))
+
+
+def _read(path: str, use: Callable[[VideoReader], T]) -> T:
+    """What is made of the file by a reader that knows its header; or, where that is not enough or something is
+    wrong, by one that has read all packets. What was learnt of the file is kept for its next clip."""
+    key = _key(path)
+    known = _indices.get(key)
+    if known.from_header if known is not None else _is_mp4(path):
+        try:
+            with QuickReader(path, index=known) as quick:
+                made = use(quick)
+                if known is None:
+                    _indices.add(key, quick.index())
+                return made
+        except (NotAsPlanned, VideoError, StoreMismatchError, OSError):
+            known = None
+    with VideoReader(path, index=known) as reader:
+        made = use(reader)
+        if known is None:  # compressed data is not kept
+            _indices.add(key, VideoIndex(replace(reader.packets, kept=None), reader.timeline()))
+        return made
+
+
+def _is_mp4(path: str) -> bool:
+    """Whether the file begins as one."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return (file.read(8) or b"")[4:] == b"ftyp"
+    except (OSError, ValueError) as error:
+        raise VideoError(reason(error)) from error
+
+
+def _check(pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray]) -> None:
+    """The file's pts at the expected indices must be the expected ones."""
+    for index, expected in zip(*expect, strict=True):
+        found = str(pts[index]) if 0 <= index < len(pts) else f"missing (it has {len(pts)} frames)"
+        if found != str(expected):
+            raise StoreMismatchError(
+                f"frame {index} has pts {expected} in the store, in the file it is {found}: "
+                "`distinit targets verify STORE --frames` lists all such videos"
+            )
+
+
+def fill_damaged(
+    images: np.ndarray, pts: np.ndarray, there: np.ndarray, indices: np.ndarray, required: np.ndarray
+) -> None:
+    """Fill the frames [n] that are not `there` with the one before them, or with the first that is.
+
+    Raises what `check_damage` raises.
+    """
+    check_damage(there, indices, required)
+    source = np.maximum.accumulate(np.where(there, np.arange(len(there)), -1))
+    source[source < 0] = int(np.flatnonzero(there)[0])
+    images[:] = images[source]
+    pts[:] = pts[source]
+
+
+def check_damage(there: np.ndarray, indices: np.ndarray, required: np.ndarray) -> None:
+    """VideoError where a `required` index is not `there` [n], or more than half of `indices` [n] are not."""
+    missing = indices[~there]
+    if 2 * there.sum() < len(there) or np.isin(missing, required).any():
+        first = missing[np.isin(missing, required)][0] if np.isin(missing, required).any() else missing[0]
+        raise VideoError(f"frame {first} cannot be decoded: damaged data ({len(missing)} of {len(there)} frames)")
+
+
+def _key(path: str) -> tuple[str, int, int]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise VideoError(reason(error)) from error
+    return os.path.abspath(path), status.st_size, status.st_mtime_ns

@@ -1,0 +1,1 @@
+"""Decode videos in worker processes."""

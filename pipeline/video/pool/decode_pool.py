@@ -1,0 +1,361 @@
+"""Decode many videos in child processes, in order, ahead of whoever eats the frames.
+
+A child that crashes or falls silent costs its video a second try in a fresh child and, if that fails
+too, a reason; never the run. Where decoding does not work at all, whatever the video, a DecoderError ends
+the run, and no video is given a reason. Each child has four slots of shared memory; a child whose slots
+are all unread waits, which bounds what is decoded ahead.
+
+Why no one waits for ever: a child is given tasks in the order in which they are read, and a second try goes to
+a child that was given none. So all unread blocks of the child that works on the first task are of that task:
+either there is a block to read, or the child has a free slot and its silence is timed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from multiprocessing.connection import wait
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from ...common.errors import DecoderError, VideoError
+from ...common.limits import limit_met
+from ..geometry import View
+from ..packets import Timeline
+from ..probe import Probe
+from ..sampling import Sampling
+from .process import ChildProcess
+from .protocol import Layout
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 2
+_AHEAD = 4  # tasks that may be finished and unread, per child
+# A task for which was waited this many time-outs needs a sign of life every such part of a time-out, on average.
+_SLOW = 10
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """Sampled frames of one video with first ≤ index < end, at most `max_rows` of them."""
+
+    key: int
+    path: str
+    sampling: Sampling
+    first: int = 0
+    end: int | None = None
+    max_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """n frames of job `key`: index and pts int64 [n], images uint8 [n, h, w, 3] per view.
+
+    The images are shared memory: valid until the next item is asked for.
+    """
+
+    key: int
+    index: np.ndarray
+    pts: np.ndarray
+    images: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """Job `key` is complete. `frames` in the file (−1: unknown); `note` says what was damaged; `more`:
+    max_rows was reached with frames left."""
+
+    key: int
+    frames: int
+    clock: Literal["pts", "counted"]
+    note: str | None
+    more: bool
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Job `key` gave no further frames, for this reason."""
+
+    key: int
+    reason: str
+
+
+@dataclass
+class _Task:
+    """One message to a child, and what came back so far."""
+
+    message: dict[str, Any]
+    answers: deque[tuple[dict[str, Any], ChildProcess | None]] = field(default_factory=deque)
+    finished: bool = False
+    rows: int = 0
+    signs: int = 0  # of life, in this try
+    waited: float = 0.0  # seconds in this try
+    failures: list[str] = field(default_factory=list)
+
+
+class DecodePool:
+    """`processes` children that probe and decode. Use as a context manager; one call at a time.
+
+    views: fixed size, rendered of every frame. memory_gb: address space of a child. timeout_s: how long a
+    child may go without a packet, a frame or an answer before it is killed; one that is waited for ten times as
+    long is killed if these come less often than every tenth of it. ahead: tasks a child may have
+    finished that nobody has read, because one before them takes longer.
+    """
+
+    def __init__(
+        self,
+        *,
+        processes: int,
+        views: Sequence[View],
+        memory_gb: float = 4,
+        timeout_s: float = 120,
+        ahead: int = _AHEAD,
+    ) -> None:
+        if processes < 1:
+            raise ValueError(f"processes must be at least 1, got {processes}")
+        self._layout = Layout.of(tuple(views))
+        self._views = tuple(views)
+        self._memory_gb, self._timeout_s = memory_gb, timeout_s
+        self._ahead = ahead
+        self._children: list[ChildProcess | None] = [None] * processes
+        self._working: dict[int, _Task] = {}  # by place of the child
+        self._busy = False
+        self._owner = os.getpid()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the children."""
+        if self._owner == os.getpid():
+            for place in range(len(self._children)):
+                self._drop(place)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the children that were started."""
+        return [child.pid for child in self._children if child is not None]
+
+    def probe(self, paths: Sequence[str]) -> Iterator[Probe]:
+        """A Probe of each path, in order; a crash or a hang is a Probe with an error."""
+        for _, answer, _ in self._run({"kind": "probe", "path": path} for path in paths):
+            if answer["kind"] == "failed":
+                yield Probe(error=answer["reason"])
+            else:
+                fields = answer["probe"]
+                yield Probe(**{**fields, "time_base": tuple(fields["time_base"])})
+
+    def timeline(self, path: str) -> Timeline:
+        """All frames of one video in order; raises VideoError."""
+        (found,) = self.timelines([path])
+        if isinstance(found, Failed):
+            raise VideoError(found.reason)
+        return found[0]
+
+    def timelines(self, paths: Iterable[str]) -> Iterator[tuple[Timeline, tuple[int, int]] | Failed]:
+        """Of each video, in order, all frames and (width, height) on display in pixels, or Failed."""
+        messages = ({"kind": "timeline", "path": path, "key": key} for key, path in enumerate(paths))
+        for message, answer, _ in self._run(messages):
+            if answer["kind"] == "failed":
+                yield Failed(message["key"], answer["reason"])
+                continue
+            pts = np.array(answer["pts"], np.int64)
+            key = np.zeros(len(pts), bool)
+            key[answer["key"]] = True
+            base = Fraction(*answer["time_base"])
+            width, height = answer["size"]
+            yield Timeline(pts, key, base, answer["reliable"], answer["clock"]), (width, height)
+
+    def copies(self, jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | Failed]:
+        """Prepared copies made by `prepare.copy_job`, in order: of each job its row, or Failed with the reason."""
+        messages = ({**job, "kind": "copy", "key": key} for key, job in enumerate(jobs))
+        for message, answer, _ in self._run(messages):
+            yield Failed(message["key"], answer["reason"]) if answer["kind"] == "failed" else answer["row"]
+
+    def stream(self, jobs: Iterable[DecodeJob]) -> Generator[Block | Done | Failed, None, None]:
+        """Of each job, in order: its Blocks, then Done or Failed. Jobs are read as children get free."""
+        messages = (
+            {
+                "kind": "decode",
+                "key": job.key,
+                "path": job.path,
+                "sampling": job.sampling.model_dump(),
+                "first": job.first,
+                "end": job.end,
+                "max_rows": job.max_rows,
+                "skip": 0,
+            }
+            for job in jobs
+        )
+        for message, answer, child in self._run(messages):
+            key = message["key"]
+            if answer["kind"] == "done":
+                yield Done(key, answer["frames"], answer["clock"], answer["note"], answer["more"])
+            elif answer["kind"] == "failed":
+                yield Failed(key, answer["reason"])
+            elif child is not None:
+                n = len(answer["index"])
+                images = tuple(a[:n] for a in child.slot(answer["slot"]))
+                index, pts = np.array(answer["index"], np.int64), np.array(answer["pts"], np.int64)
+                yield Block(key, index, pts, images)
+                child.free(answer["slot"])
+
+    # One engine for all three
+
+    def _run(
+        self, messages: Iterator[dict[str, Any]]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any], ChildProcess | None]]:
+        """(message, answer, child) in the order of the messages; the last answer of each finishes it."""
+        if self._busy:
+            raise RuntimeError("this pool is in use: finish or close the iterator of the earlier call first")
+        self._busy = True
+        queue: deque[_Task] = deque()
+        source = iter(messages)
+        try:
+            while True:
+                exhausted = self._assign(queue, source)
+                if not queue:
+                    if exhausted:
+                        return
+                    continue
+                head = queue[0]
+                while not head.answers and not head.finished:
+                    self._listen()
+                    self._assign(queue, source)
+                if head.answers:
+                    answer, child = head.answers.popleft()
+                    yield head.message, answer, child
+                else:
+                    queue.popleft()
+        finally:
+            for place, child in enumerate(self._children):
+                if place in self._working or (child is not None and child.unread):
+                    self._drop(place)  # the consumer left early: what it did not read is not wanted any more
+            self._busy = False
+
+    def _assign(self, queue: deque[_Task], source: Iterator[dict[str, Any]]) -> bool:
+        """Give work to idle children; True when there is no more."""
+        for place in range(len(self._children)):
+            if place in self._working:
+                continue
+            if len(queue) >= self._ahead * len(self._children):
+                return False
+            message = next(source, None)
+            if message is None:
+                return True
+            task = _Task(message)
+            queue.append(task)
+            self._give(place, task)
+        return False
+
+    def _give(self, place: int, task: _Task) -> None:
+        child = self._children[place]
+        if child is None:
+            try:
+                child = ChildProcess(self._layout, self._views, self._memory_gb)
+            except OSError as error:  # descriptors, processes, shared memory
+                reason = limit_met(error) or error.strerror or error
+                raise DecoderError(f"a decoding process cannot be started: {reason}") from error
+            self._children[place] = child
+        self._working[place] = task
+        if not child.tell(task.message):
+            self._died(place)
+
+    def _listen(self) -> None:
+        """Take in what children say; kill those that have said nothing, or next to nothing, for too long."""
+        listening = {place: self._child(place) for place in self._working}
+        began = time.monotonic()
+        ready = wait([child.connection for child in listening.values()], timeout=min(self._timeout_s, 1.0))
+        seconds = time.monotonic() - began
+        for place, child in listening.items():
+            if child.connection in ready:
+                self._take(place)
+        for place, child in listening.items():
+            # Time in which nobody listened, or in which all slots were unread, is not the child's silence.
+            if place not in self._working or self._child(place) is not child:
+                continue
+            if child.all_slots_unread():
+                child.listened = 0.0
+                continue
+            child.listened += seconds
+            task = self._working[place]
+            task.waited += seconds
+            slow = task.waited > _SLOW * self._timeout_s and task.waited > task.signs * self._timeout_s / _SLOW
+            if child.listened > self._timeout_s and not child.has_sent():
+                self._failed(place, f"no frame for {self._timeout_s:g} s")
+            elif slow:
+                self._failed(place, f"fewer than one frame in {self._timeout_s / _SLOW:g} s")
+
+    def _take(self, place: int) -> None:
+        """All messages that are there from one child."""
+        child, task = self._child(place), self._working[place]
+        while place in self._working:
+            try:
+                answer = child.hear()
+            except (EOFError, OSError, ValueError):
+                self._died(place)
+                return
+            if answer is None:
+                return
+            child.listened = 0.0
+            task.signs += 1
+            if answer["kind"] == "block":
+                task.rows += len(answer["index"])
+                child.unread += 1
+                task.answers.append((answer, child))
+            elif answer["kind"] == "ready":
+                child.ready = True
+            elif answer["kind"] == "fault":
+                log.error("%s: %s", task.message.get("path", task.message.get("source")), answer["trace"])
+                raise DecoderError(f"decoding does not work here, whatever the video: {answer['what']}")
+            elif answer["kind"] != "alive":
+                if "trace" in answer:
+                    log.error("%s: %s", task.message.get("path", task.message.get("source")), answer["trace"])
+                task.answers.append((answer, None))
+                task.finished = True
+                del self._working[place]
+
+    def _died(self, place: int) -> None:
+        self._failed(place, self._child(place).last_words())
+
+    def _failed(self, place: int, why: str) -> None:
+        """Try the task once more in a fresh child, then give it up. A child that never began has no video to blame.
+
+        No other child will do: its slots may all hold blocks that are read after this task.
+        """
+        child, task = self._child(place), self._working.pop(place)
+        self._drop(place)
+        task.failures.append(why)
+        if not child.ready and (child.ended or len(task.failures) == _ATTEMPTS):
+            raise DecoderError(f"a decoding process cannot start: {why}")
+        if len(task.failures) < _ATTEMPTS:
+            task.message = {**task.message, "skip": task.rows}
+            task.signs, task.waited = 0, 0.0
+            self._give(place, task)
+        else:
+            task.answers.append(({"kind": "failed", "reason": why}, None))
+            task.finished = True
+
+    def _child(self, place: int) -> ChildProcess:
+        child = self._children[place]
+        if child is None:
+            raise RuntimeError(f"no child at place {place}")
+        return child
+
+    def _drop(self, place: int) -> None:
+        child, self._children[place] = self._children[place], None
+        self._working.pop(place, None)
+        if child is not None:
+            child.kill()

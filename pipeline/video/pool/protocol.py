@@ -1,0 +1,114 @@
+"""What a decode pool and its children say to each other: JSON over a socket, frames in shared memory.
+
+JSON and not pickle, because a decoder that bad media has taken over must not run code in the parent.
+
+The shared memory is `SLOTS` slots of `ROWS` rows; a row holds one picture of each view, view after view:
+slot 0 [view 0 [ROWS, h0, w0, 3] | view 1 [ROWS, h1, w1, 3]] | slot 1 …
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+import tempfile
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from ..geometry import View
+
+INTERNAL = "internal error: "
+"""How the reason of a video begins that could not be read through a fault of this package."""
+SLOTS = 4
+_SLOT_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows a slot, and the (height, width) of each view."""
+
+    rows: int
+    shapes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, views: tuple[View, ...]) -> Layout:
+        """Slots of about 4 MB, of 1 to 64 rows. Every view must have one size for all videos."""
+        shapes = []
+        for view in views:
+            shape = view.fixed_shape
+            if shape is None:
+                raise ValueError(f"a pool needs views of one size: set crop or a pair as resize, got {view!r}")
+            shapes.append(shape)
+        row = sum(h * w * 3 for h, w in shapes)
+        return cls(min(64, max(1, _SLOT_BYTES // max(1, row))), tuple(shapes))
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.rows * sum(h * w * 3 for h, w in self.shapes)
+
+    @property
+    def total_bytes(self) -> int:
+        return max(mmap.PAGESIZE, SLOTS * self.slot_bytes)
+
+    def arrays(self, memory: mmap.mmap, slot: int) -> tuple[np.ndarray, ...]:
+        """uint8 [rows, h, w, 3] per view, the pictures of one slot."""
+        at, arrays = slot * self.slot_bytes, []
+        for height, width in self.shapes:
+            shape = (self.rows, height, width, 3)
+            arrays.append(np.frombuffer(memory, np.uint8, math.prod(shape), at).reshape(shape))
+            at += math.prod(shape)
+        return tuple(arrays)
+
+
+def shared_file(size: int) -> int:
+    """A descriptor of nameless shared memory (of an unlinked file where there is no memfd)."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("distinit-frames", os.MFD_CLOEXEC)
+    else:
+        descriptor, name = tempfile.mkstemp()
+        os.unlink(name)
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+def send(connection: Connection, message: dict[str, Any]) -> None:
+    """One message; lone surrogates of file names travel as escapes."""
+    connection.send_bytes(json.dumps(message).encode("ascii"))
+
+
+def receive(connection: Connection) -> dict[str, Any]:
+    """The next message; EOFError when the other side is gone."""
+    return dict(json.loads(connection.recv_bytes()))
+
+
+class Inbox:
+    """What has come of messages from `send`, for a reader that must not wait for the rest of one."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def add(self, data: bytes) -> None:
+        """Take in what has come."""
+        self._bytes += data
+
+    def next(self) -> dict[str, Any] | None:
+        """Return the next message, None while it is not whole."""
+        head = 4
+        if len(self._bytes) < head:
+            return None
+        (size,) = struct.unpack_from("!i", self._bytes)
+        if size == -1:  # of 2 GiB and more
+            head = 12
+            if len(self._bytes) < head:
+                return None
+            (size,) = struct.unpack_from("!Q", self._bytes, 4)
+        if len(self._bytes) < head + size:
+            return None
+        message = dict(json.loads(self._bytes[head : head + size]))
+        del self._bytes[: head + size]
+        return message

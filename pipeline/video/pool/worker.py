@@ -1,0 +1,233 @@
+"""The decoding child process: `python -m distinit.pipeline.video.pool.worker SOCKET MEMORY`.
+
+A decoder that crashes or hangs in C takes this process with it and nothing else. The child imports no
+torch, keeps to its memory limit, and ends when its parent does.
+
+An exception that no bad file explains is not the file's: the child then reads a video that ships with the package,
+and says which of the two it is. It reads that video once before it begins, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from ...common.errors import DecoderError, VideoError, in_one_line
+from ...common.processes import Owner, end_with
+from ..container import reason
+from ..decoder import VideoReader
+from ..geometry import Renderer, View
+from ..probe import probe
+from ..sampling import Sampling
+from .protocol import INTERNAL, SLOTS, Layout, receive, send
+
+_SIGN_OF_LIFE_S = 1.0
+_GOOD = Path(__file__).parents[2] / "conf" / "demo_corpus" / "Standing_Still" / "test_Standing-Still-001.mp4"
+
+
+class Child:
+    """Serves one parent: probes, timelines, decode jobs and copies, one at a time."""
+
+    def __init__(self, connection: Connection, memory: mmap.mmap, views: tuple[View, ...]) -> None:
+        self._connection = connection
+        self._memory, self._layout, self._views = memory, Layout.of(views), views
+        self._free = list(range(SLOTS))
+        self._spoke = time.monotonic()
+
+    def serve(self) -> None:
+        """Work until the parent hangs up."""
+        send(self._connection, {"kind": "ready"})
+        while True:
+            message = receive(self._connection)
+            if message["kind"] == "free":
+                self._free.append(message["slot"])
+                continue
+            self._spoke = time.monotonic()
+            try:
+                answer = self._work(message)
+            except VideoError as error:
+                answer = {"kind": "failed", "reason": str(error)}
+            except (MemoryError, av.FFmpegError) as error:
+                answer = self._of_the_file(error)
+            except (EOFError, ConnectionError):  # the parent has gone
+                raise
+            except Exception as error:
+                answer = self._unexpected(error, message)
+            send(self._connection, answer)
+
+    def check(self, message: dict[str, Any] | None = None) -> None:
+        """Read a video that is known to be good, as `message` would have its own read; raises what goes wrong."""
+        found = probe(str(_GOOD))
+        if found.error is not None:
+            raise DecoderError(f"{_GOOD}: {found.error}")
+        with VideoReader(str(_GOOD)) as reader:
+            for _, _, frame in reader.sample(Sampling(every=4)):
+                renderer = reader.info.renderer()
+                for view in self._views:
+                    renderer.render(frame, view)
+        if message is not None and message["kind"] == "copy":
+            from ...prepared.make_copy import copy_job
+
+            with tempfile.TemporaryDirectory() as folder:
+                place = {"source": str(_GOOD), "part": f"{folder}/part", "target": f"{folder}/copy"}
+                copy_job({**message, **place}, self._alive)
+
+    def _of_the_file(self, error: BaseException) -> dict[str, Any]:
+        try:
+            return {"kind": "failed", "reason": reason(error)}
+        except DecoderError as fault:
+            return {"kind": "fault", "what": str(fault), "trace": ""}
+
+    def _unexpected(self, error: Exception, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to an exception that a bad file should not cause: ours if a good file causes one as well."""
+        trace = "".join(traceback.format_exception(error))
+        if isinstance(error, (DecoderError, ImportError)):
+            return {"kind": "fault", "what": str(error), "trace": trace}
+        with contextlib.suppress(DecoderError):
+            if isinstance(error, OSError):
+                reason(error)  # a limit
+            try:
+                self.check(message)
+            except Exception as again:
+                trace += "".join(traceback.format_exception(again))
+            else:
+                return {"kind": "failed", "reason": f"{INTERNAL}{in_one_line(error)}", "trace": trace}
+        return {"kind": "fault", "what": in_one_line(error), "trace": trace}
+
+    def _alive(self) -> None:
+        """Tell the parent now and then that work goes on."""
+        now = time.monotonic()
+        if now - self._spoke > _SIGN_OF_LIFE_S:
+            self._spoke = now
+            send(self._connection, {"kind": "alive"})
+
+    def _work(self, message: dict[str, Any]) -> dict[str, Any]:
+        if message["kind"] == "probe":
+            return {"kind": "probed", "probe": asdict(probe(message["path"], self._alive))}
+        if message["kind"] == "timeline":
+            with VideoReader(message["path"], progress=self._alive) as reader:
+                timeline = reader.timeline()
+                base = timeline.time_base
+                return {
+                    "kind": "timeline",
+                    "pts": timeline.pts.tolist(),
+                    "key": np.flatnonzero(timeline.key).tolist(),
+                    "time_base": [base.numerator, base.denominator],
+                    "reliable": timeline.reliable,
+                    "clock": timeline.clock,
+                    "size": [reader.info.width, reader.info.height],
+                }
+        if message["kind"] == "copy":
+            from ...prepared.make_copy import copy_job  # with the encoder's modules, which no other child needs
+
+            return {"kind": "copied", "row": copy_job(message, self._alive)}
+        return self._decode(message)
+
+    def _decode(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Decode a job's rows into slots; `skip` rows were delivered by a child that died."""
+        sampling = Sampling.model_validate(job["sampling"])
+        first, end, most, skip = job["first"], job["end"], job["max_rows"], job["skip"]
+        with VideoReader(job["path"], progress=self._alive) as reader:
+            timeline = reader.timeline()
+            chosen = sampling.select(timeline.pts, timeline.key, timeline.time_base)
+            chosen = chosen[(chosen >= first) & (chosen < (len(timeline) if end is None else end))]
+            limit = len(chosen) if most is None else most
+            renderer: Renderer | None = None
+            index: list[int] = []
+            pts: list[int] = []
+            slot, rows = -1, 0
+            arrays: tuple[np.ndarray, ...] = ()
+            more = False
+            # Rows are counted as they come, since a damaged frame gives none.
+            for i, p, frame in reader.frames_at(chosen):
+                if rows >= limit:
+                    more = True
+                    break
+                rows += 1
+                if rows <= skip:
+                    del frame
+                    continue
+                if slot < 0:
+                    slot = self._slot()
+                    arrays = self._layout.arrays(self._memory, slot)
+                renderer = renderer or reader.info.renderer()
+                for view, array in zip(self._views, arrays, strict=True):
+                    renderer.render(frame, view, out=array[len(index)])
+                del frame  # see VideoReader
+                index.append(i)
+                pts.append(p)
+                if len(index) == self._layout.rows:
+                    self._deliver(slot, index, pts)
+                    slot, index, pts = -1, [], []
+            if index:
+                self._deliver(slot, index, pts)
+            elif slot >= 0:
+                self._free.append(slot)
+            if len(chosen) and not rows:
+                raise VideoError(f"none of the sampled frames could be decoded: {reader.damage}")
+            return {
+                "kind": "done",
+                "frames": len(timeline),
+                "clock": timeline.clock,
+                "note": reader.truncated,
+                "more": more,
+            }
+
+    def _slot(self) -> int:
+        """A slot the parent has read; waits for one."""
+        while not self._free:
+            message = receive(self._connection)
+            self._free.append(message["slot"])
+        return self._free.pop()
+
+    def _deliver(self, slot: int, index: list[int], pts: list[int]) -> None:
+        self._spoke = time.monotonic()
+        send(self._connection, {"kind": "block", "slot": slot, "index": index, "pts": pts})
+
+
+def _limit_memory(gigabytes: float) -> None:
+    """Bound the address space to so much more than is used now, so that a hostile header cannot fill the machine."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on every system
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+        limit = used + int(gigabytes * 2**30)
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main(arguments: list[str]) -> int:
+    """Entry of the child process."""
+    connection = Connection(int(arguments[0]))
+    setup = receive(connection)
+    end_with(Owner(**setup["owner"]))
+    memory = mmap.mmap(int(arguments[1]), setup["bytes"])
+    os.close(int(arguments[1]))
+    views = tuple(View.model_validate(view) for view in setup["views"])
+    child = Child(connection, memory, views)
+    child.check()
+    _limit_memory(setup["memory_gb"])
+    try:
+        child.serve()
+    except (EOFError, BrokenPipeError, ConnectionError):
+        return 0  # the parent is done with us
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,401 @@
+"""Stores that somebody made to harm: whatever a node, a table or a link says, no reader leaves the store, and every
+command ends with an error of distinit's own that names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tracemalloc
+from collections.abc import Callable, Iterable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+from numcodecs.zstd import Zstd
+
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import DistInitError
+from distinit.pipeline.store.digests import seal
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.writer import StoreWriter
+from distinit.stages.targets_browse import targets_browse
+from distinit.stages.targets_export import targets_export
+from distinit.stages.targets_info import targets_info
+from distinit.stages.targets_merge import targets_merge
+from distinit.stages.targets_verify import targets_verify
+from distinit.tests.store_recipe import RUN, Recipe
+from distinit.tests.thorough import is_thorough, some
+
+QUIET = Screen(quiet=True)
+SAMPLING = Recipe().sampling
+FINGERPRINT = {"probes": 1, "torch": "x", "device": "cpu", "basis": {"kind": "new"}, "logits": [[0.5] * 3] * 6}
+ROOT, PLAN, FRAMES, ROWS = "", "plans/000000", "commits/frames/000000", "commits/teachers/t/000000"
+TEACHER, PRINT = "teachers/t", "teachers/t/fingerprint"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a good store and another part, and with a file and a folder that nobody may touch."""
+    base = tmp_path_factory.mktemp("sound")
+    for name, videos in (("s.zarr", range(5)), ("other.zarr", range(7, 10))):
+        Recipe(videos=videos, teachers={"t": 3}, shard_rows=256).make(base / name)
+        with StoreWriter(base / name, sampling=SAMPLING) as writer:
+            writer.add_fingerprint("t", FINGERPRINT)
+    (base / "victim").mkdir()
+    (base / "victim" / "precious").write_text("precious")
+    (base / "canary").write_text("canary")
+    return base
+
+
+def read_all(store: Path) -> None:
+    opened = TargetStore.open(store)
+    opened.identity()
+    for video in range(opened.n_videos):
+        opened.video(video)
+        opened.video_path(video)
+        rows = opened.frames(video)[2]
+        for name in opened.teachers:
+            opened.logits(name, rows)
+            opened.entropy(name, rows)
+            opened.encoding_error(name)
+            opened.fingerprint(name)
+
+
+COMMANDS: dict[str, Callable[[Path, Path], object]] = {
+    "read": lambda store, out: read_all(store),
+    "info": lambda store, out: targets_info(store, QUIET, list_failed=True),
+    "browse": lambda store, out: targets_browse(store, out / "page", QUIET, sample=2),
+    "merge": lambda store, out: targets_merge([store.with_name("other.zarr"), store], out / "merged.zarr", QUIET),
+    "export": lambda store, out: targets_export(store, out / "e.zarr", QUIET),
+    "hdf5": lambda store, out: targets_export(store, out / "e.h5", QUIET),
+    "verify": lambda store, out: targets_verify(store, QUIET),
+    "extract": lambda store, out: extract(store),
+    "repair": lambda store, out: targets_verify(store, QUIET, repair=True),
+}
+
+
+def extract(store: Path) -> None:
+    """What an extraction into the store does to it, without videos."""
+    with StoreWriter(store, sampling=SAMPLING) as writer:
+        recipe = Recipe(videos=range(20, 22), teachers={"t": 3}, shard_rows=256)
+        recipe._list(writer)
+        writer.add_teacher("u", ["a", "b"], {"name": "u", "identity": {"w": 1}, "run": RUN})
+
+
+def outside(base: Path) -> dict[str, bytes]:
+    """All files but those of the store under attack and of what commands make."""
+    files = [p for p in base.rglob("*") if p.is_file() and not p.is_symlink()]
+    names = {p: p.relative_to(base).as_posix() for p in files}
+    return {name: p.read_bytes() for p, name in names.items() if not name.startswith(("s.zarr/", "out/"))}
+
+
+def attack(sound: Path, tmp_path: Path, harm: Callable[[Path], None], named: str, commands: Iterable[str]) -> None:
+    """Commands refuse a store after `harm`, naming the file, or do their work; nothing outside of it changes."""
+    base = tmp_path / "base"
+    shutil.copytree(sound, base)
+    (base / "out").mkdir()
+    harm(base / "s.zarr")
+    before = outside(base)
+    for command in commands:
+        try:
+            result = COMMANDS[command](base / "s.zarr", base / "out")
+        except DistInitError as error:
+            message = str(error)
+        else:
+            if command not in ("verify", "repair"):
+                continue  # which does not use what is wrong
+            message = "; ".join(f["what"] for f in result["findings"])  # type: ignore[index]
+        assert named in message, command
+        assert outside(base) == before, command
+
+
+QUICK = ("read", "verify")
+ALL = tuple(COMMANDS)
+"""A store is changed by the last two."""
+
+
+def edit(store: Path, node: str, change: Callable[[dict[str, Any]], None]) -> None:
+    file = store / node / "zarr.json"
+    document = json.loads(file.read_text())
+    change(document)
+    sealed = "blake2b" in document.get("attributes", {}).get("distinit", {})
+    file.write_bytes(seal(document) if sealed else json.dumps(document).encode())
+
+
+def set_members(record: Any, keys: dict[str, Any]) -> None:
+    """Give members of a record other values, of a key with colons the inner one's; ... removes it."""
+    for key, value in keys.items():
+        *outer, last = key.split(":")
+        inner = record
+        for name in outer:
+            inner = inner[int(name) if isinstance(inner, list) else name]
+        place = int(last) if isinstance(inner, list) else last
+        if value is ...:
+            del inner[place]
+        else:
+            inner[place] = value
+
+
+def set_keys(store: Path, node: str, keys: dict[str, Any]) -> None:
+    """Give keys of a node other values (`set_members`)."""
+    edit(store, node, lambda document: set_members(document["attributes"]["distinit"], keys))
+
+
+def commit_file(name: str, **record: Any) -> dict[str, Any]:
+    return {"files": {name: {"size": 2092, "blake2b": "0" * 32, **record}}}
+
+
+NODES: list[tuple[str, dict[str, Any]]] = [
+    *[(ROOT, {"store_id": v}) for v in ("../victim", "", 5, None, "F" * 32, ["a"], "0" * 33, ...)],
+    *[(ROOT, {"shard_rows": v}) for v in (0, -256, 255, "512", 2**40, 256.0, True, [])],
+    *[(ROOT, {"sampling": v}) for v in ([], None, {"every": 0}, {"every": 10**30}, {"fps": "x"}, {"no": 1}, ...)],
+    *[(ROOT, {"part": v}) for v in ("1/x", "1/99999999999", 5)],
+    (ROOT, {"created": 5}),
+    *[
+        (PLAN, {"teachers": ["t", v]})
+        for v in ("t/../../../victim", "../../victim", "..", ".", "", "/etc", "a\0b", "x" * 5000, 5, "t", "é")
+    ],
+    *[(PLAN, {"teachers": v}) for v in ("t", {"t": 1}, 5)],
+    *[(PLAN, {"corpora": [{"name": v, "root": "/x"}]}) for v in ("../x", "", ".", "/etc", "a\0b", "x" * 5000, 5, None)],
+    *[(PLAN, {"corpora": v}) for v in ([5] * 3, [{"name": "a"}] * 3, {"name": "a"}, [{"name": "a", "root": "/"}] * 3)],
+    *[(PLAN, {"videos": v}) for v in (-1, 10**9, 1e3, "5", 10**400, True, [1], 2**31)],
+    *[("plans/000001", {"segments": v}) for v in (-1, 10**9, 5.0, "5", None)],
+    *[("plans/000001", {"shards": v}) for v in (-1, 10**9, 5.0, "5", 10**30)],
+    *[
+        (FRAMES, commit_file(v))
+        for v in ("x/c/0/../../../../victim/precious", "../victim/precious", "/etc/passwd", "frames/video/c/1", "",
+                  "frames/video/c/0/../0", "frames/video/zarr.json", "teachers/t/entropy/c/0", "a\0b", "x" * 9999)
+    ],
+    *[
+        (FRAMES, commit_file("frames/video/c/0", blake2b=v))
+        for v in ("../victim", "0" * 31, "/" * 32, "A" * 32, 5, None, "0" * 32 + "\n")
+    ],
+    *[(FRAMES, commit_file("frames/video/c/0", size=v)) for v in (-1, 2**62, "5", 1.5, None)],
+    *[(FRAMES, {"files": v}) for v in ([], "x", {"frames/video/c/0": 5}, ...)],
+    *[
+        (FRAMES, {"segment": v})
+        for v in ([-1] * 5, [10**12] * 5, [0.5] * 5, ["a"] * 5, [[0]] * 5, [0], [10**30] * 5, 5, [None] * 5, {}, ...)
+    ],
+    *[(FRAMES, {"first_row": v}) for v in ([-5] * 5, [10**9] * 5, "abcde")],
+    *[(FRAMES, {"rows": v}) for v in ([10**9] * 5, [-1] * 5, [256] * 5)],
+    *[(FRAMES, {"failed": v}) for v in ({"x": "y"}, {"-1": "y"}, {"99": "y"}, {"0": 5}, ["y"], {"٣": "y"})],
+    *[(FRAMES, {"notes": v}) for v in ({"99": "y"}, {"0": None}, 5, {"0": "y" * 10**6})],
+    *[(FRAMES, {"overflow": v}) for v in ({"0": "x"}, {"99": 5}, {"0": -1}, 5)],
+    *[(FRAMES, {"counted": v}) for v in (["a"], [10**9], [-1], {"0": 1}, [99], [0.0])],
+    *[(FRAMES, {"run": v}) for v in (5, {"mixed": []}, {"batch_size": 10**9}, {"mixed": [5]}, ...)],
+    *[(ROWS, {"rows": v}) for v in (-1, 10**9, 1000, "x", None, ...)],
+    *[(ROWS, {"error": v}) for v in ({}, 5, {"kl_mean": "x", "kl_p99": 0.1}, {"kl_mean": True, "kl_p99": 0.1})],
+    *[(ROWS, {"failed": v}) for v in ({"99": "y"}, {"x": "y"}, [])],
+    *[
+        (ROWS, commit_file(v))
+        for v in ("teachers/t/../../../victim/precious", "teachers/t/scale/c/0", "teachers/u/entropy/c/0",
+                  "frames/video/c/0", "teachers/t/logits/c/0", "teachers/t/logits/c/0/1")
+    ],
+    *[(ROWS, commit_file("teachers/t/entropy/c/0", blake2b="../victim"))],
+    *[(TEACHER, {"encoding": v}) for v in ("float64", 5, None, ["int8"], ...)],
+    *[(TEACHER, {"identity": v}) for v in ([], "x", None, ...)],
+    *[(TEACHER, {"run": v}) for v in ([], {"batch_size": -1}, {"precision": 5}, ...)],
+    *[(TEACHER, {"provenance": v}) for v in (5, [], "os:system")],
+    *[(PRINT, {"logits": v}) for v in (5, [], [5], [[10**400]] * 6, [["x"]] * 6, [[{}]] * 6, [[1.0], [1.0, 2.0]] * 3)],
+    *[(PRINT, {"probes": v}) for v in ("x", -1, 10**400, None, ...)],
+    *[(PRINT, {"basis": v}) for v in ([], "new", ...)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("node", "keys"),
+    some(NODES, 3),
+    ids=some((f"{i}-{node or 'root'}-{next(iter(keys))}" for i, (node, keys) in enumerate(NODES)), 3),
+)
+def test_a_node_that_says_nonsense_is_named(sound: Path, tmp_path: Path, node: str, keys: dict[str, Any]) -> None:
+    commands = ALL if NODES.index((node, keys)) % 21 == 0 else QUICK
+    # A count that is too large alone contradicts the tables, which are named then.
+    named = "/" if 10**9 in keys.values() and node.startswith("plans/") else node or "s.zarr"
+    attack(sound, tmp_path, lambda store: set_keys(store, node, keys), named, commands)
+
+
+def set_meta(store: Path, array: str, keys: dict[str, Any]) -> None:
+    """Give members of an array's metadata other values (`set_members`)."""
+    edit(store, array, lambda document: set_members(document, keys))
+
+
+SHARD, INNER = "chunk_grid:configuration:chunk_shape", "codecs:0:configuration:chunk_shape"
+ARRAYS: list[tuple[str, dict[str, Any]]] = [
+    ("frames/video", {INNER: [0]}),
+    ("frames/index", {INNER: [10**9]}),
+    ("frames/pts", {SHARD: [0]}),
+    ("frames/pts", {SHARD: [-256]}),
+    ("frames/pts", {SHARD: [10**12]}),
+    ("frames/pts", {SHARD: "x"}),
+    ("frames/video", {"shape": [-20]}),
+    ("frames/video", {"shape": [10**30]}),
+    ("frames/video", {"shape": []}),
+    ("frames/video", {"shape": [256, 256]}),
+    ("frames/video", {"data_type": "object"}),
+    ("frames/video", {"data_type": {"name": "int32"}}),
+    ("frames/video", {"fill_value": "x"}),
+    ("frames/video", {"codecs": []}),
+    ("frames/video", {"codecs:0:name": "numcodecs.pickle"}),
+    ("frames/video", {"codecs:0:configuration:codecs": [{"name": "bytes"}]}),
+    ("frames/video", {"codecs:0:configuration:index_location": "start"}),
+    ("frames/video", {"codecs:0:configuration": ...}),
+    ("frames/video", {"chunk_grid": ...}),
+    ("frames/video", {"chunk_key_encoding:configuration:separator": "../"}),
+    ("teachers/t/logits", {"shape": [256, 10**9], INNER: [16, 10**9], SHARD: [256, 10**9]}),
+    ("teachers/t/logits", {"shape": [256, 0]}),
+    ("teachers/t/logits", {"shape": [256, 4], INNER: [16, 4], SHARD: [256, 4]}),
+    ("teachers/t/logits", {"data_type": "int8", "fill_value": 0}),
+    ("teachers/t/logits", {"storage_transformers": [{"name": "x"}]}),
+    ("teachers/t/entropy", {SHARD: [512]}),
+    ("teachers/t/entropy", {"data_type": "float64"}),
+    ("teachers/t/class", {"shape": [10**12]}),
+    ("teachers/t/class", {SHARD: [0]}),
+    ("teachers/t/class", {"data_type": "bytes"}),
+    ("videos/path", {SHARD: [0]}),
+    ("videos/path", {SHARD: [1], "shape": [10**9]}),
+    ("videos/path", {"codecs:0:name": "bytes"}),
+    ("videos/corpus", {"codecs": [{"name": "bytes"}, {"name": "numcodecs.pickle"}]}),
+    ("videos/digest", {"shape": [5, 10**9], SHARD: [16384, 10**9]}),
+    ("videos/size", {"shape": [2]}),
+    ("videos/fps", {"zarr_format": 2}),
+    ("videos/path", {"node_type": "group"}),
+    ("segments/video", {"shape": [2**31]}),
+    ("segments/bound", {"fill_value": "NaN"}),
+    ("segments/shard", {"shape": "x"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("array", "keys"),
+    some(ARRAYS, 2),
+    ids=some((f"{i}-{array}-{next(iter(keys))}" for i, (array, keys) in enumerate(ARRAYS)), 2),
+)
+def test_an_array_that_is_not_the_formats_is_named(
+    sound: Path, tmp_path: Path, array: str, keys: dict[str, Any]
+) -> None:
+    commands = ALL if ARRAYS.index((array, keys)) % 14 == 0 else QUICK
+    attack(sound, tmp_path, lambda store: set_meta(store, array, keys), array, commands)
+
+
+DEEP = b'{"attributes": {"distinit": ' + b'{"a": ' * 200 + b"1" + b"}" * 202
+TEXTS = {
+    "empty": b"", "binary": b"\xff\xfe\x00", "deep": b"[" * 100_000, "digits": b"1" * 5000,
+    "null": b"null", "list": b"[]",
+    "no attributes": b'{"attributes": null}', "list of pairs": b'{"attributes": {"distinit": [["a", 1]]}}',
+    "deep objects": DEEP,
+}  # fmt: skip
+FILES = ["", PLAN, FRAMES, ROWS, TEACHER, PRINT, "frames/video", "teachers/t/logits", "teachers/t/class",
+         "videos/path", "videos/fps", "segments/bound"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("folder", "text"), some(product(FILES, TEXTS), 5))
+def test_a_node_that_is_no_json_is_named(sound: Path, tmp_path: Path, folder: str, text: str) -> None:
+    def harm(store: Path) -> None:
+        (store / folder / "zarr.json").write_bytes(TEXTS[text])
+
+    attack(sound, tmp_path, harm, folder or "s.zarr", ALL if text == "deep" and is_thorough() else QUICK)
+
+
+PLACES = [
+    *(f"{folder}/zarr.json".lstrip("/") for folder in FILES),
+    "teachers", "teachers/t", "teachers/t/logits", "teachers/t/logits/c", "teachers/t/logits/c/0/0", "commits",
+    "commits/frames", "commits/teachers", "commits/teachers/t", FRAMES, ROWS, "frames", "frames/video/c/0", "plans",
+    PLAN, "videos", "videos/path", "videos/path/c/0", "videos/duration/c/0", "segments", "segments/video/c/0", PRINT,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "place"), some(product(["link", "pipe"], PLACES), 3))
+def test_a_link_or_a_pipe_in_a_store_is_not_followed(sound: Path, tmp_path: Path, place: str, kind: str) -> None:
+    """The link leads to what was there, so that following it would go unseen."""
+
+    def harm(store: Path) -> None:
+        target = store.with_name("elsewhere")
+        (store / place).rename(target)
+        if kind == "link":
+            (store / place).symlink_to(target)
+        elif target.is_dir():
+            pytest.skip("a folder")
+        else:
+            os.mkfifo(store / place)
+
+    attack(sound, tmp_path, harm, place.removesuffix("/zarr.json"), ALL if kind == "link" and is_thorough() else QUICK)
+
+
+BOMB = 100_000_000
+
+
+def zeros_of_no_said_size() -> bytes:
+    """A zstd frame of `BOMB` zero bytes in run-length blocks of 100,000, whose header does not say how many."""
+    blocks = BOMB // 100_000
+    headers = ((100_000 << 3) | (1 << 1) | (at == blocks - 1) for at in range(blocks))
+    return b"\x28\xb5\x2f\xfd\x00\x58" + b"".join(header.to_bytes(3, "little") + b"\0" for header in headers)
+
+
+@pytest.mark.parametrize("column", ["videos/path", "videos/fps", "segments/bound", "teachers/t/class"])
+@pytest.mark.parametrize("kind", ["said", "unsaid", "sparse"])
+def test_a_chunk_that_would_fill_the_memory_is_refused(sound: Path, tmp_path: Path, column: str, kind: str) -> None:
+    packed = zeros_of_no_said_size() if kind == "unsaid" else bytes(Zstd().encode(bytes(BOMB)))
+
+    def harm(store: Path) -> None:
+        chunk = store / column / "c/0"
+        if kind == "sparse":
+            os.truncate(chunk, 2**40)
+        else:
+            chunk.write_bytes(packed + int(google_crc32c.value(packed)).to_bytes(4, "little"))
+
+    tracemalloc.start()
+    try:
+        attack(sound, tmp_path, harm, f"{column}/c/0", QUICK)
+        assert tracemalloc.get_traced_memory()[1] < BOMB / 2
+    finally:
+        tracemalloc.stop()
+
+
+def test_verify_ends_where_the_folder_of_plans_is_a_link(sound: Path, tmp_path: Path) -> None:
+    def harm(store: Path) -> None:
+        (store / "plans").rename(store.with_name("elsewhere"))
+        (store / "plans").symlink_to(store.with_name("elsewhere"))
+
+    attack(sound, tmp_path, harm, "plans", QUICK)
+
+
+@pytest.mark.parametrize("place", ["staging", "teachers/u", "commits/teachers/u"])
+@pytest.mark.parametrize("command", ["extract", "repair", "verify"])
+def test_a_link_where_something_will_be_written_is_not_followed(
+    sound: Path, tmp_path: Path, place: str, command: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(sound, base)
+    (base / "s.zarr" / place).symlink_to(base / "victim")
+    before = outside(base)
+    with contextlib.suppress(DistInitError):
+        COMMANDS[command](base / "s.zarr", base / "out")
+    assert outside(base) == before
+
+
+def test_links_to_the_store_itself_and_inside_corpora_are_no_matter(sound: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.zarr").symlink_to(sound / "s.zarr")
+    assert targets_verify(tmp_path / "link.zarr", QUIET)["ok"]
+    read_all(tmp_path / "link.zarr")
+
+
+def test_a_damaged_commit_is_dropped_and_filled_again(sound: Path, tmp_path: Path) -> None:
+    recipe = Recipe(videos=range(5), teachers={"t": 3}, shard_rows=256)
+    for node in (FRAMES, ROWS):
+        store = tmp_path / node.replace("/", "-")
+        shutil.copytree(sound / "s.zarr", store)
+        expected = TargetStore.open(store).logits("t", np.arange(20))
+        (store / node / "zarr.json").write_text("{")
+        with pytest.raises(DistInitError, match=node):
+            StoreWriter(store, sampling=SAMPLING)
+        assert targets_verify(store, QUIET, repair=True)["dropped"] >= 1
+        with StoreWriter(store, sampling=SAMPLING) as writer:
+            writer.commit(recipe.stage(writer, 0), RUN)
+        assert targets_verify(store, QUIET)["ok"]
+        assert np.array_equal(TargetStore.open(store).logits("t", np.arange(20)), expected)

@@ -1,0 +1,34 @@
+"""The page about a store whose videos are elsewhere: failures with reasons, missing pictures, odd names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.reporting.browse import look
+from distinit.pipeline.reporting.browse_page import browse_page
+from distinit.pipeline.store.reader import TargetStore
+from distinit.stages.targets_browse import targets_browse
+
+
+def test_failures_and_missing_videos_are_named(make_store: Callable[..., tuple[Any, Path]], tmp_path: Path) -> None:
+    recipe, root = make_store(teachers={"t": 10, "wide": 100})
+    store = TargetStore.open(root)
+    found = look(store, 4)
+    failed = [recipe.path(v).replace("%FF", "\udcff") for v in recipe.videos if recipe.rows(v) == 0]
+    assert [f.path for f in found.failures] == failed
+    assert {f.reason for f in found.failures} == {"no video stream (audio only)"}
+    assert len(found.videos) == 4
+    for video in found.videos:
+        assert video.problem == "no such file"
+        assert all(picture.jpeg is None for picture in video.pictures)
+        assert set(video.curves) == {"t", "wide"}
+    page = browse_page(found, "<0>")
+    assert "<0>" not in page
+    assert page.count("no video stream (audio only)") == len(failed) + 1
+    assert page.count("missing here: no such file") == 4
+    assert "ü\\udcff.mp4" in page
+    targets_browse(root, tmp_path / "out", Screen(quiet=True), sample=4)
+    assert "<img" not in (tmp_path / "out" / "browse.html").read_text(encoding="utf-8")

@@ -1,0 +1,230 @@
+"""A store behind a URL gives the rows of the local one, over real servers on loopback, and keeps what it read."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from distinit.pipeline.common import urls
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import StoreError
+from distinit.pipeline.common.urls import is_url
+from distinit.pipeline.store import layout as fmt
+from distinit.pipeline.store import remote
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.storage import absolute
+from distinit.pipeline.store.writer import StoreWriter
+from distinit.stages.targets_info import targets_info
+
+
+@dataclass
+class Server:
+    """A folder behind HTTP without listings. `ranges` False: a server that answers a range with all of the file."""
+
+    root: Path
+    ranges: bool = True
+    broken: int = 0  # so many answers are 503 first
+    url: str = ""
+    asked: list[tuple[str, int]] = field(default_factory=list)  # file, bytes sent
+
+    def bytes_of(self, part: str) -> int:
+        return sum(n for path, n in self.asked if part in path)
+
+
+@contextmanager
+def serve(root: Path, **changes: Any) -> Iterator[Server]:
+    state = Server(root, **changes)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            file = root / self.path.strip("/")
+            data, status = (file.read_bytes(), 200) if file.is_file() else (b"", 404)
+            if state.broken:
+                state.broken, data, status = state.broken - 1, b"", 503
+            elif status == 200 and state.ranges and "Range" in self.headers:
+                first, last = (int(x) for x in self.headers["Range"].removeprefix("bytes=").split("-"))
+                data, status = (data[first : last + 1], 206) if first < len(data) else (b"", 416)
+            state.asked.append((self.path, len(data)))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: Any) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        state.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield state
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def small_files_and_no_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes of these stores take the ways that large stores take."""
+    monkeypatch.setattr(remote, "WHOLE", 1500)
+    monkeypatch.setattr(remote, "BLOCK", 1024)
+    monkeypatch.setattr(remote, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setenv("DISTINIT_CACHE", str(tmp_path / "cache"))
+
+
+def same(a: TargetStore, b: TargetStore) -> None:
+    assert a.identity() == b.identity()
+    assert a.usable().tolist() == b.usable().tolist()
+    for v in range(a.n_videos):
+        assert repr(a.video(v)) == repr(b.video(v))
+        for x, y in zip(a.frames(v), b.frames(v), strict=True):
+            np.testing.assert_array_equal(x, y)
+        rows = a.frames(v)[2]
+        for name in a.teachers:
+            np.testing.assert_array_equal(a.logits(name, rows), b.logits(name, rows))
+            np.testing.assert_array_equal(a.entropy(name, rows), b.entropy(name, rows))
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_rows_over_http_equal_the_local_ones_and_come_once(make_store: Callable[..., Any], ranges: bool) -> None:
+    _, root = make_store(teachers={"t": 10, "second": 5}, uncommitted=[2], encoding="int8" if ranges else "float16")
+    with serve(root.parent, ranges=ranges) as server:
+        store = TargetStore.open(f"{server.url}/s.zarr/")
+        rows = store.frames(0)[2][:3]
+        store.logits("t", rows)
+        file = (root / "teachers/t/logits/c/0/0").stat().st_size
+        if ranges:
+            assert 0 < server.bytes_of("t/logits/c/0") <= 3 * 1024 < file  # a block and the index
+        same(TargetStore.open(root), store)
+        asked = len(server.asked)
+        again = TargetStore.open(f"{server.url}/s.zarr")
+        same(TargetStore.open(root), again)
+        # The rest is in the cache; only chunks that were not there, which are fill, are asked for again.
+        assert not [path for path, sent in server.asked[asked:] if sent and not path.endswith("zarr.json")]
+    same(TargetStore.open(root), pickle.loads(pickle.dumps(again)))  # and the server is gone
+
+
+def test_a_store_in_memory_and_a_store_that_grows(
+    make_store: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urls, "PROTOCOLS", (*urls.PROTOCOLS, "memory"))  # as it takes the way of s3 and others
+    recipe, root = make_store(uncommitted=[1])
+    memory = fsspec.filesystem("memory")
+    memory.put(str(root), "/bucket/s.zarr", recursive=True)
+    before = TargetStore.open("memory://bucket/s.zarr")
+    same(TargetStore.open(root), before)
+    with StoreWriter(root, sampling=recipe.sampling) as writer:
+        writer.commit(recipe.stage(writer, 1), recipe.run)
+        writer.add_teacher("late", ["x"], {"name": "late", "identity": {"w": 1}, "run": recipe.run})
+    memory.put(str(root), "/bucket/", recursive=True)
+    after = TargetStore.open("memory://bucket/s.zarr", cache=tmp_path / "cache")
+    assert list(after.teachers) == ["t", "late"]
+    after.teachers.pop("late"), (local := TargetStore.open(root)).teachers.pop("late")
+    same(local, after)
+    assert len(after.usable(["t"])) > len(before.usable())
+    with pytest.raises(StoreError, match="local folder"):
+        _ = after.path
+
+
+def test_two_copies_that_grew_differently_are_not_mixed_up(make_store: Callable[..., Any], tmp_path: Path) -> None:
+    recipe, root = make_store(videos=range(5))
+    for name in ("c", "d"):
+        copy = shutil.copytree(root, tmp_path / f"{name}.zarr")
+        with StoreWriter(copy, sampling=recipe.sampling) as writer:
+            columns: dict[str, list[Any]] = {s.path.split("/")[1]: [1] for s in fmt.video_specs()}
+            columns |= {"path": [f"{name}.mp4"], "corpus": [2], "digest": [[1] * 16]}
+            writer.add_videos(columns, [*writer.index.corpora, {"name": name, "root": f"/{name}"}])
+    with serve(tmp_path) as server:
+        for name in ("c", "d"):
+            store = TargetStore.open(f"{server.url}/{name}.zarr")
+            assert (store.video(5).corpus, store.video(5).path) == (name, f"{name}.mp4")
+
+
+def test_a_damaged_cache_heals_and_damage_behind_it_is_named(make_store: Callable[..., Any], tmp_path: Path) -> None:
+    _, root = make_store()
+    with serve(root.parent) as server:
+        url = f"{server.url}/s.zarr"
+        store = TargetStore.open(url)
+        rows = store.frames(5)[2]
+        good = store.logits("t", rows)
+        for file in (tmp_path / "cache/stores").glob("*/shards/*/*"):
+            file.write_bytes(bytes(b ^ 255 for b in file.read_bytes()))
+        np.testing.assert_array_equal(TargetStore.open(url).logits("t", rows), good)
+        server.broken = 2  # a hiccup
+        np.testing.assert_array_equal(TargetStore.open(url).logits("t", rows), good)
+
+        fresh = {"cache": tmp_path / "other"}
+        shard = root / "teachers/t/logits/c/0/0"
+        data = bytearray(shard.read_bytes())
+        data[3] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(StoreError, match=r"http.*logits/c/0/0: chunk 0 fails its crc32c"):
+            TargetStore.open(url, **fresh).logits("t", rows[:1] * 0)
+        shard.write_bytes(data[:700])
+        with pytest.raises(StoreError, match=r"http.*logits/c/0/0"):
+            TargetStore.open(url, cache=tmp_path / "third").logits("t", rows)
+        shard.unlink()
+        with pytest.raises(StoreError, match="a committed shard is missing"):
+            TargetStore.open(url, cache=tmp_path / "third").logits("t", rows)
+        server.broken = 99
+        with pytest.raises(StoreError, match=r"http.*cannot be read.*503"):
+            TargetStore.open(url)
+    with pytest.raises(StoreError, match="cannot be read"):
+        TargetStore.open(url)
+
+
+class Rows:
+    """A data set over a store, as a loader's workers read it."""
+
+    def __init__(self, store: TargetStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return self.store.n_videos
+
+    def __getitem__(self, v: int) -> float:
+        return float(self.store.logits("t", self.store.frames(v)[2]).sum())
+
+
+def test_loader_workers_read_through_one_cache(make_store: Callable[..., Any]) -> None:
+    _, root = make_store()
+    expected = [Rows(TargetStore.open(root))[v] for v in range(40)]
+    with serve(root.parent) as server:
+        store = TargetStore.open(f"{server.url}/s.zarr")
+        _ = store.frames(0)  # the parent's connection is open when it forks
+        loader = DataLoader(Rows(store), batch_size=None, num_workers=2, multiprocessing_context="fork")
+        assert [float(x) for x in loader] == expected
+
+
+def test_what_is_no_store_there_is_said_by_its_url(make_store: Callable[..., Any], tmp_path: Path) -> None:
+    _, root = make_store()
+    with serve(root.parent) as server:
+        with pytest.raises(StoreError, match=rf"{server.url}/none.zarr: no such target store"):
+            TargetStore.open(f"{server.url}/none.zarr")
+        with pytest.raises(StoreError, match="not a target store"):
+            TargetStore.open(f"{server.url}/s.zarr/frames")
+        info = targets_info(f"{server.url}/s.zarr", Screen(quiet=True))
+        local = targets_info(root, Screen(quiet=True))
+        assert {k: info[k] for k in info if k not in ("store", "bytes", "bytes_a_row")} == {
+            k: local[k] for k in local if k not in ("store", "bytes", "bytes_a_row")
+        }
+        with pytest.raises(StoreError, match="DISTINIT_CACHE"):
+            TargetStore.open(f"{server.url}/s.zarr", cache=root / "zarr.json")
+    assert is_url("s3://b/t.zarr")
+    assert is_url("simplecache::http://h/t.zarr")
+    assert not any(map(is_url, ("t.zarr", "/a:b/t.zarr", "file:///a", "a:b", str(root))))
+    assert absolute("s3://b/t.zarr") == "s3://b/t.zarr"
+    same(TargetStore.open(root), TargetStore.open(f"file://{root}"))

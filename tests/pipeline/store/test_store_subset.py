@@ -1,0 +1,207 @@
+"""Stores made of some videos and teachers of another hold the same bits, and nothing else."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.errors import StoreError, UsageError
+from distinit.pipeline.store import subset
+from distinit.pipeline.store.index import load_index
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.verify import verify
+from distinit.stages.targets_export import targets_export
+from distinit.stages.targets_merge import targets_merge
+from distinit.tests.flips import flips
+
+QUIET = Screen(quiet=True)
+Make = Callable[..., Any]
+
+
+def same_videos(a: TargetStore, b: TargetStore, teachers: tuple[str, ...]) -> None:
+    """Every video of `b` is in `a`, with the same bits."""
+    of = {(a.video(v).corpus, a.video(v).path): v for v in range(a.n_videos)}
+    for w in range(b.n_videos):
+        record = b.video(w)
+        v = of[record.corpus, record.path]
+        assert repr(record).replace(f"id={w}", "") == repr(a.video(v)).replace(f"id={v}", "")
+        rows, mine = a.frames(v), b.frames(w)
+        for x, y in zip(rows[:2], mine[:2], strict=True):
+            np.testing.assert_array_equal(x, y)
+        for t in teachers:
+            np.testing.assert_array_equal(a.logits(t, rows[2]), b.logits(t, mine[2]))
+            np.testing.assert_array_equal(a.entropy(t, rows[2]), b.entropy(t, mine[2]))
+
+
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_a_chosen_part_is_a_store_like_any_other(make_store: Make, tmp_path: Path, encoding: str) -> None:
+    recipe, root = make_store(teachers={"t": 9, "u": 4}, encoding=encoding)
+    whole = TargetStore.open(root)
+    numbers = [1, 3, 7, 8, 10, 30, 31, 39]
+    names = [recipe.path(v).replace("%FF", "\udcff") for v in numbers]
+    lines = [names[0], f"b={names[1]}", f"/data/b/{names[2]} 5", "# a comment", "", *names[3:]]
+    (tmp_path / "list.txt").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    out = tmp_path / "some.zarr"
+    result = targets_export(root, out, QUIET, teachers=["u"], corpora=["b"], videos_from=tmp_path / "list.txt")
+    store = TargetStore.open(out)
+    kept = [v for v in numbers if recipe.corpus(v) == 1]
+    paths = [recipe.path(v).replace("%FF", "\udcff") for v in kept]
+    assert [store.video(w).path for w in range(store.n_videos)] == paths
+    assert (list(store.teachers), list(store.corpora)) == (["u"], ["b"])
+    assert store.teachers["u"] == whole.teachers["u"]
+    assert (result["videos"], result["rows"]) == (len(kept), sum(recipe.rows(v) for v in kept))
+    same_videos(whole, store, ("u",))
+    assert list(verify(out, load_index(out))) == []
+    assert 0 < store.encoding_error("u")["kl_mean"] <= store.encoding_error("u")["kl_p99"] or encoding == "float16"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["list.txt", "s.zarr", "some.zarr"]
+    everything = tmp_path / "all.zarr"
+    targets_export(root, everything, QUIET, shard_rows=1024)
+    assert TargetStore.open(everything).index.shard_rows == 1024
+    same_videos(whole, TargetStore.open(everything), ("t", "u"))
+    same_videos(TargetStore.open(everything), whole, ("t", "u"))
+
+
+def test_an_exported_part_fits_a_merge_that_it_did_not(make_store: Make, tmp_path: Path) -> None:
+    a = make_store("a.zarr", videos=range(10))[1]
+    b = make_store("b.zarr", videos=range(10, 15), shard_rows=1024)[1]
+    targets_export(b, tmp_path / "b2.zarr", QUIET, shard_rows=512)
+    merged = targets_merge([a, tmp_path / "b2.zarr"], tmp_path / "ab.zarr", QUIET)
+    assert merged["videos"] == 15
+    same_videos(TargetStore.open(b), TargetStore.open(tmp_path / "b2.zarr"), ("t",))
+
+
+def test_nothing_stands_at_out_until_it_is_whole(make_store: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    root = make_store(uncommitted=[1])[1]
+    out = tmp_path / "out.zarr"
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subset.ShardCopy, "teacher", stop)
+        with pytest.raises(KeyboardInterrupt):
+            targets_export(root, out, QUIET)
+    assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
+    shutil.copytree(root, tmp_path / ".out.zarr.part")  # as a kill leaves it
+    shutil.rmtree(tmp_path / ".out.zarr.part" / "commits")
+    whole = TargetStore.open(root)
+    done = targets_export(root, out, QUIET)
+    assert done["videos"] == whole.n_videos - int((whole.video_state == 0).sum())  # pending ones are left out
+    assert list(verify(out, load_index(out))) == []
+    damaged = root / "teachers/t/logits/c/0/0"
+    damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
+    with pytest.raises(StoreError, match="crc32c"):
+        targets_export(root, tmp_path / "again.zarr", QUIET)
+    assert not (tmp_path / "again.zarr").exists()
+
+
+def test_one_export_at_a_time_writes_a_file(make_store: Make, tmp_path: Path) -> None:
+    root = make_store()[1]
+    part = tmp_path / ".x.h5.part"
+    part.write_bytes(b"of another export")
+    descriptor = os.open(part, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(StoreError, match="another export is writing it"):
+        targets_export(root, tmp_path / "x.h5", QUIET)
+    assert part.read_bytes() == b"of another export"
+    os.close(descriptor)  # that one was killed
+    assert targets_export(root, tmp_path / "x.h5", QUIET)["videos"] > 0
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("name", ["deep/x.zarr", "x.zarr"])
+def test_of_two_exports_to_one_store_the_second_is_refused_and_the_first_goes_on(
+    make_store: Make, tmp_path: Path, monkeypatch: Any, name: str
+) -> None:
+    root, out = make_store()[1], tmp_path / name
+    copy, refused = subset.ShardCopy.teacher, []
+
+    def meanwhile(*args: Any) -> Any:
+        if not refused:
+            with pytest.raises(StoreError) as busy:
+                targets_export(root, out, QUIET)
+            refused.append(str(busy.value))
+        return copy(*args)
+
+    monkeypatch.setattr(subset.ShardCopy, "teacher", meanwhile)
+    assert targets_export(root, out, QUIET)["videos"] > 0
+    assert str(out) in refused[0]
+    assert [path.name for path in out.parent.iterdir() if path.name != "s.zarr"] in (["x.zarr"], ["deep", "x.zarr"])
+    assert list(verify(out, load_index(out))) == []
+
+
+def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> None:
+    root = make_store()[1]
+    (tmp_path / "list.txt").write_text("v00\nnothing.mp4\n")
+    for words, changes in (
+        (r"must end in .h5, .hdf5 \(one HDF5 file\) or .zarr", {"out": "x.csv"}),
+        ("exists already", {"out": "s.zarr"}),
+        ("expected a local folder", {"out": "s3://bucket/x.zarr"}),
+        ("the store has a, b", {"corpora": ["c"]}),
+        ("it has: t", {"teachers": ["x"]}),
+        ("2 of 2 lines name no video of .*first: 'v00'", {"videos_from": tmp_path / "list.txt"}),
+        ("--shard-rows must be a multiple of 256", {"shard_rows": 100}),
+        ("only a store", {"out": "x.h5", "shard_rows": 512}),
+    ):
+        out = str(changes.pop("out", "out.zarr"))  # type: ignore[attr-defined]
+        out = out if "://" in out else str(tmp_path / out)
+        with pytest.raises((UsageError, StoreError), match=words):
+            targets_export(root, out, QUIET, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["x.zarr", "x.h5"])
+def test_a_finished_export_is_known_again_and_another_is_refused(make_store: Make, tmp_path: Path, name: str) -> None:
+    root, out = make_store()[1], tmp_path / name
+    done = targets_export(root, out, QUIET)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert targets_export(root, out, QUIET) == done
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    first = TargetStore.open(root).place(0)
+    (tmp_path / "list.txt").write_bytes(os.fsencode(first[1]) + b"\n")
+    changes: list[dict[str, Any]] = [{"videos_from": tmp_path / "list.txt"}]
+    if name == "x.zarr":
+        changes.append({"shard_rows": 2048})
+    for change in changes:
+        with pytest.raises(UsageError):
+            targets_export(root, out, QUIET, **change)
+    with pytest.raises(UsageError):
+        targets_export(make_store("other.zarr")[1], out, QUIET)
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    out.write_bytes(b"another file")
+    with pytest.raises(UsageError):
+        targets_export(root, out, QUIET)
+    assert out.read_bytes() == b"another file"
+
+
+def tables_of(path: Path) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, found_at: found.update({name: found_at[()].tobytes()})
+            if isinstance(found_at, h5py.Dataset)
+            else None
+        )
+    return found
+
+
+def test_hdf5_itself_finds_every_flipped_bit_of_an_exported_file(make_store: Make, tmp_path: Path) -> None:
+    out = tmp_path / "x.h5"
+    targets_export(make_store()[1], out, QUIET)
+    whole, seen = tables_of(out), 0
+    for flip in flips(out, tmp_path / "y.h5", seed=0, per_kind=150):
+        try:
+            found = tables_of(flip.path)
+        except Exception:  # of h5py, of any kind
+            seen += 1
+        else:
+            assert found == whole, flip
+    assert seen > 100

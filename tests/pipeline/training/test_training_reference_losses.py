@@ -1,0 +1,80 @@
+"""The two losses that a student learns between, against the losses themselves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from distinit.pipeline.training.distillation import Distillation
+from distinit.pipeline.training.losses.soft_target_cross_entropy import soft_target_cross_entropy
+from distinit.pipeline.training.losses.squared_error import squared_error
+from distinit.pipeline.training.reference_losses import LossBounds, loss_bounds
+
+DRAWS, CLASSES = 40, {"a": 6, "b": 4}
+
+
+def draws(*, weight_of_b: list[float] | None = None) -> tuple[list[SimpleNamespace], dict[str, np.ndarray]]:
+    """What `loss_bounds` reads of draws, and the logits of all [M, K]."""
+    random = np.random.default_rng(3)
+    logits = {name: random.normal(0, 2, (DRAWS, k)).astype(np.float32) for name, k in CLASSES.items()}
+    found = [
+        SimpleNamespace(
+            logits={name: values[i] for name, values in logits.items()},
+            weight={"a": 1.0, "b": weight_of_b[i] if weight_of_b else 1.0},
+        )
+        for i in range(DRAWS)
+    ]
+    return found, logits
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_of_cross_entropy_they_are_the_loss_of_the_mean_target_and_of_the_targets(tau: float) -> None:
+    found, logits = draws()
+    bounds = loss_bounds(found, Distillation(["a", "b"], tau=tau, weights={"b": 0.5}))
+    constant = perfect = 0.0
+    for name, factor in (("a", 1.0), ("b", 0.5)):
+        targets = torch.softmax(torch.from_numpy(logits[name]).double() / tau, dim=1)
+        ones = torch.ones(DRAWS)
+        constant += factor * float(soft_target_cross_entropy(targets.mean(0).log().expand_as(targets), targets, ones))
+        perfect += factor * float(soft_target_cross_entropy(targets.log(), targets, ones))
+    assert bounds is not None
+    assert bounds.constant == pytest.approx(constant, rel=1e-5)
+    assert bounds.perfect == pytest.approx(perfect, rel=1e-5)
+    assert bounds.learned(constant) == pytest.approx(0, abs=1e-4)
+    assert bounds.learned(perfect) == pytest.approx(1, abs=1e-4)
+    assert bounds.learned(constant + 0.1) < 0
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_no_constant_has_a_smaller_squared_error(reduction: str) -> None:
+    found, logits = draws()
+    bounds = loss_bounds(found, Distillation(["a"], loss="squared-error", mse_reduction=reduction))
+    targets = torch.from_numpy(logits["a"])
+
+    def loss(of: torch.Tensor) -> float:
+        return float(squared_error(of.expand_as(targets), targets, torch.ones(DRAWS), reduction))
+
+    assert bounds is not None
+    assert bounds.perfect == 0
+    assert bounds.constant == pytest.approx(loss(targets.mean(0)), rel=1e-5)
+    for k in range(CLASSES["a"]):
+        for step in (-0.1, 0.1):
+            assert loss(targets.mean(0) + step * torch.eye(CLASSES["a"])[k]) > bounds.constant
+
+
+def test_a_teacher_counts_the_draws_that_its_filter_keeps() -> None:
+    weight = [float(i % 2) for i in range(DRAWS)]
+    found, logits = draws(weight_of_b=weight)
+    bounds = loss_bounds(found, Distillation(["b"]))
+    kept = torch.softmax(torch.from_numpy(logits["b"][1::2]).double(), dim=1)
+    assert bounds is not None
+    assert bounds.perfect == pytest.approx(float(-(kept * kept.log()).sum(dim=1).mean()), rel=1e-5)
+    nothing, _ = draws(weight_of_b=[0.0] * DRAWS)
+    assert loss_bounds(nothing, Distillation(["b"])) is None
+
+
+def test_where_every_clip_is_alike_there_is_nothing_to_learn() -> None:
+    assert LossBounds(1.5, 1.5).learned(1.5) == 0

@@ -1,0 +1,119 @@
+"""Stores made without a video or a teacher: rows from known logits, through the writer that extraction uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distinit.pipeline.store import layout as fmt
+from distinit.pipeline.store.encoding import Encoding, decode, divergence, encode, error_record
+from distinit.pipeline.store.planning import Stretch
+from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from distinit.pipeline.store.writer import StoreWriter
+from distinit.pipeline.targets.soft_targets import entropy
+
+RUN = {"batch_size": 4, "precision": "fp32", "torch": "x", "device": "cpu"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to put into a store: `videos` are numbers, each of which stands for a file and its logits."""
+
+    videos: Sequence[int] = range(40)
+    teachers: Mapping[str, int] = field(default_factory=lambda: {"t": 10})
+    shard_rows: int = 512
+    every: int = 4
+    identity: int = 1
+    uncommitted: Sequence[int] = ()
+    run: Mapping[str, object] = field(default_factory=lambda: RUN)
+    encoding: Encoding = "float16"
+
+    @property
+    def sampling(self) -> dict[str, object]:
+        return {"every": self.every, "fps": None, "keyframes": False}
+
+    @staticmethod
+    def rows(video: int) -> int:
+        """0 for the videos that cannot be read."""
+        return 0 if video % 7 == 3 else 20 + video
+
+    @staticmethod
+    def path(video: int) -> str:
+        return f"v{video:02d} ü%FF.mp4"
+
+    @staticmethod
+    def corpus(video: int) -> int:
+        return video % 2
+
+    def logits(self, video: int, teacher: str) -> np.ndarray:
+        random = np.random.default_rng([video, len(teacher), self.teachers[teacher]])
+        return random.normal(0, 3, (self.rows(video), self.teachers[teacher])).astype(np.float32)
+
+    def make(self, root: Path) -> Path:
+        """Write the store, all shards but the `uncommitted` ones."""
+        with StoreWriter(root, sampling=self.sampling, shard_rows=self.shard_rows) as writer:
+            self._list(writer)
+            writer.add_segments([Stretch(i, 0, -1, self.rows(v)) for i, v in enumerate(self.videos)])
+            for name, classes in self.teachers.items():
+                attributes = {"name": name, "identity": {"w": self.identity}, "run": self.run}
+                writer.add_teacher(name, [f"class {k}" for k in range(classes)], attributes, encoding=self.encoding)
+            for shard in range(writer.index.n_shards):
+                if shard not in self.uncommitted:
+                    writer.commit(self.stage(writer, shard), self.run)
+        return root
+
+    def _list(self, writer: StoreWriter) -> None:
+        n = len(self.videos)
+        columns = {
+            "corpus": [self.corpus(v) for v in self.videos],
+            "path": [self.path(v) for v in self.videos],
+            "size": [1000 + v for v in self.videos],
+            "digest": [[v % 255 + 1] * 16 for v in self.videos],
+            "rows_bound": [self.rows(v) for v in self.videos],
+            "duration": [1.5] * n, "fps": [25.0] * n, "width": [64] * n, "height": [48] * n,
+            "time_base_num": [1] * n, "time_base_den": [12800] * n,
+        }  # fmt: skip
+        writer.add_videos(columns, [{"name": "a", "root": "/data/a"}, {"name": "b", "root": "/data/b"}])
+
+    def stage(self, writer: StoreWriter, shard: int) -> ShardResult:
+        """What a worker hands over for one shard."""
+        ids = [int(s) for s in np.flatnonzero(writer.index.shard == shard)]
+        videos = [self.videos[int(writer.index.video[s])] for s in ids]
+        folder = new_staging(writer.root, shard)
+        counts = np.array([self.rows(v) for v in videos])
+        frame = np.concatenate([4 * np.arange(n) for n in counts])
+        part = FramesPart(
+            segment=ids,
+            first_row=np.where(counts > 0, np.cumsum(counts) - counts, 0).tolist(),
+            rows=counts.tolist(),
+            frames=np.where(counts > 0, 4 * counts, -1).tolist(),
+            failed={s: "no video stream (audio only)" for s, n in zip(ids, counts, strict=True) if n == 0},
+        )
+        data = {"video": np.repeat(writer.index.video[ids], counts), "index": frame, "pts": frame * 512}
+        for spec in fmt.frame_specs():
+            part.files += stage_array(folder, spec, shard, data[spec.path.split("/")[1]], self.shard_rows)
+        parts = {}
+        for name, classes in self.teachers.items():
+            z = np.concatenate([self.logits(v, name) for v in videos])
+            stored = {**encode(z, self.encoding), "entropy": entropy(z)}
+            error = divergence(z, decode(stored, self.encoding))
+            parts[name] = TeacherPart(rows=len(z), error=error_record(error))
+            for spec in fmt.teacher_specs(name, classes, self.encoding):
+                values = stored[spec.path.split("/")[-1]]
+                parts[name].files += stage_array(folder, spec, shard, values, self.shard_rows)
+        return ShardResult(shard, part, parts, str(folder))
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Callable[..., tuple[Recipe, Path]]:
+    """`make_store("name", videos=…, …)` → the recipe and the folder of a store."""
+
+    def make(name: str = "s.zarr", **changes: object) -> tuple[Recipe, Path]:
+        recipe = Recipe(**changes)  # type: ignore[arg-type]
+        return recipe, recipe.make(tmp_path / name)
+
+    return make
