@@ -61,7 +61,7 @@ def pictures(paths: list[str], size: tuple[int, int]) -> Iterator[np.ndarray]:
 
 def ours(path: str, start: int, length: int) -> np.ndarray:
     """A video as met for the first time."""
-    clips._indices = copymap.Remembered()
+    clips._indices = copymap.LruCache()
     return clips.read_frames(path, np.arange(start, start + length), CLIP).images
 
 
@@ -72,7 +72,7 @@ def ours_again(path: str, start: int, length: int) -> np.ndarray:
 
 def copy(path: str, start: int, length: int) -> np.ndarray:
     """A prepared copy as met for the first time."""
-    copymap._maps = copymap.Remembered()
+    copymap._maps = copymap.LruCache()
     return read_copy(path, np.arange(start, start + length), CLIP).images
 
 

@@ -29,11 +29,11 @@ from measuring import in_turn, machine, medians, processor_seconds, table
 
 from distinit.pipeline.common.console import Screen
 from distinit.pipeline.common.devices import resolve_device
+from distinit.pipeline.common.processes import cores
 from distinit.pipeline.corpus.sources import list_videos
 from distinit.pipeline.extraction.extract_options import ExtractConfig, default_decoders
 from distinit.pipeline.extraction.teacher_runner import TeacherRunner, batch_threads
 from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
-from distinit.pipeline.training.precision import cores
 from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets

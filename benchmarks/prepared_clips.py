@@ -106,8 +106,8 @@ def measure(read: Read, files: list[str], count: int, seed: int) -> float:
     for _ in range(count):
         path = files[int(random.integers(len(files)))]
         start = int(random.integers(frames[path] - T + 1))
-        clips._indices = copymap.Remembered()
-        copymap._maps = copymap.Remembered()
+        clips._indices = copymap.LruCache()
+        copymap._maps = copymap.LruCache()
         began = time.process_time()
         read(path, np.arange(start, start + T), CLIP)
         spent += time.process_time() - began

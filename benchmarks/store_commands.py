@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 from measuring import machine, table, video_columns
 
+from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.store import layout as fmt
 from distinit.pipeline.store.planning import Stretch
 from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
 from distinit.pipeline.store.writer import StoreWriter
-from distinit.pipeline.targets.soft_targets import entropy
 from distinit.pipeline.video.sampling import Sampling
 
 ROWS, CLASSES = 2, 8

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from measuring import in_turn, machine, medians, table
 
-from distinit.pipeline.training.precision import cores
+from distinit.pipeline.common.processes import cores
 
 RUN = """
 import sys, time

@@ -18,10 +18,10 @@ import torch
 from measuring import machine, table
 
 from distinit.pipeline.common.errors import VideoError
+from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.corpus.sources import list_videos
 from distinit.pipeline.store.encoding import decode, encode, rounding
 from distinit.pipeline.store.verify import ENTROPY_TOLERANCE, entropy_tolerance
-from distinit.pipeline.targets.soft_targets import entropy
 from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
 from distinit.pipeline.video.decoder import VideoReader
 

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, FiniteFloat, TypeAdapter, model_validator
+from pydantic import Field, model_validator
 
 from ..pipeline.ablation.cost import show_cost
-from ..pipeline.ablation.plan import Cell, Plan, cells, read_plan
-from ..pipeline.ablation.steps import Step, StepMaker, run_step
+from ..pipeline.ablation.plan import cells, read_plan
+from ..pipeline.ablation.progress import CELLS, SECONDS, Progress, Work
+from ..pipeline.ablation.steps import Commands, Step, StepMaker, run_step
 from ..pipeline.common.config import require_own, write_config
 from ..pipeline.common.console import Screen
-from ..pipeline.common.documents import read_bytes
-from ..pipeline.common.errors import DistInitError, SourceError, TrainingInterrupted, UsageError
+from ..pipeline.common.errors import DistInitError, TrainingInterrupted, UsageError
 from ..pipeline.common.locks import folder_lock
 from ..pipeline.common.settings import Options
 from ..pipeline.common.urls import StoreAddress, check_local
 from ..pipeline.store.reader import TargetStore, check_moved
-from ..pipeline.training.checkpoint import write_atomically
+from ..pipeline.training.distillation_options import TrainConfig
+from .finetune import FinetuneConfig, finetune
+from .train_student import train_student
 
-CELLS, SECONDS = "cells.json", "seconds.json"
+COMMANDS: Commands = {"train-student": (TrainConfig, train_student), "finetune": (FinetuneConfig, finetune)}
 
 
 class AblateConfig(Options):
@@ -49,69 +49,8 @@ class AblateConfig(Options):
         return self
 
 
-@dataclass(frozen=True)
-class Work:
-    """A cell and its steps; `student` is None where stage three begins otherwise."""
-
-    cell: Cell
-    student: Step | None
-    finetuning: Step
-
-    @property
-    def steps(self) -> list[Step]:
-        """In the order in which they are done."""
-        return [step for step in (self.student, self.finetuning) if step is not None]
 
 
-class Progress:
-    """What became of the steps: results lie in their folders, reasons of failures and seconds are kept here."""
-
-    def __init__(self, out: Path, plan: Plan, work: list[Work]) -> None:
-        self.out, self.plan, self.work = out, plan, work
-        self.failed: dict[str, str] = {}
-        try:
-            self.seconds = TypeAdapter(dict[str, FiniteFloat]).validate_json(read_bytes(out / SECONDS) or b"{}")
-        except (SourceError, ValueError):
-            self.seconds = {}
-
-    def took(self, step: Step, seconds: float) -> None:
-        """Add to a step's seconds: one that was interrupted has several parts."""
-        self.seconds[step.key] = self.seconds.get(step.key, 0.0) + seconds
-        write_atomically(self.out / SECONDS, json.dumps(self.seconds, indent=1).encode())
-
-    def records(self) -> list[dict[str, Any]]:
-        """A record a cell, as docs/ablate.md has it."""
-        return [self._record(work) for work in self.work]
-
-    def write(self) -> None:
-        """OUT/cells.json, whole or not at all."""
-        paper = self.plan.paper
-        if paper is not None and paper.splits is None:  # cells may be of others
-            paper = paper.model_copy(update={"splits": self.plan.splits})
-        content = {
-            "title": self.plan.title,
-            "paper": paper.model_dump(exclude_none=True) if paper else None,
-            "axes": list(self.plan.axes),
-            "cells": self.records(),
-        }
-        write_atomically(self.out / CELLS, json.dumps(content, indent=1).encode())
-
-    def _record(self, work: Work) -> dict[str, Any]:
-        reason = next((self.failed[step.key] for step in work.steps if step.key in self.failed), None)
-        done = work.finetuning.result(self.out) is not None
-        known = [self.seconds[step.key] for step in work.steps if step.key in self.seconds]
-        return {
-            "row": work.cell.row,
-            "axes": work.cell.axes,
-            "seed": work.cell.seed,
-            "dataset": work.cell.dataset.partition("=")[0],
-            "split": work.cell.split,
-            "student": work.student.folder if work.student else None,
-            "finetune": work.finetuning.folder,
-            "status": "done" if done else "failed" if reason else "missing",
-            "reason": None if done else reason,
-            "seconds": round(sum(known), 1) if done and known else None,
-        }
 
 
 def ablate(config: AblateConfig, screen: Screen) -> dict[str, Any]:
@@ -127,7 +66,7 @@ def ablate(config: AblateConfig, screen: Screen) -> dict[str, Any]:
         raise UsageError("the plan names no data set: give --dataset")
     store = TargetStore.open(config.store)
     check_moved(store, config.moved)
-    maker = StepMaker(store, {name: os.path.abspath(folder) for name, folder in config.moved.items()})
+    maker = StepMaker(store, {name: os.path.abspath(folder) for name, folder in config.moved.items()}, COMMANDS)
     work = []
     for cell in cells(plan, datasets=datasets, seeds=config.seeds or plan.seeds, splits=config.splits or plan.splits):
         student = maker.student(cell) if cell.needs_student else None
@@ -164,7 +103,7 @@ def _run_here(steps: list[Step], progress: Progress, screen: Screen) -> None:
         screen.say(f"[{number}/{len(steps)}] {step.kind} {step.folder}")
         began = time.monotonic()
         try:
-            run_step(step, progress.out, screen)
+            run_step(step, progress.out, COMMANDS, screen)
         except TrainingInterrupted:
             raise
         except Exception as error:  # whatever a step meets, the others go on

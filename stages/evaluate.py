@@ -24,7 +24,7 @@ from ..pipeline.common.settings import Options
 from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.compare import compare, fuse
-from ..pipeline.evaluation.labels import Labels, load_labels
+from ..pipeline.evaluation.labels import Labels, load_labels, short_dataset
 from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.evaluation.protocol import (
     FILES,
@@ -38,7 +38,6 @@ from ..pipeline.evaluation.protocol import (
 from ..pipeline.evaluation.run_labels import RunLabels
 from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.test_overlap import overlap, require_own_labels
-from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student
 from ..pipeline.training.checkpoint import LAST, read_identity

@@ -19,6 +19,7 @@ from ..pipeline.common.console import Screen
 from ..pipeline.common.dask_workers import cluster
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.errors import StoreError, UsageError
+from ..pipeline.common.processes import cores
 from ..pipeline.common.same_failure import SameFailure
 from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.parts import Part
@@ -44,7 +45,6 @@ from ..pipeline.store.index import FAILED, OK, PENDING
 from ..pipeline.store.staging import ShardResult
 from ..pipeline.store.writer import StoreWriter
 from ..pipeline.teachers.teacher import Teacher
-from ..pipeline.training.precision import cores
 from ..pipeline.video.geometry import View
 from ..pipeline.video.pool.decode_pool import DecodePool
 from ..pipeline.video.pool.protocol import INTERNAL

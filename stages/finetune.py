@@ -25,12 +25,11 @@ from ..pipeline.common.weights import state_sha256
 from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.labelled_clips import LabelledClips
-from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
+from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels, short_dataset
 from ..pipeline.evaluation.protocol import FILES, PREDICTIONS, EvaluationOptions, evaluate_student, write_result
 from ..pipeline.evaluation.run_labels import labels_digest
 from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.test_overlap import record_and_compare, require_own_labels
-from ..pipeline.reporting.runs import short_dataset
 from ..pipeline.students.export import InitReport, read_meta, save_start, save_student
 from ..pipeline.students.inflate import Inflation
 from ..pipeline.students.initialization import SCRATCH, Start, canonical_init, open_init, student_file

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.store import layout as fmt
 from distinit.pipeline.store.encoding import Encoding, decode, divergence, encode, error_record
 from distinit.pipeline.store.planning import Stretch
 from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
 from distinit.pipeline.store.writer import StoreWriter
-from distinit.pipeline.targets.soft_targets import entropy
 
 RUN = {"batch_size": 4, "precision": "fp32", "torch": "x", "device": "cpu"}
 

@@ -13,7 +13,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -21,10 +21,8 @@ from ..common.console import Screen
 from ..common.dask_workers import cluster
 from ..common.errors import DistInitError
 from ..common.processes import end_with_parent
+from .progress import Progress
 from .steps import Step, prepared_config
-
-if TYPE_CHECKING:
-    from ...stages.ablate import Progress
 
 LOGS = "logs"
 

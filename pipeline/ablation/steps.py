@@ -10,19 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...stages.finetune import FinetuneConfig, finetune
-from ...stages.train_student import train_student
 from ..common.config import load_config, merge, preset_section
 from ..common.console import Screen
+from ..common.run_dir import STEP_FOLDERS
 from ..common.settings import Options
 from ..evaluation.exclusion import canonical_leave_out, leave_out
 from ..evaluation.labels import Labels, canonical, load_labels
 from ..evaluation.run_labels import labels_digest
-from ..reporting.runs import STEP_FOLDERS
 from ..store.exclude import LeftOut
 from ..store.reader import TargetStore
 from ..training.distillation_options import TrainConfig
@@ -35,6 +34,9 @@ PATHS = {
     TRAIN: {"out", "resume", "moved", "store", "leave_out", "leave_out_split"},
     TUNE: {"out", "resume", "verbose", "videos", "init", "dataset", "root"},
 }
+Commands = Mapping[str, tuple[type[Options], Callable[[Any, Screen], dict[str, Any]]]]
+"""Command → its options model and its function: given by the caller, since nothing here imports a stage."""
+
 FREE = FREE_ON_RESUME - {"epochs"}
 
 
@@ -70,14 +72,14 @@ class Step:
 class StepMaker:
     """Makes the steps of cells for one store."""
 
-    def __init__(self, store: TargetStore, moved: dict[str, str]) -> None:
-        self.store, self.moved = store, moved
+    def __init__(self, store: TargetStore, moved: dict[str, str], commands: Commands) -> None:
+        self.store, self.moved, self.commands = store, moved, commands
         self._labels: dict[tuple[Any, ...], Labels] = {}
         self._left: dict[tuple[Any, ...], LeftOut] = {}
 
     def student(self, cell: Cell) -> Step:
         """The run of stage two of a cell. Raises UsageError for a config that does not hold."""
-        config = self._config(TrainConfig, TRAIN, cell, {"store": self.store.name, "out": ".", "moved": self.moved})
+        config = self._config(TRAIN, cell, {"store": self.store.name, "out": ".", "moved": self.moved})
         teachers = config.targets.teachers or tuple(self.store.teachers)
         identity = self.store.identity()
         usable = self.store.usable([name for name in teachers if name in self.store.teachers])
@@ -108,13 +110,13 @@ class StepMaker:
         forced |= {"root": os.path.abspath(root)} if equals else {}
         if student is not None:
             forced["init"] = "."
-        ours = self._config(TrainConfig, TRAIN, cell, {"store": self.store.name, "out": "."})
+        ours = self._config(TRAIN, cell, {"store": self.store.name, "out": "."})
         if student is None:  # the same network and the same clips as the students beside it
             section = filled_in(cell.sections[TUNE], cell.split)
             forced |= {} if "student" in section else {"student": ours.student.model_dump(mode="json")}
             clips = {k: v for k, v in ours.clips.model_dump(mode="json").items() if k in ("length", "size", "resize")}
             forced["clips"] = merge(clips, section.get("clips", {}))
-        config = self._config(FinetuneConfig, TUNE, cell, forced)
+        config = self._config(TUNE, cell, forced)
         labels = self._labels_of(config)
         begins = student.key if student is not None else _of_file(config.init)
         key = _digest(_bare(config, TUNE), {"begins": begins, "labels": labels_digest(labels)})
@@ -122,21 +124,21 @@ class StepMaker:
         clips, needs = loop.total_steps * loop.batch_size, student.key if student is not None else None
         return Step(TUNE, key, _given(config), clips, _network(ours, config), needs)
 
-    def _config(self, model: type, command: str, cell: Cell, forced: dict[str, Any]) -> Any:
+    def _config(self, command: str, cell: Cell, forced: dict[str, Any]) -> Any:
         section = filled_in(cell.sections[command], cell.split)
         preset = section.pop("preset", None)
         if command == TUNE and section.get("init") == STUDENT:
             section.pop("init")
         layers = [(f"preset {preset}", preset_section(preset, command))] if preset else []
         forced = merge({"loop": {"seed": cell.seed}}, forced)
-        return load_config(model, command, layers=[*layers, (f"plan, {cell.row}", section), ("", forced)])
+        return load_config(self.commands[command][0], command, layers=[*layers, (f"plan, {cell.row}", section), ("", forced)])
 
     def _left_out(self, source: str, split: int | str | None) -> LeftOut:
         if (source, split) not in self._left:
             self._left[source, split] = leave_out(self.store, source, split, self.moved)
         return self._left[source, split]
 
-    def _labels_of(self, config: FinetuneConfig) -> Labels:
+    def _labels_of(self, config: Any) -> Labels:
         place = (config.dataset, config.split, config.videos, config.root, config.partial)
         if place not in self._labels:
             split = config.split if isinstance(config.split, int) else None
@@ -146,15 +148,13 @@ class StepMaker:
         return self._labels[place]
 
 
-def run_step(step: Step, out: Path, screen: Screen) -> dict[str, Any]:
+def run_step(step: Step, out: Path, commands: Commands, screen: Screen) -> dict[str, Any]:
     """Do a step, or go on with it where it was stopped; what is done is left alone. Raises what its stage raises."""
     done = step.result(out)
     if done is not None:
         return done
-    config = prepared_config(step, out)
-    if step.kind == TRAIN:
-        return train_student(TrainConfig.model_validate(config), screen)
-    return finetune(FinetuneConfig.model_validate(config), screen)
+    model, command = commands[step.kind]
+    return command(model.model_validate(prepared_config(step, out)), screen)
 
 
 def prepared_config(step: Step, out: Path) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _given(config: Options) -> dict[str, Any]:
     return dict(config.model_dump(mode="json", exclude_unset=True))
 
 
-def _network(ours: TrainConfig, loop: TrainConfig | FinetuneConfig) -> dict[str, Any]:
+def _network(ours: TrainConfig, loop: Any) -> dict[str, Any]:
     shape = {"length": ours.clips.length, "size": ours.clips.size}
     options = loop.loop
     at_once = options.clips_at_once(options.gpus)

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Key = tuple[int, int]
+"""(epoch, sample): sample counts from 0 in each epoch."""
+
 # Streams keep draws of different purposes apart, all from one seed.
 EXAMPLES = 0
 HELD_OUT = 1

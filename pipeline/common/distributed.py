@@ -15,9 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Sampler
 
-from ..training.loader import Key
 from .errors import DeviceError, DistInitError, RankLostError
 
 T = TypeVar("T")
@@ -143,41 +141,8 @@ class Ranks:
 ALONE = Ranks()
 
 
-class ShareOfSamples(Sampler[list[Key]]):
-    """This rank's part of every batch: rank r of W takes samples r·B/W … (r + 1)·B/W - 1 of B.
-
-        B = 8, W = 3:   0 1 | 2 3 4 | 5 6 7
-
-    All ranks together go through just the samples of one process with the same batches.
-    """
-
-    def __init__(self, batches: Sampler[list[Key]], ranks: Ranks) -> None:
-        self.batches = batches
-        self.ranks = ranks
-
-    def __len__(self) -> int:
-        return len(self.batches)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        rank, world = self.ranks.rank, self.ranks.world
-        for batch in self.batches:
-            yield batch[rank * len(batch) // world : (rank + 1) * len(batch) // world]
 
 
-class ShareOfBatches(Sampler[list[Key]]):
-    """Every W-th batch, whole: for evaluation, where each sample counts once and nothing is padded."""
-
-    def __init__(self, batches: Sampler[list[Key]], ranks: Ranks) -> None:
-        self.batches = batches
-        self.ranks = ranks
-
-    def __len__(self) -> int:
-        return len(range(self.ranks.rank, len(self.batches), self.ranks.world))  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for number, batch in enumerate(self.batches):
-            if number % self.ranks.world == self.ranks.rank:
-                yield batch
 
 
 def launched() -> bool:

@@ -97,3 +97,10 @@ def _exists(pid: int) -> bool:
 
 def _kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def cores() -> int:
+    """Cores this process may use; those that a launcher has started on one machine share them."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    found = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

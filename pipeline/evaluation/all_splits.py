@@ -11,7 +11,7 @@ from ..common.config import recorded_sections
 from ..common.console import Screen
 from ..common.errors import UsageError
 from ..common.tables import Column, Table
-from ..reporting.accuracy import MEASURES
+from .metrics import MEASURES
 from .protocol import write_result
 from .splits import mean_over_splits
 

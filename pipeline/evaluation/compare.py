@@ -11,9 +11,9 @@ from ..common.documents import is_regular_file
 from ..common.errors import UsageError
 from ..common.locks import folder_lock
 from ..common.tables import Column, Table
-from ..reporting.accuracy import MEASURES, signed
 from .all_splits import split_folders
 from .ensemble import Comparison, compare_predictions, fuse_predictions
+from .metrics import MEASURES, signed
 from .predictions import Predictions, PredictionsError, metrics_from_file
 from .protocol import PREDICTIONS, intervals_note, refuse_other, show_metrics, write_result
 

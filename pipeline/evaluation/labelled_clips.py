@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..clips.read import check_fits, count_frames, read_clip, read_clips
-from ..clips.seeding import SHUFFLES, epoch_position, rng
+from ..clips.seeding import SHUFFLES, Key, epoch_position, rng
 from ..clips.transforms import ClipView, Crop
 from ..common.errors import TrainingError, UsageError, VideoError
 from ..corpus.sources import escape_path
-from ..training.loader import Key
 from ..video.flow import FLOW_CHANNELS, pictures_needed
 from .clip_starts import clip_frames, clip_starts
 from .labels import Labelled, Labels

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from ..clips.content import same_content, source_digest
@@ -367,3 +368,12 @@ def _classes(listing: Listing, rows: list[Row]) -> tuple[str, ...]:
     if all(re.fullmatch(r"[0-9]+", name) for name in names):  # numbered classes in the order of their numbers
         names.sort(key=int)
     return tuple(names)
+
+
+def short_dataset(dataset: str) -> str:
+    """`csv:/data/har7/labels.csv` → `har7/labels.csv`, `folder:/data/mine` → `mine`."""
+    kind, colon, path = dataset.partition(":")
+    if not colon:
+        return dataset
+    parts = Path(path).parts
+    return "/".join(parts[-2:] if kind == "csv" else parts[-1:])

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MEASURES = {"per_clip": "per clip", "top1": "top 1", "top5": "top 5", "class_mean": "class mean"}
+
 RESAMPLES = 10_000
 SEED = 0
 _BLOCK = 256  # resamples held in memory at a time
@@ -166,3 +168,8 @@ def estimate_difference(
     if a.shape != b.shape:
         raise ValueError(f"a paired difference needs the same videos, got {a.shape} and {b.shape}")
     return estimate_mean(a - b, groups, resamples=resamples, seed=seed, least=-1)
+
+
+def signed(fraction: float) -> str:
+    """`+11.4` or `−5.7`, in points."""
+    return f"{100 * fraction:+.1f}".replace("-", "−")

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..clips.seeding import Key
 from ..clips.transforms import normalize_clip
 from ..common.errors import TrainingError, WorkerDied
 from ..students.student import Student
-from ..training.loader import EachOnce, Key, KeyedDataset, read_batches
+from ..training.loader import EachOnce, KeyedDataset, read_batches
 from .classification import HEAD
 from .predictions import LOGITS, Predictions
 

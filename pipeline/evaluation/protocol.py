@@ -18,13 +18,12 @@ from ..common.errors import UsageError
 from ..common.settings import Options
 from ..common.tables import Column, Table
 from ..common.weights import state_sha256
-from ..reporting.accuracy import MEASURES
-from ..reporting.runs import short_dataset
 from ..students.student import Student
 from ..training.checkpoint import write_atomically
 from ..training.precision import pick_workers, torch_threads
 from .labelled_clips import EvaluationClips, FrameOrder
-from .labels import Labels
+from .labels import Labels, short_dataset
+from .metrics import MEASURES
 from .predictions import Predictions, PredictionsError, metrics_from_file
 from .predictor import predict
 from .run_labels import labels_digest

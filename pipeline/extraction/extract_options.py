@@ -9,11 +9,11 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from ..common.errors import UsageError
+from ..common.processes import cores
 from ..common.settings import Options
 from ..corpus.parts import Part
 from ..store.encoding import Encoding
 from ..teachers.teacher import Teacher, TeacherSpec, load_teacher
-from ..training.precision import cores
 from ..video.sampling import Sampling
 
 

@@ -8,11 +8,11 @@ import numpy as np
 
 from ..common.console import Screen
 from ..common.errors import VideoError
+from ..common.processes import cores
 from ..store.index import OK
 from ..store.reader import TargetStore, check_moved
 from ..store.verify import Finding
 from ..store.writer import StoreWriter
-from ..training.precision import cores
 from ..video.container import digest
 from ..video.geometry import View
 from ..video.packets import Timeline

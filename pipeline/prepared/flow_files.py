@@ -23,6 +23,7 @@ from pydantic import Field
 
 from ..common.errors import VideoError
 from ..common.hdf5 import Hdf5Error, Hdf5Writer, open_hdf5
+from ..common.lru import LruCache
 from ..common.sealed import check_seal
 from ..common.settings import Options
 from ..video.container import reason
@@ -30,7 +31,7 @@ from ..video.decoder import VideoReader
 from ..video.flow import flow_between, grey
 from ..video.frames import check_damage
 from ..video.geometry import Renderer, View
-from .frame_map import Remembered, SourceRecord
+from .frame_map import SourceRecord
 
 FORMAT = "distinit optical flow"
 VERSION = 1
@@ -148,7 +149,7 @@ def write_flow(
         writer.close()
 
 
-_maps: Remembered[FlowMap] = Remembered()
+_maps: LruCache[FlowMap] = LruCache()
 
 
 def read_flow_map(path: str) -> FlowMap:

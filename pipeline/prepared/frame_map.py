@@ -13,14 +13,14 @@ import os
 import struct
 import uuid
 import zlib
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
 from ..common.errors import StoreMismatchError, VideoError
+from ..common.lru import LruCache
 from ..common.sealed import sha256_of
 from ..video.container import reason
 
@@ -31,8 +31,6 @@ _START = struct.Struct(">I4s16s")  # box size, "uuid", which
 _END = struct.Struct(">II8s")  # CRC-32 of the packed map, box size, magic
 _TAIL = 2**14  # one read of this size holds the map of most videos
 _MOST = 2**28  # bytes that a map may unpack to
-_REMEMBERED = 2**18  # frames of all maps kept in this process, some 9 MB
-_Key = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -175,33 +173,11 @@ class CopyMap:
         )
 
 
-class _Sized(Protocol):
-    def __len__(self) -> int: ...
 
 
-M = TypeVar("M", bound=_Sized)
 
 
-class Remembered(Generic[M]):
-    """The maps read last in this process, `_REMEMBERED` frames of them in all, by (path, size, mtime_ns)."""
-
-    def __init__(self) -> None:
-        self._maps: OrderedDict[_Key, M] = OrderedDict()
-        self._frames = 0
-
-    def get(self, key: _Key) -> M | None:
-        return self._maps.get(key)
-
-    def add(self, key: _Key, found: M) -> None:
-        if key in self._maps:
-            self._frames -= len(self._maps[key])
-        self._maps[key] = found
-        self._frames += len(found)
-        while self._frames > _REMEMBERED and len(self._maps) > 1:
-            self._frames -= len(self._maps.popitem(last=False)[1])
-
-
-_maps: Remembered[CopyMap] = Remembered()
+_maps: LruCache[CopyMap] = LruCache()
 
 
 def read_map(path: str) -> CopyMap:

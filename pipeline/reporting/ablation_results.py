@@ -19,9 +19,10 @@ from pydantic import AfterValidator, Field
 from ..common.documents import Form, inner_path, read_json
 from ..common.errors import SourceError
 from ..evaluation.ensemble import Gain, p_value
+from ..evaluation.labels import short_dataset
 from ..evaluation.metrics import Estimate, bootstrap_ratios, by_group, interval, video_values
 from .paper_results import PaperNumbers
-from .runs import Run, short_dataset
+from .runs import Run
 
 CELLS = "cells.json"
 

@@ -7,10 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from ..common.tables import Column, Table
+from ..evaluation.labels import short_dataset
+from ..evaluation.metrics import signed
 from . import accuracy
 from .ablation_results import Ablation, Entry
-from .accuracy import DASH, signed
-from .runs import short_dataset
+from .accuracy import DASH
 
 MEASURES = ("per_clip", "split1", "top1", "top5")  # the paper's order; split 1 and the mean of splits as in its Table 6
 LEARNED = (

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..common.tables import Column, Table
-from ..evaluation.metrics import Estimate, estimate_difference, video_values
+from ..evaluation.metrics import MEASURES, Estimate, estimate_difference, signed, video_values
 from .runs import Run
 
-MEASURES = {"per_clip": "per clip", "top1": "top 1", "top5": "top 5", "class_mean": "class mean"}
 DASH = "–"
 
 
@@ -50,9 +49,6 @@ def percent(estimate: dict[str, float] | Estimate | None) -> str:
     return f"{100 * e.value:.1f} [{100 * e.low:.1f}–{100 * e.high:.1f}]"
 
 
-def signed(fraction: float) -> str:
-    """`+11.4` or `−5.7`, in points."""
-    return f"{100 * fraction:+.1f}".replace("-", "−")
 
 
 def accuracy_table(runs: Sequence[Run]) -> Table:

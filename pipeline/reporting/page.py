@@ -12,13 +12,14 @@ from typing import Any
 import yaml
 
 from ..common.tables import Column, Table, markdown_text
+from ..evaluation.labels import short_dataset
 from .ablation_results import Ablation
 from .ablation_tables import ablation_tables, cells_table
 from .accuracy import DASH, percent
 from .contents import Report
 from .figures.canvas import Figure
 from .page_style import document
-from .runs import Run, short_dataset
+from .runs import Run
 
 FIGURES = "figures"  # folder beside the page
 

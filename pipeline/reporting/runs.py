@@ -29,16 +29,17 @@ from ..common.documents import (
     require_form,
 )
 from ..common.errors import CheckpointError, DistInitError, SourceError, UsageError
+from ..common.run_dir import STEP_FOLDERS
 from ..common.safetensors_files import open_checked
 from ..common.sealed import check_seal
 from ..common.urls import public_url
+from ..evaluation.labels import short_dataset
 from ..evaluation.predictions import Predictions, metrics_from_file
 from ..students.student_options import START
 from ..targets.picks import PickRule
 from .charts import Line
 
 KINDS = {"train-student": "student", "finetune": "finetune"}
-STEP_FOLDERS = {"train-student": "students", "finetune": "finetunes"}  # in an ablation's folder
 
 Size = Annotated[int, Field(ge=0, lt=2**53)]
 
@@ -337,10 +338,3 @@ def short_path(path: str) -> str:
     return (p.parent if generic else p).name or path
 
 
-def short_dataset(dataset: str) -> str:
-    """`csv:/data/har7/labels.csv` → `har7/labels.csv`, `folder:/data/mine` → `mine`."""
-    kind, colon, path = dataset.partition(":")
-    if not colon:
-        return dataset
-    parts = Path(path).parts
-    return "/".join(parts[-2:] if kind == "csv" else parts[-1:])

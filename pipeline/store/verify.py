@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import StoreError
-from ..targets.soft_targets import entropy
+from ..common.numerics import entropy
 from ..teachers.fingerprint import Fingerprint
 from . import layout as fmt
 from .digests import check_document, digest_bytes, is_sealed, read_rows

@@ -14,11 +14,11 @@ import torch
 from torch.utils.data import Dataset
 
 from ..clips.read import VideoFile, check_fits, read_clip
+from ..clips.seeding import Key
 from ..clips.transforms import ClipView, Crop
 from ..common.errors import StoreMismatchError, TrainingError, UsageError, VideoError
 from ..corpus.sources import escape_path
 from ..prepared.folders import prepared_corpora
-from ..training.loader import Key
 from ..video.flow import pictures_needed
 from .sampler import Draw, TargetSampler
 

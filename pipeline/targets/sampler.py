@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from ..clips import seeding as draws
 from ..common.errors import TrainingError, UsageError
+from ..common.numerics import entropy
 from ..store.reader import TargetStore
 from .mixture import Mixture
 from .picks import PickRule, StartSet, pick, start_set
-from .soft_targets import entropy, mean_logits
+from .soft_targets import mean_logits
 
 MAX_REDRAWS = 100  # other clips tried for one sample when the filter turns down the first
 REMEMBERED = 4096  # videos whose frame table is kept: some 8 MB a worker, whatever the size of the corpus

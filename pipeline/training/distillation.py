@@ -14,9 +14,9 @@ from torch.nn.functional import kl_div
 from torch.nn.parallel import DistributedDataParallel
 
 from ..clips.transforms import normalize_clip
-from ..common.distributed import ALONE, Ranks, ShareOfBatches
+from ..common.distributed import ALONE, Ranks
 from ..common.errors import TrainingError
-from .loader import EachOnce, KeyedDataset, read_batches, to_device
+from .loader import EachOnce, KeyedDataset, ShareOfBatches, read_batches, to_device
 from .losses.soft_target_cross_entropy import soft_target_cross_entropy
 from .losses.squared_error import Reduction, squared_error
 from .precision import autocast

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from ..clips.seeding import Key
+from ..common.distributed import Ranks
 from ..common.errors import DistInitError, TrainingError, WorkerDied
 from ..common.limits import limit_met
 from ..common.processes import Owner
@@ -35,8 +37,6 @@ _TO_SEND = 8  # descriptors, besides one for each tensor: a socket that listens,
 # What a batch from a worker ends in: of torch, and of the pipe, sockets and descriptors it comes through.
 RECEIVING = (RuntimeError, EOFError, OSError, pickle.UnpicklingError)
 
-Key = tuple[int, int]
-"""(epoch, sample): sample counts from 0 in each epoch."""
 
 
 class KeyedDataset(Protocol):
@@ -339,3 +339,40 @@ def _collate_values(values: list[Any]) -> Any:
     if isinstance(first, (bool, int, float)):
         return torch.tensor(values)
     return values
+
+
+class ShareOfSamples(Sampler[list[Key]]):
+    """This rank's part of every batch: rank r of W takes samples r·B/W … (r + 1)·B/W - 1 of B.
+
+        B = 8, W = 3:   0 1 | 2 3 4 | 5 6 7
+
+    All ranks together go through just the samples of one process with the same batches.
+    """
+
+    def __init__(self, batches: Sampler[list[Key]], ranks: Ranks) -> None:
+        self.batches = batches
+        self.ranks = ranks
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        rank, world = self.ranks.rank, self.ranks.world
+        for batch in self.batches:
+            yield batch[rank * len(batch) // world : (rank + 1) * len(batch) // world]
+
+
+class ShareOfBatches(Sampler[list[Key]]):
+    """Every W-th batch, whole: for evaluation, where each sample counts once and nothing is padded."""
+
+    def __init__(self, batches: Sampler[list[Key]], ranks: Ranks) -> None:
+        self.batches = batches
+        self.ranks = ranks
+
+    def __len__(self) -> int:
+        return len(range(self.ranks.rank, len(self.batches), self.ranks.world))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for number, batch in enumerate(self.batches):
+            if number % self.ranks.world == self.ranks.rank:
+                yield batch

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from ..common.devices import resolve_device
-from ..common.distributed import ALONE, Ranks, ShareOfSamples
+from ..common.distributed import ALONE, Ranks
 from ..common.errors import TrainingInterrupted, UsageError
 from .checkpoint import Checkpoints, Resume, random_states
 from .interrupts import Interrupts
-from .loader import KeyedBatches, KeyedDataset, read_batches
+from .loader import KeyedBatches, KeyedDataset, ShareOfSamples, read_batches
 from .loop_options import LoopOptions
 from .meter import Meter
 from .metric_logger import Metrics

@@ -11,13 +11,7 @@ import torch
 from torch import nn
 
 from ..common.devices import keep_freed_memory
-
-
-def cores() -> int:
-    """Cores this process may use; those that a launcher has started on one machine share them."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    found = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+from ..common.processes import cores
 
 
 def pick_workers(workers: int | None, device: torch.device) -> int:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from ..common.errors import StoreMismatchError, VideoError
-from ..prepared.frame_map import Remembered
+from ..common.lru import LruCache
 from .container import digest as digest_of
 from .container import reason
 from .decoder import VideoIndex, VideoReader
@@ -19,7 +19,7 @@ from .geometry import View
 from .quick import QuickReader
 
 T = TypeVar("T")
-_indices: Remembered[VideoIndex] = Remembered()  # of the videos read last in this process, some 40 MB
+_indices: LruCache[VideoIndex] = LruCache()  # of the videos read last in this process, some 40 MB
 
 
 @dataclass(frozen=True)

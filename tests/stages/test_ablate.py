@@ -25,7 +25,7 @@ from distinit.pipeline.common.config import load_config
 from distinit.pipeline.common.console import Screen
 from distinit.pipeline.common.errors import DistInitError, UsageError
 from distinit.pipeline.store.reader import TargetStore
-from distinit.stages.ablate import AblateConfig, ablate
+from distinit.stages.ablate import COMMANDS, AblateConfig, ablate
 from distinit.stages.finetune import FinetuneConfig
 from distinit.stages.train_student import TrainConfig
 
@@ -155,7 +155,7 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(tiny_store, home):
 
 
 def test_keys_follow_what_decides_an_outcome(tiny_store, home):
-    maker = StepMaker(TargetStore.open(tiny_store.path), {})
+    maker = StepMaker(TargetStore.open(tiny_store.path), {}, COMMANDS)
 
     def keys(seeds: tuple[int, ...] = (0,), base: Mapping[str, Any] | None = None) -> list[str]:
         maker._labels.clear()
@@ -187,7 +187,7 @@ def test_students_of_a_split_leave_out_its_test_videos(tiny_store, home):
     plan = {**PLAN, "base": {**base, "train-student": train}}
     (home / "plan.yaml").write_text(yaml.safe_dump(plan))
     read = read_plan(str(home / "plan.yaml"), {})
-    maker = StepMaker(store, {})
+    maker = StepMaker(store, {}, COMMANDS)
     first_row = cells(read, datasets=[f"csv:{home / 'labels.csv'}"], seeds=[0], splits=[1, 2])[:2]
     made = [maker.student(cell) for cell in first_row]
     assert [step.config["leave_out"] for step in made] == [str(home / f"test{split}.txt") for split in (1, 2)]

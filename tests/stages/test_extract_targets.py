@@ -18,11 +18,11 @@ import zarr
 
 from distinit.pipeline.common.console import Screen
 from distinit.pipeline.common.errors import SourceError, StoreMismatchError
+from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.verify import verify
-from distinit.pipeline.targets.soft_targets import entropy
 from distinit.pipeline.teachers.teacher import TeacherSpec
 from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import write_video

@@ -15,10 +15,10 @@ import torch
 import yaml
 
 from distinit.pipeline.common.console import Screen
-from distinit.pipeline.common.distributed import ALONE, Ranks, ShareOfBatches, ShareOfSamples
+from distinit.pipeline.common.distributed import ALONE, Ranks
 from distinit.pipeline.common.errors import TrainingError
 from distinit.pipeline.training.launch import across_ranks
-from distinit.pipeline.training.loader import EachOnce, KeyedBatches
+from distinit.pipeline.training.loader import EachOnce, KeyedBatches, ShareOfBatches, ShareOfSamples
 from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.stages.train_student import TrainConfig, train_student
 

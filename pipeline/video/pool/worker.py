@@ -10,12 +10,14 @@ and says which of the two it is. It reads that video once before it begins, too.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import mmap
 import os
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,6 +37,16 @@ from .protocol import INTERNAL, SLOTS, Layout, receive, send
 
 _SIGN_OF_LIFE_S = 1.0
 _GOOD = Path(__file__).parents[2] / "conf" / "demo_corpus" / "Standing_Still" / "test_Standing-Still-001.mp4"
+
+
+_JOBS = {"copy": "distinit.pipeline.prepared.make_copy:copy_job"}
+"""Jobs of other packages by kind. They are imported when the first one comes: no other worker needs their modules."""
+
+
+def _job(message: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
+    module, _, function = _JOBS[message["kind"]].partition(":")
+    job: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), function)
+    return job
 
 
 class Child:
@@ -78,11 +90,9 @@ class Child:
                 for view in self._views:
                     renderer.render(frame, view)
         if message is not None and message["kind"] == "copy":
-            from ...prepared.make_copy import copy_job
-
             with tempfile.TemporaryDirectory() as folder:
                 place = {"source": str(_GOOD), "part": f"{folder}/part", "target": f"{folder}/copy"}
-                copy_job({**message, **place}, self._alive)
+                _job(message)({**message, **place}, self._alive)
 
     def _of_the_file(self, error: BaseException) -> dict[str, Any]:
         try:
@@ -130,9 +140,7 @@ class Child:
                     "size": [reader.info.width, reader.info.height],
                 }
         if message["kind"] == "copy":
-            from ...prepared.make_copy import copy_job  # with the encoder's modules, which no other child needs
-
-            return {"kind": "copied", "row": copy_job(message, self._alive)}
+            return {"kind": "copied", "row": _job(message)(message, self._alive)}
         return self._decode(message)
 
     def _decode(self, job: dict[str, Any]) -> dict[str, Any]:

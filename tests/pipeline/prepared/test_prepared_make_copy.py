@@ -241,7 +241,7 @@ def test_a_map_survives_packing_whatever_its_times(pair: tuple[str, str], monkey
         np.testing.assert_array_equal(getattr(again, name), getattr(long, name), err_msg=name)
     assert (again.source, again.extradata, again.quality) == (long.source, long.extradata, long.quality)
     monkeypatch.setattr(copymap, "_TAIL", 64)
-    monkeypatch.setattr(copymap, "_maps", copymap.Remembered())
+    monkeypatch.setattr(copymap, "_maps", copymap.LruCache())
     assert read_map(pair[1]).index.tolist() == found.index.tolist()
 
 

@@ -23,6 +23,7 @@ import zarr
 import distinit
 from distinit.pipeline.common.console import Screen
 from distinit.pipeline.common.errors import StoreError, StoreMismatchError, UsageError
+from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.store import layout as fmt
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.planning import Stretch
@@ -30,7 +31,6 @@ from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
 from distinit.pipeline.store.verify import Finding, drop_commits, verify
 from distinit.pipeline.store.writer import StoreWriter
-from distinit.pipeline.targets.soft_targets import entropy
 from distinit.stages import targets_verify as verifying
 from distinit.stages.targets_verify import targets_verify
 from distinit.tests.old_stores import without_digests

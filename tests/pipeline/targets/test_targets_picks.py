@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.targets.picks import PickRule, pick, start_set
-from distinit.pipeline.targets.soft_targets import entropy, mean_logits, soft_targets
+from distinit.pipeline.targets.soft_targets import mean_logits, soft_targets
 
 
 @st.composite

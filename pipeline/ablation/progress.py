@@ -1,0 +1,83 @@
+"""What became of the steps of an ablation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import FiniteFloat, TypeAdapter
+
+from ..common.documents import read_bytes
+from ..common.errors import SourceError
+from ..training.checkpoint import write_atomically
+from .plan import Cell, Plan
+from .steps import Step
+
+CELLS, SECONDS = "cells.json", "seconds.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A cell and its steps; `student` is None where stage three begins otherwise."""
+
+    cell: Cell
+    student: Step | None
+    finetuning: Step
+
+    @property
+    def steps(self) -> list[Step]:
+        """In the order in which they are done."""
+        return [step for step in (self.student, self.finetuning) if step is not None]
+
+
+class Progress:
+    """What became of the steps: results lie in their folders, reasons of failures and seconds are kept here."""
+
+    def __init__(self, out: Path, plan: Plan, work: list[Work]) -> None:
+        self.out, self.plan, self.work = out, plan, work
+        self.failed: dict[str, str] = {}
+        try:
+            self.seconds = TypeAdapter(dict[str, FiniteFloat]).validate_json(read_bytes(out / SECONDS) or b"{}")
+        except (SourceError, ValueError):
+            self.seconds = {}
+
+    def took(self, step: Step, seconds: float) -> None:
+        """Add to a step's seconds: one that was interrupted has several parts."""
+        self.seconds[step.key] = self.seconds.get(step.key, 0.0) + seconds
+        write_atomically(self.out / SECONDS, json.dumps(self.seconds, indent=1).encode())
+
+    def records(self) -> list[dict[str, Any]]:
+        """A record a cell, as docs/ablate.md has it."""
+        return [self._record(work) for work in self.work]
+
+    def write(self) -> None:
+        """OUT/cells.json, whole or not at all."""
+        paper = self.plan.paper
+        if paper is not None and paper.splits is None:  # cells may be of others
+            paper = paper.model_copy(update={"splits": self.plan.splits})
+        content = {
+            "title": self.plan.title,
+            "paper": paper.model_dump(exclude_none=True) if paper else None,
+            "axes": list(self.plan.axes),
+            "cells": self.records(),
+        }
+        write_atomically(self.out / CELLS, json.dumps(content, indent=1).encode())
+
+    def _record(self, work: Work) -> dict[str, Any]:
+        reason = next((self.failed[step.key] for step in work.steps if step.key in self.failed), None)
+        done = work.finetuning.result(self.out) is not None
+        known = [self.seconds[step.key] for step in work.steps if step.key in self.seconds]
+        return {
+            "row": work.cell.row,
+            "axes": work.cell.axes,
+            "seed": work.cell.seed,
+            "dataset": work.cell.dataset.partition("=")[0],
+            "split": work.cell.split,
+            "student": work.student.folder if work.student else None,
+            "finetune": work.finetuning.folder,
+            "status": "done" if done else "failed" if reason else "missing",
+            "reason": None if done else reason,
+            "seconds": round(sum(known), 1) if done and known else None,
+        }
