@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from distinit.pipeline.targets.student_clips import student_clips
     from distinit.pipeline.teachers.loaded_model import TeacherSpec
     from distinit.pipeline.teachers.teacher import load_teacher
-    from distinit.pipeline.training.loader import KeyedBatches, collate
+    from distinit.pipeline.training.loader import EpochBatchSampler, collate
     from distinit.pipeline.video.frames import read_frames
 
 __all__ = [
     "DistInitError",
-    "KeyedBatches",
+    "EpochBatchSampler",
     "StudentOptions",
     "TargetStore",
     "TeacherSpec",
@@ -51,7 +51,7 @@ __all__ = [
 # By absolute name: a test runner may import this file under any name.
 _HOME = {
     "DistInitError": "distinit.pipeline.common.errors",
-    "KeyedBatches": "distinit.pipeline.training.loader",
+    "EpochBatchSampler": "distinit.pipeline.training.loader",
     "StudentOptions": "distinit.pipeline.students.student_options",
     "TargetStore": "distinit.pipeline.store.reader",
     "TeacherSpec": "distinit.pipeline.teachers.loaded_model",

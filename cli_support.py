@@ -20,7 +20,7 @@ from .pipeline.common.errors import DistInitError, UsageError
 from .pipeline.common.streams import clean_streams, printable
 
 if TYPE_CHECKING:
-    from .pipeline.common.console import Screen
+    from .pipeline.common.console import Console
 
 
 INTERRUPTED = 130
@@ -57,7 +57,7 @@ def run_stage(
         if isinstance(param, KeyOption) and options.get(param.key) is not None
         for key in param.replaces
     ]
-    with _screen(given) as screen:
+    with _screen(given) as console:
         home = importlib.import_module(f".stages.{module}", __package__)
         config = load_config(
             getattr(home, config_class),
@@ -69,8 +69,8 @@ def run_stage(
             dropped=dropped,
             flags=_flags(context) | (flags or {}),
         )
-        result = getattr(home, stage)(config, screen)
-        screen.result(result)
+        result = getattr(home, stage)(config, console)
+        console.result(result)
     if result.get("ok") is False or result.get("complete") is False:  # a part of the job could not be done
         context.exit(1)
 
@@ -86,27 +86,27 @@ def _flags(context: click.Context) -> dict[str, str]:
 
 def call_stage(module: str, stage: str, given: dict[str, Any], *args: Any, **named: Any) -> None:
     """Run a stage that takes plain arguments, then the screen, and no config."""
-    with _screen(given) as screen:
+    with _screen(given) as console:
         home = importlib.import_module(f".stages.{module}", __package__)
-        result = getattr(home, stage)(*args, screen, **named)
-        screen.result(result)
+        result = getattr(home, stage)(*args, console, **named)
+        console.result(result)
     if result.get("ok") is False:  # a check that found something
         click.get_current_context().exit(1)
 
 
 @contextlib.contextmanager
-def _screen(given: dict[str, Any]) -> Iterator[Screen]:
+def _screen(given: dict[str, Any]) -> Iterator[Console]:
     """The screen asked for. With --json whatever prints (libraries do) goes to standard error; the screen
     keeps the real standard output for its one object."""
-    from .pipeline.common.console import Screen
+    from .pipeline.common.console import Console
 
     require_system()
     lead = os.environ.get("RANK", "0") == "0"  # torchrun starts the command once a process; one speaks
-    screen = Screen(json=given["as_json"] and lead, quiet=given["quiet"] or not lead)
+    console = Console(json=given["as_json"] and lead, quiet=given["quiet"] or not lead)
     if not sys.platform.startswith("linux"):
-        screen.warn(f"distinit is tested on Linux only; on {platform.system()} decoding processes have no memory limit")
+        console.warn(f"distinit is tested on Linux only; on {platform.system()} decoding processes have no memory limit")
     with contextlib.redirect_stdout(sys.stderr) if given["as_json"] else contextlib.nullcontext():
-        yield screen
+        yield console
 
 
 def require_system() -> None:

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.corpus.sources import list_videos
-from distinit.pipeline.prepared import frame_map as copymap
+from distinit.pipeline.prepared import frame_map as frame_map
 from distinit.pipeline.prepared import make_copy as prepare
 from distinit.pipeline.prepared.copies import read_copy
 from distinit.pipeline.video import frames as clips
@@ -61,7 +61,7 @@ def pictures(paths: list[str], size: tuple[int, int]) -> Iterator[np.ndarray]:
 
 def ours(path: str, start: int, length: int) -> np.ndarray:
     """A video as met for the first time."""
-    clips._indices = copymap.LruCache()
+    clips._indices = frame_map.LruCache()
     return clips.read_frames(path, np.arange(start, start + length), CLIP).images
 
 
@@ -72,7 +72,7 @@ def ours_again(path: str, start: int, length: int) -> np.ndarray:
 
 def copy(path: str, start: int, length: int) -> np.ndarray:
     """A prepared copy as met for the first time."""
-    copymap._maps = copymap.LruCache()
+    frame_map._maps = frame_map.LruCache()
     return read_copy(path, np.arange(start, start + length), CLIP).images
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from measuring import in_turn, machine, medians, processor_seconds, table
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.devices import resolve_device
 from distinit.pipeline.common.processes import cores
 from distinit.pipeline.corpus.sources import list_videos
@@ -39,7 +39,7 @@ from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets
 
 
-class Watch(Screen):
+class Watch(Console):
     """A quiet screen that takes the time of the decoding part of an extraction."""
 
     def __init__(self) -> None:

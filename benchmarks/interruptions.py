@@ -54,8 +54,8 @@ CORPUS = Path(next(iter(conf_folders))) / "demo_corpus"
 GONE_S, LONGEST_S = 10.0, 600.0
 REDRAWN = 4  # times that a trial which came too late is drawn again
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
-ALONE = ("kill-change", "kill-moment", "signal", "full-disk", "file-limit")
-KINDS = (*ALONE, "kill-child")
+SINGLE_PROCESS = ("kill-change", "kill-moment", "signal", "full-disk", "file-limit")
+KINDS = (*SINGLE_PROCESS, "kill-child")
 # Loaded by every Python that the command starts. In the client, it writes the moment of each change of a file below
 # INTERRUPT_ROOT into a pipe, and kills at one of them.
 COUNTER = """
@@ -312,10 +312,10 @@ class Workplace:
             "finetune": Command(finetune, "run"),
             "evaluate": Command(["evaluate", str(run), "--test-clips", "3"], "test"),
             "ablate": Command(ablate, "table"),
-            "merge": Command(merge, "m.zarr", ALONE),
-            "export-zarr": Command(export, "e.zarr", ALONE),
-            "export-h5": Command(export, "e.h5", ALONE),
-            "export-changing": Command(first, "e.h5", ALONE[:3], **changing),
+            "merge": Command(merge, "m.zarr", SINGLE_PROCESS),
+            "export-zarr": Command(export, "e.zarr", SINGLE_PROCESS),
+            "export-h5": Command(export, "e.h5", SINGLE_PROCESS),
+            "export-changing": Command(first, "e.h5", SINGLE_PROCESS[:3], **changing),
         }
 
     def make_ready(self, command: Command) -> None:

@@ -31,15 +31,15 @@ from torchvision.models import resnet50
 
 from distinit.pipeline.clips.read import VideoFile, read_clip
 from distinit.pipeline.clips.transforms import ClipView, Crop
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.corpus.sources import list_videos
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.targets.dataset import StudentClips, _Plan
 from distinit.pipeline.targets.picks import PickRule
-from distinit.pipeline.targets.sampler import Draw, TargetSampler
+from distinit.pipeline.targets.sampler import ClipSample, TargetSampler
 from distinit.pipeline.teachers.teacher import TeacherSpec
-from distinit.pipeline.training.loader import KeyedBatches, read_batches
+from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
 from distinit.pipeline.video.frames import count_frames, read_frames
 from distinit.pipeline.video.geometry import View
 from distinit.stages.extract_targets import extract_targets
@@ -74,7 +74,7 @@ def build(source: str, count: int, folder: Path) -> tuple[TargetStore, Path]:
     paths = [listed.absolute(i) for i in range(min(count, len(listed)))]
     (folder / "list.txt").write_text("\n".join(paths) + "\n")
     spec = TeacherSpec(name="linear_teacher:teacher", options={"input_size": "112"})
-    quiet = Screen(quiet=True)
+    quiet = Console(quiet=True)
     sources = [f"v=@{folder / 'list.txt'}"]
     extract_targets(ExtractConfig(sources=sources, out=folder / "targets.zarr", teachers=[spec]), quiet)
     prepare(PrepareConfig.model_validate({"sources": sources, "out": folder / "small"}), quiet)
@@ -91,7 +91,7 @@ def targets(source: str, videos: int, rounds: int, count: int) -> None:
             clips = StudentClips(sampler_of(store, count), VIEW, moved)
             drawn = [clips.sampler.draw(0, k) for k in range(count)]
 
-            def bare(clips: StudentClips = clips, drawn: list[Draw] = drawn) -> float:
+            def bare(clips: StudentClips = clips, drawn: list[ClipSample] = drawn) -> float:
                 began = time.process_time()
                 for draw in drawn:
                     read_clip(clips.file(draw.video), draw.indices, VIEW, crop=Crop(draw.top, draw.left, draw.flip))
@@ -105,7 +105,7 @@ def targets(source: str, videos: int, rounds: int, count: int) -> None:
                 return (time.process_time() - began) / count * 1000
 
             @torch.inference_mode()
-            def online(clips: StudentClips = clips, drawn: list[Draw] = drawn) -> float:
+            def online(clips: StudentClips = clips, drawn: list[ClipSample] = drawn) -> float:
                 """The clip, its picked frame at 224 pixels from the video, and a ResNet-50 in fp32, 16 at once."""
                 began = time.process_time()
                 few, images = drawn[:16], []
@@ -142,7 +142,7 @@ def flat(source: str, videos: int, count: int) -> None:
         rows: list[list[object]] = []
         for where, moved, clips_read in (("prepared copies", {"v": str(small)}, count), ("videos", None, count // 5)):
             clips = StudentClips(sampler_of(store), VIEW, moved)
-            steps = KeyedBatches(batch_size=10, steps_per_epoch=clips_read // 10, epochs=1)
+            steps = EpochBatchSampler(batch_size=10, steps_per_epoch=clips_read // 10, epochs=1)
             began = time.monotonic()
             for step, _ in enumerate(read_batches(clips, steps, workers=2, device=CPU), 1):
                 if step in (10, 100) or step * 10 % (clips_read // 5) == 0:
@@ -182,7 +182,7 @@ def size(source: str, numbers: list[int]) -> None:
             opened = time.monotonic() - began
             clips = OneOfFew(sampler_of(store), VIEW)
             clips.files = files
-            steps = KeyedBatches(batch_size=10, steps_per_epoch=50, epochs=1)
+            steps = EpochBatchSampler(batch_size=10, steps_per_epoch=50, epochs=1)
             memory: list[Any] = []
             began = time.monotonic()
             for step, _ in enumerate(read_batches(clips, steps, workers=2, device=CPU), 1):

@@ -28,7 +28,7 @@ from measuring import in_turn, machine, medians, table
 from torch.nn.functional import interpolate
 from training_steps import Trainer
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.devices import keep_freed_memory
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.reader import TargetStore
@@ -63,7 +63,7 @@ def extraction_rate(args: argparse.Namespace) -> float:
             sampling={"every": 8},
         )
         began = time.perf_counter()
-        extract_targets(config, Screen(quiet=True))
+        extract_targets(config, Console(quiet=True))
         return TargetStore.open(config.out).n_rows / (time.perf_counter() - began)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.corpus.sources import list_videos
-from distinit.pipeline.prepared import frame_map as copymap
+from distinit.pipeline.prepared import frame_map as frame_map
 from distinit.pipeline.prepared import make_copy as prepare
 from distinit.pipeline.prepared.copies import read_copy
 from distinit.pipeline.video import frames as clips
@@ -65,8 +65,8 @@ def variant(source: str, target: str, encoder: dict[str, object], extra: dict[st
         write_video(target, frames, fps=info.fps, extra={"f": "mp4", "fps_mode": "passthrough", **extra}, **encoder)
         n = len(timeline)
     offset, key, crc, codec, extradata = prepare._packets(target)
-    record = copymap.SourceRecord("", 0, 0, n, info.width, info.height, timeline.time_base, timeline.clock)
-    made = copymap.CopyMap(record, np.arange(n), timeline.pts, offset, key, crc, width, height, codec, extradata)
+    record = frame_map.SourceRecord("", 0, 0, n, info.width, info.height, timeline.time_base, timeline.clock)
+    made = frame_map.FrameMap(record, np.arange(n), timeline.pts, offset, key, crc, width, height, codec, extradata)
     with open(target, "ab") as file:
         file.write(made.pack())
 
@@ -106,8 +106,8 @@ def measure(read: Read, files: list[str], count: int, seed: int) -> float:
     for _ in range(count):
         path = files[int(random.integers(len(files)))]
         start = int(random.integers(frames[path] - T + 1))
-        clips._indices = copymap.LruCache()
-        copymap._maps = copymap.LruCache()
+        clips._indices = frame_map.LruCache()
+        frame_map._maps = frame_map.LruCache()
         began = time.process_time()
         read(path, np.arange(start, start + T), CLIP)
         spent += time.process_time() - began

@@ -25,7 +25,7 @@ from measuring import machine, table, video_columns
 
 from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.store import layout as fmt
-from distinit.pipeline.store.planning import Stretch
+from distinit.pipeline.store.planning import FrameRange
 from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.pipeline.video.sampling import Sampling
@@ -91,7 +91,7 @@ def make(root: Path, videos: int, number: int) -> None:
     run = {"batch_size": 32}
     with StoreWriter(root, sampling=Sampling().model_dump()) as writer:
         writer.add_videos(columns, [{"name": "big", "root": "/data/big"}])
-        writer.add_segments(Stretch(v, 0, -1, ROWS) for v in range(videos))
+        writer.add_segments(FrameRange(v, 0, -1, ROWS) for v in range(videos))
         writer.add_teacher("t", [f"class {i}" for i in range(CLASSES)], {"identity": {"name": "t"}, "run": run})
         order = np.searchsorted(writer.index.shard, np.arange(writer.index.n_shards + 1))
         for shard in range(writer.index.n_shards):

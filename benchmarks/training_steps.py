@@ -25,14 +25,14 @@ import torch
 from measuring import in_turn, machine, medians, table
 
 from distinit.pipeline.common.devices import keep_freed_memory, resolve_device
-from distinit.pipeline.common.distributed import ALONE
+from distinit.pipeline.common.distributed import SINGLE_PROCESS
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.targets.student_clips import student_clips
 from distinit.pipeline.training.distillation import Distillation
 from distinit.pipeline.training.footprint import footprint
-from distinit.pipeline.training.loader import KeyedBatches, read_batches, to_device
+from distinit.pipeline.training.loader import EpochBatchSampler, read_batches, to_device
 from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.pipeline.training.parallel import wrap
 from distinit.pipeline.training.precision import torch_threads
@@ -71,16 +71,16 @@ class Trainer:
         student = build_student(chosen, heads, clip=(args.frames, args.size))
         self.shape = (options.batch_size, 3, args.frames, args.size, args.size)
         self.cost = footprint(student, self.shape)
-        self.model = wrap(student, options, self.device, ALONE).train()
+        self.model = wrap(student, options, self.device, SINGLE_PROCESS).train()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
         self.objective = Distillation(tuple(heads))
         self.clips = student_clips(store, frames=args.frames, size=args.size, epoch_clips=10**6)
         self.steps = args.steps
-        keys = KeyedBatches(batch_size=options.batch_size, steps_per_epoch=1, epochs=1)
+        keys = EpochBatchSampler(batch_size=options.batch_size, steps_per_epoch=1, epochs=1)
         self.batch = next(read_batches(self.clips, keys, workers=0, device=self.device))
 
     def step(self, batch: dict[str, Any]) -> None:
-        take_step(self.model, self.objective, self.optimizer, batch, 1e-3, self.options, self.device, ALONE)
+        take_step(self.model, self.objective, self.optimizer, batch, 1e-3, self.options, self.device, SINGLE_PROCESS)
 
     def at_once(self) -> float:
         """Steps a second with a batch that lies on the device."""
@@ -90,7 +90,7 @@ class Trainer:
 
     def real(self) -> float:
         """Steps a second with clips read and decoded, from the start of the loader's workers on warm."""
-        keys = KeyedBatches(batch_size=self.options.batch_size, steps_per_epoch=self.steps + WARM_UP, epochs=1)
+        keys = EpochBatchSampler(batch_size=self.options.batch_size, steps_per_epoch=self.steps + WARM_UP, epochs=1)
         with closing(read_batches(self.clips, keys, workers=self.workers, device=self.device)) as batches:
             return self._rate(batches)
 

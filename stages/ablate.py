@@ -13,8 +13,8 @@ from ..pipeline.ablation.cost import show_cost
 from ..pipeline.ablation.plan import cells, read_plan
 from ..pipeline.ablation.progress import CELLS, SECONDS, Progress, Work
 from ..pipeline.ablation.steps import Commands, Step, StepMaker, run_step
-from ..pipeline.common.config import require_own, write_config
-from ..pipeline.common.console import Screen
+from ..pipeline.common.config import check_output_dir, write_config
+from ..pipeline.common.console import Console
 from ..pipeline.common.errors import DistInitError, TrainingInterrupted, UsageError
 from ..pipeline.common.locks import folder_lock
 from ..pipeline.common.settings import Options
@@ -53,7 +53,7 @@ class AblateConfig(Options):
 
 
 
-def ablate(config: AblateConfig, screen: Screen) -> dict[str, Any]:
+def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
     """Runs the cells of a plan that are not done, and says what became of each. What is done is left alone.
 
     Raises UsageError (the plan, a config that does not hold), StoreError, LabelsError; DistInitError at the end if a
@@ -72,49 +72,49 @@ def ablate(config: AblateConfig, screen: Screen) -> dict[str, Any]:
         student = maker.student(cell) if cell.needs_student else None
         work.append(Work(cell, student, maker.finetuning(cell, student)))
     out = Path(os.path.abspath(config.out))
-    require_own(out, "ablate", (CELLS, SECONDS))
+    check_output_dir(out, "ablate", (CELLS, SECONDS))
     progress = Progress(out, plan, work)
     steps = list(dict.fromkeys(step for each in work for step in each.steps))
     open_steps = [step for step in steps if step.result(out) is None]
-    screen.say(
+    console.say(
         f"{plan.title}: {len(work)} cells of {len(steps)} runs, {len(steps) - len(open_steps)} of these done already"
     )
     if config.dry_run:
-        return show_cost(progress.records(), [each.steps for each in work], out, progress.seconds, screen)
+        return show_cost(progress.records(), [each.steps for each in work], out, progress.seconds, console)
     with folder_lock(out):
         write_config(out / "config.yaml", "ablate", config)
         progress.write()
         if config.workers is not None or config.scheduler is not None:
             from ..pipeline.ablation.execution import run_on_workers
 
-            run_on_workers(config.workers, config.scheduler, open_steps, progress, screen)
+            run_on_workers(config.workers, config.scheduler, open_steps, progress, console)
         else:
-            _run_here(open_steps, progress, screen)
+            _run_here(open_steps, progress, console)
         progress.write()
-    return _summary(progress, out, screen)
+    return _summary(progress, out, console)
 
 
-def _run_here(steps: list[Step], progress: Progress, screen: Screen) -> None:
+def _run_here(steps: list[Step], progress: Progress, console: Console) -> None:
     """One step after the other in this process."""
     for number, step in enumerate(steps, 1):
         if step.needs in progress.failed:
             progress.failed[step.key] = progress.failed[step.needs]
             continue
-        screen.say(f"[{number}/{len(steps)}] {step.kind} {step.folder}")
+        console.say(f"[{number}/{len(steps)}] {step.kind} {step.folder}")
         began = time.monotonic()
         try:
-            run_step(step, progress.out, COMMANDS, screen)
+            run_step(step, progress.out, COMMANDS, console)
         except TrainingInterrupted:
             raise
         except Exception as error:  # whatever a step meets, the others go on
             progress.failed[step.key] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            screen.warn(f"{step.folder} failed: {progress.failed[step.key]}")
+            console.warn(f"{step.folder} failed: {progress.failed[step.key]}")
         finally:
             progress.took(step, time.monotonic() - began)
             progress.write()
 
 
-def _summary(progress: Progress, out: Path, screen: Screen) -> dict[str, Any]:
+def _summary(progress: Progress, out: Path, console: Console) -> dict[str, Any]:
     records = progress.records()
     failed = [record for record in records if record["status"] == "failed"]
     if failed:
@@ -123,5 +123,5 @@ def _summary(progress: Progress, out: Path, screen: Screen) -> dict[str, Any]:
             f"{len(failed)} of {len(records)} cells failed, all others are done; the same command tries them again; "
             f"the first, {first['row']}, {first['dataset']}, seed {first['seed']}: {first['reason']}"
         )
-    screen.say(f"{len(records)} cells are done; `distinit report {out} --out report` makes tables of them")
+    console.say(f"{len(records)} cells are done; `distinit report {out} --out report` makes tables of them")
     return {"out": str(out), "cells": records}

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import Field
 from rich.text import Text
 
-from ..pipeline.common.config import CONF, load_config, require_own, write_config
-from ..pipeline.common.console import Screen
+from ..pipeline.common.config import CONF, check_output_dir, load_config, write_config
+from ..pipeline.common.console import Console
 from ..pipeline.common.errors import StoreError, UsageError
 from ..pipeline.common.settings import Options
 from ..pipeline.extraction.extract_options import ExtractConfig
@@ -37,7 +37,7 @@ class DemoConfig(Options):
     finetune: dict[str, Any] = {}
 
 
-def demo(config: DemoConfig, screen: Screen) -> dict[str, Any]:
+def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     """Extract, distil, finetune from the student and from scratch, report. What is done already is kept.
 
     The student never sees a test clip: the unlabelled corpus is the training side alone.
@@ -51,16 +51,16 @@ def demo(config: DemoConfig, screen: Screen) -> dict[str, Any]:
     _require_own(out, store)
     write_config(out / RECORD, "demo", config)
 
-    screen.say("1/5 extract-targets: a frozen image model looks at the unlabelled clips, once")
+    console.say("1/5 extract-targets: a frozen image model looks at the unlabelled clips, once")
     extraction = load_config(
         ExtractConfig,
         "extract-targets",
         preset=PRESET,
         options={"sources": [f"demo={CORPUS / 'unlabelled.txt'}"], **config.extract, "out": store},
     )
-    extracted = extract_targets(extraction, screen)
+    extracted = extract_targets(extraction, console)
 
-    screen.say("2/5 train-student: a video network learns to predict what was stored, no labels")
+    console.say("2/5 train-student: a video network learns to predict what was stored, no labels")
     training = load_config(
         TrainConfig,
         "train-student",
@@ -73,18 +73,18 @@ def demo(config: DemoConfig, screen: Screen) -> dict[str, Any]:
             "resume": "auto",
         },
     )
-    student = train_student(training, screen)
+    student = train_student(training, console)
 
     results = {}
     starts = {"distinit": str(runs / "student"), "scratch": "scratch"}
     for number, (name, init) in enumerate(starts.items(), start=3):
-        screen.say(f"{number}/5 finetune: on the labels, {'from the student' if number == 3 else 'from scratch'}")
-        results[name] = finetune(_finetuning(config, runs / name, init), screen)
+        console.say(f"{number}/5 finetune: on the labels, {'from the student' if number == 3 else 'from scratch'}")
+        results[name] = finetune(_finetuning(config, runs / name, init), console)
 
-    screen.say("5/5 report")
-    made = report([runs], out / "report", screen)
+    console.say("5/5 report")
+    made = report([runs], out / "report", console)
     seconds = time.monotonic() - began
-    _farewell(config, results, made, seconds, screen)
+    _farewell(config, results, made, seconds, console)
     return {
         "out": str(out),
         "store": str(store),
@@ -106,7 +106,7 @@ def _require_own(out: Path, store: Path) -> None:
     if store.exists():
         with contextlib.suppress(StoreError):
             own_store = {corpus["name"] for corpus in TargetStore.open(store).index.corpora} <= {"demo"}
-    require_own(out, "demo", () if own_store else (store.name,), record=RECORD)
+    check_output_dir(out, "demo", () if own_store else (store.name,), record=RECORD)
 
 
 def _finetuning(config: DemoConfig, run: Path, init: str) -> FinetuneConfig:
@@ -133,7 +133,7 @@ def _student(config: DemoConfig) -> dict[str, Any]:
 
 
 def _farewell(
-    config: DemoConfig, results: dict[str, Any], made: dict[str, Any], seconds: float, screen: Screen
+    config: DemoConfig, results: dict[str, Any], made: dict[str, Any], seconds: float, console: Console
 ) -> None:
     """Where things lie, what the numbers are worth, and what to type next."""
     tested = next(iter(results.values()))["test_videos"]
@@ -155,4 +155,4 @@ def _farewell(
         "  distinit finetune --init runs/student --dataset csv:labels.csv --out runs/ours",
         "  distinit report runs --out report",
     ]
-    screen.table(Text("\n".join(lines)))
+    console.table(Text("\n".join(lines)))

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from ..pipeline.clips.transforms import ClipView
 from ..pipeline.common.config import require_no_store, require_writable
-from ..pipeline.common.console import Screen
+from ..pipeline.common.console import Console
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.distributed import Ranks
 from ..pipeline.common.documents import Form, is_regular_file, load_yaml, read_bytes, read_json
@@ -41,7 +41,7 @@ from ..pipeline.evaluation.test_overlap import overlap, require_own_labels
 from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student
 from ..pipeline.training.checkpoint import LAST, read_identity
-from ..pipeline.training.launch import across_ranks
+from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop_options import LoopOptions
 from ..pipeline.training.seen_videos import SeenVideos
 
@@ -83,7 +83,7 @@ class EvaluateConfig(Options):
         return self
 
 
-def evaluate(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Tests a finished run or model again and writes predictions.h5 and the metrics in result.json; or fuses or
     compares predictions that are there.
 
@@ -92,10 +92,10 @@ def evaluate(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
     """
     config = _without_runs_own_out(config)
     if config.fuse:
-        return _fuse(config, screen)
+        return _fuse(config, console)
     if config.compare:
-        return compare(config.runs[0], config.runs[1], config.out, screen)
-    return across_ranks(_evaluate, config, screen, LoopOptions(device=config.device, gpus=config.gpus))
+        return compare(config.runs[0], config.runs[1], config.out, console)
+    return run_distributed(_evaluate, config, console, LoopOptions(device=config.device, gpus=config.gpus))
 
 
 def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
@@ -115,11 +115,11 @@ def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
     raise UsageError(f"--out {out} is a run, which keeps its own predictions and result; choose another --out")
 
 
-def _fuse(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
+def _fuse(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Runs of one split, or split by split those that `finetune --split all` wrote."""
     splits = [split_folders(Path(run)) for run in config.runs]
     if config.out is None or not all(splits):
-        return fuse(config.runs, config.weights, config.out, screen)
+        return fuse(config.runs, config.weights, config.out, console)
     if any(each.keys() != splits[0].keys() for each in splits):
         held = "; ".join(f"{run}: {', '.join(map(str, each))}" for run, each in zip(config.runs, splits, strict=True))
         raise UsageError(f"--fuse: the runs have other splits ({held})")
@@ -127,68 +127,68 @@ def _fuse(config: EvaluateConfig, screen: Screen) -> dict[str, Any]:
     refuse_other(out, {"run": str(out)})
     with folder_lock(out):
         results = {
-            split: fuse([str(each[split]) for each in splits], config.weights, str(split_folder(out, split)), screen)
+            split: fuse([str(each[split]) for each in splits], config.weights, str(split_folder(out, split)), console)
             for split in splits[0]
         }
-        return summarise_splits(out, results, "late fusion", screen)
+        return summarise_splits(out, results, "late fusion", console)
 
 
-def _evaluate(config: EvaluateConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
+def _evaluate(config: EvaluateConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
     """Run one process of the test; rank 0 alone writes, and holds the locks of the folders."""
     with ExitStack() as stack:
-        return _evaluate_locked(config, screen, ranks, stack)
+        return _evaluate_locked(config, console, ranks, stack)
 
 
-def _evaluate_locked(config: EvaluateConfig, screen: Screen, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
+def _evaluate_locked(config: EvaluateConfig, console: Console, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
     run = Path(config.runs[0])
     splits = {} if (run / "config.yaml").exists() else split_folders(run)
     if splits and config.split in (None, ALL):
         if config.out is not None:
-            ranks.on_lead(lambda: refuse_other(Path(str(config.out)), {"run": str(config.out)}))
+            ranks.on_main(lambda: refuse_other(Path(str(config.out)), {"run": str(config.out)}))
         outs = {n: None if config.out is None else str(split_folder(Path(config.out), n)) for n in splits}
         configs = {n: config.model_copy(update={"split": None, "out": out}) for n, out in outs.items()}
         # What is wrong with the last is found before the first is tested.
-        jobs = ranks.agree(lambda: {n: _assemble(configs[n], folder) for n, folder in splits.items()})
-        ranks.on_lead(lambda: stack.enter_context(folder_lock(config.out or run)))
-        results = {n: _evaluate_split(configs[n], jobs[n], folder, screen, ranks) for n, folder in splits.items()}
+        jobs = ranks.on_all_ranks(lambda: {n: _assemble(configs[n], folder) for n, folder in splits.items()})
+        ranks.on_main(lambda: stack.enter_context(folder_lock(config.out or run)))
+        results = {n: _evaluate_split(configs[n], jobs[n], folder, console, ranks) for n, folder in splits.items()}
         title = short_dataset(next(iter(results.values()))["dataset"])
-        return ranks.on_lead(lambda: summarise_splits(Path(config.out or run), results, title, screen))
+        return ranks.on_main(lambda: summarise_splits(Path(config.out or run), results, title, console))
     if config.split == ALL:
         raise UsageError(f"--split all: {run} was trained on one split; it cannot be tested on what it has seen")
     if isinstance(config.split, int) and config.split in splits:
         run, config = splits[config.split], config.model_copy(update={"split": None})
-    return _evaluate_split(config, ranks.agree(lambda: _assemble(config, run)), run, screen, ranks)
+    return _evaluate_split(config, ranks.on_all_ranks(lambda: _assemble(config, run)), run, console, ranks)
 
 
-def _evaluate_split(config: EvaluateConfig, job: _Job, run: Path, screen: Screen, ranks: Ranks) -> dict[str, Any]:
+def _evaluate_split(config: EvaluateConfig, job: _Job, run: Path, console: Console, ranks: Ranks) -> dict[str, Any]:
     with ExitStack() as stack:
-        return _evaluate_split_locked(config, job, run, screen, ranks, stack)
+        return _evaluate_split_locked(config, job, run, console, ranks, stack)
 
 
 def _evaluate_split_locked(
-    config: EvaluateConfig, job: _Job, run: Path, screen: Screen, ranks: Ranks, stack: ExitStack
+    config: EvaluateConfig, job: _Job, run: Path, console: Console, ranks: Ranks, stack: ExitStack
 ) -> dict[str, Any]:
     out = Path(config.out or _folder(run))
     if config.out is not None:
-        ranks.on_lead(lambda: refuse_other(out, {"run": str(run)}))
-    ranks.on_lead(lambda: require_writable(out))
-    ranks.on_lead(lambda: stack.enter_context(folder_lock(out)))
-    for note in (*job.labels.notes, *job.notes) if ranks.lead else ():
-        screen.warn(note)
+        ranks.on_main(lambda: refuse_other(out, {"run": str(run)}))
+    ranks.on_main(lambda: require_writable(out))
+    ranks.on_main(lambda: stack.enter_context(folder_lock(out)))
+    for note in (*job.labels.notes, *job.notes) if ranks.is_main else ():
+        console.warn(note)
     length, channels = job.student.meta.clip_length, job.student.options.channels
-    if ranks.lead:
+    if ranks.is_main:
         counts = count_some(job.labels, job.labels.test)
-        warn_of_short_videos(counts, len(job.labels.test), length, channels, screen)
-    known = ranks.on_lead(lambda: _known(config, job, _folder(run), screen))
+        warn_of_short_videos(counts, len(job.labels.test), length, channels, console)
+    known = ranks.on_main(lambda: _known(config, job, _folder(run), console))
     metrics = evaluate_student(
         job.student,
         job.labels,
         view=job.view,
         length=length,
         options=job.options,
-        device=ranks.agree(lambda: resolve_device(config.device)),
+        device=ranks.on_all_ranks(lambda: resolve_device(config.device)),
         out=out,
-        screen=screen,
+        console=console,
         fresh=True,
         ranks=ranks,
     )
@@ -203,7 +203,7 @@ def _evaluate_split_locked(
         before = read_json(out / RESULT, Form)
         write_result(out, {**before, **found, "metrics": metrics})
 
-    ranks.on_lead(finish)
+    ranks.on_main(finish)
     return {**found, "metrics": metrics}
 
 
@@ -256,7 +256,7 @@ def _other_labels(run: Path, labels: Labels) -> Iterator[str]:
         yield f"{labels.dataset}: not the test videos that {run} was trained to be tested on ({how})"
 
 
-def _known(config: EvaluateConfig, job: _Job, run: Path, screen: Screen) -> dict[str, int] | None:
+def _known(config: EvaluateConfig, job: _Job, run: Path, console: Console) -> dict[str, int] | None:
     """How many of the test videos the run has seen, with a warning; None for its own test, of which its training has
     told, and for a run of which nothing is known."""
     if config.out is None:
@@ -266,7 +266,7 @@ def _known(config: EvaluateConfig, job: _Job, run: Path, screen: Screen) -> dict
         seen = _trained_on(config, run)
     if seen is None:
         return None
-    return overlap(seen, job.labels, screen, init_seen="the videos that the run's initialisation was trained on")
+    return overlap(seen, job.labels, console, init_seen="the videos that the run's initialisation was trained on")
 
 
 def _trained_on(config: EvaluateConfig, run: Path) -> SeenVideos | None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..pipeline.common.config import write_config
-from ..pipeline.common.console import Screen
+from ..pipeline.common.console import Console
 from ..pipeline.common.dask_workers import cluster
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.errors import StoreError, UsageError
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
-def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
+def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
     """List, probe, plan, decode, infer, commit; returns what the store holds afterwards.
 
     Running it again on the same sources continues where it was stopped, and does nothing when all is done.
@@ -62,13 +62,13 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
     """
     check_local(config.out)
     device = resolve_device(config.device)
-    listed = _list(config, screen)
+    listed = _list(config, console)
     if config.dry_run:
-        return dry_run(config, None if listed is None else _share(config, listed, screen), device, screen)
+        return dry_run(config, None if listed is None else _share(config, listed, console), device, console)
     sampling = _sampling(config)
     teachers = load_teachers(config, device)
     _check_accepted(config, teachers)
-    fingerprints = examine_teachers(teachers, screen)
+    fingerprints = examine_teachers(teachers, console)
     views = list(dict.fromkeys(t.view for t in teachers.values()))
     decoders = config.decoders or default_decoders(device)
     with ExitStack() as stack:
@@ -85,8 +85,8 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
         if config.scheduler is not None:
             from ..pipeline.extraction.cluster import run_of_workers
 
-            client = stack.enter_context(cluster(None, config.scheduler, screen))
-            run = run_of_workers(client, config, screen)
+            client = stack.enter_context(cluster(None, config.scheduler, console))
+            run = run_of_workers(client, config, console)
         else:
             run = run_record(config.batch_size, config.precision, device)
         asked = {name: {**attributes, "run": run} for name, attributes in _records(config, teachers).items()}
@@ -97,14 +97,14 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
             DecodePool(processes=decoders, views=views, memory_gb=config.memory_gb, timeout_s=config.timeout_s)
         )
         plan = StorePlan(writer)
-        videos = None if listed is None else _share(config, plan.locate(listed), screen)
+        videos = None if listed is None else _share(config, plan.locate(listed), console)
         if without and _grows(config, plan, videos, list(teachers)):
-            prove_teachers(plan, without, teachers, fingerprints, config.accept_teachers, pool, views, screen)
+            prove_teachers(plan, without, teachers, fingerprints, config.accept_teachers, pool, views, console)
         if listed is not None and videos is not None:
-            _add_videos(config, plan, videos, len(listed), pool, screen)
-        plan_segments(plan, pool, screen)
+            _add_videos(config, plan, videos, len(listed), pool, console)
+        plan_segments(plan, pool, console)
         if config.retry_failed:
-            plan_retries(plan, list(teachers), pool, run, screen)
+            plan_retries(plan, list(teachers), pool, run, console)
         for name, teacher in teachers.items():
             writer.add_teacher(
                 name,
@@ -117,7 +117,7 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
         copy_stored(plan, list(teachers))
         began = time.monotonic()
         if config.workers is not None:
-            client = stack.enter_context(cluster(config.workers, None, screen))
+            client = stack.enter_context(cluster(config.workers, None, console))
         fill = (
             _there(config, writer, teachers, run, client)
             if client is not None
@@ -129,16 +129,16 @@ def extract_targets(config: ExtractConfig, screen: Screen) -> dict[str, Any]:
         all_of_fewer = not (writer.index.state == OK).any()
         while shards := open_tasks(plan, list(teachers)):
             idle = False
-            done += _run_shards(plan, shards, list(teachers), fill, run, watch, all_of_fewer, screen)
+            done += _run_shards(plan, shards, list(teachers), fill, run, watch, all_of_fewer, console)
             plan_overflow(plan, pool)
         write_config(_beside(config.out), "extract-targets", config)
         seconds = time.monotonic() - began
         ids = None if videos is None else ids_of(plan, videos)
-        result = _summary(plan, list(teachers), ids, done, seconds, screen)
+        result = _summary(plan, list(teachers), ids, done, seconds, console)
         if idle:
-            screen.say("nothing to do: every video has its targets or a reason why not")
+            console.say("nothing to do: every video has its targets or a reason why not")
         else:
-            screen.say(f"{done} new rows in {seconds:.1f} s ({done / max(seconds, 1e-9):.0f} frames/s)")
+            console.say(f"{done} new rows in {seconds:.1f} s ({done / max(seconds, 1e-9):.0f} frames/s)")
         return result
 
 
@@ -195,7 +195,7 @@ def _run_shards(
     run: dict[str, Any],
     watch: SameFailure,
     all_of_fewer: bool,
-    screen: Screen,
+    console: Console,
 ) -> int:
     """One pass over open shards; each is committed as soon as it is whole, the first ones once one is not like the
     others. Returns the rows done."""
@@ -203,7 +203,7 @@ def _run_shards(
     bound = int(index.bound[np.isin(index.shard, shards)].sum())
     done = 0
     held: list[ShardResult] = []
-    with screen.progress("extracting", total=bound, unit="frames") as bar:
+    with console.progress("extracting", total=bound, unit="frames") as bar:
         for result in fill(tasks(plan, shards, teachers), bar.advance):
             for segment in np.flatnonzero(index.shard == result.shard).tolist():
                 video = int(index.video[segment])
@@ -232,7 +232,7 @@ def _reason(result: ShardResult, segment: int) -> str | None:
     return None if not reasons or None in reasons else reasons[0]
 
 
-def _list(config: ExtractConfig, screen: Screen) -> VideoList | None:
+def _list(config: ExtractConfig, console: Console) -> VideoList | None:
     """The listed sources; None (all that the store lists) without sources on an existing store."""
     if not config.sources:
         if not config.out.exists():
@@ -241,16 +241,16 @@ def _list(config: ExtractConfig, screen: Screen) -> VideoList | None:
     videos = list_videos(config.sources)
     ignored = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(videos.ignored.items()))
     names = ", ".join(c.name for c in videos.corpora)
-    screen.say(f"{len(videos)} videos in {names}" + (f" (not videos: {ignored})" if ignored else ""))
+    console.say(f"{len(videos)} videos in {names}" + (f" (not videos: {ignored})" if ignored else ""))
     return videos
 
 
-def _share(config: ExtractConfig, listed: VideoList, screen: Screen) -> VideoList:
+def _share(config: ExtractConfig, listed: VideoList, console: Console) -> VideoList:
     """Those of the listed videos that are this run's part."""
     if config.part is None:
         return listed
     videos = Part.parse(config.part).share(listed)
-    screen.say(f"part {config.part}: {len(videos)} of {len(listed)} videos")
+    console.say(f"part {config.part}: {len(videos)} of {len(listed)} videos")
     return videos
 
 
@@ -270,18 +270,18 @@ def _grows(config: ExtractConfig, plan: StorePlan, videos: VideoList | None, tea
 
 
 def _add_videos(
-    config: ExtractConfig, plan: StorePlan, videos: VideoList, listed: int, pool: DecodePool, screen: Screen
+    config: ExtractConfig, plan: StorePlan, videos: VideoList, listed: int, pool: DecodePool, console: Console
 ) -> None:
     """Enter in the store what is new of the sources, of which there are `listed` in all parts."""
     check_unchanged(plan, videos)
-    added = add_new_videos(plan, videos, pool, screen, config.max_failures)
+    added = add_new_videos(plan, videos, pool, console, config.max_failures)
     there = plan.writer.index.n_videos - added
     if added and there:
-        screen.say(f"{added} new videos, {there} are in the store already")
+        console.say(f"{added} new videos, {there} are in the store already")
     if config.part is not None:
         # From the whole list, so that all parts have shards of one size and can be merged.
         rows = plan.writer.set_shard_rows_for(listed * _rows_of_a_clip(plan.sampling))
-        screen.say(f"shards of {rows} rows; the parts of a merge need the same (--shard-rows {rows})")
+        console.say(f"shards of {rows} rows; the parts of a merge need the same (--shard-rows {rows})")
 
 
 def _records(config: ExtractConfig, teachers: dict[str, Teacher]) -> dict[str, dict[str, Any]]:
@@ -331,7 +331,7 @@ def _beside(store: Path) -> Path:
 
 
 def _summary(
-    plan: StorePlan, teachers: list[str], listed: list[int] | None, done: int, seconds: float, screen: Screen
+    plan: StorePlan, teachers: list[str], listed: list[int] | None, done: int, seconds: float, console: Console
 ) -> dict[str, Any]:
     """What the store holds; `complete` is false where no listed video is usable, or one failed by a fault of ours."""
     index = plan.writer.index
@@ -340,17 +340,17 @@ def _summary(
         raise StoreError(f"{plan.writer.root}: {int((state == PENDING).sum())} videos are left without a status")
     reasons = index.video_reasons()
     failures = Counter(reasons.values())
-    _say_failures(plan, failures, "failed", screen)
+    _say_failures(plan, failures, "failed", console)
     under: dict[str, Counter[str]] = {}
     for name in teachers:
         under[name] = Counter(text for v, text in index.video_reasons(name).items() if v not in reasons)
-        _say_failures(plan, under[name], f"failed under {name} alone", screen)
+        _say_failures(plan, under[name], f"failed under {name} alone", console)
     internal = sum(count for reason, count in failures.items() if reason.startswith((INTERNAL, *OF_0_1)))
     if internal:
-        screen.warn(f"{internal} videos failed by an internal error: see the log; --retry-failed tries again")
+        console.warn(f"{internal} videos failed by an internal error: see the log; --retry-failed tries again")
     usable = state[listed] if listed is not None else state
     if len(usable) and not (usable == OK).any():
-        screen.warn("no video of the sources is usable")
+        console.warn("no video of the sources is usable")
     return {
         "store": str(plan.writer.root),
         "complete": not internal and (not len(usable) or bool((usable == OK).any())),
@@ -366,10 +366,10 @@ def _summary(
     }
 
 
-def _say_failures(plan: StorePlan, failures: Counter[str], how: str, screen: Screen) -> None:
+def _say_failures(plan: StorePlan, failures: Counter[str], how: str, console: Console) -> None:
     if not failures:
         return
     root = plan.writer.root
-    screen.say(f"{failures.total()} videos {how}; `distinit targets info {root} --failed` lists them:")
+    console.say(f"{failures.total()} videos {how}; `distinit targets info {root} --failed` lists them:")
     for reason, count in failures.most_common(10):
-        screen.say(f"  {count:6d}  {reason}")
+        console.say(f"  {count:6d}  {reason}")

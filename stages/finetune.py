@@ -14,8 +14,8 @@ import torch
 from pydantic import Field, model_validator
 
 from ..pipeline.clips.transforms import ClipView
-from ..pipeline.common.config import require_own, write_config
-from ..pipeline.common.console import Screen
+from ..pipeline.common.config import check_output_dir, write_config
+from ..pipeline.common.console import Console
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.distributed import Ranks
 from ..pipeline.common.errors import UsageError
@@ -32,7 +32,7 @@ from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.test_overlap import record_and_compare, require_own_labels
 from ..pipeline.students.export import InitReport, read_meta, save_start, save_student
 from ..pipeline.students.inflate import Inflation
-from ..pipeline.students.initialization import SCRATCH, Start, canonical_init, open_init, student_file
+from ..pipeline.students.initialization import SCRATCH, Initialization, canonical_init, resolve_init, student_file
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
 from ..pipeline.students.student_options import START, StudentMeta
 from ..pipeline.training.checkpoint import (
@@ -43,7 +43,7 @@ from ..pipeline.training.checkpoint import (
     require_not_longer,
     run_dir_lock,
 )
-from ..pipeline.training.launch import across_ranks
+from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
 from ..pipeline.training.seen_videos import SEEN_VIDEOS
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
@@ -106,42 +106,42 @@ class FinetuneConfig(Options):
     resume: Resume = False
 
 
-def finetune(config: FinetuneConfig, screen: Screen) -> dict[str, Any]:
+def finetune(config: FinetuneConfig, console: Console) -> dict[str, Any]:
     """Trains on the train videos, tests on the test videos, and says how it went.
 
     Writes RUN/config.yaml, checkpoints and metrics.jsonl, model.safetensors, predictions.h5, result.json; with all
     splits each into a folder of its own, and into RUN/result.json their mean.
     Raises UsageError, LabelsError, CheckpointError, TrainingError, DeviceError, WeightsError.
     """
-    return across_ranks(_finetune, config, screen, config.loop)
+    return run_distributed(_finetune, config, console, config.loop)
 
 
-def _finetune(config: FinetuneConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
+def _finetune(config: FinetuneConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
     """Run one process of the training and the test; rank 0 alone writes, and holds the locks of the run folders."""
     with ExitStack() as stack:
-        return _finetune_locked(config, screen, ranks, stack)
+        return _finetune_locked(config, console, ranks, stack)
 
 
-def _finetune_locked(config: FinetuneConfig, screen: Screen, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
+def _finetune_locked(config: FinetuneConfig, console: Console, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
     out, results = Path(config.out), {}
-    ranks.on_lead(lambda: _require_fitting(out, config.split))
+    ranks.on_main(lambda: _require_fitting(out, config.split))
     if config.split != ALL:
-        return _finetune_split(config, screen, ranks, stack)
-    begun = ranks.on_lead(lambda: bool(split_folders(out)))
+        return _finetune_split(config, console, ranks, stack)
+    begun = ranks.on_main(lambda: bool(split_folders(out)))
     if config.resume is True and not begun:
         raise UsageError(f"--resume: {out} holds no run; --resume auto begins one")
-    splits = ranks.agree(lambda: _checked_splits(config))
-    ranks.on_lead(lambda: _require_own_splits(out, splits))
-    ranks.on_lead(lambda: stack.enter_context(folder_lock(out)))
+    splits = ranks.on_all_ranks(lambda: _checked_splits(config))
+    ranks.on_main(lambda: _require_own_splits(out, splits))
+    ranks.on_main(lambda: stack.enter_context(folder_lock(out)))
     for split in splits:
-        screen.say(f"split {split}")
+        console.say(f"split {split}")
         # Interrupted, some splits have not begun.
         update = {"split": split, "out": str(split_folder(out, split)), "resume": "auto" if config.resume else False}
         own = config.model_copy(update=update)
         with ExitStack() as split_stack:
-            results[split] = _finetune_split(own, screen, ranks, split_stack)
+            results[split] = _finetune_split(own, console, ranks, split_stack)
     title = short_dataset(config.dataset)
-    return ranks.on_lead(lambda: summarise_splits(out, results, title, screen))
+    return ranks.on_main(lambda: summarise_splits(out, results, title, console))
 
 
 def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
@@ -157,7 +157,7 @@ def _require_fitting(out: Path, split: int | str | None) -> None:
     """UsageError where the folder holds another command's run, or one split where all are asked for, or all where it
     is one: both write RUN/result.json."""
     splits = split_folders(out)
-    require_own(out, COMMAND, () if splits else _WRITES)
+    check_output_dir(out, COMMAND, () if splits else _WRITES)
     if split == ALL and (out / "config.yaml").exists():
         raise UsageError(f"--out {out} holds a run of one split; --split all needs a folder of its own")
     if split != ALL and splits:
@@ -168,34 +168,34 @@ def _require_fitting(out: Path, split: int | str | None) -> None:
 def _require_own_splits(out: Path, splits: Sequence[int]) -> None:
     """UsageError where the folder of a split is not one that --split all wrote, before the first of them is trained."""
     for split in splits:
-        require_own(split_folder(out, split), COMMAND, _WRITES)
+        check_output_dir(split_folder(out, split), COMMAND, _WRITES)
 
 
-def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
+def _finetune_split(config: FinetuneConfig, console: Console, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
     run_dir = Path(config.out)
-    device = ranks.agree(lambda: resolve_device(config.loop.device))
+    device = ranks.on_all_ranks(lambda: resolve_device(config.loop.device))
     if ranks.world > 1:  # rank 0 first, alone: what has to be fetched is fetched once
-        ranks.on_lead(lambda: open_init(config.init, config.student).options)
-    job = ranks.agree(lambda: _assemble(config))
+        ranks.on_main(lambda: resolve_init(config.init, config.student).options)
+    job = ranks.on_all_ranks(lambda: _assemble(config))
     config, labels, student = job.config, job.labels, job.student
-    ranks.on_lead(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
-    saved = ranks.agree(lambda: read_identity(run_dir) if config.resume else None)
+    ranks.on_main(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
+    saved = ranks.on_all_ranks(lambda: read_identity(run_dir) if config.resume else None)
     options = config.loop.for_videos(len(labels.train))
     identity = _identity(config, labels, student, job.report)
     if saved is not None:  # before the run's config is overwritten
-        ranks.agree(lambda: _check_same(run_dir, saved, identity | options.identity(), labels))
-        ranks.agree(lambda: require_not_longer(run_dir, options))
-    ranks.on_lead(lambda: write_config(run_dir / "config.yaml", COMMAND, config))
-    overlap = ranks.on_lead(lambda: record_and_compare(config.init, labels, run_dir, screen, again=saved is not None))
+        ranks.on_all_ranks(lambda: _check_same(run_dir, saved, identity | options.identity(), labels))
+        ranks.on_all_ranks(lambda: require_not_longer(run_dir, options))
+    ranks.on_main(lambda: write_config(run_dir / "config.yaml", COMMAND, config))
+    overlap = ranks.on_main(lambda: record_and_compare(config.init, labels, run_dir, console, again=saved is not None))
     if config.init.startswith("inflate:"):  # what a report shows of inflation: training changes it
-        ranks.on_lead(lambda: save_start(run_dir / START, student))
+        ranks.on_main(lambda: save_start(run_dir / START, student))
 
-    if ranks.lead:
-        _announce(config, labels, student, job.report, screen)
+    if ranks.is_main:
+        _announce(config, labels, student, job.report, console)
         videos = [*labels.train, *labels.test]
         counts = count_some(labels, videos)
-        warn_of_short_videos(counts, len(videos), config.clips.length, student.options.channels, screen)
-    screen.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
+        warn_of_short_videos(counts, len(videos), config.clips.length, student.options.channels, console)
+    console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     result = fit(
         model=student,
         dataset=LabelledClips(
@@ -211,13 +211,13 @@ def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks, stack:
         run_dir=run_dir,
         identity=identity,
         resume=config.resume,
-        say=screen.say,
-        progress=screen.progress,
+        say=console.say,
+        progress=console.progress,
         ranks=ranks,
     )
-    if result.broken and ranks.lead:
-        screen.warn(result.unread())
-    ranks.on_lead(lambda: _export(config, labels, student, run_dir))
+    if result.broken and ranks.is_main:
+        console.warn(result.unread())
+    ranks.on_main(lambda: _export(config, labels, student, run_dir))
     metrics = evaluate_student(
         student,
         labels,
@@ -226,12 +226,12 @@ def _finetune_split(config: FinetuneConfig, screen: Screen, ranks: Ranks, stack:
         options=config.test,
         device=device,
         out=run_dir,
-        screen=screen,
+        console=console,
         threads=config.loop.threads,
         ranks=ranks,
     )
     summary = _summary(config, labels, job.report, result, metrics) | {"overlap": overlap}
-    ranks.on_lead(lambda: write_result(run_dir, summary))
+    ranks.on_main(lambda: write_result(run_dir, summary))
     return summary
 
 
@@ -253,7 +253,7 @@ def _assemble(config: FinetuneConfig) -> _Job:
         root=config.root,
         partial=config.partial,
     )
-    start = open_init(config.init, config.student, config.inflation)
+    start = resolve_init(config.init, config.student, config.inflation)
     resolved = _resolved(config, labels, start)
     student, report = _build(resolved, labels, start)
     return _Job(resolved, labels, student, report)
@@ -265,7 +265,7 @@ def _check_same(run_dir: Path, saved: dict[str, Any], identity: dict[str, Any], 
     check_identity(run_dir, saved, identity)
 
 
-def _resolved(config: FinetuneConfig, labels: Labels, start: Start) -> FinetuneConfig:
+def _resolved(config: FinetuneConfig, labels: Labels, start: Initialization) -> FinetuneConfig:
     """The config with what the initialisation decides filled in and paths that hold from any folder."""
     update: dict[str, Any] = {
         "dataset": canonical(config.dataset),
@@ -296,7 +296,7 @@ def _meta(init: str) -> StudentMeta | None:
     return read_meta(init)
 
 
-def _build(config: FinetuneConfig, labels: Labels, start: Start) -> tuple[Student, InitReport | None]:
+def _build(config: FinetuneConfig, labels: Labels, start: Initialization) -> tuple[Student, InitReport | None]:
     """The student with a new head and, unless from scratch, the initialisation's backbone."""
     if start.options.channels == FLOW_CHANNELS:
         require_opencv()
@@ -325,24 +325,24 @@ def _identity(config: FinetuneConfig, labels: Labels, student: Student, report: 
 
 
 def _announce(
-    config: FinetuneConfig, labels: Labels, student: Student, report: InitReport | None, screen: Screen
+    config: FinetuneConfig, labels: Labels, student: Student, report: InitReport | None, console: Console
 ) -> None:
     for note in labels.notes:
-        screen.warn(note)
-    screen.say(
+        console.warn(note)
+    console.say(
         f"{config.dataset}, split {labels.split}: {len(labels.classes)} classes, {len(labels.train)} train videos, "
         f"{len(labels.test)} test videos"
     )
-    screen.say(balance(labels))
+    console.say(balance(labels))
     frozen = ", the backbone frozen" if config.freeze == "backbone" else ""
-    screen.say(f"{student.options.describe()}: {count_parameters(student) / 1e6:.1f} M parameters{frozen}")
+    console.say(f"{student.options.describe()}: {count_parameters(student) / 1e6:.1f} M parameters{frozen}")
     if report is None:
-        screen.say("from scratch: fresh weights")
+        console.say("from scratch: fresh weights")
         return
     left = f"; left: {', '.join(report.left[:6])}{', …' if len(report.left) > 6 else ''}" if report.left else ""
-    screen.say(f"from {report.path}: {len(report.loaded)} tensors loaded{left}; the head is new")
+    console.say(f"from {report.path}: {len(report.loaded)} tensors loaded{left}; the head is new")
     for line in report.lines if config.verbose else ():
-        screen.say(f"  {line}")
+        console.say(f"  {line}")
 
 
 def balance(labels: Labels) -> str:

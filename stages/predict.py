@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from ..pipeline.clips.transforms import ClipView
-from ..pipeline.common.console import Screen
+from ..pipeline.common.console import Console
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.errors import CheckpointError
 from ..pipeline.common.settings import Options
@@ -38,7 +38,7 @@ class PredictConfig(Options):
     test: EvaluationOptions = EvaluationOptions()
 
 
-def predict(config: PredictConfig, screen: Screen) -> dict[str, Any]:
+def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
     """Shows the best classes of every video with their probabilities; `ok` is False where a video cannot be read.
 
     The clips are those of a test: `test.clips` uniform ones of the length and size that the model was trained with.
@@ -74,7 +74,7 @@ def predict(config: PredictConfig, screen: Screen) -> dict[str, Any]:
         channels=student.options.channels,
     )
     workers = min(pick_workers(options.workers, device), len(videos) - 1)  # one video needs no process of its own
-    with torch_threads(None, workers, device), screen.progress("predicting", len(videos), "video") as bar:
+    with torch_threads(None, workers, device), console.progress("predicting", len(videos), "video") as bar:
         fill_in(
             student,
             clips,
@@ -85,7 +85,7 @@ def predict(config: PredictConfig, screen: Screen) -> dict[str, Any]:
             done=bar.advance,
         )
     found = _best(predictions, min(config.top, len(classes)))
-    _show(found, predictions, screen)
+    _show(found, predictions, console)
     failed = predictions.failures()
     return {
         "ok": not failed,
@@ -110,7 +110,7 @@ def _best(predictions: Predictions, top: int) -> list[dict[str, Any]]:
     return found
 
 
-def _show(found: list[dict[str, Any]], predictions: Predictions, screen: Screen) -> None:
+def _show(found: list[dict[str, Any]], predictions: Predictions, console: Console) -> None:
     if found:
         # What all paths begin with stands once, above: long ones leave no room for the classes.
         above = os.path.commonpath([os.path.dirname(row["video"]) for row in found])
@@ -120,8 +120,8 @@ def _show(found: list[dict[str, Any]], predictions: Predictions, screen: Screen)
             first, *others = row["top"]
             then = ", ".join(f"{each['class']} {100 * each['probability']:.1f}" for each in others)
             table.add(os.path.relpath(row["video"], above), first["class"], f"{100 * first['probability']:.1f}", then)
-        screen.table(table.to_rich())
+        console.table(table.to_rich())
     for each in predictions.failures():
-        screen.warn(f"could not be read: {each['video']}: {each['reason']}")
+        console.warn(f"could not be read: {each['video']}: {each['reason']}")
     for each in predictions.damaged():
-        screen.warn(f"read, but damaged: {each['video']}: {each['reason']}")
+        console.warn(f"read, but damaged: {each['video']}: {each['reason']}")

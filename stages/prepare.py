@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from ..pipeline.common.config import write_config
-from ..pipeline.common.console import Screen
+from ..pipeline.common.console import Console
 from ..pipeline.common.errors import UsageError, VideoError
 from ..pipeline.common.locks import lock
 from ..pipeline.common.same_failure import SameFailure
@@ -25,7 +25,7 @@ from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.sources import MARKER, VideoList, escape_path, list_videos, unescape_path
 from ..pipeline.prepared.flow_files import FlowMap, FlowOptions, check_flow, read_flow_map
 from ..pipeline.prepared.folders import ENDINGS, FORMAT, copy_name, kind_of, read_marker
-from ..pipeline.prepared.frame_map import CopyMap, check_copy, read_map
+from ..pipeline.prepared.frame_map import FrameMap, check_copy, read_map
 from ..pipeline.prepared.make_copy import NOT_WRITTEN, CopyOptions, copy_row
 from ..pipeline.prepared.status import Row, StatusFile
 from ..pipeline.prepared.summary import Tally, summary
@@ -54,7 +54,7 @@ class PrepareConfig(Options):
     replace: bool = False
 
 
-def prepare(config: PrepareConfig, screen: Screen) -> dict[str, Any]:
+def prepare(config: PrepareConfig, console: Console) -> dict[str, Any]:
     """Copy what is not copied yet; returns what the folder holds of these sources afterwards.
 
     Running it again goes on where it was stopped; a source that has changed is copied anew. Raises
@@ -63,32 +63,32 @@ def prepare(config: PrepareConfig, screen: Screen) -> dict[str, Any]:
     check_local(config.out)
     if config.flow:
         require_opencv("prepare --flow")
-    videos = _list(config, screen)
+    videos = _list(config, console)
     with _claim(config) as out:
         _mark(out, config, videos)
         write_config(out / "config.yaml", COMMAND, config.model_copy(update={"out": out.absolute()}))
         status = StatusFile(out / "status.csv")
         began = time.monotonic()
-        todo, tally = _plan(config, videos, out, status, screen)
+        todo, tally = _plan(config, videos, out, status, console)
         if len(todo) < len(videos) and todo:
-            screen.say(f"{len(videos) - len(todo)} of {len(videos)} are done already")
+            console.say(f"{len(videos) - len(todo)} of {len(videos)} are done already")
         status.begin()
-        _copy(config, videos, todo, out, status, tally, screen)
+        _copy(config, videos, todo, out, status, tally, console)
         status.finish(_keys(videos))
-        return summary(out, len(videos), len(todo), time.monotonic() - began, tally, screen)
+        return summary(out, len(videos), len(todo), time.monotonic() - began, tally, console)
 
 
-def _list(config: PrepareConfig, screen: Screen) -> VideoList:
+def _list(config: PrepareConfig, console: Console) -> VideoList:
     """The listed sources, without what lies in `out` itself."""
     videos = list_videos(config.sources)
     own = os.path.join(os.path.realpath(config.out), "")
     kept = [i for i in range(len(videos)) if not os.path.realpath(videos.absolute(i)).startswith(own)]
     if len(kept) < len(videos):
-        screen.say(f"{len(videos) - len(kept)} videos lie in {config.out} itself and are left out")
+        console.say(f"{len(videos) - len(kept)} videos lie in {config.out} itself and are left out")
         videos = VideoList(videos.corpora, videos.corpus[kept], [videos.paths[i] for i in kept], videos.ignored)
     names = ", ".join(corpus.name for corpus in videos.corpora)
     ignored = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(videos.ignored.items()))
-    screen.say(f"{len(videos)} videos in {names}" + (f" (not videos: {ignored})" if ignored else ""))
+    console.say(f"{len(videos)} videos in {names}" + (f" (not videos: {ignored})" if ignored else ""))
     if not len(videos):
         raise UsageError(f"--out {config.out} holds all of the sources: choose a folder outside of them")
     return videos
@@ -178,7 +178,7 @@ def _target(config: PrepareConfig, out: Path, videos: VideoList, i: int) -> str:
 
 
 def _plan(
-    config: PrepareConfig, videos: VideoList, out: Path, status: StatusFile, screen: Screen
+    config: PrepareConfig, videos: VideoList, out: Path, status: StatusFile, console: Console
 ) -> tuple[list[int], Tally]:
     """The videos to copy, and the tally of those that are done or have failed before."""
     todo, tally, options = [], Tally(), _options(config)
@@ -189,7 +189,7 @@ def _plan(
 
     keys = _keys(videos)
     readers = ThreadPoolExecutor(_cores())
-    with readers, screen.progress("reading what is there", len(videos), "videos") as bar:
+    with readers, console.progress("reading what is there", len(videos), "videos") as bar:
         for first in range(0, len(videos), _AHEAD):
             some = range(first, min(first + _AHEAD, len(videos)))
             for i, (row, proved) in zip(some, readers.map(look, some), strict=True):
@@ -204,7 +204,7 @@ def _plan(
                     unproved += not proved and row["status"] == "ok"
                 bar.advance()
     if unproved:
-        screen.say(f"{unproved} were made by distinit 0.1, without a digest: only checksums of frames were compared")
+        console.say(f"{unproved} were made by distinit 0.1, without a digest: only checksums of frames were compared")
     return todo, tally
 
 
@@ -215,7 +215,7 @@ def _done(target: str, source: str, options: dict[str, Any]) -> tuple[Row | None
         return None, False
     flow = target.endswith(ENDINGS["flow"])
     try:
-        copy: CopyMap | FlowMap = read_flow_map(target) if flow else read_map(target)
+        copy: FrameMap | FlowMap = read_flow_map(target) if flow else read_map(target)
         if not _of_source(copy, source, options):
             return None, False
         proved = check_flow(target) if flow else check_copy(target)
@@ -226,7 +226,7 @@ def _done(target: str, source: str, options: dict[str, Any]) -> tuple[Row | None
         return {"status": "failed", "reason": f"{error}, and its source is gone: it cannot be made again"}, False
 
 
-def _of_source(copy: CopyMap | FlowMap, source: str, options: dict[str, Any]) -> bool:
+def _of_source(copy: FrameMap | FlowMap, source: str, options: dict[str, Any]) -> bool:
     """Return whether a copy was made with these options, of the source as it is now. One without a source may stay."""
     if {**copy.options, **options} != copy.options:
         return False
@@ -264,7 +264,7 @@ def _copy(
     out: Path,
     status: StatusFile,
     tally: Tally,
-    screen: Screen,
+    console: Console,
 ) -> None:
     workers = min(config.workers or _cores(), max(1, len(todo)))
     parts = os.path.join(os.path.abspath(out), PARTIAL)
@@ -292,7 +292,7 @@ def _copy(
             tally.add(row)
         held.clear()
 
-    with pool, screen.progress("flow" if config.flow else "copying", len(todo), "videos") as bar:
+    with pool, console.progress("flow" if config.flow else "copying", len(todo), "videos") as bar:
         for i, answer in zip(todo, pool.copies(jobs), strict=True):
             if isinstance(answer, Failed):
                 for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # not the video's fault, nor one that passes

@@ -13,10 +13,10 @@ from typing import Any
 
 from .. import __version__
 from ..pipeline.common.config import require_writable
-from ..pipeline.common.console import Screen
+from ..pipeline.common.console import Console
 from ..pipeline.common.documents import parse_json, read_bytes
 from ..pipeline.common.errors import SourceError, UsageError
-from ..pipeline.common.files import require_own, write_whole
+from ..pipeline.common.files import check_output_dir, write_whole
 from ..pipeline.reporting.ablation_results import ablation_folders, cell_names, read_ablations
 from ..pipeline.reporting.ablation_tables import ablation_numbers, screen_table
 from ..pipeline.reporting.accuracy import accuracy_numbers, screen_tables
@@ -30,7 +30,7 @@ FILES = "report-files.json"
 def report(
     folders: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
-    screen: Screen,
+    console: Console,
     *,
     kinetics: str | None = None,
     pair: tuple[str, str] | None = None,
@@ -68,16 +68,16 @@ def report(
     for number, ablation in enumerate(ablations, start=1):
         written.append(Path(out) / f"ablation-{number}.csv")
         files[written[-1]] = ablation_numbers(ablation).to_csv()
-        screen.table(screen_table(ablation).to_rich())
-    require_own(page, (FILES, *(path.relative_to(out).as_posix() for path in files)))
+        console.table(screen_table(ablation).to_rich())
+    check_output_dir(page, (FILES, *(path.relative_to(out).as_posix() for path in files)))
     _write(Path(out), files)
     for part in screen_tables(found.finetuned):
-        screen.table(part.to_rich())
+        console.table(part.to_rich())
     for line in damaged:
-        screen.warn(line)
+        console.warn(line)
     for line in found.findings:
-        screen.say(line)
-    screen.say(f"report: {page}")
+        console.say(line)
+    console.say(f"report: {page}")
     return {
         "ok": not damaged,
         "left_out": damaged,

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..pipeline.common.console import Screen
+from ..pipeline.common.console import Console
 from ..pipeline.common.errors import UsageError
-from ..pipeline.common.files import require_own, write_whole
-from ..pipeline.reporting.browse import look
+from ..pipeline.common.files import check_output_dir, write_whole
+from ..pipeline.reporting.browse import summarize_store
 from ..pipeline.reporting.browse_page import browse_page
 from ..pipeline.store.reader import TargetStore, check_moved
 
@@ -19,7 +19,7 @@ from ..pipeline.store.reader import TargetStore, check_moved
 def targets_browse(
     store_path: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    screen: Screen,
+    console: Console,
     *,
     sample: int = 12,
     seed: int = 0,
@@ -35,13 +35,13 @@ def targets_browse(
     store = TargetStore.open(store_path)
     check_moved(store, moved or {})
     page = Path(out) / "browse.html"
-    require_own(page)
-    found = look(store, sample, seed=seed, moved=moved)
+    check_output_dir(page)
+    found = summarize_store(store, sample, seed=seed, moved=moved)
     write_whole(page, browse_page(found, __version__))
     missing = {video.path: video.problem for video in found.videos if video.problem is not None}
     for path, problem in missing.items():
-        screen.warn(f"{path}: shown without pictures, {problem}")
-    screen.say(f"{len(found.videos)} videos of {store.n_videos}: {page}")
+        console.warn(f"{path}: shown without pictures, {problem}")
+    console.say(f"{len(found.videos)} videos of {store.n_videos}: {page}")
     return {
         "page": str(page),
         "videos": [video.path for video in found.videos],

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.common.console import Screen
+from ..pipeline.common.console import Console
 from ..pipeline.common.errors import DistInitError, StoreError, UsageError
 from ..pipeline.common.hdf5 import STRING, Hdf5Writer, open_hdf5
 from ..pipeline.common.locks import lock
@@ -32,7 +32,7 @@ HDF5, ZARR = (".h5", ".hdf5"), ".zarr"
 def targets_export(
     store_path: str | Path,
     out: str | Path,
-    screen: Screen,
+    console: Console,
     *,
     teachers: Sequence[str] = (),
     corpora: Sequence[str] = (),
@@ -57,14 +57,14 @@ def targets_export(
         raise UsageError(f"--out {out}: exists already")
     chosen = choose_videos(store, corpora, videos_from)
     if out.exists():
-        return _finished(store, out, names, chosen, shard_rows, screen)
+        return _finished(store, out, names, chosen, shard_rows, console)
     if out.suffix in HDF5:
-        return _export_hdf5(store, out, names, chosen, screen)
-    return _export_store(store, out, names, chosen, shard_rows, screen)
+        return _export_hdf5(store, out, names, chosen, console)
+    return _export_store(store, out, names, chosen, shard_rows, console)
 
 
 def _finished(
-    store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], shard_rows: int | None, screen: Screen
+    store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], shard_rows: int | None, console: Console
 ) -> dict[str, Any]:
     """Return the result of an earlier run of the same export that was killed at its end; UsageError for another."""
     hdf5 = out.suffix in HDF5
@@ -75,7 +75,7 @@ def _finished(
         same = False
     if not same:
         raise UsageError(f"--out {out}: exists already, and is another export or none; choose another --out")
-    screen.say(f"{out} exists already and is this export, finished")
+    console.say(f"{out} exists already and is this export, finished")
     files = [out] if hdf5 else [f for f in out.rglob("*") if f.is_file()]
     return {"out": str(out), "videos": len(videos), "rows": int(store.row_counts[videos].sum()), "teachers": names,
             "bytes": sum(f.stat().st_size for f in files)}  # fmt: skip
@@ -137,18 +137,18 @@ def _exportable(store: TargetStore, names: list[str], chosen: NDArray[np.int64])
 
 
 def _export_store(
-    store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], shard_rows: int | None, screen: Screen
+    store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], shard_rows: int | None, console: Console
 ) -> dict[str, Any]:
     videos = _exportable(store, names, chosen)
     if len(videos) < len(chosen):
-        screen.warn(f"{len(chosen) - len(videos)} pending videos are left out")
+        console.warn(f"{len(chosen) - len(videos)} pending videos are left out")
     if len(videos) == 0:
         raise UsageError(f"{store.name}: no video is left to export")
     part = out.with_name(f".{out.name}.part")
     with _alone(out.with_name(f".{out.name}.export-lock"), out):
         _sweep(part)
         try:
-            with screen.progress("exporting", int(store.row_counts[videos].sum()), "rows") as bar:
+            with console.progress("exporting", int(store.row_counts[videos].sum()), "rows") as bar:
                 rows = write_subset(store, part, videos, names, shard_rows=shard_rows, advance=bar.advance)
             os.rename(part, out)
             fsync_path(out.parent)
@@ -173,7 +173,7 @@ def _sweep(part: Path) -> None:
 
 
 def _export_hdf5(
-    store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], screen: Screen
+    store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], console: Console
 ) -> dict[str, Any]:
     """Usable videos as one file.
 
@@ -186,7 +186,7 @@ def _export_hdf5(
     with _alone(part, out):
         # From HDF5 1.10 on the structure of a file has checksums; those of the values are asked for.
         writer = Hdf5Writer(part, libver=("v110", "v110"))
-        with writer, screen.progress("exporting", int(counts.sum()), "rows") as bar:
+        with writer, console.progress("exporting", int(counts.sum()), "rows") as bar:
             file = writer.file
             file.attrs["format"] = "distinit-targets-export"
             file.attrs["store_id"] = store.attributes["store_id"]

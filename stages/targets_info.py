@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ..pipeline.common.console import Screen
+from ..pipeline.common.console import Console
 from ..pipeline.store.index import FAILED, OK, PENDING
 from ..pipeline.store.reader import TargetStore
-from ..pipeline.store.stats import failures, survey
+from ..pipeline.store.stats import failures, teacher_stats
 from ..pipeline.store.storage import LocalFiles
 
 LISTED = 1000
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-def targets_info(store_path: str | Path, screen: Screen, *, list_failed: bool = False) -> dict[str, Any]:
+def targets_info(store_path: str | Path, console: Console, *, list_failed: bool = False) -> dict[str, Any]:
     """Counts, corpora, teachers, entropies and failures of a store. Raises StoreError."""
     store = TargetStore.open(store_path)
     state = store.video_state
@@ -53,7 +53,7 @@ def targets_info(store_path: str | Path, screen: Screen, *, list_failed: bool = 
     info["bytes_a_row"] = round(info["bytes"] / max(store.n_rows, 1), 1)
     if list_failed:
         info["failed"] = [asdict(failure) for failure in failures(store)]
-    _show(info, screen)
+    _show(info, console)
     return info
 
 
@@ -113,7 +113,7 @@ def _bars(counts: list[int]) -> str:
 
 def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
     record = store.teachers[name]
-    found = survey(store, name)
+    found = teacher_stats(store, name)
     counts, edges = found.histogram()
     values = found.entropy[np.isfinite(found.entropy)]
     return {
@@ -138,7 +138,7 @@ def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
     }
 
 
-def _show(info: dict[str, Any], screen: Screen) -> None:
+def _show(info: dict[str, Any], console: Console) -> None:
     videos = info["videos"]
     about = Table(title=info["store"], show_header=False)
     about.add_row("videos", f"{videos['listed']:,}: {videos['ok']:,} ok, {videos['failed']:,} failed, "
@@ -150,13 +150,13 @@ def _show(info: dict[str, Any], screen: Screen) -> None:
     about.add_row("made", f"{info['created']}, format version {info['format_version']}, id {info['store_id'][:12]}")
     words = [f"{t['name']} {_in_words(t['fingerprint'])}" for t in info["teachers"]]
     about.add_row("fingerprints", ", ".join(words) or "–")
-    screen.table(about)
+    console.table(about)
     corpora = Table("corpus", "lay in")
     for column in ("ok", "failed", "pending", "frames"):
         corpora.add_column(column, justify="right")
     for c in info["corpora"]:
         corpora.add_row(c["name"], c["root"], *(f"{c[k]:,}" for k in ("ok", "failed", "pending", "rows")))
-    screen.table(corpora)
+    console.table(corpora)
     teachers = Table("teacher", "weights")
     for column in ("classes", "frames", "kept as", "bytes a frame"):
         teachers.add_column(column, justify="right")
@@ -176,8 +176,8 @@ def _show(info: dict[str, Any], screen: Screen) -> None:
         histogram = e["histogram"]
         bars = f"0 ▕{_bars(histogram['counts'])}▏ {histogram['edges'][-1]:.1f} nats"
         entropies.add_row(t["name"], median, spread, bars)
-    screen.table(teachers)
-    screen.table(entropies)
+    console.table(teachers)
+    console.table(entropies)
     failures = Counter(info["failures"])
     for t in info["teachers"]:
         failures.update({f"{t['name']}: {r}": n for r, n in t["failures"].items() if r not in failures})
@@ -185,11 +185,11 @@ def _show(info: dict[str, Any], screen: Screen) -> None:
         table = Table("videos", "failed because")
         for reason, count in failures.most_common(20):
             table.add_row(str(count), reason)
-        screen.table(table)
+        console.table(table)
     if "failed" in info:
         table = Table("corpus", "file", "reason")
         for f in info["failed"][:LISTED]:
             table.add_row(f["corpus"], f["path"], f["reason"])
-        screen.table(table)
+        console.table(table)
         if len(info["failed"]) > LISTED:
-            screen.say(f"{len(info['failed']) - LISTED} more; --json lists all")
+            console.say(f"{len(info['failed']) - LISTED} more; --json lists all")

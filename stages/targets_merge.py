@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..pipeline.common.console import Screen
+from ..pipeline.common.console import Console
 from ..pipeline.common.errors import StoreMismatchError, UsageError
 from ..pipeline.common.urls import check_local
 from ..pipeline.store.index import FAILED, OK
@@ -20,7 +20,7 @@ from ..pipeline.teachers.fingerprint import Fingerprint
 
 
 def targets_merge(
-    parts: Sequence[str | Path], out: str | Path, screen: Screen, *, accept_run: bool = False
+    parts: Sequence[str | Path], out: str | Path, console: Console, *, accept_run: bool = False
 ) -> dict[str, Any]:
     """Merge finished stores into `out`, which is made, or gone on with after an interrupted merge of the same parts.
 
@@ -33,8 +33,8 @@ def targets_merge(
     if any(Path(store.name) == out.absolute() for store in stores):
         raise UsageError(f"--out {out}: is one of the parts")
     check_parts(stores, accept_run=accept_run)
-    fingerprints = _fingerprints(stores, screen)
-    _say_missing(stores, screen)
+    fingerprints = _fingerprints(stores, console)
+    _say_missing(stores, console)
     placed, corpora = place(stores)
     first = stores[0].attributes
     origin = {"merged_from": [_identity(store) for store in stores]}
@@ -46,10 +46,10 @@ def targets_merge(
         )
         plan_merge(writer, placed, corpora, fingerprints)
         shards = sum(store.index.n_shards for store in stores)
-        with screen.progress("merging", total=shards, unit="shards") as bar:
+        with console.progress("merging", total=shards, unit="shards") as bar:
             copied = copy_shards(writer, placed, bar.advance)
     merged = TargetStore.open(out)
-    screen.say(f"{merged.n_videos} videos, {merged.n_rows} rows, {shards} shards from {len(stores)} parts in {out}")
+    console.say(f"{merged.n_videos} videos, {merged.n_rows} rows, {shards} shards from {len(stores)} parts in {out}")
     return {
         "store": merged.name,
         "parts": [store.name for store in stores],
@@ -68,7 +68,7 @@ def _identity(store: TargetStore) -> dict[str, Any]:
     return {"store_id": store.attributes["store_id"], **counts}
 
 
-def _fingerprints(stores: Sequence[TargetStore], screen: Screen) -> dict[str, dict[str, Any]]:
+def _fingerprints(stores: Sequence[TargetStore], console: Console) -> dict[str, dict[str, Any]]:
     """Those of the result: of each teacher the one of all parts, none where a part has none.
 
     StoreMismatchError for parts whose teachers computed other logits.
@@ -84,7 +84,7 @@ def _fingerprints(stores: Sequence[TargetStore], screen: Screen) -> dict[str, di
                     f"the parts do not fit: teacher {name!r} of {where} says other logits than that of {first}: {how}"
                 )
         if without := [store.name for store in stores if store.name not in known]:
-            screen.warn(
+            console.warn(
                 f"teacher {name!r}: no fingerprint in {', '.join(without)}, and so none in the merged store; the next "
                 f"extract-targets adds it after a sample of rows was computed again from videos"
             )
@@ -94,11 +94,11 @@ def _fingerprints(stores: Sequence[TargetStore], screen: Screen) -> dict[str, di
     return agreed
 
 
-def _say_missing(stores: Sequence[TargetStore], screen: Screen) -> None:
+def _say_missing(stores: Sequence[TargetStore], console: Console) -> None:
     """A warning where the parts say of how many they are, and not all are here."""
     parts = [str(store.attributes.get("part") or "") for store in stores]
     counts = {part.partition("/")[2] for part in parts}
     if len(counts) == 1 and (of := counts.pop()):
         missing = [f"{i}/{of}" for i in range(1, int(of) + 1) if f"{i}/{of}" not in parts]
         if missing:
-            screen.warn(f"not all parts are here; missing: {', '.join(missing)}")
+            console.warn(f"not all parts are here; missing: {', '.join(missing)}")

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.common.console import Screen
+from ..pipeline.common.console import Console
 from ..pipeline.common.errors import UsageError
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.store.storage import store_files
@@ -17,7 +17,7 @@ from ..pipeline.store.writer import StoreWriter
 
 def targets_verify(
     store_path: str | Path,
-    screen: Screen,
+    console: Console,
     *,
     repair: bool = False,
     frames: bool = False,
@@ -48,14 +48,14 @@ def targets_verify(
             )
             store = TargetStore(store_files(store_path), damaged=True)
         index = store.index
-        with screen.progress("verifying", total=index.n_shards, unit="shards") as bar:
+        with console.progress("verifying", total=index.n_shards, unit="shards") as bar:
             findings = list(verify(store.path, index, bar.advance))
         compared: dict[str, Any] = {}
         by_video: dict[int, list[Finding]] = {}
         if frames:
             from ..pipeline.extraction.frame_check import frame_check, identify_again
 
-            by_video = frame_check(store, screen, moved)
+            by_video = frame_check(store, console, moved)
             findings += [finding for of_video in by_video.values() for finding in of_video]
         if deep:
             from ..pipeline.extraction.deep_verify import deep_check
@@ -63,7 +63,7 @@ def targets_verify(
             found, compared = deep_check(
                 store,
                 deep,
-                screen,
+                console,
                 seed=seed,
                 moved=moved,
                 weights=weights,
@@ -72,21 +72,21 @@ def targets_verify(
             )
             findings += found
         for finding in findings:
-            screen.say(str(finding))
+            console.say(str(finding))
         dropped = 0
         if writer is not None and by_video and not index.broken:
             identify_again(store, writer, list(by_video), moved)
         if repair and any(finding.shard is not None for finding in findings):
             dropped = drop_commits(Path(store.path), findings)
-            screen.say(f"{dropped} commits dropped; run the same extract-targets command again to fill them")
+            console.say(f"{dropped} commits dropped; run the same extract-targets command again to fill them")
     unchecked = without_digest(store.files, index)
     if unchecked:
-        screen.say(f"{unchecked} files have no digest, as version 0.1 wrote them: not all of their bits can be checked")
+        console.say(f"{unchecked} files have no digest, as version 0.1 wrote them: not all of their bits can be checked")
     if not findings:
-        screen.say(f"{store.n_rows} rows of {index.n_shards} shards and {len(index.teachers)} teachers: all good")
+        console.say(f"{store.n_rows} rows of {index.n_shards} shards and {len(index.teachers)} teachers: all good")
     for name, c in compared.get("teachers", {}).items():
         if c["rows"]:
-            screen.say(f"{name}: {c['rows']} rows of {compared['videos']} videos computed again, "
+            console.say(f"{name}: {c['rows']} rows of {compared['videos']} videos computed again, "
                        f"{c['bit_equal']:.2%} of them equal to the bit")  # fmt: skip
     return {
         "store": str(store.path),

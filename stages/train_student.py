@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from ..pipeline.clips.seeding import split_held_out
-from ..pipeline.common.config import require_own, write_config
-from ..pipeline.common.console import Screen, plain
+from ..pipeline.common.config import check_output_dir, write_config
+from ..pipeline.common.console import Console, plain
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.distributed import Ranks
 from ..pipeline.common.errors import StoreError, StoreMismatchError, UsageError
 from ..pipeline.evaluation.exclusion import canonical_leave_out, left_out_of
 from ..pipeline.evaluation.short_videos import warn_of_short_videos
-from ..pipeline.store.exclude import LeftOut
+from ..pipeline.store.exclude import Exclusion
 from ..pipeline.store.reader import TargetStore, check_moved
 from ..pipeline.store.storage import absolute
 from ..pipeline.students.export import save_student
@@ -31,7 +31,7 @@ from ..pipeline.students.student_options import StudentMeta
 from ..pipeline.targets.dataset import StudentClips
 from ..pipeline.targets.mixture import by_corpus
 from ..pipeline.targets.picks import PickRule
-from ..pipeline.targets.sampler import Draw, TargetSampler
+from ..pipeline.targets.sampler import ClipSample, TargetSampler
 from ..pipeline.training.checkpoint import (
     RUN_FILES,
     check_identity,
@@ -45,7 +45,7 @@ from ..pipeline.training.distillation import Distillation, evaluate_distillation
 from ..pipeline.training.distillation_options import TargetOptions, TrainConfig
 from ..pipeline.training.dry_run import dry_run
 from ..pipeline.training.filter_thresholds import Filter, measure_thresholds
-from ..pipeline.training.launch import across_ranks
+from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
 from ..pipeline.training.precision import pick_workers
 from ..pipeline.training.reference_losses import DRAWS, TOO_LITTLE, LossBounds, loss_bounds
@@ -63,10 +63,10 @@ class _Parts:
     train: StudentClips
     held_out: StudentClips | None
     filter: Filter
-    left_out: LeftOut | None
+    left_out: Exclusion | None
 
 
-def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
+def train_student(config: TrainConfig, console: Console) -> dict[str, Any]:
     """Trains a student, exports RUN/student.safetensors, and says how it went.
 
     With `loop.gpus` above 1, or under torchrun, in several processes that train one student.
@@ -74,48 +74,48 @@ def train_student(config: TrainConfig, screen: Screen) -> dict[str, Any]:
     Raises UsageError, StoreError, StoreMismatchError, CheckpointError, TrainingError, DeviceError.
     """
     if config.dry_run:
-        return _try_out(config, screen)
-    return across_ranks(_train, config, screen, config.loop)
+        return _try_out(config, console)
+    return run_distributed(_train, config, console, config.loop)
 
 
-def _try_out(config: TrainConfig, screen: Screen) -> dict[str, Any]:
+def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
     """What a training would be: said, drawn, and not done."""
     store, teachers, _ = _open(config)
-    parts = _assemble(config, store, teachers, None, screen)
-    return dry_run(config, store, parts.train, _build(config, store, teachers), screen)
+    parts = _assemble(config, store, teachers, None, console)
+    return dry_run(config, store, parts.train, _build(config, store, teachers), console)
 
 
-def _train(config: TrainConfig, screen: Screen, ranks: Ranks) -> dict[str, Any]:
+def _train(config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
     """Run one process of the training; rank 0 alone writes, and holds the lock of the run folder."""
     with ExitStack() as stack:
-        return _train_locked(config, screen, ranks, stack)
+        return _train_locked(config, console, ranks, stack)
 
 
-def _train_locked(config: TrainConfig, screen: Screen, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
+def _train_locked(config: TrainConfig, console: Console, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
     run_dir = Path(config.out)
-    ranks.on_lead(lambda: require_own(run_dir, COMMAND, (*RUN_FILES, SEEN_VIDEOS, RESULT)))
-    store, teachers, device = ranks.agree(lambda: _open(config))
-    ranks.on_lead(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
-    saved = ranks.agree(lambda: read_identity(run_dir) if config.resume else None)
-    parts = ranks.agree(lambda: _assemble(config, store, teachers, saved, screen))
+    ranks.on_main(lambda: check_output_dir(run_dir, COMMAND, (*RUN_FILES, SEEN_VIDEOS, RESULT)))
+    store, teachers, device = ranks.on_all_ranks(lambda: _open(config))
+    ranks.on_main(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
+    saved = ranks.on_all_ranks(lambda: read_identity(run_dir) if config.resume else None)
+    parts = ranks.on_all_ranks(lambda: _assemble(config, store, teachers, saved, console))
     options = config.loop.for_videos(len(parts.train.sampler.videos))
     identity = _identity(config, store, teachers, parts, options)
     if saved is not None:  # before the config of the run is overwritten
-        ranks.agree(lambda: _check_same(run_dir, saved, identity))
-        ranks.agree(lambda: require_not_longer(run_dir, options))
-    ranks.on_lead(lambda: write_config(run_dir / "config.yaml", COMMAND, _absolute(config)))
+        ranks.on_all_ranks(lambda: _check_same(run_dir, saved, identity))
+        ranks.on_all_ranks(lambda: require_not_longer(run_dir, options))
+    ranks.on_main(lambda: write_config(run_dir / "config.yaml", COMMAND, _absolute(config)))
     if saved is None or not (run_dir / SEEN_VIDEOS).exists():
-        ranks.on_lead(lambda: _seen(store, parts.train.sampler.videos, config.moved).write(run_dir))
+        ranks.on_main(lambda: _seen(store, parts.train.sampler.videos, config.moved).write(run_dir))
 
-    student = ranks.agree(lambda: _build(config, store, teachers))
-    screen.say(
+    student = ranks.on_all_ranks(lambda: _build(config, store, teachers))
+    console.say(
         f"{config.student.describe()}: {count_parameters(student) / 1e6:.1f} M parameters, "
         f"heads {', '.join(f'{name} [{k}]' for name, k in student.classes.items())}; "
         f"{options.epochs} epochs of {options.clips_per_epoch} clips from {len(parts.train.sampler.videos)} videos"
     )
-    screen.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
+    console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     objective = _objective(config.targets, teachers)
-    bounds = ranks.on_lead(lambda: _bounds(parts.train.sampler, objective, screen))
+    bounds = ranks.on_main(lambda: _bounds(parts.train.sampler, objective, console))
 
     def held_out() -> dict[str, float]:
         if parts.held_out is None:
@@ -141,20 +141,20 @@ def _train_locked(config: TrainConfig, screen: Screen, ranks: Ranks, stack: Exit
         identity=identity,
         resume=config.resume,
         validate=held_out if parts.held_out is not None else None,
-        say=screen.say,
-        progress=screen.progress,
+        say=console.say,
+        progress=console.progress,
         ranks=ranks,
     )
 
     def finish() -> dict[str, Any]:
         if result.broken:
-            screen.warn(result.unread())
+            console.warn(result.unread())
         exported = _export(config, store, student, teachers, run_dir)
-        summary = _summary(config, parts, result, exported) | _learned(bounds, result, teachers, config.export, screen)
+        summary = _summary(config, parts, result, exported) | _learned(bounds, result, teachers, config.export, console)
         write_atomically(run_dir / RESULT, json.dumps(plain(summary), indent=1).encode())
         return summary
 
-    return ranks.on_lead(finish)
+    return ranks.on_main(finish)
 
 
 def _open(config: TrainConfig) -> tuple[TargetStore, tuple[str, ...], torch.device]:
@@ -192,7 +192,7 @@ def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
 
 
 def _assemble(
-    config: TrainConfig, store: TargetStore, teachers: tuple[str, ...], saved: dict[str, Any] | None, screen: Screen
+    config: TrainConfig, store: TargetStore, teachers: tuple[str, ...], saved: dict[str, Any] | None, console: Console
 ) -> _Parts:
     """The data sets, with the filter's thresholds in nats."""
     seed, channels = config.loop.seed, config.student.channels
@@ -201,7 +201,7 @@ def _assemble(
     usable = store.usable(teachers)
     left_out = left_out_of(store, config.leave_out, config.leave_out_split, config.moved)
     if left_out is not None:
-        screen.say(left_out.describe())
+        console.say(left_out.describe())
         usable = left_out.remove_from(usable)
     videos, held_ids = split_held_out(usable, config.held_out, seed)
     if len(usable) and not len(videos):
@@ -233,15 +233,15 @@ def _assemble(
 
     unfiltered = sampler(videos, {})
     unfiltered.check_windows()
-    found = measure_thresholds(config.targets, unfiltered, saved, screen)
+    found = measure_thresholds(config.targets, unfiltered, saved, console)
     thresholds = found.thresholds
     train = StudentClips(sampler(videos, thresholds), config.clips, config.moved, channels=channels)
     for line in train.missing():
-        screen.warn(line)
-    warn_of_short_videos(store.frame_counts[videos].tolist(), len(videos), config.clips.length, channels, screen)
+        console.warn(line)
+    warn_of_short_videos(store.frame_counts[videos].tolist(), len(videos), config.clips.length, channels, console)
     held_ids = _usable_held_out(held_ids, lambda ids: sampler(ids, thresholds, fixed=True), config.held_out_clips)
     if config.held_out > 0 and len(held_ids) == 0:
-        screen.warn(f"held_out={config.held_out:g}: no clip of these videos counts; best is by training loss")
+        console.warn(f"held_out={config.held_out:g}: no clip of these videos counts; best is by training loss")
     held = None
     if len(held_ids):
         fixed = sampler(held_ids, thresholds, fixed=True)
@@ -279,19 +279,19 @@ def _objective(options: TargetOptions, teachers: tuple[str, ...]) -> Distillatio
     )
 
 
-def _bounds(sampler: TargetSampler, objective: Distillation, screen: Screen) -> LossBounds | None:
+def _bounds(sampler: TargetSampler, objective: Distillation, console: Console) -> LossBounds | None:
     """What a loss of this training means, said before it begins; of its first draws, at most ten a video."""
     count = min(DRAWS, 10 * len(sampler.videos))
-    with screen.progress("measuring targets", count, "draw") as bar:
+    with console.progress("measuring targets", count, "draw") as bar:
 
-        def drawn() -> Iterator[Draw]:
+        def drawn() -> Iterator[ClipSample]:
             for number in range(count):
                 yield sampler.draw(*divmod(number, sampler.epoch_clips))
                 bar.advance(1)
 
         bounds = loss_bounds(drawn(), objective)
     if bounds is not None:
-        screen.say(
+        console.say(
             f"loss of a student that says the same of every clip: {bounds.constant:.3f}; "
             f"of one that knows every target: {bounds.perfect:.3f}"
         )
@@ -299,7 +299,7 @@ def _bounds(sampler: TargetSampler, objective: Distillation, screen: Screen) -> 
 
 
 def _learned(
-    bounds: LossBounds | None, result: FitResult, teachers: tuple[str, ...], export: str, screen: Screen
+    bounds: LossBounds | None, result: FitResult, teachers: tuple[str, ...], export: str, console: Console
 ) -> dict[str, Any]:
     """For result.json, how far the student came between the two losses, by the loss on held-out clips where every
     teacher has some; a warning where that is next to nothing."""
@@ -311,13 +311,13 @@ def _learned(
         loss, by = result.best if export == "best" else result.validation["loss"], "held-out"
     learned = bounds.learned(loss)
     if learned < TOO_LITTLE:
-        screen.warn(
+        console.warn(
             f"the student has learned next to nothing: {by} loss {loss:.3f}, a constant guess has "
             f"{bounds.constant:.3f}; try more loop.epochs, another loop.lr or a larger student.width"
         )
     else:
         of_training = f" ({bounds.learned(result.train_loss):.0%} by the training loss)" if held_out else ""
-        screen.say(
+        console.say(
             f"learned {learned:.0%} of the way from a constant guess to the targets themselves, by the {by} loss"
             f"{of_training}"
         )

@@ -56,7 +56,7 @@ class TinyStore:
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
     """12 videos of 96x64 pixels, every 4th frame seen by teachers `sure` (7 classes) and `unsure` (5)."""
-    from distinit.pipeline.common.console import Screen
+    from distinit.pipeline.common.console import Console
     from distinit.pipeline.extraction.extract_options import ExtractConfig
     from distinit.pipeline.teachers.teacher import TeacherSpec
     from distinit.pipeline.video.encode import write_video
@@ -76,7 +76,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
             for name, own in options.items()
         ]
         config = ExtractConfig(sources=[str(root / "videos")], out=root / "targets.zarr", teachers=specs)
-        extract_targets(config, Screen(quiet=True))
+        extract_targets(config, Console(quiet=True))
     finally:
         sys.path.remove(str(root / "modules"))
     return TinyStore(root / "targets.zarr", root / "videos")

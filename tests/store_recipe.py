@@ -12,7 +12,7 @@ import pytest
 from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.store import layout as fmt
 from distinit.pipeline.store.encoding import Encoding, decode, divergence, encode, error_record
-from distinit.pipeline.store.planning import Stretch
+from distinit.pipeline.store.planning import FrameRange
 from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
 from distinit.pipeline.store.writer import StoreWriter
 
@@ -57,7 +57,7 @@ class Recipe:
         """Write the store, all shards but the `uncommitted` ones."""
         with StoreWriter(root, sampling=self.sampling, shard_rows=self.shard_rows) as writer:
             self._list(writer)
-            writer.add_segments([Stretch(i, 0, -1, self.rows(v)) for i, v in enumerate(self.videos)])
+            writer.add_segments([FrameRange(i, 0, -1, self.rows(v)) for i, v in enumerate(self.videos)])
             for name, classes in self.teachers.items():
                 attributes = {"name": name, "identity": {"w": self.identity}, "run": self.run}
                 writer.add_teacher(name, [f"class {k}" for k in range(classes)], attributes, encoding=self.encoding)

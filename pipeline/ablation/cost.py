@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.devices import resolve_device
 from ..common.errors import TrainingError
 from ..students.student import Student, build_student
 from ..students.student_options import StudentOptions
-from ..training.precision import too_many
+from ..training.precision import out_of_memory_hint
 from .steps import TRAIN, Step
 
 MEASURED_S = 2.0
@@ -24,7 +24,7 @@ CPU_CLIPS = 4  # on a CPU more clips at once take memory and time, and are hardl
 
 
 def show_cost(
-    records: list[dict[str, Any]], steps: list[list[Step]], out: Path, seconds: dict[str, float], screen: Screen
+    records: list[dict[str, Any]], steps: list[list[Step]], out: Path, seconds: dict[str, float], console: Console
 ) -> dict[str, Any]:
     """A table of cells, which runs of each are done, and hours for the others; nothing is run or written.
 
@@ -53,9 +53,9 @@ def show_cost(
             states.get(TRAIN, "–"), states["finetune"], f"{hours:.2f}",
         )  # fmt: skip
         record["hours_left"] = round(hours, 6)
-    screen.table(table)
+    console.table(table)
     how = "; rates of clips of noise, without decoding and testing, where no such run is done yet" if guessed else ""
-    screen.say(f"{total:.2f} hours left on one device{how}")
+    console.say(f"{total:.2f} hours left on one device{how}")
     return {"cells": records, "hours_left": round(total, 6), "measured_on_noise": guessed}
 
 
@@ -84,7 +84,7 @@ def measure(network: dict[str, Any]) -> float:
     try:
         return _timed(student, batch, size, network, device)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(too_many(batch)) from error
+        raise TrainingError(out_of_memory_hint(batch)) from error
 
 
 def _timed(student: Student, batch: int, size: int, network: dict[str, Any], device: torch.device) -> float:

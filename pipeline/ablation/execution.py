@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.dask_workers import cluster
 from ..common.errors import DistInitError
 from ..common.processes import end_with_parent
@@ -28,28 +28,28 @@ LOGS = "logs"
 
 
 def run_on_workers(
-    workers: int | None, scheduler: str | None, steps: list[Step], progress: Progress, screen: Screen
+    workers: int | None, scheduler: str | None, steps: list[Step], progress: Progress, console: Console
 ) -> None:
     """Do steps on a dask cluster, each after the student it needs. Failures are entered in `progress`."""
     from distributed import as_completed
 
     if not steps:
         return
-    with cluster(workers, scheduler, screen) as client:
+    with cluster(workers, scheduler, console) as client:
         futures: dict[str, Any] = {}
         for step in steps:  # students stand before what needs them
             futures[step.key] = client.submit(
                 run_as_command, step, str(progress.out), futures.get(step.needs or ""), key=step.key, retries=1
             )
         of = {step.key: step for step in steps}
-        with screen.progress("runs", len(steps), "run") as bar:
+        with console.progress("runs", len(steps), "run") as bar:
             for future in as_completed(list(futures.values())):
                 step = of[future.key]
                 if future.status == "finished":
                     progress.took(step, future.result())
                 else:
                     progress.failed[step.key] = " ".join(str(future.exception()).split())[:300]
-                    screen.warn(f"{step.folder} failed: {progress.failed[step.key]}")
+                    console.warn(f"{step.folder} failed: {progress.failed[step.key]}")
                 progress.write()
                 bar.advance(1)
 

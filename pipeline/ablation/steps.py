@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..common.config import load_config, merge, preset_section
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.run_dir import STEP_FOLDERS
 from ..common.settings import Options
 from ..evaluation.exclusion import canonical_leave_out, leave_out
 from ..evaluation.labels import Labels, canonical, load_labels
 from ..evaluation.run_labels import labels_digest
-from ..store.exclude import LeftOut
+from ..store.exclude import Exclusion
 from ..store.reader import TargetStore
 from ..training.distillation_options import TrainConfig
 from ..training.loop_options import FREE_ON_RESUME
@@ -34,7 +34,7 @@ PATHS = {
     TRAIN: {"out", "resume", "moved", "store", "leave_out", "leave_out_split"},
     TUNE: {"out", "resume", "verbose", "videos", "init", "dataset", "root"},
 }
-Commands = Mapping[str, tuple[type[Options], Callable[[Any, Screen], dict[str, Any]]]]
+Commands = Mapping[str, tuple[type[Options], Callable[[Any, Console], dict[str, Any]]]]
 """Command → its options model and its function: given by the caller, since nothing here imports a stage."""
 
 FREE = FREE_ON_RESUME - {"epochs"}
@@ -75,7 +75,7 @@ class StepMaker:
     def __init__(self, store: TargetStore, moved: dict[str, str], commands: Commands) -> None:
         self.store, self.moved, self.commands = store, moved, commands
         self._labels: dict[tuple[Any, ...], Labels] = {}
-        self._left: dict[tuple[Any, ...], LeftOut] = {}
+        self._left: dict[tuple[Any, ...], Exclusion] = {}
 
     def student(self, cell: Cell) -> Step:
         """The run of stage two of a cell. Raises UsageError for a config that does not hold."""
@@ -133,7 +133,7 @@ class StepMaker:
         forced = merge({"loop": {"seed": cell.seed}}, forced)
         return load_config(self.commands[command][0], command, layers=[*layers, (f"plan, {cell.row}", section), ("", forced)])
 
-    def _left_out(self, source: str, split: int | str | None) -> LeftOut:
+    def _left_out(self, source: str, split: int | str | None) -> Exclusion:
         if (source, split) not in self._left:
             self._left[source, split] = leave_out(self.store, source, split, self.moved)
         return self._left[source, split]
@@ -148,13 +148,13 @@ class StepMaker:
         return self._labels[place]
 
 
-def run_step(step: Step, out: Path, commands: Commands, screen: Screen) -> dict[str, Any]:
+def run_step(step: Step, out: Path, commands: Commands, console: Console) -> dict[str, Any]:
     """Do a step, or go on with it where it was stopped; what is done is left alone. Raises what its stage raises."""
     done = step.result(out)
     if done is not None:
         return done
     model, command = commands[step.kind]
-    return command(model.model_validate(prepared_config(step, out)), screen)
+    return command(model.model_validate(prepared_config(step, out)), console)
 
 
 def prepared_config(step: Step, out: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class _Movable(threading.local):
 _movable = _Movable()
 
 
-def moved_to(seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES) -> np.random.Generator:
+def rng_at(seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES) -> np.random.Generator:
     """The numbers of `rng`, for a tenth of its time, from this thread's one generator: until it is next moved."""
     state: Any = {  # tuples do as well as the arrays that NumPy declares, in less time
         "bit_generator": "Philox",

@@ -105,7 +105,7 @@ def write_config(path: str | os.PathLike[str], command: str, config: Options) ->
     os.replace(part, target)
 
 
-def require_own(folder: Path, command: str, writes: Iterable[str] = (), *, record: str = "config.yaml") -> None:
+def check_output_dir(folder: Path, command: str, writes: Iterable[str] = (), *, record: str = "config.yaml") -> None:
     """Check that a command overwrites nothing in a folder but what it wrote itself.
 
     The record of a folder that a command wrote is its config there, see `write_config`: names of other files and of

@@ -1,6 +1,6 @@
 """What a stage shows: lines and progress on standard error, tables and one JSON object on standard output.
 
-Stages talk to a `Screen` only, so that they run alike from the command line, a notebook and a test.
+Stages talk to a `Console` only, so that they run alike from the command line, a notebook and a test.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -32,7 +33,7 @@ PLAIN_WIDTH = 120
 
 
 class ProgressBar(Protocol):
-    """What `Screen.progress` yields."""
+    """What `Console.progress` yields."""
 
     def advance(self, n: float = 1, **fields: object) -> None:
         """Count n more units; `fields` replace what stands behind the bar, as in loss=0.52."""
@@ -44,7 +45,7 @@ class ProgressBar(Protocol):
         """Correct the total once it is known."""
 
 
-class Screen:
+class Console:
     """Where a stage writes.
 
     json: standard output is kept for the one object given to `result`; everything else goes to
@@ -122,7 +123,7 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-class CleanConsole(Console):
+class CleanConsole(RichConsole):
     """A rich console on which no text commands the terminal; its own escape codes (colours, the bar) do."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
@@ -135,7 +136,7 @@ class CleanConsole(Console):
         return super().render_str(printable(text, lines=True), **options)
 
 
-def _console(file: TextIO) -> Console:
+def _console(file: TextIO) -> RichConsole:
     console = CleanConsole(file=raw_stream(file), markup=False, emoji=False, highlight=False)
     if not console.is_terminal and console.width == 80:
         console.width = PLAIN_WIDTH  # rich's guess where there is no terminal cuts file names
@@ -152,7 +153,7 @@ class _Rate(ProgressColumn):
         return Text(f"{done} {unit}".rstrip() + (f" {_rate(speed)} {unit}/s" if speed and unit else ""))
 
 
-def _bar(console: Console) -> Progress:
+def _bar(console: RichConsole) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -187,8 +188,8 @@ class _Bar:
 class _Lines:
     """Progress as plain lines, for logs."""
 
-    def __init__(self, screen: Screen, description: str, total: float | None, unit: str) -> None:
-        self._screen, self._description, self._total, self._unit = screen, description, total, unit
+    def __init__(self, console: Console, description: str, total: float | None, unit: str) -> None:
+        self._screen, self._description, self._total, self._unit = console, description, total, unit
         self._done = 0.0
         self._text = ""
         self._began = self._said = time.monotonic()

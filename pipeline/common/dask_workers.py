@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .console import Screen
+from .console import Console
 from .errors import DistInitError, in_one_line
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ QUIET = {
 
 
 @contextmanager
-def cluster(workers: int | None, scheduler: str | None, screen: Screen) -> Iterator[Client]:
+def cluster(workers: int | None, scheduler: str | None, console: Console) -> Iterator[Client]:
     """A client of the cluster at `scheduler`, or of a local one with `workers` processes."""
     import dask
     from distributed import Client
@@ -46,11 +46,11 @@ def cluster(workers: int | None, scheduler: str | None, screen: Screen) -> Itera
         except OSError as error:
             raise DistInitError(f"--scheduler {scheduler}: no dask scheduler answers there ({error})") from None
         with there as client:
-            screen.say(f"dask dashboard: {client.dashboard_link}")
+            console.say(f"dask dashboard: {client.dashboard_link}")
             yield client
         return
     with dask.config.set(QUIET), _local_cluster(workers) as local, Client(local) as client:
-        screen.say(f"dask dashboard: {client.dashboard_link}")
+        console.say(f"dask dashboard: {client.dashboard_link}")
         yield client
 
 

@@ -34,7 +34,7 @@ class Ranks:
     group: Any = None
 
     @property
-    def lead(self) -> bool:
+    def is_main(self) -> bool:
         """Rank 0: the one that writes and talks."""
         return self.rank == 0
 
@@ -54,12 +54,12 @@ class Ranks:
             dist.all_gather_object(found, value, group=self.group)
         return found
 
-    def on_lead(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, for all; what it raises there, on all. Others do not run it."""
         if self.world == 1:
             return work()
         outcome: list[Any] = [None, None]
-        if self.lead:
+        if self.is_main:
             try:
                 outcome[0] = work()
             except DistInitError as error:
@@ -72,7 +72,7 @@ class Ranks:
         result: T = outcome[0]
         return result
 
-    def agree(self, work: Callable[[], T]) -> T:
+    def on_all_ranks(self, work: Callable[[], T]) -> T:
         """What `work` returns here; if it fails on any rank, the error of the first such rank on all."""
         if self.world == 1:
             return work()
@@ -85,7 +85,7 @@ class Ranks:
             raise self._first(own)
         return result  # type: ignore[return-value]
 
-    def together(self, batches: Iterable[T], stop: Callable[[], bool]) -> Iterator[T]:
+    def synchronized(self, batches: Iterable[T], stop: Callable[[], bool]) -> Iterator[T]:
         """The batches, as long as every rank has one and none was asked to stop.
 
         An error on the way to a batch is raised on every rank.
@@ -111,7 +111,7 @@ class Ranks:
             yield batch
 
     @contextmanager
-    def alike(self) -> Iterator[None]:
+    def same_error(self) -> Iterator[None]:
         """Errors of ours in here come up on every rank with the same words, so one of them is to tell."""
         try:
             yield
@@ -138,7 +138,7 @@ class Ranks:
             raise RankLostError(f"rank {self.rank}: another process of this run has ended") from error
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 

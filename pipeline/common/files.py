@@ -18,7 +18,7 @@ _OURS = re.compile(
 )
 
 
-def require_own(page: Path, names: Iterable[str] = ()) -> None:
+def check_output_dir(page: Path, names: Iterable[str] = ()) -> None:
     """UsageError where writing `page`, and files of these names next to it, would overwrite what is not distinit's:
     the page is the record. Or where its folder is a URL."""
     check_local(page.parent)

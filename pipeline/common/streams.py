@@ -41,7 +41,7 @@ def as_json(value: Any, *, indent: int | None = None) -> str:
 
 
 class CleanStream:
-    """A text stream whose characters are `printable`: for what is not written through a `Screen`.
+    """A text stream whose characters are `printable`: for what is not written through a `Console`.
 
     Line feeds, tabs and carriage returns pass: the progress bars of libraries are made of them.
     """

@@ -21,7 +21,7 @@ _ROW = 4096
 _LONGEST = _ROW - _HEAD.size
 
 
-class Whereabouts:
+class WorkerStatus:
     """A row for each of `workers` processes; goes to them as an argument, however they are started."""
 
     def __init__(self, context: BaseContext, workers: int) -> None:
@@ -48,14 +48,14 @@ class Whereabouts:
 class _Own:
     """What this process is, if it is a loader process."""
 
-    whereabouts: Whereabouts | None = None
+    worker_status: WorkerStatus | None = None
     worker = 0
     refused: Mapping[str, str] = {}
 
 
-def begin(whereabouts: Whereabouts, worker: int, refused: Mapping[str, str]) -> None:
+def begin(worker_status: WorkerStatus, worker: int, refused: Mapping[str, str]) -> None:
     """This process is loader process `worker` from now on. refused: path → why it is not to be opened."""
-    _Own.whereabouts, _Own.worker, _Own.refused = whereabouts, worker, refused
+    _Own.worker_status, _Own.worker, _Own.refused = worker_status, worker, refused
 
 
 @contextmanager
@@ -63,11 +63,11 @@ def at(path: str) -> Iterator[None]:
     """While this file is read. VideoError if it is refused."""
     if path in _Own.refused:
         raise VideoError(_Own.refused[path])
-    if _Own.whereabouts is None:
+    if _Own.worker_status is None:
         yield
         return
-    _Own.whereabouts.note(_Own.worker, path)
+    _Own.worker_status.note(_Own.worker, path)
     try:
         yield
     finally:
-        _Own.whereabouts.note(_Own.worker, None)
+        _Own.worker_status.note(_Own.worker, None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.config import recorded_sections
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.errors import UsageError
 from ..common.tables import Column, Table
 from .metrics import MEASURES
@@ -37,7 +37,7 @@ def split_folders(run: Path) -> dict[int, Path]:
     return found
 
 
-def summarise_splits(out: Path, results: Mapping[int, dict[str, Any]], title: str, screen: Screen) -> dict[str, Any]:
+def summarise_splits(out: Path, results: Mapping[int, dict[str, Any]], title: str, console: Console) -> dict[str, Any]:
     """Writes the mean and deviation of the splits' metrics into `out`/result.json; shows and returns them."""
     means = mean_over_splits([result["metrics"] for result in results.values()])
     columns = [Column("accuracy, %"), *(Column(f"split {split}", True) for split in results)]
@@ -48,7 +48,7 @@ def summarise_splits(out: Path, results: Mapping[int, dict[str, Any]], title: st
         each = [f"{100 * value:.1f}" for value in means[name]["splits"]]
         mean, deviation = means[name]["mean"], means[name]["std"]
         table.add(shown, *each, f"{100 * mean:.1f}", "–" if deviation is None else f"{100 * deviation:.1f}")
-    screen.table(table.to_rich())
+    console.table(table.to_rich())
     summary = {"split": ALL, "mean": means, "splits": {str(split): result for split, result in results.items()}}
     write_result(out, {"run": str(out), **summary})
     return {"run": str(out), **summary}

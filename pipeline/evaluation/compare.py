@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.documents import is_regular_file
 from ..common.errors import UsageError
 from ..common.locks import folder_lock
@@ -20,7 +20,7 @@ from .protocol import PREDICTIONS, intervals_note, refuse_other, show_metrics, w
 SHOWN = 10  # classes of the largest gains and losses in the table; all are in the result
 
 
-def fuse(runs: Sequence[str], weights: Sequence[float] | None, out: str | None, screen: Screen) -> dict[str, Any]:
+def fuse(runs: Sequence[str], weights: Sequence[float] | None, out: str | None, console: Console) -> dict[str, Any]:
     """Late fusion: writes `out`/predictions.h5 and result.json, which `--compare` and `--fuse` take again.
 
     Raises UsageError (no `out`, wrong weights), PredictionsError, CheckpointError, LabelsError.
@@ -36,13 +36,13 @@ def fuse(runs: Sequence[str], weights: Sequence[float] | None, out: str | None, 
         fused.write(folder / PREDICTIONS)
         metrics = metrics_from_file(folder / PREDICTIONS)
         named = ", ".join(f"{weight:g} × {Path(run).name}" for run, weight in zip(runs, used, strict=True))
-        show_metrics(f"late fusion of {named}", len(fused.classes), metrics, screen)
+        show_metrics(f"late fusion of {named}", len(fused.classes), metrics, console)
         result = {"fused": list(runs), "weights": used, "predictions": str(folder / PREDICTIONS), "metrics": metrics}
         write_result(folder, result)
     return result
 
 
-def compare(a: str, b: str, out: str | None, screen: Screen) -> dict[str, Any]:
+def compare(a: str, b: str, out: str | None, console: Console) -> dict[str, Any]:
     """What A gains over B: in all and by class, paired, with intervals and p-values; `out`/result.json if asked for.
 
     Raises PredictionsError, CheckpointError, LabelsError.
@@ -53,8 +53,8 @@ def compare(a: str, b: str, out: str | None, screen: Screen) -> dict[str, Any]:
     found = compare_predictions(*parts, (a, b))
     protocols = [single for part in parts for single in part.protocol.get("fused", [part.protocol])]
     if any(protocol != protocols[0] for protocol in protocols):
-        screen.warn(f"{a} and {b} were tested by other protocols: see `protocol` in each result.json")
-    _show(found, parts[0], a, b, screen)
+        console.warn(f"{a} and {b} were tested by other protocols: see `protocol` in each result.json")
+    _show(found, parts[0], a, b, console)
     result = {
         "a": a,
         "b": b,
@@ -83,7 +83,7 @@ def _finished(run: str) -> Predictions:
     return found
 
 
-def _show(found: Comparison, part: Predictions, a: str, b: str, screen: Screen) -> None:
+def _show(found: Comparison, part: Predictions, a: str, b: str, console: Console) -> None:
     columns = [Column("accuracy, %"), *(Column(name, True) for name in ("A", "B", "A − B", "95 % interval", "p"))]
     table = Table(f"A = {a}, B = {b}: {len(part.videos)} test videos", columns)
     for name, shown in MEASURES.items():
@@ -92,7 +92,7 @@ def _show(found: Comparison, part: Predictions, a: str, b: str, screen: Screen) 
             ends = f"{signed(g.estimate.low)} – {signed(g.estimate.high)}"
             table.add(shown, f"{100 * g.a:.1f}", f"{100 * g.b:.1f}", signed(g.estimate.value), ends, f"{g.p:.4f}")
     table.notes.append(intervals_note(part.resampled))
-    screen.table(table.to_rich())
+    console.table(table.to_rich())
     columns = [Column("class"), *(Column(name, True) for name in ("videos", "A", "B", "A − B", "p"))]
     classes = Table("top 1 of each class, %", columns)
     names = list(found.classes)
@@ -104,4 +104,4 @@ def _show(found: Comparison, part: Predictions, a: str, b: str, screen: Screen) 
         cells = (f"{100 * g.a:.1f}", f"{100 * g.b:.1f}", signed(g.estimate.value), f"{g.p:.4f}")
         classes.add(name, str(found.videos[name]), *cells)
     classes.notes.append("Each p is of its class alone: among many classes some are small by chance.")
-    screen.table(classes.to_rich())
+    console.table(classes.to_rich())

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..common.errors import UsageError
-from ..store.exclude import LeftOut, leave_out_list
+from ..store.exclude import Exclusion, leave_out_list
 from ..store.reader import TargetStore
 from ..training.seen_videos import OWN, SeenVideos
 from .all_splits import ALL
@@ -29,7 +29,7 @@ def canonical_leave_out(source: str) -> str:
     return canonical(source) if names_labels(source) else os.path.abspath(source)
 
 
-def leave_out(store: TargetStore, source: str, split: int | str | None, moved: Mapping[str, str]) -> LeftOut:
+def leave_out(store: TargetStore, source: str, split: int | str | None, moved: Mapping[str, str]) -> Exclusion:
     """The videos of the store that a list names, or that are among the test videos of labels.
 
     Labelled videos are known by content, so the labels may name copies or other paths. moved: where corpora lie now.
@@ -56,12 +56,12 @@ def leave_out(store: TargetStore, source: str, split: int | str | None, moved: M
     found |= {by_path[path] for path in map(os.path.abspath, paths) if path in by_path}
     if not found:
         raise UsageError(f"leave_out: none of the {len(set(paths))} test videos of {source} is in {store.name}")
-    return LeftOut.of(store, source, found, len(set(paths)))
+    return Exclusion.of(store, source, found, len(set(paths)))
 
 
 def left_out_of(
     store: TargetStore, source: str | None, split: int | str | None, moved: Mapping[str, str]
-) -> LeftOut | None:
+) -> Exclusion | None:
     """What `leave_out` gives; None where nothing is left out. UsageError for a split of nothing."""
     if source is None:
         if split is not None:

@@ -18,7 +18,7 @@ from ..clips.seeding import Key
 from ..clips.transforms import normalize_clip
 from ..common.errors import TrainingError, WorkerDied
 from ..students.student import Student
-from ..training.loader import EachOnce, KeyedDataset, read_batches
+from ..training.loader import KeyedDataset, SequentialBatchSampler, read_batches
 from .classification import HEAD
 from .predictions import LOGITS, Predictions
 
@@ -45,7 +45,7 @@ def _rows(dataset: KeyedDataset, videos: list[int], workers: int, device: torch.
     """
 
     def read(some: list[int], processes: int) -> Iterator[dict[str, Any]]:
-        return read_batches(_Pending(dataset, some), EachOnce(len(some), 1), workers=processes, device=device)
+        return read_batches(_Pending(dataset, some), SequentialBatchSampler(len(some), 1), workers=processes, device=device)
 
     left = list(videos)
     while left:

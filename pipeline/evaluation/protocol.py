@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 
 from ..clips.transforms import ClipView
-from ..common.console import Screen
-from ..common.distributed import ALONE, Ranks
+from ..common.console import Console
+from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import UsageError
 from ..common.settings import Options
 from ..common.tables import Column, Table
@@ -64,10 +64,10 @@ def evaluate_student(
     options: EvaluationOptions,
     device: torch.device,
     out: Path,
-    screen: Screen,
+    console: Console,
     threads: int | None = None,
     fresh: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Writes `out`/predictions.h5 and returns metrics_from_file of it; shows the table and the unread videos.
 
@@ -84,7 +84,7 @@ def evaluate_student(
             _adopt(predictions, partial)
         return predictions.pending
 
-    pending = ranks.on_lead(begin)
+    pending = ranks.on_main(begin)
     mine = pending[ranks.rank :: ranks.world]
     workers = pick_workers(options.workers, device)
     channels = student.options.channels
@@ -98,8 +98,8 @@ def evaluate_student(
         channels=channels,
         order=options.frames,
     )
-    with torch_threads(threads, workers, device), screen.progress("testing", len(mine), "video") as bar:
-        ranks.agree(
+    with torch_threads(threads, workers, device), console.progress("testing", len(mine), "video") as bar:
+        ranks.on_all_ranks(
             lambda: predict(
                 student,
                 dataset,
@@ -109,7 +109,7 @@ def evaluate_student(
                 workers=workers,
                 device=device,
                 done=bar.advance,
-                save=lambda: predictions.write(partial) if ranks.lead else None,
+                save=lambda: predictions.write(partial) if ranks.is_main else None,
             )
         )
     for rows in ranks.gather(predictions.rows(mine)) if ranks.world > 1 else ():
@@ -121,10 +121,10 @@ def evaluate_student(
         partial.unlink(missing_ok=True)
         metrics = metrics_from_file(final)
         title = f"{short_dataset(labels.dataset)}, split {labels.split}"
-        show_metrics(title, len(labels.classes), metrics, screen)
+        show_metrics(title, len(labels.classes), metrics, console)
         return metrics
 
-    return ranks.on_lead(finish)
+    return ranks.on_main(finish)
 
 
 def _nothing_yet(
@@ -212,7 +212,7 @@ def _adopt(predictions: Predictions, path: Path) -> int:
         return 0
 
 
-def show_metrics(title: str, classes: int, metrics: dict[str, Any], screen: Screen) -> None:
+def show_metrics(title: str, classes: int, metrics: dict[str, Any], console: Console) -> None:
     """The table of accuracies, what its intervals rest on, and the videos that were not read."""
     title = f"{title}: {metrics['videos']} test videos"
     table = Table(title, [Column("accuracy, %"), Column("value", True), Column("95 % interval", True)])
@@ -224,11 +224,11 @@ def show_metrics(title: str, classes: int, metrics: dict[str, Any], screen: Scre
     table.notes.append(intervals_note(metrics["intervals"]))
     if classes <= 5:
         table.notes.append(f"Top 5 of {classes} classes is always right where the video could be read.")
-    screen.table(table.to_rich())
+    console.table(table.to_rich())
     for found in metrics["failed"]:
-        screen.warn(f"counted as wrong, could not be read: {found['video']}: {found['reason']}")
+        console.warn(f"counted as wrong, could not be read: {found['video']}: {found['reason']}")
     for found in metrics["damaged"]:
-        screen.warn(f"tested, but damaged: {found['video']}: {found['reason']}")
+        console.warn(f"tested, but damaged: {found['video']}: {found['reason']}")
 
 
 def intervals_note(intervals: dict[str, Any]) -> str:

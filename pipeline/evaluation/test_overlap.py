@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.errors import CheckpointError
 from ..corpus.sources import escape_path
 from ..students.initialization import student_file
@@ -15,7 +15,7 @@ from .predictions import require_classes
 from .run_labels import RunLabels, labels_digest
 
 
-def record_and_compare(init: str, labels: Labels, run_dir: Path, screen: Screen, *, again: bool) -> dict[str, int]:
+def record_and_compare(init: str, labels: Labels, run_dir: Path, console: Console, *, again: bool) -> dict[str, int]:
     """Write RUN/labels.json and RUN/seen_videos.npz, unless a resume finds them; returns the test videos that the run
     knows in another way, and warns of each."""
     seen = SeenVideos.read(run_dir) if again else None
@@ -25,12 +25,12 @@ def record_and_compare(init: str, labels: Labels, run_dir: Path, screen: Screen,
         seen.write(run_dir)
     if not again or RunLabels.read(run_dir) is None:
         RunLabels.of(labels).write(run_dir)
-    found = overlap(seen, labels, screen, init_seen="the videos that the initialisation was trained on", own=False)
+    found = overlap(seen, labels, console, init_seen="the videos that the initialisation was trained on", own=False)
     return {"test_videos_of_shared_sources": labels.shared_sources, **found}
 
 
 def overlap(
-    seen: SeenVideos, labels: Labels, screen: Screen, *, init_seen: str, own: bool = True
+    seen: SeenVideos, labels: Labels, console: Console, *, init_seen: str, own: bool = True
 ) -> dict[str, int]:
     """How many test videos the initialisation has seen, and with `own` the run's own training; a warning for each
     that is not 0. init_seen: what messages call the videos of the initialisation."""
@@ -44,7 +44,7 @@ def overlap(
         known = [escape_path(v.path) for v, by in zip(labels.test, stages, strict=True) if stage in by]
         found[name] = len(known)
         if known:
-            screen.warn(
+            console.warn(
                 f"{len(known)} of {len(labels.test)} test videos are among {what}, the first: {known[0]}; "
                 f"accuracies are not those of unseen videos"
             )

@@ -20,7 +20,7 @@ from pathlib import Path
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.errors import DecoderError, DistInitError, StoreMismatchError
 from ..store.staging import ShardResult
 from ..teachers.teacher import TeacherSpec
@@ -115,10 +115,10 @@ def fill_shard(setup: WorkerSetup, task: ShardTask) -> ShardResult:
     return result
 
 
-def run_of_workers(client: Client, config: ExtractConfig, screen: Screen) -> dict[str, Any]:
+def run_of_workers(client: Client, config: ExtractConfig, console: Console) -> dict[str, Any]:
     """The run record of a worker of the cluster, which may have a GPU where the client has none."""
     if not client.nthreads():
-        screen.say("no worker is there yet: waiting for the first")
+        console.say("no worker is there yet: waiting for the first")
     found: dict[str, Any] = client.submit(_run_here, config.batch_size, config.precision, config.device).result()
     return found
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.devices import resolve_device
 from ..common.errors import DistInitError, UsageError, VideoError
 from ..store import layout as fmt
@@ -113,7 +113,7 @@ class Replay:
 def deep_check(
     store: TargetStore,
     count: int,
-    screen: Screen,
+    console: Console,
     *,
     seed: int = 0,
     moved: Mapping[str, str] | None = None,
@@ -145,7 +145,7 @@ def deep_check(
     views = list(dict.fromkeys(r.teacher.view for r in replays))
     with (
         DecodePool(processes=1, views=views) as pool,
-        screen.progress("decoding again", total=len(chosen), unit="videos") as bar,
+        console.progress("decoding again", total=len(chosen), unit="videos") as bar,
     ):
         for video in chosen.tolist():
             path = store.video_path(video, moved)

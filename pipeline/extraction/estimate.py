@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.errors import UsageError
 from ..corpus.sources import VideoList
 from ..store.encoding import DEFAULT, row_bytes
@@ -24,7 +24,7 @@ ROW_BYTES = 4 + 8 + 8  # video, index, pts
 
 
 def dry_run(
-    config: ExtractConfig, videos: VideoList | None, device: torch.device, screen: Screen
+    config: ExtractConfig, videos: VideoList | None, device: torch.device, console: Console
 ) -> dict[str, Any]:
     """Rows, GB and hours of the asked sampling beside others; nothing is written.
 
@@ -39,14 +39,14 @@ def dry_run(
     chosen = np.unique(np.linspace(0, len(videos) - 1, min(PROBED, len(videos))).astype(int)).tolist()
     asked = config.sampling or Sampling()
     options = [asked, *(s for s in _others() if s != asked)]
-    teacher_s = sum(_seconds_a_row(t, config.batch_size, screen) for t in teachers.values())
+    teacher_s = sum(_seconds_a_row(t, config.batch_size, console) for t in teachers.values())
     encoding = config.encoding or DEFAULT
     width = sum(row_bytes(len(t.classes), encoding) + 4 for t in teachers.values())
     together = sum if device.type == "cpu" else max
     rows_out: list[dict[str, Any]] = []
     with DecodePool(processes=config.decoders or default_decoders(device), views=views) as pool:
         paths = [videos.absolute(i) for i in chosen]
-        with screen.progress("probing", total=len(paths), unit="videos") as bar:
+        with console.progress("probing", total=len(paths), unit="videos") as bar:
             probes: list[Probe] = []
             for probe in pool.probe(paths):
                 probes.append(probe)
@@ -67,7 +67,7 @@ def dry_run(
                 }
             )
     broken = int(scale * (len(probes) - len(good)))
-    _show(rows_out, len(videos), len(chosen), broken, screen)
+    _show(rows_out, len(videos), len(chosen), broken, console)
     return {"dry_run": True, "videos": len(videos), "probed": len(chosen), "unreadable": broken, "costs": rows_out}
 
 
@@ -75,8 +75,8 @@ def _others() -> list[Sampling]:
     return [Sampling(every=1), Sampling(every=4), Sampling(every=None, keyframes=True)]
 
 
-def _seconds_a_row(teacher: Teacher, batch_size: int, screen: Screen) -> float:
-    screen.say(f"measuring {teacher.name}")
+def _seconds_a_row(teacher: Teacher, batch_size: int, console: Console) -> float:
+    console.say(f"measuring {teacher.name}")
     h, w = teacher.view.shape(256, 256)
     images = np.random.default_rng(0).integers(0, 255, (batch_size, h, w, 3), dtype=np.uint8)
     teacher.logits(images)  # warm-up: allocations, compiled kernels
@@ -102,7 +102,7 @@ def _decode_seconds(pool: DecodePool, sampling: Sampling, good: list[tuple[str, 
     return seconds * share * sum(p.frames for _, p in good) / max(frames, 1)
 
 
-def _show(rows: list[dict[str, Any]], videos: int, probed: int, broken: int, screen: Screen) -> None:
+def _show(rows: list[dict[str, Any]], videos: int, probed: int, broken: int, console: Console) -> None:
     title = f"{videos} videos" + (f", estimated from {probed} of them" if probed < videos else "")
     table = Table(title=title + (f"; {broken} cannot be read" if broken else ""))
     table.add_column("frames kept")
@@ -114,4 +114,4 @@ def _show(rows: list[dict[str, Any]], videos: int, probed: int, broken: int, scr
         hours = r["hours"]
         shown = f"{hours:.1f}" if hours >= 1 else f"{hours * 60:.1f} min"
         table.add_row(r["sampling"], f"{r['rows']:,}", f"{r['gigabytes']:.3g}", shown, by)
-    screen.table(table)
+    console.table(table)

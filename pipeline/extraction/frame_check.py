@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.errors import VideoError
 from ..common.processes import cores
 from ..store.index import OK
@@ -20,7 +20,7 @@ from ..video.pool.decode_pool import DecodePool, Failed
 from .planner import video_columns
 
 
-def frame_check(store: TargetStore, screen: Screen, moved: Mapping[str, str] | None = None) -> dict[int, list[Finding]]:
+def frame_check(store: TargetStore, console: Console, moved: Mapping[str, str] | None = None) -> dict[int, list[Finding]]:
     """Findings of each video whose file does not have the frames, or the size, that the store has.
 
     moved: where a corpus lies now. Most files are only read, not decoded. Raises UsageError for a corpus that the
@@ -45,7 +45,7 @@ def frame_check(store: TargetStore, screen: Screen, moved: Mapping[str, str] | N
     view = View(resize=(16, 16))  # nothing is rendered
     with (
         DecodePool(processes=cores(), views=[view]) as pool,
-        screen.progress("reading videos", total=len(readable), unit="videos") as bar,
+        console.progress("reading videos", total=len(readable), unit="videos") as bar,
     ):
         paths = [store.video_path(video, moved) for video in readable]
         for video, path, found in zip(readable, paths, pool.timelines(paths), strict=True):

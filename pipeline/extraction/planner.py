@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.errors import StoreMismatchError, VideoError
 from ..common.same_failure import SameFailure
 from ..corpus.sources import Corpus, VideoList, escape_path, unescape_path
 from ..store.digests import read_rows
-from ..store.index import MOVED, OK
-from ..store.planning import Stretch, cut
+from ..store.index import OK, OVERFLOWED
+from ..store.planning import FrameRange, cut
 from ..store.reader import TargetStore
 from ..store.storage import LocalFiles
 from ..store.writer import StoreWriter
@@ -105,7 +105,7 @@ def new_videos(plan: StorePlan, videos: VideoList) -> list[int]:
     ]
 
 
-def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, screen: Screen, max_failures: int) -> int:
+def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, console: Console, max_failures: int) -> int:
     """Probe the files that the store does not list yet and list them; returns how many.
 
     StoreMismatchError if they would join another corpus of the same name. DistInitError where the first
@@ -122,7 +122,7 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, screen:
     for corpus in np.unique([c for _, c in new]).tolist():
         _check_moved(plan, plan.corpora[corpus])
     watch = SameFailure(max_failures)
-    with screen.progress("probing", total=len(new), unit="videos") as bar:
+    with console.progress("probing", total=len(new), unit="videos") as bar:
         for at in range(0, len(new), SLAB):
             slab = new[at : at + SLAB]
             probes = []
@@ -177,7 +177,7 @@ def check_unchanged(plan: StorePlan, videos: VideoList) -> None:
             )
 
 
-def plan_segments(plan: StorePlan, pool: DecodePool, screen: Screen) -> int:
+def plan_segments(plan: StorePlan, pool: DecodePool, console: Console) -> int:
     """Give every listed video without a segment its place in shards; returns how many segments."""
     writer = plan.writer
     planned = np.zeros(writer.index.n_videos, bool)
@@ -186,7 +186,7 @@ def plan_segments(plan: StorePlan, pool: DecodePool, screen: Screen) -> int:
     if len(todo) == 0:
         return 0
     rows = writer.set_shard_rows_for(int(plan.column("rows_bound")[todo].sum()))
-    stretches: list[Stretch] = []
+    stretches: list[FrameRange] = []
     for v in todo.tolist():
         stretches += stretches_of(plan, pool, v, int(plan.column("rows_bound")[v]), rows, -1)
     return len(writer.add_segments(stretches))
@@ -195,14 +195,14 @@ def plan_segments(plan: StorePlan, pool: DecodePool, screen: Screen) -> int:
 def plan_overflow(plan: StorePlan, pool: DecodePool) -> int:
     """Plan again, from an exact count, the segments that held more rows than their bound."""
     index = plan.writer.index
-    moved = np.flatnonzero((index.state == MOVED) & index.live)
-    stretches: list[Stretch] = []
+    moved = np.flatnonzero((index.state == OVERFLOWED) & index.live)
+    stretches: list[FrameRange] = []
     for s in moved.tolist():
         if index.first[s] == 0 and index.end[s] == -1:
             stretches += _exact(plan, pool, int(index.video[s]), s)
         else:  # one stretch of several: the others stand, so it keeps its frames and gets more room
             bound = min(2 * int(index.overflow[s]), plan.writer.shard_rows)
-            stretches.append(Stretch(int(index.video[s]), int(index.first[s]), int(index.end[s]), bound, s))
+            stretches.append(FrameRange(int(index.video[s]), int(index.first[s]), int(index.end[s]), bound, s))
     return len(plan.writer.add_segments(stretches))
 
 
@@ -271,23 +271,23 @@ def video_columns(probes: Sequence[Probe], sampling: Sampling) -> dict[str, list
 
 def stretches_of(
     plan: StorePlan, pool: DecodePool, video: int, bound: int, shard_rows: int, replaces: int
-) -> list[Stretch]:
+) -> list[FrameRange]:
     """A video as stretches that fit a shard, by the bound of its probe."""
     if bound <= shard_rows:
-        return [Stretch(video, 0, -1, bound, replaces)]
+        return [FrameRange(video, 0, -1, bound, replaces)]
     return _exact(plan, pool, video, replaces)
 
 
-def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list[Stretch]:
+def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list[FrameRange]:
     """Stretches of a video from its whole timeline: for long videos and for those that beat their bound."""
     try:
         timeline = pool.timeline(plan.path(video))
     except VideoError:
-        return [Stretch(video, 0, -1, 0, replaces)]  # the decode will say what is wrong with it
+        return [FrameRange(video, 0, -1, 0, replaces)]  # the decode will say what is wrong with it
     wanted = plan.sampling.select(timeline.pts, timeline.key, timeline.time_base)
     keys = np.flatnonzero(timeline.key)
     parts = cut(video, wanted, keys, len(timeline.pts), plan.writer.shard_rows)
-    return [Stretch(p.video, p.first, p.end, p.bound, replaces) for p in parts]
+    return [FrameRange(p.video, p.first, p.end, p.bound, replaces) for p in parts]
 
 
 def ids_of(plan: StorePlan, videos: VideoList) -> list[int]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..store.index import FAILED, OK, StoreIndex
-from ..store.planning import Stretch
+from ..store.planning import FrameRange
 from ..store.reader import TargetStore
 from ..store.staging import FramesPart, ShardResult, new_staging
 from ..store.subset import ShardCopy
@@ -26,7 +26,7 @@ MIXED = "the file changed, and a part of this video is stored from the former fi
 
 
 def plan_retries(
-    plan: StorePlan, teachers: Sequence[str], pool: DecodePool, run: dict[str, Any], screen: Screen
+    plan: StorePlan, teachers: Sequence[str], pool: DecodePool, run: dict[str, Any], console: Console
 ) -> None:
     """Plan what failed again, in new shards.
 
@@ -39,7 +39,7 @@ def plan_retries(
     videos = np.unique(index.video[without + beside]).tolist()
     probes: dict[int, Probe] = {}
     if videos:
-        with screen.progress("probing", total=len(videos), unit="videos") as bar:
+        with console.progress("probing", total=len(videos), unit="videos") as bar:
             for v, probe in zip(videos, pool.probe([plan.path(v) for v in videos]), strict=True):
                 probes[v] = probe
                 bar.advance(1)
@@ -52,7 +52,7 @@ def plan_retries(
     mixed = {v for v, probe in probes.items() if v in stored and probe.digest not in ("", plan.digest(v))}
     anew = [s for s in without if index.video[s] not in mixed]
     ready = [s for s in beside if probes[int(index.video[s])].error is None and index.video[s] not in mixed]
-    stretches: list[Stretch] = []
+    stretches: list[FrameRange] = []
     for s in anew:
         v = int(index.video[s])
         if index.first[s] == 0 and index.end[s] == -1:
@@ -66,9 +66,9 @@ def plan_retries(
         plan.writer.add_segments([_again(index, s) for s in group])
     _fail(plan, [s for s in without if index.video[s] in mixed and index.reason[s] != MIXED], run)
     tried = len(anew) + len(ready)
-    screen.say(f"{tried} failed stretches are tried again")
+    console.say(f"{tried} failed stretches are tried again")
     if left := len(without) + len(beside) - tried:
-        screen.say(f"{left} are left as they are: their files cannot be read, or are not those that are stored")
+        console.say(f"{left} are left as they are: their files cannot be read, or are not those that are stored")
 
 
 def copy_stored(plan: StorePlan, teachers: Sequence[str]) -> None:
@@ -112,8 +112,8 @@ def _lacking(index: StoreIndex, segment: int, teachers: Sequence[str]) -> tuple[
     )
 
 
-def _again(index: StoreIndex, s: int) -> Stretch:
-    return Stretch(int(index.video[s]), int(index.first[s]), int(index.end[s]), int(index.bound[s]), s)
+def _again(index: StoreIndex, s: int) -> FrameRange:
+    return FrameRange(int(index.video[s]), int(index.first[s]), int(index.end[s]), int(index.bound[s]), s)
 
 
 def _fail(plan: StorePlan, segments: Sequence[int], run: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.errors import StoreMismatchError, VideoError
 from ..store.index import OK
 from ..store.layout import read_fingerprint
@@ -31,13 +31,13 @@ from .planner import StorePlan
 VIDEOS, ROWS = 8, 32  # of a sample: videos, and rows of each
 
 
-def examine_teachers(teachers: Mapping[str, Teacher], screen: Screen) -> dict[str, Fingerprint]:
+def examine_teachers(teachers: Mapping[str, Teacher], console: Console) -> dict[str, Fingerprint]:
     """Their fingerprints; a warning of one that says probabilities. Raises TeacherError (`probes.examine`)."""
     found = {}
     for name, teacher in teachers.items():
         found[name] = examine(teacher)
         if says_probabilities(found[name].logits):
-            screen.warn(
+            console.warn(
                 f"teacher {name!r} seems to give probabilities, not logits (none is negative, and rows have one sum or "
                 f"none is above 1): their softmax is nearly uniform over the {len(teacher.classes)} classes, and a "
                 f"student learns next to nothing; let it return what goes into its softmax or sigmoid"
@@ -68,7 +68,7 @@ def prove_teachers(
     accepted: Sequence[str],
     pool: DecodePool,
     views: Sequence[View],
-    screen: Screen,
+    console: Console,
 ) -> None:
     """Give the teachers `without` a fingerprint theirs, after a sample of their rows was computed again from videos.
 
@@ -86,10 +86,10 @@ def prove_teachers(
             videos, why = _replay_sample(plan, replay, pool, views.index(teachers[name].view))
             if videos:
                 basis = {"kind": "rows", "rows": replay.rows, "videos": videos}
-                screen.say(f"{name}: {replay.rows} rows of {videos} videos computed again as stored; fingerprint added")
+                console.say(f"{name}: {replay.rows} rows of {videos} videos computed again as stored; fingerprint added")
             elif name in accepted:
                 basis = {"kind": "accepted"}
-                screen.warn(f"teacher {name!r}: accepted as the store's without a check ({why}); fingerprint added")
+                console.warn(f"teacher {name!r}: accepted as the store's without a check ({why}); fingerprint added")
             else:
                 raise StoreMismatchError(
                     f"{store.name}: teacher {name!r} has no fingerprint there, and none of its rows can be computed "

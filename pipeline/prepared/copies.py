@@ -24,7 +24,7 @@ from ..common.errors import VideoError
 from ..video.container import reason
 from ..video.frames import Frames, fill_damaged
 from ..video.geometry import Renderer, View
-from .frame_map import CopyMap, map_of
+from .frame_map import FrameMap, map_of
 
 _DECODERS = 8  # set up and kept in each thread: copies of one size and one set of options share one
 
@@ -58,7 +58,7 @@ def read_copy(
         os.close(descriptor)
 
 
-def _frames(descriptor: int, found: CopyMap, wanted: np.ndarray, view: View | None, required: np.ndarray) -> Frames:
+def _frames(descriptor: int, found: FrameMap, wanted: np.ndarray, view: View | None, required: np.ndarray) -> Frames:
     source = found.source
     distinct, place = np.unique(wanted, return_inverse=True)
     if len(distinct) == 0:
@@ -82,7 +82,7 @@ def _frames(descriptor: int, found: CopyMap, wanted: np.ndarray, view: View | No
 
 
 def decode_copy(
-    descriptor: int, found: CopyMap, positions: np.ndarray
+    descriptor: int, found: FrameMap, positions: np.ndarray
 ) -> Iterator[tuple[av.VideoFrame, CopyDecoder]]:
     """The copy's own frames at `positions` int64 [n], ascending and distinct, with what renders them.
 
@@ -104,7 +104,7 @@ def decode_copy(
 class CopyDecoder:
     """A decoder that stays set up from one copy to the next, and the resizer of its frames."""
 
-    def __init__(self, found: CopyMap) -> None:
+    def __init__(self, found: FrameMap) -> None:
         context = cast(VideoCodecContext, av.CodecContext.create(found.codec, "r"))
         context.extradata = found.extradata
         context.thread_type = "NONE"
@@ -114,7 +114,7 @@ class CopyDecoder:
         self._converter = VideoReformatter()
 
     def render(
-        self, frame: av.VideoFrame, found: CopyMap, view: View | None, display: tuple[int, int], out: np.ndarray
+        self, frame: av.VideoFrame, found: FrameMap, view: View | None, display: tuple[int, int], out: np.ndarray
     ) -> None:
         """Fill `out` uint8 [h, w, 3] with the view of a frame; display: the source's (height, width).
 
@@ -139,7 +139,7 @@ class CopyDecoder:
         return lines[:, : frame.width * 3].reshape(frame.height, frame.width, 3)
 
     def stretch(
-        self, descriptor: int, found: CopyMap, entry: int, positions: list[int]
+        self, descriptor: int, found: FrameMap, entry: int, positions: list[int]
     ) -> Iterator[tuple[av.VideoFrame, CopyDecoder]]:
         """Decode from key frame `entry` to the last of `positions`, all of which come out in order."""
         offset = found.offset[entry : positions[-1] + 2].tolist()
@@ -186,7 +186,7 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def _decoder(found: CopyMap) -> CopyDecoder:
+def _decoder(found: FrameMap) -> CopyDecoder:
     key = (found.codec, found.extradata)
     decoders = _kept.decoders
     if key not in decoders:

@@ -77,7 +77,7 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
-class CopyMap:
+class FrameMap:
     """index, pts int64 [N]: the source frame that each frame of the copy shows; ascending.
 
     offset int64 [N + 1]: where each packet begins, and where the last ends; key bool [N]; crc uint32 [N] of
@@ -133,7 +133,7 @@ class CopyMap:
         return _START.pack(size, b"uuid", BOX) + packed + _END.pack(zlib.crc32(packed), size, MAGIC)
 
     @classmethod
-    def unpack(cls, packed: bytes) -> CopyMap:
+    def unpack(cls, packed: bytes) -> FrameMap:
         """From what `pack` compressed; ValueError, KeyError or the like where it is not that."""
         unzip = zlib.decompressobj()
         data = unzip.decompress(packed, _MOST)
@@ -177,10 +177,10 @@ class CopyMap:
 
 
 
-_maps: LruCache[CopyMap] = LruCache()
+_maps: LruCache[FrameMap] = LruCache()
 
 
-def read_map(path: str) -> CopyMap:
+def read_map(path: str) -> FrameMap:
     """The map of a copy. VideoError where there is no such file, or no whole map at its end."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -217,7 +217,7 @@ def check_copy(path: str) -> bool:
     return found.sha256 is not None
 
 
-def map_of(descriptor: int, path: str) -> CopyMap:
+def map_of(descriptor: int, path: str) -> FrameMap:
     """The map of an open copy; those read last are remembered in this process."""
     status = os.fstat(descriptor)
     key = (path, status.st_size, status.st_mtime_ns)
@@ -228,7 +228,7 @@ def map_of(descriptor: int, path: str) -> CopyMap:
     return known
 
 
-def _load(descriptor: int, size: int) -> CopyMap:
+def _load(descriptor: int, size: int) -> FrameMap:
     try:
         tail = os.pread(descriptor, _TAIL, max(0, size - _TAIL))
         if len(tail) < _START.size + _END.size:
@@ -246,7 +246,7 @@ def _load(descriptor: int, size: int) -> CopyMap:
     if zlib.crc32(packed) != crc:
         raise VideoError("the copy's map is damaged: its checksum is wrong")
     try:
-        found = CopyMap.unpack(packed)
+        found = FrameMap.unpack(packed)
     except VideoError:
         raise
     except Exception as error:  # what JSON, zlib and numpy raise for another's bytes is of many kinds

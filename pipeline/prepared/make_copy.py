@@ -28,7 +28,7 @@ from ..video.geometry import View
 from ..video.packets import Timeline
 from .copies import decode_copy
 from .flow_files import FlowMap, FlowOptions, write_flow
-from .frame_map import CopyMap, SourceRecord
+from .frame_map import FrameMap, SourceRecord
 from .quality import psnr, ssim
 
 NOT_WRITTEN = "the copy cannot be written"
@@ -78,12 +78,12 @@ class CopyOptions(Options):
 
 
 Record = Callable[[], SourceRecord]
-M = TypeVar("M", CopyMap, FlowMap)
+M = TypeVar("M", FrameMap, FlowMap)
 
 
 def make_copy(
     source: str, part: str, target: str, options: CopyOptions, progress: Callable[[], None] | None = None
-) -> CopyMap:
+) -> FrameMap:
     """Write the copy of `source` to `part`, a file on the same disk as `target`, and rename it to `target`.
 
     The copy is read back before that: its packets, its map, and `quality_frames` frames whose PSNR and SSIM
@@ -91,7 +91,7 @@ def make_copy(
     reason; then `target` is what it was.
     """
 
-    def write(reader: VideoReader, record: Record) -> CopyMap:
+    def write(reader: VideoReader, record: Record) -> FrameMap:
         made = _encode(reader, part, options)
         copy = _read_back(part, made, record(), options)
         copy = replace(copy, sha256=sha256_of(part))
@@ -230,12 +230,12 @@ def _rate(timeline: Timeline) -> float:
     return min(1000.0, max(0.1, rate)) if math.isfinite(rate) else 25.0
 
 
-def _read_back(part: str, made: _Made, record: SourceRecord, options: CopyOptions) -> CopyMap:
+def _read_back(part: str, made: _Made, record: SourceRecord, options: CopyOptions) -> FrameMap:
     """The map, with positions and checksums of the packets as they lie in the file."""
     offset, keys, crc, codec, extradata = _packets(part)
     if len(crc) != len(made.index) or not keys[0]:
         raise VideoError(f"the encoder made {len(crc)} frames of {len(made.index)}")
-    copy = CopyMap(
+    copy = FrameMap(
         source=record,
         index=np.array(made.index, np.int64),
         pts=np.array(made.pts, np.int64),
@@ -275,7 +275,7 @@ def _packets(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, str, bytes]
     return np.array(offset, np.int64), np.array(keys, bool), np.array(crc, np.uint32), codec, extradata
 
 
-def _quality(part: str, copy: CopyMap, sample: dict[int, np.ndarray]) -> dict[str, float]:
+def _quality(part: str, copy: FrameMap, sample: dict[int, np.ndarray]) -> dict[str, float]:
     """Mean PSNR (dB) and SSIM of the sampled frames, read as a loader reads them."""
     positions = np.array(sorted(sample), np.int64)
     size = (copy.height, copy.width)
@@ -297,7 +297,7 @@ def _quality(part: str, copy: CopyMap, sample: dict[int, np.ndarray]) -> dict[st
 def copy_job(message: dict[str, Any], progress: Callable[[], None]) -> dict[str, Any]:
     """What a child process does with a message {"source", "part", "target", "flow", "options"}: a row."""
     source, part, target = message["source"], message["part"], message["target"]
-    made: CopyMap | FlowMap
+    made: FrameMap | FlowMap
     if message["flow"]:
         made = make_flow(source, part, target, FlowOptions.model_validate(message["options"]), progress)
     else:
@@ -305,7 +305,7 @@ def copy_job(message: dict[str, Any], progress: Callable[[], None]) -> dict[str,
     return copy_row(made, os.stat(target).st_size)
 
 
-def copy_row(copy: CopyMap | FlowMap, size: int) -> dict[str, Any]:
+def copy_row(copy: FrameMap | FlowMap, size: int) -> dict[str, Any]:
     """What the report says of a copy or of flow."""
     source = copy.source
     row = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..video.pool.protocol import INTERNAL
 from .status import Row
 
@@ -37,13 +37,13 @@ class Tally:
                 self.measured[name].append(float(row[name]))
 
 
-def summary(out: Path, videos: int, new: int, seconds: float, tally: Tally, screen: Screen) -> dict[str, Any]:
+def summary(out: Path, videos: int, new: int, seconds: float, tally: Tally, console: Console) -> dict[str, Any]:
     """What --json prints of a run; the same in words on the screen."""
     failed = sum(tally.reasons.values())
     if failed:
-        screen.say(f"{failed} videos failed; {out / 'status.csv'} lists them:")
+        console.say(f"{failed} videos failed; {out / 'status.csv'} lists them:")
         for reason, count in tally.reasons.most_common(10):
-            screen.say(f"  {count:6d}  {reason}")
+            console.say(f"  {count:6d}  {reason}")
     result: dict[str, Any] = {
         "out": str(out),
         "complete": tally.ok > 0 and not any(reason.startswith(INTERNAL) for reason in tally.reasons),
@@ -65,22 +65,22 @@ def summary(out: Path, videos: int, new: int, seconds: float, tally: Tally, scre
     if column := tally.measured["clipped"]:
         result["clipped"] = {"mean": float(np.mean(column)), "worst_5_percent": float(np.quantile(column, 0.95))}
     if not new:
-        screen.say("nothing to do: every video has its copy or a reason why not")
+        console.say("nothing to do: every video has its copy or a reason why not")
     if tally.ok:
         factor = tally.source_bytes / max(1, tally.copy_bytes)
         shown = f"{factor:.1f} times smaller" if factor >= 1 else f"{1 / factor:.1f} times larger"
-        screen.say(
+        console.say(
             f"{tally.ok} done, {tally.copy_bytes / 1e6:.1f} MB for {tally.source_bytes / 1e6:.1f} MB of sources "
             f"({shown}, {tally.copy_bytes / max(tally.seconds, 1e-9) / 1e3:.1f} kB a second)"
         )
     if "psnr" in result and "ssim" in result:
-        screen.say(
+        console.say(
             f"against the scaled source: PSNR {result['psnr']['mean']:.1f} dB, SSIM {result['ssim']['mean']:.3f}; "
             f"the worst 5 % of the videos below {result['psnr']['worst_5_percent']:.1f} dB, "
             f"{result['ssim']['worst_5_percent']:.3f}"
         )
     if "clipped" in result:
-        screen.say(
+        console.say(
             f"beyond the bound: {result['clipped']['mean']:.3%} of the values; "
             f"above {result['clipped']['worst_5_percent']:.3%} in the worst 5 % of the videos"
         )

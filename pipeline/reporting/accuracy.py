@@ -170,7 +170,7 @@ def _difference(run: Run, base: Run) -> Difference:
     return Difference(run, base, len(videos), estimate_difference(a, b, groups))
 
 
-def how_little(runs: Sequence[Run], found: Sequence[Difference]) -> list[str]:
+def uncertainty_notes(runs: Sequence[Run], found: Sequence[Difference]) -> list[str]:
     """What these test sets can and cannot show, computed from their sizes and intervals."""
     lines = [difference.sentence() for difference in found]
     sizes = sorted({run.metrics["videos"] for run in runs if run.metrics})

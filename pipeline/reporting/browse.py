@@ -19,7 +19,7 @@ from ..prepared.copies import read_copy
 from ..prepared.folders import PreparedCorpus, prepared_corpora
 from ..store.index import OK, STATUS
 from ..store.reader import TargetStore, check_file
-from ..store.stats import Failure, Survey, failures, survey
+from ..store.stats import Failure, TeacherStats, failures, teacher_stats
 from ..video.container import digest
 from ..video.frames import read_frames
 from ..video.geometry import View
@@ -68,13 +68,13 @@ class VideoLook:
 class TeacherLook:
     """A teacher over the whole store: `sure` and `unsure` are the frames of lowest and highest entropy."""
 
-    survey: Survey
+    teacher_stats: TeacherStats
     sure: Sequence[Picture]
     unsure: Sequence[Picture]
 
 
 @dataclass(frozen=True)
-class StoreLook:
+class StoreSummary:
     """Everything that the page shows. states: videos by status."""
 
     store: TargetStore
@@ -116,7 +116,7 @@ class FrameReader:
         return [_data_url(image) for image in found.images]
 
 
-def look(store: TargetStore, count: int, *, seed: int = 0, moved: Mapping[str, str] | None = None) -> StoreLook:
+def summarize_store(store: TargetStore, count: int, *, seed: int = 0, moved: Mapping[str, str] | None = None) -> StoreSummary:
     """Gather it: `count` random videos with rows, each teacher's labels, entropies and extremes, all failures.
 
     moved: corpus → folder where it lies now, or of copies. A video that cannot be read is shown with the reason in
@@ -126,7 +126,7 @@ def look(store: TargetStore, count: int, *, seed: int = 0, moved: Mapping[str, s
     state = store.video_state
     usable = np.flatnonzero((state == OK) & (store.row_counts > 0))
     chosen = np.sort(np.random.default_rng(seed).permutation(usable)[:count])
-    return StoreLook(
+    return StoreSummary(
         store=store,
         states={name: int((state == code).sum()) for code, name in STATUS.items()},
         videos=[_video(store, int(v), reader) for v in chosen],
@@ -201,7 +201,7 @@ def _verdicts(store: TargetStore, teacher: str, rows: NDArray[np.int64]) -> list
 
 
 def _teacher(store: TargetStore, name: str, reader: FrameReader) -> TeacherLook:
-    found = survey(store, name)
+    found = teacher_stats(store, name)
     order = np.argsort(found.entropy, kind="stable")
     order = order[np.isfinite(found.entropy[order])]
     videos = store.read_table("video", found.rows)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..common.tables import Column, Table
-from .browse import Picture, StoreLook, TeacherLook, VideoLook
+from .browse import Picture, StoreSummary, TeacherLook, VideoLook
 from .charts import Bars, Line, bar_chart, line_chart
 from .page_style import document
 
@@ -41,12 +41,12 @@ STYLE = """<style>
 </style>"""
 
 
-def browse_page(look: StoreLook, version: str) -> str:
+def browse_page(summary: StoreSummary, version: str) -> str:
     """The whole page as HTML."""
-    store = look.store
-    states = ", ".join(f"{n:,} {name}" for name, n in look.states.items() if n)
+    store = summary.store
+    states = ", ".join(f"{n:,} {name}" for name, n in summary.states.items() if n)
     names = ", ".join(
-        f"{html.escape(t.survey.teacher)} ({len(t.survey.classes):,} classes)" for t in look.teachers
+        f"{html.escape(t.teacher_stats.teacher)} ({len(t.teacher_stats.classes):,} classes)" for t in summary.teachers
     )
     lead = (
         f"{html.escape(store.name)}: {store.n_videos:,} videos ({states or 'none'}), {store.n_rows:,} cached frames, "
@@ -55,26 +55,26 @@ def browse_page(look: StoreLook, version: str) -> str:
     )
     sections = [
         STYLE,
-        _videos_section(look),
-        *(_teacher_section(teacher) for teacher in look.teachers),
-        _failures_section(look),
-        _identity_section(look),
+        _videos_section(summary),
+        *(_teacher_section(teacher) for teacher in summary.teachers),
+        _failures_section(summary),
+        _identity_section(summary),
     ]
     return document("A look into the store", lead, sections)
 
 
-def _videos_section(look: StoreLook) -> str:
-    if not look.videos:
+def _videos_section(summary: StoreSummary) -> str:
+    if not summary.videos:
         return "<h2>Sampled videos</h2><p>None: no video with cached frames was asked for, or the store has none.</p>"
-    missing = sum(video.problem is not None for video in look.videos)
+    missing = sum(video.problem is not None for video in summary.videos)
     # One scale for all videos, so that their curves compare.
-    limit = max((math.log(len(teacher.survey.classes)) for teacher in look.teachers), default=1.0)
+    limit = max((math.log(len(teacher.teacher_stats.classes)) for teacher in summary.teachers), default=1.0)
     note = f" {missing} of them cannot be read here and are shown without pictures." if missing else ""
     return (
-        f"<h2>Sampled videos</h2><p>{len(look.videos)} random videos with cached frames.{note} Under a picture: its "
+        f"<h2>Sampled videos</h2><p>{len(summary.videos)} random videos with cached frames.{note} Under a picture: its "
         "time, each teacher’s best classes with their probabilities, and the entropy H. The curve shows how sure each "
         "teacher is over the whole video; where it jumps, there is usually a cut or a new thing in view.</p>"
-        + "".join(_video(video, limit, legend=len(look.teachers) > 1) for video in look.videos)
+        + "".join(_video(video, limit, legend=len(summary.teachers) > 1) for video in summary.videos)
     )
 
 
@@ -118,7 +118,7 @@ def _shot(picture: Picture, named: bool) -> str:
 
 
 def _teacher_section(teacher: TeacherLook) -> str:
-    found = teacher.survey
+    found = teacher.teacher_stats
     if not len(found.rows):
         return f"<h2>{html.escape(found.teacher)}</h2><p>No cached frame yet.</p>"
     counts, edges = found.histogram()
@@ -146,25 +146,25 @@ def _teacher_section(teacher: TeacherLook) -> str:
     )
 
 
-def _failures_section(look: StoreLook) -> str:
-    if not look.failures:
+def _failures_section(summary: StoreSummary) -> str:
+    if not summary.failures:
         return "<h2>Failures</h2><p>No video failed.</p>"
     reasons = Table("Reasons", [Column("reason"), Column("videos", True)])
-    for reason, count in Counter(failure.reason for failure in look.failures).most_common(20):
+    for reason, count in Counter(failure.reason for failure in summary.failures).most_common(20):
         reasons.add(reason, f"{count:,}")
     each = Table("Videos that failed", [Column("corpus"), Column("video"), Column("reason")])
-    for failure in look.failures[:LISTED]:
+    for failure in summary.failures[:LISTED]:
         each.add(failure.corpus, failure.path, failure.reason)
-    if len(look.failures) > LISTED:
-        each.notes = [f"{len(look.failures) - LISTED:,} more: distinit targets info STORE --failed --json lists all."]
+    if len(summary.failures) > LISTED:
+        each.notes = [f"{len(summary.failures) - LISTED:,} more: distinit targets info STORE --failed --json lists all."]
     return (
         f"<h2>Failures</h2><div class=scroll>{reasons.to_html()}</div>"
         f"<details><summary>Every video that failed</summary><div class=scroll>{each.to_html()}</div></details>"
     )
 
 
-def _identity_section(look: StoreLook) -> str:
-    text = json.dumps(look.store.identity(), indent=1, ensure_ascii=False)
+def _identity_section(summary: StoreSummary) -> str:
+    text = json.dumps(summary.store.identity(), indent=1, ensure_ascii=False)
     return (
         "<h2>Identity</h2><details><summary>The store’s id, sampling and teachers</summary>"
         f"<pre>{html.escape(text)}</pre></details>"

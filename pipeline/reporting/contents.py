@@ -11,7 +11,7 @@ import numpy as np
 from ..common.tables import Column, Table
 from .ablation_results import Ablation
 from .ablation_tables import LEARNED
-from .accuracy import DASH, Difference, accuracy_table, differences, how_little
+from .accuracy import DASH, Difference, accuracy_table, differences, uncertainty_notes
 from .costs import cost_table
 from .figures.accuracy_figures import CLASS_GAINS
 from .figures.all_figures import draw_figures
@@ -77,7 +77,7 @@ def make_report(
         runs=runs,
         accuracy=accuracy_table(finetuned),
         differences=found,
-        findings=how_little(finetuned, found),
+        findings=uncertainty_notes(finetuned, found),
         students=student_table(runs),
         costs=cost_table(runs),
         ablations=ablations,

@@ -15,7 +15,7 @@ from .reader import TargetStore
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Exclusion:
     """Videos of a store that are left out, ids ascending. wanted: how many `source` names; digest: SHA-256 of which
     they are, whatever their order, which a resumed run must share."""
 
@@ -26,7 +26,7 @@ class LeftOut:
     digest: str
 
     @classmethod
-    def of(cls, store: TargetStore, source: str, videos: Iterable[int], wanted: int) -> LeftOut:
+    def of(cls, store: TargetStore, source: str, videos: Iterable[int], wanted: int) -> Exclusion:
         ids = np.array(sorted(set(videos)), np.int64)
         lines = "\n".join(sorted("/".join(store.place(int(video))) for video in ids))
         digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
@@ -45,7 +45,7 @@ class LeftOut:
         return kept
 
 
-def leave_out_list(store: TargetStore, path: str) -> LeftOut:
+def leave_out_list(store: TargetStore, path: str) -> Exclusion:
     """The videos that a list names, CORPUS/PATH each; a line that begins with # is a comment unless the store has it.
 
     UsageError for a list that names nothing, and for a line that names no video of the store (a list with a slip in
@@ -71,4 +71,4 @@ def leave_out_list(store: TargetStore, path: str) -> LeftOut:
         )
     if not found:
         raise UsageError(f"leave_out: {path} names no video; a line is CORPUS/PATH, as in {example!r}")
-    return LeftOut.of(store, path, found, len(found))
+    return Exclusion.of(store, path, found, len(found))

@@ -21,7 +21,7 @@ from .encoding import DEFAULT, Encoding, arrays_of, check_encoding
 from .storage import LocalFiles, StoreFiles, store_files
 from .validation import check_files
 
-PENDING, OK, FAILED, MOVED = 0, 1, 2, 3
+PENDING, OK, FAILED, OVERFLOWED = 0, 1, 2, 3
 MANY_LOST = 100
 STATUS = {PENDING: "pending", OK: "ok", FAILED: "failed"}
 
@@ -92,7 +92,7 @@ class StoreIndex:
         has = np.zeros(self.n_videos, bool)
         has[self.video[ids]] = True
         state[~has] = PENDING
-        state[self.video[ids[(self.state[ids] == PENDING) | (self.state[ids] == MOVED)]]] = PENDING
+        state[self.video[ids[(self.state[ids] == PENDING) | (self.state[ids] == OVERFLOWED)]]] = PENDING
         state[self.video[ids[self.state[ids] == FAILED]]] = FAILED
         return state
 
@@ -246,7 +246,7 @@ def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: 
     index.state[ids] = OK
     for target, key in ((index.reason, "failed"), (index.note, "notes"), (index.overflow, "overflow")):
         target.update(texts[key])
-    for key, state in (("failed", FAILED), ("overflow", MOVED)):
+    for key, state in (("failed", FAILED), ("overflow", OVERFLOWED)):
         if texts[key]:
             index.state[list(texts[key])] = state
     index.counted.update(node["counted"])

@@ -18,7 +18,7 @@ MAX_SHARD_SEGMENTS = 4096  # files without a row cost no rows, but work all the 
 
 
 @dataclass(frozen=True)
-class Stretch:
+class FrameRange:
     """Frames [first, end) of a video (end −1: to the end of the file), of which at most `bound` are cached."""
 
     video: int
@@ -34,7 +34,7 @@ class Segment:
 
     id: int
     shard: int
-    stretch: Stretch
+    stretch: FrameRange
 
 
 def auto_shard_rows(total: int) -> int:
@@ -51,18 +51,18 @@ def auto_shard_rows(total: int) -> int:
 
 def cut(
     video: int, wanted: NDArray[np.int64], keys: NDArray[np.int64], frames: int, shard_rows: int
-) -> list[Stretch]:
+) -> list[FrameRange]:
     """Cut a long video so that each stretch holds at most `shard_rows` of the `wanted` frame indices.
 
     Cuts fall on key frames (`keys`, ascending indices) wherever a stretch holds one after its first frame,
     so that a stretch is decoded without the frames before it; else on the frame after the last that fits.
     """
-    stretches: list[Stretch] = []
+    stretches: list[FrameRange] = []
     first, row = 0, 0
     while True:
         left = len(wanted) - row
         if left <= shard_rows:
-            stretches.append(Stretch(video, first, -1, left))
+            stretches.append(FrameRange(video, first, -1, left))
             return stretches
         limit = int(wanted[row + shard_rows])
         at = int(np.searchsorted(keys, limit, side="right")) - 1
@@ -70,12 +70,12 @@ def cut(
         rows = int(np.searchsorted(wanted, end, side="left")) - row
         if rows == 0:
             end, rows = limit, shard_rows
-        stretches.append(Stretch(video, first, min(end, frames), rows))
+        stretches.append(FrameRange(video, first, min(end, frames), rows))
         first, row = end, row + rows
 
 
 def assign(
-    stretches: Iterable[Stretch], *, first_id: int, first_shard: int, shard_rows: int
+    stretches: Iterable[FrameRange], *, first_id: int, first_shard: int, shard_rows: int
 ) -> list[Segment]:
     """Fill shards greedily in the given order; a stretch that does not fit opens the next shard."""
     segments: list[Segment] = []

@@ -19,7 +19,7 @@ BINS = 24  # of the entropy histogram, from 0 to ln K
 
 
 @dataclass(frozen=True)
-class Survey:
+class TeacherStats:
     """rows int64 [n] of the store that were looked at, ascending, of `total`; their entropy float32 [n] in nats and
     the index of their best class, top int64 [n]."""
 
@@ -58,7 +58,7 @@ class Failure:
     reason: str
 
 
-def survey(store: TargetStore, teacher: str) -> Survey:
+def teacher_stats(store: TargetStore, teacher: str) -> TeacherStats:
     """Read a teacher's rows, at most SURVEYED of them (REMOTE_SURVEYED behind a URL). Raises StoreError."""
     rows = store.committed_rows(teacher)
     total, local = len(rows), isinstance(store.files, LocalFiles)
@@ -72,7 +72,7 @@ def survey(store: TargetStore, teacher: str) -> Survey:
         entropies.append(store.entropy(teacher, some))
         tops.append(store.logits(teacher, some).argmax(1).astype(np.int64))
     classes = store.teachers[teacher].classes
-    return Survey(teacher, classes, total, rows, np.concatenate(entropies), np.concatenate(tops))
+    return TeacherStats(teacher, classes, total, rows, np.concatenate(entropies), np.concatenate(tops))
 
 
 def failures(store: TargetStore) -> Iterator[Failure]:

@@ -14,7 +14,7 @@ from ..common.errors import UsageError
 from . import layout as fmt
 from .encoding import arrays_of, total_error
 from .index import OK
-from .planning import Stretch, auto_shard_rows
+from .planning import FrameRange, auto_shard_rows
 from .reader import TargetStore
 from .staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
 from .writer import StoreWriter
@@ -42,7 +42,7 @@ def write_subset(
     owner = np.repeat(np.arange(len(videos)), end - begin)
     bounds = np.where(index.state[old] == OK, index.rows[old], 0)
     stretches = [
-        Stretch(int(v), int(index.first[s]), int(index.end[s]), int(n))
+        FrameRange(int(v), int(index.first[s]), int(index.end[s]), int(n))
         for v, s, n in zip(owner, old, bounds, strict=True)
     ]
     with StoreWriter(

@@ -22,7 +22,7 @@ REDIRECTS = 5
 STALL_S = 20.0  # without a byte, or without a connection
 SLOW_S, SLOW_RATE = 30.0, 32 << 10  # after so long, an answer has so many bytes per second, or it is given up
 TOTAL_S = 600.0  # a request, with its redirects
-MOVED = (301, 302, 303, 307, 308)
+OVERFLOWED = (301, 302, 303, 307, 308)
 TRY_AGAIN = (408, 425, 429)
 OWN = ("proxy", "proxy_auth", "proxy_headers", "timeout")  # settings that are about this machine, not about a server
 
@@ -72,7 +72,7 @@ class WebReader:
             async with asyncio.timeout(SLOW_S):
                 answer = await session.get(url, allow_redirects=False, auto_decompress=False, **options)
             try:
-                if answer.status not in MOVED:
+                if answer.status not in OVERFLOWED:
                     return await _body(answer, span, limit)
                 following = _redirected(url, answer.headers.get("Location", ""))
             finally:

@@ -26,7 +26,7 @@ from . import layout as fmt
 from .digests import digest_rows, read_rows, split_ranges
 from .encoding import DEFAULT, Encoding
 from .index import StoreIndex, add_frame_commit, add_teacher_commit, load_index
-from .planning import Segment, Stretch, assign, auto_shard_rows
+from .planning import FrameRange, Segment, assign, auto_shard_rows
 from .staging import ShardResult, StagedFile
 from .storage import LocalFiles, inside
 from .validation import is_teacher_name
@@ -144,7 +144,7 @@ class StoreWriter:
             array[start : start + len(values)] = values
         _sync_tree(self.root / "videos")
 
-    def add_segments(self, stretches: Iterable[Stretch]) -> list[Segment]:
+    def add_segments(self, stretches: Iterable[FrameRange]) -> list[Segment]:
         """Give stretches their shards and append them to the segment table, in one act."""
         stretches = list(stretches)
         if not stretches:

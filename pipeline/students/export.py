@@ -29,7 +29,7 @@ from ..common.safetensors_files import open_checked
 from ..common.sealed import BLANK, KEY, seal
 from ..common.settings import Options
 from .student import Backbone, Student, build_student
-from .student_options import OWN, STEM, StudentMeta, StudentOptions
+from .student_options import BUILTIN_ARCHITECTURES, STEM, StudentMeta, StudentOptions
 
 FORMAT_VERSION = 1
 RUN_FILES = ("student.safetensors", "model.safetensors")
@@ -216,7 +216,7 @@ def _check_sizes(header: _Header, state: Mapping[str, Tensor], path: Path) -> No
         if weight is None or weight.ndim != 2 or len(weight) != classes:
             found = "none" if weight is None else list(weight.shape)
             raise CheckpointError(f"{path}: damaged: head {name!r} has {classes} classes, its tensor is {found}")
-    if header.options.architecture in OWN:
+    if header.options.architecture in BUILTIN_ARCHITECTURES:
         with torch.device("meta"):
             own = Backbone(header.options).state_dict()
         wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]

@@ -21,7 +21,7 @@ CLIP = (8, 112)  # T and H = W that a backbone is tried on where nothing else is
 _CLASSIFIERS = ("fc", "head", "classifier")
 
 
-def foreign_backbone(options: StudentOptions, clip: tuple[int, int]) -> tuple[nn.Module, int]:
+def external_backbone(options: StudentOptions, clip: tuple[int, int]) -> tuple[nn.Module, int]:
     """(module, D): from clips [B, C, T, H, W] to features [B, D] or [B, D, t, h, w], with fresh weights.
 
     Its parameters keep their own names. It is tried on one clip of clip = (T, H = W), which tells D.

@@ -33,7 +33,7 @@ INFLATABLE = ("resnet18", "resnet34")
 
 
 @dataclass(frozen=True)
-class Start:
+class Initialization:
     """An initialisation that was found and fits: the student it makes, and how to put it in."""
 
     options: StudentOptions
@@ -56,7 +56,7 @@ def student_file(init: str) -> str | None:
     return None if init in (SCRATCH, "kinetics") or kind in ("inflate", "kinetics") or _is_factory(init) else init
 
 
-def open_init(init: str, wanted: StudentOptions | None, inflation: Inflation = "scaled") -> Start:
+def resolve_init(init: str, wanted: StudentOptions | None, inflation: Inflation = "scaled") -> Initialization:
     """What `init` names, held against what `wanted` sets expressly.
 
     Raises:
@@ -66,7 +66,7 @@ def open_init(init: str, wanted: StudentOptions | None, inflation: Inflation = "
     """
     kind, colon, where = init.partition(":")
     if init == SCRATCH:
-        return Start(wanted or StudentOptions(), lambda student: InitReport(SCRATCH, (), ()))
+        return Initialization(wanted or StudentOptions(), lambda student: InitReport(SCRATCH, (), ()))
     if kind == "inflate":
         if not where:
             raise UsageError(f"--init {init}: expected inflate:resnet18, inflate:resnet34 or inflate:FILE")
@@ -83,10 +83,10 @@ def open_init(init: str, wanted: StudentOptions | None, inflation: Inflation = "
         )
     named = wanted.architecture if wanted is not None else None
     options = _with_wanted(read_options(init, factory=named), wanted, init)
-    return Start(options, lambda student: load_backbone(student, init))
+    return Initialization(options, lambda student: load_backbone(student, init))
 
 
-def _inflated(init: str, where: str, wanted: StudentOptions | None, inflation: Inflation) -> Start:
+def _inflated(init: str, where: str, wanted: StudentOptions | None, inflation: Inflation) -> Initialization:
     if where in INFLATABLE and not os.path.isfile(where):
         fitting_student(int(where.removeprefix("resnet")), wanted, f"--init {init}")  # before anything is fetched
         choice = get_model_weights(where)["IMAGENET1K_V1"]
@@ -102,10 +102,10 @@ def _inflated(init: str, where: str, wanted: StudentOptions | None, inflation: I
         inflated, origin = inflate(state, cast(Backbone, student.backbone), inflation)
         return take_backbone(student, inflated, init, origin)
 
-    return Start(options, fill)
+    return Initialization(options, fill)
 
 
-def _kinetics(init: str, where: str, wanted: StudentOptions | None) -> Start:
+def _kinetics(init: str, where: str, wanted: StudentOptions | None) -> Initialization:
     if where:
         return _in_video_names(load_weights(where).state, f"--init {init}", wanted)
     architecture = (wanted or StudentOptions()).architecture
@@ -123,13 +123,13 @@ def _kinetics(init: str, where: str, wanted: StudentOptions | None) -> Start:
     return _in_video_names(state, "--init kinetics", wanted)
 
 
-def _in_video_names(state: Mapping[str, Tensor], label: str, wanted: StudentOptions | None) -> Start:
+def _in_video_names(state: Mapping[str, Tensor], label: str, wanted: StudentOptions | None) -> Initialization:
     found = recognise(state)
     if found is None:
         raise CheckpointError(f"{label}: its tensors are those of no student that distinit knows")
     options = _with_wanted(found, wanted, label)
     check_options(options, found, label)
-    return Start(options, lambda student: take_backbone(student, state, label.removeprefix("--init ")))
+    return Initialization(options, lambda student: take_backbone(student, state, label.removeprefix("--init ")))
 
 
 def _with_wanted(found: StudentOptions, wanted: StudentOptions | None, label: str) -> StudentOptions:

@@ -18,8 +18,8 @@ from torchvision.models.video.resnet import (
 )
 
 from ..common.errors import UsageError
-from .external import CLIP, foreign_backbone
-from .student_options import OWN, StudentMeta, StudentOptions
+from .external import CLIP, external_backbone
+from .student_options import BUILTIN_ARCHITECTURES, StudentMeta, StudentOptions
 
 STEM, STEM_MIDDLE, PLANES = 64, 45, (64, 128, 256, 512)
 # VMZ's BatchNorm eps (its ResNet code). Its Caffe2 momentum of 0.9 weighs the old average: PyTorch's 0.1.
@@ -153,11 +153,11 @@ class Student(nn.Module):
         self.meta = StudentMeta()
         """What its file says of it, after `load_student`."""
         self.classes: dict[str, int] = dict(heads)
-        if options.architecture in OWN:
+        if options.architecture in BUILTIN_ARCHITECTURES:
             self.backbone: nn.Module = (own := Backbone(options))
             self._width = own.width
         else:
-            self.backbone, self._width = foreign_backbone(options, clip)
+            self.backbone, self._width = external_backbone(options, clip)
         self.frozen = False
         """Whether the heads alone are trained; see `freeze_backbone`."""
         self.dropout = nn.Dropout(dropout)

@@ -17,7 +17,7 @@ NORMALISATION: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     2: ((0.0046635, 0.0046261), (0.972347, 0.755146)),
 }
 
-OWN = ("r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18")
+BUILTIN_ARCHITECTURES = ("r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18")
 """Architectures that are built here, at any width; torchvision's other video models and factories are not."""
 
 STEM = "stem.0.weight"
@@ -50,13 +50,13 @@ class StudentOptions(Options):
     @field_validator("architecture")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name in OWN or is_factory(name):
+        if name in BUILTIN_ARCHITECTURES or is_factory(name):
             return name
         from torchvision.models import list_models, video  # only here: a config of ours needs no torch
 
-        theirs = [model for model in list_models(module=video) if model not in OWN]
+        theirs = [model for model in list_models(module=video) if model not in BUILTIN_ARCHITECTURES]
         if name not in theirs:
-            known = ", ".join((*OWN, *theirs))
+            known = ", ".join((*BUILTIN_ARCHITECTURES, *theirs))
             raise ValueError(f"{name!r} is not known; there are: {known}, and package.module:factory")
         return name
 
@@ -67,9 +67,9 @@ class StudentOptions(Options):
 
     @model_validator(mode="after")
     def _variant_fits(self) -> StudentOptions:
-        own = self.architecture in OWN
+        own = self.architecture in BUILTIN_ARCHITECTURES
         if not own and self.width != 1.0:
-            raise ValueError(f"width is {self.width:g}; {self.architecture} has only 1, of any are: {', '.join(OWN)}")
+            raise ValueError(f"width is {self.width:g}; {self.architecture} has only 1, of any are: {', '.join(BUILTIN_ARCHITECTURES)}")
         if own and self.options:
             raise ValueError(f"options {', '.join(self.options)}: {self.architecture} takes none")
         if self.variant == "vmz" and not self.architecture.startswith("r2plus1d"):
@@ -80,7 +80,7 @@ class StudentOptions(Options):
 
     def describe(self) -> str:
         """One phrase for messages: `r2plus1d_18 (variant vmz, width 0.5, 3 channels)`."""
-        if self.architecture not in OWN:
+        if self.architecture not in BUILTIN_ARCHITECTURES:
             given = "".join(f", {key} {value}" for key, value in self.options.items())
             return f"{self.architecture} ({self.channels} channels{given})"
         return f"{self.architecture} (variant {self.variant}, width {self.width:g}, {self.channels} channels)"

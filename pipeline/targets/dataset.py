@@ -20,7 +20,7 @@ from ..common.errors import StoreMismatchError, TrainingError, UsageError, Video
 from ..corpus.sources import escape_path
 from ..prepared.folders import prepared_corpora
 from ..video.flow import pictures_needed
-from .sampler import Draw, TargetSampler
+from .sampler import ClipSample, TargetSampler
 
 MAX_BROKEN_IN_A_ROW = 20  # for one sample; a corpus that has moved away ends a run at its first batch
 
@@ -163,7 +163,7 @@ class StudentClips(Dataset[Any]):
 class _Plan(NamedTuple):
     """A draw, where its frames are and how they are cut, what is expected of them, and the example but for its clip."""
 
-    draw: Draw
+    draw: ClipSample
     file: VideoFile
     digest: str | None
     crop: Crop | None
@@ -171,7 +171,7 @@ class _Plan(NamedTuple):
     example: dict[str, Any]
 
 
-def _expected(draw: Draw) -> tuple[Any, Any] | None:
+def _expected(draw: ClipSample) -> tuple[Any, Any] | None:
     """(indices, pts) of the picked frames: the clip must show the frames that the teachers saw. A frame
     picked beyond the clip, as in no video today, is not decoded and cannot be compared."""
     inside = (draw.picked >= draw.start) & (draw.picked <= draw.indices[-1])

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ..clips import seeding as draws
+from ..clips import seeding
 from ..common.errors import UsageError
 
 BLOCK = 1000  # clips in which the shares come out exactly; they are rounded to a thousandth
@@ -37,14 +37,14 @@ class Mixture:
         """(videos of the sample's group, which of them it takes before anything is turned down)."""
         if len(self.groups) == 1:
             n = len(self.groups[0])
-            position = draws.epoch_position(self.seed, epoch, sample, epoch_clips=self.epoch_clips, n=n)
+            position = seeding.epoch_position(self.seed, epoch, sample, epoch_clips=self.epoch_clips, n=n)
             return self.groups[0], position
         block, place = divmod(epoch * self.epoch_clips + sample, BLOCK)
         order = _order(self.seed, block, self.quotas)
         group = int(order[place])
         nth = block * self.quotas[group] + int((order[:place] == group).sum())
         n = len(self.groups[group])
-        return self.groups[group], draws.position(self.seed, nth, n=n, group=group)
+        return self.groups[group], seeding.position(self.seed, nth, n=n, group=group)
 
 
 def by_corpus(
@@ -81,4 +81,4 @@ def _quotas(shares: Sequence[float]) -> tuple[int, ...]:
 @lru_cache(maxsize=4)
 def _order(seed: int, block: int, quotas: tuple[int, ...]) -> NDArray[np.int64]:
     groups = np.repeat(np.arange(len(quotas)), quotas)
-    return draws.rng(seed, block, 0, stream=draws.MIXTURE).permutation(groups)
+    return seeding.rng(seed, block, 0, stream=seeding.MIXTURE).permutation(groups)

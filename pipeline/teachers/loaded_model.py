@@ -60,7 +60,7 @@ class Preprocessing(Options):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LoadedModel:
     """A built module with everything that a teacher is made of."""
 
     architecture: str

@@ -26,7 +26,7 @@ from ..video.geometry import View
 from .efficientnet_lite import efficientnet_lite0
 from .loaded_model import (
     OWN_OPTIONS,
-    Recipe,
+    LoadedModel,
     TeacherSpec,
     apply_view_options,
     builder_options,
@@ -41,7 +41,7 @@ __all__ = ["Teacher", "TeacherSpec", "known_teachers", "load_teacher"]
 Precision = Literal["fp32", "bf16"]
 _COMPUTE = {"fp32": "float32", "bf16": "bfloat16 autocast over float32 weights"}
 
-_BY_NAME: dict[str, Callable[[TeacherSpec], Recipe]] = {
+_BY_NAME: dict[str, Callable[[TeacherSpec], LoadedModel]] = {
     "efficientnet_lite0": efficientnet_lite0,
     "resnet50": lambda spec: torchvision_model(spec, "resnet50", "IMAGENET1K_V1"),
     "resnet50-places365": resnet50_places365,
@@ -62,7 +62,7 @@ class Teacher:
             class names is not K.
     """
 
-    def __init__(self, name: str, recipe: Recipe) -> None:
+    def __init__(self, name: str, recipe: LoadedModel) -> None:
         self.name = _store_name(name)
         self.recipe = recipe
         self.module = recipe.module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -220,7 +220,7 @@ def load_teacher(spec: TeacherSpec) -> Teacher:
     return teacher
 
 
-def _build(spec: TeacherSpec) -> Recipe | Teacher:
+def _build(spec: TeacherSpec) -> LoadedModel | Teacher:
     if spec.name in _BY_NAME:
         return _BY_NAME[spec.name](spec)
     family, _, rest = spec.name.partition(":")
@@ -234,7 +234,7 @@ def _build(spec: TeacherSpec) -> Recipe | Teacher:
     raise TeacherError(f"teacher {spec.name!r} is not known; allowed: {', '.join(known_teachers())}")
 
 
-def _from_factory(spec: TeacherSpec) -> Recipe | Teacher:
+def _from_factory(spec: TeacherSpec) -> LoadedModel | Teacher:
     """Call a user's factory with the options that are not distinit's own.
 
     A module is taken to want ImageNet's preprocessing (short side 256, centre 224, mean and std of
@@ -255,7 +255,7 @@ def _from_factory(spec: TeacherSpec) -> Recipe | Teacher:
     file = load_weights(spec.weights, spec.sha256) if spec.weights else None
     if file is not None:
         load_into(made, file.state, f"weights file {spec.weights}")
-    return Recipe(
+    return LoadedModel(
         architecture=spec.name,
         weights="file" if file else "factory",
         module=made,
@@ -266,8 +266,8 @@ def _from_factory(spec: TeacherSpec) -> Recipe | Teacher:
     )
 
 
-def _with_classes(recipe: Recipe, classes: Sequence[str]) -> Recipe:
-    return Recipe(**{**recipe.__dict__, "classes": tuple(classes)})
+def _with_classes(recipe: LoadedModel, classes: Sequence[str]) -> LoadedModel:
+    return LoadedModel(**{**recipe.__dict__, "classes": tuple(classes)})
 
 
 def _store_name(name: str) -> str:

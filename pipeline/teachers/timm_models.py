@@ -10,10 +10,10 @@ from torch import nn
 from ..common.errors import TeacherError, WeightsError
 from ..common.weights import WeightsFile, load_into, load_weights
 from ..video.geometry import View
-from .loaded_model import Recipe, TeacherSpec, apply_view_options, builder_options, imagenet_classes, preprocessing
+from .loaded_model import LoadedModel, TeacherSpec, apply_view_options, builder_options, imagenet_classes, preprocessing
 
 
-def timm_model(spec: TeacherSpec, model: str) -> Recipe:
+def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:
     """A timm model by name, with its pretrained weights unless a file is given.
 
     Raises:
@@ -33,7 +33,7 @@ def timm_model(spec: TeacherSpec, model: str) -> Recipe:
     module = _create(library, spec, model, options, file)
     config = library.data.resolve_model_data_config(module)
     classes = _classes(library, module) if file is None else None
-    return Recipe(
+    return LoadedModel(
         architecture=f"timm:{model}",
         weights="file" if file else (_tag(module) or "pretrained"),
         module=module,

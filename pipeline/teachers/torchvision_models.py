@@ -14,8 +14,8 @@ from ..common.library_weights import hub_folder, library_weights
 from ..common.weights import WeightsFile, load_into, load_weights
 from ..video.geometry import View
 from .loaded_model import (
+    LoadedModel,
     Preprocessing,
-    Recipe,
     TeacherSpec,
     apply_view_options,
     builder_options,
@@ -34,7 +34,7 @@ _WITH_WEIGHTS: dict[str, dict[str, Any]] = {
 }
 
 
-def torchvision_model(spec: TeacherSpec, model: str, weights_name: str | None = None) -> Recipe:
+def torchvision_model(spec: TeacherSpec, model: str, weights_name: str | None = None) -> LoadedModel:
     """A classification model by torchvision's name, with one of torchvision's weights or a file's.
 
     Without a weights name: IMAGENET1K_V1, for `DEFAULT` is often the V2 whose outputs are far less
@@ -61,7 +61,7 @@ def torchvision_model(spec: TeacherSpec, model: str, weights_name: str | None = 
     file = load_weights(spec.weights, spec.sha256) if spec.weights else _library_file(spec, choice)
     module = _fitting(spec, model, options, file)
     own = not spec.weights
-    return Recipe(
+    return LoadedModel(
         architecture=f"torchvision:{model}",
         weights=choice.name if own else "file",
         module=module,
@@ -73,7 +73,7 @@ def torchvision_model(spec: TeacherSpec, model: str, weights_name: str | None = 
     )
 
 
-def resnet50_places365(spec: TeacherSpec) -> Recipe:
+def resnet50_places365(spec: TeacherSpec) -> LoadedModel:
     """ResNet-50 on Places365 from CSAILVision's checkpoint: a file, or one in torch hub's cache.
 
     Class names come from `categories_places365.txt` beside the checkpoint, else from the list here.
@@ -93,7 +93,7 @@ def resnet50_places365(spec: TeacherSpec) -> Recipe:
     module = torchvision.models.resnet50(num_classes=len(CATEGORIES))
     load_into(module, weights.state, f"weights file {path}")
     names = path.with_name("categories_places365.txt")
-    return Recipe(
+    return LoadedModel(
         architecture="torchvision:resnet50",
         weights="PLACES365",
         module=module,

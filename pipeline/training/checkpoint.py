@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..common.distributed import ALONE, Ranks
+from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import CheckpointError, StoreMismatchError, UsageError
 from ..common.locks import folder_lock
 from ..common.sealed import add_comment, check_seal, seal
@@ -123,7 +123,7 @@ class Checkpoints:
         *,
         resume: Resume,
         max_broken: int,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> TrainState:
         """A fresh state, or that of last.pt with model, optimizer and random states restored.
 

@@ -14,9 +14,9 @@ from torch.nn.functional import kl_div
 from torch.nn.parallel import DistributedDataParallel
 
 from ..clips.transforms import normalize_clip
-from ..common.distributed import ALONE, Ranks
+from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import TrainingError
-from .loader import EachOnce, KeyedDataset, ShareOfBatches, read_batches, to_device
+from .loader import DistributedBatchSampler, KeyedDataset, SequentialBatchSampler, read_batches, to_device
 from .losses.soft_target_cross_entropy import soft_target_cross_entropy
 from .losses.squared_error import Reduction, squared_error
 from .precision import autocast
@@ -112,7 +112,7 @@ def evaluate_distillation(
     workers: int,
     device: torch.device,
     precision: str,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """Over the first `n` held-out samples: "loss" (the weighted sum over teachers), "loss/NAME", and "agreement/NAME",
     the share of clips on which student and teacher have the same top class, and "kl/NAME", the divergence
@@ -120,7 +120,7 @@ def evaluate_distillation(
     TrainingError if that is all of them. Ranks share the samples, each taking every W-th batch, and all get
     the same numbers. The model is left in eval mode."""
     model.eval()
-    share = ShareOfBatches(EachOnce(n, batch_size), ranks)
+    share = DistributedBatchSampler(SequentialBatchSampler(n, batch_size), ranks)
 
     def measured() -> Tensor:
         sums = torch.zeros(4, len(objective.teachers), dtype=torch.float64)
@@ -135,7 +135,7 @@ def evaluate_distillation(
                 sums[:, number] += objective.measures(outputs[name], targets, weight).cpu()
         return sums
 
-    kept, *measures = ranks.sum(ranks.agree(measured)).unbind()
+    kept, *measures = ranks.sum(ranks.on_all_ranks(measured)).unbind()
     if not bool(kept.any()):
         raise TrainingError(f"none of the {n} held-out clips could be used: unreadable, or all filtered")
     means = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.devices import resolve_device
 from ..common.errors import TrainingError
 from ..common.urls import check_local
@@ -17,14 +17,14 @@ from ..students.student import Student, count_parameters
 from ..targets.dataset import StudentClips
 from .distillation_options import TrainConfig
 from .footprint import footprint
-from .loader import KeyedBatches, read_batches
-from .preview import MOST_CLIPS, draw_batch, save_picture
+from .loader import EpochBatchSampler, read_batches
+from .preview import MOST_CLIPS, render_batch, save_preview
 
 PICTURE = "first-batch.png"
 
 
 def dry_run(
-    config: TrainConfig, store: TargetStore, clips: StudentClips, student: Student, screen: Screen
+    config: TrainConfig, store: TargetStore, clips: StudentClips, student: Student, console: Console
 ) -> dict[str, Any]:
     """Says config, parameters, memory and computation of a step, and writes RUN/first-batch.png; nothing else.
 
@@ -33,48 +33,48 @@ def dry_run(
     check_local(config.out)
     options = config.loop.for_videos(len(clips.sampler.videos))
     for line in yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100).splitlines():
-        screen.say(line)
+        console.say(line)
     heads = {name: count_parameters(student.head(name)) for name in student.classes}
     backbone = count_parameters(student.backbone)
-    screen.say(f"{config.student.describe()}: {_count(backbone)} parameters in the backbone")
+    console.say(f"{config.student.describe()}: {_count(backbone)} parameters in the backbone")
     for name, count in heads.items():
-        screen.say(f"head {name}: {student.classes[name]} classes, {_count(count)} parameters")
-    screen.say(f"{len(clips.sampler.videos)} videos, {options.epochs} epochs of {options.clips_per_epoch} clips")
-    screen.say(f"{options.describe_steps(config.loop.gpus)}; {options.describe_rate()}")
-    size = _memory(config, student, screen)
+        console.say(f"head {name}: {student.classes[name]} classes, {_count(count)} parameters")
+    console.say(f"{len(clips.sampler.videos)} videos, {options.epochs} epochs of {options.clips_per_epoch} clips")
+    console.say(f"{options.describe_steps(config.loop.gpus)}; {options.describe_rate()}")
+    size = _memory(config, student, console)
 
     batch_size = min(options.batch_size, MOST_CLIPS)
-    keys = KeyedBatches(batch_size=batch_size, steps_per_epoch=1, epochs=1)
+    keys = EpochBatchSampler(batch_size=batch_size, steps_per_epoch=1, epochs=1)
     batch = next(read_batches(clips, keys, workers=0, device=torch.device("cpu")))
     for found in batch["broken"]:
         for name, reason in found:
-            screen.warn(f"{name}: {reason}")
+            console.warn(f"{name}: {reason}")
     path = Path(config.out) / PICTURE
     classes = {name: store.teachers[name].classes for name in student.classes}
     try:
-        save_picture(draw_batch(batch, classes, tau=config.targets.tau), path)
+        save_preview(render_batch(batch, classes, tau=config.targets.tau), path)
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
-    screen.say(f"{path}: the first {batch_size} clips of {options.batch_size}, with their targets")
+    console.say(f"{path}: the first {batch_size} clips of {options.batch_size}, with their targets")
     return {"dry_run": True, "picture": str(path), "backbone_parameters": backbone, "head_parameters": heads, **size}
 
 
-def _memory(config: TrainConfig, student: Student, screen: Screen) -> dict[str, Any]:
+def _memory(config: TrainConfig, student: Student, console: Console) -> dict[str, Any]:
     """Of one device: bytes and FLOPs of a piece of a step, said and returned."""
     options, view = config.loop, config.clips
     clips = options.clips_at_once(options.gpus)
     shape = (clips, config.student.channels, view.length, view.size, view.size)
     found = footprint(student, shape, precision=options.precision)
     if found is None:
-        screen.say("memory: not known, the student cannot be run without data")
+        console.say("memory: not known, the student cannot be run without data")
         return {}
     device = resolve_device(options.device)
     has = f" of {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f}" if device.type == "cuda" else ""
-    screen.say(
+    console.say(
         f"memory of {clips} clips at once, estimated: {found.total / 1e9:.2f}{has} GB, {found.weights / 1e9:.2f} for "
         f"weights, gradients and momenta, {found.activations / 1e9:.2f} for activations"
     )
-    screen.say(f"computation: {found.flops / clips / 1e9:.1f} GFLOP a clip, forward and backward")
+    console.say(f"computation: {found.flops / clips / 1e9:.1f} GFLOP a clip, forward and backward")
     return {"memory_bytes": found.total, "flops_per_clip": found.flops / clips}
 
 

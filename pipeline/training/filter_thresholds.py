@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.console import Screen
+from ..common.console import Console
 from ..common.errors import UsageError
 from ..targets.sampler import TargetSampler, measure_entropies
 from .distillation_options import TargetOptions
@@ -28,7 +28,7 @@ class Filter:
 
 
 def measure_thresholds(
-    options: TargetOptions, sampler: TargetSampler, saved: dict[str, Any] | None, screen: Screen
+    options: TargetOptions, sampler: TargetSampler, saved: dict[str, Any] | None, console: Console
 ) -> Filter:
     """The filter's thresholds, and what they keep of the draws.
 
@@ -41,7 +41,7 @@ def measure_thresholds(
         return Filter()
     known = saved["filter"]["nats"] if saved and saved.get("filter", {}).get("quantile") == quantile else None
     count = QUICK_DRAWS if quantile is None or known else options.quantile_draws
-    found = np.stack(list(_with_progress(sampler, count, screen)))
+    found = np.stack(list(_with_progress(sampler, count, console)))
     if quantile is not None:
         wanted = quantile if isinstance(quantile, dict) else dict.fromkeys(teachers, quantile)
         thresholds = known or {
@@ -65,12 +65,12 @@ def measure_thresholds(
     kept_by = {name: float(passed[:, i].mean()) for i, name in enumerate(teachers) if name in thresholds}
     shown = ", ".join(f"{name} at {thresholds[name]:.3f} nats keeps {share:.0%}" for name, share in kept_by.items())
     together = f"; {kept:.0%} count for at least one of {len(teachers)} heads" if len(teachers) > 1 else ""
-    screen.say(f"entropy filter ({options.filter}): {shown} of {len(found)} draws{together}")
+    console.say(f"entropy filter ({options.filter}): {shown} of {len(found)} draws{together}")
     return Filter(thresholds, kept, kept_by)
 
 
-def _with_progress(sampler: TargetSampler, count: int, screen: Screen) -> Iterator[np.ndarray]:
-    with screen.progress("measuring entropies", count, "draw") as bar:
+def _with_progress(sampler: TargetSampler, count: int, console: Console) -> Iterator[np.ndarray]:
+    with console.progress("measuring entropies", count, "draw") as bar:
         for found in measure_entropies(sampler, count):
             bar.advance(1)
             yield found

@@ -19,20 +19,20 @@ from typing import Any, TypeVar
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from ..common.console import Screen
-from ..common.distributed import ALONE, Ranks, join_ranks, launched
+from ..common.console import Console
+from ..common.distributed import SINGLE_PROCESS, Ranks, join_ranks, launched
 from ..common.errors import DistInitError, RankLostError, TrainingError, UsageError
 from ..common.processes import Owner, end_with
 from ..common.settings import Options
 from .loop import LoopOptions
 
 C = TypeVar("C", bound=Options)
-Stage = Callable[[C, Screen, Ranks], dict[str, Any]]
+Stage = Callable[[C, Console, Ranks], dict[str, Any]]
 
 PATIENCE_S = 15.0  # for the errors of the others, once one process has failed
 
 
-def across_ranks(stage: Stage[C], config: C, screen: Screen, loop: LoopOptions) -> dict[str, Any]:
+def run_distributed(stage: Stage[C], config: C, console: Console, loop: LoopOptions) -> dict[str, Any]:
     """What `stage` returns on rank 0; `stage` is a function of a module.
 
     Under torchrun this process is one rank. Otherwise `loop.gpus` above 1 starts as many processes here and
@@ -43,12 +43,12 @@ def across_ranks(stage: Stage[C], config: C, screen: Screen, loop: LoopOptions) 
         if loop.gpus not in (1, world):
             raise UsageError(f"loop.gpus={loop.gpus}, but torchrun has started {world} processes; leave it out")
         with join_ranks(loop.device) as ranks:
-            return stage(config, screen if ranks.lead else Screen(quiet=True), ranks)
+            return stage(config, console if ranks.is_main else Console(quiet=True), ranks)
     if loop.gpus == 1:
-        return stage(config, screen, ALONE)
+        return stage(config, console, SINGLE_PROCESS)
     if not _enough_gpus(loop):
-        screen.warn(f"no GPU here: {loop.gpus} processes on the CPU")
-    return _launch(stage, config, screen, loop)
+        console.warn(f"no GPU here: {loop.gpus} processes on the CPU")
+    return _launch(stage, config, console, loop)
 
 
 def _enough_gpus(loop: LoopOptions) -> bool:
@@ -69,14 +69,14 @@ class _Outcome:
     error: DistInitError | None = None
 
 
-def _launch(stage: Stage[C], config: C, screen: Screen, loop: LoopOptions) -> dict[str, Any]:
+def _launch(stage: Stage[C], config: C, console: Console, loop: LoopOptions) -> dict[str, Any]:
     spawn = multiprocessing.get_context("spawn")
     outcomes: Any = spawn.Queue()
     with tempfile.TemporaryDirectory(prefix="distinit-ranks-") as folder:
         meeting = f"file://{Path(folder).resolve()}/meeting"
         context: Any = start_processes(
             _rank_main,
-            (loop.gpus, Owner.here(), meeting, stage, config, (screen.json, screen.quiet), loop.device, outcomes),
+            (loop.gpus, Owner.here(), meeting, stage, config, (console.json, console.quiet), loop.device, outcomes),
             nprocs=loop.gpus,
             join=False,
             start_method="spawn",
@@ -164,10 +164,10 @@ def _rank_main(
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(world),
     }
-    screen = Screen(json=shown[0], quiet=shown[1] or rank > 0)
+    console = Console(json=shown[0], quiet=shown[1] or rank > 0)
     try:
         with join_ranks(device, meeting) as ranks:
-            end = _Outcome(rank, result=stage(config, screen, ranks))
+            end = _Outcome(rank, result=stage(config, console, ranks))
     except DistInitError as error:
         end = _Outcome(rank, error=_told(error, rank))
     except KeyboardInterrupt:

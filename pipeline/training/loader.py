@@ -24,7 +24,7 @@ from ..common.distributed import Ranks
 from ..common.errors import DistInitError, TrainingError, WorkerDied
 from ..common.limits import limit_met
 from ..common.processes import Owner
-from ..common.worker_status import Whereabouts
+from ..common.worker_status import WorkerStatus
 from ..corpus.sources import escape_path
 from .loader_workers import HINT, Ended, LoaderWorkers, Stuck, begin_worker, start_context, started, watch_deaths_here
 
@@ -45,7 +45,7 @@ class KeyedDataset(Protocol):
     def __getitem__(self, key: Key, /) -> dict[str, Any] | None: ...
 
 
-class KeyedBatches(Sampler[list[Key]]):
+class EpochBatchSampler(Sampler[list[Key]]):
     """The keys of all batches from step `start` to the end, over all epochs in one go.
 
     One sampler over all epochs, so that workers read ahead across the border of two epochs.
@@ -67,7 +67,7 @@ class KeyedBatches(Sampler[list[Key]]):
             yield [(epoch, sample) for sample in range(first, first + self.batch_size)]
 
 
-class EachOnce(Sampler[list[Key]]):
+class SequentialBatchSampler(Sampler[list[Key]]):
     """The keys (0, 0) … (0, n - 1) once, in order, the last batch as short as it must be: for evaluation."""
 
     def __init__(self, n: int, batch_size: int) -> None:
@@ -145,9 +145,9 @@ def _one_go(
     """Yield the batches from one set of workers; Stuck or Crashed where a video ends it."""
     look_s = min(hang_s, LOOK_EVERY_S)
 
-    def start() -> tuple[Iterator[Any], Whereabouts | None, Any]:
+    def start() -> tuple[Iterator[Any], WorkerStatus | None, Any]:
         context = start_context(device) if workers else None
-        places = Whereabouts(context, workers) if context is not None else None
+        places = WorkerStatus(context, workers) if context is not None else None
         resting = context.RawArray("b", workers) if context is not None else []
         begin = partial(begin_worker, Owner.here(), places, dict(refused))
         reader = _Reader(dataset, resting)
@@ -341,7 +341,7 @@ def _collate_values(values: list[Any]) -> Any:
     return values
 
 
-class ShareOfSamples(Sampler[list[Key]]):
+class SplitBatchSampler(Sampler[list[Key]]):
     """This rank's part of every batch: rank r of W takes samples r·B/W … (r + 1)·B/W - 1 of B.
 
         B = 8, W = 3:   0 1 | 2 3 4 | 5 6 7
@@ -362,7 +362,7 @@ class ShareOfSamples(Sampler[list[Key]]):
             yield batch[rank * len(batch) // world : (rank + 1) * len(batch) // world]
 
 
-class ShareOfBatches(Sampler[list[Key]]):
+class DistributedBatchSampler(Sampler[list[Key]]):
     """Every W-th batch, whole: for evaluation, where each sample counts once and nothing is padded."""
 
     def __init__(self, batches: Sampler[list[Key]], ranks: Ranks) -> None:

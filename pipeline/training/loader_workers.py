@@ -18,7 +18,7 @@ import torch
 from ..common.errors import TrainingError, WorkerDied, in_one_line
 from ..common.limits import limit_met
 from ..common.processes import Owner, end_with
-from ..common.worker_status import Whereabouts, begin
+from ..common.worker_status import WorkerStatus, begin
 from ..corpus.sources import escape_path
 
 GRACE_S = 5.0  # between the first sign of a worker's death and what the system knows of it
@@ -50,7 +50,7 @@ class LoaderWorkers:
     ends all of them and the pipe if nobody has done so `GRACE_S` after the death.
     """
 
-    def __init__(self, iterator: Any, places: Whereabouts | None, hang_s: float) -> None:
+    def __init__(self, iterator: Any, places: WorkerStatus | None, hang_s: float) -> None:
         self.processes: list[Any] = list(getattr(iterator, "_workers", []))
         self._iterator, self._places, self._hang_s = iterator, places, hang_s
         self._first: int | None = None
@@ -183,7 +183,7 @@ def watch_deaths_here() -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def begin_worker(owner: Owner, places: Whereabouts | None, refused: dict[str, str], worker: int) -> None:
+def begin_worker(owner: Owner, places: WorkerStatus | None, refused: dict[str, str], worker: int) -> None:
     """Run in a new worker before it reads.
 
     It ends with its owner: torch compares its parent with the one it has when its loop begins, which is another one

@@ -16,16 +16,16 @@ import torch
 from torch import nn
 
 from ..common.devices import resolve_device
-from ..common.distributed import ALONE, Ranks
+from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import TrainingInterrupted, UsageError
 from .checkpoint import Checkpoints, Resume, random_states
 from .interrupts import Interrupts
-from .loader import KeyedBatches, KeyedDataset, ShareOfSamples, read_batches
+from .loader import EpochBatchSampler, KeyedDataset, SplitBatchSampler, read_batches
 from .loop_options import LoopOptions
 from .meter import Meter
 from .metric_logger import Metrics
 from .parallel import share_buffers, wrap
-from .precision import pick_workers, slow_precision, torch_threads
+from .precision import pick_workers, slow_bf16_warning, torch_threads
 from .schedule import learning_rate
 from .step import LossReport, Objective, take_step
 from .train_state import TrainState
@@ -70,7 +70,7 @@ def fit(
     validate: Callable[[], dict[str, float]] | None = None,
     say: Callable[[str], None] = print,
     progress: Callable[[str, int, str], AbstractContextManager[Any]] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> FitResult:
     """Trains `model` in place and leaves it with the last weights (in train mode, on the device).
 
@@ -88,7 +88,7 @@ def fit(
     (resume of something else), TrainingError (a loss that is not finite, too many broken videos),
     TrainingInterrupted (SIGTERM; the checkpoint is written).
     """
-    with ranks.alike():
+    with ranks.same_error():
         device = resolve_device(options.device)
         workers = pick_workers(options.workers, device)
         if options.batch_size < ranks.world:
@@ -103,21 +103,21 @@ def fit(
             weight_decay=options.weight_decay,
         )
         checkpoints = Checkpoints(run_dir, identity | options.identity())
-        state = ranks.agree(
+        state = ranks.on_all_ranks(
             lambda: checkpoints.start(model, optimizer, resume=resume, max_broken=options.max_broken, ranks=ranks)
         )
         meter = Meter(options, state, device)
         if state.step >= options.total_steps:
             say(f"{run_dir} is finished: {state.step} of {options.total_steps} steps; nothing to do")
             return _result(state, options, meter, already_finished=True)
-        if warning := slow_precision(device, options.precision):
+        if warning := slow_bf16_warning(device, options.precision):
             say(f"warning: {warning}")
 
         def save(which: str) -> None:
             rng = ranks.gather(random_states())
-            ranks.on_lead(lambda: checkpoints.save(which, model, optimizer, state, rng))
+            ranks.on_main(lambda: checkpoints.save(which, model, optimizer, state, rng))
 
-        keys = KeyedBatches(
+        keys = EpochBatchSampler(
             batch_size=options.batch_size,
             steps_per_epoch=options.steps_per_epoch,
             epochs=options.epochs,
@@ -126,13 +126,13 @@ def fit(
         with ExitStack() as stack:
             stack.enter_context(torch_threads(options.threads, workers, device))
             interrupts = stack.enter_context(Interrupts())
-            metrics = stack.enter_context(Metrics(run_dir, state.step)) if ranks.lead else None
+            metrics = stack.enter_context(Metrics(run_dir, state.step)) if ranks.is_main else None
             bar = stack.enter_context(progress("training", len(keys), "step")) if progress else None
-            share = ShareOfSamples(keys, ranks)
+            share = SplitBatchSampler(keys, ranks)
             stop = interrupts.requested
             batches = read_batches(dataset, share, workers=workers, device=device, stop=stop)
             stack.enter_context(closing(batches))
-            for batch in meter.timed(ranks.together(batches, stop)):
+            for batch in meter.timed(ranks.synchronized(batches, stop)):
                 rate = learning_rate(state.step, options)
                 report = take_step(trained, objective, optimizer, batch, rate, options, device, ranks)
                 state.add(report)

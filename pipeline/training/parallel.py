@@ -35,6 +35,6 @@ def share_buffers(model: nn.Module, ranks: Ranks) -> None:
     statistics of its own share of the last batch, for DistributedDataParallel copies them before a step, not after."""
     if ranks.world == 1:
         return
-    of_lead = ranks.on_lead(lambda: [buffer.cpu() for buffer in model.buffers()])
+    of_lead = ranks.on_main(lambda: [buffer.cpu() for buffer in model.buffers()])
     for buffer, value in zip(model.buffers(), of_lead, strict=True):
         buffer.copy_(value)

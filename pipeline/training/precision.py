@@ -52,7 +52,7 @@ def place(model: nn.Module, device: torch.device, *, channels_last: bool = True)
     return model
 
 
-def too_many(clips: int) -> str:
+def out_of_memory_hint(clips: int) -> str:
     """Of a forward pass that a GPU has no memory for: what to set."""
     return (
         f"{clips} clips at once do not fit into the GPU's memory; set loop.gpu_batch_size lower, which accumulates "
@@ -60,7 +60,7 @@ def too_many(clips: int) -> str:
     )
 
 
-def slow_precision(device: torch.device, precision: str) -> str | None:
+def slow_bf16_warning(device: torch.device, precision: str) -> str | None:
     """A warning, where the precision is one that the machine only imitates: bf16 on an x86 CPU without
     bf16 instructions was measured 15 times slower than fp32."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)

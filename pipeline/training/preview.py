@@ -21,7 +21,7 @@ TEXT = 420
 PAPER, INK, FAINT, BLANK = (255, 255, 255), (20, 20, 20), (150, 150, 150), (225, 225, 225)
 
 
-def draw_batch(batch: Mapping[str, Any], classes: Mapping[str, Sequence[str]], *, tau: float = 1.0) -> Image.Image:
+def render_batch(batch: Mapping[str, Any], classes: Mapping[str, Sequence[str]], *, tau: float = 1.0) -> Image.Image:
     """A row a clip: up to 8 of its frames, evenly spread, as the student sees them; beside it the video and first
     frame, and of each teacher the entropy (of the mean logits at τ = 1, which the filter judges) and the three
     likeliest classes of the target at `tau`. Clips that do not count for a teacher are said so, those that
@@ -50,7 +50,7 @@ def draw_batch(batch: Mapping[str, Any], classes: Mapping[str, Sequence[str]], *
     return picture
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_preview(picture: Image.Image, path: Path) -> None:
     """As PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, format="PNG")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..targets.sampler import Draw
+from ..targets.sampler import ClipSample
 from ..targets.soft_targets import soft_targets
 from .distillation import Distillation
 
@@ -37,7 +37,7 @@ class LossBounds:
         return (self.constant - loss) / room if room > 1e-6 else 0.0
 
 
-def loss_bounds(found: Iterable[Draw], objective: Distillation) -> LossBounds | None:
+def loss_bounds(found: Iterable[ClipSample], objective: Distillation) -> LossBounds | None:
     """The bounds of an objective over draws, each teacher's over those that it counts; None where none counts.
 
     Cross-entropy (eq. 2): the entropy of the mean target, and the mean entropy of the targets, at the objective's τ.

@@ -21,7 +21,7 @@ from ..common.distributed import Ranks
 from ..common.errors import TrainingError
 from .loader import batch_size_of, to_device
 from .loop_options import LoopOptions
-from .precision import autocast, too_many
+from .precision import autocast, out_of_memory_hint
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _backward(
         # DDP divides the sum of gradients by the number of ranks; what each has is a summand already.
         (report.loss * ranks.world).backward()
     except torch.OutOfMemoryError as error:
-        raise TrainingError(f"rank {ranks.rank}: {too_many(batch_size_of(piece))}") from error
+        raise TrainingError(f"rank {ranks.rank}: {out_of_memory_hint(batch_size_of(piece))}") from error
     return LossReport(report.loss.detach(), {name: value.detach() for name, value in report.parts.items()})
 
 

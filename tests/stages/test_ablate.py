@@ -22,14 +22,14 @@ from distinit.pipeline.ablation.cost import measure
 from distinit.pipeline.ablation.plan import cells, read_plan, shipped_plans
 from distinit.pipeline.ablation.steps import StepMaker
 from distinit.pipeline.common.config import load_config
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, UsageError
 from distinit.pipeline.store.reader import TargetStore
 from distinit.stages.ablate import COMMANDS, AblateConfig, ablate
 from distinit.stages.finetune import FinetuneConfig
 from distinit.stages.train_student import TrainConfig
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 LOOP = {
     "batch_size": 4, "epochs": 2, "epoch_clips": 8, "lr": 0.02, "workers": 0, "threads": 1, "device": "cpu",
     "checkpoint_every": 1,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DecoderError, DistInitError
 from distinit.pipeline.common.same_failure import SameFailure
 from distinit.pipeline.extraction.extract_options import ExtractConfig
@@ -21,7 +21,7 @@ from distinit.pipeline.video.encode import write_video
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.prepare import PrepareConfig, prepare
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 BREAK = """
 import sys
 if any("pipeline.video.child" in word for word in sys.orig_argv):

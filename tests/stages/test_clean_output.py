@@ -25,7 +25,7 @@ from rich.text import Text
 
 from distinit.cli import cli
 from distinit.cli_support import run
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.streams import CleanStream, as_json, printable
 from distinit.pipeline.common.tables import Column, Table
 from distinit.pipeline.evaluation.predictions import Predictions
@@ -63,7 +63,7 @@ def test_escapes_are_told_apart_and_text_of_all_scripts_stays() -> None:
 
 
 def renderables(name: str) -> list[Any]:
-    """What stages hand to `Screen.table`, and other things that rich can show."""
+    """What stages hand to `Console.table`, and other things that rich can show."""
     own = Table(name, [Column(name), Column("n", number=True)], notes=[name])
     own.head(name)
     own.add(name, "1")
@@ -77,16 +77,16 @@ def test_every_method_of_a_screen(stream: type[io.StringIO]) -> None:
     out, err = stream(), stream()
     name = f"x{UNSAFE}{TITLE}y"
     for as_object in (False, True):
-        screen = Screen(json=as_object, stdout=out, stderr=err)
-        screen.say(name)
-        screen.warn(name)
+        console = Console(json=as_object, stdout=out, stderr=err)
+        console.say(name)
+        console.warn(name)
         for each in renderables(name):
-            screen.table(each)
+            console.table(each)
         for total in (2, None):
-            with screen.progress(name, total=total, unit=name) as bar:
+            with console.progress(name, total=total, unit=name) as bar:
                 bar.advance(1, **{name: name})
                 bar.update(name)
-        screen.result({name: [name]})
+        console.result({name: [name]})
     for text in (out.getvalue(), err.getvalue()):
         assert unsafe_in(OURS.sub("", text) if stream is Terminal else text) == set()
         assert "owned" in text
@@ -96,7 +96,7 @@ def test_every_method_of_a_screen(stream: type[io.StringIO]) -> None:
 def test_columns_of_escaped_cells_are_aligned() -> None:
     for each in renderables("a\x1b\x1b\u202e")[:2]:
         out = io.StringIO()
-        Screen(stdout=out, stderr=io.StringIO()).table(each)
+        Console(stdout=out, stderr=io.StringIO()).table(each)
         widths = {len(line) for line in out.getvalue().splitlines() if line[:1] in "┃│┏└"}
         assert len(widths) == 1
 

@@ -14,7 +14,7 @@ import torch
 
 import distinit
 from distinit.cli import cli
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.video.encode import write_video
@@ -92,7 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "decoders": 1,
             }
         )
-        assert extract_targets(config, Screen(quiet=True))["ok"] == 2
+        assert extract_targets(config, Console(quiet=True))["ok"] == 2
     return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.table import Table
 
 from distinit.pipeline.common import console as module
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 
 
 class Terminal(io.StringIO):
@@ -21,7 +21,7 @@ def test_a_log_gets_plain_lines_with_rate_and_eta(monkeypatch: pytest.MonkeyPatc
     clock = iter(range(0, 1000, 5))  # five seconds pass between any two looks at the clock
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
     err = io.StringIO()
-    with Screen(stdout=io.StringIO(), stderr=err).progress("extracting", total=40, unit="videos") as bar:
+    with Console(stdout=io.StringIO(), stderr=err).progress("extracting", total=40, unit="videos") as bar:
         for _ in range(8):
             bar.advance(5, loss=0.12345)
     lines = err.getvalue().splitlines()
@@ -35,10 +35,10 @@ def test_a_log_gets_plain_lines_with_rate_and_eta(monkeypatch: pytest.MonkeyPatc
 
 def test_a_terminal_gets_a_bar_and_lines_above_it() -> None:
     err = Terminal()
-    screen = Screen(stdout=io.StringIO(), stderr=err)
-    with screen.progress("testing", total=2, unit="video") as bar:
+    console = Console(stdout=io.StringIO(), stderr=err)
+    with console.progress("testing", total=2, unit="video") as bar:
         bar.advance(1)
-        screen.say("a line [not markup] :smile:")
+        console.say("a line [not markup] :smile:")
         bar.set_total(1)
     assert "a line [not markup] :smile:" in err.getvalue()
     assert "1/1 video" in err.getvalue()
@@ -46,12 +46,12 @@ def test_a_terminal_gets_a_bar_and_lines_above_it() -> None:
 
 def test_json_keeps_standard_output_for_one_object() -> None:
     out, err = io.StringIO(), io.StringIO()
-    screen = Screen(json=True, stdout=out, stderr=err)
-    screen.say("a line")
+    console = Console(json=True, stdout=out, stderr=err)
+    console.say("a line")
     table = Table("name")
     table.add_row("a row")
-    screen.table(table)
-    screen.result({"value": float("inf")})
+    console.table(table)
+    console.result({"value": float("inf")})
     assert json.loads(out.getvalue()) == {"value": None}
     assert "a line" in err.getvalue()
     assert "a row" in err.getvalue()
@@ -59,11 +59,11 @@ def test_json_keeps_standard_output_for_one_object() -> None:
 
 def test_quiet_shows_warnings_and_results_only() -> None:
     out, err = io.StringIO(), io.StringIO()
-    screen = Screen(quiet=True, stdout=out, stderr=err)
-    screen.say("a line")
-    with screen.progress("working", total=1) as bar:
+    console = Console(quiet=True, stdout=out, stderr=err)
+    console.say("a line")
+    with console.progress("working", total=1) as bar:
         bar.advance(1)
-    screen.warn("name\nwith a newline")
-    screen.result({"value": 1})
+    console.warn("name\nwith a newline")
+    console.result({"value": 1})
     assert err.getvalue() == "warning: name\\nwith a newline\n"
     assert out.getvalue() == ""

@@ -16,7 +16,7 @@ import pytest
 import torch
 from distributed import Client, LocalCluster
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, StoreMismatchError
 from distinit.pipeline.extraction import cluster as extract_cluster
 from distinit.pipeline.extraction.cluster import WorkerSetup, fill_shard, run_shards
@@ -29,7 +29,7 @@ from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 NAME = "flaky_teachers:teacher"
 MODULE = """
 import pathlib

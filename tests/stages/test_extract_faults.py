@@ -20,7 +20,7 @@ import psutil
 import pytest
 import zarr
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.reader import TargetStore
@@ -30,7 +30,7 @@ from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 NAME = "fault_teachers:teacher"
 OPTIONS = {"name": "tiny", "input_size": "32", "resize": "32"}
 MODULE = """
@@ -137,7 +137,7 @@ def status(store: Path, path: str) -> tuple[str, str | None]:
     return next((r.status, r.reason) for r in map(opened.video, range(opened.n_videos)) if r.path == path)
 
 
-class Meddling(Screen):
+class Meddling(Console):
     """A quiet screen that acts when the decoding begins: after the listing and the probing."""
 
     def __init__(self, act: Callable[[], Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.extraction.retry import MIXED
 from distinit.pipeline.store.reader import TargetStore
@@ -23,7 +23,7 @@ from distinit.pipeline.video.sampling import Sampling
 from distinit.stages import extract_targets as stage
 from distinit.stages.extract_targets import extract_targets
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 A, B = (
     TeacherSpec(name="random_teachers:teacher", options={"name": n, "input_size": "32", "resize": "32", "k": k})
     for n, k in (("a", "6"), ("b", "4"))
@@ -52,7 +52,7 @@ def config(out: Path, *sources: Any, **changes: Any) -> ExtractConfig:
 
 def said(of: ExtractConfig) -> tuple[dict[str, Any], str]:
     stderr = io.StringIO()
-    return extract_targets(of, Screen(stderr=stderr)), stderr.getvalue()
+    return extract_targets(of, Console(stderr=stderr)), stderr.getvalue()
 
 
 def content(path: Path, teacher: str) -> dict[str, tuple[Any, ...]]:

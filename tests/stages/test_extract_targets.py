@@ -16,7 +16,7 @@ import pytest
 import torch
 import zarr
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import SourceError, StoreMismatchError
 from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.extraction.extract_options import ExtractConfig
@@ -30,7 +30,7 @@ from distinit.pipeline.video.geometry import View, render
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 OPTIONS = {"name": "tiny", "input_size": "32", "resize": "32", "k": "6"}
 SPEC = TeacherSpec(name="random_teachers:teacher", options=OPTIONS)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, StoreMismatchError, TeacherError, UsageError
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.digests import seal
@@ -25,7 +25,7 @@ from distinit.stages.targets_info import targets_info
 from distinit.stages.targets_merge import targets_merge
 from distinit.stages.targets_verify import targets_verify
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 MODULE = """
 import multiprocessing
 import os

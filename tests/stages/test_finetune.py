@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from distinit.pipeline.clips.transforms import ClipView
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, UsageError
 from distinit.pipeline.evaluation.clip_starts import clip_starts
 from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, LabelledClips
@@ -35,7 +35,7 @@ from distinit.stages.report import report
 LENGTHS = {"red": (3, 9, 30, 17, 12), "blue": (24, 5, 11, 40, 14)}  # frames of the clips of each class
 
 
-class StopsAt(Screen):
+class StopsAt(Console):
     """A screen whose user presses Ctrl-C in a certain step."""
 
     def __init__(self, step: int) -> None:
@@ -89,7 +89,7 @@ def config(dataset: str, out: Path, **changes: Any) -> FinetuneConfig:
 @pytest.fixture(scope="module")
 def finished(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("runs") / "scratch"
-    return out, finetune(config(dataset, out), Screen(quiet=True))
+    return out, finetune(config(dataset, out), Console(quiet=True))
 
 
 def test_a_run_leaves_everything_behind(
@@ -217,8 +217,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         finetune(config(dataset, out), StopsAt(7))
     assert not (out / "predictions.h5").exists()
     with pytest.raises(UsageError, match="--resume"):
-        finetune(config(dataset, out), Screen(quiet=True))
-    result = finetune(config(dataset, out, resume=True), Screen(quiet=True))
+        finetune(config(dataset, out), Console(quiet=True))
+    result = finetune(config(dataset, out, resume=True), Console(quiet=True))
     assert result["resumed_from_step"] == 6
     whole = finished[0]
 
@@ -232,7 +232,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert torch.equal(tensor, load_student(whole).state_dict()[name])
     with h5py.File(out / "predictions.h5") as ours, h5py.File(whole / "predictions.h5") as theirs:
         np.testing.assert_array_equal(ours["clip_scores"][:], theirs["clip_scores"][:])
-    again = finetune(config(dataset, out, resume=True), Screen(quiet=True))
+    again = finetune(config(dataset, out, resume=True), Console(quiet=True))
     assert again["already_finished"]
     assert again["metrics"] == result["metrics"]
 
@@ -242,12 +242,12 @@ def test_resume_refuses_other_classes(dataset: str, finished: tuple[Path, dict[s
     renamed = csv.with_name("renamed.csv")
     write_atomically(renamed, csv.read_bytes().replace(b",red,", b",crimson,"))
     with pytest.raises(CheckpointError, match=r"class list .* differs .*class 1 is 'crimson' against 'red'"):
-        finetune(config(f"csv:{renamed}", finished[0], resume=True), Screen(quiet=True))
+        finetune(config(f"csv:{renamed}", finished[0], resume=True), Console(quiet=True))
     with pytest.raises(UsageError, match="needs --out"):
-        evaluate(EvaluateConfig(runs=[str(finished[0])], dataset=f"csv:{renamed}"), Screen(quiet=True))
+        evaluate(EvaluateConfig(runs=[str(finished[0])], dataset=f"csv:{renamed}"), Console(quiet=True))
     other = EvaluateConfig(runs=[str(finished[0])], dataset=f"csv:{renamed}", out=str(tmp_path))
     with pytest.raises(CheckpointError, match="class list"):
-        evaluate(other, Screen(quiet=True))
+        evaluate(other, Console(quiet=True))
 
 
 def test_finetuning_begins_where_another_run_ended(
@@ -258,7 +258,7 @@ def test_finetuning_begins_where_another_run_ended(
     one = {"epochs": 1, "epoch_clips": 4, "batch_size": 4, "lr": 1e-8, "workers": 0, "device": "cpu"}
     result = finetune(
         FinetuneConfig.model_validate({"init": str(finished[0]), "dataset": dataset, "out": str(out), "loop": one}),
-        Screen(),
+        Console(),
     )
     used = yaml.safe_load((out / "config.yaml").read_text())["finetune"]
     assert (used["clips"]["length"], used["clips"]["size"], used["student"]["width"]) == (4, 32, 0.0625)
@@ -272,21 +272,21 @@ def test_finetuning_begins_where_another_run_ended(
     torch.testing.assert_close(after.state_dict()[weights], before.state_dict()[weights], atol=1e-5, rtol=0)
     assert not torch.equal(after.head("label").weight, before.head("label").weight)
 
-    found = report([finished[0], out], tmp_path / "report", Screen(quiet=True))
+    found = report([finished[0], out], tmp_path / "report", Console(quiet=True))
     assert [(d["run"], d["base"], d["videos"]) for d in found["differences"]] == [("second", "scratch", 5)]
     wrong = {"init": str(finished[0]), "dataset": dataset, "out": str(tmp_path / "x"), "student": {"width": 0.5}}
     with pytest.raises(CheckpointError, match=r"width is 0\.0625 in the file, 0\.5 was asked for"):
-        finetune(FinetuneConfig.model_validate(wrong), Screen(quiet=True))
+        finetune(FinetuneConfig.model_validate(wrong), Console(quiet=True))
 
 
 def test_evaluating_again_gives_the_same_numbers(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     run, result = finished
-    again = evaluate(EvaluateConfig(runs=[str(run)], out=str(tmp_path), device="cpu"), Screen(quiet=True))
+    again = evaluate(EvaluateConfig(runs=[str(run)], out=str(tmp_path), device="cpu"), Console(quiet=True))
     assert again["metrics"] == result["metrics"]
     with pytest.raises(UsageError, match=r"test\.clips=3 needs --out"):
-        evaluate(EvaluateConfig.model_validate({"runs": [str(run)], "test": {"clips": 3}}), Screen(quiet=True))
+        evaluate(EvaluateConfig.model_validate({"runs": [str(run)], "test": {"clips": 3}}), Console(quiet=True))
     with pytest.raises(UsageError, match="not a run of distinit finetune"):
-        evaluate(EvaluateConfig(runs=[str(tmp_path)]), Screen(quiet=True))
+        evaluate(EvaluateConfig(runs=[str(tmp_path)]), Console(quiet=True))
 
 
 def test_an_interrupted_evaluation_goes_on(dataset: str, finished: tuple[Path, dict[str, Any]]) -> None:
@@ -299,7 +299,7 @@ def test_an_interrupted_evaluation_goes_on(dataset: str, finished: tuple[Path, d
         partial.clip_scores[i] = np.nan
     partial.write(run / "predictions.partial.h5")
     (run / "predictions.h5").unlink()
-    again = finetune(config(dataset, run, resume=True), Screen(quiet=True))
+    again = finetune(config(dataset, run, resume=True), Console(quiet=True))
     assert again["metrics"] == result["metrics"]
     np.testing.assert_allclose(Predictions.read(run / "predictions.h5").clip_scores, whole.clip_scores, atol=1e-4)
     assert not (run / "predictions.partial.h5").exists()
@@ -308,12 +308,12 @@ def test_an_interrupted_evaluation_goes_on(dataset: str, finished: tuple[Path, d
 def test_an_interrupted_evaluate_goes_on(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Ctrl-C after three of five videos: the next call does the other two, the one after it all of them again."""
 
-    def tested(out: Path, screen: StopsAt) -> int:
+    def tested(out: Path, console: StopsAt) -> int:
         """How many videos were."""
         given = {"runs": [str(finished[0])], "out": str(out), "device": "cpu", "test": {"batch_size": 1}}
-        steps = screen.steps_left
-        evaluate(EvaluateConfig.model_validate(given), screen)
-        return steps - screen.steps_left
+        steps = console.steps_left
+        evaluate(EvaluateConfig.model_validate(given), console)
+        return steps - console.steps_left
 
     assert tested(tmp_path / "whole", StopsAt(99)) == 5
     with pytest.raises(KeyboardInterrupt):

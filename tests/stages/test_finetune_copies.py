@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from distinit.pipeline.clips.transforms import ClipView
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import LabelsError, UsageError
 from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, LabelledClips
 from distinit.pipeline.evaluation.labels import load_labels
@@ -22,7 +22,7 @@ from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.prepare import PrepareConfig, prepare
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 VIEW = ClipView(size=32)
 SIDES = ("train", "test")
 

@@ -19,7 +19,7 @@ from distinit.cli import cli
 from distinit.cli_support import run
 from distinit.pipeline.clips.transforms import ClipView, normalize_clip
 from distinit.pipeline.common.config import load_config
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, SourceError, UsageError
 from distinit.pipeline.evaluation.labelled_clips import EvaluationClips
 from distinit.pipeline.evaluation.labels import load_labels
@@ -37,7 +37,7 @@ from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.predict import PredictConfig, predict
 from distinit.stages.report import report
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +111,12 @@ def test_a_test_on_videos_of_the_training_is_told_of(
 ) -> None:
     """Split 2 tests the five videos that split 1 trains on."""
     given = {"runs": [str(runs[0] / "all/split1")], "out": str(tmp_path / "seen"), "split": 2, "device": "cpu"}
-    evaluate(EvaluateConfig.model_validate(given), Screen())
+    evaluate(EvaluateConfig.model_validate(given), Console())
     assert "warning: 5 of 5 test videos are among those that the run was trained on" in capfd.readouterr().err
     other = tmp_path / "other.csv"
     other.write_text("path,label,split1\n0.mp4,blue,train\n1.mp4,red,train\n6.mp4,blue,test\n5.mp4,red,test\n")
     given |= {"dataset": f"csv:{other}", "root": str(folder), "out": str(tmp_path / "unseen"), "split": None}
-    evaluate(EvaluateConfig.model_validate(given), Screen())
+    evaluate(EvaluateConfig.model_validate(given), Console())
     assert "trained on" not in capfd.readouterr().err
 
 
@@ -158,7 +158,7 @@ def test_a_linear_probe_leaves_the_backbone(
 ) -> None:
     start = runs[0] / "all/split1"
     probe = config(folder, tmp_path / "probe", init=str(start), freeze="backbone", dropout=0.2, verbose=True)
-    result = finetune(probe, Screen())
+    result = finetune(probe, Console())
     before, after = (load_student(path).state_dict() for path in (start, tmp_path / "probe"))
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == name.startswith("backbone."), name
@@ -256,12 +256,12 @@ def test_runs_are_fused_and_compared_without_decoding(
     a = str(runs[0] / "all/split1")
     finetune(config(folder, tmp_path / "b", loop={**config(folder, tmp_path).loop.model_dump(), "seed": 5}), QUIET)
     b = str(tmp_path / "b")
-    fused = evaluate(EvaluateConfig(runs=[a, b], fuse=True, weights=[1, 2], out=str(tmp_path / "f")), Screen())
+    fused = evaluate(EvaluateConfig(runs=[a, b], fuse=True, weights=[1, 2], out=str(tmp_path / "f")), Console())
     assert "per_clip" not in fused["metrics"]
     assert fused["metrics"]["videos"] == 4
     scores = [Predictions.read(Path(path) / "predictions.h5").video_scores for path in (a, b, tmp_path / "f")]
     np.testing.assert_allclose(scores[2], (scores[0] + 2 * scores[1]) / 3, atol=1e-6)
-    compared = evaluate(EvaluateConfig(runs=[str(tmp_path / "f"), a], compare=True, out=str(tmp_path / "c")), Screen())
+    compared = evaluate(EvaluateConfig(runs=[str(tmp_path / "f"), a], compare=True, out=str(tmp_path / "c")), Console())
     assert set(compared["measures"]) == {"top1", "top5", "class_mean"}
     assert compared["classes"]["red"]["videos"] == 3
     assert json.loads((tmp_path / "c/result.json").read_text()) == compared

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from distinit.pipeline.clips.transforms import ClipView
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.students.export import load_student
@@ -29,7 +29,7 @@ from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.prepare import PrepareConfig, prepare
 from distinit.stages.train_student import TrainConfig, train_student
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 LOOP = {"epochs": 1, "epoch_clips": 8, "batch_size": 4, "workers": 0, "device": "cpu"}
 
 

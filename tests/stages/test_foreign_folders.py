@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.common.config import require_own, write_config
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.config import check_output_dir, write_config
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, UsageError
-from distinit.pipeline.common.files import require_own as require_own_page
+from distinit.pipeline.common.files import check_output_dir as require_own_page
 from distinit.pipeline.common.urls import check_local
 from distinit.pipeline.corpus.sources import MARKER
 from distinit.pipeline.evaluation.all_splits import split_folders
@@ -37,7 +37,7 @@ from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_merge import targets_merge
 from distinit.stages.train_student import train_student
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 THEIRS = b"model: resnet18\n"
 TEACHER = {"name": "random_teachers:teacher", "options": {"name": "some", "k": "3", "input_size": "32"}}
 
@@ -248,9 +248,9 @@ def test_what_version_0_1_wrote_is_known(tmp_path: Path) -> None:
         "# The config as used; `distinit finetune --config FILE` reads it.\nfinetune:\n  dataset: csv:a.csv\n"
     )
     (record.parent / "result.json").write_text("{}")
-    require_own(record.parent, "finetune", ["result.json"])
+    check_output_dir(record.parent, "finetune", ["result.json"])
     with pytest.raises(UsageError, match="train-student"):
-        require_own(record.parent, "train-student")
+        check_output_dir(record.parent, "train-student")
     (tmp_path / "all" / "split2").mkdir(parents=True)
     record.rename(tmp_path / "all" / "split2" / "config.yaml")
     assert list(split_folders(tmp_path / "all")) == [2]

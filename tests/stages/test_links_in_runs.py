@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import SourceError, UsageError
 from distinit.pipeline.students.export import load_student
 from distinit.pipeline.video.encode import write_video
@@ -19,7 +19,7 @@ from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.predict import PredictConfig, predict
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 STUDENT = {"architecture": "r3d_18", "width": 0.0625}
 LOOP = {"batch_size": 2, "epochs": 1, "epoch_clips": 2, "lr": 0.02, "workers": 0, "device": "cpu"}
 

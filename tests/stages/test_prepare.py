@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from distinit.pipeline.clips.transforms import ClipView
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import TrainingError, UsageError
 from distinit.pipeline.prepared.copies import read_copy
 from distinit.pipeline.prepared.frame_map import read_map
@@ -36,7 +36,7 @@ OPTIONS = {"copies": {"short_side": 48, "crf": 14}, "workers": 2}
 
 def run(*sources: Path | str, out: Path, **changes: Any) -> dict[str, Any]:
     config = PrepareConfig.model_validate({"sources": list(map(os.fspath, sources)), "out": out, **OPTIONS, **changes})
-    return prepare(config, Screen(quiet=True))
+    return prepare(config, Console(quiet=True))
 
 
 def table(out: Path) -> dict[str, dict[str, str]]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, LabelsError, UsageError
 from distinit.pipeline.evaluation.exclusion import leave_out
 from distinit.pipeline.store.reader import TargetStore
@@ -28,7 +28,7 @@ from distinit.stages.predict import PredictConfig, predict
 from distinit.stages.report import report
 from distinit.stages.train_student import TrainConfig, train_student
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 TINY: dict[str, Any] = {
     "student": {"architecture": "r3d_18", "width": 0.0625},
     "clips": {"size": 32, "length": 4},
@@ -87,7 +87,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def evaluated(run: Path, **given: Any) -> dict[str, Any]:
-    return evaluate(EvaluateConfig.model_validate({"runs": [str(run)], "device": "cpu", **given}), Screen())
+    return evaluate(EvaluateConfig.model_validate({"runs": [str(run)], "device": "cpu", **given}), Console())
 
 
 @pytest.mark.parametrize("how", ["moved", "renamed"])
@@ -257,7 +257,7 @@ def trained(store: Any, out: Path, **changes: Any) -> dict[str, Any]:
         "store": str(store.path), "out": str(out), "student": TINY["student"],
         "clips": {"length": 8, "size": 32, "resize": [40, 60]}, "loop": TINY["loop"],
     }  # fmt: skip
-    return train_student(TrainConfig.model_validate(given | changes), Screen())
+    return train_student(TrainConfig.model_validate(given | changes), Console())
 
 
 def test_test_videos_of_a_students_corpus_are_counted(

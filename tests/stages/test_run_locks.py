@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from distinit.pipeline.common import locks
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.common.locks import folder_lock
 from distinit.stages.ablate import AblateConfig, ablate
@@ -22,7 +22,7 @@ from distinit.stages.prepare import PrepareConfig, prepare
 from distinit.stages.report import report
 from distinit.stages.train_student import TrainConfig, train_student
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 LOOP = {"batch_size": 4, "epochs": 1, "epoch_clips": 4, "workers": 0, "threads": 1, "device": "cpu"}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from distinit.pipeline.video.encode import write_video
@@ -28,7 +28,7 @@ from distinit.pipeline.video.encode import write_video
 )
 def test_what_is_told(counts: list[int], length: int, channels: int, words: list[str]) -> None:
     err = io.StringIO()
-    warn_of_short_videos(counts, len(counts), length, channels, Screen(quiet=True, stderr=err))
+    warn_of_short_videos(counts, len(counts), length, channels, Console(quiet=True, stderr=err))
     assert err.getvalue().count("\n") == bool(words)
     assert all(word in err.getvalue() for word in words)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, UsageError
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.digests import digest_bytes, seal
@@ -27,7 +27,7 @@ from distinit.stages.extract_targets import extract_targets
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_verify import targets_verify
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 MODULE = """
 from torch import nn
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.digests import digest_bytes, seal
 from distinit.pipeline.store.reader import TargetStore
@@ -21,7 +21,7 @@ from distinit.stages.extract_targets import extract_targets
 from distinit.stages.targets_verify import targets_verify
 from distinit.tests.old_stores import without_digests
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 
 
 @pytest.fixture

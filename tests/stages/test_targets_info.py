@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import zarr
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.stages.targets_info import targets_info
 
 
@@ -21,29 +21,29 @@ def test_files_that_an_extraction_moves_meanwhile_are_no_error(
     make_store: Callable[..., tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, root = make_store()
-    size = targets_info(root, Screen(quiet=True))["bytes"]
+    size = targets_info(root, Console(quiet=True))["bytes"]
     (root / "staging").mkdir()
     for name in ("before", "after"):
         (root / "staging" / name).write_bytes(b"12345")
-    look = Path.stat
+    summarize_store = Path.stat
 
     def stat(path: Path, **how: Any) -> Any:
         """The file `before` goes before anybody looks at it, `after` when somebody has."""
         if path.name == "before":
             path.unlink(missing_ok=True)
-        found = look(path, **how)
+        found = summarize_store(path, **how)
         if path.name == "after":
             path.unlink()
         return found
 
     monkeypatch.setattr(Path, "stat", stat)
-    assert targets_info(root, Screen(quiet=True))["bytes"] - size in (0, 5)
+    assert targets_info(root, Console(quiet=True))["bytes"] - size in (0, 5)
 
 
 def test_histogram_failures_and_bytes(make_store: Callable[..., tuple[Any, Path]]) -> None:
     recipe, root = make_store(teachers={"t": 10, "wide": 100})
     out, err = io.StringIO(), io.StringIO()
-    info = targets_info(root, Screen(stdout=out, stderr=err), list_failed=True)
+    info = targets_info(root, Console(stdout=out, stderr=err), list_failed=True)
     failed = [v for v in recipe.videos if recipe.rows(v) == 0]
     assert info["failures"] == {"no video stream (audio only)": len(failed)}
     assert [f["path"] for f in info["failed"]] == [recipe.path(v).replace("%FF", "\udcff") for v in failed]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreMismatchError
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.index import load_index
@@ -18,7 +18,7 @@ from distinit.pipeline.video.encode import write_video
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.targets_merge import targets_merge
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 MODULE = """
 import torch
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.students.export import load_student
 from distinit.stages.train_student import TrainConfig, train_student
 
@@ -68,6 +68,6 @@ def test_a_full_disk_leaves_a_checkpoint_that_the_run_goes_on_from(tiny_store: A
     assert "the one before is untouched" in lines[0]
     assert step == 1
     assert second == 0
-    train_student(TrainConfig.model_validate(options | {"out": str(tmp_path / "whole")}), Screen(quiet=True))
+    train_student(TrainConfig.model_validate(options | {"out": str(tmp_path / "whole")}), Console(quiet=True))
     ours, theirs = (load_student(tmp_path / name).state_dict() for name in ("copy", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -14,11 +14,16 @@ import pytest
 import torch
 import yaml
 
-from distinit.pipeline.common.console import Screen
-from distinit.pipeline.common.distributed import ALONE, Ranks
+from distinit.pipeline.common.console import Console
+from distinit.pipeline.common.distributed import SINGLE_PROCESS, Ranks
 from distinit.pipeline.common.errors import TrainingError
-from distinit.pipeline.training.launch import across_ranks
-from distinit.pipeline.training.loader import EachOnce, KeyedBatches, ShareOfBatches, ShareOfSamples
+from distinit.pipeline.training.launch import run_distributed
+from distinit.pipeline.training.loader import (
+    DistributedBatchSampler,
+    EpochBatchSampler,
+    SequentialBatchSampler,
+    SplitBatchSampler,
+)
 from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.stages.train_student import TrainConfig, train_student
 
@@ -138,11 +143,11 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(work: A
     two clips, rank 1's first piece holds none that counts at all."""
     runs = {"whole": {}, "uneven": {"batch_size": 5}, "pieces": {"gpu_batch_size": 1, "clip_norm": 1.0}}
     bad = {"nan": {"bad": ["nan", 5]}, "gone": {"bad": ["gone", 5]}}
-    both = across_ranks(
-        work.job, work.Job(folder=str(tmp_path / "two"), runs=runs | bad), Screen(quiet=True), LoopOptions(gpus=2)
+    both = run_distributed(
+        work.job, work.Job(folder=str(tmp_path / "two"), runs=runs | bad), Console(quiet=True), LoopOptions(gpus=2)
     )
     runs["pieces"].pop("gpu_batch_size")
-    one = work.job(work.Job(folder=str(tmp_path / "one"), runs=runs), Screen(quiet=True), ALONE)
+    one = work.job(work.Job(folder=str(tmp_path / "one"), runs=runs), Console(quiet=True), SINGLE_PROCESS)
     started = work.build_student(work.StudentOptions(width=0.1), {"a": 5, "b": 3}).state_dict()
     for name in runs:
         assert both[name]["alike"]
@@ -163,8 +168,8 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(work: A
 
 def test_a_process_that_is_killed_ends_all_with_one_error(work: Any, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^rank 1 of 2 was ended by SIGKILL; the machine may have run out of"):
-        across_ranks(
-            work.job, work.Job(folder=str(tmp_path), suicidal=True), Screen(quiet=True), LoopOptions(gpus=2)
+        run_distributed(
+            work.job, work.Job(folder=str(tmp_path), suicidal=True), Console(quiet=True), LoopOptions(gpus=2)
         )
 
 
@@ -191,19 +196,19 @@ def test_sigterm_reaches_all_processes_and_fewer_go_on(tiny_store: Any, tmp_path
     assert any("2 processes × 1 piece × at most 2 clips" in line for line in lines)
     done = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["state"]["step"]
     used["loop"]["epochs"] = done // 3 + 1
-    result = train_student(TrainConfig.model_validate(used), Screen(quiet=True))
+    result = train_student(TrainConfig.model_validate(used), Console(quiet=True))
     assert result["resumed_from_step"] == done
     assert result["steps"] == (done // 3 + 1) * 3
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_ranks_share_every_batch_and_every_sample_without_padding(world: int) -> None:
-    whole = list(KeyedBatches(batch_size=7, steps_per_epoch=2, epochs=2, start=1))
+    whole = list(EpochBatchSampler(batch_size=7, steps_per_epoch=2, epochs=2, start=1))
     shares = [
-        list(ShareOfSamples(KeyedBatches(batch_size=7, steps_per_epoch=2, epochs=2, start=1), Ranks(rank, world)))
+        list(SplitBatchSampler(EpochBatchSampler(batch_size=7, steps_per_epoch=2, epochs=2, start=1), Ranks(rank, world)))
         for rank in range(world)
     ]
     assert [[key for share in shares for key in share[step]] for step in range(len(whole))] == whole
-    each = [ShareOfBatches(EachOnce(11, 3), Ranks(rank, world)) for rank in range(world)]
+    each = [DistributedBatchSampler(SequentialBatchSampler(11, 3), Ranks(rank, world)) for rank in range(world)]
     assert sorted(key for share in each for batch in share for key in batch) == [(0, i) for i in range(11)]
     assert [len(share) for share in each] == [len(list(share)) for share in each]

@@ -10,7 +10,7 @@ import torch
 
 from distinit.pipeline.clips.transforms import ClipView, normalize_clip
 from distinit.pipeline.common.config import CONF
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.students.student import build_student
@@ -43,7 +43,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> StudentClips:
         teachers=[TeacherSpec(name=TEACHER)],
         sampling={"every": 16},
     )
-    extract_targets(config, Screen(quiet=True))
+    extract_targets(config, Console(quiet=True))
     store = TargetStore.open(folder / "t.zarr")
     sampler = TargetSampler(
         store,

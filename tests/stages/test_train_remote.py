@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from distinit.pipeline.common import urls
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.stages.train_student import TrainConfig, train_student
 
 
@@ -25,7 +25,7 @@ def test_training_from_a_url_equals_training_from_the_folder(
 
     def run(store: str, out: str, **changes: Any) -> dict[str, Any]:
         config = TrainConfig.model_validate({**base, "store": store, "out": str(tmp_path / out), **changes})
-        return train_student(config, Screen(quiet=True))
+        return train_student(config, Console(quiet=True))
 
     url = "memory://train/targets.zarr"
     there, here = run(url, "there"), run(str(tiny_store.path), "here")

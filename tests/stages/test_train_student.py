@@ -18,13 +18,13 @@ import yaml
 from torch.nn.functional import log_softmax, softmax
 
 from distinit.pipeline.clips.transforms import normalize_clip
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, TrainingInterrupted, UsageError
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.students.export import load_student
 from distinit.stages.train_student import TrainConfig, _assemble, train_student
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 
 
 def config(store: Any, out: Path, **changes: Any) -> TrainConfig:
@@ -109,7 +109,7 @@ def test_held_out_clips_are_those_that_the_filter_keeps(tiny_store, tmp_path, ca
     assert max(held) > 0
     seed = held.index(0)
     made = config(tiny_store, tmp_path / "run", targets=targets, held_out=0.2, loop={"seed": seed, "epochs": 1})
-    assert train_student(made, Screen())["held_out"] == {}
+    assert train_student(made, Console())["held_out"] == {}
     assert "no clip of these videos counts; best is by training loss" in capfd.readouterr().err
 
 
@@ -139,7 +139,7 @@ def test_a_narrow_student_overfits_the_teachers_on_a_few_clips(tiny_store, tmp_p
 
 
 def test_a_student_that_learned_nothing_is_told_of(tiny_store, tmp_path, capfd):
-    train_student(config(tiny_store, tmp_path / "run", loop={"lr": 1e-9}), Screen())
+    train_student(config(tiny_store, tmp_path / "run", loop={"lr": 1e-9}), Console())
     said = capfd.readouterr().err
     assert "loss of a student that says the same of every clip" in said
     assert "warning: the student has learned next to nothing" in said
@@ -224,7 +224,7 @@ def whole(tiny_store, tmp_path_factory) -> dict[str, torch.Tensor]:
 
 
 def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tiny_store, tmp_path, whole):
-    class Stopping(Screen):
+    class Stopping(Console):
         """SIGTERM when the first log line is shown, after step 2."""
 
         def say(self, text: str) -> None:
@@ -322,7 +322,7 @@ def test_videos_that_are_gone_are_told_of_before_and_after(tiny_store, own_store
     for path in sorted(own_store.videos.iterdir())[:5]:
         path.unlink()
     moved = {"videos": str(own_store.videos)}
-    result = train_student(config(tiny_store, tmp_path / "run", moved=moved), Screen())
+    result = train_student(config(tiny_store, tmp_path / "run", moved=moved), Console())
     told = capfd.readouterr().err
     assert "5 of the first 12 videos of corpus 'videos' are not there, as " in told
     assert f"others were drawn in their place: {len(result['broken'])}: " in told
@@ -334,7 +334,7 @@ def test_held_out_results_and_each_head_s_share_are_on_the_screen(tiny_store, tm
     targets = {"max_entropy_quantile": {"unsure": 0.25}, "quantile_draws": 400}
     made = config(tiny_store, tmp_path / "run", targets=targets, held_out=0.3, loop={"epochs": 2})
     made = made.model_copy(update={"clips": made.clips.model_copy(update={"length": 60})})
-    result = train_student(made, Screen(stderr=err))
+    result = train_student(made, Console(stderr=err))
     lines = err.getvalue().splitlines()
     (shares,) = [line for line in lines if "entropy filter" in line]
     assert result["kept_share_by_teacher"]["unsure"] < result["kept_share"] == 1

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError, UsageError
 from distinit.pipeline.common.urls import PROTOCOLS, canonical_url, check_url, hide_secrets, is_url, public_url
 from distinit.pipeline.store.reader import TargetStore
@@ -29,7 +29,7 @@ from distinit.stages.targets_merge import targets_merge
 from distinit.stages.targets_verify import targets_verify
 from distinit.stages.train_student import TrainConfig, train_student
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 SECRET = "s3cr+t"
 LOOP = {"batch_size": 4, "epochs": 1, "epoch_clips": 8, "lr": 0.02, "workers": 0, "threads": 1, "device": "cpu"}
 TRAIN = {"student": {"width": 0.125}, "loop": LOOP, "clips": {"length": 8, "size": 32, "resize": [40, 60]}}

@@ -14,11 +14,11 @@ from distributed import LocalCluster
 from distributed.security import Security
 
 from distinit.pipeline.common import dask_workers as workers
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.dask_workers import cluster
 from distinit.pipeline.common.errors import DistInitError
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 # In a process that shares no key with the cluster: what it is told by each address, in clear text and with a key of
 # its own.
 INTRUDER = """

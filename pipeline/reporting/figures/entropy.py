@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from ...common.errors import DistInitError
 from ...common.urls import is_url
 from ...store.reader import TargetStore
-from ...store.stats import Survey, survey
+from ...store.stats import TeacherStats, teacher_stats
 from ..ablation_results import Ablation
 from ..runs import Run
 from .accuracy_figures import spread_of
@@ -33,7 +33,7 @@ class Point:
 class StoreSurvey:
     """A store that students were trained from: its teachers' surveys and identity, or why it cannot be read."""
 
-    surveys: Sequence[Survey] | None
+    surveys: Sequence[TeacherStats] | None
     identity: dict[str, Any]
     problem: str | None = None
 
@@ -51,7 +51,7 @@ def read_stores(runs: Sequence[Run], *, open_urls: bool = False) -> dict[str, St
             continue
         try:
             store = TargetStore.open(path)
-            found[path] = StoreSurvey([survey(store, name) for name in store.teachers], store.identity())
+            found[path] = StoreSurvey([teacher_stats(store, name) for name in store.teachers], store.identity())
         except (DistInitError, OSError, ValueError) as error:  # ValueError: a path with a zero byte
             found[path] = StoreSurvey(None, {}, str(error))
     return found
@@ -77,7 +77,7 @@ def threshold_points(ablation: Ablation, store: str) -> list[Point]:
     return points if sum(point.nats is not None for point in points) >= 2 else []
 
 
-def densities(surveys: Sequence[Survey], points: Sequence[Point], where: str, number: int) -> Figure | None:
+def densities(surveys: Sequence[TeacherStats], points: Sequence[Point], where: str, number: int) -> Figure | None:
     """The density of each teacher's entropies; where an ablation varies the threshold, accuracy against it as well."""
     surveys = [found for found in surveys if np.isfinite(found.entropy).any()]
     if not surveys:

@@ -270,7 +270,7 @@ class DecodePool:
                 raise DecoderError(f"a decoding process cannot be started: {reason}") from error
             self._children[place] = child
         self._working[place] = task
-        if not child.tell(task.message):
+        if not child.send(task.message):
             self._died(place)
 
     def _listen(self) -> None:
@@ -303,7 +303,7 @@ class DecodePool:
         child, task = self._child(place), self._working[place]
         while place in self._working:
             try:
-                answer = child.hear()
+                answer = child.receive()
             except (EOFError, OSError, ValueError):
                 self._died(place)
                 return

@@ -59,7 +59,7 @@ class ChildProcess:
             os.close(descriptor)
         self.connection = Connection(ours.detach())
         self._inbox = Inbox()
-        self.tell(
+        self.send(
             {
                 "views": [view.model_dump() for view in views],
                 "bytes": layout.total_bytes,
@@ -72,7 +72,7 @@ class ChildProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def tell(self, message: dict[str, Any]) -> bool:
+    def send(self, message: dict[str, Any]) -> bool:
         """Send a message; False if the child is gone."""
         self.listened = 0.0
         try:
@@ -81,7 +81,7 @@ class ChildProcess:
             return False
         return True
 
-    def hear(self) -> dict[str, Any] | None:
+    def receive(self) -> dict[str, Any] | None:
         """Return the next message, None if there is none yet; EOFError or OSError if the child is gone.
 
         What there is of a message is a sign of life, but nobody waits for the rest: the child may have stopped.
@@ -106,7 +106,7 @@ class ChildProcess:
         """Give a slot back. A child that has died meanwhile does not care."""
         self.unread -= 1
         if self._process.poll() is None and not self.connection.closed:
-            self.tell({"kind": "free", "slot": slot})
+            self.send({"kind": "free", "slot": slot})
 
     def all_slots_unread(self) -> bool:
         """Whether the child can only wait for its parent."""

@@ -49,7 +49,7 @@ def _job(message: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
     return job
 
 
-class Child:
+class DecodeWorker:
     """Serves one parent: probes, timelines, decode jobs and copies, one at a time."""
 
     def __init__(self, connection: Connection, memory: mmap.mmap, views: tuple[View, ...]) -> None:
@@ -227,7 +227,7 @@ def main(arguments: list[str]) -> int:
     memory = mmap.mmap(int(arguments[1]), setup["bytes"])
     os.close(int(arguments[1]))
     views = tuple(View.model_validate(view) for view in setup["views"])
-    child = Child(connection, memory, views)
+    child = DecodeWorker(connection, memory, views)
     child.check()
     _limit_memory(setup["memory_gb"])
     try:

@@ -25,7 +25,7 @@ import multiprocessing, os, sys, threading, time
 import torch
 from torch.utils.data import get_worker_info
 from distinit.pipeline.training import loader
-from distinit.pipeline.training.loader import KeyedBatches, read_batches
+from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
 
 start, how, when = sys.argv[1:4]
 
@@ -45,7 +45,7 @@ class Examples:
         return {"x": torch.full((100_000,), float(key[1]))}
 
 def batches():
-    keys = KeyedBatches(batch_size=2, steps_per_epoch=500, epochs=1)
+    keys = EpochBatchSampler(batch_size=2, steps_per_epoch=500, epochs=1)
     return read_batches(Examples(), keys, workers=2, device=torch.device("cpu"))
 
 def consume(found):

@@ -22,7 +22,7 @@ from distinit.pipeline.common.weights import load_weights as load_weights_file
 from distinit.pipeline.evaluation import predictions
 from distinit.pipeline.evaluation.predictions import Predictions, PredictionsError, metrics_from_file
 from distinit.pipeline.prepared import flow_files as flowfile
-from distinit.pipeline.prepared import frame_map as copymap
+from distinit.pipeline.prepared import frame_map as frame_map
 from distinit.pipeline.prepared.copies import read_copy
 from distinit.pipeline.prepared.flow_files import FlowOptions, check_flow, read_flow
 from distinit.pipeline.prepared.frame_map import check_copy, read_map
@@ -41,7 +41,7 @@ OPTIONS = StudentOptions(width=0.02)
 
 def drop_remembered_maps() -> None:
     """Forget heads, which are remembered by path, size and time: the tests change files within one tick of a clock."""
-    for module in (copymap, flowfile):
+    for module in (frame_map, flowfile):
         module._maps._maps.clear()
 
 

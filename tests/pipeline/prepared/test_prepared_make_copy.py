@@ -14,10 +14,10 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from distinit.pipeline.common.errors import StoreMismatchError, UsageError, VideoError
-from distinit.pipeline.prepared import frame_map as copymap
+from distinit.pipeline.prepared import frame_map as frame_map
 from distinit.pipeline.prepared.copies import read_copy
 from distinit.pipeline.prepared.folders import copy_name, prepared_corpora
-from distinit.pipeline.prepared.frame_map import CopyMap, read_map
+from distinit.pipeline.prepared.frame_map import FrameMap, read_map
 from distinit.pipeline.prepared.make_copy import CopyOptions, make_copy
 from distinit.pipeline.prepared.quality import psnr, ssim
 from distinit.pipeline.video.container import digest
@@ -47,7 +47,7 @@ def plain(path: Path | str, view: View | None) -> dict[int, tuple[int, np.ndarra
         return {i: (p, renderer.render(f, view, display=display)) for i, p, f in reader.decode_plain()}
 
 
-def copied(source: Path, folder: Path, options: CopyOptions = OPTIONS) -> tuple[str, CopyMap]:
+def copied(source: Path, folder: Path, options: CopyOptions = OPTIONS) -> tuple[str, FrameMap]:
     target = os.fspath(folder / "copies" / "deep" / "copy.mp4")
     made = make_copy(os.fspath(source), os.fspath(folder / "part"), target, options)
     assert not (folder / "part").exists()
@@ -225,7 +225,7 @@ def test_a_map_survives_packing_whatever_its_times(pair: tuple[str, str], monkey
     found = read_map(pair[1])
     n = 100_000  # longer than what the first read takes in, and more than is remembered
     random = np.random.default_rng(0)
-    long = CopyMap(
+    long = FrameMap(
         **{
             **found.__dict__,
             "index": np.sort(random.choice(10 * n, n, replace=False)),
@@ -236,12 +236,12 @@ def test_a_map_survives_packing_whatever_its_times(pair: tuple[str, str], monkey
         }
     )
     box = long.pack()
-    again = CopyMap.unpack(box[24:-16])
+    again = FrameMap.unpack(box[24:-16])
     for name in ("index", "pts", "offset", "key", "crc"):
         np.testing.assert_array_equal(getattr(again, name), getattr(long, name), err_msg=name)
     assert (again.source, again.extradata, again.quality) == (long.source, long.extradata, long.quality)
-    monkeypatch.setattr(copymap, "_TAIL", 64)
-    monkeypatch.setattr(copymap, "_maps", copymap.LruCache())
+    monkeypatch.setattr(frame_map, "_TAIL", 64)
+    monkeypatch.setattr(frame_map, "_maps", frame_map.LruCache())
     assert read_map(pair[1]).index.tolist() == found.index.tolist()
 
 

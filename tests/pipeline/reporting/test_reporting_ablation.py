@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import SourceError, UsageError
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.ablation_results import ablation_folders, cell_names, read_ablations
@@ -101,7 +101,7 @@ def top1(folder: Path) -> dict[str, float]:
 
 
 def test_numbers_are_those_of_the_predictions(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = report([out], tmp_path / "report", Screen())
+    result = report([out], tmp_path / "report", Console())
     with open(tmp_path / "report" / "ablation-1.csv", encoding="utf-8") as file:
         rows = {(row["row"], row["dataset"]): row for row in csv.DictReader(file)}
     assert len(rows) == 8
@@ -138,7 +138,7 @@ def test_numbers_are_those_of_the_predictions(out: Path, tmp_path: Path, capsys:
 
 
 def test_missing_cells_are_shown_with_their_reasons(out: Path, tmp_path: Path) -> None:
-    report([out], tmp_path / "report", Screen(quiet=True))
+    report([out], tmp_path / "report", Console(quiet=True))
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     for text in (page, markdown):
@@ -150,7 +150,7 @@ def test_missing_cells_are_shown_with_their_reasons(out: Path, tmp_path: Path) -
     assert "<h2>Accuracy" not in page  # all runs are cells
     for path in (out / "finetunes").iterdir():
         shutil.rmtree(path)
-    report([out], tmp_path / "report", Screen(quiet=True))
+    report([out], tmp_path / "report", Console(quiet=True))
     (ablation,) = read_ablations(ablation_folders([out]), [])
     for table in ablation_tables(ablation):
         for row in table.rows[:3]:
@@ -168,7 +168,7 @@ def cells_of(table: str, kind: str) -> list[list[str]]:
 
 
 def test_each_measure_has_the_papers_beside_it_and_published_results_stand_below(out: Path, tmp_path: Path) -> None:
-    report([out], tmp_path / "report", Screen(quiet=True))
+    report([out], tmp_path / "report", Console(quiet=True))
     with open(tmp_path / "report" / "ablation-1.csv", encoding="utf-8") as file:
         plain = {(row["row"], row["dataset"]): row for row in csv.DictReader(file)}
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")

@@ -18,15 +18,15 @@ import pytest
 import zarr
 from PIL import Image
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
-from distinit.pipeline.reporting.browse import EXTREMES, HEIGHT, STRIP, look
+from distinit.pipeline.reporting.browse import EXTREMES, HEIGHT, STRIP, summarize_store
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.video.decoder import VideoReader
 from distinit.stages.prepare import PrepareConfig, prepare
 from distinit.stages.targets_browse import targets_browse
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 
 
 def decoded(path: Path, index: int) -> np.ndarray:
@@ -36,8 +36,8 @@ def decoded(path: Path, index: int) -> np.ndarray:
 
 
 def test_pictures_and_labels_are_those_of_the_frames(tiny_store: Any) -> None:
-    found = look(TargetStore.open(tiny_store.path), 3, seed=4)
-    assert [t.survey.teacher for t in found.teachers] == ["sure", "unsure"]
+    found = summarize_store(TargetStore.open(tiny_store.path), 3, seed=4)
+    assert [t.teacher_stats.teacher for t in found.teachers] == ["sure", "unsure"]
     root = zarr.open_group(tiny_store.path, mode="r")
     owner, index = (np.asarray(root[f"frames/{name}"][:]) for name in ("video", "index"))
     paths = [str(v) for v in root["videos/path"][:]]
@@ -64,7 +64,7 @@ def test_pictures_and_labels_are_those_of_the_frames(tiny_store: Any) -> None:
 
 
 def test_extremes_are_of_different_videos_and_in_order(tiny_store: Any) -> None:
-    (teacher, _) = look(TargetStore.open(tiny_store.path), 0).teachers
+    (teacher, _) = summarize_store(TargetStore.open(tiny_store.path), 0).teachers
     root = zarr.open_group(tiny_store.path, mode="r")
     entropy, video = np.asarray(root["teachers/sure/entropy"][:]), np.asarray(root["frames/video"][:])
     rows = video >= 0
@@ -73,7 +73,7 @@ def test_extremes_are_of_different_videos_and_in_order(tiny_store: Any) -> None:
     assert [p.verdicts["sure"].entropy for p in teacher.sure] == pytest.approx(lowest[:EXTREMES])
     assert [p.verdicts["sure"].entropy for p in teacher.unsure] == pytest.approx(highest[:EXTREMES])
     best = Counter(np.asarray(root["teachers/sure/logits"][:])[rows].argmax(1).tolist())
-    assert teacher.survey.most_frequent(3)[0][1] == pytest.approx(best.most_common(1)[0][1] / rows.sum())
+    assert teacher.teacher_stats.most_frequent(3)[0][1] == pytest.approx(best.most_common(1)[0][1] / rows.sum())
 
 
 def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_pictures_come_from_copies_too(tiny_store: Any, tmp_path: Path) -> None:
     copies = tmp_path / "copies"
     prepare(PrepareConfig.model_validate({"sources": [str(tiny_store.videos)], "out": str(copies)}), QUIET)
     store = TargetStore.open(tiny_store.path)
-    from_copies, from_videos = look(store, 2, moved={"videos": str(copies)}), look(store, 2)
+    from_copies, from_videos = summarize_store(store, 2, moved={"videos": str(copies)}), summarize_store(store, 2)
     for a, b in zip(from_copies.videos, from_videos.videos, strict=True):
         assert a.problem is None
         assert [p.index for p in a.pictures] == [p.index for p in b.pictures]

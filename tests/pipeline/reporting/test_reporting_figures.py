@@ -16,7 +16,7 @@ import torch
 import yaml
 from sklearn.neighbors import KernelDensity
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.ablation_results import ablation_folders, cell_names, read_ablations
@@ -30,7 +30,7 @@ from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_options import StudentMeta, StudentOptions
 from distinit.stages.report import report
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 CLASSES = ["run", "walk", "jump"]
 ROWS = {"none": None, "2 nats": 2.0, "1 nat": 1.0}
 

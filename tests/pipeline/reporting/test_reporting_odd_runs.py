@@ -15,7 +15,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from distinit.pipeline.ablation.steps import Step
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, DistInitError, SourceError, UsageError
 from distinit.pipeline.evaluation.compare import compare
 from distinit.pipeline.evaluation.predictions import Predictions, PredictionsError
@@ -33,7 +33,7 @@ LESS_DEEP = "[" * 300 + "]" * 300
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 BOMB += "finetune: {x: *a11}\n"
 """Twelve lines that stand for 10^10 values."""
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 CLASSES, VIDEOS = [f"class {k}" for k in range(3)], [f"v{i}.mp4" for i in range(15)]
 
 

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import save
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import SourceError
 from distinit.pipeline.common.tables import Column, Table
 from distinit.pipeline.evaluation.predictions import Predictions
@@ -71,7 +71,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_numbers_are_those_of_the_predictions(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = report([runs], tmp_path / "out", Screen())
+    result = report([runs], tmp_path / "out", Console())
     with open(tmp_path / "out" / "accuracy.csv", encoding="utf-8") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     with h5py.File(runs / "distinit" / "predictions.h5") as file:
@@ -117,7 +117,7 @@ def test_a_tie_is_called_undecided(tmp_path: Path) -> None:
 
 
 def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(runs: Path, tmp_path: Path) -> None:
-    report([runs], tmp_path / "out", Screen(quiet=True))
+    report([runs], tmp_path / "out", Console(quiet=True))
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     addresses = set(re.findall(r"https?://[^\s\"'<]+", page))
     assert addresses <= {"http://www.w3.org/2000/svg"}, "a name space, never fetched"
@@ -138,7 +138,7 @@ def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(runs: Path, tmp
         assert page.count(f'id="{anchor}"') == 1
     assert page.count("<details>") == 4
     before = page
-    report([runs], tmp_path / "out", Screen(quiet=True))
+    report([runs], tmp_path / "out", Console(quiet=True))
     assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == before, "the same runs, the same page"
 
 

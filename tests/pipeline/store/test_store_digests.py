@@ -14,7 +14,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, StoreError
 from distinit.pipeline.store.digests import check_document, is_sealed, seal, split_ranges
 from distinit.pipeline.store.layout import video_specs
@@ -68,7 +68,7 @@ def read_or_refused(root: Path) -> dict[str, Any] | None:
 def findings(root: Path) -> str:
     """What verify finds, or why it cannot begin; empty if all is good."""
     try:
-        result = targets_verify(root, Screen(quiet=True))
+        result = targets_verify(root, Console(quiet=True))
     except DistInitError as error:
         return str(error)
     return "\n".join(f"{f['shard']} {f['teacher']} {f['what']}" for f in result["findings"])
@@ -94,10 +94,10 @@ def test_every_flipped_bit_is_found_with_its_file_and_never_read(root: Path, tmp
 
 def test_a_store_without_digests_is_read_verified_and_grown(root: Path) -> None:
     expected = content(TargetStore.open(root))
-    assert targets_verify(root, Screen(quiet=True))["unchecked_files"] == 0
+    assert targets_verify(root, Console(quiet=True))["unchecked_files"] == 0
     without_digests(root)
     assert content(TargetStore.open(root)) == expected
-    result = targets_verify(root, Screen(quiet=True))
+    result = targets_verify(root, Console(quiet=True))
     assert result["ok"]
     assert result["unchecked_files"] > 30
     before = TargetStore.open(root).n_videos
@@ -106,7 +106,7 @@ def test_a_store_without_digests_is_read_verified_and_grown(root: Path) -> None:
     with write(root) as writer:
         writer.add_videos({**columns, "path": ["new 1", "new 2"]}, writer.index.corpora)
     assert TargetStore.open(root).n_videos == before + 2
-    result = targets_verify(root, Screen(quiet=True))
+    result = targets_verify(root, Console(quiet=True))
     assert result["ok"]
     assert result["unchecked_files"] > 0
     zarr.open_array(root / "videos/fps", mode="r+")[before + 1] = 77.0  # a row that a plan has a digest of
@@ -181,6 +181,6 @@ def test_a_writer_says_how_a_damaged_commit_is_repaired(node: str, root: Path) -
         StoreWriter(root, sampling=sampling)
     assert node in str(caught.value)
     assert f"distinit targets verify --repair {root}`" in str(caught.value)
-    assert targets_verify(root, Screen(quiet=True), repair=True)["dropped"] >= 1
+    assert targets_verify(root, Console(quiet=True), repair=True)["dropped"] >= 1
     with write(root):
         pass

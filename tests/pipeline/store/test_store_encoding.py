@@ -14,7 +14,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError, StoreMismatchError
 from distinit.pipeline.store import encoding as enc
 from distinit.pipeline.store.encoding import Encoding, decode, divergence, encode, rounding, storable, total_error
@@ -102,12 +102,12 @@ def test_an_int8_store_reads_as_any_other(make_store: Callable[..., Any], tmp_pa
         np.testing.assert_array_equal(store.entropy("t", rows), TargetStore.open(wide).entropy("t", rows))
         errors.append(kl(z, store.logits("t", rows)))
     assert np.isnan(plain[np.setdiff1d(np.arange(len(plain)), store.committed_rows("t"))]).all()
-    info = targets_info(root, Screen(quiet=True))["teachers"][0]
+    info = targets_info(root, Console(quiet=True))["teachers"][0]
     assert info["encoding"] == "int8"
     assert info["encoding_error"]["kl_mean"] == pytest.approx(np.concatenate(errors).mean(), rel=1e-3)
     assert info["encoding_error"]["kl_p99"] >= np.quantile(np.concatenate(errors), 0.99) * 0.999
     assert list(verify(root, load_index(root))) == []
-    targets_export(root, tmp_path / "x.h5", Screen(quiet=True))
+    targets_export(root, tmp_path / "x.h5", Console(quiet=True))
     with h5py.File(tmp_path / "x.h5") as file:
         exported = np.concatenate([store.logits("t", store.frames(int(v))[2]) for v in store.usable()])
         np.testing.assert_allclose(file["teachers/t/logits"][:], exported, rtol=1e-3)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from numcodecs.zstd import Zstd
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError
 from distinit.pipeline.store.digests import seal
 from distinit.pipeline.store.reader import TargetStore
@@ -32,7 +32,7 @@ from distinit.stages.targets_verify import targets_verify
 from distinit.tests.store_recipe import RUN, Recipe
 from distinit.tests.thorough import is_thorough, some
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 SAMPLING = Recipe().sampling
 FINGERPRINT = {"probes": 1, "torch": "x", "device": "cpu", "basis": {"kind": "new"}, "logits": [[0.5] * 3] * 6}
 ROOT, PLAN, FRAMES, ROWS = "", "plans/000000", "commits/frames/000000", "commits/teachers/t/000000"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distinit.pipeline.common.console import Screen
-from distinit.pipeline.reporting.browse import look
+from distinit.pipeline.common.console import Console
+from distinit.pipeline.reporting.browse import summarize_store
 from distinit.pipeline.reporting.browse_page import browse_page
 from distinit.pipeline.store.reader import TargetStore
 from distinit.stages.targets_browse import targets_browse
@@ -16,7 +16,7 @@ from distinit.stages.targets_browse import targets_browse
 def test_failures_and_missing_videos_are_named(make_store: Callable[..., tuple[Any, Path]], tmp_path: Path) -> None:
     recipe, root = make_store(teachers={"t": 10, "wide": 100})
     store = TargetStore.open(root)
-    found = look(store, 4)
+    found = summarize_store(store, 4)
     failed = [recipe.path(v).replace("%FF", "\udcff") for v in recipe.videos if recipe.rows(v) == 0]
     assert [f.path for f in found.failures] == failed
     assert {f.reason for f in found.failures} == {"no video stream (audio only)"}
@@ -30,5 +30,5 @@ def test_failures_and_missing_videos_are_named(make_store: Callable[..., tuple[A
     assert page.count("no video stream (audio only)") == len(failed) + 1
     assert page.count("missing here: no such file") == 4
     assert "ü\\udcff.mp4" in page
-    targets_browse(root, tmp_path / "out", Screen(quiet=True), sample=4)
+    targets_browse(root, tmp_path / "out", Console(quiet=True), sample=4)
     assert "<img" not in (tmp_path / "out" / "browse.html").read_text(encoding="utf-8")

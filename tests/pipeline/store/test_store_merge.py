@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError, StoreMismatchError, UsageError
 from distinit.pipeline.corpus.parts import Part
 from distinit.pipeline.corpus.sources import Corpus, VideoList
@@ -19,7 +19,7 @@ from distinit.pipeline.store.verify import verify
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_merge import targets_merge
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 Make = Callable[..., Any]
 
 

@@ -8,12 +8,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distinit.pipeline.store.planning import Stretch, assign, auto_shard_rows, cut
+from distinit.pipeline.store.planning import FrameRange, assign, auto_shard_rows, cut
 
 
 @given(st.lists(st.integers(0, 512), max_size=60))
 def test_shards_hold_whole_segments_in_order(bounds: list[int]) -> None:
-    stretches = [Stretch(i, 0, -1, b) for i, b in enumerate(bounds)]
+    stretches = [FrameRange(i, 0, -1, b) for i, b in enumerate(bounds)]
     placed = assign(stretches, first_id=7, first_shard=3, shard_rows=512)
     assert [s.id for s in placed] == list(range(7, 7 + len(bounds)))
     shards = [s.shard for s in placed]

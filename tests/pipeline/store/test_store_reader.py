@@ -21,12 +21,12 @@ import xarray as xr
 import zarr
 
 import distinit
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError, StoreMismatchError, UsageError
 from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.store import layout as fmt
 from distinit.pipeline.store.index import load_index
-from distinit.pipeline.store.planning import Stretch
+from distinit.pipeline.store.planning import FrameRange
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
 from distinit.pipeline.store.verify import Finding, drop_commits, verify
@@ -97,7 +97,7 @@ def root(tmp_path: Path) -> Path:
     path = tmp_path / "s.zarr"
     with StoreWriter(path, sampling=SAMPLING, shard_rows=R) as writer:
         listed(writer)
-        writer.add_segments([Stretch(v, 0, -1, rows_of(v)) for v in range(V)])
+        writer.add_segments([FrameRange(v, 0, -1, rows_of(v)) for v in range(V)])
         writer.add_teacher("t", [f"class {k}" for k in range(K)], {"name": "t", "identity": {"w": 1}, "run": RUN})
         for shard in range(writer.index.n_shards):
             writer.commit(stage(writer, shard), RUN)
@@ -219,7 +219,7 @@ def damaged(root: Path, *, lost: str = "", column: str = "", at: int = 0, value:
         shutil.rmtree(root / lost)
     else:
         zarr.open_array(root / column, mode="r+")[at : at + 1] = np.array([value])
-    result = targets_verify(root, Screen(quiet=True))
+    result = targets_verify(root, Console(quiet=True))
     assert result["ok"] is False
     return [f["what"] for f in result["findings"]]
 
@@ -245,10 +245,10 @@ def test_a_lost_segment_table_is_said(root: Path, column: str) -> None:
     commits = sorted(root.glob("commits/*/*/zarr.json"))
     shutil.copytree(root, root.with_name("sealed.zarr"))
     shutil.rmtree(root.with_name("sealed.zarr") / column / "c")
-    result = targets_verify(root.with_name("sealed.zarr"), Screen(quiet=True))
+    result = targets_verify(root.with_name("sealed.zarr"), Console(quiet=True))
     assert any(column in found["what"] for found in result["findings"])
     assert any(column in what for what in damaged(root, lost=f"{column}/c"))
-    assert targets_verify(root, Screen(quiet=True), repair=True)["dropped"] == 0
+    assert targets_verify(root, Console(quiet=True), repair=True)["dropped"] == 0
     assert sorted(root.glob("commits/*/*/zarr.json")) == commits
     with pytest.raises(StoreError, match=column):
         TargetStore.open(root)
@@ -282,7 +282,7 @@ def test_a_table_that_is_too_short_or_cannot_be_decoded_is_found(root: Path) -> 
 
 def test_a_lost_teacher_plan_is_not_healed_and_nothing_else_is_dropped(root: Path) -> None:
     shutil.rmtree(root / "plans/000002")
-    assert targets_verify(root, Screen(quiet=True), repair=True)["dropped"] == 0
+    assert targets_verify(root, Console(quiet=True), repair=True)["dropped"] == 0
     assert (root / "commits/teachers/t/000000").exists()
 
 
@@ -294,7 +294,7 @@ def test_nobody_writes_while_a_repair_looks_for_what_to_drop(root: Path, monkeyp
 
     monkeypatch.setattr(verifying, "verify", looking)
     shutil.rmtree(root / "teachers/t/logits/c/0")
-    assert targets_verify(root, Screen(quiet=True), repair=True)["dropped"] == 1
+    assert targets_verify(root, Console(quiet=True), repair=True)["dropped"] == 1
 
 
 def test_a_flipped_bit_or_a_missing_shard_is_not_read_as_data(root: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from distinit.pipeline.common import urls
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError
 from distinit.pipeline.common.urls import is_url
 from distinit.pipeline.store import layout as fmt
@@ -216,8 +216,8 @@ def test_what_is_no_store_there_is_said_by_its_url(make_store: Callable[..., Any
             TargetStore.open(f"{server.url}/none.zarr")
         with pytest.raises(StoreError, match="not a target store"):
             TargetStore.open(f"{server.url}/s.zarr/frames")
-        info = targets_info(f"{server.url}/s.zarr", Screen(quiet=True))
-        local = targets_info(root, Screen(quiet=True))
+        info = targets_info(f"{server.url}/s.zarr", Console(quiet=True))
+        local = targets_info(root, Console(quiet=True))
         assert {k: info[k] for k in info if k not in ("store", "bytes", "bytes_a_row")} == {
             k: local[k] for k in local if k not in ("store", "bytes", "bytes_a_row")
         }

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError, UsageError
 from distinit.pipeline.store import subset
 from distinit.pipeline.store.index import load_index
@@ -23,7 +23,7 @@ from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_merge import targets_merge
 from distinit.tests.flips import flips
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 Make = Callable[..., Any]
 
 

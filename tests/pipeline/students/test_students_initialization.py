@@ -17,7 +17,7 @@ from torchvision.models.video import R2Plus1D_18_Weights
 from distinit.pipeline.common.errors import CheckpointError, DistInitError, UsageError, WeightsError
 from distinit.pipeline.students.export import InitReport, save_student
 from distinit.pipeline.students.inflate import video_name
-from distinit.pipeline.students.initialization import canonical_init, open_init
+from distinit.pipeline.students.initialization import canonical_init, resolve_init
 from distinit.pipeline.students.student import Student, build_student
 from distinit.pipeline.students.student_options import StudentMeta, StudentOptions
 
@@ -51,7 +51,7 @@ def places(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def started(init: str, wanted: dict[str, Any] | None = None, inflation: Any = "scaled") -> tuple[Student, InitReport]:
-    start = open_init(init, StudentOptions.model_validate(wanted) if wanted is not None else None, inflation)
+    start = resolve_init(init, StudentOptions.model_validate(wanted) if wanted is not None else None, inflation)
     torch.manual_seed(1)
     student = build_student(start.options, {"label": 3})
     return student.eval(), start.fill(student)
@@ -141,7 +141,7 @@ def test_what_does_not_inflate_is_refused_by_name(
         state = torchvision.models.get_model(name, weights=None, num_classes=2).state_dict()
     torch.save({key: torch.zeros([]).expand(value.shape) for key, value in state.items()}, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=words):
-        open_init(f"inflate:{tmp_path / 'w.pth'}", StudentOptions.model_validate(wanted))
+        resolve_init(f"inflate:{tmp_path / 'w.pth'}", StudentOptions.model_validate(wanted))
 
 
 def test_torchvisions_weights_come_from_its_cache_or_say_where_to_get_them(
@@ -152,7 +152,7 @@ def test_torchvisions_weights_come_from_its_cache_or_say_where_to_get_them(
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody answers there
     for init in ("inflate:resnet18", "kinetics"):
         with pytest.raises(WeightsError, match=rf"--init {init}: .* cannot be fetched .*get https://.*:FILE"):
-            open_init(init, None)
+            resolve_init(init, None)
     folder = tmp_path / "hub/checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(network.state_dict(), folder / Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
@@ -173,7 +173,7 @@ def test_kinetics_is_torchvisions_own_model(tmp_path: Path, monkeypatch: pytest.
     assert sorted(report.left) == ["fc.bias", "fc.weight"]
     with torch.no_grad():
         torch.testing.assert_close(theirs.fc(student.features(clip)), theirs(clip))
-    fetched = open_init("kinetics", None)
+    fetched = resolve_init("kinetics", None)
     assert fetched.options == student.options == StudentOptions()
     student.backbone.stem[0].weight.data.zero_()
     fetched.fill(student)
@@ -185,9 +185,9 @@ def test_kinetics_is_torchvisions_own_model(tmp_path: Path, monkeypatch: pytest.
         ({"architecture": "r3d_34"}, "no Kinetics weights of r3d_34; what fits: --student r2plus1d_18, r3d_18"),
     ):
         with pytest.raises(CheckpointError, match=words):
-            open_init("kinetics", StudentOptions.model_validate(wanted))
+            resolve_init("kinetics", StudentOptions.model_validate(wanted))
     with pytest.raises(CheckpointError, match="architecture is 'r2plus1d_18' in the file, 'r3d_18' was asked for"):
-        open_init(f"kinetics:{file}", StudentOptions(architecture="r3d_18"))
+        resolve_init(f"kinetics:{file}", StudentOptions(architecture="r3d_18"))
 
 
 FACTORY = '''
@@ -229,7 +229,7 @@ def test_factories_and_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     for init, (error, words) in refused.items():
         with pytest.raises(error, match=words):
-            open_init(init, None)
+            resolve_init(init, None)
     sys.modules.pop("own_starts", None)
 
     narrow = build_student(StudentOptions(architecture="r3d_18", width=0.0625), {"teacher": 4})

@@ -25,8 +25,8 @@ from distinit.pipeline.common.errors import TrainingError, UsageError, VideoErro
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.targets.dataset import StudentClips
 from distinit.pipeline.targets.picks import PickRule
-from distinit.pipeline.targets.sampler import Draw, TargetSampler, measure_entropies
-from distinit.pipeline.training.loader import KeyedBatches, read_batches
+from distinit.pipeline.targets.sampler import ClipSample, TargetSampler, measure_entropies
+from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
 from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.frames import read_frames
 from distinit.pipeline.video.geometry import View, render
@@ -49,7 +49,7 @@ def make(store: TargetStore, **changes: Any) -> TargetSampler:
     return TargetSampler(store, **arguments)
 
 
-def some(sampler: TargetSampler, epochs: int = 10) -> list[Draw]:
+def some(sampler: TargetSampler, epochs: int = 10) -> list[ClipSample]:
     return [sampler.draw(epoch, sample) for epoch in range(epochs) for sample in range(24)]
 
 
@@ -72,7 +72,7 @@ def nats(logits: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def same(a: Draw, b: Draw) -> bool:
+def same(a: ClipSample, b: ClipSample) -> bool:
     return pickle.dumps(a) == pickle.dumps(b)
 
 
@@ -224,7 +224,7 @@ def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(
     clips = StudentClips(make(store, thresholds={"sure": 0.4, "unsure": 1.2}), VIEW)
 
     def stream(workers: int, start: int) -> list[tuple[list[int], list[int], str]]:
-        keys = KeyedBatches(batch_size=6, steps_per_epoch=4, epochs=2, start=start)
+        keys = EpochBatchSampler(batch_size=6, steps_per_epoch=4, epochs=2, start=start)
         batches = list(read_batches(clips, keys, workers=workers, device=torch.device("cpu")))
         # A read that failed on its own account would be drawn again: then say so, not that batches differ.
         assert [each for batch in batches for each in batch["broken"] if each] == []
@@ -265,7 +265,7 @@ def test_a_video_that_a_decoder_crashes_or_hangs_on_is_named_and_drawn_again(sto
     monkeypatch.setitem(reading._READERS, "video", reader)
 
     def stream(workers: int) -> tuple[list[Any], dict[str, str]]:
-        keys = KeyedBatches(batch_size=6, steps_per_epoch=4, epochs=1)
+        keys = EpochBatchSampler(batch_size=6, steps_per_epoch=4, epochs=1)
         clips = StudentClips(make(store), VIEW)
         found = list(read_batches(clips, keys, workers=workers, device=torch.device("cpu"), hang_s=1.0))
         broken = {name: why for batch in found for each in batch["broken"] for name, why in each}
@@ -283,7 +283,7 @@ def test_a_worker_that_the_system_kills_ends_the_run_with_the_video_it_read(stor
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setitem(reading._READERS, "video", reader)
-    keys = KeyedBatches(batch_size=6, steps_per_epoch=4, epochs=1)
+    keys = EpochBatchSampler(batch_size=6, steps_per_epoch=4, epochs=1)
     with pytest.raises(TrainingError, match=r"^a loader process died: SIGKILL, reading .*/v\d\d é\.mp4; fewer workers"):
         list(read_batches(StudentClips(make(store), VIEW), keys, workers=1, device=torch.device("cpu")))
 

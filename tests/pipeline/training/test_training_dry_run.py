@@ -13,7 +13,7 @@ from torch import nn
 from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.training.footprint import footprint
-from distinit.pipeline.training.preview import GAP, SIDE, draw_batch, save_picture
+from distinit.pipeline.training.preview import GAP, SIDE, render_batch, save_preview
 
 
 class Linear(nn.Module):
@@ -68,7 +68,7 @@ def batch(channels: int = 3) -> dict[str, Any]:
 @pytest.mark.parametrize(("channels", "colour"), [(3, [200, 100, 50]), (2, [192, 128, 128])])
 def test_a_batch_is_drawn_a_row_a_clip(tmp_path: Path, channels: int, colour: list[int]) -> None:
     classes = {"a": ["x", "y", "z", "w"], "b": ["u", "v"]}
-    picture = draw_batch(batch(channels), classes, tau=0.5)
+    picture = render_batch(batch(channels), classes, tau=0.5)
     pixels = np.asarray(picture)
     row = pixels.shape[0] // 2
     for frame in range(5):
@@ -77,5 +77,5 @@ def test_a_batch_is_drawn_a_row_a_clip(tmp_path: Path, channels: int, colour: li
         assert (pixels[GAP + row : GAP + row + 50, left : left + SIDE] == [225, 225, 225]).all()  # not decoded
     text = pixels[:, 5 * (SIDE + GAP) :]
     assert (text[:row] < 60).all(axis=2).sum() > 200  # ink of what counts
-    save_picture(picture, tmp_path / "new" / "p.png")
+    save_preview(picture, tmp_path / "new" / "p.png")
     assert (tmp_path / "new" / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -23,14 +23,14 @@ import torch
 from torch import nn
 from torch.utils.data import get_worker_info
 
-from distinit.pipeline.common import worker_status as whereabouts
+from distinit.pipeline.common import worker_status as worker_status
 from distinit.pipeline.common.errors import TrainingError, TrainingInterrupted, VideoError, WorkerDied
 from distinit.pipeline.training import loader, loader_workers
-from distinit.pipeline.training.loader import KeyedBatches, read_batches
+from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
 from distinit.pipeline.training.loop import LoopOptions, LossReport, fit
 
 CPU = torch.device("cpu")
-KEYS = KeyedBatches(batch_size=2, steps_per_epoch=5, epochs=1)
+KEYS = EpochBatchSampler(batch_size=2, steps_per_epoch=5, epochs=1)
 
 
 @pytest.fixture(autouse=True)
@@ -199,10 +199,10 @@ def test_a_video_that_kills_a_worker_which_sends_is_refused_and_the_batches_are_
     class Videos(Examples):
         def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
             example = super().__getitem__(key)
-            if how == "handing over a batch" and key[1] == 0 and not whereabouts._Own.refused:
+            if how == "handing over a batch" and key[1] == 0 and not worker_status._Own.refused:
                 die_in_the_middle(how, signal.SIGSEGV)
             try:
-                with whereabouts.at(f"{key[1]}.mp4"):
+                with worker_status.at(f"{key[1]}.mp4"):
                     if key[1] == 4 and get_worker_info() is not None:
                         if how != "handing over a batch":
                             die_in_the_middle(how, signal.SIGSEGV)

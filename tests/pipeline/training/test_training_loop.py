@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from distinit.pipeline.clips import seeding as draws
+from distinit.pipeline.clips import seeding
 from distinit.pipeline.common.errors import (
     CheckpointError,
     StoreMismatchError,
@@ -21,7 +21,7 @@ from distinit.pipeline.common.errors import (
     TrainingInterrupted,
     UsageError,
 )
-from distinit.pipeline.training.loader import KeyedBatches, read_batches
+from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
 from distinit.pipeline.training.loop import FitResult, LoopOptions, LossReport, fit
 
 OPTIONS = LoopOptions(
@@ -38,7 +38,7 @@ class Points:
         self.broken, self.bad = broken, bad
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        random = draws.rng(1, *key)
+        random = seeding.rng(1, *key)
         x = torch.from_numpy(random.normal(size=6).astype("float32"))
         reasons = [(f"v{key[1]}.mp4", "no video stream")] if key[1] < self.broken else []
         if key == self.bad:
@@ -145,7 +145,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, referenc
 @pytest.mark.parametrize("start", [0, 7])
 def test_the_batches_are_the_same_for_any_number_of_workers_and_any_start(workers, start):
     def names(workers: int, start: int) -> list[list[str]]:
-        keys = KeyedBatches(batch_size=4, steps_per_epoch=5, epochs=3, start=start)
+        keys = EpochBatchSampler(batch_size=4, steps_per_epoch=5, epochs=3, start=start)
         batches = read_batches(Points(), keys, workers=workers, device=torch.device("cpu"))
         return [batch["name"] for batch in batches]
 
@@ -155,7 +155,7 @@ def test_the_batches_are_the_same_for_any_number_of_workers_and_any_start(worker
 
 
 def test_an_error_of_a_worker_arrives_as_it_was_raised():
-    keys = KeyedBatches(batch_size=4, steps_per_epoch=5, epochs=1)
+    keys = EpochBatchSampler(batch_size=4, steps_per_epoch=5, epochs=1)
     with pytest.raises(TrainingError, match=r"^v9\.mp4: gone$"):
         list(read_batches(Points(bad=(0, 9)), keys, workers=2, device=torch.device("cpu")))
 
@@ -170,7 +170,7 @@ class Deadly(Points):
 
 
 def test_a_worker_that_dies_is_an_error_of_one_line():
-    keys = KeyedBatches(batch_size=4, steps_per_epoch=5, epochs=1)
+    keys = EpochBatchSampler(batch_size=4, steps_per_epoch=5, epochs=1)
     with pytest.raises(TrainingError, match=r"^a loader process died: SIGKILL; fewer workers need less memory$"):
         list(read_batches(Deadly(), keys, workers=2, device=torch.device("cpu")))
 

@@ -60,7 +60,7 @@ class SimulatedChild:
     def connection(self) -> SimulatedChild:
         return self
 
-    def tell(self, message: dict[str, Any]) -> bool:
+    def send(self, message: dict[str, Any]) -> bool:
         self.listened = 0.0
         if self.state == "dead":
             return False
@@ -85,7 +85,7 @@ class SimulatedChild:
         self.said.append({"kind": "block", "slot": slot, "index": [task["skip"]], "pts": [0]})
         task["skip"] += 1
 
-    def hear(self) -> dict[str, Any] | None:
+    def receive(self) -> dict[str, Any] | None:
         if not self.said and self.state == "dead":
             raise EOFError
         return self.said.pop(0) if self.said else None
@@ -281,11 +281,11 @@ def test_a_child_that_stops_in_the_middle_of_a_message_is_not_waited_for(head: b
     child.connection, child._inbox, child.listened = Connection(ours.detach()), Inbox(), 0.0
     data = head + b'{"kind": "alive"}'
     for cut in range(len(data)):
-        assert child.hear() is None
+        assert child.receive() is None
         theirs.sendall(data[cut : cut + 1])
-    assert child.hear() == {"kind": "alive"}
-    assert child.hear() is None
+    assert child.receive() == {"kind": "alive"}
+    assert child.receive() is None
     theirs.sendall(data[:5])
     theirs.close()
     with pytest.raises(EOFError):
-        child.hear()
+        child.receive()
