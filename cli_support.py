@@ -27,7 +27,8 @@ INTERRUPTED = 130
 NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
     kind for kind in [getattr(click.exceptions, "NoArgsIsHelpError", None)] if kind is not None
 )
-"""What click from 8.2 on raises for a group without a command; before, it shows the help by itself."""
+"""What click from 8.2 on raises for a group without a command; before, it shows the help by
+itself."""
 
 
 def run_stage(
@@ -40,8 +41,9 @@ def run_stage(
 ) -> None:
     """Build the config of the current command and run its stage.
 
-    module: below `distinit.stages`. given: what click parsed. extra: config keys that the command worked
-    out of several options; flags: the option to name for such a key. Everything heavy is imported here, not for --help.
+    module: below `distinit.stages`. given: what click parsed. extra: config keys that the command
+    worked out of several options; flags: the option to name for such a key. Everything heavy is
+    imported here, not for --help.
     """
     from .pipeline.common.config import load_config
 
@@ -71,7 +73,9 @@ def run_stage(
         )
         result = getattr(home, stage)(config, console)
         console.result(result)
-    if result.get("ok") is False or result.get("complete") is False:  # a part of the job could not be done
+    if (
+        result.get("ok") is False or result.get("complete") is False
+    ):  # a part of the job could not be done
         context.exit(1)
 
 
@@ -96,15 +100,19 @@ def call_stage(module: str, stage: str, given: dict[str, Any], *args: Any, **nam
 
 @contextlib.contextmanager
 def _screen(given: dict[str, Any]) -> Iterator[Console]:
-    """The screen asked for. With --json whatever prints (libraries do) goes to standard error; the screen
-    keeps the real standard output for its one object."""
+    """The screen asked for. With --json whatever prints (libraries do) goes to standard error; the
+    screen keeps the real standard output for its one object."""
     from .pipeline.common.console import Console
 
     require_system()
-    lead = os.environ.get("RANK", "0") == "0"  # torchrun starts the command once a process; one speaks
+    lead = (
+        os.environ.get("RANK", "0") == "0"
+    )  # torchrun starts the command once a process; one speaks
     console = Console(json=given["as_json"] and lead, quiet=given["quiet"] or not lead)
     if not sys.platform.startswith("linux"):
-        console.warn(f"distinit is tested on Linux only; on {platform.system()} decoding processes have no memory limit")
+        console.warn(
+            f"distinit is tested on Linux only; on {platform.system()} decoding processes have no memory limit"
+        )
     with contextlib.redirect_stdout(sys.stderr) if given["as_json"] else contextlib.nullcontext():
         yield console
 
@@ -120,7 +128,8 @@ def require_system() -> None:
 
 
 def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
-    """`NAME=VALUE`, repeated, as a dict. Raises UsageError for a value without `=` or a name twice."""
+    """`NAME=VALUE`, repeated, as a dict. Raises UsageError for a value without `=` or a name
+    twice."""
     result: dict[str, str] = {}
     for text in values:
         name, equals, value = text.partition("=")
@@ -156,8 +165,8 @@ def teacher_specs(
 ) -> list[dict[str, Any]] | None:
     """`--teacher` and what belongs to it, as config values; None when no teacher was given.
 
-    `NAME:key=value`, `NAME=FILE` and `NAME=DIGEST` name the teacher; with one teacher NAME may be left
-    out. Raises UsageError for a name that is no `--teacher`, or none where it is needed.
+    `NAME:key=value`, `NAME=FILE` and `NAME=DIGEST` name the teacher; with one teacher NAME may be
+    left out. Raises UsageError for a name that is no `--teacher`, or none where it is needed.
     """
     specs: dict[str, dict[str, Any]] = {name: {"name": name} for name in names}
 
@@ -176,22 +185,30 @@ def teacher_specs(
         if not (equals and key):
             raise UsageError(f"--teacher-option {text}: expected key=value or NAME:key=value")
         spec(owner, f"--teacher-option {text}").setdefault("options", {})[key] = value
-    for option, field, texts in (("--teacher-weights", "weights", weights), ("--teacher-sha256", "sha256", sha256)):
+    for option, field, texts in (
+        ("--teacher-weights", "weights", weights),
+        ("--teacher-sha256", "sha256", sha256),
+    ):
         for text in texts:
-            # A file name may hold "=": what stands before it is a teacher's name or part of the file's.
+            # A file name may hold "=": what stands before it is a teacher's name or part of the
+            # file's.
             name, equals, value = text.partition("=")
             named = equals != "" and (name in specs or field == "sha256")
             spec(name if named else "", f"{option} {text}")[field] = value if named else text
     return list(specs.values()) or None
 
 
-def run(group: click.Group, argv: list[str] | None = None, resume_hints: dict[str, str] | None = None) -> NoReturn:
-    """Run the command line: exit 0 for a job done, 2 for wrong use, 1 for a failure, 130 when interrupted.
+def run(
+    group: click.Group, argv: list[str] | None = None, resume_hints: dict[str, str] | None = None
+) -> NoReturn:
+    """Run the command line: exit 0 for a job done, 2 for wrong use, 1 for a failure, 130 when
+    interrupted.
 
     An error is one line on standard error; --debug shows the traceback before it.
     """
-    # OpenMP's threads spin while they wait, which slows torch manyfold on cores that have other work too
-    # (decoding, another job): sleeping ones cost nothing measurable. Read when torch is loaded, later.
+    # OpenMP's threads spin while they wait, which slows torch manyfold on cores that have other
+    # work too (decoding, another job): sleeping ones cost nothing measurable. Read when torch is
+    # loaded, later.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
@@ -199,7 +216,9 @@ def run(group: click.Group, argv: list[str] | None = None, resume_hints: dict[st
         _run(group, argv, resume_hints or {}, debug)
 
 
-def _run(group: click.Group, argv: list[str], resume_hints: dict[str, str], debug: bool) -> NoReturn:
+def _run(
+    group: click.Group, argv: list[str], resume_hints: dict[str, str], debug: bool
+) -> NoReturn:
     try:
         code = group.main(args=argv, prog_name="distinit", standalone_mode=False)
         _leave(code if isinstance(code, int) else 0)
@@ -219,16 +238,24 @@ def _run(group: click.Group, argv: list[str], resume_hints: dict[str, str], debu
         _leave(1)
     except Exception as error:
         if getattr(error, "shared", False) and os.environ.get("RANK", "0") != "0":
-            _leave(explain(error)[1])  # one of several processes with the same error, which rank 0 tells
+            _leave(
+                explain(error)[1]
+            )  # one of several processes with the same error, which rank 0 tells
         _fail(*explain(error), debug)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
     """One line and the exit code for any exception."""
     chain = list(_chain(error))
-    full = next((e for e in chain if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
+    full = next(
+        (e for e in chain if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)),
+        None,
+    )
     if full is not None:
-        return f"disk full while writing{_file_of(full, error)}; free some space and run it again", 1
+        return (
+            f"disk full while writing{_file_of(full, error)}; free some space and run it again",
+            1,
+        )
     if isinstance(error, DistInitError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):

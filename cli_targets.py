@@ -16,10 +16,15 @@ def targets() -> None:
 
 
 @targets.command(
-    "info", epilog=examples("distinit targets info targets.zarr", "distinit targets info targets.zarr --json")
+    "info",
+    epilog=examples(
+        "distinit targets info targets.zarr", "distinit targets info targets.zarr --json"
+    ),
 )
 @click.argument("store")
-@click.option("--failed", is_flag=True, help="List the videos that failed, with the reason of each.")
+@click.option(
+    "--failed", is_flag=True, help="List the videos that failed, with the reason of each."
+)
 @screen_options
 def targets_info(store: str, failed: bool, **given: Any) -> None:
     """What is in a store: corpora, videos, frames, teachers, failures."""
@@ -35,15 +40,28 @@ def targets_info(store: str, failed: bool, **given: Any) -> None:
 )
 @click.argument("store")
 @click.option("--out", required=True, metavar="DIR", help="The folder for browse.html.")
-@click.option("--sample", type=int, default=12, metavar="N", help="Videos shown as strips of frames.  [default: 12]")
-@click.option("--seed", type=int, default=0, metavar="S", help="Which videos those are.  [default: 0]")
-@click.option("--videos", multiple=True, metavar="CORPUS=DIR", help="Where a corpus of the store lies now. Repeatable.")
+@click.option(
+    "--sample",
+    type=int,
+    default=12,
+    metavar="N",
+    help="Videos shown as strips of frames.  [default: 12]",
+)
+@click.option(
+    "--seed", type=int, default=0, metavar="S", help="Which videos those are.  [default: 0]"
+)
+@click.option(
+    "--videos",
+    multiple=True,
+    metavar="CORPUS=DIR",
+    help="Where a corpus of the store lies now. Repeatable.",
+)
 @screen_options
 def targets_browse(store: str, out: str, **given: Any) -> None:
     """A page with frames, labels and entropies of sampled videos, for any browser, without network.
 
-    Also the most and least confident frames of each teacher, how often each class comes first, and the videos that
-    failed. A video that is not here is shown as missing.
+    Also the most and least confident frames of each teacher, how often each class comes first, and
+    the videos that failed. A video that is not here is shown as missing.
     """
     moved = pairs(given["videos"], "--videos")
     call_stage("targets_browse", "targets_browse", given, store, out, sample=given["sample"], seed=given["seed"],
@@ -58,13 +76,30 @@ def targets_browse(store: str, out: str, **given: Any) -> None:
     ),
 )
 @click.argument("store")
-@click.option("--repair", is_flag=True, help="Drop what is broken, so that extract-targets fills it again.")
-@click.option("--frames", is_flag=True, help="Hold the frames of all videos against their files; no teacher is run.")
 @click.option(
-    "--deep", type=click.IntRange(0), default=0, metavar="N", help="Decode N random videos again and run the teachers."
+    "--repair", is_flag=True, help="Drop what is broken, so that extract-targets fills it again."
 )
-@click.option("--seed", type=int, default=0, metavar="S", help="Which videos those are.  [default: 0]")
-@click.option("--videos", multiple=True, metavar="CORPUS=DIR", help="Where a corpus of the store lies now. Repeatable.")
+@click.option(
+    "--frames",
+    is_flag=True,
+    help="Hold the frames of all videos against their files; no teacher is run.",
+)
+@click.option(
+    "--deep",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Decode N random videos again and run the teachers.",
+)
+@click.option(
+    "--seed", type=int, default=0, metavar="S", help="Which videos those are.  [default: 0]"
+)
+@click.option(
+    "--videos",
+    multiple=True,
+    metavar="CORPUS=DIR",
+    help="Where a corpus of the store lies now. Repeatable.",
+)
 @click.option(
     "--teacher-weights",
     "teacher_weights",
@@ -80,13 +115,15 @@ def targets_browse(store: str, out: str, **given: Any) -> None:
     help="With --deep, run the code of package.module:factory or download the weights of a model that the store names. "
     "Repeatable.",
 )
-@click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option(
+    "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.  [default: auto]"
+)
 @screen_options
 def targets_verify(store: str, repair: bool, **given: Any) -> None:
     """Check a store: structure, counts, checksums, finiteness, entropy against logits.
 
-    With --frames also against the videos, with --deep against videos and teachers. Exit status 1 and a line for
-    each thing that is wrong.
+    With --frames also against the videos, with --deep against videos and teachers. Exit status 1
+    and a line for each thing that is wrong.
     """
     call_stage(
         "targets_verify",
@@ -114,12 +151,17 @@ def targets_verify(store: str, repair: bool, **given: Any) -> None:
 )
 @click.argument("parts", nargs=-1, required=True, metavar="PART...")
 @click.option("--out", required=True, metavar="STORE", help="The store to make, or to go on with.")
-@click.option("--accept-run", is_flag=True, help="Merge parts of other batch size, precision, torch or device kind.")
+@click.option(
+    "--accept-run",
+    is_flag=True,
+    help="Merge parts of other batch size, precision, torch or device kind.",
+)
 @screen_options
 def targets_merge(parts: tuple[str, ...], out: str, accept_run: bool, **given: Any) -> None:
     """Put finished stores of the same teachers and sampling together into one.
 
-    No row is computed again and no logit changes. An interrupted merge goes on with the same command.
+    No row is computed again and no logit changes. An interrupted merge goes on with the same
+    command.
     """
     call_stage("targets_merge", "targets_merge", given, parts, out, accept_run=accept_run)
 
@@ -133,9 +175,15 @@ def targets_merge(parts: tuple[str, ...], out: str, accept_run: bool, **given: A
     ),
 )
 @click.argument("store")
-@click.option("--out", required=True, metavar="OUT", help="NAME.h5: one HDF5 file. NAME.zarr: a store.")
-@click.option("--teacher", "teachers", multiple=True, metavar="NAME", help="Only this teacher. Repeatable.")
-@click.option("--corpus", "corpora", multiple=True, metavar="NAME", help="Only this corpus. Repeatable.")
+@click.option(
+    "--out", required=True, metavar="OUT", help="NAME.h5: one HDF5 file. NAME.zarr: a store."
+)
+@click.option(
+    "--teacher", "teachers", multiple=True, metavar="NAME", help="Only this teacher. Repeatable."
+)
+@click.option(
+    "--corpus", "corpora", multiple=True, metavar="NAME", help="Only this corpus. Repeatable."
+)
 @click.option(
     "--videos-from",
     "videos_from",
@@ -143,14 +191,18 @@ def targets_merge(parts: tuple[str, ...], out: str, accept_run: bool, **given: A
     help="Only the videos of a text file: a path in its corpus, CORPUS=PATH or an absolute path a line.",
 )
 @click.option(
-    "--shard-rows", type=int, metavar="R", help="Rows of a shard of a new store.  [default: by the size, 512 to 16384]"
+    "--shard-rows",
+    type=int,
+    metavar="R",
+    help="Rows of a shard of a new store.  [default: by the size, 512 to 16384]",
 )
 @screen_options
 def targets_export(store: str, out: str, **given: Any) -> None:
-    """Write a store out, or some teachers, corpora and videos of it, as one HDF5 file or as a new store.
+    """Write a store out, or some teachers, corpora and videos of it, as one HDF5 file or as a new
+    store.
 
-    HDF5 holds the usable videos: their frames, logits and entropies. A new store also holds the videos that
-    failed, with their reasons, and is one like any other.
+    HDF5 holds the usable videos: their frames, logits and entropies. A new store also holds the
+    videos that failed, with their reasons, and is one like any other.
     """
     chosen = {key: given[key] for key in ("teachers", "corpora", "videos_from", "shard_rows")}
     call_stage("targets_export", "targets_export", given, store, out, **chosen)

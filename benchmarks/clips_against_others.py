@@ -1,15 +1,18 @@
-"""Random clips of 8 and 32 frames: this package's reader against torchcodec, decord and OpenCV; and prepared copies.
+"""Random clips of 8 and 32 frames: this package's reader against torchcodec, decord and OpenCV; and
+prepared copies.
 
     pip install torchcodec decord opencv-python-headless
     python benchmarks/clips_against_others.py /data/clips
 
-From the videos of the folder, H.264 files of 10 s are encoded (x264's defaults, B-frames included) at 340x256 and at
-1280x720, with a key frame at least every 250 and every 12 frames, and copies of the former by `distinit prepare`. Each
-contender gives the same consecutive frames, RGB of 128x171, with its own resize where it has one; that they are the
-same frames is checked. One decoder thread; nothing is remembered from one clip to the next, as in a corpus of
-many videos. Processor time a clip: alone in one process, and in the 2 workers of a DataLoader at once.
+From the videos of the folder, H.264 files of 10 s are encoded (x264's defaults, B-frames included)
+at 340x256 and at 1280x720, with a key frame at least every 250 and every 12 frames, and copies of
+the former by `distinit prepare`. Each contender gives the same consecutive frames, RGB of 128x171,
+with its own resize where it has one; that they are the same frames is checked. One decoder thread;
+nothing is remembered from one clip to the next, as in a corpus of many videos. Processor time a
+clip: alone in one process, and in the 2 workers of a DataLoader at once.
 
-Goals: never behind the best, 1.3 times it for 8 frames at GOP 250; copies 6 times the originals of GOP 250.
+Goals: never behind the best, 1.3 times it for 8 frames at GOP 250; copies 6 times the originals of
+    GOP 250.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads would spin on a contender's account
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported: its threads would spin on a contender's account
+)
 
 import numpy as np
 import torch
@@ -83,7 +88,11 @@ def torchcodec(mode: str) -> Read:
 
     def read(path: str, start: int, length: int) -> np.ndarray:
         decoder = VideoDecoder(
-            path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode=mode, transforms=[Resize(SIZE)]
+            path,
+            dimension_order="NHWC",
+            num_ffmpeg_threads=1,
+            seek_mode=mode,
+            transforms=[Resize(SIZE)],
         )
         return decoder.get_frames_in_range(start, start + length).data.numpy()
 
@@ -94,18 +103,24 @@ def decord(path: str, start: int, length: int) -> np.ndarray:
     """Of decord, which resizes while it decodes."""
     import decord
 
-    reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, width=SIZE[1], height=SIZE[0])
+    reader = decord.VideoReader(
+        path, ctx=decord.cpu(0), num_threads=1, width=SIZE[1], height=SIZE[0]
+    )
     return reader.get_batch(range(start, start + length)).asnumpy()
 
 
 def opencv(path: str, start: int, length: int) -> np.ndarray:
-    """Of OpenCV; its bilinear resize would skip pixels where the others average. BGR is turned round after it."""
+    """Of OpenCV; its bilinear resize would skip pixels where the others average. BGR is turned
+    round after it."""
     import cv2
 
     cv2.setNumThreads(1)
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     capture.set(cv2.CAP_PROP_POS_FRAMES, start)
-    small = (cv2.resize(capture.read()[1], SIZE[::-1], interpolation=cv2.INTER_AREA) for _ in range(length))
+    small = (
+        cv2.resize(capture.read()[1], SIZE[::-1], interpolation=cv2.INTER_AREA)
+        for _ in range(length)
+    )
     return np.stack([cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for frame in small])
 
 
@@ -175,7 +190,9 @@ def check(read: dict[str, Read], drawn: list[tuple[str, int, int]], where: str) 
 
 def main() -> None:
     """Print a table and where it was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="a folder of videos, for real pictures")
     parser.add_argument("--videos", type=int, default=4)
     parser.add_argument("--frames", type=int, default=300)
@@ -200,7 +217,9 @@ def main() -> None:
             small = dict(zip(files, copies, strict=True))
             read = contenders(files[0])
 
-            def prepared(path: str, start: int, length: int, small: dict[str, str] = small) -> np.ndarray:
+            def prepared(
+                path: str, start: int, length: int, small: dict[str, str] = small
+            ) -> np.ndarray:
                 return copy(small[path], start, length)
 
             read["distinit, prepared copy"] = prepared
@@ -208,15 +227,28 @@ def main() -> None:
             for length in (8, 32):
                 drawn = draw(files, args.frames, length, count)
                 check(read, drawn, f"{width}x{height}, GOP {gop}")
-                one = medians(in_turn({n: partial(alone, r, drawn) for n, r in read.items()}, args.rounds))
-                two = medians(in_turn({n: partial(loaded, r, drawn) for n, r in read.items()}, args.rounds))
+                one = medians(
+                    in_turn({n: partial(alone, r, drawn) for n, r in read.items()}, args.rounds)
+                )
+                two = medians(
+                    in_turn({n: partial(loaded, r, drawn) for n, r in read.items()}, args.rounds)
+                )
                 for name in read:
                     rows.append([f"{width}x{height}", gop, length, name, f"{one[name]:.1f}",
                                  f"{one[name] / one['distinit']:.2f}", f"{two[name]:.1f}",
                                  f"{two[name] / two['distinit']:.2f}"])  # fmt: skip
                     print(" | ".join(map(str, rows[-1])), file=sys.stderr, flush=True)
     print(machine())
-    head = ["size", "GOP", "frames", "reader", "alone: ms", "times distinit", "2 workers: ms", "times distinit"]
+    head = [
+        "size",
+        "GOP",
+        "frames",
+        "reader",
+        "alone: ms",
+        "times distinit",
+        "2 workers: ms",
+        "times distinit",
+    ]
     print(table(head, rows))
 
 

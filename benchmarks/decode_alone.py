@@ -1,12 +1,14 @@
-"""Every 8th frame of short videos: this package's reader against torchcodec, decord and OpenCV, one thread each.
+"""Every 8th frame of short videos: this package's reader against torchcodec, decord and OpenCV, one
+thread each.
 
     pip install torchcodec decord opencv-python-headless
     python benchmarks/decode_alone.py /data/clips
 
-From the videos of the folder, H.264 files of 340x256 and 10 s are encoded (x264's defaults, B-frames included) with a
-key frame at least every 12 and every 250 frames. Each contender opens a file, and gives every 8th frame as RGB of
-340x256; that they give the same frames is checked. Processor time of this process, medians of rounds in which all
-take turns. OpenCV decodes every frame (`grab`) and converts the wanted ones (`retrieve`).
+From the videos of the folder, H.264 files of 340x256 and 10 s are encoded (x264's defaults,
+B-frames included) with a key frame at least every 12 and every 250 frames. Each contender opens a
+file, and gives every 8th frame as RGB of 340x256; that they give the same frames is checked.
+Processor time of this process, medians of rounds in which all take turns. OpenCV decodes every
+frame (`grab`) and converts the wanted ones (`retrieve`).
 
 Goal: at least 1.3 times the frames of torchcodec and decord.
 """
@@ -22,7 +24,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads would spin on a contender's account
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported: its threads would spin on a contender's account
+)
 
 import numpy as np
 from measuring import in_turn, machine, medians, table
@@ -114,7 +118,9 @@ def contenders(sample: str) -> dict[str, Decode]:
 
 def main() -> None:
     """Print a table and where it was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="a folder of videos, for real pictures")
     parser.add_argument("--videos", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=7)
@@ -135,7 +141,10 @@ def main() -> None:
                 for file, frames in zip(files, expected, strict=True):
                     off = np.abs(decode(file).astype(int) - frames).mean()
                     if off > 3:  # converters differ by 1 to 2 of 255; another frame by far more
-                        print(f"GOP {gop}, {name}: other frames, off by {off:.1f} of 255", file=sys.stderr)
+                        print(
+                            f"GOP {gop}, {name}: other frames, off by {off:.1f} of 255",
+                            file=sys.stderr,
+                        )
 
             def measure(decode: Decode, files: list[str] = files) -> Callable[[], float]:
                 def run() -> float:
@@ -146,13 +155,22 @@ def main() -> None:
 
                 return run
 
-            cost = medians(in_turn({name: measure(decode) for name, decode in decoders.items()}, args.rounds))
+            cost = medians(
+                in_turn({name: measure(decode) for name, decode in decoders.items()}, args.rounds)
+            )
             for name, milliseconds in cost.items():
                 frames_a_second = sum(map(len, expected)) / len(files) / milliseconds * 1000
                 ratio = milliseconds / cost["distinit"]
-                rows.append([gop, name, f"{milliseconds:.1f}", f"{frames_a_second:.0f}", f"{ratio:.2f}"])
+                rows.append(
+                    [gop, name, f"{milliseconds:.1f}", f"{frames_a_second:.0f}", f"{ratio:.2f}"]
+                )
     print(machine())
-    print(table(["GOP", "reader", "processor ms a video", "sampled frames/s", "distinit is faster by"], rows))
+    print(
+        table(
+            ["GOP", "reader", "processor ms a video", "sampled frames/s", "distinit is faster by"],
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/extraction_memory.py FOLDER --videos 300 30000 --workers 1
 
-The videos of FOLDER are hard-linked under as many names as asked for, and extracted with a teacher that costs
-nothing (key frames only: what is looked for is memory by the video, not by the frame). The kernel's high-water mark
-(VmHWM) of every process is read four times a second. Linux only.
+The videos of FOLDER are hard-linked under as many names as asked for, and extracted with a teacher
+that costs nothing (key frames only: what is looked for is memory by the video, not by the frame).
+The kernel's high-water mark (VmHWM) of every process is read four times a second. Linux only.
 """
 
 from __future__ import annotations
@@ -62,13 +62,20 @@ def peaks(words: list[str], environment: dict[str, str]) -> tuple[dict[str, floa
     with tempfile.TemporaryFile() as said:
         run = subprocess.Popen(words, env=environment, stderr=said)
         while run.poll() is None:
-            for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+            for process in [
+                psutil.Process(run.pid),
+                *psutil.Process(run.pid).children(recursive=True),
+            ]:
                 try:
                     text = Path(f"/proc/{process.pid}/status").read_text()
                     name = role(process, run.pid)
                 except (OSError, psutil.Error):
                     continue
-                mark = [int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("VmHWM")]
+                mark = [
+                    int(line.split()[1]) / 1024
+                    for line in text.splitlines()
+                    if line.startswith("VmHWM")
+                ]
                 found[name] = max(found[name], *mark, 0.0)
             time.sleep(0.25)
         if run.returncode:
@@ -80,13 +87,19 @@ def peaks(words: list[str], environment: dict[str, str]) -> tuple[dict[str, floa
 
 def main() -> None:
     """Print a table and where it was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--videos", type=int, nargs="+", default=[300, 30000])
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--work", type=Path, help="on the folder's file system, for hard links (default: beside it)")
+    parser.add_argument(
+        "--work", type=Path, help="on the folder's file system, for hard links (default: beside it)"
+    )
     args = parser.parse_args()
-    videos = sorted(p for p in args.folder.rglob("*") if p.suffix in (".mp4", ".avi", ".mkv", ".webm", ".mov"))
+    videos = sorted(
+        p for p in args.folder.rglob("*") if p.suffix in (".mp4", ".avi", ".mkv", ".webm", ".mov")
+    )
     if not videos:
         parser.error(f"no videos in {args.folder}")
     work = Path(tempfile.mkdtemp(prefix="distinit-memory-", dir=args.work or args.folder.parent))
@@ -97,7 +110,15 @@ def main() -> None:
         for count in args.videos:
             folder = work / f"{count}"
             link(videos, folder, count)
-            words = [sys.executable, "-m", "distinit", "extract-targets", str(folder), "--out", f"{folder}.zarr"]
+            words = [
+                sys.executable,
+                "-m",
+                "distinit",
+                "extract-targets",
+                str(folder),
+                "--out",
+                f"{folder}.zarr",
+            ]
             words += ["--teacher", "costs_nothing:build", "--keyframes"]
             words += ["--workers", str(args.workers)] if args.workers else []
             found, seconds = peaks(words, environment)

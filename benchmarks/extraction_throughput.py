@@ -3,13 +3,15 @@
     python benchmarks/extraction_throughput.py /data/clips
     python benchmarks/extraction_throughput.py /data/clips --precision bf16 --teacher torchvision.models:resnet50
 
-The bound: where decoders and teachers share the cores of a CPU, a frame costs the time of both, so that no
-arrangement gives more than 1 / (1/D + 1/T) frames a second, with D those of decoding alone and T those of the
-teachers alone, each on all the cores. A GPU works beside the decoders: there it is min(D, T). D, T and the whole
-are measured in turn in one process, by the clock. Processor time a frame (decoding + teacher, over the whole's) says
-the same without the waiting, and hardly depends on what else the machine does.
+The bound: where decoders and teachers share the cores of a CPU, a frame costs the time of both, so
+that no arrangement gives more than 1 / (1/D + 1/T) frames a second, with D those of decoding alone
+and T those of the teachers alone, each on all the cores. A GPU works beside the decoders: there it
+is min(D, T). D, T and the whole are measured in turn in one process, by the clock. Processor time a
+frame (decoding + teacher, over the whole's) says the same without the waiting, and hardly depends
+on what else the machine does.
 
-Goal: at least 0.90 of the bound. `torchvision.models:resnet50` has random weights, which serve for speed.
+Goal: at least 0.90 of the bound. `torchvision.models:resnet50` has random weights, which serve for
+    speed.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Watch(Console):
         self.seconds, self.processor = 0.0, 0.0
 
     @contextmanager
-    def progress(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Any]:
+    def progress(
+        self, description: str, total: float | None = None, unit: str = ""
+    ) -> Iterator[Any]:
         """As Screen's."""
         with super().progress(description, total, unit) as bar:
             if description != "extracting":
@@ -60,7 +64,8 @@ class Watch(Console):
 
 
 class Parts:
-    """The contenders for one teacher; each returns frames a second and notes processor time a frame."""
+    """The contenders for one teacher; each returns frames a second and notes processor time a
+    frame."""
 
     def __init__(self, args: argparse.Namespace, name: str) -> None:
         self.args, self.device = args, resolve_device(args.device)
@@ -77,18 +82,27 @@ class Parts:
         with DecodePool(processes=self.decoders, views=[self.teacher.view]) as pool:
             list(pool.probe(self.paths[: 2 * self.decoders]))  # the children are up
             began, processor, rows = time.perf_counter(), processor_seconds(), 0
-            for event in pool.stream(DecodeJob(i, p, self.sampling) for i, p in enumerate(self.paths)):
+            for event in pool.stream(
+                DecodeJob(i, p, self.sampling) for i, p in enumerate(self.paths)
+            ):
                 rows += len(event.index) if isinstance(event, Block) else 0
-            return self._rate("decode", rows, time.perf_counter() - began, processor_seconds() - processor)
+            return self._rate(
+                "decode", rows, time.perf_counter() - began, processor_seconds() - processor
+            )
 
     def teach(self) -> float:
         """The teacher alone, on batches that are there."""
-        images = np.random.default_rng(0).integers(0, 255, (*self.teacher.input_shape, 3), dtype=np.uint8)
+        images = np.random.default_rng(0).integers(
+            0, 255, (*self.teacher.input_shape, 3), dtype=np.uint8
+        )
         rows, waiting = 0, []
         with (
             batch_threads(self.device, cores()) as threads,
             TeacherRunner(
-                {"t": self.teacher}, [self.teacher.view], batch_size=self.args.batch_size, threads=threads
+                {"t": self.teacher},
+                [self.teacher.view],
+                batch_size=self.args.batch_size,
+                threads=threads,
             ) as runner,
         ):
             began, processor = time.perf_counter(), processor_seconds()
@@ -100,7 +114,9 @@ class Parts:
                 rows += self.args.batch_size
             for future in waiting:
                 future.result()
-            return self._rate("teacher", rows, time.perf_counter() - began, processor_seconds() - processor)
+            return self._rate(
+                "teacher", rows, time.perf_counter() - began, processor_seconds() - processor
+            )
 
     def whole(self) -> float:
         """Stage one, from decoding to the committed store; listing and probing apart."""
@@ -112,16 +128,26 @@ class Parts:
                 "teachers": [self.spec],
                 "sampling": self.sampling,
             }
-            more = {"batch_size": self.args.batch_size, "precision": self.args.precision, "device": self.args.device}
+            more = {
+                "batch_size": self.args.batch_size,
+                "precision": self.args.precision,
+                "device": self.args.device,
+            }
             watch = Watch()
-            result = extract_targets(ExtractConfig.model_validate({**config, **more, "decoders": self.decoders}), watch)
+            result = extract_targets(
+                ExtractConfig.model_validate({**config, **more, "decoders": self.decoders}), watch
+            )
             return self._rate("whole", result["new_rows"], watch.seconds, watch.processor)
         finally:
             shutil.rmtree(folder)
 
     def _rate(self, part: str, rows: int, seconds: float, processor: float) -> float:
         self.processor.setdefault(part, []).append(1000 * processor / rows)
-        print(f"{self.spec.name} {part}: {rows} frames in {seconds:.1f} s", file=sys.stderr, flush=True)
+        print(
+            f"{self.spec.name} {part}: {rows} frames in {seconds:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
         return rows / seconds
 
     def fit(self) -> None:
@@ -138,11 +164,19 @@ class Parts:
 
 def main() -> None:
     """Print a table and where it was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="a folder of videos")
-    parser.add_argument("--teacher", action="append", help="default: efficientnet_lite0, torchvision.models:resnet50")
+    parser.add_argument(
+        "--teacher",
+        action="append",
+        help="default: efficientnet_lite0, torchvision.models:resnet50",
+    )
     parser.add_argument("--every", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=8, help="small, so that a short run has many")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="small, so that a short run has many"
+    )
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--decoders", type=int, help="default: as extract-targets")
@@ -153,10 +187,18 @@ def main() -> None:
     for name in args.teacher or ["efficientnet_lite0", "torchvision.models:resnet50"]:
         parts = Parts(args, name)
         parts.fit()
-        rate = medians(in_turn({"decode": parts.decode, "teacher": parts.teach, "whole": parts.whole}, args.rounds))
+        rate = medians(
+            in_turn(
+                {"decode": parts.decode, "teacher": parts.teach, "whole": parts.whole}, args.rounds
+            )
+        )
         busy = medians(parts.processor)
         shared = parts.device.type == "cpu"
-        bound = 1 / (1 / rate["decode"] + 1 / rate["teacher"]) if shared else min(rate["decode"], rate["teacher"])
+        bound = (
+            1 / (1 / rate["decode"] + 1 / rate["teacher"])
+            if shared
+            else min(rate["decode"], rate["teacher"])
+        )
         rows.append(
             [
                 f"{name}, {args.precision}, {parts.device.type}",
@@ -170,7 +212,15 @@ def main() -> None:
             ]
         )
     print(machine())
-    head = ["teacher", "videos", "decoding alone", "teacher alone", "bound", "the whole, frames/s", "ratio"]
+    head = [
+        "teacher",
+        "videos",
+        "decoding alone",
+        "teacher alone",
+        "bound",
+        "the whole, frames/s",
+        "ratio",
+    ]
     print(table([*head, "processor ms a frame"], rows))
 
 

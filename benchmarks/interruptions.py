@@ -5,21 +5,24 @@
 
 Kinds of harm:
 
-    kill-change   kill -9 just before the k-th change of a file that the client makes in Python, k drawn at random
-    kill-moment   kill -9 at a random moment of the work
-    signal        INT, TERM, HUP or PIPE at a random moment of the work
-    kill-child    kill -9, or a segmentation fault, of one process that the command started (a decoder, a loader
-                  process, a dask worker, a process of flow) at a random moment; the command may continue
-    full-disk     a tmpfs of 2 to 90 % of the space that is needed; root only
-    file-limit    no file may have more than 2 to 90 % of the largest file of the result (RLIMIT_FSIZE)
+    kill-change   kill -9 just before the k-th change of a file that the client makes in Python, k
+    drawn at random kill-moment   kill -9 at a random moment of the work signal        INT, TERM,
+    HUP or PIPE at a random moment of the work kill-child    kill -9, or a segmentation fault, of
+    one process that the command started (a decoder, a loader
+                  process, a dask worker, a process of flow) at a random moment; the command may
+                  continue
+    full-disk     a tmpfs of 2 to 90 % of the space that is needed; root only file-limit    no file
+    may have more than 2 to 90 % of the largest file of the result (RLIMIT_FSIZE)
 
-Kills and signals go to the client or its whole process group in turn. The undisturbed run tells when the client changes
-files; moments are drawn from the time of its work and timed from the change before, so that quick commands are hit.
+Kills and signals go to the client or its whole process group in turn. The undisturbed run tells
+when the client changes files; moments are drawn from the time of its work and timed from the change
+before, so that quick commands are hit.
 
-After each harm, all processes of the command must be gone in ten seconds. The same command, run again, must end with
-status 0, and its folder equal that of the undisturbed run: arrays, weights, predictions and copies, and no other file
-left behind. A trial whose command was done before the harm came is drawn again. Needs the demo's teacher and OpenCV
-(`pip install distinit[demo,flow]`). Exit status 0 when nothing fell.
+After each harm, all processes of the command must be gone in ten seconds. The same command, run
+again, must end with status 0, and its folder equal that of the undisturbed run: arrays, weights,
+predictions and copies, and no other file left behind. A trial whose command was done before the
+harm came is drawn again. Needs the demo's teacher and OpenCV (`pip install distinit[demo,flow]`).
+Exit status 0 when nothing fell.
 """
 
 from __future__ import annotations
@@ -56,8 +59,8 @@ REDRAWN = 4  # times that a trial which came too late is drawn again
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 SINGLE_PROCESS = ("kill-change", "kill-moment", "signal", "full-disk", "file-limit")
 KINDS = (*SINGLE_PROCESS, "kill-child")
-# Loaded by every Python that the command starts. In the client, it writes the moment of each change of a file below
-# INTERRUPT_ROOT into a pipe, and kills at one of them.
+# Loaded by every Python that the command starts. In the client, it writes the moment of each change
+# of a file below INTERRUPT_ROOT into a pipe, and kills at one of them.
 COUNTER = """
 import os, struct, sys, time
 if os.environ.get("INTERRUPT_PARENT") == str(os.getppid()):
@@ -112,8 +115,8 @@ axes:
 class Command:
     """A command line without its --out, the name of that, and what is in its folder before it.
 
-    before: copied into the folder under `copied`, or that of --out. beside: the --out of another command that writes
-    there at the same time, and its words.
+    before: copied into the folder under `copied`, or that of --out. beside: the --out of another
+    command that writes there at the same time, and its words.
     """
 
     words: list[str]
@@ -125,15 +128,22 @@ class Command:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What differs between two files or folders, but for what is named or written after the moment."""
+    """What differs between two files or folders, but for what is named or written after the
+    moment."""
     if a.is_dir() and a.suffix == ".zarr":
-        left = [path.name for path in b.rglob("*") if "partial" in path.name or path.name == "staging"]
+        left = [
+            path.name for path in b.rglob("*") if "partial" in path.name or path.name == "staging"
+        ]
         return differences_of_stores(a, b) + left
     if a.is_dir():
         x, y = ({p.name for p in folder.iterdir() if "tfevents" not in p.name} for folder in (a, b))
         found = [f"only in one: {name}" for name in sorted(x ^ y)]
         return found + [part for name in sorted(x & y) for part in differences(a / name, b / name)]
-    read = {".safetensors": load_file, ".h5": tables_of, ".mp4": lambda path: {"": np.fromfile(path, np.uint8)}}
+    read = {
+        ".safetensors": load_file,
+        ".h5": tables_of,
+        ".mp4": lambda path: {"": np.fromfile(path, np.uint8)},
+    }
     if a.suffix not in read:
         return []
     tables, others = (read[a.suffix](path) for path in (a, b))
@@ -143,14 +153,22 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def _bits(values: np.ndarray) -> tuple[object, ...]:
-    return (values.dtype, values.shape, values.tolist() if values.dtype.hasobject else values.tobytes())
+    return (
+        values.dtype,
+        values.shape,
+        values.tolist() if values.dtype.hasobject else values.tobytes(),
+    )
 
 
 def tables_of(path: Path) -> dict[str, np.ndarray]:
     """All data sets of an HDF5 file."""
     tables: dict[str, np.ndarray] = {}
     with h5py.File(path) as file:
-        file.visititems(lambda name, item: tables.update({name: item[()]} if isinstance(item, h5py.Dataset) else {}))
+        file.visititems(
+            lambda name, item: tables.update(
+                {name: item[()]} if isinstance(item, h5py.Dataset) else {}
+            )
+        )
     return {name: np.asarray(values) for name, values in tables.items()}
 
 
@@ -168,7 +186,14 @@ class Started:
     at: its client is killed at this change of a file; group: and with it the whole group.
     """
 
-    def __init__(self, words: list[str], out: Path, environment: dict[str, str], at: int = 0, group: bool = False):
+    def __init__(
+        self,
+        words: list[str],
+        out: Path,
+        environment: dict[str, str],
+        at: int = 0,
+        group: bool = False,
+    ):
         self._moments, moments = os.pipe()
         self._output, output = os.pipe()  # not a file, whose size the kind file-limit would bound
         self.mark = f"{os.getpid()} {time.monotonic()}"
@@ -181,7 +206,10 @@ class Started:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env={**environment, **{f"INTERRUPT_{key}": str(value) for key, value in interrupt.items()}},
+            env={
+                **environment,
+                **{f"INTERRUPT_{key}": str(value) for key, value in interrupt.items()},
+            },
             pass_fds=(moments,),
             cwd=out.parent,
         )
@@ -193,7 +221,8 @@ class Started:
             self._pipes.register(pipe, selectors.EVENT_READ)
 
     def follow(self, change: int | None = None, delay: float = 0.0) -> int | None:
-        """Wait for the end, or until `delay` after a change; returns the status, None where it is still at work."""
+        """Wait for the end, or until `delay` after a change; returns the status, None where it is
+        still at work."""
         until = time.monotonic() + (delay if change == 0 else LONGEST_S)
         while self.process.poll() is None and (left := until - time.monotonic()) > 0:
             self._take(min(left, 0.1))
@@ -227,7 +256,10 @@ class Started:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                ours = process.environ().get("INTERRUPT_MARK") == self.mark and process.pid != self.process.pid
+                ours = (
+                    process.environ().get("INTERRUPT_MARK") == self.mark
+                    and process.pid != self.process.pid
+                )
                 found += [process] if ours and process.status() != psutil.STATUS_ZOMBIE else []
         return found
 
@@ -268,15 +300,24 @@ class Workplace:
         for folder in sorted(folder for folder in CORPUS.iterdir() if folder.is_dir())[:2]:
             for number, clip in enumerate(sorted(folder.glob("*.mp4"))[: clips // 2]):
                 shutil.copy(clip, self.videos / f"{folder.name}-{number}.mp4")
-                labels.append(f"{folder.name}-{number}.mp4,{folder.name},{'test' if number % 3 == 0 else 'train'}")
+                labels.append(
+                    f"{folder.name}-{number}.mp4,{folder.name},{'test' if number % 3 == 0 else 'train'}"
+                )
         (root / "labels.csv").write_text("\n".join(labels) + "\n")
         (root / "plan.yaml").write_text(PLAN)
-        for folder, text in (("modules/teachers.py", TEACHERS), ("modules/sitecustomize.py", COUNTER)):
+        for folder, text in (
+            ("modules/teachers.py", TEACHERS),
+            ("modules/sitecustomize.py", COUNTER),
+        ):
             (root / "modules").mkdir(exist_ok=True)
             (root / folder).write_text(text)
         # This package from where it is imported here, whatever the working folder.
         path = [str(root / "modules"), str(CORPUS.parents[2]), os.environ.get("PYTHONPATH", "")]
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+        self.environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        }
 
     def commands(self) -> dict[str, Command]:
         """All commands by name; `recipes` are those that make what others start from."""
@@ -285,18 +326,30 @@ class Workplace:
         tiny, other = (["--teacher", name, "--teacher-option", f"{name}:k=200"] for name in names)
         extract = ["extract-targets", videos, "--every", "1", "--shard-rows", "256", *tiny]
         more = [*extract, *other]
-        part, parts = [[*extract, "--part", f"{i}/2"] for i in (1, 2)], [self.base / f"part{i}.zarr" for i in (1, 2)]
+        part, parts = (
+            [[*extract, "--part", f"{i}/2"] for i in (1, 2)],
+            [self.base / f"part{i}.zarr" for i in (1, 2)],
+        )
         student = [f"--set={key}={value}" for key, value in STUDENT.items()]
         train = ["train-student", "--targets", str(one), *student, LOOP, "--resume", "auto"]
         labels = ["--dataset", f"csv:{self.root / 'labels.csv'}", "--root", videos]
         finetune = ["finetune", *labels, *student, TEST, LOOP, "--resume", "auto"]
         dataset = f"csv:{self.root / 'labels.csv'}={videos}"
-        ablate = ["ablate", str(self.root / "plan.yaml"), "--targets", str(one), "--dataset", dataset]
+        ablate = [
+            "ablate",
+            str(self.root / "plan.yaml"),
+            "--targets",
+            str(one),
+            "--dataset",
+            dataset,
+        ]
         prepare = ["prepare", videos, "--workers", "2"]
         merge = ["targets", "merge", *map(str, parts)]
         export = ["targets", "export", str(one)]
         failed = self.base / "failed.zarr"
-        self.recipes = {one: extract, run: finetune, failed: extract} | dict(zip(parts, part, strict=True))
+        self.recipes = {one: extract, run: finetune, failed: extract} | dict(
+            zip(parts, part, strict=True)
+        )
         demo = ["extract-targets", videos, "--teacher", "efficientnet_lite0", "--every", "8"]
         first = ["targets", "export", "s.zarr", "--teacher", "teachers-teacher"]
         changing = {"before": one, "copied": "s.zarr", "beside": ("s.zarr", more)}
@@ -345,7 +398,8 @@ class Workplace:
 
 
 def _size(path: Path, biggest: bool = False) -> int:
-    """Bytes of a file or of all files of a folder, in whole pages as a tmpfs needs; or of its biggest file."""
+    """Bytes of a file or of all files of a folder, in whole pages as a tmpfs needs; or of its
+    biggest file."""
     sizes = [each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file()]
     return max(sizes) if biggest else sum(-(-size // 4096) * 4096 for size in sizes)
 
@@ -356,7 +410,9 @@ class Trials:
     def __init__(self, place: Workplace, seed: int) -> None:
         self.place, self.random, self.number = place, random.Random(seed), 0
         self.commands = place.commands()
-        self.moments: dict[str, list[float]] = {}  # of the changes of the undisturbed run, and of its end
+        self.moments: dict[
+            str, list[float]
+        ] = {}  # of the changes of the undisturbed run, and of its end
 
     def _prepared(self, command: Command, folder: Path) -> Path:
         """The --out of a command, in a folder that holds what it starts from."""
@@ -390,11 +446,15 @@ class Trials:
             if kind == "full-disk":
                 before = _size(command.before) if command.before else 0
                 size = before + int((_size(whole) - before) * self.random.uniform(0.02, 0.9)) + 4096
-                subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+                subprocess.run(
+                    ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True
+                )
                 stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
             out = self._prepared(command, folder)
             at = self.random.randint(1, len(self.moments[name]) - 1) if kind == "kill-change" else 0
-            beside = command.beside and Started(command.beside[1], folder / command.beside[0], self.place.environment)
+            beside = command.beside and Started(
+                command.beside[1], folder / command.beside[0], self.place.environment
+            )
             started = Started(command.words, out, self.place.environment, at, group=self._group())
             try:
                 getattr(self, "_" + kind.replace("-", "_"))(name, started)
@@ -419,9 +479,13 @@ class Trials:
         if started.process.returncode != -signal.SIGKILL:
             raise TooLate
 
-    def _kill_moment(self, name: str, started: Started, number: signal.Signals = signal.SIGKILL) -> None:
+    def _kill_moment(
+        self, name: str, started: Started, number: signal.Signals = signal.SIGKILL
+    ) -> None:
         self._wait(name, started)
-        os.killpg(started.process.pid, number) if self._group() else started.process.send_signal(number)
+        os.killpg(started.process.pid, number) if self._group() else started.process.send_signal(
+            number
+        )
         started.end(GONE_S if number == signal.SIGKILL else 60)
 
     def _signal(self, name: str, started: Started) -> None:
@@ -433,7 +497,9 @@ class Trials:
         if not family:
             raise TooLate
         with suppress(psutil.NoSuchProcess):
-            self.random.choice(family).send_signal(self.random.choice((signal.SIGKILL, signal.SIGSEGV)))
+            self.random.choice(family).send_signal(
+                self.random.choice((signal.SIGKILL, signal.SIGSEGV))
+            )
         status = started.follow()
         started.end()
         if status not in (0, 1):
@@ -468,7 +534,9 @@ class Trials:
 
 def main() -> int:
     """Exit status 0 when nothing fell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=2, help="of each kind for each command")
     parser.add_argument("--commands", nargs="+", help="default all")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
@@ -476,7 +544,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no trial after so many")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    # A shell that starts this in the background, or nohup, has its children ignore some; the commands must not.
+    # A shell that starts this in the background, or nohup, has its children ignore some; the
+    # commands must not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if os.geteuid():
@@ -487,7 +556,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="distinit-interrupt-") as root:
         trials = Trials(Workplace(Path(root).resolve(), args.clips), args.seed)
         names = args.commands or list(trials.commands)
-        for name, kind in args.trials * [(n, k) for k in args.kinds for n in names if k in trials.commands[n].kinds]:
+        for name, kind in args.trials * [
+            (n, k) for k in args.kinds for n in names if k in trials.commands[n].kinds
+        ]:
             for _ in range(REDRAWN):
                 if time.monotonic() - began > 60 * args.minutes:
                     break
@@ -508,7 +579,10 @@ def main() -> int:
     )
     print(f"{'tried / equal':18}" + "".join(f"{kind:>14}" for kind in args.kinds))
     for name in names:
-        print(f"{name:18}" + "".join(f"{f'{tried[name, k]} / {equal[name, k]}':>14}" for k in args.kinds))
+        print(
+            f"{name:18}"
+            + "".join(f"{f'{tried[name, k]} / {equal[name, k]}':>14}" for k in args.kinds)
+        )
     print(f"fell: {len(fell)}")
     for line in fell:
         print(f"  {line}")

@@ -2,10 +2,10 @@
 
     python benchmarks/kill_and_resume.py SOURCE… --teacher efficientnet_lite0 --kills 20 --workers 2 --who both
 
-`kill -9` goes to the client (`--who client`; without workers that is all there is, and its decoders end
-with it), to a random dask worker (`worker`; the run goes on), or to a worker and then the client (`both`).
-The comparison reads both stores with plain zarr: every array, every row, bit for bit. The result goes to
-docs/benchmarks.md.
+`kill -9` goes to the client (`--who client`; without workers that is all there is, and its decoders
+end with it), to a random dask worker (`worker`; the run goes on), or to a worker and then the
+client (`both`). The comparison reads both stores with plain zarr: every array, every row, bit for
+bit. The result goes to docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -40,13 +40,23 @@ def command(args: argparse.Namespace, out: Path) -> list[str]:
 def differences(a: Path, b: Path) -> list[str]:
     """Arrays of two stores that differ in shape or in any bit of any row."""
     found = []
-    arrays = sorted(p.parent.relative_to(a).as_posix() for p in a.rglob("zarr.json") if '"array"' in p.read_text())
-    others = sorted(p.parent.relative_to(b).as_posix() for p in b.rglob("zarr.json") if '"array"' in p.read_text())
+    arrays = sorted(
+        p.parent.relative_to(a).as_posix()
+        for p in a.rglob("zarr.json")
+        if '"array"' in p.read_text()
+    )
+    others = sorted(
+        p.parent.relative_to(b).as_posix()
+        for p in b.rglob("zarr.json")
+        if '"array"' in p.read_text()
+    )
     if arrays != others:
         return [f"other arrays: {sorted(set(arrays) ^ set(others))}"]
     for name in arrays:
         x, y = (np.asarray(zarr.open_array(root / name, mode="r")[:]) for root in (a, b))
-        same = x.shape == y.shape and (x.tobytes() == y.tobytes() if x.dtype.kind in "iufb" else bool((x == y).all()))
+        same = x.shape == y.shape and (
+            x.tobytes() == y.tobytes() if x.dtype.kind in "iufb" else bool((x == y).all())
+        )
         if not same:
             found.append(name)
     return found
@@ -85,8 +95,11 @@ def kill_one(process: subprocess.Popen[bytes], who: str, rng: random.Random) -> 
     return bool(workers)
 
 
-def one_run(words: list[str], victims: tuple[str, ...], seconds: float, rng: random.Random) -> tuple[list[str], bool]:
-    """Run the command, kill the victims at random moments; returns who was killed and whether it ended well."""
+def one_run(
+    words: list[str], victims: tuple[str, ...], seconds: float, rng: random.Random
+) -> tuple[list[str], bool]:
+    """Run the command, kill the victims at random moments; returns who was killed and whether it
+    ended well."""
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(words, stderr=said)
         killed = []
@@ -103,20 +116,26 @@ def one_run(words: list[str], victims: tuple[str, ...], seconds: float, rng: ran
         if code not in (0, -signal.SIGKILL):
             said.seek(0)
             sys.stderr.buffer.write(said.read())
-            raise SystemExit(f"the extraction ended with status {code} after these kills: {', '.join(killed)}")
+            raise SystemExit(
+                f"the extraction ended with status {code} after these kills: {', '.join(killed)}"
+            )
         return killed, code == 0
 
 
 def main() -> int:
     """Exit status 0 when the stores are equal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sources", nargs="+")
     parser.add_argument("--teacher", action="append", required=True)
     parser.add_argument("--kills", type=int, default=5, help="how often each of them is killed")
     parser.add_argument("--workers", type=int, default=0, help="dask workers; 0: none")
     parser.add_argument("--who", choices=tuple(VICTIMS), default="client")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--extra", action="append", default=[], help="more words for extract-targets, one each")
+    parser.add_argument(
+        "--extra", action="append", default=[], help="more words for extract-targets, one each"
+    )
     args = parser.parse_args()
     if args.who != "client" and not args.workers:
         parser.error(f"--who {args.who} needs --workers")
@@ -135,7 +154,10 @@ def main() -> int:
             killed, ended = one_run(words, VICTIMS[args.who], seconds, rng)
             kills.update(text.split()[0] for text in killed)
             nodes = len(list(broken.glob("commits/frames/*/zarr.json")))
-            print(f"killed: {', '.join(killed) or 'nothing in time'}; {nodes} shards committed", flush=True)
+            print(
+                f"killed: {', '.join(killed) or 'nothing in time'}; {nodes} shards committed",
+                flush=True,
+            )
             if ended:  # compare, and begin anew, so that every kill hits a run at work
                 check(whole, broken)
                 compared += 1
@@ -146,7 +168,9 @@ def main() -> int:
         print(f"the stores are in {work}")
         raise
     counts = ", ".join(f"{n} kills of a {who}" for who, n in kills.items())
-    print(f"{counts}: {compared + 1} finished stores, each equal to the undisturbed one, array by array")
+    print(
+        f"{counts}: {compared + 1} finished stores, each equal to the undisturbed one, array by array"
+    )
     shutil.rmtree(work)
     return 0
 

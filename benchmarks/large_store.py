@@ -1,12 +1,13 @@
-"""Seconds and memory to open a store of a million videos and a hundred million rows, and to read its first pick.
+"""Seconds and memory to open a store of a million videos and a hundred million rows, and to read
+its first pick.
 
     python benchmarks/large_store.py --videos 1000000 --keep big.zarr    # makes it (some 15 minutes), then measures
     python benchmarks/large_store.py --reuse big.zarr                    # measures again
 
-The store is made by the writer that extraction uses: real tables of videos, segments and frames, a commit for every
-shard of the frames and of one teacher. Its logits are NaN, which takes no space, but for the last shard. Each
-opening is a process of its own; the files are in the page cache. Goal: under 3 s and 600 MB (peak resident memory of
-the process, all imports included).
+The store is made by the writer that extraction uses: real tables of videos, segments and frames, a
+commit for every shard of the frames and of one teacher. Its logits are NaN, which takes no space,
+but for the last shard. Each opening is a process of its own; the files are in the page cache. Goal:
+under 3 s and 600 MB (peak resident memory of the process, all imports included).
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from measuring import machine, table, video_columns
 
 from distinit.pipeline.store import layout as fmt
 from distinit.pipeline.store.planning import FrameRange
-from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from distinit.pipeline.store.staging import (
+    FramesPart,
+    ShardResult,
+    TeacherPart,
+    new_staging,
+    stage_array,
+)
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.pipeline.video.sampling import Sampling
 
@@ -51,12 +58,16 @@ print(json.dumps({
 
 def make(root: Path, videos: int, rows: int) -> None:
     """A store of `videos` videos with `rows` cached frames each."""
-    columns = video_columns([f"class_{i % 700:03d}/{i:011x}_{i % 300:06d}.mp4" for i in range(videos)], rows, seed=0)
+    columns = video_columns(
+        [f"class_{i % 700:03d}/{i:011x}_{i % 300:06d}.mp4" for i in range(videos)], rows, seed=0
+    )
     run = {"batch_size": 32}
     with StoreWriter(root, sampling=Sampling().model_dump()) as writer:
         writer.add_videos(columns, [{"name": "big", "root": "/data/big"}])
         writer.add_segments(FrameRange(v, 0, -1, rows) for v in range(videos))
-        writer.add_teacher("t", [f"class {i}" for i in range(CLASSES)], {"identity": {"name": "t"}, "run": run})
+        writer.add_teacher(
+            "t", [f"class {i}" for i in range(CLASSES)], {"identity": {"name": "t"}, "run": run}
+        )
         frames = np.arange(rows) * 4
         order = np.searchsorted(writer.index.shard, np.arange(writer.index.n_shards + 1))
         began = time.monotonic()
@@ -72,25 +83,42 @@ def make(root: Path, videos: int, rows: int) -> None:
             files = [
                 file
                 for spec in fmt.frame_specs()
-                for file in stage_array(folder, spec, shard, values[spec.path.split("/")[-1]], writer.shard_rows)
+                for file in stage_array(
+                    folder, spec, shard, values[spec.path.split("/")[-1]], writer.shard_rows
+                )
             ]
             logits, entropy = fmt.teacher_specs("t", CLASSES)
-            said = stage_array(folder, entropy, shard, np.full(n * rows, 2.5, np.float32), writer.shard_rows)
+            said = stage_array(
+                folder, entropy, shard, np.full(n * rows, 2.5, np.float32), writer.shard_rows
+            )
             if shard == writer.index.n_shards - 1:  # the one that is read
-                said += stage_array(folder, logits, shard, np.ones((n * rows, CLASSES), "f2"), writer.shard_rows)
+                said += stage_array(
+                    folder, logits, shard, np.ones((n * rows, CLASSES), "f2"), writer.shard_rows
+                )
             part = FramesPart(
                 segment=mine.tolist(), first_row=(np.arange(n) * rows).tolist(), rows=[rows] * n,
                 frames=[rows * 4] * n, files=files,
             )  # fmt: skip
-            writer.commit(ShardResult(shard, part, {"t": TeacherPart(rows=n * rows, files=said)}, str(folder)), run)
+            writer.commit(
+                ShardResult(
+                    shard, part, {"t": TeacherPart(rows=n * rows, files=said)}, str(folder)
+                ),
+                run,
+            )
             if shard % 200 == 199:
                 seconds = time.monotonic() - began
-                print(f"{shard + 1} of {writer.index.n_shards} shards, {seconds:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{shard + 1} of {writer.index.n_shards} shards, {seconds:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def main() -> None:
     """Print a table and where it was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--videos", type=int, default=1_000_000)
     parser.add_argument("--rows", type=int, default=100, help="a video")
     parser.add_argument("--rounds", type=int, default=5)
@@ -104,7 +132,9 @@ def main() -> None:
             make(root, args.videos, args.rows)
         found = []
         for _ in range(args.rounds):
-            done = subprocess.run([sys.executable, "-c", OPEN, str(root)], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-c", OPEN, str(root)], check=True, capture_output=True, text=True
+            )
             found.append(json.loads(done.stdout))
     finally:
         if scratch:

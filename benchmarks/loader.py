@@ -4,10 +4,12 @@
     python benchmarks/loader.py /data/clips flat         # ten thousand clips from 2 workers: does memory grow?
     python benchmarks/loader.py /data/clips size         # memory of a worker, and the first batch, by number of videos
 
-`targets` and `flat` take the first --videos of the folder, extract every 4th frame with a small linear teacher of 1000
-classes, and read 8-frame clips from the videos and from prepared copies. `size` makes stores of 10^3 and 10^6
-videos whose paths all lead to a few of the folder's videos. Processor time unless said; contenders take turns.
-Goals: targets under 3 % of the bare decode; memory that neither grows nor depends on the number of videos.
+`targets` and `flat` take the first --videos of the folder, extract every 4th frame with a small
+linear teacher of 1000 classes, and read 8-frame clips from the videos and from prepared copies.
+`size` makes stores of 10^3 and 10^6 videos whose paths all lead to a few of the folder's videos.
+Processor time unless said; contenders take turns.
+Goals: targets under 3 % of the bare decode; memory that neither grows nor depends on the number of
+    videos.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads would spin on a contender's account
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported: its threads would spin on a contender's account
+)
 
 import numpy as np
 import psutil
@@ -76,7 +80,9 @@ def build(source: str, count: int, folder: Path) -> tuple[TargetStore, Path]:
     spec = TeacherSpec(name="linear_teacher:teacher", options={"input_size": "112"})
     quiet = Console(quiet=True)
     sources = [f"v=@{folder / 'list.txt'}"]
-    extract_targets(ExtractConfig(sources=sources, out=folder / "targets.zarr", teachers=[spec]), quiet)
+    extract_targets(
+        ExtractConfig(sources=sources, out=folder / "targets.zarr", teachers=[spec]), quiet
+    )
     prepare(PrepareConfig.model_validate({"sources": sources, "out": folder / "small"}), quiet)
     return TargetStore.open(str(folder / "targets.zarr")), folder / "small"
 
@@ -94,7 +100,12 @@ def targets(source: str, videos: int, rounds: int, count: int) -> None:
             def bare(clips: StudentClips = clips, drawn: list[ClipSample] = drawn) -> float:
                 began = time.process_time()
                 for draw in drawn:
-                    read_clip(clips.file(draw.video), draw.indices, VIEW, crop=Crop(draw.top, draw.left, draw.flip))
+                    read_clip(
+                        clips.file(draw.video),
+                        draw.indices,
+                        VIEW,
+                        crop=Crop(draw.top, draw.left, draw.flip),
+                    )
                 return (time.process_time() - began) / len(drawn) * 1000
 
             def cached(clips: StudentClips = clips) -> float:
@@ -106,13 +117,21 @@ def targets(source: str, videos: int, rounds: int, count: int) -> None:
 
             @torch.inference_mode()
             def online(clips: StudentClips = clips, drawn: list[ClipSample] = drawn) -> float:
-                """The clip, its picked frame at 224 pixels from the video, and a ResNet-50 in fp32, 16 at once."""
+                """The clip, its picked frame at 224 pixels from the video, and a ResNet-50 in fp32,
+                16 at once."""
                 began = time.process_time()
                 few, images = drawn[:16], []
                 for draw in few:
-                    read_clip(clips.file(draw.video), draw.indices, VIEW, crop=Crop(draw.top, draw.left, draw.flip))
+                    read_clip(
+                        clips.file(draw.video),
+                        draw.indices,
+                        VIEW,
+                        crop=Crop(draw.top, draw.left, draw.flip),
+                    )
                     path = store.video_path(draw.video)
-                    images.append(read_frames(path, draw.picked[:1], View(resize=256, crop=224)).images[0])
+                    images.append(
+                        read_frames(path, draw.picked[:1], View(resize=256, crop=224)).images[0]
+                    )
                 net(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(255))
                 return (time.process_time() - began) / len(few) * 1000
 
@@ -121,9 +140,19 @@ def targets(source: str, videos: int, rounds: int, count: int) -> None:
             found |= medians(in_turn({"online ResNet-50, fp32": online}, max(2, rounds // 3)))
             for what, milliseconds in found.items():
                 more = milliseconds / found["bare decode"] - 1
-                rows.append([where, what, f"{milliseconds:.2f}", f"{1000 / milliseconds:.1f}", f"{more:+.1%}"])
+                rows.append(
+                    [
+                        where,
+                        what,
+                        f"{milliseconds:.2f}",
+                        f"{1000 / milliseconds:.1f}",
+                        f"{more:+.1%}",
+                    ]
+                )
         print(machine())
-        print(table(["from", "what", "ms a clip", "clips/s and core", "over the bare decode"], rows))
+        print(
+            table(["from", "what", "ms a clip", "clips/s and core", "over the bare decode"], rows)
+        )
 
 
 def workers_memory() -> list[tuple[float, float]]:
@@ -140,7 +169,10 @@ def flat(source: str, videos: int, count: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         store, small = build(source, videos, Path(name))
         rows: list[list[object]] = []
-        for where, moved, clips_read in (("prepared copies", {"v": str(small)}, count), ("videos", None, count // 5)):
+        for where, moved, clips_read in (
+            ("prepared copies", {"v": str(small)}, count),
+            ("videos", None, count // 5),
+        ):
             clips = StudentClips(sampler_of(store), VIEW, moved)
             steps = EpochBatchSampler(batch_size=10, steps_per_epoch=clips_read // 10, epochs=1)
             began = time.monotonic()
@@ -152,7 +184,19 @@ def flat(source: str, videos: int, count: int) -> None:
                                  f"{time.monotonic() - began:.0f}"])  # fmt: skip
                     print(" | ".join(map(str, rows[-1])), file=sys.stderr, flush=True)
         print(machine())
-        print(table(["from", "clips", "worker 1: MB of its own", "worker 2", "main process: MB", "seconds"], rows))
+        print(
+            table(
+                [
+                    "from",
+                    "clips",
+                    "worker 1: MB of its own",
+                    "worker 2",
+                    "main process: MB",
+                    "seconds",
+                ],
+                rows,
+            )
+        )
 
 
 class OneOfFew(StudentClips):
@@ -191,10 +235,29 @@ def size(source: str, numbers: list[int]) -> None:
                 if step == 40:
                     memory = workers_memory()
             main = psutil.Process().memory_info().rss / 1e6
-            rows.append([number, f"{opened:.2f}", f"{first:.2f}", f"{max(m[0] for m in memory):.0f}", f"{main:.0f}"])
+            rows.append(
+                [
+                    number,
+                    f"{opened:.2f}",
+                    f"{first:.2f}",
+                    f"{max(m[0] for m in memory):.0f}",
+                    f"{main:.0f}",
+                ]
+            )
             print(" | ".join(map(str, rows[-1])), file=sys.stderr, flush=True)
     print(machine())
-    print(table(["videos", "opened in s", "first batch after s", "worker: MB of its own", "main process: MB"], rows))
+    print(
+        table(
+            [
+                "videos",
+                "opened in s",
+                "first batch after s",
+                "worker: MB of its own",
+                "main process: MB",
+            ],
+            rows,
+        )
+    )
 
 
 def _link_logits(shards: Path) -> None:
@@ -208,7 +271,9 @@ def _link_logits(shards: Path) -> None:
 
 def main() -> None:
     """Run one of the three."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="a folder of videos")
     parser.add_argument("what", choices=("targets", "flat", "size"))
     parser.add_argument("--videos", type=int, default=60)

@@ -2,10 +2,11 @@
 
     python benchmarks/make_demo_corpus.py FOLDER [--train 11] [--test 5]
 
-FOLDER holds `labels.csv` with columns path, label, source, split1, split2, split3 (clips of one `source` stand on one
-side only; every clip is tested in one split). The demo uses split1, the smallest proof all three. Of each class and
-side of split1 the clips whose path has the smallest SHA-256 are taken: a fixed choice that nobody made by looking at
-clips or results. Copies have a short side of 128 and keep every frame.
+FOLDER holds `labels.csv` with columns path, label, source, split1, split2, split3 (clips of one
+`source` stand on one side only; every clip is tested in one split). The demo uses split1, the
+smallest proof all three. Of each class and side of split1 the clips whose path has the smallest
+SHA-256 are taken: a fixed choice that nobody made by looking at clips or results. Copies have a
+short side of 128 and keep every frame.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ def choose(rows: list[dict[str, str]], train: int, test: int) -> list[dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=11, help="training clips a class")
     parser.add_argument("--test", type=int, default=5, help="test clips a class")
-    parser.add_argument("--crf", type=int, default=29, help="quality: a lower number is better and larger")
+    parser.add_argument(
+        "--crf", type=int, default=29, help="quality: a lower number is better and larger"
+    )
     args = parser.parse_args()
 
     with open(args.folder / "labels.csv", newline="") as file:
@@ -46,9 +51,12 @@ def main() -> None:
     for row in rows:
         copy = OUT / row["path"]
         copy.parent.mkdir(parents=True, exist_ok=True)
-        # One encoding whatever the machine; the demo reads clips at random, so key frames are close.
+        # One encoding whatever the machine; the demo reads clips at random, so key frames are
+        # close.
         source = str(args.folder / row["path"])
-        transcode(source, str(copy), short_side=128, gop=12, crf=args.crf, extra={"preset": "veryslow"})
+        transcode(
+            source, str(copy), short_side=128, gop=12, crf=args.crf, extra={"preset": "veryslow"}
+        )
     with open(OUT / "labels.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         columns = ["path", "label", "source", "split1", "split2", "split3"]
@@ -59,7 +67,9 @@ def main() -> None:
     (OUT / "unlabelled.txt").write_text("".join(f"{path}\n" for path in unlabelled))
     size = sum((OUT / row["path"]).stat().st_size for row in rows)
     sides = [row["split1"] for row in rows]
-    print(f"{len(rows)} clips ({sides.count('train')} train, {sides.count('test')} test), {size / 1e6:.2f} MB")
+    print(
+        f"{len(rows)} clips ({sides.count('train')} train, {sides.count('test')} test), {size / 1e6:.2f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the benchmarks share: contenders in turn, medians, processor time, and a line that says where."""
+"""What the benchmarks share: contenders in turn, medians, processor time, and a line that says
+where."""
 
 from __future__ import annotations
 
@@ -15,11 +16,16 @@ import psutil
 
 
 def machine() -> str:
-    """Processor, cores, memory, load of the last minute, date: what a figure is worth nothing without."""
+    """Processor, cores, memory, load of the last minute, date: what a figure is worth nothing
+    without."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        models = [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if "model name" in line
+        ]
         name = models[0] if models else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = psutil.virtual_memory().total / 2**30
@@ -29,7 +35,8 @@ def machine() -> str:
 
 
 def in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Values of each contender, one a round, all of them in every round: what disturbs one disturbs all."""
+    """Values of each contender, one a round, all of them in every round: what disturbs one disturbs
+    all."""
     values: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, measure in contenders.items():
@@ -56,7 +63,8 @@ def processor_seconds() -> float:
 
 
 def video_columns(paths: Sequence[str], rows: int, *, seed: int) -> dict[str, Any]:
-    """Return the columns of a store's video table for made-up videos of 10 s, with `rows` cached frames each.
+    """Return the columns of a store's video table for made-up videos of 10 s, with `rows` cached
+    frames each.
 
     seed: of their digests.
     """

@@ -1,14 +1,16 @@
-"""Extraction once and N trainings from the store, against N trainings with the teacher in the loop: hours.
+"""Extraction once and N trainings from the store, against N trainings with the teacher in the loop:
+hours.
 
     python benchmarks/offline_online.py SOURCE --targets STORE [--teacher efficientnet_lite0] [--width 0.25]
         [--size 56] [--batch-size 16] [--steps 8] [--rounds 3] [--videos 300000] [--frames-a-video 62]
         [--epochs 45] [--epoch-clips 1000000]
 
-STORE holds targets of SOURCE by that teacher. Three rates are measured here: frames a second of an extraction of
-SOURCE (the stage itself, with its start), clips a second of training from the store, and clips a second of the
-same training with the teacher run on one frame of each clip, enlarged to its input. The last two take turns.
-The hours follow for a corpus and a schedule, by default the paper's: 300 000 videos of 10 s, every 4th frame
-cached, 45 epochs of a million clips. Both sides train on as many clips and decode the same ones.
+STORE holds targets of SOURCE by that teacher. Three rates are measured here: frames a second of an
+extraction of SOURCE (the stage itself, with its start), clips a second of training from the store,
+and clips a second of the same training with the teacher run on one frame of each clip, enlarged to
+its input. The last two take turns. The hours follow for a corpus and a schedule, by default the
+paper's: 300 000 videos of 10 s, every 4th frame cached, 45 epochs of a million clips. Both sides
+train on as many clips and decode the same ones.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ def extraction_rate(args: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source")
     parser.add_argument("--targets", required=True)
     parser.add_argument("--teacher", default="efficientnet_lite0")
@@ -96,14 +100,29 @@ def main() -> None:
         online.side = teacher.recipe.preprocessing.view.crop
         rates = medians(in_turn({"cached": cached.real, "online": online.real}, args.rounds))
     cached_rate, online_rate = (rates[name] * args.batch_size for name in ("cached", "online"))
-    print(f"extraction {frames:.1f} frames/s; training {cached_rate:.1f} clips/s cached, {online_rate:.1f} online")
+    print(
+        f"extraction {frames:.1f} frames/s; training {cached_rate:.1f} clips/s cached, {online_rate:.1f} online"
+    )
     extraction = args.videos * args.frames_a_video / frames / 3600
     clips = args.epochs * args.epoch_clips / 3600
     rows = []
     for n in TRAININGS:
         offline, loop = extraction + n * clips / cached_rate, n * clips / online_rate
-        rows.append([n, f"{extraction:.0f}", f"{offline:.0f}", f"{loop:.0f}", f"{loop / offline:.2f}"])
-    print(table(["trainings", "extraction, h", "extraction + trainings, h", "teacher in the loop, h", "ratio"], rows))
+        rows.append(
+            [n, f"{extraction:.0f}", f"{offline:.0f}", f"{loop:.0f}", f"{loop / offline:.2f}"]
+        )
+    print(
+        table(
+            [
+                "trainings",
+                "extraction, h",
+                "extraction + trainings, h",
+                "teacher in the loop, h",
+                "ratio",
+            ],
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Random 8-frame clips from originals and from prepared copies: clips a second and core, bytes a second of video.
+"""Random 8-frame clips from originals and from prepared copies: clips a second and core, bytes a
+second of video.
 
     python benchmarks/prepared_clips.py FOLDER [--videos 8] [--seconds 10] [--clips 120]
 
-From the videos of FOLDER, originals of 340x256 are encoded (H.264, x264's defaults: B-frames, one key frame in
-250; and one in 12), and of each of those copies as `distinit prepare` makes them, and variants. Every clip
-is read as a loader reads it the first time it meets a video: nothing is remembered from one clip to the
-next but a set-up decoder. CPU time of this process, the median of `--rounds` rounds in which the contenders
-take turns.
+From the videos of FOLDER, originals of 340x256 are encoded (H.264, x264's defaults: B-frames, one
+key frame in 250; and one in 12), and of each of those copies as `distinit prepare` makes them, and
+variants. Every clip is read as a loader reads it the first time it meets a video: nothing is
+remembered from one clip to the next but a set-up decoder. CPU time of this process, the median of
+`--rounds` rounds in which the contenders take turns.
 """
 
 from __future__ import annotations
@@ -61,17 +62,31 @@ def variant(source: str, target: str, encoder: dict[str, object], extra: dict[st
         info, timeline, renderer = reader.info, reader.timeline(), Renderer()
         height, width = 128, 171
         view = View(resize=(height, width))
-        frames = (prepare._even(renderer.render(frame, view)) for _, _, frame in reader.decode_plain())
-        write_video(target, frames, fps=info.fps, extra={"f": "mp4", "fps_mode": "passthrough", **extra}, **encoder)
+        frames = (
+            prepare._even(renderer.render(frame, view)) for _, _, frame in reader.decode_plain()
+        )
+        write_video(
+            target,
+            frames,
+            fps=info.fps,
+            extra={"f": "mp4", "fps_mode": "passthrough", **extra},
+            **encoder,
+        )
         n = len(timeline)
     offset, key, crc, codec, extradata = prepare._packets(target)
-    record = frame_map.SourceRecord("", 0, 0, n, info.width, info.height, timeline.time_base, timeline.clock)
-    made = frame_map.FrameMap(record, np.arange(n), timeline.pts, offset, key, crc, width, height, codec, extradata)
+    record = frame_map.SourceRecord(
+        "", 0, 0, n, info.width, info.height, timeline.time_base, timeline.clock
+    )
+    made = frame_map.FrameMap(
+        record, np.arange(n), timeline.pts, offset, key, crc, width, height, codec, extradata
+    )
     with open(target, "ab") as file:
         file.write(made.pack())
 
 
-def build(folder: Path, files: list[str], videos: int, seconds: float) -> dict[str, tuple[Read, list[str]]]:
+def build(
+    folder: Path, files: list[str], videos: int, seconds: float
+) -> dict[str, tuple[Read, list[str]]]:
     """Contender → how to read it, and its files, as many for each."""
     source = pictures(files)
     found: dict[str, tuple[Read, list[str]]] = {}

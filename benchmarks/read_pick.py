@@ -1,10 +1,12 @@
-"""Milliseconds a row of reading picks from a warm local store: this package against zarr-python and h5py.
+"""Milliseconds a row of reading picks from a warm local store: this package against zarr-python and
+h5py.
 
     python benchmarks/read_pick.py
 
-A store of random logits (1000 classes, float16, shards of 16384 rows) is written in a temporary folder, and the same
-rows as HDF5. Picks are what a loader reads: 1 or 8 neighbouring cached frames at a random place. Everything is in the
-page cache. Wall time by row, medians of rounds in which all take turns.
+A store of random logits (1000 classes, float16, shards of 16384 rows) is written in a temporary
+folder, and the same rows as HDF5. Picks are what a loader reads: 1 or 8 neighbouring cached frames
+at a random place. Everything is in the page cache. Wall time by row, medians of rounds in which all
+take turns.
 
 Goal: under 0.1 ms a row.
 """
@@ -54,26 +56,42 @@ def contenders(folder: Path, classes: int, rows: int) -> dict[str, Read]:
     """Readers of rows [n] that give float32 logits [n, K]."""
     found: dict[str, Read] = {}
     for encoding in ("float16", "int8"):
-        place, names = folder / encoding / "teachers/t", write(folder / encoding, rows, classes, encoding)
-        arrays = {n: ShardedRows(place / n, json.loads((place / n / "zarr.json").read_bytes())) for n in names}
+        place, names = (
+            folder / encoding / "teachers/t",
+            write(folder / encoding, rows, classes, encoding),
+        )
+        arrays = {
+            n: ShardedRows(place / n, json.loads((place / n / "zarr.json").read_bytes()))
+            for n in names
+        }
         found[f"distinit, {encoding}"] = lambda at, arrays=arrays, encoding=encoding: decode(
             {n: a.read(at) for n, a in arrays.items()}, encoding
         )
     plain = zarr.open_array(folder / "float16/teachers/t/logits", mode="r")
-    found["zarr-python"] = lambda at: np.asarray(plain[int(at[0]) : int(at[-1]) + 1]).astype(np.float32)
+    found["zarr-python"] = lambda at: np.asarray(plain[int(at[0]) : int(at[-1]) + 1]).astype(
+        np.float32
+    )
     with h5py.File(folder / "rows.h5", "w") as file:
-        data = file.create_dataset("logits", (rows, classes), "f2", chunks=(fmt.LOGITS_CHUNK, classes), fletcher32=True)
+        data = file.create_dataset(
+            "logits", (rows, classes), "f2", chunks=(fmt.LOGITS_CHUNK, classes), fletcher32=True
+        )
         for first in range(0, rows, SHARD_ROWS):
             data[first : first + SHARD_ROWS] = plain[first : first + SHARD_ROWS]
     opened = h5py.File(folder / "rows.h5", "r")["logits"]
-    found["h5py, chunks of 16 with a checksum"] = lambda at: opened[int(at[0]) : int(at[-1]) + 1].astype(np.float32)
+    found["h5py, chunks of 16 with a checksum"] = lambda at: opened[
+        int(at[0]) : int(at[-1]) + 1
+    ].astype(np.float32)
     return found
 
 
 def main() -> None:
     """Print a table and where it was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8 * SHARD_ROWS, help=f"a multiple of {SHARD_ROWS}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=int, default=8 * SHARD_ROWS, help=f"a multiple of {SHARD_ROWS}"
+    )
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--picks", type=int, default=300, help="a round")
     parser.add_argument("--rounds", type=int, default=9)
@@ -86,7 +104,11 @@ def main() -> None:
             picks = random.integers(0, args.rows - length, args.picks)[:, None] + np.arange(length)
             expected = [readers["distinit, float16"](rows) for rows in picks[:5]]
             exact = [read for name, read in readers.items() if "int8" not in name]
-            if any((read(rows) != e).any() for read in exact for rows, e in zip(picks[:5], expected, strict=True)):
+            if any(
+                (read(rows) != e).any()
+                for read in exact
+                for rows, e in zip(picks[:5], expected, strict=True)
+            ):
                 raise SystemExit("the readers do not agree")
 
             def measure(read: Read, picks: np.ndarray = picks) -> Callable[[], float]:
@@ -98,7 +120,9 @@ def main() -> None:
 
                 return run
 
-            for name, value in medians(in_turn({n: measure(r) for n, r in readers.items()}, args.rounds)).items():
+            for name, value in medians(
+                in_turn({n: measure(r) for n, r in readers.items()}, args.rounds)
+            ).items():
                 lines.setdefault(name, [name]).append(f"{value:.3f}")
     print(machine())
     print(table(["reader", "ms a row, 1 row", "ms a row, 8 rows at once"], lines.values()))

@@ -3,10 +3,11 @@
     python benchmarks/store_commands.py --videos 25000 100000
     python benchmarks/store_commands.py --videos 1000000 --rounds 1     # an hour
 
-Two cached frames per video and eight classes, one video of a hundred failed: what is measured is the cost per video,
-not per row. Each command is a process of its own, all sizes in every round; medians. "first row" is when the command
-has read or written its first rows. The last column is the time per video compared with that at the first size: above 1
-a command does not scale. `--package DIR` measures another version of distinit (DIR holds the folder `distinit`).
+Two cached frames per video and eight classes, one video of a hundred failed: what is measured is
+the cost per video, not per row. Each command is a process of its own, all sizes in every round;
+medians. "first row" is when the command has read or written its first rows. The last column is the
+time per video compared with that at the first size: above 1 a command does not scale. `--package
+DIR` measures another version of distinit (DIR holds the folder `distinit`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from measuring import machine, table, video_columns
 from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.store import layout as fmt
 from distinit.pipeline.store.planning import FrameRange
-from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from distinit.pipeline.store.staging import (
+    FramesPart,
+    ShardResult,
+    TeacherPart,
+    new_staging,
+    stage_array,
+)
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.pipeline.video.sampling import Sampling
 
@@ -86,26 +93,37 @@ print(json.dumps({
 
 
 def make(root: Path, videos: int, number: int) -> None:
-    """Make a store of `videos` videos, those of another `number` having other names and contents."""
-    columns = video_columns([f"class_{i % 700:03d}/{number}-{i:011x}.mp4" for i in range(videos)], ROWS, seed=number)
+    """Make a store of `videos` videos, those of another `number` having other names and
+    contents."""
+    columns = video_columns(
+        [f"class_{i % 700:03d}/{number}-{i:011x}.mp4" for i in range(videos)], ROWS, seed=number
+    )
     run = {"batch_size": 32}
     with StoreWriter(root, sampling=Sampling().model_dump()) as writer:
         writer.add_videos(columns, [{"name": "big", "root": "/data/big"}])
         writer.add_segments(FrameRange(v, 0, -1, ROWS) for v in range(videos))
-        writer.add_teacher("t", [f"class {i}" for i in range(CLASSES)], {"identity": {"name": "t"}, "run": run})
+        writer.add_teacher(
+            "t", [f"class {i}" for i in range(CLASSES)], {"identity": {"name": "t"}, "run": run}
+        )
         order = np.searchsorted(writer.index.shard, np.arange(writer.index.n_shards + 1))
         for shard in range(writer.index.n_shards):
             mine = np.arange(order[shard], order[shard + 1])
             writer.commit(shard_of(root, writer, shard, mine, number), run)
 
 
-def shard_of(root: Path, writer: StoreWriter, shard: int, mine: np.ndarray, number: int) -> ShardResult:
+def shard_of(
+    root: Path, writer: StoreWriter, shard: int, mine: np.ndarray, number: int
+) -> ShardResult:
     """Stage one shard with the rows of videos `mine`."""
     good = mine % 100 != 3
     counts = np.where(good, ROWS, 0)
     frame = np.tile(np.arange(ROWS) * 4, int(good.sum()))
     values = {"video": np.repeat(mine, counts).astype(np.int32), "index": frame, "pts": frame * 512}
-    z = np.random.default_rng([number, shard]).normal(0, 3, (len(frame), CLASSES)).astype(np.float16)
+    z = (
+        np.random.default_rng([number, shard])
+        .normal(0, 3, (len(frame), CLASSES))
+        .astype(np.float16)
+    )
     folder = new_staging(root, shard)
     logits, nats = fmt.teacher_specs("t", CLASSES)
     said = stage_array(folder, logits, shard, z, writer.shard_rows)
@@ -118,9 +136,13 @@ def shard_of(root: Path, writer: StoreWriter, shard: int, mine: np.ndarray, numb
         failed={int(s): "no frame could be decoded" for s in mine[~good]},
     )
     for spec in fmt.frame_specs():
-        part.files += stage_array(folder, spec, shard, values[spec.path.split("/")[1]], writer.shard_rows)
+        part.files += stage_array(
+            folder, spec, shard, values[spec.path.split("/")[1]], writer.shard_rows
+        )
     error = {"kl_mean": 0.0, "kl_p99": 0.0}
-    return ShardResult(shard, part, {"t": TeacherPart(rows=len(z), files=said, error=error)}, str(folder))
+    return ShardResult(
+        shard, part, {"t": TeacherPart(rows=len(z), files=said, error=error)}, str(folder)
+    )
 
 
 def measured(command: str, stores: list[Path], package: Path | None) -> dict[str, float | None]:
@@ -128,19 +150,25 @@ def measured(command: str, stores: list[Path], package: Path | None) -> dict[str
     environment = {**os.environ, "PYTHONPATH": str(package)} if package else None
     with tempfile.TemporaryDirectory(dir=stores[0].parent) as out:
         arguments = [sys.executable, "-P", "-c", MEASURE, command, *map(str, stores), out]
-        done = subprocess.run(arguments, check=True, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            arguments, check=True, capture_output=True, text=True, env=environment
+        )
     found: dict[str, float | None] = json.loads(done.stdout)
     return found
 
 
 def main() -> None:
     """Print a table and where it was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--videos", type=int, nargs="+", default=[25_000, 100_000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
     parser.add_argument("--package", type=Path)
-    parser.add_argument("--work", type=Path, help="keep the stores in this folder, and use those that are there")
+    parser.add_argument(
+        "--work", type=Path, help="keep the stores in this folder, and use those that are there"
+    )
     args = parser.parse_args()
     scratch = tempfile.TemporaryDirectory(prefix="distinit-commands-")
     work = args.work or Path(scratch.name)
@@ -157,7 +185,9 @@ def main() -> None:
     base: dict[str, float] = {}
     for command, n in rounds[0]:
         every = [each[command, n] for each in rounds]
-        seconds, mb = (statistics.median(float(each[key] or 0) for each in every) for key in ("seconds", "mb"))
+        seconds, mb = (
+            statistics.median(float(each[key] or 0) for each in every) for key in ("seconds", "mb")
+        )
         first = [each["first"] for each in every if each["first"] is not None]
         ratio = seconds / n / base.setdefault(command, seconds / n)
         shown = f"{statistics.median(first):.1f}" if first else "–"

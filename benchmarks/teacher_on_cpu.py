@@ -1,10 +1,12 @@
-"""Frames a second of a teacher on a CPU: batches in threads of their own against torch's threads, idle and busy cores.
+"""Frames a second of a teacher on a CPU: batches in threads of their own against torch's threads,
+idle and busy cores.
 
     python benchmarks/teacher_on_cpu.py --teacher efficientnet_lite0
 
-Each contender is a process of its own that runs the teacher for some seconds, alone and beside as many processes that
-compute without end as there are cores (which is what decoders are to it). `malloc's default` is the way stage one goes
-without `keep_freed_memory`. Medians of rounds in which all take turns.
+Each contender is a process of its own that runs the teacher for some seconds, alone and beside as
+many processes that compute without end as there are cores (which is what decoders are to it).
+`malloc's default` is the way stage one goes without `keep_freed_memory`. Medians of rounds in which
+all take turns.
 """
 
 from __future__ import annotations
@@ -55,12 +57,18 @@ else:
             future.result()
 print(rows / (time.perf_counter() - began))
 """
-WAYS = {"batches in threads": "threads", "the same, malloc's default": "default", "torch's threads": "torch"}
+WAYS = {
+    "batches in threads": "threads",
+    "the same, malloc's default": "default",
+    "torch's threads": "torch",
+}
 
 
 def main() -> None:
     """Print a table and where it was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--teacher", default="efficientnet_lite0")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=5)
@@ -69,11 +77,25 @@ def main() -> None:
 
     def measure(way: str, busy: int) -> Callable[[], float]:
         def run() -> float:
-            others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+            others = [
+                subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)
+            ]
             try:
                 time.sleep(0.2)
-                words = [sys.executable, "-c", RUN, args.teacher, way, str(args.batch_size), str(args.seconds)]
-                return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
+                words = [
+                    sys.executable,
+                    "-c",
+                    RUN,
+                    args.teacher,
+                    way,
+                    str(args.batch_size),
+                    str(args.seconds),
+                ]
+                return float(
+                    subprocess.run(
+                        words, check=True, capture_output=True, text=True
+                    ).stdout.split()[-1]
+                )
             finally:
                 for other in others:
                     other.kill()

@@ -2,11 +2,13 @@
 
     python benchmarks/tolerances.py FOLDER
 
-Entropy against stored logits: how far an entropy of float32 logits is off that of the stored ones, beyond what
-`entropy_tolerance` grants to rounding at first order (its constant must be above it). On logits from nearly
-certain to nearly uniform, of 2 to 20 000 classes, and on those of the videos.
-`--deep`: how far the logits of the same frames are off in another batch size and in bf16, and those of the next
-frame: root mean square over the classes, in standard deviations of the row; medians and extremes over rows.
+Entropy against stored logits: how far an entropy of float32 logits is off that of the stored ones,
+beyond what `entropy_tolerance` grants to rounding at first order (its constant must be above it).
+On logits from nearly certain to nearly uniform, of 2 to 20 000 classes, and on those of the videos.
+`--deep`: how far the logits of the same frames are off in another batch size and in bf16, and those
+of the next
+frame: root mean square over the classes, in standard deviations of the row; medians and extremes
+    over rows.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ def frames_of(folder: str, view, count: int) -> np.ndarray:
         try:
             with VideoReader(listed.absolute(i)) as reader:
                 renderer = reader.info.renderer()
-                pair = [renderer.render(f, view).copy() for _, _, f in reader.frames_at(np.array([4, 8]))]
+                pair = [
+                    renderer.render(f, view).copy()
+                    for _, _, f in reader.frames_at(np.array([4, 8]))
+                ]
         except (VideoError, IndexError, ValueError):
             continue
         found += pair if len(pair) == 2 else []
@@ -53,7 +58,9 @@ def beyond(logits: np.ndarray, encoding: str) -> float:
 
 def main() -> None:
     """Print two tables and where they were measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="a folder of videos")
     parser.add_argument("--teacher", default="efficientnet_lite0")
     parser.add_argument("--frames", type=int, default=128)
@@ -61,7 +68,9 @@ def main() -> None:
     torch.set_num_threads(1)
     teacher = load_teacher(TeacherSpec(name=args.teacher))
     images = frames_of(args.source, teacher.view, args.frames)
-    real = np.concatenate([teacher.logits(images[i : i + 32]).numpy() for i in range(0, len(images), 32)])
+    real = np.concatenate(
+        [teacher.logits(images[i : i + 32]).numpy() for i in range(0, len(images), 32)]
+    )
     random = np.random.default_rng(0)
     rows = []
     for encoding in ("float16", "int8"):
@@ -81,9 +90,13 @@ def main() -> None:
         far = np.sqrt(((other - here) ** 2).mean(axis=1)) / scale
         return [f"{v:.2g}" for v in (far.min(), np.median(far), far.max())]
 
-    eight = np.concatenate([teacher.logits(images[i : i + 8]).numpy() for i in range(0, len(images), 8)])
+    eight = np.concatenate(
+        [teacher.logits(images[i : i + 8]).numpy() for i in range(0, len(images), 8)]
+    )
     half = load_teacher(TeacherSpec(name=args.teacher)).to(torch.device("cpu"), "bf16")
-    bf16 = np.concatenate([half.logits(images[i : i + 32]).numpy() for i in range(0, len(images), 32)])
+    bf16 = np.concatenate(
+        [half.logits(images[i : i + 32]).numpy() for i in range(0, len(images), 32)]
+    )
     lines = [
         ["batches of 8 instead of 32, fp32", *off(eight)],
         ["bf16 instead of fp32", *off(bf16)],

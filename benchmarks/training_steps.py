@@ -1,12 +1,13 @@
-"""Steps of training with real clips and with a batch that is always there: does the loader hold the student up?
+"""Steps of training with real clips and with a batch that is always there: does the loader hold the
+student up?
 
     python benchmarks/training_steps.py --targets STORE [--student r2plus1d_18] [--width 0.25] [--size 56]
         [--batch-sizes 16] [--workers 0 1] [--steps 20] [--rounds 3] [--device cuda]
 
-Both are the loop's own step: objective, backward, clipping, optimizer. "at once": the first real batch again and
-again, on the device already. The two take turns. On a GPU every batch size is also run in bf16, with and without
-channels-last memory and torch.compile, and the achieved FLOP/s are set against those of a large product of
-matrices in the same type on the same device.
+Both are the loop's own step: objective, backward, clipping, optimizer. "at once": the first real
+batch again and again, on the device already. The two take turns. On a GPU every batch size is also
+run in bf16, with and without channels-last memory and torch.compile, and the achieved FLOP/s are
+set against those of a large product of matrices in the same type on the same device.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def wait(device: torch.device) -> None:
 class Trainer:
     """One student and the steps that are timed."""
 
-    def __init__(self, args: argparse.Namespace, store: TargetStore, options: LoopOptions, workers: int) -> None:
+    def __init__(
+        self, args: argparse.Namespace, store: TargetStore, options: LoopOptions, workers: int
+    ) -> None:
         self.options, self.workers = options, workers
         self.device = resolve_device(options.device)
         heads = {name: len(teacher.classes) for name, teacher in store.teachers.items()}
@@ -72,7 +75,9 @@ class Trainer:
         self.shape = (options.batch_size, 3, args.frames, args.size, args.size)
         self.cost = footprint(student, self.shape)
         self.model = wrap(student, options, self.device, SINGLE_PROCESS).train()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True
+        )
         self.objective = Distillation(tuple(heads))
         self.clips = student_clips(store, frames=args.frames, size=args.size, epoch_clips=10**6)
         self.steps = args.steps
@@ -80,7 +85,16 @@ class Trainer:
         self.batch = next(read_batches(self.clips, keys, workers=0, device=self.device))
 
     def step(self, batch: dict[str, Any]) -> None:
-        take_step(self.model, self.objective, self.optimizer, batch, 1e-3, self.options, self.device, SINGLE_PROCESS)
+        take_step(
+            self.model,
+            self.objective,
+            self.optimizer,
+            batch,
+            1e-3,
+            self.options,
+            self.device,
+            SINGLE_PROCESS,
+        )
 
     def at_once(self) -> float:
         """Steps a second with a batch that lies on the device."""
@@ -89,9 +103,14 @@ class Trainer:
         return self._rate(itertools.repeat(ready))
 
     def real(self) -> float:
-        """Steps a second with clips read and decoded, from the start of the loader's workers on warm."""
-        keys = EpochBatchSampler(batch_size=self.options.batch_size, steps_per_epoch=self.steps + WARM_UP, epochs=1)
-        with closing(read_batches(self.clips, keys, workers=self.workers, device=self.device)) as batches:
+        """Steps a second with clips read and decoded, from the start of the loader's workers on
+        warm."""
+        keys = EpochBatchSampler(
+            batch_size=self.options.batch_size, steps_per_epoch=self.steps + WARM_UP, epochs=1
+        )
+        with closing(
+            read_batches(self.clips, keys, workers=self.workers, device=self.device)
+        ) as batches:
             return self._rate(batches)
 
     def _rate(self, batches: Iterator[dict[str, Any]]) -> float:
@@ -117,7 +136,9 @@ def settings(device: torch.device) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--targets", required=True)
     parser.add_argument("--student", default="r2plus1d_18")
     parser.add_argument("--width", type=float, default=1.0)
@@ -135,11 +156,17 @@ def main() -> None:
     if device.type == "cuda":
         print(torch.cuda.get_device_name(device), torch.__version__)
     rows = []
-    for batch_size, workers, chosen in itertools.product(args.batch_sizes, args.workers, settings(device)):
-        options = LoopOptions(batch_size=batch_size, device=args.device, clip_norm=5, epoch_clips=10**6, **chosen)
+    for batch_size, workers, chosen in itertools.product(
+        args.batch_sizes, args.workers, settings(device)
+    ):
+        options = LoopOptions(
+            batch_size=batch_size, device=args.device, clip_norm=5, epoch_clips=10**6, **chosen
+        )
         with torch_threads(None, workers, device):
             trainer = Trainer(args, store, options, workers)
-            found = medians(in_turn({"real": trainer.real, "at once": trainer.at_once}, args.rounds))
+            found = medians(
+                in_turn({"real": trainer.real, "at once": trainer.at_once}, args.rounds)
+            )
             peak = matrix_rate(device, options.precision, 8192 if device.type == "cuda" else 1024)
         flops = trainer.cost.flops * found["at once"] if trainer.cost else float("nan")
         rows.append(

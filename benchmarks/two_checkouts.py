@@ -1,10 +1,12 @@
-"""Processor and wall time of whole commands in two checkouts of distinit, one after the other: what does a change cost?
+"""Processor and wall time of whole commands in two checkouts of distinit, one after the other: what
+does a change cost?
 
     python benchmarks/two_checkouts.py ../before . --videos /data/clips --rounds 5
 
-Every command runs in a process of its own in both checkouts, in turn, on the same inputs; printed are the medians and
-the median of the ratios round by round (second over first).  `{out}` is a fresh folder per run, `{store}` and
-`{student}` are made once by the first checkout. Commands that only one of them knows are named and left out.
+Every command runs in a process of its own in both checkouts, in turn, on the same inputs; printed
+are the medians and the median of the ratios round by round (second over first).  `{out}` is a fresh
+folder per run, `{store}` and `{student}` are made once by the first checkout. Commands that only
+one of them knows are named and left out.
 """
 
 from __future__ import annotations
@@ -46,13 +48,17 @@ def run(checkout: Path, words: list[str], scratch: Path) -> tuple[float, float]:
     )  # fmt: skip
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != 0:
-        raise RuntimeError(f"{checkout}: {shlex.join(words)}: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(
+            f"{checkout}: {shlex.join(words)}: {done.stderr.strip().splitlines()[-1]}"
+        )
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
     """Print a table of the commands."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     parser.add_argument("--videos", required=True, help="a folder of videos")
@@ -62,22 +68,39 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         values = {"videos": os.path.abspath(args.videos), "store": f"{scratch}/store/s.zarr"}
-        run(args.first, shlex.split(COMMANDS["extract-targets"].format(**values, out=f"{scratch}/store")), scratch)
+        run(
+            args.first,
+            shlex.split(COMMANDS["extract-targets"].format(**values, out=f"{scratch}/store")),
+            scratch,
+        )
         rows = []
         for command in args.only:
             times: dict[Path, list[tuple[float, float]]] = {args.first: [], args.second: []}
             for turn in range(args.rounds):
-                for checkout in (args.first, args.second) if turn % 2 else (args.second, args.first):
+                for checkout in (
+                    (args.first, args.second) if turn % 2 else (args.second, args.first)
+                ):
                     with tempfile.TemporaryDirectory(dir=scratch) as out:
                         words = shlex.split(COMMANDS[command].format(**values, out=out))
                         times[checkout].append(run(checkout, words, scratch))
             first, second = (list(zip(*times[c], strict=True)) for c in (args.first, args.second))
-            ratios = [statistics.median(b / a for a, b in zip(first[k], second[k], strict=True)) for k in (0, 1)]
+            ratios = [
+                statistics.median(b / a for a, b in zip(first[k], second[k], strict=True))
+                for k in (0, 1)
+            ]
             cells = [f"{statistics.median(v):.1f}" for v in (*first, *second)]
             rows.append([command, *cells, *(f"{ratio:.3f}" for ratio in ratios)])
             print("; ".join(map(str, rows[-1])), file=sys.stderr)
     print(machine())
-    head = ["command", "wall s", "processor s", "second: wall s", "processor s", "ratio of wall", "ratio of processor"]
+    head = [
+        "command",
+        "wall s",
+        "processor s",
+        "second: wall s",
+        "processor s",
+        "ratio of wall",
+        "ratio of processor",
+    ]
     print(table(head, rows))
 
 

@@ -1,4 +1,5 @@
-"""Ablations: a grid of stages two and three over one store. No teacher is loaded, the store is only read."""
+"""Ablations: a grid of stages two and three over one store. No teacher is loaded, the store is only
+read."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ from ..pipeline.training.distillation_options import TrainConfig
 from .finetune import FinetuneConfig, finetune
 from .train_student import train_student
 
-COMMANDS: Commands = {"train-student": (TrainConfig, train_student), "finetune": (FinetuneConfig, finetune)}
+COMMANDS: Commands = {
+    "train-student": (TrainConfig, train_student),
+    "finetune": (FinetuneConfig, finetune),
+}
 
 
 class AblateConfig(Options):
@@ -33,31 +37,38 @@ class AblateConfig(Options):
     plan: str = Field(description="a YAML file, or the name of a plan that ships with the package")
     store: StoreAddress = Field(description="the target store")
     out: str = Field(description="the folder of all runs")
-    datasets: list[str] | None = Field(default=None, description="csv:FILE, folder:DIR, hmdb51=DIR, …")
+    datasets: list[str] | None = Field(
+        default=None, description="csv:FILE, folder:DIR, hmdb51=DIR, …"
+    )
     splits: list[int] | None = None
     seeds: list[int] | None = None
-    moved: dict[str, str] = Field(default_factory=dict, description="corpus: folder where it lies now")
-    base: dict[str, dict[str, Any]] = Field(default_factory=dict, description="sections laid over the plan's base")
-    workers: int | None = Field(default=None, ge=1, description="runs side by side, each a dask worker's")
+    moved: dict[str, str] = Field(
+        default_factory=dict, description="corpus: folder where it lies now"
+    )
+    base: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="sections laid over the plan's base"
+    )
+    workers: int | None = Field(
+        default=None, ge=1, description="runs side by side, each a dask worker's"
+    )
     scheduler: str | None = Field(default=None, description="address of an existing dask scheduler")
     dry_run: bool = False
 
     @model_validator(mode="after")
     def _one_cluster(self) -> AblateConfig:
         if self.workers is not None and self.scheduler is not None:
-            raise ValueError("give --workers (a local cluster) or --scheduler (an existing one), not both")
+            raise ValueError(
+                "give --workers (a local cluster) or --scheduler (an existing one), not both"
+            )
         return self
 
 
-
-
-
-
 def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
-    """Runs the cells of a plan that are not done, and says what became of each. What is done is left alone.
+    """Runs the cells of a plan that are not done, and says what became of each. What is done is
+    left alone.
 
-    Raises UsageError (the plan, a config that does not hold), StoreError, LabelsError; DistInitError at the end if a
-    cell failed, after all others.
+    Raises UsageError (the plan, a config that does not hold), StoreError, LabelsError;
+    DistInitError at the end if a cell failed, after all others.
     """
     check_local(config.out)
     plan = read_plan(config.plan, config.base)
@@ -66,9 +77,16 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
         raise UsageError("the plan names no data set: give --dataset")
     store = TargetStore.open(config.store)
     check_moved(store, config.moved)
-    maker = StepMaker(store, {name: os.path.abspath(folder) for name, folder in config.moved.items()}, COMMANDS)
+    maker = StepMaker(
+        store, {name: os.path.abspath(folder) for name, folder in config.moved.items()}, COMMANDS
+    )
     work = []
-    for cell in cells(plan, datasets=datasets, seeds=config.seeds or plan.seeds, splits=config.splits or plan.splits):
+    for cell in cells(
+        plan,
+        datasets=datasets,
+        seeds=config.seeds or plan.seeds,
+        splits=config.splits or plan.splits,
+    ):
         student = maker.student(cell) if cell.needs_student else None
         work.append(Work(cell, student, maker.finetuning(cell, student)))
     out = Path(os.path.abspath(config.out))
@@ -80,7 +98,9 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
         f"{plan.title}: {len(work)} cells of {len(steps)} runs, {len(steps) - len(open_steps)} of these done already"
     )
     if config.dry_run:
-        return show_cost(progress.records(), [each.steps for each in work], out, progress.seconds, console)
+        return show_cost(
+            progress.records(), [each.steps for each in work], out, progress.seconds, console
+        )
     with folder_lock(out):
         write_config(out / "config.yaml", "ablate", config)
         progress.write()
@@ -107,7 +127,9 @@ def _run_here(steps: list[Step], progress: Progress, console: Console) -> None:
         except TrainingInterrupted:
             raise
         except Exception as error:  # whatever a step meets, the others go on
-            progress.failed[step.key] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            progress.failed[step.key] = (
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            )
             console.warn(f"{step.folder} failed: {progress.failed[step.key]}")
         finally:
             progress.took(step, time.monotonic() - began)
@@ -123,5 +145,7 @@ def _summary(progress: Progress, out: Path, console: Console) -> dict[str, Any]:
             f"{len(failed)} of {len(records)} cells failed, all others are done; the same command tries them again; "
             f"the first, {first['row']}, {first['dataset']}, seed {first['seed']}: {first['reason']}"
         )
-    console.say(f"{len(records)} cells are done; `distinit report {out} --out report` makes tables of them")
+    console.say(
+        f"{len(records)} cells are done; `distinit report {out} --out report` makes tables of them"
+    )
     return {"out": str(out), "cells": records}

@@ -1,4 +1,5 @@
-"""The whole pipeline on the small corpus that ships with the package, through the stages everyone uses."""
+"""The whole pipeline on the small corpus that ships with the package, through the stages everyone
+uses."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class DemoConfig(Options):
 
 
 def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
-    """Extract, distil, finetune from the student and from scratch, report. What is done already is kept.
+    """Extract, distil, finetune from the student and from scratch, report. What is done already is
+    kept.
 
     The student never sees a test clip: the unlabelled corpus is the training side alone.
     Raises what its stages raise; TeacherError if the extra `demo` is not installed.
@@ -78,7 +80,9 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     results = {}
     starts = {"distinit": str(runs / "student"), "scratch": "scratch"}
     for number, (name, init) in enumerate(starts.items(), start=3):
-        console.say(f"{number}/5 finetune: on the labels, {'from the student' if number == 3 else 'from scratch'}")
+        console.say(
+            f"{number}/5 finetune: on the labels, {'from the student' if number == 3 else 'from scratch'}"
+        )
         results[name] = finetune(_finetuning(config, runs / name, init), console)
 
     console.say("5/5 report")
@@ -105,7 +109,9 @@ def _require_own(out: Path, store: Path) -> None:
     own_store = False
     if store.exists():
         with contextlib.suppress(StoreError):
-            own_store = {corpus["name"] for corpus in TargetStore.open(store).index.corpora} <= {"demo"}
+            own_store = {corpus["name"] for corpus in TargetStore.open(store).index.corpora} <= {
+                "demo"
+            }
     check_output_dir(out, "demo", () if own_store else (store.name,), record=RECORD)
 
 
@@ -129,11 +135,17 @@ def _finetuning(config: DemoConfig, run: Path, init: str) -> FinetuneConfig:
 
 def _student(config: DemoConfig) -> dict[str, Any]:
     options = {**config.train, "store": "-", "out": "-"}
-    return load_config(TrainConfig, "train-student", preset=PRESET, options=options).student.model_dump()
+    return load_config(
+        TrainConfig, "train-student", preset=PRESET, options=options
+    ).student.model_dump()
 
 
 def _farewell(
-    config: DemoConfig, results: dict[str, Any], made: dict[str, Any], seconds: float, console: Console
+    config: DemoConfig,
+    results: dict[str, Any],
+    made: dict[str, Any],
+    seconds: float,
+    console: Console,
 ) -> None:
     """Where things lie, what the numbers are worth, and what to type next."""
     tested = next(iter(results.values()))["test_videos"]

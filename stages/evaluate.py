@@ -52,26 +52,41 @@ class EvaluateConfig(Options):
     """Everything that `distinit evaluate` can be told. What is left out is that of the run."""
 
     runs: list[str] = Field(
-        min_length=1, description="a folder or model.safetensors of distinit finetune; several to fuse or compare"
+        min_length=1,
+        description="a folder or model.safetensors of distinit finetune; several to fuse or compare",
     )
     fuse: bool = Field(default=False, description="late fusion of the runs' saved predictions")
-    weights: list[float] | None = Field(default=None, description="of each fused run; default equal")
-    compare: bool = Field(default=False, description="the first run against the second, by their saved predictions")
+    weights: list[float] | None = Field(
+        default=None, description="of each fused run; default equal"
+    )
+    compare: bool = Field(
+        default=False, description="the first run against the second, by their saved predictions"
+    )
     dataset: str | None = Field(default=None, description="default the run's")
     root: str | None = Field(default=None, description="where the videos lie; default the run's")
     split: int | Literal["all"] | None = Field(default=None, description="default the run's")
     partial: bool | None = Field(default=None, description="default the run's")
-    videos: str | None = Field(default=None, description="folder of copies; default the run's; null: the videos")
+    videos: str | None = Field(
+        default=None, description="folder of copies; default the run's; null: the videos"
+    )
     out: str | None = Field(default=None, description="folder to write; default the run's own")
-    factory: str | None = Field(default=None, description="package.module:factory that the model's file may run")
+    factory: str | None = Field(
+        default=None, description="package.module:factory that the model's file may run"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    gpus: int = Field(default=1, ge=1, description="processes on this machine, one a GPU; torchrun decides for itself")
+    gpus: int = Field(
+        default=1,
+        ge=1,
+        description="processes on this machine, one a GPU; torchrun decides for itself",
+    )
     test: EvaluationOptions | None = None
 
     @model_validator(mode="after")
     def _one_job(self) -> EvaluateConfig:
         if self.fuse and self.compare:
-            raise UsageError("--fuse and --compare are two jobs; --compare takes what --fuse --out wrote")
+            raise UsageError(
+                "--fuse and --compare are two jobs; --compare takes what --fuse --out wrote"
+            )
         if self.compare and len(self.runs) != 2:
             raise UsageError(f"--compare takes two runs, got {len(self.runs)}")
         if self.fuse and len(self.runs) < 2:
@@ -84,23 +99,26 @@ class EvaluateConfig(Options):
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
-    """Tests a finished run or model again and writes predictions.h5 and the metrics in result.json; or fuses or
-    compares predictions that are there.
+    """Tests a finished run or model again and writes predictions.h5 and the metrics in result.json;
+    or fuses or compares predictions that are there.
 
-    Raises UsageError (not a finetuned run; another data set or protocol without `out`), CheckpointError (another
-    class list, no model), LabelsError, PredictionsError, SourceError (a file of the run is a link out of its folder).
+    Raises UsageError (not a finetuned run; another data set or protocol without `out`),
+    CheckpointError (another class list, no model), LabelsError, PredictionsError, SourceError (a
+    file of the run is a link out of its folder).
     """
     config = _without_runs_own_out(config)
     if config.fuse:
         return _fuse(config, console)
     if config.compare:
         return compare(config.runs[0], config.runs[1], config.out, console)
-    return run_distributed(_evaluate, config, console, LoopOptions(device=config.device, gpus=config.gpus))
+    return run_distributed(
+        _evaluate, config, console, LoopOptions(device=config.device, gpus=config.gpus)
+    )
 
 
 def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
-    """Without an `out` that is the tested run itself, which keeps what is its own. UsageError for an `out` that is any
-    other run, whose predictions or result would be lost."""
+    """Without an `out` that is the tested run itself, which keeps what is its own. UsageError for
+    an `out` that is any other run, whose predictions or result would be lost."""
     if config.out is None:
         return config
     out = Path(config.out)
@@ -112,7 +130,9 @@ def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
     single = not (config.fuse or config.compare)
     if single and os.path.realpath(out) == os.path.realpath(config.runs[0]):
         return config.model_copy(update={"out": None})
-    raise UsageError(f"--out {out} is a run, which keeps its own predictions and result; choose another --out")
+    raise UsageError(
+        f"--out {out} is a run, which keeps its own predictions and result; choose another --out"
+    )
 
 
 def _fuse(config: EvaluateConfig, console: Console) -> dict[str, Any]:
@@ -121,13 +141,21 @@ def _fuse(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     if config.out is None or not all(splits):
         return fuse(config.runs, config.weights, config.out, console)
     if any(each.keys() != splits[0].keys() for each in splits):
-        held = "; ".join(f"{run}: {', '.join(map(str, each))}" for run, each in zip(config.runs, splits, strict=True))
+        held = "; ".join(
+            f"{run}: {', '.join(map(str, each))}"
+            for run, each in zip(config.runs, splits, strict=True)
+        )
         raise UsageError(f"--fuse: the runs have other splits ({held})")
     out = Path(config.out)
     refuse_other(out, {"run": str(out)})
     with folder_lock(out):
         results = {
-            split: fuse([str(each[split]) for each in splits], config.weights, str(split_folder(out, split)), console)
+            split: fuse(
+                [str(each[split]) for each in splits],
+                config.weights,
+                str(split_folder(out, split)),
+                console,
+            )
             for split in splits[0]
         }
         return summarise_splits(out, results, "late fusion", console)
@@ -139,28 +167,48 @@ def _evaluate(config: EvaluateConfig, console: Console, ranks: Ranks) -> dict[st
         return _evaluate_locked(config, console, ranks, stack)
 
 
-def _evaluate_locked(config: EvaluateConfig, console: Console, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
+def _evaluate_locked(
+    config: EvaluateConfig, console: Console, ranks: Ranks, stack: ExitStack
+) -> dict[str, Any]:
     run = Path(config.runs[0])
     splits = {} if (run / "config.yaml").exists() else split_folders(run)
     if splits and config.split in (None, ALL):
         if config.out is not None:
             ranks.on_main(lambda: refuse_other(Path(str(config.out)), {"run": str(config.out)}))
-        outs = {n: None if config.out is None else str(split_folder(Path(config.out), n)) for n in splits}
-        configs = {n: config.model_copy(update={"split": None, "out": out}) for n, out in outs.items()}
+        outs = {
+            n: None if config.out is None else str(split_folder(Path(config.out), n))
+            for n in splits
+        }
+        configs = {
+            n: config.model_copy(update={"split": None, "out": out}) for n, out in outs.items()
+        }
         # What is wrong with the last is found before the first is tested.
-        jobs = ranks.on_all_ranks(lambda: {n: _assemble(configs[n], folder) for n, folder in splits.items()})
+        jobs = ranks.on_all_ranks(
+            lambda: {n: _assemble(configs[n], folder) for n, folder in splits.items()}
+        )
         ranks.on_main(lambda: stack.enter_context(folder_lock(config.out or run)))
-        results = {n: _evaluate_split(configs[n], jobs[n], folder, console, ranks) for n, folder in splits.items()}
+        results = {
+            n: _evaluate_split(configs[n], jobs[n], folder, console, ranks)
+            for n, folder in splits.items()
+        }
         title = short_dataset(next(iter(results.values()))["dataset"])
-        return ranks.on_main(lambda: summarise_splits(Path(config.out or run), results, title, console))
+        return ranks.on_main(
+            lambda: summarise_splits(Path(config.out or run), results, title, console)
+        )
     if config.split == ALL:
-        raise UsageError(f"--split all: {run} was trained on one split; it cannot be tested on what it has seen")
+        raise UsageError(
+            f"--split all: {run} was trained on one split; it cannot be tested on what it has seen"
+        )
     if isinstance(config.split, int) and config.split in splits:
         run, config = splits[config.split], config.model_copy(update={"split": None})
-    return _evaluate_split(config, ranks.on_all_ranks(lambda: _assemble(config, run)), run, console, ranks)
+    return _evaluate_split(
+        config, ranks.on_all_ranks(lambda: _assemble(config, run)), run, console, ranks
+    )
 
 
-def _evaluate_split(config: EvaluateConfig, job: _Job, run: Path, console: Console, ranks: Ranks) -> dict[str, Any]:
+def _evaluate_split(
+    config: EvaluateConfig, job: _Job, run: Path, console: Console, ranks: Ranks
+) -> dict[str, Any]:
     with ExitStack() as stack:
         return _evaluate_split_locked(config, job, run, console, ranks, stack)
 
@@ -245,7 +293,9 @@ def _assemble(config: EvaluateConfig, run: Path) -> _Job:
     elif used and config.dataset is None and config.split is None:
         notes = tuple(_other_labels(_folder(run), labels))
     clips = used.get("clips") or {"size": student.meta.clip_size, "resize": student.meta.resize}
-    view = ClipView.model_validate({key: clips.get(key) for key in ClipView.model_fields if key in clips})
+    view = ClipView.model_validate(
+        {key: clips.get(key) for key in ClipView.model_fields if key in clips}
+    )
     return _Job(student, labels, view, options, notes)
 
 
@@ -257,8 +307,8 @@ def _other_labels(run: Path, labels: Labels) -> Iterator[str]:
 
 
 def _known(config: EvaluateConfig, job: _Job, run: Path, console: Console) -> dict[str, int] | None:
-    """How many of the test videos the run has seen, with a warning; None for its own test, of which its training has
-    told, and for a run of which nothing is known."""
+    """How many of the test videos the run has seen, with a warning; None for its own test, of which
+    its training has told, and for a run of which nothing is known."""
     if config.out is None:
         return None
     seen = SeenVideos.read(run)
@@ -266,7 +316,12 @@ def _known(config: EvaluateConfig, job: _Job, run: Path, console: Console) -> di
         seen = _trained_on(config, run)
     if seen is None:
         return None
-    return overlap(seen, job.labels, console, init_seen="the videos that the run's initialisation was trained on")
+    return overlap(
+        seen,
+        job.labels,
+        console,
+        init_seen="the videos that the run's initialisation was trained on",
+    )
 
 
 def _trained_on(config: EvaluateConfig, run: Path) -> SeenVideos | None:
@@ -276,10 +331,14 @@ def _trained_on(config: EvaluateConfig, run: Path) -> SeenVideos | None:
         return None
     root = config.root if config.dataset is None and config.root is not None else used.get("root")
     try:
-        own = load_labels(used["dataset"], used.get("split"), used.get("videos"), root=root, partial=True)
+        own = load_labels(
+            used["dataset"], used.get("split"), used.get("videos"), root=root, partial=True
+        )
     except (LabelsError, UsageError):  # its labels are not here any more: nothing to compare with
         return None
-    return SeenVideos.of([own.digest(video) for video in own.train], [own.absolute(video) for video in own.train])
+    return SeenVideos.of(
+        [own.digest(video) for video in own.train], [own.absolute(video) for video in own.train]
+    )
 
 
 def _folder(run: Path) -> Path:
@@ -302,9 +361,13 @@ def _run_config(run: Path) -> dict[str, Any]:
     try:
         content = load_yaml(read_bytes(path, run).decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{run} is not a run of distinit finetune: no readable config.yaml") from error
+        raise UsageError(
+            f"{run} is not a run of distinit finetune: no readable config.yaml"
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get("finetune"), dict):
-        raise UsageError(f"{run} is not a run of distinit finetune: its config.yaml has no section 'finetune'")
+        raise UsageError(
+            f"{run} is not a run of distinit finetune: its config.yaml has no section 'finetune'"
+        )
     return dict(content["finetune"])
 
 
@@ -314,14 +377,20 @@ def _options(given: EvaluationOptions | None, used: dict[str, Any]) -> Evaluatio
     return EvaluationOptions.model_validate({**used.get("test", {}), **asked})
 
 
-def _refuse_overwriting(config: EvaluateConfig, options: EvaluationOptions, used: dict[str, Any]) -> None:
+def _refuse_overwriting(
+    config: EvaluateConfig, options: EvaluationOptions, used: dict[str, Any]
+) -> None:
     """A run keeps the predictions of its own data and protocol; others go elsewhere."""
     if not used and (config.dataset is None or config.out is None):
-        raise UsageError(f"{config.runs[0]} is a model without its run: it needs --dataset and --out")
+        raise UsageError(
+            f"{config.runs[0]} is a model without its run: it needs --dataset and --out"
+        )
     if config.out is not None:
         return
     if config.dataset is not None or config.split is not None or config.root is not None:
-        raise UsageError("another --dataset, --root or --split needs --out, for the run keeps its own predictions")
+        raise UsageError(
+            "another --dataset, --root or --split needs --out, for the run keeps its own predictions"
+        )
     own = EvaluationOptions.model_validate(used.get("test", {})).protocol()
     for key, value in options.protocol().items():
         if value != own[key]:

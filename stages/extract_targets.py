@@ -25,7 +25,12 @@ from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.parts import Part
 from ..pipeline.corpus.sources import VideoList, list_videos
 from ..pipeline.extraction.estimate import dry_run
-from ..pipeline.extraction.extract_options import ExtractConfig, default_decoders, load_teachers, run_record
+from ..pipeline.extraction.extract_options import (
+    ExtractConfig,
+    default_decoders,
+    load_teachers,
+    run_record,
+)
 from ..pipeline.extraction.planner import (
     StorePlan,
     add_new_videos,
@@ -57,14 +62,17 @@ if TYPE_CHECKING:
 def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
     """List, probe, plan, decode, infer, commit; returns what the store holds afterwards.
 
-    Running it again on the same sources continues where it was stopped, and does nothing when all is done.
-    Raises SourceError, TeacherError, WeightsError, StoreError, StoreMismatchError, DeviceError.
+    Running it again on the same sources continues where it was stopped, and does nothing when all
+    is done. Raises SourceError, TeacherError, WeightsError, StoreError, StoreMismatchError,
+    DeviceError.
     """
     check_local(config.out)
     device = resolve_device(config.device)
     listed = _list(config, console)
     if config.dry_run:
-        return dry_run(config, None if listed is None else _share(config, listed, console), device, console)
+        return dry_run(
+            config, None if listed is None else _share(config, listed, console), device, console
+        )
     sampling = _sampling(config)
     teachers = load_teachers(config, device)
     _check_accepted(config, teachers)
@@ -89,17 +97,29 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
             run = run_of_workers(client, config, console)
         else:
             run = run_record(config.batch_size, config.precision, device)
-        asked = {name: {**attributes, "run": run} for name, attributes in _records(config, teachers).items()}
+        asked = {
+            name: {**attributes, "run": run}
+            for name, attributes in _records(config, teachers).items()
+        }
         for name, attributes in asked.items():  # before videos are listed, since those stay
-            writer.check_teacher(name, attributes, encoding=config.encoding, accept_run=config.accept_run)
+            writer.check_teacher(
+                name, attributes, encoding=config.encoding, accept_run=config.accept_run
+            )
         without = check_fingerprints(writer, fingerprints)
         pool = stack.enter_context(
-            DecodePool(processes=decoders, views=views, memory_gb=config.memory_gb, timeout_s=config.timeout_s)
+            DecodePool(
+                processes=decoders,
+                views=views,
+                memory_gb=config.memory_gb,
+                timeout_s=config.timeout_s,
+            )
         )
         plan = StorePlan(writer)
         videos = None if listed is None else _share(config, plan.locate(listed), console)
         if without and _grows(config, plan, videos, list(teachers)):
-            prove_teachers(plan, without, teachers, fingerprints, config.accept_teachers, pool, views, console)
+            prove_teachers(
+                plan, without, teachers, fingerprints, config.accept_teachers, pool, views, console
+            )
         if listed is not None and videos is not None:
             _add_videos(config, plan, videos, len(listed), pool, console)
         plan_segments(plan, pool, console)
@@ -124,12 +144,15 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
             else stack.enter_context(_here(config, writer, teachers, pool, views, device))
         )
         done, idle = 0, True
-        # What failed before may fail again; and where others were stored, a killed run's last ones may.
+        # What failed before may fail again; and where others were stored, a killed run's last ones
+        # may.
         watch = SameFailure(0 if config.retry_failed else config.max_failures)
         all_of_fewer = not (writer.index.state == OK).any()
         while shards := open_tasks(plan, list(teachers)):
             idle = False
-            done += _run_shards(plan, shards, list(teachers), fill, run, watch, all_of_fewer, console)
+            done += _run_shards(
+                plan, shards, list(teachers), fill, run, watch, all_of_fewer, console
+            )
             plan_overflow(plan, pool)
         write_config(_beside(config.out), "extract-targets", config)
         seconds = time.monotonic() - began
@@ -138,11 +161,14 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
         if idle:
             console.say("nothing to do: every video has its targets or a reason why not")
         else:
-            console.say(f"{done} new rows in {seconds:.1f} s ({done / max(seconds, 1e-9):.0f} frames/s)")
+            console.say(
+                f"{done} new rows in {seconds:.1f} s ({done / max(seconds, 1e-9):.0f} frames/s)"
+            )
         return result
 
 
-# How reasons of version 0.1 begin that were a fault of its own: with PyAV 19 it failed on every video.
+# How reasons of version 0.1 begin that were a fault of its own: with PyAV 19 it failed on every
+# video.
 OF_0_1 = ("the decoder process ended with status", "TypeError: ")
 Fill = Callable[[Iterator[ShardTask], Callable[[int], Any]], Iterator[ShardResult]]
 
@@ -161,7 +187,12 @@ def _here(
     def fill(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
         sampling = Sampling.model_validate(writer.attributes["sampling"])
         return ShardFiller(
-            writer.root, runner, pool, sampling=sampling, shard_rows=writer.shard_rows, advance=advance
+            writer.root,
+            runner,
+            pool,
+            sampling=sampling,
+            shard_rows=writer.shard_rows,
+            advance=advance,
         ).fill(work)
 
     with (
@@ -172,7 +203,11 @@ def _here(
 
 
 def _there(
-    config: ExtractConfig, writer: StoreWriter, teachers: dict[str, Teacher], run: dict[str, Any], client: Client
+    config: ExtractConfig,
+    writer: StoreWriter,
+    teachers: dict[str, Teacher],
+    run: dict[str, Any],
+    client: Client,
 ) -> Fill:
     """Shards are filled by the workers of a dask cluster."""
     from ..pipeline.extraction.cluster import WorkerSetup, run_shards
@@ -197,8 +232,8 @@ def _run_shards(
     all_of_fewer: bool,
     console: Console,
 ) -> int:
-    """One pass over open shards; each is committed as soon as it is whole, the first ones once one is not like the
-    others. Returns the rows done."""
+    """One pass over open shards; each is committed as soon as it is whole, the first ones once one
+    is not like the others. Returns the rows done."""
     index = plan.writer.index
     bound = int(index.bound[np.isin(index.shard, shards)].sum())
     done = 0
@@ -239,9 +274,13 @@ def _list(config: ExtractConfig, console: Console) -> VideoList | None:
             raise UsageError(f"no SOURCE given, and {config.out} does not exist yet")
         return None
     videos = list_videos(config.sources)
-    ignored = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(videos.ignored.items()))
+    ignored = ", ".join(
+        f"{n} {ext or 'without extension'}" for ext, n in sorted(videos.ignored.items())
+    )
     names = ", ".join(c.name for c in videos.corpora)
-    console.say(f"{len(videos)} videos in {names}" + (f" (not videos: {ignored})" if ignored else ""))
+    console.say(
+        f"{len(videos)} videos in {names}" + (f" (not videos: {ignored})" if ignored else "")
+    )
     return videos
 
 
@@ -257,11 +296,16 @@ def _share(config: ExtractConfig, listed: VideoList, console: Console) -> VideoL
 def _check_accepted(config: ExtractConfig, teachers: dict[str, Teacher]) -> None:
     for name in config.accept_teachers:
         if name not in teachers:
-            raise UsageError(f"--accept-teacher {name}: is none of this command's teachers: {', '.join(teachers)}")
+            raise UsageError(
+                f"--accept-teacher {name}: is none of this command's teachers: {', '.join(teachers)}"
+            )
 
 
-def _grows(config: ExtractConfig, plan: StorePlan, videos: VideoList | None, teachers: list[str]) -> bool:
-    """Whether there is anything to add to the store: videos, shards, or failed videos to try again."""
+def _grows(
+    config: ExtractConfig, plan: StorePlan, videos: VideoList | None, teachers: list[str]
+) -> bool:
+    """Whether there is anything to add to the store: videos, shards, or failed videos to try
+    again."""
     if config.retry_failed or (videos is not None and new_videos(plan, videos)):
         return True
     index = plan.writer.index
@@ -270,7 +314,12 @@ def _grows(config: ExtractConfig, plan: StorePlan, videos: VideoList | None, tea
 
 
 def _add_videos(
-    config: ExtractConfig, plan: StorePlan, videos: VideoList, listed: int, pool: DecodePool, console: Console
+    config: ExtractConfig,
+    plan: StorePlan,
+    videos: VideoList,
+    listed: int,
+    pool: DecodePool,
+    console: Console,
 ) -> None:
     """Enter in the store what is new of the sources, of which there are `listed` in all parts."""
     check_unchanged(plan, videos)
@@ -281,7 +330,9 @@ def _add_videos(
     if config.part is not None:
         # From the whole list, so that all parts have shards of one size and can be merged.
         rows = plan.writer.set_shard_rows_for(listed * _rows_of_a_clip(plan.sampling))
-        console.say(f"shards of {rows} rows; the parts of a merge need the same (--shard-rows {rows})")
+        console.say(
+            f"shards of {rows} rows; the parts of a merge need the same (--shard-rows {rows})"
+        )
 
 
 def _records(config: ExtractConfig, teachers: dict[str, Teacher]) -> dict[str, dict[str, Any]]:
@@ -308,7 +359,8 @@ def _sampling(config: ExtractConfig) -> Sampling:
 
 
 def _rows_of_a_clip(sampling: Sampling) -> int:
-    """Rows of a video of 10 s: what the shards of parts go by, of which none has seen all videos."""
+    """Rows of a video of 10 s: what the shards of parts go by, of which none has seen all
+    videos."""
     if sampling.keyframes:
         return 10
     return round(10 * sampling.fps) if sampling.fps is not None else 300 // (sampling.every or 1)
@@ -331,23 +383,37 @@ def _beside(store: Path) -> Path:
 
 
 def _summary(
-    plan: StorePlan, teachers: list[str], listed: list[int] | None, done: int, seconds: float, console: Console
+    plan: StorePlan,
+    teachers: list[str],
+    listed: list[int] | None,
+    done: int,
+    seconds: float,
+    console: Console,
 ) -> dict[str, Any]:
-    """What the store holds; `complete` is false where no listed video is usable, or one failed by a fault of ours."""
+    """What the store holds; `complete` is false where no listed video is usable, or one failed by a
+    fault of ours."""
     index = plan.writer.index
     state = index.video_state()
     if (state == PENDING).any():
-        raise StoreError(f"{plan.writer.root}: {int((state == PENDING).sum())} videos are left without a status")
+        raise StoreError(
+            f"{plan.writer.root}: {int((state == PENDING).sum())} videos are left without a status"
+        )
     reasons = index.video_reasons()
     failures = Counter(reasons.values())
     _say_failures(plan, failures, "failed", console)
     under: dict[str, Counter[str]] = {}
     for name in teachers:
-        under[name] = Counter(text for v, text in index.video_reasons(name).items() if v not in reasons)
+        under[name] = Counter(
+            text for v, text in index.video_reasons(name).items() if v not in reasons
+        )
         _say_failures(plan, under[name], f"failed under {name} alone", console)
-    internal = sum(count for reason, count in failures.items() if reason.startswith((INTERNAL, *OF_0_1)))
+    internal = sum(
+        count for reason, count in failures.items() if reason.startswith((INTERNAL, *OF_0_1))
+    )
     if internal:
-        console.warn(f"{internal} videos failed by an internal error: see the log; --retry-failed tries again")
+        console.warn(
+            f"{internal} videos failed by an internal error: see the log; --retry-failed tries again"
+        )
     usable = state[listed] if listed is not None else state
     if len(usable) and not (usable == OK).any():
         console.warn("no video of the sources is usable")
@@ -370,6 +436,8 @@ def _say_failures(plan: StorePlan, failures: Counter[str], how: str, console: Co
     if not failures:
         return
     root = plan.writer.root
-    console.say(f"{failures.total()} videos {how}; `distinit targets info {root} --failed` lists them:")
+    console.say(
+        f"{failures.total()} videos {how}; `distinit targets info {root} --failed` lists them:"
+    )
     for reason, count in failures.most_common(10):
         console.say(f"  {count:6d}  {reason}")

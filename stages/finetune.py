@@ -1,4 +1,5 @@
-"""Stage three: finetune a student on labels, from scratch or from an initialisation, and test it."""
+"""Stage three: finetune a student on labels, from scratch or from an initialisation, and test
+it."""
 
 from __future__ import annotations
 
@@ -25,14 +26,32 @@ from ..pipeline.common.weights import state_sha256
 from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.labelled_clips import LabelledClips
-from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels, short_dataset
-from ..pipeline.evaluation.protocol import FILES, PREDICTIONS, EvaluationOptions, evaluate_student, write_result
+from ..pipeline.evaluation.labels import (
+    Labels,
+    available_splits,
+    canonical,
+    load_labels,
+    short_dataset,
+)
+from ..pipeline.evaluation.protocol import (
+    FILES,
+    PREDICTIONS,
+    EvaluationOptions,
+    evaluate_student,
+    write_result,
+)
 from ..pipeline.evaluation.run_labels import labels_digest
 from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.test_overlap import record_and_compare, require_own_labels
 from ..pipeline.students.export import InitReport, read_meta, save_start, save_student
 from ..pipeline.students.inflate import Inflation
-from ..pipeline.students.initialization import SCRATCH, Initialization, canonical_init, resolve_init, student_file
+from ..pipeline.students.initialization import (
+    SCRATCH,
+    Initialization,
+    canonical_init,
+    resolve_init,
+    student_file,
+)
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
 from ..pipeline.students.student_options import START, StudentMeta
 from ..pipeline.training.checkpoint import (
@@ -55,7 +74,9 @@ _WRITES = (*RUN_FILES, *FILES, START, SEEN_VIDEOS)
 class FinetuneClips(ClipView):
     """The clips that are trained on and tested with."""
 
-    length: int = Field(default=8, ge=1, description="frames of a clip, T; default those of the initialisation")
+    length: int = Field(
+        default=8, ge=1, description="frames of a clip, T; default those of the initialisation"
+    )
 
     @model_validator(mode="after")
     def _crop_fits(self) -> FinetuneClips:
@@ -65,23 +86,28 @@ class FinetuneClips(ClipView):
 
 
 class FinetuneLoop(LoopOptions):
-    """The paper's finetuning (section 4): 8 epochs of 40 000 clips, 0.002 and a tenth of it every 2 epochs.
+    """The paper's finetuning (section 4): 8 epochs of 40 000 clips, 0.002 and a tenth of it every 2
+    epochs.
 
     From scratch the paper takes 45 epochs, 0.01, and drops every 10: preset `scratch`.
     """
 
     epochs: int = Field(default=8, ge=1)
-    epoch_clips: int | None = Field(default=40_000, ge=1, description="clips an epoch; none: one a video")
+    epoch_clips: int | None = Field(
+        default=40_000, ge=1, description="clips an epoch; none: one a video"
+    )
     lr: float = Field(default=0.002, gt=0, description="learning rate after the warm-up")
     weight_decay: float = Field(default=5e-3, ge=0)
-    step_epochs: int | None = Field(default=2, ge=1, description="epochs between drops; None: no drops")
+    step_epochs: int | None = Field(
+        default=2, ge=1, description="epochs between drops; None: no drops"
+    )
 
 
 class FinetuneConfig(Options):
     """Everything that `distinit finetune` can be told.
 
-    `student` and the clips' length and size are those of the initialisation unless they are given; a student
-    that is given and differs from the file is refused.
+    `student` and the clips' length and size are those of the initialisation unless they are given;
+    a student that is given and differs from the file is refused.
     """
 
     init: str = Field(
@@ -89,16 +115,32 @@ class FinetuneConfig(Options):
         description="scratch, a student's run folder or safetensors, inflate:resnet18, inflate:FILE, kinetics, "
         "kinetics:FILE, or package.module:factory",
     )
-    inflation: Inflation = Field(default="scaled", description="2D kernels over time: divided by their length, or not")
+    inflation: Inflation = Field(
+        default="scaled", description="2D kernels over time: divided by their length, or not"
+    )
     dataset: str = Field(description="csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101")
-    root: str | None = Field(default=None, description="where the videos lie: of hmdb51, ucf101, kinetics:, csv:")
-    split: int | Literal["all"] | None = Field(default=None, description="default 1; all: a run each, and the mean")
-    partial: bool = Field(default=False, description="go on where videos have no label or labels no video")
-    videos: str | None = Field(default=None, description="folder of copies by distinit prepare, read in their place")
+    root: str | None = Field(
+        default=None, description="where the videos lie: of hmdb51, ucf101, kinetics:, csv:"
+    )
+    split: int | Literal["all"] | None = Field(
+        default=None, description="default 1; all: a run each, and the mean"
+    )
+    partial: bool = Field(
+        default=False, description="go on where videos have no label or labels no video"
+    )
+    videos: str | None = Field(
+        default=None, description="folder of copies by distinit prepare, read in their place"
+    )
     out: str = Field(description="the run folder to write")
-    student: StudentOptions | None = Field(default=None, description="default that of the initialisation")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="of the features before the new head")
-    freeze: Literal["none", "backbone"] = Field(default="none", description="backbone: train the head alone")
+    student: StudentOptions | None = Field(
+        default=None, description="default that of the initialisation"
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="of the features before the new head"
+    )
+    freeze: Literal["none", "backbone"] = Field(
+        default="none", description="backbone: train the head alone"
+    )
     verbose: bool = Field(default=False, description="say of every tensor what it was loaded from")
     clips: FinetuneClips = FinetuneClips()
     loop: FinetuneLoop = FinetuneLoop()
@@ -109,20 +151,23 @@ class FinetuneConfig(Options):
 def finetune(config: FinetuneConfig, console: Console) -> dict[str, Any]:
     """Trains on the train videos, tests on the test videos, and says how it went.
 
-    Writes RUN/config.yaml, checkpoints and metrics.jsonl, model.safetensors, predictions.h5, result.json; with all
-    splits each into a folder of its own, and into RUN/result.json their mean.
+    Writes RUN/config.yaml, checkpoints and metrics.jsonl, model.safetensors, predictions.h5,
+    result.json; with all splits each into a folder of its own, and into RUN/result.json their mean.
     Raises UsageError, LabelsError, CheckpointError, TrainingError, DeviceError, WeightsError.
     """
     return run_distributed(_finetune, config, console, config.loop)
 
 
 def _finetune(config: FinetuneConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
-    """Run one process of the training and the test; rank 0 alone writes, and holds the locks of the run folders."""
+    """Run one process of the training and the test; rank 0 alone writes, and holds the locks of the
+    run folders."""
     with ExitStack() as stack:
         return _finetune_locked(config, console, ranks, stack)
 
 
-def _finetune_locked(config: FinetuneConfig, console: Console, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
+def _finetune_locked(
+    config: FinetuneConfig, console: Console, ranks: Ranks, stack: ExitStack
+) -> dict[str, Any]:
     out, results = Path(config.out), {}
     ranks.on_main(lambda: _require_fitting(out, config.split))
     if config.split != ALL:
@@ -136,7 +181,11 @@ def _finetune_locked(config: FinetuneConfig, console: Console, ranks: Ranks, sta
     for split in splits:
         console.say(f"split {split}")
         # Interrupted, some splits have not begun.
-        update = {"split": split, "out": str(split_folder(out, split)), "resume": "auto" if config.resume else False}
+        update = {
+            "split": split,
+            "out": str(split_folder(out, split)),
+            "resume": "auto" if config.resume else False,
+        }
         own = config.model_copy(update=update)
         with ExitStack() as split_stack:
             results[split] = _finetune_split(own, console, ranks, split_stack)
@@ -145,8 +194,8 @@ def _finetune_locked(config: FinetuneConfig, console: Console, ranks: Ranks, sta
 
 
 def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
-    """The splits of the data set, each of which was read: what is wrong with the last is found before the first is
-    trained."""
+    """The splits of the data set, each of which was read: what is wrong with the last is found
+    before the first is trained."""
     splits = available_splits(config.dataset, config.root)
     for split in splits:
         load_labels(config.dataset, split, config.videos, root=config.root, partial=config.partial)
@@ -154,24 +203,31 @@ def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
 
 
 def _require_fitting(out: Path, split: int | str | None) -> None:
-    """UsageError where the folder holds another command's run, or one split where all are asked for, or all where it
-    is one: both write RUN/result.json."""
+    """UsageError where the folder holds another command's run, or one split where all are asked
+    for, or all where it is one: both write RUN/result.json."""
     splits = split_folders(out)
     check_output_dir(out, COMMAND, () if splits else _WRITES)
     if split == ALL and (out / "config.yaml").exists():
-        raise UsageError(f"--out {out} holds a run of one split; --split all needs a folder of its own")
+        raise UsageError(
+            f"--out {out} holds a run of one split; --split all needs a folder of its own"
+        )
     if split != ALL and splits:
         held = ", ".join(map(str, splits))
-        raise UsageError(f"--out {out} holds runs of the splits {held}; one split needs a folder of its own")
+        raise UsageError(
+            f"--out {out} holds runs of the splits {held}; one split needs a folder of its own"
+        )
 
 
 def _require_own_splits(out: Path, splits: Sequence[int]) -> None:
-    """UsageError where the folder of a split is not one that --split all wrote, before the first of them is trained."""
+    """UsageError where the folder of a split is not one that --split all wrote, before the first of
+    them is trained."""
     for split in splits:
         check_output_dir(split_folder(out, split), COMMAND, _WRITES)
 
 
-def _finetune_split(config: FinetuneConfig, console: Console, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
+def _finetune_split(
+    config: FinetuneConfig, console: Console, ranks: Ranks, stack: ExitStack
+) -> dict[str, Any]:
     run_dir = Path(config.out)
     device = ranks.on_all_ranks(lambda: resolve_device(config.loop.device))
     if ranks.world > 1:  # rank 0 first, alone: what has to be fetched is fetched once
@@ -183,10 +239,14 @@ def _finetune_split(config: FinetuneConfig, console: Console, ranks: Ranks, stac
     options = config.loop.for_videos(len(labels.train))
     identity = _identity(config, labels, student, job.report)
     if saved is not None:  # before the run's config is overwritten
-        ranks.on_all_ranks(lambda: _check_same(run_dir, saved, identity | options.identity(), labels))
+        ranks.on_all_ranks(
+            lambda: _check_same(run_dir, saved, identity | options.identity(), labels)
+        )
         ranks.on_all_ranks(lambda: require_not_longer(run_dir, options))
     ranks.on_main(lambda: write_config(run_dir / "config.yaml", COMMAND, config))
-    overlap = ranks.on_main(lambda: record_and_compare(config.init, labels, run_dir, console, again=saved is not None))
+    overlap = ranks.on_main(
+        lambda: record_and_compare(config.init, labels, run_dir, console, again=saved is not None)
+    )
     if config.init.startswith("inflate:"):  # what a report shows of inflation: training changes it
         ranks.on_main(lambda: save_start(run_dir / START, student))
 
@@ -194,7 +254,9 @@ def _finetune_split(config: FinetuneConfig, console: Console, ranks: Ranks, stac
         _announce(config, labels, student, job.report, console)
         videos = [*labels.train, *labels.test]
         counts = count_some(labels, videos)
-        warn_of_short_videos(counts, len(videos), config.clips.length, student.options.channels, console)
+        warn_of_short_videos(
+            counts, len(videos), config.clips.length, student.options.channels, console
+        )
     console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     result = fit(
         model=student,
@@ -259,14 +321,17 @@ def _assemble(config: FinetuneConfig) -> _Job:
     return _Job(resolved, labels, student, report)
 
 
-def _check_same(run_dir: Path, saved: dict[str, Any], identity: dict[str, Any], labels: Labels) -> None:
+def _check_same(
+    run_dir: Path, saved: dict[str, Any], identity: dict[str, Any], labels: Labels
+) -> None:
     """The labels first: a difference there has words of its own."""
     require_own_labels(run_dir, saved, labels, "choose another --out")
     check_identity(run_dir, saved, identity)
 
 
 def _resolved(config: FinetuneConfig, labels: Labels, start: Initialization) -> FinetuneConfig:
-    """The config with what the initialisation decides filled in and paths that hold from any folder."""
+    """The config with what the initialisation decides filled in and paths that hold from any
+    folder."""
     update: dict[str, Any] = {
         "dataset": canonical(config.dataset),
         "root": None if config.root is None else os.path.abspath(config.root),
@@ -282,21 +347,28 @@ def _resolved(config: FinetuneConfig, labels: Labels, start: Initialization) -> 
         given = config.clips.model_fields_set
         if "size" in given:  # another size wants its own resize, not the file's
             theirs.pop("resize")
-        update["clips"] = config.clips.model_copy(update={k: v for k, v in theirs.items() if k not in given})
+        update["clips"] = config.clips.model_copy(
+            update={k: v for k, v in theirs.items() if k not in given}
+        )
     clips = update.get("clips", config.clips)
     try:
         clips.frame_view()
     except ValueError as error:
-        raise UsageError(f"clips.resize: {error}; clips.size is that of {config.init} unless it is given") from error
+        raise UsageError(
+            f"clips.resize: {error}; clips.size is that of {config.init} unless it is given"
+        ) from error
     return config.model_copy(update=update)
 
 
 def _meta(init: str) -> StudentMeta | None:
-    """What the file says of its clips; None for one in torchvision's names alone, which says nothing."""
+    """What the file says of its clips; None for one in torchvision's names alone, which says
+    nothing."""
     return read_meta(init)
 
 
-def _build(config: FinetuneConfig, labels: Labels, start: Initialization) -> tuple[Student, InitReport | None]:
+def _build(
+    config: FinetuneConfig, labels: Labels, start: Initialization
+) -> tuple[Student, InitReport | None]:
     """The student with a new head and, unless from scratch, the initialisation's backbone."""
     if start.options.channels == FLOW_CHANNELS:
         require_opencv()
@@ -309,14 +381,20 @@ def _build(config: FinetuneConfig, labels: Labels, start: Initialization) -> tup
     return student, report
 
 
-def _identity(config: FinetuneConfig, labels: Labels, student: Student, report: InitReport | None) -> dict[str, Any]:
+def _identity(
+    config: FinetuneConfig, labels: Labels, student: Student, report: InitReport | None
+) -> dict[str, Any]:
     """What a resume must share: by top-level key, so that a refusal names what differs."""
-    # The digest is that of the weights as they begin, head included: a seed or a file that changed shows.
+    # The digest is that of the weights as they begin, head included: a seed or a file that changed
+    # shows.
     return {
         "classes": list(labels.classes),
         "labels": labels_digest(labels),
         "split": labels.split,
-        "init": {"from": SCRATCH if report is None else "file", "weights": state_sha256(student.state_dict())},
+        "init": {
+            "from": SCRATCH if report is None else "file",
+            "weights": state_sha256(student.state_dict()),
+        },
         "student": student.options.model_dump(mode="json"),
         "dropout": config.dropout,
         "freeze": config.freeze,
@@ -325,7 +403,11 @@ def _identity(config: FinetuneConfig, labels: Labels, student: Student, report: 
 
 
 def _announce(
-    config: FinetuneConfig, labels: Labels, student: Student, report: InitReport | None, console: Console
+    config: FinetuneConfig,
+    labels: Labels,
+    student: Student,
+    report: InitReport | None,
+    console: Console,
 ) -> None:
     for note in labels.notes:
         console.warn(note)
@@ -335,18 +417,25 @@ def _announce(
     )
     console.say(balance(labels))
     frozen = ", the backbone frozen" if config.freeze == "backbone" else ""
-    console.say(f"{student.options.describe()}: {count_parameters(student) / 1e6:.1f} M parameters{frozen}")
+    console.say(
+        f"{student.options.describe()}: {count_parameters(student) / 1e6:.1f} M parameters{frozen}"
+    )
     if report is None:
         console.say("from scratch: fresh weights")
         return
-    left = f"; left: {', '.join(report.left[:6])}{', …' if len(report.left) > 6 else ''}" if report.left else ""
+    left = (
+        f"; left: {', '.join(report.left[:6])}{', …' if len(report.left) > 6 else ''}"
+        if report.left
+        else ""
+    )
     console.say(f"from {report.path}: {len(report.loaded)} tensors loaded{left}; the head is new")
     for line in report.lines if config.verbose else ():
         console.say(f"  {line}")
 
 
 def balance(labels: Labels) -> str:
-    """How even the classes are in training, and what always guessing the most frequent one would score."""
+    """How even the classes are in training, and what always guessing the most frequent one would
+    score."""
     counts = Counter(video.label for video in labels.train)
     (most, count), (fewest, few) = counts.most_common()[0], counts.most_common()[-1]
     guess = sum(video.label == most for video in labels.test) / len(labels.test)
@@ -395,7 +484,8 @@ def _summary(
         "split": labels.split,
         "classes": len(labels.classes),
         "train_videos_of_class": {
-            name: sum(video.label == k for video in labels.train) for k, name in enumerate(labels.classes)
+            name: sum(video.label == k for video in labels.train)
+            for k, name in enumerate(labels.classes)
         },
         "train_videos": len(labels.train),
         "test_videos": len(labels.test),

@@ -33,25 +33,33 @@ class PredictConfig(Options):
     model: str = Field(description="a run folder or model.safetensors of distinit finetune")
     sources: list[str] = Field(min_length=1, description="videos, folders, globs, lists")
     top: int = Field(default=5, ge=1, description="classes shown of each video, the best first")
-    factory: str | None = Field(default=None, description="package.module:factory that the model's file may run")
+    factory: str | None = Field(
+        default=None, description="package.module:factory that the model's file may run"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     test: EvaluationOptions = EvaluationOptions()
 
 
 def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
-    """Shows the best classes of every video with their probabilities; `ok` is False where a video cannot be read.
+    """Shows the best classes of every video with their probabilities; `ok` is False where a video
+    cannot be read.
 
-    The clips are those of a test: `test.clips` uniform ones of the length and size that the model was trained with.
-    Raises CheckpointError (no model, or none of finetune), SourceError, DeviceError.
+    The clips are those of a test: `test.clips` uniform ones of the length and size that the model
+    was trained with. Raises CheckpointError (no model, or none of finetune), SourceError,
+    DeviceError.
     """
     student = load_student(config.model, factory=config.factory)
     classes = student.meta.classes.get(HEAD)
     if not classes:
         heads = ", ".join(student.classes)
-        raise CheckpointError(f"{config.model}: no model of distinit finetune, for it has no labels (heads: {heads})")
+        raise CheckpointError(
+            f"{config.model}: no model of distinit finetune, for it has no labels (heads: {heads})"
+        )
     # Each source by itself: two folders of one name are no matter here, where corpora have no use.
     lists = [list_videos([source]) for source in config.sources]
-    paths = dict.fromkeys(os.path.normpath(listed.absolute(i)) for listed in lists for i in range(len(listed)))
+    paths = dict.fromkeys(
+        os.path.normpath(listed.absolute(i)) for listed in lists for i in range(len(listed))
+    )
     device = resolve_device(config.device)
     videos = [Labelled(path, -1) for path in paths]
     meta, options = student.meta, config.test
@@ -73,8 +81,13 @@ def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
         order=options.frames,
         channels=student.options.channels,
     )
-    workers = min(pick_workers(options.workers, device), len(videos) - 1)  # one video needs no process of its own
-    with torch_threads(None, workers, device), console.progress("predicting", len(videos), "video") as bar:
+    workers = min(
+        pick_workers(options.workers, device), len(videos) - 1
+    )  # one video needs no process of its own
+    with (
+        torch_threads(None, workers, device),
+        console.progress("predicting", len(videos), "video") as bar,
+    ):
         fill_in(
             student,
             clips,
@@ -97,14 +110,17 @@ def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
 
 
 def _best(predictions: Predictions, top: int) -> list[dict[str, Any]]:
-    """Of each video that was read: its frames and its `top` classes, the best first; among equals the first."""
+    """Of each video that was read: its frames and its `top` classes, the best first; among equals
+    the first."""
     scores = probabilities(predictions)
     found = []
     for i, video in enumerate(predictions.videos):
         if predictions.status[i] != OK:
             continue
         order = np.argsort(-scores[i], kind="stable")[:top]
-        best = [{"class": predictions.classes[k], "probability": float(scores[i, k])} for k in order]
+        best = [
+            {"class": predictions.classes[k], "probability": float(scores[i, k])} for k in order
+        ]
         row = {"video": escape_path(video), "frames": int(predictions.frames[i]), "top": best}
         found.append(row | ({"note": predictions.reasons[i]} if predictions.reasons[i] else {}))
     return found
@@ -119,7 +135,12 @@ def _show(found: list[dict[str, Any]], predictions: Predictions, console: Consol
         for row in found:
             first, *others = row["top"]
             then = ", ".join(f"{each['class']} {100 * each['probability']:.1f}" for each in others)
-            table.add(os.path.relpath(row["video"], above), first["class"], f"{100 * first['probability']:.1f}", then)
+            table.add(
+                os.path.relpath(row["video"], above),
+                first["class"],
+                f"{100 * first['probability']:.1f}",
+                then,
+            )
         console.table(table.to_rich())
     for each in predictions.failures():
         console.warn(f"could not be read: {each['video']}: {each['reason']}")

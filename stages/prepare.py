@@ -1,4 +1,5 @@
-"""Make small, seekable copies of videos, or files of their optical flow, each with a map to its source's frames."""
+"""Make small, seekable copies of videos, or files of their optical flow, each with a map to its
+source's frames."""
 
 from __future__ import annotations
 
@@ -44,9 +45,13 @@ class PrepareConfig(Options):
     sources: list[str] = Field(min_length=1)
     out: Path
     copies: CopyOptions = CopyOptions()
-    flow: bool = Field(False, description="write optical flow, of frames of copies.size, in place of copies")
+    flow: bool = Field(
+        False, description="write optical flow, of frames of copies.size, in place of copies"
+    )
     flow_bound: float = Field(16.0, gt=0, description="pixels; faster motion is stored as this")
-    workers: int | None = Field(None, ge=1, description="processes, each with an encoder; default one a core")
+    workers: int | None = Field(
+        None, ge=1, description="processes, each with an encoder; default one a core"
+    )
     timeout_s: float = Field(120.0, gt=0)
     memory_gb: float = Field(4.0, ge=0.1)
     max_failures: int = Field(100, ge=0, le=10_000)
@@ -66,7 +71,9 @@ def prepare(config: PrepareConfig, console: Console) -> dict[str, Any]:
     videos = _list(config, console)
     with _claim(config) as out:
         _mark(out, config, videos)
-        write_config(out / "config.yaml", COMMAND, config.model_copy(update={"out": out.absolute()}))
+        write_config(
+            out / "config.yaml", COMMAND, config.model_copy(update={"out": out.absolute()})
+        )
         status = StatusFile(out / "status.csv")
         began = time.monotonic()
         todo, tally = _plan(config, videos, out, status, console)
@@ -82,15 +89,25 @@ def _list(config: PrepareConfig, console: Console) -> VideoList:
     """The listed sources, without what lies in `out` itself."""
     videos = list_videos(config.sources)
     own = os.path.join(os.path.realpath(config.out), "")
-    kept = [i for i in range(len(videos)) if not os.path.realpath(videos.absolute(i)).startswith(own)]
+    kept = [
+        i for i in range(len(videos)) if not os.path.realpath(videos.absolute(i)).startswith(own)
+    ]
     if len(kept) < len(videos):
         console.say(f"{len(videos) - len(kept)} videos lie in {config.out} itself and are left out")
-        videos = VideoList(videos.corpora, videos.corpus[kept], [videos.paths[i] for i in kept], videos.ignored)
+        videos = VideoList(
+            videos.corpora, videos.corpus[kept], [videos.paths[i] for i in kept], videos.ignored
+        )
     names = ", ".join(corpus.name for corpus in videos.corpora)
-    ignored = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(videos.ignored.items()))
-    console.say(f"{len(videos)} videos in {names}" + (f" (not videos: {ignored})" if ignored else ""))
+    ignored = ", ".join(
+        f"{n} {ext or 'without extension'}" for ext, n in sorted(videos.ignored.items())
+    )
+    console.say(
+        f"{len(videos)} videos in {names}" + (f" (not videos: {ignored})" if ignored else "")
+    )
     if not len(videos):
-        raise UsageError(f"--out {config.out} holds all of the sources: choose a folder outside of them")
+        raise UsageError(
+            f"--out {config.out} holds all of the sources: choose a folder outside of them"
+        )
     return videos
 
 
@@ -105,7 +122,11 @@ def _claim(config: PrepareConfig) -> Iterator[Path]:
     (out / PARTIAL).mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out / PARTIAL / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     try:
-        lock(descriptor, out, UsageError(f"--out {out}: another run of distinit prepare is at work there"))
+        lock(
+            descriptor,
+            out,
+            UsageError(f"--out {out}: another run of distinit prepare is at work there"),
+        )
         _sweep(out)
         yield out
         _sweep(out)
@@ -114,7 +135,8 @@ def _claim(config: PrepareConfig) -> Iterator[Path]:
 
 
 def _only_claimed(out: Path) -> bool:
-    """Whether a folder without a marker is empty, or holds what a run killed before it wrote one leaves."""
+    """Whether a folder without a marker is empty, or holds what a run killed before it wrote one
+    leaves."""
     inside = [path.name for path in (out / PARTIAL).iterdir()] if (out / PARTIAL).is_dir() else []
     return {path.name for path in out.iterdir()} <= {PARTIAL} and set(inside) <= {LOCK, MARKER}
 
@@ -138,7 +160,9 @@ def _mark(out: Path, config: PrepareConfig, videos: VideoList) -> None:
             if not config.replace:
                 raise UsageError(f"{differ}folder, or --replace to make them again")
             if left := marker["corpora"].keys() - {corpus.name for corpus in videos.corpora}:
-                raise UsageError(f"{differ}folder, or name {', '.join(sorted(left))} as well: --replace is for all")
+                raise UsageError(
+                    f"{differ}folder, or name {', '.join(sorted(left))} as well: --replace is for all"
+                )
     corpora = dict(marker["corpora"])
     for corpus in videos.corpora:
         before = unescape_path(corpora.get(corpus.name, {}).get("root", escape_path(corpus.root)))
@@ -148,7 +172,9 @@ def _mark(out: Path, config: PrepareConfig, videos: VideoList) -> None:
                 f"give this one another name, as in new={corpus.root}"
             )
         corpora[corpus.name] = {"root": escape_path(corpus.root)}
-    text = json.dumps({"format": FORMAT, "version": 1, "options": options, "corpora": corpora}, indent=1)
+    text = json.dumps(
+        {"format": FORMAT, "version": 1, "options": options, "corpora": corpora}, indent=1
+    )
     part = out / PARTIAL / MARKER
     part.write_text(text + "\n", encoding="utf-8")
     os.replace(part, out / MARKER)
@@ -174,7 +200,9 @@ def _keys(videos: VideoList) -> Iterator[tuple[str, str]]:
 
 def _target(config: PrepareConfig, out: Path, videos: VideoList, i: int) -> str:
     corpus = videos.corpora[int(videos.corpus[i])].name
-    return os.path.join(os.path.abspath(out), corpus, copy_name(videos.paths[i], "flow" if config.flow else "copy"))
+    return os.path.join(
+        os.path.abspath(out), corpus, copy_name(videos.paths[i], "flow" if config.flow else "copy")
+    )
 
 
 def _plan(
@@ -204,13 +232,16 @@ def _plan(
                     unproved += not proved and row["status"] == "ok"
                 bar.advance()
     if unproved:
-        console.say(f"{unproved} were made by distinit 0.1, without a digest: only checksums of frames were compared")
+        console.say(
+            f"{unproved} were made by distinit 0.1, without a digest: only checksums of frames were compared"
+        )
     return todo, tally
 
 
 def _done(target: str, source: str, options: dict[str, Any]) -> tuple[Row | None, bool]:
-    """The row of a copy that is whole, made with these options, and of the source as it is now; and whether every
-    byte of it has a checksum. A damaged copy whose source is gone is kept: its other frames can still be read."""
+    """The row of a copy that is whole, made with these options, and of the source as it is now; and
+    whether every byte of it has a checksum. A damaged copy whose source is gone is kept: its other
+    frames can still be read."""
     if not os.path.exists(target):
         return None, False
     flow = target.endswith(ENDINGS["flow"])
@@ -223,11 +254,15 @@ def _done(target: str, source: str, options: dict[str, Any]) -> tuple[Row | None
     except (VideoError, OSError) as error:
         if os.path.lexists(source):
             return None, False  # another file, or one that was damaged since: made again
-        return {"status": "failed", "reason": f"{error}, and its source is gone: it cannot be made again"}, False
+        return {
+            "status": "failed",
+            "reason": f"{error}, and its source is gone: it cannot be made again",
+        }, False
 
 
 def _of_source(copy: FrameMap | FlowMap, source: str, options: dict[str, Any]) -> bool:
-    """Return whether a copy was made with these options, of the source as it is now. One without a source may stay."""
+    """Return whether a copy was made with these options, of the source as it is now. One without a
+    source may stay."""
     if {**copy.options, **options} != copy.options:
         return False
     try:
@@ -247,13 +282,20 @@ def _cores() -> int:
 
 def _failed_before(row: Row | None, source: str) -> Row | None:
     """The row of a source that failed, by its own fault, and has not changed since."""
-    if row is None or row["status"] != "failed" or not row["source_bytes"] or NOT_WRITTEN in row["reason"]:
+    if (
+        row is None
+        or row["status"] != "failed"
+        or not row["source_bytes"]
+        or NOT_WRITTEN in row["reason"]
+    ):
         return None
     try:
         now = os.stat(source)
     except OSError:
         return None
-    same = str(now.st_size) == str(row["source_bytes"]) and str(now.st_mtime_ns) == str(row["source_mtime_ns"])
+    same = str(now.st_size) == str(row["source_bytes"]) and str(now.st_mtime_ns) == str(
+        row["source_mtime_ns"]
+    )
     return row if same else None
 
 
@@ -280,7 +322,13 @@ def _copy(
         for i in todo
     )
     keys = list(_keys(videos)) if todo else []
-    pool = DecodePool(processes=workers, views=(), memory_gb=config.memory_gb, timeout_s=config.timeout_s, ahead=_AHEAD)
+    pool = DecodePool(
+        processes=workers,
+        views=(),
+        memory_gb=config.memory_gb,
+        timeout_s=config.timeout_s,
+        ahead=_AHEAD,
+    )
     watch = SameFailure(0 if config.retry_failed else config.max_failures)
     held: list[tuple[int, Row]] = []
 
@@ -295,10 +343,18 @@ def _copy(
     with pool, console.progress("flow" if config.flow else "copying", len(todo), "videos") as bar:
         for i, answer in zip(todo, pool.copies(jobs), strict=True):
             if isinstance(answer, Failed):
-                for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # not the video's fault, nor one that passes
+                for number in (
+                    errno.ENOSPC,
+                    errno.EDQUOT,
+                    errno.EFBIG,
+                ):  # not the video's fault, nor one that passes
                     if os.strerror(number).lower() in answer.reason.lower():
                         raise OSError(number, os.strerror(number), str(out))
-                row: Row = {"status": "failed", "reason": answer.reason, **_as_it_is(videos.absolute(i))}
+                row: Row = {
+                    "status": "failed",
+                    "reason": answer.reason,
+                    **_as_it_is(videos.absolute(i)),
+                }
             else:
                 row = {"status": "ok", **answer}
             watch.see(i, row.get("reason"), videos.absolute(i))
@@ -320,6 +376,7 @@ def _as_it_is(source: str) -> Row:
 
 
 def _drop(target: str) -> None:
-    """Remove the copy of what the source was before: a copy of something else is worse than none."""
+    """Remove the copy of what the source was before: a copy of something else is worse than
+    none."""
     if os.path.exists(target):
         os.unlink(target)

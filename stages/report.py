@@ -1,4 +1,5 @@
-"""`distinit report DIR… --out DIR`: what runs have reached, as a table, Markdown, CSV and one HTML page."""
+"""`distinit report DIR… --out DIR`: what runs have reached, as a table, Markdown, CSV and one HTML
+page."""
 
 from __future__ import annotations
 
@@ -36,17 +37,20 @@ def report(
     pair: tuple[str, str] | None = None,
     open_urls: bool = False,
 ) -> dict[str, Any]:
-    """Writes report.html, report.md, accuracy.csv, figures/ and a CSV an ablation into `out`; shows the tables.
+    """Writes report.html, report.md, accuracy.csv, figures/ and a CSV an ablation into `out`; shows
+    the tables.
 
-    `folders` are run folders, folders of runs, or folders of `distinit ablate`. The result holds the files, and per
-    finetuned run its accuracies (None where it is not finished) as recomputed from its predictions. A run with a
-    damaged file is left out, with a line on the page, in the result's `left_out`, and `ok` is False.
+    `folders` are run folders, folders of runs, or folders of `distinit ablate`. The result holds
+    the files, and per finetuned run its accuracies (None where it is not finished) as recomputed
+    from its predictions. A run with a damaged file is left out, with a line on the page, in the
+    result's `left_out`, and `ok` is False.
 
-    kinetics: weights of R(2+1)D to set beside a student's first filters. pair: names of the two runs or rows of an
-    ablation that Figures 5 and 7 show, the first minus the second; by default the largest gain. open_urls: also read
-    stores of which a run says that they are behind a URL; without it no address of a run is contacted.
-    Raises SourceError (no run there), UsageError (`out` cannot be written, `pair`), WeightsError (`kinetics`), and
-    where every run is damaged the error of the first.
+    kinetics: weights of R(2+1)D to set beside a student's first filters. pair: names of the two
+    runs or rows of an ablation that Figures 5 and 7 show, the first minus the second; by default
+    the largest gain. open_urls: also read stores of which a run says that they are behind a URL;
+    without it no address of a run is contacted. Raises SourceError (no run there), UsageError
+    (`out` cannot be written, `pair`), WeightsError (`kinetics`), and where every run is damaged the
+    error of the first.
     """
     places = ablation_folders(folders)
     damaged: list[str] = []
@@ -55,7 +59,9 @@ def report(
     require_writable(Path(out))
     found = make_report(runs, ablations, kinetics=kinetics, pair=pair, open_urls=open_urls)
     found = replace(found, notes=[*(f"run {line}" for line in damaged), *found.notes])
-    page, markdown, table = (Path(out) / name for name in ("report.html", "report.md", "accuracy.csv"))
+    page, markdown, table = (
+        Path(out) / name for name in ("report.html", "report.md", "accuracy.csv")
+    )
     files: dict[Path, str | bytes] = {
         page: to_html(found, __version__),
         markdown: to_markdown(found),
@@ -86,10 +92,18 @@ def report(
         "csv": str(table),
         "figures": [figure.name for figure in found.figures],
         "ablations": [
-            {"title": a.title, "folder": str(a.folder), "csv": str(file), "rows": ablation_numbers(a).records()}
+            {
+                "title": a.title,
+                "folder": str(a.folder),
+                "csv": str(file),
+                "rows": ablation_numbers(a).records(),
+            }
             for a, file in zip(ablations, written, strict=True)
         ],
-        "runs": [{"name": run.name, "path": str(run.path), "kind": run.kind, "metrics": run.metrics} for run in runs],
+        "runs": [
+            {"name": run.name, "path": str(run.path), "kind": run.kind, "metrics": run.metrics}
+            for run in runs
+        ],
         "differences": [
             {"run": d.run.name, "base": d.base.name, "videos": d.videos, **d.estimate.as_dict()}
             for d in found.differences
@@ -98,13 +112,15 @@ def report(
 
 
 def _write(out: Path, files: Mapping[Path, str | bytes]) -> None:
-    """Write the files, and remove those that an earlier report wrote here and this one does not have."""
+    """Write the files, and remove those that an earlier report wrote here and this one does not
+    have."""
     record = out / FILES
     if (out / FIGURES).is_symlink():
         raise UsageError(f"--out {out}: its {FIGURES} is a link; choose another --out")
     earlier = _earlier(record)
     names = [path.relative_to(out).as_posix() for path in files]
-    # The page first: by it the folder is known. Then the union: interrupted, the next report knows of both.
+    # The page first: by it the folder is known. Then the union: interrupted, the next report knows
+    # of both.
     page = next(iter(files))
     write_whole(page, files[page])
     write_whole(record, json.dumps(sorted({*names, *earlier})))
@@ -117,10 +133,15 @@ def _write(out: Path, files: Mapping[Path, str | bytes]) -> None:
 
 
 def _earlier(record: Path) -> list[str]:
-    """Return the files of an earlier report from its record; only names that a report writes, none if it is damaged."""
+    """Return the files of an earlier report from its record; only names that a report writes, none
+    if it is damaged."""
     try:
         names = parse_json(read_bytes(record) or "[]")
     except (SourceError, ValueError):
         return []
     own = re.compile(rf"({FIGURES}/)?[\w-]+\.(html|md|csv|svg|png)")
-    return [name for name in names if isinstance(name, str) and own.fullmatch(name)] if isinstance(names, list) else []
+    return (
+        [name for name in names if isinstance(name, str) and own.fullmatch(name)]
+        if isinstance(names, list)
+        else []
+    )

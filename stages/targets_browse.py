@@ -27,8 +27,9 @@ def targets_browse(
 ) -> dict[str, Any]:
     """Writes OUT/browse.html; the result says what is on it.
 
-    sample: videos that are shown as strips of frames. moved: where a corpus lies now, the videos or copies of them.
-    Raises StoreError, UsageError (a corpus that the store does not have, `out` cannot be written).
+    sample: videos that are shown as strips of frames. moved: where a corpus lies now, the videos or
+    copies of them. Raises StoreError, UsageError (a corpus that the store does not have, `out`
+    cannot be written).
     """
     if sample < 0:
         raise UsageError(f"--sample {sample}: expected 0 or more videos")

@@ -41,18 +41,24 @@ def targets_export(
 ) -> dict[str, Any]:
     """Write videos of the store to `out`: HDF5 or a store, by its ending.
 
-    teachers, corpora: only these (default all). videos_from: a list of videos, see `choose.choose_videos`.
-    shard_rows: of a store that is written. HDF5 gets the usable videos, a store also those that failed, with their
-    reasons; videos that are pending are left out of both. Nothing stands at `out` until it is finished.
-    Raises StoreError, and UsageError for what the store does not have or `out` cannot be.
+    teachers, corpora: only these (default all). videos_from: a list of videos, see
+        `choose.choose_videos`.
+    shard_rows: of a store that is written. HDF5 gets the usable videos, a store also those that
+    failed, with their reasons; videos that are pending are left out of both. Nothing stands at
+    `out` until it is finished. Raises StoreError, and UsageError for what the store does not have
+    or `out` cannot be.
     """
     check_local(out)
     store, out = TargetStore.open(store_path), Path(os.path.abspath(out))
     names = [store.teacher(name).name for name in dict.fromkeys(teachers)] or list(store.teachers)
     if out.suffix not in (*HDF5, ZARR):
-        raise UsageError(f"--out {out}: must end in {', '.join(HDF5)} (one HDF5 file) or {ZARR} (a store)")
+        raise UsageError(
+            f"--out {out}: must end in {', '.join(HDF5)} (one HDF5 file) or {ZARR} (a store)"
+        )
     if out.suffix != ZARR and shard_rows is not None:
-        raise UsageError(f"--shard-rows: {out.name} is an HDF5 file, only a store ({ZARR}) has shards")
+        raise UsageError(
+            f"--shard-rows: {out.name} is an HDF5 file, only a store ({ZARR}) has shards"
+        )
     if out.is_symlink() and not out.exists():
         raise UsageError(f"--out {out}: exists already")
     chosen = choose_videos(store, corpora, videos_from)
@@ -64,17 +70,31 @@ def targets_export(
 
 
 def _finished(
-    store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], shard_rows: int | None, console: Console
+    store: TargetStore,
+    out: Path,
+    names: list[str],
+    chosen: NDArray[np.int64],
+    shard_rows: int | None,
+    console: Console,
 ) -> dict[str, Any]:
-    """Return the result of an earlier run of the same export that was killed at its end; UsageError for another."""
+    """Return the result of an earlier run of the same export that was killed at its end; UsageError
+    for another."""
     hdf5 = out.suffix in HDF5
-    videos = np.intersect1d(store.usable(names), chosen) if hdf5 else _exportable(store, names, chosen)
+    videos = (
+        np.intersect1d(store.usable(names), chosen) if hdf5 else _exportable(store, names, chosen)
+    )
     try:
-        same = _same_file(store, out, names, videos) if hdf5 else _same_store(store, out, names, videos, shard_rows)
+        same = (
+            _same_file(store, out, names, videos)
+            if hdf5
+            else _same_store(store, out, names, videos, shard_rows)
+        )
     except DistInitError:  # another file, or a damaged one
         same = False
     if not same:
-        raise UsageError(f"--out {out}: exists already, and is another export or none; choose another --out")
+        raise UsageError(
+            f"--out {out}: exists already, and is another export or none; choose another --out"
+        )
     console.say(f"{out} exists already and is this export, finished")
     files = [out] if hdf5 else [f for f in out.rglob("*") if f.is_file()]
     return {"out": str(out), "videos": len(videos), "rows": int(store.row_counts[videos].sum()), "teachers": names,
@@ -82,9 +102,14 @@ def _finished(
 
 
 def _same_store(
-    store: TargetStore, out: Path, names: list[str], videos: NDArray[np.int64], shard_rows: int | None
+    store: TargetStore,
+    out: Path,
+    names: list[str],
+    videos: NDArray[np.int64],
+    shard_rows: int | None,
 ) -> bool:
-    """Return whether a store was exported from this one and is finished, with these teachers and videos."""
+    """Return whether a store was exported from this one and is finished, with these teachers and
+    videos."""
     made = TargetStore.open(out)
     if (
         made.attributes.get("exported_from") != store.attributes["store_id"]
@@ -102,12 +127,25 @@ def _same_store(
 
 def _same_file(store: TargetStore, out: Path, names: list[str], videos: NDArray[np.int64]) -> bool:
     """Return whether an HDF5 file was exported from this store, with these teachers and videos."""
-    tables: dict[str, tuple[str, int]] = dict.fromkeys(("videos/corpus", "videos/path"), (STRING, 1))
-    numbers = ("videos/frames", "videos/first_row", "videos/rows", "frames/video", "frames/index", "frames/pts")
+    tables: dict[str, tuple[str, int]] = dict.fromkeys(
+        ("videos/corpus", "videos/path"), (STRING, 1)
+    )
+    numbers = (
+        "videos/frames",
+        "videos/first_row",
+        "videos/rows",
+        "frames/video",
+        "frames/index",
+        "frames/pts",
+    )
     tables |= dict.fromkeys(numbers, ("iu", 1))
     for name in names:
         group = f"teachers/{name}"
-        tables |= {f"{group}/class": (STRING, 1), f"{group}/logits": ("f", 2), f"{group}/entropy": ("f", 1)}
+        tables |= {
+            f"{group}/class": (STRING, 1),
+            f"{group}/logits": ("f", 2),
+            f"{group}/entropy": ("f", 1),
+        }
     groups = ("videos", "frames", "teachers", *(f"teachers/{name}" for name in names))
     with open_hdf5(out, tables, groups) as file:
         places = [store.place(int(video)) for video in videos]
@@ -122,13 +160,16 @@ def _same_file(store: TargetStore, out: Path, names: list[str], videos: NDArray[
                 for at in range(0, len(places), BLOCK)
             )
             and all(
-                file[f"teachers/{name}/logits"].shape == (len(file["frames/pts"]), len(store.teacher(name).classes))
+                file[f"teachers/{name}/logits"].shape
+                == (len(file["frames/pts"]), len(store.teacher(name).classes))
                 for name in names
             )
         )
 
 
-def _exportable(store: TargetStore, names: list[str], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+def _exportable(
+    store: TargetStore, names: list[str], chosen: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Return those of the chosen videos that are pending for none of the teachers."""
     pending = store.video_state == PENDING
     for name in names:
@@ -137,7 +178,12 @@ def _exportable(store: TargetStore, names: list[str], chosen: NDArray[np.int64])
 
 
 def _export_store(
-    store: TargetStore, out: Path, names: list[str], chosen: NDArray[np.int64], shard_rows: int | None, console: Console
+    store: TargetStore,
+    out: Path,
+    names: list[str],
+    chosen: NDArray[np.int64],
+    shard_rows: int | None,
+    console: Console,
 ) -> dict[str, Any]:
     videos = _exportable(store, names, chosen)
     if len(videos) < len(chosen):
@@ -149,7 +195,9 @@ def _export_store(
         _sweep(part)
         try:
             with console.progress("exporting", int(store.row_counts[videos].sum()), "rows") as bar:
-                rows = write_subset(store, part, videos, names, shard_rows=shard_rows, advance=bar.advance)
+                rows = write_subset(
+                    store, part, videos, names, shard_rows=shard_rows, advance=bar.advance
+                )
             os.rename(part, out)
             fsync_path(out.parent)
         finally:
@@ -178,13 +226,15 @@ def _export_hdf5(
     """Usable videos as one file.
 
     Layout: `videos/{corpus,path,frames,first_row,rows}` [V], `frames/{video,index,pts}` [N],
-    `teachers/NAME/{logits [N, K] float16, entropy [N] float32, class [K]}`; `video` counts in `videos/`.
+    `teachers/NAME/{logits [N, K] float16, entropy [N] float32, class [K]}`; `video` counts in
+    `videos/`.
     """
     usable = np.intersect1d(store.usable(names), chosen)
     counts = store.row_counts[usable]
     part = out.with_name(f".{out.name}.part")
     with _alone(part, out):
-        # From HDF5 1.10 on the structure of a file has checksums; those of the values are asked for.
+        # From HDF5 1.10 on the structure of a file has checksums; those of the values are asked
+        # for.
         writer = Hdf5Writer(part, libver=("v110", "v110"))
         with writer, console.progress("exporting", int(counts.sum()), "rows") as bar:
             file = writer.file
@@ -198,7 +248,9 @@ def _export_hdf5(
                 _text(group, "class", [name.encode() for name in record.classes])
                 shape = (len(rows), len(record.classes))
                 logits = group.create_dataset("logits", shape, "f2", **_checked(shape, 2))
-                entropy = group.create_dataset("entropy", (len(rows),), "f4", **_checked((len(rows),), 4))
+                entropy = group.create_dataset(
+                    "entropy", (len(rows),), "f4", **_checked((len(rows),), 4)
+                )
                 for at in range(0, len(rows), BLOCK):
                     some = rows[at : at + BLOCK]
                     # Not by HDF5: 1.14.2 halves what float16 rounds up to a power of two.
@@ -214,7 +266,8 @@ def _export_hdf5(
 def _text(group: h5py.Group, name: str, texts: list[bytes]) -> None:
     """Write texts of one length, which have checksums; of those of any length HDF5 has none.
 
-    Compressed, for each is padded to the longest, and a few at a time, for that is true in memory as well.
+    Compressed, for each is padded to the longest, and a few at a time, for that is true in memory
+    as well.
     """
     kind = h5py.string_dtype("utf-8", max(1, *map(len, texts)) if texts else 1)
     options = _checked((len(texts),), kind.itemsize)
@@ -225,7 +278,8 @@ def _text(group: h5py.Group, name: str, texts: list[bytes]) -> None:
 
 
 def _checked(shape: tuple[int, ...], item_bytes: int) -> dict[str, Any]:
-    """Return the options of a table with checksums, one per chunk of about 256 kB; an empty table has none."""
+    """Return the options of a table with checksums, one per chunk of about 256 kB; an empty table
+    has none."""
     if 0 in shape:
         return {}
     rows = 2**18 // (math.prod(shape[1:]) * item_bytes)
@@ -234,7 +288,8 @@ def _checked(shape: tuple[int, ...], item_bytes: int) -> dict[str, Any]:
 
 @contextmanager
 def _alone(file: Path, out: Path) -> Iterator[None]:
-    """Hold the lock of `file` while `out` is made; nothing is left of it. StoreError where another export holds it."""
+    """Hold the lock of `file` while `out` is made; nothing is left of it. StoreError where another
+    export holds it."""
     busy = StoreError(f"{out}: another export is writing it")
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -244,7 +299,9 @@ def _alone(file: Path, out: Path) -> Iterator[None]:
             mine = os.path.samestat(os.fstat(descriptor), os.stat(file))
         except FileNotFoundError:
             mine = False
-        if not mine or out.exists():  # another has finished meanwhile, and removed what is locked here
+        if (
+            not mine or out.exists()
+        ):  # another has finished meanwhile, and removed what is locked here
             raise busy
         try:
             yield
@@ -263,16 +320,28 @@ def _tables(
     places = [store.place(int(v)) for v in usable]
     _text(videos, "corpus", [os.fsencode(corpus) for corpus, _ in places])
     _text(videos, "path", [os.fsencode(path) for _, path in places])
-    columns = {"frames": store.frame_counts[usable], "first_row": np.cumsum(counts) - counts, "rows": counts}
+    columns = {
+        "frames": store.frame_counts[usable],
+        "first_row": np.cumsum(counts) - counts,
+        "rows": counts,
+    }
     for name, values in columns.items():
         videos.create_dataset(name, data=values, **_checked(values.shape, values.itemsize))
     frames = file.create_group("frames")
     checked = _checked((len(rows),), 8)
-    number = frames.create_dataset("video", data=np.repeat(np.arange(len(usable)), counts), **checked)
-    index, pts = (frames.create_dataset(name, (len(rows),), "i8", **checked) for name in ("index", "pts"))
+    number = frames.create_dataset(
+        "video", data=np.repeat(np.arange(len(usable)), counts), **checked
+    )
+    index, pts = (
+        frames.create_dataset(name, (len(rows),), "i8", **checked) for name in ("index", "pts")
+    )
     for at in range(0, len(rows), BLOCK):
         some = rows[at : at + BLOCK]
         if (store.read_table("video", some) != usable[number[at : at + BLOCK]]).any():
-            raise StoreError(f"{store.name}: rows of a video belong to another; see `distinit targets verify`")
-        index[at : at + BLOCK], pts[at : at + BLOCK] = (store.read_table(name, some) for name in ("index", "pts"))
+            raise StoreError(
+                f"{store.name}: rows of a video belong to another; see `distinit targets verify`"
+            )
+        index[at : at + BLOCK], pts[at : at + BLOCK] = (
+            store.read_table(name, some) for name in ("index", "pts")
+        )
     return rows

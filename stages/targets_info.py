@@ -21,7 +21,9 @@ LISTED = 1000
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-def targets_info(store_path: str | Path, console: Console, *, list_failed: bool = False) -> dict[str, Any]:
+def targets_info(
+    store_path: str | Path, console: Console, *, list_failed: bool = False
+) -> dict[str, Any]:
     """Counts, corpora, teachers, entropies and failures of a store. Raises StoreError."""
     store = TargetStore.open(store_path)
     state = store.video_state
@@ -66,7 +68,11 @@ def _kept(teacher: dict[str, Any]) -> str:
 def _bytes(store: TargetStore) -> int:
     """What the store's files take; of a remote store, its committed shards alone."""
     if isinstance(store.files, LocalFiles):
-        return sum(_file_bytes(Path(folder, name)) for folder, _, names in os.walk(store.path) for name in names)
+        return sum(
+            _file_bytes(Path(folder, name))
+            for folder, _, names in os.walk(store.path)
+            for name in names
+        )
     commits = [store.index.frame_commits, *(t.commits for t in store.index.teachers.values())]
     return sum(f["size"] for of in commits for node in of.values() for f in node["files"].values())
 
@@ -93,7 +99,11 @@ def _teacher_bytes(store: TargetStore, name: str) -> int:
 def _fingerprint(store: TargetStore, name: str) -> dict[str, Any] | None:
     """What a teacher's fingerprint says beside the logits; None if it has none."""
     node = store.fingerprint(name)
-    return None if node is None else {key: node.get(key) for key in ("probes", "torch", "device", "basis")}
+    return (
+        None
+        if node is None
+        else {key: node.get(key) for key in ("probes", "torch", "device", "basis")}
+    )
 
 
 def _in_words(fingerprint: dict[str, Any] | None) -> str:
@@ -101,7 +111,10 @@ def _in_words(fingerprint: dict[str, Any] | None) -> str:
     if fingerprint is None:
         return "missing"
     basis = fingerprint["basis"] or {}
-    what: dict[Any, str] = {"rows": f" (after {basis.get('rows')} rows again)", "accepted": " (--accept-teacher)"}
+    what: dict[Any, str] = {
+        "rows": f" (after {basis.get('rows')} rows again)",
+        "accepted": " (--accept-teacher)",
+    }
     return "present" + what.get(basis.get("kind"), "")
 
 
@@ -133,7 +146,9 @@ def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
             **{f"q{round(q * 100):02d}": v for q, v in found.quantiles().items()},
             "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         },
-        "most_frequent": [{"class": label, "share": share} for label, share in found.most_frequent(10)],
+        "most_frequent": [
+            {"class": label, "share": share} for label, share in found.most_frequent(10)
+        ],
         "failures": dict(Counter(store.index.video_reasons(name).values()).most_common()),
     }
 
@@ -144,10 +159,17 @@ def _show(info: dict[str, Any], console: Console) -> None:
     about.add_row("videos", f"{videos['listed']:,}: {videos['ok']:,} ok, {videos['failed']:,} failed, "
                   f"{videos['pending']:,} pending")  # fmt: skip
     about.add_row("cached frames", f"{info['rows']:,}, {info['sampling']}")
-    about.add_row("size", f"{info['bytes'] / 1e6:,.1f} MB, {info['bytes_a_row']:,.0f} bytes a frame")
+    about.add_row(
+        "size", f"{info['bytes'] / 1e6:,.1f} MB, {info['bytes_a_row']:,.0f} bytes a frame"
+    )
     shards = info["shards"]
-    about.add_row("shards", f"{shards['committed']} of {shards['planned']}, {info['shard_rows']} rows each")
-    about.add_row("made", f"{info['created']}, format version {info['format_version']}, id {info['store_id'][:12]}")
+    about.add_row(
+        "shards", f"{shards['committed']} of {shards['planned']}, {info['shard_rows']} rows each"
+    )
+    about.add_row(
+        "made",
+        f"{info['created']}, format version {info['format_version']}, id {info['store_id'][:12]}",
+    )
     words = [f"{t['name']} {_in_words(t['fingerprint'])}" for t in info["teachers"]]
     about.add_row("fingerprints", ", ".join(words) or "–")
     console.table(about)
@@ -155,7 +177,9 @@ def _show(info: dict[str, Any], console: Console) -> None:
     for column in ("ok", "failed", "pending", "frames"):
         corpora.add_column(column, justify="right")
     for c in info["corpora"]:
-        corpora.add_row(c["name"], c["root"], *(f"{c[k]:,}" for k in ("ok", "failed", "pending", "rows")))
+        corpora.add_row(
+            c["name"], c["root"], *(f"{c[k]:,}" for k in ("ok", "failed", "pending", "rows"))
+        )
     console.table(corpora)
     teachers = Table("teacher", "weights")
     for column in ("classes", "frames", "kept as", "bytes a frame"):
@@ -172,7 +196,9 @@ def _show(info: dict[str, Any], console: Console) -> None:
         weights = str(t["identity"].get("weights", ""))
         median = f"{e['q50']:.2f} nats" if t["rows"] else "–"
         size = f"{t['bytes_a_row']:,.0f}" if t["rows"] else "–"
-        teachers.add_row(t["name"], weights, f"{t['classes']:,}", f"{t['rows']:,}", _kept(t), size, labels)
+        teachers.add_row(
+            t["name"], weights, f"{t['classes']:,}", f"{t['rows']:,}", _kept(t), size, labels
+        )
         histogram = e["histogram"]
         bars = f"0 ▕{_bars(histogram['counts'])}▏ {histogram['edges'][-1]:.1f} nats"
         entropies.add_row(t["name"], median, spread, bars)
@@ -180,7 +206,9 @@ def _show(info: dict[str, Any], console: Console) -> None:
     console.table(entropies)
     failures = Counter(info["failures"])
     for t in info["teachers"]:
-        failures.update({f"{t['name']}: {r}": n for r, n in t["failures"].items() if r not in failures})
+        failures.update(
+            {f"{t['name']}: {r}": n for r, n in t["failures"].items() if r not in failures}
+        )
     if failures:
         table = Table("videos", "failed because")
         for reason, count in failures.most_common(20):

@@ -22,10 +22,12 @@ from ..pipeline.teachers.fingerprint import Fingerprint
 def targets_merge(
     parts: Sequence[str | Path], out: str | Path, console: Console, *, accept_run: bool = False
 ) -> dict[str, Any]:
-    """Merge finished stores into `out`, which is made, or gone on with after an interrupted merge of the same parts.
+    """Merge finished stores into `out`, which is made, or gone on with after an interrupted merge
+    of the same parts.
 
-    Raises StoreError (a part is unfinished, damaged or being written), StoreMismatchError (parts that do not fit
-    each other or `out`, a video in two of them) and UsageError (`out` is a part, a part is given twice).
+    Raises StoreError (a part is unfinished, damaged or being written), StoreMismatchError (parts
+    that do not fit each other or `out`, a video in two of them) and UsageError (`out` is a part, a
+    part is given twice).
     """
     check_local(out)
     out = Path(out)
@@ -42,14 +44,18 @@ def targets_merge(
         for store in stores:
             stack.enter_context(reading(store))
         writer = stack.enter_context(
-            StoreWriter(out, sampling=first["sampling"], shard_rows=first["shard_rows"], origin=origin)
+            StoreWriter(
+                out, sampling=first["sampling"], shard_rows=first["shard_rows"], origin=origin
+            )
         )
         plan_merge(writer, placed, corpora, fingerprints)
         shards = sum(store.index.n_shards for store in stores)
         with console.progress("merging", total=shards, unit="shards") as bar:
             copied = copy_shards(writer, placed, bar.advance)
     merged = TargetStore.open(out)
-    console.say(f"{merged.n_videos} videos, {merged.n_rows} rows, {shards} shards from {len(stores)} parts in {out}")
+    console.say(
+        f"{merged.n_videos} videos, {merged.n_rows} rows, {shards} shards from {len(stores)} parts in {out}"
+    )
     return {
         "store": merged.name,
         "parts": [store.name for store in stores],
@@ -75,8 +81,13 @@ def _fingerprints(stores: Sequence[TargetStore], console: Console) -> dict[str, 
     """
     agreed = {}
     for name in stores[0].teachers:
-        nodes = {store.name: node for store in stores if (node := store.fingerprint(name)) is not None}
-        known = {where: Fingerprint.parse(node, f"{where}/teachers/{name}") for where, node in nodes.items()}
+        nodes = {
+            store.name: node for store in stores if (node := store.fingerprint(name)) is not None
+        }
+        known = {
+            where: Fingerprint.parse(node, f"{where}/teachers/{name}")
+            for where, node in nodes.items()
+        }
         first = next(iter(known), "")
         for where, other in known.items():
             if how := known[first].differs(other):
@@ -89,7 +100,9 @@ def _fingerprints(stores: Sequence[TargetStore], console: Console) -> dict[str, 
                 f"extract-targets adds it after a sample of rows was computed again from videos"
             )
         else:  # what a user accepted is not proven by being merged
-            doubtful = [where for where, other in known.items() if other.basis.get("kind") == "accepted"]
+            doubtful = [
+                where for where, other in known.items() if other.basis.get("kind") == "accepted"
+            ]
             agreed[name] = nodes[doubtful[0] if doubtful else first]
     return agreed
 

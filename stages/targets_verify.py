@@ -1,4 +1,5 @@
-"""Prove a store: structure, counts, digests, crc, finiteness, entropies; drop broken shards on request."""
+"""Prove a store: structure, counts, digests, crc, finiteness, entropies; drop broken shards on
+request."""
 
 from __future__ import annotations
 
@@ -30,10 +31,10 @@ def targets_verify(
 ) -> dict[str, Any]:
     """Findings of a store, each a line; `repair` drops the commits of broken shards.
 
-    The next `extract-targets` fills dropped shards again. frames: the frames of all videos are held against their
-    files (see `targets_frames`). deep: so many random videos are decoded and shown to the teachers once more (see
-    `targets_deep`, also for the other arguments). Raises StoreError if it is no
-    store at all, UsageError for a corpus or teacher it does not have.
+    The next `extract-targets` fills dropped shards again. frames: the frames of all videos are held
+    against their files (see `targets_frames`). deep: so many random videos are decoded and shown to
+    the teachers once more (see `targets_deep`, also for the other arguments). Raises StoreError if
+    it is no store at all, UsageError for a corpus or teacher it does not have.
     """
     if (moved and not (deep or frames)) or ((weights or allow_teachers) and not deep):
         raise UsageError(
@@ -78,12 +79,18 @@ def targets_verify(
             identify_again(store, writer, list(by_video), moved)
         if repair and any(finding.shard is not None for finding in findings):
             dropped = drop_commits(Path(store.path), findings)
-            console.say(f"{dropped} commits dropped; run the same extract-targets command again to fill them")
+            console.say(
+                f"{dropped} commits dropped; run the same extract-targets command again to fill them"
+            )
     unchecked = without_digest(store.files, index)
     if unchecked:
-        console.say(f"{unchecked} files have no digest, as version 0.1 wrote them: not all of their bits can be checked")
+        console.say(
+            f"{unchecked} files have no digest, as version 0.1 wrote them: not all of their bits can be checked"
+        )
     if not findings:
-        console.say(f"{store.n_rows} rows of {index.n_shards} shards and {len(index.teachers)} teachers: all good")
+        console.say(
+            f"{store.n_rows} rows of {index.n_shards} shards and {len(index.teachers)} teachers: all good"
+        )
     for name, c in compared.get("teachers", {}).items():
         if c["rows"]:
             console.say(f"{name}: {c['rows']} rows of {compared['videos']} videos computed again, "

@@ -1,4 +1,5 @@
-"""Stage two: train a student on clips whose targets come from the store. No teacher is ever loaded."""
+"""Stage two: train a student on clips whose targets come from the store. No teacher is ever
+loaded."""
 
 from __future__ import annotations
 
@@ -86,12 +87,15 @@ def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
-    """Run one process of the training; rank 0 alone writes, and holds the lock of the run folder."""
+    """Run one process of the training; rank 0 alone writes, and holds the lock of the run
+    folder."""
     with ExitStack() as stack:
         return _train_locked(config, console, ranks, stack)
 
 
-def _train_locked(config: TrainConfig, console: Console, ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
+def _train_locked(
+    config: TrainConfig, console: Console, ranks: Ranks, stack: ExitStack
+) -> dict[str, Any]:
     run_dir = Path(config.out)
     ranks.on_main(lambda: check_output_dir(run_dir, COMMAND, (*RUN_FILES, SEEN_VIDEOS, RESULT)))
     store, teachers, device = ranks.on_all_ranks(lambda: _open(config))
@@ -150,7 +154,9 @@ def _train_locked(config: TrainConfig, console: Console, ranks: Ranks, stack: Ex
         if result.broken:
             console.warn(result.unread())
         exported = _export(config, store, student, teachers, run_dir)
-        summary = _summary(config, parts, result, exported) | _learned(bounds, result, teachers, config.export, console)
+        summary = _summary(config, parts, result, exported) | _learned(
+            bounds, result, teachers, config.export, console
+        )
         write_atomically(run_dir / RESULT, json.dumps(plain(summary), indent=1).encode())
         return summary
 
@@ -168,18 +174,24 @@ def _open(config: TrainConfig) -> tuple[TargetStore, tuple[str, ...], torch.devi
 def _absolute(config: TrainConfig) -> TrainConfig:
     """The config with paths that hold from any folder."""
     moved = {name: os.path.abspath(folder) for name, folder in config.moved.items()}
-    paths: dict[str, Any] = {"store": absolute(config.store), "out": os.path.abspath(config.out), "moved": moved}
+    paths: dict[str, Any] = {
+        "store": absolute(config.store),
+        "out": os.path.abspath(config.out),
+        "moved": moved,
+    }
     if config.leave_out is not None:
         paths["leave_out"] = canonical_leave_out(config.leave_out)
     return config.model_copy(update=paths)
 
 
 def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
-    """The teachers to learn from, in the store's order, so that the order in which they are named changes nothing;
-    UsageError if the store lacks one."""
+    """The teachers to learn from, in the store's order, so that the order in which they are named
+    changes nothing; UsageError if the store lacks one."""
     names = tuple(config.targets.teachers or store.teachers)
     if not names:
-        raise StoreError(f"{store.name} holds no teacher's logits; run distinit extract-targets first")
+        raise StoreError(
+            f"{store.name} holds no teacher's logits; run distinit extract-targets first"
+        )
     for name in names:
         store.teacher(name)
     names = tuple(name for name in store.teachers if name in names)
@@ -192,7 +204,11 @@ def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
 
 
 def _assemble(
-    config: TrainConfig, store: TargetStore, teachers: tuple[str, ...], saved: dict[str, Any] | None, console: Console
+    config: TrainConfig,
+    store: TargetStore,
+    teachers: tuple[str, ...],
+    saved: dict[str, Any] | None,
+    console: Console,
 ) -> _Parts:
     """The data sets, with the filter's thresholds in nats."""
     seed, channels = config.loop.seed, config.student.channels
@@ -205,16 +221,22 @@ def _assemble(
         usable = left_out.remove_from(usable)
     videos, held_ids = split_held_out(usable, config.held_out, seed)
     if len(usable) and not len(videos):
-        raise UsageError(f"--held-out {config.held_out:g} leaves none of {len(usable)} videos to learn from")
+        raise UsageError(
+            f"--held-out {config.held_out:g} leaves none of {len(usable)} videos to learn from"
+        )
     shares = None
     if config.targets.corpora is not None:
         corpus, names = store.column("corpus"), list(store.corpora)
         shares = by_corpus(videos, corpus, names, config.targets.corpora)
         videos = np.concatenate(shares[0])
-        held_ids = held_ids[np.isin(corpus[held_ids], [names.index(name) for name in config.targets.corpora])]
+        held_ids = held_ids[
+            np.isin(corpus[held_ids], [names.index(name) for name in config.targets.corpora])
+        ]
     options = config.loop.for_videos(len(videos))
 
-    def sampler(ids: np.ndarray, thresholds: dict[str, float], fixed: bool = False) -> TargetSampler:
+    def sampler(
+        ids: np.ndarray, thresholds: dict[str, float], fixed: bool = False
+    ) -> TargetSampler:
         return TargetSampler(
             store,
             teachers=teachers,
@@ -238,10 +260,16 @@ def _assemble(
     train = StudentClips(sampler(videos, thresholds), config.clips, config.moved, channels=channels)
     for line in train.missing():
         console.warn(line)
-    warn_of_short_videos(store.frame_counts[videos].tolist(), len(videos), config.clips.length, channels, console)
-    held_ids = _usable_held_out(held_ids, lambda ids: sampler(ids, thresholds, fixed=True), config.held_out_clips)
+    warn_of_short_videos(
+        store.frame_counts[videos].tolist(), len(videos), config.clips.length, channels, console
+    )
+    held_ids = _usable_held_out(
+        held_ids, lambda ids: sampler(ids, thresholds, fixed=True), config.held_out_clips
+    )
     if config.held_out > 0 and len(held_ids) == 0:
-        console.warn(f"held_out={config.held_out:g}: no clip of these videos counts; best is by training loss")
+        console.warn(
+            f"held_out={config.held_out:g}: no clip of these videos counts; best is by training loss"
+        )
     held = None
     if len(held_ids):
         fixed = sampler(held_ids, thresholds, fixed=True)
@@ -254,17 +282,26 @@ def _seen(store: TargetStore, videos: np.ndarray, moved: dict[str, str]) -> Seen
     places = [store.video_path(int(video), moved) for video in videos]
     if moved:  # a corpus may have moved, or copies of it may be read
         lay = [store.video_path(int(video)) for video in videos]
-        places = [now if os.path.exists(now) else before for now, before in zip(places, lay, strict=True)]
+        places = [
+            now if os.path.exists(now) else before for now, before in zip(places, lay, strict=True)
+        ]
     return SeenVideos(store.column("digest")[videos], places, np.full(len(videos), OWN, np.uint8))
 
 
-def _usable_held_out(ids: np.ndarray, fixed: Callable[[np.ndarray], TargetSampler], most: int) -> np.ndarray:
-    """The first `most` of the held-out videos that have a window and whose clip the filter keeps: both are known before
-    anything is decoded, and a list of none would end the training after its first epoch."""
+def _usable_held_out(
+    ids: np.ndarray, fixed: Callable[[np.ndarray], TargetSampler], most: int
+) -> np.ndarray:
+    """The first `most` of the held-out videos that have a window and whose clip the filter keeps:
+    both are known before anything is decoded, and a list of none would end the training after its
+    first epoch."""
     if len(ids) == 0:
         return ids
     sampler = fixed(ids)
-    usable = (int(video) for k, video in enumerate(ids) if sampler.has_window(int(video)) and sampler.draw(0, k).counts)
+    usable = (
+        int(video)
+        for k, video in enumerate(ids)
+        if sampler.has_window(int(video)) and sampler.draw(0, k).counts
+    )
     return np.array(list(islice(usable, most)), np.int64)
 
 
@@ -280,7 +317,8 @@ def _objective(options: TargetOptions, teachers: tuple[str, ...]) -> Distillatio
 
 
 def _bounds(sampler: TargetSampler, objective: Distillation, console: Console) -> LossBounds | None:
-    """What a loss of this training means, said before it begins; of its first draws, at most ten a video."""
+    """What a loss of this training means, said before it begins; of its first draws, at most ten a
+    video."""
     count = min(DRAWS, 10 * len(sampler.videos))
     with console.progress("measuring targets", count, "draw") as bar:
 
@@ -299,12 +337,21 @@ def _bounds(sampler: TargetSampler, objective: Distillation, console: Console) -
 
 
 def _learned(
-    bounds: LossBounds | None, result: FitResult, teachers: tuple[str, ...], export: str, console: Console
+    bounds: LossBounds | None,
+    result: FitResult,
+    teachers: tuple[str, ...],
+    export: str,
+    console: Console,
 ) -> dict[str, Any]:
-    """For result.json, how far the student came between the two losses, by the loss on held-out clips where every
-    teacher has some; a warning where that is next to nothing."""
+    """For result.json, how far the student came between the two losses, by the loss on held-out
+    clips where every teacher has some; a warning where that is next to nothing."""
     if bounds is None:
-        return {"loss_of_a_constant": None, "loss_of_the_targets": None, "learned": None, "learned_by": None}
+        return {
+            "loss_of_a_constant": None,
+            "loss_of_the_targets": None,
+            "learned": None,
+            "learned_by": None,
+        }
     held_out = all(f"loss/{name}" in result.validation for name in teachers)
     loss, by = result.train_loss, "training"
     if held_out:
@@ -316,7 +363,9 @@ def _learned(
             f"{bounds.constant:.3f}; try more loop.epochs, another loop.lr or a larger student.width"
         )
     else:
-        of_training = f" ({bounds.learned(result.train_loss):.0%} by the training loss)" if held_out else ""
+        of_training = (
+            f" ({bounds.learned(result.train_loss):.0%} by the training loss)" if held_out else ""
+        )
         console.say(
             f"learned {learned:.0%} of the way from a constant guess to the targets themselves, by the {by} loss"
             f"{of_training}"
@@ -333,7 +382,11 @@ def _build(config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]) -
 
 
 def _identity(
-    config: TrainConfig, store: TargetStore, teachers: tuple[str, ...], parts: _Parts, options: LoopOptions
+    config: TrainConfig,
+    store: TargetStore,
+    teachers: tuple[str, ...],
+    parts: _Parts,
+    options: LoopOptions,
 ) -> dict[str, Any]:
     """What a resume must share: by top-level key, so that a refusal names what differs."""
     found = store.identity()
@@ -344,7 +397,10 @@ def _identity(
         "student": config.student.model_dump(mode="json"),
         "clips": config.clips.model_dump(mode="json"),
         "targets": config.targets.model_dump(mode="json", exclude={"teachers"}),
-        "filter": {"quantile": config.targets.max_entropy_quantile, "nats": parts.filter.thresholds},
+        "filter": {
+            "quantile": config.targets.max_entropy_quantile,
+            "nats": parts.filter.thresholds,
+        },
         "leave_out": parts.left_out.digest if parts.left_out is not None else None,
         "held_out": {"share": config.held_out, "clips": config.held_out_clips},
         **options.identity(),
@@ -355,7 +411,11 @@ def _check_same(run_dir: Path, saved: dict[str, Any], identity: dict[str, Any]) 
     """A store that has grown has words of its own: with other videos an epoch has other clips."""
     theirs, ours = saved["store"], identity["store"]
     grown = theirs["id"] == ours["id"] and theirs["videos"] < ours["videos"]
-    if grown and saved["leave_out"] == identity["leave_out"] and saved["held_out"] == identity["held_out"]:
+    if (
+        grown
+        and saved["leave_out"] == identity["leave_out"]
+        and saved["held_out"] == identity["held_out"]
+    ):
         raise StoreMismatchError(
             f"{run_dir} was trained on {theirs['videos']} videos of the store, which has {ours['videos']} to draw from "
             "by now: no run goes on with others; begin anew with another --out"
@@ -380,13 +440,18 @@ def _export(
         clip_length=config.clips.length,
         clip_size=config.clips.size,
         resize=resize if isinstance(resize, tuple) else None,
-        extra={"store": store.identity()["store_id"], "targets": config.targets.model_dump(mode="json")},
+        extra={
+            "store": store.identity()["store_id"],
+            "targets": config.targets.model_dump(mode="json"),
+        },
     )
     save_student(path, student, meta)
     return path
 
 
-def _summary(config: TrainConfig, parts: _Parts, result: FitResult, exported: Path) -> dict[str, Any]:
+def _summary(
+    config: TrainConfig, parts: _Parts, result: FitResult, exported: Path
+) -> dict[str, Any]:
     """What --json prints."""
     return {
         "run": config.out,

@@ -8,7 +8,9 @@ from typing import NoReturn
 import click
 
 
-def command_that_raises(error: BaseException, before: Callable[[BaseException], None] | None = None) -> click.Group:
+def command_that_raises(
+    error: BaseException, before: Callable[[BaseException], None] | None = None
+) -> click.Group:
     """Return a command line whose command `go` raises an error, after it was given to `before`."""
 
     @click.group()

@@ -1,4 +1,5 @@
-"""A small real store for the tests of training: videos encoded here, two tiny teachers, stage one itself."""
+"""A small real store for the tests of training: videos encoded here, two tiny teachers, stage one
+itself."""
 
 from __future__ import annotations
 
@@ -17,14 +18,17 @@ from distinit.tests.store_recipe import make_store
 
 __all__ = ["make_store"]
 
-# Property tests take a share of these examples; --hypothesis-profile=many is for a change of what they test.
+# Property tests take a share of these examples; --hypothesis-profile=many is for a change of what
+# they test.
 settings.register_profile("many", max_examples=5000)
 
-# A shell that starts the tests in the background lets them ignore Ctrl-C, and what they start would too.
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and what they start would
+# too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Of several workers of pytest-xdist each has a core: more threads would wait for one another. Before torch is imported.
+# Of several workers of pytest-xdist each has a core: more threads would wait for one another.
+# Before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -55,7 +59,8 @@ class TinyStore:
 
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
-    """12 videos of 96x64 pixels, every 4th frame seen by teachers `sure` (7 classes) and `unsure` (5)."""
+    """12 videos of 96x64 pixels, every 4th frame seen by teachers `sure` (7 classes) and `unsure`
+    (5)."""
     from distinit.pipeline.common.console import Console
     from distinit.pipeline.extraction.extract_options import ExtractConfig
     from distinit.pipeline.teachers.teacher import TeacherSpec
@@ -67,15 +72,21 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
     (root / "modules" / "tiny_teachers.py").write_text(TEACHERS)
     (root / "videos").mkdir()
     for number, frames in enumerate(FRAMES):
-        write_video(root / "videos" / f"v{number:02d} é.mp4", moving_blobs(number, frames), fps=25, gop=12)
+        write_video(
+            root / "videos" / f"v{number:02d} é.mp4", moving_blobs(number, frames), fps=25, gop=12
+        )
     sys.path.insert(0, str(root / "modules"))
     try:
         options = {"sure": {"k": "7", "gain": "20"}, "unsure": {"k": "5", "gain": "4"}}
         specs = [
-            TeacherSpec(name="tiny_teachers:teacher", options={"name": name, "input_size": "32", **own})
+            TeacherSpec(
+                name="tiny_teachers:teacher", options={"name": name, "input_size": "32", **own}
+            )
             for name, own in options.items()
         ]
-        config = ExtractConfig(sources=[str(root / "videos")], out=root / "targets.zarr", teachers=specs)
+        config = ExtractConfig(
+            sources=[str(root / "videos")], out=root / "targets.zarr", teachers=specs
+        )
         extract_targets(config, Console(quiet=True))
     finally:
         sys.path.remove(str(root / "modules"))
@@ -90,7 +101,8 @@ def own_store(tiny_store: TinyStore, tmp_path: Path) -> TinyStore:
 
 
 def moving_blobs(number: int, frames: int) -> np.ndarray:
-    """Smooth coloured blobs that drift, uint8 [frames, 64, 96, 3]: neighbours differ, and so do videos."""
+    """Smooth coloured blobs that drift, uint8 [frames, 64, 96, 3]: neighbours differ, and so do
+    videos."""
     random = np.random.default_rng(number)
     centre, speed = random.uniform(0, 64, (5, 2)), random.uniform(-2, 2, (5, 2))
     colour = random.uniform(0, 255, (5, 3))
@@ -128,7 +140,8 @@ def teacher(k, broken=1e9):
 
 @pytest.fixture
 def random_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module random_teachers, for processes too: teacher(k, broken) has k fixed random logits of an image."""
+    """The module random_teachers, for processes too: teacher(k, broken) has k fixed random logits
+    of an image."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "random_teachers.py").write_text(RANDOM_TEACHERS)
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))

@@ -1,4 +1,5 @@
-"""One flipped bit at a time, in every kind of file of a folder: what a reader or a check must not overlook.
+"""One flipped bit at a time, in every kind of file of a folder: what a reader or a check must not
+overlook.
 
 Example:
     from distinit.tests.flips import flips
@@ -22,8 +23,9 @@ from pathlib import Path
 class Flip:
     """A copy with one bit flipped.
 
-    path: the copy, a file or a folder as the original. file: the flipped file, relative to the copy ("" where the
-    copy is a file). kind: the pattern it belongs to. byte, bit: the position in the file.
+    path: the copy, a file or a folder as the original. file: the flipped file, relative to the copy
+    ("" where the copy is a file). kind: the pattern it belongs to. byte, bit: the position in the
+    file.
     """
 
     path: Path
@@ -34,29 +36,37 @@ class Flip:
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of a file: its path with `*` in place of each number, so that all shards are of one kind."""
+    """Return the kind of a file: its path with `*` in place of each number, so that all shards are
+    of one kind."""
     return re.sub(r"\d+", "*", name)
 
 
 def files_by_kind(root: Path, kinds: Sequence[str] | None = None) -> dict[str, list[Path]]:
     """Return the files below a folder (or a file itself) that hold any bytes, by kind.
 
-    kinds: patterns of `fnmatch` for relative paths, the first that fits counts and a file that fits none is left
-    out; None: every file, by `kind_of`.
+    kinds: patterns of `fnmatch` for relative paths, the first that fits counts and a file that fits
+    none is left out; None: every file, by `kind_of`.
     """
     found: dict[str, list[Path]] = {}
     for path in [root] if root.is_file() else sorted(root.rglob("*")):
         if path.is_symlink() or not path.is_file() or not path.stat().st_size:
             continue
         name = path.relative_to(root).as_posix() if path != root else root.name
-        kind = kind_of(name) if kinds is None else next((each for each in kinds if fnmatchcase(name, each)), None)
+        kind = (
+            kind_of(name)
+            if kinds is None
+            else next((each for each in kinds if fnmatchcase(name, each)), None)
+        )
         if kind is not None:
             found.setdefault(kind, []).append(path)
     return found
 
 
-def positions(sizes: Mapping[Path, int], count: int, rng: random.Random) -> Iterator[tuple[Path, int, int]]:
-    """Yield `count` different bits (all, where there are fewer) of files: the first and last bytes, then by chance."""
+def positions(
+    sizes: Mapping[Path, int], count: int, rng: random.Random
+) -> Iterator[tuple[Path, int, int]]:
+    """Yield `count` different bits (all, where there are fewer) of files: the first and last bytes,
+    then by chance."""
     bits = 8 * sum(sizes.values())
     first, last = rng.randrange(8), bits - 1 - rng.randrange(8)
     chosen = dict.fromkeys([first, last])
@@ -72,10 +82,11 @@ def positions(sizes: Mapping[Path, int], count: int, rng: random.Random) -> Iter
 def flips(
     original: Path, copy: Path, seed: int, *, per_kind: int = 30, kinds: Sequence[str] | None = None
 ) -> Iterator[Flip]:
-    """Copy a file or a folder once, then flip one bit of the copy at a time, `per_kind` of each kind of file.
+    """Copy a file or a folder once, then flip one bit of the copy at a time, `per_kind` of each
+    kind of file.
 
-    The flipped file is restored after each, and files that appeared meanwhile are removed; the copy stays. The same
-    seed gives the same bits. kinds: see `files_by_kind`.
+    The flipped file is restored after each, and files that appeared meanwhile are removed; the copy
+    stays. The same seed gives the same bits. kinds: see `files_by_kind`.
     """
     copy_of = shutil.copyfile if original.is_file() else shutil.copytree
     copy_of(original, copy)
@@ -93,4 +104,6 @@ def flips(
             yield Flip(copy, name, kind, byte, bit)
             shutil.copyfile(source, target)
             for extra in sorted(set(copy.rglob("*")) - before, reverse=True):
-                shutil.rmtree(extra) if extra.is_dir() and not extra.is_symlink() else extra.unlink()
+                shutil.rmtree(
+                    extra
+                ) if extra.is_dir() and not extra.is_symlink() else extra.unlink()

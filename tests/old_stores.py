@@ -1,4 +1,5 @@
-"""Stores as version 0.1 wrote them: without digests of nodes and tables, and without a crc in the tables."""
+"""Stores as version 0.1 wrote them: without digests of nodes and tables, and without a crc in the
+tables."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ def without_digests(root: Path) -> Path:
         if document["node_type"] == "array":
             document["attributes"] = {}
         file.write_text(json.dumps(document))
-    for folder in [*(root / "videos").iterdir(), *(root / "segments").iterdir(), *root.glob("teachers/*/class")]:
+    for folder in [
+        *(root / "videos").iterdir(),
+        *(root / "segments").iterdir(),
+        *root.glob("teachers/*/class"),
+    ]:
         if folder.is_dir():
             _without_crc(folder)
     return root

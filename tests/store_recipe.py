@@ -1,4 +1,5 @@
-"""Stores made without a video or a teacher: rows from known logits, through the writer that extraction uses."""
+"""Stores made without a video or a teacher: rows from known logits, through the writer that
+extraction uses."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.store import layout as fmt
 from distinit.pipeline.store.encoding import Encoding, decode, divergence, encode, error_record
 from distinit.pipeline.store.planning import FrameRange
-from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from distinit.pipeline.store.staging import (
+    FramesPart,
+    ShardResult,
+    TeacherPart,
+    new_staging,
+    stage_array,
+)
 from distinit.pipeline.store.writer import StoreWriter
 
 RUN = {"batch_size": 4, "precision": "fp32", "torch": "x", "device": "cpu"}
@@ -21,7 +28,8 @@ RUN = {"batch_size": 4, "precision": "fp32", "torch": "x", "device": "cpu"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to put into a store: `videos` are numbers, each of which stands for a file and its logits."""
+    """What to put into a store: `videos` are numbers, each of which stands for a file and its
+    logits."""
 
     videos: Sequence[int] = range(40)
     teachers: Mapping[str, int] = field(default_factory=lambda: {"t": 10})
@@ -57,10 +65,14 @@ class Recipe:
         """Write the store, all shards but the `uncommitted` ones."""
         with StoreWriter(root, sampling=self.sampling, shard_rows=self.shard_rows) as writer:
             self._list(writer)
-            writer.add_segments([FrameRange(i, 0, -1, self.rows(v)) for i, v in enumerate(self.videos)])
+            writer.add_segments(
+                [FrameRange(i, 0, -1, self.rows(v)) for i, v in enumerate(self.videos)]
+            )
             for name, classes in self.teachers.items():
                 attributes = {"name": name, "identity": {"w": self.identity}, "run": self.run}
-                writer.add_teacher(name, [f"class {k}" for k in range(classes)], attributes, encoding=self.encoding)
+                writer.add_teacher(
+                    name, [f"class {k}" for k in range(classes)], attributes, encoding=self.encoding
+                )
             for shard in range(writer.index.n_shards):
                 if shard not in self.uncommitted:
                     writer.commit(self.stage(writer, shard), self.run)
@@ -77,7 +89,9 @@ class Recipe:
             "duration": [1.5] * n, "fps": [25.0] * n, "width": [64] * n, "height": [48] * n,
             "time_base_num": [1] * n, "time_base_den": [12800] * n,
         }  # fmt: skip
-        writer.add_videos(columns, [{"name": "a", "root": "/data/a"}, {"name": "b", "root": "/data/b"}])
+        writer.add_videos(
+            columns, [{"name": "a", "root": "/data/a"}, {"name": "b", "root": "/data/b"}]
+        )
 
     def stage(self, writer: StoreWriter, shard: int) -> ShardResult:
         """What a worker hands over for one shard."""
@@ -91,11 +105,21 @@ class Recipe:
             first_row=np.where(counts > 0, np.cumsum(counts) - counts, 0).tolist(),
             rows=counts.tolist(),
             frames=np.where(counts > 0, 4 * counts, -1).tolist(),
-            failed={s: "no video stream (audio only)" for s, n in zip(ids, counts, strict=True) if n == 0},
+            failed={
+                s: "no video stream (audio only)"
+                for s, n in zip(ids, counts, strict=True)
+                if n == 0
+            },
         )
-        data = {"video": np.repeat(writer.index.video[ids], counts), "index": frame, "pts": frame * 512}
+        data = {
+            "video": np.repeat(writer.index.video[ids], counts),
+            "index": frame,
+            "pts": frame * 512,
+        }
         for spec in fmt.frame_specs():
-            part.files += stage_array(folder, spec, shard, data[spec.path.split("/")[1]], self.shard_rows)
+            part.files += stage_array(
+                folder, spec, shard, data[spec.path.split("/")[1]], self.shard_rows
+            )
         parts = {}
         for name, classes in self.teachers.items():
             z = np.concatenate([self.logits(v, name) for v in videos])

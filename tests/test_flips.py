@@ -21,11 +21,16 @@ def made(folder: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_one_bit_of_each_kind_at_a_time(tmp_path: Path) -> None:
-    """Each flip differs by one bit in the file that it names; all are different; the copy is restored."""
+    """Each flip differs by one bit in the file that it names; all are different; the copy is
+    restored."""
     original = made(tmp_path / "original")
     expected = contents(original)
     seen: list[tuple[str, int, int]] = []

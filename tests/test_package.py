@@ -1,4 +1,5 @@
-"""The package as installed: what the wheel holds, what importing it costs, and the names it offers."""
+"""The package as installed: what the wheel holds, what importing it costs, and the names it
+offers."""
 
 from __future__ import annotations
 
@@ -20,22 +21,35 @@ ROOT = Path(distinit.__file__).resolve().parent
 PACKAGE_FOLDERS = ("conf", "pipeline", "stages")
 
 pytestmark = pytest.mark.skipif(
-    not (ROOT / "pyproject.toml").is_file(), reason="the tests run on an installed copy, not on the tree"
+    not (ROOT / "pyproject.toml").is_file(),
+    reason="the tests run on an installed copy, not on the tree",
 )
 
 
 def python(code: str, cwd: Path) -> str:
     """What a fresh interpreter prints, started in another folder."""
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     return done.stdout.strip()
 
 
 def test_the_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
-    """Built from a copy of the tracked tree, so that nothing left over from other builds can hide a gap."""
+    """Built from a copy of the tracked tree, so that nothing left over from other builds can hide a
+    gap."""
     tree = tmp_path / "a-b"
-    tracked = [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE", ROOT / "py.typed"]
+    tracked = [
+        *ROOT.glob("*.py"),
+        ROOT / "pyproject.toml",
+        ROOT / "README.md",
+        ROOT / "LICENSE",
+        ROOT / "py.typed",
+    ]
     for folder in PACKAGE_FOLDERS:
         tracked += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
     tracked = [path for path in tracked if "__pycache__" not in path.parts]
@@ -65,9 +79,23 @@ def test_the_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
 
 def test_lower_bounds_are_the_versions_that_are_tested() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    tools = {"ruff", "mypy", "types-PyYAML", "setuptools", "wheel", "distinit"}  # of lint and builds
-    asked = [Requirement(text) for text in sum(project["optional-dependencies"].values(), project["dependencies"])]
-    bounds = {item.name: Version(next(iter(item.specifier)).version) for item in asked if item.name not in tools}
+    tools = {
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "setuptools",
+        "wheel",
+        "distinit",
+    }  # of lint and builds
+    asked = [
+        Requirement(text)
+        for text in sum(project["optional-dependencies"].values(), project["dependencies"])
+    ]
+    bounds = {
+        item.name: Version(next(iter(item.specifier)).version)
+        for item in asked
+        if item.name not in tools
+    }
     lines = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8").splitlines()
     held = [Requirement(line) for line in lines if not line.startswith("#")]
     for minor in (11, 12, 13):
@@ -122,7 +150,13 @@ def test_every_public_name_loads_and_is_documented() -> None:
 
 def test_python_m_distinit_runs_from_any_folder(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "distinit", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "distinit", "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    assert re.fullmatch(rf"distinit,? (version )?{re.escape(distinit.__version__)}", done.stdout.strip())
+    assert re.fullmatch(
+        rf"distinit,? (version )?{re.escape(distinit.__version__)}", done.stdout.strip()
+    )
     assert done.returncode == 0

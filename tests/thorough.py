@@ -1,4 +1,5 @@
-"""How thorough a run of the tests is: every case with `--hypothesis-profile=many`, else a share of what is alike."""
+"""How thorough a run of the tests is: every case with `--hypothesis-profile=many`, else a share of
+what is alike."""
 
 from __future__ import annotations
 

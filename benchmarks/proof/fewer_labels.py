@@ -1,11 +1,13 @@
-"""Is DistInit's gain the larger the fewer labels there are? From what every run said of every video.
+"""Is DistInit's gain the larger the fewer labels there are? From what every run said of every
+video.
 
     python benchmarks/proof/fewer_labels.py SHARE=FILE.csv[,FILE.csv] ...
 
-A measure (all labels, a tenth of them, …) is a csv of said/ with rows DistInit and scratch, or two csvs that have one
-of them each; compared are the seeds that both have. Of each the accuracies, the gain in points and as a ratio; then how
-much the gain of each differs from the first one's: in points a difference, as a ratio a quotient. Intervals are 95 %,
-by one bootstrap over the sources, so that measures on the same videos stay paired.
+A measure (all labels, a tenth of them, …) is a csv of said/ with rows DistInit and scratch, or two
+csvs that have one of them each; compared are the seeds that both have. Of each the accuracies, the
+gain in points and as a ratio; then how much the gain of each differs from the first one's: in
+points a difference, as a ratio a quotient. Intervals are 95 %, by one bootstrap over the sources,
+so that measures on the same videos stay paired.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from distinit.pipeline.evaluation.metrics import bootstrap_ratios, by_group
 
 
 def main() -> None:
-    measures = {name: files.split(",") for name, _, files in (word.partition("=") for word in sys.argv[1:])}
+    measures = {
+        name: files.split(",") for name, _, files in (word.partition("=") for word in sys.argv[1:])
+    }
     if not measures or not all(all(files) for files in measures.values()):
         raise SystemExit("each argument is SHARE=FILE.csv or SHARE=FILE.csv,FILE.csv")
     print(compare({name: pair([Path(file) for file in files]) for name, files in measures.items()}))
@@ -33,7 +37,9 @@ def main() -> None:
 def pair(files: list[Path]) -> tuple[folds.Pooled, folds.Pooled]:
     """DistInit's row and scratch's, by the seeds that both have."""
     found = [folds.read_said(file) for file in files]
-    each = [next((rows[name] for rows in found if name in rows), None) for name in (DISTINIT, SCRATCH)]
+    each = [
+        next((rows[name] for rows in found if name in rows), None) for name in (DISTINIT, SCRATCH)
+    ]
     if each[0] is None or each[1] is None:
         raise SystemExit(f"{', '.join(map(str, files))}: no rows {DISTINIT} and {SCRATCH}")
     seeds = [seed for seed in each[0].seeds if seed in each[1].seeds]
@@ -62,7 +68,12 @@ def compare(measures: dict[str, tuple[folds.Pooled, folds.Pooled]]) -> str:
     gains, times = ours - theirs, ours / theirs
     lines, changes = [], []
     for k, (name, each) in enumerate(measures.items()):
-        cells = [_percent(ours[:, k]), _percent(theirs[:, k]), _percent(gains[:, k], sign=True), _ratio(times[:, k])]
+        cells = [
+            _percent(ours[:, k]),
+            _percent(theirs[:, k]),
+            _percent(gains[:, k], sign=True),
+            _ratio(times[:, k]),
+        ]
         lines.append([name, *cells, ", ".join(map(str, each[0].seeds))])
         if k:
             change = _percent(gains[:, k] - gains[:, 0], sign=True)

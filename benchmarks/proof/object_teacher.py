@@ -1,8 +1,9 @@
-"""The image teacher of the motion corpus: a ResNet-18, narrow, that knows digits in single images and no motion.
+"""The image teacher of the motion corpus: a ResNet-18, narrow, that knows digits in single images
+and no motion.
 
-`build` is the factory for `extract-targets --teacher object_teacher:build`. Its twin in three dimensions is r3d_18 of
-the same width, so that `finetune --init inflate:FILE` fits. Without the max pool after the first convolution, which
-r3d_18 does not have either.
+`build` is the factory for `extract-targets --teacher object_teacher:build`. Its twin in three
+dimensions is r3d_18 of the same width, so that `finetune --init inflate:FILE` fits. Without the max
+pool after the first convolution, which r3d_18 does not have either.
 """
 
 from __future__ import annotations
@@ -16,13 +17,20 @@ from motion_corpus import backgrounds, scans, scene
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from distinit.pipeline.clips.transforms import MEAN, STD  # those of students, so that the inflated twin is exact
+from distinit.pipeline.clips.transforms import (
+    MEAN,
+    STD,
+)  # those of students, so that the inflated twin is exact
 
-RESIZED, SIDE = 48, 40  # frames are made this small; it is taught, like the student, on parts of this side
+RESIZED, SIDE = (
+    48,
+    40,
+)  # frames are made this small; it is taught, like the student, on parts of this side
 
 
 def build(width: float = 0.25) -> nn.Module:
-    """ResNet-18 with `width` times its channels and 10 classes; images [B, 3, h, w] → logits [B, 10]."""
+    """ResNet-18 with `width` times its channels and 10 classes; images [B, 3, h, w] → logits [B,
+    10]."""
     net = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=10)
     channels = int(64 * width)
     net.inplanes = channels
@@ -39,8 +47,11 @@ def build(width: float = 0.25) -> nn.Module:
     return net
 
 
-def train(path: Path, folder: Path, *, width: float, images: int, seed: int = 0, batch: int = 64) -> float:
-    """Trains it on still images made like the frames of the videos, saves its state; accuracy on unseen scans."""
+def train(
+    path: Path, folder: Path, *, width: float, images: int, seed: int = 0, batch: int = 64
+) -> float:
+    """Trains it on still images made like the frames of the videos, saves its state; accuracy on
+    unseen scans."""
     draw = np.random.default_rng(seed + 1)
     torch.manual_seed(seed)
     things, behind = scans(of_teacher=True), backgrounds(folder)

@@ -2,18 +2,20 @@
 
     python benchmarks/proof/real_videos.py FOLDER... --out OUT
 
-A FOLDER has `labels.csv` with columns path, label, source, split1, split2, split3: three folds, every video tested in
-one, no source on both sides. All videos of the folders (and of `--more`) are the unlabelled corpus; the students of a
-split have not seen its test videos (`--seen` adds students that have, without labels). The teacher is
-EfficientNet-Lite0 with its ImageNet weights. Every start has the schedule that was best on the training side alone: on
-an inner split of it, by source, for each data set and fold. There an epoch has two thirds of the clips, as there are
-two thirds of the videos. With fewer labels (`--shares`) it is chosen anew, among the same rates. `--starts scratch`
-with more `--epochs` gives scratch as many clips as stages two and three have together. Interrupted, the same command
-goes on.
+A FOLDER has `labels.csv` with columns path, label, source, split1, split2, split3: three folds,
+every video tested in one, no source on both sides. All videos of the folders (and of `--more`) are
+the unlabelled corpus; the students of a split have not seen its test videos (`--seen` adds students
+that have, without labels). The teacher is EfficientNet-Lite0 with its ImageNet weights. Every start
+has the schedule that was best on the training side alone: on an inner split of it, by source, for
+each data set and fold. There an epoch has two thirds of the clips, as there are two thirds of the
+videos. With fewer labels (`--shares`) it is chosen anew, among the same rates. `--starts scratch`
+with more `--epochs` gives scratch as many clips as stages two and three have together. Interrupted,
+the same command goes on.
 
-The primary measure, fixed before anything ran: top 1 of the three test folds pooled, the mean over seeds, and the
-paired difference with a 95 % bootstrap interval over sources. OUT/results.json has it, with a linear probe and
-finetuning on a tenth of the labels; OUT/reports a page of each ablation. `--flow` does it with networks that see flow.
+The primary measure, fixed before anything ran: top 1 of the three test folds pooled, the mean over
+seeds, and the paired difference with a 95 % bootstrap interval over sources. OUT/results.json has
+it, with a linear probe and finetuning on a tenth of the labels; OUT/reports a page of each
+ablation. `--flow` does it with networks that see flow.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ from folds import (
 DISTINIT = "DistInit"
 SCRATCH = "scratch"
 EPOCH_CLIPS = 192
-FEW = {0.1: (48, 30), 0.3: (64, 60)}  # share of the labels → clips an epoch, epochs: each video is seen about as often
+FEW = {
+    0.1: (48, 30),
+    0.3: (64, 60),
+}  # share of the labels → clips an epoch, epochs: each video is seen about as often
 TEACHER = "efficientnet_lite0"
 STARTS = (DISTINIT, SCRATCH)
 MEASURES = ("finetuned", "probe", "few")
@@ -56,19 +61,29 @@ Chosen = dict[tuple[int, str], tuple[int, float]]  # fold, start → epochs, lea
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
     seen = "besides, students that have seen the test videos without labels"
     parser.add_argument("--seen", action="store_true", help=seen)
-    candidates = "a start has the best of these, each with each of the {}; one candidate: nothing is chosen"
+    candidates = (
+        "a start has the best of these, each with each of the {}; one candidate: nothing is chosen"
+    )
     epochs = f"epochs of {EPOCH_CLIPS} clips: " + candidates.format("rates")
     parser.add_argument("--epochs", type=int, nargs="+", default=[60], help=epochs)
     rates = "learning rates of finetuning: " + candidates.format("epochs")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.06], help=rates)
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="some of the starts")
-    parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="some of the measures")
+    parser.add_argument(
+        "--starts", nargs="+", choices=STARTS, default=STARTS, help="some of the starts"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=MEASURES, default=MEASURES, help="some of the measures"
+    )
     shares = "shares of the labels that `few` has, of {}"
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.1], choices=FEW, help=shares.format(list(FEW)))
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.1], choices=FEW, help=shares.format(list(FEW))
+    )
     parser.add_argument("--flow", action="store_true", help="networks see flow, from either start")
     args = parser.parse_args()
     if args.seen and DISTINIT not in args.starts:
@@ -80,8 +95,19 @@ def main() -> None:
     began = time.time()
     sources = [f"{folder.name}={folder.resolve()}" for folder in [*args.folders, *args.more]]
     if not args.store:
-        prepare = ["prepare", *sources, "--out", str(out / "copies"), "--size", "64x85", "--gop", "8"]
-        run_distinit(*prepare, check=False)  # files that cannot be read are listed and left out: exit 1 says so
+        prepare = [
+            "prepare",
+            *sources,
+            "--out",
+            str(out / "copies"),
+            "--size",
+            "64x85",
+            "--gop",
+            "8",
+        ]
+        run_distinit(
+            *prepare, check=False
+        )  # files that cannot be read are listed and left out: exit 1 says so
         extract = ["extract-targets", *sources, "--out", str(out / "targets.zarr"), "--every", "2"]
         run_distinit(*extract, "--teacher", TEACHER, check=False)
     write_leave_out(lists, args.folders)
@@ -101,7 +127,13 @@ class Proof:
     """The ablations, all in OUT/runs, so that a student serves every one of them."""
 
     def __init__(
-        self, args: argparse.Namespace, out: Path, lists: Path, corpora: list[str], *, flow: bool = False
+        self,
+        args: argparse.Namespace,
+        out: Path,
+        lists: Path,
+        corpora: list[str],
+        *,
+        flow: bool = False,
     ) -> None:
         self.args, self.out, self.lists, self.corpora, self.flow = args, out, lists, corpora, flow
         kept = out / RESULTS
@@ -116,8 +148,8 @@ class Proof:
         return self.chosen[key]
 
     def choose(self, folder: Path, share: float) -> Chosen:
-        """The schedule of each start with the best top 1 on the inner test side, by fold; the first where equal. From
-        that share of the inner training side."""
+        """The schedule of each start with the best top 1 on the inner test side, by fold; the first
+        where equal. From that share of the inner training side."""
         some = share < 1
         clips, epochs = (EPOCH_CLIPS, sorted(self.args.epochs))
         if some:
@@ -127,9 +159,18 @@ class Proof:
             return {(k, name): candidates[0] for k in SPLITS for name in self.args.starts}
         videos = inner(read_labels(folder))
         prefix = f"share{share:g}-" if some else ""
-        labels = write_rows(self.lists / f"{prefix}inner-{folder.name}.csv", few(videos, share) if some else videos)
-        rows = {f"{name} {length} {lr:g}": (name, length, lr) for name in self.args.starts for length, lr in candidates}
-        axis = {row: start(*mine) | {"finetune.loop.epoch_clips": clips * 2 // 3} for row, mine in rows.items()}
+        labels = write_rows(
+            self.lists / f"{prefix}inner-{folder.name}.csv", few(videos, share) if some else videos
+        )
+        rows = {
+            f"{name} {length} {lr:g}": (name, length, lr)
+            for name in self.args.starts
+            for length, lr in candidates
+        }
+        axis = {
+            row: start(*mine) | {"finetune.loop.epoch_clips": clips * 2 // 3}
+            for row, mine in rows.items()
+        }
         name = f"{prefix}choose-{folder.name}" + ("" if some else f"-{self.length}")
         records = self.ablate(name, axis, labels, folder, seeds=[self.args.seeds[0]])
         chosen: Chosen = {}
@@ -137,13 +178,19 @@ class Proof:
             scores: dict[str, float] = {}
             for record in records:
                 if record["split"] == k and record["status"] == "done":
-                    result = json.loads((self.out / "runs" / record["finetune"] / "result.json").read_text())
+                    result = json.loads(
+                        (self.out / "runs" / record["finetune"] / "result.json").read_text()
+                    )
                     scores[record["row"]] = result["metrics"]["top1"]["value"]
             for each in self.args.starts:
                 mine = [(row, rows[row][1:]) for row in scores if rows[row][0] == each]
-                best = max(mine, key=lambda item: round(scores[item[0]], 6))  # the first of equal ones
+                best = max(
+                    mine, key=lambda item: round(scores[item[0]], 6)
+                )  # the first of equal ones
                 chosen[k, each] = best[1]
-            print(f"{prefix}{folder.name}, fold {k}: {scores} -> {[chosen[k, each] for each in self.args.starts]}")
+            print(
+                f"{prefix}{folder.name}, fold {k}: {scores} -> {[chosen[k, each] for each in self.args.starts]}"
+            )
         return chosen
 
     def compare(self, folder: Path) -> None:
@@ -152,24 +199,35 @@ class Proof:
 
     def probe(self, folder: Path) -> None:
         """The head alone is trained."""
-        more = {"finetune.freeze": "backbone", "finetune.loop.epochs": 10, "finetune.loop.step_epochs": 4}
+        more = {
+            "finetune.freeze": "backbone",
+            "finetune.loop.epochs": 10,
+            "finetune.loop.step_epochs": 4,
+        }
         more["finetune.loop.lr"] = 0.1
         self.measure("linear probe", folder, folder / "labels.csv", more)
 
     def few_labels(self, folder: Path) -> None:
         """A tenth of the labels, or the shares that were asked for."""
         for share in self.args.shares:
-            labels = write_rows(self.lists / f"share{share:g}-{folder.name}.csv", few(read_labels(folder), share))
+            labels = write_rows(
+                self.lists / f"share{share:g}-{folder.name}.csv", few(read_labels(folder), share)
+            )
             more = {"finetune.loop.epoch_clips": FEW[share][0]}
             self.measure(f"{share:.0%} of the labels", folder, labels, more, share=share)
 
-    def measure(self, name: str, folder: Path, labels: Path, more: dict[str, Any], *, share: float = 1) -> None:
-        """Runs of every fold and seed by the schedules chosen with that share of the labels, and what they come to."""
+    def measure(
+        self, name: str, folder: Path, labels: Path, more: dict[str, Any], *, share: float = 1
+    ) -> None:
+        """Runs of every fold and seed by the schedules chosen with that share of the labels, and
+        what they come to."""
         chosen = self.schedules(folder, share)
         found: dict[str, dict[tuple[int, int], Path]] = {}
         for k in SPLITS:
             axis = {each: start(each, *chosen[k, each]) | more for each in self.args.starts}
-            records = self.ablate(f"{name}-{folder.name}-{k}", axis, labels, folder, seeds=self.args.seeds, split=k)
+            records = self.ablate(
+                f"{name}-{folder.name}-{k}", axis, labels, folder, seeds=self.args.seeds, split=k
+            )
             for row, mine in runs_of(self.out / "runs", records).items():
                 found.setdefault(row, {}).update(mine)
         rows = read_labels(folder)
@@ -179,8 +237,14 @@ class Proof:
         self.results.setdefault(name, {})[folder.name] = {
             "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in each.items()},
             "by seed": {row: p.by_seed.tolist() for row, p in each.items()},
-            "gain": {row: gain(each[DISTINIT], p) for row, p in each.items() if DISTINIT in each and row != DISTINIT},
-            "schedules": {f"fold {k}": {each: chosen[k, each] for each in self.args.starts} for k in SPLITS},
+            "gain": {
+                row: gain(each[DISTINIT], p)
+                for row, p in each.items()
+                if DISTINIT in each and row != DISTINIT
+            },
+            "schedules": {
+                f"fold {k}": {each: chosen[k, each] for each in self.args.starts} for k in SPLITS
+            },
         }
         self.write()
         print(name, folder.name, json.dumps(self.results[name][folder.name]["accuracy"]))
@@ -195,10 +259,14 @@ class Proof:
         for k in SPLITS:
             axis = {DISTINIT: start(DISTINIT, *self.schedules(folder)[k, DISTINIT])}
             name, labels = f"seen-{folder.name}-{k}", folder / "labels.csv"
-            records = self.ablate(name, axis, labels, folder, seeds=self.args.seeds, split=k, seen=True)
+            records = self.ablate(
+                name, axis, labels, folder, seeds=self.args.seeds, split=k, seen=True
+            )
             runs.update(runs_of(self.out / "runs", records)[DISTINIT])
         found = pooled(runs, read_labels(folder))
-        write_said(self.out / "said" / f"{folder.name}-{_slug(self.named('seen'))}.csv", {DISTINIT: found})
+        write_said(
+            self.out / "said" / f"{folder.name}-{_slug(self.named('seen'))}.csv", {DISTINIT: found}
+        )
         self.results.setdefault(self.named("test videos seen"), {})[folder.name] = {
             "accuracy": {DISTINIT: interval(found.right.mean(axis=0), found.groups)},
             "by seed": {DISTINIT: found.by_seed.tolist()},
@@ -220,7 +288,12 @@ class Proof:
         plans = self.out / "plans"
         plans.mkdir(exist_ok=True)
         name = self.named(name)
-        plan = {"title": name, "base": self.base(seen=seen), "axes": {"start": axis}, "seeds": seeds}
+        plan = {
+            "title": name,
+            "base": self.base(seen=seen),
+            "axes": {"start": axis},
+            "seeds": seeds,
+        }
         plan["splits"] = [split] if split is not None else list(SPLITS)
         file = plans / f"{_slug(name)}.yaml"
         file.write_text(yaml.safe_dump(plan, sort_keys=False))
@@ -253,8 +326,20 @@ class Proof:
 
     def base(self, *, seen: bool = False) -> dict[str, Any]:
         """What all runs share; seen: the students have seen the test videos."""
-        loop = {"clip_norm": 5.0, "workers": 0, "threads": 1, "device": "cpu", "warmup_epochs": 1, "log_every": 50}
-        pretraining = {"batch_size": 16, "epochs": 10, "epoch_clips": self.args.clips // 10, "lr": self.args.lr}
+        loop = {
+            "clip_norm": 5.0,
+            "workers": 0,
+            "threads": 1,
+            "device": "cpu",
+            "warmup_epochs": 1,
+            "log_every": 50,
+        }
+        pretraining = {
+            "batch_size": 16,
+            "epochs": 10,
+            "epoch_clips": self.args.clips // 10,
+            "lr": self.args.lr,
+        }
         student = {
             "student": {"width": self.args.width},
             "clips": {"length": 8, "size": 56, "resize": [64, 85]},
@@ -267,7 +352,13 @@ class Proof:
             student["leave_out"] = str(self.lists / "test{split}.txt")
         tuning = {
             "videos": str(self.copies),
-            "loop": {**loop, "batch_size": 16, "epoch_clips": EPOCH_CLIPS, "gamma": 0.1, "weight_decay": 0.005},
+            "loop": {
+                **loop,
+                "batch_size": 16,
+                "epoch_clips": EPOCH_CLIPS,
+                "gamma": 0.1,
+                "weight_decay": 0.005,
+            },
             "test": {"clips": 5, "workers": 0},
         }
         return {"train-student": student, "finetune": tuning}
@@ -278,7 +369,8 @@ def _slug(name: str) -> str:
 
 
 def start(name: str, epochs: int, lr: float) -> dict[str, Any]:
-    """Keys of a plan: how stage three begins, its epochs, its rate, a tenth after every third of them."""
+    """Keys of a plan: how stage three begins, its epochs, its rate, a tenth after every third of
+    them."""
     keys: dict[str, Any] = {"finetune.loop.epochs": epochs, "finetune.loop.lr": lr}
     keys["finetune.loop.step_epochs"] = -(-epochs // 3)
     return keys | ({"finetune.init": "scratch"} if name == SCRATCH else {})
@@ -294,8 +386,8 @@ def run_distinit(*words: str, check: bool = True, cwd: Path | None = None) -> No
 def run_ablation(
     plan: Path, out: Path, words: list[str], workers: int, cwd: Path | None = None
 ) -> list[dict[str, Any]]:
-    """`distinit ablate` in OUT/runs and its `distinit report` in OUT/reports; the cells, which are kept beside the
-    plan. A page that cannot be made does not end the proof."""
+    """`distinit ablate` in OUT/runs and its `distinit report` in OUT/reports; the cells, which are
+    kept beside the plan. A page that cannot be made does not end the proof."""
     side_by_side = ["--workers", str(workers)] if workers > 1 else []
     run_distinit("ablate", str(plan), *words, "--out", str(out / "runs"), *side_by_side, cwd=cwd)
     cells = plan.with_suffix(".cells.json")
@@ -308,10 +400,19 @@ def run_ablation(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those that diagnostics.py has too."""
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    parser.add_argument("--more", nargs="*", type=Path, default=[], help="folders of unlabelled videos besides")
-    parser.add_argument("--sets", nargs="+", metavar="NAME", help="of the labelled sets, those to measure; default all")
+    parser.add_argument(
+        "--more", nargs="*", type=Path, default=[], help="folders of unlabelled videos besides"
+    )
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        metavar="NAME",
+        help="of the labelled sets, those to measure; default all",
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--store", type=Path, help="a store made before, with --copies; else both are made")
+    parser.add_argument(
+        "--store", type=Path, help="a store made before, with --copies; else both are made"
+    )
     parser.add_argument("--copies", type=Path)
     parser.add_argument("--width", type=float, default=0.125)
     parser.add_argument("--clips", type=int, default=25_000, help="clips of stage two")

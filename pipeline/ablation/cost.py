@@ -24,15 +24,23 @@ CPU_CLIPS = 4  # on a CPU more clips at once take memory and time, and are hardl
 
 
 def show_cost(
-    records: list[dict[str, Any]], steps: list[list[Step]], out: Path, seconds: dict[str, float], console: Console
+    records: list[dict[str, Any]],
+    steps: list[list[Step]],
+    out: Path,
+    seconds: dict[str, float],
+    console: Console,
 ) -> dict[str, Any]:
-    """A table of cells, which runs of each are done, and hours for the others; nothing is run or written.
+    """A table of cells, which runs of each are done, and hours for the others; nothing is run or
+    written.
 
-    A run's hours are those of a run of the same kind and network that is done here, by the clip, testing included;
-    where there is none, the network is timed on clips of noise: neither decoding nor testing is in the figure then.
+    A run's hours are those of a run of the same kind and network that is done here, by the clip,
+    testing included; where there is none, the network is timed on clips of noise: neither decoding
+    nor testing is in the figure then.
     """
     rates = _known_rates(steps, out, seconds)
-    table = Table("cell", "data set", "split", "seed", "student", "finetuning", "hours left", title="Cells")
+    table = Table(
+        "cell", "data set", "split", "seed", "student", "finetuning", "hours left", title="Cells"
+    )
     counted: set[str] = set()
     total, guessed = 0.0, False
     for record, mine in zip(records, steps, strict=True):
@@ -54,7 +62,11 @@ def show_cost(
         )  # fmt: skip
         record["hours_left"] = round(hours, 6)
     console.table(table)
-    how = "; rates of clips of noise, without decoding and testing, where no such run is done yet" if guessed else ""
+    how = (
+        "; rates of clips of noise, without decoding and testing, where no such run is done yet"
+        if guessed
+        else ""
+    )
     console.say(f"{total:.2f} hours left on one device{how}")
     return {"cells": records, "hours_left": round(total, 6), "measured_on_noise": guessed}
 
@@ -73,8 +85,9 @@ def _known_rates(steps: list[list[Step]], out: Path, seconds: dict[str, float]) 
 
 
 def measure(network: dict[str, Any]) -> float:
-    """Training clips a second of a network on its device, on as many clips of noise as it is to have at once, timed
-    for some seconds. TrainingError where they do not fit into the GPU's memory."""
+    """Training clips a second of a network on its device, on as many clips of noise as it is to
+    have at once, timed for some seconds. TrainingError where they do not fit into the GPU's
+    memory."""
     device = resolve_device(network["device"])
     options = StudentOptions.model_validate(network["student"])
     student = build_student(options, {"head": 1000}).to(device).train()
@@ -87,11 +100,17 @@ def measure(network: dict[str, Any]) -> float:
         raise TrainingError(out_of_memory_hint(batch)) from error
 
 
-def _timed(student: Student, batch: int, size: int, network: dict[str, Any], device: torch.device) -> float:
-    clips = torch.randn(batch, student.options.channels, network["length"], size, size, device=device)
+def _timed(
+    student: Student, batch: int, size: int, network: dict[str, Any], device: torch.device
+) -> float:
+    clips = torch.randn(
+        batch, student.options.channels, network["length"], size, size, device=device
+    )
     steps, began = 0, 0.0
     while steps < 2 or time.perf_counter() - began < MEASURED_S:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=network["precision"] == "bf16"):
+        with torch.autocast(
+            device.type, dtype=torch.bfloat16, enabled=network["precision"] == "bf16"
+        ):
             loss = student(clips)["head"].square().mean()
         loss.backward()
         if device.type == "cuda":

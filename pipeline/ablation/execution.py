@@ -1,7 +1,7 @@
 """Steps of an ablation side by side: dask hands them out, each runs as a command of its own.
 
-A process a step gives its memory back (a GPU's above all), sees one GPU, and what crashes in it fails it alone. It ends
-with its worker.
+A process a step gives its memory back (a GPU's above all), sees one GPU, and what crashes in it
+fails it alone. It ends with its worker.
 """
 
 from __future__ import annotations
@@ -28,9 +28,14 @@ LOGS = "logs"
 
 
 def run_on_workers(
-    workers: int | None, scheduler: str | None, steps: list[Step], progress: Progress, console: Console
+    workers: int | None,
+    scheduler: str | None,
+    steps: list[Step],
+    progress: Progress,
+    console: Console,
 ) -> None:
-    """Do steps on a dask cluster, each after the student it needs. Failures are entered in `progress`."""
+    """Do steps on a dask cluster, each after the student it needs. Failures are entered in
+    `progress`."""
     from distributed import as_completed
 
     if not steps:
@@ -39,7 +44,12 @@ def run_on_workers(
         futures: dict[str, Any] = {}
         for step in steps:  # students stand before what needs them
             futures[step.key] = client.submit(
-                run_as_command, step, str(progress.out), futures.get(step.needs or ""), key=step.key, retries=1
+                run_as_command,
+                step,
+                str(progress.out),
+                futures.get(step.needs or ""),
+                key=step.key,
+                retries=1,
             )
         of = {step.key: step for step in steps}
         with console.progress("runs", len(steps), "run") as bar:
@@ -55,7 +65,8 @@ def run_on_workers(
 
 
 def run_as_command(step: Step, out: str, after: float | None) -> float:
-    """Run in a worker: one step, by the command line; its seconds. `after` makes dask wait for the student.
+    """Run in a worker: one step, by the command line; its seconds. `after` makes dask wait for the
+    student.
 
     Raises DistInitError with the command's own last words.
     """

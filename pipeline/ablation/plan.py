@@ -1,11 +1,12 @@
 """A plan of ablations: from a short YAML file to cells, and from cells to the runs they share.
 
     title: Which frames of a clip make its target
-    base:                                # sections as in any config file; `preset` names one to start from
-      train-student: {preset: paper}
+    base:                                # sections as in any config file; `preset` names one to
+      start from train-student: {preset: paper}
       finetune: {preset: hmdb51}
     axes:                                # several axes are multiplied
-      picks:                             # values with names, each a set of keys: what belongs together is listed
+      picks:                             # values with names, each a set of keys: what belongs
+          together is listed
         center: {train-student.targets.picks: center}
         random: {train-student.targets.picks: random}
       train-student.targets.tau: [1, 2]  # or a key and its values
@@ -13,8 +14,9 @@
     datasets: [hmdb51]
     splits: [1]
 
-`finetune.init` is `student`, the cell's own, unless a value of an axis says `scratch` or names a file: then no student
-is trained, and the network and its clips are nevertheless those of the section train-student.
+`finetune.init` is `student`, the cell's own, unless a value of an axis says `scratch` or names a
+file: then no student is trained, and the network and its clips are nevertheless those of the
+section train-student.
 """
 
 from __future__ import annotations
@@ -65,17 +67,25 @@ class Plan(Options):
         for key in keys:
             if key.partition(".")[0] not in SECTIONS or "." not in key:
                 sections = " or ".join(SECTIONS)
-                raise ValueError(f"{key!r}: a key begins with its section, {sections}, as in finetune.init")
+                raise ValueError(
+                    f"{key!r}: a key begins with its section, {sections}, as in finetune.init"
+                )
         return self
 
     def combinations(self) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
         """Names of the axes' values, and the sections they make, base included."""
         choices = []
         for name, values in self.axes.items():
-            named = values.items() if isinstance(values, dict) else [(_name(v), {name: v}) for v in values]
+            named = (
+                values.items()
+                if isinstance(values, dict)
+                else [(_name(v), {name: v}) for v in values]
+            )
             choices.append([(name, label, keys) for label, keys in named])
         for combination in itertools.product(*choices):
-            sections: dict[str, Any] = {section: dict(self.base.get(section, {})) for section in SECTIONS}
+            sections: dict[str, Any] = {
+                section: dict(self.base.get(section, {})) for section in SECTIONS
+            }
             for _, _, keys in combination:
                 for key, value in keys.items():
                     sections = merge(sections, nested(key, value))
@@ -84,7 +94,8 @@ class Plan(Options):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of stage three, and what leads to it; `sections` are those of the plan, seeds and data set not yet in."""
+    """One run of stage three, and what leads to it; `sections` are those of the plan, seeds and
+    data set not yet in."""
 
     axes: dict[str, str]
     sections: dict[str, Any]
@@ -104,7 +115,8 @@ class Cell:
 
 
 def read_plan(where: str, base: Mapping[str, Any]) -> Plan:
-    """The plan in a file, or one that ships with the package by its name; `base` is laid over the plan's.
+    """The plan in a file, or one that ships with the package by its name; `base` is laid over the
+    plan's.
 
     Raises UsageError, one line: what is wrong with it.
     """
@@ -112,7 +124,9 @@ def read_plan(where: str, base: Mapping[str, Any]) -> Plan:
     shipped = PLANS / f"{where}.yaml"
     if not path.exists() and re.fullmatch(r"[\w-]+", where):
         if not shipped.exists():
-            raise UsageError(f"{where}: no such plan; a file, or one of: {', '.join(shipped_plans())}")
+            raise UsageError(
+                f"{where}: no such plan; a file, or one of: {', '.join(shipped_plans())}"
+            )
         path = shipped
     content = read_yaml(path, "plan")
     if isinstance(content.get("base", {}), dict):
@@ -122,7 +136,9 @@ def read_plan(where: str, base: Mapping[str, Any]) -> Plan:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{path}: {place or 'plan'}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise UsageError(
+            f"{path}: {place or 'plan'}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
 
 
 def shipped_plans() -> list[str]:
@@ -131,7 +147,8 @@ def shipped_plans() -> list[str]:
 
 
 def cells(plan: Plan, *, datasets: list[str], seeds: list[int], splits: list[int]) -> list[Cell]:
-    """All cells: rows first, then data sets, splits and seeds. UsageError for a row that stands there twice."""
+    """All cells: rows first, then data sets, splits and seeds. UsageError for a row that stands
+    there twice."""
     found = []
     for axes, sections in plan.combinations():
         for dataset, split, seed in itertools.product(datasets, splits, seeds):
@@ -139,7 +156,9 @@ def cells(plan: Plan, *, datasets: list[str], seeds: list[int], splits: list[int
     places = [(c.row, c.dataset, c.split, c.seed) for c in found]
     for place in places:
         if places.count(place) > 1:
-            raise UsageError(f"the plan has {place[0]!r} twice for {place[1]}, split {place[2]}, seed {place[3]}")
+            raise UsageError(
+                f"the plan has {place[0]!r} twice for {place[1]}, split {place[2]}, seed {place[3]}"
+            )
     return found
 
 

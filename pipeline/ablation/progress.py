@@ -33,13 +33,16 @@ class Work:
 
 
 class Progress:
-    """What became of the steps: results lie in their folders, reasons of failures and seconds are kept here."""
+    """What became of the steps: results lie in their folders, reasons of failures and seconds are
+    kept here."""
 
     def __init__(self, out: Path, plan: Plan, work: list[Work]) -> None:
         self.out, self.plan, self.work = out, plan, work
         self.failed: dict[str, str] = {}
         try:
-            self.seconds = TypeAdapter(dict[str, FiniteFloat]).validate_json(read_bytes(out / SECONDS) or b"{}")
+            self.seconds = TypeAdapter(dict[str, FiniteFloat]).validate_json(
+                read_bytes(out / SECONDS) or b"{}"
+            )
         except (SourceError, ValueError):
             self.seconds = {}
 
@@ -66,7 +69,9 @@ class Progress:
         write_atomically(self.out / CELLS, json.dumps(content, indent=1).encode())
 
     def _record(self, work: Work) -> dict[str, Any]:
-        reason = next((self.failed[step.key] for step in work.steps if step.key in self.failed), None)
+        reason = next(
+            (self.failed[step.key] for step in work.steps if step.key in self.failed), None
+        )
         done = work.finetuning.result(self.out) is not None
         known = [self.seconds[step.key] for step in work.steps if step.key in self.seconds]
         return {

@@ -1,8 +1,9 @@
 """The runs that cells are made of: which are equal, where they lie, and whether they are done.
 
-A step is one run of stage two or three. Its key is the digest of all that decides its outcome: the config without
-paths and without what may differ on a resume, the identity of the store, and for stage three the labels and the student
-(its step's key, or the digest of a file). Equal steps are one run, whatever cells and plans they come from.
+A step is one run of stage two or three. Its key is the digest of all that decides its outcome: the
+config without paths and without what may differ on a resume, the identity of the store, and for
+stage three the labels and the student (its step's key, or the digest of a file). Equal steps are
+one run, whatever cells and plans they come from.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ PATHS = {
     TUNE: {"out", "resume", "verbose", "videos", "init", "dataset", "root"},
 }
 Commands = Mapping[str, tuple[type[Options], Callable[[Any, Console], dict[str, Any]]]]
-"""Command → its options model and its function: given by the caller, since nothing here imports a stage."""
+"""Command → its options model and its function: given by the caller, since nothing here imports a
+stage."""
 
 FREE = FREE_ON_RESUME - {"epochs"}
 
@@ -44,8 +46,8 @@ FREE = FREE_ON_RESUME - {"epochs"}
 class Step:
     """One run: `config` is what its command is told, `needs` the key of the student it begins from.
 
-    clips: that it trains on; network: what its speed depends on (`StudentOptions` and the shape of a batch). store: the
-    address of the store, which may hold a password and is in no `config`.
+    clips: that it trains on; network: what its speed depends on (`StudentOptions` and the shape of
+    a batch). store: the address of the store, which may hold a password and is in no `config`.
     """
 
     kind: str
@@ -79,7 +81,9 @@ class StepMaker:
 
     def student(self, cell: Cell) -> Step:
         """The run of stage two of a cell. Raises UsageError for a config that does not hold."""
-        config = self._config(TRAIN, cell, {"store": self.store.name, "out": ".", "moved": self.moved})
+        config = self._config(
+            TRAIN, cell, {"store": self.store.name, "out": ".", "moved": self.moved}
+        )
         teachers = config.targets.teachers or tuple(self.store.teachers)
         identity = self.store.identity()
         usable = self.store.usable([name for name in teachers if name in self.store.teachers])
@@ -97,7 +101,9 @@ class StepMaker:
         loop = config.loop.for_videos(int(len(usable) * (1 - config.held_out)))
         bare = _bare(config, TRAIN)
         if list(teachers) == [name for name in self.store.teachers if name in teachers]:
-            bare["targets"]["teachers"] = None  # `seen` names them: a plan may name the store's teachers or leave it
+            bare["targets"]["teachers"] = (
+                None  # `seen` names them: a plan may name the store's teachers or leave it
+            )
         key = _digest(bare, seen)
         clips, address = loop.total_steps * loop.batch_size, self.store.files.address
         return Step(TRAIN, key, _given(config), clips, _network(config, config), store=address)
@@ -113,15 +119,24 @@ class StepMaker:
         ours = self._config(TRAIN, cell, {"store": self.store.name, "out": "."})
         if student is None:  # the same network and the same clips as the students beside it
             section = filled_in(cell.sections[TUNE], cell.split)
-            forced |= {} if "student" in section else {"student": ours.student.model_dump(mode="json")}
-            clips = {k: v for k, v in ours.clips.model_dump(mode="json").items() if k in ("length", "size", "resize")}
+            forced |= (
+                {} if "student" in section else {"student": ours.student.model_dump(mode="json")}
+            )
+            clips = {
+                k: v
+                for k, v in ours.clips.model_dump(mode="json").items()
+                if k in ("length", "size", "resize")
+            }
             forced["clips"] = merge(clips, section.get("clips", {}))
         config = self._config(TUNE, cell, forced)
         labels = self._labels_of(config)
         begins = student.key if student is not None else _of_file(config.init)
         key = _digest(_bare(config, TUNE), {"begins": begins, "labels": labels_digest(labels)})
         loop = config.loop.for_videos(len(labels.train))
-        clips, needs = loop.total_steps * loop.batch_size, student.key if student is not None else None
+        clips, needs = (
+            loop.total_steps * loop.batch_size,
+            student.key if student is not None else None,
+        )
         return Step(TUNE, key, _given(config), clips, _network(ours, config), needs)
 
     def _config(self, command: str, cell: Cell, forced: dict[str, Any]) -> Any:
@@ -131,7 +146,11 @@ class StepMaker:
             section.pop("init")
         layers = [(f"preset {preset}", preset_section(preset, command))] if preset else []
         forced = merge({"loop": {"seed": cell.seed}}, forced)
-        return load_config(self.commands[command][0], command, layers=[*layers, (f"plan, {cell.row}", section), ("", forced)])
+        return load_config(
+            self.commands[command][0],
+            command,
+            layers=[*layers, (f"plan, {cell.row}", section), ("", forced)],
+        )
 
     def _left_out(self, source: str, split: int | str | None) -> Exclusion:
         if (source, split) not in self._left:
@@ -149,7 +168,8 @@ class StepMaker:
 
 
 def run_step(step: Step, out: Path, commands: Commands, console: Console) -> dict[str, Any]:
-    """Do a step, or go on with it where it was stopped; what is done is left alone. Raises what its stage raises."""
+    """Do a step, or go on with it where it was stopped; what is done is left alone. Raises what its
+    stage raises."""
     done = step.result(out)
     if done is not None:
         return done
@@ -165,7 +185,8 @@ def prepared_config(step: Step, out: Path) -> dict[str, Any]:
 
 
 def filled_in(section: Any, split: int) -> Any:
-    """A section of a plan with {split} in its texts replaced: what differs by split, such as what to leave out."""
+    """A section of a plan with {split} in its texts replaced: what differs by split, such as what
+    to leave out."""
     if isinstance(section, dict):
         return {key: filled_in(value, split) for key, value in section.items()}
     if isinstance(section, list):
@@ -174,7 +195,8 @@ def filled_in(section: Any, split: int) -> Any:
 
 
 def _given(config: Options) -> dict[str, Any]:
-    """The keys that preset and plan give: what they leave open, stage three takes from the initialisation."""
+    """The keys that preset and plan give: what they leave open, stage three takes from the
+    initialisation."""
     return dict(config.model_dump(mode="json", exclude_unset=True))
 
 
@@ -187,7 +209,11 @@ def _network(ours: TrainConfig, loop: Any) -> dict[str, Any]:
 
 
 def _bare(config: Any, kind: str) -> dict[str, Any]:
-    return dict(config.model_dump(mode="json", exclude={**dict.fromkeys(PATHS[kind], True), "loop": set(FREE)}))
+    return dict(
+        config.model_dump(
+            mode="json", exclude={**dict.fromkeys(PATHS[kind], True), "loop": set(FREE)}
+        )
+    )
 
 
 def _digest(*parts: Any) -> str:
@@ -196,7 +222,8 @@ def _digest(*parts: Any) -> str:
 
 
 def _of_file(init: str) -> str:
-    """An initialisation's name, with the digest of its file where it has one (`inflate:FILE`, a student's, …)."""
+    """An initialisation's name, with the digest of its file where it has one (`inflate:FILE`, a
+    student's, …)."""
     kind, colon, rest = init.partition(":")
     for path in (init, rest) if colon else (init,):
         path = os.path.join(path, "student.safetensors") if os.path.isdir(path) else path

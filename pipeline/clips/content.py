@@ -1,7 +1,7 @@
 """Whether two files have the same content, where their digests agree.
 
-The digest of a video (`container.digest`) covers its size, head and tail: enough to tell compressed videos apart, too
-little for raw ones that begin and end in black.
+The digest of a video (`container.digest`) covers its size, head and tail: enough to tell compressed
+videos apart, too little for raw ones that begin and end in black.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def same_content(a: str, b: str) -> bool | None:
 
 
 def source_digest(file: VideoFile) -> str:
-    """The digest of a video's own content, of a copy or flow file that of its source. VideoError."""
+    """The digest of a video's own content, of a copy or flow file that of its source.
+    VideoError."""
     if file.kind == "video":
         return digest(file.path)
     return (read_map if file.kind == "copy" else read_flow_map)(file.path).source.digest

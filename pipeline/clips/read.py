@@ -1,4 +1,5 @@
-"""Clips of one video, wherever its frames lie: in the video itself, in its prepared copy or in its flow file.
+"""Clips of one video, wherever its frames lie: in the video itself, in its prepared copy or in its
+flow file.
 
 N clips of L frames; C channels, T frames of a clip as the student sees it, H W pixels.
 """
@@ -35,8 +36,8 @@ class VideoFile(NamedTuple):
 
 
 class Clips(NamedTuple):
-    """clips [N, C, T, H, W] (see `read_clip`); of `distinct` frames, `repeated` are damaged and shown as the one
-    before."""
+    """clips [N, C, T, H, W] (see `read_clip`); of `distinct` frames, `repeated` are damaged and
+    shown as the one before."""
 
     clips: Tensor
     distinct: int
@@ -47,7 +48,8 @@ _READERS: dict[str, Callable[..., clips.Frames]] = {"video": clips.read_frames, 
 
 
 def check_fits(options: Mapping[str, Any], view: ClipView, channels: int, *, folder: str) -> None:
-    """UsageError where clips of so many channels cannot be read from a folder of `prepare` with these options."""
+    """UsageError where clips of so many channels cannot be read from a folder of `prepare` with
+    these options."""
     if kind_of(options) != "flow":
         return
     if channels != FLOW_CHANNELS:
@@ -56,7 +58,9 @@ def check_fits(options: Mapping[str, Any], view: ClipView, channels: int, *, fol
             "the videos themselves or copies of them"
         )
     if view.scale != (1.0, 1.0):
-        raise UsageError(f"--videos {folder}: holds the flow of one size, which clips.scale={list(view.scale)} is not")
+        raise UsageError(
+            f"--videos {folder}: holds the flow of one size, which clips.scale={list(view.scale)} is not"
+        )
     size, resize = tuple(options["size"]), view.frame_view().resize
     if size != resize:
         raise UsageError(
@@ -66,7 +70,8 @@ def check_fits(options: Mapping[str, Any], view: ClipView, channels: int, *, fol
 
 
 def count_frames(file: VideoFile) -> int:
-    """How many frames the video has. VideoError with the reason where it has none, or its copy is not of it."""
+    """How many frames the video has. VideoError with the reason where it has none, or its copy is
+    not of it."""
     with at(file.path):
         return _count(file)
 
@@ -90,37 +95,49 @@ def read_clip(
     expect: tuple[np.ndarray, np.ndarray] | None = None,
     digest: str | None = None,
 ) -> Tensor:
-    """The clip of the video's consecutive frames int64 [L]: uint8 [3, T = L, H, W], or with channels=2 its optical
-    flow, float32 [2, T = L - 1, H, W] in pixels.
+    """The clip of the video's consecutive frames int64 [L]: uint8 [3, T = L, H, W], or with
+    channels=2 its optical flow, float32 [2, T = L - 1, H, W] in pixels.
 
-    crop: where it is cut and whether mirrored, in the middle without. expect, digest: of the video, see
-    `clips.read_frames`, which says what is raised.
+    crop: where it is cut and whether mirrored, in the middle without. expect, digest: of the video,
+    see `clips.read_frames`, which says what is raised.
     """
     with at(file.path):
         if file.kind == "flow":
             stored, bound, _ = _flow_of(file, frames, view, expect, digest)
             return _flow_clip(stored, bound, view, crop)
-        found = _READERS[file.kind](file.path, frames, view.frame_view(crop), expect=expect, digest=digest)
+        found = _READERS[file.kind](
+            file.path, frames, view.frame_view(crop), expect=expect, digest=digest
+        )
     return of_channels(view.cut(found.images, crop), channels)
 
 
 def read_clips(
-    file: VideoFile, frames: np.ndarray, view: ClipView, *, channels: int = 3, crops: Literal[1, 3] = 1
+    file: VideoFile,
+    frames: np.ndarray,
+    view: ClipView,
+    *,
+    channels: int = 3,
+    crops: Literal[1, 3] = 1,
 ) -> Clips:
-    """Several clips, frames int64 [N, L], in one pass over the file: clips [N · crops, …], see `ClipView.cuts`."""
+    """Several clips, frames int64 [N, L], in one pass over the file: clips [N · crops, …], see
+    `ClipView.cuts`."""
     wanted, place = np.unique(frames, return_inverse=True)
     if file.kind == "flow":
         each, damaged = [], 0
         for clip in frames:
             with at(file.path):
                 stored, bound, repeated = _flow_of(file, clip, view)
-            each += [_in_pixels(cut, bound) for cut in view.cuts(stored.transpose(0, 2, 3, 1), crops)]
+            each += [
+                _in_pixels(cut, bound) for cut in view.cuts(stored.transpose(0, 2, 3, 1), crops)
+            ]
             damaged += repeated
         return Clips(torch.stack(each), frames.size, damaged)
     with at(file.path):
         found = _READERS[file.kind](file.path, wanted, view.frame_view())
     indices = torch.from_numpy(place.reshape(frames.shape))
-    taken = torch.stack([cut[:, indices] for cut in view.cuts(found.images, crops)], dim=2)  # [3, N, crops, L, H, W]
+    taken = torch.stack(
+        [cut[:, indices] for cut in view.cuts(found.images, crops)], dim=2
+    )  # [3, N, crops, L, H, W]
     made = torch.stack([of_channels(clip, channels) for clip in taken.flatten(1, 2).unbind(1)])
     return Clips(made.contiguous(), len(wanted), found.repeated)
 
@@ -132,16 +149,20 @@ def _flow_of(
     expect: tuple[np.ndarray, np.ndarray] | None = None,
     digest: str | None = None,
 ) -> tuple[np.ndarray, float, int]:
-    """What `read_flow` says, of frames as large as the view has them; VideoError where they are not."""
+    """What `read_flow` says, of frames as large as the view has them; VideoError where they are
+    not."""
     stored, bound, repeated = read_flow(file.path, frames, expect=expect, digest=digest)
     size, resize = stored.shape[2:], view.frame_view().resize
     if size != resize:
-        raise VideoError(f"its flow is that of frames of {size[0]}x{size[1]}, not {resize}: prepare it again")
+        raise VideoError(
+            f"its flow is that of frames of {size[0]}x{size[1]}, not {resize}: prepare it again"
+        )
     return stored, bound, repeated
 
 
 def _flow_clip(stored: np.ndarray, bound: float, view: ClipView, crop: Crop | None) -> Tensor:
-    """Stored flow uint8 [T, 2, H, W] → float32 [2, T, size, size] in pixels; a mirrored clip moves the other way."""
+    """Stored flow uint8 [T, 2, H, W] → float32 [2, T, size, size] in pixels; a mirrored clip moves
+    the other way."""
     clip = _in_pixels(view.cut(stored.transpose(0, 2, 3, 1), crop), bound)
     if crop is not None and crop.flip:
         clip[0].neg_()

@@ -1,7 +1,7 @@
 """Randomness by address: every draw is a pure function of (seed, epoch, sample, attempt).
 
-Philox is counter-based: the seed is its key, the address its counter, and two addresses never share a
-number. No state travels between workers, processes or a run and its resume.
+Philox is counter-based: the seed is its key, the address its counter, and two addresses never share
+a number. No state travels between workers, processes or a run and its resume.
 """
 
 from __future__ import annotations
@@ -25,14 +25,20 @@ ZOOMS = 4
 SHUFFLES = 5
 
 
-def rng(seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES) -> np.random.Generator:
-    """The generator of one attempt at one sample of one epoch; all are at least 0 and below 2**64."""
+def rng(
+    seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES
+) -> np.random.Generator:
+    """The generator of one attempt at one sample of one epoch; all are at least 0 and below
+    2**64."""
     counter = np.array([0, attempt, sample, epoch], np.uint64)  # word 0 counts the numbers drawn
-    return np.random.Generator(np.random.Philox(counter=counter, key=np.array([seed, stream], np.uint64)))
+    return np.random.Generator(
+        np.random.Philox(counter=counter, key=np.array([seed, stream], np.uint64))
+    )
 
 
 class _Movable(threading.local):
-    """A generator of each thread's own, at no address yet, and the words of its buffer, none of which is left."""
+    """A generator of each thread's own, at no address yet, and the words of its buffer, none of
+    which is left."""
 
     def __init__(self) -> None:
         self.bits = np.random.Philox(0)
@@ -43,8 +49,11 @@ class _Movable(threading.local):
 _movable = _Movable()
 
 
-def rng_at(seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES) -> np.random.Generator:
-    """The numbers of `rng`, for a tenth of its time, from this thread's one generator: until it is next moved."""
+def rng_at(
+    seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES
+) -> np.random.Generator:
+    """The numbers of `rng`, for a tenth of its time, from this thread's one generator: until it is
+    next moved."""
     state: Any = {  # tuples do as well as the arrays that NumPy declares, in less time
         "bit_generator": "Philox",
         "state": {"counter": (0, attempt, sample, epoch), "key": (seed, stream)},
@@ -60,25 +69,29 @@ def rng_at(seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int 
 def epoch_position(seed: int, epoch: int, sample: int, *, epoch_clips: int, n: int) -> int:
     """Which of n videos (0 … n - 1) a sample takes before anything is turned down.
 
-    The videos are gone through in seeded permutations, one after the other, and an epoch is a stretch of
-    `epoch_clips` of that sequence: epochs shorter or longer than the corpus still visit all videos equally.
+    The videos are gone through in seeded permutations, one after the other, and an epoch is a
+    stretch of `epoch_clips` of that sequence: epochs shorter or longer than the corpus still visit
+    all videos equally.
 
-        n = 5, epoch_clips = 3:   permutation 0: 2 4 0 1 3   permutation 1: 1 3 2 0 4
-                                         epoch 0 |2 4 0|1 3    1| 3 2 0| … epoch 1 = 1 3 1, epoch 2 = 3 2 0
+        n = 5, epoch_clips = 3:   permutation 0: 2 4 0 1 3   permutation 1: 1 3 2 0 4 epoch 0 |2 4
+                                         0|1 3    1| 3 2 0| … epoch 1 = 1 3 1, epoch 2 = 3 2 0
     """
     return position(seed, epoch * epoch_clips + sample, n=n)
 
 
 def position(seed: int, nth: int, *, n: int, group: int = 0) -> int:
-    """The nth clip's video of n, in the sequence of permutations; each group of videos has its own."""
+    """The nth clip's video of n, in the sequence of permutations; each group of videos has its
+    own."""
     turn, place = divmod(nth, n)
     return int(_permutation(seed, turn, n, group)[place])
 
 
-def split_held_out(videos: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(train, held out) of video ids: a video is held out when a hash of (seed, id) falls below `share`, so
-    that videos added to a store later do not move the others. The held out come in the hash's order, so
-    that the first few of them are a sample of all."""
+def split_held_out(
+    videos: NDArray[np.int64], share: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(train, held out) of video ids: a video is held out when a hash of (seed, id) falls below
+    `share`, so that videos added to a store later do not move the others. The held out come in the
+    hash's order, so that the first few of them are a sample of all."""
     if share <= 0:
         return videos, videos[:0]
     hashes = _hash(videos.astype(np.uint64), seed)

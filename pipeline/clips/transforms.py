@@ -1,4 +1,5 @@
-"""From frames to what a video model eats: crop, mirror, normalise. The only module of this room with torch.
+"""From frames to what a video model eats: crop, mirror, normalise. The only module of this room
+with torch.
 
 Shapes: B clips, C channels, T frames, H W pixels.
 """
@@ -26,8 +27,9 @@ FLOW_STD = (0.972347, 0.755146)
 
 @dataclass(frozen=True)
 class Crop:
-    """Where a training clip is cut out: top, left as shares in [0, 1) of the room there is; flip: mirror it; zoom: as a
-    share in [0, 1) of the view's `scale`, how large the picture is that it is cut from."""
+    """Where a training clip is cut out: top, left as shares in [0, 1) of the room there is; flip:
+    mirror it; zoom: as a share in [0, 1) of the view's `scale`, how large the picture is that it is
+    cut from."""
 
     top: float
     left: float
@@ -36,46 +38,60 @@ class Crop:
 
 
 class ClipView(Options):
-    """A square `size`, cropped from a resize (height, width), mirrored with probability `flip` in training.
+    """A square `size`, cropped from a resize (height, width), mirrored with probability `flip` in
+    training.
 
-    Without `resize`: 128×171 for 112, and in proportion for other sizes (VMZ and torchvision references).
-    `scale`: in training the resize is a factor larger that is drawn evenly from this range, as in (1.0, 1.25); the
-    paper has none.
+    Without `resize`: 128×171 for 112, and in proportion for other sizes (VMZ and torchvision
+    references).
+    `scale`: in training the resize is a factor larger that is drawn evenly from this range, as in
+    (1.0, 1.25); the paper has none.
     """
 
     size: int = Field(default=112, ge=1)
     resize: tuple[int, int] | None = None
     flip: float = Field(default=0.5, ge=0, le=1)
-    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="range of a random factor on resize")
+    scale: tuple[float, float] = Field(
+        default=(1.0, 1.0), description="range of a random factor on resize"
+    )
 
     @field_validator("scale")
     @classmethod
     def _range(cls, scale: tuple[float, float]) -> tuple[float, float]:
         if not 0 < scale[0] <= scale[1] <= 16:
-            raise ValueError(f"scale must be two factors, the smaller first, as in [1.0, 1.25], got {list(scale)}")
+            raise ValueError(
+                f"scale must be two factors, the smaller first, as in [1.0, 1.25], got {list(scale)}"
+            )
         return scale
 
     def frame_view(self, crop: Crop | None = None) -> View:
-        """The resize, as the decoder does it, for a clip that is cut there. ValueError where none could be cut."""
+        """The resize, as the decoder does it, for a clip that is cut there. ValueError where none
+        could be cut."""
         height, width = self.resize or (round(128 * self.size / 112), round(171 * self.size / 112))
         least = min(1.0, self.scale[0])
         if round(least * min(height, width)) < self.size:
             shrunk = f" times scale {least:g}" if least < 1 else ""
-            raise ValueError(f"resize {height}x{width}{shrunk} is smaller than the crop of {self.size}")
+            raise ValueError(
+                f"resize {height}x{width}{shrunk} is smaller than the crop of {self.size}"
+            )
         low, high = self.scale
         factor = 1.0 if crop is None else low + crop.zoom * (high - low)
         return View(resize=(round(factor * height), round(factor * width)))
 
     def cut(self, images: np.ndarray, crop: Crop | None) -> torch.Tensor:
-        """Resized frames uint8 [T, H, W, C] → uint8 [C, T, size, size]; in the middle where crop is None."""
+        """Resized frames uint8 [T, H, W, C] → uint8 [C, T, size, size]; in the middle where crop is
+        None."""
         if crop is None:
             return center_crop(images, self.size)
         height, width = images.shape[1:3]
-        top, left = int(crop.top * (height - self.size + 1)), int(crop.left * (width - self.size + 1))
+        top, left = (
+            int(crop.top * (height - self.size + 1)),
+            int(crop.left * (width - self.size + 1)),
+        )
         return crop_and_flip(images, top, left, self.size, crop.flip)
 
     def cuts(self, images: np.ndarray, crops: Literal[1, 3]) -> list[torch.Tensor]:
-        """Of one clip, uint8 [3, T, size, size] each: the middle, or begin, middle and end of the longer side."""
+        """Of one clip, uint8 [3, T, size, size] each: the middle, or begin, middle and end of the
+        longer side."""
         middle = center_crop(images, self.size)
         if crops == 1:
             return [middle]
@@ -99,14 +115,15 @@ def crop_and_flip(images: np.ndarray, top: int, left: int, size: int, flip: bool
 
 
 def center_crop(images: np.ndarray, size: int) -> torch.Tensor:
-    """uint8 [T, H, W, 3] → uint8 [3, T, size, size] around the middle, rounded as torchvision does."""
+    """uint8 [T, H, W, 3] → uint8 [3, T, size, size] around the middle, rounded as torchvision
+    does."""
     height, width = images.shape[1:3]
     return crop_and_flip(images, round((height - size) / 2), round((width - size) / 2), size, False)
 
 
 def of_channels(clip: torch.Tensor, channels: int) -> torch.Tensor:
-    """What a student of so many channels sees of a cropped clip: for 3 the clip itself, for 2 its optical flow,
-    uint8 [3, T + 1, H, W] → float32 [2, T, H, W] in pixels (see `flow.flow_of`)."""
+    """What a student of so many channels sees of a cropped clip: for 3 the clip itself, for 2 its
+    optical flow, uint8 [3, T + 1, H, W] → float32 [2, T, H, W] in pixels (see `flow.flow_of`)."""
     if channels != FLOW_CHANNELS:
         return clip
     flow = flow_of(clip.permute(1, 2, 3, 0).numpy())
@@ -114,10 +131,12 @@ def of_channels(clip: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def normalize_clip(clip: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """uint8 [B, 3, T, H, W] → (x/255 − mean) / std in `dtype`, on the clip's own device; flow, float32
-    [B, 2, T, H, W], with flow's mean and std."""
+    """uint8 [B, 3, T, H, W] → (x/255 − mean) / std in `dtype`, on the clip's own device; flow,
+    float32 [B, 2, T, H, W], with flow's mean and std."""
     if clip.shape[1] == FLOW_CHANNELS:
-        mean, std = (torch.tensor(v, device=clip.device).view(2, 1, 1, 1) for v in (FLOW_MEAN, FLOW_STD))
+        mean, std = (
+            torch.tensor(v, device=clip.device).view(2, 1, 1, 1) for v in (FLOW_MEAN, FLOW_STD)
+        )
         return clip.to(torch.float32).sub(mean).div_(std).to(dtype)
     shape = (3, 1, 1, 1)
     mean = torch.tensor(MEAN, device=clip.device, dtype=torch.float32).view(shape)

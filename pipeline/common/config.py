@@ -1,4 +1,5 @@
-"""From preset, file, options and `--set` to one validated config, and back to a file beside the result.
+"""From preset, file, options and `--set` to one validated config, and back to a file beside the
+result.
 
 Presets and config files have the same layout, a section a command:
 
@@ -73,7 +74,9 @@ def load_config(
         below.append((f"preset {preset}", preset_section(preset, command)))
     if file is not None:
         below.append((file, _section(read_yaml(Path(file)), command, file)))
-    all_layers: list[tuple[str, Mapping[str, Any]]] = [(origin, _without(layer, dropped)) for origin, layer in below]
+    all_layers: list[tuple[str, Mapping[str, Any]]] = [
+        (origin, _without(layer, dropped)) for origin, layer in below
+    ]
     all_layers += layers
     for key, value in (options or {}).items():
         if value is not None:
@@ -100,24 +103,30 @@ def write_config(path: str | os.PathLike[str], command: str, config: Options) ->
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     part.unlink(missing_ok=True)
-    with open(part, "x", encoding="utf-8") as file:  # of a link that has the name, the target is not written to
-        file.write("# The config as used; `distinit " + command + " --config FILE` reads it.\n" + text)
+    with open(
+        part, "x", encoding="utf-8"
+    ) as file:  # of a link that has the name, the target is not written to
+        file.write(
+            "# The config as used; `distinit " + command + " --config FILE` reads it.\n" + text
+        )
     os.replace(part, target)
 
 
-def check_output_dir(folder: Path, command: str, writes: Iterable[str] = (), *, record: str = "config.yaml") -> None:
+def check_output_dir(
+    folder: Path, command: str, writes: Iterable[str] = (), *, record: str = "config.yaml"
+) -> None:
     """Check that a command overwrites nothing in a folder but what it wrote itself.
 
-    The record of a folder that a command wrote is its config there, see `write_config`: names of other files and of
-    folders prove nothing.
+    The record of a folder that a command wrote is its config there, see `write_config`: names of
+    other files and of folders prove nothing.
 
     Args:
         writes: names of the other files that the command writes into the folder.
         record: name of the file that holds the config.
 
     Raises:
-        UsageError: The config is another command's, or there is none and one of `writes` exists, or the folder is a
-            Zarr store or in one, where the files of a run have no place.
+        UsageError: The config is another command's, or there is none and one of `writes` exists, or
+            the folder is a Zarr store or in one, where the files of a run have no place.
     """
     require_no_store(folder)
     sections = recorded_sections(folder / record)
@@ -132,7 +141,8 @@ def check_output_dir(folder: Path, command: str, writes: Iterable[str] = (), *, 
 
 
 def refuse_existing(folder: Path, names: Iterable[str], writer: str) -> None:
-    """UsageError where one of the files is in the folder; writer: whose work they are not, for the message."""
+    """UsageError where one of the files is in the folder; writer: whose work they are not, for the
+    message."""
     for name in names:
         if os.path.lexists(folder / name):
             raise UsageError(
@@ -142,26 +152,34 @@ def refuse_existing(folder: Path, names: Iterable[str], writer: str) -> None:
 
 
 def recorded_sections(config: Path) -> set[str]:
-    """The commands of which a config file has a section; none for a file that is no config of ours, or not there."""
+    """The commands of which a config file has a section; none for a file that is no config of ours,
+    or not there."""
     try:
         content = load_yaml(read_bytes(config).decode("utf-8"))
     except (SourceError, UnicodeDecodeError, yaml.YAMLError):
         return set()
-    return set(content) & set(SECTIONS) if isinstance(content, dict) and set(content) <= set(SECTIONS) else set()
+    return (
+        set(content) & set(SECTIONS)
+        if isinstance(content, dict) and set(content) <= set(SECTIONS)
+        else set()
+    )
 
 
 def require_no_store(folder: Path) -> None:
     """UsageError where the folder is a Zarr store or below one, or is a URL."""
     check_local(folder)
     absolute = Path(os.path.realpath(folder))
-    store = next((place for place in (absolute, *absolute.parents) if (place / "zarr.json").exists()), None)
+    store = next(
+        (place for place in (absolute, *absolute.parents) if (place / "zarr.json").exists()), None
+    )
     if store is not None:
         where = "is a Zarr store" if store == absolute else f"is in the Zarr store {store}"
         raise UsageError(f"--out {folder}: {where}; choose another --out")
 
 
 def require_writable(folder: Path) -> None:
-    """UsageError where no file can be written into the folder, which is made: tried before the work, not after it."""
+    """UsageError where no file can be written into the folder, which is made: tried before the
+    work, not after it."""
     require_no_store(folder)
     trial = folder / f".distinit-{os.getpid()}.tmp"
     try:
@@ -174,7 +192,9 @@ def require_writable(folder: Path) -> None:
             trial.unlink(missing_ok=True)
     except OSError as error:
         why = error.strerror or error
-        raise UsageError(f"--out {folder}: cannot be written: {why}; choose another --out") from error
+        raise UsageError(
+            f"--out {folder}: cannot be written: {why}; choose another --out"
+        ) from error
 
 
 def presets() -> list[str]:
@@ -217,7 +237,9 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
-        result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        result[key] = (
+            merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        )
     return result
 
 
@@ -243,12 +265,16 @@ class _Loader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value]
         twice = next((name for name, count in Counter(map(str, names)).items() if count > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice!r} twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -271,7 +297,9 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 def _section(content: dict[str, Any], command: str, where: str) -> dict[str, Any]:
     unknown = [str(key) for key in content if key not in SECTIONS]
     if unknown:
-        raise UsageError(f"{where}: unknown section {unknown[0]!r}; a file has sections {', '.join(SECTIONS)}")
+        raise UsageError(
+            f"{where}: unknown section {unknown[0]!r}; a file has sections {', '.join(SECTIONS)}"
+        )
     section = content.get(command)
     if command not in content:
         raise UsageError(f"{where}: no section {command!r}; it has: {', '.join(content)}")
@@ -299,23 +327,35 @@ def _leaves(layer: Mapping[str, Any], prefix: str = "") -> list[str]:
 def _inner_model(annotation: Any) -> type[Options] | None:
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Options):
-            return candidate if annotation is candidate or type(None) in get_args(annotation) else None
+            return (
+                candidate if annotation is candidate or type(None) in get_args(annotation) else None
+            )
     return None
 
 
-def _explain(error: ValidationError, model: type[Options], origins: Mapping[str, str], flags: Mapping[str, str]) -> str:
+def _explain(
+    error: ValidationError,
+    model: type[Options],
+    origins: Mapping[str, str],
+    flags: Mapping[str, str],
+) -> str:
     by_key: dict[str, list[ErrorDetails]] = {}
     for problem in error.errors():
         key, rest = _field_of(problem["loc"], model)
         # Of a union pydantic tells what is wrong with every branch, after the branch's name.
-        by_key.setdefault(key, []).append({**problem, "loc": (*key.split("."), *rest) if key else rest})
+        by_key.setdefault(key, []).append(
+            {**problem, "loc": (*key.split("."), *rest) if key else rest}
+        )
     problems = [_likeliest(each) for each in by_key.values()]
     text = _problem(problems[0], model, origins, flags)
     return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
-def _field_of(loc: tuple[int | str, ...], model: type[Options]) -> tuple[str, tuple[int | str, ...]]:
-    """The dotted key of the field that a problem is in, and where in its value, names of a union's branches aside."""
+def _field_of(
+    loc: tuple[int | str, ...], model: type[Options]
+) -> tuple[str, tuple[int | str, ...]]:
+    """The dotted key of the field that a problem is in, and where in its value, names of a union's
+    branches aside."""
     inner: type[Options] | None = model
     for depth, part in enumerate(loc):
         field = inner.model_fields.get(str(part)) if inner is not None else None
@@ -323,7 +363,10 @@ def _field_of(loc: tuple[int | str, ...], model: type[Options]) -> tuple[str, tu
             break
         inner = _inner_model(field.annotation)
         if inner is None:
-            tagged = get_origin(field.annotation) in (Union, UnionType) and len(_branches(field.annotation)) > 1
+            tagged = (
+                get_origin(field.annotation) in (Union, UnionType)
+                and len(_branches(field.annotation)) > 1
+            )
             return ".".join(map(str, loc[: depth + 1])), loc[depth + 1 + tagged :]
     return ".".join(map(str, loc)), ()
 
@@ -333,18 +376,30 @@ def _branches(annotation: Any) -> list[Any]:
 
 
 def _likeliest(problems: list[ErrorDetails]) -> ErrorDetails:
-    """Of the branches of a union the one whose type the value has: there the value itself is what is wrong."""
+    """Of the branches of a union the one whose type the value has: there the value itself is what
+    is wrong."""
     return next((each for each in problems if not each["type"].endswith("_type")), problems[0])
 
 
-def _problem(problem: ErrorDetails, model: type[Options], origins: Mapping[str, str], flags: Mapping[str, str]) -> str:
+def _problem(
+    problem: ErrorDetails,
+    model: type[Options],
+    origins: Mapping[str, str],
+    flags: Mapping[str, str],
+) -> str:
     key = ".".join(str(part) for part in problem["loc"])
-    origin = next((where for name, where in origins.items() if key == name or key.startswith(f"{name}.")), "")
-    origin = origin or next((where for name, where in origins.items() if name.startswith(f"{key}.")), "")
+    origin = next(
+        (where for name, where in origins.items() if key == name or key.startswith(f"{name}.")), ""
+    )
+    origin = origin or next(
+        (where for name, where in origins.items() if name.startswith(f"{key}.")), ""
+    )
     place = f" ({origin})" if origin else ""
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}{place}{_near(key, known_keys(model))}"
-    flag = next((option for name, option in flags.items() if key == name or key.startswith(f"{name}.")), "")
+    flag = next(
+        (option for name, option in flags.items() if key == name or key.startswith(f"{name}.")), ""
+    )
     label = f"{flag} ({key})" if flag and flag != f"--{key}" else flag or key
     if problem["type"] == "missing":
         return f"{label}: a value is needed" + ("" if flag else f", by --set {key}=… or --config")
@@ -352,7 +407,9 @@ def _problem(problem: ErrorDetails, model: type[Options], origins: Mapping[str, 
     if isinstance(cause, DistInitError):
         return f"{label}{place}: {cause}" if key else str(cause)
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
-    message = message.replace("must be a valid", "must be a", 1).replace("a integer", "an integer", 1)
+    message = message.replace("must be a valid", "must be a", 1).replace(
+        "a integer", "an integer", 1
+    )
     if problem["type"] in ("value_error", "assertion_error"):
         return f"{label}{place}: {message}" if key else message
     return f"{label}: got {problem['input']!r}{place}, {message[:1].lower()}{message[1:]}"

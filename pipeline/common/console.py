@@ -1,6 +1,8 @@
-"""What a stage shows: lines and progress on standard error, tables and one JSON object on standard output.
+"""What a stage shows: lines and progress on standard error, tables and one JSON object on standard
+output.
 
-Stages talk to a `Console` only, so that they run alike from the command line, a notebook and a test.
+Stages talk to a `Console` only, so that they run alike from the command line, a notebook and a
+test.
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ class Console:
             self._stdout.flush()
 
     @contextmanager
-    def progress(self, description: str, total: float | None = None, unit: str = "") -> Iterator[ProgressBar]:
+    def progress(
+        self, description: str, total: float | None = None, unit: str = ""
+    ) -> Iterator[ProgressBar]:
         """A bar with rate and ETA on a terminal, a line every ten seconds elsewhere.
 
         `say` and `warn` may be called meanwhile. `total` None: not known (yet).
@@ -109,7 +113,8 @@ class Console:
 
 
 def plain(value: Any) -> Any:
-    """The value in JSON's own types: NumPy scalars and arrays unpacked, NaN and infinity as null."""
+    """The value in JSON's own types: NumPy scalars and arrays unpacked, NaN and infinity as
+    null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -124,15 +129,20 @@ def plain(value: Any) -> Any:
 
 
 class CleanConsole(RichConsole):
-    """A rich console on which no text commands the terminal; its own escape codes (colours, the bar) do."""
+    """A rich console on which no text commands the terminal; its own escape codes (colours, the
+    bar) do."""
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render as rich does, and escape what is not printable, whatever kind of renderable it came from."""
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render as rich does, and escape what is not printable, whatever kind of renderable it
+        came from."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(text, lines=True), style, control)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Make a `Text` of a cell: escaped before its width is measured, so that columns stay aligned."""
+        """Make a `Text` of a cell: escaped before its width is measured, so that columns stay
+        aligned."""
         return super().render_str(printable(text, lines=True), **options)
 
 
@@ -148,9 +158,15 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         unit = task.fields["unit"]
-        done = _count(task.completed) if task.total is None else f"{_count(task.completed)}/{_count(task.total)}"
+        done = (
+            _count(task.completed)
+            if task.total is None
+            else f"{_count(task.completed)}/{_count(task.total)}"
+        )
         speed = task.finished_speed or task.speed
-        return Text(f"{done} {unit}".rstrip() + (f" {_rate(speed)} {unit}/s" if speed and unit else ""))
+        return Text(
+            f"{done} {unit}".rstrip() + (f" {_rate(speed)} {unit}/s" if speed and unit else "")
+        )
 
 
 def _bar(console: RichConsole) -> Progress:
@@ -217,7 +233,11 @@ class _Lines:
     def _say(self) -> None:
         now = time.monotonic()
         rate = self._done / max(now - self._began, 1e-9)
-        done = _count(self._done) if self._total is None else f"{_count(self._done)}/{_count(self._total)}"
+        done = (
+            _count(self._done)
+            if self._total is None
+            else f"{_count(self._done)}/{_count(self._total)}"
+        )
         parts = [f"{self._description}: {done} {self._unit}".rstrip()]
         if self._done:
             parts.append(f"{_rate(rate)} {self._unit}/s")
@@ -241,8 +261,14 @@ class _Silent:
 
 
 def _words(fields: Mapping[str, object]) -> str:
-    shown = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in fields.values())
-    return printable(" ".join(f"{name.replace('_', ' ')} {value}" for name, value in zip(fields, shown, strict=True)))
+    shown = (
+        f"{value:.4g}" if isinstance(value, float) else str(value) for value in fields.values()
+    )
+    return printable(
+        " ".join(
+            f"{name.replace('_', ' ')} {value}" for name, value in zip(fields, shown, strict=True)
+        )
+    )
 
 
 def _count(n: float) -> str:

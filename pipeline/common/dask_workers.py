@@ -1,4 +1,5 @@
-"""Worker processes by dask: a cluster on this machine, or one that is there. For extraction and for ablations."""
+"""Worker processes by dask: a cluster on this machine, or one that is there. For extraction and for
+ablations."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 ANSWER_WITHIN = "20s"  # of a scheduler
 LOOPBACK = "127.0.0.1"
 STARTS = 3  # of a local cluster, before the run is given up
-# What dask does beside the work, often enough that two idle workers and their scheduler were measured at a fifth of a
-# core, and seldom enough at a fiftieth. Workers here are few and a task lasts minutes.
+# What dask does beside the work, often enough that two idle workers and their scheduler were
+# measured at a fifth of a core, and seldom enough at a fiftieth. Workers here are few and a task
+# lasts minutes.
 QUIET = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",
@@ -34,7 +36,9 @@ def cluster(workers: int | None, scheduler: str | None, console: Console) -> Ite
     from distributed import Client
 
     # A worker that dies three times on one shard has met something that kills workers.
-    dask.config.set({"distributed.scheduler.allowed-failures": 3, "distributed.admin.low-level-log-length": 100})
+    dask.config.set(
+        {"distributed.scheduler.allowed-failures": 3, "distributed.admin.low-level-log-length": 100}
+    )
     if scheduler is not None:
         try:
             there = Client(scheduler, timeout=ANSWER_WITHIN)
@@ -44,7 +48,9 @@ def cluster(workers: int | None, scheduler: str | None, console: Console) -> Ite
                 f"configuration ({in_one_line(error)})"
             ) from None
         except OSError as error:
-            raise DistInitError(f"--scheduler {scheduler}: no dask scheduler answers there ({error})") from None
+            raise DistInitError(
+                f"--scheduler {scheduler}: no dask scheduler answers there ({error})"
+            ) from None
         with there as client:
             console.say(f"dask dashboard: {client.dashboard_link}")
             yield client
@@ -55,14 +61,16 @@ def cluster(workers: int | None, scheduler: str | None, console: Console) -> Ite
 
 
 def _local_cluster(workers: int | None) -> LocalCluster:
-    """Worker processes of this machine, which Ctrl-C does not reach: it is for the client, which ends them.
+    """Worker processes of this machine, which Ctrl-C does not reach: it is for the client, which
+    ends them.
 
-    Whoever can speak to a scheduler or a worker runs code as this user. So they listen on the loopback interface
-    only, and speak TLS with a key that this process makes and hands to its workers: other accounts of the machine
-    have none. The dashboard shows what is done and takes no orders.
+    Whoever can speak to a scheduler or a worker runs code as this user. So they listen on the
+    loopback interface only, and speak TLS with a key that this process makes and hands to its
+    workers: other accounts of the machine have none. The dashboard shows what is done and takes no
+    orders.
 
-    Whoever starts a process hands on the signals it blocks, and dask starts (and restarts) workers from the
-    thread of its event loop, which is made here and keeps what is blocked here.
+    Whoever starts a process hands on the signals it blocks, and dask starts (and restarts) workers
+    from the thread of its event loop, which is made here and keeps what is blocked here.
     """
     from multiprocessing import resource_tracker
 
@@ -88,6 +96,8 @@ def _local_cluster(workers: int | None) -> LocalCluster:
                 )
             except RuntimeError as error:  # a worker died before it was up
                 if starts == STARTS:
-                    raise DistInitError(f"--workers {workers}: the workers do not start ({error})") from error
+                    raise DistInitError(
+                        f"--workers {workers}: the workers do not start ({error})"
+                    ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -36,7 +36,9 @@ def resolve_device(name: str) -> torch.device:
     """
     found = _NAME.fullmatch(name.strip().lower())
     if found is None:
-        raise DeviceError(f"device {name!r} is not known; allowed: auto, cpu, cuda, cuda:INDEX, mps")
+        raise DeviceError(
+            f"device {name!r} is not known; allowed: auto, cpu, cuda, cuda:INDEX, mps"
+        )
     kind, index = found.group(1), found.group(2)
     if kind == "auto":
         if torch.cuda.is_available():
@@ -45,8 +47,14 @@ def resolve_device(name: str) -> torch.device:
     if kind.startswith("cuda"):
         if not torch.cuda.is_available():
             built = torch.version.cuda or torch.version.hip
-            why = "no GPU or no driver" if built else f"torch {torch.__version__} is built without CUDA"
-            raise DeviceError(f"device {name!r} is not there ({why}); available: {', '.join(_available())}")
+            why = (
+                "no GPU or no driver"
+                if built
+                else f"torch {torch.__version__} is built without CUDA"
+            )
+            raise DeviceError(
+                f"device {name!r} is not there ({why}); available: {', '.join(_available())}"
+            )
         count = torch.cuda.device_count()
         if index is not None and int(index) >= count:
             raise DeviceError(f"device {name!r} is not there; available: {', '.join(_available())}")
@@ -59,13 +67,18 @@ def resolve_device(name: str) -> torch.device:
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones, for the rest of the process.
 
-    By default it maps every large tensor anew and gives it back when it is freed, so that each layer's output is
-    made of pages that the system zeroes first: a third of a convolutional network's time on a CPU
-    (docs/benchmarks.md). Elsewhere than on Linux with glibc nothing happens.
+    By default it maps every large tensor anew and gives it back when it is freed, so that each
+    layer's output is made of pages that the system zeroes first: a third of a convolutional
+    network's time on a CPU (docs/benchmarks.md). Elsewhere than on Linux with glibc nothing
+    happens.
     """
     if not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((_M_MMAP_THRESHOLD, 2**30), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1)):
+        for parameter, value in (
+            (_M_MMAP_THRESHOLD, 2**30),
+            (_M_TRIM_THRESHOLD, 2**31 - 1),
+            (_M_ARENA_MAX, 1),
+        ):
             mallopt(parameter, value)

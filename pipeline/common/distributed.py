@@ -1,7 +1,8 @@
 """The processes that train one model together: who is who, and the few things they tell each other.
 
-What is said here goes over gloo between CPUs, also where gradients go over NCCL: a process that has gone is
-noticed at once. Every method but the properties is a collective: all ranks call it, in the same order.
+What is said here goes over gloo between CPUs, also where gradients go over NCCL: a process that has
+gone is noticed at once. Every method but the properties is a collective: all ranks call it, in the
+same order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ T = TypeVar("T")
 class Ranks:
     """One of `world` processes, number `rank`; alone where nothing else is said.
 
-    local_rank: its number on its machine, which is that of its GPU. group: the gloo group, None alone.
+    local_rank: its number on its machine, which is that of its GPU. group: the gloo group, None
+        alone.
     """
 
     rank: int = 0
@@ -55,7 +57,8 @@ class Ranks:
         return found
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, for all; what it raises there, on all. Others do not run it."""
+        """What `work` returns on rank 0, for all; what it raises there, on all. Others do not run
+        it."""
         if self.world == 1:
             return work()
         outcome: list[Any] = [None, None]
@@ -73,7 +76,8 @@ class Ranks:
         return result
 
     def on_all_ranks(self, work: Callable[[], T]) -> T:
-        """What `work` returns here; if it fails on any rank, the error of the first such rank on all."""
+        """What `work` returns here; if it fails on any rank, the error of the first such rank on
+        all."""
         if self.world == 1:
             return work()
         result, own = None, None
@@ -101,7 +105,9 @@ class Ranks:
                 own = error
             if self.world > 1:
                 over = batch is None or stop()
-                failed, ended = self.sum(torch.tensor([own is not None, over], dtype=torch.int64)).tolist()
+                failed, ended = self.sum(
+                    torch.tensor([own is not None, over], dtype=torch.int64)
+                ).tolist()
                 if failed:
                     raise self._first(own)
                 if ended:
@@ -112,7 +118,8 @@ class Ranks:
 
     @contextmanager
     def same_error(self) -> Iterator[None]:
-        """Errors of ours in here come up on every rank with the same words, so one of them is to tell."""
+        """Errors of ours in here come up on every rank with the same words, so one of them is to
+        tell."""
         try:
             yield
         except DistInitError as error:
@@ -123,7 +130,11 @@ class Ranks:
         errors = self.gather(own)
         rank, first = next((rank, error) for rank, error in enumerate(errors) if error is not None)
         alike = all(error is not None and str(error) == str(first) for error in errors)
-        error = first if alike or isinstance(first, RankLostError) else type(first)(f"rank {rank}: {first}")
+        error = (
+            first
+            if alike or isinstance(first, RankLostError)
+            else type(first)(f"rank {rank}: {first}")
+        )
         error.shared = True
         return error
 
@@ -135,14 +146,12 @@ class Ranks:
         except RuntimeError as error:
             if isinstance(error, DistInitError):
                 raise
-            raise RankLostError(f"rank {self.rank}: another process of this run has ended") from error
+            raise RankLostError(
+                f"rank {self.rank}: another process of this run has ended"
+            ) from error
 
 
 SINGLE_PROCESS = Ranks()
-
-
-
-
 
 
 def launched() -> bool:
@@ -154,17 +163,21 @@ def launched() -> bool:
 def join_ranks(device: str, init_method: str = "env://") -> Iterator[Ranks]:
     """The ranks of the launcher's environment, connected; each takes the GPU of its local number.
 
-    device: as in `loop.device`. Raises DeviceError for a machine with fewer GPUs than processes, and for
-    `cuda:N`, which would put all of them on one.
+    device: as in `loop.device`. Raises DeviceError for a machine with fewer GPUs than processes,
+    and for `cuda:N`, which would put all of them on one.
     """
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if gpu:
         if ":" in device:
-            raise DeviceError(f"loop.device={device} is one GPU for {world} processes; use cuda or auto")
+            raise DeviceError(
+                f"loop.device={device} is one GPU for {world} processes; use cuda or auto"
+            )
         count = torch.cuda.device_count()
         if local >= count:
-            raise DeviceError(f"process {local} of this machine has no GPU of its own: it has {count}")
+            raise DeviceError(
+                f"process {local} of this machine has no GPU of its own: it has {count}"
+            )
         torch.cuda.set_device(local)
     dist.init_process_group(
         "nccl" if gpu else "gloo",

@@ -1,7 +1,9 @@
-"""JSON and YAML that others may have written, and the files it comes from: read whole, as plain data of a known form.
+"""JSON and YAML that others may have written, and the files it comes from: read whole, as plain
+data of a known form.
 
-A folder of runs may come from anybody. What is read of it is a regular file inside of it, no larger than such a file
-can be, nested no deeper than people nest, and of the form that its reader relies on; else one error names the file.
+A folder of runs may come from anybody. What is read of it is a regular file inside of it, no larger
+than such a file can be, nested no deeper than people nest, and of the form that its reader relies
+on; else one error names the file.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ F = TypeVar("F", bound="Form")
 
 
 class Form(BaseModel):
-    """What is relied on of a document; the rest of it is for others. Numbers are finite. `what` names it."""
+    """What is relied on of a document; the rest of it is for others. Numbers are finite. `what`
+    names it."""
 
     what: ClassVar[str] = "an object"
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
@@ -36,7 +39,8 @@ class Form(BaseModel):
 def is_regular_file(path: Path, inside: Path | None = None) -> bool:
     """Check whether a file exists that can be read.
 
-    Raises SourceError for a pipe, a device or a folder, and for a link that leads out of the folder `inside`.
+    Raises SourceError for a pipe, a device or a folder, and for a link that leads out of the folder
+    `inside`.
     """
     try:
         kind = path.stat().st_mode
@@ -47,12 +51,15 @@ def is_regular_file(path: Path, inside: Path | None = None) -> bool:
     if not stat.S_ISREG(kind):
         raise SourceError(f"{path}: not a regular file")
     if inside is not None and not path.resolve().is_relative_to(inside.resolve()):
-        raise SourceError(f"{path}: a link to {path.resolve()}, outside of {inside}; expected the file itself")
+        raise SourceError(
+            f"{path}: a link to {path.resolve()}, outside of {inside}; expected the file itself"
+        )
     return True
 
 
 def read_bytes(path: Path, inside: Path | None = None) -> bytes:
-    """Return the whole file, b"" if it does not exist. SourceError as `is_regular_file`, or for more than MAX_BYTES."""
+    """Return the whole file, b"" if it does not exist. SourceError as `is_regular_file`, or for
+    more than MAX_BYTES."""
     if not is_regular_file(path, inside):
         return b""
     try:
@@ -66,7 +73,8 @@ def read_bytes(path: Path, inside: Path | None = None) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text; ValueError for whatever is none, and for one that is nested too deeply."""
+    """Return the value of a JSON text; ValueError for whatever is none, and for one that is nested
+    too deeply."""
     try:
         return plain_data(json.loads(text))
     except RecursionError as error:
@@ -74,7 +82,8 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def plain_data(value: Any, depth: int = 0) -> Any:
-    """Return a value in JSON's types, dates of YAML as text; ValueError if it is nested too deeply."""
+    """Return a value in JSON's types, dates of YAML as text; ValueError if it is nested too
+    deeply."""
     if depth > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(value, dict):
@@ -90,8 +99,8 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any
     """Return the value of a YAML text, without Python's own tags; the one place where YAML is read.
 
     Raises:
-        yaml.YAMLError: no YAML, or one that is too long, nested too deeply, contains itself, or has aliases of aliases
-            that stand for more values than any document has.
+        yaml.YAMLError: no YAML, or one that is too long, nested too deeply, contains itself, or has
+            aliases of aliases that stand for more values than any document has.
     """
     if len(text) > MAX_YAML_BYTES:
         raise yaml.YAMLError(f"more than {MAX_YAML_BYTES:,} characters")
@@ -107,24 +116,34 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any
             stream.dispose()
     except RecursionError:
         raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep") from None
-    except (ValueError, TypeError, OverflowError) as error:  # of a number or date that YAML has and Python does not
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+    ) as error:  # of a number or date that YAML has and Python does not
         raise yaml.YAMLError(f"a value that cannot be read ({error})") from error
 
 
 def _count(node: yaml.Node | None, known: dict[int, int], depth: int) -> int:
-    """Return how many values a node holds, itself included; what an alias repeats is looked at once."""
+    """Return how many values a node holds, itself included; what an alias repeats is looked at
+    once."""
     if depth > MAX_DEPTH:
         raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep, or in itself")
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
-        inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inner = (
+            [each for pair in node.value for each in pair]
+            if isinstance(node, yaml.MappingNode)
+            else node.value
+        )
         known[id(node)] = 1 + sum(_count(each, known, depth + 1) for each in inner)
     return known[id(node)]
 
 
 def read_json(path: Path, form: type[F], inside: Path | None = None) -> dict[str, Any]:
-    """Return the object in a JSON file, checked for its form; {} if the file does not exist. Raises SourceError."""
+    """Return the object in a JSON file, checked for its form; {} if the file does not exist. Raises
+    SourceError."""
     text = read_bytes(path, inside)
     if not text:
         return {}
@@ -135,8 +154,11 @@ def read_json(path: Path, form: type[F], inside: Path | None = None) -> dict[str
     return require_form(content, form, str(path))
 
 
-def require_form(content: Any, form: type[F], where: str, error: type[DistInitError] = SourceError) -> dict[str, Any]:
-    """Return the content, a mapping; unless it has the form, raise `error` with `where`, key and value."""
+def require_form(
+    content: Any, form: type[F], where: str, error: type[DistInitError] = SourceError
+) -> dict[str, Any]:
+    """Return the content, a mapping; unless it has the form, raise `error` with `where`, key and
+    value."""
     if not isinstance(content, dict):
         raise error(f"{where}: not {form.what} (a {type(content).__name__})")
     try:
@@ -144,12 +166,15 @@ def require_form(content: Any, form: type[F], where: str, error: type[DistInitEr
     except ValidationError as invalid:
         first = invalid.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise error(f"{where}: not {form.what} ({place}: {first['msg']}, got {_short(first.get('input'))})") from None
+        raise error(
+            f"{where}: not {form.what} ({place}: {first['msg']}, got {_short(first.get('input'))})"
+        ) from None
     return content
 
 
 def inner_path(text: str) -> str:
-    """Return a path below a folder, as a record names it; ValueError for one that may leave the folder."""
+    """Return a path below a folder, as a record names it; ValueError for one that may leave the
+    folder."""
     if not text or "\0" in text or os.path.isabs(text) or ".." in Path(text).parts:
         raise ValueError("expected a path inside of the folder")
     return text

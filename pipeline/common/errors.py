@@ -31,7 +31,8 @@ class VideoError(DistInitError, ValueError):
 
 
 class DecoderError(DistInitError, RuntimeError):
-    """Decoding does not work on this machine, whatever the video: a library, a limit, a process that cannot start."""
+    """Decoding does not work on this machine, whatever the video: a library, a limit, a process
+    that cannot start."""
 
 
 class TeacherError(UsageError):
@@ -79,7 +80,8 @@ class RankLostError(TrainingError):
 
 
 class TrainingInterrupted(DistInitError, RuntimeError):
-    """Training was asked to stop (SIGTERM) and has written its checkpoint: try again later (EX_TEMPFAIL)."""
+    """Training was asked to stop (SIGTERM) and has written its checkpoint: try again later
+    (EX_TEMPFAIL)."""
 
     exit_code = 75
 

@@ -1,7 +1,8 @@
 """HDF5 files: `Hdf5Writer` writes every one, `open_hdf5` opens every one that is read.
 
-On a full disk HDF5 itself crashes the process when it closes the file (h5py 3, HDF5 1.14). And a file may name others:
-a link, external storage or a virtual data set shows the content of any file of its reader as its own.
+On a full disk HDF5 itself crashes the process when it closes the file (h5py 3, HDF5 1.14). And a
+file may name others: a link, external storage or a virtual data set shows the content of any file
+of its reader as its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _BEST_RATIO = 1100  # more than deflate can compress
 
 
 class Hdf5Error(DistInitError, OSError):
-    """An HDF5 file is damaged, names other files, or is not of its format. The message is the reason, without path."""
+    """An HDF5 file is damaged, names other files, or is not of its format. The message is the
+    reason, without path."""
 
 
 @contextmanager
@@ -37,13 +39,14 @@ def open_hdf5(
     *,
     checked: bool = False,
 ) -> Iterator[h5py.File]:
-    """Open a file for reading; each of its objects must have the type of its format and be stored in the file itself.
+    """Open a file for reading; each of its objects must have the type of its format and be stored
+    in the file itself.
 
     Whatever is raised while the file is open, but for errors of distinit, is taken for damage.
 
     Args:
-        tables: path of each data set that the format has → kinds of its values (numpy's letters, or STRING) and
-            number of its dimensions. A file need not have all of them.
+        tables: path of each data set that the format has → kinds of its values (numpy's letters, or
+            STRING) and number of its dimensions. A file need not have all of them.
         groups: paths of the groups that it has.
         checked: this very file was opened here before, and need not be looked through again.
 
@@ -63,11 +66,16 @@ def open_hdf5(
 
 
 def _check_group(
-    group: h5py.h5g.GroupID, prefix: str, tables: Mapping[str, tuple[str, int]], groups: tuple[str, ...], size: int
+    group: h5py.h5g.GroupID,
+    prefix: str,
+    tables: Mapping[str, tuple[str, int]],
+    groups: tuple[str, ...],
+    size: int,
 ) -> None:
     """Raise Hdf5Error if a group has an object other than these. size: of the file, bytes.
 
-    By h5py's low-level interface, for which the objects need not be made: a loader opens a file for each clip.
+    By h5py's low-level interface, for which the objects need not be made: a loader opens a file for
+    each clip.
     """
     if len(group) > len(tables) + len(groups):
         raise Hdf5Error(f"{len(group)} objects, more than the format has")
@@ -85,14 +93,18 @@ def _check_group(
             raise Hdf5Error(f"{where!r} is no object of the format")
 
 
-def _check_table(table: h5py.h5d.DatasetID, where: str, kinds: str, dimensions: int, size: int) -> None:
+def _check_table(
+    table: h5py.h5d.DatasetID, where: str, kinds: str, dimensions: int, size: int
+) -> None:
     """Raise Hdf5Error if a data set is stored outside the file or has other values than these."""
     properties, shape, dtype = table.get_create_plist(), table.shape, table.dtype
     layout = properties.get_layout()
     if layout == h5py.h5d.VIRTUAL or properties.get_external_count():
         raise Hdf5Error(f"{where!r} is stored in other files: refused")
     text = h5py.check_string_dtype(dtype) is not None
-    if (not text if kinds == STRING else text or dtype.kind not in kinds) or len(shape or ()) != dimensions:
+    if (not text if kinds == STRING else text or dtype.kind not in kinds) or len(
+        shape or ()
+    ) != dimensions:
         raise Hdf5Error(f"{where!r} is {dtype} {shape}, which the format does not have")
     filters = {properties.get_filter(i)[0] for i in range(properties.get_nfilters())}
     if not filters <= _FILTERS:
@@ -104,18 +116,23 @@ def _check_table(table: h5py.h5d.DatasetID, where: str, kinds: str, dimensions: 
 
 
 class Hdf5Writer:
-    """`file`, an h5py.File to be filled, is whole once the writer is left without an error. A context manager.
+    """`file`, an h5py.File to be filled, is whole once the writer is left without an error. A
+    context manager.
 
     sealed: the file carries a digest of itself, see `sealed`, for which it is read once more.
-    Raises OSError, of a full disk or whatever else the system says of the path: by `check`, which who writes much
-    calls now and then, and at the end.
+    Raises OSError, of a full disk or whatever else the system says of the path: by `check`, which
+    who writes much calls now and then, and at the end.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, sealed: bool = False, **options: Any) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, sealed: bool = False, **options: Any
+    ) -> None:
         self._target = _Target(path)
         self._sealed = sealed
         try:
-            self.file = h5py.File(self._target, "w", userblock_size=USER_BLOCK if sealed else 0, **options)
+            self.file = h5py.File(
+                self._target, "w", userblock_size=USER_BLOCK if sealed else 0, **options
+            )
         except BaseException:
             self._target.close()
             raise
@@ -137,7 +154,10 @@ class Hdf5Writer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             self.close()
@@ -151,7 +171,8 @@ def _no_link(path: str, flags: int) -> int:
 
 
 class _Target:
-    """The file that HDF5 writes to. HDF5 is never told of an error: what it writes after one goes nowhere."""
+    """The file that HDF5 writes to. HDF5 is never told of an error: what it writes after one goes
+    nowhere."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.error: OSError | None = None

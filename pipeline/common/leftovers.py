@@ -1,4 +1,5 @@
-"""Temporary files that a killed process left behind, known by the names that only such files have."""
+"""Temporary files that a killed process left behind, known by the names that only such files
+have."""
 
 from __future__ import annotations
 
@@ -10,11 +11,14 @@ _IN_STORE = re.compile(
     r".+\.[0-9a-f]{32}\.partial"  # of zarr, which writes a file under this name and renames it
     r"|zarr\.json\.\d+\.partial"  # of targets.format
 )
-_IN_RUN = re.compile(r"\..+\.safetensors\.\d+\.partial|\.distinit-\d+\.tmp")  # of students.export, stages.config
+_IN_RUN = re.compile(
+    r"\..+\.safetensors\.\d+\.partial|\.distinit-\d+\.tmp"
+)  # of students.export, stages.config
 
 
 def sweep_store(root: Path) -> None:
-    """Remove temporary files from a store. Its lock must be held: they are those of no process that lives."""
+    """Remove temporary files from a store. Its lock must be held: they are those of no process that
+    lives."""
     for folder, _, names in os.walk(root):
         for name in filter(_IN_STORE.fullmatch, names):
             os.unlink(os.path.join(folder, name))

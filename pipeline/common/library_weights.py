@@ -1,4 +1,5 @@
-"""Weights that torchvision publishes: from torch hub's cache, or fetched into it through torchvision's own API."""
+"""Weights that torchvision publishes: from torch hub's cache, or fetched into it through
+torchvision's own API."""
 
 from __future__ import annotations
 
@@ -21,9 +22,11 @@ def hub_folder() -> Path:
 def library_weights(
     choice: Any, sha256: str | None = None, *, who: str, remedy: str, fetch: bool = True
 ) -> WeightsFile:
-    """The weights of a member of torchvision's weights enums, such as ResNet18_Weights.IMAGENET1K_V1.
+    """The weights of a member of torchvision's weights enums, such as
+    ResNet18_Weights.IMAGENET1K_V1.
 
-    who, remedy: for the message where they cannot be had: who wants them, and what to do with a file.
+    who, remedy: for the message where they cannot be had: who wants them, and what to do with a
+        file.
     fetch: whether they may be downloaded.
 
     Raises:
@@ -32,9 +35,13 @@ def library_weights(
     path = hub_folder() / Path(urlparse(choice.url).path).name
     if not path.is_file():
         if not fetch:
-            raise WeightsError(f"{who}: {path.name} is not in {path.parent} and is not downloaded here; {remedy}")
+            raise WeightsError(
+                f"{who}: {path.name} is not in {path.parent} and is not downloaded here; {remedy}"
+            )
         try:
-            choice.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, map_location="cpu", weights_only=True)
+            choice.get_state_dict(
+                progress=sys.stderr.isatty(), check_hash=True, map_location="cpu", weights_only=True
+            )
         except (OSError, RuntimeError) as error:
             raise WeightsError(
                 f"{who}: {path.name} is not in {path.parent} and cannot be fetched "

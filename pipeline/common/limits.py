@@ -9,10 +9,15 @@ import resource
 def limit_met(error: BaseException) -> str | None:
     """Return which limit an error speaks of, None for another error.
 
-    Libraries that pass descriptors between processes drop the number of the error and keep its words.
+    Libraries that pass descriptors between processes drop the number of the error and keep its
+    words.
     """
     number, words = getattr(error, "errno", None), str(error)
-    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in words or "items of ancdata" in words:
+    if (
+        number in (errno.EMFILE, errno.ENFILE)
+        or "Too many open files" in words
+        or "items of ancdata" in words
+    ):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"too many open files: a process may have {limit}; raise that limit (ulimit -n)"
     if number in (errno.EAGAIN, errno.ENOMEM):

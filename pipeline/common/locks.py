@@ -18,10 +18,13 @@ OUTLIVED_S = 8.0  # for which a process that was told to end may go on: it write
 _own: set[int] = set()  # descriptors of `folder_lock`
 
 
-def lock(descriptor: int, path: str | os.PathLike[str], busy: DistInitError, *, shared: bool = False) -> None:
+def lock(
+    descriptor: int, path: str | os.PathLike[str], busy: DistInitError, *, shared: bool = False
+) -> None:
     """Lock an open file or folder, without waiting, until the descriptor is closed.
 
-    Raises `busy` where another process holds it, DistInitError where the file system of `path` has no locks.
+    Raises `busy` where another process holds it, DistInitError where the file system of `path` has
+    no locks.
     """
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -33,10 +36,11 @@ def lock(descriptor: int, path: str | os.PathLike[str], busy: DistInitError, *, 
 
 @contextmanager
 def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Lock a folder, which is made, against every other command that writes there. Readers do not ask.
+    """Lock a folder, which is made, against every other command that writes there. Readers do not
+    ask.
 
-    The lock ends with this process, for processes that it forks (of loaders) have no part in it. Where the file system
-    has no locks, a warning is logged and nothing is locked.
+    The lock ends with this process, for processes that it forks (of loaders) have no part in it.
+    Where the file system has no locks, a warning is logged and nothing is locked.
 
     Raises:
         UsageError: The folder cannot be made, or another process has it, still after `OUTLIVED_S`.
@@ -59,7 +63,8 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
                     raise
                 time.sleep(0.2)
             except DistInitError as error:
-                # Training on such a file system must stay possible; a store, which many processes fill, needs the lock.
+                # Training on such a file system must stay possible; a store, which many processes
+                # fill, needs the lock.
                 log.warning("%s: nothing keeps a second command from writing there", error)
                 break
         with suppress(OSError):  # a folder that cannot be written: the command says so
@@ -72,7 +77,8 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _give_up_locks() -> None:
-    """Run in a process that was just forked: it would hold the locks of its parent beyond the parent's end."""
+    """Run in a process that was just forked: it would hold the locks of its parent beyond the
+    parent's end."""
     while _own:
         os.close(_own.pop())
 

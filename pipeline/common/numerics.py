@@ -7,7 +7,8 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def entropy(logits: ArrayLike) -> NDArray[np.float32]:
-    """Entropy in nats of the softmax at τ = 1, ``logits[..., K] -> [...]``; 0 is certain, ln K uniform.
+    """Entropy in nats of the softmax at τ = 1, ``logits[..., K] -> [...]``; 0 is certain, ln K
+    uniform.
 
     H = log Σ exp z − Σ p z, with z shifted by its maximum: no logarithm of a vanishing p is taken.
     """

@@ -1,4 +1,5 @@
-"""A user's own function, named as `package.module:factory`: of a teacher, a student or an initialisation."""
+"""A user's own function, named as `package.module:factory`: of a teacher, a student or an
+initialisation."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def call_factory(
     offered: Mapping[str, Any] | None = None,
     error: type[UsageError] = UsageError,
 ) -> object:
-    """What the function of that name returns, called with `options` and with what it has a place for of `offered`.
+    """What the function of that name returns, called with `options` and with what it has a place
+    for of `offered`.
 
     The module is looked for in the working folder too. who: begins the message, as in `--init a:b`.
 
@@ -53,7 +55,8 @@ def call_factory(
 
 @contextmanager
 def _working_folder_on_path() -> Iterator[None]:
-    """A console script does not have the working folder on its path, where a user's module often is."""
+    """A console script does not have the working folder on its path, where a user's module often
+    is."""
     here = os.getcwd()
     added = here not in sys.path
     if added:

@@ -19,10 +19,11 @@ _LOOK_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that helper processes work for; it is sent to each of them, however they are started.
+    """The process that helper processes work for; it is sent to each of them, however they are
+    started.
 
-    in_main_thread: whether they are started in its main thread. Linux takes the end of the thread that started a
-    process for the end of the parent.
+    in_main_thread: whether they are started in its main thread. Linux takes the end of the thread
+    that started a process for the end of the parent.
     """
 
     pid: int
@@ -37,19 +38,23 @@ class Owner:
 def end_with(owner: Owner) -> None:
     """Kill this process when `owner` ends, or now if it has ended.
 
-    On Linux the kernel kills it, even while the interpreter is stuck. A thread kills it if the parent is not the owner
-    but a fork server, or if the owner started it from a thread that may end earlier.
+    On Linux the kernel kills it, even while the interpreter is stuck. A thread kills it if the
+    parent is not the owner but a fork server, or if the owner started it from a thread that may end
+    earlier.
     """
     if owner.in_main_thread:
         _signal_at_death_of_parent(signal.SIGKILL)
     ended = _watch_of(owner.pid)
     if ended is None:
         _kill_self()
-    threading.Thread(target=_kill_self_after, args=(owner.pid, ended), name="end-with-owner", daemon=True).start()
+    threading.Thread(
+        target=_kill_self_after, args=(owner.pid, ended), name="end-with-owner", daemon=True
+    ).start()
 
 
 def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
-    """Send this process a signal when its parent ends; for `preexec_fn`, with `os.getpid()` of the parent.
+    """Send this process a signal when its parent ends; for `preexec_fn`, with `os.getpid()` of the
+    parent.
 
     Does nothing on other systems than Linux. The thread that starts the process has to wait for it.
     """
@@ -64,7 +69,8 @@ def _signal_at_death_of_parent(number: int) -> None:
 
 
 def _watch_of(pid: int) -> int | None:
-    """Return a descriptor that is readable once a process has ended; −1 if there is none, None if it has ended."""
+    """Return a descriptor that is readable once a process has ended; −1 if there is none, None if
+    it has ended."""
     try:
         return os.pidfd_open(pid) if sys.platform.startswith("linux") else -1
     except ProcessLookupError:

@@ -1,4 +1,5 @@
-"""Safetensors files, opened after their bytes have been compared with the digest in them. Free of torch."""
+"""Safetensors files, opened after their bytes have been compared with the digest in them. Free of
+torch."""
 
 from __future__ import annotations
 
@@ -18,16 +19,20 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def open_checked(path: str | os.PathLike[str], framework: str) -> Iterator[Any]:
-    """Open a safetensors file as `safe_open` does; framework: "pt" or "np", the kind of its tensors.
+    """Open a safetensors file as `safe_open` does; framework: "pt" or "np", the kind of its
+    tensors.
 
     Raises:
-        CheckpointError: another file, or a damaged one; also where reading it fails while it is open.
+        CheckpointError: another file, or a damaged one; also where reading it fails while it is
+            open.
     """
     sealed = check_seal(path, CheckpointError)
     try:
         with safe_open(path, framework=framework) as file:
             if not sealed and "distinit" in (file.metadata() or {}):
-                log.warning("%s: written by distinit 0.1, without a digest: damage cannot be found", path)
+                log.warning(
+                    "%s: written by distinit 0.1, without a digest: damage cannot be found", path
+                )
             yield file
     except DistInitError:
         raise

@@ -1,4 +1,5 @@
-"""Stop a run whose videos all fail for one reason before that reason is recorded: it is hardly theirs."""
+"""Stop a run whose videos all fail for one reason before that reason is recorded: it is hardly
+theirs."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class SameFailure:
         self.watching = limit > 0
 
     def see(self, video: int, reason: str | None, path: str) -> None:
-        """Take in a video's reason, None if it is usable. DistInitError if it is the last that was waited for."""
+        """Take in a video's reason, None if it is usable. DistInitError if it is the last that was
+        waited for."""
         if not self.watching or video in self._seen:
             return
         kind = _kind(reason, path) if reason is not None else None

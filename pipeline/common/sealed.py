@@ -1,9 +1,10 @@
-"""A digest of a whole file, inside the file, so that a reader finds every byte that changed since it was written.
+"""A digest of a whole file, inside the file, so that a reader finds every byte that changed since
+it was written.
 
-The digest is the sha256 of the file in which its own 64 hex digits are zeros. They follow the mark `distinit-sha256` at
-a place where each format allows text of others: in the metadata of safetensors, in the comment that ends a zip archive
-(which a checkpoint of torch is), in the user block before the first byte of HDF5. Any other reader of these formats
-passes over them.
+The digest is the sha256 of the file in which its own 64 hex digits are zeros. They follow the mark
+`distinit-sha256` at a place where each format allows text of others: in the metadata of
+safetensors, in the comment that ends a zip archive (which a checkpoint of torch is), in the user
+block before the first byte of HDF5. Any other reader of these formats passes over them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP, _ZIP_END, _ZIP_TAIL = b"PK\3\4", b"PK\5\6", 22
 _BLOCK = 2**20
-_LARGE = 2**24  # bytes, of a file that is not read again where its size and times are what they were
+_LARGE = (
+    2**24
+)  # bytes, of a file that is not read again where its size and times are what they were
 
 
 def comment() -> bytes:
@@ -56,12 +59,14 @@ def seal(file: IO[bytes]) -> None:
 
 
 def check_seal(path: str | os.PathLike[str], error: type[DistInitError]) -> bool:
-    """Compare a file with the digest in it; False where it has none, as those that version 0.1 wrote.
+    """Compare a file with the digest in it; False where it has none, as those that version 0.1
+    wrote.
 
     A large file is read once for each of its states in this process.
 
     Raises:
-        error: the file differs from its digest, or cannot be read. The message begins with the path.
+        error: the file differs from its digest, or cannot be read. The message begins with the
+            path.
     """
     try:
         status = os.stat(path)
@@ -73,7 +78,9 @@ def check_seal(path: str | os.PathLike[str], error: type[DistInitError]) -> bool
     except OSError as problem:
         raise error(f"{os.fspath(path)}: {problem.strerror or problem}") from None
     if found is False:
-        raise error(f"{os.fspath(path)}: damaged: its bytes are not those that were written (their sha256 differs)")
+        raise error(
+            f"{os.fspath(path)}: damaged: its bytes are not those that were written (their sha256 differs)"
+        )
     return found is True
 
 
@@ -86,7 +93,8 @@ def sha256_of(path: str | os.PathLike[str], size: int | None = None) -> str:
 
 
 def _check(path: str, *state: int) -> bool | None:
-    """Return whether a file has the digest that it records; None if it records none. state: tells its states apart."""
+    """Return whether a file has the digest that it records; None if it records none. state: tells
+    its states apart."""
     with open(path, "rb") as file:
         at = _place(file)
         if at is None:
@@ -101,7 +109,8 @@ _remembered = lru_cache(maxsize=4096)(_check)
 def _place(file: IO[bytes] | BinaryIO) -> int | None:
     """Return where the digits of a file's digest begin.
 
-    Known in HDF5 and zip by the room that was made for it as well, so that a mark with a flipped bit is found.
+    Known in HDF5 and zip by the room that was made for it as well, so that a mark with a flipped
+    bit is found.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -111,7 +120,11 @@ def _place(file: IO[bytes] | BinaryIO) -> int | None:
     if head.startswith(_ZIP):
         file.seek(max(0, size - len(comment()) - _ZIP_TAIL))
         tail = file.read()
-        return size - len(BLANK) if _LINE in tail[-len(comment()) :] or tail.startswith(_ZIP_END) else None
+        return (
+            size - len(BLANK)
+            if _LINE in tail[-len(comment()) :] or tail.startswith(_ZIP_END)
+            else None
+        )
     length = int.from_bytes(head[:8], "little")
     if len(head) < 8 or length > _LONGEST_HEADER:
         return None

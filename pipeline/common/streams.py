@@ -1,8 +1,10 @@
-"""Text for terminals and pages: in whatever encoding a stream has, and without characters that command a terminal.
+"""Text for terminals and pages: in whatever encoding a stream has, and without characters that
+command a terminal.
 
-Names of classes, videos and teachers, reasons and messages of libraries may come from files of other people. Every
-way out passes `printable`: `stages.screen.Screen` (lines, tables, progress), `CleanStream` (what Python, click and
-libraries write to standard output and error), `reporting.writing.write_whole` (pages, Markdown, CSV, SVG).
+Names of classes, videos and teachers, reasons and messages of libraries may come from files of
+other people. Every way out passes `printable`: `stages.screen.Screen` (lines, tables, progress),
+`CleanStream` (what Python, click and libraries write to standard output and error),
+`reporting.writing.write_whole` (pages, Markdown, CSV, SVG).
 """
 
 from __future__ import annotations
@@ -15,14 +17,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
-# C0, DEL and C1; marks, embeddings, overrides and isolates that turn the order of text; line and paragraph
-# separators; annotations; halves of surrogate pairs, which stand for bytes of file names that are not UTF-8.
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff]")
+# C0, DEL and C1; marks, embeddings, overrides and isolates that turn the order of text; line and
+# paragraph separators; annotations; halves of surrogate pairs, which stand for bytes of file names
+# that are not UTF-8.
+_UNSAFE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff]"
+)
 _UNSAFE_IN_LINES = re.compile(_UNSAFE.pattern.replace(r"\x00-\x1f", r"\x00-\x09\x0b-\x1f"))
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Return the text with control characters, those that reorder text, and undecodable bytes escaped as `\\x1b`.
+    """Return the text with control characters, those that reorder text, and undecodable bytes
+    escaped as `\\x1b`.
 
     lines: keep line feeds, for a text of several lines.
     """
@@ -51,7 +57,9 @@ class CleanStream:
 
     def write(self, text: str) -> int:
         """Write the text, escaped; returns its length as it was given."""
-        self.stream.write(text if text.isprintable() else re.sub(r"[^\n\r\t]+", lambda m: printable(m[0]), text))
+        self.stream.write(
+            text if text.isprintable() else re.sub(r"[^\n\r\t]+", lambda m: printable(m[0]), text)
+        )
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -65,7 +73,8 @@ class CleanStream:
 
 @contextmanager
 def clean_streams() -> Iterator[None]:
-    """Let everything that this process writes to standard output and error pass a `CleanStream` for a while."""
+    """Let everything that this process writes to standard output and error pass a `CleanStream` for
+    a while."""
     never_fail_to_encode(sys.stdout, sys.stderr)
     out, err = (cast(TextIO, CleanStream(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
@@ -73,12 +82,14 @@ def clean_streams() -> Iterator[None]:
 
 
 def raw_stream(stream: TextIO) -> TextIO:
-    """Return the stream below a `CleanStream`, for a writer that cleans by itself and sends escape codes of its own."""
+    """Return the stream below a `CleanStream`, for a writer that cleans by itself and sends escape
+    codes of its own."""
     return stream.stream if isinstance(stream, CleanStream) else stream
 
 
 def never_fail_to_encode(*streams: TextIO | None) -> None:
-    """Write what a stream's encoding lacks (Latin-1, ASCII) as escapes: a character must not end a job."""
+    """Write what a stream's encoding lacks (Latin-1, ASCII) as escapes: a character must not end a
+    job."""
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")

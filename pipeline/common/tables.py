@@ -26,8 +26,8 @@ class Column:
 
 @dataclass
 class Table:
-    """Cells are text as a person reads it; `notes` stand below, a line each. headings: index of a row → the heading
-    above it, which a CSV does without."""
+    """Cells are text as a person reads it; `notes` stand below, a line each. headings: index of a
+    row → the heading above it, which a CSV does without."""
 
     title: str
     columns: Sequence[Column]
@@ -37,7 +37,9 @@ class Table:
 
     def add(self, *cells: str) -> None:
         if len(cells) != len(self.columns):
-            raise ValueError(f"table {self.title!r} has {len(self.columns)} columns, got {len(cells)} cells")
+            raise ValueError(
+                f"table {self.title!r} has {len(self.columns)} columns, got {len(cells)} cells"
+            )
         self.rows.append(list(cells))
 
     def head(self, text: str) -> None:
@@ -45,7 +47,8 @@ class Table:
         self.headings[len(self.rows)] = text
 
     def to_rich(self) -> Group:
-        """Title, table and notes; rich's own title and caption would be wrapped to the width of a narrow table."""
+        """Title, table and notes; rich's own title and caption would be wrapped to the width of a
+        narrow table."""
         table = RichTable()
         for column in self.columns:
             # Numbers are never cut or wrapped; names give way.
@@ -69,7 +72,9 @@ class Table:
         ]
         for at, row in enumerate(self.rows):
             if at in self.headings:
-                lines.append(f"| **{markdown_cell(self.headings[at])}** |" + " |" * (len(self.columns) - 1))
+                lines.append(
+                    f"| **{markdown_cell(self.headings[at])}** |" + " |" * (len(self.columns) - 1)
+                )
             lines.append(_markdown_row(row))
         notes = [f"\n{markdown_text(note)}" for note in self.notes]
         return f"### {self.title}\n\n" + "\n".join(lines + notes) + "\n"
@@ -83,11 +88,14 @@ class Table:
 
     def records(self) -> list[dict[str, str]]:
         """A dict a row, by the columns' titles."""
-        return [dict(zip((column.title for column in self.columns), row, strict=True)) for row in self.rows]
+        return [
+            dict(zip((column.title for column in self.columns), row, strict=True))
+            for row in self.rows
+        ]
 
     def to_html(self, links: Mapping[str, str] | None = None) -> str:
-        """A <table> with every cell escaped; the notes as paragraphs below. links: texts of the first column that lead
-        somewhere, with the address."""
+        """A <table> with every cell escaped; the notes as paragraphs below. links: texts of the
+        first column that lead somewhere, with the address."""
         classes = [' class="number"' if column.number else "" for column in self.columns]
         head = "".join(
             f"<th{c} scope=col>{_two_lines(html.escape(column.title))}</th>"
@@ -122,7 +130,8 @@ def _text(text: str, style: str = "") -> Text:
 
 
 def _two_lines(title: str) -> str:
-    """A heading in HTML breaks after a comma, and nowhere else: `top 1, splits 1–3, %` before `splits`."""
+    """A heading in HTML breaks after a comma, and nowhere else: `top 1, splits 1–3, %` before
+    `splits`."""
     return re.sub(", (?!%)", ", <br>", title)
 
 

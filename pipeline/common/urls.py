@@ -1,4 +1,5 @@
-"""Which URLs may be opened, and how one is shown: without the password and the query that it may hold."""
+"""Which URLs may be opened, and how one is shown: without the password and the query that it may
+hold."""
 
 from __future__ import annotations
 
@@ -14,13 +15,16 @@ from .errors import UsageError
 PROTOCOLS = ("file", "http", "https", "s3", "gs", "hf")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+._-]*(://|::)")
 DEFAULT_PORTS = {"http": 80, "https": 443}
-SECRET = re.compile(r"(?i)token|sig|key|secret|pass|pwd|auth|credential|expires|^x-(amz|goog)-|^s[epvrt]$")
+SECRET = re.compile(
+    r"(?i)token|sig|key|secret|pass|pwd|auth|credential|expires|^x-(amz|goog)-|^s[epvrt]$"
+)
 LOGIN = re.compile(r"(?<=://)[^/?#\s]*@")
 QUERY = re.compile(r"(://[^\s?]*)\?\S*")
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
-    """Return whether the address of a store is a URL. What exists as a local path is one, whatever it is called."""
+    """Return whether the address of a store is a URL. What exists as a local path is one, whatever
+    it is called."""
     text = os.fspath(text)
     return URL.match(text) is not None and local_path(text) == text and not os.path.exists(text)
 
@@ -31,7 +35,8 @@ def local_path(text: str) -> str:
 
 
 def check_local(out: str | os.PathLike[str]) -> None:
-    """Check that a place to write is none behind a URL, also where it was made a `Path`, which makes `s3:/` of `s3://`.
+    """Check that a place to write is none behind a URL, also where it was made a `Path`, which
+    makes `s3:/` of `s3://`.
 
     Raises:
         UsageError: It is a URL, `file://` included, and no existing folder has this name.
@@ -39,18 +44,20 @@ def check_local(out: str | os.PathLike[str]) -> None:
     text = os.fspath(out)
     if re.match(r"[A-Za-z][A-Za-z0-9+._-]+:(:.*:)?/", text) and not os.path.exists(text):
         url = public_url(re.sub(":/(?!/)", "://", text, count=1))
-        raise UsageError(f"--out {url}: a URL; expected a local folder, for behind a URL stores can only be read")
+        raise UsageError(
+            f"--out {url}: a URL; expected a local folder, for behind a URL stores can only be read"
+        )
 
 
 def check_url(url: str) -> None:
     """Check that a URL names a place and nothing else.
 
-    Other protocols of fsspec, and chains of them (`a::b`), read files that name further files, unpack archives or
-    evaluate templates: such a URL is a program.
+    Other protocols of fsspec, and chains of them (`a::b`), read files that name further files,
+    unpack archives or evaluate templates: such a URL is a program.
 
     Raises:
-        UsageError: The protocol is none of `PROTOCOLS`, or the URL is a chain, malformed, or has a password where the
-            protocol has none.
+        UsageError: The protocol is none of `PROTOCOLS`, or the URL is a chain, malformed, or has a
+            password where the protocol has none.
     """
     scheme, allowed = url.partition("://")[0].lower(), ", ".join(f"{name}://" for name in PROTOCOLS)
     try:
@@ -59,17 +66,22 @@ def check_url(url: str) -> None:
     except ValueError:  # a port that is no number, brackets that do not match
         malformed = True
     if scheme not in PROTOCOLS or "::" in re.sub(r"://(?:[^/]*@)?\[[^/\]]*\]", "", url):
-        raise UsageError(f"{public_url(url)}: not a URL that is opened; allowed are {allowed}, and no chain with '::'")
+        raise UsageError(
+            f"{public_url(url)}: not a URL that is opened; allowed are {allowed}, and no chain with '::'"
+        )
     if malformed:
         raise UsageError(
             f"{public_url(url)}: malformed; expected PROTOCOL://HOST/PATH, in a password %2F %3F %23 %40 for / ? # @"
         )
     if "@" in parts.netloc and scheme in ("s3", "gs"):
-        raise UsageError(f"{public_url(url)}: a password in the URL is for http and https; configure it in fsspec")
+        raise UsageError(
+            f"{public_url(url)}: a password in the URL is for http and https; configure it in fsspec"
+        )
 
 
 def public_url(text: str) -> str:
-    """Return the URL without user, password and query, for messages, pages and files; a path as it is."""
+    """Return the URL without user, password and query, for messages, pages and files; a path as it
+    is."""
     if not is_url(text):
         return text
     try:
@@ -86,14 +98,18 @@ def hide_secrets(text: str) -> str:
 
 
 def canonical_url(url: str) -> str:
-    """Return one name for all ways to write a URL, without what only gives access: user, password, signature."""
+    """Return one name for all ways to write a URL, without what only gives access: user, password,
+    signature."""
     parts = urlsplit(url)
     scheme, place = parts.scheme.lower(), parts.netloc
     if scheme in DEFAULT_PORTS:
         place = f"{parts.hostname}:{parts.port or DEFAULT_PORTS[scheme]}"
-    query = [(k, v) for k, v in parse_qsl(parts.query, keep_blank_values=True) if not SECRET.search(k)]
+    query = [
+        (k, v) for k, v in parse_qsl(parts.query, keep_blank_values=True) if not SECRET.search(k)
+    ]
     return f"{scheme}://{place}{parts.path.rstrip('/')}?{urlencode(query)}"
 
 
 StoreAddress = Annotated[str, PlainSerializer(public_url), Field(repr=False)]
-"""The folder or URL of a store as an option; no dump of the options (`config.yaml`, `--dry-run`) holds its password."""
+"""The folder or URL of a store as an option; no dump of the options (`config.yaml`, `--dry-run`)
+holds its password."""

@@ -6,10 +6,11 @@ that would need a free unpickle is refused.
 Two digests, both sha256 in hex:
 
 - of the **file**, as `sha256sum FILE` prints it: what a user passes and what is kept for people;
-- of the **state** that was loaded: what identifies a teacher. It covers every tensor of the state in
-  the order of the names' UTF-8 bytes: name, dtype, shape, and the bytes as little-endian, contiguous.
-  BatchNorm's batch counters are left out, for no output depends on them and older files lack them.
-  So the same weights have the same identity whatever file, library or machine they came from.
+- of the **state** that was loaded: what identifies a teacher. It covers every tensor of the state
+  in the order of the names' UTF-8 bytes: name, dtype, shape, and the bytes as little-endian,
+  contiguous. BatchNorm's batch counters are left out, for no output depends on them and older files
+  lack them. So the same weights have the same identity whatever file, library or machine they came
+  from.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def check_sha256(what: str, found: str, expected: str | None) -> None:
-    """Compare a digest with the one a user gave, if any; upper case and spaces around do not matter.
+    """Compare a digest with the one a user gave, if any; upper case and spaces around do not
+    matter.
 
     Raises:
         WeightsError: they differ. Names `what`, the digest found and the one expected.
@@ -99,7 +101,9 @@ def load_weights(path: str | Path, sha256: str | None = None) -> WeightsFile:
         try:
             content: object = load_file(path)
         except (SafetensorError, ValueError) as error:
-            raise WeightsError(f"weights file {path}: not a safetensors file ({_line(error)})") from None
+            raise WeightsError(
+                f"weights file {path}: not a safetensors file ({_line(error)})"
+            ) from None
     else:
         content = _load_torch(path)
     return WeightsFile(_state_in(content, path), path.name, digest)
@@ -111,13 +115,23 @@ def _load_torch(path: Path) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, UnicodeDecodeError, TypeError, AttributeError, KeyError, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        UnicodeDecodeError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        ValueError,
+    ) as error:
         first: Exception = error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"weights file {path}: not a torch checkpoint ({_line(error)})") from None
+        raise WeightsError(
+            f"weights file {path}: not a torch checkpoint ({_line(error)})"
+        ) from None
     try:
         with warnings.catch_warnings():
-            # torch warns that it ignores `encoding` here; it does pass it to the weights-only reader.
+            # torch warns that it ignores `encoding` here; it does pass it to the weights-only
+            # reader.
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
     except Exception:  # whatever a hostile or foreign pickle makes the reader raise, it is refused
@@ -128,7 +142,8 @@ def _load_torch(path: Path) -> object:
 
 
 def _refused(error: Exception) -> str:
-    """What torch's weights-only reader met, without its advice on how to read the file all the same."""
+    """What torch's weights-only reader met, without its advice on how to read the file all the
+    same."""
     found = re.search(r"[Uu]nsupported [^\n]{1,200}", str(error))
     return found[0].rstrip(".") if found else "neither torch nor safetensors can read it"
 
@@ -146,10 +161,14 @@ def _state_in(content: object, path: Path) -> dict[str, Tensor]:
         )
     strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if strange:
-        raise WeightsError(f"weights file {path}: {strange[0]!r} is not a tensor, so this is no state dict")
+        raise WeightsError(
+            f"weights file {path}: {strange[0]!r} is not a tensor, so this is no state dict"
+        )
     names = [str(key) for key in content]
     prefix = "module." if all(name.startswith("module.") for name in names) else ""
-    return {name.removeprefix(prefix): content[key] for name, key in zip(names, content, strict=True)}
+    return {
+        name.removeprefix(prefix): content[key] for name, key in zip(names, content, strict=True)
+    }
 
 
 def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:

@@ -1,7 +1,7 @@
 """Which file each loader process is reading, in memory that the main process sees.
 
-A decoder that crashes or hangs in C cannot say so itself: the process that waits for it looks here, names the
-file, and has it refused from then on.
+A decoder that crashes or hangs in C cannot say so itself: the process that waits for it looks here,
+names the file, and has it refused from then on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _LONGEST = _ROW - _HEAD.size
 
 
 class WorkerStatus:
-    """A row for each of `workers` processes; goes to them as an argument, however they are started."""
+    """A row for each of `workers` processes; goes to them as an argument, however they are
+    started."""
 
     def __init__(self, context: BaseContext, workers: int) -> None:
         self._memory: Any = context.RawArray("c", workers * _ROW)
@@ -54,7 +55,8 @@ class _Own:
 
 
 def begin(worker_status: WorkerStatus, worker: int, refused: Mapping[str, str]) -> None:
-    """This process is loader process `worker` from now on. refused: path → why it is not to be opened."""
+    """This process is loader process `worker` from now on. refused: path → why it is not to be
+    opened."""
     _Own.worker_status, _Own.worker, _Own.refused = worker_status, worker, refused
 
 

@@ -1,8 +1,9 @@
 """A share of the listed videos, for machines that share nothing.
 
-A video's share follows from its corpus' name and its path in it, and from nothing else: each machine finds its own
-without asking the others, also where their folders lie elsewhere or one lists a file that another lacks, and no
-video changes its share when the list grows. The price is shares of nearly, not exactly, the same size.
+A video's share follows from its corpus' name and its path in it, and from nothing else: each
+machine finds its own without asking the others, also where their folders lie elsewhere or one lists
+a file that another lacks, and no video changes its share when the list grows. The price is shares
+of nearly, not exactly, the same size.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ class Part:
     def share(self, videos: VideoList) -> VideoList:
         """The videos of this share, in their order."""
         names = [c.name for c in videos.corpora]
-        keep = [i for i, path in enumerate(videos.paths) if self.holds(names[int(videos.corpus[i])], path)]
+        keep = [
+            i
+            for i, path in enumerate(videos.paths)
+            if self.holds(names[int(videos.corpus[i])], path)
+        ]
         return VideoList(
             videos.corpora,
             videos.corpus[np.array(keep, np.int64)],

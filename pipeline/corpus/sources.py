@@ -1,4 +1,5 @@
-"""Which videos: folders, globs, lists and csv files become one ordered table, each source a named corpus.
+"""Which videos: folders, globs, lists and csv files become one ordered table, each source a named
+corpus.
 
 File names are what the system gives: any bytes but NUL and the slash. They are held as `str` with
 surrogate escapes (`os.fsdecode`), and stored percent-escaped, since Zarr strings must be UTF-8.
@@ -68,15 +69,15 @@ class VideoList:
 def list_videos(sources: Sequence[str]) -> VideoList:
     """All videos of the sources, in their order, each file once.
 
-    A source is `[NAME=]WHERE`; WHERE is a folder (searched with everything below it for files whose ending is
-    that of a video), a quoted glob, one video file, a list (`list.txt` or `@list`, a path a line, relative to
-    the list, a trailing label as in `a.mp4 3` ignored) or a csv file with a column `path`. A line of a list that
-    begins with `#` is a comment unless a file has that name.
-    NAME defaults to the folder's name, of a list to the file's. Files that a list names and that are not
-    there stay in the table: they get a status, not a silent omission.
+    A source is `[NAME=]WHERE`; WHERE is a folder (searched with everything below it for files whose
+    ending is that of a video), a quoted glob, one video file, a list (`list.txt` or `@list`, a path
+    a line, relative to the list, a trailing label as in `a.mp4 3` ignored) or a csv file with a
+    column `path`. A line of a list that begins with `#` is a comment unless a file has that name.
+    NAME defaults to the folder's name, of a list to the file's. Files that a list names and that
+    are not there stay in the table: they get a status, not a silent omission.
 
-    Raises SourceError for a source that names nothing, for one name with two folders, and for a list in UTF-16 or with
-    paths of Windows.
+    Raises SourceError for a source that names nothing, for one name with two folders, and for a
+    list in UTF-16 or with paths of Windows.
     """
     corpora: dict[str, str] = {}
     rows: dict[tuple[str, str], None] = {}
@@ -89,7 +90,9 @@ def list_videos(sources: Sequence[str]) -> VideoList:
             )
         if not paths:
             others = ", ".join(f"{n} {ending or 'without ending'}" for ending, n in ignored.items())
-            raise SourceError(f"{source}: no videos found" + (f" (other files: {others})" if others else ""))
+            raise SourceError(
+                f"{source}: no videos found" + (f" (other files: {others})" if others else "")
+            )
         rows.update(dict.fromkeys((name, p) for p in paths))
     if not rows:
         raise SourceError("no videos found: no source given")
@@ -108,7 +111,8 @@ def is_video(path: str) -> bool:
 
 
 def escape_path(path: str) -> str:
-    """Percent-escape `%`, control characters and bytes that are not UTF-8; the rest stays readable."""
+    """Percent-escape `%`, control characters and bytes that are not UTF-8; the rest stays
+    readable."""
     if path.isprintable():  # as nearly all are: a name goes with every clip
         return path.replace("%", "%25")
     return "".join(
@@ -122,14 +126,17 @@ def escape_path(path: str) -> str:
 def unescape_path(text: str) -> str:
     """Return the path that `escape_path` was given.
 
-    A zero byte, which no path has, stays escaped: so what somebody else wrote names a file that does not exist, and
-    not one at which every function of the system raises.
+    A zero byte, which no path has, stays escaped: so what somebody else wrote names a file that
+    does not exist, and not one at which every function of the system raises.
     """
-    return unquote_to_bytes(text.replace("\0", "%00").replace("%00", "%2500")).decode("utf-8", "surrogateescape")
+    return unquote_to_bytes(text.replace("\0", "%00").replace("%00", "%2500")).decode(
+        "utf-8", "surrogateescape"
+    )
 
 
 def strip_label(line: str) -> str:
-    """`path` of `path 3` and `path,3`, as lists of labelled videos have them; any other line as it is."""
+    """`path` of `path 3` and `path,3`, as lists of labelled videos have them; any other line as it
+    is."""
     labelled = _LABEL.fullmatch(line)
     return labelled[1].rstrip(",").rstrip() if labelled else line
 
@@ -157,8 +164,8 @@ def _expand(source: str, ignored: Counter[str]) -> tuple[str, str, list[str]]:
 
 
 def _walk(root: str, ignored: Counter[str]) -> list[str]:
-    """Video files below `root`; each folder once, by its own name rather than that of a link to it. Names with a
-    leading dot and, below `root`, folders of prepared copies are left out."""
+    """Video files below `root`; each folder once, by its own name rather than that of a link to it.
+    Names with a leading dot and, below `root`, folders of prepared copies are left out."""
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
     tops = [root]
@@ -174,7 +181,9 @@ def _walk(root: str, ignored: Counter[str]) -> list[str]:
                 continue
             folders[:] = sorted((f for f in folders if not f.startswith(".")), key=os.fsencode)
             tops += (path for f in folders if os.path.islink(path := os.path.join(folder, f)))
-            found += _videos((os.path.relpath(os.path.join(folder, n), root) for n in names), ignored)
+            found += _videos(
+                (os.path.relpath(os.path.join(folder, n), root) for n in names), ignored
+            )
     return sorted(found, key=os.fsencode)
 
 
@@ -200,7 +209,9 @@ def _globbed(name: str | None, pattern: str, ignored: Counter[str]) -> tuple[str
     return name or _basename(root), root, sorted(set(paths), key=os.fsencode)
 
 
-def _listed(source: str, name: str | None, file: str, *, csv_file: bool) -> tuple[str, str, list[str]]:
+def _listed(
+    source: str, name: str | None, file: str, *, csv_file: bool
+) -> tuple[str, str, list[str]]:
     root = os.path.dirname(os.path.abspath(file))
     try:
         text = read_text(file)

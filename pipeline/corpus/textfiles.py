@@ -1,4 +1,5 @@
-"""Lists and csv files as users' editors save them: what is not text in UTF-8 is refused before anything is done."""
+"""Lists and csv files as users' editors save them: what is not text in UTF-8 is refused before
+anything is done."""
 
 from __future__ import annotations
 
@@ -22,13 +23,16 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """Read a list; bytes that are not UTF-8, as file names may have them, become surrogates.
 
     Raises:
-        ListError: the file is UTF-16, UTF-32 or not text, or larger than a list of some million videos.
+        ListError: the file is UTF-16, UTF-32 or not text, or larger than a list of some million
+            videos.
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
         data = file.read(MAX_BYTES + 1) if os.fstat(file.fileno()).st_size <= MAX_BYTES else None
     if data is None or len(data) > MAX_BYTES:
-        raise ListError(f"{os.fspath(path)}: more than {MAX_BYTES:,} bytes, which is no list of videos or labels")
+        raise ListError(
+            f"{os.fspath(path)}: more than {MAX_BYTES:,} bytes, which is no list of videos or labels"
+        )
     named = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     if named is None and b"\0" in data:  # in UTF-16 without a mark every line end has one
         named = "UTF-16 without a byte order mark, or not text"
@@ -43,14 +47,16 @@ def is_utf8(text: str) -> bool:
 
 
 def refuse_windows_paths(file: str, root: str, paths: list[str]) -> None:
-    r"""Raise ListError for `C:\a.mp4`, `\\host\a.mp4` and `b\a.mp4` where no file below `root` has that very name."""
+    r"""Raise ListError for `C:\a.mp4`, `\\host\a.mp4` and `b\a.mp4` that name no file below `root`."""
     none_exists: bool | None = None
     for path in paths:
         if "\\" not in path and not _WINDOWS.match(path):
             continue
         if os.path.lexists(os.path.join(root, path)):
             continue
-        windows = bool(_WINDOWS.match(path)) or os.path.exists(os.path.join(root, path.replace("\\", "/")))
+        windows = bool(_WINDOWS.match(path)) or os.path.exists(
+            os.path.join(root, path.replace("\\", "/"))
+        )
         if not windows:  # a file of Linux may have a backslash in its name, and be gone
             if none_exists is None:
                 none_exists = not any(os.path.lexists(os.path.join(root, each)) for each in paths)

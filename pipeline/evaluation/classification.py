@@ -20,7 +20,8 @@ HEAD = "label"
 
 
 class Classification:
-    """objective(model, batch, counts): cross-entropy of the labels, and the share of clips that are right."""
+    """objective(model, batch, counts): cross-entropy of the labels, and the share of clips that are
+    right."""
 
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
         """int64 [1]: the clips, all of which count."""

@@ -20,8 +20,11 @@ from .protocol import PREDICTIONS, intervals_note, refuse_other, show_metrics, w
 SHOWN = 10  # classes of the largest gains and losses in the table; all are in the result
 
 
-def fuse(runs: Sequence[str], weights: Sequence[float] | None, out: str | None, console: Console) -> dict[str, Any]:
-    """Late fusion: writes `out`/predictions.h5 and result.json, which `--compare` and `--fuse` take again.
+def fuse(
+    runs: Sequence[str], weights: Sequence[float] | None, out: str | None, console: Console
+) -> dict[str, Any]:
+    """Late fusion: writes `out`/predictions.h5 and result.json, which `--compare` and `--fuse` take
+    again.
 
     Raises UsageError (no `out`, wrong weights), PredictionsError, CheckpointError, LabelsError.
     """
@@ -35,15 +38,23 @@ def fuse(runs: Sequence[str], weights: Sequence[float] | None, out: str | None, 
     with folder_lock(folder):
         fused.write(folder / PREDICTIONS)
         metrics = metrics_from_file(folder / PREDICTIONS)
-        named = ", ".join(f"{weight:g} × {Path(run).name}" for run, weight in zip(runs, used, strict=True))
+        named = ", ".join(
+            f"{weight:g} × {Path(run).name}" for run, weight in zip(runs, used, strict=True)
+        )
         show_metrics(f"late fusion of {named}", len(fused.classes), metrics, console)
-        result = {"fused": list(runs), "weights": used, "predictions": str(folder / PREDICTIONS), "metrics": metrics}
+        result = {
+            "fused": list(runs),
+            "weights": used,
+            "predictions": str(folder / PREDICTIONS),
+            "metrics": metrics,
+        }
         write_result(folder, result)
     return result
 
 
 def compare(a: str, b: str, out: str | None, console: Console) -> dict[str, Any]:
-    """What A gains over B: in all and by class, paired, with intervals and p-values; `out`/result.json if asked for.
+    """What A gains over B: in all and by class, paired, with intervals and p-values;
+    `out`/result.json if asked for.
 
     Raises PredictionsError, CheckpointError, LabelsError.
     """
@@ -53,7 +64,9 @@ def compare(a: str, b: str, out: str | None, console: Console) -> dict[str, Any]
     found = compare_predictions(*parts, (a, b))
     protocols = [single for part in parts for single in part.protocol.get("fused", [part.protocol])]
     if any(protocol != protocols[0] for protocol in protocols):
-        console.warn(f"{a} and {b} were tested by other protocols: see `protocol` in each result.json")
+        console.warn(
+            f"{a} and {b} were tested by other protocols: see `protocol` in each result.json"
+        )
     _show(found, parts[0], a, b, console)
     result = {
         "a": a,
@@ -61,7 +74,10 @@ def compare(a: str, b: str, out: str | None, console: Console) -> dict[str, Any]
         "videos": len(parts[0].videos),
         "intervals": parts[0].resampled,
         "measures": {name: gain.as_dict() for name, gain in found.measures.items()},
-        "classes": {name: {"videos": found.videos[name], **gain.as_dict()} for name, gain in found.classes.items()},
+        "classes": {
+            name: {"videos": found.videos[name], **gain.as_dict()}
+            for name, gain in found.classes.items()
+        },
     }
     if out is not None:
         with folder_lock(out):
@@ -70,38 +86,60 @@ def compare(a: str, b: str, out: str | None, console: Console) -> dict[str, Any]
 
 
 def _finished(run: str) -> Predictions:
-    """The predictions of a run folder or a file. UsageError for a folder of `--split all`, which has several."""
+    """The predictions of a run folder or a file. UsageError for a folder of `--split all`, which
+    has several."""
     parts = split_folders(Path(run))
     if parts and not (Path(run) / PREDICTIONS).exists():
-        raise UsageError(f"{run} holds a run for each split; name one: {', '.join(map(str, parts.values()))}")
+        raise UsageError(
+            f"{run} holds a run for each split; name one: {', '.join(map(str, parts.values()))}"
+        )
     path = Path(run) / PREDICTIONS if Path(run).is_dir() else Path(run)
     if path != Path(run):
         is_regular_file(path, Path(run))
     found = Predictions.read(path)
     if found.pending:
-        raise PredictionsError(f"{path}: the evaluation is not finished, {len(found.pending)} videos are pending")
+        raise PredictionsError(
+            f"{path}: the evaluation is not finished, {len(found.pending)} videos are pending"
+        )
     return found
 
 
 def _show(found: Comparison, part: Predictions, a: str, b: str, console: Console) -> None:
-    columns = [Column("accuracy, %"), *(Column(name, True) for name in ("A", "B", "A − B", "95 % interval", "p"))]
+    columns = [
+        Column("accuracy, %"),
+        *(Column(name, True) for name in ("A", "B", "A − B", "95 % interval", "p")),
+    ]
     table = Table(f"A = {a}, B = {b}: {len(part.videos)} test videos", columns)
     for name, shown in MEASURES.items():
         if name in found.measures:
             g = found.measures[name]
             ends = f"{signed(g.estimate.low)} – {signed(g.estimate.high)}"
-            table.add(shown, f"{100 * g.a:.1f}", f"{100 * g.b:.1f}", signed(g.estimate.value), ends, f"{g.p:.4f}")
+            table.add(
+                shown,
+                f"{100 * g.a:.1f}",
+                f"{100 * g.b:.1f}",
+                signed(g.estimate.value),
+                ends,
+                f"{g.p:.4f}",
+            )
     table.notes.append(intervals_note(part.resampled))
     console.table(table.to_rich())
-    columns = [Column("class"), *(Column(name, True) for name in ("videos", "A", "B", "A − B", "p"))]
+    columns = [
+        Column("class"),
+        *(Column(name, True) for name in ("videos", "A", "B", "A − B", "p")),
+    ]
     classes = Table("top 1 of each class, %", columns)
     names = list(found.classes)
     if len(names) > 2 * SHOWN:
-        classes.notes.append(f"The {SHOWN} largest gains and losses of {len(names)} classes; --json gives all.")
+        classes.notes.append(
+            f"The {SHOWN} largest gains and losses of {len(names)} classes; --json gives all."
+        )
         names = names[:SHOWN] + names[-SHOWN:]
     for name in names:
         g = found.classes[name]
         cells = (f"{100 * g.a:.1f}", f"{100 * g.b:.1f}", signed(g.estimate.value), f"{g.p:.4f}")
         classes.add(name, str(found.videos[name]), *cells)
-    classes.notes.append("Each p is of its class alone: among many classes some are small by chance.")
+    classes.notes.append(
+        "Each p is of its class alone: among many classes some are small by chance."
+    )
     console.table(classes.to_rich())

@@ -19,7 +19,8 @@ FORMS = ("csv", "folder", "kinetics", *OFFICIAL)
 
 
 def names_labels(source: str) -> bool:
-    """Whether `source` is `csv:FILE` or another form of labels, and no list; a file of that very name is a list."""
+    """Whether `source` is `csv:FILE` or another form of labels, and no list; a file of that very
+    name is a list."""
     kind, colon, where = source.partition(":")
     return bool(colon and where) and kind in FORMS and not os.path.exists(source)
 
@@ -29,19 +30,28 @@ def canonical_leave_out(source: str) -> str:
     return canonical(source) if names_labels(source) else os.path.abspath(source)
 
 
-def leave_out(store: TargetStore, source: str, split: int | str | None, moved: Mapping[str, str]) -> Exclusion:
+def leave_out(
+    store: TargetStore, source: str, split: int | str | None, moved: Mapping[str, str]
+) -> Exclusion:
     """The videos of the store that a list names, or that are among the test videos of labels.
 
-    Labelled videos are known by content, so the labels may name copies or other paths. moved: where corpora lie now.
-    Raises UsageError: an empty list, a line or a label file that names no video of the store; LabelsError.
+    Labelled videos are known by content, so the labels may name copies or other paths. moved: where
+    corpora lie now. Raises UsageError: an empty list, a line or a label file that names no video of
+    the store; LabelsError.
     """
     if not names_labels(source):
         if split is not None:
-            raise UsageError(f"--split {split}: {source} is a list; a split goes with --leave-out csv:FILE")
+            raise UsageError(
+                f"--split {split}: {source} is a list; a split goes with --leave-out csv:FILE"
+            )
         return leave_out_list(store, source)
     kind, _, where = source.partition(":")
     dataset, root = (kind, where) if kind in OFFICIAL else (source, None)
-    numbers = available_splits(dataset, root) if split == ALL else (None if split is None else int(split),)
+    numbers = (
+        available_splits(dataset, root)
+        if split == ALL
+        else (None if split is None else int(split),)
+    )
     digests: list[str] = []
     paths: list[str] = []
     for number in numbers:
@@ -55,7 +65,9 @@ def leave_out(store: TargetStore, source: str, split: int | str | None, moved: M
     found = {row for rows in listed.rows(digests, paths) for row in rows}
     found |= {by_path[path] for path in map(os.path.abspath, paths) if path in by_path}
     if not found:
-        raise UsageError(f"leave_out: none of the {len(set(paths))} test videos of {source} is in {store.name}")
+        raise UsageError(
+            f"leave_out: none of the {len(set(paths))} test videos of {source} is in {store.name}"
+        )
     return Exclusion.of(store, source, found, len(set(paths)))
 
 
@@ -65,6 +77,8 @@ def left_out_of(
     """What `leave_out` gives; None where nothing is left out. UsageError for a split of nothing."""
     if source is None:
         if split is not None:
-            raise UsageError(f"--split {split}: goes with --leave-out csv:FILE, whose test videos are left out")
+            raise UsageError(
+                f"--split {split}: goes with --leave-out csv:FILE, whose test videos are left out"
+            )
         return None
     return leave_out(store, source, split, moved)

@@ -1,7 +1,7 @@
 """Kinetics from its csv files: `label,youtube_id,time_start,time_end,split`.
 
-Videos are found by the names that the usual downloaders give them, `ID_000010_000020.mp4` (start and end in
-seconds), wherever they lie below the root.
+Videos are found by the names that the usual downloaders give them, `ID_000010_000020.mp4` (start
+and end in seconds), wherever they lie below the root.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ _FILES = ("train.csv", "val.csv", "validate.csv", "validation.csv")
 
 
 def read_kinetics(where: str, split: int, root: str | None, partial: bool = False) -> Listing:
-    """`where` is a csv file with both sides, or a folder with train.csv and val.csv; validation is the test side.
+    """`where` is a csv file with both sides, or a folder with train.csv and val.csv; validation is
+    the test side.
 
-    root: the folder searched for the videos, default that of the csv. Rows of other splits are left out. Unless
-    `partial`, every video must be there: many of Kinetics' are gone from the web.
+    root: the folder searched for the videos, default that of the csv. Rows of other splits are left
+    out. Unless `partial`, every video must be there: many of Kinetics' are gone from the web.
     """
     if split != 1:
         raise UsageError(f"--split: kinetics has split 1 only, got {split}")
@@ -37,7 +38,9 @@ def read_kinetics(where: str, split: int, root: str | None, partial: bool = Fals
     try:
         paths = list_videos([root]).paths
     except SourceError:
-        raise LabelsError(f"--root {root}: no videos in it, expected files such as ID_000010_000020.mp4") from None
+        raise LabelsError(
+            f"--root {root}: no videos in it, expected files such as ID_000010_000020.mp4"
+        ) from None
     by_name: dict[str, list[str]] = {}
     for path in paths:
         by_name.setdefault(os.path.splitext(os.path.basename(path))[0], []).append(path)
@@ -46,11 +49,21 @@ def read_kinetics(where: str, split: int, root: str | None, partial: bool = Fals
         for name, side, label, line in _rows(file):
             found = by_name.get(name, [])
             if len(found) > 1:
-                raise LabelsError(f"{file}: {line}: {len(found)} files are named so, {first_few(found, 2)}")
+                raise LabelsError(
+                    f"{file}: {line}: {len(found)} files are named so, {first_few(found, 2)}"
+                )
             missing += not found
             used.update(found)
             listed = f"{os.path.basename(file)} {line}"
-            rows.append(Row(found[0] if found else f"{name}.mp4", label, side, listed, source=name.rsplit("_", 2)[0]))
+            rows.append(
+                Row(
+                    found[0] if found else f"{name}.mp4",
+                    label,
+                    side,
+                    listed,
+                    source=name.rsplit("_", 2)[0],
+                )
+            )
     if missing and not partial:
         first = next(row for row in rows if row.path not in used)
         raise LabelsError(
@@ -69,7 +82,9 @@ def _rows(path: str) -> list[tuple[str, str, str, str]]:
         reader.fieldnames = columns
         missing = [name for name in COLUMNS if name not in columns]
         if missing:
-            raise LabelsError(f"{path}: no column {missing[0]!r} (found: {', '.join(columns) or 'none'})")
+            raise LabelsError(
+                f"{path}: no column {missing[0]!r} (found: {', '.join(columns) or 'none'})"
+            )
         for row in reader:
             line = f"line {reader.line_num}"
             side = _SIDES.get(row["split"].strip().lower())

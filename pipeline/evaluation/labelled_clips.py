@@ -29,17 +29,25 @@ FrameOrder = Literal["ordered", "shuffled", "frozen"]
 class LabelledClips:
     """dataset[(epoch, sample)] -> a random training clip, a pure function of the seed and the key.
 
-    "clip": uint8 [3, T, H, W], or with channels=2 its optical flow, float32 [2, T, H, W]; "label": int; "video":
-    index into `labels.train`; "name": its path; "start": first frame; "broken": [(path, reason)] of the videos
-    that could not be read for this sample and were drawn again.
+    "clip": uint8 [3, T, H, W], or with channels=2 its optical flow, float32 [2, T, H, W]; "label":
+    int; "video": index into `labels.train`; "name": its path; "start": first frame; "broken":
+    [(path, reason)] of the videos that could not be read for this sample and were drawn again.
 
-    The train view of VMZ and torchvision: consecutive frames at a random start, resized, randomly cropped and mirrored.
-    An epoch is a stretch of `epoch_clips` of seeded permutations of the videos. Raises TrainingError after
-    20 unreadable videos for one sample, and UsageError for a folder of flow that does not fit.
+    The train view of VMZ and torchvision: consecutive frames at a random start, resized, randomly
+    cropped and mirrored. An epoch is a stretch of `epoch_clips` of seeded permutations of the
+    videos. Raises TrainingError after 20 unreadable videos for one sample, and UsageError for a
+    folder of flow that does not fit.
     """
 
     def __init__(
-        self, labels: Labels, view: ClipView, *, length: int, seed: int, epoch_clips: int, channels: int = 3
+        self,
+        labels: Labels,
+        view: ClipView,
+        *,
+        length: int,
+        seed: int,
+        epoch_clips: int,
+        channels: int = 3,
     ) -> None:
         if labels.copies is not None:
             check_fits(labels.copies.options, view, channels, folder=labels.copies.folder)
@@ -49,7 +57,8 @@ class LabelledClips:
         self.length = length
         self.seed = seed
         self.epoch_clips = epoch_clips
-        # Per process: a frame count costs a demux, and neither it nor a failure changes during a run.
+        # Per process: a frame count costs a demux, and neither it nor a failure changes during a
+        # run.
         self._counts: dict[int, int] = {}
         self._failed: dict[int, str] = {}
 
@@ -104,15 +113,18 @@ class LabelledClips:
 
 
 class EvaluationClips:
-    """dataset[(0, i)] -> the N = clips · crops test clips of the i-th of `videos`, read in one pass over the file.
+    """dataset[(0, i)] -> the N = clips · crops test clips of the i-th of `videos`, read in one pass
+    over the file.
 
-    "video": index into `videos`; and either "clips" uint8 [N, 3, T, H, W] (flow: float32 [N, 2, T, H, W]),
-    "starts" int64 [N], "frames" int (of the whole video) and "note" (what is damaged, else empty), or "error", why
-    it cannot be read. The test view of VMZ: starts ⌊i·(n − T)/(clips − 1)⌋ (of flow n − T − 1), resized, center
-    crop; with three crops also both ends of the longer side, the crops of one clip side by side.
+    "video": index into `videos`; and either "clips" uint8 [N, 3, T, H, W] (flow: float32 [N, 2, T,
+    H, W]), "starts" int64 [N], "frames" int (of the whole video) and "note" (what is damaged, else
+    empty), or "error", why it cannot be read. The test view of VMZ: starts ⌊i·(n − T)/(clips − 1)⌋
+    (of flow n − T − 1), resized, center crop; with three crops also both ends of the longer side,
+    the crops of one clip side by side.
 
-    order: `shuffled` gives every clip's frames in a random order, a pure function of i and the clip; `frozen` its
-    middle frame T times. UsageError for either with flow, which is motion itself.
+    order: `shuffled` gives every clip's frames in a random order, a pure function of i and the
+    clip; `frozen` its middle frame T times. UsageError for either with flow, which is motion
+    itself.
     """
 
     def __init__(
@@ -130,7 +142,9 @@ class EvaluationClips:
         if labels.copies is not None:
             check_fits(labels.copies.options, view, channels, folder=labels.copies.folder)
         if order != "ordered" and channels == FLOW_CHANNELS:
-            raise UsageError(f"test.frames={order} is for students of RGB; optical flow has no order to lose")
+            raise UsageError(
+                f"test.frames={order} is for students of RGB; optical flow has no order to lose"
+            )
         self.order = order
         self.channels = channels
         self.labels = labels

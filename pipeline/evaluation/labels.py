@@ -1,8 +1,8 @@
 """Labelled data sets: which videos train, which test, and of which class.
 
-Five forms are read: `csv:FILE`, `folder:DIR`, `kinetics:FILE`, `hmdb51` and `ucf101`. Whatever the form, the result
-is checked in the same way, so that no number is ever computed on a list that leaks, misses files or names a class it
-cannot learn.
+Five forms are read: `csv:FILE`, `folder:DIR`, `kinetics:FILE`, `hmdb51` and `ucf101`. Whatever the
+form, the result is checked in the same way, so that no number is ever computed on a list that
+leaks, misses files or names a class it cannot learn.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ FORMS = "csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101 (these two with -
 
 
 class Labelled(NamedTuple):
-    """One labelled video: its path relative to `Labels.root`, the index of its class, and the recording it was cut
-    from ("" where that is not known)."""
+    """One labelled video: its path relative to `Labels.root`, the index of its class, and the
+    recording it was cut from ("" where that is not known)."""
 
     path: str
     label: int
@@ -44,8 +44,9 @@ class Labelled(NamedTuple):
 class Labels:
     """One split of a labelled data set: classes[K], train and test videos.
 
-    copies: where the videos are read from, if not from their own files. notes: what a user should know of the list,
-    a line each. shared_sources: test videos cut from a recording that training videos are cut from too.
+    copies: where the videos are read from, if not from their own files. notes: what a user should
+    know of the list, a line each. shared_sources: test videos cut from a recording that training
+    videos are cut from too.
     """
 
     dataset: str
@@ -69,7 +70,8 @@ class Labels:
         return os.path.join(self.root, video.path)
 
     def digest(self, video: Labelled) -> str:
-        """Of the video's own file, or where that is gone what its copy says of it; "" where neither can be read."""
+        """Of the video's own file, or where that is gone what its copy says of it; "" where neither
+        can be read."""
         try:
             path = self.absolute(video)
             own = self.copies is None or os.path.exists(path)
@@ -95,20 +97,24 @@ def load_labels(
 ) -> Labels:
     """One split of a data set; the split is 1 where it is left out.
 
-    dataset: `csv:FILE` with columns `path`, `label`, `splitN` (`train`, `test`, empty: not used in this split)
-    and perhaps `source`; `folder:DIR` with `DIR/{train,test}/CLASS/…`; `kinetics:FILE`; `hmdb51`, `ucf101`.
-    root: what the paths are relative to, default the csv's folder; for the last two, where they lie.
-    videos: a folder of copies by `distinit prepare` to read in place of the videos, which then need not be there.
-    partial: go on where labels have no video (left out of training; wrong in the test, for it cannot be read) or
-    videos among those of HMDB-51 or UCF-101 have no label (left out).
-    classes: those of a model that the test side is for. The train side is then neither needed nor read, and classes
-    without a test video are no error; one that the model does not have is.
+    dataset: `csv:FILE` with columns `path`, `label`, `splitN` (`train`, `test`, empty: not used in
+    this split) and perhaps `source`; `folder:DIR` with `DIR/{train,test}/CLASS/…`; `kinetics:FILE`;
+    `hmdb51`, `ucf101`.
+    root: what the paths are relative to, default the csv's folder; for the last two, where they
+        lie.
+    videos: a folder of copies by `distinit prepare` to read in place of the videos, which then need
+        not be there.
+    partial: go on where labels have no video (left out of training; wrong in the test, for it
+    cannot be read) or videos among those of HMDB-51 or UCF-101 have no label (left out).
+    classes: those of a model that the test side is for. The train side is then neither needed nor
+    read, and classes without a test video are no error; one that the model does not have is.
 
-    Raises UsageError for another form, and LabelsError (one line, naming the file and what was found) for what the
-    readers refuse, an empty side, a class on one side only, a file of two classes, a file on both sides of the split,
-    by name, link or content, a file with two labels, rows without a label, and, unless `partial`, for paths without
-    videos and for videos that official lists do not name; CheckpointError for a class that is not among `classes`.
-    Of videos that a user's own list does not name there is a note.
+    Raises UsageError for another form, and LabelsError (one line, naming the file and what was
+    found) for what the readers refuse, an empty side, a class on one side only, a file of two
+    classes, a file on both sides of the split, by name, link or content, a file with two labels,
+    rows without a label, and, unless `partial`, for paths without videos and for videos that
+    official lists do not name; CheckpointError for a class that is not among `classes`. Of videos
+    that a user's own list does not name there is a note.
     """
     kind, where = _parse(dataset, root)
     number = 1 if split is None else split
@@ -148,7 +154,9 @@ def _parse(dataset: str, root: str | None) -> tuple[str, str]:
     if kind not in ("csv", "folder", "kinetics") or not where:
         raise UsageError(f"--dataset {dataset!r}: expected {FORMS}")
     if kind == "folder" and root is not None:
-        raise UsageError(f"--root {root}: a folder:DIR has its own, it goes with the other data sets")
+        raise UsageError(
+            f"--root {root}: a folder:DIR has its own, it goes with the other data sets"
+        )
     return kind, os.path.abspath(where)
 
 
@@ -160,16 +168,33 @@ class _File(NamedTuple):
     status: os.stat_result
 
 
-def _check(dataset: str, split: int, listing: Listing, copies: CopyFolder | None, partial: bool) -> Labels:
+def _check(
+    dataset: str, split: int, listing: Listing, copies: CopyFolder | None, partial: bool
+) -> Labels:
     rows, notes = _checked_rows(split, listing, SIDES, copies, partial)
     classes = _classes(listing, rows)
     shared = _shared_sources(listing, rows, notes)
     train, test = (_labelled(rows, side, classes) for side in SIDES)
-    return Labels(dataset, split, listing.root, classes, train, test, copies, tuple(notes), shared_sources=shared)
+    return Labels(
+        dataset,
+        split,
+        listing.root,
+        classes,
+        train,
+        test,
+        copies,
+        tuple(notes),
+        shared_sources=shared,
+    )
 
 
 def _check_test(
-    dataset: str, split: int, listing: Listing, copies: CopyFolder | None, partial: bool, classes: tuple[str, ...]
+    dataset: str,
+    split: int,
+    listing: Listing,
+    copies: CopyFolder | None,
+    partial: bool,
+    classes: tuple[str, ...],
 ) -> Labels:
     """The test side alone, with the classes of the model that is tested."""
     listing = replace(listing, rows=[row for row in listing.rows if row.side == "test"])
@@ -181,8 +206,19 @@ def _check_test(
             f"not known, {first_few(unknown, 5)}; the model has: {first_few(classes, 10)}"
         )
     if without := [name for name in classes if name not in labels]:
-        notes.append(f"{len(without)} of {len(classes)} classes have no test video: {first_few(without, 5)}")
-    return Labels(dataset, split, listing.root, classes, (), _labelled(rows, "test", classes), copies, tuple(notes))
+        notes.append(
+            f"{len(without)} of {len(classes)} classes have no test video: {first_few(without, 5)}"
+        )
+    return Labels(
+        dataset,
+        split,
+        listing.root,
+        classes,
+        (),
+        _labelled(rows, "test", classes),
+        copies,
+        tuple(notes),
+    )
 
 
 def _checked_rows(
@@ -193,7 +229,9 @@ def _checked_rows(
     for side in sides:
         if not any(row.side == side for row in listing.rows):
             why = f"; {'; '.join(notes)}" if notes else ""
-            raise LabelsError(f"{origin}: split {split} has no {side} videos ({len(listing.rows)} rows are used){why}")
+            raise LabelsError(
+                f"{origin}: split {split} has no {side} videos ({len(listing.rows)} rows are used){why}"
+            )
     files, missing = _found(listing, copies)
     _say_or_refuse(listing, missing, partial, notes)
     kept = _one_row_per_file(origin, files)
@@ -201,13 +239,17 @@ def _checked_rows(
     # A test video that is not there stays: it cannot be read, and so it counts as wrong.
     rows = [file.row for file in kept] + [row for row in missing if row.side == "test"]
     if copies is not None and not any(_has_copy(copies, listing.root, row.path) for row in rows):
-        raise UsageError(f"--videos {copies.folder}: holds a copy of none of the {len(rows)} videos of {origin}")
+        raise UsageError(
+            f"--videos {copies.folder}: holds a copy of none of the {len(rows)} videos of {origin}"
+        )
     return rows, notes
 
 
 def _labelled(rows: list[Row], side: str, classes: tuple[str, ...]) -> tuple[Labelled, ...]:
     index = {name: i for i, name in enumerate(classes)}
-    return tuple(Labelled(row.path, index[row.label], row.source) for row in rows if row.side == side)
+    return tuple(
+        Labelled(row.path, index[row.label], row.source) for row in rows if row.side == side
+    )
 
 
 def _found(listing: Listing, copies: CopyFolder | None) -> tuple[list[_File], list[Row]]:
@@ -269,7 +311,11 @@ def _hint(root: str, path: str) -> str:
     if not is_utf8(path):
         return "; the name is not UTF-8: save the file in UTF-8 if the video's name on the disk is"
     stem = os.path.splitext(path)[0]
-    near = [name for name in videos_in(root, [os.path.dirname(path)]) if os.path.splitext(name)[0] == stem]
+    near = [
+        name
+        for name in videos_in(root, [os.path.dirname(path)])
+        if os.path.splitext(name)[0] == stem
+    ]
     return f"; it is there as {escape_path(near[0])}" if near else ""
 
 
@@ -291,7 +337,8 @@ def _one_row_per_file(origin: str, files: list[_File]) -> list[_File]:
 
 
 def _refuse_same_content(listing: Listing, files: list[_File], notes: list[str]) -> None:
-    """Copies of a file on both sides, or with two labels. Only files of one size are read to compare them.
+    """Copies of a file on both sides, or with two labels. Only files of one size are read to
+    compare them.
 
     A published split is used as it is, and what it leaks is said.
     """
@@ -318,13 +365,18 @@ def _refuse_same_content(listing: Listing, files: list[_File], notes: list[str])
             )
     for what, found in (("leaks", leaks), ("files with two labels", relabelled)):
         if found and not listing.official:
-            raise LabelsError(found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""))
+            raise LabelsError(
+                found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+            )
         if found:
-            notes.append(f"{len(found)} {what} of the official split, kept as published; the first: {found[0]}")
+            notes.append(
+                f"{len(found)} {what} of the official split, kept as published; the first: {found[0]}"
+            )
 
 
 def _shared_sources(listing: Listing, rows: list[Row], notes: list[str]) -> int:
-    """How many test videos are cut from a recording that training videos are cut from too; a note where there are any.
+    """How many test videos are cut from a recording that training videos are cut from too; a note
+    where there are any.
 
     What published lists say by the names of their files is a guess, and they are used as they are.
     """
@@ -353,7 +405,11 @@ def _leak(origin: str, first: Row, again: Row) -> str:
 def _classes(listing: Listing, rows: list[Row]) -> tuple[str, ...]:
     train, test = ({row.label for row in rows if row.side == side} for side in SIDES)
     if train != test:
-        alone = {side: sorted(names) for side, names in (("train", train - test), ("test", test - train)) if names}
+        alone = {
+            side: sorted(names)
+            for side, names in (("train", train - test), ("test", test - train))
+            if names
+        }
         shown = (
             f"only in {side}: {', '.join(map(repr, names[:5]))}{', …' if len(names) > 5 else ''}"
             for side, names in alone.items()
@@ -365,7 +421,9 @@ def _classes(listing: Listing, rows: list[Row]) -> tuple[str, ...]:
     if listing.classes is not None:
         return listing.classes
     names = sorted(train)
-    if all(re.fullmatch(r"[0-9]+", name) for name in names):  # numbered classes in the order of their numbers
+    if all(
+        re.fullmatch(r"[0-9]+", name) for name in names
+    ):  # numbered classes in the order of their numbers
         names.sort(key=int)
     return tuple(names)
 

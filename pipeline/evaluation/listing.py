@@ -16,8 +16,8 @@ SIDES = ("train", "test")
 
 @dataclass(frozen=True)
 class Row:
-    """A video as listed. `where` says to a person where; `source`: the recording that a clip was cut from, "" where
-    it is not known."""
+    """A video as listed. `where` says to a person where; `source`: the recording that a clip was
+    cut from, "" where it is not known."""
 
     path: str
     label: str
@@ -31,9 +31,11 @@ class Listing:
     """One split as its files describe it.
 
     origin: the file or folder that lists, for messages. root: what the paths are relative to.
-    classes: in the order of the data set; None: the names, sorted. unlabelled: videos, relative to `root`, that lie
-    among the listed ones and are not listed. official: its lists are published, and are used as they are.
-    get: where to get what is missing. notes: what the reader left out or took for another, a line each.
+    classes: in the order of the data set; None: the names, sorted. unlabelled: videos, relative to
+    `root`, that lie among the listed ones and are not listed. official: its lists are published,
+    and are used as they are.
+    get: where to get what is missing. notes: what the reader left out or took for another, a line
+        each.
     """
 
     origin: str
@@ -47,7 +49,8 @@ class Listing:
 
 
 def read_lines(path: str) -> list[str]:
-    """The lines of a text file that hold something, stripped (official lists end them in CR LF). LabelsError."""
+    """The lines of a text file that hold something, stripped (official lists end them in CR LF).
+    LabelsError."""
     try:
         return [line.strip() for line in read_text(path).split("\n") if line.strip()]
     except OSError as error:
@@ -55,10 +58,13 @@ def read_lines(path: str) -> list[str]:
 
 
 def require_utf8(path: str, where: str, cells: Iterable[str]) -> None:
-    """LabelsError for a cell of a csv that cannot be written into a model or a result: it is not UTF-8."""
+    """LabelsError for a cell of a csv that cannot be written into a model or a result: it is not
+    UTF-8."""
     for cell in cells:
         if not is_utf8(cell):
-            raise LabelsError(f"{path}: {where}: {escape_path(cell)!r} is not UTF-8; save the file as csv in UTF-8")
+            raise LabelsError(
+                f"{path}: {where}: {escape_path(cell)!r} is not UTF-8; save the file as csv in UTF-8"
+            )
 
 
 def videos_in(root: str, folders: Iterable[str]) -> list[str]:
@@ -70,9 +76,7 @@ def videos_in(root: str, folders: Iterable[str]) -> list[str]:
         except OSError:
             continue  # a folder that is not there: the videos listed in it are reported as missing
         found += [
-            os.path.normpath(os.path.join(folder, name))
-            for name in sorted(names)
-            if is_video(name)
+            os.path.normpath(os.path.join(folder, name)) for name in sorted(names) if is_video(name)
         ]
     return found
 
@@ -84,11 +88,13 @@ def first_few(names: Iterable[str], n: int = 3) -> str:
 
 
 class Names:
-    """Files found by the name that a list gives them, in whatever case and with whatever ending the disk has it.
+    """Files found by the name that a list gives them, in whatever case and with whatever ending the
+    disk has it.
 
-    UCF-101's lists and archive disagree on `HandstandPushups` and `HandStandPushups`, archives unpacked on a disk
-    without case change more, and many convert the videos to mp4. An exact name wins, then one that differs in case
-    alone, then one with another ending; of several such files none is taken.
+    UCF-101's lists and archive disagree on `HandstandPushups` and `HandStandPushups`, archives
+    unpacked on a disk without case change more, and many convert the videos to mp4. An exact name
+    wins, then one that differs in case alone, then one with another ending; of several such files
+    none is taken.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -108,14 +114,17 @@ class Names:
 
 
 def other_endings(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """Of (listed, found) names, a note on those with another ending than the list gives them; none: no note."""
+    """Of (listed, found) names, a note on those with another ending than the list gives them; none:
+    no note."""
     endings = Counter(
         os.path.splitext(found)[1] for listed, found in pairs if _ending(listed) != _ending(found)
     )
     if not endings:
         return ()
     shown = ", ".join(f"{count} as {ending}" for ending, count in endings.most_common())
-    return (f"{endings.total()} videos have another ending than in the lists ({shown}): not the files as published",)
+    return (
+        f"{endings.total()} videos have another ending than in the lists ({shown}): not the files as published",
+    )
 
 
 def _stem(name: str) -> str:

@@ -1,14 +1,15 @@
 """Accuracies of a test set and how sure one can be of them.
 
-Shape letters: V test videos, N clips of a video, K classes, R bootstrap resamples. A video without finite scores
-(it could not be read) counts as wrong in every number; it never leaves the denominator.
+Shape letters: V test videos, N clips of a video, K classes, R bootstrap resamples. A video without
+finite scores (it could not be read) counts as wrong in every number; it never leaves the
+denominator.
 
-Where every resample gives the same value (two videos, both right), the bootstrap is silent, and the interval is what an
-exact test of a proportion leaves open (Clopper and Pearson): all of n units alike, another share p of all units may
-differ with (1 − p)ⁿ ≥ 0.025.
+Where every resample gives the same value (two videos, both right), the bootstrap is silent, and the
+interval is what an exact test of a proportion leaves open (Clopper and Pearson): all of n units
+alike, another share p of all units may differ with (1 − p)ⁿ ≥ 0.025.
 
-Clips cut from one recording are right or wrong together: where the recordings are known (`groups[V]`, a number each),
-intervals come from resampling recordings, not videos.
+Clips cut from one recording are right or wrong together: where the recordings are known
+(`groups[V]`, a number each), intervals come from resampling recordings, not videos.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Estimate:
 def hits(scores: np.ndarray, labels: np.ndarray, top: int = 1) -> np.ndarray:
     """scores[..., K], labels[...] -> bool[...]: is the label among the `top` best scores.
 
-    Among equal scores the lower class comes first, as in argmax. Scores that are not finite never hit.
+    Among equal scores the lower class comes first, as in argmax. Scores that are not finite never
+    hit.
     """
     own = np.take_along_axis(scores, labels[..., None].astype(np.int64), axis=-1)
     earlier = np.arange(scores.shape[-1]) < labels[..., None]
@@ -50,8 +52,8 @@ def hits(scores: np.ndarray, labels: np.ndarray, top: int = 1) -> np.ndarray:
 def video_values(clip_scores: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """clip_scores[V, N, K], labels[V] -> float64[V] of each accuracy: `per_clip`, `top1`, `top5`.
 
-    top 1 and top 5 are those of the mean of the clips' scores; per clip is the share of a video's clips whose
-    own best class is the label.
+    top 1 and top 5 are those of the mean of the clips' scores; per clip is the share of a video's
+    clips whose own best class is the label.
     """
     video_scores = mean_scores(clip_scores)
     clip_labels = np.broadcast_to(labels[:, None], clip_scores.shape[:2])
@@ -70,9 +72,11 @@ def mean_scores(clip_scores: np.ndarray) -> np.ndarray:
 def bootstrap_ratios(
     above: np.ndarray, below: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> np.ndarray:
-    """above[V, M], below[V, M] -> float64[R, M]: Σ above / Σ below over resampled videos; NaN for 0 / 0.
+    """above[V, M], below[V, M] -> float64[R, M]: Σ above / Σ below over resampled videos; NaN for 0
+    / 0.
 
-    The videos are drawn with replacement, the same draw for all M columns, so that columns stay paired.
+    The videos are drawn with replacement, the same draw for all M columns, so that columns stay
+    paired.
     """
     n = len(above)
     rng = np.random.default_rng(seed)
@@ -87,7 +91,8 @@ def bootstrap_ratios(
 
 
 def by_group(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-    """values[V, M], groups[V] -> float64[G, M]: the sums over each group; the values themselves without groups."""
+    """values[V, M], groups[V] -> float64[G, M]: the sums over each group; the values themselves
+    without groups."""
     if groups is None:
         return np.asarray(values, dtype=np.float64)
     _, index = np.unique(groups, return_inverse=True)
@@ -110,18 +115,24 @@ def estimate_mean(
     return Estimate(float(values.mean()), *interval(means[:, 0], len(above), least))
 
 
-def interval(resampled: np.ndarray, units: int | np.ndarray, least: float = 0, most: float = 1) -> tuple[float, float]:
-    """The 2.5 and 97.5 % quantiles of resampled means of `units` units; where they are one value, which all units
-    have, the exact bounds between `least` and `most`. units[K]: of each class, where the mean is one over classes."""
+def interval(
+    resampled: np.ndarray, units: int | np.ndarray, least: float = 0, most: float = 1
+) -> tuple[float, float]:
+    """The 2.5 and 97.5 % quantiles of resampled means of `units` units; where they are one value,
+    which all units have, the exact bounds between `least` and `most`. units[K]: of each class,
+    where the mean is one over classes."""
     low, high = (float(end) for end in np.quantile(resampled, (0.025, 0.975)))
     if high - low > 1e-12:
         return low, high
-    others = float(np.mean(1 - 0.025 ** (1 / np.asarray(units))))  # the largest share of units that may be otherwise
+    others = float(
+        np.mean(1 - 0.025 ** (1 / np.asarray(units)))
+    )  # the largest share of units that may be otherwise
     return low - others * (low - least), high + others * (most - high)
 
 
 def class_values(top1: np.ndarray, labels: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """top1[V], labels[V] -> (right[V, K], present[V, K]), whose column sums give each class's accuracy."""
+    """top1[V], labels[V] -> (right[V, K], present[V, K]), whose column sums give each class's
+    accuracy."""
     present = (labels[:, None] == np.arange(k)).astype(np.float64)
     return present * top1[:, None], present
 
@@ -135,7 +146,8 @@ def estimate_class_mean(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Estimate:
-    """top1[V], labels[V] -> the mean over classes of their top-1 accuracy; classes a resample lacks are left out."""
+    """top1[V], labels[V] -> the mean over classes of their top-1 accuracy; classes a resample lacks
+    are left out."""
     right, present = class_values(top1, labels, k)
     there = present.any(axis=0)
     right, present = by_group(right[:, there], groups), by_group(present[:, there], groups)
@@ -152,9 +164,12 @@ def accuracies(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> dict[str, Estimate]:
-    """clip_scores[V, N, K], labels[V] -> `per_clip`, `top1`, `top5`, `class_mean`, each with its interval."""
+    """clip_scores[V, N, K], labels[V] -> `per_clip`, `top1`, `top5`, `class_mean`, each with its
+    interval."""
     values = video_values(clip_scores, labels)
-    result = {name: estimate_mean(v, groups, resamples=resamples, seed=seed) for name, v in values.items()}
+    result = {
+        name: estimate_mean(v, groups, resamples=resamples, seed=seed) for name, v in values.items()
+    }
     result["class_mean"] = estimate_class_mean(
         values["top1"], labels, clip_scores.shape[2], groups, resamples=resamples, seed=seed
     )
@@ -162,7 +177,12 @@ def accuracies(
 
 
 def estimate_difference(
-    a: np.ndarray, b: np.ndarray, groups: np.ndarray | None = None, *, resamples: int = RESAMPLES, seed: int = SEED
+    a: np.ndarray,
+    b: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
 ) -> Estimate:
     """a[V], b[V] of the same videos -> mean of a − b, paired, with its interval."""
     if a.shape != b.shape:

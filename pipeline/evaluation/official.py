@@ -1,7 +1,8 @@
 """HMDB-51 and UCF-101 from their official folders and split files, with every count checked.
 
-HMDB-51: `testTrainMulti_7030_splits/CLASS_test_splitN.txt`, lines `NAME.avi 0|1|2`: unused, train, test.
-UCF-101: `ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt`; the test lists have no label.
+HMDB-51: `testTrainMulti_7030_splits/CLASS_test_splitN.txt`, lines `NAME.avi 0|1|2`: unused, train,
+test. UCF-101: `ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt`; the test lists have no
+label.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ UCF101 = _Facts(
 def read_hmdb51(root: str | None, split: int, partial: bool = False) -> Listing:
     """HMDB-51 below `root`: 51 class folders of .avi files and the folder of 153 split files.
 
-    Unless `partial`, exactly the 6766 videos must be there. Raises UsageError (no root, no such split) and
+    Unless `partial`, exactly the 6766 videos must be there. Raises UsageError (no root, no such
+    split) and
     LabelsError: what was expected, what was found, where to get it.
     """
     base, lists, names = _open(HMDB51, root, split, HMDB51_CLASSES)
@@ -96,14 +98,25 @@ def read_hmdb51(root: str | None, split: int, partial: bool = False) -> Listing:
             if tag != "0":
                 cut = _HMDB51_NAME.fullmatch(name.strip())
                 source = cut[1].removesuffix(f"_{label}") if cut else name.strip()
-                rows.append(Row(found, label, "train" if tag == "1" else "test", os.path.basename(file), source))
+                rows.append(
+                    Row(
+                        found,
+                        label,
+                        "train" if tag == "1" else "test",
+                        os.path.basename(file),
+                        source,
+                    )
+                )
         if (used["1"], used["2"]) != (70, 30):
-            raise LabelsError(f"{file}: {used['1']} train and {used['2']} test videos, expected 70 and 30")
+            raise LabelsError(
+                f"{file}: {used['1']} train and {used['2']} test videos, expected 70 and 30"
+            )
     return _listing(HMDB51, base, lists, split, rows, listed, names, HMDB51_CLASSES, partial)
 
 
 def read_ucf101(root: str | None, split: int, partial: bool = False) -> Listing:
-    """UCF-101 below `root`: 101 class folders of .avi files and the folder of 7 lists; else as `read_hmdb51`."""
+    """UCF-101 below `root`: 101 class folders of .avi files and the folder of 7 lists; else as
+    `read_hmdb51`."""
     if root is not None and (folder := _folder_of(root, UCF101.lists)) is not None:
         classes = _class_index(os.path.join(folder, "classInd.txt"))
     else:
@@ -137,17 +150,24 @@ def _class_index(path: str) -> tuple[str, ...]:
     for number, line in enumerate(read_lines(path), start=1):
         first, _, name = line.partition(" ")
         if first != str(number) or not name.strip():
-            raise LabelsError(f"{path}: line {number} is {escape_path(line)!r}, expected `{number} CLASS`")
+            raise LabelsError(
+                f"{path}: line {number} is {escape_path(line)!r}, expected `{number} CLASS`"
+            )
         classes.append(name.strip())
     if len(set(classes)) != UCF101.classes:
         raise LabelsError(f"{path}: {len(set(classes))} classes, expected {UCF101.classes}")
     return tuple(classes)
 
 
-def _open(facts: _Facts, root: str | None, split: int, classes: tuple[str, ...]) -> tuple[str, str, Names]:
-    """The folder of class folders, the folder of lists, and the videos. Says what is packed, missing or elsewhere."""
+def _open(
+    facts: _Facts, root: str | None, split: int, classes: tuple[str, ...]
+) -> tuple[str, str, Names]:
+    """The folder of class folders, the folder of lists, and the videos. Says what is packed,
+    missing or elsewhere."""
     if root is None:
-        raise UsageError(f"--root: {facts.name} needs the folder that holds its videos and lists ({facts.get})")
+        raise UsageError(
+            f"--root: {facts.name} needs the folder that holds its videos and lists ({facts.get})"
+        )
     if split not in SPLITS:
         raise UsageError(f"--split: {facts.name} has splits 1, 2 and 3, got {split}")
     root = os.path.abspath(root)
@@ -156,8 +176,14 @@ def _open(facts: _Facts, root: str | None, split: int, classes: tuple[str, ...])
     lists = _folder_of(root, facts.lists)
     if lists is None:
         packed = _packed(root, facts.list_archive)
-        why = f"{packed} is there, but not unpacked" if packed else f"found: {_contents(root)}; {facts.get}"
-        raise LabelsError(f"--root {root}: none of the {len(facts.lists)} lists of {facts.name} is in it; {why}")
+        why = (
+            f"{packed} is there, but not unpacked"
+            if packed
+            else f"found: {_contents(root)}; {facts.get}"
+        )
+        raise LabelsError(
+            f"--root {root}: none of the {len(facts.lists)} lists of {facts.name} is in it; {why}"
+        )
     missing = [name for name in facts.lists if not os.path.isfile(os.path.join(lists, name))]
     if missing:
         raise LabelsError(
@@ -167,22 +193,35 @@ def _open(facts: _Facts, root: str | None, split: int, classes: tuple[str, ...])
     base = _videos_folder(facts, root, classes)
     folders = [name for name in os.listdir(base) if os.path.isdir(os.path.join(base, name))]
     wanted = {name.casefold() for name in classes}
-    return base, lists, Names(videos_in(base, (name for name in folders if name.casefold() in wanted)))
+    return (
+        base,
+        lists,
+        Names(videos_in(base, (name for name in folders if name.casefold() in wanted))),
+    )
 
 
 def _videos_folder(facts: _Facts, root: str, classes: tuple[str, ...]) -> str:
     """Where most class folders lie; LabelsError where they are not all there."""
     best, held = root, set[str]()
     for folder in _near(root):
-        here = {name.casefold() for name in _folders(folder)} & {name.casefold() for name in classes}
+        here = {name.casefold() for name in _folders(folder)} & {
+            name.casefold() for name in classes
+        }
         if len(here) > len(held):
             best, held = folder, here
     gone = [name for name in classes if name.casefold() not in held]
     if not gone:
         return best
-    packed = [name for name in gone for folder in _near(root) if os.path.isfile(os.path.join(folder, f"{name}.rar"))]
+    packed = [
+        name
+        for name in gone
+        for folder in _near(root)
+        if os.path.isfile(os.path.join(folder, f"{name}.rar"))
+    ]
     if packed:
-        why = f"{len(packed)} of them are there as class archives ({packed[0]}.rar), but not unpacked"
+        why = (
+            f"{len(packed)} of them are there as class archives ({packed[0]}.rar), but not unpacked"
+        )
     elif archive := _packed(root, facts.video_archive):
         why = f"{archive} is there, but not unpacked"
     else:
@@ -225,14 +264,25 @@ def _listing(
         )
     unlabelled = tuple(sorted(names.exact - used))
     return Listing(
-        lists, base, rows, classes, unlabelled, official=True, get=facts.get, notes=other_endings(listed)
+        lists,
+        base,
+        rows,
+        classes,
+        unlabelled,
+        official=True,
+        get=facts.get,
+        notes=other_endings(listed),
     )
 
 
 def _near(root: str) -> list[str]:
     """`root`, its folders and theirs: archives unpack into folders of their own name or not."""
     first = [os.path.join(root, name) for name in _folders(root)]
-    return [root, *first, *(os.path.join(folder, name) for folder in first for name in _folders(folder))]
+    return [
+        root,
+        *first,
+        *(os.path.join(folder, name) for folder in first for name in _folders(folder)),
+    ]
 
 
 def _folders(folder: str) -> list[str]:
@@ -256,7 +306,10 @@ def _folder_of(root: str, files: tuple[str, ...]) -> str | None:
 
 
 def _packed(root: str, archive: str) -> str | None:
-    return next((path for folder in _near(root) if os.path.isfile(path := os.path.join(folder, archive))), None)
+    return next(
+        (path for folder in _near(root) if os.path.isfile(path := os.path.join(folder, archive))),
+        None,
+    )
 
 
 def _contents(root: str) -> str:
@@ -264,4 +317,7 @@ def _contents(root: str) -> str:
     return first_few(names, 5) if names else "an empty folder"
 
 
-READERS: dict[str, Callable[[str | None, int, bool], Listing]] = {"hmdb51": read_hmdb51, "ucf101": read_ucf101}
+READERS: dict[str, Callable[[str | None, int, bool], Listing]] = {
+    "hmdb51": read_hmdb51,
+    "ucf101": read_ucf101,
+}

@@ -1,25 +1,27 @@
 """predictions.h5: what a model said about every test video, from which every number is recomputed.
 
-Layout (HDF5, V test videos, N clips, K classes, D features; row v of every table is the video `videos[v]`):
+Layout (HDF5, V test videos, N clips, K classes, D features; row v of every table is the video
+`videos[v]`):
 
     attributes   format "distinit-predictions", format_version 2, protocol (JSON), identity (JSON)
-    classes      string [K]
-    videos       string [V]         path relative to the data set, percent-escaped, each once: the key
-    labels       int32 [V]          index into classes
-    sources      string [V]         the recording a video was cut from, empty where that is not known
-    status       string [V]         "ok", "failed", or "pending" in the file of an unfinished evaluation
-    reasons      string [V]         why a video failed, or what is damaged in one that was read, else empty
-    frames       int64 [V]          frames of the video, −1 where not known
-    starts       int64 [V, N]       first frame of each clip, −1 where there is none
-    clip_scores  float32 [V, N, K]  of each clip what is averaged, NaN where there is none: the softmax, or the logits
+    classes      string [K] videos       string [V]         path relative to the data set,
+    percent-escaped, each once: the key labels       int32 [V]          index into classes sources
+    string [V]         the recording a video was cut from, empty where that is not known status
+    string [V]         "ok", "failed", or "pending" in the file of an unfinished evaluation reasons
+    string [V]         why a video failed, or what is damaged in one that was read, else empty
+    frames       int64 [V]          frames of the video, −1 where not known starts       int64 [V,
+    N]       first frame of each clip, −1 where there is none clip_scores  float32 [V, N, K]  of
+    each clip what is averaged, NaN where there is none: the softmax, or the logits
                                     where protocol.scores is "logits"
-    video_scores float32 [V, K]     mean of clip_scores over the clips; checked when read
-    features     float32 [V, N, D]  of each clip what the head sees, NaN where there is none; left out where D is 0
+    video_scores float32 [V, K]     mean of clip_scores over the clips; checked when read features
+    float32 [V, N, D]  of each clip what the head sees, NaN where there is none; left out where D is
+    0
 
 With several crops a clip, N counts every crop of every clip, those of one clip side by side.
 
-The file carries a digest of itself (see `sealed`) and every table of numbers fletcher32 checksums, which any reader of
-HDF5 compares: a damaged file is an error and not a number. Files of version 0.1 have the checksums alone.
+The file carries a digest of itself (see `sealed`) and every table of numbers fletcher32 checksums,
+which any reader of HDF5 compares: a damaged file is an error and not a number. Files of version 0.1
+have the checksums alone.
 """
 
 from __future__ import annotations
@@ -120,7 +122,8 @@ class Predictions:
 
     @property
     def groups(self) -> np.ndarray | None:
-        """int64 [V], equal for videos of one recording; None unless the recording of every video is known."""
+        """int64 [V], equal for videos of one recording; None unless the recording of every video is
+        known."""
         if not all(self.sources):
             return None
         return np.unique(self.sources, return_inverse=True)[1].astype(np.int64)
@@ -142,7 +145,8 @@ class Predictions:
         note: str = "",
         features: np.ndarray | None = None,
     ) -> None:
-        """scores[N, K], starts[N], features[N, D] of one video that was read; `note` says what is damaged in it.
+        """scores[N, K], starts[N], features[N, D] of one video that was read; `note` says what is
+        damaged in it.
 
         Tables made without features keep none.
         """
@@ -159,7 +163,10 @@ class Predictions:
     def rows(self, videos: Sequence[int]) -> dict[str, Any]:
         """What these tables say of some videos, for `take` of another process."""
         rows = list(videos)
-        tables = {name: getattr(self, name)[rows] for name in ("frames", "starts", "clip_scores", "features")}
+        tables = {
+            name: getattr(self, name)[rows]
+            for name in ("frames", "starts", "clip_scores", "features")
+        }
         texts = {name: [getattr(self, name)[v] for v in rows] for name in ("status", "reasons")}
         return {"videos": rows, **tables, **texts}
 
@@ -181,11 +188,14 @@ class Predictions:
     def _reasons(self, status: str) -> list[dict[str, str]]:
         rows = zip(self.videos, self.status, self.reasons, strict=True)
         return [
-            {"video": escape_path(video), "reason": reason} for video, own, reason in rows if own == status and reason
+            {"video": escape_path(video), "reason": reason}
+            for video, own, reason in rows
+            if own == status and reason
         ]
 
     def adopt(self, earlier: Predictions) -> int:
-        """Takes over what an earlier, interrupted evaluation of the same model and videos has; how many videos."""
+        """Takes over what an earlier, interrupted evaluation of the same model and videos has; how
+        many videos."""
         same = (
             earlier.identity == self.identity
             and earlier.protocol == self.protocol
@@ -197,12 +207,17 @@ class Predictions:
         if not same:
             return 0
         self.status, self.reasons = earlier.status, earlier.reasons
-        self.frames, self.starts, self.clip_scores = earlier.frames, earlier.starts, earlier.clip_scores
+        self.frames, self.starts, self.clip_scores = (
+            earlier.frames,
+            earlier.starts,
+            earlier.clip_scores,
+        )
         self.features = earlier.features
         return len(self.videos) - len(self.pending)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Atomic: the file at `path` is the old one or the whole new one. OSError when the disk is full."""
+        """Atomic: the file at `path` is the old one or the whole new one. OSError when the disk is
+        full."""
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
         try:
@@ -212,7 +227,9 @@ class Predictions:
             os.replace(partial, target)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise PredictionsError(f"{target}: cannot write the predictions ({_short(error)})") from error
+            raise PredictionsError(
+                f"{target}: cannot write the predictions ({_short(error)})"
+            ) from error
 
     def _fill(self, file: h5py.File) -> None:
         file.attrs["format"] = FORMAT
@@ -246,7 +263,8 @@ class Predictions:
         """Load a file.
 
         Raises:
-            PredictionsError: The file is missing, of another kind or version, damaged or inconsistent.
+            PredictionsError: The file is missing, of another kind or version, damaged or
+                inconsistent.
         """
         try:
             sealed = os.path.exists(path) and check_seal(path, PredictionsError)
@@ -257,16 +275,23 @@ class Predictions:
         except Hdf5Error as error:
             raise PredictionsError(f"{path}: not a readable predictions file ({error})") from error
         if not sealed:
-            log.warning("%s: written by distinit 0.1, without a digest: damage to its names cannot be found", path)
+            log.warning(
+                "%s: written by distinit 0.1, without a digest: damage to its names cannot be found",
+                path,
+            )
         return found
 
     @classmethod
     def _parse(cls, path: str | os.PathLike[str], file: h5py.File) -> Predictions:
         if file.attrs.get("format") != FORMAT:
-            raise PredictionsError(f"{path}: not a predictions file (format {file.attrs.get('format')!r})")
+            raise PredictionsError(
+                f"{path}: not a predictions file (format {file.attrs.get('format')!r})"
+            )
         version = int(file.attrs["format_version"])
         if version != FORMAT_VERSION:
-            raise PredictionsError(f"{path}: predictions of format {version}, this version reads {FORMAT_VERSION}")
+            raise PredictionsError(
+                f"{path}: predictions of format {version}, this version reads {FORMAT_VERSION}"
+            )
         found = cls(
             classes=[unescape_path(name) for name in file["classes"].asstr()[:]],
             videos=[unescape_path(name) for name in file["videos"].asstr()[:]],
@@ -279,7 +304,9 @@ class Predictions:
             protocol=json.loads(file.attrs["protocol"]),
             identity=json.loads(file.attrs["identity"]),
             sources=[unescape_path(name) for name in file["sources"].asstr()[:]],
-            features=file["features"][:] if "features" in file else np.empty((*file["starts"].shape, 0), np.float32),
+            features=file["features"][:]
+            if "features" in file
+            else np.empty((*file["starts"].shape, 0), np.float32),
         )
         odd = _inconsistency(found)
         if odd is not None:
@@ -293,7 +320,8 @@ class Predictions:
 
 
 def _inconsistency(found: Predictions) -> str | None:
-    """Return what of the tables does not fit together or is no such value; None for a file that `write` has written."""
+    """Return what of the tables does not fit together or is no such value; None for a file that
+    `write` has written."""
     v, n, k = len(found.videos), found.starts.shape[-1], len(found.classes)
     shapes = {
         "labels": (v,), "frames": (v,), "starts": (v, n), "clip_scores": (v, n, k),
@@ -313,7 +341,9 @@ def _inconsistency(found: Predictions) -> str | None:
     if len(set(found.videos)) != v or len(set(found.classes)) != k:
         return "a video or a class is listed twice"
     if found.labels.dtype.kind != "i" or found.labels.min() < 0 or found.labels.max() >= k:
-        return f"labels are from {found.labels.min()} to {found.labels.max()}, expected 0 to {k - 1}"
+        return (
+            f"labels are from {found.labels.min()} to {found.labels.max()}, expected 0 to {k - 1}"
+        )
     if not set(found.status) <= {OK, FAILED, PENDING}:
         return f"a status is none of {OK}, {FAILED} and {PENDING}"
     for name in ("protocol", "identity"):
@@ -330,9 +360,10 @@ def _inconsistency(found: Predictions) -> str | None:
 def metrics_from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Every number of an evaluation, recomputed from its predictions file; JSON-able.
 
-    `per_clip`, `top1`, `top5` and `class_mean` are {value, low, high} with 95 % bootstrap intervals; `intervals` says
-    what was resampled: recordings where each video's is known, else videos. `per_class` gives the right and the tested
-    videos of each class. Fused scores are of videos, and have no `per_clip`.
+    `per_clip`, `top1`, `top5` and `class_mean` are {value, low, high} with 95 % bootstrap
+    intervals; `intervals` says what was resampled: recordings where each video's is known, else
+    videos. `per_class` gives the right and the tested videos of each class. Fused scores are of
+    videos, and have no `per_clip`.
 
     Raises PredictionsError for a file that cannot be read or whose evaluation is not finished.
     """
@@ -343,7 +374,10 @@ def metrics_from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     top1 = video_values(found.clip_scores, found.labels)["top1"]
     per_class = {
-        name: {"right": int(top1[found.labels == k].sum()), "videos": int((found.labels == k).sum())}
+        name: {
+            "right": int(top1[found.labels == k].sum()),
+            "videos": int((found.labels == k).sum()),
+        }
         for k, name in enumerate(found.classes)
     }
     estimates = accuracies(found.clip_scores, found.labels, found.groups)
@@ -361,8 +395,11 @@ def metrics_from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def require_classes(classes: Sequence[str], expected: Sequence[str], *, here: str, there: str) -> None:
-    """Raises CheckpointError when two class lists differ: `here` and `there` name where each comes from."""
+def require_classes(
+    classes: Sequence[str], expected: Sequence[str], *, here: str, there: str
+) -> None:
+    """Raises CheckpointError when two class lists differ: `here` and `there` name where each comes
+    from."""
     if list(classes) == list(expected):
         return
     if len(classes) != len(expected):

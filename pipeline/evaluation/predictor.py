@@ -37,15 +37,22 @@ class _Pending:
         return self.dataset[(0, self.videos[key[1]])]
 
 
-def _rows(dataset: KeyedDataset, videos: list[int], workers: int, device: torch.device) -> Iterator[dict[str, Any]]:
+def _rows(
+    dataset: KeyedDataset, videos: list[int], workers: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
     """A row for each of `videos`, in order, also when a loader process dies.
 
-    Then one of the videos under way has crashed its decoder: those are read again, each in a process of its
-    own, and the one whose process dies again is at fault.
+    Then one of the videos under way has crashed its decoder: those are read again, each in a
+    process of its own, and the one whose process dies again is at fault.
     """
 
     def read(some: list[int], processes: int) -> Iterator[dict[str, Any]]:
-        return read_batches(_Pending(dataset, some), SequentialBatchSampler(len(some), 1), workers=processes, device=device)
+        return read_batches(
+            _Pending(dataset, some),
+            SequentialBatchSampler(len(some), 1),
+            workers=processes,
+            device=device,
+        )
 
     left = list(videos)
     while left:
@@ -75,19 +82,22 @@ def predict(
     done: Callable[[int], None] = lambda videos: None,
     save: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fills in `videos`, by default all pending ones, of `predictions` from dataset[(0, video)] (see EvaluationClips).
+    """Fills in `videos`, by default all pending ones, of `predictions` from dataset[(0, video)]
+    (see EvaluationClips).
 
-    What is averaged over a video's clips is told by `predictions.protocol`: the softmax, or with "scores": "logits"
-    the logits. Always float32, whatever the training's precision: scores then differ by less than 1e-4 between batch
-    sizes.
-    done(1) is called after each video, save() about once a minute and on Ctrl-C. Raises TrainingError when the model's
-    scores are not finite, for no accuracy of such a model means anything.
+    What is averaged over a video's clips is told by `predictions.protocol`: the softmax, or with
+    "scores": "logits" the logits. Always float32, whatever the training's precision: scores then
+    differ by less than 1e-4 between batch sizes. done(1) is called after each video, save() about
+    once a minute and on Ctrl-C. Raises TrainingError when the model's scores are not finite, for no
+    accuracy of such a model means anything.
     """
     model.to(device).eval()
     waiting: list[dict[str, Any]] = []
     saved = time.monotonic()
     with _exact_float32(device), _on_interrupt(save):
-        for row in _rows(dataset, predictions.pending if videos is None else videos, workers, device):
+        for row in _rows(
+            dataset, predictions.pending if videos is None else videos, workers, device
+        ):
             video = int(row["video"][0])
             if "error" in row:
                 predictions.fail(video, row["error"][0])
@@ -114,10 +124,16 @@ def _score(
 ) -> None:
     """Scores the clips of whole videos in passes of at most `batch_size` clips."""
     clips = torch.cat([row["clips"][0] for row in rows])  # [ΣN, C, T, H, W]
-    parts = [clip_logits(model, part.to(device, non_blocking=True)) for part in clips.split(batch_size)]
+    parts = [
+        clip_logits(model, part.to(device, non_blocking=True)) for part in clips.split(batch_size)
+    ]
     counts = [row["clips"].shape[1] for row in rows]
     logits, features = (torch.cat(found).cpu().split(counts) for found in zip(*parts, strict=True))
-    averaged = logits if predictions.protocol.get("scores") == LOGITS else [each.softmax(dim=1) for each in logits]
+    averaged = (
+        logits
+        if predictions.protocol.get("scores") == LOGITS
+        else [each.softmax(dim=1) for each in logits]
+    )
     for row, own, feature in zip(rows, averaged, features, strict=True):
         video = int(row["video"][0])
         if not bool(torch.isfinite(own).all()):
@@ -126,13 +142,19 @@ def _score(
             )
         starts = row["starts"][0].numpy().astype(np.int64)
         predictions.set_scores(
-            video, own.numpy(), starts, int(row["frames"][0]), note=row["note"][0], features=feature.numpy()
+            video,
+            own.numpy(),
+            starts,
+            int(row["frames"][0]),
+            note=row["note"][0],
+            features=feature.numpy(),
         )
         done(1)
 
 
 def clip_logits(model: Student, clips: Tensor) -> tuple[Tensor, Tensor]:
-    """clips uint8 [B, C, T, H, W] -> float32 logits [B, K] of the labels and features [B, D] of each clip."""
+    """clips uint8 [B, C, T, H, W] -> float32 logits [B, K] of the labels and features [B, D] of
+    each clip."""
     features = model.features(normalize_clip(clips, torch.float32)).float()
     logits: Tensor = model.head(HEAD)(features)
     return logits.float(), features
@@ -153,5 +175,7 @@ def _exact_float32(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=False, allow_tf32=False
+    ):
         yield

@@ -1,5 +1,5 @@
-"""The test of stage three, shared by `finetune` and `evaluate`: predictions of every test video, then the numbers,
-recomputed from the file."""
+"""The test of stage three, shared by `finetune` and `evaluate`: predictions of every test video,
+then the numbers, recomputed from the file."""
 
 from __future__ import annotations
 
@@ -36,19 +36,28 @@ FILES = (PREDICTIONS, _PARTIAL, RESULT)
 
 
 class EvaluationOptions(Options):
-    """How videos are tested. `clips`, `crops`, `scores` and `frames` are the protocol; the others change no score by
-    more than rounding.
+    """How videos are tested. `clips`, `crops`, `scores` and `frames` are the protocol; the others
+    change no score by more than rounding.
 
-    `frames` asks what a model makes of motion: `shuffled` puts the frames of every clip into a random order, `frozen`
-    shows its middle frame only. A model that sees no motion has the accuracy of `ordered` with both.
+    `frames` asks what a model makes of motion: `shuffled` puts the frames of every clip into a
+    random order, `frozen` shows its middle frame only. A model that sees no motion has the accuracy
+    of `ordered` with both.
     """
 
     clips: int = Field(default=10, ge=1, description="clips a test video, evenly spread")
-    crops: Literal[1, 3] = Field(default=1, description="of each clip: the middle, or three along the longer side")
-    scores: Literal["softmax", "logits"] = Field(default="softmax", description="what is averaged over a video's clips")
-    frames: FrameOrder = Field(default="ordered", description="of each clip: ordered, shuffled or frozen (the middle)")
+    crops: Literal[1, 3] = Field(
+        default=1, description="of each clip: the middle, or three along the longer side"
+    )
+    scores: Literal["softmax", "logits"] = Field(
+        default="softmax", description="what is averaged over a video's clips"
+    )
+    frames: FrameOrder = Field(
+        default="ordered", description="of each clip: ordered, shuffled or frozen (the middle)"
+    )
     batch_size: int = Field(default=32, ge=1, description="clips a forward pass")
-    workers: int | None = Field(default=None, ge=0, description="loader processes; default by the machine")
+    workers: int | None = Field(
+        default=None, ge=0, description="loader processes; default by the machine"
+    )
 
     def protocol(self) -> dict[str, Any]:
         """The options that make another number."""
@@ -69,11 +78,13 @@ def evaluate_student(
     fresh: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """Writes `out`/predictions.h5 and returns metrics_from_file of it; shows the table and the unread videos.
+    """Writes `out`/predictions.h5 and returns metrics_from_file of it; shows the table and the
+    unread videos.
 
     threads: of torch on a CPU, on which the last bits of scores depend; default by the machine.
-    What an interrupted call has predicted with the same weights is kept, and what a finished one has unless `fresh`.
-    Of several ranks each tests its share of the videos; rank 0 writes, and all return the metrics.
+    What an interrupted call has predicted with the same weights is kept, and what a finished one
+    has unless `fresh`. Of several ranks each tests its share of the videos; rank 0 writes, and all
+    return the metrics.
     """
     predictions = _nothing_yet(student, labels, view, length, options)
     final, partial = out / PREDICTIONS, out / _PARTIAL
@@ -98,7 +109,10 @@ def evaluate_student(
         channels=channels,
         order=options.frames,
     )
-    with torch_threads(threads, workers, device), console.progress("testing", len(mine), "video") as bar:
+    with (
+        torch_threads(threads, workers, device),
+        console.progress("testing", len(mine), "video") as bar,
+    ):
         ranks.on_all_ranks(
             lambda: predict(
                 student,
@@ -130,7 +144,8 @@ def evaluate_student(
 def _nothing_yet(
     student: Student, labels: Labels, view: ClipView, length: int, options: EvaluationOptions
 ) -> Predictions:
-    """Predictions of all test videos, pending, with what they are held against: protocol, labels and weights."""
+    """Predictions of all test videos, pending, with what they are held against: protocol, labels
+    and weights."""
     return Predictions.empty(
         labels.classes,
         [video.path for video in labels.test],
@@ -155,8 +170,9 @@ def write_result(out: Path, result: dict[str, Any]) -> None:
 
 
 def refuse_other(out: Path, mine: dict[str, str | list[str]]) -> None:
-    """UsageError where `out` has a result.json that is not of these runs and of this kind: `run`, `fused`, or `a` and
-    `b`. Or where it has none, but predictions that no test of ours wrote before it was interrupted."""
+    """UsageError where `out` has a result.json that is not of these runs and of this kind: `run`,
+    `fused`, or `a` and `b`. Or where it has none, but predictions that no test of ours wrote before
+    it was interrupted."""
     try:
         held = json.loads((out / RESULT).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -166,12 +182,22 @@ def refuse_other(out: Path, mine: dict[str, str | list[str]]) -> None:
         held = None
 
     def places(found: Any) -> list[str]:
-        return [os.path.realpath(str(path)) for path in (found if isinstance(found, list) else [found])]
+        return [
+            os.path.realpath(str(path)) for path in (found if isinstance(found, list) else [found])
+        ]
 
-    theirs = {key: held[key] for key in ("run", "fused", "a", "b") if key in held} if isinstance(held, dict) else {}
-    if {key: places(found) for key, found in theirs.items()} != {key: places(found) for key, found in mine.items()}:
+    theirs = (
+        {key: held[key] for key in ("run", "fused", "a", "b") if key in held}
+        if isinstance(held, dict)
+        else {}
+    )
+    if {key: places(found) for key, found in theirs.items()} != {
+        key: places(found) for key, found in mine.items()
+    }:
         what = ", ".join(f"{key}={found}" for key, found in theirs.items())
-        raise UsageError(f"--out {out} holds another result, of {what or 'something else'}; choose another --out")
+        raise UsageError(
+            f"--out {out} holds another result, of {what or 'something else'}; choose another --out"
+        )
 
 
 def _refuse_foreign_predictions(out: Path) -> None:
@@ -180,7 +206,9 @@ def _refuse_foreign_predictions(out: Path) -> None:
             if path.exists():
                 Predictions.read(path)
         except PredictionsError as error:
-            raise UsageError(f"--out {out}: its {path.name} is no file of distinit; choose another --out") from error
+            raise UsageError(
+                f"--out {out}: its {path.name} is no file of distinit; choose another --out"
+            ) from error
 
 
 def _protocol(view: ClipView, length: int, options: EvaluationOptions) -> dict[str, Any]:
@@ -205,7 +233,8 @@ def _read_from(labels: Labels) -> dict[str, Any]:
 
 
 def _adopt(predictions: Predictions, path: Path) -> int:
-    """How many videos an earlier file of the same weights and labels has already; a damaged one has none."""
+    """How many videos an earlier file of the same weights and labels has already; a damaged one has
+    none."""
     try:
         return predictions.adopt(Predictions.read(path)) if path.exists() else 0
     except PredictionsError:
@@ -215,7 +244,9 @@ def _adopt(predictions: Predictions, path: Path) -> int:
 def show_metrics(title: str, classes: int, metrics: dict[str, Any], console: Console) -> None:
     """The table of accuracies, what its intervals rest on, and the videos that were not read."""
     title = f"{title}: {metrics['videos']} test videos"
-    table = Table(title, [Column("accuracy, %"), Column("value", True), Column("95 % interval", True)])
+    table = Table(
+        title, [Column("accuracy, %"), Column("value", True), Column("95 % interval", True)]
+    )
     for name, shown in MEASURES.items():
         if name not in metrics:
             continue
@@ -223,7 +254,9 @@ def show_metrics(title: str, classes: int, metrics: dict[str, Any], console: Con
         table.add(shown, f"{value:.1f}", f"{low:.1f} – {high:.1f}")
     table.notes.append(intervals_note(metrics["intervals"]))
     if classes <= 5:
-        table.notes.append(f"Top 5 of {classes} classes is always right where the video could be read.")
+        table.notes.append(
+            f"Top 5 of {classes} classes is always right where the video could be read."
+        )
     console.table(table.to_rich())
     for found in metrics["failed"]:
         console.warn(f"counted as wrong, could not be read: {found['video']}: {found['reason']}")

@@ -1,4 +1,5 @@
-"""RUN/labels.json: the label list that a run was trained on, whatever becomes of the file that it was read from."""
+"""RUN/labels.json: the label list that a run was trained on, whatever becomes of the file that it
+was read from."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ Pair = tuple[str, int]
 
 @dataclass(frozen=True)
 class RunLabels:
-    """dataset, split, classes, and of each side (path, index of the class), paths percent-escaped. digest: see
-    `labels_digest`."""
+    """dataset, split, classes, and of each side (path, index of the class), paths percent-escaped.
+    digest: see `labels_digest`."""
 
     dataset: str
     split: int
@@ -41,14 +42,17 @@ class RunLabels:
 
     @classmethod
     def read(cls, run: Path) -> RunLabels | None:
-        """Return what a run folder recorded; None where it has no record, as runs of distinit 0.1. CheckpointError, and
-        SourceError for a link that leads out of the folder."""
+        """Return what a run folder recorded; None where it has no record, as runs of distinit 0.1.
+        CheckpointError, and SourceError for a link that leads out of the folder."""
         path = run / RUN_LABELS
         if not is_regular_file(path, run):
             return None
         try:
             content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            sides = {side: [(str(name), int(label)) for name, label in content[side]] for side in ("train", "test")}
+            sides = {
+                side: [(str(name), int(label)) for name, label in content[side]]
+                for side in ("train", "test")
+            }
             return cls(**{**content, **sides})
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -58,15 +62,25 @@ class RunLabels:
         write_atomically(run / RUN_LABELS, as_json(asdict(self), indent=0).encode())
 
     def difference(self, labels: Labels, sides: Sequence[str] = ("train", "test")) -> str:
-        """How labels differ from these, in words; "" where they do not. sides: those that are compared."""
+        """How labels differ from these, in words; "" where they do not. sides: those that are
+        compared."""
         if list(labels.classes) != self.classes:
             gone = sorted(set(self.classes) - set(labels.classes))
             new = sorted(set(labels.classes) - set(self.classes))
-            parts = [f"{len(names)} {what} ({names[0]!r})" for what, names in (("gone", gone), ("new", new)) if names]
+            parts = [
+                f"{len(names)} {what} ({names[0]!r})"
+                for what, names in (("gone", gone), ("new", new))
+                if names
+            ]
             return f"other classes: {', '.join(parts) or 'another order'}"
-        before, now = ({s: dict(pairs[s]) for s in sides} for pairs in (self._sides(), RunLabels.of(labels)._sides()))
+        before, now = (
+            {s: dict(pairs[s]) for s in sides}
+            for pairs in (self._sides(), RunLabels.of(labels)._sides())
+        )
         were, are = (set().union(*(set(side) for side in each.values())) for each in (before, now))
-        changed = sorted(p for p in were & are if any(before[s].get(p) != now[s].get(p) for s in sides))
+        changed = sorted(
+            p for p in were & are if any(before[s].get(p) != now[s].get(p) for s in sides)
+        )
         parts = [
             f"{len(names)} videos {what} ({names[0]!r})"
             for names, what in (
@@ -86,7 +100,10 @@ class RunLabels:
 
 def labels_digest(labels: Labels) -> str:
     """sha256 of classes and of both lists, in hex: the same labels wherever the files lie."""
-    content = [list(labels.classes), *([[v.path, v.label] for v in side] for side in (labels.train, labels.test))]
+    content = [
+        list(labels.classes),
+        *([[v.path, v.label] for v in side] for side in (labels.train, labels.test)),
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -11,9 +11,9 @@ MEASURES = ("per_clip", "top1", "top5", "class_mean")
 
 
 def mean_over_splits(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of the metrics of each split (see `metrics_from_file`): `mean`, `std` (over n − 1; None for one split) and
-    `splits` of each accuracy that all have, as fractions. Every split counts the same, whatever its number of videos,
-    as published three-split means do."""
+    """Of the metrics of each split (see `metrics_from_file`): `mean`, `std` (over n − 1; None for
+    one split) and `splits` of each accuracy that all have, as fractions. Every split counts the
+    same, whatever its number of videos, as published three-split means do."""
     found = {}
     for name in MEASURES:
         if not all(name in each for each in metrics):

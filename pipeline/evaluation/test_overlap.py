@@ -1,4 +1,5 @@
-"""What a run of `finetune` was trained on, recorded in the run, and how much of it is among the test videos."""
+"""What a run of `finetune` was trained on, recorded in the run, and how much of it is among the
+test videos."""
 
 from __future__ import annotations
 
@@ -15,25 +16,36 @@ from .predictions import require_classes
 from .run_labels import RunLabels, labels_digest
 
 
-def record_and_compare(init: str, labels: Labels, run_dir: Path, console: Console, *, again: bool) -> dict[str, int]:
-    """Write RUN/labels.json and RUN/seen_videos.npz, unless a resume finds them; returns the test videos that the run
-    knows in another way, and warns of each."""
+def record_and_compare(
+    init: str, labels: Labels, run_dir: Path, console: Console, *, again: bool
+) -> dict[str, int]:
+    """Write RUN/labels.json and RUN/seen_videos.npz, unless a resume finds them; returns the test
+    videos that the run knows in another way, and warns of each."""
     seen = SeenVideos.read(run_dir) if again else None
     if seen is None:
-        own = SeenVideos.of([labels.digest(v) for v in labels.train], [labels.absolute(v) for v in labels.train])
+        own = SeenVideos.of(
+            [labels.digest(v) for v in labels.train], [labels.absolute(v) for v in labels.train]
+        )
         seen = own.after(_seen_by(init))
         seen.write(run_dir)
     if not again or RunLabels.read(run_dir) is None:
         RunLabels.of(labels).write(run_dir)
-    found = overlap(seen, labels, console, init_seen="the videos that the initialisation was trained on", own=False)
+    found = overlap(
+        seen,
+        labels,
+        console,
+        init_seen="the videos that the initialisation was trained on",
+        own=False,
+    )
     return {"test_videos_of_shared_sources": labels.shared_sources, **found}
 
 
 def overlap(
     seen: SeenVideos, labels: Labels, console: Console, *, init_seen: str, own: bool = True
 ) -> dict[str, int]:
-    """How many test videos the initialisation has seen, and with `own` the run's own training; a warning for each
-    that is not 0. init_seen: what messages call the videos of the initialisation."""
+    """How many test videos the initialisation has seen, and with `own` the run's own training; a
+    warning for each that is not 0. init_seen: what messages call the videos of the
+    initialisation."""
     wanted = {INIT: ("test_videos_seen_by_init", init_seen)}
     if own:
         wanted[OWN] = ("test_videos_trained_on", "those that the run was trained on")
@@ -41,7 +53,9 @@ def overlap(
     stages = seen.stages([labels.digest(video) for video in labels.test], places)
     found = {}
     for stage, (name, what) in wanted.items():
-        known = [escape_path(v.path) for v, by in zip(labels.test, stages, strict=True) if stage in by]
+        known = [
+            escape_path(v.path) for v, by in zip(labels.test, stages, strict=True) if stage in by
+        ]
         found[name] = len(known)
         if known:
             console.warn(
@@ -51,11 +65,15 @@ def overlap(
     return found
 
 
-def require_own_labels(run: Path, saved: dict[str, Any] | None, labels: Labels, remedy: str) -> None:
-    """CheckpointError where labels are not those that a run was trained on, which its folder or its checkpoint's
-    identity (`saved`) says; of a run that says neither nothing is known."""
+def require_own_labels(
+    run: Path, saved: dict[str, Any] | None, labels: Labels, remedy: str
+) -> None:
+    """CheckpointError where labels are not those that a run was trained on, which its folder or its
+    checkpoint's identity (`saved`) says; of a run that says neither nothing is known."""
     if saved is not None:
-        require_classes(labels.classes, saved["classes"], here=labels.dataset, there=f"the checkpoint in {run}")
+        require_classes(
+            labels.classes, saved["classes"], here=labels.dataset, there=f"the checkpoint in {run}"
+        )
     record = RunLabels.read(run)
     theirs = record.digest if record is not None else saved["labels"] if saved is not None else None
     if theirs is None or theirs == labels_digest(labels):

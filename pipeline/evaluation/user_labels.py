@@ -15,8 +15,9 @@ from .listing import SIDES, Listing, Row, first_few, require_utf8, videos_in
 
 
 def read_csv(path: str, split: int, root: str | None = None) -> Listing:
-    """The rows that column `splitN` gives to a side; `root` is what the paths are relative to, default the csv's
-    folder. Raises LabelsError: missing columns, a row without path or label, not a csv."""
+    """The rows that column `splitN` gives to a side; `root` is what the paths are relative to,
+    default the csv's folder. Raises LabelsError: missing columns, a row without path or label, not
+    a csv."""
     base = os.path.abspath(root) if root is not None else os.path.dirname(path)
     reader_columns, rows = _table(path)
     _require_columns(path, reader_columns, split)
@@ -37,8 +38,8 @@ def csv_splits(path: str) -> tuple[int, ...]:
 
 
 def read_folder(root: str, split: int) -> Listing:
-    """`ROOT/{train,test}/CLASS/…`. Raises LabelsError: another split than 1, a side that is not there, a video in no
-    class folder."""
+    """`ROOT/{train,test}/CLASS/…`. Raises LabelsError: another split than 1, a side that is not
+    there, a video in no class folder."""
     if split != 1:
         raise LabelsError(f"{root}: a folder has split 1 only, got --split {split}")
     rows: list[Row] = []
@@ -46,7 +47,9 @@ def read_folder(root: str, split: int) -> Listing:
     for side in SIDES:
         folder = os.path.join(root, side)
         if not os.path.isdir(folder):
-            raise LabelsError(f"{root}: no folder {side!r}; expected DIR/train/CLASS/… and DIR/test/CLASS/…")
+            raise LabelsError(
+                f"{root}: no folder {side!r}; expected DIR/train/CLASS/… and DIR/test/CLASS/…"
+            )
         try:
             listed = list_videos([f"{side}={folder}"]).paths
         except SourceError:
@@ -55,13 +58,16 @@ def read_folder(root: str, split: int) -> Listing:
             label, slash, _ = name.partition("/")
             if not slash:
                 raise LabelsError(f"{folder}: {escape_path(name)} stands in no class folder")
-            rows.append(Row(f"{side}/{name}", class_name(label), side, f"{side}/{escape_path(label)}"))
+            rows.append(
+                Row(f"{side}/{name}", class_name(label), side, f"{side}/{escape_path(label)}")
+            )
         notes += _left_out(root, side, listed)
     return Listing(root, root, rows, notes=(*notes, *_other_folders(root)))
 
 
 def class_name(folder: str) -> str:
-    """The class of a folder: its name, percent-escaped where that is not UTF-8, for models and results hold it."""
+    """The class of a folder: its name, percent-escaped where that is not UTF-8, for models and
+    results hold it."""
     return folder if is_utf8(folder) else escape_path(folder)
 
 
@@ -71,7 +77,11 @@ def _left_out(root: str, side: str, listed: list[str]) -> Iterator[str]:
     known, others = set(listed), []
     for folder, folders, names in os.walk(top, followlinks=False):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = (os.path.normpath(os.path.relpath(os.path.join(folder, n), top)) for n in sorted(names) if n[0] != ".")
+        below = (
+            os.path.normpath(os.path.relpath(os.path.join(folder, n), top))
+            for n in sorted(names)
+            if n[0] != "."
+        )
         others += [name for name in below if name not in known and not is_video(name)]
     if others:
         shown = first_few((f"{side}/{name}" for name in others), 5)
@@ -98,7 +108,9 @@ def _table(path: str) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
     """Columns, and ("line N", row) of every row."""
     try:
         # Names that are not UTF-8 travel as surrogates, like everywhere in Python's os module.
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True, restval="")
+        reader = csv.DictReader(
+            io.StringIO(read_text(path), newline=""), skipinitialspace=True, restval=""
+        )
         columns = [name.strip() for name in reader.fieldnames or []]
         reader.fieldnames = columns
         for name in ("path", "label"):
@@ -113,7 +125,9 @@ def _table(path: str) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
 
 
 def _splits(columns: list[str]) -> list[int]:
-    return sorted(int(m[1]) for m in (re.fullmatch(r"split([1-9]\d{0,8})", name) for name in columns) if m)
+    return sorted(
+        int(m[1]) for m in (re.fullmatch(r"split([1-9]\d{0,8})", name) for name in columns) if m
+    )
 
 
 def _require_columns(path: str, columns: list[str], split: int) -> None:
@@ -135,7 +149,9 @@ def _used_rows(path: str, rows: Iterable[tuple[str, dict[str, str]]], column: st
             continue
         if side not in SIDES:
             found = row[column].strip()
-            raise LabelsError(f"{path}: {where} has {column}={found!r}, allowed: {', '.join(SIDES)} or an empty cell")
+            raise LabelsError(
+                f"{path}: {where} has {column}={found!r}, allowed: {', '.join(SIDES)} or an empty cell"
+            )
         name, label = row["path"], row["label"].strip()
         if not name or not label:
             raise LabelsError(f"{path}: {where} has no {'label' if name else 'path'}")

@@ -1,7 +1,8 @@
 """Extraction on dask.distributed: a task is a shard, workers stage files, the client alone commits.
 
-Teachers and decode processes are set up once a worker and stay. What a worker returns is small: names and
-digests of the files it staged inside the store, which therefore must lie on a file system that all see.
+Teachers and decode processes are set up once a worker and stay. What a worker returns is small:
+names and digests of the files it staged inside the store, which therefore must lie on a file system
+that all see.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class WorkerSetup:
         sampling: Sampling,
         run: Mapping[str, Any],
     ) -> WorkerSetup:
-        """The setup that does on a worker what the client would do by itself, wherever the worker was started."""
+        """The setup that does on a worker what the client would do by itself, wherever the worker
+        was started."""
         return cls(
             root=str(writer.root),
             specs=tuple(_anywhere(spec).model_dump_json() for spec in config.teachers),
@@ -83,10 +85,13 @@ class WorkerSetup:
 
 
 class _Worker:
-    """What a worker process keeps between shards: teachers and decoders of the setup it was last told, no others."""
+    """What a worker process keeps between shards: teachers and decoders of the setup it was last
+    told, no others."""
 
     def __init__(self) -> None:
-        self.busy = threading.Lock()  # a worker of several threads fills one shard at a time all the same
+        self.busy = (
+            threading.Lock()
+        )  # a worker of several threads fills one shard at a time all the same
         self.setup: WorkerSetup | None = None
         self.filler: ShardFiller | None = None
         self.open = ExitStack()
@@ -105,12 +110,15 @@ _WORKER = _Worker()
 
 
 def fill_shard(setup: WorkerSetup, task: ShardTask) -> ShardResult:
-    """Run in a worker: one shard, staged. Raises what the shard's work raises; dask tries it again."""
+    """Run in a worker: one shard, staged. Raises what the shard's work raises; dask tries it
+    again."""
     with _WORKER.busy:
         try:
             (result,) = _WORKER.filler_of(setup).fill([task])
         except BaseException as error:
-            clear_frames(error.__traceback__)  # dask keeps the error: its frames would hold what the next try needs
+            clear_frames(
+                error.__traceback__
+            )  # dask keeps the error: its frames would hold what the next try needs
             raise
     return result
 
@@ -119,7 +127,9 @@ def run_of_workers(client: Client, config: ExtractConfig, console: Console) -> d
     """The run record of a worker of the cluster, which may have a GPU where the client has none."""
     if not client.nthreads():
         console.say("no worker is there yet: waiting for the first")
-    found: dict[str, Any] = client.submit(_run_here, config.batch_size, config.precision, config.device).result()
+    found: dict[str, Any] = client.submit(
+        _run_here, config.batch_size, config.precision, config.device
+    ).result()
     return found
 
 
@@ -152,7 +162,9 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
     device = _worker_device(resolve_device(setup.device))
     run = _json(run_record(setup.batch_size, setup.precision, device))
     if run != setup.run:
-        raise StoreMismatchError(f"this worker would compute with {run}, the others do with {setup.run}")
+        raise StoreMismatchError(
+            f"this worker would compute with {run}, the others do with {setup.run}"
+        )
     if device.type == "cpu":
         torch.set_num_threads(1)  # workers share the machine's cores; more threads spin
         keep_freed_memory()
@@ -178,7 +190,9 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
     open_.enter_context(pool)
     open_.enter_context(runner)
     sampling = Sampling.model_validate_json(setup.sampling)
-    return ShardFiller(Path(setup.root), runner, pool, sampling=sampling, shard_rows=setup.shard_rows)
+    return ShardFiller(
+        Path(setup.root), runner, pool, sampling=sampling, shard_rows=setup.shard_rows
+    )
 
 
 def _identity(teacher: Teacher, precision: str) -> str:
@@ -204,8 +218,8 @@ def _worker_device(device: Any) -> Any:
 def run_shards(
     client: Client, setup: WorkerSetup, tasks: Iterator[ShardTask], *, retries: int
 ) -> Iterator[ShardResult]:
-    """Shards as workers finish them, in any order. A shard that fails for good does not stop the others; workers that
-    join get their share.
+    """Shards as workers finish them, in any order. A shard that fails for good does not stop the
+    others; workers that join get their share.
 
     Raises DistInitError at the end if any shard failed on every try; what was yielded stands.
     """
@@ -233,7 +247,9 @@ def run_shards(
                 raise error  # no other worker can write there either
             if isinstance(error, DecoderError):
                 raise DecoderError(f"on a worker: {error}") from error
-            failed.append(f"shard {shard:06d}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            failed.append(
+                f"shard {shard:06d}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            )
         future.release()
         submit()
     if failed:

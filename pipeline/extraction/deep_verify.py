@@ -1,8 +1,9 @@
-"""Verify a store against its videos and teachers: decode some videos again, run the teachers again, compare.
+"""Verify a store against its videos and teachers: decode some videos again, run the teachers again,
+compare.
 
-Frames must be the same, by index and pts. Logits are computed in batches of the recorded size in which each row has
-the place that it had, so that the same torch on the same kind of device gives the same bits; elsewhere the last bits
-differ, for which there is a tolerance.
+Frames must be the same, by index and pts. Logits are computed in batches of the recorded size in
+which each row has the place that it had, so that the same torch on the same kind of device gives
+the same bits; elsewhere the last bits differ, for which there is a tolerance.
 
 Shapes: B rows of a batch, n rows, K classes of a teacher.
 """
@@ -31,9 +32,9 @@ from ..teachers.teacher import Teacher
 from ..video.container import digest
 from ..video.pool.decode_pool import DecodeJob, DecodePool, Done, Failed
 
-# How far a row may be off beside its rounding: root mean square over classes, in standard deviations of the row.
-# In fp32 another batch size makes 2e-6; bf16 is up to 0.12 off fp32, the next cached frame 0.2 or more
-# (docs/benchmarks.md).
+# How far a row may be off beside its rounding: root mean square over classes, in standard
+# deviations of the row. In fp32 another batch size makes 2e-6; bf16 is up to 0.12 off fp32, the
+# next cached frame 0.2 or more (docs/benchmarks.md).
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
 
 
@@ -56,7 +57,8 @@ class Replay:
         return there and segment not in self.commits.failed
 
     def feed(self, images: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
-        """Images [n, h, w, 3] of the store's rows [n], ascending; runs the teacher whenever a batch is full."""
+        """Images [n, h, w, 3] of the store's rows [n], ascending; runs the teacher whenever a batch
+        is full."""
         for image, row in zip(images, rows.tolist(), strict=True):
             shard, inside = divmod(row, self.store.index.shard_rows)
             size = _batch_size(self.commits.commits[shard]["run"])
@@ -83,7 +85,9 @@ class Replay:
         off = np.sqrt(np.square(decode(stored, encoding) - logits).mean(axis=1))
         spread = logits.std(axis=1)
         self.worst = max(self.worst, float(np.nanmax(off / np.maximum(spread, 1e-12), initial=0)))
-        bad = ~(off <= rounding(stored, encoding) + TOLERANCE[self.teacher.precision] * spread)  # also where it is nan
+        bad = ~(
+            off <= rounding(stored, encoding) + TOLERANCE[self.teacher.precision] * spread
+        )  # also where it is nan
         if bad.any():
             count, worst = self._off.get(self._at[0], (0, 0.0))
             self._off[self._at[0]] = (count + int(bad.sum()), max(worst, float(off[bad].max())))
@@ -95,12 +99,17 @@ class Replay:
         """What was off since this was last asked."""
         off, self._off = self._off, {}
         return [
-            Finding(f"{path}: of {n} frames the teacher says other logits, off by up to {worst:.3g}", shard, self.name)
+            Finding(
+                f"{path}: of {n} frames the teacher says other logits, off by up to {worst:.3g}",
+                shard,
+                self.name,
+            )
             for shard, (n, worst) in off.items()
         ]
 
     def summary(self) -> dict[str, Any]:
-        """Rows compared, the share that is equal to the bit, the largest difference in deviations of its row."""
+        """Rows compared, the share that is equal to the bit, the largest difference in deviations
+        of its row."""
         return {
             "rows": self.rows,
             "bit_equal": self.equal / self.rows if self.rows else None,
@@ -123,9 +132,10 @@ def deep_check(
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Findings of `count` random videos, and what was compared.
 
-    moved: where a corpus lies now. weights: the weights file of a teacher, by its name in the store. allow_teachers:
-    teachers whose code may run and whose weights may be downloaded though the store names them (`load_recorded`).
-    Raises UsageError for a corpus or a teacher that the store does not have, and DeviceError.
+    moved: where a corpus lies now. weights: the weights file of a teacher, by its name in the
+    store. allow_teachers: teachers whose code may run and whose weights may be downloaded though
+    the store names them (`load_recorded`). Raises UsageError for a corpus or a teacher that the
+    store does not have, and DeviceError.
     """
     check_moved(store, moved or {})
     for name in weights or {}:
@@ -137,7 +147,9 @@ def deep_check(
             teacher = _load(store, name, weights or {}, allow_teachers, resolve_device(device))
             replays.append(Replay(store, name, teacher))
             if (node := store.fingerprint(name)) is not None:
-                Fingerprint.parse(node, f"teachers/{name}").check(fingerprint(teacher), name, store.name)
+                Fingerprint.parse(node, f"teachers/{name}").check(
+                    fingerprint(teacher), name, store.name
+                )
         except DistInitError as error:
             findings.append(Finding(str(error), None, name))
     videos = np.flatnonzero((store.video_state == OK) & (store.row_counts > 0))
@@ -149,7 +161,9 @@ def deep_check(
     ):
         for video in chosen.tolist():
             path = store.video_path(video, moved)
-            findings += _check_video(store, video, path, pool, {r: views.index(r.teacher.view) for r in replays})
+            findings += _check_video(
+                store, video, path, pool, {r: views.index(r.teacher.view) for r in replays}
+            )
             for replay in replays:
                 replay.run()
                 findings += replay.findings(path)
@@ -162,20 +176,29 @@ def deep_check(
 
 
 def _load(
-    store: TargetStore, name: str, weights: Mapping[str, str], allowed: Collection[str], device: torch.device
+    store: TargetStore,
+    name: str,
+    weights: Mapping[str, str],
+    allowed: Collection[str],
+    device: torch.device,
 ) -> Teacher:
-    """The store's teacher as it can be loaded here and now; DistInitError says how it is another."""
+    """The store's teacher as it can be loaded here and now; DistInitError says how it is
+    another."""
     record = store.teachers[name]
     node = fmt.read_nodes(store.files, "teachers", [name])[name]
     where = f"{store.name}/teachers/{name}/zarr.json"
-    teacher = load_recorded(node.get("provenance", {}), where, weights=weights.get(name), trusted=allowed)
+    teacher = load_recorded(
+        node.get("provenance", {}), where, weights=weights.get(name), trusted=allowed
+    )
     teacher.to(device, str(record.run.get("precision")))
     if len(teacher.classes) == len(record.classes):
         teacher.classes = list(record.classes)  # their names may have come from a file
     here = teacher.identity()
     for key, there in record.identity.items():
         if here.get(key) != there:
-            raise UsageError(f"not the teacher that was extracted: its {key} is {here.get(key)}, was {there}")
+            raise UsageError(
+                f"not the teacher that was extracted: its {key} is {here.get(key)}, was {there}"
+            )
     return teacher
 
 
@@ -189,14 +212,20 @@ def _check_video(
         yield Finding(f"{path}: {error}")
         return
     if here != store.digest(video):
-        yield Finding(f"{path}: changed, its digest is {here}, the teachers saw {store.digest(video)}")
+        yield Finding(
+            f"{path}: changed, its digest is {here}, the teachers saw {store.digest(video)}"
+        )
         return
     for s in store.segments(video).tolist():
-        shard, row, count = (int(x[s]) for x in (store.index.shard, store.index.row, store.index.rows))
+        shard, row, count = (
+            int(x[s]) for x in (store.index.shard, store.index.row, store.index.rows)
+        )
         rows = np.arange(row, row + count)
         stored = store.read_table("index", rows), store.read_table("pts", rows)
         end = int(store.index.end[s])
-        job = DecodeJob(s, path, store.sampling, int(store.index.first[s]), None if end < 0 else end)
+        job = DecodeJob(
+            s, path, store.sampling, int(store.index.first[s]), None if end < 0 else end
+        )
         done, differs = 0, False
         for event in pool.stream([job]):
             if isinstance(event, Failed):
@@ -206,9 +235,14 @@ def _check_video(
                     yield Finding(f"{path}: {done} frames are sampled, {count} are stored", shard)
             elif not differs:
                 at = slice(done, done + len(event.index))
-                differs = not (np.array_equal(stored[0][at], event.index) and np.array_equal(stored[1][at], event.pts))
+                differs = not (
+                    np.array_equal(stored[0][at], event.index)
+                    and np.array_equal(stored[1][at], event.pts)
+                )
                 if differs:
-                    yield Finding(f"{path}: other frames (index or pts) are sampled than are stored", shard)
+                    yield Finding(
+                        f"{path}: other frames (index or pts) are sampled than are stored", shard
+                    )
                     continue
                 done = at.stop
                 for replay, view in view_of.items():
@@ -217,8 +251,8 @@ def _check_video(
 
 
 def _batch_size(run: Mapping[str, Any]) -> int:
-    """Of the batches that rows were computed in. Rows that were copied from several runs have no batch any more, and
-    any will do: they are held to the tolerance.
+    """Of the batches that rows were computed in. Rows that were copied from several runs have no
+    batch any more, and any will do: they are held to the tolerance.
     """
     while "mixed" in run:
         run = run["mixed"][0]

@@ -1,4 +1,5 @@
-"""What an extraction would cost, before it costs anything: rows, GB and hours for each way to sample."""
+"""What an extraction would cost, before it costs anything: rows, GB and hours for each way to
+sample."""
 
 from __future__ import annotations
 
@@ -28,15 +29,17 @@ def dry_run(
 ) -> dict[str, Any]:
     """Rows, GB and hours of the asked sampling beside others; nothing is written.
 
-    Rows are upper bounds from the containers, scaled up where only a sample was probed; hours come from
-    rates measured here and now: the teachers on one batch, the decoder on a few videos. On a CPU they share
-    the cores and their hours add up, a GPU works beside them.
+    Rows are upper bounds from the containers, scaled up where only a sample was probed; hours come
+    from rates measured here and now: the teachers on one batch, the decoder on a few videos. On a
+    CPU they share the cores and their hours add up, a GPU works beside them.
     """
     if videos is None:
         raise UsageError("--dry-run needs a SOURCE")
     teachers = load_teachers(config, device)
     views = list(dict.fromkeys(t.view for t in teachers.values()))
-    chosen = np.unique(np.linspace(0, len(videos) - 1, min(PROBED, len(videos))).astype(int)).tolist()
+    chosen = np.unique(
+        np.linspace(0, len(videos) - 1, min(PROBED, len(videos))).astype(int)
+    ).tolist()
     asked = config.sampling or Sampling()
     options = [asked, *(s for s in _others() if s != asked)]
     teacher_s = sum(_seconds_a_row(t, config.batch_size, console) for t in teachers.values())
@@ -51,7 +54,9 @@ def dry_run(
             for probe in pool.probe(paths):
                 probes.append(probe)
                 bar.advance(1)
-        good = [(path, probe) for path, probe in zip(paths, probes, strict=True) if probe.error is None]
+        good = [
+            (path, probe) for path, probe in zip(paths, probes, strict=True) if probe.error is None
+        ]
         scale = len(videos) / max(len(chosen), 1)
         for sampling in options:
             rows = scale * sum(sampling.rows_bound(p) for _, p in good)
@@ -68,7 +73,13 @@ def dry_run(
             )
     broken = int(scale * (len(probes) - len(good)))
     _show(rows_out, len(videos), len(chosen), broken, console)
-    return {"dry_run": True, "videos": len(videos), "probed": len(chosen), "unreadable": broken, "costs": rows_out}
+    return {
+        "dry_run": True,
+        "videos": len(videos),
+        "probed": len(chosen),
+        "unreadable": broken,
+        "costs": rows_out,
+    }
 
 
 def _others() -> list[Sampling]:
@@ -89,11 +100,15 @@ def _decode_seconds(pool: DecodePool, sampling: Sampling, good: list[tuple[str, 
     """Seconds for all probed videos, from the time of a few and their share of the frames."""
     if not good:
         return 0.0
-    few = [good[i] for i in np.unique(np.linspace(0, len(good) - 1, min(TIMED, len(good))).astype(int))]
+    few = [
+        good[i] for i in np.unique(np.linspace(0, len(good) - 1, min(TIMED, len(good))).astype(int))
+    ]
     frames = sum(p.frames for _, p in few)
     began = time.perf_counter()
     rows = 0
-    for event in pool.stream(DecodeJob(i, path, sampling, max_rows=200) for i, (path, _) in enumerate(few)):
+    for event in pool.stream(
+        DecodeJob(i, path, sampling, max_rows=200) for i, (path, _) in enumerate(few)
+    ):
         if isinstance(event, Block):
             rows += len(event.index)
     seconds = time.perf_counter() - began
@@ -102,7 +117,9 @@ def _decode_seconds(pool: DecodePool, sampling: Sampling, good: list[tuple[str, 
     return seconds * share * sum(p.frames for _, p in good) / max(frames, 1)
 
 
-def _show(rows: list[dict[str, Any]], videos: int, probed: int, broken: int, console: Console) -> None:
+def _show(
+    rows: list[dict[str, Any]], videos: int, probed: int, broken: int, console: Console
+) -> None:
     title = f"{videos} videos" + (f", estimated from {probed} of them" if probed < videos else "")
     table = Table(title=title + (f"; {broken} cannot be read" if broken else ""))
     table.add_column("frames kept")

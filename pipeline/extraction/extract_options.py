@@ -50,12 +50,15 @@ class ExtractConfig(Options):
     @model_validator(mode="after")
     def _one_cluster(self) -> ExtractConfig:
         if self.workers is not None and self.scheduler is not None:
-            raise ValueError("give --workers (a local cluster) or --scheduler (an existing one), not both")
+            raise ValueError(
+                "give --workers (a local cluster) or --scheduler (an existing one), not both"
+            )
         return self
 
 
 def load_teachers(config: ExtractConfig, device: torch.device) -> dict[str, Teacher]:
-    """The teachers by their name in the store, on the device; UsageError for the same name twice."""
+    """The teachers by their name in the store, on the device; UsageError for the same name
+    twice."""
     teachers: dict[str, Teacher] = {}
     for spec in config.teachers:
         teacher = load_teacher(spec)
@@ -66,12 +69,14 @@ def load_teachers(config: ExtractConfig, device: torch.device) -> dict[str, Teac
 
 
 def default_decoders(device: torch.device) -> int:
-    """Decode processes: one a core beside a teacher on the CPU, for who is ahead waits; all but one beside a GPU."""
+    """Decode processes: one a core beside a teacher on the CPU, for who is ahead waits; all but one
+    beside a GPU."""
     return cores() if device.type == "cpu" else max(1, cores() - 1)
 
 
 def run_record(batch_size: int, precision: str, device: torch.device) -> dict[str, Any]:
-    """What makes equal inputs give equal bits on this machine; recorded with the teacher and in every commit."""
+    """What makes equal inputs give equal bits on this machine; recorded with the teacher and in
+    every commit."""
     return {
         "batch_size": batch_size,
         "precision": precision,

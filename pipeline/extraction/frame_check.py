@@ -1,4 +1,5 @@
-"""Hold the frames of a store against its videos, without a teacher: what 0.1 read in another order is found so."""
+"""Hold the frames of a store against its videos, without a teacher: what 0.1 read in another order
+is found so."""
 
 from __future__ import annotations
 
@@ -20,11 +21,13 @@ from ..video.pool.decode_pool import DecodePool, Failed
 from .planner import video_columns
 
 
-def frame_check(store: TargetStore, console: Console, moved: Mapping[str, str] | None = None) -> dict[int, list[Finding]]:
+def frame_check(
+    store: TargetStore, console: Console, moved: Mapping[str, str] | None = None
+) -> dict[int, list[Finding]]:
     """Findings of each video whose file does not have the frames, or the size, that the store has.
 
-    moved: where a corpus lies now. Most files are only read, not decoded. Raises UsageError for a corpus that the
-    store does not have.
+    moved: where a corpus lies now. Most files are only read, not decoded. Raises UsageError for a
+    corpus that the store does not have.
     """
     check_moved(store, moved or {})
     findings: dict[int, list[Finding]] = {}
@@ -57,7 +60,9 @@ def frame_check(store: TargetStore, console: Console, moved: Mapping[str, str] |
     return findings
 
 
-def _compare(store: TargetStore, video: int, path: str, timeline: Timeline, size: tuple[int, int]) -> Iterator[Finding]:
+def _compare(
+    store: TargetStore, video: int, path: str, timeline: Timeline, size: tuple[int, int]
+) -> Iterator[Finding]:
     """One finding for each shard that holds frames which the file does not have."""
     segments = store.segments(video).tolist()
     stored_size = int(store.column("width")[video]), int(store.column("height")[video])
@@ -67,7 +72,9 @@ def _compare(store: TargetStore, video: int, path: str, timeline: Timeline, size
         return
     record = store.video(video)
     if record.time_base not in (None, timeline.time_base):
-        yield Finding(f"{path}: its clock ticks every {timeline.time_base} s, stored is {record.time_base} s")
+        yield Finding(
+            f"{path}: its clock ticks every {timeline.time_base} s, stored is {record.time_base} s"
+        )
     chosen = store.sampling.select(timeline.pts, timeline.key, timeline.time_base)
     for s in segments:
         first, end = int(store.index.first[s]), int(store.index.end[s])
@@ -77,18 +84,31 @@ def _compare(store: TargetStore, video: int, path: str, timeline: Timeline, size
         # A damaged frame has no row.
         known = np.isin(index, here)
         if not known.all() or not np.array_equal(timeline.pts[index], pts):
-            yield Finding(f"{path}: other frames (index or pts) than are stored", int(store.index.shard[s]))
+            yield Finding(
+                f"{path}: other frames (index or pts) than are stored", int(store.index.shard[s])
+            )
         elif len(index) < len(here) and s not in store.index.note:
-            yield Finding(f"{path}: {len(here)} frames are sampled, {len(index)} are stored", int(store.index.shard[s]))
+            yield Finding(
+                f"{path}: {len(here)} frames are sampled, {len(index)} are stored",
+                int(store.index.shard[s]),
+            )
 
 
 def identify_again(
-    store: TargetStore, writer: StoreWriter, videos: list[int], moved: Mapping[str, str] | None = None
+    store: TargetStore,
+    writer: StoreWriter,
+    videos: list[int],
+    moved: Mapping[str, str] | None = None,
 ) -> None:
-    """Write again what the store holds of the files of `videos`, where they are those that the teachers saw."""
+    """Write again what the store holds of the files of `videos`, where they are those that the
+    teachers saw."""
     paths = [store.video_path(video, moved) for video in videos]
     with DecodePool(processes=1, views=[View(resize=(16, 16))]) as pool:
         probes = dict(zip(videos, pool.probe(paths), strict=True))
-    same = {v: probe for v, probe in probes.items() if probe.error is None and probe.digest == store.digest(v)}
+    same = {
+        v: probe
+        for v, probe in probes.items()
+        if probe.error is None and probe.digest == store.digest(v)
+    }
     if same:
         writer.identify(list(same), video_columns(list(same.values()), store.sampling))

@@ -1,7 +1,7 @@
 """The planning half of extraction: which files are new, what is in them, which shards they fill.
 
-Everything here happens in the client. The video table grows by slabs, so that a killed planning run keeps
-what it has probed; segments are planned in one act.
+Everything here happens in the client. The video table grows by slabs, so that a killed planning run
+keeps what it has probed; segments are planned in one act.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ SLAB = 10_000  # videos probed between two writes of the video table
 
 
 class StorePlan:
-    """The store's tables as planning and tasks need them: who is listed, where each file lies now."""
+    """The store's tables as planning and tasks need them: who is listed, where each file lies
+    now."""
 
     def __init__(self, writer: StoreWriter) -> None:
         self.writer = writer
@@ -42,10 +43,12 @@ class StorePlan:
         self._columns: dict[str, NDArray[Any]] = {}
 
     def locate(self, videos: VideoList) -> VideoList:
-        """Take the places of corpora from `videos`, for this run; returns them as the store would list them.
+        """Take the places of corpora from `videos`, for this run; returns them as the store would
+        list them.
 
-        A corpus is known by its name, and videos by their paths in it. Of a list that moved away from what it names,
-        all paths are others: its videos are found where the store says, and it goes on from the root of that time.
+        A corpus is known by its name, and videos by their paths in it. Of a list that moved away
+        from what it names, all paths are others: its videos are found where the store says, and it
+        goes on from the root of that time.
         """
         corpora, paths = list(videos.corpora), list(videos.paths)
         for number, corpus in enumerate(videos.corpora):
@@ -54,7 +57,9 @@ class StorePlan:
                 mine = np.flatnonzero(videos.corpus == number).tolist()
                 known = {unescape_path(path) for path in self.paths_of(corpus.name).values()}
                 before = {i: os.path.relpath(videos.absolute(i), recorded) for i in mine}
-                if sum(path in known for path in before.values()) > sum(paths[i] in known for i in mine):
+                if sum(path in known for path in before.values()) > sum(
+                    paths[i] in known for i in mine
+                ):
                     corpora[number] = Corpus(corpus.name, recorded)
                     for i, path in before.items():
                         paths[i] = path
@@ -101,15 +106,19 @@ def new_videos(plan: StorePlan, videos: VideoList) -> list[int]:
     return [
         i
         for i in range(len(videos))
-        if (names.get(videos.corpora[int(videos.corpus[i])].name, -1), escape_path(videos.paths[i])) not in known
+        if (names.get(videos.corpora[int(videos.corpus[i])].name, -1), escape_path(videos.paths[i]))
+        not in known
     ]
 
 
-def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, console: Console, max_failures: int) -> int:
+def add_new_videos(
+    plan: StorePlan, videos: VideoList, pool: DecodePool, console: Console, max_failures: int
+) -> int:
     """Probe the files that the store does not list yet and list them; returns how many.
 
-    StoreMismatchError if they would join another corpus of the same name. DistInitError where the first
-    `max_failures` of them, or all of fewer, cannot be read for one reason; then none of them is listed.
+    StoreMismatchError if they would join another corpus of the same name. DistInitError where the
+    first `max_failures` of them, or all of fewer, cannot be read for one reason; then none of them
+    is listed.
     """
     names = {c["name"]: i for i, c in enumerate(plan.corpora)}
     for c in videos.corpora:
@@ -126,7 +135,9 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, console
         for at in range(0, len(new), SLAB):
             slab = new[at : at + SLAB]
             probes = []
-            for (i, _), probe in zip(slab, pool.probe([videos.absolute(i) for i, _ in slab]), strict=True):
+            for (i, _), probe in zip(
+                slab, pool.probe([videos.absolute(i) for i, _ in slab]), strict=True
+            ):
                 watch.see(i, probe.error, videos.absolute(i))
                 probes.append(probe)
                 bar.advance(1)
@@ -140,7 +151,8 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, console
 
 
 def _check_moved(plan: StorePlan, corpus: dict[str, str]) -> None:
-    """StoreMismatchError if videos of a corpus are not where it lies now: what is new there belongs to another.
+    """StoreMismatchError if videos of a corpus are not where it lies now: what is new there belongs
+    to another.
 
     Of a corpus that moved as a whole all are there; one that stays where it was may lose some.
     """
@@ -148,7 +160,9 @@ def _check_moved(plan: StorePlan, corpus: dict[str, str]) -> None:
     if lay == lies:
         return
     seen = {v: path for v, path in plan.paths_of(name).items() if plan.digest(v)}
-    gone = sum(not os.path.lexists(os.path.join(lies, unescape_path(path))) for path in seen.values())
+    gone = sum(
+        not os.path.lexists(os.path.join(lies, unescape_path(path))) for path in seen.values()
+    )
     if gone:
         raise StoreMismatchError(
             f"corpus {name!r} lay in {lay}, and {gone} of its {len(seen)} videos are not in {lies}; "
@@ -157,12 +171,16 @@ def _check_moved(plan: StorePlan, corpus: dict[str, str]) -> None:
 
 
 def check_unchanged(plan: StorePlan, videos: VideoList) -> None:
-    """StoreMismatchError for the first listed file whose size differs from the one the teachers saw."""
+    """StoreMismatchError for the first listed file whose size differs from the one the teachers
+    saw."""
     state = plan.writer.index.video_state()
     size, known = plan.column("size"), _known(plan)
     names = {c["name"]: i for i, c in enumerate(plan.corpora)}
     for i in range(len(videos)):
-        key = (names.get(videos.corpora[int(videos.corpus[i])].name, -1), escape_path(videos.paths[i]))
+        key = (
+            names.get(videos.corpora[int(videos.corpus[i])].name, -1),
+            escape_path(videos.paths[i]),
+        )
         video = known.get(key)
         if video is None or state[video] != OK:
             continue
@@ -202,7 +220,9 @@ def plan_overflow(plan: StorePlan, pool: DecodePool) -> int:
             stretches += _exact(plan, pool, int(index.video[s]), s)
         else:  # one stretch of several: the others stand, so it keeps its frames and gets more room
             bound = min(2 * int(index.overflow[s]), plan.writer.shard_rows)
-            stretches.append(FrameRange(int(index.video[s]), int(index.first[s]), int(index.end[s]), bound, s))
+            stretches.append(
+                FrameRange(int(index.video[s]), int(index.first[s]), int(index.end[s]), bound, s)
+            )
     return len(plan.writer.add_segments(stretches))
 
 
@@ -212,20 +232,27 @@ def open_tasks(plan: StorePlan, teachers: Sequence[str]) -> list[int]:
     return [
         shard
         for shard in range(index.n_shards)
-        if shard not in index.frame_commits or any(shard not in index.teachers[t].shards for t in teachers)
+        if shard not in index.frame_commits
+        or any(shard not in index.teachers[t].shards for t in teachers)
     ]
 
 
 def tasks(plan: StorePlan, shards: Sequence[int], teachers: Sequence[str]) -> Iterator[ShardTask]:
     """The work of each shard; over committed frames, that of the teachers it lacks."""
     index = plan.writer.index
-    store = TargetStore.open(plan.writer.root) if any(s in index.frame_commits for s in shards) else None
+    store = (
+        TargetStore.open(plan.writer.root)
+        if any(s in index.frame_commits for s in shards)
+        else None
+    )
     order = np.argsort(index.shard, kind="stable")
     begin = np.searchsorted(index.shard[order], np.arange(index.n_shards + 1))
     for shard in shards:
         mine = order[begin[shard] : begin[shard + 1]]
         there = shard in index.frame_commits
-        lacking = {t: index.teachers[t].encoding for t in teachers if shard not in index.teachers[t].shards}
+        lacking = {
+            t: index.teachers[t].encoding for t in teachers if shard not in index.teachers[t].shards
+        }
         if there:
             mine = mine[index.state[mine] == OK]
         rows_there = int(index.rows[mine].sum()) if there else 0
@@ -279,7 +306,8 @@ def stretches_of(
 
 
 def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list[FrameRange]:
-    """Stretches of a video from its whole timeline: for long videos and for those that beat their bound."""
+    """Stretches of a video from its whole timeline: for long videos and for those that beat their
+    bound."""
     try:
         timeline = pool.timeline(plan.path(video))
     except VideoError:
@@ -294,7 +322,9 @@ def ids_of(plan: StorePlan, videos: VideoList) -> list[int]:
     """The store's numbers of the located videos, those that it lists."""
     names, known = {c["name"]: i for i, c in enumerate(plan.corpora)}, _known(plan)
     of = [names.get(corpus.name, -1) for corpus in videos.corpora]
-    keys = [(of[int(c)], escape_path(path)) for c, path in zip(videos.corpus, videos.paths, strict=True)]
+    keys = [
+        (of[int(c)], escape_path(path)) for c, path in zip(videos.corpus, videos.paths, strict=True)
+    ]
     return [known[key] for key in keys if key in known]
 
 

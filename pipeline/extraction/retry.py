@@ -1,7 +1,9 @@
-"""Failed videos once more: attempts are appended in new shards, and what is stored of a video stays.
+"""Failed videos once more: attempts are appended in new shards, and what is stored of a video
+stays.
 
-A stretch fails with its frames, and then nothing of it is stored, or under a teacher alone, beside rows of others. The
-new attempt of the second kind takes frames and others' rows along: a segment that is replaced does not exist any more.
+A stretch fails with its frames, and then nothing of it is stored, or under a teacher alone, beside
+rows of others. The new attempt of the second kind takes frames and others' rows along: a segment
+that is replaced does not exist any more.
 """
 
 from __future__ import annotations
@@ -26,13 +28,17 @@ MIXED = "the file changed, and a part of this video is stored from the former fi
 
 
 def plan_retries(
-    plan: StorePlan, teachers: Sequence[str], pool: DecodePool, run: dict[str, Any], console: Console
+    plan: StorePlan,
+    teachers: Sequence[str],
+    pool: DecodePool,
+    run: dict[str, Any],
+    console: Console,
 ) -> None:
     """Plan what failed again, in new shards.
 
-    A video of which nothing is stored is identified anew. One of which something is stored is the file that it was: a
-    stretch that failed under one of `teachers` waits until that file is there, and a failed stretch of a video whose
-    file is another now fails for that reason.
+    A video of which nothing is stored is identified anew. One of which something is stored is the
+    file that it was: a stretch that failed under one of `teachers` waits until that file is there,
+    and a failed stretch of a video whose file is another now fails for that reason.
     """
     index = plan.writer.index
     without, beside = _failed(index, teachers)
@@ -47,20 +53,31 @@ def plan_retries(
     # A file that cannot be read says nothing of what it is.
     identified = {v: probe for v, probe in probes.items() if v not in stored and probe.digest}
     if identified:
-        plan.writer.identify(list(identified), video_columns(list(identified.values()), plan.sampling))
+        plan.writer.identify(
+            list(identified), video_columns(list(identified.values()), plan.sampling)
+        )
     plan.forget()
-    mixed = {v for v, probe in probes.items() if v in stored and probe.digest not in ("", plan.digest(v))}
+    mixed = {
+        v for v, probe in probes.items() if v in stored and probe.digest not in ("", plan.digest(v))
+    }
     anew = [s for s in without if index.video[s] not in mixed]
-    ready = [s for s in beside if probes[int(index.video[s])].error is None and index.video[s] not in mixed]
+    ready = [
+        s
+        for s in beside
+        if probes[int(index.video[s])].error is None and index.video[s] not in mixed
+    ]
     stretches: list[FrameRange] = []
     for s in anew:
         v = int(index.video[s])
         if index.first[s] == 0 and index.end[s] == -1:
-            stretches += stretches_of(plan, pool, v, int(plan.column("rows_bound")[v]), plan.writer.shard_rows, s)
+            stretches += stretches_of(
+                plan, pool, v, int(plan.column("rows_bound")[v]), plan.writer.shard_rows, s
+            )
         else:
             stretches.append(_again(index, s))
     plan.writer.add_segments(stretches)
-    # Stretches that lack the same teachers share shards: of a shard a teacher's rows are all copied, or all computed.
+    # Stretches that lack the same teachers share shards: of a shard a teacher's rows are all
+    # copied, or all computed.
     lacking = {s: _lacking(index, s, teachers) for s in ready}
     for _, group in groupby(sorted(ready, key=lambda s: (lacking[s], s)), key=lambda s: lacking[s]):
         plan.writer.add_segments([_again(index, s) for s in group])
@@ -68,13 +85,17 @@ def plan_retries(
     tried = len(anew) + len(ready)
     console.say(f"{tried} failed stretches are tried again")
     if left := len(without) + len(beside) - tried:
-        console.say(f"{left} are left as they are: their files cannot be read, or are not those that are stored")
+        console.say(
+            f"{left} are left as they are: their files cannot be read, or are not those that are stored"
+        )
 
 
 def copy_stored(plan: StorePlan, teachers: Sequence[str]) -> None:
-    """Fill shards that replace stored segments with their frames, and with rows of all teachers but those to try again.
+    """Fill shards that replace stored segments with their frames, and with rows of all teachers but
+    those to try again.
 
-    It follows from the tables alone, so that a run that was killed in the midst is gone on with by any other.
+    It follows from the tables alone, so that a run that was killed in the midst is gone on with by
+    any other.
     """
     planned = plan.writer.index
     shards = np.unique(planned.shard[planned.replaces >= 0]).tolist()
@@ -91,12 +112,15 @@ def copy_stored(plan: StorePlan, teachers: Sequence[str]) -> None:
         if shard not in index.frame_commits:
             copy.frames(index.video[new])
         for name, of in index.teachers.items():
-            if shard not in of.shards and not any(name in _lacking(index, s, teachers) for s in old.tolist()):
+            if shard not in of.shards and not any(
+                name in _lacking(index, s, teachers) for s in old.tolist()
+            ):
                 copy.teacher(name)
 
 
 def _failed(index: StoreIndex, teachers: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Live segments that failed with their frames, and those that failed under one of the teachers alone."""
+    """Live segments that failed with their frames, and those that failed under one of the teachers
+    alone."""
     live = index.live
     without = np.flatnonzero(live & (index.state == FAILED)).tolist()
     under = {s for name in teachers if name in index.teachers for s in index.teachers[name].failed}
@@ -104,7 +128,8 @@ def _failed(index: StoreIndex, teachers: Sequence[str]) -> tuple[list[int], list
 
 
 def _lacking(index: StoreIndex, segment: int, teachers: Sequence[str]) -> tuple[str, ...]:
-    """Teachers of which a stored segment has nothing to copy: not yet there, or to be tried again."""
+    """Teachers of which a stored segment has nothing to copy: not yet there, or to be tried
+    again."""
     return tuple(
         name
         for name, of in index.teachers.items()
@@ -113,7 +138,9 @@ def _lacking(index: StoreIndex, segment: int, teachers: Sequence[str]) -> tuple[
 
 
 def _again(index: StoreIndex, s: int) -> FrameRange:
-    return FrameRange(int(index.video[s]), int(index.first[s]), int(index.end[s]), int(index.bound[s]), s)
+    return FrameRange(
+        int(index.video[s]), int(index.first[s]), int(index.end[s]), int(index.bound[s]), s
+    )
 
 
 def _fail(plan: StorePlan, segments: Sequence[int], run: dict[str, Any]) -> None:
@@ -124,4 +151,6 @@ def _fail(plan: StorePlan, segments: Sequence[int], run: dict[str, Any]) -> None
         ids = [segment.id for segment in group]
         zeros = [0] * len(ids)
         part = FramesPart(ids, zeros, zeros, [-1] * len(ids), dict.fromkeys(ids, MIXED))
-        plan.writer.commit(ShardResult(shard, part, {}, str(new_staging(plan.writer.root, shard))), run)
+        plan.writer.commit(
+            ShardResult(shard, part, {}, str(new_staging(plan.writer.root, shard))), run
+        )

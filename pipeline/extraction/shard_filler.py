@@ -1,8 +1,9 @@
 """Fill shards: decode, run the teachers, stage the files. What a worker does; it never commits.
 
-One decode serves all teachers. Videos come from the decode pool in the planned order whatever number of
-processes decodes, batches take rows in that order, never cross a shard and are padded to the batch size:
-the same plan gives the same batches, and so the same bits, for any number of decoders and after any kill.
+One decode serves all teachers. Videos come from the decode pool in the planned order whatever
+number of processes decodes, batches take rows in that order, never cross a shard and are padded to
+the batch size: the same plan gives the same batches, and so the same bits, for any number of
+decoders and after any kill.
 
 Shapes: B rows of a batch, H W pixels of a view, K classes of a teacher.
 """
@@ -48,7 +49,8 @@ class SegmentTask:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard: its segments in order and the teachers whose rows it lacks, with the encoding of each."""
+    """One shard: its segments in order and the teachers whose rows it lacks, with the encoding of
+    each."""
 
     shard: int
     segments: tuple[SegmentTask, ...]
@@ -73,10 +75,11 @@ class _Outcome:
 
 @dataclass
 class _Rows:
-    """Working arrays of one shard, in decoding order; rows of failed segments are dropped at the end.
+    """Working arrays of one shard, in decoding order; rows of failed segments are dropped at the
+    end.
 
-    stored: of each teacher its arrays as the store keeps them, by name. running: rows whose batches are at the
-    teachers, in order.
+    stored: of each teacher its arrays as the store keeps them, by name. running: rows whose batches
+    are at the teachers, in order.
     """
 
     task: ShardTask
@@ -122,7 +125,8 @@ class _Rows:
 
 
 class ShardFiller:
-    """Fills shards of the store at `root` with the frames of `pool` seen by the teachers of `runner`.
+    """Fills shards of the store at `root` with the frames of `pool` seen by the teachers of
+    `runner`.
 
     advance: called with the number of rows decoded, for the progress bar.
     """
@@ -143,9 +147,11 @@ class ShardFiller:
         self.advance = advance
 
     def fill(self, tasks: Iterable[ShardTask]) -> Iterator[ShardResult]:
-        """Shards in the order of `tasks`. Across their borders frames are decoded and teachers run ahead.
+        """Shards in the order of `tasks`. Across their borders frames are decoded and teachers run
+        ahead.
 
-        Ends with its pool and runner ready for another call, also when it raises or is closed: a worker keeps both.
+        Ends with its pool and runner ready for another call, also when it raises or is closed: a
+        worker keeps both.
         """
         waiting: deque[ShardTask] = deque()  # given to the pool
         decoded: deque[_Rows] = deque()  # the teachers are at the last batches of these
@@ -154,15 +160,25 @@ class ShardFiller:
             for task in tasks:
                 waiting.append(task)
                 for s in task.segments:
-                    yield DecodeJob(s.id, s.path, self.sampling, s.first, s.end, None if s.bound == 0 else s.bound)
+                    yield DecodeJob(
+                        s.id,
+                        s.path,
+                        self.sampling,
+                        s.first,
+                        s.end,
+                        None if s.bound == 0 else s.bound,
+                    )
 
         try:
-            # Closed here: the traceback of an error holds this frame, and so the stream, for as long as dask keeps it.
+            # Closed here: the traceback of an error holds this frame, and so the stream, for as
+            # long as dask keeps it.
             with closing(self.pool.stream(jobs())) as events:
                 for event in events:
                     while not waiting[0].segments:
                         decoded.append(self._allocate(waiting.popleft()))
-                    for _ in self._decode(self._allocate(waiting.popleft()), event, events, decoded):
+                    for _ in self._decode(
+                        self._allocate(waiting.popleft()), event, events, decoded
+                    ):
                         while decoded and decoded[0].ready:
                             yield self._finish(decoded.popleft())
             decoded += [self._allocate(task) for task in waiting]
@@ -171,7 +187,9 @@ class ShardFiller:
         finally:
             self.runner.take_back()
 
-    def _decode(self, rows: _Rows, event: Any, events: Iterator[Any], decoded: deque[_Rows]) -> Iterator[None]:
+    def _decode(
+        self, rows: _Rows, event: Any, events: Iterator[Any], decoded: deque[_Rows]
+    ) -> Iterator[None]:
         """Decode a shard's segments and submit its batches; yields after each block of frames."""
         batch = self.runner.take()
         for n, segment in enumerate(rows.task.segments):
@@ -199,19 +217,25 @@ class ShardFiller:
         folder = new_staging(self.root, rows.task.shard)
         try:
             return self._stage(rows.task, rows, folder)
-        except BaseException:  # a full disk above all: leave what space there is to the next attempt
+        except (
+            BaseException
+        ):  # a full disk above all: leave what space there is to the next attempt
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _allocate(self, task: ShardTask) -> _Rows:
-        # A file whose probe failed has bound 0 and may yield rows all the same: then the arrays grow.
+        # A file whose probe failed has bound 0 and may yield rows all the same: then the arrays
+        # grow.
         n = sum(s.bound for s in task.segments)
         return _Rows(
             task,
             np.empty(n, np.int64),
             np.empty(n, np.int64),
             np.empty(n, np.int32),
-            {name: {a: np.empty((n, *s.row), s.dtype) for a, s in self._specs(task, name)} for name in task.teachers},
+            {
+                name: {a: np.empty((n, *s.row), s.dtype) for a, s in self._specs(task, name)}
+                for name in task.teachers
+            },
             {name: np.empty(n, np.float32) for name in task.teachers},
             {name: np.empty(n, np.bool_) for name in task.teachers},
         )
@@ -222,7 +246,8 @@ class ShardFiller:
         return [(spec.path.split("/")[-1], spec) for spec in specs]
 
     def _take(self, rows: _Rows, segment: SegmentTask, block: Block, batch: Batch) -> Batch:
-        """Copy a block's frames into batches, submitting each that is full; returns the one to go on with."""
+        """Copy a block's frames into batches, submitting each that is full; returns the one to go
+        on with."""
         for i in range(len(block.index)):
             if rows.used == len(rows.index):
                 _double(rows)
@@ -243,7 +268,11 @@ class ShardFiller:
         if isinstance(event, Failed):
             outcome.failed = event.reason
             return
-        outcome.frames, outcome.note, outcome.counted = event.frames, event.note, event.clock == "counted"
+        outcome.frames, outcome.note, outcome.counted = (
+            event.frames,
+            event.note,
+            event.clock == "counted",
+        )
         try:
             # After the decode, so that a file that changed meanwhile is caught too.
             now = digest(segment.path)
@@ -258,7 +287,9 @@ class ShardFiller:
             index, pts = segment.there
             at = slice(outcome.start, outcome.stop)
             if n != len(index) or (rows.index[at] != index).any() or (rows.pts[at] != pts).any():
-                outcome.failed = f"its frames differ from those in the store ({n} sampled, {len(index)} stored)"
+                outcome.failed = (
+                    f"its frames differ from those in the store ({n} sampled, {len(index)} stored)"
+                )
         elif event.more or n > segment.bound:
             outcome.overflow = max(n, segment.bound + 1)
         elif n == 0:
@@ -269,13 +300,18 @@ class ShardFiller:
         teachers: dict[str, TeacherPart] = {}
         for name in task.teachers:
             part = TeacherPart()
-            full = {a: np.full((place.total, *s.row), s.fill, s.dtype) for a, s in self._specs(task, name)}
+            full = {
+                a: np.full((place.total, *s.row), s.fill, s.dtype)
+                for a, s in self._specs(task, name)
+            }
             errors: list[NDArray[np.float32]] = []
             for outcome, first in place.kept:
                 at = slice(outcome.start, outcome.stop)
                 if not rows.good[name][at].all():
                     frame = int(rows.index[at][~rows.good[name][at]][0])
-                    part.failed[outcome.task.id] = f"the teacher's logits of frame {frame} are not finite"
+                    part.failed[outcome.task.id] = (
+                        f"the teacher's logits of frame {frame} are not finite"
+                    )
                     continue
                 for array, values in full.items():
                     values[first : first + at.stop - at.start] = rows.stored[name][array][at]
@@ -289,8 +325,11 @@ class ShardFiller:
             teachers[name] = part
         return ShardResult(task.shard, frames, teachers, str(folder))
 
-    def _stage_frames(self, task: ShardTask, rows: _Rows, folder: Path) -> tuple[FramesPart | None, _Placement]:
-        """Where each good segment's rows stand in the shard; its frame tables unless the store has them."""
+    def _stage_frames(
+        self, task: ShardTask, rows: _Rows, folder: Path
+    ) -> tuple[FramesPart | None, _Placement]:
+        """Where each good segment's rows stand in the shard; its frame tables unless the store has
+        them."""
         good = [o for o in rows.outcomes if o.failed is None and o.overflow is None]
         if task.frames_there:
             first = _starts([len(s.there[0]) if s.there else 0 for s in task.segments])
@@ -316,7 +355,11 @@ class ShardFiller:
             if ok and o.counted:
                 part.counted.append(o.task.id)
         keep = np.concatenate([np.arange(o.start, o.stop) for o in good] or [np.empty(0, np.int64)])
-        columns: dict[str, NDArray[Any]] = {"video": rows.video, "index": rows.index, "pts": rows.pts}
+        columns: dict[str, NDArray[Any]] = {
+            "video": rows.video,
+            "index": rows.index,
+            "pts": rows.pts,
+        }
         for spec in fmt.frame_specs():
             values = columns[spec.path.split("/")[1]][keep]
             part.files += stage_array(folder, spec, task.shard, values, self.shard_rows)
@@ -325,7 +368,8 @@ class ShardFiller:
 
 @dataclass(frozen=True)
 class _Placement:
-    """Segments that keep their rows with their first row in the shard, and the rows of the shard."""
+    """Segments that keep their rows with their first row in the shard, and the rows of the
+    shard."""
 
     kept: list[tuple[_Outcome, int]]
     total: int

@@ -1,7 +1,8 @@
 """Before a store grows: are the teachers those whose rows it holds?
 
-A store knows a teacher by its identity and by its fingerprint. One that was made without a fingerprint gets it once a
-sample of its rows was computed again from the videos and came out as stored.
+A store knows a teacher by its identity and by its fingerprint. One that was made without a
+fingerprint gets it once a sample of its rows was computed again from the videos and came out as
+stored.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ VIDEOS, ROWS = 8, 32  # of a sample: videos, and rows of each
 
 
 def examine_teachers(teachers: Mapping[str, Teacher], console: Console) -> dict[str, Fingerprint]:
-    """Their fingerprints; a warning of one that says probabilities. Raises TeacherError (`probes.examine`)."""
+    """Their fingerprints; a warning of one that says probabilities. Raises TeacherError
+    (`probes.examine`)."""
     found = {}
     for name, teacher in teachers.items():
         found[name] = examine(teacher)
@@ -46,7 +48,8 @@ def examine_teachers(teachers: Mapping[str, Teacher], console: Console) -> dict[
 
 
 def check_fingerprints(writer: StoreWriter, found: Mapping[str, Fingerprint]) -> list[str]:
-    """StoreMismatchError for a teacher that is not the store's; returns those of which that has no fingerprint."""
+    """StoreMismatchError for a teacher that is not the store's; returns those of which that has no
+    fingerprint."""
     without = []
     for name, fingerprint in found.items():
         if name not in writer.index.teachers:
@@ -70,10 +73,11 @@ def prove_teachers(
     views: Sequence[View],
     console: Console,
 ) -> None:
-    """Give the teachers `without` a fingerprint theirs, after a sample of their rows was computed again from videos.
+    """Give the teachers `without` a fingerprint theirs, after a sample of their rows was computed
+    again from videos.
 
-    Raises StoreMismatchError where rows come out otherwise, and where no video is left to compute one from, unless the
-    teacher is among the `accepted`.
+    Raises StoreMismatchError where rows come out otherwise, and where no video is left to compute
+    one from, unless the teacher is among the `accepted`.
     """
     if not without:
         return
@@ -86,10 +90,14 @@ def prove_teachers(
             videos, why = _replay_sample(plan, replay, pool, views.index(teachers[name].view))
             if videos:
                 basis = {"kind": "rows", "rows": replay.rows, "videos": videos}
-                console.say(f"{name}: {replay.rows} rows of {videos} videos computed again as stored; fingerprint added")
+                console.say(
+                    f"{name}: {replay.rows} rows of {videos} videos computed again as stored; fingerprint added"
+                )
             elif name in accepted:
                 basis = {"kind": "accepted"}
-                console.warn(f"teacher {name!r}: accepted as the store's without a check ({why}); fingerprint added")
+                console.warn(
+                    f"teacher {name!r}: accepted as the store's without a check ({why}); fingerprint added"
+                )
             else:
                 raise StoreMismatchError(
                     f"{store.name}: teacher {name!r} has no fingerprint there, and none of its rows can be computed "
@@ -99,13 +107,18 @@ def prove_teachers(
 
 
 def _replay_sample(plan: StorePlan, replay: Replay, pool: DecodePool, view: int) -> tuple[int, str]:
-    """Compute some rows of some videos again; returns of how many videos, and why the last one was of no use.
+    """Compute some rows of some videos again; returns of how many videos, and why the last one was
+    of no use.
 
     StoreMismatchError if a row comes out otherwise than it is stored.
     """
     store, used, why = replay.store, 0, "no video has rows"
     index = store.index
-    stored = [s for s in np.flatnonzero(index.live & (index.state == OK) & (index.rows > 0)).tolist() if replay.has(s)]
+    stored = [
+        s
+        for s in np.flatnonzero(index.live & (index.state == OK) & (index.rows > 0)).tolist()
+        if replay.has(s)
+    ]
     first = {int(index.video[s]): s for s in reversed(stored)}  # one segment of each video
     for video in np.random.default_rng(0).permutation(list(first)).tolist():
         path = plan.path(video)
@@ -135,10 +148,19 @@ def _replay_segment(
             return "it is another file now"
     except VideoError as error:
         return str(error)
-    rows = np.arange(store.index.row[segment], store.index.row[segment] + min(store.index.rows[segment], ROWS))
+    rows = np.arange(
+        store.index.row[segment], store.index.row[segment] + min(store.index.rows[segment], ROWS)
+    )
     stored = store.read_table("index", rows), store.read_table("pts", rows)
     end = int(store.index.end[segment])
-    job = DecodeJob(segment, path, store.sampling, int(store.index.first[segment]), None if end < 0 else end, len(rows))
+    job = DecodeJob(
+        segment,
+        path,
+        store.sampling,
+        int(store.index.first[segment]),
+        None if end < 0 else end,
+        len(rows),
+    )
     done, differs = 0, False
     for event in pool.stream([job]):
         if isinstance(event, Failed):
@@ -146,7 +168,9 @@ def _replay_segment(
         if isinstance(event, Done) or differs:
             continue
         at = slice(done, done + len(event.index))
-        differs = not (np.array_equal(stored[0][at], event.index) and np.array_equal(stored[1][at], event.pts))
+        differs = not (
+            np.array_equal(stored[0][at], event.index) and np.array_equal(stored[1][at], event.pts)
+        )
         if not differs:
             replay.feed(event.images[view], rows[at])
             done = at.stop

@@ -1,8 +1,9 @@
-"""Batches of frames on their way through the teachers, several at once, while more frames are decoded.
+"""Batches of frames on their way through the teachers, several at once, while more frames are
+decoded.
 
-Each thread runs whole batches with torch's own parallelism off: that gives the same bits, needs no cores kept apart
-for the decoders (whoever has work gets the time), and does not spin as OpenMP does on busy cores (several
-times slower, docs/benchmarks.md).
+Each thread runs whole batches with torch's own parallelism off: that gives the same bits, needs no
+cores kept apart for the decoders (whoever has work gets the time), and does not spin as OpenMP does
+on busy cores (several times slower, docs/benchmarks.md).
 
 Shapes: B rows of a batch, h w pixels of a view, K classes of a teacher.
 """
@@ -45,18 +46,27 @@ class Batch:
 
 
 class TeacherRunner:
-    """Runs teachers over batches in `threads` threads. Batches come from `take` and go to `submit`, in order.
+    """Runs teachers over batches in `threads` threads. Batches come from `take` and go to `submit`,
+    in order.
 
     views: the distinct views of all teachers, in the order of a batch's images.
     """
 
-    def __init__(self, teachers: dict[str, Teacher], views: list[View], *, batch_size: int, threads: int) -> None:
+    def __init__(
+        self, teachers: dict[str, Teacher], views: list[View], *, batch_size: int, threads: int
+    ) -> None:
         self.teachers = teachers
         self._view_of = {name: views.index(t.view) for name, t in teachers.items()}
         shapes = [t.fixed_shape for t in views]
         # One batch is filled while each thread has one at work and one more waits.
         self._batches = [
-            Batch([np.zeros((batch_size, *shape, 3), np.uint8) for shape in shapes if shape is not None])
+            Batch(
+                [
+                    np.zeros((batch_size, *shape, 3), np.uint8)
+                    for shape in shapes
+                    if shape is not None
+                ]
+            )
             for _ in range(threads + 2)
         ]
         self._free = list(self._batches)
@@ -78,7 +88,8 @@ class TeacherRunner:
         self._free.append(batch)
 
     def take_back(self) -> None:
-        """Make all batches free again, also those that were taken and not returned; waits for those at work."""
+        """Make all batches free again, also those that were taken and not returned; waits for those
+        at work."""
         while self._running:
             future, _ = self._running.popleft()
             if not future.cancel():
@@ -88,7 +99,8 @@ class TeacherRunner:
             batch.count = 0
 
     def submit(self, batch: Batch, names: Iterable[str]) -> Future[Logits]:
-        """The logits of these teachers, all B rows, of which those beyond `count` mean nothing. The batch is spent."""
+        """The logits of these teachers, all B rows, of which those beyond `count` mean nothing. The
+        batch is spent."""
         for images in batch.images:
             images[batch.count :] = 0  # padded, so that every batch has one size
         future = self._threads.submit(self._run, batch, tuple(names))
@@ -99,18 +111,25 @@ class TeacherRunner:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """End the threads, each after the batch it is at."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, batch: Batch, names: tuple[str, ...]) -> Logits:
-        return {name: self.teachers[name].logits(batch.images[self._view_of[name]]).numpy() for name in names}
+        return {
+            name: self.teachers[name].logits(batch.images[self._view_of[name]]).numpy()
+            for name in names
+        }
 
 
 @contextmanager
 def batch_threads(device: torch.device, cores: int) -> Iterator[int]:
-    """How many batches run at once on a device; on the CPU torch's own threads are few meanwhile, at best one.
+    """How many batches run at once on a device; on the CPU torch's own threads are few meanwhile,
+    at best one.
 
     Of a GPU there is one: while it computes, the next batch is put together.
     """

@@ -1,8 +1,8 @@
 """Frames of prepared copies, asked for as frames of their sources.
 
-A copy is decoded without opening its container: its map says which bytes to read and how the decoder is set
-up, so that a clip costs one read and the frames from the key frame before it. Timestamps of the copy are
-never looked at; copy frame k is the source frame that the map names.
+A copy is decoded without opening its container: its map says which bytes to read and how the
+decoder is set up, so that a clip costs one read and the frames from the key frame before it.
+Timestamps of the copy are never looked at; copy frame k is the source frame that the map names.
 """
 
 from __future__ import annotations
@@ -37,40 +37,51 @@ def read_copy(
     expect: tuple[np.ndarray, np.ndarray] | None = None,
     digest: str | None = None,
 ) -> Frames:
-    """As `clips.read_frames` of the source, out of its copy: the frames int64 [L] at `indices` of the source.
+    """As `clips.read_frames` of the source, out of its copy: the frames int64 [L] at `indices` of
+    the source.
 
-    expect: (indices, pts), int64 each, of the source. digest: the source's identity. The result's pts and
-    total are the source's; view is applied to the size that the source has on display.
+    expect: (indices, pts), int64 each, of the source. digest: the source's identity. The result's
+    pts and total are the source's; view is applied to the size that the source has on display.
 
-    Raises VideoError with the reason, and StoreMismatchError if the copy is not of the source that `expect`
-    or `digest` describe.
+    Raises VideoError with the reason, and StoreMismatchError if the copy is not of the source that
+    `expect` or `digest` describe.
     """
     wanted = np.asarray(indices, np.int64).ravel()
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        raise VideoError(f"no copy ({reason(error)}): status.csv of `distinit prepare` says why") from error
+        raise VideoError(
+            f"no copy ({reason(error)}): status.csv of `distinit prepare` says why"
+        ) from error
     try:
         found = map_of(descriptor, path)
         found.source.check(found.index, found.pts, expect, digest)
-        return _frames(descriptor, found, wanted, view, expect[0] if expect is not None else wanted[:0])
+        return _frames(
+            descriptor, found, wanted, view, expect[0] if expect is not None else wanted[:0]
+        )
     finally:
         os.close(descriptor)
 
 
-def _frames(descriptor: int, found: FrameMap, wanted: np.ndarray, view: View | None, required: np.ndarray) -> Frames:
+def _frames(
+    descriptor: int, found: FrameMap, wanted: np.ndarray, view: View | None, required: np.ndarray
+) -> Frames:
     source = found.source
     distinct, place = np.unique(wanted, return_inverse=True)
     if len(distinct) == 0:
         raise VideoError("no frames were asked for")
     if distinct[0] < 0 or distinct[-1] >= source.frames:
-        raise VideoError(f"frames {distinct[0]}–{distinct[-1]} wanted, the video has {source.frames}")
+        raise VideoError(
+            f"frames {distinct[0]}–{distinct[-1]} wanted, the video has {source.frames}"
+        )
     at = np.minimum(np.searchsorted(found.index, distinct), len(found) - 1)
     there = found.index[at] == distinct  # not there: damaged in the source
     if not there.any():
         raise VideoError(f"frame {distinct[0]} cannot be decoded: damaged data in the source")
     display = (source.height, source.width)
-    images = np.empty((len(distinct), *(view.shape(*display) if view is not None else display), 3), np.uint8)
+    images = np.empty(
+        (len(distinct), *(view.shape(*display) if view is not None else display), 3), np.uint8
+    )
     rows = np.flatnonzero(there)
     copies = decode_copy(descriptor, found, at[rows])
     for row, (frame, decoder) in zip(rows, copies, strict=True):
@@ -84,7 +95,8 @@ def _frames(descriptor: int, found: FrameMap, wanted: np.ndarray, view: View | N
 def decode_copy(
     descriptor: int, found: FrameMap, positions: np.ndarray
 ) -> Iterator[tuple[av.VideoFrame, CopyDecoder]]:
-    """The copy's own frames at `positions` int64 [n], ascending and distinct, with what renders them.
+    """The copy's own frames at `positions` int64 [n], ascending and distinct, with what renders
+    them.
 
     Raises VideoError if a packet is not what it was when the copy was made, or does not decode.
     """
@@ -93,11 +105,14 @@ def decode_copy(
     entries = keys[np.searchsorted(keys, positions, side="right") - 1]
     first = 0
     while first < len(positions):
-        # One stretch: as long as the next frame's group is the same, or begins where this one is left.
+        # One stretch: as long as the next frame's group is the same, or begins where this one is
+        # left.
         last = first
         while last + 1 < len(positions) and entries[last + 1] <= positions[last] + 1:
             last += 1
-        yield from decoder.stretch(descriptor, found, int(entries[first]), positions[first : last + 1].tolist())
+        yield from decoder.stretch(
+            descriptor, found, int(entries[first]), positions[first : last + 1].tolist()
+        )
         first = last + 1
 
 
@@ -114,12 +129,19 @@ class CopyDecoder:
         self._converter = VideoReformatter()
 
     def render(
-        self, frame: av.VideoFrame, found: FrameMap, view: View | None, display: tuple[int, int], out: np.ndarray
+        self,
+        frame: av.VideoFrame,
+        found: FrameMap,
+        view: View | None,
+        display: tuple[int, int],
+        out: np.ndarray,
     ) -> None:
-        """Fill `out` uint8 [h, w, 3] with the view of a frame; display: the source's (height, width).
+        """Fill `out` uint8 [h, w, 3] with the view of a frame; display: the source's (height,
+        width).
 
-        Where the view asks for the copy's own size, only the colours are converted: ten times as fast as a
-        resize. A copy of odd size is stored with one more row or column, which is cut off first.
+        Where the view asks for the copy's own size, only the colours are converted: ten times as
+        fast as a resize. A copy of odd size is stored with one more row or column, which is cut off
+        first.
         """
         size = (found.height, found.width)
         as_stored = (frame.height, frame.width) == size
@@ -130,18 +152,23 @@ class CopyDecoder:
             self._renderer.render(frame, view, out=out, display=display)
         else:
             picture = np.ascontiguousarray(self._colours(frame)[: size[0], : size[1]])
-            self._renderer.render(av.VideoFrame.from_ndarray(picture, "rgb24"), view, out=out, display=display)
+            self._renderer.render(
+                av.VideoFrame.from_ndarray(picture, "rgb24"), view, out=out, display=display
+            )
 
     def _colours(self, frame: av.VideoFrame) -> np.ndarray:
         """RGB of the stored size, a view of swscale's own buffer."""
-        plane = self._converter.reformat(frame, format="rgb24", dst_color_range="JPEG", threads=1).planes[0]
+        plane = self._converter.reformat(
+            frame, format="rgb24", dst_color_range="JPEG", threads=1
+        ).planes[0]
         lines = np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)
         return lines[:, : frame.width * 3].reshape(frame.height, frame.width, 3)
 
     def stretch(
         self, descriptor: int, found: FrameMap, entry: int, positions: list[int]
     ) -> Iterator[tuple[av.VideoFrame, CopyDecoder]]:
-        """Decode from key frame `entry` to the last of `positions`, all of which come out in order."""
+        """Decode from key frame `entry` to the last of `positions`, all of which come out in
+        order."""
         offset = found.offset[entry : positions[-1] + 2].tolist()
         data = _read(descriptor, offset[0], offset[-1])
         self._flush()
@@ -149,7 +176,9 @@ class CopyDecoder:
         for k, (start, stop) in enumerate(pairwise(offset)):
             packet = data[start - offset[0] : stop - offset[0]]
             if zlib.crc32(packet) != found.crc[entry + k]:
-                raise VideoError(f"the copy is damaged at its frame {entry + k}: the checksum is wrong")
+                raise VideoError(
+                    f"the copy is damaged at its frame {entry + k}: the checksum is wrong"
+                )
             for frame in self._decode(packet, entry + k):
                 if queue and frame.pts == queue[-1]:
                     queue.pop()
@@ -165,11 +194,15 @@ class CopyDecoder:
         packet = None
         if data is not None:
             packet = av.Packet(data)
-            packet.pts = position  # comes out again with the frame: the copy's own clock is not used
+            packet.pts = (
+                position  # comes out again with the frame: the copy's own clock is not used
+            )
         try:
             return self._context.decode(packet)
         except av.FFmpegError as error:
-            raise VideoError(f"the copy is damaged at its frame {position}: {reason(error)}") from error
+            raise VideoError(
+                f"the copy is damaged at its frame {position}: {reason(error)}"
+            ) from error
 
     def _flush(self) -> None:
         if self._context.is_open:

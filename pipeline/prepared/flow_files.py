@@ -1,8 +1,10 @@
-"""Optical flow of a whole video in a file, so that students of flow need not compute it for each clip.
+"""Optical flow of a whole video in a file, so that students of flow need not compute it for each
+clip.
 
-One HDF5 file a video, which h5py or any other reader opens; docs/prepare.md describes it. The flow is that of
-`flow.flow_of` between each decodable frame and the next, resized but not cropped, in 8 bits a component:
-value = (stored − 128) · bound / 127 pixels, so that no motion is exactly 0 and a mirrored flow loses nothing.
+One HDF5 file a video, which h5py or any other reader opens; docs/prepare.md describes it. The flow
+is that of `flow.flow_of` between each decodable frame and the next, resized but not cropped, in 8
+bits a component: value = (stored − 128) · bound / 127 pixels, so that no motion is exactly 0 and a
+mirrored flow loses nothing.
 
 N decodable frames, L frames of a clip, H W pixels; component 0 is x, 1 is y.
 """
@@ -42,8 +44,9 @@ _TABLES = {"flow": ("u", 4), "index": ("i", 1), "pts": ("i", 1)}
 
 
 class FlowOptions(Options):
-    """size: (height, width) that frames are resized to. bound: pixels; faster motion is stored as this, and the
-    step between stored values is bound / 127. Of the clips that were measured, 16 at 128x171 clips below 0.1 %."""
+    """size: (height, width) that frames are resized to. bound: pixels; faster motion is stored as
+    this, and the step between stored values is bound / 127. Of the clips that were measured, 16 at
+    128x171 clips below 0.1 %."""
 
     size: tuple[int, int] = (128, 171)
     bound: float = Field(default=16.0, gt=0)
@@ -51,7 +54,8 @@ class FlowOptions(Options):
 
 @dataclass(frozen=True)
 class FlowMap:
-    """index, pts int64 [N]: the source frames; flow row k leads from frame index[k] to index[k + 1].
+    """index, pts int64 [N]: the source frames; flow row k leads from frame index[k] to index[k +
+    1].
 
     bound: pixels; clipped: share of values that were beyond it; size: (height, width).
     """
@@ -110,7 +114,8 @@ class FlowWriter:
         self._file.create_dataset("pts", data=pts, fletcher32=True)
         options = self._options.model_dump(mode="json")
         head = {**source.__dict__, "time_base": [*source.time_base.as_integer_ratio()]}
-        # As bytes of fixed length, which HDF5 stores where it has a checksum; text of any length it does not.
+        # As bytes of fixed length, which HDF5 stores where it has a checksum; text of any length it
+        # does not.
         texts = {"source": np.bytes_(json.dumps(head)), "options": np.bytes_(json.dumps(options))}
         self._file.attrs.update(format=FORMAT, version=VERSION, **texts)
         self.close()
@@ -131,7 +136,8 @@ def quantise(flow: np.ndarray, bound: float) -> tuple[np.ndarray, int]:
 def write_flow(
     reader: VideoReader, part: str, options: FlowOptions, record: Callable[[], SourceRecord]
 ) -> FlowMap:
-    """The flow of a video to the file `part`. `record` says what the source is once it has been read."""
+    """The flow of a video to the file `part`. `record` says what the source is once it has been
+    read."""
     writer = FlowWriter(part, options)
     try:
         renderer: Renderer | None = None
@@ -159,7 +165,8 @@ def read_flow_map(path: str) -> FlowMap:
 
 
 def check_flow(path: str) -> bool:
-    """Read the whole file; False where its head has no checksum, as version 0.1 wrote it. VideoError if damaged."""
+    """Read the whole file; False where its head has no checksum, as version 0.1 wrote it.
+    VideoError if damaged."""
     with _open(path) as (file, _):
         if check_seal(path, VideoError):
             return True
@@ -175,17 +182,20 @@ def read_flow(
     expect: tuple[np.ndarray, np.ndarray] | None = None,
     digest: str | None = None,
 ) -> tuple[np.ndarray, float, int]:
-    """Flow between the consecutive frames int64 [L] of a clip of the source, the last one perhaps repeated:
-    uint8 [L − 1, 2, H, W], the bound in pixels, and how many of the frames are damaged.
+    """Flow between the consecutive frames int64 [L] of a clip of the source, the last one perhaps
+    repeated: uint8 [L − 1, 2, H, W], the bound in pixels, and how many of the frames are damaged.
 
-    A damaged frame counts as shown by the one before, so that the flow to it is none. Raises VideoError with
-    the reason, and StoreMismatchError if the file is not of the source that `expect` or `digest` describe.
+    A damaged frame counts as shown by the one before, so that the flow to it is none. Raises
+    VideoError with the reason, and StoreMismatchError if the file is not of the source that
+    `expect` or `digest` describe.
     """
     wanted = np.asarray(frames, np.int64)
     with _open(path) as (file, found):
         found.source.check(found.index, found.pts, expect, digest)
         if len(wanted) < 2 or wanted.min() < 0 or wanted.max() >= found.source.frames:
-            raise VideoError(f"frames {wanted.min()}–{wanted.max()} wanted, the video has {found.source.frames}")
+            raise VideoError(
+                f"frames {wanted.min()}–{wanted.max()} wanted, the video has {found.source.frames}"
+            )
         at = np.minimum(np.searchsorted(found.index, wanted), len(found) - 1)
         there = found.index[at] == wanted
         check_damage(there, wanted, expect[0] if expect is not None else wanted[:0])
@@ -198,7 +208,9 @@ def read_flow(
 def _fill(file: h5py.File, out: np.ndarray, places: np.ndarray, rows: np.ndarray) -> None:
     """out[place] = flow row rows[place], in as few reads as there are runs of rows."""
     stored = file["flow"]
-    for run in np.split(places, np.flatnonzero((np.diff(rows[places]) != 1) | (np.diff(places) != 1)) + 1):
+    for run in np.split(
+        places, np.flatnonzero((np.diff(rows[places]) != 1) | (np.diff(places) != 1)) + 1
+    ):
         if len(run):
             first = int(rows[run[0]])
             out[run[0] : run[-1] + 1] = stored[first : first + len(run)]
@@ -206,7 +218,8 @@ def _fill(file: h5py.File, out: np.ndarray, places: np.ndarray, rows: np.ndarray
 
 @contextmanager
 def _open(path: str) -> Iterator[tuple[h5py.File, FlowMap]]:
-    """Open a flow file and read its head; VideoError if it does not exist or turns out to be damaged."""
+    """Open a flow file and read its head; VideoError if it does not exist or turns out to be
+    damaged."""
     try:
         status = os.stat(path)
         key = (path, status.st_size, status.st_mtime_ns)
@@ -239,5 +252,7 @@ def _load(file: h5py.File) -> FlowMap:
         options=json.loads(file.attrs["options"]),
     )
     if len(found.index) != len(found.pts) or len(flow) != len(found) - 1:
-        raise VideoError(f"its head is damaged: {len(found.index)} frames, {len(flow)} flows between them")
+        raise VideoError(
+            f"its head is damaged: {len(found.index)} frames, {len(flow)} flows between them"
+        )
     return found

@@ -1,7 +1,7 @@
 """Folders made by `distinit prepare`: what lies in them, and where the copy of a video is.
 
-A folder holds DIR/prepared.json (options, and of each corpus where its originals lay) and DIR/CORPUS/PATH.mp4,
-or with optical flow in place of copies DIR/CORPUS/PATH.h5.
+A folder holds DIR/prepared.json (options, and of each corpus where its originals lay) and
+DIR/CORPUS/PATH.mp4, or with optical flow in place of copies DIR/CORPUS/PATH.h5.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def kind_of(options: Mapping[str, Any]) -> Kind:
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """The copies of one corpus, below `root` under the paths of their sources; options: how they were made."""
+    """The copies of one corpus, below `root` under the paths of their sources; options: how they
+    were made."""
 
     root: str
     options: Mapping[str, Any]
@@ -47,18 +48,21 @@ class PreparedCorpus:
 def copy_name(relative: str, kind: Kind = "copy") -> str:
     """`a/b.avi` → `a/b.avi.mp4`. Lists may lead out of their folder; their copies stay below it.
 
-        >>> copy_name("../other/c.mp4")
-        '%2E%2E/other/c.mp4.mp4'
+    >>> copy_name("../other/c.mp4")
+    '%2E%2E/other/c.mp4.mp4'
     """
-    parts = ("%2E%2E" if part == ".." else part for part in relative.split("/") if part not in ("", "."))
+    parts = (
+        "%2E%2E" if part == ".." else part for part in relative.split("/") if part not in ("", ".")
+    )
     return "/".join(parts) + ENDINGS[kind]
 
 
 def prepared_corpora(moved: Mapping[str, str]) -> dict[str, PreparedCorpus]:
-    """Of the folders where corpora lie now (corpus → folder), those that hold copies made by `prepare`.
+    """Of the folders where corpora lie now (corpus → folder), those that hold copies made by
+    `prepare`.
 
-    A folder of copies of a single corpus serves that corpus under any name. Also a corpus' own folder inside
-    may be named. Raises UsageError if a folder of copies has none of the corpus.
+    A folder of copies of a single corpus serves that corpus under any name. Also a corpus' own
+    folder inside may be named. Raises UsageError if a folder of copies has none of the corpus.
     """
     found = {}
     for name, folder in moved.items():
@@ -67,8 +71,12 @@ def prepared_corpora(moved: Mapping[str, str]) -> dict[str, PreparedCorpus]:
             held = list(marker["corpora"])
             own = name if name in held else held[0] if len(held) == 1 else None
             if own is None:
-                raise UsageError(f"--videos {name}={folder}: the copies there are of {', '.join(held) or 'no corpus'}")
-            found[name] = PreparedCorpus(os.path.join(os.path.abspath(folder), own), marker["options"])
+                raise UsageError(
+                    f"--videos {name}={folder}: the copies there are of {', '.join(held) or 'no corpus'}"
+                )
+            found[name] = PreparedCorpus(
+                os.path.join(os.path.abspath(folder), own), marker["options"]
+            )
             continue
         above, own = os.path.split(os.path.abspath(folder))
         marker = read_marker(above)
@@ -78,7 +86,8 @@ def prepared_corpora(moved: Mapping[str, str]) -> dict[str, PreparedCorpus]:
 
 
 def read_marker(folder: str | os.PathLike[str]) -> dict[str, dict[str, object]] | None:
-    """What `prepare` says of a folder of copies ("options", "corpora"); None where it did not make it.
+    """What `prepare` says of a folder of copies ("options", "corpora"); None where it did not make
+    it.
 
     Raises UsageError where the marker cannot be read.
     """
@@ -99,7 +108,8 @@ def read_marker(folder: str | os.PathLike[str]) -> dict[str, dict[str, object]] 
 class CopyFolder:
     """A folder of copies for whoever knows the originals by their paths, as labels do.
 
-    roots: corpus → where its originals lay when they were copied. options: how the copies were made.
+    roots: corpus → where its originals lay when they were copied. options: how the copies were
+        made.
     """
 
     folder: str
@@ -111,7 +121,9 @@ class CopyFolder:
         """UsageError where `prepare` did not make the folder."""
         marker = read_marker(folder)
         if marker is None:
-            raise UsageError(f"--videos {folder}: holds no {MARKER}; expected a folder made by distinit prepare")
+            raise UsageError(
+                f"--videos {folder}: holds no {MARKER}; expected a folder made by distinit prepare"
+            )
         corpora: Mapping[str, Any] = marker["corpora"]
         roots = {name: unescape_path(held["root"]) for name, held in corpora.items()}
         return cls(os.path.abspath(folder), roots, marker["options"])
@@ -124,14 +136,17 @@ class CopyFolder:
     def find(self, root: str, relative: str) -> str:
         """The copy of the original `root`/`relative`, which need not be there any more.
 
-        An original below a corpus' folder (or named by its list) has its copy by that path. Where the
-        originals lay elsewhere when they were copied, `relative` itself is looked for in each corpus.
-        Raises VideoError where there is no copy, or are two.
+        An original below a corpus' folder (or named by its list) has its copy by that path. Where
+        the originals lay elsewhere when they were copied, `relative` itself is looked for in each
+        corpus. Raises VideoError where there is no copy, or are two.
         """
         original = os.path.normpath(os.path.join(root, relative))
         behind_links = os.path.normpath(os.path.join(os.path.realpath(root), relative))
         for name, before in self.roots.items():
-            below = os.path.relpath(original, before), os.path.relpath(behind_links, os.path.realpath(before))
+            below = (
+                os.path.relpath(original, before),
+                os.path.relpath(behind_links, os.path.realpath(before)),
+            )
             for path in (*below, original):
                 if os.path.exists(copy := self._copy(name, path)):
                     return copy
@@ -139,7 +154,9 @@ class CopyFolder:
         if len(found) == 1:
             return found[0]
         if found:
-            raise VideoError(f"{len(found)} copies in {self.folder} may be its: {found[0]} and {found[1]}")
+            raise VideoError(
+                f"{len(found)} copies in {self.folder} may be its: {found[0]} and {found[1]}"
+            )
         raise VideoError(f"no copy in {self.folder}: its status.csv says why")
 
     def _copy(self, corpus: str, relative: str) -> str:

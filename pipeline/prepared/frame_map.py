@@ -1,7 +1,8 @@
-"""The map that a prepared copy carries: from each of its frames to the source's, and where its bytes lie.
+"""The map that a prepared copy carries: from each of its frames to the source's, and where its
+bytes lie.
 
-It is the last box of the copy itself, an mp4 file: a copy and its map are one file, written and renamed as
-one, and players pass over the box. docs/prepare.md describes the bytes.
+It is the last box of the copy itself, an mp4 file: a copy and its map are one file, written and
+renamed as one, and players pass over the box. docs/prepare.md describes the bytes.
 
 N frames of the copy, in presentation order, which is also the order of its packets.
 """
@@ -35,7 +36,8 @@ _MOST = 2**28  # bytes that a map may unpack to
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """The file a copy was made of: identity, frames in its timeline, size on display (pixels), clock."""
+    """The file a copy was made of: identity, frames in its timeline, size on display (pixels),
+    clock."""
 
     digest: str
     size: int
@@ -48,15 +50,21 @@ class SourceRecord:
     note: str | None = None
 
     def seconds(self, pts: np.ndarray) -> float:
-        """From the first frame, pts int64 [N], to the end of the last, which lasts as long as the others do."""
+        """From the first frame, pts int64 [N], to the end of the last, which lasts as long as the
+        others do."""
         n = len(pts)
         return float((int(pts[-1]) - int(pts[0])) * self.time_base) * n / (n - 1) if n > 1 else 0.0
 
     def check(
-        self, index: np.ndarray, pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray] | None, digest: str | None
+        self,
+        index: np.ndarray,
+        pts: np.ndarray,
+        expect: tuple[np.ndarray, np.ndarray] | None,
+        digest: str | None,
     ) -> None:
-        """StoreMismatchError where the source is not the one that `digest` or `expect` (indices and their pts)
-        describe. index, pts int64 [N]: of the frames that the copy has; one that was damaged has none."""
+        """StoreMismatchError where the source is not the one that `digest` or `expect` (indices and
+        their pts) describe. index, pts int64 [N]: of the frames that the copy has; one that was
+        damaged has none."""
         if digest is not None and digest != self.digest:
             raise StoreMismatchError(
                 f"a copy of another file: made from one with digest {self.digest}, "
@@ -65,7 +73,9 @@ class SourceRecord:
         if expect is None:
             return
         at = np.searchsorted(index, expect[0])
-        for place, number, wanted in zip(at.tolist(), *(column.tolist() for column in expect), strict=True):
+        for place, number, wanted in zip(
+            at.tolist(), *(column.tolist() for column in expect), strict=True
+        ):
             if place < len(index) and index[place] == number and pts[place] != wanted:
                 raise StoreMismatchError(
                     f"frame {number} has pts {wanted} in the store, in the file that was copied it has {pts[place]}"
@@ -80,10 +90,10 @@ class SourceRecord:
 class FrameMap:
     """index, pts int64 [N]: the source frame that each frame of the copy shows; ascending.
 
-    offset int64 [N + 1]: where each packet begins, and where the last ends; key bool [N]; crc uint32 [N] of
-    each packet. width, height: of the copy's pictures. extradata: what its decoder is set up with. quality: PSNR and
-    SSIM against the scaled source frames. options: how it was encoded. sha256: of all bytes of the file before the map;
-    None in maps of version 0.1.
+    offset int64 [N + 1]: where each packet begins, and where the last ends; key bool [N]; crc
+    uint32 [N] of each packet. width, height: of the copy's pictures. extradata: what its decoder is
+    set up with. quality: PSNR and SSIM against the scaled source frames. options: how it was
+    encoded. sha256: of all bytes of the file before the map; None in maps of version 0.1.
     """
 
     source: SourceRecord
@@ -128,7 +138,9 @@ class FrameMap:
             self.crc.astype("<u4"),
             np.packbits(self.key),
         )
-        packed = zlib.compress(struct.pack("<I", len(head)) + head + b"".join(c.tobytes() for c in columns), 6)
+        packed = zlib.compress(
+            struct.pack("<I", len(head)) + head + b"".join(c.tobytes() for c in columns), 6
+        )
         size = _START.size + len(packed) + _END.size
         return _START.pack(size, b"uuid", BOX) + packed + _END.pack(zlib.crc32(packed), size, MAGIC)
 
@@ -148,12 +160,16 @@ class FrameMap:
         pts = np.cumsum(np.frombuffer(data, "<i8", n, at + 8 * n), dtype=np.int64)
         sizes = np.frombuffer(data, "<u4", n, at + 16 * n)
         crc = np.frombuffer(data, "<u4", n, at + 20 * n)
-        key = np.unpackbits(np.frombuffer(data, np.uint8, -(-n // 8), at + 24 * n), count=n).view(bool)
+        key = np.unpackbits(np.frombuffer(data, np.uint8, -(-n // 8), at + 24 * n), count=n).view(
+            bool
+        )
         offset = np.empty(n + 1, np.int64)
         offset[0] = head["first_byte"]
         np.cumsum(sizes, out=offset[1:])
         offset[1:] += offset[0]
-        source = SourceRecord(**{**head["source"], "time_base": Fraction(*head["source"]["time_base"])})
+        source = SourceRecord(
+            **{**head["source"], "time_base": Fraction(*head["source"]["time_base"])}
+        )
         if n == 0 or not key[0]:
             raise ValueError("no key frame to begin with")
         return cls(
@@ -173,10 +189,6 @@ class FrameMap:
         )
 
 
-
-
-
-
 _maps: LruCache[FrameMap] = LruCache()
 
 
@@ -193,7 +205,8 @@ def read_map(path: str) -> FrameMap:
 
 
 def check_copy(path: str) -> bool:
-    """Read a whole copy; False where only the packets of its frames have checksums, as version 0.1 wrote it.
+    """Read a whole copy; False where only the packets of its frames have checksums, as version 0.1
+    wrote it.
 
     VideoError if a byte differs from what was written.
     """
@@ -209,7 +222,9 @@ def check_copy(path: str) -> bool:
             else:
                 file.seek(int(found.offset[0]))
                 sizes = np.diff(found.offset).tolist()
-                whole = whole and all(zlib.crc32(file.read(n)) == c for n, c in zip(sizes, found.crc, strict=True))
+                whole = whole and all(
+                    zlib.crc32(file.read(n)) == c for n, c in zip(sizes, found.crc, strict=True)
+                )
     except (OSError, struct.error) as error:
         raise VideoError(reason(error)) from error
     if not whole:
@@ -249,7 +264,9 @@ def _load(descriptor: int, size: int) -> FrameMap:
         found = FrameMap.unpack(packed)
     except VideoError:
         raise
-    except Exception as error:  # what JSON, zlib and numpy raise for another's bytes is of many kinds
+    except (
+        Exception
+    ) as error:  # what JSON, zlib and numpy raise for another's bytes is of many kinds
         raise VideoError(f"the copy's map is damaged: {reason(error)}") from error
     if found.offset[0] < 0 or found.offset[-1] > size - box:
         raise VideoError("the copy's map is damaged: it points beyond the file")

@@ -1,8 +1,8 @@
 """Make a prepared copy: small, quick to seek, with a map to the frames of its source.
 
-The frames come from this package's own reader and go down a pipe into the encoder one by one, so that copy
-frame k is the k-th frame that the reader gave: the map is a record of what was done, not a comparison of
-timestamps afterwards.
+The frames come from this package's own reader and go down a pipe into the encoder one by one, so
+that copy frame k is the k-th frame that the reader gave: the map is a record of what was done, not
+a comparison of timestamps afterwards.
 """
 
 from __future__ import annotations
@@ -34,17 +34,22 @@ from .quality import psnr, ssim
 NOT_WRITTEN = "the copy cannot be written"
 LONGEST_SIDE = 8192  # of a copy
 Side = Annotated[int, Field(ge=16, le=4096)]
-_COLOURS = {"colorspace": "smpte170m", "color_range": "tv", "color_primaries": "smpte170m", "color_trc": "smpte170m"}
+_COLOURS = {
+    "colorspace": "smpte170m",
+    "color_range": "tv",
+    "color_primaries": "smpte170m",
+    "color_trc": "smpte170m",
+}
 
 
 class CopyOptions(Options):
     """What copies are like. The defaults are the quickest to read per byte of what was measured
-    (docs/benchmarks.md): H.264 without B-frames, CABAC and deblocking filter, at the size that clips of 112
-    pixels are cropped from, so that reading them needs no resize.
+    (docs/benchmarks.md): H.264 without B-frames, CABAC and deblocking filter, at the size that
+    clips of 112 pixels are cropped from, so that reading them needs no resize.
 
-    size: (height, width), whatever the source's shape; or short_side: pixels, the shape kept, smaller
-    sources at their own size. gop: most frames between key frames. crf: x264's quality, lower is better and
-    larger. quality_frames: of each video, read back and compared.
+    size: (height, width), whatever the source's shape; or short_side: pixels, the shape kept,
+    smaller sources at their own size. gop: most frames between key frames. crf: x264's quality,
+    lower is better and larger. quality_frames: of each video, read back and compared.
     """
 
     size: tuple[Side, Side] | None = (128, 171)
@@ -68,7 +73,8 @@ class CopyOptions(Options):
         return self
 
     def picture(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the copy of a picture of that size on display; even numbers for a short side."""
+        """(height, width) of the copy of a picture of that size on display; even numbers for a
+        short side."""
         if self.size is not None:
             return self.size
         short = self.short_side or 1
@@ -82,13 +88,18 @@ M = TypeVar("M", FrameMap, FlowMap)
 
 
 def make_copy(
-    source: str, part: str, target: str, options: CopyOptions, progress: Callable[[], None] | None = None
+    source: str,
+    part: str,
+    target: str,
+    options: CopyOptions,
+    progress: Callable[[], None] | None = None,
 ) -> FrameMap:
-    """Write the copy of `source` to `part`, a file on the same disk as `target`, and rename it to `target`.
+    """Write the copy of `source` to `part`, a file on the same disk as `target`, and rename it to
+    `target`.
 
-    The copy is read back before that: its packets, its map, and `quality_frames` frames whose PSNR and SSIM
-    against the scaled frames of the source are put into the map. Returns the map. Raises VideoError with the
-    reason; then `target` is what it was.
+    The copy is read back before that: its packets, its map, and `quality_frames` frames whose PSNR
+    and SSIM against the scaled frames of the source are put into the map. Returns the map. Raises
+    VideoError with the reason; then `target` is what it was.
     """
 
     def write(reader: VideoReader, record: Record) -> FrameMap:
@@ -103,10 +114,20 @@ def make_copy(
 
 
 def make_flow(
-    source: str, part: str, target: str, options: FlowOptions, progress: Callable[[], None] | None = None
+    source: str,
+    part: str,
+    target: str,
+    options: FlowOptions,
+    progress: Callable[[], None] | None = None,
 ) -> FlowMap:
     """Write the optical flow of `source` as `make_copy` writes its copy; see `flowfile`."""
-    return _make(source, part, target, lambda reader, record: write_flow(reader, part, options, record), progress)
+    return _make(
+        source,
+        part,
+        target,
+        lambda reader, record: write_flow(reader, part, options, record),
+        progress,
+    )
 
 
 def _make(
@@ -116,7 +137,8 @@ def _make(
     write: Callable[[VideoReader, Record], M],
     progress: Callable[[], None] | None,
 ) -> M:
-    """What `write` makes of a reader and a record of the source, as a file that is there whole or not at all."""
+    """What `write` makes of a reader and a record of the source, as a file that is there whole or
+    not at all."""
     try:
         before = _stat(source)
         identity = digest(source)
@@ -161,7 +183,8 @@ def _stat(source: str) -> os.stat_result:
 
 
 class _Made:
-    """What went into the encoder: index and pts of each frame, and the sampled pictures themselves."""
+    """What went into the encoder: index and pts of each frame, and the sampled pictures
+    themselves."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
@@ -218,9 +241,12 @@ def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _Made:
 
 
 def _even(picture: np.ndarray) -> np.ndarray:
-    """[h, w, 3] with its last row or column twice where the number is odd: 4:2:0 needs even ones."""
+    """[h, w, 3] with its last row or column twice where the number is odd: 4:2:0 needs even
+    ones."""
     more = [side % 2 for side in picture.shape[:2]]
-    return np.pad(picture, ((0, more[0]), (0, more[1]), (0, 0)), mode="edge") if any(more) else picture
+    return (
+        np.pad(picture, ((0, more[0]), (0, more[1]), (0, 0)), mode="edge") if any(more) else picture
+    )
 
 
 def _rate(timeline: Timeline) -> float:
@@ -252,27 +278,39 @@ def _read_back(part: str, made: _Made, record: SourceRecord, options: CopyOption
 
 
 def _packets(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, str, bytes]:
-    """offset int64 [N + 1], key bool [N], crc uint32 [N], codec, extradata; packets must follow each other."""
+    """offset int64 [N + 1], key bool [N], crc uint32 [N], codec, extradata; packets must follow
+    each other."""
     offset, last = [0], -1
     keys: list[bool] = []
     crc: list[int] = []
     with open_container(part) as container:
         stream = video_stream(container)
-        codec, extradata = stream.codec_context.codec.canonical_name, bytes(stream.codec_context.extradata or b"")
+        codec, extradata = (
+            stream.codec_context.codec.canonical_name,
+            bytes(stream.codec_context.extradata or b""),
+        )
         for packet in container.demux(stream):
             if not packet.size:
                 continue
             if not crc:
                 offset[0] = packet.pos or 0
             if packet.pos != offset[-1] or packet.pts is None or packet.pts <= last:
-                raise VideoError(f"the encoder's packet {len(crc)} does not follow the one before it")
+                raise VideoError(
+                    f"the encoder's packet {len(crc)} does not follow the one before it"
+                )
             last = packet.pts
             offset.append(packet.pos + packet.size)
             keys.append(packet.is_keyframe)
             crc.append(zlib.crc32(bytes(packet)))
     if not crc:
         raise VideoError("the encoder made no frame")
-    return np.array(offset, np.int64), np.array(keys, bool), np.array(crc, np.uint32), codec, extradata
+    return (
+        np.array(offset, np.int64),
+        np.array(keys, bool),
+        np.array(crc, np.uint32),
+        codec,
+        extradata,
+    )
 
 
 def _quality(part: str, copy: FrameMap, sample: dict[int, np.ndarray]) -> dict[str, float]:
@@ -291,17 +329,26 @@ def _quality(part: str, copy: FrameMap, sample: dict[int, np.ndarray]) -> dict[s
     finally:
         os.close(descriptor)
     means = np.mean(values, axis=0)
-    return {"psnr": round(float(means[0]), 3), "ssim": round(float(means[1]), 5), "frames": len(values)}
+    return {
+        "psnr": round(float(means[0]), 3),
+        "ssim": round(float(means[1]), 5),
+        "frames": len(values),
+    }
 
 
 def copy_job(message: dict[str, Any], progress: Callable[[], None]) -> dict[str, Any]:
-    """What a child process does with a message {"source", "part", "target", "flow", "options"}: a row."""
+    """What a child process does with a message {"source", "part", "target", "flow", "options"}: a
+    row."""
     source, part, target = message["source"], message["part"], message["target"]
     made: FrameMap | FlowMap
     if message["flow"]:
-        made = make_flow(source, part, target, FlowOptions.model_validate(message["options"]), progress)
+        made = make_flow(
+            source, part, target, FlowOptions.model_validate(message["options"]), progress
+        )
     else:
-        made = make_copy(source, part, target, CopyOptions.model_validate(message["options"]), progress)
+        made = make_copy(
+            source, part, target, CopyOptions.model_validate(message["options"]), progress
+        )
     return copy_row(made, os.stat(target).st_size)
 
 
@@ -317,6 +364,10 @@ def copy_row(copy: FrameMap | FlowMap, size: int) -> dict[str, Any]:
         "note": source.note,
     }
     if isinstance(copy, FlowMap):
-        return row | {"width": copy.size[1], "height": copy.size[0], "clipped": f"{copy.clipped:.6f}"}
+        return row | {
+            "width": copy.size[1],
+            "height": copy.size[0],
+            "clipped": f"{copy.clipped:.6f}",
+        }
     quality = {name: copy.quality.get(name) for name in ("psnr", "ssim")}
     return row | {"width": copy.width, "height": copy.height} | quality

@@ -11,7 +11,8 @@ SAME_DB = 100.0  # said of equal pictures, whose PSNR is infinite
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures [h, w, 3], over all channels; at most 100."""
+    """Peak signal-to-noise ratio in dB of two uint8 pictures [h, w, 3], over all channels; at most
+    100."""
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
     return min(SAME_DB, 10 * float(np.log10(255**2 / error))) if error else SAME_DB
 
@@ -19,8 +20,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
     """Structural similarity of the luma of two uint8 pictures [h, w, 3].
 
-    Wang, Bovik, Sheikh, Simoncelli 2004, eq. 13, with the paper's Gaussian window (11, σ = 1.5), over all
-    whole windows; a side below 11 pixels takes a window of that side.
+    Wang, Bovik, Sheikh, Simoncelli 2004, eq. 13, with the paper's Gaussian window (11, σ = 1.5),
+    over all whole windows; a side below 11 pixels takes a window of that side.
     """
     x, y = a.astype(np.float64) @ _LUMA, b.astype(np.float64) @ _LUMA
     mean_x, mean_y = _blur(x), _blur(y)

@@ -22,7 +22,8 @@ COLUMNS = (
 
 
 class StatusFile:
-    """Lines are appended as videos are done; the end of a run puts the file into the order of the list.
+    """Lines are appended as videos are done; the end of a run puts the file into the order of the
+    list.
 
     Only the lines are kept in memory, a short string a video.
     """
@@ -47,7 +48,9 @@ class StatusFile:
 
     def set(self, key: Key, row: Row) -> None:
         """Know a row, without writing it yet."""
-        self._lines[key] = _line([*key, *("" if row.get(c) is None else printable(str(row[c])) for c in COLUMNS[2:])])
+        self._lines[key] = _line(
+            [*key, *("" if row.get(c) is None else printable(str(row[c])) for c in COLUMNS[2:])]
+        )
 
     def begin(self) -> None:
         """Write what is known, and open the file to append."""

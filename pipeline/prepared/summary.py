@@ -37,7 +37,9 @@ class Tally:
                 self.measured[name].append(float(row[name]))
 
 
-def summary(out: Path, videos: int, new: int, seconds: float, tally: Tally, console: Console) -> dict[str, Any]:
+def summary(
+    out: Path, videos: int, new: int, seconds: float, tally: Tally, console: Console
+) -> dict[str, Any]:
     """What --json prints of a run; the same in words on the screen."""
     failed = sum(tally.reasons.values())
     if failed:
@@ -46,7 +48,8 @@ def summary(out: Path, videos: int, new: int, seconds: float, tally: Tally, cons
             console.say(f"  {count:6d}  {reason}")
     result: dict[str, Any] = {
         "out": str(out),
-        "complete": tally.ok > 0 and not any(reason.startswith(INTERNAL) for reason in tally.reasons),
+        "complete": tally.ok > 0
+        and not any(reason.startswith(INTERNAL) for reason in tally.reasons),
         "videos": videos,
         "ok": tally.ok,
         "failed": failed,
@@ -61,9 +64,15 @@ def summary(out: Path, videos: int, new: int, seconds: float, tally: Tally, cons
     }
     for name in ("psnr", "ssim"):
         if column := tally.measured[name]:
-            result[name] = {"mean": float(np.mean(column)), "worst_5_percent": float(np.quantile(column, 0.05))}
+            result[name] = {
+                "mean": float(np.mean(column)),
+                "worst_5_percent": float(np.quantile(column, 0.05)),
+            }
     if column := tally.measured["clipped"]:
-        result["clipped"] = {"mean": float(np.mean(column)), "worst_5_percent": float(np.quantile(column, 0.95))}
+        result["clipped"] = {
+            "mean": float(np.mean(column)),
+            "worst_5_percent": float(np.quantile(column, 0.95)),
+        }
     if not new:
         console.say("nothing to do: every video has its copy or a reason why not")
     if tally.ok:

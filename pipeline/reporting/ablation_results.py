@@ -1,6 +1,7 @@
 """An ablation as a report sees it: the cells of its cells.json, and the runs behind them.
 
-Numbers are recomputed from the runs' predictions; cells.json is believed for what a cell is, and for why it failed.
+Numbers are recomputed from the runs' predictions; cells.json is believed for what a cell is, and
+for why it failed.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class _File(Form):
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell with its finetuned run, None where there are no finished predictions, and its student's run."""
+    """A cell with its finetuned run, None where there are no finished predictions, and its
+    student's run."""
 
     record: CellRecord
     run: Run | None
@@ -81,7 +83,8 @@ class Cell:
 class Entry:
     """What the cells of one row and data set came to.
 
-    values: accuracy [n] of each finished cell as a fraction, by measure; split1 is top 1 of the cells of split 1.
+    values: accuracy [n] of each finished cell as a fraction, by measure; split1 is top 1 of the
+        cells of split 1.
     paper: its numbers, %, by measure. gain: of top 1 over the first row.
     """
 
@@ -99,7 +102,9 @@ class Entry:
     @property
     def learned(self) -> np.ndarray:
         """How far its students came from a constant guess (0) to their targets (1), one by one."""
-        students = {cell.student.path: cell.student for cell in self.cells if cell.student is not None}
+        students = {
+            cell.student.path: cell.student for cell in self.cells if cell.student is not None
+        }
         found = [run.learned for run in students.values()]
         return np.array([value for value in found if value is not None])
 
@@ -126,16 +131,23 @@ class Ablation:
         return sorted({cell.record.split for cell in self.cells})
 
     def published(self, dataset: str) -> list[tuple[str, dict[str, float]]]:
-        """What the paper lists of others: name, and its numbers, %, by measure; {} where they are of other splits."""
+        """What the paper lists of others: name, and its numbers, %, by measure; {} where they are
+        of other splits."""
         paper = self.paper
         if paper is None:
             return []
-        listed = [(each.label, each.numbers[dataset]) for each in paper.published if dataset in each.numbers]
+        listed = [
+            (each.label, each.numbers[dataset])
+            for each in paper.published
+            if dataset in each.numbers
+        ]
         return [(label, paper.beside(numbers, self.splits)) for label, numbers in listed]
 
     def of(self, row: str, dataset: str) -> list[Cell]:
         """The cells of a row and data set."""
-        return [cell for cell in self.cells if (cell.record.row, cell.record.dataset) == (row, dataset)]
+        return [
+            cell for cell in self.cells if (cell.record.row, cell.record.dataset) == (row, dataset)
+        ]
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -149,7 +161,10 @@ class Ablation:
             for cell in cells
             if cell.problem is None and cell.run and cell.run.metrics
         ]
-        values = {name: [each[name]["value"] for _, each in found] for name in ("per_clip", "top1", "top5")}
+        values = {
+            name: [each[name]["value"] for _, each in found]
+            for name in ("per_clip", "top1", "top5")
+        }
         values["split1"] = [each["top1"]["value"] for split, each in found if split == 1]
         paper = self.paper
         return Entry(
@@ -165,8 +180,9 @@ class Ablation:
 def gain_over(cells: Sequence[Cell], base: Sequence[Cell]) -> Gain | None:
     """top 1 of `cells` minus that of `base`, paired by test video; None where they share no split.
 
-    A video's value is its mean over the seeds that a row has; the videos (or the recordings they were cut from) are
-    resampled. Splits that one row lacks are left out of both; so is a split whose videos or labels differ.
+    A video's value is its mean over the seeds that a row has; the videos (or the recordings they
+    were cut from) are resampled. Splits that one row lacks are left out of both; so is a split
+    whose videos or labels differ.
     """
     ours, theirs = (_by_split(side) for side in (cells, base))
     differences, levels, groups = [], [], []
@@ -183,9 +199,9 @@ def gain_over(cells: Sequence[Cell], base: Sequence[Cell]) -> Gain | None:
         return None
     difference = np.concatenate(differences)
     index = np.array(groups)
-    resampled = bootstrap_ratios(by_group(difference[:, None], index), by_group(np.ones((len(difference), 1)), index))[
-        :, 0
-    ]
+    resampled = bootstrap_ratios(
+        by_group(difference[:, None], index), by_group(np.ones((len(difference), 1)), index)
+    )[:, 0]
     means = np.concatenate(levels).mean(axis=0)
     units = len(set(groups))
     estimate = Estimate(float(difference.mean()), *interval(resampled, units, least=-1))
@@ -213,7 +229,8 @@ def _by_split(cells: Sequence[Cell]) -> dict[int, dict[tuple[str, str], tuple[fl
 
 
 def ablation_folders(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Folders with a cells.json, these or below them; run folders and stores are not looked into."""
+    """Folders with a cells.json, these or below them; run folders and stores are not looked
+    into."""
     found: dict[Path, None] = {}
     for root in folders:
         for here, inner, files in os.walk(root):
@@ -226,15 +243,18 @@ def ablation_folders(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def cell_names(folders: Sequence[Path]) -> dict[Path, str]:
-    """Resolved run folder → what its cell calls it, in the order of the cells, a student before its finetuning. A
-    student has its split where the row has another one with that seed, as where each split leaves other videos out.
+    """Resolved run folder → what its cell calls it, in the order of the cells, a student before its
+    finetuning. A student has its split where the row has another one with that seed, as where each
+    split leaves other videos out.
 
     Raises SourceError for a cells.json that is damaged or foreign.
     """
     names: dict[Path, str] = {}
     for folder in folders:
         cells = _read(folder / CELLS).cells
-        of_row = Counter((row, seed) for row, seed, _ in {(cell.row, cell.seed, cell.student) for cell in cells})
+        of_row = Counter(
+            (row, seed) for row, seed, _ in {(cell.row, cell.seed, cell.student) for cell in cells}
+        )
         for record in cells:
             if record.student is not None:
                 split = f", split {record.split}" if of_row[record.row, record.seed] > 1 else ""
@@ -245,11 +265,14 @@ def cell_names(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def read_ablations(folders: Sequence[Path], runs: Sequence[Run]) -> list[Ablation]:
-    """The ablations in these folders, with those of the runs that are theirs. Raises as `cell_names`."""
+    """The ablations in these folders, with those of the runs that are theirs. Raises as
+    `cell_names`."""
     by_path = {run.path: run for run in runs}
 
     def cell(folder: Path, record: CellRecord) -> Cell:
-        student = by_path.get((folder / record.student).resolve()) if record.student is not None else None
+        student = (
+            by_path.get((folder / record.student).resolve()) if record.student is not None else None
+        )
         return Cell(record, by_path.get((folder / record.finetune).resolve()), student)
 
     files = {folder: _read(folder / CELLS) for folder in folders}

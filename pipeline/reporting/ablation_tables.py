@@ -1,4 +1,5 @@
-"""Tables of an ablation: a row a variant, the paper's number beside ours, and what differs from the first row."""
+"""Tables of an ablation: a row a variant, the paper's number beside ours, and what differs from the
+first row."""
 
 from __future__ import annotations
 
@@ -8,12 +9,16 @@ import numpy as np
 
 from ..common.tables import Column, Table
 from ..evaluation.labels import short_dataset
-from ..evaluation.metrics import signed
-from . import accuracy
+from ..evaluation.metrics import MEASURES, signed
 from .ablation_results import Ablation, Entry
 from .accuracy import DASH
 
-MEASURES = ("per_clip", "split1", "top1", "top5")  # the paper's order; split 1 and the mean of splits as in its Table 6
+MEASURES = (
+    "per_clip",
+    "split1",
+    "top1",
+    "top5",
+)  # the paper's order; split 1 and the mean of splits as in its Table 6
 LEARNED = (
     "learned: how far a student’s loss came from that of a constant guess (0) to that of the targets themselves (100), "
     "by held-out clips where a run has some. Below 5 it has learned next to nothing, whatever its accuracy."
@@ -29,17 +34,25 @@ NOTES = (
 
 
 def ablation_tables(ablation: Ablation) -> list[Table]:
-    """One a data set: a row a variant, each measure with the paper's number to its right, and below our rows the
-    results that the paper lists as published."""
+    """One a data set: a row a variant, each measure with the paper's number to its right, and below
+    our rows the results that the paper lists as published."""
     return [_table(ablation, dataset) for dataset in ablation.datasets]
 
 
 def _table(ablation: Ablation, dataset: str) -> Table:
     entries = [entry for entry in ablation.entries if entry.dataset == dataset]
-    shown = [name for name in MEASURES if name != "split1" or (len(ablation.splits) > 1 and 1 in ablation.splits)]
+    shown = [
+        name
+        for name in MEASURES
+        if name != "split1" or (len(ablation.splits) > 1 and 1 in ablation.splits)
+    ]
     listed = ablation.published(dataset)
     published = [(label, numbers) for label, numbers in listed if numbers.keys() & set(shown)]
-    known = {name for numbers in (*(e.paper for e in entries), *(n for _, n in published)) for name in numbers}
+    known = {
+        name
+        for numbers in (*(e.paper for e in entries), *(n for _, n in published))
+        for name in numbers
+    }
     columns = [Column("row")]
     for name in shown:
         columns += [Column(f"{_heading(name, ablation.splits)}, %", True)]
@@ -51,7 +64,9 @@ def _table(ablation: Ablation, dataset: str) -> Table:
     for entry in entries:
         cells = [entry.row]
         for name in shown:
-            cells += [spread(entry.values[name])] + [_percent(entry.paper.get(name))] * (name in known)
+            cells += [spread(entry.values[name])] + [_percent(entry.paper.get(name))] * (
+                name in known
+            )
         cells += [spread(entry.learned) if len(entry.learned) else DASH] * learned
         table.add(*cells, _runs(entry), *_gain(entry, first=entry.row == ablation.rows[0]))
     if published:
@@ -61,7 +76,9 @@ def _table(ablation: Ablation, dataset: str) -> Table:
         for name in shown:
             cells += [""] + [_percent(numbers.get(name))] * (name in known)
         table.add(*cells, *[""] * learned, "", "", "")
-    table.notes = [LEARNED] * learned + _notes(ablation, dataset, known, len(listed) - len(published))
+    table.notes = [LEARNED] * learned + _notes(
+        ablation, dataset, known, len(listed) - len(published)
+    )
     return table
 
 
@@ -70,7 +87,7 @@ def _heading(measure: str, splits: Sequence[int]) -> str:
         first, last = splits[0], splits[-1]
         whole = last - first == len(splits) - 1  # they are ascending, each once
         return f"top 1, splits {f'{first}–{last}' if whole else ', '.join(map(str, splits))}"
-    return "top 1, split 1" if measure == "split1" else accuracy.MEASURES[measure]
+    return "top 1, split 1" if measure == "split1" else MEASURES[measure]
 
 
 def _notes(ablation: Ablation, dataset: str, known: Collection[str], left_out: int) -> list[str]:
@@ -90,7 +107,8 @@ def _named(table: str) -> str:
 
 
 def screen_table(ablation: Ablation) -> Table:
-    """The same for a terminal of 80 columns: top 1, runs, paper, difference; a table's data sets below each other."""
+    """The same for a terminal of 80 columns: top 1, runs, paper, difference; a table's data sets
+    below each other."""
     entries = ablation.entries
     paper = any("top1" in entry.paper for entry in entries)
     columns = [Column("row")] + [Column("data set")] * (len(ablation.datasets) > 1)
@@ -98,7 +116,9 @@ def screen_table(ablation: Ablation) -> Table:
     table = Table(ablation.title, [*columns, Column("difference", True), Column("p", True)])
     for entry in entries:
         cells = [entry.row] + [short_dataset(entry.dataset)] * (len(ablation.datasets) > 1)
-        cells += [spread(entry.values["top1"]), _runs(entry)] + [_percent(entry.paper.get("top1"))] * paper
+        cells += [spread(entry.values["top1"]), _runs(entry)] + [
+            _percent(entry.paper.get("top1"))
+        ] * paper
         table.add(*cells, *_gain(entry, first=entry.row == ablation.rows[0]))
     table.notes = [line for dataset in ablation.datasets for line in problems(ablation, dataset)]
     table.notes += _have_not_learned(entries)
@@ -107,18 +127,36 @@ def screen_table(ablation: Ablation) -> Table:
 
 def _have_not_learned(entries: Sequence[Entry]) -> list[str]:
     """A line for each row whose students have learned next to nothing."""
-    low = {e.row: e.learned.mean() for e in entries if len(e.learned) and e.learned.mean() < LEAST_LEARNED}
-    return [f"{row}: its students have learned next to nothing ({100 * mean:.0f} %)." for row, mean in low.items()]
+    low = {
+        e.row: e.learned.mean()
+        for e in entries
+        if len(e.learned) and e.learned.mean() < LEAST_LEARNED
+    }
+    return [
+        f"{row}: its students have learned next to nothing ({100 * mean:.0f} %)."
+        for row, mean in low.items()
+    ]
 
 
 def ablation_numbers(ablation: Ablation) -> Table:
-    """Plain numbers for a CSV, a row and data set a line, then the published results: fractions, the paper's as well;
-    empty where missing."""
+    """Plain numbers for a CSV, a row and data set a line, then the published results: fractions,
+    the paper's as well; empty where missing."""
     names = ("top1", "per_clip", "top5", "split1")
     ours = [f"{name}_{what}" for name in names for what in ("mean", "deviation")]
     theirs = [f"paper_{name}" for name in names]
     ends = ["difference", "difference_low", "difference_high", "p"]
-    columns = ["row", "dataset", "source", "runs", "planned", "learned", *ours, *theirs, *ends, "problems"]
+    columns = [
+        "row",
+        "dataset",
+        "source",
+        "runs",
+        "planned",
+        "learned",
+        *ours,
+        *theirs,
+        *ends,
+        "problems",
+    ]
     table = Table(ablation.title, [Column(name) for name in columns])
 
     def paper(numbers: Mapping[str, float]) -> list[str]:
@@ -143,31 +181,50 @@ def ablation_numbers(ablation: Ablation) -> Table:
     for dataset in ablation.datasets:
         for label, numbers in ablation.published(dataset):
             table.add(
-                *(label, dataset, "published", "", "", ""), *[""] * len(ours), *paper(numbers), *[""] * (len(ends) + 1)
+                *(label, dataset, "published", "", "", ""),
+                *[""] * len(ours),
+                *paper(numbers),
+                *[""] * (len(ends) + 1),
             )
     return table
 
 
 def cells_table(ablation: Ablation) -> Table:
     """Every cell: its own top 1, or why it has none."""
-    columns = [Column("run"), Column("top 1, %", True), Column("hours", True), Column("folder"), Column("")]
+    columns = [
+        Column("run"),
+        Column("top 1, %", True),
+        Column("hours", True),
+        Column("folder"),
+        Column(""),
+    ]
     table = Table("Every run", columns)
     for cell in ablation.cells:
         record, metrics = cell.record, cell.run.metrics if cell.run is not None else None
-        top1 = f"{100 * metrics['top1']['value']:.1f}" if cell.problem is None and metrics else "missing"
+        top1 = (
+            f"{100 * metrics['top1']['value']:.1f}"
+            if cell.problem is None and metrics
+            else "missing"
+        )
         hours = DASH if record.seconds is None else f"{record.seconds / 3600:.3f}"
         table.add(record.label, top1, hours, record.finetune, cell.problem or "")
     return table
 
 
 def problems(ablation: Ablation, dataset: str) -> list[str]:
-    """One line for each row and reason for which cells of a data set have no number, with their splits and seeds."""
+    """One line for each row and reason for which cells of a data set have no number, with their
+    splits and seeds."""
     found: dict[tuple[str, str], list[str]] = {}
     for cell in ablation.cells:
         record = cell.record
         if cell.problem is not None and record.dataset == dataset:
-            found.setdefault((record.row, cell.problem), []).append(f"split {record.split} seed {record.seed}")
-    return [f"{row}, {short_dataset(dataset)}, {', '.join(cells)}: {why}" for (row, why), cells in found.items()]
+            found.setdefault((record.row, cell.problem), []).append(
+                f"split {record.split} seed {record.seed}"
+            )
+    return [
+        f"{row}, {short_dataset(dataset)}, {', '.join(cells)}: {why}"
+        for (row, why), cells in found.items()
+    ]
 
 
 def spread(values: np.ndarray) -> str:

@@ -1,4 +1,5 @@
-"""The table of accuracies, the paired differences, and the line on how little a small test set proves."""
+"""The table of accuracies, the paired differences, and the line on how little a small test set
+proves."""
 
 from __future__ import annotations
 
@@ -49,26 +50,38 @@ def percent(estimate: dict[str, float] | Estimate | None) -> str:
     return f"{100 * e.value:.1f} [{100 * e.low:.1f}–{100 * e.high:.1f}]"
 
 
-
-
 def accuracy_table(runs: Sequence[Run]) -> Table:
     """One row a finetuned run; runs without an evaluation are shown as missing."""
-    columns = [Column("run"), Column("init"), Column("data set"), Column("split", True), Column("test videos", True)]
-    table = Table("Accuracy, % [95 % interval]", [*columns, *(Column(name, True) for name in MEASURES.values())])
+    columns = [
+        Column("run"),
+        Column("init"),
+        Column("data set"),
+        Column("split", True),
+        Column("test videos", True),
+    ]
+    table = Table(
+        "Accuracy, % [95 % interval]",
+        [*columns, *(Column(name, True) for name in MEASURES.values())],
+    )
     for run in runs:
         m = run.metrics
         if m is None:
-            table.add(run.name, run.init, run.dataset, run.split, *["missing"] * (1 + len(MEASURES)))
+            table.add(
+                run.name, run.init, run.dataset, run.split, *["missing"] * (1 + len(MEASURES))
+            )
             continue
         videos = f"{m['videos']}" + (f" ({run.failed} unread)" if run.failed else "")
-        cells = [DASH if name == "top5" and _few_classes(run) else percent(m[name]) for name in MEASURES]
+        cells = [
+            DASH if name == "top5" and _few_classes(run) else percent(m[name]) for name in MEASURES
+        ]
         table.add(run.name, run.init, run.dataset, run.split, videos, *cells)
     table.notes = _table_notes(runs)
     return table
 
 
 def screen_tables(runs: Sequence[Run]) -> list[Table]:
-    """The same for a terminal of 80 columns: a table for each set of test videos, the interval of top 1 alone."""
+    """The same for a terminal of 80 columns: a table for each set of test videos, the interval of
+    top 1 alone."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         size = f", {run.metrics['videos']} test videos" if run.metrics else ""
@@ -76,14 +89,24 @@ def screen_tables(runs: Sequence[Run]) -> list[Table]:
     tables = []
     for title, group in groups.items():
         columns = [Column("run"), Column("init"), Column("top 1, % [95 %]", True)]
-        table = Table(title, [*columns, *(Column(MEASURES[name], True) for name in ("per_clip", "top5", "class_mean"))])
+        table = Table(
+            title,
+            [
+                *columns,
+                *(Column(MEASURES[name], True) for name in ("per_clip", "top5", "class_mean")),
+            ],
+        )
         for run in group:
             m = run.metrics
             if m is None:
                 table.add(run.name, run.init, *["missing"] * 4)
                 continue
             top5 = DASH if _few_classes(run) else f"{100 * m['top5']['value']:.1f}"
-            rest = [f"{100 * m['per_clip']['value']:.1f}", top5, f"{100 * m['class_mean']['value']:.1f}"]
+            rest = [
+                f"{100 * m['per_clip']['value']:.1f}",
+                top5,
+                f"{100 * m['class_mean']['value']:.1f}",
+            ]
             table.add(run.name, run.init, percent(m["top1"]), *rest)
         table.notes = _table_notes(group)
         for run in group:
@@ -103,7 +126,9 @@ def _table_notes(runs: Sequence[Run]) -> list[str]:
     if any(run.metrics is None for run in runs):
         notes.append("missing: the run is not finished, or was not evaluated.")
     if any(run.failed for run in evaluated):
-        notes.append("unread: test videos that could not be read; each counts as wrong in every number.")
+        notes.append(
+            "unread: test videos that could not be read; each counts as wrong in every number."
+        )
     if any(_few_classes(run) for run in evaluated):
         notes.append(f"{DASH}: with five classes or fewer, top 5 is always right.")
     if evaluated:
@@ -114,7 +139,8 @@ def _table_notes(runs: Sequence[Run]) -> list[str]:
 
 
 def accuracy_numbers(runs: Sequence[Run]) -> Table:
-    """The same as plain numbers for a CSV: fractions, each with the ends of its interval; empty where missing."""
+    """The same as plain numbers for a CSV: fractions, each with the ends of its interval; empty
+    where missing."""
     columns = ["run", "path", "init", "dataset", "split", "classes", "test_videos", "unread_videos"]
     columns += [name + end for name in MEASURES for end in ("", "_low", "_high")]
     table = Table("accuracy", [Column(name) for name in columns])
@@ -124,17 +150,25 @@ def accuracy_numbers(runs: Sequence[Run]) -> Table:
             table.add(*head, *[""] * (len(columns) - len(head)))
             continue
         head += [str(len(run.predictions.classes)), str(run.metrics["videos"]), str(run.failed)]
-        cells = [repr(run.metrics[name][end]) for name in MEASURES for end in ("value", "low", "high")]
+        cells = [
+            repr(run.metrics[name][end]) for name in MEASURES for end in ("value", "low", "high")
+        ]
         table.add(*head, *cells)
     return table
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
-    """Each run against the one that its test videos' base is: the first from scratch, else the first.
+    """Each run against the one that its test videos' base is: the first from scratch, else the
+    first.
 
     Only runs on the same test videos with the same labels are compared; their videos are paired.
     """
-    return [_difference(run, base) for base, group in comparable(runs) for run in group if run is not base]
+    return [
+        _difference(run, base)
+        for base, group in comparable(runs)
+        for run in group
+        if run is not base
+    ]
 
 
 def comparable(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
@@ -143,12 +177,19 @@ def comparable(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
     for run in runs:
         if run.predictions is not None:
             groups.setdefault(tuple(sorted(_labelled(run).items())), []).append(run)
-    return [(next((run for run in group if run.init == "scratch"), group[0]), group) for group in groups.values()]
+    return [
+        (next((run for run in group if run.init == "scratch"), group[0]), group)
+        for group in groups.values()
+    ]
 
 
 def _labelled(run: Run) -> dict[str, str]:
     p = run.predictions
-    return {} if p is None else {video: p.classes[int(k)] for video, k in zip(p.videos, p.labels, strict=True)}
+    return (
+        {}
+        if p is None
+        else {video: p.classes[int(k)] for video, k in zip(p.videos, p.labels, strict=True)}
+    )
 
 
 def _top1(run: Run) -> dict[str, float]:

@@ -1,6 +1,8 @@
-"""A look into a target store: sampled videos with what the teachers said of them, and how sure they were.
+"""A look into a target store: sampled videos with what the teachers said of them, and how sure they
+were.
 
-Nothing here is shown; `browse_page` does that. Shapes: N cached frames of a video, F pictures of it.
+Nothing here is shown; `browse_page` does that. Shapes: N cached frames of a video, F pictures of
+it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ QUALITY = 80
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one teacher said of a frame: its best classes with their probabilities (τ = 1), and the entropy in nats."""
+    """What one teacher said of a frame: its best classes with their probabilities (τ = 1), and the
+    entropy in nats."""
 
     labels: Sequence[tuple[str, float]]
     entropy: float
@@ -41,7 +44,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Picture:
-    """A cached frame: `jpeg` as a data URL, None where the video cannot be read; `verdicts` by teacher."""
+    """A cached frame: `jpeg` as a data URL, None where the video cannot be read; `verdicts` by
+    teacher."""
 
     video: str
     index: int
@@ -66,7 +70,8 @@ class VideoLook:
 
 @dataclass(frozen=True)
 class TeacherLook:
-    """A teacher over the whole store: `sure` and `unsure` are the frames of lowest and highest entropy."""
+    """A teacher over the whole store: `sure` and `unsure` are the frames of lowest and highest
+    entropy."""
 
     teacher_stats: TeacherStats
     sure: Sequence[Picture]
@@ -85,7 +90,8 @@ class StoreSummary:
 
 
 class FrameReader:
-    """Small JPEGs of a store's videos through the readers of training, from the originals or from copies of them.
+    """Small JPEGs of a store's videos through the readers of training, from the originals or from
+    copies of them.
 
     teacher_states: status of each video [V] by teacher.
     """
@@ -99,7 +105,8 @@ class FrameReader:
     def read(self, video: int, index: NDArray[np.int64], pts: NDArray[np.int64]) -> list[str]:
         """A data URL of each of the frames index [F] at pts [F].
 
-        Raises VideoError (missing, damaged) and StoreMismatchError (not the file that the teachers saw).
+        Raises VideoError (missing, damaged) and StoreMismatchError (not the file that the teachers
+        saw).
         """
         store, view = self.store, View(resize=HEIGHT)
         corpus, _ = store.place(video)
@@ -116,11 +123,14 @@ class FrameReader:
         return [_data_url(image) for image in found.images]
 
 
-def summarize_store(store: TargetStore, count: int, *, seed: int = 0, moved: Mapping[str, str] | None = None) -> StoreSummary:
-    """Gather it: `count` random videos with rows, each teacher's labels, entropies and extremes, all failures.
+def summarize_store(
+    store: TargetStore, count: int, *, seed: int = 0, moved: Mapping[str, str] | None = None
+) -> StoreSummary:
+    """Gather it: `count` random videos with rows, each teacher's labels, entropies and extremes,
+    all failures.
 
-    moved: corpus → folder where it lies now, or of copies. A video that cannot be read is shown with the reason in
-    place of its pictures. Raises StoreError.
+    moved: corpus → folder where it lies now, or of copies. A video that cannot be read is shown
+    with the reason in place of its pictures. Raises StoreError.
     """
     reader = FrameReader(store, moved or {})
     state = store.video_state
@@ -141,7 +151,9 @@ def _video(store: TargetStore, video: int, reader: FrameReader) -> VideoLook:
     seconds = _seconds(store, video, index, pts)
     names = [name for name, state in reader.teacher_states.items() if state[video] == OK]
     shown = np.unique(np.linspace(0, len(rows) - 1, STRIP).round().astype(np.int64))
-    pictures = _pictures(store, video, reader, names, index[shown], pts[shown], seconds[shown], rows[shown])
+    pictures = _pictures(
+        store, video, reader, names, index[shown], pts[shown], seconds[shown], rows[shown]
+    )
     return VideoLook(
         corpus=record.corpus,
         path=record.path,
@@ -183,7 +195,14 @@ def _pictures(
     said = {name: _verdicts(store, name, rows) for name in teachers}
     _, path = store.place(video)
     return [
-        Picture(path, int(index[i]), float(seconds[i]), jpegs[i], problem, {name: said[name][i] for name in teachers})
+        Picture(
+            path,
+            int(index[i]),
+            float(seconds[i]),
+            jpegs[i],
+            problem,
+            {name: said[name][i] for name in teachers},
+        )
         for i in range(len(rows))
     ]
 
@@ -210,9 +229,14 @@ def _teacher(store: TargetStore, name: str, reader: FrameReader) -> TeacherLook:
 
 
 def _extremes(
-    store: TargetStore, name: str, reader: FrameReader, rows: NDArray[np.int64], videos: NDArray[np.int64]
+    store: TargetStore,
+    name: str,
+    reader: FrameReader,
+    rows: NDArray[np.int64],
+    videos: NDArray[np.int64],
 ) -> list[Picture]:
-    """The first rows in the order given, each of another video: neighbours of a frame would all look like it."""
+    """The first rows in the order given, each of another video: neighbours of a frame would all
+    look like it."""
     _, first = np.unique(videos, return_index=True)
     pictures = []
     for at in np.sort(first)[:EXTREMES]:
@@ -220,7 +244,9 @@ def _extremes(
         index, pts, all_rows = store.frames(video)
         i = np.flatnonzero(all_rows == rows[at])
         seconds = _seconds(store, video, index, pts)
-        pictures += _pictures(store, video, reader, [name], index[i], pts[i], seconds[i], all_rows[i])
+        pictures += _pictures(
+            store, video, reader, [name], index[i], pts[i], seconds[i], all_rows[i]
+        )
     return pictures
 
 

@@ -1,4 +1,5 @@
-"""The look into a store as one HTML page: pictures inline, charts as SVG, nothing fetched, no script."""
+"""The look into a store as one HTML page: pictures inline, charts as SVG, nothing fetched, no
+script."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def browse_page(summary: StoreSummary, version: str) -> str:
     store = summary.store
     states = ", ".join(f"{n:,} {name}" for name, n in summary.states.items() if n)
     names = ", ".join(
-        f"{html.escape(t.teacher_stats.teacher)} ({len(t.teacher_stats.classes):,} classes)" for t in summary.teachers
+        f"{html.escape(t.teacher_stats.teacher)} ({len(t.teacher_stats.classes):,} classes)"
+        for t in summary.teachers
     )
     lead = (
         f"{html.escape(store.name)}: {store.n_videos:,} videos ({states or 'none'}), {store.n_rows:,} cached frames, "
@@ -68,23 +70,37 @@ def _videos_section(summary: StoreSummary) -> str:
         return "<h2>Sampled videos</h2><p>None: no video with cached frames was asked for, or the store has none.</p>"
     missing = sum(video.problem is not None for video in summary.videos)
     # One scale for all videos, so that their curves compare.
-    limit = max((math.log(len(teacher.teacher_stats.classes)) for teacher in summary.teachers), default=1.0)
-    note = f" {missing} of them cannot be read here and are shown without pictures." if missing else ""
+    limit = max(
+        (math.log(len(teacher.teacher_stats.classes)) for teacher in summary.teachers), default=1.0
+    )
+    note = (
+        f" {missing} of them cannot be read here and are shown without pictures." if missing else ""
+    )
     return (
         f"<h2>Sampled videos</h2><p>{len(summary.videos)} random videos with cached frames.{note} Under a picture: its "
         "time, each teacher’s best classes with their probabilities, and the entropy H. The curve shows how sure each "
         "teacher is over the whole video; where it jumps, there is usually a cut or a new thing in view.</p>"
-        + "".join(_video(video, limit, legend=len(summary.teachers) > 1) for video in summary.videos)
+        + "".join(
+            _video(video, limit, legend=len(summary.teachers) > 1) for video in summary.videos
+        )
     )
 
 
 def _video(video: VideoLook, limit: float, *, legend: bool) -> str:
     lines = [Line(name, seconds, nats) for name, (seconds, nats) in video.curves.items()]
     chart = line_chart(
-        lines, x_label="seconds", y_label="entropy, nats", width=1040, height=160, y_range=(0.0, limit), legend=legend
+        lines,
+        x_label="seconds",
+        y_label="entropy, nats",
+        width=1040,
+        height=160,
+        y_range=(0.0, limit),
+        legend=legend,
     )
     length = f"{video.duration:.1f} s, " if np.isfinite(video.duration) else ""
-    problem = f"<p class=problem>missing here: {html.escape(video.problem)}</p>" if video.problem else ""
+    problem = (
+        f"<p class=problem>missing here: {html.escape(video.problem)}</p>" if video.problem else ""
+    )
     return (
         f"<div class=video><h3>{html.escape(video.corpus)}: {html.escape(video.path)}</h3>"
         f"<p class=note>{length}{video.frames:,} cached frames</p>{problem}"
@@ -100,19 +116,30 @@ def _shot(picture: Picture, named: bool) -> str:
     when = f"{picture.seconds:.2f} s, frame {picture.index}"
     path = picture.video
     if picture.jpeg is None:
-        # The strip of a video says once, above it, why it is missing; pictures of many videos each say it.
-        shown = f"<div class=gone>{html.escape(picture.problem or '') if named else 'missing'}</div>"
+        # The strip of a video says once, above it, why it is missing; pictures of many videos each
+        # say it.
+        shown = (
+            f"<div class=gone>{html.escape(picture.problem or '') if named else 'missing'}</div>"
+        )
     else:
         shown = f'<img src="{picture.jpeg}" alt="{html.escape(f"{path}, {when}")}">'
     several = len(picture.verdicts) > 1
     words = []
     for teacher, verdict in picture.verdicts.items():
         head = html.escape(teacher) if several else ""
-        words.append(f"<div class='says who'><span>{head}</span><span>H {verdict.entropy:.2f}</span></div>")
+        words.append(
+            f"<div class='says who'><span>{head}</span><span>H {verdict.entropy:.2f}</span></div>"
+        )
         for label, share in verdict.labels:
             name = html.escape(label)
-            words.append(f'<div class=says><span title="{name}">{name}</span><span>{100 * share:.0f} %</span></div>')
-    name = f'<div class=says><span title="{html.escape(path)}">{html.escape(_tail(path))}</span></div>' if named else ""
+            words.append(
+                f'<div class=says><span title="{name}">{name}</span><span>{100 * share:.0f} %</span></div>'
+            )
+    name = (
+        f'<div class=says><span title="{html.escape(path)}">{html.escape(_tail(path))}</span></div>'
+        if named
+        else ""
+    )
     time = f"<div class=when>{picture.seconds:.2f} s<span>, frame\u00a0{picture.index}</span></div>"
     return f"<div class=shot>{shown}{time}{name}{''.join(words)}</div>"
 
@@ -124,12 +151,20 @@ def _teacher_section(teacher: TeacherLook) -> str:
     counts, edges = found.histogram()
     quantiles = found.quantiles()
     chart = bar_chart(Bars(edges, counts), x_label="entropy, nats", y_label="frames")
-    part = "" if len(found.rows) == found.total else f" of {len(found.rows):,} frames spread over the store,"
-    frequent = Table("Most frequent best class", [Column("class"), Column("share of frames, %", True)])
+    part = (
+        ""
+        if len(found.rows) == found.total
+        else f" of {len(found.rows):,} frames spread over the store,"
+    )
+    frequent = Table(
+        "Most frequent best class", [Column("class"), Column("share of frames, %", True)]
+    )
     for label, share in found.most_frequent(FREQUENT):
         frequent.add(label, f"{100 * share:.1f}")
     distinct = len(np.unique(found.top))
-    frequent.notes = [f"{distinct:,} of {len(found.classes):,} classes are the best one of some frame."]
+    frequent.notes = [
+        f"{distinct:,} of {len(found.classes):,} classes are the best one of some frame."
+    ]
     caption = (
         f"How sure the teacher is: entropies{part} from 0 to ln {len(found.classes):,} = {edges[-1]:.2f} nats. Median "
         f"{quantiles[0.5]:.2f}; 5 to 95 %: {quantiles[0.05]:.2f} to {quantiles[0.95]:.2f}. A filter max_entropy keeps "
@@ -156,7 +191,9 @@ def _failures_section(summary: StoreSummary) -> str:
     for failure in summary.failures[:LISTED]:
         each.add(failure.corpus, failure.path, failure.reason)
     if len(summary.failures) > LISTED:
-        each.notes = [f"{len(summary.failures) - LISTED:,} more: distinit targets info STORE --failed --json lists all."]
+        each.notes = [
+            f"{len(summary.failures) - LISTED:,} more: distinit targets info STORE --failed --json lists all."
+        ]
     return (
         f"<h2>Failures</h2><div class=scroll>{reasons.to_html()}</div>"
         f"<details><summary>Every video that failed</summary><div class=scroll>{each.to_html()}</div></details>"

@@ -1,7 +1,9 @@
-"""Two small charts as inline SVG: lines over time, and histograms. For a page that shows dozens of them.
+"""Two small charts as inline SVG: lines over time, and histograms. For a page that shows dozens of
+them.
 
-SVG written here needs no network, prints sharp and weighs a few kilobytes. The colours are Okabe and Ito's, told
-apart by colour-blind readers; lines differ in dash as well, so that a grey print can be read.
+SVG written here needs no network, prints sharp and weighs a few kilobytes. The colours are Okabe
+and Ito's, told apart by colour-blind readers; lines differ in dash as well, so that a grey print
+can be read.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     legend: bool = True,
 ) -> str:
-    """An <svg> with axes, gridlines and, unless told otherwise, a legend; an empty string where there is nothing to
-    draw.
+    """An <svg> with axes, gridlines and, unless told otherwise, a legend; an empty string where
+    there is nothing to draw.
 
     y_range: what the y axis spans at least, by default what the lines span.
     """
@@ -65,19 +67,27 @@ def line_chart(
     parts = [frame.axes(x_label, y_label)]
     for row, (i, line) in enumerate(drawn):
         style = _stroke(i)
-        points = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(line.x, line.y, strict=True))
+        points = " ".join(
+            f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(line.x, line.y, strict=True)
+        )
         if len(line.x) == 1:
-            parts.append(f'<circle cx="{frame.x(line.x[0]):.1f}" cy="{frame.y(line.y[0]):.1f}" r="3" {_fill(i)}/>')
+            parts.append(
+                f'<circle cx="{frame.x(line.x[0]):.1f}" cy="{frame.y(line.y[0]):.1f}" r="3" {_fill(i)}/>'
+            )
         parts.append(f'<polyline fill="none" {style} points="{points}"/>')
         if not legend:
             continue
         y = height + 14 + 18 * row
-        parts.append(f'<line x1="{frame.left}" x2="{frame.left + 28}" y1="{y - 4}" y2="{y - 4}" {style}/>')
+        parts.append(
+            f'<line x1="{frame.left}" x2="{frame.left + 28}" y1="{y - 4}" y2="{y - 4}" {style}/>'
+        )
         parts.append(f'<text x="{frame.left + 36}" y="{y}">{html.escape(line.name)}</text>')
     return _svg(width, height + 18 * len(drawn) * legend + 4, f"{y_label} by {x_label}", parts)
 
 
-def bar_chart(bars: Bars, *, x_label: str, y_label: str, width: int = 640, height: int = 240) -> str:
+def bar_chart(
+    bars: Bars, *, x_label: str, y_label: str, width: int = 640, height: int = 240
+) -> str:
     """An <svg> of a histogram; an empty string where all counts are 0."""
     if not bars.counts.any():
         return ""
@@ -116,23 +126,39 @@ class _Frame:
     y_ticks: np.ndarray
 
     def x(self, value: float) -> float:
-        return self.left + (value - self.x_ticks[0]) / (self.x_ticks[-1] - self.x_ticks[0]) * (self.right - self.left)
+        return self.left + (value - self.x_ticks[0]) / (self.x_ticks[-1] - self.x_ticks[0]) * (
+            self.right - self.left
+        )
 
     def y(self, value: float) -> float:
-        return self.bottom - (value - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0]) * (self.bottom - self.top)
+        return self.bottom - (value - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0]) * (
+            self.bottom - self.top
+        )
 
     def axes(self, x_label: str, y_label: str, *, y_axis: bool = True) -> str:
         parts = []
         for tick, label in zip(self.x_ticks, tick_labels(self.x_ticks), strict=True):
             x = f"{self.x(tick):.1f}"
-            parts.append(f'<line x1="{x}" x2="{x}" y1="{self.top}" y2="{self.bottom}" class="grid"/>')
-            parts.append(f'<text x="{x}" y="{self.bottom + 16}" text-anchor="middle">{label}</text>')
-        for tick, label in zip(self.y_ticks, tick_labels(self.y_ticks), strict=True) if y_axis else ():
+            parts.append(
+                f'<line x1="{x}" x2="{x}" y1="{self.top}" y2="{self.bottom}" class="grid"/>'
+            )
+            parts.append(
+                f'<text x="{x}" y="{self.bottom + 16}" text-anchor="middle">{label}</text>'
+            )
+        for tick, label in (
+            zip(self.y_ticks, tick_labels(self.y_ticks), strict=True) if y_axis else ()
+        ):
             y = f"{self.y(tick):.1f}"
-            parts.append(f'<line x1="{self.left}" x2="{self.right}" y1="{y}" y2="{y}" class="grid"/>')
-            parts.append(f'<text x="{self.left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{label}</text>')
+            parts.append(
+                f'<line x1="{self.left}" x2="{self.right}" y1="{y}" y2="{y}" class="grid"/>'
+            )
+            parts.append(
+                f'<text x="{self.left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{label}</text>'
+            )
         middle = (self.left + self.right) / 2
-        parts.append(f'<text x="{middle}" y="{self.bottom + 34}" text-anchor="middle">{html.escape(x_label)}</text>')
+        parts.append(
+            f'<text x="{middle}" y="{self.bottom + 34}" text-anchor="middle">{html.escape(x_label)}</text>'
+        )
         if y_axis:
             at = f"14 {(self.top + self.bottom) / 2:.1f}"
             x, y = at.split()
@@ -147,11 +173,14 @@ def tick_labels(values: np.ndarray) -> list[str]:
     step = float(values[1] - values[0])
     decimals = next((d for d in range(12) if abs(round(step, d) - step) < step * 1e-6), 12)
     texts = (f"{abs(value):,.{decimals}f}".replace(",", "\u202f") for value in values)
-    return [("−" if value < -step / 2 else "") + text for value, text in zip(values, texts, strict=True)]
+    return [
+        ("−" if value < -step / 2 else "") + text for value, text in zip(values, texts, strict=True)
+    ]
 
 
 def thin(line: Line) -> Line:
-    """At most MAX_POINTS points, each the mean of its neighbours, so that noise does not hide the trend."""
+    """At most MAX_POINTS points, each the mean of its neighbours, so that noise does not hide the
+    trend."""
     keep = np.isfinite(line.x) & np.isfinite(line.y)
     x, y = np.asarray(line.x, dtype=np.float64)[keep], np.asarray(line.y, dtype=np.float64)[keep]
     if len(x) > MAX_POINTS:
@@ -161,7 +190,9 @@ def thin(line: Line) -> Line:
 
 def _stroke(i: int, *, dashed: bool = True) -> str:
     dash = DASHES[i % len(DASHES)] if dashed else ""
-    return f'stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="2"' + (f' stroke-dasharray="{dash}"' if dash else "")
+    return f'stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="2"' + (
+        f' stroke-dasharray="{dash}"' if dash else ""
+    )
 
 
 def _fill(i: int) -> str:

@@ -26,8 +26,8 @@ from .runs import Run
 class Report:
     """Everything that is shown, computed once for all forms.
 
-    stores: identity of each store that a student was trained from, by its path. notes: what could not be shown,
-    and why.
+    stores: identity of each store that a student was trained from, by its path. notes: what could
+    not be shown, and why.
     """
 
     runs: Sequence[Run]
@@ -49,7 +49,11 @@ class Report:
 
 def alone(runs: Sequence[Run], ablations: Sequence[Ablation]) -> list[Run]:
     """The finetuned runs that belong to no ablation."""
-    taken = {(ablation.folder / cell.record.finetune).resolve() for ablation in ablations for cell in ablation.cells}
+    taken = {
+        (ablation.folder / cell.record.finetune).resolve()
+        for ablation in ablations
+        for cell in ablation.cells
+    }
     return [run for run in runs if run.kind == "finetune" and run.path not in taken]
 
 
@@ -63,9 +67,9 @@ def make_report(
 ) -> Report:
     """Recomputes every number from the runs' predictions, and draws what there is to draw.
 
-    kinetics: a file of R(2+1)D weights to set beside a student's filters. pair: names of the runs or rows that
-    Figures 5 and 7 show, by default those of the largest gain. open_urls: read stores that a run says are behind URLs.
-    Raises WeightsError, UsageError.
+    kinetics: a file of R(2+1)D weights to set beside a student's filters. pair: names of the runs
+    or rows that Figures 5 and 7 show, by default those of the largest gain. open_urls: read stores
+    that a run says are behind URLs. Raises WeightsError, UsageError.
     """
     chosen = named_pair(pair, runs, ablations) if pair is not None else None
     finetuned = alone(runs, ablations)
@@ -82,7 +86,9 @@ def make_report(
         costs=cost_table(runs),
         ablations=ablations,
         figures=figures,
-        stores={path: store.identity for path, store in stores.items() if store.surveys is not None},
+        stores={
+            path: store.identity for path, store in stores.items() if store.surveys is not None
+        },
         notes=notes + (_not_drawn(chosen, figures) if chosen is not None else []),
     )
 
@@ -106,7 +112,12 @@ def student_table(runs: Sequence[Run]) -> Table | None:
     columns = [Column("run"), Column("student"), Column("teachers"), Column("steps", True)]
     table = Table(
         "Distillation from cached targets",
-        [*columns, Column("loss of last epoch", True), Column("learned, %", True), Column("clips/s", True)],
+        [
+            *columns,
+            Column("loss of last epoch", True),
+            Column("learned, %", True),
+            Column("clips/s", True),
+        ],
     )
     for run in students:
         if not run.finished:
@@ -119,7 +130,11 @@ def student_table(runs: Sequence[Run]) -> Table | None:
             ", ".join(run.heads),
             str(epoch.get("step", DASH)),
             f"{epoch['loss']:.3f}" if epoch.get("loss") is not None else DASH,
-            DASH if run.learned is None else f"{100 * run.learned:.0f}" if run.learned >= 0 else "below 0",
+            DASH
+            if run.learned is None
+            else f"{100 * run.learned:.0f}"
+            if run.learned >= 0
+            else "below 0",
             f"{np.median(rates):.1f}" if len(rates) else DASH,
         )
     table.notes = [LEARNED, *(line for run in students if (line := of_training(run)))]
@@ -129,7 +144,11 @@ def student_table(runs: Sequence[Run]) -> Table | None:
 def of_training(run: Run) -> str:
     """A line where a student's number is of the clips that it was trained on."""
     held_out = run.result.get("learned_by") == "held-out"
-    return "" if run.learned is None or held_out else f"{run.name}: learned is by the loss on its training clips."
+    return (
+        ""
+        if run.learned is None or held_out
+        else f"{run.name}: learned is by the loss on its training clips."
+    )
 
 
 def _architecture(run: Run) -> str:

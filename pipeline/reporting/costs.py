@@ -1,4 +1,5 @@
-"""What the runs cost, and what they did not: forward passes of teachers whose answers were read from the store."""
+"""What the runs cost, and what they did not: forward passes of teachers whose answers were read
+from the store."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
 
 
 def forwards_saved(run: Run) -> int:
-    """Frames × teachers whose logits a student's training has read from the store; 0 of a finetuned run."""
+    """Frames × teachers whose logits a student's training has read from the store; 0 of a finetuned
+    run."""
     if run.kind != "student" or not run.heads:
         return 0
     rule = PickRule.parse(str((run.config.get("targets") or {}).get("picks", "random")))

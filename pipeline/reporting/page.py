@@ -32,7 +32,9 @@ def to_markdown(report: Report) -> str:
     if report.finetuned:
         parts += [report.accuracy.to_markdown(), "### What these numbers show\n"]
         parts += [f"- {markdown_text(line)}" for line in report.findings] + [""]
-    parts += [table.to_markdown() for ablation in report.ablations for table in ablation_tables(ablation)]
+    parts += [
+        table.to_markdown() for ablation in report.ablations for table in ablation_tables(ablation)
+    ]
     parts += [table.to_markdown() for table in (report.students, report.costs) if table is not None]
     for figure in report.figures:
         title = markdown_text(figure.title)
@@ -63,11 +65,16 @@ def to_html(report: Report, version: str) -> str:
         _ablation_section(ablation, take(f"ablation-{number}"), links)
         for number, ablation in enumerate(report.ablations, start=1)
     ]
-    training = "".join(_scroll(table, links) for table in (report.students, report.costs) if table is not None)
+    training = "".join(
+        _scroll(table, links) for table in (report.students, report.costs) if table is not None
+    )
     training += take("curves")
     figures = take("")
     sections += [f"<h2>Figures</h2>{figures}" if figures else ""]
-    sections += [f"<h2>Training and costs</h2>{training}" if training else "", _details_section(report)]
+    sections += [
+        f"<h2>Training and costs</h2>{training}" if training else "",
+        _details_section(report),
+    ]
     lead = (
         f"{len(report.runs)} runs, distinit {html.escape(version)}. Every accuracy is recomputed from the run’s "
         "<code>predictions.h5</code>; a run’s name leads to the settings and identities behind it."
@@ -88,7 +95,11 @@ def _findings_section(report: Report, figure: str) -> str:
 
 
 def _ablation_section(ablation: Ablation, figure: str, links: Links) -> str:
-    rows = {cell.record.row: links[cell.run.name] for cell in reversed(ablation.cells) if cell.run is not None}
+    rows = {
+        cell.record.row: links[cell.run.name]
+        for cell in reversed(ablation.cells)
+        if cell.run is not None
+    }
     # The section's heading is what the tables' titles have in common.
     tables = [
         dataclasses.replace(table, title=f"Accuracy on {short_dataset(dataset)}")
@@ -104,8 +115,12 @@ def _figure(figure: Figure, links: Links) -> str:
     """The picture inside the page, its files beside it, and the runs behind it."""
     data = base64.b64encode(figure.svg).decode()
     title, caption = html.escape(figure.title), html.escape(figure.caption)
-    files = " ".join(f'<a href="{FIGURES}/{figure.name}.{kind}">{kind.upper()}</a>' for kind in ("svg", "png"))
-    behind = ", ".join(f'<a href="{links[name]}">{html.escape(name)}</a>' for name in figure.about if name in links)
+    files = " ".join(
+        f'<a href="{FIGURES}/{figure.name}.{kind}">{kind.upper()}</a>' for kind in ("svg", "png")
+    )
+    behind = ", ".join(
+        f'<a href="{links[name]}">{html.escape(name)}</a>' for name in figure.about if name in links
+    )
     about = f" · runs: {behind}" if behind else ""
     table = ""
     if figure.table is not None:
@@ -121,7 +136,10 @@ def _figure(figure: Figure, links: Links) -> str:
 
 def _details_section(report: Report) -> str:
     stores = {path: f"store-{number}" for number, path in enumerate(report.stores, start=1)}
-    places = {str(run.path): (f"#run-{number}", run.name) for number, run in enumerate(report.runs, start=1)}
+    places = {
+        str(run.path): (f"#run-{number}", run.name)
+        for number, run in enumerate(report.runs, start=1)
+    }
     places |= {path: (f"#{anchor}", f"store {path}") for path, anchor in stores.items()}
     runs = [_details(run, number, places) for number, run in enumerate(report.runs, start=1)]
     shown = [
@@ -141,15 +159,23 @@ def _details(run: Run, number: int, places: Mapping[str, tuple[str, str]]) -> st
         verb = "Learned from" if run.kind == "student" else "Began from"
         parts.append(f'<p>{verb} <a href="{origin[0]}">{html.escape(origin[1])}</a>.</p>')
     if run.metrics is not None:
-        parts.append(_reasons("Test videos that could not be read, counted as wrong", run.metrics["failed"]))
-        parts.append(_reasons("Test videos that were tested although damaged", run.metrics["damaged"]))
+        parts.append(
+            _reasons("Test videos that could not be read, counted as wrong", run.metrics["failed"])
+        )
+        parts.append(
+            _reasons("Test videos that were tested although damaged", run.metrics["damaged"])
+        )
         parts.append(f"<div class=scroll>{_class_table(run.metrics['per_class']).to_html()}</div>")
         parts.append(_block("Test protocol", _yaml(run.metrics["protocol"])))
     if run.predictions is not None:
         parts.append(_block("Identity of what was tested", _yaml(run.predictions.identity)))
-    header = {key: value for key, value in run.header.items() if key in ("options", "heads", "meta")}
+    header = {
+        key: value for key, value in run.header.items() if key in ("options", "heads", "meta")
+    }
     if run.kind == "student" and header:
-        header["meta"] = {key: value for key, value in dict(header.get("meta") or {}).items() if key != "classes"}
+        header["meta"] = {
+            key: value for key, value in dict(header.get("meta") or {}).items() if key != "classes"
+        }
         parts.append(_block("Identity of the exported student", _yaml(header)))
     parts.append(_block("Configuration as used", _yaml(run.config)))
     result = {key: value for key, value in run.result.items() if key not in ("metrics", "config")}
@@ -169,7 +195,12 @@ def _reasons(title: str, rows: list[dict[str, str]]) -> str:
 
 
 def _class_table(per_class: dict[str, dict[str, int]]) -> Table:
-    columns = [Column("class"), Column("right", True), Column("test videos", True), Column("top 1, %", True)]
+    columns = [
+        Column("class"),
+        Column("right", True),
+        Column("test videos", True),
+        Column("top 1, %", True),
+    ]
     table = Table("Each class", columns)
     for name, count in per_class.items():
         share = f"{100 * count['right'] / count['videos']:.1f}" if count["videos"] else DASH

@@ -53,7 +53,8 @@ pre { background: var(--band); padding: .7rem; overflow-x: auto; font-size: .8re
 
 
 def document(title: str, lead: str, sections: Iterable[str]) -> str:
-    """A whole page that needs nothing but itself. `title` is text; `lead` and `sections` are HTML."""
+    """A whole page that needs nothing but itself. `title` is text; `lead` and `sections` are
+    HTML."""
     page = (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=generator content=distinit>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
@@ -62,4 +63,6 @@ def document(title: str, lead: str, sections: Iterable[str]) -> str:
         + "\n".join(section for section in sections if section)
         + "\n</body></html>\n"
     )
-    return printable(re.sub(r"(?<=\d) %", "\u00a0%", page), lines=True)  # a line never begins with %
+    return printable(
+        re.sub(r"(?<=\d) %", "\u00a0%", page), lines=True
+    )  # a line never begins with %

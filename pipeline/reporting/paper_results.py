@@ -1,6 +1,8 @@
-"""What the paper has in a table's place: its numbers by row, and the published results that it lists beside its own.
+"""What the paper has in a table's place: its numbers by row, and the published results that it
+lists beside its own.
 
-A plan of ablations gives them, cells.json carries them, a report prints them beside ours: accuracies in per cent.
+A plan of ablations gives them, cells.json carries them, a report prints them beside ours:
+accuracies in per cent.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from ..common.settings import Options
 class Accuracies(Options):
     """What is known of one row and data set, per cent; a plain number is top 1.
 
-    top1, per_clip and top5 are of the splits that the table is of; split1 is top 1 of split 1, where those are several.
+    top1, per_clip and top5 are of the splits that the table is of; split1 is top 1 of split 1,
+    where those are several.
     """
 
     top1: float | None = Field(None, ge=0, le=100)
@@ -27,7 +30,11 @@ class Accuracies(Options):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, given: Any) -> Any:
-        return {"top1": given} if isinstance(given, int | float) and not isinstance(given, bool) else given
+        return (
+            {"top1": given}
+            if isinstance(given, int | float) and not isinstance(given, bool)
+            else given
+        )
 
     @model_validator(mode="after")
     def _some(self) -> Accuracies:
@@ -48,12 +55,17 @@ class Published(Options):
     @property
     def label(self) -> str:
         """`C3D, custom network, 16 frames, from scratch`, as far as it is known."""
-        frames = None if self.frames is None else f"{self.frames} frame{'s' if self.frames > 1 else ''}"
-        return ", ".join(part for part in (self.name, self.network, frames, self.pretraining) if part)
+        frames = (
+            None if self.frames is None else f"{self.frames} frame{'s' if self.frames > 1 else ''}"
+        )
+        return ", ".join(
+            part for part in (self.name, self.network, frames, self.pretraining) if part
+        )
 
 
 class PaperNumbers(Options):
-    """Numbers to print beside ours: `rows` by name of a row, then by data set; `published` below our rows.
+    """Numbers to print beside ours: `rows` by name of a row, then by data set; `published` below
+    our rows.
 
     splits: those that the numbers are of, by default the plan's.
     """
@@ -64,7 +76,8 @@ class PaperNumbers(Options):
     splits: list[int] | None = Field(None, min_length=1)
 
     def beside(self, found: Accuracies | None, ours: Collection[int]) -> dict[str, float]:
-        """Measure → number, per cent, of those that stand for the splits `ours`; of other splits none is shown."""
+        """Measure → number, per cent, of those that stand for the splits `ours`; of other splits
+        none is shown."""
         if found is None:
             return {}
         numbers: dict[str, float] = found.model_dump(exclude_none=True)

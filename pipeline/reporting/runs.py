@@ -1,8 +1,8 @@
 """Run folders as a report sees them: what was asked for, what came out, and how training went.
 
-A run folder holds `config.yaml` (one section, named after its command), `metrics.jsonl` (training), and when its
-command is done `result.json`; a finetuned one `predictions.h5` as well. Accuracies are recomputed from the
-predictions; result.json is only believed for what cannot be.
+A run folder holds `config.yaml` (one section, named after its command), `metrics.jsonl` (training),
+and when its command is done `result.json`; a finetuned one `predictions.h5` as well. Accuracies are
+recomputed from the predictions; result.json is only believed for what cannot be.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class _Header(Form):
 
 
 class _Logged(Form):
-    """The members of a line of metrics.jsonl that a report requires; other numbers may be missing or null."""
+    """The members of a line of metrics.jsonl that a report requires; other numbers may be missing
+    or null."""
 
     what = "a record of a training"
 
@@ -113,7 +114,8 @@ class _Logged(Form):
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `metrics` and `predictions` are None where the run has not been evaluated (yet)."""
+    """One run folder. `metrics` and `predictions` are None where the run has not been evaluated
+    (yet)."""
 
     name: str
     path: Path
@@ -126,10 +128,15 @@ class Run:
 
     @property
     def init(self) -> str:
-        """How the backbone began: `scratch`, `inflate:…`, `kinetics…`, or the name of the run or file it came from."""
+        """How the backbone began: `scratch`, `inflate:…`, `kinetics…`, or the name of the run or
+        file it came from."""
         typed = str(self.config.get("init", "scratch"))
         kind, colon, where = typed.partition(":")
-        return f"{kind}:{short_path(where)}" if colon and kind in ("inflate", "kinetics") else short_path(typed)
+        return (
+            f"{kind}:{short_path(where)}"
+            if colon and kind in ("inflate", "kinetics")
+            else short_path(typed)
+        )
 
     @property
     def dataset(self) -> str:
@@ -146,7 +153,9 @@ class Run:
     @property
     def model(self) -> Path:
         """The exported model, of a finished run."""
-        return self.path / ("student.safetensors" if self.kind == "student" else "model.safetensors")
+        return self.path / (
+            "student.safetensors" if self.kind == "student" else "model.safetensors"
+        )
 
     @property
     def finished(self) -> bool:
@@ -155,7 +164,8 @@ class Run:
 
     @property
     def header(self) -> dict[str, Any]:
-        """Return the metadata in the header of the exported model; empty if no model was exported yet.
+        """Return the metadata in the header of the exported model; empty if no model was exported
+        yet.
 
         Raises:
             CheckpointError: The file is damaged, or its header has another form.
@@ -182,7 +192,8 @@ class Run:
 
     @property
     def learned(self) -> float | None:
-        """How far a student came from a constant guess (0) to its targets (1), by held-out clips if there are any."""
+        """How far a student came from a constant guess (0) to its targets (1), by held-out clips if
+        there are any."""
         value = self.result.get("learned")
         return float(value) if isinstance(value, int | float) else None
 
@@ -210,13 +221,15 @@ def find_runs(
     ablations: Collection[Path] = (),
     problems: list[str] | None = None,
 ) -> list[Run]:
-    """The runs in these folders, each itself a run or a folder of runs, in the order given, then by name.
+    """The runs in these folders, each itself a run or a folder of runs, in the order given, then by
+    name.
 
-    names: of runs that have one, by their resolved folders; these runs come last, in this order. ablations: resolved
-    folders of ablations, whose steps without a name are an earlier plan's and do not count; they may hold no run.
-    problems: takes a line for each run that cannot be read, which is left out; without it, or where no run can be
-    read, the first such error is raised.
-    Raises SourceError where a folder does not exist, or holds no run and is not of an ablation; and as `read_run`.
+    names: of runs that have one, by their resolved folders; these runs come last, in this order.
+    ablations: resolved folders of ablations, whose steps without a name are an earlier plan's and
+    do not count; they may hold no run.
+    problems: takes a line for each run that cannot be read, which is left out; without it, or where
+    no run can be read, the first such error is raised. Raises SourceError where a folder does not
+    exist, or holds no run and is not of an ablation; and as `read_run`.
     """
     found: dict[Path, Path] = {}
     for folder in folders:
@@ -304,7 +317,16 @@ def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
     file = path / "predictions.h5"
     if kind == "finetune" and result and is_regular_file(file, inside):
         metrics, predictions = metrics_from_file(file), Predictions.read(file)
-    run = Run(name, path, kind, section, result, metrics, predictions, _read_history(path / "metrics.jsonl", inside))
+    run = Run(
+        name,
+        path,
+        kind,
+        section,
+        result,
+        metrics,
+        predictions,
+        _read_history(path / "metrics.jsonl", inside),
+    )
     for weights in (run.model, path / START):
         if is_regular_file(weights, inside):
             check_seal(weights, CheckpointError)
@@ -313,7 +335,8 @@ def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
 
 
 def _read_history(file: Path, inside: Path) -> list[dict[str, Any]]:
-    """Return kind, step and numbers of each line of metrics.jsonl, without a last line that is only half written."""
+    """Return kind, step and numbers of each line of metrics.jsonl, without a last line that is only
+    half written."""
     records = []
     for number, line in enumerate(read_bytes(file, inside).splitlines(), start=1):
         try:
@@ -321,13 +344,18 @@ def _read_history(file: Path, inside: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
         record = require_form(content, _Logged, f"{file}: line {number}")
-        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and _drawable(value)}
+        numbers = {
+            key: value
+            for key, value in record.items()
+            if isinstance(value, int | float) and _drawable(value)
+        }
         records.append({**numbers, "kind": record["kind"]})
     return records
 
 
 def _drawable(value: float) -> bool:
-    """Return whether a number can be drawn: a diverged loss may be so large that arithmetic on axes overflows."""
+    """Return whether a number can be drawn: a diverged loss may be so large that arithmetic on axes
+    overflows."""
     return math.isfinite(value) and abs(value) < 1e30
 
 
@@ -336,5 +364,3 @@ def short_path(path: str) -> str:
     p = Path(path)
     generic = p.suffix in (".safetensors", ".pt") and p.stem in ("student", "model", "last", "best")
     return (p.parent if generic else p).name or path
-
-

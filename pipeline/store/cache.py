@@ -1,12 +1,13 @@
 """The folder that keeps what was read from stores behind URLs.
 
-    CACHE/stores/<place>-<store id>/tables/<digest of plans>/<array>/…   columns of the tables, as these plans name them
-    CACHE/stores/<place>-<store id>/shards/<2 digits>/<digest>           a shard file whose digest was checked
-    CACHE/stores/<place>-<store id>/shards/<2 digits>/<digest>.part      one of which ranges are still missing; sparse
+    CACHE/stores/<place>-<store id>/tables/<digest of plans>/<array>/…   columns of the tables, as
+    these plans name them CACHE/stores/<place>-<store id>/shards/<2 digits>/<digest>           a
+    shard file whose digest was checked CACHE/stores/<place>-<store id>/shards/<2
+    digits>/<digest>.part      one of which ranges are still missing; sparse
 
-<place> is the digest of the store's URL. So a store gives rows only to itself, whatever digests another one claims. A
-name that a store gives becomes the name of a file only in the form that docs/store-format.md defines, and no link in
-the cache is followed.
+<place> is the digest of the store's URL. So a store gives rows only to itself, whatever digests
+another one claims. A name that a store gives becomes the name of a file only in the form that
+docs/store-format.md defines, and no link in the cache is followed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
 
 
 def require_name(path: str, store: str) -> str:
-    """Return the path of a file in a store; StoreError if a store's own words made it lead elsewhere."""
+    """Return the path of a file in a store; StoreError if a store's own words made it lead
+    elsewhere."""
     if not NAME.fullmatch(path):
         raise StoreError(f"{store}: {path[:200]!r} is not the name of a file of a store")
     return path
@@ -48,7 +50,9 @@ def require_name(path: str, store: str) -> str:
 def require_digest(text: object, store: str) -> str:
     """Return a digest or a store's id; StoreError if it is not 32 hexadecimal digits."""
     if not isinstance(text, str) or not DIGEST.fullmatch(text):
-        raise StoreError(f"{store}: {str(text)[:200]!r} is not a digest, which has 32 hexadecimal digits")
+        raise StoreError(
+            f"{store}: {str(text)[:200]!r} is not a digest, which has 32 hexadecimal digits"
+        )
     return text
 
 
@@ -81,7 +85,8 @@ class StoreCache:
         shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, fresh: Path, state: str, path: str, files: Iterable[str]) -> None:
-        """Give a column its name; if it exists, by this or another process, let it have these files."""
+        """Give a column its name; if it exists, by this or another process, let it have these
+        files."""
         try:
             os.rename(fresh, self.table(state, path))
         except OSError:
@@ -96,7 +101,8 @@ class StoreCache:
             self.remove(fresh)
 
     def open_shard(self, digest: str, size: int) -> int:
-        """Return a descriptor of the shard file of this digest: whole, or with holes where nothing was read yet."""
+        """Return a descriptor of the shard file of this digest: whole, or with holes where nothing
+        was read yet."""
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         file = self._folder("shards", digest[:2]) / digest
         try:
@@ -117,13 +123,17 @@ class StoreCache:
         return fd
 
     def write(self, fd: int, data: bytes, offset: int) -> None:
-        """Write bytes into a shard file. If the disk is full, reading continues without the cache."""
+        """Write bytes into a shard file. If the disk is full, reading continues without the
+        cache."""
         try:
             os.pwrite(fd, data, offset)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise self.error(error) from error
-            warnings.warn(f"{self.root}: the disk is full, targets are fetched without being kept", stacklevel=2)
+            warnings.warn(
+                f"{self.root}: the disk is full, targets are fetched without being kept",
+                stacklevel=2,
+            )
 
     def name_whole(self, digest: str) -> None:
         """Give a shard file whose digest was checked its name."""
@@ -134,7 +144,9 @@ class StoreCache:
     def error(self, error: OSError) -> StoreError:
         """Return what to raise where the cache cannot be used."""
         why = error.strerror or error
-        return StoreError(f"{self.root}: the cache cannot be written ({why}); DISTINIT_CACHE names another folder")
+        return StoreError(
+            f"{self.root}: the cache cannot be written ({why}); DISTINIT_CACHE names another folder"
+        )
 
     def _folder(self, *names: str) -> Path:
         """Return a folder in the cache, made if need be; none is reached through a link."""

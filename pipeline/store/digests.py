@@ -1,8 +1,9 @@
 """Digests that a store holds of its own nodes and tables, so that no flipped bit goes unseen.
 
-Shard files have their digests in commits. Everything else is covered here: each `zarr.json` ends with a digest of
-itself, and each plan holds digests of the table rows that it adds. Both are optional in format version 1
-(docs/store-format.md): stores of version 0.1 have none, and what exists is checked.
+Shard files have their digests in commits. Everything else is covered here: each `zarr.json` ends
+with a digest of itself, and each plan holds digests of the table rows that it adds. Both are
+optional in format version 1 (docs/store-format.md): stores of version 0.1 have none, and what
+exists is checked.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def digest_bytes(data: bytes) -> str:
 
 
 def seal(document: Mapping[str, Any]) -> bytes:
-    """Return the text of a zarr.json that ends with a digest of all its other bytes, under `attributes.distinit`."""
+    """Return the text of a zarr.json that ends with a digest of all its other bytes, under
+    `attributes.distinit`."""
     attributes = document.get("attributes", {})
     record = _without(attributes.get(KEY, {}), DIGEST)
     attributes = {**_without(attributes, KEY), KEY: {**record, DIGEST: "0" * 32}}
@@ -73,8 +75,8 @@ def check_document(where: str, text: bytes, *, required: bool = False) -> dict[s
         required: whether it must have a digest.
 
     Raises:
-        StoreError: names `where` if the text is not JSON of an object, differs from its digest, or has none although
-            that is `required`.
+        StoreError: names `where` if the text is not JSON of an object, differs from its digest, or
+            has none although that is `required`.
     """
     corrupt: StoreError | None = None
     try:
@@ -105,14 +107,18 @@ def _has_digest(document: Mapping[str, Any]) -> bool:
 
 
 def digest_rows(values: NDArray[Any]) -> str:
-    """Return the digest of rows of a table column: little-endian numbers, or texts in UTF-8 with a zero byte each."""
+    """Return the digest of rows of a table column: little-endian numbers, or texts in UTF-8 with a
+    zero byte each."""
     if values.dtype.kind in "OTU":
-        return digest_bytes("".join(f"{text}\0" for text in values.tolist()).encode("utf-8", "surrogatepass"))
+        return digest_bytes(
+            "".join(f"{text}\0" for text in values.tolist()).encode("utf-8", "surrogatepass")
+        )
     return digest_bytes(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes())
 
 
 def split_ranges(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
-    """Return rows [start, stop) as ranges that cross no border of chunks: a chunk is written in one act."""
+    """Return rows [start, stop) as ranges that cross no border of chunks: a chunk is written in one
+    act."""
     borders = [start, *range((start // chunk + 1) * chunk, stop, chunk), stop]
     return list(pairwise(borders)) if stop > start else []
 
@@ -120,8 +126,8 @@ def split_ranges(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
 def ranges_of(plans: Iterable[Mapping[str, Any]]) -> Ranges:
     """Collect the digests that plans give to rows of tables.
 
-    Rows that a plan identifies again may hold what they held before or what they hold now: the plan is written first,
-    and a kill may have come between.
+    Rows that a plan identifies again may hold what they held before or what they hold now: the plan
+    is written first, and a kill may have come between.
     """
     ranges: Ranges = {}
     for plan in plans:
@@ -132,17 +138,23 @@ def ranges_of(plans: Iterable[Mapping[str, Any]]) -> Ranges:
 
 
 def read_rows(files: StoreFiles, path: str, start: int, stop: int, ranges: Ranges) -> NDArray[Any]:
-    """Read rows [start, stop) of a table column, checked against the digests of the ranges that lie in them.
+    """Read rows [start, stop) of a table column, checked against the digests of the ranges that lie
+    in them.
 
     Raises:
-        StoreError: names the column or its file if it is missing, too short, cannot be decoded or differs.
+        StoreError: names the column or its file if it is missing, too short, cannot be decoded or
+            differs.
     """
     try:
-        return checked_rows(f"{files.name}/{path}", files.table(path), start, stop, ranges.get(path, {}))
+        return checked_rows(
+            f"{files.name}/{path}", files.table(path), start, stop, ranges.get(path, {})
+        )
     except StoreError:
         if not files.forget(path):
             raise
-        return checked_rows(f"{files.name}/{path}", files.table(path), start, stop, ranges.get(path, {}))
+        return checked_rows(
+            f"{files.name}/{path}", files.table(path), start, stop, ranges.get(path, {})
+        )
 
 
 def checked_rows(
@@ -158,13 +170,20 @@ def checked_rows(
         file = _unreadable_chunk(array, start, stop)
         raise StoreError(f"{where}/{file}: cannot be decoded ({in_one_line(error)})") from error
     for (first, end), digests in ranges.items():
-        if start <= first and end <= stop and digest_rows(values[first - start : end - start]) not in digests:
-            raise StoreError(f"{where}: rows {first} to {end} differ from what was written (digest)")
+        if (
+            start <= first
+            and end <= stop
+            and digest_rows(values[first - start : end - start]) not in digests
+        ):
+            raise StoreError(
+                f"{where}: rows {first} to {end} differ from what was written (digest)"
+            )
     return values
 
 
 def _check_sizes(where: str, array: zarr.Array, start: int, stop: int) -> None:
-    """Raise StoreError for a chunk of rows [start, stop) that would unpack to more than its rows can take."""
+    """Raise StoreError for a chunk of rows [start, stop) that would unpack to more than its rows
+    can take."""
     meta: dict[str, Any] = array.metadata.to_dict()
     folder: Any = array.store  # of a folder
     most = largest_chunk(meta)
@@ -177,13 +196,22 @@ def _check_sizes(where: str, array: zarr.Array, start: int, stop: int) -> None:
             continue
         unpacked = unpacked_bytes(head) if packed else size
         if unpacked is None or max(size, unpacked) > most:
-            found = "does not say how much it holds" if unpacked is None else f"holds {max(size, unpacked)} bytes"
-            raise StoreError(f"{where}/{key}: cannot be decoded ({found}, at most {most} are allowed)")
+            found = (
+                "does not say how much it holds"
+                if unpacked is None
+                else f"holds {max(size, unpacked)} bytes"
+            )
+            raise StoreError(
+                f"{where}/{key}: cannot be decoded ({found}, at most {most} are allowed)"
+            )
 
 
 def _chunk_keys(array: zarr.Array, start: int, stop: int) -> list[str]:
     rows, rest = array.chunks[0], [0] * (len(array.shape) - 1)
-    return [array.metadata.encode_chunk_key((chunk, *rest)) for chunk in range(start // rows, -(-stop // rows))]
+    return [
+        array.metadata.encode_chunk_key((chunk, *rest))
+        for chunk in range(start // rows, -(-stop // rows))
+    ]
 
 
 def _unreadable_chunk(array: zarr.Array, start: int, stop: int) -> str:

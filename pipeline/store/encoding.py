@@ -1,8 +1,10 @@
-"""How logits are kept: float16 as they are, or int8 with a scale and an offset a row, half the size.
+"""How logits are kept: float16 as they are, or int8 with a scale and an offset a row, half the
+size.
 
-int8 maps a row's smallest logit to −128 and its largest to 127, both exactly: z ≈ offset + scale · q. Of a symmetric
-scale alone the steps are larger by half, where it matters most, at the top (docs/stores.md). Entropies never come
-from what is kept here, but from the teacher's float32 logits.
+int8 maps a row's smallest logit to −128 and its largest to 127, both exactly: z ≈ offset + scale ·
+q. Of a symmetric scale alone the steps are larger by half, where it matters most, at the top
+(docs/stores.md). Entropies never come from what is kept here, but from the teacher's float32
+logits.
 
 Shapes: n rows, K classes.
 """
@@ -21,7 +23,8 @@ Encoding = Literal["float16", "int8"]
 ENCODINGS: tuple[str, ...] = get_args(Encoding)
 DEFAULT: Encoding = "float16"
 LARGEST = float(np.finfo(np.float16).max)
-"""The largest magnitude of a logit that is kept, whatever the encoding: every store can become a float16 one."""
+"""The largest magnitude of a logit that is kept, whatever the encoding: every store can become a
+float16 one."""
 
 
 def check_encoding(name: object, where: str) -> Encoding:
@@ -48,14 +51,19 @@ def storable(logits: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def encode(logits: NDArray[np.float32], encoding: Encoding) -> dict[str, NDArray[Any]]:
-    """Arrays of `arrays_of(encoding)`, a row each of `logits` [n, K]; rows that are not storable become fill."""
+    """Arrays of `arrays_of(encoding)`, a row each of `logits` [n, K]; rows that are not storable
+    become fill."""
     good = storable(logits)
     z = logits if good.all() else np.where(good[:, None], logits, np.float32(np.nan))
     if encoding == "float16":
         return {"logits": z.astype(np.float16)}
-    low, high = z.min(axis=1, initial=np.inf).astype(np.float64), z.max(axis=1, initial=-np.inf).astype(np.float64)
+    low, high = (
+        z.min(axis=1, initial=np.inf).astype(np.float64),
+        z.max(axis=1, initial=-np.inf).astype(np.float64),
+    )
     scale = ((high - low) / 255).astype(np.float32)
-    # From the rounded scale, so that the largest logit, which has the most weight, is met whatever the scale lost.
+    # From the rounded scale, so that the largest logit, which has the most weight, is met whatever
+    # the scale lost.
     offset = (high - 127 * scale.astype(np.float64)).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = np.rint((z - offset[:, None]) / scale[:, None])
@@ -82,14 +90,17 @@ def rounding(arrays: Mapping[str, NDArray[Any]], encoding: Encoding) -> NDArray[
     """The most by which a kept logit of each row is off [n]."""
     if encoding == "int8":
         return np.asarray(arrays["scale"] / 2, np.float32)
-    return np.asarray(np.abs(arrays["logits"].astype(np.float32)).max(axis=1, initial=0) * 2**-11, np.float32)
+    return np.asarray(
+        np.abs(arrays["logits"].astype(np.float32)).max(axis=1, initial=0) * 2**-11, np.float32
+    )
 
 
 def divergence(logits: NDArray[np.float32], kept: NDArray[np.float32]) -> NDArray[np.float32]:
     """KL of softmax(kept) from softmax(logits) at τ = 1, in nats [n]: the error of an encoding.
 
-    With p the first and d = kept − logits, KL = log Σ p exp d − Σ p d. Shifted so that Σ p d = 0, that is
-    log1p Σ p (exp d − 1 − d), a sum of small terms of one sign: float32 resolves even float16's 1e-6.
+    With p the first and d = kept − logits, KL = log Σ p exp d − Σ p d. Shifted so that Σ p d = 0,
+    that is log1p Σ p (exp d − 1 − d), a sum of small terms of one sign: float32 resolves even
+    float16's 1e-6.
     """
     p = np.exp(logits - logits.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
@@ -106,14 +117,17 @@ def error_record(values: NDArray[np.floating[Any]]) -> dict[str, Any]:
     """What a commit says of its rows' divergences: mean and 99th percentile, null without rows."""
     if len(values) == 0:
         return {"kl_mean": None, "kl_p99": None}
-    return {"kl_mean": float(values.mean()), "kl_p99": float(np.quantile(values, 0.99, method="higher"))}
+    return {
+        "kl_mean": float(values.mean()),
+        "kl_p99": float(np.quantile(values, 0.99, method="higher")),
+    }
 
 
 def total_error(records: list[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
     """Errors of several commits, (rows, record) each, as one.
 
-    The mean is exact. The percentile is the largest of them, an upper bound: where at most 1 % of each commit's
-    rows lie above a value, at most 1 % of all do.
+    The mean is exact. The percentile is the largest of them, an upper bound: where at most 1 % of
+    each commit's rows lie above a value, at most 1 % of all do.
     """
     known = [(n, r) for n, r in records if n and r["kl_mean"] is not None]
     rows = sum(n for n, _ in known)
@@ -123,4 +137,3 @@ def total_error(records: list[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
         "kl_mean": sum(n * r["kl_mean"] for n, r in known) / rows,
         "kl_p99": max(r["kl_p99"] for _, r in known),
     }
-

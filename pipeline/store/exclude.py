@@ -16,8 +16,8 @@ from .reader import TargetStore
 
 @dataclass(frozen=True)
 class Exclusion:
-    """Videos of a store that are left out, ids ascending. wanted: how many `source` names; digest: SHA-256 of which
-    they are, whatever their order, which a resumed run must share."""
+    """Videos of a store that are left out, ids ascending. wanted: how many `source` names; digest:
+    SHA-256 of which they are, whatever their order, which a resumed run must share."""
 
     store: TargetStore
     source: str
@@ -41,15 +41,18 @@ class Exclusion:
         """The videos that are not left out; UsageError where there are none."""
         kept = videos[~np.isin(videos, self.videos)]
         if len(kept) == 0:
-            raise UsageError(f"leave_out: {self.source} names every video of {self.store.name} that could be drawn")
+            raise UsageError(
+                f"leave_out: {self.source} names every video of {self.store.name} that could be drawn"
+            )
         return kept
 
 
 def leave_out_list(store: TargetStore, path: str) -> Exclusion:
-    """The videos that a list names, CORPUS/PATH each; a line that begins with # is a comment unless the store has it.
+    """The videos that a list names, CORPUS/PATH each; a line that begins with # is a comment unless
+    the store has it.
 
-    UsageError for a list that names nothing, and for a line that names no video of the store (a list with a slip in
-    it would leave a test video in).
+    UsageError for a list that names nothing, and for a line that names no video of the store (a
+    list with a slip in it would leave a test video in).
     """
     try:
         lines = [line.strip() for line in read_text(path).split("\n")]
@@ -70,5 +73,7 @@ def leave_out_list(store: TargetStore, path: str) -> Exclusion:
             f"a line is CORPUS/PATH, as in {example!r}; of a file of labels take csv:{path}"
         )
     if not found:
-        raise UsageError(f"leave_out: {path} names no video; a line is CORPUS/PATH, as in {example!r}")
+        raise UsageError(
+            f"leave_out: {path} names no video; a line is CORPUS/PATH, as in {example!r}"
+        )
     return Exclusion.of(store, path, found, len(found))

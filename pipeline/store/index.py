@@ -1,4 +1,5 @@
-"""What a store's plans and commits say, as arrays: which rows of which video exist, and every status.
+"""What a store's plans and commits say, as arrays: which rows of which video exist, and every
+status.
 
 Shapes: S segments, V videos.
 """
@@ -63,14 +64,18 @@ class StoreIndex:
     teachers: dict[str, TeacherCommits]
     ranges: Ranges
     broken: list[tuple[str, int | None, str | None]] = field(default_factory=list)
-    """Of a store opened as damaged: what is wrong with its nodes and tables, in which shard, of which teacher."""
+    """Of a store opened as damaged: what is wrong with its nodes and tables, in which shard, of
+    which teacher."""
 
     def file_record(self, path: str, shard: int) -> dict[str, Any] | None:
-        """Size and digest that commits give to the file of a shard of the array `path`; None if it has none."""
+        """Size and digest that commits give to the file of a shard of the array `path`; None if it
+        has none."""
         _, name, *_ = path.split("/")
         commits = self.frame_commits if path.startswith("frames/") else self.teachers[name].commits
         files = commits[shard]["files"] if shard in commits else {}
-        return next((record for file, record in files.items() if file.startswith(f"{path}/c/{shard}")), None)
+        return next(
+            (record for file, record in files.items() if file.startswith(f"{path}/c/{shard}")), None
+        )
 
     @property
     def live(self) -> NDArray[np.bool_]:
@@ -92,12 +97,15 @@ class StoreIndex:
         has = np.zeros(self.n_videos, bool)
         has[self.video[ids]] = True
         state[~has] = PENDING
-        state[self.video[ids[(self.state[ids] == PENDING) | (self.state[ids] == OVERFLOWED)]]] = PENDING
+        state[self.video[ids[(self.state[ids] == PENDING) | (self.state[ids] == OVERFLOWED)]]] = (
+            PENDING
+        )
         state[self.video[ids[self.state[ids] == FAILED]]] = FAILED
         return state
 
     def teacher_state(self, name: str) -> NDArray[np.int8]:
-        """ok, failed or pending of each video under one teacher [V]; failed frames fail every teacher."""
+        """ok, failed or pending of each video under one teacher [V]; failed frames fail every
+        teacher."""
         state = self.video_state()
         teacher = self.teachers[name]
         ids = np.flatnonzero(self.live & (self.state == OK))
@@ -120,25 +128,36 @@ class StoreIndex:
 def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex:
     """Read plans and commits of a store; StoreError where they contradict the arrays.
 
-    StoreError also for a store in a folder of which `losses` tells, unless `damaged`: for those who look for damage.
+    StoreError also for a store in a folder of which `losses` tells, unless `damaged`: for those who
+    look for damage.
     """
     files = store_files(where)
     attributes = fmt.check_root(files)
     broken: list[tuple[str, int | None, str | None]] = []
 
-    def read(group: str, names: Iterable[str], teacher: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    def read(
+        group: str, names: Iterable[str], teacher: str | None = None
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield nodes by name; a damaged one is an error, or an entry of `broken` if `damaged`."""
         wrong: dict[str, str] | None = {} if damaged else None
         yield from fmt.read_nodes(files, group, names, broken=wrong).items()
         for name, what in (wrong or {}).items():
-            broken.append((what, int(name), teacher) if group.startswith("commits/") else (what, None, name))
+            broken.append(
+                (what, int(name), teacher) if group.startswith("commits/") else (what, None, name)
+            )
 
     wrong: dict[str, str] | None = {} if damaged else None
     plans = fmt.read_plans(files, broken=wrong)
     broken += [(what, None, None) for what in (wrong or {}).values()]
-    lost = list(islice(losses(files, plans), 1 if not damaged else None)) if isinstance(files, LocalFiles) else []
+    lost = (
+        list(islice(losses(files, plans), 1 if not damaged else None))
+        if isinstance(files, LocalFiles)
+        else []
+    )
     if lost and not damaged:
-        raise StoreError(f"{files.name}: {lost[0]}; `distinit targets verify {files.name}` says what else is damaged")
+        raise StoreError(
+            f"{files.name}: {lost[0]}; `distinit targets verify {files.name}` says what else is damaged"
+        )
     broken += [(what, None, None) for what in lost]
     if len(lost) >= MANY_LOST:  # no numbers of plans without data are made into arrays
         plans = []
@@ -155,7 +174,10 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
             raise
         # Without its segments nothing can be said of any shard.
         broken.append((str(error), None, None))
-        n_shards, table = 0, {spec.path.split("/")[1]: np.zeros(0, np.int64) for spec in fmt.segment_specs()}
+        n_shards, table = (
+            0,
+            {spec.path.split("/")[1]: np.zeros(0, np.int64) for spec in fmt.segment_specs()},
+        )
     zeros = np.zeros(len(table["video"]), np.int64)
     index = StoreIndex(
         n_videos=n_videos, n_shards=n_shards, shard_rows=int(attributes.get("shard_rows") or 0),
@@ -176,8 +198,12 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
         if name not in nodes:
             if damaged:
                 continue
-            raise StoreError(f"{files.name}/teachers/{name}: a plan names this teacher, but it is missing")
-        encoding = check_encoding(nodes[name].get("encoding"), f"{files.name}/teachers/{name}/zarr.json")
+            raise StoreError(
+                f"{files.name}/teachers/{name}: a plan names this teacher, but it is missing"
+            )
+        encoding = check_encoding(
+            nodes[name].get("encoding"), f"{files.name}/teachers/{name}/zarr.json"
+        )
         index.teachers[name] = TeacherCommits(encoding)
         for shard, node in read(f"commits/teachers/{name}", shards, name):
             try:
@@ -195,29 +221,41 @@ def _segments(
     """Return the segment table [S] as the plans speak of it."""
     n_segments = max((p.get("segments", 0) for p in plans), default=0)
     if n_shards > n_segments:
-        raise StoreError(f"{files.name}/plans: speak of {n_shards} shards, but of only {n_segments} segments")
+        raise StoreError(
+            f"{files.name}/plans: speak of {n_shards} shards, but of only {n_segments} segments"
+        )
     table = {
-        spec.path.split("/")[1]: read_rows(files, spec.path, 0, n_segments, ranges).astype(np.int64, copy=False)
+        spec.path.split("/")[1]: read_rows(files, spec.path, 0, n_segments, ranges).astype(
+            np.int64, copy=False
+        )
         for spec in fmt.segment_specs()
     }
     for kind, count in (("video", n_videos), ("shard", n_shards), ("replaces", n_segments)):
         if ((table[kind] < (-1 if kind == "replaces" else 0)) | (table[kind] >= count)).any():
             # A chunk that is lost, above all.
-            raise StoreError(f"{files.name}/segments/{kind}: damaged, names a {kind} that is not planned")
+            raise StoreError(
+                f"{files.name}/segments/{kind}: damaged, names a {kind} that is not planned"
+            )
     return table
 
 
 def losses(files: LocalFiles, plans: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield what a store in a folder has lost of its plans and of the tables. To a reader neither is an error: what a
-    plan that is missing speaks of does not exist, and a chunk that is missing is fill, a video without a name.
-    At most `MANY_LOST` of each kind.
+    """Yield what a store in a folder has lost of its plans and of the tables. To a reader neither
+    is an error: what a plan that is missing speaks of does not exist, and a chunk that is missing
+    is fill, a video without a name. At most `MANY_LOST` of each kind.
     """
     folders = [p for p in (files.root / "plans").glob("*") if p.name.isascii() and p.name.isdigit()]
     numbers = sorted({int(p.name) for p in folders if (p / "zarr.json").exists()})
     last = max((int(p.name) for p in folders), default=-1)
     gaps = (range(a + 1, b) for a, b in pairwise([-1, *numbers, last + 1]))
-    yield from (f"plans/{number:06d} is missing" for number in islice(chain.from_iterable(gaps), MANY_LOST))
-    for column, count in (("videos/path", "videos"), ("videos/corpus", "videos"), ("segments/video", "segments")):
+    yield from (
+        f"plans/{number:06d} is missing" for number in islice(chain.from_iterable(gaps), MANY_LOST)
+    )
+    for column, count in (
+        ("videos/path", "videos"),
+        ("videos/corpus", "videos"),
+        ("segments/video", "segments"),
+    ):
         # No video and no segment has fill here.
         array = files.table(column)
         chunks = range(-(-max((p.get(count, 0) for p in plans), default=0) // array.chunks[0]))
@@ -227,24 +265,40 @@ def losses(files: LocalFiles, plans: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: str = "") -> None:
-    """Enter one commit of frame tables; StoreError if its segments, rows or files are not those of the shard."""
+    """Enter one commit of frame tables; StoreError if its segments, rows or files are not those of
+    the shard."""
     where = f"{root}commits/frames/{shard:06d}/zarr.json"
     # As arrays: of a million videos the lists would take 200 MB.
     if not isinstance(node["segment"], np.ndarray):
-        node = {**node, **{key: np.asarray(node[key], np.int64) for key in ("segment", "first_row", "rows", "frames")}}
+        node = {
+            **node,
+            **{
+                key: np.asarray(node[key], np.int64)
+                for key in ("segment", "first_row", "rows", "frames")
+            },
+        }
     check_files(where, node["files"], fmt.FRAME_TABLES, shard, "frames")
     ids = node["segment"]
     _check_planned(index, where, shard, ids)
-    if max((node["first_row"] + node["rows"]).max(initial=0), node["rows"].sum()) > index.shard_rows:
+    if (
+        max((node["first_row"] + node["rows"]).max(initial=0), node["rows"].sum())
+        > index.shard_rows
+    ):
         raise StoreError(f"{where}: its rows do not fit the {index.shard_rows} of a shard")
-    texts = {key: {int(s): v for s, v in node[key].items()} for key in ("failed", "notes", "overflow")}
+    texts = {
+        key: {int(s): v for s, v in node[key].items()} for key in ("failed", "notes", "overflow")
+    }
     if more := [*texts["failed"], *texts["notes"], *texts["overflow"], *node["counted"]]:
         _check_planned(index, where, shard, more)
     index.row[ids] = node["first_row"] + shard * index.shard_rows
     index.rows[ids] = node["rows"]
     index.frames[ids] = node["frames"]
     index.state[ids] = OK
-    for target, key in ((index.reason, "failed"), (index.note, "notes"), (index.overflow, "overflow")):
+    for target, key in (
+        (index.reason, "failed"),
+        (index.note, "notes"),
+        (index.overflow, "overflow"),
+    ):
         target.update(texts[key])
     for key, state in (("failed", FAILED), ("overflow", OVERFLOWED)):
         if texts[key]:
@@ -253,13 +307,19 @@ def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: 
     index.frame_commits[shard] = node
 
 
-def add_teacher_commit(index: StoreIndex, name: str, shard: int, node: dict[str, Any], root: str = "") -> None:
+def add_teacher_commit(
+    index: StoreIndex, name: str, shard: int, node: dict[str, Any], root: str = ""
+) -> None:
     """Enter one commit of a teacher's rows; StoreError as `add_frame_commit`."""
     teacher = index.teachers[name]
     where = f"{root}commits/teachers/{name}/{shard:06d}/zarr.json"
-    check_files(where, node["files"], (*arrays_of(teacher.encoding), "entropy"), shard, f"teachers/{name}")
+    check_files(
+        where, node["files"], (*arrays_of(teacher.encoding), "entropy"), shard, f"teachers/{name}"
+    )
     if node["rows"] > index.shard_rows:
-        raise StoreError(f"{where}: speaks of {node['rows']} rows, its shard has {index.shard_rows}")
+        raise StoreError(
+            f"{where}: speaks of {node['rows']} rows, its shard has {index.shard_rows}"
+        )
     failed = {int(s): reason for s, reason in node["failed"].items()}
     if failed:
         _check_planned(index, where, shard, list(failed))
@@ -270,5 +330,7 @@ def add_teacher_commit(index: StoreIndex, name: str, shard: int, node: dict[str,
 
 def _check_planned(index: StoreIndex, where: str, shard: int, segments: ArrayLike) -> None:
     ids: NDArray[Any] = np.asarray(segments, np.int64)
-    if len(ids) and (ids.min() < 0 or ids.max() >= len(index.video) or (index.shard[ids] != shard).any()):
+    if len(ids) and (
+        ids.min() < 0 or ids.max() >= len(index.video) or (index.shard[ids] != shard).any()
+    ):
         raise StoreError(f"{where}: speaks of segments that are not planned in this shard")

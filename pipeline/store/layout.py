@@ -1,9 +1,10 @@
-"""The store's layout on disk, version 1: names, array specs, nodes. docs/store-format.md is the contract.
+"""The store's layout on disk, version 1: names, array specs, nodes. docs/store-format.md is the
+contract.
 
-A store is one Zarr v3 group. Two kinds of node make something exist: a *plan* (rows of the video and
-segment tables) and a *commit* (one shard of the frame tables or of one teacher). Both are Zarr groups
-whose attributes are written in one atomic replacement of their zarr.json, so a reader either sees all of
-it or nothing. Array data that no node speaks of does not exist.
+A store is one Zarr v3 group. Two kinds of node make something exist: a *plan* (rows of the video
+and segment tables) and a *commit* (one shard of the frame tables or of one teacher). Both are Zarr
+groups whose attributes are written in one atomic replacement of their zarr.json, so a reader either
+sees all of it or nothing. Array data that no node speaks of does not exist.
 """
 
 from __future__ import annotations
@@ -34,12 +35,22 @@ TABLE_CHUNK = 256  # rows of the frame tables read together
 VIDEO_CHUNK = 16384  # rows of the video and segment tables
 FINGERPRINT = "fingerprint"  # the node of a teacher's own in its group
 FRAME_TABLES = ("video", "index", "pts")
-GROUPS = ("videos", "segments", "frames", "teachers", "plans", "commits", "commits/frames", "commits/teachers")
+GROUPS = (
+    "videos",
+    "segments",
+    "frames",
+    "teachers",
+    "plans",
+    "commits",
+    "commits/frames",
+    "commits/teachers",
+)
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array: its row shape, type and fill; `rows` arrays are sharded, tables are plain chunks."""
+    """One array: its row shape, type and fill; `rows` arrays are sharded, tables are plain
+    chunks."""
 
     path: str
     dtype: str
@@ -81,15 +92,25 @@ def frame_specs() -> list[ArraySpec]:
 
 
 def teacher_specs(name: str, classes: int, encoding: Encoding = DEFAULT) -> list[ArraySpec]:
-    """The rows of one teacher: the arrays of `encoding` for logits [frame, class]; entropy [frame] in nats."""
+    """The rows of one teacher: the arrays of `encoding` for logits [frame, class]; entropy [frame]
+    in nats."""
     nan, fill = float("nan"), 0 if encoding == "int8" else float("nan")
     logits = ArraySpec(
-        f"teachers/{name}/logits", encoding, fill, ("frame", "class"), (classes,), LOGITS_CHUNK, True
+        f"teachers/{name}/logits",
+        encoding,
+        fill,
+        ("frame", "class"),
+        (classes,),
+        LOGITS_CHUNK,
+        True,
     )
     others = [*arrays_of(encoding)[1:], "entropy"]
     return [
         logits,
-        *(ArraySpec(f"teachers/{name}/{n}", "float32", nan, ("frame",), (), TABLE_CHUNK, True) for n in others),
+        *(
+            ArraySpec(f"teachers/{name}/{n}", "float32", nan, ("frame",), (), TABLE_CHUNK, True)
+            for n in others
+        ),
     ]
 
 
@@ -100,8 +121,8 @@ def create_array(root: Path, spec: ArraySpec, rows: int, shard_rows: int) -> Non
     # Tables are compressed; the crc behind that finds a flipped bit wherever a chunk is read.
     extra: dict[str, Any] = {"compressors": [ZstdCodec(), Crc32cCodec()]}
     if spec.sharded:
-        # No compression: logits shrink by 8 % at most, and reading takes three times as long. A crc in every chunk
-        # finds a flipped bit.
+        # No compression: logits shrink by 8 % at most, and reading takes three times as long. A crc
+        # in every chunk finds a flipped bit.
         extra = {"shards": (shard_rows, *spec.row), "compressors": [Crc32cCodec()], "filters": None}
     group.create_array(
         spec.path,
@@ -123,7 +144,8 @@ def create_classes(group: Path, classes: Sequence[str]) -> None:
 
 
 def seal_array(folder: Path, **changes: Any) -> None:
-    """Replace an array's zarr.json atomically: these members changed, and a digest of itself added."""
+    """Replace an array's zarr.json atomically: these members changed, and a digest of itself
+    added."""
     file = folder / "zarr.json"
     document = check_document(str(file), file.read_bytes())
     temporary = folder / f"zarr.json.{os.getpid()}.partial"
@@ -156,7 +178,8 @@ def fsync_path(path: Path) -> None:
 
 
 def write_node(root: Path, node: str, attributes: Mapping[str, Any]) -> None:
-    """Write a group node (`.` is the root) in one atomic step: made in staging/, synced, renamed into place."""
+    """Write a group node (`.` is the root) in one atomic step: made in staging/, synced, renamed
+    into place."""
     folder = root if node == "." else inside(root, node)
     scratch = inside(root, STAGING) / f"node-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -168,7 +191,8 @@ def write_node(root: Path, node: str, attributes: Mapping[str, Any]) -> None:
         if folder.exists():
             os.replace(temporary, folder / "zarr.json")
         else:
-            # A folder without its zarr.json would be a foreign body in the hierarchy, so both come at once.
+            # A folder without its zarr.json would be a foreign body in the hierarchy, so both come
+            # at once.
             folder.parent.mkdir(parents=True, exist_ok=True)
             os.rename(scratch, folder)
     finally:
@@ -195,17 +219,18 @@ def read_node(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path}: not a readable node of a target store ({error})") from error
 
 
-def parse_node(
-    where: str, text: bytes, *, sealed: bool = False
-) -> dict[str, Any]:
-    """Return the attributes of a node; StoreError names `where` if it is of another program or damaged.
+def parse_node(where: str, text: bytes, *, sealed: bool = False) -> dict[str, Any]:
+    """Return the attributes of a node; StoreError names `where` if it is of another program or
+    damaged.
 
     sealed: the node must have a digest.
     """
     attributes = check_document(where, text, required=sealed).get("attributes")
     record = attributes.get(KEY) if isinstance(attributes, dict) else None
     if not isinstance(record, dict):
-        raise StoreError(f"{where}: not a node of a target store (attribute {KEY} is missing or no object)")
+        raise StoreError(
+            f"{where}: not a node of a target store (attribute {KEY} is missing or no object)"
+        )
     record.pop(DIGEST, None)
     return record
 
@@ -213,13 +238,18 @@ def parse_node(
 def read_nodes(
     files: StoreFiles, group: str, names: Iterable[str], *, broken: dict[str, str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return those of the nodes of a group that exist, by name, in the order asked for; each has its form (forms.py).
+    """Return those of the nodes of a group that exist, by name, in the order asked for; each has
+    its form (forms.py).
 
-    broken: receives, by name, what is wrong with nodes of another form; without it a StoreError is raised.
+    broken: receives, by name, what is wrong with nodes of another form; without it a StoreError is
+        raised.
     """
     paths = {f"{group}/{name}/zarr.json": name for name in names}
     if broken is None:
-        return {paths[path]: _node(files, group, path, text) for path, text in files.read_many(paths).items()}
+        return {
+            paths[path]: _node(files, group, path, text)
+            for path, text in files.read_many(paths).items()
+        }
     nodes = {}
     for path, name in paths.items():
         try:
@@ -249,7 +279,8 @@ def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> li
         broken: As in `read_nodes`; a broken plan is empty, and one that is missing is passed over.
 
     Raises:
-        StoreError: A plan is damaged, or missing in the middle of a remote store, and `broken` is not given.
+        StoreError: A plan is damaged, or missing in the middle of a remote store, and `broken` is
+            not given.
     """
     plans: list[dict[str, Any]] = []
     ask = 8
@@ -265,8 +296,12 @@ def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> li
             ask *= 2
         elif count:  # the missing number is asked for again, with some behind it: a server may have failed once
             continue
-        elif broken is not None or isinstance(files, LocalFiles):  # what a folder has lost, `index.losses` finds
-            return plans + [found.get(name, {}) for name, is_known in zip(names, known, strict=True) if is_known]
+        elif broken is not None or isinstance(
+            files, LocalFiles
+        ):  # what a folder has lost, `index.losses` finds
+            return plans + [
+                found.get(name, {}) for name, is_known in zip(names, known, strict=True) if is_known
+            ]
         elif not read_nodes(files, "plans", names[:1]):  # a writer may have added it since
             raise StoreError(f"{files.name}/plans/{names[0]}: is missing, but {max(found)} exists")
 
@@ -281,18 +316,23 @@ def is_ours(folder: Path) -> bool:
 
 
 def check_root(where: Path | StoreFiles) -> dict[str, Any]:
-    """Attributes of the store at `where`; StoreError names what was found instead of a version-1 store."""
+    """Attributes of the store at `where`; StoreError names what was found instead of a version-1
+    store."""
     files = store_files(where)
     try:
         text = files.read("zarr.json")
     except FileNotFoundError:
         raise StoreError(f"{files.name}: {_instead(files)}") from None
     except NotADirectoryError:
-        raise StoreError(f"{files.name}: is a file, expected a target store, which is a folder") from None
+        raise StoreError(
+            f"{files.name}: is a file, expected a target store, which is a folder"
+        ) from None
     except StoreError:
         raise
     except OSError as error:
-        raise StoreError(f"{files.name}/zarr.json: cannot be read ({error.strerror or error})") from error
+        raise StoreError(
+            f"{files.name}/zarr.json: cannot be read ({error.strerror or error})"
+        ) from error
     attributes = parse_root(f"{files.name}/zarr.json", text)
     files.sealed = bool(attributes.get("node_digests"))
     check_root_form(f"{files.name}/zarr.json", attributes)
@@ -300,14 +340,19 @@ def check_root(where: Path | StoreFiles) -> dict[str, Any]:
 
 
 def parse_root(where: str, text: bytes) -> dict[str, Any]:
-    """Return the attributes of a store's root; StoreError if it is no store, of another version or damaged."""
+    """Return the attributes of a store's root; StoreError if it is no store, of another version or
+    damaged."""
     attributes = load_json(where, text).get("attributes")
     record = attributes.get(KEY) if isinstance(attributes, dict) else None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise StoreError(f"{where}: a Zarr node, but not a target store (attribute {KEY}.format is missing)")
+        raise StoreError(
+            f"{where}: a Zarr node, but not a target store (attribute {KEY}.format is missing)"
+        )
     # The version comes first: another one may have other digests.
     if record.get("version") != VERSION:
-        raise StoreError(f"{where}: format version {record.get('version')}, this distinit reads version {VERSION}")
+        raise StoreError(
+            f"{where}: format version {record.get('version')}, this distinit reads version {VERSION}"
+        )
     return parse_node(where, text, sealed=bool(record.get("node_digests")))
 
 

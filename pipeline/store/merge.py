@@ -1,9 +1,10 @@
 """Put finished stores into one: tables one behind the other, shard files copied bit by bit.
 
-Videos, segments and shards of each part keep their order and are counted on from those of the parts before, so all
-that changes in a shard is the number of its videos: `frames/video` is written anew, every other file is copied and its
-digest checked on the way. The result is planned as a whole before the first shard is copied and each shard has its
-commit, as in an extraction: an interrupted merge is a store with pending videos, and going on copies what is missing.
+Videos, segments and shards of each part keep their order and are counted on from those of the parts
+before, so all that changes in a shard is the number of its videos: `frames/video` is written anew,
+every other file is copied and its digest checked on the way. The result is planned as a whole
+before the first shard is copied and each shard has its commit, as in an extraction: an interrupted
+merge is a store with pending videos, and going on copies what is missing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from .writer import StoreWriter, same_attributes
 
 @dataclass(frozen=True)
 class Placed:
-    """A part and what its numbers are counted on from; `corpus` maps its corpora to those of the result."""
+    """A part and what its numbers are counted on from; `corpus` maps its corpora to those of the
+    result."""
 
     store: TargetStore
     video: int
@@ -57,14 +59,18 @@ def reading(store: TargetStore) -> Iterator[None]:
 
 
 def check_parts(stores: Sequence[TargetStore], *, accept_run: bool = False) -> None:
-    """StoreMismatchError naming both sides where two stores do not fit each other; StoreError for an unfinished one.
+    """StoreMismatchError naming both sides where two stores do not fit each other; StoreError for
+    an unfinished one.
 
-    What must be equal: sampling, shard size, teachers and of each its identity, encoding, classes and, unless
-    accepted, run. What must not: the stores themselves, and any video (a path in a corpus).
+    What must be equal: sampling, shard size, teachers and of each its identity, encoding, classes
+    and, unless accepted, run. What must not: the stores themselves, and any video (a path in a
+    corpus).
     """
     first = stores[0]
     for i, store in enumerate(stores):
-        if any(store.attributes["store_id"] == other.attributes["store_id"] for other in stores[:i]):
+        if any(
+            store.attributes["store_id"] == other.attributes["store_id"] for other in stores[:i]
+        ):
             raise UsageError(f"{store.name}: is given twice, or is a copy of another part")
         _same(first, store, "sampling", first.attributes["sampling"], store.attributes["sampling"])
         rows, other = first.attributes["shard_rows"], store.attributes["shard_rows"]
@@ -83,7 +89,8 @@ def check_parts(stores: Sequence[TargetStore], *, accept_run: bool = False) -> N
 
 
 def place(stores: Sequence[TargetStore]) -> tuple[list[Placed], list[dict[str, str]]]:
-    """Where each part begins in the result, and the result's corpora: of one name, the first part's folder."""
+    """Where each part begins in the result, and the result's corpora: of one name, the first part's
+    folder."""
     corpora: list[dict[str, str]] = []
     placed: list[Placed] = []
     video = segment = shard = 0
@@ -95,7 +102,11 @@ def place(stores: Sequence[TargetStore]) -> tuple[list[Placed], list[dict[str, s
         names = [known["name"] for known in corpora]
         corpus = np.array([names.index(c["name"]) for c in index.corpora], np.int32)
         placed.append(Placed(store, video, segment, shard, corpus))
-        video, segment, shard = video + index.n_videos, segment + len(index.video), shard + index.n_shards
+        video, segment, shard = (
+            video + index.n_videos,
+            segment + len(index.video),
+            shard + index.n_shards,
+        )
     return placed, corpora
 
 
@@ -105,13 +116,16 @@ def plan_merge(
     corpora: list[dict[str, str]],
     fingerprints: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write the tables and teachers of the result, those that a killed merge has not written yet."""
+    """Write the tables and teachers of the result, those that a killed merge has not written
+    yet."""
     if not writer.index.n_videos:
         columns: dict[str, Any] = {}
         for spec in fmt.video_specs():
             name = spec.path.split("/")[1]
             parts = [
-                p.corpus[p.store.column(name)] if name == "corpus" and len(p.corpus) else p.store.column(name)
+                p.corpus[p.store.column(name)]
+                if name == "corpus" and len(p.corpus)
+                else p.store.column(name)
                 for p in placed
             ]
             columns[name] = np.concatenate(parts)
@@ -166,7 +180,9 @@ def _copy_shard(writer: StoreWriter, part: Placed, shard: int) -> bool:
             if part.video and name.startswith("frames/video/"):
                 rows = shard * index.shard_rows + np.arange(node["rows"].sum())
                 video = part.store.read_table("video", rows) + part.video
-                frames.files += stage_array(folder, fmt.frame_specs()[0], target, video, index.shard_rows)
+                frames.files += stage_array(
+                    folder, fmt.frame_specs()[0], target, video, index.shard_rows
+                )
             else:
                 frames.files.append(_staged(folder, name, shard, target, data))
         writer.commit(ShardResult(target, frames, {}, str(folder)), node["run"])
@@ -180,7 +196,9 @@ def _copy_shard(writer: StoreWriter, part: Placed, shard: int) -> bool:
             rows=node["rows"], error=node["error"], failed=_moved(node["failed"], part.segment)
         )
         for name, record in node["files"].items():
-            rows_of.files.append(_staged(folder, name, shard, target, _checked(part.store, name, record)))
+            rows_of.files.append(
+                _staged(folder, name, shard, target, _checked(part.store, name, record))
+            )
         writer.commit(ShardResult(target, None, {teacher: rows_of}, str(folder)), node["run"])
     return new
 
@@ -225,7 +243,9 @@ def _moved(values: dict[str, Any], by: int) -> dict[int, Any]:
 
 
 def _same(a: TargetStore, b: TargetStore, what: str, first: Any, other: Any) -> None:
-    same_attributes("the parts do not fit", what, _plain(first), other, f"in {a.name}", f"in {b.name}")
+    same_attributes(
+        "the parts do not fit", what, _plain(first), other, f"in {a.name}", f"in {b.name}"
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -237,7 +257,9 @@ def _check_finished(store: TargetStore) -> None:
     for name in store.teachers:
         pending |= store.index.teacher_state(name) == PENDING
     if pending.any():
-        raise StoreError(f"{store.name}: {int(pending.sum())} of {len(pending)} videos are pending; finish it first")
+        raise StoreError(
+            f"{store.name}: {int(pending.sum())} of {len(pending)} videos are pending; finish it first"
+        )
     lacking = store.index.n_shards - len(store.index.frame_commits)
     lacking += sum(store.index.n_shards - len(t.shards) for t in store.index.teachers.values())
     if lacking:
@@ -248,7 +270,9 @@ def _check_disjoint(stores: Sequence[TargetStore]) -> None:
     owner: dict[tuple[str, str], str] = {}
     for store in stores:
         names = [c["name"] for c in store.index.corpora]
-        for corpus, path in zip(store.column("corpus").tolist(), store.column("path").tolist(), strict=True):
+        for corpus, path in zip(
+            store.column("corpus").tolist(), store.column("path").tolist(), strict=True
+        ):
             other = owner.setdefault((names[corpus], str(path)), store.name)
             if other is not store.name:
                 raise StoreMismatchError(

@@ -1,8 +1,10 @@
-"""Which rows go where: videos are cut into segments and segments fill shards, before any work starts.
+"""Which rows go where: videos are cut into segments and segments fill shards, before any work
+starts.
 
-The plan depends on the listing and the probes alone, so a run that is killed and started again fills the
-same shards with the same rows. A segment is a video or, of one that needs more rows than a shard has, a
-stretch cut at key frames. Its `bound` is an upper bound of its rows; what is not used stays fill.
+The plan depends on the listing and the probes alone, so a run that is killed and started again
+fills the same shards with the same rows. A segment is a video or, of one that needs more rows than
+a shard has, a stretch cut at key frames. Its `bound` is an upper bound of its rows; what is not
+used stays fill.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ MAX_SHARD_SEGMENTS = 4096  # files without a row cost no rows, but work all the 
 
 @dataclass(frozen=True)
 class FrameRange:
-    """Frames [first, end) of a video (end −1: to the end of the file), of which at most `bound` are cached."""
+    """Frames [first, end) of a video (end −1: to the end of the file), of which at most `bound` are
+    cached."""
 
     video: int
     first: int
@@ -38,10 +41,11 @@ class Segment:
 
 
 def auto_shard_rows(total: int) -> int:
-    """Rows a shard for a store of about `total` rows: a power of two that gives some 32 shards or more.
+    """Rows a shard for a store of about `total` rows: a power of two that gives some 32 shards or
+    more.
 
-    A shard is the unit of what a kill costs and of what is written at once: small stores want small ones,
-    large stores 16384 (32 MB at 1000 classes in float16).
+    A shard is the unit of what a kill costs and of what is written at once: small stores want small
+    ones, large stores 16384 (32 MB at 1000 classes in float16).
     """
     rows = MIN_SHARD_ROWS
     while rows < MAX_SHARD_ROWS and rows * 32 < total:
@@ -52,10 +56,12 @@ def auto_shard_rows(total: int) -> int:
 def cut(
     video: int, wanted: NDArray[np.int64], keys: NDArray[np.int64], frames: int, shard_rows: int
 ) -> list[FrameRange]:
-    """Cut a long video so that each stretch holds at most `shard_rows` of the `wanted` frame indices.
+    """Cut a long video so that each stretch holds at most `shard_rows` of the `wanted` frame
+    indices.
 
-    Cuts fall on key frames (`keys`, ascending indices) wherever a stretch holds one after its first frame,
-    so that a stretch is decoded without the frames before it; else on the frame after the last that fits.
+    Cuts fall on key frames (`keys`, ascending indices) wherever a stretch holds one after its first
+    frame, so that a stretch is decoded without the frames before it; else on the frame after the
+    last that fits.
     """
     stretches: list[FrameRange] = []
     first, row = 0, 0
@@ -82,7 +88,9 @@ def assign(
     shard, used, count = first_shard, 0, 0
     for stretch in stretches:
         if stretch.bound > shard_rows:
-            raise ValueError(f"a stretch of {stretch.bound} rows does not fit a shard of {shard_rows}")
+            raise ValueError(
+                f"a stretch of {stretch.bound} rows does not fit a shard of {shard_rows}"
+            )
         if used + stretch.bound > shard_rows or count >= MAX_SHARD_SEGMENTS:
             shard, used, count = shard + 1, 0, 0
         segments.append(Segment(first_id + len(segments), shard, stretch))

@@ -1,4 +1,5 @@
-"""Read a target store: which videos it holds, which of their frames, and what the teachers said of them.
+"""Read a target store: which videos it holds, which of their frames, and what the teachers said of
+them.
 
 Only what is committed exists here. Reading never writes, and a store object can be handed to loader
 workers: it is picklable, and forked or spawned processes open their own files.
@@ -96,9 +97,9 @@ class TargetStore:
     ) -> TargetStore:
         """Open the store in a folder, or at any URL that fsspec knows (`https://…`, `s3://…`).
 
-        Of a remote store, what is read is kept in `cache` (default: $DISTINIT_CACHE, else `distinit` in the user's
-        cache folder); `storage_options` go to fsspec. StoreError if the store is missing, foreign, corrupt or of
-        another version, or if its place cannot be read.
+        Of a remote store, what is read is kept in `cache` (default: $DISTINIT_CACHE, else
+        `distinit` in the user's cache folder); `storage_options` go to fsspec. StoreError if the
+        store is missing, foreign, corrupt or of another version, or if its place cannot be read.
         """
         return cls(store_files(path, cache=cache, storage_options=storage_options))
 
@@ -118,10 +119,12 @@ class TargetStore:
         teachers = ", ".join(f"{t.name}[{len(t.classes)}]" for t in self.teachers.values())
         return f"TargetStore({self.name!r}, {self.n_videos} videos, {self.n_rows} rows, teachers: {teachers})"
 
-    # -- what there is -------------------------------------------------------------------------------
+    # -- what there is
+    # -------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the store: its id, format, sampling and every teacher's identity."""
+        """What a checkpoint remembers of the store: its id, format, sampling and every teacher's
+        identity."""
         return {
             "store_id": self.attributes["store_id"],
             "format_version": self.attributes["version"],
@@ -162,14 +165,16 @@ class TargetStore:
 
     @cached_property
     def _by_video(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Live segments that hold rows, by video and first frame, and where each video's begin [V + 1]."""
+        """Live segments that hold rows, by video and first frame, and where each video's begin [V +
+        1]."""
         order = self._live_by_video[0]
         order = order[self.index.state[order] == OK]
         return order, self._starts(order)
 
     @cached_property
     def _live_by_video(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Live segments whatever their state, by video and first frame, and where each video's begin [V + 1]."""
+        """Live segments whatever their state, by video and first frame, and where each video's
+        begin [V + 1]."""
         order = self.index.order()
         return order, self._starts(order)
 
@@ -184,15 +189,19 @@ class TargetStore:
     def teacher(self, name: str) -> TeacherRecord:
         """The teacher of this name; UsageError lists those the store has."""
         if name not in self.teachers:
-            raise UsageError(f"teacher {name!r} is not in {self.name}; it has: {', '.join(self.teachers) or 'none'}")
+            raise UsageError(
+                f"teacher {name!r} is not in {self.name}; it has: {', '.join(self.teachers) or 'none'}"
+            )
         return self.teachers[name]
 
     def fingerprint(self, teacher: str) -> dict[str, Any] | None:
-        """What a teacher's node of that name holds (`teachers.fingerprint`), None if it has none."""
+        """What a teacher's node of that name holds (`teachers.fingerprint`), None if it has
+        none."""
         return fmt.read_fingerprint(self.files, self.teacher(teacher).name)
 
     def usable(self, teachers: Sequence[str] | None = None) -> NDArray[np.int64]:
-        """Ids of the videos that have at least one row under every one of the teachers (default: all)."""
+        """Ids of the videos that have at least one row under every one of the teachers (default:
+        all)."""
         good = (self.video_state == OK) & (self.row_counts > 0)
         for name in self.teachers if teachers is None else teachers:
             good &= self.index.teacher_state(self.teacher(name).name) == OK
@@ -227,10 +236,13 @@ class TargetStore:
 
     def place(self, i: int) -> tuple[str, str]:
         """The corpus of video `i` and its path there."""
-        return self.index.corpora[int(self.column("corpus")[i])]["name"], unescape_path(self._path_at(i))
+        return self.index.corpora[int(self.column("corpus")[i])]["name"], unescape_path(
+            self._path_at(i)
+        )
 
     def digest(self, i: int) -> str:
-        """Digest of the head and tail of video `i` (`video.container.digest`), '' if it could not be read."""
+        """Digest of the head and tail of video `i` (`video.container.digest`), '' if it could not
+        be read."""
         raw = bytes(np.asarray(self.column("digest")[i], np.uint8))
         return raw.hex() if any(raw) else ""
 
@@ -239,13 +251,16 @@ class TargetStore:
         if name not in self._columns:
             values = read_rows(self.files, f"videos/{name}", 0, self.n_videos, self.index.ranges)
             if name == "corpus" and ((values < 0) | (values >= len(self.index.corpora))).any():
-                raise StoreError(f"{self.name}/videos/corpus: names a corpus that no plan speaks of")
+                raise StoreError(
+                    f"{self.name}/videos/corpus: names a corpus that no plan speaks of"
+                )
             self._columns[name] = values
         return self._columns[name]
 
     @cached_property
     def _paths(self) -> tuple[bytes, NDArray[np.int64]]:
-        """All paths in one buffer with their ends: 10⁶ Python strings would cost ten times the memory."""
+        """All paths in one buffer with their ends: 10⁶ Python strings would cost ten times the
+        memory."""
         blocks: list[bytes] = []
         lengths: list[NDArray[np.int64]] = []
         for first, end in split_ranges(0, self.n_videos, fmt.VIDEO_CHUNK):
@@ -261,12 +276,14 @@ class TargetStore:
         return blob[int(ends[i - 1]) if i else 0 : int(ends[i])].decode()
 
     def video_path(self, i: int, moved: Mapping[str, str] | None = None) -> str:
-        """Where video `i` lies: its corpus' folder (`moved` says where a corpus lies now) and its path."""
+        """Where video `i` lies: its corpus' folder (`moved` says where a corpus lies now) and its
+        path."""
         corpus = self.index.corpora[int(self.column("corpus")[i])]
         root = (moved or {}).get(corpus["name"], unescape_path(corpus["root"]))
         return os.path.join(root, unescape_path(self._path_at(i)))
 
-    # -- rows ----------------------------------------------------------------------------------------
+    # -- rows
+    # ----------------------------------------------------------------------------------------
 
     def segments(self, video: int) -> NDArray[np.int64]:
         """Ids of the segments that hold the rows of a video, in order of their frames."""
@@ -276,16 +293,26 @@ class TargetStore:
     def frames(self, video: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Cached frames of a video, ascending: frame index [N], pts [N], row in the store [N]."""
         mine = self.segments(video)
-        ranges = list(zip(self.index.row[mine].tolist(), self.index.rows[mine].tolist(), strict=True))
+        ranges = list(
+            zip(self.index.row[mine].tolist(), self.index.rows[mine].tolist(), strict=True)
+        )
         owner, index, pts = (
-            _joined([self._table(name).read_range(*each) for each in ranges]) for name in ("video", "index", "pts")
+            _joined([self._table(name).read_range(*each) for each in ranges])
+            for name in ("video", "index", "pts")
         )
         if (owner != video).any():
-            raise StoreError(f"{self.name}: rows of video {video} belong to another; see `distinit targets verify`")
-        return index, pts, _joined([np.arange(first, first + count, dtype=np.int64) for first, count in ranges])
+            raise StoreError(
+                f"{self.name}: rows of video {video} belong to another; see `distinit targets verify`"
+            )
+        return (
+            index,
+            pts,
+            _joined([np.arange(first, first + count, dtype=np.int64) for first, count in ranges]),
+        )
 
     def rows_of(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of all cached frames of these videos, video by video in order of frames, [N].
+        """Return the rows of all cached frames of these videos, video by video in order of frames,
+        [N].
 
         What `frames` gives, without a look at any file: for a whole store at once.
         """
@@ -308,11 +335,13 @@ class TargetStore:
         return self.read_stored(teacher, "entropy", rows).astype(np.float32)
 
     def read_stored(self, teacher: str, name: str, rows: ArrayLike) -> NDArray[Any]:
-        """Rows of one of a teacher's arrays as they are stored (`encoding.arrays_of`, `entropy`)."""
+        """Rows of one of a teacher's arrays as they are stored (`encoding.arrays_of`,
+        `entropy`)."""
         return self._array(f"teachers/{self.teacher(teacher).name}/{name}").read(rows)
 
     def encoding_error(self, teacher: str) -> dict[str, Any]:
-        """KL in nats of the stored logits' softmax from the teacher's own: mean, and a bound of the 99th percentile."""
+        """KL in nats of the stored logits' softmax from the teacher's own: mean, and a bound of the
+        99th percentile."""
         commits = self.index.teachers[self.teacher(teacher).name].commits.values()
         return total_error([(c["rows"], c["error"]) for c in commits])
 
@@ -320,7 +349,11 @@ class TargetStore:
         """All rows that exist under a teacher, ascending."""
         segments, _ = self._by_video
         there = self.index.teachers[self.teacher(teacher).name]
-        keep = [s for s in segments.tolist() if int(self.index.shard[s]) in there.shards and s not in there.failed]
+        keep = [
+            s
+            for s in segments.tolist()
+            if int(self.index.shard[s]) in there.shards and s not in there.failed
+        ]
         parts = [np.arange(self.index.row[s], self.index.row[s] + self.index.rows[s]) for s in keep]
         return np.sort(np.concatenate(parts)).astype(np.int64) if parts else np.empty(0, np.int64)
 
@@ -335,10 +368,13 @@ class TargetStore:
         return self._rows[path]
 
     def _check_rows(self, path: str, rows: ShardedRows) -> None:
-        """Raise StoreError if an array contradicts the store's shard size, or its teacher's encoding or classes."""
+        """Raise StoreError if an array contradicts the store's shard size, or its teacher's
+        encoding or classes."""
         where = f"{self.name}/{path}/zarr.json"
         if rows.shard_rows != self.index.shard_rows:
-            raise StoreError(f"{where}: has {rows.shard_rows} rows per shard, the store {self.index.shard_rows}")
+            raise StoreError(
+                f"{where}: has {rows.shard_rows} rows per shard, the store {self.index.shard_rows}"
+            )
         if path.endswith("/logits"):
             teacher = self.teachers[path.split("/")[1]]
             if rows.dtype.name != teacher.encoding or rows.shape[1] != len(teacher.classes):
@@ -355,7 +391,8 @@ def read_classes(files: StoreFiles, teacher: str) -> tuple[str, ...]:
 
 
 def other_classes(classes: Sequence[str], identity: Mapping[str, Any]) -> str | None:
-    """Say how class names contradict the digest of them in a teacher's identity; None where they agree."""
+    """Say how class names contradict the digest of them in a teacher's identity; None where they
+    agree."""
     expected = identity.get("classes_sha256")
     if expected is None or hashlib.sha256("\n".join(classes).encode()).hexdigest() == expected:
         return None
@@ -375,10 +412,13 @@ def _joined(parts: list[NDArray[Any]]) -> NDArray[np.int64]:
 
 
 def check_moved(store: TargetStore, moved: Mapping[str, str]) -> None:
-    """UsageError if `--videos` names a corpus that the store does not have or a folder that is not there."""
+    """UsageError if `--videos` names a corpus that the store does not have or a folder that is not
+    there."""
     for name, folder in moved.items():
         if name not in store.corpora:
-            raise UsageError(f"--videos {name}=…: the store has the corpora {', '.join(store.corpora)}")
+            raise UsageError(
+                f"--videos {name}=…: the store has the corpora {', '.join(store.corpora)}"
+            )
         if not os.path.isdir(folder):
             raise UsageError(f"--videos {name}={folder}: no such folder")
 
@@ -386,4 +426,6 @@ def check_moved(store: TargetStore, moved: Mapping[str, str]) -> None:
 def check_file(store: TargetStore, i: int, path: str, digest: str) -> None:
     """StoreMismatchError if the file at `path` is not the video `i` that the teachers saw."""
     if digest != store.digest(i):
-        raise StoreMismatchError(f"{path}: digest {digest}, but the teachers saw a file with digest {store.digest(i)}")
+        raise StoreMismatchError(
+            f"{path}: digest {digest}, but the teachers saw a file with digest {store.digest(i)}"
+        )

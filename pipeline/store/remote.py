@@ -1,12 +1,13 @@
 """Read a store behind a URL, keeping locally what was read (`cache.py`).
 
-A shard file in the cache has its full length from the start, as a hole, and is filled with what is asked for. No
-list of what is there is kept: every chunk and every index ends with its own crc32c, which a hole does not satisfy.
-So processes share the cache without locks, a kill leaves nothing wrong behind, and a warm row costs what it costs
-in a local store. A file that has no hole left is held against the digest of its commit.
+A shard file in the cache has its full length from the start, as a hole, and is filled with what is
+asked for. No list of what is there is kept: every chunk and every index ends with its own crc32c,
+which a hole does not satisfy. So processes share the cache without locks, a kill leaves nothing
+wrong behind, and a warm row costs what it costs in a local store. A file that has no hole left is
+held against the digest of its commit.
 
-What a server sends is data of a third party: names and sizes are checked before they are used, and no answer is read
-beyond what the file can have.
+What a server sends is data of a third party: names and sizes are checked before they are used, and
+no answer is read beyond what the file can have.
 """
 
 from __future__ import annotations
@@ -70,14 +71,22 @@ class RemoteFiles(StoreFiles):
     def pin(self, store_id: str, plans: Sequence[Mapping[str, Any]]) -> None:
         """Say which state of the tables is meant: rows of which these plans speak do not change.
 
-        By what the plans say, not by their number: two copies of a store may have grown differently.
+        By what the plans say, not by their number: two copies of a store may have grown
+        differently.
         """
         filesystem, _ = self._connect()
-        endpoint = getattr(filesystem, "endpoint_url", None) or getattr(filesystem, "endpoint", None)
+        endpoint = getattr(filesystem, "endpoint_url", None) or getattr(
+            filesystem, "endpoint", None
+        )
         place = f"{canonical_url(self.url)} {endpoint or ''}"
-        self._cache = StoreCache(self._root, digest_bytes(place.encode()), require_digest(store_id, self.name))
+        self._cache = StoreCache(
+            self._root, digest_bytes(place.encode()), require_digest(store_id, self.name)
+        )
         self._state = digest_bytes(json.dumps(plans, sort_keys=True).encode())
-        self._planned = {key: max((int(p.get(key, 0)) for p in plans), default=0) for key in ("videos", "segments")}
+        self._planned = {
+            key: max((int(p.get(key, 0)) for p in plans), default=0)
+            for key in ("videos", "segments")
+        }
         self._ranges = ranges_of(plans)
 
     @property
@@ -97,7 +106,8 @@ class RemoteFiles(StoreFiles):
         return self._get(path, limit=LARGEST)
 
     def read_many(self, paths: Iterable[str], limit: int | None = None) -> dict[str, bytes]:
-        """Those of the files that exist, by path; asked for in parallel where the file system can."""
+        """Those of the files that exist, by path; asked for in parallel where the file system
+        can."""
         paths = list(paths)
         filesystem, _ = self._connect()
 
@@ -117,9 +127,17 @@ class RemoteFiles(StoreFiles):
     def table(self, path: str) -> zarr.Array:
         """A column of a table, fetched whole on first use."""
         folder = self.cache.table(self._state, require_name(path, self.name))
-        if folder.is_symlink() or not (folder / "zarr.json").is_file() or self._may_have_grown(path, folder):
+        if (
+            folder.is_symlink()
+            or not (folder / "zarr.json").is_file()
+            or self._may_have_grown(path, folder)
+        ):
             self._fetch_table(path, folder)
-        check_document(f"{self.name}/{path}/zarr.json", (folder / "zarr.json").read_bytes(), required=self.sealed)
+        check_document(
+            f"{self.name}/{path}/zarr.json",
+            (folder / "zarr.json").read_bytes(),
+            required=self.sealed,
+        )
         return open_table(folder)
 
     def forget(self, path: str) -> bool:
@@ -145,10 +163,12 @@ class RemoteFiles(StoreFiles):
             raise StoreError(f"{self.name}/{path}: has {len(data)} bytes, committed were {size}")
         return 0, data
 
-    # -- details -------------------------------------------------------------------------------------
+    # -- details
+    # -------------------------------------------------------------------------------------
 
     def _connect(self) -> tuple[AbstractFileSystem, str | WebReader]:
-        """Return the file system, and the store's path in it or its reader; a forked process makes its own."""
+        """Return the file system, and the store's path in it or its reader; a forked process makes
+        its own."""
         if self._connection is None or self._connection[0] != os.getpid():
             import fsspec
 
@@ -160,29 +180,38 @@ class RemoteFiles(StoreFiles):
                 if protocol in ("http", "https"):
                     base = WebReader(filesystem, self.url)
             except ImportError as error:
-                raise StoreError(f'{self.name}: {error}; pip install "distinit[remote]" serves http') from error
+                raise StoreError(
+                    f'{self.name}: {error}; pip install "distinit[remote]" serves http'
+                ) from error
             except Exception as error:  # every file system has errors of its own
                 raise StoreError(f"{self.name}: cannot be opened ({_short(error)})") from None
             self._connection = (os.getpid(), filesystem, base)
         return self._connection[1:]
 
     def _get(self, path: str, span: tuple[int, int] | None = None, *, limit: int) -> bytes:
-        """Return a file of at most `limit` bytes, or bytes [start, stop) of it if the server knows ranges."""
+        """Return a file of at most `limit` bytes, or bytes [start, stop) of it if the server knows
+        ranges."""
         require_name(path, self.name)
         waits = iter(WAITS_S)
         while True:
             try:
                 data = self._ask(path, span, limit)
             except (FileNotFoundError, NotADirectoryError):
-                raise FileNotFoundError(errno.ENOENT, "no such file", f"{self.name}/{path}") from None
+                raise FileNotFoundError(
+                    errno.ENOENT, "no such file", f"{self.name}/{path}"
+                ) from None
             except Exception as error:  # every file system has errors of its own
                 wait = next(waits, None) if _another_try_may_help(error) else None
                 if wait is None:  # without its cause, in which a password may stand
-                    raise StoreError(f"{self.name}/{path}: cannot be read ({_short(error)})") from None
+                    raise StoreError(
+                        f"{self.name}/{path}: cannot be read ({_short(error)})"
+                    ) from None
                 time.sleep(wait)
                 continue
             if len(data) > limit:
-                raise StoreError(f"{self.name}/{path}: has more than the {limit} bytes that it can have")
+                raise StoreError(
+                    f"{self.name}/{path}: has more than the {limit} bytes that it can have"
+                )
             return data
 
     def _ask(self, path: str, span: tuple[int, int] | None, limit: int) -> bytes:
@@ -190,31 +219,41 @@ class RemoteFiles(StoreFiles):
 
         filesystem, base = self._connect()
         if isinstance(base, WebReader):
-            return bytes(sync(filesystem.loop, base.read, path, span, limit, timeout=TOTAL_S + STALL_S))
+            return bytes(
+                sync(filesystem.loop, base.read, path, span, limit, timeout=TOTAL_S + STALL_S)
+            )
         start, stop = span or (0, limit + 1)
         if not getattr(filesystem, "async_impl", False):
             return bytes(filesystem.cat_file(f"{base}/{path}", start=start, end=stop))
         ask = filesystem._cat_file
-        return bytes(sync(filesystem.loop, ask, f"{base}/{path}", start=start, end=stop, timeout=TOTAL_S))
+        return bytes(
+            sync(filesystem.loop, ask, f"{base}/{path}", start=start, end=stop, timeout=TOTAL_S)
+        )
 
     def _may_have_grown(self, path: str, folder: Path) -> bool:
-        """Return whether the server has chunks that a column in the cache lacks: a 404 holds for one run only."""
+        """Return whether the server has chunks that a column in the cache lacks: a 404 holds for
+        one run only."""
         if path in self._asked_again:
             return False
         self._asked_again.add(path)
         text = (folder / "zarr.json").read_bytes()
-        names = self._chunk_names(path, check_document(f"{self.name}/{path}/zarr.json", text, required=self.sealed))
+        names = self._chunk_names(
+            path, check_document(f"{self.name}/{path}/zarr.json", text, required=self.sealed)
+        )
         lacking = [name for name in names if not (folder / name).exists()]
         return bool(self.read_many(f"{path}/{name}" for name in lacking)) if lacking else False
 
     def _chunk_names(self, path: str, meta: Mapping[str, Any]) -> list[str]:
-        """Return the chunk files with the planned rows of a column; StoreError if it is not a column."""
+        """Return the chunk files with the planned rows of a column; StoreError if it is not a
+        column."""
         try:
             shape, chunks = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
             count = -(-min(shape[0], self._planned.get(path.split("/")[0], shape[0])) // chunks[0])
             last = "/0" * (len(shape) - 1)
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-            raise StoreError(f"{self.name}/{path}/zarr.json: unreadable ({in_one_line(error)})") from error
+            raise StoreError(
+                f"{self.name}/{path}/zarr.json: unreadable ({in_one_line(error)})"
+            ) from error
         if not 0 <= count <= CHUNKS:
             raise StoreError(f"{self.name}/{path}: has {count} chunks, at most {CHUNKS} are read")
         return [f"c/{i}{last}" for i in range(count)]
@@ -231,11 +270,15 @@ class RemoteFiles(StoreFiles):
         self._asked_again.add(path)
         text, meta = self._metadata(path)
         names = self._chunk_names(path, meta)
-        found = self.read_many((f"{path}/{name}" for name in names), min(LARGEST, largest_chunk(meta)))
+        found = self.read_many(
+            (f"{path}/{name}" for name in names), min(LARGEST, largest_chunk(meta))
+        )
         lost = next((name for name in names if f"{path}/{name}" not in found), None)
         if lost is not None and (path in WITHOUT_FILL or path.endswith("/class")):
             raise StoreError(f"{self.name}/{path}/{lost}: missing")
-        files = {"zarr.json": text} | {name.removeprefix(f"{path}/"): data for name, data in found.items()}
+        files = {"zarr.json": text} | {
+            name.removeprefix(f"{path}/"): data for name, data in found.items()
+        }
         fresh = self.cache.keep_table(folder, files)
         try:  # what cannot be read is not kept: the server may be right again tomorrow
             array = open_table(fresh)
@@ -251,7 +294,8 @@ class RemoteFiles(StoreFiles):
 
 
 class _CachedRows(ShardedRows):
-    """Rows of a remote array: read from the cache's sparse files, fetched where those have holes."""
+    """Rows of a remote array: read from the cache's sparse files, fetched where those have
+    holes."""
 
     def __init__(self, files: RemoteFiles, path: str, record: Record) -> None:
         super().__init__(f"{files.name}/{path}", files._metadata(path)[1])
@@ -277,7 +321,8 @@ class _CachedRows(ShardedRows):
         return data[start - at : start - at + length]
 
     def _check_whole(self, shard: int, fd: int, size: int, digest: str) -> None:
-        """Hold a file against its digest once it has no hole left; StoreError, and it is empty again, if it differs."""
+        """Hold a file against its digest once it has no hole left; StoreError, and it is empty
+        again, if it differs."""
         if has_holes(fd, size):
             return
         if digest_file(fd, size) == digest:
@@ -298,7 +343,8 @@ class _CachedRows(ShardedRows):
             raise StoreError(f"{self._files.name}/{name}: a committed shard is missing") from error
 
     def _committed(self, shard: int) -> tuple[int, str]:
-        """Return size and digest of a shard's file; StoreError if no shard of this array can have such a size."""
+        """Return size and digest of a shard's file; StoreError if no shard of this array can have
+        such a size."""
         record = self._record(self._path, shard)
         if record is None:
             raise StoreError(f"{self._files.name}/{self._name(shard)}: not committed")
@@ -306,7 +352,9 @@ class _CachedRows(ShardedRows):
         chunk = math.prod((self.chunk_rows, *self.shape[1:])) * self.dtype.itemsize + 4
         least = 16 * chunks + 4
         if not isinstance(size, int) or not least <= size <= least + chunks * chunk:
-            raise StoreError(f"{self._files.name}/{self._name(shard)}: cannot have {size!r} bytes, as its commit says")
+            raise StoreError(
+                f"{self._files.name}/{self._name(shard)}: cannot have {size!r} bytes, as its commit says"
+            )
         return size, require_digest(record["blake2b"], f"{self._files.name}/{self._name(shard)}")
 
     def _name(self, shard: int) -> str:
@@ -314,7 +362,8 @@ class _CachedRows(ShardedRows):
 
 
 def _another_try_may_help(error: Exception) -> bool:
-    """Return whether to ask again: not without permission, nor after another client error of HTTP."""
+    """Return whether to ask again: not without permission, nor after another client error of
+    HTTP."""
     if isinstance(error, AnswerError):
         return error.again
     status = getattr(error, "status", None)

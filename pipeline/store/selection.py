@@ -17,11 +17,13 @@ from .reader import TargetStore
 def choose_videos(
     store: TargetStore, corpora: Sequence[str] = (), videos_from: str | Path | None = None
 ) -> NDArray[np.int64]:
-    """Ids of the videos of these corpora (default: all) that the list names (default: all), ascending.
+    """Ids of the videos of these corpora (default: all) that the list names (default: all),
+    ascending.
 
-    A line of the list is a path in a corpus, `CORPUS=PATH` where the same path stands in several, or the absolute
-    path of the file when it was extracted. `#` begins a comment line; a label behind the path, as in `a.mp4 3`, is
-    ignored. UsageError for a corpus or a line that names nothing in the store.
+    A line of the list is a path in a corpus, `CORPUS=PATH` where the same path stands in several,
+    or the absolute path of the file when it was extracted. `#` begins a comment line; a label
+    behind the path, as in `a.mp4 3`, is ignored. UsageError for a corpus or a line that names
+    nothing in the store.
     """
     chosen = np.ones(store.n_videos, bool)
     if corpora:
@@ -35,7 +37,9 @@ def choose_videos(
         listed[_listed(store, Path(videos_from))] = True
         chosen &= listed
         if not chosen.any():
-            raise UsageError(f"--videos-from {videos_from}: names no video of --corpus {', '.join(corpora)}")
+            raise UsageError(
+                f"--videos-from {videos_from}: names no video of --corpus {', '.join(corpora)}"
+            )
     return np.flatnonzero(chosen)
 
 

@@ -1,8 +1,10 @@
-"""Read rows straight from local shard files: one `pread` a chunk, its crc32c checked, nothing else read.
+"""Read rows straight from local shard files: one `pread` a chunk, its crc32c checked, nothing else
+read.
 
-zarr-python needs 2 ms for a row, this 0.02 (docs/benchmarks.md); a loader asks for thousands a second. The
-file stays plain Zarr v3: `sharding_indexed` with the index at the end (offset and length of every chunk as
-uint64 pairs, then a crc32c), inner codecs `bytes` little-endian and `crc32c`.
+zarr-python needs 2 ms for a row, this 0.02 (docs/benchmarks.md); a loader asks for thousands a
+second. The file stays plain Zarr v3: `sharding_indexed` with the index at the end (offset and
+length of every chunk as uint64 pairs, then a crc32c), inner codecs `bytes` little-endian and
+`crc32c`.
 
 Shapes: n rows asked for, R rows of a shard.
 """
@@ -30,8 +32,8 @@ OPEN_SHARDS = 128  # descriptors and indices kept, an array
 class ShardedRows:
     """Rows of one sharded local array; opens shards lazily and keeps the most recent ones open.
 
-    path: the array's folder, or what messages call it where a subclass reads elsewhere. meta: the array's zarr.json.
-    Picklable and fork-safe: descriptors belong to the process that opened them.
+    path: the array's folder, or what messages call it where a subclass reads elsewhere. meta: the
+    array's zarr.json. Picklable and fork-safe: descriptors belong to the process that opened them.
     """
 
     def __init__(self, path: Path | str, meta: Mapping[str, Any]) -> None:
@@ -46,7 +48,9 @@ class ShardedRows:
             self.dtype = np.dtype(meta["data_type"]).newbyteorder("<")
             self.fill: Any = np.nan if meta["fill_value"] == "NaN" else meta["fill_value"]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise StoreError(f"{path}/zarr.json: not a sharded array of a store ({in_one_line(error)})") from error
+            raise StoreError(
+                f"{path}/zarr.json: not a sharded array of a store ({in_one_line(error)})"
+            ) from error
         if sharding["name"] != "sharding_indexed" or names != ["bytes", "crc32c"]:
             raise StoreError(f"{path}: codecs {names}, version 1 has bytes and crc32c in a shard")
         self._open: OrderedDict[int, tuple[int, NDArray[np.uint64]]] = OrderedDict()
@@ -65,7 +69,8 @@ class ShardedRows:
             os.close(self._open.popitem()[1][0])
 
     def read(self, rows: ArrayLike) -> NDArray[Any]:
-        """The rows [n, …] in the order asked for; StoreError on a wrong crc, a short file, a missing shard."""
+        """The rows [n, …] in the order asked for; StoreError on a wrong crc, a short file, a
+        missing shard."""
         wanted = np.asarray(rows, np.int64)
         out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
         if len(wanted) <= FEW:
@@ -115,11 +120,15 @@ class ShardedRows:
         if not _intact(data, size):
             data = self._again(shard, fd, offset, length)
             if not _intact(data, size):
-                raise StoreError(f"{self._file(shard)}: chunk {inside} fails its crc32c; see `distinit targets verify`")
+                raise StoreError(
+                    f"{self._file(shard)}: chunk {inside} fails its crc32c; see `distinit targets verify`"
+                )
         return np.frombuffer(data, self.dtype, math.prod(shape)).reshape(shape)
 
     def _shard(self, shard: int) -> tuple[int, NDArray[np.uint64]]:
-        if self._owner != os.getpid():  # a forked worker: the parent's descriptors are not ours to close
+        if (
+            self._owner != os.getpid()
+        ):  # a forked worker: the parent's descriptors are not ours to close
             self._open, self._owner = OrderedDict(), os.getpid()
         if shard in self._open:
             self._open.move_to_end(shard)
@@ -132,7 +141,9 @@ class ShardedRows:
             if not _intact(tail, n):
                 tail = self._again(shard, fd, start, n + 4)
                 if not _intact(tail, n):
-                    raise StoreError(f"{self._file(shard)}: the shard's index is damaged or cut off")
+                    raise StoreError(
+                        f"{self._file(shard)}: the shard's index is damaged or cut off"
+                    )
         except BaseException:
             os.close(fd)
             raise
@@ -151,7 +162,8 @@ class ShardedRows:
             raise StoreError(f"{file}: a committed shard is missing ({error.strerror})") from error
 
     def _again(self, shard: int, fd: int, start: int, length: int) -> bytes:
-        """The bytes again where those in the file failed their crc32c: a local file has no others."""
+        """The bytes again where those in the file failed their crc32c: a local file has no
+        others."""
         return b""
 
     def _file(self, shard: int) -> str:
@@ -162,15 +174,23 @@ class ShardedRows:
 
 
 def chunk_crcs_hold(data: bytes, chunks: int) -> bool:
-    """Return whether the index of a whole shard file, of so many chunks, and every chunk in it pass their crc32c."""
+    """Return whether the index of a whole shard file, of so many chunks, and every chunk in it pass
+    their crc32c."""
     n = 16 * chunks
     tail = data[-n - 4 :]
     if not _intact(tail, n):
         return False
     index = np.frombuffer(tail[:-4], "<u8").reshape(-1, 2).tolist()
-    return all(_intact(data[at : at + size], size - 4) for at, size in index if (at, size) != (MISSING, MISSING))
+    return all(
+        _intact(data[at : at + size], size - 4)
+        for at, size in index
+        if (at, size) != (MISSING, MISSING)
+    )
 
 
 def _intact(data: bytes, size: int) -> bool:
     """Whether `data` is `size` bytes and their crc32c."""
-    return len(data) == size + 4 and int(google_crc32c.value(data[:-4])).to_bytes(4, "little") == data[-4:]
+    return (
+        len(data) == size + 4
+        and int(google_crc32c.value(data[:-4])).to_bytes(4, "little") == data[-4:]
+    )

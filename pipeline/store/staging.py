@@ -1,6 +1,8 @@
-"""One shard as a worker makes it: rows in memory, then files in a staging folder, never in their final place.
+"""One shard as a worker makes it: rows in memory, then files in a staging folder, never in their
+final place.
 
-The client alone moves the files and commits (writer.py), so a late or superseded attempt changes nothing.
+The client alone moves the files and commits (writer.py), so a late or superseded attempt changes
+nothing.
 
 Shapes: R rows of a shard, K classes of a teacher.
 """
@@ -33,7 +35,8 @@ class StagedFile:
 
 @dataclass
 class FramesPart:
-    """The frame tables of one shard: a row per segment of the shard, rows counted inside the shard."""
+    """The frame tables of one shard: a row per segment of the shard, rows counted inside the
+    shard."""
 
     segment: list[int] = field(default_factory=list)
     first_row: list[int] = field(default_factory=list)
@@ -58,7 +61,8 @@ class TeacherPart:
 
 @dataclass
 class ShardResult:
-    """What a worker hands to the client. `frames` is None where the frame tables were there already."""
+    """What a worker hands to the client. `frames` is None where the frame tables were there
+    already."""
 
     shard: int
     frames: FramesPart | None
@@ -74,7 +78,8 @@ class ShardResult:
 
 
 def new_staging(root: Path, shard: int) -> Path:
-    """A folder of this attempt's own, inside the store so that the later rename stays on one file system."""
+    """A folder of this attempt's own, inside the store so that the later rename stays on one file
+    system."""
     return root / fmt.STAGING / f"{shard:06d}-{uuid.uuid4().hex[:12]}"
 
 

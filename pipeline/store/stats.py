@@ -1,4 +1,5 @@
-"""What one teacher said, over all rows of a store or, of a large one, over rows spread evenly through it."""
+"""What one teacher said, over all rows of a store or, of a large one, over rows spread evenly
+through it."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ BINS = 24  # of the entropy histogram, from 0 to ln K
 
 @dataclass(frozen=True)
 class TeacherStats:
-    """rows int64 [n] of the store that were looked at, ascending, of `total`; their entropy float32 [n] in nats and
-    the index of their best class, top int64 [n]."""
+    """rows int64 [n] of the store that were looked at, ascending, of `total`; their entropy float32
+    [n] in nats and the index of their best class, top int64 [n]."""
 
     teacher: str
     classes: tuple[str, ...]
@@ -31,7 +32,8 @@ class TeacherStats:
     top: NDArray[np.int64]
 
     def histogram(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Counts of the finite entropies in BINS equal bins from 0 to ln K nats, and the bins' edges."""
+        """Counts of the finite entropies in BINS equal bins from 0 to ln K nats, and the bins'
+        edges."""
         highest = max(float(np.log(len(self.classes))), 1e-9)
         values = self.entropy[np.isfinite(self.entropy)].astype(np.float64)
         counts, edges = np.histogram(np.clip(values, 0, highest), BINS, (0.0, highest))
@@ -40,7 +42,11 @@ class TeacherStats:
     def quantiles(self) -> dict[float, float]:
         """Entropy in nats at QUANTILES; nan where there is none."""
         values = self.entropy[np.isfinite(self.entropy)]
-        found = np.quantile(values, QUANTILES).tolist() if len(values) else [float("nan")] * len(QUANTILES)
+        found = (
+            np.quantile(values, QUANTILES).tolist()
+            if len(values)
+            else [float("nan")] * len(QUANTILES)
+        )
         return dict(zip(QUANTILES, found, strict=True))
 
     def most_frequent(self, count: int) -> list[tuple[str, float]]:
@@ -59,7 +65,8 @@ class Failure:
 
 
 def teacher_stats(store: TargetStore, teacher: str) -> TeacherStats:
-    """Read a teacher's rows, at most SURVEYED of them (REMOTE_SURVEYED behind a URL). Raises StoreError."""
+    """Read a teacher's rows, at most SURVEYED of them (REMOTE_SURVEYED behind a URL). Raises
+    StoreError."""
     rows = store.committed_rows(teacher)
     total, local = len(rows), isinstance(store.files, LocalFiles)
     most, run = (SURVEYED, 1) if local else (REMOTE_SURVEYED, RUN)
@@ -72,11 +79,14 @@ def teacher_stats(store: TargetStore, teacher: str) -> TeacherStats:
         entropies.append(store.entropy(teacher, some))
         tops.append(store.logits(teacher, some).argmax(1).astype(np.int64))
     classes = store.teachers[teacher].classes
-    return TeacherStats(teacher, classes, total, rows, np.concatenate(entropies), np.concatenate(tops))
+    return TeacherStats(
+        teacher, classes, total, rows, np.concatenate(entropies), np.concatenate(tops)
+    )
 
 
 def failures(store: TargetStore) -> Iterator[Failure]:
-    """Videos that failed, and those of which a teacher alone has no rows, its name before the reason."""
+    """Videos that failed, and those of which a teacher alone has no rows, its name before the
+    reason."""
     own = store.index.video_reasons()
     texts = {i: [text] for i, text in own.items()}
     for name in store.teachers:

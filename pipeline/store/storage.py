@@ -1,6 +1,8 @@
-"""Where the files of a store are. A folder is read in place; any other URL through `remote.py` and its cache.
+"""Where the files of a store are. A folder is read in place; any other URL through `remote.py` and
+its cache.
 
-Every file of a store has a name that follows from its nodes (docs/store-format.md), so nothing here lists a
+Every file of a store has a name that follows from its nodes (docs/store-format.md), so nothing here
+lists a
 folder: many HTTP servers cannot.
 """
 
@@ -27,15 +29,18 @@ Record = Callable[[str, int], Mapping[str, Any] | None]
 
 
 class StoreFiles(ABC):
-    """Read access to the files of one store; `name` is what messages call it. Picklable, fork-safe."""
+    """Read access to the files of one store; `name` is what messages call it. Picklable,
+    fork-safe."""
 
     name: str
     sealed = False
-    """Whether every node and array metadata file of the store has a digest; known when its root was read."""
+    """Whether every node and array metadata file of the store has a digest; known when its root was
+    read."""
 
     @property
     def address(self) -> str:
-        """What opens the same store again: a URL with the password that `name` lacks, so for no file and no message."""
+        """What opens the same store again: a URL with the password that `name` lacks, so for no
+        file and no message."""
         return self.name
 
     @abstractmethod
@@ -47,7 +52,8 @@ class StoreFiles(ABC):
         """Those of the files that exist, by path, in the order asked for."""
 
     def pin(self, store_id: str, plans: Sequence[Mapping[str, Any]]) -> None:
-        """Say which state of the tables is meant from now on, for those that keep what they read."""
+        """Say which state of the tables is meant from now on, for those that keep what they
+        read."""
         return
 
     @abstractmethod
@@ -55,7 +61,8 @@ class StoreFiles(ABC):
         """An unsharded array, opened for reading. StoreError if it cannot be."""
 
     def forget(self, path: str) -> bool:
-        """Drop an unsharded array from the cache; return whether `table` may find other values now."""
+        """Drop an unsharded array from the cache; return whether `table` may find other values
+        now."""
         return False
 
     @abstractmethod
@@ -83,7 +90,9 @@ class LocalFiles(StoreFiles):
                 data += more
             return data
         except (OSError, MemoryError, OverflowError) as error:
-            raise StoreError(f"{self.name}/{path}: cannot be read ({in_one_line(error)})") from error
+            raise StoreError(
+                f"{self.name}/{path}: cannot be read ({in_one_line(error)})"
+            ) from error
         finally:
             os.close(descriptor)
 
@@ -98,10 +107,11 @@ class LocalFiles(StoreFiles):
         return found
 
     def open(self, path: str) -> int:
-        """Return a descriptor of a regular file of the store; every file of a local store is opened here.
+        """Return a descriptor of a regular file of the store; every file of a local store is opened
+        here.
 
-        Raises FileNotFoundError if there is none, and StoreError for a name that leaves the store, a link, a device or
-        a pipe, which would wait for ever.
+        Raises FileNotFoundError if there is none, and StoreError for a name that leaves the store,
+        a link, a device or a pipe, which would wait for ever.
         """
         folder, _, name = path.rpartition("/")
         if folder not in self._folders:
@@ -113,7 +123,11 @@ class LocalFiles(StoreFiles):
             raise
         except (OSError, ValueError) as error:
             link = isinstance(error, OSError) and error.errno == errno.ELOOP
-            why = "a link, which a store does not have" if link else f"cannot be read ({in_one_line(error)})"
+            why = (
+                "a link, which a store does not have"
+                if link
+                else f"cannot be read ({in_one_line(error)})"
+            )
             raise StoreError(f"{where}: {why}") from error
         if name == ".." or not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
@@ -147,7 +161,11 @@ class LocalFiles(StoreFiles):
         """An unsharded array, opened for reading."""
         self.metadata(path)
         if path not in self._tables:
-            inside(self.root, path, below=not path.startswith(("frames/", "teachers/")) or path.endswith("/class"))
+            inside(
+                self.root,
+                path,
+                below=not path.startswith(("frames/", "teachers/")) or path.endswith("/class"),
+            )
             self._tables.add(path)
         return open_table(self.root / path)
 
@@ -167,11 +185,14 @@ class _LocalRows(ShardedRows):
         try:
             return self._files.open(f"{self._place}/{self._key(shard)}")
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreError(f"{self._file(shard)}: a committed shard is missing ({error.strerror})") from error
+            raise StoreError(
+                f"{self._file(shard)}: a committed shard is missing ({error.strerror})"
+            ) from error
 
 
 def array_metadata(where: str, path: str, text: bytes, *, sealed: bool = False) -> dict[str, Any]:
-    """Parse the zarr.json of the array `path` of a store; StoreError if its digest or form is wrong.
+    """Parse the zarr.json of the array `path` of a store; StoreError if its digest or form is
+    wrong.
 
     sealed: it must have a digest.
     """
@@ -181,13 +202,14 @@ def array_metadata(where: str, path: str, text: bytes, *, sealed: bool = False) 
 
 
 def inside(root: str | os.PathLike[str], path: str, *, below: bool = False) -> Path:
-    """Return the place of a file or folder of a local store, which need not exist, to be read, written or removed.
+    """Return the place of a file or folder of a local store, which need not exist, to be read,
+    written or removed.
 
     below: what lies in that folder is checked too.
 
     Raises:
-        StoreError: for a name that leaves the store, and where a part of it, or anything below, is a link or neither a
-            file nor a folder.
+        StoreError: for a name that leaves the store, and where a part of it, or anything below, is
+            a link or neither a file nor a folder.
     """
     names = path.split("/")
     if {"", ".", ".."}.intersection(names) or "\0" in path:
@@ -223,10 +245,11 @@ def store_files(
     cache: str | os.PathLike[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> StoreFiles:
-    """The files of the store at a path or URL; what exists as a local path is one, whatever it is called.
+    """The files of the store at a path or URL; what exists as a local path is one, whatever it is
+    called.
 
-    cache: folder for what is read from a URL (default: see `remote.cache_folder`). storage_options: for the
-    fsspec file system of the URL. UsageError for a URL that may not be opened.
+    cache: folder for what is read from a URL (default: see `remote.cache_folder`). storage_options:
+    for the fsspec file system of the URL. UsageError for a URL that may not be opened.
     """
     if isinstance(where, StoreFiles):
         return where
@@ -245,7 +268,8 @@ def absolute(where: str) -> str:
 
 
 def open_table(folder: Path) -> zarr.Array:
-    """Open the array in a local folder, whose metadata were checked, for reading; StoreError if that fails."""
+    """Open the array in a local folder, whose metadata were checked, for reading; StoreError if
+    that fails."""
     try:
         return zarr.open_array(folder, mode="r")
     except Exception as error:  # Metadata that is no array's raises anything in zarr.

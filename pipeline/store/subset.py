@@ -1,4 +1,5 @@
-"""A new store of some videos and some teachers of another, rows as they are stored, packed into new shards."""
+"""A new store of some videos and some teachers of another, rows as they are stored, packed into new
+shards."""
 
 from __future__ import annotations
 
@@ -29,16 +30,19 @@ def write_subset(
     shard_rows: int | None = None,
     advance: Callable[[int], Any] = lambda n: None,
 ) -> int:
-    """Write `videos` (ids of `source`, none pending) and their rows under `teachers` to a new store; returns the rows.
+    """Write `videos` (ids of `source`, none pending) and their rows under `teachers` to a new
+    store; returns the rows.
 
-    Failed videos come along with their reasons. Raises UsageError if a stretch of a video does not fit `shard_rows`,
-    and StoreError where rows of the source cannot be read.
+    Failed videos come along with their reasons. Raises UsageError if a stretch of a video does not
+    fit `shard_rows`, and StoreError where rows of the source cannot be read.
     """
     index = source.index
     order = index.order()
     begin = np.searchsorted(index.video[order], videos)
     end = np.searchsorted(index.video[order], videos, side="right")
-    old = np.concatenate([order[a:b] for a, b in zip(begin, end, strict=True)] or [np.empty(0, np.int64)])
+    old = np.concatenate(
+        [order[a:b] for a, b in zip(begin, end, strict=True)] or [np.empty(0, np.int64)]
+    )
     owner = np.repeat(np.arange(len(videos)), end - begin)
     bounds = np.where(index.state[old] == OK, index.rows[old], 0)
     stretches = [
@@ -57,12 +61,18 @@ def write_subset(
         for name in teachers:
             record = source.teacher(name)
             writer.add_teacher(
-                name, record.classes, nodes[name], encoding=record.encoding, fingerprint=source.fingerprint(name)
+                name,
+                record.classes,
+                nodes[name],
+                encoding=record.encoding,
+                fingerprint=source.fingerprint(name),
             )
         pairs = zip(segments, old.tolist(), strict=True)
         for shard, group in groupby(pairs, key=lambda pair: pair[0].shard):
             members = list(group)
-            copy = ShardCopy(source, writer, shard, [new.id for new, _ in members], [s for _, s in members])
+            copy = ShardCopy(
+                source, writer, shard, [new.id for new, _ in members], [s for _, s in members]
+            )
             copy.frames(np.array([new.stretch.video for new, _ in members]))
             for name in teachers:
                 copy.teacher(name)
@@ -71,17 +81,23 @@ def write_subset(
 
 
 class ShardCopy:
-    """One shard of the store that `writer` writes: segments `new`, which are those `old` of `source`."""
+    """One shard of the store that `writer` writes: segments `new`, which are those `old` of
+    `source`."""
 
-    def __init__(self, source: TargetStore, writer: StoreWriter, shard: int, new: list[int], old: list[int]) -> None:
+    def __init__(
+        self, source: TargetStore, writer: StoreWriter, shard: int, new: list[int], old: list[int]
+    ) -> None:
         self.source, self.writer, self.shard, self.new, self.old = source, writer, shard, new, old
         index = source.index
         self.counts = np.where(index.state[old] == OK, index.rows[old], 0)
-        parts = [np.arange(index.row[s], index.row[s] + n) for s, n in zip(old, self.counts, strict=True)]
+        parts = [
+            np.arange(index.row[s], index.row[s] + n) for s, n in zip(old, self.counts, strict=True)
+        ]
         self.rows = np.concatenate(parts).astype(np.int64)
 
     def frames(self, video: NDArray[np.int64]) -> None:
-        """Stage and commit the frame tables; `video` are the new numbers of the segments' videos."""
+        """Stage and commit the frame tables; `video` are the new numbers of the segments'
+        videos."""
         index = self.source.index
         first = np.where(self.counts > 0, np.cumsum(self.counts) - self.counts, 0)
         part = FramesPart(
@@ -100,24 +116,35 @@ class ShardCopy:
         }
         folder = new_staging(self.writer.root, self.shard)
         for spec in fmt.frame_specs():
-            part.files += stage_array(folder, spec, self.shard, values[spec.path.split("/")[1]], self.writer.shard_rows)
-        run = _common([index.frame_commits[int(s)]["run"] for s in np.unique(index.shard[self.old])])
+            part.files += stage_array(
+                folder, spec, self.shard, values[spec.path.split("/")[1]], self.writer.shard_rows
+            )
+        run = _common(
+            [index.frame_commits[int(s)]["run"] for s in np.unique(index.shard[self.old])]
+        )
         self.writer.commit(ShardResult(self.shard, part, {}, str(folder)), run)
 
     def teacher(self, name: str) -> None:
         """Stage and commit a teacher's rows, as they are stored."""
         index, record = self.source.index, self.source.teacher(name)
         of = index.teachers[name]
-        good = [n if s not in of.failed else 0 for s, n in zip(self.old, self.counts.tolist(), strict=True)]
+        good = [
+            n if s not in of.failed else 0
+            for s, n in zip(self.old, self.counts.tolist(), strict=True)
+        ]
         shards = index.shard[self.old].tolist()
         part = TeacherPart(
             rows=sum(good),
-            error=total_error([(n, of.commits[shard]["error"]) for n, shard in zip(good, shards, strict=True)]),
+            error=total_error(
+                [(n, of.commits[shard]["error"]) for n, shard in zip(good, shards, strict=True)]
+            ),
             failed=self._of(of.failed),
         )
         folder = new_staging(self.writer.root, self.shard)
         specs = fmt.teacher_specs(name, len(record.classes), record.encoding)
-        kept = np.repeat(np.array(good) > 0, self.counts)  # a shard of which every segment failed may have no file
+        kept = np.repeat(
+            np.array(good) > 0, self.counts
+        )  # a shard of which every segment failed may have no file
         for array, spec in zip((*arrays_of(record.encoding), "entropy"), specs, strict=True):
             values = np.full((len(self.rows), *spec.row), spec.fill, spec.dtype)
             values[kept] = self.source.read_stored(name, array, self.rows[kept])
@@ -145,7 +172,8 @@ def _shard_rows(source: TargetStore, bounds: NDArray[np.int64], asked: int | Non
 
 def _list_videos(source: TargetStore, writer: StoreWriter, videos: NDArray[np.int64]) -> None:
     columns: dict[str, Any] = {
-        name: source.column(name)[videos] for name in (s.path.split("/")[1] for s in fmt.video_specs())
+        name: source.column(name)[videos]
+        for name in (s.path.split("/")[1] for s in fmt.video_specs())
     }
     used = np.unique(columns["corpus"])
     columns["corpus"] = np.searchsorted(used, columns["corpus"])

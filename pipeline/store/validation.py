@@ -1,8 +1,8 @@
 """The form of everything that a store says about itself, checked before anything uses it.
 
-A store may come from anybody: its names become paths, its numbers sizes and addresses. docs/store-format.md has the
-bounds. `read_nodes`, `check_root` and the readers of arrays call these functions, so that every reader and writer
-meets only values of the right type and size.
+A store may come from anybody: its names become paths, its numbers sizes and addresses.
+docs/store-format.md has the bounds. `read_nodes`, `check_root` and the readers of arrays call these
+functions, so that every reader and writer meets only values of the right type and size.
 """
 
 from __future__ import annotations
@@ -48,12 +48,14 @@ Form = tuple[str, Callable[[Any], bool]]
 
 
 def load_json(where: str, text: bytes) -> dict[str, Any]:
-    """Parse a zarr.json; StoreError names `where` if it is not JSON of an object, too large or too deep."""
+    """Parse a zarr.json; StoreError names `where` if it is not JSON of an object, too large or too
+    deep."""
     if len(text) > MAX_NODE_BYTES:
         raise StoreError(f"{where}: has {len(text)} bytes, at most {MAX_NODE_BYTES} are allowed")
     try:
         document = _parse(text)
-        # As many brackets as levels are needed at least: nearly every document has too few to be too deep.
+        # As many brackets as levels are needed at least: nearly every document has too few to be
+        # too deep.
         if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
             _check_depth(document, MAX_DEPTH)
     except (ValueError, RecursionError) as error:
@@ -67,7 +69,9 @@ def _parse(text: bytes) -> Any:
     try:
         return from_json(text)  # takes half the time of the standard library
     except ValueError:
-        return json.loads(text)  # takes half a surrogate pair as well: a byte of a path that is not UTF-8
+        return json.loads(
+            text
+        )  # takes half a surrogate pair as well: a byte of a path that is not UTF-8
 
 
 def _check_depth(value: Any, left: int) -> None:
@@ -104,7 +108,11 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_unique(value: Any, holds: Callable[[Any], bool], key: Callable[[Any], Any]) -> bool:
-    return isinstance(value, list) and all(map(holds, value)) and len({key(v) for v in value}) == len(value)
+    return (
+        isinstance(value, list)
+        and all(map(holds, value))
+        and len({key(v) for v in value}) == len(value)
+    )
 
 
 def _is_corpus(value: Any) -> bool:
@@ -118,7 +126,8 @@ def _is_digest(value: Any) -> bool:
 def _is_by_segment(value: Any, holds: Callable[[Any], bool]) -> bool:
     """Return whether a value is an object keyed by segment ids in decimal digits."""
     return isinstance(value, dict) and all(
-        re.fullmatch(r"0|[1-9][0-9]{0,9}", key) is not None and holds(inner) for key, inner in value.items()
+        re.fullmatch(r"0|[1-9][0-9]{0,9}", key) is not None and holds(inner)
+        for key, inner in value.items()
     )
 
 
@@ -137,11 +146,15 @@ def _is_run(value: Any) -> bool:
 
 def _is_error(value: Any) -> bool:
     kinds = (int, float, type(None))
-    return isinstance(value, dict) and all(type(value.get(key, 0.5j)) in kinds for key in ("kl_mean", "kl_p99"))
+    return isinstance(value, dict) and all(
+        type(value.get(key, 0.5j)) in kinds for key in ("kl_mean", "kl_p99")
+    )
 
 
 def _is_part(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}/[0-9]{1,6}", value) is not None)
+    return value is None or (
+        isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}/[0-9]{1,6}", value) is not None
+    )
 
 
 def _is_tables(value: Any) -> bool:
@@ -149,7 +162,11 @@ def _is_tables(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(entries, list)
         and all(
-            isinstance(e, list) and len(e) == 3 and _is_int(e[0]) and _is_int(e[1], e[0]) and _is_digest(e[2])
+            isinstance(e, list)
+            and len(e) == 3
+            and _is_int(e[0])
+            and _is_int(e[1], e[0])
+            and _is_digest(e[2])
             for e in entries
         )
         for entries in value.values()
@@ -159,7 +176,10 @@ def _is_tables(value: Any) -> bool:
 _COUNT: Form = f"a whole number from 0 to {MAX_COUNT}", _is_int
 _TEXT: Form = f"text of at most {MAX_TEXT} characters", _is_text
 _OBJECT: Form = "an object", lambda v: isinstance(v, dict)
-_RUN: Form = "an object with batch_size from 1 to 65536 and precision, or with mixed, a list of such", _is_run
+_RUN: Form = (
+    "an object with batch_size from 1 to 65536 and precision, or with mixed, a list of such",
+    _is_run,
+)
 _REASONS: Form = "texts by segment id", lambda v: _is_by_segment(v, _is_text)
 _CORPORA: Form = (
     "objects with name, of which each is another, and root",
@@ -173,7 +193,10 @@ _SHARD_ROWS: Form = (
     f"null or a multiple of {SHARD_UNIT} up to {MAX_SHARD_ROWS}",
     lambda v: v is None or (_is_int(v, SHARD_UNIT, MAX_SHARD_ROWS) and v % SHARD_UNIT == 0),
 )
-_LOGITS: Form = "a list of lists", lambda v: isinstance(v, list) and all(isinstance(row, list) for row in v)
+_LOGITS: Form = (
+    "a list of lists",
+    lambda v: isinstance(v, list) and all(isinstance(row, list) for row in v),
+)
 _SEGMENT_LISTS = ("segment", "first_row", "rows", "frames")
 
 # Of each kind of node the keys that are used: the form of each, and whether it must be there.
@@ -197,7 +220,10 @@ _NODES: dict[str, dict[str, tuple[Form, bool]]] = {
         "failed": (_REASONS, True),
         "notes": (_REASONS, True),
         "overflow": (("whole numbers by segment id", lambda v: _is_by_segment(v, _is_int)), True),
-        "counted": (("a list of segment ids", lambda v: isinstance(v, list) and all(map(_is_int, v))), True),
+        "counted": (
+            ("a list of segment ids", lambda v: isinstance(v, list) and all(map(_is_int, v))),
+            True,
+        ),
         "files": (_OBJECT, True),
         "run": (_RUN, True),
     },
@@ -234,7 +260,8 @@ def _kind(group: str) -> str:
 
 
 def check_node(where: str, group: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record of a node of a group of the store; in a commit of frames the lists become arrays [segments].
+    """Return the record of a node of a group of the store; in a commit of frames the lists become
+    arrays [segments].
 
     Raises:
         StoreError: names `where`, the key, what is allowed and the value.
@@ -253,7 +280,9 @@ def check_root(where: str, record: dict[str, Any]) -> None:
     try:
         every = Sampling.model_validate(sampling).every
     except ValidationError as error:
-        raise StoreError(f"{where}: sampling: {error.errors()[0]['msg']}, got {_short(sampling)}") from None
+        raise StoreError(
+            f"{where}: sampling: {error.errors()[0]['msg']}, got {_short(sampling)}"
+        ) from None
     if every is not None and not _is_int(every, 1):
         raise StoreError(f"{where}: sampling.every: expected {_COUNT[0]}, got {_short(every)}")
 
@@ -271,13 +300,22 @@ def _segment_table(where: str, record: Mapping[str, Any]) -> NDArray[np.int64]:
     """Return the lists of a commit of frames as one array [4, segments]."""
     lists: list[Any] = [record.get(key) for key in _SEGMENT_LISTS]
     table: Any = np.zeros((len(lists), 0), np.int64)
-    good = all(isinstance(values, list) for values in lists) and len({len(values or ()) for values in lists}) == 1
+    good = (
+        all(isinstance(values, list) for values in lists)
+        and len({len(values or ()) for values in lists}) == 1
+    )
     if good and lists[0]:
         try:
-            # An array of the standard library takes nothing but whole numbers, and takes them faster than NumPy.
-            table = np.frombuffer(array("q", [*chain.from_iterable(lists)]), np.int64).reshape(len(lists), -1)
+            # An array of the standard library takes nothing but whole numbers, and takes them
+            # faster than NumPy.
+            table = np.frombuffer(array("q", [*chain.from_iterable(lists)]), np.int64).reshape(
+                len(lists), -1
+            )
             # Frames are −1 where a segment does not reach the end of its file.
-            good = bool((table.min(axis=1) >= (0, 0, 0, -1)).all()) and int(table[:3].max()) <= MAX_COUNT
+            good = (
+                bool((table.min(axis=1) >= (0, 0, 0, -1)).all())
+                and int(table[:3].max()) <= MAX_COUNT
+            )
         except (TypeError, OverflowError):
             good = False
     if not good:
@@ -289,12 +327,17 @@ def _segment_table(where: str, record: Mapping[str, Any]) -> NDArray[np.int64]:
     return checked
 
 
-def check_files(where: str, files: Mapping[str, Any], arrays: Collection[str], shard: int, folder: str) -> None:
-    """Raise StoreError unless the files of a commit are among those of shard `shard` of `arrays` in `folder`."""
+def check_files(
+    where: str, files: Mapping[str, Any], arrays: Collection[str], shard: int, folder: str
+) -> None:
+    """Raise StoreError unless the files of a commit are among those of shard `shard` of `arrays` in
+    `folder`."""
     allowed = _file_names(folder, tuple(arrays), shard)
     for name, record in files.items():
         if name not in allowed:
-            raise StoreError(f"{where}: files: expected of {', '.join(allowed)}, got {_short(name)}")
+            raise StoreError(
+                f"{where}: files: expected of {', '.join(allowed)}, got {_short(name)}"
+            )
         good = isinstance(record, dict) and _is_int(record.get("size"), 0, MAX_SHARD_BYTES)
         if not (good and _is_digest(record.get("blake2b"))):
             raise StoreError(
@@ -304,14 +347,17 @@ def check_files(where: str, files: Mapping[str, Any], arrays: Collection[str], s
 
 
 def _file_names(folder: str, arrays: tuple[str, ...], shard: int) -> tuple[str, ...]:
-    return tuple(f"{folder}/{array}/c/{shard}{'/0' if array == 'logits' else ''}" for array in arrays)
+    return tuple(
+        f"{folder}/{array}/c/{shard}{'/0' if array == 'logits' else ''}" for array in arrays
+    )
 
 
 # Arrays
 
 
 def check_array(where: str, path: str, meta: Mapping[str, Any]) -> None:
-    """Raise StoreError unless the metadata of the array `path` is what the format defines for it."""
+    """Raise StoreError unless the metadata of the array `path` is what the format defines for
+    it."""
     spec = _spec_of(path)
     if spec is None:
         raise StoreError(f"{where}: the format has no array {path}")
@@ -330,7 +376,9 @@ def _spec_of(path: str) -> ArraySpec | None:
     specs = {s.path: s for s in (*fmt.video_specs(), *fmt.segment_specs(), *fmt.frame_specs())}
     if path in specs:
         return specs[path]
-    _, name, array = path.split("/") if path.startswith("teachers/") and path.count("/") == 2 else ("", "", "")
+    _, name, array = (
+        path.split("/") if path.startswith("teachers/") and path.count("/") == 2 else ("", "", "")
+    )
     if array == "class":
         return fmt.ArraySpec(path, "str", "", ("class",))
     return next((s for s in fmt.teacher_specs(name, 1, "int8") if s.path == path), None)
@@ -346,11 +394,18 @@ def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
     grid, chunk = meta["chunk_grid"], meta["chunk_grid"]["configuration"]["chunk_shape"]
     keys = meta["chunk_key_encoding"]
     problems = {
-        f"shape {_short(meta['shape'])}": not _is_int(rows, 0, MAX_COUNT * (MAX_SHARD_ROWS if spec.sharded else 1))
-        or not (len(row) == 1 and _is_int(row[0], 1, MAX_CLASSES) if logits else row == list(spec.row)),
-        f"data_type {_short(meta['data_type'])}, expected {' or '.join(types)}": meta["data_type"] not in types,
+        f"shape {_short(meta['shape'])}": not _is_int(
+            rows, 0, MAX_COUNT * (MAX_SHARD_ROWS if spec.sharded else 1)
+        )
+        or not (
+            len(row) == 1 and _is_int(row[0], 1, MAX_CLASSES) if logits else row == list(spec.row)
+        ),
+        f"data_type {_short(meta['data_type'])}, expected {' or '.join(types)}": meta["data_type"]
+        not in types,
         f"fill_value {_short(fill)}": fill not in expected or type(fill) not in (int, float, str),
-        f"chunk grid {_short(grid)}": grid["name"] != "regular" or not isinstance(chunk, list) or chunk[1:] != row,
+        f"chunk grid {_short(grid)}": grid["name"] != "regular"
+        or not isinstance(chunk, list)
+        or chunk[1:] != row,
         f"chunk keys {_short(keys)}": keys["name"] != "default"
         or keys.get("configuration", {}).get("separator", "/") != "/",
         "it has storage transformers": bool(meta.get("storage_transformers")),
@@ -371,7 +426,8 @@ def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
 
 
 def largest_chunk(meta: Mapping[str, Any]) -> int:
-    """Return how many bytes a file of a table's column may have, by the column's metadata, which have their form."""
+    """Return how many bytes a file of a table's column may have, by the column's metadata, which
+    have their form."""
     shape: list[int] = meta["chunk_grid"]["configuration"]["chunk_shape"]
     text = meta["data_type"] == "string"
     values = MAX_TEXT_CHUNK if text else math.prod(shape) * np.dtype(meta["data_type"]).itemsize
@@ -379,7 +435,8 @@ def largest_chunk(meta: Mapping[str, Any]) -> int:
 
 
 def unpacked_bytes(data: bytes) -> int | None:
-    """Return the size of what a zstd frame holds, as its header says (RFC 8878, 3.1.1.1); None if it does not.
+    """Return the size of what a zstd frame holds, as its header says (RFC 8878, 3.1.1.1); None if
+    it does not.
 
     data: the first 18 bytes of the frame, or all of it.
     """

@@ -29,7 +29,8 @@ ENTROPY_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. `shard` is None where no shard can be named, `teacher` for frame tables."""
+    """One thing that is wrong. `shard` is None where no shard can be named, `teacher` for frame
+    tables."""
 
     what: str
     shard: int | None = None
@@ -41,9 +42,11 @@ class Finding:
         return f"shard {self.shard:06d}, {self.teacher or 'frames'}: {self.what}"
 
 
-def verify(root: Path, index: StoreIndex, advance: Callable[[int], Any] = lambda n: None) -> Iterator[Finding]:
-    """Findings: structure and tables, then in order of shards missing commits, digests, crc, counts, finiteness,
-    entropies."""
+def verify(
+    root: Path, index: StoreIndex, advance: Callable[[int], Any] = lambda n: None
+) -> Iterator[Finding]:
+    """Findings: structure and tables, then in order of shards missing commits, digests, crc,
+    counts, finiteness, entropies."""
     files = LocalFiles(root)
     fmt.check_root(files)
     yield from (Finding(*broken) for broken in index.broken)
@@ -57,21 +60,28 @@ def verify(root: Path, index: StoreIndex, advance: Callable[[int], Any] = lambda
         if (shard, None) in known:
             continue
         if shard not in index.frame_commits:
-            yield Finding("planned, but not committed: extraction unfinished, or the commit was deleted", shard)
+            yield Finding(
+                "planned, but not committed: extraction unfinished, or the commit was deleted",
+                shard,
+            )
         else:
             yield from _frames(files, index, shard)
         for name, teacher in index.teachers.items():
             if shard in teacher.shards:
                 yield from _teacher(files, index, shard, name)
             elif shard in index.frame_commits and (shard, name) not in known:
-                yield Finding("no rows: extraction unfinished, or the commit was deleted", shard, name)
+                yield Finding(
+                    "no rows: extraction unfinished, or the commit was deleted", shard, name
+                )
         advance(1)
 
 
 def drop_commits(root: Path, findings: list[Finding]) -> int:
-    """Remove the commits of broken shards, so that the next extraction fills them again; returns how many.
+    """Remove the commits of broken shards, so that the next extraction fills them again; returns
+    how many.
 
-    Rows of teachers hang on the frame tables, so a broken frame shard takes its teachers' commits along.
+    Rows of teachers hang on the frame tables, so a broken frame shard takes its teachers' commits
+    along.
     """
     broken: set[str] = set()
     teachers = [p.name for p in inside(root, "commits/teachers").iterdir() if p.is_dir()]
@@ -94,11 +104,15 @@ def drop_commits(root: Path, findings: list[Finding]) -> int:
     return len(there)
 
 
-def entropy_tolerance(logits: NDArray[np.float32], rounding: NDArray[np.float32]) -> NDArray[np.float32]:
-    """How far a row's entropy may be off that of its stored `logits` [n, K], which are off by ≤ `rounding` [n].
+def entropy_tolerance(
+    logits: NDArray[np.float32], rounding: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """How far a row's entropy may be off that of its stored `logits` [n, K], which are off by ≤
+    `rounding` [n].
 
-    dH/dz_i = −p_i (log p_i + H), so that H is off by at most rounding · Σ p |log p + H| to first order; what is
-    beyond is measured to be below 1e-6 (docs/benchmarks.md). A wrong row is mostly off by far more.
+    dH/dz_i = −p_i (log p_i + H), so that H is off by at most rounding · Σ p |log p + H| to first
+    order; what is beyond is measured to be below 1e-6 (docs/benchmarks.md). A wrong row is mostly
+    off by far more.
     """
     z = logits - logits.max(axis=1, keepdims=True)
     e = np.exp(z)
@@ -109,7 +123,8 @@ def entropy_tolerance(logits: NDArray[np.float32], rounding: NDArray[np.float32]
 
 
 def _nodes(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
-    """Find nodes and array metadata that differ from their digests, also those that readers of rows do not use."""
+    """Find nodes and array metadata that differ from their digests, also those that readers of rows
+    do not use."""
     told = [what for what, _, _ in index.broken]
     for path in _documents(index):
         try:
@@ -131,11 +146,16 @@ def without_digest(files: StoreFiles, index: StoreIndex) -> int:
 
 
 def _documents(index: StoreIndex) -> Iterator[str]:
-    """Return the paths of all zarr.json of a store except those of commits, which every reader reads."""
+    """Return the paths of all zarr.json of a store except those of commits, which every reader
+    reads."""
     folders = ["", *fmt.GROUPS, *(f"plans/{i:06d}" for i in range(index.n_plans))]
     folders += [s.path for s in (*fmt.video_specs(), *fmt.segment_specs(), *fmt.frame_specs())]
     for name, of in index.teachers.items():
-        folders += [f"teachers/{name}", f"teachers/{name}/{fmt.FINGERPRINT}", f"teachers/{name}/class"]
+        folders += [
+            f"teachers/{name}",
+            f"teachers/{name}/{fmt.FINGERPRINT}",
+            f"teachers/{name}/class",
+        ]
         folders += [s.path for s in fmt.teacher_specs(name, 1, of.encoding)]
         folders += [f"commits/teachers/{name}"]
     yield from (f"{folder}/zarr.json".lstrip("/") for folder in folders)
@@ -156,9 +176,12 @@ def _structure(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
             yield Finding(f"array {spec.path} cannot be opened ({error})", None, teacher)
             continue
         if array.shape[0] < length:
-            yield Finding(f"array {spec.path} has {array.shape[0]} rows, {length} are planned", None, teacher)
-        if array.metadata.dimension_names != spec.dims:  # type: ignore[union-attr]
-            yield Finding(f"array {spec.path} has dimensions {array.metadata.dimension_names}", None, teacher)  # type: ignore[union-attr]
+            yield Finding(
+                f"array {spec.path} has {array.shape[0]} rows, {length} are planned", None, teacher
+            )
+        dimensions: Any = array.metadata.to_dict().get("dimension_names")
+        if tuple(dimensions or ()) != spec.dims:
+            yield Finding(f"array {spec.path} has dimensions {dimensions}", None, teacher)
 
 
 def _videos(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
@@ -178,7 +201,10 @@ def _videos(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
     ok = index.video_state() == OK
     for what, bad in (
         ("videos/path: {} videos have no path", path == ""),
-        ("videos/corpus: {} videos are in no corpus that the plans name", ~np.isin(corpus, range(len(index.corpora)))),
+        (
+            "videos/corpus: {} videos are in no corpus that the plans name",
+            ~np.isin(corpus, range(len(index.corpora))),
+        ),
         ("videos/size: {} videos have frames, but no size", ok & (size < 0)),
         ("videos/digest: {} videos have frames, but no digest", ok & ~digest.any(axis=1)),
     ):
@@ -186,7 +212,9 @@ def _videos(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
             yield Finding(what.format(int(bad.sum())))
     listed = Counter((c, p) for c, p in zip(corpus.tolist(), path.tolist(), strict=True) if p)
     if twice := [p for (_, p), count in listed.items() if count > 1]:
-        yield Finding(f"videos/path: {len(twice)} videos are listed more than once, the first is {twice[0]}")
+        yield Finding(
+            f"videos/path: {len(twice)} videos are listed more than once, the first is {twice[0]}"
+        )
     s = index.order()
     overlap = (index.end[s[:-1]] < 0) | (index.end[s[:-1]] > index.first[s[1:]])
     if count := int((overlap & (index.video[s[:-1]] == index.video[s[1:]])).sum()):
@@ -205,7 +233,8 @@ def _unplanned(root: Path, index: StoreIndex) -> Iterator[Finding]:
 
 
 def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
-    """Find class names and fingerprints that cannot be read, or contradict the teacher's identity or each other."""
+    """Find class names and fingerprints that cannot be read, or contradict the teacher's identity
+    or each other."""
     for name in index.teachers:
         try:
             classes = read_classes(files, name)
@@ -215,12 +244,16 @@ def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
             fingerprint = fmt.read_fingerprint(files, name)
             if fingerprint is None:
                 continue
-            count = Fingerprint.parse(fingerprint, f"teachers/{name}/{fmt.FINGERPRINT}").logits.shape[1]
+            count = Fingerprint.parse(
+                fingerprint, f"teachers/{name}/{fmt.FINGERPRINT}"
+            ).logits.shape[1]
         except StoreError as error:
             yield Finding(str(error), None, name)
             continue
         if count != len(classes):
-            yield Finding(f"its fingerprint is of {count} classes, it has {len(classes)}", None, name)
+            yield Finding(
+                f"its fingerprint is of {count} classes, it has {len(classes)}", None, name
+            )
 
 
 def _frames(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Finding]:
@@ -228,7 +261,10 @@ def _frames(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Findin
     bad = list(_files(files, commit["files"], shard, None))
     yield from bad
     rows, first = commit["rows"], commit["first_row"]
-    if rows.sum() > index.shard_rows or (first[rows > 0] != (np.cumsum(rows) - rows)[rows > 0]).any():
+    if (
+        rows.sum() > index.shard_rows
+        or (first[rows > 0] != (np.cumsum(rows) - rows)[rows > 0]).any()
+    ):
         yield Finding("its commit's rows overlap or do not fit the shard", shard)
         return
     if bad:
@@ -242,7 +278,9 @@ def _frames(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Findin
         return
     owner = np.repeat(index.video[commit["segment"]], rows)
     if (video != owner).any():
-        yield Finding(f"{int((video != owner).sum())} rows name another video than their segment", shard)
+        yield Finding(
+            f"{int((video != owner).sum())} rows name another video than their segment", shard
+        )
     same = np.diff(np.repeat(np.arange(len(rows)), rows)) == 0
     if (np.diff(frame)[same] <= 0).any() or (np.diff(pts)[same] <= 0).any():
         yield Finding("frame indices or pts do not ascend inside a segment", shard)
@@ -261,11 +299,15 @@ def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Ite
         yield Finding(f"holds rows of {sum(n for _, n in good)} frames, its commit says "
                       f"{teacher.commits[shard]['rows']}", shard, name)  # fmt: skip
     base = shard * index.shard_rows
-    rows = np.concatenate([np.arange(base + f, base + f + n) for f, n in good] or [np.empty(0, np.int64)])
+    rows = np.concatenate(
+        [np.arange(base + f, base + f + n) for f, n in good] or [np.empty(0, np.int64)]
+    )
     try:
         arrays = (*arrays_of(teacher.encoding), "entropy")
         stored = {a: files.rows(f"teachers/{name}/{a}", index.file_record) for a in arrays}
-        step = max(16, min(2048, (1 << 22) // stored["logits"].shape[1]))  # memory does not grow with classes
+        step = max(
+            16, min(2048, (1 << 22) // stored["logits"].shape[1])
+        )  # memory does not grow with classes
         for at in range(0, len(rows), step):
             some = {a: array.read(rows[at : at + step]) for a, array in stored.items()}
             z, h = decode(some, teacher.encoding), some["entropy"]
@@ -273,14 +315,22 @@ def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Ite
                 yield Finding("rows are not finite", shard, name)
                 return
             off = np.abs(entropy(z) - h)
-            if (bad_rows := np.flatnonzero(off > entropy_tolerance(z, rounding(some, teacher.encoding)))).size:
-                yield Finding(f"an entropy is {off[bad_rows].max():.3f} nats off its logits", shard, name)
+            if (
+                bad_rows := np.flatnonzero(
+                    off > entropy_tolerance(z, rounding(some, teacher.encoding))
+                )
+            ).size:
+                yield Finding(
+                    f"an entropy is {off[bad_rows].max():.3f} nats off its logits", shard, name
+                )
                 return
     except StoreError as error:
         yield Finding(str(error), shard, name)
 
 
-def _files(store: LocalFiles, files: dict[str, Any], shard: int, teacher: str | None) -> Iterator[Finding]:
+def _files(
+    store: LocalFiles, files: dict[str, Any], shard: int, teacher: str | None
+) -> Iterator[Finding]:
     for name, record in files.items():
         try:
             data = store.read(name)
@@ -291,7 +341,9 @@ def _files(store: LocalFiles, files: dict[str, Any], shard: int, teacher: str | 
             yield Finding(str(error), shard, teacher)
             continue
         if len(data) != record["size"]:
-            yield Finding(f"{name} has {len(data)} bytes, committed were {record['size']}", shard, teacher)
+            yield Finding(
+                f"{name} has {len(data)} bytes, committed were {record['size']}", shard, teacher
+            )
         elif digest_bytes(data) != record["blake2b"]:
             yield Finding(f"{name} differs from what was committed (digest)", shard, teacher)
 

@@ -1,7 +1,8 @@
 """Read one file over HTTP within bounds: of bytes, of time, of redirects.
 
-A server may send more than there is, compress a terabyte into a megabyte, send one byte per second or none, or send
-the reader to another place. Each of these ends soon, with a sentence that says what happened.
+A server may send more than there is, compress a terabyte into a megabyte, send one byte per second
+or none, or send the reader to another place. Each of these ends soon, with a sentence that says
+what happened.
 """
 
 from __future__ import annotations
@@ -20,15 +21,24 @@ if TYPE_CHECKING:
 
 REDIRECTS = 5
 STALL_S = 20.0  # without a byte, or without a connection
-SLOW_S, SLOW_RATE = 30.0, 32 << 10  # after so long, an answer has so many bytes per second, or it is given up
+SLOW_S, SLOW_RATE = (
+    30.0,
+    32 << 10,
+)  # after so long, an answer has so many bytes per second, or it is given up
 TOTAL_S = 600.0  # a request, with its redirects
 OVERFLOWED = (301, 302, 303, 307, 308)
 TRY_AGAIN = (408, 425, 429)
-OWN = ("proxy", "proxy_auth", "proxy_headers", "timeout")  # settings that are about this machine, not about a server
+OWN = (
+    "proxy",
+    "proxy_auth",
+    "proxy_headers",
+    "timeout",
+)  # settings that are about this machine, not about a server
 
 
 class AnswerError(Exception):
-    """An answer that is not used, in words. `again`: whether the same request may be answered better."""
+    """An answer that is not used, in words. `again`: whether the same request may be answered
+    better."""
 
     def __init__(self, words: str, *, again: bool = False) -> None:
         super().__init__(words)
@@ -43,11 +53,14 @@ class WebReader:
         login, at, place = parts.netloc.rpartition("@")
         self.filesystem, self._parts = filesystem, parts._replace(netloc=place, fragment="")
         # In the header, not in the URL: errors of aiohttp and tracebacks hold URLs.
-        self._login = {"Authorization": f"Basic {base64.b64encode(_login(login)).decode()}"} if at else {}
+        self._login = (
+            {"Authorization": f"Basic {base64.b64encode(_login(login)).decode()}"} if at else {}
+        )
         self._bare: aiohttp.ClientSession | None = None
 
     async def read(self, path: str, span: tuple[int, int] | None, limit: int) -> bytes:
-        """Return a file of at most `limit` bytes, or bytes [start, stop) of it, or all of it where ranges are unknown.
+        """Return a file of at most `limit` bytes, or bytes [start, stop) of it, or all of it where
+        ranges are unknown.
 
         Raises:
             FileNotFoundError: The server answers 404.
@@ -56,7 +69,9 @@ class WebReader:
         import aiohttp
 
         target = urlunsplit(self._parts._replace(path=f"{self._parts.path.rstrip('/')}/{path}"))
-        ours = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {})
+        ours = {"Accept-Encoding": "identity"} | (
+            {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}
+        )
         try:
             async with asyncio.timeout(TOTAL_S):
                 return await self._follow(self.filesystem.encode_url(target), ours, span, limit)
@@ -65,12 +80,16 @@ class WebReader:
         except TimeoutError as error:
             raise AnswerError("no whole answer in time") from error
 
-    async def _follow(self, url: URL, ours: dict[str, str], span: tuple[int, int] | None, limit: int) -> bytes:
+    async def _follow(
+        self, url: URL, ours: dict[str, str], span: tuple[int, int] | None, limit: int
+    ) -> bytes:
         session, at_home = await self.filesystem.set_session(), True
         for _ in range(REDIRECTS + 1):
             options = self._options(ours, at_home)
             async with asyncio.timeout(SLOW_S):
-                answer = await session.get(url, allow_redirects=False, auto_decompress=False, **options)
+                answer = await session.get(
+                    url, allow_redirects=False, auto_decompress=False, **options
+                )
             try:
                 if answer.status not in OVERFLOWED:
                     return await _body(answer, span, limit)
@@ -86,24 +105,38 @@ class WebReader:
         import aiohttp
 
         given = dict(self.filesystem.kwargs)
-        timeout = aiohttp.ClientTimeout(total=TOTAL_S, connect=STALL_S, sock_connect=STALL_S, sock_read=STALL_S)
+        timeout = aiohttp.ClientTimeout(
+            total=TOTAL_S, connect=STALL_S, sock_connect=STALL_S, sock_read=STALL_S
+        )
         if at_home:
             headers = {**(given.pop("headers", None) or {}), **self._login, **ours}
             return {"timeout": timeout, **given, "headers": headers}
-        return {"timeout": timeout, **{key: given[key] for key in OWN if key in given}, "headers": ours}
+        return {
+            "timeout": timeout,
+            **{key: given[key] for key in OWN if key in given},
+            "headers": ours,
+        }
 
-    async def _session_without_secrets(self, session: aiohttp.ClientSession) -> aiohttp.ClientSession:
-        """Return a session for other hosts: nothing that the user gave for the store's own is sent there."""
+    async def _session_without_secrets(
+        self, session: aiohttp.ClientSession
+    ) -> aiohttp.ClientSession:
+        """Return a session for other hosts: nothing that the user gave for the store's own is sent
+        there."""
         import aiohttp
 
         if self._bare is None:
-            self._bare = aiohttp.ClientSession(trust_env=session.trust_env, cookie_jar=aiohttp.DummyCookieJar())
+            self._bare = aiohttp.ClientSession(
+                trust_env=session.trust_env, cookie_jar=aiohttp.DummyCookieJar()
+            )
             weakref.finalize(self, _close, os.getpid(), self.filesystem, self._bare)
         return self._bare
 
 
 async def _body(answer: aiohttp.ClientResponse, span: tuple[int, int] | None, limit: int) -> bytes:
-    status, encoding = answer.status, answer.headers.get("Content-Encoding", "identity").lower().strip()
+    status, encoding = (
+        answer.status,
+        answer.headers.get("Content-Encoding", "identity").lower().strip(),
+    )
     if status == 404:
         raise FileNotFoundError
     if status == 416:
@@ -119,7 +152,8 @@ async def _body(answer: aiohttp.ClientResponse, span: tuple[int, int] | None, li
 
 
 async def _bounded(answer: aiohttp.ClientResponse, most: int) -> bytes:
-    """Read what the server sends, as long as it is no more than `most` bytes and comes at a bearable rate."""
+    """Read what the server sends, as long as it is no more than `most` bytes and comes at a
+    bearable rate."""
     too_long = AnswerError(f"the server sends more than the {most} bytes that the file can have")
     if (answer.content_length or 0) > most:
         raise too_long
@@ -154,19 +188,28 @@ def _redirected(url: URL, location: str) -> URL:
         following = url.join(URL(location))
     except ValueError as error:
         raise AnswerError("is redirected to something that is no URL") from error
-    if not location or following.scheme not in ("http", "https") or (url.scheme, following.scheme) == ("https", "http"):
-        raise AnswerError(f"is redirected from {url.scheme} to {following.scheme[:20]!r}, which is not followed")
+    if (
+        not location
+        or following.scheme not in ("http", "https")
+        or (url.scheme, following.scheme) == ("https", "http")
+    ):
+        raise AnswerError(
+            f"is redirected from {url.scheme} to {following.scheme[:20]!r}, which is not followed"
+        )
     return following.with_user(None)
 
 
 def _same_host(url: URL, following: URL) -> bool:
-    """Return whether what was meant for one URL may be sent to the other: its host, also by https instead of http."""
+    """Return whether what was meant for one URL may be sent to the other: its host, also by https
+    instead of http."""
     upgrade = (url.scheme, url.port, following.scheme, following.port) == ("http", 80, "https", 443)
     return url.host == following.host and (upgrade or url.origin() == following.origin())
 
 
 def _close(process: int, filesystem: Any, session: aiohttp.ClientSession) -> None:
-    if os.getpid() == process:  # a forked process has the session, but not the thread that it works in
+    if (
+        os.getpid() == process
+    ):  # a forked process has the session, but not the thread that it works in
         filesystem.close_session(filesystem.loop, session)
 
 

@@ -1,4 +1,5 @@
-"""The one process that changes a store: creates it, plans, moves finished shards into place and commits them."""
+"""The one process that changes a store: creates it, plans, moves finished shards into place and
+commits them."""
 
 from __future__ import annotations
 
@@ -38,9 +39,10 @@ Tables = dict[str, list[tuple[int, int, str]]]
 class StoreWriter:
     """An open, locked store. Use as a context manager; the lock dies with the process.
 
-    `origin` are attributes that say which videos the store is made of (`part`, `merged_from`, `exported_from`).
-    `damaged`: see `load_index`; nothing is added to such a store.
-    Raises UsageError if `path` is a URL, StoreError if it is foreign, corrupt or being written by another process, and
+    `origin` are attributes that say which videos the store is made of (`part`, `merged_from`,
+    `exported_from`).
+    `damaged`: see `load_index`; nothing is added to such a store. Raises UsageError if `path` is a
+    URL, StoreError if it is foreign, corrupt or being written by another process, and
     StoreMismatchError if the store was made with another sampling, shard size or origin.
     """
 
@@ -59,7 +61,11 @@ class StoreWriter:
             _create(self.root, sampling, shard_rows, origin or {})
         self._lock = os.open(self.root, os.O_RDONLY)
         try:
-            lock(self._lock, self.root, StoreError(f"{self.root}: another process is writing this store"))
+            lock(
+                self._lock,
+                self.root,
+                StoreError(f"{self.root}: another process is writing this store"),
+            )
             self.attributes = fmt.check_root(self.root)
             if self.attributes["sampling"] != dict(sampling):
                 raise StoreMismatchError(
@@ -88,7 +94,9 @@ class StoreWriter:
             return load_index(self.root, damaged=damaged)
         except StoreError as error:
             repair = f"distinit targets verify --repair {shlex.quote(str(self.root))}"
-            raise StoreError(f"{error}; `{repair}` drops what is damaged, then this command fills it again") from error
+            raise StoreError(
+                f"{error}; `{repair}` drops what is damaged, then this command fills it again"
+            ) from error
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -102,21 +110,28 @@ class StoreWriter:
         """Rows of a shard; 0 until the first segments are planned."""
         return int(self.attributes["shard_rows"] or 0)
 
-    # -- planning ------------------------------------------------------------------------------------
+    # -- planning
+    # ------------------------------------------------------------------------------------
 
-    def add_videos(self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], corpora: list[dict[str, str]]) -> None:
-        """Append rows to the video table: `columns` by name of `format.video_specs`, then the plan node."""
+    def add_videos(
+        self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], corpora: list[dict[str, str]]
+    ) -> None:
+        """Append rows to the video table: `columns` by name of `format.video_specs`, then the plan
+        node."""
         start = self.index.n_videos
         stop = start + len(columns["path"])
-        tables = self._append(fmt.video_specs(), {f"videos/{k}": v for k, v in columns.items()}, start, stop)
+        tables = self._append(
+            fmt.video_specs(), {f"videos/{k}": v for k, v in columns.items()}, start, stop
+        )
         self.index.n_videos, self.index.corpora = stop, corpora
         self._plan_node("videos", tables)
 
     def identify(self, videos: Sequence[int], columns: Mapping[str, Sequence[Any]]) -> None:
-        """Replace rows of the video table: what is known of the files of `videos`, of which no frame is stored.
+        """Replace rows of the video table: what is known of the files of `videos`, of which no
+        frame is stored.
 
-        The plan with the new digests comes first. A kill before the rows are written leaves them as they were, under
-        the former digests, and the next attempt writes them again.
+        The plan with the new digests comes first. A kill before the rows are written leaves them as
+        they were, under the former digests, and the next attempt writes them again.
         """
         ids = np.asarray(videos, np.int64)
         blocks: list[tuple[zarr.Array, int, NDArray[Any]]] = []
@@ -172,7 +187,9 @@ class StoreWriter:
         """Append segments that have their shards: `columns` by name of `format.segment_specs`."""
         start = len(self.index.video)
         stop = start + len(columns["video"])
-        tables = self._append(fmt.segment_specs(), {f"segments/{k}": v for k, v in columns.items()}, start, stop)
+        tables = self._append(
+            fmt.segment_specs(), {f"segments/{k}": v for k, v in columns.items()}, start, stop
+        )
         self._plan_node("segments", tables, segments=stop, shards=shards)
         self.index = load_index(self.root)
         self._grow()
@@ -184,13 +201,20 @@ class StoreWriter:
         return self.shard_rows
 
     def check_teacher(
-        self, name: str, attributes: Mapping[str, Any], *, encoding: Encoding | None = None, accept_run: bool = False
+        self,
+        name: str,
+        attributes: Mapping[str, Any],
+        *,
+        encoding: Encoding | None = None,
+        accept_run: bool = False,
     ) -> None:
         """StoreMismatchError if the store has a teacher of this name that is another.
 
-        `attributes` holds `identity` (what the teacher is) and `run` (batch size, precision, torch, device
-        kind: what makes equal rows equal bits). `accept_run` lets another `run` continue the store; every
-        commit records its own. `encoding` None is that of the store, of a new teacher the default.
+        `attributes` holds `identity` (what the teacher is) and `run` (batch size, precision, torch,
+        device
+        kind: what makes equal rows equal bits). `accept_run` lets another `run` continue the store;
+        every commit records its own. `encoding` None is that of the store, of a new teacher the
+        default.
         """
         if name not in self.index.teachers:
             return
@@ -198,7 +222,9 @@ class StoreWriter:
         for key in ("identity",) if accept_run else ("identity", "run"):
             same_attributes(f"{self.root}: teacher {name!r}", key, there[key], attributes[key])
         if encoding is not None:
-            same_attributes(f"{self.root}: teacher {name!r}", "encoding", there["encoding"], encoding)
+            same_attributes(
+                f"{self.root}: teacher {name!r}", "encoding", there["encoding"], encoding
+            )
 
     def add_teacher(
         self,
@@ -210,7 +236,8 @@ class StoreWriter:
         accept_run: bool = False,
         fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
-        """Make room for a teacher, unless there is one of this name: then `check_teacher`, and nothing changes."""
+        """Make room for a teacher, unless there is one of this name: then `check_teacher`, and
+        nothing changes."""
         self.check_teacher(name, attributes, encoding=encoding, accept_run=accept_run)
         if name in self.index.teachers:
             return
@@ -229,24 +256,31 @@ class StoreWriter:
         fmt.create_classes(staged, classes)
         _sync_tree(staged)
         if (self.root / "commits/teachers" / name).exists():
-            raise StoreError(f"{self.root}: holds commits of teacher {name!r}, but no plan names it")
-        shutil.rmtree(node, ignore_errors=True)  # of a run that was killed before the plan that names it
+            raise StoreError(
+                f"{self.root}: holds commits of teacher {name!r}, but no plan names it"
+            )
+        shutil.rmtree(
+            node, ignore_errors=True
+        )  # of a run that was killed before the plan that names it
         os.rename(staged, node)
         fmt.fsync_path(node.parent)
         self._plan_node("teachers", {}, teachers=[*self.index.teachers, name])
         self.index = load_index(self.root)
 
     def add_fingerprint(self, name: str, record: Mapping[str, Any]) -> None:
-        """Give a teacher that has none its fingerprint, in a node of its own: nothing else of the store changes."""
+        """Give a teacher that has none its fingerprint, in a node of its own: nothing else of the
+        store changes."""
         fmt.write_node(self.root, f"teachers/{name}/{fmt.FINGERPRINT}", record)
 
-    # -- committing ----------------------------------------------------------------------------------
+    # -- committing
+    # ----------------------------------------------------------------------------------
 
     def commit(self, result: ShardResult, run: Mapping[str, Any]) -> None:
         """Move a shard's files into place and make it exist: frames first, then each teacher.
 
-        What is committed already is left alone, so that a superseded attempt changes nothing. A kill
-        between two nodes leaves a shard whose missing teachers the next run computes over its frames.
+        What is committed already is left alone, so that a superseded attempt changes nothing. A
+        kill between two nodes leaves a shard whose missing teachers the next run computes over its
+        frames.
         """
         shard = result.shard
         frames = result.frames
@@ -274,7 +308,8 @@ class StoreWriter:
             add_teacher_commit(self.index, name, shard, node)
         shutil.rmtree(result.staging, ignore_errors=True)
 
-    # -- details -------------------------------------------------------------------------------------
+    # -- details
+    # -------------------------------------------------------------------------------------
 
     def _publish(self, files: Iterable[StagedFile]) -> None:
         for file in files:
@@ -290,7 +325,8 @@ class StoreWriter:
         start: int,
         stop: int,
     ) -> Tables:
-        """Write rows [start, stop) of the tables; returns their digests, for the plan that names them."""
+        """Write rows [start, stop) of the tables; returns their digests, for the plan that names
+        them."""
         tables: Tables = {}
         for spec in specs:
             inside(self.root, spec.path, below=True)
@@ -298,7 +334,8 @@ class StoreWriter:
                 raise StoreError(f"{self.root}/{spec.path}: has {there} rows, {start} are planned")
             fmt.resize_array(self.root, spec, stop)
             array = zarr.open_array(self.root / spec.path, mode="r+")
-            # Rows that no plan node speaks of may stand here from a run that was killed: written over.
+            # Rows that no plan node speaks of may stand here from a run that was killed: written
+            # over.
             values = fmt.as_numpy(spec, columns[spec.path])
             array[start:stop] = values
             _sync_tree(self.root / spec.path)
@@ -309,8 +346,15 @@ class StoreWriter:
         return tables
 
     def _plan_node(self, kind: str, tables: Tables, **extra: Any) -> None:
-        node = {"kind": kind, "videos": self.index.n_videos, "corpora": self.index.corpora, "time": _now()}
-        fmt.write_node(self.root, f"plans/{self.index.n_plans:06d}", {**node, **extra, "tables": tables})
+        node = {
+            "kind": kind,
+            "videos": self.index.n_videos,
+            "corpora": self.index.corpora,
+            "time": _now(),
+        }
+        fmt.write_node(
+            self.root, f"plans/{self.index.n_plans:06d}", {**node, **extra, "tables": tables}
+        )
         self.index.n_plans += 1
         for path, entries in tables.items():
             known = self.index.ranges.setdefault(path, {})
@@ -322,7 +366,8 @@ class StoreWriter:
         fmt.write_node(self.root, ".", self.attributes)
 
     def _grow(self) -> None:
-        """Bring every row array to the planned size: idempotent, so a kill between two resizes is healed."""
+        """Bring every row array to the planned size: idempotent, so a kill between two resizes is
+        healed."""
         rows = self.index.n_shards * self.shard_rows
         if not rows:
             return
@@ -335,17 +380,22 @@ class StoreWriter:
                 fmt.resize_array(self.root, spec, rows)
 
 
-def _create(root: Path, sampling: Mapping[str, Any], shard_rows: int | None, origin: Mapping[str, Any]) -> None:
+def _create(
+    root: Path, sampling: Mapping[str, Any], shard_rows: int | None, origin: Mapping[str, Any]
+) -> None:
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         fmt.check_root(root)  # says what it is instead
     if shard_rows is not None and (shard_rows < fmt.TABLE_CHUNK or shard_rows % fmt.TABLE_CHUNK):
         raise StoreError(f"--shard-rows must be a multiple of {fmt.TABLE_CHUNK}, got {shard_rows}")
     root.parent.mkdir(parents=True, exist_ok=True)
-    for left in root.parent.glob(f".{glob.escape(root.name)}.new-*"):  # of a process that was killed while it made one
+    for left in root.parent.glob(
+        f".{glob.escape(root.name)}.new-*"
+    ):  # of a process that was killed while it made one
         maker = left.name.rpartition("-")[2]
         if maker.isdigit() and not _alive(int(maker)) and fmt.is_ours(left):
             shutil.rmtree(left, ignore_errors=True)
-    # A name of its own: threads of zarr may write on where one has failed, after the folder was removed.
+    # A name of its own: threads of zarr may write on where one has failed, after the folder was
+    # removed.
     new = root.parent / f".{root.name}.new-{uuid.uuid4().hex[:8]}-{os.getpid()}"
     attributes: dict[str, Any] = {
         "format": fmt.FORMAT,
@@ -388,9 +438,15 @@ def _alive(pid: int) -> bool:
 
 
 def same_attributes(
-    where: str, what: str, there: Any, here: Any, place: str = "in the store", other: str = "in this command"
+    where: str,
+    what: str,
+    there: Any,
+    here: Any,
+    place: str = "in the store",
+    other: str = "in this command",
 ) -> None:
-    """StoreMismatchError naming the first key in which two JSON-able values differ, and what it is on both sides."""
+    """StoreMismatchError naming the first key in which two JSON-able values differ, and what it is
+    on both sides."""
     here = json.loads(json.dumps(here))
     if there == here:
         return

@@ -1,10 +1,10 @@
 """Students as files: safetensors in torchvision's parameter names, everything else in its metadata.
 
-One head is written as torchvision's `fc.weight` and `fc.bias` (unless the backbone has an `fc` of its own),
-several as `heads.<name>.weight` and `.bias`, so that a student of one head and the torchvision variant loads
-strictly into torchvision's own model. The metadata's `distinit` entry is one JSON object, the options and
-heads beside the `StudentMeta`; `format_version` is 1. Its `distinit-sha256` entry is a digest of the whole file, see
-`sealed`; files of version 0.1 have none.
+One head is written as torchvision's `fc.weight` and `fc.bias` (unless the backbone has an `fc` of
+its own), several as `heads.<name>.weight` and `.bias`, so that a student of one head and the
+torchvision variant loads strictly into torchvision's own model. The metadata's `distinit` entry is
+one JSON object, the options and heads beside the `StudentMeta`; `format_version` is 1. Its
+`distinit-sha256` entry is a digest of the whole file, see `sealed`; files of version 0.1 have none.
 """
 
 from __future__ import annotations
@@ -55,13 +55,15 @@ class _Header(Options):
 
 
 def save_start(path: str | Path, student: Student) -> None:
-    """Write the first convolution as it is now, atomically, under its name. Raises CheckpointError."""
+    """Write the first convolution as it is now, atomically, under its name. Raises
+    CheckpointError."""
     stem = student.backbone.state_dict()[STEM].detach().cpu().contiguous()
     _write(Path(path), {STEM: stem}, {"format": "pt"})
 
 
 def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping[str, Any]) -> None:
-    """Write a student as one safetensors file, atomically: the file of that name is old or new, never half.
+    """Write a student as one safetensors file, atomically: the file of that name is old or new,
+    never half.
 
     `meta` may be a flat mapping: keys that `StudentMeta` has no field for go under its `extra`.
 
@@ -73,15 +75,22 @@ def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping
         meta = meta if isinstance(meta, StudentMeta) else StudentMeta.of(meta)
         meta = meta.completed(student.options.channels)
     except ValueError as error:
-        raise CheckpointError(f"{path}: cannot be described: {' '.join(str(error).split())}") from None
+        raise CheckpointError(
+            f"{path}: cannot be described: {' '.join(str(error).split())}"
+        ) from None
     _check_classes(student.classes, meta, path)
-    header = _Header(format_version=FORMAT_VERSION, options=student.options, heads=student.classes, meta=meta)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named_tensors(student)}
+    header = _Header(
+        format_version=FORMAT_VERSION, options=student.options, heads=student.classes, meta=meta
+    )
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named_tensors(student)
+    }
     _write(path, tensors, {"format": "pt", "distinit": _as_json(header)})
 
 
 def _as_json(header: _Header) -> str:
-    """The header as ASCII: paths that are not UTF-8 travel as lone surrogates, which JSON writes as escapes."""
+    """The header as ASCII: paths that are not UTF-8 travel as lone surrogates, which JSON writes as
+    escapes."""
     return json.dumps(header.model_dump(mode="python"))
 
 
@@ -101,13 +110,16 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def load_student(path: str | Path, device: torch.device | str = "cpu", *, factory: str | None = None) -> Student:
+def load_student(
+    path: str | Path, device: torch.device | str = "cpu", *, factory: str | None = None
+) -> Student:
     """The student of a file or a run folder, in evaluation mode, with its `meta`.
 
-    factory: a file whose student is made by a `package.module:factory` is loaded only where the caller names
-    that very factory here: its code is run, and a file is no reason to run code.
+    factory: a file whose student is made by a `package.module:factory` is loaded only where the
+    caller names that very factory here: its code is run, and a file is no reason to run code.
 
-    A run folder holds `student.safetensors` (from train-student) or `model.safetensors` (from finetune).
+    A run folder holds `student.safetensors` (from train-student) or `model.safetensors` (from
+    finetune).
 
     Raises:
         CheckpointError: no such file, not a student of this package, a newer format, damaged.
@@ -121,7 +133,9 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, factor
         )
     _require_named(header.options, factory, path)
     _check_sizes(header, state, path)
-    student = build_student(header.options, header.heads, clip=(header.meta.clip_length, header.meta.clip_size))
+    student = build_student(
+        header.options, header.heads, clip=(header.meta.clip_length, header.meta.clip_size)
+    )
     _fill(student, state, path)
     student.meta = header.meta
     return student.eval().to(device)
@@ -130,8 +144,8 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, factor
 def load_backbone(student: Student, path: str | Path) -> InitReport:
     """Initialise a student's backbone from an exported student; its heads stay as they are.
 
-    Takes a run folder or a safetensors file, also one in torchvision's names without metadata, whose
-    kind is then told by its shapes.
+    Takes a run folder or a safetensors file, also one in torchvision's names without metadata,
+    whose kind is then told by its shapes.
 
     Raises:
         CheckpointError: another architecture, variant, width or number of channels (named, with the
@@ -147,11 +161,15 @@ def load_backbone(student: Student, path: str | Path) -> InitReport:
 
 
 def take_backbone(
-    student: Student, state: Mapping[str, Tensor], label: str, origin: Mapping[str, str] | None = None
+    student: Student,
+    state: Mapping[str, Tensor],
+    label: str,
+    origin: Mapping[str, str] | None = None,
 ) -> InitReport:
     """Put a state in a student's own names into its backbone; what else the state holds is left.
 
-    label: where the state is from, for messages. origin: name → what it was made of, for the report.
+    label: where the state is from, for messages. origin: name → what it was made of, for the
+        report.
 
     Raises:
         CheckpointError: a tensor that is missing, of another shape, or not finite.
@@ -159,24 +177,34 @@ def take_backbone(
     own = student.backbone.state_dict()
     taken = {name: state[name] for name in own if name in state}
     # BatchNorm's batch counters are of no use here, and older files lack them.
-    missing = [name for name in own if name not in taken and not name.endswith("num_batches_tracked")]
+    missing = [
+        name for name in own if name not in taken and not name.endswith("num_batches_tracked")
+    ]
     if missing:
-        raise CheckpointError(f"{label}: damaged: {len(missing)} tensors missing, first {missing[0]}")
+        raise CheckpointError(
+            f"{label}: damaged: {len(missing)} tensors missing, first {missing[0]}"
+        )
     for name, tensor in taken.items():
         if tensor.shape != own[name].shape:
-            raise CheckpointError(f"{label}: damaged: {name} is {list(tensor.shape)}, expected {list(own[name].shape)}")
+            raise CheckpointError(
+                f"{label}: damaged: {name} is {list(tensor.shape)}, expected {list(own[name].shape)}"
+            )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{label}: {name} holds values that are not finite")
     student.backbone.load_state_dict(taken, strict=False)
     left = tuple(name for name in state if name not in taken)
     made_of = origin or {}
-    lines = [f"{name} {list(tensor.shape)} from {made_of.get(name, name)}" for name, tensor in taken.items()]
+    lines = [
+        f"{name} {list(tensor.shape)} from {made_of.get(name, name)}"
+        for name, tensor in taken.items()
+    ]
     lines += [f"left: {name} {list(state[name].shape)}" for name in left]
     return InitReport(label, tuple(taken), left, tuple(lines))
 
 
 def read_options(path: str | Path, *, factory: str | None = None) -> StudentOptions:
-    """The options that a file's or run folder's student was built with, without loading its tensors' values.
+    """The options that a file's or run folder's student was built with, without loading its
+    tensors' values.
 
     Raises:
         CheckpointError: as `load_backbone`.
@@ -210,16 +238,25 @@ def _require_named(options: StudentOptions, factory: str | None, path: Path) -> 
 
 
 def _check_sizes(header: _Header, state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a header whose student is larger than the file's tensors, before that student takes any memory."""
+    """Refuse a header whose student is larger than the file's tensors, before that student takes
+    any memory."""
     for name, classes in header.heads.items():
-        weight = state.get(f"heads.{name}.weight", state.get("fc.weight") if len(header.heads) == 1 else None)
+        weight = state.get(
+            f"heads.{name}.weight", state.get("fc.weight") if len(header.heads) == 1 else None
+        )
         if weight is None or weight.ndim != 2 or len(weight) != classes:
             found = "none" if weight is None else list(weight.shape)
-            raise CheckpointError(f"{path}: damaged: head {name!r} has {classes} classes, its tensor is {found}")
+            raise CheckpointError(
+                f"{path}: damaged: head {name!r} has {classes} classes, its tensor is {found}"
+            )
     if header.options.architecture in BUILTIN_ARCHITECTURES:
         with torch.device("meta"):
             own = Backbone(header.options).state_dict()
-        wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
+        wrong = [
+            name
+            for name, tensor in own.items()
+            if name not in state or state[name].shape != tensor.shape
+        ]
         if wrong:
             raise CheckpointError(
                 f"{path}: damaged: its tensors are not those of {header.options.describe()}, first {wrong[0]}"
@@ -250,7 +287,8 @@ def _fill(student: Student, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _file_of(path: str | Path) -> Path:
-    """Return the safetensors file that a path means. Raises SourceError if it is a link out of a run folder."""
+    """Return the safetensors file that a path means. Raises SourceError if it is a link out of a
+    run folder."""
     path = Path(path)
     if not path.is_dir():
         if not path.is_file():
@@ -258,7 +296,9 @@ def _file_of(path: str | Path) -> Path:
         return path
     inside = [path / name for name in RUN_FILES if is_regular_file(path / name, path)]
     if not inside:
-        raise CheckpointError(f"{path}: holds no {' and no '.join(RUN_FILES)}; is its run finished?")
+        raise CheckpointError(
+            f"{path}: holds no {' and no '.join(RUN_FILES)}; is its run finished?"
+        )
     if len(inside) > 1:
         raise CheckpointError(f"{path}: holds {' and '.join(RUN_FILES)}; name the file")
     return inside[0]
@@ -275,19 +315,31 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header | None]:
         content = json.loads(metadata["distinit"])
         version = content["format_version"]
         if version != FORMAT_VERSION:
-            raise CheckpointError(f"{path}: format version {version}, this distinit reads {FORMAT_VERSION}: update it")
+            raise CheckpointError(
+                f"{path}: format version {version}, this distinit reads {FORMAT_VERSION}: update it"
+            )
         return state, _Header.model_validate(content)
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, RecursionError) as error:  # JSON's and pydantic's are ValueErrors
-        raise CheckpointError(f"{path}: damaged 'distinit' metadata ({type(error).__name__})") from None
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        RecursionError,
+    ) as error:  # JSON's and pydantic's are ValueErrors
+        raise CheckpointError(
+            f"{path}: damaged 'distinit' metadata ({type(error).__name__})"
+        ) from None
 
 
 def check_options(wanted: StudentOptions, found: StudentOptions, label: str) -> None:
-    """Refuse by name: each option that differs, and the options that would fit. `label` names the file."""
+    """Refuse by name: each option that differs, and the options that would fit. `label` names the
+    file."""
     asked, has = wanted.model_dump(), found.model_dump()
     differing = [
-        f"{key} is {has[key]!r} in the file, {asked[key]!r} was asked for" for key in asked if asked[key] != has[key]
+        f"{key} is {has[key]!r} in the file, {asked[key]!r} was asked for"
+        for key in asked
+        if asked[key] != has[key]
     ]
     if differing:
         fitting = " ".join(f"{key}={value}" for key, value in has.items())
@@ -312,7 +364,9 @@ def recognise(state: Mapping[str, Tensor]) -> StudentOptions | None:
         return None
     shapes = {name: tensor.shape for name, tensor in state.items()}
     for architecture in ("r2plus1d_18", "r3d_18", "r2plus1d_34", "r3d_34", "mc3_18"):
-        for variant in ("torchvision", "vmz") if architecture.startswith("r2plus1d") else ("torchvision",):
+        for variant in (
+            ("torchvision", "vmz") if architecture.startswith("r2plus1d") else ("torchvision",)
+        ):
             try:
                 options = StudentOptions.model_validate(
                     {

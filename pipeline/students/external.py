@@ -22,12 +22,15 @@ _CLASSIFIERS = ("fc", "head", "classifier")
 
 
 def external_backbone(options: StudentOptions, clip: tuple[int, int]) -> tuple[nn.Module, int]:
-    """(module, D): from clips [B, C, T, H, W] to features [B, D] or [B, D, t, h, w], with fresh weights.
+    """(module, D): from clips [B, C, T, H, W] to features [B, D] or [B, D, t, h, w], with fresh
+    weights.
 
-    Its parameters keep their own names. It is tried on one clip of clip = (T, H = W), which tells D.
+    Its parameters keep their own names. It is tried on one clip of clip = (T, H = W), which tells
+    D.
 
     Raises:
-        UsageError: the builder or factory fails, the module does not take such clips or gives no features.
+        UsageError: the builder or factory fails, the module does not take such clips or gives no
+            features.
     """
     if options.is_factory:
         module = _from_factory(options)
@@ -47,7 +50,9 @@ def _from_torchvision(options: StudentOptions) -> nn.Module:
     classifier = next(part for part in _CLASSIFIERS if hasattr(model, part))
     setattr(model, classifier, nn.Identity())
     if isinstance(model, S3D):
-        model.avgpool = nn.Identity()  # made for 224 pixels; the mean over time and space follows anyway
+        model.avgpool = (
+            nn.Identity()
+        )  # made for 224 pixels; the mean over time and space follows anyway
     if options.channels != 3:
         _take_channels(model, options)
     return model
@@ -80,9 +85,13 @@ def _take_channels(model: nn.Module, options: StudentOptions) -> None:
 
 def _from_factory(options: StudentOptions) -> nn.Module:
     who = f"student {options.architecture!r}"
-    made = call_factory(options.architecture, who, options.options, offered={"channels": options.channels})
+    made = call_factory(
+        options.architecture, who, options.options, offered={"channels": options.channels}
+    )
     if not isinstance(made, nn.Module):
-        raise UsageError(f"{who}: the factory returned a {type(made).__name__}, allowed: torch.nn.Module")
+        raise UsageError(
+            f"{who}: the factory returned a {type(made).__name__}, allowed: torch.nn.Module"
+        )
     return made
 
 

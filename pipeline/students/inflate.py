@@ -1,11 +1,13 @@
 """A video student from a 2D ResNet: every 2D kernel repeated over time.
 
-Res3D-18 is ResNet-18 with cubes for squares, so that inflating is a rename of the 100 tensors before the classifier
-(and of BatchNorm's 20 batch counters): conv1 → stem.0, bn1 → stem.1, layerX.Y.convN → layerX.Y.convN.0,
-layerX.Y.bnN → layerX.Y.convN.1, layerX.Y.downsample unchanged. A kernel is repeated over the t frames it now spans and,
-`scaled`, divided by t (as in open-mmlab/mmaction2 mmaction/models/backbones/resnet3d.py): on a clip that stands
-still each convolution then answers as it did to the image. `replicated` does not divide: the paper says no more than
-"replicate". For optical flow conv1 is averaged over RGB and repeated for the two channels.
+Res3D-18 is ResNet-18 with cubes for squares, so that inflating is a rename of the 100 tensors
+before the classifier (and of BatchNorm's 20 batch counters): conv1 → stem.0, bn1 → stem.1,
+layerX.Y.convN → layerX.Y.convN.0, layerX.Y.bnN → layerX.Y.convN.1, layerX.Y.downsample unchanged. A
+kernel is repeated over the t frames it now spans and, `scaled`, divided by t (as in
+open-mmlab/mmaction2 mmaction/models/backbones/resnet3d.py): on a clip that stands still each
+convolution then answers as it did to the image. `replicated` does not divide: the paper says no
+more than "replicate". For optical flow conv1 is averaged over RGB and repeated for the two
+channels.
 """
 
 from __future__ import annotations
@@ -26,16 +28,21 @@ _BLOCKS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
 _FITTING = {18: ("r3d_18", "mc3_18"), 34: ("r3d_34",)}
 
 
-def inflatable(state: Mapping[str, Tensor], wanted: StudentOptions | None, label: str) -> StudentOptions:
-    """The student that a 2D ResNet's state can be inflated to. What `wanted` sets expressly stands, if it fits.
+def inflatable(
+    state: Mapping[str, Tensor], wanted: StudentOptions | None, label: str
+) -> StudentOptions:
+    """The student that a 2D ResNet's state can be inflated to. What `wanted` sets expressly stands,
+    if it fits.
 
     Raises:
-        CheckpointError: no ResNet of basic blocks, or one that the wanted student is not made of: by name, with
-            what would fit.
+        CheckpointError: no ResNet of basic blocks, or one that the wanted student is not made of:
+            by name, with what would fit.
     """
     stem = state.get("conv1.weight")
     if stem is None or stem.ndim != 4 or stem.shape[1] != 3 or "layer4.0.conv2.weight" not in state:
-        raise CheckpointError(f"{label}: no 2D ResNet of RGB images in torchvision's names: nothing to inflate")
+        raise CheckpointError(
+            f"{label}: no 2D ResNet of RGB images in torchvision's names: nothing to inflate"
+        )
     if "layer1.0.conv3.weight" in state:
         raise CheckpointError(
             f"{label}: a ResNet of bottleneck blocks (50 layers or more); students are inflated from ResNet-18 or -34"
@@ -46,7 +53,9 @@ def inflatable(state: Mapping[str, Tensor], wanted: StudentOptions | None, label
     )
     depth = _BLOCKS.get((blocks[0], blocks[1], blocks[2], blocks[3]))
     if depth is None:
-        raise CheckpointError(f"{label}: a ResNet with {blocks} blocks; ResNet-18 has (2, 2, 2, 2), -34 (3, 4, 6, 3)")
+        raise CheckpointError(
+            f"{label}: a ResNet with {blocks} blocks; ResNet-18 has (2, 2, 2, 2), -34 (3, 4, 6, 3)"
+        )
     given, architecture = fitting_student(depth, wanted, label)
     width = stem.shape[0] / 64
     if given.get("width", width) != width:
@@ -56,7 +65,9 @@ def inflatable(state: Mapping[str, Tensor], wanted: StudentOptions | None, label
     return StudentOptions.model_validate({**given, "architecture": architecture, "width": width})
 
 
-def fitting_student(depth: int, wanted: StudentOptions | None, label: str) -> tuple[dict[str, Any], str]:
+def fitting_student(
+    depth: int, wanted: StudentOptions | None, label: str
+) -> tuple[dict[str, Any], str]:
     """What `wanted` sets expressly, and the architecture that a ResNet of this depth inflates to.
 
     Raises:
@@ -83,8 +94,9 @@ def fitting_student(depth: int, wanted: StudentOptions | None, label: str) -> tu
 def inflate(
     state: Mapping[str, Tensor], backbone: Backbone, inflation: Inflation
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state in the backbone's names, and name → what it was made of. What does not belong to a backbone (the
-    classifier) keeps its name. Shapes that do not fit are left for the loader to refuse."""
+    """The state in the backbone's names, and name → what it was made of. What does not belong to a
+    backbone (the classifier) keeps its name. Shapes that do not fit are left for the loader to
+    refuse."""
     own = backbone.state_dict()
     inflated, origin = {}, {}
     for name, tensor in state.items():

@@ -1,11 +1,11 @@
 """How a student begins: one option, five ways.
 
-    scratch                     fresh weights
-    RUN or FILE.safetensors     a student of distinit (DistInit), or one in torchvision's names
-    inflate:resnet18            torchvision's ImageNet ResNet-18 (or resnet34), inflated; see `inflate`
-    inflate:FILE                any 2D ResNet of that depth, such as Places365's resnet18_places365.pth.tar
-    kinetics, kinetics:FILE     torchvision's Kinetics-400 weights of the student, fetched or from a file
-    package.module:factory      what your function returns: a module, or a state dict in torchvision's video names
+scratch                     fresh weights RUN or FILE.safetensors     a student of distinit
+(DistInit), or one in torchvision's names inflate:resnet18            torchvision's ImageNet
+ResNet-18 (or resnet34), inflated; see `inflate` inflate:FILE                any 2D ResNet of
+that depth, such as Places365's resnet18_places365.pth.tar kinetics, kinetics:FILE
+torchvision's Kinetics-400 weights of the student, fetched or from a file package.module:factory
+what your function returns: a module, or a state dict in torchvision's video names
 """
 
 from __future__ import annotations
@@ -53,23 +53,34 @@ def canonical_init(init: str) -> str:
 def student_file(init: str) -> str | None:
     """The path, where `init` is a student of distinit or a file in torchvision's names."""
     kind = init.partition(":")[0]
-    return None if init in (SCRATCH, "kinetics") or kind in ("inflate", "kinetics") or _is_factory(init) else init
+    return (
+        None
+        if init in (SCRATCH, "kinetics") or kind in ("inflate", "kinetics") or _is_factory(init)
+        else init
+    )
 
 
-def resolve_init(init: str, wanted: StudentOptions | None, inflation: Inflation = "scaled") -> Initialization:
+def resolve_init(
+    init: str, wanted: StudentOptions | None, inflation: Inflation = "scaled"
+) -> Initialization:
     """What `init` names, held against what `wanted` sets expressly.
 
     Raises:
-        CheckpointError: it does not fit (variant, depth, width or channels, by name, with what would), or is damaged.
+        CheckpointError: it does not fit (variant, depth, width or channels, by name, with what
+            would), or is damaged.
         WeightsError: weights that are not there, cannot be fetched, or would need a free unpickle.
         UsageError: a form that does not exist; a factory that cannot be imported or fails.
     """
     kind, colon, where = init.partition(":")
     if init == SCRATCH:
-        return Initialization(wanted or StudentOptions(), lambda student: InitReport(SCRATCH, (), ()))
+        return Initialization(
+            wanted or StudentOptions(), lambda student: InitReport(SCRATCH, (), ())
+        )
     if kind == "inflate":
         if not where:
-            raise UsageError(f"--init {init}: expected inflate:resnet18, inflate:resnet34 or inflate:FILE")
+            raise UsageError(
+                f"--init {init}: expected inflate:resnet18, inflate:resnet34 or inflate:FILE"
+            )
         return _inflated(init, where, wanted, inflation)
     if kind == "kinetics" and (colon == "" or where):
         return _kinetics(init, where, wanted)
@@ -86,11 +97,17 @@ def resolve_init(init: str, wanted: StudentOptions | None, inflation: Inflation 
     return Initialization(options, lambda student: load_backbone(student, init))
 
 
-def _inflated(init: str, where: str, wanted: StudentOptions | None, inflation: Inflation) -> Initialization:
+def _inflated(
+    init: str, where: str, wanted: StudentOptions | None, inflation: Inflation
+) -> Initialization:
     if where in INFLATABLE and not os.path.isfile(where):
-        fitting_student(int(where.removeprefix("resnet")), wanted, f"--init {init}")  # before anything is fetched
+        fitting_student(
+            int(where.removeprefix("resnet")), wanted, f"--init {init}"
+        )  # before anything is fetched
         choice = get_model_weights(where)["IMAGENET1K_V1"]
-        state = library_weights(choice, who=f"--init {init}", remedy="take --init inflate:FILE").state
+        state = library_weights(
+            choice, who=f"--init {init}", remedy="take --init inflate:FILE"
+        ).state
     elif not os.path.exists(where):
         names = " or ".join(f"inflate:{name}" for name in INFLATABLE)
         raise WeightsError(f"--init {init}: no such file; without one it is {names}")
@@ -123,22 +140,31 @@ def _kinetics(init: str, where: str, wanted: StudentOptions | None) -> Initializ
     return _in_video_names(state, "--init kinetics", wanted)
 
 
-def _in_video_names(state: Mapping[str, Tensor], label: str, wanted: StudentOptions | None) -> Initialization:
+def _in_video_names(
+    state: Mapping[str, Tensor], label: str, wanted: StudentOptions | None
+) -> Initialization:
     found = recognise(state)
     if found is None:
         raise CheckpointError(f"{label}: its tensors are those of no student that distinit knows")
     options = _with_wanted(found, wanted, label)
     check_options(options, found, label)
-    return Initialization(options, lambda student: take_backbone(student, state, label.removeprefix("--init ")))
+    return Initialization(
+        options, lambda student: take_backbone(student, state, label.removeprefix("--init "))
+    )
 
 
-def _with_wanted(found: StudentOptions, wanted: StudentOptions | None, label: str) -> StudentOptions:
-    """What was found, with what was asked for expressly: the two are compared before anything is loaded."""
+def _with_wanted(
+    found: StudentOptions, wanted: StudentOptions | None, label: str
+) -> StudentOptions:
+    """What was found, with what was asked for expressly: the two are compared before anything is
+    loaded."""
     if wanted is None:
         return found
     asked = wanted.model_dump(include=wanted.model_fields_set)
     if asked.get("architecture", found.architecture) != found.architecture:
-        asked.setdefault("variant", wanted.variant)  # not the file's, which may be no rule of this one
+        asked.setdefault(
+            "variant", wanted.variant
+        )  # not the file's, which may be no rule of this one
     try:
         return StudentOptions.model_validate({**found.model_dump(), **asked})
     except ValidationError as error:  # each is possible, the two together are not
@@ -154,6 +180,10 @@ def _from_factory(init: str) -> Mapping[str, Tensor]:
     """The state that `package.module:factory` gives, called without arguments."""
     made = call_factory(init, f"--init {init}")
     state = made.state_dict() if isinstance(made, nn.Module) else made
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UsageError(f"--init {init}: returned a {type(made).__name__}; expected a module or a dict of tensors")
+    if not isinstance(state, Mapping) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
+        raise UsageError(
+            f"--init {init}: returned a {type(made).__name__}; expected a module or a dict of tensors"
+        )
     return state

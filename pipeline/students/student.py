@@ -22,7 +22,8 @@ from .external import CLIP, external_backbone
 from .student_options import BUILTIN_ARCHITECTURES, StudentMeta, StudentOptions
 
 STEM, STEM_MIDDLE, PLANES = 64, 45, (64, 128, 256, 512)
-# VMZ's BatchNorm eps (its ResNet code). Its Caffe2 momentum of 0.9 weighs the old average: PyTorch's 0.1.
+# VMZ's BatchNorm eps (its ResNet code). Its Caffe2 momentum of 0.9 weighs the old average:
+# PyTorch's 0.1.
 VMZ_EPS = 1e-3
 
 _Conv = type[Conv3DSimple] | type[Conv3DNoTemporal] | type[Conv2Plus1D]
@@ -36,7 +37,9 @@ class VmzConv2Plus1D(Conv2Plus1D):
     both convolutions of a block, which is ignored here.
     """
 
-    def __init__(self, in_planes: int, out_planes: int, midplanes: int, stride: int = 1, padding: int = 1) -> None:
+    def __init__(
+        self, in_planes: int, out_planes: int, midplanes: int, stride: int = 1, padding: int = 1
+    ) -> None:
         middle = (3 * in_planes * out_planes * 3 * 3) // (in_planes * 3 * 3 + 3 * out_planes)
         super().__init__(in_planes, out_planes, middle, stride, padding)
 
@@ -55,7 +58,9 @@ _PLANS: dict[str, _Plan] = {
     "r2plus1d_34": _Plan((Conv2Plus1D,) * 4, (3, 4, 6, 3), factorised_stem=True),
     "r3d_18": _Plan((Conv3DSimple,) * 4, (2, 2, 2, 2)),
     "r3d_34": _Plan((Conv3DSimple,) * 4, (3, 4, 6, 3)),
-    "mc3_18": _Plan((Conv3DSimple, Conv3DNoTemporal, Conv3DNoTemporal, Conv3DNoTemporal), (2, 2, 2, 2)),
+    "mc3_18": _Plan(
+        (Conv3DSimple, Conv3DNoTemporal, Conv3DNoTemporal, Conv3DNoTemporal), (2, 2, 2, 2)
+    ),
 }
 
 
@@ -73,10 +78,14 @@ class Backbone(nn.Module):
         self.stem = _stem(plan, options, first)
         before = first
         layers: list[nn.Sequential] = []
-        for stage, (convolution, blocks) in enumerate(zip(plan.convolutions, plan.blocks, strict=True)):
+        for stage, (convolution, blocks) in enumerate(
+            zip(plan.convolutions, plan.blocks, strict=True)
+        ):
             if options.variant == "vmz":
                 convolution = VmzConv2Plus1D
-            layers.append(_layer(convolution, before, planes[stage], blocks, stride=1 if stage == 0 else 2))
+            layers.append(
+                _layer(convolution, before, planes[stage], blocks, stride=1 if stage == 0 else 2)
+            )
             before = planes[stage]
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
         self.avgpool = nn.AdaptiveAvgPool3d(1)
@@ -107,13 +116,17 @@ def _stem(plan: _Plan, options: StudentOptions, out: int) -> nn.Sequential:
     """Torchvision's stems, which have fixed channel counts of their own, at any width."""
     if not plan.factorised_stem:
         return nn.Sequential(
-            nn.Conv3d(options.channels, out, (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False),
+            nn.Conv3d(
+                options.channels, out, (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False
+            ),
             nn.BatchNorm3d(out),
             nn.ReLU(inplace=True),
         )
     middle = _scaled(STEM_MIDDLE, options.width)
     return nn.Sequential(
-        nn.Conv3d(options.channels, middle, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
+        nn.Conv3d(
+            options.channels, middle, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False
+        ),
         nn.BatchNorm3d(middle),
         nn.ReLU(inplace=True),
         nn.Conv3d(middle, out, (3, 1, 1), padding=(1, 0, 0), bias=False),
@@ -128,7 +141,8 @@ def _layer(convolution: _Conv, before: int, planes: int, blocks: int, stride: in
     if stride != 1 or before != planes:
         steps = convolution.get_downsample_stride(stride)
         downsample = nn.Sequential(
-            nn.Conv3d(before, planes, kernel_size=1, stride=steps, bias=False), nn.BatchNorm3d(planes)
+            nn.Conv3d(before, planes, kernel_size=1, stride=steps, bias=False),
+            nn.BatchNorm3d(planes),
         )
     chain = [BasicBlock(before, planes, convolution, stride, downsample)]
     chain += [BasicBlock(planes, planes, convolution) for _ in range(blocks - 1)]
@@ -144,7 +158,11 @@ class Student(nn.Module):
     """A backbone and its linear heads; made by `build_student`."""
 
     def __init__(
-        self, options: StudentOptions, heads: Mapping[str, int], dropout: float = 0.0, clip: tuple[int, int] = CLIP
+        self,
+        options: StudentOptions,
+        heads: Mapping[str, int],
+        dropout: float = 0.0,
+        clip: tuple[int, int] = CLIP,
     ) -> None:
         super().__init__()
         if not 0.0 <= dropout < 1.0:
@@ -171,7 +189,8 @@ class Student(nn.Module):
             self.heads[_key(name)] = linear
 
     def freeze_backbone(self) -> None:
-        """Train the heads alone: the backbone gets no gradients, and its BatchNorm keeps its statistics."""
+        """Train the heads alone: the backbone gets no gradients, and its BatchNorm keeps its
+        statistics."""
         self.frozen = True
         self.backbone.requires_grad_(False)
         self.train(self.training)
@@ -205,13 +224,18 @@ class Student(nn.Module):
         return features if features.ndim == 2 else features.flatten(2).mean(2)
 
     def forward(self, clip: Tensor) -> dict[str, Tensor]:
-        """logits[B, K] of every head for normalised clip[B, C, T, H, W] (eq. 3: one head a teacher)."""
+        """logits[B, K] of every head for normalised clip[B, C, T, H, W] (eq. 3: one head a
+        teacher)."""
         features = self.dropout(self.features(clip))
         return {name: self.heads[_key(name)](features) for name in self.classes}
 
 
 def build_student(
-    options: StudentOptions, heads: Mapping[str, int], dropout: float = 0.0, *, clip: tuple[int, int] = CLIP
+    options: StudentOptions,
+    heads: Mapping[str, int],
+    dropout: float = 0.0,
+    *,
+    clip: tuple[int, int] = CLIP,
 ) -> Student:
     """A student with fresh weights, drawn from torch's global generator.
 
@@ -219,12 +243,12 @@ def build_student(
         options: architecture, variant, width and channels.
         heads: number of classes K of each head, by teacher name (or `label` in stage three).
         dropout: probability of dropping a feature before the heads, in training mode.
-        clip: (T, side) of the clips it is for: a backbone that is not distinit's own is tried on one, which
-            tells its number of features.
+        clip: (T, side) of the clips it is for: a backbone that is not distinit's own is tried on
+            one, which tells its number of features.
 
     Raises:
-        UsageError: a head without classes, a dropout outside [0, 1), a factory that fails, a backbone that
-            does not take such clips or gives no features [B, D] or [B, D, t, h, w].
+        UsageError: a head without classes, a dropout outside [0, 1), a factory that fails, a
+            backbone that does not take such clips or gives no features [B, D] or [B, D, t, h, w].
     """
     return Student(options, heads, dropout, clip)
 

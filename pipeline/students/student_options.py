@@ -1,4 +1,5 @@
-"""Which student, and what is written beside its weights. Free of torch, so that configs stay cheap."""
+"""Which student, and what is written beside its weights. Free of torch, so that configs stay
+cheap."""
 
 from __future__ import annotations
 
@@ -18,12 +19,14 @@ NORMALISATION: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 BUILTIN_ARCHITECTURES = ("r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18")
-"""Architectures that are built here, at any width; torchvision's other video models and factories are not."""
+"""Architectures that are built here, at any width; torchvision's other video models and factories
+are not."""
 
 STEM = "stem.0.weight"
 """Torchvision's name for the first convolution of r3d, mc3 and R(2+1)D, [F, C, T, H, W]."""
 START = "start.safetensors"
-"""Beside an inflated run's weights: the first convolution as it was before training, under its name."""
+"""Beside an inflated run's weights: the first convolution as it was before training, under its
+name."""
 
 
 class StudentOptions(Options):
@@ -33,9 +36,9 @@ class StudentOptions(Options):
     computes it once a block, `vmz` (the paper's code family) once a convolution. Their shapes
     differ, so neither loads the other's weights. Other architectures have no such choice.
 
-    `architecture` may also name one of torchvision's other video models (`s3d`), which is used without its
-    classifier, or a `package.module:factory` that returns a module from clips [B, C, T, H, W] to features
-    [B, D] or [B, D, t, h, w]; `options` are then the arguments of its builder.
+    `architecture` may also name one of torchvision's other video models (`s3d`), which is used
+    without its classifier, or a `package.module:factory` that returns a module from clips [B, C, T,
+    H, W] to features [B, D] or [B, D, t, h, w]; `options` are then the arguments of its builder.
     """
 
     architecture: str = "r2plus1d_18"
@@ -45,19 +48,28 @@ class StudentOptions(Options):
     channels: Literal[2, 3] = 3
     """Channels of the clip: 3 for RGB, 2 for optical flow."""
 
-    options: dict[str, Any] = Field(default={}, description="arguments of torchvision's builder or of the factory")
+    options: dict[str, Any] = Field(
+        default={}, description="arguments of torchvision's builder or of the factory"
+    )
 
     @field_validator("architecture")
     @classmethod
     def _known(cls, name: str) -> str:
         if name in BUILTIN_ARCHITECTURES or is_factory(name):
             return name
-        from torchvision.models import list_models, video  # only here: a config of ours needs no torch
+        from torchvision.models import (
+            list_models,
+            video,
+        )  # only here: a config of ours needs no torch
 
-        theirs = [model for model in list_models(module=video) if model not in BUILTIN_ARCHITECTURES]
+        theirs = [
+            model for model in list_models(module=video) if model not in BUILTIN_ARCHITECTURES
+        ]
         if name not in theirs:
             known = ", ".join((*BUILTIN_ARCHITECTURES, *theirs))
-            raise ValueError(f"{name!r} is not known; there are: {known}, and package.module:factory")
+            raise ValueError(
+                f"{name!r} is not known; there are: {known}, and package.module:factory"
+            )
         return name
 
     @property
@@ -69,7 +81,10 @@ class StudentOptions(Options):
     def _variant_fits(self) -> StudentOptions:
         own = self.architecture in BUILTIN_ARCHITECTURES
         if not own and self.width != 1.0:
-            raise ValueError(f"width is {self.width:g}; {self.architecture} has only 1, of any are: {', '.join(BUILTIN_ARCHITECTURES)}")
+            raise ValueError(
+                f"width is {self.width:g}; {self.architecture} has only 1, of any are: "
+                f"{', '.join(BUILTIN_ARCHITECTURES)}"
+            )
         if own and self.options:
             raise ValueError(f"options {', '.join(self.options)}: {self.architecture} takes none")
         if self.variant == "vmz" and not self.architecture.startswith("r2plus1d"):
@@ -98,7 +113,8 @@ class StudentMeta(Options):
     resize: tuple[int, int] | None = None
     """Height and width a frame is resized to before the crop, where it is known."""
     mean: tuple[float, ...] | None = None
-    """A number a channel: of pixels in 0–1, or of displacements in pixels for flow. None: the usual ones."""
+    """A number a channel: of pixels in 0–1, or of displacements in pixels for flow. None: the usual
+    ones."""
     std: tuple[float, ...] | None = None
     extra: dict[str, Any] = {}
     """JSON-able: where the student comes from (store, teachers, data set, …)."""
@@ -119,5 +135,7 @@ class StudentMeta(Options):
         mean, std = NORMALISATION[channels]
         mean, std = self.mean or mean, self.std or std
         if not len(mean) == len(std) == channels:
-            raise ValueError(f"mean has {len(mean)} numbers and std {len(std)}, the student {channels} channels")
+            raise ValueError(
+                f"mean has {len(mean)} numbers and std {len(std)}, the student {channels} channels"
+            )
         return self.model_copy(update={"mean": mean, "std": std})

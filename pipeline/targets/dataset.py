@@ -22,31 +22,41 @@ from ..prepared.folders import prepared_corpora
 from ..video.flow import pictures_needed
 from .sampler import ClipSample, TargetSampler
 
-MAX_BROKEN_IN_A_ROW = 20  # for one sample; a corpus that has moved away ends a run at its first batch
+MAX_BROKEN_IN_A_ROW = (
+    20  # for one sample; a corpus that has moved away ends a run at its first batch
+)
 
 
 class StudentClips(Dataset[Any]):
     """dataset[(epoch, sample)] -> one example, a pure function of the sampler's seed and the key.
 
-    "clip": uint8 [3, T, H, W], or with channels=2 its optical flow, float32 [2, T, H, W], from a sampler with
-        ahead=1; zeros where no head counts it (it was not decoded)
+    "clip": uint8 [3, T, H, W], or with channels=2 its optical flow, float32 [2, T, H, W], from a
+        sampler with ahead=1; zeros where no head counts it (it was not decoded)
     "targets": teacher → mean picked logits float32 [K]; "weight": teacher → float32 scalar, 1 or 0
-    "video": id in the store; "name": its path; "start": first frame
-    "rejected": draws that the filter turned down; "broken": [(path, reason)] of the files that failed
+    "video": id in the store; "name": its path; "start": first frame "rejected": draws that the
+    filter turned down; "broken": [(path, reason)] of the files that failed
 
-    A video that cannot be read, or is not the one the teachers saw, is drawn again; the caller counts them.
-    A held-out one (a `fixed` sampler) is None instead. Raises TrainingError after 20 failures for a sample.
+    A video that cannot be read, or is not the one the teachers saw, is drawn again; the caller
+    counts them. A held-out one (a `fixed` sampler) is None instead. Raises TrainingError after 20
+    failures for a sample.
 
-    moved: corpus → folder where it lies now, or of copies (channels=2: or of flow) by `distinit prepare`, which
-    are read in place of the originals: the same draws, targets and frames. UsageError if such a folder has
-    none of the corpus, or its flow is of another size.
+    moved: corpus → folder where it lies now, or of copies (channels=2: or of flow) by `distinit
+    prepare`, which are read in place of the originals: the same draws, targets and frames.
+    UsageError if such a folder has none of the corpus, or its flow is of another size.
     """
 
     def __init__(
-        self, sampler: TargetSampler, view: ClipView, moved: Mapping[str, str] | None = None, *, channels: int = 3
+        self,
+        sampler: TargetSampler,
+        view: ClipView,
+        moved: Mapping[str, str] | None = None,
+        *,
+        channels: int = 3,
     ) -> None:
         if sampler.ahead != pictures_needed(0, channels):
-            raise ValueError(f"clips of {channels} channels need a sampler with ahead={pictures_needed(0, channels)}")
+            raise ValueError(
+                f"clips of {channels} channels need a sampler with ahead={pictures_needed(0, channels)}"
+            )
         self.channels = channels
         self.sampler = sampler
         self.view = view
@@ -61,8 +71,9 @@ class StudentClips(Dataset[Any]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any] | None]:
-        """The examples of a batch, as a DataLoader asks for them. All draws and targets first: right after a decoder,
-        which leaves nothing of them in the processor's caches, they take three times as long."""
+        """The examples of a batch, as a DataLoader asks for them. All draws and targets first:
+        right after a decoder, which leaves nothing of them in the processor's caches, they take
+        three times as long."""
         plans = [self._plan(key) for key in keys]
         return [self._get(key, plan) for key, plan in zip(keys, plans, strict=True)]
 
@@ -70,7 +81,11 @@ class StudentClips(Dataset[Any]):
         draw = self.sampler.draw(*key, attempt)
         file = self.file(draw.video)
         digest = self.sampler.store.digest(draw.video) or None
-        zoom = self.sampler.zoom(*key, draw.attempt) if self.view.scale[0] < self.view.scale[1] else 0.0
+        zoom = (
+            self.sampler.zoom(*key, draw.attempt)
+            if self.view.scale[0] < self.view.scale[1]
+            else 0.0
+        )
         crop = None if self.sampler.fixed else Crop(draw.top, draw.left, draw.flip, zoom)
         example = {
             "targets": {name: torch.from_numpy(mean) for name, mean in draw.logits.items()},
@@ -100,8 +115,8 @@ class StudentClips(Dataset[Any]):
             rejected += plan.draw.rejected
 
     def missing(self, tries: int = 100) -> list[str]:
-        """A sentence for each corpus of whose first `tries` videos some are not where they are looked for. UsageError
-        where that is all of them: the corpus has moved."""
+        """A sentence for each corpus of whose first `tries` videos some are not where they are
+        looked for. UsageError where that is all of them: the corpus has moved."""
         store, found = self.sampler.store, list[str]()
         corpus = store.column("corpus")[self.sampler.videos]
         for number, name in enumerate(store.corpora):
@@ -134,11 +149,16 @@ class StudentClips(Dataset[Any]):
         return VideoFile(found.path(store.video_path(video, {corpus: ""})), found.kind)
 
     def _read(self, plan: _Plan) -> torch.Tensor | str:
-        """uint8 [C, T, H, W], or why it cannot be read. A failure is remembered, and comes to the same as
-        failing again: the draws depend on nothing but the key."""
+        """uint8 [C, T, H, W], or why it cannot be read. A failure is remembered, and comes to the
+        same as failing again: the draws depend on nothing but the key."""
         draw = plan.draw
         if not draw.counts:
-            shape = (self.channels, len(draw.indices) - self.sampler.ahead, self.view.size, self.view.size)
+            shape = (
+                self.channels,
+                len(draw.indices) - self.sampler.ahead,
+                self.view.size,
+                self.view.size,
+            )
             return torch.zeros(shape, dtype=torch.float32 if self.sampler.ahead else torch.uint8)
         if draw.video in self._failed:
             return self._failed[draw.video]
@@ -154,14 +174,25 @@ class StudentClips(Dataset[Any]):
 
     def _clip(self, plan: _Plan) -> torch.Tensor:
         draw, digest = plan.draw, plan.digest
-        if plan.file.kind == "video" and self._seen[draw.video]:  # of a copy, the map has the digest of the source
+        if (
+            plan.file.kind == "video" and self._seen[draw.video]
+        ):  # of a copy, the map has the digest of the source
             digest = None
         channels, crop, expect = self.channels, plan.crop, plan.expect
-        return read_clip(plan.file, draw.indices, self.view, channels=channels, crop=crop, expect=expect, digest=digest)
+        return read_clip(
+            plan.file,
+            draw.indices,
+            self.view,
+            channels=channels,
+            crop=crop,
+            expect=expect,
+            digest=digest,
+        )
 
 
 class _Plan(NamedTuple):
-    """A draw, where its frames are and how they are cut, what is expected of them, and the example but for its clip."""
+    """A draw, where its frames are and how they are cut, what is expected of them, and the example
+    but for its clip."""
 
     draw: ClipSample
     file: VideoFile
@@ -172,7 +203,7 @@ class _Plan(NamedTuple):
 
 
 def _expected(draw: ClipSample) -> tuple[Any, Any] | None:
-    """(indices, pts) of the picked frames: the clip must show the frames that the teachers saw. A frame
-    picked beyond the clip, as in no video today, is not decoded and cannot be compared."""
+    """(indices, pts) of the picked frames: the clip must show the frames that the teachers saw. A
+    frame picked beyond the clip, as in no video today, is not decoded and cannot be compared."""
     inside = (draw.picked >= draw.start) & (draw.picked <= draw.indices[-1])
     return (draw.picked[inside], draw.picked_pts[inside]) if inside.any() else None

@@ -19,14 +19,20 @@ class Mixture:
 
     Every 1000 clips in a row hold the same number of each group, in a seeded order:
 
-        shares 2 : 1, blocks of 6:   a b a a b a | b a a a a b | …   clip 3 is the third of a, clip 7 the third of b
+        shares 2 : 1, blocks of 6:   a b a a b a | b a a a a b | …   clip 3 is the third of a, clip
+        7 the third of b
 
-    So a sample's video is a function of (seed, epoch, sample) alone, and every video of a group comes equally
-    often. With one group it is `draws.epoch_position` itself.
+    So a sample's video is a function of (seed, epoch, sample) alone, and every video of a group
+    comes equally often. With one group it is `draws.epoch_position` itself.
     """
 
     def __init__(
-        self, groups: Sequence[NDArray[np.int64]], shares: Sequence[float], *, seed: int, epoch_clips: int
+        self,
+        groups: Sequence[NDArray[np.int64]],
+        shares: Sequence[float],
+        *,
+        seed: int,
+        epoch_clips: int,
     ) -> None:
         self.groups = tuple(groups)
         self.quotas = _quotas(shares)
@@ -37,7 +43,9 @@ class Mixture:
         """(videos of the sample's group, which of them it takes before anything is turned down)."""
         if len(self.groups) == 1:
             n = len(self.groups[0])
-            position = seeding.epoch_position(self.seed, epoch, sample, epoch_clips=self.epoch_clips, n=n)
+            position = seeding.epoch_position(
+                self.seed, epoch, sample, epoch_clips=self.epoch_clips, n=n
+            )
             return self.groups[0], position
         block, place = divmod(epoch * self.epoch_clips + sample, BLOCK)
         order = _order(self.seed, block, self.quotas)
@@ -48,10 +56,13 @@ class Mixture:
 
 
 def by_corpus(
-    videos: NDArray[np.int64], corpus: NDArray[np.int64], names: Sequence[str], weights: Mapping[str, float]
+    videos: NDArray[np.int64],
+    corpus: NDArray[np.int64],
+    names: Sequence[str],
+    weights: Mapping[str, float],
 ) -> tuple[list[NDArray[np.int64]], list[float]]:
-    """Groups and shares: the ids among `videos` of each corpus of `weights`, by the corpus [video] of each; in the
-    order of `names`, so that the order of `weights` changes no draw.
+    """Groups and shares: the ids among `videos` of each corpus of `weights`, by the corpus [video]
+    of each; in the order of `names`, so that the order of `weights` changes no draw.
 
     UsageError for a corpus that the store has not, or that has no video to draw from.
     """

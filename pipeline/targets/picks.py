@@ -1,9 +1,10 @@
 """Which cached frames of a clip give its target, and where a clip may start.
 
-A clip of T consecutive frames covers the window [start, start + T) of its video. The store holds some
-of the video's frames; a pick is always one of those inside the window, and n picks are distinct. A valid
-start is one whose window holds at least n cached frames, so the rule also decides where a clip may start.
-A video shorter than T has the one start 0: its clip repeats the last frame, its window is the whole video.
+A clip of T consecutive frames covers the window [start, start + T) of its video. The store holds
+some of the video's frames; a pick is always one of those inside the window, and n picks are
+distinct. A valid start is one whose window holds at least n cached frames, so the rule also decides
+where a clip may start. A video shorter than T has the one start 0: its clip repeats the last frame,
+its window is the whole video.
 
     every 4th frame cached, T = 8, start = 3:   3 . . . . . . 10
                                                   4       8         two cached frames in the window
@@ -28,7 +29,8 @@ ALLOWED = "center, random, random:N, uniform:N"
 
 @dataclass(frozen=True)
 class PickRule:
-    """`center` (the frame start + T//2), `random:n`, or `uniform:n` (evenly spread) picks of a clip."""
+    """`center` (the frame start + T//2), `random:n`, or `uniform:n` (evenly spread) picks of a
+    clip."""
 
     kind: Kind
     n: int = 1
@@ -83,13 +85,15 @@ def center_frame(start: int, frames: int, length: int) -> int:
 
 
 def start_set(rule: PickRule, cached: NDArray[np.int64], frames: int, length: int) -> StartSet:
-    """Valid starts of clips of `length` frames in a video of `frames` frames with `cached` [N] in the store."""
+    """Valid starts of clips of `length` frames in a video of `frames` frames with `cached` [N] in
+    the store."""
     last_start = max(frames - length, 0)
     if rule.kind == "center":
         lo = cached - center_frame(0, frames, length)
         hi = lo
     else:
-        # The window holds cached[i] … cached[i+n−1] for starts in [cached[i+n−1] − T + 1, cached[i]].
+        # The window holds cached[i] … cached[i+n−1] for starts in [cached[i+n−1] − T + 1,
+        # cached[i]].
         if len(cached) < rule.n:
             lo = hi = np.empty(0, np.int64)
         else:
@@ -125,7 +129,8 @@ def pick(
     """Positions into `cached` of the picks of the clip at `start`, ascending and distinct, [n].
 
     `frames` is the length of the video; it matters to `center` in videos shorter than the clip.
-    Raises ValueError if the window does not hold the frames that the rule needs (not a valid start).
+    Raises ValueError if the window does not hold the frames that the rule needs (not a valid
+    start).
     """
     a, b = window(cached, start, length)
     if rule.kind == "center":
@@ -135,7 +140,9 @@ def pick(
             raise ValueError(f"the center frame {wanted} of the clip at {start} is not cached")
         return np.array([at], np.int64)
     if b - a < rule.n:
-        raise ValueError(f"the clip at {start} holds {b - a} cached frames, {rule.n} are to be picked")
+        raise ValueError(
+            f"the clip at {start} holds {b - a} cached frames, {rule.n} are to be picked"
+        )
     if rule.kind == "uniform":
         # The middles of n equal parts of the cached frames in the window.
         return a + (2 * np.arange(rule.n, dtype=np.int64) + 1) * (b - a) // (2 * rule.n)

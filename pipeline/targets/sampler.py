@@ -1,4 +1,5 @@
-"""Which clip a sample is, with which picks, and whether the teachers are sure enough: all before decoding.
+"""Which clip a sample is, with which picks, and whether the teachers are sure enough: all before
+decoding.
 
 Shapes: T frames of a clip, N cached frames of a video, n picks, K classes.
 """
@@ -21,18 +22,22 @@ from .picks import PickRule, StartSet, pick, start_set
 from .soft_targets import mean_logits
 
 MAX_REDRAWS = 100  # other clips tried for one sample when the filter turns down the first
-REMEMBERED = 4096  # videos whose frame table is kept: some 8 MB a worker, whatever the size of the corpus
+REMEMBERED = (
+    4096  # videos whose frame table is kept: some 8 MB a worker, whatever the size of the corpus
+)
 
 
 @dataclass(frozen=True)
 class ClipSample:
     """One clip of one video and its targets.
 
-    frame_count: frames of the video, as far as the store knows.
-    indices[T + ahead]: frames to decode, counted from the start of the file; a video shorter than T repeats its last.
-    picked, picked_pts [n]: the frames whose logits were averaged.
-    logits: teacher → mean picked logits [K] float32; weight: teacher → 1 (counts) or 0 (turned down).
-    rejected: draws that the filter turned down before this one; attempt: the attempt that this one is.
+    frame_count: frames of the video, as far as the store knows. indices[T + ahead]: frames to
+    decode, counted from the start of the file; a video shorter than T repeats its last. picked,
+    picked_pts [n]: the frames whose logits were averaged.
+    logits: teacher → mean picked logits [K] float32; weight: teacher → 1 (counts) or 0 (turned
+        down).
+    rejected: draws that the filter turned down before this one; attempt: the attempt that this one
+        is.
     top, left: where to crop, as shares in [0, 1) of the room there is; flip: mirror it.
     """
 
@@ -58,8 +63,8 @@ class ClipSample:
 
 @dataclass(frozen=True)
 class _Video:
-    """What the store says of one video: cached frames, pts and rows [N], valid starts. pickable: frames that a clip
-    can have, those that are read ahead left out."""
+    """What the store says of one video: cached frames, pts and rows [N], valid starts. pickable:
+    frames that a clip can have, those that are read ahead left out."""
 
     frames: int
     pickable: int
@@ -89,15 +94,16 @@ class TargetSampler:
     """Draws clips and targets from a store as a pure function of (seed, epoch, sample, attempt).
 
     videos: ids to draw from, at least one.
-    thresholds: teacher → largest entropy in nats (of the softmax of the mean picked logits, τ = 1) that
-        counts; teachers that are not named count always. Every head has its own mask.
-    reject: "skip" draws another video, at most 100 times, when every head turns a clip down (after that the
-        clip has weight zero); "zero-weight" keeps the clip with weight zero (the paper's letter).
-    shares: mixes groups of videos by their shares of the clips, in place of all `videos` alike; what the filter
-        turns down is drawn again from the same group.
+    thresholds: teacher → largest entropy in nats (of the softmax of the mean picked logits, τ = 1)
+        that counts; teachers that are not named count always. Every head has its own mask.
+    reject: "skip" draws another video, at most 100 times, when every head turns a clip down (after
+        that the clip has weight zero); "zero-weight" keeps the clip with weight zero (the paper's
+        letter).
+    shares: mixes groups of videos by their shares of the clips, in place of all `videos` alike;
+        what the filter turns down is drawn again from the same group.
     ahead: frames read after a clip's own, which must be there too (flow needs one); never picked.
-    fixed: for held-out videos. Sample i is videos[i], the middle start, no flip, the middle crop, picks by the
-        video's id; nothing is drawn again.
+    fixed: for held-out videos. Sample i is videos[i], the middle start, no flip, the middle crop,
+        picks by the video's id; nothing is drawn again.
     """
 
     def __init__(
@@ -118,7 +124,9 @@ class TargetSampler:
         shares: tuple[Sequence[NDArray[np.int64]], Sequence[float]] | None = None,
     ) -> None:
         if len(videos) == 0:
-            raise UsageError(f"{store.name} holds no video with targets of {', '.join(teachers)} to draw from")
+            raise UsageError(
+                f"{store.name} holds no video with targets of {', '.join(teachers)} to draw from"
+            )
         self.store = store
         self.teachers = tuple(teachers)
         self.picks = picks
@@ -140,7 +148,8 @@ class TargetSampler:
         return self.__dict__ | {"_known": {}}
 
     def draw(self, epoch: int, sample: int, attempt: int = 0) -> ClipSample:
-        """The clip of a sample, from attempt `attempt` on (a broken file asks for the one after its own).
+        """The clip of a sample, from attempt `attempt` on (a broken file asks for the one after its
+        own).
 
         Raises TrainingError if 100 videos in a row have no window that holds enough cached frames.
         """
@@ -153,17 +162,25 @@ class TargetSampler:
                     raise TrainingError(self.no_window())
             else:
                 draw = self._judge(clip, rejected, attempt)
-                if draw.counts or self.fixed or self.reject == "zero-weight" or rejected == MAX_REDRAWS:
+                if (
+                    draw.counts
+                    or self.fixed
+                    or self.reject == "zero-weight"
+                    or rejected == MAX_REDRAWS
+                ):
                     return draw
                 rejected += 1
             attempt += 1
 
     def zoom(self, epoch: int, sample: int, attempt: int) -> float:
         """Where in the range of scales a draw's clip is resized to, a share in [0, 1)."""
-        return float(seeding.rng_at(self.seed, epoch, sample, attempt, stream=seeding.ZOOMS).random())
+        return float(
+            seeding.rng_at(self.seed, epoch, sample, attempt, stream=seeding.ZOOMS).random()
+        )
 
     def entropies(self, epoch: int, sample: int) -> NDArray[np.float32] | None:
-        """Entropy in nats of the first attempt at a sample, one for each teacher; None without a window."""
+        """Entropy in nats of the first attempt at a sample, one for each teacher; None without a
+        window."""
         clip = self._clip(epoch, sample, 0)
         if clip is None:
             return None
@@ -174,7 +191,8 @@ class TargetSampler:
         return self._look_up(video).count > 0
 
     def check_windows(self, tries: int = 1000) -> None:
-        """UsageError if none of the first `tries` videos has a window that holds enough cached frames."""
+        """UsageError if none of the first `tries` videos has a window that holds enough cached
+        frames."""
         if not any(self.has_window(int(video)) for video in self.videos[:tries]):
             raise UsageError(self.no_window())
 
@@ -203,7 +221,9 @@ class TargetSampler:
         if known is None:
             cached, pts, rows = self.store.frames(video)
             # A truncated file's length may be unknown: what is cached certainly exists.
-            frames = max(int(self.store.frame_counts[video]), int(cached[-1]) + 1 if len(cached) else 0)
+            frames = max(
+                int(self.store.frame_counts[video]), int(cached[-1]) + 1 if len(cached) else 0
+            )
             pickable = max(frames - self.ahead, 1)
             starts = start_set(self.picks, cached, pickable, self.clip_length)
             known = _Video(frames, pickable, cached, pts, rows, starts, starts.count)
@@ -213,7 +233,8 @@ class TargetSampler:
         return known
 
     def _clip(self, epoch: int, sample: int, attempt: int) -> _Clip | None:
-        """One attempt at a sample; None if its video has no window that holds enough cached frames."""
+        """One attempt at a sample; None if its video has no window that holds enough cached
+        frames."""
         if self.fixed:  # by the video, not by its place: the same clip whatever the list
             video = int(self.videos[sample % len(self.videos)])
             random = seeding.rng_at(self.seed, epoch, video, attempt, stream=seeding.HELD_OUT)
@@ -223,9 +244,12 @@ class TargetSampler:
         known = self._look_up(video)
         if known.count == 0:
             return None
-        # Always the same numbers in the same order, so that a crop does not depend on the pick rule.
+        # Always the same numbers in the same order, so that a crop does not depend on the pick
+        # rule.
         top, left, flip = random.random(), random.random(), random.random()
-        start = known.starts.nth(known.count // 2 if self.fixed else int(random.integers(known.count)))
+        start = known.starts.nth(
+            known.count // 2 if self.fixed else int(random.integers(known.count))
+        )
         at = pick(self.picks, known.cached, start, self.clip_length, random, frames=known.pickable)
         return _Clip(
             video=video,
@@ -246,9 +270,11 @@ class TargetSampler:
             return int(group[first])
         return int(group[(first + 1 + int(random.integers(n - 1))) % n])  # any but the first
 
-    def _read(self, teacher: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32] | None, float]:
-        """(mean logits [K] if they had to be read, entropy in nats). The entropy of a single frame is in the
-        store, from the teacher's own float32 logits."""
+    def _read(
+        self, teacher: str, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32] | None, float]:
+        """(mean logits [K] if they had to be read, entropy in nats). The entropy of a single frame
+        is in the store, from the teacher's own float32 logits."""
         if len(rows) == 1:
             return None, float(self.store.entropy(teacher, rows)[0])
         mean = mean_logits(self.store.logits(teacher, rows))
@@ -287,8 +313,8 @@ class TargetSampler:
 
 
 def measure_entropies(sampler: TargetSampler, count: int) -> Iterator[NDArray[np.float32]]:
-    """Entropies [teachers] in nats of the sampler's first `count` draws as they come from epoch 0 on, the
-    filter aside; draws without a window are left out. What a quantile is taken over."""
+    """Entropies [teachers] in nats of the sampler's first `count` draws as they come from epoch 0
+    on, the filter aside; draws without a window are left out. What a quantile is taken over."""
     for k in range(count):
         found = sampler.entropies(k // sampler.epoch_clips, k % sampler.epoch_clips)
         if found is not None:

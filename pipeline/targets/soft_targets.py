@@ -28,5 +28,3 @@ def soft_targets(mean: ArrayLike, tau: float = 1.0) -> NDArray[np.float32]:
     z = np.asarray(mean, dtype=np.float32) / np.float32(tau)
     e = np.exp(z - z.max(axis=-1, keepdims=True))
     return np.asarray(e / e.sum(axis=-1, keepdims=True), dtype=np.float32)
-
-

@@ -29,21 +29,24 @@ def student_clips(
     epoch_clips: int | None = None,
     moved: Mapping[str, str] | None = None,
 ) -> StudentClips:
-    """Clips of the store's videos with their targets: dataset[(epoch, sample)] → one example, a dict.
+    """Clips of the store's videos with their targets: dataset[(epoch, sample)] → one example, a
+    dict.
 
-    "clip" uint8 [3, T, H, W], or with channels=2 optical flow in pixels, float32 [2, T, H, W]; "targets" teacher →
-    mean picked logits float32 [K]; "weight" teacher → 1 or 0. `normalize_clip` makes a student's input of a batch.
-    Every example is a pure function of (seed, epoch, sample): any number of loader workers gives the same.
+    "clip" uint8 [3, T, H, W], or with channels=2 optical flow in pixels, float32 [2, T, H, W];
+    "targets" teacher → mean picked logits float32 [K]; "weight" teacher → 1 or 0. `normalize_clip`
+    makes a student's input of a batch. Every example is a pure function of (seed, epoch, sample):
+    any number of loader workers gives the same.
 
-    teachers: default all in the store. frames: T. size: H = W in pixels. scale: range of a random factor on the
-    size that frames are resized to before the crop.
+    teachers: default all in the store. frames: T. size: H = W in pixels. scale: range of a random
+    factor on the size that frames are resized to before the crop.
     picks: center, random, random:N or uniform:N cached frames of the clip.
-    max_entropy: teacher → nats; clips above it in every teacher are drawn again or weigh zero, by `reject`.
-    epoch_clips: samples an epoch, default one a video. moved: corpus → folder where it lies now, or of copies or
-    flow by `distinit prepare`.
+    max_entropy: teacher → nats; clips above it in every teacher are drawn again or weigh zero, by
+        `reject`.
+    epoch_clips: samples an epoch, default one a video. moved: corpus → folder where it lies now, or
+    of copies or flow by `distinit prepare`.
 
-    Raises StoreError (no store, no such teacher), UsageError (a value that is not allowed, nothing to draw
-    from); reading an example may raise TrainingError.
+    Raises StoreError (no store, no such teacher), UsageError (a value that is not allowed, nothing
+    to draw from); reading an example may raise TrainingError.
     """
     opened = store if isinstance(store, TargetStore) else TargetStore.open(store)
     check_moved(opened, moved or {})

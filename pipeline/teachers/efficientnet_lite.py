@@ -1,4 +1,5 @@
-"""EfficientNet-Lite0 with ImageNet weights from pip packages: the demo's teacher, no download needed."""
+"""EfficientNet-Lite0 with ImageNet weights from pip packages: the demo's teacher, no download
+needed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from .loaded_model import (
     refuse_builder_options,
 )
 
-# tensorflow/tpu models/official/efficientnet/lite: (pixel − 127) / 128, bicubic, the centre 224/256.
+# tensorflow/tpu models/official/efficientnet/lite: (pixel − 127) / 128, bicubic, the centre
+# 224/256.
 _MEAN, _STD = (127 / 255,) * 3, (128 / 255,) * 3
 _VIEW = View(resize=256, crop=224, interpolation="bicubic")
 

@@ -1,7 +1,8 @@
 """What a teacher computes: its logits on a few pictures that every machine makes alike.
 
-The identity of a teacher names its code and hashes its weights; what the code does with them only its outputs tell.
-A store keeps them (docs/store-format.md), and a teacher whose outputs are others adds no rows to it.
+The identity of a teacher names its code and hashes its weights; what the code does with them only
+its outputs tell. A store keeps them (docs/store-format.md), and a teacher whose outputs are others
+adds no rows to it.
 
 Shapes: P probe images, K classes.
 """
@@ -22,9 +23,10 @@ PROBES = 1
 """Version of the probe images: another set of pictures has another number."""
 COUNT = 6
 
-# How far two sets of logits of the probe images may be apart, as `Difference` measures it: (root mean square, largest),
-# by the precision that the logits show. Under the same torch on the same processor only the order of sums changes, with
-# the number of threads and of rows; elsewhere the kernels do too, and fp32 may be tf32 (docs/benchmarks.md).
+# How far two sets of logits of the probe images may be apart, as `Difference` measures it: (root
+# mean square, largest), by the precision that the logits show. Under the same torch on the same
+# processor only the order of sums changes, with the number of threads and of rows; elsewhere the
+# kernels do too, and fp32 may be tf32 (docs/benchmarks.md).
 ALIKE = {"fp32": (2e-4, 1e-3), "fp16": (5e-3, 0.05), "bf16": (0.05, 0.25)}
 ELSEWHERE = {"fp32": (0.05, 0.3), "fp16": (0.05, 0.3), "bf16": (0.6, 3.0)}
 ROUNDED = {"bf16": 0xFFFF, "fp16": 0x1FFF}
@@ -33,26 +35,36 @@ ROUNDED = {"bf16": 0xFFFF, "fp16": 0x1FFF}
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the logits of the row that is worst off are off, in deviations of that row: root mean square, largest."""
+    """How far the logits of the row that is worst off are off, in deviations of that row: root mean
+    square, largest."""
 
     rms: float
     largest: float
 
     @classmethod
     def of(cls, first: NDArray[np.float32], other: NDArray[np.float32]) -> Difference:
-        """Between two [P, K]. Infinite where one is finite and the other is not, or is another kind of not finite."""
+        """Between two [P, K]. Infinite where one is finite and the other is not, or is another kind
+        of not finite."""
         a, b = first.astype(np.float64), other.astype(np.float64)
         finite = np.isfinite(a)
-        if (finite != np.isfinite(b)).any() or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+        if (finite != np.isfinite(b)).any() or not np.array_equal(
+            a[~finite], b[~finite], equal_nan=True
+        ):
             return cls(math.inf, math.inf)
         a, b = np.where(finite, a, 0), np.where(finite, b, 0)
-        # Over the classes, and from what the classes get of the other images: the smaller, for a large constant of
-        # each class hides what an image does. The rest is for a row without either: its last bits are no difference.
+        # Over the classes, and from what the classes get of the other images: the smaller, for a
+        # large constant of each class hides what an image does. The rest is for a row without
+        # either: its last bits are no difference.
         spread = np.stack([a.std(axis=1), _root(a - np.median(a, axis=0))])
         scale = np.maximum(spread.min(axis=0), 0.05 * spread.max(axis=0))
-        scale = np.maximum(scale, np.maximum(0.01 * np.abs(a).max(axis=1, initial=0), 1e-3 * np.abs(a).max() + 1e-12))
+        scale = np.maximum(
+            scale,
+            np.maximum(0.01 * np.abs(a).max(axis=1, initial=0), 1e-3 * np.abs(a).max() + 1e-12),
+        )
         off = np.abs(a - b)
-        return cls(float((_root(off) / scale).max()), float((off.max(axis=1, initial=0) / scale).max()))
+        return cls(
+            float((_root(off) / scale).max()), float((off.max(axis=1, initial=0) / scale).max())
+        )
 
     def within(self, tolerance: tuple[float, float]) -> bool:
         """Whether neither number is above its bound."""
@@ -61,10 +73,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The logits [P, K] of the probe images, computed in float32 whatever rows are computed in, and by what.
+    """The logits [P, K] of the probe images, computed in float32 whatever rows are computed in, and
+    by what.
 
-    `basis` says why a store believes that its rows are of this teacher: `new` (recorded before the first row), `rows`
-    (a sample of them was computed again) or `accepted` (the user said so), with what there is to count.
+    `basis` says why a store believes that its rows are of this teacher: `new` (recorded before the
+    first row), `rows` (a sample of them was computed again) or `accepted` (the user said so), with
+    what there is to count.
     """
 
     logits: NDArray[np.float32]
@@ -84,7 +98,8 @@ class Fingerprint:
 
     @classmethod
     def parse(cls, node: Mapping[str, Any], where: str) -> Fingerprint:
-        """From `record`; StoreError names `where` if it is none, or one of other pictures than this version draws."""
+        """From `record`; StoreError names `where` if it is none, or one of other pictures than this
+        version draws."""
         if node.get("probes") != PROBES:
             raise StoreError(
                 f"{where}: a fingerprint over probe images {node.get('probes')!r}, this distinit draws {PROBES}"
@@ -93,16 +108,21 @@ class Fingerprint:
             logits = np.array([[float(v) for v in row] for row in node["logits"]], np.float32)
             parsed = cls(logits, str(node["torch"]), str(node["device"]), dict(node["basis"]))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise StoreError(f"{where}: not a readable fingerprint ({type(error).__name__}: {error})") from error
+            raise StoreError(
+                f"{where}: not a readable fingerprint ({type(error).__name__}: {error})"
+            ) from error
         if logits.ndim != 2 or len(logits) != COUNT:
             raise StoreError(f"{where}: not a readable fingerprint (of shape {list(logits.shape)})")
         return parsed
 
     def tolerance(self, other: Fingerprint) -> tuple[float, float]:
-        """How far two of one teacher may be apart: less where both were computed by the same processor and torch."""
+        """How far two of one teacher may be apart: less where both were computed by the same
+        processor and torch."""
         alike = (self.torch, self.device) == (other.torch, other.device)
         bits = self.logits.view(np.uint32) | other.logits.view(np.uint32)
-        precision = next((name for name, mask in ROUNDED.items() if not (bits & mask).any()), "fp32")
+        precision = next(
+            (name for name, mask in ROUNDED.items() if not (bits & mask).any()), "fp32"
+        )
         return (ALIKE if alike else ELSEWHERE)[precision]
 
     def differs(self, other: Fingerprint) -> str | None:
@@ -118,7 +138,8 @@ class Fingerprint:
         )
 
     def check(self, other: Fingerprint, name: str, there: str) -> None:
-        """StoreMismatchError if `other` is not what this one is of: the teacher `name` of which `there` holds rows."""
+        """StoreMismatchError if `other` is not what this one is of: the teacher `name` of which
+        `there` holds rows."""
         if how := self.differs(other):
             raise StoreMismatchError(
                 f"teacher {name!r} computes other logits than the one of {there}: {how}; its code or a library has "
@@ -127,7 +148,8 @@ class Fingerprint:
 
 
 def _number(value: np.float32) -> float | str:
-    """Shortest digits that give the float32 again; what JSON cannot say as a word that float() reads."""
+    """Shortest digits that give the float32 again; what JSON cannot say as a word that float()
+    reads."""
     return float(str(value)) if np.isfinite(value) else str(value)
 
 

@@ -35,7 +35,8 @@ class TeacherSpec(Options):
     weights: str | None = None
     """A checkpoint file in place of the library's weights."""
     sha256: str | None = None
-    """Expected digest of the weights file, or of the loaded state where the weights have no file."""
+    """Expected digest of the weights file, or of the loaded state where the weights have no
+    file."""
     options: dict[str, str] = {}
     fetch: bool = Field(default=True, exclude=True)
     """Whether weights that this machine lacks may be downloaded."""
@@ -93,7 +94,8 @@ OWN_OPTIONS = ("name", "classes", "input_size", "resize", "interpolation", "mean
 
 
 def builder_options(spec: TeacherSpec) -> dict[str, Any]:
-    """The options that go to the model's builder, as Python values: `true`, `3`, `0.5`, `[1, 2]`, text."""
+    """The options that go to the model's builder, as Python values: `true`, `3`, `0.5`, `[1, 2]`,
+    text."""
     return {key: _value(text) for key, text in spec.options.items() if key not in OWN_OPTIONS}
 
 
@@ -104,7 +106,9 @@ def refuse_builder_options(spec: TeacherSpec) -> None:
         TeacherError: an option that is not distinit's own.
     """
     for key in builder_options(spec):
-        raise TeacherError(f"teacher {spec.name!r} has no option {key!r}; allowed: {', '.join(sorted(OWN_OPTIONS))}")
+        raise TeacherError(
+            f"teacher {spec.name!r} has no option {key!r}; allowed: {', '.join(sorted(OWN_OPTIONS))}"
+        )
 
 
 def apply_view_options(base: Preprocessing, spec: TeacherSpec) -> Preprocessing:
@@ -127,7 +131,11 @@ def apply_view_options(base: Preprocessing, spec: TeacherSpec) -> Preprocessing:
         if pair and "input_size" not in options:
             crop = None
     try:
-        view = View(resize=resize, crop=crop, interpolation=options.get("interpolation", base.view.interpolation))
+        view = View(
+            resize=resize,
+            crop=crop,
+            interpolation=options.get("interpolation", base.view.interpolation),
+        )
     except ValidationError as error:
         raise TeacherError(f"teacher {spec.name!r}: {error.errors()[0]['msg']}") from None
     if view.fixed_shape is None:
@@ -135,9 +143,13 @@ def apply_view_options(base: Preprocessing, spec: TeacherSpec) -> Preprocessing:
             f"teacher {spec.name!r}: a short side of {view.resize} alone has no fixed size; set input_size as well"
         )
     changed = {
-        key: tuple(round(255 * value, 6) for value in _three(spec, key)) for key in ("mean", "std") if key in options
+        key: tuple(round(255 * value, 6) for value in _three(spec, key))
+        for key in ("mean", "std")
+        if key in options
     }
-    return Preprocessing.model_validate({"view": view, "mean": base.mean, "std": base.std, **changed})
+    return Preprocessing.model_validate(
+        {"view": view, "mean": base.mean, "std": base.std, **changed}
+    )
 
 
 def read_classes(path: str | Path) -> tuple[str, ...]:
@@ -152,12 +164,16 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
         raise TeacherError(f"classes file {path}: cannot be read ({error})") from None
     for number, line in enumerate(lines, start=1):
         if not is_utf8(line):
-            raise TeacherError(f"classes file {path}: line {number} is not UTF-8; save it as text in UTF-8")
+            raise TeacherError(
+                f"classes file {path}: line {number} is not UTF-8; save it as text in UTF-8"
+            )
     names = [line for line in lines if line]
     if not names:
         raise TeacherError(f"classes file {path}: holds no name")
     numbered = [re.fullmatch(r"(.+\S)\s+(\d+)", name) for name in names]
-    if all(numbered) and sorted(int(found[2]) for found in numbered if found) == list(range(len(names))):
+    if all(numbered) and sorted(int(found[2]) for found in numbered if found) == list(
+        range(len(names))
+    ):
         ordered = sorted((int(found[2]), found[1]) for found in numbered if found)
         names = [re.sub(r"^/[a-z]/", "", name) for _, name in ordered]
     return tuple(names)
@@ -165,7 +181,8 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
 
 @cache
 def imagenet_classes() -> tuple[str, ...]:
-    """The 1000 classes of ImageNet-1K in the standard order (some names occur twice: crane, maillot)."""
+    """The 1000 classes of ImageNet-1K in the standard order (some names occur twice: crane,
+    maillot)."""
     from torchvision.models import ResNet50_Weights
 
     return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
@@ -182,7 +199,9 @@ def _integer(spec: TeacherSpec, key: str) -> int:
     text = spec.options[key]
     if not text.isdecimal() or int(text) < 1:
         also = " or HEIGHTxWIDTH" if key == "resize" else ""
-        raise TeacherError(f"teacher {spec.name!r}: option {key} is {text!r}, allowed: pixels, 1 or more{also}")
+        raise TeacherError(
+            f"teacher {spec.name!r}: option {key} is {text!r}, allowed: pixels, 1 or more{also}"
+        )
     return int(text)
 
 

@@ -1,4 +1,5 @@
-"""The teacher's side of a fingerprint: the pictures, its logits of them, and what these say of it at once.
+"""The teacher's side of a fingerprint: the pictures, its logits of them, and what these say of it
+at once.
 
 Shapes: P probe images, h w pixels of a teacher's input, K classes.
 """
@@ -14,11 +15,13 @@ from .fingerprint import COUNT, Difference, Fingerprint
 from .teacher import Teacher
 
 BATCH = (0.05, 0.3)
-"""How far the other images of a batch may move a row: int8 with scales of the whole batch stays below."""
+"""How far the other images of a batch may move a row: int8 with scales of the whole batch stays
+below."""
 
 
 def fingerprint(teacher: Teacher) -> Fingerprint:
-    """The teacher's, of the device that it is on. TeacherError if its forward fails on the probe images."""
+    """The teacher's, of the device that it is on. TeacherError if its forward fails on the probe
+    images."""
     return _fingerprint(teacher, _logits(teacher, probe_images(*teacher.input_shape)))
 
 
@@ -26,7 +29,8 @@ def examine(teacher: Teacher) -> Fingerprint:
     """The fingerprint of a teacher of which the logits of an image can be cached.
 
     Raises:
-        TeacherError: it says other logits of the same image each time, or such as depend on the rest of a batch.
+        TeacherError: it says other logits of the same image each time, or such as depend on the
+            rest of a batch.
     """
     images = probe_images(*teacher.input_shape)
     first, again = (_fingerprint(teacher, _logits(teacher, images)) for _ in range(2))
@@ -50,18 +54,26 @@ def examine(teacher: Teacher) -> Fingerprint:
 
 
 def says_probabilities(logits: NDArray[np.float32]) -> bool:
-    """Whether [P, K] look like probabilities or shares: none negative, and each at most 1 or all rows of one sum.
+    """Whether [P, K] look like probabilities or shares: none negative, and each at most 1 or all
+    rows of one sum.
 
-    Softmax would make nearly uniform targets of them. Log-probabilities are logits but for a constant.
+    Softmax would make nearly uniform targets of them. Log-probabilities are logits but for a
+    constant.
     """
-    if logits.shape[1] < 2 or not np.isfinite(logits).all() or (logits < 0).any() or not logits.any():
+    if (
+        logits.shape[1] < 2
+        or not np.isfinite(logits).all()
+        or (logits < 0).any()
+        or not logits.any()
+    ):
         return False
     sums = logits.astype(np.float64).sum(axis=1)
     return bool((logits <= 1).all() or np.allclose(sums, sums[0], rtol=1e-3))
 
 
 def probe_images(height: int, width: int) -> NDArray[np.uint8]:
-    """The P pictures [P, h, w, 3], by integer arithmetic alone: ramps, clouds, blocks, rings, noise."""
+    """The P pictures [P, h, w, 3], by integer arithmetic alone: ramps, clouds, blocks, rings,
+    noise."""
     y, x = np.arange(height, dtype=np.int64)[:, None], np.arange(width, dtype=np.int64)[None]
     across, down = x * 255 // max(width - 1, 1) + 0 * y, y * 255 // max(height - 1, 1) + 0 * x
     ramps = np.stack([across, down, 255 - (across + down) // 2], axis=-1)
@@ -78,8 +90,11 @@ def probe_images(height: int, width: int) -> NDArray[np.uint8]:
     return np.stack(pictures).astype(np.uint8)
 
 
-def _clouds(height: int, width: int, octaves: tuple[tuple[int, int], ...], seed: int) -> NDArray[np.int64]:
-    """Smooth colours [h, w, 3]: for each (lattice, weight) values of a lattice, linear between its points."""
+def _clouds(
+    height: int, width: int, octaves: tuple[tuple[int, int], ...], seed: int
+) -> NDArray[np.int64]:
+    """Smooth colours [h, w, 3]: for each (lattice, weight) values of a lattice, linear between its
+    points."""
     total = np.zeros((height, width, 3), np.int64)
     for lattice, weight in octaves:
         points = _noise(lattice + 1, lattice + 1, seed * 100 + lattice)
@@ -87,7 +102,9 @@ def _clouds(height: int, width: int, octaves: tuple[tuple[int, int], ...], seed:
         for axis, at in ((0, rows), (1, columns)):
             shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
             low, part = at // 256, (at % 256).reshape(shape)
-            points = (points.take(low, axis) * (256 - part) + points.take(low + 1, axis) * part) // 256
+            points = (
+                points.take(low, axis) * (256 - part) + points.take(low + 1, axis) * part
+            ) // 256
         total += weight * points
     return total // sum(weight for _, weight in octaves)
 
@@ -106,12 +123,17 @@ def _fingerprint(teacher: Teacher, logits: NDArray[np.float32]) -> Fingerprint:
     if device.type == "cuda":
         processor = f"cuda {torch.cuda.get_device_name(device)}"
     else:
-        processor = f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+        processor = (
+            f"cpu {torch.backends.cpu.get_cpu_capability()}"
+            if device.type == "cpu"
+            else device.type
+        )
     return Fingerprint(logits, torch.__version__.split("+")[0], processor)
 
 
 def _logits(teacher: Teacher, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """In float32, in which equal code is told from other code by far smaller differences than in half precision."""
+    """In float32, in which equal code is told from other code by far smaller differences than in
+    half precision."""
     precision = teacher.precision
     try:
         return teacher.to(teacher.device).logits(images).numpy()
@@ -119,6 +141,8 @@ def _logits(teacher: Teacher, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         raise
     except Exception as error:  # a stranger's module may raise anything
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TeacherError(f"teacher {teacher.name!r}: fails on {len(images)} images: {line}") from error
+        raise TeacherError(
+            f"teacher {teacher.name!r}: fails on {len(images)} images: {line}"
+        ) from error
     finally:
         teacher.to(teacher.device, precision)

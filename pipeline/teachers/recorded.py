@@ -1,7 +1,8 @@
 """Load a teacher again from what a target store records of it, without trusting the store.
 
-A store may come from anybody. By itself, its record only chooses among the teachers that distinit ships, built with
-plain values. Code, downloads and other options need a name on the command line; files are only those given there.
+A store may come from anybody. By itself, its record only chooses among the teachers that distinit
+ships, built with plain values. Code, downloads and other options need a name on the command line;
+files are only those given there.
 """
 
 from __future__ import annotations
@@ -25,16 +26,21 @@ _OPENS_FILES = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "
 
 
 def load_recorded(
-    provenance: Mapping[str, Any], where: str, *, weights: str | None = None, trusted: Collection[str] = ()
+    provenance: Mapping[str, Any],
+    where: str,
+    *,
+    weights: str | None = None,
+    trusted: Collection[str] = (),
 ) -> Teacher:
     """Return the teacher that a store records, on the CPU.
 
     Args:
         provenance: the attribute `provenance` of the teacher's node.
         where: names the node in messages.
-        weights: the weights file given on the command line; a file that only the store names is never opened.
-        trusted: teachers named on the command line, as the store spells them: their code may run, their weights may
-            be downloaded, and their options may have any value.
+        weights: the weights file given on the command line; a file that only the store names is
+            never opened.
+        trusted: teachers named on the command line, as the store spells them: their code may run,
+            their weights may be downloaded, and their options may have any value.
 
     Raises:
         UsageError: what has to be named on the command line first.
@@ -42,35 +48,54 @@ def load_recorded(
         TeacherError, WeightsError: as `load_teacher`.
     """
     if "spec" not in provenance:
-        raise UsageError("the store does not say how the teacher was asked for, so that it cannot be loaded again")
+        raise UsageError(
+            "the store does not say how the teacher was asked for, so that it cannot be loaded again"
+        )
     try:
         spec = TeacherSpec.model_validate(provenance["spec"])
     except ValidationError as error:
-        raise StoreError(f"{where}: provenance.spec is no record of a teacher ({in_one_line(error)})") from None
+        raise StoreError(
+            f"{where}: provenance.spec is no record of a teacher ({in_one_line(error)})"
+        ) from None
     if spec.name not in trusted:
         _check_plain(spec)
     for key in _OPENS_FILES if spec.name.startswith("timm:") else ():
         if key in spec.options:
-            raise UsageError(f"teacher {spec.name!r}: the store sets its option {key!r}, which opens files")
+            raise UsageError(
+                f"teacher {spec.name!r}: the store sets its option {key!r}, which opens files"
+            )
     if spec.weights is not None and weights is None:
-        raise UsageError(f"its weights {spec.weights!r} are not opened by that name: --teacher-weights NAME=FILE")
-    options = {key: value for key, value in spec.options.items() if key != "classes"}  # a file; the store has the names
-    spec = spec.model_copy(update={"weights": weights, "options": options, "fetch": spec.name in trusted})
+        raise UsageError(
+            f"its weights {spec.weights!r} are not opened by that name: --teacher-weights NAME=FILE"
+        )
+    options = {
+        key: value for key, value in spec.options.items() if key != "classes"
+    }  # a file; the store has the names
+    spec = spec.model_copy(
+        update={"weights": weights, "options": options, "fetch": spec.name in trusted}
+    )
     try:
         return load_teacher(spec)
     except DistInitError:
         raise
-    except Exception as error:  # a library meets numbers that it never checks, and has errors of its own
+    except (
+        Exception
+    ) as error:  # a library meets numbers that it never checks, and has errors of its own
         raise TeacherError(
             f"teacher {spec.name!r}: cannot be built as the store records it ({in_one_line(error)})"
         ) from error
 
 
 def _check_plain(spec: TeacherSpec) -> None:
-    """Raise UsageError if loading the teacher would run other code or open a file that the store chose."""
+    """Raise UsageError if loading the teacher would run other code or open a file that the store
+    chose."""
     allow = f"if you trust it, allow it with --allow-teacher {spec.name!r}"
     if spec.name not in SHIPPED and not _LIBRARY_MODEL.fullmatch(spec.name):
-        what = "is a function whose code would be run" if is_factory(spec.name) else "does not ship with distinit"
+        what = (
+            "is a function whose code would be run"
+            if is_factory(spec.name)
+            else "does not ship with distinit"
+        )
         raise UsageError(f"teacher {spec.name!r} {what}; {allow}")
     for key, text in spec.options.items():
         if key in ("input_size", "resize"):
@@ -78,4 +103,6 @@ def _check_plain(spec: TeacherSpec) -> None:
         else:
             plain = key in OWN_OPTIONS or _NUMBER.fullmatch(text) is not None
         if not plain:
-            raise UsageError(f"teacher {spec.name!r}: the store sets its option {key!r} to {text[:80]!r}; {allow}")
+            raise UsageError(
+                f"teacher {spec.name!r}: the store sets its option {key!r} to {text[:80]!r}; {allow}"
+            )

@@ -1,8 +1,8 @@
 """Frozen image models that look at single frames. `load_teacher` turns a name into one.
 
-Names: `efficientnet_lite0`, `resnet50`, `resnet50-places365`, `torchvision:NAME[@WEIGHTS]`, `timm:NAME`,
-and `package.module:factory`, a function that returns an `nn.Module` (images [B, 3, h, w] → logits [B, K])
-or a `Teacher`. Shape letters: B images, h w pixels of the view, K classes.
+Names: `efficientnet_lite0`, `resnet50`, `resnet50-places365`, `torchvision:NAME[@WEIGHTS]`,
+`timm:NAME`, and `package.module:factory`, a function that returns an `nn.Module` (images [B, 3, h,
+w] → logits [B, K]) or a `Teacher`. Shape letters: B images, h w pixels of the view, K classes.
 """
 
 from __future__ import annotations
@@ -65,10 +65,14 @@ class Teacher:
     def __init__(self, name: str, recipe: LoadedModel) -> None:
         self.name = _store_name(name)
         self.recipe = recipe
-        self.module = recipe.module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.module = (
+            recipe.module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        )
         shape = self.view.fixed_shape
         if shape is None:
-            raise TeacherError(f"teacher {name!r}: a short side of {self.view.resize} alone has no fixed size")
+            raise TeacherError(
+                f"teacher {name!r}: a short side of {self.view.resize} alone has no fixed size"
+            )
         self.input_shape: tuple[int, int] = shape
         self.state_sha256 = state_sha256(self.module.state_dict())
         self.device, self.precision = torch.device("cpu"), "fp32"
@@ -81,7 +85,8 @@ class Teacher:
         return self.recipe.preprocessing.view
 
     def to(self, device: torch.device | str, precision: str = "fp32") -> Teacher:
-        """Move to a device and choose what it computes in: `fp32`, or `bf16` (autocast; weights stay float32).
+        """Move to a device and choose what it computes in: `fp32`, or `bf16` (autocast; weights
+        stay float32).
 
         Raises:
             TeacherError: another precision.
@@ -96,8 +101,9 @@ class Teacher:
     def identity(self, precision: str | None = None) -> dict[str, Any]:
         """What makes its logits what they are, JSON-able, the same on every machine.
 
-        `sha256` is that of the state actually loaded (its form: `distinit.pipeline.common.weights`), so a
-        file of another name with the same tensors is the same teacher. The device is not in it.
+        `sha256` is that of the state actually loaded (its form:
+        `distinit.pipeline.common.weights`), so a file of another name with the same tensors is the
+        same teacher. The device is not in it.
         """
         prepared = self.recipe.preprocessing
         identity = {
@@ -116,7 +122,8 @@ class Teacher:
         return plain
 
     def provenance(self) -> dict[str, Any]:
-        """For people, not compared: the weights file's name and sha256 as `sha256sum` prints it, torch's version."""
+        """For people, not compared: the weights file's name and sha256 as `sha256sum` prints it,
+        torch's version."""
         return {
             "weights_file": self.recipe.file,
             "weights_file_sha256": self.recipe.file_sha256,
@@ -136,7 +143,11 @@ class Teacher:
             # Shared memory comes read-only, which torch.from_numpy warns about: that is copied.
             images = torch.from_numpy(np.require(images, requirements="W"))
         batch = images
-        if batch.dtype != torch.uint8 or batch.ndim != 4 or tuple(batch.shape[1:]) != (*self.input_shape, 3):
+        if (
+            batch.dtype != torch.uint8
+            or batch.ndim != 4
+            or tuple(batch.shape[1:]) != (*self.input_shape, 3)
+        ):
             height, width = self.input_shape
             raise TeacherError(
                 f"teacher {self.name!r}: images must be uint8 [B, {height}, {width}, 3], "
@@ -150,7 +161,9 @@ class Teacher:
             output = self.module((pixels - self._mean) / self._std)
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(batch):
             shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise TeacherError(f"teacher {self.name!r}: logits must be [{len(batch)}, K], got {shape}")
+            raise TeacherError(
+                f"teacher {self.name!r}: logits must be [{len(batch)}, K], got {shape}"
+            )
         return output.float().cpu()
 
     def _place(self) -> None:
@@ -162,7 +175,8 @@ class Teacher:
     def _arithmetic(self) -> Any:
         """Deterministic kernels, no TF32, and autocast for bf16."""
         bf16 = self.precision == "bf16"
-        # The flags are of the whole process: left alone where they mean nothing, since threads run teachers there.
+        # The flags are of the whole process: left alone where they mean nothing, since threads run
+        # teachers there.
         cuda = self.device.type == "cuda"
         flags = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
         with (
@@ -188,7 +202,9 @@ class Teacher:
         if names is None:
             return [f"class {index}" for index in range(count)]
         if len(names) != count:
-            raise TeacherError(f"teacher {self.name!r}: has {count} classes, but {len(names)} class names")
+            raise TeacherError(
+                f"teacher {self.name!r}: has {count} classes, but {len(names)} class names"
+            )
         return list(names)
 
 
@@ -205,7 +221,8 @@ def load_teacher(spec: TeacherSpec) -> Teacher:
     Raises:
         TeacherError: an unknown name (the message has the list), an option that is not allowed, a
             package that is missing, a module that is no image classifier.
-        WeightsError: weights that are missing, have another sha256, need a free unpickle or do not fit.
+        WeightsError: weights that are missing, have another sha256, need a free unpickle or do not
+            fit.
     """
     with contextlib.redirect_stdout(sys.stderr):
         made = _build(spec)
@@ -231,7 +248,9 @@ def _build(spec: TeacherSpec) -> LoadedModel | Teacher:
         return timm_model(spec, rest)
     if is_factory(spec.name):
         return _from_factory(spec)
-    raise TeacherError(f"teacher {spec.name!r} is not known; allowed: {', '.join(known_teachers())}")
+    raise TeacherError(
+        f"teacher {spec.name!r} is not known; allowed: {', '.join(known_teachers())}"
+    )
 
 
 def _from_factory(spec: TeacherSpec) -> LoadedModel | Teacher:
@@ -244,9 +263,13 @@ def _from_factory(spec: TeacherSpec) -> LoadedModel | Teacher:
     made = call_factory(spec.name, f"teacher {spec.name!r}", options, error=TeacherError)
     if isinstance(made, Teacher):
         if spec.weights:
-            raise TeacherError(f"teacher {spec.name!r} is finished by its factory and takes no weights file")
+            raise TeacherError(
+                f"teacher {spec.name!r} is finished by its factory and takes no weights file"
+            )
         if own := sorted(spec.options.keys() & set(OWN_OPTIONS)):
-            raise TeacherError(f"teacher {spec.name!r} is finished by its factory and takes no option {', '.join(own)}")
+            raise TeacherError(
+                f"teacher {spec.name!r} is finished by its factory and takes no option {', '.join(own)}"
+            )
         return made
     if not isinstance(made, nn.Module):
         raise TeacherError(

@@ -10,7 +10,14 @@ from torch import nn
 from ..common.errors import TeacherError, WeightsError
 from ..common.weights import WeightsFile, load_into, load_weights
 from ..video.geometry import View
-from .loaded_model import LoadedModel, TeacherSpec, apply_view_options, builder_options, imagenet_classes, preprocessing
+from .loaded_model import (
+    LoadedModel,
+    TeacherSpec,
+    apply_view_options,
+    builder_options,
+    imagenet_classes,
+    preprocessing,
+)
 
 
 def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:
@@ -24,11 +31,15 @@ def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:
         import timm
         import timm.data
     except ImportError:
-        raise TeacherError(f"teacher {spec.name!r} needs timm: pip install 'distinit[timm]'") from None
+        raise TeacherError(
+            f"teacher {spec.name!r} needs timm: pip install 'distinit[timm]'"
+        ) from None
     library: Any = timm  # its types leave out what `timm.data` re-exports
     options = builder_options(spec)
     if not (spec.weights or spec.fetch):
-        raise WeightsError(f"teacher {spec.name!r}: timm would download its weights, which is not allowed")
+        raise WeightsError(
+            f"teacher {spec.name!r}: timm would download its weights, which is not allowed"
+        )
     file = load_weights(spec.weights, spec.sha256) if spec.weights else None
     module = _create(library, spec, model, options, file)
     config = library.data.resolve_model_data_config(module)
@@ -47,11 +58,14 @@ def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:
     )
 
 
-def _create(timm: Any, spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile | None) -> nn.Module:
+def _create(
+    timm: Any, spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile | None
+) -> nn.Module:
     try:
         module: nn.Module = timm.create_model(model, pretrained=file is None, **options)
     except Exception as error:
-        # RuntimeError for an unknown model; for weights it cannot fetch, whatever the hub's client raises.
+        # RuntimeError for an unknown model; for weights it cannot fetch, whatever the hub's client
+        # raises.
         if not timm.is_model(model.split(".", 1)[0]) and ":" not in model:
             near = timm.list_models(f"*{model.split('.', 1)[0]}*")[:5]
             also = f"; near: {', '.join(near)}" if near else ""
@@ -73,12 +87,15 @@ def _tag(module: nn.Module) -> str:
 
 
 def _view(config: dict[str, Any]) -> View:
-    """timm's evaluation view: short side ⌊size / crop_pct⌋ and a centre crop, or a squash to the input."""
+    """timm's evaluation view: short side ⌊size / crop_pct⌋ and a centre crop, or a squash to the
+    input."""
     height, width = int(config["input_size"][1]), int(config["input_size"][2])
     interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
     if height != width or config.get("crop_mode") == "squash":
         return View(resize=(height, width), crop=None, interpolation=interpolation)
-    return View(resize=math.floor(height / config["crop_pct"]), crop=height, interpolation=interpolation)
+    return View(
+        resize=math.floor(height / config["crop_pct"]), crop=height, interpolation=interpolation
+    )
 
 
 def _classes(timm: Any, module: nn.Module) -> tuple[str, ...] | None:

@@ -1,4 +1,5 @@
-"""Teachers that torchvision builds: any of its classification models, and ResNet-50 on Places365."""
+"""Teachers that torchvision builds: any of its classification models, and ResNet-50 on
+Places365."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ _WITH_WEIGHTS: dict[str, dict[str, Any]] = {
 }
 
 
-def torchvision_model(spec: TeacherSpec, model: str, weights_name: str | None = None) -> LoadedModel:
+def torchvision_model(
+    spec: TeacherSpec, model: str, weights_name: str | None = None
+) -> LoadedModel:
     """A classification model by torchvision's name, with one of torchvision's weights or a file's.
 
     Without a weights name: IMAGENET1K_V1, for `DEFAULT` is often the V2 whose outputs are far less
@@ -115,8 +118,11 @@ def _library_file(spec: TeacherSpec, choice: Any) -> WeightsFile:
     )
 
 
-def _fitting(spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile) -> nn.Module:
-    """The module with the file's weights, and with the file's number of classes if that is what differs."""
+def _fitting(
+    spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile
+) -> nn.Module:
+    """The module with the file's weights, and with the file's number of classes if that is what
+    differs."""
     what = f"weights file {file.name}"
     try:
         module = torchvision.models.get_model(model, weights=None, **options)
@@ -129,9 +135,13 @@ def _fitting(spec: TeacherSpec, model: str, options: dict[str, Any], file: Weigh
         counts = {theirs[0] for _, theirs in other if theirs}
         same_inputs = all(mine[1:] == theirs[1:] for mine, theirs in other)
         if other and same_inputs and len(counts) == 1 and "num_classes" not in options:
-            module = torchvision.models.get_model(model, weights=None, **options, num_classes=counts.pop())
+            module = torchvision.models.get_model(
+                model, weights=None, **options, num_classes=counts.pop()
+            )
     except (TypeError, ValueError) as error:
-        raise TeacherError(f"teacher {spec.name!r}: torchvision's {model} refuses its options: {error}") from None
+        raise TeacherError(
+            f"teacher {spec.name!r}: torchvision's {model} refuses its options: {error}"
+        ) from None
     load_into(module, file.state, what)
     return module
 

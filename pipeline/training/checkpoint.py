@@ -1,8 +1,9 @@
-"""Checkpoints that survive: written whole or not at all, and refused by a run they do not belong to.
+"""Checkpoints that survive: written whole or not at all, and refused by a run they do not belong
+to.
 
-RUN/checkpoints/last.pt and best.pt hold model, optimizer, position, random states and the identity of the
-run as a dict that torch loads with weights_only=True. They are zip archives whose comment is a digest of the whole
-file, see `sealed`; those of version 0.1 have the CRC-32 of each tensor alone.
+RUN/checkpoints/last.pt and best.pt hold model, optimizer, position, random states and the identity
+of the run as a dict that torch loads with weights_only=True. They are zip archives whose comment is
+a digest of the whole file, see `sealed`; those of version 0.1 have the CRC-32 of each tensor alone.
 """
 
 from __future__ import annotations
@@ -34,19 +35,31 @@ LAST = "checkpoints/last.pt"
 # Any of these means that a folder holds a run.
 RUN_FILES = (LAST, "metrics.jsonl", "student.safetensors", "model.safetensors")
 Resume = Literal["auto"] | bool
-"""False: a folder that holds a run is refused; True: one that holds none; auto: a run goes on or begins."""
-# Identities of what the targets are; a difference there is a difference of stores, not of checkpoints.
+"""False: a folder that holds a run is refused; True: one that holds none; auto: a run goes on or
+begins."""
+# Identities of what the targets are; a difference there is a difference of stores, not of
+# checkpoints.
 STORE_KEYS = frozenset({"store", "teachers", "sampling"})
-_KINDS: dict[str, type] = {"identity": str, "model": dict, "optimizer": dict, "state": dict, "rng": list}
+_KINDS: dict[str, type] = {
+    "identity": str,
+    "model": dict,
+    "optimizer": dict,
+    "state": dict,
+    "rng": list,
+}
 log = logging.getLogger(__name__)
 
 
 def claim_run_dir(run_dir: Path, *, resume: Resume) -> None:
-    """Makes `run_dir`. UsageError if it holds a run and `resume` is off, or the other way round, or if it
-    cannot be a folder."""
+    """Makes `run_dir`. UsageError if it holds a run and `resume` is off, or the other way round, or
+    if it cannot be a folder."""
     if not is_utf8(os.fspath(run_dir)):  # TensorBoard's writer cannot take it
-        raise UsageError(f"--out {escape_path(os.fspath(run_dir))}: the path is not UTF-8; choose another --out")
-    if resume is True and not any((run_dir / name).exists() for name in (*RUN_FILES, "config.yaml")):
+        raise UsageError(
+            f"--out {escape_path(os.fspath(run_dir))}: the path is not UTF-8; choose another --out"
+        )
+    if resume is True and not any(
+        (run_dir / name).exists() for name in (*RUN_FILES, "config.yaml")
+    ):
         raise UsageError(f"--resume: {run_dir} holds no run; --resume auto begins one")
     found = [name for name in RUN_FILES if (run_dir / name).exists()]
     if found and not resume:
@@ -61,7 +74,8 @@ def claim_run_dir(run_dir: Path, *, resume: Resume) -> None:
 
 @contextmanager
 def run_dir_lock(run_dir: Path, *, resume: Resume) -> Iterator[None]:
-    """Claim a run folder, see `claim_run_dir`, and lock it against every other command that writes there."""
+    """Claim a run folder, see `claim_run_dir`, and lock it against every other command that writes
+    there."""
     claim_run_dir(run_dir, resume=resume)
     with folder_lock(run_dir):
         claim_run_dir(run_dir, resume=resume)  # another may have made a run of it meanwhile
@@ -69,7 +83,8 @@ def run_dir_lock(run_dir: Path, *, resume: Resume) -> Iterator[None]:
 
 
 def read_identity(run_dir: Path) -> dict[str, Any] | None:
-    """The identity that the last checkpoint of a run carries; None where there is no checkpoint yet."""
+    """The identity that the last checkpoint of a run carries; None where there is no checkpoint
+    yet."""
     path = run_dir / "checkpoints" / "last.pt"
     if not path.exists():
         return None
@@ -78,7 +93,8 @@ def read_identity(run_dir: Path) -> dict[str, Any] | None:
 
 
 def require_not_longer(run_dir: Path, options: LoopOptions) -> None:
-    """UsageError where a run has done more steps than are asked for: what it would say of itself would be wrong."""
+    """UsageError where a run has done more steps than are asked for: what it would say of itself
+    would be wrong."""
     path = run_dir / "checkpoints" / "last.pt"
     if not path.exists():
         return
@@ -91,8 +107,8 @@ def require_not_longer(run_dir: Path, options: LoopOptions) -> None:
 
 
 def check_identity(run_dir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """StoreMismatchError or CheckpointError that names the first key at which a run's checkpoint and what
-    is asked for now differ."""
+    """StoreMismatchError or CheckpointError that names the first key at which a run's checkpoint
+    and what is asked for now differ."""
     ours = json.loads(json.dumps(ours))
     for key in sorted(ours.keys() | theirs.keys()):
         difference = _difference(theirs.get(key), ours.get(key), key)
@@ -109,7 +125,8 @@ def check_identity(run_dir: Path, theirs: Mapping[str, Any], ours: Mapping[str, 
 class Checkpoints:
     """The last and the best checkpoint of one run.
 
-    identity: JSON-able, by top-level key what a resume must share: store, teachers, sampling, student, …
+    identity: JSON-able, by top-level key what a resume must share: store, teachers, sampling,
+        student, …
     """
 
     def __init__(self, run_dir: Path, identity: Mapping[str, Any]) -> None:
@@ -127,9 +144,10 @@ class Checkpoints:
     ) -> TrainState:
         """A fresh state, or that of last.pt with model, optimizer and random states restored.
 
-        With `resume` and no checkpoint (killed before the first one) the run starts from its beginning. With
-        another number of processes than before the random states of dropout begin anew.
-        Raises UsageError (there is a checkpoint, resume is off), CheckpointError, StoreMismatchError.
+        With `resume` and no checkpoint (killed before the first one) the run starts from its
+        beginning. With another number of processes than before the random states of dropout begin
+        anew. Raises UsageError (there is a checkpoint, resume is off), CheckpointError,
+        StoreMismatchError.
         """
         path = self.folder / "last.pt"
         if not path.exists():
@@ -164,8 +182,8 @@ class Checkpoints:
         state: TrainState,
         rng: Sequence[dict[str, Any]],
     ) -> Path:
-        """Writes `last` or `best`, rng being the `random_states` of each rank. CheckpointError if the disk
-        refuses; the checkpoint before stays whole."""
+        """Writes `last` or `best`, rng being the `random_states` of each rank. CheckpointError if
+        the disk refuses; the checkpoint before stays whole."""
         path = self.folder / f"{which}.pt"
         buffer = io.BytesIO()
         torch.save(
@@ -203,12 +221,15 @@ def load_weights(run_dir: Path, which: str, model: nn.Module) -> None:
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """All of the file or none of it: written beside it, synced, renamed over it, the folder synced."""
+    """All of the file or none of it: written beside it, synced, renamed over it, the folder
+    synced."""
     scratch = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch.unlink(missing_ok=True)
-        with open(scratch, "xb") as file:  # of a link that has the name, the target is not written to
+        with open(
+            scratch, "xb"
+        ) as file:  # of a link that has the name, the target is not written to
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -233,12 +254,19 @@ def _load(path: Path) -> dict[str, Any]:
                     raise zipfile.BadZipFile(f"the CRC-32 of {damaged} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise half a dozen kinds for a damaged file
-        raise CheckpointError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint: {_first_line(error)}"
+        ) from error
     if not sealed:
-        log.warning("%s: written by distinit 0.1, without a digest: only the CRC-32 of its tensors was compared", path)
+        log.warning(
+            "%s: written by distinit 0.1, without a digest: only the CRC-32 of its tensors was compared",
+            path,
+        )
     if not isinstance(saved, dict) or saved.get("format_version") != FORMAT_VERSION:
         found = saved.get("format_version") if isinstance(saved, dict) else None
-        raise CheckpointError(f"{path} has checkpoint format {found}, this version of distinit reads {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path} has checkpoint format {found}, this version of distinit reads {FORMAT_VERSION}"
+        )
     wrong = [key for key, kind in _KINDS.items() if not isinstance(saved.get(key), kind)]
     if wrong:
         raise CheckpointError(f"{path} is not a checkpoint of distinit: it has no {wrong[0]!r}")

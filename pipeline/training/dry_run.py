@@ -26,20 +26,25 @@ PICTURE = "first-batch.png"
 def dry_run(
     config: TrainConfig, store: TargetStore, clips: StudentClips, student: Student, console: Console
 ) -> dict[str, Any]:
-    """Says config, parameters, memory and computation of a step, and writes RUN/first-batch.png; nothing else.
+    """Says config, parameters, memory and computation of a step, and writes RUN/first-batch.png;
+    nothing else.
 
     The batch is the run's own first. Raises TrainingError if its clips cannot be read.
     """
     check_local(config.out)
     options = config.loop.for_videos(len(clips.sampler.videos))
-    for line in yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100).splitlines():
+    for line in yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, width=100
+    ).splitlines():
         console.say(line)
     heads = {name: count_parameters(student.head(name)) for name in student.classes}
     backbone = count_parameters(student.backbone)
     console.say(f"{config.student.describe()}: {_count(backbone)} parameters in the backbone")
     for name, count in heads.items():
         console.say(f"head {name}: {student.classes[name]} classes, {_count(count)} parameters")
-    console.say(f"{len(clips.sampler.videos)} videos, {options.epochs} epochs of {options.clips_per_epoch} clips")
+    console.say(
+        f"{len(clips.sampler.videos)} videos, {options.epochs} epochs of {options.clips_per_epoch} clips"
+    )
     console.say(f"{options.describe_steps(config.loop.gpus)}; {options.describe_rate()}")
     size = _memory(config, student, console)
 
@@ -56,7 +61,13 @@ def dry_run(
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
     console.say(f"{path}: the first {batch_size} clips of {options.batch_size}, with their targets")
-    return {"dry_run": True, "picture": str(path), "backbone_parameters": backbone, "head_parameters": heads, **size}
+    return {
+        "dry_run": True,
+        "picture": str(path),
+        "backbone_parameters": backbone,
+        "head_parameters": heads,
+        **size,
+    }
 
 
 def _memory(config: TrainConfig, student: Student, console: Console) -> dict[str, Any]:
@@ -69,7 +80,11 @@ def _memory(config: TrainConfig, student: Student, console: Console) -> dict[str
         console.say("memory: not known, the student cannot be run without data")
         return {}
     device = resolve_device(options.device)
-    has = f" of {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f}" if device.type == "cuda" else ""
+    has = (
+        f" of {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f}"
+        if device.type == "cuda"
+        else ""
+    )
     console.say(
         f"memory of {clips} clips at once, estimated: {found.total / 1e9:.2f}{has} GB, {found.weights / 1e9:.2f} for "
         f"weights, gradients and momenta, {found.activations / 1e9:.2f} for activations"

@@ -19,8 +19,8 @@ QUICK_DRAWS = 2000  # enough to tell the share that a threshold in nats keeps to
 
 @dataclass(frozen=True)
 class Filter:
-    """thresholds: nats by teacher. kept: share of draws that at least one head keeps. kept_by: that of each head that
-    has a threshold, by teacher."""
+    """thresholds: nats by teacher. kept: share of draws that at least one head keeps. kept_by: that
+    of each head that has a threshold, by teacher."""
 
     thresholds: dict[str, float] = field(default_factory=dict)
     kept: float = 1.0
@@ -32,14 +32,18 @@ def measure_thresholds(
 ) -> Filter:
     """The filter's thresholds, and what they keep of the draws.
 
-    A resumed run takes those that its checkpoint has in nats: measuring again would cost as much again.
-    Raises UsageError where they keep no clip.
+    A resumed run takes those that its checkpoint has in nats: measuring again would cost as much
+    again. Raises UsageError where they keep no clip.
     """
     teachers = sampler.teachers
     quantile = options.max_entropy_quantile
     if options.max_entropy is None and quantile is None:
         return Filter()
-    known = saved["filter"]["nats"] if saved and saved.get("filter", {}).get("quantile") == quantile else None
+    known = (
+        saved["filter"]["nats"]
+        if saved and saved.get("filter", {}).get("quantile") == quantile
+        else None
+    )
     count = QUICK_DRAWS if quantile is None or known else options.quantile_draws
     found = np.stack(list(_with_progress(sampler, count, console)))
     if quantile is not None:
@@ -57,14 +61,23 @@ def measure_thresholds(
     passed = found <= limits
     kept = float(passed.any(axis=1).mean())
     if kept == 0:
-        low = ", ".join(f"{name} {value:.2f}" for name, value in zip(teachers, found.min(axis=0), strict=True))
+        low = ", ".join(
+            f"{name} {value:.2f}" for name, value in zip(teachers, found.min(axis=0), strict=True)
+        )
         raise UsageError(
             f"targets.max_entropy={options.max_entropy} keeps none of {len(found)} clips; "
             f"their lowest entropies: {low} nats"
         )
-    kept_by = {name: float(passed[:, i].mean()) for i, name in enumerate(teachers) if name in thresholds}
-    shown = ", ".join(f"{name} at {thresholds[name]:.3f} nats keeps {share:.0%}" for name, share in kept_by.items())
-    together = f"; {kept:.0%} count for at least one of {len(teachers)} heads" if len(teachers) > 1 else ""
+    kept_by = {
+        name: float(passed[:, i].mean()) for i, name in enumerate(teachers) if name in thresholds
+    }
+    shown = ", ".join(
+        f"{name} at {thresholds[name]:.3f} nats keeps {share:.0%}"
+        for name, share in kept_by.items()
+    )
+    together = (
+        f"; {kept:.0%} count for at least one of {len(teachers)} heads" if len(teachers) > 1 else ""
+    )
     console.say(f"entropy filter ({options.filter}): {shown} of {len(found)} draws{together}")
     return Filter(thresholds, kept, kept_by)
 

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 class Footprint:
     """Bytes and FLOPs of a step on one device.
 
-    weights: parameters, their gradients and momenta in float32, and buffers. activations: what the forward
-    pass keeps for the backward pass. flops: forward and backward, a multiplication and an addition being two.
+    weights: parameters, their gradients and momenta in float32, and buffers. activations: what the
+    forward pass keeps for the backward pass. flops: forward and backward, a multiplication and an
+    addition being two.
     """
 
     weights: int
@@ -32,14 +33,21 @@ class Footprint:
         return self.weights + self.activations
 
 
-def footprint(model: nn.Module, shape: tuple[int, int, int, int, int], *, precision: str = "fp32") -> Footprint | None:
+def footprint(
+    model: nn.Module, shape: tuple[int, int, int, int, int], *, precision: str = "fp32"
+) -> Footprint | None:
     """Of a training step of clips [B, C, T, H, W]; None where a module cannot run without data.
 
     In bf16 the activations are taken to be half as large, the weights are not.
     """
-    weights = sum(3 * p.numel() * p.element_size() if p.requires_grad else p.nbytes for p in model.parameters())
+    weights = sum(
+        3 * p.numel() * p.element_size() if p.requires_grad else p.nbytes
+        for p in model.parameters()
+    )
     weights += sum(buffer.nbytes for buffer in model.buffers())
-    kept: dict[int, Tensor] = {}  # the tensors themselves: an address is unique while its tensor lives
+    kept: dict[
+        int, Tensor
+    ] = {}  # the tensors themselves: an address is unique while its tensor lives
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor
@@ -47,12 +55,18 @@ def footprint(model: nn.Module, shape: tuple[int, int, int, int, int], *, precis
 
     try:
         shadow = copy.deepcopy(model).to("meta").train()
-        own = {tensor.untyped_storage()._cdata for tensor in (*shadow.parameters(), *shadow.buffers())}
+        own = {
+            tensor.untyped_storage()._cdata for tensor in (*shadow.parameters(), *shadow.buffers())
+        }
         with FlopCounterMode(display=False) as counter:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 outputs: Any = shadow(torch.zeros(shape, device="meta"))
             torch.stack([output.sum() for output in outputs.values()]).sum().backward()
     except Exception:  # a user's module may look at its data, which a shape has not
         return None
-    activations = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
-    return Footprint(weights, activations // 2 if precision == "bf16" else activations, counter.get_total_flops())
+    activations = sum(
+        tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own
+    )
+    return Footprint(
+        weights, activations // 2 if precision == "bf16" else activations, counter.get_total_flops()
+    )

@@ -9,7 +9,8 @@ from typing import Any
 
 
 class Interrupts:
-    """While entered, SIGTERM is noted (`requested()`) instead of ending the process (main thread only)."""
+    """While entered, SIGTERM is noted (`requested()`) instead of ending the process (main thread
+    only)."""
 
     def __init__(self) -> None:
         self._requested = False
@@ -24,10 +25,15 @@ class Interrupts:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._installed:
-            signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
+            signal.signal(
+                signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL
+            )
 
     def requested(self) -> bool:
         """Whether SIGTERM has come."""

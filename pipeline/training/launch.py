@@ -1,4 +1,5 @@
-"""A stage in one process, in those that torchrun started, or in several started here (`--gpus N`)."""
+"""A stage in one process, in those that torchrun started, or in several started here (`--gpus
+N`)."""
 
 from __future__ import annotations
 
@@ -32,16 +33,21 @@ Stage = Callable[[C, Console, Ranks], dict[str, Any]]
 PATIENCE_S = 15.0  # for the errors of the others, once one process has failed
 
 
-def run_distributed(stage: Stage[C], config: C, console: Console, loop: LoopOptions) -> dict[str, Any]:
+def run_distributed(
+    stage: Stage[C], config: C, console: Console, loop: LoopOptions
+) -> dict[str, Any]:
     """What `stage` returns on rank 0; `stage` is a function of a module.
 
-    Under torchrun this process is one rank. Otherwise `loop.gpus` above 1 starts as many processes here and
-    waits for them: the first error of any of them ends all and is raised here, SIGTERM is passed on.
+    Under torchrun this process is one rank. Otherwise `loop.gpus` above 1 starts as many processes
+    here and waits for them: the first error of any of them ends all and is raised here, SIGTERM is
+    passed on.
     """
     if launched():
         world = int(os.environ["WORLD_SIZE"])
         if loop.gpus not in (1, world):
-            raise UsageError(f"loop.gpus={loop.gpus}, but torchrun has started {world} processes; leave it out")
+            raise UsageError(
+                f"loop.gpus={loop.gpus}, but torchrun has started {world} processes; leave it out"
+            )
         with join_ranks(loop.device) as ranks:
             return stage(config, console if ranks.is_main else Console(quiet=True), ranks)
     if loop.gpus == 1:
@@ -52,7 +58,8 @@ def run_distributed(stage: Stage[C], config: C, console: Console, loop: LoopOpti
 
 
 def _enough_gpus(loop: LoopOptions) -> bool:
-    """False where processes will be on the CPU though that was not asked for; UsageError for too few GPUs."""
+    """False where processes will be on the CPU though that was not asked for; UsageError for too
+    few GPUs."""
     count = torch.cuda.device_count()
     wants = loop.device.startswith("cuda") or (loop.device == "auto" and count > 0)
     if wants and loop.gpus > count:
@@ -76,7 +83,16 @@ def _launch(stage: Stage[C], config: C, console: Console, loop: LoopOptions) -> 
         meeting = f"file://{Path(folder).resolve()}/meeting"
         context: Any = start_processes(
             _rank_main,
-            (loop.gpus, Owner.here(), meeting, stage, config, (console.json, console.quiet), loop.device, outcomes),
+            (
+                loop.gpus,
+                Owner.here(),
+                meeting,
+                stage,
+                config,
+                (console.json, console.quiet),
+                loop.device,
+                outcomes,
+            ),
             nprocs=loop.gpus,
             join=False,
             start_method="spawn",
@@ -90,19 +106,28 @@ def _launch(stage: Stage[C], config: C, console: Console, loop: LoopOptions) -> 
                     process.kill()
                 process.join()
     result = ended[0].result if 0 in ended else None
-    if len(ended) == loop.gpus and result is not None and all(end.error is None for end in ended.values()):
+    if (
+        len(ended) == loop.gpus
+        and result is not None
+        and all(end.error is None for end in ended.values())
+    ):
         return result
     raise _cause(ended, [process.exitcode for process in context.processes])
 
 
 def _wait(processes: list[Any], outcomes: Any) -> dict[int, _Outcome]:
-    """The outcomes by rank, when all processes have ended, or one has failed and the others had their time."""
+    """The outcomes by rank, when all processes have ended, or one has failed and the others had
+    their time."""
     ended: dict[int, _Outcome] = {}
     while True:
         alive = [process.sentinel for process in processes if process.is_alive()]
-        failed = any(end.error is not None for end in ended.values()) or any(p.exitcode for p in processes)
+        failed = any(end.error is not None for end in ended.values()) or any(
+            p.exitcode for p in processes
+        )
         if alive:
-            multiprocessing.connection.wait([*alive, outcomes._reader], timeout=PATIENCE_S if failed else None)
+            multiprocessing.connection.wait(
+                [*alive, outcomes._reader], timeout=PATIENCE_S if failed else None
+            )
         before = len(ended)
         while True:
             try:
@@ -111,7 +136,9 @@ def _wait(processes: list[Any], outcomes: Any) -> dict[int, _Outcome]:
                 break
             ended[end.rank] = end
         still = any(process.is_alive() for process in processes)
-        if not still or (failed and len(ended) == before and len(alive) == sum(p.is_alive() for p in processes)):
+        if not still or (
+            failed and len(ended) == before and len(alive) == sum(p.is_alive() for p in processes)
+        ):
             return ended
 
 
@@ -123,10 +150,17 @@ def _cause(ended: dict[int, _Outcome], exit_codes: list[int | None]) -> DistInit
             return error
     for rank, code in enumerate(exit_codes):
         if rank not in ended and code:
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            how = (
+                f"was ended by {signal.Signals(-code).name}"
+                if code < 0
+                else f"ended with exit code {code}"
+            )
             hint = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
             return TrainingError(f"rank {rank} of {len(exit_codes)} {how}{hint}")
-    return next((error for error in errors if error is not None), TrainingError("a process ended without a word"))
+    return next(
+        (error for error in errors if error is not None),
+        TrainingError("a process ended without a word"),
+    )
 
 
 @contextmanager
@@ -174,17 +208,24 @@ def _rank_main(
         return
     except Exception as error:
         words = next(iter(str(error).strip().splitlines()), "")
-        end = _Outcome(rank, error=_told(TrainingError(f"{type(error).__name__}: {words}"), rank, error))
+        end = _Outcome(
+            rank, error=_told(TrainingError(f"{type(error).__name__}: {words}"), rank, error)
+        )
     outcomes.put(pickle.dumps(end))  # whole: tensors would otherwise stay behind in shared memory
     outcomes.close()
     outcomes.join_thread()
 
 
 def _told(error: DistInitError, rank: int, source: BaseException | None = None) -> DistInitError:
-    """The error with the rank where it is of one process only, and its traceback as a note for --debug."""
+    """The error with the rank where it is of one process only, and its traceback as a note for
+    --debug."""
     import traceback
 
-    told = error if error.shared or isinstance(error, RankLostError) else type(error)(f"rank {rank}: {error}")
+    told = (
+        error
+        if error.shared or isinstance(error, RankLostError)
+        else type(error)(f"rank {rank}: {error}")
+    )
     told.shared = error.shared
     told.add_note("".join(traceback.format_exception(source or error)))
     return told.with_traceback(None)

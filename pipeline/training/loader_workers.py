@@ -43,11 +43,13 @@ class Crashed(Ended):
 
 
 class LoaderWorkers:
-    """The processes of one iterator of a DataLoader, and a thread that watches for the first that dies.
+    """The processes of one iterator of a DataLoader, and a thread that watches for the first that
+    dies.
 
-    A worker that is killed in the middle of a write leaves half a message behind, and the lock of the pipe. Whoever
-    reads the rest would wait for ever, and torch looks after its workers between two messages only. So the thread
-    ends all of them and the pipe if nobody has done so `GRACE_S` after the death.
+    A worker that is killed in the middle of a write leaves half a message behind, and the lock of
+    the pipe. Whoever reads the rest would wait for ever, and torch looks after its workers between
+    two messages only. So the thread ends all of them and the pipe if nobody has done so `GRACE_S`
+    after the death.
     """
 
     def __init__(self, iterator: Any, places: WorkerStatus | None, hang_s: float) -> None:
@@ -61,13 +63,16 @@ class LoaderWorkers:
             self._thread.start()
 
     def why(self, error: BaseException) -> bool:
-        """Raise Crashed, Stuck or TrainingError for an error of the loader; else whether a video is being read."""
+        """Raise Crashed, Stuck or TrainingError for an error of the loader; else whether a video is
+        being read."""
         if str(error).startswith("DataLoader timed out"):
             busy = False
             for worker in range(len(self.processes)):
                 reading = self._reading(worker)
                 if reading is not None and reading[1] > self._hang_s:
-                    raise Stuck(reading[0], f"its decoder hung: no answer for {self._hang_s:g} s") from error
+                    raise Stuck(
+                        reading[0], f"its decoder hung: no answer for {self._hang_s:g} s"
+                    ) from error
                 busy = busy or reading is not None
             return busy
         reason = limit_met(error) or in_one_line(error)
@@ -76,7 +81,8 @@ class LoaderWorkers:
         ) from error
 
     def kill(self) -> None:
-        """Kill what has not ended. Workers ignore SIGTERM, and torch would wait 5 s for each that hangs."""
+        """Kill what has not ended. Workers ignore SIGTERM, and torch would wait 5 s for each that
+        hangs."""
         for process in self.processes:
             if process.is_alive():
                 process.kill()
@@ -106,20 +112,28 @@ class LoaderWorkers:
         """Run in a thread, until `end` or the death of a worker with which nobody deals."""
         workers = {process.sentinel: worker for worker, process in enumerate(self.processes)}
         ready = wait([self._end_of_watch, *workers])
-        self._first = next((worker for sentinel, worker in workers.items() if sentinel in ready), None)
+        self._first = next(
+            (worker for sentinel, worker in workers.items() if sentinel in ready), None
+        )
         if self._first is None or self._end_of_watch.poll(GRACE_S):
             return
         with self._lock:
             if not self._over:
                 for process in self.processes:
-                    with contextlib.suppress(ProcessLookupError):  # not process.kill: only one thread may wait for it
+                    with contextlib.suppress(
+                        ProcessLookupError
+                    ):  # not process.kill: only one thread may wait for it
                         os.kill(process.pid, signal.SIGKILL)
                 self._hang_up()
 
     def _hang_up(self) -> None:
-        """Let go of the pipe of results in this process, so that reading it ends where no worker writes any more."""
+        """Let go of the pipe of results in this process, so that reading it ends where no worker
+        writes any more."""
         queue = self._iterator._worker_result_queue
-        with open(os.devnull, "wb") as nothing, contextlib.suppress(OSError):  # closed: nobody reads
+        with (
+            open(os.devnull, "wb") as nothing,
+            contextlib.suppress(OSError),
+        ):  # closed: nobody reads
             os.dup2(nothing.fileno(), queue._writer.fileno(), inheritable=False)
 
     def _death(self, error: BaseException) -> Exception | None:
@@ -128,13 +142,21 @@ class LoaderWorkers:
         order = sorted(range(len(self.processes)), key=lambda worker: worker != self._first)
         for worker in order:
             process, reading = self.processes[worker], self._reading(worker)
-            process.join(GRACE_S if process.sentinel in ended else 0)  # its files close before its status is known
+            process.join(
+                GRACE_S if process.sentinel in ended else 0
+            )  # its files close before its status is known
             if process.exitcode in (None, 0):
                 continue
-            how = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit status {process.exitcode}"
+            how = (
+                signal.Signals(-process.exitcode).name
+                if process.exitcode < 0
+                else f"exit status {process.exitcode}"
+            )
             if reading is None or process.exitcode == -signal.SIGKILL:
                 where = f", reading {escape_path(reading[0])}" if reading is not None else ""
-                return WorkerDied(f"a loader process died: {how}{where}; fewer workers need less memory")
+                return WorkerDied(
+                    f"a loader process died: {how}{where}; fewer workers need less memory"
+                )
             return Crashed(reading[0], f"its decoder crashed ({how})")
         if any(process.exitcode is not None for process in self.processes):
             reason = str(error).splitlines()[0].rstrip(". ")
@@ -146,7 +168,8 @@ class LoaderWorkers:
 
 
 def started(start: Callable[[], T]) -> T:
-    """Return what `start` makes, with loader processes; a TrainingError, and no process left, where it fails."""
+    """Return what `start` makes, with loader processes; a TrainingError, and no process left, where
+    it fails."""
     before = set(multiprocessing.active_children())
     try:
         return start()
@@ -154,7 +177,11 @@ def started(start: Callable[[], T]) -> T:
         for process in set(multiprocessing.active_children()) - before:
             process.kill()  # at its exit Python would end it by SIGTERM, which it ignores, and wait for it
             process.join()
-        full = "shared memory (/dev/shm) is full" if getattr(error, "errno", None) == errno.ENOSPC else None
+        full = (
+            "shared memory (/dev/shm) is full"
+            if getattr(error, "errno", None) == errno.ENOSPC
+            else None
+        )
         reason = full or limit_met(error) or in_one_line(error)
         _forget_half_built(error)
     # Not while the error is handled: its number would be taken for that of a full disk.
@@ -162,7 +189,8 @@ def started(start: Callable[[], T]) -> T:
 
 
 def _forget_half_built(error: BaseException) -> None:
-    """Keep torch from shutting down an iterator that it has not finished: that prints a traceback."""
+    """Keep torch from shutting down an iterator that it has not finished: that prints a
+    traceback."""
     trace = error.__traceback__
     while trace is not None:
         iterator: Any = trace.tb_frame.f_locals.get("self")
@@ -174,8 +202,8 @@ def _forget_half_built(error: BaseException) -> None:
 def watch_deaths_here() -> None:
     """Remove the signal handler that torch sets for its workers.
 
-    It raises their death wherever the main process is, in the middle of a step; without it, death is seen where a
-    batch is waited for.
+    It raises their death wherever the main process is, in the middle of a step; without it, death
+    is seen where a batch is waited for.
     """
     if threading.current_thread() is threading.main_thread():
         handler = signal.getsignal(signal.SIGCHLD)
@@ -183,12 +211,15 @@ def watch_deaths_here() -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def begin_worker(owner: Owner, places: WorkerStatus | None, refused: dict[str, str], worker: int) -> None:
+def begin_worker(
+    owner: Owner, places: WorkerStatus | None, refused: dict[str, str], worker: int
+) -> None:
     """Run in a new worker before it reads.
 
-    It ends with its owner: torch compares its parent with the one it has when its loop begins, which is another one
-    if the owner was killed before. And it ignores a job's SIGTERM, which goes to all processes: the main one finishes
-    its step and writes a checkpoint; a worker that died meanwhile would be missed in the middle of that step.
+    It ends with its owner: torch compares its parent with the one it has when its loop begins,
+    which is another one if the owner was killed before. And it ignores a job's SIGTERM, which goes
+    to all processes: the main one finishes its step and writes a checkpoint; a worker that died
+    meanwhile would be missed in the middle of that step.
     """
     end_with(owner)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -199,8 +230,9 @@ def begin_worker(owner: Owner, places: WorkerStatus | None, refused: dict[str, s
 def start_context(device: torch.device) -> Any:
     """Return how workers start.
 
-    Fork is 25 times faster than the others by measurement and safe while nothing is open in the parent; with CUDA
-    initialised it is not, and a fork server that has the heavy imports done is the next best.
+    Fork is 25 times faster than the others by measurement and safe while nothing is open in the
+    parent; with CUDA initialised it is not, and a fork server that has the heavy imports done is
+    the next best.
     """
     if "fork" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
         return multiprocessing.get_context("spawn")

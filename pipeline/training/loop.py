@@ -1,7 +1,7 @@
 """The training loop of stages two and three, on one screen.
 
-What is learned is the objective's business, what is read the data set's; the loop does steps, epochs,
-the learning rate, checkpoints and the log.
+What is learned is the objective's business, what is read the data set's; the loop does steps,
+epochs, the learning rate, checkpoints and the log.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ __all__ = ["FitResult", "LoopOptions", "LossReport", "Objective", "fit"]
 @dataclass(frozen=True)
 class FitResult:
     """How a training ended. `train_loss`: mean over the clips of the last epoch. `best`: the lowest
-    held-out loss, or training loss where nothing is held out. `broken`: videos that could not be read."""
+    held-out loss, or training loss where nothing is held out. `broken`: videos that could not be
+    read."""
 
     steps: int
     epochs: int
@@ -74,25 +75,29 @@ def fit(
 ) -> FitResult:
     """Trains `model` in place and leaves it with the last weights (in train mode, on the device).
 
-    dataset[(epoch, sample)], sample < options.clips_per_epoch, is one example, a dict of tensors, numbers
-    and dicts of them. Three keys mean something to the loop, all optional: "name" (str) is told when a
-    loss is not finite; "rejected" (int) counts the draws that a filter turned down for this sample;
-    "broken" (list of (name, reason)) the videos that could not be read.
+    dataset[(epoch, sample)], sample < options.clips_per_epoch, is one example, a dict of tensors,
+    numbers and dicts of them. Three keys mean something to the loop, all optional: "name" (str) is
+    told when a loss is not finite; "rejected" (int) counts the draws that a filter turned down for
+    this sample; "broken" (list of (name, reason)) the videos that could not be read.
     identity: JSON-able; a resume with another one is refused by the name of the key that differs.
-    validate: called at the end of each epoch; its "loss", the lower the better, chooses the best checkpoint.
-    progress: progress(description, total, unit) gives a bar with .advance(n, **fields), as Screen.progress.
-    ranks: the processes that train together. All call `fit` alike and `validate` is called in all; rank 0
-    alone writes into run_dir, which all read on a resume.
+    validate: called at the end of each epoch; its "loss", the lower the better, chooses the best
+        checkpoint.
+    progress: progress(description, total, unit) gives a bar with .advance(n, **fields), as
+        Screen.progress.
+    ranks: the processes that train together. All call `fit` alike and `validate` is called in all;
+    rank 0 alone writes into run_dir, which all read on a resume.
 
-    Raises UsageError (the folder holds a run and resume is off), CheckpointError or StoreMismatchError
-    (resume of something else), TrainingError (a loss that is not finite, too many broken videos),
-    TrainingInterrupted (SIGTERM; the checkpoint is written).
+    Raises UsageError (the folder holds a run and resume is off), CheckpointError or
+    StoreMismatchError (resume of something else), TrainingError (a loss that is not finite, too
+    many broken videos), TrainingInterrupted (SIGTERM; the checkpoint is written).
     """
     with ranks.same_error():
         device = resolve_device(options.device)
         workers = pick_workers(options.workers, device)
         if options.batch_size < ranks.world:
-            raise UsageError(f"loop.batch_size={options.batch_size} is less than a clip for each of {ranks.world} GPUs")
+            raise UsageError(
+                f"loop.batch_size={options.batch_size} is less than a clip for each of {ranks.world} GPUs"
+            )
         trained = wrap(model, options, device, ranks).train()
         torch.manual_seed(options.seed + ranks.rank)
         optimizer = torch.optim.SGD(
@@ -104,11 +109,15 @@ def fit(
         )
         checkpoints = Checkpoints(run_dir, identity | options.identity())
         state = ranks.on_all_ranks(
-            lambda: checkpoints.start(model, optimizer, resume=resume, max_broken=options.max_broken, ranks=ranks)
+            lambda: checkpoints.start(
+                model, optimizer, resume=resume, max_broken=options.max_broken, ranks=ranks
+            )
         )
         meter = Meter(options, state, device)
         if state.step >= options.total_steps:
-            say(f"{run_dir} is finished: {state.step} of {options.total_steps} steps; nothing to do")
+            say(
+                f"{run_dir} is finished: {state.step} of {options.total_steps} steps; nothing to do"
+            )
             return _result(state, options, meter, already_finished=True)
         if warning := slow_bf16_warning(device, options.precision):
             say(f"warning: {warning}")
@@ -134,7 +143,9 @@ def fit(
             stack.enter_context(closing(batches))
             for batch in meter.timed(ranks.synchronized(batches, stop)):
                 rate = learning_rate(state.step, options)
-                report = take_step(trained, objective, optimizer, batch, rate, options, device, ranks)
+                report = take_step(
+                    trained, objective, optimizer, batch, rate, options, device, ranks
+                )
                 state.add(report)
                 meter.add(report)
                 if bar is not None:
@@ -153,10 +164,15 @@ def fit(
                     trained.train()
                     best = state.end_epoch(validation)
                     if validation:
-                        say(_held_out_line(state.step // options.steps_per_epoch, options.epochs, validation))
+                        say(
+                            _held_out_line(
+                                state.step // options.steps_per_epoch, options.epochs, validation
+                            )
+                        )
                     if metrics is not None:
                         metrics.write("epoch", state.step, state.epoch_record())
-                # Best before last: killed between the two, the resume repeats the steps and writes both.
+                # Best before last: killed between the two, the resume repeats the steps and writes
+                # both.
                 if best:
                     save("best")
                 if epoch_over or state.step % options.checkpoint_every == 0:
@@ -172,12 +188,21 @@ def fit(
 
 
 def _held_out_line(epoch: int, epochs: int, measures: Mapping[str, float]) -> str:
-    """What `validate` measured after an epoch, for a person: the loss first, then what stands with it."""
-    others = (f"{name.replace('/', ' ')} {value:.4g}" for name, value in measures.items() if name != "loss")
-    return f"epoch {epoch}/{epochs}  held out: " + ", ".join([f"loss {measures['loss']:.4f}", *others])
+    """What `validate` measured after an epoch, for a person: the loss first, then what stands with
+    it."""
+    others = (
+        f"{name.replace('/', ' ')} {value:.4g}"
+        for name, value in measures.items()
+        if name != "loss"
+    )
+    return f"epoch {epoch}/{epochs}  held out: " + ", ".join(
+        [f"loss {measures['loss']:.4f}", *others]
+    )
 
 
-def _result(state: TrainState, options: LoopOptions, meter: Meter, *, already_finished: bool) -> FitResult:
+def _result(
+    state: TrainState, options: LoopOptions, meter: Meter, *, already_finished: bool
+) -> FitResult:
     return FitResult(
         steps=state.step,
         epochs=state.step // options.steps_per_epoch,

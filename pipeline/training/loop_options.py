@@ -1,4 +1,5 @@
-"""What a training run can be told: sizes, schedule, device, bookkeeping. Shared by stages two and three."""
+"""What a training run can be told: sizes, schedule, device, bookkeeping. Shared by stages two and
+three."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from pydantic import Field, model_validator
 
 from ..common.settings import Options
 
-# Options that may differ between the start of a run and its resume: none of them changes what is learned
-# from a given step on, but for the clips that share batch statistics and for rounding. (`epochs` may: the
-# schedule does not depend on it, so a run can be made longer.)
+# Options that may differ between the start of a run and its resume: none of them changes what is
+# learned from a given step on, but for the clips that share batch statistics and for rounding.
+# (`epochs` may: the schedule does not depend on it, so a run can be made longer.)
 FREE_ON_RESUME = frozenset(
     {"epochs", "device", "gpus", "gpu_batch_size", "compile", "channels_last", "workers", "threads"}
     | {"log_every", "checkpoint_every", "max_broken"}
@@ -24,46 +25,64 @@ class LoopOptions(Options):
     An epoch is counted in clips, not in videos: `epoch_clips` clips, rounded up to whole batches
     (`clips_per_epoch`); None means one clip a video, which `for_videos` fills in.
 
-    A step has `batch_size` clips whatever the hardware: each of the processes takes its share, in pieces of
-    at most `gpu_batch_size` clips whose gradients add up. So the number of GPUs changes neither clips nor
-    schedule, and a run may be resumed on another.
+    A step has `batch_size` clips whatever the hardware: each of the processes takes its share, in
+    pieces of at most `gpu_batch_size` clips whose gradients add up. So the number of GPUs changes
+    neither clips nor schedule, and a run may be resumed on another.
 
-    Learning rate (the paper, section 4, and R(2+1)D): linear warm-up per iteration over `warmup_epochs`, then
-    peak_lr * gamma ** ((epoch - warmup_epochs) // step_epochs), peak_lr being lr, or with `lr_batch_size`
-    lr * batch_size / lr_batch_size. A squared-error run wants a tenth of the rate of a cross-entropy run
-    (the paper's section 4.2), which a preset or the user sets.
+    Learning rate (the paper, section 4, and R(2+1)D): linear warm-up per iteration over
+    `warmup_epochs`, then peak_lr * gamma ** ((epoch - warmup_epochs) // step_epochs), peak_lr being
+    lr, or with `lr_batch_size` lr * batch_size / lr_batch_size. A squared-error run wants a tenth
+    of the rate of a cross-entropy run (the paper's section 4.2), which a preset or the user sets.
     """
 
     batch_size: int = Field(default=32, ge=1, description="clips a step, over all GPUs")
     gpu_batch_size: int | None = Field(
-        default=None, ge=1, description="most clips a GPU takes at once; of more the gradients are accumulated"
+        default=None,
+        ge=1,
+        description="most clips a GPU takes at once; of more the gradients are accumulated",
     )
-    gpus: int = Field(default=1, ge=1, description="processes on this machine, one a GPU; torchrun decides for itself")
+    gpus: int = Field(
+        default=1,
+        ge=1,
+        description="processes on this machine, one a GPU; torchrun decides for itself",
+    )
     epochs: int = Field(default=45, ge=1)
-    epoch_clips: int | None = Field(default=None, ge=1, description="clips an epoch; default one a video")
+    epoch_clips: int | None = Field(
+        default=None, ge=1, description="clips an epoch; default one a video"
+    )
     lr: float = Field(default=0.01, gt=0, description="learning rate after the warm-up")
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = True
     weight_decay: float = Field(default=1e-4, ge=0)
     warmup_epochs: int = Field(default=0, ge=0)
-    step_epochs: int | None = Field(default=10, ge=1, description="epochs between drops; None: no drops")
+    step_epochs: int | None = Field(
+        default=10, ge=1, description="epochs between drops; None: no drops"
+    )
     gamma: float = Field(default=0.1, gt=0, le=1, description="factor of each drop")
     lr_batch_size: int | None = Field(
         default=None, ge=1, description="clips a step that lr is meant for; none: lr is not scaled"
     )
     clip_norm: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     precision: Literal["fp32", "bf16"] = "fp32"
-    sync_batchnorm: bool = Field(default=True, description="batch statistics over all GPUs; not on a CPU")
+    sync_batchnorm: bool = Field(
+        default=True, description="batch statistics over all GPUs; not on a CPU"
+    )
     channels_last: bool = Field(default=True, description="3D convolutions in channels-last memory")
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = Field(
         default="none", description="torch.compile and its mode"
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    workers: int | None = Field(default=None, ge=0, description="loader processes; default by the machine")
-    threads: int | None = Field(default=None, ge=1, description="torch threads on a CPU; default cores less workers")
+    workers: int | None = Field(
+        default=None, ge=0, description="loader processes; default by the machine"
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="torch threads on a CPU; default cores less workers"
+    )
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=20, ge=1, description="steps")
-    checkpoint_every: int = Field(default=500, ge=1, description="steps; the end of an epoch always is one")
+    checkpoint_every: int = Field(
+        default=500, ge=1, description="steps; the end of an epoch always is one"
+    )
     max_broken: int = Field(default=100, ge=0, description="unreadable videos before the run stops")
 
     @model_validator(mode="after")
@@ -74,7 +93,11 @@ class LoopOptions(Options):
 
     def for_videos(self, videos: int) -> LoopOptions:
         """The same options with `epoch_clips` filled in: one clip for each of `videos` videos."""
-        return self if self.epoch_clips is not None else self.model_copy(update={"epoch_clips": max(1, videos)})
+        return (
+            self
+            if self.epoch_clips is not None
+            else self.model_copy(update={"epoch_clips": max(1, videos)})
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,7 +113,11 @@ class LoopOptions(Options):
     @property
     def peak_lr(self) -> float:
         """The learning rate after the warm-up, scaled where that was asked for."""
-        return self.lr if self.lr_batch_size is None else self.lr * self.batch_size / self.lr_batch_size
+        return (
+            self.lr
+            if self.lr_batch_size is None
+            else self.lr * self.batch_size / self.lr_batch_size
+        )
 
     def describe_rate(self) -> str:
         """For the log: the rate that the steps see, and what scaled it."""

@@ -1,4 +1,5 @@
-"""What a training says of itself while it runs: loss, speed, waiting, memory, filtered share, time left."""
+"""What a training says of itself while it runs: loss, speed, waiting, memory, filtered share, time
+left."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from .train_state import TrainState
 
 
 class Meter:
-    """Sums over the steps since the last record: those that a resume goes on with stand in the state."""
+    """Sums over the steps since the last record: those that a resume goes on with stand in the
+    state."""
 
     def __init__(self, options: LoopOptions, state: TrainState, device: torch.device) -> None:
         self._options = options
@@ -50,7 +52,12 @@ class Meter:
         """Counts one step."""
         self._clips += report.clips
         self._clips_seen += report.clips
-        counts = {"steps": 1, "clips": report.clips, "kept": report.kept, "rejected": report.rejected}
+        counts = {
+            "steps": 1,
+            "clips": report.clips,
+            "kept": report.kept,
+            "rejected": report.rejected,
+        }
         since = self._state.since
         for name, value in {**counts, "loss": report.loss, **report.parts}.items():
             since[name] = since.get(name, 0.0) + value
@@ -58,7 +65,8 @@ class Meter:
     def record(self, rate: float) -> dict[str, Any]:
         """The means since the last record, which starts anew.
 
-        filtered: of all draws, the share that the filter turned down, whether drawn again or weighted zero.
+        filtered: of all draws, the share that the filter turned down, whether drawn again or
+            weighted zero.
         data_share: of the wall time, the share spent waiting for clips.
         """
         elapsed = max(time.monotonic() - self._since, 1e-9)
@@ -85,7 +93,11 @@ class Meter:
 
     def line(self, record: Mapping[str, Any]) -> str:
         """The record as one line for a person."""
-        parts = ", ".join(f"{name.removeprefix('loss/')} {value:.4f}" for name, value in record.items() if "/" in name)
+        parts = ", ".join(
+            f"{name.removeprefix('loss/')} {value:.4f}"
+            for name, value in record.items()
+            if "/" in name
+        )
         where = "GPU memory" if self._device.type == "cuda" else "memory"
         words = [
             f"epoch {record['epoch']}/{self._options.epochs}",
@@ -113,7 +125,8 @@ class Meter:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Gigabytes: the most that tensors held on a GPU, or what this process holds of the machine's memory."""
+    """Gigabytes: the most that tensors held on a GPU, or what this process holds of the machine's
+    memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     statm = Path("/proc/self/statm")

@@ -19,8 +19,9 @@ from .checkpoint import write_atomically
 class Metrics:
     """Context manager that appends to RUN/metrics.jsonl and RUN/tensorboard.
 
-    A record is one line: {"kind": "train" | "epoch", "step": steps done, …}; numbers that are not finite
-    are null. Records after `step` (of a run that was killed after its last checkpoint) are removed.
+    A record is one line: {"kind": "train" | "epoch", "step": steps done, …}; numbers that are not
+    finite are null. Records after `step` (of a run that was killed after its last checkpoint) are
+    removed.
     """
 
     def __init__(self, run_dir: Path, step: int) -> None:
@@ -33,7 +34,11 @@ class Metrics:
     def __enter__(self) -> Metrics:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [line for line in self.path.read_text("utf-8").splitlines() if _step_of(line) <= self._step]
+            kept = [
+                line
+                for line in self.path.read_text("utf-8").splitlines()
+                if _step_of(line) <= self._step
+            ]
             write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
         self._file = open(self.path, "a", encoding="utf-8")
         purge = self._step + 1 if self._step else None
@@ -58,7 +63,10 @@ class Metrics:
             raise TrainingError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             if self._tensorboard is not None:
@@ -67,7 +75,9 @@ class Metrics:
                 self._file.close()
         except OSError as failure:
             if error is None:
-                raise TrainingError(f"cannot write {self.path}: {failure.strerror or failure}") from failure
+                raise TrainingError(
+                    f"cannot write {self.path}: {failure.strerror or failure}"
+                ) from failure
 
 
 def _step_of(line: str) -> float:

@@ -1,4 +1,5 @@
-"""From a model to what is trained: on its device, compiled, its gradients and statistics shared between processes."""
+"""From a model to what is trained: on its device, compiled, its gradients and statistics shared
+between processes."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from .precision import place
 
 
 def wrap(model: nn.Module, options: LoopOptions, device: torch.device, ranks: Ranks) -> nn.Module:
-    """`model` itself, changed in place, or the DistributedDataParallel around it where ranks train together.
+    """`model` itself, changed in place, or the DistributedDataParallel around it where ranks train
+    together.
 
     The model keeps its parameters' names, so checkpoints and exports are those of one process. With
     several ranks the weights of rank 0 are everybody's from here on.
@@ -31,8 +33,9 @@ def wrap(model: nn.Module, options: LoopOptions, device: torch.device, ranks: Ra
 
 @torch.no_grad()
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Gives every rank the buffers of rank 0, whose checkpoint it is: without synchronised BatchNorm each has running
-    statistics of its own share of the last batch, for DistributedDataParallel copies them before a step, not after."""
+    """Gives every rank the buffers of rank 0, whose checkpoint it is: without synchronised
+    BatchNorm each has running statistics of its own share of the last batch, for
+    DistributedDataParallel copies them before a step, not after."""
     if ranks.world == 1:
         return
     of_lead = ranks.on_main(lambda: [buffer.cpu() for buffer in model.buffers()])

@@ -1,4 +1,5 @@
-"""How a machine is shared between loader processes and torch, and the precision of the forward pass."""
+"""How a machine is shared between loader processes and torch, and the precision of the forward
+pass."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from ..common.processes import cores
 
 
 def pick_workers(workers: int | None, device: torch.device) -> int:
-    """Loader processes: as asked for, or by the machine. On a CPU the student is the slow part (a core
-    decodes more clips than four train on), on a GPU decoding is."""
+    """Loader processes: as asked for, or by the machine. On a CPU the student is the slow part (a
+    core decodes more clips than four train on), on a GPU decoding is."""
     if workers is not None:
         return workers
     return max(1, cores() // 4) if device.type == "cpu" else max(1, min(16, cores() - 1))
@@ -24,11 +25,12 @@ def pick_workers(workers: int | None, device: torch.device) -> int:
 
 @contextmanager
 def torch_threads(threads: int | None, workers: int, device: torch.device) -> Iterator[None]:
-    """Torch's threads in training or a test on a CPU: cores - workers, at least 1; on a GPU untouched.
+    """Torch's threads in training or a test on a CPU: cores - workers, at least 1; on a GPU
+    untouched.
 
     Threads that share cores with busy loader processes spin, which makes them several times slower
-    (docs/benchmarks.md). A user's OMP_NUM_THREADS stands unless `threads` is given. On a CPU the memory of freed
-    tensors is kept, for the rest of the process.
+    (docs/benchmarks.md). A user's OMP_NUM_THREADS stands unless `threads` is given. On a CPU the
+    memory of freed tensors is kept, for the rest of the process.
     """
     before = torch.get_num_threads()
     if device.type == "cpu":
@@ -44,7 +46,8 @@ def torch_threads(threads: int | None, workers: int, device: torch.device) -> It
 
 
 def place(model: nn.Module, device: torch.device, *, channels_last: bool = True) -> nn.Module:
-    """The model on `device`, its 3D convolutions channels-last: measured a fifth faster on a CPU in fp32."""
+    """The model on `device`, its 3D convolutions channels-last: measured a fifth faster on a CPU in
+    fp32."""
     model.to(device)
     for parameter in model.parameters() if channels_last else ():
         if parameter.dim() == 5:
@@ -61,8 +64,8 @@ def out_of_memory_hint(clips: int) -> str:
 
 
 def slow_bf16_warning(device: torch.device, precision: str) -> str | None:
-    """A warning, where the precision is one that the machine only imitates: bf16 on an x86 CPU without
-    bf16 instructions was measured 15 times slower than fp32."""
+    """A warning, where the precision is one that the machine only imitates: bf16 on an x86 CPU
+    without bf16 instructions was measured 15 times slower than fp32."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     if precision != "bf16" or device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return None
@@ -72,7 +75,8 @@ def slow_bf16_warning(device: torch.device, precision: str) -> str | None:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """bf16 autocast on any device, or nothing for fp32. bf16 has float32's range: no loss scaling."""
+    """bf16 autocast on any device, or nothing for fp32. bf16 has float32's range: no loss
+    scaling."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()

@@ -21,16 +21,20 @@ TEXT = 420
 PAPER, INK, FAINT, BLANK = (255, 255, 255), (20, 20, 20), (150, 150, 150), (225, 225, 225)
 
 
-def render_batch(batch: Mapping[str, Any], classes: Mapping[str, Sequence[str]], *, tau: float = 1.0) -> Image.Image:
-    """A row a clip: up to 8 of its frames, evenly spread, as the student sees them; beside it the video and first
-    frame, and of each teacher the entropy (of the mean logits at τ = 1, which the filter judges) and the three
-    likeliest classes of the target at `tau`. Clips that do not count for a teacher are said so, those that
-    count for none are grey, for they were not decoded.
+def render_batch(
+    batch: Mapping[str, Any], classes: Mapping[str, Sequence[str]], *, tau: float = 1.0
+) -> Image.Image:
+    """A row a clip: up to 8 of its frames, evenly spread, as the student sees them; beside it the
+    video and first frame, and of each teacher the entropy (of the mean logits at τ = 1, which the
+    filter judges) and the three likeliest classes of the target at `tau`. Clips that do not count
+    for a teacher are said so, those that count for none are grey, for they were not decoded.
 
     batch: as the clip data set gives it, collated; classes: teacher → names [K].
     """
     clips = batch["clip"][:MOST_CLIPS]
-    chosen = np.unique(np.linspace(0, clips.shape[2] - 1, min(MOST_FRAMES, clips.shape[2])).round().astype(int))
+    chosen = np.unique(
+        np.linspace(0, clips.shape[2] - 1, min(MOST_FRAMES, clips.shape[2])).round().astype(int)
+    )
     row = max(SIDE, LINE * (1 + 2 * len(classes))) + GAP
     picture = Image.new("RGB", (len(chosen) * (SIDE + GAP) + TEXT, len(clips) * row + GAP), PAPER)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
@@ -42,7 +46,9 @@ def render_batch(batch: Mapping[str, Any], classes: Mapping[str, Sequence[str]],
             if not decoded:
                 picture.paste(BLANK, (*place, place[0] + SIDE, place[1] + SIDE))
                 continue
-            image = Image.fromarray(_pixels(clips[number, :, frame])).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            image = Image.fromarray(_pixels(clips[number, :, frame])).resize(
+                (SIDE, SIDE), Image.Resampling.BICUBIC
+            )
             picture.paste(image, place)
         left = len(chosen) * (SIDE + GAP) + 2 * GAP
         for line, (text, strong) in enumerate(_lines(batch, number, classes, tau)):
@@ -66,15 +72,23 @@ def _lines(
         logits = batch["targets"][teacher][number].float()
         counts = bool(batch["weight"][teacher][number] != 0)
         nats = float(torch.distributions.Categorical(logits=logits).entropy())
-        lines.append((f"{teacher}: {nats:.2f} nats" + ("" if counts else ", does not count"), counts))
+        lines.append(
+            (f"{teacher}: {nats:.2f} nats" + ("" if counts else ", does not count"), counts)
+        )
         likely = torch.softmax(logits / tau, 0).topk(min(3, len(names)))
         shares = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
-        lines.append(("   " + ", ".join(f"{_short(names[k], 20)} {share:.0%}" for k, share in shares), counts))
+        lines.append(
+            (
+                "   " + ", ".join(f"{_short(names[k], 20)} {share:.0%}" for k, share in shares),
+                counts,
+            )
+        )
     return lines
 
 
 def _pixels(frame: Tensor) -> np.ndarray:
-    """uint8 [H, W, 3] of a frame [C, H, W]; flow as colour around grey: x in red, y in green, 8 pixels the most."""
+    """uint8 [H, W, 3] of a frame [C, H, W]; flow as colour around grey: x in red, y in green, 8
+    pixels the most."""
     if frame.shape[0] == 3:
         return np.ascontiguousarray(frame.permute(1, 2, 0).numpy())
     flow = (128 + frame.float().numpy() * 16).clip(0, 255)

@@ -1,7 +1,9 @@
-"""RUN/seen_videos.npz: the videos that a run's weights come from, known by content wherever they are located now.
+"""RUN/seen_videos.npz: the videos that a run's weights come from, known by content wherever they
+are located now.
 
-Arrays, a row per video: `digest` uint8 [N, 16] (`video.container.digest`, zeros where it could not be read), `stage`
-uint8 [N] (0: seen by the initialisation, 1: by this run), and `path`, the bytes of all paths, NUL between them.
+Arrays, a row per video: `digest` uint8 [N, 16] (`video.container.digest`, zeros where it could not
+be read), `stage` uint8 [N] (0: seen by the initialisation, 1: by this run), and `path`, the bytes
+of all paths, NUL between them.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ INIT, OWN = 0, 1
 
 @dataclass(frozen=True)
 class SeenVideos:
-    """Videos by digest[N, 16], where each was located, and by whom it was seen: stage[N], INIT or OWN."""
+    """Videos by digest[N, 16], where each was located, and by whom it was seen: stage[N], INIT or
+    OWN."""
 
     digest: NDArray[np.uint8]
     paths: list[str]
@@ -37,15 +40,16 @@ class SeenVideos:
 
     @classmethod
     def of(cls, digests: Sequence[str], paths: Sequence[str]) -> SeenVideos:
-        """The videos that a run trains on itself; digests in hex, "" where a video could not be read."""
+        """The videos that a run trains on itself; digests in hex, "" where a video could not be
+        read."""
         rows = b"".join(bytes.fromhex(each) or bytes(DIGEST_BYTES) for each in digests)
         table = np.frombuffer(rows, np.uint8).reshape(-1, DIGEST_BYTES)
         return cls(table, list(paths), np.full(len(table), OWN, np.uint8))
 
     @classmethod
     def read(cls, run: Path) -> SeenVideos | None:
-        """Return what a run folder recorded; None where it has no record, as runs of distinit 0.1. CheckpointError, and
-        SourceError for a link that leads out of the folder."""
+        """Return what a run folder recorded; None where it has no record, as runs of distinit 0.1.
+        CheckpointError, and SourceError for a link that leads out of the folder."""
         path = run / SEEN_VIDEOS
         if not is_regular_file(path, run):
             return None
@@ -71,10 +75,13 @@ class SeenVideos:
         if earlier is None:
             return self
         stage = np.concatenate([np.full(len(earlier.stage), INIT, np.uint8), self.stage])
-        return SeenVideos(np.concatenate([earlier.digest, self.digest]), earlier.paths + self.paths, stage)
+        return SeenVideos(
+            np.concatenate([earlier.digest, self.digest]), earlier.paths + self.paths, stage
+        )
 
     def stages(self, digests: Sequence[str], paths: Sequence[str]) -> list[set[int]]:
-        """By whom each of these videos (digest in hex, where it is located) was seen: a set of INIT and OWN each.
+        """By whom each of these videos (digest in hex, where it is located) was seen: a set of INIT
+        and OWN each.
 
         Where digests agree and both files can be read, their whole content decides.
         """

@@ -34,7 +34,8 @@ class TrainState:
     max_broken: int = 0
 
     def add(self, report: StepReport) -> None:
-        """Counts one finished step. TrainingError once more than `max_broken` videos are unreadable."""
+        """Counts one finished step. TrainingError once more than `max_broken` videos are
+        unreadable."""
         self.step += 1
         self.last_loss = report.loss
         self.loss_sum += report.loss * report.kept

@@ -1,10 +1,10 @@
 """What a packet's first bytes say: whether decoding may begin at it, and whether it shows a frame.
 
 Containers flag key frames too generously (an AVI flags them all; an open GOP's I frame needs frames
-from before it). Decoding from a wrong entry gives wrong pixels silently, so the entry is read from the
-bitstream itself for the codecs below; codecs not listed are decoded from the start.
-Sources: ITU-T H.264 table 7-1 and §7.3.3, ITU-T H.265 table 7-1, ITU-T H.262 §6.2.3, ISO/IEC 14496-2 §6.2.5,
-RFC 6386 §9.1, VP9 bitstream specification §6.2 and annex B.
+from before it). Decoding from a wrong entry gives wrong pixels silently, so the entry is read from
+the bitstream itself for the codecs below; codecs not listed are decoded from the start.
+Sources: ITU-T H.264 table 7-1 and §7.3.3, ITU-T H.265 table 7-1, ITU-T H.262 §6.2.3, ISO/IEC
+14496-2 §6.2.5, RFC 6386 §9.1, VP9 bitstream specification §6.2 and annex B.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import re
 from collections.abc import Callable, Iterator
 
 # Every frame stands alone: any packet is an entry.
-INTRA_ONLY = frozenset(("mjpeg", "png", "prores", "dnxhd", "cfhd", "hap", "jpeg2000", "dvvideo", "rawvideo", "v210"))
+INTRA_ONLY = frozenset(
+    ("mjpeg", "png", "prores", "dnxhd", "cfhd", "hap", "jpeg2000", "dvvideo", "rawvideo", "v210")
+)
 INTRA_ONLY |= {"huffyuv", "ffvhuff", "utvideo", "magicyuv"}
 # Each packet that is shown gives one frame, fields and damage aside.
 ONE_FRAME_PER_PACKET = INTRA_ONLY | {"h264", "hevc", "vp8", "vp9", "av1"}
 # The demuxer's own flag is trusted (the parser read it from the frame header).
 FLAGGED = frozenset(("av1",))
-# MPEG-1, -2 and -4 conceal damage without a word, from whatever was decoded before: nothing is left out.
+# MPEG-1, -2 and -4 conceal damage without a word, from whatever was decoded before: nothing is left
+# out.
 FROM_START = frozenset(("mpeg1video", "mpeg2video", "mpeg4"))
 _X264 = re.compile(rb"x264 - core (\d{1,9})")
 _H264_SEQUENCE = re.compile(rb"\x00\x00\x01[\x07\x27\x47\x67](.)", re.DOTALL)
@@ -29,20 +32,26 @@ _H264_HIGH = frozenset((44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139,
 _H264_HEAD = 9  # bytes in which a picture's first slice has its number: 1 + 7 + 17 + 16 bits after the first, escapes
 # Supplemental information, delimiter and filler: not needed for any picture.
 _H264_ASIDE = frozenset((6, 9, 12))
-# The NAL units that say how the others are to be read: sequence, picture and, of HEVC, video parameter sets.
+# The NAL units that say how the others are to be read: sequence, picture and, of HEVC, video
+# parameter sets.
 _PARAMETERS = {"h264": (7, 8), "hevc": (32, 33, 34)}
 
 
 def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool] | None:
-    """A function that tells whether a flagged packet is a true entry; None when the codec is unknown."""
+    """A function that tells whether a flagged packet is a true entry; None when the codec is
+    unknown."""
     if codec in INTRA_ONLY or codec in FLAGGED:
         return lambda data: True
     if codec in FROM_START:
         return lambda data: False
     length = _length_size(codec, extradata)
     tests: dict[str, Callable[[memoryview], bool]] = {
-        "h264": lambda data: _has_nal(data, length, lambda b: b & 0x1F == 5, lambda b: b & 0x1F == 1),
-        "hevc": lambda data: _has_nal(data, length, lambda b: 16 <= b >> 1 & 0x3F <= 21, lambda b: b >> 1 & 0x3F < 16),
+        "h264": lambda data: _has_nal(
+            data, length, lambda b: b & 0x1F == 5, lambda b: b & 0x1F == 1
+        ),
+        "hevc": lambda data: _has_nal(
+            data, length, lambda b: 16 <= b >> 1 & 0x3F <= 21, lambda b: b >> 1 & 0x3F < 16
+        ),
         "vp8": lambda data: len(data) > 0 and not data[0] & 1,
         "vp9": lambda data: len(data) > 0 and not _vp9(data[0])[1],
     }
@@ -50,8 +59,9 @@ def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bo
 
 
 def in_doubt(codec: str, extradata: bytes | None, data: memoryview, size: int) -> bool:
-    """Whether a packet of H.264 or HEVC, before its first slice ends, has a unit longer than itself, or brings
-    parameter sets that the header lacks: a decoder that saw the ones before keeps some of what they said.
+    """Whether a packet of H.264 or HEVC, before its first slice ends, has a unit longer than
+    itself, or brings parameter sets that the header lacks: a decoder that saw the ones before keeps
+    some of what they said.
 
     data: the beginning of the packet's `size` bytes.
     """
@@ -74,8 +84,9 @@ def in_doubt(codec: str, extradata: bytes | None, data: memoryview, size: int) -
 
 
 def must_be_first(codec: str, extradata: bytes | None, first: memoryview) -> bool:
-    """Whether a decoder has to see the `first` packet before any other: it tells of mistakes of early x264, in 4:4:4
-    before build 151 and in direct prediction before 34, which libavcodec makes as well where it knows the build.
+    """Whether a decoder has to see the `first` packet before any other: it tells of mistakes of
+    early x264, in 4:4:4 before build 151 and in direct prediction before 34, which libavcodec makes
+    as well where it knows the build.
     """
     found = _X264.search(first) if codec == "h264" else None
     if found is None:
@@ -85,17 +96,23 @@ def must_be_first(codec: str, extradata: bytes | None, first: memoryview) -> boo
 
 
 def b_picture_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool] | None:
-    """Return a function that tells whether a packet holds a bidirectional picture; None where the codec has none.
+    """Return a function that tells whether a packet holds a bidirectional picture; None where the
+    codec has none.
 
-    Such a picture is shown before one that was decoded earlier. One whose pts is above those of all packets before it
-    has a made-up pts: the muxer wrote the decode order (any `-c copy` of an AVI). HEVC marks low-delay P pictures as B
-    slices too, so that its sub-layer non-reference pictures are taken instead.
+    Such a picture is shown before one that was decoded earlier. One whose pts is above those of all
+    packets before it has a made-up pts: the muxer wrote the decode order (any `-c copy` of an AVI).
+    HEVC marks low-delay P pictures as B slices too, so that its sub-layer non-reference pictures
+    are taken instead.
     """
     length = _length_size(codec, extradata)
     tests: dict[str, Callable[[memoryview], bool]] = {
         "h264": lambda data: _h264_slice_is_b(data, length),
-        "hevc": lambda data: any(b >> 1 & 0x3F < 16 and not b >> 1 & 1 for b in _slice_headers(data, length)),
-        "mpeg4": lambda data: any(vop[:1] and vop[0] >> 6 == 2 for vop in bytes(data).split(b"\0\0\1\xb6")[1:]),
+        "hevc": lambda data: any(
+            b >> 1 & 0x3F < 16 and not b >> 1 & 1 for b in _slice_headers(data, length)
+        ),
+        "mpeg4": lambda data: any(
+            vop[:1] and vop[0] >> 6 == 2 for vop in bytes(data).split(b"\0\0\1\xb6")[1:]
+        ),
         "mpeg1video": _mpeg_picture_is_b,
         "mpeg2video": _mpeg_picture_is_b,
     }
@@ -120,7 +137,8 @@ def _h264_slice_is_b(data: memoryview, length: int) -> bool:
 
 
 def _exp_golomb(bits: int, at: int) -> tuple[int, int]:
-    """(value, bits left after it) of the ue(v) code that begins `at` bits from the end; (0, 0) where it is cut off."""
+    """(value, bits left after it) of the ue(v) code that begins `at` bits from the end; (0, 0)
+    where it is cut off."""
     rest = bits & ((1 << max(at, 0)) - 1)
     zeros = at - rest.bit_length()
     if not rest or 2 * zeros + 1 > at:
@@ -143,18 +161,21 @@ def _profile(extradata: bytes) -> int:
 
 
 class NonReferencePictures:
-    """Tell, packet by packet, which pictures of H.264 a decoder may leave out without any effect on the others.
+    """Tell, packet by packet, which pictures of H.264 a decoder may leave out without any effect on
+    the others.
 
-    Those are the non-reference pictures, but one flipped bit gives a reference picture the header of one, and a decoder
-    that leaves it out shows the pictures that refer to it wrongly without an error. `frame_num` tells them apart: it
-    counts reference pictures, so that the next picture has the same number after a non-reference picture alone
-    (ITU-T H.264 §7.4.3).
+    Those are the non-reference pictures, but one flipped bit gives a reference picture the header
+    of one, and a decoder that leaves it out shows the pictures that refer to it wrongly without an
+    error. `frame_num` tells them apart: it counts reference pictures, so that the next picture has
+    the same number after a non-reference picture alone (ITU-T H.264 §7.4.3).
     """
 
     def __init__(self, extradata: bytes | None) -> None:
         self._length = _length_size("h264", extradata)
         self._bits = _frame_num_bits(extradata or b"", self._length)
-        self._left_out: int | None = None  # the number of the picture before, where that was left out
+        self._left_out: int | None = (
+            None  # the number of the picture before, where that was left out
+        )
 
     def begin(self) -> None:
         """Forget the packets before."""
@@ -180,7 +201,8 @@ class NonReferencePictures:
         return self._left_out is not None
 
     def _first_slice(self, data: memoryview) -> tuple[bytes, bool]:
-        """Return how the first slice of a packet begins, and whether the packet has only slices of non-references."""
+        """Return how the first slice of a packet begins, and whether the packet has only slices of
+        non-references."""
         head, alone = b"", True
         for start in _h264_starts(data, self._length):
             first = data[start]
@@ -225,7 +247,8 @@ def _h264_starts(data: memoryview, length: int) -> list[int]:
 
 
 def _frame_num_bits(extradata: bytes, length: int) -> int:
-    """Return how many bits frame_num has in the slices of a stream; 0 where its header does not tell."""
+    """Return how many bits frame_num has in the slices of a stream; 0 where its header does not
+    tell."""
     units, at = extradata.split(b"\0\0\1")[1:], 6
     if length:
         units = []
@@ -233,13 +256,16 @@ def _frame_num_bits(extradata: bytes, length: int) -> int:
             end = at + 2 + int.from_bytes(extradata[at : at + 2], "big")
             units.append(extradata[at + 2 : end])
             at = end
-    sequences = (unit.replace(b"\0\0\3", b"\0\0") for unit in units if unit[:1] and unit[0] & 0x1F == 7)
+    sequences = (
+        unit.replace(b"\0\0\3", b"\0\0") for unit in units if unit[:1] and unit[0] & 0x1F == 7
+    )
     known = {_frame_num_bits_of(sequence) for sequence in sequences}
     return known.pop() if len(known) == 1 else 0
 
 
 def _frame_num_bits_of(sequence: bytes) -> int:
-    """Return how many bits frame_num has according to a sequence parameter set; 0 where that cannot be told."""
+    """Return how many bits frame_num has according to a sequence parameter set; 0 where that cannot
+    be told."""
     head = sequence[4:1024]
     bits, at = int.from_bytes(head, "big"), 8 * len(head)
     _, at = _exp_golomb(bits, at)  # seq_parameter_set_id
@@ -271,7 +297,8 @@ def _after_scaling_lists(bits: int, at: int, count: int) -> int:
 
 
 def shown_test(codec: str) -> Callable[[memoryview], bool] | None:
-    """A function that tells whether a packet gives a frame to show; None where all do (not in VP8 and VP9)."""
+    """A function that tells whether a packet gives a frame to show; None where all do (not in VP8
+    and VP9)."""
     if codec == "vp8":
         return lambda data: bool(data[0] & 0x10)
     if codec == "vp9":
@@ -298,7 +325,9 @@ def _length_size(codec: str, extradata: bytes | None) -> int:
     return 0
 
 
-def _has_nal(data: memoryview, length: int, wanted: Callable[[int], bool], other: Callable[[int], bool]) -> bool:
+def _has_nal(
+    data: memoryview, length: int, wanted: Callable[[int], bool], other: Callable[[int], bool]
+) -> bool:
     """Whether an access unit has a NAL unit of a wanted kind before any of another one."""
     for first in _nal_headers(data, length):
         if wanted(first):
@@ -314,7 +343,8 @@ def _nal_headers(data: memoryview, length: int) -> Iterator[int]:
 
 
 def _nal_units(data: memoryview, length: int, most: int = 64) -> Iterator[memoryview]:
-    """The NAL units of a packet, after start codes or a `length` of so many bytes; cut off where the data is."""
+    """The NAL units of a packet, after start codes or a `length` of so many bytes; cut off where
+    the data is."""
     at = 0
     if length:
         data = data[: 1 << 16]

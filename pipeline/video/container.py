@@ -27,8 +27,8 @@ from av.video.stream import VideoStream
 from ..common.errors import DecoderError, VideoError
 from .bitstream import INTRA_ONLY
 
-# Demuxers of formats that carry their own frames. Not among them on purpose: concat, hls, dash, imf,
-# sdp, rtsp, image2 and whatever else opens further files or addresses.
+# Demuxers of formats that carry their own frames. Not among them on purpose: concat, hls, dash,
+# imf, sdp, rtsp, image2 and whatever else opens further files or addresses.
 FORMATS = (
     "3gp,apng,asf,av1,avi,avs2,avs3,bink,cavsvideo,dhav,dirac,dnxhd,dv,evc,flic,flv,gif,gxf,h261,h263,h264,"
     "hevc,ivf,kux,live_flv,m4v,matroska,mgsts,mjpeg,mkv,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nsv,nut,nuv,obu,"
@@ -37,8 +37,11 @@ FORMATS = (
 MAX_PIXELS = 2**27  # of one frame: a 16K frame fits; a header that claims more is refused unread
 DIGEST_BYTES = 2**16
 _NOT_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
-# Titles that are not UTF-8 must not keep a file from being opened: PyAV 19 replaces such bytes by itself.
-_LENIENT_METADATA: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+# Titles that are not UTF-8 must not keep a file from being opened: PyAV 19 replaces such bytes by
+# itself.
+_LENIENT_METADATA: dict[str, Any] = (
+    {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+)
 _LIMITS = {
     errno.EMFILE: "too many open files in this process: raise the limit (ulimit -n)",
     errno.ENFILE: "too many open files on this machine (fs.file-max)",
@@ -59,7 +62,8 @@ class Margins(NamedTuple):
 def open_container(path: str, *, header_only: bool = False) -> InputContainer:
     """Open `path` for reading; raises VideoError with the reason. Nothing but `path` is read.
 
-    header_only: no frame is decoded to learn what the header does not say, which takes most of the time.
+    header_only: no frame is decoded to learn what the header does not say, which takes most of the
+        time.
     """
     absolute = os.path.abspath(path)
     if file_size(absolute) == 0:
@@ -109,10 +113,13 @@ def video_stream(container: InputContainer) -> VideoStream:
     context = stream.codec_context
     if context.width * context.height > MAX_PIXELS:
         size = f"{context.width}x{context.height}"
-        raise VideoError(f"the header claims frames of {size}, allowed are at most {MAX_PIXELS} pixels")
+        raise VideoError(
+            f"the header claims frames of {size}, allowed are at most {MAX_PIXELS} pixels"
+        )
     context.options = {"max_pixels": str(MAX_PIXELS)}
     if context.codec.canonical_name in INTRA_ONLY:
-        # A damaged picture is an error: it shows what an earlier one left in the decoder's buffer, whichever that was.
+        # A damaged picture is an error: it shows what an earlier one left in the decoder's buffer,
+        # whichever that was.
         context.options = {**context.options, "err_detect": "explode"}
     # One thread: frame threads cost more than they give and can deadlock (FFmpeg logging).
     context.thread_type = "NONE"
@@ -131,7 +138,8 @@ def rational(value: Any) -> Fraction | None:
 
 
 def cropping(stream: VideoStream) -> Margins:
-    """Return what the container says is to be cut off the stored picture: `clap` of mp4, PixelCrop of Matroska.
+    """Return what the container says is to be cut off the stored picture: `clap` of mp4, PixelCrop
+    of Matroska.
 
     FFmpeg (7.1 and newer) reads it and leaves it to the player to apply it.
     """
@@ -145,7 +153,8 @@ def cropping(stream: VideoStream) -> Margins:
 
 
 def _cropping_by_remux(stream: VideoStream) -> Margins:
-    """As `cropping`, for PyAV 15 to 18, which show it nowhere: from the header of a Matroska file without packets."""
+    """As `cropping`, for PyAV 15 to 18, which show it nowhere: from the header of a Matroska file
+    without packets."""
     header = io.BytesIO()
     try:
         with av.open(header, "w", format="matroska") as copy:
@@ -156,8 +165,14 @@ def _cropping_by_remux(stream: VideoStream) -> Margins:
     sizes = []
     for kind in (b"\xbb", b"\xaa", b"\xcc", b"\xdd"):  # PixelCropTop, -Bottom, -Left, -Right
         # An id of two bytes, 0x80 + the number of bytes that follow, a big-endian number.
-        found = re.search(rb"\x54" + kind + rb"(?:\x81(.)|\x82(..)|\x83(...))", header.getvalue(), re.DOTALL)
-        sizes.append(int.from_bytes(b"".join(group or b"" for group in found.groups()), "big") if found else 0)
+        found = re.search(
+            rb"\x54" + kind + rb"(?:\x81(.)|\x82(..)|\x83(...))", header.getvalue(), re.DOTALL
+        )
+        sizes.append(
+            int.from_bytes(b"".join(group or b"" for group in found.groups()), "big")
+            if found
+            else 0
+        )
     return Margins(*sizes)
 
 
@@ -200,7 +215,10 @@ def reason(error: BaseException) -> str:
 
 def _why_not_opened(path: str, error: BaseException) -> str:
     """Name the common causes behind FFmpeg's "Invalid data found" and "Invalid argument"."""
-    if isinstance(error, (FileNotFoundError, PermissionError, MemoryError)) or getattr(error, "errno", 0) in _LIMITS:
+    if (
+        isinstance(error, (FileNotFoundError, PermissionError, MemoryError))
+        or getattr(error, "errno", 0) in _LIMITS
+    ):
         return reason(error)
     try:
         with open(path, "rb") as file:

@@ -1,13 +1,14 @@
 """Exact frames of one video, with as little decoding as that allows.
 
-A plain linear decode of the whole file is the truth. Two shortcuts give the same frames for less: only
-those groups of pictures are decoded that hold wanted frames, each only up to the last wanted packet, and
-in them the non-reference pictures nobody wants are left out. Whatever looks wrong on the way (a frame
-that does not come out, an error, a damaged picture, a left out picture whose number does not confirm that no other
-refers to it) makes the reader fall back to the plain decode. Damage in a picture that is left out is not noticed if its
-number is intact: a plain decode marks that picture, or drops one that its damaged order count puts in the wrong place.
-Nor is damage in groups that are not decoded: a decoder of AV1 may give nothing after it, while a shortcut that begins
-after it gives frames.
+A plain linear decode of the whole file is the truth. Two shortcuts give the same frames for less:
+only those groups of pictures are decoded that hold wanted frames, each only up to the last wanted
+packet, and in them the non-reference pictures nobody wants are left out. Whatever looks wrong on
+the way (a frame that does not come out, an error, a damaged picture, a left out picture whose
+number does not confirm that no other refers to it) makes the reader fall back to the plain decode.
+Damage in a picture that is left out is not noticed if its number is intact: a plain decode marks
+that picture, or drops one that its damaged order count puts in the wrong place. Nor is damage in
+groups that are not decoded: a decoder of AV1 may give nothing after it, while a shortcut that
+begins after it gives frames.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class VideoIndex:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Size on display (width and height in square pixels, cropping and rotation applied), codec, timing."""
+    """Size on display (width and height in square pixels, cropping and rotation applied), codec,
+    timing."""
 
     width: int
     height: int
@@ -69,10 +71,13 @@ class VideoInfo:
     def renderer(self) -> Renderer:
         """Return what renders the frames of this video.
 
-        A frame whose side data is read stays alive for a while in PyAV 18, which matters to the decoders of MPEG (see
-        `VideoReader`); their frames are turned by the container alone, the first one like all others.
+        A frame whose side data is read stays alive for a while in PyAV 18, which matters to the
+        decoders of MPEG (see `VideoReader`); their frames are turned by the container alone, the
+        first one like all others.
         """
-        return Renderer(self.pixel_aspect, self.margins, self.orientation if self.codec in FROM_START else None)
+        return Renderer(
+            self.pixel_aspect, self.margins, self.orientation if self.codec in FROM_START else None
+        )
 
 
 @dataclass
@@ -114,7 +119,10 @@ class VideoReader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -129,8 +137,13 @@ class VideoReader:
             self._container.close()
             raise
         self._context = self._stream.codec_context
-        self._opened_aspect = rational(self._stream.sample_aspect_ratio)  # what comes later in the stream may change it
-        self._read, self._fed = False, False  # whether the container or the decoder is no longer fresh
+        self._opened_aspect = rational(
+            self._stream.sample_aspect_ratio
+        )  # what comes later in the stream may change it
+        self._read, self._fed = (
+            False,
+            False,
+        )  # whether the container or the decoder is no longer fresh
 
     def start(self, *, read: bool, feed: bool) -> None:
         """Make sure that what will be used is fresh: the container to read, the decoder to feed."""
@@ -147,7 +160,8 @@ class VideoReader:
         if self._table is None:
             self.start(read=True, feed=False)
             self._table = read_packets(self._container, self._stream, self._progress)
-            # The second is what libavformat calls a track of Matroska or WebM with ContentEncryption.
+            # The second is what libavformat calls a track of Matroska or WebM with
+            # ContentEncryption.
             if self._table.encrypted or "enc_key_id" in self._stream.metadata:
                 raise VideoError("encrypted")
         return self._table
@@ -211,7 +225,8 @@ class VideoReader:
         return rational(self._stream.time_base) or Fraction(1, 1000)
 
     def timeline(self) -> Timeline:
-        """All frames in order: from the packets where they can be trusted, else by a full decode."""
+        """All frames in order: from the packets where they can be trusted, else by a full
+        decode."""
         if self._timeline is None:
             found = self.packets.timeline(self._time_base)
             if not found.reliable:
@@ -234,18 +249,30 @@ class VideoReader:
             if np.all(np.diff(known) > 0):
                 return Timeline(known, np.array(key), self._time_base, reliable=False)
         counted = np.arange(len(pts), dtype=np.int64)
-        return Timeline(counted, np.array(key), self._tick(len(pts)), reliable=False, clock="counted")
+        return Timeline(
+            counted, np.array(key), self._tick(len(pts)), reliable=False, clock="counted"
+        )
 
     def _tick(self, frames: int) -> Fraction:
-        """Seconds from one frame to the next where they are counted, from the times that the packets have.
+        """Seconds from one frame to the next where they are counted, from the times that the
+        packets have.
 
-        The header's rate is taken only where they have none: an AVI made from an mp4 says 600 frames a second.
+        The header's rate is taken only where they have none: an AVI made from an mp4 says 600
+        frames a second.
         """
         packets = self.packets
         # Fields come in two packets to a frame, and an AVI has packets that repeat a frame.
-        each = Fraction(1) if self._one_frame_per_packet else Fraction(int(packets.shown.sum()), frames)
+        each = (
+            Fraction(1)
+            if self._one_frame_per_packet
+            else Fraction(int(packets.shown.sum()), frames)
+        )
         seconds = (packets.step * self._time_base * each).limit_denominator(1_000_000)
-        rate = rational(self._stream.average_rate) or rational(self._stream.guessed_rate) or Fraction(25)
+        rate = (
+            rational(self._stream.average_rate)
+            or rational(self._stream.guessed_rate)
+            or Fraction(25)
+        )
         return seconds if seconds > 0 else 1 / rate
 
     def _why_nothing(self) -> str:
@@ -267,7 +294,8 @@ class VideoReader:
     # The plain decode: the truth
 
     def _decode_all(self) -> Iterator[av.VideoFrame]:
-        """Every frame in the decoder's order, by a fresh decoder; damage is noted and passed over."""
+        """Every frame in the decoder's order, by a fresh decoder; damage is noted and passed
+        over."""
         table = self.packets
         kept = table.kept
         self.start(read=kept is None, feed=True)
@@ -281,20 +309,24 @@ class VideoReader:
             except MemoryError as error:
                 raise VideoError(reason(error)) from error
             except DECODE_ERRORS as error:
-                if not (count.failed or isinstance(error, PermissionError)):  # some decoders' word for damage
+                if not (
+                    count.failed or isinstance(error, PermissionError)
+                ):  # some decoders' word for damage
                     self.damage = reason(error)
                 count.failed, count.last_failed = count.failed + 1, True
                 continue
             count.last_failed = count.last_failed and not frames
             for frame in frames:
                 count.corrupt += frame.is_corrupt
-                if frame.is_corrupt and intra:  # shows what an earlier picture left in the buffer, whichever that was
+                if (
+                    frame.is_corrupt and intra
+                ):  # shows what an earlier picture left in the buffer, whichever that was
                     continue
                 count.came += 1
                 self._notice(frame)
                 yield frame
-                # What a decoder puts in the place of damage may depend on the buffers that are free: from here to
-                # the reader's caller no frame is held while the next is decoded.
+                # What a decoder puts in the place of damage may depend on the buffers that are
+                # free: from here to the reader's caller no frame is held while the next is decoded.
                 del frame
             frames.clear()
         self._whole = count
@@ -316,7 +348,8 @@ class VideoReader:
 
     @property
     def _one_frame_per_packet(self) -> bool:
-        """Whether each shown packet of a sound file gives one frame: not so of fields and of MPEG-4 in AVI."""
+        """Whether each shown packet of a sound file gives one frame: not so of fields and of MPEG-4
+        in AVI."""
         name = self._context.codec.canonical_name
         return name in ONE_FRAME_PER_PACKET and self._context.field_order in PROGRESSIVE
 
@@ -367,7 +400,8 @@ class VideoReader:
             del frame
 
     def decode_plain(self) -> Rows:
-        """(index, pts, frame) of every frame that decodes, by one linear decode of the whole file."""
+        """(index, pts, frame) of every frame that decodes, by one linear decode of the whole
+        file."""
         pts = self.timeline().pts
         for index, frame in ascending(self._plain_rows(), None):
             yield index, int(pts[index]), frame
@@ -376,7 +410,8 @@ class VideoReader:
     # The shortcuts
 
     def frames_at(self, indices: np.ndarray) -> Rows:
-        """(index, pts, frame) for int64 [N] ascending, distinct `indices`; equal to the plain decode.
+        """(index, pts, frame) for int64 [N] ascending, distinct `indices`; equal to the plain
+        decode.
 
         Frames that even the plain decode does not give are left out.
         """
@@ -384,7 +419,9 @@ class VideoReader:
         wanted = np.asarray(indices, np.int64)
         inside = len(wanted) == 0 or (wanted[0] >= 0 and wanted[-1] < len(timeline))
         if not inside or np.any(np.diff(wanted) <= 0):
-            raise VideoError(f"frames {wanted[0]} … {wanted[-1]} wanted, the video has {len(timeline)}")
+            raise VideoError(
+                f"frames {wanted[0]} … {wanted[-1]} wanted, the video has {len(timeline)}"
+            )
         done = 0
         shortcut = self.shortcut(wanted) if timeline.reliable else iter(())
         planned = timeline.reliable
@@ -425,7 +462,9 @@ class VideoReader:
         needed = set(table.order[wanted].tolist())
         codec = context.codec.canonical_name
         numbers = NonReferencePictures(context.extradata) if codec == "h264" else None
-        marks_damage = codec not in FROM_START  # the others depend on the buffers that are free: nothing is held back
+        marks_damage = (
+            codec not in FROM_START
+        )  # the others depend on the buffers that are free: nothing is held back
         feed = Feed(self)
         for start, stop in stretches(table, wanted):
             feed.begin(start)
@@ -455,7 +494,9 @@ class VideoReader:
                         raise NotAsPlanned
                     if frame.pts < first_pts:  # a leading picture that lacks what it refers to
                         continue
-                    if frame.is_corrupt or frame.pts < latest:  # damaged, or shown in another order than the pts say
+                    if (
+                        frame.is_corrupt or frame.pts < latest
+                    ):  # damaged, or shown in another order than the pts say
                         raise NotAsPlanned
                     latest = frame.pts
                     yield from waiting.came(frame, wanted=known in needed)

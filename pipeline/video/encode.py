@@ -1,4 +1,5 @@
-"""Encode and transcode: the only module that runs ffmpeg, with the binary that imageio-ffmpeg carries."""
+"""Encode and transcode: the only module that runs ffmpeg, with the binary that imageio-ffmpeg
+carries."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from ..common.processes import end_with_parent
 from .container import FORMATS
 
 Path = str | os.PathLike[str]
-# ffmpeg-python refuses names that are not UTF-8: these stand for them until the command is complete.
+# ffmpeg-python refuses names that are not UTF-8: these stand for them until the command is
+# complete.
 _SOURCE, _TARGET = "file:source", "file:target"
 _TAIL = 4000  # bytes of ffmpeg's last words
 
@@ -38,7 +40,8 @@ def write_video(
     pix_fmt: str = "yuv420p",
     extra: dict[str, Any] | None = None,
 ) -> int:
-    """Encode RGB `frames`, uint8 [h, w, 3] each of one size (or [n, h, w, 3]); returns their number.
+    """Encode RGB `frames`, uint8 [h, w, 3] each of one size (or [n, h, w, 3]); returns their
+    number.
 
     `extra`: further output options of ffmpeg by name, without the dash (`vf`, `x264opts`, …).
     Raises VideoError with ffmpeg's last words.
@@ -48,7 +51,14 @@ def write_video(
     if first is None:
         raise VideoError("no frames to encode")
     height, width = first.shape[:2]
-    stream = ffmpeg.input("pipe:0", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", framerate=fps, threads=1)
+    stream = ffmpeg.input(
+        "pipe:0",
+        format="rawvideo",
+        pix_fmt="rgb24",
+        s=f"{width}x{height}",
+        framerate=fps,
+        threads=1,
+    )
     options = _encoder_options(codec, gop, bframes, crf, pix_fmt)
     command = stream.output(_TARGET, **{**options, **(extra or {})})
     count = 0
@@ -58,7 +68,9 @@ def write_video(
             raise VideoError("ffmpeg cannot be written to")
         for frame in _chain(first, source):
             if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
-                raise VideoError(f"frame {count} is {frame.dtype} {frame.shape}, the first uint8 {first.shape}")
+                raise VideoError(
+                    f"frame {count} is {frame.dtype} {frame.shape}, the first uint8 {first.shape}"
+                )
             try:
                 pipe.write(np.ascontiguousarray(frame).tobytes())
             except (BrokenPipeError, OSError):  # ffmpeg has ended: its own words tell why
@@ -80,11 +92,14 @@ def transcode(
     input_options: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Encode a file anew without its audio, timestamps passed through, short side as given (even sizes).
+    """Encode a file anew without its audio, timestamps passed through, short side as given (even
+    sizes).
 
     With codec "copy" the packets are only put into another container.
     """
-    stream = ffmpeg.input(_SOURCE, format_whitelist=FORMATS, protocol_whitelist="file", **(input_options or {})).video
+    stream = ffmpeg.input(
+        _SOURCE, format_whitelist=FORMATS, protocol_whitelist="file", **(input_options or {})
+    ).video
     if short_side is not None:
         size = f"if(gt(iw,ih),-2,{short_side})", f"if(gt(iw,ih),{short_side},-2)"
         stream = stream.filter("scale", *size)
@@ -99,7 +114,9 @@ def _plain(path: Path) -> str:
     return "file:" + os.path.abspath(path)
 
 
-def _encoder_options(codec: str, gop: int | None, bframes: int | None, crf: int | None, pix_fmt: str) -> dict[str, Any]:
+def _encoder_options(
+    codec: str, gop: int | None, bframes: int | None, crf: int | None, pix_fmt: str
+) -> dict[str, Any]:
     options: dict[str, Any] = {"vcodec": codec, "pix_fmt": pix_fmt, "threads": 1, "an": None}
     if codec == "copy":
         return {"vcodec": "copy", "an": None}
@@ -118,8 +135,11 @@ def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray
 
 
 @contextlib.contextmanager
-def _running(command: Any, paths: dict[str, Path], *, stdin: bool) -> Iterator[subprocess.Popen[bytes]]:
-    """ffmpeg at work on `paths`, which stand in the command under other names; its stderr is drained all along.
+def _running(
+    command: Any, paths: dict[str, Path], *, stdin: bool
+) -> Iterator[subprocess.Popen[bytes]]:
+    """ffmpeg at work on `paths`, which stand in the command under other names; its stderr is
+    drained all along.
 
     On leaving, its end is awaited and a failure raised.
     """
@@ -134,7 +154,8 @@ def _running(command: Any, paths: dict[str, Path], *, stdin: bool) -> Iterator[s
             stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            # Killed without a chance to end it, this process may be replaced by one that writes the same file.
+            # Killed without a chance to end it, this process may be replaced by one that writes the
+            # same file.
             preexec_fn=partial(end_with_parent, os.getpid()),
         )
     except (OSError, subprocess.SubprocessError) as error:
@@ -155,11 +176,15 @@ def _running(command: Any, paths: dict[str, Path], *, stdin: bool) -> Iterator[s
         drain.join()
         if process.stderr is not None:
             process.stderr.close()
-    if process.returncode == -signal.SIGXFSZ:  # a limit such as `ulimit -f`, of which ffmpeg says nothing
+    if (
+        process.returncode == -signal.SIGXFSZ
+    ):  # a limit such as `ulimit -f`, of which ffmpeg says nothing
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     if process.returncode != 0:
         words = tail.decode(errors="replace").strip().splitlines()
-        raise VideoError(f"ffmpeg failed (status {process.returncode}): {' | '.join(words[-3:]) or 'no message'}")
+        raise VideoError(
+            f"ffmpeg failed (status {process.returncode}): {' | '.join(words[-3:]) or 'no message'}"
+        )
 
 
 def _drain(stream: Any, tail: bytearray) -> None:

@@ -1,4 +1,5 @@
-"""Which packets to give to the decoder for the frames that are wanted, and the frames in order again."""
+"""Which packets to give to the decoder for the frames that are wanted, and the frames in order
+again."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 HOLD = 32  # frames that may come out ahead of a wanted one before that is given up: H.264 reorders by ≤ 16
 _SEEKABLE = frozenset(("mov", "matroska"))  # seeking by timestamp lands where their index says
-# Packets are read and dropped rather than sought over if there are at most so many, of so many bytes.
+# Packets are read and dropped rather than sought over if there are at most so many, of so many
+# bytes.
 _READ_ON = (64, 2**21)
 
 
@@ -32,9 +34,10 @@ class NotAsPlanned(Exception):
 def stretches(table: PacketTable, wanted: np.ndarray) -> list[tuple[int, int]]:
     """Decode positions [(start, stop), …] to feed, both ends included, ascending and apart.
 
-    A wanted frame is decoded from the last entry at or before its packet. If it is shown before that
-    entry (a leading picture of an open group), it may need frames of the group before: the entry before
-    that is taken. Example: decode order I0 P3 B1 B2 I6 B4 B5, wanted B5 → (0, 6), wanted I6 → (4, 4).
+    A wanted frame is decoded from the last entry at or before its packet. If it is shown before
+    that entry (a leading picture of an open group), it may need frames of the group before: the
+    entry before that is taken. Example: decode order I0 P3 B1 B2 I6 B4 B5, wanted B5 → (0, 6),
+    wanted I6 → (4, 4).
     """
     positions = table.order[wanted]
     entries = np.flatnonzero(table.entry)
@@ -54,7 +57,8 @@ def stretches(table: PacketTable, wanted: np.ndarray) -> list[tuple[int, int]]:
 
 
 class Feed:
-    """Gives the reader's decoder the packets of a stretch: from memory, or from the file by seeking."""
+    """Gives the reader's decoder the packets of a stretch: from memory, or from the file by
+    seeking."""
 
     def __init__(self, reader: VideoReader) -> None:
         self._reader = reader
@@ -102,13 +106,18 @@ class Feed:
         return False
 
     def packet(self, position: int) -> av.Packet:
-        """Return the packet of a decode position; positions ascend from the one where the stretch begins."""
+        """Return the packet of a decode position; positions ascend from the one where the stretch
+        begins."""
         kept, place = self._table.kept, self._table.place
         if kept is not None:
             return kept[position]
         while True:
             packet = next(self._next, None)
-            if packet is None or packet.pts is None or self._table.position_of.get(packet.pts) != self._position:
+            if (
+                packet is None
+                or packet.pts is None
+                or self._table.position_of.get(packet.pts) != self._position
+            ):
                 raise NotAsPlanned
             if place is not None and not self._as_in_header(packet, self._position):
                 raise NotAsPlanned
@@ -117,7 +126,8 @@ class Feed:
                 return packet
 
     def decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
-        """Return the frames that come out for a packet; None: those that the decoder still holds back."""
+        """Return the frames that come out for a packet; None: those that the decoder still holds
+        back."""
         try:
             return self._reader.stream.codec_context.decode(packet)
         except DECODE_ERRORS as error:
@@ -128,15 +138,18 @@ class Feed:
         table = self._table
         if table.place is None or packet.pos != table.place[position]:
             return False
-        return not (self._is_b is not None and table.rising[position] and self._is_b(memoryview(packet)))
+        return not (
+            self._is_b is not None and table.rising[position] and self._is_b(memoryview(packet))
+        )
 
 
 class Waiting:
-    """Holds frames back until all pictures that they may refer to have come out, which shows whether those are damaged.
+    """Holds frames back until all pictures that they may refer to have come out, which shows
+    whether those are damaged.
 
-    A picture refers to pictures that were decoded before it, but some of those are shown after it. What a decoder puts
-    in the place of damage depends on what else it decoded. Example: decode order I0 P3 B1, with P3 damaged; B1
-    comes out first, and only then P3 with its mark.
+    A picture refers to pictures that were decoded before it, but some of those are shown after it.
+    What a decoder puts in the place of damage depends on what else it decoded. Example: decode
+    order I0 P3 B1, with P3 damaged; B1 comes out first, and only then P3 with its mark.
     """
 
     def __init__(self) -> None:
@@ -150,7 +163,8 @@ class Waiting:
         self._needs[pts] = self._highest
 
     def came(self, frame: av.VideoFrame, *, wanted: bool) -> Iterator[av.VideoFrame]:
-        """Take the frame that came out, undamaged; yield the wanted ones that need not wait any longer."""
+        """Take the frame that came out, undamaged; yield the wanted ones that need not wait any
+        longer."""
         latest = frame.pts or 0
         if wanted:
             self._frames.append(frame)

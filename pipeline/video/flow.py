@@ -1,8 +1,9 @@
-"""Optical flow of clips, for students of two channels: Farnebäck's method as in Caffe2's video operator.
+"""Optical flow of clips, for students of two channels: Farnebäck's method as in Caffe2's video
+operator.
 
-Parameters of Caffe2 (`caffe2/video/optical_flow.cc`): the flow is taken from the grey frames of the clip
-as cropped and mirrored, so that a mirrored clip's horizontal flow is negative of itself; T frames of flow
-need T + 1 pictures. OpenCV is an extra: pip install "distinit[flow]".
+Parameters of Caffe2 (`caffe2/video/optical_flow.cc`): the flow is taken from the grey frames of the
+clip as cropped and mirrored, so that a mirrored clip's horizontal flow is negative of itself; T
+frames of flow need T + 1 pictures. OpenCV is an extra: pip install "distinit[flow]".
 
 T frames, H W pixels.
 """
@@ -27,7 +28,9 @@ _PARAMETERS = {
     "poly_sigma": 1.5,
 }
 _GAUSSIAN_WINDOW = 256  # OPTFLOW_FARNEBACK_GAUSSIAN
-_GREY = np.array([9798, 19235, 3735], np.int32)  # 0.299, 0.587, 0.114 in 1/32768, as OpenCV has them
+_GREY = np.array(
+    [9798, 19235, 3735], np.int32
+)  # 0.299, 0.587, 0.114 in 1/32768, as OpenCV has them
 
 
 def pictures_needed(length: int, channels: int) -> int:
@@ -36,11 +39,14 @@ def pictures_needed(length: int, channels: int) -> int:
 
 
 def require_opencv(what: str = "student.channels=2") -> Any:
-    """OpenCV, in one thread: loaders are parallel over clips. UsageError where it is not installed."""
+    """OpenCV, in one thread: loaders are parallel over clips. UsageError where it is not
+    installed."""
     try:
         opencv = importlib.import_module("cv2")
     except ImportError:
-        raise UsageError(f'{what} needs OpenCV for optical flow: pip install "distinit[flow]"') from None
+        raise UsageError(
+            f'{what} needs OpenCV for optical flow: pip install "distinit[flow]"'
+        ) from None
     opencv.setNumThreads(1)
     return opencv
 
@@ -51,9 +57,10 @@ def grey(image: np.ndarray) -> np.ndarray:
 
 
 def flow_between(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Two grey pictures uint8 [H, W] → float32 [H, W, 2]: how far (x, y) in pixels each point of the first is found
-    in the second, x to the right, y down. Between two pictures that are the same it is zero, where Farnebäck's method
-    finds motion along the border; clips that end before their length repeat a frame."""
+    """Two grey pictures uint8 [H, W] → float32 [H, W, 2]: how far (x, y) in pixels each point of
+    the first is found in the second, x to the right, y down. Between two pictures that are the same
+    it is zero, where Farnebäck's method finds motion along the border; clips that end before their
+    length repeat a frame."""
     if np.array_equal(before, after):
         return np.zeros((*before.shape, 2), np.float32)
     found: np.ndarray = require_opencv().calcOpticalFlowFarneback(

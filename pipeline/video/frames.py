@@ -26,7 +26,8 @@ _indices: LruCache[VideoIndex] = LruCache()  # of the videos read last in this p
 class Frames:
     """images uint8 [L, h, w, 3] RGB, their pts int64 [L], and the number of frames in the file.
 
-    `repeated`: how many of the L are damaged in the file and shown as the decodable frame before them.
+    `repeated`: how many of the L are damaged in the file and shown as the decodable frame before
+        them.
     """
 
     images: np.ndarray
@@ -43,18 +44,22 @@ def read_frames(
     expect: tuple[np.ndarray, np.ndarray] | None = None,
     digest: str | None = None,
 ) -> Frames:
-    """The frames int64 [L] at `indices` of a video, in any order, repeats allowed; one open, one pass.
+    """The frames int64 [L] at `indices` of a video, in any order, repeats allowed; one open, one
+    pass.
 
-    view: None for the size on display. expect: (indices, pts), int64 each, that the file must agree with.
+    view: None for the size on display. expect: (indices, pts), int64 each, that the file must agree
+        with.
     digest: the file's identity as `container.digest` gives it.
 
-    A damaged frame inside a clip is shown as a player shows it, by the one before; it is an error where it
-    is expected, or where half of the clip is damaged. Raises VideoError with the reason, and
-    StoreMismatchError if the file is not the one that `expect` or `digest` describe.
+    A damaged frame inside a clip is shown as a player shows it, by the one before; it is an error
+    where it is expected, or where half of the clip is damaged. Raises VideoError with the reason,
+    and StoreMismatchError if the file is not the one that `expect` or `digest` describe.
     """
     wanted = np.asarray(indices, np.int64).ravel()
     if digest is not None and (found := digest_of(path)) != digest:
-        raise StoreMismatchError(f"the file has changed: its digest is {found}, the store has {digest}")
+        raise StoreMismatchError(
+            f"the file has changed: its digest is {found}, the store has {digest}"
+        )
     return _read(path, lambda reader: _frames(reader, wanted, view, expect))
 
 
@@ -64,7 +69,10 @@ def count_frames(path: str) -> int:
 
 
 def _frames(
-    reader: VideoReader, wanted: np.ndarray, view: View | None, expect: tuple[np.ndarray, np.ndarray] | None
+    reader: VideoReader,
+    wanted: np.ndarray,
+    view: View | None,
+    expect: tuple[np.ndarray, np.ndarray] | None,
 ) -> Frames:
     timeline = reader.timeline()
     total = len(timeline)
@@ -100,8 +108,9 @@ def _frames(
 
 
 def _read(path: str, use: Callable[[VideoReader], T]) -> T:
-    """What is made of the file by a reader that knows its header; or, where that is not enough or something is
-    wrong, by one that has read all packets. What was learnt of the file is kept for its next clip."""
+    """What is made of the file by a reader that knows its header; or, where that is not enough or
+    something is wrong, by one that has read all packets. What was learnt of the file is kept for
+    its next clip."""
     key = _key(path)
     known = _indices.get(key)
     if known.from_header if known is not None else _is_mp4(path):
@@ -141,7 +150,11 @@ def _check(pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray]) -> None:
 
 
 def fill_damaged(
-    images: np.ndarray, pts: np.ndarray, there: np.ndarray, indices: np.ndarray, required: np.ndarray
+    images: np.ndarray,
+    pts: np.ndarray,
+    there: np.ndarray,
+    indices: np.ndarray,
+    required: np.ndarray,
 ) -> None:
     """Fill the frames [n] that are not `there` with the one before them, or with the first that is.
 
@@ -155,11 +168,18 @@ def fill_damaged(
 
 
 def check_damage(there: np.ndarray, indices: np.ndarray, required: np.ndarray) -> None:
-    """VideoError where a `required` index is not `there` [n], or more than half of `indices` [n] are not."""
+    """VideoError where a `required` index is not `there` [n], or more than half of `indices` [n]
+    are not."""
     missing = indices[~there]
     if 2 * there.sum() < len(there) or np.isin(missing, required).any():
-        first = missing[np.isin(missing, required)][0] if np.isin(missing, required).any() else missing[0]
-        raise VideoError(f"frame {first} cannot be decoded: damaged data ({len(missing)} of {len(there)} frames)")
+        first = (
+            missing[np.isin(missing, required)][0]
+            if np.isin(missing, required).any()
+            else missing[0]
+        )
+        raise VideoError(
+            f"frame {first} cannot be decoded: damaged data ({len(missing)} of {len(there)} frames)"
+        )
 
 
 def _key(path: str) -> tuple[str, int, int]:

@@ -1,8 +1,8 @@
 """From a decoded frame to the picture a viewer would see, at the size asked for, in RGB.
 
-The container's cropping, and rotation and mirroring from its display matrix, are applied, non-square pixels are made
-square, the stream's own colour matrix, range and chroma position go through swscale. One resizer for all stages:
-resizers differ by 1–2.6 grey levels on average.
+The container's cropping, and rotation and mirroring from its display matrix, are applied,
+non-square pixels are made square, the stream's own colour matrix, range and chroma position go
+through swscale. One resizer for all stages: resizers differ by 1–2.6 grey levels on average.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from ..common.settings import Options
 from .container import Margins
 
 _MOST_PIXELS = 2**26  # of a rendered picture; a 16384x1 frame with short side 256 would be 1 GB
-_WIDEST_PIXEL = 16  # a pixel aspect ratio beyond this, or its inverse, is a broken header: taken as 1
+_WIDEST_PIXEL = (
+    16  # a pixel aspect ratio beyond this, or its inverse, is a broken header: taken as 1
+)
 _FILTERS = {
     "bilinear": Interpolation.BILINEAR,
     "bicubic": Interpolation.BICUBIC,
@@ -50,8 +52,8 @@ class Orientation:
         try:
             side_data: Any = frame.side_data  # a mapping by type, annotated otherwise by PyAV
         except ValueError:
-            # A kind of side data that this PyAV does not know, such as that of Apple's spatial video, hides all others.
-            # The angle is there still, mirroring is not.
+            # A kind of side data that this PyAV does not know, such as that of Apple's spatial
+            # video, hides all others. The angle is there still, mirroring is not.
             turn = math.radians(frame.rotation)
             return cls._of_matrix(math.cos(turn), -math.sin(turn), math.sin(turn), math.cos(turn))
         if SideData.DISPLAYMATRIX not in side_data:
@@ -96,7 +98,9 @@ def inner_size(frame: av.VideoFrame, margins: Margins) -> tuple[int, int]:
     return (width, height) if width > 0 and height > 0 else (frame.width, frame.height)
 
 
-def display_size(width: int, height: int, aspect: Fraction, orientation: Orientation) -> tuple[int, int]:
+def display_size(
+    width: int, height: int, aspect: Fraction, orientation: Orientation
+) -> tuple[int, int]:
     """(width, height) on display in square pixels: the stored height is kept, the width follows."""
     width = max(1, round(width * aspect))
     return (height, width) if orientation.transpose else (width, height)
@@ -105,7 +109,8 @@ def display_size(width: int, height: int, aspect: Fraction, orientation: Orienta
 class View(Options):
     """A resize of the displayed picture, then an optional square center crop.
 
-    `resize`: the short side (the long side follows, rounded down as torchvision does) or (height, width).
+    `resize`: the short side (the long side follows, rounded down as torchvision does) or (height,
+        width).
     """
 
     resize: PositiveInt | tuple[PositiveInt, PositiveInt]
@@ -133,7 +138,8 @@ class View(Options):
 
 
 class Renderer:
-    """Renders frames of one stream; keeps one swscale context a view and never more than one thread.
+    """Renders frames of one stream; keeps one swscale context a view and never more than one
+    thread.
 
     orientation: of all frames; by default each is turned by its own display matrix.
     """
@@ -155,7 +161,8 @@ class Renderer:
         out: np.ndarray | None = None,
         display: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """uint8 [h, w, 3] RGB. `display` (height, width) replaces the frame's own size on display."""
+        """uint8 [h, w, 3] RGB. `display` (height, width) replaces the frame's own size on
+        display."""
         orientation = self._orientation or Orientation.of(frame)
         if any(self._margins):
             frame = self._cut(frame)
@@ -165,7 +172,9 @@ class Renderer:
             height, width = display
         sized = view.scaled(height, width) if view is not None else (height, width)
         if sized[0] * sized[1] > _MOST_PIXELS:
-            raise VideoError(f"too long and thin: {width}x{height} would become {sized[1]}x{sized[0]}")
+            raise VideoError(
+                f"too long and thin: {width}x{height} would become {sized[1]}x{sized[0]}"
+            )
         rows, columns = sized[::-1] if orientation.transpose else sized
         stored = self._scale(frame, view, columns, rows)
         image = orientation.apply(stored)
@@ -186,7 +195,9 @@ class Renderer:
         inner = np.ascontiguousarray(whole[top : top + height, left : left + width])
         return av.VideoFrame.from_ndarray(inner, "rgb24")
 
-    def _scale(self, frame: av.VideoFrame, view: View | None, width: int, height: int) -> np.ndarray:
+    def _scale(
+        self, frame: av.VideoFrame, view: View | None, width: int, height: int
+    ) -> np.ndarray:
         """[height, width, 3] RGB, a view of swscale's own buffer."""
         if frame.interlaced_frame:
             frame = _progressive(frame)
@@ -203,7 +214,9 @@ class Renderer:
                 threads=1,
             )
         except (av.FFmpegError, ValueError) as error:
-            raise VideoError(f"pixel format {frame.format.name} cannot be converted to RGB") from error
+            raise VideoError(
+                f"pixel format {frame.format.name} cannot be converted to RGB"
+            ) from error
         plane = rgb.planes[0]
         lines = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
         return lines[:, : width * 3].reshape(height, width, 3)
@@ -215,7 +228,8 @@ def render(frame: av.VideoFrame, view: View | None, aspect: Fraction = Fraction(
 
 
 def _center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """[h, w, 3] → [size, size, 3] around the middle; a smaller picture is padded with black first."""
+    """[h, w, 3] → [size, size, 3] around the middle; a smaller picture is padded with black
+    first."""
     height, width = image.shape[:2]
     if height < size or width < size:
         padded = np.zeros((max(height, size), max(width, size), 3), image.dtype)

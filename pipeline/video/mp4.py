@@ -1,9 +1,10 @@
 """The frames of an mp4 from its header, without a look at its packets.
 
-libavformat gives each sample's decode time, place and flags from the header, edit lists applied, but not its
-presentation time: that is decode time + the sample's offset in the `ctts` box, which is read here, + the shift that
-libavformat adds for negative offsets. Whatever is out of the ordinary (fragments, several video tracks, edits,
-sample descriptions, …) is left to a reader of the packets. Source: ISO/IEC 14496-12 §8; libavformat's mov.c.
+libavformat gives each sample's decode time, place and flags from the header, edit lists applied,
+but not its presentation time: that is decode time + the sample's offset in the `ctts` box, which is
+read here, + the shift that libavformat adds for negative offsets. Whatever is out of the ordinary
+(fragments, several video tracks, edits, sample descriptions, …) is left to a reader of the packets.
+Source: ISO/IEC 14496-12 §8; libavformat's mov.c.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ Header = tuple[PacketTable, Timeline]
 def read_header(descriptor: int, container: InputContainer, stream: VideoStream) -> Header | None:
     """Packets and timeline of an open mp4 with H.264 or HEVC; None where they are not to be had so.
 
-    The table is what reading the packets would give, except that key frames are the header's, and that every one
-    of them counts as an entry. OSError where the file cannot be read.
+    The table is what reading the packets would give, except that key frames are the header's, and
+    that every one of them counts as an entry. OSError where the file cannot be read.
     """
     extradata = stream.codec_context.extradata
     if len(container.streams.video) != 1 or not extradata or extradata[0] != 1:
@@ -69,7 +70,8 @@ def read_header(descriptor: int, container: InputContainer, stream: VideoStream)
 
 
 def _moov(descriptor: int) -> bytes | None:
-    """The file's header, without its own head; None where there is none, or further ones may follow."""
+    """The file's header, without its own head; None where there is none, or further ones may
+    follow."""
     at = 0
     for _ in range(_MOST_BOXES):
         head = os.pread(descriptor, 16, at)
@@ -87,9 +89,11 @@ def _moov(descriptor: int) -> bytes | None:
 
 
 def _samples(moov: bytes, known: int) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """Of the one video track: size in bytes and offset of the presentation time int64 [P], and the shift of all.
+    """Of the one video track: size in bytes and offset of the presentation time int64 [P], and the
+    shift of all.
 
-    known: P; None where the header claims another number. ValueError or IndexError where a box ends too early.
+    known: P; None where the header claims another number. ValueError or IndexError where a box ends
+        too early.
     """
     tracks = []
     for kind, start, end in _boxes(moov, 0, len(moov)):
@@ -112,15 +116,25 @@ def _samples(moov: bytes, known: int) -> tuple[np.ndarray, np.ndarray, int] | No
     size, count = np.frombuffer(table, ">u4", 2, 4).tolist()
     if count != known:
         return None
-    sizes = np.full(count, size) if size else np.frombuffer(table, ">u4", count, 12).astype(np.int64)
+    sizes = (
+        np.full(count, size) if size else np.frombuffer(table, ">u4", count, 12).astype(np.int64)
+    )
     offsets, shift = np.zeros(count, np.int64), 0
     if b"ctts" in boxes:
         (runs,) = np.frombuffer(boxes[b"ctts"], ">u4", 1, 4).tolist()
-        lengths, values = np.frombuffer(boxes[b"ctts"], ">i4", 2 * runs, 8).reshape(-1, 2).astype(np.int64).T
-        if np.min(lengths, initial=1) < 1 or lengths.sum() != count or np.min(values, initial=0) < _LEAST_OFFSET:
+        lengths, values = (
+            np.frombuffer(boxes[b"ctts"], ">i4", 2 * runs, 8).reshape(-1, 2).astype(np.int64).T
+        )
+        if (
+            np.min(lengths, initial=1) < 1
+            or lengths.sum() != count
+            or np.min(values, initial=0) < _LEAST_OFFSET
+        ):
             return None
         offsets = np.repeat(values, lengths)
-        shift = max(0, -int(np.min(values[:-2], initial=0)))  # as libavformat: the last two runs do not count
+        shift = max(
+            0, -int(np.min(values[:-2], initial=0))
+        )  # as libavformat: the last two runs do not count
     return sizes, offsets, shift
 
 
@@ -134,7 +148,8 @@ def _one_edit(box: bytes) -> bool:
 
 
 def _leaves(data: bytes, start: int, end: int, depth: int = 4) -> Iterator[tuple[bytes, bytes]]:
-    """(type, content) of the boxes of a track that hold no others. ValueError where they lie too deep."""
+    """(type, content) of the boxes of a track that hold no others. ValueError where they lie too
+    deep."""
     if not depth:
         raise ValueError("boxes in boxes without end")
     for kind, at, stop in _boxes(data, start, end):
@@ -145,7 +160,8 @@ def _leaves(data: bytes, start: int, end: int, depth: int = 4) -> Iterator[tuple
 
 
 def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """(type, start, end) of the contents of the boxes in data[start:end]. ValueError where one ends too late."""
+    """(type, start, end) of the contents of the boxes in data[start:end]. ValueError where one ends
+    too late."""
     while start + 8 <= end:
         size, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
         if size < 8 or start + size > end:

@@ -1,8 +1,8 @@
 """The frames of a video in presentation order, read from its packets without decoding.
 
-A frame's identity is its pts; its index is the rank of that pts. Where the packets cannot be trusted
-(a pts missing or double, pts that are the decode order, times that start again, damage, a start in mid-stream,
-fields, old AVI), a full decode decides.
+A frame's identity is its pts; its index is the rank of that pts. Where the packets cannot be
+trusted (a pts missing or double, pts that are the decode order, times that start again, damage, a
+start in mid-stream, fields, old AVI), a full decode decides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Literal
 import av
 import numpy as np
 
-from .bitstream import FROM_START, INTRA_ONLY, b_picture_test, entry_test, in_doubt, must_be_first, shown_test
+from .bitstream import (
+    FROM_START,
+    INTRA_ONLY,
+    b_picture_test,
+    entry_test,
+    in_doubt,
+    must_be_first,
+    shown_test,
+)
 from .container import reason
 
 if TYPE_CHECKING:
@@ -27,9 +35,14 @@ if TYPE_CHECKING:
 
 NO_PTS = np.iinfo(np.int64).min
 _GAP = 100  # times the usual step between two frames: a step longer than that is none
-KEEP_BYTES = 2**24  # compressed video up to this size stays in memory between the demux and the decode
+KEEP_BYTES = (
+    2**24
+)  # compressed video up to this size stays in memory between the demux and the decode
 # Side data that changes the decoder's settings, at a key frame: lost where its packet is skipped.
-_CHANGES: tuple[Literal["new_extradata"], Literal["param_change"]] = ("new_extradata", "param_change")
+_CHANGES: tuple[Literal["new_extradata"], Literal["param_change"]] = (
+    "new_extradata",
+    "param_change",
+)
 _STORES_PTS = frozenset(("mov", "matroska", "nut", "ivf", "flv"))
 _STORES_PTS_OF_H26X = frozenset(("mpegts",))
 PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive
@@ -39,8 +52,8 @@ PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive
 class Timeline:
     """pts int64 [T] strictly ascending, key bool [T], in the stream's `time_base` (seconds a tick).
 
-    `reliable`: from packets alone. `clock` is "counted" where the file has no usable pts and the index
-    stands in for it, one tick a frame.
+    `reliable`: from packets alone. `clock` is "counted" where the file has no usable pts and the
+    index stands in for it, one tick a frame.
     """
 
     pts: np.ndarray
@@ -57,7 +70,8 @@ class Timeline:
 class PacketTable:
     """One row a packet in decode order: pts and dts int64 [P], flags bool [P], bytes int64 [P].
 
-    place: where each begins in the file, int64 [P], if that is known and to be held against what is read.
+    place: where each begins in the file, int64 [P], if that is known and to be held against what is
+        read.
     """
 
     pts: np.ndarray
@@ -71,18 +85,23 @@ class PacketTable:
     kept: list[av.Packet] | None = None
     place: np.ndarray | None = None
     encrypted: bool = False
-    order: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # decode position of each row
+    order: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  # decode position of each row
 
     @cached_property
     def rising(self) -> np.ndarray:
-        """Whether a packet is shown after all before it, bool [P]: of a bidirectional picture that is a made-up pts."""
+        """Whether a packet is shown after all before it, bool [P]: of a bidirectional picture that
+        is a made-up pts."""
         return np.r_[True, self.pts[1:] > np.maximum.accumulate(self.pts)[:-1]][: len(self.pts)]
 
     @property
     def step(self) -> Fraction:
-        """Mean time from one frame to the next, in ticks, as the packets have it; 0 where they have none.
+        """Mean time from one frame to the next, in ticks, as the packets have it; 0 where they have
+        none.
 
-        Of files put one behind another each counts by itself, and a time far from all others does not count.
+        Of files put one behind another each counts by itself, and a time far from all others does
+        not count.
         """
         in_order = bool(np.all(self.dts != NO_PTS) and np.all(np.diff(self.dts) >= 0))
         times = self.dts if in_order or not np.any(self.pts != NO_PTS) else self.pts
@@ -108,11 +127,15 @@ class PacketTable:
         self.order = positions[by_pts]
         pts = pts[by_pts]
         reliable = self.trusted and bool(np.all(np.diff(pts) > 0))
-        # A clock that starts again, or one wrong time: dts that go back, a key frame shown before an earlier packet.
+        # A clock that starts again, or one wrong time: dts that go back, a key frame shown before
+        # an earlier packet.
         dts = self.dts[self.dts != NO_PTS]
-        reliable = reliable and bool(np.all(np.diff(dts) >= 0)) and bool(self.rising[self.key].all())
+        reliable = (
+            reliable and bool(np.all(np.diff(dts) >= 0)) and bool(self.rising[self.key].all())
+        )
         if reliable and len(pts):
-            # The first packet must be a key frame that one can begin at, with nothing shown before it.
+            # The first packet must be a key frame that one can begin at, with nothing shown before
+            # it.
             reliable = bool(self.entry[0]) and bool(self.pts[0] == self.pts.min())
         return Timeline(pts, self.key[self.order], time_base, reliable)
 
@@ -120,7 +143,8 @@ class PacketTable:
 def read_packets(
     container: InputContainer, stream: VideoStream, progress: Callable[[], None] | None = None
 ) -> PacketTable:
-    """Demux the whole stream. Never raises for bad data: the error is recorded, what came is kept."""
+    """Demux the whole stream. Never raises for bad data: the error is recorded, what came is
+    kept."""
     context = stream.codec_context
     codec = context.codec.canonical_name
     is_entry = entry_test(codec, context.extradata)
@@ -191,7 +215,8 @@ def read_packets(
 
 
 def pts_are_real(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether the container stores presentation times, or FFmpeg made them up from the decode order."""
+    """Whether the container stores presentation times, or FFmpeg made them up from the decode
+    order."""
     names = set(container.format.name.split(","))
     context = stream.codec_context
     codec = context.codec.canonical_name

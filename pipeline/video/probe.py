@@ -1,4 +1,5 @@
-"""What a file holds, cheaply: sizes and bounds for planning, or the reason why it cannot be used."""
+"""What a file holds, cheaply: sizes and bounds for planning, or the reason why it cannot be
+used."""
 
 from __future__ import annotations
 
@@ -85,14 +86,19 @@ def _measure(reader: VideoReader, size: int, identity: str) -> Probe:
 
 
 def _estimate(stream: VideoStream, duration: float) -> tuple[int, int] | None:
-    """Upper bounds of (frames, key frames) from the header: the index where it is complete, else rates.
+    """Upper bounds of (frames, key frames) from the header: the index where it is complete, else
+    rates.
 
     None where the header says neither: then only the whole file can tell.
     """
     entries = stream.index_entries
     if "mov" in stream.container.format.name and len(entries) >= stream.frames > 0:
         return len(entries), sum(entry.is_keyframe for entry in entries)
-    rates = [float(r) for r in map(rational, (stream.average_rate, stream.base_rate, stream.guessed_rate)) if r]
+    rates = [
+        float(r)
+        for r in map(rational, (stream.average_rate, stream.base_rate, stream.guessed_rate))
+        if r
+    ]
     if not math.isfinite(duration) and stream.frames == 0:
         return None
     by_rate = duration * max(rates, default=60.0) if math.isfinite(duration) else 0.0
@@ -101,5 +107,6 @@ def _estimate(stream: VideoStream, duration: float) -> tuple[int, int] | None:
 
 
 def _seconds(span: int, time_base: Fraction, frames: int) -> float:
-    """Seconds from the first frame to the end of the last, which is taken to last as long as the others."""
+    """Seconds from the first frame to the end of the last, which is taken to last as long as the
+    others."""
     return float(span * time_base) * (frames / (frames - 1) if frames > 1 else 1.0)

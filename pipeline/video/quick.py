@@ -1,8 +1,9 @@
-"""Frames of a clip out of an mp4 whose header says where everything lies: the rest of the file stays unread.
+"""Frames of a clip out of an mp4 whose header says where everything lies: the rest of the file
+stays unread.
 
-It takes a tenth of the time to open such a file that way, and none to list its packets. What the header claims is held
-against each packet that is fed to the decoder; where anything is in doubt, NotAsPlanned leaves the file to a
-VideoReader, which reads and, if need be, decodes all of it.
+It takes a tenth of the time to open such a file that way, and none to list its packets. What the
+header claims is held against each packet that is fed to the decoder; where anything is in doubt,
+NotAsPlanned leaves the file to a VideoReader, which reads and, if need be, decodes all of it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _BEGINNING = 2**16  # bytes of a packet that are looked at for what it is
 
 
 class QuickReader(VideoReader):
-    """As VideoReader, for `timeline`, `info` after a frame, and `frames_at`; raises NotAsPlanned in place of decoding
-    the whole file, and VideoError where the file cannot be opened.
+    """As VideoReader, for `timeline`, `info` after a frame, and `frames_at`; raises NotAsPlanned in
+    place of decoding the whole file, and VideoError where the file cannot be opened.
 
     index: of the same file by a reader of this kind.
     """
@@ -55,7 +56,9 @@ class QuickReader(VideoReader):
         if found is None:
             raise NotAsPlanned
         self._table, self._timeline = found
-        if not self._begins(0):  # the first frames may never come out, and the others would have other indices
+        if not self._begins(
+            0
+        ):  # the first frames may never come out, and the others would have other indices
             raise NotAsPlanned
 
     def _open(self) -> None:
@@ -65,22 +68,27 @@ class QuickReader(VideoReader):
                 stream.discard = Discard.all  # libavformat does not even read them
 
     def _aspect(self) -> Fraction | None:
-        """The container's, else that of the header's parameters, which the decoder has: `_begins` lets no others in."""
-        return rational(self._stream.sample_aspect_ratio) or rational(self._context.sample_aspect_ratio)
+        """The container's, else that of the header's parameters, which the decoder has: `_begins`
+        lets no others in."""
+        return rational(self._stream.sample_aspect_ratio) or rational(
+            self._context.sample_aspect_ratio
+        )
 
     def index(self) -> VideoIndex:
         """For the next reader of the file."""
         return VideoIndex(self.packets, self.timeline(), from_header=True)
 
     def frames_at(self, indices: np.ndarray) -> Rows:
-        """(index, pts, frame) for all of int64 [N] ascending, distinct `indices` of the timeline."""
+        """(index, pts, frame) for all of int64 [N] ascending, distinct `indices` of the
+        timeline."""
         self._check_entries(indices)
         pts = self.timeline().pts
         for index, frame in self.shortcut(indices):
             yield index, int(pts[index]), frame
 
     def _check_entries(self, wanted: np.ndarray) -> None:
-        """Look at the packets that decoding is to begin at; those where it cannot begin are no longer entries."""
+        """Look at the packets that decoding is to begin at; those where it cannot begin are no
+        longer entries."""
         table = self.packets
         while True:
             spans = stretches(table, wanted)
@@ -91,15 +99,25 @@ class QuickReader(VideoReader):
         codec, extradata = self._context.codec.canonical_name, self._context.extradata
         is_b = b_picture_test(codec, extradata)
         for _, stop in spans:
-            # What is decoded is looked at on the way. If the packet after it is shown before it, its pts must say so.
+            # What is decoded is looked at on the way. If the packet after it is shown before it,
+            # its pts must say so.
             after = stop + 1
-            if is_b and after < len(table.pts) and table.rising[after] and is_b(self._beginning(after)):
+            if (
+                is_b
+                and after < len(table.pts)
+                and table.rising[after]
+                and is_b(self._beginning(after))
+            ):
                 raise NotAsPlanned
 
     def _begins(self, position: int) -> bool:
-        """Whether decoding may begin at a packet. Parameters other than the header's are in doubt everywhere: what
-        they do not say (colours, the shape of pixels) stays as it was before."""
-        codec, extradata, data = self._context.codec.canonical_name, self._context.extradata, self._beginning(position)
+        """Whether decoding may begin at a packet. Parameters other than the header's are in doubt
+        everywhere: what they do not say (colours, the shape of pixels) stays as it was before."""
+        codec, extradata, data = (
+            self._context.codec.canonical_name,
+            self._context.extradata,
+            self._beginning(position),
+        )
         if extradata is None or in_doubt(codec, extradata, data, int(self.packets.bytes[position])):
             raise NotAsPlanned
         if position == 0 and must_be_first(codec, extradata, data):

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class Sampling(Options):
-    """Exactly one of `every` (frames), `fps` (frames a second), `keyframes`; every 4th by default."""
+    """Exactly one of `every` (frames), `fps` (frames a second), `keyframes`; every 4th by
+    default."""
 
     every: int | None = Field(default=None, ge=1)
     fps: float | None = Field(default=None, gt=0, le=1000)
@@ -46,15 +47,19 @@ class Sampling(Options):
         every = self.every or 1
         if every == 1:
             return "every frame"
-        suffix = "th" if every % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(every % 10, "th")
+        suffix = (
+            "th"
+            if every % 100 in (11, 12, 13)
+            else {1: "st", 2: "nd", 3: "rd"}.get(every % 10, "th")
+        )
         return f"every {every}{suffix} frame"
 
     def select(self, pts: np.ndarray, is_key: np.ndarray, time_base: Fraction) -> np.ndarray:
         """Indices int64 [N], ascending, of the frames kept.
 
-        `pts` int64 [T], strictly ascending, and `is_key` bool [T] are of all frames of a video. For a
-        rate, of each k = 0, 1, … up to the last frame's time: the last frame with
-        time ≤ first + k/fps; a frame that several k name is kept once.
+        `pts` int64 [T], strictly ascending, and `is_key` bool [T] are of all frames of a video. For
+        a rate, of each k = 0, 1, … up to the last frame's time: the last frame with time ≤ first +
+        k/fps; a frame that several k name is kept once.
         """
         if self.keyframes:
             return np.flatnonzero(is_key).astype(np.int64)
@@ -69,7 +74,8 @@ class Sampling(Options):
         span = int(pts[-1]) - int(pts[0])
         safe = span * a < 2**62
         offsets = (pts - pts[0]) * a if safe else (pts.astype(object) - int(pts[0])) * a
-        # Frame i is kept when some k has offset[i] ≤ k·b < offset[i+1]; the smallest such k is a ceiling.
+        # Frame i is kept when some k has offset[i] ≤ k·b < offset[i+1]; the smallest such k is a
+        # ceiling.
         ceiling = -(-offsets // b)
         kept = np.empty(len(pts), bool)
         kept[:-1] = ceiling[:-1] * b < offsets[1:]
@@ -77,7 +83,8 @@ class Sampling(Options):
         return np.flatnonzero(kept).astype(np.int64)
 
     def rows_bound(self, probe: Probe) -> int:
-        """At least how many rows to keep free for a probed video (exact counts give exact bounds)."""
+        """At least how many rows to keep free for a probed video (exact counts give exact
+        bounds)."""
         if self.keyframes:
             return max(1, probe.keyframes)
         if self.fps is None:

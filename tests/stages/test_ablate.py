@@ -1,4 +1,5 @@
-"""Ablations: equal runs shared, killed and gone on with, no teacher, not a byte of the store changed."""
+"""Ablations: equal runs shared, killed and gone on with, no teacher, not a byte of the store
+changed."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def home(tiny_store, tmp_path: Path) -> Path:
     """A plan and labels of the store's videos."""
     names = sorted(p.name for p in tiny_store.videos.iterdir())
     lines = [
-        f"{tiny_store.videos / name},{'ab'[i % 2]},{'test' if i >= 8 else 'train'}" for i, name in enumerate(names)
+        f"{tiny_store.videos / name},{'ab'[i % 2]},{'test' if i >= 8 else 'train'}"
+        for i, name in enumerate(names)
     ]
     (tmp_path / "labels.csv").write_text("\n".join(["path,label,split1", *lines]) + "\n")
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False))
@@ -77,7 +79,9 @@ def home(tiny_store, tmp_path: Path) -> Path:
 
 def config(home: Path, store: Any, out: str, **more: Any) -> AblateConfig:
     given = {"plan": str(home / "plan.yaml"), "store": str(store.path), "out": str(home / out)}
-    return AblateConfig.model_validate({**given, "datasets": [f"csv:{home / 'labels.csv'}"], **more})
+    return AblateConfig.model_validate(
+        {**given, "datasets": [f"csv:{home / 'labels.csv'}"], **more}
+    )
 
 
 def words(home: Path, store: Any, out: str) -> list[str]:
@@ -101,12 +105,17 @@ def scores(out: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def test_killed_twice_it_ends_as_an_undisturbed_run_and_touches_no_teacher_and_no_store(tiny_store, home):
+def test_killed_twice_it_ends_as_an_undisturbed_run_and_touches_no_teacher_and_no_store(
+    tiny_store, home
+):
     before = bytes_of(tiny_store.path)
     result = ablate(config(home, tiny_store, "whole"), QUIET)
     assert [c["status"] for c in result["cells"]] == ["done"] * 4
     paper = json.loads((home / "whole/cells.json").read_text())["paper"]
-    assert paper["rows"] == {"random": {"hmdb51": {"top1": 43.2}}, "slow": {"hmdb51": {"top5": 73.9}}}
+    assert paper["rows"] == {
+        "random": {"hmdb51": {"top1": 43.2}},
+        "slow": {"hmdb51": {"top5": 73.9}},
+    }
     assert paper["splits"] == [1], "the plan's"
     # The first two rows differ in stage three alone: one student serves both.
     assert len(list((home / "whole/students").iterdir())) == 2
@@ -114,7 +123,10 @@ def test_killed_twice_it_ends_as_an_undisturbed_run_and_touches_no_teacher_and_n
     for runs in (1, 3):  # kill -9 once so many checkpoints or results are there
         process = subprocess.Popen(words(home, tiny_store, "broken"), stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
-        while len(list((home / "broken").glob("*/*/checkpoints/last.pt"))) < runs and time.monotonic() < deadline:
+        while (
+            len(list((home / "broken").glob("*/*/checkpoints/last.pt"))) < runs
+            and time.monotonic() < deadline
+        ):
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
@@ -161,15 +173,26 @@ def test_keys_follow_what_decides_an_outcome(tiny_store, home):
         maker._labels.clear()
         plan = read_plan(str(home / "plan.yaml"), base or {})
         found = cells(plan, datasets=[f"csv:{home / 'labels.csv'}"], seeds=list(seeds), splits=[1])
-        return [maker.finetuning(c, maker.student(c) if c.needs_student else None).key for c in found]
+        return [
+            maker.finetuning(c, maker.student(c) if c.needs_student else None).key for c in found
+        ]
 
     first = keys()
     assert len(set(first)) == 4
-    assert keys(base={"train-student": {"loop": {"log_every": 7}}, "finetune": {"loop": {"threads": 2}}}) == first
+    assert (
+        keys(
+            base={"train-student": {"loop": {"log_every": 7}}, "finetune": {"loop": {"threads": 2}}}
+        )
+        == first
+    )
     assert set(keys(seeds=(1,))).isdisjoint(first)
-    assert keys(base={"train-student": {"targets": {"tau": 2.0}}})[3] == first[3]  # scratch knows no targets
+    assert (
+        keys(base={"train-student": {"targets": {"tau": 2.0}}})[3] == first[3]
+    )  # scratch knows no targets
     assert set(keys(base={"train-student": {"targets": {"tau": 2.0}}})[:3]).isdisjoint(first)
-    named = {"train-student": {"targets": {"teachers": list(TargetStore.open(tiny_store.path).teachers)}}}
+    named = {
+        "train-student": {"targets": {"teachers": list(TargetStore.open(tiny_store.path).teachers)}}
+    }
     both = keys(base={"train-student": {"targets": {"teachers": None}}})
     assert set(both[:3]).isdisjoint(first)  # the plan itself names one of two
     assert keys(base=named) == both
@@ -181,31 +204,51 @@ def test_keys_follow_what_decides_an_outcome(tiny_store, home):
 def test_students_of_a_split_leave_out_its_test_videos(tiny_store, home):
     store = TargetStore.open(str(tiny_store.path))
     for split in (1, 2):
-        (home / f"test{split}.txt").write_text("".join(f"{'/'.join(store.place(v))}\n" for v in range(3 * split)))
+        (home / f"test{split}.txt").write_text(
+            "".join(f"{'/'.join(store.place(v))}\n" for v in range(3 * split))
+        )
     base = PLAN["base"]
-    train = {**base["train-student"], "leave_out": str(home / "test{split}.txt"), "loop": {**LOOP, "epoch_clips": None}}
+    train = {
+        **base["train-student"],
+        "leave_out": str(home / "test{split}.txt"),
+        "loop": {**LOOP, "epoch_clips": None},
+    }
     plan = {**PLAN, "base": {**base, "train-student": train}}
     (home / "plan.yaml").write_text(yaml.safe_dump(plan))
     read = read_plan(str(home / "plan.yaml"), {})
     maker = StepMaker(store, {}, COMMANDS)
     first_row = cells(read, datasets=[f"csv:{home / 'labels.csv'}"], seeds=[0], splits=[1, 2])[:2]
     made = [maker.student(cell) for cell in first_row]
-    assert [step.config["leave_out"] for step in made] == [str(home / f"test{split}.txt") for split in (1, 2)]
+    assert [step.config["leave_out"] for step in made] == [
+        str(home / f"test{split}.txt") for split in (1, 2)
+    ]
     assert made[0].key != made[1].key
-    assert [step.clips for step in made] == [2 * 12, 2 * 8]  # 12 - 3 and 12 - 6 videos, in whole batches of 4
+    assert [step.clips for step in made] == [
+        2 * 12,
+        2 * 8,
+    ]  # 12 - 3 and 12 - 6 videos, in whole batches of 4
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"axes": {"picks": ["center"]}}, "'picks': a key begins with its section"),
-        ({"axes": {"what": {"a": {"train-student.targets.picked": "x"}}}}, "unknown key 'targets.picked'"),
+        (
+            {"axes": {"what": {"a": {"train-student.targets.picked": "x"}}}},
+            "unknown key 'targets.picked'",
+        ),
         ({"axes": {"train-student.targets.tau": [1, 1]}}, "the plan has '1' twice"),
         ({"axes": {"train-student.targets.tau": []}}, "has no values"),
         ({"seed": [1]}, "seed"),
         ({"base": {"train-student": {"preset": "papr"}}}, "no preset 'papr'"),
-        ({"paper": {"table": "2", "rows": {"a": {"hmdb51": 143}}}}, r"paper\.rows\.a\.hmdb51\.top1: .* less than"),
-        ({"paper": {"table": "2", "rows": {"a": {"hmdb51": {"top_1": 43}}}}}, r"paper\.rows\.a\.hmdb51\.top_1: Extra"),
+        (
+            {"paper": {"table": "2", "rows": {"a": {"hmdb51": 143}}}},
+            r"paper\.rows\.a\.hmdb51\.top1: .* less than",
+        ),
+        (
+            {"paper": {"table": "2", "rows": {"a": {"hmdb51": {"top_1": 43}}}}},
+            r"paper\.rows\.a\.hmdb51\.top_1: Extra",
+        ),
         (
             {"paper": {"table": "2", "rows": {"a": {"hmdb51": {}}}}},
             "hmdb51: no number; expected some of top1, per",
@@ -242,23 +285,29 @@ def test_shipped_plans_are_whole(name):
             (FinetuneConfig, "finetune", {"dataset": cell.dataset, "out": "o"}),
         ):
             section = dict(cell.sections[command])
-            load_config(model, command, preset=section.pop("preset"), layers=[(name, section), ("", needed)])
+            load_config(
+                model, command, preset=section.pop("preset"), layers=[(name, section), ("", needed)]
+            )
 
 
 def test_the_run_that_stands_in_several_of_the_papers_tables_has_the_same_numbers_in_each():
-    """R(2+1)D-18, Kinetics, ImageNet's teacher, the center frame, cross-entropy; HMDB-51, split 1."""
+    """R(2+1)D-18, Kinetics, ImageNet's teacher, the center frame, cross-entropy; HMDB-51, split
+    1."""
     places = {
         "table1-initialisation": "R(2+1)D-18, DistInit", "table2-picks": "center", "table3-loss": "cross-entropy",
         "table4-corpora": "Kinetics", "teachers": "ImageNet",
     }  # fmt: skip
     papers = {name: read_plan(name, {}).paper for name in places}
-    found = [paper.rows[places[name]]["hmdb51"] for name, paper in papers.items() if paper is not None]
+    found = [
+        paper.rows[places[name]]["hmdb51"] for name, paper in papers.items() if paper is not None
+    ]
     assert [each.model_dump(exclude_none=True) for each in found] == [
         {"per_clip": 37.8, "top1": 40.3, "top5": 74.4}
     ] * len(places)
 
 
 def test_the_cost_of_a_large_batch_is_measured_on_what_fits() -> None:
-    """A paper's step of 1536 clips, in one piece, is more than this machine's memory; here it is a million clips."""
+    """A paper's step of 1536 clips, in one piece, is more than this machine's memory; here it is a
+    million clips."""
     network = {"student": {"architecture": "r3d_18", "width": 0.0625}, "length": 4, "size": 32}
     assert measure({**network, "clips_at_once": 10**6, "precision": "fp32", "device": "cpu"}) > 0

@@ -46,10 +46,14 @@ def videos(tmp_path: Path) -> Path:
     return folder
 
 
-def break_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, condition: str, error: str) -> None:
+def break_decoders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, condition: str, error: str
+) -> None:
     """Let `av.open` raise `error` in the decoding processes wherever `condition` holds."""
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "sitecustomize.py").write_text(BREAK.format(condition=condition, error=error))
+    (tmp_path / "broken" / "sitecustomize.py").write_text(
+        BREAK.format(condition=condition, error=error)
+    )
     monkeypatch.syspath_prepend(str(tmp_path / "broken"))
 
 
@@ -61,7 +65,8 @@ def extract(videos: Path, out: Path, **options: Any) -> dict[str, Any]:
 
 def teacher(**options: str) -> TeacherSpec:
     return TeacherSpec(
-        name="random_teachers:teacher", options={"name": "t", "k": "4", "input_size": "32", **options}
+        name="random_teachers:teacher",
+        options={"name": "t", "k": "4", "input_size": "32", **options},
     )
 
 
@@ -69,15 +74,28 @@ def teacher(**options: str) -> TeacherSpec:
 @pytest.mark.parametrize(
     ("condition", "error", "workers"),
     [
-        ("True", "TypeError('open() got an unexpected keyword argument')", None),  # a process that cannot begin
+        (
+            "True",
+            "TypeError('open() got an unexpected keyword argument')",
+            None,
+        ),  # a process that cannot begin
         ("True", "TypeError('open() got an unexpected keyword argument')", 1),
-        ("len(opened) > 2", "AttributeError('moved')", None),  # a library that breaks while it works
+        (
+            "len(opened) > 2",
+            "AttributeError('moved')",
+            None,
+        ),  # a library that breaks while it works
         ("'v1' in opened[-1]", "ImportError('libx264.so')", None),
         ("'v1' in opened[-1]", "OSError(24, 'Too many open files')", None),
     ],
 )
 def test_a_fault_of_ours_stops_the_run_and_nothing_is_recorded(
-    condition: str, error: str, workers: int | None, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    condition: str,
+    error: str,
+    workers: int | None,
+    videos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "t.zarr"
     with monkeypatch.context() as patch:
@@ -110,7 +128,9 @@ def test_an_unexpected_exception_for_one_video_is_an_internal_error(
 
 
 @pytest.mark.usefixtures("random_teachers")
-def test_videos_that_all_fail_alike_are_recorded_only_when_asked(videos: Path, tmp_path: Path) -> None:
+def test_videos_that_all_fail_alike_are_recorded_only_when_asked(
+    videos: Path, tmp_path: Path
+) -> None:
     for number in range(4):
         (videos / f"v{number}.mp4").write_bytes(b"no video" * (9 + number))
     out = tmp_path / "t.zarr"
@@ -134,7 +154,12 @@ def test_a_teacher_that_says_nothing_stops_the_run(videos: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(
     "reason",
-    ["{path}: no such thing", "cannot open {name} ({n} bytes)", "[h264 @ 0x55d1ab4{n}] no frame", 'what is "{name}"?'],
+    [
+        "{path}: no such thing",
+        "cannot open {name} ({n} bytes)",
+        "[h264 @ 0x55d1ab4{n}] no frame",
+        'what is "{name}"?',
+    ],
 )
 def test_names_numbers_and_addresses_make_no_other_reason(reason: str) -> None:
     watch = SameFailure(3)

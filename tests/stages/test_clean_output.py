@@ -35,10 +35,13 @@ from distinit.tests.commands import command_that_raises
 from distinit.tests.old_stores import without_digests
 from distinit.tests.store_recipe import Recipe
 
-UNSAFE = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F)]))
+UNSAFE = "".join(
+    map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F)])
+)
 UNSAFE += "".join(map(chr, [*range(0x2066, 0x2070), 0xDCFF]))
 TITLE = "\x1b]0;owned\x07\x9b31m\u202e\u2066\x7f$\\frac{1"
-"""Sets the title of a terminal, colours it, turns text around; and what matplotlib would take for a formula."""
+"""Sets the title of a terminal, colours it, turns text around; and what matplotlib would take for a
+formula."""
 OURS = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[[0-9]*[AK]|\r")
 """Rich's escape codes: style, cursor, the bar that is drawn again."""
 
@@ -111,11 +114,17 @@ def show_everywhere(error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
-@pytest.mark.parametrize("args", [["go"], [f"go{TITLE}"], ["go", "--number", TITLE], ["go", f"--no{TITLE}"]])
+@pytest.mark.parametrize(
+    "args", [["go"], [f"go{TITLE}"], ["go", "--number", TITLE], ["go", f"--no{TITLE}"]]
+)
 def test_errors_warnings_logging_and_prints(
-    args: list[str], debug: list[str], capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+    args: list[str],
+    debug: list[str],
+    capfdbinary: pytest.CaptureFixture[bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Click's own errors, which quote the command line; an exception of a library; what libraries print."""
+    """Click's own errors, which quote the command line; an exception of a library; what libraries
+    print."""
     monkeypatch.setattr(logging.root, "handlers", [])
     before = sys.stdout, sys.stderr
     with pytest.raises(SystemExit), pytest.warns() if args == ["go"] else warnings.catch_warnings():
@@ -150,7 +159,11 @@ def dirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("dirty")
     store = without_digests(Dirty(videos=range(12)).make(root / "s.zarr"))
     for node in [*store.glob("commits/**/zarr.json")]:
-        node.write_text(node.read_text().replace("no video stream (audio only)", json.dumps(f"no {TITLE}")[1:-1]))
+        node.write_text(
+            node.read_text().replace(
+                "no video stream (audio only)", json.dumps(f"no {TITLE}")[1:-1]
+            )
+        )
     import zarr
 
     classes = zarr.open_array(store / "teachers" / "t" / "class", mode="r+")
@@ -159,8 +172,12 @@ def dirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
         finetuned(root / "runs" / f"{name} {TITLE}", right)
     folder = root / "runs" / f"student {TITLE}"
     folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump({"train-student": {"store": str(store), "student": {}}}))
-    (folder / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 20, "loss": 6.0}) + "\n")
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"train-student": {"store": str(store), "student": {}}})
+    )
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"kind": "train", "step": 20, "loss": 6.0}) + "\n"
+    )
     return root
 
 
@@ -170,7 +187,9 @@ def finetuned(folder: Path, right: int) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump({"finetune": config}))
     labels = [i % 3 for i in range(30)]
     classes, videos = [f"class {k} {TITLE}" for k in range(3)], [f"v{i}.mp4" for i in range(30)]
-    found = Predictions.empty(classes, videos, labels, 1, protocol={TITLE: TITLE}, identity={TITLE: TITLE})
+    found = Predictions.empty(
+        classes, videos, labels, 1, protocol={TITLE: TITLE}, identity={TITLE: TITLE}
+    )
     for i in range(29):
         scores = np.full((1, 3), 0.1, np.float32)
         scores[:, labels[i] if i < right else (labels[i] + 1) % 3] = 0.8
@@ -197,7 +216,11 @@ def commands(root: Path, out: Path) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", list(commands(Path("/"), Path("/"))))
 @pytest.mark.parametrize("extra", [[], ["--json"]])
 def test_bytes_of_commands_and_of_what_they_write(
-    name: str, extra: list[str], dirty: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+    name: str,
+    extra: list[str],
+    dirty: Path,
+    tmp_path: Path,
+    capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
     with pytest.raises(SystemExit):
         run(cli, [*commands(dirty, tmp_path)[name], *extra])
@@ -205,14 +228,23 @@ def test_bytes_of_commands_and_of_what_they_write(
     assert unsafe_in(shown.out) == unsafe_in(shown.err) == set()
     if name in ("info", "compare", "none"):
         assert b"owned" in shown.out + shown.err
-    pages = [path for path in tmp_path.rglob("*") if path.suffix in (".html", ".md", ".csv", ".svg", ".json")]
+    pages = [
+        path
+        for path in tmp_path.rglob("*")
+        if path.suffix in (".html", ".md", ".csv", ".svg", ".json")
+    ]
     assert bool(pages) == (name in ("browse", "report", "compare", "fuse"))
     for page in pages:
-        assert unsafe_in(page.read_bytes(), allowed="\n\x7f" if page.suffix == ".json" else "\n") == set(), page
+        assert (
+            unsafe_in(page.read_bytes(), allowed="\n\x7f" if page.suffix == ".json" else "\n")
+            == set()
+        ), page
 
 
 @pytest.mark.parametrize("name", ["info", "report", "none"])
-def test_a_terminal_gets_no_escape_codes_but_those_of_rich(name: str, dirty: Path, tmp_path: Path) -> None:
+def test_a_terminal_gets_no_escape_codes_but_those_of_rich(
+    name: str, dirty: Path, tmp_path: Path
+) -> None:
     """A pseudo-terminal, as a person has one."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(

@@ -32,7 +32,9 @@ def test_the_corpus_is_whole_small_and_split_by_source() -> None:
         train = {row["source"] for row in clips if row[split] == "train"}
         test = {row["source"] for row in clips if row[split] == "test"}
         assert train.isdisjoint(test)
-        assert {row["label"] for row in clips if row[split] == "test"} == {row["label"] for row in clips}
+        assert {row["label"] for row in clips if row[split] == "test"} == {
+            row["label"] for row in clips
+        }
     assert all([row["split1"], row["split2"], row["split3"]].count("test") == 1 for row in clips)
     unlabelled = (CORPUS / "unlabelled.txt").read_text().splitlines()
     assert unlabelled == [row["path"] for row in clips if row["split1"] == "train"]

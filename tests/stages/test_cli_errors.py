@@ -1,4 +1,5 @@
-"""What a shell sees of `distinit`: exit codes, one line on standard error, standard output kept clean."""
+"""What a shell sees of `distinit`: exit codes, one line on standard error, standard output kept
+clean."""
 
 from __future__ import annotations
 
@@ -21,7 +22,11 @@ from distinit.tests.commands import command_that_raises
 
 def distinit(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "distinit", *args], cwd=cwd, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "distinit", *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -32,10 +37,15 @@ def distinit(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["train-student", "--targts", "x"], ["--targts", "--targets"]),
         (["targets", "info"], ["STORE"]),
         (["finetune", "--epochs", "many"], ["--epochs", "many"]),
-        (["train-student", "--videos", "nowhere", "--targets", "s", "--out", "r"], ["--videos nowhere", "NAME=VALUE"]),
+        (
+            ["train-student", "--videos", "nowhere", "--targets", "s", "--out", "r"],
+            ["--videos nowhere", "NAME=VALUE"],
+        ),
     ],
 )
-def test_wrong_use_is_one_line_and_exit_2(args: list[str], words: list[str], tmp_path: Path) -> None:
+def test_wrong_use_is_one_line_and_exit_2(
+    args: list[str], words: list[str], tmp_path: Path
+) -> None:
     done = distinit(*args, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -46,7 +56,8 @@ def test_wrong_use_is_one_line_and_exit_2(args: list[str], words: list[str], tmp
 
 
 def test_a_system_without_what_is_needed_is_named_in_one_line(tmp_path: Path) -> None:
-    """As on Windows, where a module cannot be imported that Linux has; --help works all the same."""
+    """As on Windows, where a module cannot be imported that Linux has; --help works all the
+    same."""
     code = "import sys; sys.modules['fcntl'] = None\nfrom distinit.cli import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code, "report", ".", "--out", "r"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)  # fmt: skip
@@ -54,7 +65,9 @@ def test_a_system_without_what_is_needed_is_named_in_one_line(tmp_path: Path) ->
     assert done.stderr.startswith("error: ")
     assert "Linux" in done.stderr
     assert "fcntl" in done.stderr
-    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=tmp_path, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], cwd=tmp_path, capture_output=True, timeout=120
+    )
     assert done.returncode == 0
 
 
@@ -87,7 +100,9 @@ def test_no_videos_and_an_unknown_teacher(tmp_path: Path) -> None:
     done = distinit("extract-targets", "empty", "--out", "s", "--teacher", "resnet50", cwd=tmp_path)
     assert done.returncode == 2
     assert "empty" in done.stderr
-    done = distinit("extract-targets", "full", "--out", "s", "--teacher", "resnet5000", cwd=tmp_path)
+    done = distinit(
+        "extract-targets", "full", "--out", "s", "--teacher", "resnet5000", cwd=tmp_path
+    )
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
     for word in ("resnet5000", "efficientnet_lite0", "torchvision:NAME", "package.module:factory"):
@@ -100,7 +115,11 @@ def test_no_videos_and_an_unknown_teacher(tmp_path: Path) -> None:
     [
         (UsageError("--x: got 3"), 2, "error: --x: got 3"),
         (StoreError("s.zarr: cor\nrupt \udcff"), 1, "error: s.zarr: cor rupt \\udcff"),
-        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "error: /x/y: Permission denied"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x/y"),
+            1,
+            "error: /x/y: Permission denied",
+        ),
         (OSError(errno.ENOSPC, "No space left", "/x/y"), 1, "error: disk full while writing /x/y"),
         (ZeroDivisionError("by\nzero"), 1, "error: ZeroDivisionError: by (--debug shows where)"),
         (KeyboardInterrupt(), 130, "interrupted; again"),
@@ -132,7 +151,17 @@ def test_ctrl_c_leaves_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     )
     (tmp_path / "a.mp4").write_bytes(b"not a video")
     process = subprocess.Popen(
-        [sys.executable, "-m", "distinit", "extract-targets", "a.mp4", "--out", "s", "--teacher", "slow:build"],
+        [
+            sys.executable,
+            "-m",
+            "distinit",
+            "extract-targets",
+            "a.mp4",
+            "--out",
+            "s",
+            "--teacher",
+            "slow:build",
+        ],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
@@ -157,7 +186,8 @@ def test_json_stays_alone_on_standard_output(tmp_path: Path) -> None:
     (tmp_path / "videos" / "bad.mp4").write_bytes(b"not a video")
     write_video(tmp_path / "videos" / "good.mp4", np.zeros((8, 32, 32, 3), np.uint8))
     done = distinit(
-        *("extract-targets", "videos", "--out", "s.zarr", "--teacher", "chatty:build", "--json"), cwd=tmp_path
+        *("extract-targets", "videos", "--out", "s.zarr", "--teacher", "chatty:build", "--json"),
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

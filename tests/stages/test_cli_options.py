@@ -1,4 +1,5 @@
-"""Options, presets and config files: every layer reaches the config, and every mistake is one line."""
+"""Options, presets and config files: every layer reaches the config, and every mistake is one
+line."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ import yaml
 from distinit.cli import cli
 from distinit.cli_options import KeyArgument, KeyOption
 from distinit.cli_support import pairs, teacher_specs
-from distinit.pipeline.common.config import CONF, SECTIONS, known_keys, load_config, presets, write_config
+from distinit.pipeline.common.config import (
+    CONF,
+    SECTIONS,
+    known_keys,
+    load_config,
+    presets,
+    write_config,
+)
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.common.settings import Options
 
@@ -49,7 +57,9 @@ def test_options_fill_keys_that_exist_and_help_prints_their_defaults(command: st
     keys = known_keys(model)
     for param in cli.commands[command].params:
         if isinstance(param, KeyOption | KeyArgument):
-            assert any(key == param.key or key.startswith(f"{param.key}.") for key in keys), param.key
+            assert any(key == param.key or key.startswith(f"{param.key}.") for key in keys), (
+                param.key
+            )
         if isinstance(param, KeyOption):
             assert set(param.replaces) <= set(keys)
         if isinstance(param, KeyOption) and param.shown is not None:
@@ -66,7 +76,9 @@ def test_every_command_has_a_help_with_examples() -> None:
         assert command.epilog, command.name
         assert "distinit" in command.epilog, command.name
         for param in command.params:
-            assert isinstance(param, click.Argument) or (isinstance(param, click.Option) and param.help), param
+            assert isinstance(param, click.Argument) or (
+                isinstance(param, click.Option) and param.help
+            ), param
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -84,7 +96,9 @@ def test_every_section_of_every_preset_is_valid(preset: str) -> None:
 
 def test_later_layers_win_and_the_config_as_used_reads_back(tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
-    file.write_text("train-student:\n  loop: {lr: 1e-3, epochs: 7}\n  clips: {length: 16}\nfinetune: {}\n")
+    file.write_text(
+        "train-student:\n  loop: {lr: 1e-3, epochs: 7}\n  clips: {length: 16}\nfinetune: {}\n"
+    )
     model = model_of("train-student")
     config: Any = load_config(
         model,
@@ -131,9 +145,16 @@ def test_an_option_voids_the_keys_it_replaces(tmp_path: Path) -> None:
         (["student.architecture=r3d_18", "student.variant=vmz"], ["vmz", "r2plus1d_18"]),
     ],
 )
-def test_a_wrong_setting_is_one_line_with_key_value_and_what_is_allowed(settings: list[str], words: list[str]) -> None:
+def test_a_wrong_setting_is_one_line_with_key_value_and_what_is_allowed(
+    settings: list[str], words: list[str]
+) -> None:
     with pytest.raises(UsageError) as caught:
-        load_config(model_of("train-student"), "train-student", options={"store": "s", "out": "r"}, settings=settings)
+        load_config(
+            model_of("train-student"),
+            "train-student",
+            options={"store": "s", "out": "r"},
+            settings=settings,
+        )
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -151,7 +172,9 @@ def test_a_wrong_setting_is_one_line_with_key_value_and_what_is_allowed(settings
         ("a: [", ["not YAML"]),
     ],
 )
-def test_a_wrong_config_file_is_one_line_with_its_name(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_a_wrong_config_file_is_one_line_with_its_name(
+    tmp_path: Path, text: str, words: list[str]
+) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(text)
     with pytest.raises(UsageError) as caught:
@@ -163,7 +186,12 @@ def test_a_wrong_config_file_is_one_line_with_its_name(tmp_path: Path, text: str
 
 def test_missing_values_are_named_by_their_option() -> None:
     with pytest.raises(UsageError, match=r"--targets \(store\): a value is needed"):
-        load_config(model_of("train-student"), "train-student", options={"out": "r"}, flags={"store": "--targets"})
+        load_config(
+            model_of("train-student"),
+            "train-student",
+            options={"out": "r"},
+            flags={"store": "--targets"},
+        )
     with pytest.raises(UsageError, match=r"no preset 'papr'; there are: .*paper"):
         load_config(model_of("train-student"), "train-student", preset="papr")
 
@@ -180,7 +208,14 @@ def test_teacher_options_find_their_teacher() -> None:
         {"name": "torchvision:resnet18", "options": {"mean": "0.5"}, "sha256": "abc"},
     ]
     alone = teacher_specs(("m:f",), ("depth=50", "m:f:x=1"), ("/w/a=b.pth",), ("abc",))
-    assert alone == [{"name": "m:f", "options": {"depth": "50", "x": "1"}, "weights": "/w/a=b.pth", "sha256": "abc"}]
+    assert alone == [
+        {
+            "name": "m:f",
+            "options": {"depth": "50", "x": "1"},
+            "weights": "/w/a=b.pth",
+            "sha256": "abc",
+        }
+    ]
     assert teacher_specs((), (), (), ()) is None
     for names, option in ((("a", "b"), "k=v"), (("a",), "b:k=v"), ((), "k=v"), (("a",), "nothing")):
         with pytest.raises(UsageError, match="--teacher-option"):
@@ -199,9 +234,21 @@ def test_json_of_odd_values_is_json() -> None:
 
     from distinit.pipeline.common.console import plain, printable
 
-    odd = {"nan": float("nan"), "path": Path("a"), "array": np.arange(2), "scalar": np.float32(0.5), 3: (1, None)}
+    odd = {
+        "nan": float("nan"),
+        "path": Path("a"),
+        "array": np.arange(2),
+        "scalar": np.float32(0.5),
+        3: (1, None),
+    }
     text = json.dumps(plain(odd), allow_nan=False)
-    assert json.loads(text) == {"nan": None, "path": "a", "array": [0, 1], "scalar": 0.5, "3": [1, None]}
+    assert json.loads(text) == {
+        "nan": None,
+        "path": "a",
+        "array": [0, 1],
+        "scalar": 0.5,
+        "3": [1, None],
+    }
     assert printable("a\nb\udcff\x1b[1m é") == "a\\nb\\udcff\\x1b[1m é"
 
 
@@ -217,6 +264,6 @@ def test_json_of_odd_values_is_json() -> None:
 def test_yaml_without_bounds_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UsageError, match=r"c\.yaml") as caught:
-        load_config(importlib.import_module("distinit.pipeline.extraction.extract_options").ExtractConfig, "extract-targets",
-                    file=str(tmp_path / "c.yaml"))  # fmt: skip
+        options = importlib.import_module("distinit.pipeline.extraction.extract_options")
+        load_config(options.ExtractConfig, "extract-targets", file=str(tmp_path / "c.yaml"))
     assert "\n" not in str(caught.value)

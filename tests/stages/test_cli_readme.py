@@ -21,13 +21,17 @@ from distinit.pipeline.video.encode import write_video
 from distinit.stages.extract_targets import extract_targets
 
 ROOT = Path(distinit.__file__).resolve().parent
-PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]
+PAGES = [
+    path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()
+]
 
 pytestmark = pytest.mark.skipif(not PAGES, reason="an installed copy has no README")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
 def shell_lines() -> list[str]:
@@ -100,7 +104,9 @@ def test_the_python_example_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    example = next(block for block in blocks(ROOT / "README.md", "python") if "TargetStore.open" in block)
+    example = next(
+        block for block in blocks(ROOT / "README.md", "python") if "TargetStore.open" in block
+    )
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
     loss = names["loss"]
@@ -112,13 +118,19 @@ def test_the_python_example_runs(
     assert re.match(r"a\.mp4: class \d 0\.\d\d|b\.mp4: class \d 0\.\d\d", capsys.readouterr().out)
 
 
-def test_a_student_loads_into_torchvision_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_loads_into_torchvision_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from distinit.pipeline.students.export import save_student
 
     (tmp_path / "runs" / "student").mkdir(parents=True)
     torch.manual_seed(0)
     student = distinit.build_student(distinit.StudentOptions(), {"resnet50": 1000}).eval()
-    meta = {"classes": {"resnet50": [str(k) for k in range(1000)]}, "clip_length": 8, "clip_size": 112}
+    meta = {
+        "classes": {"resnet50": [str(k) for k in range(1000)]},
+        "clip_length": 8,
+        "clip_size": 112,
+    }
     save_student(tmp_path / "runs" / "student" / "student.safetensors", student, meta)
 
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,9 @@ def test_a_log_gets_plain_lines_with_rate_and_eta(monkeypatch: pytest.MonkeyPatc
     clock = iter(range(0, 1000, 5))  # five seconds pass between any two looks at the clock
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
     err = io.StringIO()
-    with Console(stdout=io.StringIO(), stderr=err).progress("extracting", total=40, unit="videos") as bar:
+    with Console(stdout=io.StringIO(), stderr=err).progress(
+        "extracting", total=40, unit="videos"
+    ) as bar:
         for _ in range(8):
             bar.advance(5, loss=0.12345)
     lines = err.getvalue().splitlines()

@@ -1,4 +1,5 @@
-"""Texts of an exported HDF5 file: one length, checksums, and no room for what they are shorter than the longest."""
+"""Texts of an exported HDF5 file: one length, checksums, and no room for what they are shorter than
+the longest."""
 
 from __future__ import annotations
 

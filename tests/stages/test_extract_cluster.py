@@ -1,4 +1,5 @@
-"""Stage one on dask workers that meet errors: what one raises costs its shard a try, and the worker goes on."""
+"""Stage one on dask workers that meet errors: what one raises costs its shard a try, and the worker
+goes on."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def teacher(trouble):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """videos/ of four shards, the teacher's module, and whole.zarr, the store of an extraction without trouble."""
+    """videos/ of four shards, the teacher's module, and whole.zarr, the store of an extraction
+    without trouble."""
     home = tmp_path_factory.mktemp("cluster")
     (home / "modules").mkdir()
     (home / "modules" / "flaky_teachers.py").write_text(MODULE)
@@ -77,7 +79,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     rng = np.random.default_rng(0)
     for number in range(8):
         shade = rng.integers(0, 200, (100, 1, 1, 3)) // 4 + rng.integers(0, 150, (1, 4, 6, 3))
-        write_video(home / "videos" / f"v{number}.mp4", shade.repeat(8, 1).repeat(8, 2).astype(np.uint8), fps=25)
+        write_video(
+            home / "videos" / f"v{number}.mp4",
+            shade.repeat(8, 1).repeat(8, 2).astype(np.uint8),
+            fps=25,
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(home / "modules"))
         patch.setenv("PYTHONPATH", str(home / "modules"))
@@ -89,9 +95,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def config(home: Path, out: Path, **changes: Any) -> ExtractConfig:
     options = {"name": "tiny", "input_size": "32", "resize": "32", "trouble": str(home / "trouble")}
-    base = {"sources": [str(home / "videos")], "out": out, "batch_size": 8, "shard_rows": 256, "decoders": 1}
+    base = {
+        "sources": [str(home / "videos")],
+        "out": out,
+        "batch_size": 8,
+        "shard_rows": 256,
+        "decoders": 1,
+    }
     teachers = [TeacherSpec(name=NAME, options=options)]
-    return ExtractConfig.model_validate({**base, "teachers": teachers, "sampling": Sampling(every=1), **changes})
+    return ExtractConfig.model_validate(
+        {**base, "teachers": teachers, "sampling": Sampling(every=1), **changes}
+    )
 
 
 def trouble(home: Path, batches: int) -> None:
@@ -121,19 +135,24 @@ def test_an_error_in_a_worker_costs_its_shard_one_try(home: Path, tmp_path: Path
 
 def test_an_error_that_stays_is_the_one_that_is_told(home: Path, tmp_path: Path) -> None:
     trouble(home, 99)
-    with pytest.raises(DistInitError, match=r"shards failed 2 times each.* RuntimeError: CUDA out of memory"):
+    with pytest.raises(
+        DistInitError, match=r"shards failed 2 times each.* RuntimeError: CUDA out of memory"
+    ):
         extract_targets(config(home, tmp_path / "s.zarr", workers=1, retries=1), QUIET)
     trouble(home, 0)
     extract_targets(config(home, tmp_path / "s.zarr"), QUIET)
     same(home / "whole.zarr", tmp_path / "s.zarr")
 
 
-def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(home: Path, tmp_path: Path) -> None:
+def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(
+    home: Path, tmp_path: Path
+) -> None:
     made = config(home, tmp_path / "s.zarr", device="cpu")
     teachers = {"tiny": load_teacher(made.teachers[0]).to(torch.device("cpu"), "fp32")}
     whole = TargetStore.open(home / "whole.zarr")
     segments = tuple(
-        SegmentTask(v, v, whole.video_path(v), whole.video(v).digest, 0, None, 104) for v in range(2)
+        SegmentTask(v, v, whole.video_path(v), whole.video(v).digest, 0, None, 104)
+        for v in range(2)
     )
     task = ShardTask(0, segments, {"tiny": "float16"}, frames_there=False)
     threads = torch.get_num_threads()
@@ -158,7 +177,9 @@ def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(home: Path,
         other = WorkerSetup.of(made, writer, teachers, Sampling(every=1), run | {"torch": "1.0"})
         with pytest.raises(StoreMismatchError, match=r'"torch": "1\.0"'):
             fill_shard(other, task)
-        assert not any(process.is_running() for process in decoders)  # another setup ends those before it
+        assert not any(
+            process.is_running() for process in decoders
+        )  # another setup ends those before it
     torch.set_num_threads(threads)
 
 
@@ -200,7 +221,9 @@ def test_workers_that_join_get_their_share(monkeypatch: pytest.MonkeyPatch) -> N
             yield ShardTask(shard, (), {}, frames_there=False)
 
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0"
+        ) as cluster,
         Client(cluster) as client,
     ):
         results = run_shards(client, None, tasks(), retries=0)  # type: ignore[arg-type]

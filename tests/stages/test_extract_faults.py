@@ -1,4 +1,5 @@
-"""Stage one among faults: what is killed, hangs, fills up, vanishes or is forbidden, and the store afterwards."""
+"""Stage one among faults: what is killed, hangs, fills up, vanishes or is forbidden, and the store
+afterwards."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ def teacher():
     torch.manual_seed(0)
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 6))
 """
-# Runs a list of shell lines and distinit commands in one process: importing torch for each would take longer
-# than the tests. Prints [exit code, standard error] of each command.
+# Runs a list of shell lines and distinit commands in one process: importing torch for each would
+# take longer than the tests. Prints [exit code, standard error] of each command.
 DRIVER = """
 import contextlib, io, json, subprocess, sys
 from distinit.cli import cli
@@ -67,7 +68,8 @@ LONG, NAMES = "long.mp4", [f"v{i}.mp4" for i in range(8)]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Eight short videos and one that takes a while, a teacher's module, and the store of a quiet extraction."""
+    """Eight short videos and one that takes a while, a teacher's module, and the store of a quiet
+    extraction."""
     home = tmp_path_factory.mktemp("faults")
     home.chmod(0o755)
     (home / "modules").mkdir()
@@ -78,7 +80,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for number, name in enumerate([LONG, *NAMES]):
         frames = 1500 if name == LONG else 50 + 7 * number
         shade = rng.integers(0, 200, (frames, 1, 1, 3)) // 4 + rng.integers(0, 150, (1, 4, 6, 3))
-        write_video(home / "videos" / name, shade.repeat(8, 1).repeat(8, 2).astype(np.uint8), fps=25, gop=25)
+        write_video(
+            home / "videos" / name, shade.repeat(8, 1).repeat(8, 2).astype(np.uint8), fps=25, gop=25
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(home / "modules"))
         patch.setenv("PYTHONPATH", str(home / "modules"))
@@ -96,20 +100,40 @@ def videos(home: Path, tmp_path: Path) -> Path:
 def config(videos: Path, out: Path, **changes: Any) -> ExtractConfig:
     base = {"sources": [str(videos)], "out": out, "batch_size": 8, "shard_rows": 256, "decoders": 1}
     teachers = [TeacherSpec(name=NAME, options=OPTIONS)]
-    return ExtractConfig.model_validate({**base, "teachers": teachers, "sampling": Sampling(every=1), **changes})
+    return ExtractConfig.model_validate(
+        {**base, "teachers": teachers, "sampling": Sampling(every=1), **changes}
+    )
 
 
 def words(videos: Path, out: Path, *more: str) -> list[str]:
     """The same as a command."""
     own = [w for k, v in OPTIONS.items() for w in ("--teacher-option", f"{k}={v}")]
     sizes = ["--batch-size", "8", "--shard-rows", "256", "--decoders", "1", "--every", "1"]
-    return ["extract-targets", str(videos), "--out", str(out), "--teacher", NAME, *own, *sizes, *more]
+    return [
+        "extract-targets",
+        str(videos),
+        "--out",
+        str(out),
+        "--teacher",
+        NAME,
+        *own,
+        *sizes,
+        *more,
+    ]
 
 
 def same(a: Path, b: Path) -> None:
     """Two stores hold the same arrays, bit for bit, and nothing is left over."""
-    names = {n for n, x in zarr.open_group(a, mode="r").members(max_depth=None) if isinstance(x, zarr.Array)}
-    others = {n for n, x in zarr.open_group(b, mode="r").members(max_depth=None) if isinstance(x, zarr.Array)}
+    names = {
+        n
+        for n, x in zarr.open_group(a, mode="r").members(max_depth=None)
+        if isinstance(x, zarr.Array)
+    }
+    others = {
+        n
+        for n, x in zarr.open_group(b, mode="r").members(max_depth=None)
+        if isinstance(x, zarr.Array)
+    }
     assert names == others
     for name in names:
         x, y = (np.asarray(zarr.open_array(root / name, mode="r")[:]) for root in (a, b))
@@ -134,7 +158,9 @@ def same_videos(a: Path, b: Path, but: str) -> None:
 
 def status(store: Path, path: str) -> tuple[str, str | None]:
     opened = TargetStore.open(store)
-    return next((r.status, r.reason) for r in map(opened.video, range(opened.n_videos)) if r.path == path)
+    return next(
+        (r.status, r.reason) for r in map(opened.video, range(opened.n_videos)) if r.path == path
+    )
 
 
 class Meddling(Console):
@@ -145,7 +171,9 @@ class Meddling(Console):
         self.act = act
 
     @contextmanager
-    def progress(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Any]:
+    def progress(
+        self, description: str, total: float | None = None, unit: str = ""
+    ) -> Iterator[Any]:
         """As Screen's."""
         if description == "extracting":
             self.act()
@@ -153,11 +181,13 @@ class Meddling(Console):
             yield bar
 
 
-# -- the decoder -------------------------------------------------------------------------------------------
+# -- the decoder
+# -------------------------------------------------------------------------------------------
 
 
 class Trouble(Meddling):
-    """Sends a signal to the first `times` decoder processes that are seen to have the long video open."""
+    """Sends a signal to the first `times` decoder processes that are seen to have the long video
+    open."""
 
     def __init__(self, how: signal.Signals, times: int) -> None:
         self.how, self.left = how, times
@@ -169,7 +199,9 @@ class Trouble(Meddling):
         while self.left and time.monotonic() < ends:
             for child in psutil.Process().children():
                 try:
-                    if child.pid not in seen and any(f.path.endswith(LONG) for f in child.open_files()):
+                    if child.pid not in seen and any(
+                        f.path.endswith(LONG) for f in child.open_files()
+                    ):
                         seen.add(child.pid)
                         child.send_signal(self.how)
                         self.left -= 1
@@ -179,7 +211,9 @@ class Trouble(Meddling):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_decoder_that_fails_once_costs_nothing(home: Path, tmp_path: Path, how: signal.Signals) -> None:
+def test_a_decoder_that_fails_once_costs_nothing(
+    home: Path, tmp_path: Path, how: signal.Signals
+) -> None:
     trouble = Trouble(how, 1)
     extract_targets(config(home / "videos", tmp_path / "s.zarr", timeout_s=1.5), trouble)
     assert trouble.left == 0
@@ -187,7 +221,8 @@ def test_a_decoder_that_fails_once_costs_nothing(home: Path, tmp_path: Path, how
 
 
 @pytest.mark.parametrize(
-    ("how", "why"), [(signal.SIGKILL, "the decoder crashed (SIGKILL)"), (signal.SIGSTOP, "no frame for 1.5 s")]
+    ("how", "why"),
+    [(signal.SIGKILL, "the decoder crashed (SIGKILL)"), (signal.SIGSTOP, "no frame for 1.5 s")],
 )
 def test_a_video_that_fails_its_decoder_twice_fails_alone(
     home: Path, tmp_path: Path, how: signal.Signals, why: str
@@ -201,10 +236,13 @@ def test_a_video_that_fails_its_decoder_twice_fails_alone(
     same_videos(home / "whole.zarr", tmp_path / "s.zarr", but="")
 
 
-# -- the files ---------------------------------------------------------------------------------------------
+# -- the files
+# ---------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_vanishes_or_changes_after_the_listing(home: Path, videos: Path, tmp_path: Path) -> None:
+def test_a_file_that_vanishes_or_changes_after_the_listing(
+    home: Path, videos: Path, tmp_path: Path
+) -> None:
     def harm() -> None:
         (videos / NAMES[2]).rename(tmp_path / "away.mp4")
         shutil.copy(videos / NAMES[4], videos / NAMES[3])
@@ -227,7 +265,10 @@ def test_places_that_cannot_be_a_store_and_one_without_a_name(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "link.zarr").symlink_to(tmp_path / "empty")
-    with pytest.raises(StoreError, match=r"--out .*link.zarr: a store cannot be made there .Not a directory.; give a"):
+    with pytest.raises(
+        StoreError,
+        match=r"--out .*link.zarr: a store cannot be made there .Not a directory.; give a",
+    ):
         extract_targets(config(home / "videos", tmp_path / "link.zarr"), QUIET)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link.zarr"]
     shutil.copytree(home / "whole.zarr", tmp_path / "s.zarr")
@@ -236,7 +277,9 @@ def test_places_that_cannot_be_a_store_and_one_without_a_name(
     assert (tmp_path / "s.zarr.config.yaml").exists()
 
 
-def test_a_shard_of_nothing_but_failures_takes_another_teacher(home: Path, videos: Path, tmp_path: Path) -> None:
+def test_a_shard_of_nothing_but_failures_takes_another_teacher(
+    home: Path, videos: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "s.zarr"
 
     def harm() -> None:
@@ -252,7 +295,8 @@ def test_a_shard_of_nothing_but_failures_takes_another_teacher(home: Path, video
     assert list(verify(out, TargetStore.open(out).index)) == []
 
 
-# -- the store ---------------------------------------------------------------------------------------------
+# -- the store
+# ---------------------------------------------------------------------------------------------
 
 
 def driven(home: Path, steps: list[Any], before: tuple[str, ...]) -> list[Any]:
@@ -264,7 +308,10 @@ def driven(home: Path, steps: list[Any], before: tuple[str, ...]) -> list[Any]:
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(home: Path, tmp_path: Path) -> None:
-    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode
+    ):
         pytest.skip("needs root and mount namespaces: a small tmpfs is mounted")
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -293,7 +340,10 @@ def test_without_permission(home: Path, videos: Path, tmp_path: Path) -> None:
     before: tuple[str, ...] = ()
     if os.geteuid() == 0:  # root may write anywhere: as root without that privilege
         before = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
-        if not shutil.which("setpriv") or subprocess.run([*before, "true"], capture_output=True).returncode:
+        if (
+            not shutil.which("setpriv")
+            or subprocess.run([*before, "true"], capture_output=True).returncode
+        ):
             pytest.skip("needs setpriv, to be root without its rights")
     closed, out = tmp_path / "closed", tmp_path / "s.zarr"
     shutil.copytree(home / "whole.zarr", closed / "ours.zarr")
@@ -346,7 +396,8 @@ def test_one_writer_at_a_time_and_no_stale_lock(home: Path, tmp_path: Path) -> N
     assert extract_targets(config(home / "videos", out), QUIET)["new_rows"] == 0
 
 
-# -- the processes -----------------------------------------------------------------------------------------
+# -- the processes
+# -----------------------------------------------------------------------------------------
 
 
 def commits(store: Path) -> int:
@@ -374,7 +425,11 @@ def test_ctrl_c_and_dead_workers(home: Path, tmp_path: Path, workers: int) -> No
         found = []
         for child in family.children(recursive=True):
             try:
-                parent = child.parent() if "distinit.pipeline.video.pool.worker" in child.cmdline() else None
+                parent = (
+                    child.parent()
+                    if "distinit.pipeline.video.pool.worker" in child.cmdline()
+                    else None
+                )
             except psutil.Error:
                 continue  # ended while we looked
             if parent is not None and parent.pid != process.pid:

@@ -1,4 +1,5 @@
-"""--retry-failed: what failed is tried again, and what is stored stays, whatever became of the files meanwhile."""
+"""--retry-failed: what failed is tried again, and what is stored stays, whatever became of the
+files meanwhile."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ from distinit.stages.extract_targets import extract_targets
 
 QUIET = Console(quiet=True)
 A, B = (
-    TeacherSpec(name="random_teachers:teacher", options={"name": n, "input_size": "32", "resize": "32", "k": k})
+    TeacherSpec(
+        name="random_teachers:teacher",
+        options={"name": n, "input_size": "32", "resize": "32", "k": k},
+    )
     for n, k in (("a", "6"), ("b", "4"))
 )
 
@@ -46,8 +50,16 @@ def film(path: Path, seed: int, frames: int, *, shade: int = 20) -> None:
 
 
 def config(out: Path, *sources: Any, **changes: Any) -> ExtractConfig:
-    base = {"sources": [str(s) for s in sources], "out": out, "teachers": [A], "batch_size": 8, "decoders": 1}
-    return ExtractConfig.model_validate({**base, "shard_rows": 256, "sampling": Sampling(every=1), **changes})
+    base = {
+        "sources": [str(s) for s in sources],
+        "out": out,
+        "teachers": [A],
+        "batch_size": 8,
+        "decoders": 1,
+    }
+    return ExtractConfig.model_validate(
+        {**base, "shard_rows": 256, "sampling": Sampling(every=1), **changes}
+    )
 
 
 def said(of: ExtractConfig) -> tuple[dict[str, Any], str]:
@@ -61,8 +73,17 @@ def content(path: Path, teacher: str) -> dict[str, tuple[Any, ...]]:
     found = {}
     for v in store.usable([teacher]).tolist():
         index, pts, rows = store.frames(v)
-        said = store.read_stored(teacher, "logits", rows).tobytes(), store.entropy(teacher, rows).tobytes()
-        found[store.video(v).path] = (store.video(v).size, store.digest(v), index.tolist(), pts.tolist(), *said)
+        said = (
+            store.read_stored(teacher, "logits", rows).tobytes(),
+            store.entropy(teacher, rows).tobytes(),
+        )
+        found[store.video(v).path] = (
+            store.video(v).size,
+            store.digest(v),
+            index.tolist(),
+            pts.tolist(),
+            *said,
+        )
     return found
 
 
@@ -70,7 +91,9 @@ def sound(path: Path) -> bool:
     return list(verify(path, TargetStore.open(path).index)) == []
 
 
-def test_a_teacher_that_failed_is_tried_again_and_the_others_rows_stay(videos: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_failed_is_tried_again_and_the_others_rows_stay(
+    videos: Path, tmp_path: Path
+) -> None:
     out, away = tmp_path / "s.zarr", tmp_path / "away"
     extract_targets(config(out, videos), QUIET)
     before = content(out, "a")
@@ -82,7 +105,9 @@ def test_a_teacher_that_failed_is_tried_again_and_the_others_rows_stay(videos: P
     assert "5 videos failed under b alone" in lines
     assert "5  no such file" in lines
     assert "nothing to do" not in lines
-    write_subset(TargetStore.open(out), tmp_path / "some.zarr", np.arange(5), ["a", "b"])  # a shard of no row of b
+    write_subset(
+        TargetStore.open(out), tmp_path / "some.zarr", np.arange(5), ["a", "b"]
+    )  # a shard of no row of b
     assert content(tmp_path / "some.zarr", "a") == before
     planned = len(TargetStore.open(out).index.video)
     result, lines = said(config(out, teachers=[B], retry_failed=True))
@@ -91,7 +116,11 @@ def test_a_teacher_that_failed_is_tried_again_and_the_others_rows_stay(videos: P
     assert len(TargetStore.open(out).index.video) == planned
     assert content(out, "a") == before
     result = extract_targets(config(out, f"videos={away}", teachers=[B], retry_failed=True), QUIET)
-    assert (result["ok"], result["teachers"], result["teacher_failures"]) == (5, {"b": 5}, {"b": {}})
+    assert (result["ok"], result["teachers"], result["teacher_failures"]) == (
+        5,
+        {"b": 5},
+        {"b": {}},
+    )
     assert content(out, "a") == before
     assert sound(out)
     both = tmp_path / "both.zarr"
@@ -121,13 +150,16 @@ def test_killed_between_plan_and_copy_a_retry_loses_nothing(
     assert content(out, "a") == before
     assert sound(out)
     shutil.move(away, videos)
-    assert extract_targets(config(out, teachers=[B], retry_failed=True), QUIET)["teachers"] == {"b": 5}
+    assert extract_targets(config(out, teachers=[B], retry_failed=True), QUIET)["teachers"] == {
+        "b": 5
+    }
     assert content(out, "a") == before
     assert sound(out)
 
 
 def test_a_retry_of_several_teachers_copies_what_each_has(videos: Path, tmp_path: Path) -> None:
-    """`a` fails under one video for good, `b` under two others whose files were away: named together."""
+    """`a` fails under one video for good, `b` under two others whose files were away: named
+    together."""
     out = tmp_path / "s.zarr"
     broken = A.model_copy(update={"options": {**A.options, "broken": "0.9"}})
     assert extract_targets(config(out, videos, teachers=[broken]), QUIET)["teachers"] == {"a": 4}
@@ -156,7 +188,9 @@ def test_a_file_that_cannot_be_read_again_keeps_its_identity(videos: Path, tmp_p
     result = extract_targets(config(out, retry_failed=True), QUIET)
     assert result["failures"] == {"no such file": 1}
     assert TargetStore.open(out).video(number).size == 500
-    (videos / "v3.mp4").write_bytes(whole)  # nothing is stored of it: this is what it is from now on
+    (videos / "v3.mp4").write_bytes(
+        whole
+    )  # nothing is stored of it: this is what it is from now on
     assert extract_targets(config(out, retry_failed=True), QUIET)["ok"] == 5
     assert TargetStore.open(out).video(number).size == len(whole)
     assert sound(out)
@@ -183,7 +217,9 @@ def test_two_versions_of_a_file_never_make_one_video(
             extract_targets(config(out, long), QUIET)
     digest = TargetStore.open(out).digest(0)
     shutil.copy(tmp_path / "other.mp4", long / "long.mp4")
-    assert extract_targets(config(out), QUIET)["failures"] == {"the file changed after it was listed": 1}
+    assert extract_targets(config(out), QUIET)["failures"] == {
+        "the file changed after it was listed": 1
+    }
     for _ in range(2):
         result, lines = said(config(out, retry_failed=True))
         assert (result["failed"], result["failures"]) == (1, {MIXED: 1})

@@ -1,4 +1,5 @@
-"""Stage one on real files: equal to an own full decode, whatever interrupts it, whatever lies in the folder."""
+"""Stage one on real files: equal to an own full decode, whatever interrupts it, whatever lies in
+the folder."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ SPEC = TeacherSpec(name="random_teachers:teacher", options=OPTIONS)
 
 @pytest.fixture
 def folder(tmp_path: Path, random_teachers: None) -> Path:
-    """Twelve videos of odd lengths and names, an audio file, a text file named .mp4, a cut-off file."""
+    """Twelve videos of odd lengths and names, an audio file, a text file named .mp4, a cut-off
+    file."""
     videos = tmp_path / "videos"
     videos.mkdir()
     rng = np.random.default_rng(0)
@@ -54,13 +56,23 @@ def folder(tmp_path: Path, random_teachers: None) -> Path:
 
 
 def config(folder: Path, out: Path, **changes: Any) -> ExtractConfig:
-    base = {"sources": [str(folder)], "out": out, "teachers": [SPEC], "batch_size": 8, "shard_rows": 256}
+    base = {
+        "sources": [str(folder)],
+        "out": out,
+        "teachers": [SPEC],
+        "batch_size": 8,
+        "shard_rows": 256,
+    }
     return ExtractConfig.model_validate(base | changes)
 
 
 def arrays(root: Path) -> dict[str, np.ndarray]:
     group = zarr.open_group(root, mode="r")
-    return {name: np.asarray(a[:]) for name, a in group.members(max_depth=None) if isinstance(a, zarr.Array)}
+    return {
+        name: np.asarray(a[:])
+        for name, a in group.members(max_depth=None)
+        if isinstance(a, zarr.Array)
+    }
 
 
 def same(a: Path, b: Path) -> None:
@@ -70,7 +82,9 @@ def same(a: Path, b: Path) -> None:
         np.testing.assert_array_equal(x[name], y[name], err_msg=name)
 
 
-def test_every_row_is_the_teacher_on_the_plainly_decoded_frame(folder: Path, tmp_path: Path) -> None:
+def test_every_row_is_the_teacher_on_the_plainly_decoded_frame(
+    folder: Path, tmp_path: Path
+) -> None:
     result = extract_targets(config(folder, tmp_path / "s.zarr", sampling=Sampling(every=3)), QUIET)
     assert (result["videos"], result["ok"], result["failed"]) == (16, 13, 3)
     store = TargetStore.open(tmp_path / "s.zarr")
@@ -79,7 +93,9 @@ def test_every_row_is_the_teacher_on_the_plainly_decoded_frame(folder: Path, tmp
 
     module = random_teachers.teacher(6)
     view = View(resize=32, crop=32)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    mean, std = (
+        torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
     for v in store.usable():
         index, pts, rows = store.frames(int(v))
         with VideoReader(store.video_path(int(v))) as reader:
@@ -93,7 +109,11 @@ def test_every_row_is_the_teacher_on_the_plainly_decoded_frame(folder: Path, tmp
             expected = module((images - mean) / std).numpy()
         np.testing.assert_allclose(store.logits("tiny", rows), expected, atol=0.02)
         np.testing.assert_allclose(store.entropy("tiny", rows), entropy(expected), atol=1e-3)
-    reasons = {store.video(v).path: store.video(v).reason for v in range(16) if store.video(v).status == "failed"}
+    reasons = {
+        store.video(v).path: store.video(v).reason
+        for v in range(16)
+        if store.video(v).status == "failed"
+    }
     assert set(reasons) == {"playlist.mp4", "empty.mp4", "cut.mp4"}
     assert "playlist" in reasons["playlist.mp4"]
     assert "empty" in reasons["empty.mp4"]
@@ -105,7 +125,9 @@ def test_a_second_run_does_nothing_and_growth_touches_nothing(folder: Path, tmp_
     for p in late:
         p.rename(tmp_path / p.name)
     extract_targets(config(folder, out), QUIET)
-    before = {p: p.read_bytes() for p in out.rglob("c/**/*") if p.is_file() and "videos" not in p.parts}
+    before = {
+        p: p.read_bytes() for p in out.rglob("c/**/*") if p.is_file() and "videos" not in p.parts
+    }
     assert extract_targets(config(folder, out), QUIET)["new_rows"] == 0
     for p in late:
         (tmp_path / p.name).rename(p)
@@ -125,13 +147,26 @@ def test_a_second_run_does_nothing_and_growth_touches_nothing(folder: Path, tmp_
     of = {a.video(v).path: v for v in range(16)}
     for v in b.usable():
         rows_a, rows_b = a.frames(of[b.video(int(v)).path])[2], b.frames(int(v))[2]
-        np.testing.assert_allclose(a.logits("second", rows_a), b.logits("second", rows_b), atol=0.02)
+        np.testing.assert_allclose(
+            a.logits("second", rows_a), b.logits("second", rows_b), atol=0.02
+        )
 
 
-def test_killed_at_any_moment_the_store_becomes_that_of_an_undisturbed_run(folder: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment_the_store_becomes_that_of_an_undisturbed_run(
+    folder: Path, tmp_path: Path
+) -> None:
     for i in range(30):  # enough work to be hit in the midst of it
         shutil.copy(folder / f"v{i % 9}.mp4", folder / f"w{i:02d}.mp4")
-    options = ["--teacher", SPEC.name, "--batch-size", "8", "--every", "1", "--set", "shard_rows=256"]
+    options = [
+        "--teacher",
+        SPEC.name,
+        "--batch-size",
+        "8",
+        "--every",
+        "1",
+        "--set",
+        "shard_rows=256",
+    ]
     options += [x for k, v in SPEC.options.items() for x in ("--teacher-option", f"{k}={v}")]
     command = [sys.executable, "-m", "distinit", "extract-targets", str(folder), *options, "--out"]
     began = time.monotonic()
@@ -139,7 +174,9 @@ def test_killed_at_any_moment_the_store_becomes_that_of_an_undisturbed_run(folde
     seconds = time.monotonic() - began
     broken = tmp_path / "broken.zarr"
     for share in (0.6, 0.85):
-        process = subprocess.Popen([*command, str(broken)], start_new_session=True, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, str(broken)], start_new_session=True, stderr=subprocess.DEVNULL
+        )
         time.sleep(share * seconds)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -179,8 +216,12 @@ def test_long_videos_are_cut_into_segments_that_read_as_one(folder: Path, tmp_pa
     frames = np.random.default_rng(1).integers(0, 255, (700, 2, 2, 3)).repeat(16, 1).repeat(16, 2)
     (tmp_path / "long").mkdir()
     write_video(tmp_path / "long" / "long.mp4", frames.astype(np.uint8), fps=25, gop=50)
-    cut = config(tmp_path / "long", tmp_path / "cut.zarr", sampling=Sampling(every=1), shard_rows=256)
-    whole = config(tmp_path / "long", tmp_path / "whole.zarr", sampling=Sampling(every=1), shard_rows=1024)
+    cut = config(
+        tmp_path / "long", tmp_path / "cut.zarr", sampling=Sampling(every=1), shard_rows=256
+    )
+    whole = config(
+        tmp_path / "long", tmp_path / "whole.zarr", sampling=Sampling(every=1), shard_rows=1024
+    )
     extract_targets(cut, QUIET)
     extract_targets(whole, QUIET)
     a, b = TargetStore.open(tmp_path / "cut.zarr"), TargetStore.open(tmp_path / "whole.zarr")
@@ -189,7 +230,9 @@ def test_long_videos_are_cut_into_segments_that_read_as_one(folder: Path, tmp_pa
     for x, y in zip(a.frames(0)[:2], b.frames(0)[:2], strict=True):
         np.testing.assert_array_equal(x, y)
     assert a.frames(0)[0].tolist() == list(range(700))
-    np.testing.assert_allclose(a.entropy("tiny", a.frames(0)[2]), b.entropy("tiny", b.frames(0)[2]), atol=1e-4)
+    np.testing.assert_allclose(
+        a.entropy("tiny", a.frames(0)[2]), b.entropy("tiny", b.frames(0)[2]), atol=1e-4
+    )
 
 
 def test_what_does_not_fit_a_store_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -212,14 +255,18 @@ def test_what_does_not_fit_a_store_is_refused(folder: Path, tmp_path: Path) -> N
 
 def test_dask_workers_fill_the_same_store(folder: Path, tmp_path: Path) -> None:
     extract_targets(config(folder, tmp_path / "one.zarr", sampling=Sampling(every=1)), QUIET)
-    extract_targets(config(folder, tmp_path / "two.zarr", sampling=Sampling(every=1), workers=2), QUIET)
+    extract_targets(
+        config(folder, tmp_path / "two.zarr", sampling=Sampling(every=1), workers=2), QUIET
+    )
     same(tmp_path / "one.zarr", tmp_path / "two.zarr")
 
 
 def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     costs = extract_targets(config(folder, tmp_path / "s.zarr", dry_run=True), QUIET)["costs"]
-    assert [p for p in sorted(tmp_path.rglob("*")) if p not in before and "__pycache__" not in str(p)] == []
+    assert [
+        p for p in sorted(tmp_path.rglob("*")) if p not in before and "__pycache__" not in str(p)
+    ] == []
     by = {c["sampling"]: c for c in costs}
     extract_targets(config(folder, tmp_path / "s.zarr"), QUIET)
     assert by["every 4th frame"]["rows"] == TargetStore.open(tmp_path / "s.zarr").n_rows
@@ -245,14 +292,18 @@ def test_a_command_that_is_refused_lists_nothing(folder: Path, tmp_path: Path) -
     assert extract_targets(config(folder, out, sources=both), QUIET)["videos"] == 17
 
 
-def test_a_corpus_may_move_and_grow_but_another_of_its_name_does_not_join_it(folder: Path, tmp_path: Path) -> None:
+def test_a_corpus_may_move_and_grow_but_another_of_its_name_does_not_join_it(
+    folder: Path, tmp_path: Path
+) -> None:
     out, clips = tmp_path / "s.zarr", tmp_path / "p1" / "clips"
     other, moved = tmp_path / "p2" / "clips", tmp_path / "p3" / "clips"
     for place, name in ((clips, "v1.mp4"), (clips, "v2.mp4"), (other, "v3.mp4")):
         place.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / name, place)
     extract_targets(config(clips, out), QUIET)
-    joined = f"corpus 'clips' lay in {clips}, and 2 of its 2 videos are not in {other}; .*new={other}"
+    joined = (
+        f"corpus 'clips' lay in {clips}, and 2 of its 2 videos are not in {other}; .*new={other}"
+    )
     with pytest.raises(StoreMismatchError, match=joined):
         extract_targets(config(other, out), QUIET)
     assert TargetStore.open(out).n_videos == 2

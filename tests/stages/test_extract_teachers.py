@@ -1,4 +1,5 @@
-"""A store grows by the teacher whose rows it holds: its code may not change, whatever its name and weights say."""
+"""A store grows by the teacher whose rows it holds: its code may not change, whatever its name and
+weights say."""
 
 from __future__ import annotations
 
@@ -12,7 +13,12 @@ import numpy as np
 import pytest
 
 from distinit.pipeline.common.console import Console
-from distinit.pipeline.common.errors import DistInitError, StoreMismatchError, TeacherError, UsageError
+from distinit.pipeline.common.errors import (
+    DistInitError,
+    StoreMismatchError,
+    TeacherError,
+    UsageError,
+)
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.digests import seal
 from distinit.pipeline.store.reader import TargetStore
@@ -86,7 +92,13 @@ def add_video(home: Path, number: int) -> None:
 
 def extract(home: Path, out: str = "s.zarr", **more: Any) -> dict[str, Any]:
     spec = TeacherSpec(name="grown_teachers:teacher", options={"name": "t", "input_size": "32"})
-    given = {"sources": [str(home / "videos")], "out": home / out, "teachers": [spec], "batch_size": 4, "decoders": 1}
+    given = {
+        "sources": [str(home / "videos")],
+        "out": home / out,
+        "teachers": [spec],
+        "batch_size": 4,
+        "decoders": 1,
+    }
     return extract_targets(ExtractConfig.model_validate({**given, **more}), QUIET)
 
 
@@ -95,10 +107,14 @@ def node(store: Path) -> Path:
 
 
 def files(store: Path) -> dict[str, str]:
-    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in store.rglob("*") if f.is_file()}
+    return {
+        str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in store.rglob("*") if f.is_file()
+    }
 
 
-def test_a_store_refuses_rows_of_code_that_changed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_refuses_rows_of_code_that_changed(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     extract(home)
     add_video(home, 3)
     before = files(home / "s.zarr")
@@ -109,12 +125,16 @@ def test_a_store_refuses_rows_of_code_that_changed(home: Path, monkeypatch: pyte
         with pytest.raises(StoreMismatchError, match="'t'"):
             extract(home, retry_failed=True, accept_run=True, accept_teachers=["t"])
     assert files(home / "s.zarr") == before
-    findings = targets_verify(home / "s.zarr", QUIET, deep=1, allow_teachers=["grown_teachers:teacher"])["findings"]
+    findings = targets_verify(
+        home / "s.zarr", QUIET, deep=1, allow_teachers=["grown_teachers:teacher"]
+    )["findings"]
     assert {f["teacher"] for f in findings} == {"t"}
     monkeypatch.setenv("CHANGE", "next to nothing")
     assert extract(home)["ok"] == 4
     monkeypatch.setenv("CHANGE", "")
-    assert targets_verify(home / "s.zarr", QUIET, deep=9, allow_teachers=["grown_teachers:teacher"])["ok"]
+    assert targets_verify(
+        home / "s.zarr", QUIET, deep=9, allow_teachers=["grown_teachers:teacher"]
+    )["ok"]
 
 
 def test_bf16_is_no_way_around(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +169,9 @@ def test_a_store_of_version_0_1_gets_its_fingerprint_once_rows_agree(
     shutil.rmtree(node(home / "s.zarr"))
     before = files(home / "s.zarr")
     (home / "videos").rename(home / "elsewhere")
-    extract(home, sources=[f"videos={home / 'elsewhere'}"])  # nothing to add, and so nothing to prove
+    extract(
+        home, sources=[f"videos={home / 'elsewhere'}"]
+    )  # nothing to add, and so nothing to prove
     assert files(home / "s.zarr") == before
     (home / "elsewhere").rename(home / "videos")
     add_video(home, 3)
@@ -161,7 +183,11 @@ def test_a_store_of_version_0_1_gets_its_fingerprint_once_rows_agree(
     monkeypatch.setenv("CHANGE", "")
     extract(home)
     assert info(home)["basis"] == {"kind": "rows", "rows": 9, "videos": 3}
-    shards = {f: digest for f, digest in before.items() if "/c/" in f and "/videos/" not in f and "/segments/" not in f}
+    shards = {
+        f: digest
+        for f, digest in before.items()
+        if "/c/" in f and "/videos/" not in f and "/segments/" not in f
+    }
     assert shards.items() <= files(home / "s.zarr").items()
 
 

@@ -1,4 +1,5 @@
-"""Stage three end to end on small real clips: train, test, count a broken video as wrong, resume, report."""
+"""Stage three end to end on small real clips: train, test, count a broken video as wrong, resume,
+report."""
 
 from __future__ import annotations
 
@@ -32,7 +33,10 @@ from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.report import report
 
-LENGTHS = {"red": (3, 9, 30, 17, 12), "blue": (24, 5, 11, 40, 14)}  # frames of the clips of each class
+LENGTHS = {
+    "red": (3, 9, 30, 17, 12),
+    "blue": (24, 5, 11, 40, 14),
+}  # frames of the clips of each class
 
 
 class StopsAt(Console):
@@ -43,7 +47,9 @@ class StopsAt(Console):
         self.steps_left = step
 
     @contextmanager
-    def progress(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Any]:
+    def progress(
+        self, description: str, total: float | None = None, unit: str = ""
+    ) -> Iterator[Any]:
         yield self
 
     def advance(self, n: float = 1, **fields: object) -> None:
@@ -63,7 +69,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
             images = rng.integers(0, 60, size=(frames, 48, 64, 3), dtype=np.uint8)
             images[..., 0 if label == "red" else 2] += 150
             write_video(root / f"{label} {i}.mp4", images, fps=8)
-            rows.append(f"{label} {i}.mp4,{label},{'train' if i < 3 else 'test'},{'test' if i < 2 else 'train'}")
+            rows.append(
+                f"{label} {i}.mp4,{label},{'train' if i < 3 else 'test'},{'test' if i < 2 else 'train'}"
+            )
     (root / "broken.mp4").write_bytes(b"this is no video")
     (root / "broken too.mp4").write_bytes(b"nor is this")
     rows += ["broken.mp4,red,test,", "broken too.mp4,blue,train,"]
@@ -77,7 +85,14 @@ def config(dataset: str, out: Path, **changes: Any) -> FinetuneConfig:
         "out": str(out),
         "student": {"architecture": "r3d_18", "width": 0.0625},
         "clips": {"size": 32, "length": 4},
-        "loop": {"batch_size": 4, "epochs": 3, "epoch_clips": 16, "lr": 0.02, "workers": 0, "device": "cpu"}
+        "loop": {
+            "batch_size": 4,
+            "epochs": 3,
+            "epoch_clips": 16,
+            "lr": 0.02,
+            "workers": 0,
+            "device": "cpu",
+        }
         | {"checkpoint_every": 3, "log_every": 1},
         "test": {"batch_size": 7, "workers": 0},
     }
@@ -100,7 +115,9 @@ def test_a_run_leaves_everything_behind(
     assert json.loads((out / "result.json").read_text())["metrics"] == result["metrics"]
     assert result["metrics"]["videos"] == 5, "the broken one included"
     assert [f["video"] for f in result["metrics"]["failed"]] == ["broken.mp4"]
-    assert result["metrics"]["top5"]["value"] == pytest.approx(4 / 5), "unread is wrong even with two classes"
+    assert result["metrics"]["top5"]["value"] == pytest.approx(4 / 5), (
+        "unread is wrong even with two classes"
+    )
     assert list(result["broken"]) == ["broken too.mp4"]
     used = yaml.safe_load((out / "config.yaml").read_text())["finetune"]
     assert FinetuneConfig.model_validate(used).clips.length == 4
@@ -109,12 +126,14 @@ def test_a_run_leaves_everything_behind(
 
 
 def test_training_learned_the_colours(finished: tuple[Path, dict[str, Any]]) -> None:
-    """Two classes told apart by their colour: every readable test video is right after three short epochs."""
+    """Two classes told apart by their colour: every readable test video is right after three short
+    epochs."""
     assert finished[1]["metrics"]["top1"]["value"] == pytest.approx(4 / 5)
 
 
 def test_clips_are_the_frames_of_the_formula(dataset: str) -> None:
-    """Each test clip, pixel by pixel, against frames read one by one; short videos repeat their last frame."""
+    """Each test clip, pixel by pixel, against frames read one by one; short videos repeat their
+    last frame."""
     labels = load_labels(dataset)
     view = ClipView(size=32)
     clips = EvaluationClips(labels, labels.test, view, length=16, clips=10)
@@ -128,15 +147,21 @@ def test_clips_are_the_frames_of_the_formula(dataset: str) -> None:
         for c in (0, 4, 9):
             for t in (0, 7, 15):
                 index = min(int(row["starts"][c]) + t, n - 1)
-                image = read_frames(labels.absolute(video), np.array([index]), view.frame_view()).images[0]
+                image = read_frames(
+                    labels.absolute(video), np.array([index]), view.frame_view()
+                ).images[0]
                 top, left = (image.shape[0] - 32) // 2, (image.shape[1] - 32) // 2
-                expected = torch.from_numpy(image[top : top + 32, left : left + 32]).permute(2, 0, 1)
+                expected = torch.from_numpy(image[top : top + 32, left : left + 32]).permute(
+                    2, 0, 1
+                )
                 assert torch.equal(row["clips"][c, :, t], expected)
 
 
 def test_training_clips_are_pure_and_lie_inside_their_video(dataset: str) -> None:
     labels = load_labels(dataset)
-    first, second = (LabelledClips(labels, ClipView(size=32), length=4, seed=3, epoch_clips=8) for _ in range(2))
+    first, second = (
+        LabelledClips(labels, ClipView(size=32), length=4, seed=3, epoch_clips=8) for _ in range(2)
+    )
     keys = [(e, s) for e in range(3) for s in range(8)]
     forward = {key: first[key] for key in keys}
     seen = set()
@@ -163,9 +188,21 @@ def test_scores_do_not_depend_on_the_batch_size_or_the_workers(
     found = []
     for batch_size, workers in ((1, 0), (16, 0), (64, 2)):
         tables = Predictions.empty(
-            labels.classes, [v.path for v in labels.test], [v.label for v in labels.test], 10, protocol={}, identity={}
+            labels.classes,
+            [v.path for v in labels.test],
+            [v.label for v in labels.test],
+            10,
+            protocol={},
+            identity={},
         )
-        predict(student, clips, tables, batch_size=batch_size, workers=workers, device=torch.device("cpu"))
+        predict(
+            student,
+            clips,
+            tables,
+            batch_size=batch_size,
+            workers=workers,
+            device=torch.device("cpu"),
+        )
         found.append(tables)
     with h5py.File(finished[0] / "predictions.h5") as file:
         stored = file["clip_scores"][:]
@@ -176,10 +213,15 @@ def test_scores_do_not_depend_on_the_batch_size_or_the_workers(
     np.testing.assert_allclose(stored[readable].sum(axis=2), 1, atol=1e-5)
     images = clips[(0, 0)]["clips"].float().div(255).numpy()
     mean, std = (
-        np.array(v).reshape(1, 3, 1, 1, 1) for v in ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
+        np.array(v).reshape(1, 3, 1, 1, 1)
+        for v in ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
     )
     with torch.no_grad():
-        logits = student(torch.from_numpy((images - mean) / std).float())["label"].numpy().astype(np.float64)
+        logits = (
+            student(torch.from_numpy((images - mean) / std).float())["label"]
+            .numpy()
+            .astype(np.float64)
+        )
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(stored[0], expected, atol=1e-4)
 
@@ -198,7 +240,9 @@ def test_a_video_that_crashes_its_decoder_costs_itself_alone(
 ) -> None:
     student, labels = load_student(finished[0]), load_labels(dataset)
     videos = [v.path for v in labels.test]
-    tables = Predictions.empty(labels.classes, videos, [v.label for v in labels.test], 10, protocol={}, identity={})
+    tables = Predictions.empty(
+        labels.classes, videos, [v.label for v in labels.test], 10, protocol={}, identity={}
+    )
     clips = Crashing(labels, labels.test, ClipView(size=32), length=4, clips=10)
     predict(student, clips, tables, batch_size=16, workers=2, device=torch.device("cpu"))
     assert [f["video"] for f in tables.failures()] == [videos[2], "broken.mp4"]
@@ -211,7 +255,8 @@ def test_a_video_that_crashes_its_decoder_costs_itself_alone(
 def test_a_resumed_run_equals_an_uninterrupted_one(
     dataset: str, finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Killed in step 7 of 12, in mid-epoch: losses, weights and scores are those of the other run."""
+    """Killed in step 7 of 12, in mid-epoch: losses, weights and scores are those of the other
+    run."""
     out = tmp_path / "resumed"
     with pytest.raises(KeyboardInterrupt):
         finetune(config(dataset, out), StopsAt(7))
@@ -237,31 +282,54 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert again["metrics"] == result["metrics"]
 
 
-def test_resume_refuses_other_classes(dataset: str, finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_resume_refuses_other_classes(
+    dataset: str, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     csv = Path(dataset.removeprefix("csv:"))
     renamed = csv.with_name("renamed.csv")
     write_atomically(renamed, csv.read_bytes().replace(b",red,", b",crimson,"))
-    with pytest.raises(CheckpointError, match=r"class list .* differs .*class 1 is 'crimson' against 'red'"):
+    with pytest.raises(
+        CheckpointError, match=r"class list .* differs .*class 1 is 'crimson' against 'red'"
+    ):
         finetune(config(f"csv:{renamed}", finished[0], resume=True), Console(quiet=True))
     with pytest.raises(UsageError, match="needs --out"):
-        evaluate(EvaluateConfig(runs=[str(finished[0])], dataset=f"csv:{renamed}"), Console(quiet=True))
+        evaluate(
+            EvaluateConfig(runs=[str(finished[0])], dataset=f"csv:{renamed}"), Console(quiet=True)
+        )
     other = EvaluateConfig(runs=[str(finished[0])], dataset=f"csv:{renamed}", out=str(tmp_path))
     with pytest.raises(CheckpointError, match="class list"):
         evaluate(other, Console(quiet=True))
 
 
 def test_finetuning_begins_where_another_run_ended(
-    dataset: str, finished: tuple[Path, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    dataset: str,
+    finished: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The file decides architecture, length and size; the head is new; the report compares the two runs."""
+    """The file decides architecture, length and size; the head is new; the report compares the two
+    runs."""
     out = tmp_path / "second"
-    one = {"epochs": 1, "epoch_clips": 4, "batch_size": 4, "lr": 1e-8, "workers": 0, "device": "cpu"}
+    one = {
+        "epochs": 1,
+        "epoch_clips": 4,
+        "batch_size": 4,
+        "lr": 1e-8,
+        "workers": 0,
+        "device": "cpu",
+    }
     result = finetune(
-        FinetuneConfig.model_validate({"init": str(finished[0]), "dataset": dataset, "out": str(out), "loop": one}),
+        FinetuneConfig.model_validate(
+            {"init": str(finished[0]), "dataset": dataset, "out": str(out), "loop": one}
+        ),
         Console(),
     )
     used = yaml.safe_load((out / "config.yaml").read_text())["finetune"]
-    assert (used["clips"]["length"], used["clips"]["size"], used["student"]["width"]) == (4, 32, 0.0625)
+    assert (used["clips"]["length"], used["clips"]["size"], used["student"]["width"]) == (
+        4,
+        32,
+        0.0625,
+    )
     assert sorted(result["tensors_left"]) == ["fc.bias", "fc.weight"]
     shown = capfd.readouterr()
     assert "tensors loaded" in shown.err
@@ -269,27 +337,45 @@ def test_finetuning_begins_where_another_run_ended(
     assert "top 1" in shown.out
     before, after = load_student(finished[0]), load_student(out)
     weights = "backbone.layer4.0.conv1.0.weight"
-    torch.testing.assert_close(after.state_dict()[weights], before.state_dict()[weights], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        after.state_dict()[weights], before.state_dict()[weights], atol=1e-5, rtol=0
+    )
     assert not torch.equal(after.head("label").weight, before.head("label").weight)
 
     found = report([finished[0], out], tmp_path / "report", Console(quiet=True))
-    assert [(d["run"], d["base"], d["videos"]) for d in found["differences"]] == [("second", "scratch", 5)]
-    wrong = {"init": str(finished[0]), "dataset": dataset, "out": str(tmp_path / "x"), "student": {"width": 0.5}}
+    assert [(d["run"], d["base"], d["videos"]) for d in found["differences"]] == [
+        ("second", "scratch", 5)
+    ]
+    wrong = {
+        "init": str(finished[0]),
+        "dataset": dataset,
+        "out": str(tmp_path / "x"),
+        "student": {"width": 0.5},
+    }
     with pytest.raises(CheckpointError, match=r"width is 0\.0625 in the file, 0\.5 was asked for"):
         finetune(FinetuneConfig.model_validate(wrong), Console(quiet=True))
 
 
-def test_evaluating_again_gives_the_same_numbers(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_evaluating_again_gives_the_same_numbers(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     run, result = finished
-    again = evaluate(EvaluateConfig(runs=[str(run)], out=str(tmp_path), device="cpu"), Console(quiet=True))
+    again = evaluate(
+        EvaluateConfig(runs=[str(run)], out=str(tmp_path), device="cpu"), Console(quiet=True)
+    )
     assert again["metrics"] == result["metrics"]
     with pytest.raises(UsageError, match=r"test\.clips=3 needs --out"):
-        evaluate(EvaluateConfig.model_validate({"runs": [str(run)], "test": {"clips": 3}}), Console(quiet=True))
+        evaluate(
+            EvaluateConfig.model_validate({"runs": [str(run)], "test": {"clips": 3}}),
+            Console(quiet=True),
+        )
     with pytest.raises(UsageError, match="not a run of distinit finetune"):
         evaluate(EvaluateConfig(runs=[str(tmp_path)]), Console(quiet=True))
 
 
-def test_an_interrupted_evaluation_goes_on(dataset: str, finished: tuple[Path, dict[str, Any]]) -> None:
+def test_an_interrupted_evaluation_goes_on(
+    dataset: str, finished: tuple[Path, dict[str, Any]]
+) -> None:
     """Videos that a partial file has are not read again, and the numbers are the same."""
     run, result = finished
     whole = Predictions.read(run / "predictions.h5")
@@ -301,16 +387,26 @@ def test_an_interrupted_evaluation_goes_on(dataset: str, finished: tuple[Path, d
     (run / "predictions.h5").unlink()
     again = finetune(config(dataset, run, resume=True), Console(quiet=True))
     assert again["metrics"] == result["metrics"]
-    np.testing.assert_allclose(Predictions.read(run / "predictions.h5").clip_scores, whole.clip_scores, atol=1e-4)
+    np.testing.assert_allclose(
+        Predictions.read(run / "predictions.h5").clip_scores, whole.clip_scores, atol=1e-4
+    )
     assert not (run / "predictions.partial.h5").exists()
 
 
-def test_an_interrupted_evaluate_goes_on(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """Ctrl-C after three of five videos: the next call does the other two, the one after it all of them again."""
+def test_an_interrupted_evaluate_goes_on(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Ctrl-C after three of five videos: the next call does the other two, the one after it all of
+    them again."""
 
     def tested(out: Path, console: StopsAt) -> int:
         """How many videos were."""
-        given = {"runs": [str(finished[0])], "out": str(out), "device": "cpu", "test": {"batch_size": 1}}
+        given = {
+            "runs": [str(finished[0])],
+            "out": str(out),
+            "device": "cpu",
+            "test": {"batch_size": 1},
+        }
         steps = console.steps_left
         evaluate(EvaluateConfig.model_validate(given), console)
         return steps - console.steps_left
@@ -320,9 +416,14 @@ def test_an_interrupted_evaluate_goes_on(finished: tuple[Path, dict[str, Any]], 
         tested(tmp_path / "broken", StopsAt(3))
     assert not (tmp_path / "broken/predictions.h5").exists()
     assert tested(tmp_path / "broken", StopsAt(99)) == 2
-    whole, broken = (Predictions.read(tmp_path / name / "predictions.h5") for name in ("whole", "broken"))
+    whole, broken = (
+        Predictions.read(tmp_path / name / "predictions.h5") for name in ("whole", "broken")
+    )
     np.testing.assert_array_equal(broken.clip_scores, whole.clip_scores)
     assert (broken.status, broken.reasons) == (whole.status, whole.reasons)
-    results = [json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in ("whole", "broken")]
+    results = [
+        json.loads((tmp_path / name / "result.json").read_text())["metrics"]
+        for name in ("whole", "broken")
+    ]
     assert results[0] == results[1]
     assert tested(tmp_path / "broken", StopsAt(99)) == 5

@@ -28,7 +28,11 @@ SIDES = ("train", "test")
 
 
 def copy(*sources: Path | str, out: Path) -> dict[str, Any]:
-    config = {"sources": list(map(os.fspath, sources)), "out": out, "copies": {"size": (37, 49), "crf": 8}}
+    config = {
+        "sources": list(map(os.fspath, sources)),
+        "out": out,
+        "copies": {"size": (37, 49), "crf": 8},
+    }
     return prepare(PrepareConfig.model_validate(config | {"workers": 1}), QUIET)
 
 
@@ -41,7 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         for label in ("red", "blue"):
             (root / side / label).mkdir(parents=True)
             for i in range(3):
-                images = random.integers(0, 60, (9 + i, 6, 8, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+                images = (
+                    random.integers(0, 60, (9 + i, 6, 8, 3))
+                    .repeat(8, 1)
+                    .repeat(8, 2)
+                    .astype(np.uint8)
+                )
                 images[..., 0 if label == "red" else 2] += 150
                 write_video(root / side / label / f"{i}.mp4", images, fps=8)
     small = root.parent / "small"
@@ -59,11 +68,17 @@ def test_copies_give_the_clips_of_the_originals(folder: tuple[Path, Path]) -> No
         x, y = a[1, sample], b[1, sample]
         assert (x["video"], x["start"], x["label"]) == (y["video"], y["start"], y["label"])
         assert y["broken"] == []
-        assert 0 < (x["clip"].int() - y["clip"].int()).abs().float().mean() < 6  # other pixels, the same picture
+        assert (
+            0 < (x["clip"].int() - y["clip"].int()).abs().float().mean() < 6
+        )  # other pixels, the same picture
     c, d = (EvaluationClips(each, each.test, VIEW, length=4, clips=3) for each in (labels, copied))
     for i in range(6):
         x, y = c[0, i], d[0, i]
-        assert (x["frames"], x["starts"].tolist(), y["note"]) == (y["frames"], y["starts"].tolist(), "")
+        assert (x["frames"], x["starts"].tolist(), y["note"]) == (
+            y["frames"],
+            y["starts"].tolist(),
+            "",
+        )
         assert 0 < (x["clips"].int() - y["clips"].int()).abs().float().mean() < 6
 
 
@@ -81,22 +96,35 @@ def test_finetune_and_evaluate_read_copies(folder: tuple[Path, Path], tmp_path: 
     }
     result = finetune(FinetuneConfig.model_validate(values), QUIET)
     assert (result["broken"], result["metrics"]["failed"]) == ({}, [])
-    assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["videos"] == os.fspath(small)
+    assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["videos"] == os.fspath(
+        small
+    )
     found = Predictions.read(out / "predictions.h5")
     assert found.protocol["copies"]["size"] == [37, 49]
     again = evaluate(EvaluateConfig(runs=[os.fspath(out)], device="cpu"), QUIET)
     assert again["metrics"] == result["metrics"]
-    np.testing.assert_array_equal(Predictions.read(out / "predictions.h5").clip_scores, found.clip_scores)
+    np.testing.assert_array_equal(
+        Predictions.read(out / "predictions.h5").clip_scores, found.clip_scores
+    )
     # null: the videos themselves, whatever the run was trained on.
-    evaluate(EvaluateConfig(runs=[os.fspath(out)], device="cpu", videos=None, out=os.fspath(tmp_path / "o")), QUIET)
+    evaluate(
+        EvaluateConfig(
+            runs=[os.fspath(out)], device="cpu", videos=None, out=os.fspath(tmp_path / "o")
+        ),
+        QUIET,
+    )
     originals = Predictions.read(tmp_path / "o" / "predictions.h5")
     assert "copies" not in originals.protocol
     assert 0 < np.abs(originals.clip_scores - found.clip_scores).max() < 0.2
 
 
-def test_labels_elsewhere_lists_and_links_find_the_copies(folder: tuple[Path, Path], tmp_path: Path) -> None:
+def test_labels_elsewhere_lists_and_links_find_the_copies(
+    folder: tuple[Path, Path], tmp_path: Path
+) -> None:
     root, small = folder
-    names = [f"{side}/{label}/{i}.mp4" for side in SIDES for label in ("blue", "red") for i in range(3)]
+    names = [
+        f"{side}/{label}/{i}.mp4" for side in SIDES for label in ("blue", "red") for i in range(3)
+    ]
 
     def csv(path: Path, prefix: str) -> str:
         lines = [f"{prefix}{name},{name.split('/')[1]},{name.split('/')[0]}" for name in names]
@@ -105,17 +133,27 @@ def test_labels_elsewhere_lists_and_links_find_the_copies(folder: tuple[Path, Pa
 
     def copies_of(dataset: str, videos: Path) -> list[str]:
         labels = load_labels(dataset, videos=os.fspath(videos))
-        return [os.path.relpath(labels.file(video).path, videos) for video in (*labels.train, *labels.test)]
+        return [
+            os.path.relpath(labels.file(video).path, videos)
+            for video in (*labels.train, *labels.test)
+        ]
 
     expected = [f"actions/{name}.mp4" for name in names]
     # A label file somewhere else that names the originals, by absolute paths and relative ones.
     assert copies_of(csv(tmp_path / "absolute.csv", f"{root}/"), small) == expected
-    assert copies_of(csv(tmp_path / "relative.csv", os.path.relpath(root, tmp_path) + "/"), small) == expected
+    assert (
+        copies_of(csv(tmp_path / "relative.csv", os.path.relpath(root, tmp_path) + "/"), small)
+        == expected
+    )
     # Prepared through a link, from a list, and by another corpus name.
     (tmp_path / "link").symlink_to(root)
     assert copy(f"linked={tmp_path / 'link'}", out=tmp_path / "linked")["ok"] == 12
-    assert copies_of(f"folder:{root}", tmp_path / "linked") == [f"linked/{name}.mp4" for name in names]
-    (tmp_path / "list.txt").write_text("\n".join(f"{os.path.relpath(root, tmp_path)}/{name}" for name in names))
+    assert copies_of(f"folder:{root}", tmp_path / "linked") == [
+        f"linked/{name}.mp4" for name in names
+    ]
+    (tmp_path / "list.txt").write_text(
+        "\n".join(f"{os.path.relpath(root, tmp_path)}/{name}" for name in names)
+    )
     assert copy(tmp_path / "list.txt", out=tmp_path / "listed")["ok"] == 12
     assert len(set(copies_of(f"folder:{root}", tmp_path / "listed"))) == 12
     # On another machine: copies and a label file, no originals.
@@ -127,20 +165,29 @@ def test_labels_elsewhere_lists_and_links_find_the_copies(folder: tuple[Path, Pa
         load_labels(alone)
 
 
-def test_what_is_no_copy_of_the_labelled_video_is_not_read(folder: tuple[Path, Path], tmp_path: Path) -> None:
+def test_what_is_no_copy_of_the_labelled_video_is_not_read(
+    folder: tuple[Path, Path], tmp_path: Path
+) -> None:
     root, small = tmp_path / "actions", tmp_path / "small"
     shutil.copytree(folder[0], root)
     assert copy(root, out=small)["ok"] == 12
-    write_video(root / "test" / "red" / "0.mp4", np.zeros((30, 48, 64, 3), np.uint8))  # not what was copied
+    write_video(
+        root / "test" / "red" / "0.mp4", np.zeros((30, 48, 64, 3), np.uint8)
+    )  # not what was copied
     os.utime(root / "test" / "red" / "1.mp4")  # the same file, touched
     (small / "actions" / "test" / "blue" / "0.mp4.mp4").unlink()
     labels = load_labels(f"folder:{root}", videos=os.fspath(small))
     clips = EvaluationClips(labels, labels.test, VIEW, length=4, clips=3)
     errors = {video.path: clips[0, i].get("error") for i, video in enumerate(labels.test)}
-    assert errors.pop("test/red/0.mp4") == "the original has changed since it was copied: run distinit prepare again"
+    assert (
+        errors.pop("test/red/0.mp4")
+        == "the original has changed since it was copied: run distinit prepare again"
+    )
     assert errors.pop("test/blue/0.mp4") == f"no copy in {small}: its status.csv says why"
     assert set(errors.values()) == {None}
-    with pytest.raises(UsageError, match=r"holds no prepared\.json; expected a folder made by distinit prepare"):
+    with pytest.raises(
+        UsageError, match=r"holds no prepared\.json; expected a folder made by distinit prepare"
+    ):
         load_labels(f"folder:{root}", videos=os.fspath(root))
     shutil.rmtree(small / "actions")
     with pytest.raises(UsageError, match="holds a copy of none of the 12 videos"):

@@ -1,4 +1,5 @@
-"""Stage three's other ways: all splits, a frozen backbone, other protocols, fusion, comparison, own videos."""
+"""Stage three's other ways: all splits, a frozen backbone, other protocols, fusion, comparison, own
+videos."""
 
 from __future__ import annotations
 
@@ -63,7 +64,14 @@ def config(folder: Path, out: Path, **changes: Any) -> FinetuneConfig:
         "out": str(out),
         "student": {"architecture": "r3d_18", "width": 0.0625},
         "clips": {"size": 32, "length": 4},
-        "loop": {"batch_size": 4, "epochs": 2, "epoch_clips": 8, "lr": 0.02, "workers": 0, "device": "cpu"},
+        "loop": {
+            "batch_size": 4,
+            "epochs": 2,
+            "epoch_clips": 8,
+            "lr": 0.02,
+            "workers": 0,
+            "device": "cpu",
+        },
         "test": {"clips": 2, "workers": 0},
     }
     return FinetuneConfig.model_validate(values | changes)
@@ -75,7 +83,9 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return out, finetune(config(folder, out / "all", split="all"), QUIET)
 
 
-def test_all_splits_go_on_after_an_interrupt(folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_all_splits_go_on_after_an_interrupt(
+    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     """Interrupted in the first split, the others have not begun."""
     with pytest.raises(UsageError, match=r"--resume: .* holds no run"):
         finetune(config(folder, tmp_path / "none", split="all", resume=True), QUIET)
@@ -91,7 +101,8 @@ def test_all_splits_go_on_after_an_interrupt(folder: Path, runs: tuple[Path, dic
 def test_a_folder_of_another_kind_of_run_is_left_alone(
     folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path, resume: bool
 ) -> None:
-    """Both write config.yaml and result.json into it, and a resume would take one's checkpoint for the other's."""
+    """Both write config.yaml and result.json into it, and a resume would take one's checkpoint for
+    the other's."""
     shutil.copytree(runs[0] / "all" / "split1", tmp_path / "one")
     shutil.copytree(runs[0] / "all", tmp_path / "all")
     (student := tmp_path / "student").mkdir()
@@ -101,21 +112,42 @@ def test_a_folder_of_another_kind_of_run_is_left_alone(
         finetune(config(folder, tmp_path / "one", split="all", resume=resume), QUIET)
     with pytest.raises(UsageError, match=r"all holds runs of the splits 1, 2; one split needs"):
         finetune(config(folder, tmp_path / "all", resume=resume), QUIET)
-    with pytest.raises(UsageError, match=r"student: its config.yaml is one of distinit train-student, which finetune"):
+    with pytest.raises(
+        UsageError,
+        match=r"student: its config.yaml is one of distinit train-student, which finetune",
+    ):
         finetune(config(folder, student, resume=resume), QUIET)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_test_on_videos_of_the_training_is_told_of(
-    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path,
+    runs: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Split 2 tests the five videos that split 1 trains on."""
-    given = {"runs": [str(runs[0] / "all/split1")], "out": str(tmp_path / "seen"), "split": 2, "device": "cpu"}
+    given = {
+        "runs": [str(runs[0] / "all/split1")],
+        "out": str(tmp_path / "seen"),
+        "split": 2,
+        "device": "cpu",
+    }
     evaluate(EvaluateConfig.model_validate(given), Console())
-    assert "warning: 5 of 5 test videos are among those that the run was trained on" in capfd.readouterr().err
+    assert (
+        "warning: 5 of 5 test videos are among those that the run was trained on"
+        in capfd.readouterr().err
+    )
     other = tmp_path / "other.csv"
-    other.write_text("path,label,split1\n0.mp4,blue,train\n1.mp4,red,train\n6.mp4,blue,test\n5.mp4,red,test\n")
-    given |= {"dataset": f"csv:{other}", "root": str(folder), "out": str(tmp_path / "unseen"), "split": None}
+    other.write_text(
+        "path,label,split1\n0.mp4,blue,train\n1.mp4,red,train\n6.mp4,blue,test\n5.mp4,red,test\n"
+    )
+    given |= {
+        "dataset": f"csv:{other}",
+        "root": str(folder),
+        "out": str(tmp_path / "unseen"),
+        "split": None,
+    }
     evaluate(EvaluateConfig.model_validate(given), Console())
     assert "trained on" not in capfd.readouterr().err
 
@@ -124,7 +156,10 @@ def test_a_resize_is_held_against_the_size_of_the_initialisation(
     folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     init = {"init": str(runs[0] / "all/split1"), "student": None}
-    with pytest.raises(UsageError, match=r"clips\.resize: resize 20x30 is smaller than the crop of 32; clips\.size is"):
+    with pytest.raises(
+        UsageError,
+        match=r"clips\.resize: resize 20x30 is smaller than the crop of 32; clips\.size is",
+    ):
         finetune(config(folder, tmp_path / "small", clips={"resize": [20, 30]}, **init), QUIET)
     assert not (tmp_path / "small").exists()
     finetune(config(folder, tmp_path / "fits", clips={"resize": [36, 40]}, **init), QUIET)
@@ -138,46 +173,66 @@ def test_all_splits_are_runs_of_their_own_and_their_mean(
     assert result["mean"]["top1"]["mean"] == pytest.approx(np.mean(each))
     assert result["mean"]["top1"]["std"] == pytest.approx(np.std(each, ddof=1))
     assert json.loads((out / "all/result.json").read_text())["mean"] == result["mean"]
-    assert [r["name"] for r in report([out / "all"], tmp_path / "report", QUIET)["runs"]] == ["split1", "split2"]
+    assert [r["name"] for r in report([out / "all"], tmp_path / "report", QUIET)["runs"]] == [
+        "split1",
+        "split2",
+    ]
     single = finetune(config(folder, tmp_path / "two", split=2), QUIET)
     assert single["metrics"] == result["splits"]["2"]["metrics"]
     again = finetune(config(folder, out / "all", split="all", resume=True), QUIET)
     assert again["mean"] == result["mean"]
     assert all(part["already_finished"] for part in again["splits"].values())
-    tested = evaluate(EvaluateConfig(runs=[str(out / "all")], out=str(tmp_path / "again"), device="cpu"), QUIET)
+    tested = evaluate(
+        EvaluateConfig(runs=[str(out / "all")], out=str(tmp_path / "again"), device="cpu"), QUIET
+    )
     assert tested["mean"] == result["mean"]
     assert (tmp_path / "again/split2/predictions.h5").exists()
     with pytest.raises(UsageError, match="was trained on one split"):
-        evaluate(EvaluateConfig(runs=[str(tmp_path / "two")], split="all", out=str(tmp_path / "x")), QUIET)
+        evaluate(
+            EvaluateConfig(runs=[str(tmp_path / "two")], split="all", out=str(tmp_path / "x")),
+            QUIET,
+        )
     with pytest.raises(UsageError, match="--resume"):
         finetune(config(folder, out / "all", split="all"), QUIET)
 
 
 def test_a_linear_probe_leaves_the_backbone(
-    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path,
+    runs: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     start = runs[0] / "all/split1"
-    probe = config(folder, tmp_path / "probe", init=str(start), freeze="backbone", dropout=0.2, verbose=True)
+    probe = config(
+        folder, tmp_path / "probe", init=str(start), freeze="backbone", dropout=0.2, verbose=True
+    )
     result = finetune(probe, Console())
     before, after = (load_student(path).state_dict() for path in (start, tmp_path / "probe"))
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == name.startswith("backbone."), name
     said = capfd.readouterr().err
     assert "the backbone frozen" in said
-    assert "2 (blue) to 3 (red) train videos a class, 1.5 times as many; always guessing 'red'" in said
+    assert (
+        "2 (blue) to 3 (red) train videos a class, 1.5 times as many; always guessing 'red'" in said
+    )
     assert "stem.0.weight [4, 3, 3, 7, 7] from stem.0.weight" in said
     assert "left: fc.weight [2, 32]" in said
     assert result["train_videos_of_class"] == {"blue": 2, "red": 3}
     with pytest.raises(CheckpointError, match='freeze = "backbone", now it is "none"'):
-        finetune(config(folder, tmp_path / "probe", init=str(start), dropout=0.2, resume=True), QUIET)
+        finetune(
+            config(folder, tmp_path / "probe", init=str(start), dropout=0.2, resume=True), QUIET
+        )
 
 
 def test_an_inflated_run_keeps_the_filters_it_began_with(folder: Path, tmp_path: Path) -> None:
-    """For Figure 3: a ResNet-18 of 4 planes, with its squares, and what finetuning made of their copies."""
+    """For Figure 3: a ResNet-18 of 4 planes, with its squares, and what finetuning made of their
+    copies."""
     options = StudentOptions(architecture="r3d_18", width=0.0625)
     theirs = build_student(options, {"label": 2}).backbone.state_dict()
     names = {video_name(name): name for name in resnet18(weights=None).state_dict()}
-    squares = {names[new]: t.mean(2) if t.ndim == 5 else t for new, t in theirs.items() if new in names}
+    squares = {
+        names[new]: t.mean(2) if t.ndim == 5 else t for new, t in theirs.items() if new in names
+    }
     torch.save(squares, tmp_path / "resnet18.pth")
     out = tmp_path / "inflated"
     finetune(config(folder, out, init=f"inflate:{tmp_path / 'resnet18.pth'}"), QUIET)
@@ -191,50 +246,84 @@ def test_an_inflated_run_keeps_the_filters_it_began_with(folder: Path, tmp_path:
     assert variation_over_time(after.weights) > 1e-4
 
 
-def test_shuffled_and_frozen_clips_have_the_frames_of_ordered_ones(folder: Path, runs: Any, tmp_path: Path) -> None:
+def test_shuffled_and_frozen_clips_have_the_frames_of_ordered_ones(
+    folder: Path, runs: Any, tmp_path: Path
+) -> None:
     """Held against the ordered clip, and the saved scores against the student called here."""
     own = str(runs[0] / "all/split1")
     labels = load_labels(f"csv:{folder / 'labels.csv'}")
     clips = {
-        order: EvaluationClips(labels, labels.test, ClipView(size=32), length=4, clips=3, crops=3, order=order)[0, 1]
+        order: EvaluationClips(
+            labels, labels.test, ClipView(size=32), length=4, clips=3, crops=3, order=order
+        )[0, 1]
         for order in ("ordered", "shuffled", "frozen")
     }
-    ordered, shuffled, frozen = (clips[order]["clips"] for order in ("ordered", "shuffled", "frozen"))
+    ordered, shuffled, frozen = (
+        clips[order]["clips"] for order in ("ordered", "shuffled", "frozen")
+    )
     assert torch.equal(frozen, ordered[:, :, 2:3].expand_as(ordered))
     orders = []
     for n in range(9):
-        orders.append([next(s for s in range(4) if torch.equal(ordered[n, :, s], shuffled[n, :, t])) for t in range(4)])
+        orders.append(
+            [
+                next(s for s in range(4) if torch.equal(ordered[n, :, s], shuffled[n, :, t]))
+                for t in range(4)
+            ]
+        )
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
     assert len({tuple(order) for order in orders}) > 1
-    assert all(orders[3 * n] == orders[3 * n + 1] == orders[3 * n + 2] for n in range(3)), "crops share it"
+    assert all(orders[3 * n] == orders[3 * n + 1] == orders[3 * n + 2] for n in range(3)), (
+        "crops share it"
+    )
     with pytest.raises(UsageError, match=r"test\.frames=frozen needs --out"):
-        evaluate(EvaluateConfig.model_validate({"runs": [own], "test": {"frames": "frozen"}}), QUIET)
+        evaluate(
+            EvaluateConfig.model_validate({"runs": [own], "test": {"frames": "frozen"}}), QUIET
+        )
     test = {"clips": 3, "frames": "frozen", "workers": 0}
-    evaluate(EvaluateConfig.model_validate({"runs": [own], "out": str(tmp_path), "test": test, "device": "cpu"}), QUIET)
+    evaluate(
+        EvaluateConfig.model_validate(
+            {"runs": [own], "out": str(tmp_path), "test": test, "device": "cpu"}
+        ),
+        QUIET,
+    )
     with torch.no_grad():
         expected = load_student(own)(normalize_clip(frozen[1::3]))["label"].softmax(dim=1)
     found = Predictions.read(tmp_path / "predictions.h5").clip_scores[1]
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
     with pytest.raises(UsageError, match=r"test\.frames=shuffled is for students of RGB"):
-        EvaluationClips(labels, labels.test, ClipView(size=32), length=4, clips=3, channels=2, order="shuffled")
+        EvaluationClips(
+            labels, labels.test, ClipView(size=32), length=4, clips=3, channels=2, order="shuffled"
+        )
 
 
-def test_three_crops_and_logits(folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_three_crops_and_logits(
+    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     """Each view against a crop made here, the scores against the student called here."""
     own = str(runs[0] / "all/split1")
     test = {"clips": 3, "crops": 3, "scores": "logits", "workers": 0}
     for key in ("clips", "crops", "scores"):
         with pytest.raises(UsageError, match=rf"test\.{key}={test[key]} needs --out"):
-            evaluate(EvaluateConfig.model_validate({"runs": [own], "test": {key: test[key]}}), QUIET)
-    evaluate(EvaluateConfig.model_validate({"runs": [own], "out": str(tmp_path), "test": test, "device": "cpu"}), QUIET)
+            evaluate(
+                EvaluateConfig.model_validate({"runs": [own], "test": {key: test[key]}}), QUIET
+            )
+    evaluate(
+        EvaluateConfig.model_validate(
+            {"runs": [own], "out": str(tmp_path), "test": test, "device": "cpu"}
+        ),
+        QUIET,
+    )
     found = Predictions.read(tmp_path / "predictions.h5")
     assert found.clip_scores.shape == (4, 9, 2)
     labels, view = load_labels(f"csv:{folder / 'labels.csv'}"), ClipView(size=32)
     one, three = (
-        EvaluationClips(labels, labels.test, view, length=4, clips=3, crops=crops)[0, 1]["clips"] for crops in (1, 3)
+        EvaluationClips(labels, labels.test, view, length=4, clips=3, crops=crops)[0, 1]["clips"]
+        for crops in (1, 3)
     )
     assert torch.equal(three[1::3], one), "the middle one is that of a single crop"
-    frames = read_frames(labels.absolute(labels.test[1]), np.arange(14), view.frame_view()).images  # [14, 37, 49, 3]
+    frames = read_frames(
+        labels.absolute(labels.test[1]), np.arange(14), view.frame_view()
+    ).images  # [14, 37, 49, 3]
     for clip, start in enumerate((0, 5, 10)):  # 14 frames, 4 a clip
         for crop, left in enumerate((0, 8, 17)):
             expected = frames[start : start + 4, 2:34, left : left + 32].transpose(3, 0, 1, 2)
@@ -251,17 +340,33 @@ def test_three_crops_and_logits(folder: Path, runs: tuple[Path, dict[str, Any]],
 
 
 def test_runs_are_fused_and_compared_without_decoding(
-    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path,
+    runs: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     a = str(runs[0] / "all/split1")
-    finetune(config(folder, tmp_path / "b", loop={**config(folder, tmp_path).loop.model_dump(), "seed": 5}), QUIET)
+    finetune(
+        config(
+            folder, tmp_path / "b", loop={**config(folder, tmp_path).loop.model_dump(), "seed": 5}
+        ),
+        QUIET,
+    )
     b = str(tmp_path / "b")
-    fused = evaluate(EvaluateConfig(runs=[a, b], fuse=True, weights=[1, 2], out=str(tmp_path / "f")), Console())
+    fused = evaluate(
+        EvaluateConfig(runs=[a, b], fuse=True, weights=[1, 2], out=str(tmp_path / "f")), Console()
+    )
     assert "per_clip" not in fused["metrics"]
     assert fused["metrics"]["videos"] == 4
-    scores = [Predictions.read(Path(path) / "predictions.h5").video_scores for path in (a, b, tmp_path / "f")]
+    scores = [
+        Predictions.read(Path(path) / "predictions.h5").video_scores
+        for path in (a, b, tmp_path / "f")
+    ]
     np.testing.assert_allclose(scores[2], (scores[0] + 2 * scores[1]) / 3, atol=1e-6)
-    compared = evaluate(EvaluateConfig(runs=[str(tmp_path / "f"), a], compare=True, out=str(tmp_path / "c")), Console())
+    compared = evaluate(
+        EvaluateConfig(runs=[str(tmp_path / "f"), a], compare=True, out=str(tmp_path / "c")),
+        Console(),
+    )
     assert set(compared["measures"]) == {"top1", "top5", "class_mean"}
     assert compared["classes"]["red"]["videos"] == 3
     assert json.loads((tmp_path / "c/result.json").read_text()) == compared
@@ -278,10 +383,16 @@ def test_runs_are_fused_and_compared_without_decoding(
         with pytest.raises(UsageError, match=words):
             load_config(EvaluateConfig, "evaluate", options=wrong)
     every = str(runs[0] / "all")
-    both = evaluate(EvaluateConfig(runs=[every, every], fuse=True, out=str(tmp_path / "every")), QUIET)
-    assert both["mean"] == {name: mean for name, mean in runs[1]["mean"].items() if name != "per_clip"}
+    both = evaluate(
+        EvaluateConfig(runs=[every, every], fuse=True, out=str(tmp_path / "every")), QUIET
+    )
+    assert both["mean"] == {
+        name: mean for name, mean in runs[1]["mean"].items() if name != "per_clip"
+    }
     assert (tmp_path / "every/split2/predictions.h5").exists()
-    with pytest.raises(UsageError, match=r"holds a run for each split; name one: .*split1, .*split2"):
+    with pytest.raises(
+        UsageError, match=r"holds a run for each split; name one: .*split1, .*split2"
+    ):
         evaluate(EvaluateConfig(runs=[every, a], compare=True), QUIET)
     with pytest.raises(UsageError, match="--fuse needs --out"):
         evaluate(EvaluateConfig(runs=[a, b], fuse=True), QUIET)
@@ -296,21 +407,35 @@ def test_no_other_run_is_overwritten(folder: Path, runs: tuple[Path, dict[str, A
         {"runs": [a], "split": 2, "out": b},
         {"runs": [a], "split": 2, "out": str(runs[0] / "all")},
     ):
-        with pytest.raises(UsageError, match=r"is a run, which keeps its own predictions and result"):
+        with pytest.raises(
+            UsageError, match=r"is a run, which keeps its own predictions and result"
+        ):
             evaluate(EvaluateConfig.model_validate(options), QUIET)
-    with pytest.raises(UsageError, match="needs --out, for the run keeps the predictions of its own protocol"):
-        evaluate(EvaluateConfig.model_validate({"runs": [a], "test": {"clips": 3}, "out": a}), QUIET)
+    with pytest.raises(
+        UsageError, match="needs --out, for the run keeps the predictions of its own protocol"
+    ):
+        evaluate(
+            EvaluateConfig.model_validate({"runs": [a], "test": {"clips": 3}, "out": a}), QUIET
+        )
     assert {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()} == before
 
 
-def test_no_other_result_is_overwritten(folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_no_other_result_is_overwritten(
+    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     a, b = (str(runs[0] / "all" / name) for name in ("split1", "split2"))
     out = str(tmp_path / "frozen")
     frozen = EvaluateConfig.model_validate({"runs": [a], "test": {"frames": "frozen"}, "out": out})
     for _ in range(2):  # the same once more is no other
         evaluate(frozen, QUIET)
-    for options in ({"runs": [b]}, {"runs": [a, a], "fuse": True}, {"runs": [a, a], "compare": True}):
-        with pytest.raises(UsageError, match=r"frozen holds another result, of run=.*split1; choose another --out"):
+    for options in (
+        {"runs": [b]},
+        {"runs": [a, a], "fuse": True},
+        {"runs": [a, a], "compare": True},
+    ):
+        with pytest.raises(
+            UsageError, match=r"frozen holds another result, of run=.*split1; choose another --out"
+        ):
             evaluate(EvaluateConfig.model_validate(options | {"out": out}), QUIET)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file: is a file, expected a folder"):
@@ -320,11 +445,20 @@ def test_no_other_result_is_overwritten(folder: Path, runs: tuple[Path, dict[str
 
 
 def test_own_videos_get_classes_and_failures_reasons(
-    folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    runs: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = runs[0] / "all/split1"
     (tmp_path / "broken.mp4").write_bytes(b"this is no video")
-    command = ["predict", str(model), str(folder / "5.mp4"), str(tmp_path / "broken.mp4"), str(folder / "6.mp4")]
+    command = [
+        "predict",
+        str(model),
+        str(folder / "5.mp4"),
+        str(tmp_path / "broken.mp4"),
+        str(folder / "6.mp4"),
+    ]
     with pytest.raises(SystemExit) as end:
         run(cli, [*command, "--json", "--device", "cpu", "--test-clips", "2"])
     assert end.value.code == 1, "one of the three could not be read"
@@ -335,12 +469,16 @@ def test_own_videos_get_classes_and_failures_reasons(
     assert [Path(row["video"]).name for row in result["videos"]] == ["5.mp4", "6.mp4"]
     tested = Predictions.read(model / "predictions.h5")
     for row, name in zip(result["videos"], ("5.mp4", "6.mp4"), strict=True):
-        scores = dict(zip(tested.classes, tested.video_scores[tested.videos.index(name)], strict=True))
+        scores = dict(
+            zip(tested.classes, tested.video_scores[tested.videos.index(name)], strict=True)
+        )
         found = {best["class"]: best["probability"] for best in row["top"]}
         assert found == pytest.approx(scores, abs=1e-4)
         assert list(found.values()) == sorted(found.values(), reverse=True)
         assert row["frames"] == 8 + int(name[0])
-    alone = predict(PredictConfig(model=str(model / "model.safetensors"), sources=[str(folder)], top=1), QUIET)
+    alone = predict(
+        PredictConfig(model=str(model / "model.safetensors"), sources=[str(folder)], top=1), QUIET
+    )
     assert alone["ok"]
     assert [len(row["top"]) for row in alone["videos"]] == [1] * 9
     with pytest.raises(SourceError):
@@ -357,7 +495,12 @@ def test_a_model_without_its_run_is_tested_on_what_it_is_given(
     alone.write_bytes((run_folder / "model.safetensors").read_bytes())
     with pytest.raises(UsageError, match="a model without its run: it needs --dataset and --out"):
         evaluate(EvaluateConfig(runs=[str(alone)]), QUIET)
-    given = {"runs": [str(alone)], "dataset": f"csv:{folder / 'labels.csv'}", "out": str(tmp_path), "device": "cpu"}
+    given = {
+        "runs": [str(alone)],
+        "dataset": f"csv:{folder / 'labels.csv'}",
+        "out": str(tmp_path),
+        "device": "cpu",
+    }
     found = evaluate(EvaluateConfig.model_validate(given | {"test": {"clips": 2}}), QUIET)
     assert found["metrics"] == runs[1]["splits"]["1"]["metrics"]
 
@@ -371,12 +514,35 @@ def narrow():
 """
 
 
-def test_the_console_script_starts_from_a_function_in_the_working_folder(folder: Path, tmp_path: Path) -> None:
-    """Python itself does not look there: the first place of a script's path is the script's folder."""
+def test_the_console_script_starts_from_a_function_in_the_working_folder(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Python itself does not look there: the first place of a script's path is the script's
+    folder."""
     (tmp_path / "own_narrow_start.py").write_text(STARTS)
     script = Path(sysconfig.get_path("scripts")) / "distinit"
-    given = ["--dataset", f"csv:{folder / 'labels.csv'}", "--device", "cpu", "--frames", "4", "--size", "32"]
-    short = ["--epochs", "1", "--epoch-clips", "4", "--batch-size", "4", "--workers", "0", "--test-clips", "1"]
+    given = [
+        "--dataset",
+        f"csv:{folder / 'labels.csv'}",
+        "--device",
+        "cpu",
+        "--frames",
+        "4",
+        "--size",
+        "32",
+    ]
+    short = [
+        "--epochs",
+        "1",
+        "--epoch-clips",
+        "4",
+        "--batch-size",
+        "4",
+        "--workers",
+        "0",
+        "--test-clips",
+        "1",
+    ]
     done = subprocess.run(
         [script, "finetune", "--init", "own_narrow_start:narrow", *given, *short, "--out", "run", "--json"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
@@ -394,10 +560,20 @@ def test_presets_are_the_papers() -> None:
         assert (found.dataset, found.split) == (name, 1)
         assert (loop.lr, loop.gamma, loop.step_epochs, loop.epochs) == (0.002, 0.1, 2, 8)
         assert (loop.epoch_clips, loop.weight_decay) == (40_000, 0.005)
-        assert found.test.protocol() == {"clips": 10, "crops": 1, "scores": "softmax", "frames": "ordered"}
-    scratch = load_config(FinetuneConfig, "finetune", preset="scratch", options={"dataset": "hmdb51", "out": "run"})
+        assert found.test.protocol() == {
+            "clips": 10,
+            "crops": 1,
+            "scores": "softmax",
+            "frames": "ordered",
+        }
+    scratch = load_config(
+        FinetuneConfig, "finetune", preset="scratch", options={"dataset": "hmdb51", "out": "run"}
+    )
     assert (scratch.loop.lr, scratch.loop.step_epochs, scratch.loop.epochs) == (0.01, 10, 45)
     everything = load_config(
-        FinetuneConfig, "finetune", preset="hmdb51", options={"root": "v", "out": "run", "split": "all"}
+        FinetuneConfig,
+        "finetune",
+        preset="hmdb51",
+        options={"root": "v", "out": "run", "split": "all"},
     )
     assert everything.split == "all"

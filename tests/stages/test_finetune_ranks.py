@@ -1,4 +1,5 @@
-"""Stage three in two real processes: the scores of one, whatever the batch size, and nothing counted twice."""
+"""Stage three in two real processes: the scores of one, whatever the batch size, and nothing
+counted twice."""
 
 from __future__ import annotations
 
@@ -26,10 +27,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = ["path,label,source,split1"]
     for i in range(12):
         label = "red" if i % 2 else "blue"
-        images = random.integers(0, 60, (9 + 2 * i, 5, 7, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+        images = (
+            random.integers(0, 60, (9 + 2 * i, 5, 7, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+        )
         images[..., i % 2 * 2] += 100
         write_video(root / f"{i}.mp4", images, fps=8)
-        rows.append(f"{i}.mp4,{label},{'train' if i < 6 else 's'}{i // 2},{'train' if i < 6 else 'test'}")
+        rows.append(
+            f"{i}.mp4,{label},{'train' if i < 6 else 's'}{i // 2},{'train' if i < 6 else 'test'}"
+        )
     (root / "broken.mp4").write_bytes(b"this is no video")
     (root / "labels.csv").write_text("\n".join([*rows, "broken.mp4,red,s9,test"]) + "\n")
     return f"csv:{root / 'labels.csv'}"
@@ -43,7 +48,15 @@ def config(dataset: str, out: Path, freeze: str = "backbone", **loop: Any) -> Fi
             "student": {"architecture": "r3d_18", "width": 0.0625},
             "clips": {"size": 32, "length": 4},
             "freeze": freeze,
-            "loop": {"batch_size": 4, "epochs": 2, "epoch_clips": 8, "lr": 0.05, "workers": 0, "device": "cpu"} | loop,
+            "loop": {
+                "batch_size": 4,
+                "epochs": 2,
+                "epoch_clips": 8,
+                "lr": 0.05,
+                "workers": 0,
+                "device": "cpu",
+            }
+            | loop,
             "test": {"batch_size": 7, "workers": 0, "crops": 3, "clips": 2},
         }
     )
@@ -54,7 +67,9 @@ def test_two_processes_train_and_test_as_one(dataset: str, tmp_path: Path) -> No
     alone = finetune(config(dataset, tmp_path / "alone"), QUIET)
     together = finetune(config(dataset, tmp_path / "together", gpus=2), QUIET)
     assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
-    one, two = (Predictions.read(tmp_path / name / "predictions.h5") for name in ("alone", "together"))
+    one, two = (
+        Predictions.read(tmp_path / name / "predictions.h5") for name in ("alone", "together")
+    )
     assert one.videos == two.videos
     assert (one.status, one.reasons, one.sources) == (two.status, two.reasons, two.sources)
     assert one.status.count("failed") == 1
@@ -63,7 +78,10 @@ def test_two_processes_train_and_test_as_one(dataset: str, tmp_path: Path) -> No
     np.testing.assert_array_equal(two.starts, one.starts)
     assert together["metrics"]["videos"] == 7, "each video once, none to fill up a share"
     assert together["metrics"]["intervals"] == {"resampled": "sources", "units": 4}
-    assert json.loads((tmp_path / "together/result.json").read_text())["metrics"] == together["metrics"]
+    assert (
+        json.loads((tmp_path / "together/result.json").read_text())["metrics"]
+        == together["metrics"]
+    )
 
     again = evaluate(
         EvaluateConfig.model_validate(

@@ -1,4 +1,5 @@
-"""Stages two and three with a student of optical flow, end to end, on copies and on flow that was prepared."""
+"""Stages two and three with a student of optical flow, end to end, on copies and on flow that was
+prepared."""
 
 from __future__ import annotations
 
@@ -49,7 +50,10 @@ def config_of(tiny_store, tmp_path: Path, small: Path) -> TrainConfig:
 
 def tuned_config(tiny_store, tmp_path: Path, init: str, **changes: object) -> FinetuneConfig:
     names = sorted(path.name for path in tiny_store.videos.iterdir())
-    lines = [f"{tiny_store.videos / name},{'ab'[i % 2]},{'train' if i < 8 else 'test'}" for i, name in enumerate(names)]
+    lines = [
+        f"{tiny_store.videos / name},{'ab'[i % 2]},{'train' if i < 8 else 'test'}"
+        for i, name in enumerate(names)
+    ]
     (tmp_path / "labels.csv").write_text("\n".join(["path,label,split1", *lines]) + "\n")
     return FinetuneConfig.model_validate(
         {
@@ -66,7 +70,10 @@ def tuned_config(tiny_store, tmp_path: Path, init: str, **changes: object) -> Fi
 def test_a_student_of_flow_is_trained_and_finetuned(tiny_store, tmp_path: Path) -> None:
     pytest.importorskip("cv2")
     small = tmp_path / "small"
-    prepare(PrepareConfig.model_validate({"sources": [os.fspath(tiny_store.videos)], "out": small}), QUIET)
+    prepare(
+        PrepareConfig.model_validate({"sources": [os.fspath(tiny_store.videos)], "out": small}),
+        QUIET,
+    )
     result = train_student(config_of(tiny_store, tmp_path, small), QUIET)
     assert result["steps"] == 2
     student = load_student(tmp_path / "student")
@@ -81,16 +88,25 @@ def test_a_student_of_flow_reads_flow_that_was_prepared(tiny_store, tmp_path: Pa
     out = tmp_path / "flow"
 
     def run(**changes: object) -> dict[str, Any]:
-        values = {"sources": [os.fspath(tiny_store.videos)], "out": out, "copies": {"size": (37, 49)}, "flow": True}
+        values = {
+            "sources": [os.fspath(tiny_store.videos)],
+            "out": out,
+            "copies": {"size": (37, 49)},
+            "flow": True,
+        }
         return prepare(PrepareConfig.model_validate({**values, "workers": 2, **changes}), QUIET)
 
     first = run()
     assert (first["new"], first["ok"], first["failed"], "psnr" in first) == (12, 12, 0, False)
     files = sorted((out / "videos").iterdir())
-    assert [file.name for file in files] == [f"{path.name}.h5" for path in sorted(tiny_store.videos.iterdir())]
+    assert [file.name for file in files] == [
+        f"{path.name}.h5" for path in sorted(tiny_store.videos.iterdir())
+    ]
     with open(out / "status.csv", newline="", encoding="utf-8") as table:
         rows = list(csv.DictReader(table))
-    assert {(row["status"], row["width"], row["height"], row["psnr"]) for row in rows} == {("ok", "49", "37", "")}
+    assert {(row["status"], row["width"], row["height"], row["psnr"]) for row in rows} == {
+        ("ok", "49", "37", "")
+    }
     with h5py.File(files[0]) as file:
         assert float(rows[0]["clipped"]) == pytest.approx(file["flow"].attrs["clipped"], abs=1e-6)
     # The same command goes on: what is whole stays, what is not is made again.
@@ -105,7 +121,8 @@ def test_a_student_of_flow_reads_flow_that_was_prepared(tiny_store, tmp_path: Pa
     with pytest.raises(UsageError, match="--flow with --short-side"):
         run(copies={"short_side": 32})
 
-    # Targets are those of the RGB frames with the same pts; the clip is the flow between those frames.
+    # Targets are those of the RGB frames with the same pts; the clip is the flow between those
+    # frames.
     store = TargetStore.open(tiny_store.path)
     sampler = TargetSampler(
         store, teachers=("sure",), picks=PickRule.parse("random"), clip_length=4, videos=store.usable(), seed=1,
@@ -132,19 +149,37 @@ def test_a_student_of_flow_reads_flow_that_was_prepared(tiny_store, tmp_path: Pa
     config = config_of(tiny_store, tmp_path, out)
     result = train_student(config, QUIET)
     assert (result["steps"], result["broken"]) == (2, {})
-    with pytest.raises(UsageError, match=r"holds optical flow, for student\.channels=2; student\.channels=3 reads"):
-        train_student(config.model_copy(update={"student": StudentOptions(width=0.1), "out": f"{out}-x"}), QUIET)
-    with pytest.raises(UsageError, match=r"flow of frames of 37x49, asked for .* resized to \(46, 61\)"):
-        train_student(config.model_copy(update={"clips": ClipOptions(size=40), "out": f"{out}-y"}), QUIET)
-    with pytest.raises(UsageError, match=r"holds the flow of one size, which clips\.scale=\[1\.0, 1\.5\] is not"):
+    with pytest.raises(
+        UsageError, match=r"holds optical flow, for student\.channels=2; student\.channels=3 reads"
+    ):
         train_student(
-            config.model_copy(update={"clips": ClipOptions(size=32, scale=(1.0, 1.5)), "out": f"{out}-z"}), QUIET
+            config.model_copy(update={"student": StudentOptions(width=0.1), "out": f"{out}-x"}),
+            QUIET,
         )
-    tuned = finetune(tuned_config(tiny_store, tmp_path, result["run"], videos=os.fspath(out)), QUIET)
+    with pytest.raises(
+        UsageError, match=r"flow of frames of 37x49, asked for .* resized to \(46, 61\)"
+    ):
+        train_student(
+            config.model_copy(update={"clips": ClipOptions(size=40), "out": f"{out}-y"}), QUIET
+        )
+    with pytest.raises(
+        UsageError, match=r"holds the flow of one size, which clips\.scale=\[1\.0, 1\.5\] is not"
+    ):
+        train_student(
+            config.model_copy(
+                update={"clips": ClipOptions(size=32, scale=(1.0, 1.5)), "out": f"{out}-z"}
+            ),
+            QUIET,
+        )
+    tuned = finetune(
+        tuned_config(tiny_store, tmp_path, result["run"], videos=os.fspath(out)), QUIET
+    )
     assert (tuned["test_videos"], tuned["broken"], tuned["metrics"]["failed"]) == (4, {}, [])
 
 
-def test_without_opencv_the_extra_is_named(tiny_store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_opencv_the_extra_is_named(
+    tiny_store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(UsageError, match=r"student\.channels=2 .*distinit\[flow\]"):
         flow.require_opencv()

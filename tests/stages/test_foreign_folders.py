@@ -1,4 +1,5 @@
-"""No command takes a folder for its own by the names in it: what somebody else put there stays as it is."""
+"""No command takes a folder for its own by the names in it: what somebody else put there stays as
+it is."""
 
 from __future__ import annotations
 
@@ -39,7 +40,10 @@ from distinit.stages.train_student import train_student
 
 QUIET = Console(quiet=True)
 THEIRS = b"model: resnet18\n"
-TEACHER = {"name": "random_teachers:teacher", "options": {"name": "some", "k": "3", "input_size": "32"}}
+TEACHER = {
+    "name": "random_teachers:teacher",
+    "options": {"name": "some", "k": "3", "input_size": "32"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +70,18 @@ def inputs(tiny_store: Any, random_teachers: None, tmp_path: Path) -> Inputs:
 
 
 def _train(given: Inputs, out: Path, **options: Any) -> object:
-    return train_student(TrainConfig.model_validate({"store": str(given.store), "out": str(out), **options}), QUIET)
+    return train_student(
+        TrainConfig.model_validate({"store": str(given.store), "out": str(out), **options}), QUIET
+    )
 
 
 def _finetune(given: Inputs, out: Path, **options: Any) -> object:
-    config = {"dataset": f"csv:{given.labels}", "out": str(out), "student": {"width": 0.125}, **options}
+    config = {
+        "dataset": f"csv:{given.labels}",
+        "out": str(out),
+        "student": {"width": 0.125},
+        **options,
+    }
     return finetune(FinetuneConfig.model_validate(config), QUIET)
 
 
@@ -84,7 +95,9 @@ COMMANDS: dict[str, Callable[[Inputs, Path], object]] = {
         PrepareConfig.model_validate({"sources": [str(given.videos)], "out": out}), QUIET
     ),
     "extract-targets": lambda given, out: extract_targets(
-        ExtractConfig.model_validate({"sources": [str(given.videos)], "out": out, "teachers": [TEACHER]}),
+        ExtractConfig.model_validate(
+            {"sources": [str(given.videos)], "out": out, "teachers": [TEACHER]}
+        ),
         QUIET,
     ),
     "train-student": _train,
@@ -104,12 +117,18 @@ COMMANDS: dict[str, Callable[[Inputs, Path], object]] = {
 def _finished_run(given: Inputs) -> Path:
     """A folder that a report takes: the record of a student, without results."""
     run = given.labels.parent / "run"
-    write_config(run / "config.yaml", "train-student", TrainConfig(store=str(given.store), out=str(run)))
+    write_config(
+        run / "config.yaml", "train-student", TrainConfig(store=str(given.store), out=str(run))
+    )
     return run
 
 
 def held(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(
@@ -146,7 +165,9 @@ def held(folder: Path) -> dict[str, bytes]:
         ("demo", "targets.zarr/zarr.json"),
     ],
 )
-def test_names_like_ours_prove_nothing(command: str, name: str, inputs: Inputs, tmp_path: Path) -> None:
+def test_names_like_ours_prove_nothing(
+    command: str, name: str, inputs: Inputs, tmp_path: Path
+) -> None:
     out = tmp_path / "theirs"
     (out / name).parent.mkdir(parents=True)
     (out / name).write_bytes(THEIRS)
@@ -159,7 +180,9 @@ def test_names_like_ours_prove_nothing(command: str, name: str, inputs: Inputs, 
 URL_COMMANDS: dict[str, Callable[[Inputs, Path], object]] = COMMANDS | {
     "train-student --dry-run": lambda given, out: _train(given, out, dry_run=True),
     "evaluate": lambda given, out: evaluate(EvaluateConfig(runs=["run"], out=str(out)), QUIET),
-    "evaluate --fuse": lambda given, out: evaluate(EvaluateConfig(runs=["a", "b"], fuse=True, out=str(out)), QUIET),
+    "evaluate --fuse": lambda given, out: evaluate(
+        EvaluateConfig(runs=["a", "b"], fuse=True, out=str(out)), QUIET
+    ),
     "evaluate --compare": lambda given, out: evaluate(
         EvaluateConfig(runs=["a", "b"], compare=True, out=str(out)), QUIET
     ),
@@ -181,7 +204,9 @@ def test_a_url_is_no_place_to_write(
     assert not list((tmp_path / "here").iterdir())
 
 
-@pytest.mark.parametrize("url", ["file:///x", "s3://bucket/x", "reference::http://h/x", "hf://a/b", "S3:/b"])
+@pytest.mark.parametrize(
+    "url", ["file:///x", "s3://bucket/x", "reference::http://h/x", "hf://a/b", "S3:/b"]
+)
 def test_what_is_a_url(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--out"):
         check_local(url)
@@ -192,7 +217,9 @@ def test_what_is_a_url(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_folders_next_to_a_store_are_left_alone(inputs: Inputs, tmp_path: Path) -> None:
-    part, new = (tmp_path / f".theirs.zarr.{ending}" / "a.txt" for ending in ("part", f"new-{os.getpid()}"))
+    part, new = (
+        tmp_path / f".theirs.zarr.{ending}" / "a.txt" for ending in ("part", f"new-{os.getpid()}")
+    )
     for path in (part, new):
         path.parent.mkdir()
         path.write_bytes(THEIRS)
@@ -222,11 +249,15 @@ def test_predictions_are_kept_unless_a_test_of_ours_wrote_them(tmp_path: Path) -
             refuse_other(folder, mine)
     interrupted = tmp_path / "interrupted"
     interrupted.mkdir()
-    Predictions.empty(["a"], ["v.mp4"], [0], 1, protocol={}, identity={}).write(interrupted / "predictions.partial.h5")
+    Predictions.empty(["a"], ["v.mp4"], [0], 1, protocol={}, identity={}).write(
+        interrupted / "predictions.partial.h5"
+    )
     refuse_other(interrupted, mine)
 
 
-def test_a_folder_of_copies_is_known_by_its_marker_and_one_that_was_only_claimed(tmp_path: Path) -> None:
+def test_a_folder_of_copies_is_known_by_its_marker_and_one_that_was_only_claimed(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "v.mp4", np.zeros((3, 32, 32, 3), np.uint8))
     out = tmp_path / "out"
@@ -256,12 +287,20 @@ def test_what_version_0_1_wrote_is_known(tmp_path: Path) -> None:
     assert list(split_folders(tmp_path / "all")) == [2]
 
     for name, lead in (
-        ("report.html", "2 runs, distinit 0.1.0. Every accuracy is recomputed from the run’s predictions."),
-        ("browse.html", "teachers: none. distinit 0.1.0. Entropies are in nats, of the softmax at τ = 1"),
+        (
+            "report.html",
+            "2 runs, distinit 0.1.0. Every accuracy is recomputed from the run’s predictions.",
+        ),
+        (
+            "browse.html",
+            "teachers: none. distinit 0.1.0. Entropies are in nats, of the softmax at τ = 1",
+        ),
     ):
         page = tmp_path / "report" / name
         page.parent.mkdir(exist_ok=True)
-        page.write_text(f"<!doctype html>\n<html lang=en><head></head><body><p class=lead>{lead}</p></body></html>")
+        page.write_text(
+            f"<!doctype html>\n<html lang=en><head></head><body><p class=lead>{lead}</p></body></html>"
+        )
         (page.parent / "report.md").write_text("a report")
         require_own_page(page, ["report.md"])
     page.write_text("<p>distinit 0.1.0 is a tool</p>")

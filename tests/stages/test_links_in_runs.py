@@ -1,4 +1,5 @@
-"""A run folder may come from anybody: nothing is read or written through a link in it that leads out of it."""
+"""A run folder may come from anybody: nothing is read or written through a link in it that leads
+out of it."""
 
 from __future__ import annotations
 
@@ -25,9 +26,16 @@ LOOP = {"batch_size": 2, "epochs": 1, "epoch_clips": 2, "lr": 0.02, "workers": 0
 
 
 def _finetune(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
-    values = {"student": STUDENT, "clips": {"size": 32, "length": 4}, "loop": LOOP, "test": {"workers": 0, "clips": 1}}
+    values = {
+        "student": STUDENT,
+        "clips": {"size": 32, "length": 4},
+        "loop": LOOP,
+        "test": {"workers": 0, "clips": 1},
+    }
     dataset = f"csv:{folder / 'labels.csv'}"
-    config = FinetuneConfig.model_validate({"dataset": dataset, "out": str(out), **values, **options})
+    config = FinetuneConfig.model_validate(
+        {"dataset": dataset, "out": str(out), **values, **options}
+    )
     return finetune(config, QUIET)
 
 
@@ -68,17 +76,25 @@ def move_out(path: Path) -> Path:
 
 
 def held(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 DOORS: dict[str, Callable[[Path, Path], Any]] = {
     "evaluate": lambda run, folder: _evaluate(run),
     "evaluate --out": lambda run, folder: _evaluate(run, out=str(run.parent.parent / "out")),
     "predict": lambda run, folder: predict(
-        PredictConfig.model_validate({"model": str(run), "sources": [str(folder / "0.mp4")], "test": {"workers": 0}}),
+        PredictConfig.model_validate(
+            {"model": str(run), "sources": [str(folder / "0.mp4")], "test": {"workers": 0}}
+        ),
         QUIET,
     ),
-    "finetune --init": lambda run, folder: _finetune(folder, run.parent.parent / "out", init=str(run)),
+    "finetune --init": lambda run, folder: _finetune(
+        folder, run.parent.parent / "out", init=str(run)
+    ),
     "load_student": lambda run, folder: load_student(run),
 }
 
@@ -86,9 +102,15 @@ DOORS: dict[str, Callable[[Path, Path], Any]] = {
 @pytest.mark.parametrize(
     ("door", "name"),
     [
-        *(("evaluate", name) for name in ("config.yaml", "model.safetensors", "labels.json", "result.json")),
+        *(
+            ("evaluate", name)
+            for name in ("config.yaml", "model.safetensors", "labels.json", "result.json")
+        ),
         *(("evaluate", name) for name in ("predictions.h5", "checkpoints/last.pt", "checkpoints")),
-        *(("evaluate --out", name) for name in ("config.yaml", "model.safetensors", "labels.json", "seen_videos.npz")),
+        *(
+            ("evaluate --out", name)
+            for name in ("config.yaml", "model.safetensors", "labels.json", "seen_videos.npz")
+        ),
         ("predict", "model.safetensors"),
         ("finetune --init", "model.safetensors"),
         ("finetune --init", "seen_videos.npz"),
@@ -96,7 +118,8 @@ DOORS: dict[str, Callable[[Path, Path], Any]] = {
     ],
 )
 def test_links_out_of_a_run_are_not_followed(door: str, name: str, run: Path, folder: Path) -> None:
-    """The file is named, nothing of it is used, and nothing is written; the run as a link to a folder is taken."""
+    """The file is named, nothing of it is used, and nothing is written; the run as a link to a
+    folder is taken."""
     move_out(run / name)
     before = held(run.parents[1] / "private"), held(run)
     with pytest.raises(SourceError, match=name):
@@ -106,7 +129,9 @@ def test_links_out_of_a_run_are_not_followed(door: str, name: str, run: Path, fo
 
 
 @pytest.mark.parametrize("door", list(DOORS))
-def test_a_run_that_is_a_link_itself_and_links_within_it_are_taken(door: str, run: Path, folder: Path) -> None:
+def test_a_run_that_is_a_link_itself_and_links_within_it_are_taken(
+    door: str, run: Path, folder: Path
+) -> None:
     for name in ("model.safetensors", "labels.json"):
         os.replace(run / name, run / f"kept-{name}")
         (run / name).symlink_to(f"kept-{name}")
@@ -119,7 +144,10 @@ def test_a_run_that_is_a_link_itself_and_links_within_it_are_taken(door: str, ru
 @pytest.mark.parametrize(
     ("door", "name"),
     [
-        *(("evaluate", name) for name in ("model.safetensors", "labels.json", "config.yaml", "result.json")),
+        *(
+            ("evaluate", name)
+            for name in ("model.safetensors", "labels.json", "config.yaml", "result.json")
+        ),
         ("predict", "model.safetensors"),
         *(("finetune --init", name) for name in ("model.safetensors", "seen_videos.npz")),
     ],
@@ -140,8 +168,12 @@ def test_a_split_that_is_a_link_is_not_followed(folder: Path, tmp_path: Path) ->
     assert held(target) == before
 
 
-@pytest.mark.parametrize("name", ["predictions.h5.partial", "predictions.partial.h5.partial", "result.json.tmp"])
-def test_nothing_is_written_through_a_link_that_was_placed(name: str, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["predictions.h5.partial", "predictions.partial.h5.partial", "result.json.tmp"]
+)
+def test_nothing_is_written_through_a_link_that_was_placed(
+    name: str, run: Path, tmp_path: Path
+) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (run / name).symlink_to(victim)

@@ -1,4 +1,5 @@
-"""`distinit prepare` as users run it: whole folders, odd names, kills, changes; and training on its copies."""
+"""`distinit prepare` as users run it: whole folders, odd names, kills, changes; and training on its
+copies."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ OPTIONS = {"copies": {"short_side": 48, "crf": 14}, "workers": 2}
 
 
 def run(*sources: Path | str, out: Path, **changes: Any) -> dict[str, Any]:
-    config = PrepareConfig.model_validate({"sources": list(map(os.fspath, sources)), "out": out, **OPTIONS, **changes})
+    config = PrepareConfig.model_validate(
+        {"sources": list(map(os.fspath, sources)), "out": out, **OPTIONS, **changes}
+    )
     return prepare(config, Console(quiet=True))
 
 
@@ -55,13 +58,22 @@ def copies(tiny_store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_training_on_copies_sees_the_same_clips_with_the_same_targets(tiny_store, copies: Path) -> None:
+def test_training_on_copies_sees_the_same_clips_with_the_same_targets(
+    tiny_store, copies: Path
+) -> None:
     originals = student_clips(tiny_store.path, frames=8, size=32, seed=3)
-    moved = student_clips(tiny_store.path, frames=8, size=32, seed=3, moved={"videos": os.fspath(copies)})
+    moved = student_clips(
+        tiny_store.path, frames=8, size=32, seed=3, moved={"videos": os.fspath(copies)}
+    )
     read = []
     for sample in range(12):
         a, b = originals[2, sample], moved[2, sample]
-        assert (a["video"], a["start"], a["broken"], a["rejected"]) == (b["video"], b["start"], [], b["rejected"])
+        assert (a["video"], a["start"], a["broken"], a["rejected"]) == (
+            b["video"],
+            b["start"],
+            [],
+            b["rejected"],
+        )
         for name in a["targets"]:
             np.testing.assert_array_equal(a["targets"][name], b["targets"][name])
         assert a["clip"].shape == b["clip"].shape == (3, 8, 32, 32)
@@ -71,10 +83,14 @@ def test_training_on_copies_sees_the_same_clips_with_the_same_targets(tiny_store
         draw = originals.sampler.draw(2, sample)
         if draw.frame_count > draw.start + 8:
             plan = moved._plan((2, sample))
-            later = moved._clip(plan._replace(draw=replace(draw, indices=draw.indices + 1), expect=None))
+            later = moved._clip(
+                plan._replace(draw=replace(draw, indices=draw.indices + 1), expect=None)
+            )
             assert difference.mean() < (a["clip"].int() - later.int()).abs().float().mean()
         read.append(b["name"])
-    assert all(name.startswith(str(copies / "videos")) and name.endswith(".mp4.mp4") for name in read)
+    assert all(
+        name.startswith(str(copies / "videos")) and name.endswith(".mp4.mp4") for name in read
+    )
 
 
 def test_copies_of_other_files_are_not_trained_on(own_store, tmp_path: Path) -> None:
@@ -83,16 +99,22 @@ def test_copies_of_other_files_are_not_trained_on(own_store, tmp_path: Path) -> 
     out = tmp_path / "small"
     assert run(own_store.videos, out=out)["ok"] == 12
     clips = student_clips(own_store.path, frames=8, size=32, moved={"videos": os.fspath(out)})
-    with pytest.raises(TrainingError, match=r"a copy of another file: .* the teachers saw one with digest"):
+    with pytest.raises(
+        TrainingError, match=r"a copy of another file: .* the teachers saw one with digest"
+    ):
         clips[0, 0]
 
 
-def test_a_second_run_does_nothing_and_other_options_are_refused_by_name(tiny_store, copies: Path) -> None:
+def test_a_second_run_does_nothing_and_other_options_are_refused_by_name(
+    tiny_store, copies: Path
+) -> None:
     before, status = stamps(copies), (copies / "status.csv").read_bytes()
     result = run(tiny_store.videos, out=copies)
     assert (result["new"], result["ok"], result["failed"]) == (0, 12, 0)
     assert (stamps(copies), (copies / "status.csv").read_bytes()) == (before, status)
-    with pytest.raises(UsageError, match=r"its copies have short_side=48, asked for short_side=64; .*--replace"):
+    with pytest.raises(
+        UsageError, match=r"its copies have short_side=48, asked for short_side=64; .*--replace"
+    ):
         run(tiny_store.videos, out=copies, copies={"short_side": 64, "crf": 14})
     assert result["copy_bytes"] == sum(path.stat().st_size for path in copies.rglob("*.mp4"))
     assert result["psnr"]["mean"] > 30
@@ -103,7 +125,13 @@ def test_a_second_run_does_nothing_and_other_options_are_refused_by_name(tiny_st
 def test_odd_names_failures_changes_and_replacements(tmp_path: Path) -> None:
     source, out = tmp_path / "clips", tmp_path / "small"
     (source / "-dash").mkdir(parents=True)
-    noise = np.random.default_rng(0).integers(0, 255, (20, 6, 8, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    noise = (
+        np.random.default_rng(0)
+        .integers(0, 255, (20, 6, 8, 3))
+        .repeat(8, 1)
+        .repeat(8, 2)
+        .astype(np.uint8)
+    )
     good = [b"-dash/ a,b.avi", b"line\nbreak.mkv", b"\xff\xfe.mp4", b"x.mp4"]
     for name in good:
         write_video(os.fsdecode(os.path.join(os.fsencode(source), name)), noise, gop=7)
@@ -122,7 +150,8 @@ def test_odd_names_failures_changes_and_replacements(tmp_path: Path) -> None:
         path = os.fsdecode(os.path.join(os.fsencode(out / "clips"), name + b".mp4"))
         assert len(read_copy(path, np.arange(20), None).images) == 20
 
-    # A changed source is copied anew, the others are left; one that became unreadable loses its copy.
+    # A changed source is copied anew, the others are left; one that became unreadable loses its
+    # copy.
     before = stamps(out)
     write_video(source / "x.mp4", noise[:11], gop=7)
     (source / "-dash" / " a,b.avi").write_bytes(b"")
@@ -133,7 +162,9 @@ def test_odd_names_failures_changes_and_replacements(tmp_path: Path) -> None:
     assert {name for name, time in after.items() if before.get(name) != time} == {"clips/x.mp4.mp4"}
     assert before.keys() - after.keys() == {"clips/-dash/ a,b.avi.mp4"}
     assert len(read_map(str(out / "clips" / "x.mp4.mp4"))) == 11
-    assert table(out)["clips/x.mp4"]["frames"] == "20"  # of the list, which this run was not asked about
+    assert (
+        table(out)["clips/x.mp4"]["frames"] == "20"
+    )  # of the list, which this run was not asked about
     assert run(source, out=out)["new"] == 0
     assert run(source, out=out, retry_failed=True)["new"] == 2
 
@@ -141,9 +172,15 @@ def test_odd_names_failures_changes_and_replacements(tmp_path: Path) -> None:
     os.utime(source / "x.mp4")
     (out / "clips" / "line\nbreak.mkv.mp4").write_bytes(b"damaged")
     assert run(source, out=out)["new"] == 1
-    with pytest.raises(UsageError, match=r"short_side=48, asked for short_side=16.* name list as well: --replace is"):
+    with pytest.raises(
+        UsageError,
+        match=r"short_side=48, asked for short_side=16.* name list as well: --replace is",
+    ):
         run(source, out=out, replace=True, copies={"short_side": 16})
-    assert run(source, tmp_path / "list.txt", out=out, replace=True, copies={"short_side": 16})["ok"] == 4
+    assert (
+        run(source, tmp_path / "list.txt", out=out, replace=True, copies={"short_side": 16})["ok"]
+        == 4
+    )
     assert read_map(str(out / "clips" / "x.mp4.mp4")).height == 16
     assert not [path for path in (out / ".partial").iterdir() if path.name != "lock"]
 
@@ -181,7 +218,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("after", [1, 4])
-def test_killed_at_any_moment_and_run_again(tiny_store, copies: Path, tmp_path: Path, after: int) -> None:
+def test_killed_at_any_moment_and_run_again(
+    tiny_store, copies: Path, tmp_path: Path, after: int
+) -> None:
     out = tmp_path / "small"
     command = [sys.executable, "-m", "distinit", "prepare", os.fspath(tiny_store.videos), "--out", os.fspath(out),
                "--short-side", "48", "--crf", "14", "--workers", "2", "--json"]  # fmt: skip
@@ -202,7 +241,9 @@ def test_killed_at_any_moment_and_run_again(tiny_store, copies: Path, tmp_path: 
     assert result["new"] <= 12 - len(there)
     assert there.items() <= stamps(out).items()
     assert not [path for path in (out / ".partial").iterdir() if path.name != "lock"]
-    for name in stamps(copies):  # and equal to what an undisturbed run makes, byte for byte but for times
+    for name in stamps(
+        copies
+    ):  # and equal to what an undisturbed run makes, byte for byte but for times
         ours, theirs = (read_map(str(root / name)) for root in (out, copies))
         assert (ours.source.digest, ours.index.tolist(), ours.pts.tolist(), ours.crc.tolist()) == (
             theirs.source.digest, theirs.index.tolist(), theirs.pts.tolist(), theirs.crc.tolist()
@@ -269,17 +310,33 @@ def test_a_damaged_copy_without_its_source_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [[], ["--flow"]], ids=["copies", "flow"])
-def test_a_limit_of_the_size_of_files_is_no_fault_of_a_video(kind: list[str], tmp_path: Path) -> None:
+def test_a_limit_of_the_size_of_files_is_no_fault_of_a_video(
+    kind: list[str], tmp_path: Path
+) -> None:
     videos, out = tmp_path / "videos", tmp_path / "out"
     videos.mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (20, 96, 128, 3), np.uint8)
     write_video(videos / "a.mp4", np.full_like(noise, 9))
     write_video(videos / "b.mp4", noise)
-    words = [sys.executable, "-m", "distinit", "prepare", str(videos), "--out", str(out), "--size", "96x128", *kind]
+    words = [
+        sys.executable,
+        "-m",
+        "distinit",
+        "prepare",
+        str(videos),
+        "--out",
+        str(out),
+        "--size",
+        "96x128",
+        *kind,
+    ]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
     ended = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit)
     assert ended.returncode == 1 and str(out) in ended.stderr
     assert "Traceback" not in ended.stderr
     assert "failed" not in {row["status"] for row in table(out).values()}
     subprocess.run(words, check=True, capture_output=True)
-    assert {path: row["status"] for path, row in table(out).items()} == {"a.mp4": "ok", "b.mp4": "ok"}
+    assert {path: row["status"] for path, row in table(out).items()} == {
+        "a.mp4": "ok",
+        "b.mp4": "ok",
+    }

@@ -12,19 +12,33 @@ from distinit.pipeline.training.schedule import learning_rate
 
 
 def preset(name: str) -> TrainConfig:
-    return load_config(TrainConfig, "train-student", preset=name, options={"store": "s", "out": "r"})
+    return load_config(
+        TrainConfig, "train-student", preset=name, options={"store": "s", "out": "r"}
+    )
 
 
 def test_paper_is_the_papers_pre_training() -> None:
     config = preset("paper")
     loop = config.loop
-    assert (config.student.architecture, config.student.variant, config.student.channels) == ("r2plus1d_18", "vmz", 3)
-    assert (config.clips.length, config.clips.size, config.clips.frame_view().resize) == (8, 112, (128, 171))
+    assert (config.student.architecture, config.student.variant, config.student.channels) == (
+        "r2plus1d_18",
+        "vmz",
+        3,
+    )
+    assert (config.clips.length, config.clips.size, config.clips.frame_view().resize) == (
+        8,
+        112,
+        (128, 171),
+    )
     assert (loop.batch_size, loop.gpu_batch_size) == (16 * 4 * 24, 24)
     assert (loop.pieces(64), loop.pieces(1)) == (1, 64)
     assert (loop.momentum, loop.nesterov, loop.weight_decay) == (0.9, True, 1e-4)
     assert (loop.epochs, loop.epoch_clips) == (45, 1_000_000)
-    assert (config.targets.picks, config.targets.loss, config.targets.tau) == ("random", "cross-entropy", 1.0)
+    assert (config.targets.picks, config.targets.loss, config.targets.tau) == (
+        "random",
+        "cross-entropy",
+        1.0,
+    )
     assert config.targets.filter == "zero-weight"
     ends = [learning_rate((epoch + 1) * loop.steps_per_epoch - 1, loop) for epoch in range(45)]
     expected = [0.001 * (e + 1) if e < 10 else 0.01 if e < 20 else 1e-3 if e < 30 else 1e-4 if e < 40 else 1e-5
@@ -32,12 +46,18 @@ def test_paper_is_the_papers_pre_training() -> None:
     assert ends == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("name", "changes"), [("paper-32", {"clips.length": 32}), ("flow", {"student.channels": 2})])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("paper-32", {"clips.length": 32}), ("flow", {"student.channels": 2})]
+)
 def test_the_papers_other_presets_change_one_number(name: str, changes: dict[str, Any]) -> None:
     def flat(values: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(values, dict):
             return {prefix: values}
-        return {k: v for key, value in values.items() for k, v in flat(value, f"{prefix}.{key}".strip(".")).items()}
+        return {
+            k: v
+            for key, value in values.items()
+            for k, v in flat(value, f"{prefix}.{key}".strip(".")).items()
+        }
 
     paper, other = flat(preset("paper").model_dump()), flat(preset(name).model_dump())
     assert {key: other[key] for key in other if other[key] != paper.get(key)} == changes
@@ -47,6 +67,12 @@ def test_the_papers_other_presets_change_one_number(name: str, changes: dict[str
 def test_small_has_the_papers_schedule_a_fifth_as_long() -> None:
     small, paper = preset("small").loop, preset("paper").loop
     small = small.for_videos(240)
-    short = [learning_rate((epoch + 1) * small.steps_per_epoch - 1, small) / small.peak_lr for epoch in range(9)]
-    long = [learning_rate((5 * epoch + 5) * paper.steps_per_epoch - 1, paper) / paper.peak_lr for epoch in range(9)]
+    short = [
+        learning_rate((epoch + 1) * small.steps_per_epoch - 1, small) / small.peak_lr
+        for epoch in range(9)
+    ]
+    long = [
+        learning_rate((5 * epoch + 5) * paper.steps_per_epoch - 1, paper) / paper.peak_lr
+        for epoch in range(9)
+    ]
     assert short == pytest.approx(long)

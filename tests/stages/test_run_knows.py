@@ -1,4 +1,5 @@
-"""A run knows what it was trained on: wherever the videos are now, whatever the label file says by now."""
+"""A run knows what it was trained on: wherever the videos are now, whatever the label file says by
+now."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ TINY: dict[str, Any] = {
 SIDES = ("train", "train", "train", "train", "test", "test")
 
 
-def write_labels(root: Path, sides: tuple[str, ...] = SIDES, prefix: str = "", column: str = "split1") -> str:
+def write_labels(
+    root: Path, sides: tuple[str, ...] = SIDES, prefix: str = "", column: str = "split1"
+) -> str:
     rows = [f"{prefix}{i}.mp4,{'red' if i % 2 else 'blue'},{side}" for i, side in enumerate(sides)]
     (root / "labels.csv").write_text("\n".join([f"path,label,{column}", *rows]) + "\n")
     return f"csv:{root / 'labels.csv'}"
@@ -60,7 +63,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tuned(dataset: str, out: Path, **changes: Any) -> dict[str, Any]:
     loop = TINY["loop"] | changes.pop("loop", {})
     return finetune(
-        FinetuneConfig.model_validate(TINY | {"dataset": dataset, "out": str(out), "loop": loop} | changes), QUIET
+        FinetuneConfig.model_validate(
+            TINY | {"dataset": dataset, "out": str(out), "loop": loop} | changes
+        ),
+        QUIET,
     )
 
 
@@ -73,7 +79,8 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mine(data: Path, run: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A data set and a run of it that a test may change; the run was trained where the data set is now."""
+    """A data set and a run of it that a test may change; the run was trained where the data set is
+    now."""
     shutil.copytree(data, tmp_path / "data")
     shutil.copytree(run, tmp_path / "run")
     used = yaml.safe_load((run / "config.yaml").read_text())
@@ -83,11 +90,17 @@ def mine(data: Path, run: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def evaluated(run: Path, **given: Any) -> dict[str, Any]:
-    return evaluate(EvaluateConfig.model_validate({"runs": [str(run)], "device": "cpu", **given}), Console())
+    return evaluate(
+        EvaluateConfig.model_validate({"runs": [str(run)], "device": "cpu", **given}), Console()
+    )
 
 
 @pytest.mark.parametrize("how", ["moved", "renamed"])
@@ -104,7 +117,9 @@ def test_trained_videos_are_known_after_they_moved(
     found = evaluated(run, dataset=other, split=2, out=str(tmp_path / "out"))
     assert found["overlap"]["test_videos_trained_on"] == 4
     assert json.loads((tmp_path / "out/result.json").read_text())["overlap"] == found["overlap"]
-    assert "4 of 4 test videos are among those that the run was trained on" in capfd.readouterr().err
+    assert (
+        "4 of 4 test videos are among those that the run was trained on" in capfd.readouterr().err
+    )
     unseen = write_labels(data, ("train",) * 4 + ("test",) * 2, prefix, "split2")
     found = evaluated(run, dataset=unseen, split=2, out=str(tmp_path / "unseen"))
     assert found["overlap"]["test_videos_trained_on"] == 0
@@ -132,7 +147,9 @@ def test_a_rewritten_label_file_does_not_overwrite_the_result(
     assert evaluated(run)["metrics"]["videos"] == 2
 
 
-def test_a_run_that_recorded_nothing_refuses_other_labels_by_its_checkpoint(mine: tuple[Path, Path]) -> None:
+def test_a_run_that_recorded_nothing_refuses_other_labels_by_its_checkpoint(
+    mine: tuple[Path, Path],
+) -> None:
     """As runs of 0.1 are."""
     data, run = mine
     for name in ("labels.json", "seen_videos.npz"):
@@ -143,7 +160,9 @@ def test_a_run_that_recorded_nothing_refuses_other_labels_by_its_checkpoint(mine
         evaluated(run)
 
 
-def test_a_test_list_alone_and_one_class_alone_are_tested(mine: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_test_list_alone_and_one_class_alone_are_tested(
+    mine: tuple[Path, Path], tmp_path: Path
+) -> None:
     data, run = mine
     only = write_labels(data, ("", "", "", "", "test", "test"))
     assert evaluated(run, dataset=only, out=str(tmp_path / "a"))["metrics"]["videos"] == 2
@@ -154,8 +173,11 @@ def test_a_test_list_alone_and_one_class_alone_are_tested(mine: tuple[Path, Path
     assert metrics["per_class"]["red"]["videos"] == 0
 
 
-def test_equal_ends_are_no_leak_of_another_data_set(mine: tuple[Path, Path], tmp_path: Path) -> None:
-    """Where both files are there their whole content decides; the recorded digest alone would say that they are one."""
+def test_equal_ends_are_no_leak_of_another_data_set(
+    mine: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Where both files are there their whole content decides; the recorded digest alone would say
+    that they are one."""
     ends = b"\x10" * 2**16
     paths = [str(tmp_path / f"{name}.y4m") for name in "ab"]
     for name, path in zip("ab", paths, strict=True):
@@ -191,15 +213,28 @@ def test_a_resume_takes_no_fewer_epochs(data: Path, mine: tuple[Path, Path]) -> 
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_the_terminal_does_not_end_a_job(mine: tuple[Path, Path], tmp_path: Path, encoding: str) -> None:
-    done = cli("evaluate", mine[1], "--out", tmp_path / "out", "--device", "cpu", env={"PYTHONIOENCODING": encoding})
+def test_the_terminal_does_not_end_a_job(
+    mine: tuple[Path, Path], tmp_path: Path, encoding: str
+) -> None:
+    done = cli(
+        "evaluate",
+        mine[1],
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        env={"PYTHONIOENCODING": encoding},
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/result.json").read_text())["metrics"]["videos"] == 2
     assert "accuracy" in done.stdout.decode(encoding)
 
 
-def test_what_cannot_be_written_is_found_before_the_test(mine: tuple[Path, Path], tmp_path: Path) -> None:
-    """No file of this process may hold a byte: a stand-in for a read-only mount that root meets too."""
+def test_what_cannot_be_written_is_found_before_the_test(
+    mine: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """No file of this process may hold a byte: a stand-in for a read-only mount that root meets
+    too."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # noqa: E731
     done = cli("evaluate", mine[1], "--device", "cpu", preexec_fn=limit)
     assert done.returncode == 2
@@ -209,16 +244,22 @@ def test_what_cannot_be_written_is_found_before_the_test(mine: tuple[Path, Path]
     assert done.returncode == 2
 
 
-def cli(*words: Any, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[bytes]:
+def cli(
+    *words: Any, env: dict[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "distinit", *map(str, words)]
-    return subprocess.run(command, capture_output=True, check=False, env={**os.environ, **(env or {})}, **options)
+    return subprocess.run(
+        command, capture_output=True, check=False, env={**os.environ, **(env or {})}, **options
+    )
 
 
 def test_folders_that_are_not_utf8_are_trained_on(data: Path, tmp_path: Path) -> None:
     root = os.fsencode(tmp_path) + b"/dat\xe9"
     for side, numbers in (("train", (0, 1)), ("test", (4, 5))):
         for i in numbers:
-            place = Path(os.fsdecode(root + f"/{side}/".encode() + (b"caf\xe9" if i % 2 else b"tea")))
+            place = Path(
+                os.fsdecode(root + f"/{side}/".encode() + (b"caf\xe9" if i % 2 else b"tea"))
+            )
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy(data / f"{i}.mp4", place)
     result = tuned(f"folder:{os.fsdecode(root)}", tmp_path / "run")
@@ -233,10 +274,16 @@ def test_predict_takes_two_folders_of_one_name(data: Path, run: Path, tmp_path: 
     for name in "ab":
         (tmp_path / name / "clips").mkdir(parents=True)
         shutil.copy(data / "0.mp4", tmp_path / name / "clips/1.mp4")
-    sources = [str(tmp_path / "a/clips/1.mp4"), str(tmp_path / "b/clips"), str(tmp_path / "a/clips")]
+    sources = [
+        str(tmp_path / "a/clips/1.mp4"),
+        str(tmp_path / "b/clips"),
+        str(tmp_path / "a/clips"),
+    ]
     given = {"model": str(run), "sources": sources, "device": "cpu", "test": TINY["test"]}
     found = predict(PredictConfig.model_validate(given), QUIET)
-    assert [row["video"] for row in found["videos"]] == [str(tmp_path / name / "clips/1.mp4") for name in "ab"]
+    assert [row["video"] for row in found["videos"]] == [
+        str(tmp_path / name / "clips/1.mp4") for name in "ab"
+    ]
 
 
 def test_a_report_removes_what_an_earlier_one_wrote(data: Path, run: Path, tmp_path: Path) -> None:
@@ -263,7 +310,8 @@ def trained(store: Any, out: Path, **changes: Any) -> dict[str, Any]:
 def test_test_videos_of_a_students_corpus_are_counted(
     tiny_store: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """By content, for the labelled set is a renamed copy; and what is left out or held out is not counted."""
+    """By content, for the labelled set is a renamed copy; and what is left out or held out is not
+    counted."""
     root = tmp_path / "labelled"
     root.mkdir()
     videos = sorted(tiny_store.videos.iterdir())
@@ -271,11 +319,15 @@ def test_test_videos_of_a_students_corpus_are_counted(
         shutil.copy(videos[i], root / f"{i}.mp4")
     dataset = write_labels(root)
     trained(tiny_store, tmp_path / "student")
-    result = tuned(dataset, tmp_path / "tuned", init=str(tmp_path / "student"), clips={}, student=None)
+    result = tuned(
+        dataset, tmp_path / "tuned", init=str(tmp_path / "student"), clips={}, student=None
+    )
     assert result["overlap"]["test_videos_seen_by_init"] == 2
     tuned(dataset, tmp_path / "again", init=str(tmp_path / "tuned"), clips={}, student=None)
     swapped = write_labels(root, ("test", "test", "train", "train", "train", "train"))
-    result = tuned(swapped, tmp_path / "third", init=str(tmp_path / "tuned"), clips={}, student=None)
+    result = tuned(
+        swapped, tmp_path / "third", init=str(tmp_path / "tuned"), clips={}, student=None
+    )
     assert result["overlap"]["test_videos_seen_by_init"] == 2, "of the finetuned run before, too"
 
     dataset = write_labels(root)
@@ -286,12 +338,18 @@ def test_test_videos_of_a_students_corpus_are_counted(
     assert json.loads((tmp_path / "careful/result.json").read_text())["left_out_videos"] == 2
     seen = SeenVideos.read(tmp_path / "careful")
     assert seen is not None
-    assert {os.path.basename(path) for path in seen.paths} == {v.name for v in videos[:4] + videos[6:]}
-    result = tuned(dataset, tmp_path / "clean", init=str(tmp_path / "careful"), clips={}, student=None)
+    assert {os.path.basename(path) for path in seen.paths} == {
+        v.name for v in videos[:4] + videos[6:]
+    }
+    result = tuned(
+        dataset, tmp_path / "clean", init=str(tmp_path / "careful"), clips={}, student=None
+    )
     assert result["overlap"]["test_videos_seen_by_init"] == 0
 
 
-def test_leave_out_takes_lists_and_labels_and_refuses_what_names_nothing(tiny_store: Any, tmp_path: Path) -> None:
+def test_leave_out_takes_lists_and_labels_and_refuses_what_names_nothing(
+    tiny_store: Any, tmp_path: Path
+) -> None:
     store = TargetStore.open(str(tiny_store.path))
     names = ["/".join(store.place(i)) for i in range(3)]
     for text in ("", "\r\n\r\n", "# only a comment\n"):

@@ -33,26 +33,47 @@ class Folder:
         self.store, self.root = store, root
         names = sorted(path.name for path in store.videos.iterdir())
         sides = ["train", "test"] * len(names)
-        rows = [f"{store.videos / name},{'ab'[i // 2 % 2]},{sides[i]},{sides[i + 1]}" for i, name in enumerate(names)]
+        rows = [
+            f"{store.videos / name},{'ab'[i // 2 % 2]},{sides[i]},{sides[i + 1]}"
+            for i, name in enumerate(names)
+        ]
         self.labels = root / "labels.csv"
         self.labels.write_text("\n".join(["path,label,split1,split2", *rows]) + "\n")
         self.dataset = f"csv:{self.labels}"
 
     def finetune(self, out: Path, **more: Any) -> None:
-        values = {"dataset": self.dataset, "root": str(self.store.videos), "out": str(out), "loop": LOOP, **more}
-        student = {"student": {"architecture": "r3d_18", "width": 0.0625}, "clips": {"size": 32, "length": 4}}
+        values = {
+            "dataset": self.dataset,
+            "root": str(self.store.videos),
+            "out": str(out),
+            "loop": LOOP,
+            **more,
+        }
+        student = {
+            "student": {"architecture": "r3d_18", "width": 0.0625},
+            "clips": {"size": 32, "length": 4},
+        }
         test = {"test": {"clips": 1, "workers": 0}}
         finetune(FinetuneConfig.model_validate({**values, **student, **test}), QUIET)
 
     def train(self, out: Path, **more: Any) -> None:
         clips = {"length": 8, "size": 32, "resize": [40, 60]}
-        values = {"store": str(self.store.path), "out": str(out), "student": {"width": 0.125}, "clips": clips}
+        values = {
+            "store": str(self.store.path),
+            "out": str(out),
+            "student": {"width": 0.125},
+            "clips": clips,
+        }
         train_student(TrainConfig.model_validate({**values, "loop": LOOP, **more}), QUIET)
 
     def ablate(self, out: Path) -> None:
         plan = {"title": "t", "axes": {"what": {"scratch": {"finetune.init": "scratch"}}}}
         (self.root / "plan.yaml").write_text(yaml.safe_dump(plan))
-        values = {"plan": str(self.root / "plan.yaml"), "store": str(self.store.path), "out": str(out)}
+        values = {
+            "plan": str(self.root / "plan.yaml"),
+            "store": str(self.store.path),
+            "out": str(out),
+        }
         ablate(AblateConfig.model_validate({**values, "datasets": [f"{self.dataset}"]}), QUIET)
 
     def prepare(self, out: Path) -> None:
@@ -71,7 +92,11 @@ def evaluated(folder: Folder, runs: list[Path], **more: Any) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 WRITERS: dict[str, Callable[[Folder, Path], None]] = {
@@ -81,8 +106,12 @@ WRITERS: dict[str, Callable[[Folder, Path], None]] = {
     "finetune --split all": lambda folder, out: folder.finetune(out, split="all"),
     "finetune --resume": lambda folder, out: folder.finetune(out, resume="auto"),
     "evaluate --out": lambda folder, out: evaluated(folder, [folder.root / "run"], out=str(out)),
-    "evaluate --fuse": lambda folder, out: evaluated(folder, [folder.root / "run"] * 2, out=str(out), fuse=True),
-    "evaluate --compare": lambda folder, out: evaluated(folder, [folder.root / "run"] * 2, out=str(out), compare=True),
+    "evaluate --fuse": lambda folder, out: evaluated(
+        folder, [folder.root / "run"] * 2, out=str(out), fuse=True
+    ),
+    "evaluate --compare": lambda folder, out: evaluated(
+        folder, [folder.root / "run"] * 2, out=str(out), compare=True
+    ),
     "ablate": lambda folder, out: folder.ablate(out),
 }
 
@@ -108,7 +137,10 @@ def test_a_run_that_is_written_can_be_read_and_not_be_tested(
     shutil.copytree(folder.root / "run", run)
     before = contents(run)
     with folder_lock(run):
-        for refused in (lambda: evaluated(folder, [run]), lambda: folder.finetune(run, resume="auto")):
+        for refused in (
+            lambda: evaluated(folder, [run]),
+            lambda: folder.finetune(run, resume="auto"),
+        ):
             with pytest.raises(UsageError, match="run"):
                 refused()
         assert contents(run) == before

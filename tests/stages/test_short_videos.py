@@ -1,4 +1,5 @@
-"""Clips that are longer than the videos they are cut from are told of before they are trained on."""
+"""Clips that are longer than the videos they are cut from are told of before they are trained
+on."""
 
 from __future__ import annotations
 

@@ -41,7 +41,8 @@ FACTORY = "deep_teachers:teacher"
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with videos/, two weights files, classes.txt and a store of two teachers, one of them int8."""
+    """A folder with videos/, two weights files, classes.txt and a store of two teachers, one of
+    them int8."""
     (tmp_path / "deep_teachers.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
@@ -55,8 +56,14 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "videos").mkdir()
     rng = np.random.default_rng(0)
     for number in range(5):
-        shade = rng.integers(0, 150, (300 if number == 3 else 20 + number, 1, 1, 3)) + rng.integers(0, 99, (1, 4, 6, 3))
-        write_video(tmp_path / "videos" / f"v{number}.mp4", shade.repeat(8, 1).repeat(8, 2).astype(np.uint8), fps=25)
+        shade = rng.integers(0, 150, (300 if number == 3 else 20 + number, 1, 1, 3)) + rng.integers(
+            0, 99, (1, 4, 6, 3)
+        )
+        write_video(
+            tmp_path / "videos" / f"v{number}.mp4",
+            shade.repeat(8, 1).repeat(8, 2).astype(np.uint8),
+            fps=25,
+        )
     extract(tmp_path, "one", "float16")
     extract(tmp_path, "small", "int8")
     return tmp_path
@@ -66,7 +73,12 @@ def extract(made: Path, name: str, encoding: str, **more: Any) -> None:
     """Teacher `name` over all of videos/, into s.zarr."""
     options = {"input_size": "32", "classes": str(made / "classes.txt"), "name": name}
     spec = TeacherSpec(name=FACTORY, weights=str(made / "weights1.pt"), options=options)
-    config = {"sources": [str(made / "videos")], "out": made / "s.zarr", "teachers": [spec], "encoding": encoding}
+    config = {
+        "sources": [str(made / "videos")],
+        "out": made / "s.zarr",
+        "teachers": [spec],
+        "encoding": encoding,
+    }
     size = {"batch_size": 7, "shard_rows": 256, "sampling": Sampling(every=1)}
     extract_targets(ExtractConfig.model_validate({**config, **size, **more}), QUIET)
 
@@ -98,7 +110,9 @@ def test_rows_of_several_runs_that_an_export_put_together(made: Path) -> None:
     (made / "s.zarr").rename(made / "grown.zarr")
     targets_export(made / "grown.zarr", made / "half.zarr", QUIET, shard_rows=1024)
     targets_export(made / "half.zarr", made / "s.zarr", QUIET)
-    runs = [c["run"] for c in TargetStore.open(made / "s.zarr").index.teachers["one"].commits.values()]
+    runs = [
+        c["run"] for c in TargetStore.open(made / "s.zarr").index.teachers["one"].commits.values()
+    ]
     assert any("mixed" in run for run in runs)
     result = deep(made)
     assert result["findings"] == []
@@ -109,9 +123,16 @@ def test_the_command_names_another_teacher_and_a_changed_video(made: Path) -> No
     shutil.copy(made / "videos" / "v0.mp4", made / "videos" / "v1.mp4")
     (made / "videos" / "v2.mp4").unlink()
     words = ["targets", "verify", str(made / "s.zarr"), "--deep", "5", "--json"]
-    words += ["--teacher-weights", f"one={made}/weights1.pt", "--teacher-weights", f"small={made}/weights2.pt"]
+    words += [
+        "--teacher-weights",
+        f"one={made}/weights1.pt",
+        "--teacher-weights",
+        f"small={made}/weights2.pt",
+    ]
     words += ["--allow-teacher", FACTORY]
-    done = subprocess.run([sys.executable, "-m", "distinit", *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "distinit", *words], capture_output=True, text=True
+    )
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)["findings"]
     assert len(found) == 3
@@ -173,14 +194,26 @@ def teacher(**options):
     [
         ({"name": "os:system", "options": {"command": "touch CANARY"}}, "os:system"),
         ({"name": "canary_code:teacher", "options": {}}, "canary_code:teacher"),
-        ({"name": "subprocess:getoutput", "options": {"cmd": "touch CANARY"}}, "subprocess:getoutput"),
+        (
+            {"name": "subprocess:getoutput", "options": {"cmd": "touch CANARY"}},
+            "subprocess:getoutput",
+        ),
         ({"name": "timm:hf-hub:owner/model", "options": {}}, "timm:hf-hub:owner/model"),
         ({"name": "timm:local-dir:/FOLDER", "options": {}}, "timm:local-dir:/FOLDER"),
-        ({"name": "timm:resnet18", "options": {"checkpoint_path": "/FOLDER/weights1.pt"}}, "checkpoint_path"),
-        ({"name": "timm:resnet18", "options": {"pretrained_cfg_overlay": "{url: http://x}"}}, "pretrained_cfg_overlay"),
+        (
+            {"name": "timm:resnet18", "options": {"checkpoint_path": "/FOLDER/weights1.pt"}},
+            "checkpoint_path",
+        ),
+        (
+            {"name": "timm:resnet18", "options": {"pretrained_cfg_overlay": "{url: http://x}"}},
+            "pretrained_cfg_overlay",
+        ),
         ({"name": "torchvision:resnet18", "options": {"norm_layer": "os.system"}}, "norm_layer"),
         ({"name": "torchvision:resnet18", "options": {"input_size": "99999999"}}, "input_size"),
-        ({"name": "torchvision:resnet18", "options": {"num_classes": "&a [*a, *a]"}}, "num_classes"),
+        (
+            {"name": "torchvision:resnet18", "options": {"num_classes": "&a [*a, *a]"}},
+            "num_classes",
+        ),
         ({"name": "torchvision:../x", "options": {}}, "torchvision:../x"),
         ({"name": "efficientnet_lite0", "weights": "/FOLDER/weights1.pt"}, "/FOLDER/weights1.pt"),
         ({"name": "torchvision:resnet18"}, "not downloaded"),
@@ -203,7 +236,11 @@ def test_what_a_store_names_is_not_run_fetched_or_opened(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(torch, "load", refused)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refused)
-    text = json.dumps(spec).replace("CANARY", str(tmp_path / "canary")).replace("/FOLDER", str(tmp_path))
+    text = (
+        json.dumps(spec)
+        .replace("CANARY", str(tmp_path / "canary"))
+        .replace("/FOLDER", str(tmp_path))
+    )
     with pytest.raises(DistInitError) as caught:
         load_recorded({"spec": json.loads(text)}, "teachers/one/zarr.json")
     assert named.replace("/FOLDER", str(tmp_path)) in str(caught.value)

@@ -1,4 +1,5 @@
-"""`targets verify --frames`: a store as 0.1 wrote it, with frames in the decode order and uncropped pictures."""
+"""`targets verify --frames`: a store as 0.1 wrote it, with frames in the decode order and uncropped
+pictures."""
 
 from __future__ import annotations
 
@@ -33,14 +34,20 @@ def videos(tmp_path: Path) -> Path:
         shades = np.random.default_rng(len(name)).integers(0, 255, (30, 6, 8, 3), np.uint8)
         images = shades.repeat(8, 1).repeat(8, 2)[:, :size]
         write_video(folder / name, images, gop=10, bframes=2, extra={"x264-params": "b-adapt=0"})
-    transcode(folder / "copied.avi", folder / "copied.mp4", codec="copy", extra={"fps_mode": "auto"})
+    transcode(
+        folder / "copied.avi", folder / "copied.mp4", codec="copy", extra={"fps_mode": "auto"}
+    )
     (folder / "copied.avi").unlink()
     return folder
 
 
 def extract(videos: Path, store: Path) -> None:
-    spec = TeacherSpec(name="random_teachers:teacher", options={"name": "t", "k": "4", "input_size": "32"})
-    config = ExtractConfig(sources=[str(videos)], out=store, teachers=[spec], sampling=Sampling(every=1))
+    spec = TeacherSpec(
+        name="random_teachers:teacher", options={"name": "t", "k": "4", "input_size": "32"}
+    )
+    config = ExtractConfig(
+        sources=[str(videos)], out=store, teachers=[spec], sampling=Sampling(every=1)
+    )
     extract_targets(config, QUIET)
 
 
@@ -56,7 +63,9 @@ def spoil(store: Path) -> None:
     whole = pts[:]
     whole[rows] = 512 * np.arange(len(rows))
     pts[:] = whole
-    for node in (store / "commits" / "frames").glob("*/zarr.json"):  # as if they had been written so
+    for node in (store / "commits" / "frames").glob(
+        "*/zarr.json"
+    ):  # as if they had been written so
         document = json.loads(node.read_text())
         for name, file in document["attributes"]["distinit"]["files"].items():
             data = (store / name).read_bytes()
@@ -67,7 +76,9 @@ def spoil(store: Path) -> None:
 
 
 @pytest.mark.usefixtures("random_teachers")
-def test_frames_that_the_files_do_not_have_are_found_and_made_again(videos: Path, tmp_path: Path) -> None:
+def test_frames_that_the_files_do_not_have_are_found_and_made_again(
+    videos: Path, tmp_path: Path
+) -> None:
     extract(videos, tmp_path / "fresh.zarr")
     assert targets_verify(tmp_path / "fresh.zarr", QUIET, frames=True)["ok"]
     shutil.copytree(tmp_path / "fresh.zarr", tmp_path / "old.zarr")
@@ -83,7 +94,9 @@ def test_frames_that_the_files_do_not_have_are_found_and_made_again(videos: Path
     for video in range(fresh.n_videos):
         for one, other in zip(old.frames(video), fresh.frames(video), strict=True):
             np.testing.assert_array_equal(one, other)
-        np.testing.assert_array_equal(old.logits("t", old.frames(video)[2]), fresh.logits("t", fresh.frames(video)[2]))
+        np.testing.assert_array_equal(
+            old.logits("t", old.frames(video)[2]), fresh.logits("t", fresh.frames(video)[2])
+        )
         assert old.video(video) == fresh.video(video)
 
 
@@ -95,4 +108,7 @@ def test_videos_that_are_gone_or_changed_are_named(videos: Path, tmp_path: Path)
         file.write(b"\0" * 10)
     found = targets_verify(tmp_path / "t.zarr", QUIET, frames=True)
     assert not found["ok"]
-    assert {Path(f["what"].split(":")[0]).name for f in found["findings"]} == {"small.mp4", "good.mp4"}
+    assert {Path(f["what"].split(":")[0]).name for f in found["findings"]} == {
+        "small.mp4",
+        "good.mp4",
+    }

@@ -46,7 +46,9 @@ def test_histogram_failures_and_bytes(make_store: Callable[..., tuple[Any, Path]
     info = targets_info(root, Console(stdout=out, stderr=err), list_failed=True)
     failed = [v for v in recipe.videos if recipe.rows(v) == 0]
     assert info["failures"] == {"no video stream (audio only)": len(failed)}
-    assert [f["path"] for f in info["failed"]] == [recipe.path(v).replace("%FF", "\udcff") for v in failed]
+    assert [f["path"] for f in info["failed"]] == [
+        recipe.path(v).replace("%FF", "\udcff") for v in failed
+    ]
     rows = sum(map(recipe.rows, recipe.videos))
     for teacher in info["teachers"]:
         name, classes = teacher["name"], teacher["classes"]
@@ -57,7 +59,11 @@ def test_histogram_failures_and_bytes(make_store: Callable[..., tuple[Any, Path]
         expected = [int(((values >= a) & (values < b)).sum()) for a, b in pairwise(edges)]
         assert counts == expected
         assert sum(counts) == rows == teacher["rows"]
-        files = [p for p in (root / "teachers" / name).rglob("c/**/*") if p.is_file() and "class" not in p.parts]
+        files = [
+            p
+            for p in (root / "teachers" / name).rglob("c/**/*")
+            if p.is_file() and "class" not in p.parts
+        ]
         assert teacher["bytes"] == sum(p.stat().st_size for p in files)
         assert teacher["bytes_a_row"] == round(teacher["bytes"] / rows, 1)
         assert 2 * classes + 4 < teacher["bytes_a_row"] < 2 * classes + 100

@@ -1,4 +1,5 @@
-"""Two machines that share nothing, and their parts merged, on real videos: the store of one machine."""
+"""Two machines that share nothing, and their parts merged, on real videos: the store of one
+machine."""
 
 from __future__ import annotations
 
@@ -28,17 +29,23 @@ def teacher(k):
 """
 
 
-def test_parts_of_two_machines_make_the_store_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_two_machines_make_the_store_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "parts_teacher.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     videos = tmp_path / "videos"
     videos.mkdir()
     for i in range(7):
-        frames = np.random.default_rng(i).integers(0, 255, (6 + i, 4, 4, 3)).repeat(8, 1).repeat(8, 2)
+        frames = (
+            np.random.default_rng(i).integers(0, 255, (6 + i, 4, 4, 3)).repeat(8, 1).repeat(8, 2)
+        )
         write_video(videos / f"v{i}.mp4", frames.astype(np.uint8), fps=10, gop=4)
     (videos / "broken.mp4").write_bytes(b"x" * 100)
     (tmp_path / "elsewhere").symlink_to(videos)
-    spec = TeacherSpec(name="parts_teacher:teacher", options={"name": "t", "k": "5", "input_size": "16"})
+    spec = TeacherSpec(
+        name="parts_teacher:teacher", options={"name": "t", "k": "5", "input_size": "16"}
+    )
 
     def run(out: str, part: str | None = None, place: str = "videos") -> Path:
         config = ExtractConfig(sources=[f"c={tmp_path / place}"], out=tmp_path / out, teachers=[spec],
@@ -62,12 +69,17 @@ def test_parts_of_two_machines_make_the_store_of_one(tmp_path: Path, monkeypatch
         # Batches fall otherwise, so the last bit of a teacher may too: a step of the encoding.
         np.testing.assert_allclose(merged.logits("t", mine), whole.logits("t", theirs), atol=0.02)
         np.testing.assert_allclose(merged.entropy("t", mine), whole.entropy("t", theirs), atol=1e-4)
-    with pytest.raises(StoreMismatchError, match=r'1.zarr: part is "1/3" in the store, "2/3" in this command'):
+    with pytest.raises(
+        StoreMismatchError, match=r'1.zarr: part is "1/3" in the store, "2/3" in this command'
+    ):
         run("1.zarr", "2/3")
-    with pytest.raises(StoreMismatchError, match=r'1.zarr: part is "1/3" in the store, null in this command'):
+    with pytest.raises(
+        StoreMismatchError, match=r'1.zarr: part is "1/3" in the store, null in this command'
+    ):
         run("1.zarr")
     write_video(videos / "new.mp4", frames.astype(np.uint8), fps=10)
     grown = extract_targets(
-        ExtractConfig(sources=[f"c={videos}"], out=merged.path, teachers=[spec], batch_size=4), QUIET
+        ExtractConfig(sources=[f"c={videos}"], out=merged.path, teachers=[spec], batch_size=4),
+        QUIET,
     )
     assert (grown["videos"], grown["ok"]) == (9, 8)  # a merged store grows like any other

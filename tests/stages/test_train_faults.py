@@ -1,4 +1,5 @@
-"""Stage two on a disk that fills up: one line, the checkpoint before stays, and the run goes on from it."""
+"""Stage two on a disk that fills up: one line, the checkpoint before stays, and the run goes on
+from it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.students.export import load_student
 from distinit.stages.train_student import TrainConfig, train_student
 
-# The same command twice on a small disk of its own, the second time with room: one process, for the imports' sake.
+# The same command twice on a small disk of its own, the second time with room: one process, for the
+# imports' sake.
 DRIVER = """
 import contextlib, io, json, shutil, subprocess, sys
 import torch
@@ -41,8 +43,13 @@ print(json.dumps([said, step]))
 """
 
 
-def test_a_full_disk_leaves_a_checkpoint_that_the_run_goes_on_from(tiny_store: Any, tmp_path: Path) -> None:
-    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+def test_a_full_disk_leaves_a_checkpoint_that_the_run_goes_on_from(
+    tiny_store: Any, tmp_path: Path
+) -> None:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode
+    ):
         pytest.skip("needs root and mount namespaces: a small tmpfs is mounted")
     options = {
         "store": str(tiny_store.path), "student": {"width": 0.125}, "clips": {"size": 32, "resize": [40, 60]},
@@ -55,7 +62,16 @@ def test_a_full_disk_leaves_a_checkpoint_that_the_run_goes_on_from(tiny_store: A
     for group in ("store", "student", "clips", "loop"):
         words += ["--set", f"{group}={json.dumps(options[group])}"]
     done = subprocess.run(
-        ["unshare", "-m", sys.executable, "-c", DRIVER, str(disk), json.dumps(words), str(tmp_path / "copy")],
+        [
+            "unshare",
+            "-m",
+            sys.executable,
+            "-c",
+            DRIVER,
+            str(disk),
+            json.dumps(words),
+            str(tmp_path / "copy"),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -64,10 +80,14 @@ def test_a_full_disk_leaves_a_checkpoint_that_the_run_goes_on_from(tiny_store: A
     ((first, lines), (second, _)), step = json.loads(done.stdout.splitlines()[-1])
     assert first == 1
     assert len(lines) == 1
-    assert lines[0].startswith(f"error: disk full while writing: cannot write {disk}/run/checkpoints/last.pt")
+    assert lines[0].startswith(
+        f"error: disk full while writing: cannot write {disk}/run/checkpoints/last.pt"
+    )
     assert "the one before is untouched" in lines[0]
     assert step == 1
     assert second == 0
-    train_student(TrainConfig.model_validate(options | {"out": str(tmp_path / "whole")}), Console(quiet=True))
+    train_student(
+        TrainConfig.model_validate(options | {"out": str(tmp_path / "whole")}), Console(quiet=True)
+    )
     ours, theirs = (load_student(tmp_path / name).state_dict() for name in ("copy", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

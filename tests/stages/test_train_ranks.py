@@ -1,4 +1,5 @@
-"""Several real processes train one student: the weights of one process, and one clear end when a process fails."""
+"""Several real processes train one student: the weights of one process, and one clear end when a
+process fails."""
 
 from __future__ import annotations
 
@@ -135,19 +136,32 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def metrics(run: Path) -> list[str]:
-    return [line.split('"clips_per_s"')[0] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        line.split('"clips_per_s"')[0] for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
-def test_two_processes_train_the_student_of_one_and_so_does_accumulation(work: Any, tmp_path: Path) -> None:
-    """With BatchNorm frozen. The second head counts none of rank 0's clips of the first batch; in pieces of
-    two clips, rank 1's first piece holds none that counts at all."""
-    runs = {"whole": {}, "uneven": {"batch_size": 5}, "pieces": {"gpu_batch_size": 1, "clip_norm": 1.0}}
+def test_two_processes_train_the_student_of_one_and_so_does_accumulation(
+    work: Any, tmp_path: Path
+) -> None:
+    """With BatchNorm frozen. The second head counts none of rank 0's clips of the first batch; in
+    pieces of two clips, rank 1's first piece holds none that counts at all."""
+    runs = {
+        "whole": {},
+        "uneven": {"batch_size": 5},
+        "pieces": {"gpu_batch_size": 1, "clip_norm": 1.0},
+    }
     bad = {"nan": {"bad": ["nan", 5]}, "gone": {"bad": ["gone", 5]}}
     both = run_distributed(
-        work.job, work.Job(folder=str(tmp_path / "two"), runs=runs | bad), Console(quiet=True), LoopOptions(gpus=2)
+        work.job,
+        work.Job(folder=str(tmp_path / "two"), runs=runs | bad),
+        Console(quiet=True),
+        LoopOptions(gpus=2),
     )
     runs["pieces"].pop("gpu_batch_size")
-    one = work.job(work.Job(folder=str(tmp_path / "one"), runs=runs), Console(quiet=True), SINGLE_PROCESS)
+    one = work.job(
+        work.Job(folder=str(tmp_path / "one"), runs=runs), Console(quiet=True), SINGLE_PROCESS
+    )
     started = work.build_student(work.StudentOptions(width=0.1), {"a": 5, "b": 3}).state_dict()
     for name in runs:
         assert both[name]["alike"]
@@ -155,7 +169,10 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(work: A
         assert both[name]["held_out"] == pytest.approx(one[name]["held_out"], rel=1e-4)
         assert both[name]["loss"] == pytest.approx(one[name]["loss"], rel=1e-5)
         for key, tensor in one[name]["weights"].items():
-            assert torch.allclose(both[name]["weights"][key], tensor, rtol=1e-3, atol=1e-5), (name, key)
+            assert torch.allclose(both[name]["weights"][key], tensor, rtol=1e-3, atol=1e-5), (
+                name,
+                key,
+            )
         moved = one[name]["weights"]["backbone.layer4.1.conv2.0.0.weight"]
         assert not torch.allclose(moved, started["backbone.layer4.1.conv2.0.0.weight"], atol=1e-2)
         # The log of rank 0 is that of all: steps, losses, clips.
@@ -167,9 +184,14 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(work: A
 
 
 def test_a_process_that_is_killed_ends_all_with_one_error(work: Any, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"^rank 1 of 2 was ended by SIGKILL; the machine may have run out of"):
+    with pytest.raises(
+        TrainingError, match=r"^rank 1 of 2 was ended by SIGKILL; the machine may have run out of"
+    ):
         run_distributed(
-            work.job, work.Job(folder=str(tmp_path), suicidal=True), Console(quiet=True), LoopOptions(gpus=2)
+            work.job,
+            work.Job(folder=str(tmp_path), suicidal=True),
+            Console(quiet=True),
+            LoopOptions(gpus=2),
         )
 
 
@@ -182,9 +204,18 @@ def test_sigterm_reaches_all_processes_and_fewer_go_on(tiny_store: Any, tmp_path
                  "checkpoint_every": 1},
     }  # fmt: skip
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"train-student": used}))
-    command = [sys.executable, "-m", "distinit", "train-student", "--config", str(tmp_path / "plan.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "distinit",
+        "train-student",
+        "--config",
+        str(tmp_path / "plan.yaml"),
+    ]
     with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen([*command, "--gpus", "2"], stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            [*command, "--gpus", "2"], stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
     while process.poll() is None and not (run / "checkpoints" / "last.pt").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -205,10 +236,20 @@ def test_sigterm_reaches_all_processes_and_fewer_go_on(tiny_store: Any, tmp_path
 def test_ranks_share_every_batch_and_every_sample_without_padding(world: int) -> None:
     whole = list(EpochBatchSampler(batch_size=7, steps_per_epoch=2, epochs=2, start=1))
     shares = [
-        list(SplitBatchSampler(EpochBatchSampler(batch_size=7, steps_per_epoch=2, epochs=2, start=1), Ranks(rank, world)))
+        list(
+            SplitBatchSampler(
+                EpochBatchSampler(batch_size=7, steps_per_epoch=2, epochs=2, start=1),
+                Ranks(rank, world),
+            )
+        )
         for rank in range(world)
     ]
     assert [[key for share in shares for key in share[step]] for step in range(len(whole))] == whole
-    each = [DistributedBatchSampler(SequentialBatchSampler(11, 3), Ranks(rank, world)) for rank in range(world)]
-    assert sorted(key for share in each for batch in share for key in batch) == [(0, i) for i in range(11)]
+    each = [
+        DistributedBatchSampler(SequentialBatchSampler(11, 3), Ranks(rank, world))
+        for rank in range(world)
+    ]
+    assert sorted(key for share in each for batch in share for key in batch) == [
+        (0, i) for i in range(11)
+    ]
     assert [len(share) for share in each] == [len(list(share)) for share in each]

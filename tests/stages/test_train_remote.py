@@ -1,4 +1,5 @@
-"""Stage two on a store behind a URL: the losses of the local store, and a run that resumes from there."""
+"""Stage two on a store behind a URL: the losses of the local store, and a run that resumes from
+there."""
 
 from __future__ import annotations
 
@@ -20,11 +21,25 @@ def test_training_from_a_url_equals_training_from_the_folder(
     monkeypatch.setenv("DISTINIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(urls, "PROTOCOLS", (*urls.PROTOCOLS, "memory"))
     fsspec.filesystem("memory").put(str(tiny_store.path), "/train/targets.zarr", recursive=True)
-    loop = {"batch_size": 4, "epochs": 1, "epoch_clips": 8, "lr": 0.02, "workers": 0, "threads": 1, "device": "cpu"}
-    base = {"student": {"width": 0.125}, "loop": loop, "clips": {"length": 8, "size": 32, "resize": [40, 60]}}
+    loop = {
+        "batch_size": 4,
+        "epochs": 1,
+        "epoch_clips": 8,
+        "lr": 0.02,
+        "workers": 0,
+        "threads": 1,
+        "device": "cpu",
+    }
+    base = {
+        "student": {"width": 0.125},
+        "loop": loop,
+        "clips": {"length": 8, "size": 32, "resize": [40, 60]},
+    }
 
     def run(store: str, out: str, **changes: Any) -> dict[str, Any]:
-        config = TrainConfig.model_validate({**base, "store": store, "out": str(tmp_path / out), **changes})
+        config = TrainConfig.model_validate(
+            {**base, "store": store, "out": str(tmp_path / out), **changes}
+        )
         return train_student(config, Console(quiet=True))
 
     url = "memory://train/targets.zarr"

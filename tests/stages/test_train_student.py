@@ -44,7 +44,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_trains_exports_and_says_what_it_did(tiny_store, tmp_path):
-    changes = {"held_out": 0.3, "targets": {"picks": "random:2", "max_entropy_quantile": 0.6, "quantile_draws": 300}}
+    changes = {
+        "held_out": 0.3,
+        "targets": {"picks": "random:2", "max_entropy_quantile": 0.6, "quantile_draws": 300},
+    }
     result = train_student(config(tiny_store, tmp_path / "run", **changes), QUIET)
     assert (result["epochs"], result["steps"]) == (2, 6)
     assert result["videos"] + result["held_out_videos"] == 12
@@ -53,12 +56,16 @@ def test_a_run_trains_exports_and_says_what_it_did(tiny_store, tmp_path):
     shares = result["kept_share_by_teacher"]
     assert shares == {name: pytest.approx(0.6, abs=0.1) for name in ("sure", "unsure")}
     constant, perfect = result["loss_of_a_constant"], result["loss_of_the_targets"]
-    assert result["learned"] == pytest.approx((constant - result["held_out"]["loss"]) / (constant - perfect))
+    assert result["learned"] == pytest.approx(
+        (constant - result["held_out"]["loss"]) / (constant - perfect)
+    )
     assert result["learned_by"] == "held-out"
     heads = sum(result["held_out"][f"loss/{name}"] for name in ("sure", "unsure"))
     assert result["held_out"]["loss"] == pytest.approx(heads)
     assert 0 <= result["held_out"]["agreement/sure"] <= 1
-    assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(
+        json.dumps(result)
+    )
     used = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train-student"]
     assert used["loop"]["lr"] == 0.02
     assert used["targets"]["picks"] == "random:2"
@@ -68,7 +75,9 @@ def test_a_run_trains_exports_and_says_what_it_did(tiny_store, tmp_path):
     assert student.classes == {"sure": 7, "unsure": 5}
     assert student.meta.clip_size == 32
     # The loss of the sum over teachers is what the log says.
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     for line in lines:
         if line["kind"] == "train":
             assert line["loss"] == pytest.approx(line["loss/sure"] + line["loss/unsure"], rel=1e-5)
@@ -94,13 +103,15 @@ def test_a_finished_run_exports_the_best_weights_when_asked_later(tiny_store, tm
 
 
 def test_held_out_clips_are_those_that_the_filter_keeps(tiny_store, tmp_path, capfd):
-    """Whichever videos are held out, an epoch never ends with none that count, and each is the clip it was found to
-    be."""
+    """Whichever videos are held out, an epoch never ends with none that count, and each is the clip
+    it was found to be."""
     store = TargetStore.open(str(tiny_store.path))
     targets = {"teachers": ["unsure"], "max_entropy_quantile": 0.3, "quantile_draws": 300}
     held = []
     for seed in range(6):
-        made = config(tiny_store, tmp_path / "run", targets=targets, held_out=0.2, loop={"seed": seed})
+        made = config(
+            tiny_store, tmp_path / "run", targets=targets, held_out=0.2, loop={"seed": seed}
+        )
         parts = _assemble(made, store, ("unsure",), None, QUIET)
         held.append(0 if parts.held_out is None else len(parts.held_out.sampler.videos))
         for k in range(held[-1]):
@@ -108,7 +119,13 @@ def test_held_out_clips_are_those_that_the_filter_keeps(tiny_store, tmp_path, ca
     assert 0 in held, "of some seeds no held-out clip counts"
     assert max(held) > 0
     seed = held.index(0)
-    made = config(tiny_store, tmp_path / "run", targets=targets, held_out=0.2, loop={"seed": seed, "epochs": 1})
+    made = config(
+        tiny_store,
+        tmp_path / "run",
+        targets=targets,
+        held_out=0.2,
+        loop={"seed": seed, "epochs": 1},
+    )
     assert train_student(made, Console())["held_out"] == {}
     assert "no clip of these videos counts; best is by training loss" in capfd.readouterr().err
 
@@ -135,7 +152,9 @@ def test_a_narrow_student_overfits_the_teachers_on_a_few_clips(tiny_store, tmp_p
     assert result["loss"] < 0.7 * epochs[0]
     assert result["loss_of_the_targets"] < result["loss"] < result["loss_of_a_constant"] < epochs[0]
     constant = result["loss_of_a_constant"]
-    assert result["learned"] == pytest.approx((constant - result["loss"]) / (constant - result["loss_of_the_targets"]))
+    assert result["learned"] == pytest.approx(
+        (constant - result["loss"]) / (constant - result["loss_of_the_targets"])
+    )
 
 
 def test_a_student_that_learned_nothing_is_told_of(tiny_store, tmp_path, capfd):
@@ -148,7 +167,12 @@ def test_a_student_that_learned_nothing_is_told_of(tiny_store, tmp_path, capfd):
 @pytest.mark.parametrize("loss", ["cross-entropy", "squared-error"])
 def test_the_first_loss_is_the_equation_computed_by_hand(tiny_store, tmp_path, loss):
     targets = {"loss": loss, "tau": 2.0, "max_entropy": {"unsure": 1.2}, "filter": "zero-weight"}
-    train = config(tiny_store, tmp_path / "run", targets=targets, loop={"epoch_clips": 4, "epochs": 1, "lr": 1e-9})
+    train = config(
+        tiny_store,
+        tmp_path / "run",
+        targets=targets,
+        loop={"epoch_clips": 4, "epochs": 1, "lr": 1e-9},
+    )
     result = train_student(train, QUIET)
 
     from distinit.pipeline.students.student import build_student
@@ -165,7 +189,9 @@ def test_the_first_loss_is_the_equation_computed_by_hand(tiny_store, tmp_path, l
     batch = [clips[0, sample] for sample in range(4)]
     torch.manual_seed(0)
     student = build_student(train.student, {"sure": 7, "unsure": 5}).train()
-    outputs = student(normalize_clip(torch.stack([example["clip"] for example in batch]), torch.float32))
+    outputs = student(
+        normalize_clip(torch.stack([example["clip"] for example in batch]), torch.float32)
+    )
     total = 0.0
     for name in ("sure", "unsure"):
         losses = []
@@ -191,7 +217,9 @@ def test_a_dry_run_writes_the_first_batch_as_a_picture_and_nothing_else(tiny_sto
     train_student(config(tiny_store, tmp_path / "run", loop={"epochs": 1, "epoch_clips": 4}), QUIET)
 
 
-def test_weights_of_losses_filters_of_teachers_and_corpora_are_options_of_one_store(tiny_store, tmp_path):
+def test_weights_of_losses_filters_of_teachers_and_corpora_are_options_of_one_store(
+    tiny_store, tmp_path
+):
     targets = {
         "loss_weights": {"sure": 3.0}, "corpora": {"videos": 1.0}, "filter": "zero-weight",
         "max_entropy_quantile": {"unsure": 0.5}, "quantile_draws": 400,
@@ -201,17 +229,29 @@ def test_weights_of_losses_filters_of_teachers_and_corpora_are_options_of_one_st
     assert list(result["thresholds_nats"]) == ["unsure"]
     assert result["kept_share"] == 1  # the head without a filter keeps every clip
     assert result["kept_share_by_teacher"] == {"unsure": pytest.approx(0.5, abs=0.1)}
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["loss"] == pytest.approx(3 * lines[0]["loss/sure"] + lines[0]["loss/unsure"], rel=1e-5)
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert lines[0]["loss"] == pytest.approx(
+        3 * lines[0]["loss/sure"] + lines[0]["loss/unsure"], rel=1e-5
+    )
     held = result["held_out"]
     assert held["loss"] == pytest.approx(3 * held["loss/sure"] + held.get("loss/unsure", 0.0))
     with pytest.raises(UsageError, match=r"targets\.corpora names 'x'; the store has: videos"):
         train_student(config(tiny_store, tmp_path / "new", targets={"corpora": {"x": 1}}), QUIET)
-    with pytest.raises(UsageError, match=r"targets\.loss_weights names 'x'; the heads are: sure, unsure"):
-        train_student(config(tiny_store, tmp_path / "new", targets={"loss_weights": {"x": 1}}), QUIET)
+    with pytest.raises(
+        UsageError, match=r"targets\.loss_weights names 'x'; the heads are: sure, unsure"
+    ):
+        train_student(
+            config(tiny_store, tmp_path / "new", targets={"loss_weights": {"x": 1}}), QUIET
+        )
     changed = {**targets, "loss_weights": {"sure": 2.0}}
-    again = config(tiny_store, tmp_path / "run", targets=changed, held_out=0.3, loop={"epochs": 1}, resume=True)
-    with pytest.raises(CheckpointError, match=r"targets\.loss_weights\.sure = 3\.0, now it is 2\.0"):
+    again = config(
+        tiny_store, tmp_path / "run", targets=changed, held_out=0.3, loop={"epochs": 1}, resume=True
+    )
+    with pytest.raises(
+        CheckpointError, match=r"targets\.loss_weights\.sure = 3\.0, now it is 2\.0"
+    ):
         train_student(again, QUIET)
 
 
@@ -234,15 +274,21 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tiny_store, tmp_p
     with pytest.raises(TrainingInterrupted, match=r"step [23] of 6"):
         train_student(config(tiny_store, tmp_path / "cut"), Stopping(quiet=True))
     assert not (tmp_path / "cut" / "student.safetensors").exists()
-    result = train_student(config(tiny_store, tmp_path / "cut", resume=True, loop={"workers": 2}), QUIET)
+    result = train_student(
+        config(tiny_store, tmp_path / "cut", resume=True, loop={"workers": 2}), QUIET
+    )
     assert result["resumed_from_step"] in (2, 3)
     cut = weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_a_job_that_is_killed_with_all_its_processes_goes_on_where_it_was(tiny_store, tmp_path, whole, sent):
-    used = config(tiny_store, tmp_path / "cut", loop={"workers": 2}).model_dump(mode="json") | {"resume": "auto"}
+def test_a_job_that_is_killed_with_all_its_processes_goes_on_where_it_was(
+    tiny_store, tmp_path, whole, sent
+):
+    used = config(tiny_store, tmp_path / "cut", loop={"workers": 2}).model_dump(mode="json") | {
+        "resume": "auto"
+    }
     program = (
         "import json, sys\n"
         "from distinit.pipeline.common.errors import TrainingInterrupted\n"
@@ -273,8 +319,13 @@ def test_a_job_that_is_killed_with_all_its_processes_goes_on_where_it_was(tiny_s
 def test_videos_left_out_are_never_drawn(tiny_store, tmp_path):
     store = TargetStore.open(str(tiny_store.path))
     listed = tmp_path / "tests.txt"
-    listed.write_text("# of the labelled set\n\n" + "".join(f"{'/'.join(store.place(v))}\n" for v in range(0, 12, 2)))
-    chosen = config(tiny_store, tmp_path / "run", leave_out=str(listed), loop={"epoch_clips": None, "epochs": 1})
+    listed.write_text(
+        "# of the labelled set\n\n"
+        + "".join(f"{'/'.join(store.place(v))}\n" for v in range(0, 12, 2))
+    )
+    chosen = config(
+        tiny_store, tmp_path / "run", leave_out=str(listed), loop={"epoch_clips": None, "epochs": 1}
+    )
     dataset = _assemble(chosen, store, ("sure",), None, QUIET).train
     assert {dataset.sampler.draw(0, sample).video for sample in range(48)} == set(range(1, 12, 2))
     assert train_student(chosen, QUIET)["videos"] == 6
@@ -282,7 +333,9 @@ def test_videos_left_out_are_never_drawn(tiny_store, tmp_path):
     with pytest.raises(CheckpointError, match="leave_out"):
         train_student(chosen.model_copy(update={"resume": True}), QUIET)
     listed.write_text("elsewhere/a.mp4\n")
-    with pytest.raises(UsageError, match=r"leave_out: .*tests.txt: 'elsewhere/a.mp4' \(1 such\) is not in"):
+    with pytest.raises(
+        UsageError, match=r"leave_out: .*tests.txt: 'elsewhere/a.mp4' \(1 such\) is not in"
+    ):
         train_student(chosen.model_copy(update={"out": str(tmp_path / "other")}), QUIET)
 
 
@@ -303,11 +356,17 @@ def test_refusals_are_one_line_that_names_the_option(tiny_store, tmp_path):
     assert 'student.variant = "torchvision", now it is "vmz"' in refused(
         CheckpointError, loop=one, resume=True, student=vmz
     )
-    assert "targets.picks" in refused(CheckpointError, loop=one, resume=True, targets={"picks": "center"})
-    assert (tmp_path / "run" / "config.yaml").read_text() == used  # a refused command changes nothing
+    assert "targets.picks" in refused(
+        CheckpointError, loop=one, resume=True, targets={"picks": "center"}
+    )
+    assert (
+        tmp_path / "run" / "config.yaml"
+    ).read_text() == used  # a refused command changes nothing
     assert "'nobody' is not in" in refused(UsageError, "new", targets={"teachers": ["nobody"]})
     assert "asked for 3 picks" in refused(UsageError, "new", targets={"picks": "random:3"})
-    assert "keeps none" in refused(UsageError, "new", targets={"teachers": ["unsure"], "max_entropy": 1e-6})
+    assert "keeps none" in refused(
+        UsageError, "new", targets={"teachers": ["unsure"], "max_entropy": 1e-6}
+    )
     assert "names 'x'" in refused(UsageError, "new", targets={"max_entropy": {"x": 1.0}})
     assert "--videos nowhere=" in refused(UsageError, "new", moved={"nowhere": str(tmp_path)})
     (tmp_path / "empty").mkdir()

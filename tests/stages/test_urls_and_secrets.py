@@ -1,4 +1,5 @@
-"""URLs that are programs are refused wherever one is given, a run's URL is data, and no password is shown or kept."""
+"""URLs that are programs are refused wherever one is given, a run's URL is data, and no password is
+shown or kept."""
 
 from __future__ import annotations
 
@@ -18,7 +19,14 @@ import yaml
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError, UsageError
-from distinit.pipeline.common.urls import PROTOCOLS, canonical_url, check_url, hide_secrets, is_url, public_url
+from distinit.pipeline.common.urls import (
+    PROTOCOLS,
+    canonical_url,
+    check_url,
+    hide_secrets,
+    is_url,
+    public_url,
+)
 from distinit.pipeline.store.reader import TargetStore
 from distinit.stages.ablate import AblateConfig, ablate
 from distinit.stages.report import report
@@ -31,8 +39,20 @@ from distinit.stages.train_student import TrainConfig, train_student
 
 QUIET = Console(quiet=True)
 SECRET = "s3cr+t"
-LOOP = {"batch_size": 4, "epochs": 1, "epoch_clips": 8, "lr": 0.02, "workers": 0, "threads": 1, "device": "cpu"}
-TRAIN = {"student": {"width": 0.125}, "loop": LOOP, "clips": {"length": 8, "size": 32, "resize": [40, 60]}}
+LOOP = {
+    "batch_size": 4,
+    "epochs": 1,
+    "epoch_clips": 8,
+    "lr": 0.02,
+    "workers": 0,
+    "threads": 1,
+    "device": "cpu",
+}
+TRAIN = {
+    "student": {"width": 0.125},
+    "loop": LOOP,
+    "clips": {"length": 8, "size": 32, "resize": [40, 60]},
+}
 
 REFUSED = [
     "reference::{folder}/refs.json",
@@ -104,7 +124,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def program(folder: Path) -> Path:
-    """References whose templates run code in versions of fsspec without a sandbox; returns what the code would make."""
+    """References whose templates run code in versions of fsspec without a sandbox; returns what the
+    code would make."""
     canary = folder / "canary"
     code = f"{{{{ cycler.__init__.__globals__.os.popen('touch {canary}').read() }}}}"
     references = {"version": 1, "templates": {"u": code}, "refs": {"zarr.json": "{{u}}"}, "gen": []}
@@ -134,8 +155,12 @@ def test_no_command_opens_another_url(url: str, server: Any, tmp_path: Path) -> 
         lambda: targets_export(url, f"{out}.zarr", QUIET),
         lambda: targets_merge([url, url], f"{out}.zarr", QUIET),
         lambda: targets_verify(url, QUIET),
-        lambda: train_student(TrainConfig.model_validate({**TRAIN, "store": url, "out": out}), QUIET),
-        lambda: ablate(AblateConfig(plan="picks", store=url, out=out, datasets=["csv:none"]), QUIET),
+        lambda: train_student(
+            TrainConfig.model_validate({**TRAIN, "store": url, "out": out}), QUIET
+        ),
+        lambda: ablate(
+            AblateConfig(plan="picks", store=url, out=out, datasets=["csv:none"]), QUIET
+        ),
     ):
         with pytest.raises(UsageError):
             use()
@@ -149,7 +174,13 @@ def test_the_error_names_the_url_and_what_is_allowed() -> None:
         check_url("ftp://user:hidden@host/s.zarr")
     assert "ftp://host/s.zarr" in str(caught.value)
     assert all(f"{name}://" in str(caught.value) for name in PROTOCOLS)
-    for good in ("http://[::1]:80/s.zarr", "hf://datasets/org/name@main/s.zarr", "s3://b/s.zarr", "HTTPS://h/s", "gs://b"):
+    for good in (
+        "http://[::1]:80/s.zarr",
+        "hf://datasets/org/name@main/s.zarr",
+        "s3://b/s.zarr",
+        "HTTPS://h/s",
+        "gs://b",
+    ):
         check_url(good)
         assert is_url(good)
 
@@ -173,8 +204,14 @@ def test_the_error_names_the_url_and_what_is_allowed() -> None:
 def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
     assert public_url(url) == shown
     if "…" not in shown and is_url(url):
-        assert hide_secrets(f"cannot open '{url}'").startswith(f"cannot open '{shown.partition('?')[0]}")
-    assert canonical_url("HTTP://u:p@H:80/s/?b=1&token=2") == canonical_url("http://h/s?b=1") != canonical_url("http://h/s")
+        assert hide_secrets(f"cannot open '{url}'").startswith(
+            f"cannot open '{shown.partition('?')[0]}"
+        )
+    assert (
+        canonical_url("HTTP://u:p@H:80/s/?b=1&token=2")
+        == canonical_url("http://h/s?b=1")
+        != canonical_url("http://h/s")
+    )
 
 
 def strangers_run(folder: Path, store: Any) -> Path:
@@ -186,9 +223,15 @@ def strangers_run(folder: Path, store: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://user:{secret}@127.0.0.1:{port}/s.zarr?token={secret}", "reference::http://u:{secret}@127.0.0.1:{port}/r"]
+    "url",
+    [
+        "http://user:{secret}@127.0.0.1:{port}/s.zarr?token={secret}",
+        "reference::http://u:{secret}@127.0.0.1:{port}/r",
+    ],
 )
-def test_a_report_contacts_no_address_of_a_run(url: str, server: Any, tmp_path: Path, tiny_store: Any) -> None:
+def test_a_report_contacts_no_address_of_a_run(
+    url: str, server: Any, tmp_path: Path, tiny_store: Any
+) -> None:
     shutil.copytree(tiny_store.path, server.folder / "s.zarr")
     url = url.format(secret=SECRET, port=server.server_port)
     runs = strangers_run(tmp_path, url)
@@ -196,7 +239,9 @@ def test_a_report_contacts_no_address_of_a_run(url: str, server: Any, tmp_path: 
     assert not server.heard
     assert not (tmp_path / "cache").exists()
     pages = [(tmp_path / "page" / name).read_text() for name in ("report.html", "report.md")]
-    assert all("--open-urls" in page and "127.0.0.1" in page and SECRET not in page for page in pages)
+    assert all(
+        "--open-urls" in page and "127.0.0.1" in page and SECRET not in page for page in pages
+    )
     if url.startswith("http"):
         made = report([runs], tmp_path / "page", QUIET, open_urls=True)
         assert server.heard
@@ -209,13 +254,17 @@ def test_a_report_contacts_no_address_of_a_run(url: str, server: Any, tmp_path: 
 def test_a_report_reads_the_reference_of_no_run(tmp_path: Path) -> None:
     canary = program(tmp_path)
     for number, store in enumerate((f"reference::{tmp_path}/refs.json", "a\0b", f"x::{tmp_path}")):
-        report([strangers_run(tmp_path / str(number), store)], tmp_path / "page", QUIET, open_urls=True)
+        report(
+            [strangers_run(tmp_path / str(number), store)], tmp_path / "page", QUIET, open_urls=True
+        )
     assert not canary.exists()
 
 
 def cli(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "distinit", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+    )
 
 
 def places_with(text: str, folder: Path) -> list[Path]:
@@ -242,7 +291,9 @@ def test_no_password_stays_on_disk_or_screen(server: Any, tmp_path: Path, tiny_s
         cli("train-student", "--config", f"{run}/config.yaml", "--targets", url, "--resume"),
         cli("report", str(tmp_path / "runs"), "--out", page),
     ]
-    assert [done.returncode for done in said] == [0] * len(said), [done.stderr[-300:] for done in said]
+    assert [done.returncode for done in said] == [0] * len(said), [
+        done.stderr[-300:] for done in said
+    ]
     wrong = [
         cli("targets", "info", bare, "--debug"),
         cli("targets", "info", url.replace("s.zarr", "none.zarr"), "--debug"),

@@ -1,4 +1,5 @@
-"""dask clusters: nobody else of the machine gets into one that is made here, and one with TLS can be used."""
+"""dask clusters: nobody else of the machine gets into one that is made here, and one with TLS can
+be used."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from distinit.pipeline.common.dask_workers import cluster
 from distinit.pipeline.common.errors import DistInitError
 
 QUIET = Console(quiet=True)
-# In a process that shares no key with the cluster: what it is told by each address, in clear text and with a key of
-# its own.
+# In a process that shares no key with the cluster: what it is told by each address, in clear text
+# and with a key of its own.
 INTRUDER = """
 import asyncio, sys
 from distributed.core import connect
@@ -47,13 +48,19 @@ asyncio.run(main())
 def listening(root: int) -> set[tuple[str, int]]:
     """(address, port) of all listening sockets of a process and its descendants."""
     family = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
-    of = [getattr(process, "net_connections", None) or process.connections for process in family]  # of psutil 5
+    of = [
+        getattr(process, "net_connections", None) or process.connections for process in family
+    ]  # of psutil 5
     sockets = [each for connections in of for each in connections("inet")]
-    return {(each.laddr.ip, each.laddr.port) for each in sockets if each.status == psutil.CONN_LISTEN}
+    return {
+        (each.laddr.ip, each.laddr.port) for each in sockets if each.status == psutil.CONN_LISTEN
+    }
 
 
 def let_in(addresses: list[str]) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", INTRUDER, *addresses], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", INTRUDER, *addresses], capture_output=True, text=True, check=True
+    )
     return done.stdout.splitlines()
 
 
@@ -65,13 +72,21 @@ def test_nobody_else_gets_into_a_local_cluster() -> None:
         assert len(sockets) >= 5  # of the scheduler, workers and nannies
         assert {address for address, _ in sockets} == {"127.0.0.1"}
         known = client.scheduler_info()["workers"]
-        addresses = [client.scheduler.address, *known, *(worker["nanny"] for worker in known.values())]
+        addresses = [
+            client.scheduler.address,
+            *known,
+            *(worker["nanny"] for worker in known.values()),
+        ]
         assert all(address.startswith("tls://") for address in addresses)
         assert set(let_in([address.removeprefix("tls://") for address in addresses])) == {"refused"}
 
 
 def test_the_intruder_would_be_let_in_by_a_cluster_without_keys() -> None:
-    options: dict[str, Any] = {"n_workers": 1, "processes": False, "dashboard_address": "127.0.0.1:0"}
+    options: dict[str, Any] = {
+        "n_workers": 1,
+        "processes": False,
+        "dashboard_address": "127.0.0.1:0",
+    }
     with LocalCluster(host="127.0.0.1", protocol="tcp://", **options) as open_:
         assert let_in([open_.scheduler_address.removeprefix("tcp://")]) == ["let in", "refused"]
 
@@ -88,7 +103,11 @@ def test_a_cluster_with_tls_is_used_with_the_keys_of_dasks_own_configuration(
         "distributed.comm.tls.client.cert": str(tmp_path / "ca.pem"),
         "distributed.comm.tls.client.key": str(tmp_path / "key.pem"),
     }
-    options: dict[str, Any] = {"n_workers": 1, "processes": False, "dashboard_address": "127.0.0.1:0"}
+    options: dict[str, Any] = {
+        "n_workers": 1,
+        "processes": False,
+        "dashboard_address": "127.0.0.1:0",
+    }
     with LocalCluster(host="127.0.0.1", security=keys, **options) as theirs:
         address = theirs.scheduler_address
         with dask.config.set(configured), cluster(None, address, QUIET) as client:

@@ -1,4 +1,5 @@
-"""Accuracies and differences with their intervals, the gain of each class (Figure 7), and curves of training."""
+"""Accuracies and differences with their intervals, the gain of each class (Figure 7), and curves of
+training."""
 
 from __future__ import annotations
 
@@ -54,12 +55,16 @@ def gains(rows: Sequence[Row], name: str, title: str, axis: str) -> Figure | Non
     )  # fmt: skip
 
 
-def _whiskers(rows: Sequence[Row], name: str, title: str, axis: str, zero: float | None, caption: str) -> Figure:
+def _whiskers(
+    rows: Sequence[Row], name: str, title: str, axis: str, zero: float | None, caption: str
+) -> Figure:
     canvas, (ax,) = new_canvas(8, 0.9 + 0.32 * len(rows))
     for i, (_, value, low, high) in enumerate(rows):
         # An interval of a few videos may leave its own mean out.
         below, above = max(0.0, value - low), max(0.0, high - value)
-        ax.errorbar(value, i, xerr=[[below], [above]], fmt="o", color=colour(i), capsize=3, lw=1.8, ms=6)
+        ax.errorbar(
+            value, i, xerr=[[below], [above]], fmt="o", color=colour(i), capsize=3, lw=1.8, ms=6
+        )
     ax.set_yticks(range(len(rows)), [short(row[0]) for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
@@ -109,10 +114,22 @@ def curves(runs: Sequence[Run], kind: str, title: str) -> Figure | None:
     for i, line in enumerate(shown):
         style = DASHES[(i // 2) % len(DASHES)]
         marker = "o" if len(line.x) == 1 else None
-        ax.plot(line.x, line.y, color=colour(i), ls=style, lw=1.8, marker=marker, label=short(line.name, 70))
+        ax.plot(
+            line.x,
+            line.y,
+            color=colour(i),
+            ls=style,
+            lw=1.8,
+            marker=marker,
+            label=short(line.name, 70),
+        )
     ax.set_xlabel("step")
     ax.set_ylabel("loss")
-    canvas.legend(loc="outside lower left", ncols=1 if max(len(line.name) for line in shown) > 40 else 2, fontsize=8.5)
+    canvas.legend(
+        loc="outside lower left",
+        ncols=1 if max(len(line.name) for line in shown) > 40 else 2,
+        fontsize=8.5,
+    )
     more = f" The first {CURVES} of {len(lines)} runs." if len(lines) > CURVES else ""
     return finish(
         canvas, f"curves-{kind}", title,

@@ -29,7 +29,8 @@ def draw_figures(
     kinetics: str | None,
     pair: Pair | None,
 ) -> list[Figure]:
-    """In the order of the page. alone: finetuned runs of no ablation, differences: theirs; the rest as in `contents`.
+    """In the order of the page. alone: finetuned runs of no ablation, differences: theirs; the rest
+    as in `contents`.
 
     Raises WeightsError and UsageError for `kinetics`.
     """
@@ -51,35 +52,53 @@ def _draw(
     found += [_ablation(number, ablation) for number, ablation in enumerate(ablations, start=1)]
     filters = [filters for run in runs for filters in read_filters(run)]
     found += [over_time(filters), in_space(filters, beside)]
-    with_features = [run for run in runs if run.predictions is not None and run.predictions.features.shape[2]]
+    with_features = [
+        run for run in runs if run.predictions is not None and run.predictions.features.shape[2]
+    ]
     cells = [cell for ablation in ablations for cell in ablation.cells]
     alike = {cell.run.path: cell.record.row for cell in cells if cell.run is not None}
     mapped, best = pair or largest_gain(with_features, alike), pair or largest_gain(runs, alike)
     if mapped is not None:
         found.append(feature_map(*mapped))
     for number, (path, store) in enumerate(stores.items(), start=1):
-        thresholds = next((rows for rows in (threshold_points(each, path) for each in ablations) if rows), [])
+        thresholds = next(
+            (rows for rows in (threshold_points(each, path) for each in ablations) if rows), []
+        )
         found.append(densities(store.surveys or [], thresholds, short_path(path), number))
     if best is not None and best[0].predictions is not None and best[1].predictions is not None:
-        compared = compare_predictions(best[0].predictions, best[1].predictions, (best[0].name, best[1].name))
+        compared = compare_predictions(
+            best[0].predictions, best[1].predictions, (best[0].name, best[1].name)
+        )
         found.append(class_gains(compared, *best))
-    found += [curves(runs, "student", "Loss of distillation"), curves(runs, "finetune", "Loss of finetuning")]
+    found += [
+        curves(runs, "student", "Loss of distillation"),
+        curves(runs, "finetune", "Loss of finetuning"),
+    ]
     return [figure for figure in found if figure is not None]
 
 
 def _ablation(number: int, ablation: Ablation) -> Figure | None:
-    """What each row gains over the first; of a single data set, so that the axis means one thing."""
+    """What each row gains over the first; of a single data set, so that the axis means one
+    thing."""
     if len(ablation.datasets) > 1:
         return None
-    rows = [points(entry.row, entry.gain.estimate) for entry in ablation.entries if entry.gain is not None]
+    rows = [
+        points(entry.row, entry.gain.estimate)
+        for entry in ablation.entries
+        if entry.gain is not None
+    ]
     axis = f"difference in top 1 to “{ablation.rows[0]}”, points"
     return gains(rows, f"ablation-{number}", "Gain of each row over the first", axis)
 
 
 def _kinetics(path: str) -> Filters:
-    from ...common.weights import load_weights  # with torch, which takes seconds and which no other figure needs
+    from ...common.weights import (
+        load_weights,
+    )  # with torch, which takes seconds and which no other figure needs
 
     stem = load_weights(path).state.get(STEM)
     if stem is None or stem.ndim != 5:
-        raise UsageError(f"--kinetics {path}: has no {STEM}; expected weights of R(2+1)D in torchvision's names")
+        raise UsageError(
+            f"--kinetics {path}: has no {STEM}; expected weights of R(2+1)D in torchvision's names"
+        )
     return Filters(short_path(path), stem.numpy().astype(np.float64), "Kinetics")

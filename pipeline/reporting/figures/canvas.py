@@ -1,7 +1,7 @@
 """One way to draw a figure of the report: matplotlib without a display, to SVG and PNG alike.
 
-The colours are Okabe and Ito's, told apart by colour-blind readers; lines differ in dash as well, so that a grey print
-can be read. The same data give the same bytes.
+The colours are Okabe and Ito's, told apart by colour-blind readers; lines differ in dash as well,
+so that a grey print can be read. The same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One drawn figure. name: of its files. caption: what to see in it. about: names of the runs (or stores) behind it.
+    """One drawn figure. name: of its files. caption: what to see in it. about: names of the runs
+    (or stores) behind it.
 
     table: its numbers, where they say more than the picture.
     """
@@ -68,12 +69,15 @@ class Figure:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The style of all figures, for what is drawn inside; matplotlib's own settings are as before afterwards."""
+    """The style of all figures, for what is drawn inside; matplotlib's own settings are as before
+    afterwards."""
     with matplotlib.rc_context(STYLE):
         yield
 
 
-def new_canvas(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Canvas, list[Axes]]:
+def new_canvas(
+    width: float, height: float, rows: int = 1, columns: int = 1
+) -> tuple[Canvas, list[Axes]]:
     """A canvas of so many inches with rows × columns axes, row by row."""
     canvas = Canvas(figsize=(width, height), layout="constrained")
     axes = canvas.subplots(rows, columns, squeeze=False)
@@ -81,7 +85,12 @@ def new_canvas(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 
 def finish(
-    canvas: Canvas, name: str, title: str, caption: str, about: Sequence[str] = (), table: Table | None = None
+    canvas: Canvas,
+    name: str,
+    title: str,
+    caption: str,
+    about: Sequence[str] = (),
+    table: Table | None = None,
 ) -> Figure:
     """Both forms of what was drawn."""
     svg, png = io.BytesIO(), io.BytesIO()

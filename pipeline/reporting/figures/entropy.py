@@ -1,4 +1,5 @@
-"""Figure 6: how sure the teachers are of a store's frames, and what a threshold on it does to accuracy."""
+"""Figure 6: how sure the teachers are of a store's frames, and what a threshold on it does to
+accuracy."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from .canvas import INK, MARKERS, Figure, colour, finish, new_canvas, short
 
 @dataclass(frozen=True)
 class Point:
-    """A row of an ablation over the threshold: nats by teacher (None: no filter), mean top 1 and deviation, in %."""
+    """A row of an ablation over the threshold: nats by teacher (None: no filter), mean top 1 and
+    deviation, in %."""
 
     row: str
     nats: Mapping[str, float] | None
@@ -31,7 +33,8 @@ class Point:
 
 @dataclass(frozen=True)
 class StoreSurvey:
-    """A store that students were trained from: its teachers' surveys and identity, or why it cannot be read."""
+    """A store that students were trained from: its teachers' surveys and identity, or why it cannot
+    be read."""
 
     surveys: Sequence[TeacherStats] | None
     identity: dict[str, Any]
@@ -41,24 +44,30 @@ class StoreSurvey:
 def read_stores(runs: Sequence[Run], *, open_urls: bool = False) -> dict[str, StoreSurvey]:
     """Open each store that a student of the runs was trained from; return them by path.
 
-    A run may come from anybody, and so may the address in it: a URL is opened where that was asked for, else never.
+    A run may come from anybody, and so may the address in it: a URL is opened where that was asked
+    for, else never.
     """
     found = {}
     students = [run for run in runs if run.kind == "student" and "store" in run.config]
     for path in dict.fromkeys(str(run.config["store"]) for run in students):
         if is_url(path) and not open_urls:
-            found[path] = StoreSurvey(None, {}, "not looked at: it is behind a URL; --open-urls reads it")
+            found[path] = StoreSurvey(
+                None, {}, "not looked at: it is behind a URL; --open-urls reads it"
+            )
             continue
         try:
             store = TargetStore.open(path)
-            found[path] = StoreSurvey([teacher_stats(store, name) for name in store.teachers], store.identity())
+            found[path] = StoreSurvey(
+                [teacher_stats(store, name) for name in store.teachers], store.identity()
+            )
         except (DistInitError, OSError, ValueError) as error:  # ValueError: a path with a zero byte
             found[path] = StoreSurvey(None, {}, str(error))
     return found
 
 
 def threshold_points(ablation: Ablation, store: str) -> list[Point]:
-    """The rows whose students learned from the store at this path behind the entropy filter, and those without one.
+    """The rows whose students learned from the store at this path behind the entropy filter, and
+    those without one.
 
     Empty unless at least two thresholds are there: then the filter is not what the ablation varies.
     """
@@ -66,19 +75,26 @@ def threshold_points(ablation: Ablation, store: str) -> list[Point]:
     for row in ablation.rows:
         cells = [cell for cell in ablation.cells if cell.record.row == row and cell.problem is None]
         students = [cell.student for cell in cells if cell.student is not None]
-        values = np.array([cell.run.metrics["top1"]["value"] for cell in cells if cell.run and cell.run.metrics])
+        values = np.array(
+            [cell.run.metrics["top1"]["value"] for cell in cells if cell.run and cell.run.metrics]
+        )
         if not students or len(students) < len(cells) or not len(values):
             continue  # nothing finished, or nothing distilled
         if any(str(student.config.get("store")) != store for student in students):
             continue
         each = [dict(student.result.get("thresholds_nats") or {}) for student in students]
-        nats = {name: float(np.mean([e[name] for e in each if name in e])) for name in each[0]} or None
+        nats = {
+            name: float(np.mean([e[name] for e in each if name in e])) for name in each[0]
+        } or None
         points.append(Point(row, nats, *spread_of(values)))
     return points if sum(point.nats is not None for point in points) >= 2 else []
 
 
-def densities(surveys: Sequence[TeacherStats], points: Sequence[Point], where: str, number: int) -> Figure | None:
-    """The density of each teacher's entropies; where an ablation varies the threshold, accuracy against it as well."""
+def densities(
+    surveys: Sequence[TeacherStats], points: Sequence[Point], where: str, number: int
+) -> Figure | None:
+    """The density of each teacher's entropies; where an ablation varies the threshold, accuracy
+    against it as well."""
     surveys = [found for found in surveys if np.isfinite(found.entropy).any()]
     if not surveys:
         return None
@@ -86,7 +102,9 @@ def densities(surveys: Sequence[TeacherStats], points: Sequence[Point], where: s
     for i, found in enumerate(surveys):
         x, density = entropy_density(found.entropy, np.log(len(found.classes)))
         axes[-1].fill_between(x, density, color=colour(i), alpha=0.25, lw=0)
-        axes[-1].plot(x, density, color=colour(i), lw=1.8, label=f"{found.teacher} (ln K = {x[-1]:.2f})")
+        axes[-1].plot(
+            x, density, color=colour(i), lw=1.8, label=f"{found.teacher} (ln K = {x[-1]:.2f})"
+        )
     axes[-1].set_xlabel("entropy of the teacher’s softmax, nats")
     axes[-1].set_ylabel("density")
     axes[-1].set_ylim(bottom=0)
@@ -117,21 +135,30 @@ def _accuracy(ax: Axes, points: Sequence[Point], teachers: Sequence[str]) -> Non
             continue
         x, y = [nats for nats, _ in mine], [p.mean for _, p in mine]
         bars = [p.deviation for _, p in mine]
-        ax.errorbar(x, y, yerr=bars, fmt=MARKERS[i] + "-", color=colour(i), capsize=3, lw=1.6, label=teacher)
+        ax.errorbar(
+            x, y, yerr=bars, fmt=MARKERS[i] + "-", color=colour(i), capsize=3, lw=1.6, label=teacher
+        )
         for nats, p in mine:
-            ax.annotate(short(p.row, 24), (nats, p.mean), (4, 6), textcoords="offset points", fontsize=8)
+            ax.annotate(
+                short(p.row, 24), (nats, p.mean), (4, 6), textcoords="offset points", fontsize=8
+            )
     for p in points:
         if p.nats is None:
-            ax.axhline(p.mean, color=INK, ls="--", lw=1.1, label=f"{short(p.row, 30)} (no threshold)")
+            ax.axhline(
+                p.mean, color=INK, ls="--", lw=1.1, label=f"{short(p.row, 30)} (no threshold)"
+            )
     ax.set_ylabel("top 1, %")
     ax.legend(loc="best", fontsize=8.5)
 
 
-def entropy_density(values: np.ndarray, highest: float, points: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """Entropies in nats [n] → (x [points] from 0 to `highest`, density [points], whose integral is 1).
+def entropy_density(
+    values: np.ndarray, highest: float, points: int = 256
+) -> tuple[np.ndarray, np.ndarray]:
+    """Entropies in nats [n] → (x [points] from 0 to `highest`, density [points], whose integral is
+    1).
 
-    A Gaussian kernel by Silverman's rule over a fine histogram; what would spill over an end is folded back, so that
-    nothing lies below 0 or above ln K.
+    A Gaussian kernel by Silverman's rule over a fine histogram; what would spill over an end is
+    folded back, so that nothing lies below 0 or above ln K.
     """
     finite = np.clip(values[np.isfinite(values)].astype(np.float64), 0, highest)
     bins = 4 * points

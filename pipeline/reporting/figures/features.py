@@ -1,4 +1,5 @@
-"""After the paper's Figure 5: t-SNE of the features of test videos, two finetuned runs side by side.
+"""After the paper's Figure 5: t-SNE of the features of test videos, two finetuned runs side by
+side.
 
 Shapes: V videos, N clips, D features.
 """
@@ -20,7 +21,8 @@ SEED = 0
 
 
 def feature_map(a: Run, b: Run) -> Figure | None:
-    """A map of each run's features; None where one of them has none or too few videos are in both."""
+    """A map of each run's features; None where one of them has none or too few videos are in
+    both."""
     if a.predictions is None or b.predictions is None:
         return None
     first, second = (_means(run.predictions) for run in (a, b) if run.predictions is not None)
@@ -66,7 +68,9 @@ def embed(features: np.ndarray) -> np.ndarray:
     from sklearn.manifold import TSNE  # takes seconds
 
     perplexity = min(30.0, max(2.0, (len(features) - 1) / 4))
-    found = TSNE(perplexity=perplexity, init="pca", random_state=SEED, learning_rate="auto").fit_transform(features)
+    found = TSNE(
+        perplexity=perplexity, init="pca", random_state=SEED, learning_rate="auto"
+    ).fit_transform(features)
     return np.asarray(found, dtype=np.float64)
 
 

@@ -1,4 +1,5 @@
-"""First-layer filters: how they change over time (Figure 3), and what they look like in space (Figure 4).
+"""First-layer filters: how they change over time (Figure 3), and what they look like in space
+(Figure 4).
 
 Shapes: F filters, C input channels, T time steps of a kernel, H W its pixels.
 """
@@ -26,7 +27,8 @@ SHOWN = 64
 class Filters:
     """The first convolution of a run or a file: weights float64 [F, C, T, H, W].
 
-    state: what had happened to it, for people. start: of an inflated network, before its finetuning.
+    state: what had happened to it, for people. start: of an inflated network, before its
+        finetuning.
     """
 
     name: str
@@ -38,23 +40,30 @@ class Filters:
 
 
 def read_filters(run: Run) -> list[Filters]:
-    """Those of a run's exported model, none where there is none yet; before them those that inflation began with."""
+    """Those of a run's exported model, none where there is none yet; before them those that
+    inflation began with."""
     inflated = run.kind == "finetune" and run.init.startswith("inflate")
     distilled = run.kind == "student"
     state = "distilled" if distilled else "inflated, after finetuning" if inflated else "finetuned"
     start = _stem(run.path / START) if inflated else None
     trained = _stem(run.model)
     found = []
-    start, trained = (weights if weights is not None and _drawable(weights) else None for weights in (start, trained))
+    start, trained = (
+        weights if weights is not None and _drawable(weights) else None
+        for weights in (start, trained)
+    )
     if start is not None:
-        found.append(Filters(run.name, start, "inflated, before finetuning", inflated=True, start=True))
+        found.append(
+            Filters(run.name, start, "inflated, before finetuning", inflated=True, start=True)
+        )
     if trained is not None:
         found.append(Filters(run.name, trained, state, distilled, inflated))
     return found
 
 
 def _drawable(weights: np.ndarray) -> bool:
-    """Return whether these are filters that fit on a page: a file may have any array under this name."""
+    """Return whether these are filters that fit on a page: a file may have any array under this
+    name."""
     fits = weights.ndim == 5 and min(weights.shape) > 0 and max(weights.shape[2:]) <= 64
     return fits and bool((np.abs(weights) < 1e15).all())
 
@@ -68,13 +77,18 @@ def _stem(file: Path) -> np.ndarray | None:
     if not file.exists():
         return None
     with open_checked(file, "np") as opened:
-        return np.asarray(opened.get_tensor(STEM), dtype=np.float64) if STEM in opened.keys() else None  # noqa: SIM118
+        return (
+            np.asarray(opened.get_tensor(STEM), dtype=np.float64)
+            if STEM in set(opened.keys())
+            else None
+        )
 
 
 def variation_over_time(weights: np.ndarray) -> float:
-    """How much filters [F, C, T, H, W] vary in time, 0 to 1: of each filter √(mean_t ‖w_t − w̄‖² / mean_t ‖w_t‖²),
-    where w̄ is its mean over time; of these the mean over filters. 0 for a kernel that is repeated over time, as an
-    inflated one is before it is trained; 1 where the steps average to nothing. Filters of zeros count as 0.
+    """How much filters [F, C, T, H, W] vary in time, 0 to 1: of each filter √(mean_t ‖w_t − w̄‖² /
+    mean_t ‖w_t‖²), where w̄ is its mean over time; of these the mean over filters. 0 for a kernel
+    that is repeated over time, as an inflated one is before it is trained; 1 where the steps
+    average to nothing. Filters of zeros count as 0.
 
     >>> variation_over_time(np.ones((2, 3, 3, 7, 7)))
     0.0
@@ -86,8 +100,8 @@ def variation_over_time(weights: np.ndarray) -> float:
 
 
 def over_time(found: Sequence[Filters]) -> Figure | None:
-    """Figure 3: filters with a temporal extent, a distilled student above an inflated network before and after its
-    finetuning (else above the next best)."""
+    """Figure 3: filters with a temporal extent, a distilled student above an inflated network
+    before and after its finetuning (else above the next best)."""
     able = [f for f in found if f.weights.shape[2] > 1]
     if not able:
         return None
@@ -114,24 +128,40 @@ def over_time(found: Sequence[Filters]) -> Figure | None:
         # Over all steps, and no part of the layout: it would widen the column of the first.
         words = f"{short(f.name, 60)} ({f.state}): variation {variation_over_time(f.weights):.3f}"
         axes[row * steps].annotate(
-            words, (0, 1), (0, 18), "axes fraction", "offset points", fontsize=9, annotation_clip=False
+            words,
+            (0, 1),
+            (0, 18),
+            "axes fraction",
+            "offset points",
+            fontsize=9,
+            annotation_clip=False,
         ).set_in_layout(False)
     caption = (
         "The first convolution at each of its time steps, a square a filter, each scaled over all its steps: grey is 0."
-        " A filter that looks alike at every t sees one picture; one that changes sees motion. " + _beside(rows)
+        " A filter that looks alike at every t sees one picture; one that changes sees motion. "
+        + _beside(rows)
     )
     title = "Figure 3: first-layer filters over time"
-    return finish(canvas, "figure-3-filters", title, caption, list(dict.fromkeys(f.name for f in rows)), table)
+    return finish(
+        canvas, "figure-3-filters", title, caption, list(dict.fromkeys(f.name for f in rows)), table
+    )
 
 
 def _rows(able: Sequence[Filters]) -> list[Filters]:
-    """What is drawn: a distilled student, and the first inflated run's before and after; else another network's."""
+    """What is drawn: a distilled student, and the first inflated run's before and after; else
+    another network's."""
     trained = [f for f in able if not f.inflated]
     first = next((f for f in trained if f.distilled), trained[0] if trained else None)
     inflated = next((f.name for f in able if f.inflated), None)
     if inflated is not None:
-        return [f for f in (first,) if f is not None] + [f for f in able if f.inflated and f.name == inflated]
-    return [f for f in (first, next((f for f in trained if not f.distilled and f is not first), None)) if f is not None]
+        return [f for f in (first,) if f is not None] + [
+            f for f in able if f.inflated and f.name == inflated
+        ]
+    return [
+        f
+        for f in (first, next((f for f in trained if not f.distilled and f is not first), None))
+        if f is not None
+    ]
 
 
 def _beside(rows: Sequence[Filters]) -> str:
@@ -150,11 +180,16 @@ def _words(f: Filters, before: Filters | None) -> str:
         if before is not None and before.start:
             return "the same after its finetuning"
         return "an inflated network after its finetuning (its run holds no filters from before)"
-    return "a student as distilled, before any finetuning" if f.distilled else "a network finetuned from another start"
+    return (
+        "a student as distilled, before any finetuning"
+        if f.distilled
+        else "a network finetuned from another start"
+    )
 
 
 def in_space(found: Sequence[Filters], beside: Filters | None = None) -> Figure | None:
-    """Figure 4: the spatial filters of R(2+1)D's first convolution, beside those of `beside` (Kinetics) if given."""
+    """Figure 4: the spatial filters of R(2+1)D's first convolution, beside those of `beside`
+    (Kinetics) if given."""
     able = [f for f in found if f.weights.shape[2] == 1 and f.weights.shape[1] == RGB]
     if not able:
         return None
@@ -172,16 +207,28 @@ def in_space(found: Sequence[Filters], beside: Filters | None = None) -> Figure 
     caption = (
         "The spatial half of the first convolution, a square a filter, each scaled by itself: grey is 0. Trained "
         "filters show edges and colour blobs; noise stands for few steps or few clips."
-        + ("" if beside else " No Kinetics weights were given (--kinetics FILE) to set beside them.")
+        + (
+            ""
+            if beside
+            else " No Kinetics weights were given (--kinetics FILE) to set beside them."
+        )
     )
-    return finish(canvas, "figure-4-filters", "Figure 4: spatial filters of R(2+1)D", caption, [f.name for f in shown])
+    return finish(
+        canvas,
+        "figure-4-filters",
+        "Figure 4: spatial filters of R(2+1)D",
+        caption,
+        [f.name for f in shown],
+    )
 
 
 def _mosaic(weights: np.ndarray, step: int) -> np.ndarray:
     """RGB float [h, w, 3] of one time step of the first SHOWN filters; white lines between them."""
     kernels = weights[:SHOWN]
     scale = np.abs(kernels).max(axis=(1, 2, 3, 4), keepdims=True)
-    pictures = (0.5 + 0.5 * kernels / np.where(scale > 0, scale, 1))[:, :, step].transpose(0, 2, 3, 1)
+    pictures = (0.5 + 0.5 * kernels / np.where(scale > 0, scale, 1))[:, :, step].transpose(
+        0, 2, 3, 1
+    )
     count, h, w, _ = pictures.shape
     side = math.ceil(math.sqrt(count))
     image = np.ones((math.ceil(count / side) * (h + 1) + 1, side * (w + 1) + 1, RGB))

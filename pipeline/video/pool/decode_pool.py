@@ -1,13 +1,14 @@
 """Decode many videos in child processes, in order, ahead of whoever eats the frames.
 
-A child that crashes or falls silent costs its video a second try in a fresh child and, if that fails
-too, a reason; never the run. Where decoding does not work at all, whatever the video, a DecoderError ends
-the run, and no video is given a reason. Each child has four slots of shared memory; a child whose slots
-are all unread waits, which bounds what is decoded ahead.
+A child that crashes or falls silent costs its video a second try in a fresh child and, if that
+fails too, a reason; never the run. Where decoding does not work at all, whatever the video, a
+DecoderError ends the run, and no video is given a reason. Each child has four slots of shared
+memory; a child whose slots are all unread waits, which bounds what is decoded ahead.
 
-Why no one waits for ever: a child is given tasks in the order in which they are read, and a second try goes to
-a child that was given none. So all unread blocks of the child that works on the first task are of that task:
-either there is a block to read, or the child has a free slot and its silence is timed.
+Why no one waits for ever: a child is given tasks in the order in which they are read, and a second
+try goes to a child that was given none. So all unread blocks of the child that works on the first
+task are of that task: either there is a block to read, or the child has a free slot and its silence
+is timed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ log = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
 _AHEAD = 4  # tasks that may be finished and unread, per child
-# A task for which was waited this many time-outs needs a sign of life every such part of a time-out, on average.
+# A task for which was waited this many time-outs needs a sign of life every such part of a
+# time-out, on average.
 _SLOW = 10
 
 
@@ -69,8 +71,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Done:
-    """Job `key` is complete. `frames` in the file (−1: unknown); `note` says what was damaged; `more`:
-    max_rows was reached with frames left."""
+    """Job `key` is complete. `frames` in the file (−1: unknown); `note` says what was damaged;
+    `more`: max_rows was reached with frames left."""
 
     key: int
     frames: int
@@ -103,10 +105,10 @@ class _Task:
 class DecodePool:
     """`processes` children that probe and decode. Use as a context manager; one call at a time.
 
-    views: fixed size, rendered of every frame. memory_gb: address space of a child. timeout_s: how long a
-    child may go without a packet, a frame or an answer before it is killed; one that is waited for ten times as
-    long is killed if these come less often than every tenth of it. ahead: tasks a child may have
-    finished that nobody has read, because one before them takes longer.
+    views: fixed size, rendered of every frame. memory_gb: address space of a child. timeout_s: how
+    long a child may go without a packet, a frame or an answer before it is killed; one that is
+    waited for ten times as long is killed if these come less often than every tenth of it. ahead:
+    tasks a child may have finished that nobody has read, because one before them takes longer.
     """
 
     def __init__(
@@ -133,7 +135,10 @@ class DecodePool:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -164,9 +169,14 @@ class DecodePool:
             raise VideoError(found.reason)
         return found[0]
 
-    def timelines(self, paths: Iterable[str]) -> Iterator[tuple[Timeline, tuple[int, int]] | Failed]:
-        """Of each video, in order, all frames and (width, height) on display in pixels, or Failed."""
-        messages = ({"kind": "timeline", "path": path, "key": key} for key, path in enumerate(paths))
+    def timelines(
+        self, paths: Iterable[str]
+    ) -> Iterator[tuple[Timeline, tuple[int, int]] | Failed]:
+        """Of each video, in order, all frames and (width, height) on display in pixels, or
+        Failed."""
+        messages = (
+            {"kind": "timeline", "path": path, "key": key} for key, path in enumerate(paths)
+        )
         for message, answer, _ in self._run(messages):
             if answer["kind"] == "failed":
                 yield Failed(message["key"], answer["reason"])
@@ -179,13 +189,19 @@ class DecodePool:
             yield Timeline(pts, key, base, answer["reliable"], answer["clock"]), (width, height)
 
     def copies(self, jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | Failed]:
-        """Prepared copies made by `prepare.copy_job`, in order: of each job its row, or Failed with the reason."""
+        """Prepared copies made by `prepare.copy_job`, in order: of each job its row, or Failed with
+        the reason."""
         messages = ({**job, "kind": "copy", "key": key} for key, job in enumerate(jobs))
         for message, answer, _ in self._run(messages):
-            yield Failed(message["key"], answer["reason"]) if answer["kind"] == "failed" else answer["row"]
+            yield (
+                Failed(message["key"], answer["reason"])
+                if answer["kind"] == "failed"
+                else answer["row"]
+            )
 
     def stream(self, jobs: Iterable[DecodeJob]) -> Generator[Block | Done | Failed, None, None]:
-        """Of each job, in order: its Blocks, then Done or Failed. Jobs are read as children get free."""
+        """Of each job, in order: its Blocks, then Done or Failed. Jobs are read as children get
+        free."""
         messages = (
             {
                 "kind": "decode",
@@ -217,9 +233,12 @@ class DecodePool:
     def _run(
         self, messages: Iterator[dict[str, Any]]
     ) -> Iterator[tuple[dict[str, Any], dict[str, Any], ChildProcess | None]]:
-        """(message, answer, child) in the order of the messages; the last answer of each finishes it."""
+        """(message, answer, child) in the order of the messages; the last answer of each finishes
+        it."""
         if self._busy:
-            raise RuntimeError("this pool is in use: finish or close the iterator of the earlier call first")
+            raise RuntimeError(
+                "this pool is in use: finish or close the iterator of the earlier call first"
+            )
         self._busy = True
         queue: deque[_Task] = deque()
         source = iter(messages)
@@ -242,7 +261,9 @@ class DecodePool:
         finally:
             for place, child in enumerate(self._children):
                 if place in self._working or (child is not None and child.unread):
-                    self._drop(place)  # the consumer left early: what it did not read is not wanted any more
+                    self._drop(
+                        place
+                    )  # the consumer left early: what it did not read is not wanted any more
             self._busy = False
 
     def _assign(self, queue: deque[_Task], source: Iterator[dict[str, Any]]) -> bool:
@@ -274,16 +295,20 @@ class DecodePool:
             self._died(place)
 
     def _listen(self) -> None:
-        """Take in what children say; kill those that have said nothing, or next to nothing, for too long."""
+        """Take in what children say; kill those that have said nothing, or next to nothing, for too
+        long."""
         listening = {place: self._child(place) for place in self._working}
         began = time.monotonic()
-        ready = wait([child.connection for child in listening.values()], timeout=min(self._timeout_s, 1.0))
+        ready = wait(
+            [child.connection for child in listening.values()], timeout=min(self._timeout_s, 1.0)
+        )
         seconds = time.monotonic() - began
         for place, child in listening.items():
             if child.connection in ready:
                 self._take(place)
         for place, child in listening.items():
-            # Time in which nobody listened, or in which all slots were unread, is not the child's silence.
+            # Time in which nobody listened, or in which all slots were unread, is not the child's
+            # silence.
             if place not in self._working or self._child(place) is not child:
                 continue
             if child.all_slots_unread():
@@ -292,7 +317,10 @@ class DecodePool:
             child.listened += seconds
             task = self._working[place]
             task.waited += seconds
-            slow = task.waited > _SLOW * self._timeout_s and task.waited > task.signs * self._timeout_s / _SLOW
+            slow = (
+                task.waited > _SLOW * self._timeout_s
+                and task.waited > task.signs * self._timeout_s / _SLOW
+            )
             if child.listened > self._timeout_s and not child.has_sent():
                 self._failed(place, f"no frame for {self._timeout_s:g} s")
             elif slow:
@@ -318,11 +346,19 @@ class DecodePool:
             elif answer["kind"] == "ready":
                 child.ready = True
             elif answer["kind"] == "fault":
-                log.error("%s: %s", task.message.get("path", task.message.get("source")), answer["trace"])
-                raise DecoderError(f"decoding does not work here, whatever the video: {answer['what']}")
+                log.error(
+                    "%s: %s", task.message.get("path", task.message.get("source")), answer["trace"]
+                )
+                raise DecoderError(
+                    f"decoding does not work here, whatever the video: {answer['what']}"
+                )
             elif answer["kind"] != "alive":
                 if "trace" in answer:
-                    log.error("%s: %s", task.message.get("path", task.message.get("source")), answer["trace"])
+                    log.error(
+                        "%s: %s",
+                        task.message.get("path", task.message.get("source")),
+                        answer["trace"],
+                    )
                 task.answers.append((answer, None))
                 task.finished = True
                 del self._working[place]
@@ -331,7 +367,8 @@ class DecodePool:
         self._failed(place, self._child(place).last_words())
 
     def _failed(self, place: int, why: str) -> None:
-        """Try the task once more in a fresh child, then give it up. A child that never began has no video to blame.
+        """Try the task once more in a fresh child, then give it up. A child that never began has no
+        video to blame.
 
         No other child will do: its slots may all hold blocks that are read after this task.
         """

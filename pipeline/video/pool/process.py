@@ -28,8 +28,8 @@ _END_S = 5.0  # the longest that a process takes to end
 class ChildProcess:
     """A started child. `listened`: seconds the parent has waited for it since it last spoke.
 
-    Started with `subprocess`, not `multiprocessing`: that works inside daemonic workers and from scripts
-    without a `__main__` guard.
+    Started with `subprocess`, not `multiprocessing`: that works inside daemonic workers and from
+    scripts without a `__main__` guard.
     """
 
     def __init__(self, layout: Layout, views: tuple[View, ...], memory_gb: float) -> None:
@@ -41,9 +41,15 @@ class ChildProcess:
         self._memory = mmap.mmap(descriptor, layout.total_bytes)
         self._layout = layout
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
-        # The same modules as here, wherever they were imported from; -P keeps the working folder out.
+        # The same modules as here, wherever they were imported from; -P keeps the working folder
+        # out.
         path = os.pathsep.join(p for p in sys.path if p)
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", _MODULE, str(theirs.fileno()), str(descriptor)],
@@ -82,9 +88,11 @@ class ChildProcess:
         return True
 
     def receive(self) -> dict[str, Any] | None:
-        """Return the next message, None if there is none yet; EOFError or OSError if the child is gone.
+        """Return the next message, None if there is none yet; EOFError or OSError if the child is
+        gone.
 
-        What there is of a message is a sign of life, but nobody waits for the rest: the child may have stopped.
+        What there is of a message is a sign of life, but nobody waits for the rest: the child may
+        have stopped.
         """
         while (message := self._inbox.next()) is None and self.has_sent():
             data = os.read(self.connection.fileno(), _READ_BYTES)
@@ -119,7 +127,9 @@ class ChildProcess:
         except subprocess.TimeoutExpired:
             return "the decoder hung up"
         if code < 0:
-            name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+            name = (
+                signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+            )
             return f"the decoder crashed ({name})"
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
@@ -134,7 +144,9 @@ class ChildProcess:
         """End the process at once; blocks that were delivered stay readable."""
         if self._process.poll() is None:
             self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it reads from a file server that does not answer
+        with contextlib.suppress(
+            subprocess.TimeoutExpired
+        ):  # it reads from a file server that does not answer
             self._process.wait(timeout=_END_S)
         self.connection.close()
         self._errors.close()

@@ -1,9 +1,11 @@
-"""What a decode pool and its children say to each other: JSON over a socket, frames in shared memory.
+"""What a decode pool and its children say to each other: JSON over a socket, frames in shared
+memory.
 
-JSON and not pickle, because a decoder that bad media has taken over must not run code in the parent.
+JSON and not pickle, because a decoder that bad media has taken over must not run code in the
+parent.
 
-The shared memory is `SLOTS` slots of `ROWS` rows; a row holds one picture of each view, view after view:
-slot 0 [view 0 [ROWS, h0, w0, 3] | view 1 [ROWS, h1, w1, 3]] | slot 1 …
+The shared memory is `SLOTS` slots of `ROWS` rows; a row holds one picture of each view, view after
+view: slot 0 [view 0 [ROWS, h0, w0, 3] | view 1 [ROWS, h1, w1, 3]] | slot 1 …
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Layout:
         for view in views:
             shape = view.fixed_shape
             if shape is None:
-                raise ValueError(f"a pool needs views of one size: set crop or a pair as resize, got {view!r}")
+                raise ValueError(
+                    f"a pool needs views of one size: set crop or a pair as resize, got {view!r}"
+                )
             shapes.append(shape)
         row = sum(h * w * 3 for h, w in shapes)
         return cls(min(64, max(1, _SLOT_BYTES // max(1, row))), tuple(shapes))
@@ -87,7 +91,8 @@ def receive(connection: Connection) -> dict[str, Any]:
 
 
 class Inbox:
-    """What has come of messages from `send`, for a reader that must not wait for the rest of one."""
+    """What has come of messages from `send`, for a reader that must not wait for the rest of
+    one."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()

@@ -1,10 +1,10 @@
 """The decoding child process: `python -m distinit.pipeline.video.pool.worker SOCKET MEMORY`.
 
-A decoder that crashes or hangs in C takes this process with it and nothing else. The child imports no
-torch, keeps to its memory limit, and ends when its parent does.
+A decoder that crashes or hangs in C takes this process with it and nothing else. The child imports
+no torch, keeps to its memory limit, and ends when its parent does.
 
-An exception that no bad file explains is not the file's: the child then reads a video that ships with the package,
-and says which of the two it is. It reads that video once before it begins, too.
+An exception that no bad file explains is not the file's: the child then reads a video that ships
+with the package, and says which of the two it is. It reads that video once before it begins, too.
 """
 
 from __future__ import annotations
@@ -36,11 +36,18 @@ from ..sampling import Sampling
 from .protocol import INTERNAL, SLOTS, Layout, receive, send
 
 _SIGN_OF_LIFE_S = 1.0
-_GOOD = Path(__file__).parents[2] / "conf" / "demo_corpus" / "Standing_Still" / "test_Standing-Still-001.mp4"
+_GOOD = (
+    Path(__file__).parents[2]
+    / "conf"
+    / "demo_corpus"
+    / "Standing_Still"
+    / "test_Standing-Still-001.mp4"
+)
 
 
 _JOBS = {"copy": "distinit.pipeline.prepared.make_copy:copy_job"}
-"""Jobs of other packages by kind. They are imported when the first one comes: no other worker needs their modules."""
+"""Jobs of other packages by kind. They are imported when the first one comes: no other worker needs
+their modules."""
 
 
 def _job(message: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
@@ -80,7 +87,8 @@ class DecodeWorker:
             send(self._connection, answer)
 
     def check(self, message: dict[str, Any] | None = None) -> None:
-        """Read a video that is known to be good, as `message` would have its own read; raises what goes wrong."""
+        """Read a video that is known to be good, as `message` would have its own read; raises what
+        goes wrong."""
         found = probe(str(_GOOD))
         if found.error is not None:
             raise DecoderError(f"{_GOOD}: {found.error}")
@@ -101,7 +109,8 @@ class DecodeWorker:
             return {"kind": "fault", "what": str(fault), "trace": ""}
 
     def _unexpected(self, error: Exception, message: dict[str, Any]) -> dict[str, Any]:
-        """The answer to an exception that a bad file should not cause: ours if a good file causes one as well."""
+        """The answer to an exception that a bad file should not cause: ours if a good file causes
+        one as well."""
         trace = "".join(traceback.format_exception(error))
         if isinstance(error, (DecoderError, ImportError)):
             return {"kind": "fault", "what": str(error), "trace": trace}
@@ -113,7 +122,11 @@ class DecodeWorker:
             except Exception as again:
                 trace += "".join(traceback.format_exception(again))
             else:
-                return {"kind": "failed", "reason": f"{INTERNAL}{in_one_line(error)}", "trace": trace}
+                return {
+                    "kind": "failed",
+                    "reason": f"{INTERNAL}{in_one_line(error)}",
+                    "trace": trace,
+                }
         return {"kind": "fault", "what": in_one_line(error), "trace": trace}
 
     def _alive(self) -> None:
@@ -206,7 +219,8 @@ class DecodeWorker:
 
 
 def _limit_memory(gigabytes: float) -> None:
-    """Bound the address space to so much more than is used now, so that a hostile header cannot fill the machine."""
+    """Bound the address space to so much more than is used now, so that a hostile header cannot
+    fill the machine."""
     with contextlib.suppress(ImportError, ValueError, OSError):  # not on every system
         import resource
 

@@ -9,9 +9,14 @@ from distinit.pipeline.clips import seeding
 
 
 def test_a_draw_depends_on_its_address_alone():
-    addresses = [(s, e, i, a) for s in (0, 7) for e in (0, 1, 40) for i in (0, 1, 10**9) for a in (0, 1, 100)]
+    addresses = [
+        (s, e, i, a) for s in (0, 7) for e in (0, 1, 40) for i in (0, 1, 10**9) for a in (0, 1, 100)
+    ]
     first = {address: tuple(seeding.rng(*address).integers(2**62, size=3)) for address in addresses}
-    again = {address: tuple(seeding.rng(*address).integers(2**62, size=3)) for address in reversed(addresses)}
+    again = {
+        address: tuple(seeding.rng(*address).integers(2**62, size=3))
+        for address in reversed(addresses)
+    }
     assert first == again
     assert len(set(first.values())) == len(addresses)
     assert seeding.rng(0, 1, 2).random() != seeding.rng(0, 1, 2, stream=seeding.HELD_OUT).random()
@@ -19,16 +24,23 @@ def test_a_draw_depends_on_its_address_alone():
 
 def test_a_moved_generator_gives_the_numbers_of_a_new_one():
     for address in [(7, 0, 3, 0), (2**63 - 1, 40, 10**9, 100), (7, 0, 3, 0)]:
-        new, moved = seeding.rng(*address, stream=seeding.ZOOMS), seeding.rng_at(*address, stream=seeding.ZOOMS)
+        new, moved = (
+            seeding.rng(*address, stream=seeding.ZOOMS),
+            seeding.rng_at(*address, stream=seeding.ZOOMS),
+        )
         assert [moved.random(), moved.random()] == new.random(2).tolist()
-        # 32-bit numbers come in halves of a word, of which none may be left from the address before.
+        # 32-bit numbers come in halves of a word, of which none may be left from the address
+        # before.
         assert [moved.integers(10) for _ in range(5)] == [new.integers(10) for _ in range(5)]
 
 
 def test_no_two_streams_share_their_numbers():
     streams = {name: value for name, value in vars(seeding).items() if name.isupper()}
     assert {"EXAMPLES", "HELD_OUT", "PERMUTATIONS"} <= set(streams)
-    firsts = {name: seeding.rng(3, 1, 2, stream=stream).integers(2**62) for name, stream in streams.items()}
+    firsts = {
+        name: seeding.rng(3, 1, 2, stream=stream).integers(2**62)
+        for name, stream in streams.items()
+    }
     assert len(set(firsts.values())) == len(streams), streams
 
 

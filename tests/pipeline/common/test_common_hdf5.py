@@ -1,4 +1,5 @@
-"""A file that cannot be written to its end is an error, and the process goes on; one that shows others is refused."""
+"""A file that cannot be written to its end is an error, and the process goes on; one that shows
+others is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +51,10 @@ print("caught", caught)
 def test_no_room(tmp_path: Path, size: int, check: str) -> None:
     path = tmp_path / "x.h5"
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, path, str(size), check], capture_output=True, text=True, check=False
+        [sys.executable, "-c", LIMITED, path, str(size), check],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "caught 1\n", "")
     with h5py.File(path) as file:
@@ -60,7 +64,9 @@ def test_no_room(tmp_path: Path, size: int, check: str) -> None:
 def test_what_is_written_is_read_by_h5py(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(300, 70))
     with Hdf5Writer(tmp_path / "x.h5", libver="latest") as writer:
-        grown = writer.file.create_dataset("a", (0, 70), "f8", maxshape=(None, 70), chunks=(16, 70), compression="gzip")
+        grown = writer.file.create_dataset(
+            "a", (0, 70), "f8", maxshape=(None, 70), chunks=(16, 70), compression="gzip"
+        )
         for row, value in enumerate(values):
             grown.resize(row + 1, axis=0)
             grown[row] = value
@@ -138,7 +144,9 @@ def _giant(file: h5py.File, secret: Path, other: Path) -> None:
 
 
 def _giant_chunk(file: h5py.File, secret: Path, other: Path) -> None:
-    file.create_dataset("numbers", (1, 2), "f8", chunks=(2**14, 2**14), maxshape=(None, None), compression="gzip")
+    file.create_dataset(
+        "numbers", (1, 2), "f8", chunks=(2**14, 2**14), maxshape=(None, None), compression="gzip"
+    )
 
 
 def _other_filter(file: h5py.File, secret: Path, other: Path) -> None:
@@ -168,9 +176,14 @@ def test_a_file_that_shows_others_or_is_not_of_its_format_is_refused(
 
 
 @pytest.mark.parametrize("attack", HOSTILE, ids=lambda attack: attack.__name__.strip("_"))
-@pytest.mark.parametrize("table", ["classes", "videos", "labels", "clip_scores", "features", "flow", "index"])
+@pytest.mark.parametrize(
+    "table", ["classes", "videos", "labels", "clip_scores", "features", "flow", "index"]
+)
 def test_no_reader_takes_such_a_table(
-    table: str, attack: Callable[[h5py.File, Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table: str,
+    attack: Callable[[h5py.File, Path, Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every door, with one table of a good file replaced by the one of an attack."""
     # A stranger leaves out the digest, or makes another.
@@ -182,11 +195,17 @@ def test_no_reader_takes_such_a_table(
     flow = table in ("flow", "index")
     if flow:
         with h5py.File(path, "w") as file:
-            file["flow"], file["index"], file["pts"] = np.zeros((2, 2, 16, 24), "u1"), np.arange(3), np.arange(3)
+            file["flow"], file["index"], file["pts"] = (
+                np.zeros((2, 2, 16, 24), "u1"),
+                np.arange(3),
+                np.arange(3),
+            )
             source = {"digest": "d", "size": 1, "mtime_ns": 1, "frames": 3, "width": 9, "height": 9,
                       "time_base": [1, 25], "clock": "pts"}  # fmt: skip
             file["flow"].attrs.update(bound=1.0, clipped=0.0)
-            file.attrs.update(format=FORMAT, version=VERSION, source=json.dumps(source), options="{}")
+            file.attrs.update(
+                format=FORMAT, version=VERSION, source=json.dumps(source), options="{}"
+            )
     else:
         made = Predictions.empty(["a"], ["1.mp4"], [0], 2, protocol={}, identity={}, features=3)
         made.set_scores(0, np.ones((2, 1), np.float32), np.arange(2), 9, features=np.ones((2, 3)))

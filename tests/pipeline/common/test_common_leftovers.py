@@ -1,4 +1,5 @@
-"""Temporary files of killed processes go with the next writer; files that only look like them stay."""
+"""Temporary files of killed processes go with the next writer; files that only look like them
+stay."""
 
 from __future__ import annotations
 
@@ -40,7 +41,12 @@ def test_the_next_writer_of_a_store_removes_what_zarr_left(tiny_store: Any, tmp_
         left = {path for path in root.rglob("*.partial") if path.is_file()}
         assert len(left) == 2
         (root / f"zarr.json.{os.getpid()}.partial").write_text("{")
-        kept = [root / "mine.partial", root / f"{HEX}.partial", root / f"x.{HEX.upper()}.partial", root / f"{HEX}.txt"]
+        kept = [
+            root / "mine.partial",
+            root / f"{HEX}.partial",
+            root / f"x.{HEX.upper()}.partial",
+            root / f"{HEX}.txt",
+        ]
         for path in kept:
             path.write_text("mine")
         with pytest.raises(StoreError):  # one that has no lock removes nothing
@@ -65,7 +71,11 @@ def test_zarrs_own_names_are_the_ones_that_are_swept(tmp_path: Path) -> None:
 
 def test_the_next_writer_of_a_run_removes_what_was_left(tmp_path: Path) -> None:
     left = [tmp_path / ".student.safetensors.123.partial", tmp_path / ".distinit-99.tmp"]
-    kept = [tmp_path / "student.safetensors", tmp_path / ".notes.partial", tmp_path / "sub" / ".distinit-99.tmp"]
+    kept = [
+        tmp_path / "student.safetensors",
+        tmp_path / ".notes.partial",
+        tmp_path / "sub" / ".distinit-99.tmp",
+    ]
     (tmp_path / "sub").mkdir()
     for path in left + kept:
         path.write_text("x")

@@ -35,7 +35,9 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with pytest.raises(DistInitError, match=r"its file system cannot lock it \(No locks available\)"):
+    with pytest.raises(
+        DistInitError, match=r"its file system cannot lock it \(No locks available\)"
+    ):
         lock(0, tmp_path, UsageError("busy"))
 
 

@@ -1,4 +1,5 @@
-"""Processes that outlive nobody: decoders and loader processes whose client is killed, at any moment of theirs."""
+"""Processes that outlive nobody: decoders and loader processes whose client is killed, at any
+moment of theirs."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ import pytest
 from distinit.pipeline.common.processes import end_with_parent
 from distinit.pipeline.video.encode import write_video
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what a process starts is known from /proc")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="what a process starts is known from /proc"
+)
 MARK = "DISTINIT_TEST_FAMILY"
 LOADER = """
 import multiprocessing, os, sys, threading, time
@@ -95,7 +98,8 @@ for event in events:
 
 
 def family(mark: str) -> list[int]:
-    """The processes with `mark` in the environment that they were started with, and their descendants by fork."""
+    """The processes with `mark` in the environment that they were started with, and their
+    descendants by fork."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -120,8 +124,11 @@ def mark() -> Iterator[str]:
         os.kill(pid, signal.SIGKILL)
 
 
-def killed(program: str, arguments: list[str], mark: str, folder: Path, after: float | None) -> list[int]:
-    """Kill a program alone once it has printed where it is, or after so many seconds; returns its processes."""
+def killed(
+    program: str, arguments: list[str], mark: str, folder: Path, after: float | None
+) -> list[int]:
+    """Kill a program alone once it has printed where it is, or after so many seconds; returns its
+    processes."""
     (folder / "program.py").write_text(program)
     environment = {**os.environ, MARK: mark}
     words = [sys.executable, str(folder / "program.py"), *arguments]
@@ -147,13 +154,19 @@ def nothing_is_left(mark: str, seconds: float = 15.0) -> bool:
 @pytest.mark.parametrize(
     ("start", "how", "when"),
     [
-        *(("fork", how, when) for how in ("main", "thread") for when in ("before", "reading", "waiting")),
+        *(
+            ("fork", how, when)
+            for how in ("main", "thread")
+            for when in ("before", "reading", "waiting")
+        ),
         ("spawn", "main", "before"),
         ("forkserver", "main", "before"),
         ("forkserver", "thread", "waiting"),
     ],
 )
-def test_loader_processes_end_with_their_client(start: str, how: str, when: str, mark: str, tmp_path: Path) -> None:
+def test_loader_processes_end_with_their_client(
+    start: str, how: str, when: str, mark: str, tmp_path: Path
+) -> None:
     pids = killed(LOADER, [start, how, when], mark, tmp_path, None)
     assert len(pids) >= 2
     assert nothing_is_left(mark)
@@ -164,7 +177,9 @@ def test_loader_processes_end_with_their_client(start: str, how: str, when: str,
 @pytest.mark.parametrize("how", ["main", "thread"])
 def test_decoders_end_with_their_client(how: str, when: str, mark: str, tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", (np.zeros((64, 64, 3), np.uint8) for _ in range(900)), gop=50)
-    assert len(killed(DECODERS, ["-", how, when, str(tmp_path / "v.mp4")], mark, tmp_path, None)) >= 2
+    assert (
+        len(killed(DECODERS, ["-", how, when, str(tmp_path / "v.mp4")], mark, tmp_path, None)) >= 2
+    )
     assert nothing_is_left(mark)
 
 
@@ -185,5 +200,7 @@ def test_programs_end_with_the_process_that_started_them(mark: str, tmp_path: Pa
     )
     assert len(killed(program, [], mark, tmp_path, None)) == 2
     assert nothing_is_left(mark)
-    gone = subprocess.run(["sleep", "1000"], preexec_fn=partial(end_with_parent, os.getpid() + 1), check=False)
+    gone = subprocess.run(
+        ["sleep", "1000"], preexec_fn=partial(end_with_parent, os.getpid() + 1), check=False
+    )
     assert gone.returncode == 1  # the parent ended before it was asked

@@ -20,7 +20,11 @@ from distinit.pipeline.common.hdf5 import Hdf5Writer
 from distinit.pipeline.common.sealed import BLANK, KEY, check_seal, seal
 from distinit.pipeline.common.weights import load_weights as load_weights_file
 from distinit.pipeline.evaluation import predictions
-from distinit.pipeline.evaluation.predictions import Predictions, PredictionsError, metrics_from_file
+from distinit.pipeline.evaluation.predictions import (
+    Predictions,
+    PredictionsError,
+    metrics_from_file,
+)
 from distinit.pipeline.prepared import flow_files as flowfile
 from distinit.pipeline.prepared import frame_map as frame_map
 from distinit.pipeline.prepared.copies import read_copy
@@ -28,10 +32,21 @@ from distinit.pipeline.prepared.flow_files import FlowOptions, check_flow, read_
 from distinit.pipeline.prepared.frame_map import check_copy, read_map
 from distinit.pipeline.prepared.make_copy import CopyOptions, make_copy, make_flow
 from distinit.pipeline.reporting.figures.filters import _stem
-from distinit.pipeline.students.export import load_backbone, load_student, read_meta, save_start, save_student
+from distinit.pipeline.students.export import (
+    load_backbone,
+    load_student,
+    read_meta,
+    save_start,
+    save_student,
+)
 from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_options import STEM, StudentOptions
-from distinit.pipeline.training.checkpoint import Checkpoints, load_weights, random_states, read_identity
+from distinit.pipeline.training.checkpoint import (
+    Checkpoints,
+    load_weights,
+    random_states,
+    read_identity,
+)
 from distinit.pipeline.training.train_state import TrainState
 from distinit.pipeline.video.encode import write_video
 from distinit.tests.flips import Flip, flips
@@ -40,7 +55,8 @@ OPTIONS = StudentOptions(width=0.02)
 
 
 def drop_remembered_maps() -> None:
-    """Forget heads, which are remembered by path, size and time: the tests change files within one tick of a clock."""
+    """Forget heads, which are remembered by path, size and time: the tests change files within one
+    tick of a clock."""
     for module in (frame_map, flowfile):
         module._maps._maps.clear()
 
@@ -51,11 +67,17 @@ def make_checkpoint(root: Path) -> Path:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     state = TrainState(step=3)
-    return Checkpoints(root / "run", {"store": "a"}).save("last", model, optimizer, state, [random_states()])
+    return Checkpoints(root / "run", {"store": "a"}).save(
+        "last", model, optimizer, state, [random_states()]
+    )
 
 
 def make_student(root: Path) -> Path:
-    save_student(root / "student.safetensors", build_student(OPTIONS, {"t": 3}), {"classes": {"t": ["a", "b", "c"]}})
+    save_student(
+        root / "student.safetensors",
+        build_student(OPTIONS, {"t": 3}),
+        {"classes": {"t": ["a", "b", "c"]}},
+    )
     return root / "student.safetensors"
 
 
@@ -65,16 +87,22 @@ def make_start(root: Path) -> Path:
 
 
 def make_predictions(root: Path) -> Path:
-    made = Predictions.empty(["a", "b"], ["1.mp4", "2.mp4"], [0, 1], 2, protocol={"clips": 2}, identity={}, features=3)
+    made = Predictions.empty(
+        ["a", "b"], ["1.mp4", "2.mp4"], [0, 1], 2, protocol={"clips": 2}, identity={}, features=3
+    )
     for video in (0, 1):
-        made.set_scores(video, np.full((2, 2), 0.5, np.float32), np.arange(2), 9, features=np.ones((2, 3)))
+        made.set_scores(
+            video, np.full((2, 2), 0.5, np.float32), np.arange(2), 9, features=np.ones((2, 3))
+        )
     made.write(root / "predictions.h5")
     return root / "predictions.h5"
 
 
 def video(root: Path) -> Path:
     noise = np.random.default_rng(0).integers(0, 256, (1, 40, 56, 3), np.uint8)
-    write_video(root / "v.mp4", np.concatenate([np.roll(noise, 2 * t, axis=2) for t in range(7)]), gop=4)
+    write_video(
+        root / "v.mp4", np.concatenate([np.roll(noise, 2 * t, axis=2) for t in range(7)]), gop=4
+    )
     return root / "v.mp4"
 
 
@@ -86,7 +114,9 @@ def make_a_copy(root: Path) -> Path:
 
 def make_a_flow(root: Path) -> Path:
     pytest.importorskip("cv2")
-    make_flow(str(video(root)), str(root / "part"), str(root / "flow.h5"), FlowOptions(size=(16, 24)))
+    make_flow(
+        str(video(root)), str(root / "part"), str(root / "flow.h5"), FlowOptions(size=(16, 24))
+    )
     return root / "flow.h5"
 
 
@@ -100,7 +130,11 @@ def resume(path: Path) -> object:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     run = path.parent.parent
-    return Checkpoints(run, read_identity(run) or {}).start(model, optimizer, resume=True, max_broken=1).step
+    return (
+        Checkpoints(run, read_identity(run) or {})
+        .start(model, optimizer, resume=True, max_broken=1)
+        .step
+    )
 
 
 def read_copy_frames(path: Path) -> object:
@@ -112,7 +146,8 @@ def read_flow_frames(path: Path) -> object:
 
 
 def refusal(read: Callable[[], object], error: type[DistInitError]) -> str | None:
-    """Return the message of an error, None where there is none. Any other error is one of the test."""
+    """Return the message of an error, None where there is none. Any other error is one of the
+    test."""
     try:
         read()
     except error as refused:
@@ -126,7 +161,11 @@ READERS: dict[str, tuple[Make, Callable[[Path], object], type[DistInitError]]] =
     "checkpoint's weights": (make_checkpoint, read_checkpoint, CheckpointError),
     "checkpoint, resumed": (make_checkpoint, resume, CheckpointError),
     "student": (make_student, load_student, CheckpointError),
-    "student's backbone": (make_student, lambda p: load_backbone(build_student(OPTIONS, {}), p), CheckpointError),
+    "student's backbone": (
+        make_student,
+        lambda p: load_backbone(build_student(OPTIONS, {}), p),
+        CheckpointError,
+    ),
     "student's header": (make_student, read_meta, CheckpointError),
     "student's stem": (make_student, _stem, CheckpointError),
     "student as weights": (make_student, load_weights_file, WeightsError),
@@ -138,7 +177,9 @@ READERS: dict[str, tuple[Make, Callable[[Path], object], type[DistInitError]]] =
 
 
 def all_flips(path: Path, folder: Path, count: int) -> Iterator[Flip]:
-    target = folder / path.name if path.suffix != ".pt" else folder / "run" / "checkpoints" / path.name
+    target = (
+        folder / path.name if path.suffix != ".pt" else folder / "run" / "checkpoints" / path.name
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     for flip in flips(path, target, per_kind=count, seed=0):
         drop_remembered_maps()
@@ -155,7 +196,8 @@ def test_every_flipped_bit_is_refused(kind: str, tmp_path: Path) -> None:
     for flip in all_flips(path, tmp_path / "flipped", count=60):
         message = refusal(lambda path=flip.path: read(path), error)
         if message is None:
-            # The one thing that nobody compares is the name of the digest in JSON: all else is what it was.
+            # The one thing that nobody compares is the name of the digest in JSON: all else is what
+            # it was.
             assert flip.path.suffix == ".safetensors", flip
             assert not check_seal(flip.path, error), flip
             unmarked += 1
@@ -165,9 +207,13 @@ def test_every_flipped_bit_is_refused(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "read"), [(make_a_copy, read_copy_frames), (make_a_flow, read_flow_frames)], ids=["copy", "flow"]
+    ("make", "read"),
+    [(make_a_copy, read_copy_frames), (make_a_flow, read_flow_frames)],
+    ids=["copy", "flow"],
 )
-def test_a_reader_of_clips_gives_the_frames_that_were_written_or_none(make: Make, read, tmp_path: Path) -> None:
+def test_a_reader_of_clips_gives_the_frames_that_were_written_or_none(
+    make: Make, read, tmp_path: Path
+) -> None:
     """A loader reads a small part of a file, and compares the checksums of that part."""
     path = make(tmp_path)
     expected = read(path)
@@ -213,13 +259,20 @@ def test_files_of_version_0_1_are_read_with_a_line_that_says_what_is_not_checked
     assert not check_seal(path, error)
     caplog.clear()
     read(path)
-    assert [str(path) in record.getMessage() and "0.1" in record.getMessage() for record in caplog.records] == [True]
+    assert [
+        str(path) in record.getMessage() and "0.1" in record.getMessage()
+        for record in caplog.records
+    ] == [True]
 
 
-def test_tensors_of_a_checkpoint_of_version_0_1_have_the_checksums_of_the_archive(tmp_path: Path) -> None:
+def test_tensors_of_a_checkpoint_of_version_0_1_have_the_checksums_of_the_archive(
+    tmp_path: Path,
+) -> None:
     path = make_checkpoint(tmp_path)
     data = bytearray(without_digest(path))
-    weight = np.float32(torch.load(path, weights_only=True)["model"]["weight"][0, 0].item()).tobytes()
+    weight = np.float32(
+        torch.load(path, weights_only=True)["model"]["weight"][0, 0].item()
+    ).tobytes()
     data[data.index(weight)] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"last\.pt"):
@@ -227,7 +280,11 @@ def test_tensors_of_a_checkpoint_of_version_0_1_have_the_checksums_of_the_archiv
 
 
 def test_other_readers_pass_over_the_digest(tmp_path: Path) -> None:
-    student, checkpoint, scores = make_student(tmp_path), make_checkpoint(tmp_path), make_predictions(tmp_path)
+    student, checkpoint, scores = (
+        make_student(tmp_path),
+        make_checkpoint(tmp_path),
+        make_predictions(tmp_path),
+    )
     assert STEM in load_file(student)
     assert torch.load(checkpoint, weights_only=True)["state"]["step"] == 3
     with h5py.File(scores) as file:
@@ -241,7 +298,10 @@ def test_a_value_of_the_metadata_is_not_taken_for_the_digest(tmp_path: Path) -> 
     with open(path, "r+b") as file:
         seal(file)
     assert check_seal(path, CheckpointError)
-    assert json.loads(path.read_bytes()[8:].split(b"}}")[0].decode() + "}}")["__metadata__"]["about"] == text
+    assert (
+        json.loads(path.read_bytes()[8:].split(b"}}")[0].decode() + "}}")["__metadata__"]["about"]
+        == text
+    )
 
 
 def test_a_copy_of_version_0_1_has_the_checksums_of_its_packets(tmp_path: Path) -> None:

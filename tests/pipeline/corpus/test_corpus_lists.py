@@ -1,4 +1,5 @@
-"""Lists as editors and other systems save them: what is taken, and what is refused before anything is done."""
+"""Lists as editors and other systems save them: what is taken, and what is refused before anything
+is done."""
 
 from __future__ import annotations
 
@@ -24,7 +25,15 @@ def clips(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_file_whose_name_begins_with_a_number_sign_is_listed(clips: Path, end: str) -> None:
-    lines = ["# a comment", "#a.mp4", "a.mp4", "#20_Rhythm_clap_u_nm_np1.avi", "# 7 x.mkv 3", "", "b.mp4"]
+    lines = [
+        "# a comment",
+        "#a.mp4",
+        "a.mp4",
+        "#20_Rhythm_clap_u_nm_np1.avi",
+        "# 7 x.mkv 3",
+        "",
+        "b.mp4",
+    ]
     (clips / "l.txt").write_bytes(end.join(lines).encode())
     expected = ["a.mp4", "#20_Rhythm_clap_u_nm_np1.avi", "# 7 x.mkv", "b.mp4"]
     assert list_videos([str(clips / "l.txt")]).paths == expected
@@ -54,13 +63,18 @@ def test_labels_that_are_not_utf8_text_are_wrong_use(clips: Path, encoding: str,
     assert error.value.exit_code == 2
 
 
-@pytest.mark.parametrize("path", [r"C:\videos\a.mp4", "C:/videos/a.mp4", r"\\host\share\a.mp4", r"sub\c.mp4"])
+@pytest.mark.parametrize(
+    "path", [r"C:\videos\a.mp4", "C:/videos/a.mp4", r"\\host\share\a.mp4", r"sub\c.mp4"]
+)
 def test_paths_of_windows_are_wrong_use(clips: Path, path: str) -> None:
     (clips / "sub").mkdir()
     (clips / "sub" / "c.mp4").write_bytes(b"c")
     (clips / "l.txt").write_text(f"a.mp4\n{path}\n")
     (clips / "l.csv").write_text(f"path,label,split1\na.mp4,x,train\n{path},x,test\n")
-    for read in (lambda: list_videos([str(clips / "l.txt")]), lambda: load_labels(f"csv:{clips / 'l.csv'}")):
+    for read in (
+        lambda: list_videos([str(clips / "l.txt")]),
+        lambda: load_labels(f"csv:{clips / 'l.csv'}"),
+    ):
         with pytest.raises(UsageError, match="Windows") as error:
             read()
         assert error.value.exit_code == 2
@@ -72,7 +86,9 @@ def test_a_backslash_may_be_part_of_a_name(clips: Path) -> None:
     assert list_videos([str(clips / "l.txt")]).paths == ["we\\ird.mp4", "go\\ne.mp4"]
 
 
-@pytest.mark.parametrize("ending", ["3gpp", "264", "mp4v", "trp", "tp", "h266", "mk3d", "m2p", "MP4"])
+@pytest.mark.parametrize(
+    "ending", ["3gpp", "264", "mp4v", "trp", "tp", "h266", "mk3d", "m2p", "MP4"]
+)
 def test_usual_endings_are_videos(ending: str) -> None:
     assert is_video(f"a.b.{ending}")
     assert not is_video(f"{ending}")

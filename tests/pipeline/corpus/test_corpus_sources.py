@@ -17,7 +17,15 @@ from distinit.pipeline.corpus.sources import escape_path, list_videos, unescape_
 def folder(tmp_path: Path) -> Path:
     """A folder with videos, other files, odd names and a link in a circle."""
     root = tmp_path / "clips"
-    for name in ("b/2.mp4", "a.MKV", "-dash.avi", "with space.webm", "b/.hidden.mp4", "notes.txt", "b/x.jpg"):
+    for name in (
+        "b/2.mp4",
+        "a.MKV",
+        "-dash.avi",
+        "with space.webm",
+        "b/.hidden.mp4",
+        "notes.txt",
+        "b/x.jpg",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"x")
     Path(os.fsdecode(os.fsencode(root) + b"/\xff\xfe.mp4")).write_bytes(b"x")
@@ -27,14 +35,22 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_folder_is_searched_in_byte_order(folder: Path) -> None:
     videos = list_videos([str(folder)])
-    assert videos.paths == ["-dash.avi", "a.MKV", "b/2.mp4", "with space.webm", os.fsdecode(b"\xff\xfe.mp4")]
+    assert videos.paths == [
+        "-dash.avi",
+        "a.MKV",
+        "b/2.mp4",
+        "with space.webm",
+        os.fsdecode(b"\xff\xfe.mp4"),
+    ]
     assert videos.corpora[0].name == "clips"
     assert videos.corpora[0].root == str(folder)
     assert videos.ignored == {".txt": 1, ".jpg": 1}
     assert all(os.path.isfile(videos.absolute(i)) for i in range(len(videos)))
 
 
-def test_a_folder_counts_under_its_own_name_and_prepared_copies_are_no_videos(tmp_path: Path) -> None:
+def test_a_folder_counts_under_its_own_name_and_prepared_copies_are_no_videos(
+    tmp_path: Path,
+) -> None:
     root = tmp_path / "clips"
     for name in ("v/1.mp4", "copies/prepared.json", "copies/clips/1.mp4"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +70,9 @@ def test_lists_csv_globs_and_names(folder: Path, tmp_path: Path) -> None:
         f"# comment\nclips/b/2.mp4 3\nclips/with space.webm\n\n{folder}/a.MKV,12\nclips/gone.mp4\n"
     )
     (tmp_path / "labels.csv").write_text('path,label\n"clips/a.MKV",x\n')
-    lists = list_videos([f"k=@{tmp_path}/list.txt", str(tmp_path / "labels.csv"), f"g={folder}/b/*.mp4"])
+    lists = list_videos(
+        [f"k=@{tmp_path}/list.txt", str(tmp_path / "labels.csv"), f"g={folder}/b/*.mp4"]
+    )
     assert [c.name for c in lists.corpora] == ["k", "labels", "g"]
     assert lists.paths == [
         "clips/b/2.mp4", "clips/with space.webm", "clips/a.MKV", "clips/gone.mp4", "clips/a.MKV", "2.mp4",
@@ -68,7 +86,9 @@ def test_one_file_and_the_same_source_twice(folder: Path) -> None:
     assert len(videos.corpora) == 1
 
 
-def test_a_folder_with_an_equals_sign_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_an_equals_sign_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x=y").mkdir()
     (tmp_path / "x=y" / "v.mp4").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,5 @@
-"""Late fusion and paired comparison against NumPy, scikit-learn's accuracy, and what must hold of any p-value."""
+"""Late fusion and paired comparison against NumPy, scikit-learn's accuracy, and what must hold of
+any p-value."""
 
 from __future__ import annotations
 
@@ -15,8 +16,11 @@ V, N, K = 60, 4, 5
 CLASSES = [f"class {k}" for k in range(K)]
 
 
-def made(seed: int, sure: float, *, scores: str = "softmax", order: np.ndarray | None = None) -> Predictions:
-    """Predictions of 60 videos, in any order, of which video 7 could not be read; `sure` is how right they are."""
+def made(
+    seed: int, sure: float, *, scores: str = "softmax", order: np.ndarray | None = None
+) -> Predictions:
+    """Predictions of 60 videos, in any order, of which video 7 could not be read; `sure` is how
+    right they are."""
     order = np.arange(V) if order is None else order
     rng = np.random.default_rng(seed)
     labels = np.arange(V) % K
@@ -69,16 +73,22 @@ def test_a_comparison_pairs_videos_and_counts_by_class() -> None:
         guess = np.nan_to_num(part.video_scores[rows]).argmax(axis=1)
         guess[7] = (labels[7] + 1) % K  # unread is wrong
         guesses.append(guess)
-    recalls = [metrics.recall_score(labels, guess, average=None, labels=range(K)) for guess in guesses]
+    recalls = [
+        metrics.recall_score(labels, guess, average=None, labels=range(K)) for guess in guesses
+    ]
     for k, name in enumerate(CLASSES):
-        assert (found.classes[name].a, found.classes[name].b) == pytest.approx((recalls[0][k], recalls[1][k]))
+        assert (found.classes[name].a, found.classes[name].b) == pytest.approx(
+            (recalls[0][k], recalls[1][k])
+        )
         assert found.videos[name] == V // K
     gains = [gain.estimate.value for gain in found.classes.values()]
     assert gains == sorted(gains, reverse=True)
     top1 = found.measures["top1"]
     assert top1.a == pytest.approx(metrics.accuracy_score(labels, guesses[0]))
     assert top1.estimate.value == pytest.approx(top1.a - top1.b)
-    assert found.measures["class_mean"].a == pytest.approx(metrics.balanced_accuracy_score(labels, guesses[0]))
+    assert found.measures["class_mean"].a == pytest.approx(
+        metrics.balanced_accuracy_score(labels, guesses[0])
+    )
     assert top1.estimate.low > 0
     assert top1.p < 0.01
     back = compare_predictions(b, a, ("b", "a"), resamples=2000).measures["top1"]
@@ -87,18 +97,23 @@ def test_a_comparison_pairs_videos_and_counts_by_class() -> None:
 
 
 def test_p_is_that_of_no_difference() -> None:
-    """The same model: p is 1. Two equally good ones: below 0.05 about as often as 0.05 says, and not near always."""
+    """The same model: p is 1. Two equally good ones: below 0.05 about as often as 0.05 says, and
+    not near always."""
     a = made(1, 1.0)
     assert compare_predictions(a, made(1, 1.0), ("a", "a"), resamples=500).measures["top1"].p == 1.0
     small = [
-        compare_predictions(made(2 * s, 0.8), made(2 * s + 1, 0.8), ("a", "b"), resamples=400).measures["top1"].p < 0.05
+        compare_predictions(made(2 * s, 0.8), made(2 * s + 1, 0.8), ("a", "b"), resamples=400)
+        .measures["top1"]
+        .p
+        < 0.05
         for s in range(2, 62)
     ]
     assert sum(small) <= 10, "of 60 comparisons 3 are expected"
 
 
 def test_a_few_videos_that_all_agree_prove_little() -> None:
-    """Every resample of them has the same gain; a sign test has 1 of one unit, a quarter of three, 1/64 of seven."""
+    """Every resample of them has the same gain; a sign test has 1 of one unit, a quarter of three,
+    1/64 of seven."""
     same = np.full(10_000, -1.0)
     assert [p_value(same, units) for units in (1, 3, 7)] == [1.0, 0.25, 2 / 128]
     assert p_value(same, 100) == pytest.approx(2 / 10_001)
@@ -107,7 +122,9 @@ def test_a_few_videos_that_all_agree_prove_little() -> None:
 def test_other_videos_classes_or_labels_are_refused() -> None:
     a, b = made(1, 1.0), made(2, 1.0)
     b.videos[3] = "elsewhere.mp4"
-    with pytest.raises(LabelsError, match=r"a and b were tested on other videos: 2 .*elsewhere\.mp4 of b"):
+    with pytest.raises(
+        LabelsError, match=r"a and b were tested on other videos: 2 .*elsewhere\.mp4 of b"
+    ):
         compare_predictions(a, b, ("a", "b"))
     b = made(2, 1.0)
     b.labels[3] = 0
@@ -120,21 +137,31 @@ def test_other_videos_classes_or_labels_are_refused() -> None:
 
 
 def test_intervals_resample_sources_where_they_are_known() -> None:
-    """Ten videos a source that are right together are worth one: the interval is that of 30 coins, not of 300."""
+    """Ten videos a source that are right together are worth one: the interval is that of 30 coins,
+    not of 300."""
     rng = np.random.default_rng(0)
     coins = rng.integers(2, size=30).astype(np.float64)
     values, groups = coins.repeat(10), np.arange(30).repeat(10)
-    together, apart, few = estimate_mean(values, groups), estimate_mean(values), estimate_mean(coins)
+    together, apart, few = (
+        estimate_mean(values, groups),
+        estimate_mean(values),
+        estimate_mean(coins),
+    )
     assert (together.value, together.low, together.high) == (few.value, few.low, few.high)
     assert together.high - together.low > 2.5 * (apart.high - apart.low)
     labels = np.arange(300) % 3
-    clustered, plain = estimate_class_mean(values, labels, 3, groups), estimate_class_mean(values, labels, 3)
+    clustered, plain = (
+        estimate_class_mean(values, labels, 3, groups),
+        estimate_class_mean(values, labels, 3),
+    )
     assert clustered.value == plain.value
     assert clustered.high - clustered.low > 2 * (plain.high - plain.low)
     found = made(1, 1.0)
     assert found.resampled == {"resampled": "sources", "units": 20}
     found.sources[4] = ""
-    assert found.resampled == {"resampled": "videos", "units": V}, "one unknown source leaves only videos"
+    assert found.resampled == {"resampled": "videos", "units": V}, (
+        "one unknown source leaves only videos"
+    )
 
 
 def test_mean_and_deviation_over_splits() -> None:

@@ -34,7 +34,10 @@ def test_csv_gives_both_sides_of_the_split_asked_for(tmp_path: Path) -> None:
     where = dataset(tmp_path)
     first, second = load_labels(where), load_labels(where, 2)
     assert first.classes == second.classes == ("run", "sit")
-    assert [(v.path, first.classes[v.label]) for v in first.train] == [("a/1.mp4", "run"), ("b/3.mp4", "sit")]
+    assert [(v.path, first.classes[v.label]) for v in first.train] == [
+        ("a/1.mp4", "run"),
+        ("b/3.mp4", "sit"),
+    ]
     assert [v.source for v in first.train] == ["s1", "s3"]
     assert available_splits(where) == (1, 2)
     assert second.train == first.test
@@ -44,7 +47,8 @@ def test_csv_gives_both_sides_of_the_split_asked_for(tmp_path: Path) -> None:
 
 
 def test_csv_spellings(tmp_path: Path) -> None:
-    """A byte order mark, spaces after commas, capitals, repeated rows, quoted commas and odd bytes in names."""
+    """A byte order mark, spaces after commas, capitals, repeated rows, quoted commas and odd bytes
+    in names."""
     odd = os.fsdecode(b"\xff-odd.mp4")
     rows = ["path, label, split1", "./x.mp4, 10, Train", "x.mp4,10,train", '"y, z.mp4",9,TRAIN']
     rows += ["-dash.mp4,10,test", f"{odd},9,test"]
@@ -60,17 +64,42 @@ def test_csv_spellings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "split", "message"),
     [
-        ("path,label", "file,label", 1, r"labels.csv: no column 'path' \(found: file, label, source, split1, split2\)"),
+        (
+            "path,label",
+            "file,label",
+            1,
+            r"labels.csv: no column 'path' \(found: file, label, source, split1, split2\)",
+        ),
         ("path,label", "path,class", 1, "no column 'label'"),
         ("", "", 3, r"no column 'split3' \(splits there are: 1, 2\)"),
         ("split1,split2", "a,b", 1, "no column 'split1' .*no splitN column"),
         (",test,train", ",,", 1, "split 1 has no test videos"),
         (",train,test", ",,", 1, "split 1 has no train videos"),
-        (",train,test", ",trian,test", 1, r"line 2 has split1='trian', allowed: train, test or an empty cell"),
-        ("a/2.mp4,run", "a/2.mp4,jump", 1, "2 of 3 classes .*only in train: 'run'; only in test: 'jump'"),
+        (
+            ",train,test",
+            ",trian,test",
+            1,
+            r"line 2 has split1='trian', allowed: train, test or an empty cell",
+        ),
+        (
+            "a/2.mp4,run",
+            "a/2.mp4,jump",
+            1,
+            "2 of 3 classes .*only in train: 'run'; only in test: 'jump'",
+        ),
         ("sit,s5,,", "lie,s5,train,", 1, "1 of 3 classes .*only in train: 'lie'"),
-        ("a/2.mp4,run", "a/1.mp4,run", 1, r"on both sides .*a/1.mp4 \(line 2, train\) and a/1.mp4 \(line 3, test\)"),
-        ("a/2.mp4,run", "a/1.mp4,sit", 1, r"a/1.mp4 has two labels, 'run' \(line 2\) and 'sit' \(line 3\)"),
+        (
+            "a/2.mp4,run",
+            "a/1.mp4,run",
+            1,
+            r"on both sides .*a/1.mp4 \(line 2, train\) and a/1.mp4 \(line 3, test\)",
+        ),
+        (
+            "a/2.mp4,run",
+            "a/1.mp4,sit",
+            1,
+            r"a/1.mp4 has two labels, 'run' \(line 2\) and 'sit' \(line 3\)",
+        ),
         ("a/2.mp4,run", "a/2.mp4,", 1, "line 3 has no label"),
         ("a/2.mp4,run", ",run", 1, "line 3 has no path"),
     ],
@@ -85,7 +114,9 @@ def test_csv_refusals(tmp_path: Path, old: str, new: str, split: int, message: s
 
 def test_unknown_paths_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     where = dataset(tmp_path, missing=("a/2.mp4", "b/4.mp4", "b/5.mp4"))
-    with pytest.raises(LabelsError, match=r"2 of 4 paths do not exist; the first is a/2.mp4 \(line 3\), looked for"):
+    with pytest.raises(
+        LabelsError, match=r"2 of 4 paths do not exist; the first is a/2.mp4 \(line 3\), looked for"
+    ):
         load_labels(where)
 
 
@@ -104,7 +135,9 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(LabelsError, match=r"noise\.csv"):
         load_labels(f"csv:{tmp_path / 'noise.csv'}")
     for wrong in ("labels.csv", "hmdb51:x", "csv:"):
-        with pytest.raises(UsageError, match="expected csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101"):
+        with pytest.raises(
+            UsageError, match="expected csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101"
+        ):
             load_labels(wrong)
 
 
@@ -116,7 +149,9 @@ def test_a_copy_of_a_training_video_leaks(tmp_path: Path) -> None:
     (tmp_path / "b/4.mp4").write_bytes(content[:-3] + b"two")
     assert len(load_labels(where).test) == 2
     (tmp_path / "a/2.mp4").write_bytes(content)
-    with pytest.raises(LabelsError, match=r"the same file is on both sides of the split, a/1\.mp4 .*a/2\.mp4"):
+    with pytest.raises(
+        LabelsError, match=r"the same file is on both sides of the split, a/1\.mp4 .*a/2\.mp4"
+    ):
         load_labels(where)
 
 
@@ -130,7 +165,9 @@ def test_what_has_no_label_or_no_video_is_refused_or_told(tmp_path: Path) -> Non
     more = dataset(tmp_path, GOOD + "a/0.mp4,sit,s6,train,test\n", missing=("b/3.mp4", "b/4.mp4"))
     labels = load_labels(more, partial=True)
     assert [v.path for v in labels.train] == ["a/1.mp4", "a/0.mp4"]
-    assert [v.path for v in labels.test] == ["a/2.mp4", "b/4.mp4"], "a missing test video counts as wrong"
+    assert [v.path for v in labels.test] == ["a/2.mp4", "b/4.mp4"], (
+        "a missing test video counts as wrong"
+    )
     assert [note.split(" of ")[0].split(" beside")[0] for note in labels.notes] == [
         "1 train videos",
         "1 test videos",
@@ -188,15 +225,22 @@ def test_kinetics(tmp_path: Path) -> None:
     where, root = f"kinetics:{tmp_path / 'k.csv'}", str(tmp_path / "v")
     labels = load_labels(where, root=root)
     assert labels.classes == ("abseiling", "riding a bike")
-    assert [(v.path, v.label, v.source) for v in labels.train] == [(names[0], 1, "-abc_123"), (names[2], 0, "00000001")]
+    assert [(v.path, v.label, v.source) for v in labels.train] == [
+        (names[0], 1, "-abc_123"),
+        (names[2], 0, "00000001"),
+    ]
     assert [v.path for v in labels.test] == [names[1], names[3]]
     head, *rows = KINETICS.splitlines(keepends=True)
     for side in ("train", "val"):
-        (tmp_path / f"{side}.csv").write_text(head + "".join(row for row in rows if f",{side}" in row))
+        (tmp_path / f"{side}.csv").write_text(
+            head + "".join(row for row in rows if f",{side}" in row)
+        )
     both = load_labels(f"kinetics:{tmp_path}", root=root)
     assert (both.train, both.test) == (labels.train, labels.test)
     (tmp_path / "v" / names[3]).unlink()
-    with pytest.raises(LabelsError, match=r"1 of 4 videos are not below .*_000120_000130\.mp4 \(k\.csv line 5\)"):
+    with pytest.raises(
+        LabelsError, match=r"1 of 4 videos are not below .*_000120_000130\.mp4 \(k\.csv line 5\)"
+    ):
         load_labels(where, root=root)
     assert len(load_labels(where, root=root, partial=True).test) == 2
     (tmp_path / "k.csv").write_text(KINETICS.replace("time_end", "end"))
@@ -218,10 +262,20 @@ def folder(tmp_path: Path, *names: str) -> str:
 
 
 def test_folder(tmp_path: Path) -> None:
-    where = folder(tmp_path, "train/b/2.mp4", "train/a/deep/1.mp4", "test/a/3.avi", "test/b/4.mp4", "test/b/notes.txt")
+    where = folder(
+        tmp_path,
+        "train/b/2.mp4",
+        "train/a/deep/1.mp4",
+        "test/a/3.avi",
+        "test/b/4.mp4",
+        "test/b/notes.txt",
+    )
     labels = load_labels(where)
     assert labels.classes == ("a", "b")
-    assert [(v.path, v.label) for v in labels.train] == [("train/a/deep/1.mp4", 0), ("train/b/2.mp4", 1)]
+    assert [(v.path, v.label) for v in labels.train] == [
+        ("train/a/deep/1.mp4", 0),
+        ("train/b/2.mp4", 1),
+    ]
     assert [(v.path, v.label) for v in labels.test] == [("test/a/3.avi", 0), ("test/b/4.mp4", 1)]
     with pytest.raises(LabelsError, match="a folder has split 1 only, got --split 2"):
         load_labels(where, 2)

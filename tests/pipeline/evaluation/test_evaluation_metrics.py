@@ -1,4 +1,5 @@
-"""Metrics and clip starts against references written here and against torchmetrics where it is installed."""
+"""Metrics and clip starts against references written here and against torchmetrics where it is
+installed."""
 
 from __future__ import annotations
 
@@ -72,7 +73,11 @@ def test_accuracies_equal_torchmetrics() -> None:
     scores, labels = random_scores(200, 10, 12)
     mean = torch.from_numpy(scores.astype(np.float64).mean(axis=1))
     found = accuracies(scores, labels, resamples=100)
-    for name, top, average in (("top1", 1, "micro"), ("top5", 5, "micro"), ("class_mean", 1, "macro")):
+    for name, top, average in (
+        ("top1", 1, "micro"),
+        ("top5", 5, "micro"),
+        ("class_mean", 1, "macro"),
+    ):
         theirs = classification.multiclass_accuracy(
             mean, torch.from_numpy(labels).long(), num_classes=12, top_k=top, average=average
         )
@@ -143,7 +148,10 @@ def test_where_all_videos_are_alike_the_interval_is_the_exact_one(units: int, lo
     assert found.low == pytest.approx(low, abs=1e-3)  # Clopper and Pearson's, from a table
     assert estimate_mean(np.zeros(units)).high == pytest.approx(1 - low, abs=1e-3)
     same = estimate_difference(np.ones(units), np.ones(units))
-    assert (same.low, same.high) == (pytest.approx(low - 1, abs=1e-3), pytest.approx(1 - low, abs=1e-3))
+    assert (same.low, same.high) == (
+        pytest.approx(low - 1, abs=1e-3),
+        pytest.approx(1 - low, abs=1e-3),
+    )
     of_two = estimate_mean(np.ones(units * 3), np.arange(units * 3) // 3)
     assert of_two.low == pytest.approx(low, abs=1e-3)  # three videos of a recording are one unit
     mean = estimate_class_mean(np.repeat([1.0, 0.0], units), np.repeat([0, 1], units), 2)

@@ -1,5 +1,5 @@
-"""HMDB-51 and UCF-101 as they unpack: all lists in the official formats, every video a real clip, and what is
-refused. The names are made up, the numbers are the official ones."""
+"""HMDB-51 and UCF-101 as they unpack: all lists in the official formats, every video a real clip,
+and what is refused. The names are made up, the numbers are the official ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ UCF_TRAIN = {1: 9537, 2: 9586, 3: 9624}
 
 
 def clips() -> Iterator[bytes]:
-    """The clip over and over, each a file of its own content and, mostly, size: an MP4 `free` box behind it."""
+    """The clip over and over, each a file of its own content and, mostly, size: an MP4 `free` box
+    behind it."""
     content = CLIP.read_bytes()
     for number in itertools.count():
         box = number.to_bytes(8, "big") + b"\0" * (number % 2000)
@@ -43,7 +44,8 @@ def per_class(total: int, classes: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def hmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """51 class folders with 6766 clips, 153 split files; 70 train, 30 test and the rest unused in each."""
+    """51 class folders with 6766 clips, 153 split files; 70 train, 30 test and the rest unused in
+    each."""
     root = tmp_path_factory.mktemp("hmdb51")
     lists = root / "testTrainMulti_7030_splits"
     lists.mkdir()
@@ -51,8 +53,11 @@ def hmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label, count in zip(HMDB51_CLASSES, per_class(6766, 51), strict=True):
         folder = root / "hmdb51_org" / label
         folder.mkdir(parents=True)
-        # Odd names as the real ones: a number sign, brackets, an ampersand; three clips a recording.
-        names = [f"#{i // 3}_A_&_[B](c);d!_{label}_f_cm_np1_ri_med_{i % 3}.avi" for i in range(count)]
+        # Odd names as the real ones: a number sign, brackets, an ampersand; three clips a
+        # recording.
+        names = [
+            f"#{i // 3}_A_&_[B](c);d!_{label}_f_cm_np1_ri_med_{i % 3}.avi" for i in range(count)
+        ]
         for name in names:
             (folder / name).write_bytes(next(content))
         for split in SPLITS:
@@ -67,12 +72,15 @@ def hmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ucf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """101 class folders with 13320 clips, 7 lists with CR LF; HandstandPushups spelt as in the archive."""
+    """101 class folders with 13320 clips, 7 lists with CR LF; HandstandPushups spelt as in the
+    archive."""
     root = tmp_path_factory.mktemp("ucf101")
     lists = root / "ucfTrainTestlist"
     lists.mkdir()
     classes = sorted(["HandstandPushups", "HammerThrow", *(f"Class{k:02d}" for k in range(99))])
-    (lists / "classInd.txt").write_bytes(b"".join(f"{k} {name}\r\n".encode() for k, name in enumerate(classes, 1)))
+    (lists / "classInd.txt").write_bytes(
+        b"".join(f"{k} {name}\r\n".encode() for k, name in enumerate(classes, 1))
+    )
     content = clips()
     train, test = ({s: [] for s in SPLITS} for _ in range(2))
     counts = {s: per_class(13320 - UCF_TRAIN[s], 101) for s in SPLITS}
@@ -89,8 +97,12 @@ def ucf(tmp_path_factory: pytest.TempPathFactory) -> Path:
             train[split] += [f"{label}/{name} {k + 1}" for name in names if name not in tested]
             test[split] += [f"{label}/{name}" for name in names if name in tested]
     for split in SPLITS:
-        (lists / f"trainlist0{split}.txt").write_bytes("".join(f"{x}\r\n" for x in train[split]).encode())
-        (lists / f"testlist0{split}.txt").write_bytes("".join(f"{x}\r\n" for x in test[split]).encode())
+        (lists / f"trainlist0{split}.txt").write_bytes(
+            "".join(f"{x}\r\n" for x in train[split]).encode()
+        )
+        (lists / f"testlist0{split}.txt").write_bytes(
+            "".join(f"{x}\r\n" for x in test[split]).encode()
+        )
     assert len(list(lists.iterdir())) == 7
     return root
 
@@ -128,12 +140,17 @@ def test_hmdb51_is_read_as_its_lists_say(hmdb: Path) -> None:
         tagged = {}
         for label in HMDB51_CLASSES:
             text = (hmdb / f"testTrainMulti_7030_splits/{label}_test_split{split}.txt").read_text()
-            tagged |= {(label, line.split(".avi ")[0] + ".avi"): line.split()[-1] for line in text.splitlines()}
+            tagged |= {
+                (label, line.split(".avi ")[0] + ".avi"): line.split()[-1]
+                for line in text.splitlines()
+            }
         for side, tag in ((labels.train, "1"), (labels.test, "2")):
             assert {(v.path.split("/")[0], v.path.split("/")[1]) for v in side} == {
                 name for name, own in tagged.items() if own == tag
             }
-            assert all(labels.classes[v.label] == v.path.split("/")[0] for v in side), "sit is not situp"
+            assert all(labels.classes[v.label] == v.path.split("/")[0] for v in side), (
+                "sit is not situp"
+            )
     one = next(v for v in labels.test if v.path.startswith("situp/"))
     assert one.source.startswith("#")
     assert one.source.endswith("_A_&_[B](c);d!"), "the recording, without class and number"
@@ -164,33 +181,46 @@ def test_ucf101_is_read_as_its_lists_say(ucf: Path) -> None:
 
 
 def test_case_of_the_disk_does_not_matter(ucf: Path) -> None:
-    """Unpacked elsewhere, the folder or its files may have the other spelling; the class keeps its own name."""
+    """Unpacked elsewhere, the folder or its files may have the other spelling; the class keeps its
+    own name."""
     folder = ucf / "UCF-101/HandstandPushups"
     with moved(folder, ucf / "UCF-101/HandStandPushups"):
         labels = labels_of("ucf101", ucf)
         assert len(labels.train) == UCF_TRAIN[1]
         assert "HandstandPushups" in labels.classes
         assert sum(v.path.startswith("HandStandPushups/") for v in labels.test) > 20
-    with moved(folder / "v_HandStandPushups_g01_c01.avi", folder / "v_HandstandPushups_g01_c01.avi"):
+    with moved(
+        folder / "v_HandStandPushups_g01_c01.avi", folder / "v_HandstandPushups_g01_c01.avi"
+    ):
         labels = labels_of("ucf101", ucf)
-        assert any(v.path.endswith("v_HandstandPushups_g01_c01.avi") for v in (*labels.train, *labels.test))
+        assert any(
+            v.path.endswith("v_HandstandPushups_g01_c01.avi") for v in (*labels.train, *labels.test)
+        )
 
 
 def test_roots_and_archives(hmdb: Path, ucf: Path, tmp_path: Path) -> None:
     """Expected, found, and where to get it."""
-    with pytest.raises(UsageError, match=r"--root: HMDB-51 needs the folder .*hmdb51_org\.rar and test_train_splits"):
+    with pytest.raises(
+        UsageError,
+        match=r"--root: HMDB-51 needs the folder .*hmdb51_org\.rar and test_train_splits",
+    ):
         load_labels("hmdb51")
     with pytest.raises(UsageError, match="UCF-101 has splits 1, 2 and 3, got 4"):
         labels_of("ucf101", ucf, 4)
     with pytest.raises(LabelsError, match=r"no such folder; get UCF101\.rar"):
         labels_of("ucf101", tmp_path / "none")
     shutil.copytree(ucf / "ucfTrainTestlist", tmp_path / "wrong/ucfTrainTestlist")
-    with pytest.raises(LabelsError, match=r"none of the 153 lists of HMDB-51 is in it; found: 'ucfTrain.*serre-lab"):
+    with pytest.raises(
+        LabelsError, match=r"none of the 153 lists of HMDB-51 is in it; found: 'ucfTrain.*serre-lab"
+    ):
         labels_of("hmdb51", tmp_path / "wrong")
     (tmp_path / "wrong/test_train_splits.rar").write_bytes(b"Rar!")
     with pytest.raises(LabelsError, match=r"test_train_splits\.rar is there, but not unpacked"):
         labels_of("hmdb51", tmp_path / "wrong")
-    with pytest.raises(LabelsError, match=r"101 of the 101 class folders .*missing.*get UCF101\.rar from https://www.crcv"):
+    with pytest.raises(
+        LabelsError,
+        match=r"101 of the 101 class folders .*missing.*get UCF101\.rar from https://www.crcv",
+    ):
         labels_of("ucf101", tmp_path / "wrong")
     (tmp_path / "wrong/UCF101.rar").write_bytes(b"Rar!")
     with pytest.raises(LabelsError, match=r"UCF101\.rar is there, but not unpacked"):
@@ -198,31 +228,42 @@ def test_roots_and_archives(hmdb: Path, ucf: Path, tmp_path: Path) -> None:
     videos = hmdb / "hmdb51_org"
     with moved(videos / "wave", tmp_path / "wave"):
         (videos / "wave.rar").write_bytes(b"Rar!")
-        with pytest.raises(LabelsError, match=r"1 of the 51 class folders .*'wave'; 1 of them .*\(wave\.rar\)"):
+        with pytest.raises(
+            LabelsError, match=r"1 of the 51 class folders .*'wave'; 1 of them .*\(wave\.rar\)"
+        ):
             labels_of("hmdb51", hmdb)
         (videos / "wave.rar").unlink()
-        with pytest.raises(LabelsError, match=r"1 of the 51 class folders of HMDB-51 are missing, 'wave'; found"):
+        with pytest.raises(
+            LabelsError, match=r"1 of the 51 class folders of HMDB-51 are missing, 'wave'; found"
+        ):
             labels_of("hmdb51", hmdb)
 
 
 def test_an_incomplete_download_is_counted(hmdb: Path, tmp_path: Path) -> None:
     gone = sorted((hmdb / "hmdb51_org/sit").iterdir())[0]
     with moved(gone, tmp_path / "gone.avi"):
-        with pytest.raises(LabelsError, match=r"1 of the 6766 videos of HMDB-51 are missing, .*or take --partial"):
+        with pytest.raises(
+            LabelsError, match=r"1 of the 6766 videos of HMDB-51 are missing, .*or take --partial"
+        ):
             labels_of("hmdb51", hmdb)
         labels = labels_of("hmdb51", hmdb, partial=True)
         lost = 5100 - len(labels.train) - len(labels.test)
-        assert lost == int("train" in "".join(labels.notes)), "a missing test video stays, and counts as wrong"
+        assert lost == int("train" in "".join(labels.notes)), (
+            "a missing test video stays, and counts as wrong"
+        )
     extra = hmdb / "hmdb51_org/sit/mine.avi"
     extra.write_bytes(b"not listed")
-    with pytest.raises(LabelsError, match=r"1 videos beside the listed ones have no label, 'sit/mine\.avi'"):
+    with pytest.raises(
+        LabelsError, match=r"1 videos beside the listed ones have no label, 'sit/mine\.avi'"
+    ):
         labels_of("hmdb51", hmdb)
     extra.unlink()
 
 
 @pytest.mark.parametrize("classes", [("sit",), HMDB51_CLASSES])
 def test_videos_converted_to_mp4_are_found(hmdb: Path, classes: tuple[str, ...]) -> None:
-    """The tree as people convert it, one class or all; with both of a video, that of the lists counts."""
+    """The tree as people convert it, one class or all; with both of a video, that of the lists
+    counts."""
     before = labels_of("hmdb51", hmdb)
     videos = [video for label in classes for video in (hmdb / "hmdb51_org" / label).iterdir()]
     try:
@@ -239,7 +280,9 @@ def test_videos_converted_to_mp4_are_found(hmdb: Path, classes: tuple[str, ...])
         for video in videos:
             video.with_suffix(".mp4").rename(video)
     for side in ("train", "test"):
-        converted = [video.path.removesuffix(".mp4").removesuffix(".avi") for video in getattr(labels, side)]
+        converted = [
+            video.path.removesuffix(".mp4").removesuffix(".avi") for video in getattr(labels, side)
+        ]
         assert converted == [video.path.removesuffix(".avi") for video in getattr(before, side)]
     assert [note for note in labels.notes if f"{len(videos)} as .mp4" in note]
     assert not before.notes
@@ -249,37 +292,67 @@ def test_wrong_lists_are_refused(hmdb: Path, ucf: Path, tmp_path: Path) -> None:
     lists = hmdb / "testTrainMulti_7030_splits"
     with (
         moved(lists / "sit_test_split2.txt", tmp_path / "list"),
-        pytest.raises(LabelsError, match=r"1 of the 153 lists of HMDB-51 are missing, 'sit_test_split2\.txt'"),
+        pytest.raises(
+            LabelsError, match=r"1 of the 153 lists of HMDB-51 are missing, 'sit_test_split2\.txt'"
+        ),
     ):
         labels_of("hmdb51", hmdb, 1)
     own = lists / "sit_test_split1.txt"
-    with changed(own, b".avi 1", b".avi 2"), pytest.raises(LabelsError, match="69 train and 31 test videos, expected"):
+    with (
+        changed(own, b".avi 1", b".avi 2"),
+        pytest.raises(LabelsError, match="69 train and 31 test videos, expected"),
+    ):
         labels_of("hmdb51", hmdb)
-    with changed(own, b".avi 1", b".avi 3"), pytest.raises(LabelsError, match=r"is not a line `NAME\.avi 0\|1\|2`"):
+    with (
+        changed(own, b".avi 1", b".avi 3"),
+        pytest.raises(LabelsError, match=r"is not a line `NAME\.avi 0\|1\|2`"),
+    ):
         labels_of("hmdb51", hmdb)
     first = next(line for line in own.read_bytes().splitlines(keepends=True) if b".avi 0" in line)
-    with changed(own, first, b""), pytest.raises(LabelsError, match="split 1 lists 6765 videos, HMDB-51 has 6766"):
+    with (
+        changed(own, first, b""),
+        pytest.raises(LabelsError, match="split 1 lists 6765 videos, HMDB-51 has 6766"),
+    ):
         labels_of("hmdb51", hmdb)
     train = ucf / "ucfTrainTestlist/trainlist01.txt"
     line = train.read_bytes().splitlines(keepends=True)[5]
-    with changed(train, line, b""), pytest.raises(LabelsError, match="lists 13319 videos, UCF-101 has 13320"):
+    with (
+        changed(train, line, b""),
+        pytest.raises(LabelsError, match="lists 13319 videos, UCF-101 has 13320"),
+    ):
         labels_of("ucf101", ucf)
     wrong = line.replace(b" 1\r", b" 2\r")
-    with changed(train, line, wrong), pytest.raises(LabelsError, match=r"the class 'Class00' is 1 in classInd\.txt"):
+    with (
+        changed(train, line, wrong),
+        pytest.raises(LabelsError, match=r"the class 'Class00' is 1 in classInd\.txt"),
+    ):
         labels_of("ucf101", ucf)
-    with changed(train, line, b"Clas/" + line), pytest.raises(LabelsError, match=r"names no class of classInd\.txt"):
+    with (
+        changed(train, line, b"Clas/" + line),
+        pytest.raises(LabelsError, match=r"names no class of classInd\.txt"),
+    ):
         labels_of("ucf101", ucf)
     index = ucf / "ucfTrainTestlist/classInd.txt"
-    with changed(index, b"1 Class00", b"0 Class00"), pytest.raises(LabelsError, match="line 1 is '0 Class00'"):
+    with (
+        changed(index, b"1 Class00", b"0 Class00"),
+        pytest.raises(LabelsError, match="line 1 is '0 Class00'"),
+    ):
         labels_of("ucf101", ucf)
-    with changed(index, b"100 Ham", b"99 Ham"), pytest.raises(LabelsError, match=r"classInd\.txt: line 100 is"):
+    with (
+        changed(index, b"100 Ham", b"99 Ham"),
+        pytest.raises(LabelsError, match=r"classInd\.txt: line 100 is"),
+    ):
         labels_of("ucf101", ucf)
-    with changed(index, b"101 HandstandPushups", b""), pytest.raises(LabelsError, match="100 classes, expected"):
+    with (
+        changed(index, b"101 HandstandPushups", b""),
+        pytest.raises(LabelsError, match="100 classes, expected"),
+    ):
         labels_of("ucf101", ucf)
 
 
 def test_a_leak_of_an_official_split_is_told_and_kept(hmdb: Path) -> None:
-    """Its numbers are compared with others', so the split stays; a user's own list would be refused."""
+    """Its numbers are compared with others', so the split stays; a user's own list would be
+    refused."""
     labels = labels_of("hmdb51", hmdb)
     test, train = (hmdb / "hmdb51_org" / side[0].path for side in (labels.test, labels.train))
     content = test.read_bytes()

@@ -1,4 +1,5 @@
-"""predictions.h5: readable with plain h5py, enough to recompute every number, and refused when damaged."""
+"""predictions.h5: readable with plain h5py, enough to recompute every number, and refused when
+damaged."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ VIDEOS = ["a/1.mp4", "b 2.mp4", os.fsdecode(b"\xff.mp4"), "-d%.mp4"]
 
 def made(pending: bool = False) -> Predictions:
     found = Predictions.empty(
-        CLASSES, VIDEOS, [0, 1, 2, 0], 10, protocol={"clips": 10, "resize": (128, 171)}, identity={"weights": "w"}
+        CLASSES,
+        VIDEOS,
+        [0, 1, 2, 0],
+        10,
+        protocol={"clips": 10, "resize": (128, 171)},
+        identity={"weights": "w"},
     )
     rng = np.random.default_rng(0)
     for video in (0, 1, 3):
@@ -51,7 +57,9 @@ def test_numbers_follow_from_the_tables_alone(tmp_path: Path) -> None:
     found = metrics_from_file(tmp_path / "p.h5")
     assert found["top1"]["value"] == pytest.approx(top1 / 4)
     assert found["per_clip"]["value"] == pytest.approx(per_clip / 40)
-    assert found["top5"]["value"] == 0.75, "the unread video is wrong even among the best five of three"
+    assert found["top5"]["value"] == 0.75, (
+        "the unread video is wrong even among the best five of three"
+    )
     assert [f["reason"] for f in found["failed"]] == ["empty file"]
     assert sum(c["videos"] for c in found["per_class"].values()) == found["videos"] == 4
     assert sum(c["right"] for c in found["per_class"].values()) == top1
@@ -69,12 +77,22 @@ def test_round_trip_and_continuation(tmp_path: Path) -> None:
         metrics_from_file(tmp_path / "p.h5")
 
     again = Predictions.empty(
-        CLASSES, VIDEOS, [0, 1, 2, 0], 10, protocol={"clips": 10, "resize": (128, 171)}, identity={"weights": "w"}
+        CLASSES,
+        VIDEOS,
+        [0, 1, 2, 0],
+        10,
+        protocol={"clips": 10, "resize": (128, 171)},
+        identity={"weights": "w"},
     )
     assert again.adopt(read) == 3
     assert again.pending == [2]
     other = Predictions.empty(
-        CLASSES, VIDEOS, [0, 1, 2, 0], 10, protocol={"clips": 10, "resize": (128, 171)}, identity={"weights": "v"}
+        CLASSES,
+        VIDEOS,
+        [0, 1, 2, 0],
+        10,
+        protocol={"clips": 10, "resize": (128, 171)},
+        identity={"weights": "v"},
     )
     assert other.adopt(read) == 0, "scores of other weights are never taken over"
 
@@ -109,7 +127,9 @@ def test_damage_is_refused(tmp_path: Path) -> None:
 
 def test_class_lists_must_agree() -> None:
     require_classes(["a", "b"], ["a", "b"], here="x", there="y")
-    with pytest.raises(CheckpointError, match="class list of x differs from that of y: class 1 is 'c' against 'b'"):
+    with pytest.raises(
+        CheckpointError, match="class list of x differs from that of y: class 1 is 'c' against 'b'"
+    ):
         require_classes(["a", "c"], ["a", "b"], here="x", there="y")
     with pytest.raises(CheckpointError, match="3 classes against 2"):
         require_classes(["a", "b", "c"], ["a", "b"], here="x", there="y")

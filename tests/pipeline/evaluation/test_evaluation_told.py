@@ -1,4 +1,5 @@
-"""What label lists leave out, repeat or share is told or refused; the test side of other labels stands alone."""
+"""What label lists leave out, repeat or share is told or refused; the test side of other labels
+stands alone."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def test_files_with_equal_ends_are_other_files(tmp_path: Path) -> None:
 def test_a_copy_with_another_label_is_refused(tmp_path: Path, side: str) -> None:
     rows = f"{FOUR}e.mp4,x,{side}\nf.mp4,y,{side}\n"
     same = dict.fromkeys(("e.mp4", "f.mp4"), b"same content")
-    with pytest.raises(LabelsError, match=r"two labels, e\.mp4 is 'x' \(line 6\) and f\.mp4 is 'y' \(line 7\)"):
+    with pytest.raises(
+        LabelsError, match=r"two labels, e\.mp4 is 'x' \(line 6\) and f\.mp4 is 'y' \(line 7\)"
+    ):
         load_labels(write(tmp_path, rows, same))
     assert len(load_labels(write(tmp_path, rows.replace("f.mp4,y", "f.mp4,x"), same)).classes) == 2
 
@@ -80,12 +83,25 @@ def folder(root: Path, *names: str | bytes) -> str:
 
 def test_what_a_folder_leaves_out_is_named(tmp_path: Path) -> None:
     used = ["train/a/1.mp4", "test/a/2.mp4", "train/b/1.3gpp", "test/b/2.264"]
-    others = ["train/a/noending", "test/a/x.weird", "train/wave/1.weird", "test/wave/2.weird", "val/a/3.mp4"]
+    others = [
+        "train/a/noending",
+        "test/a/x.weird",
+        "train/wave/1.weird",
+        "test/wave/2.weird",
+        "val/a/3.mp4",
+    ]
     others += ["train/a/.hidden", "notes/readme.txt"]
     labels = load_labels(folder(tmp_path, *used, *others))
     assert labels.classes == ("a", "b")
     told = "\n".join(labels.notes)
-    for name in ("train/a/noending", "test/a/x.weird", "train/wave/1.weird", "test/wave/2.weird", "'wave'", "val/"):
+    for name in (
+        "train/a/noending",
+        "test/a/x.weird",
+        "train/wave/1.weird",
+        "test/wave/2.weird",
+        "'wave'",
+        "val/",
+    ):
         assert name in told
     for name in ("hidden", "notes", "readme"):
         assert name not in told
@@ -99,14 +115,22 @@ def test_a_class_that_its_endings_leave_to_one_side_is_explained(tmp_path: Path)
 
 
 def test_class_folders_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
-    where = folder(tmp_path, b"train/caf\xe9/1.mp4", b"test/caf\xe9/2.mp4", "train/100%/1.mp4", "test/100%/2.mp4")
+    where = folder(
+        tmp_path,
+        b"train/caf\xe9/1.mp4",
+        b"test/caf\xe9/2.mp4",
+        "train/100%/1.mp4",
+        "test/100%/2.mp4",
+    )
     labels = load_labels(where)
     assert labels.classes == ("100%", "caf%E9")
     assert all(os.path.exists(labels.absolute(video)) for video in labels.train)
 
 
 @pytest.mark.parametrize("column", ["label", "source"])
-def test_a_csv_with_cells_that_are_not_utf8_is_refused_with_its_line(tmp_path: Path, column: str) -> None:
+def test_a_csv_with_cells_that_are_not_utf8_is_refused_with_its_line(
+    tmp_path: Path, column: str
+) -> None:
     rows = "path,label,source,split1\na.mp4,LABEL,SOURCE,train\nb.mp4,LABEL,SOURCE,test\n"
     write(tmp_path, rows)
     other = {"label": "source", "source": "label"}[column]
@@ -126,7 +150,10 @@ def test_what_a_missing_path_may_be_is_said(tmp_path: Path) -> None:
 
 
 def test_the_test_side_alone_for_the_classes_of_a_model(tmp_path: Path) -> None:
-    where = write(tmp_path, FOUR.replace("train", "test").replace("b.mp4,y,test\n", "").replace("d.mp4,y,test\n", ""))
+    where = write(
+        tmp_path,
+        FOUR.replace("train", "test").replace("b.mp4,y,test\n", "").replace("d.mp4,y,test\n", ""),
+    )
     with pytest.raises(LabelsError, match="no train videos"):
         load_labels(where)
     labels = load_labels(where, classes=("y", "x"))

@@ -26,7 +26,9 @@ cv2 = pytest.importorskip("cv2")
 SIZE = (40, 56)
 BOUND = 6.0
 STEP = BOUND / 127
-WHOLE = ClipView(size=40, resize=(40, 40))  # no room to crop: what is cached is the flow of the clip
+WHOLE = ClipView(
+    size=40, resize=(40, 40)
+)  # no room to crop: what is cached is the flow of the clip
 
 
 def farneback(images: np.ndarray) -> np.ndarray:
@@ -38,7 +40,8 @@ def farneback(images: np.ndarray) -> np.ndarray:
 
 
 def blocks(frames: int, speed: float) -> np.ndarray:
-    """Smooth noise that moves by `speed` pixels a frame to the right, uint8 [frames, 80, 112, 3]."""
+    """Smooth noise that moves by `speed` pixels a frame to the right, uint8 [frames, 80, 112,
+    3]."""
     noise = np.random.default_rng(1).normal(0, 1, (80, 300, 3))
     noise = cv2.GaussianBlur(noise, (0, 0), 4)
     noise = (noise / noise.std() * 40 + 128).clip(0, 255).astype(np.uint8)
@@ -51,7 +54,9 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     root = tmp_path_factory.mktemp("flow")
     images = np.concatenate([blocks(16, 1.5), blocks(8, 17.0)])
     write_video(root / "v.mp4", images, gop=7)
-    made = make_flow(str(root / "v.mp4"), str(root / "part"), str(root / "f" / "v.h5"), options(SIZE))
+    made = make_flow(
+        str(root / "v.mp4"), str(root / "part"), str(root / "f" / "v.h5"), options(SIZE)
+    )
     assert made.clipped > 0
     make_flow(str(root / "v.mp4"), str(root / "part"), str(root / "w.h5"), options((40, 40)))
     return str(root / "v.mp4"), str(root / "f" / "v.h5")
@@ -86,7 +91,9 @@ def test_no_motion_is_exactly_zero_and_mirrors_are_exact() -> None:
 
 
 @pytest.mark.parametrize("crop", [None, Crop(0.5, 0.5, False)])
-def test_clips_from_the_file_are_those_computed_when_read(video: tuple[str, str], crop: Crop | None) -> None:
+def test_clips_from_the_file_are_those_computed_when_read(
+    video: tuple[str, str], crop: Crop | None
+) -> None:
     source, path = video
     whole = VideoFile(str(Path(path).parent.parent / "w.h5"), "flow", source)
     assert count_frames(whole) == 24
@@ -103,7 +110,10 @@ def test_clips_from_the_file_are_those_computed_when_read(video: tuple[str, str]
     theirs = read_clip(VideoFile(source), repeated, WHOLE, channels=2)
     torch.testing.assert_close(ours, theirs.clamp(-BOUND, BOUND), atol=STEP / 2 + 1e-4, rtol=0)
     other = VideoFile(path, "flow", source)
-    for read in (lambda: read_clip(other, frames, WHOLE, channels=2), lambda: read_clips(other, frames[None], WHOLE)):
+    for read in (
+        lambda: read_clip(other, frames, WHOLE, channels=2),
+        lambda: read_clips(other, frames[None], WHOLE),
+    ):
         with pytest.raises(VideoError, match=r"frames of 40x56, not \(40, 40\): prepare it again"):
             read()
     several = read_clips(whole, np.stack([frames, frames - 4]), WHOLE, channels=2)
@@ -127,7 +137,9 @@ def test_crops_are_cut_out_and_mirrored_ones_move_the_other_way(video: tuple[str
 
 def test_a_damaged_frame_does_not_move_and_one_that_counts_is_an_error(tmp_path: Path) -> None:
     source = tmp_path / "v.mp4"
-    write_video(source, blocks(20, 2.0), codec="libx265", gop=1, extra={"x265-params": "log-level=none"})
+    write_video(
+        source, blocks(20, 2.0), codec="libx265", gop=1, extra={"x265-params": "log-level=none"}
+    )
     with av.open(str(source)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
     with source.open("r+b") as file:
@@ -151,13 +163,17 @@ def test_a_damaged_frame_does_not_move_and_one_that_counts_is_an_error(tmp_path:
             read_clip(where, np.arange(6, 12), WHOLE, channels=2, expect=(at, pts))
 
 
-def test_damaged_files_and_files_of_other_videos_are_refused(video: tuple[str, str], tmp_path: Path) -> None:
+def test_damaged_files_and_files_of_other_videos_are_refused(
+    video: tuple[str, str], tmp_path: Path
+) -> None:
     frames = np.arange(2, 7)
     pts = read_flow_map(video[1]).pts
     read_flow(video[1], frames, expect=(frames[:2], pts[2:4]), digest=digest(video[0]))
     with pytest.raises(StoreMismatchError, match="a copy of another file"):
         read_flow(video[1], frames, digest="00ff")
-    with pytest.raises(StoreMismatchError, match=r"frame 3 has pts \d+ in the store, in the file that was copied"):
+    with pytest.raises(
+        StoreMismatchError, match=r"frame 3 has pts \d+ in the store, in the file that was copied"
+    ):
         read_flow(video[1], frames, expect=(np.array([3]), pts[3:4] + 1))
     with pytest.raises(VideoError, match="frames 20–24 wanted, the video has 24"):
         read_flow(video[1], np.arange(20, 25))

@@ -1,4 +1,5 @@
-"""Prepared copies: frame by frame against a plain decode of the source, and against a container's own decode."""
+"""Prepared copies: frame by frame against a plain decode of the source, and against a container's
+own decode."""
 
 from __future__ import annotations
 
@@ -32,11 +33,16 @@ VIEW = View(resize=(30, 44))
 
 
 def moving(frames: int, height: int = 48, width: int = 80) -> Iterator[np.ndarray]:
-    """Smooth pictures that no two neighbours share: a pattern that drifts, and brightness that jumps."""
+    """Smooth pictures that no two neighbours share: a pattern that drifts, and brightness that
+    jumps."""
     y, x = np.mgrid[0:height, 0:width] / height * 2 * np.pi
     for t in range(frames):
         waves = [np.sin(x + k + 0.5 * t) * np.cos(y * (1 + k / 2) - 0.3 * t) for k in range(3)]
-        yield (128 + 60 * np.stack(waves, -1) + 40 * ((t * 7) % 11 / 11 - 0.5)).clip(0, 255).astype(np.uint8)
+        yield (
+            (128 + 60 * np.stack(waves, -1) + 40 * ((t * 7) % 11 / 11 - 0.5))
+            .clip(0, 255)
+            .astype(np.uint8)
+        )
 
 
 def plain(path: Path | str, view: View | None) -> dict[int, tuple[int, np.ndarray]]:
@@ -44,7 +50,9 @@ def plain(path: Path | str, view: View | None) -> dict[int, tuple[int, np.ndarra
     with VideoReader(str(path)) as reader:
         renderer = reader.info.renderer()
         display = (reader.info.height, reader.info.width)
-        return {i: (p, renderer.render(f, view, display=display)) for i, p, f in reader.decode_plain()}
+        return {
+            i: (p, renderer.render(f, view, display=display)) for i, p, f in reader.decode_plain()
+        }
 
 
 def copied(source: Path, folder: Path, options: CopyOptions = OPTIONS) -> tuple[str, FrameMap]:
@@ -57,7 +65,10 @@ def copied(source: Path, folder: Path, options: CopyOptions = OPTIONS) -> tuple[
 UNEVEN = {"vf": "setpts='PTS+floor(N/7)*0.2/TB+mod(N,3)*0.01/TB'", "fps_mode": "passthrough"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "B-frames, one group": ("a.mkv", {"gop": 250, "bframes": 3}),
-    "open groups": ("a.mp4", {"gop": 10, "bframes": 3, "extra": {"x264-params": "open-gop=1:b-adapt=0"}}),
+    "open groups": (
+        "a.mp4",
+        {"gop": 10, "bframes": 3, "extra": {"x264-params": "open-gop=1:b-adapt=0"}},
+    ),
     "uneven times": ("a.mkv", {"gop": 12, "bframes": 2, "extra": UNEVEN}),
     "transport stream": ("a.ts", {"gop": 12, "bframes": 2}),
     "no pts": ("a.avi", {"codec": "mpeg4", "bframes": 2, "gop": 12}),
@@ -72,13 +83,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def make_source(case: str, folder: Path) -> Path:
     name, options = CASES[case]
     path = folder / name
-    write_video(path, moving(50), **{"crf": 10, **options} if options.get("codec") is None else options)
+    write_video(
+        path, moving(50), **{"crf": 10, **options} if options.get("codec") is None else options
+    )
     changed = folder / f"changed{path.suffix}"
     if case == "rotated":
         transcode(path, changed, codec="copy", input_options={"display_rotation": 90})
         return changed
     if case == "edit list":
-        transcode(path, changed, codec="copy", input_options={"ss": 1.5}, extra={"fps_mode": "auto"})
+        transcode(
+            path, changed, codec="copy", input_options={"ss": 1.5}, extra={"fps_mode": "auto"}
+        )
         return changed
     if case == "cut off":
         os.truncate(path, path.stat().st_size * 2 // 3)
@@ -124,7 +139,9 @@ def test_copy_frame_k_shows_source_frame_k(case: str, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     whole = np.array(sorted(truth))
     for wanted in (whole, whole[::-3], random.choice(whole, 9), whole[-4:]):
-        clip = read_copy(path, wanted, VIEW, expect=(wanted[:1], np.array([truth[int(wanted[0])][0]])))
+        clip = read_copy(
+            path, wanted, VIEW, expect=(wanted[:1], np.array([truth[int(wanted[0])][0]]))
+        )
         expected = [seen[rank[i]][1] for i in wanted.tolist()]
         np.testing.assert_array_equal(clip.images, expected)
         assert clip.pts.tolist() == [truth[i][0] for i in wanted.tolist()]
@@ -132,16 +149,22 @@ def test_copy_frame_k_shows_source_frame_k(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["uneven times", "rotated", "wide pixels"])
-def test_copies_of_the_clips_own_size_need_no_resize_and_no_even_sides(case: str, tmp_path: Path) -> None:
+def test_copies_of_the_clips_own_size_need_no_resize_and_no_even_sides(
+    case: str, tmp_path: Path
+) -> None:
     source = make_source(case, tmp_path)
     path, made = copied(source, tmp_path, ODD)
     assert (made.height, made.width) == ODD.size == (33, 45)
-    with av.open(path) as container:  # without a resize: these are the colours of the stored pictures
+    with av.open(
+        path
+    ) as container:  # without a resize: these are the colours of the stored pictures
         stream = container.streams.video[0]
         stored = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
         shape = stored[0].shape[1] * stream.sample_aspect_ratio / stored[0].shape[0]
     assert stored[0].shape == (34, 46, 3)
-    assert float(shape) == pytest.approx(46 / 45 * 33 / 34 * made.source.width / made.source.height, rel=0.01)
+    assert float(shape) == pytest.approx(
+        46 / 45 * 33 / 34 * made.source.width / made.source.height, rel=0.01
+    )
     everything = np.arange(len(made))
     exact = View(resize=ODD.size)
     found = read_copy(path, everything, exact).images
@@ -185,10 +208,14 @@ def test_the_copy_of_another_file_is_refused_by_both_names(pair: tuple[str, str]
     source, path = pair
     clip = np.arange(8)
     read_copy(path, clip, VIEW, digest=digest(source))
-    with pytest.raises(StoreMismatchError, match=f"{digest(source)}.* the teachers saw one with digest 00ff"):
+    with pytest.raises(
+        StoreMismatchError, match=f"{digest(source)}.* the teachers saw one with digest 00ff"
+    ):
         read_copy(path, clip, VIEW, digest="00ff")
     pts = int(read_map(path).pts[3])
-    with pytest.raises(StoreMismatchError, match=f"frame 3 has pts {pts + 1} in the store, .* it has {pts}"):
+    with pytest.raises(
+        StoreMismatchError, match=f"frame 3 has pts {pts + 1} in the store, .* it has {pts}"
+    ):
         read_copy(path, clip, VIEW, expect=(np.array([3]), np.array([pts + 1])))
     with pytest.raises(StoreMismatchError, match="frame 40 is in the store"):
         read_copy(path, clip, VIEW, expect=(np.array([40]), np.array([0])))
@@ -221,7 +248,9 @@ def test_damage_anywhere_is_noticed(pair: tuple[str, str], tmp_path: Path) -> No
             read(data)
 
 
-def test_a_map_survives_packing_whatever_its_times(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_map_survives_packing_whatever_its_times(
+    pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = read_map(pair[1])
     n = 100_000  # longer than what the first read takes in, and more than is remembered
     random = np.random.default_rng(0)
@@ -239,7 +268,11 @@ def test_a_map_survives_packing_whatever_its_times(pair: tuple[str, str], monkey
     again = FrameMap.unpack(box[24:-16])
     for name in ("index", "pts", "offset", "key", "crc"):
         np.testing.assert_array_equal(getattr(again, name), getattr(long, name), err_msg=name)
-    assert (again.source, again.extradata, again.quality) == (long.source, long.extradata, long.quality)
+    assert (again.source, again.extradata, again.quality) == (
+        long.source,
+        long.extradata,
+        long.quality,
+    )
     monkeypatch.setattr(frame_map, "_TAIL", 64)
     monkeypatch.setattr(frame_map, "_maps", frame_map.LruCache())
     assert read_map(pair[1]).index.tolist() == found.index.tolist()
@@ -252,8 +285,13 @@ def test_quality_is_psnr_and_ssim_of_what_a_loader_gets(pair: tuple[str, str]) -
     a = [picture for _, picture in plain(source, size).values()]
     b = [picture for _, picture in plain(path, size).values()]
     for x, y in ((a[3], b[3]), (a[3], a[9]), (a[0], a[0])):
-        luma = [torch.from_numpy(z.astype(np.float64) @ [0.299, 0.587, 0.114])[None, None] for z in (x, y)]
-        _, theirs = structural_similarity_index_measure(*luma, sigma=1.5, data_range=255.0, return_full_image=True)
+        luma = [
+            torch.from_numpy(z.astype(np.float64) @ [0.299, 0.587, 0.114])[None, None]
+            for z in (x, y)
+        ]
+        _, theirs = structural_similarity_index_measure(
+            *luma, sigma=1.5, data_range=255.0, return_full_image=True
+        )
         assert ssim(x, y) == pytest.approx(float(theirs[..., 5:-5, 5:-5].mean()), abs=1e-6)
     error = np.square(a[3].astype(float) - b[3]).mean()
     assert psnr(a[3], b[3]) == pytest.approx(10 * np.log10(255**2 / error))
@@ -298,7 +336,9 @@ def test_folders_of_copies_are_found_by_their_marker(tmp_path: Path) -> None:
     (tmp_path / "prepared.json").write_text(marker)
     (tmp_path / "k").mkdir()
     found = prepared_corpora({"k": str(tmp_path), "other": str(tmp_path / "k"), "plain": "/"})
-    assert {name: corpus.root for name, corpus in found.items()} == dict.fromkeys(("k", "other"), str(tmp_path / "k"))
+    assert {name: corpus.root for name, corpus in found.items()} == dict.fromkeys(
+        ("k", "other"), str(tmp_path / "k")
+    )
     with pytest.raises(UsageError, match=r"--videos z=.*: the copies there are of k, m"):
         prepared_corpora({"z": str(tmp_path)})
     (tmp_path / "prepared.json").write_text(marker.replace('"version": 1', '"version": 2'))

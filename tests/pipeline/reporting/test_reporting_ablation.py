@@ -1,4 +1,5 @@
-"""Tables of an ablation: every number against the predictions themselves, what is missing shown as missing."""
+"""Tables of an ablation: every number against the predictions themselves, what is missing shown as
+missing."""
 
 from __future__ import annotations
 
@@ -17,8 +18,16 @@ import yaml
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import SourceError, UsageError
 from distinit.pipeline.evaluation.predictions import Predictions
-from distinit.pipeline.reporting.ablation_results import ablation_folders, cell_names, read_ablations
-from distinit.pipeline.reporting.ablation_tables import ablation_numbers, ablation_tables, screen_table
+from distinit.pipeline.reporting.ablation_results import (
+    ablation_folders,
+    cell_names,
+    read_ablations,
+)
+from distinit.pipeline.reporting.ablation_tables import (
+    ablation_numbers,
+    ablation_tables,
+    screen_table,
+)
 from distinit.pipeline.reporting.pairs import largest_gain, named_pair
 from distinit.pipeline.reporting.paper_results import Accuracies, PaperNumbers
 from distinit.pipeline.reporting.runs import find_runs
@@ -30,14 +39,22 @@ DATASETS = ["csv:/data/har7/labels.csv", "hmdb51"]
 
 
 def predictions(folder: Path, seed: int, right: float, split: int, dataset: str) -> None:
-    """A finetuned run as it is left behind; 40 test videos of a split, the same whatever the seed, in its own order."""
+    """A finetuned run as it is left behind; 40 test videos of a split, the same whatever the seed,
+    in its own order."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"finetune": {"dataset": dataset, "split": split}}))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"finetune": {"dataset": dataset, "split": split}})
+    )
     rng = np.random.default_rng(seed)
     order = rng.permutation(40)
     labels = [int(i) % 6 for i in order]
     found = Predictions.empty(
-        CLASSES, [f"s{split}/v{i:02d}.mp4" for i in order], labels, 3, protocol={"clips": 3}, identity={"seed": seed}
+        CLASSES,
+        [f"s{split}/v{i:02d}.mp4" for i in order],
+        labels,
+        3,
+        protocol={"clips": 3},
+        identity={"seed": seed},
     )
     for i in range(39):
         scores = rng.random((3, 6)).astype(np.float32)
@@ -45,12 +62,15 @@ def predictions(folder: Path, seed: int, right: float, split: int, dataset: str)
         found.set_scores(i, scores / scores.sum(axis=1, keepdims=True), np.arange(3), 50)
     found.fail(39, "no video stream")
     found.write(folder / "predictions.h5")
-    (folder / "result.json").write_text(json.dumps({"seconds": 36.0, "metrics": {"top1": "not read"}}))
+    (folder / "result.json").write_text(
+        json.dumps({"seconds": 36.0, "metrics": {"top1": "not read"}})
+    )
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Three rows, two data sets, two splits, two seeds; one cell failed, one is missing, one lost its predictions."""
+    """Three rows, two data sets, two splits, two seeds; one cell failed, one is missing, one lost
+    its predictions."""
     folder, cells = tmp_path / "out", []
     for row, (name, right) in enumerate(ROWS.items()):
         for d, dataset in enumerate(DATASETS):
@@ -63,14 +83,23 @@ def out(tmp_path: Path) -> Path:
                         "student": None, "finetune": f"finetunes/{key}", "status": "done", "reason": None,
                         "seconds": 72.0, "for others": 1,
                     })  # fmt: skip
-    gone = {"2021": ("failed", "out of <memory>"), "2120": ("missing", None), "2121": ("done", None)}
+    gone = {
+        "2021": ("failed", "out of <memory>"),
+        "2120": ("missing", None),
+        "2121": ("done", None),
+    }
     for key, (status, reason) in gone.items():
         shutil.rmtree(folder / "finetunes" / key)
         cell = next(cell for cell in cells if cell["finetune"] == f"finetunes/{key}")
         cell.update(status=status, reason=reason)
     center = {"top1": 40.3, "per_clip": 37.8, "split1": 39.5}
     published = [
-        {"name": "C3D", "network": "of | its own", "frames": 16, "numbers": {"hmdb51": {"split1": 24.3}}},
+        {
+            "name": "C3D",
+            "network": "of | its own",
+            "frames": 16,
+            "numbers": {"hmdb51": {"split1": 24.3}},
+        },
         {"name": "Misra", "frames": 1, "pretraining": "ImageNet", "numbers": {"hmdb51": 28.5}},
     ]
     rows = {"random": {"hmdb51": 43.2}, "center": {"hmdb51": center}}
@@ -81,9 +110,14 @@ def out(tmp_path: Path) -> Path:
 
 
 def measured(folder: Path) -> dict[str, np.ndarray]:
-    """Of each test video [V]: its name, whether it is right, and among the first five, and the share of clips right."""
+    """Of each test video [V]: its name, whether it is right, and among the first five, and the
+    share of clips right."""
     with h5py.File(folder / "predictions.h5") as file:
-        scores, labels, videos = file["clip_scores"][:], file["labels"][:], file["videos"].asstr()[:]
+        scores, labels, videos = (
+            file["clip_scores"][:],
+            file["labels"][:],
+            file["videos"].asstr()[:],
+        )
     readable = np.isfinite(scores).all(axis=(1, 2))
     scores = np.nan_to_num(scores)
     order = np.argsort(-scores.mean(axis=1), axis=1)
@@ -100,7 +134,9 @@ def top1(folder: Path) -> dict[str, float]:
     return dict(zip(found["videos"], found["top1"].astype(float), strict=True))
 
 
-def test_numbers_are_those_of_the_predictions(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_are_those_of_the_predictions(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = report([out], tmp_path / "report", Console())
     with open(tmp_path / "report" / "ablation-1.csv", encoding="utf-8") as file:
         rows = {(row["row"], row["dataset"]): row for row in csv.DictReader(file)}
@@ -108,17 +144,27 @@ def test_numbers_are_those_of_the_predictions(out: Path, tmp_path: Path, capsys:
     for r, name in enumerate(ROWS):
         for d, dataset in enumerate(DATASETS):
             row = rows[name, dataset]
-            runs = [p for s in (1, 2) for k in (0, 1) if (p := out / "finetunes" / f"{r}{d}{s}{k}").exists()]
+            runs = [
+                p
+                for s in (1, 2)
+                for k in (0, 1)
+                if (p := out / "finetunes" / f"{r}{d}{s}{k}").exists()
+            ]
             assert int(row["runs"]) == len(runs)
             assert (row["planned"], row["source"]) == ("4", "ours")
-            values = {key: [measured(run)[key].mean() for run in runs] for key in ("top1", "per_clip", "top5")}
+            values = {
+                key: [measured(run)[key].mean() for run in runs]
+                for key in ("top1", "per_clip", "top5")
+            }
             values["split1"] = [measured(run)["top1"].mean() for run in runs if run.name[2] == "1"]
             for key, each in values.items():
                 assert float(row[f"{key}_mean"]) == pytest.approx(np.mean(each)), key
                 assert float(row[f"{key}_deviation"]) == pytest.approx(np.std(each, ddof=1)), key
     random, paired = rows["random", "hmdb51"], []
     for split in (1, 2):
-        each = [[top1(out / "finetunes" / f"{row}1{split}{seed}") for seed in (0, 1)] for row in (1, 0)]
+        each = [
+            [top1(out / "finetunes" / f"{row}1{split}{seed}") for seed in (0, 1)] for row in (1, 0)
+        ]
         for video in each[0][0]:
             ours, theirs = (np.mean([values[video] for values in side]) for side in each)
             paired.append(ours - theirs)
@@ -129,10 +175,17 @@ def test_numbers_are_those_of_the_predictions(out: Path, tmp_path: Path, capsys:
     assert float(random["p"]) < 0.05
     assert rows["center", "hmdb51"]["difference"] == ""
     assert (random["paper_top1"], rows["random", DATASETS[0]]["paper_top1"]) == ("0.432", "")
-    center = [rows["center", "hmdb51"][f"paper_{key}"] for key in ("top1", "per_clip", "top5", "split1")]
+    center = [
+        rows["center", "hmdb51"][f"paper_{key}"] for key in ("top1", "per_clip", "top5", "split1")
+    ]
     assert center == ["0.403", "0.378", "", "0.395"]
     c3d = rows["C3D, of | its own, 16 frames", "hmdb51"]
-    assert (c3d["source"], c3d["paper_split1"], c3d["paper_top1"], c3d["runs"]) == ("published", "0.243", "", "")
+    assert (c3d["source"], c3d["paper_split1"], c3d["paper_top1"], c3d["runs"]) == (
+        "published",
+        "0.243",
+        "",
+        "",
+    )
     assert [a["title"] for a in result["ablations"]] == ["Table 2: picks"]
     assert "Table 2: picks" in capsys.readouterr().out
 
@@ -144,7 +197,10 @@ def test_missing_cells_are_shown_with_their_reasons(out: Path, tmp_path: Path) -
     for text in (page, markdown):
         assert "2 random, har7/labels.csv, split 2 seed 1: failed: out of &lt;memory" in text
         assert "2 random, hmdb51, split 2 seed 0: missing" in text
-        assert "2 random, hmdb51, split 2 seed 1: missing: no finished predictions in its folder" in text
+        assert (
+            "2 random, hmdb51, split 2 seed 1: missing: no finished predictions in its folder"
+            in text
+        )
         assert "3 of 4" in text
         assert "43.2" in text
     assert "<h2>Accuracy" not in page  # all runs are cells
@@ -164,10 +220,15 @@ def cells_of(table: str, kind: str) -> list[list[str]]:
         lines = [line for line in table.splitlines() if line.startswith("|") and "---" not in line]
         return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     lines = re.findall(r"<tr.*?</tr>", table)
-    return [[re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", line)] for line in lines]
+    return [
+        [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", line)]
+        for line in lines
+    ]
 
 
-def test_each_measure_has_the_papers_beside_it_and_published_results_stand_below(out: Path, tmp_path: Path) -> None:
+def test_each_measure_has_the_papers_beside_it_and_published_results_stand_below(
+    out: Path, tmp_path: Path
+) -> None:
     report([out], tmp_path / "report", Console(quiet=True))
     with open(tmp_path / "report" / "ablation-1.csv", encoding="utf-8") as file:
         plain = {(row["row"], row["dataset"]): row for row in csv.DictReader(file)}
@@ -197,7 +258,9 @@ def test_each_measure_has_the_papers_beside_it_and_published_results_stand_below
         assert rows[1][2::2][:3] == ["–", "–", "43.2"]
         assert rows[4][1:] == ["", "–", "", "24.3", "", "–", "", "", "", ""]
         assert rows[5][1:7] == ["", "–", "", "–", "", "28.5"]
-    assert "paper" not in cells_of(re.findall(r"<table>.*?</table>", page, re.S)[0], "html")[0], "not this data set's"
+    assert "paper" not in cells_of(re.findall(r"<table>.*?</table>", page, re.S)[0], "html")[0], (
+        "not this data set's"
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,22 +272,36 @@ def test_each_measure_has_the_papers_beside_it_and_published_results_stand_below
         (None, {1, 2}, {"top1": 54.8, "split1": 54.9, "top5": 80.0}),
     ],
 )
-def test_only_numbers_of_the_same_splits_stand_beside_ours(theirs: Any, ours: set[int], expected: Any) -> None:
+def test_only_numbers_of_the_same_splits_stand_beside_ours(
+    theirs: Any, ours: set[int], expected: Any
+) -> None:
     paper = PaperNumbers(table="6", splits=theirs)
     assert paper.beside(Accuracies(top1=54.8, split1=54.9, top5=80.0), ours) == expected
     one = PaperNumbers.model_validate({"table": "2", "splits": [1], "rows": {"a": {"hmdb51": 40}}})
     assert one.beside(one.rows["a"]["hmdb51"], {1, 2, 3}) == {"split1": 40.0}
 
 
-def test_one_split_has_no_column_of_its_own_and_only_runs_of_cells_count_named_after_them(out: Path) -> None:
+def test_one_split_has_no_column_of_its_own_and_only_runs_of_cells_count_named_after_them(
+    out: Path,
+) -> None:
     content = json.loads((out / "cells.json").read_text())
-    content["cells"] = [cell for cell in content["cells"] if (cell["dataset"], cell["split"]) == ("hmdb51", 2)]
+    content["cells"] = [
+        cell for cell in content["cells"] if (cell["dataset"], cell["split"]) == ("hmdb51", 2)
+    ]
     (out / "cells.json").write_text(json.dumps(content))
     places = ablation_folders([out.parent])
     runs = find_runs([out], cell_names(places), places)
     (ablation,) = read_ablations(places, runs)
     (table,) = ablation_tables(ablation)
-    assert [c.title for c in table.columns] == ["row", "per clip, %", "top 1, %", "top 5, %", "runs", "difference", "p"]
+    assert [c.title for c in table.columns] == [
+        "row",
+        "per clip, %",
+        "top 1, %",
+        "top 5, %",
+        "runs",
+        "difference",
+        "p",
+    ]
     assert "2 results that the paper lists are of other splits and not shown." in table.notes
     names = {run.path.name: run.name for run in runs}
     assert names["1121"] == "random, hmdb51, split 2, seed 1"
@@ -235,11 +312,19 @@ def test_one_split_has_no_column_of_its_own_and_only_runs_of_cells_count_named_a
 def test_students_of_a_row_are_told_apart_by_split_where_each_split_has_its_own(out: Path) -> None:
     content = json.loads((out / "cells.json").read_text())
     for cell in content["cells"]:
-        cell["student"] = f"students/{cell['row']}-{cell['seed']}" + (f"-{cell['split']}" if cell["seed"] else "")
+        cell["student"] = f"students/{cell['row']}-{cell['seed']}" + (
+            f"-{cell['split']}" if cell["seed"] else ""
+        )
     (out / "cells.json").write_text(json.dumps(content))
-    names = {path.name: name for path, name in cell_names([out.resolve()]).items() if path.parent.name == "students"}
+    names = {
+        path.name: name
+        for path, name in cell_names([out.resolve()]).items()
+        if path.parent.name == "students"
+    }
     assert names["random-0"] == "student of random, seed 0"
-    assert {names[f"random-1-{split}"] for split in (1, 2)} == {f"student of random, split {k}, seed 1" for k in (1, 2)}
+    assert {names[f"random-1-{split}"] for split in (1, 2)} == {
+        f"student of random, split {k}, seed 1" for k in (1, 2)
+    }
     assert len(set(names.values())) == len(names)
 
 
@@ -269,14 +354,31 @@ def test_a_named_pair_is_of_runs_or_rows_on_the_same_videos(out: Path) -> None:
     def pair(a: str, b: str) -> list[str]:
         return [run.path.name for run in named_pair((a, b), runs, ablations)]
 
-    assert pair("2 random", "random") == ["2010", "1010"], "of rows the first runs: data set, split and seed alike"
+    assert pair("2 random", "random") == ["2010", "1010"], (
+        "of rows the first runs: data set, split and seed alike"
+    )
     assert pair("random, hmdb51, split 2, seed 1", "center") == ["1121", "0120"]
-    assert pair("random, hmdb51, split 2, seed 1", "random, hmdb51, split 2, seed 0") == ["1121", "1120"]
+    assert pair("random, hmdb51, split 2, seed 1", "random, hmdb51, split 2, seed 0") == [
+        "1121",
+        "1120",
+    ]
     for a, b, said in [
-        ("rnd", "center", r"--pair 'rnd': no finetuned run and no row of that name; there are: center; random; 2 "),
-        ("random, hmdb51, split 2, seed 1", "random, hmdb51, split 1, seed 1", "on the same videos and labels"),
+        (
+            "rnd",
+            "center",
+            r"--pair 'rnd': no finetuned run and no row of that name; there are: center; random; 2 ",
+        ),
+        (
+            "random, hmdb51, split 2, seed 1",
+            "random, hmdb51, split 1, seed 1",
+            "on the same videos and labels",
+        ),
         ("2 random, hmdb51, split 2, seed 1", "center", "no finetuned run and no row"),
-        ("random, hmdb51, split 2, seed 1", "random, hmdb51, split 2, seed 1", "no two runs of these names"),
+        (
+            "random, hmdb51, split 2, seed 1",
+            "random, hmdb51, split 2, seed 1",
+            "no two runs of these names",
+        ),
     ]:
         with pytest.raises(UsageError, match=said) as error:
             pair(a, b)
@@ -291,7 +393,9 @@ def test_a_named_pair_is_of_runs_or_rows_on_the_same_videos(out: Path) -> None:
 
 def test_a_damaged_file_is_named(out: Path) -> None:
     (out / "cells.json").write_text('{"title": "x", "cells": [{"row": "a"}]}')
-    with pytest.raises(SourceError, match=r"cells\.json: not the cells of an ablation \(cells\.0\.seed"):
+    with pytest.raises(
+        SourceError, match=r"cells\.json: not the cells of an ablation \(cells\.0\.seed"
+    ):
         read_ablations(ablation_folders([out]), [])
     (out / "cells.json").write_text("{")
     with pytest.raises(SourceError, match="not JSON"):
@@ -308,11 +412,19 @@ def test_what_students_have_learned_stands_beside_their_accuracy(out: Path) -> N
         learned = {"learned": 0.5 + cell["seed"] / 10 if cell["row"] == "random" else 0.02}
         (folder / "result.json").write_text(json.dumps(learned))
     (out / "cells.json").write_text(json.dumps(content))
-    (ablation,) = read_ablations([out.resolve()], find_runs([out], cell_names([out.resolve()]), [out.resolve()]))
+    (ablation,) = read_ablations(
+        [out.resolve()], find_runs([out], cell_names([out.resolve()]), [out.resolve()])
+    )
     table = ablation_tables(ablation)[0]
     column = [c.title for c in table.columns].index("learned, %")
     assert {row[0]: row[column] for row in table.rows if row[column]}["random"] == "55.0 ± 7.1"
-    low = [note.partition(":")[0] for note in screen_table(ablation).notes if "next to nothing" in note]
+    low = [
+        note.partition(":")[0] for note in screen_table(ablation).notes if "next to nothing" in note
+    ]
     assert sorted(low) == sorted(name for name in ROWS if name != "random")
-    learned = {r["row"]: r["learned"] for r in ablation_numbers(ablation).records() if r["source"] == "ours"}
+    learned = {
+        r["row"]: r["learned"]
+        for r in ablation_numbers(ablation).records()
+        if r["source"] == "ours"
+    }
     assert float(learned["random"]) == pytest.approx(0.55)

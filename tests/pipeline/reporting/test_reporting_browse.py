@@ -1,4 +1,5 @@
-"""The look into a store: what it shows against the arrays, missing videos, and the page in a browser."""
+"""The look into a store: what it shows against the arrays, missing videos, and the page in a
+browser."""
 
 from __future__ import annotations
 
@@ -56,24 +57,35 @@ def test_pictures_and_labels_are_those_of_the_frames(tiny_store: Any) -> None:
                 assert verdict.labels[0][1] == pytest.approx(p.max())
                 assert verdict.entropy == pytest.approx(-(p * np.log(p)).sum(), abs=0.02)
         picture = video.pictures[-1]
-        jpeg = np.asarray(Image.open(io.BytesIO(base64.b64decode((picture.jpeg or "").split(",")[1]))))
+        jpeg = np.asarray(
+            Image.open(io.BytesIO(base64.b64decode((picture.jpeg or "").split(",")[1])))
+        )
         assert min(jpeg.shape[:2]) == HEIGHT
         own = decoded(tiny_store.videos / video.path, picture.index)
-        scaled = np.asarray(Image.fromarray(own).resize(jpeg.shape[1::-1], Image.Resampling.BILINEAR))
+        scaled = np.asarray(
+            Image.fromarray(own).resize(jpeg.shape[1::-1], Image.Resampling.BILINEAR)
+        )
         assert np.abs(scaled.astype(float) - jpeg).mean() < 8
 
 
 def test_extremes_are_of_different_videos_and_in_order(tiny_store: Any) -> None:
     (teacher, _) = summarize_store(TargetStore.open(tiny_store.path), 0).teachers
     root = zarr.open_group(tiny_store.path, mode="r")
-    entropy, video = np.asarray(root["teachers/sure/entropy"][:]), np.asarray(root["frames/video"][:])
+    entropy, video = (
+        np.asarray(root["teachers/sure/entropy"][:]),
+        np.asarray(root["frames/video"][:]),
+    )
     rows = video >= 0
     lowest = sorted(float(entropy[rows & (video == v)].min()) for v in np.unique(video[rows]))
-    highest = sorted((float(entropy[rows & (video == v)].max()) for v in np.unique(video[rows])), reverse=True)
+    highest = sorted(
+        (float(entropy[rows & (video == v)].max()) for v in np.unique(video[rows])), reverse=True
+    )
     assert [p.verdicts["sure"].entropy for p in teacher.sure] == pytest.approx(lowest[:EXTREMES])
     assert [p.verdicts["sure"].entropy for p in teacher.unsure] == pytest.approx(highest[:EXTREMES])
     best = Counter(np.asarray(root["teachers/sure/logits"][:])[rows].argmax(1).tolist())
-    assert teacher.teacher_stats.most_frequent(3)[0][1] == pytest.approx(best.most_common(1)[0][1] / rows.sum())
+    assert teacher.teacher_stats.most_frequent(3)[0][1] == pytest.approx(
+        best.most_common(1)[0][1] / rows.sum()
+    )
 
 
 def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_path: Path) -> None:
@@ -97,18 +109,37 @@ def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_
 
 def test_pictures_come_from_copies_too(tiny_store: Any, tmp_path: Path) -> None:
     copies = tmp_path / "copies"
-    prepare(PrepareConfig.model_validate({"sources": [str(tiny_store.videos)], "out": str(copies)}), QUIET)
+    prepare(
+        PrepareConfig.model_validate({"sources": [str(tiny_store.videos)], "out": str(copies)}),
+        QUIET,
+    )
     store = TargetStore.open(tiny_store.path)
-    from_copies, from_videos = summarize_store(store, 2, moved={"videos": str(copies)}), summarize_store(store, 2)
+    from_copies, from_videos = (
+        summarize_store(store, 2, moved={"videos": str(copies)}),
+        summarize_store(store, 2),
+    )
     for a, b in zip(from_copies.videos, from_videos.videos, strict=True):
         assert a.problem is None
         assert [p.index for p in a.pictures] == [p.index for p in b.pictures]
         assert a.pictures[0].jpeg != b.pictures[0].jpeg
 
 
-def test_the_command_and_its_page_in_a_browser(tiny_store: Any, tmp_path: Path, open_page: Callable[..., Any]) -> None:
-    command = [sys.executable, "-m", "distinit", "targets", "browse", str(tiny_store.path), "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--sample", "2", "--json"], capture_output=True, text=True, timeout=300)
+def test_the_command_and_its_page_in_a_browser(
+    tiny_store: Any, tmp_path: Path, open_page: Callable[..., Any]
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "distinit",
+        "targets",
+        "browse",
+        str(tiny_store.path),
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*command, "--sample", "2", "--json"], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     page = Path(json.loads(done.stdout)["page"])
     assert not re.search(r"<(script|iframe)|@import|url\(", page.read_text(encoding="utf-8"))

@@ -1,4 +1,5 @@
-"""Figures of a report: their numbers against NumPy and scikit-learn, drawn where data are, and in a browser."""
+"""Figures of a report: their numbers against NumPy and scikit-learn, drawn where data are, and in a
+browser."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ from sklearn.neighbors import KernelDensity
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.evaluation.predictions import Predictions
-from distinit.pipeline.reporting.ablation_results import ablation_folders, cell_names, read_ablations
+from distinit.pipeline.reporting.ablation_results import (
+    ablation_folders,
+    cell_names,
+    read_ablations,
+)
 from distinit.pipeline.reporting.costs import forwards_saved
 from distinit.pipeline.reporting.figures.entropy import entropy_density, threshold_points
 from distinit.pipeline.reporting.figures.features import embed
@@ -36,7 +41,8 @@ ROWS = {"none": None, "2 nats": 2.0, "1 nat": 1.0}
 
 
 def exported(path: Path, architecture: str, *, still: bool = False) -> None:
-    """A student of random weights, as runs export it; `still`: its first kernel repeated over time, as inflated."""
+    """A student of random weights, as runs export it; `still`: its first kernel repeated over time,
+    as inflated."""
     torch.manual_seed(1)
     options = StudentOptions.model_validate({"architecture": architecture, "width": 0.125})
     student = build_student(options, {"sure": 7, "unsure": 5})
@@ -51,9 +57,15 @@ def student_run(folder: Path, store: Path, architecture: str, nats: float | None
     folder.mkdir(parents=True)
     config = {"store": str(store), "targets": {"picks": "random:2"}, "loop": {"batch_size": 8}}
     (folder / "config.yaml").write_text(yaml.safe_dump({"train-student": config}))
-    result = {"seconds": 7200.0, "clips_per_second": 3.5, "thresholds_nats": {"sure": nats} if nats else {}}
+    result = {
+        "seconds": 7200.0,
+        "clips_per_second": 3.5,
+        "thresholds_nats": {"sure": nats} if nats else {},
+    }
     (folder / "result.json").write_text(json.dumps(result))
-    history = [{"kind": "train", "step": s, "loss": 5 - s / 9} for s in (5, 10)] + [{"kind": "epoch", "step": 10}]
+    history = [{"kind": "train", "step": s, "loss": 5 - s / 9} for s in (5, 10)] + [
+        {"kind": "epoch", "step": 10}
+    ]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, history)))
     exported(folder / "student.safetensors", architecture)
 
@@ -61,10 +73,14 @@ def student_run(folder: Path, store: Path, architecture: str, nats: float | None
 def finetuned(folder: Path, init: str, seed: int) -> None:
     """24 videos, 8 a class; features of the three classes lie apart."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"finetune": {"init": init, "dataset": "hmdb51", "split": 1}}))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"finetune": {"init": init, "dataset": "hmdb51", "split": 1}})
+    )
     rng = np.random.default_rng(seed)
     labels = [i % 3 for i in range(24)]
-    found = Predictions.empty(CLASSES, [f"v{i}" for i in range(24)], labels, 2, protocol={}, identity={}, features=6)
+    found = Predictions.empty(
+        CLASSES, [f"v{i}" for i in range(24)], labels, 2, protocol={}, identity={}, features=6
+    )
     for i, label in enumerate(labels):
         scores = rng.random((2, 3)).astype(np.float32)
         scores[:, label] += 0.5 * seed
@@ -82,10 +98,23 @@ def out(tmp_path: Path, tiny_store: Any) -> Path:
     for row, (name, nats) in enumerate(ROWS.items()):
         for seed in (0, 1):
             paths = {"student": f"students/{row}{seed}", "finetune": f"finetunes/{row}{seed}"}
-            student_run(folder / paths["student"], tiny_store.path, "r3d_18" if row else "r2plus1d_18", nats)
+            student_run(
+                folder / paths["student"], tiny_store.path, "r3d_18" if row else "r2plus1d_18", nats
+            )
             finetuned(folder / paths["finetune"], str(folder / paths["student"]), row + seed)
-            cells.append({"row": name, "seed": seed, "dataset": "hmdb51", "split": 1, "status": "done", **paths})
-    (folder / "cells.json").write_text(json.dumps({"title": "Thresholds", "axes": ["threshold"], "cells": cells}))
+            cells.append(
+                {
+                    "row": name,
+                    "seed": seed,
+                    "dataset": "hmdb51",
+                    "split": 1,
+                    "status": "done",
+                    **paths,
+                }
+            )
+    (folder / "cells.json").write_text(
+        json.dumps({"title": "Thresholds", "axes": ["threshold"], "cells": cells})
+    )
     finetuned(folder / "inflated", "inflate:/weights/resnet18.pth", 0)
     exported(folder / "inflated" / "model.safetensors", "r3d_18")
     exported(folder / "inflated" / "start.safetensors", "r3d_18", still=True)
@@ -98,21 +127,33 @@ def test_variation_over_time_has_known_ends() -> None:
     assert variation_over_time(picture.repeat(3, axis=2)) == pytest.approx(0, abs=1e-12)
     assert variation_over_time(np.concatenate([picture, -picture], axis=2)) == pytest.approx(1)
     # A mean w and a change of ±w around it: half of the whole changes.
-    assert variation_over_time(np.concatenate([2 * picture, 0 * picture], axis=2)) == pytest.approx(1 / np.sqrt(2))
+    assert variation_over_time(np.concatenate([2 * picture, 0 * picture], axis=2)) == pytest.approx(
+        1 / np.sqrt(2)
+    )
     assert variation_over_time(np.zeros((2, 3, 3, 7, 7))) == 0
     noise = rng.normal(size=(64, 3, 3, 7, 7))
-    assert variation_over_time(noise) == pytest.approx(np.sqrt(2 / 3), abs=0.01)  # of three independent steps
+    assert variation_over_time(noise) == pytest.approx(
+        np.sqrt(2 / 3), abs=0.01
+    )  # of three independent steps
     assert variation_over_time(5 * noise) == pytest.approx(variation_over_time(noise))
 
 
 def test_entropy_density_is_that_of_a_kernel_estimate() -> None:
     rng = np.random.default_rng(0)
-    values = np.concatenate([rng.normal(2, 0.3, 3000), rng.normal(4.5, 0.5, 2000)]).astype(np.float32)
+    values = np.concatenate([rng.normal(2, 0.3, 3000), rng.normal(4.5, 0.5, 2000)]).astype(
+        np.float32
+    )
     x, density = entropy_density(values, 6.9)
     assert (x[0], x[-1]) == (0, 6.9)
     assert np.trapezoid(density, x) == pytest.approx(1, abs=0.01)
-    width = 0.9 * min(values.std(), np.subtract(*np.quantile(values, (0.75, 0.25))) / 1.34) * len(values) ** -0.2
-    independent = np.exp(KernelDensity(bandwidth=width).fit(values[:, None]).score_samples(x[:, None]))
+    width = (
+        0.9
+        * min(values.std(), np.subtract(*np.quantile(values, (0.75, 0.25))) / 1.34)
+        * len(values) ** -0.2
+    )
+    independent = np.exp(
+        KernelDensity(bandwidth=width).fit(values[:, None]).score_samples(x[:, None])
+    )
     assert density == pytest.approx(independent, abs=0.01)
     x, density = entropy_density(np.abs(rng.normal(0, 0.2, 5000)).astype(np.float32), 2.0)
     assert density[0] == pytest.approx(density.max(), rel=0.05), "folded back at 0, not halved"
@@ -143,7 +184,11 @@ def test_threshold_points_are_nats_and_accuracies_of_the_rows(out: Path, tiny_st
             each.append(100 * (p.clip_scores.mean(axis=1).argmax(axis=1) == p.labels).mean())
         assert point.mean == pytest.approx(np.mean(each))
         assert point.deviation == pytest.approx(np.std(each, ddof=1))
-    assert [run.name for run in runs][:3] == ["inflated", "student of none, seed 0", "none, hmdb51, split 1, seed 0"]
+    assert [run.name for run in runs][:3] == [
+        "inflated",
+        "student of none, seed 0",
+        "none, hmdb51, split 1, seed 0",
+    ]
     student = next(run for run in runs if run.kind == "student")
     assert forwards_saved(student) == 10 * 8 * 2 * 2  # steps, clips a step, picks, teachers
 
@@ -160,7 +205,9 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
     ]  # fmt: skip
     page = tmp_path / "report" / "report.html"
     text = page.read_text(encoding="utf-8")
-    row = r"<tr><td><a[^>]*>([^<]*)</a></td><td>([^<]*)</td><td class=\"number\">(\d\.\d+)</td></tr>"
+    row = (
+        r"<tr><td><a[^>]*>([^<]*)</a></td><td>([^<]*)</td><td class=\"number\">(\d\.\d+)</td></tr>"
+    )
     rows = {(name, state): float(number) for name, state, number in re.findall(row, text)}
     assert rows["inflated", "inflated, before finetuning"] == 0
     assert rows["inflated", "inflated, after finetuning"] > 0.5
@@ -201,7 +248,10 @@ def test_what_is_not_there_is_not_drawn_and_said(out: Path, tmp_path: Path) -> N
     config = yaml.safe_load((alone / "config.yaml").read_text())
     config["train-student"]["store"] = str(tmp_path / "gone.zarr")
     (alone / "config.yaml").write_text(yaml.safe_dump(config))
-    assert report([alone], tmp_path / "report", QUIET)["figures"] == ["figure-3-filters", "curves-student"]
+    assert report([alone], tmp_path / "report", QUIET)["figures"] == [
+        "figure-3-filters",
+        "curves-student",
+    ]
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert "gone.zarr" in text
     assert "No other network of this kind is among the runs" in text

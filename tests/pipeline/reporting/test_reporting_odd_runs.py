@@ -1,4 +1,5 @@
-"""Runs that others made: whatever stands in their files, a report is made or one error names the file."""
+"""Runs that others made: whatever stands in their files, a report is made or one error names the
+file."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ from distinit.stages.report import report
 DEEP = "[" * 100_000 + "]" * 100_000
 LESS_DEEP = "[" * 300 + "]" * 300
 """As deep as a parser goes and a writer of YAML does not."""
-BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+BOMB = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
 BOMB += "finetune: {x: *a11}\n"
 """Twelve lines that stand for 10^10 values."""
 QUIET = Console(quiet=True)
@@ -39,18 +42,29 @@ CLASSES, VIDEOS = [f"class {k}" for k in range(3)], [f"v{i}.mp4" for i in range(
 
 def predictions(*, odd: float = 0.0) -> Predictions:
     labels = [i % 3 for i in range(15)]
-    found = Predictions.empty(CLASSES, VIDEOS, labels, 2, protocol={"clips": 2}, identity={"w": "x"}, features=4)
+    found = Predictions.empty(
+        CLASSES, VIDEOS, labels, 2, protocol={"clips": 2}, identity={"w": "x"}, features=4
+    )
     for i in range(15):
         scores = np.full((2, 3), 0.1, np.float32)
         scores[:, labels[i]] = 0.8
-        found.set_scores(i, scores, np.arange(2), 50, features=np.full((2, 4), odd or i, np.float32))
+        found.set_scores(
+            i, scores, np.arange(2), 50, features=np.full((2, 4), odd or i, np.float32)
+        )
     return found
 
 
 def run_folder(folder: Path, config: Any = None, *, command: str = "finetune") -> Path:
     folder.mkdir(parents=True)
-    default = {"init": "scratch", "dataset": "csv:/x/labels.csv", "split": 1, "loop": {"batch_size": 4}}
-    (folder / "config.yaml").write_text(yaml.safe_dump({command: default if config is None else config}))
+    default = {
+        "init": "scratch",
+        "dataset": "csv:/x/labels.csv",
+        "split": 1,
+        "loop": {"batch_size": 4},
+    }
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({command: default if config is None else config})
+    )
     (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
     (folder / "result.json").write_text('{"split": 1, "seconds": 3.5}')
     if command == "finetune":
@@ -117,7 +131,9 @@ def link_loop(path: Path) -> None:
 
 
 def content(text: str | bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(text if isinstance(text, bytes) else text.encode()) and None
+    return lambda path: (
+        path.write_bytes(text if isinstance(text, bytes) else text.encode()) and None
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +165,10 @@ def test_a_config_that_is_none_makes_no_run(tmp_path: Path, spoil: Callable[[Pat
 
 
 NO_FILES = [pipe, folder, link_out, link_loop]
-NO_OBJECTS = [content(text) for text in ("[1]", "3", '"x"', "{", DEEP, '{"x": ' + LESS_DEEP + "}", b'{"x": "\xff"}')]
+NO_OBJECTS = [
+    content(text)
+    for text in ("[1]", "3", '"x"', "{", DEEP, '{"x": ' + LESS_DEEP + "}", b'{"x": "\xff"}')
+]
 
 
 @pytest.mark.parametrize(
@@ -188,13 +207,23 @@ def test_a_result_of_another_form_is_named(tmp_path: Path, spoil: Callable[[Path
 )  # fmt: skip
 def test_metrics_of_another_form_are_named(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     spoil(run_folder(tmp_path / "runs" / "run") / "metrics.jsonl")
-    if spoil in NO_FILES or "9" * 25 not in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text():
+    if (
+        spoil in NO_FILES
+        or "9" * 25 not in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text()
+    ):
         refused(tmp_path / "runs", "metrics.jsonl")
     else:  # a number that JSON has and this program does not: as a torn line
         assert len(find_runs([tmp_path / "runs"])[0].history) == 1
 
 
-CELL = {"row": "r", "seed": 0, "dataset": "d", "split": 1, "finetune": "finetunes/a", "status": "done"}
+CELL = {
+    "row": "r",
+    "seed": 0,
+    "dataset": "d",
+    "split": 1,
+    "finetune": "finetunes/a",
+    "status": "done",
+}
 
 
 @pytest.mark.parametrize(
@@ -281,7 +310,9 @@ TEXT = {"dtype": h5py.string_dtype()}
         attribute("format_version", "two"),
     ],
 )
-def test_predictions_of_another_form_are_named(tmp_path: Path, spoil: Callable[[h5py.File], None]) -> None:
+def test_predictions_of_another_form_are_named(
+    tmp_path: Path, spoil: Callable[[h5py.File], None]
+) -> None:
     run = run_folder(tmp_path / "run")
     with h5py.File(run / "predictions.h5", "r+") as file:
         spoil(file)
@@ -290,9 +321,12 @@ def test_predictions_of_another_form_are_named(tmp_path: Path, spoil: Callable[[
         compare(str(run), str(run), None, QUIET)
 
 
-@pytest.mark.parametrize("name", ["predictions.h5", "model.safetensors", "start.safetensors", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["predictions.h5", "model.safetensors", "start.safetensors", "metrics.jsonl"]
+)
 def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, name: str) -> None:
-    """Also where the link is in a folder that the folder of runs links to; one within it is followed."""
+    """Also where the link is in a folder that the folder of runs links to; one within it is
+    followed."""
     run = run_folder(tmp_path / "runs" / "run")
     if name.endswith(".safetensors"):
         save_file({"x": np.zeros(1, np.float32)}, run / name)
@@ -312,11 +346,21 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize(
     "text",
-    [DEEP, "[1]", '{"heads": 5}', '{"heads": ["a"]}', '{"meta": [1]}', '{"options": {"x": ' + LESS_DEEP + "}}", "x"],
+    [
+        DEEP,
+        "[1]",
+        '{"heads": 5}',
+        '{"heads": ["a"]}',
+        '{"meta": [1]}',
+        '{"options": {"x": ' + LESS_DEEP + "}}",
+        "x",
+    ],
 )
 def test_a_model_whose_header_has_another_form_is_named(tmp_path: Path, text: str) -> None:
     run = run_folder(tmp_path / "run", {"store": "/nowhere"}, command="train-student")
-    save_file({"x": np.zeros(1, np.float32)}, run / "student.safetensors", metadata={"distinit": text})
+    save_file(
+        {"x": np.zeros(1, np.float32)}, run / "student.safetensors", metadata={"distinit": text}
+    )
     with pytest.raises(CheckpointError, match=r"student\.safetensors"):
         report([run], tmp_path / "out", QUIET)
 
@@ -332,7 +376,9 @@ def test_odd_numbers_make_a_report(tmp_path: Path) -> None:
             ("1", 0, (0,) * 5),
         ]
     ):
-        run = run_folder(tmp_path / "runs" / f"$x_{{{number}}}$", {"init": f"run {number}", "dataset": "d"})
+        run = run_folder(
+            tmp_path / "runs" / f"$x_{{{number}}}$", {"init": f"run {number}", "dataset": "d"}
+        )
         lines = [f'{{"kind": "train", "step": {step}, "loss": {loss}}}\n' for step in (1, 2)]
         lines += [f'{{"kind": "epoch", "step": {2**53 - 1}, "loss": {loss}}}\n']
         (run / "metrics.jsonl").write_text("".join(lines))
@@ -351,7 +397,16 @@ def test_what_a_report_writes_stays_in_its_folder(tmp_path: Path) -> None:
     victim.write_text("precious")
     (out / "notes.txt").write_text("precious")
     (out / "old.svg").write_text("earlier")
-    names = ["../victim.html", str(victim), "figures/../../victim.html", "notes.txt", "old.svg", 3, ".", "figures"]
+    names = [
+        "../victim.html",
+        str(victim),
+        "figures/../../victim.html",
+        "notes.txt",
+        "old.svg",
+        3,
+        ".",
+        "figures",
+    ]
     (out / "report-files.json").write_text(json.dumps(names))
     (out / ".report.html.part").symlink_to(victim)
     report([tmp_path / "runs"], out, QUIET)
@@ -366,9 +421,12 @@ def test_what_a_report_writes_stays_in_its_folder(tmp_path: Path) -> None:
         report([tmp_path / "runs"], out, QUIET)
 
 
-@pytest.mark.parametrize("text", [DEEP, "[1]", "3", "null", "{}", '{"train": 3}', '{"train": [3], "test": []}'])
+@pytest.mark.parametrize(
+    "text", [DEEP, "[1]", "3", "null", "{}", '{"train": 3}', '{"train": [3], "test": []}']
+)
 def test_other_records_of_a_run(tmp_path: Path, text: str) -> None:
-    """labels.json is refused by name; what an ablation finds of a step that is no result is no result."""
+    """labels.json is refused by name; what an ablation finds of a step that is no result is no
+    result."""
     (tmp_path / "labels.json").write_text(text)
     with pytest.raises(DistInitError, match=r"labels\.json"):
         RunLabels.read(tmp_path)
@@ -386,8 +444,12 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [flip, link_out, folder])
-@pytest.mark.parametrize("name", ["model.safetensors", "start.safetensors", "predictions.h5", "metrics.jsonl"])
-def test_a_damaged_file_costs_one_run_of_the_report(tmp_path: Path, name: str, harm: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "start.safetensors", "predictions.h5", "metrics.jsonl"]
+)
+def test_a_damaged_file_costs_one_run_of_the_report(
+    tmp_path: Path, name: str, harm: Callable[[Path], None]
+) -> None:
     whole, harmed = (run_folder(tmp_path / "runs" / run) for run in ("whole", "harmed"))
     if name.endswith(".safetensors"):
         save_start(harmed / name, build_student(StudentOptions(width=0.125), {"label": 2}))

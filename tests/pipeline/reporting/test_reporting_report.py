@@ -1,4 +1,5 @@
-"""The report: its numbers against the predictions, missing runs shown as missing, nothing fetched or executed."""
+"""The report: its numbers against the predictions, missing runs shown as missing, nothing fetched
+or executed."""
 
 from __future__ import annotations
 
@@ -33,15 +34,24 @@ VIDEOS = [f"v{i}.mp4" for i in range(35)]
 def finetuned(folder: Path, init: str, right: int, *, unread: int = 0, done: bool = True) -> None:
     """A run folder as finetune leaves it; `right` of its 35 test videos are right."""
     folder.mkdir(parents=True)
-    config = {"init": init, "dataset": "csv:/data/har7/labels.csv", "split": 1, "loop": {"lr": 0.002}}
+    config = {
+        "init": init,
+        "dataset": "csv:/data/har7/labels.csv",
+        "split": 1,
+        "loop": {"lr": 0.002},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump({"finetune": config}))
     history = [{"kind": "train", "step": s, "loss": 2 / (1 + s / 40)} for s in range(0, 200, 5)]
     history.append({"kind": "epoch", "step": 200, "loss": 0.3, "epoch": 2})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history) + '{"torn": ')
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in history) + '{"torn": '
+    )
     if not done:
         return
     labels = [i % 7 for i in range(35)]
-    found = Predictions.empty(CLASSES, VIDEOS, labels, 10, protocol={"clips": 10}, identity={"weights": init})
+    found = Predictions.empty(
+        CLASSES, VIDEOS, labels, 10, protocol={"clips": 10}, identity={"weights": init}
+    )
     for i in range(35):
         guess = labels[i] if i < right else (labels[i] + 1) % 7
         scores = np.full((10, 7), 0.05, dtype=np.float32)
@@ -51,14 +61,18 @@ def finetuned(folder: Path, init: str, right: int, *, unread: int = 0, done: boo
         else:
             found.fail(i, "<b>no video stream</b> (audio only)")
     found.write(folder / "predictions.h5")
-    (folder / "result.json").write_text(json.dumps({"run": str(folder), "split": 1, "metrics": {"top1": "not read"}}))
+    (folder / "result.json").write_text(
+        json.dumps({"run": str(folder), "split": 1, "metrics": {"top1": "not read"}})
+    )
 
 
 def student(folder: Path) -> None:
     folder.mkdir(parents=True)
     config = {"student": {"architecture": "r2plus1d_18", "width": 0.25}}
     (folder / "config.yaml").write_text(yaml.safe_dump({"train-student": config}))
-    (folder / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 20, "loss": 6.0}) + "\n")
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"kind": "train", "step": 20, "loss": 6.0}) + "\n"
+    )
 
 
 @pytest.fixture
@@ -70,7 +84,9 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def test_numbers_are_those_of_the_predictions(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_are_those_of_the_predictions(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = report([runs], tmp_path / "out", Console())
     with open(tmp_path / "out" / "accuracy.csv", encoding="utf-8") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
@@ -98,9 +114,14 @@ def test_numbers_are_those_of_the_predictions(runs: Path, tmp_path: Path, capsys
 def test_difference_is_paired_and_says_what_it_proves(runs: Path) -> None:
     found = make_report(find_runs([runs]))
     (difference,) = found.differences
-    assert (difference.run.name, difference.base.name, difference.videos) == ("distinit", "scratch", 35)
+    assert (difference.run.name, difference.base.name, difference.videos) == (
+        "distinit",
+        "scratch",
+        35,
+    )
     assert difference.estimate.value == pytest.approx(11 / 35)
-    # Nine videos are right in both: resampling the 35 paired differences, eleven of them 1, the others 0.
+    # Nine videos are right in both: resampling the 35 paired differences, eleven of them 1, the
+    # others 0.
     rng = np.random.default_rng(5)
     means = rng.binomial(35, 11 / 35, size=20000) / 35
     assert difference.estimate.low == pytest.approx(np.quantile(means, 0.025), abs=0.03)
@@ -113,10 +134,14 @@ def test_a_tie_is_called_undecided(tmp_path: Path) -> None:
     finetuned(tmp_path / "a", "/x/student", 12)
     finetuned(tmp_path / "b", "scratch", 11)
     found = make_report(find_runs([tmp_path / "a", tmp_path / "b"]))
-    assert "which contains 0: these videos do not show which of the two is better" in found.findings[0]
+    assert (
+        "which contains 0: these videos do not show which of the two is better" in found.findings[0]
+    )
 
 
-def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(runs: Path, tmp_path: Path) -> None:
+def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(
+    runs: Path, tmp_path: Path
+) -> None:
     report([runs], tmp_path / "out", Console(quiet=True))
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     addresses = set(re.findall(r"https?://[^\s\"'<]+", page))
@@ -125,9 +150,17 @@ def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(runs: Path, tmp
     assert set(re.findall(r'<img src="([^,]*),', page)) == {"data:image/svg+xml;base64"}
     assert "<b>no video stream" not in page
     assert "&lt;b&gt;no video stream" in page
-    pictures = [base64.b64decode(text) for text in re.findall(r'<img src="data:[^,]*,([^"]*)"', page)]
+    pictures = [
+        base64.b64decode(text) for text in re.findall(r'<img src="data:[^,]*,([^"]*)"', page)
+    ]
     files = {path.stem: path for path in (tmp_path / "out" / "figures").glob("*.svg")}
-    assert set(files) == {"accuracy", "differences", "curves-student", "curves-finetune", "figure-7-classes"}
+    assert set(files) == {
+        "accuracy",
+        "differences",
+        "curves-student",
+        "curves-finetune",
+        "figure-7-classes",
+    }
     assert sorted(pictures) == sorted(path.read_bytes() for path in files.values())
     for name, path in files.items():
         ElementTree.fromstring(path.read_bytes())
@@ -139,7 +172,9 @@ def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(runs: Path, tmp
     assert page.count("<details>") == 4
     before = page
     report([runs], tmp_path / "out", Console(quiet=True))
-    assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == before, "the same runs, the same page"
+    assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == before, (
+        "the same runs, the same page"
+    )
 
 
 def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
@@ -166,7 +201,9 @@ def test_tables_escape_in_every_form() -> None:
         table.add("one")
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.1, 0.1), (-3, 7000), (6.1, 6.9), (0, 0), (1e-9, 2e-9)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0.1, 0.1), (-3, 7000), (6.1, 6.9), (0, 0), (1e-9, 2e-9)]
+)
 def test_ticks_span_the_values(low: float, high: float) -> None:
     found = ticks(low, high)
     assert found[0] <= low + 1e-12
@@ -176,7 +213,12 @@ def test_ticks_span_the_values(low: float, high: float) -> None:
 
 def test_tick_labels_have_equal_decimals() -> None:
     assert tick_labels(np.array([4.5, 4.75, 5.0])) == ["4.50", "4.75", "5.00"]
-    assert tick_labels(np.array([-5000.0, 0.0, 5000.0, 10000.0])) == ["−5\u202f000", "0", "5\u202f000", "10\u202f000"]
+    assert tick_labels(np.array([-5000.0, 0.0, 5000.0, 10000.0])) == [
+        "−5\u202f000",
+        "0",
+        "5\u202f000",
+        "10\u202f000",
+    ]
 
 
 def test_long_and_broken_curves_are_thinned_and_kept_finite() -> None:

@@ -1,4 +1,5 @@
-"""Digests of nodes and tables: no flipped bit goes unseen, and stores without digests are read, checked and grown."""
+"""Digests of nodes and tables: no flipped bit goes unseen, and stores without digests are read,
+checked and grown."""
 
 from __future__ import annotations
 
@@ -51,9 +52,15 @@ def content(store: TargetStore) -> dict[str, Any]:
         found[name] = store.column(name).tolist()
     for name, record in store.teachers.items():
         rows = store.committed_rows(name)
-        found[name] = (record, store.logits(name, rows).tobytes(), store.entropy(name, rows).tobytes())
+        found[name] = (
+            record,
+            store.logits(name, rows).tobytes(),
+            store.entropy(name, rows).tobytes(),
+        )
         found[f"{name} fingerprint"] = store.fingerprint(name)
-        found[f"{name} frames"] = [store.read_table(table, rows).tolist() for table in ("video", "index", "pts")]
+        found[f"{name} frames"] = [
+            store.read_table(table, rows).tolist() for table in ("video", "index", "pts")
+        ]
     return found
 
 
@@ -74,7 +81,9 @@ def findings(root: Path) -> str:
     return "\n".join(f"{f['shard']} {f['teacher']} {f['what']}" for f in result["findings"])
 
 
-def test_every_flipped_bit_is_found_with_its_file_and_never_read(root: Path, tmp_path: Path) -> None:
+def test_every_flipped_bit_is_found_with_its_file_and_never_read(
+    root: Path, tmp_path: Path
+) -> None:
     with write(root) as writer:
         writer.add_fingerprint("t", {"probes": 1, "logits": [[0.0] * 10] * 6, "torch": "2", "device": "cpu",
                                      "basis": {"kind": "new"}})  # fmt: skip
@@ -84,7 +93,11 @@ def test_every_flipped_bit_is_found_with_its_file_and_never_read(root: Path, tmp
     for flip in flips(root, tmp_path / "copy", seed=0, per_kind=per_kind):
         found = findings(flip.path)
         folder = flip.file.removesuffix("/zarr.json")
-        named = folder in found or ("commits/" in folder and str(int(folder[-6:])) in found) or folder == "zarr.json"
+        named = (
+            folder in found
+            or ("commits/" in folder and str(int(folder[-6:])) in found)
+            or folder == "zarr.json"
+        )
         assert found, f"unseen: {flip}"
         assert named, f"{flip}: {found}"
         assert tried % 4 or read_or_refused(flip.path) in (expected, None), flip
@@ -109,7 +122,9 @@ def test_a_store_without_digests_is_read_verified_and_grown(root: Path) -> None:
     result = targets_verify(root, Console(quiet=True))
     assert result["ok"]
     assert result["unchecked_files"] > 0
-    zarr.open_array(root / "videos/fps", mode="r+")[before + 1] = 77.0  # a row that a plan has a digest of
+    zarr.open_array(root / "videos/fps", mode="r+")[before + 1] = (
+        77.0  # a row that a plan has a digest of
+    )
     assert "videos/fps" in findings(root)
 
 
@@ -138,7 +153,9 @@ def test_a_video_identified_again_has_its_former_or_its_new_digest(
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=4), st.data())
-def test_a_sealed_document_reads_back_and_no_flip_passes(record: dict[str, Any], data: st.DataObject) -> None:
+def test_a_sealed_document_reads_back_and_no_flip_passes(
+    record: dict[str, Any], data: st.DataObject
+) -> None:
     document = {"zarr_format": 3, "node_type": "group", "attributes": {"distinit": record}}
     text = seal(document)
     assert is_sealed(text)

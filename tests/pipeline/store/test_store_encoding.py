@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError, StoreMismatchError
 from distinit.pipeline.store import encoding as enc
-from distinit.pipeline.store.encoding import Encoding, decode, divergence, encode, rounding, storable, total_error
+from distinit.pipeline.store.encoding import (
+    Encoding,
+    decode,
+    divergence,
+    encode,
+    rounding,
+    storable,
+    total_error,
+)
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.layout import read_node, write_node
 from distinit.pipeline.store.reader import TargetStore
@@ -36,20 +44,28 @@ def kl(z: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 @given(
-    st.sampled_from(get_args(Encoding)), st.integers(1, 60), st.floats(-3, 3), st.floats(-2, 4.5), st.integers(0, 99)
+    st.sampled_from(get_args(Encoding)),
+    st.integers(1, 60),
+    st.floats(-3, 3),
+    st.floats(-2, 4.5),
+    st.integers(0, 99),
 )
 def test_no_logit_is_further_off_than_the_rounding_says(
     name: Encoding, k: int, log_spread: float, log_shift: float, seed: int
 ) -> None:
     random = np.random.default_rng(seed)
-    z = (random.normal(0, 10**log_spread, (5, k)) + random.choice([-1, 1]) * 10**log_shift).astype(np.float32)
+    z = (random.normal(0, 10**log_spread, (5, k)) + random.choice([-1, 1]) * 10**log_shift).astype(
+        np.float32
+    )
     z[0] = z[0, 0]  # all alike
     stored = encode(z, name)
     kept = decode(stored, name)
     scale = np.abs(z).max(1)
     assert (np.abs(kept - z).max(1) <= rounding(stored, name) * 1.001 + 4e-7 * scale + 1e-7).all()
     if name == "int8":
-        assert (kept.argmax(1) == z.argmax(1)).all() or (np.abs(kept.max(1) - z.max(1)) <= 1e-5 * scale + 1e-6).all()
+        assert (kept.argmax(1) == z.argmax(1)).all() or (
+            np.abs(kept.max(1) - z.max(1)) <= 1e-5 * scale + 1e-6
+        ).all()
         assert np.ptp(stored["logits"][1:].astype(int), axis=1).max() <= 255
 
 
@@ -57,7 +73,9 @@ def test_no_logit_is_further_off_than_the_rounding_says(
 def test_the_error_is_the_kl_divergence(log_error: float, seed: int) -> None:
     random = np.random.default_rng(seed)
     z = random.normal(0, 3, (4, 300)).astype(np.float32)
-    kept = (z + random.normal(0, 10**log_error, z.shape) + 5).astype(np.float32)  # a shift costs nothing
+    kept = (z + random.normal(0, 10**log_error, z.shape) + 5).astype(
+        np.float32
+    )  # a shift costs nothing
     np.testing.assert_allclose(divergence(z, kept), kl(z, kept), rtol=2e-3, atol=1e-9)
 
 
@@ -69,7 +87,9 @@ def test_the_offset_is_worth_its_bytes_and_int8_its_promise() -> None:
     assert full.mean() < 0.8 * symmetric
     assert full.mean() < 5e-4
     assert half.mean() < 5e-6
-    parts = [(n, enc.error_record(full[a : a + n])) for a, n in ((0, 7), (7, 0), (7, 93), (100, 400))]
+    parts = [
+        (n, enc.error_record(full[a : a + n])) for a, n in ((0, 7), (7, 0), (7, 93), (100, 400))
+    ]
     total = total_error(parts)
     assert total["kl_mean"] == pytest.approx(full.mean(), rel=1e-5)
     assert total["kl_p99"] >= np.quantile(full, 0.99, method="higher")
@@ -99,29 +119,40 @@ def test_an_int8_store_reads_as_any_other(make_store: Callable[..., Any], tmp_pa
         rows = store.frames(int(v))[2]
         z = recipe.logits(int(v), "t")
         np.testing.assert_allclose(store.logits("t", rows), plain[rows], rtol=1e-6, atol=1e-6)
-        np.testing.assert_array_equal(store.entropy("t", rows), TargetStore.open(wide).entropy("t", rows))
+        np.testing.assert_array_equal(
+            store.entropy("t", rows), TargetStore.open(wide).entropy("t", rows)
+        )
         errors.append(kl(z, store.logits("t", rows)))
     assert np.isnan(plain[np.setdiff1d(np.arange(len(plain)), store.committed_rows("t"))]).all()
     info = targets_info(root, Console(quiet=True))["teachers"][0]
     assert info["encoding"] == "int8"
-    assert info["encoding_error"]["kl_mean"] == pytest.approx(np.concatenate(errors).mean(), rel=1e-3)
+    assert info["encoding_error"]["kl_mean"] == pytest.approx(
+        np.concatenate(errors).mean(), rel=1e-3
+    )
     assert info["encoding_error"]["kl_p99"] >= np.quantile(np.concatenate(errors), 0.99) * 0.999
     assert list(verify(root, load_index(root))) == []
     targets_export(root, tmp_path / "x.h5", Console(quiet=True))
     with h5py.File(tmp_path / "x.h5") as file:
-        exported = np.concatenate([store.logits("t", store.frames(int(v))[2]) for v in store.usable()])
+        exported = np.concatenate(
+            [store.logits("t", store.frames(int(v))[2]) for v in store.usable()]
+        )
         np.testing.assert_allclose(file["teachers/t/logits"][:], exported, rtol=1e-3)
 
 
 @pytest.mark.parametrize("encoding", get_args(Encoding))
-def test_zarrs_other_codec_pipeline_reads_the_same(make_store: Callable[..., Any], encoding: Encoding) -> None:
-    """The one that users may switch on has read shards without checksums wrongly; ours have them."""
+def test_zarrs_other_codec_pipeline_reads_the_same(
+    make_store: Callable[..., Any], encoding: Encoding
+) -> None:
+    """The one that users may switch on has read shards without checksums wrongly; ours have
+    them."""
     if not hasattr(pytest.importorskip("zarr.core.codec_pipeline"), "FusedCodecPipeline"):
         pytest.skip("zarr before 3.3")
     root = make_store(teachers={"t": 60}, encoding=encoding)[1]
     with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.FusedCodecPipeline"}):
         group = zarr.open_group(root, mode="r")
-        found = {name: group[f"teachers/t/{name}"][:] for name in (*enc.arrays_of(encoding), "entropy")}
+        found = {
+            name: group[f"teachers/t/{name}"][:] for name in (*enc.arrays_of(encoding), "entropy")
+        }
         parts = [group[f"teachers/t/{name}"][10:700] for name in found]
     store = TargetStore.open(root)
     rows = store.committed_rows("t")
@@ -130,20 +161,30 @@ def test_zarrs_other_codec_pipeline_reads_the_same(make_store: Callable[..., Any
         np.testing.assert_array_equal(part, values[10:700])
 
 
-def test_the_encoding_is_part_of_a_teacher_and_an_unknown_one_is_refused(make_store: Callable[..., Any]) -> None:
+def test_the_encoding_is_part_of_a_teacher_and_an_unknown_one_is_refused(
+    make_store: Callable[..., Any],
+) -> None:
     recipe, root = make_store(encoding="int8")
     attributes = {"name": "t", "identity": {"w": 1}, "run": recipe.run}
     with StoreWriter(root, sampling=recipe.sampling) as writer:
         writer.add_teacher("t", ["c"] * 10, attributes)  # not asked for: that of the store
-        with pytest.raises(StoreMismatchError, match=r'teacher \'t\': encoding is "int8" in the store, "float16" in'):
+        with pytest.raises(
+            StoreMismatchError,
+            match=r'teacher \'t\': encoding is "int8" in the store, "float16" in',
+        ):
             writer.add_teacher("t", ["c"] * 10, attributes, encoding="float16")
         node = read_node(root / "teachers/t/zarr.json")
         write_node(root, "teachers/t", {**node, "encoding": "int4"})
-    with pytest.raises(StoreError, match=r"teachers/t/zarr.json: encoding 'int4', this distinit reads float16, int8"):
+    with pytest.raises(
+        StoreError,
+        match=r"teachers/t/zarr.json: encoding 'int4', this distinit reads float16, int8",
+    ):
         TargetStore.open(root)
 
 
-def test_verify_finds_rows_of_another_frame_under_either_encoding(make_store: Callable[..., Any]) -> None:
+def test_verify_finds_rows_of_another_frame_under_either_encoding(
+    make_store: Callable[..., Any],
+) -> None:
     """A shard whose rows are shifted by one, committed as if it were right."""
     for name in get_args(Encoding):
         recipe, root = make_store(f"{name}.zarr", encoding=name, videos=range(4))

@@ -1,5 +1,5 @@
-"""Stores that somebody made to harm: whatever a node, a table or a link says, no reader leaves the store, and every
-command ends with an error of distinit's own that names the file.
+"""Stores that somebody made to harm: whatever a node, a table or a link says, no reader leaves the
+store, and every command ends with an error of distinit's own that names the file.
 """
 
 from __future__ import annotations
@@ -34,14 +34,21 @@ from distinit.tests.thorough import is_thorough, some
 
 QUIET = Console(quiet=True)
 SAMPLING = Recipe().sampling
-FINGERPRINT = {"probes": 1, "torch": "x", "device": "cpu", "basis": {"kind": "new"}, "logits": [[0.5] * 3] * 6}
+FINGERPRINT = {
+    "probes": 1,
+    "torch": "x",
+    "device": "cpu",
+    "basis": {"kind": "new"},
+    "logits": [[0.5] * 3] * 6,
+}
 ROOT, PLAN, FRAMES, ROWS = "", "plans/000000", "commits/frames/000000", "commits/teachers/t/000000"
 TEACHER, PRINT = "teachers/t", "teachers/t/fingerprint"
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a good store and another part, and with a file and a folder that nobody may touch."""
+    """A folder with a good store and another part, and with a file and a folder that nobody may
+    touch."""
     base = tmp_path_factory.mktemp("sound")
     for name, videos in (("s.zarr", range(5)), ("other.zarr", range(7, 10))):
         Recipe(videos=videos, teachers={"t": 3}, shard_rows=256).make(base / name)
@@ -71,7 +78,9 @@ COMMANDS: dict[str, Callable[[Path, Path], object]] = {
     "read": lambda store, out: read_all(store),
     "info": lambda store, out: targets_info(store, QUIET, list_failed=True),
     "browse": lambda store, out: targets_browse(store, out / "page", QUIET, sample=2),
-    "merge": lambda store, out: targets_merge([store.with_name("other.zarr"), store], out / "merged.zarr", QUIET),
+    "merge": lambda store, out: targets_merge(
+        [store.with_name("other.zarr"), store], out / "merged.zarr", QUIET
+    ),
     "export": lambda store, out: targets_export(store, out / "e.zarr", QUIET),
     "hdf5": lambda store, out: targets_export(store, out / "e.h5", QUIET),
     "verify": lambda store, out: targets_verify(store, QUIET),
@@ -92,11 +101,18 @@ def outside(base: Path) -> dict[str, bytes]:
     """All files but those of the store under attack and of what commands make."""
     files = [p for p in base.rglob("*") if p.is_file() and not p.is_symlink()]
     names = {p: p.relative_to(base).as_posix() for p in files}
-    return {name: p.read_bytes() for p, name in names.items() if not name.startswith(("s.zarr/", "out/"))}
+    return {
+        name: p.read_bytes()
+        for p, name in names.items()
+        if not name.startswith(("s.zarr/", "out/"))
+    }
 
 
-def attack(sound: Path, tmp_path: Path, harm: Callable[[Path], None], named: str, commands: Iterable[str]) -> None:
-    """Commands refuse a store after `harm`, naming the file, or do their work; nothing outside of it changes."""
+def attack(
+    sound: Path, tmp_path: Path, harm: Callable[[Path], None], named: str, commands: Iterable[str]
+) -> None:
+    """Commands refuse a store after `harm`, naming the file, or do their work; nothing outside of
+    it changes."""
     base = tmp_path / "base"
     shutil.copytree(sound, base)
     (base / "out").mkdir()
@@ -129,7 +145,8 @@ def edit(store: Path, node: str, change: Callable[[dict[str, Any]], None]) -> No
 
 
 def set_members(record: Any, keys: dict[str, Any]) -> None:
-    """Give members of a record other values, of a key with colons the inner one's; ... removes it."""
+    """Give members of a record other values, of a key with colons the inner one's; ... removes
+    it."""
     for key, value in keys.items():
         *outer, last = key.split(":")
         inner = record
@@ -211,9 +228,13 @@ NODES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("node", "keys"),
     some(NODES, 3),
-    ids=some((f"{i}-{node or 'root'}-{next(iter(keys))}" for i, (node, keys) in enumerate(NODES)), 3),
+    ids=some(
+        (f"{i}-{node or 'root'}-{next(iter(keys))}" for i, (node, keys) in enumerate(NODES)), 3
+    ),
 )
-def test_a_node_that_says_nonsense_is_named(sound: Path, tmp_path: Path, node: str, keys: dict[str, Any]) -> None:
+def test_a_node_that_says_nonsense_is_named(
+    sound: Path, tmp_path: Path, node: str, keys: dict[str, Any]
+) -> None:
     commands = ALL if NODES.index((node, keys)) % 21 == 0 else QUICK
     # A count that is too large alone contradicts the tables, which are named then.
     named = "/" if 10**9 in keys.values() and node.startswith("plans/") else node or "s.zarr"
@@ -295,11 +316,19 @@ FILES = ["", PLAN, FRAMES, ROWS, TEACHER, PRINT, "frames/video", "teachers/t/log
 
 
 @pytest.mark.parametrize(("folder", "text"), some(product(FILES, TEXTS), 5))
-def test_a_node_that_is_no_json_is_named(sound: Path, tmp_path: Path, folder: str, text: str) -> None:
+def test_a_node_that_is_no_json_is_named(
+    sound: Path, tmp_path: Path, folder: str, text: str
+) -> None:
     def harm(store: Path) -> None:
         (store / folder / "zarr.json").write_bytes(TEXTS[text])
 
-    attack(sound, tmp_path, harm, folder or "s.zarr", ALL if text == "deep" and is_thorough() else QUICK)
+    attack(
+        sound,
+        tmp_path,
+        harm,
+        folder or "s.zarr",
+        ALL if text == "deep" and is_thorough() else QUICK,
+    )
 
 
 PLACES = [
@@ -311,7 +340,9 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("kind", "place"), some(product(["link", "pipe"], PLACES), 3))
-def test_a_link_or_a_pipe_in_a_store_is_not_followed(sound: Path, tmp_path: Path, place: str, kind: str) -> None:
+def test_a_link_or_a_pipe_in_a_store_is_not_followed(
+    sound: Path, tmp_path: Path, place: str, kind: str
+) -> None:
     """The link leads to what was there, so that following it would go unseen."""
 
     def harm(store: Path) -> None:
@@ -324,22 +355,35 @@ def test_a_link_or_a_pipe_in_a_store_is_not_followed(sound: Path, tmp_path: Path
         else:
             os.mkfifo(store / place)
 
-    attack(sound, tmp_path, harm, place.removesuffix("/zarr.json"), ALL if kind == "link" and is_thorough() else QUICK)
+    attack(
+        sound,
+        tmp_path,
+        harm,
+        place.removesuffix("/zarr.json"),
+        ALL if kind == "link" and is_thorough() else QUICK,
+    )
 
 
 BOMB = 100_000_000
 
 
 def zeros_of_no_said_size() -> bytes:
-    """A zstd frame of `BOMB` zero bytes in run-length blocks of 100,000, whose header does not say how many."""
+    """A zstd frame of `BOMB` zero bytes in run-length blocks of 100,000, whose header does not say
+    how many."""
     blocks = BOMB // 100_000
     headers = ((100_000 << 3) | (1 << 1) | (at == blocks - 1) for at in range(blocks))
-    return b"\x28\xb5\x2f\xfd\x00\x58" + b"".join(header.to_bytes(3, "little") + b"\0" for header in headers)
+    return b"\x28\xb5\x2f\xfd\x00\x58" + b"".join(
+        header.to_bytes(3, "little") + b"\0" for header in headers
+    )
 
 
-@pytest.mark.parametrize("column", ["videos/path", "videos/fps", "segments/bound", "teachers/t/class"])
+@pytest.mark.parametrize(
+    "column", ["videos/path", "videos/fps", "segments/bound", "teachers/t/class"]
+)
 @pytest.mark.parametrize("kind", ["said", "unsaid", "sparse"])
-def test_a_chunk_that_would_fill_the_memory_is_refused(sound: Path, tmp_path: Path, column: str, kind: str) -> None:
+def test_a_chunk_that_would_fill_the_memory_is_refused(
+    sound: Path, tmp_path: Path, column: str, kind: str
+) -> None:
     packed = zeros_of_no_said_size() if kind == "unsaid" else bytes(Zstd().encode(bytes(BOMB)))
 
     def harm(store: Path) -> None:
@@ -379,7 +423,9 @@ def test_a_link_where_something_will_be_written_is_not_followed(
     assert outside(base) == before
 
 
-def test_links_to_the_store_itself_and_inside_corpora_are_no_matter(sound: Path, tmp_path: Path) -> None:
+def test_links_to_the_store_itself_and_inside_corpora_are_no_matter(
+    sound: Path, tmp_path: Path
+) -> None:
     (tmp_path / "link.zarr").symlink_to(sound / "s.zarr")
     assert targets_verify(tmp_path / "link.zarr", QUIET)["ok"]
     read_all(tmp_path / "link.zarr")

@@ -1,4 +1,5 @@
-"""Servers that lie, stall or send too much, and stores that name what is not theirs: each ends soon, with its URL."""
+"""Servers that lie, stall or send too much, and stores that name what is not theirs: each ends
+soon, with its URL."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ Trick = Callable[[BaseHTTPRequestHandler], None]
 
 @dataclass
 class Server:
-    """A folder behind HTTP. `tricks`: a path, or */NAME → what answers it. `heard`: headers of all requests."""
+    """A folder behind HTTP. `tricks`: a path, or */NAME → what answers it. `heard`: headers of all
+    requests."""
 
     root: Path
     url: str = ""
@@ -75,13 +77,17 @@ def serve(root: Path, host: str = "127.0.0.1") -> Iterator[Server]:
 
     def send_file(handler: BaseHTTPRequestHandler) -> None:
         file = root / handler.path.partition("?")[0].strip("/")
-        answer(handler, file.read_bytes() if file.is_file() else b"", 200 if file.is_file() else 404)
+        answer(
+            handler, file.read_bytes() if file.is_file() else b"", 200 if file.is_file() else 404
+        )
 
     with ThreadingHTTPServer((host, 0), Handler) as server:
         server.daemon_threads = True
         server.state = state  # type: ignore[attr-defined]
         state.url = f"http://{host}:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread = threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
         thread.start()
         try:
             yield state
@@ -187,14 +193,17 @@ def read_all(url: str, **options: Any) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def refused(server: Server, trick: Trick, kind: str, within: float = 15, named: str | None = None) -> str:
+def refused(
+    server: Server, trick: Trick, kind: str, within: float = 15, named: str | None = None
+) -> str:
     """What the error says of a store of which one file is answered by a trick; it comes in time."""
     server.tricks = {f"/s.zarr/{kind}": trick}
     began = time.monotonic()
     with pytest.raises(StoreError) as caught:
         read_all(f"{server.url}/s.zarr")
     assert time.monotonic() - began < within
-    # With aiohttp 3.9 headers drip on into the answer to another request, for a file of the same array.
+    # With aiohttp 3.9 headers drip on into the answer to another request, for a file of the same
+    # array.
     drips = getattr(trick, "__name__", "") == "drip_of_headers"
     file = kind.split("/c/")[0] if drips else kind.removesuffix("/zarr.json")
     assert f"{server.url}/s.zarr/{named or file}" in str(caught.value)
@@ -212,13 +221,17 @@ def test_no_more_is_read_than_a_file_can_have(make_store: Callable[..., Any], ki
 
 @pytest.mark.parametrize("kind", ["zarr.json", "videos/path/c/0", "teachers/t/logits/c/0/0"])
 @pytest.mark.parametrize("trick", [drip, drip_of_headers, silence, silence_after_a_byte])
-def test_a_slow_or_silent_server_ends_in_an_error(make_store: Callable[..., Any], kind: str, trick: Trick) -> None:
+def test_a_slow_or_silent_server_ends_in_an_error(
+    make_store: Callable[..., Any], kind: str, trick: Trick
+) -> None:
     _, root = make_store(videos=range(12))
     with serve(root.parent) as server:
         refused(server, trick, kind)
 
 
-def test_what_is_packed_without_being_asked_is_read_within_its_bound(make_store: Callable[..., Any]) -> None:
+def test_what_is_packed_without_being_asked_is_read_within_its_bound(
+    make_store: Callable[..., Any],
+) -> None:
     _, root = make_store(videos=range(12))
     plain = read_all(str(root))
 
@@ -234,13 +247,25 @@ def test_what_is_packed_without_being_asked_is_read_within_its_bound(make_store:
         message = refused(server, lambda h: answer(h, b"x", Content_Encoding="br"), "zarr.json")
         assert "br" in message
         server.tricks = {}
-        refused(server, lambda h: answer(h, gzip.compress(b"{}" * 99)[:-9], Content_Encoding="gzip"), "zarr.json")
+        refused(
+            server,
+            lambda h: answer(h, gzip.compress(b"{}" * 99)[:-9], Content_Encoding="gzip"),
+            "zarr.json",
+        )
 
 
 @pytest.mark.parametrize("kind", NODES)
 @pytest.mark.parametrize(
     "to",
-    ["file:///etc/hostname", "ftp://127.0.0.1/a", "data:,{}", "", "http://[", "gopher:x", "//127.0.0.1:1/x"],
+    [
+        "file:///etc/hostname",
+        "ftp://127.0.0.1/a",
+        "data:,{}",
+        "",
+        "http://[",
+        "gopher:x",
+        "//127.0.0.1:1/x",
+    ],
 )
 def test_redirects_lead_to_http_alone(make_store: Callable[..., Any], kind: str, to: str) -> None:
     _, root = make_store(videos=range(6))
@@ -255,7 +280,8 @@ def test_redirects_end_and_short_ones_are_followed(make_store: Callable[..., Any
         asked = [path for path, _ in server.heard]
         assert len(asked) == web.REDIRECTS + 1
         server.tricks = {
-            f"/hop{n}": redirect(f"/hop{n - 1}" if n else "/moved.zarr/zarr.json") for n in range(web.REDIRECTS)
+            f"/hop{n}": redirect(f"/hop{n - 1}" if n else "/moved.zarr/zarr.json")
+            for n in range(web.REDIRECTS)
         }
         server.tricks["/s.zarr/zarr.json"] = redirect(f"/hop{web.REDIRECTS - 2}")
         os.symlink(root, root.parent / "moved.zarr")
@@ -263,7 +289,11 @@ def test_redirects_end_and_short_ones_are_followed(make_store: Callable[..., Any
 
 
 def test_https_is_not_left_for_http() -> None:
-    for at, to in (("https://h/a", "http://h/a"), ("https://h/a", "file:///a"), ("http://h/a", "s3://b/a")):
+    for at, to in (
+        ("https://h/a", "http://h/a"),
+        ("https://h/a", "file:///a"),
+        ("http://h/a", "s3://b/a"),
+    ):
         with pytest.raises(web.AnswerError):
             web._redirected(yarl.URL(at), to)
     assert str(web._redirected(yarl.URL("http://h/a"), "https://u:p@h/b")) == "https://h/b"
@@ -273,7 +303,9 @@ def test_https_is_not_left_for_http() -> None:
 
 
 @pytest.mark.parametrize("way", ["url", "headers", "client", "cookies"])
-def test_secrets_stay_with_the_host_that_they_are_for(make_store: Callable[..., Any], way: str) -> None:
+def test_secrets_stay_with_the_host_that_they_are_for(
+    make_store: Callable[..., Any], way: str
+) -> None:
     import aiohttp
 
     _, root = make_store(videos=range(6))
@@ -282,17 +314,30 @@ def test_secrets_stay_with_the_host_that_they_are_for(make_store: Callable[..., 
         if way == "url":
             url = url.replace("//", "//user:5ecret@") + "?token=5ecret"
         elif way == "headers":
-            options = {"headers": {"X-Api-Key": "5ecret", "Authorization": "5ecret", "Cookie": "a=5ecret"}}
+            options = {
+                "headers": {"X-Api-Key": "5ecret", "Authorization": "5ecret", "Cookie": "a=5ecret"}
+            }
         elif way == "client":
-            options = {"client_kwargs": {"headers": {"X-Api-Key": "5ecret"}, "auth": aiohttp.BasicAuth("u", "5ecret")}}
+            options = {
+                "client_kwargs": {
+                    "headers": {"X-Api-Key": "5ecret"},
+                    "auth": aiohttp.BasicAuth("u", "5ecret"),
+                }
+            }
         else:
             options = {"client_kwargs": {"cookies": {"a": "5ecret"}}}
-        ours.tricks = {"*/zarr.json": lambda handler: redirect(f"{other.url}{handler.path.partition('?')[0]}")(handler)}
+        ours.tricks = {
+            "*/zarr.json": lambda handler: redirect(f"{other.url}{handler.path.partition('?')[0]}")(
+                handler
+            )
+        }
         read_all(url, storage_options=options)
         assert other.heard
         for path, headers in other.heard:
             assert "5ecret" not in path
-            assert not {"authorization", "cookie", "x-api-key", "referer"}.intersection(map(str.lower, headers))
+            assert not {"authorization", "cookie", "x-api-key", "referer"}.intersection(
+                map(str.lower, headers)
+            )
         given = [{k.lower(): v for k, v in headers.items()} for _, headers in ours.heard]
         if way != "cookies":
             assert all({"authorization", "x-api-key"}.intersection(headers) for headers in given)
@@ -313,7 +358,9 @@ def test_a_chunk_that_was_missing_is_there_when_the_server_is_right_again(
                 server.tricks = {}
                 store = TargetStore.open(f"{server.url}/s.zarr")
                 assert [store.video(v) for v in range(12)] == [plain.video(v) for v in range(12)]
-    without_digests(root)  # as stores of version 0.1 are: a chunk may be missing, and the next run asks again
+    without_digests(
+        root
+    )  # as stores of version 0.1 are: a chunk may be missing, and the next run asks again
     with serve(root.parent) as server:
         server.tricks = {"/s.zarr/videos/size/c/0": lambda h: answer(h, b"", 404)}
         assert TargetStore.open(f"{server.url}/s.zarr").video(0).size == -1
@@ -321,7 +368,9 @@ def test_a_chunk_that_was_missing_is_there_when_the_server_is_right_again(
         assert TargetStore.open(f"{server.url}/s.zarr").video(0).size == plain.video(0).size
 
 
-@pytest.mark.parametrize(("plans", "number"), [(4, 0), (4, 2), (9, 7), (10, 8)])  # 8 are asked for, then 16
+@pytest.mark.parametrize(
+    ("plans", "number"), [(4, 0), (4, 2), (9, 7), (10, 8)]
+)  # 8 are asked for, then 16
 def test_a_plan_that_is_missing_before_another_is_named(
     make_store: Callable[..., Any], plans: int, number: int
 ) -> None:
@@ -345,7 +394,8 @@ def test_a_plan_that_is_missing_before_another_is_named(
 
 
 @pytest.mark.parametrize(
-    "change", [lambda d: d[:-1], lambda d: d + b"x", lambda d: b"", lambda d: d[::-1], lambda d: d * 2]
+    "change",
+    [lambda d: d[:-1], lambda d: d + b"x", lambda d: b"", lambda d: d[::-1], lambda d: d * 2],
 )
 @pytest.mark.parametrize("kind", ["teachers/t/logits/c/0/0", "frames/video/c/0"])
 def test_files_of_another_length_or_content_are_no_rows(
@@ -354,7 +404,9 @@ def test_files_of_another_length_or_content_are_no_rows(
     _, root = make_store(videos=range(12))
     data = (root / kind).read_bytes()
     with serve(root.parent) as server:
-        if change(data).startswith(data) and "logits" in kind:  # read by ranges, which are what they were
+        if (
+            change(data).startswith(data) and "logits" in kind
+        ):  # read by ranges, which are what they were
             server.tricks = {f"/s.zarr/{kind}": lambda handler: answer(handler, change(data))}
             np.testing.assert_array_equal(read_all(f"{server.url}/s.zarr"), read_all(str(root)))
         else:
@@ -372,13 +424,19 @@ def without_digests(root: Path) -> None:
         node.write_text(json.dumps(document))
 
 
-def test_a_damaged_column_in_the_cache_is_fetched_again(make_store: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_damaged_column_in_the_cache_is_fetched_again(
+    make_store: Callable[..., Any], tmp_path: Path
+) -> None:
     _, root = make_store(videos=range(6))
     with serve(root.parent) as server:
         url = f"{server.url}/s.zarr"
         plain = read_all(url)
         for column in ("videos/path", "segments/shard", "segments/bound"):
-            for damage in (lambda d: d[:9], lambda d: bytes(len(d)), lambda d: d[:-1] + bytes([d[-1] ^ 1])):
+            for damage in (
+                lambda d: d[:9],
+                lambda d: bytes(len(d)),
+                lambda d: d[:-1] + bytes([d[-1] ^ 1]),
+            ):
                 chunk = next((tmp_path / "cache/stores").glob(f"*/tables/*/{column}/c/0"))
                 chunk.write_bytes(damage(chunk.read_bytes()))
                 np.testing.assert_array_equal(read_all(url), plain)
@@ -414,17 +472,25 @@ def test_a_store_that_claims_the_digests_of_another_gives_it_no_rows(
             _ = store.logits("t", store.frames(0)[2])
         np.testing.assert_array_equal(read_all(f"{ours.url}/s.zarr"), plain)
         for _ in range(2):
-            with pytest.raises(StoreError, match=r"s\.zarr/teachers/t/logits/c/0/0"):  # once it is whole
+            with pytest.raises(
+                StoreError, match=r"s\.zarr/teachers/t/logits/c/0/0"
+            ):  # once it is whole
                 read_all(url)
         np.testing.assert_array_equal(read_all(f"{ours.url}/s.zarr"), plain)
         kept = [file.name for file in (tmp_path / "cache/stores").glob("*/shards/*/*")]
         assert any(not name.endswith(".part") for name in kept)
 
 
-def test_the_way_in_which_a_url_is_written_is_no_other_store(make_store: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_way_in_which_a_url_is_written_is_no_other_store(
+    make_store: Callable[..., Any], tmp_path: Path
+) -> None:
     _, root = make_store(videos=range(6))
     with serve(root.parent) as server:
-        for url in (server.url, server.url.replace("http", "HTTP"), server.url.replace("//", "//user:pass@")):
+        for url in (
+            server.url,
+            server.url.replace("http", "HTTP"),
+            server.url.replace("//", "//user:pass@"),
+        ):
             read_all(f"{url}/s.zarr/")
             read_all(f"{url}/s.zarr?X-Amz-Signature=1{len(url)}")
         assert len(list((tmp_path / "cache/stores").iterdir())) == 1
@@ -442,7 +508,9 @@ def set_digest(value: Any) -> Callable[[Path, str], None]:
     def change(root: Path, victim: str) -> None:
         def all_files(record: dict[str, Any]) -> None:
             for file in record.get("files", {}).values():
-                file["blake2b"] = value if not isinstance(value, str) else value.format(victim=victim)
+                file["blake2b"] = (
+                    value if not isinstance(value, str) else value.format(victim=victim)
+                )
 
         for commit in (root / "commits").rglob("zarr.json"):
             rewrite(commit, all_files)
@@ -478,13 +546,37 @@ def set_teacher(value: str) -> Callable[[Path, str], None]:
         if not os.path.isabs(name) and name not in ("..", "t/../t", "t//t"):
             (root / "teachers" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(root / "teachers/t", root / "teachers" / name, dirs_exist_ok=True)
-            shutil.copytree(root / "commits/teachers/t", root / "commits/teachers" / name, dirs_exist_ok=True)
+            shutil.copytree(
+                root / "commits/teachers/t", root / "commits/teachers" / name, dirs_exist_ok=True
+            )
 
     return change
 
 
-TEACHERS = ["../../../victim", "{victim}", "..", "t/../t", "t?x=1", "t#x", "a%2f..%2fb", "a\\b", "t//t"]
-ESCAPES = ["../../../../victim", "../victim", "{victim}", "..", "", "A" * 32, "a" * 32 + "\n", "a" * 5000, 7, None, []]
+TEACHERS = [
+    "../../../victim",
+    "{victim}",
+    "..",
+    "t/../t",
+    "t?x=1",
+    "t#x",
+    "a%2f..%2fb",
+    "a\\b",
+    "t//t",
+]
+ESCAPES = [
+    "../../../../victim",
+    "../victim",
+    "{victim}",
+    "..",
+    "",
+    "A" * 32,
+    "a" * 32 + "\n",
+    "a" * 5000,
+    7,
+    None,
+    [],
+]
 
 
 @pytest.mark.parametrize(
@@ -516,7 +608,9 @@ def test_nothing_that_a_store_says_names_a_file_outside_of_the_cache(
 
 
 @pytest.mark.parametrize("depth", range(6))
-def test_no_link_in_the_cache_is_followed(make_store: Callable[..., Any], tmp_path: Path, depth: int) -> None:
+def test_no_link_in_the_cache_is_followed(
+    make_store: Callable[..., Any], tmp_path: Path, depth: int
+) -> None:
     _, root = make_store(videos=range(6))
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -525,7 +619,10 @@ def test_no_link_in_the_cache_is_followed(make_store: Callable[..., Any], tmp_pa
         read_all(url)
         shard = next((tmp_path / "cache/stores").glob("*/shards/*/*"))
         table = next((tmp_path / "cache/stores").glob("*/tables/*/videos/path"))
-        parts = [*reversed(shard.relative_to(tmp_path / "cache").parents[:-1]), shard.relative_to(tmp_path / "cache")]
+        parts = [
+            *reversed(shard.relative_to(tmp_path / "cache").parents[:-1]),
+            shard.relative_to(tmp_path / "cache"),
+        ]
         link = tmp_path / "cache" / parts[depth] if depth < len(parts) else table
         shutil.move(link, outside / link.name)
         link.symlink_to(outside / link.name)

@@ -1,4 +1,5 @@
-"""The page about a store whose videos are elsewhere: failures with reasons, missing pictures, odd names."""
+"""The page about a store whose videos are elsewhere: failures with reasons, missing pictures, odd
+names."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from distinit.pipeline.store.reader import TargetStore
 from distinit.stages.targets_browse import targets_browse
 
 
-def test_failures_and_missing_videos_are_named(make_store: Callable[..., tuple[Any, Path]], tmp_path: Path) -> None:
+def test_failures_and_missing_videos_are_named(
+    make_store: Callable[..., tuple[Any, Path]], tmp_path: Path
+) -> None:
     recipe, root = make_store(teachers={"t": 10, "wide": 100})
     store = TargetStore.open(root)
     found = summarize_store(store, 4)

@@ -1,4 +1,5 @@
-"""Parts merged: every row and status as in the parts, whatever is killed on the way, and nothing that does not fit."""
+"""Parts merged: every row and status as in the parts, whatever is killed on the way, and nothing
+that does not fit."""
 
 from __future__ import annotations
 
@@ -24,26 +25,42 @@ Make = Callable[..., Any]
 
 
 def content(store: TargetStore) -> dict[tuple[str, str], list[Any]]:
-    """All that a store says of each video, by corpus and path; rows in the order of their frames."""
+    """All that a store says of each video, by corpus and path; rows in the order of their
+    frames."""
     found: dict[tuple[str, str], list[Any]] = {}
     for v in range(store.n_videos):
         record = store.video(v)
         index, pts, rows = store.frames(v)
-        values = [x.tobytes() for t in store.teachers for x in (store.logits(t, rows), store.entropy(t, rows))]
-        about = (record.size, record.digest, record.frames, record.rows, record.status, record.reason, record.clock)
+        values = [
+            x.tobytes()
+            for t in store.teachers
+            for x in (store.logits(t, rows), store.entropy(t, rows))
+        ]
+        about = (
+            record.size,
+            record.digest,
+            record.frames,
+            record.rows,
+            record.status,
+            record.reason,
+            record.clock,
+        )
         found[record.corpus, record.path] = [about, index.tolist(), pts.tolist(), values]
     return found
 
 
 @pytest.fixture
 def parts(make_store: Make) -> list[Path]:
-    """Three parts with a teacher in each encoding's arrays; the second begins with a video that failed."""
+    """Three parts with a teacher in each encoding's arrays; the second begins with a video that
+    failed."""
     videos = (range(0, 17), range(17, 30), range(30, 40))
     return [make_store(f"p{i}.zarr", videos=v, encoding="int8", teachers={"t": 9, "u": 4})[1] for i, v in
             enumerate(videos)]  # fmt: skip
 
 
-def test_a_merged_store_holds_what_its_parts_hold(parts: list[Path], make_store: Make, tmp_path: Path) -> None:
+def test_a_merged_store_holds_what_its_parts_hold(
+    parts: list[Path], make_store: Make, tmp_path: Path
+) -> None:
     out = tmp_path / "all.zarr"
     result = targets_merge(parts, out, QUIET)
     merged = TargetStore.open(out)
@@ -53,7 +70,9 @@ def test_a_merged_store_holds_what_its_parts_hold(parts: list[Path], make_store:
     assert list(verify(out, load_index(out))) == []
     _, whole = make_store("whole.zarr", encoding="int8", teachers={"t": 9, "u": 4})
     assert content(merged) == content(TargetStore.open(whole))
-    assert [merged.video(v).path for v in range(40)] == [TargetStore.open(whole).video(v).path for v in range(40)]
+    assert [merged.video(v).path for v in range(40)] == [
+        TargetStore.open(whole).video(v).path for v in range(40)
+    ]
     first = TargetStore.open(parts[0]).index.n_shards
     for name in ("teachers/t/logits/c/{}/0", "teachers/u/scale/c/{}", "frames/pts/c/{}"):
         source, copy = parts[1] / name.format(0), out / name.format(first)
@@ -66,7 +85,8 @@ def test_a_merged_store_holds_what_its_parts_hold(parts: list[Path], make_store:
 def test_an_interrupted_merge_is_unfinished_and_goes_on(
     parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before one of its writes: the result says that it is unfinished, and the same call finishes it."""
+    """Stopped before one of its writes: the result says that it is unfinished, and the same call
+    finishes it."""
     whole = tmp_path / "whole.zarr"
     targets_merge(parts, whole, QUIET)
     shards = TargetStore.open(whole).index.n_shards
@@ -76,7 +96,9 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
         left = [after]
         real = getattr(StoreWriter, step)
 
-        def stop(self: StoreWriter, *args: Any, real: Any = real, left: list[int] = left, **named: Any) -> Any:
+        def stop(
+            self: StoreWriter, *args: Any, real: Any = real, left: list[int] = left, **named: Any
+        ) -> Any:
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
@@ -87,7 +109,11 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
             with pytest.raises(KeyboardInterrupt):
                 targets_merge(parts, out, QUIET)
         broken = TargetStore.open(out)
-        finished = broken.n_videos == 40 and set(broken.teachers) == {"t", "u"} and len(broken.usable()) == 34
+        finished = (
+            broken.n_videos == 40
+            and set(broken.teachers) == {"t", "u"}
+            and len(broken.usable()) == 34
+        )
         assert not finished
         targets_merge(parts, out, QUIET)
         assert list(verify(out, load_index(out))) == []
@@ -98,11 +124,17 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
     ("changes", "words"),
     [
         ({"every": 2}, r"sampling.every is 4 in .*a.zarr, 2 in .*b.zarr"),
-        ({"shard_rows": 1024}, r"shard_rows is 512 in .*a.zarr, 1024 in .*b.zarr.*--shard-rows 512"),
+        (
+            {"shard_rows": 1024},
+            r"shard_rows is 512 in .*a.zarr, 1024 in .*b.zarr.*--shard-rows 512",
+        ),
         ({"teachers": {"x": 10}}, r'teachers is \["t"\] in .*a.zarr, \["x"\] in .*b.zarr'),
         ({"teachers": {"t": 11}}, r"teacher 't': classes"),
         ({"identity": 2}, r"teacher 't': identity.w is 1 in .*a.zarr, 2 in .*b.zarr"),
-        ({"encoding": "int8"}, r"""teacher 't': encoding is "float16" in .*a.zarr, "int8" in .*b.zarr"""),
+        (
+            {"encoding": "int8"},
+            r"""teacher 't': encoding is "float16" in .*a.zarr, "int8" in .*b.zarr""",
+        ),
         ({"run": {"batch_size": 8}}, r"teacher 't': run"),
         ({"videos": range(9, 15)}, r"b=v09 ü\udcff.mp4: is in .*a.zarr and in .*b.zarr"),
         ({"uncommitted": [0]}, r"b.zarr: .* videos are pending"),
@@ -131,12 +163,17 @@ def test_damage_locks_and_wrong_use_are_named(make_store: Make, tmp_path: Path) 
         targets_merge([a, b], b, QUIET)
     with pytest.raises(UsageError, match="--out s3://bucket/x"):
         targets_merge([a, b], "s3://bucket/x.zarr", QUIET)
-    with StoreWriter(b, sampling=recipe.sampling), pytest.raises(StoreError, match=r"b.zarr: another process"):
+    with (
+        StoreWriter(b, sampling=recipe.sampling),
+        pytest.raises(StoreError, match=r"b.zarr: another process"),
+    ):
         targets_merge([a, b], out, QUIET)
     shard = b / "teachers/t/logits/c/0/0"
     data = shard.read_bytes()
     shard.write_bytes(data[:50] + b"x" + data[51:])
-    with pytest.raises(StoreError, match=r"b.zarr/teachers/t/logits/c/0/0: differs from what was committed"):
+    with pytest.raises(
+        StoreError, match=r"b.zarr/teachers/t/logits/c/0/0: differs from what was committed"
+    ):
         targets_merge([a, b], out, QUIET)
     shard.write_bytes(data)
     assert targets_merge([a, b], out, QUIET)["videos"] == 15
@@ -146,7 +183,9 @@ def test_damage_locks_and_wrong_use_are_named(make_store: Make, tmp_path: Path) 
 
 def test_shares_cover_a_list_once_and_do_not_shift() -> None:
     def listed(names: list[str]) -> VideoList:
-        return VideoList((Corpus("a", "/x"), Corpus("b", "/y")), np.arange(len(names), dtype=np.int32) % 2, names)
+        return VideoList(
+            (Corpus("a", "/x"), Corpus("b", "/y")), np.arange(len(names), dtype=np.int32) % 2, names
+        )
 
     names = [f"v{i}\udcff.mp4" for i in range(1000)]
     shares = [Part(i, 3).share(listed(names)) for i in (1, 2, 3)]

@@ -36,7 +36,9 @@ def test_cuts_cover_every_wanted_frame_once(frames: int, every: int, gop: int, s
     assert parts[-1].end == -1
     for a, b in itertools.pairwise(parts):
         assert a.end == b.first > a.first
-    rows = [((wanted >= p.first) & (wanted < (p.end if p.end >= 0 else frames))).sum() for p in parts]
+    rows = [
+        ((wanted >= p.first) & (wanted < (p.end if p.end >= 0 else frames))).sum() for p in parts
+    ]
     assert rows == [p.bound for p in parts]
     assert sum(rows) == len(wanted)
     assert max(rows) <= 256

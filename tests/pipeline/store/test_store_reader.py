@@ -1,4 +1,5 @@
-"""The store against plain zarr and xarray, and against everything that can be wrong with one on disk."""
+"""The store against plain zarr and xarray, and against everything that can be wrong with one on
+disk."""
 
 from __future__ import annotations
 
@@ -28,7 +29,13 @@ from distinit.pipeline.store import layout as fmt
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.planning import FrameRange
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from distinit.pipeline.store.staging import (
+    FramesPart,
+    ShardResult,
+    TeacherPart,
+    new_staging,
+    stage_array,
+)
 from distinit.pipeline.store.verify import Finding, drop_commits, verify
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages import targets_verify as verifying
@@ -86,7 +93,9 @@ def stage(writer: StoreWriter, shard: int, teacher: str = "t") -> ShardResult:
         part.files += stage_array(folder, spec, shard, data[spec.path.split("/")[1]], R)
     values = np.concatenate(z)
     teacher_part.rows = len(values)
-    for spec, x in zip(fmt.teacher_specs(teacher, K), (values.astype(np.float16), entropy(values)), strict=True):
+    for spec, x in zip(
+        fmt.teacher_specs(teacher, K), (values.astype(np.float16), entropy(values)), strict=True
+    ):
         teacher_part.files += stage_array(folder, spec, shard, x, R)
     return ShardResult(shard, part, {teacher: teacher_part}, str(folder))
 
@@ -98,7 +107,9 @@ def root(tmp_path: Path) -> Path:
     with StoreWriter(path, sampling=SAMPLING, shard_rows=R) as writer:
         listed(writer)
         writer.add_segments([FrameRange(v, 0, -1, rows_of(v)) for v in range(V)])
-        writer.add_teacher("t", [f"class {k}" for k in range(K)], {"name": "t", "identity": {"w": 1}, "run": RUN})
+        writer.add_teacher(
+            "t", [f"class {k}" for k in range(K)], {"name": "t", "identity": {"w": 1}, "run": RUN}
+        )
         for shard in range(writer.index.n_shards):
             writer.commit(stage(writer, shard), RUN)
     return path
@@ -118,8 +129,12 @@ def test_rows_equal_what_plain_zarr_and_xarray_read(root: Path) -> None:
         if not len(index):
             continue
         expected = logits_of(v)
-        np.testing.assert_array_equal(store.logits("t", rows), expected.astype(np.float16).astype(np.float32))
-        np.testing.assert_array_equal(group["teachers/t/logits"][rows[0] : rows[-1] + 1], expected.astype(np.float16))
+        np.testing.assert_array_equal(
+            store.logits("t", rows), expected.astype(np.float16).astype(np.float32)
+        )
+        np.testing.assert_array_equal(
+            group["teachers/t/logits"][rows[0] : rows[-1] + 1], expected.astype(np.float16)
+        )
         np.testing.assert_array_equal(teacher["entropy"].values[rows], store.entropy("t", rows))
         p = np.exp(expected - expected.max(1, keepdims=True), dtype=np.float64)
         p /= p.sum(1, keepdims=True)
@@ -137,7 +152,11 @@ def test_records_statuses_and_paths(root: Path) -> None:
     bad = [v for v in range(V) if not rows_of(v)]
     assert store.usable().tolist() == [v for v in range(V) if v not in bad]
     record = store.video(3)
-    assert (record.status, record.reason, record.rows) == ("failed", "no video stream (audio only)", 0)
+    assert (record.status, record.reason, record.rows) == (
+        "failed",
+        "no video stream (audio only)",
+        0,
+    )
     good = store.video(5)
     assert (good.status, good.frames, good.rows, good.corpus) == ("ok", 100, 25, "b")
     assert good.path == "v05 ü\udcff.mp4"
@@ -165,7 +184,9 @@ def test_what_is_not_committed_does_not_exist(root: Path) -> None:
     store = TargetStore.open(root)
     assert {store.video(v).status for v in videos} == {"pending"}
     assert not set(store.usable()) & set(videos)
-    with StoreWriter(root, sampling=SAMPLING) as writer:  # and a rerun brings back the very same bytes
+    with StoreWriter(
+        root, sampling=SAMPLING
+    ) as writer:  # and a rerun brings back the very same bytes
         before = {p: p.read_bytes() for p in root.glob("*/**/c/1/**/*") if p.is_file()}
         writer.commit(stage(writer, 1), RUN)
     assert before
@@ -198,7 +219,9 @@ def test_verify_names_every_kind_of_damage(root: Path, tmp_path: Path) -> None:
         "digest": lambda: logits.write_bytes(bytes(flipped)),
         "bytes, committed were": lambda: logits.write_bytes(good[:-9]),
         "is missing": lambda: logits.unlink(),
-        "differs from what was committed": lambda: logits.write_bytes((root / "teachers/t/logits/c/1/0").read_bytes()),
+        "differs from what was committed": lambda: logits.write_bytes(
+            (root / "teachers/t/logits/c/1/0").read_bytes()
+        ),
     }
     for words, damage in cases.items():
         damage()
@@ -212,8 +235,11 @@ def test_verify_names_every_kind_of_damage(root: Path, tmp_path: Path) -> None:
     assert [(f.shard, f.teacher) for f in verify(root, load_index(root))] == [(1, "t")]
 
 
-def damaged(root: Path, *, lost: str = "", column: str = "", at: int = 0, value: object = None) -> list[str]:
-    """What verify finds in a store without digests after a folder is lost, or one value of a table is another."""
+def damaged(
+    root: Path, *, lost: str = "", column: str = "", at: int = 0, value: object = None
+) -> list[str]:
+    """What verify finds in a store without digests after a folder is lost, or one value of a table
+    is another."""
     without_digests(root)
     if lost:
         shutil.rmtree(root / lost)
@@ -233,7 +259,9 @@ def damaged(root: Path, *, lost: str = "", column: str = "", at: int = 0, value:
         ("plans/000001", "plans/000001 is missing"),
     ],
 )
-def test_a_lost_plan_or_video_table_is_found_and_never_written_on(root: Path, lost: str, said: str) -> None:
+def test_a_lost_plan_or_video_table_is_found_and_never_written_on(
+    root: Path, lost: str, said: str
+) -> None:
     assert said in damaged(root, lost=lost)
     for again in (lambda: StoreWriter(root, sampling=SAMPLING), lambda: TargetStore.open(root)):
         with pytest.raises(StoreError, match=f"{said}; `distinit targets verify {root}`"):
@@ -277,7 +305,10 @@ def test_a_table_that_is_too_short_or_cannot_be_decoded_is_found(root: Path) -> 
     zarr.open_array(without_digests(root) / "videos/size", mode="r+").resize((3,))
     assert f"array videos/size has 3 rows, {V} are planned" in damaged(root, lost="videos/digest/c")
     (root / "videos/path/c/0").write_bytes(b"torn")
-    assert any("videos/path/c/0: cannot be decoded" in what for what in damaged(root, column="videos/fps", value=1.0))
+    assert any(
+        "videos/path/c/0: cannot be decoded" in what
+        for what in damaged(root, column="videos/fps", value=1.0)
+    )
 
 
 def test_a_lost_teacher_plan_is_not_healed_and_nothing_else_is_dropped(root: Path) -> None:
@@ -286,7 +317,9 @@ def test_a_lost_teacher_plan_is_not_healed_and_nothing_else_is_dropped(root: Pat
     assert (root / "commits/teachers/t/000000").exists()
 
 
-def test_nobody_writes_while_a_repair_looks_for_what_to_drop(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_writes_while_a_repair_looks_for_what_to_drop(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def looking(*args: Any) -> Iterator[Finding]:
         with pytest.raises(StoreError, match="another process is writing"):
             StoreWriter(root, sampling=TargetStore.open(root).attributes["sampling"])
@@ -318,7 +351,9 @@ def test_foreign_corrupt_and_other_stores_are_refused_by_name(root: Path, tmp_pa
     with pytest.raises(StoreError, match="not a target store"):
         TargetStore.open(tmp_path / "foreign")
     (tmp_path / "file").write_text("no store")
-    with pytest.raises(StoreError, match="file: is a file, expected a target store, which is a folder"):
+    with pytest.raises(
+        StoreError, match="file: is a file, expected a target store, which is a folder"
+    ):
         TargetStore.open(tmp_path / "file")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
@@ -327,7 +362,9 @@ def test_foreign_corrupt_and_other_stores_are_refused_by_name(root: Path, tmp_pa
     with pytest.raises(StoreMismatchError, match=r'"every": 4.*"every": 2'):
         StoreWriter(root, sampling={**SAMPLING, "every": 2})
     with StoreWriter(root, sampling=SAMPLING) as writer:
-        with pytest.raises(StoreMismatchError, match=r"teacher 't'.*identity.w is 1 in the store, 2"):
+        with pytest.raises(
+            StoreMismatchError, match=r"teacher 't'.*identity.w is 1 in the store, 2"
+        ):
             writer.add_teacher("t", ["c"] * K, {"name": "t", "identity": {"w": 2}, "run": RUN})
         with pytest.raises(StoreError, match="another process"):
             StoreWriter(root, sampling=SAMPLING)
@@ -344,7 +381,9 @@ def test_foreign_corrupt_and_other_stores_are_refused_by_name(root: Path, tmp_pa
 def test_what_a_killed_process_left_while_it_made_the_store_is_swept(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    left, others, alive = (tmp_path / f".{name}" for name in (f"t.new-{ended.pid}", f"u.new-{ended.pid}", "t.new-1"))
+    left, others, alive = (
+        tmp_path / f".{name}" for name in (f"t.new-{ended.pid}", f"u.new-{ended.pid}", "t.new-1")
+    )
     for folder in (left, others, alive):
         folder.mkdir()
     with StoreWriter(tmp_path / "t", sampling=SAMPLING):
@@ -362,9 +401,13 @@ def test_zarr_and_xarray_find_nothing_foreign(root: Path) -> None:
     assert int(done.stdout) > 20
 
 
-def test_the_example_of_the_documentation_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_documentation_runs(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = Path(distinit.__file__).parent / "docs" / "store-format.md"
-    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (example,) = re.findall(
+        r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "targets.zarr").symlink_to(root)
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -376,8 +419,11 @@ def test_the_example_of_the_documentation_runs(root: Path, tmp_path: Path, monke
     assert float(nats) == pytest.approx(float(entropy(logits_of(0)[:1])[0]), abs=1e-4)
 
 
-def test_a_video_is_found_without_a_look_at_the_others(make_store: Callable[..., tuple[Any, Path]]) -> None:
-    """What the index says of each video, against a search through all segments; segments are not searched again."""
+def test_a_video_is_found_without_a_look_at_the_others(
+    make_store: Callable[..., tuple[Any, Path]],
+) -> None:
+    """What the index says of each video, against a search through all segments; segments are not
+    searched again."""
     _, root = make_store(videos=range(40))
     store = TargetStore.open(root)
     index = store.index
@@ -389,7 +435,10 @@ def test_a_video_is_found_without_a_look_at_the_others(make_store: Callable[...,
         assert record.note == next((index.note[s] for s in live if s in index.note), None)
         assert record.rows == index.rows[live].sum()
     order = np.array([7, 3, 0, 39, 5])
-    assert store.rows_of(order).tolist() == np.concatenate([store.frames(int(i))[2] for i in order]).tolist()
+    assert (
+        store.rows_of(order).tolist()
+        == np.concatenate([store.frames(int(i))[2] for i in order]).tolist()
+    )
     assert store.rows_of(np.empty(0, np.int64)).tolist() == []
     index.video = index.replaces = np.empty(0)  # neither is read any more
     assert store.video(5).note == "cut off"

@@ -1,4 +1,5 @@
-"""A store behind a URL gives the rows of the local one, over real servers on loopback, and keeps what it read."""
+"""A store behind a URL gives the rows of the local one, over real servers on loopback, and keeps
+what it read."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ from distinit.stages.targets_info import targets_info
 
 @dataclass
 class Server:
-    """A folder behind HTTP without listings. `ranges` False: a server that answers a range with all of the file."""
+    """A folder behind HTTP without listings. `ranges` False: a server that answers a range with all
+    of the file."""
 
     root: Path
     ranges: bool = True
@@ -56,7 +58,9 @@ def serve(root: Path, **changes: Any) -> Iterator[Server]:
             if state.broken:
                 state.broken, data, status = state.broken - 1, b"", 503
             elif status == 200 and state.ranges and "Range" in self.headers:
-                first, last = (int(x) for x in self.headers["Range"].removeprefix("bytes=").split("-"))
+                first, last = (
+                    int(x) for x in self.headers["Range"].removeprefix("bytes=").split("-")
+                )
                 data, status = (data[first : last + 1], 206) if first < len(data) else (b"", 416)
             state.asked.append((self.path, len(data)))
             self.send_response(status)
@@ -99,8 +103,12 @@ def same(a: TargetStore, b: TargetStore) -> None:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_rows_over_http_equal_the_local_ones_and_come_once(make_store: Callable[..., Any], ranges: bool) -> None:
-    _, root = make_store(teachers={"t": 10, "second": 5}, uncommitted=[2], encoding="int8" if ranges else "float16")
+def test_rows_over_http_equal_the_local_ones_and_come_once(
+    make_store: Callable[..., Any], ranges: bool
+) -> None:
+    _, root = make_store(
+        teachers={"t": 10, "second": 5}, uncommitted=[2], encoding="int8" if ranges else "float16"
+    )
     with serve(root.parent, ranges=ranges) as server:
         store = TargetStore.open(f"{server.url}/s.zarr/")
         rows = store.frames(0)[2][:3]
@@ -112,15 +120,20 @@ def test_rows_over_http_equal_the_local_ones_and_come_once(make_store: Callable[
         asked = len(server.asked)
         again = TargetStore.open(f"{server.url}/s.zarr")
         same(TargetStore.open(root), again)
-        # The rest is in the cache; only chunks that were not there, which are fill, are asked for again.
-        assert not [path for path, sent in server.asked[asked:] if sent and not path.endswith("zarr.json")]
+        # The rest is in the cache; only chunks that were not there, which are fill, are asked for
+        # again.
+        assert not [
+            path for path, sent in server.asked[asked:] if sent and not path.endswith("zarr.json")
+        ]
     same(TargetStore.open(root), pickle.loads(pickle.dumps(again)))  # and the server is gone
 
 
 def test_a_store_in_memory_and_a_store_that_grows(
     make_store: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(urls, "PROTOCOLS", (*urls.PROTOCOLS, "memory"))  # as it takes the way of s3 and others
+    monkeypatch.setattr(
+        urls, "PROTOCOLS", (*urls.PROTOCOLS, "memory")
+    )  # as it takes the way of s3 and others
     recipe, root = make_store(uncommitted=[1])
     memory = fsspec.filesystem("memory")
     memory.put(str(root), "/bucket/s.zarr", recursive=True)
@@ -139,7 +152,9 @@ def test_a_store_in_memory_and_a_store_that_grows(
         _ = after.path
 
 
-def test_two_copies_that_grew_differently_are_not_mixed_up(make_store: Callable[..., Any], tmp_path: Path) -> None:
+def test_two_copies_that_grew_differently_are_not_mixed_up(
+    make_store: Callable[..., Any], tmp_path: Path
+) -> None:
     recipe, root = make_store(videos=range(5))
     for name in ("c", "d"):
         copy = shutil.copytree(root, tmp_path / f"{name}.zarr")
@@ -153,7 +168,9 @@ def test_two_copies_that_grew_differently_are_not_mixed_up(make_store: Callable[
             assert (store.video(5).corpus, store.video(5).path) == (name, f"{name}.mp4")
 
 
-def test_a_damaged_cache_heals_and_damage_behind_it_is_named(make_store: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_damaged_cache_heals_and_damage_behind_it_is_named(
+    make_store: Callable[..., Any], tmp_path: Path
+) -> None:
     _, root = make_store()
     with serve(root.parent) as server:
         url = f"{server.url}/s.zarr"
@@ -205,11 +222,15 @@ def test_loader_workers_read_through_one_cache(make_store: Callable[..., Any]) -
     with serve(root.parent) as server:
         store = TargetStore.open(f"{server.url}/s.zarr")
         _ = store.frames(0)  # the parent's connection is open when it forks
-        loader = DataLoader(Rows(store), batch_size=None, num_workers=2, multiprocessing_context="fork")
+        loader = DataLoader(
+            Rows(store), batch_size=None, num_workers=2, multiprocessing_context="fork"
+        )
         assert [float(x) for x in loader] == expected
 
 
-def test_what_is_no_store_there_is_said_by_its_url(make_store: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_is_no_store_there_is_said_by_its_url(
+    make_store: Callable[..., Any], tmp_path: Path
+) -> None:
     _, root = make_store()
     with serve(root.parent) as server:
         with pytest.raises(StoreError, match=rf"{server.url}/none.zarr: no such target store"):

@@ -43,7 +43,9 @@ def same_videos(a: TargetStore, b: TargetStore, teachers: tuple[str, ...]) -> No
 
 
 @pytest.mark.parametrize("encoding", ["float16", "int8"])
-def test_a_chosen_part_is_a_store_like_any_other(make_store: Make, tmp_path: Path, encoding: str) -> None:
+def test_a_chosen_part_is_a_store_like_any_other(
+    make_store: Make, tmp_path: Path, encoding: str
+) -> None:
     recipe, root = make_store(teachers={"t": 9, "u": 4}, encoding=encoding)
     whole = TargetStore.open(root)
     numbers = [1, 3, 7, 8, 10, 30, 31, 39]
@@ -51,7 +53,9 @@ def test_a_chosen_part_is_a_store_like_any_other(make_store: Make, tmp_path: Pat
     lines = [names[0], f"b={names[1]}", f"/data/b/{names[2]} 5", "# a comment", "", *names[3:]]
     (tmp_path / "list.txt").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     out = tmp_path / "some.zarr"
-    result = targets_export(root, out, QUIET, teachers=["u"], corpora=["b"], videos_from=tmp_path / "list.txt")
+    result = targets_export(
+        root, out, QUIET, teachers=["u"], corpora=["b"], videos_from=tmp_path / "list.txt"
+    )
     store = TargetStore.open(out)
     kept = [v for v in numbers if recipe.corpus(v) == 1]
     paths = [recipe.path(v).replace("%FF", "\udcff") for v in kept]
@@ -61,7 +65,10 @@ def test_a_chosen_part_is_a_store_like_any_other(make_store: Make, tmp_path: Pat
     assert (result["videos"], result["rows"]) == (len(kept), sum(recipe.rows(v) for v in kept))
     same_videos(whole, store, ("u",))
     assert list(verify(out, load_index(out))) == []
-    assert 0 < store.encoding_error("u")["kl_mean"] <= store.encoding_error("u")["kl_p99"] or encoding == "float16"
+    assert (
+        0 < store.encoding_error("u")["kl_mean"] <= store.encoding_error("u")["kl_p99"]
+        or encoding == "float16"
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["list.txt", "s.zarr", "some.zarr"]
     everything = tmp_path / "all.zarr"
     targets_export(root, everything, QUIET, shard_rows=1024)
@@ -79,7 +86,9 @@ def test_an_exported_part_fits_a_merge_that_it_did_not(make_store: Make, tmp_pat
     same_videos(TargetStore.open(b), TargetStore.open(tmp_path / "b2.zarr"), ("t",))
 
 
-def test_nothing_stands_at_out_until_it_is_whole(make_store: Make, tmp_path: Path, monkeypatch: Any) -> None:
+def test_nothing_stands_at_out_until_it_is_whole(
+    make_store: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
     root = make_store(uncommitted=[1])[1]
     out = tmp_path / "out.zarr"
 
@@ -95,7 +104,9 @@ def test_nothing_stands_at_out_until_it_is_whole(make_store: Make, tmp_path: Pat
     shutil.rmtree(tmp_path / ".out.zarr.part" / "commits")
     whole = TargetStore.open(root)
     done = targets_export(root, out, QUIET)
-    assert done["videos"] == whole.n_videos - int((whole.video_state == 0).sum())  # pending ones are left out
+    assert done["videos"] == whole.n_videos - int(
+        (whole.video_state == 0).sum()
+    )  # pending ones are left out
     assert list(verify(out, load_index(out))) == []
     damaged = root / "teachers/t/logits/c/0/0"
     damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
@@ -135,7 +146,10 @@ def test_of_two_exports_to_one_store_the_second_is_refused_and_the_first_goes_on
     monkeypatch.setattr(subset.ShardCopy, "teacher", meanwhile)
     assert targets_export(root, out, QUIET)["videos"] > 0
     assert str(out) in refused[0]
-    assert [path.name for path in out.parent.iterdir() if path.name != "s.zarr"] in (["x.zarr"], ["deep", "x.zarr"])
+    assert [path.name for path in out.parent.iterdir() if path.name != "s.zarr"] in (
+        ["x.zarr"],
+        ["deep", "x.zarr"],
+    )
     assert list(verify(out, load_index(out))) == []
 
 
@@ -159,7 +173,9 @@ def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["x.zarr", "x.h5"])
-def test_a_finished_export_is_known_again_and_another_is_refused(make_store: Make, tmp_path: Path, name: str) -> None:
+def test_a_finished_export_is_known_again_and_another_is_refused(
+    make_store: Make, tmp_path: Path, name: str
+) -> None:
     root, out = make_store()[1], tmp_path / name
     done = targets_export(root, out, QUIET)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -186,14 +202,18 @@ def tables_of(path: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     with h5py.File(path) as file:
         file.visititems(
-            lambda name, found_at: found.update({name: found_at[()].tobytes()})
-            if isinstance(found_at, h5py.Dataset)
-            else None
+            lambda name, found_at: (
+                found.update({name: found_at[()].tobytes()})
+                if isinstance(found_at, h5py.Dataset)
+                else None
+            )
         )
     return found
 
 
-def test_hdf5_itself_finds_every_flipped_bit_of_an_exported_file(make_store: Make, tmp_path: Path) -> None:
+def test_hdf5_itself_finds_every_flipped_bit_of_an_exported_file(
+    make_store: Make, tmp_path: Path
+) -> None:
     out = tmp_path / "x.h5"
     targets_export(make_store()[1], out, QUIET)
     whole, seen = tables_of(out), 0

@@ -1,4 +1,5 @@
-"""Exports against plain safetensors and torchvision's own model; what does not fit is refused by name."""
+"""Exports against plain safetensors and torchvision's own model; what does not fit is refused by
+name."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from safetensors.torch import load_file, save_file
 from torchvision.models.video import r2plus1d_18
 
 from distinit.pipeline.common.errors import CheckpointError
-from distinit.pipeline.students.export import load_backbone, load_student, read_options, save_student
+from distinit.pipeline.students.export import (
+    load_backbone,
+    load_student,
+    read_options,
+    save_student,
+)
 from distinit.pipeline.students.student import Student, build_student
 from distinit.pipeline.students.student_options import StudentMeta, StudentOptions
 
@@ -34,7 +40,9 @@ def test_export_loads_strictly_into_torchvision(tmp_path: Path) -> None:
     # Statistics that differ from the initial ones, as after training.
     student.train()(clip_of())
     student.eval()
-    save_student(tmp_path / "student.safetensors", student, StudentMeta(classes={"teacher": list("abcdefg")}))
+    save_student(
+        tmp_path / "student.safetensors", student, StudentMeta(classes={"teacher": list("abcdefg")})
+    )
     theirs = r2plus1d_18(num_classes=7)
     theirs.load_state_dict(load_file(tmp_path / "student.safetensors"), strict=True)
     with torch.inference_mode():
@@ -58,7 +66,10 @@ def test_round_trip_with_several_heads_through_a_run_folder(tmp_path: Path) -> N
     )
     with torch.inference_mode():
         ours, theirs = student(clip_of(2)), loaded(clip_of(2))
-    assert {name: torch.equal(ours[name], theirs[name]) for name in ours} == {"a.b-c": True, "keys": True}
+    assert {name: torch.equal(ours[name], theirs[name]) for name in ours} == {
+        "a.b-c": True,
+        "keys": True,
+    }
     with safe_open(tmp_path / "student.safetensors", framework="pt") as file:
         assert {name for name in file.keys() if name.startswith(("heads", "fc"))} == {  # noqa: SIM118
             "heads.a.b-c.weight",
@@ -87,13 +98,18 @@ def test_backbone_initialises_another_student(tmp_path: Path) -> None:
     ("asked", "words"),
     [
         ({"variant": "vmz"}, "variant is 'torchvision' in the file, 'vmz' was asked for"),
-        ({"architecture": "r3d_18"}, "architecture is 'r2plus1d_18' in the file, 'r3d_18' was asked for"),
+        (
+            {"architecture": "r3d_18"},
+            "architecture is 'r2plus1d_18' in the file, 'r3d_18' was asked for",
+        ),
         ({"width": 0.25}, "width is 0.125 in the file, 0.25 was asked for"),
         ({"channels": 2}, "channels is 3 in the file, 2 was asked for"),
     ],
 )
 @pytest.mark.parametrize("foreign", [False, True])
-def test_misfits_are_refused_by_name(tmp_path: Path, asked: dict[str, Any], words: str, foreign: bool) -> None:
+def test_misfits_are_refused_by_name(
+    tmp_path: Path, asked: dict[str, Any], words: str, foreign: bool
+) -> None:
     path = tmp_path / "s.safetensors"
     source = student_of({"t": 5}, **NARROW)
     save_student(path, source, StudentMeta())
@@ -141,7 +157,9 @@ def test_damaged_foreign_and_missing_files(tmp_path: Path) -> None:
         load_backbone(student, path)
     tensors["layer1.0.conv1.1.bias"][0] = float("nan")
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=r"layer1.0.conv1.1.bias holds values that are not finite"):
+    with pytest.raises(
+        CheckpointError, match=r"layer1.0.conv1.1.bias holds values that are not finite"
+    ):
         load_backbone(student, path)
 
 
@@ -183,7 +201,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_header_that_claims_more_than_its_tensors_is_refused(header: dict[str, Any], tmp_path: Path) -> None:
+def test_a_header_that_claims_more_than_its_tensors_is_refused(
+    header: dict[str, Any], tmp_path: Path
+) -> None:
     path = tmp_path / "student.safetensors"
     save_student(path, student_of({"t": 3}, **NARROW), StudentMeta())
     tensors = load_file(path)

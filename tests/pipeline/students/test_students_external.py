@@ -1,4 +1,5 @@
-"""Students that are not built here: torchvision's own models without their classifier, and a user's module."""
+"""Students that are not built here: torchvision's own models without their classifier, and a user's
+module."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ from torchvision.models.video.resnet import (
 )
 
 from distinit.pipeline.common.errors import CheckpointError, UsageError
-from distinit.pipeline.students.export import load_backbone, load_student, read_options, save_student
+from distinit.pipeline.students.export import (
+    load_backbone,
+    load_student,
+    read_options,
+    save_student,
+)
 from distinit.pipeline.students.student import Student, build_student, count_parameters
 from distinit.pipeline.students.student_options import StudentMeta, StudentOptions
 
@@ -81,11 +87,17 @@ def clip_of(channels: int = 3) -> torch.Tensor:
     ("architecture", "convolution", "stem"),
     [("r2plus1d_34", Conv2Plus1D, R2Plus1dStem), ("r3d_34", Conv3DSimple, BasicStem)],
 )
-def test_34_layers_are_torchvisions_blocks_stacked_3_4_6_3(architecture: str, convolution: Any, stem: Any) -> None:
+def test_34_layers_are_torchvisions_blocks_stacked_3_4_6_3(
+    architecture: str, convolution: Any, stem: Any
+) -> None:
     with torch.device("meta"):
         theirs = VideoResNet(BasicBlock, [convolution] * 4, [3, 4, 6, 3], stem, num_classes=400)
         ours = build_student(StudentOptions(architecture=architecture), {"t": 400})
-    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items() if not name.startswith("fc.")}
+    shapes = {
+        name: tensor.shape
+        for name, tensor in theirs.state_dict().items()
+        if not name.startswith("fc.")
+    }
     assert {name: tensor.shape for name, tensor in ours.backbone.state_dict().items()} == shapes
     assert count_parameters(ours) == count_parameters(theirs)
 
@@ -96,7 +108,9 @@ def test_s3d_gives_torchvisions_features_and_its_file_loads_there(tmp_path: Path
     save_student(tmp_path / "s.safetensors", student, StudentMeta(clip_size=32))
     theirs = video.s3d(num_classes=5)
     state = load_file(tmp_path / "s.safetensors")
-    found = theirs.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")}, strict=False)
+    found = theirs.load_state_dict(
+        {k: v for k, v in state.items() if not k.startswith("fc.")}, strict=False
+    )
     assert found.missing_keys == ["classifier.1.weight", "classifier.1.bias"]
     assert not found.unexpected_keys
     with torch.inference_mode():
@@ -105,7 +119,9 @@ def test_s3d_gives_torchvisions_features_and_its_file_loads_there(tmp_path: Path
         again = load_student(tmp_path / "s.safetensors")
         assert torch.equal(again(clip_of())["t"], student(clip_of())["t"])
         other = student_of("s3d")
-        assert len(load_backbone(other, tmp_path / "s.safetensors").loaded) == len(student.backbone.state_dict())
+        assert len(load_backbone(other, tmp_path / "s.safetensors").loaded) == len(
+            student.backbone.state_dict()
+        )
         assert torch.equal(other.features(clip_of()), expected)
 
 
@@ -119,7 +135,10 @@ def test_two_channels_change_the_first_convolution_alone() -> None:
 
 
 def test_a_users_modules(modules: None, tmp_path: Path) -> None:
-    maps, flat = student_of("my_students:maps", options={"depth": 7}), student_of("my_students:Flat")
+    maps, flat = (
+        student_of("my_students:maps", options={"depth": 7}),
+        student_of("my_students:Flat"),
+    )
     assert (maps.feature_size, flat.feature_size) == (7, 6)
     with torch.inference_mode():
         assert torch.allclose(maps.features(clip_of()), maps.backbone(clip_of()).mean((2, 3, 4)))
@@ -132,14 +151,18 @@ def test_a_users_modules(modules: None, tmp_path: Path) -> None:
         assert torch.equal(again(clip_of())["t"], flat(clip_of())["t"])
     # A file alone runs no code.
     for read in (load_student, read_options):
-        with pytest.raises(CheckpointError, match=r"made by my_students:Flat, whose code would be run; name it"):
+        with pytest.raises(
+            CheckpointError, match=r"made by my_students:Flat, whose code would be run; name it"
+        ):
             read(path)
     with pytest.raises(CheckpointError, match="architecture is 'my_students:Flat' in the file"):
         load_backbone(maps, path)
 
 
 def test_refusals_name_what_is_wrong(modules: None) -> None:
-    with pytest.raises(ValidationError, match=r"'resnet18' is not known; there are: r2plus1d_18, .*s3d, .*:factory"):
+    with pytest.raises(
+        ValidationError, match=r"'resnet18' is not known; there are: r2plus1d_18, .*s3d, .*:factory"
+    ):
         StudentOptions(architecture="resnet18")
     with pytest.raises(ValidationError, match=r"width is 0\.5; s3d has only 1"):
         StudentOptions(architecture="s3d", width=0.5)
@@ -153,7 +176,9 @@ def test_refusals_name_what_is_wrong(modules: None) -> None:
     }.items():
         with pytest.raises(UsageError, match=words):
             student_of(name)
-    with pytest.raises(UsageError, match=r"'my_students:Flat' does not take clips .* \['B', 2, 8, 32, 32\]"):
+    with pytest.raises(
+        UsageError, match=r"'my_students:Flat' does not take clips .* \['B', 2, 8, 32, 32\]"
+    ):
         student_of("my_students:Flat", channels=2)
     with pytest.raises(UsageError, match=r"options\.weights: s3d begins with fresh weights"):
         student_of("s3d", options={"weights": "DEFAULT"})

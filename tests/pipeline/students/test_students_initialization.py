@@ -1,4 +1,5 @@
-"""How students begin: inflation against the 2D network itself, Kinetics against torchvision's model, and refusals."""
+"""How students begin: inflation against the 2D network itself, Kinetics against torchvision's
+model, and refusals."""
 
 from __future__ import annotations
 
@@ -50,8 +51,12 @@ def places(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-def started(init: str, wanted: dict[str, Any] | None = None, inflation: Any = "scaled") -> tuple[Student, InitReport]:
-    start = resolve_init(init, StudentOptions.model_validate(wanted) if wanted is not None else None, inflation)
+def started(
+    init: str, wanted: dict[str, Any] | None = None, inflation: Any = "scaled"
+) -> tuple[Student, InitReport]:
+    start = resolve_init(
+        init, StudentOptions.model_validate(wanted) if wanted is not None else None, inflation
+    )
     torch.manual_seed(1)
     student = build_student(start.options, {"label": 3})
     return student.eval(), start.fill(student)
@@ -68,7 +73,8 @@ def pairs(network: nn.Module, student: Student) -> list[tuple[str, nn.Conv2d, nn
 
 
 @pytest.mark.parametrize(
-    ("architecture", "inflation"), [("r3d_18", "scaled"), ("r3d_18", "replicated"), ("mc3_18", "scaled")]
+    ("architecture", "inflation"),
+    [("r3d_18", "scaled"), ("r3d_18", "replicated"), ("mc3_18", "scaled")],
 )
 def test_every_convolution_answers_to_a_static_clip_as_to_its_image(
     network: nn.Module, places: Path, architecture: str, inflation: str
@@ -89,13 +95,16 @@ def test_every_convolution_answers_to_a_static_clip_as_to_its_image(
         inner = found[:, :, 1:-1] if frames > 1 else found
         assert inner.shape[2] > 0
         for frame in inner.unbind(2):
-            torch.testing.assert_close(frame, expected, atol=2e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                frame, expected, atol=2e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_the_whole_inflated_network_answers_to_a_static_clip_as_the_image_network(
     network: nn.Module, places: Path
 ) -> None:
-    """Without ResNet's max-pool, which Res3D lacks. Frame 56 of 112 sees 54 frames on either side: no border."""
+    """Without ResNet's max-pool, which Res3D lacks. Frame 56 of 112 sees 54 frames on either side:
+    no border."""
     student, _ = started(f"inflate:{places}")
     image = torch.randn(1, 3, 16, 16)
     backbone = student.backbone
@@ -108,28 +117,52 @@ def test_the_whole_inflated_network_answers_to_a_static_clip_as_the_image_networ
     assert float(flat.abs().mean()) > 0.1
 
 
-def test_flow_gets_the_mean_of_the_colours_for_both_channels(network: nn.Module, places: Path) -> None:
+def test_flow_gets_the_mean_of_the_colours_for_both_channels(
+    network: nn.Module, places: Path
+) -> None:
     """Table 5's mean-inflated stem, in NumPy; everything behind it is that of RGB."""
     student, report = started(f"inflate:{places}", {"channels": 2})
     kernel = network.conv1.weight.detach().numpy()  # [64, 3, 7, 7]
     expected = np.broadcast_to(kernel.mean(axis=1)[:, None, None] / 3, (64, 2, 3, 7, 7))
-    np.testing.assert_allclose(student.backbone.stem[0].weight.detach().numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        student.backbone.stem[0].weight.detach().numpy(), expected, atol=1e-6
+    )
     behind = network.layer1[0].conv1.weight.detach().numpy()
     expected = np.broadcast_to(behind[:, :, None] / 3, (64, 64, 3, 3, 3))
-    np.testing.assert_allclose(student.backbone.layer1[0].conv1[0].weight.detach().numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        student.backbone.layer1[0].conv1[0].weight.detach().numpy(), expected, atol=1e-6
+    )
     line = next(line for line in report.lines if line.startswith("stem.0.weight"))
-    assert line.endswith("conv1.weight, averaged over RGB for 2 channels, repeated over 3 frames and divided by 3")
+    assert line.endswith(
+        "conv1.weight, averaged over RGB for 2 channels, repeated over 3 frames and divided by 3"
+    )
     assert "left: fc.weight [10, 512]" in report.lines
 
 
 @pytest.mark.parametrize(
     ("name", "wanted", "words"),
     [
-        ("resnet18", {"architecture": "r2plus1d_18"}, r"ResNet-18 does not inflate to r2plus1d_18: .*r3d_18 or mc3_18"),
-        ("resnet18", {"architecture": "r3d_34"}, "to r3d_34: the depth differs; what fits: --student r3d_18"),
-        ("resnet18", {"variant": "vmz"}, r"to r3d_18: variant 'vmz' is a rule of R\(2\+1\)D; what fits"),
+        (
+            "resnet18",
+            {"architecture": "r2plus1d_18"},
+            r"ResNet-18 does not inflate to r2plus1d_18: .*r3d_18 or mc3_18",
+        ),
+        (
+            "resnet18",
+            {"architecture": "r3d_34"},
+            "to r3d_34: the depth differs; what fits: --student r3d_18",
+        ),
+        (
+            "resnet18",
+            {"variant": "vmz"},
+            r"to r3d_18: variant 'vmz' is a rule of R\(2\+1\)D; what fits",
+        ),
         ("resnet18", {"width": 0.5}, r"its width is 1, 0\.5 was asked for; what fits: --width 1"),
-        ("resnet34", {"architecture": "r3d_18"}, r"ResNet-34 does not inflate to r3d_18.*what fits: --student r3d_34"),
+        (
+            "resnet34",
+            {"architecture": "r3d_18"},
+            r"ResNet-34 does not inflate to r3d_18.*what fits: --student r3d_34",
+        ),
         ("resnet50", {}, "bottleneck blocks"),
         ("vgg11", {}, "no 2D ResNet of RGB images"),
     ],
@@ -139,7 +172,10 @@ def test_what_does_not_inflate_is_refused_by_name(
 ) -> None:
     with torch.device("meta"):
         state = torchvision.models.get_model(name, weights=None, num_classes=2).state_dict()
-    torch.save({key: torch.zeros([]).expand(value.shape) for key, value in state.items()}, tmp_path / "w.pth")
+    torch.save(
+        {key: torch.zeros([]).expand(value.shape) for key, value in state.items()},
+        tmp_path / "w.pth",
+    )
     with pytest.raises(CheckpointError, match=words):
         resolve_init(f"inflate:{tmp_path / 'w.pth'}", StudentOptions.model_validate(wanted))
 
@@ -151,7 +187,9 @@ def test_torchvisions_weights_come_from_its_cache_or_say_where_to_get_them(
     for proxy in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody answers there
     for init in ("inflate:resnet18", "kinetics"):
-        with pytest.raises(WeightsError, match=rf"--init {init}: .* cannot be fetched .*get https://.*:FILE"):
+        with pytest.raises(
+            WeightsError, match=rf"--init {init}: .* cannot be fetched .*get https://.*:FILE"
+        ):
             resolve_init(init, None)
     folder = tmp_path / "hub/checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +199,9 @@ def test_torchvisions_weights_come_from_its_cache_or_say_where_to_get_them(
     torch.testing.assert_close(student.backbone.stem[0].weight.sum(dim=2), network.conv1.weight)
 
 
-def test_kinetics_is_torchvisions_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinetics_is_torchvisions_own_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.manual_seed(2)
     theirs = torchvision.models.video.r2plus1d_18(weights=None, num_classes=400).eval()
@@ -179,18 +219,26 @@ def test_kinetics_is_torchvisions_own_model(tmp_path: Path, monkeypatch: pytest.
     fetched.fill(student)
     torch.testing.assert_close(student.backbone.stem[0].weight, theirs.stem[0].weight)
     for wanted, words in (
-        ({"variant": "vmz"}, r"--init kinetics: variant is 'torchvision' in the file, 'vmz' was asked for; what fits"),
+        (
+            {"variant": "vmz"},
+            r"--init kinetics: variant is 'torchvision' in the file, 'vmz' was asked for; what fits",
+        ),
         ({"channels": 2}, "channels is 3 in the file, 2 was asked for"),
         ({"width": 0.5}, r"width is 1\.0 in the file"),
-        ({"architecture": "r3d_34"}, "no Kinetics weights of r3d_34; what fits: --student r2plus1d_18, r3d_18"),
+        (
+            {"architecture": "r3d_34"},
+            "no Kinetics weights of r3d_34; what fits: --student r2plus1d_18, r3d_18",
+        ),
     ):
         with pytest.raises(CheckpointError, match=words):
             resolve_init("kinetics", StudentOptions.model_validate(wanted))
-    with pytest.raises(CheckpointError, match="architecture is 'r2plus1d_18' in the file, 'r3d_18' was asked for"):
+    with pytest.raises(
+        CheckpointError, match="architecture is 'r2plus1d_18' in the file, 'r3d_18' was asked for"
+    ):
         resolve_init(f"kinetics:{file}", StudentOptions(architecture="r3d_18"))
 
 
-FACTORY = '''
+FACTORY = """
 from distinit.pipeline.students.student import StudentOptions, build_student
 
 
@@ -208,7 +256,7 @@ def number():
 
 def failing():
     raise KeyError("gone")
-'''
+"""
 
 
 def test_factories_and_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +273,10 @@ def test_factories_and_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "no_such_module:f": (UsageError, "ModuleNotFoundError"),
         "inflate:": (UsageError, "expected inflate:resnet18"),
         "runs/none": (CheckpointError, "no such file or run folder"),
-        "inflate:none.pth": (WeightsError, "no such file; without one it is inflate:resnet18 or inflate:resnet34"),
+        "inflate:none.pth": (
+            WeightsError,
+            "no such file; without one it is inflate:resnet18 or inflate:resnet34",
+        ),
     }
     for init, (error, words) in refused.items():
         with pytest.raises(error, match=words):
@@ -237,7 +288,9 @@ def test_factories_and_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     student, report = started(str(tmp_path), {"architecture": "r3d_18"})
     assert student.options.width == 0.0625, "only what was asked for is compared"
     assert sorted(report.left) == ["fc.bias", "fc.weight"]
-    with pytest.raises(CheckpointError, match=r"variant 'vmz' is a rule of .*; what fits: r3d_18 \(variant"):
+    with pytest.raises(
+        CheckpointError, match=r"variant 'vmz' is a rule of .*; what fits: r3d_18 \(variant"
+    ):
         started(str(tmp_path), {"variant": "vmz"})
     with pytest.raises(CheckpointError, match=r"width is 0\.0625 in the file, 1\.0 was asked for"):
         started(str(tmp_path), {"width": 1.0})
@@ -250,13 +303,21 @@ def test_factories_and_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_frozen_backbone_keeps_weights_and_statistics() -> None:
-    student = build_student(StudentOptions(architecture="r3d_18", width=0.0625), {"label": 3}, dropout=0.5)
+    student = build_student(
+        StudentOptions(architecture="r3d_18", width=0.0625), {"label": 3}, dropout=0.5
+    )
     student.freeze_backbone()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     student.train()
     assert student.dropout.training
-    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
+    optimizer = torch.optim.SGD(
+        [p for p in student.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1
+    )
     student(torch.randn(4, 3, 2, 16, 16))["label"].square().sum().backward()
     optimizer.step()
-    changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {
+        name
+        for name, tensor in student.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
     assert changed == {"heads.head_label.weight", "heads.head_label.bias"}

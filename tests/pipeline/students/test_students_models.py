@@ -32,7 +32,9 @@ def test_parameter_counts_at_400_classes(architecture: str, variant: str, parame
 @pytest.mark.parametrize("architecture", ["r2plus1d_18", "r3d_18", "mc3_18"])
 def test_torchvision_variant_is_torchvisions_model(architecture: str) -> None:
     theirs = getattr(video, architecture)(num_classes=5).eval()
-    ours = build_student(StudentOptions.model_validate({"architecture": architecture}), {"a.b": 5}).eval()
+    ours = build_student(
+        StudentOptions.model_validate({"architecture": architecture}), {"a.b": 5}
+    ).eval()
     state = theirs.state_dict()
     head = {name: state.pop(f"fc.{name}") for name in ("weight", "bias")}
     ours.backbone.load_state_dict(state, strict=True)
@@ -54,7 +56,9 @@ def test_initialisation_has_torchvisions_spread() -> None:
         if name.endswith("num_batches_tracked"):
             continue
         reference = theirs.state_dict()[name].float()
-        assert tensor.float().std() == pytest.approx(reference.std().item(), rel=0.05, abs=1e-6), name
+        assert tensor.float().std() == pytest.approx(reference.std().item(), rel=0.05, abs=1e-6), (
+            name
+        )
     assert ours.head("t").weight.detach().std().item() == pytest.approx(0.01, rel=0.05)
 
 
@@ -81,7 +85,9 @@ def test_vmz_batchnorm() -> None:
 
 @pytest.mark.parametrize(("variant", "channels"), [("torchvision", 2), ("vmz", 3)])
 def test_narrow_students_keep_the_shape(variant: str, channels: int) -> None:
-    options = StudentOptions.model_validate({"variant": variant, "width": 0.25, "channels": channels})
+    options = StudentOptions.model_validate(
+        {"variant": variant, "width": 0.25, "channels": channels}
+    )
     student = build_student(options, {"imagenet": 10, "places": 4}, dropout=0.5)
     shapes: list[tuple[int, ...]] = []
     for part in ("stem", "layer1", "layer2", "layer3", "layer4"):
@@ -89,7 +95,13 @@ def test_narrow_students_keep_the_shape(variant: str, channels: int) -> None:
             lambda _module, _inputs, output: shapes.append(tuple(output.shape[1:]))
         )
     outputs = student(torch.zeros(2, channels, 8, 112, 112))
-    assert shapes == [(16, 8, 56, 56), (16, 8, 56, 56), (32, 4, 28, 28), (64, 2, 14, 14), (128, 1, 7, 7)]
+    assert shapes == [
+        (16, 8, 56, 56),
+        (16, 8, 56, 56),
+        (32, 4, 28, 28),
+        (64, 2, 14, 14),
+        (128, 1, 7, 7),
+    ]
     assert {name: tuple(output.shape) for name, output in outputs.items()} == {
         "imagenet": (2, 10),
         "places": (2, 4),
@@ -98,7 +110,9 @@ def test_narrow_students_keep_the_shape(variant: str, channels: int) -> None:
 
 
 def test_every_head_learns_from_its_own_loss_alone() -> None:
-    student = build_student(StudentOptions(architecture="r3d_18", width=0.1), {"train": 3, "x.y": 4})
+    student = build_student(
+        StudentOptions(architecture="r3d_18", width=0.1), {"train": 3, "x.y": 4}
+    )
     student(torch.randn(2, 3, 2, 16, 16))["x.y"].sum().backward()
     assert student.head("x.y").weight.grad is not None
     assert student.head("train").weight.grad is None

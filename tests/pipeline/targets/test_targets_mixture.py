@@ -1,4 +1,5 @@
-"""Corpora with a share each: the share holds, every video comes equally often, and nothing but the key decides."""
+"""Corpora with a share each: the share holds, every video comes equally often, and nothing but the
+key decides."""
 
 from __future__ import annotations
 
@@ -14,11 +15,15 @@ LARGE, SMALL = np.arange(100, 130), np.arange(7)
 
 
 def drawn(mixture: Mixture, clips: int, epoch: int = 0) -> list[int]:
-    return [int(group[at]) for group, at in (mixture.first(epoch, sample) for sample in range(clips))]
+    return [
+        int(group[at]) for group, at in (mixture.first(epoch, sample) for sample in range(clips))
+    ]
 
 
 @pytest.mark.parametrize("shares", [(1, 1), (3, 1), (0.3, 1.1), (1, 5000)])
-def test_each_block_holds_the_shares_and_each_group_its_videos_equally_often(shares: tuple[float, float]) -> None:
+def test_each_block_holds_the_shares_and_each_group_its_videos_equally_often(
+    shares: tuple[float, float],
+) -> None:
     mixture = Mixture([LARGE, SMALL], shares, seed=3, epoch_clips=5 * BLOCK)
     videos = drawn(mixture, 5 * BLOCK)
     large = np.array([video >= 100 for video in videos]).reshape(5, BLOCK).sum(axis=1)
@@ -39,8 +44,12 @@ def test_epochs_of_any_length_are_stretches_of_one_sequence() -> None:
 
 def test_groups_are_those_of_the_corpora_that_are_named() -> None:
     corpus = np.array([0, 0, 1, 2, 1, 0])
-    groups, shares = by_corpus(np.array([0, 1, 2, 4]), corpus, ["a", "b", "c"], {"b": 2.0, "a": 1.0})
-    assert [group.tolist() for group in groups] == [[0, 1], [2, 4]], "in the store's order, however they are named"
+    groups, shares = by_corpus(
+        np.array([0, 1, 2, 4]), corpus, ["a", "b", "c"], {"b": 2.0, "a": 1.0}
+    )
+    assert [group.tolist() for group in groups] == [[0, 1], [2, 4]], (
+        "in the store's order, however they are named"
+    )
     assert shares == [1.0, 2.0]
     with pytest.raises(UsageError, match=r"targets\.corpora names 'x'; the store has: a, b, c"):
         by_corpus(np.array([0]), corpus, ["a", "b", "c"], {"x": 1.0})

@@ -1,4 +1,5 @@
-"""Pick rules and valid starts against a brute-force reading of the rules, equation 1 against NumPy."""
+"""Pick rules and valid starts against a brute-force reading of the rules, equation 1 against
+NumPy."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ def videos(draw: st.DrawFn) -> tuple[np.ndarray, int, int, PickRule]:
     frames = draw(st.integers(1, 60))
     cached = draw(st.sets(st.integers(0, frames - 1), min_size=1))
     length = draw(st.integers(1, 40))
-    rule = draw(st.sampled_from(["center", "random", "random:2", "random:3", "uniform:1", "uniform:4"]))
+    rule = draw(
+        st.sampled_from(["center", "random", "random:2", "random:3", "uniform:1", "uniform:4"])
+    )
     return np.array(sorted(cached), np.int64), frames, length, PickRule.parse(rule)
 
 
@@ -33,7 +36,9 @@ def brute_starts(cached: np.ndarray, frames: int, length: int, rule: PickRule) -
 
 
 @given(videos())
-def test_starts_are_those_whose_window_holds_the_picks(case: tuple[np.ndarray, int, int, PickRule]) -> None:
+def test_starts_are_those_whose_window_holds_the_picks(
+    case: tuple[np.ndarray, int, int, PickRule],
+) -> None:
     cached, frames, length, rule = case
     expected = brute_starts(cached, frames, length, rule)
     starts = start_set(rule, cached, frames, length)
@@ -54,7 +59,9 @@ def test_picks_are_distinct_cached_frames_inside_the_window(
         assert ((chosen >= start) & (chosen < start + length)).all()
         if rule.kind == "random":  # of one, too, where `pick` takes a shorter way
             there = np.flatnonzero((cached >= start) & (cached < start + length))
-            expected = there[np.sort(np.random.default_rng(seed).choice(len(there), rule.n, replace=False))]
+            expected = there[
+                np.sort(np.random.default_rng(seed).choice(len(there), rule.n, replace=False))
+            ]
             assert at.tolist() == expected.tolist()
         if rule.kind == "center":
             assert chosen[0] == start + min(length, frames) // 2
@@ -76,14 +83,18 @@ def test_uniform_picks_are_the_middles_of_equal_parts() -> None:
     assert at.tolist() == [2, 6]
 
 
-@pytest.mark.parametrize("text", ["", "middle", "random:0", "random:-1", "random:x", "center:2", "uniform"])
+@pytest.mark.parametrize(
+    "text", ["", "middle", "random:0", "random:-1", "random:x", "center:2", "uniform"]
+)
 def test_unknown_rules_name_those_allowed(text: str) -> None:
     with pytest.raises(UsageError, match="center, random, random:N, uniform:N"):
         PickRule.parse(text)
 
 
 @given(st.integers(1, 6), st.integers(2, 30), st.floats(0.25, 8), st.integers(0, 1000))
-def test_equation_1_averages_logits_before_one_softmax(n: int, k: int, tau: float, seed: int) -> None:
+def test_equation_1_averages_logits_before_one_softmax(
+    n: int, k: int, tau: float, seed: int
+) -> None:
     z = np.random.default_rng(seed).normal(0, 4, (n, k)).astype(np.float32)
     exponent = z.astype(np.float64).sum(0) / (tau * n)
     expected = np.exp(exponent) / np.exp(exponent).sum()

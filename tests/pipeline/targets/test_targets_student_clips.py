@@ -1,4 +1,5 @@
-"""Draws, picks, the entropy filter and decoded clips on a real store, against plain zarr and NumPy."""
+"""Draws, picks, the entropy filter and decoded clips on a real store, against plain zarr and
+NumPy."""
 
 from __future__ import annotations
 
@@ -55,9 +56,11 @@ def some(sampler: TargetSampler, epochs: int = 10) -> list[ClipSample]:
 
 @pytest.mark.parametrize("picks", ["center", "random", "random:2", "uniform:1"])
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_every_valid_start_of_a_short_video_can_be_picked(store: TargetStore, picks: str, ahead: int) -> None:
-    """Clips longer than the videos, with and without the frame that flow reads ahead: start and picks count the same
-    frames."""
+def test_every_valid_start_of_a_short_video_can_be_picked(
+    store: TargetStore, picks: str, ahead: int
+) -> None:
+    """Clips longer than the videos, with and without the frame that flow reads ahead: start and
+    picks count the same frames."""
     sampler = make(store, picks=PickRule.parse(picks), ahead=ahead, clip_length=64)
     videos = [int(video) for video in store.usable() if sampler.has_window(int(video))]
     assert min(int(store.frame_counts[video]) for video in videos) < 64
@@ -79,7 +82,11 @@ def same(a: ClipSample, b: ClipSample) -> bool:
 @pytest.mark.parametrize("rule", ["center", "random", "random:2", "uniform:2"])
 def test_draws_against_the_rules_and_plain_zarr(store, rule):
     group = zarr.open_group(store.path, mode="r")
-    rows = {"video": group["frames/video"][:], "index": group["frames/index"][:], "pts": group["frames/pts"][:]}
+    rows = {
+        "video": group["frames/video"][:],
+        "index": group["frames/index"][:],
+        "pts": group["frames/pts"][:],
+    }
     logits = {name: group[f"teachers/{name}/logits"][:].astype(np.float32) for name in TEACHERS}
     sampler = make(store, picks=PickRule.parse(rule))
     drawn = some(sampler)
@@ -92,7 +99,10 @@ def test_draws_against_the_rules_and_plain_zarr(store, rule):
         assert len(set(draw.picked)) == sampler.picks.n
         if rule == "center":
             assert list(draw.picked) == [draw.start + min(T, frames) // 2]
-        at = [np.flatnonzero((rows["video"] == draw.video) & (rows["index"] == i))[0] for i in draw.picked]
+        at = [
+            np.flatnonzero((rows["video"] == draw.video) & (rows["index"] == i))[0]
+            for i in draw.picked
+        ]
         assert list(draw.picked_pts) == list(rows["pts"][at])
         for name in TEACHERS:
             np.testing.assert_allclose(draw.logits[name], logits[name][at].mean(axis=0), rtol=1e-6)
@@ -113,11 +123,17 @@ def test_draws_against_the_rules_and_plain_zarr(store, rule):
 @pytest.mark.parametrize("rule", ["random", "random:2"])
 def test_zero_weight_masks_each_head_by_the_entropy_of_the_mean_picked_logits(store, rule):
     free = some(make(store, picks=PickRule.parse(rule)))
-    limits = {name: float(np.median([nats(draw.logits[name]) for draw in free])) for name in TEACHERS}
+    limits = {
+        name: float(np.median([nats(draw.logits[name]) for draw in free])) for name in TEACHERS
+    }
     masked = some(make(store, picks=PickRule.parse(rule), thresholds=limits, reject="zero-weight"))
     near = 0.006  # logits are stored as float16, entropies of single frames come from float32
     for before, after in zip(free, masked, strict=True):
-        assert (before.video, before.start, list(before.picked)) == (after.video, after.start, list(after.picked))
+        assert (before.video, before.start, list(before.picked)) == (
+            after.video,
+            after.start,
+            list(after.picked),
+        )
         for name in TEACHERS:
             entropy = nats(before.logits[name])
             if abs(entropy - limits[name]) > near:
@@ -128,7 +144,10 @@ def test_zero_weight_masks_each_head_by_the_entropy_of_the_mean_picked_logits(st
 
 def test_skip_draws_another_video_until_one_head_keeps_the_clip(store):
     free = some(make(store))
-    limits = {name: float(np.quantile([nats(draw.logits[name]) for draw in free], 0.2)) for name in TEACHERS}
+    limits = {
+        name: float(np.quantile([nats(draw.logits[name]) for draw in free], 0.2))
+        for name in TEACHERS
+    }
     sampler = make(store, thresholds=limits)
     kept = some(sampler)
     assert all(draw.counts for draw in kept)
@@ -156,7 +175,9 @@ def test_a_quantile_of_measured_entropies_keeps_the_share_it_promises(store):
     measured = np.stack(list(measure_entropies(sampler, 600)))
     assert measured.shape == (600, 1)
     limit = float(np.quantile(measured, 0.3))
-    others = make(store, teachers=("unsure",), thresholds={"unsure": limit}, reject="zero-weight", seed=77)
+    others = make(
+        store, teachers=("unsure",), thresholds={"unsure": limit}, reject="zero-weight", seed=77
+    )
     share = np.mean([draw.counts for draw in some(others, epochs=25)])
     assert share == pytest.approx(0.3, abs=0.07)
     expected = [nats(sampler.draw(i // 24, i % 24).logits["unsure"]) for i in range(50)]
@@ -177,7 +198,9 @@ def test_held_out_samples_are_each_video_once_and_always_the_same(store):
     sampler = make(store, fixed=True, thresholds={"sure": 0.0, "unsure": 0.0})
     drawn = [sampler.draw(0, i) for i in range(12)]
     assert [draw.video for draw in drawn] == list(store.usable())
-    assert all((draw.top, draw.left, draw.flip, draw.rejected) == (0.5, 0.5, False, 0) for draw in drawn)
+    assert all(
+        (draw.top, draw.left, draw.flip, draw.rejected) == (0.5, 0.5, False, 0) for draw in drawn
+    )
 
 
 def test_a_clip_is_the_frames_of_a_plain_decode_cropped_and_mirrored(store):
@@ -188,7 +211,11 @@ def test_a_clip_is_the_frames_of_a_plain_decode_cropped_and_mirrored(store):
         draw, example = sampler.draw(1, sample), clips[1, sample]
         assert example["video"] == draw.video
         with VideoReader(store.video_path(draw.video)) as reader:
-            frames = {i: render(f, VIEW.frame_view()) for i, _, f in reader.decode_plain() if i in set(draw.indices)}
+            frames = {
+                i: render(f, VIEW.frame_view())
+                for i, _, f in reader.decode_plain()
+                if i in set(draw.indices)
+            }
         images = np.stack([frames[i] for i in draw.indices])
         assert images.shape == (T, 40, 60, 3)
         top, left = int(draw.top * 9), int(draw.left * 29)
@@ -197,7 +224,9 @@ def test_a_clip_is_the_frames_of_a_plain_decode_cropped_and_mirrored(store):
         np.testing.assert_array_equal(example["clip"].numpy(), expected)
         np.testing.assert_array_equal(example["targets"]["sure"].numpy(), draw.logits["sure"])
         checked.add((draw.flip, len(frames) < T))
-    assert checked == {(False, False), (True, False), (False, True), (True, True)} or len(checked) >= 3
+    assert (
+        checked == {(False, False), (True, False), (False, True), (True, True)} or len(checked) >= 3
+    )
 
 
 def test_a_scale_is_drawn_like_the_crop_and_changes_nothing_else(store):
@@ -208,10 +237,14 @@ def test_a_scale_is_drawn_like_the_crop_and_changes_nothing_else(store):
         draw, example = sampler.draw(3, sample), clips[3, sample]
         factor = 0.8 + sampler.zoom(3, sample, draw.attempt) * 0.7
         height, width = round(40 * factor), round(60 * factor)
-        images = read_frames(store.video_path(draw.video), draw.indices, View(resize=(height, width))).images
+        images = read_frames(
+            store.video_path(draw.video), draw.indices, View(resize=(height, width))
+        ).images
         top, left = int(draw.top * (height - 31)), int(draw.left * (width - 31))
         expected = images[:, top : top + 32, left : left + 32].transpose(3, 0, 1, 2)
-        np.testing.assert_array_equal(example["clip"], expected[..., ::-1] if draw.flip else expected)
+        np.testing.assert_array_equal(
+            example["clip"], expected[..., ::-1] if draw.flip else expected
+        )
         without = plain[3, sample]
         assert (example["video"], example["start"]) == (without["video"], without["start"])
         heights.add(height)
@@ -226,7 +259,8 @@ def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(
     def stream(workers: int, start: int) -> list[tuple[list[int], list[int], str]]:
         keys = EpochBatchSampler(batch_size=6, steps_per_epoch=4, epochs=2, start=start)
         batches = list(read_batches(clips, keys, workers=workers, device=torch.device("cpu")))
-        # A read that failed on its own account would be drawn again: then say so, not that batches differ.
+        # A read that failed on its own account would be drawn again: then say so, not that batches
+        # differ.
         assert [each for batch in batches for each in batch["broken"] if each] == []
         return [(b["video"].tolist(), b["start"].tolist(), digest(b["clip"])) for b in batches]
 
@@ -235,22 +269,32 @@ def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(
 
     everything = stream(0, 0)
     assert len(everything) == 8
-    assert digest(torch.stack([clips[0, sample]["clip"] for sample in range(6)])) == everything[0][2]
+    assert (
+        digest(torch.stack([clips[0, sample]["clip"] for sample in range(6)])) == everything[0][2]
+    )
     for start in range(1, 9):  # stopped after any batch
         assert stream(0, start) == everything[start:]
     for workers, start in [(1, 0), (2, 3), (4, 5)]:
         assert stream(workers, start) == everything[start:]
-    # What spawn and forkserver do with it: a fresh process gets the pickle and opens the store itself.
-    program = "import pickle, sys; print(pickle.load(sys.stdin.buffer)[0, 0]['clip'].long().sum().item())"
+    # What spawn and forkserver do with it: a fresh process gets the pickle and opens the store
+    # itself.
+    program = (
+        "import pickle, sys; print(pickle.load(sys.stdin.buffer)[0, 0]['clip'].long().sum().item())"
+    )
     arguments = [sys.executable, "-c", program]
-    elsewhere = subprocess.run(arguments, input=pickle.dumps(clips), capture_output=True, timeout=300, check=True)
+    elsewhere = subprocess.run(
+        arguments, input=pickle.dumps(clips), capture_output=True, timeout=300, check=True
+    )
     assert int(elsewhere.stdout) == int(clips[0, 0]["clip"].long().sum())
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("how", ["crash", "hang"])
-def test_a_video_that_a_decoder_crashes_or_hangs_on_is_named_and_drawn_again(store, monkeypatch, how):
-    """Whatever worker meets it; the batches are those of a run in which the video is simply broken."""
+def test_a_video_that_a_decoder_crashes_or_hangs_on_is_named_and_drawn_again(
+    store, monkeypatch, how
+):
+    """Whatever worker meets it; the batches are those of a run in which the video is simply
+    broken."""
     bad = store.video_path(int(store.usable()[4]))
 
     def reader(path: str, *arguments: Any, **options: Any) -> Any:
@@ -267,14 +311,20 @@ def test_a_video_that_a_decoder_crashes_or_hangs_on_is_named_and_drawn_again(sto
     def stream(workers: int) -> tuple[list[Any], dict[str, str]]:
         keys = EpochBatchSampler(batch_size=6, steps_per_epoch=4, epochs=1)
         clips = StudentClips(make(store), VIEW)
-        found = list(read_batches(clips, keys, workers=workers, device=torch.device("cpu"), hang_s=1.0))
+        found = list(
+            read_batches(clips, keys, workers=workers, device=torch.device("cpu"), hang_s=1.0)
+        )
         broken = {name: why for batch in found for each in batch["broken"] for name, why in each}
-        return [(b["video"].tolist(), b["start"].tolist(), int(b["clip"].long().sum())) for b in found], broken
+        return [
+            (b["video"].tolist(), b["start"].tolist(), int(b["clip"].long().sum())) for b in found
+        ], broken
 
     expected, _ = stream(0)
     batches, broken = stream(2)
     assert batches == expected
-    why = {"crash": "its decoder crashed (SIGSEGV)", "hang": "its decoder hung: no answer for 1 s"}[how]
+    why = {"crash": "its decoder crashed (SIGSEGV)", "hang": "its decoder hung: no answer for 1 s"}[
+        how
+    ]
     assert broken == {bad: why}
 
 
@@ -284,8 +334,15 @@ def test_a_worker_that_the_system_kills_ends_the_run_with_the_video_it_read(stor
 
     monkeypatch.setitem(reading._READERS, "video", reader)
     keys = EpochBatchSampler(batch_size=6, steps_per_epoch=4, epochs=1)
-    with pytest.raises(TrainingError, match=r"^a loader process died: SIGKILL, reading .*/v\d\d é\.mp4; fewer workers"):
-        list(read_batches(StudentClips(make(store), VIEW), keys, workers=1, device=torch.device("cpu")))
+    with pytest.raises(
+        TrainingError,
+        match=r"^a loader process died: SIGKILL, reading .*/v\d\d é\.mp4; fewer workers",
+    ):
+        list(
+            read_batches(
+                StudentClips(make(store), VIEW), keys, workers=1, device=torch.device("cpu")
+            )
+        )
 
 
 def test_broken_and_exchanged_videos_are_drawn_again_and_named(store, own_store):

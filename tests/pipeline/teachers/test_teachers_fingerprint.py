@@ -46,19 +46,34 @@ def test_a_constant_of_each_class_hides_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("torch", "device", "largest"), [("2.0", "cpu", 1e-3), ("2.1", "cpu", 0.3), ("2.0", "cuda", 0.3)]
+    ("torch", "device", "largest"),
+    [("2.0", "cpu", 1e-3), ("2.1", "cpu", 0.3), ("2.0", "cuda", 0.3)],
 )
-def test_another_processor_or_torch_may_be_further_off(torch: str, device: str, largest: float) -> None:
+def test_another_processor_or_torch_may_be_further_off(
+    torch: str, device: str, largest: float
+) -> None:
     made, other = Fingerprint(LOGITS, "2.0", "cpu"), Fingerprint(LOGITS, torch, device)
     assert made.tolerance(other)[1] == largest
     rough = LOGITS.astype(np.float16).astype(np.float32)
-    assert made.tolerance(replace(other, logits=rough))[1] == largest  # only one of the two is rounded
-    assert replace(made, logits=rough).tolerance(replace(other, logits=rough))[1] > largest or largest == 0.3
+    assert (
+        made.tolerance(replace(other, logits=rough))[1] == largest
+    )  # only one of the two is rounded
+    assert (
+        replace(made, logits=rough).tolerance(replace(other, logits=rough))[1] > largest
+        or largest == 0.3
+    )
 
 
 def test_what_looks_like_probabilities() -> None:
     softmax = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True)
     for probabilities in (softmax, 100 * softmax, 1 / (1 + np.exp(-LOGITS))):
         assert says_probabilities(probabilities)
-    for logits in (LOGITS, np.log(softmax), np.maximum(LOGITS, 0), 0 * LOGITS, LOGITS[:, :1] ** 2, softmax * np.nan):
+    for logits in (
+        LOGITS,
+        np.log(softmax),
+        np.maximum(LOGITS, 0),
+        0 * LOGITS,
+        LOGITS[:, :1] ** 2,
+        softmax * np.nan,
+    ):
         assert not says_probabilities(logits)

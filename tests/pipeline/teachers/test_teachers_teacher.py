@@ -1,4 +1,5 @@
-"""Teachers by name: against the libraries' own preprocessing, with one identity, refused in one line."""
+"""Teachers by name: against the libraries' own preprocessing, with one identity, refused in one
+line."""
 
 from __future__ import annotations
 
@@ -26,7 +27,14 @@ LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty torch hub, and a network that refuses at once."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "all_proxy",
+    ):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "hub" / "hub" / "checkpoints"
@@ -44,7 +52,8 @@ def noise(count: int, height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-# --- EfficientNet-Lite0 -----------------------------------------------------------------------------
+# --- EfficientNet-Lite0
+# -----------------------------------------------------------------------------
 
 
 def test_lite0_against_its_own_package(lite0: Teacher, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +76,9 @@ def test_lite0_against_its_own_package(lite0: Teacher, capsys: pytest.CaptureFix
 
 def test_lite0_knows_imagenets_class_order(lite0: Teacher) -> None:
     """An officer's portrait, which no other order of the 1000 classes would name."""
-    data = pytest.importorskip("matplotlib.cbook").get_sample_data("grace_hopper.jpg", asfileobj=False)
+    data = pytest.importorskip("matplotlib.cbook").get_sample_data(
+        "grace_hopper.jpg", asfileobj=False
+    )
     picture = Image.open(data).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
     logits = lite0.logits(np.asarray(picture)[None])
     assert lite0.classes[int(logits.argmax())] == "military uniform"
@@ -81,13 +92,16 @@ def test_logits_are_the_same_for_the_same_batch_and_for_read_only_images(lite0: 
     assert torch.equal(first, lite0.logits(images))
     assert (first.dtype, first.device.type, first.shape) == (torch.float32, "cpu", (3, 1000))
     assert lite0.logits(images[:0]).shape == (0, 1000)
-    with pytest.raises(TeacherError, match=r"must be uint8 \[B, 224, 224, 3\], got uint8 \[3, 3, 224, 224\]"):
+    with pytest.raises(
+        TeacherError, match=r"must be uint8 \[B, 224, 224, 3\], got uint8 \[3, 3, 224, 224\]"
+    ):
         lite0.logits(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     with pytest.raises(TeacherError, match="got float64"):
         lite0.logits(images / 255)
 
 
-# --- torchvision ------------------------------------------------------------------------------------
+# --- torchvision
+# ------------------------------------------------------------------------------------
 
 
 def saved_resnet(path: Path, classes: int = 1000, name: str = "resnet18") -> torch.nn.Module:
@@ -108,7 +122,9 @@ def test_torchvision_weights_from_the_hub_with_their_own_preset(hub: Path) -> No
     planes = torch.from_numpy(images).permute(0, 3, 1, 2)
     preset.resize_size = [224]  # the picture has been rendered already
     with torch.inference_mode():
-        torch.testing.assert_close(teacher.logits(images), module(preset(planes)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            teacher.logits(images), module(preset(planes)), rtol=1e-3, atol=1e-4
+        )
     assert teacher.name == "torchvision-resnet18"
     assert teacher.view == View(resize=256, crop=224)
     assert teacher.classes[:2] == ["tench", "goldfish"]
@@ -121,14 +137,23 @@ def test_torchvision_weights_from_the_hub_with_their_own_preset(hub: Path) -> No
 def test_identity_does_not_depend_on_the_file(tmp_path: Path) -> None:
     module = saved_resnet(tmp_path / "a.pth", classes=7)
     counted = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
-    save_file({n: t for n, t in counted.items() if not n.endswith("batches_tracked")}, tmp_path / "b.safetensors")
+    save_file(
+        {n: t for n, t in counted.items() if not n.endswith("batches_tracked")},
+        tmp_path / "b.safetensors",
+    )
     spec = TeacherSpec(name="torchvision:resnet18", weights="a.pth", options={"input_size": "32"})
     ours = load_teacher(spec)
     other = load_teacher(spec.model_copy(update={"weights": "b.safetensors"}))
     assert ours.identity() == other.identity()
     assert ours.provenance() != other.provenance()
     assert ours.classes == [f"class {index}" for index in range(7)]
-    wider = {"resize": "300", "input_size": "240", "mean": "0.5", "interpolation": "bicubic", "name": "mine"}
+    wider = {
+        "resize": "300",
+        "input_size": "240",
+        "mean": "0.5",
+        "interpolation": "bicubic",
+        "name": "mine",
+    }
     changed = load_teacher(spec.model_copy(update={"options": wider}))
     assert changed.name == "mine"
     assert changed.view == View(resize=300, crop=240, interpolation="bicubic")
@@ -144,7 +169,9 @@ def test_identity_does_not_depend_on_the_file(tmp_path: Path) -> None:
 
 def test_bf16_is_near_fp32(tmp_path: Path) -> None:
     saved_resnet(tmp_path / "a.pth", classes=20)
-    teacher = load_teacher(TeacherSpec(name="torchvision:resnet18", weights="a.pth", options={"input_size": "64"}))
+    teacher = load_teacher(
+        TeacherSpec(name="torchvision:resnet18", weights="a.pth", options={"input_size": "64"})
+    )
     images = noise(4, 64, 64)
     exact = teacher.logits(images)
     rough = teacher.to("cpu", "bf16").logits(images)
@@ -157,11 +184,22 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
 
 
 def test_places365_from_hub_or_file(hub: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"no resnet50_places365.pth.tar in .*--teacher-weights resnet50-p"):
+    with pytest.raises(
+        WeightsError, match=r"no resnet50_places365.pth.tar in .*--teacher-weights resnet50-p"
+    ):
         load_teacher(TeacherSpec(name="resnet50-places365"))
     module = saved_resnet(tmp_path / "plain.pth", 365, "resnet50")
-    state = {f"module.{n}": t for n, t in module.state_dict().items() if not n.endswith("batches_tracked")}
-    content = {"epoch": 90, "arch": "resnet50", "state_dict": state, "best_prec1": torch.tensor(54.7)}
+    state = {
+        f"module.{n}": t
+        for n, t in module.state_dict().items()
+        if not n.endswith("batches_tracked")
+    }
+    content = {
+        "epoch": 90,
+        "arch": "resnet50",
+        "state_dict": state,
+        "best_prec1": torch.tensor(54.7),
+    }
     torch.save(content, hub / "resnet50_places365.pth.tar", _use_new_zipfile_serialization=False)
     small = TeacherSpec(name="resnet50-places365", options={"input_size": "32"})
     teacher = load_teacher(small)
@@ -189,7 +227,8 @@ def test_weights_that_cannot_be_had(tmp_path: Path) -> None:
         load_teacher(TeacherSpec(name="torchvision:resnet18", weights="a.pth", sha256="0" * 64))
 
 
-# --- timm -------------------------------------------------------------------------------------------
+# --- timm
+# -------------------------------------------------------------------------------------------
 
 
 def test_timm_with_its_own_preprocessing(tmp_path: Path) -> None:
@@ -206,14 +245,19 @@ def test_timm_with_its_own_preprocessing(tmp_path: Path) -> None:
     square = noise(1, *teacher.input_shape)
     planes = transform.transforms[2](Image.fromarray(square[0]))
     tensor = planes if isinstance(planes, torch.Tensor) else torch.from_numpy(planes)
-    normalized = transform.transforms[-1](tensor.float() / (255 if tensor.dtype == torch.uint8 else 1))
+    normalized = transform.transforms[-1](
+        tensor.float() / (255 if tensor.dtype == torch.uint8 else 1)
+    )
     with torch.inference_mode():
-        torch.testing.assert_close(teacher.logits(square), module(normalized[None]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            teacher.logits(square), module(normalized[None]), rtol=1e-3, atol=1e-4
+        )
     with pytest.raises(TeacherError, match=r"timm has no model 'resnet18x'"):
         load_teacher(TeacherSpec(name="timm:resnet18x"))
 
 
-# --- one's own --------------------------------------------------------------------------------------
+# --- one's own
+# --------------------------------------------------------------------------------------
 
 MODULE = """
 import torch
@@ -277,7 +321,11 @@ def test_factories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("own_teachers:broken", {}, "RuntimeError: first line$"),
         ("own_teachers:table", {}, "module 'own_teachers' has no function 'table'"),
         ("own_teachers:mean", {"depth": "3"}, "unexpected keyword argument 'depth'"),
-        ("own_teachers:whole", {"mean": "0", "name": "x"}, "finished by its factory and takes no option mean, name"),
+        (
+            "own_teachers:whole",
+            {"mean": "0", "name": "x"},
+            "finished by its factory and takes no option mean, name",
+        ),
         ("no_such_module:mean", {}, "No module named 'no_such_module'"),
     ):
         with pytest.raises(TeacherError, match=words):
@@ -287,16 +335,36 @@ def test_factories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("resnet5O", {}, "'resnet5O' is not known; allowed: efficientnet_lite0, resnet50, resnet50-places365, "),
+        (
+            "resnet5O",
+            {},
+            "'resnet5O' is not known; allowed: efficientnet_lite0, resnet50, resnet50-places365, ",
+        ),
         ("torchvision:", {}, "is not known; allowed:"),
         ("torchvision:resnet_50", {}, "no classification model 'resnet_50'; did you mean resnet50"),
         ("torchvision:resnet50@V3", {}, "allowed: IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
         ("efficientnet_lite0", {"depth": "3"}, "no option 'depth'; allowed: classes, input_size"),
-        ("efficientnet_lite0", {"resize": "big"}, "resize is 'big', allowed: pixels, 1 or more or HEIGHTxW"),
-        ("efficientnet_lite0", {"std": "0"}, "std is '0', allowed: one or three numbers a,b,c from above 0 to 1"),
-        ("efficientnet_lite0", {"mean": "123.675,116.28,103.53"}, "pixels in 0–1; of pixels in 0–255 divide them by"),
+        (
+            "efficientnet_lite0",
+            {"resize": "big"},
+            "resize is 'big', allowed: pixels, 1 or more or HEIGHTxW",
+        ),
+        (
+            "efficientnet_lite0",
+            {"std": "0"},
+            "std is '0', allowed: one or three numbers a,b,c from above 0 to 1",
+        ),
+        (
+            "efficientnet_lite0",
+            {"mean": "123.675,116.28,103.53"},
+            "pixels in 0–1; of pixels in 0–255 divide them by",
+        ),
         ("efficientnet_lite0", {"interpolation": "nearest"}, "'bilinear', 'bicubic' or 'area'"),
-        ("efficientnet_lite0", {"classes": "missing.txt"}, "classes file missing.txt: cannot be read"),
+        (
+            "efficientnet_lite0",
+            {"classes": "missing.txt"},
+            "classes file missing.txt: cannot be read",
+        ),
     ],
 )
 def test_what_is_refused(name: str, options: dict[str, str], words: str) -> None:
@@ -318,13 +386,16 @@ def test_known_teachers_name_every_family() -> None:
     ]
 
 
-# --- devices ----------------------------------------------------------------------------------------
+# --- devices
+# ----------------------------------------------------------------------------------------
 
 
 def test_devices() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type in ("cuda", "mps", "cpu")
-    with pytest.raises(DeviceError, match="'gpu' is not known; allowed: auto, cpu, cuda, cuda:INDEX, mps"):
+    with pytest.raises(
+        DeviceError, match="'gpu' is not known; allowed: auto, cpu, cuda, cuda:INDEX, mps"
+    ):
         resolve_device("gpu")
     beyond = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(DeviceError, match=f"'{beyond}' is not there.*available: cpu"):

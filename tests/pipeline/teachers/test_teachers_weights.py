@@ -33,7 +33,9 @@ def reference_sha256(state: dict[str, torch.Tensor]) -> str:
     for name in sorted(name for name in state if not name.endswith("num_batches_tracked")):
         array = state[name].numpy()
         head = json.dumps([name, str(array.dtype), list(array.shape)], ensure_ascii=False)
-        digest.update(head.encode() + b"\n" + array.astype(array.dtype.newbyteorder("<")).tobytes(order="C"))
+        digest.update(
+            head.encode() + b"\n" + array.astype(array.dtype.newbyteorder("<")).tobytes(order="C")
+        )
     return digest.hexdigest()
 
 
@@ -102,7 +104,9 @@ def test_formats_give_the_same_state(tmp_path: Path, layout: str) -> None:
         with pytest.raises((UnicodeDecodeError, pickle.UnpicklingError)):
             torch.load(path, weights_only=True)
     weights = load_weights(path)
-    assert set(weights.state) == {name for name in STATE if layout != "python2" or STATE[name].numel()}
+    assert set(weights.state) == {
+        name for name in STATE if layout != "python2" or STATE[name].numel()
+    }
     assert all(torch.equal(weights.state[name], STATE[name]) for name in weights.state)
     assert weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() == file_sha256(path)
     assert weights.name == path.name
@@ -133,9 +137,9 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, layout: str) ->
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     # The bomb is live: an ordinary load sets it off.
-    torch.load(io.BytesIO(path.read_bytes()), weights_only=False) if layout != "pickle" else pickle.loads(
-        path.read_bytes()
-    )
+    torch.load(
+        io.BytesIO(path.read_bytes()), weights_only=False
+    ) if layout != "pickle" else pickle.loads(path.read_bytes())
     assert target.exists()
 
 

@@ -56,7 +56,9 @@ def save(run: Path, step: int) -> nn.Module:
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
     save(tmp_path, 4)
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert "last.pt: File too large; the one before is untouched" in done.stdout
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.pt"]
@@ -87,12 +89,16 @@ def test_a_folder_with_a_run_is_not_taken_without_resume(tmp_path):
     claim_run_dir(tmp_path / "new" / "run", resume=False)
     assert start(tmp_path / "new" / "run").step == 0  # killed before its first checkpoint
     save(tmp_path, 1)
-    with pytest.raises(UsageError, match=rf"{tmp_path} already holds a run \(checkpoints/last\.pt\)"):
+    with pytest.raises(
+        UsageError, match=rf"{tmp_path} already holds a run \(checkpoints/last\.pt\)"
+    ):
         claim_run_dir(tmp_path, resume=False)
     claim_run_dir(tmp_path, resume=True)
     claim_run_dir(tmp_path, resume="auto")
     claim_run_dir(tmp_path / "another", resume="auto")
-    with pytest.raises(UsageError, match=r"--resume: .*another holds no run; --resume auto begins one"):
+    with pytest.raises(
+        UsageError, match=r"--resume: .*another holds no run; --resume auto begins one"
+    ):
         claim_run_dir(tmp_path / "another", resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"--out .*file"):

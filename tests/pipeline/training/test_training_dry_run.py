@@ -47,7 +47,9 @@ def test_the_footprint_of_a_student_grows_with_the_batch_and_changes_nothing() -
     assert four.activations == pytest.approx(4 * one.activations, rel=0.01)
     assert four.flops == 4 * one.flops
     assert all(parameter.device.type == "cpu" for parameter in student.parameters())
-    assert {int(m.num_batches_tracked) for m in student.modules() if isinstance(m, nn.BatchNorm3d)} == {0}
+    assert {
+        int(m.num_batches_tracked) for m in student.modules() if isinstance(m, nn.BatchNorm3d)
+    } == {0}
 
 
 def batch(channels: int = 3) -> dict[str, Any]:
@@ -74,7 +76,9 @@ def test_a_batch_is_drawn_a_row_a_clip(tmp_path: Path, channels: int, colour: li
     for frame in range(5):
         left = GAP + frame * (SIDE + GAP)
         assert (pixels[GAP : GAP + SIDE, left : left + SIDE] == colour).all()
-        assert (pixels[GAP + row : GAP + row + 50, left : left + SIDE] == [225, 225, 225]).all()  # not decoded
+        assert (
+            pixels[GAP + row : GAP + row + 50, left : left + SIDE] == [225, 225, 225]
+        ).all()  # not decoded
     text = pixels[:, 5 * (SIDE + GAP) :]
     assert (text[:row] < 60).all(axis=2).sum() > 200  # ink of what counts
     save_preview(picture, tmp_path / "new" / "p.png")

@@ -1,4 +1,5 @@
-"""Waiting for batches that do not come: shared memory that is full, batches that get lost, workers that hang."""
+"""Waiting for batches that do not come: shared memory that is full, batches that get lost, workers
+that hang."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 from distinit.pipeline.common import worker_status as worker_status
-from distinit.pipeline.common.errors import TrainingError, TrainingInterrupted, VideoError, WorkerDied
+from distinit.pipeline.common.errors import (
+    TrainingError,
+    TrainingInterrupted,
+    VideoError,
+    WorkerDied,
+)
 from distinit.pipeline.training import loader, loader_workers
 from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
 from distinit.pipeline.training.loop import LoopOptions, LossReport, fit
@@ -54,7 +60,14 @@ class Examples:
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         found = self.odd() if key == (0, 4) and get_worker_info() is not None else None
         x = torch.full((1000,), float(key[1]))
-        return {"x": x, "deep": {"t": x[:3]}, "n": key[1], "name": str(key[1]), "empty": x[:0], "odd": found}
+        return {
+            "x": x,
+            "deep": {"t": x[:3]},
+            "n": key[1],
+            "name": str(key[1]),
+            "empty": x[:0],
+            "odd": found,
+        }
 
 
 def allow_4_kb() -> None:
@@ -70,14 +83,21 @@ def hang() -> None:
     time.sleep(100)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere shared memory is no file, which a limit holds for")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere shared memory is no file, which a limit holds for"
+)
 def test_full_shared_memory_is_an_error_of_one_line_that_says_what_helps():
     seen = []
     before = set(Path("/dev/shm").glob("torch_*"))
     with pytest.raises(TrainingError) as full:
-        seen.extend(batch["n"].tolist() for batch in read_batches(Examples(allow_4_kb), KEYS, workers=2, device=CPU))
+        seen.extend(
+            batch["n"].tolist()
+            for batch in read_batches(Examples(allow_4_kb), KEYS, workers=2, device=CPU)
+        )
     assert seen == [[0, 1], [2, 3]]
-    assert not [path for path in set(Path("/dev/shm").glob("torch_*")) - before if path.stat().st_size == 0]
+    assert not [
+        path for path in set(Path("/dev/shm").glob("torch_*")) - before if path.stat().st_size == 0
+    ]
     assert str(full.value) == (
         "shared memory (/dev/shm) is full: no room for a batch of 0.0 MB (File too large (27)); fewer workers "
         "(loop.workers, test.workers), a smaller batch or a larger /dev/shm (docker run --shm-size) help"
@@ -86,7 +106,9 @@ def test_full_shared_memory_is_an_error_of_one_line_that_says_what_helps():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")
 @pytest.mark.parametrize("spare", [1, 4, 8, 12, 80])
-def test_too_few_descriptors_are_an_error_that_says_which_limit(spare: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_too_few_descriptors_are_an_error_that_says_which_limit(
+    spare: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     """From the first pipe to the last batch; or they are enough."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = {int(name) for name in os.listdir("/proc/self/fd")}
@@ -130,7 +152,9 @@ def test_no_room_for_the_locks_of_the_queues_is_an_error_that_names_shared_memor
 @pytest.mark.parametrize("how", ["fork", "spawn"])
 def test_the_tensors_of_a_batch_are_moved_to_shared_memory_once(monkeypatch, how):
     monkeypatch.setattr(loader, "start_context", lambda device: multiprocessing.get_context(how))
-    own, sent = (read_batches(Examples(nothing), KEYS, workers=workers, device=CPU) for workers in (0, 1))
+    own, sent = (
+        read_batches(Examples(nothing), KEYS, workers=workers, device=CPU) for workers in (0, 1)
+    )
     for expected, batch in zip(own, sent, strict=True):
         assert torch.equal(batch["x"], expected["x"])
         assert torch.equal(batch["deep"]["t"], expected["deep"]["t"])
@@ -145,10 +169,14 @@ def test_a_batch_that_a_worker_cannot_send_is_an_error(capfd):
         return lambda: None  # no pickle
 
     began = time.monotonic()
-    with pytest.raises(TrainingError, match=r"^a batch was lost .*: all are done, and none came for 1 s; 0 workers"):
+    with pytest.raises(
+        TrainingError, match=r"^a batch was lost .*: all are done, and none came for 1 s; 0 workers"
+    ):
         list(read_batches(Examples(secret), KEYS, workers=2, device=CPU, hang_s=1.0))
     assert time.monotonic() - began < 15
-    assert "local object" in capfd.readouterr().err  # of the worker: why; Python 3.13 has other words before it
+    assert (
+        "local object" in capfd.readouterr().err
+    )  # of the worker: why; Python 3.13 has other words before it
 
 
 def die_in_the_middle(how: str, signal_: int) -> None:
@@ -163,7 +191,8 @@ def die_in_the_middle(how: str, signal_: int) -> None:
         os.kill(os.getpid(), signal_)
 
     if how == "handing over a batch":
-        # The main process hears of the end of the connection before it can hear of that of the process.
+        # The main process hears of the end of the connection before it can hear of that of the
+        # process.
         def late(connection: Any, *_: Any) -> None:
             time.sleep(0.5)  # it reads the next
             connection.close()
@@ -180,19 +209,27 @@ def die_in_the_middle(how: str, signal_: int) -> None:
     die()
 
 
-@pytest.mark.parametrize("how", ["handing over a batch", "with the lock", "in a length", "in a message"])
+@pytest.mark.parametrize(
+    "how", ["handing over a batch", "with the lock", "in a length", "in a message"]
+)
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_worker_that_is_killed_while_it_sends_ends_in_an_error(monkeypatch, how, signal_):
     monkeypatch.setattr(loader_workers, "GRACE_S", 1.0)
-    batches = read_batches(Examples(partial(die_in_the_middle, how, signal_)), KEYS, workers=2, device=CPU, hang_s=20.0)
+    batches = read_batches(
+        Examples(partial(die_in_the_middle, how, signal_)), KEYS, workers=2, device=CPU, hang_s=20.0
+    )
     seen: list[list[int]] = []
     with pytest.raises(WorkerDied, match=signal.Signals(signal_).name):
         seen.extend(batch["n"].tolist() for batch in batches)
     assert seen == [[0, 1], [2, 3]][: len(seen)]
 
 
-@pytest.mark.parametrize("how", ["handing over a batch", "with the lock", "in a length", "in a message"])
-def test_a_video_that_kills_a_worker_which_sends_is_refused_and_the_batches_are_the_same(monkeypatch, how):
+@pytest.mark.parametrize(
+    "how", ["handing over a batch", "with the lock", "in a length", "in a message"]
+)
+def test_a_video_that_kills_a_worker_which_sends_is_refused_and_the_batches_are_the_same(
+    monkeypatch, how
+):
     """Batches that it had made and not handed over are read again."""
     monkeypatch.setattr(loader_workers, "GRACE_S", 1.0)
 
@@ -237,7 +274,10 @@ def test_a_batch_that_cannot_be_received_though_no_worker_died_is_an_error(monke
 def test_a_worker_that_hangs_while_it_reads_no_video_is_an_error(monkeypatch):
     monkeypatch.setattr(loader, "PATIENCE", 5)
     began = time.monotonic()
-    with pytest.raises(TrainingError, match=r"^a loader process hangs: no batch for 1 s, and no video is being read"):
+    with pytest.raises(
+        TrainingError,
+        match=r"^a loader process hangs: no batch for 1 s, and no video is being read",
+    ):
         list(read_batches(Examples(hang), KEYS, workers=2, device=CPU, hang_s=0.2))
     assert time.monotonic() - began < 15  # and is not waited for
 
@@ -257,7 +297,9 @@ def test_an_error_that_speaks_of_time_is_not_taken_for_waiting():
     def fail() -> None:
         raise RuntimeError("the connection timed out")
 
-    with pytest.raises(TrainingError, match=r"^a loader process failed: RuntimeError: the connection timed out$"):
+    with pytest.raises(
+        TrainingError, match=r"^a loader process failed: RuntimeError: the connection timed out$"
+    ):
         list(read_batches(Examples(fail), KEYS, workers=1, device=CPU))
 
 
@@ -291,11 +333,17 @@ def test_sigterm_while_no_batch_comes_writes_the_checkpoint(tmp_path: Path):
             return LossReport(loss, {"loss/t": loss.detach()})
 
     def train(odd: Callable[[], Any], **options: Any) -> int:
-        settings = LoopOptions(batch_size=2, epochs=1, epoch_clips=10, lr=1e-6, workers=1, threads=1, device="cpu")
+        settings = LoopOptions(
+            batch_size=2, epochs=1, epoch_clips=10, lr=1e-6, workers=1, threads=1, device="cpu"
+        )
         run = {"objective": Mean(), "run_dir": tmp_path, "identity": {}, "say": lambda text: None}
-        return fit(model=nn.Linear(1000, 1), dataset=Examples(odd), options=settings, **run, **options).resumed_from
+        return fit(
+            model=nn.Linear(1000, 1), dataset=Examples(odd), options=settings, **run, **options
+        ).resumed_from
 
-    with pytest.raises(TrainingInterrupted, match=r"^interrupted at step 2 of 5; the checkpoint is written"):
+    with pytest.raises(
+        TrainingInterrupted, match=r"^interrupted at step 2 of 5; the checkpoint is written"
+    ):
         train(hang)
     assert time.monotonic() - sent[0] < 5
     assert train(nothing, resume=True) == 2

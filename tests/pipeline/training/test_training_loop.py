@@ -32,7 +32,8 @@ IDENTITY = {"store": {"id": "a"}, "teachers": {"t": {"sha256": "1"}}, "student":
 
 
 class Points:
-    """Examples that are pure functions of their key; those of `broken` could not be read at first."""
+    """Examples that are pure functions of their key; those of `broken` could not be read at
+    first."""
 
     def __init__(self, broken: int = 0, bad: tuple[int, int] | None = None) -> None:
         self.broken, self.bad = broken, bad
@@ -74,7 +75,9 @@ class Regression:
 def network() -> nn.Module:
     """With batch statistics and dropout: buffers and random states matter."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1)
+    )
 
 
 def train(run: Path, objective: Regression, model: nn.Module, **changes: Any) -> FitResult:
@@ -137,7 +140,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, referenc
     assert (resumed.train_loss, resumed.best, resumed.best_epoch) == (
         result.train_loss, result.best, result.best_epoch,
     )  # fmt: skip
-    assert records(tmp_path) == lines  # also of a stretch between two records that the resume cuts in two
+    assert (
+        records(tmp_path) == lines
+    )  # also of a stretch between two records that the resume cuts in two
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -171,7 +176,9 @@ class Deadly(Points):
 
 def test_a_worker_that_dies_is_an_error_of_one_line():
     keys = EpochBatchSampler(batch_size=4, steps_per_epoch=5, epochs=1)
-    with pytest.raises(TrainingError, match=r"^a loader process died: SIGKILL; fewer workers need less memory$"):
+    with pytest.raises(
+        TrainingError, match=r"^a loader process died: SIGKILL; fewer workers need less memory$"
+    ):
         list(read_batches(Deadly(), keys, workers=2, device=torch.device("cpu")))
 
 
@@ -193,8 +200,16 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path):
     ("change", "error", "words"),
     [
         ({"store": {"id": "b"}}, StoreMismatchError, ["store.id", '"a"', '"b"']),
-        ({"teachers": {"t": {"sha256": "2"}}}, StoreMismatchError, ["teachers.t.sha256", '"1"', '"2"']),
-        ({"student": {"variant": "torchvision"}}, CheckpointError, ["student.variant", '"vmz"', '"torchvision"']),
+        (
+            {"teachers": {"t": {"sha256": "2"}}},
+            StoreMismatchError,
+            ["teachers.t.sha256", '"1"', '"2"'],
+        ),
+        (
+            {"student": {"variant": "torchvision"}},
+            CheckpointError,
+            ["student.variant", '"vmz"', '"torchvision"'],
+        ),
     ],
 )
 def test_the_resume_of_another_run_is_refused_by_name(tmp_path, change, error, words):
@@ -221,13 +236,26 @@ def test_a_loss_that_is_not_finite_stops_before_it_harms_and_names_the_videos(tm
 def test_too_many_broken_videos_end_the_run_with_path_and_reason(tmp_path):
     done = train(tmp_path / "few", Regression(), network(), dataset=Points(broken=3))
     assert done.broken == {f"v{i}.mp4": "no video stream" for i in range(3)}
-    with pytest.raises(TrainingError, match=r"loop\.max_broken allows 2; the last: v2\.mp4: no video stream"):
-        train(tmp_path / "many", Regression(), network(), dataset=Points(broken=3), options={"max_broken": 2})
+    with pytest.raises(
+        TrainingError, match=r"loop\.max_broken allows 2; the last: v2\.mp4: no video stream"
+    ):
+        train(
+            tmp_path / "many",
+            Regression(),
+            network(),
+            dataset=Points(broken=3),
+            options={"max_broken": 2},
+        )
 
 
 def test_best_is_by_held_out_loss_where_there_is_one(tmp_path):
     losses = iter([3.0, 1.0, 2.0])
-    result = train(tmp_path, Regression(), network(), validate=lambda: {"loss": next(losses), "agreement/t": 0.5})
+    result = train(
+        tmp_path,
+        Regression(),
+        network(),
+        validate=lambda: {"loss": next(losses), "agreement/t": 0.5},
+    )
     assert (result.best, result.best_epoch) == (1.0, 2)
     best = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
     assert best["state"]["step"] == 10
@@ -237,6 +265,8 @@ def test_best_is_by_held_out_loss_where_there_is_one(tmp_path):
 
 
 def test_bf16_trains_on_a_cpu(tmp_path):
-    result = train(tmp_path, Regression(), network(), options={"precision": "bf16", "clip_norm": 1.0})
+    result = train(
+        tmp_path, Regression(), network(), options={"precision": "bf16", "clip_norm": 1.0}
+    )
     assert result.steps == 15
     assert result.train_loss < 20

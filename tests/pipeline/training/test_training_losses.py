@@ -1,4 +1,5 @@
-"""Losses against NumPy in float64: sum over classes, mean over the clips that count, separate masks."""
+"""Losses against NumPy in float64: sum over classes, mean over the clips that count, separate
+masks."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def test_cross_entropy_is_equation_2_over_the_kept_clips(batch):
     student, teacher, weight = batch
     targets = softmax(teacher)
     by_clip = -(targets * np.log(softmax(student))).sum(axis=1)
-    loss = soft_target_cross_entropy(*(torch.tensor(x, dtype=torch.float32) for x in (student, targets, weight)))
+    loss = soft_target_cross_entropy(
+        *(torch.tensor(x, dtype=torch.float32) for x in (student, targets, weight))
+    )
     assert loss.item() == pytest.approx(by_clip[weight == 1].mean(), rel=1e-6)
 
 
@@ -34,7 +37,9 @@ def test_cross_entropy_is_equation_2_over_the_kept_clips(batch):
 def test_squared_error_reduces_over_classes_then_over_the_kept_clips(batch, reduction):
     student, teacher, weight = batch
     by_clip = getattr(np, reduction)((student - teacher) ** 2, axis=1)
-    loss = squared_error(*(torch.tensor(x, dtype=torch.float32) for x in (student, teacher, weight)), reduction)
+    loss = squared_error(
+        *(torch.tensor(x, dtype=torch.float32) for x in (student, teacher, weight)), reduction
+    )
     assert loss.item() == pytest.approx(by_clip[weight == 1].mean(), rel=1e-6)
 
 

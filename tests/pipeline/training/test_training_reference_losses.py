@@ -16,10 +16,14 @@ from distinit.pipeline.training.reference_losses import LossBounds, loss_bounds
 DRAWS, CLASSES = 40, {"a": 6, "b": 4}
 
 
-def draws(*, weight_of_b: list[float] | None = None) -> tuple[list[SimpleNamespace], dict[str, np.ndarray]]:
+def draws(
+    *, weight_of_b: list[float] | None = None
+) -> tuple[list[SimpleNamespace], dict[str, np.ndarray]]:
     """What `loss_bounds` reads of draws, and the logits of all [M, K]."""
     random = np.random.default_rng(3)
-    logits = {name: random.normal(0, 2, (DRAWS, k)).astype(np.float32) for name, k in CLASSES.items()}
+    logits = {
+        name: random.normal(0, 2, (DRAWS, k)).astype(np.float32) for name, k in CLASSES.items()
+    }
     found = [
         SimpleNamespace(
             logits={name: values[i] for name, values in logits.items()},
@@ -31,14 +35,18 @@ def draws(*, weight_of_b: list[float] | None = None) -> tuple[list[SimpleNamespa
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])
-def test_of_cross_entropy_they_are_the_loss_of_the_mean_target_and_of_the_targets(tau: float) -> None:
+def test_of_cross_entropy_they_are_the_loss_of_the_mean_target_and_of_the_targets(
+    tau: float,
+) -> None:
     found, logits = draws()
     bounds = loss_bounds(found, Distillation(["a", "b"], tau=tau, weights={"b": 0.5}))
     constant = perfect = 0.0
     for name, factor in (("a", 1.0), ("b", 0.5)):
         targets = torch.softmax(torch.from_numpy(logits[name]).double() / tau, dim=1)
         ones = torch.ones(DRAWS)
-        constant += factor * float(soft_target_cross_entropy(targets.mean(0).log().expand_as(targets), targets, ones))
+        constant += factor * float(
+            soft_target_cross_entropy(targets.mean(0).log().expand_as(targets), targets, ones)
+        )
         perfect += factor * float(soft_target_cross_entropy(targets.log(), targets, ones))
     assert bounds is not None
     assert bounds.constant == pytest.approx(constant, rel=1e-5)

@@ -9,10 +9,14 @@ from distinit.pipeline.training.schedule import learning_rate
 
 
 def test_the_papers_pretraining_schedule():
-    options = LoopOptions(lr=0.01, warmup_epochs=10, step_epochs=10, epochs=45, epoch_clips=1_000_000, batch_size=1536)
+    options = LoopOptions(
+        lr=0.01, warmup_epochs=10, step_epochs=10, epochs=45, epoch_clips=1_000_000, batch_size=1536
+    )
     steps = options.steps_per_epoch
     assert steps == 652  # 1 000 000 / 1536 = 651.04…, whole batches only
-    rates = [[learning_rate(epoch * steps + i, options) for i in range(steps)] for epoch in range(45)]
+    rates = [
+        [learning_rate(epoch * steps + i, options) for i in range(steps)] for epoch in range(45)
+    ]
     ramp = [rate for epoch in rates[:10] for rate in epoch]
     assert ramp == pytest.approx([0.01 * (i + 1) / len(ramp) for i in range(len(ramp))])
     for epoch in range(10, 45):
@@ -21,7 +25,9 @@ def test_the_papers_pretraining_schedule():
 
 
 def test_the_papers_finetuning_schedule_has_no_warmup_and_drops_every_two_epochs():
-    options = LoopOptions(lr=0.002, warmup_epochs=0, step_epochs=2, epochs=8, epoch_clips=100, batch_size=10)
+    options = LoopOptions(
+        lr=0.002, warmup_epochs=0, step_epochs=2, epochs=8, epoch_clips=100, batch_size=10
+    )
     by_epoch = [learning_rate(epoch * 10, options) for epoch in range(8)]
     assert by_epoch == pytest.approx([2e-3, 2e-3, 2e-4, 2e-4, 2e-5, 2e-5, 2e-6, 2e-6])
 

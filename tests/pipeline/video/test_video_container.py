@@ -26,7 +26,9 @@ def grey(path: Path, frames: int = 10, codec: str = "libx264", **options: object
 
 
 def ffmpeg(*arguments: object) -> None:
-    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True)
+    subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True
+    )
 
 
 def reason(path: Path) -> str:
@@ -60,8 +62,12 @@ def test_playlists_are_not_followed(tmp_path: Path) -> None:
             server.accept()
 
 
-@pytest.mark.parametrize("name", [b"-y.mp4", b"http:x.mp4", b"a b\n.mp4", b"\xff\xfe.mp4", b"pipe:0", b"%d.mp4"])
-def test_a_name_is_just_a_name(name: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", [b"-y.mp4", b"http:x.mp4", b"a b\n.mp4", b"\xff\xfe.mp4", b"pipe:0", b"%d.mp4"]
+)
+def test_a_name_is_just_a_name(
+    name: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     os.rename(grey(tmp_path / "plain.mp4"), name)
     path = os.fsdecode(name)
@@ -106,8 +112,22 @@ def test_reasons(tmp_path: Path) -> None:
 def test_subtitles_and_cover_art_first(tmp_path: Path) -> None:
     grey(tmp_path / "a.mp4")
     (tmp_path / "s.srt").write_text("1\n00:00:00,000 --> 00:00:02,000\nhello\n")
-    ffmpeg("-f", "lavfi", "-i", "color=red:s=512x512:d=1:r=1", "-frames:v", 1, tmp_path / "cover.png")
-    ffmpeg("-i", tmp_path / "s.srt", "-i", tmp_path / "a.mp4", "-map", 0, "-map", 1, "-c:v", "copy", tmp_path / "b.mkv")
+    ffmpeg(
+        "-f", "lavfi", "-i", "color=red:s=512x512:d=1:r=1", "-frames:v", 1, tmp_path / "cover.png"
+    )
+    ffmpeg(
+        "-i",
+        tmp_path / "s.srt",
+        "-i",
+        tmp_path / "a.mp4",
+        "-map",
+        0,
+        "-map",
+        1,
+        "-c:v",
+        "copy",
+        tmp_path / "b.mkv",
+    )
     ffmpeg(
         "-i", tmp_path / "cover.png", "-i", tmp_path / "a.mp4", "-map", 0, "-map", 1, "-c:v:0", "png",
         "-c:v:1", "copy", "-disposition:v:0", "attached_pic", tmp_path / "b.mp4",
@@ -118,8 +138,13 @@ def test_subtitles_and_cover_art_first(tmp_path: Path) -> None:
 
 
 def test_headers_that_lie(tmp_path: Path) -> None:
-    for side, words in ((100_000, "the header is damaged"), (12_000, "the header claims frames of 12000x12000")):
-        (tmp_path / "big.y4m").write_bytes(b"YUV4MPEG2 W%d H%d F25:1 Ip C420\nFRAME\n" % (side, side) + bytes(9999))
+    for side, words in (
+        (100_000, "the header is damaged"),
+        (12_000, "the header claims frames of 12000x12000"),
+    ):
+        (tmp_path / "big.y4m").write_bytes(
+            b"YUV4MPEG2 W%d H%d F25:1 Ip C420\nFRAME\n" % (side, side) + bytes(9999)
+        )
         assert words in reason(tmp_path / "big.y4m")
     data = bytearray(grey(tmp_path / "a.mp4").read_bytes())
     at = data.find(b"stsz")

@@ -25,7 +25,13 @@ def encrypted(content: bytes) -> bytes:
     tracks = content.index(TRACKS, content.index(TRACKS) + 1)  # the first is in the table of places
     entry = content.index(ENTRY + b"\1\0\0\0\0\0\0", tracks)
     size = int.from_bytes(content[entry + 2 : entry + 9], "big")
-    new_entry = ENTRY + b"\1" + (size + len(added)).to_bytes(7, "big") + added + content[entry + 9 : entry + 9 + size]
+    new_entry = (
+        ENTRY
+        + b"\1"
+        + (size + len(added)).to_bytes(7, "big")
+        + added
+        + content[entry + 9 : entry + 9 + size]
+    )
     # The length of all tracks, of 8 bytes; what follows them is left.
     return content[:tracks] + TRACKS + b"\1" + len(new_entry).to_bytes(7, "big") + new_entry + content[
         entry + 9 + size :

@@ -46,7 +46,8 @@ def pixels(frame: av.VideoFrame) -> bytes:
 
 
 def plain(path: Path) -> list[tuple[int | None, bytes]]:
-    """Every frame that comes out of a linear decode; packets that fail are passed over, as players do."""
+    """Every frame that comes out of a linear decode; packets that fail are passed over, as players
+    do."""
     rows = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -55,7 +56,10 @@ def plain(path: Path) -> list[tuple[int | None, bytes]]:
         while True:
             try:
                 packet = next(packets)
-                rows += [(f.pts, pixels(f)) for f in stream.codec_context.decode(packet if packet.size else None)]
+                rows += [
+                    (f.pts, pixels(f))
+                    for f in stream.codec_context.decode(packet if packet.size else None)
+                ]
             except av.error.EOFError:
                 break
             except StopIteration:
@@ -70,7 +74,8 @@ def rows(frames: Iterator[tuple[int, int, av.VideoFrame]]) -> list[Row]:
 
 
 def check(path: Path, *, whole: bool = True, clock: str | None = None) -> int:
-    """All samplings and some clips of a file against the plain decode. `whole`: nothing in it is damaged.
+    """All samplings and some clips of a file against the plain decode. `whole`: nothing in it is
+    damaged.
 
     Returns how many of 6 clips a QuickReader did without help."""
     by_header, done = header(path) if path.suffix in (".mp4", ".mov") else None, 0
@@ -90,7 +95,9 @@ def check(path: Path, *, whole: bool = True, clock: str | None = None) -> int:
     with VideoReader(str(path)) as reader:
         for sampling in SAMPLINGS:
             chosen = sampling.select(line.pts, line.key, line.time_base)
-            assert rows(reader.sample(sampling)) == [by_index[i] for i in chosen.tolist() if i in by_index], sampling
+            assert rows(reader.sample(sampling)) == [
+                by_index[i] for i in chosen.tolist() if i in by_index
+            ], sampling
     random = np.random.default_rng(1)
     for _ in range(3):
         start = int(random.integers(0, len(line)))
@@ -110,7 +117,8 @@ def check(path: Path, *, whole: bool = True, clock: str | None = None) -> int:
 
 
 def header(path: Path) -> VideoIndex | None:
-    """What the header of a file tells, if a QuickReader takes it: the frames must be those of the packets."""
+    """What the header of a file tells, if a QuickReader takes it: the frames must be those of the
+    packets."""
     try:
         with QuickReader(str(path)) as quick:
             found = quick.index()
@@ -128,7 +136,8 @@ def header(path: Path) -> VideoIndex | None:
 
 @pytest.fixture(params=["in memory", "by seeking"])
 def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small files are kept in memory between demux and decode, large ones are sought in: both, on small files."""
+    """Small files are kept in memory between demux and decode, large ones are sought in: both, on
+    small files."""
     if request.param == "by seeking":
         monkeypatch.setattr(timeline, "KEEP_BYTES", 0)
         monkeypatch.setattr(feed, "_READ_ON", (0, 0))
@@ -140,26 +149,50 @@ UNEVEN = {"vf": "setpts='PTS+floor(N/7)*0.2/TB+mod(N,3)*0.01/TB'", "fps_mode": "
 HIDDEN = {"auto-alt-ref": 1, "lag-in-frames": 12, "b:v": "100k", "cpu-used": 5}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "closed groups": ("a.mp4", {"gop": 12, "bframes": 2}),
-    "one group": ("a.mkv", {"gop": 250, "bframes": 3, "extra": {"x264-params": "b-pyramid=strict"}}),
-    "open groups, H.264": ("a.mp4", {"gop": 10, "bframes": 3, "extra": {"x264-params": "open-gop=1:b-adapt=0"}}),
+    "one group": (
+        "a.mkv",
+        {"gop": 250, "bframes": 3, "extra": {"x264-params": "b-pyramid=strict"}},
+    ),
+    "open groups, H.264": (
+        "a.mp4",
+        {"gop": 10, "bframes": 3, "extra": {"x264-params": "open-gop=1:b-adapt=0"}},
+    ),
     "intra refresh": ("a.mkv", {"gop": 20, "extra": {"x264-params": "intra-refresh=1"}}),
-    "open groups, HEVC": ("a.ts", {"codec": "libx265", "gop": 8, "extra": {"x265-params": X265 + ":open-gop=1"}}),
-    "layers, HEVC": ("a.mov", {"codec": "libx265", "gop": 9, "extra": {"x265-params": X265 + ":temporal-layers=2"}}),
+    "open groups, HEVC": (
+        "a.ts",
+        {"codec": "libx265", "gop": 8, "extra": {"x265-params": X265 + ":open-gop=1"}},
+    ),
+    "layers, HEVC": (
+        "a.mov",
+        {"codec": "libx265", "gop": 9, "extra": {"x265-params": X265 + ":temporal-layers=2"}},
+    ),
     "MPEG-TS": ("a.ts", {"gop": 12, "bframes": 2}),
     "program stream": ("a.mpg", {"codec": "mpeg2video", "gop": 9, "bframes": 2}),
     "AVI with B-frames, no pts": ("a.avi", {"gop": 12, "bframes": 3}),
     "MPEG-4 in AVI": ("a.avi", {"codec": "mpeg4", "gop": 12, "bframes": 2}),
     "hidden frames": ("a.webm", {"codec": "libvpx", "gop": 20, "extra": HIDDEN}),
-    "VP9": ("a.webm", {"codec": "libvpx-vp9", "gop": 15, "extra": {"cpu-used": 8, "lag-in-frames": 8}}),
+    "VP9": (
+        "a.webm",
+        {"codec": "libvpx-vp9", "gop": 15, "extra": {"cpu-used": 8, "lag-in-frames": 8}},
+    ),
     "AV1": ("a.mp4", {"codec": "libsvtav1", "gop": 12, "extra": {"preset": 12}}),
     "GIF": ("a.gif", {"codec": "gif", "pix_fmt": "rgb8"}),
     "dropped frames": ("a.mp4", {"gop": 12, "bframes": 2, "extra": DROPPED}),
     "uneven times": ("a.mkv", {"gop": 12, "bframes": 2, "extra": UNEVEN}),
     "interlaced": ("a.mp4", {"gop": 12, "extra": {"flags": "+ilme+ildct"}}),
-    "header behind, shifted": ("a.mp4", {"gop": 12, "bframes": 3, "extra": {"movflags": "negative_cts_offsets"}}),
+    "header behind, shifted": (
+        "a.mp4",
+        {"gop": 12, "bframes": 3, "extra": {"movflags": "negative_cts_offsets"}},
+    ),
     "fragments": ("a.mp4", {"gop": 12, "extra": {"movflags": "frag_keyframe+empty_moov"}}),
 }
-QUICK = {"closed groups": 6, "layers, HEVC": 6, "dropped frames": 6, "header behind, shifted": 6, "fragments": 0}
+QUICK = {
+    "closed groups": 6,
+    "layers, HEVC": 6,
+    "dropped frames": 6,
+    "header behind, shifted": 6,
+    "fragments": 0,
+}
 QUICK |= {"open groups, H.264": 6, "AV1": 0, "interlaced": 0}
 
 
@@ -168,13 +201,16 @@ QUICK |= {"open groups, H.264": 6, "AV1": 0, "interlaced": 0}
 def test_every_kind_of_stream(case: str, tmp_path: Path) -> None:
     name, options = CASES[case]
     write_video(tmp_path / name, moving(50), **options)
-    assert check(tmp_path / name, clock="counted" if "no pts" in case else "pts") == QUICK.get(case, 0)
+    assert check(tmp_path / name, clock="counted" if "no pts" in case else "pts") == QUICK.get(
+        case, 0
+    )
 
 
 @pytest.mark.usefixtures("reading")
 def test_an_edit_list_hides_the_frames_before_its_start(tmp_path: Path) -> None:
     write_video(tmp_path / "long.mp4", moving(60), gop=30, bframes=2)
-    # Cut without encoding anew: the copy begins at the key frame and hides what comes before the cut.
+    # Cut without encoding anew: the copy begins at the key frame and hides what comes before the
+    # cut.
     transcode(
         tmp_path / "long.mp4", tmp_path / "cut.mp4", codec="copy", input_options={"ss": 1.7},
         extra={"fps_mode": "auto"},
@@ -187,7 +223,13 @@ def test_an_edit_list_hides_the_frames_before_its_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.mkv", "a.ts", "a.mp4"])
 def test_a_cut_file_keeps_what_came(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    write_video(path, moving(60), gop=12, bframes=2, extra={"movflags": "faststart"} if name == "a.mp4" else None)
+    write_video(
+        path,
+        moving(60),
+        gop=12,
+        bframes=2,
+        extra={"movflags": "faststart"} if name == "a.mp4" else None,
+    )
     os.truncate(path, path.stat().st_size * 2 // 3)
     check(path, whole=False)
     with VideoReader(str(path)) as reader:
@@ -214,13 +256,19 @@ def test_damage_does_not_shift_the_frames_after_it(tmp_path: Path) -> None:
     assert 0 < len(whole) - len(damaged) < 5
 
 
-@pytest.mark.parametrize(("name", "quick"), [("a.mp4", 6), ("a.ts", 6)])  # MPEG-TS has parameters at every key frame
-def test_the_shape_of_pixels_where_the_header_does_not_have_it(name: str, quick: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "quick"), [("a.mp4", 6), ("a.ts", 6)]
+)  # MPEG-TS has parameters at every key frame
+def test_the_shape_of_pixels_where_the_header_does_not_have_it(
+    name: str, quick: int, tmp_path: Path
+) -> None:
     write_video(tmp_path / name, moving(40), gop=12, extra={"vf": "setsar=4/3"})
     transcode(tmp_path / name, tmp_path / "b.mp4", codec="copy")
     data = (tmp_path / "b.mp4").read_bytes().replace(b"pasp", b"free")
     width = data.index(b"tkhd") + 80  # of the display, 16.16
-    (tmp_path / "b.mp4").write_bytes(data[:width] + (64 << 16).to_bytes(4, "big") + data[width + 4 :])
+    (tmp_path / "b.mp4").write_bytes(
+        data[:width] + (64 << 16).to_bytes(4, "big") + data[width + 4 :]
+    )
     assert check(tmp_path / "b.mp4") == quick
     with VideoReader(str(tmp_path / "b.mp4")) as reader:
         assert reader.info.pixel_aspect == Fraction(4, 3)
@@ -238,12 +286,20 @@ def test_a_first_frame_that_never_comes_out_is_not_counted(tmp_path: Path) -> No
     assert count_frames(str(path)) == len(plain(path)) < 40
 
 
-@pytest.mark.parametrize("other", [{"vf": "setsar=1,format=yuv420p,setparams=range=unknown"}, {"qp": 0}], ids=str)
-def test_what_new_parameters_do_not_say_stays_as_it_was(other: dict[str, Any], tmp_path: Path) -> None:
-    first = {"color_range": "pc", "vf": "setsar=1"} if "vf" in other else {"x264-params": "8x8dct=0"}
+@pytest.mark.parametrize(
+    "other", [{"vf": "setsar=1,format=yuv420p,setparams=range=unknown"}, {"qp": 0}], ids=str
+)
+def test_what_new_parameters_do_not_say_stays_as_it_was(
+    other: dict[str, Any], tmp_path: Path
+) -> None:
+    first = (
+        {"color_range": "pc", "vf": "setsar=1"} if "vf" in other else {"x264-params": "8x8dct=0"}
+    )
     write_video(tmp_path / "a.ts", moving(20), gop=12, extra=first)
     write_video(tmp_path / "b.ts", moving(20), gop=12, extra={**other, "output_ts_offset": 2})
-    (tmp_path / "ab.ts").write_bytes(b"".join((tmp_path / name).read_bytes() for name in ("a.ts", "b.ts")))
+    (tmp_path / "ab.ts").write_bytes(
+        b"".join((tmp_path / name).read_bytes() for name in ("a.ts", "b.ts"))
+    )
     transcode(tmp_path / "ab.ts", tmp_path / "ab.mp4", codec="copy")
     check(tmp_path / "ab.mp4")
 
@@ -272,14 +328,26 @@ def test_a_header_that_points_elsewhere_is_not_believed(tmp_path: Path) -> None:
     write_video(path, moving(40), gop=12, bframes=2)
     found = header(path)
     assert found is not None
-    for name, position, clip in (("place", 14, [12, 13, 14, 15]), ("pts", 15, [12, 13, 14, 15]), ("entry", 6, [9, 10])):
-        table = replace(found.packets, entry=found.packets.entry.copy(), pts=found.packets.pts.copy())
-        table.place = found.packets.place + (np.arange(40) == position) if name == "place" else found.packets.place
+    for name, position, clip in (
+        ("place", 14, [12, 13, 14, 15]),
+        ("pts", 15, [12, 13, 14, 15]),
+        ("entry", 6, [9, 10]),
+    ):
+        table = replace(
+            found.packets, entry=found.packets.entry.copy(), pts=found.packets.pts.copy()
+        )
+        table.place = (
+            found.packets.place + (np.arange(40) == position)
+            if name == "place"
+            else found.packets.place
+        )
         if name == "pts":
             table.pts[position] += 1
         if name == "entry":
             table.entry[position] = True
-        with QuickReader(str(path), index=VideoIndex(table, found.timeline, from_header=True)) as quick:
+        with QuickReader(
+            str(path), index=VideoIndex(table, found.timeline, from_header=True)
+        ) as quick:
             if name == "entry":  # of a frame that is none: the entry before it serves
                 assert [i for i, _, _ in quick.frames_at(np.array(clip))] == clip
                 assert not table.entry[position]
@@ -288,7 +356,9 @@ def test_a_header_that_points_elsewhere_is_not_believed(tmp_path: Path) -> None:
                     list(quick.frames_at(np.array(clip)))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     codec=st.sampled_from(["libx264", "libx264", "libx265", "mpeg4", "libvpx"]),
     gop=st.sampled_from([1, 2, 5, 12, 250]),
@@ -305,7 +375,13 @@ def test_random_streams(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(timeline, "KEEP_BYTES", keep)
     path = tmp_path / "a.mkv"
-    extra = {"x265-params": "log-level=none"} if codec == "libx265" else {"cpu-used": 5} if codec == "libvpx" else {}
+    extra = (
+        {"x265-params": "log-level=none"}
+        if codec == "libx265"
+        else {"cpu-used": 5}
+        if codec == "libvpx"
+        else {}
+    )
     write_video(
         path, moving(frames, seed), fps=rate, codec=codec, gop=gop, extra=extra,
         bframes=None if codec == "libvpx" else bframes,

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from distinit.pipeline.clips.transforms import ClipView, center_crop, crop_and_flip, normalize_clip, of_channels
+from distinit.pipeline.clips.transforms import (
+    ClipView,
+    center_crop,
+    crop_and_flip,
+    normalize_clip,
+    of_channels,
+)
 from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, LabelledClips
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.store.reader import TargetStore
@@ -30,7 +36,10 @@ def shifted(steps: int, x: float, y: float, height: int = 96, width: int = 128) 
     rows, columns = np.mgrid[0:height, 0:width]
     frames = []
     for t in range(steps):
-        value = sum(np.sin(a * (columns - t * x) + p) * np.cos(b * (rows - t * y) + q) for a, b, p, q in waves)
+        value = sum(
+            np.sin(a * (columns - t * x) + p) * np.cos(b * (rows - t * y) + q)
+            for a, b, p, q in waves
+        )
         frames.append(np.repeat((128 + 20 * value)[..., None], 3, -1).clip(0, 255).astype(np.uint8))
     return np.stack(frames)
 
@@ -52,7 +61,9 @@ def test_a_mirrored_clip_negates_x_and_normalisation_is_that_of_flow() -> None:
     stored = clip.flip(3) * torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
     assert (mirrored - stored).abs()[..., 12:-12, 12:-12].mean() < 0.05
     expected = [(clip[0].mean() - 0.0046635) / 0.972347, (clip[1].mean() - 0.0046261) / 0.755146]
-    assert normalize_clip(clip[None])[0].mean((1, 2, 3)).tolist() == pytest.approx(list(map(float, expected)), rel=1e-4)
+    assert normalize_clip(clip[None])[0].mean((1, 2, 3)).tolist() == pytest.approx(
+        list(map(float, expected)), rel=1e-4
+    )
     rgb = crop_and_flip(images, 8, 8, 80, False)
     assert of_channels(rgb, 3) is rgb
 
@@ -82,7 +93,13 @@ def test_students_of_flow_see_the_flow_of_the_clips_that_others_see(tiny_store) 
 def test_labelled_clips_of_flow(tmp_path: Path) -> None:
     for name, speed in (("a.mp4", 2.0), ("b.mp4", -2.0), ("c.mp4", 2.2), ("d.mp4", -2.2)):
         write_video(tmp_path / name, shifted(20, speed, 0.0), gop=12)
-    lines = ["path,label,split1", "a.mp4,right,train", "b.mp4,left,train", "c.mp4,right,test", "d.mp4,left,test"]
+    lines = [
+        "path,label,split1",
+        "a.mp4,right,train",
+        "b.mp4,left,train",
+        "c.mp4,right,test",
+        "d.mp4,left,test",
+    ]
     (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
     labels = load_labels(f"csv:{tmp_path / 'labels.csv'}", 1)
     steady = VIEW.model_copy(update={"flip": 0.0})

@@ -11,7 +11,13 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from distinit.pipeline.clips.transforms import ClipView, Crop, center_crop, crop_and_flip, normalize_clip
+from distinit.pipeline.clips.transforms import (
+    ClipView,
+    Crop,
+    center_crop,
+    crop_and_flip,
+    normalize_clip,
+)
 from distinit.pipeline.common.errors import StoreMismatchError, VideoError
 from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.decoder import VideoReader
@@ -26,7 +32,11 @@ VIEW = View(resize=(32, 40))
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("clips") / "a.mp4"
     random = np.random.default_rng(0)
-    write_video(path, random.integers(0, 255, (40, 6, 8, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8), gop=12)
+    write_video(
+        path,
+        random.integers(0, 255, (40, 6, 8, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8),
+        gop=12,
+    )
     return os.fspath(path)
 
 
@@ -47,7 +57,9 @@ def test_a_file_that_is_not_the_stores(clip: str, tmp_path: Path) -> None:
         pts = reader.timeline().pts
     at = np.array([4, 8])
     read_frames(clip, at, VIEW, expect=(at, pts[at]), digest=digest(clip))
-    with pytest.raises(StoreMismatchError, match=f"frame 8 has pts 7 in the store, in the file it is {pts[8]}"):
+    with pytest.raises(
+        StoreMismatchError, match=f"frame 8 has pts 7 in the store, in the file it is {pts[8]}"
+    ):
         read_frames(clip, at, VIEW, expect=(at, np.array([pts[4], 7])))
     with pytest.raises(StoreMismatchError, match="it has 40 frames"):
         read_frames(clip, at, VIEW, expect=(np.array([99]), np.array([7])))
@@ -71,7 +83,9 @@ def test_a_damaged_frame_is_shown_by_the_one_before(tmp_path: Path) -> None:
     shades = np.repeat(np.arange(20, 220, 10), 48 * 64 * 3).reshape(20, 48, 64, 3).astype(np.uint8)
     write_video(path, shades, codec="libx265", gop=1, extra={"x265-params": "log-level=none"})
     with av.open(str(path)) as container:
-        position, size = next((p.pos, p.size) for i, p in enumerate(container.demux(video=0)) if i == 5)
+        position, size = next(
+            (p.pos, p.size) for i, p in enumerate(container.demux(video=0)) if i == 5
+        )
     with path.open("r+b") as file:
         file.seek(position)
         file.write(b"\xff" * size)
@@ -90,14 +104,20 @@ def test_a_damaged_frame_is_shown_by_the_one_before(tmp_path: Path) -> None:
 def test_crops_flips_and_statistics_are_torchvisions() -> None:
     images = np.random.default_rng(0).integers(0, 255, (4, 33, 47, 3), np.uint8)
     clip = torch.from_numpy(images).permute(0, 3, 1, 2)
-    expected = v2.functional.horizontal_flip(v2.functional.crop(clip, 3, 5, 24, 24)).permute(1, 0, 2, 3)
+    expected = v2.functional.horizontal_flip(v2.functional.crop(clip, 3, 5, 24, 24)).permute(
+        1, 0, 2, 3
+    )
     torch.testing.assert_close(crop_and_flip(images, 3, 5, 24, True), expected)
     torch.testing.assert_close(center_crop(images, 24), v2.CenterCrop(24)(clip).permute(1, 0, 2, 3))
     with pytest.raises(ValueError, match="does not fit into 33x47"):
         crop_and_flip(images, 10, 0, 24, False)
     mean, std = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
-    scaled = v2.functional.normalize(v2.functional.to_dtype(clip, torch.float32, scale=True), list(mean), list(std))
-    torch.testing.assert_close(normalize_clip(clip.permute(1, 0, 2, 3)[None]), scaled.permute(1, 0, 2, 3)[None])
+    scaled = v2.functional.normalize(
+        v2.functional.to_dtype(clip, torch.float32, scale=True), list(mean), list(std)
+    )
+    torch.testing.assert_close(
+        normalize_clip(clip.permute(1, 0, 2, 3)[None]), scaled.permute(1, 0, 2, 3)[None]
+    )
     assert normalize_clip(clip.permute(1, 0, 2, 3)[None], torch.bfloat16).dtype == torch.bfloat16
 
 
@@ -115,8 +135,12 @@ def test_a_scale_makes_the_picture_larger_that_the_crop_is_cut_from() -> None:
     assert sizes == [(128, 171), (144, 192), (160, 214)]
     assert view.frame_view() == view.frame_view(None) == View(resize=(128, 171))
     assert ClipView(size=112, scale=(0.875, 1)).frame_view(Crop(0, 0, False)).resize == (112, 150)
-    assert ClipView().frame_view(Crop(0, 0, False, 0.7)) == View(resize=(128, 171))  # off by default
-    with pytest.raises(ValueError, match=r"resize 128x171 times scale 0\.8 is smaller than the crop of 112"):
+    assert ClipView().frame_view(Crop(0, 0, False, 0.7)) == View(
+        resize=(128, 171)
+    )  # off by default
+    with pytest.raises(
+        ValueError, match=r"resize 128x171 times scale 0\.8 is smaller than the crop of 112"
+    ):
         ClipView(size=112, scale=(0.8, 1.2)).frame_view()
     for wrong in ((1.2, 1.0), (0.0, 1.0), (1.0, 99.0)):
         with pytest.raises(ValueError, match="scale must be two factors, the smaller first"):

@@ -30,7 +30,9 @@ def picture(height: int = 96, width: int = 128) -> np.ndarray:
 def ffmpeg_rgb(path: Path, height: int, width: int, filters: str, *before: str) -> np.ndarray:
     binary = imageio_ffmpeg.get_ffmpeg_exe()
     command = [binary, "-v", "error", *before, "-i", str(path), "-frames:v", "1", "-vf", filters]
-    done = subprocess.run([*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True, check=True)
+    done = subprocess.run(
+        [*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True, check=True
+    )
     return np.frombuffer(done.stdout, np.uint8).reshape(height, width, 3)
 
 
@@ -58,7 +60,8 @@ def test_colour_matrix_and_range(matrix: str, level: str, pix_fmt: str, tmp_path
             "color_range": "tv" if level == "limited" else "pc",
         },
     )  # fmt: skip
-    # In ffmpeg's filter the position of chroma is center unless said; the stream says left, as H.264 does.
+    # In ffmpeg's filter the position of chroma is center unless said; the stream says left, as
+    # H.264 does.
     expected = ffmpeg_rgb(path, 48, 64, "scale=64:48:flags=bilinear:in_chroma_loc=left")
     assert difference(ours(path, View(resize=(48, 64))), expected) < 0.5
     area = View(resize=(48, 64), interpolation="area")
@@ -70,17 +73,29 @@ def test_colour_matrix_and_range(matrix: str, level: str, pix_fmt: str, tmp_path
 def test_rotation_and_mirroring(turn: int, mirror: tuple[str, ...], tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", [picture()], crf=1)
     binary = imageio_ffmpeg.get_ffmpeg_exe()
-    command = [binary, "-v", "error", "-display_rotation", str(turn), *mirror, "-i", str(tmp_path / "a.mp4")]
+    command = [
+        binary,
+        "-v",
+        "error",
+        "-display_rotation",
+        str(turn),
+        *mirror,
+        "-i",
+        str(tmp_path / "a.mp4"),
+    ]
     subprocess.run([*command, "-c", "copy", str(tmp_path / "b.mp4")], check=True)
     height, width = (96, 128) if turn in (0, 180) else (128, 96)
-    expected = ffmpeg_rgb(tmp_path / "b.mp4", height, width, "scale=in_chroma_loc=left")  # turns by itself
+    expected = ffmpeg_rgb(
+        tmp_path / "b.mp4", height, width, "scale=in_chroma_loc=left"
+    )  # turns by itself
     assert difference(ours(tmp_path / "b.mp4", None), expected) < 2
     with VideoReader(str(tmp_path / "b.mp4")) as reader:
         assert (reader.info.height, reader.info.width) == (height, width)
 
 
 class UnknownSideData:
-    """A frame of PyAV whose side data is of a kind that PyAV does not know: Apple's spatial video has one."""
+    """A frame of PyAV whose side data is of a kind that PyAV does not know: Apple's spatial video
+    has one."""
 
     def __init__(self, frame: av.VideoFrame) -> None:
         self.rotation = frame.rotation
@@ -93,7 +108,12 @@ class UnknownSideData:
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
 def test_side_data_that_pyav_does_not_know_leaves_the_rotation(turn: int, tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", [picture()], crf=1)
-    transcode(tmp_path / "a.mp4", tmp_path / "b.mp4", codec="copy", input_options={"display_rotation": turn})
+    transcode(
+        tmp_path / "a.mp4",
+        tmp_path / "b.mp4",
+        codec="copy",
+        input_options={"display_rotation": turn},
+    )
     with VideoReader(str(tmp_path / "b.mp4")) as reader:
         _, _, frame = next(reader.decode_plain())
         assert frame.rotation % 360 in (turn, -turn % 360)
@@ -120,13 +140,17 @@ def test_interlaced_pictures_are_scaled_whole(tmp_path: Path) -> None:
     assert difference(ours(path, View(resize=(48, 64))), expected) < 2
 
 
-@pytest.mark.parametrize(("height", "width"), [(256, 340), (340, 256), (97, 333), (480, 480), (719, 1279)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(256, 340), (340, 256), (97, 333), (480, 480), (719, 1279)]
+)
 def test_sizes_and_crops_are_torchvisions(height: int, width: int) -> None:
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     view = View(resize=256, crop=224)
     resized = v2.Resize(256, antialias=True)(image)
     assert view.scaled(height, width) == tuple(resized.shape[1:])
-    frame = av.VideoFrame.from_ndarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8))
+    frame = av.VideoFrame.from_ndarray(
+        np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    )
     whole, cropped = render(frame, View(resize=256)), render(frame, view)
     expected = v2.CenterCrop(224)(torch.from_numpy(whole).permute(2, 0, 1)).permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(cropped, expected)
@@ -134,7 +158,9 @@ def test_sizes_and_crops_are_torchvisions(height: int, width: int) -> None:
 
 def test_bilinear_is_close_to_torchvisions(tmp_path: Path) -> None:
     frame = av.VideoFrame.from_ndarray(picture(240, 320))
-    expected = v2.Resize((60, 80), antialias=True)(torch.from_numpy(picture(240, 320)).permute(2, 0, 1))
+    expected = v2.Resize((60, 80), antialias=True)(
+        torch.from_numpy(picture(240, 320)).permute(2, 0, 1)
+    )
     assert difference(render(frame, View(resize=(60, 80))), expected.permute(1, 2, 0).numpy()) < 2.6
 
 

@@ -46,9 +46,15 @@ def number(picture: np.ndarray) -> int:
 def everything(path: Path) -> dict[str, list[int]]:
     """The numbers that each road to the frames shows."""
     with VideoReader(str(path)) as reader:
-        whole = [number(reader.info.renderer().render(frame, None)) for _, _, frame in reader.decode_plain()]
+        whole = [
+            number(reader.info.renderer().render(frame, None))
+            for _, _, frame in reader.decode_plain()
+        ]
     with VideoReader(str(path)) as reader:
-        fourth = [number(reader.info.renderer().render(f, None)) for _, _, f in reader.sample(Sampling(every=4))]
+        fourth = [
+            number(reader.info.renderer().render(f, None))
+            for _, _, f in reader.sample(Sampling(every=4))
+        ]
     clips = []
     for start in range(0, len(whole), 8):  # each opens the file anew, as a loader does
         wanted = np.arange(start, min(start + 8, len(whole)))
@@ -98,7 +104,13 @@ def test_times_that_are_the_decode_order_are_not_believed(stream: str, tmp_path:
         path = tmp_path / f"b.{ending}"
         options = {"fflags": "+genpts"}
         try:
-            transcode(tmp_path / name, path, codec="copy", input_options=options, extra={"fps_mode": "auto"})
+            transcode(
+                tmp_path / name,
+                path,
+                codec="copy",
+                input_options=options,
+                extra={"fps_mode": "auto"},
+            )
         except VideoError:
             continue  # not every container takes every stream
         shown = linear(path)
@@ -129,7 +141,9 @@ def test_a_clock_that_starts_again(ending: str, tmp_path: Path) -> None:
 
 
 def test_the_rate_of_a_counted_clock_is_that_of_the_times(tmp_path: Path) -> None:
-    write_video(tmp_path / "a.mp4", numbered(0, 50), gop=12, bframes=2, extra={"x264-params": "b-adapt=0"})
+    write_video(
+        tmp_path / "a.mp4", numbered(0, 50), gop=12, bframes=2, extra={"x264-params": "b-adapt=0"}
+    )
     transcode(tmp_path / "a.mp4", tmp_path / "b.avi", codec="copy")
     found = probe(str(tmp_path / "b.avi"))
     with av.open(str(tmp_path / "b.avi")) as container:
@@ -146,12 +160,17 @@ def box(kind: bytes, content: bytes) -> bytes:
 
 
 def with_clap(path: Path, width: int, height: int, right: int, down: int) -> None:
-    """Give an mp4 the clean aperture of that size, its middle `right` and `down` of the picture's."""
+    """Give an mp4 the clean aperture of that size, its middle `right` and `down` of the
+    picture's."""
     data = path.read_bytes()
     clap = box(b"clap", struct.pack(">IIIIiIiI", width, 1, height, 1, right, 1, down, 1))
     for kind in (b"avc1", b"stsd", b"stbl", b"minf", b"mdia", b"trak", b"moov"):
         at = data.rindex(kind) - 4
-        data = data[:at] + (int.from_bytes(data[at : at + 4], "big") + len(clap)).to_bytes(4, "big") + data[at + 4 :]
+        data = (
+            data[:at]
+            + (int.from_bytes(data[at : at + 4], "big") + len(clap)).to_bytes(4, "big")
+            + data[at + 4 :]
+        )
         if kind == b"avc1":
             entry = data.index(b"avcC") - 4
             data = data[:entry] + clap + data[entry:]
@@ -166,7 +185,9 @@ def test_cropping_of_the_container_is_applied(ending: str, tmp_path: Path) -> No
 
     path = tmp_path / "a.mp4"
     write_video(path, framed(), gop=8, bframes=2, crf=10)
-    with_clap(path, 128, 64, 16, -8)  # the middle of 224x112 is at (112, 56), that of the rest at (128, 48)
+    with_clap(
+        path, 128, 64, 16, -8
+    )  # the middle of 224x112 is at (112, 56), that of the rest at (128, 48)
     if ending == "mkv":
         transcode(path, tmp_path / "a.mkv", codec="copy", extra={"fps_mode": "passthrough"})
         path = tmp_path / "a.mkv"
@@ -202,7 +223,10 @@ def test_a_concealed_picture_is_the_same_whatever_is_sampled(tmp_path: Path) -> 
     path = tmp_path / "a.asf"  # of which FFmpeg makes a raw stream with rubbish between its packets
     random = np.random.default_rng(0)
     scenes = random.integers(0, 255, (3, 6, 8, 3)).repeat(8, 1).repeat(8, 2)
-    moving = [np.roll(scenes[t // 17], (t, 2 * t), (0, 1)) + random.integers(0, 6, (48, 64, 3)) for t in range(40)]
+    moving = [
+        np.roll(scenes[t // 17], (t, 2 * t), (0, 1)) + random.integers(0, 6, (48, 64, 3))
+        for t in range(40)
+    ]
     images = np.stack(moving).clip(0, 255).astype(np.uint8)
     write_video(tmp_path / "a.mpg", images, codec="mpeg2video", gop=9, bframes=2)
     transcode(tmp_path / "a.mpg", path, codec="copy")
@@ -226,7 +250,10 @@ def test_a_concealed_picture_is_the_same_whatever_is_sampled(tmp_path: Path) -> 
         context.thread_type, context.thread_count = "NONE", 1
         for packet in container.demux(video=0):
             with contextlib.suppress(av.FFmpegError):
-                alone += [renderer.render(f, None).tobytes() for f in context.decode(packet if packet.size else None)]
+                alone += [
+                    renderer.render(f, None).tobytes()
+                    for f in context.decode(packet if packet.size else None)
+                ]
     whole = pictures(Sampling(every=1))
     assert len(whole) > 8
     assert list(whole.values()) == alone
@@ -246,7 +273,12 @@ def test_frames_that_never_come_out_are_counted(tmp_path: Path) -> None:
             packet.stream = stream
             if position == 20:  # an access unit delimiter alone: no error, and no frame
                 empty = av.Packet((2).to_bytes(4, "big") + b"\x09\x10")
-                empty.pts, empty.dts, empty.time_base, empty.stream = packet.pts, packet.dts, packet.time_base, stream
+                empty.pts, empty.dts, empty.time_base, empty.stream = (
+                    packet.pts,
+                    packet.dts,
+                    packet.time_base,
+                    stream,
+                )
                 packet = empty
             target.mux(packet)
     with VideoReader(str(tmp_path / "b.mkv")) as reader:
@@ -304,15 +336,22 @@ def test_a_reference_picture_that_looks_like_none_is_decoded(ending: str, tmp_pa
     data, done = whole.read_bytes(), 0
     # Slices of reference pictures, whose header's bits 5 and 6 (nal_ref_idc) become 0.
     heads = {slice_of(packet, ending)[:12] for packet in packets_of(whole)}
-    for head in sorted(head for head in heads if head[0] & 0x1F == 1 and head[0] & 0x60 and data.count(head) == 1):
+    for head in sorted(
+        head for head in heads if head[0] & 0x1F == 1 and head[0] & 0x60 and data.count(head) == 1
+    ):
         at = data.index(head)
         path.write_bytes(data[:at] + bytes([1]) + data[at + 1 :])
         with VideoReader(str(path)) as reader:
             plain = {index: digest_of(frame) for index, _, frame in reader.decode_plain()}
         for every in (3, 4, 7):
             with VideoReader(str(path)) as reader:
-                sampled = {index: digest_of(frame) for index, _, frame in reader.sample(Sampling(every=every))}
-            assert sampled == {index: plain[index] for index in range(0, 40, every) if index in plain}
+                sampled = {
+                    index: digest_of(frame)
+                    for index, _, frame in reader.sample(Sampling(every=every))
+                }
+            assert sampled == {
+                index: plain[index] for index in range(0, 40, every) if index in plain
+            }
         done += 1
     assert done > 3
 

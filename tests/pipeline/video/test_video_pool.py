@@ -1,4 +1,5 @@
-"""Decoding in child processes that are killed, stopped, starved and left, with the real children."""
+"""Decoding in child processes that are killed, stopped, starved and left, with the real
+children."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ Rows = dict[int, list[tuple[int, int, bytes]]]
 def video(path: Path, frames: int, seed: int = 0) -> str:
     random = np.random.default_rng(seed)
     scene = random.integers(0, 255, (6, 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-    write_video(path, (np.roll(scene, (t, 2 * t), (0, 1)) for t in range(frames)), gop=50, bframes=2)
+    write_video(
+        path, (np.roll(scene, (t, 2 * t), (0, 1)) for t in range(frames)), gop=50, bframes=2
+    )
     return os.fspath(path)
 
 
@@ -115,7 +118,10 @@ def test_a_video_that_kills_twice_fails_and_the_next_is_decoded(long_video: str)
     killed: set[int] = set()
     events = []
     with pool() as decoders:
-        jobs = [DecodeJob(0, long_video, Sampling(every=1)), DecodeJob(1, long_video, Sampling(every=9))]
+        jobs = [
+            DecodeJob(0, long_video, Sampling(every=1)),
+            DecodeJob(1, long_video, Sampling(every=9)),
+        ]
         for event in collect(decoders.stream(jobs), rows):
             if event.key == 0 and len(killed) < 2 and decoders.pids[0] not in killed:
                 killed.add(decoders.pids[0])
@@ -173,7 +179,9 @@ def test_children_end_with_their_parent(long_video: str) -> None:
         "print(*pool.pids, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, long_video], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, long_video], capture_output=True, text=True, check=False
+    )
     pids = [int(word) for word in done.stdout.split()]
     assert len(pids) == 2, done.stderr
     for _ in range(100):

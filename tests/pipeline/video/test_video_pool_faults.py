@@ -1,7 +1,8 @@
-"""A decoder that dies or stops, at every state of the buffers: the frames are those of an undisturbed run.
+"""A decoder that dies or stops, at every state of the buffers: the frames are those of an
+undisturbed run.
 
-The pool is the real one. Its children are simulated, and so is the clock, so that thousands of states are tried and
-a wait without end is seen at once.
+The pool is the real one. Its children are simulated, and so is the clock, so that thousands of
+states are tried and a wait without end is seen at once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from distinit.pipeline.video.sampling import Sampling
 TIMEOUT_S = 100.0
 END_S = 50 * TIMEOUT_S  # of simulated time, far more than any of these runs takes
 Fault = tuple[int, int, str]
-"""(wait, place, what): before the pool's n-th wait the n-th child is killed ("kill") or stops for good ("stop")."""
+"""(wait, place, what): before the pool's n-th wait the n-th child is killed ("kill") or stops for
+good ("stop")."""
 
 
 class Standstill(AssertionError):
@@ -42,7 +44,8 @@ class Standstill(AssertionError):
 
 @dataclass(eq=False)
 class SimulatedChild:
-    """A child as pipeline/video/pool/worker.py is, which works when the machine lets it. A job's path is its blocks."""
+    """A child as pipeline/video/pool/worker.py is, which works when the machine lets it. A job's
+    path is its blocks."""
 
     machine: Machine
     ready: bool = True
@@ -68,7 +71,11 @@ class SimulatedChild:
         return True
 
     def can_work(self) -> bool:
-        return self.state == "runs" and bool(self.todo) and (bool(self.free_slots) or self.at_its_end())
+        return (
+            self.state == "runs"
+            and bool(self.todo)
+            and (bool(self.free_slots) or self.at_its_end())
+        )
 
     def at_its_end(self) -> bool:
         return bool(self.todo[0]["skip"] >= int(self.todo[0]["path"]))
@@ -77,7 +84,9 @@ class SimulatedChild:
         """Decode one block of the task, or end it."""
         task = self.todo[0]
         if self.at_its_end():
-            self.said.append({"kind": "done", "frames": -1, "clock": "pts", "note": None, "more": False})
+            self.said.append(
+                {"kind": "done", "frames": -1, "clock": "pts", "note": None, "more": False}
+            )
             self.todo.pop(0)
             return
         slot = self.free_slots.pop()
@@ -111,7 +120,8 @@ class SimulatedChild:
 
 
 class Machine:
-    """Lets children work, in one of several orders, and does harm to them. Stands in for `wait` and for the clock."""
+    """Lets children work, in one of several orders, and does harm to them. Stands in for `wait` and
+    for the clock."""
 
     def __init__(self, order: str, faults: Iterable[Fault], seed: int = 0) -> None:
         self.order, self.faults = order, list(faults)
@@ -149,14 +159,18 @@ class Machine:
         return heard
 
 
-def run(blocks: list[int], processes: int, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def run(
+    blocks: list[int], processes: int, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> list[Any]:
     """All events: (key, row) of each block, ("done", key) or ("failed", key)."""
     events: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(pool_module, "ChildProcess", lambda *_: SimulatedChild(machine))
         patch.setattr(pool_module, "wait", machine.wait)
         patch.setattr(pool_module.time, "monotonic", machine.monotonic)
-        machine.pool = DecodePool(processes=processes, views=[View(resize=(8, 8))], timeout_s=TIMEOUT_S)
+        machine.pool = DecodePool(
+            processes=processes, views=[View(resize=(8, 8))], timeout_s=TIMEOUT_S
+        )
         jobs = (DecodeJob(key, str(n), Sampling(every=1)) for key, n in enumerate(blocks))
         for event in machine.pool.stream(jobs):
             if isinstance(event, Block):
@@ -167,11 +181,22 @@ def run(blocks: list[int], processes: int, machine: Machine, monkeypatch: pytest
 
 
 def undisturbed(blocks: list[int]) -> list[Any]:
-    return [event for key, n in enumerate(blocks) for event in [*((key, row) for row in range(n)), ("done", key)]]
+    return [
+        event
+        for key, n in enumerate(blocks)
+        for event in [*((key, row) for row in range(n)), ("done", key)]
+    ]
 
 
-# Videos shorter and longer than what a child's slots hold, in the orders that fill them behind a long one.
-CORPORA = [[1, 9, 1, 1, 1, 1], [9, 9, 9], [2, 0, 5, 1, 4, 4, 7], [6, 1, 1, 1, 1, 1, 1, 1, 1, 1], [5, 3]]
+# Videos shorter and longer than what a child's slots hold, in the orders that fill them behind a
+# long one.
+CORPORA = [
+    [1, 9, 1, 1, 1, 1],
+    [9, 9, 9],
+    [2, 0, 5, 1, 4, 4, 7],
+    [6, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    [5, 3],
+]
 
 
 @pytest.mark.parametrize("order", ["first", "last", "all", "far"])
@@ -187,7 +212,11 @@ def test_one_fault_at_every_moment_changes_nothing(
         for number in range(1, quiet.waits + 1):
             for place in range(processes):
                 machine = Machine(order, [(number, place, what)])
-                assert run(blocks, processes, machine, monkeypatch) == undisturbed(blocks), (blocks, number, place)
+                assert run(blocks, processes, machine, monkeypatch) == undisturbed(blocks), (
+                    blocks,
+                    number,
+                    place,
+                )
                 tried += 1
     assert tried >= 20
 
@@ -197,7 +226,10 @@ def test_one_fault_at_every_moment_changes_nothing(
     blocks=st.lists(st.integers(0, 10), min_size=1, max_size=9),
     processes=st.integers(1, 3),
     order=st.sampled_from(["any", "first", "last", "all", "far"]),
-    faults=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 2), st.sampled_from(["kill", "stop"])), max_size=6),
+    faults=st.lists(
+        st.tuples(st.integers(1, 40), st.integers(0, 2), st.sampled_from(["kill", "stop"])),
+        max_size=6,
+    ),
     seed=st.integers(0, 9),
 )
 def test_many_faults_cost_at_most_the_videos_that_met_two(
@@ -215,8 +247,11 @@ def test_many_faults_cost_at_most_the_videos_that_met_two(
         assert key in failed or len(rows) == n
 
 
-def test_a_trickle_of_frames_does_not_hold_a_decoder_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A frame now and then is no silence; one in a tenth of a time-out is enough, also of a long video."""
+def test_a_trickle_of_frames_does_not_hold_a_decoder_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A frame now and then is no silence; one in a tenth of a time-out is enough, also of a long
+    video."""
 
     class Slow(Machine):
         def __init__(self, every_s: float) -> None:
@@ -241,15 +276,25 @@ def test_a_trickle_of_frames_does_not_hold_a_decoder_for_ever(monkeypatch: pytes
 
 
 def video(path: Path, frames: int, seed: int) -> str:
-    scene = np.random.default_rng(seed).integers(0, 255, (6, 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+    scene = (
+        np.random.default_rng(seed)
+        .integers(0, 255, (6, 8, 3))
+        .repeat(8, 0)
+        .repeat(8, 1)
+        .astype(np.uint8)
+    )
     write_video(path, (np.roll(scene, (t, 2 * t), (0, 1)) for t in range(frames)), gop=50)
     return os.fspath(path)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_decoder_of_the_first_video_falls_while_the_other_has_filled_its_slots(tmp_path: Path, how: int) -> None:
+def test_the_decoder_of_the_first_video_falls_while_the_other_has_filled_its_slots(
+    tmp_path: Path, how: int
+) -> None:
     """The second is done with all that comes after: it is no place for the second try."""
-    paths = [video(tmp_path / f"{i}.mp4", frames, i) for i, frames in enumerate((3, 600, 3, 3, 3, 3))]
+    paths = [
+        video(tmp_path / f"{i}.mp4", frames, i) for i, frames in enumerate((3, 600, 3, 3, 3, 3))
+    ]
 
     def rows(harm: bool) -> list[tuple[int, int, bytes]]:
         found = []
@@ -265,7 +310,11 @@ def test_the_decoder_of_the_first_video_falls_while_the_other_has_filled_its_slo
                 if harm and event.key == 1:
                     harm = False
                     time.sleep(1.0)  # the other goes as far as it can
-                    (place,) = [place for place, task in decoders._working.items() if task.message["key"] == 1]
+                    (place,) = [
+                        place
+                        for place, task in decoders._working.items()
+                        if task.message["key"] == 1
+                    ]
                     os.kill(decoders.pids[place], how)
         return found
 

@@ -29,7 +29,8 @@ from distinit.pipeline.video.sampling import Sampling
 FRAMES, SIZE = 40, (48, 64)
 VIEW = View(resize=(32, 40))  # of one size, whatever damage makes of the header
 X264 = "x264-params"
-# What is encoded once: codec, first container, options. The second file of an appended one is made of other pictures.
+# What is encoded once: codec, first container, options. The second file of an appended one is made
+# of other pictures.
 SOURCES = {
     "h264": ("libx264", "mp4", {"g": 12, "bf": 3}),
     "h264 avi": ("libx264", "avi", {"g": 12, "bf": 2}),
@@ -58,13 +59,56 @@ SOURCES = {
     "huffyuv": ("ffvhuff", "avi", {}),
     "png": ("png", "mov", {}),
 }
-TARGETS = ["mp4", "mov", "mkv", "webm", "avi", "ts", "m2ts", "mpg", "flv", "3gp", "nut", "asf", "ogg", "ivf", "mxf"]
-BEFORE = [[], [], ["-fflags", "+genpts"], ["-fflags", "+igndts"], ["-ss", "0.5"], ["-ss", "0.3", "-t", "0.8"]]
+TARGETS = [
+    "mp4",
+    "mov",
+    "mkv",
+    "webm",
+    "avi",
+    "ts",
+    "m2ts",
+    "mpg",
+    "flv",
+    "3gp",
+    "nut",
+    "asf",
+    "ogg",
+    "ivf",
+    "mxf",
+]
+BEFORE = [
+    [],
+    [],
+    ["-fflags", "+genpts"],
+    ["-fflags", "+igndts"],
+    ["-ss", "0.5"],
+    ["-ss", "0.3", "-t", "0.8"],
+]
 BEFORE += [["-itsoffset", "3"], ["-itsoffset", "-0.3"], ["-copyts", "-ss", "0.7"]]
-AFTER = [[], [], [], ["-t", "1.1"], ["-output_ts_offset", "5"], ["-avoid_negative_ts", "disabled"], ["-frames:v", "23"]]
-AFTER += [["-movflags", flags] for flags in ("frag_keyframe+empty_moov", "negative_cts_offsets", "faststart")]
-AFTER += [["-video_track_timescale", "25"], ["-bsf:v", "setts=pts=DTS"], ["-use_editlist", "0"], ["-bsf:v", "dts2pts"]]
-AFTER += [["-bsf:v", "noise=drop=not(mod(n\\,11))"], ["-bsf:v", "setts=pts=PTS+mod(N\\,2):dts=DTS"], ["-muxdelay", "2"]]
+AFTER = [
+    [],
+    [],
+    [],
+    ["-t", "1.1"],
+    ["-output_ts_offset", "5"],
+    ["-avoid_negative_ts", "disabled"],
+    ["-frames:v", "23"],
+]
+AFTER += [
+    ["-movflags", flags]
+    for flags in ("frag_keyframe+empty_moov", "negative_cts_offsets", "faststart")
+]
+AFTER += [
+    ["-video_track_timescale", "25"],
+    ["-bsf:v", "setts=pts=DTS"],
+    ["-use_editlist", "0"],
+    ["-bsf:v", "dts2pts"],
+]
+AFTER += [
+    ["-bsf:v", "noise=drop=not(mod(n\\,11))"],
+    ["-bsf:v", "setts=pts=PTS+mod(N\\,2):dts=DTS"],
+    ["-muxdelay", "2"],
+]
 
 
 @dataclass(frozen=True)
@@ -79,7 +123,10 @@ def pictures(seed: int) -> np.ndarray:
     """uint8 [FRAMES, h, w, 3]: each another, with motion and cuts."""
     random = np.random.default_rng(seed)
     scenes = random.integers(0, 255, (3, SIZE[0] // 8, SIZE[1] // 8, 3)).repeat(8, 1).repeat(8, 2)
-    frames = [np.roll(scenes[t // 17], (t, 2 * t), (0, 1)) + random.integers(0, 6, (*SIZE, 3)) for t in range(FRAMES)]
+    frames = [
+        np.roll(scenes[t // 17], (t, 2 * t), (0, 1)) + random.integers(0, 6, (*SIZE, 3))
+        for t in range(FRAMES)
+    ]
     return np.stack(frames).clip(0, 255).astype(np.uint8)
 
 
@@ -108,12 +155,25 @@ class _Sources(dict[str, list[Path]]):
 
 
 def ffmpeg(*arguments: object) -> bool:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-y", *map(str, arguments)]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-hide_banner",
+        "-loglevel",
+        "error",
+        "-y",
+        *map(str, arguments),
+    ]
+    return (
+        subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 def linear(path: Path) -> list[Frame] | None:
-    """Every frame of a linear decode by PyAV, packets that fail passed over; None where it does not open."""
+    """Every frame of a linear decode by PyAV, packets that fail passed over; None where it does not
+    open."""
     frames = []
     try:
         container = av.open(str(path))
@@ -139,7 +199,11 @@ def linear(path: Path) -> list[Frame] | None:
             if packet is not None and not packet.size:
                 continue
             try:
-                came = [(f.pts, digest(f)) for f in context.decode(packet) if not (f.is_corrupt and intra)]
+                came = [
+                    (f.pts, digest(f))
+                    for f in context.decode(packet)
+                    if not (f.is_corrupt and intra)
+                ]
                 frames += [Frame(*frame) for frame in came]
             except av.FFmpegError:  # damage: a linear decode passes over the packet, as players do
                 pass
@@ -150,7 +214,9 @@ def linear(path: Path) -> list[Frame] | None:
 
 
 def digest(frame: av.VideoFrame) -> str:
-    return hashlib.md5(b"".join(bytes(plane) for plane in frame.reformat(format="yuv444p").planes)).hexdigest()
+    return hashlib.md5(
+        b"".join(bytes(plane) for plane in frame.reformat(format="yuv444p").planes)
+    ).hexdigest()
 
 
 def digests(frames: Rows) -> Iterator[tuple[int, int, str]]:
@@ -162,7 +228,8 @@ def digests(frames: Rows) -> Iterator[tuple[int, int, str]]:
 
 
 def compare(path: Path, *, damaged: bool) -> str:
-    """The reader's frames against the linear decode's, those of samplings and clips against the reader's. What came."""
+    """The reader's frames against the linear decode's, those of samplings and clips against the
+    reader's. What came."""
     truth, refused = linear(path), ""
     try:
         with VideoReader(str(path)) as reader:
@@ -182,8 +249,12 @@ def compare(path: Path, *, damaged: bool) -> str:
         return "refused: no frame decodes"
     shown = [frame.pixels for frame in truth]
     assert [index for index, _, _ in rows] == sorted({index for index, _, _ in rows})
-    if damaged and line.clock == "pts":  # a decoder that lost its thread shows frames late: their pts decide
-        assert {(pts, pixels) for _, pts, pixels in rows} <= {(frame.pts, frame.pixels) for frame in truth}
+    if (
+        damaged and line.clock == "pts"
+    ):  # a decoder that lost its thread shows frames late: their pts decide
+        assert {(pts, pixels) for _, pts, pixels in rows} <= {
+            (frame.pts, frame.pixels) for frame in truth
+        }
         assert note is not None or len(rows) == len(shown)
     else:
         assert [pixels for _, _, pixels in rows] == shown
@@ -202,7 +273,8 @@ def compare(path: Path, *, damaged: bool) -> str:
 
 
 def clips(path: Path, by_index: dict[int, tuple[int, int, str]], total: int) -> None:
-    """Clips as training reads them: by a reader that knows the header alone where the file has one."""
+    """Clips as training reads them: by a reader that knows the header alone where the file has
+    one."""
     whole: dict[int, np.ndarray] = {}
     for start in (0, total // 3, max(0, total - 8)):
         wanted = np.arange(start, min(start + 8, total))
@@ -256,7 +328,9 @@ def damage(draw: st.DrawFn, path: Path) -> str:
     """Bits, cuts, zeros and lost, doubled or swapped packets of a transport stream, in place."""
     data = bytearray(path.read_bytes())
     assume(len(data) > 2)
-    kind = draw(st.sampled_from(["bit", "bit", "cut", "zeros", "hole", "lost", "doubled", "swapped"]))
+    kind = draw(
+        st.sampled_from(["bit", "bit", "cut", "zeros", "hole", "lost", "doubled", "swapped"])
+    )
     at = draw(st.integers(0, max(0, len(data) - 2)))
     size = 188 if path.suffix in (".ts", ".m2ts") else draw(st.sampled_from([1, 16, 300, 2000]))
     at = at - at % 188 if size == 188 else at
@@ -279,7 +353,12 @@ def damage(draw: st.DrawFn, path: Path) -> str:
 OFTEN = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much]
 
 
-@settings(max_examples=examples(0.4), derandomize=examples(1) <= 100, deadline=None, suppress_health_check=OFTEN)
+@settings(
+    max_examples=examples(0.4),
+    derandomize=examples(1) <= 100,
+    deadline=None,
+    suppress_health_check=OFTEN,
+)
 @given(data=st.data())
 def test_remuxes_show_the_frames_of_a_linear_decode(
     data: st.DataObject, sources: dict[str, list[Path]], tmp_path: Path
@@ -289,7 +368,12 @@ def test_remuxes_show_the_frames_of_a_linear_decode(
     print(f"{came:24s} {how}")
 
 
-@settings(max_examples=examples(0.4), derandomize=examples(1) <= 100, deadline=None, suppress_health_check=OFTEN)
+@settings(
+    max_examples=examples(0.4),
+    derandomize=examples(1) <= 100,
+    deadline=None,
+    suppress_health_check=OFTEN,
+)
 @given(data=st.data())
 def test_damage_shows_frames_of_a_linear_decode_or_a_reason(
     data: st.DataObject, sources: dict[str, list[Path]], tmp_path: Path

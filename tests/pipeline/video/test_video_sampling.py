@@ -19,7 +19,9 @@ from distinit.pipeline.video.sampling import Sampling
     steps=st.lists(st.integers(1, 60), max_size=25),
     first=st.integers(-1000, 2**40),
     fps=st.sampled_from([0.5, 1.0, 2.0, 7.5, 12.0, 30.0, 29.97, 100.0]),
-    base=st.sampled_from([Fraction(1, 25), Fraction(1, 90), Fraction(1001, 30000), Fraction(1, 1000)]),
+    base=st.sampled_from(
+        [Fraction(1, 25), Fraction(1, 90), Fraction(1001, 30000), Fraction(1, 1000)]
+    ),
 )
 def test_a_rate_keeps_the_last_frame_at_or_before_each_tick(
     steps: list[int], first: int, fps: float, base: Fraction
