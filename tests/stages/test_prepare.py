@@ -332,7 +332,8 @@ def test_a_limit_of_the_size_of_files_is_no_fault_of_a_video(
     ]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
     ended = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit)
-    assert ended.returncode == 1 and str(out) in ended.stderr
+    assert ended.returncode == 1
+    assert str(out) in ended.stderr
     assert "Traceback" not in ended.stderr
     assert "failed" not in {row["status"] for row in table(out).values()}
     subprocess.run(words, check=True, capture_output=True)
