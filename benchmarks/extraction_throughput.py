@@ -1,7 +1,8 @@
 """Sampled frames a second of stage one, end to end, against its parts alone on the same cores.
 
     python benchmarks/extraction_throughput.py /data/clips
-    python benchmarks/extraction_throughput.py /data/clips --precision bf16 --teacher torchvision.models:resnet50
+    python benchmarks/extraction_throughput.py /data/clips --precision bf16 \\
+        --teacher torchvision.models:resnet50
 
 The bound: where decoders and teachers share the cores of a CPU, a frame costs the time of both, so
 that no arrangement gives more than 1 / (1/D + 1/T) frames a second, with D those of decoding alone

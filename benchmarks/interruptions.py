@@ -1,7 +1,7 @@
 """Interrupt every command that writes, run it again, compare with an undisturbed run, bit by bit.
 
-    python benchmarks/interruptions.py                 # two trials per command and kind of harm: 168, an hour or so
-    python benchmarks/interruptions.py --trials 5 --commands extract train --kinds kill-change file-limit
+    python benchmarks/interruptions.py     # two trials per command and kind of harm: an hour
+    python benchmarks/interruptions.py --trials 5 --commands extract --kinds kill-change file-limit
 
 Kinds of harm:
 

@@ -1,6 +1,6 @@
 """Kill an extraction at random moments, run it again to its end, compare with an undisturbed run.
 
-    python benchmarks/kill_and_resume.py SOURCE… --teacher efficientnet_lite0 --kills 20 --workers 2 --who both
+    python benchmarks/kill_and_resume.py SOURCE… --teacher efficientnet_lite0 --kills 20 --workers 2
 
 `kill -9` goes to the client (`--who client`; without workers that is all there is, and its decoders
 end with it), to a random dask worker (`worker`; the run goes on), or to a worker and then the

@@ -1,7 +1,7 @@
 """Seconds and memory to open a store of a million videos and a hundred million rows, and to read
 its first pick.
 
-    python benchmarks/large_store.py --videos 1000000 --keep big.zarr    # makes it (some 15 minutes), then measures
+    python benchmarks/large_store.py --videos 1000000 --keep big.zarr  # makes it (15 minutes)
     python benchmarks/large_store.py --reuse big.zarr                    # measures again
 
 The store is made by the writer that extraction uses: real tables of videos, segments and frames, a

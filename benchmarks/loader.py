@@ -1,8 +1,8 @@
 """The loader of stage two: what cached targets cost it, what they save, and its memory.
 
-    python benchmarks/loader.py /data/clips targets      # cached targets against the bare decode, and an online teacher
-    python benchmarks/loader.py /data/clips flat         # ten thousand clips from 2 workers: does memory grow?
-    python benchmarks/loader.py /data/clips size         # memory of a worker, and the first batch, by number of videos
+    python benchmarks/loader.py /data/clips targets  # cached targets against the bare decode
+    python benchmarks/loader.py /data/clips flat     # ten thousand clips: does memory grow?
+    python benchmarks/loader.py /data/clips size     # memory and first batch by number of videos
 
 `targets` and `flat` take the first --videos of the folder, extract every 4th frame with a small
 linear teacher of 1000 classes, and read 8-frame clips from the videos and from prepared copies.

@@ -1,8 +1,9 @@
 """Extraction once and N trainings from the store, against N trainings with the teacher in the loop:
 hours.
 
-    python benchmarks/offline_online.py SOURCE --targets STORE [--teacher efficientnet_lite0] [--width 0.25]
-        [--size 56] [--batch-size 16] [--steps 8] [--rounds 3] [--videos 300000] [--frames-a-video 62]
+    python benchmarks/offline_online.py SOURCE --targets STORE [--teacher efficientnet_lite0]
+        [--width 0.25] [--size 56] [--batch-size 16] [--steps 8] [--rounds 3] [--videos 300000]
+        [--frames-a-video 62]
         [--epochs 45] [--epoch-clips 1000000]
 
 STORE holds targets of SOURCE by that teacher. Three rates are measured here: frames a second of an

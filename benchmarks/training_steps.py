@@ -1,7 +1,8 @@
 """Steps of training with real clips and with a batch that is always there: does the loader hold the
 student up?
 
-    python benchmarks/training_steps.py --targets STORE [--student r2plus1d_18] [--width 0.25] [--size 56]
+    python benchmarks/training_steps.py --targets STORE [--student r2plus1d_18]
+        [--width 0.25] [--size 56]
         [--batch-sizes 16] [--workers 0 1] [--steps 20] [--rounds 3] [--device cuda]
 
 Both are the loop's own step: objective, backward, clipping, optimizer. "at once": the first real

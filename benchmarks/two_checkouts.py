@@ -30,7 +30,8 @@ COMMANDS = {
     "extract-targets": f"extract-targets {{videos}} {TEACHER} --out {{out}}/s.zarr",
     "prepare": "prepare {videos} --out {out}/copies",
     "train-student": f"train-student --targets {{store}} {STUDENT} --workers 1 --out {{out}}/run",
-    "checkpoints": f"train-student --targets {{store}} {STUDENT} --workers 1 --set loop.checkpoint_every=1 --out {{out}}/run",
+    "checkpoints": f"train-student --targets {{store}} {STUDENT} --workers 1 --out {{out}}/run"
+    " --set loop.checkpoint_every=1",
     "verify": "targets verify {store}",
 }
 

