@@ -1,6 +1,7 @@
 # make demo         a virtual environment, the package with the demo's teacher, and the demo itself
 # make test         the same environment with the developers' tools, and all tests
 # make test-oldest  an environment with the oldest versions that are supported, and what depends on versions
+# make lint         style, format, the direction of imports, types
 # Another Python:   make PYTHON=python3.12 demo
 
 VENV ?= .venv
@@ -34,10 +35,12 @@ test-oldest:
 	@$(MAKE) --no-print-directory VENV=.venv-oldest CONSTRAINTS=tests/oldest.txt MINORS="11 12 13 14" versions test \
 		TESTS="tests/pipeline/video tests/pipeline/prepared tests/pipeline/store tests/stages/test_extract_cluster.py"
 
-# mypy takes the package by name, whatever the folder is called: a link gives it that name.
+# mypy and import-linter take the package by name, whatever the folder is called: a link gives it that name.
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	@mkdir -p .mypy_cache/path && ln -sfn ../.. .mypy_cache/path/distinit
+	PYTHONPATH=.mypy_cache/path $(BIN)/lint-imports --no-cache --no-logo
 	MYPYPATH=.mypy_cache/path $(BIN)/mypy -p distinit
 
 versions: $(VENV)/.installed-dev

@@ -82,6 +82,7 @@ def test_lower_bounds_are_the_versions_that_are_tested() -> None:
     tools = {
         "ruff",
         "mypy",
+        "import-linter",
         "types-PyYAML",
         "setuptools",
         "wheel",
