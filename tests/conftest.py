@@ -3,6 +3,7 @@ itself."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -31,6 +32,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if for_gpu and not importlib.import_module("torch").cuda.is_available():
+        for item in for_gpu:
+            item.add_marker(pytest.mark.skip(reason="requires a CUDA device"))
+
 
 TEACHERS = '''
 import torch

@@ -30,6 +30,8 @@ from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets
 
+pytestmark = pytest.mark.cluster
+
 QUIET = Console(quiet=True)
 NAME = "flaky_teachers:teacher"
 MODULE = """

@@ -16,6 +16,8 @@ from distinit.pipeline.video.encode import write_video
 from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
 
+pytestmark = pytest.mark.cluster
+
 QUIET = Console(quiet=True)
 
 

@@ -28,6 +28,8 @@ from distinit.pipeline.training.loader import (
 from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.stages.train_student import TrainConfig, train_student
 
+pytestmark = pytest.mark.cluster
+
 # A module of its own: the processes import it by name.
 JOB = '''
 import os

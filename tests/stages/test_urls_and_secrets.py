@@ -134,6 +134,7 @@ def program(folder: Path) -> Path:
     return canary
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("url", REFUSED)
 def test_only_plain_urls_are_opened(url: str, server: Any, tmp_path: Path) -> None:
     canary = program(tmp_path)
@@ -145,6 +146,7 @@ def test_only_plain_urls_are_opened(url: str, server: Any, tmp_path: Path) -> No
     assert not canary.exists()
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("url", [REFUSED[0], REFUSED[2], REFUSED[5]])
 def test_no_command_opens_another_url(url: str, server: Any, tmp_path: Path) -> None:
     canary = program(tmp_path)
@@ -222,6 +224,7 @@ def strangers_run(folder: Path, store: Any) -> Path:
     return run.parent
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "url",
     [
@@ -273,6 +276,7 @@ def places_with(text: str, folder: Path) -> list[Path]:
     return [path for path in files if text.encode() in path.read_bytes() or text in str(path)]
 
 
+@pytest.mark.network
 def test_no_password_stays_on_disk_or_screen(server: Any, tmp_path: Path, tiny_store: Any) -> None:
     shutil.copytree(tiny_store.path, server.folder / "locked/s.zarr")
     bare = f"http://127.0.0.1:{server.server_port}/locked/s.zarr"

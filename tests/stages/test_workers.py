@@ -19,6 +19,8 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.dask_workers import cluster
 from distinit.pipeline.common.errors import DistInitError
 
+pytestmark = pytest.mark.cluster
+
 QUIET = Console(quiet=True)
 # In a process that shares no key with the cluster: what it is told by each address, in clear text
 # and with a key of its own.

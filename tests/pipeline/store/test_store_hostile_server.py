@@ -28,6 +28,8 @@ from distinit.pipeline.store.digests import seal
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.writer import StoreWriter
 
+pytestmark = pytest.mark.network
+
 LIMIT = 300_000  # bytes of a node or text chunk in these tests, above what the store has
 KINDS = [
     "zarr.json",

@@ -29,6 +29,8 @@ from distinit.pipeline.store.storage import absolute
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_info import targets_info
 
+pytestmark = pytest.mark.network
+
 
 @dataclass
 class Server:
