@@ -34,7 +34,7 @@ from .urls import check_local
 
 C = TypeVar("C", bound=Options)
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 SECTIONS = (
     "prepare",
     "extract-targets",

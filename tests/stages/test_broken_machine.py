@@ -24,7 +24,7 @@ from distinit.stages.prepare import PrepareConfig, prepare
 QUIET = Console(quiet=True)
 BREAK = """
 import sys
-if any("pipeline.video.child" in word for word in sys.orig_argv):
+if any("pipeline.video.pool.worker" in word for word in sys.orig_argv):
     import av
     opened, real = [], av.open
     def broken(file, *args, **named):

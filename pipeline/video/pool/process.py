@@ -20,7 +20,7 @@ from ...common.processes import Owner
 from ..geometry import View
 from .protocol import SLOTS, Inbox, Layout, send, shared_file
 
-_MODULE = f"{__package__}.child"
+_MODULE = f"{__package__}.worker"
 _READ_BYTES = 2**20
 _END_S = 5.0  # the longest that a process takes to end
 

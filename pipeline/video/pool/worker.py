@@ -37,7 +37,7 @@ from .protocol import INTERNAL, SLOTS, Layout, receive, send
 
 _SIGN_OF_LIFE_S = 1.0
 _GOOD = (
-    Path(__file__).parents[2]
+    Path(__file__).parents[3]
     / "conf"
     / "demo_corpus"
     / "Standing_Still"
