@@ -19,6 +19,7 @@ from pydantic import Field
 from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import UsageError, VideoError
+from ..pipeline.common.files import replacing, sweep_run
 from ..pipeline.common.locks import lock
 from ..pipeline.common.same_failure import SameFailure
 from ..pipeline.common.settings import Options
@@ -142,6 +143,7 @@ def _only_claimed(out: Path) -> bool:
 
 
 def _sweep(out: Path) -> None:
+    sweep_run(out)
     for left in (out / PARTIAL).iterdir():
         if left.name != LOCK:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -175,9 +177,9 @@ def _mark(out: Path, config: PrepareConfig, videos: VideoList) -> None:
     text = json.dumps(
         {"format": FORMAT, "version": 1, "options": options, "corpora": corpora}, indent=1
     )
-    part = out / PARTIAL / MARKER
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, out / MARKER)
+    # In the folder that the next run sweeps: without its marker the folder may hold nothing else.
+    with replacing(out / MARKER, out / PARTIAL / MARKER) as part:
+        part.write_text(text + "\n", encoding="utf-8")
 
 
 def _options(config: PrepareConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..pipeline.common.config import require_writable
 from ..pipeline.common.console import Console
 from ..pipeline.common.documents import parse_json, read_bytes
 from ..pipeline.common.errors import SourceError, UsageError
-from ..pipeline.common.files import check_output_dir, write_whole
+from ..pipeline.common.files import check_output_dir, write_page
 from ..pipeline.reporting.ablation_results import ablation_folders, cell_names, read_ablations
 from ..pipeline.reporting.ablation_tables import ablation_numbers, screen_table
 from ..pipeline.reporting.accuracy import accuracy_numbers, screen_tables
@@ -122,14 +122,14 @@ def _write(out: Path, files: Mapping[Path, str | bytes]) -> None:
     # The page first: by it the folder is known. Then the union: interrupted, the next report knows
     # of both.
     page = next(iter(files))
-    write_whole(page, files[page])
-    write_whole(record, json.dumps(sorted({*names, *earlier})))
+    write_page(page, files[page])
+    write_page(record, json.dumps(sorted({*names, *earlier})))
     for path, content in files.items():
-        write_whole(path, content)
+        write_page(path, content)
     for name in set(earlier) - set(names):
         with suppress(FileNotFoundError):
             (out / name).unlink()
-    write_whole(record, json.dumps(sorted(names)))
+    write_page(record, json.dumps(sorted(names)))
 
 
 def _earlier(record: Path) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from .. import __version__
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import UsageError
-from ..pipeline.common.files import check_output_dir, write_whole
+from ..pipeline.common.files import check_output_dir, write_page
 from ..pipeline.reporting.browse import summarize_store
 from ..pipeline.reporting.browse_page import browse_page
 from ..pipeline.store.reader import TargetStore, check_moved
@@ -38,7 +38,7 @@ def targets_browse(
     page = Path(out) / "browse.html"
     check_output_dir(page)
     found = summarize_store(store, sample, seed=seed, moved=moved)
-    write_whole(page, browse_page(found, __version__))
+    write_page(page, browse_page(found, __version__))
     missing = {video.path: video.problem for video in found.videos if video.problem is not None}
     for path, problem in missing.items():
         console.warn(f"{path}: shown without pictures, {problem}")

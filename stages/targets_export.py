@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import DistInitError, StoreError, UsageError
+from ..pipeline.common.files import fsync_path, replacing
 from ..pipeline.common.hdf5 import STRING, Hdf5Writer, open_hdf5
 from ..pipeline.common.locks import lock
 from ..pipeline.common.urls import check_local
 from ..pipeline.store.index import PENDING
-from ..pipeline.store.layout import fsync_path, is_ours
+from ..pipeline.store.layout import is_ours
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.store.selection import choose_videos
 from ..pipeline.store.subset import write_subset
@@ -191,7 +192,7 @@ def _export_store(
     if len(videos) == 0:
         raise UsageError(f"{store.name}: no video is left to export")
     part = out.with_name(f".{out.name}.part")
-    with _alone(out.with_name(f".{out.name}.export-lock"), out):
+    with _alone(out):
         _sweep(part)
         try:
             with console.progress("exporting", int(store.row_counts[videos].sum()), "rows") as bar:
@@ -232,7 +233,7 @@ def _export_hdf5(
     usable = np.intersect1d(store.usable(names), chosen)
     counts = store.row_counts[usable]
     part = out.with_name(f".{out.name}.part")
-    with _alone(part, out):
+    with _alone(out), replacing(out, part):
         # From HDF5 1.10 on the structure of a file has checksums; those of the values are asked
         # for.
         writer = Hdf5Writer(part, libver=("v110", "v110"))
@@ -258,7 +259,6 @@ def _export_hdf5(
                     entropy[at : at + BLOCK] = store.entropy(name, some)
                     writer.check()
                     bar.advance(len(some) / len(names))
-        os.replace(part, out)
     return {"out": str(out), "videos": len(usable), "rows": len(rows), "teachers": names,
             "bytes": out.stat().st_size}  # fmt: skip
 
@@ -287,10 +287,11 @@ def _checked(shape: tuple[int, ...], item_bytes: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _alone(file: Path, out: Path) -> Iterator[None]:
-    """Hold the lock of `file` while `out` is made; nothing is left of it. StoreError where another
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a lock next to `out` while it is made; nothing is left of it. StoreError where another
     export holds it."""
     busy = StoreError(f"{out}: another export is writing it")
+    file = out.with_name(f".{out.name}.export-lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:

@@ -21,6 +21,7 @@ from ..pipeline.common.console import Console, plain
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.distributed import Ranks
 from ..pipeline.common.errors import StoreError, StoreMismatchError, UsageError
+from ..pipeline.common.files import write_whole
 from ..pipeline.evaluation.exclusion import canonical_leave_out, left_out_of
 from ..pipeline.evaluation.short_videos import warn_of_short_videos
 from ..pipeline.store.exclude import Exclusion
@@ -40,7 +41,6 @@ from ..pipeline.training.checkpoint import (
     read_identity,
     require_not_longer,
     run_dir_lock,
-    write_atomically,
 )
 from ..pipeline.training.distillation import Distillation, evaluate_distillation
 from ..pipeline.training.distillation_options import TargetOptions, TrainConfig
@@ -157,7 +157,7 @@ def _train_locked(
         summary = _summary(config, parts, result, exported) | _learned(
             bounds, result, teachers, config.export, console
         )
-        write_atomically(run_dir / RESULT, json.dumps(plain(summary), indent=1).encode())
+        write_whole(run_dir / RESULT, json.dumps(plain(summary), indent=1).encode())
         return summary
 
     return ranks.on_main(finish)

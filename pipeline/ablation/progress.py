@@ -11,7 +11,7 @@ from pydantic import FiniteFloat, TypeAdapter
 
 from ..common.documents import read_bytes
 from ..common.errors import SourceError
-from ..training.checkpoint import write_atomically
+from ..common.files import write_whole
 from .plan import Cell, Plan
 from .steps import Step
 
@@ -49,7 +49,7 @@ class Progress:
     def took(self, step: Step, seconds: float) -> None:
         """Add to a step's seconds: one that was interrupted has several parts."""
         self.seconds[step.key] = self.seconds.get(step.key, 0.0) + seconds
-        write_atomically(self.out / SECONDS, json.dumps(self.seconds, indent=1).encode())
+        write_whole(self.out / SECONDS, json.dumps(self.seconds, indent=1).encode())
 
     def records(self) -> list[dict[str, Any]]:
         """A record a cell, as docs/ablate.md has it."""
@@ -66,7 +66,7 @@ class Progress:
             "axes": list(self.plan.axes),
             "cells": self.records(),
         }
-        write_atomically(self.out / CELLS, json.dumps(content, indent=1).encode())
+        write_whole(self.out / CELLS, json.dumps(content, indent=1).encode())
 
     def _record(self, work: Work) -> dict[str, Any]:
         reason = next(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from pydantic_core import ErrorDetails
 
 from .documents import load_yaml, read_bytes
 from .errors import DistInitError, SourceError, UsageError
+from .files import write_whole
 from .settings import Options
 from .urls import check_local
 
@@ -99,17 +101,8 @@ def load_config(
 def write_config(path: str | os.PathLike[str], command: str, config: Options) -> None:
     """Write the config as used, atomically, in the layout that `--config` reads."""
     text = yaml.safe_dump({command: config.model_dump(mode="json")}, sort_keys=False, width=100)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    part.unlink(missing_ok=True)
-    with open(
-        part, "x", encoding="utf-8"
-    ) as file:  # of a link that has the name, the target is not written to
-        file.write(
-            "# The config as used; `distinit " + command + " --config FILE` reads it.\n" + text
-        )
-    os.replace(part, target)
+    head = f"# The config as used; `distinit {command} --config FILE` reads it.\n"
+    write_whole(Path(path), (head + text).encode())
 
 
 def check_output_dir(
@@ -181,15 +174,10 @@ def require_writable(folder: Path) -> None:
     """UsageError where no file can be written into the folder, which is made: tried before the
     work, not after it."""
     require_no_store(folder)
-    trial = folder / f".distinit-{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            trial.unlink(missing_ok=True)
-            with open(trial, "xb") as file:
-                file.write(b"trial")
-        finally:
-            trial.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"trial")
     except OSError as error:
         why = error.strerror or error
         raise UsageError(

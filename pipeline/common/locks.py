@@ -8,9 +8,10 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from .errors import DistInitError, UsageError
-from .leftovers import sweep_run
+from .files import sweep_run
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
                 log.warning("%s: nothing keeps a second command from writing there", error)
                 break
         with suppress(OSError):  # a folder that cannot be written: the command says so
-            sweep_run(folder)
+            sweep_run(Path(folder))
         yield
     finally:
         if descriptor in _own:

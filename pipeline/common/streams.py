@@ -2,9 +2,9 @@
 command a terminal.
 
 Names of classes, videos and teachers, reasons and messages of libraries may come from files of
-other people. Every way out passes `printable`: `stages.screen.Screen` (lines, tables, progress),
+other people. Every way out passes `printable`: `common.console.Console` (lines, tables, progress),
 `CleanStream` (what Python, click and libraries write to standard output and error),
-`reporting.writing.write_whole` (pages, Markdown, CSV, SVG).
+`common.files.write_page` (pages, Markdown, CSV, SVG).
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ import numpy as np
 
 from ..common.documents import plain_data
 from ..common.errors import CheckpointError, DistInitError
+from ..common.files import replacing
 from ..common.hdf5 import STRING, Hdf5Error, Hdf5Writer, open_hdf5
 from ..common.sealed import check_seal
 from ..corpus.sources import escape_path, unescape_path
@@ -219,14 +220,10 @@ class Predictions:
         """Atomic: the file at `path` is the old one or the whole new one. OSError when the disk is
         full."""
         target = Path(path)
-        partial = target.with_name(target.name + ".partial")
         try:
-            partial.unlink(missing_ok=True)
-            with Hdf5Writer(partial, sealed=True) as writer:
+            with replacing(target) as part, Hdf5Writer(part, sealed=True) as writer:
                 self._fill(writer.file)
-            os.replace(partial, target)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise PredictionsError(
                 f"{target}: cannot write the predictions ({_short(error)})"
             ) from error

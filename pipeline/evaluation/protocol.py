@@ -15,11 +15,11 @@ from ..clips.transforms import ClipView
 from ..common.console import Console
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import UsageError
+from ..common.files import write_whole
 from ..common.settings import Options
 from ..common.tables import Column, Table
 from ..common.weights import state_sha256
 from ..students.student import Student
-from ..training.checkpoint import write_atomically
 from ..training.precision import pick_workers, torch_threads
 from .labelled_clips import EvaluationClips, FrameOrder
 from .labels import Labels, short_dataset
@@ -166,7 +166,7 @@ def _nothing_yet(
 
 def write_result(out: Path, result: dict[str, Any]) -> None:
     """RUN/result.json, whole or not at all."""
-    write_atomically(out / RESULT, json.dumps(result, indent=1, allow_nan=False).encode())
+    write_whole(out / RESULT, json.dumps(result, indent=1, allow_nan=False).encode())
 
 
 def refuse_other(out: Path, mine: dict[str, str | list[str]]) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from ..common.documents import is_regular_file
 from ..common.errors import CheckpointError
+from ..common.files import write_whole
 from ..common.streams import as_json
 from ..corpus.sources import escape_path
-from ..training.checkpoint import write_atomically
 from .labels import Labelled, Labels
 
 RUN_LABELS = "labels.json"
@@ -59,7 +59,7 @@ class RunLabels:
 
     def write(self, run: Path) -> None:
         """Write RUN/labels.json, whole or not at all. CheckpointError."""
-        write_atomically(run / RUN_LABELS, as_json(asdict(self), indent=0).encode())
+        write_whole(run / RUN_LABELS, as_json(asdict(self), indent=0).encode())
 
     def difference(self, labels: Labels, sides: Sequence[str] = ("train", "test")) -> str:
         """How labels differ from these, in words; "" where they do not. sides: those that are

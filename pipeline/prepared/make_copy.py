@@ -13,12 +13,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from ..common.errors import VideoError
+from ..common.files import replacing
 from ..common.sealed import sha256_of
 from ..common.settings import Options
 from ..video.container import digest, open_container, reason, video_stream
@@ -142,7 +144,10 @@ def _make(
     try:
         before = _stat(source)
         identity = digest(source)
-        with VideoReader(source, progress=progress) as reader:
+        with (
+            replacing(Path(target), Path(part)),
+            VideoReader(source, progress=progress) as reader,
+        ):
 
             def record() -> SourceRecord:
                 """Asked for when the video has been read."""
@@ -163,15 +168,8 @@ def _make(
                 )
 
             made = write(reader, record)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.replace(part, target)
     except OSError as error:
         raise VideoError(f"{NOT_WRITTEN}: {reason(error)}") from error
-    finally:
-        if os.path.exists(part):
-            os.unlink(part)
     return made
 
 

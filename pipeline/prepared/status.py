@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..common.files import replacing
 from ..common.streams import printable
 
 Row = dict[str, Any]
@@ -73,11 +73,9 @@ class StatusFile:
         self._write({**listed, **dict.fromkeys(self._lines)})
 
     def _write(self, keys: Iterable[Key]) -> None:
-        part = self._path.with_name(f".{self._path.name}.part")
-        with open(part, "w", newline="", encoding="utf-8") as file:
+        with replacing(self._path) as part, open(part, "x", newline="", encoding="utf-8") as file:
             file.write(_line(COLUMNS))
             file.writelines(self._lines[key] for key in keys)
-        os.replace(part, self._path)
 
 
 def _line(values: Iterable[Any]) -> str:

@@ -21,6 +21,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from ..common.errors import StoreError
+from ..common.files import fsync_path, write_whole
 from .digests import DIGEST, KEY, check_document, seal
 from .encoding import DEFAULT, Encoding, arrays_of
 from .storage import LocalFiles, StoreFiles, inside, open_table, store_files
@@ -148,11 +149,7 @@ def seal_array(folder: Path, **changes: Any) -> None:
     added."""
     file = folder / "zarr.json"
     document = check_document(str(file), file.read_bytes())
-    temporary = folder / f"zarr.json.{os.getpid()}.partial"
-    temporary.write_bytes(seal({**document, **changes}))
-    fsync_path(temporary)
-    os.replace(temporary, file)
-    fsync_path(folder)
+    write_whole(file, seal({**document, **changes}), StoreError)
 
 
 def resize_array(root: Path, spec: ArraySpec, rows: int) -> None:
@@ -168,33 +165,20 @@ def shard_file(root: Path, spec: ArraySpec, shard: int) -> Path:
     return root.joinpath(spec.path, "c", str(shard), *("0" for _ in spec.row))
 
 
-def fsync_path(path: Path) -> None:
-    """Flush a file or a folder to disk: a commit must never be older than what it speaks of."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def write_node(root: Path, node: str, attributes: Mapping[str, Any]) -> None:
-    """Write a group node (`.` is the root) in one atomic step: made in staging/, synced, renamed
-    into place."""
+    """Write a group node (`.` is the root) in one atomic step, synced."""
     folder = root if node == "." else inside(root, node)
+    if folder.exists():
+        write_whole(folder / "zarr.json", _group(attributes), StoreError)
+        return
+    # A folder without its zarr.json would not be a part of the hierarchy, so both appear at once.
     scratch = inside(root, STAGING) / f"node-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     try:
-        temporary = scratch / "zarr.json"
         make_group(scratch, attributes)
-        fsync_path(temporary)
-        if folder.exists():
-            os.replace(temporary, folder / "zarr.json")
-        else:
-            # A folder without its zarr.json would be a foreign body in the hierarchy, so both come
-            # at once.
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(scratch, folder)
+        fsync_path(scratch / "zarr.json")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     fsync_path(folder)
@@ -204,9 +188,11 @@ def write_node(root: Path, node: str, attributes: Mapping[str, Any]) -> None:
 def make_group(folder: Path, record: Mapping[str, Any]) -> None:
     """Make a folder a Zarr group with this record and its digest: where nobody reads yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "zarr.json").write_bytes(
-        seal({"zarr_format": 3, "node_type": "group", "attributes": {KEY: dict(record)}})
-    )
+    (folder / "zarr.json").write_bytes(_group(record))
+
+
+def _group(record: Mapping[str, Any]) -> bytes:
+    return seal({"zarr_format": 3, "node_type": "group", "attributes": {KEY: dict(record)}})
 
 
 def read_node(path: Path) -> dict[str, Any]:

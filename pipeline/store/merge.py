@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import StoreError, StoreMismatchError, UsageError
+from ..common.files import write_whole
 from ..common.locks import lock
 from ..corpus.sources import unescape_path
 from . import layout as fmt
@@ -232,9 +233,7 @@ def _staged(folder: Path, name: str, shard: int, target: int, data: bytes) -> St
     """Write a copied file into staging, synced, to become that of the shard `target`."""
     array, _, rest = name.partition(f"/c/{shard}")
     file = folder / name.replace("/", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(data)
-    fmt.fsync_path(file)
+    write_whole(file, data, StoreError)
     return StagedFile(str(file), f"{array}/c/{target}{rest}", len(data), digest_bytes(data))
 
 

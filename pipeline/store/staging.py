@@ -18,6 +18,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from ..common.files import fsync_path
 from . import layout as fmt
 from .digests import digest_bytes
 from .encoding import error_record
@@ -100,7 +101,7 @@ def stage_array(
     path = fmt.shard_file(folder, spec, 0)
     if not path.exists():
         return []
-    fmt.fsync_path(path)
+    fsync_path(path)
     data = path.read_bytes()
     final = fmt.shard_file(Path(), spec, shard).as_posix()
     return [StagedFile(str(path), final, len(data), digest_bytes(data))]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import StoreError
+from ..common.files import fsync_path
 from ..common.numerics import entropy
 from ..teachers.fingerprint import Fingerprint
 from . import layout as fmt
@@ -100,7 +101,7 @@ def drop_commits(root: Path, findings: list[Finding]) -> int:
             path.unlink()
         else:
             shutil.rmtree(path)
-        fmt.fsync_path(path.parent)
+        fsync_path(path.parent)
     return len(there)
 
 

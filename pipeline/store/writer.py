@@ -20,7 +20,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ..common.errors import StoreError, StoreMismatchError
-from ..common.leftovers import sweep_store
+from ..common.files import fsync_path, sweep_store
 from ..common.locks import lock
 from ..common.urls import check_local
 from . import layout as fmt
@@ -263,7 +263,7 @@ class StoreWriter:
             node, ignore_errors=True
         )  # of a run that was killed before the plan that names it
         os.rename(staged, node)
-        fmt.fsync_path(node.parent)
+        fsync_path(node.parent)
         self._plan_node("teachers", {}, teachers=[*self.index.teachers, name])
         self.index = load_index(self.root)
 
@@ -316,7 +316,7 @@ class StoreWriter:
             final = inside(self.root, file.final)
             final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file.staged, final)
-            fmt.fsync_path(final.parent)
+            fsync_path(final.parent)
 
     def _append(
         self,
@@ -424,7 +424,7 @@ def _create(
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    fmt.fsync_path(root.parent)
+    fsync_path(root.parent)
 
 
 def _alive(pid: int) -> bool:
@@ -481,5 +481,5 @@ def _now() -> str:
 def _sync_tree(folder: Path) -> None:
     for parent, _, names in os.walk(folder):
         for name in names:
-            fmt.fsync_path(Path(parent, name))
-        fmt.fsync_path(Path(parent))
+            fsync_path(Path(parent, name))
+        fsync_path(Path(parent))

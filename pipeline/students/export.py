@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from ..common.documents import is_regular_file
 from ..common.errors import CheckpointError
+from ..common.files import write_whole
 from ..common.safetensors_files import open_checked
 from ..common.sealed import BLANK, KEY, seal
 from ..common.settings import Options
@@ -97,17 +96,7 @@ def _as_json(header: _Header) -> str:
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     data = io.BytesIO(safetensors.torch.save(tensors, {**metadata, KEY: BLANK}))
     seal(data)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
+    write_whole(path, data.getbuffer(), CheckpointError)
 
 
 def load_student(

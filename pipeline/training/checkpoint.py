@@ -23,6 +23,7 @@ from torch import nn
 
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import CheckpointError, StoreMismatchError, UsageError
+from ..common.files import write_whole
 from ..common.locks import folder_lock
 from ..common.sealed import add_comment, check_seal, seal
 from ..corpus.sources import escape_path
@@ -199,7 +200,7 @@ class Checkpoints:
         )
         add_comment(buffer)
         seal(buffer)
-        write_atomically(path, buffer.getbuffer())
+        write_whole(path, buffer.getbuffer(), CheckpointError)
         return path
 
 
@@ -218,31 +219,6 @@ def load_weights(run_dir: Path, which: str, model: nn.Module) -> None:
         model.load_state_dict(_load(path)["model"])
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the model: {_first_line(error)}") from error
-
-
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """All of the file or none of it: written beside it, synced, renamed over it, the folder
-    synced."""
-    scratch = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.unlink(missing_ok=True)
-        with open(
-            scratch, "xb"
-        ) as file:  # of a link that has the name, the target is not written to
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        kept = "; the one before is untouched" if path.exists() else ""
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}{kept}") from error
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import IO, Any
 from torch.utils.tensorboard import SummaryWriter
 
 from ..common.errors import TrainingError
+from ..common.files import write_whole
 from ..common.streams import printable
-from .checkpoint import write_atomically
 
 
 class Metrics:
@@ -39,7 +39,7 @@ class Metrics:
                 for line in self.path.read_text("utf-8").splitlines()
                 if _step_of(line) <= self._step
             ]
-            write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+            write_whole(self.path, "".join(line + "\n" for line in kept).encode())
         self._file = open(self.path, "a", encoding="utf-8")
         purge = self._step + 1 if self._step else None
         self._tensorboard = SummaryWriter(str(self._tensorboard_dir), purge_step=purge)

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ..clips.content import same_content
 from ..common.documents import is_regular_file
 from ..common.errors import CheckpointError, VideoError
+from ..common.files import write_whole
 from ..video.container import digest
-from .checkpoint import write_atomically
 
 SEEN_VIDEOS = "seen_videos.npz"
 DIGEST_BYTES = 16
@@ -68,7 +68,7 @@ class SeenVideos:
         buffer = io.BytesIO()
         names = np.frombuffer(b"\0".join(os.fsencode(path) for path in self.paths), np.uint8)
         np.savez_compressed(buffer, digest=self.digest, path=names, stage=self.stage)
-        write_atomically(run / SEEN_VIDEOS, buffer.getbuffer())
+        write_whole(run / SEEN_VIDEOS, buffer.getbuffer())
 
     def after(self, earlier: SeenVideos | None) -> SeenVideos:
         """These videos, and those that the initialisation had seen."""

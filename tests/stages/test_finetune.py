@@ -20,13 +20,13 @@ import yaml
 from distinit.pipeline.clips.transforms import ClipView
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, UsageError
+from distinit.pipeline.common.files import write_whole
 from distinit.pipeline.evaluation.clip_starts import clip_starts
 from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, LabelledClips
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions, metrics_from_file
 from distinit.pipeline.evaluation.predictor import predict
 from distinit.pipeline.students.export import load_student
-from distinit.pipeline.training.checkpoint import write_atomically
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.frames import read_frames
 from distinit.stages.evaluate import EvaluateConfig, evaluate
@@ -287,7 +287,7 @@ def test_resume_refuses_other_classes(
 ) -> None:
     csv = Path(dataset.removeprefix("csv:"))
     renamed = csv.with_name("renamed.csv")
-    write_atomically(renamed, csv.read_bytes().replace(b",red,", b",crimson,"))
+    write_whole(renamed, csv.read_bytes().replace(b",red,", b",crimson,"))
     with pytest.raises(
         CheckpointError, match=r"class list .* differs .*class 1 is 'crimson' against 'red'"
     ):

@@ -218,7 +218,7 @@ def test_no_reader_takes_such_a_table(
         for name in ("numbers", "text"):
             if name in file.keys():  # noqa: SIM118 (a link may lead nowhere)
                 file.move(name, table)
-    flowfile._maps._maps.clear()
+    flowfile._maps._tables.clear()
     with pytest.raises(error) as refused:
         read(str(path))
     assert flow or str(path) in str(refused.value)

@@ -40,7 +40,8 @@ def test_the_next_writer_of_a_store_removes_what_zarr_left(tiny_store: Any, tmp_
             assert done.returncode == -signal.SIGKILL
         left = {path for path in root.rglob("*.partial") if path.is_file()}
         assert len(left) == 2
-        (root / f"zarr.json.{os.getpid()}.partial").write_text("{")
+        for name in (f"zarr.json.{os.getpid()}.partial", f".zarr.json.{os.getpid()}.partial"):
+            (root / name).write_text("{")
         kept = [
             root / "mine.partial",
             root / f"{HEX}.partial",
@@ -61,7 +62,7 @@ def test_the_next_writer_of_a_store_removes_what_zarr_left(tiny_store: Any, tmp_
 
 def test_zarrs_own_names_are_the_ones_that_are_swept(tmp_path: Path) -> None:
     """As long as zarr names its temporary files so."""
-    from distinit.pipeline.common.leftovers import _IN_STORE
+    from distinit.pipeline.common.files import _IN_STORE
 
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a")], check=False)
     names = [path.name for path in tmp_path.rglob("*") if path.is_file()]
@@ -70,16 +71,20 @@ def test_zarrs_own_names_are_the_ones_that_are_swept(tmp_path: Path) -> None:
 
 
 def test_the_next_writer_of_a_run_removes_what_was_left(tmp_path: Path) -> None:
-    left = [tmp_path / ".student.safetensors.123.partial", tmp_path / ".distinit-99.tmp"]
+    left = [
+        tmp_path / ".student.safetensors.123.partial",
+        tmp_path / "checkpoints" / ".last.pt.9.partial",
+    ]
     kept = [
         tmp_path / "student.safetensors",
         tmp_path / ".notes.partial",
-        tmp_path / "sub" / ".distinit-99.tmp",
+        tmp_path / "sub" / ".config.yaml.99.partial",
     ]
     (tmp_path / "sub").mkdir()
+    (tmp_path / "checkpoints").mkdir()
     for path in left + kept:
         path.write_text("x")
-    (tmp_path / ".distinit-5.tmp").mkdir()
+    (tmp_path / ".config.yaml.5.partial").mkdir()
     with folder_lock(tmp_path):
         assert not any(path.exists() for path in left)
         assert all(path.exists() for path in kept)

@@ -58,7 +58,7 @@ def drop_remembered_maps() -> None:
     """Forget heads, which are remembered by path, size and time: the tests change files within one
     tick of a clock."""
     for module in (frame_map, flowfile):
-        module._maps._maps.clear()
+        module._maps._tables.clear()
 
 
 def make_checkpoint(root: Path) -> Path:

@@ -408,7 +408,7 @@ def test_what_a_report_writes_stays_in_its_folder(tmp_path: Path) -> None:
         "figures",
     ]
     (out / "report-files.json").write_text(json.dumps(names))
-    (out / ".report.html.part").symlink_to(victim)
+    (out / f".report.html.{os.getpid()}.partial").symlink_to(victim)
     report([tmp_path / "runs"], out, QUIET)
     assert victim.read_text() == (out / "notes.txt").read_text() == "precious"
     assert not (out / "old.svg").exists()

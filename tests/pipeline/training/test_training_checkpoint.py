@@ -17,7 +17,6 @@ from distinit.pipeline.training.checkpoint import (
     load_weights,
     random_states,
     read_identity,
-    write_atomically,
 )
 from distinit.pipeline.training.train_state import TrainState
 
@@ -103,14 +102,3 @@ def test_a_folder_with_a_run_is_not_taken_without_resume(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"--out .*file"):
         claim_run_dir(tmp_path / "file", resume=False)
-
-
-def test_a_link_with_the_name_of_the_temporary_file_is_not_written_to(tmp_path: Path) -> None:
-    """As a run folder that somebody else made may hold one."""
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "last.pt.tmp").symlink_to(victim)
-    write_atomically(tmp_path / "run" / "last.pt", b"new")
-    assert victim.read_text() == "precious"
-    assert (tmp_path / "run" / "last.pt").read_bytes() == b"new"
