@@ -43,8 +43,8 @@ TESTING = [
     "Sitting/full-baseline_Sitting-005-s1005.mp4",
     "Sitting/full-lora_Sitting-003-s1003.mp4",
 ]
-LOOP = "--epochs 1 --epoch-clips 4 --batch-size 4 --workers 0 --device cpu --seed 5".split()
-STUDENT = "--student r2plus1d_18 --width 0.01 --frames 8 --size 32".split()
+LOOP = "--epochs 1 --epoch-clips 4 --batch-size 4 --workers 0 --device cpu --seed 5"
+STUDENT = "--student r2plus1d_18 --width 0.01 --frames 8 --size 32"
 DRAWS = {
     "random": {"picks": "random", "seed": 0},
     "random:2": {"picks": "random:2", "seed": 1},
@@ -59,14 +59,15 @@ DRAWS = {
 }
 
 
-def distinit(*words: str, cwd: Path) -> None:
+def distinit(line: str, cwd: Path) -> None:
     """Run one command."""
-    subprocess.run([sys.executable, "-m", "distinit", *words], cwd=cwd, check=True)
+    subprocess.run([sys.executable, "-m", "distinit", *line.split()], cwd=cwd, check=True)
 
 
 def record(out: Path) -> dict[str, Any]:
     """Return what version 0.1 reads from its artifacts."""
     import numpy as np
+
     from distinit import TargetStore, student_clips
     from distinit.pipeline.evaluation.predictions import metrics_from_file
 
@@ -112,19 +113,21 @@ def main() -> None:
         writer.writerow(["path", "label", "split1"])
         for side, paths in (("train", TRAINING), ("test", TESTING)):
             writer.writerows([path, path.split("/")[0], side] for path in paths)
-    extract = f"extract-targets demo={corpus}/list.txt --out store.zarr --teacher tiny:build"
     distinit(
-        *extract.split(), "--teacher-option", "tiny:build:name=tiny",
-        *"--every 4 --batch-size 8 --device cpu --shard-rows 256".split(), cwd=out,
-    )  # fmt: skip
+        f"extract-targets demo={corpus}/list.txt --out store.zarr --teacher tiny:build --every 4"
+        " --teacher-option tiny:build:name=tiny --batch-size 8 --device cpu --shard-rows 256",
+        cwd=out,
+    )
     distinit(
-        "train-student", "--targets", "store.zarr", "--out", "student", *STUDENT, *LOOP,
-        *"--picks random:2 --filter-quantile 0.8 --set targets.quantile_draws=40".split(), cwd=out,
-    )  # fmt: skip
+        f"train-student --targets store.zarr --out student {STUDENT} {LOOP} --picks random:2"
+        " --filter-quantile 0.8 --set targets.quantile_draws=40",
+        cwd=out,
+    )
     distinit(
-        *f"finetune --init student --dataset csv:{corpus}/split.csv --out finetuned".split(),
-        *LOOP, *"--test-clips 2 --test-scores logits".split(), cwd=out,
-    )  # fmt: skip
+        f"finetune --init student --dataset csv:{corpus}/split.csv --out finetuned {LOOP}"
+        " --test-clips 2 --test-scores logits",
+        cwd=out,
+    )
     (out / "recorded.json").write_text(json.dumps(record(out)))
     for pattern in (
         "finetuned/checkpoints",
