@@ -1,7 +1,9 @@
 # make demo         a virtual environment, the package with the demo's teacher, and the demo itself
 # make test         the same environment with the developers' tools, and all tests
+# make test-fast    the tests without a mark (slow, cluster, network, gpu), in about a minute
 # make test-oldest  an environment with the oldest versions that are supported, and what depends on versions
 # make lint         style, format, the direction of imports, types
+# make docs         the documentation as a site, in build/docs; docs/cli.md is written anew from --help
 # Another Python:   make PYTHON=python3.12 demo
 
 VENV ?= .venv
@@ -21,7 +23,7 @@ PYTHON ?= $(shell \
 	done; \
 	for folder in $$PATH; do usable "$$folder/python3" && exit; done)
 
-.PHONY: demo test test-oldest lint versions clean
+.PHONY: demo test test-fast test-oldest lint docs versions clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -29,6 +31,10 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal $(TESTS)
+
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal \
+		-m "not slow and not cluster and not network and not gpu" $(TESTS)
 
 # Decoding, Zarr, torch and dask; what else there is depends on no version.
 test-oldest:
@@ -42,6 +48,12 @@ lint: $(VENV)/.installed-dev
 	@mkdir -p .mypy_cache/path && ln -sfn ../.. .mypy_cache/path/distinit
 	PYTHONPATH=.mypy_cache/path $(BIN)/lint-imports --no-cache --no-logo
 	MYPYPATH=.mypy_cache/path $(BIN)/mypy -p distinit
+
+# Nothing is fetched while it builds, and no code of a page is run: tests/ run it.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/write_cli_reference.py
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo "build/docs/index.html"
 
 versions: $(VENV)/.installed-dev
 	@$(BIN)/python -c 'import sys; from importlib.metadata import version; \

@@ -83,11 +83,14 @@ def test_lower_bounds_are_the_versions_that_are_tested() -> None:
         "ruff",
         "mypy",
         "import-linter",
+        "sphinx",
+        "myst-nb",
+        "furo",
         "types-PyYAML",
         "setuptools",
         "wheel",
         "distinit",
-    }  # of lint and builds
+    }  # of lint, documentation and builds
     asked = [
         Requirement(text)
         for text in sum(project["optional-dependencies"].values(), project["dependencies"])

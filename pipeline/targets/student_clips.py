@@ -29,24 +29,34 @@ def student_clips(
     epoch_clips: int | None = None,
     moved: Mapping[str, str] | None = None,
 ) -> StudentClips:
-    """Clips of the store's videos with their targets: dataset[(epoch, sample)] → one example, a
-    dict.
+    """Return clips of the store's videos with their targets: dataset[(epoch, sample)] → a dict.
 
-    "clip" uint8 [3, T, H, W], or with channels=2 optical flow in pixels, float32 [2, T, H, W];
-    "targets" teacher → mean picked logits float32 [K]; "weight" teacher → 1 or 0. `normalize_clip`
-    makes a student's input of a batch. Every example is a pure function of (seed, epoch, sample):
-    any number of loader workers gives the same.
+    An example holds "clip" uint8 [3, T, H, W], or with channels=2 optical flow in pixels, float32
+    [2, T, H, W]; "targets" teacher → mean picked logits float32 [K]; "weight" teacher → 1 or 0.
+    `normalize_clip` makes a student's input of a batch. Every example is a pure function of (seed,
+    epoch, sample): any number of loader workers gives the same.
 
-    teachers: default all in the store. frames: T. size: H = W in pixels. scale: range of a random
-    factor on the size that frames are resized to before the crop.
-    picks: center, random, random:N or uniform:N cached frames of the clip.
-    max_entropy: teacher → nats; clips above it in every teacher are drawn again or weigh zero, by
-        `reject`.
-    epoch_clips: samples an epoch, default one a video. moved: corpus → folder where it lies now, or
-    of copies or flow by `distinit prepare`.
+    Args:
+        store: An open store, its folder or its URL.
+        teachers: Names; default all in the store.
+        frames: T.
+        size: H = W in pixels.
+        channels: 3 for RGB, 2 for optical flow.
+        scale: Range of a random factor on the size that frames are resized to before the crop.
+        picks: center, random, random:N or uniform:N cached frames of the clip.
+        max_entropy: teacher → nats; a clip above it in every teacher is rejected.
+        reject: Draw a rejected clip again, or give it weight zero.
+        seed: Of all draws.
+        epoch_clips: Samples per epoch, default one per video.
+        moved: corpus → folder where it is located now, or of copies or flow by `distinit prepare`.
 
-    Raises StoreError (no store, no such teacher), UsageError (a value that is not allowed, nothing
-    to draw from); reading an example may raise TrainingError.
+    Raises:
+        StoreError: There is no store, or it has no such teacher.
+        UsageError: A value is not allowed, or there is nothing to draw from.
+        TrainingError: From reading an example, where no video can be read.
+
+    Example:
+        `student_clips("targets.zarr", frames=8, picks="random:2")[0, 0]["targets"]`
     """
     opened = store if isinstance(store, TargetStore) else TargetStore.open(store)
     check_moved(opened, moved or {})

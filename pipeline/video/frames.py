@@ -44,16 +44,24 @@ def read_frames(
     expect: tuple[np.ndarray, np.ndarray] | None = None,
     digest: str | None = None,
 ) -> Frames:
-    """The frames int64 [L] at `indices` of a video, in any order, repeats allowed; one open, one
-    pass.
+    """Read frames of a video by index, in any order, repeats allowed; one open, one pass.
 
-    view: None for the size on display. expect: (indices, pts), int64 each, that the file must agree
-        with.
-    digest: the file's identity as `container.digest` gives it.
+    A damaged frame inside a clip is shown as a player shows it, by the one before. It is an error
+    where it is expected, or where half of the clip is damaged.
 
-    A damaged frame inside a clip is shown as a player shows it, by the one before; it is an error
-    where it is expected, or where half of the clip is damaged. Raises VideoError with the reason,
-    and StoreMismatchError if the file is not the one that `expect` or `digest` describe.
+    Args:
+        path: The video.
+        indices: int64 [L], counted from the start of the file.
+        view: How frames are resized and cropped; None for the size on display.
+        expect: (indices, pts), int64 each, that the file must agree with.
+        digest: The file's identity as `container.digest` gives it.
+
+    Raises:
+        VideoError: The video cannot be read; the message has the reason.
+        StoreMismatchError: The file is not the one that `expect` or `digest` describe.
+
+    Example:
+        `read_frames("holiday.mp4", np.array([0, 24, 48]), None).images`
     """
     wanted = np.asarray(indices, np.int64).ravel()
     if digest is not None and (found := digest_of(path)) != digest:
