@@ -42,7 +42,7 @@ default_role = "code"
 
 
 def _bring_notebooks() -> None:
-    """Copy examples/*.ipynb next to the pages, where Sphinx looks for them, with a page of links."""
+    """Copy examples/*.ipynb next to the pages, where Sphinx looks for them, and link them."""
     shown = FOLDER / "examples"
     shutil.rmtree(shown, ignore_errors=True)
     shown.mkdir()
