@@ -1,1 +1,1 @@
-"""Which videos: folders, globs, lists and csv files become one table."""
+"""Turn folders, globs, lists and csv files into one table of videos."""

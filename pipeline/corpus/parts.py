@@ -1,9 +1,9 @@
-"""A share of the listed videos, for machines that share nothing.
+"""Split a list of videos between machines that share nothing.
 
-A video's share follows from its corpus' name and its path in it, and from nothing else: each
-machine finds its own without asking the others, also where their folders lie elsewhere or one lists
-a file that another lacks, and no video changes its share when the list grows. The price is shares
-of nearly, not exactly, the same size.
+The share of a video depends only on the name of its corpus and its path in it. Each machine
+computes its own share, also where the folders have different locations or one machine lists a
+file that another lacks, and no video changes its share when the list grows. The shares are
+therefore of nearly, not exactly, the same size.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Part:
         return f"{self.number}/{self.of}"
 
     def holds(self, corpus: str, path: str) -> bool:
-        """Whether the video at `path` of the corpus is in this share."""
+        """Return whether the video at `path` of the corpus is in this share."""
         key = os.fsencode(corpus) + b"\0" + os.fsencode(path)
         digest = hashlib.blake2b(key, digest_size=8).digest()
         return int.from_bytes(digest, "big") % self.of == self.number - 1
 
     def share(self, videos: VideoList) -> VideoList:
-        """The videos of this share, in their order."""
+        """Return the videos of this share, in their order."""
         names = [c.name for c in videos.corpora]
         keep = [
             i

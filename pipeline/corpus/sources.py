@@ -1,8 +1,7 @@
-"""Which videos: folders, globs, lists and csv files become one ordered table, each source a named
-corpus.
+"""Turn folders, globs, lists and csv files into one ordered table; each source is a named corpus.
 
 File names are what the system gives: any bytes but NUL and the slash. They are held as `str` with
-surrogate escapes (`os.fsdecode`), and stored percent-escaped, since Zarr strings must be UTF-8.
+surrogate escapes (`os.fsdecode`) and stored percent-escaped, since Zarr strings must be UTF-8.
 """
 
 from __future__ import annotations
@@ -62,22 +61,27 @@ class VideoList:
         return len(self.paths)
 
     def absolute(self, i: int) -> str:
-        """Where video `i` lies."""
+        """Return the absolute path of video `i`."""
         return os.path.join(self.corpora[int(self.corpus[i])].root, self.paths[i])
 
 
 def list_videos(sources: Sequence[str]) -> VideoList:
-    """All videos of the sources, in their order, each file once.
+    """List all videos of the sources, in their order, each file once.
 
-    A source is `[NAME=]WHERE`; WHERE is a folder (searched with everything below it for files whose
-    ending is that of a video), a quoted glob, one video file, a list (`list.txt` or `@list`, a path
-    a line, relative to the list, a trailing label as in `a.mp4 3` ignored) or a csv file with a
-    column `path`. A line of a list that begins with `#` is a comment unless a file has that name.
-    NAME defaults to the folder's name, of a list to the file's. Files that a list names and that
-    are not there stay in the table: they get a status, not a silent omission.
+    A source is `[NAME=]WHERE`. WHERE is a folder (searched recursively for files with the ending of
+    a
+    video), a quoted glob, one video file, a list (`list.txt` or `@list`: one path per line,
+    relative
+    to the list; a trailing label as in `a.mp4 3` is ignored) or a csv file with a column `path`. A
+    line of a list that begins with `#` is a comment unless a file has that name. NAME defaults to
+    the
+    name of the folder or list. Files that a list names and that do not exist stay in the table:
+    they
+    get a status and are not silently omitted.
 
-    Raises SourceError for a source that names nothing, for one name with two folders, and for a
-    list in UTF-16 or with paths of Windows.
+    Raises:
+        SourceError: A source names nothing, one name has two folders, or a list is in UTF-16 or has
+            Windows paths.
     """
     corpora: dict[str, str] = {}
     rows: dict[tuple[str, str], None] = {}
@@ -106,13 +110,15 @@ def list_videos(sources: Sequence[str]) -> VideoList:
 
 
 def is_video(path: str) -> bool:
-    """Whether a file's ending is that of a video."""
+    """Return whether the file has the ending of a video."""
     return os.path.splitext(path)[1].lower() in EXTENSIONS
 
 
 def escape_path(path: str) -> str:
-    """Percent-escape `%`, control characters and bytes that are not UTF-8; the rest stays
-    readable."""
+    """Percent-escape `%`, control characters and bytes that are not UTF-8.
+
+    All other characters stay as they are.
+    """
     if path.isprintable():  # as nearly all are: a name goes with every clip
         return path.replace("%", "%25")
     return "".join(
@@ -126,8 +132,9 @@ def escape_path(path: str) -> str:
 def unescape_path(text: str) -> str:
     """Return the path that `escape_path` was given.
 
-    A zero byte, which no path has, stays escaped: so what somebody else wrote names a file that
-    does not exist, and not one at which every function of the system raises.
+    A zero byte, which no path has, stays escaped: text from a third party then names a file that
+    does
+    not exist, and not one at which every function of the system raises.
     """
     return unquote_to_bytes(text.replace("\0", "%00").replace("%00", "%2500")).decode(
         "utf-8", "surrogateescape"
@@ -135,8 +142,7 @@ def unescape_path(text: str) -> str:
 
 
 def strip_label(line: str) -> str:
-    """`path` of `path 3` and `path,3`, as lists of labelled videos have them; any other line as it
-    is."""
+    """Remove the label from `path 3` and `path,3`, as lists of labelled videos have them."""
     labelled = _LABEL.fullmatch(line)
     return labelled[1].rstrip(",").rstrip() if labelled else line
 
@@ -164,8 +170,12 @@ def _expand(source: str, ignored: Counter[str]) -> tuple[str, str, list[str]]:
 
 
 def _walk(root: str, ignored: Counter[str]) -> list[str]:
-    """Video files below `root`; each folder once, by its own name rather than that of a link to it.
-    Names with a leading dot and, below `root`, folders of prepared copies are left out."""
+    """List the video files below `root`, relative to it.
+
+    Each folder is visited once, by its own name rather than that of a link to it. Names with a
+    leading
+    dot are skipped, and so are folders of prepared copies below `root`.
+    """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
     tops = [root]
@@ -240,7 +250,7 @@ def _paths_of_csv(source: str, text: str) -> list[str]:
 
 
 def _named_by(line: str, root: str) -> str | None:
-    """The path of a list's line, None for a comment or an empty one.
+    """Return the path of one line of a list, or None for a comment or an empty line.
 
     `path 3` and `path,3` lose the label, and `#…` is a comment, unless a file has that very name.
     """

@@ -1,5 +1,4 @@
-"""Lists and csv files as users' editors save them: what is not text in UTF-8 is refused before
-anything is done."""
+"""Read lists and csv files as editors save them; anything but UTF-8 text is refused first."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text read by `read_text` or given by the system can be written as UTF-8."""
+    """Return whether a text read by `read_text` or given by the system can be written as UTF-8."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
