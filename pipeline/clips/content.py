@@ -24,8 +24,11 @@ def same_content(a: str, b: str) -> bool | None:
 
 
 def source_digest(file: VideoFile) -> str:
-    """The digest of a video's own content, of a copy or flow file that of its source.
-    VideoError."""
+    """Return the digest of a video's own content; of a copy or flow file, that of its source.
+
+    Raises:
+        VideoError: The file cannot be read.
+    """
     if file.kind == "video":
         return digest(file.path)
     return (read_map if file.kind == "copy" else read_flow_map)(file.path).source.digest

@@ -1,7 +1,6 @@
-"""Clips of one video, wherever its frames lie: in the video itself, in its prepared copy or in its
-flow file.
+"""Read clips of one video from the video itself, its prepared copy or its flow file.
 
-N clips of L frames; C channels, T frames of a clip as the student sees it, H W pixels.
+Shapes: N clips of L frames; C channels, T frames of a clip as the student sees it, H W pixels.
 """
 
 from __future__ import annotations
@@ -36,8 +35,10 @@ class VideoFile(NamedTuple):
 
 
 class Clips(NamedTuple):
-    """clips [N, C, T, H, W] (see `read_clip`); of `distinct` frames, `repeated` are damaged and
-    shown as the one before."""
+    """Clips [N, C, T, H, W] of one video, see `read_clip`.
+
+    Of the `distinct` frames, `repeated` are damaged and shown as the one before.
+    """
 
     clips: Tensor
     distinct: int
@@ -48,8 +49,7 @@ _READERS: dict[str, Callable[..., clips.Frames]] = {"video": clips.read_frames, 
 
 
 def check_fits(options: Mapping[str, Any], view: ClipView, channels: int, *, folder: str) -> None:
-    """UsageError where clips of so many channels cannot be read from a folder of `prepare` with
-    these options."""
+    """Raise UsageError if clips cannot be read from a folder with these options of `prepare`."""
     if kind_of(options) != "flow":
         return
     if channels != FLOW_CHANNELS:
@@ -70,8 +70,11 @@ def check_fits(options: Mapping[str, Any], view: ClipView, channels: int, *, fol
 
 
 def count_frames(file: VideoFile) -> int:
-    """How many frames the video has. VideoError with the reason where it has none, or its copy is
-    not of it."""
+    """Return the number of frames of a video.
+
+    Raises:
+        VideoError: The video has no frames, or its copy was made of another one.
+    """
     with at(file.path):
         return _count(file)
 
@@ -95,11 +98,20 @@ def read_clip(
     expect: tuple[np.ndarray, np.ndarray] | None = None,
     digest: str | None = None,
 ) -> Tensor:
-    """The clip of the video's consecutive frames int64 [L]: uint8 [3, T = L, H, W], or with
-    channels=2 its optical flow, float32 [2, T = L - 1, H, W] in pixels.
+    """Read consecutive frames int64 [L] of a video as one clip.
 
-    crop: where it is cut and whether mirrored, in the middle without. expect, digest: of the video,
-    see `clips.read_frames`, which says what is raised.
+    Returns uint8 [3, T = L, H, W], or with channels=2 the optical flow, float32 [2, T = L - 1, H,
+    W]
+    in pixels.
+
+    Args:
+        file: The video, its copy or its flow.
+        frames: Indices int64 [L] of the source's frames.
+        view: Size and resize.
+        channels: 3 for RGB, 2 for optical flow.
+        crop: Where the clip is cut and whether it is mirrored; None cuts the middle.
+        expect: See `video.frames.read_frames`, which also lists what is raised.
+        digest: See `video.frames.read_frames`.
     """
     with at(file.path):
         if file.kind == "flow":
@@ -119,8 +131,10 @@ def read_clips(
     channels: int = 3,
     crops: Literal[1, 3] = 1,
 ) -> Clips:
-    """Several clips, frames int64 [N, L], in one pass over the file: clips [N · crops, …], see
-    `ClipView.cuts`."""
+    """Read several clips, frames int64 [N, L], in one pass over the file.
+
+    The result has N · crops clips, see `ClipView.cuts`.
+    """
     wanted, place = np.unique(frames, return_inverse=True)
     if file.kind == "flow":
         each, damaged = [], 0
@@ -149,8 +163,7 @@ def _flow_of(
     expect: tuple[np.ndarray, np.ndarray] | None = None,
     digest: str | None = None,
 ) -> tuple[np.ndarray, float, int]:
-    """What `read_flow` says, of frames as large as the view has them; VideoError where they are
-    not."""
+    """Return what `read_flow` returns; VideoError if its frames have another size than the view."""
     stored, bound, repeated = read_flow(file.path, frames, expect=expect, digest=digest)
     size, resize = stored.shape[2:], view.frame_view().resize
     if size != resize:
@@ -161,8 +174,10 @@ def _flow_of(
 
 
 def _flow_clip(stored: np.ndarray, bound: float, view: ClipView, crop: Crop | None) -> Tensor:
-    """Stored flow uint8 [T, 2, H, W] → float32 [2, T, size, size] in pixels; a mirrored clip moves
-    the other way."""
+    """Convert stored flow uint8 [T, 2, H, W] to float32 [2, T, size, size] in pixels.
+
+    In a mirrored clip the horizontal component changes its sign.
+    """
     clip = _in_pixels(view.cut(stored.transpose(0, 2, 3, 1), crop), bound)
     if crop is not None and crop.flip:
         clip[0].neg_()
@@ -170,5 +185,5 @@ def _flow_clip(stored: np.ndarray, bound: float, view: ClipView, crop: Crop | No
 
 
 def _in_pixels(clip: Tensor, bound: float) -> Tensor:
-    """Stored flow uint8 [2, T, H, W] → float32, in pixels."""
+    """Convert stored flow uint8 [2, T, H, W] to float32 pixels."""
     return clip.to(torch.float32).sub_(STILL).mul_(bound / STEPS)

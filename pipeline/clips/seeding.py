@@ -1,7 +1,7 @@
-"""Randomness by address: every draw is a pure function of (seed, epoch, sample, attempt).
+"""Counter-based random numbers: every draw is a pure function of (seed, epoch, sample, attempt).
 
-Philox is counter-based: the seed is its key, the address its counter, and two addresses never share
-a number. No state travels between workers, processes or a run and its resume.
+Philox is counter-based: the seed is its key and (epoch, sample, attempt) its counter, so that two
+draws never share a number. No state travels between workers, processes or a run and its resume.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ SHUFFLES = 5
 def rng(
     seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES
 ) -> np.random.Generator:
-    """The generator of one attempt at one sample of one epoch; all are at least 0 and below
-    2**64."""
+    """Return the generator of one attempt at one sample of one epoch, each in [0, 2**64)."""
     counter = np.array([0, attempt, sample, epoch], np.uint64)  # word 0 counts the numbers drawn
     return np.random.Generator(
         np.random.Philox(counter=counter, key=np.array([seed, stream], np.uint64))
@@ -37,8 +36,7 @@ def rng(
 
 
 class _Movable(threading.local):
-    """A generator of each thread's own, at no address yet, and the words of its buffer, none of
-    which is left."""
+    """One generator per thread, which `rng_at` moves, and its buffer, of which no word is left."""
 
     def __init__(self) -> None:
         self.bits = np.random.Philox(0)
@@ -52,8 +50,10 @@ _movable = _Movable()
 def rng_at(
     seed: int, epoch: int, sample: int, attempt: int = 0, *, stream: int = EXAMPLES
 ) -> np.random.Generator:
-    """The numbers of `rng`, for a tenth of its time, from this thread's one generator: until it is
-    next moved."""
+    """Return a generator with the numbers of `rng`, in a tenth of its time.
+
+    It is this thread's one generator: valid until the next call.
+    """
     state: Any = {  # tuples do as well as the arrays that NumPy declares, in less time
         "bit_generator": "Philox",
         "state": {"counter": (0, attempt, sample, epoch), "key": (seed, stream)},
@@ -67,21 +67,24 @@ def rng_at(
 
 
 def epoch_position(seed: int, epoch: int, sample: int, *, epoch_clips: int, n: int) -> int:
-    """Which of n videos (0 … n - 1) a sample takes before anything is turned down.
+    """Return which of n videos (0 … n - 1) a sample takes before any is rejected.
 
-    The videos are gone through in seeded permutations, one after the other, and an epoch is a
-    stretch of `epoch_clips` of that sequence: epochs shorter or longer than the corpus still visit
-    all videos equally.
+    The videos are visited in seeded permutations, one after the other, and an epoch is a range of
+    `epoch_clips` of that sequence: epochs shorter or longer than the corpus still visit all videos
+    equally often.
 
-        n = 5, epoch_clips = 3:   permutation 0: 2 4 0 1 3   permutation 1: 1 3 2 0 4 epoch 0 |2 4
-                                         0|1 3    1| 3 2 0| … epoch 1 = 1 3 1, epoch 2 = 3 2 0
+        n = 5, epoch_clips = 3:   permutation 0: 2 4 0 1 3   permutation 1: 1 3 2 0 4
+                                  epoch 0 |2 4 0|1 3    1| 3 2 0| …
+                                  epoch 1 = 1 3 1, epoch 2 = 3 2 0
     """
     return position(seed, epoch * epoch_clips + sample, n=n)
 
 
 def position(seed: int, nth: int, *, n: int, group: int = 0) -> int:
-    """The nth clip's video of n, in the sequence of permutations; each group of videos has its
-    own."""
+    """Return which of n videos the nth clip takes.
+
+    Each group of videos has its own permutations.
+    """
     turn, place = divmod(nth, n)
     return int(_permutation(seed, turn, n, group)[place])
 
@@ -89,9 +92,14 @@ def position(seed: int, nth: int, *, n: int, group: int = 0) -> int:
 def split_held_out(
     videos: NDArray[np.int64], share: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(train, held out) of video ids: a video is held out when a hash of (seed, id) falls below
-    `share`, so that videos added to a store later do not move the others. The held out come in the
-    hash's order, so that the first few of them are a sample of all."""
+    """Return (train, held-out) video ids.
+
+    A video is held out if a hash of (seed, id) is below `share`, so that videos added to a store
+    later
+    do not move the others. Held-out ids come in the order of the hash, so that the first few of
+    them
+    are a sample of all.
+    """
     if share <= 0:
         return videos, videos[:0]
     hashes = _hash(videos.astype(np.uint64), seed)
@@ -100,7 +108,7 @@ def split_held_out(
 
 
 def _hash(ids: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """splitmix64 of id + seed's own hash, its top 53 bits."""
+    """Return the top 53 bits of splitmix64 of id + the hash of the seed."""
     x = ids + np.uint64(((seed + 1) * 0x9E3779B97F4A7C15) % 2**64)
     for _ in range(2):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

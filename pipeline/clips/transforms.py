@@ -1,5 +1,6 @@
-"""From frames to what a video model eats: crop, mirror, normalise. The only module of this room
-with torch.
+"""From frames to the input of a video model: crop, mirror, normalise.
+
+The only module of this package that imports torch.
 
 Shapes: B clips, C channels, T frames, H W pixels.
 """
@@ -27,9 +28,14 @@ FLOW_STD = (0.972347, 0.755146)
 
 @dataclass(frozen=True)
 class Crop:
-    """Where a training clip is cut out: top, left as shares in [0, 1) of the room there is; flip:
-    mirror it; zoom: as a share in [0, 1) of the view's `scale`, how large the picture is that it is
-    cut from."""
+    """Where a training clip is cut out.
+
+    Attributes:
+        top: Share in [0, 1) of the free height.
+        left: Share in [0, 1) of the free width.
+        flip: Whether the clip is mirrored.
+        zoom: Where in the view's range `scale` the resize is, as a share in [0, 1).
+    """
 
     top: float
     left: float
@@ -38,13 +44,11 @@ class Crop:
 
 
 class ClipView(Options):
-    """A square `size`, cropped from a resize (height, width), mirrored with probability `flip` in
-    training.
+    """A square `size`, cropped from a resize (height, width), mirrored with probability `flip`.
 
     Without `resize`: 128×171 for 112, and in proportion for other sizes (VMZ and torchvision
-    references).
-    `scale`: in training the resize is a factor larger that is drawn evenly from this range, as in
-    (1.0, 1.25); the paper has none.
+    references). `scale`: in training the resize is larger by a factor drawn evenly from this range,
+    as in (1.0, 1.25); the paper does not use it. Nothing is mirrored outside training.
     """
 
     size: int = Field(default=112, ge=1)
@@ -64,8 +68,11 @@ class ClipView(Options):
         return scale
 
     def frame_view(self, crop: Crop | None = None) -> View:
-        """The resize, as the decoder does it, for a clip that is cut there. ValueError where none
-        could be cut."""
+        """Return the resize that the decoder does for a clip with this crop.
+
+        Raises:
+            ValueError: The crop does not fit into the resize.
+        """
         height, width = self.resize or (round(128 * self.size / 112), round(171 * self.size / 112))
         least = min(1.0, self.scale[0])
         if round(least * min(height, width)) < self.size:
@@ -78,8 +85,7 @@ class ClipView(Options):
         return View(resize=(round(factor * height), round(factor * width)))
 
     def cut(self, images: np.ndarray, crop: Crop | None) -> torch.Tensor:
-        """Resized frames uint8 [T, H, W, C] → uint8 [C, T, size, size]; in the middle where crop is
-        None."""
+        """Crop frames uint8 [T, H, W, C] to uint8 [C, T, size, size]; None crops the middle."""
         if crop is None:
             return center_crop(images, self.size)
         height, width = images.shape[1:3]
@@ -90,8 +96,10 @@ class ClipView(Options):
         return crop_and_flip(images, top, left, self.size, crop.flip)
 
     def cuts(self, images: np.ndarray, crops: Literal[1, 3]) -> list[torch.Tensor]:
-        """Of one clip, uint8 [3, T, size, size] each: the middle, or begin, middle and end of the
-        longer side."""
+        """Cut crops uint8 [3, T, size, size] of one clip.
+
+        One is the middle; three are the beginning, middle and end of the longer side.
+        """
         middle = center_crop(images, self.size)
         if crops == 1:
             return [middle]
@@ -115,15 +123,20 @@ def crop_and_flip(images: np.ndarray, top: int, left: int, size: int, flip: bool
 
 
 def center_crop(images: np.ndarray, size: int) -> torch.Tensor:
-    """uint8 [T, H, W, 3] → uint8 [3, T, size, size] around the middle, rounded as torchvision
-    does."""
+    """Crop uint8 [T, H, W, 3] to uint8 [3, T, size, size] at the centre.
+
+    The offset is rounded as torchvision does.
+    """
     height, width = images.shape[1:3]
     return crop_and_flip(images, round((height - size) / 2), round((width - size) / 2), size, False)
 
 
 def of_channels(clip: torch.Tensor, channels: int) -> torch.Tensor:
-    """What a student of so many channels sees of a cropped clip: for 3 the clip itself, for 2 its
-    optical flow, uint8 [3, T + 1, H, W] → float32 [2, T, H, W] in pixels (see `flow.flow_of`)."""
+    """Convert a cropped clip to what a student of so many channels sees.
+
+    For 3 channels it is the clip itself; for 2 its optical flow (see `flow.flow_of`): uint8
+    [3, T + 1, H, W] becomes float32 [2, T, H, W] in pixels.
+    """
     if channels != FLOW_CHANNELS:
         return clip
     flow = flow_of(clip.permute(1, 2, 3, 0).numpy())
@@ -131,8 +144,10 @@ def of_channels(clip: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def normalize_clip(clip: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """uint8 [B, 3, T, H, W] → (x/255 − mean) / std in `dtype`, on the clip's own device; flow,
-    float32 [B, 2, T, H, W], with flow's mean and std."""
+    """Return (x/255 − mean) / std of uint8 [B, 3, T, H, W] in `dtype`, on the clip's own device.
+
+    Flow, float32 [B, 2, T, H, W], gets flow's mean and std.
+    """
     if clip.shape[1] == FLOW_CHANNELS:
         mean, std = (
             torch.tensor(v, device=clip.device).view(2, 1, 1, 1) for v in (FLOW_MEAN, FLOW_STD)
