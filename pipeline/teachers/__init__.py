@@ -1,1 +1,1 @@
-""""""
+"""Frozen image models: registry, preprocessing, identity and fingerprint."""

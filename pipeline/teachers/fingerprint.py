@@ -35,16 +35,20 @@ ROUNDED = {"bf16": 0xFFFF, "fp16": 0x1FFF}
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the logits of the row that is worst off are off, in deviations of that row: root mean
-    square, largest."""
+    """How far logits differ, for the row that differs most.
+
+    Root mean square and largest difference, in standard deviations of that row.
+    """
 
     rms: float
     largest: float
 
     @classmethod
     def of(cls, first: NDArray[np.float32], other: NDArray[np.float32]) -> Difference:
-        """Between two [P, K]. Infinite where one is finite and the other is not, or is another kind
-        of not finite."""
+        """Compare two arrays of logits [P, K].
+
+        Infinite where one is finite and the other is not, or is not finite in another way.
+        """
         a, b = first.astype(np.float64), other.astype(np.float64)
         finite = np.isfinite(a)
         if (finite != np.isfinite(b)).any() or not np.array_equal(
@@ -67,18 +71,18 @@ class Difference:
         )
 
     def within(self, tolerance: tuple[float, float]) -> bool:
-        """Whether neither number is above its bound."""
+        """Return whether both numbers are within their bounds."""
         return self.rms <= tolerance[0] and self.largest <= tolerance[1]
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The logits [P, K] of the probe images, computed in float32 whatever rows are computed in, and
-    by what.
+    """The logits [P, K] of the probe images, computed in float32, and what computed them.
 
-    `basis` says why a store believes that its rows are of this teacher: `new` (recorded before the
-    first row), `rows` (a sample of them was computed again) or `accepted` (the user said so), with
-    what there is to count.
+    `basis` is the reason why a store trusts that its rows are of this teacher: `new` (recorded
+    before
+    the first row), `rows` (a sample of them was computed again) or `accepted` (by the user), with
+    their counts.
     """
 
     logits: NDArray[np.float32]
@@ -87,7 +91,7 @@ class Fingerprint:
     basis: dict[str, Any] = field(default_factory=lambda: {"kind": "new"})
 
     def record(self) -> dict[str, Any]:
-        """As a node keeps it, JSON-able to the bit."""
+        """Return the JSON-able form that a node stores, exact to the bit."""
         return {
             "probes": PROBES,
             "torch": self.torch,
@@ -98,8 +102,12 @@ class Fingerprint:
 
     @classmethod
     def parse(cls, node: Mapping[str, Any], where: str) -> Fingerprint:
-        """From `record`; StoreError names `where` if it is none, or one of other pictures than this
-        version draws."""
+        """Read what `record` returned.
+
+        Raises:
+            StoreError: It is not a fingerprint, or one of other probe images; the message names
+                `where`.
+        """
         if node.get("probes") != PROBES:
             raise StoreError(
                 f"{where}: a fingerprint over probe images {node.get('probes')!r}, this distinit draws {PROBES}"
@@ -116,8 +124,10 @@ class Fingerprint:
         return parsed
 
     def tolerance(self, other: Fingerprint) -> tuple[float, float]:
-        """How far two of one teacher may be apart: less where both were computed by the same
-        processor and torch."""
+        """Return how far two fingerprints of one teacher may differ.
+
+        The bound is smaller if both were computed by the same processor and torch.
+        """
         alike = (self.torch, self.device) == (other.torch, other.device)
         bits = self.logits.view(np.uint32) | other.logits.view(np.uint32)
         precision = next(
@@ -126,7 +136,7 @@ class Fingerprint:
         return (ALIKE if alike else ELSEWHERE)[precision]
 
     def differs(self, other: Fingerprint) -> str | None:
-        """How another one is beyond the tolerance, None if it is not."""
+        """Describe how another fingerprint exceeds the tolerance; None if it does not."""
         if self.logits.shape != other.logits.shape:
             return f"{other.logits.shape[1]} logits in place of {self.logits.shape[1]}"
         off, allowed = Difference.of(self.logits, other.logits), self.tolerance(other)
@@ -138,8 +148,7 @@ class Fingerprint:
         )
 
     def check(self, other: Fingerprint, name: str, there: str) -> None:
-        """StoreMismatchError if `other` is not what this one is of: the teacher `name` of which
-        `there` holds rows."""
+        """Raise StoreMismatchError if `other` is not of the teacher `name`, stored in `there`."""
         if how := self.differs(other):
             raise StoreMismatchError(
                 f"teacher {name!r} computes other logits than the one of {there}: {how}; its code or a library has "
@@ -148,8 +157,10 @@ class Fingerprint:
 
 
 def _number(value: np.float32) -> float | str:
-    """Shortest digits that give the float32 again; what JSON cannot say as a word that float()
-    reads."""
+    """Return the shortest digits that give the float32 again.
+
+    Values that JSON does not have become a word that float() reads.
+    """
     return float(str(value)) if np.isfinite(value) else str(value)
 
 

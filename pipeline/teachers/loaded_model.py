@@ -42,9 +42,9 @@ class TeacherSpec(Options):
     """Whether weights that this machine lacks may be downloaded."""
 
     def record(self) -> dict[str, Any]:
-        """As a store keeps it: enough to load the teacher again, no folder of this machine.
+        """Return what a store records: enough to load the teacher again, without local folders.
 
-        `weights` loses its folder and `classes` goes: the store has the names.
+        `weights` loses its folder and `classes` is left out: the store has the names.
         """
         options = {key: value for key, value in self.options.items() if key != "classes"}
         weights = Path(self.weights).name if self.weights is not None else None
@@ -94,8 +94,7 @@ OWN_OPTIONS = ("name", "classes", "input_size", "resize", "interpolation", "mean
 
 
 def builder_options(spec: TeacherSpec) -> dict[str, Any]:
-    """The options that go to the model's builder, as Python values: `true`, `3`, `0.5`, `[1, 2]`,
-    text."""
+    """Parse the options for the model's builder: `true`, `3`, `0.5`, `[1, 2]` or text."""
     return {key: _value(text) for key, text in spec.options.items() if key not in OWN_OPTIONS}
 
 
@@ -112,10 +111,10 @@ def refuse_builder_options(spec: TeacherSpec) -> None:
 
 
 def apply_view_options(base: Preprocessing, spec: TeacherSpec) -> Preprocessing:
-    """`base`, with what the user set of input size, resize, interpolation, mean and std.
+    """Return `base` with the input size, resize, interpolation, mean and std that the user set.
 
     Raises:
-        TeacherError: a value that is not allowed, or a view whose result has no fixed size.
+        TeacherError: A value is not allowed, or the view has no fixed size.
     """
     options = spec.options
     resize: int | tuple[int, int] = base.view.resize
@@ -153,10 +152,10 @@ def apply_view_options(base: Preprocessing, spec: TeacherSpec) -> Preprocessing:
 
 
 def read_classes(path: str | Path) -> tuple[str, ...]:
-    """Class names from a text file, a name a line; also Places365's `/a/airfield 0` lines.
+    """Read class names from a text file, one per line; also Places365's `/a/airfield 0` lines.
 
     Raises:
-        TeacherError: the file cannot be read or is empty.
+        TeacherError: The file cannot be read or is empty.
     """
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]
@@ -181,8 +180,10 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
 
 @cache
 def imagenet_classes() -> tuple[str, ...]:
-    """The 1000 classes of ImageNet-1K in the standard order (some names occur twice: crane,
-    maillot)."""
+    """Return the 1000 classes of ImageNet-1K in the standard order.
+
+    Some names occur twice: crane, maillot.
+    """
     from torchvision.models import ResNet50_Weights
 
     return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])

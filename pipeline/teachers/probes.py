@@ -1,5 +1,4 @@
-"""The teacher's side of a fingerprint: the pictures, its logits of them, and what these say of it
-at once.
+"""Probe a teacher for its fingerprint: images, logits, and what these reveal.
 
 Shapes: P probe images, h w pixels of a teacher's input, K classes.
 """
@@ -20,16 +19,19 @@ below."""
 
 
 def fingerprint(teacher: Teacher) -> Fingerprint:
-    """The teacher's, of the device that it is on. TeacherError if its forward fails on the probe
-    images."""
+    """Return the teacher's fingerprint on its current device.
+
+    Raises:
+        TeacherError: Its forward fails on the probe images.
+    """
     return _fingerprint(teacher, _logits(teacher, probe_images(*teacher.input_shape)))
 
 
 def examine(teacher: Teacher) -> Fingerprint:
-    """The fingerprint of a teacher of which the logits of an image can be cached.
+    """Return the fingerprint of a teacher after checking that its logits can be cached.
 
     Raises:
-        TeacherError: it says other logits of the same image each time, or such as depend on the
+        TeacherError: The same image gets different logits each time, or logits that depend on the
             rest of a batch.
     """
     images = probe_images(*teacher.input_shape)
@@ -54,11 +56,10 @@ def examine(teacher: Teacher) -> Fingerprint:
 
 
 def says_probabilities(logits: NDArray[np.float32]) -> bool:
-    """Whether [P, K] look like probabilities or shares: none negative, and each at most 1 or all
-    rows of one sum.
+    """Return whether logits [P, K] look like probabilities or shares.
 
-    Softmax would make nearly uniform targets of them. Log-probabilities are logits but for a
-    constant.
+    They do if none is negative, and each is at most 1 or all rows have one sum: softmax would make
+    nearly uniform targets of them. Log-probabilities are logits up to a constant.
     """
     if (
         logits.shape[1] < 2
@@ -72,8 +73,10 @@ def says_probabilities(logits: NDArray[np.float32]) -> bool:
 
 
 def probe_images(height: int, width: int) -> NDArray[np.uint8]:
-    """The P pictures [P, h, w, 3], by integer arithmetic alone: ramps, clouds, blocks, rings,
-    noise."""
+    """Return the P images [P, h, w, 3]: ramps, clouds, blocks, rings, noise.
+
+    Integer arithmetic alone makes them, so that every machine has the same.
+    """
     y, x = np.arange(height, dtype=np.int64)[:, None], np.arange(width, dtype=np.int64)[None]
     across, down = x * 255 // max(width - 1, 1) + 0 * y, y * 255 // max(height - 1, 1) + 0 * x
     ramps = np.stack([across, down, 255 - (across + down) // 2], axis=-1)
@@ -93,8 +96,7 @@ def probe_images(height: int, width: int) -> NDArray[np.uint8]:
 def _clouds(
     height: int, width: int, octaves: tuple[tuple[int, int], ...], seed: int
 ) -> NDArray[np.int64]:
-    """Smooth colours [h, w, 3]: for each (lattice, weight) values of a lattice, linear between its
-    points."""
+    """Return smooth colours [h, w, 3]: for each (lattice, weight), values interpolated linearly."""
     total = np.zeros((height, width, 3), np.int64)
     for lattice, weight in octaves:
         points = _noise(lattice + 1, lattice + 1, seed * 100 + lattice)
@@ -132,8 +134,10 @@ def _fingerprint(teacher: Teacher, logits: NDArray[np.float32]) -> Fingerprint:
 
 
 def _logits(teacher: Teacher, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """In float32, in which equal code is told from other code by far smaller differences than in
-    half precision."""
+    """Return the logits in float32.
+
+    In float32 different code shows at far smaller differences than in half precision.
+    """
     precision = teacher.precision
     try:
         return teacher.to(teacher.device).logits(images).numpy()

@@ -87,8 +87,7 @@ def load_recorded(
 
 
 def _check_plain(spec: TeacherSpec) -> None:
-    """Raise UsageError if loading the teacher would run other code or open a file that the store
-    chose."""
+    """Raise UsageError if loading would run third-party code or open a file that a store chose."""
     allow = f"if you trust it, allow it with --allow-teacher {spec.name!r}"
     if spec.name not in SHIPPED and not _LIBRARY_MODEL.fullmatch(spec.name):
         what = (

@@ -85,11 +85,12 @@ class Teacher:
         return self.recipe.preprocessing.view
 
     def to(self, device: torch.device | str, precision: str = "fp32") -> Teacher:
-        """Move to a device and choose what it computes in: `fp32`, or `bf16` (autocast; weights
-        stay float32).
+        """Move to a device and choose the precision: `fp32`, or `bf16` (autocast).
+
+        With `bf16` the weights stay float32.
 
         Raises:
-            TeacherError: another precision.
+            TeacherError: Another precision was given.
         """
         if precision not in _COMPUTE:
             raise TeacherError(f"precision is {precision!r}, allowed: {', '.join(_COMPUTE)}")
@@ -99,11 +100,11 @@ class Teacher:
         return self
 
     def identity(self, precision: str | None = None) -> dict[str, Any]:
-        """What makes its logits what they are, JSON-able, the same on every machine.
+        """Return what determines the logits, JSON-able, the same on every machine.
 
-        `sha256` is that of the state actually loaded (its form:
-        `distinit.pipeline.common.weights`), so a file of another name with the same tensors is the
-        same teacher. The device is not in it.
+        `sha256` is that of the loaded state (its form: `distinit.pipeline.common.weights`), so a
+        file of
+        another name with the same tensors is the same teacher. The device is not part of it.
         """
         prepared = self.recipe.preprocessing
         identity = {
@@ -122,8 +123,10 @@ class Teacher:
         return plain
 
     def provenance(self) -> dict[str, Any]:
-        """For people, not compared: the weights file's name and sha256 as `sha256sum` prints it,
-        torch's version."""
+        """Return what is recorded for people and not compared.
+
+        The name and sha256 of the weights file as `sha256sum` prints it, and torch's version.
+        """
         return {
             "weights_file": self.recipe.file,
             "weights_file_sha256": self.recipe.file_sha256,
@@ -209,7 +212,7 @@ class Teacher:
 
 
 def known_teachers() -> list[str]:
-    """The names a user can give, as patterns."""
+    """Return the names that a user can give, as patterns."""
     return [*_BY_NAME, "torchvision:NAME[@WEIGHTS]", "timm:NAME", "package.module:factory"]
 
 
@@ -294,7 +297,7 @@ def _with_classes(recipe: LoadedModel, classes: Sequence[str]) -> LoadedModel:
 
 
 def _store_name(name: str) -> str:
-    """A name that every file system and Zarr take; Zarr reserves a leading `__`."""
+    """Convert to a name that every file system and Zarr take; Zarr reserves a leading `__`."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")
     if not safe:
         raise TeacherError(f"teacher name {name!r} has no letter or digit")

@@ -21,11 +21,11 @@ from .loaded_model import (
 
 
 def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:
-    """A timm model by name, with its pretrained weights unless a file is given.
+    """Load a timm model by name, with its pretrained weights unless a file is given.
 
     Raises:
-        TeacherError: timm is not installed, or it has no such model or option.
-        WeightsError: weights that cannot be fetched or do not fit.
+        TeacherError: timm is not installed, or has no such model or option.
+        WeightsError: The weights cannot be fetched or do not fit.
     """
     try:
         import timm
@@ -87,8 +87,10 @@ def _tag(module: nn.Module) -> str:
 
 
 def _view(config: dict[str, Any]) -> View:
-    """timm's evaluation view: short side ⌊size / crop_pct⌋ and a centre crop, or a squash to the
-    input."""
+    """Return timm's evaluation view.
+
+    It is a short side of ⌊size / crop_pct⌋ and a centre crop, or a squash to the input.
+    """
     height, width = int(config["input_size"][1]), int(config["input_size"][2])
     interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
     if height != width or config.get("crop_mode") == "squash":
@@ -99,7 +101,7 @@ def _view(config: dict[str, Any]) -> View:
 
 
 def _classes(timm: Any, module: nn.Module) -> tuple[str, ...] | None:
-    """Names for the ImageNet subsets timm knows; None for others."""
+    """Return the names of the ImageNet subsets that timm knows; None for others."""
     if getattr(module, "num_classes", 0) == 1000:
         return imagenet_classes()
     subset = timm.data.infer_imagenet_subset(module)

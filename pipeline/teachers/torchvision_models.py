@@ -1,5 +1,4 @@
-"""Teachers that torchvision builds: any of its classification models, and ResNet-50 on
-Places365."""
+"""Teachers that torchvision builds: its classification models, and ResNet-50 on Places365."""
 
 from __future__ import annotations
 
@@ -38,14 +37,14 @@ _WITH_WEIGHTS: dict[str, dict[str, Any]] = {
 def torchvision_model(
     spec: TeacherSpec, model: str, weights_name: str | None = None
 ) -> LoadedModel:
-    """A classification model by torchvision's name, with one of torchvision's weights or a file's.
+    """Load a classification model by torchvision's name, with its weights or those of a file.
 
     Without a weights name: IMAGENET1K_V1, for `DEFAULT` is often the V2 whose outputs are far less
     confident (pytorch/vision#7570). A file may have another number of classes.
 
     Raises:
-        TeacherError: an unknown model, weights name or option.
-        WeightsError: weights that are not there, cannot be fetched, or do not fit.
+        TeacherError: The model, weights name or option is unknown.
+        WeightsError: The weights do not exist, cannot be fetched, or do not fit.
     """
     known = torchvision.models.list_models(module=torchvision.models)
     if model not in known:
@@ -121,8 +120,7 @@ def _library_file(spec: TeacherSpec, choice: Any) -> WeightsFile:
 def _fitting(
     spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile
 ) -> nn.Module:
-    """The module with the file's weights, and with the file's number of classes if that is what
-    differs."""
+    """Build the module with the file's weights, and its number of classes if only that differs."""
     what = f"weights file {file.name}"
     try:
         module = torchvision.models.get_model(model, weights=None, **options)
