@@ -37,14 +37,21 @@ def read_copy(
     expect: tuple[np.ndarray, np.ndarray] | None = None,
     digest: str | None = None,
 ) -> Frames:
-    """As `clips.read_frames` of the source, out of its copy: the frames int64 [L] at `indices` of
-    the source.
+    """Read frames of a source out of its copy, as `frames.read_frames` reads them from the source.
 
-    expect: (indices, pts), int64 each, of the source. digest: the source's identity. The result's
-    pts and total are the source's; view is applied to the size that the source has on display.
+    Args:
+        path: The copy.
+        indices: Frames int64 [L] of the source.
+        view: Applied to the size that the source has on display.
+        expect: (indices, pts), int64 each, of the source.
+        digest: The source's identity.
 
-    Raises VideoError with the reason, and StoreMismatchError if the copy is not of the source that
-    `expect` or `digest` describe.
+    Returns:
+        The frames; pts and total are the source's.
+
+    Raises:
+        VideoError: With the reason.
+        StoreMismatchError: The copy is not of the source that `expect` or `digest` describe.
     """
     wanted = np.asarray(indices, np.int64).ravel()
     try:
@@ -95,10 +102,12 @@ def _frames(
 def decode_copy(
     descriptor: int, found: FrameMap, positions: np.ndarray
 ) -> Iterator[tuple[av.VideoFrame, CopyDecoder]]:
-    """The copy's own frames at `positions` int64 [n], ascending and distinct, with what renders
-    them.
+    """Decode the copy's own frames at `positions` int64 [n], ascending and distinct.
 
-    Raises VideoError if a packet is not what it was when the copy was made, or does not decode.
+    Returns them with what renders them.
+
+    Raises:
+        VideoError: A packet is not what it was when the copy was made, or does not decode.
     """
     decoder = _decoder(found)
     keys = np.flatnonzero(found.key)
@@ -136,12 +145,13 @@ class CopyDecoder:
         display: tuple[int, int],
         out: np.ndarray,
     ) -> None:
-        """Fill `out` uint8 [h, w, 3] with the view of a frame; display: the source's (height,
-        width).
+        """Fill `out` uint8 [h, w, 3] with the view of a frame.
 
-        Where the view asks for the copy's own size, only the colours are converted: ten times as
-        fast as a resize. A copy of odd size is stored with one more row or column, which is cut off
-        first.
+        display: the source's (height, width). Where the view asks for the copy's own size, only the
+        colours
+        are converted: ten times as fast as a resize. A copy of odd size is stored with one more row
+        or
+        column, which is cut off first.
         """
         size = (found.height, found.width)
         as_stored = (frame.height, frame.width) == size
@@ -167,8 +177,7 @@ class CopyDecoder:
     def stretch(
         self, descriptor: int, found: FrameMap, entry: int, positions: list[int]
     ) -> Iterator[tuple[av.VideoFrame, CopyDecoder]]:
-        """Decode from key frame `entry` to the last of `positions`, all of which come out in
-        order."""
+        """Decode from key frame `entry` to the last of `positions`, which come out in order."""
         offset = found.offset[entry : positions[-1] + 2].tolist()
         data = _read(descriptor, offset[0], offset[-1])
         self._flush()

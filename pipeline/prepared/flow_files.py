@@ -1,12 +1,11 @@
-"""Optical flow of a whole video in a file, so that students of flow need not compute it for each
-clip.
+"""Optical flow of a whole video in one file, so that it is not computed again for each clip.
 
-One HDF5 file a video, which h5py or any other reader opens; docs/prepare.md describes it. The flow
-is that of `flow.flow_of` between each decodable frame and the next, resized but not cropped, in 8
-bits a component: value = (stored − 128) · bound / 127 pixels, so that no motion is exactly 0 and a
-mirrored flow loses nothing.
+One HDF5 file per video, which h5py or any other reader opens; docs/prepare.md describes it. The
+flow is that of `flow.flow_of` between each decodable frame and the next, resized but not cropped,
+in 8 bits per component: value = (stored − 128) · bound / 127 pixels, so that no motion is exactly 0
+and a mirrored flow loses nothing.
 
-N decodable frames, L frames of a clip, H W pixels; component 0 is x, 1 is y.
+Shapes: N decodable frames, L frames of a clip, H W pixels; component 0 is x, 1 is y.
 """
 
 from __future__ import annotations
@@ -44,9 +43,14 @@ _TABLES = {"flow": ("u", 4), "index": ("i", 1), "pts": ("i", 1)}
 
 
 class FlowOptions(Options):
-    """size: (height, width) that frames are resized to. bound: pixels; faster motion is stored as
-    this, and the step between stored values is bound / 127. Of the clips that were measured, 16 at
-    128x171 clips below 0.1 %."""
+    """How flow files are written.
+
+    size: (height, width) that frames are resized to. bound: pixels; faster motion is stored as
+    this,
+    and the step between stored values is bound / 127. In the clips that were measured, 16 at
+    128x171
+    clips below 0.1 %.
+    """
 
     size: tuple[int, int] = (128, 171)
     bound: float = Field(default=16.0, gt=0)
@@ -54,10 +58,10 @@ class FlowOptions(Options):
 
 @dataclass(frozen=True)
 class FlowMap:
-    """index, pts int64 [N]: the source frames; flow row k leads from frame index[k] to index[k +
-    1].
+    """The source frames of a flow file and how its flow is stored.
 
-    bound: pixels; clipped: share of values that were beyond it; size: (height, width).
+    index, pts int64 [N]: the source frames; flow row k leads from frame index[k] to index[k + 1].
+    bound: pixels; clipped: share of values beyond it; size: (height, width).
     """
 
     source: SourceRecord
@@ -90,7 +94,7 @@ class FlowWriter:
         self._pts: list[int] = []
 
     def add(self, index: int, pts: int, picture: np.ndarray) -> None:
-        """The next frame, uint8 [H, W, 3] RGB."""
+        """Add the next frame, uint8 [H, W, 3] RGB."""
         now = grey(picture)
         if self._before is not None:
             stored, beyond = quantise(flow_between(self._before, now), self._options.bound)
@@ -105,7 +109,7 @@ class FlowWriter:
         self._pts.append(pts)
 
     def finish(self, source: SourceRecord) -> FlowMap:
-        """The file's head and the end of its data."""
+        """Write the file's head and the rest of its data."""
         self._flow.resize(self._rows, axis=0)
         share = self._clipped / max(1, self._flow.size)
         self._flow.attrs.update(bound=self._options.bound, clipped=share, still=STILL, steps=STEPS)
@@ -136,8 +140,10 @@ def quantise(flow: np.ndarray, bound: float) -> tuple[np.ndarray, int]:
 def write_flow(
     reader: VideoReader, part: str, options: FlowOptions, record: Callable[[], SourceRecord]
 ) -> FlowMap:
-    """The flow of a video to the file `part`. `record` says what the source is once it has been
-    read."""
+    """Write the flow of a video to the file `part`.
+
+    `record` returns the source's record once the source has been read.
+    """
     writer = FlowWriter(part, options)
     try:
         renderer: Renderer | None = None
@@ -159,14 +165,21 @@ _maps: LruCache[FlowMap] = LruCache()
 
 
 def read_flow_map(path: str) -> FlowMap:
-    """The head of a file of flow. VideoError where there is no such file, or it is damaged."""
+    """Read the head of a flow file.
+
+    Raises:
+        VideoError: The file does not exist or is damaged.
+    """
     with _open(path) as (_, found):
         return found
 
 
 def check_flow(path: str) -> bool:
-    """Read the whole file; False where its head has no checksum, as version 0.1 wrote it.
-    VideoError if damaged."""
+    """Read the whole file; return False if its head has no checksum, as version 0.1 wrote it.
+
+    Raises:
+        VideoError: The file is damaged.
+    """
     with _open(path) as (file, _):
         if check_seal(path, VideoError):
             return True
@@ -182,12 +195,16 @@ def read_flow(
     expect: tuple[np.ndarray, np.ndarray] | None = None,
     digest: str | None = None,
 ) -> tuple[np.ndarray, float, int]:
-    """Flow between the consecutive frames int64 [L] of a clip of the source, the last one perhaps
-    repeated: uint8 [L − 1, 2, H, W], the bound in pixels, and how many of the frames are damaged.
+    """Read the flow between consecutive frames int64 [L] of the source; the last may be repeated.
 
-    A damaged frame counts as shown by the one before, so that the flow to it is none. Raises
-    VideoError with the reason, and StoreMismatchError if the file is not of the source that
-    `expect` or `digest` describe.
+    A damaged frame counts as shown by the one before, so that the flow to it is zero.
+
+    Returns:
+        The flow uint8 [L − 1, 2, H, W], the bound in pixels, and how many frames are damaged.
+
+    Raises:
+        VideoError: With the reason.
+        StoreMismatchError: The file is not of the source that `expect` or `digest` describe.
     """
     wanted = np.asarray(frames, np.int64)
     with _open(path) as (file, found):
@@ -218,8 +235,7 @@ def _fill(file: h5py.File, out: np.ndarray, places: np.ndarray, rows: np.ndarray
 
 @contextmanager
 def _open(path: str) -> Iterator[tuple[h5py.File, FlowMap]]:
-    """Open a flow file and read its head; VideoError if it does not exist or turns out to be
-    damaged."""
+    """Open a flow file and read its head; VideoError if it does not exist or is damaged."""
     try:
         status = os.stat(path)
         key = (path, status.st_size, status.st_mtime_ns)

@@ -23,14 +23,16 @@ ENDINGS: Mapping[Kind, str] = {"copy": ".mp4", "flow": ".h5"}
 
 
 def kind_of(options: Mapping[str, Any]) -> Kind:
-    """What a folder made with these options holds."""
+    """Return what a folder made with these options holds."""
     return "flow" if "bound" in options else "copy"
 
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """The copies of one corpus, below `root` under the paths of their sources; options: how they
-    were made."""
+    """The copies of one corpus, below `root` under the paths of their sources.
+
+    options: how they were made.
+    """
 
     root: str
     options: Mapping[str, Any]
@@ -41,12 +43,14 @@ class PreparedCorpus:
         return kind_of(self.options)
 
     def path(self, relative: str) -> str:
-        """Where the copy of a video lies, by the video's path relative to its corpus."""
+        """Return the path of the copy of a video, given the video's path relative to its corpus."""
         return os.path.join(self.root, copy_name(relative, self.kind))
 
 
 def copy_name(relative: str, kind: Kind = "copy") -> str:
-    """`a/b.avi` → `a/b.avi.mp4`. Lists may lead out of their folder; their copies stay below it.
+    """Convert `a/b.avi` to `a/b.avi.mp4`.
+
+    Lists may name files outside of their folder; the copies stay below it.
 
     >>> copy_name("../other/c.mp4")
     '%2E%2E/other/c.mp4.mp4'
@@ -58,11 +62,14 @@ def copy_name(relative: str, kind: Kind = "copy") -> str:
 
 
 def prepared_corpora(moved: Mapping[str, str]) -> dict[str, PreparedCorpus]:
-    """Of the folders where corpora lie now (corpus → folder), those that hold copies made by
-    `prepare`.
+    """Return those folders of `moved` (corpus → folder) that hold copies made by `prepare`.
 
-    A folder of copies of a single corpus serves that corpus under any name. Also a corpus' own
-    folder inside may be named. Raises UsageError if a folder of copies has none of the corpus.
+    A folder of copies of a single corpus serves that corpus under any name. The folder of one
+    corpus
+    inside may be named as well.
+
+    Raises:
+        UsageError: A folder of copies has none of the corpus.
     """
     found = {}
     for name, folder in moved.items():
@@ -86,10 +93,12 @@ def prepared_corpora(moved: Mapping[str, str]) -> dict[str, PreparedCorpus]:
 
 
 def read_marker(folder: str | os.PathLike[str]) -> dict[str, dict[str, object]] | None:
-    """What `prepare` says of a folder of copies ("options", "corpora"); None where it did not make
-    it.
+    """Return what `prepare` recorded of a folder of copies ("options", "corpora").
 
-    Raises UsageError where the marker cannot be read.
+    None if `prepare` did not make the folder.
+
+    Raises:
+        UsageError: The marker cannot be read.
     """
     path = os.path.join(folder, MARKER)
     try:
@@ -118,7 +127,7 @@ class CopyFolder:
 
     @classmethod
     def open(cls, folder: str) -> CopyFolder:
-        """UsageError where `prepare` did not make the folder."""
+        """Open a folder of copies; UsageError if `prepare` did not make it."""
         marker = read_marker(folder)
         if marker is None:
             raise UsageError(
@@ -134,11 +143,15 @@ class CopyFolder:
         return kind_of(self.options)
 
     def find(self, root: str, relative: str) -> str:
-        """The copy of the original `root`/`relative`, which need not be there any more.
+        """Return the copy of the original `root`/`relative`, which need not exist any more.
 
-        An original below a corpus' folder (or named by its list) has its copy by that path. Where
-        the originals lay elsewhere when they were copied, `relative` itself is looked for in each
-        corpus. Raises VideoError where there is no copy, or are two.
+        An original below a corpus' folder (or named by its list) has its copy by that path. If the
+        originals had another location when they were copied, `relative` itself is looked for in
+        each
+        corpus.
+
+        Raises:
+            VideoError: There is no copy, or there are two.
         """
         original = os.path.normpath(os.path.join(root, relative))
         behind_links = os.path.normpath(os.path.join(os.path.realpath(root), relative))

@@ -1,10 +1,9 @@
-"""The map that a prepared copy carries: from each of its frames to the source's, and where its
-bytes lie.
+"""The map that a prepared copy carries: from its frames to the source's, and to its own bytes.
 
 It is the last box of the copy itself, an mp4 file: a copy and its map are one file, written and
-renamed as one, and players pass over the box. docs/prepare.md describes the bytes.
+renamed as one, and players skip the box. docs/prepare.md describes the bytes.
 
-N frames of the copy, in presentation order, which is also the order of its packets.
+Shapes: N frames of the copy, in presentation order, which is also the order of its packets.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ _MOST = 2**28  # bytes that a map may unpack to
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """The file a copy was made of: identity, frames in its timeline, size on display (pixels),
-    clock."""
+    """The source of a copy: identity, frames in its timeline, size on display (pixels), clock."""
 
     digest: str
     size: int
@@ -50,8 +48,10 @@ class SourceRecord:
     note: str | None = None
 
     def seconds(self, pts: np.ndarray) -> float:
-        """From the first frame, pts int64 [N], to the end of the last, which lasts as long as the
-        others do."""
+        """Return the time from the first frame to the end of the last, given pts int64 [N].
+
+        The last frame is taken to last as long as the others.
+        """
         n = len(pts)
         return float((int(pts[-1]) - int(pts[0])) * self.time_base) * n / (n - 1) if n > 1 else 0.0
 
@@ -62,9 +62,12 @@ class SourceRecord:
         expect: tuple[np.ndarray, np.ndarray] | None,
         digest: str | None,
     ) -> None:
-        """StoreMismatchError where the source is not the one that `digest` or `expect` (indices and
-        their pts) describe. index, pts int64 [N]: of the frames that the copy has; one that was
-        damaged has none."""
+        """Raise StoreMismatchError unless this is the source that `digest` or `expect` describe.
+
+        index, pts int64 [N]: the frames that the copy has; a damaged frame has none. expect:
+        indices and
+        their pts.
+        """
         if digest is not None and digest != self.digest:
             raise StoreMismatchError(
                 f"a copy of another file: made from one with digest {self.digest}, "
@@ -114,7 +117,7 @@ class FrameMap:
         return len(self.index)
 
     def pack(self) -> bytes:
-        """The box."""
+        """Return the box."""
         source = {**self.source.__dict__, "time_base": [*self.source.time_base.as_integer_ratio()]}
         head = json.dumps(
             {
@@ -193,7 +196,11 @@ _maps: LruCache[FrameMap] = LruCache()
 
 
 def read_map(path: str) -> FrameMap:
-    """The map of a copy. VideoError where there is no such file, or no whole map at its end."""
+    """Read the map of a copy.
+
+    Raises:
+        VideoError: The file does not exist, or has no whole map at its end.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
@@ -205,10 +212,10 @@ def read_map(path: str) -> FrameMap:
 
 
 def check_copy(path: str) -> bool:
-    """Read a whole copy; False where only the packets of its frames have checksums, as version 0.1
-    wrote it.
+    """Read a whole copy; return False if only its packets have checksums, as version 0.1 wrote it.
 
-    VideoError if a byte differs from what was written.
+    Raises:
+        VideoError: A byte differs from what was written.
     """
     found = read_map(path)
     try:
@@ -233,7 +240,7 @@ def check_copy(path: str) -> bool:
 
 
 def map_of(descriptor: int, path: str) -> FrameMap:
-    """The map of an open copy; those read last are remembered in this process."""
+    """Return the map of an open copy; this process caches those read last."""
     status = os.fstat(descriptor)
     key = (path, status.st_size, status.st_mtime_ns)
     known = _maps.get(key)

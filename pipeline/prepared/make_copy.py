@@ -45,13 +45,18 @@ _COLOURS = {
 
 
 class CopyOptions(Options):
-    """What copies are like. The defaults are the quickest to read per byte of what was measured
-    (docs/benchmarks.md): H.264 without B-frames, CABAC and deblocking filter, at the size that
-    clips of 112 pixels are cropped from, so that reading them needs no resize.
+    """How copies are encoded.
 
-    size: (height, width), whatever the source's shape; or short_side: pixels, the shape kept,
-    smaller sources at their own size. gop: most frames between key frames. crf: x264's quality,
-    lower is better and larger. quality_frames: of each video, read back and compared.
+    The defaults were the quickest to read per byte (docs/benchmarks.md): H.264 without B-frames,
+    CABAC
+    and deblocking filter, at the size that clips of 112 pixels are cropped from, so that reading
+    them
+    needs no resize.
+
+    size: (height, width), whatever the source's shape; or short_side: pixels, the shape is kept and
+    smaller sources keep their size. gop: most frames between key frames. crf: x264's quality, lower
+    is
+    better and larger. quality_frames: frames per video that are read back and compared.
     """
 
     size: tuple[Side, Side] | None = (128, 171)
@@ -63,7 +68,7 @@ class CopyOptions(Options):
     @model_validator(mode="before")
     @classmethod
     def _short_side_alone(cls, data: object) -> object:
-        """A short side in place of the default size."""
+        """Let a short side replace the default size."""
         if isinstance(data, dict) and data.get("short_side") is not None and "size" not in data:
             return {**data, "size": None}
         return data
@@ -75,8 +80,7 @@ class CopyOptions(Options):
         return self
 
     def picture(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the copy of a picture of that size on display; even numbers for a
-        short side."""
+        """Return (height, width) of the copy of a picture of that size; even with a short side."""
         if self.size is not None:
             return self.size
         short = self.short_side or 1
@@ -96,12 +100,17 @@ def make_copy(
     options: CopyOptions,
     progress: Callable[[], None] | None = None,
 ) -> FrameMap:
-    """Write the copy of `source` to `part`, a file on the same disk as `target`, and rename it to
-    `target`.
+    """Write the copy of `source` to `part` and rename it to `target`, on the same disk.
 
     The copy is read back before that: its packets, its map, and `quality_frames` frames whose PSNR
-    and SSIM against the scaled frames of the source are put into the map. Returns the map. Raises
-    VideoError with the reason; then `target` is what it was.
+    and
+    SSIM against the scaled frames of the source are put into the map.
+
+    Returns:
+        The map.
+
+    Raises:
+        VideoError: With the reason; `target` is then what it was.
     """
 
     def write(reader: VideoReader, record: Record) -> FrameMap:
@@ -139,8 +148,7 @@ def _make(
     write: Callable[[VideoReader, Record], M],
     progress: Callable[[], None] | None,
 ) -> M:
-    """What `write` makes of a reader and a record of the source, as a file that is there whole or
-    not at all."""
+    """Let `write` make a file from a reader and a record of the source, whole or not at all."""
     try:
         before = _stat(source)
         identity = digest(source)
@@ -181,8 +189,7 @@ def _stat(source: str) -> os.stat_result:
 
 
 class _Made:
-    """What went into the encoder: index and pts of each frame, and the sampled pictures
-    themselves."""
+    """What the encoder received: index and pts of each frame, and the sampled pictures."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
@@ -239,8 +246,7 @@ def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _Made:
 
 
 def _even(picture: np.ndarray) -> np.ndarray:
-    """[h, w, 3] with its last row or column twice where the number is odd: 4:2:0 needs even
-    ones."""
+    """Repeat the last row or column of [h, w, 3] if their number is odd, for 4:2:0."""
     more = [side % 2 for side in picture.shape[:2]]
     return (
         np.pad(picture, ((0, more[0]), (0, more[1]), (0, 0)), mode="edge") if any(more) else picture
@@ -248,14 +254,14 @@ def _even(picture: np.ndarray) -> np.ndarray:
 
 
 def _rate(timeline: Timeline) -> float:
-    """Frames a second for players: the source's average, as far as that makes sense."""
+    """Return the frame rate for players: the source's average, within sensible limits."""
     span = float((int(timeline.pts[-1]) - int(timeline.pts[0])) * timeline.time_base)
     rate = (len(timeline) - 1) / span if span > 0 else 25.0
     return min(1000.0, max(0.1, rate)) if math.isfinite(rate) else 25.0
 
 
 def _read_back(part: str, made: _Made, record: SourceRecord, options: CopyOptions) -> FrameMap:
-    """The map, with positions and checksums of the packets as they lie in the file."""
+    """Return the map, with positions and checksums of the packets as they are in the file."""
     offset, keys, crc, codec, extradata = _packets(part)
     if len(crc) != len(made.index) or not keys[0]:
         raise VideoError(f"the encoder made {len(crc)} frames of {len(made.index)}")
@@ -276,8 +282,10 @@ def _read_back(part: str, made: _Made, record: SourceRecord, options: CopyOption
 
 
 def _packets(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, str, bytes]:
-    """offset int64 [N + 1], key bool [N], crc uint32 [N], codec, extradata; packets must follow
-    each other."""
+    """Read the packets: offset int64 [N + 1], key bool [N], crc uint32 [N], codec, extradata.
+
+    The packets must follow each other.
+    """
     offset, last = [0], -1
     keys: list[bool] = []
     crc: list[int] = []
@@ -335,8 +343,10 @@ def _quality(part: str, copy: FrameMap, sample: dict[int, np.ndarray]) -> dict[s
 
 
 def copy_job(message: dict[str, Any], progress: Callable[[], None]) -> dict[str, Any]:
-    """What a child process does with a message {"source", "part", "target", "flow", "options"}: a
-    row."""
+    """Run one job of a decode worker and return its row.
+
+    message: {"source", "part", "target", "flow", "options"}.
+    """
     source, part, target = message["source"], message["part"], message["target"]
     made: FrameMap | FlowMap
     if message["flow"]:
@@ -351,7 +361,7 @@ def copy_job(message: dict[str, Any], progress: Callable[[], None]) -> dict[str,
 
 
 def copy_row(copy: FrameMap | FlowMap, size: int) -> dict[str, Any]:
-    """What the report says of a copy or of flow."""
+    """Return the row of the report for a copy or flow file."""
     source = copy.source
     row = {
         "frames": len(copy),

@@ -11,8 +11,10 @@ SAME_DB = 100.0  # said of equal pictures, whose PSNR is infinite
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures [h, w, 3], over all channels; at most
-    100."""
+    """Return the peak signal-to-noise ratio in dB of two uint8 pictures [h, w, 3]; at most 100.
+
+    It is taken over all channels.
+    """
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
     return min(SAME_DB, 10 * float(np.log10(255**2 / error))) if error else SAME_DB
 

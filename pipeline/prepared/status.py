@@ -22,10 +22,10 @@ COLUMNS = (
 
 
 class StatusFile:
-    """Lines are appended as videos are done; the end of a run puts the file into the order of the
-    list.
+    """A csv file to which a row is appended per finished video.
 
-    Only the lines are kept in memory, a short string a video.
+    The end of a run sorts it into the order of the list. Only the lines are kept in memory, a short
+    string per video.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +40,7 @@ class StatusFile:
                         self._lines[row[0], row[1]] = _line(row)
 
     def row(self, key: Key) -> Row | None:
-        """What the file said of a video; all values are text."""
+        """Return the row of a video; all values are text."""
         line = self._lines.get(key)
         if line is None:
             return None
@@ -58,7 +58,7 @@ class StatusFile:
         self._file = open(self._path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (closed by finish)
 
     def add(self, key: Key, row: Row) -> None:
-        """A row that is new, written at once."""
+        """Add a new row and write it at once."""
         self.set(key, row)
         if self._file is not None:
             self._file.write(self._lines[key])

@@ -40,7 +40,7 @@ class Tally:
 def summary(
     out: Path, videos: int, new: int, seconds: float, tally: Tally, console: Console
 ) -> dict[str, Any]:
-    """What --json prints of a run; the same in words on the screen."""
+    """Return what --json prints of a run, and print the same as text."""
     failed = sum(tally.reasons.values())
     if failed:
         console.say(f"{failed} videos failed; {out / 'status.csv'} lists them:")
