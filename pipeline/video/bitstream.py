@@ -38,8 +38,10 @@ _PARAMETERS = {"h264": (7, 8), "hevc": (32, 33, 34)}
 
 
 def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool] | None:
-    """A function that tells whether a flagged packet is a true entry; None when the codec is
-    unknown."""
+    """Return a function that tells whether a flagged packet is a true entry.
+
+    None if the codec is unknown.
+    """
     if codec in INTRA_ONLY or codec in FLAGGED:
         return lambda data: True
     if codec in FROM_START:
@@ -59,9 +61,11 @@ def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bo
 
 
 def in_doubt(codec: str, extradata: bytes | None, data: memoryview, size: int) -> bool:
-    """Whether a packet of H.264 or HEVC, before its first slice ends, has a unit longer than
-    itself, or brings parameter sets that the header lacks: a decoder that saw the ones before keeps
-    some of what they said.
+    """Return whether a packet of H.264 or HEVC may leave a decoder in an unexpected state.
+
+    It does if, before its first slice ends, it has a unit longer than itself, or brings parameter
+    sets
+    that the header lacks: a decoder that saw the packets before keeps some of their parameters.
 
     data: the beginning of the packet's `size` bytes.
     """
@@ -84,9 +88,11 @@ def in_doubt(codec: str, extradata: bytes | None, data: memoryview, size: int) -
 
 
 def must_be_first(codec: str, extradata: bytes | None, first: memoryview) -> bool:
-    """Whether a decoder has to see the `first` packet before any other: it tells of mistakes of
-    early x264, in 4:4:4 before build 151 and in direct prediction before 34, which libavcodec makes
-    as well where it knows the build.
+    """Return whether a decoder has to see the `first` packet before any other.
+
+    That packet reports faults of early x264, in 4:4:4 before build 151 and in direct prediction
+    before
+    34, which libavcodec reproduces if it knows the build.
     """
     found = _X264.search(first) if codec == "h264" else None
     if found is None:
@@ -96,13 +102,12 @@ def must_be_first(codec: str, extradata: bytes | None, first: memoryview) -> boo
 
 
 def b_picture_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool] | None:
-    """Return a function that tells whether a packet holds a bidirectional picture; None where the
-    codec has none.
+    """Return a function that tells whether a packet holds a bidirectional picture.
 
-    Such a picture is shown before one that was decoded earlier. One whose pts is above those of all
-    packets before it has a made-up pts: the muxer wrote the decode order (any `-c copy` of an AVI).
-    HEVC marks low-delay P pictures as B slices too, so that its sub-layer non-reference pictures
-    are taken instead.
+    None where the codec has none. Such a picture is shown before one that was decoded earlier. One
+    whose pts is above those of all packets before it has a made-up pts: the muxer wrote the decode
+    order (any `-c copy` of an AVI). HEVC marks low-delay P pictures as B slices too, so that its
+    sub-layer non-reference pictures are taken instead.
     """
     length = _length_size(codec, extradata)
     tests: dict[str, Callable[[memoryview], bool]] = {
@@ -120,7 +125,7 @@ def b_picture_test(codec: str, extradata: bytes | None) -> Callable[[memoryview]
 
 
 def _slice_headers(data: memoryview, length: int) -> Iterator[int]:
-    """The first header byte of each HEVC slice of a packet."""
+    """Yield the first header byte of each HEVC slice of a packet."""
     return (first for first in _nal_headers(data, length) if first >> 1 & 0x3F < 32)
 
 
@@ -137,8 +142,10 @@ def _h264_slice_is_b(data: memoryview, length: int) -> bool:
 
 
 def _exp_golomb(bits: int, at: int) -> tuple[int, int]:
-    """(value, bits left after it) of the ue(v) code that begins `at` bits from the end; (0, 0)
-    where it is cut off."""
+    """Return (value, bits left after it) of the ue(v) code that begins `at` bits from the end.
+
+    (0, 0) if it is cut off.
+    """
     rest = bits & ((1 << max(at, 0)) - 1)
     zeros = at - rest.bit_length()
     if not rest or 2 * zeros + 1 > at:
@@ -161,13 +168,14 @@ def _profile(extradata: bytes) -> int:
 
 
 class NonReferencePictures:
-    """Tell, packet by packet, which pictures of H.264 a decoder may leave out without any effect on
-    the others.
+    """Tells, packet by packet, which H.264 pictures a decoder may skip without effect on others.
 
     Those are the non-reference pictures, but one flipped bit gives a reference picture the header
-    of one, and a decoder that leaves it out shows the pictures that refer to it wrongly without an
-    error. `frame_num` tells them apart: it counts reference pictures, so that the next picture has
-    the same number after a non-reference picture alone (ITU-T H.264 §7.4.3).
+    of
+    one, and a decoder that skips it shows the pictures that refer to it wrongly without an error.
+    `frame_num` tells them apart: it counts reference pictures, so that the next picture has the
+    same
+    number after a non-reference picture alone (ITU-T H.264 §7.4.3).
     """
 
     def __init__(self, extradata: bytes | None) -> None:
@@ -201,8 +209,7 @@ class NonReferencePictures:
         return self._left_out is not None
 
     def _first_slice(self, data: memoryview) -> tuple[bytes, bool]:
-        """Return how the first slice of a packet begins, and whether the packet has only slices of
-        non-references."""
+        """Return how the first slice of a packet begins, and if all slices are non-reference."""
         head, alone = b"", True
         for start in _h264_starts(data, self._length):
             first = data[start]
@@ -247,8 +254,7 @@ def _h264_starts(data: memoryview, length: int) -> list[int]:
 
 
 def _frame_num_bits(extradata: bytes, length: int) -> int:
-    """Return how many bits frame_num has in the slices of a stream; 0 where its header does not
-    tell."""
+    """Return how many bits frame_num has in the slices of a stream; 0 if unknown."""
     units, at = extradata.split(b"\0\0\1")[1:], 6
     if length:
         units = []
@@ -264,8 +270,7 @@ def _frame_num_bits(extradata: bytes, length: int) -> int:
 
 
 def _frame_num_bits_of(sequence: bytes) -> int:
-    """Return how many bits frame_num has according to a sequence parameter set; 0 where that cannot
-    be told."""
+    """Return how many bits frame_num has by a sequence parameter set; 0 if that is unknown."""
     head = sequence[4:1024]
     bits, at = int.from_bytes(head, "big"), 8 * len(head)
     _, at = _exp_golomb(bits, at)  # seq_parameter_set_id
@@ -297,8 +302,10 @@ def _after_scaling_lists(bits: int, at: int, count: int) -> int:
 
 
 def shown_test(codec: str) -> Callable[[memoryview], bool] | None:
-    """A function that tells whether a packet gives a frame to show; None where all do (not in VP8
-    and VP9)."""
+    """Return a function that tells whether a packet gives a frame to show.
+
+    None where all packets do (not so in VP8 and VP9).
+    """
     if codec == "vp8":
         return lambda data: bool(data[0] & 0x10)
     if codec == "vp9":
@@ -315,7 +322,7 @@ def _vp9(first: int) -> tuple[bool, bool, bool]:
 
 
 def _length_size(codec: str, extradata: bytes | None) -> int:
-    """Bytes of a NAL unit's length prefix as the container stores it; 0 for start codes."""
+    """Return the bytes of a NAL unit's length prefix in the container; 0 for start codes."""
     if not extradata or extradata[0] != 1:
         return 0
     if codec == "h264" and len(extradata) > 4:
@@ -328,7 +335,7 @@ def _length_size(codec: str, extradata: bytes | None) -> int:
 def _has_nal(
     data: memoryview, length: int, wanted: Callable[[int], bool], other: Callable[[int], bool]
 ) -> bool:
-    """Whether an access unit has a NAL unit of a wanted kind before any of another one."""
+    """Return whether an access unit has a NAL unit of a wanted kind before any of another one."""
     for first in _nal_headers(data, length):
         if wanted(first):
             return True
@@ -338,13 +345,15 @@ def _has_nal(
 
 
 def _nal_headers(data: memoryview, length: int) -> Iterator[int]:
-    """The first byte of each NAL unit of a packet."""
+    """Yield the first byte of each NAL unit of a packet."""
     return (unit[0] for unit in _nal_units(data, length))
 
 
 def _nal_units(data: memoryview, length: int, most: int = 64) -> Iterator[memoryview]:
-    """The NAL units of a packet, after start codes or a `length` of so many bytes; cut off where
-    the data is."""
+    """Yield the NAL units of a packet, after start codes or a `length` of so many bytes.
+
+    They are cut off where the data is.
+    """
     at = 0
     if length:
         data = data[: 1 << 16]

@@ -83,7 +83,11 @@ def open_container(path: str, *, header_only: bool = False) -> InputContainer:
 
 
 def file_size(path: str) -> int:
-    """Bytes of a regular file; anything else (a pipe would be waited for) is a VideoError."""
+    """Return the size of a regular file in bytes.
+
+    Raises:
+        VideoError: It is anything else: opening a pipe would wait for it.
+    """
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -96,7 +100,7 @@ def file_size(path: str) -> int:
 
 
 def video_stream(container: InputContainer) -> VideoStream:
-    """The stream that FFmpeg calls the best video, cover art aside, set to decode in one thread."""
+    """Return the best video stream by FFmpeg's choice, without cover art, decoded in one thread."""
     streams = [s for s in container.streams.video if not s.disposition & _NOT_PICTURES]
     if not streams:
         if container.streams.video:
@@ -138,10 +142,11 @@ def rational(value: Any) -> Fraction | None:
 
 
 def cropping(stream: VideoStream) -> Margins:
-    """Return what the container says is to be cut off the stored picture: `clap` of mp4, PixelCrop
-    of Matroska.
+    """Return how much the container says to cut off the stored picture.
 
-    FFmpeg (7.1 and newer) reads it and leaves it to the player to apply it.
+    That is `clap` of mp4 and PixelCrop of Matroska. FFmpeg (7.1 and newer) reads it and leaves it
+    to
+    the player to apply it.
     """
     if not _CAN_CROP & set(stream.container.format.name.split(",")):
         return Margins()
@@ -153,8 +158,10 @@ def cropping(stream: VideoStream) -> Margins:
 
 
 def _cropping_by_remux(stream: VideoStream) -> Margins:
-    """As `cropping`, for PyAV 15 to 18, which show it nowhere: from the header of a Matroska file
-    without packets."""
+    """Return what `cropping` does, for PyAV 15 to 18, which do not expose it.
+
+    It is read from the header of a Matroska file without packets.
+    """
     header = io.BytesIO()
     try:
         with av.open(header, "w", format="matroska") as copy:
@@ -191,9 +198,10 @@ def digest(path: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An exception of the system or of FFmpeg in one plain clause, without the path.
+    """Describe an exception of the system or of FFmpeg in one plain clause, without the path.
 
-    Raises DecoderError for one that no file explains: a limit of this process or machine.
+    Raises:
+        DecoderError: No file explains it: a limit of this process or machine.
     """
     if isinstance(error, VideoError):
         return str(error)
@@ -238,7 +246,7 @@ def _why_not_opened(path: str, error: BaseException) -> str:
 
 
 def _top_level_boxes(path: str, most: int = 64) -> list[bytes]:
-    """The types of the first boxes of an ISO base media file."""
+    """Return the types of the first boxes of an ISO base media file."""
     found: list[bytes] = []
     size = Path(path).stat().st_size
     with open(path, "rb") as file:

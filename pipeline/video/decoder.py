@@ -55,8 +55,7 @@ class VideoIndex:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Size on display (width and height in square pixels, cropping and rotation applied), codec,
-    timing."""
+    """Size on display (in square pixels, cropping and rotation applied), codec, timing."""
 
     width: int
     height: int
@@ -127,6 +126,7 @@ class VideoReader:
         self.close()
 
     def close(self) -> None:
+        """Close the file."""
         self._container.close()
 
     def _open(self) -> None:
@@ -225,8 +225,10 @@ class VideoReader:
         return rational(self._stream.time_base) or Fraction(1, 1000)
 
     def timeline(self) -> Timeline:
-        """All frames in order: from the packets where they can be trusted, else by a full
-        decode."""
+        """Return all frames in order, from the packets if these can be trusted.
+
+        Otherwise the whole file is decoded.
+        """
         if self._timeline is None:
             found = self.packets.timeline(self._time_base)
             if not found.reliable:
@@ -254,11 +256,11 @@ class VideoReader:
         )
 
     def _tick(self, frames: int) -> Fraction:
-        """Seconds from one frame to the next where they are counted, from the times that the
-        packets have.
+        """Return seconds from one frame to the next where they are counted.
 
-        The header's rate is taken only where they have none: an AVI made from an mp4 says 600
-        frames a second.
+        They come from the packets' times. The header's rate is taken only if the packets have none:
+        an AVI
+        made from an mp4 claims 600 frames per second.
         """
         packets = self.packets
         # Fields come in two packets to a frame, and an AVI has packets that repeat a frame.
@@ -276,7 +278,7 @@ class VideoReader:
         return seconds if seconds > 0 else 1 / rate
 
     def _why_nothing(self) -> str:
-        """Why no frame came out."""
+        """Return the reason why no frame came out."""
         packets = self.packets
         if len(packets.pts) == 0:
             promised = self._stream.frames
@@ -294,8 +296,7 @@ class VideoReader:
     # The plain decode: the truth
 
     def _decode_all(self) -> Iterator[av.VideoFrame]:
-        """Every frame in the decoder's order, by a fresh decoder; damage is noted and passed
-        over."""
+        """Yield every frame in the order of a fresh decoder; note damage and continue."""
         table = self.packets
         kept = table.kept
         self.start(read=kept is None, feed=True)
@@ -348,13 +349,15 @@ class VideoReader:
 
     @property
     def _one_frame_per_packet(self) -> bool:
-        """Whether each shown packet of a sound file gives one frame: not so of fields and of MPEG-4
-        in AVI."""
+        """Return whether each shown packet of a sound file gives one frame.
+
+        Not so for fields and for MPEG-4 in AVI.
+        """
         name = self._context.codec.canonical_name
         return name in ONE_FRAME_PER_PACKET and self._context.field_order in PROGRESSIVE
 
     def _decode_head(self) -> Iterator[av.VideoFrame]:
-        """The first frames, without reading the whole file."""
+        """Decode the first frames, without reading the whole file."""
         self.start(read=True, feed=True)
         for packet in itertools.chain(self.read_on(), [None]):
             self._progress()
@@ -364,7 +367,7 @@ class VideoReader:
                 continue
 
     def read_on(self) -> Iterator[av.Packet]:
-        """Packets from where the container stands; an error ends them."""
+        """Yield packets from the container's current position; an error ends them."""
         packets = self._container.demux(self._stream)
         while True:
             try:
@@ -400,8 +403,7 @@ class VideoReader:
             del frame
 
     def decode_plain(self) -> Rows:
-        """(index, pts, frame) of every frame that decodes, by one linear decode of the whole
-        file."""
+        """Yield (index, pts, frame) of every frame that decodes, by one linear decode."""
         pts = self.timeline().pts
         for index, frame in ascending(self._plain_rows(), None):
             yield index, int(pts[index]), frame
@@ -410,10 +412,10 @@ class VideoReader:
     # The shortcuts
 
     def frames_at(self, indices: np.ndarray) -> Rows:
-        """(index, pts, frame) for int64 [N] ascending, distinct `indices`; equal to the plain
-        decode.
+        """Yield (index, pts, frame) for int64 [N] ascending, distinct `indices`.
 
-        Frames that even the plain decode does not give are left out.
+        The frames equal those of the plain decode; those that even the plain decode lacks are left
+        out.
         """
         timeline = self.timeline()
         wanted = np.asarray(indices, np.int64)

@@ -1,5 +1,4 @@
-"""Encode and transcode: the only module that runs ffmpeg, with the binary that imageio-ffmpeg
-carries."""
+"""Encode and transcode: the only module that runs ffmpeg, with imageio-ffmpeg's binary."""
 
 from __future__ import annotations
 
@@ -40,11 +39,12 @@ def write_video(
     pix_fmt: str = "yuv420p",
     extra: dict[str, Any] | None = None,
 ) -> int:
-    """Encode RGB `frames`, uint8 [h, w, 3] each of one size (or [n, h, w, 3]); returns their
-    number.
+    """Encode RGB `frames`, uint8 [h, w, 3] each of one size (or [n, h, w, 3]); return their number.
 
     `extra`: further output options of ffmpeg by name, without the dash (`vf`, `x264opts`, …).
-    Raises VideoError with ffmpeg's last words.
+
+    Raises:
+        VideoError: With the last lines of ffmpeg's output.
     """
     source = iter(frames)
     first = next(source, None)
@@ -92,10 +92,9 @@ def transcode(
     input_options: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Encode a file anew without its audio, timestamps passed through, short side as given (even
-    sizes).
+    """Encode a file again without its audio, with its timestamps and the given short side.
 
-    With codec "copy" the packets are only put into another container.
+    Sizes become even. With codec "copy" the packets are only put into another container.
     """
     stream = ffmpeg.input(
         _SOURCE, format_whitelist=FORMATS, protocol_whitelist="file", **(input_options or {})
@@ -110,7 +109,7 @@ def transcode(
 
 
 def _plain(path: Path) -> str:
-    """A path that ffmpeg takes for a file, whatever it begins with."""
+    """Return the path in a form that ffmpeg takes for a file, whatever it begins with."""
     return "file:" + os.path.abspath(path)
 
 
@@ -138,10 +137,9 @@ def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray
 def _running(
     command: Any, paths: dict[str, Path], *, stdin: bool
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """ffmpeg at work on `paths`, which stand in the command under other names; its stderr is
-    drained all along.
+    """Run ffmpeg on `paths`, which have other names in the command, and drain its stderr.
 
-    On leaving, its end is awaited and a failure raised.
+    On exit, waits for its end and raises a failure.
     """
     compiled = ffmpeg.compile(
         command.global_args("-hide_banner", "-loglevel", "error", "-nostdin"),

@@ -1,5 +1,4 @@
-"""Which packets to give to the decoder for the frames that are wanted, and the frames in order
-again."""
+"""Select the packets that a decoder needs for some frames, and put its frames into order."""
 
 from __future__ import annotations
 
@@ -57,8 +56,7 @@ def stretches(table: PacketTable, wanted: np.ndarray) -> list[tuple[int, int]]:
 
 
 class Feed:
-    """Gives the reader's decoder the packets of a stretch: from memory, or from the file by
-    seeking."""
+    """Gives the reader's decoder consecutive packets: from memory, or from the file by seeking."""
 
     def __init__(self, reader: VideoReader) -> None:
         self._reader = reader
@@ -106,8 +104,7 @@ class Feed:
         return False
 
     def packet(self, position: int) -> av.Packet:
-        """Return the packet of a decode position; positions ascend from the one where the stretch
-        begins."""
+        """Return the packet of a decode position; positions ascend from the range's first."""
         kept, place = self._table.kept, self._table.place
         if kept is not None:
             return kept[position]
@@ -126,15 +123,14 @@ class Feed:
                 return packet
 
     def decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
-        """Return the frames that come out for a packet; None: those that the decoder still holds
-        back."""
+        """Return the frames that come out for a packet; None flushes the decoder."""
         try:
             return self._reader.stream.codec_context.decode(packet)
         except DECODE_ERRORS as error:
             raise NotAsPlanned from error
 
     def _as_in_header(self, packet: av.Packet, position: int) -> bool:
-        """Whether a packet is where a header says, and can be shown when it says."""
+        """Return whether a packet has the position and the time that a header gives it."""
         table = self._table
         if table.place is None or packet.pos != table.place[position]:
             return False
@@ -144,12 +140,14 @@ class Feed:
 
 
 class Waiting:
-    """Holds frames back until all pictures that they may refer to have come out, which shows
-    whether those are damaged.
+    """Holds frames back until all pictures that they may refer to have come out.
 
-    A picture refers to pictures that were decoded before it, but some of those are shown after it.
-    What a decoder puts in the place of damage depends on what else it decoded. Example: decode
-    order I0 P3 B1, with P3 damaged; B1 comes out first, and only then P3 with its mark.
+    Only then is it known whether those are damaged. A picture refers to pictures that were decoded
+    before it, but some of those are shown after it. What a decoder puts in the place of damage
+    depends
+    on what else it decoded. Example: decode order I0 P3 B1, with P3 damaged; B1 comes out first,
+    and
+    only then P3 with its mark.
     """
 
     def __init__(self) -> None:
@@ -163,8 +161,7 @@ class Waiting:
         self._needs[pts] = self._highest
 
     def came(self, frame: av.VideoFrame, *, wanted: bool) -> Iterator[av.VideoFrame]:
-        """Take the frame that came out, undamaged; yield the wanted ones that need not wait any
-        longer."""
+        """Take an undamaged frame that came out; yield the wanted ones that can now be shown."""
         latest = frame.pts or 0
         if wanted:
             self._frames.append(frame)
@@ -185,7 +182,7 @@ def _with_first(first: av.Packet, rest: Iterator[av.Packet]) -> Iterator[av.Pack
 def ascending(
     rows: Iterator[tuple[int, av.VideoFrame]], wanted: np.ndarray | None
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The rows of `wanted` (None: all) in ascending order; holds back those that come early.
+    """Yield the rows of `wanted` (None: all) in ascending order; hold back those that come early.
 
     A frame still missing when more than HOLD later ones wait is given up.
     """

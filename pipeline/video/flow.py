@@ -1,11 +1,11 @@
-"""Optical flow of clips, for students of two channels: Farnebäck's method as in Caffe2's video
-operator.
+"""Optical flow of clips, for students of two channels: Farnebäck's method as in Caffe2.
 
-Parameters of Caffe2 (`caffe2/video/optical_flow.cc`): the flow is taken from the grey frames of the
-clip as cropped and mirrored, so that a mirrored clip's horizontal flow is negative of itself; T
-frames of flow need T + 1 pictures. OpenCV is an extra: pip install "distinit[flow]".
+Parameters of Caffe2's video operator (`caffe2/video/optical_flow.cc`): the flow is taken from the
+grey frames of the clip as cropped and mirrored, so that a mirrored clip's horizontal flow is
+negative of itself; T frames of flow need T + 1 pictures. OpenCV is an extra: pip install
+"distinit[flow]".
 
-T frames, H W pixels.
+Shapes: T frames, H W pixels.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ _GREY = np.array(
 
 
 def pictures_needed(length: int, channels: int) -> int:
-    """Frames to decode for a clip of `length` frames: one more where it is of flow."""
+    """Return how many frames to decode for a clip of `length` frames: one more for flow."""
     return length + 1 if channels == FLOW_CHANNELS else length
 
 
 def require_opencv(what: str = "student.channels=2") -> Any:
-    """OpenCV, in one thread: loaders are parallel over clips. UsageError where it is not
-    installed."""
+    """Return OpenCV, limited to one thread since loaders are parallel over clips.
+
+    Raises:
+        UsageError: It is not installed.
+    """
     try:
         opencv = importlib.import_module("cv2")
     except ImportError:
@@ -57,10 +60,14 @@ def grey(image: np.ndarray) -> np.ndarray:
 
 
 def flow_between(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Two grey pictures uint8 [H, W] → float32 [H, W, 2]: how far (x, y) in pixels each point of
-    the first is found in the second, x to the right, y down. Between two pictures that are the same
-    it is zero, where Farnebäck's method finds motion along the border; clips that end before their
-    length repeat a frame."""
+    """Return the flow float32 [H, W, 2] between two grey pictures uint8 [H, W].
+
+    It is how far (x, y) in pixels each point of the first is displaced in the second, x to the
+    right, y
+    down. Between two equal pictures it is zero, where Farnebäck's method finds motion along the
+    border;
+    clips that end before their length repeat a frame.
+    """
     if np.array_equal(before, after):
         return np.zeros((*before.shape, 2), np.float32)
     found: np.ndarray = require_opencv().calcOpticalFlowFarneback(

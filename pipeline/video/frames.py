@@ -44,24 +44,22 @@ def read_frames(
     expect: tuple[np.ndarray, np.ndarray] | None = None,
     digest: str | None = None,
 ) -> Frames:
-    """Read frames of a video by index, in any order, repeats allowed; one open, one pass.
+    """Read frames of a video in any order, repeats allowed, with one open and one pass.
 
-    A damaged frame inside a clip is shown as a player shows it, by the one before. It is an error
-    where it is expected, or where half of the clip is damaged.
+    A damaged frame inside a clip is shown as a player shows it, by the one before; it is an error
+    if
+    it is expected, or if half of the clip is damaged.
 
     Args:
         path: The video.
-        indices: int64 [L], counted from the start of the file.
-        view: How frames are resized and cropped; None for the size on display.
+        indices: Frame numbers int64 [L].
+        view: None for the size on display.
         expect: (indices, pts), int64 each, that the file must agree with.
         digest: The file's identity as `container.digest` gives it.
 
     Raises:
-        VideoError: The video cannot be read; the message has the reason.
+        VideoError: With the reason.
         StoreMismatchError: The file is not the one that `expect` or `digest` describe.
-
-    Example:
-        `read_frames("holiday.mp4", np.array([0, 24, 48]), None).images`
     """
     wanted = np.asarray(indices, np.int64).ravel()
     if digest is not None and (found := digest_of(path)) != digest:
@@ -72,7 +70,7 @@ def read_frames(
 
 
 def count_frames(path: str) -> int:
-    """How many frames a video has; VideoError with the reason if it has none."""
+    """Return how many frames a video has; VideoError with the reason if it has none."""
     return _read(path, lambda reader: len(reader.timeline()))
 
 
@@ -116,9 +114,12 @@ def _frames(
 
 
 def _read(path: str, use: Callable[[VideoReader], T]) -> T:
-    """What is made of the file by a reader that knows its header; or, where that is not enough or
-    something is wrong, by one that has read all packets. What was learnt of the file is kept for
-    its next clip."""
+    """Use the file with a reader that knows its header, else with one that has read all packets.
+
+    The second is used where the header is not enough or something is wrong. What was learnt of the
+    file
+    is cached for its next clip.
+    """
     key = _key(path)
     known = _indices.get(key)
     if known.from_header if known is not None else _is_mp4(path):
@@ -138,7 +139,7 @@ def _read(path: str, use: Callable[[VideoReader], T]) -> T:
 
 
 def _is_mp4(path: str) -> bool:
-    """Whether the file begins as one."""
+    """Return whether the file begins as an mp4."""
     try:
         with open(path, "rb", buffering=0) as file:
             return (file.read(8) or b"")[4:] == b"ftyp"
@@ -147,7 +148,7 @@ def _is_mp4(path: str) -> bool:
 
 
 def _check(pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray]) -> None:
-    """The file's pts at the expected indices must be the expected ones."""
+    """Raise StoreMismatchError unless the file's pts at the expected indices are as expected."""
     for index, expected in zip(*expect, strict=True):
         found = str(pts[index]) if 0 <= index < len(pts) else f"missing (it has {len(pts)} frames)"
         if found != str(expected):
@@ -176,8 +177,10 @@ def fill_damaged(
 
 
 def check_damage(there: np.ndarray, indices: np.ndarray, required: np.ndarray) -> None:
-    """VideoError where a `required` index is not `there` [n], or more than half of `indices` [n]
-    are not."""
+    """Raise VideoError if required frames are damaged, or more than half of all.
+
+    there: bool [n], whether each frame of `indices` [n] could be decoded; required: indices.
+    """
     missing = indices[~there]
     if 2 * there.sum() < len(there) or np.isin(missing, required).any():
         first = (

@@ -138,8 +138,7 @@ class View(Options):
 
 
 class Renderer:
-    """Renders frames of one stream; keeps one swscale context a view and never more than one
-    thread.
+    """Renders frames of one stream, with one swscale context per view and one thread.
 
     orientation: of all frames; by default each is turned by its own display matrix.
     """
@@ -161,8 +160,7 @@ class Renderer:
         out: np.ndarray | None = None,
         display: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """uint8 [h, w, 3] RGB. `display` (height, width) replaces the frame's own size on
-        display."""
+        """Return uint8 [h, w, 3] RGB; `display` (height, width) replaces the frame's size."""
         orientation = self._orientation or Orientation.of(frame)
         if any(self._margins):
             frame = self._cut(frame)
@@ -186,7 +184,7 @@ class Renderer:
         return out
 
     def _cut(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """The frame in RGB, less its margins."""
+        """Return the frame in RGB, without its margins."""
         width, height = inner_size(frame, self._margins)
         if (width, height) == (frame.width, frame.height):
             return frame
@@ -223,13 +221,12 @@ class Renderer:
 
 
 def render(frame: av.VideoFrame, view: View | None, aspect: Fraction = Fraction(1)) -> np.ndarray:
-    """One frame → uint8 [h, w, 3] RGB; for many frames keep a Renderer."""
+    """Render one frame as uint8 [h, w, 3] RGB; for many frames keep a Renderer."""
     return Renderer(aspect).render(frame, view)
 
 
 def _center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """[h, w, 3] → [size, size, 3] around the middle; a smaller picture is padded with black
-    first."""
+    """Crop [h, w, 3] to [size, size, 3] at the centre; pad a smaller picture with black first."""
     height, width = image.shape[:2]
     if height < size or width < size:
         padded = np.zeros((max(height, size), max(width, size), 3), image.dtype)
@@ -241,7 +238,7 @@ def _center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def _progressive(frame: av.VideoFrame) -> av.VideoFrame:
-    """A copy without the interlaced flag, on which swscale would scale the two fields apart."""
+    """Return a copy without the interlaced flag, so that swscale does not separate the fields."""
     copy = av.VideoFrame(frame.width, frame.height, frame.format.name)
     copy.colorspace, copy.color_range = frame.colorspace, frame.color_range
     for source, target in zip(frame.planes, copy.planes, strict=True):

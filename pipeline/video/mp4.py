@@ -30,10 +30,14 @@ Header = tuple[PacketTable, Timeline]
 
 
 def read_header(descriptor: int, container: InputContainer, stream: VideoStream) -> Header | None:
-    """Packets and timeline of an open mp4 with H.264 or HEVC; None where they are not to be had so.
+    """Read packets and timeline of an open mp4 with H.264 or HEVC from its header.
 
-    The table is what reading the packets would give, except that key frames are the header's, and
-    that every one of them counts as an entry. OSError where the file cannot be read.
+    None if the header does not give them. The table is what reading the packets would give, except
+    that
+    key frames are the header's, and that every one of them counts as an entry.
+
+    Raises:
+        OSError: The file cannot be read.
     """
     extradata = stream.codec_context.extradata
     if len(container.streams.video) != 1 or not extradata or extradata[0] != 1:
@@ -70,8 +74,10 @@ def read_header(descriptor: int, container: InputContainer, stream: VideoStream)
 
 
 def _moov(descriptor: int) -> bytes | None:
-    """The file's header, without its own head; None where there is none, or further ones may
-    follow."""
+    """Return the file's header, without its own head.
+
+    None if it does not exist, or further ones may follow.
+    """
     at = 0
     for _ in range(_MOST_BOXES):
         head = os.pread(descriptor, 16, at)
@@ -89,11 +95,14 @@ def _moov(descriptor: int) -> bytes | None:
 
 
 def _samples(moov: bytes, known: int) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """Of the one video track: size in bytes and offset of the presentation time int64 [P], and the
-    shift of all.
+    """Return sizes in bytes, offsets of presentation times int64 [P], and the shift of all.
 
-    known: P; None where the header claims another number. ValueError or IndexError where a box ends
-        too early.
+    They are those of the one video track. known: P; None is returned if the header claims another
+    number.
+
+    Raises:
+        ValueError: A box ends too early.
+        IndexError: Likewise.
     """
     tracks = []
     for kind, start, end in _boxes(moov, 0, len(moov)):
@@ -139,7 +148,7 @@ def _samples(moov: bytes, known: int) -> tuple[np.ndarray, np.ndarray, int] | No
 
 
 def _one_edit(box: bytes) -> bool:
-    """Whether an edit list takes the track but once; empty edits only delay it."""
+    """Return whether an edit list takes the track only once; empty edits only delay it."""
     long = box[0] == 1
     (count,) = np.frombuffer(box, ">u4", 1, 4).tolist()
     edit = np.dtype([("for", ">i8"), ("time", ">i8"), ("rate", ">i4")] if long else
@@ -148,8 +157,11 @@ def _one_edit(box: bytes) -> bool:
 
 
 def _leaves(data: bytes, start: int, end: int, depth: int = 4) -> Iterator[tuple[bytes, bytes]]:
-    """(type, content) of the boxes of a track that hold no others. ValueError where they lie too
-    deep."""
+    """Yield (type, content) of the boxes of a track that hold no others.
+
+    Raises:
+        ValueError: They are nested too deep.
+    """
     if not depth:
         raise ValueError("boxes in boxes without end")
     for kind, at, stop in _boxes(data, start, end):
@@ -160,8 +172,11 @@ def _leaves(data: bytes, start: int, end: int, depth: int = 4) -> Iterator[tuple
 
 
 def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """(type, start, end) of the contents of the boxes in data[start:end]. ValueError where one ends
-    too late."""
+    """Yield (type, start, end) of the contents of the boxes in data[start:end].
+
+    Raises:
+        ValueError: A box ends too late.
+    """
     while start + 8 <= end:
         size, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
         if size < 8 or start + size > end:

@@ -91,17 +91,18 @@ class PacketTable:
 
     @cached_property
     def rising(self) -> np.ndarray:
-        """Whether a packet is shown after all before it, bool [P]: of a bidirectional picture that
-        is a made-up pts."""
+        """Return whether each packet is shown after all before it, bool [P].
+
+        For a bidirectional picture that is a made-up pts.
+        """
         return np.r_[True, self.pts[1:] > np.maximum.accumulate(self.pts)[:-1]][: len(self.pts)]
 
     @property
     def step(self) -> Fraction:
-        """Mean time from one frame to the next, in ticks, as the packets have it; 0 where they have
-        none.
+        """Return the mean ticks from one frame to the next by the packets; 0 if unknown.
 
-        Of files put one behind another each counts by itself, and a time far from all others does
-        not count.
+        In concatenated files each part counts by itself, and a time far from all others does not
+        count.
         """
         in_order = bool(np.all(self.dts != NO_PTS) and np.all(np.diff(self.dts) >= 0))
         times = self.dts if in_order or not np.any(self.pts != NO_PTS) else self.pts
@@ -120,7 +121,7 @@ class PacketTable:
         return {int(p): k for k, p in enumerate(self.pts)}
 
     def timeline(self, time_base: Fraction) -> Timeline:
-        """Rows of the shown packets by pts; sets `order` to their decode positions."""
+        """Return rows of the shown packets by pts; set `order` to their decode positions."""
         positions = np.flatnonzero(self.shown)
         pts = self.pts[positions]
         by_pts = np.argsort(pts, kind="stable")
@@ -143,8 +144,7 @@ class PacketTable:
 def read_packets(
     container: InputContainer, stream: VideoStream, progress: Callable[[], None] | None = None
 ) -> PacketTable:
-    """Demux the whole stream. Never raises for bad data: the error is recorded, what came is
-    kept."""
+    """Demux the whole stream; for bad data, record the error and keep the packets so far."""
     context = stream.codec_context
     codec = context.codec.canonical_name
     is_entry = entry_test(codec, context.extradata)
@@ -215,8 +215,10 @@ def read_packets(
 
 
 def pts_are_real(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether the container stores presentation times, or FFmpeg made them up from the decode
-    order."""
+    """Return whether the container stores presentation times.
+
+    Otherwise FFmpeg made them up from the decode order.
+    """
     names = set(container.format.name.split(","))
     context = stream.codec_context
     codec = context.codec.canonical_name

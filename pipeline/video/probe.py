@@ -1,5 +1,4 @@
-"""What a file holds, cheaply: sizes and bounds for planning, or the reason why it cannot be
-used."""
+"""Probe a file cheaply: sizes and bounds for planning, or the reason why it cannot be used."""
 
 from __future__ import annotations
 
@@ -86,10 +85,11 @@ def _measure(reader: VideoReader, size: int, identity: str) -> Probe:
 
 
 def _estimate(stream: VideoStream, duration: float) -> tuple[int, int] | None:
-    """Upper bounds of (frames, key frames) from the header: the index where it is complete, else
-    rates.
+    """Return upper bounds of (frames, key frames) from the header.
 
-    None where the header says neither: then only the whole file can tell.
+    They come from the index if it is complete, else from rates. None if the header has neither:
+    then
+    only the whole file can tell.
     """
     entries = stream.index_entries
     if "mov" in stream.container.format.name and len(entries) >= stream.frames > 0:
@@ -107,6 +107,8 @@ def _estimate(stream: VideoStream, duration: float) -> tuple[int, int] | None:
 
 
 def _seconds(span: int, time_base: Fraction, frames: int) -> float:
-    """Seconds from the first frame to the end of the last, which is taken to last as long as the
-    others."""
+    """Return seconds from the first frame to the end of the last.
+
+    The last one is taken to last as long as the others.
+    """
     return float(span * time_base) * (frames / (frames - 1) if frames > 1 else 1.0)

@@ -1,8 +1,7 @@
-"""Frames of a clip out of an mp4 whose header says where everything lies: the rest of the file
-stays unread.
+"""Read frames of a clip out of an mp4 whose header lists all packets, without reading the rest.
 
-It takes a tenth of the time to open such a file that way, and none to list its packets. What the
-header claims is held against each packet that is fed to the decoder; where anything is in doubt,
+It takes a tenth of the time to open such a file that way, and none to list its packets. The claims
+of the header are compared with each packet that is fed to the decoder; where anything is in doubt,
 NotAsPlanned leaves the file to a VideoReader, which reads and, if need be, decodes all of it.
 """
 
@@ -25,8 +24,10 @@ _BEGINNING = 2**16  # bytes of a packet that are looked at for what it is
 
 
 class QuickReader(VideoReader):
-    """As VideoReader, for `timeline`, `info` after a frame, and `frames_at`; raises NotAsPlanned in
-    place of decoding the whole file, and VideoError where the file cannot be opened.
+    """As VideoReader, for `timeline`, `info` after a frame, and `frames_at`.
+
+    Raises NotAsPlanned instead of decoding the whole file, and VideoError if the file cannot be
+    opened.
 
     index: of the same file by a reader of this kind.
     """
@@ -48,6 +49,7 @@ class QuickReader(VideoReader):
                 raise
 
     def close(self) -> None:
+        """Close the file."""
         super().close()
         os.close(self._file)
 
@@ -68,8 +70,10 @@ class QuickReader(VideoReader):
                 stream.discard = Discard.all  # libavformat does not even read them
 
     def _aspect(self) -> Fraction | None:
-        """The container's, else that of the header's parameters, which the decoder has: `_begins`
-        lets no others in."""
+        """Return the container's aspect, else that of the header's parameters.
+
+        The decoder has these: `_begins` lets no others in.
+        """
         return rational(self._stream.sample_aspect_ratio) or rational(
             self._context.sample_aspect_ratio
         )
@@ -79,16 +83,17 @@ class QuickReader(VideoReader):
         return VideoIndex(self.packets, self.timeline(), from_header=True)
 
     def frames_at(self, indices: np.ndarray) -> Rows:
-        """(index, pts, frame) for all of int64 [N] ascending, distinct `indices` of the
-        timeline."""
+        """Yield (index, pts, frame) for all of int64 [N] ascending, distinct `indices`."""
         self._check_entries(indices)
         pts = self.timeline().pts
         for index, frame in self.shortcut(indices):
             yield index, int(pts[index]), frame
 
     def _check_entries(self, wanted: np.ndarray) -> None:
-        """Look at the packets that decoding is to begin at; those where it cannot begin are no
-        longer entries."""
+        """Read the packets at which decoding is to begin.
+
+        Those where it cannot begin stop being entries.
+        """
         table = self.packets
         while True:
             spans = stretches(table, wanted)
@@ -111,8 +116,12 @@ class QuickReader(VideoReader):
                 raise NotAsPlanned
 
     def _begins(self, position: int) -> bool:
-        """Whether decoding may begin at a packet. Parameters other than the header's are in doubt
-        everywhere: what they do not say (colours, the shape of pixels) stays as it was before."""
+        """Return whether decoding may begin at a packet.
+
+        Parameters other than the header's are in doubt everywhere: what they omit (colours, the
+        shape of
+        pixels) stays as it was before.
+        """
         codec, extradata, data = (
             self._context.codec.canonical_name,
             self._context.extradata,
@@ -126,7 +135,7 @@ class QuickReader(VideoReader):
         return test is not None and test(data)
 
     def _beginning(self, position: int) -> memoryview:
-        """What the file has in the place of a packet, as far as it tells what the packet is."""
+        """Return the file's bytes in the place of a packet, as far as they identify the packet."""
         table = self.packets
         if table.place is None:
             raise NotAsPlanned

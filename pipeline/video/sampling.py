@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 class Sampling(Options):
-    """Exactly one of `every` (frames), `fps` (frames a second), `keyframes`; every 4th by
-    default."""
+    """Which frames are cached: one of `every` (frames), `fps`, `keyframes`.
+
+    Every 4th by default.
+    """
 
     every: int | None = Field(default=None, ge=1)
     fps: float | None = Field(default=None, gt=0, le=1000)
@@ -55,11 +57,13 @@ class Sampling(Options):
         return f"every {every}{suffix} frame"
 
     def select(self, pts: np.ndarray, is_key: np.ndarray, time_base: Fraction) -> np.ndarray:
-        """Indices int64 [N], ascending, of the frames kept.
+        """Return the indices int64 [N], ascending, of the frames kept.
 
         `pts` int64 [T], strictly ascending, and `is_key` bool [T] are of all frames of a video. For
-        a rate, of each k = 0, 1, … up to the last frame's time: the last frame with time ≤ first +
-        k/fps; a frame that several k name is kept once.
+        a
+        rate, of each k = 0, 1, … up to the last frame's time: the last frame with time ≤ first +
+        k/fps; a
+        frame that several k name is kept once.
         """
         if self.keyframes:
             return np.flatnonzero(is_key).astype(np.int64)
@@ -83,8 +87,10 @@ class Sampling(Options):
         return np.flatnonzero(kept).astype(np.int64)
 
     def rows_bound(self, probe: Probe) -> int:
-        """At least how many rows to keep free for a probed video (exact counts give exact
-        bounds)."""
+        """Return how many rows to reserve at least for a probed video.
+
+        Exact counts give exact bounds.
+        """
         if self.keyframes:
             return max(1, probe.keyframes)
         if self.fps is None:

@@ -71,8 +71,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Done:
-    """Job `key` is complete. `frames` in the file (−1: unknown); `note` says what was damaged;
-    `more`: max_rows was reached with frames left."""
+    """Job `key` is complete.
+
+    `frames` in the file (−1: unknown); `note` tells what was damaged; `more`: max_rows was reached
+    with
+    frames left.
+    """
 
     key: int
     frames: int
@@ -154,7 +158,7 @@ class DecodePool:
         return [child.pid for child in self._children if child is not None]
 
     def probe(self, paths: Sequence[str]) -> Iterator[Probe]:
-        """A Probe of each path, in order; a crash or a hang is a Probe with an error."""
+        """Yield a Probe of each path, in order; after a crash or a hang, a Probe with an error."""
         for _, answer, _ in self._run({"kind": "probe", "path": path} for path in paths):
             if answer["kind"] == "failed":
                 yield Probe(error=answer["reason"])
@@ -163,7 +167,7 @@ class DecodePool:
                 yield Probe(**{**fields, "time_base": tuple(fields["time_base"])})
 
     def timeline(self, path: str) -> Timeline:
-        """All frames of one video in order; raises VideoError."""
+        """Return all frames of one video in order; raises VideoError."""
         (found,) = self.timelines([path])
         if isinstance(found, Failed):
             raise VideoError(found.reason)
@@ -172,8 +176,7 @@ class DecodePool:
     def timelines(
         self, paths: Iterable[str]
     ) -> Iterator[tuple[Timeline, tuple[int, int]] | Failed]:
-        """Of each video, in order, all frames and (width, height) on display in pixels, or
-        Failed."""
+        """Yield for each video, in order, all frames and (width, height) on display, or Failed."""
         messages = (
             {"kind": "timeline", "path": path, "key": key} for key, path in enumerate(paths)
         )
@@ -189,8 +192,10 @@ class DecodePool:
             yield Timeline(pts, key, base, answer["reliable"], answer["clock"]), (width, height)
 
     def copies(self, jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | Failed]:
-        """Prepared copies made by `prepare.copy_job`, in order: of each job its row, or Failed with
-        the reason."""
+        """Yield for each job, in order, the row of the copy that was made, or Failed.
+
+        The worker runs `make_copy.copy_job`.
+        """
         messages = ({**job, "kind": "copy", "key": key} for key, job in enumerate(jobs))
         for message, answer, _ in self._run(messages):
             yield (
@@ -200,8 +205,10 @@ class DecodePool:
             )
 
     def stream(self, jobs: Iterable[DecodeJob]) -> Generator[Block | Done | Failed, None, None]:
-        """Of each job, in order: its Blocks, then Done or Failed. Jobs are read as children get
-        free."""
+        """Yield for each job, in order, its Blocks, then Done or Failed.
+
+        Jobs are read as workers get free.
+        """
         messages = (
             {
                 "kind": "decode",
@@ -233,8 +240,7 @@ class DecodePool:
     def _run(
         self, messages: Iterator[dict[str, Any]]
     ) -> Iterator[tuple[dict[str, Any], dict[str, Any], ChildProcess | None]]:
-        """(message, answer, child) in the order of the messages; the last answer of each finishes
-        it."""
+        """Yield (message, answer, worker) in the order of the messages; a last answer ends each."""
         if self._busy:
             raise RuntimeError(
                 "this pool is in use: finish or close the iterator of the earlier call first"
@@ -295,8 +301,7 @@ class DecodePool:
             self._died(place)
 
     def _listen(self) -> None:
-        """Take in what children say; kill those that have said nothing, or next to nothing, for too
-        long."""
+        """Receive what workers send; kill those that were silent, or nearly so, for too long."""
         listening = {place: self._child(place) for place in self._working}
         began = time.monotonic()
         ready = wait(
@@ -327,7 +332,7 @@ class DecodePool:
                 self._failed(place, f"fewer than one frame in {self._timeout_s / _SLOW:g} s")
 
     def _take(self, place: int) -> None:
-        """All messages that are there from one child."""
+        """Receive all messages that one worker has sent."""
         child, task = self._child(place), self._working[place]
         while place in self._working:
             try:
@@ -367,10 +372,11 @@ class DecodePool:
         self._failed(place, self._child(place).last_words())
 
     def _failed(self, place: int, why: str) -> None:
-        """Try the task once more in a fresh child, then give it up. A child that never began has no
-        video to blame.
+        """Try the task once more in a fresh worker, then give it up.
 
-        No other child will do: its slots may all hold blocks that are read after this task.
+        A worker that never began has no video to blame. No existing worker will do: its slots may
+        all hold
+        blocks that are read after this task.
         """
         child, task = self._child(place), self._working.pop(place)
         self._drop(place)

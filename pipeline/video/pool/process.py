@@ -76,6 +76,7 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
+        """Return the process id."""
         return self._process.pid
 
     def send(self, message: dict[str, Any]) -> bool:
@@ -88,11 +89,14 @@ class ChildProcess:
         return True
 
     def receive(self) -> dict[str, Any] | None:
-        """Return the next message, None if there is none yet; EOFError or OSError if the child is
-        gone.
+        """Return the next message, None if there is none yet.
 
-        What there is of a message is a sign of life, but nobody waits for the rest: the child may
-        have stopped.
+        A part of a message is a sign of life, but its rest is not waited for: the process may have
+        stopped.
+
+        Raises:
+            EOFError: The process has ended.
+            OSError: Likewise.
         """
         while (message := self._inbox.next()) is None and self.has_sent():
             data = os.read(self.connection.fileno(), _READ_BYTES)
@@ -117,11 +121,11 @@ class ChildProcess:
             self.send({"kind": "free", "slot": slot})
 
     def all_slots_unread(self) -> bool:
-        """Whether the child can only wait for its parent."""
+        """Return whether the process can only wait for its parent."""
         return self.unread >= SLOTS
 
     def last_words(self) -> str:
-        """Why the child died, in words."""
+        """Describe why the process ended."""
         try:
             code = self._process.wait(timeout=_END_S)
         except subprocess.TimeoutExpired:

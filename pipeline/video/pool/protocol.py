@@ -1,11 +1,12 @@
-"""What a decode pool and its children say to each other: JSON over a socket, frames in shared
-memory.
+"""The protocol between a decode pool and its workers: JSON over a socket, frames in shared memory.
 
 JSON and not pickle, because a decoder that bad media has taken over must not run code in the
 parent.
 
 The shared memory is `SLOTS` slots of `ROWS` rows; a row holds one picture of each view, view after
-view: slot 0 [view 0 [ROWS, h0, w0, 3] | view 1 [ROWS, h1, w1, 3]] | slot 1 …
+view:
+
+    slot 0 [view 0 [ROWS, h0, w0, 3] | view 1 [ROWS, h1, w1, 3]] | slot 1 …
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class Layout:
 
     @classmethod
     def of(cls, views: tuple[View, ...]) -> Layout:
-        """Slots of about 4 MB, of 1 to 64 rows. Every view must have one size for all videos."""
+        """Return slots of about 4 MB, of 1 to 64 rows.
+
+        Every view must have one size for all videos.
+        """
         shapes = []
         for view in views:
             shape = view.fixed_shape
@@ -53,10 +57,12 @@ class Layout:
 
     @property
     def slot_bytes(self) -> int:
+        """Return the bytes of one slot."""
         return self.rows * sum(h * w * 3 for h, w in self.shapes)
 
     @property
     def total_bytes(self) -> int:
+        """Return the bytes of all slots."""
         return max(mmap.PAGESIZE, SLOTS * self.slot_bytes)
 
     def arrays(self, memory: mmap.mmap, slot: int) -> tuple[np.ndarray, ...]:
@@ -70,7 +76,7 @@ class Layout:
 
 
 def shared_file(size: int) -> int:
-    """A descriptor of nameless shared memory (of an unlinked file where there is no memfd)."""
+    """Return a descriptor of nameless shared memory; without memfd, of an unlinked file."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("distinit-frames", os.MFD_CLOEXEC)
     else:
@@ -81,18 +87,17 @@ def shared_file(size: int) -> int:
 
 
 def send(connection: Connection, message: dict[str, Any]) -> None:
-    """One message; lone surrogates of file names travel as escapes."""
+    """Send one message; lone surrogates of file names travel as escapes."""
     connection.send_bytes(json.dumps(message).encode("ascii"))
 
 
 def receive(connection: Connection) -> dict[str, Any]:
-    """The next message; EOFError when the other side is gone."""
+    """Return the next message; EOFError when the other side has ended."""
     return dict(json.loads(connection.recv_bytes()))
 
 
 class Inbox:
-    """What has come of messages from `send`, for a reader that must not wait for the rest of
-    one."""
+    """Parts of messages from `send`, for a reader that must not wait for the rest of one."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()

@@ -87,8 +87,7 @@ class DecodeWorker:
             send(self._connection, answer)
 
     def check(self, message: dict[str, Any] | None = None) -> None:
-        """Read a video that is known to be good, as `message` would have its own read; raises what
-        goes wrong."""
+        """Read a video that is known to be good as `message` asks; raise what fails."""
         found = probe(str(_GOOD))
         if found.error is not None:
             raise DecoderError(f"{_GOOD}: {found.error}")
@@ -109,8 +108,10 @@ class DecodeWorker:
             return {"kind": "fault", "what": str(fault), "trace": ""}
 
     def _unexpected(self, error: Exception, message: dict[str, Any]) -> dict[str, Any]:
-        """The answer to an exception that a bad file should not cause: ours if a good file causes
-        one as well."""
+        """Return the answer to an exception that a bad file should not cause.
+
+        The fault is this program's if a good file causes one as well.
+        """
         trace = "".join(traceback.format_exception(error))
         if isinstance(error, (DecoderError, ImportError)):
             return {"kind": "fault", "what": str(error), "trace": trace}
@@ -207,7 +208,7 @@ class DecodeWorker:
             }
 
     def _slot(self) -> int:
-        """A slot the parent has read; waits for one."""
+        """Return a slot that the parent has read; waits for one."""
         while not self._free:
             message = receive(self._connection)
             self._free.append(message["slot"])
@@ -219,8 +220,10 @@ class DecodeWorker:
 
 
 def _limit_memory(gigabytes: float) -> None:
-    """Bound the address space to so much more than is used now, so that a hostile header cannot
-    fill the machine."""
+    """Allow so much more address space than is used now.
+
+    A hostile header can then not fill the machine's memory.
+    """
     with contextlib.suppress(ImportError, ValueError, OSError):  # not on every system
         import resource
 
