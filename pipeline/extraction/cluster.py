@@ -66,8 +66,10 @@ class WorkerSetup:
         sampling: Sampling,
         run: Mapping[str, Any],
     ) -> WorkerSetup:
-        """The setup that does on a worker what the client would do by itself, wherever the worker
-        was started."""
+        """Return the setup that makes a worker do what the client would do by itself.
+
+        It holds wherever the worker was started.
+        """
         return cls(
             root=str(writer.root),
             specs=tuple(_anywhere(spec).model_dump_json() for spec in config.teachers),
@@ -85,8 +87,7 @@ class WorkerSetup:
 
 
 class _Worker:
-    """What a worker process keeps between shards: teachers and decoders of the setup it was last
-    told, no others."""
+    """What a worker process keeps between shards: teachers and decoders of its latest setup."""
 
     def __init__(self) -> None:
         self.busy = (
@@ -110,8 +111,7 @@ _WORKER = _Worker()
 
 
 def fill_shard(setup: WorkerSetup, task: ShardTask) -> ShardResult:
-    """Run in a worker: one shard, staged. Raises what the shard's work raises; dask tries it
-    again."""
+    """Fill and stage one shard in a worker; what it raises makes dask try again."""
     with _WORKER.busy:
         try:
             (result,) = _WORKER.filler_of(setup).fill([task])
@@ -124,7 +124,10 @@ def fill_shard(setup: WorkerSetup, task: ShardTask) -> ShardResult:
 
 
 def run_of_workers(client: Client, config: ExtractConfig, console: Console) -> dict[str, Any]:
-    """The run record of a worker of the cluster, which may have a GPU where the client has none."""
+    """Return the numerics of a worker of the cluster.
+
+    It may have a GPU where the client has none.
+    """
     if not client.nthreads():
         console.say("no worker is there yet: waiting for the first")
     found: dict[str, Any] = client.submit(
@@ -140,7 +143,7 @@ def _run_here(batch_size: int, precision: str, device: str) -> dict[str, Any]:
 
 
 def _anywhere(spec: TeacherSpec) -> TeacherSpec:
-    """The spec with paths that mean the same in any working folder."""
+    """Return the spec with absolute paths, which hold in any working folder."""
     options = dict(spec.options)
     if "classes" in options:
         options["classes"] = os.path.abspath(options["classes"])
@@ -204,7 +207,10 @@ def _json(record: Mapping[str, Any]) -> str:
 
 
 def _worker_device(device: Any) -> Any:
-    """Each worker of this machine its own GPU, by the number in its name."""
+    """Return the device of a worker; each worker of this machine gets its own GPU.
+
+    The number in the worker's name is that of the GPU.
+    """
     import torch
     from distributed import get_worker
 
@@ -218,10 +224,12 @@ def _worker_device(device: Any) -> Any:
 def run_shards(
     client: Client, setup: WorkerSetup, tasks: Iterator[ShardTask], *, retries: int
 ) -> Iterator[ShardResult]:
-    """Shards as workers finish them, in any order. A shard that fails for good does not stop the
-    others; workers that join get their share.
+    """Yield shards as workers finish them, in any order.
 
-    Raises DistInitError at the end if any shard failed on every try; what was yielded stands.
+    A shard that fails for good does not stop the others; workers that join get their share.
+
+    Raises:
+        DistInitError: At the end, if any shard failed on every try; what was yielded stands.
     """
     from distributed import as_completed
 

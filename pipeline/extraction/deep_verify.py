@@ -1,9 +1,8 @@
-"""Verify a store against its videos and teachers: decode some videos again, run the teachers again,
-compare.
+"""Verify a store against its videos and teachers: decode a sample and run the teachers again.
 
 Frames must be the same, by index and pts. Logits are computed in batches of the recorded size in
-which each row has the place that it had, so that the same torch on the same kind of device gives
-the same bits; elsewhere the last bits differ, for which there is a tolerance.
+which each row has its original place, so that the same torch on the same kind of device gives the
+same bits; elsewhere the last bits differ, for which there is a tolerance.
 
 Shapes: B rows of a batch, n rows, K classes of a teacher.
 """
@@ -52,13 +51,15 @@ class Replay:
         self._waiting: list[int] = []
 
     def has(self, segment: int) -> bool:
-        """Whether the store has this teacher's rows of a segment."""
+        """Return whether the store has this teacher's rows of a segment."""
         there = int(self.store.index.shard[segment]) in self.commits.shards
         return there and segment not in self.commits.failed
 
     def feed(self, images: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
-        """Images [n, h, w, 3] of the store's rows [n], ascending; runs the teacher whenever a batch
-        is full."""
+        """Take images [n, h, w, 3] of the store's rows [n], ascending.
+
+        The teacher runs whenever a batch is full.
+        """
         for image, row in zip(images, rows.tolist(), strict=True):
             shard, inside = divmod(row, self.store.index.shard_rows)
             size = _batch_size(self.commits.commits[shard]["run"])
@@ -73,7 +74,7 @@ class Replay:
             self._waiting.append(row)
 
     def run(self) -> None:
-        """The teacher on what waits, against what is stored."""
+        """Run the teacher on the waiting images and compare with what is stored."""
         if not self._places:
             return
         logits = self.teacher.logits(self._batch).numpy()[self._places]
@@ -96,7 +97,7 @@ class Replay:
         self._places, self._waiting = [], []
 
     def findings(self, path: str) -> list[Finding]:
-        """What was off since this was last asked."""
+        """Return what differed since the last call."""
         off, self._off = self._off, {}
         return [
             Finding(
@@ -108,8 +109,10 @@ class Replay:
         ]
 
     def summary(self) -> dict[str, Any]:
-        """Rows compared, the share that is equal to the bit, the largest difference in deviations
-        of its row."""
+        """Describe how many rows were compared and how close they are.
+
+        Names the share equal to the bit, and the largest difference in deviations of its row.
+        """
         return {
             "rows": self.rows,
             "bit_equal": self.equal / self.rows if self.rows else None,
@@ -130,12 +133,22 @@ def deep_check(
     allow_teachers: Collection[str] = (),
     device: str = "auto",
 ) -> tuple[list[Finding], dict[str, Any]]:
-    """Findings of `count` random videos, and what was compared.
+    """Check `count` random videos; return the findings and what was compared.
 
-    moved: where a corpus lies now. weights: the weights file of a teacher, by its name in the
-    store. allow_teachers: teachers whose code may run and whose weights may be downloaded though
-    the store names them (`load_recorded`). Raises UsageError for a corpus or a teacher that the
-    store does not have, and DeviceError.
+    Args:
+        store: The store.
+        count: Number of videos.
+        console: For progress.
+        seed: Of the choice of videos.
+        moved: Corpus → its current folder.
+        weights: Teacher in the store → its weights file.
+        allow_teachers: Teachers whose code may run and whose weights may be downloaded although the
+            store names them (`load_recorded`).
+        device: Where teachers run.
+
+    Raises:
+        UsageError: The store does not have a corpus or teacher that is named.
+        DeviceError: There is no such device.
     """
     check_moved(store, moved or {})
     for name in weights or {}:
@@ -182,8 +195,7 @@ def _load(
     allowed: Collection[str],
     device: torch.device,
 ) -> Teacher:
-    """The store's teacher as it can be loaded here and now; DistInitError says how it is
-    another."""
+    """Load the store's teacher on this machine; DistInitError if it is a different one."""
     record = store.teachers[name]
     node = fmt.read_nodes(store.files, "teachers", [name])[name]
     where = f"{store.name}/teachers/{name}/zarr.json"
@@ -251,8 +263,10 @@ def _check_video(
 
 
 def _batch_size(run: Mapping[str, Any]) -> int:
-    """Of the batches that rows were computed in. Rows that were copied from several runs have no
-    batch any more, and any will do: they are held to the tolerance.
+    """Return the size of the batches that rows were computed in.
+
+    Rows that were copied from several runs have no batch any more, and any size will do: they are
+    compared within the tolerance.
     """
     while "mixed" in run:
         run = run["mixed"][0]

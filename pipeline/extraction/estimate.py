@@ -1,5 +1,4 @@
-"""What an extraction would cost, before it costs anything: rows, GB and hours for each way to
-sample."""
+"""Estimate an extraction before it starts: rows, GB and hours per way of sampling."""
 
 from __future__ import annotations
 
@@ -27,11 +26,12 @@ ROW_BYTES = 4 + 8 + 8  # video, index, pts
 def dry_run(
     config: ExtractConfig, videos: VideoList | None, device: torch.device, console: Console
 ) -> dict[str, Any]:
-    """Rows, GB and hours of the asked sampling beside others; nothing is written.
+    """Print and return rows, GB and hours of the chosen sampling and of others; write nothing.
 
-    Rows are upper bounds from the containers, scaled up where only a sample was probed; hours come
-    from rates measured here and now: the teachers on one batch, the decoder on a few videos. On a
-    CPU they share the cores and their hours add up, a GPU works beside them.
+    Rows are upper bounds from the containers, scaled up if only a sample was probed; hours come
+    from
+    rates measured on this machine: the teachers on one batch, the decoder on a few videos. On a CPU
+    both share the cores and their hours add up; with a GPU they overlap.
     """
     if videos is None:
         raise UsageError("--dry-run needs a SOURCE")
@@ -97,7 +97,7 @@ def _seconds_a_row(teacher: Teacher, batch_size: int, console: Console) -> float
 
 
 def _decode_seconds(pool: DecodePool, sampling: Sampling, good: list[tuple[str, Probe]]) -> float:
-    """Seconds for all probed videos, from the time of a few and their share of the frames."""
+    """Estimate seconds for all probed videos from the time of a few and their share of frames."""
     if not good:
         return 0.0
     few = [

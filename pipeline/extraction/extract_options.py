@@ -57,8 +57,7 @@ class ExtractConfig(Options):
 
 
 def load_teachers(config: ExtractConfig, device: torch.device) -> dict[str, Teacher]:
-    """The teachers by their name in the store, on the device; UsageError for the same name
-    twice."""
+    """Load the teachers by their name in the store; UsageError if two have the same name."""
     teachers: dict[str, Teacher] = {}
     for spec in config.teachers:
         teacher = load_teacher(spec)
@@ -69,14 +68,20 @@ def load_teachers(config: ExtractConfig, device: torch.device) -> dict[str, Teac
 
 
 def default_decoders(device: torch.device) -> int:
-    """Decode processes: one a core beside a teacher on the CPU, for who is ahead waits; all but one
-    beside a GPU."""
+    """Return the number of decode processes.
+
+    One per core next to a teacher on the CPU, since whichever is ahead waits; all cores but one
+    next
+    to a GPU.
+    """
     return cores() if device.type == "cpu" else max(1, cores() - 1)
 
 
 def run_record(batch_size: int, precision: str, device: torch.device) -> dict[str, Any]:
-    """What makes equal inputs give equal bits on this machine; recorded with the teacher and in
-    every commit."""
+    """Return what makes equal inputs give equal bits on this machine.
+
+    It is recorded with the teacher and in every commit.
+    """
     return {
         "batch_size": batch_size,
         "precision": precision,

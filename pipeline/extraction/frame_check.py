@@ -1,5 +1,7 @@
-"""Hold the frames of a store against its videos, without a teacher: what 0.1 read in another order
-is found so."""
+"""Compare the frames of a store with its videos, without a teacher.
+
+This finds frames that version 0.1 read in a different order.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,12 @@ from .planner import video_columns
 def frame_check(
     store: TargetStore, console: Console, moved: Mapping[str, str] | None = None
 ) -> dict[int, list[Finding]]:
-    """Findings of each video whose file does not have the frames, or the size, that the store has.
+    """Return findings for each video whose file lacks the frames, or the size, of the store.
 
-    moved: where a corpus lies now. Most files are only read, not decoded. Raises UsageError for a
-    corpus that the store does not have.
+    moved: corpus → its current folder. Most files are only read, not decoded.
+
+    Raises:
+        UsageError: The store does not have a corpus.
     """
     check_moved(store, moved or {})
     findings: dict[int, list[Finding]] = {}
@@ -63,7 +67,7 @@ def frame_check(
 def _compare(
     store: TargetStore, video: int, path: str, timeline: Timeline, size: tuple[int, int]
 ) -> Iterator[Finding]:
-    """One finding for each shard that holds frames which the file does not have."""
+    """Return one finding per shard that holds frames which the file does not have."""
     segments = store.segments(video).tolist()
     stored_size = int(store.column("width")[video]), int(store.column("height")[video])
     if size != stored_size:
@@ -100,8 +104,7 @@ def identify_again(
     videos: list[int],
     moved: Mapping[str, str] | None = None,
 ) -> None:
-    """Write again what the store holds of the files of `videos`, where they are those that the
-    teachers saw."""
+    """Write the identity of the files of `videos` again, if the teachers saw the same files."""
     paths = [store.video_path(video, moved) for video in videos]
     with DecodePool(processes=1, views=[View(resize=(16, 16))]) as pool:
         probes = dict(zip(videos, pool.probe(paths), strict=True))

@@ -33,8 +33,7 @@ SLAB = 10_000  # videos probed between two writes of the video table
 
 
 class StorePlan:
-    """The store's tables as planning and tasks need them: who is listed, where each file lies
-    now."""
+    """The store's tables as planning and tasks need them: listed videos and their current files."""
 
     def __init__(self, writer: StoreWriter) -> None:
         self.writer = writer
@@ -43,12 +42,13 @@ class StorePlan:
         self._columns: dict[str, NDArray[Any]] = {}
 
     def locate(self, videos: VideoList) -> VideoList:
-        """Take the places of corpora from `videos`, for this run; returns them as the store would
-        list them.
+        """Take the folders of corpora from `videos`, for this run.
 
-        A corpus is known by its name, and videos by their paths in it. Of a list that moved away
-        from what it names, all paths are others: its videos are found where the store says, and it
-        goes on from the root of that time.
+        Returns the videos as the store would list them. A corpus is known by its name, and videos
+        by their
+        paths in it. If a list moved away from the files that it names, all paths are different: its
+        videos
+        are located by the store's record, relative to the root of that time.
         """
         corpora, paths = list(videos.corpora), list(videos.paths)
         for number, corpus in enumerate(videos.corpora):
@@ -67,12 +67,12 @@ class StorePlan:
         return replace(videos, corpora=tuple(corpora), paths=paths)
 
     def paths_of(self, corpus: str) -> dict[int, str]:
-        """The escaped paths of a corpus' videos, by video."""
+        """Return the escaped paths of a corpus' videos, by video."""
         number, path = [c["name"] for c in self.corpora].index(corpus), self.column("path")
         return {v: str(path[v]) for v in np.flatnonzero(self.column("corpus") == number).tolist()}
 
     def column(self, name: str) -> NDArray[Any]:
-        """A column of the video table [V], read once a state of the table."""
+        """Return a column of the video table [V], read once per state of the table."""
         n = self.writer.index.n_videos
         if name not in self._columns or len(self._columns[name]) != n:
             files, ranges = LocalFiles(self.writer.root), self.writer.index.ranges
@@ -89,18 +89,18 @@ class StorePlan:
         self._columns.clear()
 
     def path(self, video: int) -> str:
-        """Where a video lies in this run."""
+        """Return where a video is located in this run."""
         name = self.corpora[int(self.column("corpus")[video])]["name"]
         return f"{self.roots[name]}/{unescape_path(str(self.column('path')[video]))}"
 
     def digest(self, video: int) -> str:
-        """Its digest when it was listed, '' if it could not be read then."""
+        """Return a video's digest when it was listed, '' if it could not be read then."""
         raw = bytes(self.column("digest")[video])
         return raw.hex() if any(raw) else ""
 
 
 def new_videos(plan: StorePlan, videos: VideoList) -> list[int]:
-    """Which of the located videos the store does not list yet."""
+    """Return those of the located videos that the store does not list yet."""
     names = {c["name"]: i for i, c in enumerate(plan.corpora)}
     known = _known(plan)
     return [
@@ -151,10 +151,11 @@ def add_new_videos(
 
 
 def _check_moved(plan: StorePlan, corpus: dict[str, str]) -> None:
-    """StoreMismatchError if videos of a corpus are not where it lies now: what is new there belongs
-    to another.
+    """Raise StoreMismatchError if videos of a corpus do not exist in its current folder.
 
-    Of a corpus that moved as a whole all are there; one that stays where it was may lose some.
+    What is new in that folder then belongs to another corpus. A corpus that moved as a whole has
+    all of
+    them; one that stays where it was may lose some.
     """
     name, lay, lies = corpus["name"], unescape_path(corpus["root"]), plan.roots[corpus["name"]]
     if lay == lies:
@@ -171,8 +172,7 @@ def _check_moved(plan: StorePlan, corpus: dict[str, str]) -> None:
 
 
 def check_unchanged(plan: StorePlan, videos: VideoList) -> None:
-    """StoreMismatchError for the first listed file whose size differs from the one the teachers
-    saw."""
+    """Raise StoreMismatchError for the first listed file whose size the teachers did not see."""
     state = plan.writer.index.video_state()
     size, known = plan.column("size"), _known(plan)
     names = {c["name"]: i for i, c in enumerate(plan.corpora)}
@@ -227,7 +227,7 @@ def plan_overflow(plan: StorePlan, pool: DecodePool) -> int:
 
 
 def open_tasks(plan: StorePlan, teachers: Sequence[str]) -> list[int]:
-    """Shards that lack their frames or the rows of one of these teachers, in order."""
+    """Return shards that lack their frames or the rows of one of these teachers, in order."""
     index = plan.writer.index
     return [
         shard
@@ -238,7 +238,7 @@ def open_tasks(plan: StorePlan, teachers: Sequence[str]) -> list[int]:
 
 
 def tasks(plan: StorePlan, shards: Sequence[int], teachers: Sequence[str]) -> Iterator[ShardTask]:
-    """The work of each shard; over committed frames, that of the teachers it lacks."""
+    """Return the work of each shard; with committed frames, only that of the teachers it lacks."""
     index = plan.writer.index
     store = (
         TargetStore.open(plan.writer.root)
@@ -281,7 +281,7 @@ def _segment(plan: StorePlan, s: int, store: TargetStore | None) -> SegmentTask:
 
 
 def video_columns(probes: Sequence[Probe], sampling: Sampling) -> dict[str, list[Any]]:
-    """Columns of the video table that come from probing."""
+    """Return the columns of the video table that come from probing."""
     digests = [bytes.fromhex(p.digest) if p.digest else bytes(16) for p in probes]
     return {
         "size": [p.size for p in probes],
@@ -299,15 +299,17 @@ def video_columns(probes: Sequence[Probe], sampling: Sampling) -> dict[str, list
 def stretches_of(
     plan: StorePlan, pool: DecodePool, video: int, bound: int, shard_rows: int, replaces: int
 ) -> list[FrameRange]:
-    """A video as stretches that fit a shard, by the bound of its probe."""
+    """Return a video as ranges of frames that fit a shard, by the bound of its probe."""
     if bound <= shard_rows:
         return [FrameRange(video, 0, -1, bound, replaces)]
     return _exact(plan, pool, video, replaces)
 
 
 def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list[FrameRange]:
-    """Stretches of a video from its whole timeline: for long videos and for those that beat their
-    bound."""
+    """Return ranges of a video from its whole timeline.
+
+    For long videos and for those with more frames than their bound.
+    """
     try:
         timeline = pool.timeline(plan.path(video))
     except VideoError:
@@ -319,7 +321,7 @@ def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list
 
 
 def ids_of(plan: StorePlan, videos: VideoList) -> list[int]:
-    """The store's numbers of the located videos, those that it lists."""
+    """Return the store's numbers of those located videos that it lists."""
     names, known = {c["name"]: i for i, c in enumerate(plan.corpora)}, _known(plan)
     of = [names.get(corpus.name, -1) for corpus in videos.corpora]
     keys = [

@@ -1,9 +1,8 @@
-"""Failed videos once more: attempts are appended in new shards, and what is stored of a video
-stays.
+"""Try failed videos again: attempts are appended in new shards, and stored rows stay.
 
-A stretch fails with its frames, and then nothing of it is stored, or under a teacher alone, beside
-rows of others. The new attempt of the second kind takes frames and others' rows along: a segment
-that is replaced does not exist any more.
+A segment fails with its frames, and then nothing of it is stored, or under a teacher alone, next to
+rows of others. The new attempt of the second kind copies frames and the other teachers' rows: a
+segment that is replaced does not exist any more.
 """
 
 from __future__ import annotations
@@ -91,11 +90,11 @@ def plan_retries(
 
 
 def copy_stored(plan: StorePlan, teachers: Sequence[str]) -> None:
-    """Fill shards that replace stored segments with their frames, and with rows of all teachers but
-    those to try again.
+    """Fill shards that replace stored segments with their frames and rows.
 
-    It follows from the tables alone, so that a run that was killed in the midst is gone on with by
-    any other.
+    Rows of the teachers to try again are not copied. The work follows from the tables alone, so
+    that
+    any other run continues one that was killed.
     """
     planned = plan.writer.index
     shards = np.unique(planned.shard[planned.replaces >= 0]).tolist()
@@ -119,8 +118,7 @@ def copy_stored(plan: StorePlan, teachers: Sequence[str]) -> None:
 
 
 def _failed(index: StoreIndex, teachers: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Live segments that failed with their frames, and those that failed under one of the teachers
-    alone."""
+    """Return live segments that failed with their frames, and those that failed under a teacher."""
     live = index.live
     without = np.flatnonzero(live & (index.state == FAILED)).tolist()
     under = {s for name in teachers if name in index.teachers for s in index.teachers[name].failed}
@@ -128,8 +126,7 @@ def _failed(index: StoreIndex, teachers: Sequence[str]) -> tuple[list[int], list
 
 
 def _lacking(index: StoreIndex, segment: int, teachers: Sequence[str]) -> tuple[str, ...]:
-    """Teachers of which a stored segment has nothing to copy: not yet there, or to be tried
-    again."""
+    """Return teachers without rows to copy for a stored segment: absent, or to be tried again."""
     return tuple(
         name
         for name, of in index.teachers.items()

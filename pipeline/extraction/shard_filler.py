@@ -49,8 +49,10 @@ class SegmentTask:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard: its segments in order and the teachers whose rows it lacks, with the encoding of
-    each."""
+    """One shard: its segments in order, and the teachers whose rows it lacks.
+
+    Each teacher comes with its encoding.
+    """
 
     shard: int
     segments: tuple[SegmentTask, ...]
@@ -75,11 +77,11 @@ class _Outcome:
 
 @dataclass
 class _Rows:
-    """Working arrays of one shard, in decoding order; rows of failed segments are dropped at the
-    end.
+    """Working arrays of one shard, in decoding order; rows of failed segments are dropped later.
 
-    stored: of each teacher its arrays as the store keeps them, by name. running: rows whose batches
-    are at the teachers, in order.
+    stored: teacher → its arrays as the store keeps them, by name. running: rows whose batches are
+    at
+    the teachers, in order.
     """
 
     task: ShardTask
@@ -125,8 +127,7 @@ class _Rows:
 
 
 class ShardFiller:
-    """Fills shards of the store at `root` with the frames of `pool` seen by the teachers of
-    `runner`.
+    """Fills shards of the store at `root` with frames of `pool` and the outputs of `runner`.
 
     advance: called with the number of rows decoded, for the progress bar.
     """
@@ -147,11 +148,11 @@ class ShardFiller:
         self.advance = advance
 
     def fill(self, tasks: Iterable[ShardTask]) -> Iterator[ShardResult]:
-        """Shards in the order of `tasks`. Across their borders frames are decoded and teachers run
-        ahead.
+        """Yield shards in the order of `tasks`.
 
-        Ends with its pool and runner ready for another call, also when it raises or is closed: a
-        worker keeps both.
+        Frames are decoded and teachers run ahead across the borders of shards. Ends with its pool
+        and
+        runner ready for another call, also when it raises or is closed: a worker keeps both.
         """
         waiting: deque[ShardTask] = deque()  # given to the pool
         decoded: deque[_Rows] = deque()  # the teachers are at the last batches of these
@@ -241,13 +242,12 @@ class ShardFiller:
         )
 
     def _specs(self, task: ShardTask, name: str) -> list[tuple[str, fmt.ArraySpec]]:
-        """A teacher's arrays by name."""
+        """Return a teacher's arrays by name."""
         specs = fmt.teacher_specs(name, len(self.teachers[name].classes), task.teachers[name])
         return [(spec.path.split("/")[-1], spec) for spec in specs]
 
     def _take(self, rows: _Rows, segment: SegmentTask, block: Block, batch: Batch) -> Batch:
-        """Copy a block's frames into batches, submitting each that is full; returns the one to go
-        on with."""
+        """Copy a block's frames into batches and submit each full one; return the unfilled one."""
         for i in range(len(block.index)):
             if rows.used == len(rows.index):
                 _double(rows)
@@ -328,8 +328,10 @@ class ShardFiller:
     def _stage_frames(
         self, task: ShardTask, rows: _Rows, folder: Path
     ) -> tuple[FramesPart | None, _Placement]:
-        """Where each good segment's rows stand in the shard; its frame tables unless the store has
-        them."""
+        """Stage the frame tables unless the store has them.
+
+        Returns the place of each segment's rows.
+        """
         good = [o for o in rows.outcomes if o.failed is None and o.overflow is None]
         if task.frames_there:
             first = _starts([len(s.there[0]) if s.there else 0 for s in task.segments])
@@ -368,8 +370,7 @@ class ShardFiller:
 
 @dataclass(frozen=True)
 class _Placement:
-    """Segments that keep their rows with their first row in the shard, and the rows of the
-    shard."""
+    """Segments that keep their rows, with their first row in the shard, and the shard's rows."""
 
     kept: list[tuple[_Outcome, int]]
     total: int

@@ -33,8 +33,11 @@ VIDEOS, ROWS = 8, 32  # of a sample: videos, and rows of each
 
 
 def examine_teachers(teachers: Mapping[str, Teacher], console: Console) -> dict[str, Fingerprint]:
-    """Their fingerprints; a warning of one that says probabilities. Raises TeacherError
-    (`probes.examine`)."""
+    """Return the teachers' fingerprints; warn of one that outputs probabilities.
+
+    Raises:
+        TeacherError: See `probes.examine`.
+    """
     found = {}
     for name, teacher in teachers.items():
         found[name] = examine(teacher)
@@ -48,8 +51,10 @@ def examine_teachers(teachers: Mapping[str, Teacher], console: Console) -> dict[
 
 
 def check_fingerprints(writer: StoreWriter, found: Mapping[str, Fingerprint]) -> list[str]:
-    """StoreMismatchError for a teacher that is not the store's; returns those of which that has no
-    fingerprint."""
+    """Raise StoreMismatchError for a teacher that is not the store's.
+
+    Returns the names of those for which the store has no fingerprint.
+    """
     without = []
     for name, fingerprint in found.items():
         if name not in writer.index.teachers:
@@ -73,11 +78,12 @@ def prove_teachers(
     views: Sequence[View],
     console: Console,
 ) -> None:
-    """Give the teachers `without` a fingerprint theirs, after a sample of their rows was computed
-    again from videos.
+    """Add fingerprints for the teachers `without`, after computing a sample of their rows again.
 
-    Raises StoreMismatchError where rows come out otherwise, and where no video is left to compute
-    one from, unless the teacher is among the `accepted`.
+    Raises:
+        StoreMismatchError: Rows differ, or no video is left to compute one from, unless the teacher
+            is
+            among the `accepted`.
     """
     if not without:
         return
@@ -107,10 +113,12 @@ def prove_teachers(
 
 
 def _replay_sample(plan: StorePlan, replay: Replay, pool: DecodePool, view: int) -> tuple[int, str]:
-    """Compute some rows of some videos again; returns of how many videos, and why the last one was
-    of no use.
+    """Compute some rows of some videos again.
 
-    StoreMismatchError if a row comes out otherwise than it is stored.
+    Returns the number of videos, and why the last one could not be used.
+
+    Raises:
+        StoreMismatchError: A row differs from the stored one.
     """
     store, used, why = replay.store, 0, "no video has rows"
     index = store.index

@@ -1,9 +1,8 @@
-"""Batches of frames on their way through the teachers, several at once, while more frames are
-decoded.
+"""Run batches of frames through the teachers, several at once, while more frames are decoded.
 
 Each thread runs whole batches with torch's own parallelism off: that gives the same bits, needs no
-cores kept apart for the decoders (whoever has work gets the time), and does not spin as OpenMP does
-on busy cores (several times slower, docs/benchmarks.md).
+cores kept apart for the decoders (whichever has work gets the time), and does not spin as OpenMP
+does on busy cores (several times slower, docs/benchmarks.md).
 
 Shapes: B rows of a batch, h w pixels of a view, K classes of a teacher.
 """
@@ -46,8 +45,7 @@ class Batch:
 
 
 class TeacherRunner:
-    """Runs teachers over batches in `threads` threads. Batches come from `take` and go to `submit`,
-    in order.
+    """Runs teachers over batches in `threads` threads; batches come from `take` and go to `submit`.
 
     views: the distinct views of all teachers, in the order of a batch's images.
     """
@@ -74,7 +72,7 @@ class TeacherRunner:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="teacher")
 
     def take(self) -> Batch:
-        """An empty batch; waits for the oldest one that runs if there is none."""
+        """Return an empty batch; wait for the oldest one that runs if there is none."""
         while self._running and (self._running[0][0].done() or not self._free):
             future, batch = self._running.popleft()
             future.exception()  # waits; whoever wants the logits meets it
@@ -88,8 +86,10 @@ class TeacherRunner:
         self._free.append(batch)
 
     def take_back(self) -> None:
-        """Make all batches free again, also those that were taken and not returned; waits for those
-        at work."""
+        """Make all batches free again, also those that were taken and not returned.
+
+        Waits for those that run.
+        """
         while self._running:
             future, _ = self._running.popleft()
             if not future.cancel():
@@ -99,8 +99,10 @@ class TeacherRunner:
             batch.count = 0
 
     def submit(self, batch: Batch, names: Iterable[str]) -> Future[Logits]:
-        """The logits of these teachers, all B rows, of which those beyond `count` mean nothing. The
-        batch is spent."""
+        """Run the batch; the result is the logits of these teachers, all B rows.
+
+        Rows beyond `count` have no meaning. The batch must not be used afterwards.
+        """
         for images in batch.images:
             images[batch.count :] = 0  # padded, so that every batch has one size
         future = self._threads.submit(self._run, batch, tuple(names))
@@ -128,10 +130,11 @@ class TeacherRunner:
 
 @contextmanager
 def batch_threads(device: torch.device, cores: int) -> Iterator[int]:
-    """How many batches run at once on a device; on the CPU torch's own threads are few meanwhile,
-    at best one.
+    """Return how many batches run at once on a device, and torch's own threads meanwhile.
 
-    Of a GPU there is one: while it computes, the next batch is put together.
+    On the CPU torch's threads are few, at best one. A GPU has one batch thread: while it computes,
+    the
+    next batch is put together.
     """
     if device.type != "cpu":
         yield 1
