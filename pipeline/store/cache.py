@@ -40,8 +40,11 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
 
 
 def require_name(path: str, store: str) -> str:
-    """Return the path of a file in a store; StoreError if a store's own words made it lead
-    elsewhere."""
+    """Return the path of a file in a store.
+
+    Raises:
+        StoreError: A name that the store recorded leads out of it.
+    """
     if not NAME.fullmatch(path):
         raise StoreError(f"{store}: {path[:200]!r} is not the name of a file of a store")
     return path
@@ -85,8 +88,10 @@ class StoreCache:
         shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, fresh: Path, state: str, path: str, files: Iterable[str]) -> None:
-        """Give a column its name; if it exists, by this or another process, let it have these
-        files."""
+        """Give a column its name.
+
+        If it exists already, by this or another process, it gets these files.
+        """
         try:
             os.rename(fresh, self.table(state, path))
         except OSError:
@@ -101,8 +106,10 @@ class StoreCache:
             self.remove(fresh)
 
     def open_shard(self, digest: str, size: int) -> int:
-        """Return a descriptor of the shard file of this digest: whole, or with holes where nothing
-        was read yet."""
+        """Return a descriptor of the shard file of this digest.
+
+        The file has holes where nothing was read yet.
+        """
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         file = self._folder("shards", digest[:2]) / digest
         try:
@@ -123,8 +130,7 @@ class StoreCache:
         return fd
 
     def write(self, fd: int, data: bytes, offset: int) -> None:
-        """Write bytes into a shard file. If the disk is full, reading continues without the
-        cache."""
+        """Write bytes into a shard file; a full disk ends the caching, not the reading."""
         try:
             os.pwrite(fd, data, offset)
         except OSError as error:

@@ -43,8 +43,10 @@ def digest_bytes(data: bytes) -> str:
 
 
 def seal(document: Mapping[str, Any]) -> bytes:
-    """Return the text of a zarr.json that ends with a digest of all its other bytes, under
-    `attributes.distinit`."""
+    """Return the text of a zarr.json that ends with a digest of all its other bytes.
+
+    The digest is stored under `attributes.distinit`.
+    """
     attributes = document.get("attributes", {})
     record = _without(attributes.get(KEY, {}), DIGEST)
     attributes = {**_without(attributes, KEY), KEY: {**record, DIGEST: "0" * 32}}
@@ -107,8 +109,10 @@ def _has_digest(document: Mapping[str, Any]) -> bool:
 
 
 def digest_rows(values: NDArray[Any]) -> str:
-    """Return the digest of rows of a table column: little-endian numbers, or texts in UTF-8 with a
-    zero byte each."""
+    """Return the digest of rows of a table column.
+
+    Numbers are hashed little-endian, texts in UTF-8 with a zero byte each.
+    """
     if values.dtype.kind in "OTU":
         return digest_bytes(
             "".join(f"{text}\0" for text in values.tolist()).encode("utf-8", "surrogatepass")
@@ -117,8 +121,10 @@ def digest_rows(values: NDArray[Any]) -> str:
 
 
 def split_ranges(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
-    """Return rows [start, stop) as ranges that cross no border of chunks: a chunk is written in one
-    act."""
+    """Return rows [start, stop) as ranges that cross no border of chunks.
+
+    A chunk is written in one act.
+    """
     borders = [start, *range((start // chunk + 1) * chunk, stop, chunk), stop]
     return list(pairwise(borders)) if stop > start else []
 
@@ -138,11 +144,10 @@ def ranges_of(plans: Iterable[Mapping[str, Any]]) -> Ranges:
 
 
 def read_rows(files: StoreFiles, path: str, start: int, stop: int, ranges: Ranges) -> NDArray[Any]:
-    """Read rows [start, stop) of a table column, checked against the digests of the ranges that lie
-    in them.
+    """Read rows [start, stop) of a table column, checked against the digests of their ranges.
 
     Raises:
-        StoreError: names the column or its file if it is missing, too short, cannot be decoded or
+        StoreError: The column or its file does not exist, is too short, cannot be decoded or
             differs.
     """
     try:
@@ -182,8 +187,7 @@ def checked_rows(
 
 
 def _check_sizes(where: str, array: zarr.Array, start: int, stop: int) -> None:
-    """Raise StoreError for a chunk of rows [start, stop) that would unpack to more than its rows
-    can take."""
+    """Raise StoreError if a chunk of rows [start, stop) would unpack to more than its rows."""
     meta: dict[str, Any] = array.metadata.to_dict()
     folder: Any = array.store  # of a folder
     most = largest_chunk(meta)

@@ -1,10 +1,8 @@
-"""How logits are kept: float16 as they are, or int8 with a scale and an offset a row, half the
-size.
+"""Encodings of logits: float16, or int8 with a scale and an offset per row at half the size.
 
 int8 maps a row's smallest logit to −128 and its largest to 127, both exactly: z ≈ offset + scale ·
-q. Of a symmetric scale alone the steps are larger by half, where it matters most, at the top
-(docs/stores.md). Entropies never come from what is kept here, but from the teacher's float32
-logits.
+q. With a symmetric scale alone the steps would be larger by half, where it matters most, at the top
+(docs/stores.md). Entropies never come from stored logits, but from the teacher's float32 logits.
 
 Shapes: n rows, K classes.
 """
@@ -28,19 +26,19 @@ float16 one."""
 
 
 def check_encoding(name: object, where: str) -> Encoding:
-    """StoreError if a store says it uses an encoding that version 1 does not have."""
+    """Raise StoreError if a store uses an encoding that version 1 does not have."""
     if name not in ENCODINGS:
         raise StoreError(f"{where}: encoding {name!r}, this distinit reads {', '.join(ENCODINGS)}")
     return cast(Encoding, name)
 
 
 def arrays_of(encoding: Encoding) -> tuple[str, ...]:
-    """Names of the arrays that hold a teacher's logits."""
+    """Return the names of the arrays that hold a teacher's logits."""
     return ("logits", "scale", "offset") if encoding == "int8" else ("logits",)
 
 
 def row_bytes(classes: int, encoding: Encoding) -> int:
-    """What a row of logits takes."""
+    """Return the size of a row of logits in bytes."""
     return classes + 8 if encoding == "int8" else 2 * classes
 
 
@@ -51,8 +49,10 @@ def storable(logits: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def encode(logits: NDArray[np.float32], encoding: Encoding) -> dict[str, NDArray[Any]]:
-    """Arrays of `arrays_of(encoding)`, a row each of `logits` [n, K]; rows that are not storable
-    become fill."""
+    """Encode `logits` [n, K] as the arrays of `arrays_of(encoding)`.
+
+    Rows that cannot be stored become fill.
+    """
     good = storable(logits)
     z = logits if good.all() else np.where(good[:, None], logits, np.float32(np.nan))
     if encoding == "float16":
@@ -82,12 +82,12 @@ def decode(arrays: Mapping[str, NDArray[Any]], encoding: Encoding) -> NDArray[np
 
 
 def read_logits(read: Callable[[str], NDArray[Any]], encoding: Encoding) -> NDArray[np.float32]:
-    """Decoded logits [n, K] where `read(array)` gives rows of a teacher's array."""
+    """Return decoded logits [n, K], where `read(array)` returns rows of a teacher's array."""
     return decode({name: read(name) for name in arrays_of(encoding)}, encoding)
 
 
 def rounding(arrays: Mapping[str, NDArray[Any]], encoding: Encoding) -> NDArray[np.float32]:
-    """The most by which a kept logit of each row is off [n]."""
+    """Return the largest error of a stored logit in each row [n]."""
     if encoding == "int8":
         return np.asarray(arrays["scale"] / 2, np.float32)
     return np.asarray(
@@ -114,7 +114,10 @@ def divergence(logits: NDArray[np.float32], kept: NDArray[np.float32]) -> NDArra
 
 
 def error_record(values: NDArray[np.floating[Any]]) -> dict[str, Any]:
-    """What a commit says of its rows' divergences: mean and 99th percentile, null without rows."""
+    """Return what a commit records of its rows' divergences: mean and 99th percentile.
+
+    Both are null without rows.
+    """
     if len(values) == 0:
         return {"kl_mean": None, "kl_p99": None}
     return {
@@ -124,10 +127,11 @@ def error_record(values: NDArray[np.floating[Any]]) -> dict[str, Any]:
 
 
 def total_error(records: list[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Errors of several commits, (rows, record) each, as one.
+    """Combine the errors of several commits, (rows, record) each.
 
     The mean is exact. The percentile is the largest of them, an upper bound: where at most 1 % of
-    each commit's rows lie above a value, at most 1 % of all do.
+    each
+    commit's rows are above a value, at most 1 % of all are.
     """
     known = [(n, r) for n, r in records if n and r["kl_mean"] is not None]
     rows = sum(n for n, _ in known)

@@ -16,8 +16,11 @@ from .reader import TargetStore
 
 @dataclass(frozen=True)
 class Exclusion:
-    """Videos of a store that are left out, ids ascending. wanted: how many `source` names; digest:
-    SHA-256 of which they are, whatever their order, which a resumed run must share."""
+    """Videos of a store that are excluded, ids ascending.
+
+    wanted: how many `source` names; digest: SHA-256 of the set of videos, which a resumed run must
+    share.
+    """
 
     store: TargetStore
     source: str
@@ -27,6 +30,7 @@ class Exclusion:
 
     @classmethod
     def of(cls, store: TargetStore, source: str, videos: Iterable[int], wanted: int) -> Exclusion:
+        """Return the exclusion of these videos."""
         ids = np.array(sorted(set(videos)), np.int64)
         lines = "\n".join(sorted("/".join(store.place(int(video))) for video in ids))
         digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
@@ -38,7 +42,7 @@ class Exclusion:
         return f"leave_out: {len(self.videos)} of {self.store.n_videos} videos are never drawn, by {self.source}{among}"
 
     def remove_from(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The videos that are not left out; UsageError where there are none."""
+        """Return the videos that are not excluded; UsageError if none is left."""
         kept = videos[~np.isin(videos, self.videos)]
         if len(kept) == 0:
             raise UsageError(
@@ -48,11 +52,14 @@ class Exclusion:
 
 
 def leave_out_list(store: TargetStore, path: str) -> Exclusion:
-    """The videos that a list names, CORPUS/PATH each; a line that begins with # is a comment unless
-    the store has it.
+    """Return the videos that a list names, as CORPUS/PATH.
 
-    UsageError for a list that names nothing, and for a line that names no video of the store (a
-    list with a slip in it would leave a test video in).
+    A line that begins with # is a comment unless the store has that video.
+
+    Raises:
+        UsageError: The list names nothing, or a line names no video of the store: a list with a
+            typing
+            error would leave a test video in.
     """
     try:
         lines = [line.strip() for line in read_text(path).split("\n")]

@@ -1,5 +1,4 @@
-"""What a store's plans and commits say, as arrays: which rows of which video exist, and every
-status.
+"""Plans and commits of a store as arrays: which rows of which video exist, and every status.
 
 Shapes: S segments, V videos.
 """
@@ -68,8 +67,10 @@ class StoreIndex:
     which teacher."""
 
     def file_record(self, path: str, shard: int) -> dict[str, Any] | None:
-        """Size and digest that commits give to the file of a shard of the array `path`; None if it
-        has none."""
+        """Return the size and digest that commits record for the file of a shard of `path`.
+
+        None if they record none. path: that of an array.
+        """
         _, name, *_ = path.split("/")
         commits = self.frame_commits if path.startswith("frames/") else self.teachers[name].commits
         files = commits[shard]["files"] if shard in commits else {}
@@ -104,8 +105,10 @@ class StoreIndex:
         return state
 
     def teacher_state(self, name: str) -> NDArray[np.int8]:
-        """ok, failed or pending of each video under one teacher [V]; failed frames fail every
-        teacher."""
+        """Return ok, failed or pending for each video under one teacher [V].
+
+        Failed frames fail every teacher.
+        """
         state = self.video_state()
         teacher = self.teachers[name]
         ids = np.flatnonzero(self.live & (self.state == OK))
@@ -118,7 +121,7 @@ class StoreIndex:
         return state
 
     def video_reasons(self, teacher: str | None = None) -> dict[int, str]:
-        """Why videos failed, by video."""
+        """Return the reasons why videos failed, by video."""
         live = self.live
         failed = dict(self.teachers[teacher].failed) if teacher else {}
         failed.update(self.reason)
@@ -240,9 +243,11 @@ def _segments(
 
 
 def losses(files: LocalFiles, plans: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield what a store in a folder has lost of its plans and of the tables. To a reader neither
-    is an error: what a plan that is missing speaks of does not exist, and a chunk that is missing
-    is fill, a video without a name. At most `MANY_LOST` of each kind.
+    """Yield what a store in a folder has lost of its plans and tables.
+
+    To a reader neither is an error: rows of a missing plan do not exist, and a missing chunk is
+    fill, a
+    video without a name. At most `MANY_LOST` of each kind are yielded.
     """
     folders = [p for p in (files.root / "plans").glob("*") if p.name.isascii() and p.name.isdigit()]
     numbers = sorted({int(p.name) for p in folders if (p / "zarr.json").exists()})
@@ -265,8 +270,11 @@ def losses(files: LocalFiles, plans: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: str = "") -> None:
-    """Enter one commit of frame tables; StoreError if its segments, rows or files are not those of
-    the shard."""
+    """Enter one commit of frame tables.
+
+    Raises:
+        StoreError: Its segments, rows or files are not those of the shard.
+    """
     where = f"{root}commits/frames/{shard:06d}/zarr.json"
     # As arrays: of a million videos the lists would take 200 MB.
     if not isinstance(node["segment"], np.ndarray):

@@ -1,10 +1,10 @@
-"""The store's layout on disk, version 1: names, array specs, nodes. docs/store-format.md is the
-contract.
+"""The store's layout on disk, version 1: names, array specs, nodes.
 
-A store is one Zarr v3 group. Two kinds of node make something exist: a *plan* (rows of the video
-and segment tables) and a *commit* (one shard of the frame tables or of one teacher). Both are Zarr
-groups whose attributes are written in one atomic replacement of their zarr.json, so a reader either
-sees all of it or nothing. Array data that no node speaks of does not exist.
+docs/store-format.md is the contract. A store is one Zarr v3 group. Two kinds of node make something
+exist: a *plan* (rows of the video and segment tables) and a *commit* (one shard of the frame tables
+or of one teacher). Both are Zarr groups whose attributes are written in one atomic replacement of
+their zarr.json, so a reader sees either all of it or nothing. Array data without a node does not
+exist.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array: its row shape, type and fill; `rows` arrays are sharded, tables are plain
-    chunks."""
+    """One array: its row shape, type and fill.
+
+    `rows` arrays are sharded, tables are plain chunks.
+    """
 
     path: str
     dtype: str
@@ -63,7 +65,7 @@ class ArraySpec:
 
 
 def video_specs() -> list[ArraySpec]:
-    """The video table: one row a listed file, whatever became of it."""
+    """Return the video table: one row per listed file, whatever its status."""
     cols: list[tuple[str, str, float | int | str]] = [
         ("corpus", "int32", -1),
         ("path", "str", ""),
@@ -81,20 +83,22 @@ def video_specs() -> list[ArraySpec]:
 
 
 def segment_specs() -> list[ArraySpec]:
-    """The segment table: which stretch of which video is to stand in which shard."""
+    """Return the segment table: which range of which video is planned into which shard."""
     cols = (("video", -1), ("shard", -1), ("first", 0), ("end", -1), ("bound", 0), ("replaces", -1))
     return [ArraySpec(f"segments/{n}", "int64", f, ("segment",)) for n, f in cols]
 
 
 def frame_specs() -> list[ArraySpec]:
-    """The frame tables: which frame of which video each row is."""
+    """Return the frame tables: which frame of which video each row is."""
     kinds = (("video", "int32", -1), ("index", "int64", -1), ("pts", "int64", -1))
     return [ArraySpec(f"frames/{n}", t, f, ("frame",), (), TABLE_CHUNK, True) for n, t, f in kinds]
 
 
 def teacher_specs(name: str, classes: int, encoding: Encoding = DEFAULT) -> list[ArraySpec]:
-    """The rows of one teacher: the arrays of `encoding` for logits [frame, class]; entropy [frame]
-    in nats."""
+    """Return the rows of one teacher.
+
+    They are the arrays of `encoding` for logits [frame, class], and entropy [frame] in nats.
+    """
     nan, fill = float("nan"), 0 if encoding == "int8" else float("nan")
     logits = ArraySpec(
         f"teachers/{name}/logits",
@@ -145,8 +149,7 @@ def create_classes(group: Path, classes: Sequence[str]) -> None:
 
 
 def seal_array(folder: Path, **changes: Any) -> None:
-    """Replace an array's zarr.json atomically: these members changed, and a digest of itself
-    added."""
+    """Replace an array's zarr.json atomically, with changed members and a digest of itself."""
     file = folder / "zarr.json"
     document = check_document(str(file), file.read_bytes())
     write_whole(file, seal({**document, **changes}), StoreError)
@@ -161,7 +164,7 @@ def resize_array(root: Path, spec: ArraySpec, rows: int) -> None:
 
 
 def shard_file(root: Path, spec: ArraySpec, shard: int) -> Path:
-    """Where the shard of an array lies (default chunk keys, `c/<shard>/0…`)."""
+    """Return the path of an array's shard (default chunk keys, `c/<shard>/0…`)."""
     return root.joinpath(spec.path, "c", str(shard), *("0" for _ in spec.row))
 
 
@@ -196,7 +199,7 @@ def _group(record: Mapping[str, Any]) -> bytes:
 
 
 def read_node(path: Path) -> dict[str, Any]:
-    """Attributes of the node whose zarr.json is `path`; StoreError if it is not one of ours."""
+    """Return the attributes of the node whose zarr.json is `path`; StoreError if it is not ours."""
     try:
         return parse_node(str(path), path.read_bytes())
     except OSError as error:
@@ -206,10 +209,12 @@ def read_node(path: Path) -> dict[str, Any]:
 
 
 def parse_node(where: str, text: bytes, *, sealed: bool = False) -> dict[str, Any]:
-    """Return the attributes of a node; StoreError names `where` if it is of another program or
-    damaged.
+    """Return the attributes of a node.
 
     sealed: the node must have a digest.
+
+    Raises:
+        StoreError: The node is of another program or damaged; the message names `where`.
     """
     attributes = check_document(where, text, required=sealed).get("attributes")
     record = attributes.get(KEY) if isinstance(attributes, dict) else None
@@ -224,8 +229,7 @@ def parse_node(where: str, text: bytes, *, sealed: bool = False) -> dict[str, An
 def read_nodes(
     files: StoreFiles, group: str, names: Iterable[str], *, broken: dict[str, str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return those of the nodes of a group that exist, by name, in the order asked for; each has
-    its form (forms.py).
+    """Return the existing nodes of a group among `names`, in their order, each of a valid form.
 
     broken: receives, by name, what is wrong with nodes of another form; without it a StoreError is
         raised.
@@ -253,7 +257,7 @@ def _node(files: StoreFiles, group: str, path: str, text: bytes) -> dict[str, An
 
 
 def read_fingerprint(files: StoreFiles, teacher: str) -> dict[str, Any] | None:
-    """The fingerprint of a teacher of the store, None if it has none."""
+    """Return the fingerprint of a teacher of the store, None if it has none."""
     return read_nodes(files, f"teachers/{teacher}", [FINGERPRINT]).get(FINGERPRINT)
 
 
@@ -293,7 +297,7 @@ def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> li
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder beside a store is one that was begun as a store, or empty."""
+    """Return whether a folder next to a store was begun as a store, or is empty."""
     try:
         check_root(folder)
     except StoreError:
@@ -302,8 +306,11 @@ def is_ours(folder: Path) -> bool:
 
 
 def check_root(where: Path | StoreFiles) -> dict[str, Any]:
-    """Attributes of the store at `where`; StoreError names what was found instead of a version-1
-    store."""
+    """Return the attributes of the store at `where`.
+
+    Raises:
+        StoreError: It is not a version-1 store; the message names what it is.
+    """
     files = store_files(where)
     try:
         text = files.read("zarr.json")
@@ -326,8 +333,11 @@ def check_root(where: Path | StoreFiles) -> dict[str, Any]:
 
 
 def parse_root(where: str, text: bytes) -> dict[str, Any]:
-    """Return the attributes of a store's root; StoreError if it is no store, of another version or
-    damaged."""
+    """Return the attributes of a store's root.
+
+    Raises:
+        StoreError: It is no store, of another version or damaged.
+    """
     attributes = load_json(where, text).get("attributes")
     record = attributes.get(KEY) if isinstance(attributes, dict) else None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -343,7 +353,7 @@ def parse_root(where: str, text: bytes) -> dict[str, Any]:
 
 
 def _instead(files: StoreFiles) -> str:
-    """What stands where a store's zarr.json was looked for."""
+    """Describe what exists where a store's zarr.json was expected."""
     if isinstance(files, LocalFiles) and not files.root.exists():
         return "no such target store"
     if files.read_many([".zgroup"]):
@@ -354,5 +364,5 @@ def _instead(files: StoreFiles) -> str:
 
 
 def as_numpy(spec: ArraySpec, values: Any) -> np.ndarray:
-    """Values of a column in the array's type."""
+    """Return values of a column in the array's type."""
     return np.asarray(values, dtype=object if spec.dtype == "str" else spec.dtype)

@@ -34,8 +34,10 @@ from .writer import StoreWriter, same_attributes
 
 @dataclass(frozen=True)
 class Placed:
-    """A part and what its numbers are counted on from; `corpus` maps its corpora to those of the
-    result."""
+    """A part, the first of its numbers in the result, and its corpora there.
+
+    `corpus` maps the part's corpora to those of the result.
+    """
 
     store: TargetStore
     video: int
@@ -60,12 +62,15 @@ def reading(store: TargetStore) -> Iterator[None]:
 
 
 def check_parts(stores: Sequence[TargetStore], *, accept_run: bool = False) -> None:
-    """StoreMismatchError naming both sides where two stores do not fit each other; StoreError for
-    an unfinished one.
+    """Raise StoreMismatchError naming both sides if two stores do not fit each other.
 
-    What must be equal: sampling, shard size, teachers and of each its identity, encoding, classes
-    and, unless accepted, run. What must not: the stores themselves, and any video (a path in a
+    These must be equal: sampling, shard size, teachers and for each its identity, encoding, classes
+    and,
+    unless accepted, run. These must differ: the stores themselves, and all videos (a path in a
     corpus).
+
+    Raises:
+        StoreError: A store is unfinished.
     """
     first = stores[0]
     for i, store in enumerate(stores):
@@ -90,8 +95,10 @@ def check_parts(stores: Sequence[TargetStore], *, accept_run: bool = False) -> N
 
 
 def place(stores: Sequence[TargetStore]) -> tuple[list[Placed], list[dict[str, str]]]:
-    """Where each part begins in the result, and the result's corpora: of one name, the first part's
-    folder."""
+    """Return where each part begins in the result, and the result's corpora.
+
+    A corpus of several parts has the first part's folder.
+    """
     corpora: list[dict[str, str]] = []
     placed: list[Placed] = []
     video = segment = shard = 0
@@ -117,8 +124,7 @@ def plan_merge(
     corpora: list[dict[str, str]],
     fingerprints: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write the tables and teachers of the result, those that a killed merge has not written
-    yet."""
+    """Write the tables and teachers of the result that a killed merge has not written yet."""
     if not writer.index.n_videos:
         columns: dict[str, Any] = {}
         for spec in fmt.video_specs():
@@ -217,7 +223,7 @@ def _segments(part: Placed) -> dict[str, np.ndarray]:
 
 
 def _checked(store: TargetStore, name: str, record: dict[str, Any]) -> bytes:
-    """A shard file of a part, held against its commit."""
+    """Return a shard file of a part, compared with its commit."""
     try:
         data = store.files.read(name)
     except FileNotFoundError as error:

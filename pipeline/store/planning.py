@@ -1,10 +1,9 @@
-"""Which rows go where: videos are cut into segments and segments fill shards, before any work
-starts.
+"""Plan which rows go where: videos are cut into segments and segments fill shards.
 
 The plan depends on the listing and the probes alone, so a run that is killed and started again
-fills the same shards with the same rows. A segment is a video or, of one that needs more rows than
-a shard has, a stretch cut at key frames. Its `bound` is an upper bound of its rows; what is not
-used stays fill.
+fills the same shards with the same rows. A segment is a video or, if that needs more rows than a
+shard has, a range of it cut at key frames. Its `bound` is an upper bound of its rows; unused rows
+stay fill.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ MAX_SHARD_SEGMENTS = 4096  # files without a row cost no rows, but work all the 
 
 @dataclass(frozen=True)
 class FrameRange:
-    """Frames [first, end) of a video (end −1: to the end of the file), of which at most `bound` are
-    cached."""
+    """Frames [first, end) of a video, of which at most `bound` are cached.
+
+    end −1: to the end of the file.
+    """
 
     video: int
     first: int
@@ -41,11 +42,13 @@ class Segment:
 
 
 def auto_shard_rows(total: int) -> int:
-    """Rows a shard for a store of about `total` rows: a power of two that gives some 32 shards or
-    more.
+    """Return the rows per shard for a store of about `total` rows.
 
-    A shard is the unit of what a kill costs and of what is written at once: small stores want small
-    ones, large stores 16384 (32 MB at 1000 classes in float16).
+    It is a power of two that gives some 32 shards or more. A shard is the unit of what a kill costs
+    and
+    of what is written at once: small stores need small ones, large stores 16384 (32 MB at 1000
+    classes
+    in float16).
     """
     rows = MIN_SHARD_ROWS
     while rows < MAX_SHARD_ROWS and rows * 32 < total:
@@ -56,12 +59,11 @@ def auto_shard_rows(total: int) -> int:
 def cut(
     video: int, wanted: NDArray[np.int64], keys: NDArray[np.int64], frames: int, shard_rows: int
 ) -> list[FrameRange]:
-    """Cut a long video so that each stretch holds at most `shard_rows` of the `wanted` frame
-    indices.
+    """Cut a long video into ranges of at most `shard_rows` of the `wanted` frame indices.
 
-    Cuts fall on key frames (`keys`, ascending indices) wherever a stretch holds one after its first
-    frame, so that a stretch is decoded without the frames before it; else on the frame after the
-    last that fits.
+    Cuts are at key frames (`keys`, ascending indices) if a range has one after its first frame, so
+    that
+    it is decoded without the frames before it; else at the frame after the last that fits.
     """
     stretches: list[FrameRange] = []
     first, row = 0, 0

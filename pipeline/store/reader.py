@@ -1,5 +1,4 @@
-"""Read a target store: which videos it holds, which of their frames, and what the teachers said of
-them.
+"""Read a target store: its videos, their cached frames, and the outputs of teachers.
 
 Only what is committed exists here. Reading never writes, and a store object can be handed to loader
 workers: it is picklable, and forked or spawned processes open their own files.
@@ -123,8 +122,10 @@ class TargetStore:
     # -------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the store: its id, format, sampling and every teacher's
-        identity."""
+        """Return what a checkpoint records of the store.
+
+        These are its id, format, sampling and the identities of its teachers.
+        """
         return {
             "store_id": self.attributes["store_id"],
             "format_version": self.attributes["version"],
@@ -165,16 +166,20 @@ class TargetStore:
 
     @cached_property
     def _by_video(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Live segments that hold rows, by video and first frame, and where each video's begin [V +
-        1]."""
+        """Return live segments that hold rows, by video and first frame.
+
+        Also returns where each video's begin, [V + 1].
+        """
         order = self._live_by_video[0]
         order = order[self.index.state[order] == OK]
         return order, self._starts(order)
 
     @cached_property
     def _live_by_video(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Live segments whatever their state, by video and first frame, and where each video's
-        begin [V + 1]."""
+        """Return live segments of any state, by video and first frame.
+
+        Also returns where each video's begin, [V + 1].
+        """
         order = self.index.order()
         return order, self._starts(order)
 
@@ -187,7 +192,7 @@ class TargetStore:
         return self.index.video_state()
 
     def teacher(self, name: str) -> TeacherRecord:
-        """The teacher of this name; UsageError lists those the store has."""
+        """Return the teacher of this name; UsageError lists those the store has."""
         if name not in self.teachers:
             raise UsageError(
                 f"teacher {name!r} is not in {self.name}; it has: {', '.join(self.teachers) or 'none'}"
@@ -195,13 +200,14 @@ class TargetStore:
         return self.teachers[name]
 
     def fingerprint(self, teacher: str) -> dict[str, Any] | None:
-        """What a teacher's node of that name holds (`teachers.fingerprint`), None if it has
-        none."""
+        """Return the content of a teacher's node of that name (`teachers.fingerprint`), if any."""
         return fmt.read_fingerprint(self.files, self.teacher(teacher).name)
 
     def usable(self, teachers: Sequence[str] | None = None) -> NDArray[np.int64]:
-        """Ids of the videos that have at least one row under every one of the teachers (default:
-        all)."""
+        """Return ids of the videos with at least one row under every one of the teachers.
+
+        By default all teachers count.
+        """
         good = (self.video_state == OK) & (self.row_counts > 0)
         for name in self.teachers if teachers is None else teachers:
             good &= self.index.teacher_state(self.teacher(name).name) == OK
@@ -235,19 +241,21 @@ class TargetStore:
         )
 
     def place(self, i: int) -> tuple[str, str]:
-        """The corpus of video `i` and its path there."""
+        """Return the corpus of video `i` and its path in the corpus."""
         return self.index.corpora[int(self.column("corpus")[i])]["name"], unescape_path(
             self._path_at(i)
         )
 
     def digest(self, i: int) -> str:
-        """Digest of the head and tail of video `i` (`video.container.digest`), '' if it could not
-        be read."""
+        """Return the digest of the head and tail of video `i` (`video.container.digest`).
+
+        '' if it could not be read.
+        """
         raw = bytes(np.asarray(self.column("digest")[i], np.uint8))
         return raw.hex() if any(raw) else ""
 
     def column(self, name: str) -> NDArray[Any]:
-        """A numeric column of the video table [V], read once."""
+        """Return a numeric column of the video table [V], read once."""
         if name not in self._columns:
             values = read_rows(self.files, f"videos/{name}", 0, self.n_videos, self.index.ranges)
             if name == "corpus" and ((values < 0) | (values >= len(self.index.corpora))).any():
@@ -259,8 +267,10 @@ class TargetStore:
 
     @cached_property
     def _paths(self) -> tuple[bytes, NDArray[np.int64]]:
-        """All paths in one buffer with their ends: 10⁶ Python strings would cost ten times the
-        memory."""
+        """Return all paths in one buffer with their ends.
+
+        10⁶ Python strings would cost ten times the memory.
+        """
         blocks: list[bytes] = []
         lengths: list[NDArray[np.int64]] = []
         for first, end in split_ranges(0, self.n_videos, fmt.VIDEO_CHUNK):
@@ -276,8 +286,10 @@ class TargetStore:
         return blob[int(ends[i - 1]) if i else 0 : int(ends[i])].decode()
 
     def video_path(self, i: int, moved: Mapping[str, str] | None = None) -> str:
-        """Where video `i` lies: its corpus' folder (`moved` says where a corpus lies now) and its
-        path."""
+        """Return the path of video `i`, below the folder of its corpus.
+
+        moved: corpus → its current folder.
+        """
         corpus = self.index.corpora[int(self.column("corpus")[i])]
         root = (moved or {}).get(corpus["name"], unescape_path(corpus["root"]))
         return os.path.join(root, unescape_path(self._path_at(i)))
@@ -286,12 +298,12 @@ class TargetStore:
     # ----------------------------------------------------------------------------------------
 
     def segments(self, video: int) -> NDArray[np.int64]:
-        """Ids of the segments that hold the rows of a video, in order of their frames."""
+        """Return ids of the segments that hold the rows of a video, in order of their frames."""
         segments, start = self._by_video
         return segments[start[video] : start[video + 1]]
 
     def frames(self, video: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Cached frames of a video, ascending: frame index [N], pts [N], row in the store [N]."""
+        """Return a video's cached frames, ascending: index [N], pts [N], row in the store [N]."""
         mine = self.segments(video)
         ranges = list(
             zip(self.index.row[mine].tolist(), self.index.rows[mine].tolist(), strict=True)
@@ -311,10 +323,10 @@ class TargetStore:
         )
 
     def rows_of(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of all cached frames of these videos, video by video in order of frames,
-        [N].
+        """Return the rows [N] of all cached frames of these videos, by video and frame.
 
-        What `frames` gives, without a look at any file: for a whole store at once.
+        They are the rows that `frames` returns, without reading any file: for a whole store at
+        once.
         """
         segments, start = self._by_video
         counts = start[videos + 1] - start[videos]
@@ -322,11 +334,11 @@ class TargetStore:
         return _runs(self.index.row[mine], self.index.rows[mine])
 
     def read_table(self, name: str, rows: ArrayLike) -> NDArray[np.int64]:
-        """A frame table's values (`video`, `index` or `pts`) of rows, [n]."""
+        """Return a frame table's values (`video`, `index` or `pts`) of rows, [n]."""
         return self._table(name).read(rows).astype(np.int64)
 
     def logits(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
-        """Logits of rows, [n, K] float32, whatever the encoding they are stored in."""
+        """Return logits of rows, [n, K] float32, whatever their encoding."""
         encoding = self.teacher(teacher).encoding
         return read_logits(lambda name: self.read_stored(teacher, name, rows), encoding)
 
@@ -335,18 +347,19 @@ class TargetStore:
         return self.read_stored(teacher, "entropy", rows).astype(np.float32)
 
     def read_stored(self, teacher: str, name: str, rows: ArrayLike) -> NDArray[Any]:
-        """Rows of one of a teacher's arrays as they are stored (`encoding.arrays_of`,
-        `entropy`)."""
+        """Return rows of one of a teacher's arrays as stored (`encoding.arrays_of`, `entropy`)."""
         return self._array(f"teachers/{self.teacher(teacher).name}/{name}").read(rows)
 
     def encoding_error(self, teacher: str) -> dict[str, Any]:
-        """KL in nats of the stored logits' softmax from the teacher's own: mean, and a bound of the
-        99th percentile."""
+        """Return the KL in nats of the stored logits' softmax from the teacher's own.
+
+        Its mean, and a bound of its 99th percentile.
+        """
         commits = self.index.teachers[self.teacher(teacher).name].commits.values()
         return total_error([(c["rows"], c["error"]) for c in commits])
 
     def committed_rows(self, teacher: str) -> NDArray[np.int64]:
-        """All rows that exist under a teacher, ascending."""
+        """Return all rows that exist under a teacher, ascending."""
         segments, _ = self._by_video
         there = self.index.teachers[self.teacher(teacher).name]
         keep = [
@@ -368,8 +381,7 @@ class TargetStore:
         return self._rows[path]
 
     def _check_rows(self, path: str, rows: ShardedRows) -> None:
-        """Raise StoreError if an array contradicts the store's shard size, or its teacher's
-        encoding or classes."""
+        """Raise StoreError if an array contradicts the shard size, its encoding or its classes."""
         where = f"{self.name}/{path}/zarr.json"
         if rows.shard_rows != self.index.shard_rows:
             raise StoreError(
@@ -391,8 +403,7 @@ def read_classes(files: StoreFiles, teacher: str) -> tuple[str, ...]:
 
 
 def other_classes(classes: Sequence[str], identity: Mapping[str, Any]) -> str | None:
-    """Say how class names contradict the digest of them in a teacher's identity; None where they
-    agree."""
+    """Describe how class names contradict the digest in a teacher's identity, if they do."""
     expected = identity.get("classes_sha256")
     if expected is None or hashlib.sha256("\n".join(classes).encode()).hexdigest() == expected:
         return None
@@ -405,15 +416,14 @@ def _runs(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int6
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[np.int64]:
-    """One array of several."""
+    """Concatenate arrays."""
     if len(parts) == 1:
         return parts[0].astype(np.int64, copy=False)
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
 
 def check_moved(store: TargetStore, moved: Mapping[str, str]) -> None:
-    """UsageError if `--videos` names a corpus that the store does not have or a folder that is not
-    there."""
+    """Raise UsageError if `--videos` names a corpus or folder that does not exist."""
     for name, folder in moved.items():
         if name not in store.corpora:
             raise UsageError(

@@ -106,8 +106,7 @@ class RemoteFiles(StoreFiles):
         return self._get(path, limit=LARGEST)
 
     def read_many(self, paths: Iterable[str], limit: int | None = None) -> dict[str, bytes]:
-        """Those of the files that exist, by path; asked for in parallel where the file system
-        can."""
+        """Return those of the files that exist, by path, fetched in parallel if possible."""
         paths = list(paths)
         filesystem, _ = self._connect()
 
@@ -125,7 +124,7 @@ class RemoteFiles(StoreFiles):
         return {p: data for p, data in zip(paths, answers, strict=True) if data is not None}
 
     def table(self, path: str) -> zarr.Array:
-        """A column of a table, fetched whole on first use."""
+        """Return a column of a table, fetched whole on first use."""
         folder = self.cache.table(self._state, require_name(path, self.name))
         if (
             folder.is_symlink()
@@ -147,7 +146,7 @@ class RemoteFiles(StoreFiles):
         return True
 
     def rows(self, path: str, record: Record) -> ShardedRows:
-        """A sharded array behind the cache."""
+        """Return a sharded array behind the cache."""
         return _CachedRows(self, path, record)
 
     def range(self, path: str, start: int, stop: int, size: int) -> tuple[int, bytes]:
@@ -167,8 +166,10 @@ class RemoteFiles(StoreFiles):
     # -------------------------------------------------------------------------------------
 
     def _connect(self) -> tuple[AbstractFileSystem, str | WebReader]:
-        """Return the file system, and the store's path in it or its reader; a forked process makes
-        its own."""
+        """Return the file system, and the store's path in it or its reader.
+
+        A forked process makes its own.
+        """
         if self._connection is None or self._connection[0] != os.getpid():
             import fsspec
 
@@ -189,8 +190,10 @@ class RemoteFiles(StoreFiles):
         return self._connection[1:]
 
     def _get(self, path: str, span: tuple[int, int] | None = None, *, limit: int) -> bytes:
-        """Return a file of at most `limit` bytes, or bytes [start, stop) of it if the server knows
-        ranges."""
+        """Return a file of at most `limit` bytes, or bytes [start, stop) of it.
+
+        The second if the server supports ranges.
+        """
         require_name(path, self.name)
         waits = iter(WAITS_S)
         while True:
@@ -231,8 +234,10 @@ class RemoteFiles(StoreFiles):
         )
 
     def _may_have_grown(self, path: str, folder: Path) -> bool:
-        """Return whether the server has chunks that a column in the cache lacks: a 404 holds for
-        one run only."""
+        """Return whether the server has chunks that a column in the cache lacks.
+
+        A 404 holds for one run only.
+        """
         if path in self._asked_again:
             return False
         self._asked_again.add(path)
@@ -244,8 +249,7 @@ class RemoteFiles(StoreFiles):
         return bool(self.read_many(f"{path}/{name}" for name in lacking)) if lacking else False
 
     def _chunk_names(self, path: str, meta: Mapping[str, Any]) -> list[str]:
-        """Return the chunk files with the planned rows of a column; StoreError if it is not a
-        column."""
+        """Return the chunk files with the planned rows of a column; StoreError if it is none."""
         try:
             shape, chunks = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
             count = -(-min(shape[0], self._planned.get(path.split("/")[0], shape[0])) // chunks[0])
@@ -294,8 +298,7 @@ class RemoteFiles(StoreFiles):
 
 
 class _CachedRows(ShardedRows):
-    """Rows of a remote array: read from the cache's sparse files, fetched where those have
-    holes."""
+    """Rows of a remote array, read from the cache's sparse files; holes are fetched."""
 
     def __init__(self, files: RemoteFiles, path: str, record: Record) -> None:
         super().__init__(f"{files.name}/{path}", files._metadata(path)[1])
@@ -321,8 +324,11 @@ class _CachedRows(ShardedRows):
         return data[start - at : start - at + length]
 
     def _check_whole(self, shard: int, fd: int, size: int, digest: str) -> None:
-        """Hold a file against its digest once it has no hole left; StoreError, and it is empty
-        again, if it differs."""
+        """Compare a file without holes with its digest.
+
+        Raises:
+            StoreError: It differs; it is then empty again.
+        """
         if has_holes(fd, size):
             return
         if digest_file(fd, size) == digest:
@@ -343,8 +349,7 @@ class _CachedRows(ShardedRows):
             raise StoreError(f"{self._files.name}/{name}: a committed shard is missing") from error
 
     def _committed(self, shard: int) -> tuple[int, str]:
-        """Return size and digest of a shard's file; StoreError if no shard of this array can have
-        such a size."""
+        """Return size and digest of a shard's file; StoreError if no shard can have such a size."""
         record = self._record(self._path, shard)
         if record is None:
             raise StoreError(f"{self._files.name}/{self._name(shard)}: not committed")
@@ -362,8 +367,7 @@ class _CachedRows(ShardedRows):
 
 
 def _another_try_may_help(error: Exception) -> bool:
-    """Return whether to ask again: not without permission, nor after another client error of
-    HTTP."""
+    """Return whether to ask again: not without permission, nor after other HTTP client errors."""
     if isinstance(error, AnswerError):
         return error.again
     status = getattr(error, "status", None)

@@ -17,13 +17,15 @@ from .reader import TargetStore
 def choose_videos(
     store: TargetStore, corpora: Sequence[str] = (), videos_from: str | Path | None = None
 ) -> NDArray[np.int64]:
-    """Ids of the videos of these corpora (default: all) that the list names (default: all),
-    ascending.
+    """Return ids of the videos of these corpora that the list names, ascending; by default all.
 
-    A line of the list is a path in a corpus, `CORPUS=PATH` where the same path stands in several,
-    or the absolute path of the file when it was extracted. `#` begins a comment line; a label
-    behind the path, as in `a.mp4 3`, is ignored. UsageError for a corpus or a line that names
-    nothing in the store.
+    A line of the list is a path in a corpus, `CORPUS=PATH` if several have that path, or the
+    absolute
+    path of the file when it was extracted. `#` begins a comment line; a label after the path, as in
+    `a.mp4 3`, is ignored.
+
+    Raises:
+        UsageError: A corpus or a line names nothing in the store.
     """
     chosen = np.ones(store.n_videos, bool)
     if corpora:
@@ -68,7 +70,7 @@ def _listed(store: TargetStore, file: Path) -> list[int]:
 
 
 def _by_name(store: TargetStore) -> dict[str, list[int]]:
-    """Ids by every way to name a video."""
+    """Return ids by every way to name a video."""
     names = list(store.corpora.items())
     found: dict[str, list[int]] = {}
     paths = zip(store.column("corpus").tolist(), store.column("path").tolist(), strict=True)

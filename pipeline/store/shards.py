@@ -1,7 +1,6 @@
-"""Read rows straight from local shard files: one `pread` a chunk, its crc32c checked, nothing else
-read.
+"""Read rows straight from local shard files: one `pread` per chunk, its crc32c checked.
 
-zarr-python needs 2 ms for a row, this 0.02 (docs/benchmarks.md); a loader asks for thousands a
+zarr-python needs 2 ms for a row, this 0.02 (docs/benchmarks.md); a loader asks for thousands per
 second. The file stays plain Zarr v3: `sharding_indexed` with the index at the end (offset and
 length of every chunk as uint64 pairs, then a crc32c), inner codecs `bytes` little-endian and
 `crc32c`.
@@ -69,8 +68,11 @@ class ShardedRows:
             os.close(self._open.popitem()[1][0])
 
     def read(self, rows: ArrayLike) -> NDArray[Any]:
-        """The rows [n, …] in the order asked for; StoreError on a wrong crc, a short file, a
-        missing shard."""
+        """Return the rows [n, …] in the order asked for.
+
+        Raises:
+            StoreError: A crc is wrong, a file is too short, or a shard does not exist.
+        """
         wanted = np.asarray(rows, np.int64)
         out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
         if len(wanted) <= FEW:
@@ -98,7 +100,10 @@ class ShardedRows:
         return out
 
     def _read_few(self, rows: list[int], out: NDArray[Any]) -> None:
-        """The rows of a pick: of so few NumPy's grouping would cost more than the reading."""
+        """Return the rows of a pick.
+
+        For so few rows NumPy's grouping would cost more than the reading.
+        """
         last, values = -1, out
         for i, row in enumerate(rows):
             if not 0 <= row < self.shape[0]:
@@ -154,7 +159,7 @@ class ShardedRows:
         return fd, index
 
     def _open_file(self, shard: int) -> int:
-        """A descriptor of the shard's file."""
+        """Return a descriptor of the shard's file."""
         file = self._file(shard)
         try:
             return os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -162,8 +167,7 @@ class ShardedRows:
             raise StoreError(f"{file}: a committed shard is missing ({error.strerror})") from error
 
     def _again(self, shard: int, fd: int, start: int, length: int) -> bytes:
-        """The bytes again where those in the file failed their crc32c: a local file has no
-        others."""
+        """Read bytes again whose crc32c failed; a local file has no others."""
         return b""
 
     def _file(self, shard: int) -> str:
@@ -174,8 +178,7 @@ class ShardedRows:
 
 
 def chunk_crcs_hold(data: bytes, chunks: int) -> bool:
-    """Return whether the index of a whole shard file, of so many chunks, and every chunk in it pass
-    their crc32c."""
+    """Return whether the index and every chunk of a whole shard file pass their crc32c."""
     n = 16 * chunks
     tail = data[-n - 4 :]
     if not _intact(tail, n):
@@ -189,7 +192,7 @@ def chunk_crcs_hold(data: bytes, chunks: int) -> bool:
 
 
 def _intact(data: bytes, size: int) -> bool:
-    """Whether `data` is `size` bytes and their crc32c."""
+    """Return whether `data` has `size` bytes and passes its crc32c."""
     return (
         len(data) == size + 4
         and int(google_crc32c.value(data[:-4])).to_bytes(4, "little") == data[-4:]

@@ -1,8 +1,7 @@
-"""One shard as a worker makes it: rows in memory, then files in a staging folder, never in their
-final place.
+"""One shard as a worker makes it: rows in memory, then files in a staging folder.
 
-The client alone moves the files and commits (writer.py), so a late or superseded attempt changes
-nothing.
+The client alone moves the files to their final place and commits (writer.py), so a late or
+superseded attempt changes nothing.
 
 Shapes: R rows of a shard, K classes of a teacher.
 """
@@ -36,8 +35,7 @@ class StagedFile:
 
 @dataclass
 class FramesPart:
-    """The frame tables of one shard: a row per segment of the shard, rows counted inside the
-    shard."""
+    """The frame tables of one shard: a row per segment, rows counted inside the shard."""
 
     segment: list[int] = field(default_factory=list)
     first_row: list[int] = field(default_factory=list)
@@ -62,8 +60,7 @@ class TeacherPart:
 
 @dataclass
 class ShardResult:
-    """What a worker hands to the client. `frames` is None where the frame tables were there
-    already."""
+    """What a worker hands to the client; `frames` is None if the store had the frame tables."""
 
     shard: int
     frames: FramesPart | None
@@ -79,8 +76,7 @@ class ShardResult:
 
 
 def new_staging(root: Path, shard: int) -> Path:
-    """A folder of this attempt's own, inside the store so that the later rename stays on one file
-    system."""
+    """Make a folder for this attempt, inside the store: its file system is that of the rename."""
     return root / fmt.STAGING / f"{shard:06d}-{uuid.uuid4().hex[:12]}"
 
 

@@ -1,5 +1,4 @@
-"""What one teacher said, over all rows of a store or, of a large one, over rows spread evenly
-through it."""
+"""Statistics of one teacher over all rows of a store or, if large, over evenly spread rows."""
 
 from __future__ import annotations
 
@@ -21,8 +20,12 @@ BINS = 24  # of the entropy histogram, from 0 to ln K
 
 @dataclass(frozen=True)
 class TeacherStats:
-    """rows int64 [n] of the store that were looked at, ascending, of `total`; their entropy float32
-    [n] in nats and the index of their best class, top int64 [n]."""
+    """Statistics of one teacher.
+
+    rows int64 [n] of the store that were read, ascending, of `total`; their entropy float32 [n] in
+    nats
+    and the index of their best class, top int64 [n].
+    """
 
     teacher: str
     classes: tuple[str, ...]
@@ -32,8 +35,7 @@ class TeacherStats:
     top: NDArray[np.int64]
 
     def histogram(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Counts of the finite entropies in BINS equal bins from 0 to ln K nats, and the bins'
-        edges."""
+        """Return counts of finite entropies in BINS equal bins from 0 to ln K nats, and edges."""
         highest = max(float(np.log(len(self.classes))), 1e-9)
         values = self.entropy[np.isfinite(self.entropy)].astype(np.float64)
         counts, edges = np.histogram(np.clip(values, 0, highest), BINS, (0.0, highest))
@@ -50,7 +52,7 @@ class TeacherStats:
         return dict(zip(QUANTILES, found, strict=True))
 
     def most_frequent(self, count: int) -> list[tuple[str, float]]:
-        """The classes that are most often the best one, each with its share of the rows."""
+        """Return the classes that are most often the best one, each with its share of the rows."""
         counts = Counter(self.top.tolist()).most_common(count)
         return [(self.classes[k], n / len(self.top)) for k, n in counts]
 
@@ -65,8 +67,11 @@ class Failure:
 
 
 def teacher_stats(store: TargetStore, teacher: str) -> TeacherStats:
-    """Read a teacher's rows, at most SURVEYED of them (REMOTE_SURVEYED behind a URL). Raises
-    StoreError."""
+    """Read a teacher's rows, at most SURVEYED of them (REMOTE_SURVEYED behind a URL).
+
+    Raises:
+        StoreError: A row cannot be read.
+    """
     rows = store.committed_rows(teacher)
     total, local = len(rows), isinstance(store.files, LocalFiles)
     most, run = (SURVEYED, 1) if local else (REMOTE_SURVEYED, RUN)
@@ -85,8 +90,10 @@ def teacher_stats(store: TargetStore, teacher: str) -> TeacherStats:
 
 
 def failures(store: TargetStore) -> Iterator[Failure]:
-    """Videos that failed, and those of which a teacher alone has no rows, its name before the
-    reason."""
+    """Return videos that failed, and those without rows of one teacher alone.
+
+    The reason of the second kind begins with the teacher's name.
+    """
     own = store.index.video_reasons()
     texts = {i: [text] for i, text in own.items()}
     for name in store.teachers:

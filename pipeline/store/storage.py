@@ -1,9 +1,7 @@
-"""Where the files of a store are. A folder is read in place; any other URL through `remote.py` and
-its cache.
+"""Where the files of a store are: a folder is read in place, a URL through `remote.py`.
 
 Every file of a store has a name that follows from its nodes (docs/store-format.md), so nothing here
-lists a
-folder: many HTTP servers cannot.
+lists a folder: many HTTP servers cannot.
 """
 
 from __future__ import annotations
@@ -29,8 +27,10 @@ Record = Callable[[str, int], Mapping[str, Any] | None]
 
 
 class StoreFiles(ABC):
-    """Read access to the files of one store; `name` is what messages call it. Picklable,
-    fork-safe."""
+    """Read access to the files of one store, picklable and fork-safe.
+
+    `name` is its name in messages.
+    """
 
     name: str
     sealed = False
@@ -39,35 +39,39 @@ class StoreFiles(ABC):
 
     @property
     def address(self) -> str:
-        """What opens the same store again: a URL with the password that `name` lacks, so for no
-        file and no message."""
+        """Return what opens the same store again.
+
+        It is a URL with the password that `name` lacks, and must not be written to files or
+        messages.
+        """
         return self.name
 
     @abstractmethod
     def read(self, path: str) -> bytes:
-        """The whole file; FileNotFoundError if there is none, StoreError if it cannot be read."""
+        """Return the whole file; FileNotFoundError or, if it is unreadable, StoreError."""
 
     @abstractmethod
     def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
         """Those of the files that exist, by path, in the order asked for."""
 
     def pin(self, store_id: str, plans: Sequence[Mapping[str, Any]]) -> None:
-        """Say which state of the tables is meant from now on, for those that keep what they
-        read."""
+        """Set which state of the tables is meant from now on, for those that cache."""
         return
 
     @abstractmethod
     def table(self, path: str) -> zarr.Array:
-        """An unsharded array, opened for reading. StoreError if it cannot be."""
+        """Open an unsharded array for reading; StoreError if that fails."""
 
     def forget(self, path: str) -> bool:
-        """Drop an unsharded array from the cache; return whether `table` may find other values
-        now."""
+        """Drop an unsharded array from the cache.
+
+        Returns whether `table` may return other values now.
+        """
         return False
 
     @abstractmethod
     def rows(self, path: str, record: Record) -> ShardedRows:
-        """A sharded array. `record` knows what the commits say of its files."""
+        """Return a sharded array; `record` returns what the commits record of its files."""
 
 
 class LocalFiles(StoreFiles):
@@ -81,7 +85,7 @@ class LocalFiles(StoreFiles):
         """Tables in whose folders there is none."""
 
     def read(self, path: str) -> bytes:
-        """The whole file; FileNotFoundError if there is none."""
+        """Return the whole file; FileNotFoundError if there is none."""
         descriptor = self.open(path)
         try:
             size = os.fstat(descriptor).st_size
@@ -107,11 +111,15 @@ class LocalFiles(StoreFiles):
         return found
 
     def open(self, path: str) -> int:
-        """Return a descriptor of a regular file of the store; every file of a local store is opened
-        here.
+        """Return a descriptor of a regular file of the store.
 
-        Raises FileNotFoundError if there is none, and StoreError for a name that leaves the store,
-        a link, a device or a pipe, which would wait for ever.
+        Every file of a local store is opened here.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            StoreError: A name leaves the store, or is a link, a device or a pipe, which would wait
+                for
+                ever.
         """
         folder, _, name = path.rpartition("/")
         if folder not in self._folders:
@@ -158,7 +166,7 @@ class LocalFiles(StoreFiles):
         return array_metadata(f"{self.name}/{path}/zarr.json", path, text, sealed=self.sealed)
 
     def table(self, path: str) -> zarr.Array:
-        """An unsharded array, opened for reading."""
+        """Open an unsharded array for reading."""
         self.metadata(path)
         if path not in self._tables:
             inside(
@@ -170,7 +178,7 @@ class LocalFiles(StoreFiles):
         return open_table(self.root / path)
 
     def rows(self, path: str, record: Record) -> ShardedRows:
-        """A sharded array, read by `pread` from its files."""
+        """Return a sharded array, read by `pread` from its files."""
         return _LocalRows(self, path)
 
 
@@ -191,10 +199,12 @@ class _LocalRows(ShardedRows):
 
 
 def array_metadata(where: str, path: str, text: bytes, *, sealed: bool = False) -> dict[str, Any]:
-    """Parse the zarr.json of the array `path` of a store; StoreError if its digest or form is
-    wrong.
+    """Parse the zarr.json of the array `path` of a store.
 
     sealed: it must have a digest.
+
+    Raises:
+        StoreError: Its digest or form is wrong.
     """
     document = check_document(where, text, required=sealed)
     check_array(where, path, document)
@@ -202,14 +212,14 @@ def array_metadata(where: str, path: str, text: bytes, *, sealed: bool = False) 
 
 
 def inside(root: str | os.PathLike[str], path: str, *, below: bool = False) -> Path:
-    """Return the place of a file or folder of a local store, which need not exist, to be read,
-    written or removed.
+    """Return the path of a file or folder of a local store, which need not exist.
 
-    below: what lies in that folder is checked too.
+    below: what is in that folder is checked too.
 
     Raises:
-        StoreError: for a name that leaves the store, and where a part of it, or anything below, is
-            a link or neither a file nor a folder.
+        StoreError: A name leaves the store, or a part of it, or anything below, is a link or
+            neither a
+            file nor a folder.
     """
     names = path.split("/")
     if {"", ".", ".."}.intersection(names) or "\0" in path:
@@ -245,11 +255,15 @@ def store_files(
     cache: str | os.PathLike[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> StoreFiles:
-    """The files of the store at a path or URL; what exists as a local path is one, whatever it is
-    called.
+    """Return the files of the store at a path or URL; an existing local path is always a path.
 
-    cache: folder for what is read from a URL (default: see `remote.cache_folder`). storage_options:
-    for the fsspec file system of the URL. UsageError for a URL that may not be opened.
+    Args:
+        where: A path or URL.
+        cache: Folder for what is read from a URL (default: see `remote.cache_folder`).
+        storage_options: For the fsspec file system of the URL.
+
+    Raises:
+        UsageError: The URL may not be opened.
     """
     if isinstance(where, StoreFiles):
         return where
@@ -263,13 +277,12 @@ def store_files(
 
 
 def absolute(where: str) -> str:
-    """A store's address that holds from any working folder."""
+    """Return a store's address that holds in any working folder."""
     return where if is_url(where) else os.path.abspath(local_path(where))
 
 
 def open_table(folder: Path) -> zarr.Array:
-    """Open the array in a local folder, whose metadata were checked, for reading; StoreError if
-    that fails."""
+    """Open the array in a local folder, whose metadata were checked; StoreError if that fails."""
     try:
         return zarr.open_array(folder, mode="r")
     except Exception as error:  # Metadata that is no array's raises anything in zarr.

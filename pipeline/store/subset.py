@@ -1,5 +1,7 @@
-"""A new store of some videos and some teachers of another, rows as they are stored, packed into new
-shards."""
+"""Make a store of some videos and teachers of another; rows are copied as stored.
+
+They are packed into new shards.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,16 @@ def write_subset(
     shard_rows: int | None = None,
     advance: Callable[[int], Any] = lambda n: None,
 ) -> int:
-    """Write `videos` (ids of `source`, none pending) and their rows under `teachers` to a new
-    store; returns the rows.
+    """Write `videos` (ids of `source`, none pending) and their rows to a new store.
 
-    Failed videos come along with their reasons. Raises UsageError if a stretch of a video does not
-    fit `shard_rows`, and StoreError where rows of the source cannot be read.
+    Failed videos are included with their reasons.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        UsageError: A range of a video does not fit `shard_rows`.
+        StoreError: Rows of the source cannot be read.
     """
     index = source.index
     order = index.order()
@@ -81,8 +88,7 @@ def write_subset(
 
 
 class ShardCopy:
-    """One shard of the store that `writer` writes: segments `new`, which are those `old` of
-    `source`."""
+    """One shard of the store that `writer` writes: segments `new`, which are `old` of `source`."""
 
     def __init__(
         self, source: TargetStore, writer: StoreWriter, shard: int, new: list[int], old: list[int]
@@ -96,8 +102,7 @@ class ShardCopy:
         self.rows = np.concatenate(parts).astype(np.int64)
 
     def frames(self, video: NDArray[np.int64]) -> None:
-        """Stage and commit the frame tables; `video` are the new numbers of the segments'
-        videos."""
+        """Stage and commit the frame tables; `video`: new numbers of the segments' videos."""
         index = self.source.index
         first = np.where(self.counts > 0, np.cumsum(self.counts) - self.counts, 0)
         part = FramesPart(
@@ -157,7 +162,7 @@ class ShardCopy:
 
 
 def _shard_rows(source: TargetStore, bounds: NDArray[np.int64], asked: int | None) -> int:
-    """The size asked for, or one by the number of rows that holds the longest stretch."""
+    """Return the size asked for, or one by the number of rows that holds the longest range."""
     longest = int(np.max(bounds, initial=0))
     if asked is not None:
         if asked < longest:
@@ -181,6 +186,6 @@ def _list_videos(source: TargetStore, writer: StoreWriter, videos: NDArray[np.in
 
 
 def _common(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run of rows that come from several commits."""
+    """Return the run of rows that come from several commits."""
     distinct = [run for i, run in enumerate(runs) if run not in runs[:i]]
     return distinct[0] if len(distinct) == 1 else {"mixed": distinct}

@@ -48,8 +48,11 @@ Form = tuple[str, Callable[[Any], bool]]
 
 
 def load_json(where: str, text: bytes) -> dict[str, Any]:
-    """Parse a zarr.json; StoreError names `where` if it is not JSON of an object, too large or too
-    deep."""
+    """Parse a zarr.json.
+
+    Raises:
+        StoreError: It is not JSON of an object, too large or too deep; the message names `where`.
+    """
     if len(text) > MAX_NODE_BYTES:
         raise StoreError(f"{where}: has {len(text)} bytes, at most {MAX_NODE_BYTES} are allowed")
     try:
@@ -260,11 +263,12 @@ def _kind(group: str) -> str:
 
 
 def check_node(where: str, group: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record of a node of a group of the store; in a commit of frames the lists become
-    arrays [segments].
+    """Return the record of a node of a group of the store.
+
+    In a commit of frames the lists become arrays [segments].
 
     Raises:
-        StoreError: names `where`, the key, what is allowed and the value.
+        StoreError: The message names `where`, the key, what is allowed and the value.
     """
     kind = _kind(group)
     _check(where, kind, record)
@@ -330,8 +334,7 @@ def _segment_table(where: str, record: Mapping[str, Any]) -> NDArray[np.int64]:
 def check_files(
     where: str, files: Mapping[str, Any], arrays: Collection[str], shard: int, folder: str
 ) -> None:
-    """Raise StoreError unless the files of a commit are among those of shard `shard` of `arrays` in
-    `folder`."""
+    """Raise StoreError unless a commit's files are among those of shard `shard` of `arrays`."""
     allowed = _file_names(folder, tuple(arrays), shard)
     for name, record in files.items():
         if name not in allowed:
@@ -356,8 +359,7 @@ def _file_names(folder: str, arrays: tuple[str, ...], shard: int) -> tuple[str, 
 
 
 def check_array(where: str, path: str, meta: Mapping[str, Any]) -> None:
-    """Raise StoreError unless the metadata of the array `path` is what the format defines for
-    it."""
+    """Raise StoreError unless the metadata of the array `path` is what the format defines."""
     spec = _spec_of(path)
     if spec is None:
         raise StoreError(f"{where}: the format has no array {path}")
@@ -426,8 +428,7 @@ def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
 
 
 def largest_chunk(meta: Mapping[str, Any]) -> int:
-    """Return how many bytes a file of a table's column may have, by the column's metadata, which
-    have their form."""
+    """Return how many bytes a chunk file of a table's column may have, by valid metadata."""
     shape: list[int] = meta["chunk_grid"]["configuration"]["chunk_shape"]
     text = meta["data_type"] == "string"
     values = MAX_TEXT_CHUNK if text else math.prod(shape) * np.dtype(meta["data_type"]).itemsize
@@ -435,8 +436,7 @@ def largest_chunk(meta: Mapping[str, Any]) -> int:
 
 
 def unpacked_bytes(data: bytes) -> int | None:
-    """Return the size of what a zstd frame holds, as its header says (RFC 8878, 3.1.1.1); None if
-    it does not.
+    """Return the size of a zstd frame's content by its header (RFC 8878, 3.1.1.1), if recorded.
 
     data: the first 18 bytes of the frame, or all of it.
     """

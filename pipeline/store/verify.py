@@ -30,8 +30,7 @@ ENTROPY_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. `shard` is None where no shard can be named, `teacher` for frame
-    tables."""
+    """One fault; `shard` is None if no shard can be named, `teacher` for frame tables."""
 
     what: str
     shard: int | None = None
@@ -46,8 +45,10 @@ class Finding:
 def verify(
     root: Path, index: StoreIndex, advance: Callable[[int], Any] = lambda n: None
 ) -> Iterator[Finding]:
-    """Findings: structure and tables, then in order of shards missing commits, digests, crc,
-    counts, finiteness, entropies."""
+    """Yield findings: structure and tables, then the shards in order.
+
+    Of shards: missing commits, digests, crc, counts, finiteness, entropies.
+    """
     files = LocalFiles(root)
     fmt.check_root(files)
     yield from (Finding(*broken) for broken in index.broken)
@@ -78,11 +79,13 @@ def verify(
 
 
 def drop_commits(root: Path, findings: list[Finding]) -> int:
-    """Remove the commits of broken shards, so that the next extraction fills them again; returns
-    how many.
+    """Remove the commits of broken shards, so that the next extraction fills them again.
 
-    Rows of teachers hang on the frame tables, so a broken frame shard takes its teachers' commits
+    Rows of teachers depend on the frame tables, so a broken frame shard takes its teachers' commits
     along.
+
+    Returns:
+        How many were removed.
     """
     broken: set[str] = set()
     teachers = [p.name for p in inside(root, "commits/teachers").iterdir() if p.is_dir()]
@@ -108,12 +111,12 @@ def drop_commits(root: Path, findings: list[Finding]) -> int:
 def entropy_tolerance(
     logits: NDArray[np.float32], rounding: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """How far a row's entropy may be off that of its stored `logits` [n, K], which are off by ≤
-    `rounding` [n].
+    """Return how far a row's entropy may be off that of its stored `logits` [n, K].
 
-    dH/dz_i = −p_i (log p_i + H), so that H is off by at most rounding · Σ p |log p + H| to first
-    order; what is beyond is measured to be below 1e-6 (docs/benchmarks.md). A wrong row is mostly
-    off by far more.
+    The logits are off by at most `rounding` [n]. dH/dz_i = −p_i (log p_i + H), so that H is off by
+    at
+    most rounding · Σ p |log p + H| to first order; what is beyond is measured to be below 1e-6
+    (docs/benchmarks.md). A wrong row is mostly off by far more.
     """
     z = logits - logits.max(axis=1, keepdims=True)
     e = np.exp(z)
@@ -124,8 +127,7 @@ def entropy_tolerance(
 
 
 def _nodes(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
-    """Find nodes and array metadata that differ from their digests, also those that readers of rows
-    do not use."""
+    """Yield nodes and array metadata that differ from their digests, also those no reader uses."""
     told = [what for what, _, _ in index.broken]
     for path in _documents(index):
         try:
@@ -147,8 +149,7 @@ def without_digest(files: StoreFiles, index: StoreIndex) -> int:
 
 
 def _documents(index: StoreIndex) -> Iterator[str]:
-    """Return the paths of all zarr.json of a store except those of commits, which every reader
-    reads."""
+    """Return the paths of all zarr.json except those of commits, which every reader reads."""
     folders = ["", *fmt.GROUPS, *(f"plans/{i:06d}" for i in range(index.n_plans))]
     folders += [s.path for s in (*fmt.video_specs(), *fmt.segment_specs(), *fmt.frame_specs())]
     for name, of in index.teachers.items():
@@ -186,7 +187,7 @@ def _structure(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
 
 
 def _videos(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
-    """What cannot be so in the video table, as far as the plans speak of it."""
+    """Yield what is impossible in the video table, in rows that the plans name."""
     columns: dict[str, NDArray[Any]] = {}
     for spec in fmt.video_specs():
         try:
@@ -223,7 +224,7 @@ def _videos(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
 
 
 def _unplanned(root: Path, index: StoreIndex) -> Iterator[Finding]:
-    """Commits of what no plan speaks of: a plan is lost."""
+    """Yield commits that no plan names: a plan is lost."""
     broken = {teacher for _, _, teacher in index.broken}
     for folder in sorted((root / "commits/teachers").glob("*/")):
         if folder.name not in index.teachers and folder.name not in broken:
@@ -234,8 +235,7 @@ def _unplanned(root: Path, index: StoreIndex) -> Iterator[Finding]:
 
 
 def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
-    """Find class names and fingerprints that cannot be read, or contradict the teacher's identity
-    or each other."""
+    """Yield class names and fingerprints that are unreadable or contradict an identity."""
     for name in index.teachers:
         try:
             classes = read_classes(files, name)

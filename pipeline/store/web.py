@@ -37,8 +37,7 @@ OWN = (
 
 
 class AnswerError(Exception):
-    """An answer that is not used, in words. `again`: whether the same request may be answered
-    better."""
+    """An answer that is not used; `again`: whether the same request may be answered better."""
 
     def __init__(self, words: str, *, again: bool = False) -> None:
         super().__init__(words)
@@ -59,8 +58,9 @@ class WebReader:
         self._bare: aiohttp.ClientSession | None = None
 
     async def read(self, path: str, span: tuple[int, int] | None, limit: int) -> bytes:
-        """Return a file of at most `limit` bytes, or bytes [start, stop) of it, or all of it where
-        ranges are unknown.
+        """Return a file of at most `limit` bytes, or bytes [start, stop) of it.
+
+        All of it where ranges are unknown.
 
         Raises:
             FileNotFoundError: The server answers 404.
@@ -120,8 +120,7 @@ class WebReader:
     async def _session_without_secrets(
         self, session: aiohttp.ClientSession
     ) -> aiohttp.ClientSession:
-        """Return a session for other hosts: nothing that the user gave for the store's own is sent
-        there."""
+        """Return a session for other hosts: nothing is sent that the user gave for this one."""
         import aiohttp
 
         if self._bare is None:
@@ -152,8 +151,7 @@ async def _body(answer: aiohttp.ClientResponse, span: tuple[int, int] | None, li
 
 
 async def _bounded(answer: aiohttp.ClientResponse, most: int) -> bytes:
-    """Read what the server sends, as long as it is no more than `most` bytes and comes at a
-    bearable rate."""
+    """Read the server's answer while it is at most `most` bytes and not too slow."""
     too_long = AnswerError(f"the server sends more than the {most} bytes that the file can have")
     if (answer.content_length or 0) > most:
         raise too_long
@@ -200,8 +198,10 @@ def _redirected(url: URL, location: str) -> URL:
 
 
 def _same_host(url: URL, following: URL) -> bool:
-    """Return whether what was meant for one URL may be sent to the other: its host, also by https
-    instead of http."""
+    """Return whether data for one URL may be sent to another.
+
+    It may if the host is the same, also by https instead of http.
+    """
     upgrade = (url.scheme, url.port, following.scheme, following.port) == ("http", 80, "https", 443)
     return url.host == following.host and (upgrade or url.origin() == following.origin())
 

@@ -1,5 +1,4 @@
-"""The one process that changes a store: creates it, plans, moves finished shards into place and
-commits them."""
+"""The one process that changes a store: it creates, plans, moves finished shards and commits."""
 
 from __future__ import annotations
 
@@ -116,8 +115,10 @@ class StoreWriter:
     def add_videos(
         self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], corpora: list[dict[str, str]]
     ) -> None:
-        """Append rows to the video table: `columns` by name of `format.video_specs`, then the plan
-        node."""
+        """Append rows to the video table, then the plan.
+
+        columns: values by name of `layout.video_specs`.
+        """
         start = self.index.n_videos
         stop = start + len(columns["path"])
         tables = self._append(
@@ -127,11 +128,11 @@ class StoreWriter:
         self._plan_node("videos", tables)
 
     def identify(self, videos: Sequence[int], columns: Mapping[str, Sequence[Any]]) -> None:
-        """Replace rows of the video table: what is known of the files of `videos`, of which no
-        frame is stored.
+        """Replace the identity of the files of `videos`, of which no frame is stored.
 
         The plan with the new digests comes first. A kill before the rows are written leaves them as
-        they were, under the former digests, and the next attempt writes them again.
+        they
+        were, under the former digests, and the next attempt writes them again.
         """
         ids = np.asarray(videos, np.int64)
         blocks: list[tuple[zarr.Array, int, NDArray[Any]]] = []
@@ -236,8 +237,7 @@ class StoreWriter:
         accept_run: bool = False,
         fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
-        """Make room for a teacher, unless there is one of this name: then `check_teacher`, and
-        nothing changes."""
+        """Add a teacher, or check with `check_teacher` the one of this name and change nothing."""
         self.check_teacher(name, attributes, encoding=encoding, accept_run=accept_run)
         if name in self.index.teachers:
             return
@@ -268,8 +268,7 @@ class StoreWriter:
         self.index = load_index(self.root)
 
     def add_fingerprint(self, name: str, record: Mapping[str, Any]) -> None:
-        """Give a teacher that has none its fingerprint, in a node of its own: nothing else of the
-        store changes."""
+        """Give a teacher without a fingerprint one, in a separate node: nothing else changes."""
         fmt.write_node(self.root, f"teachers/{name}/{fmt.FINGERPRINT}", record)
 
     # -- committing
@@ -325,8 +324,7 @@ class StoreWriter:
         start: int,
         stop: int,
     ) -> Tables:
-        """Write rows [start, stop) of the tables; returns their digests, for the plan that names
-        them."""
+        """Write rows [start, stop) of the tables; return their digests for the plan."""
         tables: Tables = {}
         for spec in specs:
             inside(self.root, spec.path, below=True)
@@ -366,8 +364,10 @@ class StoreWriter:
         fmt.write_node(self.root, ".", self.attributes)
 
     def _grow(self) -> None:
-        """Bring every row array to the planned size: idempotent, so a kill between two resizes is
-        healed."""
+        """Bring every row array to the planned size.
+
+        It is idempotent, so a kill between two resizes is mended.
+        """
         rows = self.index.n_shards * self.shard_rows
         if not rows:
             return
@@ -445,8 +445,10 @@ def same_attributes(
     place: str = "in the store",
     other: str = "in this command",
 ) -> None:
-    """StoreMismatchError naming the first key in which two JSON-able values differ, and what it is
-    on both sides."""
+    """Raise StoreMismatchError naming the first key in which two JSON-able values differ.
+
+    The message has the values of both sides.
+    """
     here = json.loads(json.dumps(here))
     if there == here:
         return
