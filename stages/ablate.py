@@ -12,12 +12,13 @@ from pydantic import Field, model_validator
 
 from ..pipeline.ablation.cost import show_cost
 from ..pipeline.ablation.plan import cells, read_plan
-from ..pipeline.ablation.progress import CELLS, SECONDS, Progress, Work
+from ..pipeline.ablation.progress import Progress, Work
 from ..pipeline.ablation.steps import Commands, Step, StepMaker, run_step
-from ..pipeline.common.config import check_output_dir, write_config
+from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import DistInitError, TrainingInterrupted, UsageError
 from ..pipeline.common.locks import folder_lock
+from ..pipeline.common.run_dir import CELLS, CONFIG, SECONDS, check_output_dir
 from ..pipeline.common.settings import Options
 from ..pipeline.common.urls import StoreAddress, check_local
 from ..pipeline.store.reader import TargetStore, check_moved
@@ -102,7 +103,7 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
             progress.records(), [each.steps for each in work], out, progress.seconds, console
         )
     with folder_lock(out):
-        write_config(out / "config.yaml", "ablate", config)
+        write_config(out / CONFIG, "ablate", config)
         progress.write()
         if config.workers is not None or config.scheduler is not None:
             from ..pipeline.ablation.execution import run_on_workers

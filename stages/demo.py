@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import Field
 from rich.text import Text
 
-from ..pipeline.common.config import CONF, check_output_dir, load_config, write_config
+from ..pipeline.common.config import CONF, load_config, write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import StoreError, UsageError
+from ..pipeline.common.run_dir import check_output_dir
 from ..pipeline.common.settings import Options
 from ..pipeline.extraction.extract_options import ExtractConfig
 from ..pipeline.store.reader import TargetStore

@@ -13,13 +13,22 @@ import yaml
 from pydantic import Field, model_validator
 
 from ..pipeline.clips.transforms import ClipView
-from ..pipeline.common.config import require_no_store, require_writable
 from ..pipeline.common.console import Console
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.distributed import Ranks
 from ..pipeline.common.documents import Form, is_regular_file, load_yaml, read_bytes, read_json
 from ..pipeline.common.errors import CheckpointError, LabelsError, UsageError
 from ..pipeline.common.locks import folder_lock
+from ..pipeline.common.run_dir import (
+    CONFIG,
+    LAST,
+    MODEL_FILE,
+    PREDICTIONS,
+    RESULT,
+    TEST_FILES,
+    require_no_store,
+    require_writable,
+)
 from ..pipeline.common.settings import Options
 from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.classification import HEAD
@@ -27,9 +36,6 @@ from ..pipeline.evaluation.compare import compare, fuse
 from ..pipeline.evaluation.labels import Labels, load_labels, short_dataset
 from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.evaluation.protocol import (
-    FILES,
-    PREDICTIONS,
-    RESULT,
     EvaluationOptions,
     evaluate_student,
     refuse_other,
@@ -40,12 +46,10 @@ from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.test_overlap import overlap, require_own_labels
 from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student
-from ..pipeline.training.checkpoint import LAST, read_identity
+from ..pipeline.training.checkpoint import read_identity
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop_options import LoopOptions
 from ..pipeline.training.seen_videos import SeenVideos
-
-MODEL = "model.safetensors"
 
 
 class EvaluateConfig(Options):
@@ -125,7 +129,7 @@ def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file, expected a folder")
     require_no_store(out)
-    if not (out / "config.yaml").exists() and not split_folders(out):
+    if not (out / CONFIG).exists() and not split_folders(out):
         return config
     single = not (config.fuse or config.compare)
     if single and os.path.realpath(out) == os.path.realpath(config.runs[0]):
@@ -171,7 +175,7 @@ def _evaluate_locked(
     config: EvaluateConfig, console: Console, ranks: Ranks, stack: ExitStack
 ) -> dict[str, Any]:
     run = Path(config.runs[0])
-    splits = {} if (run / "config.yaml").exists() else split_folders(run)
+    splits = {} if (run / CONFIG).exists() else split_folders(run)
     if splits and config.split in (None, ALL):
         if config.out is not None:
             ranks.on_main(lambda: refuse_other(Path(str(config.out)), {"run": str(config.out)}))
@@ -287,7 +291,10 @@ def _assemble(config: EvaluateConfig, run: Path) -> _Job:
     if own:  # the run's result would be another's
         require_classes(labels.classes, classes, here=labels.dataset, there=str(run))
         folder = _folder(run)
-        for name in (*FILES, LAST):  # what else of the run is read, before the test takes its time
+        for name in (
+            *TEST_FILES,
+            LAST,
+        ):  # what else of the run is read, before the test takes its time
             is_regular_file(folder / name, folder)
         require_own_labels(folder, read_identity(folder), labels, "give --out to test on them")
     elif used and config.dataset is None and config.split is None:
@@ -326,7 +333,7 @@ def _known(config: EvaluateConfig, job: _Job, run: Path, console: Console) -> di
 
 def _trained_on(config: EvaluateConfig, run: Path) -> SeenVideos | None:
     """The training videos of a run that did not record them, as its label file has them today."""
-    used = _run_config(run) if (run / "config.yaml").is_file() else {}
+    used = _run_config(run) if (run / CONFIG).is_file() else {}
     if not used:
         return None
     root = config.root if config.dataset is None and config.root is not None else used.get("root")
@@ -348,16 +355,16 @@ def _folder(run: Path) -> Path:
 def _opened(run: Path) -> tuple[Path, dict[str, Any]]:
     """The model's file, and the config of its run; an empty one for a file that stands alone."""
     if run.is_file():
-        beside = run.parent / "config.yaml"
-        return run, (_run_config(run.parent) if run.name == MODEL and beside.is_file() else {})
+        beside = run.parent / CONFIG
+        return run, (_run_config(run.parent) if run.name == MODEL_FILE and beside.is_file() else {})
     used = _run_config(run)
-    if not is_regular_file(run / MODEL, run):
-        raise CheckpointError(f"{run} holds no {MODEL}: the training is not finished")
-    return run / MODEL, used
+    if not is_regular_file(run / MODEL_FILE, run):
+        raise CheckpointError(f"{run} holds no {MODEL_FILE}: the training is not finished")
+    return run / MODEL_FILE, used
 
 
 def _run_config(run: Path) -> dict[str, Any]:
-    path = run / "config.yaml"
+    path = run / CONFIG
     try:
         content = load_yaml(read_bytes(path, run).decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -15,12 +15,22 @@ import torch
 from pydantic import Field, model_validator
 
 from ..pipeline.clips.transforms import ClipView
-from ..pipeline.common.config import check_output_dir, write_config
+from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.distributed import Ranks
 from ..pipeline.common.errors import UsageError
 from ..pipeline.common.locks import folder_lock
+from ..pipeline.common.run_dir import (
+    CONFIG,
+    MODEL_FILE,
+    PREDICTIONS,
+    RUN_FILES,
+    SEEN_VIDEOS,
+    START,
+    TEST_FILES,
+    check_output_dir,
+)
 from ..pipeline.common.settings import Options
 from ..pipeline.common.weights import state_sha256
 from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
@@ -33,13 +43,7 @@ from ..pipeline.evaluation.labels import (
     load_labels,
     short_dataset,
 )
-from ..pipeline.evaluation.protocol import (
-    FILES,
-    PREDICTIONS,
-    EvaluationOptions,
-    evaluate_student,
-    write_result,
-)
+from ..pipeline.evaluation.protocol import EvaluationOptions, evaluate_student, write_result
 from ..pipeline.evaluation.run_labels import labels_digest
 from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.test_overlap import record_and_compare, require_own_labels
@@ -53,9 +57,8 @@ from ..pipeline.students.initialization import (
     student_file,
 )
 from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
-from ..pipeline.students.student_options import START, StudentMeta
+from ..pipeline.students.student_options import StudentMeta
 from ..pipeline.training.checkpoint import (
-    RUN_FILES,
     Resume,
     check_identity,
     read_identity,
@@ -64,11 +67,10 @@ from ..pipeline.training.checkpoint import (
 )
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
-from ..pipeline.training.seen_videos import SEEN_VIDEOS
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
 
 COMMAND = "finetune"
-_WRITES = (*RUN_FILES, *FILES, START, SEEN_VIDEOS)
+_WRITES = (*RUN_FILES, *TEST_FILES, START, SEEN_VIDEOS)
 
 
 class FinetuneClips(ClipView):
@@ -207,7 +209,7 @@ def _require_fitting(out: Path, split: int | str | None) -> None:
     for, or all where it is one: both write RUN/result.json."""
     splits = split_folders(out)
     check_output_dir(out, COMMAND, () if splits else _WRITES)
-    if split == ALL and (out / "config.yaml").exists():
+    if split == ALL and (out / CONFIG).exists():
         raise UsageError(
             f"--out {out} holds a run of one split; --split all needs a folder of its own"
         )
@@ -243,7 +245,7 @@ def _finetune_split(
             lambda: _check_same(run_dir, saved, identity | options.identity(), labels)
         )
         ranks.on_all_ranks(lambda: require_not_longer(run_dir, options))
-    ranks.on_main(lambda: write_config(run_dir / "config.yaml", COMMAND, config))
+    ranks.on_main(lambda: write_config(run_dir / CONFIG, COMMAND, config))
     overlap = ranks.on_main(
         lambda: record_and_compare(config.init, labels, run_dir, console, again=saved is not None)
     )
@@ -457,7 +459,7 @@ def _export(config: FinetuneConfig, labels: Labels, student: Student, run_dir: P
         resize=_pair(clips),
         extra={"dataset": config.dataset, "split": labels.split, "init": config.init},
     )
-    save_student(run_dir / "model.safetensors", student, meta)
+    save_student(run_dir / MODEL_FILE, student, meta)
 
 
 def _pair(clips: ClipView) -> tuple[int, int] | None:
@@ -490,7 +492,7 @@ def _summary(
         "train_videos": len(labels.train),
         "test_videos": len(labels.test),
         "metrics": metrics,
-        "model": str(run_dir / "model.safetensors"),
+        "model": str(run_dir / MODEL_FILE),
         "predictions": str(run_dir / PREDICTIONS),
         "epochs": result.epochs,
         "steps": result.steps,

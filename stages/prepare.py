@@ -21,6 +21,7 @@ from ..pipeline.common.console import Console
 from ..pipeline.common.errors import UsageError, VideoError
 from ..pipeline.common.files import replacing, sweep_run
 from ..pipeline.common.locks import lock
+from ..pipeline.common.run_dir import CONFIG
 from ..pipeline.common.same_failure import SameFailure
 from ..pipeline.common.settings import Options
 from ..pipeline.common.urls import check_local
@@ -72,9 +73,7 @@ def prepare(config: PrepareConfig, console: Console) -> dict[str, Any]:
     videos = _list(config, console)
     with _claim(config) as out:
         _mark(out, config, videos)
-        write_config(
-            out / "config.yaml", COMMAND, config.model_copy(update={"out": out.absolute()})
-        )
+        write_config(out / CONFIG, COMMAND, config.model_copy(update={"out": out.absolute()}))
         status = StatusFile(out / "status.csv")
         began = time.monotonic()
         todo, tally = _plan(config, videos, out, status, console)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..pipeline.common.config import require_writable
 from ..pipeline.common.console import Console
 from ..pipeline.common.documents import parse_json, read_bytes
 from ..pipeline.common.errors import SourceError, UsageError
-from ..pipeline.common.files import check_output_dir, write_page
+from ..pipeline.common.files import write_page
+from ..pipeline.common.run_dir import check_page_dir, require_writable
 from ..pipeline.reporting.ablation_results import ablation_folders, cell_names, read_ablations
 from ..pipeline.reporting.ablation_tables import ablation_numbers, screen_table
 from ..pipeline.reporting.accuracy import accuracy_numbers, screen_tables
@@ -75,7 +75,7 @@ def report(
         written.append(Path(out) / f"ablation-{number}.csv")
         files[written[-1]] = ablation_numbers(ablation).to_csv()
         console.table(screen_table(ablation).to_rich())
-    check_output_dir(page, (FILES, *(path.relative_to(out).as_posix() for path in files)))
+    check_page_dir(page, (FILES, *(path.relative_to(out).as_posix() for path in files)))
     _write(Path(out), files)
     for part in screen_tables(found.finetuned):
         console.table(part.to_rich())

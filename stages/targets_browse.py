@@ -10,7 +10,8 @@ from typing import Any
 from .. import __version__
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import UsageError
-from ..pipeline.common.files import check_output_dir, write_page
+from ..pipeline.common.files import write_page
+from ..pipeline.common.run_dir import check_page_dir
 from ..pipeline.reporting.browse import summarize_store
 from ..pipeline.reporting.browse_page import browse_page
 from ..pipeline.store.reader import TargetStore, check_moved
@@ -36,7 +37,7 @@ def targets_browse(
     store = TargetStore.open(store_path)
     check_moved(store, moved or {})
     page = Path(out) / "browse.html"
-    check_output_dir(page)
+    check_page_dir(page)
     found = summarize_store(store, sample, seed=seed, moved=moved)
     write_page(page, browse_page(found, __version__))
     missing = {video.path: video.problem for video in found.videos if video.problem is not None}

@@ -16,12 +16,20 @@ import numpy as np
 import torch
 
 from ..pipeline.clips.seeding import split_held_out
-from ..pipeline.common.config import check_output_dir, write_config
+from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console, plain
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.distributed import Ranks
 from ..pipeline.common.errors import StoreError, StoreMismatchError, UsageError
 from ..pipeline.common.files import write_whole
+from ..pipeline.common.run_dir import (
+    CONFIG,
+    RESULT,
+    RUN_FILES,
+    SEEN_VIDEOS,
+    STUDENT_FILE,
+    check_output_dir,
+)
 from ..pipeline.evaluation.exclusion import canonical_leave_out, left_out_of
 from ..pipeline.evaluation.short_videos import warn_of_short_videos
 from ..pipeline.store.exclude import Exclusion
@@ -35,7 +43,6 @@ from ..pipeline.targets.mixture import by_corpus
 from ..pipeline.targets.picks import PickRule
 from ..pipeline.targets.sampler import ClipSample, TargetSampler
 from ..pipeline.training.checkpoint import (
-    RUN_FILES,
     check_identity,
     load_weights,
     read_identity,
@@ -50,11 +57,10 @@ from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, LoopOptions, fit
 from ..pipeline.training.precision import pick_workers
 from ..pipeline.training.reference_losses import DRAWS, TOO_LITTLE, LossBounds, loss_bounds
-from ..pipeline.training.seen_videos import OWN, SEEN_VIDEOS, SeenVideos
+from ..pipeline.training.seen_videos import OWN, SeenVideos
 from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
 
 COMMAND = "train-student"
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def _train_locked(
     if saved is not None:  # before the config of the run is overwritten
         ranks.on_all_ranks(lambda: _check_same(run_dir, saved, identity))
         ranks.on_all_ranks(lambda: require_not_longer(run_dir, options))
-    ranks.on_main(lambda: write_config(run_dir / "config.yaml", COMMAND, _absolute(config)))
+    ranks.on_main(lambda: write_config(run_dir / CONFIG, COMMAND, _absolute(config)))
     if saved is None or not (run_dir / SEEN_VIDEOS).exists():
         ranks.on_main(lambda: _seen(store, parts.train.sampler.videos, config.moved).write(run_dir))
 
@@ -431,7 +437,7 @@ def _export(
     run_dir: Path,
 ) -> Path:
     """RUN/student.safetensors from the last weights, or the best."""
-    path = run_dir / "student.safetensors"
+    path = run_dir / STUDENT_FILE
     if config.export == "best":
         load_weights(run_dir, "best", student)
     resize = config.clips.frame_view().resize

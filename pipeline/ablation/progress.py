@@ -12,10 +12,9 @@ from pydantic import FiniteFloat, TypeAdapter
 from ..common.documents import read_bytes
 from ..common.errors import SourceError
 from ..common.files import write_whole
+from ..common.run_dir import CELLS, SECONDS
 from .plan import Cell, Plan
 from .steps import Step
-
-CELLS, SECONDS = "cells.json", "seconds.json"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..common.config import load_config, merge, preset_section
 from ..common.console import Console
-from ..common.run_dir import STEP_FOLDERS
+from ..common.run_dir import RESULT, STEP_FOLDERS, STUDENT_FILE
 from ..common.settings import Options
 from ..evaluation.exclusion import canonical_leave_out, leave_out
 from ..evaluation.labels import Labels, canonical, load_labels
@@ -29,7 +29,6 @@ from ..training.distillation_options import TrainConfig
 from ..training.loop_options import FREE_ON_RESUME
 from .plan import SECTIONS, STUDENT, Cell
 
-RESULT = "result.json"
 TRAIN, TUNE = SECTIONS
 PATHS = {
     TRAIN: {"out", "resume", "moved", "store", "leave_out", "leave_out_split"},
@@ -226,7 +225,7 @@ def _of_file(init: str) -> str:
     student's, …)."""
     kind, colon, rest = init.partition(":")
     for path in (init, rest) if colon else (init,):
-        path = os.path.join(path, "student.safetensors") if os.path.isdir(path) else path
+        path = os.path.join(path, STUDENT_FILE) if os.path.isdir(path) else path
         if os.path.isfile(path):
             with open(path, "rb") as file:
                 return f"{kind if path == rest else ''}:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -17,9 +17,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import tempfile
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -28,11 +27,10 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from .documents import load_yaml, read_bytes
-from .errors import DistInitError, SourceError, UsageError
+from .documents import load_yaml
+from .errors import DistInitError, UsageError
 from .files import write_whole
 from .settings import Options
-from .urls import check_local
 
 C = TypeVar("C", bound=Options)
 
@@ -103,86 +101,6 @@ def write_config(path: str | os.PathLike[str], command: str, config: Options) ->
     text = yaml.safe_dump({command: config.model_dump(mode="json")}, sort_keys=False, width=100)
     head = f"# The config as used; `distinit {command} --config FILE` reads it.\n"
     write_whole(Path(path), (head + text).encode())
-
-
-def check_output_dir(
-    folder: Path, command: str, writes: Iterable[str] = (), *, record: str = "config.yaml"
-) -> None:
-    """Check that a command overwrites nothing in a folder but what it wrote itself.
-
-    The record of a folder that a command wrote is its config there, see `write_config`: names of
-    other files and of folders prove nothing.
-
-    Args:
-        writes: names of the other files that the command writes into the folder.
-        record: name of the file that holds the config.
-
-    Raises:
-        UsageError: The config is another command's, or there is none and one of `writes` exists, or
-            the folder is a Zarr store or in one, where the files of a run have no place.
-    """
-    require_no_store(folder)
-    sections = recorded_sections(folder / record)
-    if sections == {command}:
-        return
-    if sections:
-        raise UsageError(
-            f"--out {folder}: its {record} is one of distinit {min(sections - {command})}, which {command} would "
-            f"overwrite; choose another --out"
-        )
-    refuse_existing(folder, (record, *writes), f"distinit {command}")
-
-
-def refuse_existing(folder: Path, names: Iterable[str], writer: str) -> None:
-    """UsageError where one of the files is in the folder; writer: whose work they are not, for the
-    message."""
-    for name in names:
-        if os.path.lexists(folder / name):
-            raise UsageError(
-                f"--out {folder}: its {name} was not written by {writer}, which would overwrite it; "
-                f"choose another --out"
-            )
-
-
-def recorded_sections(config: Path) -> set[str]:
-    """The commands of which a config file has a section; none for a file that is no config of ours,
-    or not there."""
-    try:
-        content = load_yaml(read_bytes(config).decode("utf-8"))
-    except (SourceError, UnicodeDecodeError, yaml.YAMLError):
-        return set()
-    return (
-        set(content) & set(SECTIONS)
-        if isinstance(content, dict) and set(content) <= set(SECTIONS)
-        else set()
-    )
-
-
-def require_no_store(folder: Path) -> None:
-    """UsageError where the folder is a Zarr store or below one, or is a URL."""
-    check_local(folder)
-    absolute = Path(os.path.realpath(folder))
-    store = next(
-        (place for place in (absolute, *absolute.parents) if (place / "zarr.json").exists()), None
-    )
-    if store is not None:
-        where = "is a Zarr store" if store == absolute else f"is in the Zarr store {store}"
-        raise UsageError(f"--out {folder}: {where}; choose another --out")
-
-
-def require_writable(folder: Path) -> None:
-    """UsageError where no file can be written into the folder, which is made: tried before the
-    work, not after it."""
-    require_no_store(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"trial")
-    except OSError as error:
-        why = error.strerror or error
-        raise UsageError(
-            f"--out {folder}: cannot be written: {why}; choose another --out"
-        ) from error
 
 
 def presets() -> list[str]:

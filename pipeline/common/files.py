@@ -9,19 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import DistInitError, UsageError
 from .streams import printable
-from .urls import check_local
-
-# Pages of version 0.1 have no generator, but name it in the lead.
-_OURS = re.compile(
-    r"<meta name=generator content=distinit>"
-    r"|\bdistinit 0\.1\.\w+\. (Every accuracy is recomputed|Entropies are in nats)"
-)
 
 _IN_STORE = re.compile(
     r".+\.[0-9a-f]{32}\.partial"  # of zarr, which writes a file under this name and renames it
@@ -105,19 +98,3 @@ def sweep_run(folder: Path) -> None:
     for path in (*folder.iterdir(), *folder.glob("checkpoints/.*")):
         if _IN_RUN.fullmatch(path.name) and (path.is_file() or path.is_symlink()):
             path.unlink()
-
-
-def check_output_dir(page: Path, names: Iterable[str] = ()) -> None:
-    """UsageError where writing `page`, and files of these names next to it, would overwrite what is
-    not distinit's: the page is the record. Or where its folder is a URL."""
-    check_local(page.parent)
-    try:
-        ours = _OURS.search(page.read_text(encoding="utf-8", errors="replace")) is not None
-    except OSError:
-        ours = False
-    for name in (page.name, *names) if not ours else ():
-        if os.path.lexists(page.parent / name):
-            raise UsageError(
-                f"--out {page.parent}: its {name} was not written by distinit, which would overwrite it; "
-                f"choose another --out"
-            )

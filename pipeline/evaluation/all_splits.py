@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.config import recorded_sections
 from ..common.console import Console
 from ..common.errors import UsageError
+from ..common.run_dir import CONFIG, recorded_sections
 from ..common.tables import Column, Table
 from .metrics import MEASURES
 from .protocol import write_result
@@ -36,9 +36,7 @@ def split_folders(run: Path) -> dict[int, Path]:
         if (m := re.fullmatch(r"split(\d+)", path.name))
     }
     found = {
-        split: paths[split]
-        for split in sorted(paths)
-        if recorded_sections(paths[split] / "config.yaml")
+        split: paths[split] for split in sorted(paths) if recorded_sections(paths[split] / CONFIG)
     }
     for path in found.values():
         if not path.resolve().is_relative_to(run.resolve()):

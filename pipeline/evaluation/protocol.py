@@ -16,6 +16,7 @@ from ..common.console import Console
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import UsageError
 from ..common.files import write_whole
+from ..common.run_dir import PARTIAL_PREDICTIONS, PREDICTIONS, RESULT
 from ..common.settings import Options
 from ..common.tables import Column, Table
 from ..common.weights import state_sha256
@@ -27,12 +28,6 @@ from .metrics import MEASURES
 from .predictions import Predictions, PredictionsError, metrics_from_file
 from .predictor import predict
 from .run_labels import labels_digest
-
-PREDICTIONS = "predictions.h5"
-RESULT = "result.json"
-_PARTIAL = "predictions.partial.h5"
-FILES = (PREDICTIONS, _PARTIAL, RESULT)
-"""What a test writes into a folder."""
 
 
 class EvaluationOptions(Options):
@@ -87,7 +82,7 @@ def evaluate_student(
     return the metrics.
     """
     predictions = _nothing_yet(student, labels, view, length, options)
-    final, partial = out / PREDICTIONS, out / _PARTIAL
+    final, partial = out / PREDICTIONS, out / PARTIAL_PREDICTIONS
 
     def begin() -> list[int]:
         out.mkdir(parents=True, exist_ok=True)
@@ -201,7 +196,7 @@ def refuse_other(out: Path, mine: dict[str, str | list[str]]) -> None:
 
 
 def _refuse_foreign_predictions(out: Path) -> None:
-    for path in (out / PREDICTIONS, out / _PARTIAL):
+    for path in (out / PREDICTIONS, out / PARTIAL_PREDICTIONS):
         try:
             if path.exists():
                 Predictions.read(path)

@@ -13,11 +13,11 @@ from typing import Any
 from ..common.documents import is_regular_file
 from ..common.errors import CheckpointError
 from ..common.files import write_whole
+from ..common.run_dir import LABELS
 from ..common.streams import as_json
 from ..corpus.sources import escape_path
 from .labels import Labelled, Labels
 
-RUN_LABELS = "labels.json"
 Pair = tuple[str, int]
 
 
@@ -44,7 +44,7 @@ class RunLabels:
     def read(cls, run: Path) -> RunLabels | None:
         """Return what a run folder recorded; None where it has no record, as runs of distinit 0.1.
         CheckpointError, and SourceError for a link that leads out of the folder."""
-        path = run / RUN_LABELS
+        path = run / LABELS
         if not is_regular_file(path, run):
             return None
         try:
@@ -59,7 +59,7 @@ class RunLabels:
 
     def write(self, run: Path) -> None:
         """Write RUN/labels.json, whole or not at all. CheckpointError."""
-        write_whole(run / RUN_LABELS, as_json(asdict(self), indent=0).encode())
+        write_whole(run / LABELS, as_json(asdict(self), indent=0).encode())
 
     def difference(self, labels: Labels, sides: Sequence[str] = ("train", "test")) -> str:
         """How labels differ from these, in words; "" where they do not. sides: those that are

@@ -19,14 +19,12 @@ from pydantic import AfterValidator, Field
 
 from ..common.documents import Form, inner_path, read_json
 from ..common.errors import SourceError
+from ..common.run_dir import CELLS, RESULT
 from ..evaluation.ensemble import Gain, p_value
 from ..evaluation.labels import short_dataset
 from ..evaluation.metrics import Estimate, bootstrap_ratios, by_group, interval, video_values
 from .paper_results import PaperNumbers
 from .runs import Run
-
-CELLS = "cells.json"
-
 
 Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 RunFolder = Annotated[str, AfterValidator(inner_path)]
@@ -237,7 +235,7 @@ def ablation_folders(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
             inner[:] = sorted(name for name in inner if not name.endswith(".zarr"))
             if CELLS in files:
                 found[Path(here).resolve()] = None
-            if "result.json" in files:
+            if RESULT in files:
                 inner.clear()
     return list(found)
 

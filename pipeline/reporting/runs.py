@@ -29,13 +29,12 @@ from ..common.documents import (
     require_form,
 )
 from ..common.errors import CheckpointError, DistInitError, SourceError, UsageError
-from ..common.run_dir import STEP_FOLDERS
+from ..common.run_dir import CONFIG, METRICS, MODEL_FILE, RESULT, START, STEP_FOLDERS, STUDENT_FILE
 from ..common.safetensors_files import open_checked
 from ..common.sealed import check_seal
 from ..common.urls import public_url
 from ..evaluation.labels import short_dataset
 from ..evaluation.predictions import Predictions, metrics_from_file
-from ..students.student_options import START
 from ..targets.picks import PickRule
 from .charts import Line
 
@@ -153,9 +152,7 @@ class Run:
     @property
     def model(self) -> Path:
         """The exported model, of a finished run."""
-        return self.path / (
-            "student.safetensors" if self.kind == "student" else "model.safetensors"
-        )
+        return self.path / (STUDENT_FILE if self.kind == "student" else MODEL_FILE)
 
     @property
     def finished(self) -> bool:
@@ -264,7 +261,7 @@ def _walk(root: Path) -> list[str]:
     paths = []
     for here, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.endswith(".zarr"))
-        if "config.yaml" in files and _kind(Path(here), root) is not None:
+        if CONFIG in files and _kind(Path(here), root) is not None:
             paths.append(here)
             folders.clear()  # a run holds no other runs
     return paths
@@ -276,7 +273,7 @@ def _kind(path: Path, inside: Path) -> str | None:
 
 
 def _read_config(path: Path, inside: Path) -> dict[str, Any]:
-    file = path / "config.yaml"
+    file = path / CONFIG
     try:
         content = load_yaml(read_bytes(file, inside).decode("utf-8"))
         return plain_data(content) if isinstance(content, dict) else {}
@@ -313,7 +310,7 @@ def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
     section = require_form(config[command] or {}, _Config, f"{path / 'config.yaml'}: {command}")
     if "store" in section:  # an older version recorded URLs with their passwords
         section = {**section, "store": public_url(str(section["store"]))}
-    result, predictions, metrics = read_json(path / "result.json", _Result, inside), None, None
+    result, predictions, metrics = read_json(path / RESULT, _Result, inside), None, None
     file = path / "predictions.h5"
     if kind == "finetune" and result and is_regular_file(file, inside):
         metrics, predictions = metrics_from_file(file), Predictions.read(file)
@@ -325,7 +322,7 @@ def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
         result,
         metrics,
         predictions,
-        _read_history(path / "metrics.jsonl", inside),
+        _read_history(path / METRICS, inside),
     )
     for weights in (run.model, path / START):
         if is_regular_file(weights, inside):

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..common.documents import is_regular_file
 from ..common.errors import CheckpointError
 from ..common.files import write_whole
+from ..common.run_dir import MODEL_FILE, STUDENT_FILE
 from ..common.safetensors_files import open_checked
 from ..common.sealed import BLANK, KEY, seal
 from ..common.settings import Options
@@ -31,7 +32,6 @@ from .student import Backbone, Student, build_student
 from .student_options import BUILTIN_ARCHITECTURES, STEM, StudentMeta, StudentOptions
 
 FORMAT_VERSION = 1
-RUN_FILES = ("student.safetensors", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -283,13 +283,17 @@ def _file_of(path: str | Path) -> Path:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file or run folder")
         return path
-    inside = [path / name for name in RUN_FILES if is_regular_file(path / name, path)]
+    inside = [
+        path / name for name in (STUDENT_FILE, MODEL_FILE) if is_regular_file(path / name, path)
+    ]
     if not inside:
         raise CheckpointError(
-            f"{path}: holds no {' and no '.join(RUN_FILES)}; is its run finished?"
+            f"{path}: holds no {' and no '.join((STUDENT_FILE, MODEL_FILE))}; is its run finished?"
         )
     if len(inside) > 1:
-        raise CheckpointError(f"{path}: holds {' and '.join(RUN_FILES)}; name the file")
+        raise CheckpointError(
+            f"{path}: holds {' and '.join((STUDENT_FILE, MODEL_FILE))}; name the file"
+        )
     return inside[0]
 
 

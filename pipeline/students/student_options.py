@@ -24,7 +24,6 @@ are not."""
 
 STEM = "stem.0.weight"
 """Torchvision's name for the first convolution of r3d, mc3 and R(2+1)D, [F, C, T, H, W]."""
-START = "start.safetensors"
 """Beside an inflated run's weights: the first convolution as it was before training, under its
 name."""
 

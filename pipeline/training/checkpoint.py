@@ -25,6 +25,7 @@ from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import CheckpointError, StoreMismatchError, UsageError
 from ..common.files import write_whole
 from ..common.locks import folder_lock
+from ..common.run_dir import CONFIG, LAST, RUN_FILES
 from ..common.sealed import add_comment, check_seal, seal
 from ..corpus.sources import escape_path
 from ..corpus.textfiles import is_utf8
@@ -32,9 +33,6 @@ from .loop_options import LoopOptions
 from .train_state import TrainState
 
 FORMAT_VERSION = 2
-LAST = "checkpoints/last.pt"
-# Any of these means that a folder holds a run.
-RUN_FILES = (LAST, "metrics.jsonl", "student.safetensors", "model.safetensors")
 Resume = Literal["auto"] | bool
 """False: a folder that holds a run is refused; True: one that holds none; auto: a run goes on or
 begins."""
@@ -58,9 +56,7 @@ def claim_run_dir(run_dir: Path, *, resume: Resume) -> None:
         raise UsageError(
             f"--out {escape_path(os.fspath(run_dir))}: the path is not UTF-8; choose another --out"
         )
-    if resume is True and not any(
-        (run_dir / name).exists() for name in (*RUN_FILES, "config.yaml")
-    ):
+    if resume is True and not any((run_dir / name).exists() for name in (*RUN_FILES, CONFIG)):
         raise UsageError(f"--resume: {run_dir} holds no run; --resume auto begins one")
     found = [name for name in RUN_FILES if (run_dir / name).exists()]
     if found and not resume:
@@ -86,7 +82,7 @@ def run_dir_lock(run_dir: Path, *, resume: Resume) -> Iterator[None]:
 def read_identity(run_dir: Path) -> dict[str, Any] | None:
     """The identity that the last checkpoint of a run carries; None where there is no checkpoint
     yet."""
-    path = run_dir / "checkpoints" / "last.pt"
+    path = run_dir / LAST
     if not path.exists():
         return None
     identity = json.loads(_load(path)["identity"])
@@ -96,7 +92,7 @@ def read_identity(run_dir: Path) -> dict[str, Any] | None:
 def require_not_longer(run_dir: Path, options: LoopOptions) -> None:
     """UsageError where a run has done more steps than are asked for: what it would say of itself
     would be wrong."""
-    path = run_dir / "checkpoints" / "last.pt"
+    path = run_dir / LAST
     if not path.exists():
         return
     done = int(_load(path)["state"]["step"])

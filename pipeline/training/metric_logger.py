@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..common.errors import TrainingError
 from ..common.files import write_whole
+from ..common.run_dir import METRICS
 from ..common.streams import printable
 
 
@@ -25,7 +26,7 @@ class Metrics:
     """
 
     def __init__(self, run_dir: Path, step: int) -> None:
-        self.path = run_dir / "metrics.jsonl"
+        self.path = run_dir / METRICS
         self._tensorboard_dir = run_dir / "tensorboard"
         self._step = step
         self._file: IO[str] | None = None

@@ -22,9 +22,9 @@ from ..clips.content import same_content
 from ..common.documents import is_regular_file
 from ..common.errors import CheckpointError, VideoError
 from ..common.files import write_whole
+from ..common.run_dir import SEEN_VIDEOS
 from ..video.container import digest
 
-SEEN_VIDEOS = "seen_videos.npz"
 DIGEST_BYTES = 16
 INIT, OWN = 0, 1
 

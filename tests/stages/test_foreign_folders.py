@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.common.config import check_output_dir, write_config
+from distinit.pipeline.common.config import write_config
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, UsageError
-from distinit.pipeline.common.files import check_output_dir as require_own_page
+from distinit.pipeline.common.run_dir import check_output_dir
+from distinit.pipeline.common.run_dir import check_page_dir as require_own_page
 from distinit.pipeline.common.urls import check_local
 from distinit.pipeline.corpus.sources import MARKER
 from distinit.pipeline.evaluation.all_splits import split_folders
