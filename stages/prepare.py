@@ -20,7 +20,7 @@ from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import UsageError, VideoError
 from ..pipeline.common.files import replacing, sweep_run
-from ..pipeline.common.locks import lock
+from ..pipeline.common.locks import locked
 from ..pipeline.common.run_dir import CONFIG
 from ..pipeline.common.same_failure import SameFailure
 from ..pipeline.common.settings import Options
@@ -120,18 +120,11 @@ def _claim(config: PrepareConfig) -> Iterator[Path]:
     if out.is_dir() and read_marker(out) is None and not _only_claimed(out):
         raise UsageError(f"--out {out}: holds other files; choose a new or empty folder")
     (out / PARTIAL).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / PARTIAL / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-    try:
-        lock(
-            descriptor,
-            out,
-            UsageError(f"--out {out}: another run of distinit prepare is at work there"),
-        )
+    busy = UsageError(f"--out {out}: another run of distinit prepare is at work there")
+    with locked(out / PARTIAL / LOCK, busy, make=True):
         _sweep(out)
         yield out
         _sweep(out)
-    finally:
-        os.close(descriptor)
 
 
 def _only_claimed(out: Path) -> bool:

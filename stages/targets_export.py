@@ -18,7 +18,7 @@ from ..pipeline.common.console import Console
 from ..pipeline.common.errors import DistInitError, StoreError, UsageError
 from ..pipeline.common.files import fsync_path, replacing
 from ..pipeline.common.hdf5 import STRING, Hdf5Writer, open_hdf5
-from ..pipeline.common.locks import lock
+from ..pipeline.common.locks import locked
 from ..pipeline.common.urls import check_local
 from ..pipeline.store.index import PENDING
 from ..pipeline.store.layout import is_ours
@@ -213,12 +213,8 @@ def _sweep(part: Path) -> None:
         return
     if not is_ours(part):
         raise UsageError(f"--out: {part} is in the way, and is no part of an export; move it")
-    descriptor = os.open(part, os.O_RDONLY)
-    try:
-        lock(descriptor, part, StoreError(f"{part}: another export is writing it"))
+    with locked(part, StoreError(f"{part}: another export is writing it")):
         shutil.rmtree(part)
-    finally:
-        os.close(descriptor)
 
 
 def _export_hdf5(
@@ -293,23 +289,18 @@ def _alone(out: Path) -> Iterator[None]:
     busy = StoreError(f"{out}: another export is writing it")
     file = out.with_name(f".{out.name}.export-lock")
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        lock(descriptor, out, busy)
+    with locked(file, busy, make=True) as descriptor:
         try:
             mine = os.path.samestat(os.fstat(descriptor), os.stat(file))
         except FileNotFoundError:
             mine = False
-        if (
-            not mine or out.exists()
-        ):  # another has finished meanwhile, and removed what is locked here
+        # Otherwise another has finished meanwhile, and removed what is locked here.
+        if not mine or out.exists():
             raise busy
         try:
             yield
         finally:
             file.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
 
 
 def _tables(

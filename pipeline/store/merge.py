@@ -10,7 +10,6 @@ merge is a store with pending videos, and going on copies what is missing.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 
 from ..common.errors import StoreError, StoreMismatchError, UsageError
 from ..common.files import write_whole
-from ..common.locks import lock
+from ..common.locks import locked
 from ..corpus.sources import unescape_path
 from . import layout as fmt
 from .digests import digest_bytes
@@ -52,13 +51,9 @@ def reading(store: TargetStore) -> Iterator[None]:
     if not isinstance(store.files, LocalFiles):
         yield
         return
-    descriptor = os.open(store.files.root, os.O_RDONLY)
-    try:
-        busy = StoreError(f"{store.name}: another process is writing this store")
-        lock(descriptor, store.files.root, busy, shared=True)
+    busy = StoreError(f"{store.name}: another process is writing this store")
+    with locked(store.files.root, busy, shared=True):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def check_parts(stores: Sequence[TargetStore], *, accept_run: bool = False) -> None:

@@ -10,6 +10,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..common.errors import StoreError, StoreMismatchError
 from ..common.files import fsync_path, sweep_store
-from ..common.locks import lock
+from ..common.locks import locked
 from ..common.urls import check_local
 from . import layout as fmt
 from .digests import digest_rows, read_rows, split_ranges
@@ -58,13 +59,9 @@ class StoreWriter:
         self.root = Path(os.path.abspath(path))
         if not (self.root / "zarr.json").exists():
             _create(self.root, sampling, shard_rows, origin or {})
-        self._lock = os.open(self.root, os.O_RDONLY)
-        try:
-            lock(
-                self._lock,
-                self.root,
-                StoreError(f"{self.root}: another process is writing this store"),
-            )
+        busy = StoreError(f"{self.root}: another process is writing this store")
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.root, busy))
             self.attributes = fmt.check_root(self.root)
             if self.attributes["sampling"] != dict(sampling):
                 raise StoreMismatchError(
@@ -84,9 +81,7 @@ class StoreWriter:
             zarr.open_group(staging, mode="w")
             if not damaged:
                 self._grow()
-        except BaseException:
-            os.close(self._lock)
-            raise
+            self._lock = stack.pop_all()
 
     def _load_index(self, damaged: bool) -> StoreIndex:
         try:
@@ -102,7 +97,7 @@ class StoreWriter:
 
     def __exit__(self, *exc: object) -> None:
         shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)
-        os.close(self._lock)
+        self._lock.close()
 
     @property
     def shard_rows(self) -> int:

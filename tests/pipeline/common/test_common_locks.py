@@ -14,20 +14,34 @@ from pathlib import Path
 import pytest
 
 from distinit.pipeline.common import locks
-from distinit.pipeline.common.errors import DistInitError, UsageError
-from distinit.pipeline.common.locks import folder_lock, lock
+from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.common.locks import NoLocksError, folder_lock, locked
 
 
 def test_one_writer_or_many_readers(tmp_path: Path) -> None:
-    first, second = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
     busy = UsageError("busy")
-    lock(first, tmp_path, busy, shared=True)
-    lock(second, tmp_path, busy, shared=True)
-    with pytest.raises(UsageError, match="busy"):
-        lock(second, tmp_path, busy)
-    os.close(first)
-    lock(second, tmp_path, busy)
-    os.close(second)
+    with locked(tmp_path, busy, shared=True):
+        with (
+            locked(tmp_path, busy, shared=True),
+            pytest.raises(UsageError, match="busy"),
+            locked(tmp_path, busy),
+        ):
+            pass
+        with pytest.raises(UsageError, match="busy"), locked(tmp_path, busy, wait_s=0.3):
+            pass
+    with locked(tmp_path, busy):
+        pass
+
+
+def test_a_file_that_is_made_for_its_lock_is_not_reached_through_a_link(tmp_path: Path) -> None:
+    file, victim = tmp_path / "lock", tmp_path / "victim"
+    with locked(file, UsageError("busy"), make=True) as descriptor:
+        assert os.path.samestat(os.fstat(descriptor), file.stat())
+    file.unlink()
+    file.symlink_to(victim)
+    with pytest.raises(OSError), locked(file, UsageError("busy"), make=True):
+        pass
+    assert not victim.exists()
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,10 +49,13 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with pytest.raises(
-        DistInitError, match=r"its file system cannot lock it \(No locks available\)"
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with (
+        pytest.raises(NoLocksError, match=str(tmp_path)),
+        locked(tmp_path, UsageError("busy")),
     ):
-        lock(0, tmp_path, UsageError("busy"))
+        pass
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_a_folder_is_locked_by_one_process_and_its_forks_have_no_part_in_it(
@@ -71,10 +88,8 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
-        descriptor = os.open(tmp_path, os.O_RDONLY)
-        with pytest.raises(UsageError):
-            lock(descriptor, tmp_path, UsageError("busy"))
-        os.close(descriptor)
+        with pytest.raises(UsageError), locked(tmp_path, UsageError("busy")):
+            pass
         holder.kill()
     with folder_lock(tmp_path):
         pass
