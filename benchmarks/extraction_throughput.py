@@ -53,7 +53,7 @@ class Watch(Console):
     def progress(
         self, description: str, total: float | None = None, unit: str = ""
     ) -> Iterator[Any]:
-        """As Screen's."""
+        """As Console's."""
         with super().progress(description, total, unit) as bar:
             if description != "extracting":
                 yield bar

@@ -42,7 +42,7 @@ COMMANDS = ("open", "video", "info", "browse", "verify", "export .h5", "export .
 MEASURE = """
 import contextlib, json, resource, sys, time
 from pathlib import Path
-from distinit.pipeline.common.console import Screen
+from distinit.pipeline.common.console import Console
 from distinit.stages.targets_browse import targets_browse
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_info import targets_info
@@ -58,7 +58,7 @@ class Bar:
         first.append(time.perf_counter()) if not first else None
     update = set_total = lambda self, value: None
 
-class Watched(Screen):
+class Watched(Console):
     @contextlib.contextmanager
     def progress(self, *args, **named):
         yield Bar()

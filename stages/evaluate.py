@@ -33,7 +33,8 @@ from ..pipeline.common.settings import Options
 from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.compare import compare, fuse
-from ..pipeline.evaluation.labels import Labels, load_labels, short_dataset
+from ..pipeline.evaluation.labels import Labels, load_labels
+from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.evaluation.protocol import (
     EvaluationOptions,

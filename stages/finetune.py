@@ -36,13 +36,8 @@ from ..pipeline.common.weights import state_sha256
 from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.labelled_clips import LabelledClips
-from ..pipeline.evaluation.labels import (
-    Labels,
-    available_splits,
-    canonical,
-    load_labels,
-    short_dataset,
-)
+from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
+from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.protocol import EvaluationOptions, evaluate_student, write_result
 from ..pipeline.evaluation.run_labels import labels_digest
 from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos

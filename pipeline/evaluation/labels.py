@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from ..clips.content import same_content, source_digest
@@ -426,12 +425,3 @@ def _classes(listing: Listing, rows: list[Row]) -> tuple[str, ...]:
     ):  # numbered classes in the order of their numbers
         names.sort(key=int)
     return tuple(names)
-
-
-def short_dataset(dataset: str) -> str:
-    """`csv:/data/har7/labels.csv` → `har7/labels.csv`, `folder:/data/mine` → `mine`."""
-    kind, colon, path = dataset.partition(":")
-    if not colon:
-        return dataset
-    parts = Path(path).parts
-    return "/".join(parts[-2:] if kind == "csv" else parts[-1:])

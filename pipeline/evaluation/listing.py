@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..common.errors import LabelsError
 from ..corpus.sources import escape_path, is_video
@@ -133,3 +134,12 @@ def _stem(name: str) -> str:
 
 def _ending(name: str) -> str:
     return os.path.splitext(name)[1].casefold()
+
+
+def short_dataset(dataset: str) -> str:
+    """`csv:/data/har7/labels.csv` → `har7/labels.csv`, `folder:/data/mine` → `mine`."""
+    kind, colon, path = dataset.partition(":")
+    if not colon:
+        return dataset
+    parts = Path(path).parts
+    return "/".join(parts[-2:] if kind == "csv" else parts[-1:])

@@ -23,7 +23,8 @@ from ..common.weights import state_sha256
 from ..students.student import Student
 from ..training.precision import pick_workers, torch_threads
 from .labelled_clips import EvaluationClips, FrameOrder
-from .labels import Labels, short_dataset
+from .labels import Labels
+from .listing import short_dataset
 from .metrics import MEASURES
 from .predictions import Predictions, PredictionsError, metrics_from_file
 from .predictor import predict

@@ -21,7 +21,7 @@ from ..common.documents import Form, inner_path, read_json
 from ..common.errors import SourceError
 from ..common.run_dir import CELLS, RESULT
 from ..evaluation.ensemble import Gain, p_value
-from ..evaluation.labels import short_dataset
+from ..evaluation.listing import short_dataset
 from ..evaluation.metrics import Estimate, bootstrap_ratios, by_group, interval, video_values
 from .paper_results import PaperNumbers
 from .runs import Run

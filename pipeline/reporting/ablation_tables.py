@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from ..common.tables import Column, Table
-from ..evaluation.labels import short_dataset
+from ..evaluation.listing import short_dataset
 from ..evaluation.metrics import MEASURES, signed
 from .ablation_results import Ablation, Entry
 from .accuracy import DASH

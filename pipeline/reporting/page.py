@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..common.tables import Column, Table, markdown_text
-from ..evaluation.labels import short_dataset
+from ..evaluation.listing import short_dataset
 from .ablation_results import Ablation
 from .ablation_tables import ablation_tables, cells_table
 from .accuracy import DASH, percent

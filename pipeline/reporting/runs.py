@@ -33,7 +33,7 @@ from ..common.run_dir import CONFIG, METRICS, MODEL_FILE, RESULT, START, STEP_FO
 from ..common.safetensors_files import open_checked
 from ..common.sealed import check_seal
 from ..common.urls import public_url
-from ..evaluation.labels import short_dataset
+from ..evaluation.listing import short_dataset
 from ..evaluation.predictions import Predictions, metrics_from_file
 from ..targets.picks import PickRule
 from .charts import Line

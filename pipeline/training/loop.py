@@ -83,7 +83,7 @@ def fit(
     validate: called at the end of each epoch; its "loss", the lower the better, chooses the best
         checkpoint.
     progress: progress(description, total, unit) gives a bar with .advance(n, **fields), as
-        Screen.progress.
+        Console.progress.
     ranks: the processes that train together. All call `fit` alike and `validate` is called in all;
     rank 0 alone writes into run_dir, which all read on a resume.
 

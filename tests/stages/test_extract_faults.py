@@ -174,7 +174,7 @@ class Meddling(Console):
     def progress(
         self, description: str, total: float | None = None, unit: str = ""
     ) -> Iterator[Any]:
-        """As Screen's."""
+        """As Console's."""
         if description == "extracting":
             self.act()
         with super().progress(description, total, unit) as bar:

@@ -292,10 +292,10 @@ def test_a_job_that_is_killed_with_all_its_processes_goes_on_where_it_was(
     program = (
         "import json, sys\n"
         "from distinit.pipeline.common.errors import TrainingInterrupted\n"
-        "from distinit.pipeline.common.console import Screen\n"
+        "from distinit.pipeline.common.console import Console\n"
         "from distinit.stages.train_student import TrainConfig, train_student\n"
         "try:\n"
-        "    train_student(TrainConfig.model_validate(json.loads(sys.argv[1])), Screen(quiet=True))\n"
+        "    train_student(TrainConfig.model_validate(json.loads(sys.argv[1])), Console(quiet=True))\n"
         "except TrainingInterrupted as error:\n"
         "    print(error)\n"
         "    sys.exit(error.exit_code)\n"

@@ -234,8 +234,8 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
 def test_a_report_is_made_without_torch(out: Path, tmp_path: Path) -> None:
     """Its import takes seconds; weights of Kinetics alone want it."""
     words = (
-        "import sys; from distinit.stages.report import report; from distinit.pipeline.common.console import Screen; "
-        "report(sys.argv[1:2], sys.argv[2], Screen(quiet=True)); sys.exit('torch' in sys.modules)"
+        "import sys; from distinit.stages.report import report; from distinit.pipeline.common.console import Console; "
+        "report(sys.argv[1:2], sys.argv[2], Console(quiet=True)); sys.exit('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", words, str(out), str(tmp_path / "report")]
     subprocess.run(command, check=True, timeout=300)
