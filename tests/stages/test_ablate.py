@@ -30,6 +30,8 @@ from distinit.stages.ablate import COMMANDS, AblateConfig, ablate
 from distinit.stages.finetune import FinetuneConfig
 from distinit.stages.train_student import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 LOOP = {
     "batch_size": 4, "epochs": 2, "epoch_clips": 8, "lr": 0.02, "workers": 0, "threads": 1, "device": "cpu",

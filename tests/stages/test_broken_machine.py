@@ -21,6 +21,8 @@ from distinit.pipeline.video.encode import write_video
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.prepare import PrepareConfig, prepare
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 BREAK = """
 import sys

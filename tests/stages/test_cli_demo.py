@@ -14,6 +14,8 @@ import pytest
 from distinit.pipeline.common.config import CONF
 from distinit.stages.demo import CORPUS
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `demo` is not installed")
 
 

@@ -81,6 +81,7 @@ def test_another_system_is_told_what_it_does_without(tmp_path: Path) -> None:
     assert error.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_errors_of_the_job_are_one_line_and_debug_shows_where(tmp_path: Path) -> None:
     (tmp_path / "foreign.zarr").mkdir()
     done = distinit("targets", "info", "foreign.zarr", "--json", cwd=tmp_path)
@@ -93,6 +94,7 @@ def test_errors_of_the_job_are_one_line_and_debug_shows_where(tmp_path: Path) ->
     assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_no_videos_and_an_unknown_teacher(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
@@ -144,6 +146,7 @@ def test_a_full_disk_is_seen_through_what_wraps_it() -> None:
     assert explain(error) == (line, 1)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     """A real interrupt, while a teacher is being built."""
     (tmp_path / "slow.py").write_text(
@@ -175,6 +178,7 @@ def test_ctrl_c_leaves_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "Traceback" not in shown
 
 
+@pytest.mark.slow
 def test_json_stays_alone_on_standard_output(tmp_path: Path) -> None:
     """A teacher's module that prints, also from C, must not spoil the object."""
     (tmp_path / "chatty.py").write_text(

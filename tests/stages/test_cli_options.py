@@ -252,6 +252,7 @@ def test_json_of_odd_values_is_json() -> None:
     assert printable("a\nb\udcff\x1b[1m é") == "a\\nb\\udcff\\x1b[1m é"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

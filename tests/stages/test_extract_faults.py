@@ -31,6 +31,8 @@ from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 NAME = "fault_teachers:teacher"
 OPTIONS = {"name": "tiny", "input_size": "32", "resize": "32"}

@@ -24,6 +24,8 @@ from distinit.pipeline.video.sampling import Sampling
 from distinit.stages import extract_targets as stage
 from distinit.stages.extract_targets import extract_targets
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 A, B = (
     TeacherSpec(

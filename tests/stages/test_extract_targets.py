@@ -31,6 +31,8 @@ from distinit.pipeline.video.geometry import View, render
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 OPTIONS = {"name": "tiny", "input_size": "32", "resize": "32", "k": "6"}
 SPEC = TeacherSpec(name="random_teachers:teacher", options=OPTIONS)

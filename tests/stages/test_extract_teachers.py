@@ -31,6 +31,8 @@ from distinit.stages.targets_info import targets_info
 from distinit.stages.targets_merge import targets_merge
 from distinit.stages.targets_verify import targets_verify
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 MODULE = """
 import multiprocessing

@@ -33,6 +33,8 @@ from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.report import report
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = {
     "red": (3, 9, 30, 17, 12),
     "blue": (24, 5, 11, 40, 14),

@@ -22,6 +22,8 @@ from distinit.stages.evaluate import EvaluateConfig, evaluate
 from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.prepare import PrepareConfig, prepare
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 VIEW = ClipView(size=32)
 SIDES = ("train", "test")

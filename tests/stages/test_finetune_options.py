@@ -38,6 +38,8 @@ from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.predict import PredictConfig, predict
 from distinit.stages.report import report
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 
 

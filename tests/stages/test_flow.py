@@ -30,6 +30,8 @@ from distinit.stages.finetune import FinetuneConfig, finetune
 from distinit.stages.prepare import PrepareConfig, prepare
 from distinit.stages.train_student import TrainConfig, train_student
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 LOOP = {"epochs": 1, "epoch_clips": 8, "batch_size": 4, "workers": 0, "device": "cpu"}
 

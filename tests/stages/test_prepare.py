@@ -32,6 +32,8 @@ from distinit.pipeline.targets.student_clips import student_clips
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.prepare import PrepareConfig, prepare
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"copies": {"short_side": 48, "crf": 14}, "workers": 2}
 
 

@@ -116,6 +116,7 @@ WRITERS: dict[str, Callable[[Folder, Path], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", WRITERS)
 def test_a_second_writer_is_refused_and_names_the_folder(
     command: str, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,6 +130,7 @@ def test_a_second_writer_is_refused_and_names_the_folder(
     assert contents(out) == {}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_written_can_be_read_and_not_be_tested(
     folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,8 @@ from distinit.stages.extract_targets import extract_targets
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_verify import targets_verify
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 MODULE = """
 from torch import nn

@@ -22,6 +22,8 @@ from distinit.stages.extract_targets import extract_targets
 from distinit.stages.targets_verify import targets_verify
 from distinit.tests.old_stores import without_digests
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 
 

@@ -19,6 +19,8 @@ from distinit.pipeline.video.encode import write_video
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.targets_merge import targets_merge
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 MODULE = """
 import torch

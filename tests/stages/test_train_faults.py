@@ -17,6 +17,8 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.students.export import load_student
 from distinit.stages.train_student import TrainConfig, train_student
 
+pytestmark = pytest.mark.slow
+
 # The same command twice on a small disk of its own, the second time with room: one process, for the
 # imports' sake.
 DRIVER = """

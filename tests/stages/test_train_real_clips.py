@@ -24,6 +24,8 @@ from distinit.pipeline.training.distillation import Distillation, evaluate_disti
 from distinit.pipeline.training.loop import LoopOptions, fit
 from distinit.stages.extract_targets import extract_targets
 
+pytestmark = pytest.mark.slow
+
 TEACHER = "efficientnet_lite0"
 
 

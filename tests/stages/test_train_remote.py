@@ -14,6 +14,8 @@ from distinit.pipeline.common import urls
 from distinit.pipeline.common.console import Console
 from distinit.stages.train_student import TrainConfig, train_student
 
+pytestmark = pytest.mark.slow
+
 
 def test_training_from_a_url_equals_training_from_the_folder(
     tiny_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

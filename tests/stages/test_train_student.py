@@ -24,6 +24,8 @@ from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.students.export import load_student
 from distinit.stages.train_student import TrainConfig, _assemble, train_student
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 
 

@@ -29,6 +29,7 @@ zarr.create_array(sys.argv[1], shape=(4,), chunks=(4,), dtype="int32")[:] = np.a
 """
 
 
+@pytest.mark.slow
 def test_the_next_writer_of_a_store_removes_what_zarr_left(tiny_store: Any, tmp_path: Path) -> None:
     store = TargetStore.open(tiny_store.path)
     root = tmp_path / "t.zarr"

@@ -151,6 +151,7 @@ def nothing_is_left(mark: str, seconds: float = 15.0) -> bool:
     return not family(mark)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "how", "when"),
     [
@@ -183,6 +184,7 @@ def test_decoders_end_with_their_client(how: str, when: str, mark: str, tmp_path
     assert nothing_is_left(mark)
 
 
+@pytest.mark.slow
 def test_at_random_moments(mark: str, tmp_path: Path) -> None:
     chance = random.Random(0)
     for _ in range(3):

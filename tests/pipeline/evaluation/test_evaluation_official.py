@@ -131,6 +131,7 @@ def changed(path: Path, old: bytes, new: bytes) -> Iterator[None]:
         path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_hmdb51_is_read_as_its_lists_say(hmdb: Path) -> None:
     assert available_splits("hmdb51", str(hmdb)) == SPLITS
     for split in SPLITS:
@@ -156,6 +157,7 @@ def test_hmdb51_is_read_as_its_lists_say(hmdb: Path) -> None:
     assert one.source.endswith("_A_&_[B](c);d!"), "the recording, without class and number"
 
 
+@pytest.mark.slow
 def test_a_clip_of_the_official_folders_decodes(hmdb: Path, ucf: Path) -> None:
     for kind, root in (("hmdb51", hmdb), ("ucf101", ucf)):
         labels = labels_of(kind, root)
@@ -164,6 +166,7 @@ def test_a_clip_of_the_official_folders_decodes(hmdb: Path, ucf: Path) -> None:
         assert np.ptp(row["clips"].numpy()) > 50
 
 
+@pytest.mark.slow
 def test_ucf101_is_read_as_its_lists_say(ucf: Path) -> None:
     for split in SPLITS:
         labels = labels_of("ucf101", ucf, split)
@@ -180,6 +183,7 @@ def test_ucf101_is_read_as_its_lists_say(ucf: Path) -> None:
     assert found[0].source == f"HandStandPushups_g{found[0].path[-11:-8]}".replace("_gg", "_g")
 
 
+@pytest.mark.slow
 def test_case_of_the_disk_does_not_matter(ucf: Path) -> None:
     """Unpacked elsewhere, the folder or its files may have the other spelling; the class keeps its
     own name."""
@@ -260,6 +264,7 @@ def test_an_incomplete_download_is_counted(hmdb: Path, tmp_path: Path) -> None:
     extra.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [("sit",), HMDB51_CLASSES])
 def test_videos_converted_to_mp4_are_found(hmdb: Path, classes: tuple[str, ...]) -> None:
     """The tree as people convert it, one class or all; with both of a video, that of the lists
@@ -350,6 +355,7 @@ def test_wrong_lists_are_refused(hmdb: Path, ucf: Path, tmp_path: Path) -> None:
         labels_of("ucf101", ucf)
 
 
+@pytest.mark.slow
 def test_a_leak_of_an_official_split_is_told_and_kept(hmdb: Path) -> None:
     """Its numbers are compared with others', so the split stays; a user's own list would be
     refused."""

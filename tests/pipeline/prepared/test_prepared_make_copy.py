@@ -107,6 +107,7 @@ def make_source(case: str, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_copy_frame_k_shows_source_frame_k(case: str, tmp_path: Path) -> None:
     source = make_source(case, tmp_path)
@@ -302,6 +303,7 @@ def test_quality_is_psnr_and_ssim_of_what_a_loader_gets(pair: tuple[str, str]) -
     assert 1 <= found.quality["frames"] <= 3
 
 
+@pytest.mark.slow
 def test_copies_are_small_plain_videos_with_even_sides(tmp_path: Path) -> None:
     for number, ((height, width), size) in enumerate(
         {(256, 340): (128, 170), (97, 33): (96, 32), (300, 4): (300, 4), (2, 2): (2, 2)}.items()

@@ -134,6 +134,7 @@ def top1(folder: Path) -> dict[str, float]:
     return dict(zip(found["videos"], found["top1"].astype(float), strict=True))
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_predictions(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +191,7 @@ def test_numbers_are_those_of_the_predictions(
     assert "Table 2: picks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_missing_cells_are_shown_with_their_reasons(out: Path, tmp_path: Path) -> None:
     report([out], tmp_path / "report", Console(quiet=True))
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
@@ -226,6 +228,7 @@ def cells_of(table: str, kind: str) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow
 def test_each_measure_has_the_papers_beside_it_and_published_results_stand_below(
     out: Path, tmp_path: Path
 ) -> None:
@@ -328,6 +331,7 @@ def test_students_of_a_row_are_told_apart_by_split_where_each_split_has_its_own(
     assert len(set(names.values())) == len(names)
 
 
+@pytest.mark.slow
 def test_the_pair_of_the_figures_is_never_two_seeds_of_a_row(out: Path) -> None:
     places = ablation_folders([out])
     runs = find_runs([out], cell_names(places))
@@ -346,6 +350,7 @@ def test_the_pair_of_the_figures_is_never_two_seeds_of_a_row(out: Path) -> None:
     assert largest_gain(runs, dict.fromkeys(rows, "one row")) is None
 
 
+@pytest.mark.slow
 def test_a_named_pair_is_of_runs_or_rows_on_the_same_videos(out: Path) -> None:
     places = ablation_folders([out])
     runs = find_runs([out], cell_names(places))
@@ -402,6 +407,7 @@ def test_a_damaged_file_is_named(out: Path) -> None:
         read_ablations(ablation_folders([out]), [])
 
 
+@pytest.mark.slow
 def test_what_students_have_learned_stands_beside_their_accuracy(out: Path) -> None:
     content = json.loads((out / "cells.json").read_text())
     for cell in content["cells"]:

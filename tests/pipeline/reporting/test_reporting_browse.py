@@ -107,6 +107,7 @@ def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_
         targets_browse(own_store.path, tmp_path / "out", QUIET, sample=-1)
 
 
+@pytest.mark.slow
 def test_pictures_come_from_copies_too(tiny_store: Any, tmp_path: Path) -> None:
     copies = tmp_path / "copies"
     prepare(
@@ -124,6 +125,7 @@ def test_pictures_come_from_copies_too(tiny_store: Any, tmp_path: Path) -> None:
         assert a.pictures[0].jpeg != b.pictures[0].jpeg
 
 
+@pytest.mark.slow
 def test_the_command_and_its_page_in_a_browser(
     tiny_store: Any, tmp_path: Path, open_page: Callable[..., Any]
 ) -> None:

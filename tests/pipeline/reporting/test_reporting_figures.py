@@ -193,6 +193,7 @@ def test_threshold_points_are_nats_and_accuracies_of_the_rows(out: Path, tiny_st
     assert forwards_saved(student) == 10 * 8 * 2 * 2  # steps, clips a step, picks, teachers
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
     out: Path, tmp_path: Path, open_page: Callable[..., Any]
 ) -> None:
@@ -231,6 +232,7 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
         assert opened.wide <= 0
 
 
+@pytest.mark.slow
 def test_a_report_is_made_without_torch(out: Path, tmp_path: Path) -> None:
     """Its import takes seconds; weights of Kinetics alone want it."""
     words = (
@@ -243,6 +245,7 @@ def test_a_report_is_made_without_torch(out: Path, tmp_path: Path) -> None:
     assert {"figure-3-filters", "figure-5-features", "figure-6-entropy"} <= drawn
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_not_drawn_and_said(out: Path, tmp_path: Path) -> None:
     alone = out / "students" / "10"
     config = yaml.safe_load((alone / "config.yaml").read_text())

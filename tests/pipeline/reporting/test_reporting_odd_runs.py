@@ -389,6 +389,7 @@ def test_odd_numbers_make_a_report(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_what_a_report_writes_stays_in_its_folder(tmp_path: Path) -> None:
     """--out is a report that somebody else made: it lists files to remove, and holds links."""
     run_folder(tmp_path / "runs" / "run")
@@ -443,6 +444,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [flip, link_out, folder])
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "start.safetensors", "predictions.h5", "metrics.jsonl"]

@@ -84,6 +84,7 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_predictions(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +112,7 @@ def test_numbers_are_those_of_the_predictions(
     assert [r["name"] for r in result["runs"]] == ["distinit", "scratch", "student", "unfinished"]
 
 
+@pytest.mark.slow
 def test_difference_is_paired_and_says_what_it_proves(runs: Path) -> None:
     found = make_report(find_runs([runs]))
     (difference,) = found.differences
@@ -139,6 +141,7 @@ def test_a_tie_is_called_undecided(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(
     runs: Path, tmp_path: Path
 ) -> None:
@@ -235,6 +238,7 @@ def test_long_and_broken_curves_are_thinned_and_kept_finite() -> None:
     assert line_chart([Line("empty", x[:0], y[:0])], x_label="x", y_label="y") == ""
 
 
+@pytest.mark.slow
 def test_markdown_lists_unread_videos(runs: Path) -> None:
     text = to_markdown(make_report(find_runs([runs])))
     assert "distinit: counted as wrong, could not be read: v34.mp4" in text

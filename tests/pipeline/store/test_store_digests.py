@@ -81,6 +81,7 @@ def findings(root: Path) -> str:
     return "\n".join(f"{f['shard']} {f['teacher']} {f['what']}" for f in result["findings"])
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found_with_its_file_and_never_read(
     root: Path, tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_every_flipped_bit_is_found_with_its_file_and_never_read(
     assert tried > 30 * per_kind
 
 
+@pytest.mark.slow
 def test_a_store_without_digests_is_read_verified_and_grown(root: Path) -> None:
     expected = content(TargetStore.open(root))
     assert targets_verify(root, Console(quiet=True))["unchecked_files"] == 0
@@ -152,6 +154,7 @@ def test_a_video_identified_again_has_its_former_or_its_new_digest(
     assert "videos/fps" in findings(root)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(), JSON, max_size=4), st.data())
 def test_a_sealed_document_reads_back_and_no_flip_passes(
     record: dict[str, Any], data: st.DataObject

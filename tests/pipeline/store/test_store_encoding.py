@@ -108,6 +108,7 @@ def test_rows_that_cannot_be_kept_become_fill(name: Encoding) -> None:
     assert len(decode(encode(z[:0], name), name)) == 0
 
 
+@pytest.mark.slow
 def test_an_int8_store_reads_as_any_other(make_store: Callable[..., Any], tmp_path: Path) -> None:
     recipe, root = make_store(teachers={"t": 60}, encoding="int8")
     _, wide = make_store("wide.zarr", teachers={"t": 60})
@@ -182,6 +183,7 @@ def test_the_encoding_is_part_of_a_teacher_and_an_unknown_one_is_refused(
         TargetStore.open(root)
 
 
+@pytest.mark.slow
 def test_verify_finds_rows_of_another_frame_under_either_encoding(
     make_store: Callable[..., Any],
 ) -> None:

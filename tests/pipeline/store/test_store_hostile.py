@@ -225,6 +225,7 @@ NODES: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("node", "keys"),
     some(NODES, 3),
@@ -292,6 +293,7 @@ ARRAYS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("array", "keys"),
     some(ARRAYS, 2),
@@ -377,6 +379,7 @@ def zeros_of_no_said_size() -> bytes:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "column", ["videos/path", "videos/fps", "segments/bound", "teachers/t/class"]
 )
@@ -431,6 +434,7 @@ def test_links_to_the_store_itself_and_inside_corpora_are_no_matter(
     read_all(tmp_path / "link.zarr")
 
 
+@pytest.mark.slow
 def test_a_damaged_commit_is_dropped_and_filled_again(sound: Path, tmp_path: Path) -> None:
     recipe = Recipe(videos=range(5), teachers={"t": 3}, shard_rows=256)
     for node in (FRAMES, ROWS):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.reporting.browse import summarize_store
 from distinit.pipeline.reporting.browse_page import browse_page
@@ -14,6 +16,7 @@ from distinit.pipeline.store.reader import TargetStore
 from distinit.stages.targets_browse import targets_browse
 
 
+@pytest.mark.slow
 def test_failures_and_missing_videos_are_named(
     make_store: Callable[..., tuple[Any, Path]], tmp_path: Path
 ) -> None:

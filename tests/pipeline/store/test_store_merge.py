@@ -58,6 +58,7 @@ def parts(make_store: Make) -> list[Path]:
             enumerate(videos)]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_merged_store_holds_what_its_parts_hold(
     parts: list[Path], make_store: Make, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_a_merged_store_holds_what_its_parts_hold(
     assert targets_merge(parts, out, QUIET)["copied"] == 0  # done already
 
 
+@pytest.mark.slow
 def test_an_interrupted_merge_is_unfinished_and_goes_on(
     parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +122,7 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
         assert content(TargetStore.open(out)) == content(TargetStore.open(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -153,6 +156,7 @@ def test_what_does_not_fit_is_refused_by_name(
         assert targets_merge([a, b], tmp_path / "out.zarr", QUIET, accept_run=True)["videos"] == 15
 
 
+@pytest.mark.slow
 def test_damage_locks_and_wrong_use_are_named(make_store: Make, tmp_path: Path) -> None:
     recipe, a = make_store("a.zarr", videos=range(10))
     b = make_store("b.zarr", videos=range(10, 15))[1]

@@ -115,6 +115,7 @@ def root(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_rows_equal_what_plain_zarr_and_xarray_read(root: Path) -> None:
     store = TargetStore.open(root)
     group = zarr.open_group(root, mode="r")
@@ -177,6 +178,7 @@ def test_a_store_travels_to_workers(root: Path) -> None:
     np.testing.assert_array_equal(store.logits("t", rows), expected)
 
 
+@pytest.mark.slow
 def test_what_is_not_committed_does_not_exist(root: Path) -> None:
     index = load_index(root)
     videos = sorted({int(v) for v in index.video[index.shard == 1]})
@@ -209,6 +211,7 @@ def test_a_superseded_attempt_changes_nothing(root: Path) -> None:
     assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_verify_names_every_kind_of_damage(root: Path, tmp_path: Path) -> None:
     assert list(verify(root, load_index(root))) == []
     logits = root / "teachers/t/logits/c/0/0"
@@ -250,6 +253,7 @@ def damaged(
     return [f["what"] for f in result["findings"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "said"),
     [
@@ -268,6 +272,7 @@ def test_a_lost_plan_or_video_table_is_found_and_never_written_on(
             again()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", ["segments/video", "segments/shard"])
 def test_a_lost_segment_table_is_said(root: Path, column: str) -> None:
     commits = sorted(root.glob("commits/*/*/zarr.json"))
@@ -282,6 +287,7 @@ def test_a_lost_segment_table_is_said(root: Path, column: str) -> None:
         TargetStore.open(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -301,6 +307,7 @@ def test_verify_reads_the_tables(root: Path, change: dict[str, Any], said: str) 
     assert any(said in what for what in damaged(root, **change))
 
 
+@pytest.mark.slow
 def test_a_table_that_is_too_short_or_cannot_be_decoded_is_found(root: Path) -> None:
     zarr.open_array(without_digests(root) / "videos/size", mode="r+").resize((3,))
     assert f"array videos/size has 3 rows, {V} are planned" in damaged(root, lost="videos/digest/c")
@@ -391,6 +398,7 @@ def test_what_a_killed_process_left_while_it_made_the_store_is_swept(tmp_path: P
     assert [folder.exists() for folder in (left, others, alive)] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_zarr_and_xarray_find_nothing_foreign(root: Path) -> None:
     code = (
         "import sys, warnings; warnings.simplefilter('error'); import zarr;"

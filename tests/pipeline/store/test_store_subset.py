@@ -42,6 +42,7 @@ def same_videos(a: TargetStore, b: TargetStore, teachers: tuple[str, ...]) -> No
             np.testing.assert_array_equal(a.entropy(t, rows[2]), b.entropy(t, mine[2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["float16", "int8"])
 def test_a_chosen_part_is_a_store_like_any_other(
     make_store: Make, tmp_path: Path, encoding: str
@@ -77,6 +78,7 @@ def test_a_chosen_part_is_a_store_like_any_other(
     same_videos(TargetStore.open(everything), whole, ("t", "u"))
 
 
+@pytest.mark.slow
 def test_an_exported_part_fits_a_merge_that_it_did_not(make_store: Make, tmp_path: Path) -> None:
     a = make_store("a.zarr", videos=range(10))[1]
     b = make_store("b.zarr", videos=range(10, 15), shard_rows=1024)[1]
@@ -86,6 +88,7 @@ def test_an_exported_part_fits_a_merge_that_it_did_not(make_store: Make, tmp_pat
     same_videos(TargetStore.open(b), TargetStore.open(tmp_path / "b2.zarr"), ("t",))
 
 
+@pytest.mark.slow
 def test_nothing_stands_at_out_until_it_is_whole(
     make_store: Make, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -129,6 +132,7 @@ def test_one_export_at_a_time_writes_a_file(make_store: Make, tmp_path: Path) ->
     assert {path.name for path in tmp_path.iterdir()} == {"s.zarr", "x.h5"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deep/x.zarr", "x.zarr"])
 def test_of_two_exports_to_one_store_the_second_is_refused_and_the_first_goes_on(
     make_store: Make, tmp_path: Path, monkeypatch: Any, name: str
@@ -153,6 +157,7 @@ def test_of_two_exports_to_one_store_the_second_is_refused_and_the_first_goes_on
     assert list(verify(out, load_index(out))) == []
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> None:
     root = make_store()[1]
     (tmp_path / "list.txt").write_text("v00\nnothing.mp4\n")
@@ -172,6 +177,7 @@ def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> No
             targets_export(root, out, QUIET, **changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.zarr", "x.h5"])
 def test_a_finished_export_is_known_again_and_another_is_refused(
     make_store: Make, tmp_path: Path, name: str
@@ -211,6 +217,7 @@ def tables_of(path: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_hdf5_itself_finds_every_flipped_bit_of_an_exported_file(
     make_store: Make, tmp_path: Path
 ) -> None:

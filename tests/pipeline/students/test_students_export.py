@@ -35,6 +35,7 @@ def clip_of(channels: int = 3) -> torch.Tensor:
     return torch.randn(2, channels, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 def test_export_loads_strictly_into_torchvision(tmp_path: Path) -> None:
     student = student_of({"teacher": 7})
     # Statistics that differ from the initial ones, as after training.

@@ -72,6 +72,7 @@ def pairs(network: nn.Module, student: Student) -> list[tuple[str, nn.Conv2d, nn
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "inflation"),
     [("r3d_18", "scaled"), ("r3d_18", "replicated"), ("mc3_18", "scaled")],
@@ -199,6 +200,7 @@ def test_torchvisions_weights_come_from_its_cache_or_say_where_to_get_them(
     torch.testing.assert_close(student.backbone.stem[0].weight.sum(dim=2), network.conv1.weight)
 
 
+@pytest.mark.slow
 def test_kinetics_is_torchvisions_own_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

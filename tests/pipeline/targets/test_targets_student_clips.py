@@ -252,6 +252,7 @@ def test_a_scale_is_drawn_like_the_crop_and_changes_nothing_else(store):
     assert 32 <= min(heights) < 40 < max(heights) <= 60
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(store):
     clips = StudentClips(make(store, thresholds={"sure": 0.4, "unsure": 1.2}), VIEW)

@@ -134,6 +134,7 @@ def test_torchvision_weights_from_the_hub_with_their_own_preset(hub: Path) -> No
     assert teacher.identity("bf16")["compute"] != identity["compute"]
 
 
+@pytest.mark.slow
 def test_identity_does_not_depend_on_the_file(tmp_path: Path) -> None:
     module = saved_resnet(tmp_path / "a.pth", classes=7)
     counted = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
@@ -183,6 +184,7 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
         teacher.to("cpu", "fp16")
 
 
+@pytest.mark.slow
 def test_places365_from_hub_or_file(hub: Path, tmp_path: Path) -> None:
     with pytest.raises(
         WeightsError, match=r"no resnet50_places365.pth.tar in .*--teacher-weights resnet50-p"

@@ -53,6 +53,7 @@ def save(run: Path, step: int) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
     save(tmp_path, 4)
     done = subprocess.run(

@@ -38,6 +38,7 @@ def test_the_footprint_of_a_matrix_is_that_computed_by_hand() -> None:
     assert half.activations == found.activations // 2
 
 
+@pytest.mark.slow
 def test_the_footprint_of_a_student_grows_with_the_batch_and_changes_nothing() -> None:
     student = build_student(StudentOptions(width=0.25), {"t": 5})
     one, four = (footprint(student, (clips, 3, 8, 32, 32)) for clips in (1, 4))

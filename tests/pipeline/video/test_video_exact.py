@@ -196,6 +196,7 @@ QUICK = {
 QUICK |= {"open groups, H.264": 6, "AV1": 0, "interlaced": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("reading")
 def test_every_kind_of_stream(case: str, tmp_path: Path) -> None:
@@ -356,6 +357,7 @@ def test_a_header_that_points_elsewhere_is_not_believed(tmp_path: Path) -> None:
                     list(quick.frames_at(np.array(clip)))
 
 
+@pytest.mark.slow
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

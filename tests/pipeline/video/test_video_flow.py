@@ -90,6 +90,7 @@ def test_students_of_flow_see_the_flow_of_the_clips_that_others_see(tiny_store) 
         StudentClips(sampler, VIEW)
 
 
+@pytest.mark.slow
 def test_labelled_clips_of_flow(tmp_path: Path) -> None:
     for name, speed in (("a.mp4", 2.0), ("b.mp4", -2.0), ("c.mp4", 2.2), ("d.mp4", -2.2)):
         write_video(tmp_path / name, shifted(20, speed, 0.0), gop=12)

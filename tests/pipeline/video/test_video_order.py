@@ -95,6 +95,7 @@ STREAMS = {
 TAKEN = {"XviD": ["mp4", "mov", "mkv", "3gp"], "raw MPEG-2": ["mp4", "mov", "mkv", "ts"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", STREAMS)
 def test_times_that_are_the_decode_order_are_not_believed(stream: str, tmp_path: Path) -> None:
     codec, name, extra = STREAMS[stream]
@@ -126,6 +127,7 @@ def test_a_stream_that_only_looks_so_keeps_its_times(tmp_path: Path) -> None:
         assert (reader.timeline().reliable, reader.timeline().clock) == (True, "pts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["ts", "mkv", "webm"])
 def test_a_clock_that_starts_again(ending: str, tmp_path: Path) -> None:
     codec = "libvpx" if ending == "webm" else "libx264"
@@ -177,6 +179,7 @@ def with_clap(path: Path, width: int, height: int, right: int, down: int) -> Non
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])
 def test_cropping_of_the_container_is_applied(ending: str, tmp_path: Path) -> None:
     def framed() -> Iterator[np.ndarray]:

@@ -64,6 +64,7 @@ def pool(**options: float) -> DecodePool:
     return DecodePool(**{"processes": 1, "views": VIEWS, **options})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_many_videos_in_order_whatever_the_number_of_children(tmp_path: Path) -> None:
     paths = [video(tmp_path / f"{i}.mp4", n, i) for i, n in enumerate((30, 90, 1, 200, 7))]
     (tmp_path / "noise.mp4").write_bytes(b"x" * 999)
@@ -100,6 +101,7 @@ def test_stretches_and_bounds(long_video: str) -> None:
     assert [e.frames for e in ends] == [FRAMES, FRAMES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 2])
 def test_a_killed_child_costs_nothing(long_video: str, after: int) -> None:
     rows: Rows = {}
@@ -113,6 +115,7 @@ def test_a_killed_child_costs_nothing(long_video: str, after: int) -> None:
     assert rows[0] == expected(long_video, Sampling(every=1))
 
 
+@pytest.mark.slow
 def test_a_video_that_kills_twice_fails_and_the_next_is_decoded(long_video: str) -> None:
     rows: Rows = {}
     killed: set[int] = set()
@@ -148,6 +151,7 @@ def test_a_hanging_child_is_killed_after_the_time_out(long_video: str) -> None:
     assert 0 < len(rows[0]) < FRAMES
 
 
+@pytest.mark.slow
 def test_a_child_keeps_to_its_memory(tmp_path: Path, long_video: str) -> None:
     write_video(tmp_path / "big.mp4", [np.zeros((4096, 8192, 3), np.uint8)])
     with pool(memory_gb=0.03) as decoders:
@@ -156,6 +160,7 @@ def test_a_child_keeps_to_its_memory(tmp_path: Path, long_video: str) -> None:
     assert probes[1].frames == FRAMES
 
 
+@pytest.mark.slow
 def test_a_stream_may_be_left_and_the_pool_used_again(long_video: str) -> None:
     with pool(processes=2) as decoders:
         for _ in range(3):

@@ -287,6 +287,7 @@ def video(path: Path, frames: int, seed: int) -> str:
     return os.fspath(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_decoder_of_the_first_video_falls_while_the_other_has_filled_its_slots(
     tmp_path: Path, how: int
