@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING
 
 from .console import Console
 from .errors import DistInitError, in_one_line
+from .limits import require_descriptors
+from .processes import cores
 
 if TYPE_CHECKING:
     from distributed import Client, LocalCluster
 
 ANSWER_WITHIN = "20s"  # of a scheduler
 LOOPBACK = "127.0.0.1"
+# Open files of the process that starts workers: 21 and 9 per worker were counted once they run.
+OWN_FILES, FILES_PER_WORKER = 64, 16
 STARTS = 3  # of a local cluster, before the run is given up
 # What dask does beside the work, often enough that two idle workers and their scheduler were
 # measured at a fifth of a core, and seldom enough at a fiftieth. Workers here are few and a task
@@ -77,6 +81,8 @@ def _local_cluster(workers: int | None) -> LocalCluster:
     from distributed import LocalCluster
     from distributed.security import Security
 
+    count = workers or cores()
+    require_descriptors(OWN_FILES + FILES_PER_WORKER * count, f"--workers {count}")
     resource_tracker.ensure_running()  # where it has to be started later, Python unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
