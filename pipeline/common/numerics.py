@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+F = TypeVar("F", bound=np.floating[Any])
+
+
+def softmax(logits: NDArray[F]) -> NDArray[F]:
+    """Probabilities, ``logits[..., K] -> p[..., K]``, in the type of the logits."""
+    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True), logits.dtype)
+
+
+def log_softmax(logits: NDArray[F]) -> NDArray[F]:
+    """Logarithms of `softmax`: none of a vanishing probability is taken."""
+    z = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(z - np.log(np.exp(z).sum(axis=-1, keepdims=True)), logits.dtype)
 
 
 def entropy(logits: ArrayLike) -> NDArray[np.float32]:
@@ -18,3 +34,8 @@ def entropy(logits: ArrayLike) -> NDArray[np.float32]:
     total = e.sum(axis=-1)
     h = np.log(total) - (e * z).sum(axis=-1) / total
     return np.asarray(np.maximum(h, 0), dtype=np.float32)
+
+
+def distribution_entropy(p: NDArray[F]) -> NDArray[F]:
+    """Entropy in nats of distributions, ``p[..., K] -> [...]``; a probability of 0 adds nothing."""
+    return np.asarray(-(p * np.log(np.maximum(p, np.finfo(p.dtype).tiny))).sum(axis=-1))

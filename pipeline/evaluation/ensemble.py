@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import LabelsError, UsageError
+from ..common.numerics import softmax
 from ..corpus.sources import escape_path
 from .metrics import (
     RESAMPLES,
@@ -102,10 +103,7 @@ def fuse_predictions(
 def probabilities(part: Predictions) -> np.ndarray:
     """float32 [V, K]: the video scores, which sum to 1; NaN for videos without."""
     scores = part.video_scores
-    if part.protocol.get("scores") != LOGITS:
-        return scores
-    shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+    return softmax(scores) if part.protocol.get("scores") == LOGITS else scores
 
 
 def compare_predictions(

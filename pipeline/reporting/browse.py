@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..common.errors import StoreMismatchError, VideoError
+from ..common.numerics import softmax
 from ..prepared.copies import read_copy
 from ..prepared.folders import PreparedCorpus, prepared_corpora
 from ..store.index import OK, STATUS
@@ -208,9 +209,7 @@ def _pictures(
 
 
 def _verdicts(store: TargetStore, teacher: str, rows: NDArray[np.int64]) -> list[Verdict]:
-    logits = store.logits(teacher, rows).astype(np.float64)
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    odds /= odds.sum(axis=1, keepdims=True)
+    odds = softmax(store.logits(teacher, rows).astype(np.float64))
     best = np.argsort(-odds, axis=1, kind="stable")[:, :LABELS]
     classes = store.teachers[teacher].classes
     return [

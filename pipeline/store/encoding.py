@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import StoreError
+from ..common.numerics import softmax
 
 Encoding = Literal["float16", "int8"]
 ENCODINGS: tuple[str, ...] = get_args(Encoding)
@@ -102,8 +103,7 @@ def divergence(logits: NDArray[np.float32], kept: NDArray[np.float32]) -> NDArra
     that is log1p Σ p (exp d − 1 − d), a sum of small terms of one sign: float32 resolves even
     float16's 1e-6.
     """
-    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
+    p = softmax(logits)
     d = kept - logits
     d -= (p * d).sum(axis=-1, keepdims=True)
     if np.abs(d).max(initial=0) < 0.5:  # its series, several times faster than expm1

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..common.errors import StoreError
 from ..common.files import fsync_path
-from ..common.numerics import entropy
+from ..common.numerics import entropy, log_softmax, softmax
 from ..teachers.fingerprint import Fingerprint
 from . import layout as fmt
 from .digests import check_document, digest_bytes, is_sealed, read_rows
@@ -118,10 +118,7 @@ def entropy_tolerance(
     most rounding · Σ p |log p + H| to first order; what is beyond is measured to be below 1e-6
     (docs/benchmarks.md). A wrong row is mostly off by far more.
     """
-    z = logits - logits.max(axis=1, keepdims=True)
-    e = np.exp(z)
-    total = e.sum(axis=1, keepdims=True)
-    p, log_p = e / total, z - np.log(total)
+    p, log_p = softmax(logits), log_softmax(logits)
     spread = (p * np.abs(log_p - (p * log_p).sum(axis=1, keepdims=True))).sum(axis=1)
     return np.asarray(ENTROPY_TOLERANCE + rounding * spread + rounding**2, np.float32)
 

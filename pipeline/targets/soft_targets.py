@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..common.numerics import softmax
+
 
 def mean_logits(logits: ArrayLike) -> NDArray[np.float32]:
     """Mean over frames, ``logits[..., n, K] -> [..., K]`` (the exponent of eq. 1, before τ)."""
@@ -25,6 +27,4 @@ def soft_targets(mean: ArrayLike, tau: float = 1.0) -> NDArray[np.float32]:
     """Distribution over classes of averaged logits, ``mean[..., K] -> y[..., K]`` (eq. 1)."""
     if not tau > 0:
         raise ValueError(f"tau must be positive, got {tau}")
-    z = np.asarray(mean, dtype=np.float32) / np.float32(tau)
-    e = np.exp(z - z.max(axis=-1, keepdims=True))
-    return np.asarray(e / e.sum(axis=-1, keepdims=True), dtype=np.float32)
+    return softmax(np.asarray(mean, dtype=np.float32) / np.float32(tau))

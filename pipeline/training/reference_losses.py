@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.numerics import distribution_entropy
 from ..targets.sampler import ClipSample
 from ..targets.soft_targets import soft_targets
 from .distillation import Distillation
@@ -68,14 +69,12 @@ def loss_bounds(found: Iterable[ClipSample], objective: Distillation) -> LossBou
 def _of(targets: NDArray[np.float64], objective: Distillation) -> tuple[float, float]:
     """(constant, perfect) of one teacher's targets [M, K]."""
     if objective.loss == "cross-entropy":
-        return float(_entropy(targets.mean(axis=0))), float(_entropy(targets).mean())
+        return (
+            float(distribution_entropy(targets.mean(axis=0))),
+            float(distribution_entropy(targets).mean()),
+        )
     variance = targets.var(axis=0)
     return float(variance.sum() if objective.mse_reduction == "sum" else variance.mean()), 0.0
-
-
-def _entropy(y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Nats of distributions y[..., K]."""
-    return np.asarray(-(y * np.log(np.maximum(y, 1e-300))).sum(axis=-1))
 
 
 def _weighted(
