@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from .documents import load_yaml
-from .errors import DistInitError, UsageError
+from .errors import DistInitError, UsageError, first_line
 from .files import write_whole
 from .settings import Options
 
@@ -196,7 +196,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    problem = getattr(error, "problem", None) or first_line(error)
     return f"{problem} (line {mark.line + 1})" if mark else str(problem)
 
 

@@ -7,6 +7,9 @@ Messages are one line: the file or option, the value found, the values allowed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DistInitError(Exception):
     """Base of all errors raised on purpose."""
@@ -86,6 +89,27 @@ class TrainingInterrupted(DistInitError, RuntimeError):
     exit_code = 75
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of a third-party message, shortened; the type's name if it is empty."""
+    lines = (" ".join(line.split()) for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:200]
+
+
 def in_one_line(error: BaseException) -> str:
-    """A stranger's error for a message of ours: its type, and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    """Return the type of a third-party error and the first line of its message."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
+
+@contextmanager
+def third_party(who: str, failure: type[DistInitError]) -> Iterator[None]:
+    """Raise `failure` for whatever third-party code in the block raises, except errors of distinit.
+
+    who: begins the message.
+    """
+    try:
+        yield
+    except DistInitError:
+        raise
+    except Exception as error:
+        raise failure(f"{who}: {in_one_line(error)}") from error

@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from .errors import WeightsError
+from .errors import WeightsError, first_line
 from .weights import WeightsFile, load_weights
 
 
@@ -45,7 +45,7 @@ def library_weights(
         except (OSError, RuntimeError) as error:
             raise WeightsError(
                 f"{who}: {path.name} is not in {path.parent} and cannot be fetched "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+                f"({first_line(error)}); "
                 f"get {choice.url} and {remedy}"
             ) from None
     return load_weights(path, sha256)

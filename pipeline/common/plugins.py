@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import DistInitError, UsageError, in_one_line
+from .errors import UsageError, third_party
 
 _FORM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -39,18 +39,13 @@ def call_factory(
         error: no such module or function, or it fails; an error of distinit's own passes as it is.
     """
     module_name, _, function_name = name.partition(":")
-    with _working_folder_on_path():
-        try:
-            factory = getattr(importlib.import_module(module_name), function_name, None)
-            if not callable(factory):
-                raise error(f"{who}: module {module_name!r} has no function {function_name!r}")
-            places = inspect.signature(factory).parameters if offered else ()
-            extra = {key: value for key, value in (offered or {}).items() if key in places}
-            return factory(**(options or {}), **extra)
-        except DistInitError:
-            raise
-        except Exception as cause:  # a stranger's module may raise anything
-            raise error(f"{who}: {in_one_line(cause)}") from cause
+    with _working_folder_on_path(), third_party(who, error):
+        factory = getattr(importlib.import_module(module_name), function_name, None)
+        if not callable(factory):
+            raise error(f"{who}: module {module_name!r} has no function {function_name!r}")
+        places = inspect.signature(factory).parameters if offered else ()
+        extra = {key: value for key, value in (offered or {}).items() if key in places}
+        return factory(**(options or {}), **extra)
 
 
 @contextmanager

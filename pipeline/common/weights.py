@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import WeightsError
+from .errors import WeightsError, first_line
 from .sealed import check_seal
 
 _NESTED = ("state_dict", "model")
@@ -102,7 +102,7 @@ def load_weights(path: str | Path, sha256: str | None = None) -> WeightsFile:
             content: object = load_file(path)
         except (SafetensorError, ValueError) as error:
             raise WeightsError(
-                f"weights file {path}: not a safetensors file ({_line(error)})"
+                f"weights file {path}: not a safetensors file ({first_line(error)})"
             ) from None
     else:
         content = _load_torch(path)
@@ -126,7 +126,7 @@ def _load_torch(path: Path) -> object:
         first: Exception = error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise WeightsError(
-            f"weights file {path}: not a torch checkpoint ({_line(error)})"
+            f"weights file {path}: not a torch checkpoint ({first_line(error)})"
         ) from None
     try:
         with warnings.catch_warnings():
@@ -195,9 +195,3 @@ def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -
     if found:
         raise WeightsError(f"{what}: does not fit {type(module).__name__}: {', '.join(found)}")
     module.load_state_dict(state, strict=False)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a library's message, shortened."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:160]

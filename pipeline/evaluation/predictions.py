@@ -38,7 +38,7 @@ import h5py
 import numpy as np
 
 from ..common.documents import plain_data
-from ..common.errors import CheckpointError, DistInitError
+from ..common.errors import CheckpointError, DistInitError, first_line
 from ..common.files import replacing
 from ..common.hdf5 import STRING, Hdf5Error, Hdf5Writer, open_hdf5
 from ..common.sealed import check_seal
@@ -225,7 +225,7 @@ class Predictions:
                 self._fill(writer.file)
         except OSError as error:
             raise PredictionsError(
-                f"{target}: cannot write the predictions ({_short(error)})"
+                f"{target}: cannot write the predictions ({first_line(error)})"
             ) from error
 
     def _fill(self, file: h5py.File) -> None:
@@ -405,8 +405,3 @@ def require_classes(
         first = next(i for i, (a, b) in enumerate(zip(classes, expected, strict=True)) if a != b)
         difference = f"class {first} is {classes[first]!r} against {expected[first]!r}"
     raise CheckpointError(f"the class list of {here} differs from that of {there}: {difference}")
-
-
-def _short(error: BaseException) -> str:
-    """h5py's messages run over lines."""
-    return " ".join(str(error).split())[:200]

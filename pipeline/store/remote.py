@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import zarr
 
-from ..common.errors import StoreError, in_one_line
+from ..common.errors import StoreError, first_line, in_one_line
 from ..common.urls import canonical_url, check_url, hide_secrets, public_url
 from .cache import StoreCache, digest_file, has_holes, require_digest, require_name
 from .digests import Ranges, check_document, checked_rows, digest_bytes, ranges_of, split_ranges
@@ -376,7 +376,4 @@ def _another_try_may_help(error: Exception) -> bool:
 
 
 def _short(error: Exception) -> str:
-    text = hide_secrets(" ".join(str(error).split())[:200])
-    if isinstance(error, AnswerError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return hide_secrets(first_line(error) if isinstance(error, AnswerError) else in_one_line(error))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.models.video import S3D
 
-from ..common.errors import UsageError, in_one_line
+from ..common.errors import UsageError, third_party
 from ..common.plugins import call_factory
 from .student_options import StudentOptions
 
@@ -43,10 +43,8 @@ def _from_torchvision(options: StudentOptions) -> nn.Module:
     name = options.architecture
     if "weights" in options.options:
         raise UsageError(f"student.options.weights: {name} begins with fresh weights")
-    try:
+    with third_party(f"student {name!r}", UsageError):  # the builders check little themselves
         model: nn.Module = get_model(name, weights=None, **options.options)
-    except Exception as error:  # the builders check little themselves
-        raise UsageError(f"student {name!r}: {in_one_line(error)}") from error
     classifier = next(part for part in _CLASSIFIERS if hasattr(model, part))
     setattr(model, classifier, nn.Identity())
     if isinstance(model, S3D):
@@ -100,14 +98,10 @@ def _features_of(module: nn.Module, options: StudentOptions, clip: tuple[int, in
     length, side = clip
     shape = (1, options.channels, length, side, side)
     training = module.training
+    who = f"student {options.architecture!r} does not take clips [B, C, T, H, W] = {['B', *shape[1:]]}"
     try:
-        with torch.no_grad():
+        with torch.no_grad(), third_party(who, UsageError):
             features: Any = module.eval()(torch.zeros(shape))
-    except Exception as error:
-        raise UsageError(
-            f"student {options.architecture!r} does not take clips [B, C, T, H, W] = {['B', *shape[1:]]}: "
-            f"{in_one_line(error)}"
-        ) from error
     finally:
         module.train(training)
     if not isinstance(features, Tensor) or features.ndim not in (2, 5) or len(features) != 1:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..common.errors import TeacherError
+from ..common.errors import TeacherError, third_party
 from .fingerprint import COUNT, Difference, Fingerprint
 from .teacher import Teacher
 
@@ -140,13 +140,7 @@ def _logits(teacher: Teacher, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """
     precision = teacher.precision
     try:
-        return teacher.to(teacher.device).logits(images).numpy()
-    except TeacherError:
-        raise
-    except Exception as error:  # a stranger's module may raise anything
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TeacherError(
-            f"teacher {teacher.name!r}: fails on {len(images)} images: {line}"
-        ) from error
+        with third_party(f"teacher {teacher.name!r}: fails on {len(images)} images", TeacherError):
+            return teacher.to(teacher.device).logits(images).numpy()
     finally:
         teacher.to(teacher.device, precision)

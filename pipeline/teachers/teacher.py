@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..common.errors import DistInitError, TeacherError
+from ..common.errors import TeacherError, third_party
 from ..common.plugins import call_factory, is_factory
 from ..common.weights import check_sha256, load_into, load_weights, state_sha256
 from ..video.geometry import View
@@ -190,15 +190,10 @@ class Teacher:
 
     def _count_classes(self) -> int:
         self.classes = []
-        try:
-            return self.logits(np.zeros((1, *self.input_shape, 3), np.uint8)).shape[1]
-        except DistInitError:
-            raise
-        except Exception as error:  # a stranger's module may raise anything
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TeacherError(
-                f"teacher {self.name!r}: fails on an image [1, 3, {self.input_shape[0]}, {self.input_shape[1]}]: {line}"
-            ) from error
+        height, width = self.input_shape
+        who = f"teacher {self.name!r}: fails on an image [1, 3, {height}, {width}]"
+        with third_party(who, TeacherError):
+            return self.logits(np.zeros((1, height, width, 3), np.uint8)).shape[1]
 
     def _class_names(self, count: int) -> list[str]:
         names = self.recipe.classes

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..common.errors import TeacherError, WeightsError
+from ..common.errors import TeacherError, WeightsError, first_line
 from ..common.weights import WeightsFile, load_into, load_weights
 from ..video.geometry import View
 from .loaded_model import (
@@ -70,7 +70,7 @@ def _create(
             near = timm.list_models(f"*{model.split('.', 1)[0]}*")[:5]
             also = f"; near: {', '.join(near)}" if near else ""
             raise TeacherError(f"timm has no model {model!r}{also}") from None
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         if isinstance(error, TypeError) or file is not None:
             raise TeacherError(f"teacher {spec.name!r}: timm refuses to build it: {line}") from None
         raise WeightsError(

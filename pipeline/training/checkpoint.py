@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..common.distributed import SINGLE_PROCESS, Ranks
-from ..common.errors import CheckpointError, StoreMismatchError, UsageError
+from ..common.errors import CheckpointError, StoreMismatchError, UsageError, first_line
 from ..common.files import write_whole
 from ..common.locks import folder_lock
 from ..common.run_dir import CONFIG, LAST, RUN_FILES
@@ -159,7 +159,7 @@ class Checkpoints:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} does not fit the model: {_first_line(error)}") from error
+            raise CheckpointError(f"{path} does not fit the model: {first_line(error)}") from error
         state = TrainState.from_dict(saved["state"])
         state.max_broken = max_broken
         if len(saved["rng"]) == ranks.world:
@@ -214,7 +214,7 @@ def load_weights(run_dir: Path, which: str, model: nn.Module) -> None:
     try:
         model.load_state_dict(_load(path)["model"])
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the model: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} does not fit the model: {first_line(error)}") from error
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _load(path: Path) -> dict[str, Any]:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise half a dozen kinds for a damaged file
         raise CheckpointError(
-            f"{path} is not a readable checkpoint: {_first_line(error)}"
+            f"{path} is not a readable checkpoint: {first_line(error)}"
         ) from error
     if not sealed:
         log.warning(
@@ -255,10 +255,6 @@ def _difference(theirs: Any, ours: Any, where: str) -> tuple[str, Any, Any] | No
             if found is not None:
                 return found
     return where, theirs, ours
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _short(value: Any) -> str:

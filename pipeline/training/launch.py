@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from ..common.console import Console
 from ..common.distributed import SINGLE_PROCESS, Ranks, join_ranks, launched
-from ..common.errors import DistInitError, RankLostError, TrainingError, UsageError
+from ..common.errors import DistInitError, RankLostError, TrainingError, UsageError, in_one_line
 from ..common.processes import Owner, end_with
 from ..common.settings import Options
 from .loop import LoopOptions
@@ -207,10 +207,7 @@ def _rank_main(
     except KeyboardInterrupt:
         return
     except Exception as error:
-        words = next(iter(str(error).strip().splitlines()), "")
-        end = _Outcome(
-            rank, error=_told(TrainingError(f"{type(error).__name__}: {words}"), rank, error)
-        )
+        end = _Outcome(rank, error=_told(TrainingError(in_one_line(error)), rank, error))
     outcomes.put(pickle.dumps(end))  # whole: tensors would otherwise stay behind in shared memory
     outcomes.close()
     outcomes.join_thread()
