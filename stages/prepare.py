@@ -21,6 +21,7 @@ from ..pipeline.common.console import Console
 from ..pipeline.common.errors import UsageError, VideoError
 from ..pipeline.common.files import replacing, sweep_run
 from ..pipeline.common.locks import locked
+from ..pipeline.common.processes import cores
 from ..pipeline.common.run_dir import CONFIG
 from ..pipeline.common.same_failure import SameFailure
 from ..pipeline.common.settings import Options
@@ -210,7 +211,7 @@ def _plan(
         return _done(_target(config, out, videos, i), videos.absolute(i), options)
 
     keys = _keys(videos)
-    readers = ThreadPoolExecutor(_cores())
+    readers = ThreadPoolExecutor(cores())
     with readers, console.progress("reading what is there", len(videos), "videos") as bar:
         for first in range(0, len(videos), _AHEAD):
             some = range(first, min(first + _AHEAD, len(videos)))
@@ -270,10 +271,6 @@ def _of_source(copy: FrameMap | FlowMap, source: str, options: dict[str, Any]) -
         return False  # the attempt to copy says why
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _failed_before(row: Row | None, source: str) -> Row | None:
     """The row of a source that failed, by its own fault, and has not changed since."""
     if (
@@ -302,7 +299,7 @@ def _copy(
     tally: Tally,
     console: Console,
 ) -> None:
-    workers = min(config.workers or _cores(), max(1, len(todo)))
+    workers = min(config.workers or cores(), max(1, len(todo)))
     parts = os.path.join(os.path.abspath(out), PARTIAL)
     options = _flow_options(config) if config.flow else config.copies
     jobs = (

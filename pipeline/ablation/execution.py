@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from ..common.console import Console
-from ..common.dask_workers import cluster
+from ..common.dask_workers import cluster, gpu_of_worker
 from ..common.errors import DistInitError
 from ..common.processes import end_with_parent
 from .progress import Progress
@@ -97,10 +97,6 @@ def run_as_command(step: Step, out: str, after: float | None) -> float:
 
 def _environment() -> dict[str, str]:
     """Each worker of this machine its own GPU, by the number in its name."""
-    import torch
-    from distributed import get_worker
-
-    if torch.cuda.device_count() < 2 or "CUDA_VISIBLE_DEVICES" in os.environ:
+    if "CUDA_VISIBLE_DEVICES" in os.environ or (gpu := gpu_of_worker()) is None:
         return dict(os.environ)
-    digits = "".join(c for c in str(get_worker().name) if c.isdigit())
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": str(int(digits or 0) % torch.cuda.device_count())}
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}

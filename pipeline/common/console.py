@@ -242,7 +242,7 @@ class _Lines:
         if self._done:
             parts.append(f"{_rate(rate)} {self._unit}/s")
         if self._total is not None and 0 < self._done < self._total:
-            parts.append(f"ETA {_clock((self._total - self._done) / rate)}")
+            parts.append(f"ETA {clock((self._total - self._done) / rate)}")
         if self._text:
             parts.append(self._text)
         self._screen.say(", ".join(parts))
@@ -279,7 +279,8 @@ def _rate(rate: float) -> str:
     return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a duration as h:mm:ss, or m:ss below an hour."""
     minutes, s = divmod(int(seconds + 0.5), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

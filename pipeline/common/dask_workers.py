@@ -107,3 +107,15 @@ def _local_cluster(workers: int | None) -> LocalCluster:
                     ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def gpu_of_worker() -> int | None:
+    """Return the GPU of this dask worker, by the number in its name; None with fewer than two."""
+    import torch
+    from distributed import get_worker
+
+    count = torch.cuda.device_count()
+    if count < 2:
+        return None
+    digits = "".join(c for c in str(get_worker().name) if c.isdigit())
+    return int(digits or 0) % count

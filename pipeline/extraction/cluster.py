@@ -22,6 +22,7 @@ from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 from ..common.console import Console
+from ..common.dask_workers import gpu_of_worker
 from ..common.errors import DecoderError, DistInitError, StoreMismatchError
 from ..store.staging import ShardResult
 from ..teachers.teacher import TeacherSpec
@@ -212,13 +213,10 @@ def _worker_device(device: Any) -> Any:
     The number in the worker's name is that of the GPU.
     """
     import torch
-    from distributed import get_worker
 
-    if device.type != "cuda" or device.index is not None or torch.cuda.device_count() < 2:
+    if device.type != "cuda" or device.index is not None or (gpu := gpu_of_worker()) is None:
         return device
-    name = str(get_worker().name)
-    digits = "".join(c for c in name if c.isdigit())
-    return torch.device("cuda", int(digits or 0) % torch.cuda.device_count())
+    return torch.device("cuda", gpu)
 
 
 def run_shards(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..common.console import clock
 from .loop_options import LoopOptions
 from .step import StepReport
 from .train_state import TrainState
@@ -111,7 +112,7 @@ class Meter:
         ]
         if record["broken"]:
             words.append(f"unreadable videos {record['broken']}")
-        return "  ".join([*words, f"ETA {_clock(record['eta_s'])}"])
+        return "  ".join([*words, f"ETA {clock(record['eta_s'])}"])
 
     @property
     def seconds(self) -> float:
@@ -134,9 +135,3 @@ def memory_gb(device: torch.device) -> float:
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
