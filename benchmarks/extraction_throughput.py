@@ -34,9 +34,11 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.devices import resolve_device
 from distinit.pipeline.common.processes import cores
 from distinit.pipeline.corpus.sources import list_videos
-from distinit.pipeline.extraction.extract_options import ExtractConfig, default_decoders
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.extraction.machine import default_decoders
 from distinit.pipeline.extraction.teacher_runner import TeacherRunner, batch_threads
-from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
+from distinit.pipeline.teachers.teacher import load_teacher
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets

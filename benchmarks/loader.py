@@ -33,21 +33,22 @@ from large_store import make
 from measuring import in_turn, machine, medians, table
 from torchvision.models import resnet50
 
+from distinit.pipeline.clips.clip_options import ClipView, Crop
 from distinit.pipeline.clips.read import VideoFile, read_clip
-from distinit.pipeline.clips.transforms import ClipView, Crop
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.corpus.sources import list_videos
 from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.targets.dataset import StudentClips, _Plan
 from distinit.pipeline.targets.picks import PickRule
 from distinit.pipeline.targets.sampler import ClipSample, TargetSampler
-from distinit.pipeline.teachers.teacher import TeacherSpec
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
 from distinit.pipeline.video.frames import count_frames, read_frames
 from distinit.pipeline.video.geometry import View
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.prepare import PrepareConfig, prepare
+from distinit.stages.prepare import prepare
 
 VIEW, CPU = ClipView(), torch.device("cpu")
 TEACHER = """

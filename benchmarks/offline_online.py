@@ -35,7 +35,8 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.devices import keep_freed_memory
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
+from distinit.pipeline.teachers.teacher import load_teacher
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.pipeline.training.precision import torch_threads
 from distinit.stages.extract_targets import extract_targets

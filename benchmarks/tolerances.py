@@ -24,7 +24,8 @@ from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.corpus.sources import list_videos
 from distinit.pipeline.store.encoding import decode, encode, rounding
 from distinit.pipeline.store.verify import ENTROPY_TOLERANCE, entropy_tolerance
-from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
+from distinit.pipeline.teachers.teacher import load_teacher
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.decoder import VideoReader
 
 

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
-
+from ..pipeline.ablation.ablate_options import AblateConfig
 from ..pipeline.ablation.cost import show_cost
 from ..pipeline.ablation.plan import cells, read_plan
 from ..pipeline.ablation.progress import Progress, Work
@@ -19,49 +18,17 @@ from ..pipeline.common.console import Console
 from ..pipeline.common.errors import DistInitError, TrainingInterrupted, UsageError
 from ..pipeline.common.locks import folder_lock
 from ..pipeline.common.run_dir import CELLS, CONFIG, SECONDS, check_output_dir
-from ..pipeline.common.settings import Options
-from ..pipeline.common.urls import StoreAddress, check_local
+from ..pipeline.common.urls import check_local
+from ..pipeline.evaluation.finetune_options import FinetuneConfig
 from ..pipeline.store.reader import TargetStore, check_moved
 from ..pipeline.training.distillation_options import TrainConfig
-from .finetune import FinetuneConfig, finetune
+from .finetune import finetune
 from .train_student import train_student
 
 COMMANDS: Commands = {
     "train-student": (TrainConfig, train_student),
     "finetune": (FinetuneConfig, finetune),
 }
-
-
-class AblateConfig(Options):
-    """Everything `distinit ablate` can be told; what is left open is the plan's."""
-
-    plan: str = Field(description="a YAML file, or the name of a plan that ships with the package")
-    store: StoreAddress = Field(description="the target store")
-    out: str = Field(description="the folder of all runs")
-    datasets: list[str] | None = Field(
-        default=None, description="csv:FILE, folder:DIR, hmdb51=DIR, …"
-    )
-    splits: list[int] | None = None
-    seeds: list[int] | None = None
-    moved: dict[str, str] = Field(
-        default_factory=dict, description="corpus: folder where it lies now"
-    )
-    base: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="sections laid over the plan's base"
-    )
-    workers: int | None = Field(
-        default=None, ge=1, description="runs side by side, each a dask worker's"
-    )
-    scheduler: str | None = Field(default=None, description="address of an existing dask scheduler")
-    dry_run: bool = False
-
-    @model_validator(mode="after")
-    def _one_cluster(self) -> AblateConfig:
-        if self.workers is not None and self.scheduler is not None:
-            raise ValueError(
-                "give --workers (a local cluster) or --scheduler (an existing one), not both"
-            )
-        return self
 
 
 def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:

@@ -9,34 +9,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from rich.text import Text
 
 from ..pipeline.common.config import CONF, load_config, write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import StoreError, UsageError
 from ..pipeline.common.run_dir import check_output_dir
-from ..pipeline.common.settings import Options
+from ..pipeline.evaluation.finetune_options import FinetuneConfig
 from ..pipeline.extraction.extract_options import ExtractConfig
+from ..pipeline.reporting.report_options import ReportOptions
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.training.distillation_options import TrainConfig
+from .demo_options import DemoConfig
 from .extract_targets import extract_targets
-from .finetune import FinetuneConfig, finetune
+from .finetune import finetune
 from .report import report
 from .train_student import train_student
 
 CORPUS = CONF / "demo_corpus"
 PRESET = "demo"
 RECORD = "demo.yaml"
-
-
-class DemoConfig(Options):
-    """`extract`, `train` and `finetune` are laid over the sections of preset `demo`."""
-
-    out: Path = Field(default=Path("demo-out"), description="folder of store, runs and report")
-    extract: dict[str, Any] = {}
-    train: dict[str, Any] = {}
-    finetune: dict[str, Any] = {}
 
 
 def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
@@ -87,7 +79,7 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
         results[name] = finetune(_finetuning(config, runs / name, init), console)
 
     console.say("5/5 report")
-    made = report([runs], out / "report", console)
+    made = report(ReportOptions(folders=[str(runs)], out=str(out / "report")), console)
     seconds = time.monotonic() - began
     _farewell(config, results, made, seconds, console)
     return {

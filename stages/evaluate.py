@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import Field, model_validator
 
-from ..pipeline.clips.transforms import ClipView
+from ..pipeline.clips.clip_options import ClipView
 from ..pipeline.common.console import Console
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.distributed import Ranks
@@ -29,15 +28,14 @@ from ..pipeline.common.run_dir import (
     require_no_store,
     require_writable,
 )
-from ..pipeline.common.settings import Options
 from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.compare import compare, fuse
+from ..pipeline.evaluation.evaluation_options import EvaluateConfig, EvaluationOptions
 from ..pipeline.evaluation.labels import Labels, load_labels
 from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.evaluation.protocol import (
-    EvaluationOptions,
     evaluate_student,
     refuse_other,
     write_result,
@@ -51,56 +49,6 @@ from ..pipeline.training.checkpoint import read_identity
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop_options import LoopOptions
 from ..pipeline.training.seen_videos import SeenVideos
-
-
-class EvaluateConfig(Options):
-    """Everything that `distinit evaluate` can be told. What is left out is that of the run."""
-
-    runs: list[str] = Field(
-        min_length=1,
-        description="a folder or model.safetensors of distinit finetune; several to fuse or compare",
-    )
-    fuse: bool = Field(default=False, description="late fusion of the runs' saved predictions")
-    weights: list[float] | None = Field(
-        default=None, description="of each fused run; default equal"
-    )
-    compare: bool = Field(
-        default=False, description="the first run against the second, by their saved predictions"
-    )
-    dataset: str | None = Field(default=None, description="default the run's")
-    root: str | None = Field(default=None, description="where the videos lie; default the run's")
-    split: int | Literal["all"] | None = Field(default=None, description="default the run's")
-    partial: bool | None = Field(default=None, description="default the run's")
-    videos: str | None = Field(
-        default=None, description="folder of copies; default the run's; null: the videos"
-    )
-    out: str | None = Field(default=None, description="folder to write; default the run's own")
-    factory: str | None = Field(
-        default=None, description="package.module:factory that the model's file may run"
-    )
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    gpus: int = Field(
-        default=1,
-        ge=1,
-        description="processes on this machine, one a GPU; torchrun decides for itself",
-    )
-    test: EvaluationOptions | None = None
-
-    @model_validator(mode="after")
-    def _one_job(self) -> EvaluateConfig:
-        if self.fuse and self.compare:
-            raise UsageError(
-                "--fuse and --compare are two jobs; --compare takes what --fuse --out wrote"
-            )
-        if self.compare and len(self.runs) != 2:
-            raise UsageError(f"--compare takes two runs, got {len(self.runs)}")
-        if self.fuse and len(self.runs) < 2:
-            raise UsageError("--fuse takes two runs or more, got 1")
-        if len(self.runs) > 1 and not (self.fuse or self.compare):
-            raise UsageError(f"{len(self.runs)} runs need --fuse or --compare")
-        if self.weights is not None and not self.fuse:
-            raise UsageError("--weights goes with --fuse")
-        return self
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:

@@ -25,12 +25,8 @@ from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.parts import Part
 from ..pipeline.corpus.sources import VideoList, list_videos
 from ..pipeline.extraction.estimate import dry_run
-from ..pipeline.extraction.extract_options import (
-    ExtractConfig,
-    default_decoders,
-    load_teachers,
-    run_record,
-)
+from ..pipeline.extraction.extract_options import ExtractConfig
+from ..pipeline.extraction.machine import default_decoders, load_teachers, run_record
 from ..pipeline.extraction.planner import (
     StorePlan,
     add_new_videos,

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 
-from ..pipeline.clips.transforms import ClipView
+from ..pipeline.clips.clip_options import ClipView
 from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.devices import resolve_device
@@ -31,118 +30,38 @@ from ..pipeline.common.run_dir import (
     TEST_FILES,
     check_output_dir,
 )
-from ..pipeline.common.settings import Options
 from ..pipeline.common.weights import state_sha256
 from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.classification import HEAD, Classification
+from ..pipeline.evaluation.finetune_options import FinetuneConfig
 from ..pipeline.evaluation.labelled_clips import LabelledClips
 from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
 from ..pipeline.evaluation.listing import short_dataset
-from ..pipeline.evaluation.protocol import EvaluationOptions, evaluate_student, write_result
+from ..pipeline.evaluation.protocol import evaluate_student, write_result
 from ..pipeline.evaluation.run_labels import labels_digest
 from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.test_overlap import record_and_compare, require_own_labels
 from ..pipeline.students.export import InitReport, read_meta, save_start, save_student
-from ..pipeline.students.inflate import Inflation
 from ..pipeline.students.initialization import (
-    SCRATCH,
     Initialization,
     canonical_init,
     resolve_init,
     student_file,
 )
-from ..pipeline.students.student import Student, StudentOptions, build_student, count_parameters
-from ..pipeline.students.student_options import StudentMeta
+from ..pipeline.students.student import Student, build_student, count_parameters
+from ..pipeline.students.student_options import SCRATCH, StudentMeta
 from ..pipeline.training.checkpoint import (
-    Resume,
     check_identity,
     read_identity,
     require_not_longer,
     run_dir_lock,
 )
 from ..pipeline.training.launch import run_distributed
-from ..pipeline.training.loop import FitResult, LoopOptions, fit
+from ..pipeline.training.loop import FitResult, fit
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
 
 COMMAND = "finetune"
 _WRITES = (*RUN_FILES, *TEST_FILES, START, SEEN_VIDEOS)
-
-
-class FinetuneClips(ClipView):
-    """The clips that are trained on and tested with."""
-
-    length: int = Field(
-        default=8, ge=1, description="frames of a clip, T; default those of the initialisation"
-    )
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> FinetuneClips:
-        if "size" in self.model_fields_set:  # else it is known when the initialisation is
-            self.frame_view()
-        return self
-
-
-class FinetuneLoop(LoopOptions):
-    """The paper's finetuning (section 4): 8 epochs of 40 000 clips, 0.002 and a tenth of it every 2
-    epochs.
-
-    From scratch the paper takes 45 epochs, 0.01, and drops every 10: preset `scratch`.
-    """
-
-    epochs: int = Field(default=8, ge=1)
-    epoch_clips: int | None = Field(
-        default=40_000, ge=1, description="clips an epoch; none: one a video"
-    )
-    lr: float = Field(default=0.002, gt=0, description="learning rate after the warm-up")
-    weight_decay: float = Field(default=5e-3, ge=0)
-    step_epochs: int | None = Field(
-        default=2, ge=1, description="epochs between drops; None: no drops"
-    )
-
-
-class FinetuneConfig(Options):
-    """Everything that `distinit finetune` can be told.
-
-    `student` and the clips' length and size are those of the initialisation unless they are given;
-    a student that is given and differs from the file is refused.
-    """
-
-    init: str = Field(
-        default=SCRATCH,
-        description="scratch, a student's run folder or safetensors, inflate:resnet18, inflate:FILE, kinetics, "
-        "kinetics:FILE, or package.module:factory",
-    )
-    inflation: Inflation = Field(
-        default="scaled", description="2D kernels over time: divided by their length, or not"
-    )
-    dataset: str = Field(description="csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101")
-    root: str | None = Field(
-        default=None, description="where the videos lie: of hmdb51, ucf101, kinetics:, csv:"
-    )
-    split: int | Literal["all"] | None = Field(
-        default=None, description="default 1; all: a run each, and the mean"
-    )
-    partial: bool = Field(
-        default=False, description="go on where videos have no label or labels no video"
-    )
-    videos: str | None = Field(
-        default=None, description="folder of copies by distinit prepare, read in their place"
-    )
-    out: str = Field(description="the run folder to write")
-    student: StudentOptions | None = Field(
-        default=None, description="default that of the initialisation"
-    )
-    dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="of the features before the new head"
-    )
-    freeze: Literal["none", "backbone"] = Field(
-        default="none", description="backbone: train the head alone"
-    )
-    verbose: bool = Field(default=False, description="say of every tensor what it was loaded from")
-    clips: FinetuneClips = FinetuneClips()
-    loop: FinetuneLoop = FinetuneLoop()
-    test: EvaluationOptions = EvaluationOptions()
-    resume: Resume = False
 
 
 def finetune(config: FinetuneConfig, console: Console) -> dict[str, Any]:

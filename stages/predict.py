@@ -7,37 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from ..pipeline.clips.transforms import ClipView
+from ..pipeline.clips.clip_options import ClipView
 from ..pipeline.common.console import Console
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.errors import CheckpointError
-from ..pipeline.common.settings import Options
 from ..pipeline.common.tables import Column, Table
 from ..pipeline.corpus.sources import escape_path, list_videos
 from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.ensemble import probabilities
+from ..pipeline.evaluation.evaluation_options import PredictConfig
 from ..pipeline.evaluation.labelled_clips import EvaluationClips
 from ..pipeline.evaluation.labels import Labelled, Labels
 from ..pipeline.evaluation.predictions import OK, Predictions
 from ..pipeline.evaluation.predictor import predict as fill_in
-from ..pipeline.evaluation.protocol import EvaluationOptions
 from ..pipeline.students.export import load_student
 from ..pipeline.training.precision import pick_workers, torch_threads
-
-
-class PredictConfig(Options):
-    """Everything that `distinit predict` can be told."""
-
-    model: str = Field(description="a run folder or model.safetensors of distinit finetune")
-    sources: list[str] = Field(min_length=1, description="videos, folders, globs, lists")
-    top: int = Field(default=5, ge=1, description="classes shown of each video, the best first")
-    factory: str | None = Field(
-        default=None, description="package.module:factory that the model's file may run"
-    )
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    test: EvaluationOptions = EvaluationOptions()
 
 
 def predict(config: PredictConfig, console: Console) -> dict[str, Any]:

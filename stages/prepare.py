@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import UsageError, VideoError
@@ -24,13 +22,13 @@ from ..pipeline.common.locks import locked
 from ..pipeline.common.processes import cores
 from ..pipeline.common.run_dir import CONFIG
 from ..pipeline.common.same_failure import SameFailure
-from ..pipeline.common.settings import Options
 from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.sources import MARKER, VideoList, escape_path, list_videos, unescape_path
-from ..pipeline.prepared.flow_files import FlowMap, FlowOptions, check_flow, read_flow_map
+from ..pipeline.prepared.flow_files import FlowMap, check_flow, read_flow_map
 from ..pipeline.prepared.folders import ENDINGS, FORMAT, copy_name, kind_of, read_marker
 from ..pipeline.prepared.frame_map import FrameMap, check_copy, read_map
-from ..pipeline.prepared.make_copy import NOT_WRITTEN, CopyOptions, copy_row
+from ..pipeline.prepared.make_copy import NOT_WRITTEN, copy_row
+from ..pipeline.prepared.prepare_options import FlowOptions, PrepareConfig
 from ..pipeline.prepared.status import Row, StatusFile
 from ..pipeline.prepared.summary import Tally, summary
 from ..pipeline.video.container import digest
@@ -40,26 +38,6 @@ from ..pipeline.video.pool.decode_pool import DecodePool, Failed
 COMMAND = "prepare"
 PARTIAL, LOCK = ".partial", "lock"
 _AHEAD = 256  # copies, finished or read, that may wait for one long video listed before them
-
-
-class PrepareConfig(Options):
-    """Everything that `distinit prepare` can be told."""
-
-    sources: list[str] = Field(min_length=1)
-    out: Path
-    copies: CopyOptions = CopyOptions()
-    flow: bool = Field(
-        False, description="write optical flow, of frames of copies.size, in place of copies"
-    )
-    flow_bound: float = Field(16.0, gt=0, description="pixels; faster motion is stored as this")
-    workers: int | None = Field(
-        None, ge=1, description="processes, each with an encoder; default one a core"
-    )
-    timeout_s: float = Field(120.0, gt=0)
-    memory_gb: float = Field(4.0, ge=0.1)
-    max_failures: int = Field(100, ge=0, le=10_000)
-    retry_failed: bool = False
-    replace: bool = False
 
 
 def prepare(config: PrepareConfig, console: Console) -> dict[str, Any]:

@@ -4,15 +4,15 @@ page."""
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.documents import parse_json, read_bytes
 from ..pipeline.common.errors import SourceError, UsageError
@@ -23,60 +23,52 @@ from ..pipeline.reporting.ablation_tables import ablation_numbers, screen_table
 from ..pipeline.reporting.accuracy import accuracy_numbers, screen_tables
 from ..pipeline.reporting.contents import make_report
 from ..pipeline.reporting.page import FIGURES, to_html, to_markdown
+from ..pipeline.reporting.report_options import ReportOptions
 from ..pipeline.reporting.runs import find_runs
 
-FILES = "report-files.json"
+FILES, RECORD = "report-files.json", "report.yaml"
 
 
-def report(
-    folders: Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    console: Console,
-    *,
-    kinetics: str | None = None,
-    pair: tuple[str, str] | None = None,
-    open_urls: bool = False,
-) -> dict[str, Any]:
-    """Writes report.html, report.md, accuracy.csv, figures/ and a CSV an ablation into `out`; shows
+def report(options: ReportOptions, console: Console) -> dict[str, Any]:
+    """Write report.html, report.md, accuracy.csv, figures/ and a CSV per ablation into `out`; show
     the tables.
 
-    `folders` are run folders, folders of runs, or folders of `distinit ablate`. The result holds
-    the files, and per finetuned run its accuracies (None where it is not finished) as recomputed
-    from its predictions. A run with a damaged file is left out, with a line on the page, in the
-    result's `left_out`, and `ok` is False.
+    The result holds the files, and per finetuned run its accuracies (None where it is not finished)
+    as recomputed from its predictions. A run with a damaged file is left out, with a line on the
+    page, in the result's `left_out`, and `ok` is False.
 
-    kinetics: weights of R(2+1)D to set beside a student's first filters. pair: names of the two
-    runs or rows of an ablation that Figures 5 and 7 show, the first minus the second; by default
-    the largest gain. open_urls: also read stores of which a run says that they are behind a URL;
-    without it no address of a run is contacted. Raises SourceError (no run there), UsageError
-    (`out` cannot be written, `pair`), WeightsError (`kinetics`), and where every run is damaged the
-    error of the first.
+    Raises:
+        SourceError: No run there.
+        UsageError: `out` cannot be written, or `pair` names no run.
+        WeightsError: `kinetics` cannot be read. Where every run is damaged, the error of the first.
     """
-    places = ablation_folders(folders)
+    out = Path(options.out)
+    places = ablation_folders(options.folders)
     damaged: list[str] = []
-    runs = find_runs(folders, cell_names(places), places, damaged)
+    runs = find_runs(options.folders, cell_names(places), places, damaged)
     ablations = read_ablations(places, runs)
-    require_writable(Path(out))
-    found = make_report(runs, ablations, kinetics=kinetics, pair=pair, open_urls=open_urls)
-    found = replace(found, notes=[*(f"run {line}" for line in damaged), *found.notes])
-    page, markdown, table = (
-        Path(out) / name for name in ("report.html", "report.md", "accuracy.csv")
+    require_writable(out)
+    found = make_report(
+        runs, ablations, kinetics=options.kinetics, pair=options.pair, open_urls=options.open_urls
     )
+    found = replace(found, notes=[*(f"run {line}" for line in damaged), *found.notes])
+    page, markdown, table = (out / name for name in ("report.html", "report.md", "accuracy.csv"))
     files: dict[Path, str | bytes] = {
         page: to_html(found, __version__),
         markdown: to_markdown(found),
         table: accuracy_numbers(found.finetuned).to_csv(),
     }
     for figure in found.figures:
-        files[Path(out) / FIGURES / f"{figure.name}.svg"] = figure.svg
-        files[Path(out) / FIGURES / f"{figure.name}.png"] = figure.png
+        files[out / FIGURES / f"{figure.name}.svg"] = figure.svg
+        files[out / FIGURES / f"{figure.name}.png"] = figure.png
     written = []
     for number, ablation in enumerate(ablations, start=1):
-        written.append(Path(out) / f"ablation-{number}.csv")
+        written.append(out / f"ablation-{number}.csv")
         files[written[-1]] = ablation_numbers(ablation).to_csv()
         console.table(screen_table(ablation).to_rich())
-    check_page_dir(page, (FILES, *(path.relative_to(out).as_posix() for path in files)))
-    _write(Path(out), files)
+    check_page_dir(page, (FILES, RECORD, *(path.relative_to(out).as_posix() for path in files)))
+    _write(out, files)
+    write_config(out / RECORD, "report", options)
     for part in screen_tables(found.finetuned):
         console.table(part.to_rich())
     for line in damaged:

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
-from ..pipeline.common.errors import UsageError
 from ..pipeline.common.files import write_page
 from ..pipeline.common.run_dir import check_page_dir
 from ..pipeline.reporting.browse import summarize_store
 from ..pipeline.reporting.browse_page import browse_page
 from ..pipeline.store.reader import TargetStore, check_moved
+from ..pipeline.store.store_options import BrowseOptions
+
+RECORD = "browse.yaml"
 
 
-def targets_browse(
-    store_path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    console: Console,
-    *,
-    sample: int = 12,
-    seed: int = 0,
-    moved: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Writes OUT/browse.html; the result says what is on it.
+def targets_browse(options: BrowseOptions, console: Console) -> dict[str, Any]:
+    """Write OUT/browse.html; the result holds what is on it.
 
-    sample: videos that are shown as strips of frames. moved: where a corpus lies now, the videos or
-    copies of them. Raises StoreError, UsageError (a corpus that the store does not have, `out`
-    cannot be written).
+    Raises StoreError, UsageError (a corpus that the store does not have, `out` cannot be written).
     """
-    if sample < 0:
-        raise UsageError(f"--sample {sample}: expected 0 or more videos")
-    store = TargetStore.open(store_path)
-    check_moved(store, moved or {})
-    page = Path(out) / "browse.html"
-    check_page_dir(page)
-    found = summarize_store(store, sample, seed=seed, moved=moved)
+    store = TargetStore.open(options.store)
+    check_moved(store, options.moved)
+    page = Path(options.out) / "browse.html"
+    check_page_dir(page, (RECORD,))
+    found = summarize_store(store, options.sample, seed=options.seed, moved=options.moved)
     write_page(page, browse_page(found, __version__))
+    write_config(page.with_name(RECORD), "targets-browse", options)
     missing = {video.path: video.problem for video in found.videos if video.problem is not None}
     for path, problem in missing.items():
         console.warn(f"{path}: shown without pictures, {problem}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,34 +24,25 @@ from ..pipeline.store.index import PENDING
 from ..pipeline.store.layout import is_ours
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.store.selection import choose_videos
+from ..pipeline.store.store_options import ExportOptions
 from ..pipeline.store.subset import write_subset
 
 BLOCK = 4096  # rows copied at a time
 HDF5, ZARR = (".h5", ".hdf5"), ".zarr"
 
 
-def targets_export(
-    store_path: str | Path,
-    out: str | Path,
-    console: Console,
-    *,
-    teachers: Sequence[str] = (),
-    corpora: Sequence[str] = (),
-    videos_from: str | Path | None = None,
-    shard_rows: int | None = None,
-) -> dict[str, Any]:
+def targets_export(options: ExportOptions, console: Console) -> dict[str, Any]:
     """Write videos of the store to `out`: HDF5 or a store, by its ending.
 
-    teachers, corpora: only these (default all). videos_from: a list of videos, see
-        `choose.choose_videos`.
-    shard_rows: of a store that is written. HDF5 gets the usable videos, a store also those that
-    failed, with their reasons; videos that are pending are left out of both. Nothing stands at
-    `out` until it is finished. Raises StoreError, and UsageError for what the store does not have
-    or `out` cannot be.
+    HDF5 gets the usable videos, a store also those that failed, with their reasons; videos that are
+    pending are left out of both. Nothing exists at `out` until it is finished. Raises StoreError,
+    and UsageError for what the store does not have or `out` cannot be.
     """
-    check_local(out)
-    store, out = TargetStore.open(store_path), Path(os.path.abspath(out))
-    names = [store.teacher(name).name for name in dict.fromkeys(teachers)] or list(store.teachers)
+    check_local(options.out)
+    store, out = TargetStore.open(options.store), Path(os.path.abspath(options.out))
+    shard_rows = options.shard_rows
+    wanted = dict.fromkeys(options.teachers)
+    names = [store.teacher(name).name for name in wanted] or list(store.teachers)
     if out.suffix not in (*HDF5, ZARR):
         raise UsageError(
             f"--out {out}: must end in {', '.join(HDF5)} (one HDF5 file) or {ZARR} (a store)"
@@ -62,7 +53,7 @@ def targets_export(
         )
     if out.is_symlink() and not out.exists():
         raise UsageError(f"--out {out}: exists already")
-    chosen = choose_videos(store, corpora, videos_from)
+    chosen = choose_videos(store, options.corpora, options.videos_from)
     if out.exists():
         return _finished(store, out, names, chosen, shard_rows, console)
     if out.suffix in HDF5:

@@ -16,16 +16,15 @@ from ..pipeline.store.index import FAILED, OK, PENDING
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.store.stats import failures, teacher_stats
 from ..pipeline.store.storage import LocalFiles
+from ..pipeline.store.store_options import InfoOptions
 
 LISTED = 1000
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-def targets_info(
-    store_path: str | Path, console: Console, *, list_failed: bool = False
-) -> dict[str, Any]:
-    """Counts, corpora, teachers, entropies and failures of a store. Raises StoreError."""
-    store = TargetStore.open(store_path)
+def targets_info(options: InfoOptions, console: Console) -> dict[str, Any]:
+    """Show counts, corpora, teachers, entropies and failures of a store. Raises StoreError."""
+    store = TargetStore.open(options.store)
     state = store.video_state
     reasons = store.index.video_reasons()
     corpus = store.column("corpus")
@@ -53,7 +52,7 @@ def targets_info(
         "failures": dict(Counter(reasons.values()).most_common()),
     }
     info["bytes_a_row"] = round(info["bytes"] / max(store.n_rows, 1), 1)
-    if list_failed:
+    if options.list_failed:
         info["failed"] = [asdict(failure) for failure in failures(store)]
     _show(info, console)
     return info

@@ -15,13 +15,12 @@ from ..pipeline.common.urls import check_local
 from ..pipeline.store.index import FAILED, OK
 from ..pipeline.store.merge import check_parts, copy_shards, place, plan_merge, reading
 from ..pipeline.store.reader import TargetStore
+from ..pipeline.store.store_options import MergeOptions
 from ..pipeline.store.writer import StoreWriter
 from ..pipeline.teachers.fingerprint import Fingerprint
 
 
-def targets_merge(
-    parts: Sequence[str | Path], out: str | Path, console: Console, *, accept_run: bool = False
-) -> dict[str, Any]:
+def targets_merge(options: MergeOptions, console: Console) -> dict[str, Any]:
     """Merge finished stores into `out`, which is made, or gone on with after an interrupted merge
     of the same parts.
 
@@ -29,12 +28,12 @@ def targets_merge(
     that do not fit each other or `out`, a video in two of them) and UsageError (`out` is a part, a
     part is given twice).
     """
-    check_local(out)
-    out = Path(out)
-    stores = [TargetStore.open(part) for part in parts]
+    check_local(options.out)
+    out = Path(options.out)
+    stores = [TargetStore.open(part) for part in options.parts]
     if any(Path(store.name) == out.absolute() for store in stores):
         raise UsageError(f"--out {out}: is one of the parts")
-    check_parts(stores, accept_run=accept_run)
+    check_parts(stores, accept_run=options.accept_run)
     fingerprints = _fingerprints(stores, console)
     _say_missing(stores, console)
     placed, corpora = place(stores)

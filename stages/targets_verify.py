@@ -3,81 +3,64 @@ request."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ..pipeline.common.console import Console
-from ..pipeline.common.errors import UsageError
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.store.storage import store_files
+from ..pipeline.store.store_options import VerifyOptions
 from ..pipeline.store.verify import Finding, drop_commits, verify, without_digest
 from ..pipeline.store.writer import StoreWriter
 
 
-def targets_verify(
-    store_path: str | Path,
-    console: Console,
-    *,
-    repair: bool = False,
-    frames: bool = False,
-    deep: int = 0,
-    seed: int = 0,
-    moved: Mapping[str, str] | None = None,
-    weights: Mapping[str, str] | None = None,
-    allow_teachers: Collection[str] = (),
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Findings of a store, each a line; `repair` drops the commits of broken shards.
+def targets_verify(options: VerifyOptions, console: Console) -> dict[str, Any]:
+    """Print the findings of a store, a line each; `repair` drops the commits of damaged shards.
 
-    The next `extract-targets` fills dropped shards again. frames: the frames of all videos are held
-    against their files (see `targets_frames`). deep: so many random videos are decoded and shown to
-    the teachers once more (see `targets_deep`, also for the other arguments). Raises StoreError if
-    it is no store at all, UsageError for a corpus or teacher it does not have.
+    The next `extract-targets` fills dropped shards again. With `frames` the frames of all videos
+    are compared with their files (`frame_check`); with `deep` random videos are decoded and shown
+    to the teachers once more (`deep_check`). Raises StoreError if it is no store at all, UsageError
+    for a corpus or teacher it does not have.
     """
-    if (moved and not (deep or frames)) or ((weights or allow_teachers) and not deep):
-        raise UsageError(
-            "--videos needs --frames or --deep N; --teacher-weights and --allow-teacher need --deep N"
-        )
-    store = TargetStore(store_files(store_path), damaged=True)
+    store = TargetStore(store_files(options.store), damaged=True)
     writer: StoreWriter | None = None
     with ExitStack() as stack:
-        if repair:  # nobody commits between what is found and what is dropped
+        if options.repair:  # nobody commits between what is found and what is dropped
             writer = stack.enter_context(
                 StoreWriter(store.path, sampling=store.attributes["sampling"], damaged=True)
             )
-            store = TargetStore(store_files(store_path), damaged=True)
+            store = TargetStore(store_files(options.store), damaged=True)
         index = store.index
         with console.progress("verifying", total=index.n_shards, unit="shards") as bar:
             findings = list(verify(store.path, index, bar.advance))
         compared: dict[str, Any] = {}
         by_video: dict[int, list[Finding]] = {}
-        if frames:
+        if options.frames:
             from ..pipeline.extraction.frame_check import frame_check, identify_again
 
-            by_video = frame_check(store, console, moved)
+            by_video = frame_check(store, console, options.moved)
             findings += [finding for of_video in by_video.values() for finding in of_video]
-        if deep:
+        if options.deep:
             from ..pipeline.extraction.deep_verify import deep_check
 
             found, compared = deep_check(
                 store,
-                deep,
+                options.deep,
                 console,
-                seed=seed,
-                moved=moved,
-                weights=weights,
-                allow_teachers=allow_teachers,
-                device=device,
+                seed=options.seed,
+                moved=options.moved,
+                weights=options.weights,
+                allow_teachers=options.allow_teachers,
+                device=options.device,
             )
             findings += found
         for finding in findings:
             console.say(str(finding))
         dropped = 0
         if writer is not None and by_video and not index.broken:
-            identify_again(store, writer, list(by_video), moved)
-        if repair and any(finding.shard is not None for finding in findings):
+            identify_again(store, writer, list(by_video), options.moved)
+        if options.repair and any(finding.shard is not None for finding in findings):
             dropped = drop_commits(Path(store.path), findings)
             console.say(
                 f"{dropped} commits dropped; run the same extract-targets command again to fill them"
@@ -102,6 +85,6 @@ def targets_verify(
         "findings": [{"shard": f.shard, "teacher": f.teacher, "what": f.what} for f in findings],
         "dropped": dropped,
         "unchecked_files": unchecked,
-        **({"deep": compared} if deep else {}),
+        **({"deep": compared} if options.deep else {}),
         "ok": not findings,
     }

@@ -54,7 +54,8 @@ from ..pipeline.training.distillation_options import TargetOptions, TrainConfig
 from ..pipeline.training.dry_run import dry_run
 from ..pipeline.training.filter_thresholds import Filter, measure_thresholds
 from ..pipeline.training.launch import run_distributed
-from ..pipeline.training.loop import FitResult, LoopOptions, fit
+from ..pipeline.training.loop import FitResult, fit
+from ..pipeline.training.loop_options import LoopOptions
 from ..pipeline.training.precision import pick_workers
 from ..pipeline.training.reference_losses import DRAWS, TOO_LITTLE, LossBounds, loss_bounds
 from ..pipeline.training.seen_videos import OWN, SeenVideos

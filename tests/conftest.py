@@ -73,7 +73,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
     (5)."""
     from distinit.pipeline.common.console import Console
     from distinit.pipeline.extraction.extract_options import ExtractConfig
-    from distinit.pipeline.teachers.teacher import TeacherSpec
+    from distinit.pipeline.teachers.teacher_options import TeacherSpec
     from distinit.pipeline.video.encode import write_video
     from distinit.stages.extract_targets import extract_targets
 

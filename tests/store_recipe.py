@@ -12,7 +12,7 @@ import pytest
 
 from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.store import layout as fmt
-from distinit.pipeline.store.encoding import Encoding, decode, divergence, encode, error_record
+from distinit.pipeline.store.encoding import decode, divergence, encode, error_record
 from distinit.pipeline.store.planning import FrameRange
 from distinit.pipeline.store.staging import (
     FramesPart,
@@ -21,6 +21,7 @@ from distinit.pipeline.store.staging import (
     new_staging,
     stage_array,
 )
+from distinit.pipeline.store.store_options import Encoding
 from distinit.pipeline.store.writer import StoreWriter
 
 RUN = {"batch_size": 4, "precision": "fp32", "torch": "x", "device": "cpu"}

@@ -18,7 +18,8 @@ DOCS = ROOT / "docs"
 # Names that CONTRIBUTING.md sends a reader to.
 NAMES = {
     "pipeline/teachers/teacher.py": ["_BY_NAME"],
-    "pipeline/teachers/loaded_model.py": ["TeacherSpec", "LoadedModel"],
+    "pipeline/teachers/loaded_model.py": ["LoadedModel"],
+    "pipeline/teachers/teacher_options.py": ["TeacherSpec"],
     "pipeline/students/student_options.py": ["BUILTIN_ARCHITECTURES"],
     "pipeline/evaluation/listing.py": ["Listing"],
     "pipeline/evaluation/labels.py": ["load_labels"],

@@ -20,7 +20,8 @@ from ..prepared.folders import Kind, check_current, kind_of
 from ..prepared.frame_map import SourceRecord, read_map
 from ..video import frames as clips
 from ..video.flow import FLOW_CHANNELS
-from .transforms import ClipView, Crop, of_channels
+from .clip_options import ClipView, Crop
+from .transforms import of_channels
 
 
 class VideoFile(NamedTuple):

@@ -45,6 +45,7 @@ SECTIONS = (
     "ablate",
     "report",
     "demo",
+    *(f"targets-{name}" for name in ("info", "browse", "verify", "merge", "export")),
 )
 
 
@@ -159,7 +160,7 @@ def known_keys(model: type[Options], prefix: str = "") -> list[str]:
     """All dotted keys of a model, those of nested models included."""
     keys = []
     for name, field in model.model_fields.items():
-        inner = _inner_model(field.annotation)
+        inner = inner_model(field.annotation)
         keys += known_keys(inner, f"{prefix}{name}.") if inner else [prefix + name]
     return keys
 
@@ -230,7 +231,7 @@ def _leaves(layer: Mapping[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def _inner_model(annotation: Any) -> type[Options] | None:
+def inner_model(annotation: Any) -> type[Options] | None:
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Options):
             return (
@@ -267,7 +268,7 @@ def _field_of(
         field = inner.model_fields.get(str(part)) if inner is not None else None
         if field is None:
             break
-        inner = _inner_model(field.annotation)
+        inner = inner_model(field.annotation)
         if inner is None:
             tagged = (
                 get_origin(field.annotation) in (Union, UnionType)

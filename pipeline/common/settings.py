@@ -1,11 +1,89 @@
-"""The base of all option models: validated, frozen, and closed to unknown keys."""
+"""The base of all option models, and how a field of one becomes an option of the command line."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
 from pydantic import BaseModel, ConfigDict
+
+Group = Literal[
+    "Inputs", "Output", "Teacher", "Sampling", "Student", "Training", "Test", "Hardware"
+]
 
 
 class Options(BaseModel):
     """A group of options beside the part that reads them. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+@dataclass(frozen=True)
+class CliOption:
+    """How a field is given on the command line, as metadata of `Annotated`.
+
+    Type, default, choices and help text come from the field itself, so that they are written once.
+    On a field that is a model, only `shown` counts: it is what all options of the model show as
+    their default.
+
+    Args:
+        name: with dashes, or without them for an argument; by default the name of the field.
+        group: heading of the help text that the option is listed under.
+        metavar: what stands for the value in the help text; by default the choices, or the type.
+        shown: the default in words, where the field's own is None.
+        replaces: fields of the same model whose values in a preset or file this option makes void.
+        parse: makes the value of what was typed; raises ValueError with what was expected. With
+            `parts` it takes the values of all of them.
+        repeated: whether it may be given more than once; by default for lists and mappings.
+        bare: the value of the option given without one.
+        parts: further options that fill the same field, each with its own help text.
+    """
+
+    name: str = ""
+    group: Group = "Inputs"
+    metavar: str = ""
+    shown: str = ""
+    replaces: tuple[str, ...] = ()
+    parse: Callable[..., Any] | None = None
+    repeated: bool | None = None
+    bare: str | None = None
+    parts: tuple[tuple[str, str, str], ...] = ()
+
+
+def parse_pairs(values: tuple[str, ...]) -> dict[str, str]:
+    """Read `NAME=VALUE`, repeated. ValueError without `=`, or for a name that is given twice."""
+    result: dict[str, str] = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"expected NAME=VALUE, got {text!r}")
+        if name in result:
+            raise ValueError(f"{name!r} is given twice")
+        result[name] = value
+    return result
+
+
+def parse_numbers(text: str) -> list[float]:
+    """Read `1,1.5` as [1.0, 1.5]. Raises ValueError."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"expected numbers, as in 1,1.5, got {text!r}") from None
+
+
+def parse_size(text: str) -> list[int]:
+    """Read `128x171` as [128, 171]. Raises ValueError."""
+    height, times, width = text.lower().partition("x")
+    if not (times and height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"expected HEIGHTxWIDTH, as in 128x171, got {text!r}")
+    return [int(height), int(width)]
+
+
+# Fields that several commands have, so that they look alike in each.
+DEVICE = CliOption(group="Hardware", metavar="DEVICE")
+DEVICE_HELP = "auto, cpu, cuda or cuda:N"
+VIDEO_ROOTS = CliOption("--videos", "Inputs", "CORPUS=DIR", parse=parse_pairs)
+VIDEO_ROOTS_HELP = "where a corpus of the store is located now; repeatable"
+MEMORY_HELP = "memory for decoding, per process"
+MAX_FAILURES_HELP = "stop when the first N videos (or all, if fewer) fail for one reason; 0: never"

@@ -12,18 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..clips.clip_options import ClipView, Crop
 from ..clips.read import check_fits, count_frames, read_clip, read_clips
 from ..clips.seeding import SHUFFLES, Key, epoch_position, rng
-from ..clips.transforms import ClipView, Crop
 from ..common.errors import TrainingError, UsageError, VideoError
 from ..corpus.sources import escape_path
 from ..video.flow import FLOW_CHANNELS, pictures_needed
 from .clip_starts import clip_frames, clip_starts
+from .evaluation_options import FrameOrder
 from .labels import Labelled, Labels
 
 MAX_BROKEN_IN_A_ROW = 20
-
-FrameOrder = Literal["ordered", "shuffled", "frozen"]
 
 
 class LabelledClips:

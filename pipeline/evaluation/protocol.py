@@ -6,58 +6,28 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
-from ..clips.transforms import ClipView
+from ..clips.clip_options import ClipView
 from ..common.console import Console
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import UsageError
 from ..common.files import write_whole
 from ..common.run_dir import PARTIAL_PREDICTIONS, PREDICTIONS, RESULT
-from ..common.settings import Options
 from ..common.tables import Column, Table
 from ..common.weights import state_sha256
 from ..students.student import Student
 from ..training.precision import pick_workers, torch_threads
-from .labelled_clips import EvaluationClips, FrameOrder
+from .evaluation_options import EvaluationOptions
+from .labelled_clips import EvaluationClips
 from .labels import Labels
 from .listing import short_dataset
 from .metrics import MEASURES
 from .predictions import Predictions, PredictionsError, metrics_from_file
 from .predictor import predict
 from .run_labels import labels_digest
-
-
-class EvaluationOptions(Options):
-    """How videos are tested. `clips`, `crops`, `scores` and `frames` are the protocol; the others
-    change no score by more than rounding.
-
-    `frames` asks what a model makes of motion: `shuffled` puts the frames of every clip into a
-    random order, `frozen` shows its middle frame only. A model that sees no motion has the accuracy
-    of `ordered` with both.
-    """
-
-    clips: int = Field(default=10, ge=1, description="clips a test video, evenly spread")
-    crops: Literal[1, 3] = Field(
-        default=1, description="of each clip: the middle, or three along the longer side"
-    )
-    scores: Literal["softmax", "logits"] = Field(
-        default="softmax", description="what is averaged over a video's clips"
-    )
-    frames: FrameOrder = Field(
-        default="ordered", description="of each clip: ordered, shuffled or frozen (the middle)"
-    )
-    batch_size: int = Field(default=32, ge=1, description="clips a forward pass")
-    workers: int | None = Field(
-        default=None, ge=0, description="loader processes; default by the machine"
-    )
-
-    def protocol(self) -> dict[str, Any]:
-        """The options that make another number."""
-        return self.model_dump(include={"clips", "crops", "scores", "frames"})
 
 
 def evaluate_student(

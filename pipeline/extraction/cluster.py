@@ -25,9 +25,10 @@ from ..common.console import Console
 from ..common.dask_workers import gpu_of_worker
 from ..common.errors import DecoderError, DistInitError, StoreMismatchError
 from ..store.staging import ShardResult
-from ..teachers.teacher import TeacherSpec
+from ..teachers.teacher_options import TeacherSpec
 from ..video.sampling import Sampling
-from .extract_options import ExtractConfig, run_record
+from .extract_options import ExtractConfig
+from .machine import run_record
 from .shard_filler import ShardFiller, ShardTask
 from .teacher_runner import TeacherRunner
 

@@ -17,7 +17,8 @@ from ..teachers.teacher import Teacher
 from ..video.pool.decode_pool import Block, DecodeJob, DecodePool
 from ..video.probe import Probe
 from ..video.sampling import Sampling
-from .extract_options import ExtractConfig, default_decoders, load_teachers
+from .extract_options import ExtractConfig
+from .machine import default_decoders, load_teachers
 
 PROBED, TIMED = 2000, 8  # videos probed; of these, decoded to measure the rate
 ROW_BYTES = 4 + 8 + 8  # video, index, pts

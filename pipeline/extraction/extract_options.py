@@ -1,50 +1,123 @@
-"""What `distinit extract-targets` can be told, and what follows from it alone."""
+"""What `distinit extract-targets` can be told. Free of torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
-from ..common.errors import UsageError
-from ..common.processes import cores
-from ..common.settings import Options
-from ..corpus.parts import Part
-from ..store.encoding import Encoding
-from ..teachers.teacher import Teacher, TeacherSpec, load_teacher
+from ..common.settings import (
+    DEVICE,
+    DEVICE_HELP,
+    MAX_FAILURES_HELP,
+    MEMORY_HELP,
+    CliOption,
+    Options,
+)
+from ..store.store_options import Encoding
+from ..teachers.teacher_options import TeacherSpec, parse_teachers
 from ..video.sampling import Sampling
+
+TEACHERS = CliOption(
+    "--teacher",
+    "Teacher",
+    "NAME",
+    parse=parse_teachers,
+    parts=(
+        (
+            "--teacher-option",
+            "[NAME:]KEY=VALUE",
+            "input_size, resize, interpolation, mean, std, classes (a file), name (in the store), or an "
+            "argument of the teacher's builder; repeatable",
+        ),
+        (
+            "--teacher-weights",
+            "[NAME=]FILE",
+            "a checkpoint file for a teacher (.safetensors, .pt, .pth), read weights-only; repeatable",
+        ),
+        (
+            "--teacher-sha256",
+            "[NAME=]HEX",
+            "what the SHA-256 of a teacher's weights file must be; repeatable",
+        ),
+    ),
+)
 
 
 class ExtractConfig(Options):
     """Everything `distinit extract-targets` can be told."""
 
-    sources: list[str] = []
-    part: str | None = None
-    out: Path
-    teachers: list[TeacherSpec] = Field(min_length=1)
-    sampling: Sampling | None = None
-    batch_size: int = Field(32, ge=1)
-    device: str = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    decoders: int | None = Field(None, ge=1)
-    timeout_s: float = Field(120, gt=0)
-    memory_gb: float = Field(4.0, ge=0.1)
-    max_failures: int = Field(100, ge=0, le=10_000)
-    shard_rows: int | None = None
-    encoding: Encoding | None = None
-    retry_failed: bool = False
-    accept_run: bool = False
-    accept_teachers: list[str] = []
-    workers: int | None = Field(None, ge=1)
-    scheduler: str | None = None
-    retries: int = Field(2, ge=0)
-    dry_run: bool = False
+    sources: Annotated[list[str], CliOption("SOURCE")] = []
+    out: Annotated[Path, CliOption(group="Output", metavar="STORE")] = Field(
+        description="the target store: made, or continued"
+    )
+    part: Annotated[str | None, CliOption(metavar="I/N")] = Field(
+        None,
+        description="only the I-th of N shares of the videos, for machines that share nothing; "
+        "see `targets merge`",
+    )
+    teachers: Annotated[list[TeacherSpec], TEACHERS] = Field(
+        min_length=1,
+        description="efficientnet_lite0, resnet50, resnet50-places365, torchvision:NAME[@WEIGHTS], "
+        "timm:NAME or package.module:factory; repeatable, one decode serves all",
+    )
+    sampling: Annotated[Sampling | None, CliOption()] = None
+    batch_size: Annotated[int, CliOption(group="Hardware", metavar="B")] = Field(
+        32, ge=1, description="frames per batch of a teacher"
+    )
+    device: Annotated[str, DEVICE] = Field("auto", description=DEVICE_HELP)
+    precision: Annotated[Literal["fp32", "bf16"], CliOption(group="Hardware")] = Field(
+        "fp32", description="what teachers compute in"
+    )
+    decoders: Annotated[
+        int | None, CliOption(group="Hardware", metavar="N", shown="depending on the machine")
+    ] = Field(None, ge=1, description="decoding processes")
+    timeout_s: Annotated[float, CliOption("--timeout", "Hardware", "S")] = Field(
+        120, gt=0, description="seconds without a frame after which a video fails"
+    )
+    memory_gb: Annotated[float, CliOption("--memory", "Hardware", "GB")] = Field(
+        4.0, ge=0.1, description=MEMORY_HELP
+    )
+    max_failures: Annotated[int, CliOption(metavar="N")] = Field(
+        100, ge=0, le=10_000, description=MAX_FAILURES_HELP
+    )
+    shard_rows: Annotated[
+        int | None,
+        CliOption(group="Output", metavar="R", shown="depending on the size, 512 to 16384"),
+    ] = Field(None, description="rows per shard, a multiple of 256")
+    encoding: Annotated[Encoding | None, CliOption(group="Output", shown="float16")] = Field(
+        None, description="how a new teacher's logits are stored; int8 halves the store"
+    )
+    retry_failed: Annotated[bool, CliOption()] = Field(
+        False, description="retry the videos that failed before"
+    )
+    accept_run: Annotated[bool, CliOption(group="Hardware")] = Field(
+        False, description="continue with another batch size, precision, torch or device kind"
+    )
+    accept_teachers: Annotated[list[str], CliOption("--accept-teacher", "Teacher", "NAME")] = Field(
+        [],
+        description="take a teacher for that of a store of version 0.1 although no video is left to "
+        "check it by; repeatable",
+    )
+    workers: Annotated[int | None, CliOption(group="Hardware", metavar="N")] = Field(
+        None, ge=1, description="extract in N dask worker processes"
+    )
+    scheduler: Annotated[str | None, CliOption(group="Hardware", metavar="ADDRESS")] = Field(
+        None, description="extract on an existing dask.distributed cluster"
+    )
+    retries: Annotated[int, CliOption(group="Hardware", metavar="N")] = Field(
+        2, ge=0, description="attempts at a failed shard after the first"
+    )
+    dry_run: Annotated[bool, CliOption(group="Output")] = Field(
+        False, description="show rows, GB and hours; write nothing"
+    )
 
     @field_validator("part")
     @classmethod
     def _a_part(cls, part: str | None) -> str | None:
+        from ..corpus.parts import Part
+
         return None if part is None else str(Part.parse(part))
 
     @model_validator(mode="after")
@@ -54,37 +127,3 @@ class ExtractConfig(Options):
                 "give --workers (a local cluster) or --scheduler (an existing one), not both"
             )
         return self
-
-
-def load_teachers(config: ExtractConfig, device: torch.device) -> dict[str, Teacher]:
-    """Load the teachers by their name in the store; UsageError if two have the same name."""
-    teachers: dict[str, Teacher] = {}
-    for spec in config.teachers:
-        teacher = load_teacher(spec)
-        if teacher.name in teachers:
-            raise UsageError(f"--teacher: {teacher.name} is named twice")
-        teachers[teacher.name] = teacher.to(device, config.precision)
-    return teachers
-
-
-def default_decoders(device: torch.device) -> int:
-    """Return the number of decode processes.
-
-    One per core next to a teacher on the CPU, since whichever is ahead waits; all cores but one
-    next
-    to a GPU.
-    """
-    return cores() if device.type == "cpu" else max(1, cores() - 1)
-
-
-def run_record(batch_size: int, precision: str, device: torch.device) -> dict[str, Any]:
-    """Return what makes equal inputs give equal bits on this machine.
-
-    It is recorded with the teacher and in every commit.
-    """
-    return {
-        "batch_size": batch_size,
-        "precision": precision,
-        "torch": torch.__version__.split("+")[0],
-        "device": device.type,
-    }

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from ..common.errors import VideoError
 from ..common.numerics import entropy
 from ..store import layout as fmt
-from ..store.encoding import Encoding, decode, divergence, encode, error_record, storable
+from ..store.encoding import decode, divergence, encode, error_record, storable
 from ..store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from ..store.store_options import Encoding
 from ..video.container import digest
 from ..video.pool.decode_pool import Block, DecodeJob, DecodePool, Done, Failed
 from ..video.sampling import Sampling

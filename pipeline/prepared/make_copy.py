@@ -14,79 +14,31 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from ..common.errors import VideoError
 from ..common.files import replacing
 from ..common.sealed import sha256_of
-from ..common.settings import Options
 from ..video.container import digest, open_container, reason, video_stream
 from ..video.decoder import VideoReader
 from ..video.encode import write_video
 from ..video.geometry import View
 from ..video.packets import Timeline
 from .copies import decode_copy
-from .flow_files import FlowMap, FlowOptions, write_flow
+from .flow_files import FlowMap, write_flow
 from .frame_map import FrameMap, SourceRecord
+from .prepare_options import CopyOptions, FlowOptions
 from .quality import psnr, ssim
 
 NOT_WRITTEN = "the copy cannot be written"
-LONGEST_SIDE = 8192  # of a copy
-Side = Annotated[int, Field(ge=16, le=4096)]
 _COLOURS = {
     "colorspace": "smpte170m",
     "color_range": "tv",
     "color_primaries": "smpte170m",
     "color_trc": "smpte170m",
 }
-
-
-class CopyOptions(Options):
-    """How copies are encoded.
-
-    The defaults were the quickest to read per byte (docs/benchmarks.md): H.264 without B-frames,
-    CABAC
-    and deblocking filter, at the size that clips of 112 pixels are cropped from, so that reading
-    them
-    needs no resize.
-
-    size: (height, width), whatever the source's shape; or short_side: pixels, the shape is kept and
-    smaller sources keep their size. gop: most frames between key frames. crf: x264's quality, lower
-    is
-    better and larger. quality_frames: frames per video that are read back and compared.
-    """
-
-    size: tuple[Side, Side] | None = (128, 171)
-    short_side: Side | None = None
-    gop: int = Field(default=12, ge=1, le=1000)
-    crf: int = Field(default=20, ge=0, le=51)
-    quality_frames: int = Field(default=2, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_side_alone(cls, data: object) -> object:
-        """Let a short side replace the default size."""
-        if isinstance(data, dict) and data.get("short_side") is not None and "size" not in data:
-            return {**data, "size": None}
-        return data
-
-    @model_validator(mode="after")
-    def _one_of(self) -> CopyOptions:
-        if (self.size is None) == (self.short_side is None):
-            raise ValueError("give size (height and width) or short_side, one of the two")
-        return self
-
-    def picture(self, height: int, width: int) -> tuple[int, int]:
-        """Return (height, width) of the copy of a picture of that size; even with a short side."""
-        if self.size is not None:
-            return self.size
-        short = self.short_side or 1
-        scale = min(1.0, short / min(height, width), LONGEST_SIDE / max(height, width))
-        rows, columns = (max(2, 2 * round(side * scale / 2)) for side in (height, width))
-        return rows, columns
 
 
 Record = Callable[[], SourceRecord]

@@ -10,15 +10,15 @@ Shapes: n rows, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import StoreError
 from ..common.numerics import softmax
+from .store_options import Encoding
 
-Encoding = Literal["float16", "int8"]
 ENCODINGS: tuple[str, ...] = get_args(Encoding)
 DEFAULT: Encoding = "float16"
 LARGEST = float(np.finfo(np.float16).max)

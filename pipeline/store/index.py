@@ -17,8 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 from ..common.errors import StoreError
 from . import layout as fmt
 from .digests import Ranges, ranges_of, read_rows
-from .encoding import DEFAULT, Encoding, arrays_of, check_encoding
+from .encoding import DEFAULT, arrays_of, check_encoding
 from .storage import LocalFiles, StoreFiles, store_files
+from .store_options import Encoding
 from .validation import check_files
 
 PENDING, OK, FAILED, OVERFLOWED = 0, 1, 2, 3

@@ -23,8 +23,9 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from ..common.errors import StoreError
 from ..common.files import fsync_path, write_whole
 from .digests import DIGEST, KEY, check_document, seal
-from .encoding import DEFAULT, Encoding, arrays_of
+from .encoding import DEFAULT, arrays_of
 from .storage import LocalFiles, StoreFiles, inside, open_table, store_files
+from .store_options import Encoding
 from .validation import check_node, load_json
 from .validation import check_root as check_root_form
 

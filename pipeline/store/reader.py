@@ -25,10 +25,11 @@ from ..corpus.sources import unescape_path
 from ..video.sampling import Sampling
 from . import layout as fmt
 from .digests import read_rows, split_ranges
-from .encoding import DEFAULT, Encoding, read_logits, total_error
+from .encoding import DEFAULT, read_logits, total_error
 from .index import OK, STATUS, StoreIndex, load_index
 from .shards import ShardedRows
 from .storage import LocalFiles, StoreFiles, store_files
+from .store_options import Encoding
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from ..common.locks import locked
 from ..common.urls import check_local
 from . import layout as fmt
 from .digests import digest_rows, read_rows, split_ranges
-from .encoding import DEFAULT, Encoding
+from .encoding import DEFAULT
 from .index import StoreIndex, add_frame_commit, add_teacher_commit, load_index
 from .planning import FrameRange, Segment, assign, auto_shard_rows
 from .staging import ShardResult, StagedFile
 from .storage import LocalFiles, inside
+from .store_options import Encoding
 from .validation import is_teacher_name
 
 Tables = dict[str, list[tuple[int, int, str]]]

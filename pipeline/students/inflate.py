@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from ..common.errors import CheckpointError
 from .student import Backbone
-from .student_options import StudentOptions
-
-Inflation = Literal["scaled", "replicated"]
+from .student_options import Inflation, StudentOptions
 
 _BLOCKS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
 _FITTING = {18: ("r3d_18", "mc3_18"), 34: ("r3d_34",)}

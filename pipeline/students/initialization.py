@@ -24,11 +24,10 @@ from ..common.library_weights import library_weights
 from ..common.plugins import call_factory, is_factory
 from ..common.weights import load_weights
 from .export import InitReport, check_options, load_backbone, read_options, recognise, take_backbone
-from .inflate import Inflation, fitting_student, inflatable, inflate
+from .inflate import fitting_student, inflatable, inflate
 from .student import Backbone, Student
-from .student_options import StudentOptions
+from .student_options import SCRATCH, Inflation, StudentOptions
 
-SCRATCH = "scratch"
 INFLATABLE = ("resnet18", "resnet34")
 
 

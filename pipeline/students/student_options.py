@@ -1,15 +1,14 @@
-"""Which student, and what is written beside its weights. Free of torch, so that configs stay
-cheap."""
+"""Which student, and what is written next to its weights. Free of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ..common.plugins import is_factory
-from ..common.settings import Options
+from ..common.settings import CliOption, Options
 
 # Mean and std of RGB pixels in 0–1 (torchvision's video references) and of Farneback flow in pixels
 # (pytorch/pytorch caffe2/video/optical_flow.cc).
@@ -17,6 +16,9 @@ NORMALISATION: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     3: ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),
     2: ((0.0046635, 0.0046261), (0.972347, 0.755146)),
 }
+
+Inflation = Literal["scaled", "replicated"]
+SCRATCH = "scratch"
 
 BUILTIN_ARCHITECTURES = ("r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18")
 """Architectures that are built here, at any width; torchvision's other video models and factories
@@ -40,10 +42,19 @@ class StudentOptions(Options):
     H, W] to features [B, D] or [B, D, t, h, w]; `options` are then the arguments of its builder.
     """
 
-    architecture: str = "r2plus1d_18"
-    variant: Literal["torchvision", "vmz"] = "torchvision"
-    width: float = Field(default=1.0, gt=0, le=8)
-    """Factor on every number of channels: 0.5 gives 32, 64, 128, 256."""
+    architecture: Annotated[str, CliOption("--student", "Student", "r2plus1d_18|r3d_18")] = Field(
+        default="r2plus1d_18",
+        description="the backbone; also r2plus1d_34, r3d_34, mc3_18, torchvision's s3d and others, "
+        "module:factory",
+    )
+    variant: Annotated[Literal["torchvision", "vmz"], CliOption(group="Student")] = Field(
+        default="torchvision",
+        description="R(2+1)D's middle width: once per block, or once per convolution as in the "
+        "paper's code",
+    )
+    width: Annotated[float, CliOption(group="Student", metavar="X")] = Field(
+        default=1.0, gt=0, le=8, description="factor on every number of channels"
+    )
     channels: Literal[2, 3] = 3
     """Channels of the clip: 3 for RGB, 2 for optical flow."""
 

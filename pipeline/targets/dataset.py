@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..clips.clip_options import ClipView, Crop
 from ..clips.read import VideoFile, check_fits, read_clip
 from ..clips.seeding import Key
-from ..clips.transforms import ClipView, Crop
 from ..common.errors import StoreMismatchError, TrainingError, UsageError, VideoError
 from ..corpus.sources import escape_path
 from ..prepared.folders import prepared_corpora

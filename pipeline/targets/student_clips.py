@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from ..clips.transforms import ClipView
+from ..clips.clip_options import ClipView
 from ..store.reader import TargetStore, check_moved
 from ..video.flow import pictures_needed
 from .dataset import StudentClips

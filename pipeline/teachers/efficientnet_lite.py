@@ -7,12 +7,12 @@ from ..common.weights import load_into, load_weights
 from ..video.geometry import View
 from .loaded_model import (
     LoadedModel,
-    TeacherSpec,
     apply_view_options,
     imagenet_classes,
     preprocessing,
     refuse_builder_options,
 )
+from .teacher_options import TeacherSpec
 
 # tensorflow/tpu models/official/efficientnet/lite: (pixel − 127) / 128, bicubic, the centre
 # 224/256.

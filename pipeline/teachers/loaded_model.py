@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
 from ..common.documents import load_yaml
@@ -17,38 +17,10 @@ from ..common.errors import ListError, TeacherError
 from ..common.settings import Options
 from ..corpus.textfiles import is_utf8, read_text
 from ..video.geometry import View
+from .teacher_options import TeacherSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class TeacherSpec(Options):
-    """A teacher as the user asked for it; small and picklable, so that each worker loads its own.
-
-    `options` are distinit's own, which any teacher takes: `name` (its name in the store), `classes`
-    (a file with a class name a line), `input_size` (side of the centre crop), `resize` (short side,
-    or HEIGHTxWIDTH), `interpolation`, `mean` and `std` (of pixels in 0–1, one number or three).
-    All others are keyword arguments of the model's builder.
-    """
-
-    name: str
-    weights: str | None = None
-    """A checkpoint file in place of the library's weights."""
-    sha256: str | None = None
-    """Expected digest of the weights file, or of the loaded state where the weights have no
-    file."""
-    options: dict[str, str] = {}
-    fetch: bool = Field(default=True, exclude=True)
-    """Whether weights that this machine lacks may be downloaded."""
-
-    def record(self) -> dict[str, Any]:
-        """Return what a store records: enough to load the teacher again, without local folders.
-
-        `weights` loses its folder and `classes` is left out: the store has the names.
-        """
-        options = {key: value for key, value in self.options.items() if key != "classes"}
-        weights = Path(self.weights).name if self.weights is not None else None
-        return {"name": self.name, "weights": weights, "sha256": self.sha256, "options": options}
 
 
 class Preprocessing(Options):

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from ..common.errors import DistInitError, StoreError, TeacherError, UsageError, in_one_line
 from ..common.plugins import is_factory
-from .loaded_model import OWN_OPTIONS, TeacherSpec
+from .loaded_model import OWN_OPTIONS
 from .teacher import SHIPPED, Teacher, load_teacher
+from .teacher_options import TeacherSpec
 
 _LIBRARY_MODEL = re.compile(r"(torchvision|timm):[A-Za-z0-9_.]+(@[A-Za-z0-9_]+)?")
 _NUMBER = re.compile(r"-?\d{1,9}(\.\d{1,9})?|true|false", re.ASCII)

@@ -27,12 +27,12 @@ from .efficientnet_lite import efficientnet_lite0
 from .loaded_model import (
     OWN_OPTIONS,
     LoadedModel,
-    TeacherSpec,
     apply_view_options,
     builder_options,
     preprocessing,
     read_classes,
 )
+from .teacher_options import TeacherSpec
 from .timm_models import timm_model
 from .torchvision_models import resnet50_places365, torchvision_model
 

@@ -12,12 +12,12 @@ from ..common.weights import WeightsFile, load_into, load_weights
 from ..video.geometry import View
 from .loaded_model import (
     LoadedModel,
-    TeacherSpec,
     apply_view_options,
     builder_options,
     imagenet_classes,
     preprocessing,
 )
+from .teacher_options import TeacherSpec
 
 
 def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:

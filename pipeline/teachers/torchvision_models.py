@@ -16,7 +16,6 @@ from ..video.geometry import View
 from .loaded_model import (
     LoadedModel,
     Preprocessing,
-    TeacherSpec,
     apply_view_options,
     builder_options,
     preprocessing,
@@ -24,6 +23,7 @@ from .loaded_model import (
     refuse_builder_options,
 )
 from .places365 import CATEGORIES
+from .teacher_options import TeacherSpec
 
 PLACES_FILE = "resnet50_places365.pth.tar"
 PLACES_URL = f"http://places2.csail.mit.edu/models_places365/{PLACES_FILE}"

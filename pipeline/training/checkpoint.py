@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,13 +29,10 @@ from ..common.run_dir import CONFIG, LAST, RUN_FILES
 from ..common.sealed import add_comment, check_seal, seal
 from ..corpus.sources import escape_path
 from ..corpus.textfiles import is_utf8
-from .loop_options import LoopOptions
+from .loop_options import LoopOptions, Resume
 from .train_state import TrainState
 
 FORMAT_VERSION = 2
-Resume = Literal["auto"] | bool
-"""False: a folder that holds a run is refused; True: one that holds none; auto: a run goes on or
-begins."""
 # Identities of what the targets are; a difference there is a difference of stores, not of
 # checkpoints.
 STORE_KEYS = frozenset({"store", "teachers", "sampling"})

@@ -1,4 +1,4 @@
-"""What `distinit train-student` can be told."""
+"""What `distinit train-student` can be told. Free of torch."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..clips.transforms import ClipView
-from ..common.settings import Options
+from ..clips.clip_options import ClipView
+from ..common.settings import VIDEO_ROOTS, VIDEO_ROOTS_HELP, CliOption, Options
 from ..common.urls import StoreAddress
 from ..students.student_options import StudentOptions
-from ..targets.picks import PickRule
-from .checkpoint import Resume
-from .loop_options import LoopOptions
+from .loop_options import RESUME, RESUME_HELP, LoopOptions, Resume
 
 
 class ClipOptions(ClipView):
     """The clips that the student sees: `length` consecutive frames, resized, cropped and
     mirrored."""
 
-    length: int = Field(default=8, ge=1, description="frames of a clip, T")
+    length: Annotated[int, CliOption("--frames", "Sampling", "T")] = Field(
+        default=8, ge=1, description="frames per clip"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ClipOptions:
@@ -42,34 +42,60 @@ class TargetOptions(Options):
     With `loss=squared-error` use a tenth of the learning rate (the paper, section 4.2).
     """
 
-    teachers: tuple[str, ...] | None = Field(
-        default=None, description="heads; default all in the store"
-    )
+    teachers: Annotated[
+        tuple[str, ...] | None, CliOption("--teacher", "Teacher", "NAME", shown="all")
+    ] = Field(default=None, description="learn from this teacher of the store; repeatable")
     loss_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={}, description="teacher: factor of its loss; default 1"
     )
     corpora: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         default=None, description="corpus: its share of the clips; default all videos alike"
     )
-    picks: str = Field(default="random", description="center, random, random:N or uniform:N")
-    loss: Literal["cross-entropy", "squared-error"] = "cross-entropy"
-    mse_reduction: Literal["sum", "mean"] = Field(
-        default="sum", description="squared error, over classes"
+    picks: Annotated[
+        str, CliOption(group="Sampling", metavar="center|random|random:N|uniform:N")
+    ] = Field(
+        default="random",
+        description="which cached frames of a clip make its target; logits of several are averaged",
     )
-    tau: float = Field(default=1.0, gt=0, description="temperature of the targets (eq. 1)")
-    max_entropy: float | dict[str, float] | None = Field(
-        default=None, description="nats; the filter"
+    tau: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
+        default=1.0, gt=0, description="temperature of the targets (eq. 1)"
     )
-    max_entropy_quantile: Share | dict[str, Share] | None = Field(
-        default=None, description="share of draws to keep"
+    loss: Annotated[Literal["cross-entropy", "squared-error"], CliOption(group="Training")] = Field(
+        default="cross-entropy",
+        description="soft-target cross-entropy, or squared error on logits (use a tenth of the "
+        "learning rate)",
+    )
+    mse_reduction: Annotated[Literal["sum", "mean"], CliOption(group="Training")] = Field(
+        default="sum", description="of the squared error, over classes"
+    )
+    max_entropy: Annotated[
+        float | dict[str, float] | None,
+        CliOption("--filter-nats", "Sampling", "X", replaces=("max_entropy_quantile",)),
+    ] = Field(
+        default=None,
+        description="filter clips whose target has a higher entropy, in nats; the paper's is 2.7",
+    )
+    max_entropy_quantile: Annotated[
+        Share | dict[str, Share] | None,
+        CliOption("--filter-quantile", "Sampling", "Q", replaces=("max_entropy",)),
+    ] = Field(
+        default=None,
+        description="the same as a share of clips to keep: 0.5 keeps the most confident half",
     )
     quantile_draws: int = Field(
         default=100_000, ge=1, description="draws that the quantile is taken over"
     )
-    filter: Literal["skip", "zero-weight"] = "skip"
+    filter: Annotated[Literal["skip", "zero-weight"], CliOption("--filter-mode", "Sampling")] = (
+        Field(
+            default="skip",
+            description="draw another clip before anything is decoded, or keep it with weight zero",
+        )
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TargetOptions:
+        from ..targets.picks import PickRule
+
         PickRule.parse(self.picks)
         if self.max_entropy is not None and self.max_entropy_quantile is not None:
             raise ValueError(
@@ -86,23 +112,28 @@ class TargetOptions(Options):
 class TrainConfig(Options):
     """Everything that `distinit train-student` can be told."""
 
-    store: StoreAddress = Field(description="the target store")
-    out: str = Field(description="the run folder to write")
-    student: StudentOptions = StudentOptions()
-    clips: ClipOptions = ClipOptions()
-    targets: TargetOptions = TargetOptions()
-    loop: LoopOptions = LoopOptions()
-    moved: dict[str, str] = Field(
-        default_factory=dict, description="corpus: folder where it lies now"
+    store: Annotated[StoreAddress, CliOption("--targets", metavar="STORE")] = Field(
+        description="the target store of extract-targets: a folder or a URL"
     )
-    leave_out: str | None = Field(
+    out: Annotated[str, CliOption(group="Output", metavar="RUN")] = Field(
+        description="the run folder to write"
+    )
+    student: Annotated[StudentOptions, CliOption()] = Field(default_factory=StudentOptions)
+    clips: Annotated[ClipOptions, CliOption()] = Field(default_factory=ClipOptions)
+    targets: Annotated[TargetOptions, CliOption()] = Field(default_factory=TargetOptions)
+    loop: Annotated[LoopOptions, CliOption()] = Field(default_factory=LoopOptions)
+    moved: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
+        default_factory=dict, description=VIDEO_ROOTS_HELP
+    )
+    leave_out: Annotated[str | None, CliOption(metavar="LIST")] = Field(
         default=None,
-        description="videos never drawn: a list, CORPUS/PATH a line, or the test side of csv:FILE, …",
+        description="never draw these videos: a list, CORPUS/PATH per line, or the test videos of "
+        "csv:FILE, folder:DIR, kinetics:FILE, hmdb51:DIR or ucf101:DIR",
     )
-    leave_out_split: int | Literal["all"] | None = Field(
-        default=None, description="of leave_out's labels; default 1"
-    )
-    held_out: float = Field(
+    leave_out_split: Annotated[
+        int | Literal["all"] | None, CliOption("--split", metavar="N|all", shown="1")
+    ] = Field(default=None, description="whose test videos --leave-out is")
+    held_out: Annotated[float, CliOption(metavar="Q")] = Field(
         default=0.0, ge=0, lt=1, description="share of videos kept for the held-out loss"
     )
     held_out_clips: int = Field(
@@ -111,7 +142,8 @@ class TrainConfig(Options):
     export: Literal["last", "best"] = Field(
         default="last", description="checkpoint that is exported"
     )
-    resume: Resume = False
-    dry_run: bool = Field(
-        default=False, description="show what would be trained, and its first batch; train nothing"
+    resume: Annotated[Resume, RESUME] = Field(default=False, description=RESUME_HELP)
+    dry_run: Annotated[bool, CliOption(group="Output")] = Field(
+        default=False,
+        description="show config, sizes and the first batch as a picture; train nothing",
     )

@@ -25,7 +25,7 @@ from ..common.distributed import SINGLE_PROCESS, Ranks, join_ranks, launched
 from ..common.errors import DistInitError, RankLostError, TrainingError, UsageError, in_one_line
 from ..common.processes import Owner, end_with
 from ..common.settings import Options
-from .loop import LoopOptions
+from .loop_options import LoopOptions
 
 C = TypeVar("C", bound=Options)
 Stage = Callable[[C, Console, Ranks], dict[str, Any]]

@@ -18,10 +18,10 @@ from torch import nn
 from ..common.devices import resolve_device
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import TrainingInterrupted, UsageError
-from .checkpoint import Checkpoints, Resume, random_states
+from .checkpoint import Checkpoints, random_states
 from .interrupts import Interrupts
 from .loader import EpochBatchSampler, KeyedDataset, SplitBatchSampler, read_batches
-from .loop_options import LoopOptions
+from .loop_options import LoopOptions, Resume
 from .meter import Meter
 from .metric_logger import Metrics
 from .parallel import share_buffers, wrap

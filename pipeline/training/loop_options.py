@@ -4,11 +4,11 @@ three."""
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..common.settings import Options
+from ..common.settings import DEVICE, DEVICE_HELP, CliOption, Options
 
 # Options that may differ between the start of a run and its resume: none of them changes what is
 # learned from a given step on, but for the clips that share batch statistics and for rounding.
@@ -16,6 +16,14 @@ from ..common.settings import Options
 FREE_ON_RESUME = frozenset(
     {"epochs", "device", "gpus", "gpu_batch_size", "compile", "channels_last", "workers", "threads"}
     | {"log_every", "checkpoint_every", "max_broken"}
+)
+
+Resume = Literal["auto"] | bool
+"""False: a folder that holds a run is refused; True: one that holds none; auto: a run is resumed or
+begins."""
+RESUME = CliOption(group="Output", metavar="[auto]", bare="true")
+RESUME_HELP = (
+    "resume from the last checkpoint of --out; with `auto` also start where there is no run yet"
 )
 
 
@@ -35,35 +43,53 @@ class LoopOptions(Options):
     of the rate of a cross-entropy run (the paper's section 4.2), which a preset or the user sets.
     """
 
-    batch_size: int = Field(default=32, ge=1, description="clips a step, over all GPUs")
-    gpu_batch_size: int | None = Field(
+    epochs: Annotated[int, CliOption(group="Training", metavar="N")] = Field(
+        default=45, ge=1, description="epochs, counted in clips"
+    )
+    epoch_clips: Annotated[
+        int | None, CliOption(group="Training", metavar="N", shown="one per video")
+    ] = Field(default=None, ge=1, description="clips per epoch")
+    batch_size: Annotated[int, CliOption(group="Training", metavar="B")] = Field(
+        default=32, ge=1, description="clips per step, over all GPUs"
+    )
+    gpu_batch_size: Annotated[int | None, CliOption(group="Hardware", metavar="B")] = Field(
         default=None,
         ge=1,
-        description="most clips a GPU takes at once; of more the gradients are accumulated",
+        description="most clips per GPU and forward pass; the gradients of more are accumulated",
     )
-    gpus: int = Field(
+    gpus: Annotated[int, CliOption(group="Hardware", metavar="N")] = Field(
         default=1,
         ge=1,
-        description="processes on this machine, one a GPU; torchrun decides for itself",
+        description="processes on this machine, one per GPU; on several machines use torchrun",
     )
-    epochs: int = Field(default=45, ge=1)
-    epoch_clips: int | None = Field(
-        default=None, ge=1, description="clips an epoch; default one a video"
+    lr: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
+        default=0.01, gt=0, description="learning rate after the warm-up"
     )
-    lr: float = Field(default=0.01, gt=0, description="learning rate after the warm-up")
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    momentum: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
+        default=0.9, ge=0, lt=1, description="momentum of Nesterov's SGD"
+    )
     nesterov: bool = True
-    weight_decay: float = Field(default=1e-4, ge=0)
-    warmup_epochs: int = Field(default=0, ge=0)
-    step_epochs: int | None = Field(
-        default=10, ge=1, description="epochs between drops; None: no drops"
+    weight_decay: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
+        default=1e-4, ge=0, description="weight decay"
     )
-    gamma: float = Field(default=0.1, gt=0, le=1, description="factor of each drop")
-    lr_batch_size: int | None = Field(
-        default=None, ge=1, description="clips a step that lr is meant for; none: lr is not scaled"
+    warmup_epochs: Annotated[int, CliOption(group="Training", metavar="N")] = Field(
+        default=0, ge=0, description="epochs of linear warm-up"
     )
-    clip_norm: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    step_epochs: Annotated[int | None, CliOption(group="Training", metavar="N")] = Field(
+        default=10, ge=1, description="epochs between drops of the rate; null: no drops"
+    )
+    gamma: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
+        default=0.1, gt=0, le=1, description="factor of each drop"
+    )
+    lr_batch_size: Annotated[
+        int | None, CliOption(group="Training", metavar="B", shown="lr is not scaled")
+    ] = Field(default=None, ge=1, description="batch size that lr refers to")
+    clip_norm: Annotated[float | None, CliOption(group="Training", metavar="X", shown="none")] = (
+        Field(default=None, gt=0, description="largest norm of the gradient")
+    )
+    precision: Annotated[Literal["fp32", "bf16"], CliOption(group="Hardware")] = Field(
+        default="fp32", description="what the student computes in"
+    )
     sync_batchnorm: bool = Field(
         default=True, description="batch statistics over all GPUs; not on a CPU"
     )
@@ -71,17 +97,23 @@ class LoopOptions(Options):
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = Field(
         default="none", description="torch.compile and its mode"
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    workers: int | None = Field(
-        default=None, ge=0, description="loader processes; default by the machine"
-    )
+    device: Annotated[str, DEVICE] = Field(default="auto", description=DEVICE_HELP)
+    workers: Annotated[
+        int | None, CliOption(group="Hardware", metavar="N", shown="depending on the machine")
+    ] = Field(default=None, ge=0, description="loader processes; any number gives the same clips")
     threads: int | None = Field(
         default=None, ge=1, description="torch threads on a CPU; default cores less workers"
     )
-    seed: int = Field(default=0, ge=0)
-    log_every: int = Field(default=20, ge=1, description="steps")
-    checkpoint_every: int = Field(
-        default=500, ge=1, description="steps; the end of an epoch always is one"
+    seed: Annotated[int, CliOption(group="Training", metavar="N")] = Field(
+        default=0, ge=0, description="seed of every random draw"
+    )
+    log_every: Annotated[int, CliOption(group="Output", metavar="N")] = Field(
+        default=20, ge=1, description="steps between log lines"
+    )
+    checkpoint_every: Annotated[int, CliOption(group="Output", metavar="N")] = Field(
+        default=500,
+        ge=1,
+        description="steps between checkpoints; the end of an epoch always is one",
     )
     max_broken: int = Field(default=100, ge=0, description="unreadable videos before the run stops")
 

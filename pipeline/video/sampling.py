@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..common.settings import Options
+from ..common.settings import CliOption, Options
 
 if TYPE_CHECKING:
     from .probe import Probe
@@ -20,9 +20,16 @@ class Sampling(Options):
     Every 4th by default.
     """
 
-    every: int | None = Field(default=None, ge=1)
-    fps: float | None = Field(default=None, gt=0, le=1000)
-    keyframes: bool = False
+    every: Annotated[
+        int | None,
+        CliOption(group="Sampling", metavar="N", shown="4", replaces=("fps", "keyframes")),
+    ] = Field(default=None, ge=1, description="cache every Nth frame")
+    fps: Annotated[
+        float | None, CliOption(group="Sampling", metavar="RATE", replaces=("every", "keyframes"))
+    ] = Field(default=None, gt=0, le=1000, description="cache frames at this rate instead")
+    keyframes: Annotated[bool, CliOption(group="Sampling", replaces=("every", "fps"))] = Field(
+        default=False, description="cache key frames only: much less to decode"
+    )
 
     @model_validator(mode="before")
     @classmethod

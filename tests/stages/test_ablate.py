@@ -19,16 +19,17 @@ import numpy as np
 import pytest
 import yaml
 
+from distinit.pipeline.ablation.ablate_options import AblateConfig
 from distinit.pipeline.ablation.cost import measure
 from distinit.pipeline.ablation.plan import cells, read_plan, shipped_plans
 from distinit.pipeline.ablation.steps import StepMaker
 from distinit.pipeline.common.config import load_config
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, UsageError
+from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.store.reader import TargetStore
-from distinit.stages.ablate import COMMANDS, AblateConfig, ablate
-from distinit.stages.finetune import FinetuneConfig
-from distinit.stages.train_student import TrainConfig
+from distinit.pipeline.training.distillation_options import TrainConfig
+from distinit.stages.ablate import COMMANDS, ablate
 
 pytestmark = pytest.mark.slow
 

@@ -15,11 +15,12 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DecoderError, DistInitError
 from distinit.pipeline.common.same_failure import SameFailure
 from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.teachers.teacher import TeacherSpec
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.prepare import PrepareConfig, prepare
+from distinit.stages.prepare import prepare
 
 pytestmark = pytest.mark.slow
 

@@ -23,8 +23,7 @@ from rich.panel import Panel
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from distinit.cli import cli
-from distinit.cli_support import run
+from distinit.cli import cli, run
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.streams import CleanStream, as_json, printable
 from distinit.pipeline.common.tables import Column, Table

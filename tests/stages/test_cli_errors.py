@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distinit.cli_support import explain, run
+from distinit.cli import run
 from distinit.pipeline.common.errors import StoreError, UsageError
+from distinit.pipeline.common.explain import explain
 from distinit.pipeline.video.encode import write_video
 from distinit.tests.commands import command_that_raises
 
@@ -39,7 +40,7 @@ def distinit(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["finetune", "--epochs", "many"], ["--epochs", "many"]),
         (
             ["train-student", "--videos", "nowhere", "--targets", "s", "--out", "r"],
-            ["--videos nowhere", "NAME=VALUE"],
+            ["--videos", "nowhere", "NAME=VALUE"],
         ),
     ],
 )
@@ -72,7 +73,7 @@ def test_a_system_without_what_is_needed_is_named_in_one_line(tmp_path: Path) ->
 
 
 def test_another_system_is_told_what_it_does_without(tmp_path: Path) -> None:
-    code = "import sys\nfrom distinit.cli import main\nsys.platform = 'darwin'\nmain()"
+    code = "import sys, pydantic\nfrom distinit.cli import main\nsys.platform = 'darwin'\nmain()"
     command = [sys.executable, "-c", code, "targets", "info", "nowhere.zarr"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
@@ -174,7 +175,7 @@ def test_ctrl_c_leaves_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert shown.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+    assert shown.splitlines()[-1] == "interrupted; the same command resumes where it stopped"
     assert "Traceback" not in shown
 
 

@@ -12,9 +12,7 @@ import click
 import pytest
 import yaml
 
-from distinit.cli import cli
-from distinit.cli_options import KeyArgument, KeyOption
-from distinit.cli_support import pairs, teacher_specs
+from distinit.cli import COMMANDS, GROUPS, TARGETS, KeyOption, StageCommand, cli
 from distinit.pipeline.common.config import (
     CONF,
     SECTIONS,
@@ -24,46 +22,60 @@ from distinit.pipeline.common.config import (
     write_config,
 )
 from distinit.pipeline.common.errors import UsageError
-from distinit.pipeline.common.settings import Options
+from distinit.pipeline.common.settings import Options, parse_pairs
+from distinit.pipeline.teachers.teacher_options import parse_teachers
 
-MODELS = {
-    "demo": ("demo", "DemoConfig"),
-    "prepare": ("prepare", "PrepareConfig"),
-    "extract-targets": ("extract_targets", "ExtractConfig"),
-    "train-student": ("train_student", "TrainConfig"),
-    "finetune": ("finetune", "FinetuneConfig"),
-    "evaluate": ("evaluate", "EvaluateConfig"),
-    "predict": ("predict", "PredictConfig"),
-}
+STAGES = {**COMMANDS, **{f"targets-{name}": command for name, command in TARGETS.items()}}
+MODELS = {name: command.model for name, command in STAGES.items()}
 
 
 def model_of(command: str) -> type[Options]:
-    module, name = MODELS[command]
-    model: type[Options] = getattr(importlib.import_module(f"distinit.stages.{module}"), name)
+    module, name = MODELS[command].split(":")
+    model: type[Options] = getattr(importlib.import_module(f"distinit.{module}"), name)
     return model
 
 
-def default_of(model: type[Options], key: str) -> Any:
-    """The model's default for a dotted key; nested groups are made by their own defaults."""
-    *groups, last = key.split(".")
-    for group in groups:
-        model = type(model.model_fields[group].get_default(call_default_factory=True))
-    return model.model_fields[last].get_default(call_default_factory=True)
+def stage_commands() -> list[StageCommand]:
+    targets = cli.commands["targets"]
+    assert isinstance(targets, click.Group)
+    below = [*cli.commands.values(), *targets.commands.values()]
+    return [command for command in below if isinstance(command, StageCommand)]
 
 
-@pytest.mark.parametrize("command", MODELS)
-def test_options_fill_keys_that_exist_and_help_prints_their_defaults(command: str) -> None:
-    model = model_of(command)
-    keys = known_keys(model)
-    for param in cli.commands[command].params:
-        if isinstance(param, KeyOption | KeyArgument):
-            assert any(key == param.key or key.startswith(f"{param.key}.") for key in keys), (
-                param.key
-            )
-        if isinstance(param, KeyOption):
-            assert set(param.replaces) <= set(keys)
-        if isinstance(param, KeyOption) and param.shown is not None:
-            assert str(default_of(model, param.key)) == str(param.shown), param.key
+def params_of(command: click.Command) -> list[click.Parameter]:
+    return command.get_params(click.Context(command))
+
+
+def test_options_are_generated_from_fields_of_the_models() -> None:
+    commands = stage_commands()
+    assert {command.section for command in commands} == set(SECTIONS) == set(MODELS)
+    for command in commands:
+        keys = known_keys(model_of(command.section))
+        flags = [flag for param in params_of(command) for flag in param.opts]
+        assert len(set(flags)) == len(flags)
+        for param in params_of(command):
+            if isinstance(param, KeyOption):
+                assert set(param.replaces) <= set(keys)
+                assert param.key in keys
+                assert param.cli.group in GROUPS
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "shown"),
+    [
+        ("train-student", "--epochs", "[default: 45]"),
+        ("finetune", "--epochs", "[default: 8]"),
+        ("finetune", "--frames", "[default: the initialisation's]"),
+        ("evaluate", "--test-clips", "[default: the run's]"),
+        ("predict", "--test-clips", "[default: 10]"),
+        ("prepare", "--out", "[required]"),
+        ("targets-verify", "--device", "[default: auto]"),
+    ],
+)
+def test_help_shows_the_default_of_the_model(command: str, option: str, shown: str) -> None:
+    found = next(each for each in stage_commands() if each.section == command)
+    help_of = {param.opts[0]: getattr(param, "help", "") for param in params_of(found)}
+    assert help_of[option].endswith(shown)
 
 
 def test_every_command_has_a_help_with_examples() -> None:
@@ -75,7 +87,7 @@ def test_every_command_has_a_help_with_examples() -> None:
         assert command.help, command.name
         assert command.epilog, command.name
         assert "distinit" in command.epilog, command.name
-        for param in command.params:
+        for param in params_of(command):
             assert isinstance(param, click.Argument) or (
                 isinstance(param, click.Option) and param.help
             ), param
@@ -197,7 +209,7 @@ def test_missing_values_are_named_by_their_option() -> None:
 
 
 def test_teacher_options_find_their_teacher() -> None:
-    specs = teacher_specs(
+    specs = parse_teachers(
         ("resnet50", "torchvision:resnet18"),
         ("resnet50:resize=232", "torchvision:resnet18:mean=0.5"),
         ("resnet50=/w/a=b.pth",),
@@ -207,7 +219,7 @@ def test_teacher_options_find_their_teacher() -> None:
         {"name": "resnet50", "options": {"resize": "232"}, "weights": "/w/a=b.pth"},
         {"name": "torchvision:resnet18", "options": {"mean": "0.5"}, "sha256": "abc"},
     ]
-    alone = teacher_specs(("m:f",), ("depth=50", "m:f:x=1"), ("/w/a=b.pth",), ("abc",))
+    alone = parse_teachers(("m:f",), ("depth=50", "m:f:x=1"), ("/w/a=b.pth",), ("abc",))
     assert alone == [
         {
             "name": "m:f",
@@ -216,17 +228,17 @@ def test_teacher_options_find_their_teacher() -> None:
             "sha256": "abc",
         }
     ]
-    assert teacher_specs((), (), (), ()) is None
+    assert parse_teachers((), (), (), ()) is None
     for names, option in ((("a", "b"), "k=v"), (("a",), "b:k=v"), ((), "k=v"), (("a",), "nothing")):
         with pytest.raises(UsageError, match="--teacher-option"):
-            teacher_specs(names, (option,), (), ())
+            parse_teachers(names, (option,), (), ())
 
 
 def test_pairs_refuse_what_is_no_pair() -> None:
-    assert pairs(("a=/x", "b=/y=z"), "--videos") == {"a": "/x", "b": "/y=z"}
+    assert parse_pairs(("a=/x", "b=/y=z")) == {"a": "/x", "b": "/y=z"}
     for wrong in (("a",), ("=x",), ("a=",), ("a=1", "a=2")):
-        with pytest.raises(UsageError, match="--videos"):
-            pairs(wrong, "--videos")
+        with pytest.raises(ValueError, match=r"NAME=VALUE|twice"):
+            parse_pairs(wrong)
 
 
 def test_json_of_odd_values_is_json() -> None:

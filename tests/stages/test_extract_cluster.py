@@ -21,11 +21,13 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, StoreMismatchError
 from distinit.pipeline.extraction import cluster as extract_cluster
 from distinit.pipeline.extraction.cluster import WorkerSetup, fill_shard, run_shards
-from distinit.pipeline.extraction.extract_options import ExtractConfig, run_record
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.extraction.machine import run_record
 from distinit.pipeline.extraction.shard_filler import SegmentTask, ShardTask
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.writer import StoreWriter
-from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
+from distinit.pipeline.teachers.teacher import load_teacher
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets

@@ -26,7 +26,7 @@ from distinit.pipeline.common.errors import StoreError
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.verify import verify
-from distinit.pipeline.teachers.teacher import TeacherSpec
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets
@@ -49,8 +49,7 @@ def teacher():
 # take longer than the tests. Prints [exit code, standard error] of each command.
 DRIVER = """
 import contextlib, io, json, subprocess, sys
-from distinit.cli import cli
-from distinit.cli_support import run
+from distinit.cli import main
 
 results = []
 for step in json.loads(sys.argv[1]):
@@ -60,7 +59,7 @@ for step in json.loads(sys.argv[1]):
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
-            run(cli, step)
+            main(step)
         except SystemExit as end:
             results.append([end.code, said.getvalue()])
 print(json.dumps(results))

@@ -18,7 +18,7 @@ from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.subset import write_subset
 from distinit.pipeline.store.verify import verify
 from distinit.pipeline.store.writer import StoreWriter
-from distinit.pipeline.teachers.teacher import TeacherSpec
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages import extract_targets as stage

@@ -24,7 +24,7 @@ from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.verify import verify
-from distinit.pipeline.teachers.teacher import TeacherSpec
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.geometry import View, render

@@ -22,7 +22,13 @@ from distinit.pipeline.common.errors import (
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.digests import seal
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.teachers.teacher import TeacherSpec
+from distinit.pipeline.store.store_options import (
+    ExportOptions,
+    InfoOptions,
+    MergeOptions,
+    VerifyOptions,
+)
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets
@@ -128,14 +134,20 @@ def test_a_store_refuses_rows_of_code_that_changed(
             extract(home, retry_failed=True, accept_run=True, accept_teachers=["t"])
     assert files(home / "s.zarr") == before
     findings = targets_verify(
-        home / "s.zarr", QUIET, deep=1, allow_teachers=["grown_teachers:teacher"]
+        VerifyOptions(
+            store=str(home / "s.zarr"), deep=1, allow_teachers=["grown_teachers:teacher"]
+        ),
+        QUIET,
     )["findings"]
     assert {f["teacher"] for f in findings} == {"t"}
     monkeypatch.setenv("CHANGE", "next to nothing")
     assert extract(home)["ok"] == 4
     monkeypatch.setenv("CHANGE", "")
     assert targets_verify(
-        home / "s.zarr", QUIET, deep=9, allow_teachers=["grown_teachers:teacher"]
+        VerifyOptions(
+            store=str(home / "s.zarr"), deep=9, allow_teachers=["grown_teachers:teacher"]
+        ),
+        QUIET,
     )["ok"]
 
 
@@ -219,12 +231,15 @@ def test_without_videos_a_user_must_say_that_it_is_the_same(home: Path) -> None:
         extract(home, sources=[], accept_teachers=["u"])
     extract(home, sources=[], retry_failed=True, accept_teachers=["t"])
     assert info(home)["basis"] == {"kind": "accepted"}
-    targets_export(home / "s.zarr", home / "some.zarr", QUIET)
+    targets_export(ExportOptions(store=str(home / "s.zarr"), out=str(home / "some.zarr")), QUIET)
     assert info(home, "some.zarr")["basis"] == {"kind": "accepted"}
 
 
 def info(home: Path, store: str = "s.zarr") -> dict[str, Any]:
-    return dict(targets_info(home / store, QUIET)["teachers"][0]["fingerprint"] or {})
+    return dict(
+        targets_info(InfoOptions(store=str(home / store)), QUIET)["teachers"][0]["fingerprint"]
+        or {}
+    )
 
 
 def test_parts_of_other_code_are_not_merged(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,12 +249,28 @@ def test_parts_of_other_code_are_not_merged(home: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv("CHANGE", change)
         extract(home, f"{change}.zarr", part="2/2", shard_rows=256)
     with pytest.raises(StoreMismatchError, match=r"reversed\.zarr"):
-        targets_merge([home / "1.zarr", home / "reversed.zarr"], home / "no.zarr", QUIET)
+        targets_merge(
+            MergeOptions(
+                parts=[str(home / "1.zarr"), str(home / "reversed.zarr")], out=str(home / "no.zarr")
+            ),
+            QUIET,
+        )
     assert not (home / "no.zarr").exists()
-    targets_merge([home / "1.zarr", home / "next to nothing.zarr"], home / "all.zarr", QUIET)
+    targets_merge(
+        MergeOptions(
+            parts=[str(home / "1.zarr"), str(home / "next to nothing.zarr")],
+            out=str(home / "all.zarr"),
+        ),
+        QUIET,
+    )
     assert info(home, "all.zarr")["basis"] == {"kind": "new"}
     shutil.rmtree(node(home / "2.zarr"))
-    targets_merge([home / "1.zarr", home / "2.zarr"], home / "half.zarr", QUIET)
+    targets_merge(
+        MergeOptions(
+            parts=[str(home / "1.zarr"), str(home / "2.zarr")], out=str(home / "half.zarr")
+        ),
+        QUIET,
+    )
     assert info(home, "half.zarr") == {}
 
 
@@ -249,6 +280,9 @@ def test_a_fingerprint_that_cannot_be_read_is_found(home: Path) -> None:
     document = json.loads(path.read_text())
     document["attributes"]["distinit"]["probes"] = 99
     path.write_bytes(seal(document))
-    assert [f["teacher"] for f in targets_verify(home / "s.zarr", QUIET)["findings"]] == ["t"]
+    assert [
+        f["teacher"]
+        for f in targets_verify(VerifyOptions(store=str(home / "s.zarr")), QUIET)["findings"]
+    ] == ["t"]
     with pytest.raises(DistInitError, match="99"):
         extract(home)

@@ -17,20 +17,23 @@ import pytest
 import torch
 import yaml
 
-from distinit.pipeline.clips.transforms import ClipView
+from distinit.pipeline.clips.clip_options import ClipView
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, UsageError
 from distinit.pipeline.common.files import write_whole
 from distinit.pipeline.evaluation.clip_starts import clip_starts
+from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig
+from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, LabelledClips
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions, metrics_from_file
 from distinit.pipeline.evaluation.predictor import predict
+from distinit.pipeline.reporting.report_options import ReportOptions
 from distinit.pipeline.students.export import load_student
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.frames import read_frames
-from distinit.stages.evaluate import EvaluateConfig, evaluate
-from distinit.stages.finetune import FinetuneConfig, finetune
+from distinit.stages.evaluate import evaluate
+from distinit.stages.finetune import finetune
 from distinit.stages.report import report
 
 pytestmark = pytest.mark.slow
@@ -344,7 +347,10 @@ def test_finetuning_begins_where_another_run_ended(
     )
     assert not torch.equal(after.head("label").weight, before.head("label").weight)
 
-    found = report([finished[0], out], tmp_path / "report", Console(quiet=True))
+    found = report(
+        ReportOptions(folders=[str(finished[0]), str(out)], out=str(tmp_path / "report")),
+        Console(quiet=True),
+    )
     assert [(d["run"], d["base"], d["videos"]) for d in found["differences"]] == [
         ("second", "scratch", 5)
     ]

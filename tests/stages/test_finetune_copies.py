@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 import yaml
 
-from distinit.pipeline.clips.transforms import ClipView
+from distinit.pipeline.clips.clip_options import ClipView
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import LabelsError, UsageError
+from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig
+from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, LabelledClips
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions
+from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.video.encode import write_video
-from distinit.stages.evaluate import EvaluateConfig, evaluate
-from distinit.stages.finetune import FinetuneConfig, finetune
-from distinit.stages.prepare import PrepareConfig, prepare
+from distinit.stages.evaluate import evaluate
+from distinit.stages.finetune import finetune
+from distinit.stages.prepare import prepare
 
 pytestmark = pytest.mark.slow
 

@@ -16,16 +16,19 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from distinit.cli import cli
-from distinit.cli_support import run
-from distinit.pipeline.clips.transforms import ClipView, normalize_clip
+from distinit.cli import main
+from distinit.pipeline.clips.clip_options import ClipView
+from distinit.pipeline.clips.transforms import normalize_clip
 from distinit.pipeline.common.config import load_config
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, SourceError, UsageError
+from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig, PredictConfig
+from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.evaluation.labelled_clips import EvaluationClips
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.figures.filters import read_filters, variation_over_time
+from distinit.pipeline.reporting.report_options import ReportOptions
 from distinit.pipeline.reporting.runs import read_run
 from distinit.pipeline.students.export import load_student
 from distinit.pipeline.students.inflate import video_name
@@ -33,9 +36,9 @@ from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.frames import read_frames
-from distinit.stages.evaluate import EvaluateConfig, evaluate
-from distinit.stages.finetune import FinetuneConfig, finetune
-from distinit.stages.predict import PredictConfig, predict
+from distinit.stages.evaluate import evaluate
+from distinit.stages.finetune import finetune
+from distinit.stages.predict import predict
 from distinit.stages.report import report
 
 pytestmark = pytest.mark.slow
@@ -175,7 +178,12 @@ def test_all_splits_are_runs_of_their_own_and_their_mean(
     assert result["mean"]["top1"]["mean"] == pytest.approx(np.mean(each))
     assert result["mean"]["top1"]["std"] == pytest.approx(np.std(each, ddof=1))
     assert json.loads((out / "all/result.json").read_text())["mean"] == result["mean"]
-    assert [r["name"] for r in report([out / "all"], tmp_path / "report", QUIET)["runs"]] == [
+    assert [
+        r["name"]
+        for r in report(
+            ReportOptions(folders=[str(out / "all")], out=str(tmp_path / "report")), QUIET
+        )["runs"]
+    ] == [
         "split1",
         "split2",
     ]
@@ -462,7 +470,7 @@ def test_own_videos_get_classes_and_failures_reasons(
         str(folder / "6.mp4"),
     ]
     with pytest.raises(SystemExit) as end:
-        run(cli, [*command, "--json", "--device", "cpu", "--test-clips", "2"])
+        main([*command, "--json", "--device", "cpu", "--test-clips", "2"])
     assert end.value.code == 1, "one of the three could not be read"
     shown = capsys.readouterr()
     result = json.loads(shown.out)

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from distinit.pipeline.common.console import Console
+from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig
+from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.video.encode import write_video
-from distinit.stages.evaluate import EvaluateConfig, evaluate
-from distinit.stages.finetune import FinetuneConfig, finetune
+from distinit.stages.evaluate import evaluate
+from distinit.stages.finetune import finetune
 
 pytestmark = pytest.mark.cluster
 

@@ -14,21 +14,23 @@ import h5py
 import numpy as np
 import pytest
 
-from distinit.pipeline.clips.transforms import ClipView
+from distinit.pipeline.clips.clip_options import ClipView
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
+from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.students.export import load_student
-from distinit.pipeline.students.student import StudentOptions
+from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.targets.dataset import StudentClips
 from distinit.pipeline.targets.picks import PickRule
 from distinit.pipeline.targets.sampler import TargetSampler
-from distinit.pipeline.training.distillation_options import ClipOptions
+from distinit.pipeline.training.distillation_options import ClipOptions, TrainConfig
 from distinit.pipeline.video import flow
 from distinit.pipeline.video.frames import read_frames
-from distinit.stages.finetune import FinetuneConfig, finetune
-from distinit.stages.prepare import PrepareConfig, prepare
-from distinit.stages.train_student import TrainConfig, train_student
+from distinit.stages.finetune import finetune
+from distinit.stages.prepare import prepare
+from distinit.stages.train_student import train_student
 
 pytestmark = pytest.mark.slow
 

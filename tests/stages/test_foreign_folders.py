@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distinit.pipeline.ablation.ablate_options import AblateConfig
 from distinit.pipeline.common.config import write_config
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, UsageError
@@ -20,19 +21,25 @@ from distinit.pipeline.common.run_dir import check_page_dir as require_own_page
 from distinit.pipeline.common.urls import check_local
 from distinit.pipeline.corpus.sources import MARKER
 from distinit.pipeline.evaluation.all_splits import split_folders
+from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig
+from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.evaluation.protocol import refuse_other
 from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.prepared.prepare_options import PrepareConfig
+from distinit.pipeline.reporting.report_options import ReportOptions
 from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.store_options import BrowseOptions, ExportOptions, MergeOptions
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.video.encode import write_video
-from distinit.stages.ablate import AblateConfig, ablate
-from distinit.stages.demo import DemoConfig, demo
-from distinit.stages.evaluate import EvaluateConfig, evaluate
+from distinit.stages.ablate import ablate
+from distinit.stages.demo import demo
+from distinit.stages.demo_options import DemoConfig
+from distinit.stages.evaluate import evaluate
 from distinit.stages.extract_targets import extract_targets
-from distinit.stages.finetune import FinetuneConfig, finetune
-from distinit.stages.prepare import PrepareConfig, prepare
+from distinit.stages.finetune import finetune
+from distinit.stages.prepare import prepare
 from distinit.stages.report import report
 from distinit.stages.targets_browse import targets_browse
 from distinit.stages.targets_export import targets_export
@@ -107,10 +114,18 @@ COMMANDS: dict[str, Callable[[Inputs, Path], object]] = {
     "finetune --resume": lambda given, out: _finetune(given, out, resume=True),
     "finetune --split all": lambda given, out: _finetune(given, out, split="all"),
     "ablate": _ablate,
-    "report": lambda given, out: report([_finished_run(given)], out, QUIET),
-    "targets browse": lambda given, out: targets_browse(given.store, out, QUIET, sample=0),
-    "targets export": lambda given, out: targets_export(given.store, f"{out}.zarr", QUIET),
-    "targets merge": lambda given, out: targets_merge([given.store], out, QUIET),
+    "report": lambda given, out: report(
+        ReportOptions(folders=[str(_finished_run(given))], out=str(out)), QUIET
+    ),
+    "targets browse": lambda given, out: targets_browse(
+        BrowseOptions(store=str(given.store), out=str(out), sample=0), QUIET
+    ),
+    "targets export": lambda given, out: targets_export(
+        ExportOptions(store=str(given.store), out=f"{out}.zarr"), QUIET
+    ),
+    "targets merge": lambda given, out: targets_merge(
+        MergeOptions(parts=[str(given.store)], out=str(out)), QUIET
+    ),
     "demo": lambda given, out: demo(DemoConfig.model_validate({"out": out}), QUIET),
 }
 
@@ -232,7 +247,7 @@ def test_folders_next_to_a_store_are_left_alone(inputs: Inputs, tmp_path: Path) 
 
 def test_the_demo_leaves_a_store_of_other_videos_alone(inputs: Inputs, tmp_path: Path) -> None:
     own = tmp_path / "mine" / "targets.zarr"
-    targets_export(inputs.store, own, QUIET)
+    targets_export(ExportOptions(store=str(inputs.store), out=str(own)), QUIET)
     before = held(own)
     with pytest.raises(UsageError, match=r"targets\.zarr"):
         demo(DemoConfig(out=own.parent), QUIET)

@@ -14,11 +14,13 @@ import pytest
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import SourceError, UsageError
+from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig, PredictConfig
+from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.students.export import load_student
 from distinit.pipeline.video.encode import write_video
-from distinit.stages.evaluate import EvaluateConfig, evaluate
-from distinit.stages.finetune import FinetuneConfig, finetune
-from distinit.stages.predict import PredictConfig, predict
+from distinit.stages.evaluate import evaluate
+from distinit.stages.finetune import finetune
+from distinit.stages.predict import predict
 
 QUIET = Console(quiet=True)
 STUDENT = {"architecture": "r3d_18", "width": 0.0625}

@@ -19,18 +19,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distinit.pipeline.clips.transforms import ClipView
+from distinit.pipeline.clips.clip_options import ClipView
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import TrainingError, UsageError
 from distinit.pipeline.prepared.copies import read_copy
 from distinit.pipeline.prepared.frame_map import read_map
+from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.targets.dataset import StudentClips
 from distinit.pipeline.targets.picks import PickRule
 from distinit.pipeline.targets.sampler import TargetSampler
 from distinit.pipeline.targets.student_clips import student_clips
 from distinit.pipeline.video.encode import write_video
-from distinit.stages.prepare import PrepareConfig, prepare
+from distinit.stages.prepare import prepare
 
 pytestmark = pytest.mark.slow
 

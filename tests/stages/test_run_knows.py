@@ -18,16 +18,20 @@ import yaml
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, LabelsError, UsageError
+from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig, PredictConfig
 from distinit.pipeline.evaluation.exclusion import leave_out
+from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
+from distinit.pipeline.reporting.report_options import ReportOptions
 from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.training.seen_videos import SeenVideos
 from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.encode import write_video
-from distinit.stages.evaluate import EvaluateConfig, evaluate
-from distinit.stages.finetune import FinetuneConfig, finetune
-from distinit.stages.predict import PredictConfig, predict
+from distinit.stages.evaluate import evaluate
+from distinit.stages.finetune import finetune
+from distinit.stages.predict import predict
 from distinit.stages.report import report
-from distinit.stages.train_student import TrainConfig, train_student
+from distinit.stages.train_student import train_student
 
 QUIET = Console(quiet=True)
 TINY: dict[str, Any] = {
@@ -265,7 +269,7 @@ def test_folders_that_are_not_utf8_are_trained_on(data: Path, tmp_path: Path) ->
     result = tuned(f"folder:{os.fsdecode(root)}", tmp_path / "run")
     assert set(result["metrics"]["per_class"]) == {"caf%E9", "tea"}
     assert evaluated(tmp_path / "run")["metrics"]["failed"] == []
-    report([tmp_path / "run"], tmp_path / "report", QUIET)
+    report(ReportOptions(folders=[str(tmp_path / "run")], out=str(tmp_path / "report")), QUIET)
     with pytest.raises(UsageError, match="--out"):
         tuned(f"folder:{os.fsdecode(root)}", Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xe9")))
 
@@ -289,12 +293,12 @@ def test_predict_takes_two_folders_of_one_name(data: Path, run: Path, tmp_path: 
 def test_a_report_removes_what_an_earlier_one_wrote(data: Path, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "second")
     out = tmp_path / "report"
-    report([run, tmp_path / "second"], out, QUIET)
+    report(ReportOptions(folders=[str(run), str(tmp_path / "second")], out=str(out)), QUIET)
     (out / "figures/mine.svg").write_text("not of the report")
     both = set(files(out))
-    report([run], out, QUIET)
+    report(ReportOptions(folders=[str(run)], out=str(out)), QUIET)
     fresh = tmp_path / "fresh"
-    report([run], fresh, QUIET)
+    report(ReportOptions(folders=[str(run)], out=str(fresh)), QUIET)
     assert set(files(out)) == {*files(fresh), "figures/mine.svg"}
     assert set(files(out)) <= both
 
@@ -392,7 +396,7 @@ def test_no_run_goes_into_a_store(tiny_store: Any, run: Path) -> None:
         with pytest.raises(UsageError, match="--out"):
             evaluated(run, out=str(place))
         with pytest.raises(UsageError, match="--out"):
-            report([run], place, QUIET)
+            report(ReportOptions(folders=[str(run)], out=str(place)), QUIET)
         assert not place.exists()
 
 

@@ -11,16 +11,22 @@ from typing import Any
 import pytest
 import yaml
 
+from distinit.pipeline.ablation.ablate_options import AblateConfig
 from distinit.pipeline.common import locks
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.common.locks import folder_lock
-from distinit.stages.ablate import AblateConfig, ablate
-from distinit.stages.evaluate import EvaluateConfig, evaluate
-from distinit.stages.finetune import FinetuneConfig, finetune
-from distinit.stages.prepare import PrepareConfig, prepare
+from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig
+from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
+from distinit.pipeline.prepared.prepare_options import PrepareConfig
+from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.training.distillation_options import TrainConfig
+from distinit.stages.ablate import ablate
+from distinit.stages.evaluate import evaluate
+from distinit.stages.finetune import finetune
+from distinit.stages.prepare import prepare
 from distinit.stages.report import report
-from distinit.stages.train_student import TrainConfig, train_student
+from distinit.stages.train_student import train_student
 
 QUIET = Console(quiet=True)
 LOOP = {"batch_size": 4, "epochs": 1, "epoch_clips": 4, "workers": 0, "threads": 1, "device": "cpu"}
@@ -146,7 +152,7 @@ def test_a_run_that_is_written_can_be_read_and_not_be_tested(
             with pytest.raises(UsageError, match="run"):
                 refused()
         assert contents(run) == before
-        report([str(run)], tmp_path / "report", QUIET)
+        report(ReportOptions(folders=[str(run)], out=str(tmp_path / "report")), QUIET)
         evaluated(folder, [run], out=str(tmp_path / "elsewhere"))
         folder.finetune(tmp_path / "next", init=str(run))
     evaluated(folder, [run])

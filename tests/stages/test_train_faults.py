@@ -15,7 +15,8 @@ import torch
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.students.export import load_student
-from distinit.stages.train_student import TrainConfig, train_student
+from distinit.pipeline.training.distillation_options import TrainConfig
+from distinit.stages.train_student import train_student
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +25,7 @@ pytestmark = pytest.mark.slow
 DRIVER = """
 import contextlib, io, json, shutil, subprocess, sys
 import torch
-from distinit.cli import cli
-from distinit.cli_support import run
+from distinit.cli import main
 
 disk, words, copy = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], check=True)
@@ -37,7 +37,7 @@ for again in (False, True):
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         try:
-            run(cli, words)
+            main(words)
         except SystemExit as end:
             said.append([end.code, errors.getvalue().splitlines()])
 shutil.copytree(f"{disk}/run", copy)

@@ -18,6 +18,7 @@ import yaml
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.distributed import SINGLE_PROCESS, Ranks
 from distinit.pipeline.common.errors import TrainingError
+from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.training.launch import run_distributed
 from distinit.pipeline.training.loader import (
     DistributedBatchSampler,
@@ -26,7 +27,7 @@ from distinit.pipeline.training.loader import (
     SplitBatchSampler,
 )
 from distinit.pipeline.training.loop_options import LoopOptions
-from distinit.stages.train_student import TrainConfig, train_student
+from distinit.stages.train_student import train_student
 
 pytestmark = pytest.mark.cluster
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from distinit.pipeline.clips.transforms import ClipView, normalize_clip
+from distinit.pipeline.clips.clip_options import ClipView
+from distinit.pipeline.clips.transforms import normalize_clip
 from distinit.pipeline.common.config import CONF
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.extraction.extract_options import ExtractConfig
@@ -19,9 +20,10 @@ from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.targets.dataset import StudentClips
 from distinit.pipeline.targets.picks import PickRule
 from distinit.pipeline.targets.sampler import TargetSampler, measure_entropies
-from distinit.pipeline.teachers.teacher import TeacherSpec
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.training.distillation import Distillation, evaluate_distillation
-from distinit.pipeline.training.loop import LoopOptions, fit
+from distinit.pipeline.training.loop import fit
+from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.stages.extract_targets import extract_targets
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,8 @@ import yaml
 
 from distinit.pipeline.common import urls
 from distinit.pipeline.common.console import Console
-from distinit.stages.train_student import TrainConfig, train_student
+from distinit.pipeline.training.distillation_options import TrainConfig
+from distinit.stages.train_student import train_student
 
 pytestmark = pytest.mark.slow
 

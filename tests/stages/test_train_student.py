@@ -22,7 +22,8 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, TrainingInterrupted, UsageError
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.students.export import load_student
-from distinit.stages.train_student import TrainConfig, _assemble, train_student
+from distinit.pipeline.training.distillation_options import TrainConfig
+from distinit.stages.train_student import _assemble, train_student
 
 pytestmark = pytest.mark.slow
 
@@ -295,7 +296,8 @@ def test_a_job_that_is_killed_with_all_its_processes_goes_on_where_it_was(
         "import json, sys\n"
         "from distinit.pipeline.common.errors import TrainingInterrupted\n"
         "from distinit.pipeline.common.console import Console\n"
-        "from distinit.stages.train_student import TrainConfig, train_student\n"
+        "from distinit.pipeline.training.distillation_options import TrainConfig\n"
+        "from distinit.stages.train_student import train_student\n"
         "try:\n"
         "    train_student(TrainConfig.model_validate(json.loads(sys.argv[1])), Console(quiet=True))\n"
         "except TrainingInterrupted as error:\n"

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from distinit.pipeline.ablation.ablate_options import AblateConfig
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError, UsageError
 from distinit.pipeline.common.urls import (
@@ -27,15 +28,24 @@ from distinit.pipeline.common.urls import (
     is_url,
     public_url,
 )
+from distinit.pipeline.reporting.report_options import ReportOptions
 from distinit.pipeline.store.reader import TargetStore
-from distinit.stages.ablate import AblateConfig, ablate
+from distinit.pipeline.store.store_options import (
+    BrowseOptions,
+    ExportOptions,
+    InfoOptions,
+    MergeOptions,
+    VerifyOptions,
+)
+from distinit.pipeline.training.distillation_options import TrainConfig
+from distinit.stages.ablate import ablate
 from distinit.stages.report import report
 from distinit.stages.targets_browse import targets_browse
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_info import targets_info
 from distinit.stages.targets_merge import targets_merge
 from distinit.stages.targets_verify import targets_verify
-from distinit.stages.train_student import TrainConfig, train_student
+from distinit.stages.train_student import train_student
 
 QUIET = Console(quiet=True)
 SECRET = "s3cr+t"
@@ -152,11 +162,11 @@ def test_no_command_opens_another_url(url: str, server: Any, tmp_path: Path) -> 
     canary = program(tmp_path)
     url, out = url.format(folder=tmp_path, port=server.server_port), str(tmp_path / "out")
     for use in (
-        lambda: targets_info(url, QUIET),
-        lambda: targets_browse(url, out, QUIET),
-        lambda: targets_export(url, f"{out}.zarr", QUIET),
-        lambda: targets_merge([url, url], f"{out}.zarr", QUIET),
-        lambda: targets_verify(url, QUIET),
+        lambda: targets_info(InfoOptions(store=str(url)), QUIET),
+        lambda: targets_browse(BrowseOptions(store=str(url), out=str(out)), QUIET),
+        lambda: targets_export(ExportOptions(store=str(url), out=f"{out}.zarr"), QUIET),
+        lambda: targets_merge(MergeOptions(parts=[str(url), str(url)], out=f"{out}.zarr"), QUIET),
+        lambda: targets_verify(VerifyOptions(store=str(url)), QUIET),
         lambda: train_student(
             TrainConfig.model_validate({**TRAIN, "store": url, "out": out}), QUIET
         ),
@@ -238,7 +248,7 @@ def test_a_report_contacts_no_address_of_a_run(
     shutil.copytree(tiny_store.path, server.folder / "s.zarr")
     url = url.format(secret=SECRET, port=server.server_port)
     runs = strangers_run(tmp_path, url)
-    report([runs], tmp_path / "page", QUIET)
+    report(ReportOptions(folders=[str(runs)], out=str(tmp_path / "page")), QUIET)
     assert not server.heard
     assert not (tmp_path / "cache").exists()
     pages = [(tmp_path / "page" / name).read_text() for name in ("report.html", "report.md")]
@@ -246,11 +256,15 @@ def test_a_report_contacts_no_address_of_a_run(
         "--open-urls" in page and "127.0.0.1" in page and SECRET not in page for page in pages
     )
     if url.startswith("http"):
-        made = report([runs], tmp_path / "page", QUIET, open_urls=True)
+        made = report(
+            ReportOptions(folders=[str(runs)], out=str(tmp_path / "page"), open_urls=True), QUIET
+        )
         assert server.heard
         assert any("entropy" in name for name in made["figures"])
     else:
-        report([runs], tmp_path / "page", QUIET, open_urls=True)
+        report(
+            ReportOptions(folders=[str(runs)], out=str(tmp_path / "page"), open_urls=True), QUIET
+        )
         assert not server.heard
 
 
@@ -258,7 +272,12 @@ def test_a_report_reads_the_reference_of_no_run(tmp_path: Path) -> None:
     canary = program(tmp_path)
     for number, store in enumerate((f"reference::{tmp_path}/refs.json", "a\0b", f"x::{tmp_path}")):
         report(
-            [strangers_run(tmp_path / str(number), store)], tmp_path / "page", QUIET, open_urls=True
+            ReportOptions(
+                folders=[str(strangers_run(tmp_path / str(number), store))],
+                out=str(tmp_path / "page"),
+                open_urls=True,
+            ),
+            QUIET,
         )
     assert not canary.exists()
 

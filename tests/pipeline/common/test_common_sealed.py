@@ -28,9 +28,10 @@ from distinit.pipeline.evaluation.predictions import (
 from distinit.pipeline.prepared import flow_files as flowfile
 from distinit.pipeline.prepared import frame_map as frame_map
 from distinit.pipeline.prepared.copies import read_copy
-from distinit.pipeline.prepared.flow_files import FlowOptions, check_flow, read_flow
+from distinit.pipeline.prepared.flow_files import check_flow, read_flow
 from distinit.pipeline.prepared.frame_map import check_copy, read_map
-from distinit.pipeline.prepared.make_copy import CopyOptions, make_copy, make_flow
+from distinit.pipeline.prepared.make_copy import make_copy, make_flow
+from distinit.pipeline.prepared.prepare_options import CopyOptions, FlowOptions
 from distinit.pipeline.reporting.figures.filters import _stem
 from distinit.pipeline.students.export import (
     load_backbone,

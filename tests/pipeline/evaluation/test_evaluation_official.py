@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import distinit
-from distinit.pipeline.clips.transforms import ClipView
+from distinit.pipeline.clips.clip_options import ClipView
 from distinit.pipeline.common.errors import LabelsError, UsageError
 from distinit.pipeline.evaluation.labelled_clips import EvaluationClips
 from distinit.pipeline.evaluation.labels import Labels, available_splits, load_labels

@@ -19,7 +19,8 @@ from distinit.pipeline.prepared import frame_map as frame_map
 from distinit.pipeline.prepared.copies import read_copy
 from distinit.pipeline.prepared.folders import copy_name, prepared_corpora
 from distinit.pipeline.prepared.frame_map import FrameMap, read_map
-from distinit.pipeline.prepared.make_copy import CopyOptions, make_copy
+from distinit.pipeline.prepared.make_copy import make_copy
+from distinit.pipeline.prepared.prepare_options import CopyOptions
 from distinit.pipeline.prepared.quality import psnr, ssim
 from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.decoder import VideoReader

@@ -21,10 +21,12 @@ from PIL import Image
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.reporting.browse import EXTREMES, HEIGHT, STRIP, summarize_store
 from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.store_options import BrowseOptions
 from distinit.pipeline.video.decoder import VideoReader
-from distinit.stages.prepare import PrepareConfig, prepare
+from distinit.stages.prepare import prepare
 from distinit.stages.targets_browse import targets_browse
 
 QUIET = Console(quiet=True)
@@ -93,7 +95,10 @@ def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_
     paths[0].unlink()
     paths[1].write_bytes(paths[3].read_bytes())
     moved = {"videos": str(own_store.videos)}
-    result = targets_browse(own_store.path, tmp_path / "out", QUIET, sample=99, moved=moved)
+    result = targets_browse(
+        BrowseOptions(store=str(own_store.path), out=str(tmp_path / "out"), sample=99, moved=moved),
+        QUIET,
+    )
     assert len(result["videos"]) == len(paths)
     assert "no such file" in result["missing"][paths[0].name]
     assert "the teachers saw a file with digest" in result["missing"][paths[1].name]
@@ -102,9 +107,16 @@ def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_
     assert page.count("missing here: ") == 2
     assert paths[0].name in page
     with pytest.raises(UsageError, match="the store has the corpora videos"):
-        targets_browse(own_store.path, tmp_path / "out", QUIET, moved={"other": str(tmp_path)})
+        targets_browse(
+            BrowseOptions(
+                store=str(own_store.path), out=str(tmp_path / "out"), moved={"other": str(tmp_path)}
+            ),
+            QUIET,
+        )
     with pytest.raises(UsageError, match="--sample -1: expected 0 or more"):
-        targets_browse(own_store.path, tmp_path / "out", QUIET, sample=-1)
+        targets_browse(
+            BrowseOptions(store=str(own_store.path), out=str(tmp_path / "out"), sample=-1), QUIET
+        )
 
 
 @pytest.mark.slow

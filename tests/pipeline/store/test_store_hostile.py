@@ -23,6 +23,13 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError
 from distinit.pipeline.store.digests import seal
 from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.store_options import (
+    BrowseOptions,
+    ExportOptions,
+    InfoOptions,
+    MergeOptions,
+    VerifyOptions,
+)
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_browse import targets_browse
 from distinit.stages.targets_export import targets_export
@@ -76,16 +83,27 @@ def read_all(store: Path) -> None:
 
 COMMANDS: dict[str, Callable[[Path, Path], object]] = {
     "read": lambda store, out: read_all(store),
-    "info": lambda store, out: targets_info(store, QUIET, list_failed=True),
-    "browse": lambda store, out: targets_browse(store, out / "page", QUIET, sample=2),
-    "merge": lambda store, out: targets_merge(
-        [store.with_name("other.zarr"), store], out / "merged.zarr", QUIET
+    "info": lambda store, out: targets_info(InfoOptions(store=str(store), list_failed=True), QUIET),
+    "browse": lambda store, out: targets_browse(
+        BrowseOptions(store=str(store), out=str(out / "page"), sample=2), QUIET
     ),
-    "export": lambda store, out: targets_export(store, out / "e.zarr", QUIET),
-    "hdf5": lambda store, out: targets_export(store, out / "e.h5", QUIET),
-    "verify": lambda store, out: targets_verify(store, QUIET),
+    "merge": lambda store, out: targets_merge(
+        MergeOptions(
+            parts=[str(store.with_name("other.zarr")), str(store)], out=str(out / "merged.zarr")
+        ),
+        QUIET,
+    ),
+    "export": lambda store, out: targets_export(
+        ExportOptions(store=str(store), out=str(out / "e.zarr")), QUIET
+    ),
+    "hdf5": lambda store, out: targets_export(
+        ExportOptions(store=str(store), out=str(out / "e.h5")), QUIET
+    ),
+    "verify": lambda store, out: targets_verify(VerifyOptions(store=str(store)), QUIET),
     "extract": lambda store, out: extract(store),
-    "repair": lambda store, out: targets_verify(store, QUIET, repair=True),
+    "repair": lambda store, out: targets_verify(
+        VerifyOptions(store=str(store), repair=True), QUIET
+    ),
 }
 
 
@@ -430,7 +448,7 @@ def test_links_to_the_store_itself_and_inside_corpora_are_no_matter(
     sound: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "link.zarr").symlink_to(sound / "s.zarr")
-    assert targets_verify(tmp_path / "link.zarr", QUIET)["ok"]
+    assert targets_verify(VerifyOptions(store=str(tmp_path / "link.zarr")), QUIET)["ok"]
     read_all(tmp_path / "link.zarr")
 
 
@@ -444,8 +462,8 @@ def test_a_damaged_commit_is_dropped_and_filled_again(sound: Path, tmp_path: Pat
         (store / node / "zarr.json").write_text("{")
         with pytest.raises(DistInitError, match=node):
             StoreWriter(store, sampling=SAMPLING)
-        assert targets_verify(store, QUIET, repair=True)["dropped"] >= 1
+        assert targets_verify(VerifyOptions(store=str(store), repair=True), QUIET)["dropped"] >= 1
         with StoreWriter(store, sampling=SAMPLING) as writer:
             writer.commit(recipe.stage(writer, 0), RUN)
-        assert targets_verify(store, QUIET)["ok"]
+        assert targets_verify(VerifyOptions(store=str(store)), QUIET)["ok"]
         assert np.array_equal(TargetStore.open(store).logits("t", np.arange(20)), expected)

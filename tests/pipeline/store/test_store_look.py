@@ -13,6 +13,7 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.reporting.browse import summarize_store
 from distinit.pipeline.reporting.browse_page import browse_page
 from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.store_options import BrowseOptions
 from distinit.stages.targets_browse import targets_browse
 
 
@@ -36,5 +37,7 @@ def test_failures_and_missing_videos_are_named(
     assert page.count("no video stream (audio only)") == len(failed) + 1
     assert page.count("missing here: no such file") == 4
     assert "ü\\udcff.mp4" in page
-    targets_browse(root, tmp_path / "out", Console(quiet=True), sample=4)
+    targets_browse(
+        BrowseOptions(store=str(root), out=str(tmp_path / "out"), sample=4), Console(quiet=True)
+    )
     assert "<img" not in (tmp_path / "out" / "browse.html").read_text(encoding="utf-8")

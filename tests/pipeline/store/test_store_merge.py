@@ -16,6 +16,7 @@ from distinit.pipeline.corpus.parts import Part
 from distinit.pipeline.corpus.sources import Corpus, VideoList
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.store_options import MergeOptions
 from distinit.pipeline.store.verify import verify
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_merge import targets_merge
@@ -63,7 +64,7 @@ def test_a_merged_store_holds_what_its_parts_hold(
     parts: list[Path], make_store: Make, tmp_path: Path
 ) -> None:
     out = tmp_path / "all.zarr"
-    result = targets_merge(parts, out, QUIET)
+    result = targets_merge(MergeOptions(parts=[str(each) for each in parts], out=str(out)), QUIET)
     merged = TargetStore.open(out)
     expected = {key: value for p in parts for key, value in content(TargetStore.open(p)).items()}
     assert content(merged) == expected
@@ -80,7 +81,12 @@ def test_a_merged_store_holds_what_its_parts_hold(
         assert source.read_bytes() == copy.read_bytes()
     for teacher in ("t", "u"):
         assert merged.encoding_error(teacher)["kl_mean"] > 0
-    assert targets_merge(parts, out, QUIET)["copied"] == 0  # done already
+    assert (
+        targets_merge(MergeOptions(parts=[str(each) for each in parts], out=str(out)), QUIET)[
+            "copied"
+        ]
+        == 0
+    )  # done already
 
 
 @pytest.mark.slow
@@ -90,7 +96,7 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
     """Stopped before one of its writes: the result says that it is unfinished, and the same call
     finishes it."""
     whole = tmp_path / "whole.zarr"
-    targets_merge(parts, whole, QUIET)
+    targets_merge(MergeOptions(parts=[str(each) for each in parts], out=str(whole)), QUIET)
     shards = TargetStore.open(whole).index.n_shards
     stops = {"_plan_node": (0, 1, 3), "commit": (4, 3 * shards - 1), "_publish": (2,)}
     for step, after in ((s, n) for s, counts in stops.items() for n in counts):
@@ -109,7 +115,9 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
         with monkeypatch.context() as patch:
             patch.setattr(StoreWriter, step, stop)
             with pytest.raises(KeyboardInterrupt):
-                targets_merge(parts, out, QUIET)
+                targets_merge(
+                    MergeOptions(parts=[str(each) for each in parts], out=str(out)), QUIET
+                )
         broken = TargetStore.open(out)
         finished = (
             broken.n_videos == 40
@@ -117,7 +125,7 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
             and len(broken.usable()) == 34
         )
         assert not finished
-        targets_merge(parts, out, QUIET)
+        targets_merge(MergeOptions(parts=[str(each) for each in parts], out=str(out)), QUIET)
         assert list(verify(out, load_index(out))) == []
         assert content(TargetStore.open(out)) == content(TargetStore.open(whole))
 
@@ -150,10 +158,18 @@ def test_what_does_not_fit_is_refused_by_name(
     b = make_store("b.zarr", **{"videos": range(10, 15), **changes})[1]
     kind = StoreError if "uncommitted" in changes else StoreMismatchError
     with pytest.raises(kind, match=words):
-        targets_merge([a, b], tmp_path / "out.zarr", QUIET)
+        targets_merge(MergeOptions(parts=[str(a), str(b)], out=str(tmp_path / "out.zarr")), QUIET)
     assert not (tmp_path / "out.zarr").exists()
     if "run" in changes:
-        assert targets_merge([a, b], tmp_path / "out.zarr", QUIET, accept_run=True)["videos"] == 15
+        assert (
+            targets_merge(
+                MergeOptions(
+                    parts=[str(a), str(b)], out=str(tmp_path / "out.zarr"), accept_run=True
+                ),
+                QUIET,
+            )["videos"]
+            == 15
+        )
 
 
 @pytest.mark.slow
@@ -162,27 +178,27 @@ def test_damage_locks_and_wrong_use_are_named(make_store: Make, tmp_path: Path) 
     b = make_store("b.zarr", videos=range(10, 15))[1]
     out = tmp_path / "out.zarr"
     with pytest.raises(UsageError, match="given twice"):
-        targets_merge([a, a], out, QUIET)
+        targets_merge(MergeOptions(parts=[str(a), str(a)], out=str(out)), QUIET)
     with pytest.raises(UsageError, match="is one of the parts"):
-        targets_merge([a, b], b, QUIET)
+        targets_merge(MergeOptions(parts=[str(a), str(b)], out=str(b)), QUIET)
     with pytest.raises(UsageError, match="--out s3://bucket/x"):
-        targets_merge([a, b], "s3://bucket/x.zarr", QUIET)
+        targets_merge(MergeOptions(parts=[str(a), str(b)], out="s3://bucket/x.zarr"), QUIET)
     with (
         StoreWriter(b, sampling=recipe.sampling),
         pytest.raises(StoreError, match=r"b.zarr: another process"),
     ):
-        targets_merge([a, b], out, QUIET)
+        targets_merge(MergeOptions(parts=[str(a), str(b)], out=str(out)), QUIET)
     shard = b / "teachers/t/logits/c/0/0"
     data = shard.read_bytes()
     shard.write_bytes(data[:50] + b"x" + data[51:])
     with pytest.raises(
         StoreError, match=r"b.zarr/teachers/t/logits/c/0/0: differs from what was committed"
     ):
-        targets_merge([a, b], out, QUIET)
+        targets_merge(MergeOptions(parts=[str(a), str(b)], out=str(out)), QUIET)
     shard.write_bytes(data)
-    assert targets_merge([a, b], out, QUIET)["videos"] == 15
+    assert targets_merge(MergeOptions(parts=[str(a), str(b)], out=str(out)), QUIET)["videos"] == 15
     with pytest.raises(StoreMismatchError, match=r"out.zarr: merged_from"):
-        targets_merge([b], out, QUIET)
+        targets_merge(MergeOptions(parts=[str(b)], out=str(out)), QUIET)
 
 
 def test_shares_cover_a_list_once_and_do_not_shift() -> None:

@@ -36,6 +36,7 @@ from distinit.pipeline.store.staging import (
     new_staging,
     stage_array,
 )
+from distinit.pipeline.store.store_options import VerifyOptions
 from distinit.pipeline.store.verify import Finding, drop_commits, verify
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages import targets_verify as verifying
@@ -248,7 +249,7 @@ def damaged(
         shutil.rmtree(root / lost)
     else:
         zarr.open_array(root / column, mode="r+")[at : at + 1] = np.array([value])
-    result = targets_verify(root, Console(quiet=True))
+    result = targets_verify(VerifyOptions(store=str(root)), Console(quiet=True))
     assert result["ok"] is False
     return [f["what"] for f in result["findings"]]
 
@@ -278,10 +279,15 @@ def test_a_lost_segment_table_is_said(root: Path, column: str) -> None:
     commits = sorted(root.glob("commits/*/*/zarr.json"))
     shutil.copytree(root, root.with_name("sealed.zarr"))
     shutil.rmtree(root.with_name("sealed.zarr") / column / "c")
-    result = targets_verify(root.with_name("sealed.zarr"), Console(quiet=True))
+    result = targets_verify(
+        VerifyOptions(store=str(root.with_name("sealed.zarr"))), Console(quiet=True)
+    )
     assert any(column in found["what"] for found in result["findings"])
     assert any(column in what for what in damaged(root, lost=f"{column}/c"))
-    assert targets_verify(root, Console(quiet=True), repair=True)["dropped"] == 0
+    assert (
+        targets_verify(VerifyOptions(store=str(root), repair=True), Console(quiet=True))["dropped"]
+        == 0
+    )
     assert sorted(root.glob("commits/*/*/zarr.json")) == commits
     with pytest.raises(StoreError, match=column):
         TargetStore.open(root)
@@ -320,7 +326,10 @@ def test_a_table_that_is_too_short_or_cannot_be_decoded_is_found(root: Path) -> 
 
 def test_a_lost_teacher_plan_is_not_healed_and_nothing_else_is_dropped(root: Path) -> None:
     shutil.rmtree(root / "plans/000002")
-    assert targets_verify(root, Console(quiet=True), repair=True)["dropped"] == 0
+    assert (
+        targets_verify(VerifyOptions(store=str(root), repair=True), Console(quiet=True))["dropped"]
+        == 0
+    )
     assert (root / "commits/teachers/t/000000").exists()
 
 
@@ -334,7 +343,10 @@ def test_nobody_writes_while_a_repair_looks_for_what_to_drop(
 
     monkeypatch.setattr(verifying, "verify", looking)
     shutil.rmtree(root / "teachers/t/logits/c/0")
-    assert targets_verify(root, Console(quiet=True), repair=True)["dropped"] == 1
+    assert (
+        targets_verify(VerifyOptions(store=str(root), repair=True), Console(quiet=True))["dropped"]
+        == 1
+    )
 
 
 def test_a_flipped_bit_or_a_missing_shard_is_not_read_as_data(root: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 import zarr
 
 from distinit.pipeline.clips import read as reading
-from distinit.pipeline.clips.transforms import ClipView
+from distinit.pipeline.clips.clip_options import ClipView
 from distinit.pipeline.common.errors import TrainingError, UsageError, VideoError
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.targets.dataset import StudentClips

@@ -17,7 +17,8 @@ from distinit.pipeline.common.devices import resolve_device
 from distinit.pipeline.common.errors import DeviceError, TeacherError, WeightsError
 from distinit.pipeline.common.weights import state_sha256
 from distinit.pipeline.teachers.places365 import CATEGORIES
-from distinit.pipeline.teachers.teacher import Teacher, TeacherSpec, known_teachers, load_teacher
+from distinit.pipeline.teachers.teacher import Teacher, known_teachers, load_teacher
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.geometry import View
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

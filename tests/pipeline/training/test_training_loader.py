@@ -33,7 +33,8 @@ from distinit.pipeline.common.errors import (
 )
 from distinit.pipeline.training import loader, loader_workers
 from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
-from distinit.pipeline.training.loop import LoopOptions, LossReport, fit
+from distinit.pipeline.training.loop import LossReport, fit
+from distinit.pipeline.training.loop_options import LoopOptions
 
 CPU = torch.device("cpu")
 KEYS = EpochBatchSampler(batch_size=2, steps_per_epoch=5, epochs=1)

@@ -22,7 +22,8 @@ from distinit.pipeline.common.errors import (
     UsageError,
 )
 from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
-from distinit.pipeline.training.loop import FitResult, LoopOptions, LossReport, fit
+from distinit.pipeline.training.loop import FitResult, LossReport, fit
+from distinit.pipeline.training.loop_options import LoopOptions
 
 OPTIONS = LoopOptions(
     batch_size=4, epochs=3, epoch_clips=18, lr=0.05, warmup_epochs=1, step_epochs=1, checkpoint_every=2,

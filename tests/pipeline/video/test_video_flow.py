@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from distinit.pipeline.clips.clip_options import ClipView
 from distinit.pipeline.clips.transforms import (
-    ClipView,
     center_crop,
     crop_and_flip,
     normalize_clip,

@@ -11,13 +11,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from distinit.pipeline.clips.transforms import (
-    ClipView,
-    Crop,
-    center_crop,
-    crop_and_flip,
-    normalize_clip,
-)
+from distinit.pipeline.clips.clip_options import ClipView, Crop
+from distinit.pipeline.clips.transforms import center_crop, crop_and_flip, normalize_clip
 from distinit.pipeline.common.errors import StoreMismatchError, VideoError
 from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.decoder import VideoReader

@@ -15,7 +15,8 @@ import pytest
 
 from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.prepared.copies import read_copy
-from distinit.pipeline.prepared.make_copy import CopyOptions, make_copy
+from distinit.pipeline.prepared.make_copy import make_copy
+from distinit.pipeline.prepared.prepare_options import CopyOptions
 from distinit.pipeline.video.bitstream import NonReferencePictures
 from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.decoder import VideoReader

@@ -1,0 +1,109 @@
+"""What a clip looks like: size, resize, mirror, where it is cut. Free of torch until it cuts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from ..common.settings import CliOption, Options
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from ..video.geometry import View
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Where a training clip is cut out.
+
+    Attributes:
+        top: Share in [0, 1) of the free height.
+        left: Share in [0, 1) of the free width.
+        flip: Whether the clip is mirrored.
+        zoom: Where in the view's range `scale` the resize is, as a share in [0, 1).
+    """
+
+    top: float
+    left: float
+    flip: bool
+    zoom: float = 0.0
+
+
+class ClipView(Options):
+    """A square `size`, cropped from a resize (height, width), mirrored with probability `flip`.
+
+    Without `resize`: 128×171 for 112, and in proportion for other sizes (VMZ and torchvision
+    references). `scale`: in training the resize is larger by a factor drawn evenly from this range,
+    as in (1.0, 1.25); the paper does not use it. Nothing is mirrored outside training.
+    """
+
+    size: Annotated[int, CliOption(group="Sampling", metavar="PX")] = Field(
+        default=112, ge=1, description="side of a clip's crop"
+    )
+    resize: tuple[int, int] | None = None
+    flip: float = Field(default=0.5, ge=0, le=1)
+    scale: tuple[float, float] = Field(
+        default=(1.0, 1.0), description="range of a random factor on resize"
+    )
+
+    @field_validator("scale")
+    @classmethod
+    def _range(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 16:
+            raise ValueError(
+                f"scale must be two factors, the smaller first, as in [1.0, 1.25], got {list(scale)}"
+            )
+        return scale
+
+    def frame_view(self, crop: Crop | None = None) -> View:
+        """Return the resize that the decoder does for a clip with this crop.
+
+        Raises:
+            ValueError: The crop does not fit into the resize.
+        """
+        height, width = self.resize or (round(128 * self.size / 112), round(171 * self.size / 112))
+        least = min(1.0, self.scale[0])
+        if round(least * min(height, width)) < self.size:
+            shrunk = f" times scale {least:g}" if least < 1 else ""
+            raise ValueError(
+                f"resize {height}x{width}{shrunk} is smaller than the crop of {self.size}"
+            )
+        low, high = self.scale
+        factor = 1.0 if crop is None else low + crop.zoom * (high - low)
+        from ..video.geometry import View
+
+        return View(resize=(round(factor * height), round(factor * width)))
+
+    def cut(self, images: np.ndarray, crop: Crop | None) -> torch.Tensor:
+        """Crop frames uint8 [T, H, W, C] to uint8 [C, T, size, size]; None crops the middle."""
+        from .transforms import center_crop, crop_and_flip
+
+        if crop is None:
+            return center_crop(images, self.size)
+        height, width = images.shape[1:3]
+        top, left = (
+            int(crop.top * (height - self.size + 1)),
+            int(crop.left * (width - self.size + 1)),
+        )
+        return crop_and_flip(images, top, left, self.size, crop.flip)
+
+    def cuts(self, images: np.ndarray, crops: Literal[1, 3]) -> list[torch.Tensor]:
+        """Cut crops uint8 [3, T, size, size] of one clip.
+
+        One is the middle; three are the beginning, middle and end of the longer side.
+        """
+        from .transforms import center_crop, crop_and_flip
+
+        middle = center_crop(images, self.size)
+        if crops == 1:
+            return [middle]
+        down, across = (length - self.size for length in images.shape[1:3])
+        ends = [(0, round(across / 2)), (down, round(across / 2))]
+        if across >= down:
+            ends = [(round(down / 2), 0), (round(down / 2), across)]
+        first, last = (crop_and_flip(images, top, left, self.size, False) for top, left in ends)
+        return [first, middle, last]

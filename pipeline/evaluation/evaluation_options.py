@@ -1,0 +1,129 @@
+"""What `distinit evaluate` and `predict` can be told, and how videos are tested. Free of torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ..common.errors import UsageError
+from ..common.settings import DEVICE, DEVICE_HELP, CliOption, Options, parse_numbers
+
+FrameOrder = Literal["ordered", "shuffled", "frozen"]
+PARTIAL_HELP = "continue where videos have no label, or labels no video (wrong in the test)"
+COPIES_HELP = "copies made by `distinit prepare`, read instead of the videos"
+
+
+class EvaluationOptions(Options):
+    """How videos are tested. `clips`, `crops`, `scores` and `frames` are the protocol; the others
+    change no score by more than rounding.
+
+    `frames` asks what a model makes of motion: `shuffled` puts the frames of every clip into a
+    random order, `frozen` shows its middle frame only. A model that sees no motion has the accuracy
+    of `ordered` with both.
+    """
+
+    clips: Annotated[int, CliOption("--test-clips", "Test", "N")] = Field(
+        default=10, ge=1, description="clips per video, evenly spread"
+    )
+    crops: Annotated[Literal[1, 3], CliOption("--test-crops", "Test")] = Field(
+        default=1, description="crops per clip: the middle, or three along the longer side"
+    )
+    scores: Annotated[Literal["softmax", "logits"], CliOption("--test-scores", "Test")] = Field(
+        default="softmax", description="what is averaged over a video's clips"
+    )
+    frames: Annotated[FrameOrder, CliOption("--test-frames", "Test")] = Field(
+        default="ordered",
+        description="what of motion is left in a clip: all, none (shuffled), or the middle frame alone",
+    )
+    batch_size: int = Field(default=32, ge=1, description="clips a forward pass")
+    workers: int | None = Field(
+        default=None, ge=0, description="loader processes; default by the machine"
+    )
+
+    def protocol(self) -> dict[str, Any]:
+        """The options that make another number."""
+        return self.model_dump(include={"clips", "crops", "scores", "frames"})
+
+
+class EvaluateConfig(Options):
+    """Everything that `distinit evaluate` can be told. What is left out is that of the run."""
+
+    runs: Annotated[list[str], CliOption("RUN")] = Field(
+        min_length=1,
+        description="a folder or model.safetensors of distinit finetune; several to fuse or compare",
+    )
+    fuse: Annotated[bool, CliOption()] = Field(
+        default=False, description="late fusion of the runs' saved predictions, into --out"
+    )
+    weights: Annotated[
+        list[float] | None,
+        CliOption(metavar="W,W", parse=parse_numbers, repeated=False, shown="equal"),
+    ] = Field(default=None, description="weight of each fused run")
+    compare: Annotated[bool, CliOption()] = Field(
+        default=False,
+        description="what the first run gains over the second, by class, with p-values",
+    )
+    dataset: Annotated[str | None, CliOption(metavar="NAME", shown="the run's")] = Field(
+        default=None, description="as for finetune"
+    )
+    root: Annotated[str | None, CliOption(metavar="DIR", shown="the run's")] = Field(
+        default=None, description="where the videos are located"
+    )
+    split: Annotated[int | Literal["all"] | None, CliOption(metavar="N|all", shown="the run's")] = (
+        Field(default=None, description="which split")
+    )
+    partial: Annotated[bool | None, CliOption(shown="the run's")] = Field(
+        default=None, description=PARTIAL_HELP
+    )
+    videos: Annotated[str | None, CliOption(metavar="DIR", shown="the run's")] = Field(
+        default=None, description=COPIES_HELP
+    )
+    out: Annotated[str | None, CliOption(group="Output", metavar="DIR", shown="the run's own")] = (
+        Field(default=None, description="the folder to write")
+    )
+    factory: str | None = Field(
+        default=None, description="package.module:factory that the model's file may run"
+    )
+    device: Annotated[str, DEVICE] = Field(default="auto", description=DEVICE_HELP)
+    gpus: Annotated[int, CliOption(group="Hardware", metavar="N")] = Field(
+        default=1,
+        ge=1,
+        description="processes on this machine, one per GPU; torchrun decides for itself",
+    )
+    test: Annotated[EvaluationOptions | None, CliOption(shown="the run's")] = None
+
+    @model_validator(mode="after")
+    def _one_job(self) -> EvaluateConfig:
+        if self.fuse and self.compare:
+            raise UsageError(
+                "--fuse and --compare are two jobs; --compare takes what --fuse --out wrote"
+            )
+        if self.compare and len(self.runs) != 2:
+            raise UsageError(f"--compare takes two runs, got {len(self.runs)}")
+        if self.fuse and len(self.runs) < 2:
+            raise UsageError("--fuse takes two runs or more, got 1")
+        if len(self.runs) > 1 and not (self.fuse or self.compare):
+            raise UsageError(f"{len(self.runs)} runs need --fuse or --compare")
+        if self.weights is not None and not self.fuse:
+            raise UsageError("--weights goes with --fuse")
+        return self
+
+
+class PredictConfig(Options):
+    """Everything that `distinit predict` can be told."""
+
+    model: Annotated[str, CliOption("MODEL")] = Field(
+        description="a run folder or model.safetensors of distinit finetune"
+    )
+    sources: Annotated[list[str], CliOption("VIDEO")] = Field(
+        min_length=1, description="videos, folders, globs, lists"
+    )
+    top: Annotated[int, CliOption(group="Output", metavar="N")] = Field(
+        default=5, ge=1, description="classes shown per video, the best first"
+    )
+    factory: str | None = Field(
+        default=None, description="package.module:factory that the model's file may run"
+    )
+    device: Annotated[str, DEVICE] = Field(default="auto", description=DEVICE_HELP)
+    test: Annotated[EvaluationOptions, CliOption()] = Field(default_factory=EvaluationOptions)

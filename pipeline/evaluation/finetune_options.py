@@ -1,0 +1,104 @@
+"""What `distinit finetune` can be told. Free of torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ..clips.clip_options import ClipView
+from ..common.settings import CliOption, Options
+from ..students.student_options import SCRATCH, Inflation, StudentOptions
+from ..training.loop_options import RESUME, RESUME_HELP, LoopOptions, Resume
+from .evaluation_options import COPIES_HELP, PARTIAL_HELP, EvaluationOptions
+
+
+class FinetuneClips(ClipView):
+    """The clips that are trained on and tested with."""
+
+    length: Annotated[int, CliOption("--frames", "Sampling", "T")] = Field(
+        default=8, ge=1, description="frames per clip"
+    )
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> FinetuneClips:
+        if "size" in self.model_fields_set:  # else it is known when the initialisation is
+            self.frame_view()
+        return self
+
+
+class FinetuneLoop(LoopOptions):
+    """The paper's finetuning (section 4): 8 epochs of 40 000 clips, 0.002 and a tenth of it every 2
+    epochs.
+
+    From scratch the paper takes 45 epochs, 0.01, and drops every 10: preset `scratch`.
+    """
+
+    epochs: Annotated[int, CliOption(group="Training", metavar="N")] = Field(
+        default=8, ge=1, description="epochs, counted in clips"
+    )
+    epoch_clips: Annotated[int | None, CliOption(group="Training", metavar="N")] = Field(
+        default=40_000, ge=1, description="clips per epoch; null: one per video"
+    )
+    lr: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
+        default=0.002, gt=0, description="learning rate after the warm-up"
+    )
+    weight_decay: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
+        default=5e-3, ge=0, description="weight decay"
+    )
+    step_epochs: Annotated[int | None, CliOption(group="Training", metavar="N")] = Field(
+        default=2, ge=1, description="epochs between drops of the rate; null: no drops"
+    )
+
+
+class FinetuneConfig(Options):
+    """Everything that `distinit finetune` can be told.
+
+    `student` and the clips' length and size are those of the initialisation unless they are given;
+    a student that is given and differs from the file is refused.
+    """
+
+    init: Annotated[str, CliOption(metavar="INIT")] = Field(
+        default=SCRATCH,
+        description="scratch, a student's run folder or .safetensors, inflate:resnet18, inflate:FILE "
+        "(a 2D ResNet), kinetics, kinetics:FILE, or package.module:factory",
+    )
+    inflation: Annotated[Inflation, CliOption(group="Student")] = Field(
+        default="scaled",
+        description="how inflate: repeats kernels over time: divided by their length, or as they are",
+    )
+    dataset: Annotated[str, CliOption(metavar="NAME")] = Field(
+        description="csv:FILE with columns path, label and splitN (train or test); folder:DIR with "
+        "train/CLASS and test/CLASS; kinetics:FILE; hmdb51; ucf101"
+    )
+    root: Annotated[str | None, CliOption(metavar="DIR")] = Field(
+        default=None, description="where the videos are located: of hmdb51, ucf101, kinetics:, csv:"
+    )
+    split: Annotated[int | Literal["all"] | None, CliOption(metavar="N|all", shown="1")] = Field(
+        default=None, description="which split; all: a run each, and the mean"
+    )
+    partial: Annotated[bool, CliOption()] = Field(default=False, description=PARTIAL_HELP)
+    videos: Annotated[str | None, CliOption(metavar="DIR")] = Field(
+        default=None, description=COPIES_HELP
+    )
+    out: Annotated[str, CliOption(group="Output", metavar="RUN")] = Field(
+        description="the run folder to write"
+    )
+    student: Annotated[StudentOptions | None, CliOption(shown="the initialisation's")] = Field(
+        default=None, description="default that of the initialisation"
+    )
+    dropout: Annotated[float, CliOption(group="Student", metavar="P")] = Field(
+        default=0.0, ge=0, lt=1, description="of the features before the new head"
+    )
+    freeze: Annotated[Literal["none", "backbone"], CliOption(group="Student")] = Field(
+        default="none", description="backbone: train the head alone"
+    )
+    verbose: Annotated[bool, CliOption(group="Output")] = Field(
+        default=False, description="report of every tensor what it was loaded from"
+    )
+    clips: Annotated[FinetuneClips, CliOption(shown="the initialisation's")] = Field(
+        default_factory=FinetuneClips
+    )
+    loop: Annotated[FinetuneLoop, CliOption()] = Field(default_factory=FinetuneLoop)
+    test: Annotated[EvaluationOptions, CliOption()] = Field(default_factory=EvaluationOptions)
+    resume: Annotated[Resume, RESUME] = Field(default=False, description=RESUME_HELP)

@@ -1,0 +1,33 @@
+"""What `distinit report` can be told. Free of torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from ..common.settings import CliOption, Options
+
+
+class ReportOptions(Options):
+    """Everything that `distinit report` can be told."""
+
+    folders: Annotated[list[str], CliOption("DIR")] = Field(
+        min_length=1, description="run folders, folders of runs, or folders of distinit ablate"
+    )
+    out: Annotated[str, CliOption(group="Output", metavar="DIR")] = Field(
+        description="where report.html, report.md, CSV files and figures/ are written"
+    )
+    kinetics: Annotated[str | None, CliOption(metavar="FILE")] = Field(
+        default=None,
+        description="weights of R(2+1)D, to compare with a student's first filters",
+    )
+    pair: Annotated[tuple[str, str] | None, CliOption(metavar="A B", shown="the largest gain")] = (
+        Field(
+            default=None,
+            description="runs or rows of an ablation, by name, that Figures 5 and 7 compare",
+        )
+    )
+    open_urls: Annotated[bool, CliOption()] = Field(
+        default=False, description="also read stores that are behind the URLs recorded in the runs"
+    )

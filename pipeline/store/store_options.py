@@ -1,0 +1,126 @@
+"""What the commands `distinit targets …` can be told. Free of torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PlainSerializer, model_validator
+
+from ..common.errors import UsageError
+from ..common.settings import (
+    DEVICE,
+    DEVICE_HELP,
+    VIDEO_ROOTS,
+    VIDEO_ROOTS_HELP,
+    CliOption,
+    Options,
+    parse_pairs,
+)
+from ..common.urls import StoreAddress, public_url
+
+Encoding = Literal["float16", "int8"]
+SEED = CliOption(metavar="S")
+
+
+class InfoOptions(Options):
+    """Everything that `distinit targets info` can be told."""
+
+    store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
+    list_failed: Annotated[bool, CliOption("--failed", "Output")] = Field(
+        default=False, description="list the videos that failed, with the reason of each"
+    )
+
+
+class BrowseOptions(Options):
+    """Everything that `distinit targets browse` can be told."""
+
+    store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
+    out: Annotated[str, CliOption(group="Output", metavar="DIR")] = Field(
+        description="the folder for browse.html"
+    )
+    sample: Annotated[int, CliOption(metavar="N")] = Field(
+        default=12, ge=0, description="videos shown as strips of frames"
+    )
+    seed: Annotated[int, SEED] = Field(default=0, description="which videos those are")
+    moved: Annotated[dict[str, str], VIDEO_ROOTS] = Field(default={}, description=VIDEO_ROOTS_HELP)
+
+
+class VerifyOptions(Options):
+    """Everything that `distinit targets verify` can be told."""
+
+    store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
+    repair: Annotated[bool, CliOption(group="Output")] = Field(
+        default=False, description="drop what is damaged, so that extract-targets fills it again"
+    )
+    frames: Annotated[bool, CliOption()] = Field(
+        default=False,
+        description="compare the frames of all videos with their files; no teacher is run",
+    )
+    deep: Annotated[int, CliOption(metavar="N")] = Field(
+        default=0, ge=0, description="decode N random videos again and run the teachers"
+    )
+    seed: Annotated[int, SEED] = Field(default=0, description="which videos those are")
+    moved: Annotated[dict[str, str], VIDEO_ROOTS] = Field(default={}, description=VIDEO_ROOTS_HELP)
+    weights: Annotated[
+        dict[str, str], CliOption("--teacher-weights", "Teacher", "NAME=FILE", parse=parse_pairs)
+    ] = Field(
+        default={},
+        description="where the weights of a teacher of the store are located now; repeatable",
+    )
+    allow_teachers: Annotated[list[str], CliOption("--allow-teacher", "Teacher", "TEACHER")] = (
+        Field(
+            default=[],
+            description="with --deep, run the code of package.module:factory or download the weights "
+            "of a model that the store names; repeatable",
+        )
+    )
+    device: Annotated[str, DEVICE] = Field(default="auto", description=DEVICE_HELP)
+
+    @model_validator(mode="after")
+    def _needs(self) -> VerifyOptions:
+        teachers = self.weights or self.allow_teachers
+        if (self.moved and not (self.deep or self.frames)) or (teachers and not self.deep):
+            raise UsageError(
+                "--videos requires --frames or --deep N; --teacher-weights and --allow-teacher "
+                "require --deep N"
+            )
+        return self
+
+
+class MergeOptions(Options):
+    """Everything that `distinit targets merge` can be told."""
+
+    parts: Annotated[list[Annotated[str, PlainSerializer(public_url)]], CliOption("PART")] = Field(
+        min_length=1, repr=False, description="finished stores of the same teachers and sampling"
+    )
+    out: Annotated[str, CliOption(group="Output", metavar="STORE")] = Field(
+        description="the store to make, or to continue"
+    )
+    accept_run: Annotated[bool, CliOption(group="Hardware")] = Field(
+        default=False,
+        description="merge parts of different batch size, precision, torch or device kind",
+    )
+
+
+class ExportOptions(Options):
+    """Everything that `distinit targets export` can be told."""
+
+    store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
+    out: Annotated[str, CliOption(group="Output", metavar="OUT")] = Field(
+        description="NAME.h5: one HDF5 file; NAME.zarr: a store"
+    )
+    teachers: Annotated[list[str], CliOption("--teacher", "Teacher", "NAME")] = Field(
+        default=[], description="only this teacher; repeatable"
+    )
+    corpora: Annotated[list[str], CliOption("--corpus", metavar="NAME")] = Field(
+        default=[], description="only this corpus; repeatable"
+    )
+    videos_from: Annotated[str | None, CliOption(metavar="LIST")] = Field(
+        default=None,
+        description="only the videos of a text file: a path in its corpus, CORPUS=PATH or an absolute "
+        "path per line",
+    )
+    shard_rows: Annotated[
+        int | None,
+        CliOption(group="Output", metavar="R", shown="depending on the size, 512 to 16384"),
+    ] = Field(default=None, description="rows per shard of a new store")

@@ -1,0 +1,81 @@
+"""Which teacher, as the user asks for it. Free of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ..common.errors import UsageError
+from ..common.settings import Options
+
+
+class TeacherSpec(Options):
+    """A teacher as the user asked for it; small and picklable, so that each worker loads its own.
+
+    `options` are distinit's own, which any teacher takes: `name` (its name in the store), `classes`
+    (a file with a class name a line), `input_size` (side of the centre crop), `resize` (short side,
+    or HEIGHTxWIDTH), `interpolation`, `mean` and `std` (of pixels in 0–1, one number or three).
+    All others are keyword arguments of the model's builder.
+    """
+
+    name: str
+    weights: str | None = None
+    """A checkpoint file in place of the library's weights."""
+    sha256: str | None = None
+    """Expected digest of the weights file, or of the loaded state where the weights have no
+    file."""
+    options: dict[str, str] = {}
+    fetch: bool = Field(default=True, exclude=True)
+    """Whether weights that this machine lacks may be downloaded."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what a store records: enough to load the teacher again, without local folders.
+
+        `weights` loses its folder and `classes` is left out: the store has the names.
+        """
+        options = {key: value for key, value in self.options.items() if key != "classes"}
+        weights = Path(self.weights).name if self.weights is not None else None
+        return {"name": self.name, "weights": weights, "sha256": self.sha256, "options": options}
+
+
+def parse_teachers(
+    names: tuple[str, ...],
+    options: tuple[str, ...],
+    weights: tuple[str, ...],
+    sha256: tuple[str, ...],
+) -> list[dict[str, Any]] | None:
+    """Make config values of `--teacher` and what belongs to it; None when no teacher was given.
+
+    `NAME:key=value`, `NAME=FILE` and `NAME=DIGEST` name the teacher; with one teacher NAME may be
+    left out. Raises UsageError for a name that is no `--teacher`, or none where it is needed.
+    """
+    specs: dict[str, dict[str, Any]] = {name: {"name": name} for name in names}
+
+    def spec(name: str, option: str) -> dict[str, Any]:
+        if name in specs:
+            return specs[name]
+        if not name and len(specs) == 1:
+            return next(iter(specs.values()))
+        given = ", ".join(specs) or "none is given"
+        what = f"teacher {name!r} is not among" if name else "name the teacher, one of"
+        raise UsageError(f"{option}: {what} the --teacher options: {given}")
+
+    for text in options:
+        left, equals, value = text.partition("=")
+        owner, _, key = left.rpartition(":")
+        if not (equals and key):
+            raise UsageError(f"--teacher-option {text}: expected key=value or NAME:key=value")
+        spec(owner, f"--teacher-option {text}").setdefault("options", {})[key] = value
+    for option, field, texts in (
+        ("--teacher-weights", "weights", weights),
+        ("--teacher-sha256", "sha256", sha256),
+    ):
+        for text in texts:
+            # A file name may hold "=": what stands before it is a teacher's name or part of the
+            # file's.
+            name, equals, value = text.partition("=")
+            named = equals != "" and (name in specs or field == "sha256")
+            spec(name if named else "", f"{option} {text}")[field] = value if named else text
+    return list(specs.values()) or None
