@@ -20,10 +20,10 @@ from ..pipeline.common.files import write_page
 from ..pipeline.common.run_dir import check_page_dir, require_writable
 from ..pipeline.reporting.ablation_results import ablation_folders, cell_names, read_ablations
 from ..pipeline.reporting.ablation_tables import ablation_numbers, screen_table
-from ..pipeline.reporting.accuracy import accuracy_numbers, screen_tables
-from ..pipeline.reporting.contents import make_report
-from ..pipeline.reporting.page import FIGURES, to_html, to_markdown
+from ..pipeline.reporting.accuracy_tables import accuracy_numbers, screen_tables
+from ..pipeline.reporting.report_contents import make_report
 from ..pipeline.reporting.report_options import ReportOptions
+from ..pipeline.reporting.report_page import FIGURES, to_html, to_markdown
 from ..pipeline.reporting.runs import find_runs
 
 FILES, RECORD = "report-files.json", "report.yaml"

@@ -10,8 +10,8 @@ from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.files import write_page
 from ..pipeline.common.run_dir import check_page_dir
-from ..pipeline.reporting.browse import summarize_store
-from ..pipeline.reporting.browse_page import browse_page
+from ..pipeline.reporting.store_page import store_page
+from ..pipeline.reporting.store_summary import summarize_store
 from ..pipeline.store.reader import TargetStore, check_moved
 from ..pipeline.store.store_options import BrowseOptions
 
@@ -28,7 +28,7 @@ def targets_browse(options: BrowseOptions, console: Console) -> dict[str, Any]:
     page = Path(options.out) / "browse.html"
     check_page_dir(page, (RECORD,))
     found = summarize_store(store, options.sample, seed=options.seed, moved=options.moved)
-    write_page(page, browse_page(found, __version__))
+    write_page(page, store_page(found, __version__))
     write_config(page.with_name(RECORD), "targets-browse", options)
     missing = {video.path: video.problem for video in found.videos if video.problem is not None}
     for path, problem in missing.items():

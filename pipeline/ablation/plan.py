@@ -33,7 +33,7 @@ from pydantic import Field, ValidationError, model_validator
 from ..common.config import CONF, merge, nested, read_yaml
 from ..common.errors import UsageError
 from ..common.settings import Options
-from ..reporting.paper_results import PaperNumbers
+from ..reporting.published_results import PaperNumbers
 
 PLANS = CONF / "ablations"
 SECTIONS = ("train-student", "finetune")

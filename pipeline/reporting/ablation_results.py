@@ -23,7 +23,7 @@ from ..common.run_dir import CELLS, RESULT
 from ..evaluation.ensemble import Gain, p_value
 from ..evaluation.listing import short_dataset
 from ..evaluation.metrics import Estimate, bootstrap_ratios, by_group, interval, video_values
-from .paper_results import PaperNumbers
+from .published_results import PaperNumbers
 from .runs import Run
 
 Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]

@@ -11,7 +11,7 @@ from ..common.tables import Column, Table
 from ..evaluation.listing import short_dataset
 from ..evaluation.metrics import MEASURES, signed
 from .ablation_results import Ablation, Entry
-from .accuracy import DASH
+from .accuracy_tables import DASH
 
 # The order of the paper; split 1 and the mean of splits as in its Table 6.
 PAPER_ORDER = ("per_clip", "split1", "top1", "top5")

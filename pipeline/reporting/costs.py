@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..common.tables import Column, Table
 from ..targets.picks import PickRule
-from .accuracy import DASH
+from .accuracy_tables import DASH
 from .runs import Run
 
 

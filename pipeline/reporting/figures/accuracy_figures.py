@@ -9,7 +9,7 @@ import numpy as np
 
 from ...evaluation.ensemble import Comparison
 from ...evaluation.metrics import Estimate
-from ..accuracy import Difference
+from ..accuracy_tables import Difference
 from ..charts import Line, thin
 from ..runs import Run
 from .canvas import DASHES, INK, Figure, colour, finish, new_canvas, short

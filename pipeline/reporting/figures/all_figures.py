@@ -10,8 +10,8 @@ from ...common.errors import UsageError
 from ...evaluation.ensemble import compare_predictions
 from ...students.student_options import STEM
 from ..ablation_results import Ablation
-from ..accuracy import Difference
-from ..pairs import Pair, largest_gain
+from ..accuracy_tables import Difference
+from ..run_pairs import Pair, largest_gain
 from ..runs import Run, short_path
 from .accuracy_figures import accuracies, class_gains, curves, gains, paired, points
 from .canvas import Figure, styled

@@ -28,9 +28,9 @@ from distinit.pipeline.reporting.ablation_tables import (
     ablation_tables,
     screen_table,
 )
-from distinit.pipeline.reporting.pairs import largest_gain, named_pair
-from distinit.pipeline.reporting.paper_results import Accuracies, PaperNumbers
+from distinit.pipeline.reporting.published_results import Accuracies, PaperNumbers
 from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.reporting.run_pairs import largest_gain, named_pair
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.stages.report import report
 

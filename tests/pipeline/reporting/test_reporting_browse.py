@@ -22,7 +22,7 @@ from PIL import Image
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
-from distinit.pipeline.reporting.browse import EXTREMES, HEIGHT, STRIP, summarize_store
+from distinit.pipeline.reporting.store_summary import EXTREMES, HEIGHT, STRIP, summarize_store
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import BrowseOptions
 from distinit.pipeline.video.decoder import VideoReader
@@ -51,13 +51,15 @@ def test_pictures_and_labels_are_those_of_the_frames(tiny_store: Any) -> None:
         for picture in video.pictures:
             row = int(np.flatnonzero((owner == number) & (index == picture.index))[0])
             assert picture.seconds == pytest.approx(picture.index / 25)
-            for teacher, verdict in picture.verdicts.items():
+            for teacher, prediction in picture.predictions.items():
                 z = np.asarray(root[f"teachers/{teacher}/logits"][row], np.float64)
                 p = np.exp(z) / np.exp(z).sum()
                 names = np.array([str(name) for name in root[f"teachers/{teacher}/class"][:]])
-                assert [label for label, _ in verdict.labels] == names[np.argsort(-p)[:3]].tolist()
-                assert verdict.labels[0][1] == pytest.approx(p.max())
-                assert verdict.entropy == pytest.approx(-(p * np.log(p)).sum(), abs=0.02)
+                assert [label for label, _ in prediction.labels] == names[
+                    np.argsort(-p)[:3]
+                ].tolist()
+                assert prediction.labels[0][1] == pytest.approx(p.max())
+                assert prediction.entropy == pytest.approx(-(p * np.log(p)).sum(), abs=0.02)
         picture = video.pictures[-1]
         jpeg = np.asarray(
             Image.open(io.BytesIO(base64.b64decode((picture.jpeg or "").split(",")[1])))
@@ -82,8 +84,12 @@ def test_extremes_are_of_different_videos_and_in_order(tiny_store: Any) -> None:
     highest = sorted(
         (float(entropy[rows & (video == v)].max()) for v in np.unique(video[rows])), reverse=True
     )
-    assert [p.verdicts["sure"].entropy for p in teacher.sure] == pytest.approx(lowest[:EXTREMES])
-    assert [p.verdicts["sure"].entropy for p in teacher.unsure] == pytest.approx(highest[:EXTREMES])
+    assert [p.predictions["sure"].entropy for p in teacher.lowest_entropy] == pytest.approx(
+        lowest[:EXTREMES]
+    )
+    assert [p.predictions["sure"].entropy for p in teacher.highest_entropy] == pytest.approx(
+        highest[:EXTREMES]
+    )
     best = Counter(np.asarray(root["teachers/sure/logits"][:])[rows].argmax(1).tolist())
     assert teacher.teacher_stats.most_frequent(3)[0][1] == pytest.approx(
         best.most_common(1)[0][1] / rows.sum()

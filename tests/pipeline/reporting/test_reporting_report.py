@@ -22,9 +22,9 @@ from distinit.pipeline.common.errors import SourceError
 from distinit.pipeline.common.tables import Column, Table
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.charts import Line, line_chart, tick_labels, ticks
-from distinit.pipeline.reporting.contents import make_report, student_table
-from distinit.pipeline.reporting.page import to_markdown
+from distinit.pipeline.reporting.report_contents import make_report, student_table
 from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.reporting.report_page import to_markdown
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.stages.report import report
 

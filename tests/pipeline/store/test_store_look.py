@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from distinit.pipeline.common.console import Console
-from distinit.pipeline.reporting.browse import summarize_store
-from distinit.pipeline.reporting.browse_page import browse_page
+from distinit.pipeline.reporting.store_page import store_page
+from distinit.pipeline.reporting.store_summary import summarize_store
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import BrowseOptions
 from distinit.stages.targets_browse import targets_browse
@@ -32,7 +32,7 @@ def test_failures_and_missing_videos_are_named(
         assert video.problem == "no such file"
         assert all(picture.jpeg is None for picture in video.pictures)
         assert set(video.curves) == {"t", "wide"}
-    page = browse_page(found, "<0>")
+    page = store_page(found, "<0>")
     assert "<0>" not in page
     assert page.count("no video stream (audio only)") == len(failed) + 1
     assert page.count("missing here: no such file") == 4

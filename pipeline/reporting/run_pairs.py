@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..common.errors import UsageError
 from .ablation_results import Ablation
-from .accuracy import comparable
+from .accuracy_tables import comparable
 from .runs import Run
 
 Pair = tuple[Run, Run]

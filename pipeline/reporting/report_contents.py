@@ -11,14 +11,14 @@ import numpy as np
 from ..common.tables import Column, Table
 from .ablation_results import Ablation
 from .ablation_tables import LEARNED
-from .accuracy import DASH, Difference, accuracy_table, differences, uncertainty_notes
+from .accuracy_tables import DASH, Difference, accuracy_table, differences, uncertainty_notes
 from .costs import cost_table
 from .figures.accuracy_figures import CLASS_GAINS
 from .figures.all_figures import draw_figures
 from .figures.canvas import Figure
 from .figures.entropy import read_stores
 from .figures.features import FEATURES, LEAST
-from .pairs import Pair, named_pair
+from .run_pairs import Pair, named_pair
 from .runs import Run
 
 

@@ -15,10 +15,10 @@ from ..common.tables import Column, Table, markdown_text
 from ..evaluation.listing import short_dataset
 from .ablation_results import Ablation
 from .ablation_tables import ablation_tables, cells_table
-from .accuracy import DASH, percent
-from .contents import Report
+from .accuracy_tables import DASH, percent
 from .figures.canvas import Figure
-from .page_style import document
+from .html_page import document
+from .report_contents import Report
 from .runs import Run
 
 FIGURES = "figures"  # folder beside the page

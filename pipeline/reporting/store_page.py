@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..common.tables import Column, Table
-from .browse import Picture, StoreSummary, TeacherLook, VideoLook
 from .charts import Bars, Line, bar_chart, line_chart
-from .page_style import document
+from .html_page import document
+from .store_summary import Picture, StoreSummary, TeacherSummary, VideoSummary
 
 FREQUENT = 10  # classes of the table of frequencies
 LISTED = 1000  # failures
@@ -42,7 +42,7 @@ STYLE = """<style>
 </style>"""
 
 
-def browse_page(summary: StoreSummary, version: str) -> str:
+def store_page(summary: StoreSummary, version: str) -> str:
     """The whole page as HTML."""
     store = summary.store
     states = ", ".join(f"{n:,} {name}" for name, n in summary.states.items() if n)
@@ -86,7 +86,7 @@ def _videos_section(summary: StoreSummary) -> str:
     )
 
 
-def _video(video: VideoLook, limit: float, *, legend: bool) -> str:
+def _video(video: VideoSummary, limit: float, *, legend: bool) -> str:
     lines = [Line(name, seconds, nats) for name, (seconds, nats) in video.curves.items()]
     chart = line_chart(
         lines,
@@ -123,14 +123,14 @@ def _shot(picture: Picture, named: bool) -> str:
         )
     else:
         shown = f'<img src="{picture.jpeg}" alt="{html.escape(f"{path}, {when}")}">'
-    several = len(picture.verdicts) > 1
+    several = len(picture.predictions) > 1
     words = []
-    for teacher, verdict in picture.verdicts.items():
+    for teacher, prediction in picture.predictions.items():
         head = html.escape(teacher) if several else ""
         words.append(
-            f"<div class='says who'><span>{head}</span><span>H {verdict.entropy:.2f}</span></div>"
+            f"<div class='says who'><span>{head}</span><span>H {prediction.entropy:.2f}</span></div>"
         )
-        for label, share in verdict.labels:
+        for label, share in prediction.labels:
             name = html.escape(label)
             words.append(
                 f'<div class=says><span title="{name}">{name}</span><span>{100 * share:.0f} %</span></div>'
@@ -144,7 +144,7 @@ def _shot(picture: Picture, named: bool) -> str:
     return f"<div class=shot>{shown}{time}{name}{''.join(words)}</div>"
 
 
-def _teacher_section(teacher: TeacherLook) -> str:
+def _teacher_section(teacher: TeacherSummary) -> str:
     found = teacher.teacher_stats
     if not len(found.rows):
         return f"<h2>{html.escape(found.teacher)}</h2><p>No cached frame yet.</p>"
@@ -175,9 +175,9 @@ def _teacher_section(teacher: TeacherLook) -> str:
         f"<div class=pair><figure><div class=scroll>{chart}</div><figcaption>{caption}</figcaption></figure>"
         f"<div class=scroll>{frequent.to_html()}</div></div>"
         f"<h3>Most confident frames</h3><p class=note>Lowest entropy, at most one frame of a video.</p>"
-        f"{_strip(teacher.sure, named=True)}"
+        f"{_strip(teacher.lowest_entropy, named=True)}"
         f"<h3>Least confident frames</h3><p class=note>Highest entropy, at most one frame of a video.</p>"
-        f"{_strip(teacher.unsure, named=True)}"
+        f"{_strip(teacher.highest_entropy, named=True)}"
     )
 
 

@@ -1,7 +1,7 @@
 """A look into a target store: sampled videos with what the teachers said of them, and how sure they
 were.
 
-Nothing here is shown; `browse_page` does that. Shapes: N cached frames of a video, F pictures of
+Nothing here is shown; `store_page` does that. Shapes: N cached frames of a video, F pictures of
 it.
 """
 
@@ -35,7 +35,7 @@ QUALITY = 80
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Prediction:
     """What one teacher said of a frame: its best classes with their probabilities (τ = 1), and the
     entropy in nats."""
 
@@ -45,7 +45,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Picture:
-    """A cached frame: `jpeg` as a data URL, None where the video cannot be read; `verdicts` by
+    """A cached frame: `jpeg` as a data URL, None where the video cannot be read; `predictions` by
     teacher."""
 
     video: str
@@ -53,11 +53,11 @@ class Picture:
     seconds: float
     jpeg: str | None
     problem: str | None
-    verdicts: Mapping[str, Verdict]
+    predictions: Mapping[str, Prediction]
 
 
 @dataclass(frozen=True)
-class VideoLook:
+class VideoSummary:
     """One sampled video. curves: teacher → (seconds [N], entropy in nats [N])."""
 
     corpus: str
@@ -70,13 +70,13 @@ class VideoLook:
 
 
 @dataclass(frozen=True)
-class TeacherLook:
-    """A teacher over the whole store: `sure` and `unsure` are the frames of lowest and highest
+class TeacherSummary:
+    """A teacher over the whole store: `lowest_entropy` and `highest_entropy` are the frames of lowest and highest
     entropy."""
 
     teacher_stats: TeacherStats
-    sure: Sequence[Picture]
-    unsure: Sequence[Picture]
+    lowest_entropy: Sequence[Picture]
+    highest_entropy: Sequence[Picture]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class StoreSummary:
 
     store: TargetStore
     states: Mapping[str, int]
-    videos: Sequence[VideoLook]
-    teachers: Sequence[TeacherLook]
+    videos: Sequence[VideoSummary]
+    teachers: Sequence[TeacherSummary]
     failures: Sequence[Failure]
 
 
@@ -146,7 +146,7 @@ def summarize_store(
     )
 
 
-def _video(store: TargetStore, video: int, reader: FrameReader) -> VideoLook:
+def _video(store: TargetStore, video: int, reader: FrameReader) -> VideoSummary:
     record = store.video(video)
     index, pts, rows = store.frames(video)
     seconds = _seconds(store, video, index, pts)
@@ -155,7 +155,7 @@ def _video(store: TargetStore, video: int, reader: FrameReader) -> VideoLook:
     pictures = _pictures(
         store, video, reader, names, index[shown], pts[shown], seconds[shown], rows[shown]
     )
-    return VideoLook(
+    return VideoSummary(
         corpus=record.corpus,
         path=record.path,
         duration=record.duration,
@@ -193,7 +193,7 @@ def _pictures(
         jpegs = reader.read(video, index, pts)
     except (VideoError, StoreMismatchError, OSError) as error:
         problem = str(error)
-    said = {name: _verdicts(store, name, rows) for name in teachers}
+    said = {name: _predictions(store, name, rows) for name in teachers}
     _, path = store.place(video)
     return [
         Picture(
@@ -208,23 +208,23 @@ def _pictures(
     ]
 
 
-def _verdicts(store: TargetStore, teacher: str, rows: NDArray[np.int64]) -> list[Verdict]:
+def _predictions(store: TargetStore, teacher: str, rows: NDArray[np.int64]) -> list[Prediction]:
     odds = softmax(store.logits(teacher, rows).astype(np.float64))
     best = np.argsort(-odds, axis=1, kind="stable")[:, :LABELS]
     classes = store.teachers[teacher].classes
     return [
-        Verdict([(classes[k], float(row[k])) for k in top], float(nats))
+        Prediction([(classes[k], float(row[k])) for k in top], float(nats))
         for row, top, nats in zip(odds, best, store.entropy(teacher, rows), strict=True)
     ]
 
 
-def _teacher(store: TargetStore, name: str, reader: FrameReader) -> TeacherLook:
+def _teacher(store: TargetStore, name: str, reader: FrameReader) -> TeacherSummary:
     found = teacher_stats(store, name)
     order = np.argsort(found.entropy, kind="stable")
     order = order[np.isfinite(found.entropy[order])]
     videos = store.read_table("video", found.rows)
     ends = [_extremes(store, name, reader, found.rows[o], videos[o]) for o in (order, order[::-1])]
-    return TeacherLook(found, *ends)
+    return TeacherSummary(found, *ends)
 
 
 def _extremes(
