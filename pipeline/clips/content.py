@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import filecmp
 import os
+from typing import Literal, NamedTuple
 
 from ..prepared.flow_files import read_flow_map
+from ..prepared.folders import Kind
 from ..prepared.frame_map import read_map
 from ..video.container import digest
-from .read import VideoFile
+
+
+class VideoFile(NamedTuple):
+    """A file to read clips from: a video, the copy of one, or its flow.
+
+    original: of a copy or of flow, where the video itself may lie; compared if it is there.
+    """
+
+    path: str
+    kind: Literal["video"] | Kind = "video"
+    original: str | None = None
 
 
 def same_content(a: str, b: str) -> bool | None:

@@ -16,23 +16,13 @@ from ..common.errors import UsageError, VideoError
 from ..common.worker_status import at
 from ..prepared.copies import read_copy
 from ..prepared.flow_files import STEPS, STILL, read_flow, read_flow_map
-from ..prepared.folders import Kind, check_current, kind_of
+from ..prepared.folders import check_current, kind_of
 from ..prepared.frame_map import SourceRecord, read_map
 from ..video import frames as clips
 from ..video.flow import FLOW_CHANNELS
 from .clip_options import ClipView, Crop
+from .content import VideoFile
 from .transforms import of_channels
-
-
-class VideoFile(NamedTuple):
-    """A file to read clips from: a video, the copy of one, or its flow.
-
-    original: of a copy or of flow, where the video itself may lie; compared if it is there.
-    """
-
-    path: str
-    kind: Literal["video"] | Kind = "video"
-    original: str | None = None
 
 
 class Clips(NamedTuple):

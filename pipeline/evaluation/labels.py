@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ..clips.content import same_content, source_digest
-from ..clips.read import VideoFile
+from ..clips.content import VideoFile, same_content, source_digest
 from ..common.errors import CheckpointError, LabelsError, UsageError, VideoError
 from ..corpus.sources import escape_path
 from ..corpus.textfiles import is_utf8

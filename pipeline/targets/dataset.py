@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ..clips.clip_options import ClipView, Crop
-from ..clips.read import VideoFile, check_fits, read_clip
+from ..clips.content import VideoFile
+from ..clips.read import check_fits, read_clip
 from ..clips.seeding import Key
 from ..common.errors import StoreMismatchError, TrainingError, UsageError, VideoError
 from ..corpus.sources import escape_path
