@@ -67,7 +67,9 @@ def test_the_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
     ours = {
         f"distinit/{path.relative_to(ROOT).as_posix()}"
         for path in tracked
-        if path.suffix == ".py" or path.name == "py.typed" or "conf" in path.relative_to(ROOT).parts
+        if path.suffix == ".py"
+        or path.name == "py.typed"
+        or {"conf", "templates"} & set(path.relative_to(ROOT).parts)
     }
     assert members == ours
     with zipfile.ZipFile(tree / "dist" / name) as wheel:

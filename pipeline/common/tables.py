@@ -1,12 +1,13 @@
-"""One table, four ways to show it: on a terminal, as Markdown, as CSV and as HTML."""
+"""One table, three ways to show it: on a terminal, as Markdown and as CSV.
+
+Pages show it by the macro `table` of reporting/templates.
+"""
 
 from __future__ import annotations
 
 import csv
-import html
 import io
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Group
@@ -93,51 +94,10 @@ class Table:
             for row in self.rows
         ]
 
-    def to_html(self, links: Mapping[str, str] | None = None) -> str:
-        """A <table> with every cell escaped; the notes as paragraphs below. links: texts of the
-        first column that lead somewhere, with the address."""
-        classes = [' class="number"' if column.number else "" for column in self.columns]
-        head = "".join(
-            f"<th{c} scope=col>{_two_lines(html.escape(column.title))}</th>"
-            for c, column in zip(classes, self.columns, strict=True)
-        )
-        body = "\n".join(
-            self._heading(number)
-            + "<tr>"
-            + "".join(
-                f"<td{c}>{_linked(cell, links or {}) if at == 0 else html.escape(cell)}</td>"
-                for at, (c, cell) in enumerate(zip(classes, row, strict=True))
-            )
-            + "</tr>"
-            for number, row in enumerate(self.rows)
-        )
-        notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in self.notes)
-        return (
-            f"<table><caption>{html.escape(self.title)}</caption>"
-            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>\n{notes}"
-        )
-
-    def _heading(self, number: int) -> str:
-        if number not in self.headings:
-            return ""
-        text = html.escape(self.headings[number])
-        return f'<tr class="heading"><th colspan="{len(self.columns)}" scope="rowgroup">{text}</th></tr>\n'
-
 
 def _text(text: str, style: str = "") -> Text:
     """Return a cell, escaped before its width is measured, so that columns stay aligned."""
     return Text(printable(text, lines=True), style=style)
-
-
-def _two_lines(title: str) -> str:
-    """A heading in HTML breaks after a comma, and nowhere else: `top 1, splits 1–3, %` before
-    `splits`."""
-    return re.sub(", (?!%)", ", <br>", title)
-
-
-def _linked(text: str, links: Mapping[str, str]) -> str:
-    inside = html.escape(text)
-    return f'<a href="{html.escape(links[text])}">{inside}</a>' if text in links else inside
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import yaml
 
 from ..common.tables import Column, Table, markdown_text
 from ..evaluation.listing import short_dataset
@@ -17,14 +12,11 @@ from .ablation_results import Ablation
 from .ablation_tables import ablation_tables, cells_table
 from .accuracy_tables import DASH, percent
 from .figures.canvas import Figure
-from .html_page import document
+from .html_page import as_yaml, render
 from .report_contents import Report
 from .runs import Run
 
 FIGURES = "figures"  # folder beside the page
-
-Links = Mapping[str, str]
-"""Name of a run → where its settings and identity are on the page."""
 
 
 def to_markdown(report: Report) -> str:
@@ -51,50 +43,33 @@ def to_markdown(report: Report) -> str:
 
 
 def to_html(report: Report, version: str) -> str:
+    """Return the report as one HTML page."""
     links = {run.name: f"#run-{number}" for number, run in enumerate(report.runs, start=1)}
-    drawn = {figure.name: _figure(figure, links) for figure in report.figures}
-
-    def take(*beginnings: str) -> str:
-        return "".join(drawn.pop(name) for name in list(drawn) if name.startswith(beginnings))
-
-    sections = []
-    if report.finetuned:
-        content = f"{_scroll(report.accuracy, links)}{take('accuracy')}"
-        sections += [f"<h2>Accuracy</h2>{content}", _findings_section(report, take("differences"))]
-    sections += [
-        _ablation_section(ablation, take(f"ablation-{number}"), links)
-        for number, ablation in enumerate(report.ablations, start=1)
-    ]
-    training = "".join(
-        _scroll(table, links) for table in (report.students, report.costs) if table is not None
+    figures: dict[str, list[Figure]] = {
+        "other": [],
+        "accuracy": [],
+        "differences": [],
+        "curves": [],
+    }
+    figures |= {f"ablation-{number}": [] for number in range(1, len(report.ablations) + 1)}
+    for figure in report.figures:
+        name = "curves" if figure.name.startswith("curves") else figure.name
+        figures[name if name in figures else "other"].append(figure)
+    return render(
+        "report.html.j2",
+        title="DistInit report",
+        version=version,
+        report=report,
+        links=links,
+        figures=figures,
+        folder=FIGURES,
+        ablations=[_ablation(ablation, links) for ablation in report.ablations],
+        runs=[_details(run, report, links) for run in report.runs],
     )
-    training += take("curves")
-    figures = take("")
-    sections += [f"<h2>Figures</h2>{figures}" if figures else ""]
-    sections += [
-        f"<h2>Training and costs</h2>{training}" if training else "",
-        _details_section(report),
-    ]
-    lead = (
-        f"{len(report.runs)} runs, distinit {html.escape(version)}. Every accuracy is recomputed from the run’s "
-        "<code>predictions.h5</code>; a run’s name leads to the settings and identities behind it."
-    )
-    notes = "".join(f"<p class=note>Not shown: {html.escape(note)}</p>" for note in report.notes)
-    return document("DistInit report", lead, [notes, *sections])
 
 
-def _scroll(table: Table, links: Links) -> str:
-    return f"<div class=scroll>{table.to_html(links)}</div>"
-
-
-def _findings_section(report: Report, figure: str) -> str:
-    if not report.findings:
-        return figure
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in report.findings)
-    return f"<h2>What these numbers show</h2><ul class=findings>{items}</ul>{figure}"
-
-
-def _ablation_section(ablation: Ablation, figure: str, links: Links) -> str:
+def _ablation(ablation: Ablation, links: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the template shows of an ablation; a row leads to its first run."""
     rows = {
         cell.record.row: links[cell.run.name]
         for cell in reversed(ablation.cells)
@@ -105,93 +80,68 @@ def _ablation_section(ablation: Ablation, figure: str, links: Links) -> str:
         dataclasses.replace(table, title=f"Accuracy on {short_dataset(dataset)}")
         for table, dataset in zip(ablation_tables(ablation), ablation.datasets, strict=True)
     ]
-    return (
-        f"<h2>{html.escape(ablation.title)}</h2>{''.join(_scroll(table, rows) for table in tables)}{figure}"
-        f"<details><summary>Every run behind these numbers</summary>{_scroll(cells_table(ablation), links)}</details>"
-    )
-
-
-def _figure(figure: Figure, links: Links) -> str:
-    """The picture inside the page, its files beside it, and the runs behind it."""
-    data = base64.b64encode(figure.svg).decode()
-    title, caption = html.escape(figure.title), html.escape(figure.caption)
-    files = " ".join(
-        f'<a href="{FIGURES}/{figure.name}.{kind}">{kind.upper()}</a>' for kind in ("svg", "png")
-    )
-    behind = ", ".join(
-        f'<a href="{links[name]}">{html.escape(name)}</a>' for name in figure.about if name in links
-    )
-    about = f" · runs: {behind}" if behind else ""
-    table = ""
-    if figure.table is not None:
-        inside = _scroll(figure.table, links)
-        table = f"<details><summary>{html.escape(figure.table.title)}, every run</summary>{inside}</details>"
-    return (
-        f'<figure id="{figure.name}"><div class=scroll>'
-        f'<img src="data:image/svg+xml;base64,{data}" alt="{title}: {caption}"></div>'
-        f"<figcaption><b>{title}.</b> {caption} <span class=files>{files}{about}</span>"
-        f"</figcaption></figure>{table}"
-    )
-
-
-def _details_section(report: Report) -> str:
-    stores = {path: f"store-{number}" for number, path in enumerate(report.stores, start=1)}
-    places = {
-        str(run.path): (f"#run-{number}", run.name)
-        for number, run in enumerate(report.runs, start=1)
+    return {
+        "title": ablation.title,
+        "tables": tables,
+        "links": rows,
+        "cells": cells_table(ablation),
     }
-    places |= {path: (f"#{anchor}", f"store {path}") for path, anchor in stores.items()}
-    runs = [_details(run, number, places) for number, run in enumerate(report.runs, start=1)]
-    shown = [
-        f"<details><summary>store {html.escape(path)}</summary><p class=note id={stores[path]}>{html.escape(path)}</p>"
-        f"{_block('Identity', _yaml(identity))}</details>"
-        for path, identity in report.stores.items()
-    ]
-    return "<h2>Settings and identities</h2>" + "\n".join(runs + shown)
 
 
-def _details(run: Run, number: int, places: Mapping[str, tuple[str, str]]) -> str:
-    """One run. places: path of a run or store → its anchor and name."""
-    # A link to something inside a closed <details> opens it; one to the <details> itself would not.
-    parts = [f'<p class=note id="run-{number}">{html.escape(str(run.path))}</p>']
-    origin = places.get(str(run.config.get("store" if run.kind == "student" else "init")))
-    if origin is not None:
-        verb = "Learned from" if run.kind == "student" else "Began from"
-        parts.append(f'<p>{verb} <a href="{origin[0]}">{html.escape(origin[1])}</a>.</p>')
+def _details(run: Run, report: Report, links: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the template shows of a run: its origin, tables, and blocks of YAML."""
+    tables: list[Table] = []
+    blocks: list[tuple[str, Any]] = []
     if run.metrics is not None:
-        parts.append(
-            _reasons("Test videos that could not be read, counted as wrong", run.metrics["failed"])
-        )
-        parts.append(
-            _reasons("Test videos that were tested although damaged", run.metrics["damaged"])
-        )
-        parts.append(f"<div class=scroll>{_class_table(run.metrics['per_class']).to_html()}</div>")
-        parts.append(_block("Test protocol", _yaml(run.metrics["protocol"])))
+        for title, key in (
+            ("Test videos that could not be read, counted as wrong", "failed"),
+            ("Test videos that were tested although damaged", "damaged"),
+        ):
+            tables += _reasons(title, run.metrics[key])
+        tables.append(_class_table(run.metrics["per_class"]))
+        blocks.append(("Test protocol", run.metrics["protocol"]))
     if run.predictions is not None:
-        parts.append(_block("Identity of what was tested", _yaml(run.predictions.identity)))
+        blocks.append(("Identity of what was tested", run.predictions.identity))
     header = {
         key: value for key, value in run.header.items() if key in ("options", "heads", "meta")
     }
     if run.kind == "student" and header:
-        header["meta"] = {
-            key: value for key, value in dict(header.get("meta") or {}).items() if key != "classes"
-        }
-        parts.append(_block("Identity of the exported student", _yaml(header)))
-    parts.append(_block("Configuration as used", _yaml(run.config)))
+        meta = dict(header.get("meta") or {})
+        header["meta"] = {key: value for key, value in meta.items() if key != "classes"}
+        blocks.append(("Identity of the exported student", header))
+    blocks.append(("Configuration as used", run.config))
     result = {key: value for key, value in run.result.items() if key not in ("metrics", "config")}
     if result:
-        parts.append(_block("Result", _yaml(result)))
-    shown = f", top 1 {percent(run.metrics['top1'])}" if run.metrics else ""
-    return f"<details><summary>{html.escape(run.name + shown)}</summary>{''.join(parts)}</details>"
+        blocks.append(("Result", result))
+    accuracy = f", top 1 {percent(run.metrics['top1'])}" if run.metrics else ""
+    return {
+        "title": run.name + accuracy,
+        "path": run.path,
+        "origin": _origin(run, report, links),
+        "tables": tables,
+        "blocks": [(title, as_yaml(values)) for title, values in blocks],
+    }
 
 
-def _reasons(title: str, rows: list[dict[str, str]]) -> str:
-    if not rows:
-        return ""
+def _origin(run: Run, report: Report, links: Mapping[str, str]) -> dict[str, str] | None:
+    """Return the store or the run that a run was trained from, if the page shows it."""
+    verb, key = ("Learned from", "store") if run.kind == "student" else ("Began from", "init")
+    path = str(run.config.get(key))
+    for number, store in enumerate(report.stores, start=1):
+        if store == path:
+            return {"verb": verb, "address": f"#store-{number}", "name": f"store {path}"}
+    for other in report.runs:
+        if str(other.path) == path:
+            return {"verb": verb, "address": links[other.name], "name": other.name}
+    return None
+
+
+def _reasons(title: str, rows: Sequence[Mapping[str, str]]) -> list[Table]:
+    """Return a table of videos with reasons; none without rows."""
     table = Table(title, [Column("video"), Column("reason")])
     for row in rows:
         table.add(row["video"], row["reason"])
-    return f"<div class=scroll>{table.to_html()}</div>"
+    return [table] if rows else []
 
 
 def _class_table(per_class: dict[str, dict[str, int]]) -> Table:
@@ -206,12 +156,3 @@ def _class_table(per_class: dict[str, dict[str, int]]) -> Table:
         share = f"{100 * count['right'] / count['videos']:.1f}" if count["videos"] else DASH
         table.add(name, str(count["right"]), str(count["videos"]), share)
     return table
-
-
-def _yaml(values: dict[str, Any]) -> str:
-    plain = json.loads(json.dumps(values, default=str))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
-
-
-def _block(title: str, text: str) -> str:
-    return f"<h3>{html.escape(title)}</h3><pre>{html.escape(text)}</pre>"

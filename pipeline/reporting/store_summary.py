@@ -71,8 +71,8 @@ class VideoSummary:
 
 @dataclass(frozen=True)
 class TeacherSummary:
-    """A teacher over the whole store: `lowest_entropy` and `highest_entropy` are the frames of lowest and highest
-    entropy."""
+    """A teacher over the whole store, with the frames of lowest and highest entropy, each of
+    another video."""
 
     teacher_stats: TeacherStats
     lowest_entropy: Sequence[Picture]

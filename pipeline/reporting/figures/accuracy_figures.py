@@ -12,7 +12,7 @@ from ...evaluation.metrics import Estimate
 from ..accuracy_tables import Difference
 from ..charts import Line, thin
 from ..runs import Run
-from .canvas import DASHES, INK, Figure, colour, finish, new_canvas, short
+from .canvas import INK, Figure, colour, finish, line_style, new_canvas, short
 
 CLASS_GAINS = "figure-7-classes"
 CLASSES = 12  # of the largest gains, and as many of the largest losses
@@ -112,7 +112,7 @@ def curves(runs: Sequence[Run], kind: str, title: str) -> Figure | None:
     shown = lines[:CURVES]
     canvas, (ax,) = new_canvas(8, 3.4 + 0.17 * len(shown))
     for i, line in enumerate(shown):
-        style = DASHES[(i // 2) % len(DASHES)]
+        style = line_style(i // 2)
         marker = "o" if len(line.x) == 1 else None
         ax.plot(
             line.x,

@@ -1,7 +1,6 @@
 """One way to draw a figure of the report: matplotlib without a display, to SVG and PNG alike.
 
-The colours are Okabe and Ito's, told apart by colour-blind readers; lines differ in dash as well,
-so that a grey print can be read. The same data give the same bytes.
+Colours and dashes are those of `charts`. The same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from matplotlib.figure import Figure as Canvas
 
 from ...common.streams import printable
 from ...common.tables import Table
+from ..charts import COLOURS, DASHES
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 MARKERS = "osD^vP*Xhd"
 INK, SOFT, RULE = "#1a1a1a", "#5c5c5c", "#d9d9d9"
 PNG_DPI = 160
@@ -104,6 +102,11 @@ def finish(
 def colour(i: int) -> str:
     """The i-th of a few."""
     return COLOURS[i % len(COLOURS)]
+
+
+def line_style(i: int) -> tuple[int, tuple[float, ...] | None]:
+    """Return the dashes of the i-th of a few lines, as matplotlib takes them."""
+    return 0, DASHES[i % len(DASHES)] or None
 
 
 def short(name: str, most: int = 44) -> str:

@@ -222,9 +222,12 @@ def cells_of(table: str, kind: str) -> list[list[str]]:
     if kind == "md":
         lines = [line for line in table.splitlines() if line.startswith("|") and "---" not in line]
         return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    lines = re.findall(r"<tr.*?</tr>", table)
+    lines = re.findall(r"<tr.*?</tr>", table, re.S)
     return [
-        [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", line)]
+        [
+            " ".join(re.sub("<[^>]*>", "", cell).split())
+            for cell in re.findall(r"<t[hd].*?</t[hd]>", line, re.S)
+        ]
         for line in lines
     ]
 

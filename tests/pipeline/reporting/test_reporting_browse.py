@@ -163,7 +163,7 @@ def test_the_command_and_its_page_in_a_browser(
     assert done.returncode == 0, done.stderr
     page = Path(json.loads(done.stdout)["page"])
     assert not re.search(r"<(script|iframe)|@import|url\(", page.read_text(encoding="utf-8"))
-    for width in (1100, 500):
+    for width in (1280, 400):
         opened = open_page(page, width)
         assert opened.console == []
         assert opened.images == opened.loaded > 2 * 2 + 2 * 2 * EXTREMES

@@ -234,7 +234,7 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
     assert all(len(re.findall(rf'id="?{anchor}"?[ >]', text)) == 1 for anchor in anchors)
     assert len(re.findall(r'Began from <a href="#run-\d+">student of', text)) == 6
     assert len(re.findall(r'Learned from <a href="#store-1">', text)) == 6
-    for width in (1100, 500):
+    for width in (1280, 400):
         opened = open_page(page, width)
         assert opened.console == []
         assert opened.images == opened.loaded == len(result["figures"])
