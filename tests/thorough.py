@@ -16,6 +16,6 @@ def is_thorough() -> bool:
     return settings.default is not None and settings.default.max_examples >= 1000
 
 
-def some(cases: Iterable[T], every: int) -> list[T]:
-    """Return every n-th of the cases, all of them in a thorough run."""
-    return list(cases)[:: 1 if is_thorough() else every]
+def some(cases: Iterable[T], every: int, first: int = 0) -> list[T]:
+    """Return every n-th of the cases from the first on, all of them in a thorough run."""
+    return list(cases) if is_thorough() else list(cases)[first::every]

@@ -33,6 +33,8 @@ from distinit.stages.predict import predict
 from distinit.stages.report import report
 from distinit.stages.train_student import train_student
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 TINY: dict[str, Any] = {
     "student": {"architecture": "r3d_18", "width": 0.0625},

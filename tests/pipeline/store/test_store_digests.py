@@ -91,7 +91,7 @@ def test_every_flipped_bit_is_found_with_its_file_and_never_read(
                                      "basis": {"kind": "new"}})  # fmt: skip
     expected, tried = content(TargetStore.open(root)), 0
     assert findings(root) == ""
-    per_kind = 30 if is_thorough() else 3
+    per_kind = 30 if is_thorough() else 2
     for flip in flips(root, tmp_path / "copy", seed=0, per_kind=per_kind):
         found = findings(flip.path)
         folder = flip.file.removesuffix("/zarr.json")

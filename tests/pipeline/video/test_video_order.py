@@ -26,6 +26,7 @@ from distinit.pipeline.video.geometry import Orientation, Renderer, View
 from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool
 from distinit.pipeline.video.probe import probe
 from distinit.pipeline.video.sampling import Sampling
+from distinit.tests.thorough import some
 
 
 def numbered(start: int, stop: int, height: int = 64, width: int = 128) -> Iterator[np.ndarray]:
@@ -102,7 +103,9 @@ def test_times_that_are_the_decode_order_are_not_believed(stream: str, tmp_path:
     codec, name, extra = STREAMS[stream]
     bframes = None if codec == "libx265" else 2
     write_video(tmp_path / name, numbered(0, 44), codec=codec, gop=12, bframes=bframes, extra=extra)
-    for ending in TAKEN.get(stream, ["mp4", "mov", "mkv", "flv", "ts", "3gp"]):
+    # Every container with half of the streams, and the other way round.
+    endings = TAKEN.get(stream, ["mp4", "mov", "mkv", "flv", "ts", "3gp"])
+    for ending in some(endings, 2, first=list(STREAMS).index(stream) % 2):
         path = tmp_path / f"b.{ending}"
         options = {"fflags": "+genpts"}
         try:
