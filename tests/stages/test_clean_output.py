@@ -212,6 +212,7 @@ def commands(root: Path, out: Path) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(commands(Path("/"), Path("/"))))
 @pytest.mark.parametrize("extra", [[], ["--json"]])
 def test_bytes_of_commands_and_of_what_they_write(

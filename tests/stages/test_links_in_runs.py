@@ -101,6 +101,7 @@ DOORS: dict[str, Callable[[Path, Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("door", "name"),
     [
