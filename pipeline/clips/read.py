@@ -108,10 +108,10 @@ def read_clip(
         if file.kind == "flow":
             stored, bound, _ = _flow_of(file, frames, view, expect, digest)
             return _flow_clip(stored, bound, view, crop)
-        found = _READERS[file.kind](
+        read = _READERS[file.kind](
             file.path, frames, view.frame_view(crop), expect=expect, digest=digest
         )
-    return of_channels(view.cut(found.images, crop), channels)
+    return of_channels(view.cut(read.images, crop), channels)
 
 
 def read_clips(
@@ -126,7 +126,7 @@ def read_clips(
 
     The result has N · crops clips, see `ClipView.cuts`.
     """
-    wanted, place = np.unique(frames, return_inverse=True)
+    distinct, place = np.unique(frames, return_inverse=True)
     if file.kind == "flow":
         each, damaged = [], 0
         for clip in frames:
@@ -138,13 +138,13 @@ def read_clips(
             damaged += repeated
         return Clips(torch.stack(each), frames.size, damaged)
     with at(file.path):
-        found = _READERS[file.kind](file.path, wanted, view.frame_view())
+        read = _READERS[file.kind](file.path, distinct, view.frame_view())
     indices = torch.from_numpy(place.reshape(frames.shape))
     taken = torch.stack(
-        [cut[:, indices] for cut in view.cuts(found.images, crops)], dim=2
+        [cut[:, indices] for cut in view.cuts(read.images, crops)], dim=2
     )  # [3, N, crops, L, H, W]
     made = torch.stack([of_channels(clip, channels) for clip in taken.flatten(1, 2).unbind(1)])
-    return Clips(made.contiguous(), len(wanted), found.repeated)
+    return Clips(made.contiguous(), len(distinct), read.repeated)
 
 
 def _flow_of(

@@ -103,8 +103,8 @@ def split_held_out(
     if share <= 0:
         return videos, videos[:0]
     hashes = _hash(videos.astype(np.uint64), seed)
-    held = hashes < np.uint64(int(share * 2.0**53))
-    return videos[~held], videos[held][np.argsort(hashes[held], kind="stable")]
+    is_held_out = hashes < np.uint64(int(share * 2.0**53))
+    return videos[~is_held_out], videos[is_held_out][np.argsort(hashes[is_held_out], kind="stable")]
 
 
 def _hash(ids: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:

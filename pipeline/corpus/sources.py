@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ..common.errors import SourceError
 from .textfiles import read_text, refuse_windows_paths
 
-MARKER = "prepared.json"  # lies in a folder that `distinit prepare` made
+MARKER = "prepared.json"  # marks a folder that `distinit prepare` made
 
 EXTENSIONS = frozenset(
     f".{ending}"
@@ -93,9 +93,11 @@ def list_videos(sources: Sequence[str]) -> VideoList:
                 f"{source}: corpus {name!r} is {corpora[name]} already; give this one another name, as in new={root}"
             )
         if not paths:
-            others = ", ".join(f"{n} {ending or 'without ending'}" for ending, n in ignored.items())
+            endings = ", ".join(
+                f"{n} {ending or 'without ending'}" for ending, n in ignored.items()
+            )
             raise SourceError(
-                f"{source}: no videos found" + (f" (other files: {others})" if others else "")
+                f"{source}: no videos found" + (f" (other files: {endings})" if endings else "")
             )
         rows.update(dict.fromkeys((name, p) for p in paths))
     if not rows:
@@ -176,25 +178,25 @@ def _walk(root: str, ignored: Counter[str]) -> list[str]:
     leading
     dot are skipped, and so are folders of prepared copies below `root`.
     """
-    found: list[str] = []
+    videos: list[str] = []
     seen: set[tuple[int, int]] = set()
     tops = [root]
     for top in tops:  # links to folders are added behind
         for folder, folders, names in os.walk(top, onerror=_unreadable):
             status = os.stat(folder)
-            again = (status.st_dev, status.st_ino) in seen
+            visited = (status.st_dev, status.st_ino) in seen
             seen.add((status.st_dev, status.st_ino))
-            if copies := MARKER in names and folder != root and not again:
+            if copies := MARKER in names and folder != root and not visited:
                 ignored["folder of prepared copies"] += 1
-            if copies or again:
+            if copies or visited:
                 folders.clear()
                 continue
             folders[:] = sorted((f for f in folders if not f.startswith(".")), key=os.fsencode)
             tops += (path for f in folders if os.path.islink(path := os.path.join(folder, f)))
-            found += _videos(
+            videos += _videos(
                 (os.path.relpath(os.path.join(folder, n), root) for n in names), ignored
             )
-    return sorted(found, key=os.fsencode)
+    return sorted(videos, key=os.fsencode)
 
 
 def _videos(paths: Iterable[str], ignored: Counter[str]) -> list[str]:

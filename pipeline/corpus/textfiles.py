@@ -56,7 +56,7 @@ def refuse_windows_paths(file: str, root: str, paths: list[str]) -> None:
         windows = bool(_WINDOWS.match(path)) or os.path.exists(
             os.path.join(root, path.replace("\\", "/"))
         )
-        if not windows:  # a file of Linux may have a backslash in its name, and be gone
+        if not windows:  # a Linux file may have a backslash in its name, and may have been deleted
             if none_exists is None:
                 none_exists = not any(os.path.lexists(os.path.join(root, each)) for each in paths)
             windows = none_exists

@@ -132,10 +132,10 @@ def run_of_workers(client: Client, config: ExtractConfig, console: Console) -> d
     """
     if not client.nthreads():
         console.say("no worker is there yet: waiting for the first")
-    found: dict[str, Any] = client.submit(
+    record: dict[str, Any] = client.submit(
         _run_here, config.batch_size, config.precision, config.device
     ).result()
-    return found
+    return record
 
 
 def _run_here(batch_size: int, precision: str, device: str) -> dict[str, Any]:
@@ -184,8 +184,8 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
             )
         node = read_fingerprint(LocalFiles(Path(setup.root)), teacher.name)
         if node is not None:
-            there = Fingerprint.parse(node, f"{setup.root}/teachers/{teacher.name}")
-            there.check(fingerprint(teacher), teacher.name, f"{setup.root}, on this worker")
+            stored = Fingerprint.parse(node, f"{setup.root}/teachers/{teacher.name}")
+            stored.check(fingerprint(teacher), teacher.name, f"{setup.root}, on this worker")
         teachers[teacher.name] = teacher
     views = list(dict.fromkeys(t.view for t in teachers.values()))
     pool = DecodePool(
@@ -236,8 +236,8 @@ def run_shards(
     shard_of: dict[Any, int] = {}
 
     def submit() -> None:
-        wanted = max(QUEUED, IN_FLIGHT * len(client.nthreads()))
-        for task in islice(tasks, max(0, wanted - len(shard_of))):
+        in_flight = max(QUEUED, IN_FLIGHT * len(client.nthreads()))
+        for task in islice(tasks, max(0, in_flight - len(shard_of))):
             future = client.submit(fill_shard, setup, task, retries=retries, pure=False)
             shard_of[future.key] = task.shard
             waiting.add(future)
@@ -251,7 +251,7 @@ def run_shards(
         else:
             error = _why(future)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise error  # no other worker can write there either
+                raise error  # no other worker can write to it either
             if isinstance(error, DecoderError):
                 raise DecoderError(f"on a worker: {error}") from error
             failed.append(

@@ -31,7 +31,7 @@ from ..teachers.teacher import Teacher
 from ..video.container import digest
 from ..video.pool.decode_pool import DecodeJob, DecodePool, Done, Failed
 
-# How far a row may be off beside its rounding: root mean square over classes, in standard
+# How far a row may be off in addition to its rounding: root mean square over classes, in standard
 # deviations of the row. In fp32 another batch size makes 2e-6; bf16 is up to 0.12 off fp32, the
 # next cached frame 0.2 or more (docs/benchmarks.md).
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
@@ -52,8 +52,8 @@ class Replay:
 
     def has(self, segment: int) -> bool:
         """Return whether the store has this teacher's rows of a segment."""
-        there = int(self.store.index.shard[segment]) in self.commits.shards
-        return there and segment not in self.commits.failed
+        committed = int(self.store.index.shard[segment]) in self.commits.shards
+        return committed and segment not in self.commits.failed
 
     def feed(self, images: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
         """Take images [n, h, w, 3] of the store's rows [n], ascending.
@@ -206,10 +206,10 @@ def _load(
     if len(teacher.classes) == len(record.classes):
         teacher.classes = list(record.classes)  # their names may have come from a file
     here = teacher.identity()
-    for key, there in record.identity.items():
-        if here.get(key) != there:
+    for key, recorded in record.identity.items():
+        if here.get(key) != recorded:
             raise UsageError(
-                f"not the teacher that was extracted: its {key} is {here.get(key)}, was {there}"
+                f"not the teacher that was extracted: its {key} is {here.get(key)}, was {recorded}"
             )
     return teacher
 

@@ -55,10 +55,10 @@ def frame_check(
         console.progress("reading videos", total=len(readable), unit="videos") as bar,
     ):
         paths = [store.video_path(video, moved) for video in readable]
-        for video, path, found in zip(readable, paths, pool.timelines(paths), strict=True):
-            if isinstance(found, Failed):
-                findings[video] = [Finding(f"{path}: {found.reason}")]
-            elif off := list(_compare(store, video, path, *found)):
+        for video, path, read in zip(readable, paths, pool.timelines(paths), strict=True):
+            if isinstance(read, Failed):
+                findings[video] = [Finding(f"{path}: {read.reason}")]
+            elif off := list(_compare(store, video, path, *read)):
                 findings[video] = off
             bar.advance(1)
     return findings
@@ -86,8 +86,8 @@ def _compare(
         rows = np.arange(store.index.row[s], store.index.row[s] + store.index.rows[s])
         index, pts = store.read_table("index", rows), store.read_table("pts", rows)
         # A damaged frame has no row.
-        known = np.isin(index, here)
-        if not known.all() or not np.array_equal(timeline.pts[index], pts):
+        in_file = np.isin(index, here)
+        if not in_file.all() or not np.array_equal(timeline.pts[index], pts):
             yield Finding(
                 f"{path}: other frames (index or pts) than are stored", int(store.index.shard[s])
             )

@@ -54,11 +54,11 @@ class StorePlan:
         for number, corpus in enumerate(videos.corpora):
             recorded = self.roots.get(corpus.name, corpus.root)
             if recorded != corpus.root:
-                mine = np.flatnonzero(videos.corpus == number).tolist()
-                known = {unescape_path(path) for path in self.paths_of(corpus.name).values()}
-                before = {i: os.path.relpath(videos.absolute(i), recorded) for i in mine}
-                if sum(path in known for path in before.values()) > sum(
-                    paths[i] in known for i in mine
+                numbers = np.flatnonzero(videos.corpus == number).tolist()
+                listed = {unescape_path(path) for path in self.paths_of(corpus.name).values()}
+                before = {i: os.path.relpath(videos.absolute(i), recorded) for i in numbers}
+                if sum(path in listed for path in before.values()) > sum(
+                    paths[i] in listed for i in numbers
                 ):
                     corpora[number] = Corpus(corpus.name, recorded)
                     for i, path in before.items():
@@ -102,12 +102,12 @@ class StorePlan:
 def new_videos(plan: StorePlan, videos: VideoList) -> list[int]:
     """Return those of the located videos that the store does not list yet."""
     names = {c["name"]: i for i, c in enumerate(plan.corpora)}
-    known = _known(plan)
+    listed = _known(plan)
     return [
         i
         for i in range(len(videos))
         if (names.get(videos.corpora[int(videos.corpus[i])].name, -1), escape_path(videos.paths[i]))
-        not in known
+        not in listed
     ]
 
 
@@ -157,37 +157,37 @@ def _check_moved(plan: StorePlan, corpus: dict[str, str]) -> None:
     all of
     them; one that stays where it was may lose some.
     """
-    name, lay, lies = corpus["name"], unescape_path(corpus["root"]), plan.roots[corpus["name"]]
-    if lay == lies:
+    name, old_root, root = corpus["name"], unescape_path(corpus["root"]), plan.roots[corpus["name"]]
+    if old_root == root:
         return
     seen = {v: path for v, path in plan.paths_of(name).items() if plan.digest(v)}
     gone = sum(
-        not os.path.lexists(os.path.join(lies, unescape_path(path))) for path in seen.values()
+        not os.path.lexists(os.path.join(root, unescape_path(path))) for path in seen.values()
     )
     if gone:
         raise StoreMismatchError(
-            f"corpus {name!r} lay in {lay}, and {gone} of its {len(seen)} videos are not in {lies}; "
-            f"give the new source another name (new={lies}), or the whole moved folder"
+            f"corpus {name!r} lay in {old_root}, and {gone} of its {len(seen)} videos are not in {root}; "
+            f"give the new source another name (new={root}), or the whole moved folder"
         )
 
 
 def check_unchanged(plan: StorePlan, videos: VideoList) -> None:
     """Raise StoreMismatchError for the first listed file whose size the teachers did not see."""
     state = plan.writer.index.video_state()
-    size, known = plan.column("size"), _known(plan)
+    size, listed = plan.column("size"), _known(plan)
     names = {c["name"]: i for i, c in enumerate(plan.corpora)}
     for i in range(len(videos)):
         key = (
             names.get(videos.corpora[int(videos.corpus[i])].name, -1),
             escape_path(videos.paths[i]),
         )
-        video = known.get(key)
+        video = listed.get(key)
         if video is None or state[video] != OK:
             continue
         try:
             now = os.stat(videos.absolute(i)).st_size
         except OSError:
-            continue  # gone now, but its targets stand: nothing to extract
+            continue  # deleted, but its targets stay valid: nothing to extract
         if now != size[video]:
             raise StoreMismatchError(
                 f"{videos.absolute(i)}: {now} bytes, but the teachers saw a file of {int(size[video])} bytes; put that "
@@ -218,7 +218,7 @@ def plan_overflow(plan: StorePlan, pool: DecodePool) -> int:
     for s in moved.tolist():
         if index.first[s] == 0 and index.end[s] == -1:
             stretches += _exact(plan, pool, int(index.video[s]), s)
-        else:  # one stretch of several: the others stand, so it keeps its frames and gets more room
+        else:  # one range of several: the others stay, so it keeps its frames and gets more rows
             bound = min(2 * int(index.overflow[s]), plan.writer.shard_rows)
             stretches.append(
                 FrameRange(int(index.video[s]), int(index.first[s]), int(index.end[s]), bound, s)
@@ -248,25 +248,25 @@ def tasks(plan: StorePlan, shards: Sequence[int], teachers: Sequence[str]) -> It
     order = np.argsort(index.shard, kind="stable")
     begin = np.searchsorted(index.shard[order], np.arange(index.n_shards + 1))
     for shard in shards:
-        mine = order[begin[shard] : begin[shard + 1]]
-        there = shard in index.frame_commits
+        segment_ids = order[begin[shard] : begin[shard + 1]]
+        stored = shard in index.frame_commits
         lacking = {
             t: index.teachers[t].encoding for t in teachers if shard not in index.teachers[t].shards
         }
-        if there:
-            mine = mine[index.state[mine] == OK]
-        rows_there = int(index.rows[mine].sum()) if there else 0
-        segments = tuple(_segment(plan, int(s), store if there else None) for s in mine)
-        yield ShardTask(shard, segments, lacking, there, rows_there)
+        if stored:
+            segment_ids = segment_ids[index.state[segment_ids] == OK]
+        num_rows_stored = int(index.rows[segment_ids].sum()) if stored else 0
+        segments = tuple(_segment(plan, int(s), store if stored else None) for s in segment_ids)
+        yield ShardTask(shard, segments, lacking, stored, num_rows_stored)
 
 
 def _segment(plan: StorePlan, s: int, store: TargetStore | None) -> SegmentTask:
     index = plan.writer.index
     video = int(index.video[s])
-    there = None
+    frames = None
     if store is not None:
         rows = np.arange(index.row[s], index.row[s] + index.rows[s])
-        there = (store.read_table("index", rows), store.read_table("pts", rows))
+        frames = (store.read_table("index", rows), store.read_table("pts", rows))
     end = int(index.end[s])
     return SegmentTask(
         s,
@@ -276,7 +276,7 @@ def _segment(plan: StorePlan, s: int, store: TargetStore | None) -> SegmentTask:
         int(index.first[s]),
         None if end < 0 else end,
         int(index.bound[s]),
-        there,
+        frames,
     )
 
 
@@ -313,21 +313,23 @@ def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list
     try:
         timeline = pool.timeline(plan.path(video))
     except VideoError:
-        return [FrameRange(video, 0, -1, 0, replaces)]  # the decode will say what is wrong with it
-    wanted = plan.sampling.select(timeline.pts, timeline.key, timeline.time_base)
+        return [
+            FrameRange(video, 0, -1, 0, replaces)
+        ]  # the decode will report what is wrong with it
+    selected = plan.sampling.select(timeline.pts, timeline.key, timeline.time_base)
     keys = np.flatnonzero(timeline.key)
-    parts = cut(video, wanted, keys, len(timeline.pts), plan.writer.shard_rows)
+    parts = cut(video, selected, keys, len(timeline.pts), plan.writer.shard_rows)
     return [FrameRange(p.video, p.first, p.end, p.bound, replaces) for p in parts]
 
 
 def ids_of(plan: StorePlan, videos: VideoList) -> list[int]:
     """Return the store's numbers of those located videos that it lists."""
-    names, known = {c["name"]: i for i, c in enumerate(plan.corpora)}, _known(plan)
+    names, listed = {c["name"]: i for i, c in enumerate(plan.corpora)}, _known(plan)
     of = [names.get(corpus.name, -1) for corpus in videos.corpora]
     keys = [
         (of[int(c)], escape_path(path)) for c, path in zip(videos.corpus, videos.paths, strict=True)
     ]
-    return [known[key] for key in keys if key in known]
+    return [listed[key] for key in keys if key in listed]
 
 
 def _known(plan: StorePlan) -> dict[tuple[int, str], int]:

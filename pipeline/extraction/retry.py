@@ -40,8 +40,8 @@ def plan_retries(
     and a failed stretch of a video whose file is another now fails for that reason.
     """
     index = plan.writer.index
-    without, beside = _failed(index, teachers)
-    videos = np.unique(index.video[without + beside]).tolist()
+    without, partly = _failed(index, teachers)
+    videos = np.unique(index.video[without + partly]).tolist()
     probes: dict[int, Probe] = {}
     if videos:
         with console.progress("probing", total=len(videos), unit="videos") as bar:
@@ -49,7 +49,7 @@ def plan_retries(
                 probes[v] = probe
                 bar.advance(1)
     stored = set(index.video[index.live & (index.state == OK)].tolist())
-    # A file that cannot be read says nothing of what it is.
+    # A file that cannot be read cannot be identified.
     identified = {v: probe for v, probe in probes.items() if v not in stored and probe.digest}
     if identified:
         plan.writer.identify(
@@ -59,14 +59,14 @@ def plan_retries(
     mixed = {
         v for v, probe in probes.items() if v in stored and probe.digest not in ("", plan.digest(v))
     }
-    anew = [s for s in without if index.video[s] not in mixed]
+    fresh = [s for s in without if index.video[s] not in mixed]
     ready = [
         s
-        for s in beside
+        for s in partly
         if probes[int(index.video[s])].error is None and index.video[s] not in mixed
     ]
     stretches: list[FrameRange] = []
-    for s in anew:
+    for s in fresh:
         v = int(index.video[s])
         if index.first[s] == 0 and index.end[s] == -1:
             stretches += stretches_of(
@@ -81,9 +81,9 @@ def plan_retries(
     for _, group in groupby(sorted(ready, key=lambda s: (lacking[s], s)), key=lambda s: lacking[s]):
         plan.writer.add_segments([_again(index, s) for s in group])
     _fail(plan, [s for s in without if index.video[s] in mixed and index.reason[s] != MIXED], run)
-    tried = len(anew) + len(ready)
+    tried = len(fresh) + len(ready)
     console.say(f"{tried} failed stretches are tried again")
-    if left := len(without) + len(beside) - tried:
+    if left := len(without) + len(partly) - tried:
         console.say(
             f"{left} are left as they are: their files cannot be read, or are not those that are stored"
         )

@@ -36,7 +36,7 @@ from .teacher_runner import Batch, Logits, TeacherRunner
 
 @dataclass(frozen=True)
 class SegmentTask:
-    """One segment to decode; `there` holds (index, pts) [n] of rows that the store has already."""
+    """One segment to decode; `stored` holds (index, pts) [n] of rows that the store has already."""
 
     id: int
     video: int
@@ -45,7 +45,7 @@ class SegmentTask:
     first: int
     end: int | None
     bound: int
-    there: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    stored: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class ShardTask:
     shard: int
     segments: tuple[SegmentTask, ...]
     teachers: dict[str, Encoding]
-    frames_there: bool
-    rows_there: int = 0
+    frames_stored: bool
+    num_rows_stored: int = 0
 
 
 @dataclass
@@ -219,9 +219,7 @@ class ShardFiller:
         folder = new_staging(self.root, rows.task.shard)
         try:
             return self._stage(rows.task, rows, folder)
-        except (
-            BaseException
-        ):  # a full disk above all: leave what space there is to the next attempt
+        except BaseException:  # mostly a full disk: leave the free space to the next attempt
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -284,8 +282,8 @@ class ShardFiller:
             outcome.failed = "could not be read when it was listed; --retry-failed tries it again"
         elif now != segment.digest:
             outcome.failed = "the file changed after it was listed"
-        elif segment.there is not None:
-            index, pts = segment.there
+        elif segment.stored is not None:
+            index, pts = segment.stored
             at = slice(outcome.start, outcome.stop)
             if n != len(index) or (rows.index[at] != index).any() or (rows.pts[at] != pts).any():
                 outcome.failed = (
@@ -319,7 +317,7 @@ class ShardFiller:
                 errors.append(rows.error[name][at])
                 part.rows += at.stop - at.start
             part.error = error_record(np.concatenate(errors or [np.empty(0, np.float32)]))
-            if task.frames_there:
+            if task.frames_stored:
                 part.failed.update({o.task.id: o.failed for o in rows.outcomes if o.failed})
             for array, spec in self._specs(task, name):
                 part.files += stage_array(folder, spec, task.shard, full[array], self.shard_rows)
@@ -334,10 +332,10 @@ class ShardFiller:
         Returns the place of each segment's rows.
         """
         good = [o for o in rows.outcomes if o.failed is None and o.overflow is None]
-        if task.frames_there:
-            first = _starts([len(s.there[0]) if s.there else 0 for s in task.segments])
+        if task.frames_stored:
+            first = _starts([len(s.stored[0]) if s.stored else 0 for s in task.segments])
             by_id = {s.id: at for s, at in zip(task.segments, first, strict=True)}
-            return None, _Placement([(o, by_id[o.task.id]) for o in good], task.rows_there)
+            return None, _Placement([(o, by_id[o.task.id]) for o in good], task.num_rows_stored)
         first = _starts([o.stop - o.start for o in good])
         total = sum(o.stop - o.start for o in good)
         place = _Placement(list(zip(good, first, strict=True)), total)

@@ -38,16 +38,16 @@ def examine_teachers(teachers: Mapping[str, Teacher], console: Console) -> dict[
     Raises:
         TeacherError: See `probes.examine`.
     """
-    found = {}
+    fingerprints = {}
     for name, teacher in teachers.items():
-        found[name] = examine(teacher)
-        if says_probabilities(found[name].logits):
+        fingerprints[name] = examine(teacher)
+        if says_probabilities(fingerprints[name].logits):
             console.warn(
                 f"teacher {name!r} seems to give probabilities, not logits (none is negative, and rows have one sum or "
                 f"none is above 1): their softmax is nearly uniform over the {len(teacher.classes)} classes, and a "
                 f"student learns next to nothing; let it return what goes into its softmax or sigmoid"
             )
-    return found
+    return fingerprints
 
 
 def check_fingerprints(writer: StoreWriter, found: Mapping[str, Fingerprint]) -> list[str]:

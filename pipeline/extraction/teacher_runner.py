@@ -75,7 +75,7 @@ class TeacherRunner:
         """Return an empty batch; wait for the oldest one that runs if there is none."""
         while self._running and (self._running[0][0].done() or not self._free):
             future, batch = self._running.popleft()
-            future.exception()  # waits; whoever wants the logits meets it
+            future.exception()  # waits; the exception is raised where the logits are used
             batch.count = 0
             self._free.append(batch)
         return self._free.pop()

@@ -53,7 +53,7 @@ def read_copy(
         VideoError: With the reason.
         StoreMismatchError: The copy is not of the source that `expect` or `digest` describe.
     """
-    wanted = np.asarray(indices, np.int64).ravel()
+    requested = np.asarray(indices, np.int64).ravel()
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
@@ -61,46 +61,54 @@ def read_copy(
             f"no copy ({reason(error)}): status.csv of `distinit prepare` says why"
         ) from error
     try:
-        found = map_of(descriptor, path)
-        found.source.check(found.index, found.pts, expect, digest)
+        frame_map = map_of(descriptor, path)
+        frame_map.source.check(frame_map.index, frame_map.pts, expect, digest)
         return _frames(
-            descriptor, found, wanted, view, expect[0] if expect is not None else wanted[:0]
+            descriptor,
+            frame_map,
+            requested,
+            view,
+            expect[0] if expect is not None else requested[:0],
         )
     finally:
         os.close(descriptor)
 
 
 def _frames(
-    descriptor: int, found: FrameMap, wanted: np.ndarray, view: View | None, required: np.ndarray
+    descriptor: int,
+    frame_map: FrameMap,
+    requested: np.ndarray,
+    view: View | None,
+    required: np.ndarray,
 ) -> Frames:
-    source = found.source
-    distinct, place = np.unique(wanted, return_inverse=True)
+    source = frame_map.source
+    distinct, place = np.unique(requested, return_inverse=True)
     if len(distinct) == 0:
         raise VideoError("no frames were asked for")
     if distinct[0] < 0 or distinct[-1] >= source.frames:
         raise VideoError(
             f"frames {distinct[0]}–{distinct[-1]} wanted, the video has {source.frames}"
         )
-    at = np.minimum(np.searchsorted(found.index, distinct), len(found) - 1)
-    there = found.index[at] == distinct  # not there: damaged in the source
-    if not there.any():
+    at = np.minimum(np.searchsorted(frame_map.index, distinct), len(frame_map) - 1)
+    decodable = frame_map.index[at] == distinct  # False: damaged in the source
+    if not decodable.any():
         raise VideoError(f"frame {distinct[0]} cannot be decoded: damaged data in the source")
     display = (source.height, source.width)
     images = np.empty(
         (len(distinct), *(view.shape(*display) if view is not None else display), 3), np.uint8
     )
-    rows = np.flatnonzero(there)
-    copies = decode_copy(descriptor, found, at[rows])
+    rows = np.flatnonzero(decodable)
+    copies = decode_copy(descriptor, frame_map, at[rows])
     for row, (frame, decoder) in zip(rows, copies, strict=True):
-        decoder.render(frame, found, view, display, images[row])
-    pts = np.where(there, found.pts[at], 0)
-    if not there.all():
-        fill_damaged(images, pts, there, distinct, required)
-    return Frames(images[place], pts[place], source.frames, int(np.sum(~there[place])))
+        decoder.render(frame, frame_map, view, display, images[row])
+    pts = np.where(decodable, frame_map.pts[at], 0)
+    if not decodable.all():
+        fill_damaged(images, pts, decodable, distinct, required)
+    return Frames(images[place], pts[place], source.frames, int(np.sum(~decodable[place])))
 
 
 def decode_copy(
-    descriptor: int, found: FrameMap, positions: np.ndarray
+    descriptor: int, frame_map: FrameMap, positions: np.ndarray
 ) -> Iterator[tuple[av.VideoFrame, CopyDecoder]]:
     """Decode the copy's own frames at `positions` int64 [n], ascending and distinct.
 
@@ -109,8 +117,8 @@ def decode_copy(
     Raises:
         VideoError: A packet is not what it was when the copy was made, or does not decode.
     """
-    decoder = _decoder(found)
-    keys = np.flatnonzero(found.key)
+    decoder = _decoder(frame_map)
+    keys = np.flatnonzero(frame_map.key)
     entries = keys[np.searchsorted(keys, positions, side="right") - 1]
     first = 0
     while first < len(positions):
@@ -120,7 +128,7 @@ def decode_copy(
         while last + 1 < len(positions) and entries[last + 1] <= positions[last] + 1:
             last += 1
         yield from decoder.stretch(
-            descriptor, found, int(entries[first]), positions[first : last + 1].tolist()
+            descriptor, frame_map, int(entries[first]), positions[first : last + 1].tolist()
         )
         first = last + 1
 
@@ -128,9 +136,9 @@ def decode_copy(
 class CopyDecoder:
     """A decoder that stays set up from one copy to the next, and the resizer of its frames."""
 
-    def __init__(self, found: FrameMap) -> None:
-        context = cast(VideoCodecContext, av.CodecContext.create(found.codec, "r"))
-        context.extradata = found.extradata
+    def __init__(self, frame_map: FrameMap) -> None:
+        context = cast(VideoCodecContext, av.CodecContext.create(frame_map.codec, "r"))
+        context.extradata = frame_map.extradata
         context.thread_type = "NONE"
         context.thread_count = 1
         self._context = context
@@ -140,7 +148,7 @@ class CopyDecoder:
     def render(
         self,
         frame: av.VideoFrame,
-        found: FrameMap,
+        frame_map: FrameMap,
         view: View | None,
         display: tuple[int, int],
         out: np.ndarray,
@@ -153,7 +161,7 @@ class CopyDecoder:
         or
         column, which is cut off first.
         """
-        size = (found.height, found.width)
+        size = (frame_map.height, frame_map.width)
         as_stored = (frame.height, frame.width) == size
         as_wanted = (view.scaled(*display) if view is not None else display) == size
         if as_wanted and (view is None or not view.crop):
@@ -175,16 +183,16 @@ class CopyDecoder:
         return lines[:, : frame.width * 3].reshape(frame.height, frame.width, 3)
 
     def stretch(
-        self, descriptor: int, found: FrameMap, entry: int, positions: list[int]
+        self, descriptor: int, frame_map: FrameMap, entry: int, positions: list[int]
     ) -> Iterator[tuple[av.VideoFrame, CopyDecoder]]:
         """Decode from key frame `entry` to the last of `positions`, which come out in order."""
-        offset = found.offset[entry : positions[-1] + 2].tolist()
+        offset = frame_map.offset[entry : positions[-1] + 2].tolist()
         data = _read(descriptor, offset[0], offset[-1])
         self._flush()
         queue = positions[::-1]
         for k, (start, stop) in enumerate(pairwise(offset)):
             packet = data[start - offset[0] : stop - offset[0]]
-            if zlib.crc32(packet) != found.crc[entry + k]:
+            if zlib.crc32(packet) != frame_map.crc[entry + k]:
                 raise VideoError(
                     f"the copy is damaged at its frame {entry + k}: the checksum is wrong"
                 )
@@ -228,11 +236,11 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def _decoder(found: FrameMap) -> CopyDecoder:
-    key = (found.codec, found.extradata)
+def _decoder(frame_map: FrameMap) -> CopyDecoder:
+    key = (frame_map.codec, frame_map.extradata)
     decoders = _kept.decoders
     if key not in decoders:
-        decoders[key] = CopyDecoder(found)
+        decoders[key] = CopyDecoder(frame_map)
         if len(decoders) > _DECODERS:
             decoders.popitem(last=False)
     decoders.move_to_end(key)

@@ -155,8 +155,8 @@ def read_flow_map(path: str) -> FlowMap:
     Raises:
         VideoError: The file does not exist or is damaged.
     """
-    with _open(path) as (_, found):
-        return found
+    with _open(path) as (_, flow_map):
+        return flow_map
 
 
 def check_flow(path: str) -> bool:
@@ -191,20 +191,20 @@ def read_flow(
         VideoError: With the reason.
         StoreMismatchError: The file is not of the source that `expect` or `digest` describe.
     """
-    wanted = np.asarray(frames, np.int64)
-    with _open(path) as (file, found):
-        found.source.check(found.index, found.pts, expect, digest)
-        if len(wanted) < 2 or wanted.min() < 0 or wanted.max() >= found.source.frames:
+    requested = np.asarray(frames, np.int64)
+    with _open(path) as (file, flow_map):
+        flow_map.source.check(flow_map.index, flow_map.pts, expect, digest)
+        if len(requested) < 2 or requested.min() < 0 or requested.max() >= flow_map.source.frames:
             raise VideoError(
-                f"frames {wanted.min()}–{wanted.max()} wanted, the video has {found.source.frames}"
+                f"frames {requested.min()}–{requested.max()} wanted, the video has {flow_map.source.frames}"
             )
-        at = np.minimum(np.searchsorted(found.index, wanted), len(found) - 1)
-        there = found.index[at] == wanted
-        check_damage(there, wanted, expect[0] if expect is not None else wanted[:0])
-        moves = (np.diff(wanted) > 0) & there[1:] & np.maximum.accumulate(there)[:-1]
-        out = np.full((len(wanted) - 1, 2, *found.size), STILL, np.uint8)
+        at = np.minimum(np.searchsorted(flow_map.index, requested), len(flow_map) - 1)
+        decodable = flow_map.index[at] == requested
+        check_damage(decodable, requested, expect[0] if expect is not None else requested[:0])
+        moves = (np.diff(requested) > 0) & decodable[1:] & np.maximum.accumulate(decodable)[:-1]
+        out = np.full((len(requested) - 1, 2, *flow_map.size), STILL, np.uint8)
         _fill(file, out, np.flatnonzero(moves), at[1:] - 1)
-        return out, found.bound, int(np.sum(~there))
+        return out, flow_map.bound, int(np.sum(~decodable))
 
 
 def _fill(file: h5py.File, out: np.ndarray, places: np.ndarray, rows: np.ndarray) -> None:
@@ -224,12 +224,12 @@ def _open(path: str) -> Iterator[tuple[h5py.File, FlowMap]]:
     try:
         status = os.stat(path)
         key = (path, status.st_size, status.st_mtime_ns)
-        known = _maps.get(key)
-        with open_hdf5(path, _TABLES, checked=known is not None) as file:
-            if known is None:
-                known = _load(file)
-                _maps.add(key, known)
-            yield file, known
+        flow_map = _maps.get(key)
+        with open_hdf5(path, _TABLES, checked=flow_map is not None) as file:
+            if flow_map is None:
+                flow_map = _load(file)
+                _maps.add(key, flow_map)
+            yield file, flow_map
     except FileNotFoundError as error:
         raise VideoError("no file of flow: status.csv of `distinit prepare` says why") from error
     except Hdf5Error as error:
@@ -243,7 +243,7 @@ def _load(file: h5py.File) -> FlowMap:
         raise VideoError(f"not a file of format {FORMAT!r}, version {VERSION}")
     head = json.loads(file.attrs["source"])
     flow = file["flow"]
-    found = FlowMap(
+    flow_map = FlowMap(
         source=SourceRecord(**{**head, "time_base": Fraction(*head["time_base"])}),
         index=file["index"][:],
         pts=file["pts"][:],
@@ -252,8 +252,8 @@ def _load(file: h5py.File) -> FlowMap:
         size=(int(flow.shape[2]), int(flow.shape[3])),
         options=json.loads(file.attrs["options"]),
     )
-    if len(found.index) != len(found.pts) or len(flow) != len(found) - 1:
+    if len(flow_map.index) != len(flow_map.pts) or len(flow) != len(flow_map) - 1:
         raise VideoError(
-            f"its head is damaged: {len(found.index)} frames, {len(flow)} flows between them"
+            f"its head is damaged: {len(flow_map.index)} frames, {len(flow)} flows between them"
         )
-    return found
+    return flow_map

@@ -71,25 +71,25 @@ def prepared_corpora(moved: Mapping[str, str]) -> dict[str, PreparedCorpus]:
     Raises:
         UsageError: A folder of copies has none of the corpus.
     """
-    found = {}
+    prepared = {}
     for name, folder in moved.items():
         marker = read_marker(folder)
         if marker is not None:
-            held = list(marker["corpora"])
-            own = name if name in held else held[0] if len(held) == 1 else None
-            if own is None:
+            names = list(marker["corpora"])
+            stored = name if name in names else names[0] if len(names) == 1 else None
+            if stored is None:
                 raise UsageError(
-                    f"--videos {name}={folder}: the copies there are of {', '.join(held) or 'no corpus'}"
+                    f"--videos {name}={folder}: the copies there are of {', '.join(names) or 'no corpus'}"
                 )
-            found[name] = PreparedCorpus(
-                os.path.join(os.path.abspath(folder), own), marker["options"]
+            prepared[name] = PreparedCorpus(
+                os.path.join(os.path.abspath(folder), stored), marker["options"]
             )
             continue
-        above, own = os.path.split(os.path.abspath(folder))
+        above, stored = os.path.split(os.path.abspath(folder))
         marker = read_marker(above)
-        if marker is not None and own in marker["corpora"]:
-            found[name] = PreparedCorpus(os.path.abspath(folder), marker["options"])
-    return found
+        if marker is not None and stored in marker["corpora"]:
+            prepared[name] = PreparedCorpus(os.path.abspath(folder), marker["options"])
+    return prepared
 
 
 def read_marker(folder: str | os.PathLike[str]) -> dict[str, dict[str, object]] | None:
@@ -134,7 +134,7 @@ class CopyFolder:
                 f"--videos {folder}: holds no {MARKER}; expected a folder made by distinit prepare"
             )
         corpora: Mapping[str, Any] = marker["corpora"]
-        roots = {name: unescape_path(held["root"]) for name, held in corpora.items()}
+        roots = {name: unescape_path(corpus["root"]) for name, corpus in corpora.items()}
         return cls(os.path.abspath(folder), roots, marker["options"])
 
     @property
@@ -163,12 +163,12 @@ class CopyFolder:
             for path in (*below, original):
                 if os.path.exists(copy := self._copy(name, path)):
                     return copy
-        found = [copy for name in self.roots if os.path.exists(copy := self._copy(name, relative))]
-        if len(found) == 1:
-            return found[0]
-        if found:
+        copies = [copy for name in self.roots if os.path.exists(copy := self._copy(name, relative))]
+        if len(copies) == 1:
+            return copies[0]
+        if copies:
             raise VideoError(
-                f"{len(found)} copies in {self.folder} may be its: {found[0]} and {found[1]}"
+                f"{len(copies)} copies in {self.folder} may be its: {copies[0]} and {copies[1]}"
             )
         raise VideoError(f"no copy in {self.folder}: its status.csv says why")
 

@@ -76,12 +76,12 @@ class SourceRecord:
         if expect is None:
             return
         at = np.searchsorted(index, expect[0])
-        for place, number, wanted in zip(
+        for place, number, expected in zip(
             at.tolist(), *(column.tolist() for column in expect), strict=True
         ):
-            if place < len(index) and index[place] == number and pts[place] != wanted:
+            if place < len(index) and index[place] == number and pts[place] != expected:
                 raise StoreMismatchError(
-                    f"frame {number} has pts {wanted} in the store, in the file that was copied it has {pts[place]}"
+                    f"frame {number} has pts {expected} in the store, in the file that was copied it has {pts[place]}"
                 )
             if number >= self.frames:
                 raise StoreMismatchError(
@@ -217,37 +217,37 @@ def check_copy(path: str) -> bool:
     Raises:
         VideoError: A byte differs from what was written.
     """
-    found = read_map(path)
+    frame_map = read_map(path)
     try:
         with open(path, "rb") as file:
             file.seek(-_END.size, os.SEEK_END)
             box = _END.unpack(file.read())[1]
             size = file.seek(-box, os.SEEK_END)
             whole = _START.unpack(file.read(_START.size)) == (box, b"uuid", BOX)
-            if found.sha256 is not None:
-                whole = whole and found.sha256 == sha256_of(path, size)
+            if frame_map.sha256 is not None:
+                whole = whole and frame_map.sha256 == sha256_of(path, size)
             else:
-                file.seek(int(found.offset[0]))
-                sizes = np.diff(found.offset).tolist()
+                file.seek(int(frame_map.offset[0]))
+                sizes = np.diff(frame_map.offset).tolist()
                 whole = whole and all(
-                    zlib.crc32(file.read(n)) == c for n, c in zip(sizes, found.crc, strict=True)
+                    zlib.crc32(file.read(n)) == c for n, c in zip(sizes, frame_map.crc, strict=True)
                 )
     except (OSError, struct.error) as error:
         raise VideoError(reason(error)) from error
     if not whole:
         raise VideoError("the copy is damaged: its checksum is wrong")
-    return found.sha256 is not None
+    return frame_map.sha256 is not None
 
 
 def map_of(descriptor: int, path: str) -> FrameMap:
     """Return the map of an open copy; this process caches those read last."""
     status = os.fstat(descriptor)
     key = (path, status.st_size, status.st_mtime_ns)
-    known = _maps.get(key)
-    if known is None:
-        known = _load(descriptor, status.st_size)
-        _maps.add(key, known)
-    return known
+    frame_map = _maps.get(key)
+    if frame_map is None:
+        frame_map = _load(descriptor, status.st_size)
+        _maps.add(key, frame_map)
+    return frame_map
 
 
 def _load(descriptor: int, size: int) -> FrameMap:
@@ -268,16 +268,16 @@ def _load(descriptor: int, size: int) -> FrameMap:
     if zlib.crc32(packed) != crc:
         raise VideoError("the copy's map is damaged: its checksum is wrong")
     try:
-        found = FrameMap.unpack(packed)
+        frame_map = FrameMap.unpack(packed)
     except VideoError:
         raise
     except (
         Exception
     ) as error:  # what JSON, zlib and numpy raise for another's bytes is of many kinds
         raise VideoError(f"the copy's map is damaged: {reason(error)}") from error
-    if found.offset[0] < 0 or found.offset[-1] > size - box:
+    if frame_map.offset[0] < 0 or frame_map.offset[-1] > size - box:
         raise VideoError("the copy's map is damaged: it points beyond the file")
-    return found
+    return frame_map
 
 
 _NONE = "no map at the end of the file: not a copy by `distinit prepare`, or cut off"

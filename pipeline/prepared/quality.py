@@ -7,7 +7,7 @@ import numpy as np
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-SAME_DB = 100.0  # said of equal pictures, whose PSNR is infinite
+SAME_DB = 100.0  # for equal pictures, whose PSNR is infinite
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -174,7 +174,7 @@ def has_holes(fd: int, size: int) -> bool:
     """Return whether a file has ranges that were never written."""
     try:
         return os.lseek(fd, 0, os.SEEK_HOLE) < size
-    except OSError:  # a file system that cannot say so
+    except OSError:  # a file system that cannot report it
         return False
 
 

@@ -62,10 +62,10 @@ def is_sealed(text: bytes) -> bool:
 
 def digest_agrees(text: bytes) -> bool | None:
     """Compare a zarr.json with the digest at its end; None if it has none."""
-    found = _TAIL.fullmatch(text[-_TAIL_BYTES:])
-    if found is None:
+    match = _TAIL.fullmatch(text[-_TAIL_BYTES:])
+    if match is None:
         return None
-    return digest_bytes(text[: -32 - _AFTER_DIGEST] + text[-_AFTER_DIGEST:]) == found[1].decode()
+    return digest_bytes(text[: -32 - _AFTER_DIGEST] + text[-_AFTER_DIGEST:]) == match[1].decode()
 
 
 def check_document(where: str, text: bytes, *, required: bool = False) -> dict[str, Any]:
@@ -196,17 +196,17 @@ def _check_sizes(where: str, array: zarr.Array, start: int, stop: int) -> None:
         try:
             with open(Path(folder.root, array.path, key), "rb") as file:
                 size, head = os.fstat(file.fileno()).st_size, file.read(18) if packed else b""
-        except OSError:  # a chunk of fill, or one of which zarr will tell
+        except OSError:  # a chunk of fill, or one for which zarr will raise
             continue
         unpacked = unpacked_bytes(head) if packed else size
         if unpacked is None or max(size, unpacked) > most:
-            found = (
+            actual = (
                 "does not say how much it holds"
                 if unpacked is None
                 else f"holds {max(size, unpacked)} bytes"
             )
             raise StoreError(
-                f"{where}/{key}: cannot be decoded ({found}, at most {most} are allowed)"
+                f"{where}/{key}: cannot be decoded ({actual}, at most {most} are allowed)"
             )
 
 

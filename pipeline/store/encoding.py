@@ -68,7 +68,7 @@ def encode(logits: NDArray[np.float32], encoding: Encoding) -> dict[str, NDArray
     offset = (high - 127 * scale.astype(np.float64)).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = np.rint((z - offset[:, None]) / scale[:, None])
-    # All logits alike: no step, and the offset says it all.
+    # All logits are equal: no step, and the offset alone is exact.
     steps = np.where(scale[:, None] > 0, steps, np.where(good, 127, 0)[:, None])
     return {"logits": np.clip(steps, -128, 127).astype(np.int8), "scale": scale, "offset": offset}
 
@@ -133,11 +133,11 @@ def total_error(records: list[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
     each
     commit's rows are above a value, at most 1 % of all are.
     """
-    known = [(n, r) for n, r in records if n and r["kl_mean"] is not None]
-    rows = sum(n for n, _ in known)
+    measured = [(n, r) for n, r in records if n and r["kl_mean"] is not None]
+    rows = sum(n for n, _ in measured)
     if not rows:
         return {"kl_mean": None, "kl_p99": None}
     return {
-        "kl_mean": sum(n * r["kl_mean"] for n, r in known) / rows,
-        "kl_p99": max(r["kl_p99"] for _, r in known),
+        "kl_mean": sum(n * r["kl_mean"] for n, r in measured) / rows,
+        "kl_p99": max(r["kl_p99"] for _, r in measured),
     }

@@ -66,11 +66,11 @@ def leave_out_list(store: TargetStore, path: str) -> Exclusion:
     except OSError as error:
         raise UsageError(f"leave_out: {path} cannot be read: {error.strerror}") from error
     named = dict.fromkeys(line for line in lines if line)
-    found = []
+    videos = []
     for video in range(store.n_videos):
         name = "/".join(store.place(video))
         if name in named:
-            found.append(video)
+            videos.append(video)
             del named[name]
     unknown = [line for line in named if not line.startswith("#")]
     example = "/".join(store.place(0)) if store.n_videos else "CORPUS/PATH"
@@ -79,8 +79,8 @@ def leave_out_list(store: TargetStore, path: str) -> Exclusion:
             f"leave_out: {path}: {unknown[0]!r} ({len(unknown)} such) is not in {store.name}; "
             f"a line is CORPUS/PATH, as in {example!r}; of a file of labels take csv:{path}"
         )
-    if not found:
+    if not videos:
         raise UsageError(
             f"leave_out: {path} names no video; a line is CORPUS/PATH, as in {example!r}"
         )
-    return Exclusion.of(store, path, found, len(found))
+    return Exclusion.of(store, path, videos, len(videos))

@@ -113,8 +113,10 @@ class StoreIndex:
         state = self.video_state()
         teacher = self.teachers[name]
         ids = np.flatnonzero(self.live & (self.state == OK))
-        there = np.isin(self.shard[ids], np.fromiter(teacher.shards, np.int64, len(teacher.shards)))
-        missing = self.video[ids[~there]]
+        committed = np.isin(
+            self.shard[ids], np.fromiter(teacher.shards, np.int64, len(teacher.shards))
+        )
+        missing = self.video[ids[~committed]]
         state[missing[state[missing] == OK]] = PENDING
         for segment in teacher.failed:
             if self.live[segment]:
@@ -176,7 +178,7 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
     except StoreError as error:
         if not damaged:
             raise
-        # Without its segments nothing can be said of any shard.
+        # Without its segments nothing is known of any shard.
         broken.append((str(error), None, None))
         n_shards, table = (
             0,
@@ -236,7 +238,7 @@ def _segments(
     }
     for kind, count in (("video", n_videos), ("shard", n_shards), ("replaces", n_segments)):
         if ((table[kind] < (-1 if kind == "replaces" else 0)) | (table[kind] >= count)).any():
-            # A chunk that is lost, above all.
+            # Mostly a chunk that is lost.
             raise StoreError(
                 f"{files.name}/segments/{kind}: damaged, names a {kind} that is not planned"
             )

@@ -110,12 +110,12 @@ def teacher_specs(name: str, classes: int, encoding: Encoding = DEFAULT) -> list
         LOGITS_CHUNK,
         True,
     )
-    others = [*arrays_of(encoding)[1:], "entropy"]
+    names = [*arrays_of(encoding)[1:], "entropy"]
     return [
         logits,
         *(
             ArraySpec(f"teachers/{name}/{n}", "float32", nan, ("frame",), (), TABLE_CHUNK, True)
-            for n in others
+            for n in names
         ),
     ]
 
@@ -277,11 +277,11 @@ def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> li
     ask = 8
     while True:
         names = [f"{i:06d}" for i in range(len(plans), len(plans) + ask)]
-        found = read_nodes(files, "plans", names, broken=broken)
-        known = [name in found or name in (broken or ()) for name in names]
-        count = [*known, False].index(False)
-        plans += [found.get(name, {}) for name in names[:count]]
-        if not found:  # where `plans` itself is damaged, no number is the last
+        nodes = read_nodes(files, "plans", names, broken=broken)
+        exists = [name in nodes or name in (broken or ()) for name in names]
+        count = [*exists, False].index(False)
+        plans += [nodes.get(name, {}) for name in names[:count]]
+        if not nodes:  # where `plans` itself is damaged, no number is the last
             return plans
         if count == ask:
             ask *= 2
@@ -291,10 +291,12 @@ def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> li
             files, LocalFiles
         ):  # what a folder has lost, `index.losses` finds
             return plans + [
-                found.get(name, {}) for name, is_known in zip(names, known, strict=True) if is_known
+                nodes.get(name, {})
+                for name, is_known in zip(names, exists, strict=True)
+                if is_known
             ]
         elif not read_nodes(files, "plans", names[:1]):  # a writer may have added it since
-            raise StoreError(f"{files.name}/plans/{names[0]}: is missing, but {max(found)} exists")
+            raise StoreError(f"{files.name}/plans/{names[0]}: is missing, but {max(nodes)} exists")
 
 
 def is_ours(folder: Path) -> bool:

@@ -100,9 +100,9 @@ def place(stores: Sequence[TargetStore]) -> tuple[list[Placed], list[dict[str, s
     for store in stores:
         index = store.index
         for c in index.corpora:
-            if c["name"] not in [known["name"] for known in corpora]:
+            if c["name"] not in [entry["name"] for entry in corpora]:
                 corpora.append(c)
-        names = [known["name"] for known in corpora]
+        names = [entry["name"] for entry in corpora]
         corpus = np.array([names.index(c["name"]) for c in index.corpora], np.int32)
         placed.append(Placed(store, video, segment, shard, corpus))
         video, segment, shard = (

@@ -76,7 +76,7 @@ class TargetStore:
             try:
                 classes = read_classes(files, name)
             except StoreError:
-                if damaged:  # which `verify` tells
+                if damaged:  # which `verify` reports
                     continue
                 raise
             if not damaged and (wrong := other_classes(classes, node["identity"])):
@@ -119,7 +119,7 @@ class TargetStore:
         teachers = ", ".join(f"{t.name}[{len(t.classes)}]" for t in self.teachers.values())
         return f"TargetStore({self.name!r}, {self.n_videos} videos, {self.n_rows} rows, teachers: {teachers})"
 
-    # -- what there is
+    # -- contents
     # -------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class TargetStore:
             raise IndexError(f"video {i} of {self.n_videos}")
         order, start = self._live_by_video
         live = sorted(order[start[i] : start[i + 1]].tolist())
-        mine = self.segments(i).tolist()
+        segments = self.segments(i).tolist()
         den = int(self.column("time_base_den")[i])
         state = int(self.video_state[i])
         corpus, path = self.place(i)
@@ -238,7 +238,7 @@ class TargetStore:
             status=STATUS[state],
             reason=next((self.index.reason[s] for s in live if s in self.index.reason), None),
             note=next((self.index.note[s] for s in live if s in self.index.note), None),
-            clock="counted" if any(s in self.index.counted for s in mine) else "pts",
+            clock="counted" if any(s in self.index.counted for s in segments) else "pts",
         )
 
     def place(self, i: int) -> tuple[str, str]:
@@ -305,9 +305,9 @@ class TargetStore:
 
     def frames(self, video: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return a video's cached frames, ascending: index [N], pts [N], row in the store [N]."""
-        mine = self.segments(video)
+        segments = self.segments(video)
         ranges = list(
-            zip(self.index.row[mine].tolist(), self.index.rows[mine].tolist(), strict=True)
+            zip(self.index.row[segments].tolist(), self.index.rows[segments].tolist(), strict=True)
         )
         owner, index, pts = (
             _joined([self._table(name).read_range(*each) for each in ranges])
@@ -331,8 +331,8 @@ class TargetStore:
         """
         segments, start = self._by_video
         counts = start[videos + 1] - start[videos]
-        mine = segments[_runs(start[videos], counts)]
-        return _runs(self.index.row[mine], self.index.rows[mine])
+        ordered = segments[_runs(start[videos], counts)]
+        return _runs(self.index.row[ordered], self.index.rows[ordered])
 
     def read_table(self, name: str, rows: ArrayLike) -> NDArray[np.int64]:
         """Return a frame table's values (`video`, `index` or `pts`) of rows, [n]."""
@@ -362,11 +362,11 @@ class TargetStore:
     def committed_rows(self, teacher: str) -> NDArray[np.int64]:
         """Return all rows that exist under a teacher, ascending."""
         segments, _ = self._by_video
-        there = self.index.teachers[self.teacher(teacher).name]
+        commits = self.index.teachers[self.teacher(teacher).name]
         keep = [
             s
             for s in segments.tolist()
-            if int(self.index.shard[s]) in there.shards and s not in there.failed
+            if int(self.index.shard[s]) in commits.shards and s not in commits.failed
         ]
         parts = [np.arange(self.index.row[s], self.index.row[s] + self.index.rows[s]) for s in keep]
         return np.sort(np.concatenate(parts)).astype(np.int64) if parts else np.empty(0, np.int64)

@@ -205,7 +205,7 @@ class RemoteFiles(StoreFiles):
                 ) from None
             except Exception as error:  # every file system has errors of its own
                 wait = next(waits, None) if _another_try_may_help(error) else None
-                if wait is None:  # without its cause, in which a password may stand
+                if wait is None:  # without its cause, which may contain a password
                     raise StoreError(
                         f"{self.name}/{path}: cannot be read ({_short(error)})"
                     ) from None
@@ -274,14 +274,14 @@ class RemoteFiles(StoreFiles):
         self._asked_again.add(path)
         text, meta = self._metadata(path)
         names = self._chunk_names(path, meta)
-        found = self.read_many(
+        fetched = self.read_many(
             (f"{path}/{name}" for name in names), min(LARGEST, largest_chunk(meta))
         )
-        lost = next((name for name in names if f"{path}/{name}" not in found), None)
+        lost = next((name for name in names if f"{path}/{name}" not in fetched), None)
         if lost is not None and (path in WITHOUT_FILL or path.endswith("/class")):
             raise StoreError(f"{self.name}/{path}/{lost}: missing")
         files = {"zarr.json": text} | {
-            name.removeprefix(f"{path}/"): data for name, data in found.items()
+            name.removeprefix(f"{path}/"): data for name, data in fetched.items()
         }
         fresh = self.cache.keep_table(folder, files)
         try:  # what cannot be read is not kept: the server may be right again tomorrow

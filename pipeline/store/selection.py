@@ -32,8 +32,8 @@ def choose_videos(
         for name in corpora:
             if name not in store.corpora:
                 raise UsageError(f"--corpus {name}: the store has {', '.join(store.corpora)}")
-        wanted = [list(store.corpora).index(c) for c in corpora]
-        chosen &= np.isin(store.column("corpus"), wanted)
+        numbers = [list(store.corpora).index(c) for c in corpora]
+        chosen &= np.isin(store.column("corpus"), numbers)
     if videos_from is not None:
         listed = np.zeros(store.n_videos, bool)
         listed[_listed(store, Path(videos_from))] = True
@@ -52,11 +52,11 @@ def _listed(store: TargetStore, file: Path) -> list[int]:
         raise UsageError(f"--videos-from {file}: {error.strerror}") from error
     lines = [line for line in lines if line and not line.startswith("#")]
     by_name = _by_name(store)
-    found: list[int] = []
+    videos: list[int] = []
     missing: list[str] = []
     for line in lines:
         ids = by_name.get(line) or by_name.get(strip_label(line))
-        found += ids or ()
+        videos += ids or ()
         if not ids:
             missing.append(line)
     if missing:
@@ -66,17 +66,17 @@ def _listed(store: TargetStore, file: Path) -> list[int]:
         )
     if not lines:
         raise UsageError(f"--videos-from {file}: names no video")
-    return found
+    return videos
 
 
 def _by_name(store: TargetStore) -> dict[str, list[int]]:
     """Return ids by every way to name a video."""
     names = list(store.corpora.items())
-    found: dict[str, list[int]] = {}
+    videos: dict[str, list[int]] = {}
     paths = zip(store.column("corpus").tolist(), store.column("path").tolist(), strict=True)
     for i, (corpus, escaped) in enumerate(paths):
         path = unescape_path(str(escaped))
         name, root = names[corpus]
         for key in {path, f"{name}={path}", os.path.join(root, path)}:
-            found.setdefault(key, []).append(i)
-    return found
+            videos.setdefault(key, []).append(i)
+    return videos

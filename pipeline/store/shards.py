@@ -73,17 +73,17 @@ class ShardedRows:
         Raises:
             StoreError: A crc is wrong, a file is too short, or a shard does not exist.
         """
-        wanted = np.asarray(rows, np.int64)
-        out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
-        if len(wanted) <= FEW:
-            self._read_few(wanted.tolist(), out)
+        requested = np.asarray(rows, np.int64)
+        out = np.empty((len(requested), *self.shape[1:]), self.dtype)
+        if len(requested) <= FEW:
+            self._read_few(requested.tolist(), out)
             return out
-        if np.min(wanted) < 0 or np.max(wanted) >= self.shape[0]:
-            raise StoreError(f"{self.path}: row {int(np.max(wanted))} of {self.shape[0]}")
-        chunks = wanted // self.chunk_rows
+        if np.min(requested) < 0 or np.max(requested) >= self.shape[0]:
+            raise StoreError(f"{self.path}: row {int(np.max(requested))} of {self.shape[0]}")
+        chunks = requested // self.chunk_rows
         for chunk in np.unique(chunks):
             at = np.flatnonzero(chunks == chunk)
-            out[at] = self._chunk(int(chunk))[wanted[at] % self.chunk_rows]
+            out[at] = self._chunk(int(chunk))[requested[at] % self.chunk_rows]
         return out
 
     def read_range(self, first: int, count: int) -> NDArray[Any]:
@@ -131,9 +131,7 @@ class ShardedRows:
         return np.frombuffer(data, self.dtype, math.prod(shape)).reshape(shape)
 
     def _shard(self, shard: int) -> tuple[int, NDArray[np.uint64]]:
-        if (
-            self._owner != os.getpid()
-        ):  # a forked worker: the parent's descriptors are not ours to close
+        if self._owner != os.getpid():  # a forked worker: the descriptors belong to the parent
             self._open, self._owner = OrderedDict(), os.getpid()
         if shard in self._open:
             self._open.move_to_end(shard)

@@ -44,12 +44,12 @@ class TeacherStats:
     def quantiles(self) -> dict[float, float]:
         """Entropy in nats at QUANTILES; nan where there is none."""
         values = self.entropy[np.isfinite(self.entropy)]
-        found = (
+        quantiles = (
             np.quantile(values, QUANTILES).tolist()
             if len(values)
             else [float("nan")] * len(QUANTILES)
         )
-        return dict(zip(QUANTILES, found, strict=True))
+        return dict(zip(QUANTILES, quantiles, strict=True))
 
     def most_frequent(self, count: int) -> list[tuple[str, float]]:
         """Return the classes that are most often the best one, each with its share of the rows."""
@@ -94,11 +94,11 @@ def failures(store: TargetStore) -> Iterator[Failure]:
 
     The reason of the second kind begins with the teacher's name.
     """
-    own = store.index.video_reasons()
-    texts = {i: [text] for i, text in own.items()}
+    reasons = store.index.video_reasons()
+    texts = {i: [text] for i, text in reasons.items()}
     for name in store.teachers:
         for i, text in store.index.video_reasons(name).items():
-            if i not in own:
+            if i not in reasons:
                 texts.setdefault(i, []).append(f"{name}: {text}")
     for i in sorted(texts):
         yield from (Failure(*store.place(i), text) for text in texts[i])

@@ -101,14 +101,14 @@ class LocalFiles(StoreFiles):
             os.close(descriptor)
 
     def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
-        """Those of the files that exist, by path."""
-        found = {}
+        """Return the contents of those files that exist, by path."""
+        contents = {}
         for path in paths:
             try:
-                found[path] = self.read(path)
+                contents[path] = self.read(path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-        return found
+        return contents
 
     def open(self, path: str) -> int:
         """Return a descriptor of a regular file of the store.

@@ -202,7 +202,7 @@ _LOGITS: Form = (
 )
 _SEGMENT_LISTS = ("segment", "first_row", "rows", "frames")
 
-# Of each kind of node the keys that are used: the form of each, and whether it must be there.
+# Of each kind of node the keys that are used: the form of each, and whether it is required.
 _NODES: dict[str, dict[str, tuple[Form, bool]]] = {
     "root": {
         "store_id": (("32 hexadecimal digits", _is_digest), True),
@@ -413,17 +413,17 @@ def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
         "it has storage transformers": bool(meta.get("storage_transformers")),
         "it is no Zarr v3 array": (meta["zarr_format"], meta["node_type"]) != (3, "array"),
     }
-    found = next((what for what, wrong in problems.items() if wrong), None)
-    if found or spec.sharded:
-        return found or _sharding_problem(meta["codecs"], chunk, [spec.chunk, *row])
+    problem = next((what for what, wrong in problems.items() if wrong), None)
+    if problem or spec.sharded:
+        return problem or _sharding_problem(meta["codecs"], chunk, [spec.chunk, *row])
     most = MAX_CLASSES if spec.dims == ("class",) else MAX_CHUNK_ROWS
     if not _is_int(chunk[0], 1, most):
         return f"{_short(chunk[0])} rows per chunk, expected 1 to {most}"
     if rows > MAX_CHUNKS * chunk[0]:
         return f"{rows} rows in chunks of {chunk[0]}, expected at most {MAX_CHUNKS} chunks"
-    first, *others = (codec["name"] for codec in meta["codecs"])
-    if first != ("vlen-utf8" if spec.dtype == "str" else "bytes") or others not in _TABLE_CODECS:
-        return f"codecs {_short([first, *others])}"
+    first, *codecs = (codec["name"] for codec in meta["codecs"])
+    if first != ("vlen-utf8" if spec.dtype == "str" else "bytes") or codecs not in _TABLE_CODECS:
+        return f"codecs {_short([first, *codecs])}"
     return None
 
 

@@ -52,14 +52,14 @@ def verify(
     files = LocalFiles(root)
     fmt.check_root(files)
     yield from (Finding(*broken) for broken in index.broken)
-    known = {(shard, teacher) for _, shard, teacher in index.broken if shard is not None}
+    reported = {(shard, teacher) for _, shard, teacher in index.broken if shard is not None}
     yield from _nodes(files, index)
     yield from _structure(files, index)
     yield from _videos(files, index)
     yield from _unplanned(root, index)
     yield from _teachers(files, index)
     for shard in range(index.n_shards):
-        if (shard, None) in known:
+        if (shard, None) in reported:
             continue
         if shard not in index.frame_commits:
             yield Finding(
@@ -71,7 +71,7 @@ def verify(
         for name, teacher in index.teachers.items():
             if shard in teacher.shards:
                 yield from _teacher(files, index, shard, name)
-            elif shard in index.frame_commits and (shard, name) not in known:
+            elif shard in index.frame_commits and (shard, name) not in reported:
                 yield Finding(
                     "no rows: extraction unfinished, or the commit was deleted", shard, name
                 )
@@ -97,15 +97,15 @@ def drop_commits(root: Path, findings: list[Finding]) -> int:
             broken.update(f"commits/teachers/{name}/{f.shard:06d}" for name in teachers)
         else:
             broken.add(f"commits/teachers/{f.teacher}/{f.shard:06d}")
-    there = [p for p in sorted(broken, reverse=True) if os.path.lexists(root / p)]
-    for name in there:  # teachers before the frames they hang on
+    existing = [p for p in sorted(broken, reverse=True) if os.path.lexists(root / p)]
+    for name in existing:  # teachers before the frames they hang on
         path = inside(root, name.rpartition("/")[0]) / name.rpartition("/")[2]
         if path.is_symlink() or not path.is_dir():
             path.unlink()
         else:
             shutil.rmtree(path)
         fsync_path(path.parent)
-    return len(there)
+    return len(existing)
 
 
 def entropy_tolerance(
@@ -125,14 +125,14 @@ def entropy_tolerance(
 
 def _nodes(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
     """Yield nodes and array metadata that differ from their digests, also those no reader uses."""
-    told = [what for what, _, _ in index.broken]
+    reported = [what for what, _, _ in index.broken]
     for path in _documents(index):
         try:
             check_document(path, files.read(path), required=files.sealed)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except StoreError as error:
-            if not any(path in what for what in told):
+            if not any(path in what for what in reported):
                 yield Finding(str(error))
 
 

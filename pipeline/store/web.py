@@ -101,7 +101,7 @@ class WebReader:
             url = following
         raise AnswerError(f"more than {REDIRECTS} redirects")
 
-    def _options(self, ours: dict[str, str], at_home: bool) -> dict[str, Any]:
+    def _options(self, condition: dict[str, str], at_home: bool) -> dict[str, Any]:
         import aiohttp
 
         given = dict(self.filesystem.kwargs)
@@ -109,12 +109,12 @@ class WebReader:
             total=TOTAL_S, connect=STALL_S, sock_connect=STALL_S, sock_read=STALL_S
         )
         if at_home:
-            headers = {**(given.pop("headers", None) or {}), **self._login, **ours}
+            headers = {**(given.pop("headers", None) or {}), **self._login, **condition}
             return {"timeout": timeout, **given, "headers": headers}
         return {
             "timeout": timeout,
             **{key: given[key] for key in OWN if key in given},
-            "headers": ours,
+            "headers": condition,
         }
 
     async def _session_without_secrets(

@@ -138,7 +138,7 @@ class StoreWriter:
                 continue
             folder = inside(self.root, spec.path, below=True)
             new, array = fmt.as_numpy(spec, columns[name]), zarr.open_array(folder, mode="r+")
-            known = self.index.ranges.get(spec.path, {})
+            ranges = self.index.ranges.get(spec.path, {})
             for start, stop in split_ranges(0, self.index.n_videos, spec.chunk):
                 chosen = (ids >= start) & (ids < stop)
                 if not chosen.any():
@@ -149,7 +149,7 @@ class StoreWriter:
                 tables[spec.path] = [
                     *tables.get(spec.path, []),
                     *((first, end, digest_rows(values[first - start : end - start]))
-                      for first, end in known if start <= first and end <= stop),
+                      for first, end in ranges if start <= first and end <= stop),
                 ]  # fmt: skip
         self._plan_node("identities", tables)
         for array, start, values in blocks:
@@ -215,12 +215,12 @@ class StoreWriter:
         """
         if name not in self.index.teachers:
             return
-        there = fmt.read_nodes(LocalFiles(self.root), "teachers", [name])[name]
+        stored = fmt.read_nodes(LocalFiles(self.root), "teachers", [name])[name]
         for key in ("identity",) if accept_run else ("identity", "run"):
-            same_attributes(f"{self.root}: teacher {name!r}", key, there[key], attributes[key])
+            same_attributes(f"{self.root}: teacher {name!r}", key, stored[key], attributes[key])
         if encoding is not None:
             same_attributes(
-                f"{self.root}: teacher {name!r}", "encoding", there["encoding"], encoding
+                f"{self.root}: teacher {name!r}", "encoding", stored["encoding"], encoding
             )
 
     def add_teacher(
@@ -324,11 +324,13 @@ class StoreWriter:
         tables: Tables = {}
         for spec in specs:
             inside(self.root, spec.path, below=True)
-            if start and (there := LocalFiles(self.root).table(spec.path).shape[0]) < start:
-                raise StoreError(f"{self.root}/{spec.path}: has {there} rows, {start} are planned")
+            if start and (num_rows := LocalFiles(self.root).table(spec.path).shape[0]) < start:
+                raise StoreError(
+                    f"{self.root}/{spec.path}: has {num_rows} rows, {start} are planned"
+                )
             fmt.resize_array(self.root, spec, stop)
             array = zarr.open_array(self.root / spec.path, mode="r+")
-            # Rows that no plan node speaks of may stand here from a run that was killed: written
+            # Rows that no plan node names may be left here by a run that was killed: written
             # over.
             values = fmt.as_numpy(spec, columns[spec.path])
             array[start:stop] = values
@@ -351,9 +353,9 @@ class StoreWriter:
         )
         self.index.n_plans += 1
         for path, entries in tables.items():
-            known = self.index.ranges.setdefault(path, {})
+            ranges = self.index.ranges.setdefault(path, {})
             for first, end, digest in entries:
-                known.setdefault((first, end), set()).add(digest)
+                ranges.setdefault((first, end), set()).add(digest)
 
     def _set_shard_rows(self, rows: int) -> None:
         self.attributes = {**self.attributes, "shard_rows": rows}
@@ -380,7 +382,7 @@ def _create(
     root: Path, sampling: Mapping[str, Any], shard_rows: int | None, origin: Mapping[str, Any]
 ) -> None:
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        fmt.check_root(root)  # says what it is instead
+        fmt.check_root(root)  # names what it is instead
     if shard_rows is not None and (shard_rows < fmt.TABLE_CHUNK or shard_rows % fmt.TABLE_CHUNK):
         raise StoreError(f"--shard-rows must be a multiple of {fmt.TABLE_CHUNK}, got {shard_rows}")
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -436,8 +438,8 @@ def _alive(pid: int) -> bool:
 def same_attributes(
     where: str,
     what: str,
-    there: Any,
-    here: Any,
+    stored: Any,
+    given: Any,
     place: str = "in the store",
     other: str = "in this command",
 ) -> None:
@@ -445,14 +447,18 @@ def same_attributes(
 
     The message has the values of both sides.
     """
-    here = json.loads(json.dumps(here))
-    if there == here:
+    given = json.loads(json.dumps(given))
+    if stored == given:
         return
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in [*there, *here]:
-            if there.get(key) != here.get(key):
-                same_attributes(where, f"{what}.{key}", there.get(key), here.get(key), place, other)
-    raise StoreMismatchError(f"{where}: {what} is {_short(there)} {place}, {_short(here)} {other}")
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in [*stored, *given]:
+            if stored.get(key) != given.get(key):
+                same_attributes(
+                    where, f"{what}.{key}", stored.get(key), given.get(key), place, other
+                )
+    raise StoreMismatchError(
+        f"{where}: {what} is {_short(stored)} {place}, {_short(given)} {other}"
+    )
 
 
 def _short(value: Any) -> str:

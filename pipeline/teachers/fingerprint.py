@@ -147,11 +147,11 @@ class Fingerprint:
             f"{off.largest:.2g} of their standard deviation, allowed are {allowed[0]:g} and {allowed[1]:g}"
         )
 
-    def check(self, other: Fingerprint, name: str, there: str) -> None:
-        """Raise StoreMismatchError if `other` is not of the teacher `name`, stored in `there`."""
+    def check(self, other: Fingerprint, name: str, place: str) -> None:
+        """Raise StoreMismatchError if `other` is not of the teacher `name`, stored in `place`."""
         if how := self.differs(other):
             raise StoreMismatchError(
-                f"teacher {name!r} computes other logits than the one of {there}: {how}; its code or a library has "
+                f"teacher {name!r} computes other logits than the one of {place}: {how}; its code or a library has "
                 f"changed: give it another name (--teacher-option name=NEW), or use the code of that time"
             )
 

@@ -142,10 +142,10 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
     if not names:
         raise TeacherError(f"classes file {path}: holds no name")
     numbered = [re.fullmatch(r"(.+\S)\s+(\d+)", name) for name in names]
-    if all(numbered) and sorted(int(found[2]) for found in numbered if found) == list(
+    if all(numbered) and sorted(int(match[2]) for match in numbered if match) == list(
         range(len(names))
     ):
-        ordered = sorted((int(found[2]), found[1]) for found in numbered if found)
+        ordered = sorted((int(match[2]), match[1]) for match in numbered if match)
         names = [re.sub(r"^/[a-z]/", "", name) for _, name in ordered]
     return tuple(names)
 

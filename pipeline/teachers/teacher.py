@@ -159,7 +159,7 @@ class Teacher:
         if len(batch) == 0:
             return torch.zeros(0, len(self.classes))
         with torch.inference_mode(), self._arithmetic():
-            # [B, h, w, 3] seen as [B, 3, h, w] lies in memory as channels_last already.
+            # [B, h, w, 3] seen as [B, 3, h, w] is in memory as channels_last already.
             pixels = batch.to(self.device).permute(0, 3, 1, 2).float()
             output = self.module((pixels - self._mean) / self._std)
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(batch):
@@ -264,9 +264,9 @@ def _from_factory(spec: TeacherSpec) -> LoadedModel | Teacher:
             raise TeacherError(
                 f"teacher {spec.name!r} is finished by its factory and takes no weights file"
             )
-        if own := sorted(spec.options.keys() & set(OWN_OPTIONS)):
+        if refused := sorted(spec.options.keys() & set(OWN_OPTIONS)):
             raise TeacherError(
-                f"teacher {spec.name!r} is finished by its factory and takes no option {', '.join(own)}"
+                f"teacher {spec.name!r} is finished by its factory and takes no option {', '.join(refused)}"
             )
         return made
     if not isinstance(made, nn.Module):

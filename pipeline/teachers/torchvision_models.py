@@ -46,10 +46,10 @@ def torchvision_model(
         TeacherError: The model, weights name or option is unknown.
         WeightsError: The weights do not exist, cannot be fetched, or do not fit.
     """
-    known = torchvision.models.list_models(module=torchvision.models)
-    if model not in known:
-        near = difflib.get_close_matches(model, known, 5)
-        also = f"; did you mean {', '.join(near)}?" if near else f"; allowed: {', '.join(known)}"
+    models = torchvision.models.list_models(module=torchvision.models)
+    if model not in models:
+        near = difflib.get_close_matches(model, models, 5)
+        also = f"; did you mean {', '.join(near)}?" if near else f"; allowed: {', '.join(models)}"
         raise TeacherError(f"torchvision has no classification model {model!r}{also}")
     choices = torchvision.models.get_model_weights(model)
     if weights_name is None:
@@ -62,13 +62,13 @@ def torchvision_model(
     options = {**_WITH_WEIGHTS.get(model, {}), **builder_options(spec)}
     file = load_weights(spec.weights, spec.sha256) if spec.weights else _library_file(spec, choice)
     module = _fitting(spec, model, options, file)
-    own = not spec.weights
+    pretrained = not spec.weights
     return LoadedModel(
         architecture=f"torchvision:{model}",
-        weights=choice.name if own else "file",
+        weights=choice.name if pretrained else "file",
         module=module,
         preprocessing=apply_view_options(_from_preset(choice), spec),
-        classes=tuple(choice.meta["categories"]) if own else None,
+        classes=tuple(choice.meta["categories"]) if pretrained else None,
         file=file.name,
         file_sha256=file.sha256,
         options=builder_options(spec),
@@ -124,14 +124,14 @@ def _fitting(
     what = f"weights file {file.name}"
     try:
         module = torchvision.models.get_model(model, weights=None, **options)
-        own = module.state_dict()
+        fresh = module.state_dict()
         other = {
-            (tuple(own[name].shape), tuple(tensor.shape))
+            (tuple(fresh[name].shape), tuple(tensor.shape))
             for name, tensor in file.state.items()
-            if name in own and own[name].shape != tensor.shape
+            if name in fresh and fresh[name].shape != tensor.shape
         }
-        counts = {theirs[0] for _, theirs in other if theirs}
-        same_inputs = all(mine[1:] == theirs[1:] for mine, theirs in other)
+        counts = {in_file[0] for _, in_file in other if in_file}
+        same_inputs = all(in_module[1:] == in_file[1:] for in_module, in_file in other)
         if other and same_inputs and len(counts) == 1 and "num_classes" not in options:
             module = torchvision.models.get_model(
                 model, weights=None, **options, num_classes=counts.pop()

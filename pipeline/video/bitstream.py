@@ -81,8 +81,10 @@ def in_doubt(codec: str, extradata: bytes | None, data: memoryview, size: int) -
             return False
         if kind in _PARAMETERS[codec]:  # in avcC and hvcC, each is preceded by its length
             content = bytes(unit)
-            known = len(content).to_bytes(2, "big") + content if length else content.rstrip(b"\0")
-            if known not in (extradata or b""):
+            parameters = (
+                len(content).to_bytes(2, "big") + content if length else content.rstrip(b"\0")
+            )
+            if parameters not in (extradata or b""):
                 return True
     return True
 
@@ -94,10 +96,10 @@ def must_be_first(codec: str, extradata: bytes | None, first: memoryview) -> boo
     before
     34, which libavcodec reproduces if it knows the build.
     """
-    found = _X264.search(first) if codec == "h264" else None
-    if found is None:
+    match = _X264.search(first) if codec == "h264" else None
+    if match is None:
         return False
-    build = int(found[1])
+    build = int(match[1])
     return build < 34 or (build < 151 and _profile(extradata or bytes(first)) in _H264_444)
 
 
@@ -163,8 +165,8 @@ def _profile(extradata: bytes) -> int:
     """profile_idc of H.264, from avcC or from the first parameter set after a start code."""
     if extradata[0] == 1:
         return extradata[1]
-    found = _H264_SEQUENCE.search(extradata)
-    return found[1][0] if found is not None else -1
+    match = _H264_SEQUENCE.search(extradata)
+    return match[1][0] if match is not None else -1
 
 
 class NonReferencePictures:
@@ -265,8 +267,8 @@ def _frame_num_bits(extradata: bytes, length: int) -> int:
     sequences = (
         unit.replace(b"\0\0\3", b"\0\0") for unit in units if unit[:1] and unit[0] & 0x1F == 7
     )
-    known = {_frame_num_bits_of(sequence) for sequence in sequences}
-    return known.pop() if len(known) == 1 else 0
+    widths = {_frame_num_bits_of(sequence) for sequence in sequences}
+    return widths.pop() if len(widths) == 1 else 0
 
 
 def _frame_num_bits_of(sequence: bytes) -> int:

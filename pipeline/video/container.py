@@ -34,7 +34,9 @@ FORMATS = (
     "hevc,ivf,kux,live_flv,m4v,matroska,mgsts,mjpeg,mkv,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nsv,nut,nuv,obu,"
     "ogg,rm,roq,smk,vc1,vc1test,vvc,webm,wtv,yuv4mpegpipe"
 )
-MAX_PIXELS = 2**27  # of one frame: a 16K frame fits; a header that claims more is refused unread
+MAX_PIXELS = (
+    2**27
+)  # of one frame: a 16K frame fits; larger claims of a header are refused before decoding
 DIGEST_BYTES = 2**16
 _NOT_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 # Titles that are not UTF-8 must not keep a file from being opened: PyAV 19 replaces such bytes by
@@ -150,10 +152,10 @@ def cropping(stream: VideoStream) -> Margins:
     """
     if not _CAN_CROP & set(stream.container.format.name.split(",")):
         return Margins()
-    known: Any = getattr(stream.codec_context, "coded_side_data", None)  # of PyAV 19 and newer
-    if known is None:
+    side_data: Any = getattr(stream.codec_context, "coded_side_data", None)  # of PyAV 19 and newer
+    if side_data is None:
         return _cropping_by_remux(stream)
-    raw = bytes(known.get("frame_cropping", b""))
+    raw = bytes(side_data.get("frame_cropping", b""))
     return Margins(*struct.unpack("<4I", raw)) if len(raw) == 16 else Margins()
 
 
@@ -172,12 +174,12 @@ def _cropping_by_remux(stream: VideoStream) -> Margins:
     sizes = []
     for kind in (b"\xbb", b"\xaa", b"\xcc", b"\xdd"):  # PixelCropTop, -Bottom, -Left, -Right
         # An id of two bytes, 0x80 + the number of bytes that follow, a big-endian number.
-        found = re.search(
+        match = re.search(
             rb"\x54" + kind + rb"(?:\x81(.)|\x82(..)|\x83(...))", header.getvalue(), re.DOTALL
         )
         sizes.append(
-            int.from_bytes(b"".join(group or b"" for group in found.groups()), "big")
-            if found
+            int.from_bytes(b"".join(group or b"" for group in match.groups()), "big")
+            if match
             else 0
         )
     return Margins(*sizes)
@@ -247,18 +249,18 @@ def _why_not_opened(path: str, error: BaseException) -> str:
 
 def _top_level_boxes(path: str, most: int = 64) -> list[bytes]:
     """Return the types of the first boxes of an ISO base media file."""
-    found: list[bytes] = []
+    types: list[bytes] = []
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
         at = 0
-        while at + 8 <= size and len(found) < most:
+        while at + 8 <= size and len(types) < most:
             file.seek(at)
             header = file.read(16)
             length = int.from_bytes(header[:4], "big")
             if length == 1:
                 length = int.from_bytes(header[8:16], "big")
-            found.append(header[4:8])
+            types.append(header[4:8])
             if length < 8:  # 0: to the end of the file
                 break
             at += length
-    return found
+    return types

@@ -107,7 +107,7 @@ class VideoReader:
         self.path = path
         self._count = _Count()  # of the plain decode that was begun last
         self._whole: _Count | None = None  # of one that went to the end of the file
-        self.damage = "damaged data"  # what the decoder said of the first packet that failed
+        self.damage = "damaged data"  # the decoder's error for the first packet that failed
         self._progress = progress or (lambda: None)
         self._table = index.packets if index is not None else None
         self._timeline = index.timeline if index is not None else None
@@ -230,12 +230,12 @@ class VideoReader:
         Otherwise the whole file is decoded.
         """
         if self._timeline is None:
-            found = self.packets.timeline(self._time_base)
-            if not found.reliable:
-                found = self._timeline_by_decoding()
-            elif len(found) == 0:
+            timeline = self.packets.timeline(self._time_base)
+            if not timeline.reliable:
+                timeline = self._timeline_by_decoding()
+            elif len(timeline) == 0:
                 raise VideoError(self._why_nothing())
-            self._timeline = found
+            self._timeline = timeline
         return self._timeline
 
     def _timeline_by_decoding(self) -> Timeline:
@@ -247,9 +247,9 @@ class VideoReader:
         if not pts:
             raise VideoError(self._why_nothing())
         if all(p is not None for p in pts):
-            known = np.array(pts, np.int64)
-            if np.all(np.diff(known) > 0):
-                return Timeline(known, np.array(key), self._time_base, reliable=False)
+            times = np.array(pts, np.int64)
+            if np.all(np.diff(times) > 0):
+                return Timeline(times, np.array(key), self._time_base, reliable=False)
         counted = np.arange(len(pts), dtype=np.int64)
         return Timeline(
             counted, np.array(key), self._tick(len(pts)), reliable=False, clock="counted"
@@ -418,16 +418,16 @@ class VideoReader:
         out.
         """
         timeline = self.timeline()
-        wanted = np.asarray(indices, np.int64)
-        inside = len(wanted) == 0 or (wanted[0] >= 0 and wanted[-1] < len(timeline))
-        if not inside or np.any(np.diff(wanted) <= 0):
+        requested = np.asarray(indices, np.int64)
+        inside = len(requested) == 0 or (requested[0] >= 0 and requested[-1] < len(timeline))
+        if not inside or np.any(np.diff(requested) <= 0):
             raise VideoError(
-                f"frames {wanted[0]} … {wanted[-1]} wanted, the video has {len(timeline)}"
+                f"frames {requested[0]} … {requested[-1]} wanted, the video has {len(timeline)}"
             )
         done = 0
-        shortcut = self.shortcut(wanted) if timeline.reliable else iter(())
+        shortcut = self.shortcut(requested) if timeline.reliable else iter(())
         planned = timeline.reliable
-        while planned and done < len(wanted):
+        while planned and done < len(requested):
             try:
                 index, frame = next(shortcut)
             except NotAsPlanned:
@@ -435,40 +435,40 @@ class VideoReader:
             else:
                 done += 1
                 yield index, int(timeline.pts[index]), frame
-        for index, frame in ascending(self._plain_rows(), wanted[done:]):
+        for index, frame in ascending(self._plain_rows(), requested[done:]):
             yield index, int(timeline.pts[index]), frame
             del frame
 
-    def shortcut(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(index, frame) for all of `wanted` in order, else raises NotAsPlanned."""
+    def shortcut(self, requested: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yield (index, frame) for all `requested` in order, else raise NotAsPlanned."""
         table = self.packets
-        rank = {int(table.pts[table.order[i]]): int(i) for i in wanted}
-        queue = [int(i) for i in wanted[::-1]]
-        held: dict[int, av.VideoFrame] = {}
-        for frame in self._feed_stretches(wanted):
+        rank = {int(table.pts[table.order[i]]): int(i) for i in requested}
+        queue = [int(i) for i in requested[::-1]]
+        early: dict[int, av.VideoFrame] = {}
+        for frame in self._feed_stretches(requested):
             index = rank.pop(frame.pts, None) if frame.pts is not None else None
             if index is not None:
                 self._notice(frame)
-                held[index] = frame
-            while queue and queue[-1] in held:
+                early[index] = frame
+            while queue and queue[-1] in early:
                 index = queue.pop()
-                yield index, held.pop(index)
-            if len(held) > HOLD:
+                yield index, early.pop(index)
+            if len(early) > HOLD:
                 raise NotAsPlanned
         if queue:
             raise NotAsPlanned
 
-    def _feed_stretches(self, wanted: np.ndarray) -> Iterator[av.VideoFrame]:
-        """Yield the frames of `wanted` that come out of the stretches of packets that hold them."""
+    def _feed_stretches(self, requested: np.ndarray) -> Iterator[av.VideoFrame]:
+        """Yield the frames that come out of the ranges of packets with those `requested`."""
         table, context = self.packets, self._context
-        needed = set(table.order[wanted].tolist())
+        needed = set(table.order[requested].tolist())
         codec = context.codec.canonical_name
         numbers = NonReferencePictures(context.extradata) if codec == "h264" else None
         marks_damage = (
             codec not in FROM_START
         )  # the others depend on the buffers that are free: nothing is held back
         feed = Feed(self)
-        for start, stop in stretches(table, wanted):
+        for start, stop in stretches(table, requested):
             feed.begin(start)
             context = self._context  # another one if the file had to be opened again
             first_pts = latest = table.pts[start]
@@ -491,8 +491,8 @@ class VideoReader:
                 for frame in feed.decode(packet):
                     if frame.pts is None:
                         raise NotAsPlanned
-                    known = table.position_of.get(frame.pts)
-                    if known is None or not table.shown[known]:
+                    place = table.position_of.get(frame.pts)
+                    if place is None or not table.shown[place]:
                         raise NotAsPlanned
                     if frame.pts < first_pts:  # a leading picture that lacks what it refers to
                         continue
@@ -501,7 +501,7 @@ class VideoReader:
                     ):  # damaged, or shown in another order than the pts say
                         raise NotAsPlanned
                     latest = frame.pts
-                    yield from waiting.came(frame, wanted=known in needed)
+                    yield from waiting.came(frame, wanted=place in needed)
             yield from waiting.rest()
 
     def sample(self, sampling: Sampling, first: int = 0, end: int | None = None) -> Rows:

@@ -73,7 +73,7 @@ def write_video(
                 )
             try:
                 pipe.write(np.ascontiguousarray(frame).tobytes())
-            except (BrokenPipeError, OSError):  # ffmpeg has ended: its own words tell why
+            except (BrokenPipeError, OSError):  # ffmpeg has ended: its stderr has the reason
                 break
             count += 1
     return count
@@ -176,7 +176,7 @@ def _running(
             process.stderr.close()
     if (
         process.returncode == -signal.SIGXFSZ
-    ):  # a limit such as `ulimit -f`, of which ffmpeg says nothing
+    ):  # a limit such as `ulimit -f`, which ffmpeg does not report
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     if process.returncode != 0:
         words = tail.decode(errors="replace").strip().splitlines()

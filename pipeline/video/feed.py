@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .decoder import VideoReader
 
 HOLD = 32  # frames that may come out ahead of a wanted one before that is given up: H.264 reorders by ≤ 16
-_SEEKABLE = frozenset(("mov", "matroska"))  # seeking by timestamp lands where their index says
-# Packets are read and dropped rather than sought over if there are at most so many, of so many
+_SEEKABLE = frozenset(("mov", "matroska"))  # seeking by timestamp follows their index
+# Packets are read and dropped rather than sought over if they are at most so many, of so many
 # bytes.
 _READ_ON = (64, 2**21)
 
@@ -30,7 +30,7 @@ class NotAsPlanned(Exception):
     """The shortcut did not deliver what the timeline promised: the plain decode must decide."""
 
 
-def stretches(table: PacketTable, wanted: np.ndarray) -> list[tuple[int, int]]:
+def stretches(table: PacketTable, requested: np.ndarray) -> list[tuple[int, int]]:
     """Decode positions [(start, stop), …] to feed, both ends included, ascending and apart.
 
     A wanted frame is decoded from the last entry at or before its packet. If it is shown before
@@ -38,7 +38,7 @@ def stretches(table: PacketTable, wanted: np.ndarray) -> list[tuple[int, int]]:
     entry before that is taken. Example: decode order I0 P3 B1 B2 I6 B4 B5, wanted B5 → (0, 6),
     wanted I6 → (4, 4).
     """
-    positions = table.order[wanted]
+    positions = table.order[requested]
     entries = np.flatnonzero(table.entry)
     which = np.searchsorted(entries, positions, side="right") - 1
     pts = table.pts[positions]
@@ -87,8 +87,8 @@ class Feed:
             return False
         entries = np.flatnonzero(table.entry[: start + 1])[::-1][:3]
         for entry in entries:
-            known = [int(t) for t in (table.dts[entry], table.pts[entry]) if t != NO_PTS]
-            target = min(known)  # mov seeks by dts, Matroska by pts: the smaller is never too far
+            times = [int(t) for t in (table.dts[entry], table.pts[entry]) if t != NO_PTS]
+            target = min(times)  # mov seeks by dts, Matroska by pts: the smaller is never too far
             try:
                 reader.container.seek(target, stream=reader.stream)
             except (av.FFmpegError, OverflowError):
@@ -180,28 +180,28 @@ def _with_first(first: av.Packet, rest: Iterator[av.Packet]) -> Iterator[av.Pack
 
 
 def ascending(
-    rows: Iterator[tuple[int, av.VideoFrame]], wanted: np.ndarray | None
+    rows: Iterator[tuple[int, av.VideoFrame]], requested: np.ndarray | None
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yield the rows of `wanted` (None: all) in ascending order; hold back those that come early.
+    """Yield the rows `requested` (None: all) in ascending order; hold back those that come early.
 
     A frame still missing when more than HOLD later ones wait is given up.
     """
-    queue = None if wanted is None else deque(int(i) for i in wanted)
+    queue = None if requested is None else deque(int(i) for i in requested)
     asked = None if queue is None else set(queue)
-    held: dict[int, av.VideoFrame] = {}
+    early: dict[int, av.VideoFrame] = {}
     done = -1
     if queue is not None and not queue:
         return
     for index, frame in rows:
         if index > done and (asked is None or index in asked):
-            held[index] = frame
+            early[index] = frame
         del frame  # see VideoReader
-        while held and (min(held) == (queue[0] if queue else done + 1) or len(held) > HOLD):
-            done = min(held)
-            yield done, held.pop(done)
+        while early and (min(early) == (queue[0] if queue else done + 1) or len(early) > HOLD):
+            done = min(early)
+            yield done, early.pop(done)
             while queue and queue[0] <= done:
                 queue.popleft()
             if queue is not None and not queue:
                 return
-    for index in sorted(held):
-        yield index, held[index]
+    for index in sorted(early):
+        yield index, early[index]

@@ -70,10 +70,10 @@ def flow_between(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """
     if np.array_equal(before, after):
         return np.zeros((*before.shape, 2), np.float32)
-    found: np.ndarray = require_opencv().calcOpticalFlowFarneback(
+    flow: np.ndarray = require_opencv().calcOpticalFlowFarneback(
         before, after, None, flags=_GAUSSIAN_WINDOW, **_PARAMETERS
     )
-    return found
+    return flow
 
 
 def flow_of(images: np.ndarray) -> np.ndarray:

@@ -61,12 +61,12 @@ def read_frames(
         VideoError: With the reason.
         StoreMismatchError: The file is not the one that `expect` or `digest` describe.
     """
-    wanted = np.asarray(indices, np.int64).ravel()
-    if digest is not None and (found := digest_of(path)) != digest:
+    requested = np.asarray(indices, np.int64).ravel()
+    if digest is not None and (current := digest_of(path)) != digest:
         raise StoreMismatchError(
-            f"the file has changed: its digest is {found}, the store has {digest}"
+            f"the file has changed: its digest is {current}, the store has {digest}"
         )
-    return _read(path, lambda reader: _frames(reader, wanted, view, expect))
+    return _read(path, lambda reader: _frames(reader, requested, view, expect))
 
 
 def count_frames(path: str) -> int:
@@ -76,7 +76,7 @@ def count_frames(path: str) -> int:
 
 def _frames(
     reader: VideoReader,
-    wanted: np.ndarray,
+    requested: np.ndarray,
     view: View | None,
     expect: tuple[np.ndarray, np.ndarray] | None,
 ) -> Frames:
@@ -84,13 +84,13 @@ def _frames(
     total = len(timeline)
     if expect is not None:
         _check(timeline.pts, expect)
-    distinct, place = np.unique(wanted, return_inverse=True)
+    distinct, place = np.unique(requested, return_inverse=True)
     if len(distinct) == 0:
         raise VideoError("no frames were asked for")
     if distinct[0] < 0 or distinct[-1] >= total:
         raise VideoError(f"frames {distinct[0]}–{distinct[-1]} wanted, the video has {total}")
     pts = timeline.pts[distinct].copy()
-    there = np.zeros(len(distinct), bool)
+    decoded = np.zeros(len(distinct), bool)
     images: np.ndarray | None = None
     for index, _, frame in reader.frames_at(distinct):
         if images is None:
@@ -101,16 +101,16 @@ def _frames(
             images = np.empty((len(distinct), *shape, 3), np.uint8)
         at = int(np.searchsorted(distinct, index))
         renderer.render(frame, view, out=images[at], display=display)
-        there[at] = True
+        decoded[at] = True
         del frame  # see VideoReader
     if images is None:
         raise VideoError(f"frame {distinct[0]} cannot be decoded: damaged data")
-    if not there.all():
+    if not decoded.all():
         required = expect[0] if expect is not None else np.zeros(0, np.int64)
-        fill_damaged(images, pts, there, distinct, required)
-    if len(distinct) == len(wanted) and np.array_equal(distinct, wanted):
-        return Frames(images, pts, total, int(np.sum(~there)))
-    return Frames(images[place], pts[place], total, int(np.sum(~there[place])))
+        fill_damaged(images, pts, decoded, distinct, required)
+    if len(distinct) == len(requested) and np.array_equal(distinct, requested):
+        return Frames(images, pts, total, int(np.sum(~decoded)))
+    return Frames(images[place], pts[place], total, int(np.sum(~decoded[place])))
 
 
 def _read(path: str, use: Callable[[VideoReader], T]) -> T:
@@ -121,19 +121,19 @@ def _read(path: str, use: Callable[[VideoReader], T]) -> T:
     is cached for its next clip.
     """
     key = _key(path)
-    known = _indices.get(key)
-    if known.from_header if known is not None else _is_mp4(path):
+    stored_index = _indices.get(key)
+    if stored_index.from_header if stored_index is not None else _is_mp4(path):
         try:
-            with QuickReader(path, index=known) as quick:
+            with QuickReader(path, index=stored_index) as quick:
                 made = use(quick)
-                if known is None:
+                if stored_index is None:
                     _indices.add(key, quick.index())
                 return made
         except (NotAsPlanned, VideoError, StoreMismatchError, OSError):
-            known = None
-    with VideoReader(path, index=known) as reader:
+            stored_index = None
+    with VideoReader(path, index=stored_index) as reader:
         made = use(reader)
-        if known is None:  # compressed data is not kept
+        if stored_index is None:  # compressed data is not kept
             _indices.add(key, VideoIndex(replace(reader.packets, kept=None), reader.timeline()))
         return made
 
@@ -150,10 +150,10 @@ def _is_mp4(path: str) -> bool:
 def _check(pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray]) -> None:
     """Raise StoreMismatchError unless the file's pts at the expected indices are as expected."""
     for index, expected in zip(*expect, strict=True):
-        found = str(pts[index]) if 0 <= index < len(pts) else f"missing (it has {len(pts)} frames)"
-        if found != str(expected):
+        actual = str(pts[index]) if 0 <= index < len(pts) else f"missing (it has {len(pts)} frames)"
+        if actual != str(expected):
             raise StoreMismatchError(
-                f"frame {index} has pts {expected} in the store, in the file it is {found}: "
+                f"frame {index} has pts {expected} in the store, in the file it is {actual}: "
                 "`distinit targets verify STORE --frames` lists all such videos"
             )
 
@@ -161,35 +161,35 @@ def _check(pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray]) -> None:
 def fill_damaged(
     images: np.ndarray,
     pts: np.ndarray,
-    there: np.ndarray,
+    decoded: np.ndarray,
     indices: np.ndarray,
     required: np.ndarray,
 ) -> None:
-    """Fill the frames [n] that are not `there` with the one before them, or with the first that is.
+    """Fill the frames [n] that are not `decoded` with the one before, or the first decoded one.
 
     Raises what `check_damage` raises.
     """
-    check_damage(there, indices, required)
-    source = np.maximum.accumulate(np.where(there, np.arange(len(there)), -1))
-    source[source < 0] = int(np.flatnonzero(there)[0])
+    check_damage(decoded, indices, required)
+    source = np.maximum.accumulate(np.where(decoded, np.arange(len(decoded)), -1))
+    source[source < 0] = int(np.flatnonzero(decoded)[0])
     images[:] = images[source]
     pts[:] = pts[source]
 
 
-def check_damage(there: np.ndarray, indices: np.ndarray, required: np.ndarray) -> None:
+def check_damage(decoded: np.ndarray, indices: np.ndarray, required: np.ndarray) -> None:
     """Raise VideoError if required frames are damaged, or more than half of all.
 
-    there: bool [n], whether each frame of `indices` [n] could be decoded; required: indices.
+    decoded: bool [n], whether each frame of `indices` [n] could be decoded; required: indices.
     """
-    missing = indices[~there]
-    if 2 * there.sum() < len(there) or np.isin(missing, required).any():
+    missing = indices[~decoded]
+    if 2 * decoded.sum() < len(decoded) or np.isin(missing, required).any():
         first = (
             missing[np.isin(missing, required)][0]
             if np.isin(missing, required).any()
             else missing[0]
         )
         raise VideoError(
-            f"frame {first} cannot be decoded: damaged data ({len(missing)} of {len(there)} frames)"
+            f"frame {first} cannot be decoded: damaged data ({len(missing)} of {len(decoded)} frames)"
         )
 
 

@@ -25,7 +25,7 @@ from .container import Margins
 
 _MOST_PIXELS = 2**26  # of a rendered picture; a 16384x1 frame with short side 256 would be 1 GB
 _WIDEST_PIXEL = (
-    16  # a pixel aspect ratio beyond this, or its inverse, is a broken header: taken as 1
+    16  # a pixel aspect ratio beyond this, or its inverse, is an invalid header: taken as 1
 )
 _FILTERS = {
     "bilinear": Interpolation.BILINEAR,
@@ -53,7 +53,7 @@ class Orientation:
             side_data: Any = frame.side_data  # a mapping by type, annotated otherwise by PyAV
         except ValueError:
             # A kind of side data that this PyAV does not know, such as that of Apple's spatial
-            # video, hides all others. The angle is there still, mirroring is not.
+            # video, hides all others. The angle is still set, mirroring is not.
             turn = math.radians(frame.rotation)
             return cls._of_matrix(math.cos(turn), -math.sin(turn), math.sin(turn), math.cos(turn))
         if SideData.DISPLAYMATRIX not in side_data:

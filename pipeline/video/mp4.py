@@ -46,12 +46,12 @@ def read_header(descriptor: int, container: InputContainer, stream: VideoStream)
     if moov is None:
         return None
     try:
-        found = _samples(moov, len(stream.index_entries))
+        samples = _samples(moov, len(stream.index_entries))
     except (ValueError, IndexError):  # cut off
         return None
-    if found is None:
+    if samples is None:
         return None
-    sizes, offsets, shift = found
+    sizes, offsets, shift = samples
     rows = [(e.timestamp, e.pos, e.size, e.is_keyframe, e.is_discard) for e in stream.index_entries]
     dts, place, length, key, hidden = np.array(rows, np.int64).reshape(-1, 5).T
     whole = np.all(length > 0) and np.all(place + length <= os.fstat(descriptor).st_size)
@@ -94,7 +94,7 @@ def _moov(descriptor: int) -> bytes | None:
     return None
 
 
-def _samples(moov: bytes, known: int) -> tuple[np.ndarray, np.ndarray, int] | None:
+def _samples(moov: bytes, num_packets: int) -> tuple[np.ndarray, np.ndarray, int] | None:
     """Return sizes in bytes, offsets of presentation times int64 [P], and the shift of all.
 
     They are those of the one video track. known: P; None is returned if the header claims another
@@ -123,7 +123,7 @@ def _samples(moov: bytes, known: int) -> tuple[np.ndarray, np.ndarray, int] | No
     if b"elst" in boxes and not _one_edit(boxes[b"elst"]):
         return None
     size, count = np.frombuffer(table, ">u4", 2, 4).tolist()
-    if count != known:
+    if count != num_packets:
         return None
     sizes = (
         np.full(count, size) if size else np.frombuffer(table, ">u4", count, 12).astype(np.int64)

@@ -106,8 +106,8 @@ class PacketTable:
         """
         in_order = bool(np.all(self.dts != NO_PTS) and np.all(np.diff(self.dts) >= 0))
         times = self.dts if in_order or not np.any(self.pts != NO_PTS) else self.pts
-        known = times != NO_PTS
-        times, key = times[known], self.key[known]
+        has_time = times != NO_PTS
+        times, key = times[has_time], self.key[has_time]
         restarts = np.flatnonzero(key[1:] & (times[1:] <= np.maximum.accumulate(times)[:-1])) + 1
         parts = [np.diff(np.sort(part)) for part in np.split(times, restarts)]
         steps = np.concatenate(parts)

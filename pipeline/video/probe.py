@@ -66,7 +66,7 @@ def _measure(reader: VideoReader, size: int, identity: str) -> Probe:
         frames, keyframes, exact = len(timeline), int(timeline.key.sum()), True
         base = timeline.time_base
         duration = _seconds(int(timeline.pts[-1] - timeline.pts[0]), base, frames)
-        # A header may say anything: 600 frames a second for an AVI made of an mp4.
+        # A header may claim anything: 600 frames per second for an AVI made of an mp4.
         measured = frames / duration if duration > 0 else info.fps
         fps = info.fps if abs(info.fps - measured) <= _RATE_OFF * measured else measured
     return Probe(

@@ -54,10 +54,10 @@ class QuickReader(VideoReader):
         os.close(self._file)
 
     def _plan(self) -> None:
-        found = read_header(self._file, self._container, self._stream)
-        if found is None:
+        header = read_header(self._file, self._container, self._stream)
+        if header is None:
             raise NotAsPlanned
-        self._table, self._timeline = found
+        self._table, self._timeline = header
         if not self._begins(
             0
         ):  # the first frames may never come out, and the others would have other indices
@@ -89,14 +89,14 @@ class QuickReader(VideoReader):
         for index, frame in self.shortcut(indices):
             yield index, int(pts[index]), frame
 
-    def _check_entries(self, wanted: np.ndarray) -> None:
+    def _check_entries(self, requested: np.ndarray) -> None:
         """Read the packets at which decoding is to begin.
 
         Those where it cannot begin stop being entries.
         """
         table = self.packets
         while True:
-            spans = stretches(table, wanted)
+            spans = stretches(table, requested)
             wrong = [start for start, _ in spans if not self._begins(start)]
             if not wrong:
                 break

@@ -158,7 +158,7 @@ def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(
         SegmentTask(v, v, whole.video_path(v), whole.video(v).digest, 0, None, 104)
         for v in range(2)
     )
-    task = ShardTask(0, segments, {"tiny": "float16"}, frames_there=False)
+    task = ShardTask(0, segments, {"tiny": "float16"}, frames_stored=False)
     threads = torch.get_num_threads()
     with StoreWriter(made.out, sampling=Sampling(every=1).model_dump(), shard_rows=256) as writer:
         run = run_record(8, "fp32", torch.device("cpu"))
@@ -222,7 +222,7 @@ def test_workers_that_join_get_their_share(monkeypatch: pytest.MonkeyPatch) -> N
         nonlocal taken
         for shard in range(120):
             taken += 1
-            yield ShardTask(shard, (), {}, frames_there=False)
+            yield ShardTask(shard, (), {}, frames_stored=False)
 
     with (
         LocalCluster(

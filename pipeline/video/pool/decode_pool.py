@@ -168,10 +168,10 @@ class DecodePool:
 
     def timeline(self, path: str) -> Timeline:
         """Return all frames of one video in order; raises VideoError."""
-        (found,) = self.timelines([path])
-        if isinstance(found, Failed):
-            raise VideoError(found.reason)
-        return found[0]
+        (answer,) = self.timelines([path])
+        if isinstance(answer, Failed):
+            raise VideoError(answer.reason)
+        return answer[0]
 
     def timelines(
         self, paths: Iterable[str]
@@ -312,7 +312,7 @@ class DecodePool:
             if child.connection in ready:
                 self._take(place)
         for place, child in listening.items():
-            # Time in which nobody listened, or in which all slots were unread, is not the child's
+            # Time in which nobody received, or in which all slots were unread, is not the child's
             # silence.
             if place not in self._working or self._child(place) is not child:
                 continue

@@ -36,7 +36,7 @@ class ChildProcess:
         self.ready = False  # whether it has begun to work
         self.unread = 0
         self.listened = 0.0
-        ours, theirs = socket.socketpair()
+        parent_end, child_end = socket.socketpair()
         descriptor = shared_file(layout.total_bytes)
         self._memory = mmap.mmap(descriptor, layout.total_bytes)
         self._layout = layout
@@ -52,8 +52,8 @@ class ChildProcess:
         }
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _MODULE, str(theirs.fileno()), str(descriptor)],
-                pass_fds=(theirs.fileno(), descriptor),
+                [sys.executable, "-P", "-m", _MODULE, str(child_end.fileno()), str(descriptor)],
+                pass_fds=(child_end.fileno(), descriptor),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
@@ -61,9 +61,9 @@ class ChildProcess:
                 start_new_session=True,  # Ctrl-C is for the parent, which ends its children
             )
         finally:
-            theirs.close()
+            child_end.close()
             os.close(descriptor)
-        self.connection = Connection(ours.detach())
+        self.connection = Connection(parent_end.detach())
         self._inbox = Inbox()
         self.send(
             {

@@ -88,9 +88,9 @@ class DecodeWorker:
 
     def check(self, message: dict[str, Any] | None = None) -> None:
         """Read a video that is known to be good as `message` asks; raise what fails."""
-        found = probe(str(_GOOD))
-        if found.error is not None:
-            raise DecoderError(f"{_GOOD}: {found.error}")
+        result = probe(str(_GOOD))
+        if result.error is not None:
+            raise DecoderError(f"{_GOOD}: {result.error}")
         with VideoReader(str(_GOOD)) as reader:
             for _, _, frame in reader.sample(Sampling(every=4)):
                 renderer = reader.info.renderer()
