@@ -241,6 +241,7 @@ def test_bytes_of_commands_and_of_what_they_write(
         ), page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["info", "report", "none"])
 def test_a_terminal_gets_no_escape_codes_but_those_of_rich(
     name: str, dirty: Path, tmp_path: Path

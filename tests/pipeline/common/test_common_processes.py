@@ -173,6 +173,7 @@ def test_loader_processes_end_with_their_client(
     assert not shared_memory_of(pids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "waiting"])
 @pytest.mark.parametrize("how", ["main", "thread"])
 def test_decoders_end_with_their_client(how: str, when: str, mark: str, tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def test_too_few_descriptors_are_an_error_that_says_which_limit(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lock", [0, 1, 4, 7, 10])
 def test_no_room_for_the_locks_of_the_queues_is_an_error_that_names_shared_memory(
     lock: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -210,6 +211,7 @@ def die_in_the_middle(how: str, signal_: int) -> None:
     die()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", ["handing over a batch", "with the lock", "in a length", "in a message"]
 )
@@ -225,6 +227,7 @@ def test_a_worker_that_is_killed_while_it_sends_ends_in_an_error(monkeypatch, ho
     assert seen == [[0, 1], [2, 3]][: len(seen)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", ["handing over a batch", "with the lock", "in a length", "in a message"]
 )

@@ -336,6 +336,7 @@ def test_non_reference_pictures_are_known_by_their_numbers(ending: str, tmp_path
                 pictures.may_leave_out(memoryview(damaged), wanted=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", STREAMS_WITH_B)
 def test_a_reference_picture_that_looks_like_none_is_decoded(ending: str, tmp_path: Path) -> None:
     whole, path = tmp_path / f"whole.{ending}", tmp_path / f"a.{ending}"

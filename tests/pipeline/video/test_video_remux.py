@@ -353,6 +353,7 @@ def damage(draw: st.DrawFn, path: Path) -> str:
 OFTEN = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=examples(0.4),
     derandomize=examples(1) <= 100,
@@ -368,6 +369,7 @@ def test_remuxes_show_the_frames_of_a_linear_decode(
     print(f"{came:24s} {how}")
 
 
+@pytest.mark.slow
 @settings(
     max_examples=examples(0.4),
     derandomize=examples(1) <= 100,
