@@ -28,7 +28,6 @@ from ..pipeline.common.run_dir import (
     require_no_store,
     require_writable,
 )
-from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.compare import compare, fuse
 from ..pipeline.evaluation.evaluation_options import EvaluateConfig, EvaluationOptions
@@ -42,6 +41,7 @@ from ..pipeline.evaluation.protocol import (
 )
 from ..pipeline.evaluation.run_labels import RunLabels
 from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
+from ..pipeline.evaluation.splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.test_overlap import overlap, require_own_labels
 from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student

@@ -31,7 +31,6 @@ from ..pipeline.common.run_dir import (
     check_output_dir,
 )
 from ..pipeline.common.weights import state_sha256
-from ..pipeline.evaluation.all_splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.finetune_options import FinetuneConfig
 from ..pipeline.evaluation.labelled_clips import LabelledClips
@@ -40,6 +39,7 @@ from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.protocol import evaluate_student, write_result
 from ..pipeline.evaluation.run_labels import labels_digest
 from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
+from ..pipeline.evaluation.splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.test_overlap import record_and_compare, require_own_labels
 from ..pipeline.students.export import InitReport, read_meta, save_start, save_student
 from ..pipeline.students.initialization import (

@@ -29,8 +29,7 @@ from ..pipeline.prepared.folders import ENDINGS, FORMAT, copy_name, kind_of, rea
 from ..pipeline.prepared.frame_map import FrameMap, check_copy, read_map
 from ..pipeline.prepared.make_copy import NOT_WRITTEN, copy_row
 from ..pipeline.prepared.prepare_options import FlowOptions, PrepareConfig
-from ..pipeline.prepared.status import Row, StatusFile
-from ..pipeline.prepared.summary import Tally, summary
+from ..pipeline.prepared.status import Row, StatusFile, Tally, summary
 from ..pipeline.video.container import digest
 from ..pipeline.video.flow import require_opencv
 from ..pipeline.video.pool.decode_pool import DecodePool, Failed

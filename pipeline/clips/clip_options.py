@@ -9,6 +9,15 @@ from pydantic import Field, field_validator
 
 from ..common.settings import CliOption, Options
 
+# Mean and standard deviation by the number of channels of a clip: of RGB in 0 … 1 in Kinetics, as
+# torchvision's video models expect it, and of flow in pixels, x and y, as in Caffe2's operator.
+# Clips are normalised by them, and exported students name them.
+NORMALIZATION: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    3: ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),
+    2: ((0.0046635, 0.0046261), (0.972347, 0.755146)),
+}
+
+
 if TYPE_CHECKING:
     import numpy as np
     import torch

@@ -11,13 +11,7 @@ import numpy as np
 import torch
 
 from ..video.flow import FLOW_CHANNELS, flow_of
-
-# Kinetics statistics of torchvision's video models, RGB in 0 … 1.
-MEAN = (0.43216, 0.394666, 0.37645)
-STD = (0.22803, 0.22145, 0.216989)
-# Of Farnebäck flow in pixels, x and y, of Caffe2's video operator.
-FLOW_MEAN = (0.0046635, 0.0046261)
-FLOW_STD = (0.972347, 0.755146)
+from .clip_options import NORMALIZATION
 
 
 def crop_and_flip(images: np.ndarray, top: int, left: int, size: int, flip: bool) -> torch.Tensor:
@@ -59,10 +53,13 @@ def normalize_clip(clip: torch.Tensor, dtype: torch.dtype = torch.float32) -> to
     """
     if clip.shape[1] == FLOW_CHANNELS:
         mean, std = (
-            torch.tensor(v, device=clip.device).view(2, 1, 1, 1) for v in (FLOW_MEAN, FLOW_STD)
+            torch.tensor(v, device=clip.device).view(2, 1, 1, 1)
+            for v in NORMALIZATION[FLOW_CHANNELS]
         )
         return clip.to(torch.float32).sub(mean).div_(std).to(dtype)
     shape = (3, 1, 1, 1)
-    mean = torch.tensor(MEAN, device=clip.device, dtype=torch.float32).view(shape)
-    std = torch.tensor(STD, device=clip.device, dtype=torch.float32).view(shape)
+    mean, std = (
+        torch.tensor(v, device=clip.device, dtype=torch.float32).view(shape)
+        for v in NORMALIZATION[3]
+    )
     return clip.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)

@@ -12,11 +12,11 @@ from ..common.errors import UsageError
 from ..common.locks import folder_lock
 from ..common.run_dir import PREDICTIONS
 from ..common.tables import Column, Table
-from .all_splits import split_folders
 from .ensemble import Comparison, compare_predictions, fuse_predictions
 from .metrics import MEASURES, signed
 from .predictions import Predictions, PredictionsError, metrics_from_file
 from .protocol import intervals_note, refuse_other, show_metrics, write_result
+from .splits import split_folders
 
 SHOWN = 10  # classes of the largest gains and losses in the table; all are in the result
 

@@ -11,8 +11,8 @@ from ..common.errors import UsageError
 from ..store.exclude import Exclusion, leave_out_list
 from ..store.reader import TargetStore
 from ..training.seen_videos import OWN, SeenVideos
-from .all_splits import ALL
 from .labels import available_splits, canonical, load_labels
+from .splits import ALL
 
 OFFICIAL = ("hmdb51", "ucf101")
 FORMS = ("csv", "folder", "kinetics", *OFFICIAL)

@@ -7,15 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ..clips.clip_options import NORMALIZATION
 from ..common.plugins import is_factory
 from ..common.settings import CliOption, Options
-
-# Mean and std of RGB pixels in 0–1 (torchvision's video references) and of Farneback flow in pixels
-# (pytorch/pytorch caffe2/video/optical_flow.cc).
-NORMALISATION: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    3: ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),
-    2: ((0.0046635, 0.0046261), (0.972347, 0.755146)),
-}
 
 Inflation = Literal["scaled", "replicated"]
 SCRATCH = "scratch"
@@ -142,7 +136,7 @@ class StudentMeta(Options):
         Raises:
             ValueError: a mean or std that has not one number a channel.
         """
-        mean, std = NORMALISATION[channels]
+        mean, std = NORMALIZATION[channels]
         mean, std = self.mean or mean, self.std or std
         if not len(mean) == len(std) == channels:
             raise ValueError(

@@ -23,8 +23,7 @@ from .loader import (
     read_batches,
     to_device,
 )
-from .losses.soft_target_cross_entropy import soft_target_cross_entropy
-from .losses.squared_error import Reduction, squared_error
+from .losses import Reduction, soft_target_cross_entropy, squared_error
 from .precision import autocast
 from .step import LossReport
 

@@ -21,10 +21,9 @@ from distinit.pipeline.clips.clip_options import ClipView
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, UsageError
 from distinit.pipeline.common.files import write_whole
-from distinit.pipeline.evaluation.clip_starts import clip_starts
 from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
-from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, LabelledClips
+from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, LabelledClips, clip_starts
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions, metrics_from_file
 from distinit.pipeline.evaluation.predictor import predict

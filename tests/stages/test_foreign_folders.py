@@ -20,11 +20,11 @@ from distinit.pipeline.common.run_dir import check_output_dir
 from distinit.pipeline.common.run_dir import check_page_dir as require_own_page
 from distinit.pipeline.common.urls import check_local
 from distinit.pipeline.corpus.sources import MARKER
-from distinit.pipeline.evaluation.all_splits import split_folders
 from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.evaluation.protocol import refuse_other
+from distinit.pipeline.evaluation.splits import split_folders
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.reporting.report_options import ReportOptions

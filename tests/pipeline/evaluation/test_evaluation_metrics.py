@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distinit.pipeline.evaluation.clip_starts import clip_frames, clip_starts
+from distinit.pipeline.evaluation.labelled_clips import clip_frames, clip_starts
 from distinit.pipeline.evaluation.metrics import (
     accuracies,
     estimate_class_mean,

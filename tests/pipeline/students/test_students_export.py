@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torchvision.models.video import r2plus1d_18
 
+from distinit.pipeline.clips.transforms import normalize_clip
 from distinit.pipeline.common.errors import CheckpointError
 from distinit.pipeline.students.export import (
     load_backbone,
@@ -222,3 +223,17 @@ def test_metadata_that_is_no_header_is_refused(text: str, tmp_path: Path) -> Non
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {"distinit": text})
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         load_student(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+def test_the_exported_normalisation_is_the_one_of_clips(tmp_path: Path, channels: int) -> None:
+    path = tmp_path / "student.safetensors"
+    save_student(path, student_of({"t": 5}, channels=channels, **NARROW), StudentMeta())
+    meta = load_student(path).meta
+    assert meta.mean is not None
+    assert meta.std is not None
+    clip = torch.arange(channels * 8).reshape(1, channels, 2, 2, 2) * 10
+    clip = clip.to(torch.uint8) if channels == 3 else clip.float()
+    mean, std = (torch.tensor(v).view(channels, 1, 1, 1) for v in (meta.mean, meta.std))
+    expected = (clip / (255 if channels == 3 else 1) - mean) / std
+    torch.testing.assert_close(normalize_clip(clip), expected)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from distinit.pipeline.training.losses.soft_target_cross_entropy import soft_target_cross_entropy
-from distinit.pipeline.training.losses.squared_error import squared_error
+from distinit.pipeline.training.losses import soft_target_cross_entropy, squared_error
 
 
 def softmax(z: np.ndarray) -> np.ndarray:

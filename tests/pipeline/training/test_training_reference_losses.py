@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from distinit.pipeline.training.distillation import Distillation
-from distinit.pipeline.training.losses.soft_target_cross_entropy import soft_target_cross_entropy
-from distinit.pipeline.training.losses.squared_error import squared_error
+from distinit.pipeline.training.losses import soft_target_cross_entropy, squared_error
 from distinit.pipeline.training.reference_losses import LossBounds, loss_bounds
 
 DRAWS, CLASSES = 40, {"a": 6, "b": 4}
