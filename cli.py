@@ -47,6 +47,7 @@ RESUME_HINTS = {
     "targets": "interrupted; what is committed stays, the same command does the rest",
 }
 GROUPS = ("Inputs", "Output", "Teacher", "Sampling", "Student", "Training", "Test", "Hardware")
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 INTERRUPTED = 130
 # Click from 8.2 on raises this for a group without a command; before, it shows the help by itself.
 NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
@@ -93,10 +94,9 @@ goes on with the same command; DIR/status.csv has a line a video.""",
             "distinit prepare clips/ --out small/",
             "distinit prepare k400=/data/kinetics @more.txt --out small/ --size 256x342 "
             "--gop 8 --crf 18",
-            "distinit train-student --targets targets.zarr --videos clips=small/ "
-            "--out runs/student",
+            "distinit train-student --store targets.zarr --videos clips=small/ --out runs/student",
             "distinit prepare clips/ --out flow/ --flow",
-            "distinit train-student --targets targets.zarr --videos clips=flow/ "
+            "distinit train-student --store targets.zarr --videos clips=flow/ "
             "--out runs/flow --set student.channels=2",
         ),
     ),
@@ -129,15 +129,15 @@ A video that cannot be read gets a status and a reason, and the run goes on.""",
 No teacher is loaded. RUN gets checkpoints, metrics.jsonl, TensorBoard files, the config as used
 and student.safetensors, in torchvision's parameter names.""",
         examples=(
-            "distinit train-student --targets targets.zarr --out runs/student",
-            "distinit train-student --targets targets.zarr --out runs/vmz --variant vmz "
+            "distinit train-student --store targets.zarr --out runs/student",
+            "distinit train-student --store targets.zarr --out runs/vmz --variant vmz "
             "--frames 32 --batch-size 16",
-            "distinit train-student --targets targets.zarr --out runs/sure --picks random:2 "
-            "--filter-quantile 0.5",
-            "distinit train-student --targets targets.zarr --out runs/student "
-            "--leave-out csv:labels.csv --split 1",
-            "distinit train-student --targets targets.zarr --out runs/student --resume",
-            "distinit train-student --targets targets.zarr --out runs/large --gpus 8 "
+            "distinit train-student --store targets.zarr --out runs/sure --picks random:2 "
+            "--max-entropy-quantile 0.5",
+            "distinit train-student --store targets.zarr --out runs/student "
+            "--exclude csv:labels.csv --split 1",
+            "distinit train-student --store targets.zarr --out runs/student --resume",
+            "distinit train-student --store targets.zarr --out runs/large --gpus 8 "
             "--batch-size 512 --resume auto",
         ),
     ),
@@ -202,13 +202,13 @@ PLAN is a YAML file of a base, axes, seeds, data sets and splits (docs/ablate.md
 ships with the package. Equal runs are shared, what is done is kept, and the same command goes
 on where it was stopped. `distinit report DIR` makes the tables.""",
         examples=(
-            "distinit ablate table2-picks --targets targets.zarr --dataset hmdb51=/data/hmdb51 "
+            "distinit ablate table2-picks --store targets.zarr --dataset hmdb51=/data/hmdb51 "
             "--out ablations/picks",
-            "distinit ablate plan.yaml --targets targets.zarr --dataset csv:labels.csv "
+            "distinit ablate plan.yaml --store targets.zarr --dataset csv:labels.csv "
             "--split 1 --split 2 --out abl",
-            "distinit ablate table3-loss --targets t.zarr --dataset csv:labels.csv --out abl "
+            "distinit ablate table3-loss --store t.zarr --dataset csv:labels.csv --out abl "
             "--dry-run",
-            "distinit ablate table2-picks --targets t.zarr --dataset csv:labels.csv "
+            "distinit ablate table2-picks --store t.zarr --dataset csv:labels.csv "
             "--out small --seed 0 --set base.train-student.student.width=0.25 --set base.train-student.loop.epochs=4",
         ),
     ),
@@ -461,7 +461,13 @@ class StageCommand(click.Command):
 
     def __init__(self, name: str, command: Command, section: str) -> None:
         examples = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in command.examples)
-        super().__init__(name, help=command.help, short_help=command.short, epilog=examples)
+        super().__init__(
+            name,
+            context_settings=SETTINGS,
+            help=command.help,
+            short_help=command.short,
+            epilog=examples,
+        )
         self.command = command
         self.section = section
 
@@ -536,7 +542,7 @@ class StageGroup(click.Group):
 
 def _group() -> StageGroup:
     group = StageGroup(
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        context_settings=SETTINGS,
         help=f"Video backbones from unlabelled video (DistInit).\n\n{FLOW}\nStart with: distinit demo",
     )
     click.version_option(__version__, "-V", "--version", message="distinit %(version)s")(group)

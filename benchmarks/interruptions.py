@@ -93,7 +93,10 @@ def teacher(k):
 
 other = lambda k: teacher(k + 1)
 """
-STUDENT = {"student": "{architecture: r3d_18, width: 0.0625}", "clips": "{length: 4, size: 32}"}
+STUDENT = {
+    "student": "{architecture: r3d_18, width: 0.0625}",
+    "clips": "{clip_frames: 4, size: 32}",
+}
 TEST = "--set=test={clips: 2, workers: 1}"
 LOOP = "--set=loop={batch_size: 4, epochs: 2, epoch_clips: 8, workers: 1, device: cpu, threads: 1, checkpoint_every: 1}"
 PLAN = f"""
@@ -331,14 +334,14 @@ class Workplace:
             [self.base / f"part{i}.zarr" for i in (1, 2)],
         )
         student = [f"--set={key}={value}" for key, value in STUDENT.items()]
-        train = ["train-student", "--targets", str(one), *student, LOOP, "--resume", "auto"]
+        train = ["train-student", "--store", str(one), *student, LOOP, "--resume", "auto"]
         labels = ["--dataset", f"csv:{self.root / 'labels.csv'}", "--root", videos]
         finetune = ["finetune", *labels, *student, TEST, LOOP, "--resume", "auto"]
         dataset = f"csv:{self.root / 'labels.csv'}={videos}"
         ablate = [
             "ablate",
             str(self.root / "plan.yaml"),
-            "--targets",
+            "--store",
             str(one),
             "--dataset",
             dataset,

@@ -95,8 +95,8 @@ def targets(source: str, videos: int, rounds: int, count: int) -> None:
         store, small = build(source, videos, Path(name))
         net = resnet50().eval()
         rows: list[list[object]] = []
-        for where, moved in (("videos", None), ("prepared copies", {"v": str(small)})):
-            clips = StudentClips(sampler_of(store, count), VIEW, moved)
+        for where, video_roots in (("videos", None), ("prepared copies", {"v": str(small)})):
+            clips = StudentClips(sampler_of(store, count), VIEW, video_roots)
             drawn = [clips.sampler.draw(0, k) for k in range(count)]
 
             def bare(clips: StudentClips = clips, drawn: list[ClipSample] = drawn) -> float:
@@ -171,11 +171,11 @@ def flat(source: str, videos: int, count: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         store, small = build(source, videos, Path(name))
         rows: list[list[object]] = []
-        for where, moved, clips_read in (
+        for where, video_roots, clips_read in (
             ("prepared copies", {"v": str(small)}, count),
             ("videos", None, count // 5),
         ):
-            clips = StudentClips(sampler_of(store), VIEW, moved)
+            clips = StudentClips(sampler_of(store), VIEW, video_roots)
             steps = EpochBatchSampler(batch_size=10, steps_per_epoch=clips_read // 10, epochs=1)
             began = time.monotonic()
             for step, _ in enumerate(read_batches(clips, steps, workers=2, device=CPU), 1):

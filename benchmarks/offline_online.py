@@ -1,7 +1,7 @@
 """Extraction once and N trainings from the store, against N trainings with the teacher in the loop:
 hours.
 
-    python benchmarks/offline_online.py SOURCE --targets STORE [--teacher efficientnet_lite0]
+    python benchmarks/offline_online.py SOURCE --store STORE [--teacher efficientnet_lite0]
         [--width 0.25] [--size 56] [--batch-size 16] [--steps 8] [--rounds 3] [--videos 300000]
         [--frames-a-video 62]
         [--epochs 45] [--epoch-clips 1000000]
@@ -76,7 +76,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source")
-    parser.add_argument("--targets", required=True)
+    parser.add_argument("--store", required=True)
     parser.add_argument("--teacher", default="efficientnet_lite0")
     parser.add_argument("--student", default="r2plus1d_18")
     parser.add_argument("--width", type=float, default=0.25)
@@ -92,7 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     print(machine())
-    store = TargetStore.open(args.targets)
+    store = TargetStore.open(args.store)
     options = LoopOptions(batch_size=args.batch_size, device="cpu", clip_norm=5, epoch_clips=10**6)
     frames = extraction_rate(args)
     teacher = load_teacher(TeacherSpec(name=args.teacher))

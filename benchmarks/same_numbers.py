@@ -41,18 +41,18 @@ from safetensors import safe_open
 CLIPS_PER_CLASS = 2
 # Spellings of one option, the oldest first; a command line takes the one that `--help` knows.
 SPELLINGS = (
-    ("--targets", "--store"),
-    ("--filter-quantile", "--max-entropy-quantile"),
-    ("--gpu-batch-size", "--micro-batch-size"),
+    ("--store", "--store"),
+    ("--max-entropy-quantile", "--max-entropy-quantile"),
+    ("--micro-batch-size", "--micro-batch-size"),
 )
 # Keys of identities and metrics that were renamed, from old to new.
 RENAMED = {
-    "leave_out": "exclude",
+    "exclude": "exclude",
     "length": "clip_frames",
     "filter": "filter_mode",
     "nats": "max_entropy",
-    "gpu_batch_size": "micro_batch_size",
-    "lr_batch_size": "lr_base_batch_size",
+    "micro_batch_size": "micro_batch_size",
+    "lr_base_batch_size": "lr_base_batch_size",
     "loss_of_a_constant": "baseline_loss",
     "loss_of_the_targets": "loss_lower_bound",
     "learned": "explained_fraction",
@@ -65,7 +65,7 @@ EXTRACT = "extract-targets --teacher efficientnet_lite0 --every 4 --batch-size 8
 STUDENT = "--student r2plus1d_18 --width 0.125 --frames 8 --size 56"
 LOOP = "--epochs 2 --epoch-clips 16 --batch-size 4 --checkpoint-every 2 --workers 0 --device cpu"
 TRAIN = (
-    f"train-student {STUDENT} {LOOP} --picks random:2 --filter-quantile 0.6 --held-out 0.2"
+    f"train-student {STUDENT} {LOOP} --picks random:2 --max-entropy-quantile 0.6 --held-out 0.2"
     " --set targets.quantile_draws=50"
 )
 FINETUNE = f"finetune {LOOP} --test-clips 3"
@@ -186,10 +186,10 @@ def make(checkout: Checkout, inputs: dict[str, Path]) -> None:
     shutil.copytree(checkout.out / "few.zarr", checkout.out / "extended.zarr")
     checkout.run(f"{EXTRACT} c={{all}} --out {{out}}/extended.zarr", **paths)
     checkout.run("prepare c={all} --out {out}/copies", **paths)
-    checkout.run(f"{TRAIN} --targets {{out}}/store.zarr --out {{out}}/full", **paths)
+    checkout.run(f"{TRAIN} --store {{out}}/store.zarr --out {{out}}/full", **paths)
     checkout.kill_after(
         checkout.out / "half" / "checkpoints" / "last.pt",
-        f"{TRAIN} --targets {{out}}/store.zarr --out {{out}}/half",
+        f"{TRAIN} --store {{out}}/store.zarr --out {{out}}/half",
         **paths,
     )
     checkout.run(
@@ -206,7 +206,7 @@ def take_over(first: Checkout, second: Checkout, inputs: dict[str, Path]) -> Non
     shutil.copytree(first.out / "half", taken / "full")
     paths = {**inputs, "out": taken, "first": first.out}
     second.run(f"{EXTRACT} c={{all}} --out {{out}}/extended.zarr", **paths)
-    second.run(f"{TRAIN} --targets {{first}}/store.zarr --out {{out}}/full --resume", **paths)
+    second.run(f"{TRAIN} --store {{first}}/store.zarr --out {{out}}/full --resume", **paths)
     second.run("evaluate {first}/tuned --test-clips 2 --out {out}/again", **paths)
 
 

@@ -1,7 +1,7 @@
 """Steps of training with real clips and with a batch that is always there: does the loader hold the
 student up?
 
-    python benchmarks/training_steps.py --targets STORE [--student r2plus1d_18]
+    python benchmarks/training_steps.py --store STORE [--student r2plus1d_18]
         [--width 0.25] [--size 56]
         [--batch-sizes 16] [--workers 0 1] [--steps 20] [--rounds 3] [--device cuda]
 
@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--targets", required=True)
+    parser.add_argument("--store", required=True)
     parser.add_argument("--student", default="r2plus1d_18")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--frames", type=int, default=8)
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     keep_freed_memory()
-    store, device = TargetStore.open(args.targets), resolve_device(args.device)
+    store, device = TargetStore.open(args.store), resolve_device(args.device)
     print(machine())
     if device.type == "cuda":
         print(torch.cuda.get_device_name(device), torch.__version__)

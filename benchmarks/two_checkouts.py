@@ -29,8 +29,8 @@ STUDENT = "--student r2plus1d_18 --width 0.125 --frames 8 --size 56 --epochs 1 -
 COMMANDS = {
     "extract-targets": f"extract-targets {{videos}} {TEACHER} --out {{out}}/s.zarr",
     "prepare": "prepare {videos} --out {out}/copies",
-    "train-student": f"train-student --targets {{store}} {STUDENT} --workers 1 --out {{out}}/run",
-    "checkpoints": f"train-student --targets {{store}} {STUDENT} --workers 1 --out {{out}}/run"
+    "train-student": f"train-student --set store={{store}} {STUDENT} --workers 1 --out {{out}}/run",
+    "checkpoints": f"train-student --set store={{store}} {STUDENT} --workers 1 --out {{out}}/run"
     " --set loop.checkpoint_every=1",
     "verify": "targets verify {store}",
 }

@@ -20,7 +20,7 @@ from ..pipeline.common.locks import folder_lock
 from ..pipeline.common.run_dir import CELLS, CONFIG, SECONDS, check_output_dir
 from ..pipeline.common.urls import check_local
 from ..pipeline.evaluation.finetune_options import FinetuneConfig
-from ..pipeline.store.reader import TargetStore, check_moved
+from ..pipeline.store.reader import TargetStore, check_video_roots
 from ..pipeline.training.distillation_options import TrainConfig
 from .finetune import finetune
 from .train_student import train_student
@@ -44,9 +44,11 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
     if not datasets:
         raise UsageError("the plan names no data set: give --dataset")
     store = TargetStore.open(config.store)
-    check_moved(store, config.moved)
+    check_video_roots(store, config.video_roots)
     maker = StepMaker(
-        store, {name: os.path.abspath(folder) for name, folder in config.moved.items()}, COMMANDS
+        store,
+        {name: os.path.abspath(folder) for name, folder in config.video_roots.items()},
+        COMMANDS,
     )
     work = []
     for cell in cells(

@@ -61,7 +61,7 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
         "train-student",
         preset=PRESET,
         options={
-            "moved": {"demo": str(CORPUS)},
+            "video_roots": {"demo": str(CORPUS)},
             **config.train,
             "store": str(store),
             "out": str(runs / "student"),
@@ -156,7 +156,7 @@ def _farewell(
         "With your own videos, no labels needed, then with your labels (a csv of path,label,split1):",
         "  distinit extract-targets VIDEOS/ --out targets.zarr --teacher efficientnet_lite0 --dry-run",
         "  distinit extract-targets VIDEOS/ --out targets.zarr --teacher efficientnet_lite0",
-        "  distinit train-student --targets targets.zarr --out runs/student",
+        "  distinit train-student --store targets.zarr --out runs/student",
         "  distinit finetune --init runs/student --dataset csv:labels.csv --out runs/ours",
         "  distinit report runs --out report",
     ]

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..pipeline.clips.clip_options import ClipView
+from ..pipeline.common.config import current_keys
 from ..pipeline.common.console import Console
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.distributed import Ranks
@@ -324,7 +325,7 @@ def _run_config(run: Path) -> dict[str, Any]:
         raise UsageError(
             f"{run} is not a run of distinit finetune: its config.yaml has no section 'finetune'"
         )
-    return dict(content["finetune"])
+    return current_keys(content["finetune"])
 
 
 def _options(given: EvaluationOptions | None, used: dict[str, Any]) -> EvaluationOptions:

@@ -99,7 +99,10 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
         }
         for name, attributes in asked.items():  # before videos are listed, since those stay
             writer.check_teacher(
-                name, attributes, encoding=config.encoding, accept_run=config.accept_run
+                name,
+                attributes,
+                encoding=config.encoding,
+                allow_different_numerics=config.allow_different_numerics,
             )
         without = check_fingerprints(writer, fingerprints)
         pool = stack.enter_context(
@@ -127,7 +130,7 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
                 teacher.classes,
                 asked[name],
                 encoding=config.encoding,
-                accept_run=config.accept_run,
+                allow_different_numerics=config.allow_different_numerics,
                 fingerprint=fingerprints[name].record(),
             )
         copy_stored(plan, list(teachers))

@@ -171,7 +171,7 @@ def _finetune_split(
         videos = [*labels.train, *labels.test]
         counts = count_some(labels, videos)
         warn_of_short_videos(
-            counts, len(videos), config.clips.length, student.options.channels, console
+            counts, len(videos), config.clips.clip_frames, student.options.channels, console
         )
     console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     result = fit(
@@ -179,7 +179,7 @@ def _finetune_split(
         dataset=LabelledClips(
             labels,
             config.clips,
-            length=config.clips.length,
+            length=config.clips.clip_frames,
             seed=config.loop.seed,
             epoch_clips=options.clips_per_epoch,
             channels=student.options.channels,
@@ -200,7 +200,7 @@ def _finetune_split(
         student,
         labels,
         view=config.clips,
-        length=config.clips.length,
+        length=config.clips.clip_frames,
         options=config.test,
         device=device,
         out=run_dir,
@@ -259,7 +259,7 @@ def _resolved(config: FinetuneConfig, labels: Labels, start: Initialization) -> 
     file = student_file(config.init)
     meta = _meta(file) if file is not None else None
     if meta is not None:
-        theirs = {"length": meta.clip_length, "size": meta.clip_size, "resize": meta.resize}
+        theirs = {"clip_frames": meta.clip_length, "size": meta.clip_size, "resize": meta.resize}
         given = config.clips.model_fields_set
         if "size" in given:  # another size wants its own resize, not the file's
             theirs.pop("resize")
@@ -289,7 +289,7 @@ def _build(
     if start.options.channels == FLOW_CHANNELS:
         require_opencv()
     torch.manual_seed(config.loop.seed)
-    clip = (config.clips.length, config.clips.size)
+    clip = (config.clips.clip_frames, config.clips.size)
     student = build_student(start.options, {HEAD: len(labels.classes)}, config.dropout, clip=clip)
     report = None if config.init == SCRATCH else start.fill(student)
     if config.freeze == "backbone":
@@ -368,7 +368,7 @@ def _export(config: FinetuneConfig, labels: Labels, student: Student, run_dir: P
     clips = config.clips
     meta = StudentMeta(
         classes={HEAD: list(labels.classes)},
-        clip_length=clips.length,
+        clip_length=clips.clip_frames,
         clip_size=clips.size,
         resize=_pair(clips),
         extra={"dataset": config.dataset, "split": labels.split, "init": config.init},

@@ -12,7 +12,7 @@ from ..pipeline.common.files import write_page
 from ..pipeline.common.run_dir import check_page_dir
 from ..pipeline.reporting.store_page import store_page
 from ..pipeline.reporting.store_summary import summarize_store
-from ..pipeline.store.reader import TargetStore, check_moved
+from ..pipeline.store.reader import TargetStore, check_video_roots
 from ..pipeline.store.store_options import BrowseOptions
 
 RECORD = "browse.yaml"
@@ -24,10 +24,12 @@ def targets_browse(options: BrowseOptions, console: Console) -> dict[str, Any]:
     Raises StoreError, UsageError (a corpus that the store does not have, `out` cannot be written).
     """
     store = TargetStore.open(options.store)
-    check_moved(store, options.moved)
+    check_video_roots(store, options.video_roots)
     page = Path(options.out) / "browse.html"
     check_page_dir(page, (RECORD,))
-    found = summarize_store(store, options.sample, seed=options.seed, moved=options.moved)
+    found = summarize_store(
+        store, options.sample, seed=options.seed, video_roots=options.video_roots
+    )
     write_page(page, store_page(found, __version__))
     write_config(page.with_name(RECORD), "targets-browse", options)
     missing = {video.path: video.problem for video in found.videos if video.problem is not None}

@@ -33,7 +33,7 @@ def targets_merge(options: MergeOptions, console: Console) -> dict[str, Any]:
     stores = [TargetStore.open(part) for part in options.parts]
     if any(Path(store.name) == out.absolute() for store in stores):
         raise UsageError(f"--out {out}: is one of the parts")
-    check_parts(stores, accept_run=options.accept_run)
+    check_parts(stores, allow_different_numerics=options.allow_different_numerics)
     fingerprints = _fingerprints(stores, console)
     _say_missing(stores, console)
     placed, corpora = place(stores)

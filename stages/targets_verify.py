@@ -39,7 +39,7 @@ def targets_verify(options: VerifyOptions, console: Console) -> dict[str, Any]:
         if options.frames:
             from ..pipeline.extraction.frame_check import frame_check, identify_again
 
-            by_video = frame_check(store, console, options.moved)
+            by_video = frame_check(store, console, options.video_roots)
             findings += [finding for of_video in by_video.values() for finding in of_video]
         if options.deep:
             from ..pipeline.extraction.deep_verify import deep_check
@@ -49,7 +49,7 @@ def targets_verify(options: VerifyOptions, console: Console) -> dict[str, Any]:
                 options.deep,
                 console,
                 seed=options.seed,
-                moved=options.moved,
+                video_roots=options.video_roots,
                 weights=options.weights,
                 allow_teachers=options.allow_teachers,
                 device=options.device,
@@ -59,7 +59,7 @@ def targets_verify(options: VerifyOptions, console: Console) -> dict[str, Any]:
             console.say(str(finding))
         dropped = 0
         if writer is not None and by_video and not index.broken:
-            identify_again(store, writer, list(by_video), options.moved)
+            identify_again(store, writer, list(by_video), options.video_roots)
         if options.repair and any(finding.shard is not None for finding in findings):
             dropped = drop_commits(Path(store.path), findings)
             console.say(

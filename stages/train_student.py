@@ -30,10 +30,10 @@ from ..pipeline.common.run_dir import (
     STUDENT_FILE,
     check_output_dir,
 )
-from ..pipeline.evaluation.exclusion import canonical_leave_out, left_out_of
+from ..pipeline.evaluation.exclusion import canonical_exclude, left_out_of
 from ..pipeline.evaluation.short_videos import warn_of_short_videos
 from ..pipeline.store.exclude import Exclusion
-from ..pipeline.store.reader import TargetStore, check_moved
+from ..pipeline.store.reader import TargetStore, check_video_roots
 from ..pipeline.store.storage import absolute
 from ..pipeline.students.export import save_student
 from ..pipeline.students.student import Student, build_student, count_parameters
@@ -116,7 +116,9 @@ def _train_locked(
         ranks.on_all_ranks(lambda: require_not_longer(run_dir, options))
     ranks.on_main(lambda: write_config(run_dir / CONFIG, COMMAND, _absolute(config)))
     if saved is None or not (run_dir / SEEN_VIDEOS).exists():
-        ranks.on_main(lambda: _seen(store, parts.train.sampler.videos, config.moved).write(run_dir))
+        ranks.on_main(
+            lambda: _seen(store, parts.train.sampler.videos, config.video_roots).write(run_dir)
+        )
 
     student = ranks.on_all_ranks(lambda: _build(config, store, teachers))
     console.say(
@@ -174,20 +176,20 @@ def _open(config: TrainConfig) -> tuple[TargetStore, tuple[str, ...], torch.devi
     """The store, the teachers to learn from, and the device."""
     device = resolve_device(config.loop.device)
     store = TargetStore.open(config.store)
-    check_moved(store, config.moved)
+    check_video_roots(store, config.video_roots)
     return store, _teachers(config, store), device
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """The config with paths that hold from any folder."""
-    moved = {name: os.path.abspath(folder) for name, folder in config.moved.items()}
+    video_roots = {name: os.path.abspath(folder) for name, folder in config.video_roots.items()}
     paths: dict[str, Any] = {
         "store": absolute(config.store),
         "out": os.path.abspath(config.out),
-        "moved": moved,
+        "video_roots": video_roots,
     }
-    if config.leave_out is not None:
-        paths["leave_out"] = canonical_leave_out(config.leave_out)
+    if config.exclude is not None:
+        paths["exclude"] = canonical_exclude(config.exclude)
     return config.model_copy(update=paths)
 
 
@@ -222,7 +224,7 @@ def _assemble(
     if channels == FLOW_CHANNELS:
         require_opencv()
     usable = store.usable(teachers)
-    left_out = left_out_of(store, config.leave_out, config.leave_out_split, config.moved)
+    left_out = left_out_of(store, config.exclude, config.exclude_split, config.video_roots)
     if left_out is not None:
         console.say(left_out.describe())
         usable = left_out.remove_from(usable)
@@ -248,13 +250,13 @@ def _assemble(
             store,
             teachers=teachers,
             picks=PickRule.parse(config.targets.picks),
-            clip_length=config.clips.length,
+            clip_length=config.clips.clip_frames,
             videos=ids,
             seed=seed,
             epoch_clips=options.clips_per_epoch,
             flip=config.clips.flip,
             thresholds=thresholds,
-            reject=config.targets.filter,
+            reject=config.targets.filter_mode,
             fixed=fixed,
             shares=None if fixed else shares,
             ahead=pictures_needed(0, channels),
@@ -264,11 +266,17 @@ def _assemble(
     unfiltered.check_windows()
     found = measure_thresholds(config.targets, unfiltered, saved, console)
     thresholds = found.thresholds
-    train = StudentClips(sampler(videos, thresholds), config.clips, config.moved, channels=channels)
+    train = StudentClips(
+        sampler(videos, thresholds), config.clips, config.video_roots, channels=channels
+    )
     for line in train.missing():
         console.warn(line)
     warn_of_short_videos(
-        store.frame_counts[videos].tolist(), len(videos), config.clips.length, channels, console
+        store.frame_counts[videos].tolist(),
+        len(videos),
+        config.clips.clip_frames,
+        channels,
+        console,
     )
     held_ids = _usable_held_out(
         held_ids, lambda ids: sampler(ids, thresholds, fixed=True), config.held_out_clips
@@ -280,14 +288,14 @@ def _assemble(
     held = None
     if len(held_ids):
         fixed = sampler(held_ids, thresholds, fixed=True)
-        held = StudentClips(fixed, config.clips, config.moved, channels=channels)
+        held = StudentClips(fixed, config.clips, config.video_roots, channels=channels)
     return _Parts(train, held, found, left_out)
 
 
-def _seen(store: TargetStore, videos: np.ndarray, moved: dict[str, str]) -> SeenVideos:
+def _seen(store: TargetStore, videos: np.ndarray, video_roots: dict[str, str]) -> SeenVideos:
     """The videos that a student learns from, those held out or left out not among them."""
-    places = [store.video_path(int(video), moved) for video in videos]
-    if moved:  # a corpus may have moved, or copies of it may be read
+    places = [store.video_path(int(video), video_roots) for video in videos]
+    if video_roots:  # a corpus may have moved, or copies of it may be read
         lay = [store.video_path(int(video)) for video in videos]
         places = [
             now if os.path.exists(now) else before for now, before in zip(places, lay, strict=True)
@@ -385,7 +393,7 @@ def _build(config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]) -
     """The student with seeded fresh weights."""
     torch.manual_seed(config.loop.seed)
     heads = {name: len(store.teachers[name].classes) for name in teachers}
-    return build_student(config.student, heads, clip=(config.clips.length, config.clips.size))
+    return build_student(config.student, heads, clip=(config.clips.clip_frames, config.clips.size))
 
 
 def _identity(
@@ -408,7 +416,7 @@ def _identity(
             "quantile": config.targets.max_entropy_quantile,
             "nats": parts.filter.thresholds,
         },
-        "leave_out": parts.left_out.digest if parts.left_out is not None else None,
+        "exclude": parts.left_out.digest if parts.left_out is not None else None,
         "held_out": {"share": config.held_out, "clips": config.held_out_clips},
         **options.identity(),
     }
@@ -420,7 +428,7 @@ def _check_same(run_dir: Path, saved: dict[str, Any], identity: dict[str, Any]) 
     grown = theirs["id"] == ours["id"] and theirs["videos"] < ours["videos"]
     if (
         grown
-        and saved["leave_out"] == identity["leave_out"]
+        and saved["exclude"] == identity["exclude"]
         and saved["held_out"] == identity["held_out"]
     ):
         raise StoreMismatchError(
@@ -444,7 +452,7 @@ def _export(
     resize = config.clips.frame_view().resize
     meta = StudentMeta(
         classes={name: list(store.teachers[name].classes) for name in teachers},
-        clip_length=config.clips.length,
+        clip_length=config.clips.clip_frames,
         clip_size=config.clips.size,
         resize=resize if isinstance(resize, tuple) else None,
         extra={

@@ -91,7 +91,7 @@ def test_a_run_is_resumed_from_its_own_config(artifacts: Path, tmp_path: Path) -
     options = {
         "store": str(artifacts / "store.zarr"),
         "out": str(run),
-        "moved": {"demo": str(DEMO)},
+        "video_roots": {"demo": str(DEMO)},
         "loop.epochs": 2,
         "resume": True,
     }

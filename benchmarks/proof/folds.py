@@ -37,7 +37,7 @@ def read_labels(folder: Path) -> list[Row]:
 
 
 def write_leave_out(out: Path, folders: Sequence[Path]) -> None:
-    """OUT/testK.txt: the test videos of split K of all data sets, for train-student's leave_out."""
+    """OUT/testK.txt: the test videos of split K of all data sets, for train-student's exclude."""
     for k in SPLITS:
         names = [
             f"{folder.name}/{row['path']}"

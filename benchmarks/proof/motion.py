@@ -246,8 +246,13 @@ class Proof:
         base = {
             "train-student": {
                 "student": {"architecture": "r3d_18", "width": self.args.width},
-                "clips": {"length": 8, "size": SIDE, "resize": [RESIZED, RESIZED], "flip": 0.0},
-                "leave_out": str(self.corpus / "test.txt"),
+                "clips": {
+                    "clip_frames": 8,
+                    "size": SIDE,
+                    "resize": [RESIZED, RESIZED],
+                    "flip": 0.0,
+                },
+                "exclude": str(self.corpus / "test.txt"),
                 "loop": {**loop, **pretraining},
             },
             "finetune": {  # mirrored, left would be right
@@ -266,7 +271,7 @@ class Proof:
         file = self.out / f"{name}.yaml"
         file.write_text(yaml.safe_dump(plan, sort_keys=False))
         words = [
-            "--targets",
+            "--store",
             str(self.out / "targets.zarr"),
             "--dataset",
             f"csv:{self.corpus / 'labels.csv'}",

@@ -297,7 +297,7 @@ class Proof:
         plan["splits"] = [split] if split is not None else list(SPLITS)
         file = plans / f"{_slug(name)}.yaml"
         file.write_text(yaml.safe_dump(plan, sort_keys=False))
-        words = ["--targets", str(self.args.store or self.out / "targets.zarr")]
+        words = ["--store", str(self.args.store or self.out / "targets.zarr")]
         for corpus in self.corpora:
             words += ["--videos", f"{corpus}={self.copies}"]
         words += ["--dataset", f"csv:{labels.resolve()}={root.resolve()}"]
@@ -342,14 +342,14 @@ class Proof:
         }
         student = {
             "student": {"width": self.args.width},
-            "clips": {"length": 8, "size": 56, "resize": [64, 85]},
+            "clips": {"clip_frames": 8, "size": 56, "resize": [64, 85]},
             "targets": {"teachers": [TEACHER]},  # diagnostics.py may have added another
             "loop": {**loop, **pretraining, "step_epochs": 6, "gamma": 0.1},
         }
         if self.flow:
             student["student"]["channels"] = 2
         if not seen:
-            student["leave_out"] = str(self.lists / "test{split}.txt")
+            student["exclude"] = str(self.lists / "test{split}.txt")
         tuning = {
             "videos": str(self.copies),
             "loop": {

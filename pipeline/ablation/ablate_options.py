@@ -16,7 +16,7 @@ class AblateConfig(Options):
     plan: Annotated[str, CliOption("PLAN")] = Field(
         description="a YAML file, or the name of a plan that ships with the package"
     )
-    store: Annotated[StoreAddress, CliOption("--targets", metavar="STORE")] = Field(
+    store: Annotated[StoreAddress, CliOption("--store", metavar="STORE")] = Field(
         description="the target store of extract-targets: a folder or a URL"
     )
     out: Annotated[str, CliOption(group="Output", metavar="DIR")] = Field(
@@ -34,7 +34,7 @@ class AblateConfig(Options):
     seeds: Annotated[list[int] | None, CliOption("--seed", "Training", "N", shown="the plan's")] = (
         Field(default=None, description="seed of every random draw; repeatable")
     )
-    moved: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
+    video_roots: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
         default_factory=dict, description=VIDEO_ROOTS_HELP
     )
     base: dict[str, dict[str, Any]] = Field(

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.config import load_config, merge, preset_section
+from ..common.config import first_keys, load_config, merge, preset_section
 from ..common.console import Console
 from ..common.run_dir import RESULT, STEP_FOLDERS, STUDENT_FILE
 from ..common.settings import Options
-from ..evaluation.exclusion import canonical_leave_out, leave_out
+from ..evaluation.exclusion import canonical_exclude, exclude
 from ..evaluation.labels import Labels, canonical, load_labels
 from ..evaluation.run_labels import labels_digest
 from ..store.exclude import Exclusion
@@ -31,7 +31,7 @@ from .plan import SECTIONS, STUDENT, Cell
 
 TRAIN, TUNE = SECTIONS
 PATHS = {
-    TRAIN: {"out", "resume", "moved", "store", "leave_out", "leave_out_split"},
+    TRAIN: {"out", "resume", "video_roots", "store", "exclude", "exclude_split"},
     TUNE: {"out", "resume", "verbose", "videos", "init", "dataset", "root"},
 }
 Commands = Mapping[str, tuple[type[Options], Callable[[Any, Console], dict[str, Any]]]]
@@ -73,15 +73,15 @@ class Step:
 class StepMaker:
     """Makes the steps of cells for one store."""
 
-    def __init__(self, store: TargetStore, moved: dict[str, str], commands: Commands) -> None:
-        self.store, self.moved, self.commands = store, moved, commands
+    def __init__(self, store: TargetStore, video_roots: dict[str, str], commands: Commands) -> None:
+        self.store, self.video_roots, self.commands = store, video_roots, commands
         self._labels: dict[tuple[Any, ...], Labels] = {}
         self._left: dict[tuple[Any, ...], Exclusion] = {}
 
     def student(self, cell: Cell) -> Step:
         """The run of stage two of a cell. Raises UsageError for a config that does not hold."""
         config = self._config(
-            TRAIN, cell, {"store": self.store.name, "out": ".", "moved": self.moved}
+            TRAIN, cell, {"store": self.store.name, "out": ".", "video_roots": self.video_roots}
         )
         teachers = config.targets.teachers or tuple(self.store.teachers)
         identity = self.store.identity()
@@ -92,9 +92,9 @@ class StepMaker:
             "teachers": {name: identity["teachers"].get(name) for name in teachers},
             "videos": len(usable),
         }
-        if config.leave_out is not None:
-            config = config.model_copy(update={"leave_out": canonical_leave_out(config.leave_out)})
-            left_out = self._left_out(config.leave_out, config.leave_out_split)
+        if config.exclude is not None:
+            config = config.model_copy(update={"exclude": canonical_exclude(config.exclude)})
+            left_out = self._left_out(config.exclude, config.exclude_split)
             seen["leave_out"] = left_out.digest
             usable = left_out.remove_from(usable)
         loop = config.loop.for_videos(int(len(usable) * (1 - config.held_out)))
@@ -124,7 +124,7 @@ class StepMaker:
             clips = {
                 k: v
                 for k, v in ours.clips.model_dump(mode="json").items()
-                if k in ("length", "size", "resize")
+                if k in ("clip_frames", "size", "resize")
             }
             forced["clips"] = merge(clips, section.get("clips", {}))
         config = self._config(TUNE, cell, forced)
@@ -153,7 +153,7 @@ class StepMaker:
 
     def _left_out(self, source: str, split: int | str | None) -> Exclusion:
         if (source, split) not in self._left:
-            self._left[source, split] = leave_out(self.store, source, split, self.moved)
+            self._left[source, split] = exclude(self.store, source, split, self.video_roots)
         return self._left[source, split]
 
     def _labels_of(self, config: Any) -> Labels:
@@ -200,7 +200,7 @@ def _given(config: Options) -> dict[str, Any]:
 
 
 def _network(ours: TrainConfig, loop: Any) -> dict[str, Any]:
-    shape = {"length": ours.clips.length, "size": ours.clips.size}
+    shape = {"length": ours.clips.clip_frames, "size": ours.clips.size}
     options = loop.loop
     at_once = options.clips_at_once(options.gpus)
     how = {"clips_at_once": at_once, "precision": options.precision, "device": options.device}
@@ -208,11 +208,9 @@ def _network(ours: TrainConfig, loop: Any) -> dict[str, Any]:
 
 
 def _bare(config: Any, kind: str) -> dict[str, Any]:
-    return dict(
-        config.model_dump(
-            mode="json", exclude={**dict.fromkeys(PATHS[kind], True), "loop": set(FREE)}
-        )
-    )
+    """Return what decides the outcome, in the names of version 0.1: a digest never changes."""
+    free = {**dict.fromkeys(PATHS[kind], True), "loop": set(FREE)}
+    return first_keys(config.model_dump(mode="json", exclude=free))
 
 
 def _digest(*parts: Any) -> str:

@@ -49,6 +49,44 @@ SECTIONS = (
 )
 
 
+# Keys of version 0.1 → their names now. Configs that it stored, and identities in its checkpoints,
+# are read with them; in a digest, which must never change, the first names stay.
+RENAMED_KEYS = {
+    "clips.length": "clips.clip_frames",
+    "targets.filter": "targets.filter_mode",
+    "loop.gpu_batch_size": "loop.micro_batch_size",
+    "loop.lr_batch_size": "loop.lr_base_batch_size",
+    "moved": "video_roots",
+    "leave_out": "exclude",
+    "leave_out_split": "exclude_split",
+    "accept_run": "allow_different_numerics",
+}
+
+
+def current_keys(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored section or identity with the names that its keys have now."""
+    return _renamed(stored, RENAMED_KEYS)
+
+
+def first_keys(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section with the names that its keys had in version 0.1."""
+    return _renamed(section, {new: old for old, new in RENAMED_KEYS.items()})
+
+
+def _renamed(
+    section: Mapping[str, Any], names: Mapping[str, str], prefix: str = ""
+) -> dict[str, Any]:
+    """Return the section with renamed keys, also one level down; an existing new key is kept."""
+    result: dict[str, Any] = {}
+    for key, value in section.items():
+        name = names.get(f"{prefix}{key}", f"{prefix}{key}").rpartition(".")[2]
+        inner = isinstance(value, Mapping) and not prefix
+        result[key if name in section else name] = (
+            _renamed(value, names, f"{key}.") if inner else value
+        )
+    return result
+
+
 def load_config(
     model: type[C],
     command: str,
@@ -74,7 +112,7 @@ def load_config(
     if preset is not None:
         below.append((f"preset {preset}", preset_section(preset, command)))
     if file is not None:
-        below.append((file, _section(read_yaml(Path(file)), command, file)))
+        below.append((file, current_keys(_section(read_yaml(Path(file)), command, file))))
     all_layers: list[tuple[str, Mapping[str, Any]]] = [
         (origin, _without(layer, dropped)) for origin, layer in below
     ]

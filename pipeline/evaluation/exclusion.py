@@ -1,4 +1,4 @@
-"""`--leave-out`: a list of videos, or the test side of labels, as videos of a store."""
+"""`--exclude`: a list of videos, or the test side of labels, as videos of a store."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..common.errors import UsageError
-from ..store.exclude import Exclusion, leave_out_list
+from ..store.exclude import Exclusion, exclude_list
 from ..store.reader import TargetStore
 from ..training.seen_videos import OWN, SeenVideos
 from .labels import available_splits, canonical, load_labels
@@ -25,26 +25,26 @@ def names_labels(source: str) -> bool:
     return bool(colon and where) and kind in FORMS and not os.path.exists(source)
 
 
-def canonical_leave_out(source: str) -> str:
+def canonical_exclude(source: str) -> str:
     """The source under a name that holds from any folder."""
     return canonical(source) if names_labels(source) else os.path.abspath(source)
 
 
-def leave_out(
-    store: TargetStore, source: str, split: int | str | None, moved: Mapping[str, str]
+def exclude(
+    store: TargetStore, source: str, split: int | str | None, video_roots: Mapping[str, str]
 ) -> Exclusion:
     """The videos of the store that a list names, or that are among the test videos of labels.
 
-    Labelled videos are known by content, so the labels may name copies or other paths. moved: where
-    corpora lie now. Raises UsageError: an empty list, a line or a label file that names no video of
-    the store; LabelsError.
+    Labelled videos are known by content, so the labels may name copies or other paths. video_roots:
+    where corpora lie now. Raises UsageError: an empty list, a line or a label file that names no
+    video of the store; LabelsError.
     """
     if not names_labels(source):
         if split is not None:
             raise UsageError(
-                f"--split {split}: {source} is a list; a split goes with --leave-out csv:FILE"
+                f"--split {split}: {source} is a list; a split goes with --exclude csv:FILE"
             )
-        return leave_out_list(store, source)
+        return exclude_list(store, source)
     kind, _, where = source.partition(":")
     dataset, root = (kind, where) if kind in OFFICIAL else (source, None)
     numbers = (
@@ -59,26 +59,26 @@ def leave_out(
         labels = load_labels(dataset, number, root=root, partial=kind == "kinetics")
         digests += [labels.digest(video) for video in labels.test]
         paths += [labels.absolute(video) for video in labels.test]
-    places = [store.video_path(video, moved) for video in range(store.n_videos)]
+    places = [store.video_path(video, video_roots) for video in range(store.n_videos)]
     listed = SeenVideos(store.column("digest"), places, np.full(store.n_videos, OWN, np.uint8))
     by_path = {place: video for video, place in enumerate(map(os.path.abspath, places))}
     found = {row for rows in listed.rows(digests, paths) for row in rows}
     found |= {by_path[path] for path in map(os.path.abspath, paths) if path in by_path}
     if not found:
         raise UsageError(
-            f"leave_out: none of the {len(set(paths))} test videos of {source} is in {store.name}"
+            f"exclude: none of the {len(set(paths))} test videos of {source} is in {store.name}"
         )
     return Exclusion.of(store, source, found, len(set(paths)))
 
 
 def left_out_of(
-    store: TargetStore, source: str | None, split: int | str | None, moved: Mapping[str, str]
+    store: TargetStore, source: str | None, split: int | str | None, video_roots: Mapping[str, str]
 ) -> Exclusion | None:
-    """What `leave_out` gives; None where nothing is left out. UsageError for a split of nothing."""
+    """What `exclude` gives; None where nothing is left out. UsageError for a split of nothing."""
     if source is None:
         if split is not None:
             raise UsageError(
-                f"--split {split}: goes with --leave-out csv:FILE, whose test videos are left out"
+                f"--split {split}: goes with --exclude csv:FILE, whose test videos are left out"
             )
         return None
-    return leave_out(store, source, split, moved)
+    return exclude(store, source, split, video_roots)

@@ -16,7 +16,7 @@ from .evaluation_options import COPIES_HELP, PARTIAL_HELP, EvaluationOptions
 class FinetuneClips(ClipView):
     """The clips that are trained on and tested with."""
 
-    length: Annotated[int, CliOption("--frames", "Sampling", "T")] = Field(
+    clip_frames: Annotated[int, CliOption("--frames", "Sampling", "T")] = Field(
         default=8, ge=1, description="frames per clip"
     )
 

@@ -22,7 +22,7 @@ from ..common.errors import DistInitError, UsageError, VideoError
 from ..store import layout as fmt
 from ..store.encoding import arrays_of, decode, encode, rounding
 from ..store.index import OK
-from ..store.reader import TargetStore, check_moved
+from ..store.reader import TargetStore, check_video_roots
 from ..store.verify import Finding
 from ..teachers.fingerprint import Fingerprint
 from ..teachers.probes import fingerprint
@@ -128,7 +128,7 @@ def deep_check(
     console: Console,
     *,
     seed: int = 0,
-    moved: Mapping[str, str] | None = None,
+    video_roots: Mapping[str, str] | None = None,
     weights: Mapping[str, str] | None = None,
     allow_teachers: Collection[str] = (),
     device: str = "auto",
@@ -140,7 +140,7 @@ def deep_check(
         count: Number of videos.
         console: For progress.
         seed: Of the choice of videos.
-        moved: Corpus → its current folder.
+        video_roots: Corpus → its current folder.
         weights: Teacher in the store → its weights file.
         allow_teachers: Teachers whose code may run and whose weights may be downloaded although the
             store names them (`load_recorded`).
@@ -150,7 +150,7 @@ def deep_check(
         UsageError: The store does not have a corpus or teacher that is named.
         DeviceError: There is no such device.
     """
-    check_moved(store, moved or {})
+    check_video_roots(store, video_roots or {})
     for name in weights or {}:
         store.teacher(name)
     findings: list[Finding] = []
@@ -173,7 +173,7 @@ def deep_check(
         console.progress("decoding again", total=len(chosen), unit="videos") as bar,
     ):
         for video in chosen.tolist():
-            path = store.video_path(video, moved)
+            path = store.video_path(video, video_roots)
             findings += _check_video(
                 store, video, path, pool, {r: views.index(r.teacher.view) for r in replays}
             )

@@ -92,7 +92,7 @@ class ExtractConfig(Options):
     retry_failed: Annotated[bool, CliOption()] = Field(
         False, description="retry the videos that failed before"
     )
-    accept_run: Annotated[bool, CliOption(group="Hardware")] = Field(
+    allow_different_numerics: Annotated[bool, CliOption(group="Hardware")] = Field(
         False, description="continue with another batch size, precision, torch or device kind"
     )
     accept_teachers: Annotated[list[str], CliOption("--accept-teacher", "Teacher", "NAME")] = Field(

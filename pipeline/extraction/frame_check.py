@@ -13,7 +13,7 @@ from ..common.console import Console
 from ..common.errors import VideoError
 from ..common.processes import cores
 from ..store.index import OK
-from ..store.reader import TargetStore, check_moved
+from ..store.reader import TargetStore, check_video_roots
 from ..store.verify import Finding
 from ..store.writer import StoreWriter
 from ..video.container import digest
@@ -24,21 +24,21 @@ from .planner import video_columns
 
 
 def frame_check(
-    store: TargetStore, console: Console, moved: Mapping[str, str] | None = None
+    store: TargetStore, console: Console, video_roots: Mapping[str, str] | None = None
 ) -> dict[int, list[Finding]]:
     """Return findings for each video whose file lacks the frames, or the size, of the store.
 
-    moved: corpus → its current folder. Most files are only read, not decoded.
+    video_roots: corpus → its current folder. Most files are only read, not decoded.
 
     Raises:
         UsageError: The store does not have a corpus.
     """
-    check_moved(store, moved or {})
+    check_video_roots(store, video_roots or {})
     findings: dict[int, list[Finding]] = {}
     readable: list[int] = []
     videos = np.flatnonzero((store.video_state == OK) & (store.row_counts > 0)).tolist()
     for video in videos:
-        path = store.video_path(video, moved)
+        path = store.video_path(video, video_roots)
         try:
             here = digest(path)
         except VideoError as error:
@@ -54,7 +54,7 @@ def frame_check(
         DecodePool(processes=cores(), views=[view]) as pool,
         console.progress("reading videos", total=len(readable), unit="videos") as bar,
     ):
-        paths = [store.video_path(video, moved) for video in readable]
+        paths = [store.video_path(video, video_roots) for video in readable]
         for video, path, read in zip(readable, paths, pool.timelines(paths), strict=True):
             if isinstance(read, Failed):
                 findings[video] = [Finding(f"{path}: {read.reason}")]
@@ -102,10 +102,10 @@ def identify_again(
     store: TargetStore,
     writer: StoreWriter,
     videos: list[int],
-    moved: Mapping[str, str] | None = None,
+    video_roots: Mapping[str, str] | None = None,
 ) -> None:
     """Write the identity of the files of `videos` again, if the teachers saw the same files."""
-    paths = [store.video_path(video, moved) for video in videos]
+    paths = [store.video_path(video, video_roots) for video in videos]
     with DecodePool(processes=1, views=[View(resize=(16, 16))]) as pool:
         probes = dict(zip(videos, pool.probe(paths), strict=True))
     same = {

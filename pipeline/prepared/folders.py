@@ -61,7 +61,7 @@ def copy_name(relative: str, kind: Kind = "copy") -> str:
     return "/".join(parts) + ENDINGS[kind]
 
 
-def prepared_corpora(moved: Mapping[str, str]) -> dict[str, PreparedCorpus]:
+def prepared_corpora(video_roots: Mapping[str, str]) -> dict[str, PreparedCorpus]:
     """Return those folders of `moved` (corpus → folder) that hold copies made by `prepare`.
 
     A folder of copies of a single corpus serves that corpus under any name. The folder of one
@@ -72,7 +72,7 @@ def prepared_corpora(moved: Mapping[str, str]) -> dict[str, PreparedCorpus]:
         UsageError: A folder of copies has none of the corpus.
     """
     prepared = {}
-    for name, folder in moved.items():
+    for name, folder in video_roots.items():
         marker = read_marker(folder)
         if marker is not None:
             names = list(marker["corpora"])

@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 from pydantic import Field, field_validator
 
+from ..common.config import current_keys
 from ..common.documents import (
     Form,
     is_regular_file,
@@ -308,6 +309,7 @@ def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
     config = _read_config(path, inside)
     command, kind = next(item for item in KINDS.items() if item[0] in config)
     section = require_form(config[command] or {}, _Config, f"{path / 'config.yaml'}: {command}")
+    section = current_keys(section)
     if "store" in section:  # an older version recorded URLs with their passwords
         section = {**section, "store": public_url(str(section["store"]))}
     result, predictions, metrics = read_json(path / RESULT, _Result, inside), None, None

@@ -97,9 +97,9 @@ class FrameReader:
     teacher_states: status of each video [V] by teacher.
     """
 
-    def __init__(self, store: TargetStore, moved: Mapping[str, str]) -> None:
-        self.store, self.moved = store, moved
-        self.prepared: Mapping[str, PreparedCorpus] = prepared_corpora(moved)
+    def __init__(self, store: TargetStore, video_roots: Mapping[str, str]) -> None:
+        self.store, self.video_roots = store, video_roots
+        self.prepared: Mapping[str, PreparedCorpus] = prepared_corpora(video_roots)
         # Once: each is a pass over all segments.
         self.teacher_states = {name: store.index.teacher_state(name) for name in store.teachers}
 
@@ -113,7 +113,7 @@ class FrameReader:
         corpus, _ = store.place(video)
         copies = self.prepared.get(corpus)
         if copies is None:
-            path = store.video_path(video, self.moved)
+            path = store.video_path(video, self.video_roots)
             check_file(store, video, path, digest(path))
             found = read_frames(path, index, view, expect=(index, pts))
         elif copies.kind == "flow":
@@ -125,15 +125,15 @@ class FrameReader:
 
 
 def summarize_store(
-    store: TargetStore, count: int, *, seed: int = 0, moved: Mapping[str, str] | None = None
+    store: TargetStore, count: int, *, seed: int = 0, video_roots: Mapping[str, str] | None = None
 ) -> StoreSummary:
     """Gather it: `count` random videos with rows, each teacher's labels, entropies and extremes,
     all failures.
 
-    moved: corpus → folder where it lies now, or of copies. A video that cannot be read is shown
-    with the reason in place of its pictures. Raises StoreError.
+    video_roots: corpus → folder where it lies now, or of copies. A video that cannot be read is
+    shown with the reason in place of its pictures. Raises StoreError.
     """
-    reader = FrameReader(store, moved or {})
+    reader = FrameReader(store, video_roots or {})
     state = store.video_state
     usable = np.flatnonzero((state == OK) & (store.row_counts > 0))
     chosen = np.sort(np.random.default_rng(seed).permutation(usable)[:count])

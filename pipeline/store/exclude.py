@@ -39,19 +39,19 @@ class Exclusion:
     def describe(self) -> str:
         """For the log: how many of how many."""
         among = f", of {self.wanted} that it names" if self.wanted != len(self.videos) else ""
-        return f"leave_out: {len(self.videos)} of {self.store.n_videos} videos are never drawn, by {self.source}{among}"
+        return f"exclude: {len(self.videos)} of {self.store.n_videos} videos are never drawn, by {self.source}{among}"
 
     def remove_from(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the videos that are not excluded; UsageError if none is left."""
         kept = videos[~np.isin(videos, self.videos)]
         if len(kept) == 0:
             raise UsageError(
-                f"leave_out: {self.source} names every video of {self.store.name} that could be drawn"
+                f"exclude: {self.source} names every video of {self.store.name} that could be drawn"
             )
         return kept
 
 
-def leave_out_list(store: TargetStore, path: str) -> Exclusion:
+def exclude_list(store: TargetStore, path: str) -> Exclusion:
     """Return the videos that a list names, as CORPUS/PATH.
 
     A line that begins with # is a comment unless the store has that video.
@@ -64,7 +64,7 @@ def leave_out_list(store: TargetStore, path: str) -> Exclusion:
     try:
         lines = [line.strip() for line in read_text(path).split("\n")]
     except OSError as error:
-        raise UsageError(f"leave_out: {path} cannot be read: {error.strerror}") from error
+        raise UsageError(f"exclude: {path} cannot be read: {error.strerror}") from error
     named = dict.fromkeys(line for line in lines if line)
     videos = []
     for video in range(store.n_videos):
@@ -76,11 +76,11 @@ def leave_out_list(store: TargetStore, path: str) -> Exclusion:
     example = "/".join(store.place(0)) if store.n_videos else "CORPUS/PATH"
     if unknown:
         raise UsageError(
-            f"leave_out: {path}: {unknown[0]!r} ({len(unknown)} such) is not in {store.name}; "
+            f"exclude: {path}: {unknown[0]!r} ({len(unknown)} such) is not in {store.name}; "
             f"a line is CORPUS/PATH, as in {example!r}; of a file of labels take csv:{path}"
         )
     if not videos:
         raise UsageError(
-            f"leave_out: {path} names no video; a line is CORPUS/PATH, as in {example!r}"
+            f"exclude: {path} names no video; a line is CORPUS/PATH, as in {example!r}"
         )
     return Exclusion.of(store, path, videos, len(videos))

@@ -56,7 +56,7 @@ def reading(store: TargetStore) -> Iterator[None]:
         yield
 
 
-def check_parts(stores: Sequence[TargetStore], *, accept_run: bool = False) -> None:
+def check_parts(stores: Sequence[TargetStore], *, allow_different_numerics: bool = False) -> None:
     """Raise StoreMismatchError naming both sides if two stores do not fit each other.
 
     These must be equal: sampling, shard size, teachers and for each its identity, encoding, classes
@@ -83,7 +83,12 @@ def check_parts(stores: Sequence[TargetStore], *, accept_run: bool = False) -> N
         _same(first, store, "teachers", sorted(first.teachers), sorted(store.teachers))
         for name, a in first.teachers.items():
             b = store.teachers[name]
-            for key in ("identity", "encoding", "classes", *(() if accept_run else ("run",))):
+            for key in (
+                "identity",
+                "encoding",
+                "classes",
+                *(() if allow_different_numerics else ("run",)),
+            ):
                 _same(first, store, f"teacher {name!r}: {key}", getattr(a, key), getattr(b, key))
         _check_finished(store)
     _check_disjoint(stores)
@@ -142,7 +147,7 @@ def plan_merge(
     first = placed[0].store
     nodes = fmt.read_nodes(first.files, "teachers", first.teachers)
     for name, record in first.teachers.items():
-        writer.add_teacher(name, record.classes, nodes[name], encoding=record.encoding, accept_run=True,
+        writer.add_teacher(name, record.classes, nodes[name], encoding=record.encoding, allow_different_numerics=True,
                            fingerprint=fingerprints.get(name))  # fmt: skip
 
 

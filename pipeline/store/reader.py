@@ -286,13 +286,13 @@ class TargetStore:
         blob, ends = self._paths
         return blob[int(ends[i - 1]) if i else 0 : int(ends[i])].decode()
 
-    def video_path(self, i: int, moved: Mapping[str, str] | None = None) -> str:
+    def video_path(self, i: int, video_roots: Mapping[str, str] | None = None) -> str:
         """Return the path of video `i`, below the folder of its corpus.
 
-        moved: corpus → its current folder.
+        video_roots: corpus → its current folder.
         """
         corpus = self.index.corpora[int(self.column("corpus")[i])]
-        root = (moved or {}).get(corpus["name"], unescape_path(corpus["root"]))
+        root = (video_roots or {}).get(corpus["name"], unescape_path(corpus["root"]))
         return os.path.join(root, unescape_path(self._path_at(i)))
 
     # -- rows
@@ -423,9 +423,9 @@ def _joined(parts: list[NDArray[Any]]) -> NDArray[np.int64]:
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
 
-def check_moved(store: TargetStore, moved: Mapping[str, str]) -> None:
+def check_video_roots(store: TargetStore, video_roots: Mapping[str, str]) -> None:
     """Raise UsageError if `--videos` names a corpus or folder that does not exist."""
-    for name, folder in moved.items():
+    for name, folder in video_roots.items():
         if name not in store.corpora:
             raise UsageError(
                 f"--videos {name}=…: the store has the corpora {', '.join(store.corpora)}"

@@ -42,7 +42,9 @@ class BrowseOptions(Options):
         default=12, ge=0, description="videos shown as strips of frames"
     )
     seed: Annotated[int, SEED] = Field(default=0, description="which videos those are")
-    moved: Annotated[dict[str, str], VIDEO_ROOTS] = Field(default={}, description=VIDEO_ROOTS_HELP)
+    video_roots: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
+        default={}, description=VIDEO_ROOTS_HELP
+    )
 
 
 class VerifyOptions(Options):
@@ -60,7 +62,9 @@ class VerifyOptions(Options):
         default=0, ge=0, description="decode N random videos again and run the teachers"
     )
     seed: Annotated[int, SEED] = Field(default=0, description="which videos those are")
-    moved: Annotated[dict[str, str], VIDEO_ROOTS] = Field(default={}, description=VIDEO_ROOTS_HELP)
+    video_roots: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
+        default={}, description=VIDEO_ROOTS_HELP
+    )
     weights: Annotated[
         dict[str, str], CliOption("--teacher-weights", "Teacher", "NAME=FILE", parse=parse_pairs)
     ] = Field(
@@ -79,7 +83,7 @@ class VerifyOptions(Options):
     @model_validator(mode="after")
     def _needs(self) -> VerifyOptions:
         teachers = self.weights or self.allow_teachers
-        if (self.moved and not (self.deep or self.frames)) or (teachers and not self.deep):
+        if (self.video_roots and not (self.deep or self.frames)) or (teachers and not self.deep):
             raise UsageError(
                 "--videos requires --frames or --deep N; --teacher-weights and --allow-teacher "
                 "require --deep N"
@@ -96,7 +100,7 @@ class MergeOptions(Options):
     out: Annotated[str, CliOption(group="Output", metavar="STORE")] = Field(
         description="the store to make, or to continue"
     )
-    accept_run: Annotated[bool, CliOption(group="Hardware")] = Field(
+    allow_different_numerics: Annotated[bool, CliOption(group="Hardware")] = Field(
         default=False,
         description="merge parts of different batch size, precision, torch or device kind",
     )

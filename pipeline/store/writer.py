@@ -203,20 +203,20 @@ class StoreWriter:
         attributes: Mapping[str, Any],
         *,
         encoding: Encoding | None = None,
-        accept_run: bool = False,
+        allow_different_numerics: bool = False,
     ) -> None:
         """StoreMismatchError if the store has a teacher of this name that is another.
 
         `attributes` holds `identity` (what the teacher is) and `run` (batch size, precision, torch,
         device
-        kind: what makes equal rows equal bits). `accept_run` lets another `run` continue the store;
-        every commit records its own. `encoding` None is that of the store, of a new teacher the
-        default.
+        kind: what makes equal rows equal bits). `allow_different_numerics` lets another `run`
+        continue the store; every commit records its own. `encoding` None is that of the store, of a
+        new teacher the default.
         """
         if name not in self.index.teachers:
             return
         stored = fmt.read_nodes(LocalFiles(self.root), "teachers", [name])[name]
-        for key in ("identity",) if accept_run else ("identity", "run"):
+        for key in ("identity",) if allow_different_numerics else ("identity", "run"):
             same_attributes(f"{self.root}: teacher {name!r}", key, stored[key], attributes[key])
         if encoding is not None:
             same_attributes(
@@ -230,11 +230,13 @@ class StoreWriter:
         attributes: Mapping[str, Any],
         *,
         encoding: Encoding | None = None,
-        accept_run: bool = False,
+        allow_different_numerics: bool = False,
         fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
         """Add a teacher, or check with `check_teacher` the one of this name and change nothing."""
-        self.check_teacher(name, attributes, encoding=encoding, accept_run=accept_run)
+        self.check_teacher(
+            name, attributes, encoding=encoding, allow_different_numerics=allow_different_numerics
+        )
         if name in self.index.teachers:
             return
         if not is_teacher_name(name):

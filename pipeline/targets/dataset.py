@@ -41,16 +41,16 @@ class StudentClips(Dataset[Any]):
     counts them. A held-out one (a `fixed` sampler) is None instead. Raises TrainingError after 20
     failures for a sample.
 
-    moved: corpus → folder where it lies now, or of copies (channels=2: or of flow) by `distinit
-    prepare`, which are read in place of the originals: the same draws, targets and frames.
-    UsageError if such a folder has none of the corpus, or its flow is of another size.
+    video_roots: corpus → folder where it lies now, or of copies (channels=2: or of flow) by
+    `distinit prepare`, which are read in place of the originals: the same draws, targets and
+    frames. UsageError if such a folder has none of the corpus, or its flow is of another size.
     """
 
     def __init__(
         self,
         sampler: TargetSampler,
         view: ClipView,
-        moved: Mapping[str, str] | None = None,
+        video_roots: Mapping[str, str] | None = None,
         *,
         channels: int = 3,
     ) -> None:
@@ -61,10 +61,10 @@ class StudentClips(Dataset[Any]):
         self.channels = channels
         self.sampler = sampler
         self.view = view
-        self.moved = dict(moved or {})
-        self.copies = prepared_corpora(self.moved)
+        self.video_roots = dict(video_roots or {})
+        self.copies = prepared_corpora(self.video_roots)
         for name, corpus in self.copies.items():
-            check_fits(corpus.options, view, channels, folder=f"{name}={self.moved[name]}")
+            check_fits(corpus.options, view, channels, folder=f"{name}={self.video_roots[name]}")
         self._failed: dict[int, str] = {}
         self._seen = np.zeros(0, bool)
 
@@ -142,10 +142,10 @@ class StudentClips(Dataset[Any]):
         """Where the frames of a video are read."""
         store = self.sampler.store
         if not self.copies:
-            return VideoFile(store.video_path(video, self.moved))
+            return VideoFile(store.video_path(video, self.video_roots))
         corpus = store.index.corpora[int(store.column("corpus")[video])]["name"]
         if corpus not in self.copies:
-            return VideoFile(store.video_path(video, self.moved))
+            return VideoFile(store.video_path(video, self.video_roots))
         found = self.copies[corpus]
         return VideoFile(found.path(store.video_path(video, {corpus: ""})), found.kind)
 

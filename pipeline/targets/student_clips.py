@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ..clips.clip_options import ClipView
-from ..store.reader import TargetStore, check_moved
+from ..store.reader import TargetStore, check_video_roots
 from ..video.flow import pictures_needed
 from .dataset import StudentClips
 from .picks import PickRule
@@ -27,7 +27,7 @@ def student_clips(
     reject: Literal["skip", "zero-weight"] = "skip",
     seed: int = 0,
     epoch_clips: int | None = None,
-    moved: Mapping[str, str] | None = None,
+    video_roots: Mapping[str, str] | None = None,
 ) -> StudentClips:
     """Return clips of the store's videos with their targets: dataset[(epoch, sample)] → a dict.
 
@@ -48,7 +48,8 @@ def student_clips(
         reject: Draw a rejected clip again, or give it weight zero.
         seed: Of all draws.
         epoch_clips: Samples per epoch, default one per video.
-        moved: corpus → folder where it is located now, or of copies or flow by `distinit prepare`.
+        video_roots: corpus → folder where it is located now, or of copies or flow by `distinit
+            prepare`.
 
     Raises:
         StoreError: There is no store, or it has no such teacher.
@@ -59,7 +60,7 @@ def student_clips(
         `student_clips("targets.zarr", frames=8, picks="random:2")[0, 0]["targets"]`
     """
     opened = store if isinstance(store, TargetStore) else TargetStore.open(store)
-    check_moved(opened, moved or {})
+    check_video_roots(opened, video_roots or {})
     names = tuple(teachers or opened.teachers)
     videos = opened.usable(names)
     sampler = TargetSampler(
@@ -75,4 +76,4 @@ def student_clips(
         ahead=pictures_needed(0, channels),
     )
     sampler.check_windows()
-    return StudentClips(sampler, ClipView(size=size, scale=scale), moved, channels=channels)
+    return StudentClips(sampler, ClipView(size=size, scale=scale), video_roots, channels=channels)

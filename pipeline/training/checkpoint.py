@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.config import current_keys
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import CheckpointError, StoreMismatchError, UsageError, first_line
 from ..common.files import write_whole
@@ -82,8 +83,7 @@ def read_identity(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / LAST
     if not path.exists():
         return None
-    identity = json.loads(_load(path)["identity"])
-    return dict(identity)
+    return _identity_of(_load(path))
 
 
 def require_not_longer(run_dir: Path, options: LoopOptions) -> None:
@@ -151,7 +151,7 @@ class Checkpoints:
                 f"{self.folder.parent} already holds a run (checkpoints/last.pt); add --resume to continue it"
             )
         saved = _load(path)
-        check_identity(self.folder.parent, json.loads(saved["identity"]), self.identity)
+        check_identity(self.folder.parent, _identity_of(saved), self.identity)
         try:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -240,6 +240,11 @@ def _load(path: Path) -> dict[str, Any]:
     if wrong:
         raise CheckpointError(f"{path} is not a checkpoint of distinit: it has no {wrong[0]!r}")
     return saved
+
+
+def _identity_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a checkpoint, with the names that its keys have now."""
+    return current_keys(json.loads(saved["identity"]))
 
 
 def _difference(theirs: Any, ours: Any, where: str) -> tuple[str, Any, Any] | None:

@@ -17,7 +17,7 @@ class ClipOptions(ClipView):
     """The clips that the student sees: `length` consecutive frames, resized, cropped and
     mirrored."""
 
-    length: Annotated[int, CliOption("--frames", "Sampling", "T")] = Field(
+    clip_frames: Annotated[int, CliOption("--frames", "Sampling", "T")] = Field(
         default=8, ge=1, description="frames per clip"
     )
 
@@ -70,14 +70,14 @@ class TargetOptions(Options):
     )
     max_entropy: Annotated[
         float | dict[str, float] | None,
-        CliOption("--filter-nats", "Sampling", "X", replaces=("max_entropy_quantile",)),
+        CliOption("--max-entropy", "Sampling", "X", replaces=("max_entropy_quantile",)),
     ] = Field(
         default=None,
         description="filter clips whose target has a higher entropy, in nats; the paper's is 2.7",
     )
     max_entropy_quantile: Annotated[
         Share | dict[str, Share] | None,
-        CliOption("--filter-quantile", "Sampling", "Q", replaces=("max_entropy",)),
+        CliOption("--max-entropy-quantile", "Sampling", "Q", replaces=("max_entropy",)),
     ] = Field(
         default=None,
         description="the same as a share of clips to keep: 0.5 keeps the most confident half",
@@ -85,11 +85,9 @@ class TargetOptions(Options):
     quantile_draws: int = Field(
         default=100_000, ge=1, description="draws that the quantile is taken over"
     )
-    filter: Annotated[Literal["skip", "zero-weight"], CliOption("--filter-mode", "Sampling")] = (
-        Field(
-            default="skip",
-            description="draw another clip before anything is decoded, or keep it with weight zero",
-        )
+    filter_mode: Annotated[Literal["skip", "zero-weight"], CliOption(group="Sampling")] = Field(
+        default="skip",
+        description="draw another clip before anything is decoded, or keep it with weight zero",
     )
 
     @model_validator(mode="after")
@@ -112,7 +110,7 @@ class TargetOptions(Options):
 class TrainConfig(Options):
     """Everything that `distinit train-student` can be told."""
 
-    store: Annotated[StoreAddress, CliOption("--targets", metavar="STORE")] = Field(
+    store: Annotated[StoreAddress, CliOption("--store", metavar="STORE")] = Field(
         description="the target store of extract-targets: a folder or a URL"
     )
     out: Annotated[str, CliOption(group="Output", metavar="RUN")] = Field(
@@ -122,17 +120,17 @@ class TrainConfig(Options):
     clips: Annotated[ClipOptions, CliOption()] = Field(default_factory=ClipOptions)
     targets: Annotated[TargetOptions, CliOption()] = Field(default_factory=TargetOptions)
     loop: Annotated[LoopOptions, CliOption()] = Field(default_factory=LoopOptions)
-    moved: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
+    video_roots: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
         default_factory=dict, description=VIDEO_ROOTS_HELP
     )
-    leave_out: Annotated[str | None, CliOption(metavar="LIST")] = Field(
+    exclude: Annotated[str | None, CliOption(metavar="LIST")] = Field(
         default=None,
         description="never draw these videos: a list, CORPUS/PATH per line, or the test videos of "
         "csv:FILE, folder:DIR, kinetics:FILE, hmdb51:DIR or ucf101:DIR",
     )
-    leave_out_split: Annotated[
+    exclude_split: Annotated[
         int | Literal["all"] | None, CliOption("--split", metavar="N|all", shown="1")
-    ] = Field(default=None, description="whose test videos --leave-out is")
+    ] = Field(default=None, description="whose test videos --exclude is")
     held_out: Annotated[float, CliOption(metavar="Q")] = Field(
         default=0.0, ge=0, lt=1, description="share of videos kept for the held-out loss"
     )

@@ -78,7 +78,7 @@ def measure_thresholds(
     together = (
         f"; {kept:.0%} count for at least one of {len(teachers)} heads" if len(teachers) > 1 else ""
     )
-    console.say(f"entropy filter ({options.filter}): {shown} of {len(found)} draws{together}")
+    console.say(f"entropy filter ({options.filter_mode}): {shown} of {len(found)} draws{together}")
     return Filter(thresholds, kept, kept_by)
 
 

@@ -14,7 +14,16 @@ from ..common.settings import DEVICE, DEVICE_HELP, CliOption, Options
 # learned from a given step on, but for the clips that share batch statistics and for rounding.
 # (`epochs` may: the schedule does not depend on it, so a run can be made longer.)
 FREE_ON_RESUME = frozenset(
-    {"epochs", "device", "gpus", "gpu_batch_size", "compile", "channels_last", "workers", "threads"}
+    {
+        "epochs",
+        "device",
+        "gpus",
+        "micro_batch_size",
+        "compile",
+        "channels_last",
+        "workers",
+        "threads",
+    }
     | {"log_every", "checkpoint_every", "max_broken"}
 )
 
@@ -34,13 +43,14 @@ class LoopOptions(Options):
     (`clips_per_epoch`); None means one clip a video, which `for_videos` fills in.
 
     A step has `batch_size` clips whatever the hardware: each of the processes takes its share, in
-    pieces of at most `gpu_batch_size` clips whose gradients add up. So the number of GPUs changes
+    pieces of at most `micro_batch_size` clips whose gradients add up. So the number of GPUs changes
     neither clips nor schedule, and a run may be resumed on another.
 
     Learning rate (the paper, section 4, and R(2+1)D): linear warm-up per iteration over
     `warmup_epochs`, then peak_lr * gamma ** ((epoch - warmup_epochs) // step_epochs), peak_lr being
-    lr, or with `lr_batch_size` lr * batch_size / lr_batch_size. A squared-error run wants a tenth
-    of the rate of a cross-entropy run (the paper's section 4.2), which a preset or the user sets.
+    lr, or with `lr_base_batch_size` lr * batch_size / lr_base_batch_size. A squared-error run wants
+    a tenth of the rate of a cross-entropy run (the paper's section 4.2), which a preset or the user
+    sets.
     """
 
     epochs: Annotated[int, CliOption(group="Training", metavar="N")] = Field(
@@ -52,7 +62,7 @@ class LoopOptions(Options):
     batch_size: Annotated[int, CliOption(group="Training", metavar="B")] = Field(
         default=32, ge=1, description="clips per step, over all GPUs"
     )
-    gpu_batch_size: Annotated[int | None, CliOption(group="Hardware", metavar="B")] = Field(
+    micro_batch_size: Annotated[int | None, CliOption(group="Hardware", metavar="B")] = Field(
         default=None,
         ge=1,
         description="most clips per GPU and forward pass; the gradients of more are accumulated",
@@ -81,7 +91,7 @@ class LoopOptions(Options):
     gamma: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
         default=0.1, gt=0, le=1, description="factor of each drop"
     )
-    lr_batch_size: Annotated[
+    lr_base_batch_size: Annotated[
         int | None, CliOption(group="Training", metavar="B", shown="lr is not scaled")
     ] = Field(default=None, ge=1, description="batch size that lr refers to")
     clip_norm: Annotated[float | None, CliOption(group="Training", metavar="X", shown="none")] = (
@@ -147,37 +157,37 @@ class LoopOptions(Options):
         """The learning rate after the warm-up, scaled where that was asked for."""
         return (
             self.lr
-            if self.lr_batch_size is None
-            else self.lr * self.batch_size / self.lr_batch_size
+            if self.lr_base_batch_size is None
+            else self.lr * self.batch_size / self.lr_base_batch_size
         )
 
     def describe_rate(self) -> str:
         """For the log: the rate that the steps see, and what scaled it."""
         scaled = (
             "not scaled by the batch size"
-            if self.lr_batch_size is None
-            else f"{self.lr:g} × {self.batch_size} / {self.lr_batch_size}"
+            if self.lr_base_batch_size is None
+            else f"{self.lr:g} × {self.batch_size} / {self.lr_base_batch_size}"
         )
         return f"peak learning rate {self.peak_lr:g} ({scaled})"
 
     def describe_steps(self, world: int) -> str:
         """For the log: `120 steps of 64 clips, 2 GPUs × 2 pieces × at most 16`."""
         words = f"{self.total_steps} steps of {self.batch_size} clips"
-        pieces = self.pieces(world)
+        pieces = self.accumulation_steps(world)
         if world == pieces == 1:
             return words
         most = _number(self.clips_at_once(world), "clip")
         parts = (_number(world, "process", "es"), _number(pieces, "piece"), f"at most {most}")
         return f"{words}: {' × '.join(parts)}"
 
-    def pieces(self, world: int) -> int:
+    def accumulation_steps(self, world: int) -> int:
         """Parts that each of `world` processes goes through its share of a batch in."""
         share = math.ceil(self.batch_size / world)
-        return math.ceil(share / self.gpu_batch_size) if self.gpu_batch_size is not None else 1
+        return math.ceil(share / self.micro_batch_size) if self.micro_batch_size is not None else 1
 
     def clips_at_once(self, world: int) -> int:
         """The most clips that a device of `world` has in one forward pass of training."""
-        return math.ceil(math.ceil(self.batch_size / world) / self.pieces(world))
+        return math.ceil(math.ceil(self.batch_size / world) / self.accumulation_steps(world))
 
     @property
     def total_steps(self) -> int:

@@ -58,7 +58,7 @@ def place(model: nn.Module, device: torch.device, *, channels_last: bool = True)
 def out_of_memory_hint(clips: int) -> str:
     """Of a forward pass that a GPU has no memory for: what to set."""
     return (
-        f"{clips} clips at once do not fit into the GPU's memory; set loop.gpu_batch_size lower, which accumulates "
+        f"{clips} clips at once do not fit into the GPU's memory; set loop.micro_batch_size lower, which accumulates "
         "gradients, or loop.precision=bf16"
     )
 

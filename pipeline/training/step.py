@@ -99,7 +99,7 @@ def take_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    pieces = split(batch, options.pieces(ranks.world))
+    pieces = split(batch, options.accumulation_steps(ranks.world))
     reports = []
     for number, piece in enumerate(pieces):
         last = number == len(pieces) - 1

@@ -43,7 +43,7 @@ PLAN: dict[str, Any] = {
     "paper": {"table": "2", "rows": {"random": {"hmdb51": 43.2}, "slow": {"hmdb51": {"top5": 73.9}}}},
     "base": {
         "train-student": {
-            "student": {"width": 0.125}, "loop": LOOP, "clips": {"length": 8, "size": 32, "resize": [40, 60]},
+            "student": {"width": 0.125}, "loop": LOOP, "clips": {"clip_frames": 8, "size": 32, "resize": [40, 60]},
             "targets": {"teachers": ["sure"]},
         },
         "finetune": {"loop": LOOP, "test": {"clips": 2, "workers": 0}},
@@ -89,7 +89,7 @@ def config(home: Path, store: Any, out: str, **more: Any) -> AblateConfig:
 
 def words(home: Path, store: Any, out: str) -> list[str]:
     return [
-        sys.executable, "-c", NO_TEACHERS, "ablate", str(home / "plan.yaml"), "--targets", str(store.path),
+        sys.executable, "-c", NO_TEACHERS, "ablate", str(home / "plan.yaml"), "--store", str(store.path),
         "--dataset", f"csv:{home / 'labels.csv'}", "--out", str(home / out),
     ]  # fmt: skip
 
@@ -213,7 +213,7 @@ def test_students_of_a_split_leave_out_its_test_videos(tiny_store, home):
     base = PLAN["base"]
     train = {
         **base["train-student"],
-        "leave_out": str(home / "test{split}.txt"),
+        "exclude": str(home / "test{split}.txt"),
         "loop": {**LOOP, "epoch_clips": None},
     }
     plan = {**PLAN, "base": {**base, "train-student": train}}
@@ -222,7 +222,7 @@ def test_students_of_a_split_leave_out_its_test_videos(tiny_store, home):
     maker = StepMaker(store, {}, COMMANDS)
     first_row = cells(read, datasets=[f"csv:{home / 'labels.csv'}"], seeds=[0], splits=[1, 2])[:2]
     made = [maker.student(cell) for cell in first_row]
-    assert [step.config["leave_out"] for step in made] == [
+    assert [step.config["exclude"] for step in made] == [
         str(home / f"test{split}.txt") for split in (1, 2)
     ]
     assert made[0].key != made[1].key

@@ -66,7 +66,7 @@ def test_the_demo_runs_and_keeps_what_is_done(tmp_path: Path) -> None:
         f"extract.sources=[demo={CORPUS / 'Walking'}]",
         "extract.sampling.every=16",
         f"train.loop={loop}",
-        "train.moved={}",
+        "train.video_roots={}",
         f"finetune.loop={loop}",
         "finetune.test.clips=2",
         f"finetune.dataset=csv:{tmp_path / 'few.csv'}",

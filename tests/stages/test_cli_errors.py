@@ -35,11 +35,11 @@ def distinit(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     ("args", "words"),
     [
         (["extrct"], ["extrct"]),
-        (["train-student", "--targts", "x"], ["--targts", "--targets"]),
+        (["train-student", "--stroe", "x"], ["--stroe", "--store"]),
         (["targets", "info"], ["STORE"]),
         (["finetune", "--epochs", "many"], ["--epochs", "many"]),
         (
-            ["train-student", "--videos", "nowhere", "--targets", "s", "--out", "r"],
+            ["train-student", "--videos", "nowhere", "--store", "s", "--out", "r"],
             ["--videos", "nowhere", "NAME=VALUE"],
         ),
     ],
@@ -73,7 +73,7 @@ def test_a_system_without_what_is_needed_is_named_in_one_line(tmp_path: Path) ->
 
 
 def test_another_system_is_told_what_it_does_without(tmp_path: Path) -> None:
-    code = "import sys, pydantic\nfrom distinit.cli import main\nsys.platform = 'darwin'\nmain()"
+    code = "import sys, distinit.stages.targets_info\nfrom distinit.cli import main\nsys.platform = 'darwin'\nmain()"
     command = [sys.executable, "-c", code, "targets", "info", "nowhere.zarr"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1

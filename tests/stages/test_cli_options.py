@@ -43,7 +43,7 @@ def stage_commands() -> list[StageCommand]:
 
 
 def params_of(command: click.Command) -> list[click.Parameter]:
-    return command.get_params(click.Context(command))
+    return command.get_params(click.Context(command, **cli.context_settings))
 
 
 def test_options_are_generated_from_fields_of_the_models() -> None:
@@ -109,7 +109,7 @@ def test_every_section_of_every_preset_is_valid(preset: str) -> None:
 def test_later_layers_win_and_the_config_as_used_reads_back(tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(
-        "train-student:\n  loop: {lr: 1e-3, epochs: 7}\n  clips: {length: 16}\nfinetune: {}\n"
+        "train-student:\n  loop: {lr: 1e-3, epochs: 7}\n  clips: {clip_frames: 16}\nfinetune: {}\n"
     )
     model = model_of("train-student")
     config: Any = load_config(
@@ -121,7 +121,7 @@ def test_later_layers_win_and_the_config_as_used_reads_back(tmp_path: Path) -> N
         settings=["loop.momentum=0.8", "targets.teachers=[a, b]"],
     )
     assert config.student.variant == "vmz"  # preset
-    assert (config.loop.lr, config.clips.length) == (1e-3, 16)  # file; 1e-3 is a number
+    assert (config.loop.lr, config.clips.clip_frames) == (1e-3, 16)  # file; 1e-3 is a number
     assert (config.loop.epochs, config.loop.seed) == (3, 0)  # option over file; None is not given
     assert (config.loop.momentum, list(config.targets.teachers)) == (0.8, ["a", "b"])  # --set
 
@@ -197,12 +197,12 @@ def test_a_wrong_config_file_is_one_line_with_its_name(
 
 
 def test_missing_values_are_named_by_their_option() -> None:
-    with pytest.raises(UsageError, match=r"--targets \(store\): a value is needed"):
+    with pytest.raises(UsageError, match=r"--store: a value is needed"):
         load_config(
             model_of("train-student"),
             "train-student",
             options={"out": "r"},
-            flags={"store": "--targets"},
+            flags={"store": "--store"},
         )
     with pytest.raises(UsageError, match=r"no preset 'papr'; there are: .*paper"):
         load_config(model_of("train-student"), "train-student", preset="papr")

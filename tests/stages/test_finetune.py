@@ -88,7 +88,7 @@ def config(dataset: str, out: Path, **changes: Any) -> FinetuneConfig:
         "dataset": dataset,
         "out": str(out),
         "student": {"architecture": "r3d_18", "width": 0.0625},
-        "clips": {"size": 32, "length": 4},
+        "clips": {"size": 32, "clip_frames": 4},
         "loop": {
             "batch_size": 4,
             "epochs": 3,
@@ -124,7 +124,7 @@ def test_a_run_leaves_everything_behind(
     )
     assert list(result["broken"]) == ["broken too.mp4"]
     used = yaml.safe_load((out / "config.yaml").read_text())["finetune"]
-    assert FinetuneConfig.model_validate(used).clips.length == 4
+    assert FinetuneConfig.model_validate(used).clips.clip_frames == 4
     assert load_student(out).meta.classes == {"label": ["blue", "red"]}
     assert not (out / "predictions.partial.h5").exists()
 

@@ -95,7 +95,7 @@ def test_finetune_and_evaluate_read_copies(folder: tuple[Path, Path], tmp_path: 
         "videos": os.path.relpath(small),
         "out": os.fspath(out),
         "student": {"architecture": "r3d_18", "width": 0.0625},
-        "clips": {"size": 32, "length": 4},
+        "clips": {"size": 32, "clip_frames": 4},
         "loop": {"batch_size": 4, "epochs": 1, "epoch_clips": 4, "workers": 0, "device": "cpu"},
         "test": {"clips": 2, "workers": 0},
     }

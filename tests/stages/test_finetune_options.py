@@ -68,7 +68,7 @@ def config(folder: Path, out: Path, **changes: Any) -> FinetuneConfig:
         "dataset": f"csv:{folder / 'labels.csv'}",
         "out": str(out),
         "student": {"architecture": "r3d_18", "width": 0.0625},
-        "clips": {"size": 32, "length": 4},
+        "clips": {"size": 32, "clip_frames": 4},
         "loop": {
             "batch_size": 4,
             "epochs": 2,

@@ -50,7 +50,7 @@ def config(dataset: str, out: Path, freeze: str = "backbone", **loop: Any) -> Fi
             "dataset": dataset,
             "out": str(out),
             "student": {"architecture": "r3d_18", "width": 0.0625},
-            "clips": {"size": 32, "length": 4},
+            "clips": {"size": 32, "clip_frames": 4},
             "freeze": freeze,
             "loop": {
                 "batch_size": 4,

@@ -44,9 +44,9 @@ def config_of(tiny_store, tmp_path: Path, small: Path) -> TrainConfig:
             "store": os.fspath(tiny_store.path),
             "out": os.fspath(tmp_path / "student"),
             "student": {"width": 0.1, "channels": 2},
-            "clips": {"length": 4, "size": 32},
+            "clips": {"clip_frames": 4, "size": 32},
             "loop": LOOP,
-            "moved": {"videos": os.fspath(small)},
+            "video_roots": {"videos": os.fspath(small)},
             "held_out": 0.3,
         }
     )

@@ -30,7 +30,7 @@ LOOP = {"batch_size": 2, "epochs": 1, "epoch_clips": 2, "lr": 0.02, "workers": 0
 def _finetune(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
     values = {
         "student": STUDENT,
-        "clips": {"size": 32, "length": 4},
+        "clips": {"size": 32, "clip_frames": 4},
         "loop": LOOP,
         "test": {"workers": 0, "clips": 1},
     }

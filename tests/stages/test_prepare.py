@@ -66,7 +66,7 @@ def test_training_on_copies_sees_the_same_clips_with_the_same_targets(
 ) -> None:
     originals = student_clips(tiny_store.path, frames=8, size=32, seed=3)
     moved = student_clips(
-        tiny_store.path, frames=8, size=32, seed=3, moved={"videos": os.fspath(copies)}
+        tiny_store.path, frames=8, size=32, seed=3, video_roots={"videos": os.fspath(copies)}
     )
     read = []
     for sample in range(12):
@@ -101,7 +101,7 @@ def test_copies_of_other_files_are_not_trained_on(own_store, tmp_path: Path) -> 
         write_video(path, np.full((30, 48, 64, 3), number, np.uint8))  # other content, same names
     out = tmp_path / "small"
     assert run(own_store.videos, out=out)["ok"] == 12
-    clips = student_clips(own_store.path, frames=8, size=32, moved={"videos": os.fspath(out)})
+    clips = student_clips(own_store.path, frames=8, size=32, video_roots={"videos": os.fspath(out)})
     with pytest.raises(
         TrainingError, match=r"a copy of another file: .* the teachers saw one with digest"
     ):

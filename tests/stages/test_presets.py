@@ -25,13 +25,13 @@ def test_paper_is_the_papers_pre_training() -> None:
         "vmz",
         3,
     )
-    assert (config.clips.length, config.clips.size, config.clips.frame_view().resize) == (
+    assert (config.clips.clip_frames, config.clips.size, config.clips.frame_view().resize) == (
         8,
         112,
         (128, 171),
     )
-    assert (loop.batch_size, loop.gpu_batch_size) == (16 * 4 * 24, 24)
-    assert (loop.pieces(64), loop.pieces(1)) == (1, 64)
+    assert (loop.batch_size, loop.micro_batch_size) == (16 * 4 * 24, 24)
+    assert (loop.accumulation_steps(64), loop.accumulation_steps(1)) == (1, 64)
     assert (loop.momentum, loop.nesterov, loop.weight_decay) == (0.9, True, 1e-4)
     assert (loop.epochs, loop.epoch_clips) == (45, 1_000_000)
     assert (config.targets.picks, config.targets.loss, config.targets.tau) == (
@@ -39,7 +39,7 @@ def test_paper_is_the_papers_pre_training() -> None:
         "cross-entropy",
         1.0,
     )
-    assert config.targets.filter == "zero-weight"
+    assert config.targets.filter_mode == "zero-weight"
     ends = [learning_rate((epoch + 1) * loop.steps_per_epoch - 1, loop) for epoch in range(45)]
     expected = [0.001 * (e + 1) if e < 10 else 0.01 if e < 20 else 1e-3 if e < 30 else 1e-4 if e < 40 else 1e-5
                 for e in range(45)]  # fmt: skip
@@ -47,7 +47,8 @@ def test_paper_is_the_papers_pre_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [("paper-32", {"clips.length": 32}), ("flow", {"student.channels": 2})]
+    ("name", "changes"),
+    [("paper-32", {"clips.clip_frames": 32}), ("flow", {"student.channels": 2})],
 )
 def test_the_papers_other_presets_change_one_number(name: str, changes: dict[str, Any]) -> None:
     def flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,7 @@ import yaml
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, LabelsError, UsageError
 from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig, PredictConfig
-from distinit.pipeline.evaluation.exclusion import leave_out
+from distinit.pipeline.evaluation.exclusion import exclude
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.reporting.report_options import ReportOptions
 from distinit.pipeline.store.reader import TargetStore
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow
 QUIET = Console(quiet=True)
 TINY: dict[str, Any] = {
     "student": {"architecture": "r3d_18", "width": 0.0625},
-    "clips": {"size": 32, "length": 4},
+    "clips": {"size": 32, "clip_frames": 4},
     "loop": {"batch_size": 4, "epochs": 2, "epoch_clips": 4, "workers": 0, "device": "cpu"},
     "test": {"clips": 1, "workers": 0},
 }
@@ -109,7 +109,7 @@ def evaluated(run: Path, **given: Any) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("how", ["moved", "renamed"])
+@pytest.mark.parametrize("how", ["video_roots", "renamed"])
 def test_trained_videos_are_known_after_they_moved(
     mine: tuple[Path, Path], tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,7 +308,7 @@ def test_a_report_removes_what_an_earlier_one_wrote(data: Path, run: Path, tmp_p
 def trained(store: Any, out: Path, **changes: Any) -> dict[str, Any]:
     given = {
         "store": str(store.path), "out": str(out), "student": TINY["student"],
-        "clips": {"length": 8, "size": 32, "resize": [40, 60]}, "loop": TINY["loop"],
+        "clips": {"clip_frames": 8, "size": 32, "resize": [40, 60]}, "loop": TINY["loop"],
     }  # fmt: skip
     return train_student(TrainConfig.model_validate(given | changes), Console())
 
@@ -338,7 +338,7 @@ def test_test_videos_of_a_students_corpus_are_counted(
 
     dataset = write_labels(root)
     capfd.readouterr()
-    summary = trained(tiny_store, tmp_path / "careful", leave_out=dataset, leave_out_split=1)
+    summary = trained(tiny_store, tmp_path / "careful", exclude=dataset, exclude_split=1)
     assert summary["left_out_videos"] == 2
     assert "2 of 12 videos are never drawn" in capfd.readouterr().err
     assert json.loads((tmp_path / "careful/result.json").read_text())["left_out_videos"] == 2
@@ -361,34 +361,34 @@ def test_leave_out_takes_lists_and_labels_and_refuses_what_names_nothing(
     for text in ("", "\r\n\r\n", "# only a comment\n"):
         (tmp_path / "l.txt").write_text(text)
         with pytest.raises(UsageError, match="names no video"):
-            leave_out(store, str(tmp_path / "l.txt"), None, {})
+            exclude(store, str(tmp_path / "l.txt"), None, {})
     (tmp_path / "l.txt").write_bytes(("# comment\r\n" + "\r\n".join(names) + "\r\n\r\n").encode())
-    found = leave_out(store, str(tmp_path / "l.txt"), None, {})
+    found = exclude(store, str(tmp_path / "l.txt"), None, {})
     assert found.videos.tolist() == [0, 1, 2]
     with pytest.raises(UsageError, match="--split 1"):
-        leave_out(store, str(tmp_path / "l.txt"), 1, {})
+        exclude(store, str(tmp_path / "l.txt"), 1, {})
     (tmp_path / "l.txt").write_bytes("\r\n".join(names).encode("utf-16"))
     with pytest.raises(UsageError, match="UTF-8"):
-        leave_out(store, str(tmp_path / "l.txt"), None, {})
+        exclude(store, str(tmp_path / "l.txt"), None, {})
     (tmp_path / "l.txt").write_text(f"{names[0]}\nnowhere/x.mp4\n")
     with pytest.raises(UsageError, match=r"'nowhere/x\.mp4'"):
-        leave_out(store, str(tmp_path / "l.txt"), None, {})
+        exclude(store, str(tmp_path / "l.txt"), None, {})
 
     labelled = [store.video_path(i) for i in range(4)]
     sides = ("train,test", "train,test", "test,train", "test,train")
     rows = [f"{path},{'ab'[i % 2]},{sides[i]}" for i, path in enumerate(labelled)]
     (tmp_path / "l.csv").write_text("\r\n".join(["path,label,split1,split2", *rows]))
     source = f"csv:{tmp_path / 'l.csv'}"
-    assert leave_out(store, source, None, {}).videos.tolist() == [2, 3]
-    assert leave_out(store, source, 2, {}).videos.tolist() == [0, 1]
-    assert leave_out(store, source, "all", {}).videos.tolist() == [0, 1, 2, 3]
+    assert exclude(store, source, None, {}).videos.tolist() == [2, 3]
+    assert exclude(store, source, 2, {}).videos.tolist() == [0, 1]
+    assert exclude(store, source, "all", {}).videos.tolist() == [0, 1, 2, 3]
     for i in range(4):
         (tmp_path / f"{i}.mp4").write_bytes(b"another video" * (i + 1))
     foreign = write_labels(tmp_path, SIDES[2:])
     with pytest.raises(UsageError, match="none of the 2 test videos"):
-        leave_out(store, foreign, None, {})
+        exclude(store, foreign, None, {})
     with pytest.raises(UsageError, match="--split 1"):
-        trained(tiny_store, tmp_path / "run", leave_out_split=1)
+        trained(tiny_store, tmp_path / "run", exclude_split=1)
 
 
 def test_no_run_goes_into_a_store(tiny_store: Any, run: Path) -> None:

@@ -57,13 +57,13 @@ class Folder:
         }
         student = {
             "student": {"architecture": "r3d_18", "width": 0.0625},
-            "clips": {"size": 32, "length": 4},
+            "clips": {"size": 32, "clip_frames": 4},
         }
         test = {"test": {"clips": 1, "workers": 0}}
         finetune(FinetuneConfig.model_validate({**values, **student, **test}), QUIET)
 
     def train(self, out: Path, **more: Any) -> None:
-        clips = {"length": 8, "size": 32, "resize": [40, 60]}
+        clips = {"clip_frames": 8, "size": 32, "resize": [40, 60]}
         values = {
             "store": str(self.store.path),
             "out": str(out),

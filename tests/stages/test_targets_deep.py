@@ -96,7 +96,7 @@ def deep(made: Path, *, weights: str = "weights1.pt", **more: Any) -> dict[str, 
 
 def test_a_good_store_is_computed_again_to_the_bit(made: Path) -> None:
     (made / "videos").rename(made / "elsewhere")
-    result = deep(made, moved={"videos": str(made / "elsewhere")})
+    result = deep(made, video_roots={"videos": str(made / "elsewhere")})
     assert result["findings"] == []
     store = TargetStore.open(made / "s.zarr")
     assert len(store.index.video) > 5  # one video is cut into segments
@@ -111,7 +111,7 @@ def test_a_good_store_is_computed_again_to_the_bit(made: Path) -> None:
 def test_rows_of_several_runs_that_an_export_put_together(made: Path) -> None:
     shutil.copy(made / "videos" / "v0.mp4", made / "videos" / "v9.mp4")
     for name, encoding in (("one", "float16"), ("small", "int8")):
-        extract(made, name, encoding, batch_size=5, accept_run=True)
+        extract(made, name, encoding, batch_size=5, allow_different_numerics=True)
     (made / "s.zarr").rename(made / "grown.zarr")
     targets_export(
         ExportOptions(store=str(made / "grown.zarr"), out=str(made / "half.zarr"), shard_rows=1024),
@@ -189,7 +189,9 @@ def test_what_is_missing_is_asked_for(made: Path) -> None:
             VerifyOptions(store=str(made / "s.zarr"), deep=1, weights={"other": "x"}), QUIET
         )
     with pytest.raises(UsageError, match="--deep"):
-        targets_verify(VerifyOptions(store=str(made / "s.zarr"), moved={"videos": "x"}), QUIET)
+        targets_verify(
+            VerifyOptions(store=str(made / "s.zarr"), video_roots={"videos": "x"}), QUIET
+        )
 
 
 CODE = """

@@ -152,7 +152,7 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(
     runs = {
         "whole": {},
         "uneven": {"batch_size": 5},
-        "pieces": {"gpu_batch_size": 1, "clip_norm": 1.0},
+        "pieces": {"micro_batch_size": 1, "clip_norm": 1.0},
     }
     bad = {"nan": {"bad": ["nan", 5]}, "gone": {"bad": ["gone", 5]}}
     both = run_distributed(
@@ -161,7 +161,7 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(
         Console(quiet=True),
         LoopOptions(gpus=2),
     )
-    runs["pieces"].pop("gpu_batch_size")
+    runs["pieces"].pop("micro_batch_size")
     one = work.job(
         work.Job(folder=str(tmp_path / "one"), runs=runs), Console(quiet=True), SINGLE_PROCESS
     )
@@ -176,8 +176,10 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(
                 name,
                 key,
             )
-        moved = one[name]["weights"]["backbone.layer4.1.conv2.0.0.weight"]
-        assert not torch.allclose(moved, started["backbone.layer4.1.conv2.0.0.weight"], atol=1e-2)
+        video_roots = one[name]["weights"]["backbone.layer4.1.conv2.0.0.weight"]
+        assert not torch.allclose(
+            video_roots, started["backbone.layer4.1.conv2.0.0.weight"], atol=1e-2
+        )
         # The log of rank 0 is that of all: steps, losses, clips.
         assert len(metrics(tmp_path / "two" / name)) == len(metrics(tmp_path / "one" / name))
     # What goes wrong on one rank is told alike on all.
@@ -202,7 +204,7 @@ def test_sigterm_reaches_all_processes_and_fewer_go_on(tiny_store: Any, tmp_path
     run = tmp_path / "run"
     used = {
         "store": str(tiny_store.path), "out": str(run), "student": {"width": 0.125},
-        "clips": {"length": 8, "size": 32, "resize": [40, 60]}, "resume": "auto",
+        "clips": {"clip_frames": 8, "size": 32, "resize": [40, 60]}, "resume": "auto",
         "loop": {"batch_size": 4, "epochs": 400, "epoch_clips": 12, "workers": 0, "device": "cpu", "log_every": 1,
                  "checkpoint_every": 1},
     }  # fmt: skip

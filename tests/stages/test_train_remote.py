@@ -36,7 +36,7 @@ def test_training_from_a_url_equals_training_from_the_folder(
     base = {
         "student": {"width": 0.125},
         "loop": loop,
-        "clips": {"length": 8, "size": 32, "resize": [40, 60]},
+        "clips": {"clip_frames": 8, "size": 32, "resize": [40, 60]},
     }
 
     def run(store: str, out: str, **changes: Any) -> dict[str, Any]:

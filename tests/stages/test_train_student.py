@@ -37,7 +37,7 @@ def config(store: Any, out: Path, **changes: Any) -> TrainConfig:
     }  # fmt: skip
     base = {
         "store": str(store.path), "out": str(out), "student": {"width": 0.125}, "loop": loop,
-        "clips": {"length": 8, "size": 32, "resize": [40, 60]},
+        "clips": {"clip_frames": 8, "size": 32, "resize": [40, 60]},
     }  # fmt: skip
     return TrainConfig.model_validate(base | changes)
 
@@ -169,7 +169,12 @@ def test_a_student_that_learned_nothing_is_told_of(tiny_store, tmp_path, capfd):
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "squared-error"])
 def test_the_first_loss_is_the_equation_computed_by_hand(tiny_store, tmp_path, loss):
-    targets = {"loss": loss, "tau": 2.0, "max_entropy": {"unsure": 1.2}, "filter": "zero-weight"}
+    targets = {
+        "loss": loss,
+        "tau": 2.0,
+        "max_entropy": {"unsure": 1.2},
+        "filter_mode": "zero-weight",
+    }
     train = config(
         tiny_store,
         tmp_path / "run",
@@ -224,7 +229,7 @@ def test_weights_of_losses_filters_of_teachers_and_corpora_are_options_of_one_st
     tiny_store, tmp_path
 ):
     targets = {
-        "loss_weights": {"sure": 3.0}, "corpora": {"videos": 1.0}, "filter": "zero-weight",
+        "loss_weights": {"sure": 3.0}, "corpora": {"videos": 1.0}, "filter_mode": "zero-weight",
         "max_entropy_quantile": {"unsure": 0.5}, "quantile_draws": 400,
     }  # fmt: skip
     train = config(tiny_store, tmp_path / "run", targets=targets, held_out=0.3, loop={"epochs": 1})
@@ -328,17 +333,17 @@ def test_videos_left_out_are_never_drawn(tiny_store, tmp_path):
         + "".join(f"{'/'.join(store.place(v))}\n" for v in range(0, 12, 2))
     )
     chosen = config(
-        tiny_store, tmp_path / "run", leave_out=str(listed), loop={"epoch_clips": None, "epochs": 1}
+        tiny_store, tmp_path / "run", exclude=str(listed), loop={"epoch_clips": None, "epochs": 1}
     )
     dataset = _assemble(chosen, store, ("sure",), None, QUIET).train
     assert {dataset.sampler.draw(0, sample).video for sample in range(48)} == set(range(1, 12, 2))
     assert train_student(chosen, QUIET)["videos"] == 6
     listed.write_text("/".join(store.place(1)) + "\n")
-    with pytest.raises(CheckpointError, match="leave_out"):
+    with pytest.raises(CheckpointError, match="exclude"):
         train_student(chosen.model_copy(update={"resume": True}), QUIET)
     listed.write_text("elsewhere/a.mp4\n")
     with pytest.raises(
-        UsageError, match=r"leave_out: .*tests.txt: 'elsewhere/a.mp4' \(1 such\) is not in"
+        UsageError, match=r"exclude: .*tests.txt: 'elsewhere/a.mp4' \(1 such\) is not in"
     ):
         train_student(chosen.model_copy(update={"out": str(tmp_path / "other")}), QUIET)
 
@@ -372,10 +377,10 @@ def test_refusals_are_one_line_that_names_the_option(tiny_store, tmp_path):
         UsageError, "new", targets={"teachers": ["unsure"], "max_entropy": 1e-6}
     )
     assert "names 'x'" in refused(UsageError, "new", targets={"max_entropy": {"x": 1.0}})
-    assert "--videos nowhere=" in refused(UsageError, "new", moved={"nowhere": str(tmp_path)})
+    assert "--videos nowhere=" in refused(UsageError, "new", video_roots={"nowhere": str(tmp_path)})
     (tmp_path / "empty").mkdir()
     assert "none of the first 12 videos of corpus 'videos' is there, as " in refused(
-        UsageError, "new", moved={"videos": str(tmp_path / "empty")}
+        UsageError, "new", video_roots={"videos": str(tmp_path / "empty")}
     )
     with pytest.raises(UsageError, match=r"targets\.zarr: is a Zarr store; choose another --out"):
         train_student(config(tiny_store, tiny_store.path), QUIET)
@@ -384,8 +389,8 @@ def test_refusals_are_one_line_that_names_the_option(tiny_store, tmp_path):
 def test_videos_that_are_gone_are_told_of_before_and_after(tiny_store, own_store, tmp_path, capfd):
     for path in sorted(own_store.videos.iterdir())[:5]:
         path.unlink()
-    moved = {"videos": str(own_store.videos)}
-    result = train_student(config(tiny_store, tmp_path / "run", moved=moved), Console())
+    video_roots = {"videos": str(own_store.videos)}
+    result = train_student(config(tiny_store, tmp_path / "run", video_roots=video_roots), Console())
     told = capfd.readouterr().err
     assert "5 of the first 12 videos of corpus 'videos' are not there, as " in told
     assert f"others were drawn in their place: {len(result['broken'])}: " in told
@@ -396,7 +401,7 @@ def test_held_out_results_and_each_head_s_share_are_on_the_screen(tiny_store, tm
     err = io.StringIO()
     targets = {"max_entropy_quantile": {"unsure": 0.25}, "quantile_draws": 400}
     made = config(tiny_store, tmp_path / "run", targets=targets, held_out=0.3, loop={"epochs": 2})
-    made = made.model_copy(update={"clips": made.clips.model_copy(update={"length": 60})})
+    made = made.model_copy(update={"clips": made.clips.model_copy(update={"clip_frames": 60})})
     result = train_student(made, Console(stderr=err))
     lines = err.getvalue().splitlines()
     (shares,) = [line for line in lines if "entropy filter" in line]

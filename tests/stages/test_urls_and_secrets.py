@@ -61,7 +61,7 @@ LOOP = {
 TRAIN = {
     "student": {"width": 0.125},
     "loop": LOOP,
-    "clips": {"length": 8, "size": 32, "resize": [40, 60]},
+    "clips": {"clip_frames": 8, "size": 32, "resize": [40, 60]},
 }
 
 REFUSED = [
@@ -303,7 +303,7 @@ def test_no_password_stays_on_disk_or_screen(server: Any, tmp_path: Path, tiny_s
     options = ["--set", "student.width=0.125", "--set", "loop=" + json.dumps(LOOP)]
     options += ["--set", "clips=" + json.dumps(TRAIN["clips"])]
     run, page = str(tmp_path / "runs/r"), str(tmp_path / "page")
-    train = ["train-student", "--targets", url, "--out", run, *options]
+    train = ["train-student", "--store", url, "--out", run, *options]
     said = [
         cli("targets", "info", url),
         cli("targets", "info", url, "--json"),
@@ -311,7 +311,7 @@ def test_no_password_stays_on_disk_or_screen(server: Any, tmp_path: Path, tiny_s
         cli("targets", "export", url, "--out", str(tmp_path / "part.zarr")),
         cli(*train, "--dry-run"),
         cli(*train),
-        cli("train-student", "--config", f"{run}/config.yaml", "--targets", url, "--resume"),
+        cli("train-student", "--config", f"{run}/config.yaml", "--store", url, "--resume"),
         cli("report", str(tmp_path / "runs"), "--out", page),
     ]
     assert [done.returncode for done in said] == [0] * len(said), [

@@ -100,9 +100,11 @@ def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_
     paths = sorted(own_store.videos.iterdir())
     paths[0].unlink()
     paths[1].write_bytes(paths[3].read_bytes())
-    moved = {"videos": str(own_store.videos)}
+    video_roots = {"videos": str(own_store.videos)}
     result = targets_browse(
-        BrowseOptions(store=str(own_store.path), out=str(tmp_path / "out"), sample=99, moved=moved),
+        BrowseOptions(
+            store=str(own_store.path), out=str(tmp_path / "out"), sample=99, video_roots=video_roots
+        ),
         QUIET,
     )
     assert len(result["videos"]) == len(paths)
@@ -115,7 +117,9 @@ def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_
     with pytest.raises(UsageError, match="the store has the corpora videos"):
         targets_browse(
             BrowseOptions(
-                store=str(own_store.path), out=str(tmp_path / "out"), moved={"other": str(tmp_path)}
+                store=str(own_store.path),
+                out=str(tmp_path / "out"),
+                video_roots={"other": str(tmp_path)},
             ),
             QUIET,
         )
@@ -134,7 +138,7 @@ def test_pictures_come_from_copies_too(tiny_store: Any, tmp_path: Path) -> None:
     )
     store = TargetStore.open(tiny_store.path)
     from_copies, from_videos = (
-        summarize_store(store, 2, moved={"videos": str(copies)}),
+        summarize_store(store, 2, video_roots={"videos": str(copies)}),
         summarize_store(store, 2),
     )
     for a, b in zip(from_copies.videos, from_videos.videos, strict=True):

@@ -164,7 +164,9 @@ def test_what_does_not_fit_is_refused_by_name(
         assert (
             targets_merge(
                 MergeOptions(
-                    parts=[str(a), str(b)], out=str(tmp_path / "out.zarr"), accept_run=True
+                    parts=[str(a), str(b)],
+                    out=str(tmp_path / "out.zarr"),
+                    allow_different_numerics=True,
                 ),
                 QUIET,
             )["videos"]

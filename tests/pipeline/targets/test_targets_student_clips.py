@@ -351,8 +351,8 @@ def test_broken_and_exchanged_videos_are_drawn_again_and_named(store, own_store)
     names[0].write_bytes(names[0].read_bytes()[:900])
     names[1].write_bytes(names[4].read_bytes())
     names[3].unlink()
-    moved = {"videos": str(own_store.videos)}
-    whole, harmed = StudentClips(make(store), VIEW), StudentClips(make(store), VIEW, moved)
+    video_roots = {"videos": str(own_store.videos)}
+    whole, harmed = StudentClips(make(store), VIEW), StudentClips(make(store), VIEW, video_roots)
     broken: dict[str, str] = {}
     for sample in range(24):
         before, after = whole[0, sample], harmed[0, sample]
@@ -368,7 +368,9 @@ def test_broken_and_exchanged_videos_are_drawn_again_and_named(store, own_store)
     assert "digest" in broken[str(names[1])]
     assert "no such file" in broken[str(names[3])].lower()
     # A second look at the same sample comes to the same, from memory.
-    assert torch.equal(harmed[0, 0]["clip"], StudentClips(make(store), VIEW, moved)[0, 0]["clip"])
+    assert torch.equal(
+        harmed[0, 0]["clip"], StudentClips(make(store), VIEW, video_roots)[0, 0]["clip"]
+    )
 
 
 def test_a_corpus_that_moved_away_ends_at_the_first_batch(store, tmp_path):

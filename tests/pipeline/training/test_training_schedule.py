@@ -40,7 +40,7 @@ def test_an_epoch_is_whole_batches():
 
 def test_the_rate_is_scaled_only_where_the_batch_that_it_is_meant_for_is_given():
     plain = LoopOptions(lr=0.01, batch_size=1536, epoch_clips=15360, warmup_epochs=2, step_epochs=1)
-    scaled = plain.model_copy(update={"lr_batch_size": 24})
+    scaled = plain.model_copy(update={"lr_base_batch_size": 24})
     for step in (0, 7, 19, 20, 35):
         assert learning_rate(step, scaled) == pytest.approx(64 * learning_rate(step, plain))
     assert plain.describe_rate() == "peak learning rate 0.01 (not scaled by the batch size)"
@@ -51,6 +51,6 @@ def test_the_rate_is_scaled_only_where_the_batch_that_it_is_meant_for_is_given()
     ("world", "most", "pieces"), [(1, None, 1), (1, 24, 64), (64, 24, 1), (5, 24, 13), (2, 1000, 1)]
 )
 def test_a_step_is_gone_through_in_pieces_that_fit(world, most, pieces):
-    options = LoopOptions(batch_size=1536, gpu_batch_size=most, epoch_clips=1536)
-    assert options.pieces(world) == pieces
+    options = LoopOptions(batch_size=1536, micro_batch_size=most, epoch_clips=1536)
+    assert options.accumulation_steps(world) == pieces
     assert most is None or -(-1536 // world) <= pieces * most

@@ -1,0 +1,79 @@
+"""What version 0.1 stored in configs and checkpoints is read under the names that keys have now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distinit.pipeline.common.config import (
+    RENAMED_KEYS,
+    current_keys,
+    first_keys,
+    known_keys,
+    load_config,
+    nested,
+)
+from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.training.distillation_options import TrainConfig
+
+STORED = """
+train-student:
+  store: targets.zarr
+  out: run
+  moved: {k400: /data/k400}
+  leave_out: csv:labels.csv
+  leave_out_split: 2
+  clips: {length: 16, size: 112}
+  targets: {filter: zero-weight, max_entropy: 2.7}
+  loop: {gpu_batch_size: 24, lr_batch_size: 32}
+"""
+
+
+def test_a_config_that_was_stored_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(STORED)
+
+    config = load_config(TrainConfig, "train-student", file=str(file))
+
+    assert config.clips.clip_frames == 16
+    assert config.targets.filter_mode == "zero-weight"
+    assert (config.loop.micro_batch_size, config.loop.lr_base_batch_size) == (24, 32)
+    assert config.video_roots == {"k400": "/data/k400"}
+    assert (config.exclude, config.exclude_split) == ("csv:labels.csv", 2)
+
+
+@pytest.mark.parametrize("old", RENAMED_KEYS)
+def test_an_old_key_is_an_error_where_a_person_types_it(old: str) -> None:
+    model: Any = TrainConfig
+    needed: dict[str, Any] = {"store": "s", "out": "o"}
+    command = "train-student"
+    if old == "accept_run":
+        model, command = ExtractConfig, "extract-targets"
+        needed = {"out": "o", "teachers": [{"name": "resnet50"}]}
+
+    assert RENAMED_KEYS[old] in known_keys(model)
+    with pytest.raises(UsageError, match="unknown key"):
+        load_config(model, command, options=needed, settings=[f"{old}=1"])
+
+
+@pytest.mark.parametrize("old", RENAMED_KEYS)
+def test_a_name_that_is_translated_and_back_is_the_same(old: str) -> None:
+    stored = nested(old, 3)
+
+    assert current_keys(stored) == nested(RENAMED_KEYS[old], 3)
+    assert first_keys(current_keys(stored)) == stored
+    assert current_keys(current_keys(stored)) == current_keys(stored)
+
+
+def test_digests_of_an_ablation_stay_in_the_first_names() -> None:
+    dumped = TrainConfig(store="s", out="o").model_dump(mode="json")
+
+    first = first_keys(dumped)
+
+    assert set(RENAMED_KEYS) - {"accept_run"} <= {
+        *first,
+        *(f"{group}.{key}" for group in ("clips", "targets", "loop") for key in first[group]),
+    }
