@@ -139,7 +139,7 @@ class Ablation:
             for each in paper.published
             if dataset in each.numbers
         ]
-        return [(label, paper.beside(numbers, self.splits)) for label, numbers in listed]
+        return [(label, paper.for_splits(numbers, self.splits)) for label, numbers in listed]
 
     def of(self, row: str, dataset: str) -> list[Cell]:
         """The cells of a row and data set."""
@@ -170,7 +170,9 @@ class Ablation:
             dataset=dataset,
             cells=cells,
             values={name: np.array(each) for name, each in values.items()},
-            paper=paper.beside(paper.rows.get(row, {}).get(dataset), self.splits) if paper else {},
+            paper=paper.for_splits(paper.rows.get(row, {}).get(dataset), self.splits)
+            if paper
+            else {},
             gain=gain_over(cells, self.of(self.rows[0], dataset)) if row != self.rows[0] else None,
         )
 

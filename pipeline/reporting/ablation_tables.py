@@ -1,5 +1,5 @@
-"""Tables of an ablation: a row a variant, the paper's number beside ours, and what differs from the
-first row."""
+"""Tables of an ablation: a row per variant, the paper's number next to ours, and the difference
+to the first row."""
 
 from __future__ import annotations
 

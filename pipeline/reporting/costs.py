@@ -33,7 +33,7 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
     table.add("all", f"{hours:.3f}", f"{sum(run.clips for run in runs):,}", DASH, f"{saved:,}")
     table.notes = [
         "hours: of training, without the test after finetuning; of a resumed run its last part. teacher forwards "
-        "saved: clips × picked frames × teachers, each an image that a teacher would have had to look at and whose "
+        "saved: clips × picked frames × teachers, each an image that a teacher would have had to be run on and whose "
         "logits were read from the store; clips that the entropy filter drew and dropped are not counted."
     ]
     return table

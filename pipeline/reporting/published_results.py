@@ -1,7 +1,7 @@
 """What the paper has in a table's place: its numbers by row, and the published results that it
-lists beside its own.
+lists next to its own.
 
-A plan of ablations gives them, cells.json carries them, a report prints them beside ours:
+A plan of ablations gives them, cells.json carries them, a report prints them next to ours:
 accuracies in per cent.
 """
 
@@ -64,7 +64,7 @@ class Published(Options):
 
 
 class PaperNumbers(Options):
-    """Numbers to print beside ours: `rows` by name of a row, then by data set; `published` below
+    """Numbers to print next to ours: `rows` by name of a row, then by data set; `published` below
     our rows.
 
     splits: those that the numbers are of, by default the plan's.
@@ -75,7 +75,7 @@ class PaperNumbers(Options):
     published: list[Published] = []
     splits: list[int] | None = Field(None, min_length=1)
 
-    def beside(self, found: Accuracies | None, ours: Collection[int]) -> dict[str, float]:
+    def for_splits(self, found: Accuracies | None, ours: Collection[int]) -> dict[str, float]:
         """Measure → number, per cent, of those that stand for the splits `ours`; of other splits
         none is shown."""
         if found is None:

@@ -1,4 +1,4 @@
-"""What `distinit report` can be told. Free of torch."""
+"""The options of `distinit report`. Free of torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..common.settings import CliOption, Options
 
 
 class ReportOptions(Options):
-    """Everything that `distinit report` can be told."""
+    """The options of `distinit report`."""
 
     folders: Annotated[list[str], CliOption("DIR")] = Field(
         min_length=1, description="run folders, folders of runs, or folders of distinit ablate"

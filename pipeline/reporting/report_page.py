@@ -16,7 +16,7 @@ from .html_page import as_yaml, render
 from .report_contents import Report
 from .runs import Run
 
-FIGURES = "figures"  # folder beside the page
+FIGURES = "figures"  # folder next to the page
 
 
 def to_markdown(report: Report) -> str:

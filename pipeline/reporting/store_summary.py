@@ -1,5 +1,5 @@
-"""A look into a target store: sampled videos with what the teachers said of them, and how sure they
-were.
+"""The summary of a target store: sampled videos with the predictions of the teachers, and their
+entropies.
 
 Nothing here is shown; `store_page` does that. Shapes: N cached frames of a video, F pictures of
 it.
@@ -36,8 +36,8 @@ QUALITY = 80
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one teacher said of a frame: its best classes with their probabilities (τ = 1), and the
-    entropy in nats."""
+    """The prediction of one teacher for a frame: its best classes with their probabilities
+    (τ = 1), and the entropy in nats."""
 
     labels: Sequence[tuple[str, float]]
     entropy: float
@@ -193,7 +193,7 @@ def _pictures(
         jpegs = reader.read(video, index, pts)
     except (VideoError, StoreMismatchError, OSError) as error:
         problem = str(error)
-    said = {name: _predictions(store, name, rows) for name in teachers}
+    predictions = {name: _predictions(store, name, rows) for name in teachers}
     _, path = store.place(video)
     return [
         Picture(
@@ -202,7 +202,7 @@ def _pictures(
             float(seconds[i]),
             jpegs[i],
             problem,
-            {name: said[name][i] for name in teachers},
+            {name: predictions[name][i] for name in teachers},
         )
         for i in range(len(rows))
     ]

@@ -34,9 +34,9 @@ def draw_figures(
 
     Raises WeightsError and UsageError for `kinetics`.
     """
-    beside = _kinetics(kinetics) if kinetics is not None else None
+    filters = _kinetics(kinetics) if kinetics is not None else None
     with styled():
-        return _draw(runs, ablations, alone, differences, stores, beside, pair)
+        return _draw(runs, ablations, alone, differences, stores, filters, pair)
 
 
 def _draw(
@@ -45,13 +45,13 @@ def _draw(
     alone: Sequence[Run],
     differences: Sequence[Difference],
     stores: Mapping[str, StoreSurvey],
-    beside: Filters | None,
+    kinetics: Filters | None,
     pair: Pair | None,
 ) -> list[Figure]:
     found: list[Figure | None] = [accuracies(alone), paired(differences)]
     found += [_ablation(number, ablation) for number, ablation in enumerate(ablations, start=1)]
     filters = [filters for run in runs for filters in read_filters(run)]
-    found += [over_time(filters), in_space(filters, beside)]
+    found += [over_time(filters), in_space(filters, kinetics)]
     with_features = [
         run for run in runs if run.predictions is not None and run.predictions.features.shape[2]
     ]

@@ -110,6 +110,6 @@ def line_style(i: int) -> tuple[int, tuple[float, ...] | None]:
 
 
 def short(name: str, most: int = 44) -> str:
-    """A name that fits beside an axis: long ones lose their middle."""
+    """A name that fits next to an axis: long ones lose their middle."""
     name = printable(name)
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"

@@ -1,4 +1,4 @@
-"""Figure 6: how sure the teachers are of a store's frames, and what a threshold on it does to
+"""Figure 6: the entropy of the teachers of a store's frames, and what a threshold on it does to
 accuracy."""
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read_stores(runs: Sequence[Run], *, open_urls: bool = False) -> dict[str, St
     for path in dict.fromkeys(str(run.config["store"]) for run in students):
         if is_url(path) and not open_urls:
             found[path] = StoreSurvey(
-                None, {}, "not looked at: it is behind a URL; --open-urls reads it"
+                None, {}, "not read: it is behind a URL; --open-urls reads it"
             )
             continue
         try:
@@ -116,15 +116,15 @@ def densities(
         axes[0].tick_params(labelbottom=False)
     frames = sum(len(found.rows) for found in surveys[:1])
     caption = (
-        f"Below, how often a cached frame has an entropy ({frames:,} frames of {where}): left is sure. Above, top 1 of "
-        "students that learned only from clips left of a threshold, mean ± deviation over seeds; the dashed line is "
+        f"Below, how often a cached frame has an entropy ({frames:,} frames of {where}): low is certain. Above, top 1 "
+        "of students that learned only from clips left of a threshold, mean ± deviation over seeds; the dashed line is "
         "without a threshold. It pays where points lie above the line by more than their bars."
         if points
-        else f"How often a cached frame has an entropy ({frames:,} frames of {where}): left is sure, ln K on the right "
-        "is a guess among K classes. A threshold keeps what lies left of it. No ablation over the threshold is here."
+        else f"How often a cached frame has an entropy ({frames:,} frames of {where}): low is certain, ln K on the "
+        "right is a guess among K classes. A threshold keeps what is left of it. No ablation over it is here."
     )
     name = f"figure-6-entropy{f'-{number}' if number > 1 else ''}"
-    return finish(canvas, name, "Figure 6: how sure the teachers are", caption, [where])
+    return finish(canvas, name, "Figure 6: the entropy of the teachers", caption, [where])
 
 
 def _accuracy(ax: Axes, points: Sequence[Point], teachers: Sequence[str]) -> None:

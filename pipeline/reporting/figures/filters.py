@@ -188,14 +188,14 @@ def _words(f: Filters, before: Filters | None) -> str:
     )
 
 
-def in_space(found: Sequence[Filters], beside: Filters | None = None) -> Figure | None:
-    """Figure 4: the spatial filters of R(2+1)D's first convolution, beside those of `beside`
+def in_space(found: Sequence[Filters], kinetics: Filters | None = None) -> Figure | None:
+    """Figure 4: the spatial filters of R(2+1)D's first convolution, next to those of `kinetics`
     (Kinetics) if given."""
     able = [f for f in found if f.weights.shape[2] == 1 and f.weights.shape[1] == RGB]
     if not able:
         return None
     first = next((f for f in able if f.distilled), able[0])
-    other = beside or next((f for f in able if f.distilled != first.distilled), None)
+    other = kinetics or next((f for f in able if f.distilled != first.distilled), None)
     shown = [f for f in (first, other) if f is not None]
     pictures = [_mosaic(f.weights, 0) for f in shown]
     tall = max(len(picture) / picture.shape[1] for picture in pictures)
@@ -210,8 +210,8 @@ def in_space(found: Sequence[Filters], beside: Filters | None = None) -> Figure 
         "filters show edges and colour blobs; noise stands for few steps or few clips."
         + (
             ""
-            if beside
-            else " No Kinetics weights were given (--kinetics FILE) to set beside them."
+            if kinetics
+            else " No Kinetics weights were given (--kinetics FILE) to compare them with."
         )
     )
     return finish(

@@ -283,9 +283,9 @@ def test_only_numbers_of_the_same_splits_stand_beside_ours(
     theirs: Any, ours: set[int], expected: Any
 ) -> None:
     paper = PaperNumbers(table="6", splits=theirs)
-    assert paper.beside(Accuracies(top1=54.8, split1=54.9, top5=80.0), ours) == expected
+    assert paper.for_splits(Accuracies(top1=54.8, split1=54.9, top5=80.0), ours) == expected
     one = PaperNumbers.model_validate({"table": "2", "splits": [1], "rows": {"a": {"hmdb51": 40}}})
-    assert one.beside(one.rows["a"]["hmdb51"], {1, 2, 3}) == {"split1": 40.0}
+    assert one.for_splits(one.rows["a"]["hmdb51"], {1, 2, 3}) == {"split1": 40.0}
 
 
 def test_one_split_has_no_column_of_its_own_and_only_runs_of_cells_count_named_after_them(
