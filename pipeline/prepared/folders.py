@@ -62,7 +62,7 @@ def copy_name(relative: str, kind: Kind = "copy") -> str:
 
 
 def prepared_corpora(video_roots: Mapping[str, str]) -> dict[str, PreparedCorpus]:
-    """Return those folders of `moved` (corpus → folder) that hold copies made by `prepare`.
+    """Return those folders of `video_roots` (corpus → folder) that hold copies made by `prepare`.
 
     A folder of copies of a single corpus serves that corpus under any name. The folder of one
     corpus
