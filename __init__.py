@@ -5,7 +5,8 @@ Frozen image models (teachers) look at frames of unlabelled videos once; their o
 then the initialisation for a small labelled data set.
 
 The names below are the public Python API. They are loaded on first use, so that `import distinit`
-and `distinit --help` do not pay for torch. The stages behind the commands are in `distinit.stages`.
+and `distinit --help` do not pay for torch. Every stage is a function
+too: `distinit.extract_targets("clips/", out="targets.zarr", teacher="resnet50")`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from distinit.stages import STAGES as _STAGES
+
 __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from distinit.pipeline.clips.transforms import normalize_clip
     from distinit.pipeline.common.errors import DistInitError
+    from distinit.pipeline.common.stage_function import Result
     from distinit.pipeline.corpus.sources import list_videos
     from distinit.pipeline.store.reader import TargetStore
     from distinit.pipeline.students.export import load_student
@@ -30,26 +36,48 @@ if TYPE_CHECKING:
     from distinit.pipeline.training.loader import EpochBatchSampler, collate
     from distinit.pipeline.video.frames import read_frames
 
+    # Their keyword arguments are the options of the commands.
+    ablate: Callable[..., Result]
+    demo: Callable[..., Result]
+    evaluate: Callable[..., Result]
+    extract_targets: Callable[..., Result]
+    finetune: Callable[..., Result]
+    predict: Callable[..., Result]
+    prepare: Callable[..., Result]
+    report: Callable[..., Result]
+    train_student: Callable[..., Result]
+
 __all__ = [
     "DistInitError",
     "EpochBatchSampler",
+    "Result",
     "StudentOptions",
     "TargetStore",
     "TeacherSpec",
+    "ablate",
     "build_student",
     "collate",
+    "demo",
+    "evaluate",
+    "extract_targets",
+    "finetune",
     "list_videos",
     "load_student",
     "load_teacher",
     "mean_logits",
     "normalize_clip",
+    "predict",
+    "prepare",
     "read_frames",
+    "report",
     "soft_targets",
     "student_clips",
+    "train_student",
 ]
 
 # By absolute name: a test runner may import this file under any name.
 _HOME = {
+    "Result": "distinit.pipeline.common.stage_function",
     "DistInitError": "distinit.pipeline.common.errors",
     "EpochBatchSampler": "distinit.pipeline.training.loader",
     "StudentOptions": "distinit.pipeline.students.student_options",
@@ -69,6 +97,12 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if (command := name.replace("_", "-")) in _STAGES:
+        from distinit.pipeline.common.stage_function import stage_function
+
+        value = stage_function(command, *_STAGES[command])
+        globals()[name] = value
+        return value
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -26,6 +26,7 @@ from . import __version__
 from .pipeline.common.errors import DistInitError, UsageError
 from .pipeline.common.explain import explain
 from .pipeline.common.streams import clean_streams, printable
+from .stages import STAGES
 
 if TYPE_CHECKING:
     from .pipeline.common.console import Console
@@ -57,10 +58,8 @@ NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
 
 @dataclass(frozen=True)
 class Command:
-    """A command: module:name of its options model and of its stage, both below `distinit`."""
+    """What the help of a command says; `STAGES` has its options model and its stage."""
 
-    model: str
-    stage: str
     help: str
     examples: tuple[str, ...]
     short: str | None = None
@@ -68,8 +67,6 @@ class Command:
 
 COMMANDS = {
     "demo": Command(
-        "stages.demo_options:DemoConfig",
-        "stages.demo:demo",
         short="The whole pipeline on a small corpus, in minutes.",
         help="""The whole pipeline on a small corpus that ships with the package: CPU, minutes.
 
@@ -82,8 +79,6 @@ again it does what is not done yet.""",
         ),
     ),
     "prepare": Command(
-        "pipeline.prepared.prepare_options:PrepareConfig",
-        "stages.prepare:prepare",
         short="Small copies or optical flow, for fast clips.",
         help="""Small copies of videos that clips are read from several times faster.
 
@@ -101,8 +96,6 @@ goes on with the same command; DIR/status.csv has a line a video.""",
         ),
     ),
     "extract-targets": Command(
-        "pipeline.extraction.extract_options:ExtractConfig",
-        "stages.extract_targets:extract_targets",
         short="Stage one: teachers look at videos, once.",
         help="""Stage one: run frozen teachers over unlabelled videos, once, and store their logits.
 
@@ -121,8 +114,6 @@ A video that cannot be read gets a status and a reason, and the run goes on.""",
         ),
     ),
     "train-student": Command(
-        "pipeline.training.distillation_options:TrainConfig",
-        "stages.train_student:train_student",
         short="Stage two: a student learns from the store.",
         help="""Stage two: train a video student to predict the stored targets from clips.
 
@@ -142,8 +133,6 @@ and student.safetensors, in torchvision's parameter names.""",
         ),
     ),
     "finetune": Command(
-        "pipeline.evaluation.finetune_options:FinetuneConfig",
-        "stages.finetune:finetune",
         short="Stage three: train on labels, and test.",
         help="""Stage three: train a student on labels, from an initialisation or from scratch, and test it.
 
@@ -161,8 +150,6 @@ test video that cannot be read counts as wrong and is listed.""",
         ),
     ),
     "evaluate": Command(
-        "pipeline.evaluation.evaluation_options:EvaluateConfig",
-        "stages.evaluate:evaluate",
         short="Test again; fuse or compare runs.",
         help="""Test a finetuned run again, or fuse or compare the predictions of several.
 
@@ -180,8 +167,6 @@ nothing is decoded again.""",
         ),
     ),
     "predict": Command(
-        "pipeline.evaluation.evaluation_options:PredictConfig",
-        "stages.predict:predict",
         short="The classes of your own videos.",
         help="""The classes of your own videos, by a finetuned MODEL: a run folder or its model.safetensors.
 
@@ -193,8 +178,6 @@ is listed with the reason, and the others are shown all the same.""",
         ),
     ),
     "ablate": Command(
-        "pipeline.ablation.ablate_options:AblateConfig",
-        "stages.ablate:ablate",
         short="A grid of stages two and three over a store.",
         help="""A grid of stages two and three over one store: what changes if …? No teacher is loaded.
 
@@ -213,8 +196,6 @@ on where it was stopped. `distinit report DIR` makes the tables.""",
         ),
     ),
     "report": Command(
-        "pipeline.reporting.report_options:ReportOptions",
-        "stages.report:report",
         short="Tables and figures of runs, as one page.",
         help="""Tables and figures of runs and ablations, as one self-contained HTML page, Markdown, CSV, PNG
 and SVG.
@@ -231,8 +212,6 @@ A DIR is a run folder, a folder of run folders, or the folder of an ablation."""
 
 TARGETS = {
     "info": Command(
-        "pipeline.store.store_options:InfoOptions",
-        "stages.targets_info:targets_info",
         help="""What is in a store: corpora, videos, frames, teachers, failures.""",
         examples=(
             "distinit targets info targets.zarr",
@@ -240,8 +219,6 @@ TARGETS = {
         ),
     ),
     "browse": Command(
-        "pipeline.store.store_options:BrowseOptions",
-        "stages.targets_browse:targets_browse",
         help="""A page with frames, labels and entropies of sampled videos, for any browser, without network.
 
 Also the most and least confident frames of each teacher, how often each class comes first, and
@@ -253,8 +230,6 @@ the videos that failed. A video that is not here is shown as missing.""",
         ),
     ),
     "verify": Command(
-        "pipeline.store.store_options:VerifyOptions",
-        "stages.targets_verify:targets_verify",
         help="""Check a store: structure, counts, checksums, finiteness, entropy against logits.
 
 With --frames also against the videos, with --deep against videos and teachers. Exit status 1
@@ -265,8 +240,6 @@ and a line for each thing that is wrong.""",
         ),
     ),
     "merge": Command(
-        "pipeline.store.store_options:MergeOptions",
-        "stages.targets_merge:targets_merge",
         help="""Put finished stores of the same teachers and sampling together into one.
 
 No row is computed again and no logit changes. An interrupted merge goes on with the same
@@ -278,8 +251,6 @@ command.""",
         ),
     ),
     "export": Command(
-        "pipeline.store.store_options:ExportOptions",
-        "stages.targets_export:targets_export",
         help="""Write a store out, or some teachers, corpora and videos of it, as one HDF5 file or as a new
 store.
 
@@ -474,7 +445,7 @@ class StageCommand(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the parameters of the model, those of every command, and --help."""
         if not self.params:
-            self.params = [*model_params(_load(self.command.model)), *common_params()]
+            self.params = [*model_params(_load(STAGES[self.section][0])), *common_params()]
         return super().get_params(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -515,9 +486,9 @@ class StageCommand(click.Command):
             p.key: p.opts[0] if isinstance(p, KeyOption) else p.make_metavar(ctx) for p in keyed
         }
         with _console(given) as console:
-            stage = _load(self.command.stage)
+            stage = _load(STAGES[self.section][1])
             config = load_config(
-                _load(self.command.model),
+                _load(STAGES[self.section][0]),
                 self.section,
                 preset=given["preset"],
                 file=given["file"],

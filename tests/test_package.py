@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import distinit
+from distinit.stages import FUNCTIONS
 
 ROOT = Path(distinit.__file__).resolve().parent
 PACKAGE_FOLDERS = ("conf", "pipeline", "stages")
@@ -146,7 +147,7 @@ def test_modules_of_decoding_processes_do_not_load_torch(tmp_path: Path) -> None
 
 
 def test_every_public_name_loads_and_is_documented() -> None:
-    assert sorted(distinit.__all__) == sorted(distinit._HOME)
+    assert sorted(distinit.__all__) == sorted({*distinit._HOME, *FUNCTIONS})
     for name in distinit.__all__:
         assert getattr(distinit, name).__doc__, name
         assert name in dir(distinit)

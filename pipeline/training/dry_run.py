@@ -74,7 +74,7 @@ def _memory(config: TrainConfig, student: Student, console: Console) -> dict[str
     """Of one device: bytes and FLOPs of a piece of a step, said and returned."""
     options, view = config.loop, config.clips
     clips = options.clips_at_once(options.gpus)
-    shape = (clips, config.student.channels, view.length, view.size, view.size)
+    shape = (clips, config.student.channels, view.clip_frames, view.size, view.size)
     found = footprint(student, shape, precision=options.precision)
     if found is None:
         console.say("memory: not known, the student cannot be run without data")

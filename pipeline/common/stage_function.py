@@ -1,0 +1,245 @@
+"""A stage as a function of Python: the options of its command as keyword arguments.
+
+    result = distinit.extract_targets("clips/", out="targets.zarr", teacher="resnet50")
+
+Names are those of the command line with underscores; texts are read as they are there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+
+if TYPE_CHECKING:
+    from .settings import CliOption, Options
+
+
+class Result(Mapping[str, Any]):
+    """What a stage reports, as `--json` prints it: a mapping, whose keys are attributes as well.
+
+    Example:
+        result = distinit.finetune(init="runs/student", dataset="csv:labels.csv", out="runs/ours")
+        result.metrics["top1"], result["out"]
+    """
+
+    def __init__(self, function: str, values: Mapping[str, Any]) -> None:
+        self._function = function
+        self._values = dict(values)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._values:
+            raise AttributeError(
+                f"the result of {self._function} has no {name!r}; it has: {', '.join(self)}"
+            )
+        return self._values[name]
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._values]
+
+    def __repr__(self) -> str:
+        lines = (f"  {key} = {_short(value)}" for key, value in self._values.items())
+        return "\n".join((f"{self._function}:", *lines))
+
+
+@dataclass(frozen=True)
+class _Keyword:
+    """A keyword argument: the dotted key that it fills, and what its field says of it."""
+
+    key: str
+    text: str
+    default: Any
+    cli: CliOption
+    repeated: bool
+
+
+def stage_function(command: str, model_at: str, stage_at: str) -> Callable[..., Result]:
+    """Make the function of a stage.
+
+    Args:
+        command: name of the command, which is the section of a config file, too.
+        model_at: module:name of the options model, below `distinit`; importing it loads no torch.
+        stage_at: module:name of the stage, imported when the function is called.
+    """
+    name = command.replace("-", "_")
+    model = load(model_at)
+    keywords = _keywords(model)
+    arguments = [word for word, each in keywords.items() if each.cli.name[:1] not in ("", "-")]
+
+    def run(
+        *positional: Any,
+        preset: str | None = None,
+        config: str | os.PathLike[str] | None = None,
+        set: Mapping[str, Any] | None = None,
+        quiet: bool = False,
+        **options: Any,
+    ) -> Result:
+        from .config import load_config
+        from .console import Console
+
+        for word in options:
+            if word not in keywords:
+                near = difflib.get_close_matches(word, keywords, 1)
+                raise TypeError(
+                    f"{name}() has no option {word!r}"
+                    + (f"; did you mean {near[0]!r}?" if near else "")
+                )
+        if positional:
+            word = arguments[0] if arguments else ""
+            if not word or word in options or (len(positional) > 1 and not keywords[word].repeated):
+                raise TypeError(f"{name}() takes positional arguments for: {word or 'nothing'}")
+            several = keywords[word].repeated and not isinstance(positional[0], list | tuple)
+            options[word] = list(positional) if several else positional[0]
+        given = {
+            each.key: _value(word, each, options) for word, each in keywords.items() if each.key
+        }
+        dropped = [
+            f"{each.key.rpartition('.')[0]}.{key}".lstrip(".")
+            for word, each in keywords.items()
+            if given.get(each.key) is not None
+            for key in each.cli.replaces
+        ]
+        checked = load_config(
+            model,
+            command,
+            preset=preset,
+            file=None if config is None else os.fspath(config),
+            options={**given, **(set or {})},
+            dropped=dropped,
+            flags={each.key: word for word, each in keywords.items()},
+        )
+        return Result(name, load(stage_at)(checked, Console(quiet=quiet)))
+
+    lines = [f"    {word}: {each.text}" for word, each in keywords.items() if each.text]
+    run.__name__ = run.__qualname__ = name
+    run.__module__ = "distinit"
+    run.__doc__ = "\n".join(
+        [
+            f"Run `distinit {command}`; its help text has examples.",
+            "",
+            "Args:",
+            *lines,
+            "    preset: the name of a preset that ships with the package.",
+            "    config: a YAML file, as the ones written next to results.",
+            "    set: values for any other key, by dotted key.",
+            "    quiet: no lines and no progress, warnings only.",
+            "",
+            "Returns:",
+            "    A `Result`, what `--json` prints.",
+            "",
+            "Raises:",
+            "    DistInitError: as the command, which prints its message.",
+        ]
+    )
+    kinds = inspect.Parameter
+    params = [kinds(word, kinds.POSITIONAL_OR_KEYWORD) for word in arguments[:1]]
+    params += [
+        kinds(word, kinds.KEYWORD_ONLY, default=each.default)
+        for word, each in keywords.items()
+        if word not in arguments[:1]
+    ]
+    extras = {"preset": None, "config": None, "set": None, "quiet": False}
+    params += [kinds(word, kinds.KEYWORD_ONLY, default=value) for word, value in extras.items()]
+    run.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]
+    return run
+
+
+def _keywords(model: type[Options], prefix: str = "") -> dict[str, _Keyword]:
+    from .config import inner_model
+    from .settings import CliOption
+
+    found: dict[str, _Keyword] = {}
+    for name, field in model.model_fields.items():
+        cli = next((each for each in field.metadata if isinstance(each, CliOption)), None)
+        inner = inner_model(field.annotation)
+        if inner is not None and cli is not None:
+            found |= _keywords(inner, f"{prefix}{name}.")
+            continue
+        if cli is None:
+            if not prefix:
+                cli = CliOption()
+            else:
+                continue
+        word = cli.name.lstrip("-").replace("-", "_") if cli.name.startswith("--") else name
+        default = field.get_default(call_default_factory=True)
+        default = inspect.Parameter.empty if field.is_required() else default
+        found[word] = _Keyword(
+            prefix + name, field.description or "", default, cli, _is_repeated(field.annotation)
+        )
+        for flag, _, text in cli.parts:
+            part = flag[2:].replace("-", "_")
+            found[part] = _Keyword("", text, None, CliOption(), True)
+    return found
+
+
+def _value(word: str, keyword: _Keyword, options: Mapping[str, Any]) -> Any:
+    """Return the value for the config: texts as on the command line, other values as they are."""
+    value = options.get(word)
+    parts = [flag[2:].replace("-", "_") for flag, _, _ in keyword.cli.parts]
+    if value is None and not any(part in options for part in parts):
+        return None
+    value = _plain(value)
+    texts = value if isinstance(value, list | tuple) else () if value is None else (value,)
+    if keyword.cli.parse is not None and all(isinstance(text, str) for text in texts):
+        given = [_texts(options.get(part)) for part in parts]
+        many = keyword.repeated if keyword.cli.repeated is None else keyword.cli.repeated
+        if not many and len(texts) != 1:
+            return value
+        typed = tuple(texts) if many else texts[0]
+        return keyword.cli.parse(typed, *given)
+    if keyword.repeated and isinstance(value, str):
+        return [value]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with paths as texts."""
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(each) for each in value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, Mapping):
+        return tuple(f"{key}={each}" for key, each in value.items())
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _is_repeated(annotation: Any) -> bool:
+    """Check whether a field takes several values: what may be given repeatedly as an option."""
+    if get_origin(annotation) is Annotated:
+        return _is_repeated(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+        kinds = [kind for kind in kinds if len(kinds) == 1 or get_origin(kind) is not dict]
+        return len(kinds) == 1 and _is_repeated(kinds[0])
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[-1] is ...
+    return get_origin(annotation) in (list, dict)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def load(where: str) -> Any:
+    """Import `module:name`, below `distinit`."""
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(f"distinit.{module}"), name)

@@ -1,0 +1,51 @@
+"""Stages as functions of Python: their keywords are the options of the command line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import distinit
+from distinit.cli import cli
+from distinit.stages import FUNCTIONS
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_keywords_are_the_options_of_the_command(name: str) -> None:
+    command = cli.commands[FUNCTIONS[name]]
+    params = command.get_params(click.Context(command))
+    options = {next(iter(p.opts)).lstrip("-").replace("-", "_") for p in params}
+    keywords = set(inspect.signature(getattr(distinit, name)).parameters)
+    assert options - {"json", "debug", "help"} <= keywords
+
+
+def test_a_function_does_what_the_command_does(
+    make_store: Callable[..., Any], tmp_path: Path
+) -> None:
+    _, root = make_store(videos=range(3))
+    with pytest.raises(distinit.DistInitError) as caught:
+        distinit.train_student(store=root, out=tmp_path / "run", frames="many", quiet=True)
+    assert "frames" in str(caught.value)
+    assert "many" in str(caught.value)
+    with pytest.raises(TypeError, match="did you mean 'epochs'"):
+        distinit.train_student(store=root, out=tmp_path / "run", epoch=3)
+
+
+def test_options_of_a_function_are_read_as_those_of_the_command(
+    tiny_store: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "small"
+    first = sorted(tiny_store.videos.iterdir())[0]
+    result = distinit.prepare(first, out=out, size="32x40", gop=4, quiet=True)
+    assert isinstance(result, distinit.Result)
+    assert result.out == result["out"] == str(out)
+    assert "out = " in repr(result)
+    again = distinit.prepare([str(first)], out=str(out), size=(32, 40), gop=4, quiet=True)
+    assert set(again) == set(result)
+    with pytest.raises(AttributeError, match="nothing"):
+        result.nothing  # noqa: B018
