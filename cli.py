@@ -574,14 +574,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     # loaded, later.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     argv = sys.argv[1:] if argv is None else argv
-    with clean_streams():
-        run(cli, argv)
+    run(cli, argv)
 
 
 def run(
     group: click.Group, argv: Sequence[str], resume_hints: Mapping[str, str] = RESUME_HINTS
 ) -> NoReturn:
     """Run a group of commands with these words, see `main`."""
+    with clean_streams():
+        _run(group, argv, resume_hints)
+
+
+def _run(group: click.Group, argv: Sequence[str], resume_hints: Mapping[str, str]) -> NoReturn:
     debug = "--debug" in argv
     try:
         code = group.main(args=list(argv), prog_name="distinit", standalone_mode=False)
