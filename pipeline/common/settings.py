@@ -16,7 +16,7 @@ Group = Literal[
 class Options(BaseModel):
     """A group of options beside the part that reads them. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from ..common.settings import CliOption, Options
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .probe import Probe
 
 
@@ -72,6 +74,8 @@ class Sampling(Options):
         k/fps; a
         frame that several k name is kept once.
         """
+        import numpy as np  # not for --help, which builds this model
+
         if self.keyframes:
             return np.flatnonzero(is_key).astype(np.int64)
         if self.fps is None:
@@ -102,7 +106,7 @@ class Sampling(Options):
             return max(1, probe.keyframes)
         if self.fps is None:
             return max(1, -(-probe.frames // (self.every or 1)))
-        if not np.isfinite(probe.duration):
+        if not math.isfinite(probe.duration):
             return max(1, probe.frames)
         slack = 1.0 if probe.exact else 1.1
         return max(1, min(probe.frames, int(probe.duration * slack * self.fps) + 2))
