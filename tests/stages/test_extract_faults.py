@@ -444,7 +444,7 @@ def test_ctrl_c_and_dead_workers(home: Path, tmp_path: Path, workers: int) -> No
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
     said = process.communicate(timeout=60)[1].strip().splitlines()
     assert process.returncode == 130
-    assert said[-1] == "interrupted; the same command goes on where it stopped"
+    assert said[-1] == "interrupted; the same command resumes where it stopped"
     assert not [line for line in said if "Traceback" in line or "Error" in line]
     assert psutil.wait_procs(children, timeout=5)[1] == []
     assert not (out / "staging").exists()
