@@ -42,7 +42,7 @@ test-oldest:
 		TESTS="tests/pipeline/video tests/pipeline/prepared tests/pipeline/store tests/stages/test_extract_cluster.py"
 
 # mypy and import-linter take the package by name, whatever the folder is called: a link gives it that name.
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p .mypy_cache/path && ln -sfn ../.. .mypy_cache/path/distinit
