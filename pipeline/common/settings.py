@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 Group = Literal[
     "Inputs", "Output", "Teacher", "Sampling", "Student", "Training", "Test", "Hardware"
@@ -17,6 +18,20 @@ class Options(BaseModel):
     """A group of options beside the part that reads them. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_paths(cls, data: Any) -> Any:
+        return {k: paths_as_text(v) for k, v in data.items()} if isinstance(data, dict) else data
+
+
+def paths_as_text(value: Any) -> Any:
+    """Return a value with its paths as texts: from Python a path may be given for any text."""
+    if isinstance(value, list | tuple):
+        return type(value)(paths_as_text(each) for each in value)
+    if isinstance(value, dict):
+        return {key: paths_as_text(each) for key, each in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
-if TYPE_CHECKING:
-    from .settings import CliOption, Options
+from .settings import CliOption, Options, paths_as_text
 
 
 class Result(Mapping[str, Any]):
@@ -160,7 +159,6 @@ def stage_function(command: str, model_at: str, stage_at: str) -> Callable[..., 
 
 def _keywords(model: type[Options], prefix: str = "") -> dict[str, _Keyword]:
     from .config import inner_model
-    from .settings import CliOption
 
     found: dict[str, _Keyword] = {}
     for name, field in model.model_fields.items():
@@ -188,11 +186,10 @@ def _keywords(model: type[Options], prefix: str = "") -> dict[str, _Keyword]:
 
 def _value(word: str, keyword: _Keyword, options: Mapping[str, Any]) -> Any:
     """Return the value for the config: texts as on the command line, other values as they are."""
-    value = options.get(word)
+    value = paths_as_text(options.get(word))
     parts = [flag[2:].replace("-", "_") for flag, _, _ in keyword.cli.parts]
     if value is None and not any(part in options for part in parts):
         return None
-    value = _plain(value)
     texts = value if isinstance(value, list | tuple) else () if value is None else (value,)
     if keyword.cli.parse is not None and all(isinstance(text, str) for text in texts):
         given = [_texts(options.get(part)) for part in parts]
@@ -204,13 +201,6 @@ def _value(word: str, keyword: _Keyword, options: Mapping[str, Any]) -> Any:
     if keyword.repeated and isinstance(value, str):
         return [value]
     return value
-
-
-def _plain(value: Any) -> Any:
-    """Return a value with paths as texts."""
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(each) for each in value)
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _texts(value: Any) -> tuple[str, ...]:
