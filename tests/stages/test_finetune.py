@@ -329,7 +329,7 @@ def test_finetuning_begins_where_another_run_ended(
         Console(),
     )
     used = yaml.safe_load((out / "config.yaml").read_text())["finetune"]
-    assert (used["clips"]["length"], used["clips"]["size"], used["student"]["width"]) == (
+    assert (used["clips"]["clip_frames"], used["clips"]["size"], used["student"]["width"]) == (
         4,
         32,
         0.0625,

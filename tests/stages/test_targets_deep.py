@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, UsageError
@@ -188,10 +189,8 @@ def test_what_is_missing_is_asked_for(made: Path) -> None:
         targets_verify(
             VerifyOptions(store=str(made / "s.zarr"), deep=1, weights={"other": "x"}), QUIET
         )
-    with pytest.raises(UsageError, match="--deep"):
-        targets_verify(
-            VerifyOptions(store=str(made / "s.zarr"), video_roots={"videos": "x"}), QUIET
-        )
+    with pytest.raises(ValidationError, match="--deep"):
+        VerifyOptions(store=str(made / "s.zarr"), video_roots={"videos": "x"})
 
 
 CODE = """
