@@ -24,12 +24,12 @@ from distinit.pipeline.common.processes import cores
 RUN = """
 import sys, time
 import numpy as np, torch
-from distinit.pipeline import devices
+from distinit.pipeline.common import devices
 from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
-from distinit.stages import extract_batches
+from distinit.pipeline.extraction import teacher_runner
 name, way, batch_size, seconds = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 if way == "default":
-    extract_batches.keep_freed_memory = lambda: None
+    teacher_runner.keep_freed_memory = lambda: None
 teacher = load_teacher(TeacherSpec(name=name))
 images = np.random.default_rng(0).integers(0, 255, (batch_size, *teacher.input_shape, 3), np.uint8)
 count = len(__import__("os").sched_getaffinity(0))
@@ -42,8 +42,8 @@ if way == "torch":
         rows += batch_size
 else:
     with (
-        extract_batches.batch_threads(torch.device("cpu"), count) as threads,
-        extract_batches.TeacherRunner({"t": teacher}, [teacher.view], batch_size=batch_size, threads=threads) as runner,
+        teacher_runner.batch_threads(torch.device("cpu"), count) as threads,
+        teacher_runner.TeacherRunner({"t": teacher}, [teacher.view], batch_size=batch_size, threads=threads) as runner,
     ):
         teacher.logits(images)
         began, rows, waiting = time.perf_counter(), 0, []

@@ -44,7 +44,7 @@ from distinit.pipeline.common.settings import Options
 from distinit.pipeline.common.errors import TrainingError
 from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.students.student import build_student
-from distinit.pipeline.training import draws
+from distinit.pipeline.clips import seeding
 from distinit.pipeline.training.distillation import Distillation, evaluate_distillation
 from distinit.pipeline.training.loop import LoopOptions, fit
 
@@ -64,7 +64,7 @@ class Clips:
     def __getitem__(self, key):
         if self.bad == ("gone", key[1]):
             raise TrainingError("v9.mp4: gone")
-        random = draws.rng(3, *key)
+        random = seeding.rng(3, *key)
         clip = torch.from_numpy(random.integers(0, 256, (3, 4, 16, 16), dtype="uint8"))
         first = torch.from_numpy(random.normal(size=5).astype("float32"))
         second = torch.from_numpy(random.normal(size=3).astype("float32"))
