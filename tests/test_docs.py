@@ -24,7 +24,7 @@ NAMES = {
     "pipeline/evaluation/listing.py": ["Listing"],
     "pipeline/evaluation/labels.py": ["load_labels"],
     "pipeline/training/distillation.py": ["Loss"],
-    "pipeline/training/losses/kept.py": ["mean_over_kept"],
+    "pipeline/training/losses.py": ["mean_over_kept"],
 }
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="an installed copy has no docs")

@@ -12,7 +12,7 @@ import click
 import pytest
 import yaml
 
-from distinit.cli import COMMANDS, GROUPS, TARGETS, KeyOption, StageCommand, cli
+from distinit.cli import GROUPS, KeyOption, StageCommand, cli
 from distinit.pipeline.common.config import (
     CONF,
     SECTIONS,
@@ -24,9 +24,9 @@ from distinit.pipeline.common.config import (
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.common.settings import Options, parse_pairs
 from distinit.pipeline.teachers.teacher_options import parse_teachers
+from distinit.stages import STAGES
 
-STAGES = {**COMMANDS, **{f"targets-{name}": command for name, command in TARGETS.items()}}
-MODELS = {name: command.model for name, command in STAGES.items()}
+MODELS = {name: model for name, (model, _) in STAGES.items()}
 
 
 def model_of(command: str) -> type[Options]:
