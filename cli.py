@@ -444,8 +444,10 @@ class StageCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the parameters of the model, those of every command, and --help."""
+        from .pipeline.common.stage_function import load
+
         if not self.params:
-            self.params = [*model_params(_load(STAGES[self.section][0])), *common_params()]
+            self.params = [*model_params(load(STAGES[self.section][0])), *common_params()]
         return super().get_params(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -472,6 +474,7 @@ class StageCommand(click.Command):
         """Build the config of the command and run its stage; exit code 1 where a part of the job
         could not be done."""
         from .pipeline.common.config import load_config
+        from .pipeline.common.stage_function import load
 
         given = ctx.params
         keyed = [p for p in self.get_params(ctx) if isinstance(p, KeyOption | KeyArgument)]
@@ -486,9 +489,9 @@ class StageCommand(click.Command):
             p.key: p.opts[0] if isinstance(p, KeyOption) else p.make_metavar(ctx) for p in keyed
         }
         with _console(given) as console:
-            stage = _load(STAGES[self.section][1])
+            stage = load(STAGES[self.section][1])
             config = load_config(
-                _load(STAGES[self.section][0]),
+                load(STAGES[self.section][0]),
                 self.section,
                 preset=given["preset"],
                 file=given["file"],
@@ -528,11 +531,6 @@ def _group() -> StageGroup:
 
 
 cli = _group()
-
-
-def _load(where: str) -> Any:
-    module, _, name = where.partition(":")
-    return getattr(importlib.import_module(f".{module}", __package__), name)
 
 
 @contextlib.contextmanager

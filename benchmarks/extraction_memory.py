@@ -94,7 +94,9 @@ def main() -> None:
     parser.add_argument("--videos", type=int, nargs="+", default=[300, 30000])
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument(
-        "--work", type=Path, help="on the folder's file system, for hard links (default: beside it)"
+        "--work",
+        type=Path,
+        help="on the folder's file system, for hard links (default: next to it)",
     )
     args = parser.parse_args()
     videos = sorted(

@@ -118,8 +118,8 @@ axes:
 class Command:
     """A command line without its --out, the name of that, and what is in its folder before it.
 
-    before: copied into the folder under `copied`, or that of --out. beside: the --out of another
-    command that writes there at the same time, and its words.
+    before: copied into the folder under `copied`, or that of --out. concurrent: the --out of a
+    second command that writes there at the same time, and its words.
     """
 
     words: list[str]
@@ -127,7 +127,7 @@ class Command:
     kinds: tuple[str, ...] = KINDS
     before: Path | None = None
     copied: str | None = None
-    beside: tuple[str, list[str]] | None = None
+    concurrent: tuple[str, list[str]] | None = None
 
 
 def differences(a: Path, b: Path) -> list[str]:
@@ -355,7 +355,7 @@ class Workplace:
         )
         demo = ["extract-targets", videos, "--teacher", "efficientnet_lite0", "--every", "8"]
         first = ["targets", "export", "s.zarr", "--teacher", "teachers-teacher"]
-        changing = {"before": one, "copied": "s.zarr", "beside": ("s.zarr", more)}
+        changing = {"before": one, "copied": "s.zarr", "concurrent": ("s.zarr", more)}
         return {
             "extract": Command(demo, "t.zarr"),
             "extract-workers": Command([*extract, "--workers", "2"], "t.zarr"),
@@ -382,7 +382,7 @@ class Workplace:
             if path.name != "failed.zarr":
                 self.make(words, path)
                 continue
-            # Put aside, not written anew: prepared copies record when their source was changed.
+            # Put aside, not written again: prepared copies record when their source was changed.
             hurt = sorted(self.videos.iterdir())[1]
             hurt.rename(self.root / "aside")
             hurt.write_bytes(b"no video" * 99)
@@ -431,8 +431,8 @@ class Trials:
             folder.mkdir(parents=True)
             self.place.make_ready(command)
             out = self._prepared(command, folder)
-            if command.beside:
-                self.place.make(command.beside[1], folder / command.beside[0])
+            if command.concurrent:
+                self.place.make(command.concurrent[1], folder / command.concurrent[0])
             began = time.monotonic()
             done = self.place.make(command.words, out)
             self.moments[name] = [*done.changes(), time.monotonic() - began]
@@ -455,14 +455,14 @@ class Trials:
                 stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
             out = self._prepared(command, folder)
             at = self.random.randint(1, len(self.moments[name]) - 1) if kind == "kill-change" else 0
-            beside = command.beside and Started(
-                command.beside[1], folder / command.beside[0], self.place.environment
+            concurrent = command.concurrent and Started(
+                command.concurrent[1], folder / command.concurrent[0], self.place.environment
             )
             started = Started(command.words, out, self.place.environment, at, group=self._group())
             try:
                 getattr(self, "_" + kind.replace("-", "_"))(name, started)
-                if beside and beside.follow():
-                    raise Fell(f"the command beside: {beside.last_line()}")
+                if concurrent and concurrent.follow():
+                    raise Fell(f"the concurrent command: {concurrent.last_line()}")
                 if kind == "full-disk":
                     subprocess.run(["mount", "-o", "remount,size=90%", str(folder)], check=True)
                 self.place.make(command.words, out)
@@ -471,7 +471,7 @@ class Trials:
             except Fell as fell:
                 raise Fell(f"{fell} (after: {started.last_line()})") from None
             finally:
-                for each in filter(None, (started, beside)):
+                for each in filter(None, (started, concurrent)):
                     each.close()
 
     # Kinds of harm

@@ -19,7 +19,7 @@ from distinit.stages import FUNCTIONS
 def test_keywords_are_the_options_of_the_command(name: str) -> None:
     command = cli.commands[FUNCTIONS[name]]
     params = command.get_params(click.Context(command))
-    options = {next(iter(p.opts)).lstrip("-").replace("-", "_") for p in params}
+    options = {max(p.opts, key=len).lstrip("-").replace("-", "_") for p in params}
     keywords = set(inspect.signature(getattr(distinit, name)).parameters)
     assert options - {"json", "debug", "help"} <= keywords
 
