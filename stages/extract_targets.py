@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from ..pipeline.common.console import Console
 from ..pipeline.common.dask_workers import cluster
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.errors import StoreError, UsageError
+from ..pipeline.common.explain import full_disk
 from ..pipeline.common.processes import cores
 from ..pipeline.common.same_failure import SameFailure
 from ..pipeline.common.urls import check_local
@@ -367,12 +367,13 @@ def _rows_of_a_clip(sampling: Sampling) -> int:
 
 @contextmanager
 def _naming(store: Path) -> Iterator[None]:
-    """Let a full disk say which: what writes below does not know."""
+    """Name the store in the error of a full disk that names no file: write(2) does not know it."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
-            error.filename = str(store)
+    except Exception as error:
+        full = full_disk(error)
+        if full is not None and not full.filename:
+            full.filename = str(store)
         raise
 
 

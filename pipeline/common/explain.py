@@ -10,11 +10,7 @@ from .errors import DistInitError
 
 def explain(error: BaseException) -> tuple[str, int]:
     """One line and the exit code for any exception."""
-    chain = list(_chain(error))
-    full = next(
-        (e for e in chain if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)),
-        None,
-    )
+    full = full_disk(error)
     if full is not None:
         return (
             f"disk full while writing{_file_of(full, error)}; free some space and run it again",
@@ -32,6 +28,14 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{error} (is the installation complete? pip install distinit)", 1
     words = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {words[0]} (--debug shows where)", 1
+
+
+def full_disk(error: BaseException) -> OSError | None:
+    """Return the error of a full disk or quota that led to `error`, if one did."""
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return cause
+    return None
 
 
 def _file_of(full: OSError, error: BaseException) -> str:

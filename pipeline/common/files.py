@@ -45,7 +45,10 @@ def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(part, path)
         fsync_path(path.parent)
-    except BaseException:
+    except BaseException as error:
+        # A failed write(2) does not know its file.
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise
