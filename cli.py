@@ -333,8 +333,7 @@ def model_params(model: type[Options], prefix: str = "", shown: str = "") -> lis
         prefix: of the dotted keys, for a model in a model.
         shown: what all of its options show as their default, in place of the model's.
     """
-    from .pipeline.common.config import inner_model
-    from .pipeline.common.settings import CliOption
+    from .pipeline.common.settings import CliOption, inner_model
 
     params: list[click.Parameter] = []
     for name, field in model.model_fields.items():

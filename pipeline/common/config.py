@@ -30,7 +30,7 @@ from pydantic_core import ErrorDetails
 from .documents import load_yaml
 from .errors import DistInitError, UsageError, first_line
 from .files import write_whole
-from .settings import Options
+from .settings import Options, inner_model
 
 C = TypeVar("C", bound=Options)
 
@@ -267,15 +267,6 @@ def _leaves(layer: Mapping[str, Any], prefix: str = "") -> list[str]:
         name = f"{prefix}{key}"
         keys += _leaves(value, f"{name}.") if isinstance(value, Mapping) and value else [name]
     return keys
-
-
-def inner_model(annotation: Any) -> type[Options] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Options):
-            return (
-                candidate if annotation is candidate or type(None) in get_args(annotation) else None
-            )
-    return None
 
 
 def _explain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -32,6 +32,16 @@ def paths_as_text(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: paths_as_text(each) for key, each in value.items()}
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def inner_model(annotation: Any) -> type[Options] | None:
+    """Return the model that a field is, or may be; None for a field of another type."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Options):
+            return (
+                candidate if annotation is candidate or type(None) in get_args(annotation) else None
+            )
+    return None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from .settings import CliOption, Options, paths_as_text
+from .settings import CliOption, Options, inner_model, paths_as_text
 
 
 class Result(Mapping[str, Any]):
@@ -158,8 +158,6 @@ def stage_function(command: str, model_at: str, stage_at: str) -> Callable[..., 
 
 
 def _keywords(model: type[Options], prefix: str = "") -> dict[str, _Keyword]:
-    from .config import inner_model
-
     found: dict[str, _Keyword] = {}
     for name, field in model.model_fields.items():
         cli = next((each for each in field.metadata if isinstance(each, CliOption)), None)
