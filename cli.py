@@ -145,7 +145,7 @@ test video that cannot be read counts as wrong and is listed.""",
             "--out runs/scratch",
             "distinit finetune --init runs/student --dataset folder:/data/actions --epochs 20 "
             "--out runs/folder",
-            "distinit finetune --init runs/student --dataset csv:labels.csv --videos small/ "
+            "distinit finetune --init runs/student --dataset csv:labels.csv --copies small/ "
             "--out runs/ours",
         ),
     ),

@@ -232,7 +232,7 @@ def _assemble(config: EvaluateConfig, run: Path) -> _Job:
     labels = load_labels(
         config.dataset or used["dataset"],
         config.split if isinstance(config.split, int) else used.get("split"),
-        config.videos if "videos" in asked else used.get("videos"),
+        copies=config.copies if "copies" in asked else used.get("copies"),
         root=config.root if "root" in asked or config.dataset else used.get("root"),
         partial=bool(used.get("partial") if config.partial is None else config.partial),
         classes=None if own else classes,
@@ -289,7 +289,7 @@ def _trained_on(config: EvaluateConfig, run: Path) -> SeenVideos | None:
     root = config.root if config.dataset is None and config.root is not None else used.get("root")
     try:
         own = load_labels(
-            used["dataset"], used.get("split"), used.get("videos"), root=root, partial=True
+            used["dataset"], used.get("split"), copies=used.get("copies"), root=root, partial=True
         )
     except (LabelsError, UsageError):  # its labels are not here any more: nothing to compare with
         return None

@@ -114,7 +114,9 @@ def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
     before the first is trained."""
     splits = available_splits(config.dataset, config.root)
     for split in splits:
-        load_labels(config.dataset, split, config.videos, root=config.root, partial=config.partial)
+        load_labels(
+            config.dataset, split, copies=config.copies, root=config.root, partial=config.partial
+        )
     return splits
 
 
@@ -227,7 +229,7 @@ def _assemble(config: FinetuneConfig) -> _Job:
     labels = load_labels(
         config.dataset,
         config.split if isinstance(config.split, int) else None,
-        config.videos,
+        copies=config.copies,
         root=config.root,
         partial=config.partial,
     )
@@ -252,7 +254,7 @@ def _resolved(config: FinetuneConfig, labels: Labels, start: Initialization) -> 
         "dataset": canonical(config.dataset),
         "root": None if config.root is None else os.path.abspath(config.root),
         "split": labels.split,
-        "videos": labels.copies.folder if labels.copies is not None else None,
+        "copies": labels.copies.folder if labels.copies is not None else None,
         "init": canonical_init(config.init),
         "student": start.options,
     }

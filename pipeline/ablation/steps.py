@@ -32,7 +32,7 @@ from .plan import SECTIONS, STUDENT, Cell
 TRAIN, TUNE = SECTIONS
 PATHS = {
     TRAIN: {"out", "resume", "video_roots", "store", "exclude", "exclude_split"},
-    TUNE: {"out", "resume", "verbose", "videos", "init", "dataset", "root"},
+    TUNE: {"out", "resume", "verbose", "copies", "init", "dataset", "root"},
 }
 Commands = Mapping[str, tuple[type[Options], Callable[[Any, Console], dict[str, Any]]]]
 """Command → its options model and its function: given by the caller, since nothing here imports a
@@ -157,11 +157,15 @@ class StepMaker:
         return self._left[source, split]
 
     def _labels_of(self, config: Any) -> Labels:
-        place = (config.dataset, config.split, config.videos, config.root, config.partial)
+        place = (config.dataset, config.split, config.copies, config.root, config.partial)
         if place not in self._labels:
             split = config.split if isinstance(config.split, int) else None
             self._labels[place] = load_labels(
-                config.dataset, split, config.videos, root=config.root, partial=config.partial
+                config.dataset,
+                split,
+                copies=config.copies,
+                root=config.root,
+                partial=config.partial,
             )
         return self._labels[place]
 

@@ -57,6 +57,7 @@ RENAMED_KEYS = {
     "loop.gpu_batch_size": "loop.micro_batch_size",
     "loop.lr_batch_size": "loop.lr_base_batch_size",
     "moved": "video_roots",
+    "videos": "copies",
     "leave_out": "exclude",
     "leave_out_split": "exclude_split",
     "accept_run": "allow_different_numerics",

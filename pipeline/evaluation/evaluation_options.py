@@ -11,7 +11,7 @@ from ..common.settings import DEVICE, DEVICE_HELP, CliOption, Options, parse_num
 
 FrameOrder = Literal["ordered", "shuffled", "frozen"]
 PARTIAL_HELP = "continue where videos have no label, or labels no video (wrong in the test)"
-COPIES_HELP = "copies made by `distinit prepare`, read instead of the videos"
+COPIES_HELP = "folder of `distinit prepare`: clips are read from its copies of the videos"
 
 
 class EvaluationOptions(Options):
@@ -76,7 +76,7 @@ class EvaluateConfig(Options):
     partial: Annotated[bool | None, CliOption(shown="the run's")] = Field(
         default=None, description=PARTIAL_HELP
     )
-    videos: Annotated[str | None, CliOption(metavar="DIR", shown="the run's")] = Field(
+    copies: Annotated[str | None, CliOption(metavar="DIR", shown="the run's")] = Field(
         default=None, description=COPIES_HELP
     )
     out: Annotated[str | None, CliOption(group="Output", metavar="DIR", shown="the run's own")] = (

@@ -78,7 +78,7 @@ class FinetuneConfig(Options):
         default=None, description="which split; all: a run each, and the mean"
     )
     partial: Annotated[bool, CliOption()] = Field(default=False, description=PARTIAL_HELP)
-    videos: Annotated[str | None, CliOption(metavar="DIR")] = Field(
+    copies: Annotated[str | None, CliOption(metavar="DIR")] = Field(
         default=None, description=COPIES_HELP
     )
     out: Annotated[str, CliOption(group="Output", metavar="RUN")] = Field(

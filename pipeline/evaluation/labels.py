@@ -87,8 +87,8 @@ class Labels:
 def load_labels(
     dataset: str,
     split: int | None = None,
-    videos: str | None = None,
     *,
+    copies: str | None = None,
     root: str | None = None,
     partial: bool = False,
     classes: Sequence[str] | None = None,
@@ -100,7 +100,7 @@ def load_labels(
     `hmdb51`, `ucf101`.
     root: what the paths are relative to, default the csv's folder; for the last two, where they
         lie.
-    videos: a folder of copies by `distinit prepare` to read in place of the videos, which then need
+    copies: a folder of copies by `distinit prepare` to read in place of the videos, which then need
         not be there.
     partial: go on where labels have no video (left out of training; wrong in the test, for it
     cannot be read) or videos among those of HMDB-51 or UCF-101 have no label (left out).
@@ -116,7 +116,7 @@ def load_labels(
     """
     kind, where = _parse(dataset, root)
     number = 1 if split is None else split
-    copies = None if videos is None else CopyFolder.open(videos)
+    prepared = None if copies is None else CopyFolder.open(copies)
     if kind == "csv":
         listing = read_csv(where, number, root)
     elif kind == "folder":
@@ -126,8 +126,8 @@ def load_labels(
     else:
         listing = OFFICIAL[kind](root, number, partial)
     if classes is not None:
-        return _check_test(dataset, number, listing, copies, partial, tuple(classes))
-    return _check(dataset, number, listing, copies, partial)
+        return _check_test(dataset, number, listing, prepared, partial, tuple(classes))
+    return _check(dataset, number, listing, prepared, partial)
 
 
 def available_splits(dataset: str, root: str | None = None) -> tuple[int, ...]:
@@ -238,7 +238,7 @@ def _checked_rows(
     rows = [file.row for file in kept] + [row for row in missing if row.side == "test"]
     if copies is not None and not any(_has_copy(copies, listing.root, row.path) for row in rows):
         raise UsageError(
-            f"--videos {copies.folder}: holds a copy of none of the {len(rows)} videos of {origin}"
+            f"--copies {copies.folder}: holds a copy of none of the {len(rows)} videos of {origin}"
         )
     return rows, notes
 

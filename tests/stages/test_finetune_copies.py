@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_copies_give_the_clips_of_the_originals(folder: tuple[Path, Path]) -> None:
     root, small = folder
     labels = load_labels(f"folder:{root}")
-    copied = load_labels(f"folder:{root}", videos=os.fspath(small))
+    copied = load_labels(f"folder:{root}", copies=os.fspath(small))
     assert (copied.train, copied.test, copied.root) == (labels.train, labels.test, labels.root)
     a, b = (LabelledClips(each, VIEW, length=4, seed=3, epoch_clips=6) for each in (labels, copied))
     for sample in range(6):
@@ -92,7 +92,7 @@ def test_finetune_and_evaluate_read_copies(folder: tuple[Path, Path], tmp_path: 
     out = tmp_path / "run"
     values = {
         "dataset": f"folder:{root}",
-        "videos": os.path.relpath(small),
+        "copies": os.path.relpath(small),
         "out": os.fspath(out),
         "student": {"architecture": "r3d_18", "width": 0.0625},
         "clips": {"size": 32, "clip_frames": 4},
@@ -101,7 +101,7 @@ def test_finetune_and_evaluate_read_copies(folder: tuple[Path, Path], tmp_path: 
     }
     result = finetune(FinetuneConfig.model_validate(values), QUIET)
     assert (result["broken"], result["metrics"]["failed"]) == ({}, [])
-    assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["videos"] == os.fspath(
+    assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["copies"] == os.fspath(
         small
     )
     found = Predictions.read(out / "predictions.h5")
@@ -114,7 +114,7 @@ def test_finetune_and_evaluate_read_copies(folder: tuple[Path, Path], tmp_path: 
     # null: the videos themselves, whatever the run was trained on.
     evaluate(
         EvaluateConfig(
-            runs=[os.fspath(out)], device="cpu", videos=None, out=os.fspath(tmp_path / "o")
+            runs=[os.fspath(out)], device="cpu", copies=None, out=os.fspath(tmp_path / "o")
         ),
         QUIET,
     )
@@ -137,7 +137,7 @@ def test_labels_elsewhere_lists_and_links_find_the_copies(
         return f"csv:{path}"
 
     def copies_of(dataset: str, videos: Path) -> list[str]:
-        labels = load_labels(dataset, videos=os.fspath(videos))
+        labels = load_labels(dataset, copies=os.fspath(videos))
         return [
             os.path.relpath(labels.file(video).path, videos)
             for video in (*labels.train, *labels.test)
@@ -181,7 +181,7 @@ def test_what_is_no_copy_of_the_labelled_video_is_not_read(
     )  # not what was copied
     os.utime(root / "test" / "red" / "1.mp4")  # the same file, touched
     (small / "actions" / "test" / "blue" / "0.mp4.mp4").unlink()
-    labels = load_labels(f"folder:{root}", videos=os.fspath(small))
+    labels = load_labels(f"folder:{root}", copies=os.fspath(small))
     clips = EvaluationClips(labels, labels.test, VIEW, length=4, clips=3)
     errors = {video.path: clips[0, i].get("error") for i, video in enumerate(labels.test)}
     assert (
@@ -193,7 +193,7 @@ def test_what_is_no_copy_of_the_labelled_video_is_not_read(
     with pytest.raises(
         UsageError, match=r"holds no prepared\.json; expected a folder made by distinit prepare"
     ):
-        load_labels(f"folder:{root}", videos=os.fspath(root))
+        load_labels(f"folder:{root}", copies=os.fspath(root))
     shutil.rmtree(small / "actions")
     with pytest.raises(UsageError, match="holds a copy of none of the 12 videos"):
-        load_labels(f"folder:{root}", videos=os.fspath(small))
+        load_labels(f"folder:{root}", copies=os.fspath(small))

@@ -40,5 +40,5 @@ def test_frames_are_counted_of_some_of_the_videos_that_can_be_read(tmp_path: Pat
         frames = np.random.default_rng(seed).integers(0, 255, (7, 32, 32, 3), np.uint8)
         write_video(tmp_path / folder / f"{seed}.mp4", frames, fps=10)
     (tmp_path / "train" / "a" / "broken.mp4").write_bytes(b"x" * 99)
-    labels = load_labels(f"folder:{tmp_path}", 1, None)
+    labels = load_labels(f"folder:{tmp_path}", 1)
     assert count_some(labels, [*labels.train, *labels.test]) == [7] * 4

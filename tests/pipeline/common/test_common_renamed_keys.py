@@ -16,6 +16,7 @@ from distinit.pipeline.common.config import (
     nested,
 )
 from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.training.distillation_options import TrainConfig
 
@@ -53,6 +54,9 @@ def test_an_old_key_is_an_error_where_a_person_types_it(old: str) -> None:
     if old == "accept_run":
         model, command = ExtractConfig, "extract-targets"
         needed = {"out": "o", "teachers": [{"name": "resnet50"}]}
+    elif old == "videos":
+        model, command = FinetuneConfig, "finetune"
+        needed = {"out": "o", "dataset": "hmdb51"}
 
     assert RENAMED_KEYS[old] in known_keys(model)
     with pytest.raises(UsageError, match="unknown key"):
@@ -73,7 +77,14 @@ def test_digests_of_an_ablation_stay_in_the_first_names() -> None:
 
     first = first_keys(dumped)
 
-    assert set(RENAMED_KEYS) - {"accept_run"} <= {
+    assert set(RENAMED_KEYS) - {"accept_run", "videos"} <= {
         *first,
         *(f"{group}.{key}" for group in ("clips", "targets", "loop") for key in first[group]),
     }
+
+
+def test_a_run_that_read_copies_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("finetune: {dataset: hmdb51, out: run, videos: small}\n")
+
+    assert load_config(FinetuneConfig, "finetune", file=str(file)).copies == "small"
