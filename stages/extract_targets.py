@@ -48,7 +48,7 @@ from ..pipeline.store.writer import StoreWriter
 from ..pipeline.teachers.teacher import Teacher
 from ..pipeline.video.geometry import View
 from ..pipeline.video.pool.decode_pool import DecodePool
-from ..pipeline.video.pool.protocol import INTERNAL
+from ..pipeline.video.pool.messages import INTERNAL
 from ..pipeline.video.sampling import Sampling
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import numpy as np
 from ..common.console import Console
 from ..common.files import replacing
 from ..common.streams import printable
-from ..video.pool.protocol import INTERNAL
+from ..video.pool.messages import INTERNAL
 
 Row = dict[str, Any]
 Key = tuple[str, str]

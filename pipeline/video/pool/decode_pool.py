@@ -32,8 +32,8 @@ from ..geometry import View
 from ..packets import Timeline
 from ..probe import Probe
 from ..sampling import Sampling
+from .messages import Layout
 from .process import ChildProcess
-from .protocol import Layout
 
 log = logging.getLogger(__name__)
 

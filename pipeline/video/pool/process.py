@@ -18,7 +18,7 @@ import numpy as np
 
 from ...common.processes import Owner
 from ..geometry import View
-from .protocol import SLOTS, Inbox, Layout, send, shared_file
+from .messages import SLOTS, Inbox, Layout, send, shared_file
 
 _MODULE = f"{__package__}.worker"
 _READ_BYTES = 2**20

@@ -33,7 +33,7 @@ from ..decoder import VideoReader
 from ..geometry import Renderer, View
 from ..probe import probe
 from ..sampling import Sampling
-from .protocol import INTERNAL, SLOTS, Layout, receive, send
+from .messages import INTERNAL, SLOTS, Layout, receive, send
 
 _SIGN_OF_LIFE_S = 1.0
 _GOOD = (

@@ -27,8 +27,8 @@ from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.geometry import View
 from distinit.pipeline.video.pool import decode_pool as pool_module
 from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool, Done, Failed
+from distinit.pipeline.video.pool.messages import SLOTS, Inbox
 from distinit.pipeline.video.pool.process import ChildProcess
-from distinit.pipeline.video.pool.protocol import SLOTS, Inbox
 from distinit.pipeline.video.sampling import Sampling
 
 TIMEOUT_S = 100.0

@@ -1,4 +1,4 @@
-"""The protocol between a decode pool and its workers: JSON over a socket, frames in shared memory.
+"""The messages between a decode pool and its workers: JSON over a socket, frames in shared memory.
 
 JSON and not pickle, because a decoder that bad media has taken over must not run code in the
 parent.
