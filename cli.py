@@ -546,7 +546,8 @@ def _console(given: Mapping[str, Any]) -> Iterator[Console]:
         console.warn(
             f"distinit is tested on Linux only; on {platform.system()} decoding processes have no memory limit"
         )
-    with contextlib.redirect_stdout(sys.stderr) if given["as_json"] else contextlib.nullcontext():
+    redirected = contextlib.redirect_stdout(sys.stderr)
+    with redirected if given["as_json"] else contextlib.nullcontext(), console:
         yield console
 
 

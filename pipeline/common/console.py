@@ -1,18 +1,19 @@
-"""What a stage shows: lines and progress on standard error, tables and one JSON object on standard
-output.
+"""The screen: lines and progress on standard error, tables and one JSON object on standard output.
 
-Stages talk to a `Console` only, so that they run alike from the command line, a notebook and a
-test.
+Stages write to a `Console`. All other code logs below `distinit`, where a message may be a `Table`,
+and opens a `progress_bar`: a console shows both while it is entered, on a terminal, in a notebook
+and in a log file.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol, TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self, TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -28,30 +29,26 @@ from rich.progress import (
 from rich.segment import Segment
 from rich.text import Text
 
+from .progress_bar import ProgressBar, SilentBar, show_progress
 from .streams import as_json, never_fail_to_encode, printable, raw_stream
+from .tables import Table
 
-PLAIN_EVERY_S = 10.0
+PLAIN_EVERY_S, NOTEBOOK_EVERY_S = 10.0, 0.5
 PLAIN_WIDTH = 120
-
-
-class ProgressBar(Protocol):
-    """What `Console.progress` yields."""
-
-    def advance(self, n: float = 1, **fields: object) -> None:
-        """Count n more units; `fields` replace what stands behind the bar, as in loss=0.52."""
-
-    def update(self, text: str) -> None:
-        """Replace the words behind the bar."""
-
-    def set_total(self, total: float | None) -> None:
-        """Correct the total once it is known."""
+LOGGER = "distinit"
 
 
 class Console:
-    """Where a stage writes.
+    """Where a stage writes; as a context manager, also where log records and progress are shown.
 
-    json: standard output is kept for the one object given to `result`; everything else goes to
-    standard error. quiet: no lines and no progress, warnings only.
+    Args:
+        json: Keep standard output for the one object given to `result`; everything else goes to
+            standard error.
+        quiet: Show no lines and no progress, warnings only.
+
+    Example:
+        with Console(quiet=True) as console:
+            extract_targets(config, console)
     """
 
     def __init__(
@@ -70,22 +67,31 @@ class Console:
         self._stdout = stdout or sys.stdout
         self._err = _console(stderr or sys.stderr)
         self._out = self._err if json else _console(self._stdout)
+        self._shown = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._shown.enter_context(_show_records(_Handler(self)))
+        self._shown.enter_context(show_progress(self.progress))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._shown.close()
 
     def say(self, text: str) -> None:
-        """One line on standard error."""
+        """Write a line on standard error."""
         if not self.quiet:
             self._line(text)
 
     def warn(self, text: str) -> None:
-        """One line on standard error that also a quiet screen shows."""
+        """Write a line on standard error, also when quiet."""
         self._line(f"warning: {text}")
 
     def table(self, renderable: RenderableType) -> None:
-        """A rich table or text on standard output (with json: on standard error)."""
+        """Write a rich table or text on standard output (with json: on standard error)."""
         self._out.print(renderable, highlight=False)
 
     def result(self, value: Mapping[str, Any]) -> None:
-        """The one JSON object on standard output; without json nothing."""
+        """Write the one JSON object on standard output; without json nothing."""
         if self.json:
             self._stdout.write(as_json(plain(value)) + "\n")
             self._stdout.flush()
@@ -94,17 +100,22 @@ class Console:
     def progress(
         self, description: str, total: float | None = None, unit: str = ""
     ) -> Iterator[ProgressBar]:
-        """A bar with rate and ETA on a terminal, a line every ten seconds elsewhere.
+        """Show a bar with rate and ETA on a terminal, a line every ten seconds elsewhere.
 
-        `say` and `warn` may be called meanwhile. `total` None: not known (yet).
+        In a notebook the line is replaced in place. `say` and `warn` may be called meanwhile.
+        `total` None: not known (yet).
         """
         if self.quiet:
-            yield _Silent()
+            yield SilentBar()
         elif self._err.is_terminal:
             with _bar(self._err) as bar:
                 yield _Bar(bar, printable(description), total, unit)
         else:
-            lines = _Lines(self, description, total, unit)
+            notebook = self._err.is_jupyter
+            write, every_s = (
+                (_cell_line(), NOTEBOOK_EVERY_S) if notebook else (self.say, PLAIN_EVERY_S)
+            )
+            lines = _Lines(write, every_s, description, total, unit)
             yield lines
             lines.close()
 
@@ -112,9 +123,58 @@ class Console:
         self._err.print(Text(printable(text)), soft_wrap=True, highlight=False)
 
 
+class _Handler(logging.Handler):
+    """Shows the records of a logger on a console."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a record: a table, a warning or a line."""
+        if isinstance(record.msg, Table):
+            self.console.table(record.msg.to_rich())
+        elif record.levelno >= logging.WARNING:
+            self.console.warn(record.getMessage())
+        else:
+            self.console.say(record.getMessage())
+
+
+@contextmanager
+def _show_records(handler: logging.Handler) -> Iterator[None]:
+    """Show what is logged below `distinit` by this handler alone, and by those of the root."""
+    logger = logging.getLogger(LOGGER)
+    before = logger.handlers[:], logger.level, logger.propagate
+    logger.handlers = [*(h for h in before[0] if not isinstance(h, _Handler)), handler]
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    # Where nobody has set up the root, a library that calls `logging.warning` gives it a handler,
+    # which would show everything a second time.
+    logger.propagate = before[2] and bool(logging.getLogger().handlers)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before[0], before[2]
+        logger.setLevel(before[1])
+
+
+def _cell_line() -> Callable[[str], None]:
+    """Return a function that shows a line in the output of a cell, in place of the one before."""
+    from IPython.display import display
+
+    line = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def show(text: str) -> None:
+        line.update({"text/plain": printable(text)}, raw=True)
+
+    return show
+
+
 def plain(value: Any) -> Any:
-    """The value in JSON's own types: NumPy scalars and arrays unpacked, NaN and infinity as
-    null."""
+    """Return the value in JSON's own types.
+
+    NumPy scalars and arrays are unpacked, NaN and infinity become null.
+    """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -129,20 +189,21 @@ def plain(value: Any) -> Any:
 
 
 class CleanConsole(RichConsole):
-    """A rich console on which no text commands the terminal; its own escape codes (colours, the
-    bar) do."""
+    """A rich console on which no text commands the terminal.
+
+    Its own escape codes (colours, the bar) do.
+    """
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Render as rich does, and escape what is not printable, whatever kind of renderable it
-        came from."""
+        """Render as rich does, and escape what is not printable, whatever its renderable."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(text, lines=True), style, control)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Make a `Text` of a cell: escaped before its width is measured, so that columns stay
-        aligned."""
+        """Make a `Text` of a cell."""
+        # Escaped before its width is measured, so that columns stay aligned.
         return super().render_str(printable(text, lines=True), **options)
 
 
@@ -154,7 +215,7 @@ def _console(file: TextIO) -> RichConsole:
 
 
 class _Rate(ProgressColumn):
-    """Units done of all, and units a second."""
+    """Units done of all, and units per second."""
 
     def render(self, task: Task) -> Text:
         unit = task.fields["unit"]
@@ -202,35 +263,43 @@ class _Bar:
 
 
 class _Lines:
-    """Progress as plain lines, for logs."""
+    """Progress as plain lines, for logs and notebooks."""
 
-    def __init__(self, console: Console, description: str, total: float | None, unit: str) -> None:
-        self._screen, self._description, self._total, self._unit = console, description, total, unit
+    def __init__(
+        self,
+        write: Callable[[str], None],
+        every_s: float,
+        description: str,
+        total: float | None,
+        unit: str,
+    ) -> None:
+        self._write, self._every_s = write, every_s
+        self._description, self._total, self._unit = description, total, unit
         self._done = 0.0
         self._text = ""
-        self._began = self._said = time.monotonic()
+        self._began = self._written = time.monotonic()
         self._shown = 0.0
 
     def advance(self, n: float = 1, **fields: object) -> None:
         self._done += n
         if fields:
             self._text = _words(fields)
-        if time.monotonic() - self._said >= PLAIN_EVERY_S:
-            self._say()
+        if time.monotonic() - self._written >= self._every_s:
+            self._report()
 
     def update(self, text: str) -> None:
         self._text = text
-        if time.monotonic() - self._said >= PLAIN_EVERY_S:
-            self._say()
+        if time.monotonic() - self._written >= self._every_s:
+            self._report()
 
     def set_total(self, total: float | None) -> None:
         self._total = total
 
     def close(self) -> None:
         if self._done != self._shown:
-            self._say()
+            self._report()
 
-    def _say(self) -> None:
+    def _report(self) -> None:
         now = time.monotonic()
         rate = self._done / max(now - self._began, 1e-9)
         done = (
@@ -245,19 +314,8 @@ class _Lines:
             parts.append(f"ETA {clock((self._total - self._done) / rate)}")
         if self._text:
             parts.append(self._text)
-        self._screen.say(", ".join(parts))
-        self._said, self._shown = now, self._done
-
-
-class _Silent:
-    def advance(self, n: float = 1, **fields: object) -> None:
-        """Nothing is shown."""
-
-    def update(self, text: str) -> None:
-        """Nothing is shown."""
-
-    def set_total(self, total: float | None) -> None:
-        """Nothing is shown."""
+        self._write(", ".join(parts))
+        self._written, self._shown = now, self._done
 
 
 def _words(fields: Mapping[str, object]) -> str:

@@ -121,7 +121,8 @@ def stage_function(command: str, model_at: str, stage_at: str) -> Callable[..., 
             dropped=dropped,
             flags={each.key: word for word, each in keywords.items()},
         )
-        return Result(name, load(stage_at)(checked, Console(quiet=quiet)))
+        with Console(quiet=quiet) as console:
+            return Result(name, load(stage_at)(checked, console))
 
     lines = [f"    {word}: {each.text}" for word, each in keywords.items() if each.text]
     run.__name__ = run.__qualname__ = name

@@ -47,6 +47,9 @@ class Table:
         """A heading above the rows that are still to come."""
         self.headings[len(self.rows)] = text
 
+    def __str__(self) -> str:
+        return self.to_markdown()
+
     def to_rich(self) -> Group:
         """Title, table and notes; rich's own title and caption would be wrapped to the width of a
         narrow table."""

@@ -49,7 +49,10 @@ def run_distributed(
                 f"loop.gpus={loop.gpus}, but torchrun has started {world} processes; leave it out"
             )
         with join_ranks(loop.device) as ranks:
-            return stage(config, console if ranks.is_main else Console(quiet=True), ranks)
+            if ranks.is_main:
+                return stage(config, console, ranks)
+            with Console(quiet=True) as silent:
+                return stage(config, silent, ranks)
     if loop.gpus == 1:
         return stage(config, console, SINGLE_PROCESS)
     if not _enough_gpus(loop):
@@ -198,9 +201,11 @@ def _rank_main(
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(world),
     }
-    console = Console(json=shown[0], quiet=shown[1] or rank > 0)
     try:
-        with join_ranks(device, meeting) as ranks:
+        with (
+            join_ranks(device, meeting) as ranks,
+            Console(json=shown[0], quiet=shown[1] or rank > 0) as console,
+        ):
             end = _Outcome(rank, result=stage(config, console, ranks))
     except DistInitError as error:
         end = _Outcome(rank, error=_told(error, rank))

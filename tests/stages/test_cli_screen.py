@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 
 import pytest
 from rich.table import Table
 
 from distinit.pipeline.common import console as module
 from distinit.pipeline.common.console import Console
+from distinit.pipeline.common.progress_bar import progress_bar
+from distinit.pipeline.common.tables import Column
+from distinit.pipeline.common.tables import Table as ResultTable
 
 
 class Terminal(io.StringIO):
@@ -69,3 +73,76 @@ def test_quiet_shows_warnings_and_results_only() -> None:
     console.result({"value": 1})
     assert err.getvalue() == "warning: name\\nwith a newline\n"
     assert out.getvalue() == ""
+
+
+def test_records_and_progress_of_the_library_are_shown_while_a_console_is_entered(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log = logging.getLogger("distinit.pipeline.anything")
+
+    def work() -> None:
+        log.info("a line of %d words", 5)
+        log.warning("a warning")
+        table = ResultTable("title", [Column("name")])
+        table.add("a cell")
+        log.info(table)
+        with progress_bar("probing", 2, "videos") as bar:
+            bar.advance(2)
+
+    work()  # nothing is entered: no progress, and what logging itself does with warnings
+    assert "probing" not in capsys.readouterr().err
+    outer, inner = (io.StringIO(), io.StringIO()), (io.StringIO(), io.StringIO())
+    with Console(stdout=outer[0], stderr=outer[1]):
+        with Console(quiet=True, stdout=inner[0], stderr=inner[1]):
+            work()
+        assert outer[1].getvalue() == ""
+        work()
+    assert inner[1].getvalue() == "warning: a warning\n"
+    assert "a cell" in inner[0].getvalue()
+    lines = outer[1].getvalue().splitlines()
+    assert lines[:2] == ["a line of 5 words", "warning: a warning"]
+    assert lines[2].startswith("probing: 2/2 videos")
+    assert "a cell" in outer[0].getvalue()
+    work()
+    assert outer[1].getvalue().splitlines() == lines
+    assert logging.getLogger("distinit").handlers == []
+
+
+def test_a_line_is_shown_once_where_a_library_sets_up_the_root_logger(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    err = io.StringIO()
+    with Console(stdout=io.StringIO(), stderr=err):
+        logging.warning("a library that logs by the module")
+        logging.getLogger("distinit.pipeline").warning("ours")
+    assert err.getvalue() == "warning: ours\n"
+    assert "ours" not in capsys.readouterr().err
+
+
+def test_progress_in_a_notebook_is_one_line_that_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel's messages, caught where IPython publishes them."""
+    pytest.importorskip("IPython")
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    seen: list[tuple[str, bool]] = []
+
+    def publish(data: dict[str, str], *, update: bool = False, **_: object) -> None:
+        seen.append((data["text/plain"], update))
+
+    monkeypatch.setattr(shell.display_pub, "publish", publish)
+    monkeypatch.setattr(module, "NOTEBOOK_EVERY_S", 0.0)
+    try:
+        console = Console(stdout=io.StringIO(), stderr=io.StringIO())
+        console._err.is_jupyter = True
+        with console, progress_bar("probing", 2, "videos") as bar:
+            bar.advance()
+            bar.advance()
+    finally:
+        InteractiveShell.clear_instance()
+    assert [update for _, update in seen] == [False, True, True]
+    assert seen[1][0].startswith("probing: 1/2 videos")
+    assert seen[2][0].startswith("probing: 2/2 videos")
