@@ -313,10 +313,10 @@ def _identity(
             "from": SCRATCH if report is None else "file",
             "weights": state_sha256(student.state_dict()),
         },
-        "student": student.options.model_dump(mode="json"),
+        "student": student.options.identity_dump(),
         "dropout": config.dropout,
         "freeze": config.freeze,
-        "clips": config.clips.model_dump(mode="json"),
+        "clips": config.clips.identity_dump(),
     }
 
 

@@ -409,9 +409,9 @@ def _identity(
         "store": {"id": found["store_id"], "videos": len(parts.train.sampler.videos)},
         "sampling": found["sampling"],
         "teachers": {name: found["teachers"][name] for name in teachers},
-        "student": config.student.model_dump(mode="json"),
-        "clips": config.clips.model_dump(mode="json"),
-        "targets": config.targets.model_dump(mode="json", exclude={"teachers"}),
+        "student": config.student.identity_dump(),
+        "clips": config.clips.identity_dump(),
+        "targets": config.targets.identity_dump(exclude={"teachers"}),
         "filter": {
             "quantile": config.targets.max_entropy_quantile,
             "nats": parts.filter.thresholds,
@@ -448,7 +448,7 @@ def _export(
     """RUN/student.safetensors from the last weights, or the best."""
     path = run_dir / STUDENT_FILE
     if config.export == "best":
-        load_weights(run_dir, "best", student)
+        load_weights(run_dir, "best", student, weights=config.loop.weights)
     resize = config.clips.frame_view().resize
     meta = StudentMeta(
         classes={name: list(store.teachers[name].classes) for name in teachers},
@@ -472,6 +472,7 @@ def _summary(
         "run": config.out,
         "student": str(exported),
         "exported": config.export,
+        "weights": config.loop.weights,
         "epochs": result.epochs,
         "steps": result.steps,
         "videos": len(parts.train.sampler.videos),

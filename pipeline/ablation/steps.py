@@ -214,7 +214,7 @@ def _network(ours: TrainConfig, loop: Any) -> dict[str, Any]:
 def _bare(config: Any, kind: str) -> dict[str, Any]:
     """Return what decides the outcome, in the names of version 0.1: a digest never changes."""
     free = {**dict.fromkeys(PATHS[kind], True), "loop": set(FREE)}
-    return first_keys(config.model_dump(mode="json", exclude=free))
+    return first_keys(config.identity_dump(exclude=free))
 
 
 def _digest(*parts: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -19,10 +19,33 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
 
+    # Fields that version 0.1 did not have. At their defaults they are left out of identities and
+    # digests, so that those of stored runs stay what they are.
+    ADDED: ClassVar[frozenset[str]] = frozenset()
+
+    def identity_dump(self, exclude: Any = None) -> dict[str, Any]:
+        """Return the JSON-able fields that identities and digests are made of.
+
+        Args:
+            exclude: as of `model_dump`.
+        """
+        return _without_new_defaults(self, self.model_dump(mode="json", exclude=exclude))
+
     @model_validator(mode="before")
     @classmethod
     def _take_paths(cls, data: Any) -> Any:
         return {k: paths_as_text(v) for k, v in data.items()} if isinstance(data, dict) else data
+
+
+def _without_new_defaults(options: Options, dumped: dict[str, Any]) -> dict[str, Any]:
+    """Return a dump without the fields of `ADDED` that have their default, in nested models too."""
+    kept = {}
+    for name, value in dumped.items():
+        own, field = getattr(options, name), type(options).model_fields[name]
+        default = field.get_default(call_default_factory=True)
+        if name not in options.ADDED or own != default:
+            kept[name] = _without_new_defaults(own, value) if isinstance(own, Options) else value
+    return kept
 
 
 def paths_as_text(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,8 @@ class FinetuneLoop(LoopOptions):
     From scratch the paper takes 45 epochs, 0.01, and drops every 10: preset `scratch`.
     """
 
+    ADAMW_DEFAULTS: ClassVar[dict[str, float]] = {"lr": 0.0003, "weight_decay": 0.05}
+
     epochs: Annotated[int, CliOption(group="Training", metavar="N")] = Field(
         default=8, ge=1, description="epochs, counted in clips"
     )
@@ -41,10 +43,12 @@ class FinetuneLoop(LoopOptions):
         default=40_000, ge=1, description="clips per epoch; null: one per video"
     )
     lr: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
-        default=0.002, gt=0, description="learning rate after the warm-up"
+        default=0.002, gt=0, description="learning rate after the warm-up; with adamw 0.0003"
     )
     weight_decay: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
-        default=5e-3, ge=0, description="weight decay"
+        default=5e-3,
+        ge=0,
+        description="weight decay; with adamw 0.05, and none on norms and biases",
     )
     step_epochs: Annotated[int | None, CliOption(group="Training", metavar="N")] = Field(
         default=2, ge=1, description="epochs between drops of the rate; null: no drops"

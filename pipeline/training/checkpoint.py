@@ -1,9 +1,9 @@
-"""Checkpoints that survive: written whole or not at all, and refused by a run they do not belong
-to.
+"""Checkpoints: written whole or not at all, and refused by a run that they do not belong to.
 
-RUN/checkpoints/last.pt and best.pt hold model, optimizer, position, random states and the identity
-of the run as a dict that torch loads with weights_only=True. They are zip archives whose comment is
-a digest of the whole file, see `sealed`; those of version 0.1 have the CRC-32 of each tensor alone.
+RUN/checkpoints/last.pt and best.pt hold model, optimizer, the moving average of the weights where
+the run has one (`ema`), position, random states and the identity of the run as a dict that torch
+loads with weights_only=True. They are zip archives whose comment is a digest of the whole file, see
+`sealed`; those of version 0.1 have the CRC-32 of each tensor alone.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from ..common.run_dir import CONFIG, LAST, RUN_FILES
 from ..common.sealed import add_comment, check_seal, seal
 from ..corpus.sources import escape_path
 from ..corpus.textfiles import is_utf8
-from .loop_options import LoopOptions, Resume
+from .loop_options import LoopOptions, Resume, Weights
+from .optimizer import WeightAverage
 from .train_state import TrainState
 
 FORMAT_VERSION = 2
-# Identities of what the targets are; a difference there is a difference of stores, not of
+# Keys of an identity that say what the targets are: a difference there is one of stores, not of
 # checkpoints.
 STORE_KEYS = frozenset({"store", "teachers", "sampling"})
 _KINDS: dict[str, type] = {
@@ -48,8 +49,12 @@ log = logging.getLogger(__name__)
 
 
 def claim_run_dir(run_dir: Path, *, resume: Resume) -> None:
-    """Makes `run_dir`. UsageError if it holds a run and `resume` is off, or the other way round, or
-    if it cannot be a folder."""
+    """Make the folder of a run.
+
+    Raises:
+        UsageError: it holds a run and `resume` is off, or it holds none and `resume` is True, or it
+            cannot be made.
+    """
     if not is_utf8(os.fspath(run_dir)):  # TensorBoard's writer cannot take it
         raise UsageError(
             f"--out {escape_path(os.fspath(run_dir))}: the path is not UTF-8; choose another --out"
@@ -69,17 +74,20 @@ def claim_run_dir(run_dir: Path, *, resume: Resume) -> None:
 
 @contextmanager
 def run_dir_lock(run_dir: Path, *, resume: Resume) -> Iterator[None]:
-    """Claim a run folder, see `claim_run_dir`, and lock it against every other command that writes
-    there."""
+    """Claim the folder of a run and lock it against every other command that writes there.
+
+    Raises:
+        UsageError: see `claim_run_dir`.
+    """
     claim_run_dir(run_dir, resume=resume)
     with folder_lock(run_dir):
-        claim_run_dir(run_dir, resume=resume)  # another may have made a run of it meanwhile
+        # Another command may have begun a run there in the meantime.
+        claim_run_dir(run_dir, resume=resume)
         yield
 
 
 def read_identity(run_dir: Path) -> dict[str, Any] | None:
-    """The identity that the last checkpoint of a run carries; None where there is no checkpoint
-    yet."""
+    """Return the identity in the last checkpoint of a run; None before the first checkpoint."""
     path = run_dir / LAST
     if not path.exists():
         return None
@@ -87,8 +95,11 @@ def read_identity(run_dir: Path) -> dict[str, Any] | None:
 
 
 def require_not_longer(run_dir: Path, options: LoopOptions) -> None:
-    """UsageError where a run has done more steps than are asked for: what it would say of itself
-    would be wrong."""
+    """Refuse a run that has done more steps than are asked for, since its summary would be wrong.
+
+    Raises:
+        UsageError: with the number of epochs and steps that it has done.
+    """
     path = run_dir / LAST
     if not path.exists():
         return
@@ -101,8 +112,11 @@ def require_not_longer(run_dir: Path, options: LoopOptions) -> None:
 
 
 def check_identity(run_dir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """StoreMismatchError or CheckpointError that names the first key at which a run's checkpoint
-    and what is asked for now differ."""
+    """Compare the identity in a run's checkpoint (`theirs`) with what is asked for now (`ours`).
+
+    Raises:
+        CheckpointError: names the first key that differs (StoreMismatchError: one of the store).
+    """
     ours = json.loads(json.dumps(ours))
     for key in sorted(ours.keys() | theirs.keys()):
         difference = _difference(theirs.get(key), ours.get(key), key)
@@ -119,8 +133,10 @@ def check_identity(run_dir: Path, theirs: Mapping[str, Any], ours: Mapping[str, 
 class Checkpoints:
     """The last and the best checkpoint of one run.
 
-    identity: JSON-able, by top-level key what a resume must share: store, teachers, sampling,
-        student, …
+    Args:
+        run_dir: the folder of the run.
+        identity: JSON-able, by top-level key what a resume must share: store, teachers, sampling,
+            student, …
     """
 
     def __init__(self, run_dir: Path, identity: Mapping[str, Any]) -> None:
@@ -132,16 +148,26 @@ class Checkpoints:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
+        average: WeightAverage | None = None,
         resume: Resume,
         max_broken: int,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> TrainState:
-        """A fresh state, or that of last.pt with model, optimizer and random states restored.
+        """Return a fresh state, or that of last.pt, with everything else restored from it.
 
         With `resume` and no checkpoint (killed before the first one) the run starts from its
         beginning. With another number of processes than before the random states of dropout begin
-        anew. Raises UsageError (there is a checkpoint, resume is off), CheckpointError,
-        StoreMismatchError.
+        anew.
+
+        Args:
+            model, optimizer, average: take what the checkpoint holds.
+            resume: see `Resume`.
+            max_broken: unreadable videos that the state allows.
+            ranks: the processes that train together.
+
+        Raises:
+            UsageError: there is a checkpoint and `resume` is off.
+            CheckpointError: it is damaged or of another run (StoreMismatchError: another store).
         """
         path = self.folder / "last.pt"
         if not path.exists():
@@ -155,6 +181,8 @@ class Checkpoints:
         try:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
+            if average is not None:
+                average.load_state_dict(saved["ema"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} does not fit the model: {first_line(error)}") from error
         state = TrainState.from_dict(saved["state"])
@@ -175,22 +203,32 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         state: TrainState,
         rng: Sequence[dict[str, Any]],
+        *,
+        average: WeightAverage | None = None,
     ) -> Path:
-        """Writes `last` or `best`, rng being the `random_states` of each rank. CheckpointError if
-        the disk refuses; the checkpoint before stays whole."""
+        """Write the `last` or `best` checkpoint and return its path.
+
+        Args:
+            which: last or best.
+            model, optimizer, state, average: what it holds.
+            rng: the `random_states` of each rank.
+
+        Raises:
+            CheckpointError: the disk refuses; the checkpoint before stays whole.
+        """
         path = self.folder / f"{which}.pt"
         buffer = io.BytesIO()
-        torch.save(
-            {
-                "format_version": FORMAT_VERSION,
-                "identity": json.dumps(self.identity),
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "state": state.to_dict(),
-                "rng": list(rng),
-            },
-            buffer,
-        )
+        content = {
+            "format_version": FORMAT_VERSION,
+            "identity": json.dumps(self.identity),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "state": state.to_dict(),
+            "rng": list(rng),
+        }
+        if average is not None:
+            content["ema"] = average.state_dict()
+        torch.save(content, buffer)
         add_comment(buffer)
         seal(buffer)
         write_whole(path, buffer.getbuffer(), CheckpointError)
@@ -198,18 +236,28 @@ class Checkpoints:
 
 
 def random_states() -> dict[str, Any]:
-    """Of this process: torch's on the CPU and on its GPU."""
+    """Return the states of torch's generators in this process, on the CPU and on its GPU."""
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
-def load_weights(run_dir: Path, which: str, model: nn.Module) -> None:
-    """Puts the weights of the `last` or `best` checkpoint into `model`."""
+def load_weights(
+    run_dir: Path, which: str, model: nn.Module, *, weights: Weights = "trained"
+) -> None:
+    """Load the weights of the `last` or `best` checkpoint, or their average, into `model`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, has no average, or does not fit the model.
+    """
     path = run_dir / "checkpoints" / f"{which}.pt"
+    saved = _load(path)
+    key = "ema" if weights == "ema" else "model"
+    if key not in saved:
+        raise CheckpointError(f"{path} holds no moving average: it was trained without --ema")
     try:
-        model.load_state_dict(_load(path)["model"])
+        model.load_state_dict(saved[key])
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the model: {first_line(error)}") from error
 
@@ -248,7 +296,7 @@ def _identity_of(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _difference(theirs: Any, ours: Any, where: str) -> tuple[str, Any, Any] | None:
-    """The first key, in alphabetical order, at which two JSON values differ."""
+    """Return the first key, in alphabetical order, at which two JSON values differ, with both."""
     if theirs == ours:
         return None
     if isinstance(theirs, dict) and isinstance(ours, dict):

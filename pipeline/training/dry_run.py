@@ -75,7 +75,7 @@ def _memory(config: TrainConfig, student: Student, console: Console) -> dict[str
     options, view = config.loop, config.clips
     clips = options.clips_at_once(options.gpus)
     shape = (clips, config.student.channels, view.clip_frames, view.size, view.size)
-    found = footprint(student, shape, precision=options.precision)
+    found = footprint(student, shape, precision=options.precision, copies=options.weight_copies)
     if found is None:
         console.say("memory: not known, the student cannot be run without data")
         return {}
@@ -87,7 +87,7 @@ def _memory(config: TrainConfig, student: Student, console: Console) -> dict[str
     )
     console.say(
         f"memory of {clips} clips at once, estimated: {found.total / 1e9:.2f}{has} GB, {found.weights / 1e9:.2f} for "
-        f"weights, gradients and momenta, {found.activations / 1e9:.2f} for activations"
+        f"weights, gradients and optimizer, {found.activations / 1e9:.2f} for activations"
     )
     console.say(f"computation: {found.flops / clips / 1e9:.1f} GFLOP a clip, forward and backward")
     return {"memory_bytes": found.total, "flops_per_clip": found.flops / clips}

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 class Footprint:
     """Bytes and FLOPs of a step on one device.
 
-    weights: parameters, their gradients and momenta in float32, and buffers. activations: what the
-    forward pass keeps for the backward pass. flops: forward and backward, a multiplication and an
-    addition being two.
+    weights: parameters, their gradients and what the optimizer keeps in float32, and buffers.
+    activations: what the forward pass keeps for the backward pass. flops: forward and backward, a
+    multiplication and an addition being two.
     """
 
     weights: int
@@ -34,14 +34,19 @@ class Footprint:
 
 
 def footprint(
-    model: nn.Module, shape: tuple[int, int, int, int, int], *, precision: str = "fp32"
+    model: nn.Module,
+    shape: tuple[int, int, int, int, int],
+    *,
+    precision: str = "fp32",
+    copies: int = 3,
 ) -> Footprint | None:
     """Of a training step of clips [B, C, T, H, W]; None where a module cannot run without data.
 
-    In bf16 the activations are taken to be half as large, the weights are not.
+    In bf16 the activations are taken to be half as large, the weights are not. copies: tensors of
+    the size of the weights that training holds, see `LoopOptions.weight_copies`.
     """
     weights = sum(
-        3 * p.numel() * p.element_size() if p.requires_grad else p.nbytes
+        copies * p.numel() * p.element_size() if p.requires_grad else p.nbytes
         for p in model.parameters()
     )
     weights += sum(buffer.nbytes for buffer in model.buffers())

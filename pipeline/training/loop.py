@@ -1,4 +1,4 @@
-"""The training loop of stages two and three, on one screen.
+"""The training loop of `train-student` and `finetune`, on one screen.
 
 What is learned is the objective's business, what is read the data set's; the loop does steps,
 epochs, the learning rate, checkpoints and the log.
@@ -7,7 +7,7 @@ epochs, the learning rate, checkpoints and the log.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .loader import EpochBatchSampler, KeyedDataset, SplitBatchSampler, read_bat
 from .loop_options import LoopOptions, Resume
 from .meter import Meter
 from .metric_logger import Metrics
+from .optimizer import WeightAverage, make_optimizer
 from .parallel import share_buffers, wrap
 from .precision import pick_workers, slow_bf16_warning, torch_threads
 from .schedule import learning_rate
@@ -32,12 +33,27 @@ from .train_state import TrainState
 
 __all__ = ["FitResult", "LoopOptions", "LossReport", "Objective", "fit"]
 
+Validate = Callable[[], dict[str, float]]
+Progress = Callable[[str, int, str], AbstractContextManager[Any]]
+
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a training ended. `train_loss`: mean over the clips of the last epoch. `best`: the lowest
-    held-out loss, or training loss where nothing is held out. `broken`: videos that could not be
-    read."""
+    """How a training ended.
+
+    Args:
+        steps: done in all, those before a resume included.
+        epochs: finished.
+        train_loss: mean over the clips of the last epoch.
+        best: the lowest held-out loss, or training loss where nothing is held out.
+        best_epoch: its epoch, counted from 1.
+        validation: what `validate` measured after the last epoch.
+        broken: name → reason of the videos that could not be read.
+        resumed_from: the step that this process began with.
+        already_finished: whether there was nothing to do.
+        seconds: of training in this process.
+        clips_per_second: over these seconds.
+    """
 
     steps: int
     epochs: int
@@ -52,7 +68,7 @@ class FitResult:
     clips_per_second: float
 
     def unread(self) -> str:
-        """The broken videos in a sentence: how many, and why the first three."""
+        """Return a sentence about the broken videos: how many, and why the first three."""
         some = list(self.broken.items())[:3]
         named = "; ".join(f"{name}: {reason}" for name, reason in some)
         more = "; …" if len(self.broken) > len(some) else ""
@@ -68,128 +84,214 @@ def fit(
     run_dir: Path,
     identity: dict[str, Any],
     resume: Resume = False,
-    validate: Callable[[], dict[str, float]] | None = None,
+    validate: Validate | None = None,
     say: Callable[[str], None] = print,
-    progress: Callable[[str, int, str], AbstractContextManager[Any]] | None = None,
+    progress: Progress | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> FitResult:
-    """Trains `model` in place and leaves it with the last weights (in train mode, on the device).
+    """Train `model` in place and leave it with its last weights, on the device and in train mode.
 
-    dataset[(epoch, sample)], sample < options.clips_per_epoch, is one example, a dict of tensors,
-    numbers and dicts of them. Three keys mean something to the loop, all optional: "name" (str) is
-    told when a loss is not finite; "rejected" (int) counts the draws that a filter turned down for
-    this sample; "broken" (list of (name, reason)) the videos that could not be read.
-    identity: JSON-able; a resume with another one is refused by the name of the key that differs.
-    validate: called at the end of each epoch; its "loss", the lower the better, chooses the best
-        checkpoint.
-    progress: progress(description, total, unit) gives a bar with .advance(n, **fields), as
-        Console.progress.
-    ranks: the processes that train together. All call `fit` alike and `validate` is called in all;
-    rank 0 alone writes into run_dir, which all read on a resume.
+    With `options.weights` "ema" it is left with their moving average.
 
-    Raises UsageError (the folder holds a run and resume is off), CheckpointError or
-    StoreMismatchError (resume of something else), TrainingError (a loss that is not finite, too
-    many broken videos), TrainingInterrupted (SIGTERM; the checkpoint is written).
+    Args:
+        model: what is trained.
+        dataset: dataset[(epoch, sample)], sample < options.clips_per_epoch, is one example, a dict
+            of tensors, numbers and dicts of them. Three keys mean something to the loop, all
+            optional: "name" (str) is told when a loss is not finite; "rejected" (int) counts the
+            draws that a filter turned down for this sample; "broken" (list of (name, reason)) the
+            videos that could not be read.
+        objective: what is learned.
+        options: see `LoopOptions`; `epoch_clips` is set.
+        run_dir: the folder of checkpoints and metrics. Rank 0 alone writes, all read on a resume.
+        identity: JSON-able; a resume with another one is refused by the name of the key that
+            differs.
+        resume: see `Resume`.
+        validate: called at the end of each epoch, on all ranks; its "loss", the lower the better,
+            chooses the best checkpoint.
+        say: takes the lines of the log.
+        progress: progress(description, total, unit) gives a bar with .advance(n, **fields), as
+            Console.progress.
+        ranks: the processes that train together. All call `fit` with the same arguments.
+
+    Raises:
+        UsageError: the folder holds a run and resume is off.
+        CheckpointError: resume of another run (StoreMismatchError: of another store).
+        TrainingError: a loss that is not finite, or too many unreadable videos.
+        TrainingInterrupted: SIGTERM; the checkpoint is written.
     """
     with ranks.same_error():
-        device = resolve_device(options.device)
-        workers = pick_workers(options.workers, device)
-        if options.batch_size < ranks.world:
-            raise UsageError(
-                f"loop.batch_size={options.batch_size} is less than a clip for each of {ranks.world} GPUs"
-            )
-        trained = wrap(model, options, device, ranks).train()
-        torch.manual_seed(options.seed + ranks.rank)
-        optimizer = torch.optim.SGD(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=options.peak_lr,
-            momentum=options.momentum,
-            nesterov=options.nesterov,
-            weight_decay=options.weight_decay,
+        run = _begin(
+            model, options, Checkpoints(run_dir, identity | options.identity()), resume, ranks
         )
-        checkpoints = Checkpoints(run_dir, identity | options.identity())
-        state = ranks.on_all_ranks(
-            lambda: checkpoints.start(
-                model, optimizer, resume=resume, max_broken=options.max_broken, ranks=ranks
-            )
-        )
-        meter = Meter(options, state, device)
-        if state.step >= options.total_steps:
+        state, already_finished = run.state, run.state.step >= options.total_steps
+        if already_finished:
             say(
                 f"{run_dir} is finished: {state.step} of {options.total_steps} steps; nothing to do"
             )
-            return _result(state, options, meter, already_finished=True)
-        if warning := slow_bf16_warning(device, options.precision):
-            say(f"warning: {warning}")
-
-        def save(which: str) -> None:
-            rng = ranks.gather(random_states())
-            ranks.on_main(lambda: checkpoints.save(which, model, optimizer, state, rng))
-
-        keys = EpochBatchSampler(
-            batch_size=options.batch_size,
-            steps_per_epoch=options.steps_per_epoch,
-            epochs=options.epochs,
-            start=state.step,
+        else:
+            _train(run, dataset, objective, validate, say, progress)
+        if options.weights == "ema" and run.average is not None:
+            model.load_state_dict(run.average.state_dict())
+            share_buffers(model, ranks)
+        return FitResult(
+            steps=state.step,
+            epochs=state.step // options.steps_per_epoch,
+            train_loss=state.train_loss,
+            best=state.best,
+            best_epoch=state.best_epoch,
+            validation=dict(state.validation),
+            broken=dict(state.broken),
+            resumed_from=run.meter.first_step,
+            already_finished=already_finished,
+            seconds=run.meter.seconds,
+            clips_per_second=run.meter.clips_per_second,
         )
-        with ExitStack() as stack:
-            stack.enter_context(torch_threads(options.threads, workers, device))
-            interrupts = stack.enter_context(Interrupts())
-            metrics = stack.enter_context(Metrics(run_dir, state.step)) if ranks.is_main else None
-            bar = stack.enter_context(progress("training", len(keys), "step")) if progress else None
-            share = SplitBatchSampler(keys, ranks)
-            stop = interrupts.requested
-            batches = read_batches(dataset, share, workers=workers, device=device, stop=stop)
-            stack.enter_context(closing(batches))
-            for batch in meter.timed(ranks.synchronized(batches, stop)):
-                rate = learning_rate(state.step, options)
-                report = take_step(
-                    trained, objective, optimizer, batch, rate, options, device, ranks
-                )
-                state.add(report)
-                meter.add(report)
-                if bar is not None:
-                    bar.advance(1, loss=f"{state.last_loss:.3f}")
-                if state.step % options.log_every == 0 or state.step == options.total_steps:
-                    record = meter.record(rate)
-                    say(meter.line(record))
-                    if metrics is not None:
-                        metrics.write("train", state.step, record)
 
-                best = False
-                epoch_over = state.step % options.steps_per_epoch == 0
-                if epoch_over:
-                    share_buffers(model, ranks)
-                    validation = validate() if validate is not None else {}
-                    trained.train()
-                    best = state.end_epoch(validation)
-                    if validation:
-                        say(
-                            _held_out_line(
-                                state.step // options.steps_per_epoch, options.epochs, validation
-                            )
-                        )
-                    if metrics is not None:
-                        metrics.write("epoch", state.step, state.epoch_record())
-                # Best before last: killed between the two, the resume repeats the steps and writes
-                # both.
-                if best:
-                    save("best")
-                if epoch_over or state.step % options.checkpoint_every == 0:
-                    save("last")
 
-            if state.step < options.total_steps:
-                save("last")
-                raise TrainingInterrupted(
-                    f"interrupted at step {state.step} of {options.total_steps}; "
-                    f"the checkpoint is written, --resume continues from it"
-                )
-        return _result(state, options, meter, already_finished=False)
+@dataclass(frozen=True)
+class _Run:
+    """What a training consists of once it has begun; `trained` is `model` as `wrap` made it."""
+
+    model: nn.Module
+    trained: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    checkpoints: Checkpoints
+    state: TrainState
+    meter: Meter
+    options: LoopOptions
+    device: torch.device
+    ranks: Ranks
+
+    def save(self, which: str) -> None:
+        """Write the `last` or `best` checkpoint; all ranks call it."""
+        rng = self.ranks.gather(random_states())
+        self.ranks.on_main(
+            lambda: self.checkpoints.save(
+                which, self.model, self.optimizer, self.state, rng, average=self.average
+            )
+        )
+
+    def validate(self, measure: Validate | None) -> dict[str, float]:
+        """Measure the weights that `options.weights` names, with the same buffers on all ranks."""
+        share_buffers(self.model, self.ranks)
+        use_average = self.average is not None and self.options.weights == "ema"
+        with self.average.applied(self.model) if use_average else nullcontext():  # type: ignore[union-attr]
+            if use_average:
+                share_buffers(self.model, self.ranks)
+            measured = measure() if measure is not None else {}
+        self.trained.train()
+        return measured
+
+
+def _begin(
+    model: nn.Module, options: LoopOptions, checkpoints: Checkpoints, resume: Resume, ranks: Ranks
+) -> _Run:
+    """Place the model on its device, make the optimizer, and load the last checkpoint if asked."""
+    device = resolve_device(options.device)
+    if options.batch_size < ranks.world:
+        raise UsageError(
+            f"loop.batch_size={options.batch_size} is less than a clip for each of {ranks.world} GPUs"
+        )
+    trained = wrap(model, options, device, ranks).train()
+    torch.manual_seed(options.seed + ranks.rank)
+    optimizer = make_optimizer(model, options)
+    average = WeightAverage(model, options.ema) if options.ema is not None else None
+    state = ranks.on_all_ranks(
+        lambda: checkpoints.start(
+            model,
+            optimizer,
+            average=average,
+            resume=resume,
+            max_broken=options.max_broken,
+            ranks=ranks,
+        )
+    )
+    meter = Meter(options, state, device)
+    return _Run(
+        model, trained, optimizer, average, checkpoints, state, meter, options, device, ranks
+    )
+
+
+def _train(
+    run: _Run,
+    dataset: KeyedDataset,
+    objective: Objective,
+    validate: Validate | None,
+    say: Callable[[str], None],
+    progress: Progress | None,
+) -> None:
+    """Do the steps that are left. Raises TrainingInterrupted on SIGTERM, with a checkpoint."""
+    options, state, meter, ranks = run.options, run.state, run.meter, run.ranks
+    workers = pick_workers(options.workers, run.device)
+    if warning := slow_bf16_warning(run.device, options.precision):
+        say(f"warning: {warning}")
+    keys = EpochBatchSampler(
+        batch_size=options.batch_size,
+        steps_per_epoch=options.steps_per_epoch,
+        epochs=options.epochs,
+        start=state.step,
+    )
+    with ExitStack() as stack:
+        stack.enter_context(torch_threads(options.threads, workers, run.device))
+        stop = stack.enter_context(Interrupts()).requested
+        run_dir = run.checkpoints.folder.parent
+        metrics = stack.enter_context(Metrics(run_dir, state.step)) if ranks.is_main else None
+        bar = stack.enter_context(progress("training", len(keys), "step")) if progress else None
+        share = SplitBatchSampler(keys, ranks)
+        batches = read_batches(dataset, share, workers=workers, device=run.device, stop=stop)
+        stack.enter_context(closing(batches))
+        for batch in meter.timed(ranks.synchronized(batches, stop)):
+            rate = learning_rate(state.step, options)
+            report = take_step(
+                run.trained, objective, run.optimizer, batch, rate, options, run.device, ranks
+            )
+            state.add(report)
+            meter.add(report)
+            if run.average is not None:
+                run.average.update(run.model, state.step)
+            if bar is not None:
+                bar.advance(1, loss=f"{state.last_loss:.3f}")
+            if state.step % options.log_every == 0 or state.step == options.total_steps:
+                record = meter.record(rate)
+                say(meter.line(record))
+                if metrics is not None:
+                    metrics.write("train", state.step, record)
+            epoch_over = state.step % options.steps_per_epoch == 0
+            if epoch_over:
+                _end_epoch(run, validate, say, metrics)
+            if epoch_over or state.step % options.checkpoint_every == 0:
+                run.save("last")
+
+        if state.step < options.total_steps:
+            run.save("last")
+            raise TrainingInterrupted(
+                f"interrupted at step {state.step} of {options.total_steps}; "
+                f"the checkpoint is written, --resume continues from it"
+            )
+
+
+def _end_epoch(
+    run: _Run,
+    validate: Validate | None,
+    say: Callable[[str], None],
+    metrics: Metrics | None,
+) -> None:
+    """Validate, log the epoch, and write the best checkpoint if it is the best so far."""
+    state = run.state
+    best = state.end_epoch(run.validate(validate))
+    if state.validation:
+        say(_held_out_line(state.epochs, run.options.epochs, state.validation))
+    if metrics is not None:
+        metrics.write("epoch", state.step, state.epoch_record())
+    # Before the last checkpoint: killed between the two, the resume repeats the steps and writes
+    # both.
+    if best:
+        run.save("best")
 
 
 def _held_out_line(epoch: int, epochs: int, measures: Mapping[str, float]) -> str:
-    """What `validate` measured after an epoch, for a person: the loss first, then what stands with
-    it."""
+    """Return the line of the log about what `validate` measured after an epoch, the loss first."""
     others = (
         f"{name.replace('/', ' ')} {value:.4g}"
         for name, value in measures.items()
@@ -197,22 +299,4 @@ def _held_out_line(epoch: int, epochs: int, measures: Mapping[str, float]) -> st
     )
     return f"epoch {epoch}/{epochs}  held out: " + ", ".join(
         [f"loss {measures['loss']:.4f}", *others]
-    )
-
-
-def _result(
-    state: TrainState, options: LoopOptions, meter: Meter, *, already_finished: bool
-) -> FitResult:
-    return FitResult(
-        steps=state.step,
-        epochs=state.step // options.steps_per_epoch,
-        train_loss=state.train_loss,
-        best=state.best,
-        best_epoch=state.best_epoch,
-        validation=dict(state.validation),
-        broken=dict(state.broken),
-        resumed_from=meter.first_step,
-        already_finished=already_finished,
-        seconds=meter.seconds,
-        clips_per_second=meter.clips_per_second,
     )

@@ -1,10 +1,12 @@
-"""What a training run can be told: sizes, schedule, device, bookkeeping. Shared by stages two and
-three."""
+"""Options of a training run: sizes, optimizer, schedule, device, bookkeeping.
+
+Shared by `train-student` and `finetune`.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,7 +14,8 @@ from ..common.settings import DEVICE, DEVICE_HELP, CliOption, Options
 
 # Options that may differ between the start of a run and its resume: none of them changes what is
 # learned from a given step on, but for the clips that share batch statistics and for rounding.
-# (`epochs` may: the schedule does not depend on it, so a run can be made longer.)
+# (`epochs` may, except with the cosine schedule, which ends with the last epoch: a run with steps
+# can be made longer.)
 FREE_ON_RESUME = frozenset(
     {
         "epochs",
@@ -23,13 +26,17 @@ FREE_ON_RESUME = frozenset(
         "channels_last",
         "workers",
         "threads",
+        "weights",
     }
     | {"log_every", "checkpoint_every", "max_broken"}
 )
 
+# False: a folder that holds a run is refused. True: one that holds none. auto: a run is resumed, or
+# begins where there is none.
 Resume = Literal["auto"] | bool
-"""False: a folder that holds a run is refused; True: one that holds none; auto: a run is resumed or
-begins."""
+# Which weights are validated, exported and tested: as trained, or their moving average.
+Weights = Literal["trained", "ema"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 RESUME = CliOption(group="Output", metavar="[auto]", bare="true")
 RESUME_HELP = (
     "resume from the last checkpoint of --out; with `auto` also start where there is no run yet"
@@ -40,18 +47,19 @@ class LoopOptions(Options):
     """Options of the training loop.
 
     An epoch is counted in clips, not in videos: `epoch_clips` clips, rounded up to whole batches
-    (`clips_per_epoch`); None means one clip a video, which `for_videos` fills in.
+    (`clips_per_epoch`); None means one clip per video, which `for_videos` fills in.
 
     A step has `batch_size` clips whatever the hardware: each of the processes takes its share, in
     pieces of at most `micro_batch_size` clips whose gradients add up. So the number of GPUs changes
     neither clips nor schedule, and a run may be resumed on another.
 
-    Learning rate (the paper, section 4, and R(2+1)D): linear warm-up per iteration over
-    `warmup_epochs`, then peak_lr * gamma ** ((epoch - warmup_epochs) // step_epochs), peak_lr being
-    lr, or with `lr_base_batch_size` lr * batch_size / lr_base_batch_size. A squared-error run wants
-    a tenth of the rate of a cross-entropy run (the paper's section 4.2), which a preset or the user
-    sets.
+    The learning rate is described in `schedule`, its peak is `peak_lr`. A squared-error run needs a
+    tenth of the rate of a cross-entropy run (the paper, section 4.2), which a preset or the user
+    sets. With AdamW the defaults of `lr` and `weight_decay` are those of `ADAMW_DEFAULTS`.
     """
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"optimizer", "betas", "schedule", "ema"})
+    ADAMW_DEFAULTS: ClassVar[dict[str, float]] = {"lr": 0.001, "weight_decay": 0.05}
 
     epochs: Annotated[int, CliOption(group="Training", metavar="N")] = Field(
         default=45, ge=1, description="epochs, counted in clips"
@@ -72,15 +80,43 @@ class LoopOptions(Options):
         ge=1,
         description="processes on this machine, one per GPU; on several machines use torchrun",
     )
+    optimizer: Annotated[Literal["sgd", "adamw"], CliOption(group="Training")] = Field(
+        default="sgd",
+        description="SGD with Nesterov momentum, or AdamW, which changes the defaults of --lr and "
+        "--weight-decay",
+    )
     lr: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
-        default=0.01, gt=0, description="learning rate after the warm-up"
+        default=0.01, gt=0, description="learning rate after the warm-up; with adamw 0.001"
     )
     momentum: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
         default=0.9, ge=0, lt=1, description="momentum of Nesterov's SGD"
     )
     nesterov: bool = True
+    betas: Annotated[
+        tuple[Beta, Beta], CliOption(group="Training", metavar="B1 B2", shown="0.9 0.999")
+    ] = Field(default=(0.9, 0.999), description="decay rates of AdamW's two moments")
     weight_decay: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
-        default=1e-4, ge=0, description="weight decay"
+        default=1e-4,
+        ge=0,
+        description="weight decay; with adamw 0.05, and none on norms and biases",
+    )
+    ema: Annotated[float | None, CliOption(group="Training", metavar="DECAY", shown="none")] = (
+        Field(
+            default=None,
+            gt=0,
+            lt=1,
+            description="keep an exponential moving average of the weights, such as 0.999",
+        )
+    )
+    weights: Annotated[Weights, CliOption(group="Training")] = Field(
+        default="trained",
+        description="what is validated, exported and tested: the weights as trained, or their "
+        "average of --ema",
+    )
+    schedule: Annotated[Literal["step", "cosine"], CliOption(group="Training")] = Field(
+        default="step",
+        description="the rate after the warm-up: drops by --gamma every --step-epochs, or half a "
+        "cosine down to 0",
     )
     warmup_epochs: Annotated[int, CliOption(group="Training", metavar="N")] = Field(
         default=0, ge=0, description="epochs of linear warm-up"
@@ -127,10 +163,19 @@ class LoopOptions(Options):
     )
     max_broken: int = Field(default=100, ge=0, description="unreadable videos before the run stops")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_adamw(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("optimizer") == "adamw":
+            return {**cls.ADAMW_DEFAULTS, **data}
+        return data
+
     @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> LoopOptions:
-        if self.nesterov and self.momentum == 0:
+    def _check_combinations(self) -> LoopOptions:
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0, found momentum = 0; set nesterov=false")
+        if self.weights == "ema" and self.ema is None:
+            raise ValueError("weights is ema, which needs a decay: --ema 0.999")
         return self
 
     def for_videos(self, videos: int) -> LoopOptions:
@@ -168,7 +213,10 @@ class LoopOptions(Options):
             if self.lr_base_batch_size is None
             else f"{self.lr:g} × {self.batch_size} / {self.lr_base_batch_size}"
         )
-        return f"peak learning rate {self.peak_lr:g} ({scaled})"
+        rate = f"peak learning rate {self.peak_lr:g} ({scaled})"
+        if self.optimizer == "adamw":
+            rate = f"AdamW, {rate}, weight decay {self.weight_decay:g}"
+        return rate if self.ema is None else f"{rate}; moving average of the weights {self.ema:g}"
 
     def describe_steps(self, world: int) -> str:
         """For the log: `120 steps of 64 clips, 2 GPUs × 2 pieces × at most 16`."""
@@ -190,12 +238,18 @@ class LoopOptions(Options):
         return math.ceil(math.ceil(self.batch_size / world) / self.accumulation_steps(world))
 
     @property
+    def weight_copies(self) -> int:
+        """Tensors as large as the weights: weights, gradients, AdamW's two moments, the average."""
+        return 3 + (self.optimizer == "adamw") + (self.ema is not None)
+
+    @property
     def total_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with its checkpoint, under one top-level key."""
-        return {"loop": self.model_dump(mode="json", exclude=set(FREE_ON_RESUME))}
+        free = FREE_ON_RESUME - ({"epochs"} if self.schedule == "cosine" else set())
+        return {"loop": self.identity_dump(exclude=set(free))}
 
 
 def _number(count: int, noun: str, plural: str = "s") -> str:

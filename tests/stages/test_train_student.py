@@ -105,6 +105,24 @@ def test_a_finished_run_exports_the_best_weights_when_asked_later(tiny_store, tm
         assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
+def test_the_average_of_the_weights_is_validated_and_exported_on_request(tiny_store, tmp_path):
+    run, loop = tmp_path / "run", {"ema": 0.9, "optimizer": "adamw", "schedule": "cosine"}
+    changes = {"held_out": 0.3}
+    plain = train_student(config(tiny_store, run, loop=loop, **changes), QUIET)
+    saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    assert all(torch.equal(value, saved["model"][name]) for name, value in weights(run).items())
+    assert plain["weights"] == "trained"
+    again = config(tiny_store, run, loop={**loop, "weights": "ema"}, resume=True, **changes)
+    assert train_student(again, QUIET)["already_finished"]
+    assert all(torch.equal(value, saved["ema"][name]) for name, value in weights(run).items())
+    # The same training, validated with the average: other held-out losses, the same weights.
+    other = config(tiny_store, tmp_path / "b", loop={**loop, "weights": "ema"}, **changes)
+    assert train_student(other, QUIET)["held_out"]["loss"] != plain["held_out"]["loss"]
+    found = torch.load(tmp_path / "b" / "checkpoints" / "last.pt", weights_only=True)
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, saved[part][name]) for name, value in found[part].items())
+
+
 def test_held_out_clips_are_those_that_the_filter_keeps(tiny_store, tmp_path, capfd):
     """Whichever videos are held out, an epoch never ends with none that count, and each is the clip
     it was found to be."""

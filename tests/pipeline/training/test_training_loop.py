@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from distinit.pipeline.common.errors import (
 from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
 from distinit.pipeline.training.loop import FitResult, LossReport, fit
 from distinit.pipeline.training.loop_options import LoopOptions
+from distinit.pipeline.training.optimizer import WeightAverage, make_optimizer
 
 OPTIONS = LoopOptions(
     batch_size=4, epochs=3, epoch_clips=18, lr=0.05, warmup_epochs=1, step_epochs=1, checkpoint_every=2,
@@ -144,6 +146,91 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, referenc
     assert (
         records(tmp_path) == lines
     )  # also of a stretch between two records that the resume cuts in two
+
+
+MODERN = {
+    "optimizer": "adamw", "schedule": "cosine", "ema": 0.9, "weights": "ema", "lr": 0.01,
+    "micro_batch_size": 2, "clip_norm": 1.0, "warmup_epochs": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("stop", "how"), [(5, "term"), (17, "crash")])
+def test_adamw_cosine_and_ema_resume_bit_by_bit_with_accumulation(tmp_path, stop, how):
+    held_out: dict[str, list[float]] = {"whole": [], "parts": []}
+
+    def validate(model: nn.Module, name: str) -> dict[str, float]:
+        held_out[name].append(sum(v.double().sum().item() for v in model.state_dict().values()))
+        return {"loss": held_out[name][-1]}
+
+    expected = network()
+    whole = train(
+        tmp_path / "whole", Regression(), expected, options=MODERN,
+        validate=lambda: validate(expected, "whole"),
+    )  # fmt: skip
+    model = network()
+    with pytest.raises(TrainingInterrupted if how == "term" else ZeroDivisionError):
+        train(
+            tmp_path / "parts", Regression((stop, how)), model, options=MODERN,
+            validate=lambda: validate(model, "parts"),
+        )  # fmt: skip
+    model = network()
+    resumed = train(
+        tmp_path / "parts", Regression(), model, options=MODERN, resume=True,
+        validate=lambda: validate(model, "parts"),
+    )  # fmt: skip
+    assert 0 < resumed.resumed_from < whole.steps
+    assert held_out["parts"] == held_out["whole"]
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    states = [
+        torch.load(tmp_path / run / "checkpoints" / "last.pt", weights_only=True)
+        for run in ("whole", "parts")
+    ]
+    for part in ("model", "ema"):
+        assert all(torch.equal(v, states[1][part][k]) for k, v in states[0][part].items())
+    # What is left in the model is the average, which is neither the weights nor their start.
+    weights = states[0]["ema"]
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert not torch.equal(weights["0.weight"], states[0]["model"]["0.weight"])
+    assert not torch.equal(weights["0.weight"], network().state_dict()["0.weight"])
+
+
+def test_the_average_follows_its_formula():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    average = WeightAverage(model, 0.5)
+    expected = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    for step in range(1, 30):
+        model(torch.randn(5, 3))  # changes running statistics and their count
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        decay = min(0.5, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            new = value.numpy()
+            mean = decay * expected[name] + (1 - decay) * new
+            expected[name] = mean if new.dtype == np.float32 else new.copy()
+        average.update(model, step)
+    assert expected["1.num_batches_tracked"] == 29
+    for name, value in average.state_dict().items():
+        np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-5, atol=1e-6)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    with average.applied(model):
+        assert all(torch.equal(v, average.tensors[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, own[k]) for k, v in model.state_dict().items())
+
+
+def test_adamw_decays_neither_norms_nor_biases():
+    model = network()
+    options = OPTIONS.model_copy(update={"optimizer": "adamw", "weight_decay": 0.1, "lr": 0.5})
+    optimizer = make_optimizer(model, options)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # without gradients the decay alone is left: w · (1 - lr · decay)
+    for name, value in model.named_parameters():
+        factor = 0.95 if name in ("0.weight", "4.weight") else 1.0
+        assert torch.allclose(value, before[name] * factor), name
+    assert len(make_optimizer(model, OPTIONS).param_groups) == 1
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

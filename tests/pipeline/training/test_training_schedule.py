@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from distinit.pipeline.evaluation.finetune_options import FinetuneLoop
 from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.pipeline.training.schedule import learning_rate
 
@@ -30,6 +33,38 @@ def test_the_papers_finetuning_schedule_has_no_warmup_and_drops_every_two_epochs
     )
     by_epoch = [learning_rate(epoch * 10, options) for epoch in range(8)]
     assert by_epoch == pytest.approx([2e-3, 2e-3, 2e-4, 2e-4, 2e-5, 2e-5, 2e-6, 2e-6])
+
+
+def test_the_cosine_goes_from_the_peak_to_zero_after_the_warmup():
+    options = LoopOptions(
+        schedule="cosine", lr=0.4, warmup_epochs=1, epochs=5, epoch_clips=20, batch_size=4
+    )
+    rates = [learning_rate(step, options) for step in range(25)]
+    assert rates[:5] == pytest.approx([0.08, 0.16, 0.24, 0.32, 0.4])
+    expected = 0.2 + 0.2 * np.cos(np.linspace(0, np.pi, 21)[:-1])
+    assert rates[5:] == pytest.approx(expected.tolist())
+    # It ends with the last epoch, so that a run cannot be made longer.
+    assert options.identity()["loop"]["epochs"] == 5
+    assert "epochs" not in LoopOptions().identity()["loop"]
+
+
+def test_identities_of_default_options_are_those_of_version_01():
+    new = {"optimizer": "adamw", "betas": (0.9, 0.95), "schedule": "cosine", "ema": 0.99}
+    plain = LoopOptions().identity()["loop"]
+    assert not plain.keys() & new.keys()
+    assert not plain.keys() & {"weights"}
+    for name, value in new.items():
+        assert name in LoopOptions.model_validate({name: value}).identity()["loop"]
+
+
+def test_adamw_has_defaults_of_its_own_and_what_is_given_stands():
+    options = LoopOptions(optimizer="adamw")
+    assert (options.lr, options.weight_decay) == (0.001, 0.05)
+    assert FinetuneLoop(optimizer="adamw").lr == 0.0003
+    assert LoopOptions(optimizer="adamw", lr=0.01).lr == 0.01
+    assert (LoopOptions().lr, FinetuneLoop().lr) == (0.01, 0.002)
+    with pytest.raises(ValidationError, match="--ema"):
+        LoopOptions(weights="ema")
 
 
 def test_an_epoch_is_whole_batches():
