@@ -204,11 +204,14 @@ def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
     for name in names:
         store.teacher(name)
     names = tuple(name for name in store.teachers if name in names)
-    for key in ("max_entropy", "max_entropy_quantile", "loss_weights"):
-        named = getattr(config.targets, key)
+    by_teacher = {
+        f"targets.{key}": getattr(config.targets, key)
+        for key in ("max_entropy", "max_entropy_quantile", "loss_weights")
+    }
+    for key, named in {**by_teacher, "student_head": config.student_head}.items():
         for name in named if isinstance(named, dict) else ():
             if name not in names:
-                raise UsageError(f"targets.{key} names {name!r}; the heads are: {', '.join(names)}")
+                raise UsageError(f"{key} names {name!r}; the heads are: {', '.join(names)}")
     return names
 
 
@@ -393,7 +396,12 @@ def _build(config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]) -
     """The student with seeded fresh weights."""
     torch.manual_seed(config.loop.seed)
     heads = {name: len(store.teachers[name].classes) for name in teachers}
-    return build_student(config.student, heads, clip=(config.clips.clip_frames, config.clips.size))
+    return build_student(
+        config.student,
+        heads,
+        clip=(config.clips.clip_frames, config.clips.size),
+        head_kinds=config.student_head,
+    )
 
 
 def _identity(
@@ -419,6 +427,7 @@ def _identity(
         "exclude": parts.left_out.digest if parts.left_out is not None else None,
         "held_out": {"share": config.held_out, "clips": config.held_out_clips},
         **options.identity(),
+        **({} if config.student_head == "linear" else {"student_head": config.student_head}),
     }
 
 

@@ -1,10 +1,11 @@
 """Students as files: safetensors in torchvision's parameter names, everything else in its metadata.
 
-One head is written as torchvision's `fc.weight` and `fc.bias` (unless the backbone has an `fc` of
-its own), several as `heads.<name>.weight` and `.bias`, so that a student of one head and the
-torchvision variant loads strictly into torchvision's own model. The metadata's `distinit` entry is
-one JSON object, the options and heads beside the `StudentMeta`; `format_version` is 1. Its
-`distinit-sha256` entry is a digest of the whole file, see `sealed`; files of version 0.1 have none.
+One linear head is written as torchvision's `fc.weight` and `fc.bias` (unless the backbone has an
+`fc` of its own), several as `heads.<name>.weight` and `.bias`, so that a student of one head and
+the torchvision variant loads strictly into torchvision's own model. An MLP head is written as
+`heads.<name>.hidden.*` and `.output.*`. The metadata's `distinit` entry is one JSON object, the
+options and heads next to the `StudentMeta`; `format_version` is 1. Its `distinit-sha256` entry is a
+digest of the whole file, see `sealed`; files of version 0.1 have none.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ..common.safetensors_files import open_checked
 from ..common.sealed import BLANK, KEY, seal
 from ..common.settings import Options
 from .student import Backbone, Student, build_student
-from .student_options import BUILTIN_ARCHITECTURES, STEM, StudentMeta, StudentOptions
+from .student_options import BUILTIN_ARCHITECTURES, STEM, HeadKind, StudentMeta, StudentOptions
 
 FORMAT_VERSION = 1
 
@@ -50,6 +51,8 @@ class _Header(Options):
     format_version: int
     options: StudentOptions
     heads: dict[str, int]
+    # Of the heads that are not linear; left out where all are, as version 0.1 wrote it.
+    head_kinds: dict[str, HeadKind] = {}
     meta: StudentMeta
 
 
@@ -79,7 +82,11 @@ def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping
         ) from None
     _check_classes(student.classes, meta, path)
     header = _Header(
-        format_version=FORMAT_VERSION, options=student.options, heads=student.classes, meta=meta
+        format_version=FORMAT_VERSION,
+        options=student.options,
+        heads=student.classes,
+        head_kinds={name: kind for name, kind in student.head_kinds.items() if kind != "linear"},
+        meta=meta,
     )
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named_tensors(student)
@@ -90,7 +97,8 @@ def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping
 def _as_json(header: _Header) -> str:
     """The header as ASCII: paths that are not UTF-8 travel as lone surrogates, which JSON writes as
     escapes."""
-    return json.dumps(header.model_dump(mode="python"))
+    without = set() if header.head_kinds else {"head_kinds"}
+    return json.dumps(header.model_dump(mode="python", exclude=without))
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -123,7 +131,10 @@ def load_student(
     _require_named(header.options, factory, path)
     _check_sizes(header, state, path)
     student = build_student(
-        header.options, header.heads, clip=(header.meta.clip_length, header.meta.clip_size)
+        header.options,
+        header.heads,
+        clip=(header.meta.clip_length, header.meta.clip_size),
+        head_kinds=header.head_kinds,
     )
     _fill(student, state, path)
     student.meta = header.meta
@@ -230,8 +241,9 @@ def _check_sizes(header: _Header, state: Mapping[str, Tensor], path: Path) -> No
     """Refuse a header whose student is larger than the file's tensors, before that student takes
     any memory."""
     for name, classes in header.heads.items():
+        last = "output.weight" if header.head_kinds.get(name) == "mlp" else "weight"
         weight = state.get(
-            f"heads.{name}.weight", state.get("fc.weight") if len(header.heads) == 1 else None
+            f"heads.{name}.{last}", state.get("fc.weight") if len(header.heads) == 1 else None
         )
         if weight is None or weight.ndim != 2 or len(weight) != classes:
             found = "none" if weight is None else list(weight.shape)
@@ -256,7 +268,8 @@ def _named_tensors(student: Student) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a student under its exported name."""
     yield from student.backbone.state_dict().items()
     for name in student.classes:
-        alone = len(student.classes) == 1 and not hasattr(student.backbone, "fc")
+        linear = student.head_kinds[name] == "linear"
+        alone = linear and len(student.classes) == 1 and not hasattr(student.backbone, "fc")
         prefix = "fc" if alone else f"heads.{name}"
         for part, tensor in student.head(name).state_dict().items():
             yield f"{prefix}.{part}", tensor

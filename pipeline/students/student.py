@@ -1,13 +1,12 @@
-"""Students: a video ResNet's backbone with one linear head per teacher (or one of labels).
+"""Students: a video backbone with one head per teacher (or one of labels).
 
 Shape letters: B clips, C channels, T frames of a clip, H W pixels, D features, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor, nn
 from torchvision.models.video.resnet import (
@@ -19,7 +18,7 @@ from torchvision.models.video.resnet import (
 
 from ..common.errors import UsageError
 from .external import CLIP, external_backbone
-from .student_options import BUILTIN_ARCHITECTURES, StudentMeta, StudentOptions
+from .student_options import BUILTIN_ARCHITECTURES, HeadKind, StudentMeta, StudentOptions
 
 STEM, STEM_MIDDLE, PLANES = 64, 45, (64, 128, 256, 512)
 # VMZ's BatchNorm eps (its ResNet code). Its Caffe2 momentum of 0.9 weighs the old average:
@@ -46,7 +45,7 @@ class VmzConv2Plus1D(Conv2Plus1D):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What tells one architecture from another."""
+    """The convolutions and blocks of one architecture."""
 
     convolutions: tuple[_Conv, _Conv, _Conv, _Conv]
     blocks: tuple[int, int, int, int]
@@ -93,7 +92,7 @@ class Backbone(nn.Module):
         self._initialise(eps=VMZ_EPS if options.variant == "vmz" else 1e-5)
 
     def _initialise(self, eps: float) -> None:
-        """Torchvision's initialisation, with the variant's BatchNorm settings."""
+        """Initialise as torchvision does, with the variant's BatchNorm settings."""
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -101,7 +100,7 @@ class Backbone(nn.Module):
                 module.eps, module.momentum = eps, 0.1
 
     def forward(self, clip: Tensor) -> Tensor:
-        """features[B, D] of clip[B, C, T, H, W]."""
+        """Return features [B, D] of clips [B, C, T, H, W]."""
         x = self.stem(clip)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         features: Tensor = self.avgpool(x).flatten(1)
@@ -113,7 +112,7 @@ def _scaled(count: int, width: float) -> int:
 
 
 def _stem(plan: _Plan, options: StudentOptions, out: int) -> nn.Sequential:
-    """Torchvision's stems, which have fixed channel counts of their own, at any width."""
+    """Build torchvision's stem, whose channel counts are fixed there, at any width."""
     if not plan.factorised_stem:
         return nn.Sequential(
             nn.Conv3d(
@@ -136,7 +135,7 @@ def _stem(plan: _Plan, options: StudentOptions, out: int) -> nn.Sequential:
 
 
 def _layer(convolution: _Conv, before: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
-    """One stage of basic blocks; the first may halve the resolution and changes the width."""
+    """Build a stage of basic blocks; the first may halve the resolution and changes the width."""
     downsample = None
     if stride != 1 or before != planes:
         steps = convolution.get_downsample_stride(stride)
@@ -150,12 +149,46 @@ def _layer(convolution: _Conv, before: int, planes: int, blocks: int, stride: in
 
 
 def _key(name: str) -> str:
-    """A head's name as a module name, which may hold no dot and must not shadow a method."""
+    """Return a head's name as a module name, without dots and unlike any method's name."""
     return "head_" + name.replace("%", "%25").replace(".", "%2E")
 
 
+class MlpHead(nn.Sequential):
+    """A head from features [B, D] to outputs [B, K]: linear, GELU, linear, with D hidden units."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, width)
+        self.activation = nn.GELU()
+        self.output = nn.Linear(width, outputs)
+        _initialise_output(self.output)
+
+
+def _linear_head(width: int, outputs: int) -> nn.Linear:
+    head = nn.Linear(width, outputs)
+    _initialise_output(head)
+    return head
+
+
+def _initialise_output(layer: nn.Linear) -> None:
+    nn.init.normal_(layer.weight, 0.0, 0.01)
+    nn.init.zeros_(layer.bias)
+
+
+_HEADS: dict[HeadKind, Callable[[int, int], nn.Module]] = {"linear": _linear_head, "mlp": MlpHead}
+
+
 class Student(nn.Module):
-    """A backbone and its linear heads; made by `build_student`."""
+    """A backbone and its heads; made by `build_student`.
+
+    Attributes:
+        options: what its backbone was built from.
+        meta: what its file says about it, after `load_student`.
+        classes: number of outputs K of each head, by name.
+        head_kinds: linear or mlp, by name.
+        backbone: from clips [B, C, T, H, W] to features [B, D] or [B, D, t, h, w].
+        frozen: whether the heads alone are trained, see `freeze_backbone`.
+    """
 
     def __init__(
         self,
@@ -163,40 +196,41 @@ class Student(nn.Module):
         heads: Mapping[str, int],
         dropout: float = 0.0,
         clip: tuple[int, int] = CLIP,
+        head_kinds: HeadKind | Mapping[str, HeadKind] = "linear",
     ) -> None:
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise UsageError(f"dropout is {dropout}, allowed: 0 up to 1, 1 excluded")
         self.options = options
         self.meta = StudentMeta()
-        """What its file says of it, after `load_student`."""
         self.classes: dict[str, int] = dict(heads)
+        given = {} if isinstance(head_kinds, str) else head_kinds
+        default: HeadKind = head_kinds if isinstance(head_kinds, str) else "linear"
+        self.head_kinds: dict[str, HeadKind] = {name: given.get(name, default) for name in heads}
         if options.architecture in BUILTIN_ARCHITECTURES:
             self.backbone: nn.Module = (own := Backbone(options))
             self._width = own.width
         else:
             self.backbone, self._width = external_backbone(options, clip)
         self.frozen = False
-        """Whether the heads alone are trained; see `freeze_backbone`."""
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleDict()
         for name, classes in heads.items():
             if classes < 1:
                 raise UsageError(f"head {name!r} has {classes} classes, allowed: 1 or more")
-            linear = nn.Linear(self._width, classes)
-            nn.init.normal_(linear.weight, 0.0, 0.01)
-            nn.init.zeros_(linear.bias)
-            self.heads[_key(name)] = linear
+            self.heads[_key(name)] = _HEADS[self.head_kinds[name]](self._width, classes)
 
     def freeze_backbone(self) -> None:
-        """Train the heads alone: the backbone gets no gradients, and its BatchNorm keeps its
-        statistics."""
+        """Train the heads alone.
+
+        The backbone gets no gradients, and its BatchNorm keeps its statistics.
+        """
         self.frozen = True
         self.backbone.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Student:
-        """As of any module; a frozen backbone stays in evaluation mode."""
+        """Set the mode as of any module; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
@@ -207,8 +241,8 @@ class Student(nn.Module):
         """D, the length of a clip's feature."""
         return self._width
 
-    def head(self, name: str) -> nn.Linear:
-        """The linear head of a teacher (or of the labels).
+    def head(self, name: str) -> nn.Module:
+        """Return the head of a teacher (or of the labels).
 
         Raises:
             UsageError: there is no head of that name.
@@ -216,16 +250,18 @@ class Student(nn.Module):
         if name not in self.classes:
             known = ", ".join(self.classes) or "none"
             raise UsageError(f"head {name!r} is not in this student, it has: {known}")
-        return cast(nn.Linear, self.heads[_key(name)])
+        return self.heads[_key(name)]
 
     def features(self, clip: Tensor) -> Tensor:
-        """features[B, D] of normalised clip[B, C, T, H, W], averaged over time and space."""
+        """Return features [B, D] of normalised clips [B, C, T, H, W], means over time and space."""
         features: Tensor = self.backbone(clip)
         return features if features.ndim == 2 else features.flatten(2).mean(2)
 
     def forward(self, clip: Tensor) -> dict[str, Tensor]:
-        """logits[B, K] of every head for normalised clip[B, C, T, H, W] (eq. 3: one head a
-        teacher)."""
+        """Return outputs [B, K] of every head for normalised clips [B, C, T, H, W].
+
+        The paper's equation 3: one head per teacher.
+        """
         features = self.dropout(self.features(clip))
         return {name: self.heads[_key(name)](features) for name in self.classes}
 
@@ -236,25 +272,32 @@ def build_student(
     dropout: float = 0.0,
     *,
     clip: tuple[int, int] = CLIP,
+    head_kinds: HeadKind | Mapping[str, HeadKind] = "linear",
 ) -> Student:
-    """A student with fresh weights, drawn from torch's global generator.
+    """Build a student with fresh weights, drawn from torch's global generator.
 
     Args:
         options: architecture, variant, width and channels.
-        heads: number of classes K of each head, by teacher name (or `label` in stage three).
+        heads: number of outputs K of each head, by teacher name (or `label` in `finetune`).
         dropout: probability of dropping a feature before the heads, in training mode.
         clip: (T, side) of the clips it is for: a backbone that is not distinit's own is tried on
-            one, which tells its number of features.
+            one, which gives its number of features.
+        head_kinds: linear or mlp (linear, GELU, linear, with as many hidden units as features), one
+            for all heads or by name; heads that are not named are linear.
 
     Raises:
-        UsageError: a head without classes, a dropout outside [0, 1), a factory that fails, a
-            backbone that does not take such clips or gives no features [B, D] or [B, D, t, h, w].
+        UsageError: a head without outputs, a dropout outside [0, 1), a factory that fails, a
+            backbone that does not take such clips or gives no features.
+
+    Example:
+        >>> build_student(StudentOptions(width=0.125), {"teacher": 5}).feature_size
+        64
     """
-    return Student(options, heads, dropout, clip)
+    return Student(options, heads, dropout, clip, head_kinds)
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of trainable and frozen parameters, buffers aside."""
+    """Return the number of parameters, trained and frozen, without buffers."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 

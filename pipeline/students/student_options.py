@@ -12,6 +12,7 @@ from ..common.plugins import is_factory
 from ..common.settings import CliOption, Options
 
 Inflation = Literal["scaled", "replicated"]
+HeadKind = Literal["linear", "mlp"]
 SCRATCH = "scratch"
 
 BUILTIN_ARCHITECTURES = ("r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18")

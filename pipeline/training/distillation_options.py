@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from ..clips.clip_options import ClipView
 from ..common.settings import VIDEO_ROOTS, VIDEO_ROOTS_HELP, CliOption, Options
 from ..common.urls import StoreAddress
-from ..students.student_options import StudentOptions
+from ..students.student_options import HeadKind, StudentOptions
 from .loop_options import RESUME, RESUME_HELP, LoopOptions, Resume
 
 
@@ -108,7 +108,9 @@ class TargetOptions(Options):
 
 
 class TrainConfig(Options):
-    """Everything that `distinit train-student` can be told."""
+    """Options of `distinit train-student`."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"student_head"})
 
     store: Annotated[StoreAddress, CliOption("--store", metavar="STORE")] = Field(
         description="the target store of extract-targets: a folder or a URL"
@@ -117,6 +119,11 @@ class TrainConfig(Options):
         description="the run folder to write"
     )
     student: Annotated[StudentOptions, CliOption()] = Field(default_factory=StudentOptions)
+    student_head: Annotated[HeadKind | dict[str, HeadKind], CliOption(group="Student")] = Field(
+        default="linear",
+        description="head of each teacher: linear, or an MLP with one hidden layer as wide as the "
+        "features; as a mapping, by teacher",
+    )
     clips: Annotated[ClipOptions, CliOption()] = Field(default_factory=ClipOptions)
     targets: Annotated[TargetOptions, CliOption()] = Field(default_factory=TargetOptions)
     loop: Annotated[LoopOptions, CliOption()] = Field(default_factory=LoopOptions)

@@ -107,11 +107,16 @@ def test_a_finished_run_exports_the_best_weights_when_asked_later(tiny_store, tm
 
 def test_the_average_of_the_weights_is_validated_and_exported_on_request(tiny_store, tmp_path):
     run, loop = tmp_path / "run", {"ema": 0.9, "optimizer": "adamw", "schedule": "cosine"}
-    changes = {"held_out": 0.3}
+    changes = {"held_out": 0.3, "student_head": {"sure": "mlp"}}
     plain = train_student(config(tiny_store, run, loop=loop, **changes), QUIET)
     saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     assert all(torch.equal(value, saved["model"][name]) for name, value in weights(run).items())
     assert plain["weights"] == "trained"
+    assert load_student(run).head_kinds == {"sure": "mlp", "unsure": "linear"}
+    with pytest.raises(UsageError, match="student_head names 'nobody'; the heads are: sure"):
+        train_student(config(tiny_store, run, student_head={"nobody": "mlp"}), QUIET)
+    with pytest.raises(CheckpointError, match=r"student_head.* = .*mlp"):
+        train_student(config(tiny_store, run, loop=loop, held_out=0.3, resume=True), QUIET)
     again = config(tiny_store, run, loop={**loop, "weights": "ema"}, resume=True, **changes)
     assert train_student(again, QUIET)["already_finished"]
     assert all(torch.equal(value, saved["ema"][name]) for name, value in weights(run).items())

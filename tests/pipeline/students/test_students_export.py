@@ -4,10 +4,12 @@ name."""
 from __future__ import annotations
 
 import json
+import math
 import resource
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -49,6 +51,36 @@ def test_export_loads_strictly_into_torchvision(tmp_path: Path) -> None:
     theirs.load_state_dict(load_file(tmp_path / "student.safetensors"), strict=True)
     with torch.inference_mode():
         assert torch.equal(theirs.eval()(clip_of()), student(clip_of())["teacher"])
+
+
+def test_an_mlp_head_is_linear_gelu_linear_and_comes_back(tmp_path: Path) -> None:
+    options = StudentOptions.model_validate(NARROW)
+    student = build_student(options, {"a": 3, "b": 4}, head_kinds={"a": "mlp"}).eval()
+    assert student.head_kinds == {"a": "mlp", "b": "linear"}
+    save_student(tmp_path / "s.safetensors", student, StudentMeta())
+    state = load_file(tmp_path / "s.safetensors")
+    assert state["heads.a.hidden.weight"].shape == (64, 64)
+    with torch.inference_mode():
+        features = student.features(clip_of()).double().numpy()
+        hidden = features @ state["heads.a.hidden.weight"].double().numpy().T
+        hidden = hidden + state["heads.a.hidden.bias"].double().numpy()
+        hidden = hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2))) / 2
+        expected = hidden @ state["heads.a.output.weight"].double().numpy().T
+        expected = expected + state["heads.a.output.bias"].double().numpy()
+        assert np.allclose(student(clip_of())["a"].numpy(), expected, atol=1e-5)
+        again = load_student(tmp_path / "s.safetensors")
+        assert again.head_kinds == student.head_kinds
+        assert torch.equal(again(clip_of())["a"], student(clip_of())["a"])
+    other = build_student(options, {"label": 2})
+    report = load_backbone(other, tmp_path / "s.safetensors")
+    assert all(name.startswith("heads.") for name in report.left)
+    with safe_open(tmp_path / "s.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["distinit"])["head_kinds"] == {"a": "mlp"}
+    # Files with linear heads alone are those of version 0.1.
+    save_student(tmp_path / "plain.safetensors", other, StudentMeta())
+    with safe_open(tmp_path / "plain.safetensors", "pt") as file:
+        header = json.loads(file.metadata()["distinit"])
+    assert set(header) == {"format_version", "options", "heads", "meta"}
 
 
 def test_round_trip_with_several_heads_through_a_run_folder(tmp_path: Path) -> None:
