@@ -229,6 +229,18 @@ the videos that failed. A video that is not here is shown as missing.""",
             "--videos kinetics=/data/k400",
         ),
     ),
+    "probe": Command(
+        help="""What can cached targets teach? A linear probe of each teacher's on your labels.
+
+Targets are averaged over a video and given to a logistic regression; folds keep the videos of
+one source together. Takes seconds, opens no video, and reports plainly when a teacher cannot
+tell the classes apart.""",
+        examples=(
+            "distinit targets probe targets.zarr --dataset csv:labels.csv",
+            "distinit targets probe targets.zarr --dataset csv:labels.csv --split 1 --frames all",
+            "distinit targets probe targets.zarr --dataset hmdb51 --root /data/hmdb51 --json",
+        ),
+    ),
     "verify": Command(
         help="""Check a store: structure, counts, checksums, finiteness, entropy against logits.
 

@@ -33,6 +33,10 @@ STAGES = {
         "pipeline.store.store_options:BrowseOptions",
         "stages.targets_browse:targets_browse",
     ),
+    "targets-probe": (
+        "pipeline.evaluation.probe_options:ProbeOptions",
+        "stages.targets_probe:targets_probe",
+    ),
     "targets-verify": (
         "pipeline.store.store_options:VerifyOptions",
         "stages.targets_verify:targets_verify",

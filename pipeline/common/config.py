@@ -45,7 +45,7 @@ SECTIONS = (
     "ablate",
     "report",
     "demo",
-    *(f"targets-{name}" for name in ("info", "browse", "verify", "merge", "export")),
+    *(f"targets-{name}" for name in ("info", "browse", "probe", "verify", "merge", "export")),
 )
 
 

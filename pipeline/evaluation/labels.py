@@ -114,20 +114,37 @@ def load_labels(
     official lists do not name; CheckpointError for a class that is not among `classes`. Of videos
     that a user's own list does not name there is a note.
     """
-    kind, where = _parse(dataset, root)
     number = 1 if split is None else split
     prepared = None if copies is None else CopyFolder.open(copies)
-    if kind == "csv":
-        listing = read_csv(where, number, root)
-    elif kind == "folder":
-        listing = read_folder(where, number)
-    elif kind == "kinetics":
-        listing = read_kinetics(where, number, root, partial)
-    else:
-        listing = OFFICIAL[kind](root, number, partial)
+    listing = read_split(dataset, number, root, partial)
     if classes is not None:
         return _check_test(dataset, number, listing, prepared, partial, tuple(classes))
     return _check(dataset, number, listing, prepared, partial)
+
+
+def read_all_sides(dataset: str, root: str | None = None) -> Listing:
+    """Return every labelled video of a data set, whatever its side in whichever split.
+
+    Videos are neither looked for nor compared: a store knows what its teachers saw. A csv needs no
+    column `splitN` for this.
+
+    Args:
+        dataset: As for `load_labels`.
+        root: What the paths are relative to, as for `load_labels`.
+
+    Raises:
+        UsageError: Another form of data set.
+        LabelsError: What the readers refuse.
+    """
+    kind, where = _parse(dataset, root)
+    if kind == "csv":
+        return read_csv(where, None, root)
+    if kind not in OFFICIAL:
+        return read_split(dataset, 1, root)
+    # A video that one split leaves out is labelled in another.
+    listings = [read_split(dataset, split, root) for split in OFFICIAL_SPLITS]
+    rows = {row.path: row for listing in listings for row in listing.rows}
+    return replace(listings[0], rows=list(rows.values()))
 
 
 def available_splits(dataset: str, root: str | None = None) -> tuple[int, ...]:
@@ -142,6 +159,18 @@ def canonical(dataset: str) -> str:
     """The data set under a name that holds from any folder."""
     kind, colon, where = dataset.partition(":")
     return f"{kind}:{os.path.abspath(where)}" if colon else dataset
+
+
+def read_split(dataset: str, split: int, root: str | None = None, partial: bool = True) -> Listing:
+    """Read one split as its files describe it, before any check; see `load_labels`."""
+    kind, where = _parse(dataset, root)
+    if kind == "csv":
+        return read_csv(where, split, root)
+    if kind == "folder":
+        return read_folder(where, split)
+    if kind == "kinetics":
+        return read_kinetics(where, split, root, partial)
+    return OFFICIAL[kind](root, split, partial)
 
 
 def _parse(dataset: str, root: str | None) -> tuple[str, str]:

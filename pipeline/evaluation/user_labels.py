@@ -14,14 +14,15 @@ from ..corpus.textfiles import is_utf8, read_text, refuse_windows_paths
 from .listing import SIDES, Listing, Row, first_few, require_utf8, videos_in
 
 
-def read_csv(path: str, split: int, root: str | None = None) -> Listing:
-    """The rows that column `splitN` gives to a side; `root` is what the paths are relative to,
-    default the csv's folder. Raises LabelsError: missing columns, a row without path or label, not
-    a csv."""
+def read_csv(path: str, split: int | None, root: str | None = None) -> Listing:
+    """The rows that column `splitN` gives to a side, or all rows, on no side, where the split is
+    None; `root` is what the paths are relative to, default the csv's folder. Raises LabelsError:
+    missing columns, a row without path or label, not a csv."""
     base = os.path.abspath(root) if root is not None else os.path.dirname(path)
     reader_columns, rows = _table(path)
-    _require_columns(path, reader_columns, split)
-    used = list(_used_rows(path, rows, f"split{split}"))
+    if split is not None:
+        _require_columns(path, reader_columns, split)
+    used = list(_used_rows(path, rows, None if split is None else f"split{split}"))
     refuse_windows_paths(path, base, [row.path for row in used])
     named = {os.path.normpath(row["path"]) for _, row in rows if row["path"]}
     there = videos_in(base, (os.path.dirname(name) for name in named))
@@ -142,12 +143,14 @@ def _require_columns(path: str, columns: list[str], split: int) -> None:
     raise LabelsError(f"{path}: no column 'split{split}' ({there})")
 
 
-def _used_rows(path: str, rows: Iterable[tuple[str, dict[str, str]]], column: str) -> Iterable[Row]:
+def _used_rows(
+    path: str, rows: Iterable[tuple[str, dict[str, str]]], column: str | None
+) -> Iterable[Row]:
     for where, row in rows:
-        side = row[column].strip().lower()
-        if not side:
+        side = "" if column is None else row[column].strip().lower()
+        if column is not None and not side:
             continue
-        if side not in SIDES:
+        if column is not None and side not in SIDES:
             found = row[column].strip()
             raise LabelsError(
                 f"{path}: {where} has {column}={found!r}, allowed: {', '.join(SIDES)} or an empty cell"

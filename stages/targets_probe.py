@@ -1,0 +1,156 @@
+"""`distinit targets probe`: what can cached targets teach about a user's labels?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from ..pipeline.common.console import Console
+from ..pipeline.common.tables import Column, Table
+from ..pipeline.evaluation.listing import short_dataset
+from ..pipeline.evaluation.probe_options import ALL_FRAMES, ProbeOptions
+from ..pipeline.evaluation.store_labels import StoreLabels, match_labels
+from ..pipeline.evaluation.target_probe import ProbeResult, probe_teacher
+from ..pipeline.store.reader import TargetStore, check_video_roots
+
+
+def targets_probe(options: ProbeOptions, console: Console) -> dict[str, Any]:
+    """Show the accuracy of a linear probe per teacher and number of frames.
+
+    Raises:
+        StoreError: The store cannot be read.
+        UsageError: An option has a value that is not allowed, or no labelled video is in the store.
+        LabelsError: The labels cannot be read.
+    """
+    store = TargetStore.open(options.store)
+    check_video_roots(store, options.video_roots)
+    labels = match_labels(
+        store,
+        options.dataset,
+        root=options.root,
+        split=options.split,
+        video_roots=options.video_roots,
+    )
+    labels = _sampled(labels, options)
+    names = [store.teacher(name).name for name in options.teachers or store.teachers]
+    counts, results = options.frame_counts(), list[ProbeResult]()
+    notes = list(labels.notes)
+    with console.progress("probing", len(names) * len(counts), "probes") as bar:
+        for name in names:
+            has = np.isin(labels.videos, store.usable([name]))
+            if not has.all():
+                notes.append(f"{(~has).sum()} labelled videos have no targets of {name}")
+            for result in probe_teacher(
+                store, name, labels.choose(has), counts, folds=options.folds, seed=options.seed
+            ):
+                results.append(result)
+                bar.advance(1)
+    unfit = _unfit(results)
+    _show(options, labels, results, notes, console)
+    for name, best in unfit.items():
+        console.warn(
+            f"teacher {name} cannot tell these classes apart: a linear probe of its targets reaches "
+            f"{_interval(best)} %, the most frequent class has {100 * best.most_frequent:.1f} %; "
+            f"expect little from a student of it on these labels"
+        )
+    return {
+        "store": store.name,
+        "dataset": options.dataset,
+        "split": options.split,
+        "folds": options.folds if options.split is None else None,
+        "videos": len(labels.videos),
+        "groups": len(np.unique(labels.group)),
+        "classes": list(labels.classes),
+        "probes": [_as_dict(result) for result in results],
+        "cannot_tell_apart": list(unfit),
+        "notes": notes,
+    }
+
+
+def _sampled(labels: StoreLabels, options: ProbeOptions) -> StoreLabels:
+    """Take at most `sample` videos, so that a probe of a large data set stays quick."""
+    count = len(labels.videos)
+    if count <= options.sample:
+        return labels
+    keep = np.zeros(count, bool)
+    keep[np.random.default_rng(options.seed).permutation(count)[: options.sample]] = True
+    labels.notes.append(f"{options.sample} of {count} labelled videos are used; see --sample")
+    return labels.choose(keep)
+
+
+def _unfit(results: list[ProbeResult]) -> dict[str, ProbeResult]:
+    """Return the best probe of each teacher none of whose probes beats the most frequent class."""
+    best: dict[str, ProbeResult] = {}
+    for result in results:
+        known = best.setdefault(result.teacher, result)
+        if result.accuracy.low - result.most_frequent > known.accuracy.low - known.most_frequent:
+            best[result.teacher] = result
+    return {name: result for name, result in best.items() if not result.tells_apart}
+
+
+def _show(
+    options: ProbeOptions,
+    labels: StoreLabels,
+    results: list[ProbeResult],
+    notes: list[str],
+    console: Console,
+) -> None:
+    tested = len(results[0].correct) if results else 0
+    how = f"split {options.split}" if options.split is not None else f"{options.folds} folds"
+    table = Table(
+        f"linear probe of cached targets on {short_dataset(options.dataset)}, {how}, "
+        f"{tested} test videos of {len(labels.classes)} classes, "
+        f"{len(np.unique(labels.group))} sources",
+        [
+            Column("teacher"),
+            Column("output"),
+            Column("kept as"),
+            Column("width", True),
+            Column("frames", True),
+            Column("accuracy, %", True),
+            Column("95 % interval", True),
+        ],
+        notes=[*_baselines(results, labels), *notes],
+    )
+    for each in results:
+        low, high = 100 * each.accuracy.low, 100 * each.accuracy.high
+        table.add(
+            each.teacher,
+            each.output,
+            each.encoding,
+            f"{each.width}",
+            ALL_FRAMES if each.frames is None else str(each.frames),
+            f"{100 * each.accuracy.value:.1f}",
+            f"{low:.1f} to {high:.1f}",
+        )
+    console.table(table.to_rich())
+
+
+def _baselines(results: list[ProbeResult], labels: StoreLabels) -> list[str]:
+    shares = Counter(round(100 * each.most_frequent, 1) for each in results)
+    if not shares:
+        return []
+    return [
+        f"most frequent class {', '.join(map(str, shares))} %, chance "
+        f"{100 / len(labels.classes):.1f} %"
+    ]
+
+
+def _interval(result: ProbeResult) -> str:
+    a = result.accuracy
+    return f"{100 * a.value:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]"
+
+
+def _as_dict(result: ProbeResult) -> dict[str, Any]:
+    return {
+        "teacher": result.teacher,
+        "output": result.output,
+        "encoding": result.encoding,
+        "width": result.width,
+        "frames": ALL_FRAMES if result.frames is None else result.frames,
+        "accuracy": result.accuracy.as_dict(),
+        "most_frequent_class": result.most_frequent,
+        "tells_apart": result.tells_apart,
+    }

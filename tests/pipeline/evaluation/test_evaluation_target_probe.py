@@ -1,0 +1,169 @@
+"""The linear probe of cached targets: what it averages, how it divides videos, what it reports."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from sklearn.linear_model import LogisticRegression
+
+from distinit.pipeline.common.console import Console
+from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.evaluation.probe_options import ProbeOptions
+from distinit.pipeline.evaluation.store_labels import match_labels
+from distinit.pipeline.evaluation.target_probe import fit_and_predict, mean_targets
+from distinit.pipeline.store.reader import TargetStore
+from distinit.stages.targets_probe import targets_probe
+from distinit.tests.store_recipe import Recipe
+
+CLASSES = 3
+
+
+@dataclass(frozen=True)
+class Labelled(Recipe):
+    """Videos of three classes; `good` tells them apart, `source` knows the source alone."""
+
+    def logits(self, video: int, teacher: str) -> np.ndarray:
+        noise = super().logits(video, teacher)
+        if teacher == "good":
+            noise[:, video % CLASSES] += 12
+        if teacher == "source":
+            noise[:, self.source(video)] += 30
+        return noise
+
+    @staticmethod
+    def source(video: int) -> int:
+        return video // 4
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Labelled, Path, Path]:
+    """Return the recipe, the store and a csv whose videos are nowhere."""
+    folder = tmp_path_factory.mktemp("probe")
+    recipe = Labelled(videos=range(60), teachers={"good": 12, "noise": 10, "source": 16})
+    store = recipe.make(folder / "s.zarr")
+    labels = folder / "labels.csv"
+    with labels.open("w", newline="", errors="surrogateescape") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", "source", "split1"])
+        for video in recipe.videos:
+            path = recipe.path(video).replace("%FF", "\udcff")
+            label, source = f"class {video % CLASSES}", f"source {recipe.source(video)}"
+            rows.writerow([path, label, source, "test" if video >= 40 else "train"])
+        rows.writerow(["nowhere.mp4", "class 0", "", "train"])
+    return recipe, store, labels
+
+
+def probe(store: Path, labels: Path, **options: object) -> dict[str, dict[object, dict]]:
+    config = ProbeOptions(store=str(store), dataset=f"csv:{labels}", **options)
+    found = targets_probe(config, Console(quiet=True))
+    table: dict[str, dict[object, dict]] = {}
+    for each in found["probes"]:
+        table.setdefault(each["teacher"], {})[each["frames"]] = each
+    return {"": found, **table}
+
+
+def test_a_teacher_that_knows_the_classes_and_one_that_does_not(
+    labelled: tuple[Labelled, Path, Path],
+) -> None:
+    recipe, store, labels = labelled
+    found = probe(store, labels, teachers=("good", "noise"), frames="2,all", folds=3)
+    usable = [video for video in recipe.videos if recipe.rows(video)]
+    assert found[""]["videos"] == len(usable)
+    assert found[""]["groups"] == len({recipe.source(video) for video in usable})
+    assert set(found["good"]) == {2, "all"}
+    shares = np.bincount([video % CLASSES for video in usable]) / len(usable)
+    for each in found["good"].values():
+        assert each["accuracy"]["value"] > 0.9
+        assert each["tells_apart"]
+        assert each["most_frequent_class"] == pytest.approx(shares.max())
+    assert found[""]["cannot_tell_apart"] == ["noise"]
+    assert found["noise"]["all"]["accuracy"]["value"] < 0.6
+    assert any("not in the store" in note for note in found[""]["notes"])
+
+
+def test_videos_of_a_source_are_never_on_both_sides(
+    labelled: tuple[Labelled, Path, Path], tmp_path: Path
+) -> None:
+    """A label per source can be told from the source alone, unless the source is new."""
+    recipe, store, labels = labelled
+    random = np.random.default_rng(0).integers(0, CLASSES, 16)
+    lines = labels.read_text(errors="surrogateescape").splitlines()[1:-1]
+    accuracy = {}
+    for known in (True, False):
+        file = tmp_path / f"{known}.csv"
+        rows = ["path,label,source"]
+        for video, line in zip(recipe.videos, lines, strict=True):
+            source = recipe.source(video)
+            rows.append(f"{line.split(',')[0]},{random[source]},{source if known else ''}")
+        file.write_text("\n".join(rows), errors="surrogateescape")
+        found = probe(store, file, teachers=("source",), frames="all", folds=3)
+        accuracy[known] = found["source"]["all"]["accuracy"]["value"]
+    assert accuracy[False] > 0.9
+    assert accuracy[True] < 0.6
+
+
+def test_the_sides_of_a_split_are_used(labelled: tuple[Labelled, Path, Path]) -> None:
+    """The test side of the csv is that of videos 40 to 59; the others are trained on."""
+    _, path, labels = labelled
+    found = match_labels(TargetStore.open(path), f"csv:{labels}", split=1)
+    assert found.test is not None
+    assert (found.test == (found.videos >= 40)).all()
+    result = probe(path, labels, teachers=("good",), frames="all", split=1)[""]
+    assert result["folds"] is None
+    assert result["probes"][0]["accuracy"]["value"] > 0.9
+
+
+def test_means_are_those_of_evenly_spread_frames(labelled: tuple[Labelled, Path, Path]) -> None:
+    _, path, labels = labelled
+    store = TargetStore.open(path)
+    found = match_labels(store, f"csv:{labels}")
+    means = mean_targets(store, "good", found.videos, (1, 4, None))
+    stored = zarr.open_array(path / "teachers" / "good" / "logits", mode="r")
+    for at, video in enumerate(found.videos.tolist()):
+        rows = stored[store.frames(video)[2]].astype(np.float64)
+        count = len(rows)
+        middles = [int((part + 0.5) * count / 4) for part in range(4)]
+        for got, expected in zip(means, (rows[[count // 2]], rows[middles], rows), strict=True):
+            np.testing.assert_allclose(got[at], expected.mean(axis=0), atol=1e-5)
+    assert found.label.tolist() == [video % CLASSES for video in found.videos.tolist()]
+
+
+def test_the_probe_is_that_of_all_dimensions() -> None:
+    """With more dimensions than videos it is fitted in the space of the videos: the same probe."""
+    random = np.random.default_rng(1)
+    label = np.arange(60) % CLASSES
+    x = random.normal(0, 3, (60, 200)).astype(np.float32)
+    x[np.arange(60), label] += 6
+    new = random.normal(0, 3, (300, 200)).astype(np.float32)
+    new[np.arange(300), np.arange(300) % CLASSES] += 6
+    got = fit_and_predict(x, label, np.arange(60), new, seed=0)
+    mean = x.mean(axis=0)
+    scale = np.sqrt(np.square(x - mean).sum(axis=1).mean())
+    agreement = [
+        np.mean(
+            LogisticRegression(C=c).fit((x - mean) / scale, label).predict((new - mean) / scale)
+            == got
+        )
+        for c in (0.1, 1, 10, 100, 1000)
+    ]
+    assert max(agreement) > 0.99
+    assert min(agreement) < 0.99 or np.mean(got == np.arange(300) % CLASSES) > 0.9
+
+
+@pytest.mark.parametrize("frames", ["0", "1,two", "", "-1"])
+def test_frames_that_are_no_numbers(frames: str) -> None:
+    with pytest.raises(ValueError, match="frames"):
+        ProbeOptions(store="s.zarr", dataset="csv:l.csv", frames=frames)
+
+
+def test_labels_of_other_videos(labelled: tuple[Labelled, Path, Path], tmp_path: Path) -> None:
+    _, store, _ = labelled
+    file = tmp_path / "others.csv"
+    file.write_text("path,label\na.mp4,x\nb.mp4,y\n")
+    with pytest.raises(UsageError, match=r"none of its 2 videos"):
+        match_labels(TargetStore.open(store), f"csv:{file}")
