@@ -86,7 +86,8 @@ run = {
     "merge": lambda: targets_merge(MergeOptions(parts=[store, other], out=str(out / "m.zarr")), screen),
 }[command]
 began = time.perf_counter()
-run()
+with screen:
+    run()
 seconds = time.perf_counter() - began
 print(json.dumps({
     "seconds": seconds, "first": first[0] - began if first else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,20 @@ from ..pipeline.ablation.ablate_options import AblateConfig
 from ..pipeline.ablation.cost import show_cost
 from ..pipeline.ablation.plan import cells, read_plan
 from ..pipeline.ablation.progress import Progress, Work
-from ..pipeline.ablation.steps import Commands, Step, StepMaker, run_step
+from ..pipeline.ablation.steps import Step, StepMaker, step_options
 from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import DistInitError, TrainingInterrupted, UsageError
 from ..pipeline.common.locks import folder_lock
 from ..pipeline.common.run_dir import CELLS, CONFIG, SECONDS, check_output_dir
 from ..pipeline.common.urls import check_local
-from ..pipeline.evaluation.finetune_options import FinetuneConfig
 from ..pipeline.store.reader import TargetStore, check_video_roots
-from ..pipeline.training.distillation_options import TrainConfig
 from .finetune import finetune
 from .train_student import train_student
 
-COMMANDS: Commands = {
-    "train-student": (TrainConfig, train_student),
-    "finetune": (FinetuneConfig, finetune),
+COMMANDS: dict[str, Callable[[Any, Console], dict[str, Any]]] = {
+    "train-student": train_student,
+    "finetune": finetune,
 }
 
 
@@ -46,9 +45,7 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
     store = TargetStore.open(config.store)
     check_video_roots(store, config.video_roots)
     maker = StepMaker(
-        store,
-        {name: os.path.abspath(folder) for name, folder in config.video_roots.items()},
-        COMMANDS,
+        store, {name: os.path.abspath(folder) for name, folder in config.video_roots.items()}
     )
     work = []
     for cell in cells(
@@ -68,16 +65,14 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
         f"{plan.title}: {len(work)} cells of {len(steps)} runs, {len(steps) - len(open_steps)} of these done already"
     )
     if config.dry_run:
-        return show_cost(
-            progress.records(), [each.steps for each in work], out, progress.seconds, console
-        )
+        return show_cost(progress.records(), [each.steps for each in work], out, progress.seconds)
     with folder_lock(out):
         write_config(out / CONFIG, "ablate", config)
         progress.write()
         if config.workers is not None or config.scheduler is not None:
             from ..pipeline.ablation.execution import run_on_workers
 
-            run_on_workers(config.workers, config.scheduler, open_steps, progress, console)
+            run_on_workers(config.workers, config.scheduler, open_steps, progress)
         else:
             _run_here(open_steps, progress, console)
         progress.write()
@@ -93,7 +88,7 @@ def _run_here(steps: list[Step], progress: Progress, console: Console) -> None:
         console.say(f"[{number}/{len(steps)}] {step.kind} {step.folder}")
         began = time.monotonic()
         try:
-            run_step(step, progress.out, COMMANDS, console)
+            COMMANDS[step.kind](step_options(step, progress.out), console)
         except TrainingInterrupted:
             raise
         except Exception as error:  # whatever a step meets, the others go on

@@ -64,7 +64,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     if config.fuse:
         return _fuse(config, console)
     if config.compare:
-        return compare(config.runs[0], config.runs[1], config.out, console)
+        return compare(config.runs[0], config.runs[1], config.out)
     return run_distributed(
         _evaluate, config, console, LoopOptions(device=config.device, gpus=config.gpus)
     )
@@ -93,7 +93,7 @@ def _fuse(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Runs of one split, or split by split those that `finetune --split all` wrote."""
     splits = [split_folders(Path(run)) for run in config.runs]
     if config.out is None or not all(splits):
-        return fuse(config.runs, config.weights, config.out, console)
+        return fuse(config.runs, config.weights, config.out)
     if any(each.keys() != splits[0].keys() for each in splits):
         held = "; ".join(
             f"{run}: {', '.join(map(str, each))}"
@@ -108,11 +108,10 @@ def _fuse(config: EvaluateConfig, console: Console) -> dict[str, Any]:
                 [str(each[split]) for each in splits],
                 config.weights,
                 str(split_folder(out, split)),
-                console,
             )
             for split in splits[0]
         }
-        return summarise_splits(out, results, "late fusion", console)
+        return summarise_splits(out, results, "late fusion")
 
 
 def _evaluate(config: EvaluateConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
@@ -146,9 +145,7 @@ def _evaluate_locked(
             for n, folder in splits.items()
         }
         title = short_dataset(next(iter(results.values()))["dataset"])
-        return ranks.on_main(
-            lambda: summarise_splits(Path(config.out or run), results, title, console)
-        )
+        return ranks.on_main(lambda: summarise_splits(Path(config.out or run), results, title))
     if config.split == ALL:
         raise UsageError(
             f"--split all: {run} was trained on one split; it cannot be tested on what it has seen"
@@ -180,8 +177,8 @@ def _evaluate_split_locked(
     length, channels = job.student.meta.clip_length, job.student.options.channels
     if ranks.is_main:
         counts = count_some(job.labels, job.labels.test)
-        warn_of_short_videos(counts, len(job.labels.test), length, channels, console)
-    known = ranks.on_main(lambda: _known(config, job, _folder(run), console))
+        warn_of_short_videos(counts, len(job.labels.test), length, channels)
+    known = ranks.on_main(lambda: _known(config, job, _folder(run)))
     metrics = evaluate_student(
         job.student,
         job.labels,
@@ -190,7 +187,6 @@ def _evaluate_split_locked(
         options=job.options,
         device=ranks.on_all_ranks(lambda: resolve_device(config.device)),
         out=out,
-        console=console,
         fresh=True,
         ranks=ranks,
     )
@@ -263,7 +259,7 @@ def _other_labels(run: Path, labels: Labels) -> Iterator[str]:
         yield f"{labels.dataset}: not the test videos that {run} was trained to be tested on ({how})"
 
 
-def _known(config: EvaluateConfig, job: _Job, run: Path, console: Console) -> dict[str, int] | None:
+def _known(config: EvaluateConfig, job: _Job, run: Path) -> dict[str, int] | None:
     """How many of the test videos the run has seen, with a warning; None for its own test, of which
     its training has told, and for a run of which nothing is known."""
     if config.out is None:
@@ -276,7 +272,6 @@ def _known(config: EvaluateConfig, job: _Job, run: Path, console: Console) -> di
     return overlap(
         seen,
         job.labels,
-        console,
         init_seen="the videos that the run's initialisation was trained on",
     )
 

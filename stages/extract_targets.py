@@ -66,13 +66,11 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
     device = resolve_device(config.device)
     listed = _list(config, console)
     if config.dry_run:
-        return dry_run(
-            config, None if listed is None else _share(config, listed, console), device, console
-        )
+        return dry_run(config, None if listed is None else _share(config, listed, console), device)
     sampling = _sampling(config)
     teachers = load_teachers(config, device)
     _check_accepted(config, teachers)
-    fingerprints = examine_teachers(teachers, console)
+    fingerprints = examine_teachers(teachers)
     views = list(dict.fromkeys(t.view for t in teachers.values()))
     decoders = config.decoders or default_decoders(device)
     with ExitStack() as stack:
@@ -89,8 +87,8 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
         if config.scheduler is not None:
             from ..pipeline.extraction.cluster import run_of_workers
 
-            client = stack.enter_context(cluster(None, config.scheduler, console))
-            run = run_of_workers(client, config, console)
+            client = stack.enter_context(cluster(None, config.scheduler))
+            run = run_of_workers(client, config)
         else:
             run = run_record(config.batch_size, config.precision, device)
         asked = {
@@ -117,13 +115,13 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
         videos = None if listed is None else _share(config, plan.locate(listed), console)
         if without and _grows(config, plan, videos, list(teachers)):
             prove_teachers(
-                plan, without, teachers, fingerprints, config.accept_teachers, pool, views, console
+                plan, without, teachers, fingerprints, config.accept_teachers, pool, views
             )
         if listed is not None and videos is not None:
             _add_videos(config, plan, videos, len(listed), pool, console)
-        plan_segments(plan, pool, console)
+        plan_segments(plan, pool)
         if config.retry_failed:
-            plan_retries(plan, list(teachers), pool, run, console)
+            plan_retries(plan, list(teachers), pool, run)
         for name, teacher in teachers.items():
             writer.add_teacher(
                 name,
@@ -136,7 +134,7 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
         copy_stored(plan, list(teachers))
         began = time.monotonic()
         if config.workers is not None:
-            client = stack.enter_context(cluster(config.workers, None, console))
+            client = stack.enter_context(cluster(config.workers, None))
         fill = (
             _there(config, writer, teachers, run, client)
             if client is not None
@@ -322,7 +320,7 @@ def _add_videos(
 ) -> None:
     """Enter in the store what is new of the sources, of which there are `listed` in all parts."""
     check_unchanged(plan, videos)
-    added = add_new_videos(plan, videos, pool, console, config.max_failures)
+    added = add_new_videos(plan, videos, pool, config.max_failures)
     there = plan.writer.index.n_videos - added
     if added and there:
         console.say(f"{added} new videos, {there} are in the store already")

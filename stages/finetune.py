@@ -106,7 +106,7 @@ def _finetune_locked(
         with ExitStack() as split_stack:
             results[split] = _finetune_split(own, console, ranks, split_stack)
     title = short_dataset(config.dataset)
-    return ranks.on_main(lambda: summarise_splits(out, results, title, console))
+    return ranks.on_main(lambda: summarise_splits(out, results, title))
 
 
 def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
@@ -163,7 +163,7 @@ def _finetune_split(
         ranks.on_all_ranks(lambda: require_not_longer(run_dir, options))
     ranks.on_main(lambda: write_config(run_dir / CONFIG, COMMAND, config))
     overlap = ranks.on_main(
-        lambda: record_and_compare(config.init, labels, run_dir, console, again=saved is not None)
+        lambda: record_and_compare(config.init, labels, run_dir, again=saved is not None)
     )
     if config.init.startswith("inflate:"):  # what a report shows of inflation: training changes it
         ranks.on_main(lambda: save_start(run_dir / START, student))
@@ -173,7 +173,7 @@ def _finetune_split(
         videos = [*labels.train, *labels.test]
         counts = count_some(labels, videos)
         warn_of_short_videos(
-            counts, len(videos), config.clips.clip_frames, student.options.channels, console
+            counts, len(videos), config.clips.clip_frames, student.options.channels
         )
     console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     result = fit(
@@ -191,8 +191,6 @@ def _finetune_split(
         run_dir=run_dir,
         identity=identity,
         resume=config.resume,
-        say=console.say,
-        progress=console.progress,
         ranks=ranks,
     )
     if result.broken and ranks.is_main:
@@ -206,7 +204,6 @@ def _finetune_split(
         options=config.test,
         device=device,
         out=run_dir,
-        console=console,
         threads=config.loop.threads,
         ranks=ranks,
     )

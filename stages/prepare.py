@@ -60,7 +60,7 @@ def prepare(config: PrepareConfig, console: Console) -> dict[str, Any]:
         status.begin()
         _copy(config, videos, todo, out, status, tally, console)
         status.finish(_keys(videos))
-        return summary(out, len(videos), len(todo), time.monotonic() - began, tally, console)
+        return summary(out, len(videos), len(todo), time.monotonic() - began, tally)
 
 
 def _list(config: PrepareConfig, console: Console) -> VideoList:

@@ -39,7 +39,7 @@ def targets_verify(options: VerifyOptions, console: Console) -> dict[str, Any]:
         if options.frames:
             from ..pipeline.extraction.frame_check import frame_check, identify_again
 
-            by_video = frame_check(store, console, options.video_roots)
+            by_video = frame_check(store, options.video_roots)
             findings += [finding for of_video in by_video.values() for finding in of_video]
         if options.deep:
             from ..pipeline.extraction.deep_verify import deep_check
@@ -47,7 +47,6 @@ def targets_verify(options: VerifyOptions, console: Console) -> dict[str, Any]:
             found, compared = deep_check(
                 store,
                 options.deep,
-                console,
                 seed=options.seed,
                 video_roots=options.video_roots,
                 weights=options.weights,

@@ -90,7 +90,7 @@ def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
     """What a training would be: said, drawn, and not done."""
     store, teachers, _ = _open(config)
     parts = _assemble(config, store, teachers, None, console)
-    return dry_run(config, store, parts.train, _build(config, store, teachers), console)
+    return dry_run(config, store, parts.train, _build(config, store, teachers))
 
 
 def _train(config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
@@ -154,8 +154,6 @@ def _train_locked(
         identity=identity,
         resume=config.resume,
         validate=held_out if parts.held_out is not None else None,
-        say=console.say,
-        progress=console.progress,
         ranks=ranks,
     )
 
@@ -267,7 +265,7 @@ def _assemble(
 
     unfiltered = sampler(videos, {})
     unfiltered.check_windows()
-    found = measure_thresholds(config.targets, unfiltered, saved, console)
+    found = measure_thresholds(config.targets, unfiltered, saved)
     thresholds = found.thresholds
     train = StudentClips(
         sampler(videos, thresholds), config.clips, config.video_roots, channels=channels

@@ -62,7 +62,7 @@ def test_files_and_names_of_contributing_exist() -> None:
             assert re.search(rf"^(def |class )?{name}\b", (ROOT / file).read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["getting-started", "concepts"])
+@pytest.mark.parametrize("page", ["architecture", "getting-started", "concepts"])
 def test_examples_in_python_run(
     page: str,
     tiny_store: TinyStore,

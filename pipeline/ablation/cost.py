@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
-from ..common.console import Console
 from ..common.devices import resolve_device
 from ..common.errors import TrainingError
+from ..common.tables import Column, Table
 from ..students.student import Student, build_student
 from ..students.student_options import StudentOptions
 from ..training.precision import out_of_memory_hint
 from .steps import TRAIN, Step
+
+log = logging.getLogger(__name__)
 
 MEASURED_S = 2.0
 CPU_CLIPS = 4  # on a CPU more clips at once take memory and time, and are hardly faster by the clip
@@ -28,7 +30,6 @@ def show_cost(
     steps: list[list[Step]],
     out: Path,
     seconds: dict[str, float],
-    console: Console,
 ) -> dict[str, Any]:
     """A table of cells, which runs of each are done, and hours for the others; nothing is run or
     written.
@@ -38,9 +39,8 @@ def show_cost(
     nor testing is in the figure then.
     """
     rates = _known_rates(steps, out, seconds)
-    table = Table(
-        "cell", "data set", "split", "seed", "student", "finetuning", "hours left", title="Cells"
-    )
+    titles = ("cell", "data set", "split", "seed", "student", "finetuning", "hours left")
+    table = Table("Cells", [Column(title) for title in titles])
     counted: set[str] = set()
     total, guessed = 0.0, False
     for record, mine in zip(records, steps, strict=True):
@@ -56,18 +56,18 @@ def show_cost(
             hours += step.clips / rates[name] / 3600
         total += hours
         states = {step.kind: "done" if step.result(out) is not None else "to do" for step in mine}
-        table.add_row(
+        table.add(
             record["row"], record["dataset"], str(record["split"]), str(record["seed"]),
             states.get(TRAIN, "–"), states["finetune"], f"{hours:.2f}",
         )  # fmt: skip
         record["hours_left"] = round(hours, 6)
-    console.table(table)
+    log.info(table)
     how = (
         "; rates of clips of noise, without decoding and testing, where no such run is done yet"
         if guessed
         else ""
     )
-    console.say(f"{total:.2f} hours left on one device{how}")
+    log.info(f"{total:.2f} hours left on one device{how}")
     return {"cells": records, "hours_left": round(total, 6), "measured_on_noise": guessed}
 
 

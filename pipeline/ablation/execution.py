@@ -6,6 +6,7 @@ fails it alone. It ends with its worker.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -17,12 +18,14 @@ from typing import Any
 
 import yaml
 
-from ..common.console import Console
 from ..common.dask_workers import cluster, gpu_of_worker
 from ..common.errors import DistInitError
 from ..common.processes import end_with_parent
+from ..common.progress_bar import progress_bar
 from .progress import Progress
 from .steps import Step, prepared_config
+
+log = logging.getLogger(__name__)
 
 LOGS = "logs"
 
@@ -32,7 +35,6 @@ def run_on_workers(
     scheduler: str | None,
     steps: list[Step],
     progress: Progress,
-    console: Console,
 ) -> None:
     """Do steps on a dask cluster, each after the student it needs. Failures are entered in
     `progress`."""
@@ -40,7 +42,7 @@ def run_on_workers(
 
     if not steps:
         return
-    with cluster(workers, scheduler, console) as client:
+    with cluster(workers, scheduler) as client:
         futures: dict[str, Any] = {}
         for step in steps:  # students stand before what needs them
             futures[step.key] = client.submit(
@@ -52,14 +54,14 @@ def run_on_workers(
                 retries=1,
             )
         of = {step.key: step for step in steps}
-        with console.progress("runs", len(steps), "run") as bar:
+        with progress_bar("runs", len(steps), "run") as bar:
             for future in as_completed(list(futures.values())):
                 step = of[future.key]
                 if future.status == "finished":
                     progress.took(step, future.result())
                 else:
                     progress.failed[step.key] = " ".join(str(future.exception()).split())[:300]
-                    console.warn(f"{step.folder} failed: {progress.failed[step.key]}")
+                    log.warning("%s failed: %s", step.folder, progress.failed[step.key])
                 progress.write()
                 bar.advance(1)
 

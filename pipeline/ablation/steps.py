@@ -11,16 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..common.config import first_keys, load_config, merge, preset_section
-from ..common.console import Console
 from ..common.run_dir import RESULT, STEP_FOLDERS, STUDENT_FILE
 from ..common.settings import Options
 from ..evaluation.exclusion import canonical_exclude, exclude
+from ..evaluation.finetune_options import FinetuneConfig
 from ..evaluation.labels import Labels, canonical, load_labels
 from ..evaluation.run_labels import labels_digest
 from ..store.exclude import Exclusion
@@ -34,9 +33,7 @@ PATHS = {
     TRAIN: {"out", "resume", "video_roots", "store", "exclude", "exclude_split"},
     TUNE: {"out", "resume", "verbose", "copies", "init", "dataset", "root"},
 }
-Commands = Mapping[str, tuple[type[Options], Callable[[Any, Console], dict[str, Any]]]]
-"""Command → its options model and its function: given by the caller, since nothing here imports a
-stage."""
+MODELS: dict[str, type[Options]] = {TRAIN: TrainConfig, TUNE: FinetuneConfig}
 
 FREE = FREE_ON_RESUME - {"epochs"}
 
@@ -73,8 +70,8 @@ class Step:
 class StepMaker:
     """Makes the steps of cells for one store."""
 
-    def __init__(self, store: TargetStore, video_roots: dict[str, str], commands: Commands) -> None:
-        self.store, self.video_roots, self.commands = store, video_roots, commands
+    def __init__(self, store: TargetStore, video_roots: dict[str, str]) -> None:
+        self.store, self.video_roots = store, video_roots
         self._labels: dict[tuple[Any, ...], Labels] = {}
         self._left: dict[tuple[Any, ...], Exclusion] = {}
 
@@ -146,7 +143,7 @@ class StepMaker:
         layers = [(f"preset {preset}", preset_section(preset, command))] if preset else []
         forced = merge({"loop": {"seed": cell.seed}}, forced)
         return load_config(
-            self.commands[command][0],
+            MODELS[command],
             command,
             layers=[*layers, (f"plan, {cell.row}", section), ("", forced)],
         )
@@ -170,14 +167,9 @@ class StepMaker:
         return self._labels[place]
 
 
-def run_step(step: Step, out: Path, commands: Commands, console: Console) -> dict[str, Any]:
-    """Do a step, or go on with it where it was stopped; what is done is left alone. Raises what its
-    stage raises."""
-    done = step.result(out)
-    if done is not None:
-        return done
-    model, command = commands[step.kind]
-    return command(model.model_validate(prepared_config(step, out)), console)
+def step_options(step: Step, out: Path) -> Any:
+    """Return the options of the command that does a step."""
+    return MODELS[step.kind].model_validate(prepared_config(step, out))
 
 
 def prepared_config(step: Step, out: Path) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .console import Console
 from .errors import DistInitError, in_one_line
 from .limits import require_descriptors
 from .processes import cores
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from distributed import Client, LocalCluster
@@ -34,7 +35,7 @@ QUIET = {
 
 
 @contextmanager
-def cluster(workers: int | None, scheduler: str | None, console: Console) -> Iterator[Client]:
+def cluster(workers: int | None, scheduler: str | None) -> Iterator[Client]:
     """A client of the cluster at `scheduler`, or of a local one with `workers` processes."""
     import dask
     from distributed import Client
@@ -56,11 +57,11 @@ def cluster(workers: int | None, scheduler: str | None, console: Console) -> Ite
                 f"--scheduler {scheduler}: no dask scheduler answers there ({error})"
             ) from None
         with there as client:
-            console.say(f"dask dashboard: {client.dashboard_link}")
+            log.info("dask dashboard: %s", client.dashboard_link)
             yield client
         return
     with dask.config.set(QUIET), _local_cluster(workers) as local, Client(local) as client:
-        console.say(f"dask dashboard: {client.dashboard_link}")
+        log.info("dask dashboard: %s", client.dashboard_link)
         yield client
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.console import Console
 from ..common.documents import is_regular_file
 from ..common.errors import UsageError
 from ..common.locks import folder_lock
@@ -18,12 +18,12 @@ from .predictions import Predictions, PredictionsError, metrics_from_file
 from .protocol import intervals_note, refuse_other, show_metrics, write_result
 from .splits import split_folders
 
+log = logging.getLogger(__name__)
+
 SHOWN = 10  # classes of the largest gains and losses in the table; all are in the result
 
 
-def fuse(
-    runs: Sequence[str], weights: Sequence[float] | None, out: str | None, console: Console
-) -> dict[str, Any]:
+def fuse(runs: Sequence[str], weights: Sequence[float] | None, out: str | None) -> dict[str, Any]:
     """Late fusion: writes `out`/predictions.h5 and result.json, which `--compare` and `--fuse` take
     again.
 
@@ -42,7 +42,7 @@ def fuse(
         named = ", ".join(
             f"{weight:g} × {Path(run).name}" for run, weight in zip(runs, used, strict=True)
         )
-        show_metrics(f"late fusion of {named}", len(fused.classes), metrics, console)
+        show_metrics(f"late fusion of {named}", len(fused.classes), metrics)
         result = {
             "fused": list(runs),
             "weights": used,
@@ -53,7 +53,7 @@ def fuse(
     return result
 
 
-def compare(a: str, b: str, out: str | None, console: Console) -> dict[str, Any]:
+def compare(a: str, b: str, out: str | None) -> dict[str, Any]:
     """What A gains over B: in all and by class, paired, with intervals and p-values;
     `out`/result.json if asked for.
 
@@ -65,10 +65,10 @@ def compare(a: str, b: str, out: str | None, console: Console) -> dict[str, Any]
     found = compare_predictions(*parts, (a, b))
     protocols = [single for part in parts for single in part.protocol.get("fused", [part.protocol])]
     if any(protocol != protocols[0] for protocol in protocols):
-        console.warn(
+        log.warning(
             f"{a} and {b} were tested by other protocols: see `protocol` in each result.json"
         )
-    _show(found, parts[0], a, b, console)
+    _show(found, parts[0], a, b)
     result = {
         "a": a,
         "b": b,
@@ -105,7 +105,7 @@ def _finished(run: str) -> Predictions:
     return found
 
 
-def _show(found: Comparison, part: Predictions, a: str, b: str, console: Console) -> None:
+def _show(found: Comparison, part: Predictions, a: str, b: str) -> None:
     columns = [
         Column("accuracy, %"),
         *(Column(name, True) for name in ("A", "B", "A − B", "95 % interval", "p")),
@@ -124,7 +124,7 @@ def _show(found: Comparison, part: Predictions, a: str, b: str, console: Console
                 f"{g.p:.4f}",
             )
     table.notes.append(intervals_note(part.resampled))
-    console.table(table.to_rich())
+    log.info(table)
     columns = [
         Column("class"),
         *(Column(name, True) for name in ("videos", "A", "B", "A − B", "p")),
@@ -143,4 +143,4 @@ def _show(found: Comparison, part: Predictions, a: str, b: str, console: Console
     classes.notes.append(
         "Each p is of its class alone: among many classes some are small by chance."
     )
-    console.table(classes.to_rich())
+    log.info(classes)

@@ -4,6 +4,7 @@ then the numbers, recomputed from the file."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 
 from ..clips.clip_options import ClipView
-from ..common.console import Console
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import UsageError
 from ..common.files import write_whole
+from ..common.progress_bar import progress_bar
 from ..common.run_dir import PARTIAL_PREDICTIONS, PREDICTIONS, RESULT
 from ..common.tables import Column, Table
 from ..common.weights import state_sha256
@@ -29,6 +30,8 @@ from .predictions import Predictions, PredictionsError, metrics_from_file
 from .predictor import predict
 from .run_labels import labels_digest
 
+log = logging.getLogger(__name__)
+
 
 def evaluate_student(
     student: Student,
@@ -39,7 +42,6 @@ def evaluate_student(
     options: EvaluationOptions,
     device: torch.device,
     out: Path,
-    console: Console,
     threads: int | None = None,
     fresh: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
@@ -77,7 +79,7 @@ def evaluate_student(
     )
     with (
         torch_threads(threads, workers, device),
-        console.progress("testing", len(mine), "video") as bar,
+        progress_bar("testing", len(mine), "video") as bar,
     ):
         ranks.on_all_ranks(
             lambda: predict(
@@ -101,7 +103,7 @@ def evaluate_student(
         partial.unlink(missing_ok=True)
         metrics = metrics_from_file(final)
         title = f"{short_dataset(labels.dataset)}, split {labels.split}"
-        show_metrics(title, len(labels.classes), metrics, console)
+        show_metrics(title, len(labels.classes), metrics)
         return metrics
 
     return ranks.on_main(finish)
@@ -207,7 +209,7 @@ def _adopt(predictions: Predictions, path: Path) -> int:
         return 0
 
 
-def show_metrics(title: str, classes: int, metrics: dict[str, Any], console: Console) -> None:
+def show_metrics(title: str, classes: int, metrics: dict[str, Any]) -> None:
     """The table of accuracies, what its intervals rest on, and the videos that were not read."""
     title = f"{title}: {metrics['videos']} test videos"
     table = Table(
@@ -223,11 +225,11 @@ def show_metrics(title: str, classes: int, metrics: dict[str, Any], console: Con
         table.notes.append(
             f"Top 5 of {classes} classes is always right where the video could be read."
         )
-    console.table(table.to_rich())
+    log.info(table)
     for found in metrics["failed"]:
-        console.warn(f"counted as wrong, could not be read: {found['video']}: {found['reason']}")
+        log.warning(f"counted as wrong, could not be read: {found['video']}: {found['reason']}")
     for found in metrics["damaged"]:
-        console.warn(f"tested, but damaged: {found['video']}: {found['reason']}")
+        log.warning(f"tested, but damaged: {found['video']}: {found['reason']}")
 
 
 def intervals_note(intervals: dict[str, Any]) -> str:

@@ -3,24 +3,24 @@ last frame again."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
 
 from ..clips.read import count_frames
-from ..common.console import Console
 from ..common.errors import VideoError
 from ..video.flow import pictures_needed
 from ..video.pool.decode_pool import DecodePool
 from .labels import Labelled, Labels
 
+log = logging.getLogger(__name__)
+
 SAMPLE = 20  # videos whose frames are counted, where nobody has counted them before
 
 
-def warn_of_short_videos(
-    counts: Sequence[int], listed: int, length: int, channels: int, console: Console
-) -> None:
+def warn_of_short_videos(counts: Sequence[int], listed: int, length: int, channels: int) -> None:
     """A warning where a clip is longer than most videos of known `counts`, out of `listed`."""
     need = pictures_needed(length, channels)
     known = np.array([count for count in counts if count > 0])
@@ -33,7 +33,7 @@ def warn_of_short_videos(
         else f"{len(known)} of {listed} videos that were looked at"
     )
     frames = f"{known.min()} to {known.max()} frames, median {np.median(known):.0f}"
-    console.warn(
+    log.warning(
         f"--frames {length} is longer than {'all' if short == len(known) else short} of {of} ({frames}): their clips "
         f"are filled with their last frame"
     )

@@ -3,6 +3,7 @@ RUN/result.json."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ..common.console import Console
 from ..common.errors import UsageError
 from ..common.run_dir import CONFIG, recorded_sections
 from ..common.tables import Column, Table
 from .metrics import MEASURES
 from .protocol import write_result
+
+log = logging.getLogger(__name__)
 
 ALL = "all"
 
@@ -48,7 +50,7 @@ def split_folders(run: Path) -> dict[int, Path]:
 
 
 def summarise_splits(
-    out: Path, results: Mapping[int, dict[str, Any]], title: str, console: Console
+    out: Path, results: Mapping[int, dict[str, Any]], title: str
 ) -> dict[str, Any]:
     """Writes the mean and deviation of the splits' metrics into `out`/result.json; shows and
     returns them."""
@@ -69,7 +71,7 @@ def summarise_splits(
             f"{100 * mean:.1f}",
             "–" if deviation is None else f"{100 * deviation:.1f}",
         )
-    console.table(table.to_rich())
+    log.info(table)
     summary = {
         "split": ALL,
         "mean": means,

@@ -3,10 +3,10 @@ test videos."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from ..common.console import Console
 from ..common.errors import CheckpointError
 from ..corpus.sources import escape_path
 from ..students.initialization import student_file
@@ -15,10 +15,10 @@ from .labels import Labels
 from .predictions import require_classes
 from .run_labels import RunLabels, labels_digest
 
+log = logging.getLogger(__name__)
 
-def record_and_compare(
-    init: str, labels: Labels, run_dir: Path, console: Console, *, again: bool
-) -> dict[str, int]:
+
+def record_and_compare(init: str, labels: Labels, run_dir: Path, *, again: bool) -> dict[str, int]:
     """Write RUN/labels.json and RUN/seen_videos.npz, unless a resume finds them; returns the test
     videos that the run knows in another way, and warns of each."""
     seen = SeenVideos.read(run_dir) if again else None
@@ -33,7 +33,6 @@ def record_and_compare(
     found = overlap(
         seen,
         labels,
-        console,
         init_seen="the videos that the initialisation was trained on",
         own=False,
     )
@@ -41,7 +40,7 @@ def record_and_compare(
 
 
 def overlap(
-    seen: SeenVideos, labels: Labels, console: Console, *, init_seen: str, own: bool = True
+    seen: SeenVideos, labels: Labels, *, init_seen: str, own: bool = True
 ) -> dict[str, int]:
     """How many test videos the initialisation has seen, and with `own` the run's own training; a
     warning for each that is not 0. init_seen: what messages call the videos of the
@@ -58,7 +57,7 @@ def overlap(
         ]
         found[name] = len(known)
         if known:
-            console.warn(
+            log.warning(
                 f"{len(known)} of {len(labels.test)} test videos are among {what}, the first: {known[0]}; "
                 f"accuracies are not those of unseen videos"
             )

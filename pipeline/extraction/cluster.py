@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import errno
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,6 @@ from pathlib import Path
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
-from ..common.console import Console
 from ..common.dask_workers import gpu_of_worker
 from ..common.errors import DecoderError, DistInitError, StoreMismatchError
 from ..store.staging import ShardResult
@@ -31,6 +31,8 @@ from .extract_options import ExtractConfig
 from .machine import run_record
 from .shard_filler import ShardFiller, ShardTask
 from .teacher_runner import TeacherRunner
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -125,13 +127,13 @@ def fill_shard(setup: WorkerSetup, task: ShardTask) -> ShardResult:
     return result
 
 
-def run_of_workers(client: Client, config: ExtractConfig, console: Console) -> dict[str, Any]:
+def run_of_workers(client: Client, config: ExtractConfig) -> dict[str, Any]:
     """Return the numerics of a worker of the cluster.
 
     It may have a GPU where the client has none.
     """
     if not client.nthreads():
-        console.say("no worker is there yet: waiting for the first")
+        log.info("no worker has joined yet: waiting for the first")
     record: dict[str, Any] = client.submit(
         _run_here, config.batch_size, config.precision, config.device
     ).result()

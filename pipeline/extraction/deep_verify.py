@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..common.console import Console
 from ..common.devices import resolve_device
 from ..common.errors import DistInitError, UsageError, VideoError
+from ..common.progress_bar import progress_bar
 from ..store import layout as fmt
 from ..store.encoding import arrays_of, decode, encode, rounding
 from ..store.index import OK
@@ -125,7 +125,6 @@ class Replay:
 def deep_check(
     store: TargetStore,
     count: int,
-    console: Console,
     *,
     seed: int = 0,
     video_roots: Mapping[str, str] | None = None,
@@ -138,7 +137,6 @@ def deep_check(
     Args:
         store: The store.
         count: Number of videos.
-        console: For progress.
         seed: Of the choice of videos.
         video_roots: Corpus → its current folder.
         weights: Teacher in the store → its weights file.
@@ -170,7 +168,7 @@ def deep_check(
     views = list(dict.fromkeys(r.teacher.view for r in replays))
     with (
         DecodePool(processes=1, views=views) as pool,
-        console.progress("decoding again", total=len(chosen), unit="videos") as bar,
+        progress_bar("decoding again", len(chosen), "videos") as bar,
     ):
         for video in chosen.tolist():
             path = store.video_path(video, video_roots)

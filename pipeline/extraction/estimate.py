@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
-from ..common.console import Console
 from ..common.errors import UsageError
+from ..common.progress_bar import progress_bar
+from ..common.tables import Column, Table
 from ..corpus.sources import VideoList
 from ..store.encoding import DEFAULT, row_bytes
 from ..teachers.teacher import Teacher
@@ -20,12 +21,14 @@ from ..video.sampling import Sampling
 from .extract_options import ExtractConfig
 from .machine import default_decoders, load_teachers
 
+log = logging.getLogger(__name__)
+
 PROBED, TIMED = 2000, 8  # videos probed; of these, decoded to measure the rate
 ROW_BYTES = 4 + 8 + 8  # video, index, pts
 
 
 def dry_run(
-    config: ExtractConfig, videos: VideoList | None, device: torch.device, console: Console
+    config: ExtractConfig, videos: VideoList | None, device: torch.device
 ) -> dict[str, Any]:
     """Print and return rows, GB and hours of the chosen sampling and of others; write nothing.
 
@@ -43,14 +46,14 @@ def dry_run(
     ).tolist()
     asked = config.sampling or Sampling()
     options = [asked, *(s for s in _others() if s != asked)]
-    teacher_s = sum(_seconds_a_row(t, config.batch_size, console) for t in teachers.values())
+    teacher_s = sum(_seconds_a_row(t, config.batch_size) for t in teachers.values())
     encoding = config.encoding or DEFAULT
     width = sum(row_bytes(len(t.classes), encoding) + 4 for t in teachers.values())
     together = sum if device.type == "cpu" else max
     rows_out: list[dict[str, Any]] = []
     with DecodePool(processes=config.decoders or default_decoders(device), views=views) as pool:
         paths = [videos.absolute(i) for i in chosen]
-        with console.progress("probing", total=len(paths), unit="videos") as bar:
+        with progress_bar("probing", len(paths), "videos") as bar:
             probes: list[Probe] = []
             for probe in pool.probe(paths):
                 probes.append(probe)
@@ -73,7 +76,7 @@ def dry_run(
                 }
             )
     broken = int(scale * (len(probes) - len(good)))
-    _show(rows_out, len(videos), len(chosen), broken, console)
+    _show(rows_out, len(videos), len(chosen), broken)
     return {
         "dry_run": True,
         "videos": len(videos),
@@ -87,8 +90,8 @@ def _others() -> list[Sampling]:
     return [Sampling(every=1), Sampling(every=4), Sampling(every=None, keyframes=True)]
 
 
-def _seconds_a_row(teacher: Teacher, batch_size: int, console: Console) -> float:
-    console.say(f"measuring {teacher.name}")
+def _seconds_a_row(teacher: Teacher, batch_size: int) -> float:
+    log.info("measuring %s", teacher.name)
     h, w = teacher.view.shape(256, 256)
     images = np.random.default_rng(0).integers(0, 255, (batch_size, h, w, 3), dtype=np.uint8)
     teacher.logits(images)  # warm-up: allocations, compiled kernels
@@ -118,18 +121,16 @@ def _decode_seconds(pool: DecodePool, sampling: Sampling, good: list[tuple[str, 
     return seconds * share * sum(p.frames for _, p in good) / max(frames, 1)
 
 
-def _show(
-    rows: list[dict[str, Any]], videos: int, probed: int, broken: int, console: Console
-) -> None:
+def _show(rows: list[dict[str, Any]], videos: int, probed: int, broken: int) -> None:
     title = f"{videos} videos" + (f", estimated from {probed} of them" if probed < videos else "")
-    table = Table(title=title + (f"; {broken} cannot be read" if broken else ""))
-    table.add_column("frames kept")
-    for name in ("rows", "GB", "hours"):
-        table.add_column(name, justify="right")
-    table.add_column("bound by")
+    numbers = [Column(name, number=True) for name in ("rows", "GB", "hours")]
+    table = Table(
+        title + (f"; {broken} cannot be read" if broken else ""),
+        [Column("frames kept"), *numbers, Column("bound by")],
+    )
     for r in rows:
         by = "decoding" if r["hours_decoding"] > r["hours_teachers"] else "the teachers"
         hours = r["hours"]
         shown = f"{hours:.1f}" if hours >= 1 else f"{hours * 60:.1f} min"
-        table.add_row(r["sampling"], f"{r['rows']:,}", f"{r['gigabytes']:.3g}", shown, by)
-    console.table(table)
+        table.add(r["sampling"], f"{r['rows']:,}", f"{r['gigabytes']:.3g}", shown, by)
+    log.info(table)

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from ..common.console import Console
 from ..common.errors import VideoError
 from ..common.processes import cores
+from ..common.progress_bar import progress_bar
 from ..store.index import OK
 from ..store.reader import TargetStore, check_video_roots
 from ..store.verify import Finding
@@ -24,7 +24,7 @@ from .planner import video_columns
 
 
 def frame_check(
-    store: TargetStore, console: Console, video_roots: Mapping[str, str] | None = None
+    store: TargetStore, video_roots: Mapping[str, str] | None = None
 ) -> dict[int, list[Finding]]:
     """Return findings for each video whose file lacks the frames, or the size, of the store.
 
@@ -52,7 +52,7 @@ def frame_check(
     view = View(resize=(16, 16))  # nothing is rendered
     with (
         DecodePool(processes=cores(), views=[view]) as pool,
-        console.progress("reading videos", total=len(readable), unit="videos") as bar,
+        progress_bar("reading videos", len(readable), "videos") as bar,
     ):
         paths = [store.video_path(video, video_roots) for video in readable]
         for video, path, read in zip(readable, paths, pool.timelines(paths), strict=True):

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.console import Console
 from ..common.errors import StoreMismatchError, VideoError
+from ..common.progress_bar import progress_bar
 from ..common.same_failure import SameFailure
 from ..corpus.sources import Corpus, VideoList, escape_path, unescape_path
 from ..store.digests import read_rows
@@ -111,9 +111,7 @@ def new_videos(plan: StorePlan, videos: VideoList) -> list[int]:
     ]
 
 
-def add_new_videos(
-    plan: StorePlan, videos: VideoList, pool: DecodePool, console: Console, max_failures: int
-) -> int:
+def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, max_failures: int) -> int:
     """Probe the files that the store does not list yet and list them; returns how many.
 
     StoreMismatchError if they would join another corpus of the same name. DistInitError where the
@@ -131,7 +129,7 @@ def add_new_videos(
     for corpus in np.unique([c for _, c in new]).tolist():
         _check_moved(plan, plan.corpora[corpus])
     watch = SameFailure(max_failures)
-    with console.progress("probing", total=len(new), unit="videos") as bar:
+    with progress_bar("probing", len(new), "videos") as bar:
         for at in range(0, len(new), SLAB):
             slab = new[at : at + SLAB]
             probes = []
@@ -195,7 +193,7 @@ def check_unchanged(plan: StorePlan, videos: VideoList) -> None:
             )
 
 
-def plan_segments(plan: StorePlan, pool: DecodePool, console: Console) -> int:
+def plan_segments(plan: StorePlan, pool: DecodePool) -> int:
     """Give every listed video without a segment its place in shards; returns how many segments."""
     writer = plan.writer
     planned = np.zeros(writer.index.n_videos, bool)

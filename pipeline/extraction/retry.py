@@ -7,13 +7,14 @@ segment that is replaced does not exist any more.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from ..common.console import Console
+from ..common.progress_bar import progress_bar
 from ..store.index import FAILED, OK, StoreIndex
 from ..store.planning import FrameRange
 from ..store.reader import TargetStore
@@ -23,6 +24,8 @@ from ..video.pool.decode_pool import DecodePool
 from ..video.probe import Probe
 from .planner import StorePlan, stretches_of, video_columns
 
+log = logging.getLogger(__name__)
+
 MIXED = "the file changed, and a part of this video is stored from the former file"
 
 
@@ -31,7 +34,6 @@ def plan_retries(
     teachers: Sequence[str],
     pool: DecodePool,
     run: dict[str, Any],
-    console: Console,
 ) -> None:
     """Plan what failed again, in new shards.
 
@@ -44,7 +46,7 @@ def plan_retries(
     videos = np.unique(index.video[without + partly]).tolist()
     probes: dict[int, Probe] = {}
     if videos:
-        with console.progress("probing", total=len(videos), unit="videos") as bar:
+        with progress_bar("probing", len(videos), "videos") as bar:
             for v, probe in zip(videos, pool.probe([plan.path(v) for v in videos]), strict=True):
                 probes[v] = probe
                 bar.advance(1)
@@ -82,9 +84,9 @@ def plan_retries(
         plan.writer.add_segments([_again(index, s) for s in group])
     _fail(plan, [s for s in without if index.video[s] in mixed and index.reason[s] != MIXED], run)
     tried = len(fresh) + len(ready)
-    console.say(f"{tried} failed stretches are tried again")
+    log.info(f"{tried} failed stretches are tried again")
     if left := len(without) + len(partly) - tried:
-        console.say(
+        log.info(
             f"{left} are left as they are: their files cannot be read, or are not those that are stored"
         )
 

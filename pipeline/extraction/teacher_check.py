@@ -7,13 +7,13 @@ stored.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..common.console import Console
 from ..common.errors import StoreMismatchError, VideoError
 from ..store.index import OK
 from ..store.layout import read_fingerprint
@@ -29,10 +29,12 @@ from ..video.pool.decode_pool import DecodeJob, DecodePool, Done, Failed
 from .deep_verify import Replay
 from .planner import StorePlan
 
+log = logging.getLogger(__name__)
+
 VIDEOS, ROWS = 8, 32  # of a sample: videos, and rows of each
 
 
-def examine_teachers(teachers: Mapping[str, Teacher], console: Console) -> dict[str, Fingerprint]:
+def examine_teachers(teachers: Mapping[str, Teacher]) -> dict[str, Fingerprint]:
     """Return the teachers' fingerprints; warn of one that outputs probabilities.
 
     Raises:
@@ -42,7 +44,7 @@ def examine_teachers(teachers: Mapping[str, Teacher], console: Console) -> dict[
     for name, teacher in teachers.items():
         fingerprints[name] = examine(teacher)
         if says_probabilities(fingerprints[name].logits):
-            console.warn(
+            log.warning(
                 f"teacher {name!r} seems to give probabilities, not logits (none is negative, and rows have one sum or "
                 f"none is above 1): their softmax is nearly uniform over the {len(teacher.classes)} classes, and a "
                 f"student learns next to nothing; let it return what goes into its softmax or sigmoid"
@@ -76,7 +78,6 @@ def prove_teachers(
     accepted: Sequence[str],
     pool: DecodePool,
     views: Sequence[View],
-    console: Console,
 ) -> None:
     """Add fingerprints for the teachers `without`, after computing a sample of their rows again.
 
@@ -96,12 +97,12 @@ def prove_teachers(
             videos, why = _replay_sample(plan, replay, pool, views.index(teachers[name].view))
             if videos:
                 basis = {"kind": "rows", "rows": replay.rows, "videos": videos}
-                console.say(
+                log.info(
                     f"{name}: {replay.rows} rows of {videos} videos computed again as stored; fingerprint added"
                 )
             elif name in accepted:
                 basis = {"kind": "accepted"}
-                console.warn(
+                log.warning(
                     f"teacher {name!r}: accepted as the store's without a check ({why}); fingerprint added"
                 )
             else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ..common.console import Console
 from ..common.files import replacing
 from ..common.streams import printable
 from ..video.pool.messages import INTERNAL
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Key = tuple[str, str]
@@ -116,15 +118,13 @@ class Tally:
                 self.measured[name].append(float(row[name]))
 
 
-def summary(
-    out: Path, videos: int, new: int, seconds: float, tally: Tally, console: Console
-) -> dict[str, Any]:
+def summary(out: Path, videos: int, new: int, seconds: float, tally: Tally) -> dict[str, Any]:
     """Return what --json prints of a run, and print the same as text."""
     failed = sum(tally.reasons.values())
     if failed:
-        console.say(f"{failed} videos failed; {out / 'status.csv'} lists them:")
+        log.info(f"{failed} videos failed; {out / 'status.csv'} lists them:")
         for reason, count in tally.reasons.most_common(10):
-            console.say(f"  {count:6d}  {reason}")
+            log.info(f"  {count:6d}  {reason}")
     result: dict[str, Any] = {
         "out": str(out),
         "complete": tally.ok > 0
@@ -153,22 +153,22 @@ def summary(
             "worst_5_percent": float(np.quantile(column, 0.95)),
         }
     if not new:
-        console.say("nothing to do: every video has its copy or a reason why not")
+        log.info("nothing to do: every video has its copy or a reason why not")
     if tally.ok:
         factor = tally.source_bytes / max(1, tally.copy_bytes)
         shown = f"{factor:.1f} times smaller" if factor >= 1 else f"{1 / factor:.1f} times larger"
-        console.say(
+        log.info(
             f"{tally.ok} done, {tally.copy_bytes / 1e6:.1f} MB for {tally.source_bytes / 1e6:.1f} MB of sources "
             f"({shown}, {tally.copy_bytes / max(tally.seconds, 1e-9) / 1e3:.1f} kB a second)"
         )
     if "psnr" in result and "ssim" in result:
-        console.say(
+        log.info(
             f"against the scaled source: PSNR {result['psnr']['mean']:.1f} dB, SSIM {result['ssim']['mean']:.3f}; "
             f"the worst 5 % of the videos below {result['psnr']['worst_5_percent']:.1f} dB, "
             f"{result['ssim']['worst_5_percent']:.3f}"
         )
     if "clipped" in result:
-        console.say(
+        log.info(
             f"beyond the bound: {result['clipped']['mean']:.3%} of the values; "
             f"above {result['clipped']['worst_5_percent']:.3%} in the worst 5 % of the videos"
         )

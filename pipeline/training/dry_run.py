@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from ..common.console import Console
 from ..common.devices import resolve_device
 from ..common.errors import TrainingError
 from ..common.urls import check_local
@@ -20,11 +20,13 @@ from .footprint import footprint
 from .loader import EpochBatchSampler, read_batches
 from .preview import MOST_CLIPS, render_batch, save_preview
 
+log = logging.getLogger(__name__)
+
 PICTURE = "first-batch.png"
 
 
 def dry_run(
-    config: TrainConfig, store: TargetStore, clips: StudentClips, student: Student, console: Console
+    config: TrainConfig, store: TargetStore, clips: StudentClips, student: Student
 ) -> dict[str, Any]:
     """Says config, parameters, memory and computation of a step, and writes RUN/first-batch.png;
     nothing else.
@@ -36,31 +38,31 @@ def dry_run(
     for line in yaml.safe_dump(
         config.model_dump(mode="json"), sort_keys=False, width=100
     ).splitlines():
-        console.say(line)
+        log.info(line)
     heads = {name: count_parameters(student.head(name)) for name in student.classes}
     backbone = count_parameters(student.backbone)
-    console.say(f"{config.student.describe()}: {_count(backbone)} parameters in the backbone")
+    log.info(f"{config.student.describe()}: {_count(backbone)} parameters in the backbone")
     for name, count in heads.items():
-        console.say(f"head {name}: {student.classes[name]} classes, {_count(count)} parameters")
-    console.say(
+        log.info(f"head {name}: {student.classes[name]} classes, {_count(count)} parameters")
+    log.info(
         f"{len(clips.sampler.videos)} videos, {options.epochs} epochs of {options.clips_per_epoch} clips"
     )
-    console.say(f"{options.describe_steps(config.loop.gpus)}; {options.describe_rate()}")
-    size = _memory(config, student, console)
+    log.info(f"{options.describe_steps(config.loop.gpus)}; {options.describe_rate()}")
+    size = _memory(config, student)
 
     batch_size = min(options.batch_size, MOST_CLIPS)
     keys = EpochBatchSampler(batch_size=batch_size, steps_per_epoch=1, epochs=1)
     batch = next(read_batches(clips, keys, workers=0, device=torch.device("cpu")))
     for found in batch["broken"]:
         for name, reason in found:
-            console.warn(f"{name}: {reason}")
+            log.warning("%s: %s", name, reason)
     path = Path(config.out) / PICTURE
     classes = {name: store.teachers[name].classes for name in student.classes}
     try:
         save_preview(render_batch(batch, classes, tau=config.targets.tau), path)
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
-    console.say(f"{path}: the first {batch_size} clips of {options.batch_size}, with their targets")
+    log.info(f"{path}: the first {batch_size} clips of {options.batch_size}, with their targets")
     return {
         "dry_run": True,
         "picture": str(path),
@@ -70,14 +72,14 @@ def dry_run(
     }
 
 
-def _memory(config: TrainConfig, student: Student, console: Console) -> dict[str, Any]:
+def _memory(config: TrainConfig, student: Student) -> dict[str, Any]:
     """Of one device: bytes and FLOPs of a piece of a step, said and returned."""
     options, view = config.loop, config.clips
     clips = options.clips_at_once(options.gpus)
     shape = (clips, config.student.channels, view.clip_frames, view.size, view.size)
     found = footprint(student, shape, precision=options.precision, copies=options.weight_copies)
     if found is None:
-        console.say("memory: not known, the student cannot be run without data")
+        log.info("memory: not known, the student cannot be run without data")
         return {}
     device = resolve_device(options.device)
     has = (
@@ -85,11 +87,11 @@ def _memory(config: TrainConfig, student: Student, console: Console) -> dict[str
         if device.type == "cuda"
         else ""
     )
-    console.say(
+    log.info(
         f"memory of {clips} clips at once, estimated: {found.total / 1e9:.2f}{has} GB, {found.weights / 1e9:.2f} for "
         f"weights, gradients and optimizer, {found.activations / 1e9:.2f} for activations"
     )
-    console.say(f"computation: {found.flops / clips / 1e9:.1f} GFLOP a clip, forward and backward")
+    log.info(f"computation: {found.flops / clips / 1e9:.1f} GFLOP a clip, forward and backward")
     return {"memory_bytes": found.total, "flops_per_clip": found.flops / clips}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..common.console import Console
 from ..common.errors import UsageError
+from ..common.progress_bar import progress_bar
 from ..targets.sampler import TargetSampler, measure_entropies
 from .distillation_options import TargetOptions
+
+log = logging.getLogger(__name__)
 
 QUICK_DRAWS = 2000  # enough to tell the share that a threshold in nats keeps to about one per cent
 
@@ -28,7 +31,7 @@ class Filter:
 
 
 def measure_thresholds(
-    options: TargetOptions, sampler: TargetSampler, saved: dict[str, Any] | None, console: Console
+    options: TargetOptions, sampler: TargetSampler, saved: dict[str, Any] | None
 ) -> Filter:
     """The filter's thresholds, and what they keep of the draws.
 
@@ -45,7 +48,7 @@ def measure_thresholds(
         else None
     )
     count = QUICK_DRAWS if quantile is None or known else options.quantile_draws
-    found = np.stack(list(_with_progress(sampler, count, console)))
+    found = np.stack(list(_with_progress(sampler, count)))
     if quantile is not None:
         wanted = quantile if isinstance(quantile, dict) else dict.fromkeys(teachers, quantile)
         thresholds = known or {
@@ -78,12 +81,12 @@ def measure_thresholds(
     together = (
         f"; {kept:.0%} count for at least one of {len(teachers)} heads" if len(teachers) > 1 else ""
     )
-    console.say(f"entropy filter ({options.filter_mode}): {shown} of {len(found)} draws{together}")
+    log.info(f"entropy filter ({options.filter_mode}): {shown} of {len(found)} draws{together}")
     return Filter(thresholds, kept, kept_by)
 
 
-def _with_progress(sampler: TargetSampler, count: int, console: Console) -> Iterator[np.ndarray]:
-    with console.progress("measuring entropies", count, "draw") as bar:
+def _with_progress(sampler: TargetSampler, count: int) -> Iterator[np.ndarray]:
+    with progress_bar("measuring entropies", count, "draw") as bar:
         for found in measure_entropies(sampler, count):
             bar.advance(1)
             yield found

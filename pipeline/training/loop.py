@@ -6,8 +6,9 @@ epochs, the learning rate, checkpoints and the log.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from ..common.devices import resolve_device
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import TrainingInterrupted, UsageError
+from ..common.progress_bar import progress_bar
 from .checkpoint import Checkpoints, random_states
 from .interrupts import Interrupts
 from .loader import EpochBatchSampler, KeyedDataset, SplitBatchSampler, read_batches
@@ -31,10 +33,11 @@ from .schedule import learning_rate
 from .step import LossReport, Objective, take_step
 from .train_state import TrainState
 
+log = logging.getLogger(__name__)
+
 __all__ = ["FitResult", "LoopOptions", "LossReport", "Objective", "fit"]
 
 Validate = Callable[[], dict[str, float]]
-Progress = Callable[[str, int, str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,6 @@ def fit(
     identity: dict[str, Any],
     resume: Resume = False,
     validate: Validate | None = None,
-    say: Callable[[str], None] = print,
-    progress: Progress | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> FitResult:
     """Train `model` in place and leave it with its last weights, on the device and in train mode.
@@ -108,9 +109,6 @@ def fit(
         resume: see `Resume`.
         validate: called at the end of each epoch, on all ranks; its "loss", the lower the better,
             chooses the best checkpoint.
-        say: takes the lines of the log.
-        progress: progress(description, total, unit) gives a bar with .advance(n, **fields), as
-            Console.progress.
         ranks: the processes that train together. All call `fit` with the same arguments.
 
     Raises:
@@ -125,11 +123,11 @@ def fit(
         )
         state, already_finished = run.state, run.state.step >= options.total_steps
         if already_finished:
-            say(
+            log.info(
                 f"{run_dir} is finished: {state.step} of {options.total_steps} steps; nothing to do"
             )
         else:
-            _train(run, dataset, objective, validate, say, progress)
+            _train(run, dataset, objective, validate)
         if options.weights == "ema" and run.average is not None:
             model.load_state_dict(run.average.state_dict())
             share_buffers(model, ranks)
@@ -218,14 +216,12 @@ def _train(
     dataset: KeyedDataset,
     objective: Objective,
     validate: Validate | None,
-    say: Callable[[str], None],
-    progress: Progress | None,
 ) -> None:
     """Do the steps that are left. Raises TrainingInterrupted on SIGTERM, with a checkpoint."""
     options, state, meter, ranks = run.options, run.state, run.meter, run.ranks
     workers = pick_workers(options.workers, run.device)
     if warning := slow_bf16_warning(run.device, options.precision):
-        say(f"warning: {warning}")
+        log.warning(warning)
     keys = EpochBatchSampler(
         batch_size=options.batch_size,
         steps_per_epoch=options.steps_per_epoch,
@@ -237,7 +233,7 @@ def _train(
         stop = stack.enter_context(Interrupts()).requested
         run_dir = run.checkpoints.folder.parent
         metrics = stack.enter_context(Metrics(run_dir, state.step)) if ranks.is_main else None
-        bar = stack.enter_context(progress("training", len(keys), "step")) if progress else None
+        bar = stack.enter_context(progress_bar("training", len(keys), "step"))
         share = SplitBatchSampler(keys, ranks)
         batches = read_batches(dataset, share, workers=workers, device=run.device, stop=stop)
         stack.enter_context(closing(batches))
@@ -250,16 +246,15 @@ def _train(
             meter.add(report)
             if run.average is not None:
                 run.average.update(run.model, state.step)
-            if bar is not None:
-                bar.advance(1, loss=f"{state.last_loss:.3f}")
+            bar.advance(1, loss=f"{state.last_loss:.3f}")
             if state.step % options.log_every == 0 or state.step == options.total_steps:
                 record = meter.record(rate)
-                say(meter.line(record))
+                log.info(meter.line(record))
                 if metrics is not None:
                     metrics.write("train", state.step, record)
             epoch_over = state.step % options.steps_per_epoch == 0
             if epoch_over:
-                _end_epoch(run, validate, say, metrics)
+                _end_epoch(run, validate, metrics)
             if epoch_over or state.step % options.checkpoint_every == 0:
                 run.save("last")
 
@@ -274,14 +269,13 @@ def _train(
 def _end_epoch(
     run: _Run,
     validate: Validate | None,
-    say: Callable[[str], None],
     metrics: Metrics | None,
 ) -> None:
     """Validate, log the epoch, and write the best checkpoint if it is the best so far."""
     state = run.state
     best = state.end_epoch(run.validate(validate))
     if state.validation:
-        say(_held_out_line(state.epochs, run.options.epochs, state.validation))
+        log.info(_held_out_line(state.epochs, run.options.epochs, state.validation))
     if metrics is not None:
         metrics.write("epoch", state.step, state.epoch_record())
     # Before the last checkpoint: killed between the two, the resume repeats the steps and writes

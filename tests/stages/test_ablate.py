@@ -29,7 +29,7 @@ from distinit.pipeline.common.errors import DistInitError, UsageError
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.training.distillation_options import TrainConfig
-from distinit.stages.ablate import COMMANDS, ablate
+from distinit.stages.ablate import ablate
 
 pytestmark = pytest.mark.slow
 
@@ -170,7 +170,7 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(tiny_store, home):
 
 
 def test_keys_follow_what_decides_an_outcome(tiny_store, home):
-    maker = StepMaker(TargetStore.open(tiny_store.path), {}, COMMANDS)
+    maker = StepMaker(TargetStore.open(tiny_store.path), {})
 
     def keys(seeds: tuple[int, ...] = (0,), base: Mapping[str, Any] | None = None) -> list[str]:
         maker._labels.clear()
@@ -219,7 +219,7 @@ def test_students_of_a_split_leave_out_its_test_videos(tiny_store, home):
     plan = {**PLAN, "base": {**base, "train-student": train}}
     (home / "plan.yaml").write_text(yaml.safe_dump(plan))
     read = read_plan(str(home / "plan.yaml"), {})
-    maker = StepMaker(store, {}, COMMANDS)
+    maker = StepMaker(store, {})
     first_row = cells(read, datasets=[f"csv:{home / 'labels.csv'}"], seeds=[0], splits=[1, 2])[:2]
     made = [maker.student(cell) for cell in first_row]
     assert [step.config["exclude"] for step in made] == [

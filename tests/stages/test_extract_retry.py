@@ -66,7 +66,8 @@ def config(out: Path, *sources: Any, **changes: Any) -> ExtractConfig:
 
 def said(of: ExtractConfig) -> tuple[dict[str, Any], str]:
     stderr = io.StringIO()
-    return extract_targets(of, Console(stderr=stderr)), stderr.getvalue()
+    with Console(stderr=stderr) as console:
+        return extract_targets(of, console), stderr.getvalue()
 
 
 def content(path: Path, teacher: str) -> dict[str, tuple[Any, ...]]:

@@ -262,8 +262,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     """Killed in step 7 of 12, in mid-epoch: losses, weights and scores are those of the other
     run."""
     out = tmp_path / "resumed"
-    with pytest.raises(KeyboardInterrupt):
-        finetune(config(dataset, out), StopsAt(7))
+    with pytest.raises(KeyboardInterrupt), StopsAt(7) as console:
+        finetune(config(dataset, out), console)
     assert not (out / "predictions.h5").exists()
     with pytest.raises(UsageError, match="--resume"):
         finetune(config(dataset, out), Console(quiet=True))
@@ -322,12 +322,13 @@ def test_finetuning_begins_where_another_run_ended(
         "workers": 0,
         "device": "cpu",
     }
-    result = finetune(
-        FinetuneConfig.model_validate(
-            {"init": str(finished[0]), "dataset": dataset, "out": str(out), "loop": one}
-        ),
-        Console(),
-    )
+    with Console() as console:
+        result = finetune(
+            FinetuneConfig.model_validate(
+                {"init": str(finished[0]), "dataset": dataset, "out": str(out), "loop": one}
+            ),
+            console,
+        )
     used = yaml.safe_load((out / "config.yaml").read_text())["finetune"]
     assert (used["clips"]["clip_frames"], used["clips"]["size"], used["student"]["width"]) == (
         4,
@@ -415,7 +416,8 @@ def test_an_interrupted_evaluate_goes_on(
             "test": {"batch_size": 1},
         }
         steps = console.steps_left
-        evaluate(EvaluateConfig.model_validate(given), console)
+        with console:
+            evaluate(EvaluateConfig.model_validate(given), console)
         return steps - console.steps_left
 
     assert tested(tmp_path / "whole", StopsAt(99)) == 5

@@ -138,7 +138,8 @@ def test_a_test_on_videos_of_the_training_is_told_of(
         "split": 2,
         "device": "cpu",
     }
-    evaluate(EvaluateConfig.model_validate(given), Console())
+    with Console() as console:
+        evaluate(EvaluateConfig.model_validate(given), console)
     assert (
         "warning: 5 of 5 test videos are among those that the run was trained on"
         in capfd.readouterr().err
@@ -153,7 +154,8 @@ def test_a_test_on_videos_of_the_training_is_told_of(
         "out": str(tmp_path / "unseen"),
         "split": None,
     }
-    evaluate(EvaluateConfig.model_validate(given), Console())
+    with Console() as console:
+        evaluate(EvaluateConfig.model_validate(given), console)
     assert "trained on" not in capfd.readouterr().err
 
 
@@ -216,7 +218,8 @@ def test_a_linear_probe_leaves_the_backbone(
     probe = config(
         folder, tmp_path / "probe", init=str(start), freeze="backbone", dropout=0.2, verbose=True
     )
-    result = finetune(probe, Console())
+    with Console() as console:
+        result = finetune(probe, console)
     before, after = (load_student(path).state_dict() for path in (start, tmp_path / "probe"))
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == name.startswith("backbone."), name
@@ -363,9 +366,10 @@ def test_runs_are_fused_and_compared_without_decoding(
         QUIET,
     )
     b = str(tmp_path / "b")
-    fused = evaluate(
-        EvaluateConfig(runs=[a, b], fuse=True, weights=[1, 2], out=str(tmp_path / "f")), Console()
-    )
+    with Console() as console:
+        fused = evaluate(
+            EvaluateConfig(runs=[a, b], fuse=True, weights=[1, 2], out=str(tmp_path / "f")), console
+        )
     assert "per_clip" not in fused["metrics"]
     assert fused["metrics"]["videos"] == 4
     scores = [
@@ -373,10 +377,11 @@ def test_runs_are_fused_and_compared_without_decoding(
         for path in (a, b, tmp_path / "f")
     ]
     np.testing.assert_allclose(scores[2], (scores[0] + 2 * scores[1]) / 3, atol=1e-6)
-    compared = evaluate(
-        EvaluateConfig(runs=[str(tmp_path / "f"), a], compare=True, out=str(tmp_path / "c")),
-        Console(),
-    )
+    with Console() as console:
+        compared = evaluate(
+            EvaluateConfig(runs=[str(tmp_path / "f"), a], compare=True, out=str(tmp_path / "c")),
+            console,
+        )
     assert set(compared["measures"]) == {"top1", "top5", "class_mean"}
     assert compared["classes"]["red"]["videos"] == 3
     assert json.loads((tmp_path / "c/result.json").read_text()) == compared

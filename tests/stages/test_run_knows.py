@@ -104,9 +104,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def evaluated(run: Path, **given: Any) -> dict[str, Any]:
-    return evaluate(
-        EvaluateConfig.model_validate({"runs": [str(run)], "device": "cpu", **given}), Console()
-    )
+    with Console() as console:
+        return evaluate(
+            EvaluateConfig.model_validate({"runs": [str(run)], "device": "cpu", **given}), console
+        )
 
 
 @pytest.mark.parametrize("how", ["video_roots", "renamed"])
@@ -310,7 +311,8 @@ def trained(store: Any, out: Path, **changes: Any) -> dict[str, Any]:
         "store": str(store.path), "out": str(out), "student": TINY["student"],
         "clips": {"clip_frames": 8, "size": 32, "resize": [40, 60]}, "loop": TINY["loop"],
     }  # fmt: skip
-    return train_student(TrainConfig.model_validate(given | changes), Console())
+    with Console() as console:
+        return train_student(TrainConfig.model_validate(given | changes), console)
 
 
 def test_test_videos_of_a_students_corpus_are_counted(

@@ -29,7 +29,8 @@ from distinit.pipeline.video.encode import write_video
 )
 def test_what_is_told(counts: list[int], length: int, channels: int, words: list[str]) -> None:
     err = io.StringIO()
-    warn_of_short_videos(counts, len(counts), length, channels, Console(quiet=True, stderr=err))
+    with Console(quiet=True, stderr=err):
+        warn_of_short_videos(counts, len(counts), length, channels)
     assert err.getvalue().count("\n") == bool(words)
     assert all(word in err.getvalue() for word in words)
 

@@ -114,7 +114,7 @@ def job(config, screen, ranks):
         try:
             result = fit(model=student, dataset=Clips(bad and tuple(bad)), objective=objective, options=options,
                          run_dir=Path(config.folder) / name, identity={}, validate=validate,
-                         say=lambda text: None, ranks=ranks)
+                         ranks=ranks)
         except TrainingError as error:
             results[name] = str(error)
             continue

@@ -94,7 +94,6 @@ def test_16_real_clips_are_learned_by_heart(clips: StudentClips, tmp_path: Path)
     before = measured()
     fit(
         model=student, dataset=clips, objective=objective, options=options, run_dir=tmp_path, identity={},
-        say=lambda text: None,
     )  # fmt: skip
     student.train()
     with torch.no_grad():  # batch statistics follow the weights that are there now

@@ -152,7 +152,8 @@ def test_held_out_clips_are_those_that_the_filter_keeps(tiny_store, tmp_path, ca
         held_out=0.2,
         loop={"seed": seed, "epochs": 1},
     )
-    assert train_student(made, Console())["held_out"] == {}
+    with Console() as console:
+        assert train_student(made, console)["held_out"] == {}
     assert "no clip of these videos counts; best is by training loss" in capfd.readouterr().err
 
 
@@ -184,7 +185,8 @@ def test_a_narrow_student_overfits_the_teachers_on_a_few_clips(tiny_store, tmp_p
 
 
 def test_a_student_that_learned_nothing_is_told_of(tiny_store, tmp_path, capfd):
-    train_student(config(tiny_store, tmp_path / "run", loop={"lr": 1e-9}), Console())
+    with Console() as console:
+        train_student(config(tiny_store, tmp_path / "run", loop={"lr": 1e-9}), console)
     said = capfd.readouterr().err
     assert "loss of a student that says the same of every clip" in said
     assert "warning: the student has learned next to nothing" in said
@@ -302,8 +304,11 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tiny_store, tmp_p
             if "step 2/" in text:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(TrainingInterrupted, match=r"step [23] of 6"):
-        train_student(config(tiny_store, tmp_path / "cut"), Stopping(quiet=True))
+    with (
+        pytest.raises(TrainingInterrupted, match=r"step [23] of 6"),
+        Stopping(quiet=True) as console,
+    ):
+        train_student(config(tiny_store, tmp_path / "cut"), console)
     assert not (tmp_path / "cut" / "student.safetensors").exists()
     result = train_student(
         config(tiny_store, tmp_path / "cut", resume=True, loop={"workers": 2}), QUIET
@@ -413,7 +418,10 @@ def test_videos_that_are_gone_are_told_of_before_and_after(tiny_store, own_store
     for path in sorted(own_store.videos.iterdir())[:5]:
         path.unlink()
     video_roots = {"videos": str(own_store.videos)}
-    result = train_student(config(tiny_store, tmp_path / "run", video_roots=video_roots), Console())
+    with Console() as console:
+        result = train_student(
+            config(tiny_store, tmp_path / "run", video_roots=video_roots), console
+        )
     told = capfd.readouterr().err
     assert "5 of the first 12 videos of corpus 'videos' are not there, as " in told
     assert f"others were drawn in their place: {len(result['broken'])}: " in told
@@ -425,7 +433,8 @@ def test_held_out_results_and_each_head_s_share_are_on_the_screen(tiny_store, tm
     targets = {"max_entropy_quantile": {"unsure": 0.25}, "quantile_draws": 400}
     made = config(tiny_store, tmp_path / "run", targets=targets, held_out=0.3, loop={"epochs": 2})
     made = made.model_copy(update={"clips": made.clips.model_copy(update={"clip_frames": 60})})
-    result = train_student(made, Console(stderr=err))
+    with Console(stderr=err) as console:
+        result = train_student(made, console)
     lines = err.getvalue().splitlines()
     (shares,) = [line for line in lines if "entropy filter" in line]
     assert result["kept_share_by_teacher"]["unsure"] < result["kept_share"] == 1

@@ -15,13 +15,11 @@ from distributed import LocalCluster
 from distributed.security import Security
 
 from distinit.pipeline.common import dask_workers as workers
-from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.dask_workers import cluster
 from distinit.pipeline.common.errors import DistInitError
 
 pytestmark = pytest.mark.cluster
 
-QUIET = Console(quiet=True)
 # In a process that shares no key with the cluster: what it is told by each address, in clear text
 # and with a key of its own.
 INTRUDER = """
@@ -68,7 +66,7 @@ def let_in(addresses: list[str]) -> list[str]:
 
 def test_nobody_else_gets_into_a_local_cluster() -> None:
     before = listening(psutil.Process().pid)
-    with cluster(2, None, QUIET) as client:
+    with cluster(2, None) as client:
         assert client.submit(sum, [1, 2]).result() == 3
         sockets = listening(psutil.Process().pid) - before
         assert len(sockets) >= 5  # of the scheduler, workers and nannies
@@ -112,9 +110,9 @@ def test_a_cluster_with_tls_is_used_with_the_keys_of_dasks_own_configuration(
     }
     with LocalCluster(host="127.0.0.1", security=keys, **options) as theirs:
         address = theirs.scheduler_address
-        with dask.config.set(configured), cluster(None, address, QUIET) as client:
+        with dask.config.set(configured), cluster(None, address) as client:
             assert client.submit(sum, [1, 2]).result() == 3
         for wrong in (address, address.replace("tls://", "tcp://"), "gopher://127.0.0.1:1"):
-            with pytest.raises(DistInitError) as refused, cluster(None, wrong, QUIET):
+            with pytest.raises(DistInitError) as refused, cluster(None, wrong):
                 pass
             assert wrong in str(refused.value)

@@ -10,13 +10,12 @@ import pytest
 
 START = """
 import resource, sys
-from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.dask_workers import cluster
 from distinit.pipeline.common.errors import DistInitError
 
 if __name__ == "__main__":
     try:
-        with cluster(2, None, Console(quiet=True)) as client:
+        with cluster(2, None) as client:
             print(sorted(client.run(lambda: 7).values()))
     except DistInitError as error:
         sys.exit(f"error: {error}")

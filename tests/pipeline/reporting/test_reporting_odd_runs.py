@@ -319,7 +319,7 @@ def test_predictions_of_another_form_are_named(
         spoil(file)
     refused(tmp_path, "predictions.h5", kind=PredictionsError)
     with pytest.raises(PredictionsError, match=r"predictions\.h5"):
-        compare(str(run), str(run), None, QUIET)
+        compare(str(run), str(run), None)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, name: str) -> 
     refused(tmp_path / "runs", name)
     if name == "predictions.h5":
         with pytest.raises(SourceError, match=r"predictions\.h5"):
-            compare(str(run), str(run), None, QUIET)
+            compare(str(run), str(run), None)
     inside = tmp_path / "runs" / f"kept-{name}"
     os.replace((run / name).resolve(), inside)
     (run / name).unlink()

@@ -340,7 +340,7 @@ def test_sigterm_while_no_batch_comes_writes_the_checkpoint(tmp_path: Path):
         settings = LoopOptions(
             batch_size=2, epochs=1, epoch_clips=10, lr=1e-6, workers=1, threads=1, device="cpu"
         )
-        run = {"objective": Mean(), "run_dir": tmp_path, "identity": {}, "say": lambda text: None}
+        run = {"objective": Mean(), "run_dir": tmp_path, "identity": {}}
         return fit(
             model=nn.Linear(1000, 1), dataset=Examples(odd), options=settings, **run, **options
         ).resumed_from

@@ -85,7 +85,7 @@ def network() -> nn.Module:
 
 def train(run: Path, objective: Regression, model: nn.Module, **changes: Any) -> FitResult:
     options = OPTIONS.model_copy(update=changes.pop("options", {}))
-    arguments = {"dataset": Points(), "identity": IDENTITY, "say": lambda text: None, **changes}
+    arguments = {"dataset": Points(), "identity": IDENTITY, **changes}
     return fit(model=model, objective=objective, options=options, run_dir=run, **arguments)
 
 
@@ -270,16 +270,17 @@ def test_a_worker_that_dies_is_an_error_of_one_line():
         list(read_batches(Deadly(), keys, workers=2, device=torch.device("cpu")))
 
 
-def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path):
+def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path, caplog):
     train(tmp_path, Regression(), network(), options={"epochs": 1})
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    again, said = Regression(), []
-    result = train(tmp_path, again, network(), resume=True, options={"epochs": 1}, say=said.append)
+    again = Regression()
+    with caplog.at_level("INFO", "distinit"):
+        result = train(tmp_path, again, network(), resume=True, options={"epochs": 1})
     assert result.already_finished
     assert not again.seen
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    assert "finished" in said[0]
-    assert "5 of 5 steps" in said[0]
+    assert "finished" in caplog.text
+    assert "5 of 5 steps" in caplog.text
     assert train(tmp_path, again, network(), resume=True, options={"epochs": 2}).steps == 10
     assert len(again.seen) == 5
 
