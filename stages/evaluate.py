@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     """
     config = _without_runs_own_out(config)
     if config.fuse:
-        return _fuse(config, console)
+        return _fuse(config)
     if config.compare:
         return compare(config.runs[0], config.runs[1], config.out)
     return run_distributed(
@@ -89,7 +89,7 @@ def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
     )
 
 
-def _fuse(config: EvaluateConfig, console: Console) -> dict[str, Any]:
+def _fuse(config: EvaluateConfig) -> dict[str, Any]:
     """Runs of one split, or split by split those that `finetune --split all` wrote."""
     splits = [split_folders(Path(run)) for run in config.runs]
     if config.out is None or not all(splits):

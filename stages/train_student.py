@@ -277,7 +277,6 @@ def _assemble(
         len(videos),
         config.clips.clip_frames,
         channels,
-        console,
     )
     held_ids = _usable_held_out(
         held_ids, lambda ids: sampler(ids, thresholds, fixed=True), config.held_out_clips
