@@ -17,8 +17,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -345,10 +344,10 @@ def model_params(model: type[Options], prefix: str = "", shown: str = "") -> lis
         prefix: of the dotted keys, for a model in a model.
         shown: what all of its options show as their default, in place of the model's.
     """
-    from .pipeline.common.settings import CliOption, inner_model
+    from .pipeline.common.settings import CliOption, fields_of, inner_model, value_type
 
     params: list[click.Parameter] = []
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         cli = next((each for each in field.metadata if isinstance(each, CliOption)), None)
         if cli is None:
             continue
@@ -356,7 +355,9 @@ def model_params(model: type[Options], prefix: str = "", shown: str = "") -> lis
         if inner is not None:
             params += model_params(inner, f"{prefix}{name}.", cli.shown or shown)
             continue
-        type_, repeated, nargs = _click_type(field.annotation)
+        typed = value_type(field.annotation)
+        type_: Any = Choices(*typed.kind) if isinstance(typed.kind, tuple) else typed.kind
+        repeated, nargs = typed.repeated, typed.parts
         if cli.parse is not None:
             type_, nargs = str, 1
         text = field.description or ""
@@ -380,26 +381,6 @@ def model_params(model: type[Options], prefix: str = "", shown: str = "") -> lis
             part = click.Option([flag], multiple=True, metavar=metavar, help=words)
             params.append(part)
     return params
-
-
-def _click_type(annotation: Any) -> tuple[Any, bool, int]:
-    """Return click's type for a field, whether it may be repeated, and how many values it takes."""
-    if get_origin(annotation) is Annotated:
-        return _click_type(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
-        kinds = [kind for kind in kinds if len(kinds) == 1 or get_origin(kind) is not dict]
-        return _click_type(kinds[0]) if len(kinds) == 1 else (str, False, 1)
-    values, origin = get_args(annotation), get_origin(annotation)
-    if origin is Literal:
-        return Choices(*values), False, 1
-    if origin is tuple and values[-1] is not ...:
-        return _click_type(values[0])[0], False, len(values)
-    if origin in (list, tuple):
-        return _click_type(values[0])[0], True, 1
-    if origin is dict:
-        return str, True, 1
-    return (annotation if annotation in (bool, int, float) else str), False, 1
 
 
 def _shown(default: Any) -> str:

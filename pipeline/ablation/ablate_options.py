@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from ..common.settings import VIDEO_ROOTS, VIDEO_ROOTS_HELP, CliOption, Options
+from ..common.settings import VIDEO_ROOTS, VIDEO_ROOTS_HELP, CliOption, ClusterOptions
 from ..common.urls import StoreAddress
 
 
-class AblateConfig(Options):
+class AblateConfig(ClusterOptions):
     """Everything `distinit ablate` can be told; what is left open is the plan's."""
 
     plan: Annotated[str, CliOption("PLAN")] = Field(
@@ -40,21 +40,7 @@ class AblateConfig(Options):
     base: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="sections laid over the plan's base"
     )
-    workers: Annotated[int | None, CliOption(group="Hardware", metavar="N")] = Field(
-        default=None, ge=1, description="N runs at the same time, with a GPU each where there are"
-    )
-    scheduler: Annotated[str | None, CliOption(group="Hardware", metavar="ADDRESS")] = Field(
-        default=None, description="runs on an existing dask.distributed cluster"
-    )
     dry_run: Annotated[bool, CliOption(group="Output")] = Field(
         default=False,
         description="list the cells, which are done, and the hours left; run nothing",
     )
-
-    @model_validator(mode="after")
-    def _one_cluster(self) -> AblateConfig:
-        if self.workers is not None and self.scheduler is not None:
-            raise ValueError(
-                "give --workers (a local cluster) or --scheduler (an existing one), not both"
-            )
-        return self

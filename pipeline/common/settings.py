@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 Group = Literal[
     "Inputs", "Output", "Teacher", "Sampling", "Student", "Training", "Test", "Hardware"
@@ -15,7 +17,7 @@ Group = Literal[
 
 
 class Options(BaseModel):
-    """A group of options beside the part that reads them. Unknown keys are errors."""
+    """A group of options, defined next to the part that reads them. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
 
@@ -57,6 +59,12 @@ def paths_as_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def fields_of(model: type[Options]) -> dict[str, FieldInfo]:
+    """Return the fields of a model in the order of a help text: its own, then shared ones."""
+    shared = {name for base in model.__bases__ for name in getattr(base, "model_fields", ())}
+    return dict(sorted(model.model_fields.items(), key=lambda field: field[0] in shared))
+
+
 def inner_model(annotation: Any) -> type[Options] | None:
     """Return the model that a field is, or may be; None for a field of another type."""
     for candidate in (annotation, *get_args(annotation)):
@@ -65,6 +73,41 @@ def inner_model(annotation: Any) -> type[Options] | None:
                 candidate if annotation is candidate or type(None) in get_args(annotation) else None
             )
     return None
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """What a field takes when it is given as text.
+
+    Args:
+        kind: bool, int, float or str; for choices the tuple of them.
+        repeated: Whether it takes several values.
+        parts: Number of words that one value has.
+    """
+
+    kind: Any
+    repeated: bool = False
+    parts: int = 1
+
+
+def value_type(annotation: Any) -> ValueType:
+    """Return what a field of this type takes on the command line and from Python."""
+    values, origin = get_args(annotation), get_origin(annotation)
+    if origin is Annotated:
+        return value_type(values[0])
+    if origin in (Union, UnionType):
+        kinds = [kind for kind in values if kind is not type(None)]
+        kinds = [kind for kind in kinds if len(kinds) == 1 or get_origin(kind) is not dict]
+        return value_type(kinds[0]) if len(kinds) == 1 else ValueType(str)
+    if origin is Literal:
+        return ValueType(values)
+    if origin is tuple and values[-1] is not ...:
+        return ValueType(value_type(values[0]).kind, parts=len(values))
+    if origin in (list, tuple):
+        return ValueType(value_type(values[0]).kind, repeated=True)
+    if origin is dict:
+        return ValueType(str, repeated=True)
+    return ValueType(annotation if annotation in (bool, int, float) else str)
 
 
 @dataclass(frozen=True)
@@ -133,5 +176,44 @@ DEVICE = CliOption(group="Hardware", metavar="DEVICE")
 DEVICE_HELP = "auto, cpu, cuda or cuda:N"
 VIDEO_ROOTS = CliOption("--videos", "Inputs", "CORPUS=DIR", parse=parse_pairs)
 VIDEO_ROOTS_HELP = "where a corpus of the store is located now; repeatable"
-MEMORY_HELP = "memory for decoding, per process"
-MAX_FAILURES_HELP = "stop when the first N videos (or all, if fewer) fail for one reason; 0: never"
+
+
+class ClusterOptions(Options):
+    """Where work is done side by side: in dask workers of this machine, or of a cluster."""
+
+    workers: Annotated[int | None, CliOption(group="Hardware", metavar="N")] = Field(
+        None,
+        ge=1,
+        description="work in N dask worker processes, with a GPU each where there are several",
+    )
+    scheduler: Annotated[str | None, CliOption(group="Hardware", metavar="ADDRESS")] = Field(
+        None, description="work on an existing dask.distributed cluster"
+    )
+
+    @model_validator(mode="after")
+    def _one_cluster(self) -> Self:
+        if self.workers is not None and self.scheduler is not None:
+            raise ValueError(
+                "give --workers (a local cluster) or --scheduler (an existing one), not both"
+            )
+        return self
+
+
+class DecodingOptions(Options):
+    """Limits of decoding processes, and when a run of failing videos ends."""
+
+    timeout_s: Annotated[float, CliOption("--timeout", "Hardware", "S")] = Field(
+        120, gt=0, description="seconds without progress after which a video fails"
+    )
+    memory_gb: Annotated[float, CliOption("--memory", "Hardware", "GB")] = Field(
+        4.0, ge=0.1, description="memory for decoding, per process"
+    )
+    max_failures: Annotated[int, CliOption(metavar="N")] = Field(
+        100,
+        ge=0,
+        le=10_000,
+        description="stop when the first N videos (or all, if fewer) fail for one reason; 0: never",
+    )
+    retry_failed: Annotated[bool, CliOption()] = Field(
+        False, description="retry the videos that failed before"
+    )

@@ -13,10 +13,9 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
-from .settings import CliOption, Options, inner_model, paths_as_text
+from .settings import CliOption, Options, fields_of, inner_model, paths_as_text, value_type
 
 
 class Result(Mapping[str, Any]):
@@ -160,7 +159,7 @@ def stage_function(command: str, model_at: str, stage_at: str) -> Callable[..., 
 
 def _keywords(model: type[Options], prefix: str = "") -> dict[str, _Keyword]:
     found: dict[str, _Keyword] = {}
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         cli = next((each for each in field.metadata if isinstance(each, CliOption)), None)
         inner = inner_model(field.annotation)
         if inner is not None and cli is not None:
@@ -175,7 +174,11 @@ def _keywords(model: type[Options], prefix: str = "") -> dict[str, _Keyword]:
         default = field.get_default(call_default_factory=True)
         default = inspect.Parameter.empty if field.is_required() else default
         found[word] = _Keyword(
-            prefix + name, field.description or "", default, cli, _is_repeated(field.annotation)
+            prefix + name,
+            field.description or "",
+            default,
+            cli,
+            value_type(field.annotation).repeated,
         )
         for flag, _, text in cli.parts:
             part = flag[2:].replace("-", "_")
@@ -208,19 +211,6 @@ def _texts(value: Any) -> tuple[str, ...]:
     if isinstance(value, Mapping):
         return tuple(f"{key}={each}" for key, each in value.items())
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _is_repeated(annotation: Any) -> bool:
-    """Check whether a field takes several values: what may be given repeatedly as an option."""
-    if get_origin(annotation) is Annotated:
-        return _is_repeated(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
-        kinds = [kind for kind in kinds if len(kinds) == 1 or get_origin(kind) is not dict]
-        return len(kinds) == 1 and _is_repeated(kinds[0])
-    if get_origin(annotation) is tuple:
-        return get_args(annotation)[-1] is ...
-    return get_origin(annotation) in (list, dict)
 
 
 def _short(value: Any) -> str:

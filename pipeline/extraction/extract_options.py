@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from ..common.settings import (
     DEVICE,
     DEVICE_HELP,
-    MAX_FAILURES_HELP,
-    MEMORY_HELP,
     CliOption,
-    Options,
+    ClusterOptions,
+    DecodingOptions,
 )
 from ..store.store_options import Encoding
 from ..teachers.teacher_options import TeacherSpec, parse_teachers
@@ -45,7 +44,7 @@ TEACHERS = CliOption(
 )
 
 
-class ExtractConfig(Options):
+class ExtractConfig(ClusterOptions, DecodingOptions):
     """Everything `distinit extract-targets` can be told."""
 
     sources: Annotated[list[str], CliOption("SOURCE")] = []
@@ -73,24 +72,12 @@ class ExtractConfig(Options):
     decoders: Annotated[
         int | None, CliOption(group="Hardware", metavar="N", shown="depending on the machine")
     ] = Field(None, ge=1, description="decoding processes")
-    timeout_s: Annotated[float, CliOption("--timeout", "Hardware", "S")] = Field(
-        120, gt=0, description="seconds without a frame after which a video fails"
-    )
-    memory_gb: Annotated[float, CliOption("--memory", "Hardware", "GB")] = Field(
-        4.0, ge=0.1, description=MEMORY_HELP
-    )
-    max_failures: Annotated[int, CliOption(metavar="N")] = Field(
-        100, ge=0, le=10_000, description=MAX_FAILURES_HELP
-    )
     shard_rows: Annotated[
         int | None,
         CliOption(group="Output", metavar="R", shown="depending on the size, 512 to 16384"),
     ] = Field(None, description="rows per shard, a multiple of 256")
     encoding: Annotated[Encoding | None, CliOption(group="Output", shown="float16")] = Field(
         None, description="how a new teacher's logits are stored; int8 halves the store"
-    )
-    retry_failed: Annotated[bool, CliOption()] = Field(
-        False, description="retry the videos that failed before"
     )
     allow_different_numerics: Annotated[bool, CliOption(group="Hardware")] = Field(
         False, description="continue with another batch size, precision, torch or device kind"
@@ -99,12 +86,6 @@ class ExtractConfig(Options):
         [],
         description="take a teacher for that of a store of version 0.1 although no video is left to "
         "check it by; repeatable",
-    )
-    workers: Annotated[int | None, CliOption(group="Hardware", metavar="N")] = Field(
-        None, ge=1, description="extract in N dask worker processes"
-    )
-    scheduler: Annotated[str | None, CliOption(group="Hardware", metavar="ADDRESS")] = Field(
-        None, description="extract on an existing dask.distributed cluster"
     )
     retries: Annotated[int, CliOption(group="Hardware", metavar="N")] = Field(
         2, ge=0, description="attempts at a failed shard after the first"
@@ -119,11 +100,3 @@ class ExtractConfig(Options):
         from ..corpus.parts import Part
 
         return None if part is None else str(Part.parse(part))
-
-    @model_validator(mode="after")
-    def _one_cluster(self) -> ExtractConfig:
-        if self.workers is not None and self.scheduler is not None:
-            raise ValueError(
-                "give --workers (a local cluster) or --scheduler (an existing one), not both"
-            )
-        return self

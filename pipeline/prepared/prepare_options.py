@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from ..common.settings import MAX_FAILURES_HELP, MEMORY_HELP, CliOption, Options, parse_size
+from ..common.settings import CliOption, DecodingOptions, Options, parse_size
 
 LONGEST_SIDE = 8192  # of a copy
 Side = Annotated[int, Field(ge=16, le=4096)]
@@ -94,7 +94,7 @@ class FlowOptions(Options):
     bound: float = Field(default=16.0, gt=0)
 
 
-class PrepareConfig(Options):
+class PrepareConfig(DecodingOptions):
     """Everything that `distinit prepare` can be told."""
 
     sources: Annotated[list[str], CliOption("SOURCE")] = Field(min_length=1)
@@ -112,18 +112,6 @@ class PrepareConfig(Options):
     workers: Annotated[
         int | None, CliOption(group="Hardware", metavar="N", shown="one per core")
     ] = Field(None, ge=1, description="processes, each with an encoder")
-    timeout_s: Annotated[float, CliOption("--timeout", "Hardware", "S")] = Field(
-        120.0, gt=0, description="seconds without progress after which a video fails"
-    )
-    memory_gb: Annotated[float, CliOption("--memory", "Hardware", "GB")] = Field(
-        4.0, ge=0.1, description=MEMORY_HELP
-    )
-    max_failures: Annotated[int, CliOption(metavar="N")] = Field(
-        100, ge=0, le=10_000, description=MAX_FAILURES_HELP
-    )
-    retry_failed: Annotated[bool, CliOption()] = Field(
-        False, description="retry the videos that failed before"
-    )
     replace: Annotated[bool, CliOption(group="Output")] = Field(
         False, description="make copies again that were made with other options"
     )
