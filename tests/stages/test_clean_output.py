@@ -8,7 +8,6 @@ import logging
 import os
 import pty
 import re
-import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from distinit.pipeline.common.tables import Column, Table
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.prepared.status import COLUMNS, StatusFile
 from distinit.pipeline.training.metric_logger import Metrics
+from distinit.tests import warm
 from distinit.tests.commands import command_that_raises
 from distinit.tests.old_stores import without_digests
 from distinit.tests.store_recipe import Recipe
@@ -248,10 +248,8 @@ def test_a_terminal_gets_no_escape_codes_but_those_of_rich(
 ) -> None:
     """A pseudo-terminal, as a person has one."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distinit", *commands(dirty, tmp_path)[name]],
-        stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm-256color"},
-    )  # fmt: skip
+    words = commands(dirty, tmp_path)[name]
+    process = warm.Process(*words, env={"TERM": "xterm-256color"}, terminal=theirs)
     os.close(theirs)
     shown = b""
     while block := read(ours):

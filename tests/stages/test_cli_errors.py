@@ -7,7 +7,6 @@ import errno
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,17 +17,12 @@ from distinit.cli import run
 from distinit.pipeline.common.errors import StoreError, UsageError
 from distinit.pipeline.common.explain import explain
 from distinit.pipeline.video.encode import write_video
+from distinit.tests import warm
 from distinit.tests.commands import command_that_raises
 
 
 def distinit(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "distinit", *args],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return warm.run(*args, cwd=cwd)
 
 
 @pytest.mark.parametrize(
@@ -60,22 +54,17 @@ def test_a_system_without_what_is_needed_is_named_in_one_line(tmp_path: Path) ->
     """As on Windows, where a module cannot be imported that Linux has; --help works all the
     same."""
     code = "import sys; sys.modules['fcntl'] = None\nfrom distinit.cli import main\nmain()"
-    done = subprocess.run([sys.executable, "-c", code, "report", ".", "--out", "r"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = warm.run("report", ".", "--out", "r", code=code, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith("error: ")
     assert "Linux" in done.stderr
     assert "fcntl" in done.stderr
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--help"], cwd=tmp_path, capture_output=True, timeout=120
-    )
-    assert done.returncode == 0
+    assert warm.run("--help", code=code, cwd=tmp_path).returncode == 0
 
 
 def test_another_system_is_told_what_it_does_without(tmp_path: Path) -> None:
     code = "import sys, distinit.stages.targets_info\nfrom distinit.cli import main\nsys.platform = 'darwin'\nmain()"
-    command = [sys.executable, "-c", code, "targets", "info", "nowhere.zarr"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = warm.run("targets", "info", "nowhere.zarr", code=code, cwd=tmp_path)
     assert done.returncode == 1
     *warning, error = done.stderr.splitlines()
     assert "memory limit" in " ".join(warning)
@@ -154,27 +143,13 @@ def test_ctrl_c_leaves_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
         "import pathlib, time\ndef build():\n    pathlib.Path('begun').touch()\n    time.sleep(600)\n"
     )
     (tmp_path / "a.mp4").write_bytes(b"not a video")
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "distinit",
-            "extract-targets",
-            "a.mp4",
-            "--out",
-            "s",
-            "--teacher",
-            "slow:build",
-        ],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ("extract-targets", "a.mp4", "--out", "s", "--teacher", "slow:build")
+    process = warm.Process(*words, cwd=tmp_path)
     while not (tmp_path / "begun").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, shown = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.wait() == 130
+    shown = process.stderr.decode()
     assert shown.splitlines()[-1] == "interrupted; the same command resumes where it stopped"
     assert "Traceback" not in shown
 

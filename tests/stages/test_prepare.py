@@ -6,11 +6,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +29,7 @@ from distinit.pipeline.targets.sampler import TargetSampler
 from distinit.pipeline.targets.student_clips import student_clips
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.prepare import prepare
+from distinit.tests import warm
 
 pytestmark = pytest.mark.slow
 
@@ -102,9 +100,7 @@ def test_copies_of_other_files_are_not_trained_on(own_store, tmp_path: Path) -> 
     out = tmp_path / "small"
     assert run(own_store.videos, out=out)["ok"] == 12
     clips = student_clips(own_store.path, frames=8, size=32, video_roots={"videos": os.fspath(out)})
-    with pytest.raises(
-        TrainingError, match=r"a copy of another file: .* the teachers saw one with digest"
-    ):
+    with pytest.raises(TrainingError, match="digest"):
         clips[0, 0]
 
 
@@ -115,9 +111,7 @@ def test_a_second_run_does_nothing_and_other_options_are_refused_by_name(
     result = run(tiny_store.videos, out=copies)
     assert (result["new"], result["ok"], result["failed"]) == (0, 12, 0)
     assert (stamps(copies), (copies / "status.csv").read_bytes()) == (before, status)
-    with pytest.raises(
-        UsageError, match=r"its copies have short_side=48, asked for short_side=64; .*--replace"
-    ):
+    with pytest.raises(UsageError, match=r"short_side=48.*short_side=64.*--replace"):
         run(tiny_store.videos, out=copies, copies={"short_side": 64, "crf": 14})
     assert result["copy_bytes"] == sum(path.stat().st_size for path in copies.rglob("*.mp4"))
     assert result["psnr"]["mean"] > 30
@@ -177,7 +171,7 @@ def test_odd_names_failures_changes_and_replacements(tmp_path: Path) -> None:
     assert run(source, out=out)["new"] == 1
     with pytest.raises(
         UsageError,
-        match=r"short_side=48, asked for short_side=16.* name list as well: --replace is",
+        match=r"short_side=48.*short_side=16.* list.*--replace",
     ):
         run(source, out=out, replace=True, copies={"short_side": 16})
     assert (
@@ -208,11 +202,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     write_video(tmp_path / "a" / "x" / "v.mp4", np.zeros((3, 32, 32, 3), np.uint8))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     run(tmp_path / "a" / "x", out=tmp_path / "out")
-    with pytest.raises(UsageError, match=r"corpus 'x' there is .*give this one another name"):
+    with pytest.raises(UsageError, match="'x'"):
         run(tmp_path / "b" / "x", out=tmp_path / "out")
-    with pytest.raises(UsageError, match="holds other files"):
+    with pytest.raises(UsageError, match="--out"):
         run(tmp_path / "b" / "x", out=tmp_path / "a")
-    with pytest.raises(UsageError, match="holds all of the sources"):
+    with pytest.raises(UsageError, match="--out"):
         run(tmp_path / "out", out=tmp_path / "out")
     # Copies inside of the source folder are not taken for sources.
     inside = tmp_path / "b" / "small"
@@ -225,9 +219,9 @@ def test_killed_at_any_moment_and_run_again(
     tiny_store, copies: Path, tmp_path: Path, after: int
 ) -> None:
     out = tmp_path / "small"
-    command = [sys.executable, "-m", "distinit", "prepare", os.fspath(tiny_store.videos), "--out", os.fspath(out),
-               "--short-side", "48", "--crf", "14", "--workers", "2", "--json"]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    words = ("prepare", tiny_store.videos, "--out", out, "--short-side", 48, "--crf", 14)
+    words += ("--workers", 2, "--json")
+    process = warm.Process(*words)
     try:
         while len(list(out.rglob("*.mp4"))) < after and process.poll() is None:
             time.sleep(0.005)
@@ -238,7 +232,7 @@ def test_killed_at_any_moment_and_run_again(
     for name in there:  # what is there is whole
         frames = len(read_map(str(out / name)))
         assert len(read_copy(str(out / name), np.arange(frames), None).images) == frames
-    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+    done = warm.run(*words)
     result = json.loads(done.stdout)
     assert (result["ok"], result["failed"]) == (12, 0)
     assert result["new"] <= 12 - len(there)
@@ -321,25 +315,13 @@ def test_a_limit_of_the_size_of_files_is_no_fault_of_a_video(
     noise = np.random.default_rng(0).integers(0, 255, (20, 96, 128, 3), np.uint8)
     write_video(videos / "a.mp4", np.full_like(noise, 9))
     write_video(videos / "b.mp4", noise)
-    words = [
-        sys.executable,
-        "-m",
-        "distinit",
-        "prepare",
-        str(videos),
-        "--out",
-        str(out),
-        "--size",
-        "96x128",
-        *kind,
-    ]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
-    ended = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit)
+    words = ["prepare", str(videos), "--out", str(out), "--size", "96x128", *kind]
+    ended = warm.run(*words, limits={"RLIMIT_FSIZE": (100_000, 100_000)})
     assert ended.returncode == 1
     assert str(out) in ended.stderr
     assert "Traceback" not in ended.stderr
     assert "failed" not in {row["status"] for row in table(out).values()}
-    subprocess.run(words, check=True, capture_output=True)
+    assert warm.run(*words).returncode == 0
     assert {path: row["status"] for path, row in table(out).items()} == {
         "a.mp4": "ok",
         "b.mp4": "ok",

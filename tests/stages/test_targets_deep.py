@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_verify import targets_verify
+from distinit.tests import warm
 
 pytestmark = pytest.mark.slow
 
@@ -139,9 +139,7 @@ def test_the_command_names_another_teacher_and_a_changed_video(made: Path) -> No
         f"small={made}/weights2.pt",
     ]
     words += ["--allow-teacher", FACTORY]
-    done = subprocess.run(
-        [sys.executable, "-m", "distinit", *words], capture_output=True, text=True
-    )
+    done = warm.run(*words)
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)["findings"]
     assert len(found) == 3

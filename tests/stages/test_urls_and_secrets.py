@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -46,6 +45,7 @@ from distinit.stages.targets_info import targets_info
 from distinit.stages.targets_merge import targets_merge
 from distinit.stages.targets_verify import targets_verify
 from distinit.stages.train_student import train_student
+from distinit.tests import warm
 
 QUIET = Console(quiet=True)
 SECRET = "s3cr+t"
@@ -283,10 +283,7 @@ def test_a_report_reads_the_reference_of_no_run(tmp_path: Path) -> None:
 
 
 def cli(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "distinit", *words]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
-    )
+    return warm.run(*words)
 
 
 def places_with(text: str, folder: Path) -> list[Path]:
@@ -332,7 +329,7 @@ def test_no_password_stays_on_disk_or_screen(server: Any, tmp_path: Path, tiny_s
     ]
     assert all(done.returncode in (1, 2) for done in wrong)
     for done in (*said, *wrong):
-        assert SECRET not in done.stdout + done.stderr, done.args[3:5]
+        assert SECRET not in done.stdout + done.stderr, done.args[:2]
     assert not places_with(SECRET, tmp_path / "runs") + places_with(SECRET, tmp_path)
     assert yaml.safe_load(Path(run, "config.yaml").read_text())["train-student"]["store"] == bare
     assert "401" in wrong[0].stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from distinit.pipeline.common.errors import StoreError
 from distinit.pipeline.common.locks import folder_lock
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.writer import StoreWriter
+from distinit.tests import warm
 
 HEX = "0123456789abcdef" * 2
 # zarr is killed in the middle of a write: before it renames its file.
@@ -37,7 +36,7 @@ def test_the_next_writer_of_a_store_removes_what_zarr_left(tiny_store: Any, tmp_
     with StoreWriter(root, sampling=sampling) as writer:
         before = {path.relative_to(root) for path in root.rglob("*")}
         for place in (root / "videos" / "killed", root / "teachers" / "t" / "killed"):
-            done = subprocess.run([sys.executable, "-c", KILLED, str(place)], check=False)
+            done = warm.run(place, code=KILLED)
             assert done.returncode == -signal.SIGKILL
         left = {path for path in root.rglob("*.partial") if path.is_file()}
         assert len(left) == 2
@@ -65,7 +64,7 @@ def test_zarrs_own_names_are_the_ones_that_are_swept(tmp_path: Path) -> None:
     """As long as zarr names its temporary files so."""
     from distinit.pipeline.common.files import _IN_STORE
 
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a")], check=False)
+    warm.run(tmp_path / "a", code=KILLED)
     names = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert len(names) == 1
     assert _IN_STORE.fullmatch(names[0])

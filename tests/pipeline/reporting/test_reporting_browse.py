@@ -7,8 +7,6 @@ import base64
 import io
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ from distinit.pipeline.store.store_options import BrowseOptions
 from distinit.pipeline.video.decoder import VideoReader
 from distinit.stages.prepare import prepare
 from distinit.stages.targets_browse import targets_browse
+from distinit.tests import warm
 
 QUIET = Console(quiet=True)
 
@@ -150,19 +149,8 @@ def test_pictures_come_from_copies_too(tiny_store: Any, tmp_path: Path) -> None:
 def test_the_command_and_its_page_in_a_browser(
     tiny_store: Any, tmp_path: Path, open_page: Callable[..., Any]
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "distinit",
-        "targets",
-        "browse",
-        str(tiny_store.path),
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        [*command, "--sample", "2", "--json"], capture_output=True, text=True, timeout=300
-    )
+    words = ("targets", "browse", tiny_store.path, "--out", tmp_path, "--sample", 2, "--json")
+    done = warm.run(*words)
     assert done.returncode == 0, done.stderr
     page = Path(json.loads(done.stdout)["page"])
     assert not re.search(r"<(script|iframe)|@import|url\(", page.read_text(encoding="utf-8"))

@@ -41,6 +41,7 @@ from distinit.pipeline.store.verify import Finding, drop_commits, verify
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages import targets_verify as verifying
 from distinit.stages.targets_verify import targets_verify
+from distinit.tests import warm
 from distinit.tests.old_stores import without_digests
 
 SAMPLING = {"every": 4, "fps": None, "keyframes": False}
@@ -416,7 +417,7 @@ def test_zarr_and_xarray_find_nothing_foreign(root: Path) -> None:
         "import sys, warnings; warnings.simplefilter('error'); import zarr;"
         "g = zarr.open_group(sys.argv[1], mode='r'); print(len(list(g.members(max_depth=None))))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True)
+    done = warm.run(root, code=code)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20
 

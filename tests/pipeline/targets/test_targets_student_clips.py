@@ -8,8 +8,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -31,6 +29,7 @@ from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
 from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.frames import read_frames
 from distinit.pipeline.video.geometry import View, render
+from distinit.tests import warm
 
 T = 8
 VIEW = ClipView(size=32, resize=(40, 60))
@@ -254,7 +253,7 @@ def test_a_scale_is_drawn_like_the_crop_and_changes_nothing_else(store):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(store):
+def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(store, tmp_path):
     clips = StudentClips(make(store, thresholds={"sure": 0.4, "unsure": 1.2}), VIEW)
 
     def stream(workers: int, start: int) -> list[tuple[list[int], list[int], str]]:
@@ -280,12 +279,11 @@ def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(
     # What spawn and forkserver do with it: a fresh process gets the pickle and opens the store
     # itself.
     program = (
-        "import pickle, sys; print(pickle.load(sys.stdin.buffer)[0, 0]['clip'].long().sum().item())"
+        "import pickle, sys; f = open(sys.argv[1], 'rb'); "
+        "print(pickle.load(f)[0, 0]['clip'].long().sum().item())"
     )
-    arguments = [sys.executable, "-c", program]
-    elsewhere = subprocess.run(
-        arguments, input=pickle.dumps(clips), capture_output=True, timeout=300, check=True
-    )
+    (tmp_path / "clips.pickle").write_bytes(pickle.dumps(clips))
+    elsewhere = warm.run(tmp_path / "clips.pickle", code=program)
     assert int(elsewhere.stdout) == int(clips[0, 0]["clip"].long().sum())
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from distinit.pipeline.training.checkpoint import (
     read_identity,
 )
 from distinit.pipeline.training.train_state import TrainState
+from distinit.tests import warm
 
 # A file-size limit is a full disk that needs no disk: write() fails half-way through the file.
 FULL_DISK = """
@@ -56,9 +55,7 @@ def save(run: Path, step: int) -> nn.Module:
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
     save(tmp_path, 4)
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60
-    )
+    done = warm.run(tmp_path, code=FULL_DISK)
     assert done.returncode == 0, done.stderr
     assert "last.pt: File too large; the one before is untouched" in done.stdout
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.pt"]
