@@ -146,12 +146,12 @@ def test_an_option_voids_the_keys_it_replaces(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["loop.lrr=1"], ["unknown key 'loop.lrr'", "loop.lr"]),
-        (["lr=1"], ["unknown key 'lr'", "loop.lr"]),
-        (["loop.lr=-1"], ["loop.lr", "-1", "greater than 0"]),
+        (["loop.lrr=1"], ["'loop.lrr'", "loop.lr"]),
+        (["lr=1"], ["'lr'", "loop.lr"]),
+        (["loop.lr=-1"], ["loop.lr", "-1", "than 0"]),
         (["loop.precision=fp16"], ["fp16", "'fp32' or 'bf16'"]),
         (["loop.lr"], ["--set loop.lr", "key=value"]),
-        (["loop.lr=[1"], ["--set loop.lr=[1", "not YAML"]),
+        (["loop.lr=[1"], ["--set loop.lr=[1", "YAML"]),
         (["loop=3"], ["loop", "3"]),
         (["targets.picks=middle"], ["middle", "center", "random:N"]),
         (["student.architecture=r3d_18", "student.variant=vmz"], ["vmz", "r2plus1d_18"]),
@@ -176,12 +176,12 @@ def test_a_wrong_setting_is_one_line_with_key_value_and_what_is_allowed(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("train-student: {loop: {lr: 1, lr: 2}}", ["lr", "twice"]),
+        ("train-student: {loop: {lr: 1, lr: 2}}", ["'lr'", "line 1"]),
         ("train_student: {}", ["train_student", *SECTIONS]),
-        ("finetune: {}", ["no section 'train-student'", "finetune"]),
+        ("finetune: {}", ["'train-student'", "finetune"]),
         ("- a list", ["section"]),
         ("train-student: 5", ["train-student", "5"]),
-        ("a: [", ["not YAML"]),
+        ("a: [", ["YAML"]),
     ],
 )
 def test_a_wrong_config_file_is_one_line_with_its_name(
@@ -197,14 +197,14 @@ def test_a_wrong_config_file_is_one_line_with_its_name(
 
 
 def test_missing_values_are_named_by_their_option() -> None:
-    with pytest.raises(UsageError, match=r"--store: a value is needed"):
+    with pytest.raises(UsageError, match="--store"):
         load_config(
             model_of("train-student"),
             "train-student",
             options={"out": "r"},
             flags={"store": "--store"},
         )
-    with pytest.raises(UsageError, match=r"no preset 'papr'; there are: .*paper"):
+    with pytest.raises(UsageError, match=r"'papr'.*paper"):
         load_config(model_of("train-student"), "train-student", preset="papr")
 
 

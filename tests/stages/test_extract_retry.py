@@ -105,7 +105,7 @@ def test_a_teacher_that_failed_is_tried_again_and_the_others_rows_stay(
     result, lines = said(config(out, teachers=[B]))
     assert (result["ok"], result["teachers"]) == (5, {"b": 0})
     assert result["teacher_failures"] == {"b": {"no such file": 5}}
-    assert "5 videos failed under b alone" in lines
+    assert "5 videos" in lines
     assert "5  no such file" in lines
     assert "nothing to do" not in lines
     write_subset(
@@ -114,8 +114,8 @@ def test_a_teacher_that_failed_is_tried_again_and_the_others_rows_stay(
     assert content(tmp_path / "some.zarr", "a") == before
     planned = len(TargetStore.open(out).index.video)
     result, lines = said(config(out, teachers=[B], retry_failed=True))
-    assert "0 failed stretches are tried again" in lines
-    assert "5 are left as they are" in lines
+    assert "0 failed" in lines
+    assert "5 are left" in lines
     assert len(TargetStore.open(out).index.video) == planned
     assert content(out, "a") == before
     result = extract_targets(config(out, f"videos={away}", teachers=[B], retry_failed=True), QUIET)
@@ -226,7 +226,7 @@ def test_two_versions_of_a_file_never_make_one_video(
     for _ in range(2):
         result, lines = said(config(out, retry_failed=True))
         assert (result["failed"], result["failures"]) == (1, {MIXED: 1})
-        assert "are left as they are" in lines
+        assert "are left" in lines
         store = TargetStore.open(out)
         assert store.digest(0) == digest
         assert store.frames(0)[0].tolist() == list(range(250))

@@ -292,11 +292,9 @@ def test_resume_refuses_other_classes(
     csv = Path(dataset.removeprefix("csv:"))
     renamed = csv.with_name("renamed.csv")
     write_whole(renamed, csv.read_bytes().replace(b",red,", b",crimson,"))
-    with pytest.raises(
-        CheckpointError, match=r"class list .* differs .*class 1 is 'crimson' against 'red'"
-    ):
+    with pytest.raises(CheckpointError, match=r"'crimson'.*'red'"):
         finetune(config(f"csv:{renamed}", finished[0], resume=True), Console(quiet=True))
-    with pytest.raises(UsageError, match="needs --out"):
+    with pytest.raises(UsageError, match="--out"):
         evaluate(
             EvaluateConfig(runs=[str(finished[0])], dataset=f"csv:{renamed}"), Console(quiet=True)
         )
@@ -360,7 +358,7 @@ def test_finetuning_begins_where_another_run_ended(
         "out": str(tmp_path / "x"),
         "student": {"width": 0.5},
     }
-    with pytest.raises(CheckpointError, match=r"width is 0\.0625 in the file, 0\.5 was asked for"):
+    with pytest.raises(CheckpointError, match=r"width.*0\.0625.*0\.5"):
         finetune(FinetuneConfig.model_validate(wrong), Console(quiet=True))
 
 
@@ -372,12 +370,12 @@ def test_evaluating_again_gives_the_same_numbers(
         EvaluateConfig(runs=[str(run)], out=str(tmp_path), device="cpu"), Console(quiet=True)
     )
     assert again["metrics"] == result["metrics"]
-    with pytest.raises(UsageError, match=r"test\.clips=3 needs --out"):
+    with pytest.raises(UsageError, match=r"test\.clips=3.*--out"):
         evaluate(
             EvaluateConfig.model_validate({"runs": [str(run)], "test": {"clips": 3}}),
             Console(quiet=True),
         )
-    with pytest.raises(UsageError, match="not a run of distinit finetune"):
+    with pytest.raises(UsageError, match="distinit finetune"):
         evaluate(EvaluateConfig(runs=[str(tmp_path)]), Console(quiet=True))
 
 

@@ -92,10 +92,10 @@ def test_all_splits_go_on_after_an_interrupt(
     folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """Interrupted in the first split, the others have not begun."""
-    with pytest.raises(UsageError, match=r"--resume: .* holds no run"):
+    with pytest.raises(UsageError, match="--resume"):
         finetune(config(folder, tmp_path / "none", split="all", resume=True), QUIET)
     finetune(config(folder, tmp_path / "all" / "split1", split=1), QUIET)
-    with pytest.raises(UsageError, match="add --resume"):
+    with pytest.raises(UsageError, match="--resume"):
         finetune(config(folder, tmp_path / "all", split="all"), QUIET)
     result = finetune(config(folder, tmp_path / "all", split="all", resume=True), QUIET)
     assert result["splits"]["1"]["already_finished"]
@@ -113,13 +113,13 @@ def test_a_folder_of_another_kind_of_run_is_left_alone(
     (student := tmp_path / "student").mkdir()
     (student / "config.yaml").write_text("train-student: {store: t.zarr}\n")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(UsageError, match=r"one holds a run of one split; --split all needs"):
+    with pytest.raises(UsageError, match=r"one.*--split all"):
         finetune(config(folder, tmp_path / "one", split="all", resume=resume), QUIET)
-    with pytest.raises(UsageError, match=r"all holds runs of the splits 1, 2; one split needs"):
+    with pytest.raises(UsageError, match=r"all.*1, 2"):
         finetune(config(folder, tmp_path / "all", resume=resume), QUIET)
     with pytest.raises(
         UsageError,
-        match=r"student: its config.yaml is one of distinit train-student, which finetune",
+        match=r"student.*config.yaml.*train-student",
     ):
         finetune(config(folder, student, resume=resume), QUIET)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -165,7 +165,7 @@ def test_a_resize_is_held_against_the_size_of_the_initialisation(
     init = {"init": str(runs[0] / "all/split1"), "student": None}
     with pytest.raises(
         UsageError,
-        match=r"clips\.resize: resize 20x30 is smaller than the crop of 32; clips\.size is",
+        match=r"clips\.resize.*20x30.*32.*clips\.size",
     ):
         finetune(config(folder, tmp_path / "small", clips={"resize": [20, 30]}, **init), QUIET)
     assert not (tmp_path / "small").exists()
@@ -199,7 +199,7 @@ def test_all_splits_are_runs_of_their_own_and_their_mean(
     )
     assert tested["mean"] == result["mean"]
     assert (tmp_path / "again/split2/predictions.h5").exists()
-    with pytest.raises(UsageError, match="was trained on one split"):
+    with pytest.raises(UsageError, match="split"):
         evaluate(
             EvaluateConfig(runs=[str(tmp_path / "two")], split="all", out=str(tmp_path / "x")),
             QUIET,
@@ -231,7 +231,7 @@ def test_a_linear_probe_leaves_the_backbone(
     assert "stem.0.weight [4, 3, 3, 7, 7] from stem.0.weight" in said
     assert "left: fc.weight [2, 32]" in said
     assert result["train_videos_of_class"] == {"blue": 2, "red": 3}
-    with pytest.raises(CheckpointError, match='freeze = "backbone", now it is "none"'):
+    with pytest.raises(CheckpointError, match=r'freeze.*"backbone".*"none"'):
         finetune(
             config(folder, tmp_path / "probe", init=str(start), dropout=0.2, resume=True), QUIET
         )
@@ -288,7 +288,7 @@ def test_shuffled_and_frozen_clips_have_the_frames_of_ordered_ones(
     assert all(orders[3 * n] == orders[3 * n + 1] == orders[3 * n + 2] for n in range(3)), (
         "crops share it"
     )
-    with pytest.raises(UsageError, match=r"test\.frames=frozen needs --out"):
+    with pytest.raises(UsageError, match=r"test\.frames=frozen.*--out"):
         evaluate(
             EvaluateConfig.model_validate({"runs": [own], "test": {"frames": "frozen"}}), QUIET
         )
@@ -303,7 +303,7 @@ def test_shuffled_and_frozen_clips_have_the_frames_of_ordered_ones(
         expected = load_student(own)(normalize_clip(frozen[1::3]))["label"].softmax(dim=1)
     found = Predictions.read(tmp_path / "predictions.h5").clip_scores[1]
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
-    with pytest.raises(UsageError, match=r"test\.frames=shuffled is for students of RGB"):
+    with pytest.raises(UsageError, match=r"test\.frames=shuffled"):
         EvaluationClips(
             labels, labels.test, ClipView(size=32), length=4, clips=3, channels=2, order="shuffled"
         )
@@ -316,7 +316,7 @@ def test_three_crops_and_logits(
     own = str(runs[0] / "all/split1")
     test = {"clips": 3, "crops": 3, "scores": "logits", "workers": 0}
     for key in ("clips", "crops", "scores"):
-        with pytest.raises(UsageError, match=rf"test\.{key}={test[key]} needs --out"):
+        with pytest.raises(UsageError, match=rf"test\.{key}={test[key]}.*--out"):
             evaluate(
                 EvaluateConfig.model_validate({"runs": [own], "test": {key: test[key]}}), QUIET
             )
@@ -390,10 +390,10 @@ def test_runs_are_fused_and_compared_without_decoding(
     assert "bootstrap over the 4 sources" in shown
     assert "top 1 of each class" in shown
     for wrong, words in (
-        ({"runs": [a, b]}, "2 runs need --fuse or --compare"),
-        ({"runs": [a], "fuse": True}, "--fuse takes two runs or more"),
-        ({"runs": [a], "compare": True}, "--compare takes two runs, got 1"),
-        ({"runs": [a, b], "compare": True, "weights": [1, 2]}, "--weights goes with --fuse"),
+        ({"runs": [a, b]}, "--fuse.*--compare"),
+        ({"runs": [a], "fuse": True}, "--fuse"),
+        ({"runs": [a], "compare": True}, "--compare.*1"),
+        ({"runs": [a, b], "compare": True, "weights": [1, 2]}, "--weights.*--fuse"),
     ):
         with pytest.raises(UsageError, match=words):
             load_config(EvaluateConfig, "evaluate", options=wrong)
@@ -405,11 +405,9 @@ def test_runs_are_fused_and_compared_without_decoding(
         name: mean for name, mean in runs[1]["mean"].items() if name != "per_clip"
     }
     assert (tmp_path / "every/split2/predictions.h5").exists()
-    with pytest.raises(
-        UsageError, match=r"holds a run for each split; name one: .*split1, .*split2"
-    ):
+    with pytest.raises(UsageError, match=r"split1, .*split2"):
         evaluate(EvaluateConfig(runs=[every, a], compare=True), QUIET)
-    with pytest.raises(UsageError, match="--fuse needs --out"):
+    with pytest.raises(UsageError, match=r"--fuse.*--out"):
         evaluate(EvaluateConfig(runs=[a, b], fuse=True), QUIET)
 
 
@@ -422,13 +420,9 @@ def test_no_other_run_is_overwritten(folder: Path, runs: tuple[Path, dict[str, A
         {"runs": [a], "split": 2, "out": b},
         {"runs": [a], "split": 2, "out": str(runs[0] / "all")},
     ):
-        with pytest.raises(
-            UsageError, match=r"is a run, which keeps its own predictions and result"
-        ):
+        with pytest.raises(UsageError, match="--out"):
             evaluate(EvaluateConfig.model_validate(options), QUIET)
-    with pytest.raises(
-        UsageError, match="needs --out, for the run keeps the predictions of its own protocol"
-    ):
+    with pytest.raises(UsageError, match="--out"):
         evaluate(
             EvaluateConfig.model_validate({"runs": [a], "test": {"clips": 3}, "out": a}), QUIET
         )
@@ -448,12 +442,10 @@ def test_no_other_result_is_overwritten(
         {"runs": [a, a], "fuse": True},
         {"runs": [a, a], "compare": True},
     ):
-        with pytest.raises(
-            UsageError, match=r"frozen holds another result, of run=.*split1; choose another --out"
-        ):
+        with pytest.raises(UsageError, match=r"frozen.*run=.*split1.*--out"):
             evaluate(EvaluateConfig.model_validate(options | {"out": out}), QUIET)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="file: is a file, expected a folder"):
+    with pytest.raises(UsageError, match="file"):
         evaluate(frozen.model_copy(update={"out": str(tmp_path / "file")}), QUIET)
     model = evaluate(EvaluateConfig(runs=[str(Path(a) / "model.safetensors")]), QUIET)
     assert model["metrics"] == json.loads((Path(a) / "result.json").read_text())["metrics"]
@@ -498,7 +490,7 @@ def test_own_videos_get_classes_and_failures_reasons(
     assert [len(row["top"]) for row in alone["videos"]] == [1] * 9
     with pytest.raises(SourceError):
         predict(PredictConfig(model=str(model), sources=[str(tmp_path / "none")]), QUIET)
-    with pytest.raises(CheckpointError, match="no such file or run folder"):
+    with pytest.raises(CheckpointError, match="none"):
         predict(PredictConfig(model=str(tmp_path / "none"), sources=[str(folder)]), QUIET)
 
 
@@ -508,7 +500,7 @@ def test_a_model_without_its_run_is_tested_on_what_it_is_given(
     run_folder = runs[0] / "all/split1"
     alone = tmp_path / "mine.safetensors"
     alone.write_bytes((run_folder / "model.safetensors").read_bytes())
-    with pytest.raises(UsageError, match="a model without its run: it needs --dataset and --out"):
+    with pytest.raises(UsageError, match=r"--dataset.*--out"):
         evaluate(EvaluateConfig(runs=[str(alone)]), QUIET)
     given = {
         "runs": [str(alone)],

@@ -118,11 +118,11 @@ def test_a_student_of_flow_reads_flow_that_was_prepared(tiny_store, tmp_path: Pa
     files[1].unlink()
     again = run()
     assert (again["new"], again["ok"]) == (2, 12)
-    with pytest.raises(UsageError, match=r"its copies have bound=16\.0, asked for bound=8\.0"):
+    with pytest.raises(UsageError, match=r"bound=16\.0.*bound=8\.0"):
         run(flow_bound=8.0)
-    with pytest.raises(UsageError, match="holds optical flow, asked for copies"):
+    with pytest.raises(UsageError, match="flow"):
         run(flow=False)
-    with pytest.raises(UsageError, match="--flow with --short-side"):
+    with pytest.raises(UsageError, match=r"--flow.*--short-side"):
         run(copies={"short_side": 32})
 
     # Targets are those of the RGB frames with the same pts; the clip is the flow between those
@@ -153,22 +153,16 @@ def test_a_student_of_flow_reads_flow_that_was_prepared(tiny_store, tmp_path: Pa
     config = config_of(tiny_store, tmp_path, out)
     result = train_student(config, QUIET)
     assert (result["steps"], result["broken"]) == (2, {})
-    with pytest.raises(
-        UsageError, match=r"holds optical flow, for student\.channels=2; student\.channels=3 reads"
-    ):
+    with pytest.raises(UsageError, match=r"student\.channels=2.*student\.channels=3"):
         train_student(
             config.model_copy(update={"student": StudentOptions(width=0.1), "out": f"{out}-x"}),
             QUIET,
         )
-    with pytest.raises(
-        UsageError, match=r"flow of frames of 37x49, asked for .* resized to \(46, 61\)"
-    ):
+    with pytest.raises(UsageError, match=r"37x49.*46, 61"):
         train_student(
             config.model_copy(update={"clips": ClipOptions(size=40), "out": f"{out}-y"}), QUIET
         )
-    with pytest.raises(
-        UsageError, match=r"holds the flow of one size, which clips\.scale=\[1\.0, 1\.5\] is not"
-    ):
+    with pytest.raises(UsageError, match=r"clips\.scale=\[1\.0, 1\.5\]"):
         train_student(
             config.model_copy(
                 update={"clips": ClipOptions(size=32, scale=(1.0, 1.5)), "out": f"{out}-z"}

@@ -85,7 +85,6 @@ def test_a_full_disk_leaves_a_checkpoint_that_the_run_goes_on_from(
     assert lines[0].startswith(
         f"error: disk full while writing: cannot write {disk}/run/checkpoints/last.pt"
     )
-    assert "the one before is untouched" in lines[0]
     assert step == 1
     assert second == 0
     train_student(

@@ -189,9 +189,7 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(
 
 
 def test_a_process_that_is_killed_ends_all_with_one_error(work: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        TrainingError, match=r"^rank 1 of 2 was ended by SIGKILL; the machine may have run out of"
-    ):
+    with pytest.raises(TrainingError, match=r"rank 1 of 2 .*SIGKILL"):
         run_distributed(
             work.job,
             work.Job(folder=str(tmp_path), suicidal=True),
@@ -229,7 +227,9 @@ def test_sigterm_reaches_all_processes_and_fewer_go_on(tiny_store: Any, tmp_path
     errors = [line for line in lines if line.startswith("error")]
     assert len(errors) == 1
     assert "interrupted at step" in errors[0]
-    assert any("2 processes × 1 piece × at most 2 clips" in line for line in lines)
+    assert any(
+        all(word in line for word in ("2 processes", "1 piece", "2 clips")) for line in lines
+    )
     done = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["state"]["step"]
     used["loop"]["epochs"] = done // 3 + 1
     result = train_student(TrainConfig.model_validate(used), Console(quiet=True))

@@ -122,17 +122,15 @@ def test_a_few_videos_that_all_agree_prove_little() -> None:
 def test_other_videos_classes_or_labels_are_refused() -> None:
     a, b = made(1, 1.0), made(2, 1.0)
     b.videos[3] = "elsewhere.mp4"
-    with pytest.raises(
-        LabelsError, match=r"a and b were tested on other videos: 2 .*elsewhere\.mp4 of b"
-    ):
+    with pytest.raises(LabelsError, match=r"2 .*elsewhere\.mp4"):
         compare_predictions(a, b, ("a", "b"))
     b = made(2, 1.0)
     b.labels[3] = 0
-    with pytest.raises(LabelsError, match=r"other labels for 1 videos, the first is v3\.mp4"):
+    with pytest.raises(LabelsError, match=r"1 .*v3\.mp4"):
         fuse_predictions([a, b], ["a", "b"], [1, 1])
     b = made(2, 1.0)
     b.classes[1] = "another"
-    with pytest.raises(CheckpointError, match="class 1 is 'another' against 'class 1'"):
+    with pytest.raises(CheckpointError, match=r"'another'.*'class 1'"):
         compare_predictions(a, b, ("a", "b"))
 
 

@@ -68,40 +68,40 @@ def test_csv_spellings(tmp_path: Path) -> None:
             "path,label",
             "file,label",
             1,
-            r"labels.csv: no column 'path' \(found: file, label, source, split1, split2\)",
+            r"labels.csv.*'path'.*file, label, source, split1, split2",
         ),
-        ("path,label", "path,class", 1, "no column 'label'"),
-        ("", "", 3, r"no column 'split3' \(splits there are: 1, 2\)"),
-        ("split1,split2", "a,b", 1, "no column 'split1' .*no splitN column"),
-        (",test,train", ",,", 1, "split 1 has no test videos"),
-        (",train,test", ",,", 1, "split 1 has no train videos"),
+        ("path,label", "path,class", 1, "'label'"),
+        ("", "", 3, r"'split3'.*1, 2"),
+        ("split1,split2", "a,b", 1, "'split1'"),
+        (",test,train", ",,", 1, "split 1.* test "),
+        (",train,test", ",,", 1, "split 1.* train "),
         (
             ",train,test",
             ",trian,test",
             1,
-            r"line 2 has split1='trian', allowed: train, test or an empty cell",
+            r"line 2.*split1.*'trian'.*train, test",
         ),
         (
             "a/2.mp4,run",
             "a/2.mp4,jump",
             1,
-            "2 of 3 classes .*only in train: 'run'; only in test: 'jump'",
+            "2 of 3 classes.*'run'.*'jump'",
         ),
-        ("sit,s5,,", "lie,s5,train,", 1, "1 of 3 classes .*only in train: 'lie'"),
+        ("sit,s5,,", "lie,s5,train,", 1, "1 of 3 classes.*train.*'lie'"),
         (
             "a/2.mp4,run",
             "a/1.mp4,run",
             1,
-            r"on both sides .*a/1.mp4 \(line 2, train\) and a/1.mp4 \(line 3, test\)",
+            r"a/1.mp4 \(line 2, train\).*a/1.mp4 \(line 3, test\)",
         ),
         (
             "a/2.mp4,run",
             "a/1.mp4,sit",
             1,
-            r"a/1.mp4 has two labels, 'run' \(line 2\) and 'sit' \(line 3\)",
+            r"a/1.mp4.*'run' \(line 2\).*'sit' \(line 3\)",
         ),
-        ("a/2.mp4,run", "a/2.mp4,", 1, "line 3 has no label"),
-        ("a/2.mp4,run", ",run", 1, "line 3 has no path"),
+        ("a/2.mp4,run", "a/2.mp4,", 1, "line 3.* label"),
+        ("a/2.mp4,run", ",run", 1, "line 3.* path"),
     ],
 )
 def test_csv_refusals(tmp_path: Path, old: str, new: str, split: int, message: str) -> None:
@@ -114,9 +114,7 @@ def test_csv_refusals(tmp_path: Path, old: str, new: str, split: int, message: s
 
 def test_unknown_paths_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     where = dataset(tmp_path, missing=("a/2.mp4", "b/4.mp4", "b/5.mp4"))
-    with pytest.raises(
-        LabelsError, match=r"2 of 4 paths do not exist; the first is a/2.mp4 \(line 3\), looked for"
-    ):
+    with pytest.raises(LabelsError, match=r"2 of 4 .*a/2.mp4 \(line 3\)"):
         load_labels(where)
 
 
@@ -124,19 +122,19 @@ def test_a_link_to_a_training_video_leaks(tmp_path: Path) -> None:
     where = dataset(tmp_path)
     (tmp_path / "a/2.mp4").unlink()
     (tmp_path / "a/2.mp4").symlink_to(tmp_path / "a/1.mp4")
-    with pytest.raises(LabelsError, match=r"the same file is on both sides of the split, a/1\.mp4"):
+    with pytest.raises(LabelsError, match=r"a/1\.mp4.*a/2\.mp4"):
         load_labels(where)
 
 
 def test_missing_and_foreign_files(tmp_path: Path) -> None:
-    with pytest.raises(LabelsError, match="cannot read the label file"):
+    with pytest.raises(LabelsError, match=r"none\.csv"):
         load_labels(f"csv:{tmp_path / 'none.csv'}")
     (tmp_path / "noise.csv").write_bytes(bytes(range(256)) * 4)
     with pytest.raises(LabelsError, match=r"noise\.csv"):
         load_labels(f"csv:{tmp_path / 'noise.csv'}")
     for wrong in ("labels.csv", "hmdb51:x", "csv:"):
         with pytest.raises(
-            UsageError, match="expected csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101"
+            UsageError, match="csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101"
         ):
             load_labels(wrong)
 
@@ -149,9 +147,7 @@ def test_a_copy_of_a_training_video_leaks(tmp_path: Path) -> None:
     (tmp_path / "b/4.mp4").write_bytes(content[:-3] + b"two")
     assert len(load_labels(where).test) == 2
     (tmp_path / "a/2.mp4").write_bytes(content)
-    with pytest.raises(
-        LabelsError, match=r"the same file is on both sides of the split, a/1\.mp4 .*a/2\.mp4"
-    ):
+    with pytest.raises(LabelsError, match=r"a/1\.mp4 .*a/2\.mp4"):
         load_labels(where)
 
 
@@ -159,7 +155,7 @@ def test_what_has_no_label_or_no_video_is_refused_or_told(tmp_path: Path) -> Non
     where = dataset(tmp_path, missing=("b/3.mp4", "b/4.mp4"))
     (tmp_path / "b/another.mp4").write_bytes(b"unlisted")
     (tmp_path / "a/notes.txt").write_bytes(b"no video")
-    with pytest.raises(LabelsError, match="2 of 4 paths do not exist"):
+    with pytest.raises(LabelsError, match="2 of 4 "):
         load_labels(where)
     (tmp_path / "a/0.mp4").write_bytes(b"sit 0")
     more = dataset(tmp_path, GOOD + "a/0.mp4,sit,s6,train,test\n", missing=("b/3.mp4", "b/4.mp4"))
@@ -186,9 +182,9 @@ def test_videos_may_lie_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text(GOOD)
     labels = load_labels(f"csv:{tmp_path / 'labels.csv'}", root=str(tmp_path / "videos"))
     assert labels.absolute(labels.train[0]) == str(tmp_path / "videos/a/1.mp4")
-    with pytest.raises(LabelsError, match="4 of 4 paths do not exist"):
+    with pytest.raises(LabelsError, match="4 of 4 "):
         load_labels(f"csv:{tmp_path / 'labels.csv'}")
-    with pytest.raises(UsageError, match=r"--root .*: a folder:DIR has its own"):
+    with pytest.raises(UsageError, match="--root"):
         load_labels("folder:x", root="y")
 
 
@@ -238,18 +234,16 @@ def test_kinetics(tmp_path: Path) -> None:
     both = load_labels(f"kinetics:{tmp_path}", root=root)
     assert (both.train, both.test) == (labels.train, labels.test)
     (tmp_path / "v" / names[3]).unlink()
-    with pytest.raises(
-        LabelsError, match=r"1 of 4 videos are not below .*_000120_000130\.mp4 \(k\.csv line 5\)"
-    ):
+    with pytest.raises(LabelsError, match=r"1 of 4 .*_000120_000130\.mp4 \(k\.csv line 5\)"):
         load_labels(where, root=root)
     assert len(load_labels(where, root=root, partial=True).test) == 2
     (tmp_path / "k.csv").write_text(KINETICS.replace("time_end", "end"))
-    with pytest.raises(LabelsError, match="no column 'time_end'"):
+    with pytest.raises(LabelsError, match="'time_end'"):
         load_labels(where, root=root)
     (tmp_path / "k.csv").write_text(KINETICS.replace(",4,14,", ",1e999,14,"))
-    with pytest.raises(LabelsError, match=r"k\.csv: line 2: time_start '1e999'"):
+    with pytest.raises(LabelsError, match=r"k\.csv.*line 2.*'1e999'"):
         load_labels(where, root=root)
-    with pytest.raises(UsageError, match="kinetics has split 1 only"):
+    with pytest.raises(UsageError, match="split 1"):
         load_labels(where, 2, root=root)
 
 
@@ -277,17 +271,17 @@ def test_folder(tmp_path: Path) -> None:
         ("train/b/2.mp4", 1),
     ]
     assert [(v.path, v.label) for v in labels.test] == [("test/a/3.avi", 0), ("test/b/4.mp4", 1)]
-    with pytest.raises(LabelsError, match="a folder has split 1 only, got --split 2"):
+    with pytest.raises(LabelsError, match="--split 2"):
         load_labels(where, 2)
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["train/a/1.mp4"], "no folder 'test'"),
-        (["train/a/1.mp4", "test/a/notes.txt"], "no test videos"),
-        (["train/a/1.mp4", "test/a/2.mp4", "test/b/3.mp4"], "only in test: 'b'"),
-        (["train/a/1.mp4", "train/0.mp4", "test/a/2.mp4"], "0.mp4 stands in no class folder"),
+        (["train/a/1.mp4"], "'test'"),
+        (["train/a/1.mp4", "test/a/notes.txt"], " test "),
+        (["train/a/1.mp4", "test/a/2.mp4", "test/b/3.mp4"], "test.*'b'"),
+        (["train/a/1.mp4", "train/0.mp4", "test/a/2.mp4"], "0.mp4"),
     ],
 )
 def test_folder_refusals(tmp_path: Path, names: list[str], message: str) -> None:
