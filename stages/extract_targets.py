@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.errors import StoreError, UsageError
 from ..pipeline.common.explain import full_disk
 from ..pipeline.common.processes import cores
+from ..pipeline.common.run_dir import config_next_to
 from ..pipeline.common.same_failure import SameFailure
 from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.parts import Part
@@ -63,6 +63,7 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
     DeviceError.
     """
     check_local(config.out)
+    record = config_next_to(config.out)
     device = resolve_device(config.device)
     listed = _list(config, console)
     if config.dry_run:
@@ -151,7 +152,7 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
                 plan, shards, list(teachers), fill, run, watch, all_of_fewer, console
             )
             plan_overflow(plan, pool)
-        write_config(_beside(config.out), "extract-targets", config)
+        write_config(record, "extract-targets", config)
         seconds = time.monotonic() - began
         ids = None if videos is None else ids_of(plan, videos)
         result = _summary(plan, list(teachers), ids, done, seconds, console)
@@ -373,11 +374,6 @@ def _naming(store: Path) -> Iterator[None]:
         if full is not None and not full.filename:
             full.filename = str(store)
         raise
-
-
-def _beside(store: Path) -> Path:
-    store = Path(os.path.abspath(store))  # "." has no name
-    return store.with_name(store.name + ".config.yaml")
 
 
 def _summary(

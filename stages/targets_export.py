@@ -14,11 +14,13 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import DistInitError, StoreError, UsageError
 from ..pipeline.common.files import fsync_path, replacing
 from ..pipeline.common.hdf5 import STRING, Hdf5Writer, open_hdf5
 from ..pipeline.common.locks import locked
+from ..pipeline.common.run_dir import config_next_to
 from ..pipeline.common.urls import check_local
 from ..pipeline.store.index import PENDING
 from ..pipeline.store.layout import is_ours
@@ -54,11 +56,17 @@ def targets_export(options: ExportOptions, console: Console) -> dict[str, Any]:
     if out.is_symlink() and not out.exists():
         raise UsageError(f"--out {out}: exists already")
     chosen = choose_videos(store, options.corpora, options.videos_from)
-    if out.exists():
-        return _finished(store, out, names, chosen, shard_rows, console)
-    if out.suffix in HDF5:
-        return _export_hdf5(store, out, names, chosen, console)
-    return _export_store(store, out, names, chosen, shard_rows, console)
+    record = config_next_to(out)
+    finished = out.exists()
+    if finished:
+        result = _finished(store, out, names, chosen, shard_rows, console)
+    elif out.suffix in HDF5:
+        result = _export_hdf5(store, out, names, chosen, console)
+    else:
+        result = _export_store(store, out, names, chosen, shard_rows, console)
+    if not (finished and record.exists()):
+        write_config(record, "targets-export", options)
+    return result
 
 
 def _finished(

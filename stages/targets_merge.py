@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import StoreMismatchError, UsageError
+from ..pipeline.common.run_dir import config_next_to
 from ..pipeline.common.urls import check_local
 from ..pipeline.store.index import FAILED, OK
 from ..pipeline.store.merge import check_parts, copy_shards, place, plan_merge, reading
@@ -30,6 +32,7 @@ def targets_merge(options: MergeOptions, console: Console) -> dict[str, Any]:
     """
     check_local(options.out)
     out = Path(options.out)
+    record = config_next_to(out)
     stores = [TargetStore.open(part) for part in options.parts]
     if any(Path(store.name) == out.absolute() for store in stores):
         raise UsageError(f"--out {out}: is one of the parts")
@@ -51,6 +54,7 @@ def targets_merge(options: MergeOptions, console: Console) -> dict[str, Any]:
         shards = sum(store.index.n_shards for store in stores)
         with console.progress("merging", total=shards, unit="shards") as bar:
             copied = copy_shards(writer, placed, bar.advance)
+        write_config(record, "targets-merge", options)
     merged = TargetStore.open(out)
     console.say(
         f"{merged.n_videos} videos, {merged.n_rows} rows, {shards} shards from {len(stores)} parts in {out}"

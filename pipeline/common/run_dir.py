@@ -74,6 +74,19 @@ def check_output_dir(
     refuse_existing(folder, (record, *writes), f"distinit {command}")
 
 
+def config_next_to(path: str | os.PathLike[str]) -> Path:
+    """Return where the config is written of a command whose result is one file or store.
+
+    Raises:
+        UsageError: That file exists and is no config of distinit.
+    """
+    absolute = Path(os.path.abspath(path))  # "." has no name
+    record = absolute.with_name(f"{absolute.name}.config.yaml")
+    if not recorded_sections(record):
+        refuse_existing(record.parent, (record.name,), "distinit")
+    return record
+
+
 def check_page_dir(page: Path, names: Iterable[str] = ()) -> None:
     """UsageError where writing `page`, and files of these names next to it, would overwrite what is
     not distinit's: the page is the record. Or where its folder is a URL."""

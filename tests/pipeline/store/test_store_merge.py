@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distinit.pipeline.common.config import load_config
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError, StoreMismatchError, UsageError
 from distinit.pipeline.corpus.parts import Part
@@ -66,6 +67,8 @@ def test_a_merged_store_holds_what_its_parts_hold(
     out = tmp_path / "all.zarr"
     result = targets_merge(MergeOptions(parts=[str(each) for each in parts], out=str(out)), QUIET)
     merged = TargetStore.open(out)
+    used = load_config(MergeOptions, "targets-merge", file=f"{out}.config.yaml")
+    assert used.parts == [str(each) for each in parts]
     expected = {key: value for p in parts for key, value in content(TargetStore.open(p)).items()}
     assert content(merged) == expected
     assert (result["videos"], result["ok"], result["failed"]) == (40, 34, 6)

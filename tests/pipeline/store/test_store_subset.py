@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+from distinit.pipeline.common.config import load_config
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError, UsageError
 from distinit.pipeline.store import subset
@@ -78,7 +79,11 @@ def test_a_chosen_part_is_a_store_like_any_other(
         0 < store.encoding_error("u")["kl_mean"] <= store.encoding_error("u")["kl_p99"]
         or encoding == "float16"
     )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["list.txt", "s.zarr", "some.zarr"]
+    record = "some.zarr.config.yaml"
+    names = ["list.txt", "s.zarr", "some.zarr", record]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    used = load_config(ExportOptions, "targets-export", file=str(tmp_path / record))
+    assert (used.store, used.teachers, used.corpora) == (str(root), ["u"], ["b"])
     everything = tmp_path / "all.zarr"
     targets_export(ExportOptions(store=str(root), out=str(everything), shard_rows=1024), QUIET)
     assert TargetStore.open(everything).index.shard_rows == 1024
@@ -131,6 +136,25 @@ def test_nothing_stands_at_out_until_it_is_whole(
     assert not (tmp_path / "again.zarr").exists()
 
 
+@pytest.mark.parametrize("of_ours", [True, False])
+def test_a_config_next_to_a_result_replaces_one_of_distinit_alone(
+    make_store: Make, tmp_path: Path, of_ours: bool
+) -> None:
+    root, out = make_store()[1], tmp_path / "x.h5"
+    record = tmp_path / "x.h5.config.yaml"
+    record.write_text("targets-export: {store: earlier.zarr, out: x.h5}" if of_ours else "notes: 1")
+    before = record.read_bytes()
+    options = ExportOptions(store=str(root), out=str(out))
+    if of_ours:
+        targets_export(options, QUIET)
+        assert load_config(ExportOptions, "targets-export", file=str(record)) == options
+        return
+    with pytest.raises(UsageError, match=r"--out .*x\.h5\.config\.yaml"):
+        targets_export(options, QUIET)
+    assert record.read_bytes() == before
+    assert not out.exists()
+
+
 def test_one_export_at_a_time_writes_a_file(make_store: Make, tmp_path: Path) -> None:
     root = make_store()[1]
     part = tmp_path / ".x.h5.part"
@@ -145,7 +169,7 @@ def test_one_export_at_a_time_writes_a_file(make_store: Make, tmp_path: Path) ->
         targets_export(ExportOptions(store=str(root), out=str(tmp_path / "x.h5")), QUIET)["videos"]
         > 0
     )
-    assert {path.name for path in tmp_path.iterdir()} == {"s.zarr", "x.h5"}
+    assert {path.name for path in tmp_path.iterdir()} == {"s.zarr", "x.h5", "x.h5.config.yaml"}
 
 
 @pytest.mark.slow
@@ -166,10 +190,8 @@ def test_of_two_exports_to_one_store_the_second_is_refused_and_the_first_goes_on
     monkeypatch.setattr(subset.ShardCopy, "teacher", meanwhile)
     assert targets_export(ExportOptions(store=str(root), out=str(out)), QUIET)["videos"] > 0
     assert str(out) in refused[0]
-    assert [path.name for path in out.parent.iterdir() if path.name != "s.zarr"] in (
-        ["x.zarr"],
-        ["deep", "x.zarr"],
-    )
+    names = {path.name for path in out.parent.iterdir()}
+    assert names - {"s.zarr"} == {"x.zarr", "x.zarr.config.yaml"}
     assert list(verify(out, load_index(out))) == []
 
 
