@@ -1,28 +1,41 @@
-"""A stage in one process, in those that torchrun started, or in several started here (`--gpus
-N`)."""
+"""Run a stage in one process, in those that torchrun started, or in several started here (`--gpus
+N`).
+
+`--gpus N` uses the launcher of torchrun as a function (`elastic_launch`). What is added to it here
+keeps promises that it does not make: one line that names the error instead of a table of processes,
+no process that outlives this one, and any time that a step and a checkpoint need after SIGTERM
+(torchrun kills after 30 seconds). It runs in a thread, where it leaves signals alone.
+"""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
 import signal
+import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from queue import Empty
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from torch.multiprocessing.spawn import start_processes
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..common.console import Console
 from ..common.distributed import SINGLE_PROCESS, Ranks, join_ranks, launched
 from ..common.errors import DistInitError, RankLostError, TrainingError, UsageError, in_one_line
+from ..common.files import write_whole
 from ..common.processes import Owner, end_with
 from ..common.settings import Options
 from .loop_options import LoopOptions
@@ -30,17 +43,26 @@ from .loop_options import LoopOptions
 C = TypeVar("C", bound=Options)
 Stage = Callable[[C, Console, Ranks], dict[str, Any]]
 
-PATIENCE_S = 15.0  # for the errors of the others, once one process has failed
+# For a process that has lost another one, so that the other's own end is seen first.
+GRACE_PERIOD_S = 15.0
 
 
 def run_distributed(
     stage: Stage[C], config: C, console: Console, loop: LoopOptions
 ) -> dict[str, Any]:
-    """What `stage` returns on rank 0; `stage` is a function of a module.
+    """Return what `stage` returns on rank 0.
 
     Under torchrun this process is one rank. Otherwise `loop.gpus` above 1 starts as many processes
-    here and waits for them: the first error of any of them ends all and is raised here, SIGTERM is
-    passed on.
+    here and waits for them; SIGTERM is forwarded to them, and the first error ends all.
+
+    Args:
+        stage: A function of a module, which the processes import by name.
+        config: The options of the stage.
+        console: The console of rank 0; other ranks are quiet.
+        loop: Number of processes and their device.
+
+    Raises:
+        DistInitError: The error of the first process that failed.
     """
     if launched():
         world = int(os.environ["WORLD_SIZE"])
@@ -56,178 +78,168 @@ def run_distributed(
     if loop.gpus == 1:
         return stage(config, console, SINGLE_PROCESS)
     if not _enough_gpus(loop):
-        console.warn(f"no GPU here: {loop.gpus} processes on the CPU")
+        console.warn(f"no GPU on this machine: {loop.gpus} processes on the CPU")
     return _launch(stage, config, console, loop)
 
 
 def _enough_gpus(loop: LoopOptions) -> bool:
-    """False where processes will be on the CPU though that was not asked for; UsageError for too
-    few GPUs."""
+    """Return whether the processes run on the device that was asked for; UsageError for too few
+    GPUs."""
     count = torch.cuda.device_count()
-    wants = loop.device.startswith("cuda") or (loop.device == "auto" and count > 0)
-    if wants and loop.gpus > count:
-        raise UsageError(f"loop.gpus={loop.gpus}, this machine has {count}")
-    return wants or loop.device != "auto"
+    on_gpus = loop.device.startswith("cuda") or (loop.device == "auto" and count > 0)
+    if on_gpus and loop.gpus > count:
+        raise UsageError(f"loop.gpus={loop.gpus}: this machine has {count} GPUs")
+    return on_gpus or loop.device != "auto"
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """How one process ended, if it could still say so."""
+    """How one process ended, if it could still report it."""
 
-    rank: int
     result: dict[str, Any] | None = None
     error: DistInitError | None = None
 
 
 def _launch(stage: Stage[C], config: C, console: Console, loop: LoopOptions) -> dict[str, Any]:
-    spawn = multiprocessing.get_context("spawn")
-    outcomes: Any = spawn.Queue()
-    with tempfile.TemporaryDirectory(prefix="distinit-ranks-") as folder:
-        meeting = f"file://{Path(folder).resolve()}/meeting"
-        context: Any = start_processes(
-            _rank_main,
-            (
-                loop.gpus,
-                Owner.here(),
-                meeting,
-                stage,
-                config,
-                (console.json, console.quiet),
-                loop.device,
-                outcomes,
+    _silence_agent()
+    exit_codes: dict[int, int] = {}
+    with tempfile.TemporaryDirectory(prefix="distinit-ranks-") as name:
+        folder = Path(name).resolve()
+        # A file and no port: nobody on the network can join.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        launcher = elastic_launch(
+            LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=loop.gpus,
+                run_id="distinit",
+                rdzv_backend="c10d",
+                rdzv_endpoint=str(folder / "rendezvous"),
+                rdzv_configs={"store_type": "file"},
+                max_restarts=0,
+                monitor_interval=0.1,
+                start_method="spawn",
+                logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
             ),
-            nprocs=loop.gpus,
-            join=False,
-            start_method="spawn",
+            _run_rank,
         )
-        try:
-            with _passing_on_sigterm(context.processes):
-                ended = _wait(context.processes, outcomes)
-        finally:
-            for process in context.processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-    result = ended[0].result if 0 in ended else None
-    if (
-        len(ended) == loop.gpus
-        and result is not None
-        and all(end.error is None for end in ended.values())
-    ):
-        return result
-    raise _cause(ended, [process.exitcode for process in context.processes])
-
-
-def _wait(processes: list[Any], outcomes: Any) -> dict[int, _Outcome]:
-    """The outcomes by rank, when all processes have ended, or one has failed and the others had
-    their time."""
-    ended: dict[int, _Outcome] = {}
-    while True:
-        alive = [process.sentinel for process in processes if process.is_alive()]
-        failed = any(end.error is not None for end in ended.values()) or any(
-            p.exitcode for p in processes
-        )
-        if alive:
-            multiprocessing.connection.wait(
-                [*alive, outcomes._reader], timeout=PATIENCE_S if failed else None
-            )
-        before = len(ended)
-        while True:
+        owner = Owner(os.getpid(), in_main_thread=False)
+        shown = (console.json, console.quiet)
+        others = set(multiprocessing.active_children())
+        with ThreadPoolExecutor(1) as thread, _forwarding_sigterm(loop.gpus, others):
+            run = thread.submit(launcher, owner, folder, stage, config, shown, loop.device)
             try:
-                end = pickle.loads(outcomes.get(timeout=0.05))
-            except Empty:
-                break
-            ended[end.rank] = end
-        still = any(process.is_alive() for process in processes)
-        if not still or (
-            failed and len(ended) == before and len(alive) == sum(p.is_alive() for p in processes)
-        ):
-            return ended
+                _wait(run)
+            except ChildFailedError as error:
+                exit_codes = {rank: each.exitcode for rank, each in error.failures.items()}
+            finally:
+                if not run.done():
+                    for process in _children(others):
+                        process.kill()
+        outcomes = {rank: _read_outcome(folder, rank) for rank in range(loop.gpus)}
+    results = [end.result for end in outcomes.values() if end is not None and end.error is None]
+    if len(results) == loop.gpus and results[0] is not None:
+        return results[0]
+    raise _first_cause(outcomes, exit_codes)
 
 
-def _cause(ended: dict[int, _Outcome], exit_codes: list[int | None]) -> DistInitError:
-    """The error to tell: that of a process of its own, before those that come from its end."""
-    errors = [ended[rank].error for rank in sorted(ended)]
+def _wait(run: Future[Any]) -> None:
+    """Wait in steps: between them Python runs the handlers of signals."""
+    while not run.done():
+        time.sleep(0.05)
+    run.result()
+
+
+def _silence_agent() -> None:
+    """Keep the table of processes and the tracebacks of torchrun out of standard error."""
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        agent = logging.getLogger(name)
+        agent.addHandler(logging.NullHandler())
+        agent.propagate = False
+
+
+def _children(others: set[BaseProcess]) -> set[BaseProcess]:
+    return set(multiprocessing.active_children()) - others
+
+
+def _read_outcome(folder: Path, rank: int) -> _Outcome | None:
+    path = folder / f"{rank}.outcome"
+    return pickle.loads(path.read_bytes()) if path.exists() else None
+
+
+def _first_cause(outcomes: dict[int, _Outcome | None], exit_codes: dict[int, int]) -> DistInitError:
+    """Return the error to report: that of one process, before those that follow from its end."""
+    errors = [end.error for end in outcomes.values() if end is not None and end.error is not None]
     for error in errors:
-        if error is not None and not isinstance(error, RankLostError):
+        if not isinstance(error, RankLostError):
             return error
-    for rank, code in enumerate(exit_codes):
-        if rank not in ended and code:
-            how = (
-                f"was ended by {signal.Signals(-code).name}"
-                if code < 0
-                else f"ended with exit code {code}"
-            )
+    for rank, code in exit_codes.items():
+        if code and outcomes[rank] is None:
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else ""
+            how = how or f"ended with exit code {code}"
             hint = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
-            return TrainingError(f"rank {rank} of {len(exit_codes)} {how}{hint}")
-    return next(
-        (error for error in errors if error is not None),
-        TrainingError("a process ended without a word"),
-    )
+            return TrainingError(f"rank {rank} of {len(outcomes)} {how}{hint}")
+    return errors[0] if errors else TrainingError("a process ended and left no error")
 
 
 @contextmanager
-def _passing_on_sigterm(processes: list[Any]) -> Iterator[None]:
-    """SIGTERM of this process goes to the ranks, which write their checkpoint and end."""
+def _forwarding_sigterm(world: int, others: set[BaseProcess]) -> Iterator[None]:
+    """Send SIGTERM of this process to the ranks, which write their checkpoint and end."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
+    def forward(number: int, frame: FrameType | None) -> None:
+        ranks = _children(others)
+        if len(ranks) < world:  # some are still being started: those end with this process
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        for process in ranks:
+            process.terminate()
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = signal.signal(signal.SIGTERM, forward)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _rank_main(
-    rank: int,
-    world: int,
+def _run_rank(
     owner: Owner,
-    meeting: str,
+    folder: Path,
     stage: Stage[C],
     config: C,
     shown: tuple[bool, bool],
     device: str,
-    outcomes: Any,
 ) -> None:
-    """One process. Errors go through `outcomes` and not to the terminal."""
+    """Run one process; its outcome goes into a file of `folder` and not to the terminal."""
     end_with(owner)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world),
-    }
+    rank = int(os.environ["RANK"])
     try:
         with (
-            join_ranks(device, meeting) as ranks,
+            join_ranks(device, f"file://{folder}/ranks") as ranks,
             Console(json=shown[0], quiet=shown[1] or rank > 0) as console,
         ):
-            end = _Outcome(rank, result=stage(config, console, ranks))
+            outcome = _Outcome(result=stage(config, console, ranks))
     except DistInitError as error:
-        end = _Outcome(rank, error=_told(error, rank))
+        outcome = _Outcome(error=_annotate(error, rank))
     except KeyboardInterrupt:
-        return
+        sys.exit(130)
     except Exception as error:
-        end = _Outcome(rank, error=_told(TrainingError(in_one_line(error)), rank, error))
-    outcomes.put(pickle.dumps(end))  # whole: tensors would otherwise stay behind in shared memory
-    outcomes.close()
-    outcomes.join_thread()
+        outcome = _Outcome(error=_annotate(TrainingError(in_one_line(error)), rank, error))
+    write_whole(folder / f"{rank}.outcome", pickle.dumps(outcome))
+    if isinstance(outcome.error, RankLostError):
+        time.sleep(GRACE_PERIOD_S)
+    # An exit code ends the other processes. Those that raise the same error end by themselves.
+    if outcome.error is not None and not outcome.error.shared:
+        sys.exit(1)
 
 
-def _told(error: DistInitError, rank: int, source: BaseException | None = None) -> DistInitError:
-    """The error with the rank where it is of one process only, and its traceback as a note for
-    --debug."""
-    import traceback
-
-    told = (
-        error
-        if error.shared or isinstance(error, RankLostError)
-        else type(error)(f"rank {rank}: {error}")
-    )
-    told.shared = error.shared
-    told.add_note("".join(traceback.format_exception(source or error)))
-    return told.with_traceback(None)
+def _annotate(
+    error: DistInitError, rank: int, source: BaseException | None = None
+) -> DistInitError:
+    """Return the error with its rank, if it is of one process only, and its traceback as a note
+    for --debug."""
+    named = error
+    if not error.shared and not isinstance(error, RankLostError):
+        named = type(error)(f"rank {rank}: {error}")
+        named.__dict__.update(error.__dict__)
+    named.add_note("".join(traceback.format_exception(source or error)))
+    return named.with_traceback(None)
