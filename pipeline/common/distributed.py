@@ -130,11 +130,10 @@ class Ranks:
         errors = self.gather(own)
         rank, first = next((rank, error) for rank, error in enumerate(errors) if error is not None)
         alike = all(error is not None and str(error) == str(first) for error in errors)
-        error = (
-            first
-            if alike or isinstance(first, RankLostError)
-            else type(first)(f"rank {rank}: {first}")
-        )
+        error = first
+        if not alike and not isinstance(first, RankLostError):
+            error = type(first)(f"rank {rank}: {first}")
+            error.__dict__.update(first.__dict__)
         error.shared = True
         return error
 

@@ -75,7 +75,14 @@ class TrainingError(DistInitError, RuntimeError):
 
 
 class WorkerDied(TrainingError):
-    """A loader process has gone, which may be the fault of what it was reading."""
+    """A loader process died or gave no answer.
+
+    `path` is the file that it was reading, and `reason` why that file may be at fault; both may be
+    empty.
+    """
+
+    path = ""
+    reason = ""
 
 
 class RankLostError(TrainingError):

@@ -25,6 +25,7 @@ STUDENT_FILE, MODEL_FILE = (
 )  # of train-student, of finetune
 START = "start.safetensors"  # the weights before the first step
 SEEN_VIDEOS = "seen_videos.npz"
+LOADER_CRASHES = "loader_crashes.json"
 LABELS = "labels.json"
 PREDICTIONS, PARTIAL_PREDICTIONS = "predictions.h5", "predictions.partial.h5"
 
@@ -33,6 +34,7 @@ RUN_FILES = (
     METRICS,
     STUDENT_FILE,
     MODEL_FILE,
+    LOADER_CRASHES,
 )  # any of these means that a folder holds a run
 TEST_FILES = (PREDICTIONS, PARTIAL_PREDICTIONS, RESULT)
 

@@ -1,14 +1,14 @@
-"""Which file each loader process is reading, in memory that the main process sees.
+"""Which file each loader process is reading, in memory that the main process shares, and which
+files are refused.
 
-A decoder that crashes or hangs in C cannot say so itself: the process that waits for it looks here,
-names the file, and has it refused from then on.
+A decoder that crashes or hangs in C cannot report it: the process that waits for it looks here and
+names the file.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
@@ -16,60 +16,85 @@ from typing import Any
 
 from .errors import VideoError
 
-_HEAD = struct.Struct("<dI")  # when it began (monotonic, 0: not reading), bytes of the path
+_HEAD = struct.Struct("<II")  # number of this read (0: no file is being read), bytes of the path
 _ROW = 4096
-_LONGEST = _ROW - _HEAD.size
+_MAX_PATH = _ROW - _HEAD.size
 
 
 class WorkerStatus:
-    """A row for each of `workers` processes; goes to them as an argument, however they are
-    started."""
+    """A row per worker, written by the worker; goes to it as an argument, however it is started."""
 
     def __init__(self, context: BaseContext, workers: int) -> None:
         self._memory: Any = context.RawArray("c", workers * _ROW)
+        self._reads = 0
 
-    def reading(self, worker: int) -> tuple[str, float] | None:
-        """The file that a worker is reading and for how many seconds; None while it reads none."""
-        row = memoryview(self._memory).cast("B")[worker * _ROW : (worker + 1) * _ROW]
-        began, length = _HEAD.unpack_from(row)
-        if began == 0 or length > _LONGEST:
+    def reading(self, worker: int) -> tuple[str, int] | None:
+        """Return the file that a worker is reading and the number of this read; None for none."""
+        row = self._row(worker)
+        number, length = _HEAD.unpack_from(row)
+        if number == 0 or length > _MAX_PATH:
             return None
-        return os.fsdecode(bytes(row[_HEAD.size : _HEAD.size + length])), time.monotonic() - began
+        return os.fsdecode(bytes(row[_HEAD.size : _HEAD.size + length])), number
 
     def note(self, worker: int, path: str | None) -> None:
-        """In worker `worker`: what it reads from now on, None for nothing."""
-        row = memoryview(self._memory).cast("B")[worker * _ROW : (worker + 1) * _ROW]
-        _HEAD.pack_into(row, 0, 0.0, 0)
+        """Record in the row of `worker` which file it reads from now on, None for none."""
+        row = self._row(worker)
+        _HEAD.pack_into(row, 0, 0, 0)
         if path is not None:
-            name = os.fsencode(path)[:_LONGEST]
+            name = os.fsencode(path)[:_MAX_PATH]
             row[_HEAD.size : _HEAD.size + len(name)] = name
-            _HEAD.pack_into(row, 0, time.monotonic(), len(name))
+            self._reads = self._reads % 0xFFFFFFFF + 1
+            _HEAD.pack_into(row, 0, self._reads, len(name))
+
+    def _row(self, worker: int) -> memoryview:
+        return memoryview(self._memory).cast("B")[worker * _ROW : (worker + 1) * _ROW]
 
 
-class _Own:
-    """What this process is, if it is a loader process."""
+class _Process:
+    """The state of this process."""
 
-    worker_status: WorkerStatus | None = None
+    status: WorkerStatus | None = None
     worker = 0
     refused: Mapping[str, str] = {}
 
 
-def begin(worker_status: WorkerStatus, worker: int, refused: Mapping[str, str]) -> None:
-    """This process is loader process `worker` from now on. refused: path → why it is not to be
-    opened."""
-    _Own.worker_status, _Own.worker, _Own.refused = worker_status, worker, refused
+def begin(status: WorkerStatus, worker: int, refused: Mapping[str, str]) -> None:
+    """Make this process loader process `worker`, which refuses the files `refused` (path →
+    reason)."""
+    _Process.status, _Process.worker, _Process.refused = status, worker, refused
+
+
+def refused_files() -> Mapping[str, str]:
+    """Return the files that this process refuses to read: path → reason."""
+    return _Process.refused
+
+
+@contextmanager
+def refusing(files: Mapping[str, str]) -> Iterator[None]:
+    """Refuse to read these files (path → reason), here and in loader processes started
+    meanwhile."""
+    before = _Process.refused
+    _Process.refused = {**before, **files}
+    try:
+        yield
+    finally:
+        _Process.refused = before
 
 
 @contextmanager
 def at(path: str) -> Iterator[None]:
-    """While this file is read. VideoError if it is refused."""
-    if path in _Own.refused:
-        raise VideoError(_Own.refused[path])
-    if _Own.worker_status is None:
+    """Record that this file is read meanwhile.
+
+    Raises:
+        VideoError: The file is refused.
+    """
+    if path in _Process.refused:
+        raise VideoError(_Process.refused[path])
+    if _Process.status is None:
         yield
         return
-    _Own.worker_status.note(_Own.worker, path)
+    _Process.status.note(_Process.worker, path)
     try:
         yield
     finally:
-        _Own.worker_status.note(_Own.worker, None)
+        _Process.status.note(_Process.worker, None)

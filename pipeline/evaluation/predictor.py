@@ -65,8 +65,9 @@ def _rows(
                 left.pop(0)
                 try:
                     yield from read([video], 1)
-                except WorkerDied:
-                    yield {"video": torch.tensor([video]), "error": ["its decoder crashed"]}
+                except WorkerDied as died:
+                    reason = died.reason or "its decoder crashed"
+                    yield {"video": torch.tensor([video]), "error": [reason]}
 
 
 @torch.inference_mode()

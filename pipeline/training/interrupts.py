@@ -1,15 +1,29 @@
-"""SIGTERM during training: the step is finished, the checkpoint written, the exit code says so."""
+"""What ends a training early, and how its resume avoids the same end: SIGTERM, and a video on which
+a loader process died or hung."""
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
+
+from ..common.documents import Form, read_json
+from ..common.errors import WorkerDied
+from ..common.files import write_whole
+from ..common.run_dir import LOADER_CRASHES
+from ..common.worker_status import refusing
+
+# The first may come from outside: an operator's signal, a stopped machine, a network.
+CRASHES_TO_REFUSE = 2
 
 
 class Interrupts:
-    """While entered, SIGTERM is noted (`requested()`) instead of ending the process (main thread
+    """Note SIGTERM (`requested()`) while entered, instead of ending the process (main thread
     only)."""
 
     def __init__(self) -> None:
@@ -36,8 +50,52 @@ class Interrupts:
             )
 
     def requested(self) -> bool:
-        """Whether SIGTERM has come."""
+        """Return whether SIGTERM has come."""
         return self._requested
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
+
+
+class _CrashRecord(Form):
+    """By path of a video: why a loader process died or hung that was reading it, once per time."""
+
+    what: ClassVar[str] = "a record of crashes"
+    videos: dict[str, list[str]] = {}
+
+
+@contextmanager
+def crashes_recorded(run_dir: Path, *, is_main: bool) -> Iterator[None]:
+    """Refuse the videos on which two loader processes of this run died or hung, and record others.
+
+    Such a video counts as unreadable, so that a resume continues where the run would end at the
+    same video again and again.
+
+    Args:
+        run_dir: The folder of the run, which holds the record.
+        is_main: Whether this process records what all processes of the run raise alike.
+
+    Raises:
+        WorkerDied: As in the block, with what a resume will do.
+    """
+    path = run_dir / LOADER_CRASHES
+    crashes: dict[str, list[str]] = read_json(path, _CrashRecord, run_dir).get("videos", {})
+    refused = {
+        video: reasons[-1]
+        for video, reasons in crashes.items()
+        if len(reasons) >= CRASHES_TO_REFUSE
+    }
+    try:
+        with refusing(refused):
+            yield
+    except WorkerDied as died:
+        hint = "--resume continues from the last checkpoint"
+        if died.reason:
+            crashes[died.path] = [*crashes.get(died.path, []), died.reason]
+            if is_main or not died.shared:
+                write_whole(path, json.dumps({"videos": crashes}, indent=1).encode())
+            count = len(crashes[died.path])
+            hint += " without this video" if count >= CRASHES_TO_REFUSE else ""
+        error = WorkerDied(f"{died}; {hint}")
+        error.__dict__.update(died.__dict__)
+        raise error from died

@@ -1,230 +1,94 @@
-"""The processes of a loader: how they start, why no batch comes from them, and their end."""
+"""The processes of a loader: each makes its share of the batches ahead and hands them over.
+
+Worker w of W makes the batches w, w + W, w + 2W … and sends them through a socket of its own, in
+anonymous shared memory. A worker that is killed at any moment therefore leaves behind no lock, no
+half message that another one completes, and no file in /dev/shm: its end of the socket closes. The
+workers of a torch DataLoader share one queue, where each of these has to be detected and repaired.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import atexit
+import io
+import itertools
+import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
-import threading
-from collections.abc import Callable
-from multiprocessing.connection import wait
-from typing import Any, TypeVar
+import tempfile
+import traceback
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
+from typing import Any
 
+import numpy as np
 import torch
 
-from ..common.errors import TrainingError, WorkerDied, in_one_line
+from ..clips.seeding import Key
+from ..common import worker_status
+from ..common.errors import DistInitError, TrainingError, WorkerDied, in_one_line
 from ..common.limits import limit_met
 from ..common.processes import Owner, end_with
-from ..common.worker_status import WorkerStatus, begin
+from ..common.worker_status import WorkerStatus
 from ..corpus.sources import escape_path
 
-GRACE_S = 5.0  # between the first sign of a worker's death and what the system knows of it
-T = TypeVar("T")
+Batch = dict[str, Any]
+Read = Callable[[list[Key]], Batch]
+
+READ_AHEAD = 4  # batches that each worker makes before they are asked for
+POLL_S = 1.0  # between two looks at a worker that sends no batch
+PATIENCE = 10  # times the time-out, for a worker that reads no file: it may start, or download
+GRACE_PERIOD_S = 5.0  # between the end of a worker's socket and its exit code
 HINT = "0 workers (loop.workers, test.workers) read in the main process"
+_ALIGNMENT = 64
 
 
-class Ended(Exception):
-    """The workers had to be ended because of one video."""
+def read_in_workers(
+    read: Read,
+    batches: Iterable[list[Key]],
+    *,
+    workers: int,
+    device: torch.device,
+    timeout_s: float,
+    stop: Callable[[], bool],
+) -> Generator[Batch]:
+    """Yield `read(keys)` for each of `batches`, in order, made in `workers` processes.
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
+    Args:
+        read: Makes a batch; goes to the workers, as does `batches`.
+        batches: The keys of each batch, the same whenever it is iterated over.
+        workers: Number of processes; they end with the iterator.
+        device: The device of the training: with CUDA in use, workers are not forked.
+        timeout_s: For how long a worker may read one file.
+        stop: Asked about once per second of a wait; true ends the batches.
 
-
-class Stuck(Ended):
-    """A worker has been reading a video for too long."""
-
-
-class Crashed(Ended):
-    """A worker died reading a video."""
-
-
-class LoaderWorkers:
-    """The processes of one iterator of a DataLoader, and a thread that watches for the first that
-    dies.
-
-    A worker that is killed in the middle of a write leaves half a message behind, and the lock of
-    the pipe. Whoever reads the rest would wait for ever, and torch looks after its workers between
-    two messages only. So the thread ends all of them and the pipe if nobody has done so `GRACE_S`
-    after the death.
+    Raises:
+        DistInitError: As `read` raised it.
+        WorkerDied: A worker died or gave no answer, see its `path`.
+        TrainingError: Another error of `read`, or no batch can be sent.
     """
-
-    def __init__(self, iterator: Any, places: WorkerStatus | None, hang_s: float) -> None:
-        self.processes: list[Any] = list(getattr(iterator, "_workers", []))
-        self._iterator, self._places, self._hang_s = iterator, places, hang_s
-        self._first: int | None = None
-        self._lock, self._over = threading.Lock(), False
-        if self.processes:
-            self._end_of_watch, self._end_watch = multiprocessing.Pipe(duplex=False)
-            self._thread = threading.Thread(target=self._watch, name="loader-workers", daemon=True)
-            self._thread.start()
-
-    def why(self, error: BaseException) -> bool:
-        """Raise Crashed, Stuck or TrainingError for an error of the loader; else whether a video is
-        being read."""
-        if str(error).startswith("DataLoader timed out"):
-            busy = False
-            for worker in range(len(self.processes)):
-                reading = self._reading(worker)
-                if reading is not None and reading[1] > self._hang_s:
-                    raise Stuck(
-                        reading[0], f"its decoder hung: no answer for {self._hang_s:g} s"
-                    ) from error
-                busy = busy or reading is not None
-            return busy
-        reason = limit_met(error) or in_one_line(error)
-        raise self._death(error) or TrainingError(
-            f"a batch could not be received from a loader process: {reason}; {HINT}"
-        ) from error
-
-    def kill(self) -> None:
-        """Kill what has not ended. Workers ignore SIGTERM, and torch would wait 5 s for each that
-        hangs."""
-        for process in self.processes:
-            if process.is_alive():
-                process.kill()
-
-    def end(self) -> None:
-        """End all processes, and the watch."""
-        if not self.processes:
-            return
-        with self._lock:
-            self._over = True
-        self._end_watch.send_bytes(b"over")
-        self._thread.join()
-        self._end_watch.close()
-        self._end_of_watch.close()
-        pinning = getattr(self._iterator, "_pin_memory_thread", None)
-        if pinning is not None and any(process.exitcode for process in self.processes):
-            # It may be waiting for the rest of a message, and torch would wait for it.
-            self._iterator._pin_memory_thread_done_event.set()
-            self._iterator._worker_result_queue.put((None, None))
-            pinning.join(timeout=1.0)
-            if pinning.is_alive():
-                self._hang_up()
-        self._iterator._shutdown_workers()  # what it does when it is collected, which a traceback may put off
-        self.kill()
-
-    def _watch(self) -> None:
-        """Run in a thread, until `end` or the death of a worker with which nobody deals."""
-        workers = {process.sentinel: worker for worker, process in enumerate(self.processes)}
-        ready = wait([self._end_of_watch, *workers])
-        self._first = next(
-            (worker for sentinel, worker in workers.items() if sentinel in ready), None
-        )
-        if self._first is None or self._end_of_watch.poll(GRACE_S):
-            return
-        with self._lock:
-            if not self._over:
-                for process in self.processes:
-                    with contextlib.suppress(
-                        ProcessLookupError
-                    ):  # not process.kill: only one thread may wait for it
-                        os.kill(process.pid, signal.SIGKILL)
-                self._hang_up()
-
-    def _hang_up(self) -> None:
-        """Let go of the pipe of results in this process, so that reading it ends where no worker
-        writes any more."""
-        queue = self._iterator._worker_result_queue
-        with (
-            open(os.devnull, "wb") as nothing,
-            contextlib.suppress(OSError),
-        ):  # closed: nobody reads
-            os.dup2(nothing.fileno(), queue._writer.fileno(), inheritable=False)
-
-    def _death(self, error: BaseException) -> Exception | None:
-        """Return the exception for the worker that died first; None where all are alive."""
-        ended = wait([process.sentinel for process in self.processes], timeout=GRACE_S)
-        order = sorted(range(len(self.processes)), key=lambda worker: worker != self._first)
-        for worker in order:
-            process, reading = self.processes[worker], self._reading(worker)
-            process.join(
-                GRACE_S if process.sentinel in ended else 0
-            )  # its files close before its status is known
-            if process.exitcode in (None, 0):
-                continue
-            how = (
-                signal.Signals(-process.exitcode).name
-                if process.exitcode < 0
-                else f"exit status {process.exitcode}"
-            )
-            if reading is None or process.exitcode == -signal.SIGKILL:
-                where = f", reading {escape_path(reading[0])}" if reading is not None else ""
-                return WorkerDied(
-                    f"a loader process died: {how}{where}; fewer workers need less memory"
-                )
-            return Crashed(reading[0], f"its decoder crashed ({how})")
-        if any(process.exitcode is not None for process in self.processes):
-            reason = str(error).splitlines()[0].rstrip(". ")
-            return WorkerDied(f"a loader process died: {reason}; fewer workers need less memory")
-        return None
-
-    def _reading(self, worker: int) -> tuple[str, float] | None:
-        return self._places.reading(worker) if self._places is not None else None
-
-
-def started(start: Callable[[], T]) -> T:
-    """Return what `start` makes, with loader processes; a TrainingError, and no process left, where
-    it fails."""
-    before = set(multiprocessing.active_children())
+    crew: list[_Worker] = []
+    end = partial(_end, crew)
+    # At exit Python sends children SIGTERM, which workers ignore, and waits for them.
+    atexit.register(end)
     try:
-        return start()
-    except (OSError, RuntimeError) as error:
-        for process in set(multiprocessing.active_children()) - before:
-            process.kill()  # at its exit Python would end it by SIGTERM, which it ignores, and wait for it
-            process.join()
-        full = (
-            "shared memory (/dev/shm) is full"
-            if getattr(error, "errno", None) == errno.ENOSPC
-            else None
-        )
-        reason = full or limit_met(error) or in_one_line(error)
-        _forget_half_built(error)
-    # Not while the error is handled: its number would be taken for that of a full disk.
-    raise TrainingError(f"loader processes cannot be started: {reason}; {HINT}")
-
-
-def _forget_half_built(error: BaseException) -> None:
-    """Keep torch from shutting down an iterator that it has not finished: that prints a
-    traceback."""
-    trace = error.__traceback__
-    while trace is not None:
-        iterator: Any = trace.tb_frame.f_locals.get("self")
-        if type(iterator).__name__ == "_MultiProcessingDataLoaderIter":
-            iterator._shutdown = True
-        trace = trace.tb_next
-
-
-def watch_deaths_here() -> None:
-    """Remove the signal handler that torch sets for its workers.
-
-    It raises their death wherever the main process is, in the middle of a step; without it, death
-    is seen where a batch is waited for.
-    """
-    if threading.current_thread() is threading.main_thread():
-        handler = signal.getsignal(signal.SIGCHLD)
-        if getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling":
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def begin_worker(
-    owner: Owner, places: WorkerStatus | None, refused: dict[str, str], worker: int
-) -> None:
-    """Run in a new worker before it reads.
-
-    It ends with its owner: torch compares its parent with the one it has when its loop begins,
-    which is another one if the owner was killed before. And it ignores a job's SIGTERM, which goes
-    to all processes: the main one finishes its step and writes a checkpoint; a worker that died
-    meanwhile would be missed in the middle of that step.
-    """
-    end_with(owner)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if places is not None:
-        begin(places, worker, refused)
+        _start(crew, read, batches, workers, device)
+        for worker in itertools.cycle(crew):
+            if not worker.wait(timeout_s, stop):
+                return
+            batch = worker.receive()
+            if batch is None:
+                return
+            yield batch
+    finally:
+        end()
+        atexit.unregister(end)
 
 
 def start_context(device: torch.device) -> Any:
@@ -241,3 +105,231 @@ def start_context(device: torch.device) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "numpy", "av"])
     return context
+
+
+def _start(
+    crew: list[_Worker],
+    read: Read,
+    batches: Iterable[list[Key]],
+    workers: int,
+    device: torch.device,
+) -> None:
+    """Start the workers and add them to `crew`; TrainingError where the system refuses one."""
+    try:
+        context = start_context(device)
+        status = WorkerStatus(context, workers)
+        for number in range(workers):
+            ours, theirs = multiprocessing.Pipe()
+            process = context.Process(
+                target=_run_worker,
+                args=(theirs, Owner.here(), status, worker_status.refused_files()),
+                kwargs={"read": read, "batches": batches, "number": number, "workers": workers},
+                daemon=True,
+            )
+            with theirs:
+                process.start()
+            crew.append(_Worker(number, process, ours, status))
+            crew[-1].ask(READ_AHEAD)
+    except (OSError, RuntimeError) as error:
+        reason = limit_met(error) or in_one_line(error)
+        raise TrainingError(f"loader processes cannot be started: {reason}; {HINT}") from error
+
+
+def _end(crew: list[_Worker]) -> None:
+    """End all workers. What they still make is not needed, and files are written whole or not at
+    all."""
+    for worker in crew:
+        worker.process.kill()
+        worker.connection.close()
+    for worker in crew:
+        worker.process.join(GRACE_PERIOD_S)
+    crew.clear()
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A worker, as the main process sees it."""
+
+    number: int
+    process: Any
+    connection: Connection
+    status: WorkerStatus
+
+    def ask(self, batches: int) -> None:
+        """Let the worker make so many more batches. Whether it has died is seen where it is read
+        from."""
+        with suppress(OSError):
+            for _ in range(batches):
+                self.connection.send_bytes(b"1")
+
+    def wait(self, timeout_s: float, stop: Callable[[], bool]) -> bool:
+        """Return true once the worker has sent something or died, false if `stop()` is true first.
+
+        The time is counted in polls: a clock runs on while the job is suspended.
+        """
+        poll_s = min(timeout_s, POLL_S)
+        waited, reading = 0.0, None
+        while not wait([self.connection, self.process.sentinel], timeout=poll_s):
+            if stop():
+                return False
+            before, reading = reading, self.status.reading(self.number)
+            waited = waited + poll_s if reading == before else poll_s
+            if reading is not None and waited > timeout_s:
+                reason = f"its decoder hung: no answer for {timeout_s:g} s"
+                raise _worker_died(
+                    f"a loader process gave no answer for {timeout_s:g} s", reading[0], reason
+                )
+            if waited > PATIENCE * timeout_s:
+                raise TrainingError(
+                    f"a loader process hangs: no batch for {PATIENCE * timeout_s:g} s, "
+                    f"and no video is being read; {HINT}"
+                )
+        return True
+
+    def receive(self) -> Batch | None:
+        """Return the next batch, None after the last one; raise the error that came in its
+        place."""
+        try:
+            batch = receive_batch(self.connection)
+        except Exception as error:
+            # A batch that was sent before the death has arrived whole: this is the death itself,
+            # or a limit of this process.
+            raise self._cause(error) from error
+        if isinstance(batch, DistInitError):
+            raise batch
+        self.ask(1)
+        return batch
+
+    def _cause(self, error: Exception) -> TrainingError:
+        self.process.join(GRACE_PERIOD_S)
+        code = self.process.exitcode
+        if code is None:
+            reason = limit_met(error) or in_one_line(error)
+            return TrainingError(
+                f"a batch could not be received from a loader process: {reason}; {HINT}"
+            )
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        reading = self.status.reading(self.number)
+        path = reading[0] if reading is not None else ""
+        if code == -signal.SIGKILL:
+            # Most often the system, where memory runs out: no fault of the file.
+            return _worker_died("a loader process was ended by SIGKILL", path, "")
+        return _worker_died(
+            f"a loader process died ({how})", path, f"its decoder crashed ({how})" if path else ""
+        )
+
+
+def _worker_died(what: str, path: str, reason: str) -> WorkerDied:
+    where = f" while it read {escape_path(path)}" if path else ""
+    hint = "" if reason else "; fewer workers (loop.workers, test.workers) need less memory"
+    error = WorkerDied(f"{what}{where}{hint}")
+    error.path, error.reason = path, reason
+    return error
+
+
+def _run_worker(
+    connection: Connection,
+    owner: Owner,
+    status: WorkerStatus,
+    refused: dict[str, str],
+    *,
+    read: Read,
+    batches: Iterable[list[Key]],
+    number: int,
+    workers: int,
+) -> None:
+    """Run worker `number`: make and send batches, each once the main process has asked for it."""
+    end_with(owner)
+    # The signals of a job or a terminal go to all its processes. The main one finishes its step and
+    # writes a checkpoint: it would miss a worker that ended meanwhile.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    worker_status.begin(status, number, refused)
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the main process has ended
+        for keys in itertools.islice(batches, number, None, workers):
+            connection.recv_bytes()
+            _make_and_send(connection, read, keys)
+        connection.recv_bytes()
+        send_batch(connection, None)
+
+
+def _make_and_send(connection: Connection, read: Read, keys: list[Key]) -> None:
+    """Send a batch, or the error in its place."""
+    doing = "a loader process failed"
+    try:
+        batch = read(keys)
+        doing = "a loader process cannot send a batch"
+        send_batch(connection, batch)
+    except DistInitError as error:
+        send_batch(connection, error)
+    except (BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception as error:
+        failure = TrainingError(f"{doing}: {limit_met(error) or in_one_line(error)}")
+        failure.add_note(traceback.format_exc())
+        send_batch(connection, failure)
+
+
+class _Pickler(pickle.Pickler):
+    """Takes the memory of tensors as it takes that of NumPy arrays: out of band."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return _tensor_of, (value.numpy(),)
+        return NotImplemented
+
+
+def _tensor_of(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array)
+
+
+def send_batch(connection: Connection, batch: Batch | DistInitError | None) -> None:
+    """Send a batch: tensors as a descriptor of shared memory without a name, all else in bytes."""
+    buffers: list[pickle.PickleBuffer] = []
+    header = io.BytesIO()
+    _Pickler(header, protocol=5, buffer_callback=buffers.append).dump(batch)
+    parts = [buffer.raw() for buffer in buffers]
+    ends = list(itertools.accumulate(_aligned(part.nbytes) for part in parts))
+    if not ends or not ends[-1]:
+        connection.send_bytes(pickle.dumps((header.getvalue(), [0] * len(ends))))
+        return
+    with _anonymous_file() as file:
+        for part, end in zip(parts, ends, strict=True):
+            file.seek(end - _aligned(part.nbytes))
+            file.write(part)
+        file.truncate(ends[-1])
+        file.flush()
+        sizes = [part.nbytes for part in parts]
+        connection.send_bytes(pickle.dumps((header.getvalue(), sizes)))
+        # The descriptor is on its way in the system itself, whatever becomes of this process.
+        send_handle(connection, file.fileno(), None)
+
+
+def receive_batch(connection: Connection) -> Batch | DistInitError | None:
+    """Receive what `send_batch` sent. Tensors are in the shared memory, which ends with them."""
+    header, sizes = pickle.loads(connection.recv_bytes())
+    ends = list(itertools.accumulate(map(_aligned, sizes)))
+    memory = memoryview(bytearray())
+    if ends and ends[-1]:
+        descriptor = recv_handle(connection)
+        try:
+            memory = memoryview(mmap.mmap(descriptor, ends[-1]))
+        finally:
+            os.close(descriptor)
+    starts = (end - _aligned(size) for end, size in zip(ends, sizes, strict=True))
+    buffers = [memory[at : at + size] for at, size in zip(starts, sizes, strict=True)]
+    return pickle.loads(header, buffers=buffers)
+
+
+def _anonymous_file() -> Any:
+    """Return a file without a name that two processes can share: memory, where the system has
+    it."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("distinit-batch"), "r+b")
+    return tempfile.TemporaryFile()
+
+
+def _aligned(size: int) -> int:
+    """Return `size` rounded up so that the next array starts at an address that its type allows."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -7,7 +7,7 @@ epochs, the learning rate, checkpoints and the log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from torch import nn
 
 from ..common.devices import resolve_device
 from ..common.distributed import SINGLE_PROCESS, Ranks
-from ..common.errors import TrainingInterrupted, UsageError
+from ..common.errors import TrainingInterrupted, UsageError, WorkerDied
 from ..common.progress_bar import progress_bar
 from .checkpoint import Checkpoints, random_states
-from .interrupts import Interrupts
+from .interrupts import Interrupts, crashes_recorded
 from .loader import EpochBatchSampler, KeyedDataset, SplitBatchSampler, read_batches
 from .loop_options import LoopOptions, Resume
 from .meter import Meter
@@ -115,6 +115,7 @@ def fit(
         UsageError: the folder holds a run and resume is off.
         CheckpointError: resume of another run (StoreMismatchError: of another store).
         TrainingError: a loss that is not finite, or too many unreadable videos.
+        WorkerDied: a loader process died or hung; the checkpoint is written.
         TrainingInterrupted: SIGTERM; the checkpoint is written.
     """
     with ranks.same_error():
@@ -235,9 +236,10 @@ def _train(
         metrics = stack.enter_context(Metrics(run_dir, state.step)) if ranks.is_main else None
         bar = stack.enter_context(progress_bar("training", len(keys), "step"))
         share = SplitBatchSampler(keys, ranks)
+        stack.enter_context(crashes_recorded(run_dir, is_main=ranks.is_main))
         batches = read_batches(dataset, share, workers=workers, device=run.device, stop=stop)
         stack.enter_context(closing(batches))
-        for batch in meter.timed(ranks.synchronized(batches, stop)):
+        for batch in meter.timed(_with_checkpoint(run, ranks.synchronized(batches, stop))):
             rate = learning_rate(state.step, options)
             report = take_step(
                 run.trained, objective, run.optimizer, batch, rate, options, run.device, ranks
@@ -264,6 +266,15 @@ def _train(
                 f"interrupted at step {state.step} of {options.total_steps}; "
                 f"the checkpoint is written, --resume continues from it"
             )
+
+
+def _with_checkpoint(run: _Run, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the batches; write a checkpoint before a dead loader process ends the training."""
+    try:
+        yield from batches
+    except WorkerDied:
+        run.save("last")
+        raise
 
 
 def _end_epoch(

@@ -28,8 +28,7 @@ MARK = "DISTINIT_TEST_FAMILY"
 LOADER = """
 import multiprocessing, os, sys, threading, time
 import torch
-from torch.utils.data import get_worker_info
-from distinit.pipeline.training import loader
+from distinit.pipeline.training import loader_workers
 from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
 
 start, how, when = sys.argv[1:4]
@@ -45,7 +44,7 @@ class Examples:
     def __getstate__(self):
         return {"a": 1}
     def __getitem__(self, key):
-        if when == "reading" and key[1] == 5 and get_worker_info() is not None:
+        if when == "reading" and key[1] == 5 and multiprocessing.parent_process() is not None:
             stop_here()
         return {"x": torch.full((100_000,), float(key[1]))}
 
@@ -61,14 +60,13 @@ def consume(found):
                 time.sleep(1000)
 
 if __name__ == "__main__":
-    loader.start_context = lambda device: multiprocessing.get_context(start)
+    loader_workers.start_context = lambda device: multiprocessing.get_context(start)
     if when == "before" and start == "fork":
-        from torch.utils.data._utils import worker
-        loop = worker._worker_loop
-        def late(*arguments):
+        run = loader_workers._run_worker
+        def late(*arguments, **named):
             stop_here()
-            loop(*arguments)
-        worker._worker_loop = late
+            run(*arguments, **named)
+        loader_workers._run_worker = late
     if how == "thread":
         found = batches()
         thread = threading.Thread(target=lambda: next(found))  # starts them, and ends
@@ -111,11 +109,6 @@ def family(mark: str) -> list[int]:
             except OSError:
                 continue
     return found
-
-
-def shared_memory_of(pids: list[int]) -> list[Path]:
-    """The files in which these processes hand batches over."""
-    return [path for pid in pids for path in Path("/dev/shm").glob(f"torch_{pid}_*")]
 
 
 @pytest.fixture
@@ -170,7 +163,6 @@ def test_loader_processes_end_with_their_client(
     pids = killed(LOADER, [start, how, when], mark, tmp_path, None)
     assert len(pids) >= 2
     assert nothing_is_left(mark)
-    assert not shared_memory_of(pids)
 
 
 @pytest.mark.slow

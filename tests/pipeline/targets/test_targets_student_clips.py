@@ -20,7 +20,8 @@ import zarr
 
 from distinit.pipeline.clips import read as reading
 from distinit.pipeline.clips.clip_options import ClipView
-from distinit.pipeline.common.errors import TrainingError, UsageError, VideoError
+from distinit.pipeline.common import worker_status
+from distinit.pipeline.common.errors import TrainingError, UsageError, VideoError, WorkerDied
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.targets.dataset import StudentClips
 from distinit.pipeline.targets.picks import PickRule
@@ -252,7 +253,6 @@ def test_a_scale_is_drawn_like_the_crop_and_changes_nothing_else(store):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(store, tmp_path):
     clips = StudentClips(make(store, thresholds={"sure": 0.4, "unsure": 1.2}), VIEW)
 
@@ -287,22 +287,20 @@ def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(
     assert int(elsewhere.stdout) == int(clips[0, 0]["clip"].long().sum())
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("how", ["crash", "hang"])
-def test_a_video_that_a_decoder_crashes_or_hangs_on_is_named_and_drawn_again(
+@pytest.mark.parametrize("how", ["crash", "hang", "memory"])
+def test_a_video_that_ends_a_worker_is_named_and_another_is_drawn_once_it_is_refused(
     store, monkeypatch, how
 ):
-    """Whatever worker meets it; the batches are those of a run in which the video is simply
-    broken."""
+    """The batches are then those of a run in which the video is simply unreadable."""
     bad = store.video_path(int(store.usable()[4]))
 
     def reader(path: str, *arguments: Any, **options: Any) -> Any:
         if path == bad:
             if multiprocessing.parent_process() is None:
-                raise VideoError("broken")
-            if how == "crash":
-                os.kill(os.getpid(), signal.SIGSEGV)
-            time.sleep(100)
+                raise VideoError("unreadable")
+            if how == "hang":
+                time.sleep(100)
+            os.kill(os.getpid(), signal.SIGSEGV if how == "crash" else signal.SIGKILL)
         return read_frames(path, *arguments, **options)
 
     monkeypatch.setitem(reading._READERS, "video", reader)
@@ -310,38 +308,22 @@ def test_a_video_that_a_decoder_crashes_or_hangs_on_is_named_and_drawn_again(
     def stream(workers: int) -> tuple[list[Any], dict[str, str]]:
         keys = EpochBatchSampler(batch_size=6, steps_per_epoch=4, epochs=1)
         clips = StudentClips(make(store), VIEW)
-        found = list(
-            read_batches(clips, keys, workers=workers, device=torch.device("cpu"), hang_s=1.0)
-        )
-        broken = {name: why for batch in found for each in batch["broken"] for name, why in each}
+        device = torch.device("cpu")
+        batches = list(read_batches(clips, keys, workers=workers, device=device, timeout_s=1.0))
+        broken = {name: why for batch in batches for each in batch["broken"] for name, why in each}
         return [
-            (b["video"].tolist(), b["start"].tolist(), int(b["clip"].long().sum())) for b in found
+            (b["video"].tolist(), b["start"].tolist(), int(b["clip"].long().sum())) for b in batches
         ], broken
 
     expected, _ = stream(0)
-    batches, broken = stream(2)
+    with pytest.raises(WorkerDied) as died:
+        stream(2)
+    assert died.value.path == bad
+    assert bool(died.value.reason) == (how != "memory")
+    with worker_status.refusing({bad: how}):
+        batches, broken = stream(2)
     assert batches == expected
-    why = {"crash": "its decoder crashed (SIGSEGV)", "hang": "its decoder hung: no answer for 1 s"}[
-        how
-    ]
-    assert broken == {bad: why}
-
-
-def test_a_worker_that_the_system_kills_ends_the_run_with_the_video_it_read(store, monkeypatch):
-    def reader(path: str, *arguments: Any, **options: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setitem(reading._READERS, "video", reader)
-    keys = EpochBatchSampler(batch_size=6, steps_per_epoch=4, epochs=1)
-    with pytest.raises(
-        TrainingError,
-        match=r"^a loader process died: SIGKILL, reading .*/v\d\d é\.mp4; fewer workers",
-    ):
-        list(
-            read_batches(
-                StudentClips(make(store), VIEW), keys, workers=1, device=torch.device("cpu")
-            )
-        )
+    assert broken == {bad: how}
 
 
 def test_broken_and_exchanged_videos_are_drawn_again_and_named(store, own_store):
