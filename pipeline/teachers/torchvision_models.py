@@ -6,7 +6,6 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import torchvision
 from torch import nn
 
 from ..common.errors import TeacherError, WeightsError
@@ -46,6 +45,9 @@ def torchvision_model(
         TeacherError: The model, weights name or option is unknown.
         WeightsError: The weights do not exist, cannot be fetched, or do not fit.
     """
+    # Imported where it is used: it loads torch's compiler, seconds that other teachers do not need.
+    import torchvision
+
     models = torchvision.models.list_models(module=torchvision.models)
     if model not in models:
         near = difflib.get_close_matches(model, models, 5)
@@ -84,6 +86,8 @@ def resnet50_places365(spec: TeacherSpec) -> LoadedModel:
     Raises:
         WeightsError: no checkpoint (it is never downloaded), or one that does not fit.
     """
+    import torchvision
+
     refuse_builder_options(spec)
     path = Path(spec.weights) if spec.weights else hub_folder() / PLACES_FILE
     if not spec.weights and not path.is_file():
@@ -121,6 +125,8 @@ def _fitting(
     spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile
 ) -> nn.Module:
     """Build the module with the file's weights, and its number of classes if only that differs."""
+    import torchvision
+
     what = f"weights file {file.name}"
     try:
         module = torchvision.models.get_model(model, weights=None, **options)
