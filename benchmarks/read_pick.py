@@ -73,7 +73,7 @@ def contenders(folder: Path, classes: int, rows: int) -> dict[str, Read]:
     )
     with h5py.File(folder / "rows.h5", "w") as file:
         data = file.create_dataset(
-            "logits", (rows, classes), "f2", chunks=(fmt.LOGITS_CHUNK, classes), fletcher32=True
+            "logits", (rows, classes), "f2", chunks=(fmt.VALUES_CHUNK, classes), fletcher32=True
         )
         for first in range(0, rows, SHARD_ROWS):
             data[first : first + SHARD_ROWS] = plain[first : first + SHARD_ROWS]

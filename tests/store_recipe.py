@@ -12,7 +12,7 @@ import pytest
 
 from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.store import layout as fmt
-from distinit.pipeline.store.encoding import decode, divergence, encode, error_record
+from distinit.pipeline.store.encoding import Codec, Sums, error_record
 from distinit.pipeline.store.planning import FrameRange
 from distinit.pipeline.store.staging import (
     FramesPart,
@@ -30,7 +30,11 @@ RUN = {"batch_size": 4, "precision": "fp32", "torch": "x", "device": "cpu"}
 @dataclass(frozen=True)
 class Recipe:
     """What to put into a store: `videos` are numbers, each of which stands for a file and its
-    logits."""
+    outputs.
+
+    teachers: their classes. features: the width of teachers whose output is features, in
+    `features_encoding`.
+    """
 
     videos: Sequence[int] = range(40)
     teachers: Mapping[str, int] = field(default_factory=lambda: {"t": 10})
@@ -40,6 +44,8 @@ class Recipe:
     uncommitted: Sequence[int] = ()
     run: Mapping[str, object] = field(default_factory=lambda: RUN)
     encoding: Encoding = "float16"
+    features: Mapping[str, int] = field(default_factory=dict)
+    features_encoding: Encoding = "float16"
 
     @property
     def sampling(self) -> dict[str, object]:
@@ -59,8 +65,17 @@ class Recipe:
         return video % 2
 
     def logits(self, video: int, teacher: str) -> np.ndarray:
-        random = np.random.default_rng([video, len(teacher), self.teachers[teacher]])
-        return random.normal(0, 3, (self.rows(video), self.teachers[teacher])).astype(np.float32)
+        width = {**self.teachers, **self.features}[teacher]
+        random = np.random.default_rng([video, len(teacher), width])
+        return random.normal(0, 3, (self.rows(video), width)).astype(np.float32)
+
+    @property
+    def codecs(self) -> dict[str, Codec]:
+        """How the rows of each teacher are stored."""
+        logits = {name: Codec("logits", self.encoding, n) for name, n in self.teachers.items()}
+        return logits | {
+            name: Codec("features", self.features_encoding, n) for name, n in self.features.items()
+        }
 
     def make(self, root: Path) -> Path:
         """Write the store, all shards but the `uncommitted` ones."""
@@ -69,11 +84,10 @@ class Recipe:
             writer.add_segments(
                 [FrameRange(i, 0, -1, self.rows(v)) for i, v in enumerate(self.videos)]
             )
-            for name, classes in self.teachers.items():
+            for name, codec in self.codecs.items():
                 attributes = {"name": name, "identity": {"w": self.identity}, "run": self.run}
-                writer.add_teacher(
-                    name, [f"class {k}" for k in range(classes)], attributes, encoding=self.encoding
-                )
+                classes = [f"class {k}" for k in range(self.teachers.get(name, 0))]
+                writer.add_teacher(name, classes, attributes, codec=codec)
             for shard in range(writer.index.n_shards):
                 if shard not in self.uncommitted:
                     writer.commit(self.stage(writer, shard), self.run)
@@ -122,12 +136,16 @@ class Recipe:
                 folder, spec, shard, data[spec.path.split("/")[1]], self.shard_rows
             )
         parts = {}
-        for name, classes in self.teachers.items():
+        for name, codec in self.codecs.items():
             z = np.concatenate([self.logits(v, name) for v in videos])
-            stored = {**encode(z, self.encoding), "entropy": entropy(z)}
-            error = divergence(z, decode(stored, self.encoding))
-            parts[name] = TeacherPart(rows=len(z), error=error_record(error))
-            for spec in fmt.teacher_specs(name, classes, self.encoding):
+            stored = codec.encode(z)
+            error = codec.error(z, codec.decode(stored))
+            parts[name] = TeacherPart(rows=len(z), error=error_record(error, codec.output))
+            if codec.output == "features":
+                parts[name].sums = Sums.of(codec, stored)
+            else:
+                stored["entropy"] = entropy(z)
+            for spec in fmt.teacher_specs(name, codec.width, codec.encoding, codec.output):
                 values = stored[spec.path.split("/")[-1]]
                 parts[name].files += stage_array(folder, spec, shard, values, self.shard_rows)
         return ShardResult(shard, part, parts, str(folder))

@@ -14,7 +14,7 @@ from ..common.settings import (
     ClusterOptions,
     DecodingOptions,
 )
-from ..store.store_options import Encoding
+from ..store.store_options import PlainEncoding
 from ..teachers.teacher_options import TeacherSpec, parse_teachers
 from ..video.sampling import Sampling
 
@@ -76,7 +76,7 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
         int | None,
         CliOption(group="Output", metavar="R", shown="depending on the size, 512 to 16384"),
     ] = Field(None, description="rows per shard, a multiple of 256")
-    encoding: Annotated[Encoding | None, CliOption(group="Output", shown="float16")] = Field(
+    encoding: Annotated[PlainEncoding | None, CliOption(group="Output", shown="float16")] = Field(
         None, description="how a new teacher's logits are stored; int8 halves the store"
     )
     allow_different_numerics: Annotated[bool, CliOption(group="Hardware")] = Field(

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from ..common.errors import VideoError
 from ..common.numerics import entropy
 from ..store import layout as fmt
-from ..store.encoding import decode, divergence, encode, error_record, storable
+from ..store.encoding import Codec, Sums, arrays_of, error_record, storable
 from ..store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from ..store.storage import LocalFiles
 from ..store.store_options import Encoding
 from ..video.container import digest
 from ..video.pool.decode_pool import Block, DecodeJob, DecodePool, Done, Failed
@@ -92,6 +93,7 @@ class _Rows:
     stored: dict[str, dict[str, NDArray[Any]]]
     error: dict[str, NDArray[np.float32]]
     good: dict[str, NDArray[np.bool_]]
+    codecs: dict[str, Codec]
     used: int = 0
     outcomes: list[_Outcome] = field(default_factory=list)
     running: deque[tuple[slice, Future[Logits]]] = field(default_factory=deque)
@@ -117,14 +119,15 @@ class _Rows:
                 self._enter(name, at, logits[: at.stop - at.start])
 
     def _enter(self, name: str, at: slice, logits: NDArray[np.float32]) -> None:
-        encoding, stored = self.task.teachers[name], self.stored[name]
+        codec, stored = self.codecs[name], self.stored[name]
         self.good[name][at] = storable(logits)
-        encoded = encode(logits, encoding)
+        encoded = codec.encode(logits)
         for array, values in encoded.items():
             stored[array][at] = values
         with np.errstate(all="ignore"):  # rows that are not storable
-            stored["entropy"][at] = entropy(logits)
-            self.error[name][at] = divergence(logits, decode(encoded, encoding))
+            if codec.output == "logits":
+                stored["entropy"][at] = entropy(logits)
+            self.error[name][at] = codec.error(logits, codec.decode(encoded))
 
 
 class ShardFiller:
@@ -147,6 +150,7 @@ class ShardFiller:
         self.teachers = runner.teachers
         self.sampling, self.shard_rows = sampling, shard_rows
         self.advance = advance
+        self._codecs: dict[str, Codec] = {}
 
     def fill(self, tasks: Iterable[ShardTask]) -> Iterator[ShardResult]:
         """Yield shards in the order of `tasks`.
@@ -233,16 +237,27 @@ class ShardFiller:
             np.empty(n, np.int64),
             np.empty(n, np.int32),
             {
-                name: {a: np.empty((n, *s.row), s.dtype) for a, s in self._specs(task, name)}
+                name: {a: np.empty((n, *s.row), s.dtype) for a, s in self._specs(name)}
                 for name in task.teachers
             },
             {name: np.empty(n, np.float32) for name in task.teachers},
             {name: np.empty(n, np.bool_) for name in task.teachers},
+            {name: self._codec(name) for name in task.teachers},
         )
 
-    def _specs(self, task: ShardTask, name: str) -> list[tuple[str, fmt.ArraySpec]]:
+    def _codec(self, name: str) -> Codec:
+        """Return how the store holds a teacher's rows; it never changes."""
+        if name not in self._codecs:
+            files = LocalFiles(self.root)
+            fmt.check_root(files)
+            node = fmt.read_nodes(files, "teachers", [name])[name]
+            self._codecs[name] = fmt.read_codec(files, name, node)
+        return self._codecs[name]
+
+    def _specs(self, name: str) -> list[tuple[str, fmt.ArraySpec]]:
         """Return a teacher's arrays by name."""
-        specs = fmt.teacher_specs(name, len(self.teachers[name].classes), task.teachers[name])
+        codec = self._codec(name)
+        specs = fmt.teacher_specs(name, codec.width, codec.encoding, codec.output)
         return [(spec.path.split("/")[-1], spec) for spec in specs]
 
     def _take(self, rows: _Rows, segment: SegmentTask, block: Block, batch: Batch) -> Batch:
@@ -298,28 +313,34 @@ class ShardFiller:
         frames, place = self._stage_frames(task, rows, folder)
         teachers: dict[str, TeacherPart] = {}
         for name in task.teachers:
-            part = TeacherPart()
+            part, codec = TeacherPart(), self._codec(name)
             full = {
-                a: np.full((place.total, *s.row), s.fill, s.dtype)
-                for a, s in self._specs(task, name)
+                a: np.full((place.total, *s.row), s.fill, s.dtype) for a, s in self._specs(name)
             }
+            kept = np.zeros(place.total, bool)
             errors: list[NDArray[np.float32]] = []
             for outcome, first in place.kept:
                 at = slice(outcome.start, outcome.stop)
                 if not rows.good[name][at].all():
                     frame = int(rows.index[at][~rows.good[name][at]][0])
                     part.failed[outcome.task.id] = (
-                        f"the teacher's logits of frame {frame} are not finite"
+                        f"the teacher's {codec.output} of frame {frame} are not finite"
                     )
                     continue
                 for array, values in full.items():
                     values[first : first + at.stop - at.start] = rows.stored[name][array][at]
+                kept[first : first + at.stop - at.start] = True
                 errors.append(rows.error[name][at])
                 part.rows += at.stop - at.start
-            part.error = error_record(np.concatenate(errors or [np.empty(0, np.float32)]))
+            part.error = error_record(
+                np.concatenate(errors or [np.empty(0, np.float32)]), codec.output
+            )
+            if codec.output == "features":
+                arrays = arrays_of(codec.encoding, codec.output)
+                part.sums = Sums.of(codec, {a: full[a][kept] for a in arrays})
             if task.frames_stored:
                 part.failed.update({o.task.id: o.failed for o in rows.outcomes if o.failed})
-            for array, spec in self._specs(task, name):
+            for array, spec in self._specs(name):
                 part.files += stage_array(folder, spec, task.shard, full[array], self.shard_rows)
             teachers[name] = part
         return ShardResult(task.shard, frames, teachers, str(folder))

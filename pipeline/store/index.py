@@ -17,9 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 from ..common.errors import StoreError
 from . import layout as fmt
 from .digests import Ranges, ranges_of, read_rows
-from .encoding import DEFAULT, arrays_of, check_encoding
+from .encoding import DEFAULT, ERROR_KEYS, check_encoding, check_output, row_arrays
 from .storage import LocalFiles, StoreFiles, store_files
-from .store_options import Encoding
+from .store_options import Encoding, Output
 from .validation import check_files
 
 PENDING, OK, FAILED, OVERFLOWED = 0, 1, 2, 3
@@ -32,6 +32,7 @@ class TeacherCommits:
     """Shards of one teacher that exist, and its own failures by segment."""
 
     encoding: Encoding = DEFAULT
+    output: Output = "logits"
     shards: set[int] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)
     commits: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -207,10 +208,16 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
             raise StoreError(
                 f"{files.name}/teachers/{name}: a plan names this teacher, but it is missing"
             )
-        encoding = check_encoding(
-            nodes[name].get("encoding"), f"{files.name}/teachers/{name}/zarr.json"
-        )
-        index.teachers[name] = TeacherCommits(encoding)
+        place = f"{files.name}/teachers/{name}/zarr.json"
+        output = check_output(nodes[name].get("output", "logits"), place)
+        encoding = check_encoding(nodes[name].get("encoding"), place, output)
+        needed = set(fmt.requirements(output, encoding))
+        if missing := needed.difference(attributes.get("requires", [])):
+            raise StoreError(
+                f"{place}: output {output!r} in {encoding} needs {', '.join(sorted(missing))} among "
+                f"the requirements of the store, got {attributes.get('requires')}"
+            )
+        index.teachers[name] = TeacherCommits(encoding, output)
         for shard, node in read(f"commits/teachers/{name}", shards, name):
             try:
                 add_teacher_commit(index, name, int(shard), node, f"{files.name}/")
@@ -324,9 +331,13 @@ def add_teacher_commit(
     """Enter one commit of a teacher's rows; StoreError as `add_frame_commit`."""
     teacher = index.teachers[name]
     where = f"{root}commits/teachers/{name}/{shard:06d}/zarr.json"
-    check_files(
-        where, node["files"], (*arrays_of(teacher.encoding), "entropy"), shard, f"teachers/{name}"
-    )
+    arrays = row_arrays(teacher.encoding, teacher.output)
+    check_files(where, node["files"], arrays, shard, f"teachers/{name}")
+    if set(ERROR_KEYS[teacher.output]) - node["error"].keys():
+        raise StoreError(
+            f"{where}: error: expected {' and '.join(ERROR_KEYS[teacher.output])} of "
+            f"{teacher.output}, got {', '.join(node['error']) or 'nothing'}"
+        )
     if node["rows"] > index.shard_rows:
         raise StoreError(
             f"{where}: speaks of {node['rows']} rows, its shard has {index.shard_rows}"

@@ -1,4 +1,4 @@
-"""The store's layout on disk, version 1: names, array specs, nodes.
+"""The store's layout on disk, versions 1 and 2: names, array specs, nodes.
 
 docs/store-format.md is the contract. A store is one Zarr v3 group. Two kinds of node make something
 exist: a *plan* (rows of the video and segment tables) and a *commit* (one shard of the frame tables
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,32 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from ..common.errors import StoreError
 from ..common.files import fsync_path, write_whole
-from .digests import DIGEST, KEY, check_document, seal
-from .encoding import DEFAULT, arrays_of
+from .digests import DIGEST, KEY, check_document, digest_rows, read_rows, seal
+from .encoding import (
+    DEFAULT,
+    Codec,
+    check_encoding,
+    check_output,
+    pca_components,
+    row_arrays,
+    value_type,
+)
 from .storage import LocalFiles, StoreFiles, inside, open_table, store_files
-from .store_options import Encoding
-from .validation import check_node, load_json
+from .store_options import Encoding, Output
+from .validation import MAX_BASIS, check_basis, check_node, check_requires, check_width, load_json
 from .validation import check_root as check_root_form
 
 FORMAT = "distinit-targets"
-VERSION = 1
+VERSIONS = (1, 2)
+VERSION = 2  # of new stores
+REQUIREMENTS = ("features", "pca")
+"""What a store of version 2 can require of its readers: teachers with features, in pca:D."""
 STAGING = "staging"  # a group that exists only while a store is written
-LOGITS_CHUNK = 16  # rows read for one pick: 32 kB at 1000 classes
+VALUES_CHUNK = 16  # rows read for one pick: 32 kB at 1000 classes
 TABLE_CHUNK = 256  # rows of the frame tables read together
 VIDEO_CHUNK = 16384  # rows of the video and segment tables
-FINGERPRINT = "fingerprint"  # the node of a teacher's own in its group
+FINGERPRINT = "fingerprint"  # a node in the teacher's group
+STATISTICS = "statistics"  # the group of a teacher's nodes of sums, one per shard
 FRAME_TABLES = ("video", "index", "pts")
 GROUPS = (
     "videos",
@@ -95,28 +107,41 @@ def frame_specs() -> list[ArraySpec]:
     return [ArraySpec(f"frames/{n}", t, f, ("frame",), (), TABLE_CHUNK, True) for n, t, f in kinds]
 
 
-def teacher_specs(name: str, classes: int, encoding: Encoding = DEFAULT) -> list[ArraySpec]:
-    """Return the rows of one teacher.
+def teacher_specs(
+    name: str, width: int, encoding: Encoding = DEFAULT, output: Output = "logits"
+) -> list[ArraySpec]:
+    """Return the arrays over rows of one teacher with `width` classes or features.
 
-    They are the arrays of `encoding` for logits [frame, class], and entropy [frame] in nats.
+    They are those of `encoding` for the values [frame, class or feature], and of logits the entropy
+    [frame] in nats.
     """
-    nan, fill = float("nan"), 0 if encoding == "int8" else float("nan")
-    logits = ArraySpec(
-        f"teachers/{name}/logits",
-        encoding,
-        fill,
-        ("frame", "class"),
-        (classes,),
-        LOGITS_CHUNK,
-        True,
-    )
-    names = [*arrays_of(encoding)[1:], "entropy"]
+    nan, kind = float("nan"), value_type(encoding)
+    values, *others = row_arrays(encoding, output)
     return [
-        logits,
+        ArraySpec(
+            f"teachers/{name}/{values}",
+            kind,
+            0 if kind == "int8" else nan,
+            ("frame", "class" if output == "logits" else "feature"),
+            (pca_components(encoding) or width,),
+            VALUES_CHUNK,
+            True,
+        ),
         *(
             ArraySpec(f"teachers/{name}/{n}", "float32", nan, ("frame",), (), TABLE_CHUNK, True)
-            for n in names
+            for n in others
         ),
+    ]
+
+
+def basis_specs(name: str, width: int, components: int) -> list[ArraySpec]:
+    """Return the tables of a teacher in pca:D: the basis, a component per row, and the mean."""
+    group = f"teachers/{name}"
+    return [
+        ArraySpec(
+            f"{group}/basis", "float32", 0, ("component", "feature"), (width,), max(components, 1)
+        ),
+        ArraySpec(f"{group}/mean", "float32", 0, ("feature",), (), max(width, 1)),
     ]
 
 
@@ -147,6 +172,31 @@ def create_classes(group: Path, classes: Sequence[str]) -> None:
     spec = ArraySpec("class", "str", "", ("class",), (), max(len(classes), 1))
     create_array(group, spec, len(classes), 0)
     zarr.open_array(group / spec.path, mode="r+")[:] = np.asarray(classes, dtype=object)
+
+
+def codec_attributes(codec: Codec) -> dict[str, Any]:
+    """Return what the node of a teacher records of how its rows are stored."""
+    if codec.output == "logits":
+        return {"encoding": codec.encoding}
+    attributes = {"encoding": codec.encoding, "output": codec.output, "width": codec.width}
+    if codec.basis is None or codec.mean is None:
+        return attributes
+    return {
+        **attributes,
+        "pca": {"basis": digest_rows(codec.basis), "mean": digest_rows(codec.mean)},
+    }
+
+
+def create_basis(group: Path, codec: Codec) -> None:
+    """Create the tables of a teacher in pca:D in its group; nothing in any other encoding."""
+    if codec.basis is None or codec.mean is None:
+        return
+    for spec, values in zip(
+        basis_specs("", codec.width, len(codec.basis)), (codec.basis, codec.mean), strict=True
+    ):
+        leaf = replace(spec, path=spec.path.rpartition("/")[2])
+        create_array(group, leaf, len(values), 0)
+        zarr.open_array(group / leaf.path, mode="r+")[:] = values
 
 
 def seal_array(folder: Path, **changes: Any) -> None:
@@ -262,6 +312,43 @@ def read_fingerprint(files: StoreFiles, teacher: str) -> dict[str, Any] | None:
     return read_nodes(files, f"teachers/{teacher}", [FINGERPRINT]).get(FINGERPRINT)
 
 
+def read_codec(files: StoreFiles, teacher: str, node: Mapping[str, Any]) -> Codec:
+    """Return how a teacher's rows are stored; `node`: that of its group.
+
+    Raises:
+        StoreError: Output or encoding are unknown, or the basis of pca:D is damaged.
+    """
+    where = f"{files.name}/teachers/{teacher}/zarr.json"
+    output = check_output(node.get("output", "logits"), where)
+    encoding = check_encoding(node.get("encoding"), where, output)
+    if output == "logits":
+        return Codec(output, encoding, files.table(f"teachers/{teacher}/class").shape[0])
+    width = check_width(where, node)
+    if not (components := pca_components(encoding)):
+        return Codec(output, encoding, width)
+    if components > width or components * width > MAX_BASIS:
+        raise StoreError(
+            f"{where}: encoding {encoding!r}: a basis of {components} components of {width} "
+            f"features, expected at most {min(width, MAX_BASIS // width)} components"
+        )
+    found = check_basis(where, node)
+    tables = []
+    for spec, shape in zip(
+        basis_specs(teacher, width, components), ((components, width), (width,)), strict=True
+    ):
+        if files.table(spec.path).shape != shape:
+            raise StoreError(
+                f"{files.name}/{spec.path}/zarr.json: has the shape {files.table(spec.path).shape}, "
+                f"expected {shape}"
+            )
+        name = spec.path.rpartition("/")[2]
+        ranges = {spec.path: {(0, shape[0]): {found[name]}}}
+        tables.append(read_rows(files, spec.path, 0, shape[0], ranges))
+    if not all(np.isfinite(table).all() for table in tables):
+        raise StoreError(f"{files.name}/teachers/{teacher}/basis: is not finite")
+    return Codec(output, encoding, width, *tables)
+
+
 def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> list[dict[str, Any]]:
     """Return the nodes of `plans/`: they are numbered, and the last is the one with none behind it.
 
@@ -312,7 +399,7 @@ def check_root(where: Path | StoreFiles) -> dict[str, Any]:
     """Return the attributes of the store at `where`.
 
     Raises:
-        StoreError: It is not a version-1 store; the message names what it is.
+        StoreError: It is not a store that this version reads; the message names what it is.
     """
     files = store_files(where)
     try:
@@ -348,11 +435,34 @@ def parse_root(where: str, text: bytes) -> dict[str, Any]:
             f"{where}: a Zarr node, but not a target store (attribute {KEY}.format is missing)"
         )
     # The version comes first: another one may have other digests.
-    if record.get("version") != VERSION:
+    version = record.get("version")
+    if type(version) is not int or version not in VERSIONS:
         raise StoreError(
-            f"{where}: format version {record.get('version')}, this distinit reads version {VERSION}"
+            f"{where}: format version {version}, this distinit reads versions "
+            f"{' and '.join(map(str, VERSIONS))}"
         )
-    return parse_node(where, text, sealed=bool(record.get("node_digests")))
+    record = parse_node(where, text, sealed=bool(record.get("node_digests")))
+    if version >= 2:
+        _check_requirements(where, record)
+    return record
+
+
+def _check_requirements(where: str, record: Mapping[str, Any]) -> None:
+    """Raise StoreError for what a store of version 2 requires and this version cannot do."""
+    check_requires(where, record)
+    unknown = [name for name in record["requires"] if name not in REQUIREMENTS]
+    if unknown:
+        raise StoreError(
+            f"{where}: requires {', '.join(map(repr, unknown))}, which this distinit does not know "
+            f"(it knows {', '.join(REQUIREMENTS)}); a newer version reads this store"
+        )
+
+
+def requirements(output: Output, encoding: Encoding) -> list[str]:
+    """Return what a teacher of this kind requires of readers."""
+    return (["features"] if output == "features" else []) + (
+        ["pca"] if pca_components(encoding) else []
+    )
 
 
 def _instead(files: StoreFiles) -> str:

@@ -85,7 +85,10 @@ def check_parts(stores: Sequence[TargetStore], *, allow_different_numerics: bool
             b = store.teachers[name]
             for key in (
                 "identity",
+                "output",
+                "width",
                 "encoding",
+                "basis_digests",
                 "classes",
                 *(() if allow_different_numerics else ("run",)),
             ):
@@ -147,7 +150,7 @@ def plan_merge(
     first = placed[0].store
     nodes = fmt.read_nodes(first.files, "teachers", first.teachers)
     for name, record in first.teachers.items():
-        writer.add_teacher(name, record.classes, nodes[name], encoding=record.encoding, allow_different_numerics=True,
+        writer.add_teacher(name, record.classes, nodes[name], codec=record.codec, allow_different_numerics=True,
                            fingerprint=fingerprints.get(name))  # fmt: skip
 
 
@@ -202,6 +205,8 @@ def _copy_shard(writer: StoreWriter, part: Placed, shard: int) -> bool:
         rows_of = TeacherPart(
             rows=node["rows"], error=node["error"], failed=_moved(node["failed"], part.segment)
         )
+        if of.output == "features":
+            (rows_of.sums,) = part.store.sums(teacher, [shard])
         for name, record in node["files"].items():
             rows_of.files.append(
                 _staged(folder, name, shard, target, _checked(part.store, name, record))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -25,22 +25,54 @@ from ..corpus.sources import unescape_path
 from ..video.sampling import Sampling
 from . import layout as fmt
 from .digests import read_rows, split_ranges
-from .encoding import DEFAULT, read_logits, total_error
+from .encoding import (
+    Codec,
+    Sums,
+    arrays_of,
+    mean_and_scale,
+    pca_components,
+    total_error,
+    value_type,
+)
 from .index import OK, STATUS, StoreIndex, load_index
 from .shards import ShardedRows
 from .storage import LocalFiles, StoreFiles, store_files
-from .store_options import Encoding
+from .store_options import Encoding, Output
 
 
 @dataclass(frozen=True)
 class TeacherRecord:
-    """A teacher in a store: `classes` [K] by name and the identity it was extracted under."""
+    """A teacher in a store and the identity it was extracted under.
+
+    classes: their names [K]; none of features. codec: how its rows are stored. views: of a frame.
+    """
 
     name: str
     classes: tuple[str, ...]
     identity: dict[str, Any]
     run: dict[str, Any]
-    encoding: Encoding = DEFAULT
+    codec: Codec
+    views: tuple[str, ...] = ("center",)
+
+    @property
+    def output(self) -> Output:
+        """What its rows hold."""
+        return self.codec.output
+
+    @property
+    def encoding(self) -> Encoding:
+        """How they are stored."""
+        return self.codec.encoding
+
+    @property
+    def width(self) -> int:
+        """Values of a row: classes or features."""
+        return self.codec.width
+
+    @property
+    def basis_digests(self) -> dict[str, Any]:
+        """What identifies the basis and mean of pca:D; empty of any other encoding."""
+        return dict(fmt.codec_attributes(self.codec).get("pca", {}))
 
 
 @dataclass(frozen=True)
@@ -74,16 +106,19 @@ class TargetStore:
         self.teachers: dict[str, TeacherRecord] = {}
         for name, node in fmt.read_nodes(files, "teachers", self.index.teachers).items():
             try:
-                classes = read_classes(files, name)
+                codec = fmt.read_codec(files, name, node)
+                classes = read_classes(files, name) if codec.output == "logits" else ()
             except StoreError:
                 if damaged:  # which `verify` reports
                     continue
                 raise
-            if not damaged and (wrong := other_classes(classes, node["identity"])):
+            if (
+                codec.output == "logits"
+                and not damaged
+                and (wrong := other_classes(classes, node["identity"]))
+            ):
                 raise StoreError(f"{files.name}/teachers/{name}/class: {wrong}")
-            self.teachers[name] = TeacherRecord(
-                name, classes, node["identity"], node["run"], self.index.teachers[name].encoding
-            )
+            self.teachers[name] = TeacherRecord(name, classes, node["identity"], node["run"], codec)
         self._columns: dict[str, NDArray[Any]] = {}
         self._rows: dict[str, ShardedRows] = {}
 
@@ -116,7 +151,7 @@ class TargetStore:
         return self.files.root
 
     def __repr__(self) -> str:
-        teachers = ", ".join(f"{t.name}[{len(t.classes)}]" for t in self.teachers.values())
+        teachers = ", ".join(f"{t.name}[{t.width}]" for t in self.teachers.values())
         return f"TargetStore({self.name!r}, {self.n_videos} videos, {self.n_rows} rows, teachers: {teachers})"
 
     # -- contents
@@ -338,26 +373,83 @@ class TargetStore:
         """Return a frame table's values (`video`, `index` or `pts`) of rows, [n]."""
         return self._table(name).read(rows).astype(np.int64)
 
+    def outputs(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
+        """Return a teacher's logits or features of rows, [n, K] float32, in any encoding."""
+        codec = self.teacher(teacher).codec
+        return codec.read(lambda name: self.read_stored(teacher, name, rows))
+
     def logits(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
-        """Return logits of rows, [n, K] float32, whatever their encoding."""
-        encoding = self.teacher(teacher).encoding
-        return read_logits(lambda name: self.read_stored(teacher, name, rows), encoding)
+        """Return logits of rows, [n, K] float32; UsageError of a teacher of features."""
+        self._needs_logits(teacher, "logits")
+        return self.outputs(teacher, rows)
 
     def entropy(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
-        """Entropy of rows in nats at τ = 1, [n] float32, from the teacher's float32 logits."""
+        """Entropy of rows in nats at τ = 1, [n] float32, from the teacher's float32 logits.
+
+        UsageError of a teacher of features.
+        """
+        self._needs_logits(teacher, "entropies")
         return self.read_stored(teacher, "entropy", rows).astype(np.float32)
+
+    def _needs_logits(self, teacher: str, what: str) -> None:
+        if self.teacher(teacher).output != "logits":
+            logits = [t.name for t in self.teachers.values() if t.output == "logits"]
+            raise UsageError(
+                f"teacher {teacher!r} of {self.name} has features, no {what}; teachers with "
+                f"logits: {', '.join(logits) or 'none'}"
+            )
+
+    def statistics(self, teacher: str) -> tuple[NDArray[np.float32], float]:
+        """Return the mean [K] of a teacher's stored rows, and one scale for all dimensions.
+
+        The scale is the root of the mean of (x − mean)² over rows and dimensions, as PHI-S has it.
+        Read from what was added up when the shards were written; where nothing was, of logits
+        always, all rows of the shard are read.
+        """
+        record = self.teacher(teacher)
+        shards = sorted(self.index.teachers[teacher].shards)
+        return mean_and_scale(list(self.sums(teacher, shards)), record.width)
+
+    def sums(self, teacher: str, shards: Sequence[int]) -> Iterator[Sums]:
+        """Yield what `statistics` adds up, of each of these shards that the teacher has.
+
+        Raises:
+            StoreError: The sums of a shard are not of its rows.
+        """
+        record, commits = self.teacher(teacher), self.index.teachers[teacher].commits
+        group, names = f"teachers/{teacher}/{fmt.STATISTICS}", [f"{s:06d}" for s in shards]
+        nodes = fmt.read_nodes(self.files, group, names) if record.output == "features" else {}
+        rows = self.committed_rows(teacher) if len(nodes) < len(names) else None
+        for shard, name in zip(shards, names, strict=True):
+            node = nodes.get(name)
+            if node is None and rows is not None:
+                base = shard * self.index.shard_rows
+                first, end = np.searchsorted(rows, (base, base + self.index.shard_rows)).tolist()
+                arrays = arrays_of(record.encoding, record.output)
+                yield Sums.of(
+                    record.codec, {a: self.read_stored(teacher, a, rows[first:end]) for a in arrays}
+                )
+            elif node is not None:
+                if node["rows"] != commits[shard]["rows"] or len(node["sum"]) != record.width:
+                    raise StoreError(
+                        f"{self.name}/{group}/{name}: is of {node['rows']} rows of "
+                        f"{len(node['sum'])} values, expected {commits[shard]['rows']} of {record.width}"
+                    )
+                yield Sums(node["rows"], np.array(node["sum"], np.float64), node["square"])
 
     def read_stored(self, teacher: str, name: str, rows: ArrayLike) -> NDArray[Any]:
         """Return rows of one of a teacher's arrays as stored (`encoding.arrays_of`, `entropy`)."""
         return self._array(f"teachers/{self.teacher(teacher).name}/{name}").read(rows)
 
     def encoding_error(self, teacher: str) -> dict[str, Any]:
-        """Return the KL in nats of the stored logits' softmax from the teacher's own.
+        """Return how far the stored rows are off the teacher's own.
 
-        Its mean, and a bound of its 99th percentile.
+        Of logits the KL in nats of the softmax, of features 1 − cosine: the mean, and a bound of
+        the 99th percentile.
         """
-        commits = self.index.teachers[self.teacher(teacher).name].commits.values()
-        return total_error([(c["rows"], c["error"]) for c in commits])
+        record = self.teacher(teacher)
+        commits = self.index.teachers[record.name].commits.values()
+        return total_error([(c["rows"], c["error"]) for c in commits], record.output)
 
     def committed_rows(self, teacher: str) -> NDArray[np.int64]:
         """Return all rows that exist under a teacher, ascending."""
@@ -388,12 +480,13 @@ class TargetStore:
             raise StoreError(
                 f"{where}: has {rows.shard_rows} rows per shard, the store {self.index.shard_rows}"
             )
-        if path.endswith("/logits"):
-            teacher = self.teachers[path.split("/")[1]]
-            if rows.dtype.name != teacher.encoding or rows.shape[1] != len(teacher.classes):
+        if path.endswith(("/logits", "/features")):
+            codec = self.teachers[path.split("/")[1]].codec
+            width = pca_components(codec.encoding) or codec.width
+            if rows.dtype.name != value_type(codec.encoding) or rows.shape[1] != width:
                 raise StoreError(
-                    f"{where}: is {rows.dtype.name} of {rows.shape[1]} classes, the teacher has "
-                    f"{len(teacher.classes)} in {teacher.encoding}"
+                    f"{where}: is {rows.dtype.name} with rows of {rows.shape[1]}, the teacher has "
+                    f"rows of {width} in {codec.encoding}"
                 )
 
 

@@ -278,7 +278,9 @@ class RemoteFiles(StoreFiles):
             (f"{path}/{name}" for name in names), min(LARGEST, largest_chunk(meta))
         )
         lost = next((name for name in names if f"{path}/{name}" not in fetched), None)
-        if lost is not None and (path in WITHOUT_FILL or path.endswith("/class")):
+        if lost is not None and (
+            path in WITHOUT_FILL or path.endswith(("/class", "/basis", "/mean"))
+        ):
             raise StoreError(f"{self.name}/{path}/{lost}: missing")
         files = {"zarr.json": text} | {
             name.removeprefix(f"{path}/"): data for name, data in fetched.items()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..common.files import fsync_path
 from . import layout as fmt
 from .digests import digest_bytes
-from .encoding import error_record
+from .encoding import Sums, error_record
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,17 @@ class FramesPart:
 
 @dataclass
 class TeacherPart:
-    """One teacher's rows of one shard; `error` is what `encoding.error_record` says of them."""
+    """One teacher's rows of one shard.
+
+    error: what `encoding.error_record` returns for them. sums: for the statistics, of features
+    alone.
+    """
 
     rows: int = 0
     error: dict[str, Any] = field(default_factory=lambda: error_record(np.empty(0)))
     failed: dict[int, str] = field(default_factory=dict)
     files: list[StagedFile] = field(default_factory=list)
+    sums: Sums | None = None
 
 
 @dataclass

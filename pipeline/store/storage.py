@@ -172,7 +172,8 @@ class LocalFiles(StoreFiles):
             inside(
                 self.root,
                 path,
-                below=not path.startswith(("frames/", "teachers/")) or path.endswith("/class"),
+                below=not path.startswith(("frames/", "teachers/"))
+                or path.endswith(("/class", "/basis", "/mean")),
             )
             self._tables.add(path)
         return open_table(self.root / path)

@@ -18,7 +18,12 @@ from ..common.settings import (
 )
 from ..common.urls import StoreAddress, public_url
 
-Encoding = Literal["float16", "int8"]
+Output = Literal["logits", "features"]
+"""What a teacher gives for an image: a logit per class, or a feature vector."""
+PlainEncoding = Literal["float16", "int8"]
+"""How extraction can store a teacher's rows."""
+Encoding = str
+"""How a store can hold them: a PlainEncoding, or `pca:D` of features (see `pca_components`)."""
 SEED = CliOption(metavar="S")
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..common.errors import UsageError
 from . import layout as fmt
-from .encoding import arrays_of, total_error
+from .encoding import Sums, row_arrays, total_error
 from .index import OK
 from .planning import FrameRange, auto_shard_rows
 from .reader import TargetStore
@@ -71,7 +71,7 @@ def write_subset(
                 name,
                 record.classes,
                 nodes[name],
-                encoding=record.encoding,
+                codec=record.codec,
                 fingerprint=source.fingerprint(name),
             )
         pairs = zip(segments, old.tolist(), strict=True)
@@ -141,19 +141,23 @@ class ShardCopy:
         part = TeacherPart(
             rows=sum(good),
             error=total_error(
-                [(n, of.commits[shard]["error"]) for n, shard in zip(good, shards, strict=True)]
+                [(n, of.commits[shard]["error"]) for n, shard in zip(good, shards, strict=True)],
+                record.output,
             ),
             failed=self._of(of.failed),
         )
         folder = new_staging(self.writer.root, self.shard)
-        specs = fmt.teacher_specs(name, len(record.classes), record.encoding)
+        codec = record.codec
+        specs = fmt.teacher_specs(name, codec.width, codec.encoding, codec.output)
         kept = np.repeat(
             np.array(good) > 0, self.counts
         )  # a shard of which every segment failed may have no file
-        for array, spec in zip((*arrays_of(record.encoding), "entropy"), specs, strict=True):
+        stored: dict[str, NDArray[Any]] = {}
+        for array, spec in zip(row_arrays(codec.encoding, codec.output), specs, strict=True):
             values = np.full((len(self.rows), *spec.row), spec.fill, spec.dtype)
-            values[kept] = self.source.read_stored(name, array, self.rows[kept])
+            values[kept] = stored[array] = self.source.read_stored(name, array, self.rows[kept])
             part.files += stage_array(folder, spec, self.shard, values, self.writer.shard_rows)
+        part.sums = Sums.of(codec, stored) if codec.output == "features" else None
         run = _common([of.commits[shard]["run"] for shard in sorted(set(shards))])
         self.writer.commit(ShardResult(self.shard, None, {name: part}, str(folder)), run)
 

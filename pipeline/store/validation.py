@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from pydantic_core import from_json
 
 from ..common.errors import StoreError
 from ..video.sampling import Sampling
+from .store_options import Output
 
 if TYPE_CHECKING:
     from .layout import ArraySpec
@@ -35,6 +36,7 @@ MAX_SHARD_BYTES = 1 << 34  # of one file of a shard
 MAX_CLASSES = 1 << 20
 MAX_CHUNK_ROWS = 1 << 16  # of tables
 MAX_CHUNKS = 1 << 16  # of a table's column
+MAX_BASIS = 1 << 26  # values of the basis of pca:D
 MAX_TEXT_CHUNK = 1 << 26  # bytes of the texts of a chunk
 MAX_NAME = 200
 MAX_TEXT = 1 << 16
@@ -42,6 +44,8 @@ SHARD_UNIT = 256
 
 _TABLE_CODECS: tuple[list[str], ...] = ([], ["zstd"], ["crc32c"], ["zstd", "crc32c"])
 _DIGEST = re.compile(r"[0-9a-f]{32}")
+
+OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 Form = tuple[str, Callable[[Any], bool]]
 """What is allowed, in words and as a test."""
@@ -147,11 +151,20 @@ def _is_run(value: Any) -> bool:
     )
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _is_error(value: Any) -> bool:
-    kinds = (int, float, type(None))
-    return isinstance(value, dict) and all(
-        type(value.get(key, 0.5j)) in kinds for key in ("kl_mean", "kl_p99")
+    """Check a commit's error: one pair of keys that `encoding.ERROR_KEYS` has."""
+    return isinstance(value, dict) and any(
+        all(key in value and (value[key] is None or _is_number(value[key])) for key in keys)
+        for keys in (("kl_mean", "kl_p99"), ("cosine_mean", "cosine_p99"))
     )
+
+
+def _is_pca(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_digest(value.get(k)) for k in ("basis", "mean"))
 
 
 def _is_part(value: Any) -> bool:
@@ -200,6 +213,14 @@ _LOGITS: Form = (
     "a list of lists",
     lambda v: isinstance(v, list) and all(isinstance(row, list) for row in v),
 )
+_WIDTH: Form = (
+    f"a whole number from 1 to {MAX_CLASSES}",
+    lambda v: _is_int(v, 1, MAX_CLASSES),
+)
+_REQUIRES: Form = (
+    "a list of names",
+    lambda v: _is_unique(v, lambda name: _is_text(name, MAX_NAME), str),
+)
 _SEGMENT_LISTS = ("segment", "first_row", "rows", "frames")
 
 # Of each kind of node the keys that are used: the form of each, and whether it is required.
@@ -233,7 +254,13 @@ _NODES: dict[str, dict[str, tuple[Form, bool]]] = {
     "rows": {
         "rows": (_COUNT, True),
         "failed": (_REASONS, True),
-        "error": (("an object with kl_mean and kl_p99, numbers or null", _is_error), True),
+        "error": (
+            (
+                "an object with kl_mean and kl_p99, or cosine_mean and cosine_p99: numbers or null",
+                _is_error,
+            ),
+            True,
+        ),
         "files": (_OBJECT, True),
         "run": (_RUN, True),
     },
@@ -242,6 +269,20 @@ _NODES: dict[str, dict[str, tuple[Form, bool]]] = {
         "identity": (_OBJECT, True),
         "run": (_RUN, True),
         "provenance": (_OBJECT, False),
+        "output": (("text", lambda v: _is_text(v, MAX_NAME)), False),
+        "width": (_WIDTH, False),
+        "pca": (("an object with the digests of basis and mean", _is_pca), False),
+    },
+    "statistics": {
+        "rows": (_COUNT, True),
+        "sum": (
+            (
+                "a list of finite numbers",
+                lambda v: isinstance(v, list) and all(map(_is_number, v)),
+            ),
+            True,
+        ),
+        "square": (("a finite number", _is_number), True),
     },
     "fingerprint": {
         "probes": (_COUNT, True),
@@ -259,7 +300,9 @@ def _kind(group: str) -> str:
         return {"plans": "plan", "commits/frames": "frames", "teachers": "teacher"}[group]
     if group.startswith("commits/teachers/"):
         return "rows"
-    return "fingerprint" if group.startswith("teachers/") else "other"
+    if group.startswith("teachers/"):
+        return "statistics" if group.endswith("/statistics") else "fingerprint"
+    return "other"
 
 
 def check_node(where: str, group: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -289,6 +332,28 @@ def check_root(where: str, record: dict[str, Any]) -> None:
         ) from None
     if every is not None and not _is_int(every, 1):
         raise StoreError(f"{where}: sampling.every: expected {_COUNT[0]}, got {_short(every)}")
+
+
+def check_requires(where: str, record: Mapping[str, Any]) -> None:
+    """Raise StoreError unless the root of a version 2 store lists what it requires of readers."""
+    _check_value(where, "requires", record.get("requires"), _REQUIRES)
+
+
+def check_width(where: str, record: Mapping[str, Any]) -> int:
+    """Return the number of features of a teacher's rows; StoreError unless its node has it."""
+    _check_value(where, "width", record.get("width"), _WIDTH)
+    return int(record["width"])
+
+
+def check_basis(where: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digests of the tables of a teacher in pca:D; StoreError without them."""
+    _check_value(where, "pca", record.get("pca"), ("an object with basis and mean", _is_pca))
+    return dict(record["pca"])
+
+
+def _check_value(where: str, key: str, value: Any, form: Form) -> None:
+    if not form[1](value):
+        raise StoreError(f"{where}: {key}: expected {form[0]}, got {_short(value)}")
 
 
 def _check(where: str, kind: str, record: Mapping[str, Any]) -> None:
@@ -351,7 +416,7 @@ def check_files(
 
 def _file_names(folder: str, arrays: tuple[str, ...], shard: int) -> tuple[str, ...]:
     return tuple(
-        f"{folder}/{array}/c/{shard}{'/0' if array == 'logits' else ''}" for array in arrays
+        f"{folder}/{array}/c/{shard}{'/0' if array in OUTPUTS else ''}" for array in arrays
     )
 
 
@@ -383,16 +448,19 @@ def _spec_of(path: str) -> ArraySpec | None:
     )
     if array == "class":
         return fmt.ArraySpec(path, "str", "", ("class",))
-    return next((s for s in fmt.teacher_specs(name, 1, "int8") if s.path == path), None)
+    specs = {s.path: s for output in OUTPUTS for s in fmt.teacher_specs(name, 1, "int8", output)}
+    specs |= {s.path: s for s in fmt.basis_specs(name, 1, 1)}
+    return specs.get(path)
 
 
 def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
     """Return what is wrong with an array's metadata; None if nothing is."""
     rows, *row = meta["shape"]
-    logits = spec.path.endswith("/logits")
-    types = ["float16", "int8"] if logits else ["string" if spec.dtype == "str" else spec.dtype]
+    values = spec.path.endswith(tuple(f"/{output}" for output in OUTPUTS))
+    wide = bool(values or spec.path.endswith("/basis"))
+    types = ["float16", "int8"] if values else ["string" if spec.dtype == "str" else spec.dtype]
     fill = meta["fill_value"]
-    expected = ["NaN", 0] if logits else ["NaN" if spec.fill != spec.fill else spec.fill]
+    expected = ["NaN", 0] if values else ["NaN" if spec.fill != spec.fill else spec.fill]
     grid, chunk = meta["chunk_grid"], meta["chunk_grid"]["configuration"]["chunk_shape"]
     keys = meta["chunk_key_encoding"]
     problems = {
@@ -400,7 +468,7 @@ def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
             rows, 0, MAX_COUNT * (MAX_SHARD_ROWS if spec.sharded else 1)
         )
         or not (
-            len(row) == 1 and _is_int(row[0], 1, MAX_CLASSES) if logits else row == list(spec.row)
+            len(row) == 1 and _is_int(row[0], 1, MAX_CLASSES) if wide else row == list(spec.row)
         ),
         f"data_type {_short(meta['data_type'])}, expected {' or '.join(types)}": meta["data_type"]
         not in types,
@@ -416,7 +484,9 @@ def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
     problem = next((what for what, wrong in problems.items() if wrong), None)
     if problem or spec.sharded:
         return problem or _sharding_problem(meta["codecs"], chunk, [spec.chunk, *row])
-    most = MAX_CLASSES if spec.dims == ("class",) else MAX_CHUNK_ROWS
+    most = MAX_CLASSES if spec.dims in (("class",), ("feature",)) else MAX_CHUNK_ROWS
+    if wide and chunk[0] * row[0] > MAX_BASIS:
+        return f"{chunk[0]} rows of {row[0]} values per chunk, expected at most {MAX_BASIS} values"
     if not _is_int(chunk[0], 1, most):
         return f"{_short(chunk[0])} rows per chunk, expected 1 to {most}"
     if rows > MAX_CHUNKS * chunk[0]:

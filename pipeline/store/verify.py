@@ -20,7 +20,7 @@ from ..common.numerics import entropy, log_softmax, softmax
 from ..teachers.fingerprint import Fingerprint
 from . import layout as fmt
 from .digests import check_document, digest_bytes, is_sealed, read_rows
-from .encoding import arrays_of, decode, rounding
+from .encoding import rounding, row_arrays
 from .index import OK, StoreIndex
 from .reader import other_classes, read_classes
 from .storage import LocalFiles, StoreFiles, inside
@@ -150,12 +150,11 @@ def _documents(index: StoreIndex) -> Iterator[str]:
     folders = ["", *fmt.GROUPS, *(f"plans/{i:06d}" for i in range(index.n_plans))]
     folders += [s.path for s in (*fmt.video_specs(), *fmt.segment_specs(), *fmt.frame_specs())]
     for name, of in index.teachers.items():
-        folders += [
-            f"teachers/{name}",
-            f"teachers/{name}/{fmt.FINGERPRINT}",
-            f"teachers/{name}/class",
-        ]
-        folders += [s.path for s in fmt.teacher_specs(name, 1, of.encoding)]
+        group = f"teachers/{name}"
+        folders += [group, f"{group}/{fmt.FINGERPRINT}", f"{group}/class"]
+        folders += [f"{group}/{fmt.STATISTICS}", f"{group}/basis", f"{group}/mean"]
+        folders += [f"{group}/{fmt.STATISTICS}/{shard:06d}" for shard in sorted(of.shards)]
+        folders += [s.path for s in fmt.teacher_specs(name, 1, of.encoding, of.output)]
         folders += [f"commits/teachers/{name}"]
     yield from (f"{folder}/zarr.json".lstrip("/") for folder in folders)
 
@@ -167,7 +166,7 @@ def _structure(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
     specs += [(s, len(index.video), None) for s in fmt.segment_specs()]
     specs += [(s, rows, None) for s in fmt.frame_specs()] if rows else []
     for name, of in index.teachers.items() if rows else ():
-        specs += [(s, rows, name) for s in fmt.teacher_specs(name, 1, of.encoding)]
+        specs += [(s, rows, name) for s in fmt.teacher_specs(name, 1, of.encoding, of.output)]
     for spec, length, teacher in specs:
         try:
             array = files.table(spec.path)
@@ -233,11 +232,12 @@ def _unplanned(root: Path, index: StoreIndex) -> Iterator[Finding]:
 
 def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
     """Yield class names and fingerprints that are unreadable or contradict an identity."""
-    for name in index.teachers:
+    for name, of in index.teachers.items():
         try:
-            classes = read_classes(files, name)
             node = fmt.read_nodes(files, "teachers", [name])[name]
-            if wrong := other_classes(classes, node["identity"]):
+            width = fmt.read_codec(files, name, node).width
+            classes = read_classes(files, name) if of.output == "logits" else ()
+            if of.output == "logits" and (wrong := other_classes(classes, node["identity"])):
                 yield Finding(f"teachers/{name}/class: {wrong}", None, name)
             fingerprint = fmt.read_fingerprint(files, name)
             if fingerprint is None:
@@ -248,10 +248,8 @@ def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
         except StoreError as error:
             yield Finding(str(error), None, name)
             continue
-        if count != len(classes):
-            yield Finding(
-                f"its fingerprint is of {count} classes, it has {len(classes)}", None, name
-            )
+        if count != width:
+            yield Finding(f"its fingerprint is of {count} values, it has {width}", None, name)
 
 
 def _frames(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Finding]:
@@ -301,17 +299,19 @@ def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Ite
         [np.arange(base + f, base + f + n) for f, n in good] or [np.empty(0, np.int64)]
     )
     try:
-        arrays = (*arrays_of(teacher.encoding), "entropy")
+        codec = fmt.read_codec(files, name, fmt.read_nodes(files, "teachers", [name])[name])
+        arrays = row_arrays(codec.encoding, codec.output)
         stored = {a: files.rows(f"teachers/{name}/{a}", index.file_record) for a in arrays}
-        step = max(
-            16, min(2048, (1 << 22) // stored["logits"].shape[1])
-        )  # memory does not grow with classes
+        step = max(16, min(2048, (1 << 22) // codec.width))  # memory does not grow with classes
         for at in range(0, len(rows), step):
             some = {a: array.read(rows[at : at + step]) for a, array in stored.items()}
-            z, h = decode(some, teacher.encoding), some["entropy"]
-            if not (np.isfinite(z).all() and np.isfinite(h).all()):
+            z = codec.decode(some)
+            if not (np.isfinite(z).all() and np.isfinite(some.get("entropy", 0)).all()):
                 yield Finding("rows are not finite", shard, name)
                 return
+            if codec.output == "features":
+                continue
+            h = some["entropy"]
             off = np.abs(entropy(z) - h)
             if (
                 bad_rows := np.flatnonzero(

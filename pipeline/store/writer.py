@@ -25,12 +25,12 @@ from ..common.locks import locked
 from ..common.urls import check_local
 from . import layout as fmt
 from .digests import digest_rows, read_rows, split_ranges
-from .encoding import DEFAULT
+from .encoding import DEFAULT, Codec, check_encoding
 from .index import StoreIndex, add_frame_commit, add_teacher_commit, load_index
 from .planning import FrameRange, Segment, assign, auto_shard_rows
 from .staging import ShardResult, StagedFile
 from .storage import LocalFiles, inside
-from .store_options import Encoding
+from .store_options import Encoding, Output
 from .validation import is_teacher_name
 
 Tables = dict[str, list[tuple[int, int, str]]]
@@ -203,6 +203,8 @@ class StoreWriter:
         attributes: Mapping[str, Any],
         *,
         encoding: Encoding | None = None,
+        output: Output = "logits",
+        width: int | None = None,
         allow_different_numerics: bool = False,
     ) -> None:
         """StoreMismatchError if the store has a teacher of this name that is another.
@@ -211,17 +213,19 @@ class StoreWriter:
         device
         kind: what makes equal rows equal bits). `allow_different_numerics` lets another `run`
         continue the store; every commit records its own. `encoding` None is that of the store, of a
-        new teacher the default.
+        new teacher the default. `width`: the number of features, None of logits.
         """
         if name not in self.index.teachers:
             return
         stored = fmt.read_nodes(LocalFiles(self.root), "teachers", [name])[name]
         for key in ("identity",) if allow_different_numerics else ("identity", "run"):
             same_attributes(f"{self.root}: teacher {name!r}", key, stored[key], attributes[key])
+        where = f"{self.root}: teacher {name!r}"
+        same_attributes(where, "output", stored.get("output", "logits"), output)
+        if output == "features":
+            same_attributes(where, "width", stored.get("width"), width)
         if encoding is not None:
-            same_attributes(
-                f"{self.root}: teacher {name!r}", "encoding", stored["encoding"], encoding
-            )
+            same_attributes(where, "encoding", stored["encoding"], encoding)
 
     def add_teacher(
         self,
@@ -230,28 +234,52 @@ class StoreWriter:
         attributes: Mapping[str, Any],
         *,
         encoding: Encoding | None = None,
+        output: Output = "logits",
+        width: int | None = None,
+        codec: Codec | None = None,
         allow_different_numerics: bool = False,
         fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add a teacher, or check with `check_teacher` the one of this name and change nothing."""
+        """Add a teacher, or check with `check_teacher` the one of this name and change nothing.
+
+        Args:
+            name: Of the teacher in the store.
+            classes: The names of its classes; none of features.
+            attributes: As in `check_teacher`.
+            encoding: As in `check_teacher`.
+            output: What its rows hold.
+            width: The number of features, None of logits.
+            codec: With the basis of pca:D; takes the place of encoding, output and width.
+            allow_different_numerics: As in `check_teacher`.
+            fingerprint: The content of the teacher's node of that name.
+        """
+        if codec is not None:
+            encoding, output = codec.encoding, codec.output
+            width = codec.width if output == "features" else None
         self.check_teacher(
-            name, attributes, encoding=encoding, allow_different_numerics=allow_different_numerics
-        )
+            name, attributes, encoding=encoding, output=output, width=width,
+            allow_different_numerics=allow_different_numerics,
+        )  # fmt: skip
         if name in self.index.teachers:
             return
         if not is_teacher_name(name):
             raise StoreError(f"{self.root}: {name!r} is no name of a teacher")
         node = inside(self.root, f"teachers/{name}")
-        encoding = encoding or DEFAULT
+        encoding = check_encoding(encoding or DEFAULT, f"{self.root}: teacher {name!r}", output)
+        if codec is None:
+            codec = Codec(output, encoding, len(classes) if width is None else width)
+        self._require(fmt.requirements(output, encoding))
         staged = self.root / fmt.STAGING / f"teacher-{uuid.uuid4().hex[:8]}"
-        fmt.make_group(staged, {**attributes, "encoding": encoding})
+        fmt.make_group(staged, {**attributes, **fmt.codec_attributes(codec)})
         if fingerprint is not None:
             fmt.make_group(staged / fmt.FINGERPRINT, fingerprint)
         rows = max(self.index.n_shards, 1) * self.shard_rows
-        for spec in fmt.teacher_specs(name, len(classes), encoding):
+        for spec in fmt.teacher_specs(name, codec.width, encoding, output):
             leaf = fmt.ArraySpec(spec.path.split("/")[-1], *_rest(spec))
             fmt.create_array(staged, leaf, rows, self.shard_rows)
-        fmt.create_classes(staged, classes)
+        if output == "logits":
+            fmt.create_classes(staged, classes)
+        fmt.create_basis(staged, codec)
         _sync_tree(staged)
         if (self.root / "commits/teachers" / name).exists():
             raise StoreError(
@@ -264,6 +292,20 @@ class StoreWriter:
         fsync_path(node.parent)
         self._plan_node("teachers", {}, teachers=[*self.index.teachers, name])
         self.index = load_index(self.root)
+
+    def _require(self, names: Sequence[str]) -> None:
+        """List what a reader must know at the root, before anything that needs it exists.
+
+        A store of version 1 becomes one of version 2: its root is replaced and nothing else, so
+        that version 0.1 refuses it by name. Nothing changes where the names are listed already.
+        """
+        listed = self.attributes.get("requires", [])
+        if missing := [name for name in names if name not in listed]:
+            self._set_root(version=fmt.VERSION, requires=[*listed, *missing])
+
+    def _set_root(self, **changes: Any) -> None:
+        self.attributes = {**self.attributes, **changes}
+        fmt.write_node(self.root, ".", self.attributes)
 
     def add_fingerprint(self, name: str, record: Mapping[str, Any]) -> None:
         """Give a teacher without a fingerprint one, in a separate node: nothing else changes."""
@@ -295,18 +337,26 @@ class StoreWriter:
             if shard in self.index.teachers[name].shards:
                 continue
             self._publish(part.files)
+            if part.sums is not None:
+                self._write_in_group(
+                    f"teachers/{name}/{fmt.STATISTICS}", f"{shard:06d}", part.sums.record()
+                )
             node = {
                 "shard": shard, "teacher": name, "rows": part.rows, "failed": _keys(part.failed),
                 "error": part.error, "files": _files(part.files), "run": dict(run), "time": _now(),
             }  # fmt: skip
-            if not (self.root / "commits/teachers" / name).exists():
-                fmt.write_node(self.root, f"commits/teachers/{name}", {})
-            fmt.write_node(self.root, f"commits/teachers/{name}/{shard:06d}", node)
+            self._write_in_group(f"commits/teachers/{name}", f"{shard:06d}", node)
             add_teacher_commit(self.index, name, shard, node)
         shutil.rmtree(result.staging, ignore_errors=True)
 
     # -- details
     # -------------------------------------------------------------------------------------
+
+    def _write_in_group(self, group: str, name: str, node: Mapping[str, Any]) -> None:
+        """Write a node, after its group where that does not exist yet."""
+        if not (self.root / group).exists():
+            fmt.write_node(self.root, group, {})
+        fmt.write_node(self.root, f"{group}/{name}", node)
 
     def _publish(self, files: Iterable[StagedFile]) -> None:
         for file in files:
@@ -360,8 +410,7 @@ class StoreWriter:
                 ranges.setdefault((first, end), set()).add(digest)
 
     def _set_shard_rows(self, rows: int) -> None:
-        self.attributes = {**self.attributes, "shard_rows": rows}
-        fmt.write_node(self.root, ".", self.attributes)
+        self._set_root(shard_rows=rows)
 
     def _grow(self) -> None:
         """Bring every row array to the planned size.
@@ -376,7 +425,7 @@ class StoreWriter:
                 fmt.create_array(self.root, spec, rows, self.shard_rows)
             fmt.resize_array(self.root, spec, rows)
         for name, teacher in self.index.teachers.items():
-            for spec in fmt.teacher_specs(name, 1, teacher.encoding):
+            for spec in fmt.teacher_specs(name, 1, teacher.encoding, teacher.output):
                 fmt.resize_array(self.root, spec, rows)
 
 
@@ -406,6 +455,7 @@ def _create(
         "sampling": dict(sampling),
         "shard_rows": shard_rows,
         "node_digests": True,
+        "requires": [],
         **origin,
     }
     try:

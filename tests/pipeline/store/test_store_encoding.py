@@ -28,7 +28,7 @@ from distinit.pipeline.store.encoding import (
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.layout import read_node, write_node
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.store_options import Encoding, ExportOptions, InfoOptions
+from distinit.pipeline.store.store_options import ExportOptions, InfoOptions, PlainEncoding
 from distinit.pipeline.store.verify import verify
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_export import targets_export
@@ -44,14 +44,14 @@ def kl(z: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 @given(
-    st.sampled_from(get_args(Encoding)),
+    st.sampled_from(get_args(PlainEncoding)),
     st.integers(1, 60),
     st.floats(-3, 3),
     st.floats(-2, 4.5),
     st.integers(0, 99),
 )
 def test_no_logit_is_further_off_than_the_rounding_says(
-    name: Encoding, k: int, log_spread: float, log_shift: float, seed: int
+    name: PlainEncoding, k: int, log_spread: float, log_shift: float, seed: int
 ) -> None:
     random = np.random.default_rng(seed)
     z = (random.normal(0, 10**log_spread, (5, k)) + random.choice([-1, 1]) * 10**log_shift).astype(
@@ -95,8 +95,8 @@ def test_the_offset_is_worth_its_bytes_and_int8_its_promise() -> None:
     assert total["kl_p99"] >= np.quantile(full, 0.99, method="higher")
 
 
-@pytest.mark.parametrize("name", get_args(Encoding))
-def test_rows_that_cannot_be_kept_become_fill(name: Encoding) -> None:
+@pytest.mark.parametrize("name", get_args(PlainEncoding))
+def test_rows_that_cannot_be_kept_become_fill(name: PlainEncoding) -> None:
     z = np.random.default_rng(0).normal(0, 3, (6, 8)).astype(np.float32)
     z[1, 2], z[2, 0], z[3, 1], z[4, 4] = np.nan, np.inf, -np.inf, 7e4
     assert storable(z).tolist() == [True, False, False, False, False, True]
@@ -140,9 +140,9 @@ def test_an_int8_store_reads_as_any_other(make_store: Callable[..., Any], tmp_pa
         np.testing.assert_allclose(file["teachers/t/logits"][:], exported, rtol=1e-3)
 
 
-@pytest.mark.parametrize("encoding", get_args(Encoding))
+@pytest.mark.parametrize("encoding", get_args(PlainEncoding))
 def test_zarrs_other_codec_pipeline_reads_the_same(
-    make_store: Callable[..., Any], encoding: Encoding
+    make_store: Callable[..., Any], encoding: PlainEncoding
 ) -> None:
     """The one that users may switch on has read shards without checksums wrongly; ours have
     them."""
@@ -188,7 +188,7 @@ def test_verify_finds_rows_of_another_frame_under_either_encoding(
     make_store: Callable[..., Any],
 ) -> None:
     """A shard whose rows are shifted by one, committed as if it were right."""
-    for name in get_args(Encoding):
+    for name in get_args(PlainEncoding):
         recipe, root = make_store(f"{name}.zarr", encoding=name, videos=range(4))
         node_path = root / "commits/teachers/t/000000"
         node = read_node(node_path / "zarr.json")
