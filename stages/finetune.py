@@ -29,6 +29,7 @@ from ..pipeline.common.run_dir import (
     START,
     TEST_FILES,
     check_output_dir,
+    run_dir_lock,
 )
 from ..pipeline.common.weights import state_sha256
 from ..pipeline.evaluation.classification import HEAD, Classification
@@ -54,7 +55,6 @@ from ..pipeline.training.checkpoint import (
     check_identity,
     read_identity,
     require_not_longer,
-    run_dir_lock,
 )
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, fit

@@ -29,6 +29,7 @@ from ..pipeline.common.run_dir import (
     SEEN_VIDEOS,
     STUDENT_FILE,
     check_output_dir,
+    run_dir_lock,
 )
 from ..pipeline.evaluation.exclusion import canonical_exclude, left_out_of
 from ..pipeline.evaluation.short_videos import warn_of_short_videos
@@ -47,7 +48,6 @@ from ..pipeline.training.checkpoint import (
     load_weights,
     read_identity,
     require_not_longer,
-    run_dir_lock,
 )
 from ..pipeline.training.distillation import Distillation, evaluate_distillation
 from ..pipeline.training.distillation_options import TargetOptions, TrainConfig

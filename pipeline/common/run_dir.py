@@ -1,41 +1,47 @@
-"""The folder of a run or an ablation: the names of its files, and whether a command may write."""
+"""The folder of a run or an ablation: the names of its files, and whether a command may write.
+
+All checks raise a UsageError that names `--out`:
+
+- `claim_run_dir`: the folder of a training run, with or without `--resume`
+- `check_output_dir`: any folder with a config that tells whose it is
+- `check_page_dir`: the folder of a page, which itself tells whose it is
+- `config_next_to`: a store or a file, whose config is next to it
+- `require_writable`: whether a file can be written at all
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
 from .config import SECTIONS
 from .documents import load_yaml, read_bytes
 from .errors import SourceError, UsageError
+from .locks import folder_lock
+from .streams import printable
 from .urls import check_local
 
 CONFIG = "config.yaml"  # as used; by it a folder is known as the work of its command
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 LAST = "checkpoints/last.pt"
-STUDENT_FILE, MODEL_FILE = (
-    "student.safetensors",
-    "model.safetensors",
-)  # of train-student, of finetune
+STUDENT_FILE = "student.safetensors"  # of train-student
+MODEL_FILE = "model.safetensors"  # of finetune
 START = "start.safetensors"  # the weights before the first step
 SEEN_VIDEOS = "seen_videos.npz"
 LOADER_CRASHES = "loader_crashes.json"
 LABELS = "labels.json"
 PREDICTIONS, PARTIAL_PREDICTIONS = "predictions.h5", "predictions.partial.h5"
 
-RUN_FILES = (
-    LAST,
-    METRICS,
-    STUDENT_FILE,
-    MODEL_FILE,
-    LOADER_CRASHES,
-)  # any of these means that a folder holds a run
+# Any of these means that a folder holds a run.
+RUN_FILES = (LAST, METRICS, STUDENT_FILE, MODEL_FILE, LOADER_CRASHES)
 TEST_FILES = (PREDICTIONS, PARTIAL_PREDICTIONS, RESULT)
 
 CELLS, SECONDS = "cells.json", "seconds.json"  # of an ablation
@@ -48,6 +54,45 @@ _OURS = re.compile(
 )
 
 
+def claim_run_dir(run_dir: Path, *, resume: bool | Literal["auto"]) -> None:
+    """Make the folder of a run.
+
+    Raises:
+        UsageError: It holds a run and `resume` is off, or it holds none and `resume` is True, or it
+            cannot be made.
+    """
+    if any("\ud800" <= c <= "\udfff" for c in os.fspath(run_dir)):
+        # TensorBoard's writer cannot take it.
+        raise UsageError(
+            f"--out {printable(os.fspath(run_dir))}: the path is not UTF-8; choose another --out"
+        )
+    if resume is True and not any((run_dir / name).exists() for name in (*RUN_FILES, CONFIG)):
+        raise UsageError(f"--resume: {run_dir} holds no run; --resume auto begins one")
+    found = [name for name in RUN_FILES if (run_dir / name).exists()]
+    if found and not resume:
+        raise UsageError(
+            f"{run_dir} already holds a run ({found[0]}); add --resume to continue it, or choose another --out"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {run_dir} cannot be made: {error.strerror}") from error
+
+
+@contextmanager
+def run_dir_lock(run_dir: Path, *, resume: bool | Literal["auto"]) -> Iterator[None]:
+    """Claim the folder of a run and lock it against every other command that writes there.
+
+    Raises:
+        UsageError: See `claim_run_dir`.
+    """
+    claim_run_dir(run_dir, resume=resume)
+    with folder_lock(run_dir):
+        # Another command may have begun a run there in the meantime.
+        claim_run_dir(run_dir, resume=resume)
+        yield
+
+
 def check_output_dir(
     folder: Path, command: str, writes: Iterable[str] = (), *, record: str = CONFIG
 ) -> None:
@@ -57,8 +102,10 @@ def check_output_dir(
     other files and of folders prove nothing.
 
     Args:
-        writes: names of the other files that the command writes into the folder.
-        record: name of the file that holds the config.
+        folder: Where the command would write.
+        command: Name of the command.
+        writes: Names of the other files that the command writes into the folder.
+        record: Name of the file that holds the config.
 
     Raises:
         UsageError: The config is another command's, or there is none and one of `writes` exists, or
@@ -90,8 +137,14 @@ def config_next_to(path: str | os.PathLike[str]) -> Path:
 
 
 def check_page_dir(page: Path, names: Iterable[str] = ()) -> None:
-    """UsageError where writing `page`, and files of these names next to it, would overwrite what is
-    not distinit's: the page is the record. Or where its folder is a URL."""
+    """Check that a page, and files of these names next to it, overwrite nothing of others.
+
+    The page is the record: its first lines tell that distinit wrote it.
+
+    Raises:
+        UsageError: One of the files exists and distinit did not write the page, or the folder is a
+            URL.
+    """
     check_local(page.parent)
     try:
         ours = _OURS.search(page.read_text(encoding="utf-8", errors="replace")) is not None
@@ -106,8 +159,16 @@ def check_page_dir(page: Path, names: Iterable[str] = ()) -> None:
 
 
 def refuse_existing(folder: Path, names: Iterable[str], writer: str) -> None:
-    """UsageError where one of the files is in the folder; writer: whose work they are not, for the
-    message."""
+    """Check that none of the files exists.
+
+    Args:
+        folder: Where they would be written.
+        names: Of the files.
+        writer: Who did not write them, for the message.
+
+    Raises:
+        UsageError: One of them exists.
+    """
     for name in names:
         if os.path.lexists(folder / name):
             raise UsageError(
@@ -117,8 +178,7 @@ def refuse_existing(folder: Path, names: Iterable[str], writer: str) -> None:
 
 
 def recorded_sections(config: Path) -> set[str]:
-    """The commands of which a config file has a section; none for a file that is no config of ours,
-    or not there."""
+    """Return the commands of which a config has a section; none for any other file."""
     try:
         content = load_yaml(read_bytes(config).decode("utf-8"))
     except (SourceError, UnicodeDecodeError, yaml.YAMLError):
@@ -131,7 +191,11 @@ def recorded_sections(config: Path) -> set[str]:
 
 
 def require_no_store(folder: Path) -> None:
-    """UsageError where the folder is a Zarr store or below one, or is a URL."""
+    """Check that a folder is neither a Zarr store nor in one.
+
+    Raises:
+        UsageError: It is, or it is a URL.
+    """
     check_local(folder)
     absolute = Path(os.path.realpath(folder))
     store = next(
@@ -143,8 +207,11 @@ def require_no_store(folder: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """UsageError where no file can be written into the folder, which is made: tried before the
-    work, not after it."""
+    """Make the folder and check that a file can be written: before the work, not after it.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
     require_no_store(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,8 @@ from ..common.config import current_keys
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import CheckpointError, StoreMismatchError, UsageError, first_line
 from ..common.files import write_whole
-from ..common.locks import folder_lock
-from ..common.run_dir import CONFIG, LAST, RUN_FILES
+from ..common.run_dir import LAST
 from ..common.sealed import add_comment, check_seal, seal
-from ..corpus.sources import escape_path
-from ..corpus.textfiles import is_utf8
 from .loop_options import LoopOptions, Resume, Weights
 from .optimizer import WeightAverage
 from .train_state import TrainState
@@ -46,44 +41,6 @@ _KINDS: dict[str, type] = {
     "rng": list,
 }
 log = logging.getLogger(__name__)
-
-
-def claim_run_dir(run_dir: Path, *, resume: Resume) -> None:
-    """Make the folder of a run.
-
-    Raises:
-        UsageError: it holds a run and `resume` is off, or it holds none and `resume` is True, or it
-            cannot be made.
-    """
-    if not is_utf8(os.fspath(run_dir)):  # TensorBoard's writer cannot take it
-        raise UsageError(
-            f"--out {escape_path(os.fspath(run_dir))}: the path is not UTF-8; choose another --out"
-        )
-    if resume is True and not any((run_dir / name).exists() for name in (*RUN_FILES, CONFIG)):
-        raise UsageError(f"--resume: {run_dir} holds no run; --resume auto begins one")
-    found = [name for name in RUN_FILES if (run_dir / name).exists()]
-    if found and not resume:
-        raise UsageError(
-            f"{run_dir} already holds a run ({found[0]}); add --resume to continue it, or choose another --out"
-        )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {run_dir} cannot be made: {error.strerror}") from error
-
-
-@contextmanager
-def run_dir_lock(run_dir: Path, *, resume: Resume) -> Iterator[None]:
-    """Claim the folder of a run and lock it against every other command that writes there.
-
-    Raises:
-        UsageError: see `claim_run_dir`.
-    """
-    claim_run_dir(run_dir, resume=resume)
-    with folder_lock(run_dir):
-        # Another command may have begun a run there in the meantime.
-        claim_run_dir(run_dir, resume=resume)
-        yield
 
 
 def read_identity(run_dir: Path) -> dict[str, Any] | None:

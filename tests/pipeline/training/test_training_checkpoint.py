@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from distinit.pipeline.common.errors import CheckpointError, UsageError
+from distinit.pipeline.common.run_dir import claim_run_dir
 from distinit.pipeline.training.checkpoint import (
     Checkpoints,
-    claim_run_dir,
     load_weights,
     random_states,
     read_identity,
@@ -25,6 +25,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from distinit.pipeline.common.errors import CheckpointError
+from distinit.pipeline.common.run_dir import claim_run_dir
 from distinit.pipeline.training.checkpoint import Checkpoints
 from distinit.pipeline.training.train_state import TrainState
 
