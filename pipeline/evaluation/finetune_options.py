@@ -65,7 +65,8 @@ class FinetuneConfig(Options):
     init: Annotated[str, CliOption(metavar="INIT")] = Field(
         default=SCRATCH,
         description="scratch, a student's run folder or .safetensors, inflate:resnet18, inflate:FILE "
-        "(a 2D ResNet), kinetics, kinetics:FILE, or package.module:factory",
+        "(a 2D ResNet), kinetics, kinetics:FILE, hf:FOLDER (a video encoder of transformers), or "
+        "package.module:factory",
     )
     inflation: Annotated[Inflation, CliOption(group="Student")] = Field(
         default="scaled",

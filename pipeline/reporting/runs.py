@@ -134,7 +134,7 @@ class Run:
         kind, colon, where = typed.partition(":")
         return (
             f"{kind}:{short_path(where)}"
-            if colon and kind in ("inflate", "kinetics")
+            if colon and kind in ("inflate", "kinetics", "hf")
             else short_path(typed)
         )
 

@@ -1,100 +1,88 @@
-"""Backbones that are not built here: torchvision's other video models, and anybody's factory.
+"""Backbones that are not built here: torchvision's, timm's, transformers', and anybody's factory.
+
+What a factory must return is described in docs/students.md.
 
 Shape letters: B clips, C channels, T frames of a clip, H W pixels, D features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model
-from torchvision.models.video import S3D
 
 from ..common.errors import UsageError, third_party
 from ..common.plugins import call_factory
 from .student_options import StudentOptions
+from .timm_frames import timm_backbone
+from .torchvision_video import torchvision_backbone
+from .transformers_video import transformers_backbone
 
-CLIP = (8, 112)  # T and H = W that a backbone is tried on where nothing else is said
-# What torchvision calls its classifiers.
-_CLASSIFIERS = ("fc", "head", "classifier")
+CLIP = (8, 112)  # T and H = W that a backbone is tried on where nothing else is given
+# Keys of what a wrapper's `forward_features` may return.
+_FEATURES = ("pooled_features", "features")
+
+
+class WrappedBackbone(nn.Module):
+    """A module whose features come from its `forward_features`, maybe in a mapping."""
+
+    def __init__(self, wrapper: nn.Module) -> None:
+        super().__init__()
+        self.wrapper = wrapper
+
+    def forward(self, clip: Tensor) -> Any:
+        """Return features [B, D] or [B, D, t, h, w] of clips [B, C, T, H, W]."""
+        found: Any = self.wrapper.forward_features(clip)  # type: ignore[operator]
+        if isinstance(found, Mapping):
+            return next((found[key] for key in _FEATURES if key in found), found)
+        return found
 
 
 def external_backbone(options: StudentOptions, clip: tuple[int, int]) -> tuple[nn.Module, int]:
-    """(module, D): from clips [B, C, T, H, W] to features [B, D] or [B, D, t, h, w], with fresh
-    weights.
+    """Build a backbone from clips [B, C, T, H, W] to features [B, D] or [B, D, t, h, w].
 
-    Its parameters keep their own names. It is tried on one clip of clip = (T, H = W), which tells
-    D.
+    Its parameters are fresh and keep their own names. It is tried on one clip, which gives D.
+
+    Args:
+        options: names the model or the factory.
+        clip: (T, H = W) of the clips that it is for.
+
+    Returns:
+        The module and D.
 
     Raises:
-        UsageError: the builder or factory fails, the module does not take such clips or gives no
+        UsageError: the builder or factory fails, or the module does not take such clips or gives no
             features.
     """
-    if options.is_factory:
-        module = _from_factory(options)
-    else:
-        module = _from_torchvision(options)
+    kind = options.architecture.partition(":")[0] if ":" in options.architecture else ""
+    builders: dict[str, Callable[[StudentOptions, tuple[int, int]], nn.Module]] = {
+        "": torchvision_backbone,
+        "timm": timm_backbone,
+        "hf": transformers_backbone,
+    }
+    module = builders.get(kind, _from_factory)(options, clip)
     return module, _features_of(module, options, clip)
 
 
-def _from_torchvision(options: StudentOptions) -> nn.Module:
-    name = options.architecture
-    if "weights" in options.options:
-        raise UsageError(f"student.options.weights: {name} begins with fresh weights")
-    with third_party(f"student {name!r}", UsageError):  # the builders check little themselves
-        model: nn.Module = get_model(name, weights=None, **options.options)
-    classifier = next(part for part in _CLASSIFIERS if hasattr(model, part))
-    setattr(model, classifier, nn.Identity())
-    if isinstance(model, S3D):
-        model.avgpool = (
-            nn.Identity()
-        )  # made for 224 pixels; the mean over time and space follows anyway
-    if options.channels != 3:
-        _take_channels(model, options)
-    return model
-
-
-def _take_channels(model: nn.Module, options: StudentOptions) -> None:
-    """Another first convolution, with as many of its kernels' slices as there are channels."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv3d) and module.in_channels == 3 and module.groups == 1:
-            first = nn.Conv3d(
-                options.channels,
-                module.out_channels,
-                module.kernel_size,  # type: ignore[arg-type]
-                module.stride,  # type: ignore[arg-type]
-                module.padding,  # type: ignore[arg-type]
-                module.dilation,  # type: ignore[arg-type]
-                bias=module.bias is not None,
-            )
-            with torch.no_grad():
-                first.weight.copy_(module.weight[:, : options.channels])
-                if module.bias is not None and first.bias is not None:
-                    first.bias.copy_(module.bias)
-            owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, first)
-            return
-    raise UsageError(
-        f"student {options.architecture!r} has no first convolution that could take {options.channels} channels"
-    )
-
-
-def _from_factory(options: StudentOptions) -> nn.Module:
+def _from_factory(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:
     who = f"student {options.architecture!r}"
-    made = call_factory(
-        options.architecture, who, options.options, offered={"channels": options.channels}
-    )
+    offered = {"channels": options.channels, "clip_frames": clip[0], "clip_size": clip[1]}
+    # What the user's options set is the user's.
+    offered = {key: value for key, value in offered.items() if key not in options.options}
+    made = call_factory(options.architecture, who, options.options, offered=offered)
     if not isinstance(made, nn.Module):
         raise UsageError(
             f"{who}: the factory returned a {type(made).__name__}, allowed: torch.nn.Module"
         )
-    return made
+    # Both, since many modules have a `forward_features` that is not their feature for a clip.
+    wrapper = callable(getattr(made, "forward_features", None)) and hasattr(made, "feature_dim")
+    return WrappedBackbone(made) if wrapper else made
 
 
 def _features_of(module: nn.Module, options: StudentOptions, clip: tuple[int, int]) -> int:
-    """D, from a black clip in evaluation mode."""
+    """Return D, from a black clip in evaluation mode."""
     length, side = clip
     shape = (1, options.channels, length, side, side)
     training = module.training
@@ -109,4 +97,10 @@ def _features_of(module: nn.Module, options: StudentOptions, clip: tuple[int, in
         raise UsageError(
             f"student {options.architecture!r} gives {found} for one clip, allowed: features [1, D] or [1, D, t, h, w]"
         )
-    return int(features.shape[1])
+    width = int(features.shape[1])
+    stated = getattr(getattr(module, "wrapper", None), "feature_dim", width)
+    if stated != width:
+        raise UsageError(
+            f"student {options.architecture!r}: feature_dim is {stated}, its features have {width}"
+        )
+    return width

@@ -1,11 +1,12 @@
-"""How a student begins: one option, five ways.
+"""Initialisations of a student: one option, six forms.
 
-scratch                     fresh weights RUN or FILE.safetensors     a student of distinit
-(DistInit), or one in torchvision's names inflate:resnet18            torchvision's ImageNet
-ResNet-18 (or resnet34), inflated; see `inflate` inflate:FILE                any 2D ResNet of
-that depth, such as Places365's resnet18_places365.pth.tar kinetics, kinetics:FILE
-torchvision's Kinetics-400 weights of the student, fetched or from a file package.module:factory
-what your function returns: a module, or a state dict in torchvision's video names
+scratch: fresh weights.
+RUN or FILE.safetensors: a student of distinit (DistInit), or one in torchvision's names.
+inflate:resnet18, inflate:resnet34: torchvision's ImageNet ResNet, inflated; see `inflate`.
+inflate:FILE: any 2D ResNet of that depth, such as Places365's resnet18_places365.pth.tar.
+kinetics, kinetics:FILE: torchvision's Kinetics-400 weights of the student, fetched or from a file.
+hf:FOLDER: a video encoder of transformers, its config.json and safetensors.
+package.module:factory: what a function returns, a module or a state dict in torchvision's names.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from .export import InitReport, check_options, load_backbone, read_options, reco
 from .inflate import fitting_student, inflatable, inflate
 from .student import Backbone, Student
 from .student_options import SCRATCH, Inflation, StudentOptions
+from .transformers_video import read_folder, read_weights
 
 INFLATABLE = ("resnet18", "resnet34")
+# Kinds whose `KIND:` is followed by a path.
+_WITH_PATH = ("inflate", "kinetics", "hf")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def canonical_init(init: str) -> str:
     kind, colon, where = init.partition(":")
     if init in (SCRATCH, "kinetics") or (kind == "inflate" and where in INFLATABLE):
         return init
-    if colon and kind in ("inflate", "kinetics"):
+    if colon and kind in _WITH_PATH:
         return f"{kind}:{os.path.abspath(where)}"
     return init if _is_factory(init) else os.path.abspath(init)
 
@@ -53,9 +57,7 @@ def student_file(init: str) -> str | None:
     """The path, where `init` is a student of distinit or a file in torchvision's names."""
     kind = init.partition(":")[0]
     return (
-        None
-        if init in (SCRATCH, "kinetics") or kind in ("inflate", "kinetics") or _is_factory(init)
-        else init
+        None if init in (SCRATCH, "kinetics") or kind in _WITH_PATH or _is_factory(init) else init
     )
 
 
@@ -83,13 +85,15 @@ def resolve_init(
         return _inflated(init, where, wanted, inflation)
     if kind == "kinetics" and (colon == "" or where):
         return _kinetics(init, where, wanted)
+    if kind == "hf" and where:
+        return _of_transformers(init, where, wanted)
     if _is_factory(init):
         state = _from_factory(init)
         return _in_video_names(state, f"--init {init}", wanted)
     if not os.path.exists(init):
         raise CheckpointError(
             f"--init {init}: no such file or run folder; it may also be scratch, inflate:resnet18, inflate:FILE, "
-            "kinetics, kinetics:FILE or package.module:factory"
+            "kinetics, kinetics:FILE, hf:FOLDER or package.module:factory"
         )
     named = wanted.architecture if wanted is not None else None
     options = _with_wanted(read_options(init, factory=named), wanted, init)
@@ -139,6 +143,17 @@ def _kinetics(init: str, where: str, wanted: StudentOptions | None) -> Initializ
     return _in_video_names(state, "--init kinetics", wanted)
 
 
+def _of_transformers(init: str, folder: str, wanted: StudentOptions | None) -> Initialization:
+    found = read_folder(folder)
+    options = _with_wanted(found, wanted, f"--init {init}")
+    check_options(options, found, f"--init {init}")
+
+    def fill(student: Student) -> InitReport:
+        return take_backbone(student, read_weights(folder, options, student.clip), init)
+
+    return Initialization(options, fill)
+
+
 def _in_video_names(
     state: Mapping[str, Tensor], label: str, wanted: StudentOptions | None
 ) -> Initialization:
@@ -172,7 +187,7 @@ def _with_wanted(
 
 
 def _is_factory(init: str) -> bool:
-    return is_factory(init) and init.partition(":")[0] not in ("inflate", "kinetics")
+    return is_factory(init) and init.partition(":")[0] not in _WITH_PATH
 
 
 def _from_factory(init: str) -> Mapping[str, Tensor]:

@@ -183,6 +183,7 @@ class Student(nn.Module):
 
     Attributes:
         options: what its backbone was built from.
+        clip: (T, side) of the clips it was built for; distinit's own take others too.
         meta: what its file says about it, after `load_student`.
         classes: number of outputs K of each head, by name.
         head_kinds: linear or mlp, by name.
@@ -202,6 +203,7 @@ class Student(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise UsageError(f"dropout is {dropout}, allowed: 0 up to 1, 1 excluded")
         self.options = options
+        self.clip = clip
         self.meta = StudentMeta()
         self.classes: dict[str, int] = dict(heads)
         given = {} if isinstance(head_kinds, str) else head_kinds

@@ -15,14 +15,15 @@ Inflation = Literal["scaled", "replicated"]
 HeadKind = Literal["linear", "mlp"]
 SCRATCH = "scratch"
 
+# Architectures that are built here, at any width; torchvision's other video models, those of timm
+# and transformers, and factories are not.
 BUILTIN_ARCHITECTURES = ("r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18")
-"""Architectures that are built here, at any width; torchvision's other video models and factories
-are not."""
 
+# Video encoders of transformers, by their model type, as in `hf:videomae`.
+HF_MODELS = ("videomae", "vivit", "timesformer")
+
+# Torchvision's name for the first convolution of r3d, mc3 and R(2+1)D, [F, C, T, H, W].
 STEM = "stem.0.weight"
-"""Torchvision's name for the first convolution of r3d, mc3 and R(2+1)D, [F, C, T, H, W]."""
-"""Beside an inflated run's weights: the first convolution as it was before training, under its
-name."""
 
 
 class StudentOptions(Options):
@@ -32,14 +33,17 @@ class StudentOptions(Options):
     computes it once a block, `vmz` (the paper's code family) once a convolution. Their shapes
     differ, so neither loads the other's weights. Other architectures have no such choice.
 
-    `architecture` may also name one of torchvision's other video models (`s3d`), which is used
-    without its classifier, or a `package.module:factory` that returns a module from clips [B, C, T,
-    H, W] to features [B, D] or [B, D, t, h, w]; `options` are then the arguments of its builder.
+    `architecture` may also name one of torchvision's other video models (`s3d`, `mvit_v2_s`), which
+    is used without its classifier, `timm:NAME`, an image model that is applied to each frame,
+    `hf:MODEL`, a video encoder of transformers, or a `package.module:factory` that returns a module
+    from clips [B, C, T, H, W] to features [B, D] or [B, D, t, h, w]; `options` are then the
+    arguments of its builder.
     """
 
     architecture: Annotated[str, CliOption("--student", "Student", "r2plus1d_18|r3d_18")] = Field(
         default="r2plus1d_18",
-        description="the backbone; also r2plus1d_34, r3d_34, mc3_18, torchvision's s3d and others, "
+        description="the backbone; also r2plus1d_34, r3d_34, mc3_18, torchvision's s3d, mvit_v2_s, "
+        "swin3d_t and others, timm:NAME on each frame, hf:videomae, hf:vivit, hf:timesformer, "
         "module:factory",
     )
     variant: Annotated[Literal["torchvision", "vmz"], CliOption(group="Student")] = Field(
@@ -60,12 +64,16 @@ class StudentOptions(Options):
     @field_validator("architecture")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name in BUILTIN_ARCHITECTURES or is_factory(name):
+        kind, colon, model = name.partition(":")
+        if kind == "hf" and colon and model not in HF_MODELS:
+            known = ", ".join(f"hf:{each}" for each in HF_MODELS)
+            raise ValueError(
+                f"{name!r} is not known; there are: {known}; finetune --init hf:FOLDER reads a folder"
+            )
+        if name in BUILTIN_ARCHITECTURES or (colon and kind in ("hf", "timm")) or is_factory(name):
             return name
-        from torchvision.models import (
-            list_models,
-            video,
-        )  # only here: a config of ours needs no torch
+        # Only here: a config of distinit's own students needs no torch.
+        from torchvision.models import list_models, video
 
         theirs = [
             model for model in list_models(module=video) if model not in BUILTIN_ARCHITECTURES
@@ -73,21 +81,22 @@ class StudentOptions(Options):
         if name not in theirs:
             known = ", ".join((*BUILTIN_ARCHITECTURES, *theirs))
             raise ValueError(
-                f"{name!r} is not known; there are: {known}, and package.module:factory"
+                f"{name!r} is not known; there are: {known}, timm:NAME, hf:MODEL and "
+                "package.module:factory"
             )
         return name
 
     @property
     def is_factory(self) -> bool:
         """Whether building this student runs a module that the options name."""
-        return is_factory(self.architecture)
+        return is_factory(self.architecture) and not self.architecture.startswith(("hf:", "timm:"))
 
     @model_validator(mode="after")
     def _variant_fits(self) -> StudentOptions:
         own = self.architecture in BUILTIN_ARCHITECTURES
         if not own and self.width != 1.0:
             raise ValueError(
-                f"width is {self.width:g}; {self.architecture} has only 1, of any are: "
+                f"width is {self.width:g}; {self.architecture} has only 1, other widths have: "
                 f"{', '.join(BUILTIN_ARCHITECTURES)}"
             )
         if own and self.options:

@@ -1,0 +1,151 @@
+"""Video encoders of transformers as students: VideoMAE, ViViT, TimeSformer.
+
+They are built from options alone, and their weights come from the safetensors of a local folder:
+nothing is fetched, and no code of a model's repository is run.
+
+Shape letters: B clips, C channels, T frames of a clip, H W pixels, D features.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..common.errors import CheckpointError, UsageError, third_party
+from ..common.weights import load_weights
+from .student_options import HF_MODELS, StudentOptions
+
+# Keys of a configuration that the clip decides.
+_OF_THE_CLIP = ("image_size", "num_frames", "num_channels")
+
+
+class VideoEncoder(nn.Module):
+    """A transformers video model without its classifier: clips [B, C, T, H, W] to features [B, D].
+
+    Its features are what the model's own classifier takes: VideoMAE's mean over tokens, the class
+    token of ViViT and TimeSformer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.model.classifier = nn.Identity()
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Return the features; transformers takes clips as [B, T, C, H, W]."""
+        features: Tensor = self.model(pixel_values=clip.transpose(1, 2)).logits
+        return features
+
+
+def transformers_backbone(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:
+    """Build a video encoder with fresh weights.
+
+    Args:
+        options: `hf:MODEL`, and keys of the model's configuration.
+        clip: (T, side) of the clips that it takes, where the options do not give another.
+
+    Raises:
+        UsageError: transformers is not installed, the model has no such option, or it refuses one.
+    """
+    transformers = _transformers(f"student {options.architecture!r}")
+    with third_party(f"student {options.architecture!r}", UsageError):
+        config = _config(transformers, options, clip)
+        return VideoEncoder(transformers.AutoModelForVideoClassification.from_config(config))
+
+
+def read_folder(folder: str) -> StudentOptions:
+    """Return the options of the model whose config.json a local folder holds.
+
+    Raises:
+        CheckpointError: no readable config.json, or another kind of model.
+        UsageError: transformers is not installed.
+    """
+    transformers = _transformers(f"--init hf:{folder}")
+    path = Path(folder) / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind = content["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{path}: not a readable configuration of transformers") from None
+    if kind not in HF_MODELS:
+        raise CheckpointError(f"{path}: model_type is {kind!r}, allowed: {', '.join(HF_MODELS)}")
+    defaults = _own_keys(transformers, kind)
+    # VideoMAE computes its positions, so that its weights fit any clip.
+    free = (*_OF_THE_CLIP[:2],) if kind == "videomae" else ()
+    differing = {
+        key: value
+        for key, value in content.items()
+        if key in defaults
+        and key not in (*free, "num_channels")
+        and (value != defaults[key] or key in _OF_THE_CLIP)
+    }
+    channels = content.get("num_channels", 3)
+    return StudentOptions.model_validate(
+        {"architecture": f"hf:{kind}", "channels": channels, "options": differing}
+    )
+
+
+def read_weights(folder: str, options: StudentOptions, clip: tuple[int, int]) -> dict[str, Tensor]:
+    """Return the weights of a local folder in the names of the student's backbone.
+
+    Raises:
+        CheckpointError: no safetensors, or tensors that are missing or of another shape.
+    """
+    label = f"--init hf:{folder}"
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{label}: holds no .safetensors; other formats are not read")
+    state = {name: tensor for file in files for name, tensor in load_weights(file).state.items()}
+    transformers = _transformers(label)
+    with third_party(label, CheckpointError):
+        config = _config(transformers, options, clip)
+        auto = transformers.AutoModelForVideoClassification
+        model_class = auto._model_mapping[type(config)]
+        model, found = model_class.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True
+        )
+    # The classifier, and the norm before it, which a pre-trained encoder does not have.
+    lacking = [
+        key for key in found["missing_keys"] if not key.startswith(("classifier", "fc_norm"))
+    ]
+    if lacking or found["mismatched_keys"]:
+        first = sorted(lacking or [str(each[0]) for each in found["mismatched_keys"]])[0]
+        raise CheckpointError(f"{label}: {first} is missing or of another shape")
+    return {
+        f"model.{name}": tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("classifier")
+    }
+
+
+def _transformers(who: str) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError(f"{who} needs transformers: pip install 'distinit[hf]'") from None
+    return transformers
+
+
+def _own_keys(transformers: Any, kind: str) -> dict[str, Any]:
+    """Return the keys and defaults that a configuration adds to those of all models.
+
+    The others can name code or files (attention implementations, quantization), and are not taken.
+    """
+    common = transformers.PretrainedConfig().to_dict()
+    own = transformers.AutoConfig.for_model(kind).to_dict()
+    return {key: value for key, value in own.items() if key not in common}
+
+
+def _config(transformers: Any, options: StudentOptions, clip: tuple[int, int]) -> Any:
+    kind = options.architecture.removeprefix("hf:")
+    own = _own_keys(transformers, kind)
+    unknown = next((key for key in options.options if key not in own), None)
+    if unknown is not None:
+        raise UsageError(
+            f"student.options.{unknown}: {options.architecture} takes: {', '.join(sorted(own))}"
+        )
+    sizes = {"num_frames": clip[0], "image_size": clip[1], "num_channels": options.channels}
+    return transformers.AutoConfig.for_model(kind, **{**sizes, **options.options})
