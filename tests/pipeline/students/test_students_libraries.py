@@ -113,7 +113,7 @@ def train(run: Path, student: Student, *, crash: int | None = None, resume: bool
     )  # fmt: skip
     fit(
         model=student, dataset=Clips(), objective=Squares(crash), options=options, run_dir=run,
-        identity={}, resume=resume, say=lambda text: None,
+        identity={}, resume=resume,
     )  # fmt: skip
 
 
