@@ -100,6 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_python_example_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +119,7 @@ def test_the_python_example_runs(
     assert re.match(r"a\.mp4: class \d 0\.\d\d|b\.mp4: class \d 0\.\d\d", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_student_loads_into_torchvision_as_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

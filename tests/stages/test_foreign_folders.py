@@ -324,6 +324,7 @@ def test_what_version_0_1_wrote_is_known(tmp_path: Path) -> None:
         require_own_page(page)
 
 
+@pytest.mark.slow
 def test_pages_are_written_again_into_the_folder_they_made(inputs: Inputs, tmp_path: Path) -> None:
     for command in ("targets browse", "report"):
         COMMANDS[command](inputs, tmp_path / "pages")

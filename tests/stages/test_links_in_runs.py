@@ -131,6 +131,7 @@ def test_links_out_of_a_run_are_not_followed(door: str, name: str, run: Path, fo
     assert not list(run.parent.glob("out/*.h5"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", list(DOORS))
 def test_a_run_that_is_a_link_itself_and_links_within_it_are_taken(
     door: str, run: Path, folder: Path
@@ -171,6 +172,7 @@ def test_a_split_that_is_a_link_is_not_followed(folder: Path, tmp_path: Path) ->
     assert held(target) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["predictions.h5", "predictions.partial.h5", "result.json"])
 def test_nothing_is_written_through_a_link_that_was_placed(
     name: str, run: Path, tmp_path: Path

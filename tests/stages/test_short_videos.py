@@ -35,6 +35,7 @@ def test_what_is_told(counts: list[int], length: int, channels: int, words: list
     assert all(word in err.getvalue() for word in words)
 
 
+@pytest.mark.slow
 def test_frames_are_counted_of_some_of_the_videos_that_can_be_read(tmp_path: Path) -> None:
     for seed, folder in enumerate(("train/a", "train/b", "test/a", "test/b")):
         (tmp_path / folder).mkdir(parents=True)

@@ -18,6 +18,7 @@ from distinit.pipeline.store.store_options import InfoOptions
 from distinit.stages.targets_info import targets_info
 
 
+@pytest.mark.slow
 def test_files_that_an_extraction_moves_meanwhile_are_no_error(
     make_store: Callable[..., tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,6 +42,7 @@ def test_files_that_an_extraction_moves_meanwhile_are_no_error(
     assert targets_info(InfoOptions(store=str(root)), Console(quiet=True))["bytes"] - size in (0, 5)
 
 
+@pytest.mark.slow
 def test_histogram_failures_and_bytes(make_store: Callable[..., tuple[Any, Path]]) -> None:
     recipe, root = make_store(teachers={"t": 10, "wide": 100})
     out, err = io.StringIO(), io.StringIO()

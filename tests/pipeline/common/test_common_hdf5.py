@@ -46,6 +46,7 @@ print("caught", caught)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [9_000, 40_000, 700_000, 1_600_000])
 @pytest.mark.parametrize("check", ["check", "at the end"])
 def test_no_room(tmp_path: Path, size: int, check: str) -> None:

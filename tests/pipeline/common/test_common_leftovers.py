@@ -60,6 +60,7 @@ def test_the_next_writer_of_a_store_removes_what_zarr_left(tiny_store: Any, tmp_
         assert before <= {path.relative_to(root) for path in root.rglob("*")}
 
 
+@pytest.mark.slow
 def test_zarrs_own_names_are_the_ones_that_are_swept(tmp_path: Path) -> None:
     """As long as zarr names its temporary files so."""
     from distinit.pipeline.common.files import _IN_STORE

@@ -187,6 +187,7 @@ def all_flips(path: Path, folder: Path, count: int) -> Iterator[Flip]:
         yield flip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", READERS)
 def test_every_flipped_bit_is_refused(kind: str, tmp_path: Path) -> None:
     make, read, error = READERS[kind]
@@ -207,6 +208,7 @@ def test_every_flipped_bit_is_refused(kind: str, tmp_path: Path) -> None:
     assert unmarked <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "read"),
     [(make_a_copy, read_copy_frames), (make_a_flow, read_flow_frames)],

@@ -137,6 +137,7 @@ def content(text: str | bytes) -> Callable[[Path], None]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -366,6 +367,7 @@ def test_a_model_whose_header_has_another_form_is_named(tmp_path: Path, text: st
         report(ReportOptions(folders=[str(run)], out=str(tmp_path / "out")), QUIET)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_odd_numbers_make_a_report(tmp_path: Path) -> None:
     """Losses that diverged, filters of any shape, features that overflow, formulas in names."""

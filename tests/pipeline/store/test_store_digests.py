@@ -91,7 +91,7 @@ def test_every_flipped_bit_is_found_with_its_file_and_never_read(
                                      "basis": {"kind": "new"}})  # fmt: skip
     expected, tried = content(TargetStore.open(root)), 0
     assert findings(root) == ""
-    per_kind = 30 if is_thorough() else 2
+    per_kind = 30 if is_thorough() else 1
     for flip in flips(root, tmp_path / "copy", seed=0, per_kind=per_kind):
         found = findings(flip.path)
         folder = flip.file.removesuffix("/zarr.json")
@@ -137,6 +137,7 @@ def kill(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_video_identified_again_has_its_former_or_its_new_digest(
     root: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
@@ -195,6 +196,7 @@ def test_renamed_classes_are_refused(root: Path) -> None:
         TargetStore.open(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("node", ["commits/frames/000000", "commits/teachers/t/000000"])
 def test_a_writer_says_how_a_damaged_commit_is_repaired(node: str, root: Path) -> None:
     sampling = TargetStore.open(root).attributes["sampling"]

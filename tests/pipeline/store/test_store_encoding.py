@@ -140,6 +140,7 @@ def test_an_int8_store_reads_as_any_other(make_store: Callable[..., Any], tmp_pa
         np.testing.assert_allclose(file["teachers/t/logits"][:], exported, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", get_args(PlainEncoding))
 def test_zarrs_other_codec_pipeline_reads_the_same(
     make_store: Callable[..., Any], encoding: PlainEncoding

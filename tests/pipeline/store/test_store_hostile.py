@@ -246,9 +246,9 @@ NODES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("node", "keys"),
-    some(NODES, 3),
+    some(NODES, 5),
     ids=some(
-        (f"{i}-{node or 'root'}-{next(iter(keys))}" for i, (node, keys) in enumerate(NODES)), 3
+        (f"{i}-{node or 'root'}-{next(iter(keys))}" for i, (node, keys) in enumerate(NODES)), 5
     ),
 )
 def test_a_node_that_says_nonsense_is_named(
@@ -335,6 +335,7 @@ FILES = ["", PLAN, FRAMES, ROWS, TEACHER, PRINT, "frames/video", "teachers/t/log
          "videos/path", "videos/fps", "segments/bound"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "text"), some(product(FILES, TEXTS), 5))
 def test_a_node_that_is_no_json_is_named(
     sound: Path, tmp_path: Path, folder: str, text: str
@@ -359,6 +360,7 @@ PLACES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "place"), some(product(["link", "pipe"], PLACES), 3))
 def test_a_link_or_a_pipe_in_a_store_is_not_followed(
     sound: Path, tmp_path: Path, place: str, kind: str
@@ -399,9 +401,16 @@ def zeros_of_no_said_size() -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "column", ["videos/path", "videos/fps", "segments/bound", "teachers/t/class"]
+    ("column", "kind"),
+    # Every second one has every column and every kind.
+    some(
+        product(
+            ["videos/path", "videos/fps", "segments/bound", "teachers/t/class"],
+            ["said", "unsaid", "sparse"],
+        ),
+        2,
+    ),
 )
-@pytest.mark.parametrize("kind", ["said", "unsaid", "sparse"])
 def test_a_chunk_that_would_fill_the_memory_is_refused(
     sound: Path, tmp_path: Path, column: str, kind: str
 ) -> None:
@@ -430,6 +439,7 @@ def test_verify_ends_where_the_folder_of_plans_is_a_link(sound: Path, tmp_path: 
     attack(sound, tmp_path, harm, "plans", QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["staging", "teachers/u", "commits/teachers/u"])
 @pytest.mark.parametrize("command", ["extract", "repair", "verify"])
 def test_a_link_where_something_will_be_written_is_not_followed(

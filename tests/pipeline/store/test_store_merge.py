@@ -21,6 +21,7 @@ from distinit.pipeline.store.store_options import MergeOptions
 from distinit.pipeline.store.verify import verify
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_merge import targets_merge
+from distinit.tests.thorough import is_thorough
 
 QUIET = Console(quiet=True)
 Make = Callable[..., Any]
@@ -101,7 +102,10 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
     whole = tmp_path / "whole.zarr"
     targets_merge(MergeOptions(parts=[str(each) for each in parts], out=str(whole)), QUIET)
     shards = TargetStore.open(whole).index.n_shards
-    stops = {"_plan_node": (0, 1, 3), "commit": (4, 3 * shards - 1), "_publish": (2,)}
+    expected = content(TargetStore.open(whole))
+    stops = {"_plan_node": (0, 3), "commit": (3 * shards - 1,), "_publish": (2,)}
+    if is_thorough():
+        stops = {"_plan_node": (0, 1, 3), "commit": (4, 3 * shards - 1), "_publish": (2,)}
     for step, after in ((s, n) for s, counts in stops.items() for n in counts):
         out = tmp_path / f"{step}{after}.zarr"
         left = [after]
@@ -130,7 +134,7 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
         assert not finished
         targets_merge(MergeOptions(parts=[str(each) for each in parts], out=str(out)), QUIET)
         assert list(verify(out, load_index(out))) == []
-        assert content(TargetStore.open(out)) == content(TargetStore.open(whole))
+        assert content(TargetStore.open(out)) == expected
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ def test_parameter_counts_at_400_classes(architecture: str, variant: str, parame
     assert count_parameters(student) == parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["r2plus1d_18", "r3d_18", "mc3_18"])
 def test_torchvision_variant_is_torchvisions_model(architecture: str) -> None:
     theirs = getattr(video, architecture)(num_classes=5).eval()

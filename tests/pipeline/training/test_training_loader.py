@@ -183,6 +183,7 @@ def test_a_batch_that_was_sent_before_the_death_arrives():
     assert (died.value.path, died.value.reason) == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["in a length", "in a message", "before the memory"])
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_worker_that_is_killed_while_it_sends_ends_in_an_error(how, signal_):

@@ -287,6 +287,7 @@ def test_a_first_frame_that_never_comes_out_is_not_counted(tmp_path: Path) -> No
     assert count_frames(str(path)) == len(plain(path)) < 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other", [{"vf": "setsar=1,format=yuv420p,setparams=range=unknown"}, {"qp": 0}], ids=str
 )

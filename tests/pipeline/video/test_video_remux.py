@@ -25,6 +25,7 @@ from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.frames import read_frames
 from distinit.pipeline.video.geometry import View
 from distinit.pipeline.video.sampling import Sampling
+from distinit.tests.thorough import is_thorough
 
 FRAMES, SIZE = 40, (48, 64)
 VIEW = View(resize=(32, 40))  # of one size, whatever damage makes of the header
@@ -295,7 +296,8 @@ def clips(path: Path, by_index: dict[int, tuple[int, int, str]], total: int) -> 
 
 
 def examples(share: float) -> int:
-    return max(1, int(settings.default.max_examples * share))
+    """Return a share of the profile's number of examples, which a quick run takes a third of."""
+    return max(1, int(settings.default.max_examples * share / (1 if is_thorough() else 3)))
 
 
 @st.composite
