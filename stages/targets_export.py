@@ -22,9 +22,11 @@ from ..pipeline.common.hdf5 import STRING, Hdf5Writer, open_hdf5
 from ..pipeline.common.locks import locked
 from ..pipeline.common.run_dir import config_next_to
 from ..pipeline.common.urls import check_local
+from ..pipeline.store.encoding import pca_components
 from ..pipeline.store.index import PENDING
 from ..pipeline.store.layout import is_ours
 from ..pipeline.store.reader import TargetStore
+from ..pipeline.store.reencode import codecs_for
 from ..pipeline.store.selection import choose_videos
 from ..pipeline.store.store_options import ExportOptions
 from ..pipeline.store.subset import write_subset
@@ -42,16 +44,20 @@ def targets_export(options: ExportOptions, console: Console) -> dict[str, Any]:
     """
     check_local(options.out)
     store, out = TargetStore.open(options.store), Path(os.path.abspath(options.out))
-    shard_rows = options.shard_rows
     wanted = dict.fromkeys(options.teachers)
     names = [store.teacher(name).name for name in wanted] or list(store.teachers)
     if out.suffix not in (*HDF5, ZARR):
         raise UsageError(
             f"--out {out}: must end in {', '.join(HDF5)} (one HDF5 file) or {ZARR} (a store)"
         )
-    if out.suffix != ZARR and shard_rows is not None:
+    if out.suffix != ZARR and options.shard_rows is not None:
         raise UsageError(
             f"--shard-rows: {out.name} is an HDF5 file, only a store ({ZARR}) has shards"
+        )
+    if out.suffix != ZARR and options.encoding is not None:
+        raise UsageError(
+            f"--encoding {options.encoding}: {out.name} is an HDF5 file, whose rows are float16; "
+            f"only a store ({ZARR}) has another"
         )
     if out.is_symlink() and not out.exists():
         raise UsageError(f"--out {out}: exists already")
@@ -59,11 +65,11 @@ def targets_export(options: ExportOptions, console: Console) -> dict[str, Any]:
     record = config_next_to(out)
     finished = out.exists()
     if finished:
-        result = _finished(store, out, names, chosen, shard_rows, console)
+        result = _finished(store, out, names, chosen, options, console)
     elif out.suffix in HDF5:
         result = _export_hdf5(store, out, names, chosen, console)
     else:
-        result = _export_store(store, out, names, chosen, shard_rows, console)
+        result = _export_store(store, out, names, chosen, options, console)
     if not (finished and record.exists()):
         write_config(record, "targets-export", options)
     return result
@@ -74,7 +80,7 @@ def _finished(
     out: Path,
     names: list[str],
     chosen: NDArray[np.int64],
-    shard_rows: int | None,
+    options: ExportOptions,
     console: Console,
 ) -> dict[str, Any]:
     """Return the result of an earlier run of the same export that was killed at its end; UsageError
@@ -87,7 +93,7 @@ def _finished(
         same = (
             _same_file(store, out, names, videos)
             if hdf5
-            else _same_store(store, out, names, videos, shard_rows)
+            else _same_store(store, out, names, videos, options)
         )
     except DistInitError:  # another file, or a damaged one
         same = False
@@ -106,7 +112,7 @@ def _same_store(
     out: Path,
     names: list[str],
     videos: NDArray[np.int64],
-    shard_rows: int | None,
+    options: ExportOptions,
 ) -> bool:
     """Return whether a store was exported from this one and is finished, with these teachers and
     videos."""
@@ -114,7 +120,11 @@ def _same_store(
     if (
         made.attributes.get("exported_from") != store.attributes["store_id"]
         or set(made.teachers) != set(names)
-        or shard_rows not in (None, made.index.shard_rows)
+        or options.shard_rows not in (None, made.index.shard_rows)
+        or any(
+            made.teacher(name).encoding != _encoding(store, name, options.encoding)
+            for name in names
+        )
         or made.index.n_videos != len(videos)
         or len(_exportable(made, names, np.arange(len(videos)))) != len(videos)
     ):
@@ -123,6 +133,14 @@ def _same_store(
         made.place(v) == store.place(int(video)) and made.digest(v) == store.digest(int(video))
         for v, video in enumerate(videos)
     )
+
+
+def _encoding(store: TargetStore, name: str, wanted: str | None) -> str:
+    """Return the encoding of a teacher of the export; pca:D is for features alone."""
+    record = store.teacher(name)
+    if wanted is None or (record.output == "logits" and pca_components(wanted)):
+        return record.encoding
+    return wanted
 
 
 def _same_file(store: TargetStore, out: Path, names: list[str], videos: NDArray[np.int64]) -> bool:
@@ -141,11 +159,9 @@ def _same_file(store: TargetStore, out: Path, names: list[str], videos: NDArray[
     tables |= dict.fromkeys(numbers, ("iu", 1))
     for name in names:
         group = f"teachers/{name}"
-        tables |= {
-            f"{group}/class": (STRING, 1),
-            f"{group}/logits": ("f", 2),
-            f"{group}/entropy": ("f", 1),
-        }
+        tables[f"{group}/{store.teacher(name).output}"] = ("f", 2)
+        if store.teacher(name).output == "logits":
+            tables |= {f"{group}/class": (STRING, 1), f"{group}/entropy": ("f", 1)}
     groups = ("videos", "frames", "teachers", *(f"teachers/{name}" for name in names))
     with open_hdf5(out, tables, groups) as file:
         places = [store.place(int(video)) for video in videos]
@@ -160,8 +176,8 @@ def _same_file(store: TargetStore, out: Path, names: list[str], videos: NDArray[
                 for at in range(0, len(places), BLOCK)
             )
             and all(
-                file[f"teachers/{name}/logits"].shape
-                == (len(file["frames/pts"]), len(store.teacher(name).classes))
+                file[f"teachers/{name}/{store.teacher(name).output}"].shape
+                == (len(file["frames/pts"]), store.teacher(name).width)
                 for name in names
             )
         )
@@ -182,7 +198,7 @@ def _export_store(
     out: Path,
     names: list[str],
     chosen: NDArray[np.int64],
-    shard_rows: int | None,
+    options: ExportOptions,
     console: Console,
 ) -> dict[str, Any]:
     videos = _exportable(store, names, chosen)
@@ -190,13 +206,20 @@ def _export_store(
         console.warn(f"{len(chosen) - len(videos)} pending videos are left out")
     if len(videos) == 0:
         raise UsageError(f"{store.name}: no video is left to export")
+    codecs = codecs_for(store, names, options.encoding, videos)
     part = out.with_name(f".{out.name}.part")
     with _alone(out):
         _sweep(part)
         try:
             with console.progress("exporting", int(store.row_counts[videos].sum()), "rows") as bar:
                 rows = write_subset(
-                    store, part, videos, names, shard_rows=shard_rows, advance=bar.advance
+                    store,
+                    part,
+                    videos,
+                    names,
+                    shard_rows=options.shard_rows,
+                    codecs=codecs,
+                    advance=bar.advance,
                 )
             os.rename(part, out)
             fsync_path(out.parent)
@@ -222,8 +245,8 @@ def _export_hdf5(
     """Usable videos as one file.
 
     Layout: `videos/{corpus,path,frames,first_row,rows}` [V], `frames/{video,index,pts}` [N],
-    `teachers/NAME/{logits [N, K] float16, entropy [N] float32, class [K]}`; `video` counts in
-    `videos/`.
+    `teachers/NAME/{logits [N, K] float16, entropy [N] float32, class [K]}` or
+    `teachers/NAME/features [N, K] float16`; `video` counts in `videos/`.
     """
     usable = np.intersect1d(store.usable(names), chosen)
     counts = store.row_counts[usable]
@@ -241,17 +264,20 @@ def _export_hdf5(
             for name in names:
                 record = store.teacher(name)
                 group = file.create_group(f"teachers/{name}")
-                _text(group, "class", [name.encode() for name in record.classes])
-                shape = (len(rows), len(record.classes))
-                logits = group.create_dataset("logits", shape, "f2", **_checked(shape, 2))
-                entropy = group.create_dataset(
-                    "entropy", (len(rows),), "f4", **_checked((len(rows),), 4)
-                )
+                shape = (len(rows), record.width)
+                values = group.create_dataset(record.output, shape, "f2", **_checked(shape, 2))
+                entropy = None
+                if record.output == "logits":
+                    _text(group, "class", [name.encode() for name in record.classes])
+                    entropy = group.create_dataset(
+                        "entropy", (len(rows),), "f4", **_checked((len(rows),), 4)
+                    )
                 for at in range(0, len(rows), BLOCK):
                     some = rows[at : at + BLOCK]
                     # Not by HDF5: 1.14.2 halves what float16 rounds up to a power of two.
-                    logits[at : at + BLOCK] = store.logits(name, some).astype(np.float16)
-                    entropy[at : at + BLOCK] = store.entropy(name, some)
+                    values[at : at + BLOCK] = store.outputs(name, some).astype(np.float16)
+                    if entropy is not None:
+                        entropy[at : at + BLOCK] = store.entropy(name, some)
                     writer.check()
                     bar.advance(len(some) / len(names))
     return {"out": str(out), "videos": len(usable), "rows": len(rows), "teachers": names,

@@ -60,8 +60,9 @@ def targets_info(options: InfoOptions, console: Console) -> dict[str, Any]:
 
 def _kept(teacher: dict[str, Any]) -> str:
     """The encoding and what it costs."""
-    error = teacher["encoding_error"]["kl_mean"]
-    return teacher["encoding"] + (f", KL {error:.0e}" if error is not None else "")
+    key, word = ("kl_mean", "KL") if teacher["output"] == "logits" else ("cosine_mean", "1 − cos")
+    error = teacher["encoding_error"][key]
+    return teacher["encoding"] + (f", {word} {error:.0e}" if error is not None else "")
 
 
 def _bytes(store: TargetStore) -> int:
@@ -125,11 +126,11 @@ def _bars(counts: list[int]) -> str:
 
 def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
     record = store.teachers[name]
-    found = teacher_stats(store, name)
-    counts, edges = found.histogram()
-    values = found.entropy[np.isfinite(found.entropy)]
+    rows = len(store.committed_rows(name))
     return {
         "name": name,
+        "output": record.output,
+        "width": record.width,
         "classes": len(record.classes),
         "identity": record.identity,
         "run": record.run,
@@ -137,9 +138,20 @@ def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
         "encoding": record.encoding,
         "encoding_error": store.encoding_error(name),
         **_counts(store.index.teacher_state(name)),
-        "rows": found.total,
+        "rows": rows,
         "bytes": (size := _teacher_bytes(store, name)),
-        "bytes_a_row": round(size / max(found.total, 1), 1),
+        "bytes_a_row": round(size / max(rows, 1), 1),
+        "failures": dict(Counter(store.index.video_reasons(name).values()).most_common()),
+        **(_of_logits(store, name) if record.output == "logits" else {}),
+    }
+
+
+def _of_logits(store: TargetStore, name: str) -> dict[str, Any]:
+    """Entropies and classes, of a teacher with logits alone."""
+    found = teacher_stats(store, name)
+    counts, edges = found.histogram()
+    values = found.entropy[np.isfinite(found.entropy)]
+    return {
         "entropy_nats": {
             "mean": float(values.mean()) if len(values) else None,
             **{f"q{round(q * 100):02d}": v for q, v in found.quantiles().items()},
@@ -148,7 +160,6 @@ def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
         "most_frequent": [
             {"class": label, "share": share} for label, share in found.most_frequent(10)
         ],
-        "failures": dict(Counter(store.index.video_reasons(name).values()).most_common()),
     }
 
 
@@ -181,7 +192,7 @@ def _show(info: dict[str, Any], console: Console) -> None:
         )
     console.table(corpora)
     teachers = Table("teacher", "weights")
-    for column in ("classes", "frames", "kept as", "bytes a frame"):
+    for column in ("output", "frames", "kept as", "bytes a frame"):
         teachers.add_column(column, justify="right")
     teachers.add_column("most frequent")
     entropies = Table("teacher")
@@ -189,15 +200,16 @@ def _show(info: dict[str, Any], console: Console) -> None:
         entropies.add_column(column, justify="right")
     entropies.add_column("its histogram, from 0 to ln of the classes")
     for t in info["teachers"]:
+        size = f"{t['bytes_a_row']:,.0f}" if t["rows"] else "–"
+        weights = str(t["identity"].get("weights", ""))
+        labels = ", ".join(f"{m['class']} {m['share']:.0%}" for m in t.get("most_frequent", [])[:4])
+        what = f"{t['width']:,} {'classes' if t['output'] == 'logits' else 'features'}"
+        teachers.add_row(t["name"], weights, what, f"{t['rows']:,}", _kept(t), size, labels)
+        if t["output"] != "logits":
+            continue
         e = t["entropy_nats"]
         spread = f"{e['q05']:.2f} to {e['q95']:.2f}" if t["rows"] else "–"
-        labels = ", ".join(f"{m['class']} {m['share']:.0%}" for m in t["most_frequent"][:4])
-        weights = str(t["identity"].get("weights", ""))
         median = f"{e['q50']:.2f} nats" if t["rows"] else "–"
-        size = f"{t['bytes_a_row']:,.0f}" if t["rows"] else "–"
-        teachers.add_row(
-            t["name"], weights, f"{t['classes']:,}", f"{t['rows']:,}", _kept(t), size, labels
-        )
         histogram = e["histogram"]
         bars = f"0 ▕{_bars(histogram['counts'])}▏ {histogram['edges'][-1]:.1f} nats"
         entropies.add_row(t["name"], median, spread, bars)

@@ -37,6 +37,7 @@ def store_page(summary: StoreSummary, version: str) -> str:
         videos=[(video, _curves(video, highest, len(classes) > 1)) for video in summary.videos],
         num_missing=sum(video.problem is not None for video in summary.videos),
         teachers=[_teacher(teacher) for teacher in summary.teachers],
+        features=[store.teacher(name) for name in store.teachers_of("features")],
         failures=_failures(summary.failures) if summary.failures else None,
         identity=json.dumps(store.identity(), indent=1, ensure_ascii=False),
     )

@@ -101,7 +101,9 @@ class FrameReader:
         self.store, self.video_roots = store, video_roots
         self.prepared: Mapping[str, PreparedCorpus] = prepared_corpora(video_roots)
         # Once: each is a pass over all segments.
-        self.teacher_states = {name: store.index.teacher_state(name) for name in store.teachers}
+        self.teacher_states = {
+            name: store.index.teacher_state(name) for name in store.teachers_of("logits")
+        }
 
     def read(self, video: int, index: NDArray[np.int64], pts: NDArray[np.int64]) -> list[str]:
         """A data URL of each of the frames index [F] at pts [F].
@@ -141,7 +143,7 @@ def summarize_store(
         store=store,
         states={name: int((state == code).sum()) for code, name in STATUS.items()},
         videos=[_video(store, int(v), reader) for v in chosen],
-        teachers=[_teacher(store, name, reader) for name in store.teachers],
+        teachers=[_teacher(store, name, reader) for name in store.teachers_of("logits")],
         failures=list(failures(store)),
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
@@ -89,12 +89,19 @@ def encode(
 ) -> dict[str, NDArray[Any]]:
     """Encode `values` [n, K] as the arrays of `arrays_of(encoding, output)`.
 
-    Rows that cannot be stored become fill. Of pca:D, `values` are the coefficients.
+    Rows that cannot be stored become fill.
     """
     good = storable(values)
     z = values if good.all() else np.where(good[:, None], values, np.float32(np.nan))
     if encoding == "float16":
         return {output: z.astype(np.float16)}
+    return _int8(z, good, output)
+
+
+def _int8(
+    z: NDArray[np.float32], good: NDArray[np.bool_], output: Output
+) -> dict[str, NDArray[Any]]:
+    """Encode rows with a scale and an offset each; those that are not `good` are NaN in `z`."""
     low, high = (
         z.min(axis=1, initial=np.inf).astype(np.float64),
         z.max(axis=1, initial=-np.inf).astype(np.float64),
@@ -131,16 +138,17 @@ class Codec:
     output: Output
     encoding: Encoding
     width: int
-    basis: NDArray[np.float32] | None = None
-    mean: NDArray[np.float32] | None = None
+    basis: NDArray[np.float32] | None = field(default=None, compare=False)
+    mean: NDArray[np.float32] | None = field(default=None, compare=False)
 
     def encode(self, values: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """Encode `values` [n, K]; rows that cannot be stored become fill."""
         if self.basis is None or self.mean is None:
             return encode(values, self.encoding, self.output)
-        with np.errstate(invalid="ignore", over="ignore"):
-            centred = np.where(storable(values)[:, None], values, np.float32(np.nan)) - self.mean
-            return encode(centred @ self.basis.T, self.encoding, self.output)
+        good = storable(values)
+        centred = np.where(good[:, None], values, np.float32(np.nan)) - self.mean
+        with np.errstate(invalid="ignore"):
+            return _int8(centred @ self.basis.T, good, self.output)
 
     def decode(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Values [n, K] in float32, in the teacher's own space; NaN in fill."""
@@ -160,11 +168,9 @@ class Codec:
 
 def rounding(arrays: Mapping[str, NDArray[Any]], encoding: Encoding) -> NDArray[np.float32]:
     """Return the largest error of a stored logit in each row [n]."""
-    if encoding == "int8":
-        return np.asarray(arrays["scale"] / 2, np.float32)
-    return np.asarray(
-        np.abs(arrays["logits"].astype(np.float32)).max(axis=1, initial=0) * 2**-11, np.float32
-    )
+    half = np.abs(decode(arrays, encoding)).max(axis=1, initial=0) * 2**-11
+    # An export in int8 was float16 before.
+    return np.asarray(half if encoding == "float16" else arrays["scale"] / 2 + half, np.float32)
 
 
 def divergence(logits: NDArray[np.float32], kept: NDArray[np.float32]) -> NDArray[np.float32]:

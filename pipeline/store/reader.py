@@ -235,6 +235,10 @@ class TargetStore:
             )
         return self.teachers[name]
 
+    def teachers_of(self, output: Output) -> list[str]:
+        """Return the names of the teachers whose rows hold this output."""
+        return [name for name, record in self.teachers.items() if record.output == output]
+
     def fingerprint(self, teacher: str) -> dict[str, Any] | None:
         """Return the content of a teacher's node of that name (`teachers.fingerprint`), if any."""
         return fmt.read_fingerprint(self.files, self.teacher(teacher).name)
@@ -393,7 +397,7 @@ class TargetStore:
 
     def _needs_logits(self, teacher: str, what: str) -> None:
         if self.teacher(teacher).output != "logits":
-            logits = [t.name for t in self.teachers.values() if t.output == "logits"]
+            logits = self.teachers_of("logits")
             raise UsageError(
                 f"teacher {teacher!r} of {self.name} has features, no {what}; teachers with "
                 f"logits: {', '.join(logits) or 'none'}"

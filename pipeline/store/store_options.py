@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, Field, PlainSerializer, model_validator
 
 from ..common.errors import UsageError
 from ..common.settings import (
@@ -111,6 +112,14 @@ class MergeOptions(Options):
     )
 
 
+def _check_encoding(value: str | None) -> str | None:
+    """Raise UsageError for an encoding that no store has."""
+    plain = get_args(PlainEncoding)
+    if value is None or value in plain or re.fullmatch(r"pca:[1-9][0-9]{0,5}", value):
+        return value
+    raise UsageError(f"--encoding {value}: expected {', '.join(plain)} or pca:D (D components)")
+
+
 class ExportOptions(Options):
     """Everything that `distinit targets export` can be told."""
 
@@ -128,6 +137,15 @@ class ExportOptions(Options):
         default=None,
         description="only the videos of a text file: a path in its corpus, CORPUS=PATH or an absolute "
         "path per line",
+    )
+    encoding: Annotated[
+        str | None,
+        AfterValidator(_check_encoding),
+        CliOption(group="Output", metavar="ENCODING", shown="as they are stored"),
+    ] = Field(
+        default=None,
+        description="how a new store holds the rows: float16, int8, or pca:D, which keeps D "
+        "components of features in D + 8 bytes",
     )
     shard_rows: Annotated[
         int | None,

@@ -5,7 +5,7 @@ They are packed into new shards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from ..common.errors import UsageError
 from . import layout as fmt
-from .encoding import Sums, row_arrays, total_error
+from .encoding import Codec, Sums, arrays_of, error_record, row_arrays, total_error
 from .index import OK
 from .planning import FrameRange, auto_shard_rows
 from .reader import TargetStore
 from .staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
 from .writer import StoreWriter
+
+BLOCK = 1024  # rows encoded at a time
 
 
 def write_subset(
@@ -30,11 +32,13 @@ def write_subset(
     teachers: Sequence[str],
     *,
     shard_rows: int | None = None,
+    codecs: Mapping[str, Codec] | None = None,
     advance: Callable[[int], Any] = lambda n: None,
 ) -> int:
     """Write `videos` (ids of `source`, none pending) and their rows to a new store.
 
-    Failed videos are included with their reasons.
+    Failed videos are included with their reasons. codecs: how teachers' rows are to be stored, by
+    name; the others' as they are.
 
     Returns:
         The number of rows.
@@ -65,13 +69,14 @@ def write_subset(
         _list_videos(source, writer, videos)
         segments = writer.add_segments(stretches)
         nodes = fmt.read_nodes(source.files, "teachers", teachers)
+        wanted = {name: source.teacher(name).codec for name in teachers} | dict(codecs or {})
         for name in teachers:
             record = source.teacher(name)
             writer.add_teacher(
                 name,
                 record.classes,
                 nodes[name],
-                codec=record.codec,
+                codec=wanted[name],
                 fingerprint=source.fingerprint(name),
             )
         pairs = zip(segments, old.tolist(), strict=True)
@@ -82,7 +87,7 @@ def write_subset(
             )
             copy.frames(np.array([new.stretch.video for new, _ in members]))
             for name in teachers:
-                copy.teacher(name)
+                copy.teacher(name, wanted[name])
             advance(len(copy.rows))
     return int(bounds.sum())
 
@@ -129,8 +134,8 @@ class ShardCopy:
         )
         self.writer.commit(ShardResult(self.shard, part, {}, str(folder)), run)
 
-    def teacher(self, name: str) -> None:
-        """Stage and commit a teacher's rows, as they are stored."""
+    def teacher(self, name: str, codec: Codec | None = None) -> None:
+        """Stage and commit a teacher's rows, as they are stored or in another form."""
         index, record = self.source.index, self.source.teacher(name)
         of = index.teachers[name]
         good = [
@@ -147,19 +152,46 @@ class ShardCopy:
             failed=self._of(of.failed),
         )
         folder = new_staging(self.writer.root, self.shard)
-        codec = record.codec
+        codec = record.codec if codec is None else codec
         specs = fmt.teacher_specs(name, codec.width, codec.encoding, codec.output)
         kept = np.repeat(
             np.array(good) > 0, self.counts
         )  # a shard of which every segment failed may have no file
-        stored: dict[str, NDArray[Any]] = {}
+        stored, errors = self._rows(name, record.codec, codec, self.rows[kept])
+        if errors is not None:
+            part.error = error_record(errors, codec.output)
         for array, spec in zip(row_arrays(codec.encoding, codec.output), specs, strict=True):
             values = np.full((len(self.rows), *spec.row), spec.fill, spec.dtype)
-            values[kept] = stored[array] = self.source.read_stored(name, array, self.rows[kept])
+            values[kept] = stored[array]
             part.files += stage_array(folder, spec, self.shard, values, self.writer.shard_rows)
         part.sums = Sums.of(codec, stored) if codec.output == "features" else None
         run = _common([of.commits[shard]["run"] for shard in sorted(set(shards))])
         self.writer.commit(ShardResult(self.shard, None, {name: part}, str(folder)), run)
+
+    def _rows(
+        self, name: str, old: Codec, new: Codec, rows: NDArray[np.int64]
+    ) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32] | None]:
+        """Return a teacher's arrays in their new form, and the error in each row if it is another.
+
+        The error is measured against what the source has; memory beyond the arrays does not grow
+        with the rows.
+        """
+        read = self.source.read_stored
+        if old.encoding == new.encoding:
+            arrays = row_arrays(old.encoding, old.output)
+            return {array: read(name, array, rows) for array in arrays}, None
+        parts: dict[str, list[NDArray[Any]]] = {}
+        errors: list[NDArray[np.float32]] = []
+        for at in range(0, max(len(rows), 1), BLOCK):
+            values = self.source.outputs(name, rows[at : at + BLOCK])
+            encoded = new.encode(values)
+            errors.append(new.error(values, new.decode(encoded)))
+            for array in arrays_of(new.encoding, new.output):
+                parts.setdefault(array, []).append(encoded[array])
+        stored = {array: np.concatenate(blocks) for array, blocks in parts.items()}
+        if new.output == "logits":
+            stored["entropy"] = read(name, "entropy", rows)
+        return stored, np.concatenate(errors)
 
     def _of(self, texts: dict[int, str]) -> dict[int, str]:
         return {new: texts[s] for new, s in zip(self.new, self.old, strict=True) if s in texts}

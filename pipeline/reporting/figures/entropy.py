@@ -58,7 +58,8 @@ def read_stores(runs: Sequence[Run], *, open_urls: bool = False) -> dict[str, St
         try:
             store = TargetStore.open(path)
             found[path] = StoreSurvey(
-                [teacher_stats(store, name) for name in store.teachers], store.identity()
+                [teacher_stats(store, name) for name in store.teachers_of("logits")],
+                store.identity(),
             )
         except (DistInitError, OSError, ValueError) as error:  # ValueError: a path with a zero byte
             found[path] = StoreSurvey(None, {}, str(error))

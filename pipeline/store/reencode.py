@@ -1,0 +1,145 @@
+"""Which form the rows of an exported store take, and the basis of pca:D.
+
+The basis is fitted on rows that a hash of the videos' digests chooses, in the order of that hash:
+neither the order in which videos were listed, nor shards, nor workers change a bit of it.
+
+Shapes: n rows, K features, D components.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.errors import UsageError
+from .encoding import ENCODINGS, Codec, pca_components
+from .reader import TargetStore
+from .store_options import Encoding
+
+ROWS_PER_COMPONENT = 20
+MIN_ROWS_PER_COMPONENT = 2
+BLOCK = 1024  # rows read at a time
+
+
+def codecs_for(
+    store: TargetStore,
+    teachers: Sequence[str],
+    encoding: Encoding | None,
+    videos: NDArray[np.int64],
+) -> dict[str, Codec]:
+    """Return how the rows of each teacher are to be stored.
+
+    Args:
+        store: The source.
+        teachers: Names of its teachers.
+        encoding: What was asked for; None: as they are stored. `pca:D` is for features, logits stay
+            as they are.
+        videos: Those that are exported, of which the basis of pca:D is fitted.
+
+    Raises:
+        UsageError: A teacher cannot be stored so.
+    """
+    codecs = {name: store.teacher(name).codec for name in teachers}
+    if encoding is None:
+        return codecs
+    components = pca_components(encoding)
+    if components and all(codec.output == "logits" for codec in codecs.values()):
+        raise UsageError(
+            f"--encoding {encoding}: is for features, and {', '.join(codecs)} of {store.name} "
+            f"have logits; allowed: {', '.join(ENCODINGS)}"
+        )
+    for name, codec in codecs.items():
+        if codec.encoding == encoding or (components and codec.output == "logits"):
+            continue
+        if encoding == "float16" or pca_components(codec.encoding):
+            raise UsageError(
+                f"--encoding {encoding}: teacher {name!r} of {store.name} is stored in "
+                f"{codec.encoding}, and what that lost cannot be had back; leave --encoding out, or "
+                "choose teachers by --teacher"
+            )
+        codecs[name] = (
+            fit_pca(store, name, components, videos)
+            if components
+            else replace(codec, encoding=encoding)
+        )
+    return codecs
+
+
+def fit_pca(store: TargetStore, teacher: str, components: int, videos: NDArray[np.int64]) -> Codec:
+    """Return pca:D with the principal components of a teacher's features.
+
+    One scale for all dimensions: they are centred, not divided by their deviations.
+
+    Raises:
+        UsageError: There are too few rows, or fewer features than components.
+    """
+    width = store.teacher(teacher).width
+    wanted = ROWS_PER_COMPONENT * components
+    rows = sample_rows(store, teacher, wanted, videos)
+    allowed = min(width, len(rows) // MIN_ROWS_PER_COMPONENT)
+    if components > allowed:
+        raise UsageError(
+            f"--encoding pca:{components}: teacher {teacher!r} has {width} features and at least "
+            f"{len(rows)} rows to fit on; at most pca:{allowed} is allowed "
+            f"({MIN_ROWS_PER_COMPONENT} rows per component)"
+            if allowed
+            else f"--encoding pca:{components}: teacher {teacher!r} has no rows to fit on"
+        )
+    total, products = np.zeros(width), np.zeros((width, width))
+    for at in range(0, len(rows), BLOCK):
+        x = store.outputs(teacher, rows[at : at + BLOCK]).astype(np.float64)
+        total += x.sum(axis=0)
+        products += x.T @ x
+    mean = total / len(rows)
+    covariance = products / len(rows) - np.outer(mean, mean)
+    basis = np.linalg.eigh(covariance)[1].T[::-1][:components]
+    # An eigenvector has no sign of its own.
+    sign = np.sign(basis[np.arange(components), np.abs(basis).argmax(axis=1)])
+    basis = (basis * sign[:, None]).astype(np.float32, order="C")
+    return Codec("features", f"pca:{components}", width, basis, mean.astype(np.float32))
+
+
+def sample_rows(
+    store: TargetStore, teacher: str, count: int, videos: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return at least `count` rows of a teacher, or all if it has fewer, from many videos.
+
+    Of each video as few as suffice, spread evenly over it; videos in the order of a hash of their
+    digests.
+    """
+    usable = np.intersect1d(store.usable([teacher]), videos)
+    counts = store.row_counts[usable]
+    most = _rows_per_video(counts, count)
+    keys = {int(v): _key(store, int(v)) for v in usable}
+    chosen: list[NDArray[np.int64]] = []
+    total = 0
+    for video in sorted(keys, key=keys.__getitem__):
+        rows = store.rows_of(np.array([video]))
+        take = min(len(rows), most)
+        chosen.append(rows[np.linspace(0, len(rows) - 1, take).round().astype(np.int64)])
+        total += take
+        if total >= count:
+            break
+    return np.concatenate(chosen) if chosen else np.empty(0, np.int64)
+
+
+def _rows_per_video(counts: NDArray[np.int64], wanted: int) -> int:
+    """Return the least m of which Σ min(counts, m) ≥ wanted, or the largest count."""
+    low, high = 1, int(np.max(counts, initial=1))
+    while low < high:
+        middle = (low + high) // 2
+        if int(np.minimum(counts, middle).sum()) >= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _key(store: TargetStore, video: int) -> tuple[bytes, tuple[str, str]]:
+    """Return what orders a video; its place where two files have one digest."""
+    digest = hashlib.blake2b(store.digest(video).encode(), digest_size=16).digest()
+    return digest, store.place(video)
