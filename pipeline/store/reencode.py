@@ -96,10 +96,10 @@ def fit_pca(store: TargetStore, teacher: str, components: int, videos: NDArray[n
         products += x.T @ x
     mean = total / len(rows)
     covariance = products / len(rows) - np.outer(mean, mean)
-    basis = np.linalg.eigh(covariance)[1].T[::-1][:components]
+    vectors = np.linalg.eigh(covariance)[1].T[::-1][:components]
     # An eigenvector has no sign of its own.
-    sign = np.sign(basis[np.arange(components), np.abs(basis).argmax(axis=1)])
-    basis = (basis * sign[:, None]).astype(np.float32, order="C")
+    sign = np.sign(vectors[np.arange(components), np.abs(vectors).argmax(axis=1)])
+    basis = (vectors * sign[:, None]).astype(np.float32, order="C")
     return Codec("features", f"pca:{components}", width, basis, mean.astype(np.float32))
 
 
