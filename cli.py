@@ -240,6 +240,16 @@ tell the classes apart.""",
             "distinit targets probe targets.zarr --dataset hmdb51 --root /data/hmdb51 --json",
         ),
     ),
+    "compare": Command(
+        help="""Teachers side by side: how far they agree, which is confident where.
+
+Also the videos on which they disagree most; with --out as a page with pictures, for any
+browser, without network.""",
+        examples=(
+            "distinit targets compare targets.zarr",
+            "distinit targets compare targets.zarr --out look --videos kinetics=/data/k400",
+        ),
+    ),
     "verify": Command(
         help="""Check a store: structure, counts, checksums, finiteness, entropy against logits.
 

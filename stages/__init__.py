@@ -37,6 +37,10 @@ STAGES = {
         "pipeline.evaluation.probe_options:ProbeOptions",
         "stages.targets_probe:targets_probe",
     ),
+    "targets-compare": (
+        "pipeline.evaluation.compare_options:CompareOptions",
+        "stages.targets_compare:targets_compare",
+    ),
     "targets-verify": (
         "pipeline.store.store_options:VerifyOptions",
         "stages.targets_verify:targets_verify",

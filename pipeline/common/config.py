@@ -45,7 +45,10 @@ SECTIONS = (
     "ablate",
     "report",
     "demo",
-    *(f"targets-{name}" for name in ("info", "browse", "probe", "verify", "merge", "export")),
+    *(
+        f"targets-{name}"
+        for name in ("info", "browse", "probe", "compare", "verify", "merge", "export")
+    ),
 )
 
 
@@ -80,7 +83,8 @@ def _renamed(
     """Return the section with renamed keys, also one level down; an existing new key is kept."""
     result: dict[str, Any] = {}
     for key, value in section.items():
-        name = names.get(f"{prefix}{key}", f"{prefix}{key}").rpartition(".")[2]
+        # Names of teachers have dots: only a renamed key is cut at one.
+        name = names[f"{prefix}{key}"].rpartition(".")[2] if f"{prefix}{key}" in names else key
         inner = isinstance(value, Mapping) and not prefix
         result[key if name in section else name] = (
             _renamed(value, names, f"{key}.") if inner else value

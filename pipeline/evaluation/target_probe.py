@@ -98,7 +98,7 @@ def probe_teacher(
         accuracy = estimate_mean(correct.astype(np.float64), labels.group[tested])
         yield ProbeResult(
             teacher,
-            "logits",
+            record.output,
             record.encoding,
             targets.shape[1],
             frames,
@@ -141,7 +141,7 @@ def _block_means(
         for frames in frame_counts
     ]
     needed = np.unique(np.concatenate([places for each in picked for places in each]))
-    outputs = store.logits(teacher, rows[needed])
+    outputs = store.outputs(teacher, rows[needed])
     return [
         np.stack([outputs[np.searchsorted(needed, places)].mean(axis=0) for places in each])
         for each in picked

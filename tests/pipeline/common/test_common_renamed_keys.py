@@ -88,3 +88,9 @@ def test_a_run_that_read_copies_is_read(tmp_path: Path) -> None:
     file.write_text("finetune: {dataset: hmdb51, out: run, videos: small}\n")
 
     assert load_config(FinetuneConfig, "finetune", file=str(file)).copies == "small"
+
+
+def test_names_with_dots_are_no_keys() -> None:
+    """Teachers of features are called so, and are keys of the identities of runs."""
+    stored = {"teachers": {"cells.features": {"name": "cells"}}, "heads": {"a.length": "1"}}
+    assert current_keys(stored) == stored
