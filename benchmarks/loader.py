@@ -67,7 +67,7 @@ def sampler_of(store: TargetStore, epoch_clips: int | None = None) -> TargetSamp
     """Random picks of all videos with 8-frame clips."""
     videos = store.usable()
     return TargetSampler(
-        store, teachers=tuple(store.teachers), picks=PickRule.parse("random"), clip_length=8, videos=videos, seed=0,
+        store, teachers=tuple(store.teachers), picks=PickRule.parse("random"), clip_frames=8, videos=videos, seed=0,
         epoch_clips=epoch_clips or len(videos),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -39,10 +39,12 @@ from ..pipeline.store.storage import absolute
 from ..pipeline.students.export import save_student
 from ..pipeline.students.student import Student, build_student, count_parameters
 from ..pipeline.students.student_options import StudentMeta
+from ..pipeline.targets.class_head import ClassHead, read_heads
 from ..pipeline.targets.dataset import StudentClips
 from ..pipeline.targets.mixture import by_corpus
 from ..pipeline.targets.picks import PickRule
-from ..pipeline.targets.sampler import ClipSample, TargetSampler
+from ..pipeline.targets.sampler import TargetSampler
+from ..pipeline.targets.teacher_targets import TeacherTargets
 from ..pipeline.training.checkpoint import (
     check_identity,
     load_weights,
@@ -50,14 +52,15 @@ from ..pipeline.training.checkpoint import (
     require_not_longer,
 )
 from ..pipeline.training.distillation import Distillation, evaluate_distillation
-from ..pipeline.training.distillation_options import TargetOptions, TrainConfig
+from ..pipeline.training.distillation_options import TrainConfig
 from ..pipeline.training.dry_run import dry_run
 from ..pipeline.training.filter_thresholds import Filter, measure_thresholds
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, fit
 from ..pipeline.training.loop_options import LoopOptions
+from ..pipeline.training.objective import first_draws, make_objective, measure_baselines
 from ..pipeline.training.precision import pick_workers
-from ..pipeline.training.reference_losses import DRAWS, TOO_LITTLE, LossBounds, loss_bounds
+from ..pipeline.training.reference_losses import TOO_LITTLE, LossBounds, loss_bounds
 from ..pipeline.training.seen_videos import OWN, SeenVideos
 from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
 
@@ -72,6 +75,7 @@ class _Parts:
     held_out: StudentClips | None
     filter: Filter
     left_out: Exclusion | None
+    baselines: dict[str, float]
 
 
 def train_student(config: TrainConfig, console: Console) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
     """What a training would be: said, drawn, and not done."""
     store, teachers, _ = _open(config)
     parts = _assemble(config, store, teachers, None, console)
-    return dry_run(config, store, parts.train, _build(config, store, teachers))
+    return dry_run(config, store, parts.train, _build(config, parts.train.sampler.targets))
 
 
 def _train(config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
@@ -120,14 +124,14 @@ def _train_locked(
             lambda: _seen(store, parts.train.sampler.videos, config.video_roots).write(run_dir)
         )
 
-    student = ranks.on_all_ranks(lambda: _build(config, store, teachers))
+    student = ranks.on_all_ranks(lambda: _build(config, parts.train.sampler.targets))
     console.say(
         f"{config.student.describe()}: {count_parameters(student) / 1e6:.1f} M parameters, "
         f"heads {', '.join(f'{name} [{k}]' for name, k in student.classes.items())}; "
         f"{options.epochs} epochs of {options.clips_per_epoch} clips from {len(parts.train.sampler.videos)} videos"
     )
     console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
-    objective = _objective(config.targets, teachers)
+    objective = make_objective(config.targets, parts.train.sampler.targets, parts.baselines)
     bounds = ranks.on_main(lambda: _bounds(parts.train.sampler, objective, console))
 
     def held_out() -> dict[str, float]:
@@ -160,7 +164,7 @@ def _train_locked(
     def finish() -> dict[str, Any]:
         if result.broken:
             console.warn(result.unread())
-        exported = _export(config, store, student, teachers, run_dir)
+        exported = _export(config, store, student, parts.train.sampler.targets, run_dir)
         summary = _summary(config, parts, result, exported) | _learned(
             bounds, result, teachers, config.export, console
         )
@@ -186,6 +190,9 @@ def _absolute(config: TrainConfig) -> TrainConfig:
         "out": os.path.abspath(config.out),
         "video_roots": video_roots,
     }
+    if config.targets.heads:
+        files = {name: os.path.abspath(file) for name, file in config.targets.heads.items()}
+        paths["targets"] = config.targets.model_copy(update={"heads": files})
     if config.exclude is not None:
         paths["exclude"] = canonical_exclude(config.exclude)
     return config.model_copy(update=paths)
@@ -204,7 +211,7 @@ def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
     names = tuple(name for name in store.teachers if name in names)
     by_teacher = {
         f"targets.{key}": getattr(config.targets, key)
-        for key in ("max_entropy", "max_entropy_quantile", "loss_weights")
+        for key in ("max_entropy", "max_entropy_quantile", "loss_weights", "loss")
     }
     for key, named in {**by_teacher, "student_head": config.student_head}.items():
         for name in named if isinstance(named, dict) else ():
@@ -243,6 +250,7 @@ def _assemble(
             np.isin(corpus[held_ids], [names.index(name) for name in config.targets.corpora])
         ]
     options = config.loop.for_videos(len(videos))
+    heads = _class_heads(config, store, teachers)
 
     def sampler(
         ids: np.ndarray, thresholds: dict[str, float], fixed: bool = False
@@ -251,16 +259,18 @@ def _assemble(
             store,
             teachers=teachers,
             picks=PickRule.parse(config.targets.picks),
-            clip_length=config.clips.clip_frames,
+            clip_frames=config.clips.clip_frames,
             videos=ids,
             seed=seed,
             epoch_clips=options.clips_per_epoch,
             flip=config.clips.flip,
-            thresholds=thresholds,
-            reject=config.targets.filter_mode,
+            max_entropy=thresholds,
+            filter_mode=config.targets.filter_mode,
             fixed=fixed,
             shares=None if fixed else shares,
             ahead=pictures_needed(0, channels),
+            teacher_dropping=config.targets.teacher_dropping,
+            heads=heads,
         )
 
     unfiltered = sampler(videos, {})
@@ -289,7 +299,30 @@ def _assemble(
     if len(held_ids):
         fixed = sampler(held_ids, thresholds, fixed=True)
         held = StudentClips(fixed, config.clips, config.video_roots, channels=channels)
-    return _Parts(train, held, found, left_out)
+    baselines = measure_baselines(config.targets, train.sampler, saved)
+    return _Parts(train, held, found, left_out, baselines)
+
+
+def _class_heads(
+    config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]
+) -> dict[str, ClassHead]:
+    """The heads that make logits of features; UsageError where the filter needs one that is not
+    given."""
+    records = {name: store.teachers[name] for name in teachers}
+    outputs = {name: record.output for name, record in records.items()}
+    widths = {name: record.width for name, record in records.items()}
+    heads = read_heads(config.targets.heads, widths, outputs)
+    for key in ("max_entropy", "max_entropy_quantile"):
+        limit = getattr(config.targets, key)
+        judged = () if limit is None else limit if isinstance(limit, dict) else teachers
+        for name in judged:
+            if outputs[name] == "features" and name not in heads:
+                raise UsageError(
+                    f"--{key.replace('_', '-')} {limit}: teacher {name!r} gives features, which have "
+                    f"no entropy; --head {name}=FILE makes logits of them, or name the teachers that "
+                    f"are filtered, as in --set 'targets.{key}={{NAME: X}}'"
+                )
+    return heads
 
 
 def _seen(store: TargetStore, videos: np.ndarray, video_roots: dict[str, str]) -> SeenVideos:
@@ -320,29 +353,10 @@ def _usable_held_out(
     return np.array(list(islice(usable, most)), np.int64)
 
 
-def _objective(options: TargetOptions, teachers: tuple[str, ...]) -> Distillation:
-    """What the student learns: the losses of these teachers."""
-    return Distillation(
-        teachers,
-        loss=options.loss,
-        tau=options.tau,
-        mse_reduction=options.mse_reduction,
-        weights=options.loss_weights,
-    )
-
-
 def _bounds(sampler: TargetSampler, objective: Distillation, console: Console) -> LossBounds | None:
     """What a loss of this training means, said before it begins; of its first draws, at most ten a
     video."""
-    count = min(DRAWS, 10 * len(sampler.videos))
-    with console.progress("measuring targets", count, "draw") as bar:
-
-        def drawn() -> Iterator[ClipSample]:
-            for number in range(count):
-                yield sampler.draw(*divmod(number, sampler.epoch_clips))
-                bar.advance(1)
-
-        bounds = loss_bounds(drawn(), objective)
+    bounds = loss_bounds(first_draws(sampler), objective)
     if bounds is not None:
         console.say(
             f"loss of a student that says the same of every clip: {bounds.constant:.3f}; "
@@ -389,13 +403,12 @@ def _learned(
     return {**ends, "learned": learned, "learned_by": by}
 
 
-def _build(config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]) -> Student:
+def _build(config: TrainConfig, targets: Mapping[str, TeacherTargets]) -> Student:
     """The student with seeded fresh weights."""
     torch.manual_seed(config.loop.seed)
-    heads = {name: len(store.teachers[name].classes) for name in teachers}
     return build_student(
         config.student,
-        heads,
+        {name: each.width for name, each in targets.items()},
         clip=(config.clips.clip_frames, config.clips.size),
         head_kinds=config.student_head,
     )
@@ -410,19 +423,23 @@ def _identity(
 ) -> dict[str, Any]:
     """What a resume must share: by top-level key, so that a refusal names what differs."""
     found = store.identity()
+    targets = parts.train.sampler.targets
+    digests = {name: each.head.digest for name, each in targets.items() if each.head is not None}
     return {
         "store": {"id": found["store_id"], "videos": len(parts.train.sampler.videos)},
         "sampling": found["sampling"],
         "teachers": {name: found["teachers"][name] for name in teachers},
         "student": config.student.identity_dump(),
         "clips": config.clips.identity_dump(),
-        "targets": config.targets.identity_dump(exclude={"teachers"}),
+        "targets": config.targets.identity_dump(exclude={"teachers", "heads"}),
         "filter": {
             "quantile": config.targets.max_entropy_quantile,
             "nats": parts.filter.thresholds,
         },
         "exclude": parts.left_out.digest if parts.left_out is not None else None,
         "held_out": {"share": config.held_out, "clips": config.held_out_clips},
+        **({"heads": digests} if digests else {}),
+        **({"baselines": parts.baselines} if config.targets.balance_losses else {}),
         **options.identity(),
         **({} if config.student_head == "linear" else {"student_head": config.student_head}),
     }
@@ -448,7 +465,7 @@ def _export(
     config: TrainConfig,
     store: TargetStore,
     student: Student,
-    teachers: tuple[str, ...],
+    targets: Mapping[str, TeacherTargets],
     run_dir: Path,
 ) -> Path:
     """RUN/student.safetensors from the last weights, or the best."""
@@ -457,7 +474,7 @@ def _export(
         load_weights(run_dir, "best", student, weights=config.loop.weights)
     resize = config.clips.frame_view().resize
     meta = StudentMeta(
-        classes={name: list(store.teachers[name].classes) for name in teachers},
+        classes={name: list(each.classes) for name, each in targets.items() if each.classes},
         clip_length=config.clips.clip_frames,
         clip_size=config.clips.size,
         resize=resize if isinstance(resize, tuple) else None,

@@ -40,7 +40,7 @@ DRAWS: dict[str, dict[str, Any]] = {
         "picks": "random",
         "seed": 3,
         "max_entropy": {"tiny": 1.3},
-        "reject": "zero-weight",
+        "filter_mode": "zero-weight",
     },
 }
 

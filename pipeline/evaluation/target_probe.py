@@ -85,7 +85,7 @@ def probe_teacher(
     sides = list(_sides(labels, folds, seed))
     tested = np.sort(np.concatenate([test for _, test in sides]))
     truth = labels.label[tested]
-    most = float(np.bincount(truth).max() / len(truth))
+    most = float(np.max(np.bincount(truth)) / len(truth))
     for frames, targets in zip(frame_counts, means, strict=True):
         predicted = np.full(len(labels.label), -1)
         # Threads of a library of linear algebra cost more than they save on matrices this small.
@@ -226,7 +226,7 @@ def _best_strength(
             right[at] += (
                 _fit(x[train], label[train], strength).predict(x[test]) == label[test]
             ).sum()
-    return STRENGTHS[int(right.argmax())]
+    return STRENGTHS[int(np.argmax(right))]
 
 
 def _fit(x: NDArray[np.float64], label: NDArray[np.int64], strength: float) -> Any:

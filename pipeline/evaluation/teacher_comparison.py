@@ -168,9 +168,9 @@ def _compare(a: TeacherView, b: TeacherView, of_video: NDArray[np.int64]) -> Pai
 
 def linear_cka(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:
     """Return linear CKA of x [n, K] and y [n, D]: ‖yᵀx‖² / (‖xᵀx‖ ‖yᵀy‖) of centred columns."""
-    x, y = (z.astype(np.float64) - z.mean(axis=0, dtype=np.float64) for z in (x, y))
-    below = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
-    return float(np.linalg.norm(y.T @ x) ** 2 / below) if below > 0 else 0.0
+    a, b = (z.astype(np.float64) - z.mean(axis=0, dtype=np.float64) for z in (x, y))
+    below = np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b)
+    return float(np.linalg.norm(b.T @ a) ** 2 / below) if below > 0 else 0.0
 
 
 def neighbour_overlap(
@@ -184,8 +184,8 @@ def neighbour_overlap(
     others = (group[:, None] != group[None, :]).sum(axis=1)
     count = max(1, min(NEIGHBOURS, int(others.min())))
     near = []
-    for z in (x, y):
-        z = z.astype(np.float64) - z.mean(axis=0, dtype=np.float64)
+    for outputs in (x, y):
+        z = outputs.astype(np.float64) - outputs.mean(axis=0, dtype=np.float64)
         z /= np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
         likeness = z @ z.T
         likeness[group[:, None] == group[None, :]] = -np.inf

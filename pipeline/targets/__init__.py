@@ -1,1 +1,1 @@
-""""""
+"""Targets of clips: which cached frames of a store they are made of, and how."""

@@ -23,27 +23,40 @@ from ..prepared.folders import prepared_corpora
 from ..video.flow import pictures_needed
 from .sampler import ClipSample, TargetSampler
 
-MAX_BROKEN_IN_A_ROW = (
-    20  # for one sample; a corpus that has moved away ends a run at its first batch
-)
+# For one sample: a corpus that has moved away ends a run at its first batch.
+MAX_UNREADABLE_IN_A_ROW = 20
 
 
 class StudentClips(Dataset[Any]):
-    """dataset[(epoch, sample)] -> one example, a pure function of the sampler's seed and the key.
+    """Clips with targets: dataset[(epoch, sample)] → an example, a pure function of seed and key.
 
-    "clip": uint8 [3, T, H, W], or with channels=2 its optical flow, float32 [2, T, H, W], from a
-        sampler with ahead=1; zeros where no head counts it (it was not decoded)
-    "targets": teacher → mean picked logits float32 [K]; "weight": teacher → float32 scalar, 1 or 0
-    "video": id in the store; "name": its path; "start": first frame "rejected": draws that the
-    filter turned down; "broken": [(path, reason)] of the files that failed
+    An example holds:
+
+    - "clip": uint8 [3, T, H, W], or with channels=2 its optical flow, float32 [2, T, H, W], from a
+      sampler with ahead=1; zeros where no head counts it (it was not decoded)
+    - "targets": teacher → mean picked outputs float32 [K]
+    - "weight": teacher → float32 scalar, 1 or 0
+    - "dropped": teacher → bool, of a sampler that drops teachers
+    - "video": id in the store; "name": its path; "start": first frame
+    - "rejected": draws that the filter rejected; "broken": [(path, reason)] of unreadable files
 
     A video that cannot be read, or is not the one the teachers saw, is drawn again; the caller
-    counts them. A held-out one (a `fixed` sampler) is None instead. Raises TrainingError after 20
-    failures for a sample.
+    counts them. A held-out one (a `fixed` sampler) is None instead.
 
-    video_roots: corpus → folder where it lies now, or of copies (channels=2: or of flow) by
-    `distinit prepare`, which are read in place of the originals: the same draws, targets and
-    frames. UsageError if such a folder has none of the corpus, or its flow is of another size.
+    Args:
+        sampler: Draws clips and targets.
+        view: Size, crop and flip of the clips.
+        video_roots: corpus → folder where it is located now, or of copies (channels=2: or of flow)
+            by `distinit prepare`, which are read in place of the originals: the same draws, targets
+            and frames.
+        channels: 3 for RGB, 2 for optical flow.
+
+    Raises:
+        UsageError: A folder has none of the corpus, or its flow is of another size.
+        TrainingError: From reading an example, after 20 failures for one sample.
+
+    Example:
+        `StudentClips(sampler, ClipView(size=112))[0, 5]["targets"]`
     """
 
     def __init__(
@@ -72,9 +85,9 @@ class StudentClips(Dataset[Any]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any] | None]:
-        """The examples of a batch, as a DataLoader asks for them. All draws and targets first:
-        right after a decoder, which leaves nothing of them in the processor's caches, they take
-        three times as long."""
+        """Return the examples of a batch, as a DataLoader asks for them."""
+        # All draws and targets first: right after a decoder, which leaves nothing of them in the
+        # processor's caches, they take three times as long.
         plans = [self._plan(key) for key in keys]
         return [self._get(key, plan) for key, plan in zip(keys, plans, strict=True)]
 
@@ -95,6 +108,8 @@ class StudentClips(Dataset[Any]):
             "name": escape_path(file.path),
             "start": draw.start,
         }
+        if dropped := self.sampler.dropped(*key):
+            example["dropped"] = {name: torch.tensor(drop) for name, drop in dropped.items()}
         return _Plan(draw, file, digest, crop, _expected(draw), example)
 
     def _get(self, key: Key, plan: _Plan) -> dict[str, Any] | None:
@@ -107,17 +122,20 @@ class StudentClips(Dataset[Any]):
             broken.append((plan.example["name"], clip))
             if self.sampler.fixed:
                 return None
-            if len(broken) >= MAX_BROKEN_IN_A_ROW:
+            if len(broken) >= MAX_UNREADABLE_IN_A_ROW:
                 raise TrainingError(
                     f"{len(broken)} videos in a row could not be read, the last: "
-                    f"{broken[-1][0]}: {broken[-1][1]}; --videos CORPUS=DIR says where a corpus lies now"
+                    f"{broken[-1][0]}: {broken[-1][1]}; --videos CORPUS=DIR says where a corpus is located now"
                 )
             plan = self._plan(key, plan.draw.attempt + 1)
             rejected += plan.draw.rejected
 
     def missing(self, tries: int = 100) -> list[str]:
-        """A sentence for each corpus of whose first `tries` videos some are not where they are
-        looked for. UsageError where that is all of them: the corpus has moved."""
+        """Return a sentence for each corpus of whose first `tries` videos some do not exist.
+
+        Raises:
+            UsageError: None of them exists: the corpus has moved.
+        """
         store, found = self.sampler.store, list[str]()
         corpus = store.column("corpus")[self.sampler.videos]
         for number, name in enumerate(store.corpora):
@@ -126,20 +144,20 @@ class StudentClips(Dataset[Any]):
             gone = [escape_path(path) for path in paths if not os.path.exists(path)]
             if gone and len(gone) == len(paths):
                 raise UsageError(
-                    f"none of the first {len(gone)} videos of corpus {name!r} is there, as {gone[0]}; "
-                    f"--videos {name}=DIR says where it lies now"
+                    f"none of the first {len(gone)} videos of corpus {name!r} exists, as {gone[0]}; "
+                    f"--videos {name}=DIR says where it is located now"
                 )
             if gone:
                 some = f"{len(gone)} of the first {len(paths)} videos of corpus {name!r}"
-                found.append(f"{some} are not there, as {gone[0]}")
+                found.append(f"{some} do not exist, as {gone[0]}")
         return found
 
     def name(self, video: int) -> str:
-        """The path of a video or of its copy, as text that can be printed."""
+        """Return the path of a video or of its copy, as text that can be printed."""
         return escape_path(self.file(video).path)
 
     def file(self, video: int) -> VideoFile:
-        """Where the frames of a video are read."""
+        """Return where the frames of a video are read."""
         store = self.sampler.store
         if not self.copies:
             return VideoFile(store.video_path(video, self.video_roots))
@@ -150,8 +168,11 @@ class StudentClips(Dataset[Any]):
         return VideoFile(found.path(store.video_path(video, {corpus: ""})), found.kind)
 
     def _read(self, plan: _Plan) -> torch.Tensor | str:
-        """uint8 [C, T, H, W], or why it cannot be read. A failure is remembered, and comes to the
-        same as failing again: the draws depend on nothing but the key."""
+        """Return the clip, uint8 [C, T, H, W], or why it cannot be read.
+
+        A failure is remembered, and comes to the same as failing again: the draws depend on nothing
+        but the key.
+        """
         draw = plan.draw
         if not draw.counts:
             shape = (
@@ -175,9 +196,8 @@ class StudentClips(Dataset[Any]):
 
     def _clip(self, plan: _Plan) -> torch.Tensor:
         draw, digest = plan.draw, plan.digest
-        if (
-            plan.file.kind == "video" and self._seen[draw.video]
-        ):  # of a copy, the map has the digest of the source
+        # Checked once. Of a copy, the map has the digest of the source.
+        if plan.file.kind == "video" and self._seen[draw.video]:
             digest = None
         channels, crop, expect = self.channels, plan.crop, plan.expect
         return read_clip(
@@ -192,8 +212,11 @@ class StudentClips(Dataset[Any]):
 
 
 class _Plan(NamedTuple):
-    """A draw, where its frames are and how they are cut, what is expected of them, and the example
-    but for its clip."""
+    """A draw before its clip is read.
+
+    It holds where the frames are and how they are cut, what is expected of them, and the example
+    without its clip.
+    """
 
     draw: ClipSample
     file: VideoFile
@@ -204,7 +227,7 @@ class _Plan(NamedTuple):
 
 
 def _expected(draw: ClipSample) -> tuple[Any, Any] | None:
-    """(indices, pts) of the picked frames: the clip must show the frames that the teachers saw. A
-    frame picked beyond the clip, as in no video today, is not decoded and cannot be compared."""
+    """Return (indices, pts) of the picked frames: the clip must show what the teachers saw."""
+    # A frame picked beyond the clip, as in no video today, is not decoded and cannot be compared.
     inside = (draw.picked >= draw.start) & (draw.picked <= draw.indices[-1])
     return (draw.picked[inside], draw.picked_pts[inside]) if inside.any() else None

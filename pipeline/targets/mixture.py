@@ -23,7 +23,7 @@ class Mixture:
         7 the third of b
 
     So a sample's video is a function of (seed, epoch, sample) alone, and every video of a group
-    comes equally often. With one group it is `draws.epoch_position` itself.
+    comes equally often. With one group it is `seeding.epoch_position` itself.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Mixture:
         self.epoch_clips = epoch_clips
 
     def first(self, epoch: int, sample: int) -> tuple[NDArray[np.int64], int]:
-        """(videos of the sample's group, which of them it takes before anything is turned down)."""
+        """Return the videos of a sample's group, and which it takes before any is rejected."""
         if len(self.groups) == 1:
             n = len(self.groups[0])
             position = seeding.epoch_position(
@@ -61,10 +61,18 @@ def by_corpus(
     names: Sequence[str],
     weights: Mapping[str, float],
 ) -> tuple[list[NDArray[np.int64]], list[float]]:
-    """Groups and shares: the ids among `videos` of each corpus of `weights`, by the corpus [video]
-    of each; in the order of `names`, so that the order of `weights` changes no draw.
+    """Return the groups of videos of a mixture, a corpus each, and their shares.
 
-    UsageError for a corpus that the store has not, or that has no video to draw from.
+    They come in the order of `names`, so that the order of `weights` changes no draw.
+
+    Args:
+        videos: Ids to draw from.
+        corpus: Place in `names` of the corpus of each video of the store.
+        names: Corpora of the store.
+        weights: corpus → its share, in any unit.
+
+    Raises:
+        UsageError: The store has no such corpus, or it has no video to draw from.
     """
     groups, shares = [], []
     for name in weights:
@@ -80,7 +88,7 @@ def by_corpus(
 
 
 def _quotas(shares: Sequence[float]) -> tuple[int, ...]:
-    """Clips of each group in a block, by largest remainders; none gets less than one."""
+    """Return the clips of each group in a block, by largest remainders, at least one each."""
     exact = np.array(shares, float) / sum(shares) * BLOCK
     quotas = np.maximum(np.floor(exact), 1).astype(int)
     for group in np.argsort(quotas - exact, kind="stable")[: max(0, BLOCK - quotas.sum())]:

@@ -29,8 +29,11 @@ ALLOWED = "center, random, random:N, uniform:N"
 
 @dataclass(frozen=True)
 class PickRule:
-    """`center` (the frame start + T//2), `random:n`, or `uniform:n` (evenly spread) picks of a
-    clip."""
+    """A rule: `center` (the frame start + T//2), `random:n`, or `uniform:n` (evenly spread).
+
+    Example:
+        `PickRule.parse("random:2")`
+    """
 
     kind: Kind
     n: int = 1
@@ -62,16 +65,16 @@ class StartSet:
 
     @cached_property
     def ends(self) -> NDArray[np.int64]:
-        """How many starts there are up to the end of each interval."""
+        """Return how many starts there are up to the end of each interval."""
         return np.cumsum(self.last - self.first + 1)
 
     @property
     def count(self) -> int:
-        """How many starts there are."""
+        """Return how many starts there are."""
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def nth(self, k: int) -> int:
-        """The k-th valid start in ascending order, 0 ≤ k < count."""
+        """Return the k-th valid start in ascending order, 0 ≤ k < count."""
         if not 0 <= k < self.count:
             raise IndexError(f"start {k} of {self.count}")
         i = int(self.ends.searchsorted(k, side="right"))
@@ -79,17 +82,23 @@ class StartSet:
         return int(self.first[i]) + k - before
 
 
-def center_frame(start: int, frames: int, length: int) -> int:
-    """Index of a clip's center frame, start + ⌊T/2⌋; of a video shorter than T, its own middle."""
-    return start + min(length, frames) // 2
+def center_frame(start: int, frames: int, clip_frames: int) -> int:
+    """Return a clip's center frame, start + ⌊T/2⌋; of a video shorter than T, its own middle."""
+    return start + min(clip_frames, frames) // 2
 
 
-def start_set(rule: PickRule, cached: NDArray[np.int64], frames: int, length: int) -> StartSet:
-    """Valid starts of clips of `length` frames in a video of `frames` frames with `cached` [N] in
-    the store."""
-    last_start = max(frames - length, 0)
+def start_set(rule: PickRule, cached: NDArray[np.int64], frames: int, clip_frames: int) -> StartSet:
+    """Return the valid starts of clips in a video.
+
+    Args:
+        rule: Which picks a window must have room for.
+        cached: Frames that the store holds, ascending [N].
+        frames: Frames of the video.
+        clip_frames: Frames of a clip.
+    """
+    last_start = max(frames - clip_frames, 0)
     if rule.kind == "center":
-        lo = cached - center_frame(0, frames, length)
+        lo = cached - center_frame(0, frames, clip_frames)
         hi = lo
     else:
         # The window holds cached[i] … cached[i+n−1] for starts in [cached[i+n−1] − T + 1,
@@ -98,7 +107,7 @@ def start_set(rule: PickRule, cached: NDArray[np.int64], frames: int, length: in
             lo = hi = np.empty(0, np.int64)
         else:
             hi = cached[: len(cached) - rule.n + 1]
-            lo = cached[rule.n - 1 :] - length + 1
+            lo = cached[rule.n - 1 :] - clip_frames + 1
     lo = np.maximum(lo, 0)
     hi = np.minimum(hi, last_start)
     keep = lo <= hi
@@ -112,29 +121,36 @@ def start_set(rule: PickRule, cached: NDArray[np.int64], frames: int, length: in
     return StartSet(lo[begin].astype(np.int64), hi[end].astype(np.int64))
 
 
-def window(cached: NDArray[np.int64], start: int, length: int) -> tuple[int, int]:
-    """Positions [a, b) into `cached` that lie inside the window [start, start + T)."""
-    return int(cached.searchsorted(start)), int(cached.searchsorted(start + length))
+def window(cached: NDArray[np.int64], start: int, clip_frames: int) -> tuple[int, int]:
+    """Return the positions [a, b) in `cached` that are inside the window [start, start + T)."""
+    return int(cached.searchsorted(start)), int(cached.searchsorted(start + clip_frames))
 
 
 def pick(
     rule: PickRule,
     cached: NDArray[np.int64],
     start: int,
-    length: int,
+    clip_frames: int,
     rng: np.random.Generator,
     *,
     frames: int | None = None,
 ) -> NDArray[np.int64]:
-    """Positions into `cached` of the picks of the clip at `start`, ascending and distinct, [n].
+    """Return the positions in `cached` of the picks of a clip, ascending and distinct [n].
 
-    `frames` is the length of the video; it matters to `center` in videos shorter than the clip.
-    Raises ValueError if the window does not hold the frames that the rule needs (not a valid
-    start).
+    Args:
+        rule: How frames are picked.
+        cached: Frames that the store holds, ascending [N].
+        start: First frame of the clip.
+        clip_frames: Frames of the clip.
+        rng: Of random picks.
+        frames: Frames of the video; they matter to `center` in videos shorter than the clip.
+
+    Raises:
+        ValueError: The window does not hold the frames that the rule requires: not a valid start.
     """
-    a, b = window(cached, start, length)
+    a, b = window(cached, start, clip_frames)
     if rule.kind == "center":
-        wanted = center_frame(start, length if frames is None else frames, length)
+        wanted = center_frame(start, clip_frames if frames is None else frames, clip_frames)
         at = int(np.searchsorted(cached, wanted))
         if at >= len(cached) or cached[at] != wanted:
             raise ValueError(f"the center frame {wanted} of the clip at {start} is not cached")

@@ -1,5 +1,4 @@
-"""Which clip a sample is, with which picks, and whether the teachers are sure enough: all before
-decoding.
+"""Which clip a sample is, with which picks, and whether the filter keeps it: all before decoding.
 
 Shapes: T frames of a clip, N cached frames of a video, n picks, K classes.
 """
@@ -15,16 +14,17 @@ from numpy.typing import NDArray
 
 from ..clips import seeding
 from ..common.errors import TrainingError, UsageError
-from ..common.numerics import entropy
 from ..store.reader import TargetStore
+from .class_head import ClassHead
 from .mixture import Mixture
 from .picks import PickRule, StartSet, pick, start_set
 from .soft_targets import mean_logits
+from .teacher_targets import TeacherTargets
 
-MAX_REDRAWS = 100  # other clips tried for one sample when the filter turns down the first
-REMEMBERED = (
-    4096  # videos whose frame table is kept: some 8 MB a worker, whatever the size of the corpus
-)
+# Other clips tried for one sample when the filter rejects the first.
+MAX_REDRAWS = 100
+# Videos whose frame table is kept: some 8 MB per worker, whatever the size of the corpus.
+REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,10 @@ class ClipSample:
     frame_count: frames of the video, as far as the store knows. indices[T + ahead]: frames to
     decode, counted from the start of the file; a video shorter than T repeats its last. picked,
     picked_pts [n]: the frames whose logits were averaged.
-    logits: teacher → mean picked logits [K] float32; weight: teacher → 1 (counts) or 0 (turned
-        down).
-    rejected: draws that the filter turned down before this one; attempt: the attempt that this one
-        is.
-    top, left: where to crop, as shares in [0, 1) of the room there is; flip: mirror it.
+    logits: teacher → mean picked outputs [K] float32; weight: teacher → 1 (counts) or 0
+        (rejected).
+    rejected: draws that the filter rejected before this one; attempt: the attempt that this one is.
+    top, left: where to crop, as shares in [0, 1) of the possible range; flip: mirror it.
     """
 
     video: int
@@ -57,14 +56,16 @@ class ClipSample:
 
     @property
     def counts(self) -> bool:
-        """Whether any head learns from this clip; one that none does is not decoded."""
+        """Whether any head learns from this clip; otherwise it is not decoded."""
         return any(self.weight.values())
 
 
 @dataclass(frozen=True)
 class _Video:
-    """What the store says of one video: cached frames, pts and rows [N], valid starts. pickable:
-    frames that a clip can have, those that are read ahead left out."""
+    """What the store records of one video: cached frames, pts and rows [N], valid starts.
+
+    pickable: frames that a clip can have, without those that are read ahead.
+    """
 
     frames: int
     pickable: int
@@ -91,19 +92,39 @@ class _Clip:
 
 
 class TargetSampler:
-    """Draws clips and targets from a store as a pure function of (seed, epoch, sample, attempt).
+    """Draw clips and targets from a store as a pure function of (seed, epoch, sample, attempt).
 
-    videos: ids to draw from, at least one.
-    thresholds: teacher → largest entropy in nats (of the softmax of the mean picked logits, τ = 1)
-        that counts; teachers that are not named count always. Every head has its own mask.
-    reject: "skip" draws another video, at most 100 times, when every head turns a clip down (after
-        that the clip has weight zero); "zero-weight" keeps the clip with weight zero (the paper's
-        letter).
-    shares: mixes groups of videos by their shares of the clips, in place of all `videos` alike;
-        what the filter turns down is drawn again from the same group.
-    ahead: frames read after a clip's own, which must be there too (flow needs one); never picked.
-    fixed: for held-out videos. Sample i is videos[i], the middle start, no flip, the middle crop,
-        picks by the video's id; nothing is drawn again.
+    Args:
+        store: An open store.
+        teachers: Whose targets are read.
+        picks: Which cached frames of a clip make its targets.
+        clip_frames: T.
+        videos: Ids to draw from, at least one.
+        seed: Of all draws.
+        epoch_clips: Samples per epoch.
+        flip: Probability that a clip is mirrored.
+        max_entropy: teacher → largest entropy in nats (of the softmax of the mean picked logits,
+            τ = 1) that counts; teachers that are not named count always. Every head has its own
+            mask.
+        filter_mode: "skip" draws another video, at most 100 times, when every head rejects a clip
+            (after that the clip has weight zero); "zero-weight" keeps the clip with weight zero
+            (the paper's letter).
+        fixed: For held-out videos. Sample i is videos[i], the middle start, no flip, the middle
+            crop, picks by the video's id; nothing is drawn again.
+        ahead: Frames read after a clip's own, which must exist too (flow requires one); never
+            picked.
+        teacher_dropping: Probability with which each teacher is dropped from a clip, unless its
+            loss there is the highest; see `dropped`.
+        heads: teacher → what makes logits of its features.
+        shares: Mixes groups of videos by their shares of the clips, in place of all `videos` alike;
+            a rejected clip is drawn again from the same group.
+
+    Raises:
+        UsageError: There is no video to draw from.
+
+    Example:
+        `TargetSampler(store, teachers=("resnet50",), picks=PickRule.parse("random"),
+        clip_frames=8, videos=store.usable(), seed=0, epoch_clips=1000).draw(0, 5)`
     """
 
     def __init__(
@@ -112,15 +133,17 @@ class TargetSampler:
         *,
         teachers: Sequence[str],
         picks: PickRule,
-        clip_length: int,
+        clip_frames: int,
         videos: NDArray[np.int64],
         seed: int,
         epoch_clips: int,
         flip: float = 0.5,
-        thresholds: Mapping[str, float] | None = None,
-        reject: Literal["skip", "zero-weight"] = "skip",
+        max_entropy: Mapping[str, float] | None = None,
+        filter_mode: Literal["skip", "zero-weight"] = "skip",
         fixed: bool = False,
         ahead: int = 0,
+        teacher_dropping: float = 0.0,
+        heads: Mapping[str, ClassHead] | None = None,
         shares: tuple[Sequence[NDArray[np.int64]], Sequence[float]] | None = None,
     ) -> None:
         if len(videos) == 0:
@@ -130,28 +153,34 @@ class TargetSampler:
         self.store = store
         self.teachers = tuple(teachers)
         self.picks = picks
-        self.clip_length = clip_length
+        self.clip_frames = clip_frames
         self.videos = videos
         self.seed = seed
         self.epoch_clips = epoch_clips
         self.flip = flip
-        self.thresholds = dict(thresholds or {})
-        self.reject = reject
+        self.max_entropy = dict(max_entropy or {})
+        self.filter_mode = filter_mode
         self.fixed = fixed
         self.ahead = ahead
+        self.teacher_dropping = teacher_dropping
+        self.targets = {
+            name: TeacherTargets(store, name, (heads or {}).get(name)) for name in self.teachers
+        }
         groups, weights = shares or ((videos,), (1.0,))
         self.mixture = Mixture(groups, weights, seed=seed, epoch_clips=epoch_clips)
         self._known: dict[int, _Video] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A worker fills its own memory."""
+        """Return the state without the tables of videos: a worker fills its own."""
         return self.__dict__ | {"_known": {}}
 
     def draw(self, epoch: int, sample: int, attempt: int = 0) -> ClipSample:
-        """The clip of a sample, from attempt `attempt` on (a broken file asks for the one after its
-        own).
+        """Return the clip of a sample, from attempt `attempt` on.
 
-        Raises TrainingError if 100 videos in a row have no window that holds enough cached frames.
+        For an unreadable file, the caller asks for the attempt after its own.
+
+        Raises:
+            TrainingError: 100 videos in a row have no window that holds enough cached frames.
         """
         rejected = windowless = 0
         while True:
@@ -165,7 +194,7 @@ class TargetSampler:
                 if (
                     draw.counts
                     or self.fixed
-                    or self.reject == "zero-weight"
+                    or self.filter_mode == "zero-weight"
                     or rejected == MAX_REDRAWS
                 ):
                     return draw
@@ -173,47 +202,65 @@ class TargetSampler:
             attempt += 1
 
     def zoom(self, epoch: int, sample: int, attempt: int) -> float:
-        """Where in the range of scales a draw's clip is resized to, a share in [0, 1)."""
+        """Return where in the range of scales a clip is resized to, a share in [0, 1)."""
         return float(
             seeding.rng_at(self.seed, epoch, sample, attempt, stream=seeding.ZOOMS).random()
         )
 
+    def dropped(self, epoch: int, sample: int) -> dict[str, bool]:
+        """Return teacher → whether it is dropped from a sample; empty where none ever is.
+
+        A function of (seed, epoch, sample), so that neither the number of processes nor a resume
+        changes it.
+        """
+        if self.fixed or not self.teacher_dropping:
+            return {}
+        random = seeding.rng_at(self.seed, epoch, sample, stream=seeding.DROPPED_TEACHERS)
+        drops = random.random(len(self.teachers)) < self.teacher_dropping
+        return dict(zip(self.teachers, drops.tolist(), strict=True))
+
     def entropies(self, epoch: int, sample: int) -> NDArray[np.float32] | None:
-        """Entropy in nats of the first attempt at a sample, one for each teacher; None without a
-        window."""
+        """Return the entropy in nats of the first attempt at a sample for each teacher.
+
+        NaN of features without a head; None without a window.
+        """
         clip = self._clip(epoch, sample, 0)
         if clip is None:
             return None
-        return np.array([self._read(name, clip.rows)[1] for name in self.teachers], np.float32)
+        nats = [self.targets[name].mean_and_entropy(clip.rows)[1] for name in self.teachers]
+        return np.array(nats, np.float32)
 
     def has_window(self, video: int) -> bool:
-        """Whether the video has a clip that holds enough cached frames."""
+        """Check whether the video has a clip that holds enough cached frames."""
         return self._look_up(video).count > 0
 
     def check_windows(self, tries: int = 1000) -> None:
-        """UsageError if none of the first `tries` videos has a window that holds enough cached
-        frames."""
+        """Check that one of the first `tries` videos has a window with enough cached frames.
+
+        Raises:
+            UsageError: None has.
+        """
         if not any(self.has_window(int(video)) for video in self.videos[:tries]):
             raise UsageError(self.no_window())
 
     def no_window(self) -> str:
-        """Why no clip can be drawn, in words: what the store holds and what was asked for."""
+        """Explain why no clip can be drawn: what the store holds and what was asked for."""
         held = f"the store holds {self.store.sampling.describe()}"
         if self.picks.kind == "center":
             return (
-                f"{held}; picks=center needs the frame start + {self.clip_length // 2} of a "
-                f"{self.clip_length}-frame clip, which no valid start of these videos has cached"
+                f"{held}; picks=center needs the frame start + {self.clip_frames // 2} of a "
+                f"{self.clip_frames}-frame clip, which no valid start of these videos has cached"
             )
         most = max((self._most_in_window(int(video)) for video in self.videos[:20]), default=0)
         picks = "pick" if self.picks.n == 1 else "picks"
         return (
-            f"{held}; {_article(self.clip_length)} {self.clip_length}-frame clip holds {most}; "
+            f"{held}; {_article(self.clip_frames)} {self.clip_frames}-frame clip holds {most}; "
             f"asked for {self.picks.n} {picks}"
         )
 
     def _most_in_window(self, video: int) -> int:
         cached = self.store.frames(video)[0]
-        ends = np.searchsorted(cached, cached + self.clip_length, side="left")
+        ends = np.searchsorted(cached, cached + self.clip_frames, side="left")
         return int(np.max(ends - np.arange(len(cached)), initial=0))
 
     def _look_up(self, video: int) -> _Video:
@@ -225,7 +272,7 @@ class TargetSampler:
                 int(self.store.frame_counts[video]), int(cached[-1]) + 1 if len(cached) else 0
             )
             pickable = max(frames - self.ahead, 1)
-            starts = start_set(self.picks, cached, pickable, self.clip_length)
+            starts = start_set(self.picks, cached, pickable, self.clip_frames)
             known = _Video(frames, pickable, cached, pts, rows, starts, starts.count)
             if len(self._known) >= REMEMBERED:
                 self._known.pop(next(iter(self._known)))
@@ -233,8 +280,7 @@ class TargetSampler:
         return known
 
     def _clip(self, epoch: int, sample: int, attempt: int) -> _Clip | None:
-        """One attempt at a sample; None if its video has no window that holds enough cached
-        frames."""
+        """Return one attempt at a sample; None if its video has no window with enough frames."""
         if self.fixed:  # by the video, not by its place: the same clip whatever the list
             video = int(self.videos[sample % len(self.videos)])
             random = seeding.rng_at(self.seed, epoch, video, attempt, stream=seeding.HELD_OUT)
@@ -250,7 +296,7 @@ class TargetSampler:
         start = known.starts.nth(
             known.count // 2 if self.fixed else int(random.integers(known.count))
         )
-        at = pick(self.picks, known.cached, start, self.clip_length, random, frames=known.pickable)
+        at = pick(self.picks, known.cached, start, self.clip_frames, random, frames=known.pickable)
         return _Clip(
             video=video,
             frame_count=known.frames,
@@ -270,28 +316,18 @@ class TargetSampler:
             return int(group[first])
         return int(group[(first + 1 + int(random.integers(n - 1))) % n])  # any but the first
 
-    def _read(
-        self, teacher: str, rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float32] | None, float]:
-        """(mean logits [K] if they had to be read, entropy in nats). The entropy of a single frame
-        is in the store, from the teacher's own float32 logits."""
-        if len(rows) == 1:
-            return None, float(self.store.entropy(teacher, rows)[0])
-        mean = mean_logits(self.store.logits(teacher, rows))
-        return mean, float(entropy(mean))
-
     def _judge(self, clip: _Clip, rejected: int, attempt: int) -> ClipSample:
         logits: dict[str, NDArray[np.float32]] = {}
         weight: dict[str, float] = {}
         for name in self.teachers:
             mean: NDArray[np.float32] | None = None
-            if name in self.thresholds:
-                mean, nats = self._read(name, clip.rows)
-                weight[name] = 1.0 if nats <= self.thresholds[name] else 0.0
+            if name in self.max_entropy:
+                mean, nats = self.targets[name].mean_and_entropy(clip.rows)
+                weight[name] = 1.0 if nats <= self.max_entropy[name] else 0.0
             else:
                 weight[name] = 1.0
-            logits[name] = mean_logits(self.store.logits(name, clip.rows)) if mean is None else mean
-        stop = clip.start + self.clip_length + self.ahead
+            logits[name] = mean_logits(self.targets[name].read(clip.rows)) if mean is None else mean
+        stop = clip.start + self.clip_frames + self.ahead
         indices = np.arange(clip.start, stop, dtype=np.int64)
         if stop > clip.frame_count:
             np.minimum(indices, clip.frame_count - 1, out=indices)
@@ -313,8 +349,10 @@ class TargetSampler:
 
 
 def measure_entropies(sampler: TargetSampler, count: int) -> Iterator[NDArray[np.float32]]:
-    """Entropies [teachers] in nats of the sampler's first `count` draws as they come from epoch 0
-    on, the filter aside; draws without a window are left out. What a quantile is taken over."""
+    """Yield entropies [teachers] in nats of the sampler's first `count` draws, without the filter.
+
+    They begin with epoch 0; draws without a window are left out. A quantile is taken over them.
+    """
     for k in range(count):
         found = sampler.entropies(k // sampler.epoch_clips, k % sampler.epoch_clips)
         if found is not None:

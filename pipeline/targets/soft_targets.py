@@ -16,7 +16,7 @@ from ..common.numerics import softmax
 
 
 def mean_logits(logits: ArrayLike) -> NDArray[np.float32]:
-    """Mean over frames, ``logits[..., n, K] -> [..., K]`` (the exponent of eq. 1, before τ)."""
+    """Return the mean over frames of logits [..., n, K], [..., K] (eq. 1 before τ)."""
     given = np.asarray(logits, dtype=np.float32)
     if given.shape[-2] == 1:
         return given[..., 0, :]
@@ -24,7 +24,7 @@ def mean_logits(logits: ArrayLike) -> NDArray[np.float32]:
 
 
 def soft_targets(mean: ArrayLike, tau: float = 1.0) -> NDArray[np.float32]:
-    """Distribution over classes of averaged logits, ``mean[..., K] -> y[..., K]`` (eq. 1)."""
+    """Return the distribution over classes of averaged logits [..., K] (eq. 1)."""
     if not tau > 0:
         raise ValueError(f"tau must be positive, got {tau}")
     return softmax(np.asarray(mean, dtype=np.float32) / np.float32(tau))

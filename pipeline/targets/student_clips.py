@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ..clips.clip_options import ClipView
+from ..common.errors import UsageError
 from ..store.reader import TargetStore, check_video_roots
 from ..video.flow import pictures_needed
+from .class_head import read_heads
 from .dataset import StudentClips
 from .picks import PickRule
 from .sampler import TargetSampler
@@ -24,15 +26,16 @@ def student_clips(
     scale: tuple[float, float] = (1.0, 1.0),
     picks: str = "random",
     max_entropy: Mapping[str, float] | None = None,
-    reject: Literal["skip", "zero-weight"] = "skip",
+    filter_mode: Literal["skip", "zero-weight"] = "skip",
     seed: int = 0,
     epoch_clips: int | None = None,
     video_roots: Mapping[str, str] | None = None,
+    heads: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> StudentClips:
     """Return clips of the store's videos with their targets: dataset[(epoch, sample)] → a dict.
 
     An example holds "clip" uint8 [3, T, H, W], or with channels=2 optical flow in pixels, float32
-    [2, T, H, W]; "targets" teacher → mean picked logits float32 [K]; "weight" teacher → 1 or 0.
+    [2, T, H, W]; "targets" teacher → mean picked outputs float32 [K]; "weight" teacher → 1 or 0.
     `normalize_clip` makes a student's input of a batch. Every example is a pure function of (seed,
     epoch, sample): any number of loader workers gives the same.
 
@@ -45,11 +48,12 @@ def student_clips(
         scale: Range of a random factor on the size that frames are resized to before the crop.
         picks: center, random, random:N or uniform:N cached frames of the clip.
         max_entropy: teacher → nats; a clip above it in every teacher is rejected.
-        reject: Draw a rejected clip again, or give it weight zero.
+        filter_mode: Draw a rejected clip again, or give it weight zero.
         seed: Of all draws.
         epoch_clips: Samples per epoch, default one per video.
         video_roots: corpus → folder where it is located now, or of copies or flow by `distinit
             prepare`.
+        heads: teacher → safetensors file that makes logits of its features, see `ClassHead.read`.
 
     Raises:
         StoreError: There is no store, or it has no such teacher.
@@ -62,18 +66,27 @@ def student_clips(
     opened = store if isinstance(store, TargetStore) else TargetStore.open(store)
     check_video_roots(opened, video_roots or {})
     names = tuple(teachers or opened.teachers)
+    records = {name: opened.teacher(name) for name in names}
+    for name in max_entropy or {}:
+        if name in records and records[name].output == "features" and name not in (heads or {}):
+            raise UsageError(f"max_entropy: teacher {name!r} gives features, which have no entropy")
     videos = opened.usable(names)
     sampler = TargetSampler(
         opened,
         teachers=names,
         picks=PickRule.parse(picks),
-        clip_length=frames,
+        clip_frames=frames,
         videos=videos,
         seed=seed,
         epoch_clips=epoch_clips or max(1, len(videos)),
-        thresholds=max_entropy,
-        reject=reject,
+        max_entropy=max_entropy,
+        filter_mode=filter_mode,
         ahead=pictures_needed(0, channels),
+        heads=read_heads(
+            {name: os.fspath(path) for name, path in (heads or {}).items()},
+            {name: record.width for name, record in records.items()},
+            {name: record.output for name, record in records.items()},
+        ),
     )
     sampler.check_windows()
     return StudentClips(sampler, ClipView(size=size, scale=scale), video_roots, channels=channels)

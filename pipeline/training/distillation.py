@@ -1,21 +1,22 @@
 """Learning from cached targets: the objective of stage two and its held-out measure.
 
-Shapes: B clips, K classes.
+Shapes: B clips, K classes or features, N teachers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
+from torch.nn.functional import cosine_similarity, kl_div
 from torch.nn.parallel import DistributedDataParallel
 
 from ..clips.transforms import normalize_clip
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import TrainingError
+from .distillation_options import Loss, Reduction
 from .loader import (
     DistributedBatchSampler,
     KeyedDataset,
@@ -23,19 +24,23 @@ from .loader import (
     read_batches,
     to_device,
 )
-from .losses import Reduction, soft_target_cross_entropy, squared_error
+from .losses import HeadLoss, mean_over_kept
 from .precision import autocast
 from .step import LossReport
 
-Loss = Literal["cross-entropy", "squared-error"]
-
 
 class Distillation:
-    """objective(model, batch, counts): the losses of all teachers added (paper, eq. 3), by their
-    weights if there are any; the parts that are logged are without weight.
+    """objective(model, batch, counts): the weighted sum of all teachers' losses (paper, eq. 3).
 
-    loss: "cross-entropy" against softmax(mean logits / tau) (eq. 1 and 2), or "squared-error" on
-    the mean logits themselves, which tau does not touch.
+    The parts that are logged are without weight.
+
+    Args:
+        teachers: Their names.
+        loss: Of all teachers whose targets are logits and that `heads` does not name.
+        tau: Temperature of the targets of cross-entropy (eq. 1).
+        mse_reduction: Over classes, of "squared-error".
+        weights: teacher → factor of its loss, default 1.
+        heads: teacher → its loss.
     """
 
     def __init__(
@@ -46,11 +51,11 @@ class Distillation:
         tau: float = 1.0,
         mse_reduction: Reduction = "sum",
         weights: Mapping[str, float] | None = None,
+        heads: Mapping[str, HeadLoss] | None = None,
     ) -> None:
         self.teachers = tuple(teachers)
-        self.loss = loss
-        self.tau = tau
-        self.mse_reduction: Reduction = mse_reduction
+        usual = HeadLoss("logits", loss, tau, mse_reduction)
+        self.heads = {name: (heads or {}).get(name, usual) for name in self.teachers}
         self.weights = {name: (weights or {}).get(name, 1.0) for name in self.teachers}
 
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
@@ -71,17 +76,45 @@ class Distillation:
             )
             return LossReport(nothing, {f"loss/{name}": torch.zeros(()) for name in self.teachers})
         outputs = self.forward(model, batch, counted)
-        parts = {
-            f"loss/{name}": self.head_loss(
-                outputs[name],
-                batch["targets"][name][counted],
-                batch["weight"][name][counted],
-                counts[number],
-            )
-            for number, name in enumerate(self.teachers, start=1)
+        targets, weight = (
+            {name: batch[key][name][counted] for name in self.teachers}
+            for key in ("targets", "weight")
+        )
+        losses = {
+            name: self.heads[name].by_clip(outputs[name], targets[name]) for name in self.teachers
         }
-        weighted = [self.weights[name] * parts[f"loss/{name}"] for name in self.teachers]
+        kept = self._undropped(losses, weight, batch, counted)
+        parts, weighted = {}, []
+        for number, name in enumerate(self.teachers, start=1):
+            parts[f"loss/{name}"] = mean_over_kept(losses[name], weight[name], counts[number])
+            share = parts[f"loss/{name}"]
+            if kept is not None:
+                share = mean_over_kept(losses[name], weight[name] * kept[name], counts[number])
+            weighted.append(self.weights[name] * share)
         return LossReport(torch.stack(weighted).sum(), parts)
+
+    def _undropped(
+        self,
+        losses: Mapping[str, Tensor],
+        weight: Mapping[str, Tensor],
+        batch: Mapping[str, Any],
+        counted: Tensor,
+    ) -> dict[str, Tensor] | None:
+        """Return teacher → 1 for the clips [B] whose loss is learned from, 0 for those dropped.
+
+        Teacher dropping (UNIC): of a clip, the teacher with the highest weighted loss always
+        counts, each other one unless the clip's own random numbers (`batch["dropped"]`) drop it.
+        None where nothing is dropped.
+        """
+        if "dropped" not in batch or len(self.teachers) == 1:
+            return None
+        scaled = [self.weights[name] * losses[name].detach() for name in self.teachers]
+        counts = torch.stack([weight[name] for name in self.teachers]) != 0
+        highest = torch.where(counts, torch.stack(scaled), -torch.inf).argmax(dim=0)
+        return {
+            name: (~batch["dropped"][name][counted] | (highest == number)).to(weight[name].dtype)
+            for number, name in enumerate(self.teachers)
+        }
 
     def counted(self, batch: Mapping[str, Any]) -> Tensor:
         """bool [B]: the clips that at least one head counts."""
@@ -95,34 +128,33 @@ class Distillation:
         outputs: dict[str, Tensor] = model(normalize_clip(clip, torch.float32))
         return outputs
 
-    def head_loss(
-        self, logits: Tensor, targets: Tensor, weight: Tensor, count: Tensor | None = None
-    ) -> Tensor:
-        """The loss of one head: logits[B, K] against mean teacher logits targets[B, K] with
-        weight[B]; over `count` clips where these are some of a step's."""
-        if self.loss == "squared-error":
-            return squared_error(logits, targets, weight, self.mse_reduction, count)
-        return soft_target_cross_entropy(
-            logits, torch.softmax(targets.float() / self.tau, dim=1), weight, count
-        )
+    def measures(
+        self, name: str, outputs: Tensor, targets: Tensor, weight: Tensor
+    ) -> dict[str, Tensor]:
+        """Return what is measured of one head, over the clips [B] that the weight counts.
 
-    def measures(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """float64 [4] of one head, over clips [B] that the weight counts: their number, and the
-        sums of their losses, of agreeing top classes and of KL(teacher‖student) at the
-        temperature."""
-        use = weight != 0
-        one = torch.ones((), device=logits.device)
-        logits, targets, weight = logits[use].float(), targets[use].float(), weight[use]
-        divergence = kl_div(
-            torch.log_softmax(logits, 1),
-            torch.log_softmax(targets / self.tau, 1),
-            reduction="sum",
-            log_target=True,
-        )
-        hits = (logits.argmax(1) == targets.argmax(1)).sum()
-        return torch.stack(
-            [use.sum(), self.head_loss(logits, targets, weight, one), hits, divergence]
-        ).double()
+        float64 scalars: "count", and the sums of "loss"; of logits "agreement", clips with the same
+        top class, and "kl", KL(teacher‖student) at the temperature, unless the loss leaves the
+        scale of the logits free; otherwise "cosine", the similarity.
+        """
+        use, head = weight != 0, self.heads[name]
+        outputs, targets, weight = outputs[use].float(), targets[use].float(), weight[use]
+        one = torch.ones((), device=outputs.device)
+        found = {"count": use.sum(), "loss": head(outputs, targets, weight, one)}
+        if head.output == "logits":
+            found["agreement"] = (outputs.argmax(1) == targets.argmax(1)).sum()
+        if head.loss in ("cross-entropy", "squared-error"):
+            found["kl"] = kl_div(
+                torch.log_softmax(outputs, 1),
+                torch.log_softmax(targets / head.tau, 1),
+                reduction="sum",
+                log_target=True,
+            )
+        elif head.loss == "cosine":
+            found["cosine"] = (1 - head.by_clip(outputs, targets)).sum()
+        else:
+            found["cosine"] = cosine_similarity(outputs, head.normalized(targets), dim=1).sum()
+        return {key: value.double() for key, value in found.items()}
 
 
 @torch.no_grad()
@@ -138,41 +170,59 @@ def evaluate_distillation(
     precision: str,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, float]:
-    """Over the first `n` held-out samples: "loss" (the weighted sum over teachers), "loss/NAME",
-    and "agreement/NAME", the share of clips on which student and teacher have the same top class,
-    and "kl/NAME", the divergence KL(teacher‖student) in nats at the temperature. Clips that do not
-    count or cannot be read are left out; TrainingError if that is all of them. Ranks share the
-    samples, each taking every W-th batch, and all get the same numbers. The model is left in eval
-    mode."""
+    """Measure a student on the first `n` held-out samples; the model is left in eval mode.
+
+    Clips that do not count or cannot be read are left out. Ranks share the samples, each taking
+    every W-th batch, and all get the same numbers.
+
+    Returns:
+        "loss" (the weighted sum over teachers), and by teacher "loss/NAME" and the means of
+        `Distillation.measures`: "agreement/NAME" and "kl/NAME", or "cosine/NAME".
+
+    Raises:
+        TrainingError: No clip could be used.
+    """
     model.eval()
     share = DistributedBatchSampler(SequentialBatchSampler(n, batch_size), ranks)
+    keys = [
+        (what, name)
+        for name, head in objective.heads.items()
+        for what in ("count", "loss", *_extra_measures(head))
+    ]
 
     def measured() -> Tensor:
-        sums = torch.zeros(4, len(objective.teachers), dtype=torch.float64)
+        sums = dict.fromkeys(keys, torch.zeros((), dtype=torch.float64))
         for raw in read_batches(dataset, share, workers=workers, device=device):
             batch = to_device(raw, device)
             if not raw or not bool((counted := objective.counted(batch)).any()):
                 continue
             with autocast(device, precision):
                 outputs = objective.forward(model, batch, counted)
-            for number, name in enumerate(objective.teachers):
+            for name in objective.teachers:
                 targets, weight = batch["targets"][name][counted], batch["weight"][name][counted]
-                sums[:, number] += objective.measures(outputs[name], targets, weight).cpu()
-        return sums
+                found = objective.measures(name, outputs[name], targets, weight)
+                for what, value in found.items():
+                    sums[what, name] = sums[what, name] + value.cpu()
+        return torch.stack(list(sums.values()))
 
-    kept, *measures = ranks.sum(ranks.on_all_ranks(measured)).unbind()
-    if not bool(kept.any()):
+    totals = ranks.sum(ranks.on_all_ranks(measured)).tolist()
+    sums = dict(zip(keys, totals, strict=True))
+    if not any(sums["count", name] for name in objective.teachers):
         raise TrainingError(
             f"none of the {n} held-out clips could be used: unreadable, or all filtered"
         )
     means = {
-        f"{what}/{name}": float(values[number] / kept[number])
-        for what, values in zip(("loss", "agreement", "kl"), measures, strict=True)
-        for number, name in enumerate(objective.teachers)
-        if kept[number]
+        f"{what}/{name}": value / sums["count", name]
+        for (what, name), value in sums.items()
+        if what != "count" and sums["count", name]
     }
     return {
         "loss": sum(
             weight * means.get(f"loss/{name}", 0.0) for name, weight in objective.weights.items()
         )
     } | means
+
+
+def _extra_measures(head: HeadLoss) -> tuple[str, ...]:
+    last = "kl" if head.loss in ("cross-entropy", "squared-error") else "cosine"
+    return ("agreement", last) if head.output == "logits" else (last,)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..clips.clip_options import ClipView
-from ..common.settings import VIDEO_ROOTS, VIDEO_ROOTS_HELP, CliOption, Options
+from ..common.errors import UsageError
+from ..common.settings import VIDEO_ROOTS, VIDEO_ROOTS_HELP, CliOption, Options, parse_pairs
 from ..common.urls import StoreAddress
 from ..students.student_options import HeadKind, StudentOptions
 from .loop_options import RESUME, RESUME_HELP, LoopOptions, Resume
@@ -27,6 +29,67 @@ class ClipOptions(ClipView):
         return self
 
 
+Reduction = Literal["sum", "mean"]
+Loss = Literal["cross-entropy", "squared-error", "cosine", "smooth-l1", "mse"]
+LOSSES: dict[str, tuple[Loss, ...]] = {
+    "logits": ("cross-entropy", "squared-error", "cosine"),
+    "features": ("cosine", "smooth-l1", "mse"),
+}
+"""The losses of each kind of output, the default first."""
+
+
+def resolve_losses(given: Loss | Mapping[str, Loss], outputs: Mapping[str, str]) -> dict[str, Loss]:
+    """Return the loss of each teacher.
+
+    Args:
+        given: One loss, for the teachers whose output has it, while the others take the default of
+            theirs; or by name.
+        outputs: teacher → "logits" or "features".
+
+    Raises:
+        UsageError: A loss is not one of that teacher's output, or of no teacher's.
+    """
+    named = given if isinstance(given, Mapping) else {}
+    for name, loss in named.items():
+        if name in outputs and loss not in LOSSES[outputs[name]]:
+            raise UsageError(
+                f"--loss {name}={loss}: teacher {name!r} gives {outputs[name]}, whose losses are "
+                f"{', '.join(LOSSES[outputs[name]])}"
+            )
+    default = {output: losses[0] for output, losses in LOSSES.items()}
+    if not isinstance(given, Mapping):
+        fitting = {output for output in set(outputs.values()) if given in LOSSES[output]}
+        if not fitting and given != TargetOptions.model_fields["loss"].default:
+            kinds = " and ".join(sorted(set(outputs.values())))
+            known = ", ".join(loss for output in set(outputs.values()) for loss in LOSSES[output])
+            raise UsageError(f"--loss {given}: the teachers give {kinds}, whose losses are {known}")
+        default |= dict.fromkeys(fitting, given)
+    return {name: named.get(name, default[output]) for name, output in outputs.items()}
+
+
+def parse_losses(texts: tuple[str, ...]) -> str | dict[str, str]:
+    """Read `LOSS`, or `NAME=LOSS` repeated. ValueError for both, or for two of the first."""
+    plain = [text for text in texts if "=" not in text]
+    if len(plain) == 1 and len(texts) == 1:
+        return plain[0]
+    if plain:
+        raise ValueError(
+            f"expected one LOSS for all teachers or NAME=LOSS for each, got {' and '.join(texts)}"
+        )
+    return dict(parse_pairs(texts))
+
+
+def parse_weights(texts: tuple[str, ...]) -> dict[str, float]:
+    """Read `NAME=X`, repeated. Raises ValueError."""
+    found = {}
+    for name, text in parse_pairs(texts).items():
+        try:
+            found[name] = float(text)
+        except ValueError:
+            raise ValueError(f"expected NAME=NUMBER, got {name}={text!r}") from None
+    return found
+
+
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -38,15 +101,41 @@ class TargetOptions(Options):
     most one of the two.
     `corpora`: those to draw from, each with its share of the clips, in any unit; all videos alike
         if not given.
+    `heads`: files that make logits of features when clips are drawn, see `ClassHead.read`.
+    `loss`: of all teachers whose output has it (`LOSSES`), while the others take the first of
+    theirs; or by name.
     `loss_weights`: factors of the teachers' losses, 1 for those not named.
+    `balance_losses`: each loss is divided by that of the best constant predictor first, so that no
+    teacher dominates by the scale of its loss.
+    `teacher_dropping`: of a clip, the teacher with the highest weighted loss always counts, and
+    each other one is left out with this probability.
     With `loss=squared-error` use a tenth of the learning rate (the paper, section 4.2).
     """
 
     teachers: Annotated[
         tuple[str, ...] | None, CliOption("--teacher", "Teacher", "NAME", shown="all")
     ] = Field(default=None, description="learn from this teacher of the store; repeatable")
-    loss_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default={}, description="teacher: factor of its loss; default 1"
+    loss_weights: Annotated[
+        dict[str, Annotated[float, Field(gt=0)]],
+        CliOption("--loss-weight", "Training", "NAME=X", parse=parse_weights),
+    ] = Field(default={}, description="factor of a teacher's loss, default 1; repeatable")
+    heads: Annotated[
+        dict[str, str], CliOption("--head", "Teacher", "NAME=FILE", parse=parse_pairs)
+    ] = Field(
+        default={},
+        description="safetensors file that makes logits of a teacher's features; repeatable",
+    )
+    balance_losses: Annotated[bool, CliOption(group="Training")] = Field(
+        default=False,
+        description="divide each teacher's loss by that of the best constant predictor, so that no "
+        "teacher dominates by its scale",
+    )
+    teacher_dropping: Annotated[float, CliOption(group="Training", metavar="P")] = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="of each clip, leave out teachers other than the one with the highest loss, "
+        "with this probability",
     )
     corpora: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         default=None, description="corpus: its share of the clips; default all videos alike"
@@ -60,10 +149,20 @@ class TargetOptions(Options):
     tau: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
         default=1.0, gt=0, description="temperature of the targets (eq. 1)"
     )
-    loss: Annotated[Literal["cross-entropy", "squared-error"], CliOption(group="Training")] = Field(
+    loss: Annotated[
+        Loss | dict[str, Loss],
+        CliOption(
+            "--loss",
+            "Training",
+            "[NAME=]LOSS",
+            "cross-entropy for logits, cosine for features",
+            parse=parse_losses,
+            repeated=True,
+        ),
+    ] = Field(
         default="cross-entropy",
-        description="soft-target cross-entropy, or squared error on logits (use a tenth of the "
-        "learning rate)",
+        description="of logits: cross-entropy, squared-error (use a tenth of the learning rate) or "
+        "cosine; of features: cosine, smooth-l1 or mse; repeatable with the name of a teacher",
     )
     mse_reduction: Annotated[Literal["sum", "mean"], CliOption(group="Training")] = Field(
         default="sum", description="of the squared error, over classes"
@@ -89,6 +188,16 @@ class TargetOptions(Options):
         default="skip",
         description="draw another clip before anything is decoded, or keep it with weight zero",
     )
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"heads", "balance_losses", "teacher_dropping"})
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _check_loss(cls, value: Any) -> Any:
+        for loss in value.values() if isinstance(value, dict) else (value,):
+            if loss not in get_args(Loss):
+                raise ValueError(f"expected {', '.join(get_args(Loss))}, got {loss!r}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> TargetOptions:

@@ -57,7 +57,8 @@ def dry_run(
         for name, reason in found:
             log.warning("%s: %s", name, reason)
     path = Path(config.out) / PICTURE
-    classes = {name: store.teachers[name].classes for name in student.classes}
+    targets = clips.sampler.targets
+    classes = {name: each.classes for name, each in targets.items() if each.classes}
     try:
         save_preview(render_batch(batch, classes, tau=config.targets.tau), path)
     except OSError as error:

@@ -61,7 +61,7 @@ def measure_thresholds(
     else:
         thresholds = {name: float(options.max_entropy or math.inf) for name in teachers}
     limits = np.array([thresholds.get(name, math.inf) for name in teachers])
-    passed = found <= limits
+    passed = ~(found > limits)  # features without a head have no entropy (NaN) and always count
     kept = float(passed.any(axis=1).mean())
     if kept == 0:
         low = ", ".join(

@@ -20,7 +20,9 @@ from ..common.numerics import distribution_entropy
 from ..targets.sampler import ClipSample
 from ..targets.soft_targets import soft_targets
 from .distillation import Distillation
+from .losses import HeadLoss
 
+BISECTIONS = 24
 DRAWS = 2000  # of a constant guess's loss the error is below K / (2 · DRAWS) nats, most of it for targets that are sure
 TOO_LITTLE = 0.05  # of the way between the two, below which a student has learned next to nothing
 
@@ -41,43 +43,74 @@ class LossBounds:
         return (self.constant - loss) / room if room > 1e-6 else 0.0
 
 
-def loss_bounds(found: Iterable[ClipSample], objective: Distillation) -> LossBounds | None:
-    """The bounds of an objective over draws, each teacher's over those that it counts; None where
-    none counts.
+def loss_bounds(samples: Iterable[ClipSample], objective: Distillation) -> LossBounds | None:
+    """Return the bounds of an objective over draws, each teacher's over those that it counts.
+
+    None where none counts.
+    """
+    by_teacher = head_bounds(samples, objective)
+    if not by_teacher:
+        return None
+    return LossBounds(*(_weighted(by_teacher, objective.weights, place) for place in (0, 1)))
+
+
+def head_bounds(
+    samples: Iterable[ClipSample], objective: Distillation
+) -> dict[str, tuple[float, float]]:
+    """Return teacher → (loss of the best constant predictor, lower bound), without weights."""
+    targets: dict[str, list[NDArray[np.float32]]] = {name: [] for name in objective.teachers}
+    for sample in samples:
+        for name, each in targets.items():
+            if sample.weight[name]:
+                each.append(sample.logits[name])
+    return {
+        name: _bounds(np.stack(each), objective.heads[name])
+        for name, each in targets.items()
+        if each
+    }
+
+
+def _bounds(targets: NDArray[np.float32], head: HeadLoss) -> tuple[float, float]:
+    """Return (best constant, lower bound) of one teacher's mean outputs [M, K].
 
     Cross-entropy (eq. 2): the entropy of the mean target, and the mean entropy of the targets, at
-    the objective's τ. Squared error: the variance of the mean logits, summed or averaged over
-    classes, and 0.
+    the head's τ. Squared errors: the variance of the targets, and 0. Cosine: 1 minus the length of
+    the mean of the unit vectors, whose direction is the best constant, and 0. Smooth L1: at the
+    constant where its derivative is zero in every dimension, and 0.
     """
-    targets: dict[str, list[NDArray[np.float64]]] = {name: [] for name in objective.teachers}
-    for draw in found:
-        for name, each in targets.items():
-            if draw.weight[name]:
-                logits = draw.logits[name]
-                wanted = (
-                    soft_targets(logits, objective.tau)
-                    if objective.loss == "cross-entropy"
-                    else logits
-                )
-                each.append(np.asarray(wanted, np.float64))
-    if not any(targets.values()):
-        return None
-    of_teachers = {name: _of(np.stack(each), objective) for name, each in targets.items() if each}
-    return LossBounds(*(_weighted(of_teachers, objective.weights, place) for place in (0, 1)))
+    if head.loss == "cross-entropy":
+        soft = np.stack([soft_targets(each, head.tau) for each in targets]).astype(np.float64)
+        mean = distribution_entropy(soft.mean(axis=0))
+        return float(mean), float(distribution_entropy(soft).mean())
+    exact = targets.astype(np.float64)
+    if head.loss == "squared-error":
+        variance = exact.var(axis=0)
+        return float(variance.sum() if head.mse_reduction == "sum" else variance.mean()), 0.0
+    if head.loss == "cosine":
+        if head.output == "logits":
+            exact -= exact.mean(axis=1, keepdims=True)
+        norms = np.linalg.norm(exact, axis=1, keepdims=True)
+        return float(1 - np.linalg.norm((exact / np.maximum(norms, 1e-12)).mean(axis=0))), 0.0
+    if head.mean is not None:
+        exact -= head.mean.double().numpy(force=True)
+    exact /= head.scale
+    if head.loss == "mse":
+        return float(exact.var(axis=0).mean()), 0.0
+    distance = np.abs(exact - _huber_location(exact))
+    return float(np.where(distance < 1, distance**2 / 2, distance - 0.5).mean()), 0.0
 
 
-def _of(targets: NDArray[np.float64], objective: Distillation) -> tuple[float, float]:
-    """(constant, perfect) of one teacher's targets [M, K]."""
-    if objective.loss == "cross-entropy":
-        return (
-            float(distribution_entropy(targets.mean(axis=0))),
-            float(distribution_entropy(targets).mean()),
-        )
-    variance = targets.var(axis=0)
-    return float(variance.sum() if objective.mse_reduction == "sum" else variance.mean()), 0.0
+def _huber_location(targets: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the constant [K] of the least smooth L1 to targets [M, K], by bisection."""
+    low, high = targets.min(axis=0), targets.max(axis=0)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        above = np.clip(targets - middle, -1, 1).sum(axis=0) > 0
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    return np.asarray((low + high) / 2)
 
 
 def _weighted(
-    of_teachers: Mapping[str, tuple[float, float]], weights: Mapping[str, float], place: int
+    by_teacher: Mapping[str, tuple[float, float]], weights: Mapping[str, float], place: int
 ) -> float:
-    return sum(weights[name] * bounds[place] for name, bounds in of_teachers.items())
+    return sum(weights[name] * bounds[place] for name, bounds in by_teacher.items())

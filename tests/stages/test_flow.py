@@ -129,7 +129,7 @@ def test_a_student_of_flow_reads_flow_that_was_prepared(tiny_store, tmp_path: Pa
     # frames.
     store = TargetStore.open(tiny_store.path)
     sampler = TargetSampler(
-        store, teachers=("sure",), picks=PickRule.parse("random"), clip_length=4, videos=store.usable(), seed=1,
+        store, teachers=("sure",), picks=PickRule.parse("random"), clip_frames=4, videos=store.usable(), seed=1,
         epoch_clips=12, ahead=1,
     )  # fmt: skip
     view = ClipView(size=32)

@@ -251,7 +251,7 @@ def test_killed_at_any_moment_and_run_again(
 def test_held_out_clips_come_from_copies_too(tiny_store, copies: Path) -> None:
     store = TargetStore.open(tiny_store.path)
     sampler = TargetSampler(
-        store, teachers=("sure",), picks=PickRule.parse("random"), clip_length=8, videos=store.usable(), seed=1,
+        store, teachers=("sure",), picks=PickRule.parse("random"), clip_frames=8, videos=store.usable(), seed=1,
         epoch_clips=12, fixed=True,
     )  # fmt: skip
     view = ClipView(size=32, resize=(40, 60))

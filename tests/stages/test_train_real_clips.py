@@ -61,7 +61,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> StudentClips:
         store,
         teachers=(TEACHER,),
         picks=PickRule.parse("random"),
-        clip_length=8,
+        clip_frames=8,
         videos=store.usable(),
         seed=0,
         epoch_clips=16,
@@ -124,8 +124,8 @@ def test_the_filter_in_nats_keeps_what_is_below_it_by_numpy(
     4.8."""
     fixed = clips.sampler
     sampler = TargetSampler(
-        fixed.store, teachers=(TEACHER,), picks=fixed.picks, clip_length=16, videos=fixed.videos, seed=1,
-        epoch_clips=16, thresholds={TEACHER: limit}, reject="zero-weight",
+        fixed.store, teachers=(TEACHER,), picks=fixed.picks, clip_frames=16, videos=fixed.videos, seed=1,
+        epoch_clips=16, max_entropy={TEACHER: limit}, filter_mode="zero-weight",
     )  # fmt: skip
     draws = [sampler.draw(epoch, sample) for epoch in range(10) for sample in range(16)]
     expected = []

@@ -214,8 +214,8 @@ def test_the_first_loss_is_the_equation_computed_by_hand(tiny_store, tmp_path, l
 
     store = TargetStore.open(tiny_store.path)
     sampler = TargetSampler(
-        store, teachers=("sure", "unsure"), picks=PickRule.parse("random"), clip_length=8, videos=store.usable(),
-        seed=0, epoch_clips=4, thresholds={"unsure": 1.2}, reject="zero-weight",
+        store, teachers=("sure", "unsure"), picks=PickRule.parse("random"), clip_frames=8, videos=store.usable(),
+        seed=0, epoch_clips=4, max_entropy={"unsure": 1.2}, filter_mode="zero-weight",
     )  # fmt: skip
     clips = StudentClips(sampler, train.clips)
     batch = [clips[0, sample] for sample in range(4)]

@@ -44,7 +44,7 @@ def store(tiny_store) -> TargetStore:
 
 def make(store: TargetStore, **changes: Any) -> TargetSampler:
     arguments = {
-        "teachers": TEACHERS, "picks": PickRule.parse("random"), "clip_length": T, "videos": store.usable(),
+        "teachers": TEACHERS, "picks": PickRule.parse("random"), "clip_frames": T, "videos": store.usable(),
         "seed": 5, "epoch_clips": 24, **changes,
     }  # fmt: skip
     return TargetSampler(store, **arguments)
@@ -61,7 +61,7 @@ def test_every_valid_start_of_a_short_video_can_be_picked(
 ) -> None:
     """Clips longer than the videos, with and without the frame that flow reads ahead: start and
     picks count the same frames."""
-    sampler = make(store, picks=PickRule.parse(picks), ahead=ahead, clip_length=64)
+    sampler = make(store, picks=PickRule.parse(picks), ahead=ahead, clip_frames=64)
     videos = [int(video) for video in store.usable() if sampler.has_window(int(video))]
     assert min(int(store.frame_counts[video]) for video in videos) < 64
     for sample in range(100):
@@ -126,7 +126,9 @@ def test_zero_weight_masks_each_head_by_the_entropy_of_the_mean_picked_logits(st
     limits = {
         name: float(np.median([nats(draw.logits[name]) for draw in free])) for name in TEACHERS
     }
-    masked = some(make(store, picks=PickRule.parse(rule), thresholds=limits, reject="zero-weight"))
+    masked = some(
+        make(store, picks=PickRule.parse(rule), max_entropy=limits, filter_mode="zero-weight")
+    )
     near = 0.006  # logits are stored as float16, entropies of single frames come from float32
     for before, after in zip(free, masked, strict=True):
         assert (before.video, before.start, list(before.picked)) == (
@@ -148,10 +150,10 @@ def test_skip_draws_another_video_until_one_head_keeps_the_clip(store):
         name: float(np.quantile([nats(draw.logits[name]) for draw in free], 0.2))
         for name in TEACHERS
     }
-    sampler = make(store, thresholds=limits)
+    sampler = make(store, max_entropy=limits)
     kept = some(sampler)
     assert all(draw.counts for draw in kept)
-    zero = some(make(store, thresholds=limits, reject="zero-weight"))
+    zero = some(make(store, max_entropy=limits, filter_mode="zero-weight"))
     for first, draw in zip(zero, kept, strict=True):
         assert draw.rejected == draw.attempt
         assert (draw.rejected == 0) == first.counts
@@ -166,7 +168,7 @@ def test_skip_draws_another_video_until_one_head_keeps_the_clip(store):
 
 
 def test_a_filter_that_keeps_nothing_gives_up_after_100_redraws(store):
-    draw = make(store, thresholds=dict.fromkeys(TEACHERS, -1.0)).draw(0, 0)
+    draw = make(store, max_entropy=dict.fromkeys(TEACHERS, -1.0)).draw(0, 0)
     assert (draw.rejected, draw.counts) == (100, False)
 
 
@@ -176,7 +178,11 @@ def test_a_quantile_of_measured_entropies_keeps_the_share_it_promises(store):
     assert measured.shape == (600, 1)
     limit = float(np.quantile(measured, 0.3))
     others = make(
-        store, teachers=("unsure",), thresholds={"unsure": limit}, reject="zero-weight", seed=77
+        store,
+        teachers=("unsure",),
+        max_entropy={"unsure": limit},
+        filter_mode="zero-weight",
+        seed=77,
     )
     share = np.mean([draw.counts for draw in some(others, epochs=25)])
     assert share == pytest.approx(0.3, abs=0.07)
@@ -191,11 +197,11 @@ def test_no_window_with_enough_picks_names_spacing_and_clip_length(store):
         sampler.check_windows()
     with pytest.raises(TrainingError, match=message):
         sampler.draw(0, 0)
-    make(store, picks=PickRule.parse("random:4"), clip_length=16).check_windows()
+    make(store, picks=PickRule.parse("random:4"), clip_frames=16).check_windows()
 
 
 def test_held_out_samples_are_each_video_once_and_always_the_same(store):
-    sampler = make(store, fixed=True, thresholds={"sure": 0.0, "unsure": 0.0})
+    sampler = make(store, fixed=True, max_entropy={"sure": 0.0, "unsure": 0.0})
     drawn = [sampler.draw(0, i) for i in range(12)]
     assert [draw.video for draw in drawn] == list(store.usable())
     assert all(
@@ -254,7 +260,7 @@ def test_a_scale_is_drawn_like_the_crop_and_changes_nothing_else(store):
 
 @pytest.mark.slow
 def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(store, tmp_path):
-    clips = StudentClips(make(store, thresholds={"sure": 0.4, "unsure": 1.2}), VIEW)
+    clips = StudentClips(make(store, max_entropy={"sure": 0.4, "unsure": 1.2}), VIEW)
 
     def stream(workers: int, start: int) -> list[tuple[list[int], list[int], str]]:
         keys = EpochBatchSampler(batch_size=6, steps_per_epoch=4, epochs=2, start=start)
@@ -362,7 +368,7 @@ def test_a_corpus_that_moved_away_ends_at_the_first_batch(store, tmp_path):
 
 def test_a_clip_that_counts_for_no_head_costs_no_decode(store, tmp_path):
     nothing = dict.fromkeys(TEACHERS, -1.0)
-    sampler = make(store, thresholds=nothing, reject="zero-weight")
+    sampler = make(store, max_entropy=nothing, filter_mode="zero-weight")
     example = StudentClips(sampler, VIEW, {"videos": str(Path(tmp_path) / "not there")})[0, 0]
     assert example["weight"] == {"sure": 0.0, "unsure": 0.0}
     assert example["broken"] == []

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from distinit.pipeline.training.distillation import Distillation
-from distinit.pipeline.training.losses import soft_target_cross_entropy, squared_error
-from distinit.pipeline.training.reference_losses import LossBounds, loss_bounds
+from distinit.pipeline.training.losses import (
+    HeadLoss,
+    soft_target_cross_entropy,
+    squared_error,
+)
+from distinit.pipeline.training.reference_losses import LossBounds, head_bounds, loss_bounds
 
 DRAWS, CLASSES = 40, {"a": 6, "b": 4}
 
@@ -85,3 +89,31 @@ def test_a_teacher_counts_the_draws_that_its_filter_keeps() -> None:
 
 def test_where_every_clip_is_alike_there_is_nothing_to_learn() -> None:
     assert LossBounds(1.5, 1.5).learned(1.5) == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "loss"),
+    [("logits", "cosine"), ("features", "cosine"), ("features", "mse"), ("features", "smooth-l1")],
+)
+def test_no_constant_is_better_than_the_best(output: str, loss: str) -> None:
+    """The best of gradient descent over constants is the baseline, and the targets have loss 0."""
+    samples, logits = draws()
+    mean = torch.full((CLASSES["a"],), 0.5) if loss in ("mse", "smooth-l1") else None
+    head = HeadLoss(output, loss, mean=mean, scale=1.5 if mean is not None else 1.0)
+    baseline, bound = head_bounds(samples, Distillation(["a"], heads={"a": head}))["a"]
+    targets = torch.from_numpy(logits["a"])
+    constant = torch.full((1, CLASSES["a"]), 0.1).requires_grad_()
+    optimizer = torch.optim.LBFGS([constant], max_iter=200)
+
+    def value() -> torch.Tensor:
+        optimizer.zero_grad()
+        found = head.by_clip(constant.expand_as(targets), targets).mean()
+        found.backward()
+        return found
+
+    optimizer.step(value)
+    assert baseline == pytest.approx(value().item(), rel=1e-4)
+    assert bound == 0
+    assert head.by_clip(head.normalized(targets), targets).mean().item() == pytest.approx(
+        0, abs=1e-6
+    )

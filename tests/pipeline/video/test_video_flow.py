@@ -71,7 +71,7 @@ def test_a_mirrored_clip_negates_x_and_normalisation_is_that_of_flow() -> None:
 def test_students_of_flow_see_the_flow_of_the_clips_that_others_see(tiny_store) -> None:
     store = TargetStore.open(tiny_store.path)
     sampler = TargetSampler(
-        store, teachers=("sure",), picks=PickRule.parse("random"), clip_length=8, videos=store.usable(), seed=1,
+        store, teachers=("sure",), picks=PickRule.parse("random"), clip_frames=8, videos=store.usable(), seed=1,
         epoch_clips=12, ahead=1,
     )  # fmt: skip
     clips = StudentClips(sampler, VIEW, channels=2)
