@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from distinit.stages.evaluate import evaluate
 from distinit.stages.finetune import finetune
 from distinit.stages.predict import predict
 from distinit.stages.report import report
+from distinit.tests import warm
 
 pytestmark = pytest.mark.slow
 
@@ -528,32 +528,14 @@ def test_the_console_script_starts_from_a_function_in_the_working_folder(
     folder."""
     (tmp_path / "own_narrow_start.py").write_text(STARTS)
     script = Path(sysconfig.get_path("scripts")) / "distinit"
-    given = [
-        "--dataset",
-        f"csv:{folder / 'labels.csv'}",
-        "--device",
-        "cpu",
-        "--frames",
-        "4",
-        "--size",
-        "32",
-    ]
-    short = [
-        "--epochs",
-        "1",
-        "--epoch-clips",
-        "4",
-        "--batch-size",
-        "4",
-        "--workers",
-        "0",
-        "--test-clips",
-        "1",
-    ]
-    done = subprocess.run(
-        [script, "finetune", "--init", "own_narrow_start:narrow", *given, *short, "--out", "run", "--json"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    code = (
+        f"import runpy, sys; sys.path[0] = {str(script.parent)!r}; "
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    words = "finetune --init own_narrow_start:narrow --device cpu --frames 4 --size 32 --epochs 1"
+    words += " --epoch-clips 4 --batch-size 4 --workers 0 --test-clips 1 --out run --json"
+    dataset = f"csv:{folder / 'labels.csv'}"
+    done = warm.run(*words.split(), "--dataset", dataset, code=code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["init"], result["tensors_loaded"]) == ("own_narrow_start:narrow", 120)
