@@ -1,1 +1,1 @@
-""""""
+"""Students: architectures, initialisations and exported files."""

@@ -37,14 +37,19 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class InitReport:
-    """Which tensors an initialisation took, and which of the file it left."""
+    """Which tensors an initialisation loaded, and which of the file it ignored.
+
+    Args:
+        path: where they are from.
+        loaded: names in the backbone.
+        left: in the file, but not part of a backbone: its heads.
+        lines: one per tensor: what was loaded from what, what was left.
+    """
 
     path: str
     loaded: tuple[str, ...]
     left: tuple[str, ...]
-    """In the file, but of no use to a backbone: its heads."""
     lines: tuple[str, ...] = ()
-    """A line a tensor: what was loaded from what, what was left."""
 
 
 class _Header(Options):
@@ -57,20 +62,29 @@ class _Header(Options):
 
 
 def save_start(path: str | Path, student: Student) -> None:
-    """Write the first convolution as it is now, atomically, under its name. Raises
-    CheckpointError."""
+    """Write the first convolution as it is now, atomically, under its name.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
     stem = student.backbone.state_dict()[STEM].detach().cpu().contiguous()
     _write(Path(path), {STEM: stem}, {"format": "pt"})
 
 
 def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping[str, Any]) -> None:
-    """Write a student as one safetensors file, atomically: the file of that name is old or new,
-    never half.
+    """Write a student as one safetensors file, atomically.
 
-    `meta` may be a flat mapping: keys that `StudentMeta` has no field for go under its `extra`.
+    Args:
+        path: the file, which is old or new afterwards, never half.
+        student: its weights, options and heads.
+        meta: what a user must know; keys of a flat mapping that `StudentMeta` does not have are put
+            under its `extra`.
 
     Raises:
         CheckpointError: class names that do not fit the heads, or a file that cannot be written.
+
+    Example:
+        >>> save_student("student.safetensors", student, {"clip_length": 8, "clip_size": 112})
     """
     path = Path(path)
     try:
@@ -95,8 +109,7 @@ def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping
 
 
 def _as_json(header: _Header) -> str:
-    """The header as ASCII: paths that are not UTF-8 travel as lone surrogates, which JSON writes as
-    escapes."""
+    """Return the header as ASCII, in which lone surrogates (paths not in UTF-8) are escapes."""
     without = set() if header.head_kinds else {"head_kinds"}
     return json.dumps(header.model_dump(mode="python", exclude=without))
 
@@ -110,16 +123,21 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 def load_student(
     path: str | Path, device: torch.device | str = "cpu", *, factory: str | None = None
 ) -> Student:
-    """The student of a file or a run folder, in evaluation mode, with its `meta`.
+    """Load the student of a file or a run folder, in evaluation mode, with its `meta`.
 
-    factory: a file whose student is made by a `package.module:factory` is loaded only where the
-    caller names that very factory here: its code is run, and a file is no reason to run code.
-
-    A run folder holds `student.safetensors` (from train-student) or `model.safetensors` (from
-    finetune).
+    Args:
+        path: a file, or a run folder with `student.safetensors` (from train-student) or
+            `model.safetensors` (from finetune).
+        device: where the student is put.
+        factory: a file whose student is made by a `package.module:factory` is loaded only where the
+            caller names that very factory here, since its code is run.
 
     Raises:
         CheckpointError: no such file, not a student of this package, a newer format, damaged.
+
+    Example:
+        >>> student = load_student("runs/ours")
+        >>> student(torch.zeros(1, 3, 8, 112, 112))["label"].shape
     """
     path = _file_of(path)
     state, header = _read(path)
@@ -166,10 +184,13 @@ def take_backbone(
     label: str,
     origin: Mapping[str, str] | None = None,
 ) -> InitReport:
-    """Put a state in a student's own names into its backbone; what else the state holds is left.
+    """Load a state in a student's own names into its backbone; the rest of the state is ignored.
 
-    label: where the state is from, for messages. origin: name → what it was made of, for the
-        report.
+    Args:
+        student: takes the tensors.
+        state: name → tensor.
+        label: where the state is from, for messages.
+        origin: name → what it was made of, for the report.
 
     Raises:
         CheckpointError: a tensor that is missing, of another shape, or not finite.
@@ -203,8 +224,11 @@ def take_backbone(
 
 
 def read_options(path: str | Path, *, factory: str | None = None) -> StudentOptions:
-    """The options that a file's or run folder's student was built with, without loading its
-    tensors' values.
+    """Return the options that the student of a file or run folder was built with.
+
+    Args:
+        path: the file or run folder.
+        factory: see `load_student`.
 
     Raises:
         CheckpointError: as `load_backbone`.
@@ -219,7 +243,7 @@ def read_options(path: str | Path, *, factory: str | None = None) -> StudentOpti
 
 
 def read_meta(path: str | Path) -> StudentMeta | None:
-    """What a file or run folder says of its student; None for one that distinit did not write.
+    """Return the `StudentMeta` of a file or run folder; None for one that distinit did not write.
 
     Raises:
         CheckpointError: no such file, damaged, of a newer format.
@@ -238,8 +262,7 @@ def _require_named(options: StudentOptions, factory: str | None, path: Path) -> 
 
 
 def _check_sizes(header: _Header, state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a header whose student is larger than the file's tensors, before that student takes
-    any memory."""
+    """Refuse a header whose student is larger than the tensors, before it takes any memory."""
     for name, classes in header.heads.items():
         last = "output.weight" if header.head_kinds.get(name) == "mlp" else "weight"
         weight = state.get(
@@ -289,8 +312,12 @@ def _fill(student: Student, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _file_of(path: str | Path) -> Path:
-    """Return the safetensors file that a path means. Raises SourceError if it is a link out of a
-    run folder."""
+    """Return the safetensors file that a path means.
+
+    Raises:
+        CheckpointError: there is none, or a run folder holds two.
+        SourceError: a link out of a run folder.
+    """
     path = Path(path)
     if not path.is_dir():
         if not path.is_file():
@@ -339,8 +366,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header | None]:
 
 
 def check_options(wanted: StudentOptions, found: StudentOptions, label: str) -> None:
-    """Refuse by name: each option that differs, and the options that would fit. `label` names the
-    file."""
+    """Compare the options that were asked for with those of a file.
+
+    Args:
+        wanted: asked for.
+        found: of the file.
+        label: names the file.
+
+    Raises:
+        CheckpointError: each option that differs, and the options that would fit.
+    """
     asked, has = wanted.model_dump(), found.model_dump()
     differing = [
         f"{key} is {has[key]!r} in the file, {asked[key]!r} was asked for"
@@ -361,9 +396,9 @@ def _check_classes(heads: dict[str, int], meta: StudentMeta, path: Path) -> None
 
 
 def recognise(state: Mapping[str, Tensor]) -> StudentOptions | None:
-    """The options whose backbone has just these shapes; None where there are none.
+    """Return the options whose backbone has just these shapes; None where there are none.
 
-    Read off the tensors: input channels and width from the stem, the rest by trying.
+    Input channels and width are read off the stem, the rest is found by trying.
     """
     stem, first = state.get("stem.0.weight"), state.get("layer1.0.conv2.1.weight")
     if stem is None or stem.ndim != 5 or first is None:

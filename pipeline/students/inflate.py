@@ -29,8 +29,12 @@ _FITTING = {18: ("r3d_18", "mc3_18"), 34: ("r3d_34",)}
 def inflatable(
     state: Mapping[str, Tensor], wanted: StudentOptions | None, label: str
 ) -> StudentOptions:
-    """The student that a 2D ResNet's state can be inflated to. What `wanted` sets expressly stands,
-    if it fits.
+    """Return the student that a 2D ResNet's state can be inflated to.
+
+    Args:
+        state: of the 2D ResNet.
+        wanted: what it sets expressly is kept, if it fits.
+        label: where the state is from, for messages.
 
     Raises:
         CheckpointError: no ResNet of basic blocks, or one that the wanted student is not made of:
@@ -66,7 +70,7 @@ def inflatable(
 def fitting_student(
     depth: int, wanted: StudentOptions | None, label: str
 ) -> tuple[dict[str, Any], str]:
-    """What `wanted` sets expressly, and the architecture that a ResNet of this depth inflates to.
+    """Return what `wanted` sets expressly, and what a ResNet of this depth inflates to.
 
     Raises:
         CheckpointError: the wanted one is not made of it; names what would fit.
@@ -92,9 +96,11 @@ def fitting_student(
 def inflate(
     state: Mapping[str, Tensor], backbone: Backbone, inflation: Inflation
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state in the backbone's names, and name → what it was made of. What does not belong to a
-    backbone (the classifier) keeps its name. Shapes that do not fit are left for the loader to
-    refuse."""
+    """Return the state in the backbone's names, and name → what each tensor was made of.
+
+    What is not part of a backbone (the classifier) keeps its name. Shapes that do not fit are left
+    for the loader to refuse.
+    """
     own = backbone.state_dict()
     inflated, origin = {}, {}
     for name, tensor in state.items():
@@ -119,10 +125,11 @@ def inflate(
 
 
 def video_name(name: str) -> str:
-    """A ResNet's tensor name as its video student has it.
+    """Return the name that a ResNet's tensor has in its video student.
 
-    >>> video_name("layer2.1.bn2.running_mean")
-    'layer2.1.conv2.1.running_mean'
+    Example:
+        >>> video_name("layer2.1.bn2.running_mean")
+        'layer2.1.conv2.1.running_mean'
     """
     name = re.sub(r"^conv1\.", "stem.0.", name)
     name = re.sub(r"^bn1\.", "stem.1.", name)

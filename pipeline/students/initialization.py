@@ -37,14 +37,19 @@ _WITH_PATH = ("inflate", "kinetics", "hf")
 
 @dataclass(frozen=True)
 class Initialization:
-    """An initialisation that was found and fits: the student it makes, and how to put it in."""
+    """An initialisation that fits.
+
+    Args:
+        options: of the student that it makes.
+        fill: loads the weights into that student.
+    """
 
     options: StudentOptions
     fill: Callable[[Student], InitReport]
 
 
 def canonical_init(init: str) -> str:
-    """The initialisation under a name that holds from any folder."""
+    """Return the initialisation under a name that holds from any folder."""
     kind, colon, where = init.partition(":")
     if init in (SCRATCH, "kinetics") or (kind == "inflate" and where in INFLATABLE):
         return init
@@ -54,7 +59,7 @@ def canonical_init(init: str) -> str:
 
 
 def student_file(init: str) -> str | None:
-    """The path, where `init` is a student of distinit or a file in torchvision's names."""
+    """Return the path where `init` is a student of distinit or a file in torchvision's names."""
     kind = init.partition(":")[0]
     return (
         None if init in (SCRATCH, "kinetics") or kind in _WITH_PATH or _is_factory(init) else init
@@ -64,12 +69,17 @@ def student_file(init: str) -> str | None:
 def resolve_init(
     init: str, wanted: StudentOptions | None, inflation: Inflation = "scaled"
 ) -> Initialization:
-    """What `init` names, held against what `wanted` sets expressly.
+    """Find what `init` names, and compare it with what `wanted` sets expressly.
+
+    Args:
+        init: see the forms above.
+        wanted: the student that was asked for; None takes the initialisation's.
+        inflation: how `inflate:` repeats kernels over time.
 
     Raises:
         CheckpointError: it does not fit (variant, depth, width or channels, by name, with what
             would), or is damaged.
-        WeightsError: weights that are not there, cannot be fetched, or would need a free unpickle.
+        WeightsError: weights that do not exist, cannot be fetched, or would need a free unpickle.
         UsageError: a form that does not exist; a factory that cannot be imported or fails.
     """
     kind, colon, where = init.partition(":")
@@ -170,8 +180,10 @@ def _in_video_names(
 def _with_wanted(
     found: StudentOptions, wanted: StudentOptions | None, label: str
 ) -> StudentOptions:
-    """What was found, with what was asked for expressly: the two are compared before anything is
-    loaded."""
+    """Return what was found, overlaid with what was asked for expressly.
+
+    The two are compared before anything is loaded.
+    """
     if wanted is None:
         return found
     asked = wanted.model_dump(include=wanted.model_fields_set)
@@ -191,7 +203,7 @@ def _is_factory(init: str) -> bool:
 
 
 def _from_factory(init: str) -> Mapping[str, Tensor]:
-    """The state that `package.module:factory` gives, called without arguments."""
+    """Return the state that `package.module:factory` gives, called without arguments."""
     made = call_factory(init, f"--init {init}")
     state = made.state_dict() if isinstance(made, nn.Module) else made
     if not isinstance(state, Mapping) or not all(

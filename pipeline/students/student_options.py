@@ -1,4 +1,4 @@
-"""Which student, and what is written next to its weights. Free of torch."""
+"""Options of a student, and what is written next to its weights. Free of torch."""
 
 from __future__ import annotations
 
@@ -54,9 +54,8 @@ class StudentOptions(Options):
     width: Annotated[float, CliOption(group="Student", metavar="X")] = Field(
         default=1.0, gt=0, le=8, description="factor on every number of channels"
     )
+    # Of the clip: 3 for RGB, 2 for optical flow.
     channels: Literal[2, 3] = 3
-    """Channels of the clip: 3 for RGB, 2 for optical flow."""
-
     options: dict[str, Any] = Field(
         default={}, description="arguments of torchvision's builder or of the factory"
     )
@@ -108,7 +107,7 @@ class StudentOptions(Options):
         return self
 
     def describe(self) -> str:
-        """One phrase for messages: `r2plus1d_18 (variant vmz, width 0.5, 3 channels)`."""
+        """Return one phrase for messages: `r2plus1d_18 (variant vmz, width 0.5, 3 channels)`."""
         if self.architecture not in BUILTIN_ARCHITECTURES:
             given = "".join(f", {key} {value}" for key, value in self.options.items())
             return f"{self.architecture} ({self.channels} channels{given})"
@@ -116,40 +115,44 @@ class StudentOptions(Options):
 
 
 class StudentMeta(Options):
-    """What a user of an exported student must know, its options aside."""
+    """What a user of an exported student must know, next to its options.
+
+    Attributes:
+        classes: class names of each head, in the order of its logits; a head may be left out.
+        clip_length: T, frames of a clip.
+        clip_size: H and W of a clip, in pixels.
+        resize: height and width that a frame is resized to before the crop, where it is known.
+        mean: a number per channel: of pixels in 0–1, or of displacements in pixels for flow. None:
+            the usual ones.
+        std: likewise.
+        extra: JSON-able: where the student comes from (store, teachers, data set, …).
+    """
 
     classes: dict[str, list[str]] = {}
-    """Class names of each head, in the order of its logits; a head may be left out."""
     clip_length: int = Field(default=8, ge=1, le=10_000)
-    """T, frames of a clip."""
     clip_size: int = Field(default=112, ge=1, le=10_000)
-    """H and W of a clip, in pixels."""
     resize: tuple[int, int] | None = None
-    """Height and width a frame is resized to before the crop, where it is known."""
     mean: tuple[float, ...] | None = None
-    """A number a channel: of pixels in 0–1, or of displacements in pixels for flow. None: the usual
-    ones."""
     std: tuple[float, ...] | None = None
     extra: dict[str, Any] = {}
-    """JSON-able: where the student comes from (store, teachers, data set, …)."""
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> StudentMeta:
-        """From a flat mapping; keys that are no field of their own go under `extra`."""
+        """Make it from a flat mapping; keys that are no field of it are put under `extra`."""
         own = {key: value for key, value in content.items() if key in cls.model_fields}
         rest = {key: value for key, value in content.items() if key not in cls.model_fields}
         return cls.model_validate({**own, "extra": {**own.get("extra", {}), **rest}})
 
     def completed(self, channels: int) -> StudentMeta:
-        """With the usual normalisation of RGB or of flow where none was given.
+        """Return it with the usual normalisation of RGB or of flow where none was given.
 
         Raises:
-            ValueError: a mean or std that has not one number a channel.
+            ValueError: a mean or std that has not one number per channel.
         """
         mean, std = NORMALIZATION[channels]
         mean, std = self.mean or mean, self.std or std
         if not len(mean) == len(std) == channels:
             raise ValueError(
-                f"mean has {len(mean)} numbers and std {len(std)}, the student {channels} channels"
+                f"mean has {len(mean)} and std {len(std)} numbers, expected {channels}, one per channel"
             )
         return self.model_copy(update={"mean": mean, "std": std})

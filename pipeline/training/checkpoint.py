@@ -117,7 +117,9 @@ class Checkpoints:
         anew.
 
         Args:
-            model, optimizer, average: take what the checkpoint holds.
+            model: takes the weights.
+            optimizer: takes its state.
+            average: takes the moving average.
             resume: see `Resume`.
             max_broken: unreadable videos that the state allows.
             ranks: the processes that train together.
@@ -167,8 +169,11 @@ class Checkpoints:
 
         Args:
             which: last or best.
-            model, optimizer, state, average: what it holds.
+            model: its weights.
+            optimizer: its state.
+            state: the counters.
             rng: the `random_states` of each rank.
+            average: the moving average, where the run has one.
 
         Raises:
             CheckpointError: the disk refuses; the checkpoint before stays whole.

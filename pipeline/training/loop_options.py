@@ -179,7 +179,7 @@ class LoopOptions(Options):
         return self
 
     def for_videos(self, videos: int) -> LoopOptions:
-        """The same options with `epoch_clips` filled in: one clip for each of `videos` videos."""
+        """Return the options with `epoch_clips` filled in: one per video if it is not given."""
         return (
             self
             if self.epoch_clips is not None
@@ -188,13 +188,14 @@ class LoopOptions(Options):
 
     @property
     def steps_per_epoch(self) -> int:
+        """Steps of an epoch, at least enough for `epoch_clips`."""
         if self.epoch_clips is None:
             raise ValueError("epoch_clips is not set; call LoopOptions.for_videos(n) first")
         return math.ceil(self.epoch_clips / self.batch_size)
 
     @property
     def clips_per_epoch(self) -> int:
-        """Clips an epoch really has: whole batches only, so that no step sees a short batch."""
+        """Clips of an epoch: whole batches only, so that no step has a short batch."""
         return self.steps_per_epoch * self.batch_size
 
     @property
@@ -207,7 +208,7 @@ class LoopOptions(Options):
         )
 
     def describe_rate(self) -> str:
-        """For the log: the rate that the steps see, and what scaled it."""
+        """Return, for the log, the peak learning rate and what scaled it."""
         scaled = (
             "not scaled by the batch size"
             if self.lr_base_batch_size is None
@@ -219,7 +220,7 @@ class LoopOptions(Options):
         return rate if self.ema is None else f"{rate}; moving average of the weights {self.ema:g}"
 
     def describe_steps(self, world: int) -> str:
-        """For the log: `120 steps of 64 clips, 2 GPUs × 2 pieces × at most 16`."""
+        """Return, for the log, `120 steps of 64 clips, 2 GPUs × 2 pieces × at most 16`."""
         words = f"{self.total_steps} steps of {self.batch_size} clips"
         pieces = self.accumulation_steps(world)
         if world == pieces == 1:
@@ -229,12 +230,12 @@ class LoopOptions(Options):
         return f"{words}: {' × '.join(parts)}"
 
     def accumulation_steps(self, world: int) -> int:
-        """Parts that each of `world` processes goes through its share of a batch in."""
+        """Return how many pieces each of `world` processes splits its share of a batch into."""
         share = math.ceil(self.batch_size / world)
         return math.ceil(share / self.micro_batch_size) if self.micro_batch_size is not None else 1
 
     def clips_at_once(self, world: int) -> int:
-        """The most clips that a device of `world` has in one forward pass of training."""
+        """Return the most clips that one of `world` devices has in a forward pass of training."""
         return math.ceil(math.ceil(self.batch_size / world) / self.accumulation_steps(world))
 
     @property
@@ -244,10 +245,11 @@ class LoopOptions(Options):
 
     @property
     def total_steps(self) -> int:
+        """Steps of all epochs."""
         return self.epochs * self.steps_per_epoch
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with its checkpoint, under one top-level key."""
+        """Return what a resumed run must share with its checkpoint, under one top-level key."""
         free = FREE_ON_RESUME - ({"epochs"} if self.schedule == "cosine" else set())
         return {"loop": self.identity_dump(exclude=set(free))}
 

@@ -1,8 +1,8 @@
 """One step of the optimizer: over pieces that fit on a GPU, and over all processes.
 
 A step's loss is the sum over the clips that count divided by their number, both over all pieces of
-all ranks. So the number must be known before the first backward pass, and what ranks have is added,
-not averaged.
+all ranks. So the number must be known before the first backward pass, and the ranks' losses are
+added, not averaged.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from .precision import autocast, out_of_memory_hint
 
 @dataclass(frozen=True)
 class LossReport:
-    """What an objective says of some of a step's clips, such that the reports of all of them add
-    up.
+    """An objective's loss on some of a step's clips; the reports of all of them add up.
 
-    loss: scalar with a graph: the sum over these clips, divided by the step's count (0 with a graph
-        if none of them counts). parts: scalars worth logging beside it, divided alike: the loss of
-        each teacher, the accuracy. Always the same names.
+    Args:
+        loss: scalar with a graph: the sum over these clips, divided by the step's count (0 with a
+            graph if none of them counts).
+        parts: further scalars for the log, divided in the same way: the loss of each teacher, the
+            accuracy. The names are the same in every report.
     """
 
     loss: Tensor
@@ -43,24 +44,39 @@ class Objective(Protocol):
     """What is learned. Its batches are those of the data set, on the device already."""
 
     def counts(self, batch: Mapping[str, Any], /) -> Tensor:
-        """int64 [1 or more], on the CPU: the clips of this batch that count at all, then whatever
-        else the objective divides by (the clips that each head counts). They are added over the
-        whole step."""
+        """Return what the losses of a step are divided by, int64 [1 or more], on the CPU.
+
+        The first number is that of the clips of this batch that count at all, then whatever else
+        the objective divides by (the clips that each head counts). They are added over the whole
+        step.
+        """
         ...
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], counts: Tensor, /) -> LossReport:
-        """Forward and loss. counts: those of the whole step. It runs under autocast when precision
-        is bf16; the loss itself is to be computed in float32."""
+        """Compute the loss of a batch.
+
+        It runs under autocast when the precision is bf16; the loss itself is to be computed in
+        float32.
+
+        Args:
+            model: maps the batch's clips to outputs.
+            batch: on the device.
+            counts: those of the whole step.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """A step as a whole, over all ranks. loss, parts: means over the clips that count, `kept` of
-    `clips`.
+    """A step as a whole, over all ranks.
 
-    rejected: draws that the filter turned down. broken: (video, reason) of those that could not be
-        read.
+    Args:
+        loss: mean over the clips that count.
+        kept: the number of clips that count.
+        clips: the number of all clips.
+        rejected: draws that the filter turned down.
+        parts: means over the clips that count, by name.
+        broken: (video, reason) of those that could not be read.
     """
 
     loss: float
@@ -81,20 +97,34 @@ def take_step(
     device: torch.device,
     ranks: Ranks,
 ) -> StepReport:
-    """One step on this rank's share of a batch. TrainingError, on all ranks, when the loss or the
-    gradient is not finite: nothing is updated then."""
-    broken = [item for found in batch.get("broken", ()) for item in found]
-    told = torch.tensor(
+    """Do one step on this rank's share of a batch.
+
+    Args:
+        model: the student, or the DistributedDataParallel around it.
+        objective: gives the loss.
+        optimizer: of the model's parameters.
+        batch: this rank's share, on the CPU.
+        rate: the learning rate.
+        options: of the loop.
+        device: where the model is.
+        ranks: the processes that train together.
+
+    Raises:
+        TrainingError: on all ranks, when the loss or the gradient is not finite; nothing is
+            updated.
+    """
+    broken = [item for items in batch.get("broken", ()) for item in items]
+    numbers = torch.tensor(
         [
             batch_size_of(batch),
             int(batch["rejected"].sum()) if "rejected" in batch else 0,
             len(broken),
         ]
     )
-    numbers = ranks.sum(torch.cat([told, objective.counts(batch)]))
-    (clips, rejected, unreadable), counts = numbers[:3].tolist(), numbers[3:]
+    sums = ranks.sum(torch.cat([numbers, objective.counts(batch)]))
+    (clips, rejected, unreadable), counts = sums[:3].tolist(), sums[3:]
     if unreadable and ranks.world > 1:
-        broken = [item for found in ranks.gather(broken) for item in found]
+        broken = [item for items in ranks.gather(broken) for item in items]
 
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -103,18 +133,18 @@ def take_step(
     reports = []
     for number, piece in enumerate(pieces):
         last = number == len(pieces) - 1
-        # Gradients are exchanged once a step, with those of the last piece.
+        # Gradients are exchanged once per step, with those of the last piece.
         waiting = isinstance(model, DistributedDataParallel) and not last
         with model.no_sync() if waiting else nullcontext():  # type: ignore[operator]
             reports.append(_backward(model, objective, piece, counts, options, device, ranks))
     norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm or math.inf)
 
-    own = [float(report.loss) for report in reports]
+    losses = [float(report.loss) for report in reports]
     names = list(reports[0].parts)
     parts = [sum(float(report.parts[name]) for report in reports) for name in names]
-    total, *parts = ranks.sum(torch.tensor([sum(own), *parts], dtype=torch.float64)).tolist()
+    total, *parts = ranks.sum(torch.tensor([sum(losses), *parts], dtype=torch.float64)).tolist()
     if not math.isfinite(total + float(norm)):
-        raise _not_finite(total, rate, own, pieces, ranks)
+        raise _not_finite(total, rate, losses, pieces, ranks)
     optimizer.step()
     return StepReport(
         total, int(counts[0]), clips, rejected, dict(zip(names, parts, strict=True)), broken
@@ -130,11 +160,11 @@ def _backward(
     device: torch.device,
     ranks: Ranks,
 ) -> LossReport:
-    """Adds the gradients of one piece; its report, without the graph."""
+    """Add the gradients of one piece, and return its report without the graph."""
     try:
         with autocast(device, options.precision):
             report = objective(model, to_device(piece, device), counts)
-        # DDP divides the sum of gradients by the number of ranks; what each has is a summand
+        # DDP divides the sum of gradients by the number of ranks, but each rank's loss is a summand
         # already.
         (report.loss * ranks.world).backward()
     except torch.OutOfMemoryError as error:
@@ -147,8 +177,10 @@ def _backward(
 
 
 def split(batch: Mapping[str, Any], pieces: int) -> list[dict[str, Any]]:
-    """A batch in `pieces` parts of nearly equal size, the same number on each rank: some may be
-    empty."""
+    """Split a batch into `pieces` parts of nearly equal size.
+
+    The number of parts is the same on each rank, so some may be empty.
+    """
     rows = batch_size_of(batch)
     bounds = [number * rows // pieces for number in range(pieces + 1)]
     return [_rows(batch, first, end) for first, end in pairwise(bounds)]
@@ -164,16 +196,18 @@ def _rows(batch: Mapping[str, Any], first: int, end: int) -> dict[str, Any]:
 def _not_finite(
     loss: float, rate: float, losses: list[float], pieces: list[dict[str, Any]], ranks: Ranks
 ) -> TrainingError:
-    """The error, with the videos of the pieces whose own loss is not finite, or of all if each loss
-    is."""
+    """Return the error of a step that is not finite.
+
+    It names the videos of the pieces whose own loss is not finite, or all if each loss is finite.
+    """
 
     def names(which: list[dict[str, Any]]) -> list[str]:
         return [name for piece in which for name in piece.get("name", ["unknown"])]
 
-    bad = [piece for piece, own in zip(pieces, losses, strict=True) if not math.isfinite(own)]
-    found = ranks.gather((names(bad), names(pieces)))
-    videos = [name for some, _ in found for name in some] or [
-        name for _, every in found for name in every
+    bad = [piece for piece, value in zip(pieces, losses, strict=True) if not math.isfinite(value)]
+    gathered = ranks.gather((names(bad), names(pieces)))
+    videos = [name for some, _ in gathered for name in some] or [
+        name for _, every in gathered for name in every
     ]
     what = "gradient" if math.isfinite(loss) else "loss"
     return TrainingError(

@@ -1,4 +1,4 @@
-"""Where a training stands: what a checkpoint carries beside weights and optimizer."""
+"""The counters of a training, which a checkpoint holds next to weights and optimizer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,19 @@ from .step import StepReport
 class TrainState:
     """Counters of a training. `step` steps are done; the next batch is that of step `step`.
 
-    loss_sum, kept_sum: of the epoch under way, so that its mean survives a resume.
-    since: sums over the steps since the last record of the log, by name, for the same reason.
-    broken: name → reason of the videos that could not be read.
+    Args:
+        step: steps done.
+        loss_sum: of the current epoch, so that its mean survives a resume.
+        kept_sum: clips that counted in the current epoch.
+        since: sums over the steps since the last record of the log, by name.
+        last_loss: of the last step.
+        train_loss: mean of the last finished epoch.
+        epochs: finished.
+        best: the lowest loss of an epoch, held-out if there is one.
+        best_epoch: its number, counted from 1.
+        validation: what was measured after the last epoch.
+        broken: name → reason of the videos that could not be read.
+        max_broken: how many of them are allowed.
     """
 
     step: int = 0
@@ -34,8 +44,11 @@ class TrainState:
     max_broken: int = 0
 
     def add(self, report: StepReport) -> None:
-        """Counts one finished step. TrainingError once more than `max_broken` videos are
-        unreadable."""
+        """Count one finished step.
+
+        Raises:
+            TrainingError: more than `max_broken` videos are unreadable.
+        """
         self.step += 1
         self.last_loss = report.loss
         self.loss_sum += report.loss * report.kept
@@ -49,11 +62,19 @@ class TrainState:
                 )
 
     def end_epoch(self, validation: Mapping[str, float]) -> bool:
-        """Closes an epoch; True if it is the best so far, by held-out loss if there is one."""
+        """Finish an epoch, and return whether it is the best so far.
+
+        Args:
+            validation: what was measured; its "loss" decides where there is one, else the training
+                loss.
+
+        Raises:
+            TrainingError: no clip of the epoch counted.
+        """
         self.epochs += 1
         if self.kept_sum == 0:
             raise TrainingError(
-                f"no clip of epoch {self.epochs} counted, the filter turned all down; raise its threshold"
+                f"the filter rejected every clip of epoch {self.epochs}; raise --max-entropy"
             )
         self.train_loss = self.loss_sum / self.kept_sum
         self.loss_sum, self.kept_sum = 0.0, 0
@@ -65,15 +86,16 @@ class TrainState:
         return True
 
     def epoch_record(self) -> dict[str, Any]:
-        """What the log says of the epoch that has just ended."""
+        """Return the record of the log for the epoch that has just ended."""
         held_out = {f"held_out/{name}": value for name, value in self.validation.items()}
         return {"epoch": self.epochs, "loss": self.train_loss, **held_out, "best": self.best}
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all counters, for a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        """Unknown keys are left out: a checkpoint may come from a later version."""
+        """Restore counters; unknown keys, maybe of a later version, are ignored."""
         known = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
