@@ -36,10 +36,11 @@ test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal \
 		-m "not slow and not cluster and not network and not gpu" $(TESTS)
 
-# Decoding, Zarr, torch and dask; what else there is depends on no version.
+# Decoding, Zarr, torch, dask and click; what else there is depends on no version.
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=.venv-oldest CONSTRAINTS=tests/oldest.txt MINORS="11 12 13 14" versions test \
-		TESTS="tests/pipeline/video tests/pipeline/prepared tests/pipeline/store tests/stages/test_extract_cluster.py"
+		TESTS="tests/pipeline/video tests/pipeline/prepared tests/pipeline/store tests/stages/test_extract_cluster.py \
+		tests/stages/test_cli_errors.py tests/stages/test_cli_options.py"
 
 # mypy and import-linter take the package by name, whatever the folder is called: a link gives it that name.
 lint: $(VENV)/.installed-dev $(VENV)/.installed-lint

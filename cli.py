@@ -459,7 +459,7 @@ class StageCommand(click.Command):
         for param in self.get_params(ctx):
             if isinstance(param, KeyArgument):
                 if param.text:
-                    rows["Inputs"].append((param.make_metavar(ctx), param.text))
+                    rows["Inputs"].append((param.metavar or "", param.text))
                 continue
             if isinstance(param, KeyOption):
                 group = param.cli.group
@@ -487,9 +487,7 @@ class StageCommand(click.Command):
             if isinstance(param, KeyOption) and options[param.key] is not None
             for key in param.replaces
         ]
-        flags = {
-            p.key: p.opts[0] if isinstance(p, KeyOption) else p.make_metavar(ctx) for p in keyed
-        }
+        flags = {p.key: p.opts[0] if isinstance(p, KeyOption) else p.metavar or "" for p in keyed}
         with _console(given) as console:
             stage = load(STAGES[self.section][1])
             config = load_config(
