@@ -83,15 +83,25 @@ class Distillation:
         losses = {
             name: self.heads[name].by_clip(outputs[name], targets[name]) for name in self.teachers
         }
-        kept = self._undropped(losses, weight, batch, counted)
-        parts, weighted = {}, []
-        for number, name in enumerate(self.teachers, start=1):
-            parts[f"loss/{name}"] = mean_over_kept(losses[name], weight[name], counts[number])
-            share = parts[f"loss/{name}"]
-            if kept is not None:
-                share = mean_over_kept(losses[name], weight[name] * kept[name], counts[number])
-            weighted.append(self.weights[name] * share)
-        return LossReport(torch.stack(weighted).sum(), parts)
+        parts = {
+            f"loss/{name}": mean_over_kept(losses[name], weight[name], counts[number])
+            for number, name in enumerate(self.teachers, start=1)
+        }
+        total = self._weighted(list(parts.values()))
+        if (kept := self._undropped(losses, weight, batch, counted)) is not None:
+            learned = self._weighted(
+                [
+                    mean_over_kept(losses[name], weight[name] * kept[name], counts[number])
+                    for number, name in enumerate(self.teachers, start=1)
+                ]
+            )
+            # The gradient of what is not dropped, and the value of all: losses stay comparable.
+            total = learned + (total - learned).detach()
+        return LossReport(total, parts)
+
+    def _weighted(self, losses: Sequence[Tensor]) -> Tensor:
+        weights = self.weights.values()
+        return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
 
     def _undropped(
         self,

@@ -151,7 +151,6 @@ def test_dropping_keeps_the_teacher_with_the_highest_weighted_loss():
     used = np.stack([mask[n] for n in names])
     highest = np.where(used, losses, -np.inf).argmax(axis=0)
     keep = ~np.stack([dropped[n] for n in names]) | (highest == np.arange(3)[:, None])
-    expected = sum((losses * used * keep)[i].sum() / used[i].sum() for i in range(3))
     batch = {
         "clip": torch.zeros(clips, 3, 1, 2, 2, dtype=torch.uint8),
         "targets": {name: torch.tensor(teacher[name]) for name in names},
@@ -159,7 +158,16 @@ def test_dropping_keeps_the_teacher_with_the_highest_weighted_loss():
         "dropped": {name: torch.tensor(dropped[name]) for name in names},
     }
     objective = Distillation(names, weights=weights, heads=dict.fromkeys(names, head))
-    report = objective(Fixed(student), batch, objective.counts(batch))
+    model = Fixed(student)
+    report = objective(model, batch, objective.counts(batch))
+    expected = sum((losses * used)[i].sum() / used[i].sum() for i in range(3))
     assert report.loss.item() == pytest.approx(expected, rel=1e-5)
+    report.loss.backward()
+    for i, name in enumerate(names):
+        outputs = torch.tensor(student[name], requires_grad=True)
+        cosine = torch.nn.functional.cosine_similarity(outputs, torch.tensor(teacher[name]))
+        factor = torch.tensor(weights[name] * used[i] * keep[i] / used[i].sum())
+        (factor * (1 - cosine)).sum().backward()
+        torch.testing.assert_close(model.outputs[name].grad, outputs.grad, rtol=1e-4, atol=1e-7)
     parts = [(losses / weights[n] * used)[i].sum() / used[i].sum() for i, n in enumerate(names)]
     assert [part.item() for part in report.parts.values()] == pytest.approx(parts, rel=1e-5)
