@@ -20,20 +20,23 @@ from .figures.entropy import read_stores
 from .figures.features import FEATURES, LEAST
 from .run_pairs import Pair, named_pair
 from .runs import Run
+from .teacher_baselines import teacher_table
 
 
 @dataclass(frozen=True)
 class Report:
     """Everything that is shown, computed once for all forms.
 
-    stores: identity of each store that a student was trained from, by its path. notes: what could
-    not be shown, and why.
+    teachers: a linear probe of the targets that students learned from, where it can be made.
+    stores: identity of each store that a student was trained from, by its path.
+    notes: what could not be shown, and why.
     """
 
     runs: Sequence[Run]
     accuracy: Table
     differences: Sequence[Difference]
     findings: Sequence[str]
+    teachers: Table | None
     students: Table | None
     costs: Table | None
     ablations: Sequence[Ablation]
@@ -82,6 +85,9 @@ def make_report(
         accuracy=accuracy_table(finetuned),
         differences=found,
         findings=uncertainty_notes(finetuned, found),
+        teachers=teacher_table(
+            finetuned, [path for path, store in stores.items() if store.surveys is not None]
+        ),
         students=student_table(runs),
         costs=cost_table(runs),
         ablations=ablations,

@@ -24,6 +24,8 @@ def to_markdown(report: Report) -> str:
     if report.finetuned:
         parts += [report.accuracy.to_markdown(), "### What these numbers show\n"]
         parts += [f"- {markdown_text(line)}" for line in report.findings] + [""]
+    if report.teachers is not None:
+        parts.append(report.teachers.to_markdown())
     parts += [
         table.to_markdown() for ablation in report.ablations for table in ablation_tables(ablation)
     ]
