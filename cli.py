@@ -336,8 +336,10 @@ class KeyArgument(click.Argument):
 
 
 class Choices(click.ParamType):
-    """Shows the values in --help and leaves the check to the model, whose message is the same
-    wherever the value came from."""
+    """Shows the values in --help and leaves the check to the model.
+
+    Its message is the same wherever the value came from.
+    """
 
     def __init__(self, *values: object) -> None:
         self.name = "|".join(map(str, values))
@@ -351,8 +353,9 @@ def model_params(model: type[Options], prefix: str = "", shown: str = "") -> lis
     """Generate the parameters of an options model.
 
     Args:
-        prefix: of the dotted keys, for a model in a model.
-        shown: what all of its options show as their default, in place of the model's.
+        model: The options model.
+        prefix: Of the dotted keys, for a model in a model.
+        shown: What all of its options show as their default, in place of the model's.
     """
     from .pipeline.common.settings import CliOption, fields_of, inner_model, value_type
 
@@ -473,8 +476,10 @@ class StageCommand(click.Command):
                     formatter.write_dl(lines)
 
     def invoke(self, ctx: click.Context) -> None:
-        """Build the config of the command and run its stage; exit code 1 where a part of the job
-        could not be done."""
+        """Build the config of the command and run its stage.
+
+        The exit code is 1 where a part of the job could not be done.
+        """
         from .pipeline.common.config import load_config
         from .pipeline.common.stage_function import load
 
@@ -535,8 +540,11 @@ cli = _group()
 
 @contextlib.contextmanager
 def _console(given: Mapping[str, Any]) -> Iterator[Console]:
-    """Yield the console asked for. With --json whatever prints (libraries do) goes to standard
-    error; the console keeps the real standard output for its one object."""
+    """Yield the console asked for.
+
+    With --json whatever prints (libraries do) goes to standard error; the console keeps the real
+    standard output for its one object.
+    """
     from .pipeline.common.console import Console
 
     require_system()
@@ -563,10 +571,10 @@ def require_system() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line: exit 0 for a job done, 2 for wrong use, 1 for a failure, 130 when
-    interrupted.
+    """Run the command line.
 
-    An error is one line on standard error; --debug shows the traceback before it.
+    It exits with 0 when the job is done, 2 on wrong use, 1 on failure, 130 when interrupted. An
+    error is one line on standard error; --debug shows the traceback before it.
     """
     # OpenMP's threads spin while they wait, which slows torch manyfold on cores that have other
     # work too (decoding, another job): sleeping ones cost nothing measurable. Read when torch is

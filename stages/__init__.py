@@ -1,5 +1,7 @@
-"""The stages: one module per command, `stage(options, console)`. From Python each is a function of
-the package (`distinit.extract_targets`, …), see pipeline/common/stage_function.py.
+"""The stages: one module per command, `stage(options, console)`.
+
+From Python each is a function of the package (`distinit.extract_targets`, …), see
+pipeline/common/stage_function.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Ablations: a grid of stages two and three over one store. No teacher is loaded, the store is only
-read."""
+"""Ablations: a grid of stages two and three over one store.
+
+No teacher is loaded, the store is only read.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,15 @@ COMMANDS: dict[str, Callable[[Any, Console], dict[str, Any]]] = {
 
 
 def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
-    """Runs the cells of a plan that are not done, and says what became of each. What is done is
-    left alone.
+    """Run the cells of a plan that are not done, and report each.
 
-    Raises UsageError (the plan, a config that does not hold), StoreError, LabelsError;
-    DistInitError at the end if a cell failed, after all others.
+    What is done is left alone.
+
+    Raises:
+        UsageError: Of the plan, or a config that does not hold.
+        StoreError: There is no store.
+        LabelsError: Of a data set.
+        DistInitError: At the end if a cell failed, after all others.
     """
     check_local(config.out)
     plan = read_plan(config.plan, config.base)
@@ -80,7 +86,7 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
 
 
 def _run_here(steps: list[Step], progress: Progress, console: Console) -> None:
-    """One step after the other in this process."""
+    """Run one step after the other in this process."""
     for number, step in enumerate(steps, 1):
         if step.needs in progress.failed:
             progress.failed[step.key] = progress.failed[step.needs]

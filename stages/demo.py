@@ -1,5 +1,4 @@
-"""The whole pipeline on the small corpus that ships with the package, through the stages everyone
-uses."""
+"""The whole pipeline on the small corpus that ships with the package."""
 
 from __future__ import annotations
 
@@ -32,11 +31,14 @@ RECORD = "demo.yaml"
 
 
 def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
-    """Extract, distil, finetune from the student and from scratch, report. What is done already is
-    kept.
+    """Extract, distil, finetune from the student and from scratch, report.
 
-    The student never sees a test clip: the unlabelled corpus is the training side alone.
-    Raises what its stages raise; TeacherError if the extra `demo` is not installed.
+    What is done already is kept. The student never sees a test clip: the unlabelled corpus is the
+    training side alone.
+
+    Raises:
+        TeacherError: The extra `demo` is not installed.
+        DistInitError: As its stages.
     """
     began = time.monotonic()
     out, runs = config.out, config.out / "runs"
@@ -95,9 +97,12 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
 
 
 def _require_own(out: Path, store: Path) -> None:
-    """UsageError where the folder is not one of the demo: its store would grow by the demo's clips.
+    """Check that the folder is one of the demo: its store would grow by the demo's clips.
 
     Version 0.1 wrote its record last: the store of an interrupted demo is known by its corpus.
+
+    Raises:
+        UsageError: It is not.
     """
     own_store = False
     if store.exists():
@@ -109,7 +114,7 @@ def _require_own(out: Path, store: Path) -> None:
 
 
 def _finetuning(config: DemoConfig, run: Path, init: str) -> FinetuneConfig:
-    """The same settings whatever the start."""
+    """Return the same settings for any initialisation."""
     return load_config(
         FinetuneConfig,
         "finetune",

@@ -53,12 +53,16 @@ from ..pipeline.training.seen_videos import SeenVideos
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
-    """Tests a finished run or model again and writes predictions.h5 and the metrics in result.json;
-    or fuses or compares predictions that are there.
+    """Test a finished run or model again, or fuse or compare existing predictions.
 
-    Raises UsageError (not a finetuned run; another data set or protocol without `out`),
-    CheckpointError (another class list, no model), LabelsError, PredictionsError, SourceError (a
-    file of the run is a link out of its folder).
+    A test writes predictions.h5, and the metrics into result.json.
+
+    Raises:
+        UsageError: Not a finetuned run; another data set or protocol without `out`.
+        CheckpointError: Another class list, no model.
+        LabelsError: Of the data set.
+        PredictionsError: Of a file of predictions.
+        SourceError: A file of the run is a link out of its folder.
     """
     config = _without_runs_own_out(config)
     if config.fuse:
@@ -71,8 +75,11 @@ def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
 
 
 def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
-    """Without an `out` that is the tested run itself, which keeps what is its own. UsageError for
-    an `out` that is any other run, whose predictions or result would be lost."""
+    """Return the config without an `out` that is the tested run itself.
+
+    Raises:
+        UsageError: `out` is any other run, whose predictions or result would be lost.
+    """
     if config.out is None:
         return config
     out = Path(config.out)
@@ -90,7 +97,7 @@ def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def _fuse(config: EvaluateConfig) -> dict[str, Any]:
-    """Runs of one split, or split by split those that `finetune --split all` wrote."""
+    """Fuse runs of one split, or of each split those that `finetune --split all` wrote."""
     splits = [split_folders(Path(run)) for run in config.runs]
     if config.out is None or not all(splits):
         return fuse(config.runs, config.weights, config.out)
@@ -253,15 +260,17 @@ def _assemble(config: EvaluateConfig, run: Path) -> _Job:
 
 
 def _other_labels(run: Path, labels: Labels) -> Iterator[str]:
-    """A line where the file that the run's labels were read from names other test videos by now."""
+    """Note where the file of the run's labels names other test videos by now."""
     record = RunLabels.read(run)
     if record is not None and (how := record.difference(labels, ("test",))):
         yield f"{labels.dataset}: not the test videos that {run} was trained to be tested on ({how})"
 
 
 def _known(config: EvaluateConfig, job: _Job, run: Path) -> dict[str, int] | None:
-    """How many of the test videos the run has seen, with a warning; None for its own test, of which
-    its training has told, and for a run of which nothing is known."""
+    """Return how many of the test videos the run has seen, with a warning.
+
+    None for its own test, which its training has compared, and for a run of which nothing is known.
+    """
     if config.out is None:
         return None
     seen = SeenVideos.read(run)
@@ -277,7 +286,7 @@ def _known(config: EvaluateConfig, job: _Job, run: Path) -> dict[str, int] | Non
 
 
 def _trained_on(config: EvaluateConfig, run: Path) -> SeenVideos | None:
-    """The training videos of a run that did not record them, as its label file has them today."""
+    """Return the training videos that the label file of a run without a record has today."""
     used = _run_config(run) if (run / CONFIG).is_file() else {}
     if not used:
         return None
@@ -298,7 +307,7 @@ def _folder(run: Path) -> Path:
 
 
 def _opened(run: Path) -> tuple[Path, dict[str, Any]]:
-    """The model's file, and the config of its run; an empty one for a file that stands alone."""
+    """Return the model's file, and the config of its run; an empty one for a single file."""
     if run.is_file():
         beside = run.parent / CONFIG
         return run, (_run_config(run.parent) if run.name == MODEL_FILE and beside.is_file() else {})
@@ -324,7 +333,7 @@ def _run_config(run: Path) -> dict[str, Any]:
 
 
 def _options(given: EvaluationOptions | None, used: dict[str, Any]) -> EvaluationOptions:
-    """The run's test options, with what was given now."""
+    """Return the run's test options, with what was given now."""
     asked = given.model_dump(include=given.model_fields_set) if given is not None else {}
     return EvaluationOptions.model_validate({**used.get("test", {}), **asked})
 
@@ -332,7 +341,7 @@ def _options(given: EvaluationOptions | None, used: dict[str, Any]) -> Evaluatio
 def _refuse_overwriting(
     config: EvaluateConfig, options: EvaluationOptions, used: dict[str, Any]
 ) -> None:
-    """A run keeps the predictions of its own data and protocol; others go elsewhere."""
+    """Check that another data set or protocol than the run's own has another `out`."""
     if not used and (config.dataset is None or config.out is None):
         raise UsageError(
             f"{config.runs[0]} is a model without its run: it needs --dataset and --out"

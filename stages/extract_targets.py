@@ -56,11 +56,16 @@ if TYPE_CHECKING:
 
 
 def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
-    """List, probe, plan, decode, infer, commit; returns what the store holds afterwards.
+    """Extract targets of all listed videos into the store, and count what was done.
 
     Running it again on the same sources continues where it was stopped, and does nothing when all
-    is done. Raises SourceError, TeacherError, WeightsError, StoreError, StoreMismatchError,
-    DeviceError.
+    is done.
+
+    Raises:
+        SourceError: Of the sources.
+        TeacherError: Of a teacher, or WeightsError of its weights.
+        StoreError: Of the store, or StoreMismatchError where the store holds something else.
+        DeviceError: This machine has no such device.
     """
     check_local(config.out)
     record = config_next_to(config.out)
@@ -230,8 +235,10 @@ def _run_shards(
     all_of_fewer: bool,
     console: Console,
 ) -> int:
-    """One pass over open shards; each is committed as soon as it is whole, the first ones once one
-    is not like the others. Returns the rows done."""
+    """Do one pass over open shards; return the rows done.
+
+    Each is committed as soon as it is whole, the first ones once one is not like the others.
+    """
     index = plan.writer.index
     bound = int(index.bound[np.isin(index.shard, shards)].sum())
     done = 0
@@ -266,7 +273,7 @@ def _reason(result: ShardResult, segment: int) -> str | None:
 
 
 def _list(config: ExtractConfig, console: Console) -> VideoList | None:
-    """The listed sources; None (all that the store lists) without sources on an existing store."""
+    """Return the listed sources; None (all of the store) without sources on an existing store."""
     if not config.sources:
         if not config.out.exists():
             raise UsageError(f"no SOURCE given, and {config.out} does not exist yet")
@@ -302,8 +309,7 @@ def _check_accepted(config: ExtractConfig, teachers: dict[str, Teacher]) -> None
 def _grows(
     config: ExtractConfig, plan: StorePlan, videos: VideoList | None, teachers: list[str]
 ) -> bool:
-    """Whether there is anything to add to the store: videos, shards, or failed videos to try
-    again."""
+    """Check whether there is anything to add: videos, shards, or failed videos to retry."""
     if config.retry_failed or (videos is not None and new_videos(plan, videos)):
         return True
     index = plan.writer.index
@@ -334,7 +340,7 @@ def _add_videos(
 
 
 def _records(config: ExtractConfig, teachers: dict[str, Teacher]) -> dict[str, dict[str, Any]]:
-    """What the store keeps of each teacher, its run aside."""
+    """Return what the store records of each teacher, its numerics aside."""
     return {
         name: {
             "name": name,
@@ -346,7 +352,7 @@ def _records(config: ExtractConfig, teachers: dict[str, Teacher]) -> dict[str, d
 
 
 def _sampling(config: ExtractConfig) -> Sampling:
-    """The sampling asked for; where none was, that of the existing store, else every 4th frame."""
+    """Return the sampling asked for, else that of the existing store, else every 4th frame."""
     if config.sampling is not None:
         return config.sampling
     if (config.out / "zarr.json").exists():
@@ -357,8 +363,10 @@ def _sampling(config: ExtractConfig) -> Sampling:
 
 
 def _rows_of_a_clip(sampling: Sampling) -> int:
-    """Rows of a video of 10 s: what the shards of parts go by, of which none has seen all
-    videos."""
+    """Return the rows of a video of 10 s.
+
+    The size of the shards of parts follows from it, since no part has seen all videos.
+    """
     if sampling.keyframes:
         return 10
     return round(10 * sampling.fps) if sampling.fps is not None else 300 // (sampling.every or 1)
@@ -384,8 +392,10 @@ def _summary(
     seconds: float,
     console: Console,
 ) -> dict[str, Any]:
-    """What the store holds; `complete` is false where no listed video is usable, or one failed by a
-    fault of ours."""
+    """Return what the store holds.
+
+    `complete` is False where no listed video is usable, or one failed by a fault of distinit.
+    """
     index = plan.writer.index
     state = index.video_state()
     if (state == PENDING).any():

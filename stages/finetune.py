@@ -1,5 +1,4 @@
-"""Stage three: finetune a student on labels, from scratch or from an initialisation, and test
-it."""
+"""Stage three: finetune a student on labels, and test it."""
 
 from __future__ import annotations
 
@@ -75,8 +74,10 @@ def finetune(config: FinetuneConfig, console: Console) -> dict[str, Any]:
 
 
 def _finetune(config: FinetuneConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
-    """Run one process of the training and the test; rank 0 alone writes, and holds the locks of the
-    run folders."""
+    """Run one process of the training and the test.
+
+    Rank 0 alone writes, and holds the locks of the run folders.
+    """
     with ExitStack() as stack:
         return _finetune_locked(config, console, ranks, stack)
 
@@ -110,8 +111,10 @@ def _finetune_locked(
 
 
 def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
-    """The splits of the data set, each of which was read: what is wrong with the last is found
-    before the first is trained."""
+    """Return the splits of the data set, each of which was read.
+
+    What is wrong with the last is found before the first is trained.
+    """
     splits = available_splits(config.dataset, config.root)
     for split in splits:
         load_labels(
@@ -121,8 +124,13 @@ def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
 
 
 def _require_fitting(out: Path, split: int | str | None) -> None:
-    """UsageError where the folder holds another command's run, or one split where all are asked
-    for, or all where it is one: both write RUN/result.json."""
+    """Check that the folder is one of this command, with one split or with all, as asked for.
+
+    Both write RUN/result.json.
+
+    Raises:
+        UsageError: It is not.
+    """
     splits = split_folders(out)
     check_output_dir(out, COMMAND, () if splits else _WRITES)
     if split == ALL and (out / CONFIG).exists():
@@ -137,8 +145,11 @@ def _require_fitting(out: Path, split: int | str | None) -> None:
 
 
 def _require_own_splits(out: Path, splits: Sequence[int]) -> None:
-    """UsageError where the folder of a split is not one that --split all wrote, before the first of
-    them is trained."""
+    """Check the folders of all splits before the first of them is trained.
+
+    Raises:
+        UsageError: One is not a folder that --split all wrote.
+    """
     for split in splits:
         check_output_dir(split_folder(out, split), COMMAND, _WRITES)
 
@@ -239,14 +250,16 @@ def _assemble(config: FinetuneConfig) -> _Job:
 def _check_same(
     run_dir: Path, saved: dict[str, Any], identity: dict[str, Any], labels: Labels
 ) -> None:
-    """The labels first: a difference there has words of its own."""
+    """Check the labels first: a difference there has a message of its own."""
     require_own_labels(run_dir, saved, labels, "choose another --out")
     check_identity(run_dir, saved, identity)
 
 
 def _resolved(config: FinetuneConfig, labels: Labels, start: Initialization) -> FinetuneConfig:
-    """The config with what the initialisation decides filled in and paths that hold from any
-    folder."""
+    """Return the config with what the initialisation decides.
+
+    Its paths hold from any folder.
+    """
     update: dict[str, Any] = {
         "dataset": canonical(config.dataset),
         "root": None if config.root is None else os.path.abspath(config.root),
@@ -276,15 +289,14 @@ def _resolved(config: FinetuneConfig, labels: Labels, start: Initialization) -> 
 
 
 def _meta(init: str) -> StudentMeta | None:
-    """What the file says of its clips; None for one in torchvision's names alone, which says
-    nothing."""
+    """Return what the file records of its clips; None where it has torchvision's names alone."""
     return read_meta(init)
 
 
 def _build(
     config: FinetuneConfig, labels: Labels, start: Initialization
 ) -> tuple[Student, InitReport | None]:
-    """The student with a new head and, unless from scratch, the initialisation's backbone."""
+    """Build the student with a new head and, unless from scratch, the initial backbone."""
     if start.options.channels == FLOW_CHANNELS:
         require_opencv()
     torch.manual_seed(config.loop.seed)
@@ -299,7 +311,7 @@ def _build(
 def _identity(
     config: FinetuneConfig, labels: Labels, student: Student, report: InitReport | None
 ) -> dict[str, Any]:
-    """What a resume must share: by top-level key, so that a refusal names what differs."""
+    """Return what a resume must share, by top-level key: a refusal names what differs."""
     # The digest is that of the weights as they begin, head included: a seed or a file that changed
     # shows.
     return {
@@ -349,8 +361,7 @@ def _announce(
 
 
 def balance(labels: Labels) -> str:
-    """How even the classes are in training, and what always guessing the most frequent one would
-    score."""
+    """Describe how even the classes are, and the score of always guessing the most frequent."""
     counts = Counter(video.label for video in labels.train)
     (most, count), (fewest, few) = counts.most_common()[0], counts.most_common()[-1]
     guess = sum(video.label == most for video in labels.test) / len(labels.test)
@@ -388,7 +399,7 @@ def _summary(
     result: FitResult,
     metrics: dict[str, Any],
 ) -> dict[str, Any]:
-    """What --json prints and result.json holds."""
+    """Return what --json prints and result.json holds."""
     run_dir = Path(config.out)
     return {
         "run": config.out,

@@ -26,12 +26,15 @@ from ..pipeline.training.precision import pick_workers, torch_threads
 
 
 def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
-    """Shows the best classes of every video with their probabilities; `ok` is False where a video
-    cannot be read.
+    """Show the best classes of every video with their probabilities.
 
-    The clips are those of a test: `test.clips` uniform ones of the length and size that the model
-    was trained with. Raises CheckpointError (no model, or none of finetune), SourceError,
-    DeviceError.
+    `ok` is False where a video cannot be read. The clips are those of a test: `test.clips` uniform
+    ones of the length and size that the model was trained with.
+
+    Raises:
+        CheckpointError: No model, or none of finetune.
+        SourceError: No videos.
+        DeviceError: This machine has no such device.
     """
     student = load_student(config.model, factory=config.factory)
     classes = student.meta.classes.get(HEAD)
@@ -95,8 +98,10 @@ def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
 
 
 def _best(predictions: Predictions, top: int) -> list[dict[str, Any]]:
-    """Of each video that was read: its frames and its `top` classes, the best first; among equals
-    the first."""
+    """Return the frames and the `top` classes of each video that was read.
+
+    The best class is first; among equals the one with the lower number.
+    """
     scores = probabilities(predictions)
     found = []
     for i, video in enumerate(predictions.videos):

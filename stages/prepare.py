@@ -1,5 +1,7 @@
-"""Make small, seekable copies of videos, or files of their optical flow, each with a map to its
-source's frames."""
+"""Make small, seekable copies of videos, or files of their optical flow.
+
+Each has a map to its source's frames.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ def prepare(config: PrepareConfig, console: Console) -> dict[str, Any]:
 
 
 def _list(config: PrepareConfig, console: Console) -> VideoList:
-    """The listed sources, without what lies in `out` itself."""
+    """Return the listed sources, without what is in `out` itself."""
     videos = list_videos(config.sources)
     own = os.path.join(os.path.realpath(config.out), "")
     kept = [
@@ -91,7 +93,7 @@ def _list(config: PrepareConfig, console: Console) -> VideoList:
 
 @contextmanager
 def _claim(config: PrepareConfig) -> Iterator[Path]:
-    """The output folder, locked against a second run, without the leftovers of a killed one."""
+    """Lock the output folder against a second run, and remove the leftovers of a killed one."""
     out = config.out
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file, expected a folder")
@@ -106,8 +108,7 @@ def _claim(config: PrepareConfig) -> Iterator[Path]:
 
 
 def _only_claimed(out: Path) -> bool:
-    """Whether a folder without a marker is empty, or holds what a run killed before it wrote one
-    leaves."""
+    """Check whether a folder without a marker is empty, but for leftovers of a killed run."""
     inside = [path.name for path in (out / PARTIAL).iterdir()] if (out / PARTIAL).is_dir() else []
     return {path.name for path in out.iterdir()} <= {PARTIAL} and set(inside) <= {LOCK, MARKER}
 
@@ -153,7 +154,7 @@ def _mark(out: Path, config: PrepareConfig, videos: VideoList) -> None:
 
 
 def _options(config: PrepareConfig) -> dict[str, Any]:
-    """What makes two copies of one source differ."""
+    """Return what makes two copies of one source differ."""
     if config.flow:
         return _flow_options(config).model_dump(mode="json")
     return config.copies.model_dump(mode="json", exclude={"quality_frames"})
@@ -180,7 +181,7 @@ def _target(config: PrepareConfig, out: Path, videos: VideoList, i: int) -> str:
 def _plan(
     config: PrepareConfig, videos: VideoList, out: Path, status: StatusFile, console: Console
 ) -> tuple[list[int], Tally]:
-    """The videos to copy, and the tally of those that are done or have failed before."""
+    """Return the videos to copy, and the tally of those that are done or have failed before."""
     todo, tally, options = [], Tally(), _options(config)
     unproved = 0
 
@@ -211,9 +212,12 @@ def _plan(
 
 
 def _done(target: str, source: str, options: dict[str, Any]) -> tuple[Row | None, bool]:
-    """The row of a copy that is whole, made with these options, and of the source as it is now; and
-    whether every byte of it has a checksum. A damaged copy whose source is gone is kept: its other
-    frames can still be read."""
+    """Return the row of a copy that is whole, and whether every byte of it has a checksum.
+
+    It was made with these options, of the source as it is now. A damaged copy whose source is gone
+    is
+    kept: its other frames can still be read.
+    """
     if not os.path.exists(target):
         return None, False
     flow = target.endswith(ENDINGS["flow"])
@@ -233,8 +237,10 @@ def _done(target: str, source: str, options: dict[str, Any]) -> tuple[Row | None
 
 
 def _of_source(copy: FrameMap | FlowMap, source: str, options: dict[str, Any]) -> bool:
-    """Return whether a copy was made with these options, of the source as it is now. One without a
-    source may stay."""
+    """Return whether a copy was made with these options, of the source as it is now.
+
+    One without a source may stay.
+    """
     if {**copy.options, **options} != copy.options:
         return False
     try:
@@ -249,7 +255,7 @@ def _of_source(copy: FrameMap | FlowMap, source: str, options: dict[str, Any]) -
 
 
 def _failed_before(row: Row | None, source: str) -> Row | None:
-    """The row of a source that failed, by its own fault, and has not changed since."""
+    """Return the row of a source that failed, by its own fault, and has not changed since."""
     if (
         row is None
         or row["status"] != "failed"
@@ -344,7 +350,9 @@ def _as_it_is(source: str) -> Row:
 
 
 def _drop(target: str) -> None:
-    """Remove the copy of what the source was before: a copy of something else is worse than
-    none."""
+    """Remove the copy of an earlier state of the source.
+
+    A copy of something else is worse than none.
+    """
     if os.path.exists(target):
         os.unlink(target)

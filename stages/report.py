@@ -1,5 +1,4 @@
-"""`distinit report DIR… --out DIR`: what runs have reached, as a table, Markdown, CSV and one HTML
-page."""
+"""Tables, figures and one page of the results of runs."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ FILES, RECORD = "report-files.json", "report.yaml"
 
 
 def report(options: ReportOptions, console: Console) -> dict[str, Any]:
-    """Write report.html, report.md, accuracy.csv, figures/ and a CSV per ablation into `out`; show
-    the tables.
+    """Write report.html, report.md, accuracy.csv, figures/ and a CSV per ablation into `out`.
 
     The result holds the files, and per finetuned run its accuracies (None where it is not finished)
     as recomputed from its predictions. A run with a damaged file is left out, with a line on the
@@ -104,8 +102,7 @@ def report(options: ReportOptions, console: Console) -> dict[str, Any]:
 
 
 def _write(out: Path, files: Mapping[Path, str | bytes]) -> None:
-    """Write the files, and remove those that an earlier report wrote here and this one does not
-    have."""
+    """Write the files, and remove those of an earlier report that this one does not have."""
     record = out / FILES
     if (out / FIGURES).is_symlink():
         raise UsageError(f"--out {out}: its {FIGURES} is a link; choose another --out")
@@ -125,8 +122,10 @@ def _write(out: Path, files: Mapping[Path, str | bytes]) -> None:
 
 
 def _earlier(record: Path) -> list[str]:
-    """Return the files of an earlier report from its record; only names that a report writes, none
-    if it is damaged."""
+    """Return the files of an earlier report from its record.
+
+    Only names that a report writes; none if the record is damaged.
+    """
     try:
         names = parse_json(read_bytes(record) or "[]")
     except (SourceError, ValueError):

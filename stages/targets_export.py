@@ -39,8 +39,11 @@ def targets_export(options: ExportOptions, console: Console) -> dict[str, Any]:
     """Write videos of the store to `out`: HDF5 or a store, by its ending.
 
     HDF5 gets the usable videos, a store also those that failed, with their reasons; videos that are
-    pending are left out of both. Nothing exists at `out` until it is finished. Raises StoreError,
-    and UsageError for what the store does not have or `out` cannot be.
+    pending are left out of both. Nothing exists at `out` until it is finished.
+
+    Raises:
+        StoreError: There is no store, or another export is writing `out`.
+        UsageError: The store lacks what was asked for, or `out` cannot be written.
     """
     check_local(options.out)
     store, out = TargetStore.open(options.store), Path(os.path.abspath(options.out))
@@ -83,8 +86,11 @@ def _finished(
     options: ExportOptions,
     console: Console,
 ) -> dict[str, Any]:
-    """Return the result of an earlier run of the same export that was killed at its end; UsageError
-    for another."""
+    """Return the result of an earlier run of the same export that was killed at its end.
+
+    Raises:
+        UsageError: `out` is something else.
+    """
     hdf5 = out.suffix in HDF5
     videos = (
         np.intersect1d(store.usable(names), chosen) if hdf5 else _exportable(store, names, chosen)
@@ -114,8 +120,7 @@ def _same_store(
     videos: NDArray[np.int64],
     options: ExportOptions,
 ) -> bool:
-    """Return whether a store was exported from this one and is finished, with these teachers and
-    videos."""
+    """Check whether a store is a finished export of this one, of these teachers and videos."""
     made = TargetStore.open(out)
     if (
         made.attributes.get("exported_from") != store.attributes["store_id"]
@@ -299,8 +304,10 @@ def _text(group: h5py.Group, name: str, texts: list[bytes]) -> None:
 
 
 def _checked(shape: tuple[int, ...], item_bytes: int) -> dict[str, Any]:
-    """Return the options of a table with checksums, one per chunk of about 256 kB; an empty table
-    has none."""
+    """Return the options of a table with checksums, one per chunk of about 256 kB.
+
+    An empty table has none.
+    """
     if 0 in shape:
         return {}
     rows = 2**18 // (math.prod(shape[1:]) * item_bytes)
@@ -309,8 +316,11 @@ def _checked(shape: tuple[int, ...], item_bytes: int) -> dict[str, Any]:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold a lock next to `out` while it is made; nothing is left of it. StoreError where another
-    export holds it."""
+    """Hold a lock next to `out` while it is made; nothing is left of it.
+
+    Raises:
+        StoreError: Another export holds it.
+    """
     busy = StoreError(f"{out}: another export is writing it")
     file = out.with_name(f".{out.name}.export-lock")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -59,14 +59,14 @@ def targets_info(options: InfoOptions, console: Console) -> dict[str, Any]:
 
 
 def _kept(teacher: dict[str, Any]) -> str:
-    """The encoding and what it costs."""
+    """Describe the encoding and what it costs."""
     key, word = ("kl_mean", "KL") if teacher["output"] == "logits" else ("cosine_mean", "1 − cos")
     error = teacher["encoding_error"][key]
     return teacher["encoding"] + (f", {word} {error:.0e}" if error is not None else "")
 
 
 def _bytes(store: TargetStore) -> int:
-    """What the store's files take; of a remote store, its committed shards alone."""
+    """Return the size of the store's files; of a remote store, of its committed shards alone."""
     if isinstance(store.files, LocalFiles):
         return sum(
             _file_bytes(Path(folder, name))
@@ -91,13 +91,13 @@ def _counts(state: np.ndarray) -> dict[str, int]:
 
 
 def _teacher_bytes(store: TargetStore, name: str) -> int:
-    """What the committed shards of one teacher take."""
+    """Return the size of the committed shards of one teacher."""
     commits = store.index.teachers[name].commits.values()
     return sum(f["size"] for node in commits for f in node["files"].values())
 
 
 def _fingerprint(store: TargetStore, name: str) -> dict[str, Any] | None:
-    """What a teacher's fingerprint says beside the logits; None if it has none."""
+    """Return what a teacher's fingerprint records next to the logits; None if it has none."""
     node = store.fingerprint(name)
     return (
         None
@@ -119,7 +119,7 @@ def _in_words(fingerprint: dict[str, Any] | None) -> str:
 
 
 def _bars(counts: list[int]) -> str:
-    """A histogram as one line of text; whatever is not empty shows."""
+    """Draw a histogram as one line of text; whatever is not empty shows."""
     highest = max(counts, default=0) or 1
     return "".join(BARS[-(-n * (len(BARS) - 1) // highest)] for n in counts)
 

@@ -1,4 +1,4 @@
-"""Put the stores of machines that shared nothing together."""
+"""Merge the stores of machines that shared nothing."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ..pipeline.teachers.fingerprint import Fingerprint
 
 
 def targets_merge(options: MergeOptions, console: Console) -> dict[str, Any]:
-    """Merge finished stores into `out`, which is made, or gone on with after an interrupted merge
-    of the same parts.
+    """Merge finished stores into `out`, or continue an interrupted merge of the same parts.
 
-    Raises StoreError (a part is unfinished, damaged or being written), StoreMismatchError (parts
-    that do not fit each other or `out`, a video in two of them) and UsageError (`out` is a part, a
-    part is given twice).
+    Raises:
+        StoreError: A part is unfinished, damaged or being written.
+        StoreMismatchError: Parts do not fit each other or `out`, or a video is in two of them.
+        UsageError: `out` is a part, or a part is given twice.
     """
     check_local(options.out)
     out = Path(options.out)
@@ -78,9 +78,10 @@ def _identity(store: TargetStore) -> dict[str, Any]:
 
 
 def _fingerprints(stores: Sequence[TargetStore], console: Console) -> dict[str, dict[str, Any]]:
-    """Those of the result: of each teacher the one of all parts, none where a part has none.
+    """Return the fingerprint of each teacher that all parts agree on; none where a part has none.
 
-    StoreMismatchError for parts whose teachers computed other logits.
+    Raises:
+        StoreMismatchError: The teachers of two parts computed different logits.
     """
     agreed = {}
     for name in stores[0].teachers:
@@ -111,7 +112,7 @@ def _fingerprints(stores: Sequence[TargetStore], console: Console) -> dict[str, 
 
 
 def _say_missing(stores: Sequence[TargetStore], console: Console) -> None:
-    """A warning where the parts say of how many they are, and not all are here."""
+    """Warn where the parts record how many they are, and not all were given."""
     parts = [str(store.attributes.get("part") or "") for store in stores]
     counts = {part.partition("/")[2] for part in parts}
     if len(counts) == 1 and (of := counts.pop()):

@@ -1,5 +1,7 @@
-"""Prove a store: structure, counts, digests, crc, finiteness, entropies; drop broken shards on
-request."""
+"""Check a store: structure, counts, digests, finiteness, entropies.
+
+Damaged shards are dropped on request.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Stage two: train a student on clips whose targets come from the store. No teacher is ever
-loaded."""
+"""Stage two: train a student on clips whose targets come from the store."""
 
 from __future__ import annotations
 
@@ -91,15 +90,17 @@ def train_student(config: TrainConfig, console: Console) -> dict[str, Any]:
 
 
 def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """What a training would be: said, drawn, and not done."""
+    """Show what a training would be, with its first batch, and do not train."""
     store, teachers, _ = _open(config)
     parts = _assemble(config, store, teachers, None, console)
     return dry_run(config, store, parts.train, _build(config, parts.train.sampler.targets))
 
 
 def _train(config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
-    """Run one process of the training; rank 0 alone writes, and holds the lock of the run
-    folder."""
+    """Run one process of the training.
+
+    Rank 0 alone writes, and holds the lock of the run folder.
+    """
     with ExitStack() as stack:
         return _train_locked(config, console, ranks, stack)
 
@@ -175,7 +176,7 @@ def _train_locked(
 
 
 def _open(config: TrainConfig) -> tuple[TargetStore, tuple[str, ...], torch.device]:
-    """The store, the teachers to learn from, and the device."""
+    """Return the store, the teachers to learn from, and the device."""
     device = resolve_device(config.loop.device)
     store = TargetStore.open(config.store)
     check_video_roots(store, config.video_roots)
@@ -183,7 +184,7 @@ def _open(config: TrainConfig) -> tuple[TargetStore, tuple[str, ...], torch.devi
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
-    """The config with paths that hold from any folder."""
+    """Return the config with paths that hold from any folder."""
     video_roots = {name: os.path.abspath(folder) for name, folder in config.video_roots.items()}
     paths: dict[str, Any] = {
         "store": absolute(config.store),
@@ -199,8 +200,13 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 
 
 def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
-    """The teachers to learn from, in the store's order, so that the order in which they are named
-    changes nothing; UsageError if the store lacks one."""
+    """Return the teachers to learn from, in the store's order.
+
+    The order in which they are named changes nothing.
+
+    Raises:
+        UsageError: The store lacks one.
+    """
     names = tuple(config.targets.teachers or store.teachers)
     if not names:
         raise StoreError(
@@ -227,7 +233,7 @@ def _assemble(
     saved: dict[str, Any] | None,
     console: Console,
 ) -> _Parts:
-    """The data sets, with the filter's thresholds in nats."""
+    """Return the data sets, with the filter's thresholds in nats."""
     seed, channels = config.loop.seed, config.student.channels
     if channels == FLOW_CHANNELS:
         require_opencv()
@@ -306,8 +312,11 @@ def _assemble(
 def _class_heads(
     config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]
 ) -> dict[str, ClassHead]:
-    """The heads that make logits of features; UsageError where the filter needs one that is not
-    given."""
+    """Return the heads that make logits of features.
+
+    Raises:
+        UsageError: The filter needs a head that was not given.
+    """
     records = {name: store.teachers[name] for name in teachers}
     outputs = {name: record.output for name, record in records.items()}
     widths = {name: record.width for name, record in records.items()}
@@ -326,7 +335,7 @@ def _class_heads(
 
 
 def _seen(store: TargetStore, videos: np.ndarray, video_roots: dict[str, str]) -> SeenVideos:
-    """The videos that a student learns from, those held out or left out not among them."""
+    """Return the videos that a student learns from, without those held out or excluded."""
     places = [store.video_path(int(video), video_roots) for video in videos]
     if video_roots:  # a corpus may have moved, or copies of it may be read
         lay = [store.video_path(int(video)) for video in videos]
@@ -339,9 +348,11 @@ def _seen(store: TargetStore, videos: np.ndarray, video_roots: dict[str, str]) -
 def _usable_held_out(
     ids: np.ndarray, fixed: Callable[[np.ndarray], TargetSampler], most: int
 ) -> np.ndarray:
-    """The first `most` of the held-out videos that have a window and whose clip the filter keeps:
-    both are known before anything is decoded, and a list of none would end the training after its
-    first epoch."""
+    """Return the first `most` held-out videos that have a window and whose clip the filter keeps.
+
+    Both are known before anything is decoded, and a list of none would end the training after its
+    first epoch.
+    """
     if len(ids) == 0:
         return ids
     sampler = fixed(ids)
@@ -354,8 +365,10 @@ def _usable_held_out(
 
 
 def _bounds(sampler: TargetSampler, objective: Distillation, console: Console) -> LossBounds | None:
-    """What a loss of this training means, said before it begins; of its first draws, at most ten a
-    video."""
+    """Measure the reference losses of this training before it begins.
+
+    Of its first draws, at most ten per video.
+    """
     bounds = loss_bounds(first_draws(sampler), objective)
     if bounds is not None:
         console.say(
@@ -372,8 +385,11 @@ def _learned(
     export: str,
     console: Console,
 ) -> dict[str, Any]:
-    """For result.json, how far the student came between the two losses, by the loss on held-out
-    clips where every teacher has some; a warning where that is next to nothing."""
+    """Return, for result.json, how far the student came between the two reference losses.
+
+    By the loss on held-out clips where every teacher has some; a warning where that is next to
+    nothing.
+    """
     if bounds is None:
         return {
             "loss_of_a_constant": None,
@@ -404,7 +420,7 @@ def _learned(
 
 
 def _build(config: TrainConfig, targets: Mapping[str, TeacherTargets]) -> Student:
-    """The student with seeded fresh weights."""
+    """Build the student with seeded fresh weights."""
     torch.manual_seed(config.loop.seed)
     return build_student(
         config.student,
@@ -421,7 +437,7 @@ def _identity(
     parts: _Parts,
     options: LoopOptions,
 ) -> dict[str, Any]:
-    """What a resume must share: by top-level key, so that a refusal names what differs."""
+    """Return what a resume must share, by top-level key: a refusal names what differs."""
     found = store.identity()
     targets = parts.train.sampler.targets
     digests = {name: each.head.digest for name, each in targets.items() if each.head is not None}
@@ -446,7 +462,7 @@ def _identity(
 
 
 def _check_same(run_dir: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
-    """A store that has grown has words of its own: with other videos an epoch has other clips."""
+    """Check for a store that has grown: with other videos an epoch has other clips."""
     theirs, ours = saved["store"], identity["store"]
     grown = theirs["id"] == ours["id"] and theirs["videos"] < ours["videos"]
     if (
@@ -490,7 +506,7 @@ def _export(
 def _summary(
     config: TrainConfig, parts: _Parts, result: FitResult, exported: Path
 ) -> dict[str, Any]:
-    """What --json prints."""
+    """Return what --json prints."""
     return {
         "run": config.out,
         "student": str(exported),

@@ -1,7 +1,6 @@
-"""From preset, file, options and `--set` to one validated config, and back to a file beside the
-result.
+"""Make one validated config of preset, file, options and `--set`, and write it next to the result.
 
-Presets and config files have the same layout, a section a command:
+Presets and config files have the same layout, a section per command:
 
     train-student:
       student: {architecture: r2plus1d_18}
@@ -104,14 +103,21 @@ def load_config(
     dropped: Sequence[str] = (),
     flags: Mapping[str, str] | None = None,
 ) -> C:
-    """The validated config of one command.
+    """Return the validated config of one command.
 
-    layers: (what messages call it, keys), nested, over preset and file.
-    options: dotted key → value; None means that the option was not given.
-    settings: "a.b=value" with values in YAML.
-    dropped: keys of preset and file that an option replaces, as --fps does with sampling.every.
-    flags: dotted key → the option that sets it, for messages.
-    Raises UsageError, one line: the key, where its value comes from, the value, what is allowed.
+    Args:
+        model: The options model of the command.
+        command: Its name, which is the section of a file.
+        preset: Name of a preset.
+        file: A YAML file.
+        layers: (Name in messages, nested keys), over preset and file.
+        options: Dotted key → value; None means that the option was not given.
+        settings: "a.b=value" with values in YAML.
+        dropped: Keys of preset and file that an option replaces, as --fps does with sampling.every.
+        flags: Dotted key → the option that sets it, for messages.
+
+    Raises:
+        UsageError: One line: the key, where its value comes from, the value, what is allowed.
     """
     below: list[tuple[str, Mapping[str, Any]]] = []
     if preset is not None:
@@ -148,12 +154,12 @@ def write_config(path: str | os.PathLike[str], command: str, config: Options) ->
 
 
 def presets() -> list[str]:
-    """Names of the presets that ship with the package."""
+    """Return the names of the presets that ship with the package."""
     return sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
 def preset_section(preset: str, command: str) -> dict[str, Any]:
-    """One command's section of a shipped preset."""
+    """Return one command's section of a preset that ships with the package."""
     if preset not in presets():
         raise UsageError(f"--preset: no preset {preset!r}; there are: {', '.join(presets())}")
     text = (CONF / f"{preset}.yaml").read_text(encoding="utf-8")
@@ -161,7 +167,15 @@ def preset_section(preset: str, command: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
-    """A YAML file whose top is a mapping; `option` is what named it, for messages."""
+    """Read a YAML file whose top is a mapping.
+
+    Args:
+        path: The file.
+        option: What named it, for messages.
+
+    Raises:
+        UsageError: There is no such file, or it is not such YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -172,7 +186,13 @@ def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
-    """`a.b=value` → key and value; the value is YAML: 3, 1e-4, [1, 2], null, text."""
+    """Read `a.b=value` as key and value.
+
+    The value is YAML: 3, 1e-4, [1, 2], null, text.
+
+    Raises:
+        UsageError: It has another form.
+    """
     key, equals, text = setting.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key.strip()):
         raise UsageError(f"--set {setting}: expected key=value, as in loop.lr=0.01")
@@ -183,7 +203,10 @@ def parse_setting(setting: str) -> tuple[str, Any]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`; mappings are merged, everything else (lists too) is replaced."""
+    """Return `above` laid over `below`.
+
+    Mappings are merged, everything else (lists too) is replaced.
+    """
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
@@ -194,13 +217,13 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    """A dotted key and its value as mappings in mappings."""
+    """Return a dotted key and its value as mappings in mappings."""
     first, dot, rest = key.partition(".")
     return {first: nested(rest, value) if dot else value}
 
 
 def known_keys(model: type[Options], prefix: str = "") -> list[str]:
-    """All dotted keys of a model, those of nested models included."""
+    """Return all dotted keys of a model, those of nested models included."""
     keys = []
     for name, field in model.model_fields.items():
         inner = inner_model(field.annotation)
@@ -295,8 +318,10 @@ def _explain(
 def _field_of(
     loc: tuple[int | str, ...], model: type[Options]
 ) -> tuple[str, tuple[int | str, ...]]:
-    """The dotted key of the field that a problem is in, and where in its value, names of a union's
-    branches aside."""
+    """Return the dotted key of the field that a problem is in, and where in its value it is.
+
+    Names of a union's branches are left out.
+    """
     inner: type[Options] | None = model
     for depth, part in enumerate(loc):
         field = inner.model_fields.get(str(part)) if inner is not None else None
@@ -317,8 +342,10 @@ def _branches(annotation: Any) -> list[Any]:
 
 
 def _likeliest(problems: list[ErrorDetails]) -> ErrorDetails:
-    """Of the branches of a union the one whose type the value has: there the value itself is what
-    is wrong."""
+    """Return the problem with the branch of a union whose type the value has.
+
+    There the value itself is what is wrong.
+    """
     return next((each for each in problems if not each["type"].endswith("_type")), problems[0])
 
 

@@ -1,5 +1,4 @@
-"""Worker processes by dask: a cluster on this machine, or one that is there. For extraction and for
-ablations."""
+"""Worker processes by dask, on this machine or on an existing cluster."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ QUIET = {
 
 @contextmanager
 def cluster(workers: int | None, scheduler: str | None) -> Iterator[Client]:
-    """A client of the cluster at `scheduler`, or of a local one with `workers` processes."""
+    """Yield a client of the cluster at `scheduler`, or of a local one with `workers` processes."""
     import dask
     from distributed import Client
 
@@ -66,16 +65,17 @@ def cluster(workers: int | None, scheduler: str | None) -> Iterator[Client]:
 
 
 def _local_cluster(workers: int | None) -> LocalCluster:
-    """Worker processes of this machine, which Ctrl-C does not reach: it is for the client, which
-    ends them.
+    """Start worker processes on this machine.
+
+    Ctrl-C does not reach them: it is for the client, which ends them.
 
     Whoever can speak to a scheduler or a worker runs code as this user. So they listen on the
     loopback interface only, and speak TLS with a key that this process makes and hands to its
     workers: other accounts of the machine have none. The dashboard shows what is done and takes no
     orders.
 
-    Whoever starts a process hands on the signals it blocks, and dask starts (and restarts) workers
-    from the thread of its event loop, which is made here and keeps what is blocked here.
+    A process inherits the signals that its parent blocks, and dask starts (and restarts) workers
+    from the thread of its event loop, which is started here and keeps what is blocked here.
     """
     from multiprocessing import resource_tracker
 

@@ -1,8 +1,8 @@
-"""The processes that train one model together: who is who, and the few things they tell each other.
+"""The processes that train one model together: their ranks, and the values that they exchange.
 
-What is said here goes over gloo between CPUs, also where gradients go over NCCL: a process that has
-gone is noticed at once. Every method but the properties is a collective: all ranks call it, in the
-same order.
+These values go over gloo between CPUs, also where gradients go over NCCL: a process that has ended
+is noticed at once. Every method but the properties is a collective: all ranks call it, in the same
+order.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of `world` processes, number `rank`; alone where nothing else is said.
+    """One process of `world`, number `rank`; by default the only one.
 
-    local_rank: its number on its machine, which is that of its GPU. group: the gloo group, None
-        alone.
+    Args:
+        rank: Number of the process.
+        world: Number of processes.
+        local_rank: Its number on its machine, which is that of its GPU.
+        group: The gloo group, None for a single process.
     """
 
     rank: int = 0
@@ -37,18 +40,18 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0: the one that writes and talks."""
+        """Check whether this is rank 0, which writes files and shows text."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """A tensor on the CPU, summed over the ranks in place."""
+        """Sum a tensor on the CPU over the ranks, in place."""
         if self.world > 1:
             with self._others():
                 dist.all_reduce(values, group=self.group)
         return values
 
     def gather(self, value: T) -> list[T]:
-        """The value of each rank, in order, on every rank."""
+        """Return the value of each rank, in order, on every rank."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
@@ -57,8 +60,10 @@ class Ranks:
         return found
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, for all; what it raises there, on all. Others do not run
-        it."""
+        """Run `work` on rank 0 alone, and return its result on all ranks.
+
+        What it raises there is raised on all.
+        """
         if self.world == 1:
             return work()
         outcome: list[Any] = [None, None]
@@ -76,8 +81,10 @@ class Ranks:
         return result
 
     def on_all_ranks(self, work: Callable[[], T]) -> T:
-        """What `work` returns here; if it fails on any rank, the error of the first such rank on
-        all."""
+        """Run `work` on each rank and return its result.
+
+        If it fails on any rank, the error of the first such rank is raised on all.
+        """
         if self.world == 1:
             return work()
         result, own = None, None
@@ -90,7 +97,7 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def synchronized(self, batches: Iterable[T], stop: Callable[[], bool]) -> Iterator[T]:
-        """The batches, as long as every rank has one and none was asked to stop.
+        """Yield the batches, as long as every rank has one and none was asked to stop.
 
         An error on the way to a batch is raised on every rank.
         """
@@ -118,8 +125,10 @@ class Ranks:
 
     @contextmanager
     def same_error(self) -> Iterator[None]:
-        """Errors of ours in here come up on every rank with the same words, so one of them is to
-        tell."""
+        """Mark errors of distinit in the block as shared by all ranks.
+
+        All ranks raise them with the same message, so that one reports it.
+        """
         try:
             yield
         except DistInitError as error:
@@ -139,7 +148,11 @@ class Ranks:
 
     @contextmanager
     def _others(self) -> Iterator[None]:
-        """RankLostError where another process is not there any more."""
+        """Name the end of another process in the block.
+
+        Raises:
+            RankLostError: Another process has ended.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -154,16 +167,22 @@ SINGLE_PROCESS = Ranks()
 
 
 def launched() -> bool:
-    """Whether torchrun (or `--gpus`) has started this process as one of several."""
+    """Check whether torchrun (or `--gpus`) has started this process as one of several."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
 def join_ranks(device: str, init_method: str = "env://") -> Iterator[Ranks]:
-    """The ranks of the launcher's environment, connected; each takes the GPU of its local number.
+    """Connect the ranks of the launcher's environment; each takes the GPU of its local number.
 
-    device: as in `loop.device`. Raises DeviceError for a machine with fewer GPUs than processes,
-    and for `cuda:N`, which would put all of them on one.
+    Args:
+        device: As in `loop.device`.
+        init_method: Where the processes meet, as torch takes it.
+
+    Raises:
+        DeviceError: The machine has fewer GPUs than processes, or the device is `cuda:N`, which
+        would
+            put all of them on one.
     """
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())

@@ -1,9 +1,8 @@
-"""JSON and YAML that others may have written, and the files it comes from: read whole, as plain
-data of a known form.
+"""JSON and YAML that others may have written: read whole, as plain data of a known form.
 
 A folder of runs may come from anybody. What is read of it is a regular file inside of it, no larger
 than such a file can be, nested no deeper than people nest, and of the form that its reader relies
-on; else one error names the file.
+on; otherwise one error names the file.
 """
 
 from __future__ import annotations
@@ -29,8 +28,10 @@ F = TypeVar("F", bound="Form")
 
 
 class Form(BaseModel):
-    """What is relied on of a document; the rest of it is for others. Numbers are finite. `what`
-    names it."""
+    """The part of a document that is relied on; the rest is ignored. Numbers are finite.
+
+    `what` names it in messages.
+    """
 
     what: ClassVar[str] = "an object"
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
@@ -39,8 +40,9 @@ class Form(BaseModel):
 def is_regular_file(path: Path, inside: Path | None = None) -> bool:
     """Check whether a file exists that can be read.
 
-    Raises SourceError for a pipe, a device or a folder, and for a link that leads out of the folder
-    `inside`.
+    Raises:
+        SourceError: It is a pipe, a device or a folder, or a link that leads out of the folder
+            `inside`.
     """
     try:
         kind = path.stat().st_mode
@@ -58,8 +60,11 @@ def is_regular_file(path: Path, inside: Path | None = None) -> bool:
 
 
 def read_bytes(path: Path, inside: Path | None = None) -> bytes:
-    """Return the whole file, b"" if it does not exist. SourceError as `is_regular_file`, or for
-    more than MAX_BYTES."""
+    """Return the whole file, b"" if it does not exist.
+
+    Raises:
+        SourceError: As `is_regular_file`, or it has more than MAX_BYTES.
+    """
     if not is_regular_file(path, inside):
         return b""
     try:
@@ -73,8 +78,11 @@ def read_bytes(path: Path, inside: Path | None = None) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text; ValueError for whatever is none, and for one that is nested
-    too deeply."""
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: It is not JSON, or nested too deeply.
+    """
     try:
         return plain_data(json.loads(text))
     except RecursionError as error:
@@ -82,8 +90,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def plain_data(value: Any, depth: int = 0) -> Any:
-    """Return a value in JSON's types, dates of YAML as text; ValueError if it is nested too
-    deeply."""
+    """Return a value in JSON's types, dates of YAML as text.
+
+    Raises:
+        ValueError: It is nested too deeply.
+    """
     if depth > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(value, dict):
@@ -125,8 +136,7 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any
 
 
 def _count(node: yaml.Node | None, known: dict[int, int], depth: int) -> int:
-    """Return how many values a node holds, itself included; what an alias repeats is looked at
-    once."""
+    """Return how many values a node holds, itself included; an alias is followed once."""
     if depth > MAX_DEPTH:
         raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep, or in itself")
     if not isinstance(node, yaml.CollectionNode):
@@ -142,8 +152,11 @@ def _count(node: yaml.Node | None, known: dict[int, int], depth: int) -> int:
 
 
 def read_json(path: Path, form: type[F], inside: Path | None = None) -> dict[str, Any]:
-    """Return the object in a JSON file, checked for its form; {} if the file does not exist. Raises
-    SourceError."""
+    """Return the object in a JSON file, checked for its form; {} if the file does not exist.
+
+    Raises:
+        SourceError: It cannot be read, or has another form.
+    """
     text = read_bytes(path, inside)
     if not text:
         return {}
@@ -157,8 +170,11 @@ def read_json(path: Path, form: type[F], inside: Path | None = None) -> dict[str
 def require_form(
     content: Any, form: type[F], where: str, error: type[DistInitError] = SourceError
 ) -> dict[str, Any]:
-    """Return the content, a mapping; unless it has the form, raise `error` with `where`, key and
-    value."""
+    """Return the content, a mapping, if it has the form.
+
+    Raises:
+        error: It has another form; the message has `where`, the key and the value.
+    """
     if not isinstance(content, dict):
         raise error(f"{where}: not {form.what} (a {type(content).__name__})")
     try:
@@ -173,8 +189,11 @@ def require_form(
 
 
 def inner_path(text: str) -> str:
-    """Return a path below a folder, as a record names it; ValueError for one that may leave the
-    folder."""
+    """Return a path below a folder, as a record names it.
+
+    Raises:
+        ValueError: The path may leave the folder.
+    """
     if not text or "\0" in text or os.path.isabs(text) or ".." in Path(text).parts:
         raise ValueError("expected a path inside of the folder")
     return text

@@ -34,8 +34,10 @@ class VideoError(DistInitError, ValueError):
 
 
 class DecoderError(DistInitError, RuntimeError):
-    """Decoding does not work on this machine, whatever the video: a library, a limit, a process
-    that cannot start."""
+    """Decoding does not work on this machine, whatever the video.
+
+    A library is missing, a limit is too low, or a process cannot start.
+    """
 
 
 class TeacherError(UsageError):
@@ -47,7 +49,7 @@ class WeightsError(DistInitError, ValueError):
 
 
 class StoreError(DistInitError, OSError):
-    """A target store cannot be opened or written: missing, foreign, corrupt, of another version."""
+    """A target store cannot be opened or written: missing, corrupt, of another version."""
 
 
 class StoreMismatchError(DistInitError, ValueError):
@@ -67,11 +69,11 @@ class ListError(SourceError, LabelsError):
 
 
 class DeviceError(UsageError):
-    """A device that is not there was asked for."""
+    """A device was asked for that this machine does not have."""
 
 
 class TrainingError(DistInitError, RuntimeError):
-    """Training cannot go on: a loss that is not finite, no clip left to draw."""
+    """Training cannot continue: a loss that is not finite, no clip left to draw."""
 
 
 class WorkerDied(TrainingError):
@@ -90,8 +92,10 @@ class RankLostError(TrainingError):
 
 
 class TrainingInterrupted(DistInitError, RuntimeError):
-    """Training was asked to stop (SIGTERM) and has written its checkpoint: try again later
-    (EX_TEMPFAIL)."""
+    """Training was asked to stop (SIGTERM) and has written its checkpoint.
+
+    The exit code asks to try again later (EX_TEMPFAIL).
+    """
 
     exit_code = 75
 

@@ -1,4 +1,4 @@
-"""Any exception as one line for the user, and the exit code of the command."""
+"""Turn any exception into one line for the user, and the exit code of the command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .errors import DistInitError
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """One line and the exit code for any exception."""
+    """Return one line and the exit code for any exception."""
     full = full_disk(error)
     if full is not None:
         return (

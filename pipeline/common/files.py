@@ -31,7 +31,8 @@ def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
     of the two names is replaced, never followed. Missing folders are made.
 
     Args:
-        scratch: the temporary path, on the same file system; default: see above.
+        path: The file to write.
+        scratch: The temporary path, on the same file system; by default its name tells the process.
 
     Raises:
         OSError: The file cannot be synced or renamed.

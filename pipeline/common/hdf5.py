@@ -27,8 +27,10 @@ _BEST_RATIO = 1100  # more than deflate can compress
 
 
 class Hdf5Error(DistInitError, OSError):
-    """An HDF5 file is damaged, names other files, or is not of its format. The message is the
-    reason, without path."""
+    """An HDF5 file is damaged, names other files, or is not of its format.
+
+    The message is the reason, without the path.
+    """
 
 
 @contextmanager
@@ -39,20 +41,21 @@ def open_hdf5(
     *,
     checked: bool = False,
 ) -> Iterator[h5py.File]:
-    """Open a file for reading; each of its objects must have the type of its format and be stored
-    in the file itself.
+    """Open a file for reading.
 
-    Whatever is raised while the file is open, but for errors of distinit, is taken for damage.
+    Each of its objects must have the type of its format and be stored in the file itself. Whatever
+    is raised while the file is open, but for errors of distinit, is taken for damage.
 
     Args:
-        tables: path of each data set that the format has → kinds of its values (numpy's letters, or
+        path: The file.
+        tables: Path of each data set that the format has → kinds of its values (numpy's letters, or
             STRING) and number of its dimensions. A file need not have all of them.
-        groups: paths of the groups that it has.
-        checked: this very file was opened here before, and need not be looked through again.
+        groups: Paths of the groups that it has.
+        checked: This very file was opened here before, and need not be looked through again.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        Hdf5Error: not HDF5, another object, one that is stored elsewhere, damage.
+        FileNotFoundError: There is no such file.
+        Hdf5Error: Not HDF5, another object, one that is stored elsewhere, damage.
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -116,12 +119,14 @@ def _check_table(
 
 
 class Hdf5Writer:
-    """`file`, an h5py.File to be filled, is whole once the writer is left without an error. A
-    context manager.
+    """A context manager around `file`, an h5py.File to be filled.
 
-    sealed: the file carries a digest of itself, see `sealed`, for which it is read once more.
-    Raises OSError, of a full disk or whatever else the system says of the path: by `check`, which
-    who writes much calls now and then, and at the end.
+    It is whole once the block ends without an error. OSError, of a full disk or whatever else the
+    system reports of the path, is raised by `check`, which a writer of much data calls now and
+    then, and at the end.
+
+    Args:
+        sealed: The file holds a digest of itself, see `sealed`, for which it is read once more.
     """
 
     def __init__(
@@ -138,12 +143,12 @@ class Hdf5Writer:
             raise
 
     def check(self) -> None:
-        """Raises the first error of what was written so far."""
+        """Raise the first error of what was written so far."""
         if self._target.error is not None:
             raise self._target.error
 
     def close(self) -> None:
-        """The end of the file goes to the disk; also of one that is given up. Raises OSError."""
+        """Write the end of the file to the disk, also of one that is given up. Raises OSError."""
         self.file.close()
         if self._sealed:
             self._target.seal()
@@ -171,8 +176,10 @@ def _no_link(path: str, flags: int) -> int:
 
 
 class _Target:
-    """The file that HDF5 writes to. HDF5 is never told of an error: what it writes after one goes
-    nowhere."""
+    """The file that HDF5 writes to.
+
+    HDF5 never gets an error: what it writes after one goes nowhere.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.error: OSError | None = None

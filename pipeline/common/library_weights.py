@@ -1,5 +1,4 @@
-"""Weights that torchvision publishes: from torch hub's cache, or fetched into it through
-torchvision's own API."""
+"""Weights that torchvision publishes: from torch hub's cache, or fetched by torchvision."""
 
 from __future__ import annotations
 
@@ -22,15 +21,17 @@ def hub_folder() -> Path:
 def library_weights(
     choice: Any, sha256: str | None = None, *, who: str, remedy: str, fetch: bool = True
 ) -> WeightsFile:
-    """The weights of a member of torchvision's weights enums, such as
-    ResNet18_Weights.IMAGENET1K_V1.
+    """Return the weights of a member of torchvision's enums, as ResNet18_Weights.IMAGENET1K_V1.
 
-    who, remedy: for the message where they cannot be had: who wants them, and what to do with a
-        file.
-    fetch: whether they may be downloaded.
+    Args:
+        choice: The member of the enum.
+        sha256: What the file's must be, if given.
+        who: Who requires them, for the message where they cannot be had.
+        remedy: What to do with a file, for the same message.
+        fetch: Whether they may be downloaded.
 
     Raises:
-        WeightsError: not in the cache and cannot be fetched, another sha256, or damaged.
+        WeightsError: Not in the cache and cannot be fetched, another sha256, or damaged.
     """
     path = hub_folder() / Path(urlparse(choice.url).path).name
     if not path.is_file():

@@ -34,12 +34,14 @@ def locked(
 ) -> Iterator[int]:
     """Lock a file or a folder and yield its descriptor.
 
-    The lock ends with this process, for processes that it forks (of loaders) have no part in it.
+    The lock ends with this process: processes that it forks (of loaders) have no part in it.
 
     Args:
-        busy: raised where another process still has the lock after `wait_s`.
-        shared: together with other readers.
-        make: the path is a file, which is made if need be; a link is not followed.
+        path: The file or folder.
+        busy: Raised where another process still has the lock after `wait_s`.
+        shared: Lock together with other readers.
+        make: The path is a file, which is made if need be; a link is not followed.
+        wait_s: Seconds to wait for another process.
 
     Raises:
         NoLocksError: The file system has no locks.
@@ -73,10 +75,10 @@ def locked(
 
 @contextmanager
 def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Lock a folder, which is made, against every other command that writes there. Readers do not
-    ask.
+    """Lock a folder, which is made, against every other command that writes there.
 
-    Where the file system has no locks, a warning is logged and nothing is locked.
+    Readers do not ask. Where the file system has no locks, a warning is logged and nothing is
+    locked.
 
     Raises:
         UsageError: The folder cannot be made, or another process has it, still after `OUTLIVED_S`.
@@ -100,8 +102,10 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _give_up_locks() -> None:
-    """Run in a process that was just forked: it would hold the locks of its parent beyond the
-    parent's end."""
+    """Close the locks in a process that was just forked.
+
+    It would hold the locks of its parent beyond the parent's end.
+    """
     while _held:
         os.close(_held.pop())
 

@@ -18,8 +18,10 @@ M = TypeVar("M", bound=_Sized)
 
 
 class LruCache(Generic[M]):
-    """The tables read last in this process, `MAX_FRAMES` frames in all, by (path, size,
-    mtime_ns)."""
+    """The tables read last in this process, `MAX_FRAMES` frames in all.
+
+    Keys are (path, size, mtime_ns).
+    """
 
     def __init__(self) -> None:
         self._tables: OrderedDict[_Key, M] = OrderedDict()

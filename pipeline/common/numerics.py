@@ -23,10 +23,10 @@ def log_softmax(logits: NDArray[F]) -> NDArray[F]:
 
 
 def entropy(logits: ArrayLike) -> NDArray[np.float32]:
-    """Entropy in nats of the softmax at τ = 1, ``logits[..., K] -> [...]``; 0 is certain, ln K
-    uniform.
+    """Return the entropy in nats of the softmax at τ = 1, ``logits[..., K] -> [...]``.
 
-    H = log Σ exp z − Σ p z, with z shifted by its maximum: no logarithm of a vanishing p is taken.
+    0 is certain, ln K uniform. H = log Σ exp z − Σ p z, with z shifted by its maximum: no logarithm
+    of a vanishing p is taken.
     """
     z = np.asarray(logits, dtype=np.float32)
     z = z - z.max(axis=-1, keepdims=True)

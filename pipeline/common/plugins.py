@@ -1,5 +1,4 @@
-"""A user's own function, named as `package.module:factory`: of a teacher, a student or an
-initialisation."""
+"""A user's own function, as `package.module:factory`: of a teacher, student, initialisation."""
 
 from __future__ import annotations
 
@@ -30,13 +29,19 @@ def call_factory(
     offered: Mapping[str, Any] | None = None,
     error: type[UsageError] = UsageError,
 ) -> object:
-    """What the function of that name returns, called with `options` and with what it has a place
-    for of `offered`.
+    """Call the function of that name and return its result.
 
-    The module is looked for in the working folder too. who: begins the message, as in `--init a:b`.
+    The module is looked for in the working folder, too.
+
+    Args:
+        name: `package.module:factory`.
+        who: Begins the message, as in `--init a:b`.
+        options: Arguments that the function is called with.
+        offered: Arguments that it is called with where it has a parameter of that name.
+        error: Class of the errors.
 
     Raises:
-        error: no such module or function, or it fails; an error of distinit's own passes as it is.
+        error: No such module or function, or it fails; an error of distinit's own passes as it is.
     """
     module_name, _, function_name = name.partition(":")
     with _working_folder_on_path(), third_party(who, error):
@@ -50,8 +55,10 @@ def call_factory(
 
 @contextmanager
 def _working_folder_on_path() -> Iterator[None]:
-    """A console script does not have the working folder on its path, where a user's module often
-    is."""
+    """Put the working folder on the path of modules.
+
+    A console script does not have it there, and a user's module often is in it.
+    """
     here = os.getcwd()
     added = here not in sys.path
     if added:

@@ -19,11 +19,12 @@ _LOOK_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that helper processes work for; it is sent to each of them, however they are
-    started.
+    """The process that helper processes work for; it is sent to each of them at their start.
 
-    in_main_thread: whether they are started in its main thread. Linux takes the end of the thread
-    that started a process for the end of the parent.
+    Args:
+        in_main_thread: Whether they are started in its main thread. Linux takes the end of the
+        thread
+            that started a process for the end of the parent.
     """
 
     pid: int
@@ -53,10 +54,10 @@ def end_with(owner: Owner) -> None:
 
 
 def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
-    """Send this process a signal when its parent ends; for `preexec_fn`, with `os.getpid()` of the
-    parent.
+    """Send this process a signal when its parent ends.
 
-    Does nothing on other systems than Linux. The thread that starts the process has to wait for it.
+    For `preexec_fn`, with `os.getpid()` of the parent. Does nothing on other systems than Linux.
+    The thread that starts the process has to wait for it.
     """
     _signal_at_death_of_parent(number)
     if os.getppid() != parent:
@@ -69,8 +70,10 @@ def _signal_at_death_of_parent(number: int) -> None:
 
 
 def _watch_of(pid: int) -> int | None:
-    """Return a descriptor that is readable once a process has ended; −1 if there is none, None if
-    it has ended."""
+    """Return a descriptor that is readable once a process has ended.
+
+    It is −1 if the system has none, None if the process has ended.
+    """
     try:
         return os.pidfd_open(pid) if sys.platform.startswith("linux") else -1
     except ProcessLookupError:

@@ -1,5 +1,4 @@
-"""Safetensors files, opened after their bytes have been compared with the digest in them. Free of
-torch."""
+"""Safetensors files, compared with the digest in them before they are opened. Free of torch."""
 
 from __future__ import annotations
 
@@ -19,12 +18,15 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def open_checked(path: str | os.PathLike[str], framework: str) -> Iterator[Any]:
-    """Open a safetensors file as `safe_open` does; framework: "pt" or "np", the kind of its
-    tensors.
+    """Open a safetensors file as `safe_open` does.
+
+    Args:
+        path: The file.
+        framework: "pt" or "np", the kind of its tensors.
 
     Raises:
-        CheckpointError: another file, or a damaged one; also where reading it fails while it is
-            open.
+        CheckpointError: Another file, or a damaged one; also where reading it fails while it is
+        open.
     """
     sealed = check_seal(path, CheckpointError)
     try:

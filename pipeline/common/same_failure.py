@@ -1,5 +1,7 @@
-"""Stop a run whose videos all fail for one reason before that reason is recorded: it is hardly
-theirs."""
+"""Stop a run whose videos all fail for one reason before that reason is recorded.
+
+It is hardly the videos' own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ _VARYING = re.compile(r"0x[0-9a-f]+|/[^\s:,'\"]+|'[^']*'|\"[^\"]*\"|\d+(\.\d+)?"
 
 
 class SameFailure:
-    """Watches what becomes of the first `limit` videos of a run; 0: of none."""
+    """Watches the outcome of the first `limit` videos of a run; 0: of none."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -21,8 +23,11 @@ class SameFailure:
         self.watching = limit > 0
 
     def see(self, video: int, reason: str | None, path: str) -> None:
-        """Take in a video's reason, None if it is usable. DistInitError if it is the last that was
-        waited for."""
+        """Add the reason of a video, None if it is usable.
+
+        Raises:
+            DistInitError: It is the last that was waited for, and all failed for one reason.
+        """
         if not self.watching or video in self._seen:
             return
         kind = _kind(reason, path) if reason is not None else None
@@ -35,7 +40,11 @@ class SameFailure:
             self._stop(f"the first {len(self._seen)} videos")
 
     def finish(self) -> None:
-        """There are no more. DistInitError if all of them failed for one reason."""
+        """End the watch: there are no more videos.
+
+        Raises:
+            DistInitError: All of them failed for one reason.
+        """
         if self.watching and self._seen:
             self._stop("the one video" if len(self._seen) == 1 else f"all {len(self._seen)} videos")
 
@@ -48,7 +57,7 @@ class SameFailure:
 
 
 def _kind(reason: str, path: str) -> str:
-    """The reason without what varies from video to video: its name, numbers, addresses."""
+    """Return the reason without what varies from video to video: its name, numbers, addresses."""
     for name in (path, os.path.basename(path)):
         reason = reason.replace(name, "")
     return _VARYING.sub("", reason)

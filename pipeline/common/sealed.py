@@ -1,10 +1,9 @@
-"""A digest of a whole file, inside the file, so that a reader finds every byte that changed since
-it was written.
+"""A digest of a whole file, inside the file: a reader finds every byte that has changed.
 
 The digest is the sha256 of the file in which its own 64 hex digits are zeros. They follow the mark
-`distinit-sha256` at a place where each format allows text of others: in the metadata of
-safetensors, in the comment that ends a zip archive (which a checkpoint of torch is), in the user
-block before the first byte of HDF5. Any other reader of these formats passes over them.
+`distinit-sha256` at a place where each format allows other text: in the metadata of safetensors, in
+the comment that ends a zip archive (which a checkpoint of torch is), in the user block before the
+first byte of HDF5. Any other reader of these formats passes over them.
 """
 
 from __future__ import annotations
@@ -59,14 +58,13 @@ def seal(file: IO[bytes]) -> None:
 
 
 def check_seal(path: str | os.PathLike[str], error: type[DistInitError]) -> bool:
-    """Compare a file with the digest in it; False where it has none, as those that version 0.1
-    wrote.
+    """Compare a file with the digest in it; return False where it has none, as in version 0.1.
 
     A large file is read once for each of its states in this process.
 
     Raises:
-        error: the file differs from its digest, or cannot be read. The message begins with the
-            path.
+        error: The file differs from its digest, or cannot be read. The message begins with the
+        path.
     """
     try:
         status = os.stat(path)
@@ -93,8 +91,7 @@ def sha256_of(path: str | os.PathLike[str], size: int | None = None) -> str:
 
 
 def _check(path: str, *state: int) -> bool | None:
-    """Return whether a file has the digest that it records; None if it records none. state: tells
-    its states apart."""
+    """Return whether a file has the digest that it records; None if it records none."""
     with open(path, "rb") as file:
         at = _place(file)
         if at is None:

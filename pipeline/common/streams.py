@@ -1,10 +1,9 @@
-"""Text for terminals and pages: in whatever encoding a stream has, and without characters that
-command a terminal.
+"""Text for terminals and pages, in any encoding, without characters that command a terminal.
 
 Names of classes, videos and teachers, reasons and messages of libraries may come from files of
-other people. Every way out passes `printable`: `common.console.Console` (lines, tables, progress),
-`CleanStream` (what Python, click and libraries write to standard output and error),
-`common.files.write_page` (pages, Markdown, CSV, SVG).
+other people. All text that leaves the program passes `printable`: in `console.Console` (lines,
+tables, progress), in `CleanStream` (what Python, click and libraries write to standard output and
+error) and in `files.write_page` (pages, Markdown, CSV, SVG).
 """
 
 from __future__ import annotations
@@ -27,10 +26,13 @@ _UNSAFE_IN_LINES = re.compile(_UNSAFE.pattern.replace(r"\x00-\x1f", r"\x00-\x09\
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Return the text with control characters, those that reorder text, and undecodable bytes
-    escaped as `\\x1b`.
+    r"""Return the text with characters escaped (as `\x1b`) that are not for display.
 
-    lines: keep line feeds, for a text of several lines.
+    These are control characters, those that reorder text, and undecodable bytes.
+
+    Args:
+        text: Any text.
+        lines: Keep line feeds, for a text of several lines.
     """
     if text.isprintable():
         return text
@@ -73,8 +75,7 @@ class CleanStream:
 
 @contextmanager
 def clean_streams() -> Iterator[None]:
-    """Let everything that this process writes to standard output and error pass a `CleanStream` for
-    a while."""
+    """Let all that is written to standard output and error pass a `CleanStream`."""
     never_fail_to_encode(sys.stdout, sys.stderr)
     out, err = (cast(TextIO, CleanStream(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
@@ -82,14 +83,18 @@ def clean_streams() -> Iterator[None]:
 
 
 def raw_stream(stream: TextIO) -> TextIO:
-    """Return the stream below a `CleanStream`, for a writer that cleans by itself and sends escape
-    codes of its own."""
+    """Return the stream below a `CleanStream`.
+
+    For a writer that cleans by itself and sends escape codes of its own.
+    """
     return stream.stream if isinstance(stream, CleanStream) else stream
 
 
 def never_fail_to_encode(*streams: TextIO | None) -> None:
-    """Write what a stream's encoding lacks (Latin-1, ASCII) as escapes: a character must not end a
-    job."""
+    """Write what a stream's encoding lacks (Latin-1, ASCII) as escapes.
+
+    A character must not end a job.
+    """
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")

@@ -19,7 +19,7 @@ from .streams import printable
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; numbers stand to the right."""
+    """A heading; numbers are aligned to the right."""
 
     title: str
     number: bool = False
@@ -27,8 +27,15 @@ class Column:
 
 @dataclass
 class Table:
-    """Cells are text as a person reads it; `notes` stand below, a line each. headings: index of a
-    row → the heading above it, which a CSV does without."""
+    """A table of texts, as a person reads them.
+
+    Args:
+        title: Above the table.
+        columns: The headings.
+        rows: Cells, a list per row.
+        notes: Lines below the table.
+        headings: Index of a row → the heading above it, which a CSV does without.
+    """
 
     title: str
     columns: Sequence[Column]
@@ -37,6 +44,7 @@ class Table:
     headings: dict[int, str] = field(default_factory=dict)
 
     def add(self, *cells: str) -> None:
+        """Add a row."""
         if len(cells) != len(self.columns):
             raise ValueError(
                 f"table {self.title!r} has {len(self.columns)} columns, got {len(cells)} cells"
@@ -44,15 +52,17 @@ class Table:
         self.rows.append(list(cells))
 
     def head(self, text: str) -> None:
-        """A heading above the rows that are still to come."""
+        """Add a heading above the rows that follow."""
         self.headings[len(self.rows)] = text
 
     def __str__(self) -> str:
         return self.to_markdown()
 
     def to_rich(self) -> Group:
-        """Title, table and notes; rich's own title and caption would be wrapped to the width of a
-        narrow table."""
+        """Return title, table and notes for a terminal.
+
+        Rich's own title and caption would be wrapped to the width of a narrow table.
+        """
         table = RichTable()
         for column in self.columns:
             # Numbers are never cut or wrapped; names give way.
@@ -70,6 +80,7 @@ class Table:
         return Group(Text(self.title, style="bold"), table, *(Text(note) for note in self.notes))
 
     def to_markdown(self) -> str:
+        """Return title, table and notes as Markdown."""
         lines = [
             _markdown_row([column.title for column in self.columns]),
             "|" + "|".join("---:" if column.number else "---" for column in self.columns) + "|",
@@ -84,6 +95,7 @@ class Table:
         return f"### {self.title}\n\n" + "\n".join(lines + notes) + "\n"
 
     def to_csv(self) -> str:
+        """Return headings and rows as CSV."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow([column.title for column in self.columns])
@@ -91,7 +103,7 @@ class Table:
         return out.getvalue()
 
     def records(self) -> list[dict[str, str]]:
-        """A dict a row, by the columns' titles."""
+        """Return a dict per row, by the columns' titles."""
         return [
             dict(zip((column.title for column in self.columns), row, strict=True))
             for row in self.rows
@@ -108,10 +120,10 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Text as it is, inside a table."""
+    """Return the text for a cell of a Markdown table."""
     return markdown_text(text).replace("|", "\\|")
 
 
 def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is: on one line, no HTML in it."""
+    """Return the text so that Markdown shows it unchanged: on one line, no HTML in it."""
     return text.replace("\\", "\\\\").replace("<", "&lt;").replace("\n", " ")

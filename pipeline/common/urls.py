@@ -1,5 +1,7 @@
-"""Which URLs may be opened, and how one is shown: without the password and the query that it may
-hold."""
+"""Which URLs may be opened, and how one is shown.
+
+Passwords and queries are shown nowhere.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ QUERY = re.compile(r"(://[^\s?]*)\?\S*")
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
-    """Return whether the address of a store is a URL. What exists as a local path is one, whatever
-    it is called."""
+    """Check whether the address of a store is a URL.
+
+    What exists as a local path is one, whatever its name.
+    """
     text = os.fspath(text)
     return URL.match(text) is not None and local_path(text) == text and not os.path.exists(text)
 
@@ -35,8 +39,9 @@ def local_path(text: str) -> str:
 
 
 def check_local(out: str | os.PathLike[str]) -> None:
-    """Check that a place to write is none behind a URL, also where it was made a `Path`, which
-    makes `s3:/` of `s3://`.
+    """Check that a place to write is local.
+
+    A URL that was made a `Path`, which turns `s3://` into `s3:/`, is found as well.
 
     Raises:
         UsageError: It is a URL, `file://` included, and no existing folder has this name.
@@ -80,8 +85,10 @@ def check_url(url: str) -> None:
 
 
 def public_url(text: str) -> str:
-    """Return the URL without user, password and query, for messages, pages and files; a path as it
-    is."""
+    """Return the URL without user, password and query, for messages, pages and files.
+
+    A path is returned as it is.
+    """
     if not is_url(text):
         return text
     try:
@@ -98,8 +105,10 @@ def hide_secrets(text: str) -> str:
 
 
 def canonical_url(url: str) -> str:
-    """Return one name for all ways to write a URL, without what only gives access: user, password,
-    signature."""
+    """Return one name for all ways to write a URL.
+
+    It lacks what only gives access: user, password, signature.
+    """
     parts = urlsplit(url)
     scheme, place = parts.scheme.lower(), parts.netloc
     if scheme in DEFAULT_PORTS:

@@ -73,11 +73,12 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def check_sha256(what: str, found: str, expected: str | None) -> None:
-    """Compare a digest with the one a user gave, if any; upper case and spaces around do not
-    matter.
+    """Compare a digest with the one a user gave, if any.
+
+    Upper case and spaces around do not matter.
 
     Raises:
-        WeightsError: they differ. Names `what`, the digest found and the one expected.
+        WeightsError: They differ. Names `what`, the digest and the expected one.
     """
     if expected is not None and found != expected.strip().lower():
         raise WeightsError(f"{what}: sha256 is {found}, expected {expected.strip().lower()}")
@@ -142,14 +143,13 @@ def _load_torch(path: Path) -> object:
 
 
 def _refused(error: Exception) -> str:
-    """What torch's weights-only reader met, without its advice on how to read the file all the
-    same."""
+    """Return what torch's weights-only reader met, without its advice to read the file anyway."""
     found = re.search(r"[Uu]nsupported [^\n]{1,200}", str(error))
     return found[0].rstrip(".") if found else "neither torch nor safetensors can read it"
 
 
 def _state_in(content: object, path: Path) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint."""
+    """Return the state dict inside a checkpoint."""
     for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -1,5 +1,4 @@
-"""Which file each loader process is reading, in memory that the main process shares, and which
-files are refused.
+"""Which file each loader process is reading, and which files are refused, in shared memory.
 
 A decoder that crashes or hangs in C cannot report it: the process that waits for it looks here and
 names the file.
@@ -59,8 +58,7 @@ class _Process:
 
 
 def begin(status: WorkerStatus, worker: int, refused: Mapping[str, str]) -> None:
-    """Make this process loader process `worker`, which refuses the files `refused` (path →
-    reason)."""
+    """Make this process a loader process that refuses files (path → reason)."""
     _Process.status, _Process.worker, _Process.refused = status, worker, refused
 
 
@@ -71,8 +69,7 @@ def refused_files() -> Mapping[str, str]:
 
 @contextmanager
 def refusing(files: Mapping[str, str]) -> Iterator[None]:
-    """Refuse to read these files (path → reason), here and in loader processes started
-    meanwhile."""
+    """Refuse these files (path → reason), here and in loader processes started meanwhile."""
     before = _Process.refused
     _Process.refused = {**before, **files}
     try:

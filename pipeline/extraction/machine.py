@@ -1,5 +1,4 @@
-"""What an extraction computes with on this machine: teachers on their device, decoding processes,
-numerics."""
+"""What an extraction computes with here: teachers on their device, decoders, numerics."""
 
 from __future__ import annotations
 
