@@ -3,9 +3,7 @@ process fails."""
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,13 +26,12 @@ from distinit.pipeline.training.loader import (
 )
 from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.stages.train_student import train_student
+from distinit.tests import warm
 
 pytestmark = pytest.mark.cluster
 
 # A module of its own: the processes import it by name.
 JOB = '''
-import os
-import signal
 from pathlib import Path
 
 import torch
@@ -52,7 +49,6 @@ from distinit.pipeline.training.loop import LoopOptions, fit
 class Job(Options):
     folder: str
     runs: dict[str, dict] = {}
-    suicidal: bool = False
 
 
 class Clips:
@@ -91,10 +87,6 @@ class Frozen(Distillation):
 
 
 def job(config, screen, ranks):
-    if config.suicidal:
-        if ranks.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        ranks.gather(None)
     results = {}
     for name, changes in config.runs.items():
         bad = changes.pop("bad", None)
@@ -126,11 +118,24 @@ def job(config, screen, ranks):
 '''
 
 
+# It imports no more than it needs, which takes each process seconds.
+KILLED = """
+import os, signal
+from distinit.pipeline.common.settings import Options
+
+def job(config, screen, ranks):
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.gather(None)
+"""
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The job's module, importable here and in the processes."""
     folder = tmp_path_factory.mktemp("job")
     (folder / "ranks_job.py").write_text(JOB)
+    (folder / "killed_job.py").write_text(KILLED)
     sys.path.insert(0, str(folder))
     import ranks_job  # type: ignore[import-not-found]
 
@@ -188,13 +193,12 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(
     assert both["gone"] == "rank 1: v9.mp4: gone"
 
 
-def test_a_process_that_is_killed_ends_all_with_one_error(work: Any, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_ends_all_with_one_error(work: Any) -> None:
+    import killed_job  # type: ignore[import-not-found]
+
     with pytest.raises(TrainingError, match=r"rank 1 of 2 .*SIGKILL"):
         run_distributed(
-            work.job,
-            work.Job(folder=str(tmp_path), suicidal=True),
-            Console(quiet=True),
-            LoopOptions(gpus=2),
+            killed_job.job, killed_job.Options(), Console(quiet=True), LoopOptions(gpus=2)
         )
 
 
@@ -207,23 +211,13 @@ def test_sigterm_reaches_all_processes_and_fewer_go_on(tiny_store: Any, tmp_path
                  "checkpoint_every": 1},
     }  # fmt: skip
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"train-student": used}))
-    command = [
-        sys.executable,
-        "-m",
-        "distinit",
-        "train-student",
-        "--config",
-        str(tmp_path / "plan.yaml"),
-    ]
-    with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen(
-            [*command, "--gpus", "2"], stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+    words = ("train-student", "--config", tmp_path / "plan.yaml", "--gpus", 2)
+    process = warm.Process(*words, env={"OMP_NUM_THREADS": "1"})
     while process.poll() is None and not (run / "checkpoints" / "last.pt").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75, (tmp_path / "said").read_text()
-    lines = (tmp_path / "said").read_text().splitlines()
+    assert process.wait() == 75, process.stderr
+    lines = process.stderr.decode().splitlines()
     errors = [line for line in lines if line.startswith("error")]
     assert len(errors) == 1
     assert "interrupted at step" in errors[0]
