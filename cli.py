@@ -408,8 +408,8 @@ def common_params() -> list[click.Parameter]:
         click.Option(
             ["--preset"],
             metavar="NAME",
-            help="a preset that ships: demo, small, paper; of train-student also paper-32, flow; of "
-            "finetune also hmdb51, ucf101, scratch",
+            help="a preset that ships: demo, small, paper; of train-student also paper-32, flow, "
+            "transformer; of finetune also transformer, hmdb51, ucf101, scratch",
         ),
         click.Option(
             ["--config", "file"],

@@ -158,6 +158,7 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(
         "whole": {},
         "uneven": {"batch_size": 5},
         "pieces": {"micro_batch_size": 1, "clip_norm": 1.0},
+        "average": {"ema": 0.5, "weights": "ema", "schedule": "cosine"},
     }
     bad = {"nan": {"bad": ["nan", 5]}, "gone": {"bad": ["gone", 5]}}
     both = run_distributed(
