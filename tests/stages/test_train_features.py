@@ -130,6 +130,7 @@ ALL = {"sure": "cosine", "unsure": "squared-error", TEACHER: "mse"}
 MANY = {"loss": ALL, "balance_losses": True, "teacher_dropping": 0.4, "picks": "random:2"}
 
 
+@pytest.mark.slow
 def test_a_run_of_many_losses_is_resumed_bit_by_bit(
     feature_store: FeatureStore, tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_run_of_many_losses_is_resumed_bit_by_bit(
     assert load_student(tmp_path / "cut").classes == {"sure": 7, "unsure": 5, TEACHER: WIDTH}
 
 
+@pytest.mark.slow
 def test_a_head_is_part_of_the_identity_of_a_run(
     feature_store: FeatureStore, head: Path, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def probe(store: Path, labels: Path, **options: object) -> dict[str, dict[object
     return {"": found, **table}
 
 
+@pytest.mark.slow
 def test_a_teacher_that_knows_the_classes_and_one_that_does_not(
     labelled: tuple[Labelled, Path, Path],
 ) -> None:
@@ -88,6 +89,7 @@ def test_a_teacher_that_knows_the_classes_and_one_that_does_not(
     assert any("not in the store" in note for note in found[""]["notes"])
 
 
+@pytest.mark.slow
 def test_videos_of_a_source_are_never_on_both_sides(
     labelled: tuple[Labelled, Path, Path], tmp_path: Path
 ) -> None:
