@@ -11,7 +11,7 @@ import difflib
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class Result(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class _Keyword:
-    """A keyword argument: the dotted key that it fills, and what its field says of it."""
+    """A keyword argument: the dotted key that it fills, and how its field is given."""
 
     key: str
     text: str
@@ -69,7 +69,7 @@ def stage_function(command: str, model_at: str, stage_at: str) -> Callable[..., 
     """Make the function of a stage.
 
     Args:
-        command: name of the command, which is the section of a config file, too.
+        command: Name of the command, which is the section of a config file, too.
         model_at: module:name of the options model, below `distinit`; importing it loads no torch.
         stage_at: module:name of the stage, imported when the function is called.
     """
@@ -77,6 +77,7 @@ def stage_function(command: str, model_at: str, stage_at: str) -> Callable[..., 
     model = load(model_at)
     keywords = _keywords(model)
     arguments = [word for word, each in keywords.items() if each.cli.name[:1] not in ("", "-")]
+    argument = arguments[0] if arguments else None
 
     def run(
         *positional: Any,
@@ -89,44 +90,59 @@ def stage_function(command: str, model_at: str, stage_at: str) -> Callable[..., 
         from .config import load_config
         from .console import Console
 
-        for word in options:
-            if word not in keywords:
-                near = difflib.get_close_matches(word, keywords, 1)
-                raise TypeError(
-                    f"{name}() has no option {word!r}"
-                    + (f"; did you mean {near[0]!r}?" if near else "")
-                )
-        if positional:
-            word = arguments[0] if arguments else ""
-            if not word or word in options or (len(positional) > 1 and not keywords[word].repeated):
-                raise TypeError(f"{name}() takes positional arguments for: {word or 'nothing'}")
-            several = keywords[word].repeated and not isinstance(positional[0], list | tuple)
-            options[word] = list(positional) if several else positional[0]
+        options = _by_name(name, keywords, argument, positional, options)
         given = {
             each.key: _value(word, each, options) for word, each in keywords.items() if each.key
         }
-        dropped = [
-            f"{each.key.rpartition('.')[0]}.{key}".lstrip(".")
-            for word, each in keywords.items()
-            if given.get(each.key) is not None
-            for key in each.cli.replaces
-        ]
         checked = load_config(
             model,
             command,
             preset=preset,
             file=None if config is None else os.fspath(config),
             options={**given, **(set or {})},
-            dropped=dropped,
+            dropped=[
+                f"{each.key.rpartition('.')[0]}.{key}".lstrip(".")
+                for each in keywords.values()
+                if given.get(each.key) is not None
+                for key in each.cli.replaces
+            ],
             flags={each.key: word for word, each in keywords.items()},
         )
         with Console(quiet=quiet) as console:
             return Result(name, load(stage_at)(checked, console))
 
-    lines = [f"    {word}: {each.text}" for word, each in keywords.items() if each.text]
     run.__name__ = run.__qualname__ = name
     run.__module__ = "distinit"
-    run.__doc__ = "\n".join(
+    run.__doc__ = _docstring(command, keywords)
+    run.__signature__ = _signature(keywords, argument)  # type: ignore[attr-defined]
+    return run
+
+
+def _by_name(
+    function: str,
+    keywords: Mapping[str, _Keyword],
+    argument: str | None,
+    positional: Sequence[Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return all arguments of a call by name; TypeError as Python raises it for wrong ones."""
+    unknown = next((word for word in options if word not in keywords), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, keywords, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{function}() has no option {unknown!r}{hint}")
+    if not positional:
+        return dict(options)
+    repeated = argument is not None and keywords[argument].repeated
+    if argument is None or argument in options or (len(positional) > 1 and not repeated):
+        raise TypeError(f"{function}() takes positional arguments for: {argument or 'nothing'}")
+    several = repeated and not isinstance(positional[0], list | tuple)
+    return {**options, argument: list(positional) if several else positional[0]}
+
+
+def _docstring(command: str, keywords: Mapping[str, _Keyword]) -> str:
+    lines = [f"    {word}: {each.text}" for word, each in keywords.items() if each.text]
+    return "\n".join(
         [
             f"Run `distinit {command}`; its help text has examples.",
             "",
@@ -144,17 +160,15 @@ def stage_function(command: str, model_at: str, stage_at: str) -> Callable[..., 
             "    DistInitError: as the command, which prints its message.",
         ]
     )
+
+
+def _signature(keywords: Mapping[str, _Keyword], argument: str | None) -> inspect.Signature:
     kinds = inspect.Parameter
-    params = [kinds(word, kinds.POSITIONAL_OR_KEYWORD) for word in arguments[:1]]
-    params += [
-        kinds(word, kinds.KEYWORD_ONLY, default=each.default)
-        for word, each in keywords.items()
-        if word not in arguments[:1]
-    ]
-    extras = {"preset": None, "config": None, "set": None, "quiet": False}
-    params += [kinds(word, kinds.KEYWORD_ONLY, default=value) for word, value in extras.items()]
-    run.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]
-    return run
+    params = [] if argument is None else [kinds(argument, kinds.POSITIONAL_OR_KEYWORD)]
+    defaults = {word: each.default for word, each in keywords.items() if word != argument}
+    defaults |= {"preset": None, "config": None, "set": None, "quiet": False}
+    params += [kinds(word, kinds.KEYWORD_ONLY, default=value) for word, value in defaults.items()]
+    return inspect.Signature(params)
 
 
 def _keywords(model: type[Options], prefix: str = "") -> dict[str, _Keyword]:
