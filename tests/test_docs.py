@@ -23,8 +23,8 @@ NAMES = {
     "pipeline/students/student_options.py": ["BUILTIN_ARCHITECTURES"],
     "pipeline/evaluation/listing.py": ["Listing"],
     "pipeline/evaluation/labels.py": ["load_labels"],
-    "pipeline/training/distillation.py": ["Loss"],
-    "pipeline/training/losses.py": ["mean_over_kept"],
+    "pipeline/training/distillation_options.py": ["Loss", "LOSSES"],
+    "pipeline/training/losses.py": ["HeadLoss"],
 }
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="an installed copy has no docs")
