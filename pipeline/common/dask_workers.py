@@ -22,7 +22,7 @@ LOOPBACK = "127.0.0.1"
 # Open files of the process that starts workers: 21 and 9 per worker were counted once they run.
 OWN_FILES, FILES_PER_WORKER = 64, 16
 STARTS = 3  # of a local cluster, before the run is given up
-# What dask does beside the work, often enough that two idle workers and their scheduler were
+# What dask does next to the work, often enough that two idle workers and their scheduler were
 # measured at a fifth of a core, and seldom enough at a fiftieth. Workers here are few and a task
 # lasts minutes.
 QUIET = {

@@ -15,7 +15,8 @@ from .files import sweep_run
 
 log = logging.getLogger(__name__)
 
-OUTLIVED_S = 8.0  # for which a process that was told to end may go on: it writes a checkpoint
+# A process that was asked to end may write a checkpoint first.
+OUTLIVED_S = 8.0
 _held: set[int] = set()  # descriptors of this process
 
 
