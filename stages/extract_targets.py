@@ -26,7 +26,12 @@ from ..pipeline.corpus.parts import Part
 from ..pipeline.corpus.sources import VideoList, list_videos
 from ..pipeline.extraction.estimate import dry_run
 from ..pipeline.extraction.extract_options import ExtractConfig
-from ..pipeline.extraction.machine import default_decoders, load_teachers, run_record
+from ..pipeline.extraction.machine import (
+    default_decoders,
+    load_teachers,
+    outputs_of,
+    run_record,
+)
 from ..pipeline.extraction.planner import (
     StorePlan,
     add_new_videos,
@@ -45,7 +50,7 @@ from ..pipeline.extraction.teacher_runner import TeacherRunner, batch_threads
 from ..pipeline.store.index import FAILED, OK, PENDING
 from ..pipeline.store.staging import ShardResult
 from ..pipeline.store.writer import StoreWriter
-from ..pipeline.teachers.teacher import Teacher
+from ..pipeline.teachers.teacher import Teacher, TeacherOutput
 from ..pipeline.video.geometry import View
 from ..pipeline.video.pool.decode_pool import DecodePool
 from ..pipeline.video.pool.messages import INTERNAL
@@ -74,10 +79,11 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
     if config.dry_run:
         return dry_run(config, None if listed is None else _share(config, listed, console), device)
     sampling = _sampling(config)
-    teachers = load_teachers(config, device)
+    loaded = load_teachers(config, device)
+    teachers = outputs_of(loaded)
     _check_accepted(config, teachers)
-    fingerprints = examine_teachers(teachers)
-    views = list(dict.fromkeys(t.view for t in teachers.values()))
+    fingerprints = examine_teachers(loaded)
+    views = list(dict.fromkeys(teacher.view for teacher in loaded))
     decoders = config.decoders or default_decoders(device)
     with ExitStack() as stack:
         stack.enter_context(_naming(config.out))
@@ -99,7 +105,7 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
             run = run_record(config.batch_size, config.precision, device)
         asked = {
             name: {**attributes, "run": run}
-            for name, attributes in _records(config, teachers).items()
+            for name, attributes in _records(config, loaded).items()
         }
         for name, attributes in asked.items():  # before videos are listed, since those stay
             writer.check_teacher(
@@ -180,7 +186,7 @@ Fill = Callable[[Iterator[ShardTask], Callable[[int], Any]], Iterator[ShardResul
 def _here(
     config: ExtractConfig,
     writer: StoreWriter,
-    teachers: dict[str, Teacher],
+    teachers: dict[str, TeacherOutput],
     pool: DecodePool,
     views: list[View],
     device: torch.device,
@@ -208,7 +214,7 @@ def _here(
 def _there(
     config: ExtractConfig,
     writer: StoreWriter,
-    teachers: dict[str, Teacher],
+    teachers: dict[str, TeacherOutput],
     run: dict[str, Any],
     client: Client,
 ) -> Fill:
@@ -298,7 +304,7 @@ def _share(config: ExtractConfig, listed: VideoList, console: Console) -> VideoL
     return videos
 
 
-def _check_accepted(config: ExtractConfig, teachers: dict[str, Teacher]) -> None:
+def _check_accepted(config: ExtractConfig, teachers: dict[str, TeacherOutput]) -> None:
     for name in config.accept_teachers:
         if name not in teachers:
             raise UsageError(
@@ -339,15 +345,16 @@ def _add_videos(
         )
 
 
-def _records(config: ExtractConfig, teachers: dict[str, Teacher]) -> dict[str, dict[str, Any]]:
-    """Return what the store records of each teacher, its numerics aside."""
+def _records(config: ExtractConfig, loaded: list[Teacher]) -> dict[str, dict[str, Any]]:
+    """Return what the store records of each output of a teacher, its numerics aside."""
     return {
         name: {
             "name": name,
-            "identity": teacher.identity(config.precision),
-            "provenance": {**teacher.provenance(), "spec": spec.record()},
+            "identity": teacher.identity(config.precision, output),
+            "provenance": {**teacher.provenance(), "spec": spec.record(output)},
         }
-        for (name, teacher), spec in zip(teachers.items(), config.teachers, strict=True)
+        for teacher, spec in zip(loaded, config.teachers, strict=True)
+        for output, name in teacher.store_names.items()
     }
 
 

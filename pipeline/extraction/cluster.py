@@ -28,7 +28,7 @@ from ..store.staging import ShardResult
 from ..teachers.teacher_options import TeacherSpec
 from ..video.sampling import Sampling
 from .extract_options import ExtractConfig
-from .machine import run_record
+from .machine import outputs_of, run_record
 from .shard_filler import ShardFiller, ShardTask
 from .teacher_runner import TeacherRunner
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
     from ..store.writer import StoreWriter
-    from ..teachers.teacher import Teacher
+    from ..teachers.teacher import TeacherOutput
 
 IN_FLIGHT = 2  # tasks a worker holds: one at work, one waiting
 QUEUED = 32  # tasks at least, whatever the workers: a cluster that adapts grows by what waits
@@ -66,7 +66,7 @@ class WorkerSetup:
         cls,
         config: ExtractConfig,
         writer: StoreWriter,
-        teachers: Mapping[str, Teacher],
+        teachers: Mapping[str, TeacherOutput],
         sampling: Sampling,
         run: Mapping[str, Any],
     ) -> WorkerSetup:
@@ -77,7 +77,7 @@ class WorkerSetup:
         return cls(
             root=str(writer.root),
             specs=tuple(_anywhere(spec).model_dump_json() for spec in config.teachers),
-            identities=tuple((n, _identity(t, config.precision)) for n, t in teachers.items()),
+            identities=tuple((n, _json(t.identity(config.precision))) for n, t in teachers.items()),
             run=_json(run),
             sampling=sampling.model_dump_json(),
             shard_rows=writer.shard_rows,
@@ -162,7 +162,7 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
     from ..store.layout import read_fingerprint
     from ..store.storage import LocalFiles
     from ..teachers.fingerprint import Fingerprint
-    from ..teachers.probes import fingerprint
+    from ..teachers.probes import fingerprints
     from ..teachers.teacher import load_teacher
     from ..video.pool.decode_pool import DecodePool
 
@@ -175,35 +175,31 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
     if device.type == "cpu":
         torch.set_num_threads(1)  # workers share the machine's cores; more threads spin
         keep_freed_memory()
-    teachers = {}
-    expected = dict(setup.identities)
-    for text in setup.specs:
-        teacher = load_teacher(TeacherSpec.model_validate_json(text)).to(device, setup.precision)
-        here = _identity(teacher, setup.precision)
-        if here != expected[teacher.name]:
+    specs = [TeacherSpec.model_validate_json(text) for text in setup.specs]
+    teachers = [load_teacher(spec).to(device, setup.precision) for spec in specs]
+    outputs, expected = outputs_of(teachers), dict(setup.identities)
+    found = {t.store_names[o]: f for t in teachers for o, f in fingerprints(t).items()}
+    for name, output in outputs.items():
+        here = _json(output.identity(setup.precision))
+        if here != expected[name]:
             raise StoreMismatchError(
-                f"teacher {teacher.name!r} differs on this worker: {here}, the client's is {expected[teacher.name]}"
+                f"teacher {name!r} differs on this worker: {here}, the client's is {expected[name]}"
             )
-        node = read_fingerprint(LocalFiles(Path(setup.root)), teacher.name)
+        node = read_fingerprint(LocalFiles(Path(setup.root)), name)
         if node is not None:
-            stored = Fingerprint.parse(node, f"{setup.root}/teachers/{teacher.name}")
-            stored.check(fingerprint(teacher), teacher.name, f"{setup.root}, on this worker")
-        teachers[teacher.name] = teacher
-    views = list(dict.fromkeys(t.view for t in teachers.values()))
+            stored = Fingerprint.parse(node, f"{setup.root}/teachers/{name}")
+            stored.check(found[name], name, f"{setup.root}, on this worker")
+    views = list(dict.fromkeys(teacher.view for teacher in teachers))
     pool = DecodePool(
         processes=setup.decoders, views=views, memory_gb=setup.memory_gb, timeout_s=setup.timeout_s
     )
-    runner = TeacherRunner(teachers, views, batch_size=setup.batch_size, threads=1)
+    runner = TeacherRunner(outputs, views, batch_size=setup.batch_size, threads=1)
     open_.enter_context(pool)
     open_.enter_context(runner)
     sampling = Sampling.model_validate_json(setup.sampling)
     return ShardFiller(
         Path(setup.root), runner, pool, sampling=sampling, shard_rows=setup.shard_rows
     )
-
-
-def _identity(teacher: Teacher, precision: str) -> str:
-    return _json(teacher.identity(precision))
 
 
 def _json(record: Mapping[str, Any]) -> str:

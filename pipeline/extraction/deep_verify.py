@@ -25,9 +25,9 @@ from ..store.index import OK
 from ..store.reader import TargetStore, check_video_roots
 from ..store.verify import Finding
 from ..teachers.fingerprint import Fingerprint
-from ..teachers.probes import fingerprint
+from ..teachers.probes import fingerprints
 from ..teachers.recorded import load_recorded
-from ..teachers.teacher import Teacher
+from ..teachers.teacher import TeacherOutput
 from ..video.container import digest
 from ..video.pool.decode_pool import DecodeJob, DecodePool, Done, Failed
 
@@ -40,12 +40,12 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
 class Replay:
     """One teacher of the store, run again. Feed it the rows of one video after the other."""
 
-    def __init__(self, store: TargetStore, name: str, teacher: Teacher) -> None:
-        self.store, self.name, self.teacher = store, name, teacher
+    def __init__(self, store: TargetStore, name: str, of: TeacherOutput) -> None:
+        self.store, self.name, self.of, self.teacher = store, name, of, of.teacher
         self.commits = store.index.teachers[name]
         self.rows, self.equal, self.worst = 0, 0, 0.0
         self._off: dict[int, tuple[int, float]] = {}
-        self._batch = np.zeros((0, *teacher.input_shape, 3), np.uint8)
+        self._batch = np.zeros((0, *of.teacher.input_shape, 3), np.uint8)
         self._at = (-1, -1)  # shard and batch
         self._places: list[int] = []
         self._waiting: list[int] = []
@@ -77,7 +77,7 @@ class Replay:
         """Run the teacher on the waiting images and compare with what is stored."""
         if not self._places:
             return
-        logits = self.teacher.logits(self._batch).numpy()[self._places]
+        logits = self.of.compute(self._batch).numpy()[self._places]
         rows = np.array(self._waiting)
         encoding = self.store.teachers[self.name].encoding
         stored = {a: self.store.read_stored(self.name, a, rows) for a in arrays_of(encoding)}
@@ -155,12 +155,11 @@ def deep_check(
     replays = []
     for name in store.teachers:
         try:
-            teacher = _load(store, name, weights or {}, allow_teachers, resolve_device(device))
-            replays.append(Replay(store, name, teacher))
+            of = _load(store, name, weights or {}, allow_teachers, resolve_device(device))
+            replays.append(Replay(store, name, of))
             if (node := store.fingerprint(name)) is not None:
-                Fingerprint.parse(node, f"teachers/{name}").check(
-                    fingerprint(teacher), name, store.name
-                )
+                found = fingerprints(of.teacher)[of.output]
+                Fingerprint.parse(node, f"teachers/{name}").check(found, name, store.name)
         except DistInitError as error:
             findings.append(Finding(str(error), None, name))
     videos = np.flatnonzero((store.video_state == OK) & (store.row_counts > 0))
@@ -192,7 +191,7 @@ def _load(
     weights: Mapping[str, str],
     allowed: Collection[str],
     device: torch.device,
-) -> Teacher:
+) -> TeacherOutput:
     """Load the store's teacher on this machine; DistInitError if it is a different one."""
     record = store.teachers[name]
     node = fmt.read_nodes(store.files, "teachers", [name])[name]
@@ -201,7 +200,7 @@ def _load(
         node.get("provenance", {}), where, weights=weights.get(name), trusted=allowed
     )
     teacher.to(device, str(record.run.get("precision")))
-    if len(teacher.classes) == len(record.classes):
+    if record.classes and len(teacher.classes) == len(record.classes):
         teacher.classes = list(record.classes)  # their names may have come from a file
     here = teacher.identity()
     for key, recorded in record.identity.items():
@@ -209,7 +208,7 @@ def _load(
             raise UsageError(
                 f"not the teacher that was extracted: its {key} is {here.get(key)}, was {recorded}"
             )
-    return teacher
+    return TeacherOutput(teacher, teacher.outputs[0])
 
 
 def _check_video(

@@ -19,12 +19,13 @@ from ..video.pool.decode_pool import Block, DecodeJob, DecodePool
 from ..video.probe import Probe
 from ..video.sampling import Sampling
 from .extract_options import ExtractConfig
-from .machine import default_decoders, load_teachers
+from .machine import default_decoders, load_teachers, outputs_of
 
 log = logging.getLogger(__name__)
 
 PROBED, TIMED = 2000, 8  # videos probed; of these, decoded to measure the rate
 ROW_BYTES = 4 + 8 + 8  # video, index, pts
+ENTROPY_BYTES = 4
 
 
 def dry_run(
@@ -40,15 +41,18 @@ def dry_run(
     if videos is None:
         raise UsageError("--dry-run needs a SOURCE")
     teachers = load_teachers(config, device)
-    views = list(dict.fromkeys(t.view for t in teachers.values()))
+    views = list(dict.fromkeys(teacher.view for teacher in teachers))
     chosen = np.unique(
         np.linspace(0, len(videos) - 1, min(PROBED, len(videos))).astype(int)
     ).tolist()
     asked = config.sampling or Sampling()
     options = [asked, *(s for s in _others() if s != asked)]
-    teacher_s = sum(_seconds_a_row(t, config.batch_size) for t in teachers.values())
+    teacher_s = sum(_seconds_a_row(t, config.batch_size) for t in teachers)
     encoding = config.encoding or DEFAULT
-    width = sum(row_bytes(len(t.classes), encoding) + 4 for t in teachers.values())
+    bytes_of = {
+        name: row_bytes(o.width, encoding) + (ENTROPY_BYTES if o.output == "logits" else 0)
+        for name, o in outputs_of(teachers).items()
+    }
     together = sum if device.type == "cpu" else max
     rows_out: list[dict[str, Any]] = []
     with DecodePool(processes=config.decoders or default_decoders(device), views=views) as pool:
@@ -69,7 +73,8 @@ def dry_run(
                 {
                     "sampling": sampling.describe(),
                     "rows": int(rows),
-                    "gigabytes": rows * (width + ROW_BYTES) / 1e9,
+                    "gigabytes": rows * (sum(bytes_of.values()) + ROW_BYTES) / 1e9,
+                    "gigabytes_of": {n: rows * size / 1e9 for n, size in bytes_of.items()},
                     "hours": together([decode_s, rows * teacher_s]) / 3600,
                     "hours_decoding": decode_s / 3600,
                     "hours_teachers": rows * teacher_s / 3600,
@@ -94,9 +99,9 @@ def _seconds_a_row(teacher: Teacher, batch_size: int) -> float:
     log.info("measuring %s", teacher.name)
     h, w = teacher.view.shape(256, 256)
     images = np.random.default_rng(0).integers(0, 255, (batch_size, h, w, 3), dtype=np.uint8)
-    teacher.logits(images)  # warm-up: allocations, compiled kernels
+    teacher.compute(images)  # warm-up: allocations, compiled kernels
     began = time.perf_counter()
-    teacher.logits(images)
+    teacher.compute(images)
     return (time.perf_counter() - began) / batch_size
 
 
@@ -123,7 +128,9 @@ def _decode_seconds(pool: DecodePool, sampling: Sampling, good: list[tuple[str, 
 
 def _show(rows: list[dict[str, Any]], videos: int, probed: int, broken: int) -> None:
     title = f"{videos} videos" + (f", estimated from {probed} of them" if probed < videos else "")
-    numbers = [Column(name, number=True) for name in ("rows", "GB", "hours")]
+    outputs = list(rows[0]["gigabytes_of"])
+    each = [f"GB of {name}" for name in outputs] if len(outputs) > 1 else []
+    numbers = [Column(name, number=True) for name in ("rows", "GB", *each, "hours")]
     table = Table(
         title + (f"; {broken} cannot be read" if broken else ""),
         [Column("frames kept"), *numbers, Column("bound by")],
@@ -132,5 +139,6 @@ def _show(rows: list[dict[str, Any]], videos: int, probed: int, broken: int) -> 
         by = "decoding" if r["hours_decoding"] > r["hours_teachers"] else "the teachers"
         hours = r["hours"]
         shown = f"{hours:.1f}" if hours >= 1 else f"{hours * 60:.1f} min"
-        table.add(r["sampling"], f"{r['rows']:,}", f"{r['gigabytes']:.3g}", shown, by)
+        parts = [f"{r['gigabytes_of'][name]:.3g}" for name in outputs] if each else []
+        table.add(r["sampling"], f"{r['rows']:,}", f"{r['gigabytes']:.3g}", *parts, shown, by)
     log.info(table)

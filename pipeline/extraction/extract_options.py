@@ -27,8 +27,8 @@ TEACHERS = CliOption(
         (
             "--teacher-option",
             "[NAME:]KEY=VALUE",
-            "input_size, resize, interpolation, mean, std, classes (a file), name (in the store), or an "
-            "argument of the teacher's builder; repeatable",
+            "input_size, resize, interpolation, resize_backend (swscale or pil), mean, std, classes (a "
+            "file), name (in the store), or an argument of the teacher's builder; repeatable",
         ),
         (
             "--teacher-weights",
@@ -39,6 +39,12 @@ TEACHERS = CliOption(
             "--teacher-sha256",
             "[NAME=]HEX",
             "what the SHA-256 of a teacher's weights file must be; repeatable",
+        ),
+        (
+            "--teacher-output",
+            "[NAME=]OUTPUT",
+            "logits (default), features or logits,features: what is stored of a teacher's forward "
+            "pass; repeatable",
         ),
     ),
 )
@@ -58,8 +64,9 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
     )
     teachers: Annotated[list[TeacherSpec], TEACHERS] = Field(
         min_length=1,
-        description="efficientnet_lite0, resnet50, resnet50-places365, torchvision:NAME[@WEIGHTS], "
-        "timm:NAME or package.module:factory; repeatable, one decode serves all",
+        description="efficientnet_lite0 (1, 2), resnet50, resnet50-places365, "
+        "torchvision:NAME[@WEIGHTS], timm:NAME, open_clip:ARCH[@WEIGHTS], hf:ORG/NAME or "
+        "package.module:factory; repeatable, one decode serves all",
     )
     sampling: Annotated[Sampling | None, CliOption()] = None
     batch_size: Annotated[int, CliOption(group="Hardware", metavar="B")] = Field(
@@ -77,7 +84,7 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
         CliOption(group="Output", metavar="R", shown="depending on the size, 512 to 16384"),
     ] = Field(None, description="rows per shard, a multiple of 256")
     encoding: Annotated[PlainEncoding | None, CliOption(group="Output", shown="float16")] = Field(
-        None, description="how a new teacher's logits are stored; int8 halves the store"
+        None, description="how a new teacher's outputs are stored; int8 halves the store"
     )
     allow_different_numerics: Annotated[bool, CliOption(group="Hardware")] = Field(
         False, description="continue with another batch size, precision, torch or device kind"

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..common.errors import UsageError
 from ..common.processes import cores
-from ..teachers.teacher import Teacher, load_teacher
+from ..teachers.teacher import Teacher, TeacherOutput, load_teacher
 from .extract_options import ExtractConfig
 
 
-def load_teachers(config: ExtractConfig, device: torch.device) -> dict[str, Teacher]:
-    """Load the teachers by their name in the store; UsageError if two have the same name."""
-    teachers: dict[str, Teacher] = {}
+def load_teachers(config: ExtractConfig, device: torch.device) -> list[Teacher]:
+    """Load the teachers, in the order of the command line.
+
+    Raises:
+        UsageError: Two outputs would have one name in the store.
+    """
+    teachers = []
+    names: set[str] = set()
     for spec in config.teachers:
         teacher = load_teacher(spec)
-        if teacher.name in teachers:
-            raise UsageError(f"--teacher: {teacher.name} is named twice")
-        teachers[teacher.name] = teacher.to(device, config.precision)
+        for name in teacher.store_names.values():
+            if name in names:
+                raise UsageError(f"--teacher: {name} is named twice")
+            names.add(name)
+        teachers.append(teacher.to(device, config.precision))
     return teachers
+
+
+def outputs_of(teachers: Sequence[Teacher]) -> dict[str, TeacherOutput]:
+    """Return the outputs of all teachers by their name in the store."""
+    outputs = [TeacherOutput(teacher, output) for teacher in teachers for output in teacher.outputs]
+    return {output.name: output for output in outputs}
 
 
 def default_decoders(device: torch.device) -> int:

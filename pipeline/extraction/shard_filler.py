@@ -32,7 +32,7 @@ from ..store.store_options import Encoding
 from ..video.container import digest
 from ..video.pool.decode_pool import Block, DecodeJob, DecodePool, Done, Failed
 from ..video.sampling import Sampling
-from .teacher_runner import Batch, Logits, TeacherRunner
+from .teacher_runner import Batch, Outputs, TeacherRunner
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class _Rows:
     codecs: dict[str, Codec]
     used: int = 0
     outcomes: list[_Outcome] = field(default_factory=list)
-    running: deque[tuple[slice, Future[Logits]]] = field(default_factory=deque)
+    running: deque[tuple[slice, Future[Outputs]]] = field(default_factory=deque)
 
     @property
     def ready(self) -> bool:
@@ -112,22 +112,22 @@ class _Rows:
             runner.give_back(batch)
 
     def collect(self, *, wait: bool = False) -> None:
-        """Enter the logits of batches that are through; raises what a teacher raised."""
+        """Enter the outputs of batches that are through; raises what a teacher raised."""
         while self.running and (wait or self.running[0][1].done()):
             at, future = self.running.popleft()
-            for name, logits in future.result().items():
-                self._enter(name, at, logits[: at.stop - at.start])
+            for name, values in future.result().items():
+                self._enter(name, at, values[: at.stop - at.start])
 
-    def _enter(self, name: str, at: slice, logits: NDArray[np.float32]) -> None:
+    def _enter(self, name: str, at: slice, values: NDArray[np.float32]) -> None:
         codec, stored = self.codecs[name], self.stored[name]
-        self.good[name][at] = storable(logits)
-        encoded = codec.encode(logits)
-        for array, values in encoded.items():
-            stored[array][at] = values
+        self.good[name][at] = storable(values)
+        encoded = codec.encode(values)
+        for array, rows in encoded.items():
+            stored[array][at] = rows
         with np.errstate(all="ignore"):  # rows that are not storable
             if codec.output == "logits":
-                stored["entropy"][at] = entropy(logits)
-            self.error[name][at] = codec.error(logits, codec.decode(encoded))
+                stored["entropy"][at] = entropy(values)
+            self.error[name][at] = codec.error(values, codec.decode(encoded))
 
 
 class ShardFiller:
@@ -147,7 +147,7 @@ class ShardFiller:
         advance: Callable[[int], Any] = lambda n: None,
     ) -> None:
         self.root, self.runner, self.pool = root, runner, pool
-        self.teachers = runner.teachers
+        self.outputs = runner.outputs
         self.sampling, self.shard_rows = sampling, shard_rows
         self.advance = advance
         self._codecs: dict[str, Codec] = {}

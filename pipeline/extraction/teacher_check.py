@@ -22,7 +22,7 @@ from ..store.storage import LocalFiles
 from ..store.writer import StoreWriter
 from ..teachers.fingerprint import Fingerprint
 from ..teachers.probes import examine, says_probabilities
-from ..teachers.teacher import Teacher
+from ..teachers.teacher import Teacher, TeacherOutput
 from ..video.container import digest
 from ..video.geometry import View
 from ..video.pool.decode_pool import DecodeJob, DecodePool, Done, Failed
@@ -34,20 +34,21 @@ log = logging.getLogger(__name__)
 VIDEOS, ROWS = 8, 32  # of a sample: videos, and rows of each
 
 
-def examine_teachers(teachers: Mapping[str, Teacher]) -> dict[str, Fingerprint]:
-    """Return the teachers' fingerprints; warn of one that outputs probabilities.
+def examine_teachers(teachers: Sequence[Teacher]) -> dict[str, Fingerprint]:
+    """Return the fingerprints by name in the store; warn of a teacher that outputs probabilities.
 
     Raises:
         TeacherError: See `probes.examine`.
     """
     fingerprints = {}
-    for name, teacher in teachers.items():
-        fingerprints[name] = examine(teacher)
-        if says_probabilities(fingerprints[name].logits):
+    for teacher in teachers:
+        found = examine(teacher)
+        fingerprints.update({teacher.store_names[output]: f for output, f in found.items()})
+        if "logits" in found and says_probabilities(found["logits"].values):
             log.warning(
-                f"teacher {name!r} seems to give probabilities, not logits (none is negative, and rows have one sum or "
-                f"none is above 1): their softmax is nearly uniform over the {len(teacher.classes)} classes, and a "
-                f"student learns next to nothing; let it return what goes into its softmax or sigmoid"
+                f"teacher {teacher.name!r} seems to give probabilities, not logits (none is negative, and rows have "
+                f"one sum or none is above 1): their softmax is nearly uniform over the {len(teacher.classes)} "
+                f"classes, and a student learns next to nothing; let it return what goes into its softmax or sigmoid"
             )
     return fingerprints
 
@@ -73,7 +74,7 @@ def check_fingerprints(writer: StoreWriter, found: Mapping[str, Fingerprint]) ->
 def prove_teachers(
     plan: StorePlan,
     without: Sequence[str],
-    teachers: Mapping[str, Teacher],
+    teachers: Mapping[str, TeacherOutput],
     found: Mapping[str, Fingerprint],
     accepted: Sequence[str],
     pool: DecodePool,
@@ -94,7 +95,9 @@ def prove_teachers(
             basis: dict[str, Any] = {"kind": "new"}
         else:
             replay = Replay(store, name, teachers[name])
-            videos, why = _replay_sample(plan, replay, pool, views.index(teachers[name].view))
+            videos, why = _replay_sample(
+                plan, replay, pool, views.index(teachers[name].teacher.view)
+            )
             if videos:
                 basis = {"kind": "rows", "rows": replay.rows, "videos": videos}
                 log.info(

@@ -4,7 +4,7 @@ Each thread runs whole batches with torch's own parallelism off: that gives the 
 cores kept apart for the decoders (whichever has work gets the time), and does not spin as OpenMP
 does on busy cores (several times slower, docs/benchmarks.md).
 
-Shapes: B rows of a batch, h w pixels of a view, K classes of a teacher.
+Shapes: B rows of a batch, h w pixels of a view, D numbers of an output.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from typing import Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..common.devices import keep_freed_memory
-from ..teachers.teacher import Teacher
+from ..store.store_options import Output
+from ..teachers.teacher import Teacher, TeacherOutput
 from ..video.geometry import View
 
 MOST_THREADS = 16  # each holds the activations of one batch
 
-Logits = dict[str, NDArray[np.float32]]
-"""[B, K] of each teacher, by name."""
+Outputs = dict[str, NDArray[np.float32]]
+"""[B, D] of each teacher of the store, by name."""
 
 
 @dataclass
@@ -47,14 +49,15 @@ class Batch:
 class TeacherRunner:
     """Runs teachers over batches in `threads` threads; batches come from `take` and go to `submit`.
 
+    outputs: by name in the store; of one teacher's outputs the forward pass is run once.
     views: the distinct views of all teachers, in the order of a batch's images.
     """
 
     def __init__(
-        self, teachers: dict[str, Teacher], views: list[View], *, batch_size: int, threads: int
+        self, outputs: dict[str, TeacherOutput], views: list[View], *, batch_size: int, threads: int
     ) -> None:
-        self.teachers = teachers
-        self._view_of = {name: views.index(t.view) for name, t in teachers.items()}
+        self.outputs = outputs
+        self._views = views
         shapes = [t.fixed_shape for t in views]
         # One batch is filled while each thread has one at work and one more waits.
         self._batches = [
@@ -68,14 +71,14 @@ class TeacherRunner:
             for _ in range(threads + 2)
         ]
         self._free = list(self._batches)
-        self._running: deque[tuple[Future[Logits], Batch]] = deque()
+        self._running: deque[tuple[Future[Outputs], Batch]] = deque()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="teacher")
 
     def take(self) -> Batch:
         """Return an empty batch; wait for the oldest one that runs if there is none."""
         while self._running and (self._running[0][0].done() or not self._free):
             future, batch = self._running.popleft()
-            future.exception()  # waits; the exception is raised where the logits are used
+            future.exception()  # waits; the exception is raised where the outputs are used
             batch.count = 0
             self._free.append(batch)
         return self._free.pop()
@@ -98,8 +101,8 @@ class TeacherRunner:
         for batch in self._free:
             batch.count = 0
 
-    def submit(self, batch: Batch, names: Iterable[str]) -> Future[Logits]:
-        """Run the batch; the result is the logits of these teachers, all B rows.
+    def submit(self, batch: Batch, names: Iterable[str]) -> Future[Outputs]:
+        """Run the batch; the result is the output of these teachers of the store, all B rows.
 
         Rows beyond `count` have no meaning. The batch must not be used afterwards.
         """
@@ -121,11 +124,15 @@ class TeacherRunner:
         """End the threads, each after the batch it is at."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, batch: Batch, names: tuple[str, ...]) -> Logits:
-        return {
-            name: self.teachers[name].logits(batch.images[self._view_of[name]]).numpy()
-            for name in names
-        }
+    def _run(self, batch: Batch, names: tuple[str, ...]) -> Outputs:
+        computed: dict[Teacher, dict[Output, Tensor]] = {}
+        found: Outputs = {}
+        for name in names:
+            teacher = self.outputs[name].teacher
+            if teacher not in computed:
+                computed[teacher] = teacher.compute(batch.images[self._views.index(teacher.view)])
+            found[name] = computed[teacher][self.outputs[name].output].numpy()
+        return found
 
 
 @contextmanager

@@ -244,7 +244,7 @@ def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
                 continue
             count = Fingerprint.parse(
                 fingerprint, f"teachers/{name}/{fmt.FINGERPRINT}"
-            ).logits.shape[1]
+            ).values.shape[1]
         except StoreError as error:
             yield Finding(str(error), None, name)
             continue

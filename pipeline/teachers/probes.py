@@ -1,6 +1,6 @@
-"""Probe a teacher for its fingerprint: images, logits, and what these reveal.
+"""Probe a teacher for its fingerprints: images, outputs, and what these reveal.
 
-Shapes: P probe images, h w pixels of a teacher's input, K classes.
+Shapes: P probe images, h w pixels of a teacher's input, K classes or features.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..common.errors import TeacherError, third_party
+from ..store.store_options import Output
 from .fingerprint import COUNT, Difference, Fingerprint
 from .teacher import Teacher
 
@@ -18,40 +19,43 @@ BATCH = (0.05, 0.3)
 below."""
 
 
-def fingerprint(teacher: Teacher) -> Fingerprint:
-    """Return the teacher's fingerprint on its current device.
+def fingerprints(teacher: Teacher) -> dict[Output, Fingerprint]:
+    """Return the fingerprint of each of the teacher's outputs on its current device.
 
     Raises:
         TeacherError: Its forward fails on the probe images.
     """
-    return _fingerprint(teacher, _logits(teacher, probe_images(*teacher.input_shape)))
+    return _fingerprints(teacher, probe_images(*teacher.input_shape))
 
 
-def examine(teacher: Teacher) -> Fingerprint:
-    """Return the fingerprint of a teacher after checking that its logits can be cached.
+def examine(teacher: Teacher) -> dict[Output, Fingerprint]:
+    """Return the fingerprints of a teacher after checking that its outputs can be cached.
 
     Raises:
-        TeacherError: The same image gets different logits each time, or logits that depend on the
-            rest of a batch.
+        TeacherError: The same image gets another output each time, or one that depends on the rest
+            of a batch.
     """
     images = probe_images(*teacher.input_shape)
-    first, again = (_fingerprint(teacher, _logits(teacher, images)) for _ in range(2))
-    if how := first.differs(again):
-        raise TeacherError(
-            f"teacher {teacher.name!r}: says other logits of the same images each time ({how}); is dropout or another "
-            f"randomness on in its forward?"
-        )
-    parts = []
-    for half in (slice(0, COUNT // 2), slice(COUNT // 2, COUNT)):
+    first, again = (_fingerprints(teacher, images) for _ in range(2))
+    halves = slice(0, COUNT // 2), slice(COUNT // 2, COUNT)
+    padded = []
+    for half in halves:
         batch = np.zeros_like(images)  # padded as the last batch of a shard is
         batch[half] = images[half]
-        parts.append(_logits(teacher, batch)[half])
-    apart = Difference.of(first.logits, np.concatenate(parts))
-    if not apart.within(BATCH):
-        raise TeacherError(
-            f"teacher {teacher.name!r}: the logits of an image depend on the others of its batch (off by up to "
-            f"{apart.largest:.2g} of their standard deviation); is a normalisation over the batch in its forward?"
-        )
+        padded.append(_outputs(teacher, batch))
+    for output, found in first.items():
+        if how := found.differs(again[output]):
+            raise TeacherError(
+                f"teacher {teacher.name!r}: computes other {output} of the same images each time ({how}); is dropout "
+                f"or another randomness on in its forward?"
+            )
+        parts = [values[output][half] for values, half in zip(padded, halves, strict=True)]
+        apart = Difference.of(found.values, np.concatenate(parts))
+        if not apart.within(BATCH):
+            raise TeacherError(
+                f"teacher {teacher.name!r}: the {output} of an image depend on the others of its batch (off by up to "
+                f"{apart.largest:.2g} of their standard deviation); is a normalisation over the batch in its forward?"
+            )
     return first
 
 
@@ -120,7 +124,7 @@ def _noise(height: int, width: int, seed: int) -> NDArray[np.int64]:
     return (z >> np.uint64(56)).astype(np.int64).reshape(height, width, 3)
 
 
-def _fingerprint(teacher: Teacher, logits: NDArray[np.float32]) -> Fingerprint:
+def _fingerprints(teacher: Teacher, images: NDArray[np.uint8]) -> dict[Output, Fingerprint]:
     device = teacher.device
     if device.type == "cuda":
         processor = f"cuda {torch.cuda.get_device_name(device)}"
@@ -130,17 +134,22 @@ def _fingerprint(teacher: Teacher, logits: NDArray[np.float32]) -> Fingerprint:
             if device.type == "cpu"
             else device.type
         )
-    return Fingerprint(logits, torch.__version__.split("+")[0], processor)
+    version = torch.__version__.split("+")[0]
+    return {
+        output: Fingerprint(values, version, processor, output=output)
+        for output, values in _outputs(teacher, images).items()
+    }
 
 
-def _logits(teacher: Teacher, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the logits in float32.
+def _outputs(teacher: Teacher, images: NDArray[np.uint8]) -> dict[Output, NDArray[np.float32]]:
+    """Return the outputs in float32.
 
     In float32 different code shows at far smaller differences than in half precision.
     """
     precision = teacher.precision
     try:
         with third_party(f"teacher {teacher.name!r}: fails on {len(images)} images", TeacherError):
-            return teacher.to(teacher.device).logits(images).numpy()
+            found = teacher.to(teacher.device).compute(images)
+            return {output: values.numpy() for output, values in found.items()}
     finally:
         teacher.to(teacher.device, precision)

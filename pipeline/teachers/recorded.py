@@ -15,11 +15,17 @@ from pydantic import ValidationError
 
 from ..common.errors import DistInitError, StoreError, TeacherError, UsageError, in_one_line
 from ..common.plugins import is_factory
+from .hf_models import POOLINGS
 from .loaded_model import OWN_OPTIONS
 from .teacher import SHIPPED, Teacher, load_teacher
 from .teacher_options import TeacherSpec
 
-_LIBRARY_MODEL = re.compile(r"(torchvision|timm):[A-Za-z0-9_.]+(@[A-Za-z0-9_]+)?")
+_LIBRARY_MODEL = re.compile(
+    r"(torchvision|timm):[A-Za-z0-9_.]+(@[A-Za-z0-9_]+)?"
+    r"|open_clip:[A-Za-z0-9_.-]+(@[A-Za-z0-9_.-]+)?"
+    # A name on the Hub; nothing that could be a path out of its cache.
+    r"|hf:[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"
+)
 _NUMBER = re.compile(r"-?\d{1,9}(\.\d{1,9})?|true|false", re.ASCII)
 _PIXELS = re.compile(r"\d{1,4}(x\d{1,4})?", re.ASCII)
 _OPENS_FILES = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
@@ -100,6 +106,8 @@ def _check_plain(spec: TeacherSpec) -> None:
     for key, text in spec.options.items():
         if key in ("input_size", "resize"):
             plain = _PIXELS.fullmatch(text) is not None
+        elif key == "pooling":
+            plain = text in POOLINGS
         else:
             plain = key in OWN_OPTIONS or _NUMBER.fullmatch(text) is not None
         if not plain:

@@ -1,8 +1,13 @@
 """Frozen image models that look at single frames. `load_teacher` turns a name into one.
 
-Names: `efficientnet_lite0`, `resnet50`, `resnet50-places365`, `torchvision:NAME[@WEIGHTS]`,
-`timm:NAME`, and `package.module:factory`, a function that returns an `nn.Module` (images [B, 3, h,
-w] → logits [B, K]) or a `Teacher`. Shape letters: B images, h w pixels of the view, K classes.
+Names: `efficientnet_lite0` (1, 2), `resnet50`, `resnet50-places365`, `torchvision:NAME[@WEIGHTS]`,
+`timm:NAME`, `open_clip:ARCH[@WEIGHTS]`, `hf:ORG/NAME`, and `package.module:factory`, a function
+that returns an `nn.Module` (images [B, 3, h, w] → the output asked for) or a `Teacher`.
+
+A teacher gives logits, features or both, of one forward pass. A store holds each as a teacher of
+its own: NAME and NAME.features.
+
+Shapes: B images, h w pixels of the view, K classes, D numbers of an output.
 """
 
 from __future__ import annotations
@@ -12,7 +17,8 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,8 +28,10 @@ from torch import Tensor, nn
 from ..common.errors import TeacherError, third_party
 from ..common.plugins import call_factory, is_factory
 from ..common.weights import check_sha256, load_into, load_weights, state_sha256
+from ..store.store_options import Output
 from ..video.geometry import View
-from .efficientnet_lite import efficientnet_lite0
+from .efficientnet_lite import efficientnet_lite
+from .hf_models import hf_model
 from .loaded_model import (
     OWN_OPTIONS,
     LoadedModel,
@@ -32,17 +40,20 @@ from .loaded_model import (
     preprocessing,
     read_classes,
 )
-from .teacher_options import TeacherSpec
+from .open_clip_models import open_clip_model
+from .teacher_options import OUTPUTS, TeacherSpec
 from .timm_models import timm_model
 from .torchvision_models import resnet50_places365, torchvision_model
 
-__all__ = ["Teacher", "TeacherSpec", "known_teachers", "load_teacher"]
+__all__ = ["Teacher", "TeacherOutput", "TeacherSpec", "known_teachers", "load_teacher"]
 
 Precision = Literal["fp32", "bf16"]
 _COMPUTE = {"fp32": "float32", "bf16": "bfloat16 autocast over float32 weights"}
 
 _BY_NAME: dict[str, Callable[[TeacherSpec], LoadedModel]] = {
-    "efficientnet_lite0": efficientnet_lite0,
+    "efficientnet_lite0": lambda spec: efficientnet_lite(spec, 0),
+    "efficientnet_lite1": lambda spec: efficientnet_lite(spec, 1),
+    "efficientnet_lite2": lambda spec: efficientnet_lite(spec, 2),
     "resnet50": lambda spec: torchvision_model(spec, "resnet50", "IMAGENET1K_V1"),
     "resnet50-places365": resnet50_places365,
 }
@@ -56,15 +67,26 @@ class Teacher:
     Args:
         name: its name in a store; characters other than letters, digits, `.`, `_`, `-` become `-`.
         recipe: the module and what belongs to it.
+        outputs: what is taken of its forward pass.
 
     Raises:
-        TeacherError: the module does not map a batch of images to [B, K] logits, or the number of
-            class names is not K.
+        TeacherError: the model does not give an output, or not as [B, D] of a batch of images; or
+            the number of class names is not that of its logits.
     """
 
-    def __init__(self, name: str, recipe: LoadedModel) -> None:
+    def __init__(
+        self, name: str, recipe: LoadedModel, outputs: tuple[Output, ...] = ("logits",)
+    ) -> None:
         self.name = _store_name(name)
         self.recipe = recipe
+        self.outputs = outputs
+        for output in outputs:
+            if output not in recipe.offers:
+                lacks = "has no classifier" if output == "logits" else "has no pooled features"
+                raise TeacherError(
+                    f"teacher {name!r}: --teacher-output {output}: the model {lacks}; allowed: "
+                    f"{', '.join(recipe.offers)}"
+                )
         self.module = (
             recipe.module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         )
@@ -77,7 +99,11 @@ class Teacher:
         self.state_sha256 = state_sha256(self.module.state_dict())
         self.device, self.precision = torch.device("cpu"), "fp32"
         self._place()
-        self.classes: list[str] = self._class_names(self._count_classes())
+        self._widths: dict[Output, int] = {}
+        self._widths = self._measure_widths()
+        self.classes: list[str] = (
+            self._class_names(self._widths["logits"]) if "logits" in outputs else []
+        )
 
     @property
     def view(self) -> View:
@@ -99,21 +125,41 @@ class Teacher:
         self._place()
         return self
 
-    def identity(self, precision: str | None = None) -> dict[str, Any]:
-        """Return what determines the logits, JSON-able, the same on every machine.
+    @property
+    def store_names(self) -> dict[Output, str]:
+        """Names of the teachers of a store that hold the outputs: NAME, and NAME.features."""
+        names: dict[Output, str] = {"logits": self.name, "features": f"{self.name}.features"}
+        return {output: names[output] for output in self.outputs}
 
-        `sha256` is that of the loaded state (its form: `distinit.pipeline.common.weights`), so a
-        file of
-        another name with the same tensors is the same teacher. The device is not part of it.
+    def width(self, output: Output) -> int:
+        """Return the number of classes, or of features."""
+        return self._widths[output]
+
+    def identity(
+        self, precision: str | None = None, output: Output | None = None
+    ) -> dict[str, Any]:
+        """Return what determines an output (default: the first), the same on every machine.
+
+        It is JSON-able. `sha256` is that of the loaded state (its form:
+        `distinit.pipeline.common.weights`), so a file of another name with the same tensors is the
+        same teacher. The device is not part of it. Features have a `pooling` where logits have
+        classes, whose names do not change them.
         """
         prepared = self.recipe.preprocessing
+        if (output or self.outputs[0]) == "features":
+            of_output: dict[str, Any] = {"output": "features", "pooling": self.recipe.pooling}
+        else:
+            names = "\n".join(self.classes).encode()
+            of_output = {
+                "classes": len(self.classes),
+                "classes_sha256": hashlib.sha256(names).hexdigest(),
+            }
         identity = {
             "architecture": self.recipe.architecture,
             "weights": self.recipe.weights,
             "sha256": self.state_sha256,
             "options": self.recipe.options,
-            "classes": len(self.classes),
-            "classes_sha256": hashlib.sha256("\n".join(self.classes).encode()).hexdigest(),
+            **of_output,
             "view": prepared.view.model_dump(mode="json"),
             "mean": prepared.mean,
             "std": prepared.std,
@@ -134,40 +180,62 @@ class Teacher:
         }
 
     def logits(self, images: np.ndarray | Tensor) -> Tensor:
-        """logits[B, K], float32 on the CPU, of RGB images[B, h, w, 3], uint8, rendered by `view`.
+        """logits[B, K] of images, as `compute` returns them."""
+        return self.compute(images)["logits"]
+
+    def compute(self, images: np.ndarray | Tensor) -> dict[Output, Tensor]:
+        """Return each output [B, D], float32 on the CPU, of one forward pass.
 
         The same batch gives the same values; another batch size may change the last bits, so
         batches are padded to one size where stores must be equal.
 
+        Args:
+            images: RGB [B, h, w, 3], uint8, rendered by `view`.
+
         Raises:
             TeacherError: images of another dtype or shape.
         """
-        if isinstance(images, np.ndarray):
-            # Shared memory comes read-only, which torch.from_numpy warns about: that is copied.
-            images = torch.from_numpy(np.require(images, requirements="W"))
-        batch = images
-        if (
-            batch.dtype != torch.uint8
-            or batch.ndim != 4
-            or tuple(batch.shape[1:]) != (*self.input_shape, 3)
-        ):
-            height, width = self.input_shape
-            raise TeacherError(
-                f"teacher {self.name!r}: images must be uint8 [B, {height}, {width}, 3], "
-                f"got {str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
-            )
+        batch = self._checked(images)
         if len(batch) == 0:
-            return torch.zeros(0, len(self.classes))
+            return {output: torch.zeros(0, self._widths[output]) for output in self.outputs}
         with torch.inference_mode(), self._arithmetic():
             # [B, h, w, 3] seen as [B, 3, h, w] is in memory as channels_last already.
             pixels = batch.to(self.device).permute(0, 3, 1, 2).float()
-            output = self.module((pixels - self._mean) / self._std)
-        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(batch):
-            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            given = self._forward((pixels - self._mean) / self._std)
+        return {
+            output: self._rows(output, given.get(output), len(batch)) for output in self.outputs
+        }
+
+    def _checked(self, images: np.ndarray | Tensor) -> Tensor:
+        if isinstance(images, np.ndarray):
+            # Shared memory comes read-only, which torch.from_numpy warns about: that is copied.
+            images = torch.from_numpy(np.require(images, requirements="W"))
+        height, width = self.input_shape
+        if (
+            images.dtype != torch.uint8
+            or images.ndim != 4
+            or tuple(images.shape[1:]) != (height, width, 3)
+        ):
             raise TeacherError(
-                f"teacher {self.name!r}: logits must be [{len(batch)}, K], got {shape}"
+                f"teacher {self.name!r}: images must be uint8 [B, {height}, {width}, 3], "
+                f"got {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
             )
-        return output.float().cpu()
+        return images
+
+    def _forward(self, pixels: Tensor) -> Mapping[Output, Any]:
+        if self.recipe.forward is not None:
+            return self.recipe.forward(pixels, self.outputs)
+        given = self.module(pixels)
+        return given if isinstance(given, Mapping) else {self.outputs[0]: given}
+
+    def _rows(self, output: Output, given: object, count: int) -> Tensor:
+        if isinstance(given, Tensor) and given.ndim == 2 and len(given) == count:
+            return given.float().cpu()
+        shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        letter = "K" if output == "logits" else "D"
+        raise TeacherError(
+            f"teacher {self.name!r}: {output} must be [{count}, {letter}], got {shape}"
+        )
 
     def _place(self) -> None:
         prepared = self.recipe.preprocessing
@@ -188,12 +256,12 @@ class Teacher:
         ):
             yield
 
-    def _count_classes(self) -> int:
-        self.classes = []
+    def _measure_widths(self) -> dict[Output, int]:
         height, width = self.input_shape
         who = f"teacher {self.name!r}: fails on an image [1, 3, {height}, {width}]"
         with third_party(who, TeacherError):
-            return self.logits(np.zeros((1, height, width, 3), np.uint8)).shape[1]
+            given = self.compute(np.zeros((1, height, width, 3), np.uint8))
+        return {output: values.shape[1] for output, values in given.items()}
 
     def _class_names(self, count: int) -> list[str]:
         names = self.recipe.classes
@@ -206,9 +274,47 @@ class Teacher:
         return list(names)
 
 
+@dataclass(frozen=True)
+class TeacherOutput:
+    """One output of a teacher: what a store holds as a teacher of its own."""
+
+    teacher: Teacher
+    output: Output
+
+    @property
+    def name(self) -> str:
+        """Its name in the store."""
+        return self.teacher.store_names[self.output]
+
+    @property
+    def width(self) -> int:
+        """Number of classes, or of features."""
+        return self.teacher.width(self.output)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names of logits; none of features."""
+        return self.teacher.classes if self.output == "logits" else []
+
+    def compute(self, images: np.ndarray | Tensor) -> Tensor:
+        """Return this output [B, D], as `Teacher.compute` does."""
+        return self.teacher.compute(images)[self.output]
+
+    def identity(self, precision: str | None = None) -> dict[str, Any]:
+        """Return the identity of this output."""
+        return self.teacher.identity(precision, self.output)
+
+
 def known_teachers() -> list[str]:
     """Return the names that a user can give, as patterns."""
-    return [*_BY_NAME, "torchvision:NAME[@WEIGHTS]", "timm:NAME", "package.module:factory"]
+    return [
+        *_BY_NAME,
+        "torchvision:NAME[@WEIGHTS]",
+        "timm:NAME",
+        "open_clip:ARCH[@WEIGHTS]",
+        "hf:ORG/NAME",
+        "package.module:factory",
+    ]
 
 
 def load_teacher(spec: TeacherSpec) -> Teacher:
@@ -226,10 +332,11 @@ def load_teacher(spec: TeacherSpec) -> Teacher:
         made = _build(spec)
         if isinstance(made, Teacher):
             teacher = made
+            _restrict(teacher, spec)
         else:
             if "classes" in spec.options:
                 made = _with_classes(made, read_classes(spec.options["classes"]))
-            teacher = Teacher(spec.options.get("name", spec.name), made)
+            teacher = Teacher(spec.options.get("name", spec.name), made, spec.outputs)
     if teacher.recipe.file is None:
         check_sha256(f"teacher {spec.name!r}: its loaded state", teacher.state_sha256, spec.sha256)
     return teacher
@@ -244,6 +351,11 @@ def _build(spec: TeacherSpec) -> LoadedModel | Teacher:
         return torchvision_model(spec, model, weights or None)
     if family == "timm" and rest:
         return timm_model(spec, rest)
+    if family == "open_clip" and rest:
+        model, _, weights = rest.partition("@")
+        return open_clip_model(spec, model, weights or None)
+    if family == "hf" and "/" in rest:
+        return hf_model(spec, rest)
     if is_factory(spec.name):
         return _from_factory(spec)
     raise TeacherError(
@@ -251,11 +363,24 @@ def _build(spec: TeacherSpec) -> LoadedModel | Teacher:
     )
 
 
+def _restrict(teacher: Teacher, spec: TeacherSpec) -> None:
+    """Take only the outputs asked for of a teacher that a factory finished."""
+    for output in spec.outputs:
+        if output not in teacher.outputs:
+            raise TeacherError(
+                f"teacher {spec.name!r}: --teacher-output {output}: its factory made one of "
+                f"{', '.join(teacher.outputs)}"
+            )
+    teacher.outputs = spec.outputs
+
+
 def _from_factory(spec: TeacherSpec) -> LoadedModel | Teacher:
     """Call a user's factory with the options that are not distinit's own.
 
-    A module is taken to want ImageNet's preprocessing (short side 256, centre 224, mean and std of
-    0–1 pixels) unless options say otherwise; a weights file is loaded into it, every tensor.
+    What a module returns is the output asked for; where both are, it returns a mapping with the
+    keys logits and features. A module is taken to require ImageNet's preprocessing (short side 256,
+    centre 224, mean and std of 0–1 pixels) unless options set another; a weights file is loaded
+    into it, every tensor.
     """
     options = builder_options(spec)
     made = call_factory(spec.name, f"teacher {spec.name!r}", options, error=TeacherError)
@@ -284,6 +409,8 @@ def _from_factory(spec: TeacherSpec) -> LoadedModel | Teacher:
         file=file.name if file else None,
         file_sha256=file.sha256 if file else None,
         options=options,
+        offers=OUTPUTS,
+        pooling="output of the module",
     )
 
 

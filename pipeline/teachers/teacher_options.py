@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..common.errors import UsageError
 from ..common.settings import Options
+from ..store.store_options import Output
+
+OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 
 class TeacherSpec(Options):
@@ -16,7 +19,8 @@ class TeacherSpec(Options):
 
     `options` are distinit's own, which any teacher takes: `name` (its name in the store), `classes`
     (a file with a class name a line), `input_size` (side of the centre crop), `resize` (short side,
-    or HEIGHTxWIDTH), `interpolation`, `mean` and `std` (of pixels in 0–1, one number or three).
+    or HEIGHTxWIDTH), `interpolation`, `resize_backend` (swscale, or pil: the resize of image
+    libraries), `mean` and `std` (of pixels in 0–1, one number or three).
     All others are keyword arguments of the model's builder.
     """
 
@@ -26,18 +30,29 @@ class TeacherSpec(Options):
     sha256: str | None = None
     """Expected digest of the weights file, or of the loaded state where the weights have no
     file."""
+    outputs: tuple[Output, ...] = ("logits",)
+    """What is taken of a forward pass: logits, features or both."""
     options: dict[str, str] = {}
     fetch: bool = Field(default=True, exclude=True)
     """Whether weights that this machine lacks may be downloaded."""
 
-    def record(self) -> dict[str, Any]:
-        """Return what a store records: enough to load the teacher again, without local folders.
+    @field_validator("outputs")
+    @classmethod
+    def _each_once(cls, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
+        if not outputs:
+            raise ValueError(f"no output; allowed: {', '.join(OUTPUTS)} or both")
+        return tuple(output for output in OUTPUTS if output in outputs)
+
+    def record(self, output: Output = "logits") -> dict[str, Any]:
+        """Return what a store records: enough to load one output again, without local folders.
 
         `weights` loses its folder and `classes` is left out: the store has the names.
         """
         options = {key: value for key, value in self.options.items() if key != "classes"}
         weights = Path(self.weights).name if self.weights is not None else None
-        return {"name": self.name, "weights": weights, "sha256": self.sha256, "options": options}
+        record = {"name": self.name, "weights": weights, "sha256": self.sha256, "options": options}
+        # The record of logits is that of version 0.1, which has no other output.
+        return record if output == "logits" else {**record, "outputs": [output]}
 
 
 def parse_teachers(
@@ -45,11 +60,15 @@ def parse_teachers(
     options: tuple[str, ...],
     weights: tuple[str, ...],
     sha256: tuple[str, ...],
+    outputs: tuple[str, ...] = (),
 ) -> list[dict[str, Any]] | None:
     """Make config values of `--teacher` and what belongs to it; None when no teacher was given.
 
-    `NAME:key=value`, `NAME=FILE` and `NAME=DIGEST` name the teacher; with one teacher NAME may be
-    left out. Raises UsageError for a name that is no `--teacher`, or none where it is needed.
+    `NAME=logits,features`, `NAME:key=value`, `NAME=FILE` and `NAME=DIGEST` name the teacher; with
+    one teacher NAME may be left out.
+
+    Raises:
+        UsageError: A name is no `--teacher`, or is missing where it is needed; another output.
     """
     specs: dict[str, dict[str, Any]] = {name: {"name": name} for name in names}
 
@@ -62,6 +81,14 @@ def parse_teachers(
         what = f"teacher {name!r} is not among" if name else "name the teacher, one of"
         raise UsageError(f"{option}: {what} the --teacher options: {given}")
 
+    for text in outputs:
+        name, _, value = text.rpartition("=")
+        asked = value.split(",")
+        if not set(asked) <= set(OUTPUTS):
+            raise UsageError(
+                f"--teacher-output {text}: the output is {value!r}, allowed: logits, features, logits,features"
+            )
+        spec(name, f"--teacher-output {text}")["outputs"] = asked
     for text in options:
         left, equals, value = text.partition("=")
         owner, _, key = left.rpartition(":")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.errors import TeacherError, WeightsError, first_line
 from ..common.weights import WeightsFile, load_into, load_weights
+from ..store.store_options import Output
 from ..video.geometry import View
 from .loaded_model import (
+    Forward,
     LoadedModel,
     apply_view_options,
     builder_options,
@@ -55,6 +58,9 @@ def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:
         file=file.name if file else None,
         file_sha256=file.sha256 if file else None,
         options=options,
+        offers=_offers(module),
+        forward=_forward(module),
+        pooling=_pooling(module),
     )
 
 
@@ -80,6 +86,42 @@ def _create(
     if file is not None:
         load_into(module, file.state, f"weights file {file.name}")
     return module
+
+
+def _offers(module: nn.Module) -> tuple[Output, ...]:
+    """Return what a model gives: features alone without a classifier, as encoders come."""
+    outputs: tuple[Output, ...] = ("logits",) if getattr(module, "num_classes", 0) else ()
+    if hasattr(module, "forward_head") and hasattr(module, "forward_features"):
+        outputs = (*outputs, "features")
+    return outputs
+
+
+def _pooling(module: nn.Module) -> str:
+    """Return the pooling that timm's forward_head does, as `forward_head, token`."""
+    for owner in (module, getattr(module, "head", None)):
+        pool = getattr(owner, "global_pool", None)
+        kind = pool if isinstance(pool, str) else getattr(pool, "pool_type", None)
+        if kind:
+            return f"forward_head, {kind}"
+    return "forward_head"
+
+
+def _forward(module: Any) -> Forward:
+    """Return timm's forward pass in its two halves, the second without and with the classifier.
+
+    For logits alone the model's own forward is run.
+    """
+
+    def forward(images: Tensor, outputs: tuple[Output, ...]) -> Mapping[Output, Tensor]:
+        if "features" not in outputs:
+            return {"logits": module(images)}
+        maps = module.forward_features(images)
+        found: dict[Output, Tensor] = {"features": module.forward_head(maps, pre_logits=True)}
+        if "logits" in outputs:
+            found["logits"] = module.forward_head(maps)
+        return found
+
+    return forward
 
 
 def _tag(module: nn.Module) -> str:

@@ -1,4 +1,7 @@
-"""Teachers that torchvision builds: its classification models, and ResNet-50 on Places365."""
+"""Teachers that torchvision builds: its classification models, and ResNet-50 on Places365.
+
+Their features are the input of the classifier, the penultimate layer's output.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from ..common.errors import TeacherError, WeightsError
 from ..common.library_weights import hub_folder, library_weights
 from ..common.weights import WeightsFile, load_into, load_weights
 from ..video.geometry import View
+from .forwards import last_linear, tapped
 from .loaded_model import (
     LoadedModel,
     Preprocessing,
@@ -74,6 +78,7 @@ def torchvision_model(
         file=file.name,
         file_sha256=file.sha256,
         options=builder_options(spec),
+        **_features(module),
     )
 
 
@@ -107,7 +112,23 @@ def resnet50_places365(spec: TeacherSpec) -> LoadedModel:
         classes=read_classes(names) if names.is_file() else CATEGORIES,
         file=weights.name,
         file_sha256=weights.sha256,
+        **_features(module),
     )
+
+
+def _features(module: nn.Module) -> dict[str, Any]:
+    """Return the fields of LoadedModel for the penultimate features: the last linear layer's input.
+
+    A module without a linear layer (squeezenet ends in a convolution) has logits alone.
+    """
+    layer = last_linear(module)
+    if layer is None:
+        return {}
+    return {
+        "offers": ("logits", "features"),
+        "forward": tapped(module, layer),
+        "pooling": f"input of {layer}",
+    }
 
 
 def _library_file(spec: TeacherSpec, choice: Any) -> WeightsFile:

@@ -32,6 +32,7 @@ _FILTERS = {
     "bicubic": Interpolation.BICUBIC,
     "area": Interpolation.AREA,
 }
+_PIL_FILTERS = {"pil-bilinear": "BILINEAR", "pil-bicubic": "BICUBIC", "pil-area": "BOX"}
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,15 @@ class View(Options):
     """A resize of the displayed picture, then an optional square center crop.
 
     `resize`: the short side (the long side follows, rounded down as torchvision does) or (height,
-        width).
+        width). `interpolation`: swscale's filter, or with the prefix `pil-` the antialiased one of
+        PIL, which image libraries use: the frame is converted to RGB at its own size first.
     """
 
     resize: PositiveInt | tuple[PositiveInt, PositiveInt]
     crop: int | None = Field(default=None, ge=1)
-    interpolation: Literal["bilinear", "bicubic", "area"] = "bilinear"
+    interpolation: Literal[
+        "bilinear", "bicubic", "area", "pil-bilinear", "pil-bicubic", "pil-area"
+    ] = "bilinear"
 
     def scaled(self, display_h: int, display_w: int) -> tuple[int, int]:
         """(height, width) after the resize, before the crop."""
@@ -174,8 +178,12 @@ class Renderer:
                 f"too long and thin: {width}x{height} would become {sized[1]}x{sized[0]}"
             )
         rows, columns = sized[::-1] if orientation.transpose else sized
-        stored = self._scale(frame, view, columns, rows)
-        image = orientation.apply(stored)
+        if view is not None and view.interpolation in _PIL_FILTERS:
+            # Turned before it is resized, as a library sees the picture.
+            whole = orientation.apply(self._scale(frame, None, frame.width, frame.height))
+            image = _pil_resize(whole, sized, _PIL_FILTERS[view.interpolation])
+        else:
+            image = orientation.apply(self._scale(frame, view, columns, rows))
         if view is not None and view.crop:
             image = _center_crop(image, view.crop)
         if out is None:
@@ -223,6 +231,15 @@ class Renderer:
 def render(frame: av.VideoFrame, view: View | None, aspect: Fraction = Fraction(1)) -> np.ndarray:
     """Render one frame as uint8 [h, w, 3] RGB; for many frames keep a Renderer."""
     return Renderer(aspect).render(frame, view)
+
+
+def _pil_resize(image: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
+    """Resize [h, w, 3] to `size` (height, width) as PIL does, antialiased."""
+    # Imported here: few stores ask for it, and every decoding process imports this module.
+    from PIL import Image
+
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(picture.resize(size[::-1], Image.Resampling[name]))
 
 
 def _center_crop(image: np.ndarray, size: int) -> np.ndarray:

@@ -31,9 +31,9 @@ def test_a_record_keeps_every_bit() -> None:
     logits[0, :3] = np.nan, np.inf, -np.inf
     made = Fingerprint(logits, "2.0", "cpu")
     record = json.loads(json.dumps(made.record(), allow_nan=False))
-    np.testing.assert_array_equal(Fingerprint.parse(record, "x").logits, logits)
+    np.testing.assert_array_equal(Fingerprint.parse(record, "x").values, logits)
     assert made.differs(Fingerprint.parse(record, "x")) is None
-    assert made.differs(replace(made, logits=LOGITS)) is not None
+    assert made.differs(replace(made, values=LOGITS)) is not None
 
 
 def test_a_constant_of_each_class_hides_nothing() -> None:
@@ -56,10 +56,10 @@ def test_another_processor_or_torch_may_be_further_off(
     assert made.tolerance(other)[1] == largest
     rough = LOGITS.astype(np.float16).astype(np.float32)
     assert (
-        made.tolerance(replace(other, logits=rough))[1] == largest
+        made.tolerance(replace(other, values=rough))[1] == largest
     )  # only one of the two is rounded
     assert (
-        replace(made, logits=rough).tolerance(replace(other, logits=rough))[1] > largest
+        replace(made, values=rough).tolerance(replace(other, values=rough))[1] > largest
         or largest == 0.3
     )
 

@@ -1,0 +1,142 @@
+"""Image towers of open_clip: CLIP, SigLIP and their kin. Their embedding is the feature."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..common.errors import TeacherError, WeightsError, first_line, third_party
+from ..common.weights import load_weights
+from ..video.geometry import View
+from .hub import hub_file, need_safetensors
+from .loaded_model import LoadedModel, apply_view_options, preprocessing, refuse_builder_options
+from .teacher_options import TeacherSpec
+
+
+def open_clip_model(spec: TeacherSpec, model: str, tag: str | None) -> LoadedModel:
+    """Load the image tower of an open_clip architecture, with published weights or those of a file.
+
+    Args:
+        spec: What the user asked for.
+        model: An architecture of open_clip, such as `ViT-B-32`.
+        tag: The name of published weights, such as `laion2b_s34b_b79k`; it chooses the
+            preprocessing also where a file is given.
+
+    Raises:
+        TeacherError: open_clip is not installed, or has no such architecture or weights.
+        WeightsError: The weights are not safetensors, cannot be fetched or do not fit.
+    """
+    refuse_builder_options(spec)
+    try:
+        import open_clip
+    except ImportError:
+        raise TeacherError(
+            f"teacher {spec.name!r} needs open_clip: pip install 'distinit[clip]'"
+        ) from None
+    library: Any = open_clip
+    if model not in library.list_models():
+        near = [name for name in library.list_models() if model.lower() in name.lower()][:5]
+        raise TeacherError(
+            f"open_clip has no architecture {model!r}"
+            + (f"; near: {', '.join(near)}" if near else "")
+        )
+    published = _published(library, spec, model, tag)
+    path = _weights_path(library, spec, published)
+    file = load_weights(path, spec.sha256)
+    tower, config = _tower(library, spec, model, path, published)
+    return LoadedModel(
+        architecture=f"open_clip:{model}",
+        weights="file" if spec.weights else str(tag),
+        module=tower,
+        preprocessing=apply_view_options(
+            preprocessing(_view(config, spec), tuple(config["mean"]), tuple(config["std"])), spec
+        ),
+        file=file.name,
+        file_sha256=file.sha256,
+        offers=("features",),
+        pooling="image embedding",
+    )
+
+
+def _published(library: Any, spec: TeacherSpec, model: str, tag: str | None) -> dict[str, Any]:
+    """Return what open_clip records of published weights: address and preprocessing."""
+    tags = library.list_pretrained_tags_by_model(model)
+    if tag is None and spec.weights is None:
+        raise TeacherError(
+            f"teacher {spec.name!r}: name its weights, open_clip:{model}@WEIGHTS, of {', '.join(tags) or 'none'}, "
+            f"or give a file: --teacher-weights {spec.name}=FILE"
+        )
+    if tag is not None and tag not in tags:
+        raise TeacherError(
+            f"open_clip's {model} has no weights {tag!r}; allowed: {', '.join(tags) or 'none'}"
+        )
+    found: dict[str, Any] = dict(library.get_pretrained_cfg(model, tag)) if tag else {}
+    if found and bool(found.get("quick_gelu")) != bool(
+        library.get_model_config(model).get("quick_gelu")
+    ):
+        # open_clip only warns, and the features would be others than those that were trained.
+        raise TeacherError(
+            f"teacher {spec.name!r}: the weights {tag!r} are of the other activation (QuickGELU): "
+            f"name the architecture with or without -quickgelu"
+        )
+    return found
+
+
+def _weights_path(library: Any, spec: TeacherSpec, published: dict[str, Any]) -> Path:
+    if spec.weights is not None:
+        return need_safetensors(spec, Path(spec.weights))
+    repository, _, name = str(published.get("hf_hub", "")).rpartition("/")
+    # As open_clip looks for them: the published name itself, or its safetensors alternatives.
+    alternatives = library.pretrained._get_safe_alternatives(
+        name or library.pretrained.HF_WEIGHTS_NAME
+    )
+    names = [n for n in (name, *alternatives) if n.endswith(".safetensors")]
+    if not repository:
+        raise WeightsError(
+            f"teacher {spec.name!r}: its weights are not published as safetensors; convert them and pass "
+            f"--teacher-weights {spec.name}=FILE"
+        )
+    return hub_file(spec, repository, names)
+
+
+def _tower(
+    library: Any, spec: TeacherSpec, model: str, path: Path, published: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model, load its weights; return the image tower and open_clip's preprocessing."""
+    text = library.get_model_config(model).get("text_cfg", {})
+    if "hf_model_name" in text and not spec.fetch:
+        raise WeightsError(
+            f"teacher {spec.name!r}: open_clip would fetch the configuration of its text tower, which is not allowed"
+        )
+    with third_party(f"teacher {spec.name!r}: open_clip cannot build it", TeacherError):
+        whole = library.create_model(model, pretrained=None, pretrained_text=False)
+    try:
+        library.load_checkpoint(whole, str(path))
+    except Exception as error:  # a state that does not fit, in the words of torch
+        raise WeightsError(
+            f"weights file {path}: does not fit open_clip's {model} ({first_line(error)})"
+        ) from None
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    config = merge_preprocess_dict(asdict(PreprocessCfg()), published)
+    config["size"] = getattr(whole.visual, "image_size", config["size"])
+    return whole.visual, config
+
+
+def _view(config: dict[str, Any], spec: TeacherSpec) -> View:
+    """Return open_clip's evaluation view: a short side and a centre crop, or a squash."""
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+    mode = config["resize_mode"]
+    if mode == "longest" and "resize" not in spec.options:
+        raise TeacherError(
+            f"teacher {spec.name!r}: open_clip pads its pictures to a square, which a view cannot do; "
+            f"choose one, such as --teacher-option resize={height}x{width}"
+        )
+    if mode == "shortest" and height == width:
+        return View(resize=height, crop=height, interpolation=interpolation)
+    return View(resize=(height, width), interpolation=interpolation)
