@@ -112,6 +112,8 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
                 name,
                 attributes,
                 encoding=config.encoding,
+                output=teachers[name].output,
+                width=_features(teachers[name]),
                 allow_different_numerics=config.allow_different_numerics,
             )
         without = check_fingerprints(writer, fingerprints)
@@ -140,6 +142,8 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
                 teacher.classes,
                 asked[name],
                 encoding=config.encoding,
+                output=teacher.output,
+                width=_features(teacher),
                 allow_different_numerics=config.allow_different_numerics,
                 fingerprint=fingerprints[name].record(),
             )
@@ -356,6 +360,11 @@ def _records(config: ExtractConfig, loaded: list[Teacher]) -> dict[str, dict[str
         for teacher, spec in zip(loaded, config.teachers, strict=True)
         for output, name in teacher.store_names.items()
     }
+
+
+def _features(teacher: TeacherOutput) -> int | None:
+    """The number of features, None of logits, whose width is that of their class names."""
+    return teacher.width if teacher.output == "features" else None
 
 
 def _sampling(config: ExtractConfig) -> Sampling:

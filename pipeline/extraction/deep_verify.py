@@ -1,10 +1,11 @@
 """Verify a store against its videos and teachers: decode a sample and run the teachers again.
 
-Frames must be the same, by index and pts. Logits are computed in batches of the recorded size in
+Frames must be the same, by index and pts. Outputs are computed in batches of the recorded size in
 which each row has its original place, so that the same torch on the same kind of device gives the
-same bits; elsewhere the last bits differ, for which there is a tolerance.
+same bits; elsewhere the last bits differ, for which there is a tolerance: for logits in standard
+deviations of a row, for features by cosine.
 
-Shapes: B rows of a batch, n rows, K classes of a teacher.
+Shapes: B rows of a batch, n rows, D numbers of an output.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..common.devices import resolve_device
 from ..common.errors import DistInitError, UsageError, VideoError
 from ..common.progress_bar import progress_bar
 from ..store import layout as fmt
-from ..store.encoding import arrays_of, decode, encode, rounding
+from ..store.encoding import Codec, arrays_of, cosine_error, rounding
 from ..store.index import OK
 from ..store.reader import TargetStore, check_video_roots
 from ..store.verify import Finding
@@ -35,6 +36,8 @@ from ..video.pool.decode_pool import DecodeJob, DecodePool, Done, Failed
 # deviations of the row. In fp32 another batch size makes 2e-6; bf16 is up to 0.12 off fp32, the
 # next cached frame 0.2 or more (docs/benchmarks.md).
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
+# The same of features, in lengths of the row.
+FEATURES_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 
 
 class Replay:
@@ -77,18 +80,17 @@ class Replay:
         """Run the teacher on the waiting images and compare with what is stored."""
         if not self._places:
             return
-        logits = self.of.compute(self._batch).numpy()[self._places]
+        values = self.of.compute(self._batch).numpy()[self._places]
         rows = np.array(self._waiting)
-        encoding = self.store.teachers[self.name].encoding
-        stored = {a: self.store.read_stored(self.name, a, rows) for a in arrays_of(encoding)}
-        now = encode(logits, encoding)
+        codec = self.store.teachers[self.name].codec
+        arrays = arrays_of(codec.encoding, codec.output)
+        stored = {a: self.store.read_stored(self.name, a, rows) for a in arrays}
+        now = codec.encode(values)
         self.equal += int(np.all([_rows_equal(stored[a], now[a]) for a in stored], axis=0).sum())
-        off = np.sqrt(np.square(decode(stored, encoding) - logits).mean(axis=1))
-        spread = logits.std(axis=1)
-        self.worst = max(self.worst, float(np.nanmax(off / np.maximum(spread, 1e-12), initial=0)))
-        bad = ~(
-            off <= rounding(stored, encoding) + TOLERANCE[self.teacher.precision] * spread
-        )  # also where it is nan
+        compare = _compare_logits if codec.output == "logits" else _compare_features
+        off, allowed, difference = compare(codec, stored, values, self.teacher.precision)
+        self.worst = max(self.worst, float(np.nanmax(difference, initial=0)))
+        bad = ~(off <= allowed)  # also where it is nan
         if bad.any():
             count, worst = self._off.get(self._at[0], (0, 0.0))
             self._off[self._at[0]] = (count + int(bad.sum()), max(worst, float(off[bad].max())))
@@ -101,7 +103,7 @@ class Replay:
         off, self._off = self._off, {}
         return [
             Finding(
-                f"{path}: of {n} frames the teacher says other logits, off by up to {worst:.3g}",
+                f"{path}: of {n} frames the teacher computes other {self.of.output}, off by up to {worst:.3g}",
                 shard,
                 self.name,
             )
@@ -111,7 +113,8 @@ class Replay:
     def summary(self) -> dict[str, Any]:
         """Describe how many rows were compared and how close they are.
 
-        Names the share equal to the bit, and the largest difference in deviations of its row.
+        Names the share equal to the bit, and the largest difference: of logits in deviations of its
+        row, of features 1 − cosine.
         """
         return {
             "rows": self.rows,
@@ -257,6 +260,39 @@ def _check_video(
                 for replay, view in view_of.items():
                     if replay.has(s):
                         replay.feed(event.images[view], rows[at])
+
+
+_Compared = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+"""Of each row [n]: how far it is off, how far it may be, and the difference that is reported."""
+
+
+def _compare_logits(
+    codec: Codec, stored: Mapping[str, NDArray[Any]], logits: NDArray[np.float32], precision: str
+) -> _Compared:
+    off = np.sqrt(np.square(codec.decode(stored) - logits).mean(axis=1))
+    spread = logits.std(axis=1)
+    allowed = rounding(stored, codec.encoding) + TOLERANCE[precision] * spread
+    return off, allowed, off / np.maximum(spread, 1e-12)
+
+
+def _compare_features(
+    codec: Codec, stored: Mapping[str, NDArray[Any]], features: NDArray[np.float32], precision: str
+) -> _Compared:
+    """Compare in the space that the store keeps: under pca:D, features in the span of its basis."""
+    if codec.basis is not None and codec.mean is not None:
+        features = (features - codec.mean) @ codec.basis.T @ codec.basis + codec.mean
+    kept = codec.decode(stored)
+    off = cosine_error(features, kept)
+    numbers = stored[codec.output]
+    if "scale" in stored:
+        rounded = np.abs(stored["scale"]) / 2
+    else:
+        rounded = np.abs(numbers.astype(np.float32)).max(axis=1, initial=0) * 2**-11
+    # Every number off by as much as rounding can do is an error of this length; 1 − cosine is at
+    # most half its square.
+    length = np.maximum(np.sqrt(np.square(kept).sum(axis=1)), 1e-12)
+    relative = rounded * np.sqrt(numbers.shape[1]) / length + FEATURES_TOLERANCE[precision]
+    return off, np.asarray(np.square(relative) / 2, np.float32), off
 
 
 def _batch_size(run: Mapping[str, Any]) -> int:

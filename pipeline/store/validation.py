@@ -209,7 +209,7 @@ _SHARD_ROWS: Form = (
     f"null or a multiple of {SHARD_UNIT} up to {MAX_SHARD_ROWS}",
     lambda v: v is None or (_is_int(v, SHARD_UNIT, MAX_SHARD_ROWS) and v % SHARD_UNIT == 0),
 )
-_LOGITS: Form = (
+_VALUES: Form = (
     "a list of lists",
     lambda v: isinstance(v, list) and all(isinstance(row, list) for row in v),
 )
@@ -286,7 +286,8 @@ _NODES: dict[str, dict[str, tuple[Form, bool]]] = {
     },
     "fingerprint": {
         "probes": (_COUNT, True),
-        "logits": (_LOGITS, True),
+        "logits": (_VALUES, False),
+        "features": (_VALUES, False),
         "torch": (_TEXT, True),
         "device": (_TEXT, True),
         "basis": (_OBJECT, True),
