@@ -37,7 +37,7 @@ from distinit.pipeline.corpus.sources import list_videos
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.extraction.machine import default_decoders
 from distinit.pipeline.extraction.teacher_runner import TeacherRunner, batch_threads
-from distinit.pipeline.teachers.teacher import load_teacher
+from distinit.pipeline.teachers.teacher import TeacherOutput, load_teacher
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool
 from distinit.pipeline.video.sampling import Sampling
@@ -102,7 +102,7 @@ class Parts:
         with (
             batch_threads(self.device, cores()) as threads,
             TeacherRunner(
-                {"t": self.teacher},
+                {"t": TeacherOutput(self.teacher, "logits")},
                 [self.teacher.view],
                 batch_size=self.args.batch_size,
                 threads=threads,

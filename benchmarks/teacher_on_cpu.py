@@ -25,7 +25,7 @@ RUN = """
 import sys, time
 import numpy as np, torch
 from distinit.pipeline.common import devices
-from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
+from distinit.pipeline.teachers.teacher import TeacherOutput, TeacherSpec, load_teacher
 from distinit.pipeline.extraction import teacher_runner
 name, way, batch_size, seconds = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 if way == "default":
@@ -41,9 +41,10 @@ if way == "torch":
         teacher.logits(images)
         rows += batch_size
 else:
+    outputs = {"t": TeacherOutput(teacher, "logits")}
     with (
         teacher_runner.batch_threads(torch.device("cpu"), count) as threads,
-        teacher_runner.TeacherRunner({"t": teacher}, [teacher.view], batch_size=batch_size, threads=threads) as runner,
+        teacher_runner.TeacherRunner(outputs, [teacher.view], batch_size=batch_size, threads=threads) as runner,
     ):
         teacher.logits(images)
         began, rows, waiting = time.perf_counter(), 0, []
