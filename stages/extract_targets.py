@@ -363,7 +363,7 @@ def _records(config: ExtractConfig, loaded: list[Teacher]) -> dict[str, dict[str
 
 
 def _features(teacher: TeacherOutput) -> int | None:
-    """The number of features, None of logits, whose width is that of their class names."""
+    """Return the number of features; None of logits, whose width is that of their classes."""
     return teacher.width if teacher.output == "features" else None
 
 
