@@ -162,7 +162,7 @@ class Process:
             self.wait()
         return self.returncode
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 900) -> int:
         """Wait for its end and return its exit code, negative for a signal."""
         if self.returncode is None:
             if not select.select([self._status], [], [], timeout)[0]:

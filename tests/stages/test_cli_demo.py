@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 
 from distinit.pipeline.common.config import CONF
 from distinit.stages.demo import CORPUS
+from distinit.tests import warm
 
 pytestmark = pytest.mark.slow
 
@@ -45,10 +44,8 @@ def test_the_corpus_is_whole_small_and_split_by_source() -> None:
 
 
 def run(folder: Path, *settings: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "distinit", "demo", "--out", "out", "--json"]
-    for setting in settings:
-        command += ["--set", setting]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    words = [word for setting in settings for word in ("--set", setting)]
+    done = warm.run("demo", "--out", "out", "--json", *words, cwd=folder)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result

@@ -236,10 +236,10 @@ def test_a_worker_that_dies_names_its_file(signal_, reason):
 def test_a_worker_that_gives_no_answer_names_its_file(how):
     began = time.monotonic()
     with pytest.raises(WorkerDied, match=r"v4\.mp4") as died:
-        list(read_batches(Videos(how), KEYS, workers=2, device=CPU, timeout_s=0.5))
+        list(read_batches(Videos(how), KEYS, workers=2, device=CPU, timeout_s=2.0))
     assert died.value.path == "v4.mp4"
-    assert "0.5 s" in died.value.reason
-    assert time.monotonic() - began < 30  # and is not waited for
+    assert "2 s" in died.value.reason
+    assert time.monotonic() - began < 90  # and is not waited for
     assert not multiprocessing.active_children()
 
 
@@ -328,13 +328,13 @@ def test_sigterm_while_no_batch_comes_writes_the_checkpoint(tmp_path: Path):
     later = Mean(lambda: threading.Timer(1.0, send).start())
     with pytest.raises(TrainingInterrupted, match="step 2 of 5"):
         train(tmp_path, Examples(hang), later)
-    assert time.monotonic() - sent[0] < 5
+    assert time.monotonic() - sent[0] < 60  # the worker hangs for longer
     assert train(tmp_path, Examples(nothing), resume=True)[0].resumed_from == 2
 
 
 def disturb(folder: Path, how: Callable[[], Any], monkeypatch: Any) -> WorkerDied:
     """Train on, until the worker that reads v4.mp4 is disturbed; return the error."""
-    defaults = read_batches.__kwdefaults__ | {"timeout_s": 0.5}
+    defaults = read_batches.__kwdefaults__ | {"timeout_s": 2.0}
     monkeypatch.setattr(read_batches, "__kwdefaults__", defaults)
     with pytest.raises(WorkerDied, match=r"v4\.mp4") as died:
         train(folder, Videos(how), resume="auto")

@@ -139,13 +139,14 @@ def test_a_video_that_kills_twice_fails_and_the_next_is_decoded(long_video: str)
 def test_a_hanging_child_is_killed_after_the_time_out(long_video: str) -> None:
     stopped: set[int] = set()
     rows: Rows = {}
-    with pool(timeout_s=1.5) as decoders:
+    # A child has to start within it, too, which takes long on a machine with other work.
+    with pool(timeout_s=4) as decoders:
         for event in collect(decoders.stream([DecodeJob(0, long_video, Sampling(every=1))]), rows):
             if len(stopped) < 2 and decoders.pids and decoders.pids[0] not in stopped:
                 stopped.add(decoders.pids[0])
                 os.kill(decoders.pids[0], signal.SIGSTOP)
             last = event
-    assert last == Failed(0, "no frame for 1.5 s")
+    assert last == Failed(0, "no frame for 4 s")
     whole = expected(long_video, Sampling(every=1))
     assert rows[0] == whole[: len(rows[0])]
     assert 0 < len(rows[0]) < FRAMES
