@@ -49,6 +49,10 @@ STAGES = {
         "pipeline.store.store_options:VerifyOptions",
         "stages.targets_verify:targets_verify",
     ),
+    "targets-hash": (
+        "pipeline.store.store_options:HashOptions",
+        "stages.targets_hash:targets_hash",
+    ),
     "targets-merge": (
         "pipeline.store.store_options:MergeOptions",
         "stages.targets_merge:targets_merge",
@@ -266,6 +270,13 @@ and a line for each thing that is wrong.""",
             "distinit targets verify targets.zarr",
             "distinit targets verify targets.zarr --deep 20 --videos kinetics=/data/k400",
         ),
+    ),
+    "hash": Command(
+        help="""Give cached frames their perceptual hashes where a store lacks them.
+
+Extraction and every added teacher do so too. Frames are decoded again, no teacher is run. A store of
+format version 1 becomes one of version 2. The same command continues an interrupted run.""",
+        examples=("distinit targets hash targets.zarr --videos kinetics=/data/k400",),
     ),
     "merge": Command(
         help="""Put finished stores of the same teachers and sampling together into one.

@@ -52,6 +52,7 @@ from ..pipeline.store.staging import ShardResult
 from ..pipeline.store.writer import StoreWriter
 from ..pipeline.teachers.teacher import Teacher, TeacherOutput
 from ..pipeline.video.geometry import View
+from ..pipeline.video.perceptual_hash import HASH_VIEW
 from ..pipeline.video.pool.decode_pool import DecodePool
 from ..pipeline.video.pool.messages import INTERNAL
 from ..pipeline.video.sampling import Sampling
@@ -120,7 +121,7 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
         pool = stack.enter_context(
             DecodePool(
                 processes=decoders,
-                views=views,
+                views=[*views, HASH_VIEW],
                 memory_gb=config.memory_gb,
                 timeout_s=config.timeout_s,
             )

@@ -38,6 +38,7 @@ def targets_info(options: InfoOptions, console: Console) -> dict[str, Any]:
         "shards": {"planned": store.index.n_shards, "committed": len(store.index.frame_commits)},
         "videos": _counts(state),
         "rows": store.n_rows,
+        "hashed_rows": len(store.hashed_rows()),
         "bytes": _bytes(store),
         "corpora": [
             {
@@ -180,6 +181,7 @@ def _show(info: dict[str, Any], console: Console) -> None:
         "made",
         f"{info['created']}, format version {info['format_version']}, id {info['store_id'][:12]}",
     )
+    about.add_row("hashes", f"of {info['hashed_rows']:,} of {info['rows']:,} frames")
     words = [f"{t['name']} {_in_words(t['fingerprint'])}" for t in info["teachers"]]
     about.add_row("fingerprints", ", ".join(words) or "–")
     console.table(about)

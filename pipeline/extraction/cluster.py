@@ -26,6 +26,7 @@ from ..common.dask_workers import gpu_of_worker
 from ..common.errors import DecoderError, DistInitError, StoreMismatchError
 from ..store.staging import ShardResult
 from ..teachers.teacher_options import TeacherSpec
+from ..video.perceptual_hash import HASH_VIEW
 from ..video.sampling import Sampling
 from .extract_options import ExtractConfig
 from .machine import outputs_of, run_record
@@ -191,7 +192,10 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
             stored.check(found[name], name, f"{setup.root}, on this worker")
     views = list(dict.fromkeys(teacher.view for teacher in teachers))
     pool = DecodePool(
-        processes=setup.decoders, views=views, memory_gb=setup.memory_gb, timeout_s=setup.timeout_s
+        processes=setup.decoders,
+        views=[*views, HASH_VIEW],
+        memory_gb=setup.memory_gb,
+        timeout_s=setup.timeout_s,
     )
     runner = TeacherRunner(outputs, views, batch_size=setup.batch_size, threads=1)
     open_.enter_context(pool)

@@ -255,7 +255,8 @@ def tasks(plan: StorePlan, shards: Sequence[int], teachers: Sequence[str]) -> It
             segment_ids = segment_ids[index.state[segment_ids] == OK]
         num_rows_stored = int(index.rows[segment_ids].sum()) if stored else 0
         segments = tuple(_segment(plan, int(s), store if stored else None) for s in segment_ids)
-        yield ShardTask(shard, segments, lacking, stored, num_rows_stored)
+        hashes = index.version >= 2 and shard not in index.hashes
+        yield ShardTask(shard, segments, lacking, stored, num_rows_stored, hashes)
 
 
 def _segment(plan: StorePlan, s: int, store: TargetStore | None) -> SegmentTask:

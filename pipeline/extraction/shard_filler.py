@@ -26,10 +26,11 @@ from ..common.errors import VideoError
 from ..common.numerics import entropy
 from ..store import layout as fmt
 from ..store.encoding import Codec, Sums, arrays_of, error_record, storable
-from ..store.staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from ..store.staging import FramesPart, HashPart, ShardResult, TeacherPart, new_staging, stage_array
 from ..store.storage import LocalFiles
 from ..store.store_options import Encoding
 from ..video.container import digest
+from ..video.perceptual_hash import SIDE, grey, hash_p, hash_r
 from ..video.pool.decode_pool import Block, DecodeJob, DecodePool, Done, Failed
 from ..video.sampling import Sampling
 from .teacher_runner import Batch, Outputs, TeacherRunner
@@ -61,6 +62,8 @@ class ShardTask:
     teachers: dict[str, Encoding]
     frames_stored: bool
     num_rows_stored: int = 0
+    hashes: bool = False
+    """Whether the store lacks the hashes of its frames."""
 
 
 @dataclass
@@ -94,6 +97,8 @@ class _Rows:
     error: dict[str, NDArray[np.float32]]
     good: dict[str, NDArray[np.bool_]]
     codecs: dict[str, Codec]
+    grey: NDArray[np.uint8]
+    """[n, 32, 32] of each row, for its hashes; nothing where these are not asked for."""
     used: int = 0
     outcomes: list[_Outcome] = field(default_factory=list)
     running: deque[tuple[slice, Future[Outputs]]] = field(default_factory=deque)
@@ -243,6 +248,7 @@ class ShardFiller:
             {name: np.empty(n, np.float32) for name in task.teachers},
             {name: np.empty(n, np.bool_) for name in task.teachers},
             {name: self._codec(name) for name in task.teachers},
+            np.empty((n if task.hashes else 0, SIDE, SIDE), np.uint8),
         )
 
     def _codec(self, name: str) -> Codec:
@@ -262,12 +268,16 @@ class ShardFiller:
 
     def _take(self, rows: _Rows, segment: SegmentTask, block: Block, batch: Batch) -> Batch:
         """Copy a block's frames into batches and submit each full one; return the unfilled one."""
+        # The last picture of a frame is the one that its hashes are computed from.
+        greys = grey(block.images[-1]) if rows.task.hashes else None
         for i in range(len(block.index)):
             if rows.used == len(rows.index):
                 _double(rows)
+            if greys is not None:
+                rows.grey[rows.used] = greys[i]
             rows.index[rows.used], rows.pts[rows.used] = block.index[i], block.pts[i]
             rows.video[rows.used] = segment.video
-            for buffer, images in zip(batch.images, block.images, strict=True):
+            for buffer, images in zip(batch.images, block.images, strict=False):
                 buffer[batch.count] = images[i]
             rows.used, batch.count = rows.used + 1, batch.count + 1
             if batch.full:
@@ -343,7 +353,25 @@ class ShardFiller:
             for array, spec in self._specs(name):
                 part.files += stage_array(folder, spec, task.shard, full[array], self.shard_rows)
             teachers[name] = part
-        return ShardResult(task.shard, frames, teachers, str(folder))
+        hashes = self._stage_hashes(task, rows, place, folder) if task.hashes else None
+        return ShardResult(task.shard, frames, teachers, str(folder), hashes)
+
+    def _stage_hashes(
+        self, task: ShardTask, rows: _Rows, place: _Placement, folder: Path
+    ) -> HashPart:
+        """Stage the hashes of a shard's frames: R is of a segment as a whole."""
+        part = HashPart()
+        if task.frames_stored:
+            part.failed = {o.task.id: o.failed for o in rows.outcomes if o.failed}
+        full = [np.full(place.total, spec.fill, spec.dtype) for spec in fmt.hash_specs()]
+        for outcome, first in place.kept:
+            pictures = rows.grey[outcome.start : outcome.stop]
+            for values, hashes in zip(full, (hash_p(pictures), *hash_r(pictures)), strict=True):
+                values[first : first + len(pictures)] = hashes
+            part.rows += len(pictures)
+        for spec, values in zip(fmt.hash_specs(), full, strict=True):
+            part.files += stage_array(folder, spec, task.shard, values, self.shard_rows)
+        return part
 
     def _stage_frames(
         self, task: ShardTask, rows: _Rows, folder: Path
@@ -407,6 +435,7 @@ def _double(rows: _Rows) -> None:
         return np.concatenate([a, np.empty((grow, *a.shape[1:]), a.dtype)])
 
     rows.index, rows.pts, rows.video = more(rows.index), more(rows.pts), more(rows.video)
+    rows.grey = more(rows.grey) if rows.task.hashes else rows.grey
     groups: list[dict[str, Any]] = [*rows.stored.values(), rows.error, rows.good]
     for arrays in groups:
         for name in arrays:

@@ -64,6 +64,11 @@ class StoreIndex:
     frame_commits: dict[int, dict[str, Any]]
     teachers: dict[str, TeacherCommits]
     ranges: Ranges
+    version: int = 1
+    hashes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Commits of the hashes of frames, by shard."""
+    unhashed: dict[int, str] = field(default_factory=dict)
+    """Segments in such shards that could not be hashed, with the reason."""
     broken: list[tuple[str, int | None, str | None]] = field(default_factory=list)
     """Of a store opened as damaged: what is wrong with its nodes and tables, in which shard, of
     which teacher."""
@@ -74,7 +79,10 @@ class StoreIndex:
         None if they record none. path: that of an array.
         """
         _, name, *_ = path.split("/")
-        commits = self.frame_commits if path.startswith("frames/") else self.teachers[name].commits
+        if path.startswith("frames/"):
+            commits = self.hashes if name in fmt.HASH_TABLES else self.frame_commits
+        else:
+            commits = self.teachers[name].commits
         files = commits[shard]["files"] if shard in commits else {}
         return next(
             (record for file, record in files.items() if file.startswith(f"{path}/c/{shard}")), None
@@ -191,6 +199,7 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
         n_plans=len(plans), corpora=corpora, **table,
         state=np.zeros(len(zeros), np.int8), row=zeros.copy(), rows=zeros.copy(), frames=zeros - 1,
         reason={}, note={}, overflow={}, counted=set(), frame_commits={}, teachers={}, ranges=ranges, broken=broken,
+        version=attributes["version"], hashes={}, unhashed={},
     )  # fmt: skip
     shards = [f"{i:06d}" for i in range(n_shards)]
     for name, node in read("commits/frames", shards):
@@ -200,6 +209,13 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
             if not damaged:
                 raise
             broken.append((str(error), int(name), None))
+    for name, node in read("commits/hashes", shards if index.version >= 2 else [], fmt.HASHES):
+        try:
+            add_hash_commit(index, int(name), node, f"{files.name}/")
+        except StoreError as error:
+            if not damaged:
+                raise
+            broken.append((str(error), int(name), fmt.HASHES))
     nodes = dict(read("teachers", teachers))
     for name in teachers:
         if name not in nodes:
@@ -323,6 +339,20 @@ def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: 
             index.state[list(texts[key])] = state
     index.counted.update(node["counted"])
     index.frame_commits[shard] = node
+
+
+def add_hash_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: str = "") -> None:
+    """Enter one commit of hashes of frames; StoreError as `add_frame_commit`."""
+    where = f"{root}commits/hashes/{shard:06d}/zarr.json"
+    check_files(where, node["files"], fmt.HASH_TABLES, shard, "frames")
+    if node["rows"] > index.shard_rows:
+        raise StoreError(
+            f"{where}: speaks of {node['rows']} rows, its shard has {index.shard_rows}"
+        )
+    failed = {int(s): reason for s, reason in node["failed"].items()}
+    _check_planned(index, where, shard, list(failed))
+    index.unhashed.update(failed)
+    index.hashes[shard] = node
 
 
 def add_teacher_commit(

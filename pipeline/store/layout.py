@@ -49,6 +49,8 @@ VIDEO_CHUNK = 16384  # rows of the video and segment tables
 FINGERPRINT = "fingerprint"  # a node in the teacher's group
 STATISTICS = "statistics"  # the group of a teacher's nodes of sums, one per shard
 FRAME_TABLES = ("video", "index", "pts")
+HASHES = "frames/hashes"  # what findings call the hashes of frames; no name of a teacher
+HASH_TABLES = ("hash_p", "hash_r", "hash_rms")
 GROUPS = (
     "videos",
     "segments",
@@ -105,6 +107,14 @@ def frame_specs() -> list[ArraySpec]:
     """Return the frame tables: which frame of which video each row is."""
     kinds = (("video", "int32", -1), ("index", "int64", -1), ("pts", "int64", -1))
     return [ArraySpec(f"frames/{n}", t, f, ("frame",), (), TABLE_CHUNK, True) for n, t, f in kinds]
+
+
+def hash_specs() -> list[ArraySpec]:
+    """Return the perceptual hashes of cached frames, of version 2 alone."""
+    kinds = (("p", "uint64", 0), ("r", "uint64", 0), ("rms", "float16", float("nan")))
+    return [
+        ArraySpec(f"frames/hash_{n}", t, f, ("frame",), (), TABLE_CHUNK, True) for n, t, f in kinds
+    ]
 
 
 def teacher_specs(

@@ -26,7 +26,15 @@ from . import layout as fmt
 from .digests import digest_bytes
 from .index import PENDING
 from .reader import TargetStore
-from .staging import FramesPart, ShardResult, StagedFile, TeacherPart, new_staging, stage_array
+from .staging import (
+    FramesPart,
+    HashPart,
+    ShardResult,
+    StagedFile,
+    TeacherPart,
+    new_staging,
+    stage_array,
+)
 from .storage import LocalFiles
 from .writer import StoreWriter, same_attributes
 
@@ -196,6 +204,15 @@ def _copy_shard(writer: StoreWriter, part: Placed, shard: int) -> bool:
             else:
                 frames.files.append(_staged(folder, name, shard, target, data))
         writer.commit(ShardResult(target, frames, {}, str(folder)), node["run"])
+    if shard in index.hashes and target not in writer.index.hashes:
+        folder = new_staging(writer.root, target)
+        node = index.hashes[shard]
+        part_of = HashPart(node["rows"], _moved(node["failed"], part.segment))
+        part_of.files = [
+            _staged(folder, name, shard, target, _checked(part.store, name, record))
+            for name, record in node["files"].items()
+        ]
+        writer.commit(ShardResult(target, None, {}, str(folder), part_of), {})
     for teacher, of in index.teachers.items():
         if target in writer.index.teachers[teacher].shards:
             continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -377,6 +377,20 @@ class TargetStore:
         """Return a frame table's values (`video`, `index` or `pts`) of rows, [n]."""
         return self._table(name).read(rows).astype(np.int64)
 
+    def hashes(
+        self, rows: ArrayLike
+    ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.float16]]:
+        """Return the perceptual hashes P [n] and R [n] of rows, and R's root mean square [n].
+
+        Rows of `hashed_rows` have them.
+        """
+        p, r, rms = (self._table(name).read(rows) for name in fmt.HASH_TABLES)
+        return p, r, rms
+
+    def hashed_rows(self) -> NDArray[np.int64]:
+        """Return the rows whose frames have perceptual hashes, ascending."""
+        return self._rows_in(set(self.index.hashes), self.index.unhashed)
+
     def outputs(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
         """Return a teacher's logits or features of rows, [n, K] float32, in any encoding."""
         codec = self.teacher(teacher).codec
@@ -457,12 +471,14 @@ class TargetStore:
 
     def committed_rows(self, teacher: str) -> NDArray[np.int64]:
         """Return all rows that exist under a teacher, ascending."""
-        segments, _ = self._by_video
         commits = self.index.teachers[self.teacher(teacher).name]
+        return self._rows_in(commits.shards, commits.failed)
+
+    def _rows_in(self, shards: Collection[int], failed: Collection[int]) -> NDArray[np.int64]:
+        """Return the rows that exist in these shards, without those of failed segments."""
+        segments, _ = self._by_video
         keep = [
-            s
-            for s in segments.tolist()
-            if int(self.index.shard[s]) in commits.shards and s not in commits.failed
+            s for s in segments.tolist() if int(self.index.shard[s]) in shards and s not in failed
         ]
         parts = [np.arange(self.index.row[s], self.index.row[s] + self.index.rows[s]) for s in keep]
         return np.sort(np.concatenate(parts)).astype(np.int64) if parts else np.empty(0, np.int64)

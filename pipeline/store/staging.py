@@ -64,6 +64,15 @@ class TeacherPart:
 
 
 @dataclass
+class HashPart:
+    """The hashes of the frames of one shard; failed: segments without."""
+
+    rows: int = 0
+    failed: dict[int, str] = field(default_factory=dict)
+    files: list[StagedFile] = field(default_factory=list)
+
+
+@dataclass
 class ShardResult:
     """What a worker hands to the client; `frames` is None if the store had the frame tables."""
 
@@ -71,13 +80,15 @@ class ShardResult:
     frames: FramesPart | None
     teachers: dict[str, TeacherPart]
     staging: str
+    hashes: HashPart | None = None
 
     @property
     def rows(self) -> int:
         """Rows written, of the frame tables or else of any teacher."""
         if self.frames is not None:
             return sum(self.frames.rows)
-        return max((t.rows for t in self.teachers.values()), default=0)
+        rows = [t.rows for t in self.teachers.values()]
+        return max([*rows, 0 if self.hashes is None else self.hashes.rows])
 
 
 def new_staging(root: Path, shard: int) -> Path:

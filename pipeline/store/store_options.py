@@ -53,6 +53,18 @@ class BrowseOptions(Options):
     )
 
 
+class HashOptions(Options):
+    """Everything that `distinit targets hash` can be told."""
+
+    store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder")
+    video_roots: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
+        default={}, description=VIDEO_ROOTS_HELP
+    )
+    decoders: Annotated[
+        int | None, CliOption(group="Hardware", metavar="N", shown="one per core")
+    ] = Field(default=None, ge=1, description="decoding processes")
+
+
 class VerifyOptions(Options):
     """Everything that `distinit targets verify` can be told."""
 

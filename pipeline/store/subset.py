@@ -19,7 +19,7 @@ from .encoding import Codec, Sums, arrays_of, error_record, row_arrays, total_er
 from .index import OK
 from .planning import FrameRange, auto_shard_rows
 from .reader import TargetStore
-from .staging import FramesPart, ShardResult, TeacherPart, new_staging, stage_array
+from .staging import FramesPart, HashPart, ShardResult, TeacherPart, new_staging, stage_array
 from .writer import StoreWriter
 
 BLOCK = 1024  # rows encoded at a time
@@ -86,6 +86,7 @@ def write_subset(
                 source, writer, shard, [new.id for new, _ in members], [s for _, s in members]
             )
             copy.frames(np.array([new.stretch.video for new, _ in members]))
+            copy.hashes()
             for name in teachers:
                 copy.teacher(name, wanted[name])
             advance(len(copy.rows))
@@ -133,6 +134,24 @@ class ShardCopy:
             [index.frame_commits[int(s)]["run"] for s in np.unique(index.shard[self.old])]
         )
         self.writer.commit(ShardResult(self.shard, part, {}, str(folder)), run)
+
+    def hashes(self) -> None:
+        """Stage and commit the hashes of frames, unless those of a segment are missing."""
+        index = self.source.index
+        shards = index.shard[self.old][self.counts > 0].tolist()
+        if not set(shards) <= index.hashes.keys():
+            return
+        good = np.array([s not in index.unhashed for s in self.old], bool)
+        kept = np.repeat(good, self.counts)
+        part = HashPart(int(kept.sum()), self._of(index.unhashed))
+        folder = new_staging(self.writer.root, self.shard)
+        columns = self.source.hashes(self.rows[kept]) if kept.any() else None
+        for i, spec in enumerate(fmt.hash_specs()):
+            values = np.full(len(self.rows), spec.fill, spec.dtype)
+            if columns is not None:
+                values[kept] = columns[i]
+            part.files += stage_array(folder, spec, self.shard, values, self.writer.shard_rows)
+        self.writer.commit(ShardResult(self.shard, None, {}, str(folder), part), {})
 
     def teacher(self, name: str, codec: Codec | None = None) -> None:
         """Stage and commit a teacher's rows, as they are stored or in another form."""

@@ -251,6 +251,11 @@ _NODES: dict[str, dict[str, tuple[Form, bool]]] = {
         "files": (_OBJECT, True),
         "run": (_RUN, True),
     },
+    "hashes": {
+        "rows": (_COUNT, True),
+        "failed": (_REASONS, True),
+        "files": (_OBJECT, True),
+    },
     "rows": {
         "rows": (_COUNT, True),
         "failed": (_REASONS, True),
@@ -297,8 +302,14 @@ _NODES: dict[str, dict[str, tuple[Form, bool]]] = {
 
 
 def _kind(group: str) -> str:
-    if group in ("plans", "commits/frames", "teachers"):
-        return {"plans": "plan", "commits/frames": "frames", "teachers": "teacher"}[group]
+    kinds = {
+        "plans": "plan",
+        "commits/frames": "frames",
+        "commits/hashes": "hashes",
+        "teachers": "teacher",
+    }
+    if group in kinds:
+        return kinds[group]
     if group.startswith("commits/teachers/"):
         return "rows"
     if group.startswith("teachers/"):
@@ -441,7 +452,8 @@ def check_array(where: str, path: str, meta: Mapping[str, Any]) -> None:
 def _spec_of(path: str) -> ArraySpec | None:
     from . import layout as fmt  # which reads files through functions that ask here
 
-    specs = {s.path: s for s in (*fmt.video_specs(), *fmt.segment_specs(), *fmt.frame_specs())}
+    tables = (fmt.video_specs, fmt.segment_specs, fmt.frame_specs, fmt.hash_specs)
+    specs = {s.path: s for of in tables for s in of()}
     if path in specs:
         return specs[path]
     _, name, array = (

@@ -68,6 +68,8 @@ def verify(
             )
         else:
             yield from _frames(files, index, shard)
+        if shard in index.hashes:
+            yield from _hashes(files, index, shard)
         for name, teacher in index.teachers.items():
             if shard in teacher.shards:
                 yield from _teacher(files, index, shard, name)
@@ -94,7 +96,10 @@ def drop_commits(root: Path, findings: list[Finding]) -> int:
             continue
         if f.teacher is None:
             broken.add(f"commits/frames/{f.shard:06d}")
+            broken.add(f"commits/hashes/{f.shard:06d}")
             broken.update(f"commits/teachers/{name}/{f.shard:06d}" for name in teachers)
+        elif f.teacher == fmt.HASHES:
+            broken.add(f"commits/hashes/{f.shard:06d}")
         else:
             broken.add(f"commits/teachers/{f.teacher}/{f.shard:06d}")
     existing = [p for p in sorted(broken, reverse=True) if os.path.lexists(root / p)]
@@ -149,6 +154,7 @@ def _documents(index: StoreIndex) -> Iterator[str]:
     """Return the paths of all zarr.json except those of commits, which every reader reads."""
     folders = ["", *fmt.GROUPS, *(f"plans/{i:06d}" for i in range(index.n_plans))]
     folders += [s.path for s in (*fmt.video_specs(), *fmt.segment_specs(), *fmt.frame_specs())]
+    folders += ["commits/hashes", *(s.path for s in fmt.hash_specs())]
     for name, of in index.teachers.items():
         group = f"teachers/{name}"
         folders += [group, f"{group}/{fmt.FINGERPRINT}", f"{group}/class"]
@@ -165,6 +171,7 @@ def _structure(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
     specs = [(s, index.n_videos, None) for s in fmt.video_specs()]
     specs += [(s, len(index.video), None) for s in fmt.segment_specs()]
     specs += [(s, rows, None) for s in fmt.frame_specs()] if rows else []
+    specs += [(s, rows, None) for s in fmt.hash_specs()] if rows and index.version >= 2 else []
     for name, of in index.teachers.items() if rows else ():
         specs += [(s, rows, name) for s in fmt.teacher_specs(name, 1, of.encoding, of.output)]
     for spec, length, teacher in specs:
@@ -280,6 +287,27 @@ def _frames(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Findin
     same = np.diff(np.repeat(np.arange(len(rows)), rows)) == 0
     if (np.diff(frame)[same] <= 0).any() or (np.diff(pts)[same] <= 0).any():
         yield Finding("frame indices or pts do not ascend inside a segment", shard)
+
+
+def _hashes(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Finding]:
+    """Yield what is wrong with the hashes of a shard's frames."""
+    node, commit = index.hashes[shard], index.frame_commits[shard]
+    bad = list(_files(files, node["files"], shard, fmt.HASHES))
+    yield from bad
+    total = int(commit["rows"].sum())
+    failed = np.isin(commit["segment"], [int(s) for s in node["failed"]])
+    expected = int(commit["rows"][~failed].sum())
+    if expected != node["rows"]:
+        what = f"holds hashes of {expected} frames, its commit says {node['rows']}"
+        yield Finding(what, shard, fmt.HASHES)
+    elif not bad and expected:
+        try:
+            arrays = [_rows(files, s, shard * index.shard_rows, total) for s in fmt.hash_specs()]
+        except StoreError as error:
+            yield Finding(str(error), shard, fmt.HASHES)
+            return
+        if not np.isfinite(arrays[2][np.repeat(~failed, commit["rows"])]).all():
+            yield Finding("a root mean square is not finite", shard, fmt.HASHES)
 
 
 def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Iterator[Finding]:

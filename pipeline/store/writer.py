@@ -26,7 +26,13 @@ from ..common.urls import check_local
 from . import layout as fmt
 from .digests import digest_rows, read_rows, split_ranges
 from .encoding import DEFAULT, Codec, check_encoding
-from .index import StoreIndex, add_frame_commit, add_teacher_commit, load_index
+from .index import (
+    StoreIndex,
+    add_frame_commit,
+    add_hash_commit,
+    add_teacher_commit,
+    load_index,
+)
 from .planning import FrameRange, Segment, assign, auto_shard_rows
 from .staging import ShardResult, StagedFile
 from .storage import LocalFiles, inside
@@ -302,6 +308,25 @@ class StoreWriter:
         listed = self.attributes.get("requires", [])
         if missing := [name for name in names if name not in listed]:
             self._set_root(version=fmt.VERSION, requires=[*listed, *missing])
+            self.index.version = fmt.VERSION
+            self._grow()
+
+    def upgrade(self) -> None:
+        """Make a store of version 1 one of version 2, which also holds hashes of frames."""
+        if self.index.version < fmt.VERSION:
+            self._set_root(version=fmt.VERSION, requires=[])
+            self.index.version = fmt.VERSION
+            self._grow()
+
+    def drop_hashes(self, shard: int) -> None:
+        """Drop the commit of a shard's hashes, of which some failed, so that it is made again."""
+        path = inside(self.root, f"commits/hashes/{shard:06d}")
+        (path / "zarr.json").unlink(missing_ok=True)
+        shutil.rmtree(path)
+        fsync_path(path.parent)
+        node = self.index.hashes.pop(shard)
+        for segment in node["failed"]:
+            del self.index.unhashed[int(segment)]
 
     def _set_root(self, **changes: Any) -> None:
         self.attributes = {**self.attributes, **changes}
@@ -333,6 +358,14 @@ class StoreWriter:
             }  # fmt: skip
             fmt.write_node(self.root, f"commits/frames/{shard:06d}", node)
             add_frame_commit(self.index, shard, node)
+        if result.hashes is not None and shard not in self.index.hashes:
+            self._publish(result.hashes.files)
+            node = {
+                "shard": shard, "rows": result.hashes.rows, "failed": _keys(result.hashes.failed),
+                "files": _files(result.hashes.files), "time": _now(),
+            }  # fmt: skip
+            self._write_in_group("commits/hashes", f"{shard:06d}", node)
+            add_hash_commit(self.index, shard, node)
         for name, part in result.teachers.items():
             if shard in self.index.teachers[name].shards:
                 continue
@@ -420,7 +453,8 @@ class StoreWriter:
         rows = self.index.n_shards * self.shard_rows
         if not rows:
             return
-        for spec in fmt.frame_specs():
+        hashes = fmt.hash_specs() if self.index.version >= 2 else []
+        for spec in (*fmt.frame_specs(), *hashes):
             if not (inside(self.root, spec.path) / "zarr.json").exists():
                 fmt.create_array(self.root, spec, rows, self.shard_rows)
             fmt.resize_array(self.root, spec, rows)

@@ -1,0 +1,94 @@
+"""Hash the cached frames of a store that have no perceptual hashes yet; no teacher is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..pipeline.common.console import Console
+from ..pipeline.common.errors import VideoError
+from ..pipeline.common.processes import cores
+from ..pipeline.extraction.planner import StorePlan, tasks
+from ..pipeline.extraction.shard_filler import ShardFiller
+from ..pipeline.extraction.teacher_runner import TeacherRunner
+from ..pipeline.store.reader import TargetStore, check_video_roots
+from ..pipeline.store.store_options import HashOptions
+from ..pipeline.store.writer import StoreWriter
+from ..pipeline.video.container import digest
+from ..pipeline.video.perceptual_hash import HASH_VIEW
+from ..pipeline.video.pool.decode_pool import DecodePool
+
+BATCH = 64  # pictures
+
+
+def targets_hash(options: HashOptions, console: Console) -> dict[str, Any]:
+    """Decode the cached frames of shards without hashes again, and commit each shard's hashes.
+
+    A store of version 1 becomes one of version 2. Killed at any moment and run again, the store is
+    the same. A video that is gone or has changed has no hashes, and is tried again by the next run.
+
+    Raises:
+        StoreError: The store is damaged or another process writes it.
+        UsageError: `video_roots` name a corpus that it does not have.
+    """
+    store = TargetStore.open(options.store)
+    check_video_roots(store, options.video_roots)
+    with StoreWriter(Path(store.path), sampling=store.attributes["sampling"]) as writer:
+        writer.upgrade()
+        plan = StorePlan(writer)
+        plan.roots.update(options.video_roots)
+        for shard in _worth_another_try(plan):
+            writer.drop_hashes(shard)
+        shards = [s for s in sorted(writer.index.frame_commits) if s not in writer.index.hashes]
+        before = len(store.hashed_rows())
+        _hash_shards(plan, shards, options, console)
+    store = TargetStore.open(options.store)
+    index = store.index
+    failed = {plan.path(int(index.video[s])): why for s, why in sorted(index.unhashed.items())}
+    rows = len(store.hashed_rows())
+    console.say(
+        f"{rows} of {store.n_rows} rows have hashes, {rows - before} of them new"
+        + (f"; {len(failed)} videos cannot be hashed:" if failed else "")
+    )
+    for path, why in failed.items():
+        console.say(f"{path}: {why}")
+    return {"store": store.name, "rows": store.n_rows, "hashed": rows, "failed": failed}
+
+
+def _worth_another_try(plan: StorePlan) -> list[int]:
+    """Return the shards with a segment that was not hashed, and whose video can be read now."""
+    index = plan.writer.index
+
+    def readable(segment: int) -> bool:
+        video = int(index.video[segment])
+        try:
+            return digest(plan.path(video)) == plan.digest(video)
+        except VideoError:
+            return False
+
+    return sorted({int(index.shard[s]) for s in index.unhashed if readable(s)})
+
+
+def _hash_shards(
+    plan: StorePlan, shards: list[int], options: HashOptions, console: Console
+) -> None:
+    """Decode the frames of these shards and commit their hashes, shard by shard."""
+    writer, index = plan.writer, plan.writer.index
+    total = int(index.rows[np.isin(index.shard, shards)].sum())
+    with (
+        DecodePool(processes=options.decoders or cores(), views=[HASH_VIEW]) as pool,
+        TeacherRunner({}, [HASH_VIEW], batch_size=BATCH, threads=1) as runner,
+        console.progress("hashing", total=total, unit="frames") as bar,
+    ):
+        filler = ShardFiller(
+            writer.root,
+            runner,
+            pool,
+            sampling=plan.sampling,
+            shard_rows=writer.shard_rows,
+            advance=bar.advance,
+        )
+        for result in filler.fill(tasks(plan, shards, [])):
+            writer.commit(result, {})

@@ -1,0 +1,165 @@
+"""Hashes of cached frames: at extraction, filled in later, killed, copied, verified."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distinit.pipeline.common.console import Console
+from distinit.pipeline.common.errors import StoreError
+from distinit.pipeline.store.index import load_index
+from distinit.pipeline.store.layout import read_node, write_node
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.store_options import (
+    ExportOptions,
+    HashOptions,
+    InfoOptions,
+    MergeOptions,
+)
+from distinit.pipeline.store.verify import drop_commits, verify
+from distinit.pipeline.store.writer import StoreWriter
+from distinit.pipeline.video.frames import read_frames
+from distinit.pipeline.video.perceptual_hash import HASH_VIEW, grey, hash_p, hash_r
+from distinit.stages.targets_export import targets_export
+from distinit.stages.targets_hash import targets_hash
+from distinit.stages.targets_info import targets_info
+from distinit.stages.targets_merge import targets_merge
+from distinit.tests.conftest import TinyStore
+
+QUIET = Console(quiet=True)
+
+
+def hash_files(root: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in sorted(root.glob("frames/hash_*/c/**/*"))
+        if p.is_file()
+    }
+
+
+def without_hashes(tiny: TinyStore, root: Path, version: int = 2) -> Path:
+    shutil.copytree(tiny.path, root)
+    shutil.rmtree(root / "commits/hashes")
+    if version == 1:
+        for folder in root.glob("frames/hash_*"):
+            shutil.rmtree(folder)
+        record = read_node(root / "zarr.json")
+        del record["requires"]
+        write_node(root, ".", {**record, "version": 1})
+    else:
+        for folder in root.glob("frames/hash_*/c"):
+            shutil.rmtree(folder)
+    return root
+
+
+def test_extraction_hashes_every_cached_frame(tiny_store: TinyStore) -> None:
+    store = TargetStore.open(tiny_store.path)
+    assert len(store.hashed_rows()) == store.n_rows > 0
+    for video in store.usable()[:2].tolist():
+        index, pts, rows = store.frames(video)
+        path = store.video_path(video)
+        pictures = grey(read_frames(path, index, HASH_VIEW, expect=(index, pts)).images)
+        p, r, rms = store.hashes(rows)
+        np.testing.assert_array_equal(p, hash_p(pictures))
+        np.testing.assert_array_equal(r, hash_r(pictures)[0])
+        np.testing.assert_array_equal(rms, hash_r(pictures)[1])
+    info = targets_info(InfoOptions(store=str(tiny_store.path)), QUIET)
+    assert info["hashed_rows"] == info["rows"]
+    assert list(verify(tiny_store.path, load_index(tiny_store.path))) == []
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_hashes_are_filled_in_as_at_extraction(
+    tiny_store: TinyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    root = without_hashes(tiny_store, tmp_path / "s.zarr", version)
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    assert len(TargetStore.open(root).hashed_rows()) == 0
+    options = HashOptions(store=str(root))
+    with monkeypatch.context() as patch:
+
+        def killed(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(StoreWriter, "_write_in_group", killed)  # files are there, the node is not
+        with pytest.raises(KeyboardInterrupt):
+            targets_hash(options, QUIET)
+    assert len(TargetStore.open(root).hashed_rows()) == 0
+    result = targets_hash(options, QUIET)
+    assert result["hashed"] == result["rows"] == TargetStore.open(tiny_store.path).n_rows
+    assert hash_files(root) == hash_files(tiny_store.path) != {}
+    changed = {
+        p.relative_to(root).as_posix() for p, data in before.items() if p.read_bytes() != data
+    }
+    assert changed == ({"zarr.json"} if version == 1 else set())
+    assert list(verify(root, load_index(root))) == []
+    assert targets_hash(options, QUIET)["hashed"] == result["hashed"]
+
+
+def test_a_video_that_is_gone_is_named_and_tried_again(
+    own_store: TinyStore, tmp_path: Path
+) -> None:
+    root = without_hashes(own_store, tmp_path / "s.zarr")
+    name = next(iter(TargetStore.open(root).corpora))
+    gone = own_store.videos / "v00 é.mp4"
+    gone.rename(tmp_path / "aside")
+    options = HashOptions(store=str(root), video_roots={name: str(own_store.videos)})
+    result = targets_hash(options, QUIET)
+    assert [Path(path).name for path in result["failed"]] == [gone.name]
+    assert result["hashed"] == result["rows"] - 12
+    assert list(verify(root, load_index(root))) == []
+    (tmp_path / "aside").rename(gone)
+    result = targets_hash(options, QUIET)
+    assert (result["hashed"], result["failed"]) == (result["rows"], {})
+    assert hash_files(root) == hash_files(own_store.path)
+
+
+def test_copies_of_a_store_keep_them(tiny_store: TinyStore, tmp_path: Path) -> None:
+    a, merged = tmp_path / "a.zarr", tmp_path / "m.zarr"
+    targets_export(ExportOptions(store=str(tiny_store.path), out=str(a)), QUIET)
+    targets_merge(MergeOptions(parts=[str(a)], out=str(merged)), QUIET)
+    whole = TargetStore.open(tiny_store.path)
+    expected = whole.hashes(whole.rows_of(whole.usable()))
+    for path in (a, merged):
+        store = TargetStore.open(path)
+        assert len(store.hashed_rows()) == whole.n_rows
+        for values, right in zip(
+            store.hashes(store.rows_of(store.usable())), expected, strict=True
+        ):
+            np.testing.assert_array_equal(values, right)
+        assert list(verify(path, load_index(path))) == []
+
+
+def test_a_flipped_bit_is_found_and_repaired_alone(tiny_store: TinyStore, tmp_path: Path) -> None:
+    root = tmp_path / "s.zarr"
+    shutil.copytree(tiny_store.path, root)
+    file = root / "frames/hash_r/c/0"
+    data = bytearray(file.read_bytes())
+    data[3] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(StoreError, match="hash_r"):
+        TargetStore.open(root).hashes([0])
+    findings = list(verify(root, load_index(root)))
+    assert len(findings) == 1
+    assert "frames/hash_r" in str(findings[0])
+    assert drop_commits(root, findings) == 1
+    targets_hash(HashOptions(store=str(root)), QUIET)
+    assert hash_files(root) == hash_files(tiny_store.path)
+    for change in (
+        {"rows": 3},
+        {"rows": -1},
+        {"files": {"frames/pts/c/0": {}}},
+        {"failed": {"x": ""}},
+    ):
+        node = read_node(root / "commits/hashes/000000/zarr.json")
+        write_node(root, "commits/hashes/000000", {**node, **change})
+        if change == {"rows": 3}:
+            assert [f.shard for f in verify(root, load_index(root))] == [0]
+        else:
+            with pytest.raises(StoreError, match="commits/hashes/000000"):
+                TargetStore.open(root)
+        write_node(root, "commits/hashes/000000", node)
