@@ -160,6 +160,8 @@ def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(
     threads = torch.get_num_threads()
     with StoreWriter(made.out, sampling=Sampling(every=1).model_dump(), shard_rows=256) as writer:
         run = run_record(8, "fp32", torch.device("cpu"))
+        classes = [f"class {k}" for k in range(6)]
+        writer.add_teacher("tiny", classes, {"name": NAME, "identity": {}, "run": run})
         setup = WorkerSetup.of(made, writer, teachers, Sampling(every=1), run)
         before = set(psutil.Process().children(recursive=True))
         kept = []
