@@ -199,7 +199,7 @@ def common_params() -> list[click.Parameter]:
 
 
 class StageCommand(click.Command):
-    """A command of the tables of stages; its options model is imported when its options are needed."""
+    """A command of the tables; its options model is imported when its options are needed."""
 
     def __init__(self, name: str, command: Command, section: str) -> None:
         examples = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in command.examples)
