@@ -45,6 +45,10 @@ STAGES = {
         "pipeline.evaluation.compare_options:CompareOptions",
         "stages.targets_compare:targets_compare",
     ),
+    "targets-vocabulary": (
+        "pipeline.targets.vocabulary_options:VocabularyOptions",
+        "stages.targets_vocabulary:targets_vocabulary",
+    ),
     "targets-verify": (
         "pipeline.store.store_options:VerifyOptions",
         "stages.targets_verify:targets_verify",
@@ -259,6 +263,19 @@ browser, without network.""",
         examples=(
             "distinit targets compare targets.zarr",
             "distinit targets compare targets.zarr --out look --videos kinetics=/data/k400",
+        ),
+    ),
+    "vocabulary": Command(
+        help="""Make a head for features from names of classes, by the text tower of open_clip.
+
+`train-student --head` then turns the stored features of the same model into logits of these
+classes; no teacher is run again.""",
+        examples=(
+            "distinit targets vocabulary classes.txt --teacher open_clip:ViT-B-32@laion2b_s34b_b79k "
+            "--out classes.safetensors",
+            "distinit targets vocabulary classes.txt --teacher open_clip:ViT-B-32 "
+            "--teacher-weights clip.safetensors --prompt 'a video of {}.' --prompt 'someone {}' "
+            "--out classes.safetensors",
         ),
     ),
     "verify": Command(

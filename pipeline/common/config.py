@@ -46,7 +46,16 @@ SECTIONS = (
     "demo",
     *(
         f"targets-{name}"
-        for name in ("info", "browse", "probe", "compare", "verify", "merge", "export")
+        for name in (
+            "info",
+            "browse",
+            "probe",
+            "compare",
+            "vocabulary",
+            "verify",
+            "merge",
+            "export",
+        )
     ),
 )
 

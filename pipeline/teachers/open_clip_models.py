@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..common.errors import TeacherError, WeightsError, first_line, third_party
-from ..common.weights import load_weights
+from ..common.weights import WeightsFile, load_weights
 from ..video.geometry import View
 from .hub import hub_file, need_safetensors
 from .loaded_model import LoadedModel, apply_view_options, preprocessing, refuse_builder_options
@@ -30,6 +28,35 @@ def open_clip_model(spec: TeacherSpec, model: str, tag: str | None) -> LoadedMod
         WeightsError: The weights are not safetensors, cannot be fetched or do not fit.
     """
     refuse_builder_options(spec)
+    whole = open_clip_whole(spec, model, tag)
+    return LoadedModel(
+        architecture=f"open_clip:{model}",
+        weights="file" if spec.weights else str(tag),
+        module=whole.model.visual,
+        preprocessing=apply_view_options(
+            preprocessing(
+                _view(whole.config, spec), tuple(whole.config["mean"]), tuple(whole.config["std"])
+            ),
+            spec,
+        ),
+        file=whole.file.name,
+        file_sha256=whole.file.sha256,
+        offers=("features",),
+        pooling="image embedding",
+    )
+
+
+@dataclass(frozen=True)
+class OpenClipModel:
+    """Both towers of a model, its weights file, and open_clip's preprocessing."""
+
+    model: Any
+    config: dict[str, Any]
+    file: WeightsFile
+
+
+def open_clip_whole(spec: TeacherSpec, model: str, tag: str | None) -> OpenClipModel:
+    """Load both towers of an open_clip architecture; see `open_clip_model`."""
     try:
         import open_clip
     except ImportError:
@@ -46,19 +73,7 @@ def open_clip_model(spec: TeacherSpec, model: str, tag: str | None) -> LoadedMod
     published = _published(library, spec, model, tag)
     path = _weights_path(library, spec, published)
     file = load_weights(path, spec.sha256)
-    tower, config = _tower(library, spec, model, path, published)
-    return LoadedModel(
-        architecture=f"open_clip:{model}",
-        weights="file" if spec.weights else str(tag),
-        module=tower,
-        preprocessing=apply_view_options(
-            preprocessing(_view(config, spec), tuple(config["mean"]), tuple(config["std"])), spec
-        ),
-        file=file.name,
-        file_sha256=file.sha256,
-        offers=("features",),
-        pooling="image embedding",
-    )
+    return OpenClipModel(*_built(library, spec, model, path, published), file)
 
 
 def _published(library: Any, spec: TeacherSpec, model: str, tag: str | None) -> dict[str, Any]:
@@ -102,10 +117,10 @@ def _weights_path(library: Any, spec: TeacherSpec, published: dict[str, Any]) ->
     return hub_file(spec, repository, names)
 
 
-def _tower(
+def _built(
     library: Any, spec: TeacherSpec, model: str, path: Path, published: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the model, load its weights; return the image tower and open_clip's preprocessing."""
+) -> tuple[Any, dict[str, Any]]:
+    """Build the model, load its weights; return it and open_clip's preprocessing."""
     text = library.get_model_config(model).get("text_cfg", {})
     if "hf_model_name" in text and not spec.fetch:
         raise WeightsError(
@@ -123,7 +138,7 @@ def _tower(
 
     config = merge_preprocess_dict(asdict(PreprocessCfg()), published)
     config["size"] = getattr(whole.visual, "image_size", config["size"])
-    return whole.visual, config
+    return whole, config
 
 
 def _view(config: dict[str, Any], spec: TeacherSpec) -> View:

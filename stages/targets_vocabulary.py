@@ -1,0 +1,50 @@
+"""`distinit targets vocabulary CLASSES`: a head for features from names of classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..pipeline.common.console import Console
+from ..pipeline.common.errors import UsageError
+from ..pipeline.corpus.textfiles import read_text
+from ..pipeline.targets.class_head import ClassHead, class_names
+from ..pipeline.targets.vocabulary_options import VocabularyOptions
+from ..pipeline.teachers.teacher_options import TeacherSpec
+from ..pipeline.teachers.text_embeddings import text_embeddings
+
+
+def targets_vocabulary(options: VocabularyOptions, console: Console) -> dict[str, Any]:
+    """Embed classes by the text tower of a teacher, and write them as a head for its features.
+
+    Raises:
+        UsageError: There are fewer than two classes, or the teacher has no text tower.
+        TeacherError: open_clip is not installed or has no such model.
+        WeightsError: The weights cannot be loaded.
+    """
+    try:
+        classes = class_names(read_text(options.classes).split("\n"))
+    except OSError as error:
+        raise UsageError(f"{options.classes}: cannot be read ({error.strerror})") from None
+    if len(classes) < 2:
+        raise UsageError(f"{options.classes}: {len(classes)} classes, a head requires at least 2")
+    spec = TeacherSpec(name=options.teacher, weights=options.weights, outputs=("features",))
+    prompts = [[text.replace("{}", name) for text in options.prompts] for name in classes]
+    found = text_embeddings(spec, prompts)
+    bias = None
+    if found.logit_bias is not None:
+        bias = np.full(len(classes), found.logit_bias, np.float32)
+    head = ClassHead(found.weight, bias, classes, found.logit_scale, normalize=True)
+    head.write(Path(options.out))
+    console.say(
+        f"{options.out}: {len(classes)} classes of {found.weight.shape[1]} features, logit scale "
+        f"{found.logit_scale:.1f}; train-student --head NAME={options.out} uses it"
+    )
+    return {
+        "head": options.out,
+        "classes": list(classes),
+        "features": found.weight.shape[1],
+        "logit_scale": found.logit_scale,
+    }
