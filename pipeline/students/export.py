@@ -29,6 +29,7 @@ from ..common.run_dir import MODEL_FILE, STUDENT_FILE
 from ..common.safetensors_files import open_checked
 from ..common.sealed import BLANK, KEY, seal
 from ..common.settings import Options
+from .external import library_shapes
 from .student import Backbone, Student, build_student
 from .student_options import BUILTIN_ARCHITECTURES, STEM, HeadKind, StudentMeta, StudentOptions
 
@@ -273,18 +274,22 @@ def _check_sizes(header: _Header, state: Mapping[str, Tensor], path: Path) -> No
             raise CheckpointError(
                 f"{path}: damaged: head {name!r} has {classes} classes, its tensor is {found}"
             )
+    shapes: Mapping[str, torch.Size] | None
     if header.options.architecture in BUILTIN_ARCHITECTURES:
         with torch.device("meta"):
             own = Backbone(header.options).state_dict()
-        wrong = [
-            name
-            for name, tensor in own.items()
-            if name not in state or state[name].shape != tensor.shape
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"{path}: damaged: its tensors are not those of {header.options.describe()}, first {wrong[0]}"
-            )
+        shapes = {name: tensor.shape for name, tensor in own.items()}
+    else:
+        shapes = library_shapes(header.options, (header.meta.clip_length, header.meta.clip_size))
+    wrong = [
+        name
+        for name, shape in (shapes or {}).items()
+        if name not in state or state[name].shape != shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: damaged: its tensors are not those of {header.options.describe()}, first {wrong[0]}"
+        )
 
 
 def _named_tensors(student: Student) -> Iterator[tuple[str, Tensor]]:

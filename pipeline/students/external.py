@@ -56,14 +56,32 @@ def external_backbone(options: StudentOptions, clip: tuple[int, int]) -> tuple[n
         UsageError: the builder or factory fails, or the module does not take such clips or gives no
             features.
     """
+    module = _build(options, clip)
+    return module, _features_of(module, options, clip)
+
+
+def library_shapes(options: StudentOptions, clip: tuple[int, int]) -> dict[str, torch.Size] | None:
+    """Return the shapes of a library's backbone by name, without memory for its values.
+
+    None for a factory, and for a model that cannot be built without values.
+    """
+    if options.is_factory:
+        return None
+    try:
+        with torch.device("meta"):
+            return {name: value.shape for name, value in _build(options, clip).state_dict().items()}
+    except UsageError:
+        return None
+
+
+def _build(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:
     kind = options.architecture.partition(":")[0] if ":" in options.architecture else ""
     builders: dict[str, Callable[[StudentOptions, tuple[int, int]], nn.Module]] = {
         "": torchvision_backbone,
         "timm": timm_backbone,
         "hf": transformers_backbone,
     }
-    module = builders.get(kind, _from_factory)(options, clip)
-    return module, _features_of(module, options, clip)
+    return builders.get(kind, _from_factory)(options, clip)
 
 
 def _from_factory(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:

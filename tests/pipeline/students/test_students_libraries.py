@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import get_model
 
@@ -227,6 +228,30 @@ def test_a_folder_of_transformers_is_an_initialisation(tmp_path: Path, kind: str
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(CheckpointError, match=r"'bert'.*videomae"):
         resolve_init(f"hf:{tmp_path}", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "larger"),
+    [
+        ("hf:videomae", TINY, {"hidden_size": 2**20}),
+        ("timm:vit_tiny_patch16_224", VIT, {"embed_dim": 2**20}),
+        ("timm:vit_tiny_patch16_224", VIT, {"checkpoint_path": "a.pth"}),
+    ],
+)
+def test_a_file_that_claims_a_larger_student_is_refused(
+    tmp_path: Path, name: str, options: dict[str, Any], larger: dict[str, Any]
+) -> None:
+    path, meta = tmp_path / "s.safetensors", {"clip_length": 8, "clip_size": 32}
+    save_student(path, student_of(name, options), meta)
+    header = {"format_version": 1, "heads": {"t": 5}, "meta": meta}
+    for changes in ({}, larger):
+        given = {"architecture": name, "options": {**options, **changes}}
+        text = json.dumps({**header, "options": given})
+        save_file(load_file(path), path, {"distinit": text})
+        if not changes:
+            load_student(path)
+    with pytest.raises((CheckpointError, UsageError), match=r"s\.safetensors|checkpoint_path"):
+        load_student(path)
 
 
 def test_what_a_library_does_not_take_is_refused_by_name(modules: None) -> None:
