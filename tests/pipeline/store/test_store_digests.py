@@ -55,8 +55,9 @@ def content(store: TargetStore) -> dict[str, Any]:
         rows = store.committed_rows(name)
         found[name] = (
             record,
-            store.logits(name, rows).tobytes(),
-            store.entropy(name, rows).tobytes(),
+            store.outputs(name, rows).tobytes(),
+            store.entropy(name, rows).tobytes() if record.output == "logits" else None,
+            store.statistics(name)[0].tobytes() if record.output == "features" else None,
         )
         found[f"{name} fingerprint"] = store.fingerprint(name)
         found[f"{name} frames"] = [
@@ -84,8 +85,9 @@ def findings(root: Path) -> str:
 
 @pytest.mark.slow
 def test_every_flipped_bit_is_found_with_its_file_and_never_read(
-    root: Path, tmp_path: Path
+    make_store: Callable[..., tuple[Any, Path]], tmp_path: Path
 ) -> None:
+    root = make_store(videos=range(20), features={"f": 12}, features_encoding="int8")[1]
     with write(root) as writer:
         writer.add_fingerprint("t", {"probes": 1, "logits": [[0.0] * 10] * 6, "torch": "2", "device": "cpu",
                                      "basis": {"kind": "new"}})  # fmt: skip
