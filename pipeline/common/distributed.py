@@ -54,10 +54,10 @@ class Ranks:
         """Return the value of each rank, in order, on every rank."""
         if self.world == 1:
             return [value]
-        found: list[Any] = [None] * self.world
+        values: list[Any] = [None] * self.world
         with self._others():
-            dist.all_gather_object(found, value, group=self.group)
-        return found
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 alone, and return its result on all ranks.
@@ -87,13 +87,13 @@ class Ranks:
         """
         if self.world == 1:
             return work()
-        result, own = None, None
+        result, failure = None, None
         try:
             result = work()
         except DistInitError as error:
-            own = error
-        if int(self.sum(torch.tensor([own is not None], dtype=torch.int64))):
-            raise self._first(own)
+            failure = error
+        if int(self.sum(torch.tensor([failure is not None], dtype=torch.int64))):
+            raise self._first_error(failure)
         return result  # type: ignore[return-value]
 
     def synchronized(self, batches: Iterable[T], stop: Callable[[], bool]) -> Iterator[T]:
@@ -103,20 +103,20 @@ class Ranks:
         """
         iterator = iter(batches)
         while self.world > 1 or not stop():
-            batch, own = None, None
+            batch, failure = None, None
             try:
                 batch = next(iterator, None)
             except DistInitError as error:
                 if self.world == 1:
                     raise
-                own = error
+                failure = error
             if self.world > 1:
                 over = batch is None or stop()
                 failed, ended = self.sum(
-                    torch.tensor([own is not None, over], dtype=torch.int64)
+                    torch.tensor([failure is not None, over], dtype=torch.int64)
                 ).tolist()
                 if failed:
-                    raise self._first(own)
+                    raise self._first_error(failure)
                 if ended:
                     return
             if batch is None:
@@ -135,12 +135,12 @@ class Ranks:
             error.shared = error.shared or self.world > 1
             raise
 
-    def _first(self, own: DistInitError | None) -> DistInitError:
-        errors = self.gather(own)
+    def _first_error(self, failure: DistInitError | None) -> DistInitError:
+        errors = self.gather(failure)
         rank, first = next((rank, error) for rank, error in enumerate(errors) if error is not None)
-        alike = all(error is not None and str(error) == str(first) for error in errors)
+        same = all(error is not None and str(error) == str(first) for error in errors)
         error = first
-        if not alike and not isinstance(first, RankLostError):
+        if not same and not isinstance(first, RankLostError):
             error = type(first)(f"rank {rank}: {first}")
             error.__dict__.update(first.__dict__)
         error.shared = True
@@ -194,7 +194,7 @@ def join_ranks(device: str, init_method: str = "env://") -> Iterator[Ranks]:
         count = torch.cuda.device_count()
         if local >= count:
             raise DeviceError(
-                f"process {local} of this machine has no GPU of its own: it has {count}"
+                f"process {local} of this machine has no GPU of its failure: it has {count}"
             )
         torch.cuda.set_device(local)
     dist.init_process_group(

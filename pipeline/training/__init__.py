@@ -1,1 +1,1 @@
-""""""
+"""Training: loop, step, losses, loader, checkpoints, and several processes."""

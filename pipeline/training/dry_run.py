@@ -1,4 +1,4 @@
-"""`train-student --dry-run`: what would be trained, its size, and its first batch to look at."""
+"""`train-student --dry-run`: log what would be trained and its size, and render its first batch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ PICTURE = "first-batch.png"
 def dry_run(
     config: TrainConfig, store: TargetStore, clips: StudentClips, student: Student
 ) -> dict[str, Any]:
-    """Says config, parameters, memory and computation of a step, and writes RUN/first-batch.png;
-    nothing else.
+    """Log config, parameters, memory and computation of a step, and write RUN/first-batch.png.
 
-    The batch is the run's own first. Raises TrainingError if its clips cannot be read.
+    Returns:
+        What --json prints. Nothing is trained; the picture is of the run's first batch.
+
+    Raises:
+        TrainingError: The clips of the batch cannot be read, or the picture cannot be written.
     """
     check_local(config.out)
     options = config.loop.for_videos(len(clips.sampler.videos))
@@ -74,13 +77,13 @@ def dry_run(
 
 
 def _memory(config: TrainConfig, student: Student) -> dict[str, Any]:
-    """Of one device: bytes and FLOPs of a piece of a step, said and returned."""
+    """Log and return bytes and FLOPs of a micro batch on one device."""
     options, view = config.loop, config.clips
     clips = options.clips_at_once(options.gpus)
     shape = (clips, config.student.channels, view.clip_frames, view.size, view.size)
     found = footprint(student, shape, precision=options.precision, copies=options.weight_copies)
     if found is None:
-        log.info("memory: not known, the student cannot be run without data")
+        log.info("memory: unknown, the student cannot run without data")
         return {}
     device = resolve_device(options.device)
     has = (
@@ -89,10 +92,10 @@ def _memory(config: TrainConfig, student: Student) -> dict[str, Any]:
         else ""
     )
     log.info(
-        f"memory of {clips} clips at once, estimated: {found.total / 1e9:.2f}{has} GB, {found.weights / 1e9:.2f} for "
-        f"weights, gradients and optimizer, {found.activations / 1e9:.2f} for activations"
+        f"estimated memory of a micro batch of {clips} clips: {found.total / 1e9:.2f}{has} GB, "
+        f"{found.weights / 1e9:.2f} for weights, gradients and optimizer, {found.activations / 1e9:.2f} for activations"
     )
-    log.info(f"computation: {found.flops / clips / 1e9:.1f} GFLOP a clip, forward and backward")
+    log.info(f"computation: {found.flops / clips / 1e9:.1f} GFLOP per clip, forward and backward")
     return {"memory_bytes": found.total, "flops_per_clip": found.flops / clips}
 
 

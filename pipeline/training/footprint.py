@@ -1,4 +1,4 @@
-"""What a step of training holds in memory and computes, from shapes alone: nothing is allocated.
+"""Estimate memory and computation of a training step from shapes alone: nothing is allocated.
 
 Shape letters: B clips, C channels, T frames, H W pixels.
 """
@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 class Footprint:
     """Bytes and FLOPs of a step on one device.
 
-    weights: parameters, their gradients and what the optimizer keeps in float32, and buffers.
-    activations: what the forward pass keeps for the backward pass. flops: forward and backward, a
-    multiplication and an addition being two.
+    Attributes:
+        weights: Bytes of parameters, their gradients, the state of the optimizer, and buffers.
+        activations: Bytes that the forward pass keeps for the backward pass.
+        flops: Forward and backward; a multiplication and an addition are two.
     """
 
     weights: int
@@ -29,7 +30,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Bytes of both; workspaces of convolutions and the allocator's slack come on top."""
+        """Bytes of weights and activations, without workspaces of convolutions and slack."""
         return self.weights + self.activations
 
 
@@ -40,10 +41,14 @@ def footprint(
     precision: str = "fp32",
     copies: int = 3,
 ) -> Footprint | None:
-    """Of a training step of clips [B, C, T, H, W]; None where a module cannot run without data.
+    """Return the footprint of a training step; None where a module cannot run without data.
 
-    In bf16 the activations are taken to be half as large, the weights are not. copies: tensors of
-    the size of the weights that training holds, see `LoopOptions.weight_copies`.
+    Args:
+        model: The model; its weights are not changed.
+        shape: Of the clips, [B, C, T, H, W].
+        precision: In bf16 the activations are taken to be half as large, the weights are not.
+        copies: Number of tensors of the size of the weights that training holds, see
+            `LoopOptions.weight_copies`.
     """
     weights = sum(
         copies * p.numel() * p.element_size() if p.requires_grad else p.nbytes

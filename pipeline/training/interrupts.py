@@ -1,5 +1,4 @@
-"""What ends a training early, and how its resume avoids the same end: SIGTERM, and a video on which
-a loader process died or hung."""
+"""What ends a training early: SIGTERM, and videos on which loader processes die or hang."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ CRASHES_TO_REFUSE = 2
 
 
 class Interrupts:
-    """Note SIGTERM (`requested()`) while entered, instead of ending the process (main thread
-    only)."""
+    """Note SIGTERM while entered, instead of ending the process (main thread only)."""
 
     def __init__(self) -> None:
         self._requested = False
@@ -58,7 +56,7 @@ class Interrupts:
 
 
 class _CrashRecord(Form):
-    """By path of a video: why a loader process died or hung that was reading it, once per time."""
+    """By path of a video, the reason of each end of a loader process that was reading it."""
 
     what: ClassVar[str] = "a record of crashes"
     videos: dict[str, list[str]] = {}

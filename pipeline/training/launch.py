@@ -1,5 +1,4 @@
-"""Run a stage in one process, in those that torchrun started, or in several started here (`--gpus
-N`).
+"""Run a stage in one process, in those of torchrun, or in several started here (`--gpus N`).
 
 `--gpus N` uses the launcher of torchrun as a function (`elastic_launch`). What is added to it here
 keeps promises that it does not make: one line that names the error instead of a table of processes,
@@ -43,7 +42,7 @@ from .loop_options import LoopOptions
 C = TypeVar("C", bound=Options)
 Stage = Callable[[C, Console, Ranks], dict[str, Any]]
 
-# For a process that has lost another one, so that the other's own end is seen first.
+# For a process that has lost another one, so that the end of the other is seen first.
 GRACE_PERIOD_S = 15.0
 
 
@@ -83,8 +82,11 @@ def run_distributed(
 
 
 def _enough_gpus(loop: LoopOptions) -> bool:
-    """Return whether the processes run on the device that was asked for; UsageError for too few
-    GPUs."""
+    """Return whether the processes run on the device that was asked for.
+
+    Raises:
+        UsageError: The machine has fewer GPUs than processes.
+    """
     count = torch.cuda.device_count()
     on_gpus = loop.device.startswith("cuda") or (loop.device == "auto" and count > 0)
     if on_gpus and loop.gpus > count:
@@ -235,8 +237,7 @@ def _run_rank(
 def _annotate(
     error: DistInitError, rank: int, source: BaseException | None = None
 ) -> DistInitError:
-    """Return the error with its rank, if it is of one process only, and its traceback as a note
-    for --debug."""
+    """Return the error with its rank, if others do not raise it, and its traceback as a note."""
     named = error
     if not error.shared and not isinstance(error, RankLostError):
         named = type(error)(f"rank {rank}: {error}")

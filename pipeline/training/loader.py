@@ -28,9 +28,9 @@ class KeyedDataset(Protocol):
 
 
 class EpochBatchSampler(Sampler[list[Key]]):
-    """The keys of all batches from step `start` to the end, over all epochs in one go.
+    """The keys of all batches from step `start` to the end, over all epochs.
 
-    One sampler over all epochs, so that workers read ahead across the border of two epochs.
+    One sampler for all epochs lets workers read ahead across the border of two epochs.
     """
 
     def __init__(
@@ -52,8 +52,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
 
 
 class SequentialBatchSampler(Sampler[list[Key]]):
-    """The keys (0, 0) … (0, n - 1) once, in order, the last batch as short as it must be: for
-    evaluation."""
+    """The keys (0, 0) … (0, n - 1) once, in order, for evaluation; the last batch may be short."""
 
     def __init__(self, n: int, batch_size: int) -> None:
         self.n = n
@@ -162,7 +161,7 @@ class SplitBatchSampler(Sampler[list[Key]]):
 
         B = 8, W = 3:   0 1 | 2 3 4 | 5 6 7
 
-    All ranks together go through just the samples of one process with the same batches.
+    The ranks go through the samples of one process with the same batches, each once.
     """
 
     def __init__(self, batches: Sampler[list[Key]], ranks: Ranks) -> None:
@@ -179,8 +178,7 @@ class SplitBatchSampler(Sampler[list[Key]]):
 
 
 class DistributedBatchSampler(Sampler[list[Key]]):
-    """Every W-th batch, whole: for evaluation, where each sample counts once and nothing is
-    padded."""
+    """Every W-th batch, whole: for evaluation, where each sample counts once, without padding."""
 
     def __init__(self, batches: Sampler[list[Key]], ranks: Ranks) -> None:
         self.batches = batches

@@ -136,8 +136,7 @@ def _start(
 
 
 def _end(crew: list[_Worker]) -> None:
-    """End all workers. What they still make is not needed, and files are written whole or not at
-    all."""
+    """End all workers; what they still make is not needed."""
     for worker in crew:
         worker.process.kill()
         worker.connection.close()
@@ -156,8 +155,8 @@ class _Worker:
     status: WorkerStatus
 
     def ask(self, batches: int) -> None:
-        """Let the worker make so many more batches. Whether it has died is seen where it is read
-        from."""
+        """Let the worker make so many more batches."""
+        # Its death is seen where the next batch is waited for.
         with suppress(OSError):
             for _ in range(batches):
                 self.connection.send_bytes(b"1")
@@ -187,8 +186,7 @@ class _Worker:
         return True
 
     def receive(self) -> Batch | None:
-        """Return the next batch, None after the last one; raise the error that came in its
-        place."""
+        """Return the next batch, None after the last one; raise the error in its place."""
         try:
             batch = receive_batch(self.connection)
         except Exception as error:
@@ -323,8 +321,7 @@ def receive_batch(connection: Connection) -> Batch | DistInitError | None:
 
 
 def _anonymous_file() -> Any:
-    """Return a file without a name that two processes can share: memory, where the system has
-    it."""
+    """Return a file without a name that two processes can share, in memory where possible."""
     if hasattr(os, "memfd_create"):
         return open(os.memfd_create("distinit-batch"), "r+b")
     return tempfile.TemporaryFile()

@@ -1,5 +1,4 @@
-"""What a training says of itself while it runs: loss, speed, waiting, memory, filtered share, time
-left."""
+"""Measure a training while it runs: loss, speed, waiting, memory, filtered share, time left."""
 
 from __future__ import annotations
 
@@ -20,8 +19,10 @@ from .train_state import TrainState
 
 
 class Meter:
-    """Sums over the steps since the last record: those that a resume goes on with stand in the
-    state."""
+    """Sum over the steps since the last record.
+
+    The sums that a resume continues with are kept in the state.
+    """
 
     def __init__(self, options: LoopOptions, state: TrainState, device: torch.device) -> None:
         self._options = options
@@ -38,7 +39,7 @@ class Meter:
         self._clips = 0
 
     def timed(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The batches; the time spent waiting for them is counted."""
+        """Yield the batches and measure the time spent waiting for them."""
         iterator = iter(batches)
         while True:
             before = time.monotonic()
@@ -50,7 +51,7 @@ class Meter:
             yield batch
 
     def add(self, report: StepReport) -> None:
-        """Counts one step."""
+        """Count one step."""
         self._clips += report.clips
         self._clips_seen += report.clips
         counts = {
@@ -64,11 +65,10 @@ class Meter:
             since[name] = since.get(name, 0.0) + value
 
     def record(self, rate: float) -> dict[str, Any]:
-        """The means since the last record, which starts anew.
+        """Return the means since the last record, and start the next one.
 
-        filtered: of all draws, the share that the filter turned down, whether drawn again or
-            weighted zero.
-        data_share: of the wall time, the share spent waiting for clips.
+        "filtered" is the share of all draws that the filter rejected, whether drawn again or
+        weighted zero; "data_share" is the share of the wall time spent waiting for clips.
         """
         elapsed = max(time.monotonic() - self._since, 1e-9)
         since = self._state.since
@@ -93,7 +93,7 @@ class Meter:
         return record
 
     def line(self, record: Mapping[str, Any]) -> str:
-        """The record as one line for a person."""
+        """Return the record as one line of the log."""
         parts = ", ".join(
             f"{name.removeprefix('loss/')} {value:.4f}"
             for name, value in record.items()
@@ -116,18 +116,17 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Wall time of this session."""
+        """Wall time since the start or resume, in seconds."""
         return time.monotonic() - self._began
 
     @property
     def clips_per_second(self) -> float:
-        """Clips trained on in this session, a second of its wall time."""
+        """Clips trained on per second of that time."""
         return self._clips_seen / max(self.seconds, 1e-9)
 
 
 def memory_gb(device: torch.device) -> float:
-    """Gigabytes: the most that tensors held on a GPU, or what this process holds of the machine's
-    memory."""
+    """Return the peak memory of tensors on a GPU, or the memory of this process, in gigabytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     statm = Path("/proc/self/statm")

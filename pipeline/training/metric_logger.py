@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: one record a call, both cut back to the checkpoint on a resume."""
+"""Write metrics.jsonl and TensorBoard files; a resume cuts both back to the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..common.streams import printable
 
 
 class Metrics:
-    """Context manager that appends to RUN/metrics.jsonl and RUN/tensorboard.
+    """Append to RUN/metrics.jsonl and RUN/tensorboard; a context manager.
 
     A record is one line: {"kind": "train" | "epoch", "step": steps done, …}; numbers that are not
     finite are null. Records after `step` (of a run that was killed after its last checkpoint) are
@@ -47,7 +47,7 @@ class Metrics:
         return self
 
     def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
-        """Appends one record; its numbers also go to TensorBoard as `kind/name`."""
+        """Append one record; its numbers also go to TensorBoard as `kind/name`."""
         if self._file is None or self._tensorboard is None:
             raise TrainingError("Metrics.write outside of its with block")
         values = {
@@ -82,7 +82,7 @@ class Metrics:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; a torn one counts as later than everything."""
+    """Return the step of a line; infinity for one that was not written whole."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -1,5 +1,4 @@
-"""From a model to what is trained: on its device, compiled, its gradients and statistics shared
-between processes."""
+"""Prepare a model for training: on its device, compiled, and parallel over processes."""
 
 from __future__ import annotations
 
@@ -9,17 +8,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..common.distributed import Ranks
 from .loop_options import LoopOptions
-from .precision import place
 
 
 def wrap(model: nn.Module, options: LoopOptions, device: torch.device, ranks: Ranks) -> nn.Module:
-    """`model` itself, changed in place, or the DistributedDataParallel around it where ranks train
-    together.
+    """Return `model`, changed in place; with several ranks the DistributedDataParallel around it.
 
-    The model keeps its parameters' names, so checkpoints and exports are those of one process. With
-    several ranks the weights of rank 0 are everybody's from here on.
+    The model keeps its parameters' names, so checkpoints and exports are those of one process. All
+    ranks have the weights of rank 0 from here on.
     """
-    place(model, device, channels_last=options.channels_last)
+    model.to(device)
+    if options.channels_last:
+        _to_channels_last(model)
     if ranks.world > 1 and options.sync_batchnorm and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if options.compile != "none":
@@ -31,13 +30,21 @@ def wrap(model: nn.Module, options: LoopOptions, device: torch.device, ranks: Ra
     )
 
 
+def _to_channels_last(model: nn.Module) -> None:
+    """Store the weights of 3D convolutions channels-last."""
+    # Measured a fifth faster on a CPU in fp32.
+    for parameter in model.parameters():
+        if parameter.dim() == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+
+
 @torch.no_grad()
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Gives every rank the buffers of rank 0, whose checkpoint it is: without synchronised
-    BatchNorm each has running statistics of its own share of the last batch, for
-    DistributedDataParallel copies them before a step, not after."""
+    """Copy the buffers of rank 0, which writes the checkpoints, to every rank."""
+    # DistributedDataParallel copies them before a step, not after: without synchronised BatchNorm
+    # each rank has the running statistics of its share of the last batch.
     if ranks.world == 1:
         return
-    of_lead = ranks.on_main(lambda: [buffer.cpu() for buffer in model.buffers()])
-    for buffer, value in zip(model.buffers(), of_lead, strict=True):
+    of_main = ranks.on_main(lambda: [buffer.cpu() for buffer in model.buffers()])
+    for buffer, value in zip(model.buffers(), of_main, strict=True):
         buffer.copy_(value)

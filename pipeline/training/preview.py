@@ -1,4 +1,4 @@
-"""A batch as a picture for people: the frames of each clip, and what the teachers say of it.
+"""Render a batch as a picture: the frames of each clip and its targets.
 
 Shapes: B clips, C channels, T frames, H W pixels, K classes.
 """
@@ -24,12 +24,16 @@ PAPER, INK, FAINT, BLANK = (255, 255, 255), (20, 20, 20), (150, 150, 150), (225,
 def render_batch(
     batch: Mapping[str, Any], classes: Mapping[str, Sequence[str]], *, tau: float = 1.0
 ) -> Image.Image:
-    """A row a clip: up to 8 of its frames, evenly spread, as the student sees them; beside it the
-    video and first frame, and of each teacher the entropy (of the mean logits at τ = 1, which the
-    filter judges) and the three likeliest classes of the target at `tau`. Clips that do not count
-    for a teacher are said so, those that count for none are grey, for they were not decoded.
+    """Render a row per clip: up to 8 of its frames, evenly spread, and its targets.
 
-    batch: as the clip data set gives it, collated; classes: teacher → names [K].
+    Next to the frames are the video and the first frame, and per teacher the entropy (of the mean
+    logits at τ = 1, which the filter uses) and the three likeliest classes. Clips that do not count
+    for a teacher are marked; those that count for none were not decoded and are grey.
+
+    Args:
+        batch: A collated batch of `StudentClips`.
+        classes: Per teacher the names of its classes [K].
+        tau: Temperature of the target's softmax.
     """
     clips = batch["clip"][:MOST_CLIPS]
     chosen = np.unique(
@@ -57,7 +61,7 @@ def render_batch(
 
 
 def save_preview(picture: Image.Image, path: Path) -> None:
-    """As PNG."""
+    """Write the picture as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, format="PNG")
 
@@ -65,7 +69,7 @@ def save_preview(picture: Image.Image, path: Path) -> None:
 def _lines(
     batch: Mapping[str, Any], number: int, classes: Mapping[str, Sequence[str]], tau: float
 ) -> list[tuple[str, bool]]:
-    """Text and whether it is strong, of one clip."""
+    """Return the lines next to one clip, and whether each is printed strongly."""
     name = Path(str(batch["name"][number])).name
     lines = [(f"{_short(name, 40)}  from frame {int(batch['start'][number])}", True)]
     for teacher, names in classes.items():
@@ -87,8 +91,10 @@ def _lines(
 
 
 def _pixels(frame: Tensor) -> np.ndarray:
-    """uint8 [H, W, 3] of a frame [C, H, W]; flow as colour around grey: x in red, y in green, 8
-    pixels the most."""
+    """Return a frame [C, H, W] as uint8 [H, W, 3].
+
+    Optical flow is shown as colour around grey: x in red, y in green, at most 8 pixels.
+    """
     if frame.shape[0] == 3:
         return np.ascontiguousarray(frame.permute(1, 2, 0).numpy())
     flow = (128 + frame.float().numpy() * 16).clip(0, 255)

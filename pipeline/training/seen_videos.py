@@ -1,5 +1,4 @@
-"""RUN/seen_videos.npz: the videos that a run's weights come from, known by content wherever they
-are located now.
+"""RUN/seen_videos.npz: the videos that a run's weights come from, identified by content.
 
 Arrays, a row per video: `digest` uint8 [N, 16] (`video.container.digest`, zeros where it could not
 be read), `stage` uint8 [N] (0: seen by the initialisation, 1: by this run), and `path`, the bytes
@@ -31,8 +30,7 @@ INIT, OWN = 0, 1
 
 @dataclass(frozen=True)
 class SeenVideos:
-    """Videos by digest[N, 16], where each was located, and by whom it was seen: stage[N], INIT or
-    OWN."""
+    """Videos: digest [N, 16], path, and by whom each was seen, stage [N] of INIT or OWN."""
 
     digest: NDArray[np.uint8]
     paths: list[str]
@@ -40,16 +38,24 @@ class SeenVideos:
 
     @classmethod
     def of(cls, digests: Sequence[str], paths: Sequence[str]) -> SeenVideos:
-        """The videos that a run trains on itself; digests in hex, "" where a video could not be
-        read."""
+        """Return the videos that a run itself trains on.
+
+        Args:
+            digests: In hex, "" for an unreadable video.
+            paths: Where the videos are located.
+        """
         rows = b"".join(bytes.fromhex(each) or bytes(DIGEST_BYTES) for each in digests)
         table = np.frombuffer(rows, np.uint8).reshape(-1, DIGEST_BYTES)
         return cls(table, list(paths), np.full(len(table), OWN, np.uint8))
 
     @classmethod
     def read(cls, run: Path) -> SeenVideos | None:
-        """Return what a run folder recorded; None where it has no record, as runs of distinit 0.1.
-        CheckpointError, and SourceError for a link that leads out of the folder."""
+        """Return the record of a run folder; None for a folder without one, as of distinit 0.1.
+
+        Raises:
+            CheckpointError: The record cannot be read.
+            SourceError: It is a link that leads out of the folder.
+        """
         path = run / SEEN_VIDEOS
         if not is_regular_file(path, run):
             return None
@@ -64,14 +70,14 @@ class SeenVideos:
         return found
 
     def write(self, run: Path) -> None:
-        """Write RUN/seen_videos.npz, whole or not at all. CheckpointError."""
+        """Write RUN/seen_videos.npz."""
         buffer = io.BytesIO()
         names = np.frombuffer(b"\0".join(os.fsencode(path) for path in self.paths), np.uint8)
         np.savez_compressed(buffer, digest=self.digest, path=names, stage=self.stage)
         write_whole(run / SEEN_VIDEOS, buffer.getbuffer())
 
     def after(self, earlier: SeenVideos | None) -> SeenVideos:
-        """These videos, and those that the initialisation had seen."""
+        """Return these videos and those of the initialisation."""
         if earlier is None:
             return self
         stage = np.concatenate([np.full(len(earlier.stage), INIT, np.uint8), self.stage])
@@ -80,31 +86,35 @@ class SeenVideos:
         )
 
     def stages(self, digests: Sequence[str], paths: Sequence[str]) -> list[set[int]]:
-        """By whom each of these videos (digest in hex, where it is located) was seen: a set of INIT
-        and OWN each.
+        """Return for each video by whom it was seen: a set of INIT and OWN.
 
         Where digests agree and both files can be read, their whole content decides.
+
+        Args:
+            digests: In hex, "" for an unreadable video.
+            paths: Where the videos are located.
         """
         return [{int(self.stage[row]) for row in rows} for rows in self.rows(digests, paths)]
 
     def rows(self, digests: Sequence[str], paths: Sequence[str]) -> list[list[int]]:
-        """Which rows are each of these videos; see `stages`."""
-        wanted = [bytes.fromhex(each) for each in digests]
+        """Return for each video the rows that hold it; see `stages`."""
+        asked = [bytes.fromhex(each) for each in digests]
         kind = np.dtype((np.void, DIGEST_BYTES))
-        mine = np.ascontiguousarray(self.digest).view(kind).ravel()
-        theirs = np.frombuffer(b"".join(each for each in wanted if each), kind)
-        alike: dict[bytes, list[int]] = {}
-        for row in np.flatnonzero(np.isin(mine, theirs)).tolist():
-            alike.setdefault(bytes(self.digest[row]), []).append(row)
+        seen = np.ascontiguousarray(self.digest).view(kind).ravel()
+        known = np.isin(seen, np.frombuffer(b"".join(each for each in asked if each), kind))
+        rows_of: dict[bytes, list[int]] = {}
+        for row in np.flatnonzero(known).tolist():
+            rows_of.setdefault(bytes(self.digest[row]), []).append(row)
         return [
-            [row for row in alike.get(each, ()) if self._same(row, path)]
-            for each, path in zip(wanted, paths, strict=True)
+            [row for row in rows_of.get(each, ()) if self._same(row, path)]
+            for each, path in zip(asked, paths, strict=True)
         ]
 
     def _same(self, row: int, path: str) -> bool:
         if same_content(self.paths[row], path) is not False:
             return True
-        try:  # a file that has changed since says nothing of what was seen
+        # A file that has changed since is no evidence.
+        try:
             return digest(self.paths[row]) != bytes(self.digest[row]).hex()
         except VideoError:
             return True

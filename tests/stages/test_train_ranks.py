@@ -3,7 +3,10 @@ process fails."""
 
 from __future__ import annotations
 
+import multiprocessing
+import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +18,7 @@ import yaml
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.distributed import SINGLE_PROCESS, Ranks
-from distinit.pipeline.common.errors import TrainingError
+from distinit.pipeline.common.errors import TrainingError, UsageError
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.training.launch import run_distributed
 from distinit.pipeline.training.loader import (
@@ -119,12 +122,25 @@ def job(config, screen, ranks):
 
 
 # It imports no more than it needs, which takes each process seconds.
-KILLED = """
-import os, signal
+ENDING = """
+import os, signal, time
+from pathlib import Path
+from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.common.settings import Options
 
-def job(config, screen, ranks):
+class Ending(Options):
+    how: str
+    folder: str = ""
+
+def job(config, console, ranks):
+    if config.how == "sleep":
+        (Path(config.folder) / f"{ranks.rank}.pid").write_text(str(os.getpid()))
+        time.sleep(600)
     if ranks.rank == 1:
+        if config.how == "error":
+            raise UsageError("--x: 3 is not allowed")
+        if config.how == "bug":
+            raise KeyError("x")
         os.kill(os.getpid(), signal.SIGKILL)
     ranks.gather(None)
 """
@@ -135,7 +151,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The job's module, importable here and in the processes."""
     folder = tmp_path_factory.mktemp("job")
     (folder / "ranks_job.py").write_text(JOB)
-    (folder / "killed_job.py").write_text(KILLED)
+    (folder / "ending_job.py").write_text(ENDING)
     sys.path.insert(0, str(folder))
     import ranks_job  # type: ignore[import-not-found]
 
@@ -194,13 +210,59 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(
     assert both["gone"] == "rank 1: v9.mp4: gone"
 
 
-def test_a_process_that_is_killed_ends_all_with_one_error(work: Any) -> None:
-    import killed_job  # type: ignore[import-not-found]
+@pytest.mark.parametrize(
+    ("how", "kind", "says"),
+    [
+        ("kill", TrainingError, r"rank 1 of 2 .*SIGKILL; .*"),
+        ("error", UsageError, r"rank 1: --x: 3 is not allowed"),
+        pytest.param("bug", TrainingError, r"rank 1: KeyError: 'x'", marks=pytest.mark.slow),
+    ],
+)
+def test_the_end_of_one_process_ends_all_with_one_error(
+    work: Any, capfd: pytest.CaptureFixture[str], how: str, kind: Any, says: str
+) -> None:
+    import ending_job  # type: ignore[import-not-found]
 
-    with pytest.raises(TrainingError, match=r"rank 1 of 2 .*SIGKILL"):
-        run_distributed(
-            killed_job.job, killed_job.Options(), Console(quiet=True), LoopOptions(gpus=2)
-        )
+    options = LoopOptions(gpus=2, device="cpu")
+    with pytest.raises(kind) as failed:
+        run_distributed(ending_job.job, ending_job.Ending(how=how), Console(quiet=True), options)
+    assert re.fullmatch(says, str(failed.value))
+    assert not multiprocessing.active_children()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "signal_", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_no_process_outlives_the_one_that_started_it(
+    work: Any, tmp_path: Path, signal_: int
+) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(work.__file__).parent)!r})
+import ending_job
+from distinit.pipeline.common.console import Console
+from distinit.pipeline.training.launch import run_distributed
+from distinit.pipeline.training.loop_options import LoopOptions
+
+if __name__ == "__main__":
+    config = ending_job.Ending(how="sleep", folder={str(tmp_path)!r})
+    run_distributed(ending_job.job, config, Console(quiet=True), LoopOptions(gpus=2, device="cpu"))
+"""
+    (tmp_path / "program.py").write_text(program)
+    pids = [tmp_path / "0.pid", tmp_path / "1.pid"]
+    words = [sys.executable, str(tmp_path / "program.py")]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+        while not all(path.exists() and path.read_text() for path in pids):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal_)
+        process.wait(timeout=60)
+    for _ in range(200):
+        if not any(Path("/proc", path.read_text()).exists() for path in pids):
+            return
+        time.sleep(0.05)
+    pytest.fail("a process is still running 10 s after its parent")
 
 
 def test_sigterm_reaches_all_processes_and_fewer_go_on(tiny_store: Any, tmp_path: Path) -> None:
