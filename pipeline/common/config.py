@@ -52,6 +52,7 @@ SECTIONS = (
             "probe",
             "compare",
             "vocabulary",
+            "hash",
             "verify",
             "merge",
             "export",
