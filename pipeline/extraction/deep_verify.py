@@ -93,7 +93,7 @@ class Replay:
         bad = ~(off <= allowed)  # also where it is nan
         if bad.any():
             count, worst = self._off.get(self._at[0], (0, 0.0))
-            self._off[self._at[0]] = (count + int(bad.sum()), max(worst, float(off[bad].max())))
+            self._off[self._at[0]] = (count + int(bad.sum()), max(worst, float(np.max(off[bad]))))
         self.rows += len(rows)
         self._batch[:] = 0
         self._places, self._waiting = [], []
@@ -262,7 +262,7 @@ def _check_video(
                         replay.feed(event.images[view], rows[at])
 
 
-_Compared = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+_Compared = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 """Of each row [n]: how far it is off, how far it may be, and the difference that is reported."""
 
 
@@ -280,7 +280,8 @@ def _compare_features(
 ) -> _Compared:
     """Compare in the space that the store keeps: under pca:D, features in the span of its basis."""
     if codec.basis is not None and codec.mean is not None:
-        features = (features - codec.mean) @ codec.basis.T @ codec.basis + codec.mean
+        inside = (features - codec.mean) @ codec.basis.T @ codec.basis + codec.mean
+        features = np.asarray(inside, np.float32)
     kept = codec.decode(stored)
     off = cosine_error(features, kept)
     numbers = stored[codec.output]
