@@ -421,7 +421,7 @@ def _summary(
         "epochs": result.epochs,
         "steps": result.steps,
         "loss": result.train_loss,
-        "broken": result.broken,
+        "unreadable": result.broken,
         "already_finished": result.already_finished,
         "resumed_from_step": result.resumed_from,
         "seconds": result.seconds,

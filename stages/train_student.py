@@ -166,7 +166,7 @@ def _train_locked(
         if result.broken:
             console.warn(result.unread())
         exported = _export(config, store, student, parts.train.sampler.targets, run_dir)
-        summary = _summary(config, parts, result, exported) | _learned(
+        summary = _summary(config, parts, result, exported) | _explained(
             bounds, result, teachers, config.export, console
         )
         write_whole(run_dir / RESULT, json.dumps(plain(summary), indent=1).encode())
@@ -365,46 +365,39 @@ def _usable_held_out(
 
 
 def _bounds(sampler: TargetSampler, objective: Distillation, console: Console) -> LossBounds | None:
-    """Measure the reference losses of this training before it begins.
-
-    Of its first draws, at most ten per video.
-    """
+    """Log the two reference losses of the first draws before training starts."""
     bounds = loss_bounds(first_draws(sampler), objective)
     if bounds is not None:
         console.say(
-            f"loss of a student that says the same of every clip: {bounds.constant:.3f}; "
-            f"of one that knows every target: {bounds.perfect:.3f}"
+            f"reference losses: best constant predictor {bounds.constant:.3f}, lower bound {bounds.perfect:.3f}"
         )
     return bounds
 
 
-def _learned(
+def _explained(
     bounds: LossBounds | None,
     result: FitResult,
     teachers: tuple[str, ...],
     export: str,
     console: Console,
 ) -> dict[str, Any]:
-    """Return, for result.json, how far the student came between the two reference losses.
+    """Return the reference losses and the explained fraction for result.json.
 
-    By the loss on held-out clips where every teacher has some; a warning where that is next to
-    nothing.
+    The fraction is that of the loss on held-out clips where every teacher has some, else of the
+    training loss. A fraction of nearly 0 is warned of.
     """
     if bounds is None:
-        return {
-            "loss_of_a_constant": None,
-            "loss_of_the_targets": None,
-            "learned": None,
-            "learned_by": None,
-        }
+        return dict.fromkeys(
+            ("baseline_loss", "loss_lower_bound", "explained_fraction", "explained_by")
+        )
     held_out = all(f"loss/{name}" in result.validation for name in teachers)
     loss, by = result.train_loss, "training"
     if held_out:
         loss, by = result.best if export == "best" else result.validation["loss"], "held-out"
-    learned = bounds.learned(loss)
-    if learned < TOO_LITTLE:
+    fraction = bounds.learned(loss)
+    if fraction < TOO_LITTLE:
         console.warn(
-            f"the student has learned next to nothing: {by} loss {loss:.3f}, a constant guess has "
+            f"the student has learned next to nothing: {by} loss {loss:.3f}, the best constant predictor has "
             f"{bounds.constant:.3f}; try more loop.epochs, another loop.lr or a larger student.width"
         )
     else:
@@ -412,11 +405,15 @@ def _learned(
             f" ({bounds.learned(result.train_loss):.0%} by the training loss)" if held_out else ""
         )
         console.say(
-            f"learned {learned:.0%} of the way from a constant guess to the targets themselves, by the {by} loss"
-            f"{of_training}"
+            f"explained fraction {fraction:.0%}, from the best constant predictor (0 %) to the lower bound (100 %), "
+            f"by the {by} loss{of_training}"
         )
-    ends = {"loss_of_a_constant": bounds.constant, "loss_of_the_targets": bounds.perfect}
-    return {**ends, "learned": learned, "learned_by": by}
+    return {
+        "baseline_loss": bounds.constant,
+        "loss_lower_bound": bounds.perfect,
+        "explained_fraction": fraction,
+        "explained_by": by,
+    }
 
 
 def _build(config: TrainConfig, targets: Mapping[str, TeacherTargets]) -> Student:
@@ -516,15 +513,15 @@ def _summary(
         "steps": result.steps,
         "videos": len(parts.train.sampler.videos),
         "held_out_videos": len(parts.held_out.sampler.videos) if parts.held_out is not None else 0,
-        "left_out_videos": len(parts.left_out.videos) if parts.left_out is not None else 0,
+        "excluded_videos": len(parts.left_out.videos) if parts.left_out is not None else 0,
         "loss": result.train_loss,
         "best": result.best,
         "best_epoch": result.best_epoch,
         "held_out": result.validation,
-        "thresholds_nats": parts.filter.thresholds,
+        "max_entropy": parts.filter.thresholds,
         "kept_share": parts.filter.kept,
         "kept_share_by_teacher": parts.filter.kept_by,
-        "broken": result.broken,
+        "unreadable": result.broken,
         "already_finished": result.already_finished,
         "resumed_from_step": result.resumed_from,
         "seconds": result.seconds,

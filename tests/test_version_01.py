@@ -100,7 +100,7 @@ def test_a_run_is_resumed_from_its_own_config(artifacts: Path, tmp_path: Path) -
     )
     result = train_student(config, QUIET)
     assert (result["resumed_from_step"], result["steps"], result["videos"]) == (1, 2, 4)
-    assert result["thresholds_nats"] == json.loads(saved["identity"])["filter"]["nats"]
+    assert result["max_entropy"] == json.loads(saved["identity"])["filter"]["nats"]
     after = load_file(run / "student.safetensors")
     shapes = [{name: (t.shape, t.dtype) for name, t in each.items()} for each in (before, after)]
     assert shapes[0] == shapes[1]

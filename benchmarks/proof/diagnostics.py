@@ -55,17 +55,20 @@ def select(rows: dict[str, dict[str, Any]], names: list[str]) -> dict[str, dict[
 
 
 def of_students(runs: Path, records: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Row → of its students, seed by seed and fold by fold: seconds, and how much of the way from a
-    constant guess to their targets they have learned; of the cells of an ablation in RUNS."""
+    """Return, per row of an ablation in RUNS, seconds and explained fraction of each student."""
     seconds = json.loads((runs / "seconds.json").read_text())
-    found: dict[str, dict[str, list[float]]] = {"seconds of stage two": {}, "learned": {}}
+    found: dict[str, dict[str, list[float]]] = {
+        "seconds of stage two": {},
+        "explained_fraction": {},
+    }
     for record in records:
         if record["student"]:
-            learned = json.loads((runs / record["student"] / "result.json").read_text())["learned"]
+            result = json.loads((runs / record["student"] / "result.json").read_text())
+            explained = result["explained_fraction"]
             found["seconds of stage two"].setdefault(record["row"], []).append(
                 seconds[Path(record["student"]).name]
             )
-            found["learned"].setdefault(record["row"], []).append(learned)
+            found["explained_fraction"].setdefault(record["row"], []).append(explained)
     return found
 
 

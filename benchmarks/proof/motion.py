@@ -195,7 +195,7 @@ class Proof:
                     ("inflated", "scratch"),
                 )
             },
-            "learned": of_students(self.out / "runs", records)["learned"],
+            "explained_fraction": of_students(self.out / "runs", records)["explained_fraction"],
             "filters vary in time": {
                 start: [variation_over_time(_first_filters(run)) for run in mine]
                 for start, mine in students.items()

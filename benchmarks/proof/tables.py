@@ -100,10 +100,10 @@ def rows(found: dict[str, Any]) -> str:
         change = percent(gain, sign=True) if gain else ""
         took = f"{fmean(seconds):.0f}" if seconds else ""
         lines.append(
-            [row, _learned(found, row), percent(accuracy), change, str(rates.get(row, "")), took]
+            [row, _explained(found, row), percent(accuracy), change, str(rates.get(row, "")), took]
         )
     return table(
-        ["row", "learned, %", "top 1, % [95 %]", "change [95 %]", "rate", "stage two, s"], lines
+        ["row", "explained, %", "top 1, % [95 %]", "change [95 %]", "rate", "stage two, s"], lines
     )
 
 
@@ -115,10 +115,10 @@ def motion(found: dict[str, Any]) -> str:
         cells = [percent(accuracy[frames]) for frames in ("ordered", "shuffled", "frozen")]
         parts = found["what is right"][start]
         cells += [f"{100 * parts[part]:.0f}" if part in parts else "" for part in ("thing", "way")]
-        lines.append([start, _learned(found, start), *cells, f"{fmean(vary):.3f}"])
+        lines.append([start, _explained(found, start), *cells, f"{fmean(vary):.3f}"])
     head = [
         "start",
-        "learned, %",
+        "explained, %",
         "top 1, % [95 %]",
         "frames shuffled",
         "frames frozen",
@@ -131,9 +131,9 @@ def motion(found: dict[str, Any]) -> str:
     return text + (f"\n\n{rows(found['varied'])}" if "varied" in found else "")
 
 
-def _learned(found: dict[str, Any], row: str) -> str:
-    """What the students of a row have learned, one by one; empty of a row without any."""
-    return ", ".join(f"{100 * value:.0f}" for value in found["learned"].get(row, []))
+def _explained(found: dict[str, Any], row: str) -> str:
+    """Return the explained fraction of each student of a row in per cent; "" without students."""
+    return ", ".join(f"{100 * value:.0f}" for value in found["explained_fraction"].get(row, []))
 
 
 def percent(values: Sequence[float], *, sign: bool = False) -> str:

@@ -98,12 +98,12 @@ class Entry:
         return len(self.values["top1"])
 
     @property
-    def learned(self) -> np.ndarray:
-        """How far its students came from a constant guess (0) to their targets (1), one by one."""
+    def explained(self) -> np.ndarray:
+        """Return the explained fraction of each of its students that has one."""
         students = {
             cell.student.path: cell.student for cell in self.cells if cell.student is not None
         }
-        found = [run.learned for run in students.values()]
+        found = [run.explained_fraction for run in students.values()]
         return np.array([value for value in found if value is not None])
 
 

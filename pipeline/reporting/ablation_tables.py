@@ -15,11 +15,12 @@ from .accuracy_tables import DASH
 
 # The order of the paper; split 1 and the mean of splits as in its Table 6.
 PAPER_ORDER = ("per_clip", "split1", "top1", "top5")
-LEARNED = (
-    "learned: how far a student’s loss came from that of a constant guess (0) to that of the targets themselves (100), "
-    "by held-out clips where a run has some. Below 5 it has learned next to nothing, whatever its accuracy."
+EXPLAINED = (
+    "explained: how far a student’s loss came from that of the best constant predictor (0) to the lower bound, the "
+    "mean entropy of the targets (100); on held-out clips if a run has some. Below 5 a student has learned next to "
+    "nothing, whatever its accuracy."
 )
-LEAST_LEARNED = 0.05
+LEAST_EXPLAINED = 0.05
 NOTES = (
     "mean ± standard deviation over the finished runs of a row (seeds and splits, n − 1); runs: finished of planned.",
     "difference: top 1 minus that of the first row, in points, paired by test video, with its 95 % bootstrap interval "
@@ -53,8 +54,8 @@ def _table(ablation: Ablation, dataset: str) -> Table:
     for name in shown:
         columns += [Column(f"{_heading(name, ablation.splits)}, %", True)]
         columns += [Column("paper", True)] * (name in known)
-    learned = any(len(entry.learned) for entry in entries)
-    columns += [Column("learned, %", True)] * learned
+    explained = any(len(entry.explained) for entry in entries)
+    columns += [Column("explained, %", True)] * explained
     columns += [Column("runs", True), Column("difference", True), Column("p", True)]
     table = Table(f"{ablation.title}: {short_dataset(dataset)}", columns)
     for entry in entries:
@@ -63,7 +64,7 @@ def _table(ablation: Ablation, dataset: str) -> Table:
             cells += [spread(entry.values[name])] + [_percent(entry.paper.get(name))] * (
                 name in known
             )
-        cells += [spread(entry.learned) if len(entry.learned) else DASH] * learned
+        cells += [spread(entry.explained) if len(entry.explained) else DASH] * explained
         table.add(*cells, _runs(entry), *_gain(entry, first=entry.row == ablation.rows[0]))
     if published:
         table.head("Published results, as the paper lists them")
@@ -71,8 +72,8 @@ def _table(ablation: Ablation, dataset: str) -> Table:
         cells = [label]
         for name in shown:
             cells += [""] + [_percent(numbers.get(name))] * (name in known)
-        table.add(*cells, *[""] * learned, "", "", "")
-    table.notes = [LEARNED] * learned + _notes(
+        table.add(*cells, *[""] * explained, "", "", "")
+    table.notes = [EXPLAINED] * explained + _notes(
         ablation, dataset, known, len(listed) - len(published)
     )
     return table
@@ -117,16 +118,16 @@ def screen_table(ablation: Ablation) -> Table:
         ] * paper
         table.add(*cells, *_gain(entry, first=entry.row == ablation.rows[0]))
     table.notes = [line for dataset in ablation.datasets for line in problems(ablation, dataset)]
-    table.notes += _have_not_learned(entries)
+    table.notes += _weak_students(entries)
     return table
 
 
-def _have_not_learned(entries: Sequence[Entry]) -> list[str]:
-    """A line for each row whose students have learned next to nothing."""
+def _weak_students(entries: Sequence[Entry]) -> list[str]:
+    """Return a line for each row whose students have learned next to nothing."""
     low = {
-        e.row: e.learned.mean()
+        e.row: e.explained.mean()
         for e in entries
-        if len(e.learned) and e.learned.mean() < LEAST_LEARNED
+        if len(e.explained) and e.explained.mean() < LEAST_EXPLAINED
     }
     return [
         f"{row}: its students have learned next to nothing ({100 * mean:.0f} %)."
@@ -147,7 +148,7 @@ def ablation_numbers(ablation: Ablation) -> Table:
         "source",
         "runs",
         "planned",
-        "learned",
+        "explained_fraction",
         *ours,
         *theirs,
         *ends,
@@ -168,7 +169,7 @@ def ablation_numbers(ablation: Ablation) -> Table:
         tail = [gain.estimate.value, gain.estimate.low, gain.estimate.high, gain.p] if gain else []
         table.add(
             *(entry.row, entry.dataset, "ours", str(entry.done), str(len(entry.cells))),
-            repr(float(entry.learned.mean())) if len(entry.learned) else "",
+            repr(float(entry.explained.mean())) if len(entry.explained) else "",
             *means,
             *paper(entry.paper),
             *([repr(value) for value in tail] or [""] * len(ends)),

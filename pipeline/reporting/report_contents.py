@@ -10,7 +10,7 @@ import numpy as np
 
 from ..common.tables import Column, Table
 from .ablation_results import Ablation
-from .ablation_tables import LEARNED
+from .ablation_tables import EXPLAINED
 from .accuracy_tables import DASH, Difference, accuracy_table, differences, uncertainty_notes
 from .costs import cost_table
 from .figures.accuracy_figures import CLASS_GAINS
@@ -121,7 +121,7 @@ def student_table(runs: Sequence[Run]) -> Table | None:
         [
             *columns,
             Column("loss of last epoch", True),
-            Column("learned, %", True),
+            Column("explained, %", True),
             Column("clips/s", True),
         ],
     )
@@ -137,23 +137,23 @@ def student_table(runs: Sequence[Run]) -> Table | None:
             str(epoch.get("step", DASH)),
             f"{epoch['loss']:.3f}" if epoch.get("loss") is not None else DASH,
             DASH
-            if run.learned is None
-            else f"{100 * run.learned:.0f}"
-            if run.learned >= 0
+            if run.explained_fraction is None
+            else f"{100 * run.explained_fraction:.0f}"
+            if run.explained_fraction >= 0
             else "below 0",
             f"{np.median(rates):.1f}" if len(rates) else DASH,
         )
-    table.notes = [LEARNED, *(line for run in students if (line := of_training(run)))]
+    table.notes = [EXPLAINED, *(line for run in students if (line := of_training(run)))]
     return table
 
 
 def of_training(run: Run) -> str:
     """A line where a student's number is of the clips that it was trained on."""
-    held_out = run.result.get("learned_by") == "held-out"
+    held_out = run.result.get("explained_by") == "held-out"
     return (
         ""
-        if run.learned is None or held_out
-        else f"{run.name}: learned is by the loss on its training clips."
+        if run.explained_fraction is None or held_out
+        else f"{run.name}: explained is measured on its training clips."
     )
 
 

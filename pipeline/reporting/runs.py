@@ -88,9 +88,21 @@ class _Result(Form):
     split: int | str | None = None
     seconds: float | None = None
     clips_per_second: float | None = None
-    learned: float | None = None
-    learned_by: str | None = None
-    thresholds_nats: dict[str, float] | None = None
+    explained_fraction: float | None = None
+    explained_by: str | None = None
+    max_entropy: dict[str, float] | None = None
+
+
+# Keys of version 0.1 in result.json → their names now.
+RENAMED_RESULTS = {
+    "loss_of_a_constant": "baseline_loss",
+    "loss_of_the_targets": "loss_lower_bound",
+    "learned": "explained_fraction",
+    "learned_by": "explained_by",
+    "left_out_videos": "excluded_videos",
+    "thresholds_nats": "max_entropy",
+    "broken": "unreadable",
+}
 
 
 class _Header(Form):
@@ -189,10 +201,12 @@ class Run:
         return float(seconds) / 3600 if isinstance(seconds, int | float) else None
 
     @property
-    def learned(self) -> float | None:
-        """How far a student came from a constant guess (0) to its targets (1), by held-out clips if
-        there are any."""
-        value = self.result.get("learned")
+    def explained_fraction(self) -> float | None:
+        """How far a student came from the best constant predictor (0) to its targets (1).
+
+        Measured on held-out clips if there are any.
+        """
+        value = self.result.get("explained_fraction")
         return float(value) if isinstance(value, int | float) else None
 
     @property
@@ -312,7 +326,7 @@ def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
     section = current_keys(section)
     if "store" in section:  # an older version recorded URLs with their passwords
         section = {**section, "store": public_url(str(section["store"]))}
-    result, predictions, metrics = read_json(path / RESULT, _Result, inside), None, None
+    result, predictions, metrics = _read_result(path / RESULT, inside), None, None
     file = path / "predictions.h5"
     if kind == "finetune" and result and is_regular_file(file, inside):
         metrics, predictions = metrics_from_file(file), Predictions.read(file)
@@ -331,6 +345,13 @@ def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
             check_seal(weights, CheckpointError)
     _ = run.header
     return run
+
+
+def _read_result(file: Path, inside: Path) -> dict[str, Any]:
+    """Return the content of result.json under the current names, {} if there is no file."""
+    stored = read_json(file, Form, inside)
+    result = {RENAMED_RESULTS.get(key, key): value for key, value in stored.items()}
+    return require_form(result, _Result, str(file))
 
 
 def _read_history(file: Path, inside: Path) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ def test_a_run_leaves_everything_behind(
     assert result["metrics"]["top5"]["value"] == pytest.approx(4 / 5), (
         "unread is wrong even with two classes"
     )
-    assert list(result["broken"]) == ["broken too.mp4"]
+    assert list(result["unreadable"]) == ["broken too.mp4"]
     used = yaml.safe_load((out / "config.yaml").read_text())["finetune"]
     assert FinetuneConfig.model_validate(used).clips.clip_frames == 4
     assert load_student(out).meta.classes == {"label": ["blue", "red"]}

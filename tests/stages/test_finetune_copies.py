@@ -100,7 +100,7 @@ def test_finetune_and_evaluate_read_copies(folder: tuple[Path, Path], tmp_path: 
         "test": {"clips": 2, "workers": 0},
     }
     result = finetune(FinetuneConfig.model_validate(values), QUIET)
-    assert (result["broken"], result["metrics"]["failed"]) == ({}, [])
+    assert (result["unreadable"], result["metrics"]["failed"]) == ({}, [])
     assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["copies"] == os.fspath(
         small
     )

@@ -152,7 +152,7 @@ def test_a_student_of_flow_reads_flow_that_was_prepared(tiny_store, tmp_path: Pa
 
     config = config_of(tiny_store, tmp_path, out)
     result = train_student(config, QUIET)
-    assert (result["steps"], result["broken"]) == (2, {})
+    assert (result["steps"], result["unreadable"]) == (2, {})
     with pytest.raises(UsageError, match=r"student\.channels=2.*student\.channels=3"):
         train_student(
             config.model_copy(update={"student": StudentOptions(width=0.1), "out": f"{out}-x"}),
@@ -172,7 +172,7 @@ def test_a_student_of_flow_reads_flow_that_was_prepared(tiny_store, tmp_path: Pa
     tuned = finetune(
         tuned_config(tiny_store, tmp_path, result["run"], videos=os.fspath(out)), QUIET
     )
-    assert (tuned["test_videos"], tuned["broken"], tuned["metrics"]["failed"]) == (4, {}, [])
+    assert (tuned["test_videos"], tuned["unreadable"], tuned["metrics"]["failed"]) == (4, {}, [])
 
 
 def test_without_opencv_the_extra_is_named(

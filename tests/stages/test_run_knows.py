@@ -327,9 +327,9 @@ def test_test_videos_of_a_students_corpus_are_counted(
     dataset = write_labels(root)
     capfd.readouterr()
     summary = trained(tiny_store, tmp_path / "careful", exclude=dataset, exclude_split=1)
-    assert summary["left_out_videos"] == 2
+    assert summary["excluded_videos"] == 2
     assert "2 of 12 videos" in capfd.readouterr().err
-    assert json.loads((tmp_path / "careful/result.json").read_text())["left_out_videos"] == 2
+    assert json.loads((tmp_path / "careful/result.json").read_text())["excluded_videos"] == 2
     seen = SeenVideos.read(tmp_path / "careful")
     assert seen is not None
     assert {os.path.basename(path) for path in seen.paths} == {

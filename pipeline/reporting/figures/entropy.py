@@ -83,7 +83,7 @@ def threshold_points(ablation: Ablation, store: str) -> list[Point]:
             continue  # nothing finished, or nothing distilled
         if any(str(student.config.get("store")) != store for student in students):
             continue
-        each = [dict(student.result.get("thresholds_nats") or {}) for student in students]
+        each = [dict(student.result.get("max_entropy") or {}) for student in students]
         nats = {
             name: float(np.mean([e[name] for e in each if name in e])) for name in each[0]
         } or None

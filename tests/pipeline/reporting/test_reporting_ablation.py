@@ -412,29 +412,29 @@ def test_a_damaged_file_is_named(out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_students_have_learned_stands_beside_their_accuracy(out: Path) -> None:
+def test_ablation_tables_show_explained_fractions(out: Path) -> None:
     content = json.loads((out / "cells.json").read_text())
     for cell in content["cells"]:
         cell["student"] = f"students/{cell['row']}-{cell['seed']}"
         folder = out / cell["student"]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text("train-student: {}")
-        learned = {"learned": 0.5 + cell["seed"] / 10 if cell["row"] == "random" else 0.02}
-        (folder / "result.json").write_text(json.dumps(learned))
+        fraction = 0.5 + cell["seed"] / 10 if cell["row"] == "random" else 0.02
+        (folder / "result.json").write_text(json.dumps({"explained_fraction": fraction}))
     (out / "cells.json").write_text(json.dumps(content))
     (ablation,) = read_ablations(
         [out.resolve()], find_runs([out], cell_names([out.resolve()]), [out.resolve()])
     )
     table = ablation_tables(ablation)[0]
-    column = [c.title for c in table.columns].index("learned, %")
+    column = [c.title for c in table.columns].index("explained, %")
     assert {row[0]: row[column] for row in table.rows if row[column]}["random"] == "55.0 ± 7.1"
     low = [
         note.partition(":")[0] for note in screen_table(ablation).notes if "next to nothing" in note
     ]
     assert sorted(low) == sorted(name for name in ROWS if name != "random")
-    learned = {
-        r["row"]: r["learned"]
+    explained = {
+        r["row"]: r["explained_fraction"]
         for r in ablation_numbers(ablation).records()
         if r["source"] == "ours"
     }
-    assert float(learned["random"]) == pytest.approx(0.55)
+    assert float(explained["random"]) == pytest.approx(0.55)

@@ -181,7 +181,8 @@ NO_OBJECTS = [
         *(
             content(f"{{{text}}}")
             for text in (
-                '"seconds": "long"', '"seconds": 1e999', '"seconds": NaN', f'"seconds": {10**400}', '"learned": [1]',
+                '"seconds": "long"', '"seconds": 1e999', '"seconds": NaN', f'"seconds": {10**400}',
+                '"learned": [1]', '"explained_fraction": [1]',
                 '"split": {}', '"clips_per_second": "x"', '"thresholds_nats": [1]', '"thresholds_nats": {"t": "x"}',
                 f'"x": {"9" * 9000}',
             )

@@ -263,20 +263,22 @@ def test_markdown_lists_unread_videos(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("result", "shown", "of_training"),
     [
+        ({"explained_fraction": 0.123, "explained_by": "held-out"}, "12", 0),
+        ({"explained_fraction": 0.123, "explained_by": "training"}, "12", 1),
+        ({"explained_fraction": None}, "–", 0),
+        # Runs of version 0.1.
         ({"learned": 0.123, "learned_by": "held-out"}, "12", 0),
-        ({"learned": 0.123, "learned_by": "training"}, "12", 1),
-        ({"learned": -40.0}, "below 0", 1),  # a run of version 0.1
-        ({"learned": None}, "–", 0),
+        ({"learned": -40.0}, "below 0", 1),
         ({}, "–", 0),
     ],
 )
-def test_how_much_a_student_has_learned_is_in_the_report(
+def test_the_report_shows_explained_fractions(
     runs: Path, result: dict[str, object], shown: str, of_training: int
 ) -> None:
     (runs / "student" / "result.json").write_text(json.dumps(result))
     (runs / "student" / "student.safetensors").write_bytes(save({}))
     table = student_table(find_runs([runs]))
     assert table is not None
-    column = [c.title for c in table.columns].index("learned, %")
+    column = [c.title for c in table.columns].index("explained, %")
     assert table.rows[0][column] == shown
     assert sum(note.startswith("student:") for note in table.notes) == of_training
