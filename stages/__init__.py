@@ -1,4 +1,4 @@
-"""The stages: one module per command, `stage(options, console)`.
+"""The stages: one module per command with a function `stage(options, console)`.
 
 From Python each is a function of the package (`distinit.extract_targets`, …), see
 pipeline/common/stage_function.py.

@@ -1,7 +1,4 @@
-"""Ablations: a grid of stages two and three over one store.
-
-No teacher is loaded, the store is only read.
-"""
+"""Ablations: a grid of trainings and finetunings over one store, which is only read."""
 
 from __future__ import annotations
 
@@ -33,21 +30,22 @@ COMMANDS: dict[str, Callable[[Any, Console], dict[str, Any]]] = {
 
 
 def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
-    """Run the cells of a plan that are not done, and report each.
+    """Run the unfinished cells of a plan.
 
-    What is done is left alone.
+    Returns:
+        The folder, and a record per cell.
 
     Raises:
-        UsageError: Of the plan, or a config that does not hold.
-        StoreError: There is no store.
-        LabelsError: Of a data set.
-        DistInitError: At the end if a cell failed, after all others.
+        UsageError: The plan or a config is invalid.
+        StoreError: The store is damaged.
+        LabelsError: A data set cannot be used.
+        DistInitError: A cell failed; raised after all others have run.
     """
     check_local(config.out)
     plan = read_plan(config.plan, config.base)
     datasets = config.datasets or plan.datasets
     if not datasets:
-        raise UsageError("the plan names no data set: give --dataset")
+        raise UsageError("--dataset: required, since the plan has no data set")
     store = TargetStore.open(config.store)
     check_video_roots(store, config.video_roots)
     maker = StepMaker(
@@ -92,18 +90,18 @@ def _run_here(steps: list[Step], progress: Progress, console: Console) -> None:
             progress.failed[step.key] = progress.failed[step.needs]
             continue
         console.say(f"[{number}/{len(steps)}] {step.kind} {step.folder}")
-        began = time.monotonic()
+        started = time.monotonic()
         try:
             COMMANDS[step.kind](step_options(step, progress.out), console)
         except TrainingInterrupted:
             raise
-        except Exception as error:  # whatever a step meets, the others go on
+        except Exception as error:  # the other steps run whatever the error is
             progress.failed[step.key] = (
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             )
             console.warn(f"{step.folder} failed: {progress.failed[step.key]}")
         finally:
-            progress.took(step, time.monotonic() - began)
+            progress.add_seconds(step, time.monotonic() - started)
             progress.write()
 
 
@@ -113,10 +111,10 @@ def _summary(progress: Progress, out: Path, console: Console) -> dict[str, Any]:
     if failed:
         first = failed[0]
         raise DistInitError(
-            f"{len(failed)} of {len(records)} cells failed, all others are done; the same command tries them again; "
-            f"the first, {first['row']}, {first['dataset']}, seed {first['seed']}: {first['reason']}"
+            f"{len(failed)} of {len(records)} cells failed, all others are done; the same command retries them; the "
+            f"first, {first['row']}, {first['dataset']}, seed {first['seed']}: {first['reason']}"
         )
     console.say(
-        f"{len(records)} cells are done; `distinit report {out} --out report` makes tables of them"
+        f"{len(records)} cells are done; `distinit report {out} --out report` shows their results"
     )
     return {"out": str(out), "cells": records}

@@ -1,4 +1,4 @@
-"""The whole pipeline on the small corpus that ships with the package."""
+"""Run the whole pipeline on the small corpus that ships with the package."""
 
 from __future__ import annotations
 
@@ -31,24 +31,27 @@ RECORD = "demo.yaml"
 
 
 def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
-    """Extract, distil, finetune from the student and from scratch, report.
+    """Extract targets, train a student, finetune it and a network from scratch, and report.
 
-    What is done already is kept. The student never sees a test clip: the unlabelled corpus is the
-    training side alone.
+    Finished parts are kept. The student never sees a test clip: the unlabelled corpus is the train
+    side of the labels.
+
+    Returns:
+        The results of all stages.
 
     Raises:
         TeacherError: The extra `demo` is not installed.
-        DistInitError: As its stages.
+        DistInitError: A stage failed.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     out, runs = config.out, config.out / "runs"
     if not (CORPUS / "labels.csv").is_file():
-        raise UsageError(f"the demo corpus is not there: {CORPUS}; install distinit again")
+        raise UsageError(f"{CORPUS}: the demo corpus is missing; reinstall distinit")
     store = out / "targets.zarr"
-    _require_own(out, store)
+    _check_out(out, store)
     write_config(out / RECORD, "demo", config)
 
-    console.say("1/5 extract-targets: a frozen image model looks at the unlabelled clips, once")
+    console.say("1/5 extract-targets: run a frozen image model once over the unlabelled clips")
     extraction = load_config(
         ExtractConfig,
         "extract-targets",
@@ -57,7 +60,7 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     )
     extracted = extract_targets(extraction, console)
 
-    console.say("2/5 train-student: a video network learns to predict what was stored, no labels")
+    console.say("2/5 train-student: train a video network on the stored targets, without labels")
     training = load_config(
         TrainConfig,
         "train-student",
@@ -76,14 +79,14 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     starts = {"distinit": str(runs / "student"), "scratch": "scratch"}
     for number, (name, init) in enumerate(starts.items(), start=3):
         console.say(
-            f"{number}/5 finetune: on the labels, {'from the student' if number == 3 else 'from scratch'}"
+            f"{number}/5 finetune: train on the labels, {'from the student' if number == 3 else 'from scratch'}"
         )
         results[name] = finetune(_finetuning(config, runs / name, init), console)
 
     console.say("5/5 report")
     made = report(ReportOptions(folders=[str(runs)], out=str(out / "report")), console)
-    seconds = time.monotonic() - began
-    _farewell(config, results, made, seconds, console)
+    seconds = time.monotonic() - started
+    _show_next_steps(config, results, made, seconds, console)
     return {
         "out": str(out),
         "store": str(store),
@@ -96,25 +99,21 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     }
 
 
-def _require_own(out: Path, store: Path) -> None:
-    """Check that the folder is one of the demo: its store would grow by the demo's clips.
+def _check_out(out: Path, store: Path) -> None:
+    """Check that the folder is that of a demo, since clips of the demo are added to its store.
 
-    Version 0.1 wrote its record last: the store of an interrupted demo is known by its corpus.
-
-    Raises:
-        UsageError: It is not.
+    Version 0.1 wrote its record last: the store of an interrupted demo is recognised by its corpus.
     """
-    own_store = False
+    demo_store = False
     if store.exists():
         with contextlib.suppress(StoreError):
-            own_store = {corpus["name"] for corpus in TargetStore.open(store).index.corpora} <= {
-                "demo"
-            }
-    check_output_dir(out, "demo", () if own_store else (store.name,), record=RECORD)
+            corpora = {corpus["name"] for corpus in TargetStore.open(store).index.corpora}
+            demo_store = corpora <= {"demo"}
+    check_output_dir(out, "demo", () if demo_store else (store.name,), record=RECORD)
 
 
 def _finetuning(config: DemoConfig, run: Path, init: str) -> FinetuneConfig:
-    """Return the same settings for any initialisation."""
+    """Return the config of a finetuning, with equal settings for both initialisations."""
     return load_config(
         FinetuneConfig,
         "finetune",
@@ -123,7 +122,7 @@ def _finetuning(config: DemoConfig, run: Path, init: str) -> FinetuneConfig:
             "dataset": f"csv:{CORPUS / 'labels.csv'}",
             **config.finetune,
             "init": init,
-            # From scratch the network has to be named; from a student it is the student's.
+            # The network of a student is known; from scratch it must be given.
             **({"student": _student(config)} if init == "scratch" else {}),
             "out": str(run),
             "resume": "auto",
@@ -138,25 +137,25 @@ def _student(config: DemoConfig) -> dict[str, Any]:
     ).student.model_dump()
 
 
-def _farewell(
+def _show_next_steps(
     config: DemoConfig,
     results: dict[str, Any],
     made: dict[str, Any],
     seconds: float,
     console: Console,
 ) -> None:
-    """Where things lie, what the numbers are worth, and what to type next."""
+    """Show the paths of the results, the limits of the numbers, and commands to try next."""
     tested = next(iter(results.values()))["test_videos"]
     out = shlex.quote(str(config.out))
     lines = [
-        f"{seconds / 60:.1f} minutes. {tested} test clips and one seed are few: the demo shows that everything runs,",
-        "not which start is better. Both starts had the same short schedule; scratch deserves its own, longer one.",
+        f"{seconds / 60:.1f} minutes. With {tested} test clips and one seed, the demo shows that everything runs, not",
+        "which initialisation is better. Both had the same short schedule; scratch requires a longer one.",
         "",
         f"  report   {made['report']}",
         f"  store    {config.out / 'targets.zarr'}",
         f"  student  {config.out / 'runs' / 'student' / 'student.safetensors'}",
         "",
-        "Look into the store:",
+        "Inspect the store:",
         f"  distinit targets info {out}/targets.zarr",
         "With your own videos, no labels needed, then with your labels (a csv of path,label,split1):",
         "  distinit extract-targets VIDEOS/ --out targets.zarr --teacher efficientnet_lite0 --dry-run",

@@ -1,4 +1,4 @@
-"""What `distinit demo` can be told. Free of torch."""
+"""Options of `distinit demo`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from ..pipeline.common.settings import CliOption, Options
 
 
 class DemoConfig(Options):
-    """`extract`, `train` and `finetune` are laid over the sections of preset `demo`."""
+    """All options of `distinit demo`.
+
+    `extract`, `train` and `finetune` are merged over the sections of preset `demo`.
+    """
 
     out: Annotated[Path, CliOption(group="Output", metavar="DIR")] = Field(
         default=Path("demo-out"), description="the folder of store, runs and report"

@@ -1,4 +1,4 @@
-"""Test a finetuned student again, fuse the predictions of several, or compare those of two."""
+"""Test a finetuned student again, fuse the predictions of several runs, or compare two runs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from ..pipeline.evaluation.labels import Labels, load_labels
 from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.evaluation.protocol import (
+    check_result_dir,
     evaluate_student,
-    refuse_other,
     write_result,
 )
 from ..pipeline.evaluation.run_labels import RunLabels
@@ -55,14 +55,17 @@ from ..pipeline.training.seen_videos import SeenVideos
 def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Test a finished run or model again, or fuse or compare existing predictions.
 
-    A test writes predictions.h5, and the metrics into result.json.
+    A test writes predictions.h5, and its metrics into result.json.
+
+    Returns:
+        The content of result.json.
 
     Raises:
-        UsageError: Not a finetuned run; another data set or protocol without `out`.
-        CheckpointError: Another class list, no model.
-        LabelsError: Of the data set.
-        PredictionsError: Of a file of predictions.
-        SourceError: A file of the run is a link out of its folder.
+        UsageError: A run is not of finetune, or another data set or protocol has no `out`.
+        CheckpointError: The model is missing, or has other classes.
+        LabelsError: The labels cannot be used.
+        PredictionsError: Predictions cannot be used.
+        SourceError: A file of the run is a link to a place outside of its folder.
     """
     config = _without_runs_own_out(config)
     if config.fuse:
@@ -75,10 +78,10 @@ def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
 
 
 def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
-    """Return the config without an `out` that is the tested run itself.
+    """Remove an `out` that is the tested run itself.
 
     Raises:
-        UsageError: `out` is any other run, whose predictions or result would be lost.
+        UsageError: `out` is another run, whose predictions and result would be lost.
     """
     if config.out is None:
         return config
@@ -92,23 +95,23 @@ def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
     if single and os.path.realpath(out) == os.path.realpath(config.runs[0]):
         return config.model_copy(update={"out": None})
     raise UsageError(
-        f"--out {out} is a run, which keeps its own predictions and result; choose another --out"
+        f"--out {out}: is a run, whose predictions and result would be overwritten; choose another --out"
     )
 
 
 def _fuse(config: EvaluateConfig) -> dict[str, Any]:
-    """Fuse runs of one split, or of each split those that `finetune --split all` wrote."""
+    """Fuse runs of one split, or runs of `finetune --split all` split by split."""
     splits = [split_folders(Path(run)) for run in config.runs]
     if config.out is None or not all(splits):
         return fuse(config.runs, config.weights, config.out)
     if any(each.keys() != splits[0].keys() for each in splits):
-        held = "; ".join(
+        listed = "; ".join(
             f"{run}: {', '.join(map(str, each))}"
             for run, each in zip(config.runs, splits, strict=True)
         )
-        raise UsageError(f"--fuse: the runs have other splits ({held})")
+        raise UsageError(f"--fuse: the runs have different splits ({listed})")
     out = Path(config.out)
-    refuse_other(out, {"run": str(out)})
+    check_result_dir(out, {"run": str(out)})
     with folder_lock(out):
         results = {
             split: fuse(
@@ -122,7 +125,7 @@ def _fuse(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate(config: EvaluateConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
-    """Run one process of the test; rank 0 alone writes, and holds the locks of the folders."""
+    """Run one process of the test; only rank 0 writes and holds locks."""
     with ExitStack() as stack:
         return _evaluate_locked(config, console, ranks, stack)
 
@@ -133,35 +136,46 @@ def _evaluate_locked(
     run = Path(config.runs[0])
     splits = {} if (run / CONFIG).exists() else split_folders(run)
     if splits and config.split in (None, ALL):
-        if config.out is not None:
-            ranks.on_main(lambda: refuse_other(Path(str(config.out)), {"run": str(config.out)}))
-        outs = {
-            n: None if config.out is None else str(split_folder(Path(config.out), n))
-            for n in splits
-        }
-        configs = {
-            n: config.model_copy(update={"split": None, "out": out}) for n, out in outs.items()
-        }
-        # What is wrong with the last is found before the first is tested.
-        jobs = ranks.on_all_ranks(
-            lambda: {n: _assemble(configs[n], folder) for n, folder in splits.items()}
-        )
-        ranks.on_main(lambda: stack.enter_context(folder_lock(config.out or run)))
-        results = {
-            n: _evaluate_split(configs[n], jobs[n], folder, console, ranks)
-            for n, folder in splits.items()
-        }
-        title = short_dataset(next(iter(results.values()))["dataset"])
-        return ranks.on_main(lambda: summarise_splits(Path(config.out or run), results, title))
+        return _evaluate_all_splits(config, run, splits, console, ranks, stack)
     if config.split == ALL:
         raise UsageError(
-            f"--split all: {run} was trained on one split; it cannot be tested on what it has seen"
+            f"--split all: {run} was trained on one split, so that it has seen test videos of the others"
         )
     if isinstance(config.split, int) and config.split in splits:
         run, config = splits[config.split], config.model_copy(update={"split": None})
     return _evaluate_split(
         config, ranks.on_all_ranks(lambda: _assemble(config, run)), run, console, ranks
     )
+
+
+def _evaluate_all_splits(
+    config: EvaluateConfig,
+    run: Path,
+    splits: dict[int, Path],
+    console: Console,
+    ranks: Ranks,
+    stack: ExitStack,
+) -> dict[str, Any]:
+    out = None if config.out is None else Path(config.out)
+    if out is not None:
+        ranks.on_main(lambda: check_result_dir(out, {"run": str(out)}))
+    configs = {
+        n: config.model_copy(
+            update={"split": None, "out": None if out is None else str(split_folder(out, n))}
+        )
+        for n in splits
+    }
+    # All splits are checked before the first is tested.
+    jobs = ranks.on_all_ranks(
+        lambda: {n: _assemble(configs[n], folder) for n, folder in splits.items()}
+    )
+    ranks.on_main(lambda: stack.enter_context(folder_lock(out or run)))
+    results = {
+        n: _evaluate_split(configs[n], jobs[n], folder, console, ranks)
+        for n, folder in splits.items()
+    }
+    title = short_dataset(next(iter(results.values()))["dataset"])
+    return ranks.on_main(lambda: summarise_splits(out or run, results, title))
 
 
 def _evaluate_split(
@@ -176,45 +190,42 @@ def _evaluate_split_locked(
 ) -> dict[str, Any]:
     out = Path(config.out or _folder(run))
     if config.out is not None:
-        ranks.on_main(lambda: refuse_other(out, {"run": str(run)}))
+        ranks.on_main(lambda: check_result_dir(out, {"run": str(run)}))
     ranks.on_main(lambda: require_writable(out))
     ranks.on_main(lambda: stack.enter_context(folder_lock(out)))
     for note in (*job.labels.notes, *job.notes) if ranks.is_main else ():
         console.warn(note)
-    length, channels = job.student.meta.clip_length, job.student.options.channels
+    clip_frames, channels = job.student.meta.clip_length, job.student.options.channels
     if ranks.is_main:
         counts = count_some(job.labels, job.labels.test)
-        warn_of_short_videos(counts, len(job.labels.test), length, channels)
-    known = ranks.on_main(lambda: _known(config, job, _folder(run)))
+        warn_of_short_videos(counts, len(job.labels.test), clip_frames, channels)
+    overlap = ranks.on_main(lambda: _count_seen(config, job, _folder(run)))
     metrics = evaluate_student(
         job.student,
         job.labels,
         view=job.view,
-        length=length,
+        clip_frames=clip_frames,
         options=job.options,
         device=ranks.on_all_ranks(lambda: resolve_device(config.device)),
         out=out,
         fresh=True,
         ranks=ranks,
     )
-    found = {
+    result: dict[str, Any] = {
         "run": str(run),
         "dataset": job.labels.dataset,
         "split": job.labels.split,
         "predictions": str(out / PREDICTIONS),
-    } | ({"overlap": known} if known is not None else {})
-
-    def finish() -> None:
-        before = read_json(out / RESULT, Form)
-        write_result(out, {**before, **found, "metrics": metrics})
-
-    ranks.on_main(finish)
-    return {**found, "metrics": metrics}
+        **({} if overlap is None else {"overlap": overlap}),
+        "metrics": metrics,
+    }
+    ranks.on_main(lambda: write_result(out, {**read_json(out / RESULT, Form), **result}))
+    return result
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is tested on what, and how."""
+    """A student, the labels to test it on, and how."""
 
     student: Student
     labels: Labels
@@ -230,24 +241,23 @@ def _assemble(config: EvaluateConfig, run: Path) -> _Job:
     student = load_student(model, factory=config.factory)
     classes = student.meta.classes.get(HEAD, [])
     if not classes:
-        raise CheckpointError(f"{run}: no model of distinit finetune, for it has no labels")
-    asked, own = config.model_fields_set, config.out is None
+        raise CheckpointError(f"{run}: expected a model of distinit finetune, it has no labels")
+    given, in_place = config.model_fields_set, config.out is None
     labels = load_labels(
         config.dataset or used["dataset"],
         config.split if isinstance(config.split, int) else used.get("split"),
-        copies=config.copies if "copies" in asked else used.get("copies"),
-        root=config.root if "root" in asked or config.dataset else used.get("root"),
+        copies=config.copies if "copies" in given else used.get("copies"),
+        root=config.root if "root" in given or config.dataset else used.get("root"),
         partial=bool(used.get("partial") if config.partial is None else config.partial),
-        classes=None if own else classes,
+        classes=None if in_place else classes,
     )
     notes: tuple[str, ...] = ()
-    if own:  # the run's result would be another's
-        require_classes(labels.classes, classes, here=labels.dataset, there=str(run))
+    # A test without --out replaces the result of the run, so that it must be of the same labels.
+    if in_place:
+        require_classes(labels.classes, classes, origin=labels.dataset, expected_origin=str(run))
         folder = _folder(run)
-        for name in (
-            *TEST_FILES,
-            LAST,
-        ):  # what else of the run is read, before the test takes its time
+        # Files that are read after the test are checked before it.
+        for name in (*TEST_FILES, LAST):
             is_regular_file(folder / name, folder)
         require_own_labels(folder, read_identity(folder), labels, "give --out to test on them")
     elif used and config.dataset is None and config.split is None:
@@ -260,21 +270,24 @@ def _assemble(config: EvaluateConfig, run: Path) -> _Job:
 
 
 def _other_labels(run: Path, labels: Labels) -> Iterator[str]:
-    """Note where the file of the run's labels names other test videos by now."""
+    """Yield a note if the label file of the run lists other test videos than before training."""
     record = RunLabels.read(run)
-    if record is not None and (how := record.difference(labels, ("test",))):
-        yield f"{labels.dataset}: not the test videos that {run} was trained to be tested on ({how})"
+    if record is not None and (difference := record.difference(labels, ("test",))):
+        yield f"{labels.dataset}: not the test videos of the labels that {run} was trained with ({difference})"
 
 
-def _known(config: EvaluateConfig, job: _Job, run: Path) -> dict[str, int] | None:
-    """Return how many of the test videos the run has seen, with a warning.
+def _count_seen(config: EvaluateConfig, job: _Job, run: Path) -> dict[str, int] | None:
+    """Count the test videos that the run has seen, and warn of them.
 
-    None for its own test, which its training has compared, and for a run of which nothing is known.
+    Returns:
+        See `overlap`; None without `out`, where the training has counted them, and for runs without
+        any record.
     """
     if config.out is None:
         return None
     seen = SeenVideos.read(run)
-    if seen is None:  # of distinit 0.1
+    # Runs of version 0.1 have no record.
+    if seen is None:
         seen = _trained_on(config, run)
     if seen is None:
         return None
@@ -286,19 +299,20 @@ def _known(config: EvaluateConfig, job: _Job, run: Path) -> dict[str, int] | Non
 
 
 def _trained_on(config: EvaluateConfig, run: Path) -> SeenVideos | None:
-    """Return the training videos that the label file of a run without a record has today."""
+    """Return the training videos in the label file of a run, None if it cannot be read any more."""
     used = _run_config(run) if (run / CONFIG).is_file() else {}
     if not used:
         return None
     root = config.root if config.dataset is None and config.root is not None else used.get("root")
     try:
-        own = load_labels(
+        labels = load_labels(
             used["dataset"], used.get("split"), copies=used.get("copies"), root=root, partial=True
         )
-    except (LabelsError, UsageError):  # its labels are not here any more: nothing to compare with
+    except (LabelsError, UsageError):
         return None
     return SeenVideos.of(
-        [own.digest(video) for video in own.train], [own.absolute(video) for video in own.train]
+        [labels.digest(video) for video in labels.train],
+        [labels.absolute(video) for video in labels.train],
     )
 
 
@@ -307,13 +321,13 @@ def _folder(run: Path) -> Path:
 
 
 def _opened(run: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the model's file, and the config of its run; an empty one for a single file."""
+    """Return the file of the model, and the config of its run, {} for a file without a run."""
     if run.is_file():
-        beside = run.parent / CONFIG
-        return run, (_run_config(run.parent) if run.name == MODEL_FILE and beside.is_file() else {})
+        in_run = run.name == MODEL_FILE and (run.parent / CONFIG).is_file()
+        return run, (_run_config(run.parent) if in_run else {})
     used = _run_config(run)
     if not is_regular_file(run / MODEL_FILE, run):
-        raise CheckpointError(f"{run} holds no {MODEL_FILE}: the training is not finished")
+        raise CheckpointError(f"{run}: has no {MODEL_FILE}, the training is not finished")
     return run / MODEL_FILE, used
 
 
@@ -323,7 +337,7 @@ def _run_config(run: Path) -> dict[str, Any]:
         content = load_yaml(read_bytes(path, run).decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"{run} is not a run of distinit finetune: no readable config.yaml"
+            f"{run} is not a run of distinit finetune: its config.yaml is unreadable"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("finetune"), dict):
         raise UsageError(
@@ -333,28 +347,26 @@ def _run_config(run: Path) -> dict[str, Any]:
 
 
 def _options(given: EvaluationOptions | None, used: dict[str, Any]) -> EvaluationOptions:
-    """Return the run's test options, with what was given now."""
-    asked = given.model_dump(include=given.model_fields_set) if given is not None else {}
-    return EvaluationOptions.model_validate({**used.get("test", {}), **asked})
+    """Return the test options of the run, updated with those that are given."""
+    update = given.model_dump(include=given.model_fields_set) if given is not None else {}
+    return EvaluationOptions.model_validate({**used.get("test", {}), **update})
 
 
 def _refuse_overwriting(
     config: EvaluateConfig, options: EvaluationOptions, used: dict[str, Any]
 ) -> None:
-    """Check that another data set or protocol than the run's own has another `out`."""
+    """Check that a test with other data or another protocol than the run's has an `out`."""
     if not used and (config.dataset is None or config.out is None):
-        raise UsageError(
-            f"{config.runs[0]} is a model without its run: it needs --dataset and --out"
-        )
+        raise UsageError(f"{config.runs[0]} is a model without its run: give --dataset and --out")
     if config.out is not None:
         return
     if config.dataset is not None or config.split is not None or config.root is not None:
         raise UsageError(
-            "another --dataset, --root or --split needs --out, for the run keeps its own predictions"
+            "--dataset, --root and --split require --out: the run keeps the predictions of its own data"
         )
-    own = EvaluationOptions.model_validate(used.get("test", {})).protocol()
+    protocol = EvaluationOptions.model_validate(used.get("test", {})).protocol()
     for key, value in options.protocol().items():
-        if value != own[key]:
+        if value != protocol[key]:
             raise UsageError(
-                f"test.{key}={value} needs --out, for the run keeps the predictions of its own protocol ({own[key]})"
+                f"test.{key}={value} requires --out: the run keeps the predictions of test.{key}={protocol[key]}"
             )

@@ -1,4 +1,4 @@
-"""Stage three: finetune a student on labels, and test it."""
+"""Stage three: finetune a student on labels, from scratch or an initialisation, and test it."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ from ..pipeline.training.checkpoint import (
 )
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, fit
+from ..pipeline.training.loop_options import LoopOptions
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
 
 COMMAND = "finetune"
@@ -64,20 +65,27 @@ _WRITES = (*RUN_FILES, *TEST_FILES, START, SEEN_VIDEOS)
 
 
 def finetune(config: FinetuneConfig, console: Console) -> dict[str, Any]:
-    """Trains on the train videos, tests on the test videos, and says how it went.
+    """Train on the train videos of a data set, and test on its test videos.
 
-    Writes RUN/config.yaml, checkpoints and metrics.jsonl, model.safetensors, predictions.h5,
-    result.json; with all splits each into a folder of its own, and into RUN/result.json their mean.
-    Raises UsageError, LabelsError, CheckpointError, TrainingError, DeviceError, WeightsError.
+    Writes RUN/config.yaml, checkpoints, metrics.jsonl, model.safetensors, predictions.h5 and
+    result.json; with `--split all` into a folder per split, and their mean into RUN/result.json.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        UsageError: Options do not fit each other, the initialisation or the folder.
+        LabelsError: The labels cannot be used.
+        CheckpointError: A checkpoint or an initialisation cannot be used.
+        TrainingError: The training fails.
+        DeviceError: The device is missing.
+        WeightsError: Weights cannot be loaded.
     """
     return run_distributed(_finetune, config, console, config.loop)
 
 
 def _finetune(config: FinetuneConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
-    """Run one process of the training and the test.
-
-    Rank 0 alone writes, and holds the locks of the run folders.
-    """
+    """Run one process of the training and the test; only rank 0 writes and holds locks."""
     with ExitStack() as stack:
         return _finetune_locked(config, console, ranks, stack)
 
@@ -91,30 +99,27 @@ def _finetune_locked(
         return _finetune_split(config, console, ranks, stack)
     begun = ranks.on_main(lambda: bool(split_folders(out)))
     if config.resume is True and not begun:
-        raise UsageError(f"--resume: {out} holds no run; --resume auto begins one")
+        raise UsageError(f"--resume: {out} has no run; --resume auto starts one")
     splits = ranks.on_all_ranks(lambda: _checked_splits(config))
     ranks.on_main(lambda: _require_own_splits(out, splits))
     ranks.on_main(lambda: stack.enter_context(folder_lock(out)))
     for split in splits:
         console.say(f"split {split}")
-        # Interrupted, some splits have not begun.
+        # After an interruption some splits have not started: they cannot be resumed.
         update = {
             "split": split,
             "out": str(split_folder(out, split)),
             "resume": "auto" if config.resume else False,
         }
-        own = config.model_copy(update=update)
+        split_config = config.model_copy(update=update)
         with ExitStack() as split_stack:
-            results[split] = _finetune_split(own, console, ranks, split_stack)
+            results[split] = _finetune_split(split_config, console, ranks, split_stack)
     title = short_dataset(config.dataset)
     return ranks.on_main(lambda: summarise_splits(out, results, title))
 
 
 def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
-    """Return the splits of the data set, each of which was read.
-
-    What is wrong with the last is found before the first is trained.
-    """
+    """Return the splits of the data set after checking all of them, before the first is trained."""
     splits = available_splits(config.dataset, config.root)
     for split in splits:
         load_labels(
@@ -124,32 +129,25 @@ def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
 
 
 def _require_fitting(out: Path, split: int | str | None) -> None:
-    """Check that the folder is one of this command, with one split or with all, as asked for.
+    """Check that the folder has no run of another command, nor of one split instead of all.
 
-    Both write RUN/result.json.
-
-    Raises:
-        UsageError: It is not.
+    Runs of one and of all splits both write RUN/result.json.
     """
     splits = split_folders(out)
     check_output_dir(out, COMMAND, () if splits else _WRITES)
     if split == ALL and (out / CONFIG).exists():
         raise UsageError(
-            f"--out {out} holds a run of one split; --split all needs a folder of its own"
+            f"--out {out}: has a run of one split; --split all requires another folder"
         )
     if split != ALL and splits:
-        held = ", ".join(map(str, splits))
+        existing = ", ".join(map(str, splits))
         raise UsageError(
-            f"--out {out} holds runs of the splits {held}; one split needs a folder of its own"
+            f"--out {out}: has runs of the splits {existing}; a single split requires another folder"
         )
 
 
 def _require_own_splits(out: Path, splits: Sequence[int]) -> None:
-    """Check the folders of all splits before the first of them is trained.
-
-    Raises:
-        UsageError: One is not a folder that --split all wrote.
-    """
+    """Check the folders of all splits before the first is trained."""
     for split in splits:
         check_output_dir(split_folder(out, split), COMMAND, _WRITES)
 
@@ -159,59 +157,22 @@ def _finetune_split(
 ) -> dict[str, Any]:
     run_dir = Path(config.out)
     device = ranks.on_all_ranks(lambda: resolve_device(config.loop.device))
-    if ranks.world > 1:  # rank 0 first, alone: what has to be fetched is fetched once
+    # Rank 0 first, so that an initialisation is downloaded once.
+    if ranks.world > 1:
         ranks.on_main(lambda: resolve_init(config.init, config.student).options)
     job = ranks.on_all_ranks(lambda: _assemble(config))
-    config, labels, student = job.config, job.labels, job.student
     ranks.on_main(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
-    saved = ranks.on_all_ranks(lambda: read_identity(run_dir) if config.resume else None)
-    options = config.loop.for_videos(len(labels.train))
-    identity = _identity(config, labels, student, job.report)
-    if saved is not None:  # before the run's config is overwritten
-        ranks.on_all_ranks(
-            lambda: _check_same(run_dir, saved, identity | options.identity(), labels)
-        )
-        ranks.on_all_ranks(lambda: require_not_longer(run_dir, options))
-    ranks.on_main(lambda: write_config(run_dir / CONFIG, COMMAND, config))
-    overlap = ranks.on_main(
-        lambda: record_and_compare(config.init, labels, run_dir, again=saved is not None)
-    )
-    if config.init.startswith("inflate:"):  # what a report shows of inflation: training changes it
-        ranks.on_main(lambda: save_start(run_dir / START, student))
-
+    overlap = _record_run(job, run_dir, console, ranks)
     if ranks.is_main:
-        _announce(config, labels, student, job.report, console)
-        videos = [*labels.train, *labels.test]
-        counts = count_some(labels, videos)
-        warn_of_short_videos(
-            counts, len(videos), config.clips.clip_frames, student.options.channels
-        )
-    console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
-    result = fit(
-        model=student,
-        dataset=LabelledClips(
-            labels,
-            config.clips,
-            length=config.clips.clip_frames,
-            seed=config.loop.seed,
-            epoch_clips=options.clips_per_epoch,
-            channels=student.options.channels,
-        ),
-        objective=Classification(),
-        options=options,
-        run_dir=run_dir,
-        identity=identity,
-        resume=config.resume,
-        ranks=ranks,
-    )
-    if result.broken and ranks.is_main:
-        console.warn(result.unread())
+        _describe_run(job, console)
+    result = _train(job, run_dir, console, ranks)
+    config, labels, student = job.config, job.labels, job.student
     ranks.on_main(lambda: _export(config, labels, student, run_dir))
     metrics = evaluate_student(
         student,
         labels,
         view=config.clips,
-        length=config.clips.clip_frames,
+        clip_frames=config.clips.clip_frames,
         options=config.test,
         device=device,
         out=run_dir,
@@ -223,14 +184,91 @@ def _finetune_split(
     return summary
 
 
+def _record_run(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> dict[str, int]:
+    """Check a run that is resumed, and write what identifies a run into its folder.
+
+    Returns:
+        Number of test videos that the initialisation has seen, see `record_and_compare`.
+    """
+    config, labels = job.config, job.labels
+    saved = ranks.on_all_ranks(lambda: read_identity(run_dir) if config.resume else None)
+    # Before the config of the run is overwritten.
+    if saved is not None:
+        identity = job.identity() | job.options.identity()
+        ranks.on_all_ranks(lambda: _check_same(run_dir, saved, identity, labels))
+        ranks.on_all_ranks(lambda: require_not_longer(run_dir, job.options))
+    ranks.on_main(lambda: write_config(run_dir / CONFIG, COMMAND, config))
+    # The inflated weights, for a report: training changes them.
+    if config.init.startswith("inflate:"):
+        ranks.on_main(lambda: save_start(run_dir / START, job.student))
+    return ranks.on_main(
+        lambda: record_and_compare(config.init, labels, run_dir, again=saved is not None)
+    )
+
+
+def _train(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> FitResult:
+    config, labels, student, options = job.config, job.labels, job.student, job.options
+    console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
+    result = fit(
+        model=student,
+        dataset=LabelledClips(
+            labels,
+            config.clips,
+            clip_frames=config.clips.clip_frames,
+            seed=config.loop.seed,
+            epoch_clips=options.clips_per_epoch,
+            channels=student.options.channels,
+        ),
+        objective=Classification(),
+        options=options,
+        run_dir=run_dir,
+        identity=job.identity(),
+        resume=config.resume,
+        ranks=ranks,
+    )
+    if result.broken and ranks.is_main:
+        console.warn(result.unread())
+    return result
+
+
 @dataclass(frozen=True)
 class _Job:
-    """What is trained on what. report: None from scratch."""
+    """A student, the labels to train it on, and how.
+
+    Attributes:
+        config: The resolved config.
+        labels: The data set.
+        student: The student, initialised.
+        report: Report of the initialisation, None from scratch.
+        start: Digest of the weights before training, head included.
+    """
 
     config: FinetuneConfig
     labels: Labels
     student: Student
     report: InitReport | None
+    start: str
+
+    @property
+    def options(self) -> LoopOptions:
+        """The loop for this number of videos."""
+        return self.config.loop.for_videos(len(self.labels.train))
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a resume must share, by top-level key, so that an error names the difference.
+
+        The digest of the first weights also reveals a changed seed or file.
+        """
+        return {
+            "classes": list(self.labels.classes),
+            "labels": labels_digest(self.labels),
+            "split": self.labels.split,
+            "init": {"from": SCRATCH if self.report is None else "file", "weights": self.start},
+            "student": self.student.options.identity_dump(),
+            "dropout": self.config.dropout,
+            "freeze": self.config.freeze,
+            "clips": self.config.clips.identity_dump(),
+        }
 
 
 def _assemble(config: FinetuneConfig) -> _Job:
@@ -241,101 +279,70 @@ def _assemble(config: FinetuneConfig) -> _Job:
         root=config.root,
         partial=config.partial,
     )
-    start = resolve_init(config.init, config.student, config.inflation)
-    resolved = _resolved(config, labels, start)
-    student, report = _build(resolved, labels, start)
-    return _Job(resolved, labels, student, report)
+    init = resolve_init(config.init, config.student, config.inflation)
+    resolved = _resolved(config, labels, init)
+    student, report = _build(resolved, labels, init)
+    return _Job(resolved, labels, student, report, state_sha256(student.state_dict()))
 
 
 def _check_same(
     run_dir: Path, saved: dict[str, Any], identity: dict[str, Any], labels: Labels
 ) -> None:
-    """Check the labels first: a difference there has a message of its own."""
+    """Check the identity of a checkpoint: labels first, whose differences are described best."""
     require_own_labels(run_dir, saved, labels, "choose another --out")
     check_identity(run_dir, saved, identity)
 
 
-def _resolved(config: FinetuneConfig, labels: Labels, start: Initialization) -> FinetuneConfig:
-    """Return the config with what the initialisation decides.
-
-    Its paths hold from any folder.
-    """
+def _resolved(config: FinetuneConfig, labels: Labels, init: Initialization) -> FinetuneConfig:
+    """Fill in what the initialisation decides, and make paths absolute."""
     update: dict[str, Any] = {
         "dataset": canonical(config.dataset),
         "root": None if config.root is None else os.path.abspath(config.root),
         "split": labels.split,
         "copies": labels.copies.folder if labels.copies is not None else None,
         "init": canonical_init(config.init),
-        "student": start.options,
+        "student": init.options,
     }
     file = student_file(config.init)
-    meta = _meta(file) if file is not None else None
+    # None for weights in torchvision's format, which have no record of clips.
+    meta = read_meta(file) if file is not None else None
     if meta is not None:
-        theirs = {"clip_frames": meta.clip_length, "size": meta.clip_size, "resize": meta.resize}
+        stored = {"clip_frames": meta.clip_length, "size": meta.clip_size, "resize": meta.resize}
         given = config.clips.model_fields_set
-        if "size" in given:  # another size wants its own resize, not the file's
-            theirs.pop("resize")
+        # The resize of the file belongs to its size.
+        if "size" in given:
+            stored.pop("resize")
         update["clips"] = config.clips.model_copy(
-            update={k: v for k, v in theirs.items() if k not in given}
+            update={k: v for k, v in stored.items() if k not in given}
         )
     clips = update.get("clips", config.clips)
     try:
         clips.frame_view()
     except ValueError as error:
         raise UsageError(
-            f"clips.resize: {error}; clips.size is that of {config.init} unless it is given"
+            f"clips.resize: {error}; clips.size is by default that of {config.init}"
         ) from error
     return config.model_copy(update=update)
 
 
-def _meta(init: str) -> StudentMeta | None:
-    """Return what the file records of its clips; None where it has torchvision's names alone."""
-    return read_meta(init)
-
-
 def _build(
-    config: FinetuneConfig, labels: Labels, start: Initialization
+    config: FinetuneConfig, labels: Labels, init: Initialization
 ) -> tuple[Student, InitReport | None]:
-    """Build the student with a new head and, unless from scratch, the initial backbone."""
-    if start.options.channels == FLOW_CHANNELS:
+    """Build the student with a new head and, unless from scratch, the backbone of `init`."""
+    if init.options.channels == FLOW_CHANNELS:
         require_opencv()
     torch.manual_seed(config.loop.seed)
     clip = (config.clips.clip_frames, config.clips.size)
-    student = build_student(start.options, {HEAD: len(labels.classes)}, config.dropout, clip=clip)
-    report = None if config.init == SCRATCH else start.fill(student)
+    student = build_student(init.options, {HEAD: len(labels.classes)}, config.dropout, clip=clip)
+    report = None if config.init == SCRATCH else init.fill(student)
     if config.freeze == "backbone":
         student.freeze_backbone()
     return student, report
 
 
-def _identity(
-    config: FinetuneConfig, labels: Labels, student: Student, report: InitReport | None
-) -> dict[str, Any]:
-    """Return what a resume must share, by top-level key: a refusal names what differs."""
-    # The digest is that of the weights as they begin, head included: a seed or a file that changed
-    # shows.
-    return {
-        "classes": list(labels.classes),
-        "labels": labels_digest(labels),
-        "split": labels.split,
-        "init": {
-            "from": SCRATCH if report is None else "file",
-            "weights": state_sha256(student.state_dict()),
-        },
-        "student": student.options.identity_dump(),
-        "dropout": config.dropout,
-        "freeze": config.freeze,
-        "clips": config.clips.identity_dump(),
-    }
-
-
-def _announce(
-    config: FinetuneConfig,
-    labels: Labels,
-    student: Student,
-    report: InitReport | None,
-    console: Console,
-) -> None:
+def _describe_run(job: _Job, console: Console) -> None:
+    """Log data set, network and initialisation, and warn of what a user should know of the data."""
+    config, labels, student, report = job.config, job.labels, job.student, job.report
     for note in labels.notes:
         console.warn(note)
     console.say(
@@ -343,35 +350,41 @@ def _announce(
         f"{len(labels.test)} test videos"
     )
     console.say(balance(labels))
-    frozen = ", the backbone frozen" if config.freeze == "backbone" else ""
+    videos = [*labels.train, *labels.test]
+    warn_of_short_videos(
+        count_some(labels, videos),
+        len(videos),
+        config.clips.clip_frames,
+        student.options.channels,
+    )
+    frozen = ", backbone frozen" if config.freeze == "backbone" else ""
     console.say(
         f"{student.options.describe()}: {count_parameters(student) / 1e6:.1f} M parameters{frozen}"
     )
     if report is None:
-        console.say("from scratch: fresh weights")
+        console.say("initialisation: from scratch")
         return
-    left = (
-        f"; left: {', '.join(report.left[:6])}{', …' if len(report.left) > 6 else ''}"
-        if report.left
-        else ""
+    names = ", ".join(report.left[:6]) + (", …" if len(report.left) > 6 else "")
+    skipped = f", not used: {names}" if report.left else ""
+    console.say(
+        f"initialisation: {len(report.loaded)} tensors of {report.path}{skipped}; the head is new"
     )
-    console.say(f"from {report.path}: {len(report.loaded)} tensors loaded{left}; the head is new")
     for line in report.lines if config.verbose else ():
         console.say(f"  {line}")
 
 
 def balance(labels: Labels) -> str:
-    """Describe how even the classes are, and the score of always guessing the most frequent."""
+    """Describe the balance of the classes, and the accuracy of guessing the most frequent one."""
     counts = Counter(video.label for video in labels.train)
     (most, count), (fewest, few) = counts.most_common()[0], counts.most_common()[-1]
     guess = sum(video.label == most for video in labels.test) / len(labels.test)
     each = (
-        f"{count} train videos in every class"
+        f"{count} train videos per class"
         if count == few
-        else f"{few} ({labels.classes[fewest]}) to {count} ({labels.classes[most]}) train videos a class, "
+        else f"{few} ({labels.classes[fewest]}) to {count} ({labels.classes[most]}) train videos per class, "
         f"{count / few:.1f} times as many"
     )
-    return f"{each}; always guessing {labels.classes[most]!r} is right for {100 * guess:.1f} % of the test videos"
+    return f"{each}; always guessing {labels.classes[most]!r} is correct for {100 * guess:.1f} % of the test videos"
 
 
 def _export(config: FinetuneConfig, labels: Labels, student: Student, run_dir: Path) -> None:
@@ -387,7 +400,7 @@ def _export(config: FinetuneConfig, labels: Labels, student: Student, run_dir: P
 
 
 def _pair(clips: ClipView) -> tuple[int, int] | None:
-    """Height and width that a frame is resized to."""
+    """Return the height and width that frames are resized to, None for a resize by one side."""
     resize = clips.frame_view().resize
     return resize if isinstance(resize, tuple) else None
 
@@ -399,7 +412,7 @@ def _summary(
     result: FitResult,
     metrics: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what --json prints and result.json holds."""
+    """Return the content of result.json, which --json prints too."""
     run_dir = Path(config.out)
     return {
         "run": config.out,

@@ -1,4 +1,4 @@
-"""The classes of one's own videos, by a finetuned student."""
+"""Predict the classes of videos with a finetuned student."""
 
 from __future__ import annotations
 
@@ -22,35 +22,55 @@ from ..pipeline.evaluation.labels import Labelled, Labels
 from ..pipeline.evaluation.predictions import OK, Predictions
 from ..pipeline.evaluation.predictor import predict as fill_in
 from ..pipeline.students.export import load_student
+from ..pipeline.students.student import Student
 from ..pipeline.training.precision import pick_workers, torch_threads
 
 
 def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
-    """Show the best classes of every video with their probabilities.
+    """Show the best classes of each video with their probabilities.
 
-    `ok` is False where a video cannot be read. The clips are those of a test: `test.clips` uniform
-    ones of the length and size that the model was trained with.
+    The clips are those of a test: `test.clips` clips, evenly spread, with the frames and size that
+    the model was trained with.
+
+    Returns:
+        Videos with their best classes; `ok` is False if a video is unreadable.
 
     Raises:
-        CheckpointError: No model, or none of finetune.
-        SourceError: No videos.
-        DeviceError: This machine has no such device.
+        CheckpointError: There is no model, or one without labels.
+        SourceError: A source has no videos.
+        DeviceError: The device is missing.
     """
     student = load_student(config.model, factory=config.factory)
-    classes = student.meta.classes.get(HEAD)
-    if not classes:
+    if not student.meta.classes.get(HEAD):
         heads = ", ".join(student.classes)
         raise CheckpointError(
-            f"{config.model}: no model of distinit finetune, for it has no labels (heads: {heads})"
+            f"{config.model}: expected a model of distinit finetune, this one has no labels (heads: {heads})"
         )
-    # Each source by itself: two folders of one name are no matter here, where corpora have no use.
+    # Each source separately: unlike corpora, two folders may have the same name.
     lists = [list_videos([source]) for source in config.sources]
     paths = dict.fromkeys(
         os.path.normpath(listed.absolute(i)) for listed in lists for i in range(len(listed))
     )
+    predictions = _score(student, [Labelled(path, -1) for path in paths], config, console)
+    videos = _best(predictions, min(config.top, len(predictions.classes)))
+    _show(videos, predictions, console)
+    failed = predictions.failures()
+    return {
+        "ok": not failed,
+        "model": str(Path(config.model)),
+        "protocol": predictions.protocol,
+        "videos": videos,
+        "failed": failed,
+    }
+
+
+def _score(
+    student: Student, videos: list[Labelled], config: PredictConfig, console: Console
+) -> Predictions:
+    """Score the clips of all videos."""
     device = resolve_device(config.device)
-    videos = [Labelled(path, -1) for path in paths]
     meta, options = student.meta, config.test
+    classes = meta.classes[HEAD]
     predictions = Predictions.empty(
         classes,
         [video.path for video in videos],
@@ -63,15 +83,14 @@ def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
         Labels("", 1, "", tuple(classes), (), tuple(videos)),
         videos,
         ClipView(size=meta.clip_size, resize=meta.resize),
-        length=meta.clip_length,
+        clip_frames=meta.clip_length,
         clips=options.clips,
         crops=options.crops,
         order=options.frames,
         channels=student.options.channels,
     )
-    workers = min(
-        pick_workers(options.workers, device), len(videos) - 1
-    )  # one video needs no process of its own
+    # A single video is read without a loader process.
+    workers = min(pick_workers(options.workers, device), len(videos) - 1)
     with (
         torch_threads(None, workers, device),
         console.progress("predicting", len(videos), "video") as bar,
@@ -85,25 +104,13 @@ def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
             device=device,
             done=bar.advance,
         )
-    found = _best(predictions, min(config.top, len(classes)))
-    _show(found, predictions, console)
-    failed = predictions.failures()
-    return {
-        "ok": not failed,
-        "model": str(Path(config.model)),
-        "protocol": predictions.protocol,
-        "videos": found,
-        "failed": failed,
-    }
+    return predictions
 
 
 def _best(predictions: Predictions, top: int) -> list[dict[str, Any]]:
-    """Return the frames and the `top` classes of each video that was read.
-
-    The best class is first; among equals the one with the lower number.
-    """
+    """Return frames and `top` classes of each readable video, the best class first."""
     scores = probabilities(predictions)
-    found = []
+    rows = []
     for i, video in enumerate(predictions.videos):
         if predictions.status[i] != OK:
             continue
@@ -112,27 +119,27 @@ def _best(predictions: Predictions, top: int) -> list[dict[str, Any]]:
             {"class": predictions.classes[k], "probability": float(scores[i, k])} for k in order
         ]
         row = {"video": escape_path(video), "frames": int(predictions.frames[i]), "top": best}
-        found.append(row | ({"note": predictions.reasons[i]} if predictions.reasons[i] else {}))
-    return found
+        rows.append(row | ({"note": predictions.reasons[i]} if predictions.reasons[i] else {}))
+    return rows
 
 
-def _show(found: list[dict[str, Any]], predictions: Predictions, console: Console) -> None:
-    if found:
-        # What all paths begin with stands once, above: long ones leave no room for the classes.
-        above = os.path.commonpath([os.path.dirname(row["video"]) for row in found])
+def _show(rows: list[dict[str, Any]], predictions: Predictions, console: Console) -> None:
+    if rows:
+        # The common part of all paths is in the title, to leave room for the classes.
+        common = os.path.commonpath([os.path.dirname(row["video"]) for row in rows])
         columns = [Column("video"), Column("class"), Column("%", True), Column("then")]
-        table = Table(f"{len(found)} of {len(predictions.videos)} videos, in {above}", columns)
-        for row in found:
+        table = Table(f"{len(rows)} of {len(predictions.videos)} videos, in {common}", columns)
+        for row in rows:
             first, *others = row["top"]
             then = ", ".join(f"{each['class']} {100 * each['probability']:.1f}" for each in others)
             table.add(
-                os.path.relpath(row["video"], above),
+                os.path.relpath(row["video"], common),
                 first["class"],
                 f"{100 * first['probability']:.1f}",
                 then,
             )
         console.table(table.to_rich())
     for each in predictions.failures():
-        console.warn(f"could not be read: {each['video']}: {each['reason']}")
+        console.warn(f"unreadable: {each['video']}: {each['reason']}")
     for each in predictions.damaged():
-        console.warn(f"read, but damaged: {each['video']}: {each['reason']}")
+        console.warn(f"truncated: {each['video']}: {each['reason']}")

@@ -1,4 +1,4 @@
-"""Tables, figures and one page of the results of runs."""
+"""`distinit report DIR… --out DIR`: results of runs as tables, Markdown, CSV and one HTML page."""
 
 from __future__ import annotations
 
@@ -29,34 +29,38 @@ FILES, RECORD = "report-files.json", "report.yaml"
 
 
 def report(options: ReportOptions, console: Console) -> dict[str, Any]:
-    """Write report.html, report.md, accuracy.csv, figures/ and a CSV per ablation into `out`.
+    """Write a report of runs into `out`, and show its tables.
 
-    The result holds the files, and per finetuned run its accuracies (None where it is not finished)
-    as recomputed from its predictions. A run with a damaged file is left out, with a line on the
-    page, in the result's `left_out`, and `ok` is False.
+    The report has report.html, report.md, accuracy.csv, figures/ and a CSV per ablation.
+
+    Returns:
+        The files, and the accuracies of each finetuned run as recomputed from its predictions (None
+        if it is not finished). A run with a damaged file is skipped, with a note on the page and in
+        `skipped`, and `ok` is False.
 
     Raises:
-        SourceError: No run there.
+        SourceError: There is no run.
         UsageError: `out` cannot be written, or `pair` names no run.
-        WeightsError: `kinetics` cannot be read. Where every run is damaged, the error of the first.
+        WeightsError: `kinetics` cannot be read.
+        DistInitError: Every run is damaged; the error is that of the first.
     """
     out = Path(options.out)
-    places = ablation_folders(options.folders)
-    damaged: list[str] = []
-    runs = find_runs(options.folders, cell_names(places), places, damaged)
-    ablations = read_ablations(places, runs)
+    folders = ablation_folders(options.folders)
+    skipped: list[str] = []
+    runs = find_runs(options.folders, cell_names(folders), folders, skipped)
+    ablations = read_ablations(folders, runs)
     require_writable(out)
-    found = make_report(
+    content = make_report(
         runs, ablations, kinetics=options.kinetics, pair=options.pair, open_urls=options.open_urls
     )
-    found = replace(found, notes=[*(f"run {line}" for line in damaged), *found.notes])
+    content = replace(content, notes=[*(f"run {line}" for line in skipped), *content.notes])
     page, markdown, table = (out / name for name in ("report.html", "report.md", "accuracy.csv"))
     files: dict[Path, str | bytes] = {
-        page: to_html(found, __version__),
-        markdown: to_markdown(found),
-        table: accuracy_numbers(found.finetuned).to_csv(),
+        page: to_html(content, __version__),
+        markdown: to_markdown(content),
+        table: accuracy_numbers(content.finetuned).to_csv(),
     }
-    for figure in found.figures:
+    for figure in content.figures:
         files[out / FIGURES / f"{figure.name}.svg"] = figure.svg
         files[out / FIGURES / f"{figure.name}.png"] = figure.png
     written = []
@@ -67,20 +71,20 @@ def report(options: ReportOptions, console: Console) -> dict[str, Any]:
     check_page_dir(page, (FILES, RECORD, *(path.relative_to(out).as_posix() for path in files)))
     _write(out, files)
     write_config(out / RECORD, "report", options)
-    for part in screen_tables(found.finetuned):
+    for part in screen_tables(content.finetuned):
         console.table(part.to_rich())
-    for line in damaged:
+    for line in skipped:
         console.warn(line)
-    for line in found.findings:
+    for line in content.findings:
         console.say(line)
     console.say(f"report: {page}")
     return {
-        "ok": not damaged,
-        "left_out": damaged,
+        "ok": not skipped,
+        "skipped": skipped,
         "report": str(page),
         "markdown": str(markdown),
         "csv": str(table),
-        "figures": [figure.name for figure in found.figures],
+        "figures": [figure.name for figure in content.figures],
         "ablations": [
             {
                 "title": a.title,
@@ -96,7 +100,7 @@ def report(options: ReportOptions, console: Console) -> dict[str, Any]:
         ],
         "differences": [
             {"run": d.run.name, "base": d.base.name, "videos": d.videos, **d.estimate.as_dict()}
-            for d in found.differences
+            for d in content.differences
         ],
     }
 
@@ -108,8 +112,8 @@ def _write(out: Path, files: Mapping[Path, str | bytes]) -> None:
         raise UsageError(f"--out {out}: its {FIGURES} is a link; choose another --out")
     earlier = _earlier(record)
     names = [path.relative_to(out).as_posix() for path in files]
-    # The page first: by it the folder is known. Then the union: interrupted, the next report knows
-    # of both.
+    # The page first, since it identifies the folder. Then the union of names, so that after an
+    # interruption the next report knows the files of both.
     page = next(iter(files))
     write_page(page, files[page])
     write_page(record, json.dumps(sorted({*names, *earlier})))
@@ -122,17 +126,17 @@ def _write(out: Path, files: Mapping[Path, str | bytes]) -> None:
 
 
 def _earlier(record: Path) -> list[str]:
-    """Return the files of an earlier report from its record.
+    """Return the files of an earlier report from its record, [] if the record is damaged.
 
-    Only names that a report writes; none if the record is damaged.
+    Only names that a report may write are returned.
     """
     try:
         names = parse_json(read_bytes(record) or "[]")
     except (SourceError, ValueError):
         return []
-    own = re.compile(rf"({FIGURES}/)?[\w-]+\.(html|md|csv|svg|png)")
+    allowed = re.compile(rf"({FIGURES}/)?[\w-]+\.(html|md|csv|svg|png)")
     return (
-        [name for name in names if isinstance(name, str) and own.fullmatch(name)]
+        [name for name in names if isinstance(name, str) and allowed.fullmatch(name)]
         if isinstance(names, list)
         else []
     )

@@ -30,7 +30,7 @@ from ..pipeline.common.run_dir import (
     check_output_dir,
     run_dir_lock,
 )
-from ..pipeline.evaluation.exclusion import canonical_exclude, left_out_of
+from ..pipeline.evaluation.exclusion import canonical_exclude, optional_exclusion
 from ..pipeline.evaluation.short_videos import warn_of_short_videos
 from ..pipeline.store.exclude import Exclusion
 from ..pipeline.store.reader import TargetStore, check_video_roots
@@ -238,7 +238,7 @@ def _assemble(
     if channels == FLOW_CHANNELS:
         require_opencv()
     usable = store.usable(teachers)
-    left_out = left_out_of(store, config.exclude, config.exclude_split, config.video_roots)
+    left_out = optional_exclusion(store, config.exclude, config.exclude_split, config.video_roots)
     if left_out is not None:
         console.say(left_out.describe())
         usable = left_out.remove_from(usable)

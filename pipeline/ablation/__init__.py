@@ -1,1 +1,1 @@
-"""Grids of stages two and three over one store."""
+"""Ablations: grids of trainings and finetunings over one store."""

@@ -1,4 +1,4 @@
-"""What `distinit ablate` can be told. Free of torch."""
+"""Options of `distinit ablate`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..common.urls import StoreAddress
 
 
 class AblateConfig(ClusterOptions):
-    """Everything `distinit ablate` can be told; what is left open is the plan's."""
+    """All options of `distinit ablate`; missing ones are those of the plan."""
 
     plan: Annotated[str, CliOption("PLAN")] = Field(
         description="a YAML file, or the name of a plan that ships with the package"
@@ -20,13 +20,13 @@ class AblateConfig(ClusterOptions):
         description="the target store of extract-targets: a folder or a URL"
     )
     out: Annotated[str, CliOption(group="Output", metavar="DIR")] = Field(
-        description="the folder of all runs: made, or continued"
+        description="the folder of all runs, created or continued"
     )
     datasets: Annotated[
         list[str] | None, CliOption("--dataset", metavar="KIND[:PATH][=ROOT]", shown="the plan's")
     ] = Field(
         default=None,
-        description="what to finetune on, as `finetune --dataset`; after = its --root; repeatable",
+        description="data set as for `finetune --dataset`; after = its --root; repeatable",
     )
     splits: Annotated[list[int] | None, CliOption("--split", metavar="N", shown="the plan's")] = (
         Field(default=None, description="which split; repeatable")
@@ -38,9 +38,9 @@ class AblateConfig(ClusterOptions):
         default_factory=dict, description=VIDEO_ROOTS_HELP
     )
     base: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="sections laid over the plan's base"
+        default_factory=dict, description="sections that are merged over the base of the plan"
     )
     dry_run: Annotated[bool, CliOption(group="Output")] = Field(
         default=False,
-        description="list the cells, which are done, and the hours left; run nothing",
+        description="list the cells, the finished runs and the hours left; run nothing",
     )

@@ -1,4 +1,4 @@
-"""What is left of an ablation, in hours, from rates that were measured."""
+"""Estimate the remaining hours of an ablation from measured rates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .steps import TRAIN, Step
 log = logging.getLogger(__name__)
 
 MEASURED_S = 2.0
-CPU_CLIPS = 4  # on a CPU more clips at once take memory and time, and are hardly faster by the clip
+CPU_CLIPS = 4  # on a CPU larger batches take memory and time, and are hardly faster per clip
 
 
 def show_cost(
@@ -31,44 +31,54 @@ def show_cost(
     out: Path,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """A table of cells, which runs of each are done, and hours for the others; nothing is run or
-    written.
+    """Show the finished runs of each cell and the hours of the others, without running anything.
 
-    A run's hours are those of a run of the same kind and network that is done here, by the clip,
-    testing included; where there is none, the network is timed on clips of noise: neither decoding
-    nor testing is in the figure then.
+    The rate of a run, tests included, is that of finished runs of the same kind and network. If
+    there are none, the network is timed on clips of noise, without decoding and tests.
+
+    Args:
+        records: A record per cell, see `Progress.records`.
+        steps: The steps of each cell.
+        out: The folder of the ablation.
+        seconds: Duration of each finished step by key.
+
+    Returns:
+        `cells` with `hours_left` each, the total, and whether a rate was measured on noise.
     """
     rates = _known_rates(steps, out, seconds)
     titles = ("cell", "data set", "split", "seed", "student", "finetuning", "hours left")
     table = Table("Cells", [Column(title) for title in titles])
+    # Runs that cells share are counted once.
     counted: set[str] = set()
-    total, guessed = 0.0, False
-    for record, mine in zip(records, steps, strict=True):
+    total, on_noise = 0.0, False
+    for record, cell_steps in zip(records, steps, strict=True):
         hours = 0.0
-        for step in mine:
+        for step in cell_steps:
             if step.result(out) is not None or step.key in counted:
                 continue
-            counted.add(step.key)  # shared runs cost once
+            counted.add(step.key)
             name = _network(step)
             if name not in rates:
                 rates[name] = measure(step.network)
-                guessed = True
+                on_noise = True
             hours += step.clips / rates[name] / 3600
         total += hours
-        states = {step.kind: "done" if step.result(out) is not None else "to do" for step in mine}
+        states = {
+            step.kind: "done" if step.result(out) is not None else "to do" for step in cell_steps
+        }
         table.add(
             record["row"], record["dataset"], str(record["split"]), str(record["seed"]),
             states.get(TRAIN, "–"), states["finetune"], f"{hours:.2f}",
         )  # fmt: skip
         record["hours_left"] = round(hours, 6)
     log.info(table)
-    how = (
-        "; rates of clips of noise, without decoding and testing, where no such run is done yet"
-        if guessed
+    caveat = (
+        "; without a finished run of its kind, measured on noise without decoding and tests"
+        if on_noise
         else ""
     )
-    log.info(f"{total:.2f} hours left on one device{how}")
-    return {"cells": records, "hours_left": round(total, 6), "measured_on_noise": guessed}
+    log.info(f"{total:.2f} hours left on one device{caveat}")
+    return {"cells": records, "hours_left": round(total, 6), "measured_on_noise": on_noise}
 
 
 def _network(step: Step) -> str:
@@ -76,22 +86,24 @@ def _network(step: Step) -> str:
 
 
 def _known_rates(steps: list[list[Step]], out: Path, seconds: dict[str, float]) -> dict[str, float]:
-    """Clips a second of what is done, by kind and network."""
-    found: dict[str, list[float]] = {}
-    for step in {step for mine in steps for step in mine}:
+    """Return clips per second of finished steps by kind and network."""
+    rates: dict[str, list[float]] = {}
+    for step in {step for cell_steps in steps for step in cell_steps}:
         if step.key in seconds and seconds[step.key] > 0 and step.result(out) is not None:
-            found.setdefault(_network(step), []).append(step.clips / seconds[step.key])
-    return {name: statistics.median(rates) for name, rates in found.items()}
+            rates.setdefault(_network(step), []).append(step.clips / seconds[step.key])
+    return {name: statistics.median(each) for name, each in rates.items()}
 
 
 def measure(network: dict[str, Any]) -> float:
-    """Training clips a second of a network on its device, on as many clips of noise as it is to
-    have at once, timed for some seconds. TrainingError where they do not fit into the GPU's
-    memory."""
+    """Measure the training clips per second of a network on batches of noise, for some seconds.
+
+    Raises:
+        TrainingError: A batch does not fit into the memory of the GPU.
+    """
     device = resolve_device(network["device"])
     options = StudentOptions.model_validate(network["student"])
     student = build_student(options, {"head": 1000}).to(device).train()
-    batch, size = network["clips_at_once"], network["size"]
+    batch, size = network["micro_batch_size"], network["size"]
     if device.type == "cpu":
         batch = min(batch, CPU_CLIPS)
     try:
@@ -104,10 +116,10 @@ def _timed(
     student: Student, batch: int, size: int, network: dict[str, Any], device: torch.device
 ) -> float:
     clips = torch.randn(
-        batch, student.options.channels, network["length"], size, size, device=device
+        batch, student.options.channels, network["clip_frames"], size, size, device=device
     )
-    steps, began = 0, 0.0
-    while steps < 2 or time.perf_counter() - began < MEASURED_S:
+    steps, started = 0, 0.0
+    while steps < 2 or time.perf_counter() - started < MEASURED_S:
         with torch.autocast(
             device.type, dtype=torch.bfloat16, enabled=network["precision"] == "bf16"
         ):
@@ -115,7 +127,8 @@ def _timed(
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if not began:
-            began = time.perf_counter()  # the first step warms up
+        # The first step is a warm-up.
+        if not started:
+            started = time.perf_counter()
         steps += 1
-    return (steps - 1) * batch / (time.perf_counter() - began)
+    return (steps - 1) * batch / (time.perf_counter() - started)

@@ -1,7 +1,7 @@
-"""Steps of an ablation side by side: dask hands them out, each runs as a command of its own.
+"""Run the steps of an ablation in parallel: dask schedules them, each is a separate command.
 
-A process a step gives its memory back (a GPU's above all), sees one GPU, and what crashes in it
-fails it alone. It ends with its worker.
+A process per step releases its memory, that of a GPU in particular, sees one GPU, and a crash fails
+only that step. It ends with its worker.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def run_on_workers(
     steps: list[Step],
     progress: Progress,
 ) -> None:
-    """Do steps on a dask cluster, each after the student it needs. Failures are entered in
-    `progress`."""
+    """Run steps on a dask cluster, each after the student it needs, and record their progress."""
     from distributed import as_completed
 
     if not steps:
         return
     with cluster(workers, scheduler) as client:
         futures: dict[str, Any] = {}
-        for step in steps:  # students stand before what needs them
+        # Students are listed before the steps that need them.
+        for step in steps:
             futures[step.key] = client.submit(
                 run_as_command,
                 step,
@@ -53,12 +53,12 @@ def run_on_workers(
                 key=step.key,
                 retries=1,
             )
-        of = {step.key: step for step in steps}
+        by_key = {step.key: step for step in steps}
         with progress_bar("runs", len(steps), "run") as bar:
             for future in as_completed(list(futures.values())):
-                step = of[future.key]
+                step = by_key[future.key]
                 if future.status == "finished":
-                    progress.took(step, future.result())
+                    progress.add_seconds(step, future.result())
                 else:
                     progress.failed[step.key] = " ".join(str(future.exception()).split())[:300]
                     log.warning("%s failed: %s", step.folder, progress.failed[step.key])
@@ -67,38 +67,46 @@ def run_on_workers(
 
 
 def run_as_command(step: Step, out: str, after: float | None) -> float:
-    """Run in a worker: one step, by the command line; its seconds. `after` makes dask wait for the
-    student.
+    """Run one step as a command, in a worker.
 
-    Raises DistInitError with the command's own last words.
+    Args:
+        step: The step.
+        out: The folder of the ablation.
+        after: Result of the student that the step needs, for which dask waits.
+
+    Returns:
+        The duration in seconds.
+
+    Raises:
+        DistInitError: The command failed; the message is the last line of its output.
     """
     folder = Path(out)
     if step.result(folder) is not None:
         return 0.0
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     log = folder / LOGS / f"{step.key}.log"
-    began = time.monotonic()
-    # Through a pipe: the store's URL may hold a password, which no file gets.
+    started = time.monotonic()
+    # Through a pipe: the URL of the store may have a password, which is never written to a file.
     config = yaml.safe_dump({step.kind: prepared_config(step, folder)}).encode()
-    words = [sys.executable, "-m", "distinit", step.kind, "--config", "/dev/stdin"]
-    with open(log, "ab") as said:
+    command = [sys.executable, "-m", "distinit", step.kind, "--config", "/dev/stdin"]
+    with open(log, "ab") as output:
         code = subprocess.run(
-            words,
-            stdout=said,
-            stderr=said,
+            command,
+            stdout=output,
+            stderr=output,
             input=config,
             env=_environment(),
-            # SIGTERM: it writes a checkpoint, from which the next run continues.
+            # On SIGTERM the command writes a checkpoint, from which the next run continues.
             preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
         ).returncode
     if code:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise DistInitError(f"{lines[-1] if lines else 'no word'} (status {code}; {log})")
-    return time.monotonic() - began
+        raise DistInitError(f"{lines[-1] if lines else 'no output'} (status {code}; {log})")
+    return time.monotonic() - started
 
 
 def _environment() -> dict[str, str]:
-    """Each worker of this machine its own GPU, by the number in its name."""
+    """Return the environment with a GPU per worker of this machine, by the number in its name."""
     if "CUDA_VISIBLE_DEVICES" in os.environ or (gpu := gpu_of_worker()) is None:
         return dict(os.environ)
     return {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}

@@ -1,12 +1,11 @@
-"""A plan of ablations: from a short YAML file to cells, and from cells to the runs they share.
+"""Plans of ablations: from a short YAML file to cells.
 
     title: Which frames of a clip make its target
-    base:                                # sections as in any config file; `preset` names one to
-      start from train-student: {preset: paper}
+    base:                                # sections as in a config file; `preset` is the default
+      train-student: {preset: paper}
       finetune: {preset: hmdb51}
     axes:                                # several axes are multiplied
-      picks:                             # values with names, each a set of keys: what belongs
-          together is listed
+      picks:                             # named values, each with all keys that it sets
         center: {train-student.targets.picks: center}
         random: {train-student.targets.picks: random}
       train-student.targets.tau: [1, 2]  # or a key and its values
@@ -14,15 +13,16 @@
     datasets: [hmdb51]
     splits: [1]
 
-`finetune.init` is `student`, the cell's own, unless a value of an axis says `scratch` or names a
-file: then no student is trained, and the network and its clips are nevertheless those of the
-section train-student.
+`finetune.init` is by default `student`, the student of the cell. If a value of an axis sets it to
+`scratch` or a file, no student is trained; network and clips are still those of the section
+train-student.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +37,14 @@ from ..reporting.published_results import PaperNumbers
 
 PLANS = CONF / "ablations"
 SECTIONS = ("train-student", "finetune")
-STUDENT = "student"  # the value of finetune.init that means the cell's own
+STUDENT = "student"  # the value of finetune.init for the student of the cell
 
 Keys = dict[str, Any]
 """Dotted key, its section first → value."""
 
 
 class Plan(Options):
-    """A plan as its file has it; see the module."""
+    """The content of a plan file, see the module."""
 
     title: str
     paper: PaperNumbers | None = None
@@ -73,7 +73,7 @@ class Plan(Options):
         return self
 
     def combinations(self) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
-        """Names of the axes' values, and the sections they make, base included."""
+        """Yield the names of a value per axis, and the sections with these values."""
         choices = []
         for name, values in self.axes.items():
             named = (
@@ -94,8 +94,7 @@ class Plan(Options):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of stage three, and what leads to it; `sections` are those of the plan, seeds and
-    data set not yet in."""
+    """A finetuning with its training, if any; `sections` are without seed and data set."""
 
     axes: dict[str, str]
     sections: dict[str, Any]
@@ -105,27 +104,31 @@ class Cell:
 
     @property
     def row(self) -> str:
-        """What the cell is called, whatever its seed, data set and split."""
+        """Name of the cell without seed, data set and split."""
         return " · ".join(self.axes.values())
 
     @property
     def needs_student(self) -> bool:
-        """Whether stage three begins from a student that the cell trains."""
+        """Whether finetuning starts from a student that the cell trains."""
         return bool(self.sections["finetune"].get("init", STUDENT) == STUDENT)
 
 
 def read_plan(where: str, base: Mapping[str, Any]) -> Plan:
-    """The plan in a file, or one that ships with the package by its name; `base` is laid over the
-    plan's.
+    """Read a plan.
 
-    Raises UsageError, one line: what is wrong with it.
+    Args:
+        where: A file, or the name of a plan that ships with the package.
+        base: Sections that are merged over the base of the plan.
+
+    Raises:
+        UsageError: There is no such plan, or its content is not one.
     """
     path = Path(where)
     shipped = PLANS / f"{where}.yaml"
     if not path.exists() and re.fullmatch(r"[\w-]+", where):
         if not shipped.exists():
             raise UsageError(
-                f"{where}: no such plan; a file, or one of: {', '.join(shipped_plans())}"
+                f"{where}: no such plan, expected a file or one of: {', '.join(shipped_plans())}"
             )
         path = shipped
     content = read_yaml(path, "plan")
@@ -142,24 +145,28 @@ def read_plan(where: str, base: Mapping[str, Any]) -> Plan:
 
 
 def shipped_plans() -> list[str]:
-    """Names of the plans that ship with the package."""
+    """List the names of the plans that ship with the package."""
     return sorted(path.stem for path in PLANS.glob("*.yaml"))
 
 
 def cells(plan: Plan, *, datasets: list[str], seeds: list[int], splits: list[int]) -> list[Cell]:
-    """All cells: rows first, then data sets, splits and seeds. UsageError for a row that stands
-    there twice."""
-    found = []
-    for axes, sections in plan.combinations():
-        for dataset, split, seed in itertools.product(datasets, splits, seeds):
-            found.append(Cell(axes, sections, seed, dataset, split))
-    places = [(c.row, c.dataset, c.split, c.seed) for c in found]
-    for place in places:
-        if places.count(place) > 1:
+    """Return all cells of a plan, ordered by row, data set, split and seed.
+
+    Raises:
+        UsageError: Two cells have the same name.
+    """
+    cells = [
+        Cell(axes, sections, seed, dataset, split)
+        for axes, sections in plan.combinations()
+        for dataset, split, seed in itertools.product(datasets, splits, seeds)
+    ]
+    counts = Counter((c.row, c.dataset, c.split, c.seed) for c in cells)
+    for (row, dataset, split, seed), count in counts.items():
+        if count > 1:
             raise UsageError(
-                f"the plan has {place[0]!r} twice for {place[1]}, split {place[2]}, seed {place[3]}"
+                f"the plan has {row!r} twice for {dataset}, split {split}, seed {seed}"
             )
-    return found
+    return cells
 
 
 def _name(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What became of the steps of an ablation."""
+"""The state of the steps of an ablation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .steps import Step
 
 @dataclass(frozen=True)
 class Work:
-    """A cell and its steps; `student` is None where stage three begins otherwise."""
+    """A cell and its steps; `student` is None if the cell trains none."""
 
     cell: Cell
     student: Step | None
@@ -27,13 +27,12 @@ class Work:
 
     @property
     def steps(self) -> list[Step]:
-        """In the order in which they are done."""
+        """The steps in the order in which they run."""
         return [step for step in (self.student, self.finetuning) if step is not None]
 
 
 class Progress:
-    """What became of the steps: results lie in their folders, reasons of failures and seconds are
-    kept here."""
+    """Durations and failures of steps; their results are in their folders."""
 
     def __init__(self, out: Path, plan: Plan, work: list[Work]) -> None:
         self.out, self.plan, self.work = out, plan, work
@@ -45,19 +44,20 @@ class Progress:
         except (SourceError, ValueError):
             self.seconds = {}
 
-    def took(self, step: Step, seconds: float) -> None:
-        """Add to a step's seconds: one that was interrupted has several parts."""
+    def add_seconds(self, step: Step, seconds: float) -> None:
+        """Add to the duration of a step; one that was interrupted has several parts."""
         self.seconds[step.key] = self.seconds.get(step.key, 0.0) + seconds
         write_whole(self.out / SECONDS, json.dumps(self.seconds, indent=1).encode())
 
     def records(self) -> list[dict[str, Any]]:
-        """A record a cell, as docs/ablate.md has it."""
+        """Return a record per cell, as described in docs/ablate.md."""
         return [self._record(work) for work in self.work]
 
     def write(self) -> None:
-        """OUT/cells.json, whole or not at all."""
+        """Write OUT/cells.json atomically."""
         paper = self.plan.paper
-        if paper is not None and paper.splits is None:  # cells may be of others
+        # Cells may be of other splits than the plan.
+        if paper is not None and paper.splits is None:
             paper = paper.model_copy(update={"splits": self.plan.splits})
         content = {
             "title": self.plan.title,

@@ -1,9 +1,9 @@
-"""The runs that cells are made of: which are equal, where they lie, and whether they are done.
+"""The runs of the cells of an ablation; equal runs are shared.
 
-A step is one run of stage two or three. Its key is the digest of all that decides its outcome: the
-config without paths and without what may differ on a resume, the identity of the store, and for
-stage three the labels and the student (its step's key, or the digest of a file). Equal steps are
-one run, whatever cells and plans they come from.
+A step is one run of train-student or finetune. Its key is the digest of everything that decides its
+outcome: the config without paths and without options that may change on a resume, the identity of
+the store, and for finetune the labels and the initialisation (key of the student's step, or digest
+of a file). Steps with equal keys are one run, whatever cells and plans they belong to.
 """
 
 from __future__ import annotations
@@ -40,10 +40,16 @@ FREE = FREE_ON_RESUME - {"epochs"}
 
 @dataclass(frozen=True)
 class Step:
-    """One run: `config` is what its command is told, `needs` the key of the student it begins from.
+    """One run.
 
-    clips: that it trains on; network: what its speed depends on (`StudentOptions` and the shape of
-    a batch). store: the address of the store, which may hold a password and is in no `config`.
+    Attributes:
+        kind: Its command.
+        key: Digest of everything that decides its outcome.
+        config: Options of the command.
+        clips: Number of clips to train on.
+        network: Settings that decide its speed: `StudentOptions` and the shape of a batch.
+        needs: Key of the student that it starts from.
+        store: Address of the store, which is not in `config` because it may have a password.
     """
 
     kind: str
@@ -56,11 +62,11 @@ class Step:
 
     @property
     def folder(self) -> str:
-        """Of the run, relative to the ablation's."""
+        """Folder of the run, relative to that of the ablation."""
         return f"{STEP_FOLDERS[self.kind]}/{self.key}"
 
     def result(self, out: Path) -> dict[str, Any] | None:
-        """What the finished run said; None before."""
+        """Return the content of result.json of a finished run, else None."""
         try:
             return dict(json.loads((out / self.folder / RESULT).read_text()))
         except (OSError, ValueError, TypeError, RecursionError):
@@ -68,7 +74,7 @@ class Step:
 
 
 class StepMaker:
-    """Makes the steps of cells for one store."""
+    """Make the steps of cells for one store."""
 
     def __init__(self, store: TargetStore, video_roots: dict[str, str]) -> None:
         self.store, self.video_roots = store, video_roots
@@ -76,7 +82,11 @@ class StepMaker:
         self._left: dict[tuple[Any, ...], Exclusion] = {}
 
     def student(self, cell: Cell) -> Step:
-        """The run of stage two of a cell. Raises UsageError for a config that does not hold."""
+        """Return the training of the student of a cell.
+
+        Raises:
+            UsageError: The config is invalid.
+        """
         config = self._config(
             TRAIN, cell, {"store": self.store.name, "out": ".", "video_roots": self.video_roots}
         )
@@ -91,29 +101,29 @@ class StepMaker:
         }
         if config.exclude is not None:
             config = config.model_copy(update={"exclude": canonical_exclude(config.exclude)})
-            left_out = self._left_out(config.exclude, config.exclude_split)
-            seen["leave_out"] = left_out.digest
-            usable = left_out.remove_from(usable)
+            exclusion = self._exclusion(config.exclude, config.exclude_split)
+            seen["leave_out"] = exclusion.digest
+            usable = exclusion.remove_from(usable)
         loop = config.loop.for_videos(int(len(usable) * (1 - config.held_out)))
         bare = _bare(config, TRAIN)
+        # `seen` has the teachers, whether the plan names them or uses all of the store.
         if list(teachers) == [name for name in self.store.teachers if name in teachers]:
-            bare["targets"]["teachers"] = (
-                None  # `seen` names them: a plan may name the store's teachers or leave it
-            )
+            bare["targets"]["teachers"] = None
         key = _digest(bare, seen)
         clips, address = loop.total_steps * loop.batch_size, self.store.files.address
         return Step(TRAIN, key, _given(config), clips, _network(config, config), store=address)
 
     def finetuning(self, cell: Cell, student: Step | None) -> Step:
-        """The run of stage three of a cell, from its student's if it has one."""
+        """Return the finetuning of a cell, from its student if it has one."""
         dataset, equals, root = cell.dataset.partition("=")
-        # Whatever the folder of the worker that runs it.
+        # Absolute paths, since a worker may run in another folder.
         forced: dict[str, Any] = {"dataset": canonical(dataset), "split": cell.split, "out": "."}
         forced |= {"root": os.path.abspath(root)} if equals else {}
         if student is not None:
             forced["init"] = "."
         ours = self._config(TRAIN, cell, {"store": self.store.name, "out": "."})
-        if student is None:  # the same network and the same clips as the students beside it
+        # Without a student, network and clips are those of the students of other cells.
+        if student is None:
             section = filled_in(cell.sections[TUNE], cell.split)
             forced |= (
                 {} if "student" in section else {"student": ours.student.model_dump(mode="json")}
@@ -148,7 +158,7 @@ class StepMaker:
             layers=[*layers, (f"plan, {cell.row}", section), ("", forced)],
         )
 
-    def _left_out(self, source: str, split: int | str | None) -> Exclusion:
+    def _exclusion(self, source: str, split: int | str | None) -> Exclusion:
         if (source, split) not in self._left:
             self._left[source, split] = exclude(self.store, source, split, self.video_roots)
         return self._left[source, split]
@@ -173,15 +183,14 @@ def step_options(step: Step, out: Path) -> Any:
 
 
 def prepared_config(step: Step, out: Path) -> dict[str, Any]:
-    """What a step's command is told, paths included."""
-    begins = {} if step.needs is None else {"init": str(out / STEP_FOLDERS[TRAIN] / step.needs)}
+    """Return the options of the command of a step, with its paths."""
+    init = {} if step.needs is None else {"init": str(out / STEP_FOLDERS[TRAIN] / step.needs)}
     store = {} if step.store is None else {"store": step.store}
-    return {**step.config, **begins, **store, "out": str(out / step.folder), "resume": "auto"}
+    return {**step.config, **init, **store, "out": str(out / step.folder), "resume": "auto"}
 
 
 def filled_in(section: Any, split: int) -> Any:
-    """A section of a plan with {split} in its texts replaced: what differs by split, such as what
-    to leave out."""
+    """Replace {split} in the texts of a section, for options that depend on the split."""
     if isinstance(section, dict):
         return {key: filled_in(value, split) for key, value in section.items()}
     if isinstance(section, list):
@@ -190,21 +199,28 @@ def filled_in(section: Any, split: int) -> Any:
 
 
 def _given(config: Options) -> dict[str, Any]:
-    """The keys that preset and plan give: what they leave open, stage three takes from the
-    initialisation."""
+    """Return the keys set by preset and plan; finetune takes others from the initialisation."""
     return dict(config.model_dump(mode="json", exclude_unset=True))
 
 
-def _network(ours: TrainConfig, loop: Any) -> dict[str, Any]:
-    shape = {"length": ours.clips.clip_frames, "size": ours.clips.size}
-    options = loop.loop
-    at_once = options.clips_at_once(options.gpus)
-    how = {"clips_at_once": at_once, "precision": options.precision, "device": options.device}
-    return {"student": ours.student.model_dump(mode="json"), **shape, **how}
+def _network(trained: TrainConfig, tuned: Any) -> dict[str, Any]:
+    """Return the settings that decide the speed of a run."""
+    options = tuned.loop
+    return {
+        "student": trained.student.model_dump(mode="json"),
+        "clip_frames": trained.clips.clip_frames,
+        "size": trained.clips.size,
+        "micro_batch_size": options.clips_at_once(options.gpus),
+        "precision": options.precision,
+        "device": options.device,
+    }
 
 
 def _bare(config: Any, kind: str) -> dict[str, Any]:
-    """Return what decides the outcome, in the names of version 0.1: a digest never changes."""
+    """Return the options that decide the outcome, under the names of version 0.1.
+
+    A digest never changes.
+    """
     free = {**dict.fromkeys(PATHS[kind], True), "loop": set(FREE)}
     return first_keys(config.identity_dump(exclude=free))
 
@@ -215,8 +231,7 @@ def _digest(*parts: Any) -> str:
 
 
 def _of_file(init: str) -> str:
-    """An initialisation's name, with the digest of its file where it has one (`inflate:FILE`, a
-    student's, …)."""
+    """Return the name of an initialisation, or the digest of its file if it has one."""
     kind, colon, rest = init.partition(":")
     for path in (init, rest) if colon else (init,):
         path = os.path.join(path, STUDENT_FILE) if os.path.isdir(path) else path

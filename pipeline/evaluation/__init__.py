@@ -1,1 +1,1 @@
-""""""
+"""Stage three: labels, test protocol, metrics, comparison and fusion."""

@@ -1,4 +1,4 @@
-"""Learning labels: the objective of stage three.
+"""The objective of finetuning: cross-entropy of the labels.
 
 Shapes: B clips, K classes.
 """
@@ -20,14 +20,14 @@ HEAD = "label"
 
 
 class Classification:
-    """objective(model, batch, counts): cross-entropy of the labels, and the share of clips that are
-    right."""
+    """objective(model, batch, counts): cross-entropy of the labels, and accuracy of the clips."""
 
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
-        """int64 [1]: the clips, all of which count."""
+        """Return the number of clips, int64 [1]; all of them count."""
         return torch.tensor([len(batch["label"])])
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], counts: Tensor) -> LossReport:
+        """Return the mean loss over `counts` clips, and the share that is classified correctly."""
         logits = model(normalize_clip(batch["clip"], torch.float32))[HEAD].float()
         right = (logits.detach().argmax(dim=1) == batch["label"]).sum()
         loss = functional.cross_entropy(logits, batch["label"], reduction="sum")

@@ -1,4 +1,4 @@
-"""`evaluate --fuse` and `--compare`: from saved predictions alone, nothing is decoded again."""
+"""`evaluate --fuse` and `--compare`, computed from saved predictions; no video is decoded."""
 
 from __future__ import annotations
 
@@ -14,28 +14,39 @@ from ..common.run_dir import PREDICTIONS
 from ..common.tables import Column, Table
 from .ensemble import Comparison, compare_predictions, fuse_predictions
 from .metrics import MEASURES, signed
-from .predictions import Predictions, PredictionsError, metrics_from_file
-from .protocol import intervals_note, refuse_other, show_metrics, write_result
+from .predictions import Predictions, metrics_from_file, read_finished
+from .protocol import check_result_dir, intervals_note, show_metrics, write_result
 from .splits import split_folders
 
 log = logging.getLogger(__name__)
 
-SHOWN = 10  # classes of the largest gains and losses in the table; all are in the result
+SHOWN = 10  # classes with the largest gains and losses in the table; the result has all
 
 
 def fuse(runs: Sequence[str], weights: Sequence[float] | None, out: str | None) -> dict[str, Any]:
-    """Late fusion: writes `out`/predictions.h5 and result.json, which `--compare` and `--fuse` take
-    again.
+    """Fuse the predictions of several runs into OUT/predictions.h5 and OUT/result.json.
 
-    Raises UsageError (no `out`, wrong weights), PredictionsError, CheckpointError, LabelsError.
+    Args:
+        runs: Run folders or predictions files.
+        weights: Weight of each run, by default equal.
+        out: The folder to write; `--compare` and `--fuse` accept it as a run.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        UsageError: `out` is missing, or weights are not one per run.
+        PredictionsError: Predictions are missing, damaged or unfinished.
+        CheckpointError: Class lists differ.
+        LabelsError: Videos or labels differ.
     """
     if out is None:
-        raise UsageError("--fuse needs --out DIR, where the fused predictions go")
-    parts = [_finished(run) for run in runs]
+        raise UsageError("--fuse requires --out DIR, where the fused predictions are written")
+    parts = [_read_run(run) for run in runs]
     used = list(weights) if weights is not None else [1.0] * len(parts)
     fused = fuse_predictions(parts, list(runs), used)
     folder = Path(out)
-    refuse_other(folder, {"fused": list(runs)})
+    check_result_dir(folder, {"fused": list(runs)})
     with folder_lock(folder):
         fused.write(folder / PREDICTIONS)
         metrics = metrics_from_file(folder / PREDICTIONS)
@@ -54,30 +65,40 @@ def fuse(runs: Sequence[str], weights: Sequence[float] | None, out: str | None) 
 
 
 def compare(a: str, b: str, out: str | None) -> dict[str, Any]:
-    """What A gains over B: in all and by class, paired, with intervals and p-values;
-    `out`/result.json if asked for.
+    """Compute the gain of run A over run B, in total and per class, with intervals and p-values.
 
-    Raises PredictionsError, CheckpointError, LabelsError.
+    Args:
+        a: Run folder or predictions file.
+        b: Another one, tested on the same videos.
+        out: Folder for result.json, None to write nothing.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        PredictionsError: Predictions are missing, damaged or unfinished.
+        CheckpointError: Class lists differ.
+        LabelsError: Videos or labels differ.
     """
     if out is not None:
-        refuse_other(Path(out), {"a": a, "b": b})
-    parts = _finished(a), _finished(b)
-    found = compare_predictions(*parts, (a, b))
+        check_result_dir(Path(out), {"a": a, "b": b})
+    parts = _read_run(a), _read_run(b)
+    comparison = compare_predictions(*parts, (a, b))
     protocols = [single for part in parts for single in part.protocol.get("fused", [part.protocol])]
     if any(protocol != protocols[0] for protocol in protocols):
         log.warning(
-            f"{a} and {b} were tested by other protocols: see `protocol` in each result.json"
+            f"{a} and {b} were tested with different protocols: see `protocol` in each result.json"
         )
-    _show(found, parts[0], a, b)
+    _show(comparison, parts[0], a, b)
     result = {
         "a": a,
         "b": b,
         "videos": len(parts[0].videos),
         "intervals": parts[0].resampled,
-        "measures": {name: gain.as_dict() for name, gain in found.measures.items()},
+        "measures": {name: gain.as_dict() for name, gain in comparison.measures.items()},
         "classes": {
-            name: {"videos": found.videos[name], **gain.as_dict()}
-            for name, gain in found.classes.items()
+            name: {"videos": comparison.videos[name], **gain.as_dict()}
+            for name, gain in comparison.classes.items()
         },
     }
     if out is not None:
@@ -86,34 +107,36 @@ def compare(a: str, b: str, out: str | None) -> dict[str, Any]:
     return result
 
 
-def _finished(run: str) -> Predictions:
-    """The predictions of a run folder or a file. UsageError for a folder of `--split all`, which
-    has several."""
-    parts = split_folders(Path(run))
-    if parts and not (Path(run) / PREDICTIONS).exists():
-        raise UsageError(
-            f"{run} holds a run for each split; name one: {', '.join(map(str, parts.values()))}"
-        )
+def _read_run(run: str) -> Predictions:
+    """Load the predictions of a run folder or a file.
+
+    Raises:
+        UsageError: The folder is that of `--split all`, which has one run per split.
+    """
+    splits = split_folders(Path(run))
+    if splits and not (Path(run) / PREDICTIONS).exists():
+        names = ", ".join(map(str, splits.values()))
+        raise UsageError(f"{run} has a run per split, expected one of: {names}")
     path = Path(run) / PREDICTIONS if Path(run).is_dir() else Path(run)
     if path != Path(run):
         is_regular_file(path, Path(run))
-    found = Predictions.read(path)
-    if found.pending:
-        raise PredictionsError(
-            f"{path}: the evaluation is not finished, {len(found.pending)} videos are pending"
-        )
-    return found
+    return read_finished(path)
 
 
-def _show(found: Comparison, part: Predictions, a: str, b: str) -> None:
+def _show(comparison: Comparison, part: Predictions, a: str, b: str) -> None:
+    _show_measures(comparison, part, a, b)
+    _show_classes(comparison)
+
+
+def _show_measures(comparison: Comparison, part: Predictions, a: str, b: str) -> None:
     columns = [
         Column("accuracy, %"),
         *(Column(name, True) for name in ("A", "B", "A − B", "95 % interval", "p")),
     ]
     table = Table(f"A = {a}, B = {b}: {len(part.videos)} test videos", columns)
     for name, shown in MEASURES.items():
-        if name in found.measures:
-            g = found.measures[name]
+        if name in comparison.measures:
+            g = comparison.measures[name]
             ends = f"{signed(g.estimate.low)} – {signed(g.estimate.high)}"
             table.add(
                 shown,
@@ -125,22 +148,25 @@ def _show(found: Comparison, part: Predictions, a: str, b: str) -> None:
             )
     table.notes.append(intervals_note(part.resampled))
     log.info(table)
+
+
+def _show_classes(comparison: Comparison) -> None:
     columns = [
         Column("class"),
         *(Column(name, True) for name in ("videos", "A", "B", "A − B", "p")),
     ]
     classes = Table("top 1 of each class, %", columns)
-    names = list(found.classes)
+    names = list(comparison.classes)
     if len(names) > 2 * SHOWN:
         classes.notes.append(
-            f"The {SHOWN} largest gains and losses of {len(names)} classes; --json gives all."
+            f"The {SHOWN} largest gains and losses of {len(names)} classes; --json lists all."
         )
         names = names[:SHOWN] + names[-SHOWN:]
     for name in names:
-        g = found.classes[name]
+        g = comparison.classes[name]
         cells = (f"{100 * g.a:.1f}", f"{100 * g.b:.1f}", signed(g.estimate.value), f"{g.p:.4f}")
-        classes.add(name, str(found.videos[name]), *cells)
+        classes.add(name, str(comparison.videos[name]), *cells)
     classes.notes.append(
-        "Each p is of its class alone: among many classes some are small by chance."
+        "p is not corrected for the number of classes: among many, some are small by chance."
     )
     log.info(classes)

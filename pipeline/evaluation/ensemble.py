@@ -1,14 +1,14 @@
-"""Predictions of several models on the same videos: late fusion, and which of two is better.
+"""Late fusion and paired comparison of models that were tested on the same videos.
 
-Shapes: V test videos, K classes, R bootstrap resamples. Nothing is decoded: all of it comes from
-    predictions files.
+Everything is computed from predictions files; no video is decoded.
+
+Shapes: V test videos, K classes, R bootstrap resamples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -30,8 +30,14 @@ from .predictions import FAILED, LOGITS, OK, Predictions, require_classes
 
 @dataclass(frozen=True)
 class Gain:
-    """How much more of the videos a model has right than another, as fractions; `p`: two-sided, of
-    no difference."""
+    """The accuracies of two models as fractions, and their difference.
+
+    Attributes:
+        a: Accuracy of the first model.
+        b: Accuracy of the second one.
+        estimate: a − b with its interval.
+        p: Two-sided p-value of no difference.
+    """
 
     a: float
     b: float
@@ -39,19 +45,26 @@ class Gain:
     p: float
 
     def as_dict(self) -> dict[str, float]:
+        """Return the record for result.json."""
         return {
             "a": self.a,
             "b": self.b,
             "gain": self.estimate.value,
-            **_ends(self.estimate),
+            "low": self.estimate.low,
+            "high": self.estimate.high,
             "p": self.p,
         }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of A over B: `measures` by name (top1, top5, class_mean, and per_clip where both have it);
-    top 1 of each class by name, the largest gain first; the test `videos` of each class."""
+    """The gains of model A over model B.
+
+    Attributes:
+        measures: Gain by measure: top1, top5, class_mean, and per_clip if both models have it.
+        classes: Gain in top 1 by class, the largest first.
+        videos: Number of test videos by class.
+    """
 
     measures: dict[str, Gain]
     classes: dict[str, Gain]
@@ -61,19 +74,28 @@ class Comparison:
 def fuse_predictions(
     parts: Sequence[Predictions], names: Sequence[str], weights: Sequence[float]
 ) -> Predictions:
-    """The weighted mean of the models' video probabilities, as predictions of one clip a video.
+    """Average the video probabilities of several models, as predictions of one clip per video.
 
-    A model's probabilities are its video scores; where those are mean logits, their softmax. A
-    video that one model could not read has failed: it counts as wrong.
+    A video that is unreadable for one of the models counts as wrong.
 
-    Raises UsageError (weights), CheckpointError (classes), LabelsError (videos or labels differ).
+    Args:
+        parts: Predictions of each model.
+        names: Names of the models for messages.
+        weights: Weight of each model.
+
+    Raises:
+        UsageError: Weights are not one per model, negative, or all 0.
+        CheckpointError: Class lists differ.
+        LabelsError: Videos or labels differ.
     """
     if len(weights) != len(parts) or min(weights) < 0 or sum(weights) <= 0:
         raise UsageError(
-            f"--weights: got {list(weights)}, expected {len(parts)} numbers, none negative, not all 0"
+            f"--weights: expected {len(parts)} numbers, none negative and not all 0, got {list(weights)}"
         )
     first = parts[0]
-    orders = [_order(first, part, names[0], name) for part, name in zip(parts, names, strict=True)]
+    orders = [
+        _matching_rows(first, part, names[0], name) for part, name in zip(parts, names, strict=True)
+    ]
     fused = Predictions.empty(
         first.classes,
         first.videos,
@@ -101,7 +123,10 @@ def fuse_predictions(
 
 
 def probabilities(part: Predictions) -> np.ndarray:
-    """float32 [V, K]: the video scores, which sum to 1; NaN for videos without."""
+    """Return video scores that sum to 1, float32 [V, K]; NaN for videos without scores.
+
+    Mean logits are turned into their softmax.
+    """
     scores = part.video_scores
     return softmax(scores) if part.protocol.get("scores") == LOGITS else scores
 
@@ -114,64 +139,88 @@ def compare_predictions(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Comparison:
-    """What A gains over B on the same videos, paired, by the bootstrap over recordings or else
-    videos.
+    """Compute the gain of A over B, paired by video, with a bootstrap over recordings or videos.
 
-    p = 2 · min(share of resampled gains ≤ 0, share ≥ 0), each share with one added above and below,
-    at most 1 and, of n videos or sources, at least that of a sign test on which all agree, 2 · 2⁻ⁿ:
-    one video proves nothing. The classes' p are each on its own: of K classes without a difference,
-    a twentieth is below 0.05.
+    p-values of classes are not corrected for the number of classes: of K classes without a
+    difference, a twentieth is below 0.05.
 
-    Raises CheckpointError (classes), LabelsError (videos or labels differ).
+    Args:
+        a: Predictions of model A.
+        b: Predictions of model B for the same videos.
+        names: Names of the two for messages.
+        resamples: Bootstrap resamples, R.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        CheckpointError: Class lists differ.
+        LabelsError: Videos or labels differ.
     """
-    order = _order(a, b, *names)
+    order = _matching_rows(a, b, *names)
     labels, groups = a.labels, a.groups
-    values = [video_values(a.clip_scores, labels), video_values(b.clip_scores[order], labels)]
-    fused = any("fused" in each.protocol for each in (a, b))
-    one = np.ones((len(labels), 1))
-
-    def gain(x: np.ndarray, y: np.ndarray, resampled: np.ndarray, units: int) -> Gain:
-        ours, theirs = float(x.mean()), float(y.mean())
-        estimate = Estimate(ours - theirs, *interval(resampled, units, least=-1))
-        return Gain(ours, theirs, estimate, p_value(resampled, units))
+    values_a = video_values(a.clip_scores, labels)
+    values_b = video_values(b.clip_scores[order], labels)
+    if any("fused" in each.protocol for each in (a, b)):
+        del values_a["per_clip"]
+    ones = np.ones((len(labels), 1))
 
     def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
         return bootstrap_ratios(
             by_group(above, groups), by_group(below, groups), resamples=resamples, seed=seed
         )
 
-    count = len(by_group(one, groups))
+    num_units = len(by_group(ones, groups))
     measures = {
-        name: gain(
-            values[0][name],
-            values[1][name],
-            ratios((values[0][name] - values[1][name])[:, None], one)[:, 0],
-            count,
+        name: _gain(
+            value,
+            values_b[name],
+            ratios((value - values_b[name])[:, None], ones)[:, 0],
+            num_units,
         )
-        for name in values[0]
-        if not (fused and name == "per_clip")
+        for name, value in values_a.items()
     }
     k = len(a.classes)
-    (right_a, present), (right_b, _) = (class_values(each["top1"], labels, k) for each in values)
-    there = np.flatnonzero(present.any(axis=0))
-    per_class = ratios((right_a - right_b)[:, there], present[:, there])
-    each_a, each_b = (
-        right[:, there].sum(axis=0) / present[:, there].sum(axis=0) for right in (right_a, right_b)
-    )
-    measures["class_mean"] = gain(each_a, each_b, np.nanmean(per_class, axis=1), count)
-    units = (by_group(present[:, there], groups) > 0).sum(axis=0)
+    right_a, present = class_values(values_a["top1"], labels, k)
+    right_b, _ = class_values(values_b["top1"], labels, k)
+    # Classes without a test video have no accuracy.
+    tested = np.flatnonzero(present.any(axis=0))
+    right_a, right_b, present = right_a[:, tested], right_b[:, tested], present[:, tested]
+    resampled = ratios(right_a - right_b, present)
+    videos = present.sum(axis=0)
+    accuracy_a, accuracy_b = right_a.sum(axis=0) / videos, right_b.sum(axis=0) / videos
+    measures["class_mean"] = _gain(accuracy_a, accuracy_b, np.nanmean(resampled, axis=1), num_units)
+    units = (by_group(present, groups) > 0).sum(axis=0)
+    names_of = [a.classes[c] for c in tested]
     classes = {
-        a.classes[c]: gain(
-            each_a[[i]], each_b[[i]], per_class[np.isfinite(per_class[:, i]), i], int(units[i])
+        name: _gain(
+            accuracy_a[[i]],
+            accuracy_b[[i]],
+            resampled[np.isfinite(resampled[:, i]), i],
+            int(units[i]),
         )
-        for i, c in enumerate(there)
+        for i, name in enumerate(names_of)
     }
     ordered = dict(sorted(classes.items(), key=lambda item: -item[1].estimate.value))
-    return Comparison(measures, ordered, {a.classes[c]: int(present[:, c].sum()) for c in there})
+    return Comparison(measures, ordered, dict(zip(names_of, map(int, videos), strict=True)))
+
+
+def _gain(a: np.ndarray, b: np.ndarray, resampled: np.ndarray, units: int) -> Gain:
+    """Return the gain of mean a [n] over mean b [n] from resampled differences [R]."""
+    mean_a, mean_b = float(a.mean()), float(b.mean())
+    estimate = Estimate(mean_a - mean_b, *interval(resampled, units, least=-1))
+    return Gain(mean_a, mean_b, estimate, p_value(resampled, units))
 
 
 def p_value(resampled: np.ndarray, units: int) -> float:
-    """Two-sided bootstrap p-value of a difference of 0, of so many resampled units."""
+    """Compute the two-sided bootstrap p-value of no difference.
+
+    It is 2 · min(share of resampled differences ≤ 0, share ≥ 0), each share with one added above
+    and below, and at most 1.
+
+    Args:
+        resampled: Resampled differences [R].
+        units: Number n of resampled units. p is at least 2 · 2⁻ⁿ, that of a sign test in which all
+            units agree: a single video proves nothing.
+    """
     below, above = (
         (count + 1) / (len(resampled) + 1)
         for count in ((resampled <= 0).sum(), (resampled >= 0).sum())
@@ -179,27 +228,24 @@ def p_value(resampled: np.ndarray, units: int) -> float:
     return float(min(1.0, max(2 * min(below, above), 2 * 0.5**units)))
 
 
-def _order(a: Predictions, b: Predictions, name_a: str, name_b: str) -> list[int]:
-    """Row of b for each row of a."""
-    require_classes(b.classes, a.classes, here=name_b, there=name_a)
+def _matching_rows(a: Predictions, b: Predictions, name_a: str, name_b: str) -> list[int]:
+    """Return the row of b for each row of a."""
+    require_classes(b.classes, a.classes, origin=name_b, expected_origin=name_a)
     rows = {video: i for i, video in enumerate(b.videos)}
-    odd = sorted(set(a.videos) ^ set(b.videos))
-    if odd:
-        holder = name_a if odd[0] in set(a.videos) else name_b
+    unpaired = sorted(set(a.videos) ^ set(b.videos))
+    if unpaired:
+        owner = name_a if unpaired[0] in set(a.videos) else name_b
         raise LabelsError(
-            f"{name_a} and {name_b} were tested on other videos: {len(odd)} are in one alone, the first is "
-            f"{escape_path(odd[0])} of {holder}"
+            f"{name_a} and {name_b} were tested on different videos: {len(unpaired)} are in only one of them, the "
+            f"first is {escape_path(unpaired[0])} of {owner}"
         )
     order = [rows[video] for video in a.videos]
-    wrong = [
-        video for video, own, i in zip(a.videos, a.labels, order, strict=True) if own != b.labels[i]
+    differing = [
+        video for video, k, i in zip(a.videos, a.labels, order, strict=True) if k != b.labels[i]
     ]
-    if wrong:
+    if differing:
         raise LabelsError(
-            f"{name_a} and {name_b} have other labels for {len(wrong)} videos, the first is {escape_path(wrong[0])}"
+            f"{name_a} and {name_b} have different labels for {len(differing)} videos, the first is "
+            f"{escape_path(differing[0])}"
         )
     return order
-
-
-def _ends(estimate: Estimate) -> dict[str, Any]:
-    return {"low": estimate.low, "high": estimate.high}

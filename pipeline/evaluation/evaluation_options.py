@@ -1,4 +1,4 @@
-"""What `distinit evaluate` and `predict` can be told, and how videos are tested. Free of torch."""
+"""Options of `distinit evaluate` and `predict`, and of the test protocol. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ..common.errors import UsageError
 from ..common.settings import DEVICE, DEVICE_HELP, CliOption, Options, parse_numbers
 
 FrameOrder = Literal["ordered", "shuffled", "frozen"]
-PARTIAL_HELP = "continue where videos have no label, or labels no video (wrong in the test)"
+PARTIAL_HELP = "accept videos without a label and labels without a video (wrong in the test)"
 COPIES_HELP = "folder of `distinit prepare`: clips are read from its copies of the videos"
 
 
 class EvaluationOptions(Options):
-    """How videos are tested. `clips`, `crops`, `scores` and `frames` are the protocol; the others
-    change no score by more than rounding.
+    """How videos are tested.
 
-    `frames` asks what a model makes of motion: `shuffled` puts the frames of every clip into a
-    random order, `frozen` shows its middle frame only. A model that sees no motion has the accuracy
-    of `ordered` with both.
+    `clips`, `crops`, `scores` and `frames` are the protocol; the other options change no score by
+    more than rounding. `frames` tests the use of motion: `shuffled` puts the frames of each clip
+    into a random order, `frozen` repeats its middle frame. The accuracy of a model that uses no
+    motion is that of `ordered` with both.
     """
 
     clips: Annotated[int, CliOption("--test-clips", "Test", "N")] = Field(
@@ -30,24 +30,24 @@ class EvaluationOptions(Options):
         default=1, description="crops per clip: the middle, or three along the longer side"
     )
     scores: Annotated[Literal["softmax", "logits"], CliOption("--test-scores", "Test")] = Field(
-        default="softmax", description="what is averaged over a video's clips"
+        default="softmax", description="scores that are averaged over a video's clips"
     )
     frames: Annotated[FrameOrder, CliOption("--test-frames", "Test")] = Field(
         default="ordered",
-        description="what of motion is left in a clip: all, none (shuffled), or the middle frame alone",
+        description="order of a clip's frames: as they are, shuffled, or its middle frame repeated",
     )
-    batch_size: int = Field(default=32, ge=1, description="clips a forward pass")
+    batch_size: int = Field(default=32, ge=1, description="clips per forward pass")
     workers: int | None = Field(
-        default=None, ge=0, description="loader processes; default by the machine"
+        default=None, ge=0, description="loader processes; default depending on the machine"
     )
 
     def protocol(self) -> dict[str, Any]:
-        """The options that make another number."""
+        """Return the options that change scores."""
         return self.model_dump(include={"clips", "crops", "scores", "frames"})
 
 
 class EvaluateConfig(Options):
-    """Everything that `distinit evaluate` can be told. What is left out is that of the run."""
+    """All options of `distinit evaluate`; missing ones are those of the tested run."""
 
     runs: Annotated[list[str], CliOption("RUN")] = Field(
         min_length=1,
@@ -62,13 +62,13 @@ class EvaluateConfig(Options):
     ] = Field(default=None, description="weight of each fused run")
     compare: Annotated[bool, CliOption()] = Field(
         default=False,
-        description="what the first run gains over the second, by class, with p-values",
+        description="gain of the first run over the second, per class, with p-values",
     )
     dataset: Annotated[str | None, CliOption(metavar="NAME", shown="the run's")] = Field(
         default=None, description="as for finetune"
     )
     root: Annotated[str | None, CliOption(metavar="DIR", shown="the run's")] = Field(
-        default=None, description="where the videos are located"
+        default=None, description="folder of the videos"
     )
     split: Annotated[int | Literal["all"] | None, CliOption(metavar="N|all", shown="the run's")] = (
         Field(default=None, description="which split")
@@ -79,8 +79,8 @@ class EvaluateConfig(Options):
     copies: Annotated[str | None, CliOption(metavar="DIR", shown="the run's")] = Field(
         default=None, description=COPIES_HELP
     )
-    out: Annotated[str | None, CliOption(group="Output", metavar="DIR", shown="the run's own")] = (
-        Field(default=None, description="the folder to write")
+    out: Annotated[str | None, CliOption(group="Output", metavar="DIR", shown="the run's")] = Field(
+        default=None, description="the folder to write"
     )
     factory: str | None = Field(
         default=None, description="package.module:factory that the model's file may run"
@@ -97,21 +97,21 @@ class EvaluateConfig(Options):
     def _one_job(self) -> EvaluateConfig:
         if self.fuse and self.compare:
             raise UsageError(
-                "--fuse and --compare are two jobs; --compare takes what --fuse --out wrote"
+                "--fuse and --compare exclude each other; --compare accepts the folder of --fuse --out"
             )
         if self.compare and len(self.runs) != 2:
-            raise UsageError(f"--compare takes two runs, got {len(self.runs)}")
+            raise UsageError(f"--compare: expected two runs, got {len(self.runs)}")
         if self.fuse and len(self.runs) < 2:
-            raise UsageError("--fuse takes two runs or more, got 1")
+            raise UsageError("--fuse: expected two or more runs, got 1")
         if len(self.runs) > 1 and not (self.fuse or self.compare):
-            raise UsageError(f"{len(self.runs)} runs need --fuse or --compare")
+            raise UsageError(f"{len(self.runs)} runs require --fuse or --compare")
         if self.weights is not None and not self.fuse:
-            raise UsageError("--weights goes with --fuse")
+            raise UsageError("--weights requires --fuse")
         return self
 
 
 class PredictConfig(Options):
-    """Everything that `distinit predict` can be told."""
+    """All options of `distinit predict`."""
 
     model: Annotated[str, CliOption("MODEL")] = Field(
         description="a run folder or model.safetensors of distinit finetune"

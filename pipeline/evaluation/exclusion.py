@@ -1,4 +1,4 @@
-"""`--exclude`: a list of videos, or the test side of labels, as videos of a store."""
+"""`--exclude`: find the videos of a list, or of the test side of labels, in a store."""
 
 from __future__ import annotations
 
@@ -19,30 +19,37 @@ FORMS = ("csv", "folder", "kinetics", *OFFICIAL)
 
 
 def names_labels(source: str) -> bool:
-    """Whether `source` is `csv:FILE` or another form of labels, and no list; a file of that very
-    name is a list."""
+    """Return whether `source` is a data set such as `csv:FILE`; an existing file is a list."""
     kind, colon, where = source.partition(":")
     return bool(colon and where) and kind in FORMS and not os.path.exists(source)
 
 
 def canonical_exclude(source: str) -> str:
-    """The source under a name that holds from any folder."""
+    """Return the source with absolute paths."""
     return canonical(source) if names_labels(source) else os.path.abspath(source)
 
 
 def exclude(
     store: TargetStore, source: str, split: int | str | None, video_roots: Mapping[str, str]
 ) -> Exclusion:
-    """The videos of the store that a list names, or that are among the test videos of labels.
+    """Find the videos of a store that a list names, or that are test videos of labels.
 
-    Labelled videos are known by content, so the labels may name copies or other paths. video_roots:
-    where corpora lie now. Raises UsageError: an empty list, a line or a label file that names no
-    video of the store; LabelsError.
+    Labelled videos are recognised by content, so labels may name copies or other paths.
+
+    Args:
+        store: The store.
+        source: A list file, or a data set such as `csv:FILE`.
+        split: Split of the data set, "all" for every split.
+        video_roots: Corpus → folder where it is located now.
+
+    Raises:
+        UsageError: A list is empty, or a line or data set names no video of the store.
+        LabelsError: A label file cannot be used.
     """
     if not names_labels(source):
         if split is not None:
             raise UsageError(
-                f"--split {split}: {source} is a list; a split goes with --exclude csv:FILE"
+                f"--split {split}: --exclude {source} is a list; a split requires --exclude csv:FILE"
             )
         return exclude_list(store, source)
     kind, _, where = source.partition(":")
@@ -55,30 +62,34 @@ def exclude(
     digests: list[str] = []
     paths: list[str] = []
     for number in numbers:
-        # Many of Kinetics' videos are gone from the web: what is nowhere is in no store either.
+        # Many of Kinetics' videos are no longer on the web; a store cannot have them either.
         labels = load_labels(dataset, number, root=root, partial=kind == "kinetics")
         digests += [labels.digest(video) for video in labels.test]
         paths += [labels.absolute(video) for video in labels.test]
-    places = [store.video_path(video, video_roots) for video in range(store.n_videos)]
-    listed = SeenVideos(store.column("digest"), places, np.full(store.n_videos, OWN, np.uint8))
-    by_path = {place: video for video, place in enumerate(map(os.path.abspath, places))}
-    found = {row for rows in listed.rows(digests, paths) for row in rows}
-    found |= {by_path[path] for path in map(os.path.abspath, paths) if path in by_path}
-    if not found:
+    store_paths = [store.video_path(video, video_roots) for video in range(store.n_videos)]
+    stored = SeenVideos(store.column("digest"), store_paths, np.full(store.n_videos, OWN, np.uint8))
+    by_path = {path: video for video, path in enumerate(map(os.path.abspath, store_paths))}
+    excluded = {row for rows in stored.rows(digests, paths) for row in rows}
+    excluded |= {by_path[path] for path in map(os.path.abspath, paths) if path in by_path}
+    if not excluded:
         raise UsageError(
-            f"exclude: none of the {len(set(paths))} test videos of {source} is in {store.name}"
+            f"--exclude {source}: none of its {len(set(paths))} test videos is in {store.name}"
         )
-    return Exclusion.of(store, source, found, len(set(paths)))
+    return Exclusion.of(store, source, excluded, len(set(paths)))
 
 
-def left_out_of(
+def optional_exclusion(
     store: TargetStore, source: str | None, split: int | str | None, video_roots: Mapping[str, str]
 ) -> Exclusion | None:
-    """What `exclude` gives; None where nothing is left out. UsageError for a split of nothing."""
+    """Return the result of `exclude`, None without a source.
+
+    Raises:
+        UsageError: There is a split without a source; and as `exclude`.
+    """
     if source is None:
         if split is not None:
             raise UsageError(
-                f"--split {split}: goes with --exclude csv:FILE, whose test videos are left out"
+                f"--split {split}: requires --exclude csv:FILE, whose test videos are excluded"
             )
         return None
     return exclude(store, source, split, video_roots)

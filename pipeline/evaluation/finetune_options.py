@@ -1,4 +1,4 @@
-"""What `distinit finetune` can be told. Free of torch."""
+"""Options of `distinit finetune`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .evaluation_options import COPIES_HELP, PARTIAL_HELP, EvaluationOptions
 
 
 class FinetuneClips(ClipView):
-    """The clips that are trained on and tested with."""
+    """Clips for training and test."""
 
     clip_frames: Annotated[int, CliOption("--frames", "Sampling", "T")] = Field(
         default=8, ge=1, description="frames per clip"
@@ -22,16 +22,17 @@ class FinetuneClips(ClipView):
 
     @model_validator(mode="after")
     def _crop_fits(self) -> FinetuneClips:
-        if "size" in self.model_fields_set:  # else it is known when the initialisation is
+        # A size that is not given is that of the initialisation, which is read later.
+        if "size" in self.model_fields_set:
             self.frame_view()
         return self
 
 
 class FinetuneLoop(LoopOptions):
-    """The paper's finetuning (section 4): 8 epochs of 40 000 clips, 0.002 and a tenth of it every 2
-    epochs.
+    """The paper's finetuning (section 4).
 
-    From scratch the paper takes 45 epochs, 0.01, and drops every 10: preset `scratch`.
+    It has 8 epochs of 40 000 clips and a rate of 0.002, divided by 10 every 2 epochs. From scratch
+    the paper uses 45 epochs and a rate of 0.01, divided by 10 every 10 epochs: preset `scratch`.
     """
 
     ADAMW_DEFAULTS: ClassVar[dict[str, float]] = {"lr": 0.0003, "weight_decay": 0.05}
@@ -51,15 +52,15 @@ class FinetuneLoop(LoopOptions):
         description="weight decay; with adamw 0.05, and none on norms and biases",
     )
     step_epochs: Annotated[int | None, CliOption(group="Training", metavar="N")] = Field(
-        default=2, ge=1, description="epochs between drops of the rate; null: no drops"
+        default=2, ge=1, description="epochs between drops of the learning rate; null: no drops"
     )
 
 
 class FinetuneConfig(Options):
-    """Everything that `distinit finetune` can be told.
+    """All options of `distinit finetune`.
 
-    `student` and the clips' length and size are those of the initialisation unless they are given;
-    a student that is given and differs from the file is refused.
+    `student` and the frames and size of clips are by default those of the initialisation; a student
+    that differs from the file is refused.
     """
 
     init: Annotated[str, CliOption(metavar="INIT")] = Field(
@@ -70,17 +71,17 @@ class FinetuneConfig(Options):
     )
     inflation: Annotated[Inflation, CliOption(group="Student")] = Field(
         default="scaled",
-        description="how inflate: repeats kernels over time: divided by their length, or as they are",
+        description="how inflate: repeats kernels over time: divided by their length, or unchanged",
     )
     dataset: Annotated[str, CliOption(metavar="NAME")] = Field(
         description="csv:FILE with columns path, label and splitN (train or test); folder:DIR with "
         "train/CLASS and test/CLASS; kinetics:FILE; hmdb51; ucf101"
     )
     root: Annotated[str | None, CliOption(metavar="DIR")] = Field(
-        default=None, description="where the videos are located: of hmdb51, ucf101, kinetics:, csv:"
+        default=None, description="folder of the videos of hmdb51, ucf101, kinetics: or csv:"
     )
     split: Annotated[int | Literal["all"] | None, CliOption(metavar="N|all", shown="1")] = Field(
-        default=None, description="which split; all: a run each, and the mean"
+        default=None, description="which split; all: a run per split, and the mean"
     )
     partial: Annotated[bool, CliOption()] = Field(default=False, description=PARTIAL_HELP)
     copies: Annotated[str | None, CliOption(metavar="DIR")] = Field(
@@ -90,16 +91,16 @@ class FinetuneConfig(Options):
         description="the run folder to write"
     )
     student: Annotated[StudentOptions | None, CliOption(shown="the initialisation's")] = Field(
-        default=None, description="default that of the initialisation"
+        default=None, description="network, by default that of the initialisation"
     )
     dropout: Annotated[float, CliOption(group="Student", metavar="P")] = Field(
-        default=0.0, ge=0, lt=1, description="of the features before the new head"
+        default=0.0, ge=0, lt=1, description="dropout of the features before the new head"
     )
     freeze: Annotated[Literal["none", "backbone"], CliOption(group="Student")] = Field(
-        default="none", description="backbone: train the head alone"
+        default="none", description="backbone: train only the head"
     )
     verbose: Annotated[bool, CliOption(group="Output")] = Field(
-        default=False, description="report of every tensor what it was loaded from"
+        default=False, description="print the origin of every tensor"
     )
     clips: Annotated[FinetuneClips, CliOption(shown="the initialisation's")] = Field(
         default_factory=FinetuneClips

@@ -1,7 +1,7 @@
-"""Kinetics from its csv files: `label,youtube_id,time_start,time_end,split`.
+"""Read Kinetics from its csv files: `label,youtube_id,time_start,time_end,split`.
 
-Videos are found by the names that the usual downloaders give them, `ID_000010_000020.mp4` (start
-and end in seconds), wherever they lie below the root.
+Videos are found anywhere below the root by the names that usual downloaders give them,
+`ID_000010_000020.mp4` (start and end in seconds).
 """
 
 from __future__ import annotations
@@ -21,25 +21,31 @@ _FILES = ("train.csv", "val.csv", "validate.csv", "validation.csv")
 
 
 def read_kinetics(where: str, split: int, root: str | None, partial: bool = False) -> Listing:
-    """`where` is a csv file with both sides, or a folder with train.csv and val.csv; validation is
-    the test side.
+    """Read the rows of the train and validation sides; the latter is the test side.
 
-    root: the folder searched for the videos, default that of the csv. Rows of other splits are left
-    out. Unless `partial`, every video must be there: many of Kinetics' are gone from the web.
+    Args:
+        where: A csv file with both sides, or a folder with train.csv and val.csv.
+        split: Must be 1.
+        root: The folder to search for videos, by default that of the csv.
+        partial: Whether videos may be missing: many of Kinetics' are no longer on the web.
+
+    Raises:
+        UsageError: Another split than 1.
+        LabelsError: A file cannot be read, or videos are missing or ambiguous.
     """
     if split != 1:
-        raise UsageError(f"--split: kinetics has split 1 only, got {split}")
+        raise UsageError(f"--split: kinetics has only split 1, got {split}")
     files = [where]
     if os.path.isdir(where):
         files = [path for name in _FILES if os.path.isfile(path := os.path.join(where, name))]
         if not files:
-            raise LabelsError(f"{where}: no train.csv and val.csv; expected Kinetics' csv files")
+            raise LabelsError(f"{where}: expected train.csv and val.csv of Kinetics, found neither")
     root = os.path.abspath(root or (where if os.path.isdir(where) else os.path.dirname(where)))
     try:
         paths = list_videos([root]).paths
     except SourceError:
         raise LabelsError(
-            f"--root {root}: no videos in it, expected files such as ID_000010_000020.mp4"
+            f"--root {root}: expected videos such as ID_000010_000020.mp4, found none"
         ) from None
     by_name: dict[str, list[str]] = {}
     for path in paths:
@@ -47,35 +53,28 @@ def read_kinetics(where: str, split: int, root: str | None, partial: bool = Fals
     rows, used, missing = [], set(), 0
     for file in files:
         for name, side, label, line in _rows(file):
-            found = by_name.get(name, [])
-            if len(found) > 1:
+            matches = by_name.get(name, [])
+            if len(matches) > 1:
                 raise LabelsError(
-                    f"{file}: {line}: {len(found)} files are named so, {first_few(found, 2)}"
+                    f"{file}: {line}: {len(matches)} files have this name, {first_few(matches, 2)}"
                 )
-            missing += not found
-            used.update(found)
-            listed = f"{os.path.basename(file)} {line}"
-            rows.append(
-                Row(
-                    found[0] if found else f"{name}.mp4",
-                    label,
-                    side,
-                    listed,
-                    source=name.rsplit("_", 2)[0],
-                )
-            )
+            missing += not matches
+            used.update(matches)
+            path = matches[0] if matches else f"{name}.mp4"
+            where_listed = f"{os.path.basename(file)} {line}"
+            rows.append(Row(path, label, side, where_listed, source=name.rsplit("_", 2)[0]))
     if missing and not partial:
         first = next(row for row in rows if row.path not in used)
         raise LabelsError(
-            f"{where}: {missing} of {len(rows)} videos are not below {root}, the first is "
-            f"{escape_path(first.path)} ({first.where}); download them, or take --partial"
+            f"{where}: {missing} of {len(rows)} videos do not exist below {root}, the first is "
+            f"{escape_path(first.path)} ({first.where}); download them, or give --partial"
         )
     return Listing(where, root, rows, unlabelled=tuple(path for path in paths if path not in used))
 
 
 def _rows(path: str) -> list[tuple[str, str, str, str]]:
-    """(name without ending, side, label, "line N") of the rows that train or test."""
-    found = []
+    """Return (name without ending, side, label, "line N") of the rows of both sides."""
+    rows = []
     try:
         reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
         columns = [name.strip() for name in reader.fieldnames or []]
@@ -96,11 +95,12 @@ def _rows(path: str) -> list[tuple[str, str, str, str]]:
                 start, end = int(float(row["time_start"])), int(float(row["time_end"]))
             except (ValueError, OverflowError):
                 raise LabelsError(
-                    f"{path}: {line}: time_start {row['time_start']!r}, time_end {row['time_end']!r}: not seconds"
+                    f"{path}: {line}: expected seconds, got time_start {row['time_start']!r}, "
+                    f"time_end {row['time_end']!r}"
                 ) from None
             if not label or not row["youtube_id"].strip():
                 raise LabelsError(f"{path}: {line} has no {'youtube_id' if label else 'label'}")
-            found.append((f"{row['youtube_id'].strip()}_{start:06d}_{end:06d}", side, label, line))
+            rows.append((f"{row['youtube_id'].strip()}_{start:06d}_{end:06d}", side, label, line))
     except (OSError, csv.Error) as error:
         raise LabelsError(f"{path}: cannot read the label file ({error})") from error
-    return found
+    return rows

@@ -1,4 +1,4 @@
-"""Clips of labelled videos: random ones to train on, ten fixed ones of each video to test with.
+"""Clips of labelled videos: random ones for training, evenly spread ones for tests.
 
 Shapes: T frames, C channels, H W pixels, N clips of a test video.
 """
@@ -27,14 +27,17 @@ MAX_BROKEN_IN_A_ROW = 20
 class LabelledClips:
     """dataset[(epoch, sample)] -> a random training clip, a pure function of the seed and the key.
 
-    "clip": uint8 [3, T, H, W], or with channels=2 its optical flow, float32 [2, T, H, W]; "label":
-    int; "video": index into `labels.train`; "name": its path; "start": first frame; "broken":
-    [(path, reason)] of the videos that could not be read for this sample and were drawn again.
+    Clips are those of the train view of VMZ and torchvision: consecutive frames from a random
+    start, resized, randomly cropped and mirrored. An epoch is a range of `epoch_clips` positions in
+    seeded permutations of the videos.
 
-    The train view of VMZ and torchvision: consecutive frames at a random start, resized, randomly
-    cropped and mirrored. An epoch is a stretch of `epoch_clips` of seeded permutations of the
-    videos. Raises TrainingError after 20 unreadable videos for one sample, and UsageError for a
-    folder of flow that does not fit.
+    An item has "clip": uint8 [3, T, H, W], or with channels=2 optical flow, float32 [2, T, H, W];
+    "label": int; "video": index into `labels.train`; "name": path of the video; "start": first
+    frame; "broken": [(path, reason)] of unreadable videos that were drawn for this sample before.
+
+    Raises:
+        UsageError: A folder of prepared flow does not fit the clips.
+        TrainingError: MAX_BROKEN_IN_A_ROW videos drawn for one sample are unreadable.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class LabelledClips:
         labels: Labels,
         view: ClipView,
         *,
-        length: int,
+        clip_frames: int,
         seed: int,
         epoch_clips: int,
         channels: int = 3,
@@ -52,11 +55,11 @@ class LabelledClips:
         self.channels = channels
         self.labels = labels
         self.view = view
-        self.length = length
+        self.clip_frames = clip_frames
         self.seed = seed
         self.epoch_clips = epoch_clips
-        # Per process: a frame count costs a demux, and neither it nor a failure changes during a
-        # run.
+        # Cached per process: counting frames costs a demux, and neither a count nor a failure
+        # changes during a run.
         self._counts: dict[int, int] = {}
         self._failed: dict[int, str] = {}
 
@@ -81,11 +84,11 @@ class LabelledClips:
                 "broken": broken,
             }
         raise TrainingError(
-            f"{len(broken)} training videos in a row could not be read, the last: {broken[-1][0]}: {broken[-1][1]}"
+            f"{len(broken)} training videos in a row are unreadable, the last: {broken[-1][0]}: {broken[-1][1]}"
         )
 
     def name(self, video: int) -> str:
-        """The path of a training video as listed, as text that can be printed."""
+        """Return the listed path of a training video as printable text."""
         return escape_path(self.labels.train[video].path)
 
     def _video(self, epoch: int, sample: int, attempt: int, draw: np.random.Generator) -> int:
@@ -95,34 +98,37 @@ class LabelledClips:
         return int(draw.integers(n))
 
     def _read(self, video: int, draw: np.random.Generator) -> tuple[Tensor, int]:
-        """uint8 [C, T, H, W] and its first frame. VideoError with the reason."""
+        """Read a random clip [C, T, H, W] of a video, and return it with its first frame."""
         if video in self._failed:
             raise VideoError(self._failed[video])
         file = self.labels.file(self.labels.train[video])
         if video not in self._counts:
             self._counts[video] = count_frames(file)
         total = self._counts[video]
-        need = pictures_needed(self.length, self.channels)
-        start = int(draw.integers(max(total - need, 0) + 1))
+        span = pictures_needed(self.clip_frames, self.channels)
+        start = int(draw.integers(max(total - span, 0) + 1))
         down, across, mirror, zoom = draw.random(4)
         crop = Crop(down, across, bool(mirror < self.view.flip), zoom)
-        frames = clip_frames(start, need, total)
+        frames = frame_indices(start, span, total)
         return read_clip(file, frames, self.view, channels=self.channels, crop=crop), start
 
 
 class EvaluationClips:
-    """dataset[(0, i)] -> the N = clips · crops test clips of the i-th of `videos`, read in one pass
-    over the file.
+    """dataset[(0, i)] -> the N = clips · crops test clips of the i-th of `videos`.
 
-    "video": index into `videos`; and either "clips" uint8 [N, 3, T, H, W] (flow: float32 [N, 2, T,
-    H, W]), "starts" int64 [N], "frames" int (of the whole video) and "note" (what is damaged, else
-    empty), or "error", why it cannot be read. The test view of VMZ: starts ⌊i·(n − T)/(clips − 1)⌋
-    (of flow n − T − 1), resized, center crop; with three crops also both ends of the longer side,
-    the crops of one clip side by side.
+    Clips are those of the test view of VMZ: starts ⌊i·(n − T)/(clips − 1)⌋ (n − T − 1 for flow),
+    resized, center crop; with three crops also both ends of the longer side, the crops of one clip
+    adjacent. All clips of a video are read in one pass over the file.
 
-    order: `shuffled` gives every clip's frames in a random order, a pure function of i and the
-    clip; `frozen` its middle frame T times. UsageError for either with flow, which is motion
-    itself.
+    An item has "video": index into `videos`, and either "clips": uint8 [N, 3, T, H, W] (flow:
+    float32 [N, 2, T, H, W]), "starts": int64 [N], "frames": number of frames of the video, and
+    "note": what is truncated, else ""; or "error": why the video is unreadable.
+
+    With order `shuffled`, the frames of each clip have a random order, a pure function of i and the
+    clip; with `frozen`, a clip is its middle frame, T times.
+
+    Raises:
+        UsageError: A folder of prepared flow does not fit, or frames of flow are to be reordered.
     """
 
     def __init__(
@@ -131,7 +137,7 @@ class EvaluationClips:
         videos: Sequence[Labelled],
         view: ClipView,
         *,
-        length: int,
+        clip_frames: int,
         clips: int,
         crops: Literal[1, 3] = 1,
         channels: int = 3,
@@ -141,7 +147,7 @@ class EvaluationClips:
             check_fits(labels.copies.options, view, channels, folder=labels.copies.folder)
         if order != "ordered" and channels == FLOW_CHANNELS:
             raise UsageError(
-                f"test.frames={order} is for students of RGB; optical flow has no order to lose"
+                f"test.frames={order}: optical flow can only be tested with ordered frames"
             )
         self.order = order
         self.channels = channels
@@ -149,60 +155,67 @@ class EvaluationClips:
         self.videos = list(videos)
         self.crops: Literal[1, 3] = crops
         self.view = view
-        self.length = length
+        self.clip_frames = clip_frames
         self.clips = clips
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         _, i = key
         try:
-            found = self._read(self.videos[i])
+            item = self._read(self.videos[i])
         except VideoError as error:
             return {"video": i, "error": str(error)}
-        clips = found["clips"]
+        clips = item["clips"]
         for n in range(len(clips) if self.order != "ordered" else 0):
             clips[n] = clips[n][:, self._order(clips.shape[2], i, n // self.crops)]
-        return {"video": i, **found}
+        return {"video": i, **item}
 
-    def _order(self, length: int, video: int, clip: int) -> list[int]:
-        """Which frame stands in each place of a clip; the crops of a clip share it."""
+    def _order(self, num_frames: int, video: int, clip: int) -> list[int]:
+        """Return the order of the frames of a clip; its crops share it."""
         if self.order == "frozen":
-            return [length // 2] * length
-        return [int(t) for t in rng(0, video, clip, stream=SHUFFLES).permutation(length)]
+            return [num_frames // 2] * num_frames
+        return [int(t) for t in rng(0, video, clip, stream=SHUFFLES).permutation(num_frames)]
 
     def _read(self, video: Labelled) -> dict[str, Any]:
         file = self.labels.file(video)
         total = count_frames(file)
-        need = pictures_needed(self.length, self.channels)
-        starts = clip_starts(total, need, self.clips)
-        frames = np.stack([clip_frames(int(start), need, total) for start in starts])
-        found = read_clips(file, frames, self.view, channels=self.channels, crops=self.crops)
-        note = f"{found.repeated} of {found.distinct} frames are damaged, shown as the one before"
+        span = pictures_needed(self.clip_frames, self.channels)
+        starts = clip_starts(total, span, self.clips)
+        frames = np.stack([frame_indices(int(start), span, total) for start in starts])
+        read = read_clips(file, frames, self.view, channels=self.channels, crops=self.crops)
+        note = f"{read.repeated} of {read.distinct} frames are damaged, replaced by the one before"
         return {
-            "clips": found.clips,
+            "clips": read.clips,
             "starts": torch.from_numpy(starts.repeat(self.crops)),
             "frames": total,
-            "note": note if found.repeated else "",
+            "note": note if read.repeated else "",
         }
 
 
-def clip_starts(n_frames: int, need: int, k: int = 10) -> np.ndarray:
-    """starts[k], int64: ⌊i·(n_frames − need)/(k − 1)⌋ for i = 0 … k−1.
+def clip_starts(num_frames: int, span: int, num_clips: int = 10) -> np.ndarray:
+    """Spread clips evenly over a video.
 
-    `need` is the number of frames a clip spans. A video shorter than that starts every clip at 0; a
-    single clip (k = 1) starts in the middle.
+    Args:
+        num_frames: Frames of the video.
+        span: Frames of a clip. In a video with fewer frames every clip starts at 0.
+        num_clips: Clips to place, K. A single clip is placed in the middle.
 
-    >>> clip_starts(26, 8, 10).tolist()    # 18 free frames, a step of 2
-    [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+    Returns:
+        First frames, int64 [K]: ⌊i·(num_frames − span)/(K − 1)⌋ for i = 0 … K−1.
+
+    Example:
+        >>> clip_starts(26, 8, 10).tolist()  # 18 free frames, a step of 2
+        [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
     """
-    if n_frames < 1 or need < 1 or k < 1:
-        raise ValueError(f"n_frames, need and k must be at least 1, got {n_frames}, {need}, {k}")
-    free = max(n_frames - need, 0)
-    if k == 1:
+    if min(num_frames, span, num_clips) < 1:
+        raise ValueError(
+            f"num_frames, span and num_clips must be at least 1, got {num_frames}, {span}, {num_clips}"
+        )
+    free = max(num_frames - span, 0)
+    if num_clips == 1:
         return np.array([free // 2], dtype=np.int64)
-    return np.arange(k, dtype=np.int64) * free // (k - 1)
+    return np.arange(num_clips, dtype=np.int64) * free // (num_clips - 1)
 
 
-def clip_frames(start: int, need: int, n_frames: int) -> np.ndarray:
-    """indices[need], int64: consecutive frames from `start`, the last frame repeated past the
-    end."""
-    return np.minimum(np.arange(start, start + need, dtype=np.int64), n_frames - 1)
+def frame_indices(start: int, span: int, num_frames: int) -> np.ndarray:
+    """Return `span` frames from `start`, int64; past the end the last frame is repeated."""
+    return np.minimum(np.arange(start, start + span, dtype=np.int64), num_frames - 1)

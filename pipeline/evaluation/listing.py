@@ -1,4 +1,4 @@
-"""What the readers of label files hand over: the videos as listed, before any check."""
+"""The result of a reader of labels: the videos as listed, before any check."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ SIDES = ("train", "test")
 
 @dataclass(frozen=True)
 class Row:
-    """A video as listed. `where` says to a person where; `source`: the recording that a clip was
-    cut from, "" where it is not known."""
+    """A video as listed.
+
+    Attributes:
+        path: Path of the video relative to `Listing.root`.
+        label: Name of its class.
+        side: "train" or "test".
+        where: Where it is listed, for messages.
+        source: The recording that it was cut from, "" if unknown.
+    """
 
     path: str
     label: str
@@ -31,12 +38,15 @@ class Row:
 class Listing:
     """One split as its files describe it.
 
-    origin: the file or folder that lists, for messages. root: what the paths are relative to.
-    classes: in the order of the data set; None: the names, sorted. unlabelled: videos, relative to
-    `root`, that lie among the listed ones and are not listed. official: its lists are published,
-    and are used as they are.
-    get: where to get what is missing. notes: what the reader left out or took for another, a line
-        each.
+    Attributes:
+        origin: The file or folder of the list, for messages.
+        root: The folder that paths are relative to.
+        rows: The listed videos.
+        classes: Names in the order of the data set; None: the names of the rows, sorted.
+        unlabelled: Videos next to the listed ones that are not listed, relative to `root`.
+        official: Whether the lists are published ones, which are used as they are.
+        get: Where to get missing files, for messages.
+        notes: What the reader skipped or matched inexactly, a line each.
     """
 
     origin: str
@@ -50,8 +60,11 @@ class Listing:
 
 
 def read_lines(path: str) -> list[str]:
-    """The lines of a text file that hold something, stripped (official lists end them in CR LF).
-    LabelsError."""
+    """Return the stripped lines of a text file that are not empty; official lists have CR LF.
+
+    Raises:
+        LabelsError: The file cannot be read.
+    """
     try:
         return [line.strip() for line in read_text(path).split("\n") if line.strip()]
     except OSError as error:
@@ -59,8 +72,11 @@ def read_lines(path: str) -> list[str]:
 
 
 def require_utf8(path: str, where: str, cells: Iterable[str]) -> None:
-    """LabelsError for a cell of a csv that cannot be written into a model or a result: it is not
-    UTF-8."""
+    """Check that cells of a csv are UTF-8, without which no model or result can hold them.
+
+    Raises:
+        LabelsError: A cell is not UTF-8.
+    """
     for cell in cells:
         if not is_utf8(cell):
             raise LabelsError(
@@ -69,33 +85,33 @@ def require_utf8(path: str, where: str, cells: Iterable[str]) -> None:
 
 
 def videos_in(root: str, folders: Iterable[str]) -> list[str]:
-    """The videos that lie directly in these folders, paths relative to `root`, sorted."""
-    found = []
+    """List the videos directly in these folders, sorted, with paths relative to `root`."""
+    videos = []
     for folder in sorted(set(folders)):
         try:
             names = os.listdir(os.path.join(root, folder))
         except OSError:
-            continue  # a folder that is not there: the videos listed in it are reported as missing
-        found += [
+            # The folder does not exist: videos listed in it are reported as missing.
+            continue
+        videos += [
             os.path.normpath(os.path.join(folder, name)) for name in sorted(names) if is_video(name)
         ]
-    return found
+    return videos
 
 
 def first_few(names: Iterable[str], n: int = 3) -> str:
-    """`'a', 'b', …` for a message."""
+    """Format the first `n` names for a message: `'a', 'b', …`."""
     shown = [repr(escape_path(name)) for name in names]
     return ", ".join(shown[:n]) + (", …" if len(shown) > n else "")
 
 
 class Names:
-    """Files found by the name that a list gives them, in whatever case and with whatever ending the
-    disk has it.
+    """Match names of a list to files whose case or ending may differ.
 
-    UCF-101's lists and archive disagree on `HandstandPushups` and `HandStandPushups`, archives
-    unpacked on a disk without case change more, and many convert the videos to mp4. An exact name
-    wins, then one that differs in case alone, then one with another ending; of several such files
-    none is taken.
+    UCF-101's lists and archive disagree on `HandstandPushups` and `HandStandPushups`, archives that
+    were unpacked on a case-insensitive disk differ more, and many users convert videos to mp4. An
+    exact match wins, then one that differs only in case, then one with another ending. If several
+    files match equally well, none is used.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -107,7 +123,7 @@ class Names:
                 known[key] = None if key in known else name
 
     def find(self, name: str) -> str | None:
-        """The name on the disk; None where there is none, or no single one."""
+        """Return the name on the disk, None unless exactly one file matches."""
         if name in self.exact:
             return name
         folded = self._folded.get(name.casefold())
@@ -115,8 +131,7 @@ class Names:
 
 
 def other_endings(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """Of (listed, found) names, a note on those with another ending than the list gives them; none:
-    no note."""
+    """Return a note on files whose ending differs from the list, from (listed, found) names."""
     endings = Counter(
         os.path.splitext(found)[1] for listed, found in pairs if _ending(listed) != _ending(found)
     )
@@ -124,7 +139,7 @@ def other_endings(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
         return ()
     shown = ", ".join(f"{count} as {ending}" for ending, count in endings.most_common())
     return (
-        f"{endings.total()} videos have another ending than in the lists ({shown}): not the files as published",
+        f"{endings.total()} videos have a different ending than in the lists ({shown}): not the published files",
     )
 
 
@@ -137,7 +152,7 @@ def _ending(name: str) -> str:
 
 
 def short_dataset(dataset: str) -> str:
-    """`csv:/data/har7/labels.csv` → `har7/labels.csv`, `folder:/data/mine` → `mine`."""
+    """Shorten a data set: `csv:/data/har7/labels.csv` → `har7/labels.csv`, `folder:/a/b` → `b`."""
     kind, colon, path = dataset.partition(":")
     if not colon:
         return dataset

@@ -1,15 +1,17 @@
-"""Accuracies of a test set and how sure one can be of them.
+"""Accuracies on a test set, with confidence intervals.
 
-Shape letters: V test videos, N clips of a video, K classes, R bootstrap resamples. A video without
-finite scores (it could not be read) counts as wrong in every number; it never leaves the
+Shapes: V test videos, N clips of a video, K classes, R bootstrap resamples, M columns.
+
+An unreadable video has no finite scores and counts as wrong in every number; it never leaves the
 denominator.
 
-Where every resample gives the same value (two videos, both right), the bootstrap is silent, and the
-interval is what an exact test of a proportion leaves open (Clopper and Pearson): all of n units
-alike, another share p of all units may differ with (1 − p)ⁿ ≥ 0.025.
+Clips that were cut from one recording tend to be right or wrong together. If the recordings are
+known (`groups` [V], the number of the recording), intervals come from resampling recordings instead
+of videos.
 
-Clips cut from one recording are right or wrong together: where the recordings are known
-(`groups[V]`, a number each), intervals come from resampling recordings, not videos.
+If every resample gives the same value (two videos, both correct), the bootstrap gives no interval.
+The interval is then that of an exact test of a proportion (Clopper and Pearson): if n units are all
+equal, a share p of all units may differ as long as (1 − p)ⁿ ≥ 0.025.
 """
 
 from __future__ import annotations
@@ -34,26 +36,31 @@ class Estimate:
     high: float
 
     def as_dict(self) -> dict[str, float]:
+        """Return the record for result.json."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
 def hits(scores: np.ndarray, labels: np.ndarray, top: int = 1) -> np.ndarray:
-    """scores[..., K], labels[...] -> bool[...]: is the label among the `top` best scores.
+    """Return whether the label is among the `top` best scores: scores [..., K], labels [...].
 
     Among equal scores the lower class comes first, as in argmax. Scores that are not finite never
     hit.
     """
-    own = np.take_along_axis(scores, labels[..., None].astype(np.int64), axis=-1)
+    score = np.take_along_axis(scores, labels[..., None].astype(np.int64), axis=-1)
     earlier = np.arange(scores.shape[-1]) < labels[..., None]
-    rank = ((scores > own) | ((scores == own) & earlier)).sum(axis=-1)
+    rank = ((scores > score) | ((scores == score) & earlier)).sum(axis=-1)
     return (rank < top) & np.isfinite(scores).all(axis=-1)
 
 
 def video_values(clip_scores: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """clip_scores[V, N, K], labels[V] -> float64[V] of each accuracy: `per_clip`, `top1`, `top5`.
+    """Compute `per_clip`, `top1` and `top5` of each video, float64 [V].
 
-    top 1 and top 5 are those of the mean of the clips' scores; per clip is the share of a video's
-    clips whose own best class is the label.
+    top 1 and top 5 use the mean scores of the clips; per clip is the share of a video's clips whose
+    best class is the label.
+
+    Args:
+        clip_scores: [V, N, K].
+        labels: [V].
     """
     video_scores = mean_scores(clip_scores)
     clip_labels = np.broadcast_to(labels[:, None], clip_scores.shape[:2])
@@ -65,18 +72,25 @@ def video_values(clip_scores: np.ndarray, labels: np.ndarray) -> dict[str, np.nd
 
 
 def mean_scores(clip_scores: np.ndarray) -> np.ndarray:
-    """clip_scores[V, N, K] -> float32[V, K]: the mean over a video's clips."""
+    """Average scores [V, N, K] over the clips of each video, float32 [V, K]."""
     return clip_scores.mean(axis=1, dtype=np.float64).astype(np.float32)
 
 
 def bootstrap_ratios(
     above: np.ndarray, below: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> np.ndarray:
-    """above[V, M], below[V, M] -> float64[R, M]: Σ above / Σ below over resampled videos; NaN for 0
-    / 0.
+    """Compute Σ above / Σ below over resampled videos.
 
-    The videos are drawn with replacement, the same draw for all M columns, so that columns stay
-    paired.
+    Videos are drawn with replacement; all M columns share a draw, so that they stay paired.
+
+    Args:
+        above: Numerators [V, M].
+        below: Denominators [V, M].
+        resamples: R.
+        seed: Seed of the draws.
+
+    Returns:
+        float64 [R, M], NaN for 0 / 0.
     """
     n = len(above)
     rng = np.random.default_rng(seed)
@@ -91,8 +105,7 @@ def bootstrap_ratios(
 
 
 def by_group(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-    """values[V, M], groups[V] -> float64[G, M]: the sums over each group; the values themselves
-    without groups."""
+    """Sum values [V, M] over each of G groups, float64 [G, M]; without groups keep the values."""
     if groups is None:
         return np.asarray(values, dtype=np.float64)
     _, index = np.unique(groups, return_inverse=True)
@@ -109,7 +122,7 @@ def estimate_mean(
     seed: int = SEED,
     least: float = 0,
 ) -> Estimate:
-    """values[V] in [least, 1] -> their mean with its interval."""
+    """Estimate the mean of values [V] between `least` and 1, with its interval."""
     above, below = by_group(values[:, None], groups), by_group(np.ones((len(values), 1)), groups)
     means = bootstrap_ratios(above, below, resamples=resamples, seed=seed)
     return Estimate(float(values.mean()), *interval(means[:, 0], len(above), least))
@@ -118,21 +131,33 @@ def estimate_mean(
 def interval(
     resampled: np.ndarray, units: int | np.ndarray, least: float = 0, most: float = 1
 ) -> tuple[float, float]:
-    """The 2.5 and 97.5 % quantiles of resampled means of `units` units; where they are one value,
-    which all units have, the exact bounds between `least` and `most`. units[K]: of each class,
-    where the mean is one over classes."""
+    """Return the 95 % interval of a mean.
+
+    Args:
+        resampled: Resampled means [R].
+        units: Number of resampled units; of each class [K] if the mean is one over classes.
+        least: The smallest possible mean.
+        most: The largest possible mean.
+
+    Returns:
+        The 2.5 and 97.5 % quantiles, or the exact bounds if all resampled means are equal.
+    """
     low, high = (float(end) for end in np.quantile(resampled, (0.025, 0.975)))
     if high - low > 1e-12:
         return low, high
-    others = float(
-        np.mean(1 - 0.025 ** (1 / np.asarray(units)))
-    )  # the largest share of units that may be otherwise
-    return low - others * (low - least), high + others * (most - high)
+    # The largest share of all units that may differ from those in the sample.
+    unseen = float(np.mean(1 - 0.025 ** (1 / np.asarray(units))))
+    return low - unseen * (low - least), high + unseen * (most - high)
 
 
 def class_values(top1: np.ndarray, labels: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """top1[V], labels[V] -> (right[V, K], present[V, K]), whose column sums give each class's
-    accuracy."""
+    """Return right [V, K] and present [V, K], whose column sums give the accuracy of each class.
+
+    Args:
+        top1: 1 for a video whose best class is the label, else 0, [V].
+        labels: [V].
+        k: Number of classes.
+    """
     present = (labels[:, None] == np.arange(k)).astype(np.float64)
     return present * top1[:, None], present
 
@@ -146,11 +171,13 @@ def estimate_class_mean(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Estimate:
-    """top1[V], labels[V] -> the mean over classes of their top-1 accuracy; classes a resample lacks
-    are left out."""
+    """Estimate the mean over classes of their top-1 accuracy, see `class_values`.
+
+    Classes without a video in a resample do not count in it.
+    """
     right, present = class_values(top1, labels, k)
-    there = present.any(axis=0)
-    right, present = by_group(right[:, there], groups), by_group(present[:, there], groups)
+    tested = present.any(axis=0)
+    right, present = by_group(right[:, tested], groups), by_group(present[:, tested], groups)
     value = (right.sum(axis=0) / present.sum(axis=0)).mean()
     means = np.nanmean(bootstrap_ratios(right, present, resamples=resamples, seed=seed), axis=1)
     return Estimate(float(value), *interval(means, (present > 0).sum(axis=0)))
@@ -164,8 +191,7 @@ def accuracies(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> dict[str, Estimate]:
-    """clip_scores[V, N, K], labels[V] -> `per_clip`, `top1`, `top5`, `class_mean`, each with its
-    interval."""
+    """Estimate all accuracies from clip_scores [V, N, K] and labels [V], see MEASURES."""
     values = video_values(clip_scores, labels)
     result = {
         name: estimate_mean(v, groups, resamples=resamples, seed=seed) for name, v in values.items()
@@ -184,12 +210,12 @@ def estimate_difference(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Estimate:
-    """a[V], b[V] of the same videos -> mean of a − b, paired, with its interval."""
+    """Estimate the mean of a − b, paired: a [V] and b [V] are of the same videos."""
     if a.shape != b.shape:
-        raise ValueError(f"a paired difference needs the same videos, got {a.shape} and {b.shape}")
+        raise ValueError(f"a paired difference requires equal shapes, got {a.shape} and {b.shape}")
     return estimate_mean(a - b, groups, resamples=resamples, seed=seed, least=-1)
 
 
 def signed(fraction: float) -> str:
-    """`+11.4` or `−5.7`, in points."""
+    """Format a fraction in points, such as `+11.4` or `−5.7`."""
     return f"{100 * fraction:+.1f}".replace("-", "−")

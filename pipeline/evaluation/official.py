@@ -1,8 +1,8 @@
-"""HMDB-51 and UCF-101 from their official folders and split files, with every count checked.
+"""Read HMDB-51 and UCF-101 from their official folders and split files, and check every count.
 
-HMDB-51: `testTrainMulti_7030_splits/CLASS_test_splitN.txt`, lines `NAME.avi 0|1|2`: unused, train,
-test. UCF-101: `ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt`; the test lists have no
-label.
+HMDB-51: `testTrainMulti_7030_splits/CLASS_test_splitN.txt` with lines `NAME.avi 0|1|2` (unused,
+train, test). UCF-101: `ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt`; the test lists have
+no labels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _UCF101_NAME = re.compile(r"v_(.+_g\d+)_c\d+\.avi", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of an official data set, to hold a folder against."""
+    """The files and counts of an official data set."""
 
     name: str
     classes: int
@@ -75,11 +75,17 @@ UCF101 = _Facts(
 
 
 def read_hmdb51(root: str | None, split: int, partial: bool = False) -> Listing:
-    """HMDB-51 below `root`: 51 class folders of .avi files and the folder of 153 split files.
+    """Read HMDB-51 below `root`: 51 class folders of .avi files, and a folder of 153 split files.
 
-    Unless `partial`, exactly the 6766 videos must be there. Raises UsageError (no root, no such
-    split) and
-    LabelsError: what was expected, what was found, where to get it.
+    Args:
+        root: The folder to search.
+        split: 1, 2 or 3.
+        partial: Whether some of the 6766 videos may be missing.
+
+    Raises:
+        UsageError: There is no root, or another split.
+        LabelsError: Files are missing or have unexpected content; the message names where to get
+            them.
     """
     base, lists, names = _open(HMDB51, root, split, HMDB51_CLASSES)
     rows: list[Row] = []
@@ -90,23 +96,16 @@ def read_hmdb51(root: str | None, split: int, partial: bool = False) -> Listing:
         for line in read_lines(file):
             name, _, tag = line.rpartition(" ")
             if tag not in ("0", "1", "2") or not name.strip():
-                raise LabelsError(f"{file}: {escape_path(line)!r} is not a line `NAME.avi 0|1|2`")
+                raise LabelsError(f"{file}: expected `NAME.avi 0|1|2`, got {escape_path(line)!r}")
             path = f"{label}/{name.strip()}"
-            found = names.find(path) or path
-            listed.append((path, found))
+            actual = names.find(path) or path
+            listed.append((path, actual))
             used[tag] += 1
             if tag != "0":
                 cut = _HMDB51_NAME.fullmatch(name.strip())
                 source = cut[1].removesuffix(f"_{label}") if cut else name.strip()
-                rows.append(
-                    Row(
-                        found,
-                        label,
-                        "train" if tag == "1" else "test",
-                        os.path.basename(file),
-                        source,
-                    )
-                )
+                side = "train" if tag == "1" else "test"
+                rows.append(Row(actual, label, side, os.path.basename(file), source))
         if (used["1"], used["2"]) != (70, 30):
             raise LabelsError(
                 f"{file}: {used['1']} train and {used['2']} test videos, expected 70 and 30"
@@ -115,8 +114,10 @@ def read_hmdb51(root: str | None, split: int, partial: bool = False) -> Listing:
 
 
 def read_ucf101(root: str | None, split: int, partial: bool = False) -> Listing:
-    """UCF-101 below `root`: 101 class folders of .avi files and the folder of 7 lists; else as
-    `read_hmdb51`."""
+    """Read UCF-101 below `root`: 101 class folders of .avi files, and a folder of 7 lists.
+
+    Arguments and exceptions are those of `read_hmdb51`.
+    """
     if root is not None and (folder := _folder_of(root, UCF101.lists)) is not None:
         classes = _class_index(os.path.join(folder, "classInd.txt"))
     else:
@@ -135,23 +136,24 @@ def read_ucf101(root: str | None, split: int, partial: bool = False) -> Listing:
                 raise LabelsError(f"{file}: {escape_path(line)!r} names no class of classInd.txt")
             if number and number.strip() != str(classes.index(label) + 1):
                 raise LabelsError(
-                    f"{file}: {escape_path(line)!r}: the class {label!r} is {classes.index(label) + 1} in classInd.txt"
+                    f"{file}: {escape_path(line)!r}: expected {classes.index(label) + 1}, the number of {label!r} in "
+                    "classInd.txt"
                 )
             cut = _UCF101_NAME.fullmatch(name)
-            found = names.find(path) or path
-            listed.append((path, found))
-            rows.append(Row(found, label, side, os.path.basename(file), cut[1] if cut else name))
+            actual = names.find(path) or path
+            listed.append((path, actual))
+            rows.append(Row(actual, label, side, os.path.basename(file), cut[1] if cut else name))
     return _listing(UCF101, base, lists, split, rows, listed, names, classes, partial)
 
 
 def _class_index(path: str) -> tuple[str, ...]:
-    """classInd.txt: `1 ApplyEyeMakeup` … `101 YoYo`, the numbers counting from 1."""
+    """Read classInd.txt: `1 ApplyEyeMakeup` … `101 YoYo`, numbered from 1."""
     classes = []
     for number, line in enumerate(read_lines(path), start=1):
         first, _, name = line.partition(" ")
         if first != str(number) or not name.strip():
             raise LabelsError(
-                f"{path}: line {number} is {escape_path(line)!r}, expected `{number} CLASS`"
+                f"{path}: line {number}: expected `{number} CLASS`, got {escape_path(line)!r}"
             )
         classes.append(name.strip())
     if len(set(classes)) != UCF101.classes:
@@ -162,27 +164,27 @@ def _class_index(path: str) -> tuple[str, ...]:
 def _open(
     facts: _Facts, root: str | None, split: int, classes: tuple[str, ...]
 ) -> tuple[str, str, Names]:
-    """The folder of class folders, the folder of lists, and the videos. Says what is packed,
-    missing or elsewhere."""
+    """Return the folder of class folders, the folder of lists, and the videos.
+
+    Raises:
+        UsageError: There is no root, or another split.
+        LabelsError: Files are missing; the message names archives that are not unpacked.
+    """
     if root is None:
         raise UsageError(
-            f"--root: {facts.name} needs the folder that holds its videos and lists ({facts.get})"
+            f"--root: required by {facts.name}: the folder of its videos and lists ({facts.get})"
         )
     if split not in SPLITS:
-        raise UsageError(f"--split: {facts.name} has splits 1, 2 and 3, got {split}")
+        raise UsageError(f"--split: expected 1, 2 or 3 for {facts.name}, got {split}")
     root = os.path.abspath(root)
     if not os.path.isdir(root):
         raise LabelsError(f"--root {root}: no such folder; {facts.get}")
     lists = _folder_of(root, facts.lists)
     if lists is None:
         packed = _packed(root, facts.list_archive)
-        why = (
-            f"{packed} is there, but not unpacked"
-            if packed
-            else f"found: {_contents(root)}; {facts.get}"
-        )
+        state = f"{packed} is not unpacked" if packed else f"found: {_contents(root)}; {facts.get}"
         raise LabelsError(
-            f"--root {root}: none of the {len(facts.lists)} lists of {facts.name} is in it; {why}"
+            f"--root {root}: has none of the {len(facts.lists)} lists of {facts.name}; {state}"
         )
     missing = [name for name in facts.lists if not os.path.isfile(os.path.join(lists, name))]
     if missing:
@@ -192,43 +194,36 @@ def _open(
         )
     base = _videos_folder(facts, root, classes)
     folders = [name for name in os.listdir(base) if os.path.isdir(os.path.join(base, name))]
-    wanted = {name.casefold() for name in classes}
-    return (
-        base,
-        lists,
-        Names(videos_in(base, (name for name in folders if name.casefold() in wanted))),
-    )
+    folded = {name.casefold() for name in classes}
+    videos = videos_in(base, (name for name in folders if name.casefold() in folded))
+    return base, lists, Names(videos)
 
 
 def _videos_folder(facts: _Facts, root: str, classes: tuple[str, ...]) -> str:
-    """Where most class folders lie; LabelsError where they are not all there."""
-    best, held = root, set[str]()
+    """Return the folder with most class folders.
+
+    Raises:
+        LabelsError: It does not have all of them.
+    """
+    folded = {name.casefold() for name in classes}
+    best, existing = root, set[str]()
     for folder in _near(root):
-        here = {name.casefold() for name in _folders(folder)} & {
-            name.casefold() for name in classes
-        }
-        if len(here) > len(held):
-            best, held = folder, here
-    gone = [name for name in classes if name.casefold() not in held]
-    if not gone:
+        candidates = {name.casefold() for name in _folders(folder)} & folded
+        if len(candidates) > len(existing):
+            best, existing = folder, candidates
+    missing = [name for name in classes if name.casefold() not in existing]
+    if not missing:
         return best
-    packed = [
-        name
-        for name in gone
-        for folder in _near(root)
-        if os.path.isfile(os.path.join(folder, f"{name}.rar"))
-    ]
+    packed = [name for name in missing if _packed(root, f"{name}.rar")]
     if packed:
-        why = (
-            f"{len(packed)} of them are there as class archives ({packed[0]}.rar), but not unpacked"
-        )
+        state = f"{len(packed)} class archives are not unpacked, such as {packed[0]}.rar"
     elif archive := _packed(root, facts.video_archive):
-        why = f"{archive} is there, but not unpacked"
+        state = f"{archive} is not unpacked"
     else:
-        why = f"found: {_contents(root)}; get {facts.video_archive} from {facts.page}"
+        state = f"found: {_contents(root)}; get {facts.video_archive} from {facts.page}"
     raise LabelsError(
-        f"--root {root}: {len(gone)} of the {len(classes)} class folders of {facts.name} are missing, "
-        f"{first_few(gone)}; {why}"
+        f"--root {root}: {len(missing)} of the {len(classes)} class folders of {facts.name} are missing, "
+        f"{first_few(missing)}; {state}"
     )
 
 
@@ -243,24 +238,24 @@ def _listing(
     classes: tuple[str, ...],
     partial: bool,
 ) -> Listing:
-    """listed: of each listed video the name in the lists and that on the disk."""
-    used = {found for _, found in listed}
+    """Check the counts of a split; `listed` has (name in the lists, name on the disk) per video."""
+    used = {actual for _, actual in listed}
     counts: dict[str, tuple[int, int]] = {
         "videos": (len(used), facts.videos),
         "train videos": (sum(row.side == "train" for row in rows), facts.train[split - 1]),
         "test videos": (sum(row.side == "test" for row in rows), facts.test[split - 1]),
     }
-    for what, (found, expected) in counts.items():
-        if found != expected:
+    for what, (count, expected) in counts.items():
+        if count != expected:
             raise LabelsError(
-                f"{lists}: split {split} lists {found} {what}, {facts.name} has {expected}: the lists are not the "
-                f"official ones, or damaged; get {facts.list_archive} from {facts.page}"
+                f"{lists}: split {split} lists {count} {what}, expected {expected}: not the official lists of "
+                f"{facts.name}, or damaged ones; get {facts.list_archive} from {facts.page}"
             )
-    gone = [found for _, found in listed if found not in names.exact]
-    if gone and not partial:
+    missing = [actual for _, actual in listed if actual not in names.exact]
+    if missing and not partial:
         raise LabelsError(
-            f"{base}: {len(gone)} of the {facts.videos} videos of {facts.name} are missing, {first_few(gone)}: an "
-            f"incomplete download or archive? get {facts.video_archive} from {facts.page}, or take --partial"
+            f"{base}: {len(missing)} of the {facts.videos} videos of {facts.name} are missing, {first_few(missing)}; "
+            f"get {facts.video_archive} from {facts.page}, or give --partial"
         )
     unlabelled = tuple(sorted(names.exact - used))
     return Listing(
@@ -276,7 +271,7 @@ def _listing(
 
 
 def _near(root: str) -> list[str]:
-    """`root`, its folders and theirs: archives unpack into folders of their own name or not."""
+    """Return `root` and the folders up to two levels below it, where archives are unpacked."""
     first = [os.path.join(root, name) for name in _folders(root)]
     return [
         root,
@@ -293,16 +288,16 @@ def _folders(folder: str) -> list[str]:
 
 
 def _folder_of(root: str, files: tuple[str, ...]) -> str | None:
-    """The folder in or below `root` that holds most of these files; None where none holds any."""
+    """Return the folder at or below `root` that has most of these files, None if none has any."""
 
-    def held(folder: str) -> int:
+    def count(folder: str) -> int:
         try:
             return len(set(os.listdir(folder)) & set(files))
         except OSError:
             return 0
 
-    best = max(_near(root), key=held, default=root)
-    return best if held(best) else None
+    best = max(_near(root), key=count, default=root)
+    return best if count(best) else None
 
 
 def _packed(root: str, archive: str) -> str | None:

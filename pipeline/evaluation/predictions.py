@@ -1,27 +1,27 @@
-"""predictions.h5: what a model said about every test video, from which every number is recomputed.
+"""predictions.h5: the predictions of a model for every test video; metrics are recomputed from it.
 
-Layout (HDF5, V test videos, N clips, K classes, D features; row v of every table is the video
-`videos[v]`):
+Layout (HDF5; V test videos, N clips, K classes, D features; row v of every table is `videos[v]`):
 
-    attributes   format "distinit-predictions", format_version 2, protocol (JSON), identity (JSON)
-    classes      string [K] videos       string [V]         path relative to the data set,
-    percent-escaped, each once: the key labels       int32 [V]          index into classes sources
-    string [V]         the recording a video was cut from, empty where that is not known status
-    string [V]         "ok", "failed", or "pending" in the file of an unfinished evaluation reasons
-    string [V]         why a video failed, or what is damaged in one that was read, else empty
-    frames       int64 [V]          frames of the video, −1 where not known starts       int64 [V,
-    N]       first frame of each clip, −1 where there is none clip_scores  float32 [V, N, K]  of
-    each clip what is averaged, NaN where there is none: the softmax, or the logits
-                                    where protocol.scores is "logits"
-    video_scores float32 [V, K]     mean of clip_scores over the clips; checked when read features
-    float32 [V, N, D]  of each clip what the head sees, NaN where there is none; left out where D is
-    0
+    attributes    format "distinit-predictions", format_version 2, protocol (JSON), identity (JSON)
+    classes       string [K]
+    videos        string [V]         the key: path relative to the data set, percent-escaped, unique
+    labels        int32 [V]          index into classes
+    sources       string [V]         recording that a video was cut from, empty if unknown
+    status        string [V]         "ok", "failed", or "pending" while an evaluation is unfinished
+    reasons       string [V]         why a video is unreadable or truncated, else empty
+    frames        int64 [V]          number of frames of the video, −1 if unknown
+    starts        int64 [V, N]       first frame of each clip, −1 if the video was not read
+    clip_scores   float32 [V, N, K]  softmax of each clip, or its logits if protocol.scores is
+                                     "logits"; NaN if the video was not read
+    video_scores  float32 [V, K]     mean of clip_scores over the clips; checked when read
+    features      float32 [V, N, D]  input of the head for each clip, NaN if the video was not read;
+                                     the table is missing if D is 0
 
-With several crops a clip, N counts every crop of every clip, those of one clip side by side.
+With several crops per clip, N counts every crop of every clip; the crops of one clip are adjacent.
 
-The file carries a digest of itself (see `sealed`) and every table of numbers fletcher32 checksums,
-which any reader of HDF5 compares: a damaged file is an error and not a number. Files of version 0.1
-have the checksums alone.
+The file holds a digest of itself (see `sealed`), and every table of numbers has fletcher32
+checksums, which any HDF5 reader compares, so that damage is an error instead of a wrong number.
+Files of version 0.1 have only the checksums.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .metrics import accuracies, mean_scores, video_values
 FORMAT = "distinit-predictions"
 FORMAT_VERSION = 2
 OK, FAILED, PENDING = "ok", "failed", "pending"
-LOGITS = "logits"  # of protocol.scores
+LOGITS = "logits"  # a value of protocol.scores
 _TABLES = {
     **dict.fromkeys(("classes", "videos", "sources", "status", "reasons"), (STRING, 1)),
     **dict.fromkeys(("labels", "frames"), ("i", 1)),
@@ -61,12 +61,12 @@ log = logging.getLogger(__name__)
 
 
 class PredictionsError(DistInitError, OSError):
-    """A predictions file is missing, foreign, damaged or unfinished."""
+    """A predictions file is missing, of another kind, damaged or unfinished."""
 
 
 @dataclass
 class Predictions:
-    """The tables of the file above, in memory; `protocol` and `identity` are JSON-able."""
+    """The tables of the file above in memory; `protocol` and `identity` are JSON-serializable."""
 
     classes: list[str]
     videos: list[str]
@@ -94,7 +94,18 @@ class Predictions:
         sources: Sequence[str] | None = None,
         features: int = 0,
     ) -> Predictions:
-        """All videos pending; `features` is D."""
+        """Create tables in which every video is pending.
+
+        Args:
+            classes: Names of the K classes.
+            videos: Paths of the V videos.
+            labels: Class index of each video.
+            clips: N, the number of scored clips per video, crops included.
+            protocol: Settings of the test that change scores.
+            identity: Data set, labels and weights that the predictions belong to.
+            sources: Recording of each video, by default unknown.
+            features: D, the width of the features to keep; 0 keeps none.
+        """
         v = len(videos)
         return cls(
             classes=list(classes),
@@ -114,24 +125,24 @@ class Predictions:
 
     @property
     def pending(self) -> list[int]:
+        """Indices of the videos without a result."""
         return [i for i, status in enumerate(self.status) if status == PENDING]
 
     @property
     def video_scores(self) -> np.ndarray:
-        """float32 [V, K]: mean over clips, NaN for videos without scores."""
+        """Mean scores over clips, float32 [V, K]; NaN for videos without scores."""
         return mean_scores(self.clip_scores)
 
     @property
     def groups(self) -> np.ndarray | None:
-        """int64 [V], equal for videos of one recording; None unless the recording of every video is
-        known."""
+        """Number of the recording of each video, int64 [V]; None unless all are known."""
         if not all(self.sources):
             return None
         return np.unique(self.sources, return_inverse=True)[1].astype(np.int64)
 
     @property
     def resampled(self) -> dict[str, Any]:
-        """What the bootstrap draws, and how many of them there are."""
+        """Unit that the bootstrap resamples, and the number of such units."""
         groups = self.groups
         if groups is None:
             return {"resampled": "videos", "units": len(self.videos)}
@@ -146,10 +157,15 @@ class Predictions:
         note: str = "",
         features: np.ndarray | None = None,
     ) -> None:
-        """scores[N, K], starts[N], features[N, D] of one video that was read; `note` says what is
-        damaged in it.
+        """Record the result of a video that was read.
 
-        Tables made without features keep none.
+        Args:
+            video: Its index.
+            scores: [N, K].
+            starts: First frame of each clip, [N].
+            frames: Number of frames of the video.
+            note: Which part of the video is truncated, "" if none.
+            features: [N, D]; ignored by tables that were created without features.
         """
         if features is not None and self.features.shape[2]:
             self.features[video] = features
@@ -159,10 +175,11 @@ class Predictions:
         self.status[video], self.reasons[video] = OK, note
 
     def fail(self, video: int, reason: str) -> None:
+        """Record that a video is unreadable."""
         self.status[video], self.reasons[video] = FAILED, reason
 
-    def rows(self, videos: Sequence[int]) -> dict[str, Any]:
-        """What these tables say of some videos, for `take` of another process."""
+    def export_rows(self, videos: Sequence[int]) -> dict[str, Any]:
+        """Return the rows of some videos, for `merge_rows` in another process."""
         rows = list(videos)
         tables = {
             name: getattr(self, name)[rows]
@@ -171,32 +188,35 @@ class Predictions:
         texts = {name: [getattr(self, name)[v] for v in rows] for name in ("status", "reasons")}
         return {"videos": rows, **tables, **texts}
 
-    def take(self, rows: dict[str, Any]) -> None:
-        """Enters the rows that another process has filled in."""
+    def merge_rows(self, rows: dict[str, Any]) -> None:
+        """Copy rows of another process into these tables."""
         for name in ("frames", "starts", "clip_scores", "features"):
             getattr(self, name)[rows["videos"]] = rows[name]
         for i, video in enumerate(rows["videos"]):
             self.status[video], self.reasons[video] = rows["status"][i], rows["reasons"][i]
 
     def failures(self) -> list[dict[str, str]]:
-        """The videos that could not be read, as {video, reason}, in the file's order."""
+        """List the unreadable videos as {video, reason}, in the order of the file."""
         return self._reasons(FAILED)
 
     def damaged(self) -> list[dict[str, str]]:
-        """The videos that were read but are damaged, as {video, reason}, in the file's order."""
+        """List the truncated videos, which were read in part, as {video, reason}."""
         return self._reasons(OK)
 
     def _reasons(self, status: str) -> list[dict[str, str]]:
         rows = zip(self.videos, self.status, self.reasons, strict=True)
         return [
             {"video": escape_path(video), "reason": reason}
-            for video, own, reason in rows
-            if own == status and reason
+            for video, state, reason in rows
+            if state == status and reason
         ]
 
-    def adopt(self, earlier: Predictions) -> int:
-        """Takes over what an earlier, interrupted evaluation of the same model and videos has; how
-        many videos."""
+    def resume_from(self, earlier: Predictions) -> int:
+        """Take the results of an earlier evaluation of the same model, videos and protocol.
+
+        Returns:
+            The number of videos with a result; 0 if the earlier evaluation was a different one.
+        """
         same = (
             earlier.identity == self.identity
             and earlier.protocol == self.protocol
@@ -217,8 +237,11 @@ class Predictions:
         return len(self.videos) - len(self.pending)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Atomic: the file at `path` is the old one or the whole new one. OSError when the disk is
-        full."""
+        """Write the file atomically.
+
+        Raises:
+            PredictionsError: The file cannot be written, for example because the disk is full.
+        """
         target = Path(path)
         try:
             with replacing(target) as part, Hdf5Writer(part, sealed=True) as writer:
@@ -266,7 +289,7 @@ class Predictions:
         try:
             sealed = os.path.exists(path) and check_seal(path, PredictionsError)
             with open_hdf5(path, _TABLES) as file:
-                found = cls._parse(path, file)
+                predictions = cls._parse(path, file)
         except FileNotFoundError as error:
             raise PredictionsError(f"{path}: no such predictions file") from error
         except Hdf5Error as error:
@@ -276,7 +299,7 @@ class Predictions:
                 "%s: written by distinit 0.1, without a digest: damage to its names cannot be found",
                 path,
             )
-        return found
+        return predictions
 
     @classmethod
     def _parse(cls, path: str | os.PathLike[str], file: h5py.File) -> Predictions:
@@ -289,7 +312,7 @@ class Predictions:
             raise PredictionsError(
                 f"{path}: predictions of format {version}, this version reads {FORMAT_VERSION}"
             )
-        found = cls(
+        tables = cls(
             classes=[unescape_path(name) for name in file["classes"].asstr()[:]],
             videos=[unescape_path(name) for name in file["videos"].asstr()[:]],
             labels=file["labels"][:],
@@ -305,103 +328,123 @@ class Predictions:
             if "features" in file
             else np.empty((*file["starts"].shape, 0), np.float32),
         )
-        odd = _inconsistency(found)
-        if odd is not None:
-            raise PredictionsError(f"{path}: not a readable predictions file ({odd})")
+        problem = _inconsistency(tables)
+        if problem is not None:
+            raise PredictionsError(f"{path}: not a readable predictions file ({problem})")
         stored = file["video_scores"][:]
-        if stored.shape != found.video_scores.shape or not np.allclose(
-            stored, found.video_scores, rtol=1e-6, atol=1e-6, equal_nan=True
+        if stored.shape != tables.video_scores.shape or not np.allclose(
+            stored, tables.video_scores, rtol=1e-6, atol=1e-6, equal_nan=True
         ):
             raise PredictionsError(f"{path}: video_scores are not the mean of clip_scores")
-        return found
+        return tables
 
 
-def _inconsistency(found: Predictions) -> str | None:
-    """Return what of the tables does not fit together or is no such value; None for a file that
-    `write` has written."""
-    v, n, k = len(found.videos), found.starts.shape[-1], len(found.classes)
+def _inconsistency(tables: Predictions) -> str | None:
+    """Describe the first inconsistency of the tables; None for a file that `write` has written."""
+    v, n, k = len(tables.videos), tables.starts.shape[-1], len(tables.classes)
     shapes = {
         "labels": (v,), "frames": (v,), "starts": (v, n), "clip_scores": (v, n, k),
-        "features": (v, n, found.features.shape[-1]),
+        "features": (v, n, tables.features.shape[-1]),
     }  # fmt: skip
     for name, shape in shapes.items():
-        values = getattr(found, name)
+        values = getattr(tables, name)
         if values.shape != shape:
             return f"{name} is {list(values.shape)}, expected {list(shape)}"
         if values.dtype.kind not in "if":
-            return f"{name} holds values that are no numbers"
+            return f"{name} holds values that are not numbers"
     for name in ("status", "reasons", "sources"):
-        if len(getattr(found, name)) != v:
-            return f"{name} has {len(getattr(found, name))} rows, expected {v}"
+        if len(getattr(tables, name)) != v:
+            return f"{name} has {len(getattr(tables, name))} rows, expected {v}"
     if min(v, n, k) == 0:
-        return f"{v} videos, {n} clips, {k} classes, expected one or more of each"
-    if len(set(found.videos)) != v or len(set(found.classes)) != k:
+        return f"{v} videos, {n} clips, {k} classes, expected at least one of each"
+    if len(set(tables.videos)) != v or len(set(tables.classes)) != k:
         return "a video or a class is listed twice"
-    if found.labels.dtype.kind != "i" or found.labels.min() < 0 or found.labels.max() >= k:
-        return (
-            f"labels are from {found.labels.min()} to {found.labels.max()}, expected 0 to {k - 1}"
-        )
-    if not set(found.status) <= {OK, FAILED, PENDING}:
-        return f"a status is none of {OK}, {FAILED} and {PENDING}"
+    labels = tables.labels
+    if labels.dtype.kind != "i" or labels.min() < 0 or labels.max() >= k:
+        return f"labels are from {labels.min()} to {labels.max()}, expected 0 to {k - 1}"
+    if not set(tables.status) <= {OK, FAILED, PENDING}:
+        return f"a status is not one of {OK}, {FAILED} and {PENDING}"
     for name in ("protocol", "identity"):
         try:
-            plain = plain_data(getattr(found, name))
+            plain = plain_data(getattr(tables, name))
         except ValueError as error:
             return f"{name} is {error}"
         parts = plain.get("fused", []) if isinstance(plain, dict) else None
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            return f"{name} is no mapping of the format"
+            return f"{name} is not a mapping of the format"
     return None
 
 
 def metrics_from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Every number of an evaluation, recomputed from its predictions file; JSON-able.
+    """Recompute every metric of an evaluation from its predictions file.
 
-    `per_clip`, `top1`, `top5` and `class_mean` are {value, low, high} with 95 % bootstrap
-    intervals; `intervals` says what was resampled: recordings where each video's is known, else
-    videos. `per_class` gives the right and the tested videos of each class. Fused scores are of
-    videos, and have no `per_clip`.
+    Returns:
+        JSON-serializable metrics. `per_clip`, `top1`, `top5` and `class_mean` are {value, low,
+        high} with 95 % bootstrap intervals; `intervals` names what was resampled: recordings if
+        that of every video is known, else videos. `per_class` has the correct and the tested videos
+        of each class. Fused scores are per video and have no `per_clip`.
 
-    Raises PredictionsError for a file that cannot be read or whose evaluation is not finished.
+    Raises:
+        PredictionsError: The file cannot be read, or its evaluation is not finished.
     """
-    found = Predictions.read(path)
-    if found.pending:
-        raise PredictionsError(
-            f"{path}: the evaluation is not finished, {len(found.pending)} of {len(found.videos)} videos are pending"
-        )
-    top1 = video_values(found.clip_scores, found.labels)["top1"]
+    predictions = read_finished(path)
+    labels = predictions.labels
+    top1 = video_values(predictions.clip_scores, labels)["top1"]
     per_class = {
-        name: {
-            "right": int(top1[found.labels == k].sum()),
-            "videos": int((found.labels == k).sum()),
-        }
-        for k, name in enumerate(found.classes)
+        name: {"right": int(top1[labels == k].sum()), "videos": int((labels == k).sum())}
+        for k, name in enumerate(predictions.classes)
     }
-    estimates = accuracies(found.clip_scores, found.labels, found.groups)
-    if "fused" in found.protocol:
+    estimates = accuracies(predictions.clip_scores, labels, predictions.groups)
+    if "fused" in predictions.protocol:
         del estimates["per_clip"]
     return {
-        "videos": len(found.videos),
-        "failed": found.failures(),
-        "damaged": found.damaged(),
-        "clips_per_video": int(found.clip_scores.shape[1]),
+        "videos": len(predictions.videos),
+        "failed": predictions.failures(),
+        "damaged": predictions.damaged(),
+        "clips_per_video": int(predictions.clip_scores.shape[1]),
         **{name: estimate.as_dict() for name, estimate in estimates.items()},
-        "intervals": found.resampled,
+        "intervals": predictions.resampled,
         "per_class": per_class,
-        "protocol": found.protocol,
+        "protocol": predictions.protocol,
     }
+
+
+def read_finished(path: str | os.PathLike[str]) -> Predictions:
+    """Load a predictions file whose evaluation is finished.
+
+    Raises:
+        PredictionsError: The file cannot be read, or videos are pending.
+    """
+    predictions = Predictions.read(path)
+    if predictions.pending:
+        raise PredictionsError(
+            f"{path}: the evaluation is not finished, {len(predictions.pending)} of "
+            f"{len(predictions.videos)} videos are pending"
+        )
+    return predictions
 
 
 def require_classes(
-    classes: Sequence[str], expected: Sequence[str], *, here: str, there: str
+    classes: Sequence[str], expected: Sequence[str], *, origin: str, expected_origin: str
 ) -> None:
-    """Raises CheckpointError when two class lists differ: `here` and `there` name where each comes
-    from."""
+    """Check that two class lists are equal.
+
+    Args:
+        classes: The classes to check.
+        expected: The classes that are required.
+        origin: Where `classes` come from, for the message.
+        expected_origin: Where `expected` come from, for the message.
+
+    Raises:
+        CheckpointError: The lists differ.
+    """
     if list(classes) == list(expected):
         return
     if len(classes) != len(expected):
-        difference = f"{len(classes)} classes against {len(expected)}"
+        difference = f"{len(classes)} classes, expected {len(expected)}"
     else:
         first = next(i for i, (a, b) in enumerate(zip(classes, expected, strict=True)) if a != b)
-        difference = f"class {first} is {classes[first]!r} against {expected[first]!r}"
-    raise CheckpointError(f"the class list of {here} differs from that of {there}: {difference}")
+        difference = f"class {first} is {classes[first]!r}, expected {expected[first]!r}"
+    raise CheckpointError(
+        f"the class list of {origin} differs from that of {expected_origin}: {difference}"
+    )

@@ -1,4 +1,4 @@
-"""From a model and test videos to the tables of predictions.h5.
+"""Score test videos with a model, and fill the tables of predictions.h5.
 
 Shapes: B clips of a forward pass, N clips of a video, C channels, T frames, H W pixels, K classes.
 """
@@ -23,11 +23,11 @@ from .classification import HEAD
 from .predictions import LOGITS, Predictions
 
 SAVE_EVERY_S = 60.0
-READ_AHEAD = 4  # batches that a loader process has under way, at most
+READ_AHEAD = 4  # batches that a loader process prefetches at most
 
 
 class _Pending:
-    """The videos that still lack a result, renumbered from 0."""
+    """The videos without a result, numbered from 0."""
 
     def __init__(self, dataset: KeyedDataset, videos: list[int]) -> None:
         self.dataset = dataset
@@ -40,16 +40,12 @@ class _Pending:
 def _rows(
     dataset: KeyedDataset, videos: list[int], workers: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """A row for each of `videos`, in order, also when a loader process dies.
+    """Yield a row for each of `videos`, in order, also when a loader process dies."""
 
-    Then one of the videos under way has crashed its decoder: those are read again, each in a
-    process of its own, and the one whose process dies again is at fault.
-    """
-
-    def read(some: list[int], processes: int) -> Iterator[dict[str, Any]]:
+    def read(subset: list[int], processes: int) -> Iterator[dict[str, Any]]:
         return read_batches(
-            _Pending(dataset, some),
-            SequentialBatchSampler(len(some), 1),
+            _Pending(dataset, subset),
+            SequentialBatchSampler(len(subset), 1),
             workers=processes,
             device=device,
         )
@@ -61,6 +57,8 @@ def _rows(
                 left.pop(0)
                 yield row
         except WorkerDied:
+            # One of the videos that were being read has crashed its decoder. Each of them is read
+            # again in a process of its own: the one whose process dies again is unreadable.
             for video in left[: workers * READ_AHEAD + 1]:
                 left.pop(0)
                 try:
@@ -83,14 +81,25 @@ def predict(
     done: Callable[[int], None] = lambda videos: None,
     save: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fills in `videos`, by default all pending ones, of `predictions` from dataset[(0, video)]
-    (see EvaluationClips).
+    """Score videos, and enter the results into `predictions`.
 
-    What is averaged over a video's clips is told by `predictions.protocol`: the softmax, or with
-    "scores": "logits" the logits. Always float32, whatever the training's precision: scores then
-    differ by less than 1e-4 between batch sizes. done(1) is called after each video, save() about
-    once a minute and on Ctrl-C. Raises TrainingError when the model's scores are not finite, for no
-    accuracy of such a model means anything.
+    Scores are averaged over the clips of a video: softmax, or logits if `predictions.protocol` has
+    "scores": "logits". The computation is in float32 whatever the precision of the training, so
+    that scores differ by less than 1e-4 between batch sizes.
+
+    Args:
+        model: The student to test.
+        dataset: dataset[(0, i)] gives the clips of the i-th video, see EvaluationClips.
+        predictions: Tables to fill.
+        videos: Indices of the videos to score, by default all pending ones.
+        batch_size: Clips per forward pass.
+        workers: Loader processes.
+        device: Where to compute.
+        done: Called with 1 after each video.
+        save: Called about once a minute and on Ctrl-C.
+
+    Raises:
+        TrainingError: Scores are not finite, so that no accuracy would mean anything.
     """
     model.to(device).eval()
     waiting: list[dict[str, Any]] = []
@@ -123,28 +132,28 @@ def _score(
     device: torch.device,
     done: Callable[[int], None],
 ) -> None:
-    """Scores the clips of whole videos in passes of at most `batch_size` clips."""
+    """Score the clips of whole videos in passes of at most `batch_size` clips."""
     clips = torch.cat([row["clips"][0] for row in rows])  # [ΣN, C, T, H, W]
     parts = [
         clip_logits(model, part.to(device, non_blocking=True)) for part in clips.split(batch_size)
     ]
     counts = [row["clips"].shape[1] for row in rows]
-    logits, features = (torch.cat(found).cpu().split(counts) for found in zip(*parts, strict=True))
+    logits, features = (torch.cat(part).cpu().split(counts) for part in zip(*parts, strict=True))
     averaged = (
         logits
         if predictions.protocol.get("scores") == LOGITS
         else [each.softmax(dim=1) for each in logits]
     )
-    for row, own, feature in zip(rows, averaged, features, strict=True):
+    for row, scores, feature in zip(rows, averaged, features, strict=True):
         video = int(row["video"][0])
-        if not bool(torch.isfinite(own).all()):
+        if not bool(torch.isfinite(scores).all()):
             raise TrainingError(
                 f"the scores of {predictions.videos[video]!r} are not finite: the weights are damaged or have diverged"
             )
         starts = row["starts"][0].numpy().astype(np.int64)
         predictions.set_scores(
             video,
-            own.numpy(),
+            scores.numpy(),
             starts,
             int(row["frames"][0]),
             note=row["note"][0],
@@ -154,8 +163,15 @@ def _score(
 
 
 def clip_logits(model: Student, clips: Tensor) -> tuple[Tensor, Tensor]:
-    """clips uint8 [B, C, T, H, W] -> float32 logits [B, K] of the labels and features [B, D] of
-    each clip."""
+    """Compute logits and features of clips.
+
+    Args:
+        model: A finetuned student.
+        clips: uint8 [B, C, T, H, W].
+
+    Returns:
+        Logits of the labels, float32 [B, K], and features [B, D].
+    """
     features = model.features(normalize_clip(clips, torch.float32)).float()
     logits: Tensor = model.head(HEAD)(features)
     return logits.float(), features
@@ -172,7 +188,7 @@ def _on_interrupt(save: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _exact_float32(device: torch.device) -> Iterator[None]:
-    """No TF32 on a GPU: its convolutions round differently for every batch size."""
+    """Turn TF32 off on a GPU, whose convolutions round differently for every batch size."""
     if device.type != "cuda":
         yield
         return

@@ -1,5 +1,4 @@
-"""The test of stage three, shared by `finetune` and `evaluate`: predictions of every test video,
-then the numbers, recomputed from the file."""
+"""The test protocol of `finetune` and `evaluate`: predictions of every test video, then metrics."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ def evaluate_student(
     labels: Labels,
     *,
     view: ClipView,
-    length: int,
+    clip_frames: int,
     options: EvaluationOptions,
     device: torch.device,
     out: Path,
@@ -46,56 +45,70 @@ def evaluate_student(
     fresh: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """Writes `out`/predictions.h5 and returns metrics_from_file of it; shows the table and the
-    unread videos.
+    """Test a student, write OUT/predictions.h5, and show the metrics and the unreadable videos.
 
-    threads: of torch on a CPU, on which the last bits of scores depend; default by the machine.
-    What an interrupted call has predicted with the same weights is kept, and what a finished one
-    has unless `fresh`. Of several ranks each tests its share of the videos; rank 0 writes, and all
-    return the metrics.
+    Each rank tests a share of the videos; rank 0 writes the files.
+
+    Args:
+        student: The model to test.
+        labels: Data set; its test side is used.
+        view: Resizing and cropping of clips.
+        clip_frames: Frames per clip.
+        options: The protocol.
+        device: Where to compute.
+        out: The folder to write. Predictions of an interrupted call with the same weights and
+            protocol are reused.
+        threads: Threads of torch on a CPU, which decide the last bits of scores; by default chosen
+            for the machine.
+        fresh: Whether to repeat a finished test.
+        ranks: The processes of a distributed test.
+
+    Returns:
+        The metrics, on every rank; see `metrics_from_file`.
     """
-    predictions = _nothing_yet(student, labels, view, length, options)
+    predictions = _pending_predictions(student, labels, view, clip_frames, options)
     final, partial = out / PREDICTIONS, out / PARTIAL_PREDICTIONS
 
-    def begin() -> list[int]:
+    def start() -> list[int]:
         out.mkdir(parents=True, exist_ok=True)
-        if fresh or not _adopt(predictions, final):
-            _adopt(predictions, partial)
+        if fresh or not _resume(predictions, final):
+            _resume(predictions, partial)
         return predictions.pending
 
-    pending = ranks.on_main(begin)
-    mine = pending[ranks.rank :: ranks.world]
+    pending = ranks.on_main(start)
     workers = pick_workers(options.workers, device)
-    channels = student.options.channels
+    share = pending[ranks.rank :: ranks.world]
     dataset = EvaluationClips(
         labels,
         labels.test,
         view,
-        length=length,
+        clip_frames=clip_frames,
         clips=options.clips,
         crops=options.crops,
-        channels=channels,
+        channels=student.options.channels,
         order=options.frames,
     )
-    with (
-        torch_threads(threads, workers, device),
-        progress_bar("testing", len(mine), "video") as bar,
-    ):
-        ranks.on_all_ranks(
-            lambda: predict(
+
+    def score() -> None:
+        with (
+            torch_threads(threads, workers, device),
+            progress_bar("testing", len(share), "video") as bar,
+        ):
+            predict(
                 student,
                 dataset,
                 predictions,
-                videos=mine,
+                videos=share,
                 batch_size=options.batch_size,
                 workers=workers,
                 device=device,
                 done=bar.advance,
                 save=lambda: predictions.write(partial) if ranks.is_main else None,
             )
-        )
-    for rows in ranks.gather(predictions.rows(mine)) if ranks.world > 1 else ():
-        predictions.take(rows)
+
+    ranks.on_all_ranks(score)
+    for rows in ranks.gather(predictions.export_rows(share)) if ranks.world > 1 else ():
+        predictions.merge_rows(rows)
 
     def finish() -> dict[str, Any]:
         if pending or fresh or not final.exists():
@@ -109,17 +122,16 @@ def evaluate_student(
     return ranks.on_main(finish)
 
 
-def _nothing_yet(
-    student: Student, labels: Labels, view: ClipView, length: int, options: EvaluationOptions
+def _pending_predictions(
+    student: Student, labels: Labels, view: ClipView, clip_frames: int, options: EvaluationOptions
 ) -> Predictions:
-    """Predictions of all test videos, pending, with what they are held against: protocol, labels
-    and weights."""
+    """Create tables of all test videos with the identity of protocol, labels and weights."""
     return Predictions.empty(
         labels.classes,
         [video.path for video in labels.test],
         [video.label for video in labels.test],
         options.clips * options.crops,
-        protocol=_protocol(view, length, options) | _read_from(labels),
+        protocol=_protocol(view, clip_frames, options) | _copies_protocol(labels),
         identity={
             "dataset": labels.dataset,
             "split": labels.split,
@@ -133,58 +145,61 @@ def _nothing_yet(
 
 
 def write_result(out: Path, result: dict[str, Any]) -> None:
-    """RUN/result.json, whole or not at all."""
+    """Write OUT/result.json atomically."""
     write_whole(out / RESULT, json.dumps(result, indent=1, allow_nan=False).encode())
 
 
-def refuse_other(out: Path, mine: dict[str, str | list[str]]) -> None:
-    """UsageError where `out` has a result.json that is not of these runs and of this kind: `run`,
-    `fused`, or `a` and `b`. Or where it has none, but predictions that no test of ours wrote before
-    it was interrupted."""
+def check_result_dir(out: Path, runs: dict[str, str | list[str]]) -> None:
+    """Check that a command overwrites no result of other runs, and no third-party predictions.
+
+    Args:
+        out: The folder to write.
+        runs: The tested runs, under the keys that result.json has for them: `run`, `fused`, or `a`
+            and `b`.
+
+    Raises:
+        UsageError: OUT/result.json is that of other runs or of another command, or there is none
+            and a predictions file of OUT was not written by distinit.
+    """
     try:
-        held = json.loads((out / RESULT).read_text(encoding="utf-8"))
+        stored = json.loads((out / RESULT).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        _refuse_foreign_predictions(out)
+        _check_predictions(out)
         return
     except (OSError, ValueError, RecursionError):
-        held = None
+        stored = None
+    stored = stored if isinstance(stored, dict) else {}
+    stored = {key: stored[key] for key in ("run", "fused", "a", "b") if key in stored}
 
-    def places(found: Any) -> list[str]:
-        return [
-            os.path.realpath(str(path)) for path in (found if isinstance(found, list) else [found])
-        ]
+    def real_paths(runs: dict[str, Any]) -> dict[str, list[str]]:
+        listed = {key: v if isinstance(v, list) else [v] for key, v in runs.items()}
+        return {key: [os.path.realpath(str(p)) for p in paths] for key, paths in listed.items()}
 
-    theirs = (
-        {key: held[key] for key in ("run", "fused", "a", "b") if key in held}
-        if isinstance(held, dict)
-        else {}
-    )
-    if {key: places(found) for key, found in theirs.items()} != {
-        key: places(found) for key, found in mine.items()
-    }:
-        what = ", ".join(f"{key}={found}" for key, found in theirs.items())
+    if real_paths(stored) != real_paths(runs):
+        owner = ", ".join(f"{key}={value}" for key, value in stored.items())
         raise UsageError(
-            f"--out {out} holds another result, of {what or 'something else'}; choose another --out"
+            f"--out {out}: its {RESULT} is that of {owner or 'another program'}; choose another --out"
         )
 
 
-def _refuse_foreign_predictions(out: Path) -> None:
+def _check_predictions(out: Path) -> None:
     for path in (out / PREDICTIONS, out / PARTIAL_PREDICTIONS):
         try:
             if path.exists():
                 Predictions.read(path)
         except PredictionsError as error:
             raise UsageError(
-                f"--out {out}: its {path.name} is no file of distinit; choose another --out"
+                f"--out {out}: its {path.name} was not written by distinit; choose another --out"
             ) from error
 
 
-def _protocol(view: ClipView, length: int, options: EvaluationOptions) -> dict[str, Any]:
+def _protocol(view: ClipView, clip_frames: int, options: EvaluationOptions) -> dict[str, Any]:
+    """Describe the test; the keys and texts are stored, and compared on a resume."""
     frame = view.frame_view()
     return {
         **options.protocol(),
-        "starts": f"floor(i * (n - {length}) / {max(options.clips - 1, 1)})",
-        "frames": length,
+        "starts": f"floor(i * (n - {clip_frames}) / {max(options.clips - 1, 1)})",
+        "frames": clip_frames,
         "stride": 1,
         "short_videos": "last frame repeated",
         "resize": frame.resize,
@@ -195,22 +210,21 @@ def _protocol(view: ClipView, length: int, options: EvaluationOptions) -> dict[s
     }
 
 
-def _read_from(labels: Labels) -> dict[str, Any]:
-    """What the test clips are decoded from, where that is not the videos themselves."""
+def _copies_protocol(labels: Labels) -> dict[str, Any]:
+    """Return the options of the prepared copies that clips are decoded from, {} without copies."""
     return {} if labels.copies is None else {"copies": dict(labels.copies.options)}
 
 
-def _adopt(predictions: Predictions, path: Path) -> int:
-    """How many videos an earlier file of the same weights and labels has already; a damaged one has
-    none."""
+def _resume(predictions: Predictions, path: Path) -> int:
+    """Take over the results of an earlier file, and return their number; 0 if it is damaged."""
     try:
-        return predictions.adopt(Predictions.read(path)) if path.exists() else 0
+        return predictions.resume_from(Predictions.read(path)) if path.exists() else 0
     except PredictionsError:
         return 0
 
 
 def show_metrics(title: str, classes: int, metrics: dict[str, Any]) -> None:
-    """The table of accuracies, what its intervals rest on, and the videos that were not read."""
+    """Show the accuracies, the unit of their intervals, and the unreadable and truncated videos."""
     title = f"{title}: {metrics['videos']} test videos"
     table = Table(
         title, [Column("accuracy, %"), Column("value", True), Column("95 % interval", True)]
@@ -222,18 +236,16 @@ def show_metrics(title: str, classes: int, metrics: dict[str, Any]) -> None:
         table.add(shown, f"{value:.1f}", f"{low:.1f} – {high:.1f}")
     table.notes.append(intervals_note(metrics["intervals"]))
     if classes <= 5:
-        table.notes.append(
-            f"Top 5 of {classes} classes is always right where the video could be read."
-        )
+        table.notes.append(f"With {classes} classes, top 5 is correct for every readable video.")
     log.info(table)
-    for found in metrics["failed"]:
-        log.warning(f"counted as wrong, could not be read: {found['video']}: {found['reason']}")
-    for found in metrics["damaged"]:
-        log.warning(f"tested, but damaged: {found['video']}: {found['reason']}")
+    for row in metrics["failed"]:
+        log.warning(f"unreadable, counted as wrong: {row['video']}: {row['reason']}")
+    for row in metrics["damaged"]:
+        log.warning(f"truncated, tested as far as it can be read: {row['video']}: {row['reason']}")
 
 
 def intervals_note(intervals: dict[str, Any]) -> str:
-    """What the bootstrap resampled, as a sentence."""
+    """Describe what the bootstrap resampled, in one sentence."""
     if intervals["resampled"] == "sources":
-        return f"Intervals: bootstrap over the {intervals['units']} sources that the videos were cut from."
-    return "Intervals: bootstrap over videos; too narrow where several show the same recording (no column `source`)."
+        return f"Intervals: bootstrap over the {intervals['units']} recordings that the videos were cut from."
+    return "Intervals: bootstrap over videos; too narrow if several show one recording (no column `source`)."

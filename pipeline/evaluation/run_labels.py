@@ -1,5 +1,4 @@
-"""RUN/labels.json: the label list that a run was trained on, whatever becomes of the file that it
-was read from."""
+"""RUN/labels.json: the labels that a run was trained on, whatever happens to their source."""
 
 from __future__ import annotations
 
@@ -23,8 +22,10 @@ Pair = tuple[str, int]
 
 @dataclass(frozen=True)
 class RunLabels:
-    """dataset, split, classes, and of each side (path, index of the class), paths percent-escaped.
-    digest: see `labels_digest`."""
+    """Data set, split, classes, and (percent-escaped path, class index) of the videos of each side.
+
+    `digest` is that of `labels_digest`.
+    """
 
     dataset: str
     split: int
@@ -34,16 +35,20 @@ class RunLabels:
     digest: str
 
     @classmethod
-    def of(cls, labels: Labels) -> RunLabels:
-        """What `write` keeps of labels."""
+    def from_labels(cls, labels: Labels) -> RunLabels:
+        """Return the record of labels."""
         train, test = _pairs(labels.train), _pairs(labels.test)
         dataset = escape_path(labels.dataset)
         return cls(dataset, labels.split, list(labels.classes), train, test, labels_digest(labels))
 
     @classmethod
     def read(cls, run: Path) -> RunLabels | None:
-        """Return what a run folder recorded; None where it has no record, as runs of distinit 0.1.
-        CheckpointError, and SourceError for a link that leads out of the folder."""
+        """Load the record of a run folder, None if it has none, like runs of distinit 0.1.
+
+        Raises:
+            CheckpointError: The file is damaged.
+            SourceError: It is a link to a place outside of the folder.
+        """
         path = run / LABELS
         if not is_regular_file(path, run):
             return None
@@ -58,53 +63,52 @@ class RunLabels:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def write(self, run: Path) -> None:
-        """Write RUN/labels.json, whole or not at all. CheckpointError."""
+        """Write RUN/labels.json atomically."""
         write_whole(run / LABELS, as_json(asdict(self), indent=0).encode())
 
     def difference(self, labels: Labels, sides: Sequence[str] = ("train", "test")) -> str:
-        """How labels differ from these, in words; "" where they do not. sides: those that are
-        compared."""
+        """Describe how labels differ from the record on the given sides, "" if they are equal."""
         if list(labels.classes) != self.classes:
-            gone = sorted(set(self.classes) - set(labels.classes))
-            new = sorted(set(labels.classes) - set(self.classes))
-            parts = [
-                f"{len(names)} {what} ({names[0]!r})"
-                for what, names in (("gone", gone), ("new", new))
-                if names
-            ]
-            return f"other classes: {', '.join(parts) or 'another order'}"
+            old, new = set(self.classes), set(labels.classes)
+            parts = _counts({"removed": old - new, "added": new - old})
+            return f"different classes: {parts or 'another order'}"
         before, now = (
-            {s: dict(pairs[s]) for s in sides}
-            for pairs in (self._sides(), RunLabels.of(labels)._sides())
+            {side: dict(pairs[side]) for side in sides}
+            for pairs in (self._sides(), RunLabels.from_labels(labels)._sides())
         )
-        were, are = (set().union(*(set(side) for side in each.values())) for each in (before, now))
-        changed = sorted(
-            p for p in were & are if any(before[s].get(p) != now[s].get(p) for s in sides)
+        old, new = (set().union(*each.values()) for each in (before, now))
+        changed = {
+            path
+            for path in old & new
+            if any(before[s].get(path) != now[s].get(path) for s in sides)
+        }
+        parts = _counts(
+            {
+                "videos with another side or label": changed,
+                "videos added": new - old,
+                "videos removed": old - new,
+            }
         )
-        parts = [
-            f"{len(names)} videos {what} ({names[0]!r})"
-            for names, what in (
-                (changed, "with another side or label"),
-                (sorted(are - were), "new"),
-                (sorted(were - are), "gone"),
-            )
-            if names
-        ]
         if not parts and any(list(before[s]) != list(now[s]) for s in sides):
             return "the same videos in another order"
-        return ", ".join(parts)
+        return parts
 
     def _sides(self) -> dict[str, list[Pair]]:
         return {"train": self.train, "test": self.test}
 
 
 def labels_digest(labels: Labels) -> str:
-    """sha256 of classes and of both lists, in hex: the same labels wherever the files lie."""
+    """Return the sha256 of classes and both lists in hex; it does not depend on the root folder."""
     content = [
         list(labels.classes),
         *([[v.path, v.label] for v in side] for side in (labels.train, labels.test)),
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _counts(names: Mapping[str, set[str]]) -> str:
+    """Return "N DESCRIPTION ('FIRST NAME')" for each set that is not empty."""
+    return ", ".join(f"{len(each)} {what} ({min(each)!r})" for what, each in names.items() if each)
 
 
 def _pairs(side: Sequence[Labelled]) -> list[Pair]:

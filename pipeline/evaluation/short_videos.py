@@ -1,5 +1,4 @@
-"""A word before clips are longer than the videos that they are cut from: the rest of each is its
-last frame again."""
+"""A warning if clips are longer than most of the videos, and repeat their last frame."""
 
 from __future__ import annotations
 
@@ -17,46 +16,51 @@ from .labels import Labelled, Labels
 
 log = logging.getLogger(__name__)
 
-SAMPLE = 20  # videos whose frames are counted, where nobody has counted them before
+SAMPLE = 20  # videos whose frames are counted if no counts are stored
 
 
-def warn_of_short_videos(counts: Sequence[int], listed: int, length: int, channels: int) -> None:
-    """A warning where a clip is longer than most videos of known `counts`, out of `listed`."""
-    need = pictures_needed(length, channels)
+def warn_of_short_videos(
+    counts: Sequence[int], num_videos: int, clip_frames: int, channels: int
+) -> None:
+    """Warn if a clip is longer than most of the videos.
+
+    Args:
+        counts: Frames of some videos; 0 or less if unknown.
+        num_videos: Number of all videos.
+        clip_frames: Frames per clip.
+        channels: 3 for RGB, 2 for optical flow, which requires one more frame.
+    """
+    span = pictures_needed(clip_frames, channels)
     known = np.array([count for count in counts if count > 0])
-    short = int((known < need).sum())
+    short = int((known < span).sum())
     if 2 * short <= len(known):
         return
-    of = (
-        f"{len(known)} videos"
-        if len(known) == listed
-        else f"{len(known)} of {listed} videos that were looked at"
-    )
+    sampled = "" if len(known) == num_videos else f" (sampled from {num_videos})"
     frames = f"{known.min()} to {known.max()} frames, median {np.median(known):.0f}"
     log.warning(
-        f"--frames {length} is longer than {'all' if short == len(known) else short} of {of} ({frames}): their clips "
-        f"are filled with their last frame"
+        f"--frames {clip_frames} is longer than {short} of {len(known)} videos{sampled}, which have {frames}: "
+        "their clips repeat the last frame"
     )
 
 
 def count_some(labels: Labels, videos: Sequence[Labelled]) -> list[int]:
-    """Frames of some of the videos, evenly spread over the list; without those that cannot be
-    read."""
+    """Count the frames of some videos, evenly spread over a list; unreadable ones are skipped."""
     files = []
     for i in np.unique(
         np.linspace(0, len(videos) - 1, min(SAMPLE, len(videos))).astype(int)
     ).tolist():
         with suppress(VideoError):
             files.append(labels.file(videos[i]))
-    found = []
-    for file in files if labels.copies is not None else ():  # a copy's map is read, no container
-        with suppress(VideoError):
-            found.append(count_frames(file))
-    if (
-        labels.copies is None
-    ):  # in a process of its own: a file may crash or hang the library that opens it
-        with DecodePool(processes=1, views=()) as pool:
-            for file in files:
-                with suppress(VideoError):
-                    found.append(len(pool.timeline(file.path).pts))
-    return found
+    counts = []
+    if labels.copies is not None:
+        for file in files:
+            with suppress(VideoError):
+                counts.append(count_frames(file))
+        return counts
+    # In a process of its own, since an original may crash or hang the library that opens it. For a
+    # copy only the frame map is read.
+    with DecodePool(processes=1, views=()) as pool:
+        for file in files:
+            with suppress(VideoError):
+                counts.append(len(pool.timeline(file.path).pts))
+    return counts

@@ -1,5 +1,4 @@
-"""`--split all`: one run a split, in RUN/split1, RUN/split2, …, and their mean in
-RUN/result.json."""
+"""`--split all`: a run per split in RUN/split1, RUN/split2, …; their mean in RUN/result.json."""
 
 from __future__ import annotations
 
@@ -23,37 +22,45 @@ ALL = "all"
 
 
 def split_folder(run: Path, split: int) -> Path:
-    """Where the run of one split lies."""
+    """Return the folder of the run of one split."""
     return run / f"split{split}"
 
 
 def split_folders(run: Path) -> dict[int, Path]:
-    """Return the runs of a folder that `finetune --split all` wrote, by split; empty for any other.
+    """Return the runs of a folder of `finetune --split all` by split, {} for any other folder.
 
     Raises:
-        UsageError: One of them is a link that leads out of the folder.
+        UsageError: One of them is a link to a place outside of the folder.
     """
     paths = {
         int(m[1]): path
         for path in run.glob("split*")
         if (m := re.fullmatch(r"split(\d+)", path.name))
     }
-    found = {
+    folders = {
         split: paths[split] for split in sorted(paths) if recorded_sections(paths[split] / CONFIG)
     }
-    for path in found.values():
+    for path in folders.values():
         if not path.resolve().is_relative_to(run.resolve()):
             raise UsageError(
                 f"{path}: a link to {path.resolve()}, outside of {run}; expected the folder itself"
             )
-    return found
+    return folders
 
 
 def summarise_splits(
     out: Path, results: Mapping[int, dict[str, Any]], title: str
 ) -> dict[str, Any]:
-    """Writes the mean and deviation of the splits' metrics into `out`/result.json; shows and
-    returns them."""
+    """Write the mean and deviation of the splits' metrics into OUT/result.json, and show them.
+
+    Args:
+        out: The folder to write.
+        results: Result of each split.
+        title: Title of the table.
+
+    Returns:
+        The content of result.json.
+    """
     means = mean_over_splits([result["metrics"] for result in results.values()])
     columns = [Column("accuracy, %"), *(Column(f"split {split}", True) for split in results)]
     table = Table(
@@ -82,17 +89,22 @@ def summarise_splits(
 
 
 def mean_over_splits(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of the metrics of each split (see `metrics_from_file`): `mean`, `std` (over n − 1; None for
-    one split) and `splits` of each accuracy that all have, as fractions. Every split counts the
-    same, whatever its number of videos, as published three-split means do."""
-    found = {}
+    """Average the metrics of splits, see `metrics_from_file`.
+
+    Every split counts the same, whatever its number of videos, as in published three-split means.
+
+    Returns:
+        `mean`, `std` (over n − 1; None for one split) and the values of all `splits`, as fractions,
+        for each accuracy that every split has.
+    """
+    means: dict[str, dict[str, Any]] = {}
     for name in MEASURES:
         if not all(name in each for each in metrics):
             continue  # fused scores have no accuracy per clip
         values = np.array([each[name]["value"] for each in metrics])
-        found[name] = {
+        means[name] = {
             "mean": float(values.mean()),
             "std": float(values.std(ddof=1)) if len(values) > 1 else None,
             "splits": values.tolist(),
         }
-    return found
+    return means

@@ -1,5 +1,4 @@
-"""What a run of `finetune` was trained on, recorded in the run, and how much of it is among the
-test videos."""
+"""Record what a run of `finetune` was trained on, and count the test videos that are among it."""
 
 from __future__ import annotations
 
@@ -19,72 +18,103 @@ log = logging.getLogger(__name__)
 
 
 def record_and_compare(init: str, labels: Labels, run_dir: Path, *, again: bool) -> dict[str, int]:
-    """Write RUN/labels.json and RUN/seen_videos.npz, unless a resume finds them; returns the test
-    videos that the run knows in another way, and warns of each."""
+    """Write RUN/labels.json and RUN/seen_videos.npz, and count test videos that the run has seen.
+
+    Args:
+        init: The initialisation of the run.
+        labels: Its data set.
+        run_dir: Its folder.
+        again: Whether the run is resumed; existing files are then kept.
+
+    Returns:
+        Number of test videos by the way in which the run has seen them.
+    """
     seen = SeenVideos.read(run_dir) if again else None
     if seen is None:
-        own = SeenVideos.of(
+        trained = SeenVideos.of(
             [labels.digest(v) for v in labels.train], [labels.absolute(v) for v in labels.train]
         )
-        seen = own.after(_seen_by(init))
+        seen = trained.after(_seen_by(init))
         seen.write(run_dir)
     if not again or RunLabels.read(run_dir) is None:
-        RunLabels.of(labels).write(run_dir)
-    found = overlap(
+        RunLabels.from_labels(labels).write(run_dir)
+    counts = overlap(
         seen,
         labels,
         init_seen="the videos that the initialisation was trained on",
-        own=False,
+        training=False,
     )
-    return {"test_videos_of_shared_sources": labels.shared_sources, **found}
+    return {"test_videos_of_shared_sources": labels.shared_sources, **counts}
 
 
 def overlap(
-    seen: SeenVideos, labels: Labels, *, init_seen: str, own: bool = True
+    seen: SeenVideos, labels: Labels, *, init_seen: str, training: bool = True
 ) -> dict[str, int]:
-    """How many test videos the initialisation has seen, and with `own` the run's own training; a
-    warning for each that is not 0. init_seen: what messages call the videos of the
-    initialisation."""
-    wanted = {INIT: ("test_videos_seen_by_init", init_seen)}
-    if own:
-        wanted[OWN] = ("test_videos_trained_on", "those that the run was trained on")
-    places = [labels.absolute(video) for video in labels.test]
-    stages = seen.stages([labels.digest(video) for video in labels.test], places)
-    found = {}
-    for stage, (name, what) in wanted.items():
+    """Count test videos that were seen before, and warn of them.
+
+    Args:
+        seen: The videos that a run and its initialisation have seen.
+        labels: The data set of the test.
+        init_seen: Name of the videos of the initialisation in messages.
+        training: Whether to count the run's own training videos too.
+
+    Returns:
+        `test_videos_seen_by_init`, and with `training` also `test_videos_trained_on`.
+    """
+    stages = {INIT: ("test_videos_seen_by_init", init_seen)}
+    if training:
+        stages[OWN] = ("test_videos_trained_on", "those that the run was trained on")
+    paths = [labels.absolute(video) for video in labels.test]
+    seen_by = seen.stages([labels.digest(video) for video in labels.test], paths)
+    counts = {}
+    for stage, (key, videos) in stages.items():
         known = [
-            escape_path(v.path) for v, by in zip(labels.test, stages, strict=True) if stage in by
+            escape_path(v.path) for v, by in zip(labels.test, seen_by, strict=True) if stage in by
         ]
-        found[name] = len(known)
+        counts[key] = len(known)
         if known:
             log.warning(
-                f"{len(known)} of {len(labels.test)} test videos are among {what}, the first: {known[0]}; "
-                f"accuracies are not those of unseen videos"
+                f"{len(known)} of {len(labels.test)} test videos are among {videos}, the first: {known[0]}; "
+                "accuracies are not those of unseen videos"
             )
-    return found
+    return counts
 
 
 def require_own_labels(
     run: Path, saved: dict[str, Any] | None, labels: Labels, remedy: str
 ) -> None:
-    """CheckpointError where labels are not those that a run was trained on, which its folder or its
-    checkpoint's identity (`saved`) says; of a run that says neither nothing is known."""
+    """Check that labels are those that a run was trained on.
+
+    Args:
+        run: The folder of the run.
+        saved: Identity of its checkpoint, if it has one.
+        labels: The labels to check. A run of which neither is known is accepted.
+        remedy: What the message proposes.
+
+    Raises:
+        CheckpointError: The labels differ.
+    """
     if saved is not None:
         require_classes(
-            labels.classes, saved["classes"], here=labels.dataset, there=f"the checkpoint in {run}"
+            labels.classes,
+            saved["classes"],
+            origin=labels.dataset,
+            expected_origin=f"the checkpoint in {run}",
         )
     record = RunLabels.read(run)
-    theirs = record.digest if record is not None else saved["labels"] if saved is not None else None
-    if theirs is None or theirs == labels_digest(labels):
+    digest = record.digest if record is not None else saved["labels"] if saved is not None else None
+    if digest is None or digest == labels_digest(labels):
         return
-    how = record.difference(labels) if record is not None else "other videos, sides or labels"
+    difference = (
+        "different videos, sides or labels" if record is None else record.difference(labels)
+    )
     raise CheckpointError(
-        f"{labels.dataset}, split {labels.split}: not the labels that {run} was trained on ({how}); {remedy}"
+        f"{labels.dataset}, split {labels.split}: not the labels that {run} was trained on ({difference}); {remedy}"
     )
 
 
 def _seen_by(init: str) -> SeenVideos | None:
-    """What the run of an initialisation saw; None where it is no run or has no record."""
+    """Return what the run of an initialisation saw, None if it is not a run or has no record."""
     file = student_file(init)
     if file is None:
         return None

@@ -1,4 +1,4 @@
-"""A user's own labels: a csv file, or a folder per side and class."""
+"""Read a user's labels: a csv file, or a folder per side and class."""
 
 from __future__ import annotations
 
@@ -15,22 +15,34 @@ from .listing import SIDES, Listing, Row, first_few, require_utf8, videos_in
 
 
 def read_csv(path: str, split: int | None, root: str | None = None) -> Listing:
-    """The rows that column `splitN` gives to a side, or all rows, on no side, where the split is
-    None; `root` is what the paths are relative to, default the csv's folder. Raises LabelsError:
-    missing columns, a row without path or label, not a csv."""
+    """Read the rows of a csv file that column `splitN` assigns to a side.
+
+    Args:
+        path: The csv file.
+        split: N; None: all rows, whose side is then "".
+        root: The folder that paths are relative to, by default that of the csv.
+
+    Raises:
+        LabelsError: The file is not a csv, or lacks a column, a path or a label.
+    """
     base = os.path.abspath(root) if root is not None else os.path.dirname(path)
     reader_columns, rows = _table(path)
     if split is not None:
         _require_columns(path, reader_columns, split)
     used = list(_used_rows(path, rows, None if split is None else f"split{split}"))
     refuse_windows_paths(path, base, [row.path for row in used])
-    named = {os.path.normpath(row["path"]) for _, row in rows if row["path"]}
-    there = videos_in(base, (os.path.dirname(name) for name in named))
-    return Listing(path, base, used, unlabelled=tuple(name for name in there if name not in named))
+    listed = {os.path.normpath(row["path"]) for _, row in rows if row["path"]}
+    existing = videos_in(base, (os.path.dirname(name) for name in listed))
+    unlabelled = tuple(name for name in existing if name not in listed)
+    return Listing(path, base, used, unlabelled=unlabelled)
 
 
 def csv_splits(path: str) -> tuple[int, ...]:
-    """N of every column splitN, sorted. LabelsError where there is none."""
+    """Return N of every column splitN, sorted.
+
+    Raises:
+        LabelsError: There is no such column.
+    """
     columns, _ = _table(path)
     splits = _splits(columns)
     if not splits:
@@ -39,43 +51,48 @@ def csv_splits(path: str) -> tuple[int, ...]:
 
 
 def read_folder(root: str, split: int) -> Listing:
-    """`ROOT/{train,test}/CLASS/…`. Raises LabelsError: another split than 1, a side that is not
-    there, a video in no class folder."""
+    """Read `ROOT/{train,test}/CLASS/…`.
+
+    Raises:
+        LabelsError: Another split than 1, a missing side, or a video outside of a class folder.
+    """
     if split != 1:
-        raise LabelsError(f"{root}: a folder has split 1 only, got --split {split}")
+        raise LabelsError(f"{root}: a folder has only split 1, got --split {split}")
     rows: list[Row] = []
     notes: list[str] = []
     for side in SIDES:
         folder = os.path.join(root, side)
         if not os.path.isdir(folder):
             raise LabelsError(
-                f"{root}: no folder {side!r}; expected DIR/train/CLASS/… and DIR/test/CLASS/…"
+                f"{root}: expected DIR/train/CLASS/… and DIR/test/CLASS/…, found no folder {side!r}"
             )
         try:
             listed = list_videos([f"{side}={folder}"]).paths
         except SourceError:
-            listed = []  # an empty side is reported with the other checks
+            listed = []  # an empty side is reported by the checks of labels.py
         for name in listed:
             label, slash, _ = name.partition("/")
             if not slash:
-                raise LabelsError(f"{folder}: {escape_path(name)} stands in no class folder")
+                raise LabelsError(f"{folder}: {escape_path(name)} is in no class folder")
             rows.append(
                 Row(f"{side}/{name}", class_name(label), side, f"{side}/{escape_path(label)}")
             )
-        notes += _left_out(root, side, listed)
+        notes += _skipped_files(root, side, listed)
     return Listing(root, root, rows, notes=(*notes, *_other_folders(root)))
 
 
 def class_name(folder: str) -> str:
-    """The class of a folder: its name, percent-escaped where that is not UTF-8, for models and
-    results hold it."""
+    """Return the class of a folder: its name, percent-escaped if it is not UTF-8.
+
+    Models and results store the name, which must be UTF-8.
+    """
     return folder if is_utf8(folder) else escape_path(folder)
 
 
-def _left_out(root: str, side: str, listed: list[str]) -> Iterator[str]:
-    """What of a side is no video by its ending, and the classes that have no video for it."""
+def _skipped_files(root: str, side: str, listed: list[str]) -> Iterator[str]:
+    """Yield a note on files that are not videos by their ending, and one on classes without any."""
     top = os.path.join(root, side)
-    known, others = set(listed), []
+    videos, others = set(listed), []
     for folder, folders, names in os.walk(top, followlinks=False):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = (
@@ -83,18 +100,18 @@ def _left_out(root: str, side: str, listed: list[str]) -> Iterator[str]:
             for n in sorted(names)
             if n[0] != "."
         )
-        others += [name for name in below if name not in known and not is_video(name)]
+        others += [name for name in below if name not in videos and not is_video(name)]
     if others:
         shown = first_few((f"{side}/{name}" for name in others), 5)
-        yield f"{len(others)} files of {root} are left out, for their ending is not that of a video: {shown}"
+        yield f"{len(others)} files of {root} are skipped, their ending is not that of a video: {shown}"
     used = {name.partition("/")[0] for name in listed}
     classes = (entry.name for entry in os.scandir(top) if entry.is_dir() and entry.name[0] != ".")
     if empty := sorted(name for name in classes if name not in used):
-        yield f"{len(empty)} class folders of {os.path.join(root, side)} hold no video: {first_few(empty, 5)}"
+        yield f"{len(empty)} class folders of {os.path.join(root, side)} have no video: {first_few(empty, 5)}"
 
 
 def _other_folders(root: str) -> Iterator[str]:
-    """Folders next to train and test, such as val, that hold videos."""
+    """Yield a note on each folder with videos next to train and test, such as val."""
     for name in sorted(os.listdir(root)):
         if name in SIDES or name.startswith(".") or not os.path.isdir(os.path.join(root, name)):
             continue
@@ -102,13 +119,13 @@ def _other_folders(root: str) -> Iterator[str]:
             count = len(list_videos([f"other={os.path.join(root, name)}"]))
         except SourceError:
             continue
-        yield f"{escape_path(name)}/ of {root} is not used ({count} videos): only train/ and test/ are"
+        yield f"{escape_path(name)}/ of {root} is not used ({count} videos), only train/ and test/ are"
 
 
 def _table(path: str) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
-    """Columns, and ("line N", row) of every row."""
+    """Return the columns, and ("line N", row) of every row."""
     try:
-        # Names that are not UTF-8 travel as surrogates, like everywhere in Python's os module.
+        # Names that are not UTF-8 are read as surrogates, as in Python's os module.
         reader = csv.DictReader(
             io.StringIO(read_text(path), newline=""), skipinitialspace=True, restval=""
         )
@@ -135,12 +152,12 @@ def _require_columns(path: str, columns: list[str], split: int) -> None:
     if split in _splits(columns):
         return
     splits = _splits(columns)
-    there = (
-        f"splits there are: {', '.join(map(str, splits))}"
+    existing = (
+        f"its splits: {', '.join(map(str, splits))}"
         if splits
         else f"no splitN column among: {', '.join(columns) or 'no columns'}"
     )
-    raise LabelsError(f"{path}: no column 'split{split}' ({there})")
+    raise LabelsError(f"{path}: no column 'split{split}' ({existing})")
 
 
 def _used_rows(
@@ -151,9 +168,9 @@ def _used_rows(
         if column is not None and not side:
             continue
         if column is not None and side not in SIDES:
-            found = row[column].strip()
+            value = row[column].strip()
             raise LabelsError(
-                f"{path}: {where} has {column}={found!r}, allowed: {', '.join(SIDES)} or an empty cell"
+                f"{path}: {where} has {column}={value!r}, expected {', '.join(SIDES)} or an empty cell"
             )
         name, label = row["path"], row["label"].strip()
         if not name or not label:

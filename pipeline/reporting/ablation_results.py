@@ -1,7 +1,7 @@
-"""An ablation as a report sees it: the cells of its cells.json, and the runs behind them.
+"""Read ablations for a report: the cells of cells.json, and their runs.
 
-Numbers are recomputed from the runs' predictions; cells.json is believed for what a cell is, and
-for why it failed.
+Numbers are recomputed from the predictions of the runs; cells.json describes the cells, and has the
+reasons of failures.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CellRecord(Form):
 
     @property
     def label(self) -> str:
-        """For people; tells cells of one ablation apart."""
+        """Name for people, unique within an ablation."""
         return f"{self.row}, {short_dataset(self.dataset)}, split {self.split}, seed {self.seed}"
 
 
@@ -60,8 +60,7 @@ class _File(Form):
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell with its finetuned run, None where there are no finished predictions, and its
-    student's run."""
+    """A cell with its finetuned run and the run of its student, None if they do not exist."""
 
     record: CellRecord
     run: Run | None
@@ -69,7 +68,7 @@ class Cell:
 
     @property
     def problem(self) -> str | None:
-        """Why it has no number; None where it has one."""
+        """Why the cell has no number, None if it has one."""
         if self.run is not None and self.run.predictions is not None:
             return None
         if self.record.status == "done":
@@ -79,11 +78,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the cells of one row and data set came to.
+    """The results of the cells of one row and data set.
 
-    values: accuracy [n] of each finished cell as a fraction, by measure; split1 is top 1 of the
-        cells of split 1.
-    paper: its numbers, %, by measure. gain: of top 1 over the first row.
+    Attributes:
+        row: Name of the row.
+        dataset: The data set.
+        cells: Its cells.
+        values: Accuracy [n] of each finished cell as a fraction, by measure; split1 is top 1 of the
+            cells of split 1.
+        paper: Numbers of the paper in per cent, by measure.
+        gain: Gain in top 1 over the first row.
     """
 
     row: str
@@ -94,17 +98,18 @@ class Entry:
     gain: Gain | None
 
     @property
-    def done(self) -> int:
+    def num_done(self) -> int:
+        """Number of finished cells."""
         return len(self.values["top1"])
 
     @property
     def explained(self) -> np.ndarray:
-        """Return the explained fraction of each of its students that has one."""
+        """Explained fraction of each of its students that has one."""
         students = {
             cell.student.path: cell.student for cell in self.cells if cell.student is not None
         }
-        found = [run.explained_fraction for run in students.values()]
-        return np.array([value for value in found if value is not None])
+        fractions = [run.explained_fraction for run in students.values()]
+        return np.array([value for value in fractions if value is not None])
 
 
 @dataclass(frozen=True)
@@ -118,19 +123,24 @@ class Ablation:
 
     @property
     def rows(self) -> list[str]:
+        """Names of the rows."""
         return list(dict.fromkeys(cell.record.row for cell in self.cells))
 
     @property
     def datasets(self) -> list[str]:
+        """The data sets."""
         return list(dict.fromkeys(cell.record.dataset for cell in self.cells))
 
     @property
     def splits(self) -> list[int]:
+        """The splits, sorted."""
         return sorted({cell.record.split for cell in self.cells})
 
     def published(self, dataset: str) -> list[tuple[str, dict[str, float]]]:
-        """What the paper lists of others: name, and its numbers, %, by measure; {} where they are
-        of other splits."""
+        """Return the published results for a data set: name, and numbers in per cent by measure.
+
+        Numbers of other splits are missing.
+        """
         paper = self.paper
         if paper is None:
             return []
@@ -141,8 +151,8 @@ class Ablation:
         ]
         return [(label, paper.for_splits(numbers, self.splits)) for label, numbers in listed]
 
-    def of(self, row: str, dataset: str) -> list[Cell]:
-        """The cells of a row and data set."""
+    def cells_of(self, row: str, dataset: str) -> list[Cell]:
+        """Return the cells of a row and data set."""
         return [
             cell for cell in self.cells if (cell.record.row, cell.record.dataset) == (row, dataset)
         ]
@@ -153,17 +163,17 @@ class Ablation:
         return [self._entry(row, dataset) for row in self.rows for dataset in self.datasets]
 
     def _entry(self, row: str, dataset: str) -> Entry:
-        cells = self.of(row, dataset)
-        found = [
+        cells = self.cells_of(row, dataset)
+        finished = [
             (cell.record.split, cell.run.metrics)
             for cell in cells
             if cell.problem is None and cell.run and cell.run.metrics
         ]
         values = {
-            name: [each[name]["value"] for _, each in found]
+            name: [each[name]["value"] for _, each in finished]
             for name in ("per_clip", "top1", "top5")
         }
-        values["split1"] = [each["top1"]["value"] for split, each in found if split == 1]
+        values["split1"] = [each["top1"]["value"] for split, each in finished if split == 1]
         paper = self.paper
         return Entry(
             row=row,
@@ -173,21 +183,25 @@ class Ablation:
             paper=paper.for_splits(paper.rows.get(row, {}).get(dataset), self.splits)
             if paper
             else {},
-            gain=gain_over(cells, self.of(self.rows[0], dataset)) if row != self.rows[0] else None,
+            gain=gain_over(cells, self.cells_of(self.rows[0], dataset))
+            if row != self.rows[0]
+            else None,
         )
 
 
 def gain_over(cells: Sequence[Cell], base: Sequence[Cell]) -> Gain | None:
-    """top 1 of `cells` minus that of `base`, paired by test video; None where they share no split.
+    """Compute top 1 of `cells` minus that of `base`, paired by test video.
 
-    A video's value is its mean over the seeds that a row has; the videos (or the recordings they
-    were cut from) are resampled. Splits that one row lacks are left out of both; so is a split
-    whose videos or labels differ.
+    The value of a video is its mean over the seeds of a row; videos (or the recordings they were
+    cut from) are resampled. Only splits that both rows have with equal videos and labels count.
+
+    Returns:
+        None if there is no such split.
     """
-    ours, theirs = (_by_split(side) for side in (cells, base))
+    splits, base_splits = (_by_split(side) for side in (cells, base))
     differences, levels, groups = [], [], []
-    for split in sorted(ours.keys() & theirs.keys()):
-        a, b = ours[split], theirs[split]
+    for split in sorted(splits.keys() & base_splits.keys()):
+        a, b = splits[split], base_splits[split]
         if a.keys() != b.keys():
             continue
         videos = sorted(a)
@@ -209,8 +223,8 @@ def gain_over(cells: Sequence[Cell], base: Sequence[Cell]) -> Gain | None:
 
 
 def _by_split(cells: Sequence[Cell]) -> dict[int, dict[tuple[str, str], tuple[float, str]]]:
-    """split → (video, label) → (mean over seeds of whether it is right, its recording)."""
-    found: dict[int, dict[tuple[str, str], list[float]]] = {}
+    """Return split → (video, label) → (mean over seeds of whether it is correct, recording)."""
+    correct: dict[int, dict[tuple[str, str], list[float]]] = {}
     recording: dict[tuple[str, str], str] = {}
     for cell in cells:
         p = cell.run.predictions if cell.run is not None and cell.problem is None else None
@@ -220,34 +234,38 @@ def _by_split(cells: Sequence[Cell]) -> dict[int, dict[tuple[str, str], tuple[fl
         keys = [(video, p.classes[int(k)]) for video, k in zip(p.videos, p.labels, strict=True)]
         groups = keys if p.groups is None else p.groups
         for key, value, group in zip(keys, right.tolist(), groups, strict=True):
-            found.setdefault(cell.record.split, {}).setdefault(key, []).append(value)
+            correct.setdefault(cell.record.split, {}).setdefault(key, []).append(value)
             recording[key] = str(group)
     return {
         split: {key: (float(np.mean(values)), recording[key]) for key, values in each.items()}
-        for split, each in found.items()
+        for split, each in correct.items()
     }
 
 
 def ablation_folders(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Folders with a cells.json, these or below them; run folders and stores are not looked
-    into."""
-    found: dict[Path, None] = {}
+    """Find the folders with a cells.json at or below these, outside of run folders and stores."""
+    paths: dict[Path, None] = {}
     for root in folders:
-        for here, inner, files in os.walk(root):
+        for folder, inner, files in os.walk(root):
             inner[:] = sorted(name for name in inner if not name.endswith(".zarr"))
             if CELLS in files:
-                found[Path(here).resolve()] = None
+                paths[Path(folder).resolve()] = None
             if RESULT in files:
                 inner.clear()
-    return list(found)
+    return list(paths)
 
 
 def cell_names(folders: Sequence[Path]) -> dict[Path, str]:
-    """Resolved run folder → what its cell calls it, in the order of the cells, a student before its
-    finetuning. A student has its split where the row has another one with that seed, as where each
-    split leaves other videos out.
+    """Name the runs of ablations after their cells.
 
-    Raises SourceError for a cells.json that is damaged or foreign.
+    The name of a student has its split if the row has several students with its seed, as is the
+    case if each split excludes other videos.
+
+    Returns:
+        Resolved run folder → name, in the order of the cells, a student before its finetuning.
+
+    Raises:
+        SourceError: A cells.json is damaged or has another form.
     """
     names: dict[Path, str] = {}
     for folder in folders:
@@ -265,8 +283,11 @@ def cell_names(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def read_ablations(folders: Sequence[Path], runs: Sequence[Run]) -> list[Ablation]:
-    """The ablations in these folders, with those of the runs that are theirs. Raises as
-    `cell_names`."""
+    """Read the ablations in these folders, and assign the runs to their cells.
+
+    Raises:
+        SourceError: A cells.json is damaged or has another form.
+    """
     by_path = {run.path: run for run in runs}
 
     def cell(folder: Path, record: CellRecord) -> Cell:

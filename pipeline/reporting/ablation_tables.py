@@ -1,5 +1,4 @@
-"""Tables of an ablation: a row per variant, the paper's number next to ours, and the difference
-to the first row."""
+"""Tables of an ablation: a row per variant, with the paper's number and the gain over the first."""
 
 from __future__ import annotations
 
@@ -24,15 +23,17 @@ LEAST_EXPLAINED = 0.05
 NOTES = (
     "mean ± standard deviation over the finished runs of a row (seeds and splits, n − 1); runs: finished of planned.",
     "difference: top 1 minus that of the first row, in points, paired by test video, with its 95 % bootstrap interval "
-    "over test videos (over recordings where a data set names them); a video’s value is its mean over seeds. The "
-    "interval is of the choice of test videos; the spread over seeds is the ±. p: two-sided, of no difference, not "
-    "corrected for the number of rows.",
+    "over test videos (over recordings if the data set names them); the value of a video is its mean over seeds. The "
+    "interval covers the choice of test videos, the ± the seeds. p: two-sided, of no difference, not corrected for "
+    "the number of rows.",
 )
 
 
 def ablation_tables(ablation: Ablation) -> list[Table]:
-    """One a data set: a row a variant, each measure with the paper's number to its right, and below
-    our rows the results that the paper lists as published."""
+    """Tabulate an ablation, one table per data set with a row per variant.
+
+    Each measure has the paper's number to its right; published results are below our rows.
+    """
     return [_table(ablation, dataset) for dataset in ablation.datasets]
 
 
@@ -87,25 +88,24 @@ def _heading(measure: str, splits: Sequence[int]) -> str:
     return "top 1, split 1" if measure == "split1" else MEASURES[measure]
 
 
-def _notes(ablation: Ablation, dataset: str, known: Collection[str], left_out: int) -> list[str]:
+def _notes(ablation: Ablation, dataset: str, known: Collection[str], hidden: int) -> list[str]:
     notes = [*NOTES]
     if known and ablation.paper is not None:
         notes.append(
             f"paper: %, as in its {_named(ablation.paper.table)}, for these splits; other data, machines and seeds."
         )
-    if left_out:
-        notes.append(f"{left_out} results that the paper lists are of other splits and not shown.")
+    if hidden:
+        notes.append(f"{hidden} published results are of other splits and not shown.")
     return notes + problems(ablation, dataset)
 
 
 def _named(table: str) -> str:
-    """`2` → `Table 2`; `section 4.3` as it is."""
+    """Return `Table 2` for `2`, and other names such as `section 4.3` unchanged."""
     return f"Table {table}" if table.isdecimal() else table
 
 
 def screen_table(ablation: Ablation) -> Table:
-    """The same for a terminal of 80 columns: top 1, runs, paper, difference; a table's data sets
-    below each other."""
+    """Tabulate top 1, runs, paper and difference of all data sets, for a terminal of 80 columns."""
     entries = ablation.entries
     paper = any("top1" in entry.paper for entry in entries)
     columns = [Column("row")] + [Column("data set")] * (len(ablation.datasets) > 1)
@@ -136,11 +136,13 @@ def _weak_students(entries: Sequence[Entry]) -> list[str]:
 
 
 def ablation_numbers(ablation: Ablation) -> Table:
-    """Plain numbers for a CSV, a row and data set a line, then the published results: fractions,
-    the paper's as well; empty where missing."""
+    """Tabulate fractions for a CSV: a line per row and data set, then the published results.
+
+    Missing cells are empty.
+    """
     names = ("top1", "per_clip", "top5", "split1")
-    ours = [f"{name}_{what}" for name in names for what in ("mean", "deviation")]
-    theirs = [f"paper_{name}" for name in names]
+    statistics = [f"{name}_{what}" for name in names for what in ("mean", "deviation")]
+    published = [f"paper_{name}" for name in names]
     ends = ["difference", "difference_low", "difference_high", "p"]
     columns = [
         "row",
@@ -149,8 +151,8 @@ def ablation_numbers(ablation: Ablation) -> Table:
         "runs",
         "planned",
         "explained_fraction",
-        *ours,
-        *theirs,
+        *statistics,
+        *published,
         *ends,
         "problems",
     ]
@@ -168,7 +170,7 @@ def ablation_numbers(ablation: Ablation) -> Table:
         gain = entry.gain
         tail = [gain.estimate.value, gain.estimate.low, gain.estimate.high, gain.p] if gain else []
         table.add(
-            *(entry.row, entry.dataset, "ours", str(entry.done), str(len(entry.cells))),
+            *(entry.row, entry.dataset, "ours", str(entry.num_done), str(len(entry.cells))),
             repr(float(entry.explained.mean())) if len(entry.explained) else "",
             *means,
             *paper(entry.paper),
@@ -179,7 +181,7 @@ def ablation_numbers(ablation: Ablation) -> Table:
         for label, numbers in ablation.published(dataset):
             table.add(
                 *(label, dataset, "published", "", "", ""),
-                *[""] * len(ours),
+                *[""] * len(statistics),
                 *paper(numbers),
                 *[""] * (len(ends) + 1),
             )
@@ -187,7 +189,7 @@ def ablation_numbers(ablation: Ablation) -> Table:
 
 
 def cells_table(ablation: Ablation) -> Table:
-    """Every cell: its own top 1, or why it has none."""
+    """Tabulate every cell: its top 1, or why it has none."""
     columns = [
         Column("run"),
         Column("top 1, %", True),
@@ -209,23 +211,22 @@ def cells_table(ablation: Ablation) -> Table:
 
 
 def problems(ablation: Ablation, dataset: str) -> list[str]:
-    """One line for each row and reason for which cells of a data set have no number, with their
-    splits and seeds."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """List the splits and seeds of cells without a number, a line per row and reason."""
+    missing: dict[tuple[str, str], list[str]] = {}
     for cell in ablation.cells:
         record = cell.record
         if cell.problem is not None and record.dataset == dataset:
-            found.setdefault((record.row, cell.problem), []).append(
+            missing.setdefault((record.row, cell.problem), []).append(
                 f"split {record.split} seed {record.seed}"
             )
     return [
-        f"{row}, {short_dataset(dataset)}, {', '.join(cells)}: {why}"
-        for (row, why), cells in found.items()
+        f"{row}, {short_dataset(dataset)}, {', '.join(cells)}: {reason}"
+        for (row, reason), cells in missing.items()
     ]
 
 
 def spread(values: np.ndarray) -> str:
-    """`43.2 ± 0.8`, in per cent; the mean alone of one run; missing of none."""
+    """Format values in per cent, `43.2 ± 0.8`; only the mean for one run, "missing" for none."""
     if len(values) == 0:
         return "missing"
     mean = f"{100 * values.mean():.1f}"
@@ -237,11 +238,13 @@ def _percent(number: float | None) -> str:
 
 
 def _runs(entry: Entry) -> str:
-    return str(entry.done) + (f" of {len(entry.cells)}" if entry.done < len(entry.cells) else "")
+    return str(entry.num_done) + (
+        f" of {len(entry.cells)}" if entry.num_done < len(entry.cells) else ""
+    )
 
 
 def _gain(entry: Entry, *, first: bool) -> list[str]:
-    """The columns difference and p."""
+    """Format the columns difference and p."""
     if first or entry.gain is None:
         return ["first row" if first else DASH, DASH]
     e = entry.gain.estimate
@@ -249,5 +252,5 @@ def _gain(entry: Entry, *, first: bool) -> list[str]:
 
 
 def p_text(p: float) -> str:
-    """`0.043`, and `< 0.001` below what the resamples can tell."""
+    """Format a p-value, `0.043`, or `< 0.001` below the resolution of the resamples."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,5 +1,4 @@
-"""The table of accuracies, the paired differences, and the line on how little a small test set
-proves."""
+"""Tables of accuracies, paired differences, and notes on the uncertainty of a small test set."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ DASH = "–"
 
 @dataclass(frozen=True)
 class Difference:
-    """top 1 of `run` minus that of `base`, both tested on the same videos. Fractions."""
+    """Top 1 of `run` minus that of `base` on the same videos, as a fraction."""
 
     run: Run
     base: Run
@@ -27,12 +26,14 @@ class Difference:
 
     @property
     def decided(self) -> bool:
+        """Whether the interval does not contain 0."""
         return self.estimate.low > 0 or self.estimate.high < 0
 
     def sentence(self) -> str:
+        """Describe the difference for a report."""
         e = self.estimate
         verdict = (
-            "which does not contain 0: on these videos the order is clear, for these two runs and their one seed each"
+            "which does not contain 0: on these videos the order is clear, for two runs with one seed each"
             if self.decided
             else "which contains 0: these videos do not show which of the two is better"
         )
@@ -43,7 +44,7 @@ class Difference:
 
 
 def percent(estimate: dict[str, float] | Estimate | None) -> str:
-    """`54.3 [37.1–71.4]`, in percent; a dash where there is nothing."""
+    """Format an estimate in per cent, `54.3 [37.1–71.4]`; a dash for None."""
     if estimate is None:
         return DASH
     e = estimate if isinstance(estimate, Estimate) else Estimate(**estimate)
@@ -51,7 +52,7 @@ def percent(estimate: dict[str, float] | Estimate | None) -> str:
 
 
 def accuracy_table(runs: Sequence[Run]) -> Table:
-    """One row a finetuned run; runs without an evaluation are shown as missing."""
+    """Tabulate one row per finetuned run; runs without an evaluation are shown as missing."""
     columns = [
         Column("run"),
         Column("init"),
@@ -70,7 +71,8 @@ def accuracy_table(runs: Sequence[Run]) -> Table:
                 run.name, run.init, run.dataset, run.split, *["missing"] * (1 + len(MEASURES))
             )
             continue
-        videos = f"{m['videos']}" + (f" ({run.failed} unread)" if run.failed else "")
+        unreadable = f" ({run.num_unreadable} unreadable)" if run.num_unreadable else ""
+        videos = f"{m['videos']}{unreadable}"
         cells = [
             DASH if name == "top5" and _few_classes(run) else percent(m[name]) for name in MEASURES
         ]
@@ -80,8 +82,10 @@ def accuracy_table(runs: Sequence[Run]) -> Table:
 
 
 def screen_tables(runs: Sequence[Run]) -> list[Table]:
-    """The same for a terminal of 80 columns: a table for each set of test videos, the interval of
-    top 1 alone."""
+    """Tabulate the same for a terminal of 80 columns.
+
+    There is a table for each set of test videos, and only top 1 has its interval.
+    """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         size = f", {run.metrics['videos']} test videos" if run.metrics else ""
@@ -110,8 +114,8 @@ def screen_tables(runs: Sequence[Run]) -> list[Table]:
             table.add(run.name, run.init, percent(m["top1"]), *rest)
         table.notes = _table_notes(group)
         for run in group:
-            if run.failed:
-                table.notes.append(f"{run.name}: {run.failed} test videos unread.")
+            if run.num_unreadable:
+                table.notes.append(f"{run.name}: {run.num_unreadable} unreadable test videos.")
         tables.append(table)
     return tables
 
@@ -125,12 +129,10 @@ def _table_notes(runs: Sequence[Run]) -> list[str]:
     notes = []
     if any(run.metrics is None for run in runs):
         notes.append("missing: the run is not finished, or was not evaluated.")
-    if any(run.failed for run in evaluated):
-        notes.append(
-            "unread: test videos that could not be read; each counts as wrong in every number."
-        )
+    if any(run.num_unreadable for run in evaluated):
+        notes.append("unreadable: test videos that count as wrong in every number.")
     if any(_few_classes(run) for run in evaluated):
-        notes.append(f"{DASH}: with five classes or fewer, top 5 is always right.")
+        notes.append(f"{DASH}: with five classes or fewer, top 5 is always correct.")
     if evaluated:
         chances = sorted({len(run.predictions.classes) for run in evaluated if run.predictions})
         guesses = ", ".join(f"{100 / k:.1f} % with {k} classes" for k in chances)
@@ -139,9 +141,9 @@ def _table_notes(runs: Sequence[Run]) -> list[str]:
 
 
 def accuracy_numbers(runs: Sequence[Run]) -> Table:
-    """The same as plain numbers for a CSV: fractions, each with the ends of its interval; empty
-    where missing."""
-    columns = ["run", "path", "init", "dataset", "split", "classes", "test_videos", "unread_videos"]
+    """Tabulate fractions for a CSV, with the ends of intervals; missing cells are empty."""
+    columns = ["run", "path", "init", "dataset", "split", "classes", "test_videos"]
+    columns += ["unreadable_videos"]
     columns += [name + end for name in MEASURES for end in ("", "_low", "_high")]
     table = Table("accuracy", [Column(name) for name in columns])
     for run in runs:
@@ -149,7 +151,11 @@ def accuracy_numbers(runs: Sequence[Run]) -> Table:
         if run.metrics is None or run.predictions is None:
             table.add(*head, *[""] * (len(columns) - len(head)))
             continue
-        head += [str(len(run.predictions.classes)), str(run.metrics["videos"]), str(run.failed)]
+        head += [
+            str(len(run.predictions.classes)),
+            str(run.metrics["videos"]),
+            str(run.num_unreadable),
+        ]
         cells = [
             repr(run.metrics[name][end]) for name in MEASURES for end in ("value", "low", "high")
         ]
@@ -158,11 +164,7 @@ def accuracy_numbers(runs: Sequence[Run]) -> Table:
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
-    """Each run against the one that its test videos' base is: the first from scratch, else the
-    first.
-
-    Only runs on the same test videos with the same labels are compared; their videos are paired.
-    """
+    """Compare each run with the base of its group, paired by video, see `comparable`."""
     return [
         _difference(run, base)
         for base, group in comparable(runs)
@@ -172,7 +174,11 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 
 
 def comparable(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
-    """Evaluated runs by equal test videos and labels, each group after its base."""
+    """Group evaluated runs by equal test videos and labels.
+
+    Returns:
+        (base, runs) per group; the base is the first run from scratch, else the first run.
+    """
     groups: dict[Any, list[Run]] = {}
     for run in runs:
         if run.predictions is not None:
@@ -200,9 +206,9 @@ def _top1(run: Run) -> dict[str, float]:
 
 
 def _difference(run: Run, base: Run) -> Difference:
-    ours, theirs = _top1(run), _top1(base)
-    videos = sorted(ours)
-    a, b = (np.array([side[video] for video in videos]) for side in (ours, theirs))
+    top1, base_top1 = _top1(run), _top1(base)
+    videos = sorted(top1)
+    a, b = (np.array([values[video] for video in videos]) for values in (top1, base_top1))
     p = run.predictions
     if p is None or p.groups is None:
         return Difference(run, base, len(videos), estimate_difference(a, b))
@@ -211,22 +217,22 @@ def _difference(run: Run, base: Run) -> Difference:
     return Difference(run, base, len(videos), estimate_difference(a, b, groups))
 
 
-def uncertainty_notes(runs: Sequence[Run], found: Sequence[Difference]) -> list[str]:
-    """What these test sets can and cannot show, computed from their sizes and intervals."""
-    lines = [difference.sentence() for difference in found]
+def uncertainty_notes(runs: Sequence[Run], differences: Sequence[Difference]) -> list[str]:
+    """Describe what test sets of these sizes can show and what they cannot."""
+    lines = [difference.sentence() for difference in differences]
     sizes = sorted({run.metrics["videos"] for run in runs if run.metrics})
     for n in sizes:
         tested = [run.metrics for run in runs if run.metrics and run.metrics["videos"] == n]
         widths = [_width(metrics["top1"]) for metrics in tested]
         by_source = all(metrics["intervals"]["resampled"] == "sources" for metrics in tested)
         caveat = (
-            "training; clips of one recording are drawn together."
+            "training; clips of one recording are resampled together."
             if by_source
-            else "training, and is too narrow where several videos show the same scene."
+            else "training, and is too narrow if several videos show the same scene."
         )
         lines.append(
             f"With {n} test videos one video is worth {100 / n:.1f} points, and the 95 % interval of top 1 is "
-            f"{100 * max(widths):.0f} points wide. It covers the choice of test videos alone, not the seed of the "
+            f"{100 * max(widths):.0f} points wide. It covers only the choice of test videos, not the seed of the "
             f"{caveat}"
         )
     return lines

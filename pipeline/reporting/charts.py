@@ -43,8 +43,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart in pixels: the edges of the plotted rectangle, ticks with labels, bars as x, y, width
-    and height."""
+    """A chart in pixels: edges of the plot, ticks with labels, bars as x, y, width and height."""
 
     x_label: str
     y_label: str
@@ -78,9 +77,9 @@ def line_chart(
         lines: Curves; each keeps its colour where another one is empty.
         x_label: Text below the x axis.
         y_label: Text next to the y axis.
-        width: Of the chart, in pixels.
-        height: Of the chart without its legend, in pixels.
-        y_range: What the y axis spans at least, by default what the lines span.
+        width: Width of the chart, in pixels.
+        height: Height of the chart without its legend, in pixels.
+        y_range: Range that the y axis must cover, by default that of the lines.
         legend: Whether the lines are named below the chart.
     """
     drawn = [(i, thin(line)) for i, line in enumerate(lines)]
@@ -113,8 +112,7 @@ def bar_chart(
     width: int = 640,
     height: int = 240,
 ) -> Chart | None:
-    """Return a histogram of counts [n] between ascending edges [n + 1], None if all counts are
-    0."""
+    """Return a histogram of counts [n] between ascending edges [n + 1], None if all are 0."""
     if not counts.any():
         return None
     left, top, right, bottom = 64, 10, width - 14, height - 42
@@ -127,21 +125,19 @@ def bar_chart(
     )  # fmt: skip
 
 
-def ticks(low: float, high: float, wanted: int = 6) -> np.ndarray:
-    """Return round numbers, about `wanted` at most, from at or below `low` to at or above
-    `high`."""
+def ticks(low: float, high: float, count: int = 6) -> np.ndarray:
+    """Return about `count` round numbers that cover the range from `low` to `high`."""
     if not high > low:
         pad = abs(low) * 0.05 or 0.5
         low, high = low - pad, high + pad
-    rough = (high - low) / wanted
+    rough = (high - low) / count
     scale = 10.0 ** math.floor(math.log10(rough))
     step = next(m * scale for m in (1, 2, 2.5, 5, 10) if m * scale >= rough * 0.999999)
     return np.arange(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1) * step
 
 
 def tick_labels(values: np.ndarray) -> list[str]:
-    """Return numbers with as many decimals as the step between them requires, thousands set
-    apart."""
+    """Format numbers with as many decimals as their step requires, and spaced thousands."""
     step = float(values[1] - values[0])
     decimals = next((d for d in range(12) if abs(round(step, d) - step) < step * 1e-6), 12)
     texts = (f"{abs(value):,.{decimals}f}".replace(",", "\u202f") for value in values)
@@ -151,8 +147,10 @@ def tick_labels(values: np.ndarray) -> list[str]:
 
 
 def thin(line: Line) -> Line:
-    """Return the finite points, at most MAX_POINTS: each is the mean of its neighbours, so that
-    noise does not hide the trend."""
+    """Return at most MAX_POINTS finite points of a line.
+
+    Each is the mean of its neighbours, so that noise does not hide the trend.
+    """
     keep = np.isfinite(line.x) & np.isfinite(line.y)
     x, y = np.asarray(line.x, dtype=np.float64)[keep], np.asarray(line.y, dtype=np.float64)[keep]
     if len(x) > MAX_POINTS:

@@ -1,7 +1,7 @@
 """HTML pages from the templates in templates/: one file each, without network and script.
 
-Every value is escaped for HTML. Names of classes, videos and runs may come from other people: what
-controls a terminal or turns the order of text is shown escaped as well.
+Every value is escaped for HTML. Names of classes, videos and runs may come from other people:
+control characters of terminals and of text direction are escaped as well.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..common.streams import printable
 
 
 def render(template: str, **values: Any) -> str:
-    """Return the page that a template makes of the values."""
+    """Return the page of a template."""
     page = _ENVIRONMENT.get_template(template).render(values)
-    # A per cent sign stays on the line of its number; no line begins with one.
+    # A per cent sign stays on the line of its number.
     return printable(re.sub(r"(?<=\d) %", "\u00a0%", page), lines=True)
 
 
 def as_yaml(values: Any) -> str:
-    """Return plain data as YAML for people; what is no plain data, as text."""
+    """Return values as YAML for people; objects that are not plain data are shown as text."""
     plain = json.loads(json.dumps(values, default=str))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
 

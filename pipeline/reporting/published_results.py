@@ -1,7 +1,6 @@
-"""What the paper has in a table's place: its numbers by row, and the published results that it
-lists next to its own.
+"""Numbers of the paper by row, and the published results that it lists next to its own.
 
-A plan of ablations gives them, cells.json carries them, a report prints them next to ours:
+A plan of ablations has them, cells.json stores them, and a report shows them next to ours:
 accuracies in per cent.
 """
 
@@ -16,10 +15,10 @@ from ..common.settings import Options
 
 
 class Accuracies(Options):
-    """What is known of one row and data set, per cent; a plain number is top 1.
+    """The published accuracies of one row and data set, in per cent; a plain number is top 1.
 
-    top1, per_clip and top5 are of the splits that the table is of; split1 is top 1 of split 1,
-    where those are several.
+    top1, per_clip and top5 are those of all splits of the table; split1 is top 1 of split 1 in a
+    table of several splits.
     """
 
     top1: float | None = Field(None, ge=0, le=100)
@@ -44,7 +43,7 @@ class Accuracies(Options):
 
 
 class Published(Options):
-    """A result that the paper lists and does not run itself; `numbers` by data set."""
+    """A result that the paper quotes from another publication; `numbers` by data set."""
 
     name: str
     network: str | None = None
@@ -54,7 +53,7 @@ class Published(Options):
 
     @property
     def label(self) -> str:
-        """`C3D, custom network, 16 frames, from scratch`, as far as it is known."""
+        """Name and settings, such as `C3D, custom network, 16 frames, from scratch`."""
         frames = (
             None if self.frames is None else f"{self.frames} frame{'s' if self.frames > 1 else ''}"
         )
@@ -64,10 +63,13 @@ class Published(Options):
 
 
 class PaperNumbers(Options):
-    """Numbers to print next to ours: `rows` by name of a row, then by data set; `published` below
-    our rows.
+    """The numbers of a table of the paper.
 
-    splits: those that the numbers are of, by default the plan's.
+    Attributes:
+        table: Name of the table.
+        rows: Accuracies by name of a row, then by data set.
+        published: Results that are shown below our rows.
+        splits: The splits of the numbers, by default those of the plan.
     """
 
     table: str
@@ -75,17 +77,23 @@ class PaperNumbers(Options):
     published: list[Published] = []
     splits: list[int] | None = Field(None, min_length=1)
 
-    def for_splits(self, found: Accuracies | None, ours: Collection[int]) -> dict[str, float]:
-        """Measure → number, per cent, of those that stand for the splits `ours`; of other splits
-        none is shown."""
-        if found is None:
+    def for_splits(
+        self, accuracies: Accuracies | None, splits: Collection[int]
+    ) -> dict[str, float]:
+        """Return the numbers that can be compared with a run of some splits, by measure.
+
+        Args:
+            accuracies: Numbers of a row, if the paper has it.
+            splits: The splits of our run.
+        """
+        if accuracies is None:
             return {}
-        numbers: dict[str, float] = found.model_dump(exclude_none=True)
-        theirs = set(ours) if self.splits is None else set(self.splits)
-        if theirs == {1} and "top1" in numbers:
+        numbers: dict[str, float] = accuracies.model_dump(exclude_none=True)
+        published = set(splits) if self.splits is None else set(self.splits)
+        if published == {1} and "top1" in numbers:
             numbers["split1"] = numbers["top1"]
-        if theirs != set(ours):
+        if published != set(splits):
             numbers = {name: value for name, value in numbers.items() if name == "split1"}
-        if set(ours) == {1} and "split1" in numbers:
+        if set(splits) == {1} and "split1" in numbers:
             numbers["top1"] = numbers["split1"]
         return numbers

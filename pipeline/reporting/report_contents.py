@@ -1,4 +1,4 @@
-"""What a report holds, before it becomes a page: numbers, tables and figures."""
+"""The content of a report: numbers, tables and figures, computed once for all output formats."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from ..common.tables import Column, Table
+from ..targets.picks import PickRule
 from .ablation_results import Ablation
 from .ablation_tables import EXPLAINED
 from .accuracy_tables import DASH, Difference, accuracy_table, differences, uncertainty_notes
-from .costs import cost_table
 from .figures.accuracy_figures import CLASS_GAINS
 from .figures.all_figures import draw_figures
 from .figures.canvas import Figure
 from .figures.entropy import read_stores
-from .figures.features import FEATURES, LEAST
+from .figures.features import FEATURES, MIN_VIDEOS
 from .run_pairs import Pair, named_pair
 from .runs import Run
 from .teacher_baselines import teacher_table
@@ -25,11 +25,20 @@ from .teacher_baselines import teacher_table
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is shown, computed once for all forms.
+    """The content of a report.
 
-    teachers: a linear probe of the targets that students learned from, where it can be made.
-    stores: identity of each store that a student was trained from, by its path.
-    notes: what could not be shown, and why.
+    Attributes:
+        runs: All runs.
+        accuracy: Table of the finetuned runs of no ablation.
+        differences: Paired differences of these.
+        findings: What their numbers show.
+        students: Table of the students, if there are any.
+        teachers: Linear probe of the targets that students were trained on, if possible.
+        costs: Table of costs, if a run has finished an epoch.
+        ablations: The ablations.
+        figures: The figures.
+        stores: Identity of each store that a student was trained from, by path.
+        notes: What could not be shown, and why.
     """
 
     runs: Sequence[Run]
@@ -46,12 +55,12 @@ class Report:
 
     @property
     def finetuned(self) -> list[Run]:
-        """The finetuned runs that stand alone; those of an ablation's cells are in its table."""
+        """The finetuned runs of no ablation; those of a cell are in the table of their ablation."""
         return alone(self.runs, self.ablations)
 
 
 def alone(runs: Sequence[Run], ablations: Sequence[Ablation]) -> list[Run]:
-    """The finetuned runs that belong to no ablation."""
+    """Return the finetuned runs of no ablation."""
     taken = {
         (ablation.folder / cell.record.finetune).resolve()
         for ablation in ablations
@@ -68,11 +77,18 @@ def make_report(
     pair: tuple[str, str] | None = None,
     open_urls: bool = False,
 ) -> Report:
-    """Recomputes every number from the runs' predictions, and draws what there is to draw.
+    """Recompute every number from the predictions of the runs, and draw the figures.
 
-    kinetics: a file of R(2+1)D weights to set beside a student's filters. pair: names of the runs
-    or rows that Figures 5 and 7 show, by default those of the largest gain. open_urls: read stores
-    that a run says are behind URLs. Raises WeightsError, UsageError.
+    Args:
+        runs: All runs.
+        ablations: The ablations.
+        kinetics: A file of R(2+1)D weights to compare with the filters of a student.
+        pair: Names of the runs or rows of Figures 5 and 7, by default those of the largest gain.
+        open_urls: Whether to read stores at URLs that are recorded in runs.
+
+    Raises:
+        WeightsError: `kinetics` cannot be read.
+        UsageError: `kinetics` has other weights, or `pair` names no runs.
     """
     chosen = named_pair(pair, runs, ablations) if pair is not None else None
     finetuned = alone(runs, ablations)
@@ -93,25 +109,25 @@ def make_report(
         ablations=ablations,
         figures=figures,
         stores={
-            path: store.identity for path, store in stores.items() if store.surveys is not None
+            path: store.identity for path, store in stores.items() if store.teachers is not None
         },
         notes=notes + (_not_drawn(chosen, figures) if chosen is not None else []),
     )
 
 
 def _not_drawn(pair: Pair, figures: Sequence[Figure]) -> list[str]:
-    """Why a figure of the chosen pair is not there."""
+    """Return a note for each figure of the chosen pair that is missing."""
     drawn = {figure.name for figure in figures}
     names = " and ".join(run.name for run in pair)
     reasons = {
-        FEATURES: f"Figure 5 of {names}: fewer than {LEAST} test videos with features in both",
+        FEATURES: f"Figure 5 of {names}: fewer than {MIN_VIDEOS} test videos with features in both",
         CLASS_GAINS: f"Figure 7 of {names}: no class differs",
     }
     return [reason for name, reason in reasons.items() if name not in drawn]
 
 
 def student_table(runs: Sequence[Run]) -> Table | None:
-    """One row a student run; None where there is none."""
+    """Tabulate one row per student, None if there is none."""
     students = [run for run in runs if run.kind == "student"]
     if not students:
         return None
@@ -148,7 +164,7 @@ def student_table(runs: Sequence[Run]) -> Table | None:
 
 
 def of_training(run: Run) -> str:
-    """A line where a student's number is of the clips that it was trained on."""
+    """Return a note if the explained fraction is that of training clips, else ""."""
     held_out = run.result.get("explained_by") == "held-out"
     return (
         ""
@@ -165,3 +181,39 @@ def _architecture(run: Run) -> str:
     if student.get("width", 1.0) != 1.0:
         words.append(f"width {student['width']}")
     return ", ".join(words)
+
+
+def cost_table(runs: Sequence[Run]) -> Table | None:
+    """Tabulate the costs of runs with a finished epoch, and their sums; None if there is none."""
+    runs = [run for run in runs if run.clips]
+    if not runs:
+        return None
+    columns = [Column("run"), Column("hours", True), Column("clips", True), Column("clips/s", True)]
+    table = Table("Costs", [*columns, Column("teacher forwards saved", True)])
+    for run in runs:
+        speed = run.result.get("clips_per_second")
+        saved = forwards_saved(run)
+        table.add(
+            run.name,
+            DASH if run.hours is None else f"{run.hours:.3f}",
+            f"{run.clips:,}",
+            f"{speed:.1f}" if isinstance(speed, int | float) else DASH,
+            f"{saved:,}" if saved else DASH,
+        )
+    hours = sum(run.hours or 0 for run in runs)
+    saved = sum(map(forwards_saved, runs))
+    table.add("all", f"{hours:.3f}", f"{sum(run.clips for run in runs):,}", DASH, f"{saved:,}")
+    table.notes = [
+        "hours: of training, without the test after finetuning; of a resumed run, its last part. teacher forwards "
+        "saved: clips × picked frames × teachers, whose logits were read from the store instead of being computed; "
+        "clips that the entropy filter rejected are not counted."
+    ]
+    return table
+
+
+def forwards_saved(run: Run) -> int:
+    """Return the frames × teachers whose logits a student's training has read from the store."""
+    if run.kind != "student" or not run.heads:
+        return 0
+    rule = PickRule.parse(str((run.config.get("targets") or {}).get("picks", "random")))
+    return run.clips * rule.n * len(run.heads)

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing but itself, and the same as Markdown."""
+"""The report as one self-contained HTML page, and as Markdown."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ FIGURES = "figures"  # folder next to the page
 
 
 def to_markdown(report: Report) -> str:
+    """Return the report as Markdown."""
     parts = ["# DistInit report\n"]
     if report.finetuned:
         parts += [report.accuracy.to_markdown(), "### What these numbers show\n"]
@@ -38,7 +39,9 @@ def to_markdown(report: Report) -> str:
             parts.append(figure.table.to_markdown())
     for run in report.runs:
         for failure in run.metrics["failed"] if run.metrics else []:
-            line = f"{run.name}: counted as wrong, could not be read: {failure['video']}: {failure['reason']}"
+            line = (
+                f"{run.name}: unreadable, counted as wrong: {failure['video']}: {failure['reason']}"
+            )
             parts.append(f"- {markdown_text(line)}")
     parts += [f"- {markdown_text(note)}" for note in report.notes]
     return "\n".join(parts).rstrip() + "\n"
@@ -71,13 +74,13 @@ def to_html(report: Report, version: str) -> str:
 
 
 def _ablation(ablation: Ablation, links: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the template shows of an ablation; a row leads to its first run."""
+    """Return the values of an ablation for the template; a row is a link to its first run."""
     rows = {
         cell.record.row: links[cell.run.name]
         for cell in reversed(ablation.cells)
         if cell.run is not None
     }
-    # The section's heading is what the tables' titles have in common.
+    # The common part of the titles is the heading of the section.
     tables = [
         dataclasses.replace(table, title=f"Accuracy on {short_dataset(dataset)}")
         for table, dataset in zip(ablation_tables(ablation), ablation.datasets, strict=True)
@@ -91,13 +94,13 @@ def _ablation(ablation: Ablation, links: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _details(run: Run, report: Report, links: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the template shows of a run: its origin, tables, and blocks of YAML."""
+    """Return the values of a run for the template: its origin, tables, and blocks of YAML."""
     tables: list[Table] = []
     blocks: list[tuple[str, Any]] = []
     if run.metrics is not None:
         for title, key in (
-            ("Test videos that could not be read, counted as wrong", "failed"),
-            ("Test videos that were tested although damaged", "damaged"),
+            ("Unreadable test videos, counted as wrong", "failed"),
+            ("Truncated test videos, tested as far as they can be read", "damaged"),
         ):
             tables += _reasons(title, run.metrics[key])
         tables.append(_class_table(run.metrics["per_class"]))
@@ -127,7 +130,7 @@ def _details(run: Run, report: Report, links: Mapping[str, str]) -> dict[str, An
 
 def _origin(run: Run, report: Report, links: Mapping[str, str]) -> dict[str, str] | None:
     """Return the store or the run that a run was trained from, if the page shows it."""
-    verb, key = ("Learned from", "store") if run.kind == "student" else ("Began from", "init")
+    verb, key = ("Trained on", "store") if run.kind == "student" else ("Initialised from", "init")
     path = str(run.config.get(key))
     for number, store in enumerate(report.stores, start=1):
         if store == path:

@@ -1,5 +1,4 @@
-"""Which two runs the figures of a pair show (Figures 5 and 7): those that are named, else the
-largest gain."""
+"""Choose the two runs of Figures 5 and 7: those that are named, or those of the largest gain."""
 
 from __future__ import annotations
 
@@ -12,18 +11,23 @@ from .accuracy_tables import comparable
 from .runs import Run
 
 Pair = tuple[Run, Run]
-NAMED = 20  # names that an error lists, at most
+MAX_NAMES = 20  # that an error lists
 
 
-def largest_gain(runs: Sequence[Run], alike: Mapping[Path, str]) -> Pair | None:
-    """The run that gains most over its base, and the base; None where no two runs can be compared.
+def largest_gain(runs: Sequence[Run], rows: Mapping[Path, str]) -> Pair | None:
+    """Return the run with the largest gain over its base, and the base.
 
-    alike: what runs share, by folder, that differ in their seeds alone; by default it is their
-        start.
+    Args:
+        runs: The runs.
+        rows: Run folder → row of an ablation. Runs of one row, or of one initialisation without a
+            row, differ only in their seeds and are not compared.
+
+    Returns:
+        None if no two runs can be compared.
     """
 
     def kind(run: Run) -> str:
-        return alike.get(run.path, run.init)
+        return rows.get(run.path, run.init)
 
     pairs = [
         (run.metrics["top1"]["value"] - base.metrics["top1"]["value"], run, base)
@@ -36,13 +40,15 @@ def largest_gain(runs: Sequence[Run], alike: Mapping[Path, str]) -> Pair | None:
 
 
 def named_pair(names: tuple[str, str], runs: Sequence[Run], ablations: Sequence[Ablation]) -> Pair:
-    """The runs of these names; a row of an ablation stands for its finished runs, of which the
-    first two are taken that were tested on the same videos with the same labels, of equal seeds if
-    there are such.
+    """Return two runs by name.
 
-    Raises UsageError, one line: a name that is none, runs that cannot be compared.
+    A row of an ablation stands for its finished runs. The first two that were tested on the same
+    videos with the same labels are returned, if possible with equal seeds.
+
+    Raises:
+        UsageError: A name is unknown, or the runs cannot be compared.
     """
-    first, second = (_of(name, runs, ablations) for name in names)
+    first, second = (_runs_named(name, runs, ablations) for name in names)
     groups = {
         run.path: number for number, (_, group) in enumerate(comparable(runs)) for run in group
     }
@@ -52,21 +58,21 @@ def named_pair(names: tuple[str, str], runs: Sequence[Run], ablations: Sequence[
         for b in second
         if a.path != b.path and groups[a.path] == groups[b.path]
     ]
-    found = min(pairs, key=lambda pair: _place(pair[0]) != _place(pair[1]), default=None)
-    if found is None:
+    pair = min(pairs, key=lambda pair: _setting(pair[0]) != _setting(pair[1]), default=None)
+    if pair is None:
         a, b = (repr(name) for name in names)
         raise UsageError(
             f"--pair {a} {b}: no two runs of these names were tested on the same videos and labels"
         )
-    return found
+    return pair
 
 
-def _place(run: Run) -> tuple[str, str, object]:
+def _setting(run: Run) -> tuple[str, str, object]:
     return run.dataset, run.split, (run.config.get("loop") or {}).get("seed")
 
 
-def _of(name: str, runs: Sequence[Run], ablations: Sequence[Ablation]) -> list[Run]:
-    """The tested runs that a name stands for."""
+def _runs_named(name: str, runs: Sequence[Run], ablations: Sequence[Ablation]) -> list[Run]:
+    """Return the tested runs of a name."""
     tuned = [run for run in runs if run.kind == "finetune"]
     rows: dict[str, list[Run]] = {}
     for ablation in ablations:
@@ -75,11 +81,11 @@ def _of(name: str, runs: Sequence[Run], ablations: Sequence[Ablation]) -> list[R
     named = [run for run in tuned if run.name == name] or rows.get(name)
     if named is None:
         known = list(dict.fromkeys([*rows, *(run.name for run in tuned)]))
-        shown = "; ".join(known[:NAMED]) + (
-            f"; and {len(known) - NAMED} more" if len(known) > NAMED else ""
+        shown = "; ".join(known[:MAX_NAMES]) + (
+            f"; and {len(known) - MAX_NAMES} more" if len(known) > MAX_NAMES else ""
         )
         raise UsageError(
-            f"--pair {name!r}: no finetuned run and no row of that name; there are: {shown or 'none'}"
+            f"--pair {name!r}: expected a finetuned run or a row: {shown or 'none exists'}"
         )
     tested = [run for run in named if run.predictions is not None]
     if not tested:

@@ -1,8 +1,8 @@
-"""Run folders as a report sees them: what was asked for, what came out, and how training went.
+"""Read run folders for a report: config, result, predictions and training history.
 
-A run folder holds `config.yaml` (one section, named after its command), `metrics.jsonl` (training),
-and when its command is done `result.json`; a finetuned one `predictions.h5` as well. Accuracies are
-recomputed from the predictions; result.json is only believed for what cannot be.
+A run folder has `config.yaml` (one section, named after its command), `metrics.jsonl` (training),
+and once its command is finished `result.json`; a finetuned one has `predictions.h5` too. Accuracies
+are recomputed from the predictions; result.json is used for what cannot be recomputed.
 """
 
 from __future__ import annotations
@@ -115,8 +115,7 @@ class _Header(Form):
 
 
 class _Logged(Form):
-    """The members of a line of metrics.jsonl that a report requires; other numbers may be missing
-    or null."""
+    """The required members of a line of metrics.jsonl; other numbers may be missing or null."""
 
     what = "a record of a training"
 
@@ -126,8 +125,7 @@ class _Logged(Form):
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `metrics` and `predictions` are None where the run has not been evaluated
-    (yet)."""
+    """One run folder; `metrics` and `predictions` are None if the run was not evaluated."""
 
     name: str
     path: Path
@@ -140,31 +138,33 @@ class Run:
 
     @property
     def init(self) -> str:
-        """How the backbone began: `scratch`, `inflate:…`, `kinetics…`, or the name of the run or
-        file it came from."""
-        typed = str(self.config.get("init", "scratch"))
-        kind, colon, where = typed.partition(":")
+        """Initialisation: `scratch`, `inflate:…`, `kinetics…`, or the name of a run or file."""
+        init = str(self.config.get("init", "scratch"))
+        kind, colon, where = init.partition(":")
         return (
             f"{kind}:{short_path(where)}"
             if colon and kind in ("inflate", "kinetics", "hf")
-            else short_path(typed)
+            else short_path(init)
         )
 
     @property
     def dataset(self) -> str:
+        """Short name of the data set."""
         return short_dataset(str(self.config.get("dataset", "")))
 
     @property
     def split(self) -> str:
+        """Split of the data set."""
         return str(self.result.get("split") or self.config.get("split") or 1)
 
     @property
-    def failed(self) -> int:
+    def num_unreadable(self) -> int:
+        """Number of unreadable test videos."""
         return len(self.metrics["failed"]) if self.metrics else 0
 
     @property
     def model(self) -> Path:
-        """The exported model, of a finished run."""
+        """File of the exported model; it exists once the run is finished."""
         return self.path / (STUDENT_FILE if self.kind == "student" else MODEL_FILE)
 
     @property
@@ -174,8 +174,7 @@ class Run:
 
     @property
     def header(self) -> dict[str, Any]:
-        """Return the metadata in the header of the exported model; empty if no model was exported
-        yet.
+        """Metadata in the header of the exported model, {} before it is exported.
 
         Raises:
             CheckpointError: The file is damaged, or its header has another form.
@@ -191,36 +190,33 @@ class Run:
 
     @property
     def heads(self) -> list[str]:
-        """The exported model's heads, a teacher each after train-student."""
+        """Names of the heads of the exported model, one per teacher after train-student."""
         return list(self.header.get("heads", {}))
 
     @property
     def hours(self) -> float | None:
-        """What its command took, of a finished run; of a resumed one its last part."""
+        """Duration of a finished run in hours; of a resumed run, that of its last part."""
         seconds = self.result.get("seconds")
         return float(seconds) / 3600 if isinstance(seconds, int | float) else None
 
     @property
     def explained_fraction(self) -> float | None:
-        """How far a student came from the best constant predictor (0) to its targets (1).
-
-        Measured on held-out clips if there are any.
-        """
+        """Explained fraction of a student, on held-out clips if there are any."""
         value = self.result.get("explained_fraction")
         return float(value) if isinstance(value, int | float) else None
 
     @property
     def clips(self) -> int:
-        """Clips trained on so far: steps times clips a step."""
+        """Clips trained on so far: steps times batch size."""
         size = (self.config.get("loop") or {}).get("batch_size")
         return int(self.last("epoch").get("step", 0)) * int(size or 0)
 
     def last(self, kind: str) -> dict[str, Any]:
-        """The last record of a kind in metrics.jsonl, `train` or `epoch`."""
+        """Return the last record of a kind in metrics.jsonl, `train` or `epoch`."""
         return next((r for r in reversed(self.history) if r.get("kind") == kind), {})
 
     def curve(self, key: str) -> Line:
-        """The logged values of `key` during training, by step."""
+        """Return the logged values of `key` during training, by step."""
         logged = [r for r in self.history if r.get("kind") == "train"]
         points = [(r["step"], r[key]) for r in logged if isinstance(r.get(key), int | float)]
         values = np.array(points, dtype=np.float64).reshape(-1, 2)
@@ -233,17 +229,21 @@ def find_runs(
     ablations: Collection[Path] = (),
     problems: list[str] | None = None,
 ) -> list[Run]:
-    """The runs in these folders, each itself a run or a folder of runs, in the order given, then by
-    name.
+    """Read the runs in some folders, in the order of the folders, then by name.
 
-    names: of runs that have one, by their resolved folders; these runs come last, in this order.
-    ablations: resolved folders of ablations, whose steps without a name are an earlier plan's and
-    do not count; they may hold no run.
-    problems: takes a line for each run that cannot be read, which is left out; without it, or where
-    no run can be read, the first such error is raised. Raises SourceError where a folder does not
-    exist, or holds no run and is not of an ablation; and as `read_run`.
+    Args:
+        folders: Run folders, or folders that contain them.
+        names: Resolved run folder → name; these runs come last, in this order.
+        ablations: Resolved folders of ablations. Their steps without a name belong to an earlier
+            plan and are skipped; they may have no run.
+        problems: Receives a line for each run that cannot be read, which is skipped. Without it, or
+            if no run can be read, the first such error is raised.
+
+    Raises:
+        SourceError: A folder does not exist, or has no run and is not that of an ablation; and as
+            `read_run`.
     """
-    found: dict[Path, Path] = {}
+    roots: dict[Path, Path] = {}
     for folder in folders:
         root = Path(folder)
         if not root.is_dir():
@@ -251,34 +251,34 @@ def find_runs(
         runs = [Path(path).resolve() for path in _walk(root)]
         if not runs and root.resolve() not in ablations:
             raise SourceError(
-                f"{folder}: no run in it (a run folder holds the config.yaml of train-student or finetune)"
+                f"{folder}: has no run (a run folder has the config.yaml of train-student or finetune)"
             )
-        found.update(dict.fromkeys(runs, root))
-    known = {path: name for path, name in (names or {}).items() if path in found}
+        roots.update(dict.fromkeys(runs, root))
+    named = {path: name for path, name in (names or {}).items() if path in roots}
     steps = {folder / inner for folder in ablations for inner in STEP_FOLDERS.values()}
-    others = [path for path in found if path not in known and path.parent not in steps]
-    every = dict(zip(others, _distinct_names(others), strict=True)) | known
+    others = [path for path in roots if path not in named and path.parent not in steps]
+    every = dict(zip(others, _distinct_names(others), strict=True)) | named
     read: list[Run] = []
     errors: dict[str, DistInitError] = {}
     for path, name in every.items():
         try:
-            read.append(read_run(path, name, found[path]))
+            read.append(read_run(path, name, roots[path]))
         except DistInitError as error:
             errors[name] = error
     if errors and (problems is None or not read):
         raise next(iter(errors.values()))
     if problems is not None:
-        problems += [f"{name}: left out: {reason}" for name, reason in errors.items()]
+        problems += [f"{name}: skipped: {reason}" for name, reason in errors.items()]
     return read
 
 
 def _walk(root: Path) -> list[str]:
     paths = []
-    for here, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.endswith(".zarr"))
-        if CONFIG in files and _kind(Path(here), root) is not None:
-            paths.append(here)
-            folders.clear()  # a run holds no other runs
+        if CONFIG in files and _kind(Path(folder), root) is not None:
+            paths.append(folder)
+            folders.clear()  # a run contains no other runs
     return paths
 
 
@@ -293,11 +293,11 @@ def _read_config(path: Path, inside: Path) -> dict[str, Any]:
         content = load_yaml(read_bytes(file, inside).decode("utf-8"))
         return plain_data(content) if isinstance(content, dict) else {}
     except (SourceError, ValueError, yaml.YAMLError):
-        return {}  # a foreign config.yaml makes no run
+        return {}  # a third-party config.yaml is not a run
 
 
 def _distinct_names(paths: list[Path]) -> list[str]:
-    """Folder names, with as many parents as tell them apart."""
+    """Return folder names, with as many parents as make them distinct."""
     depth = 1
     while True:
         names = ["/".join(path.parts[-depth:]) for path in paths]
@@ -324,7 +324,8 @@ def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
     command, kind = next(item for item in KINDS.items() if item[0] in config)
     section = require_form(config[command] or {}, _Config, f"{path / 'config.yaml'}: {command}")
     section = current_keys(section)
-    if "store" in section:  # an older version recorded URLs with their passwords
+    # Version 0.1 recorded URLs with their passwords.
+    if "store" in section:
         section = {**section, "store": public_url(str(section["store"]))}
     result, predictions, metrics = _read_result(path / RESULT, inside), None, None
     file = path / "predictions.h5"
@@ -355,8 +356,7 @@ def _read_result(file: Path, inside: Path) -> dict[str, Any]:
 
 
 def _read_history(file: Path, inside: Path) -> list[dict[str, Any]]:
-    """Return kind, step and numbers of each line of metrics.jsonl, without a last line that is only
-    half written."""
+    """Return kind, step and numbers of each line of metrics.jsonl, up to an incomplete line."""
     records = []
     for number, line in enumerate(read_bytes(file, inside).splitlines(), start=1):
         try:
@@ -374,13 +374,12 @@ def _read_history(file: Path, inside: Path) -> list[dict[str, Any]]:
 
 
 def _drawable(value: float) -> bool:
-    """Return whether a number can be drawn: a diverged loss may be so large that arithmetic on axes
-    overflows."""
+    """Return whether a number can be drawn: with a diverged loss, arithmetic on axes overflows."""
     return math.isfinite(value) and abs(value) < 1e30
 
 
 def short_path(path: str) -> str:
-    """The last part of a path that says something: a run's folder, not the file in it."""
+    """Shorten a path to its last part that identifies it: the folder of a run, not a file in it."""
     p = Path(path)
     generic = p.suffix in (".safetensors", ".pt") and p.stem in ("student", "model", "last", "best")
     return (p.parent if generic else p).name or path

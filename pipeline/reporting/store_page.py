@@ -1,5 +1,4 @@
-"""The summary of a store as one HTML page: pictures and charts inside, nothing fetched, no
-script."""
+"""The summary of a store as one self-contained HTML page without scripts."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ from .charts import Chart, Line, bar_chart, line_chart
 from .html_page import render
 from .store_summary import StoreSummary, TeacherSummary, VideoSummary
 
-FREQUENT = 10  # classes of the table of frequencies
-LISTED = 1000  # failures
-REASONS = 20  # of failures, with their counts
+FREQUENT = 10  # classes in the table of frequencies
+LISTED = 1000  # failed videos in their table
+REASONS = 20  # reasons of failures in their table
 
 
 def store_page(summary: StoreSummary, version: str) -> str:
@@ -57,7 +56,7 @@ def _curves(video: VideoSummary, highest: float, legend: bool) -> Chart | None:
 
 
 def _teacher(teacher: TeacherSummary) -> dict[str, Any]:
-    """Return what the template shows of a teacher; `caption` is None if it has no rows."""
+    """Return the values of a teacher for the template; `caption` is None if it has no rows."""
     stats = teacher.teacher_stats
     shown: dict[str, Any] = {
         "name": stats.teacher,
@@ -85,9 +84,9 @@ def _caption(stats: TeacherStats, highest: float) -> str:
         else f" of {len(stats.rows):,} frames spread over the store,"
     )
     return (
-        f"How certain the teacher is: entropies{part} from 0 to ln {len(stats.classes):,} = {highest:.2f} nats. Median "
-        f"{quantiles[0.5]:.2f}; 5 to 95 %: {quantiles[0.05]:.2f} to {quantiles[0.95]:.2f}. A filter max_entropy keeps "
-        "what is to the left of it."
+        f"Confidence of the teacher: entropies{part} from 0 to ln {len(stats.classes):,} = {highest:.2f} nats. Median "
+        f"{quantiles[0.5]:.2f}; 5 to 95 %: {quantiles[0.05]:.2f} to {quantiles[0.95]:.2f}. The filter max_entropy "
+        "keeps the frames to its left."
     )
 
 
@@ -97,7 +96,7 @@ def _frequent_classes(stats: TeacherStats) -> Table:
         table.add(label, f"{100 * share:.1f}")
     distinct = len(np.unique(stats.top))
     table.notes = [
-        f"{distinct:,} of {len(stats.classes):,} classes are the best one of some frame."
+        f"{distinct:,} of {len(stats.classes):,} classes are the best one of at least one frame."
     ]
     return table
 

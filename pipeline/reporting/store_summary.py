@@ -1,8 +1,6 @@
-"""The summary of a target store: sampled videos with the predictions of the teachers, and their
-entropies.
+"""Summarize a target store: sampled videos, predictions and entropies of the teachers, failures.
 
-Nothing here is shown; `store_page` does that. Shapes: N cached frames of a video, F pictures of
-it.
+`store_page` makes a page of it. Shapes: N cached frames of a video, F pictures of it.
 """
 
 from __future__ import annotations
@@ -28,16 +26,18 @@ from ..video.frames import read_frames
 from ..video.geometry import View
 
 STRIP = 8  # pictures of a sampled video
-EXTREMES = 8  # most and least confident frames of a teacher, each of another video
+EXTREMES = 8  # most and least confident frames of a teacher, one per video
 LABELS = 3  # best classes named under a picture
-HEIGHT = 96  # of a picture, short side
+HEIGHT = 96  # short side of a picture, in pixels
 QUALITY = 80
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction of one teacher for a frame: its best classes with their probabilities
-    (τ = 1), and the entropy in nats."""
+    """The best classes of a teacher for a frame with their probabilities (τ = 1), and the entropy.
+
+    The entropy is in nats.
+    """
 
     labels: Sequence[tuple[str, float]]
     entropy: float
@@ -45,8 +45,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Picture:
-    """A cached frame: `jpeg` as a data URL, None where the video cannot be read; `predictions` by
-    teacher."""
+    """A cached frame: `jpeg` as a data URL, None if it is unreadable; `predictions` by teacher."""
 
     video: str
     index: int
@@ -71,8 +70,7 @@ class VideoSummary:
 
 @dataclass(frozen=True)
 class TeacherSummary:
-    """A teacher over the whole store, with the frames of lowest and highest entropy, each of
-    another video."""
+    """A teacher over the whole store, with frames of lowest and highest entropy, one per video."""
 
     teacher_stats: TeacherStats
     lowest_entropy: Sequence[Picture]
@@ -81,7 +79,7 @@ class TeacherSummary:
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """Everything that the page shows. states: videos by status."""
+    """The content of the page; `states` has the number of videos by status."""
 
     store: TargetStore
     states: Mapping[str, int]
@@ -91,25 +89,26 @@ class StoreSummary:
 
 
 class FrameReader:
-    """Small JPEGs of a store's videos through the readers of training, from the originals or from
-    copies of them.
+    """Read small JPEGs of a store's videos, from originals or copies, as a training reads them.
 
-    teacher_states: status of each video [V] by teacher.
+    Attributes:
+        teacher_states: Status of each video [V] by teacher.
     """
 
     def __init__(self, store: TargetStore, video_roots: Mapping[str, str]) -> None:
         self.store, self.video_roots = store, video_roots
         self.prepared: Mapping[str, PreparedCorpus] = prepared_corpora(video_roots)
-        # Once: each is a pass over all segments.
+        # Computed once, since each is a pass over all segments.
         self.teacher_states = {
             name: store.index.teacher_state(name) for name in store.teachers_of("logits")
         }
 
     def read(self, video: int, index: NDArray[np.int64], pts: NDArray[np.int64]) -> list[str]:
-        """A data URL of each of the frames index [F] at pts [F].
+        """Return a data URL for each of the frames with index [F] and pts [F].
 
-        Raises VideoError (missing, damaged) and StoreMismatchError (not the file that the teachers
-        saw).
+        Raises:
+            VideoError: The video is missing or unreadable.
+            StoreMismatchError: The file is not the one that the teachers saw.
         """
         store, view = self.store, View(resize=HEIGHT)
         corpus, _ = store.place(video)
@@ -129,11 +128,18 @@ class FrameReader:
 def summarize_store(
     store: TargetStore, count: int, *, seed: int = 0, video_roots: Mapping[str, str] | None = None
 ) -> StoreSummary:
-    """Gather it: `count` random videos with rows, each teacher's labels, entropies and extremes,
-    all failures.
+    """Sample videos of a store, and gather statistics of its teachers and failures.
 
-    video_roots: corpus → folder where it lies now, or of copies. A video that cannot be read is
-    shown with the reason in place of its pictures. Raises StoreError.
+    An unreadable video is shown with the reason instead of its pictures.
+
+    Args:
+        store: The store.
+        count: Videos to sample among those with rows.
+        seed: Seed of the sample.
+        video_roots: Corpus → folder where it is located now, or of prepared copies.
+
+    Raises:
+        StoreError: The store is damaged.
     """
     reader = FrameReader(store, video_roots or {})
     state = store.video_state
@@ -171,7 +177,7 @@ def _video(store: TargetStore, video: int, reader: FrameReader) -> VideoSummary:
 def _seconds(
     store: TargetStore, video: int, index: NDArray[np.int64], pts: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Time since the first cached frame [N]; frame numbers where the file has no clock."""
+    """Return the time since the first cached frame [N], from frame numbers without a clock."""
     record = store.video(video)
     if record.time_base is not None and record.clock == "pts":
         return (pts - pts[0]) * float(record.time_base)
@@ -188,7 +194,7 @@ def _pictures(
     seconds: NDArray[np.float64],
     rows: NDArray[np.int64],
 ) -> list[Picture]:
-    """F cached frames of one video, read in one pass."""
+    """Read F cached frames of one video in one pass."""
     problem: str | None = None
     jpegs: list[str] | list[None] = [None] * len(rows)
     try:
@@ -236,8 +242,10 @@ def _extremes(
     rows: NDArray[np.int64],
     videos: NDArray[np.int64],
 ) -> list[Picture]:
-    """The first rows in the order given, each of another video: neighbours of a frame would all
-    look like it."""
+    """Return the first rows in the given order, at most one per video.
+
+    Neighbours of a frame would all look like it.
+    """
     _, first = np.unique(videos, return_index=True)
     pictures = []
     for at in np.sort(first)[:EXTREMES]:
@@ -252,7 +260,7 @@ def _extremes(
 
 
 def _data_url(image: NDArray[np.uint8]) -> str:
-    """uint8 [h, w, 3] RGB → a JPEG that an <img> shows without a file."""
+    """Encode RGB uint8 [h, w, 3] as the data URL of a JPEG."""
     out = io.BytesIO()
     Image.fromarray(image).save(out, "JPEG", quality=QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -140,7 +140,7 @@ def test_clips_are_the_frames_of_the_formula(dataset: str) -> None:
     last frame."""
     labels = load_labels(dataset)
     view = ClipView(size=32)
-    clips = EvaluationClips(labels, labels.test, view, length=16, clips=10)
+    clips = EvaluationClips(labels, labels.test, view, clip_frames=16, clips=10)
     for i, video in enumerate(labels.test[:4]):
         row = clips[(0, i)]
         n = row["frames"]
@@ -164,7 +164,8 @@ def test_clips_are_the_frames_of_the_formula(dataset: str) -> None:
 def test_training_clips_are_pure_and_lie_inside_their_video(dataset: str) -> None:
     labels = load_labels(dataset)
     first, second = (
-        LabelledClips(labels, ClipView(size=32), length=4, seed=3, epoch_clips=8) for _ in range(2)
+        LabelledClips(labels, ClipView(size=32), clip_frames=4, seed=3, epoch_clips=8)
+        for _ in range(2)
     )
     keys = [(e, s) for e in range(3) for s in range(8)]
     forward = {key: first[key] for key in keys}
@@ -188,7 +189,7 @@ def test_scores_do_not_depend_on_the_batch_size_or_the_workers(
     dataset: str, finished: tuple[Path, dict[str, Any]]
 ) -> None:
     student, labels = load_student(finished[0]), load_labels(dataset)
-    clips = EvaluationClips(labels, labels.test, ClipView(size=32), length=4, clips=10)
+    clips = EvaluationClips(labels, labels.test, ClipView(size=32), clip_frames=4, clips=10)
     found = []
     for batch_size, workers in ((1, 0), (16, 0), (64, 2)):
         tables = Predictions.empty(
@@ -247,7 +248,7 @@ def test_a_video_that_crashes_its_decoder_costs_itself_alone(
     tables = Predictions.empty(
         labels.classes, videos, [v.label for v in labels.test], 10, protocol={}, identity={}
     )
-    clips = Crashing(labels, labels.test, ClipView(size=32), length=4, clips=10)
+    clips = Crashing(labels, labels.test, ClipView(size=32), clip_frames=4, clips=10)
     predict(student, clips, tables, batch_size=16, workers=2, device=torch.device("cpu"))
     assert [f["video"] for f in tables.failures()] == [videos[2], "broken.mp4"]
     assert tables.reasons[2] == "its decoder crashed"
@@ -335,7 +336,7 @@ def test_finetuning_begins_where_another_run_ended(
     )
     assert sorted(result["tensors_left"]) == ["fc.bias", "fc.weight"]
     shown = capfd.readouterr()
-    assert "tensors loaded" in shown.err
+    assert f"{result['tensors_loaded']} tensors" in shown.err
     assert "broken.mp4" in shown.err
     assert "top 1" in shown.out
     before, after = load_student(finished[0]), load_student(out)

@@ -68,7 +68,9 @@ def test_copies_give_the_clips_of_the_originals(folder: tuple[Path, Path]) -> No
     labels = load_labels(f"folder:{root}")
     copied = load_labels(f"folder:{root}", copies=os.fspath(small))
     assert (copied.train, copied.test, copied.root) == (labels.train, labels.test, labels.root)
-    a, b = (LabelledClips(each, VIEW, length=4, seed=3, epoch_clips=6) for each in (labels, copied))
+    a, b = (
+        LabelledClips(each, VIEW, clip_frames=4, seed=3, epoch_clips=6) for each in (labels, copied)
+    )
     for sample in range(6):
         x, y = a[1, sample], b[1, sample]
         assert (x["video"], x["start"], x["label"]) == (y["video"], y["start"], y["label"])
@@ -76,7 +78,9 @@ def test_copies_give_the_clips_of_the_originals(folder: tuple[Path, Path]) -> No
         assert (
             0 < (x["clip"].int() - y["clip"].int()).abs().float().mean() < 6
         )  # other pixels, the same picture
-    c, d = (EvaluationClips(each, each.test, VIEW, length=4, clips=3) for each in (labels, copied))
+    c, d = (
+        EvaluationClips(each, each.test, VIEW, clip_frames=4, clips=3) for each in (labels, copied)
+    )
     for i in range(6):
         x, y = c[0, i], d[0, i]
         assert (x["frames"], x["starts"].tolist(), y["note"]) == (
@@ -182,7 +186,7 @@ def test_what_is_no_copy_of_the_labelled_video_is_not_read(
     os.utime(root / "test" / "red" / "1.mp4")  # the same file, touched
     (small / "actions" / "test" / "blue" / "0.mp4.mp4").unlink()
     labels = load_labels(f"folder:{root}", copies=os.fspath(small))
-    clips = EvaluationClips(labels, labels.test, VIEW, length=4, clips=3)
+    clips = EvaluationClips(labels, labels.test, VIEW, clip_frames=4, clips=3)
     errors = {video.path: clips[0, i].get("error") for i, video in enumerate(labels.test)}
     assert (
         errors.pop("test/red/0.mp4")

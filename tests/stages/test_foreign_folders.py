@@ -23,7 +23,7 @@ from distinit.pipeline.corpus.sources import MARKER
 from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.evaluation.predictions import Predictions
-from distinit.pipeline.evaluation.protocol import refuse_other
+from distinit.pipeline.evaluation.protocol import check_result_dir
 from distinit.pipeline.evaluation.splits import split_folders
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
@@ -262,13 +262,13 @@ def test_predictions_are_kept_unless_a_test_of_ours_wrote_them(tmp_path: Path) -
         folder.mkdir()
         (folder / name).write_bytes(THEIRS)
         with pytest.raises(UsageError, match="--out"):
-            refuse_other(folder, mine)
+            check_result_dir(folder, mine)
     interrupted = tmp_path / "interrupted"
     interrupted.mkdir()
     Predictions.empty(["a"], ["v.mp4"], [0], 1, protocol={}, identity={}).write(
         interrupted / "predictions.partial.h5"
     )
-    refuse_other(interrupted, mine)
+    check_result_dir(interrupted, mine)
 
 
 def test_a_folder_of_copies_is_known_by_its_marker_and_one_that_was_only_claimed(

@@ -1,5 +1,4 @@
-"""Accuracies and differences with their intervals, the gain of each class (Figure 7), and curves of
-training."""
+"""Figures of accuracies and differences, of the gain of each class (Figure 7), and of losses."""
 
 from __future__ import annotations
 
@@ -15,43 +14,43 @@ from ..runs import Run
 from .canvas import INK, Figure, colour, finish, line_style, new_canvas, short
 
 CLASS_GAINS = "figure-7-classes"
-CLASSES = 12  # of the largest gains, and as many of the largest losses
+CLASSES = 12  # with the largest gains, and as many with the largest losses
 Row = tuple[str, float, float, float]
 """Name, value and the ends of its interval."""
-CURVES = 8  # in one panel; more cannot be told apart
+CURVES = 8  # in one panel; more cannot be distinguished
 
 
 def accuracies(runs: Sequence[Run]) -> Figure | None:
-    """Top 1 of each evaluated run with its interval."""
+    """Draw top 1 of each evaluated run with its interval."""
     rows = [points(run.name, Estimate(**run.metrics["top1"])) for run in runs if run.metrics]
     if not rows:
         return None
     return _whiskers(
         rows, "accuracy", "Top 1 of each run", "top 1 accuracy, %", None,
-        "The dot is the run’s top 1, the line its 95 % bootstrap interval over the test videos. Where intervals "
-        "overlap widely, look at the paired differences: they are sharper.",
+        "The dot is the run’s top 1, the line its 95 % bootstrap interval over the test videos. If intervals overlap, "
+        "look at the paired differences: their intervals are narrower.",
     )  # fmt: skip
 
 
 def paired(differences: Sequence[Difference]) -> Figure | None:
-    """Paired differences of single runs."""
+    """Draw the paired differences of single runs."""
     rows = [points(f"{d.run.name} − {d.base.name}", d.estimate) for d in differences]
     return gains(rows, "differences", "Paired differences", "difference in top 1, points")
 
 
 def points(name: str, estimate: Estimate) -> Row:
-    """The estimate in points of per cent."""
+    """Return an estimate in percentage points."""
     return name, 100 * estimate.value, 100 * estimate.low, 100 * estimate.high
 
 
 def gains(rows: Sequence[Row], name: str, title: str, axis: str) -> Figure | None:
-    """Differences in points (name, value, low, high) around the line of no difference."""
+    """Draw differences in points around the line of no difference."""
     if not rows:
         return None
     return _whiskers(
         rows, name, title, axis, 0.0,
-        "Differences on the same test videos, paired, with 95 % intervals. A line that crosses zero leaves open which "
-        "is better.",
+        "Differences on the same test videos, paired, with 95 % intervals. A line that crosses zero does not show "
+        "which is better.",
     )  # fmt: skip
 
 
@@ -60,7 +59,7 @@ def _whiskers(
 ) -> Figure:
     canvas, (ax,) = new_canvas(8, 0.9 + 0.32 * len(rows))
     for i, (_, value, low, high) in enumerate(rows):
-        # An interval of a few videos may leave its own mean out.
+        # The interval of a few videos may not contain their mean.
         below, above = max(0.0, value - low), max(0.0, high - value)
         ax.errorbar(
             value, i, xerr=[[below], [above]], fmt="o", color=colour(i), capsize=3, lw=1.8, ms=6
@@ -75,7 +74,7 @@ def _whiskers(
 
 
 def class_gains(found: Comparison, a: Run, b: Run) -> Figure | None:
-    """Figure 7: the classes that A gets right more often than B, and less often."""
+    """Draw Figure 7: the classes in which A is better or worse than B."""
     changed = [(name, gain) for name, gain in found.classes.items() if gain.estimate.value != 0]
     if not changed:
         return None
@@ -97,14 +96,14 @@ def class_gains(found: Comparison, a: Run, b: Run) -> Figure | None:
     same = len(found.classes) - len(changed)
     caption = (
         f"Top 1 of {a.name} minus that of {b.name}, by class, with the number of its test videos; thin lines are 95 % "
-        f"intervals, each on its own. Shown are the largest gains and losses, at most {CLASSES} each; {same} of "
-        f"{len(found.classes)} classes do not differ."
+        f"intervals, not corrected for the number of classes. Shown are the largest gains and losses, at most "
+        f"{CLASSES} each; {same} of {len(found.classes)} classes do not differ."
     )
     return finish(canvas, CLASS_GAINS, "Figure 7: which classes gain", caption, [a.name, b.name])
 
 
 def curves(runs: Sequence[Run], kind: str, title: str) -> Figure | None:
-    """The loss during training of the first CURVES runs of a kind that logged one."""
+    """Draw the training loss of the first CURVES runs of a kind that logged one."""
     lines: list[Line] = [thin(run.curve("loss")) for run in runs if run.kind == kind]
     lines = [line for line in lines if len(line.x) > 0]
     if not lines:
@@ -133,12 +132,12 @@ def curves(runs: Sequence[Run], kind: str, title: str) -> Figure | None:
     more = f" The first {CURVES} of {len(lines)} runs." if len(lines) > CURVES else ""
     return finish(
         canvas, f"curves-{kind}", title,
-        f"The loss by step as logged during training, each point the mean since the one before.{more} A curve that "
-        "still falls at its end stands for a schedule that was too short.",
+        f"The loss by step as logged during training; each point is the mean since the previous one.{more} A curve "
+        "that still falls at its end belongs to a schedule that was too short.",
         [line.name for line in shown],
     )  # fmt: skip
 
 
 def spread_of(values: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation (n − 1; 0 of one value), in per cent, of fractions [n]."""
+    """Return mean and standard deviation (n − 1; 0 for one value) of fractions [n] in per cent."""
     return 100 * float(values.mean()), 100 * float(values.std(ddof=1)) if len(values) > 1 else 0.0

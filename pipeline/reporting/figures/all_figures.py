@@ -1,4 +1,4 @@
-"""The figures of a report: each one for which the data are there."""
+"""The figures of a report, as far as there is data for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..run_pairs import Pair, largest_gain
 from ..runs import Run, short_path
 from .accuracy_figures import accuracies, class_gains, curves, gains, paired, points
 from .canvas import Figure, styled
-from .entropy import StoreSurvey, densities, threshold_points
+from .entropy import StoreStats, densities, threshold_points
 from .features import feature_map
 from .filters import Filters, in_space, over_time, read_filters
 
@@ -25,14 +25,24 @@ def draw_figures(
     ablations: Sequence[Ablation],
     alone: Sequence[Run],
     differences: Sequence[Difference],
-    stores: Mapping[str, StoreSurvey],
+    stores: Mapping[str, StoreStats],
     kinetics: str | None,
     pair: Pair | None,
 ) -> list[Figure]:
-    """In the order of the page. alone: finetuned runs of no ablation, differences: theirs; the rest
-    as in `contents`.
+    """Draw the figures in the order of the page.
 
-    Raises WeightsError and UsageError for `kinetics`.
+    Args:
+        runs: All runs.
+        ablations: The ablations.
+        alone: Finetuned runs of no ablation.
+        differences: Paired differences of these.
+        stores: Stores by path.
+        kinetics: File of R(2+1)D weights to compare with, if any.
+        pair: The runs of Figures 5 and 7, by default those of the largest gain.
+
+    Raises:
+        WeightsError: `kinetics` cannot be read.
+        UsageError: `kinetics` has other weights.
     """
     filters = _kinetics(kinetics) if kinetics is not None else None
     with styled():
@@ -44,7 +54,7 @@ def _draw(
     ablations: Sequence[Ablation],
     alone: Sequence[Run],
     differences: Sequence[Difference],
-    stores: Mapping[str, StoreSurvey],
+    stores: Mapping[str, StoreStats],
     kinetics: Filters | None,
     pair: Pair | None,
 ) -> list[Figure]:
@@ -56,15 +66,16 @@ def _draw(
         run for run in runs if run.predictions is not None and run.predictions.features.shape[2]
     ]
     cells = [cell for ablation in ablations for cell in ablation.cells]
-    alike = {cell.run.path: cell.record.row for cell in cells if cell.run is not None}
-    mapped, best = pair or largest_gain(with_features, alike), pair or largest_gain(runs, alike)
+    rows = {cell.run.path: cell.record.row for cell in cells if cell.run is not None}
+    mapped = pair or largest_gain(with_features, rows)
+    best = pair or largest_gain(runs, rows)
     if mapped is not None:
         found.append(feature_map(*mapped))
     for number, (path, store) in enumerate(stores.items(), start=1):
         thresholds = next(
-            (rows for rows in (threshold_points(each, path) for each in ablations) if rows), []
+            (some for some in (threshold_points(each, path) for each in ablations) if some), []
         )
-        found.append(densities(store.surveys or [], thresholds, short_path(path), number))
+        found.append(densities(store.teachers or [], thresholds, short_path(path), number))
     if best is not None and best[0].predictions is not None and best[1].predictions is not None:
         compared = compare_predictions(
             best[0].predictions, best[1].predictions, (best[0].name, best[1].name)
@@ -78,8 +89,7 @@ def _draw(
 
 
 def _ablation(number: int, ablation: Ablation) -> Figure | None:
-    """What each row gains over the first; of a single data set, so that the axis means one
-    thing."""
+    """Draw the gain of each row over the first, if there is a single data set."""
     if len(ablation.datasets) > 1:
         return None
     rows = [
@@ -92,9 +102,8 @@ def _ablation(number: int, ablation: Ablation) -> Figure | None:
 
 
 def _kinetics(path: str) -> Filters:
-    from ...common.weights import (
-        load_weights,
-    )  # with torch, which takes seconds and which no other figure needs
+    # Imports torch, which takes seconds and which no other figure requires.
+    from ...common.weights import load_weights
 
     stem = load_weights(path).state.get(STEM)
     if stem is None or stem.ndim != 5:

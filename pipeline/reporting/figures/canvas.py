@@ -1,6 +1,6 @@
-"""One way to draw a figure of the report: matplotlib without a display, to SVG and PNG alike.
+"""Drawing figures of a report with matplotlib, without a display, as SVG and PNG.
 
-Colours and dashes are those of `charts`. The same data give the same bytes.
+Colours and dashes are those of `charts`. Equal data give equal bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INK, SOFT, RULE = "#1a1a1a", "#5c5c5c", "#d9d9d9"
 PNG_DPI = 160
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same picture everywhere
+    "font.sans-serif": ["DejaVu Sans"],  # part of matplotlib: the same picture everywhere
     "font.size": 9.5,
     "text.color": INK,
     "axes.edgecolor": SOFT,
@@ -43,17 +43,23 @@ STYLE: dict[Any, Any] = {
     "ytick.labelcolor": INK,
     "legend.frameon": False,
     "svg.fonttype": "path",
-    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "text.parse_math": False,  # a dollar sign in a name does not start a formula
     "svg.hashsalt": "distinit",
 }
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One drawn figure. name: of its files. caption: what to see in it. about: names of the runs
-    (or stores) behind it.
+    """A drawn figure.
 
-    table: its numbers, where they say more than the picture.
+    Attributes:
+        name: Name of its files.
+        title: Its title.
+        caption: How to read it.
+        svg: The figure as SVG.
+        png: The figure as PNG.
+        about: Names of the runs or stores that it shows.
+        table: Its numbers, if they are more readable than the picture.
     """
 
     name: str
@@ -67,8 +73,7 @@ class Figure:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The style of all figures, for what is drawn inside; matplotlib's own settings are as before
-    afterwards."""
+    """Use the style of all figures inside the context."""
     with matplotlib.rc_context(STYLE):
         yield
 
@@ -76,7 +81,7 @@ def styled() -> Iterator[None]:
 def new_canvas(
     width: float, height: float, rows: int = 1, columns: int = 1
 ) -> tuple[Canvas, list[Axes]]:
-    """A canvas of so many inches with rows × columns axes, row by row."""
+    """Create a canvas with a size in inches and rows × columns axes, listed row by row."""
     canvas = Canvas(figsize=(width, height), layout="constrained")
     axes = canvas.subplots(rows, columns, squeeze=False)
     return canvas, list(axes.ravel())
@@ -90,7 +95,7 @@ def finish(
     about: Sequence[str] = (),
     table: Table | None = None,
 ) -> Figure:
-    """Both forms of what was drawn."""
+    """Save a canvas as SVG and PNG."""
     svg, png = io.BytesIO(), io.BytesIO()
     canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     canvas.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
@@ -100,7 +105,7 @@ def finish(
 
 
 def colour(i: int) -> str:
-    """The i-th of a few."""
+    """Return the i-th of the colours of lines."""
     return COLOURS[i % len(COLOURS)]
 
 
@@ -109,7 +114,7 @@ def line_style(i: int) -> tuple[int, tuple[float, ...] | None]:
     return 0, DASHES[i % len(DASHES)] or None
 
 
-def short(name: str, most: int = 44) -> str:
-    """A name that fits next to an axis: long ones lose their middle."""
+def short(name: str, length: int = 44) -> str:
+    """Shorten a name to fit next to an axis, by removing its middle."""
     name = printable(name)
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
+    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"

@@ -1,5 +1,4 @@
-"""Figure 6: the entropy of the teachers of a store's frames, and what a threshold on it does to
-accuracy."""
+"""Figure 6: the entropy of a store's teachers, and the effect of a threshold on accuracy."""
 
 from __future__ import annotations
 
@@ -22,8 +21,14 @@ from .canvas import INK, MARKERS, Figure, colour, finish, new_canvas, short
 
 @dataclass(frozen=True)
 class Point:
-    """A row of an ablation over the threshold: nats by teacher (None: no filter), mean top 1 and
-    deviation, in %."""
+    """A row of an ablation over the entropy threshold.
+
+    Attributes:
+        row: Name of the row.
+        nats: Threshold by teacher, None without a filter.
+        mean: Mean top 1, in per cent.
+        deviation: Standard deviation of top 1, in per cent.
+    """
 
     row: str
     nats: Mapping[str, float] | None
@@ -32,45 +37,45 @@ class Point:
 
 
 @dataclass(frozen=True)
-class StoreSurvey:
-    """A store that students were trained from: its teachers' surveys and identity, or why it cannot
-    be read."""
+class StoreStats:
+    """A store that students were trained from: statistics of its teachers, and its identity.
 
-    surveys: Sequence[TeacherStats] | None
+    `teachers` is None, and `problem` has the reason, if the store cannot be read.
+    """
+
+    teachers: Sequence[TeacherStats] | None
     identity: dict[str, Any]
     problem: str | None = None
 
 
-def read_stores(runs: Sequence[Run], *, open_urls: bool = False) -> dict[str, StoreSurvey]:
+def read_stores(runs: Sequence[Run], *, open_urls: bool = False) -> dict[str, StoreStats]:
     """Open each store that a student of the runs was trained from; return them by path.
 
-    A run may come from anybody, and so may the address in it: a URL is opened where that was asked
-    for, else never.
+    A run may come from another person, and so may the address in it: a URL is only opened with
+    `open_urls`.
     """
-    found = {}
+    stores = {}
     students = [run for run in runs if run.kind == "student" and "store" in run.config]
     for path in dict.fromkeys(str(run.config["store"]) for run in students):
         if is_url(path) and not open_urls:
-            found[path] = StoreSurvey(
-                None, {}, "not read: it is behind a URL; --open-urls reads it"
-            )
+            stores[path] = StoreStats(None, {}, "not read: it is a URL; --open-urls reads it")
             continue
         try:
             store = TargetStore.open(path)
-            found[path] = StoreSurvey(
+            stores[path] = StoreStats(
                 [teacher_stats(store, name) for name in store.teachers_of("logits")],
                 store.identity(),
             )
         except (DistInitError, OSError, ValueError) as error:  # ValueError: a path with a zero byte
-            found[path] = StoreSurvey(None, {}, str(error))
-    return found
+            stores[path] = StoreStats(None, {}, str(error))
+    return stores
 
 
 def threshold_points(ablation: Ablation, store: str) -> list[Point]:
-    """The rows whose students learned from the store at this path behind the entropy filter, and
-    those without one.
+    """Return the rows whose students were trained from a store, with and without entropy filter.
 
-    Empty unless at least two thresholds are there: then the filter is not what the ablation varies.
+    The list is empty if fewer than two rows have a threshold: the ablation then varies something
+    else.
     """
     points = []
     for row in ablation.rows:
@@ -92,15 +97,14 @@ def threshold_points(ablation: Ablation, store: str) -> list[Point]:
 
 
 def densities(
-    surveys: Sequence[TeacherStats], points: Sequence[Point], where: str, number: int
+    teachers: Sequence[TeacherStats], points: Sequence[Point], where: str, number: int
 ) -> Figure | None:
-    """The density of each teacher's entropies; where an ablation varies the threshold, accuracy
-    against it as well."""
-    surveys = [found for found in surveys if np.isfinite(found.entropy).any()]
-    if not surveys:
+    """Draw the density of each teacher's entropies, and above it accuracy against the threshold."""
+    teachers = [found for found in teachers if np.isfinite(found.entropy).any()]
+    if not teachers:
         return None
     canvas, axes = new_canvas(8, 5.6 if points else 3.2, 2 if points else 1, 1)
-    for i, found in enumerate(surveys):
+    for i, found in enumerate(teachers):
         x, density = entropy_density(found.entropy, np.log(len(found.classes)))
         axes[-1].fill_between(x, density, color=colour(i), alpha=0.25, lw=0)
         axes[-1].plot(
@@ -109,20 +113,20 @@ def densities(
     axes[-1].set_xlabel("entropy of the teacher’s softmax, nats")
     axes[-1].set_ylabel("density")
     axes[-1].set_ylim(bottom=0)
-    axes[-1].set_xlim(0, max(float(np.log(len(found.classes))) for found in surveys))
+    axes[-1].set_xlim(0, max(float(np.log(len(found.classes))) for found in teachers))
     axes[-1].legend(loc="upper left", fontsize=8.5)
     if points:
-        _accuracy(axes[0], points, [found.teacher for found in surveys])
+        _accuracy(axes[0], points, [found.teacher for found in teachers])
         axes[0].sharex(axes[-1])
         axes[0].tick_params(labelbottom=False)
-    frames = sum(len(found.rows) for found in surveys[:1])
+    frames = sum(len(found.rows) for found in teachers[:1])
     caption = (
-        f"Below, how often a cached frame has an entropy ({frames:,} frames of {where}): low is certain. Above, top 1 "
-        "of students that learned only from clips left of a threshold, mean ± deviation over seeds; the dashed line is "
-        "without a threshold. It pays where points lie above the line by more than their bars."
+        f"Below: distribution of the entropy of cached frames ({frames:,} frames of {where}); low is confident. "
+        "Above: top 1 of students trained only on clips below a threshold, mean ± deviation over seeds; the dashed "
+        "line is without a threshold. A threshold helps where points are above the line by more than their bars."
         if points
-        else f"How often a cached frame has an entropy ({frames:,} frames of {where}): low is certain, ln K on the "
-        "right is a guess among K classes. A threshold keeps what is left of it. No ablation over it is here."
+        else f"Distribution of the entropy of cached frames ({frames:,} frames of {where}): low is confident, ln K on "
+        "the right is a guess among K classes. A threshold keeps the frames to its left. No run varies the threshold."
     )
     name = f"figure-6-entropy{f'-{number}' if number > 1 else ''}"
     return finish(canvas, name, "Figure 6: the entropy of the teachers", caption, [where])
@@ -163,18 +167,18 @@ def entropy_density(
         points: Number of places at which the density is computed.
 
     Returns:
-        x [points] from 0 to `highest`, and the density [points], whose integral is 1. What would
-        spill over an end is folded back, so that nothing is below 0 or above ln K.
+        x [points] from 0 to `highest`, and the density [points], whose integral is 1. Mass beyond
+        an end is folded back, so that none is below 0 or above ln K.
     """
     from scipy.stats import gaussian_kde  # takes a second
 
     finite = np.clip(values[np.isfinite(values)].astype(np.float64), 0, highest)
-    # Of a histogram, so that a million frames cost no more than a thousand.
+    # From a histogram, so that a million frames cost no more than a thousand.
     counts, edges = np.histogram(finite, 4 * points, (0.0, highest))
     middle = (edges[:-1] + edges[1:]) / 2
     folded = np.concatenate([middle, -middle, 2 * highest - middle])
     kernels = gaussian_kde(folded, weights=np.tile(counts, 3))
-    # Silverman's rule, by the values themselves: folded ones spread wider.
+    # Silverman's rule for the values themselves: folded ones spread wider.
     spread = finite.std()
     middle_half = np.subtract(*np.quantile(finite, (0.75, 0.25))) / 1.34
     width = 0.9 * min(spread, middle_half or spread) * len(finite) ** -0.2

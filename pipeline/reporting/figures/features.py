@@ -1,5 +1,4 @@
-"""After the paper's Figure 5: t-SNE of the features of test videos, two finetuned runs side by
-side.
+"""Figure 5: t-SNE of the features of test videos for two finetuned runs.
 
 Shapes: V videos, N clips, D features.
 """
@@ -16,24 +15,27 @@ from .canvas import MARKERS, Figure, colour, finish, new_canvas, short
 
 FEATURES = "figure-5-features"
 CLASSES = 10  # the paper's number
-LEAST = 12  # videos; fewer make no map
+MIN_VIDEOS = 12
 SEED = 0
 
 
 def feature_map(a: Run, b: Run) -> Figure | None:
-    """A map of each run's features; None where one of them has none or too few videos are in
-    both."""
+    """Draw a map of the features of each run.
+
+    Returns:
+        None if a run has no features, or the two share fewer than MIN_VIDEOS videos.
+    """
     if a.predictions is None or b.predictions is None:
         return None
     first, second = (_means(run.predictions) for run in (a, b) if run.predictions is not None)
     both = sorted(first.keys() & second.keys())
     labels = dict(zip(a.predictions.videos, a.predictions.labels.tolist(), strict=True))
     present = np.bincount([labels[v] for v in both], minlength=1) if both else np.zeros(1, int)
-    # The paper drew 10 classes at random; those with the most videos need no draw and say more.
+    # The paper chose 10 classes at random; those with the most videos are more informative.
     order = np.argsort(-present, kind="stable")
     classes = [int(k) for k in order[:CLASSES] if present[k]]
     videos = [v for v in both if labels[v] in classes]
-    if len(videos) < LEAST:
+    if len(videos) < MIN_VIDEOS:
         return None
     canvas, axes = new_canvas(9, 4.6, 1, 2)
     owner = np.array([labels[v] for v in videos])
@@ -50,20 +52,20 @@ def feature_map(a: Run, b: Run) -> Figure | None:
         ax.set_yticks([])
     canvas.legend(loc="outside lower center", ncols=4, fontsize=8.5)
     caption = (
-        f"t-SNE of what the heads see, the mean over a video’s clips, of {len(videos)} test videos of {len(classes)} "
-        f"classes (colour and shape): {a.name} on the left, {b.name} on the right. Both networks were finetuned on "
-        "these classes; the paper’s Figure 5 shows the distilled backbone, which has seen no action label, on training "
-        "videos (a run of finetune --freeze backbone comes near). Classes that lie apart are told apart by the "
-        "features; distances between groups and the axes mean nothing."
+        f"t-SNE of the features before the head, averaged over the clips of a video, for {len(videos)} test videos of "
+        f"{len(classes)} classes (colour and shape): {a.name} on the left, {b.name} on the right. Both networks were "
+        "finetuned on these classes; the paper’s Figure 5 shows the distilled backbone, which has seen no action "
+        "label, on training videos (a run of finetune --freeze backbone comes close). The features distinguish "
+        "classes that are separated; distances between groups and the axes have no meaning."
     )
     title = "After Figure 5: features of test videos, of finetuned networks"
     return finish(canvas, FEATURES, title, caption, [a.name, b.name])
 
 
 def embed(features: np.ndarray) -> np.ndarray:
-    """features float [V, D] → places float [V, 2] by t-SNE, the same every time.
+    """Embed features [V, D] in two dimensions [V, 2] by t-SNE with a fixed seed.
 
-    Features are taken as they are; the perplexity is 30, or less where videos are few.
+    Features are not normalised; the perplexity is 30, or less for few videos.
     """
     from sklearn.manifold import TSNE  # takes seconds
 
@@ -75,7 +77,7 @@ def embed(features: np.ndarray) -> np.ndarray:
 
 
 def _means(found: Predictions) -> dict[str, np.ndarray]:
-    """Features [D] of each video that has them, the mean over its clips."""
+    """Return the features [D] of each video, averaged over its clips."""
     if not found.features.shape[2]:
         return {}
     means = found.features.astype(np.float64).mean(axis=1)

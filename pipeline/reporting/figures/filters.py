@@ -1,5 +1,4 @@
-"""First-layer filters: how they change over time (Figure 3), and what they look like in space
-(Figure 4).
+"""First-layer filters: their variation over time (Figure 3) and in space (Figure 4).
 
 Shapes: F filters, C input channels, T time steps of a kernel, H W its pixels.
 """
@@ -26,10 +25,15 @@ SHOWN = 64
 
 @dataclass(frozen=True)
 class Filters:
-    """The first convolution of a run or a file: weights float64 [F, C, T, H, W].
+    """The first convolution of a run or a file.
 
-    state: what had happened to it, for people. start: of an inflated network, before its
-        finetuning.
+    Attributes:
+        name: Name of the run.
+        weights: float64 [F, C, T, H, W].
+        state: How it was trained, for captions.
+        distilled: Whether it is that of a student before finetuning.
+        inflated: Whether it is that of an inflated network.
+        start: Whether it is that of an inflated network before its finetuning.
     """
 
     name: str
@@ -41,8 +45,7 @@ class Filters:
 
 
 def read_filters(run: Run) -> list[Filters]:
-    """Those of a run's exported model, none where there is none yet; before them those that
-    inflation began with."""
+    """Return the filters of a run's exported model, after the inflated ones it started from."""
     inflated = run.kind == "finetune" and run.init.startswith("inflate")
     distilled = run.kind == "student"
     state = "distilled" if distilled else "inflated, after finetuning" if inflated else "finetuned"
@@ -63,8 +66,7 @@ def read_filters(run: Run) -> list[Filters]:
 
 
 def _drawable(weights: np.ndarray) -> bool:
-    """Return whether these are filters that fit on a page: a file may have any array under this
-    name."""
+    """Return whether these are filters that fit on a page: a file may have any array."""
     fits = weights.ndim == 5 and min(weights.shape) > 0 and max(weights.shape[2:]) <= 64
     return fits and bool((np.abs(weights) < 1e15).all())
 
@@ -86,13 +88,15 @@ def _stem(file: Path) -> np.ndarray | None:
 
 
 def variation_over_time(weights: np.ndarray) -> float:
-    """How much filters [F, C, T, H, W] vary in time, 0 to 1: of each filter √(mean_t ‖w_t − w̄‖² /
-    mean_t ‖w_t‖²), where w̄ is its mean over time; of these the mean over filters. 0 for a kernel
-    that is repeated over time, as an inflated one is before it is trained; 1 where the steps
-    average to nothing. Filters of zeros count as 0.
+    """Measure how much filters [F, C, T, H, W] vary over time, from 0 to 1.
 
-    >>> variation_over_time(np.ones((2, 3, 3, 7, 7)))
-    0.0
+    It is the mean over filters of √(mean_t ‖w_t − w̄‖² / mean_t ‖w_t‖²), where w̄ is the mean of a
+    filter over time: 0 for a kernel that is repeated over time, like an inflated one before
+    training; 1 if the time steps average to 0. Filters of zeros count as 0.
+
+    Example:
+        >>> variation_over_time(np.ones((2, 3, 3, 7, 7)))
+        0.0
     """
     around = np.square(weights - weights.mean(axis=2, keepdims=True)).sum(axis=(1, 2, 3, 4))
     whole = np.square(weights).sum(axis=(1, 2, 3, 4))
@@ -101,8 +105,11 @@ def variation_over_time(weights: np.ndarray) -> float:
 
 
 def over_time(found: Sequence[Filters]) -> Figure | None:
-    """Figure 3: filters with a temporal extent, a distilled student above an inflated network
-    before and after its finetuning (else above the next best)."""
+    """Draw Figure 3: filters with a temporal extent, at each of their time steps.
+
+    A distilled student is above an inflated network before and after its finetuning, or else above
+    another network.
+    """
     able = [f for f in found if f.weights.shape[2] > 1]
     if not able:
         return None
@@ -112,8 +119,8 @@ def over_time(found: Sequence[Filters]) -> Figure | None:
     for f in able:
         table.add(f.name, f.state, f"{variation_over_time(f.weights):.3f}")
     table.notes = [
-        "Of each filter the norm of what changes over its time steps by the norm of the whole, mean over filters: 0 is "
-        "a still picture repeated, as an inflated kernel is before training; 1 is change alone."
+        "Norm of the part that changes over time divided by the norm of the filter, mean over filters: 0 is a repeated "
+        "still picture, like an inflated kernel before training; 1 is change only."
     ]
     if not rows:  # flow has no colours to show
         return None
@@ -126,7 +133,7 @@ def over_time(found: Sequence[Filters]) -> Figure | None:
             if step < f.weights.shape[2]:
                 ax.imshow(_mosaic(f.weights, step), interpolation="nearest")
                 ax.set_title(f"\nt = {step}", fontsize=9)
-        # Over all steps, and no part of the layout: it would widen the column of the first.
+        # Above all steps, and not part of the layout, which would widen the first column.
         words = f"{short(f.name, 60)} ({f.state}): variation {variation_over_time(f.weights):.3f}"
         axes[row * steps].annotate(
             words,
@@ -138,9 +145,9 @@ def over_time(found: Sequence[Filters]) -> Figure | None:
             annotation_clip=False,
         ).set_in_layout(False)
     caption = (
-        "The first convolution at each of its time steps, a square a filter, each scaled over all its steps: grey is 0."
-        " A filter that looks alike at every t sees one picture; one that changes sees motion. "
-        + _beside(rows)
+        "The first convolution at each of its time steps, one square per filter, scaled over all its steps: grey is 0. "
+        "A filter that is equal at every t responds to a still picture; one that changes responds to motion. "
+        + _describe_rows(rows)
     )
     title = "Figure 3: first-layer filters over time"
     return finish(
@@ -149,8 +156,10 @@ def over_time(found: Sequence[Filters]) -> Figure | None:
 
 
 def _rows(able: Sequence[Filters]) -> list[Filters]:
-    """What is drawn: a distilled student, and the first inflated run's before and after; else
-    another network's."""
+    """Choose a distilled student, and the first inflated run before and after its finetuning.
+
+    Without an inflated run, another network takes its place.
+    """
     trained = [f for f in able if not f.inflated]
     first = next((f for f in trained if f.distilled), trained[0] if trained else None)
     inflated = next((f.name for f in able if f.inflated), None)
@@ -165,8 +174,8 @@ def _rows(able: Sequence[Filters]) -> list[Filters]:
     ]
 
 
-def _beside(rows: Sequence[Filters]) -> str:
-    """What stands in which row."""
+def _describe_rows(rows: Sequence[Filters]) -> str:
+    """Describe the rows of the figure for its caption."""
     if len(rows) == 1:
         return f"This is {_words(rows[0], None)}. No other network of this kind is among the runs."
     words = "; ".join(_words(f, before) for f, before in zip(rows, [None, *rows[:-1]], strict=True))
@@ -176,21 +185,20 @@ def _beside(rows: Sequence[Filters]) -> str:
 
 def _words(f: Filters, before: Filters | None) -> str:
     if f.start:
-        return "an inflated network as it began"
+        return "an inflated network before its finetuning"
     if f.inflated:
         if before is not None and before.start:
             return "the same after its finetuning"
-        return "an inflated network after its finetuning (its run holds no filters from before)"
+        return "an inflated network after its finetuning (its run has no filters from before)"
     return (
-        "a student as distilled, before any finetuning"
+        "a distilled student before any finetuning"
         if f.distilled
-        else "a network finetuned from another start"
+        else "a network finetuned from another initialisation"
     )
 
 
 def in_space(found: Sequence[Filters], kinetics: Filters | None = None) -> Figure | None:
-    """Figure 4: the spatial filters of R(2+1)D's first convolution, next to those of `kinetics`
-    (Kinetics) if given."""
+    """Draw Figure 4: the spatial filters of R(2+1)D's first convolution, next to `kinetics`."""
     able = [f for f in found if f.weights.shape[2] == 1 and f.weights.shape[1] == RGB]
     if not able:
         return None
@@ -206,12 +214,12 @@ def in_space(found: Sequence[Filters], kinetics: Filters | None = None) -> Figur
         ax.set_anchor("N")
         ax.set_title(f"{short(f.name, 40)}: {len(f.weights)} filters", fontsize=9)
     caption = (
-        "The spatial half of the first convolution, a square a filter, each scaled by itself: grey is 0. Trained "
-        "filters show edges and colour blobs; noise stands for few steps or few clips."
+        "The spatial half of the first convolution, one square per filter, each scaled separately: grey is 0. Trained "
+        "filters show edges and colour blobs; noise indicates few steps or few clips."
         + (
             ""
             if kinetics
-            else " No Kinetics weights were given (--kinetics FILE) to compare them with."
+            else " --kinetics FILE adds the filters of Kinetics weights for comparison."
         )
     )
     return finish(
@@ -224,7 +232,7 @@ def in_space(found: Sequence[Filters], kinetics: Filters | None = None) -> Figur
 
 
 def _mosaic(weights: np.ndarray, step: int) -> np.ndarray:
-    """RGB float [h, w, 3] of one time step of the first SHOWN filters; white lines between them."""
+    """Arrange one time step of the first SHOWN filters in a square, RGB float [h, w, 3]."""
     kernels = weights[:SHOWN]
     scale = np.abs(kernels).max(axis=(1, 2, 3, 4), keepdims=True)
     pictures = (0.5 + 0.5 * kernels / np.where(scale > 0, scale, 1))[:, :, step].transpose(

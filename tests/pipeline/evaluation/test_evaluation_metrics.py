@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distinit.pipeline.evaluation.labelled_clips import clip_frames, clip_starts
+from distinit.pipeline.evaluation.labelled_clips import clip_starts, frame_indices
 from distinit.pipeline.evaluation.metrics import (
     accuracies,
     estimate_class_mean,
@@ -36,7 +36,7 @@ def test_starts_are_the_formula(n_frames: int, need: int, k: int) -> None:
     starts = clip_starts(n_frames, need, k)
     assert starts.tolist() == expected
     for start in starts:
-        frames = clip_frames(int(start), need, n_frames)
+        frames = frame_indices(int(start), need, n_frames)
         assert frames.tolist() == [min(start + t, n_frames - 1) for t in range(need)]
 
 

@@ -161,7 +161,7 @@ def test_hmdb51_is_read_as_its_lists_say(hmdb: Path) -> None:
 def test_a_clip_of_the_official_folders_decodes(hmdb: Path, ucf: Path) -> None:
     for kind, root in (("hmdb51", hmdb), ("ucf101", ucf)):
         labels = labels_of(kind, root)
-        row = EvaluationClips(labels, labels.test, ClipView(size=32), length=4, clips=2)[0, 0]
+        row = EvaluationClips(labels, labels.test, ClipView(size=32), clip_frames=4, clips=2)[0, 0]
         assert tuple(row["clips"].shape) == (2, 3, 4, 32, 32)
         assert np.ptp(row["clips"].numpy()) > 50
 
@@ -209,7 +209,7 @@ def test_roots_and_archives(hmdb: Path, ucf: Path, tmp_path: Path) -> None:
         match=r"--root.*hmdb51_org\.rar.*test_train_splits",
     ):
         load_labels("hmdb51")
-    with pytest.raises(UsageError, match=r"1, 2 and 3.*4"):
+    with pytest.raises(UsageError, match=r"1, 2 or 3.*4"):
         labels_of("ucf101", ucf, 4)
     with pytest.raises(LabelsError, match=r"none.*UCF101\.rar"):
         labels_of("ucf101", tmp_path / "none")

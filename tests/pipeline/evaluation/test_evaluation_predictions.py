@@ -84,7 +84,7 @@ def test_round_trip_and_continuation(tmp_path: Path) -> None:
         protocol={"clips": 10, "resize": (128, 171)},
         identity={"weights": "w"},
     )
-    assert again.adopt(read) == 3
+    assert again.resume_from(read) == 3
     assert again.pending == [2]
     other = Predictions.empty(
         CLASSES,
@@ -94,7 +94,7 @@ def test_round_trip_and_continuation(tmp_path: Path) -> None:
         protocol={"clips": 10, "resize": (128, 171)},
         identity={"weights": "v"},
     )
-    assert other.adopt(read) == 0, "scores of other weights are never taken over"
+    assert other.resume_from(read) == 0, "scores of other weights are never taken over"
 
 
 def test_damage_is_refused(tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_damage_is_refused(tmp_path: Path) -> None:
 
 
 def test_class_lists_must_agree() -> None:
-    require_classes(["a", "b"], ["a", "b"], here="x", there="y")
+    require_classes(["a", "b"], ["a", "b"], origin="x", expected_origin="y")
     with pytest.raises(CheckpointError, match=r"x.* y.*'c'.*'b'"):
-        require_classes(["a", "c"], ["a", "b"], here="x", there="y")
+        require_classes(["a", "c"], ["a", "b"], origin="x", expected_origin="y")
     with pytest.raises(CheckpointError, match=r"3 .*2"):
-        require_classes(["a", "b", "c"], ["a", "b"], here="x", there="y")
+        require_classes(["a", "b", "c"], ["a", "b"], origin="x", expected_origin="y")

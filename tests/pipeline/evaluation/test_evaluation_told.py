@@ -167,7 +167,7 @@ def test_the_test_side_alone_for_the_classes_of_a_model(tmp_path: Path) -> None:
 
 def test_a_run_knows_its_labels(tmp_path: Path) -> None:
     labels = load_labels(write(tmp_path, FOUR))
-    RunLabels.of(labels).write(tmp_path)
+    RunLabels.from_labels(labels).write(tmp_path)
     record = RunLabels.read(tmp_path)
     assert record is not None
     shutil.copytree(tmp_path, tmp_path / "moved")

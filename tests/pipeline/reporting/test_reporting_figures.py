@@ -25,10 +25,10 @@ from distinit.pipeline.reporting.ablation_results import (
     cell_names,
     read_ablations,
 )
-from distinit.pipeline.reporting.costs import forwards_saved
 from distinit.pipeline.reporting.figures.entropy import entropy_density, threshold_points
 from distinit.pipeline.reporting.figures.features import embed
 from distinit.pipeline.reporting.figures.filters import variation_over_time
+from distinit.pipeline.reporting.report_contents import forwards_saved
 from distinit.pipeline.reporting.report_options import ReportOptions
 from distinit.pipeline.reporting.runs import find_runs, read_run
 from distinit.pipeline.students.export import save_student

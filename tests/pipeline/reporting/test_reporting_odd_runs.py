@@ -468,7 +468,7 @@ def test_a_damaged_file_costs_one_run_of_the_report(
     )
     assert not found["ok"]
     assert [run["path"] for run in found["runs"]] == [str(whole.resolve())]
-    (line,) = found["left_out"]
+    (line,) = found["skipped"]
     assert str(harmed / name) in line
     for page in ("report.html", "report.md"):
         assert name.split(".")[0] in (tmp_path / "out" / page).read_text()

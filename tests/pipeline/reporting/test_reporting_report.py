@@ -98,7 +98,7 @@ def test_numbers_are_those_of_the_predictions(
     top1 = (np.nan_to_num(scores).mean(axis=1).argmax(axis=1) == labels) & readable
     assert float(rows["distinit"]["top1"]) == pytest.approx(top1.mean()) == pytest.approx(20 / 35)
     assert float(rows["distinit"]["top1_low"]) < 20 / 35 < float(rows["distinit"]["top1_high"])
-    assert rows["distinit"]["unread_videos"] == "2"
+    assert rows["distinit"]["unreadable_videos"] == "2"
     assert rows["unfinished"]["top1"] == ""
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
@@ -106,9 +106,9 @@ def test_numbers_are_those_of_the_predictions(
     for text in (page, markdown, shown):
         assert "57.1 [" in text
         assert "missing" in text
-    assert "35 (2 unread)" in page
-    assert "35 (2 unread)" in markdown
-    assert "distinit: 2 test videos unread" in shown
+    assert "35 (2 unreadable)" in page
+    assert "35 (2 unreadable)" in markdown
+    assert "distinit: 2 unreadable" in shown
     assert "labels.csv, split 1, 35 test videos" in shown
     assert [r["name"] for r in result["runs"]] == ["distinit", "scratch", "student", "unfinished"]
 
@@ -184,7 +184,7 @@ def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(
 def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no such folder of runs"):
         find_runs([tmp_path / "none"])
-    with pytest.raises(SourceError, match="no run in it"):
+    with pytest.raises(SourceError, match="train-student or finetune"):
         find_runs([tmp_path])
 
 
@@ -257,7 +257,7 @@ def test_curves_of_a_chart_are_told_apart_by_colour_and_dash() -> None:
 @pytest.mark.slow
 def test_markdown_lists_unread_videos(runs: Path) -> None:
     text = to_markdown(make_report(find_runs([runs])))
-    assert "distinit: counted as wrong, could not be read: v34.mp4" in text
+    assert any("distinit" in line and "v34.mp4" in line for line in text.splitlines())
 
 
 @pytest.mark.parametrize(

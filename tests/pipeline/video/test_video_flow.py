@@ -104,13 +104,13 @@ def test_labelled_clips_of_flow(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
     labels = load_labels(f"csv:{tmp_path / 'labels.csv'}", 1)
     steady = VIEW.model_copy(update={"flip": 0.0})
-    train = LabelledClips(labels, steady, length=4, seed=0, epoch_clips=2, channels=2)
+    train = LabelledClips(labels, steady, clip_frames=4, seed=0, epoch_clips=2, channels=2)
     for sample in range(2):
         example = train[0, sample]
         assert example["clip"].shape == (2, 4, 48, 48)
         sign = 1 if labels.classes[example["label"]] == "right" else -1
         assert sign * float(example["clip"][0].median()) > 0.5
-    test = EvaluationClips(labels, labels.test, VIEW, length=4, clips=3, channels=2)
+    test = EvaluationClips(labels, labels.test, VIEW, clip_frames=4, clips=3, channels=2)
     row = test[0, 0]
     assert row["clips"].shape == (3, 2, 4, 48, 48)
     assert row["starts"].tolist() == [0, 7, 15]  # 20 frames, a clip spans 5

@@ -1,0 +1,250 @@
+"""Checks of listed videos: missing files, leaks between the sides, double labels, classes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..clips.content import same_content
+from ..common.errors import LabelsError, UsageError, VideoError
+from ..corpus.sources import escape_path
+from ..corpus.textfiles import is_utf8
+from ..prepared.folders import CopyFolder
+from ..video.container import digest
+from .listing import SIDES, Listing, Row, first_few, videos_in
+
+
+class _File(NamedTuple):
+    """An existing file of a listed video: the video itself, or its copy if it no longer exists."""
+
+    row: Row
+    path: str
+    status: os.stat_result
+
+
+def check_rows(
+    split: int, listing: Listing, sides: tuple[str, ...], copies: CopyFolder | None, partial: bool
+) -> tuple[list[Row], list[str]]:
+    """Check the rows of a listing.
+
+    Args:
+        split: Number of the split, for messages.
+        listing: The listing.
+        sides: The sides that must not be empty.
+        copies: Prepared copies to read instead of the videos, if any.
+        partial: Whether videos or labels may be missing.
+
+    Returns:
+        The rows to use, each file once, and notes for the user.
+
+    Raises:
+        LabelsError: The listing cannot be used.
+        UsageError: There is a copy of none of the videos.
+    """
+    origin, notes = listing.origin, list(listing.notes)
+    for side in sides:
+        if not any(row.side == side for row in listing.rows):
+            raise LabelsError(
+                "; ".join(
+                    [
+                        f"{origin}: split {split} has no {side} videos ({len(listing.rows)} rows)",
+                        *notes,
+                    ]
+                )
+            )
+    files, missing = _find_files(listing, copies)
+    _check_missing(listing, missing, partial, notes)
+    kept = _one_row_per_file(origin, files)
+    _check_contents(listing, kept, notes)
+    # A missing test video stays: it is unreadable, and so it counts as wrong.
+    rows = [file.row for file in kept] + [row for row in missing if row.side == "test"]
+    if copies is not None and not any(_has_copy(copies, listing.root, row.path) for row in rows):
+        raise UsageError(
+            f"--copies {copies.folder}: has a copy of none of the {len(rows)} videos of {origin}"
+        )
+    return rows, notes
+
+
+def class_names(listing: Listing, rows: list[Row]) -> tuple[str, ...]:
+    """Return the classes in order.
+
+    Raises:
+        LabelsError: A class is on one side only.
+    """
+    train, test = ({row.label for row in rows if row.side == side} for side in SIDES)
+    if train != test:
+        unpaired = {"train": sorted(train - test), "test": sorted(test - train)}
+        shown = (
+            f"only in {side}: {first_few(names, 5)}" for side, names in unpaired.items() if names
+        )
+        raise LabelsError(
+            f"{listing.origin}: {len(train ^ test)} of {len(train | test)} classes are on one side of the split only, "
+            f"{'; '.join((*shown, *listing.notes))}"
+        )
+    if listing.classes is not None:
+        return listing.classes
+    # Numbered classes are in the order of their numbers, others in that of their names.
+    numbered = all(re.fullmatch(r"[0-9]+", name) for name in train)
+    return tuple(sorted(sorted(train), key=int) if numbered else sorted(train))
+
+
+def note_shared_sources(listing: Listing, rows: list[Row], notes: list[str]) -> int:
+    """Count test videos that are cut from recordings of the train side, and add a note on them.
+
+    Published lists are used as they are: what the names of their files suggest is only a guess.
+    """
+    if listing.official:
+        return 0
+    train = {row.source for row in rows if row.side == "train" and row.source}
+    test = [row for row in rows if row.side == "test" and row.source]
+    shared = [row for row in test if row.source in train]
+    if shared:
+        both, every = {row.source for row in shared}, {row.source for row in test}
+        notes.append(
+            f"{len(shared)} of {len(test)} test videos are cut from recordings of training videos "
+            f"({len(both)} of {len(every)} test recordings: {first_few(sorted(both))}); "
+            "accuracies are not those of unseen recordings"
+        )
+    return len(shared)
+
+
+def _find_files(listing: Listing, copies: CopyFolder | None) -> tuple[list[_File], list[Row]]:
+    """Return the existing files of the listed videos, and the rows without one."""
+    files, missing = [], []
+    for row in listing.rows:
+        for path in _paths(listing.root, row.path, copies):
+            try:
+                files.append(_File(row, path, os.stat(path)))
+                break
+            except (OSError, ValueError):  # ValueError: a null byte in the name
+                continue
+        else:
+            missing.append(row)
+    return files, missing
+
+
+def _paths(root: str, path: str, copies: CopyFolder | None) -> Iterator[str]:
+    yield os.path.join(root, path)
+    if copies is not None and _has_copy(copies, root, path):
+        yield copies.find(root, path)
+
+
+def _has_copy(copies: CopyFolder, root: str, path: str) -> bool:
+    try:
+        return bool(copies.find(root, path))
+    except VideoError:
+        return False
+
+
+def _check_missing(listing: Listing, missing: list[Row], partial: bool, notes: list[str]) -> None:
+    """Refuse labels without videos and videos without labels; with `partial` add notes instead.
+
+    A user's list may cover a part of a folder on purpose: videos that it does not name are always
+    a note.
+    """
+    if missing and not partial:
+        raise LabelsError(
+            f"{listing.origin}: {len(missing)} of {len(listing.rows)} paths do not exist; the first is "
+            f"{escape_path(missing[0].path)} ({missing[0].where}), expected in {listing.root}"
+            f"{_hint(listing.root, missing[0].path)}"
+        )
+    if listing.unlabelled and listing.official and not partial:
+        raise LabelsError(
+            f"{listing.origin}: {len(listing.unlabelled)} videos next to the listed ones have no label, "
+            f"{first_few(listing.unlabelled)}; {listing.get}, or give --partial"
+        )
+    for side, effect in (("train", "they are not used"), ("test", "each counts as wrong")):
+        if count := sum(row.side == side for row in missing):
+            notes.append(f"{count} {side} videos of {listing.origin} do not exist: {effect}")
+    if listing.unlabelled:
+        notes.append(
+            f"{len(listing.unlabelled)} videos next to those of {listing.origin} have no label and are not used: "
+            f"{first_few(listing.unlabelled)}"
+        )
+
+
+def _hint(root: str, path: str) -> str:
+    """Return a likely reason why a path does not exist, "" without one."""
+    if not is_utf8(path):
+        return "; the name is not UTF-8: save the list in UTF-8 if the file's name is"
+    stem = os.path.splitext(path)[0]
+    similar = [
+        name
+        for name in videos_in(root, [os.path.dirname(path)])
+        if os.path.splitext(name)[0] == stem
+    ]
+    return f"; did you mean {escape_path(similar[0])}" if similar else ""
+
+
+def _one_row_per_file(origin: str, files: list[_File]) -> list[_File]:
+    """Drop repeated rows, and refuse files with two labels or on both sides."""
+    kept: dict[tuple[int, int], _File] = {}
+    for file in files:
+        # By device and inode instead of the name: a link in the test list to a training video is a
+        # leak as well.
+        first = kept.setdefault((file.status.st_dev, file.status.st_ino), file).row
+        row = file.row
+        if first.label != row.label:
+            raise LabelsError(
+                f"{origin}: {escape_path(row.path)} has two labels, "
+                f"{first.label!r} ({first.where}) and {row.label!r} ({row.where})"
+            )
+        if first.side != row.side:
+            raise LabelsError(_leak(origin, first, row))
+    return list(kept.values())
+
+
+def _check_contents(listing: Listing, files: list[_File], notes: list[str]) -> None:
+    """Refuse files of equal content on both sides or with two labels.
+
+    A published split is used as it is; its leaks are notes.
+    """
+    leaks, relabelled = [], []
+    for first, again in _repeated_contents(files):
+        if first.side != again.side:
+            leaks.append(_leak(listing.origin, first, again))
+        elif first.label != again.label:
+            relabelled.append(
+                f"{listing.origin}: the same file has two labels, {escape_path(first.path)} is "
+                f"{first.label!r} ({first.where}) and {escape_path(again.path)} is {again.label!r} ({again.where})"
+            )
+    for what, problems in (("leaks", leaks), ("files with two labels", relabelled)):
+        if not problems:
+            continue
+        if not listing.official:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise LabelsError(problems[0] + more)
+        notes.append(
+            f"{len(problems)} {what} of the official split, kept as published; the first: {problems[0]}"
+        )
+
+
+def _repeated_contents(files: list[_File]) -> Iterator[tuple[Row, Row]]:
+    """Yield the row of each file whose content an earlier file has, after the row of that file.
+
+    Only files of equal size are read.
+    """
+    sizes = Counter(file.status.st_size for file in files)
+    seen: dict[str, list[_File]] = {}
+    for file in files:
+        if sizes[file.status.st_size] == 1:
+            continue
+        try:
+            candidates = seen.setdefault(digest(file.path), [])
+        except VideoError:
+            continue  # an unreadable file is reported when it is decoded
+        first = next((other for other in candidates if same_content(other.path, file.path)), None)
+        if first is None:
+            candidates.append(file)
+        else:
+            yield first.row, file.row
+
+
+def _leak(origin: str, first: Row, again: Row) -> str:
+    return (
+        f"{origin}: the same file is on both sides of the split, {escape_path(first.path)} "
+        f"({first.where}, {first.side}) and {escape_path(again.path)} ({again.where}, {again.side})"
+    )
