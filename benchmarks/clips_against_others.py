@@ -1,5 +1,4 @@
-"""Random clips of 8 and 32 frames: this package's reader against torchcodec, decord and OpenCV; and
-prepared copies.
+"""Compare readers of random clips: this package, prepared copies, torchcodec, decord and OpenCV.
 
     pip install torchcodec decord opencv-python-headless
     python benchmarks/clips_against_others.py /data/clips
@@ -7,12 +6,12 @@ prepared copies.
 From the videos of the folder, H.264 files of 10 s are encoded (x264's defaults, B-frames included)
 at 340x256 and at 1280x720, with a key frame at least every 250 and every 12 frames, and copies of
 the former by `distinit prepare`. Each contender gives the same consecutive frames, RGB of 128x171,
-with its own resize where it has one; that they are the same frames is checked. One decoder thread;
-nothing is remembered from one clip to the next, as in a corpus of many videos. Processor time a
-clip: alone in one process, and in the 2 workers of a DataLoader at once.
+with its own resize if it has one; a check compares the frames. One decoder thread; nothing is
+cached from one clip to the next, as in a corpus of many videos. Processor time per clip: alone in
+one process, and in the 2 workers of a DataLoader at once.
 
 Goals: never behind the best, 1.3 times it for 8 frames at GOP 250; copies 6 times the originals of
-    GOP 250.
+GOP 250.
 """
 
 from __future__ import annotations
@@ -65,24 +64,24 @@ def pictures(paths: list[str], size: tuple[int, int]) -> Iterator[np.ndarray]:
 
 
 def ours(path: str, start: int, length: int) -> np.ndarray:
-    """A video as met for the first time."""
+    """Read a video for the first time."""
     clips._indices = frame_map.LruCache()
     return clips.read_frames(path, np.arange(start, start + length), CLIP).images
 
 
 def ours_again(path: str, start: int, length: int) -> np.ndarray:
-    """A video whose packets this process has listed before."""
+    """Read a video whose packets this process has listed before."""
     return clips.read_frames(path, np.arange(start, start + length), CLIP).images
 
 
 def copy(path: str, start: int, length: int) -> np.ndarray:
-    """A prepared copy as met for the first time."""
+    """Read a prepared copy for the first time."""
     frame_map._maps = frame_map.LruCache()
     return read_copy(path, np.arange(start, start + length), CLIP).images
 
 
 def torchcodec(mode: str) -> Read:
-    """Of torchcodec, in one of its seek modes, with its own resize."""
+    """Return a reader of torchcodec in one of its seek modes, with its own resize."""
     from torchcodec.decoders import VideoDecoder
     from torchcodec.transforms import Resize
 
@@ -100,7 +99,7 @@ def torchcodec(mode: str) -> Read:
 
 
 def decord(path: str, start: int, length: int) -> np.ndarray:
-    """Of decord, which resizes while it decodes."""
+    """Return a reader of decord, which resizes while it decodes."""
     import decord
 
     reader = decord.VideoReader(
@@ -110,8 +109,7 @@ def decord(path: str, start: int, length: int) -> np.ndarray:
 
 
 def opencv(path: str, start: int, length: int) -> np.ndarray:
-    """Of OpenCV; its bilinear resize would skip pixels where the others average. BGR is turned
-    round after it."""
+    """Return a reader of OpenCV with area resize, as its bilinear resize skips pixels."""
     import cv2
 
     cv2.setNumThreads(1)
@@ -125,7 +123,7 @@ def opencv(path: str, start: int, length: int) -> np.ndarray:
 
 
 def contenders(sample: str) -> dict[str, Read]:
-    """Those that are installed and read the sample."""
+    """Return the contenders that are installed and read the sample."""
     found: dict[str, Read] = {"distinit": ours, "distinit, packets known": ours_again}
     for name, make in (
         ("torchcodec, approximate", lambda: torchcodec("approximate")),
@@ -181,7 +179,7 @@ def draw(files: list[str], frames: int, length: int, count: int) -> list[tuple[s
 
 
 def check(read: dict[str, Read], drawn: list[tuple[str, int, int]], where: str) -> None:
-    """Whether all give the frames that this package gives."""
+    """Check that all contenders give the frames of this package."""
     for name, each in read.items():
         off = max(float(np.abs(each(*clip).astype(int) - ours(*clip)).mean()) for clip in drawn[:6])
         if off > 6:  # resizers differ by 1 to 3 of 255; another frame by more

@@ -1,14 +1,13 @@
-"""Every 8th frame of short videos: this package's reader against torchcodec, decord and OpenCV, one
-thread each.
+"""Compare decoders on every 8th frame of short videos: this package, torchcodec, decord, OpenCV.
 
     pip install torchcodec decord opencv-python-headless
     python benchmarks/decode_alone.py /data/clips
 
 From the videos of the folder, H.264 files of 340x256 and 10 s are encoded (x264's defaults,
 B-frames included) with a key frame at least every 12 and every 250 frames. Each contender opens a
-file, and gives every 8th frame as RGB of 340x256; that they give the same frames is checked.
-Processor time of this process, medians of rounds in which all take turns. OpenCV decodes every
-frame (`grab`) and converts the wanted ones (`retrieve`).
+file, and gives every 8th frame as RGB of 340x256; a check compares the frames. One thread each;
+processor time of this process, medians of rounds in which all take turns. OpenCV decodes every
+frame (`grab`) and converts the selected ones (`retrieve`).
 
 Goal: at least 1.3 times the frames of torchcodec and decord.
 """
@@ -66,7 +65,7 @@ def ours(path: str) -> np.ndarray:
 
 
 def torchcodec(mode: str) -> Decode:
-    """Of torchcodec, in one of its seek modes."""
+    """Return a decoder of torchcodec in one of its seek modes."""
     from torchcodec.decoders import VideoDecoder
 
     def decode(path: str) -> np.ndarray:
@@ -77,7 +76,7 @@ def torchcodec(mode: str) -> Decode:
 
 
 def decord(path: str) -> np.ndarray:
-    """Of decord."""
+    """Return a decoder of decord."""
     import decord
 
     reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
@@ -85,7 +84,7 @@ def decord(path: str) -> np.ndarray:
 
 
 def opencv(path: str) -> np.ndarray:
-    """Of OpenCV, whose BGR is turned round."""
+    """Return a decoder of OpenCV, converted from BGR."""
     import cv2
 
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
@@ -99,7 +98,7 @@ def opencv(path: str) -> np.ndarray:
 
 
 def contenders(sample: str) -> dict[str, Decode]:
-    """Those that are installed and decode the sample."""
+    """Return the contenders that are installed and decode the sample."""
     found: dict[str, Decode] = {"distinit": ours}
     for name, make in (
         ("torchcodec, approximate", lambda: torchcodec("approximate")),

@@ -46,7 +46,7 @@ def link(videos: list[Path], folder: Path, count: int) -> None:
 
 
 def role(process: psutil.Process, client: int) -> str:
-    """What a process of the extraction is."""
+    """Return the role of a process of the extraction."""
     if process.pid == client:
         return "client"
     words = " ".join(process.cmdline())
@@ -59,8 +59,8 @@ def peaks(words: list[str], environment: dict[str, str]) -> tuple[dict[str, floa
     """Run a command; the highest VmHWM in MB of its processes, by role, and its seconds."""
     found: dict[str, float] = defaultdict(float)
     began = time.monotonic()
-    with tempfile.TemporaryFile() as said:
-        run = subprocess.Popen(words, env=environment, stderr=said)
+    with tempfile.TemporaryFile() as stderr:
+        run = subprocess.Popen(words, env=environment, stderr=stderr)
         while run.poll() is None:
             for process in [
                 psutil.Process(run.pid),
@@ -79,8 +79,8 @@ def peaks(words: list[str], environment: dict[str, str]) -> tuple[dict[str, floa
                 found[name] = max(found[name], *mark, 0.0)
             time.sleep(0.25)
         if run.returncode:
-            said.seek(0)
-            sys.stderr.buffer.write(said.read())
+            stderr.seek(0)
+            sys.stderr.buffer.write(stderr.read())
             raise SystemExit(run.returncode)
     return dict(found), time.monotonic() - began
 

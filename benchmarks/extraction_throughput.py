@@ -6,10 +6,10 @@
 
 The bound: where decoders and teachers share the cores of a CPU, a frame costs the time of both, so
 that no arrangement gives more than 1 / (1/D + 1/T) frames a second, with D those of decoding alone
-and T those of the teachers alone, each on all the cores. A GPU works beside the decoders: there it
-is min(D, T). D, T and the whole are measured in turn in one process, by the clock. Processor time a
-frame (decoding + teacher, over the whole's) says the same without the waiting, and hardly depends
-on what else the machine does.
+and T those of the teachers alone, each on all the cores. A GPU works in parallel to the decoders:
+there it is min(D, T). D, T and the whole are measured in turn in one process, in wall time.
+Processor time per frame (decoding + teacher, over the whole's) is the same without waiting, and
+hardly depends on the load of the machine.
 
 Goal: at least 0.90 of the bound. `torchvision.models:resnet50` has random weights, which serve for
     speed.
@@ -67,8 +67,10 @@ class Watch(Console):
 
 
 class Parts:
-    """The contenders for one teacher; each returns frames a second and notes processor time a
-    frame."""
+    """Return the contenders for one teacher, which return frames per second.
+
+    They also record the processor time per frame.
+    """
 
     def __init__(self, args: argparse.Namespace, name: str) -> None:
         self.args, self.device = args, resolve_device(args.device)
@@ -81,7 +83,7 @@ class Parts:
         self.paths = [listed.absolute(i) for i in range(len(listed))]
 
     def decode(self) -> float:
-        """Decoding alone."""
+        """Decode without a teacher."""
         with DecodePool(processes=self.decoders, views=[self.teacher.view]) as pool:
             list(pool.probe(self.paths[: 2 * self.decoders]))  # the children are up
             began, processor, rows = time.perf_counter(), processor_seconds(), 0
@@ -94,7 +96,7 @@ class Parts:
             )
 
     def teach(self) -> float:
-        """The teacher alone, on batches that are there."""
+        """Run the teacher on batches in memory."""
         images = np.random.default_rng(0).integers(
             0, 255, (*self.teacher.input_shape, 3), dtype=np.uint8
         )

@@ -132,7 +132,8 @@ class Command:
 
 def differences(a: Path, b: Path) -> list[str]:
     """What differs between two files or folders, but for what is named or written after the
-    moment."""
+    moment.
+    """
     if a.is_dir() and a.suffix == ".zarr":
         left = [
             path.name for path in b.rglob("*") if "partial" in path.name or path.name == "staging"
@@ -225,7 +226,8 @@ class Started:
 
     def follow(self, change: int | None = None, delay: float = 0.0) -> int | None:
         """Wait for the end, or until `delay` after a change; returns the status, None where it is
-        still at work."""
+        still at work.
+        """
         until = time.monotonic() + (delay if change == 0 else LONGEST_S)
         while self.process.poll() is None and (left := until - time.monotonic()) > 0:
             self._take(min(left, 0.1))
@@ -402,7 +404,8 @@ class Workplace:
 
 def _size(path: Path, biggest: bool = False) -> int:
     """Bytes of a file or of all files of a folder, in whole pages as a tmpfs needs; or of its
-    biggest file."""
+    biggest file.
+    """
     sizes = [each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file()]
     return max(sizes) if biggest else sum(-(-size // 4096) * 4096 for size in sizes)
 

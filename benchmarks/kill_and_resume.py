@@ -3,7 +3,7 @@
     python benchmarks/kill_and_resume.py SOURCE… --teacher efficientnet_lite0 --kills 20 --workers 2
 
 `kill -9` goes to the client (`--who client`; without workers that is all there is, and its decoders
-end with it), to a random dask worker (`worker`; the run goes on), or to a worker and then the
+end with it), to a random dask worker (`worker`; the run continues), or to a worker and then the
 client (`both`). The comparison reads both stores with plain zarr: every array, every row, bit for
 bit. The result goes to docs/benchmarks.md.
 """
@@ -30,7 +30,7 @@ VICTIMS = {"client": ("client",), "worker": ("worker", "worker"), "both": ("work
 
 
 def command(args: argparse.Namespace, out: Path) -> list[str]:
-    """The extraction as a user would type it."""
+    """Return the command line of the extraction."""
     teachers = [word for t in args.teacher for word in ("--teacher", t)]
     base = [sys.executable, "-m", "distinit", "extract-targets", *args.sources]
     workers = ["--workers", str(args.workers)] if args.workers else []
@@ -63,7 +63,7 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    """The dask workers among the children of a client."""
+    """List the dask workers among the children of a client."""
     found = []
     for child in psutil.Process(pid).children():
         try:
@@ -85,7 +85,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def kill_one(process: subprocess.Popen[bytes], who: str, rng: random.Random) -> bool:
-    """`kill -9` of the client or of a random worker; False where there is none (yet)."""
+    """Send `kill -9` to the client or a random worker; return False if there is none yet."""
     if who == "client":
         end(process)
         return True
@@ -98,10 +98,13 @@ def kill_one(process: subprocess.Popen[bytes], who: str, rng: random.Random) -> 
 def one_run(
     words: list[str], victims: tuple[str, ...], seconds: float, rng: random.Random
 ) -> tuple[list[str], bool]:
-    """Run the command, kill the victims at random moments; returns who was killed and whether it
-    ended well."""
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(words, stderr=said)
+    """Run the command and kill the victims at random moments.
+
+    Returns:
+        The victims, and whether the command succeeded.
+    """
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(words, stderr=stderr)
         killed = []
         moments = sorted(rng.uniform(0.05, 1.0) * seconds for _ in victims)
         began = time.monotonic()
@@ -114,8 +117,8 @@ def one_run(
                     killed.append(f"{who} at {moment:.1f} s")
         code = process.wait()
         if code not in (0, -signal.SIGKILL):
-            said.seek(0)
-            sys.stderr.buffer.write(said.read())
+            stderr.seek(0)
+            sys.stderr.buffer.write(stderr.read())
             raise SystemExit(
                 f"the extraction ended with status {code} after these kills: {', '.join(killed)}"
             )
@@ -158,7 +161,7 @@ def main() -> int:
                 f"killed: {', '.join(killed) or 'nothing in time'}; {nodes} shards committed",
                 flush=True,
             )
-            if ended:  # compare, and begin anew, so that every kill hits a run at work
+            if ended:  # compare and start again, so that every kill hits a running extraction
                 check(whole, broken)
                 compared += 1
                 shutil.rmtree(broken)

@@ -1,13 +1,12 @@
-"""Seconds and memory to open a store of a million videos and a hundred million rows, and to read
-its first pick.
+"""Measure time and memory to open a store of a million videos, and to read its first pick.
 
     python benchmarks/large_store.py --videos 1000000 --keep big.zarr  # makes it (15 minutes)
     python benchmarks/large_store.py --reuse big.zarr                    # measures again
 
-The store is made by the writer that extraction uses: real tables of videos, segments and frames, a
-commit for every shard of the frames and of one teacher. Its logits are NaN, which takes no space,
-but for the last shard. Each opening is a process of its own; the files are in the page cache. Goal:
-under 3 s and 600 MB (peak resident memory of the process, all imports included).
+The store of a hundred million rows is made by the writer of extraction: real tables of videos,
+segments and frames, a commit per shard of the frames and of one teacher. Its logits are NaN, which
+takes no space, except for the last shard. Each opening is a separate process; the files are in the
+page cache. Goal: under 3 s and 600 MB (peak resident memory of the process, imports included).
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ print(json.dumps({
 
 
 def make(root: Path, videos: int, rows: int) -> None:
-    """A store of `videos` videos with `rows` cached frames each."""
+    """Make a store of `videos` videos with `rows` cached frames each."""
     columns = video_columns(
         [f"class_{i % 700:03d}/{i:011x}_{i % 300:06d}.mp4" for i in range(videos)], rows, seed=0
     )

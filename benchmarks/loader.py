@@ -7,7 +7,7 @@
 `targets` and `flat` take the first --videos of the folder, extract every 4th frame with a small
 linear teacher of 1000 classes, and read 8-frame clips from the videos and from prepared copies.
 `size` makes stores of 10^3 and 10^6 videos whose paths all lead to a few of the folder's videos.
-Processor time unless said; contenders take turns.
+Processor time unless noted; contenders take turns.
 Goals: targets under 3 % of the bare decode; memory that neither grows nor depends on the number of
     videos.
 """
@@ -73,7 +73,7 @@ def sampler_of(store: TargetStore, epoch_clips: int | None = None) -> TargetSamp
 
 
 def build(source: str, count: int, folder: Path) -> tuple[TargetStore, Path]:
-    """A store of the first videos of a folder, and their copies."""
+    """Make a store of the first videos of a folder, and their copies."""
     (folder / "linear_teacher.py").write_text(TEACHER)
     sys.path.insert(0, str(folder))
     listed = list_videos([source])
@@ -90,7 +90,7 @@ def build(source: str, count: int, folder: Path) -> tuple[TargetStore, Path]:
 
 
 def targets(source: str, videos: int, rounds: int, count: int) -> None:
-    """What targets cost, and an online teacher."""
+    """Measure the cost of targets, and of an online teacher."""
     with tempfile.TemporaryDirectory() as name:
         store, small = build(source, videos, Path(name))
         net = resnet50().eval()
@@ -119,8 +119,7 @@ def targets(source: str, videos: int, rounds: int, count: int) -> None:
 
             @torch.inference_mode()
             def online(clips: StudentClips = clips, drawn: list[ClipSample] = drawn) -> float:
-                """The clip, its picked frame at 224 pixels from the video, and a ResNet-50 in fp32,
-                16 at once."""
+                """Read a clip and its picked frame at 224 pixels, for a ResNet-50."""
                 began = time.process_time()
                 few, images = drawn[:16], []
                 for draw in few:
@@ -158,7 +157,7 @@ def targets(source: str, videos: int, rounds: int, count: int) -> None:
 
 
 def workers_memory() -> list[tuple[float, float]]:
-    """Of each child process, (unshared, resident) in MB."""
+    """Return (unshared, resident) memory of each child process in MB."""
     found = []
     for child in psutil.Process().children():
         memory = child.memory_full_info()
@@ -202,7 +201,7 @@ def flat(source: str, videos: int, count: int) -> None:
 
 
 class OneOfFew(StudentClips):
-    """Clips of a store whose videos are not there: each leads to one of a few that are."""
+    """Clips of a store whose videos are mapped to a few existing ones."""
 
     files: list[str]
 

@@ -23,7 +23,7 @@ OUT = Path(__file__).resolve().parent.parent / "conf" / "demo_corpus"
 
 
 def choose(rows: list[dict[str, str]], train: int, test: int) -> list[dict[str, str]]:
-    """The rows to copy, in the order of the list."""
+    """Return the rows to copy, in the order of the list."""
     groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
         groups[row["label"], row["split1"]].append(row)

@@ -1,5 +1,4 @@
-"""What the benchmarks share: contenders in turn, medians, processor time, and a line that says
-where."""
+"""Shared parts of the benchmarks: contenders in turn, medians, processor time, machine, tables."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ import psutil
 
 
 def machine() -> str:
-    """Processor, cores, memory, load of the last minute, date: what a figure is worth nothing
-    without."""
+    """Describe the machine: processor, cores, memory, load of the last minute, date."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -35,8 +33,7 @@ def machine() -> str:
 
 
 def in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Values of each contender, one a round, all of them in every round: what disturbs one disturbs
-    all."""
+    """Return a value per round of each contender; they take turns, so that load affects all."""
     values: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, measure in contenders.items():
@@ -45,7 +42,7 @@ def in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[
 
 
 def medians(values: Mapping[str, list[float]]) -> dict[str, float]:
-    """The median of each."""
+    """Return the median of each contender."""
     return {name: statistics.median(v) for name, v in values.items()}
 
 
@@ -63,10 +60,12 @@ def processor_seconds() -> float:
 
 
 def video_columns(paths: Sequence[str], rows: int, *, seed: int) -> dict[str, Any]:
-    """Return the columns of a store's video table for made-up videos of 10 s, with `rows` cached
-    frames each.
+    """Return the video table of a store for synthetic videos of 10 s.
 
-    seed: of their digests.
+    Args:
+        videos: Number of videos.
+        rows: Cached frames per video.
+        seed: Seed of their digests.
     """
     videos = len(paths)
     return {
@@ -85,7 +84,7 @@ def video_columns(paths: Sequence[str], rows: int, *, seed: int) -> dict[str, An
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [list(head), *[[str(cell) for cell in row] for row in rows]]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

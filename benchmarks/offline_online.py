@@ -1,5 +1,4 @@
-"""Extraction once and N trainings from the store, against N trainings with the teacher in the loop:
-hours.
+"""Compare one extraction and N trainings from the store with N trainings with an online teacher.
 
     python benchmarks/offline_online.py SOURCE --store STORE [--teacher efficientnet_lite0]
         [--width 0.25] [--size 56] [--batch-size 16] [--steps 8] [--rounds 3] [--videos 300000]

@@ -1,12 +1,11 @@
-"""Random 8-frame clips from originals and from prepared copies: clips a second and core, bytes a
-second of video.
+"""Compare random 8-frame clips from originals and prepared copies: clips per second, and bytes.
 
     python benchmarks/prepared_clips.py FOLDER [--videos 8] [--seconds 10] [--clips 120]
 
 From the videos of FOLDER, originals of 340x256 are encoded (H.264, x264's defaults: B-frames, one
 key frame in 250; and one in 12), and of each of those copies as `distinit prepare` makes them, and
-variants. Every clip is read as a loader reads it the first time it meets a video: nothing is
-remembered from one clip to the next but a set-up decoder. CPU time of this process, the median of
+variants. Every clip is read as by a loader that reads a video for the first time: only the set-up
+of a decoder is kept from one clip to the next. CPU time of this process, the median of
 `--rounds` rounds in which the contenders take turns.
 """
 
@@ -57,7 +56,7 @@ def pictures(files: list[str]) -> Iterator[np.ndarray]:
 
 
 def variant(source: str, target: str, encoder: dict[str, object], extra: dict[str, object]) -> None:
-    """A copy with a map, in another encoding."""
+    """Make a copy with a frame map in another encoding."""
     with VideoReader(source) as reader:
         info, timeline, renderer = reader.info, reader.timeline(), Renderer()
         height, width = 128, 171

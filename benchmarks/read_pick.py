@@ -1,5 +1,4 @@
-"""Milliseconds a row of reading picks from a warm local store: this package against zarr-python and
-h5py.
+"""Compare readers of picks from a warm local store: this package, zarr-python and h5py.
 
     python benchmarks/read_pick.py
 
@@ -8,7 +7,7 @@ folder, and the same rows as HDF5. Picks are what a loader reads: 1 or 8 neighbo
 at a random place. Everything is in the page cache. Wall time by row, medians of rounds in which all
 take turns.
 
-Goal: under 0.1 ms a row.
+Goal: under 0.1 ms per row.
 """
 
 from __future__ import annotations

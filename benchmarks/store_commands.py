@@ -97,8 +97,7 @@ print(json.dumps({
 
 
 def make(root: Path, videos: int, number: int) -> None:
-    """Make a store of `videos` videos, those of another `number` having other names and
-    contents."""
+    """Make a store of `videos` videos, whose names and contents depend on `number`."""
     columns = video_columns(
         [f"class_{i % 700:03d}/{number}-{i:011x}.mp4" for i in range(videos)], ROWS, seed=number
     )

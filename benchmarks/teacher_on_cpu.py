@@ -1,11 +1,10 @@
-"""Frames a second of a teacher on a CPU: batches in threads of their own against torch's threads,
-idle and busy cores.
+"""Compare batches in separate threads with torch's threads for a teacher on a CPU.
 
     python benchmarks/teacher_on_cpu.py --teacher efficientnet_lite0
 
-Each contender is a process of its own that runs the teacher for some seconds, alone and beside as
-many processes that compute without end as there are cores (which is what decoders are to it).
-`malloc's default` is the way stage one goes without `keep_freed_memory`. Medians of rounds in which
+Each contender is a separate process that runs the teacher for some seconds, on idle cores and next
+to as many busy processes as there are cores (like decoders). `malloc's default` is stage one
+without `keep_freed_memory`. Medians of rounds in which
 all take turns.
 """
 

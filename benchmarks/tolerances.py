@@ -1,4 +1,4 @@
-"""What the tolerances of `distinit targets verify` rest on.
+"""Measure the basis of the tolerances of `distinit targets verify`.
 
     python benchmarks/tolerances.py FOLDER
 
@@ -50,7 +50,7 @@ def frames_of(folder: str, view, count: int) -> np.ndarray:
 
 
 def beyond(logits: np.ndarray, encoding: str) -> float:
-    """The largest excess over the first-order bound, in nats."""
+    """Return the largest excess over the first-order bound, in nats."""
     arrays = encode(logits, encoding)
     kept = decode(arrays, encoding)
     granted = entropy_tolerance(kept, rounding(arrays, encoding)) - ENTROPY_TOLERANCE

@@ -1,5 +1,4 @@
-"""Steps of training with real clips and with a batch that is always there: does the loader hold the
-student up?
+"""Compare training steps with loaded clips and with a fixed batch: does the loader limit training?
 
     python benchmarks/training_steps.py --store STORE [--student r2plus1d_18]
         [--width 0.25] [--size 56]
@@ -98,14 +97,13 @@ class Trainer:
         )
 
     def at_once(self) -> float:
-        """Steps a second with a batch that lies on the device."""
+        """Measure steps per second with a batch on the device."""
         ready = to_device(self.batch, self.device)
         ready |= {"weight": self.batch["weight"], "rejected": self.batch["rejected"]}
         return self._rate(itertools.repeat(ready))
 
     def real(self) -> float:
-        """Steps a second with clips read and decoded, from the start of the loader's workers on
-        warm."""
+        """Measure steps per second with decoded clips, after the workers of the loader started."""
         keys = EpochBatchSampler(
             batch_size=self.options.batch_size, steps_per_epoch=self.steps + WARM_UP, epochs=1
         )

@@ -1,12 +1,11 @@
-"""Processor and wall time of whole commands in two checkouts of distinit, one after the other: what
-does a change cost?
+"""Compare processor and wall time of whole commands in two checkouts of distinit.
 
     python benchmarks/two_checkouts.py ../before . --videos /data/clips --rounds 5
 
 Every command runs in a process of its own in both checkouts, in turn, on the same inputs; printed
 are the medians and the median of the ratios round by round (second over first).  `{out}` is a fresh
 folder per run, `{store}` and `{student}` are made once by the first checkout. Commands that only
-one of them knows are named and left out.
+one of them has are skipped and named.
 """
 
 from __future__ import annotations

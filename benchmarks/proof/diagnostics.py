@@ -1,14 +1,13 @@
-"""What the paper's Tables 2 to 5 and Figure 6 vary, and what motion is worth, on real labelled
-videos.
+"""Vary what the paper's Tables 2 to 5 and Figure 6 vary, on real labelled videos.
 
     python benchmarks/proof/diagnostics.py FOLDER... --out OUT [--seeds 0] [--rows center …]
 
-OUT is that of real_videos.py: its store, copies and students are used. Every row is DistInit with
-one thing changed in stage two, finetuned by one schedule for all, three folds pooled; its gain is
-over the row without a change, paired, with a 95 % bootstrap interval over sources; that of flow
-from scratch is over the unchanged row too. Beside the row `scratch`, it and the unchanged one are
-tested on clips whose frames are shuffled or frozen. Interrupted, the same command goes on.
-OUT/diagnostics.json has the figures, seconds of stage two included.
+OUT is that of real_videos.py, whose store, copies and students are used. Each row is DistInit with
+one change in stage two, finetuned with one schedule, three folds pooled. Its gain is over the
+unchanged row, also for flow from scratch, paired, with a 95 % bootstrap interval over sources. With
+the row `scratch`, it and the unchanged row are also tested on clips whose frames are shuffled or
+frozen. After an interruption the same command resumes. OUT/diagnostics.json has the figures and the
+seconds of stage two.
 """
 
 from __future__ import annotations
@@ -20,25 +19,23 @@ from typing import Any
 
 import real_videos
 import second_teacher
-from folds import SPLITS, gain, interval, pooled, read_labels, runs_of, write_said
+from folds import SPLITS, gain, interval, pooled, read_labels, runs_of, write_predictions
 from real_videos import DISTINIT, SCRATCH, TEACHER, Proof, run_distinit, start
 
 HERE = Path(__file__).resolve().parent
-SCHEDULE = (
-    60,
-    0.06,
-)  # epochs of 192 clips, learning rate: what DistInit chose on har7, in every fold
+# Epochs of 192 clips and learning rate: the choice for DistInit on har7, in every fold.
+SCHEDULE = (60, 0.06)
 FRAMES = ("shuffled", "frozen")
 
 
 def variants(corpora: list[str], lr: float) -> dict[str, dict[str, Any]]:
-    """Rows: their keys of stage two, whose learning rate is lr otherwise."""
+    """Return the keys of stage two for each row; `lr` is the learning rate of the others."""
     key = "train-student.targets."
     rows: dict[str, dict[str, Any]] = {
         "center": {key + "picks": "center"},
         "2 random": {key + "picks": "random:2"},
         "squared error": {key + "loss": "squared-error", "train-student.loop.lr": lr / 10},
-        "surest half": {key + "max_entropy_quantile": 0.5},
+        "most confident half": {key + "max_entropy_quantile": 0.5},
     }
     rows |= {f"{name} alone": {key + "corpora": {name: 1}} for name in corpora}
     flow = {"train-student.student.channels": 2}
@@ -46,11 +43,14 @@ def variants(corpora: list[str], lr: float) -> dict[str, dict[str, Any]]:
 
 
 def select(rows: dict[str, dict[str, Any]], names: list[str]) -> dict[str, dict[str, Any]]:
-    """Those of the rows that are named, all where none is. SystemExit where there is no such
-    row."""
+    """Select rows by name, by default all.
+
+    Raises:
+        SystemExit: There is no such row.
+    """
     for name in names:
         if name not in rows:
-            raise SystemExit(f"{name}: not a row that can be varied, which are: {', '.join(rows)}")
+            raise SystemExit(f"{name}: no such row, expected some of: {', '.join(rows)}")
     return {row: keys for row, keys in rows.items() if not names or row in names}
 
 
@@ -73,7 +73,7 @@ def of_students(runs: Path, records: list[dict[str, Any]]) -> dict[str, dict[str
 
 
 def add_second_teacher(store: Path, folders: list[Path]) -> None:
-    """The same frames as the first teacher's; what is done is left alone."""
+    """Extract targets of a second teacher for the frames of the first one."""
     options = [
         word
         for key, value in second_teacher.OPTIONS.items()
@@ -120,8 +120,7 @@ def main() -> None:
 
 
 def measure(proof: Proof, folder: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy of every row on a data set and its gain over the unchanged one; seconds of its
-    students."""
+    """Measure accuracy, gain over the unchanged row, and seconds of students for each row."""
     plain = start(DISTINIT, *SCHEDULE)
     axis = {DISTINIT: plain, **{row: plain | keys for row, keys in rows.items()}}
     name, seeds = f"diagnostics-{folder.name}", proof.args.seeds
@@ -133,18 +132,18 @@ def measure(proof: Proof, folder: Path, rows: dict[str, dict[str, Any]]) -> dict
         for frames in FRAMES:
             tested = {key: proof.tested(run, frames) for key, run in runs[row].items()}
             found[f"{row}, {frames}"] = pooled(tested, labels)
-    write_said(proof.out / "said" / f"{folder.name}-diagnostics.csv", found)
+    write_predictions(proof.out / "predictions" / f"{folder.name}-diagnostics.csv", found)
     return {
         "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in found.items()},
-        "gain": {row: gain(p, found[_beside(row)]) for row, p in found.items() if row != DISTINIT},
+        "gain": {row: gain(p, found[_base(row)]) for row, p in found.items() if row != DISTINIT},
         **of_students(proof.out / "runs", records),
         "folds": len(SPLITS),
         "seeds": seeds,
     }
 
 
-def _beside(row: str) -> str:
-    """The row that a row's gain is over: its own clips in order, or the unchanged row."""
+def _base(row: str) -> str:
+    """Return the row to compare with: the same clips in order, or the unchanged row."""
     return SCRATCH if row.startswith(f"{SCRATCH},") else DISTINIT
 
 

@@ -1,13 +1,12 @@
-"""Is DistInit's gain the larger the fewer labels there are? From what every run said of every
-video.
+"""Measure whether DistInit's gain grows with fewer labels, from saved predictions.
 
     python benchmarks/proof/fewer_labels.py SHARE=FILE.csv[,FILE.csv] ...
 
-A measure (all labels, a tenth of them, …) is a csv of said/ with rows DistInit and scratch, or two
-csvs that have one of them each; compared are the seeds that both have. Of each the accuracies, the
-gain in points and as a ratio; then how much the gain of each differs from the first one's: in
-points a difference, as a ratio a quotient. Intervals are 95 %, by one bootstrap over the sources,
-so that measures on the same videos stay paired.
+A measure (all labels, a tenth of them, …) is a csv of predictions/ with rows DistInit and scratch,
+or two csvs with one of them each; seeds that both have are compared. The tables show accuracies,
+gains in points and as ratios, and how the gain of each measure differs from that of the first one.
+Intervals are 95 %, from one bootstrap over sources, so that measures on the same videos stay
+paired.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ def main() -> None:
 
 
 def pair(files: list[Path]) -> tuple[folds.Pooled, folds.Pooled]:
-    """DistInit's row and scratch's, by the seeds that both have."""
-    found = [folds.read_said(file) for file in files]
+    """Return the rows of DistInit and scratch with the seeds that both have."""
+    found = [folds.read_predictions(file) for file in files]
     each = [
         next((rows[name] for rows in found if name in rows), None) for name in (DISTINIT, SCRATCH)
     ]
@@ -48,19 +47,19 @@ def pair(files: list[Path]) -> tuple[folds.Pooled, folds.Pooled]:
 
 
 def of_seeds(found: folds.Pooled, seeds: Sequence[int]) -> folds.Pooled:
-    """The runs of these seeds alone."""
-    said = found.said[[found.seeds.index(seed) for seed in seeds]]
-    return folds.Pooled(said, found.labels, found.videos, found.groups, list(seeds))
+    """Select the runs of some seeds."""
+    predicted = found.predicted[[found.seeds.index(seed) for seed in seeds]]
+    return folds.Pooled(predicted, found.labels, found.videos, found.groups, list(seeds))
 
 
 def compare(measures: dict[str, tuple[folds.Pooled, folds.Pooled]]) -> str:
-    """A table of the measures, and one of what the others' gains differ from the first's."""
+    """Tabulate the measures, and the differences of their gains from the first one."""
     first = next(iter(measures.values()))[0]
     for name, each in measures.items():
         if any(p.videos != first.videos for p in each):
             raise SystemExit(f"{name}: its videos are not those of {next(iter(measures))}")
     right = np.stack([p.right.mean(axis=0) for each in measures.values() for p in each], axis=1)
-    # What is drawn again is sources; two columns a measure, ours and scratch's.
+    # Sources are resampled; each measure has two columns, DistInit and scratch.
     above, below = by_group(right, first.groups), by_group(np.ones_like(right), first.groups)
     drawn = bootstrap_ratios(above, below)
     values = np.concatenate([right.mean(axis=0)[None], drawn])  # the first row: as it is

@@ -1,5 +1,4 @@
-"""Lists and measures of the proofs: what a student leaves out, what schedules are chosen on, folds
-pooled.
+"""Lists and measures of the proofs: excluded videos, inner splits, pooled folds.
 
 Shape letters: V videos, S seeds.
 """
@@ -24,8 +23,10 @@ Row = dict[str, str]
 
 
 def read_labels(folder: Path) -> list[Row]:
-    """Rows of FOLDER/labels.csv: path, label, source, split1, split2, split3; every video is tested
-    in one split."""
+    """Read FOLDER/labels.csv: path, label, source, split1, split2, split3.
+
+    Every video is tested in exactly one split.
+    """
     with open(folder / "labels.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -36,8 +37,8 @@ def read_labels(folder: Path) -> list[Row]:
     return rows
 
 
-def write_leave_out(out: Path, folders: Sequence[Path]) -> None:
-    """OUT/testK.txt: the test videos of split K of all data sets, for train-student's exclude."""
+def write_excluded(out: Path, folders: Sequence[Path]) -> None:
+    """Write OUT/testK.txt: the test videos of split K of all data sets, for `--exclude`."""
     for k in SPLITS:
         names = [
             f"{folder.name}/{row['path']}"
@@ -49,11 +50,9 @@ def write_leave_out(out: Path, folders: Sequence[Path]) -> None:
 
 
 def inner(rows: Sequence[Row]) -> list[Row]:
-    """Rows whose split K divides the training side of split K once more, by source: for choosing a
-    schedule.
+    """Return rows whose split K divides the train side of split K by source, to choose a schedule.
 
-    Of each class the sources with the smallest hashes, about a third of them, are the inner test
-    side.
+    About a third of the sources of each class, those with the smallest hashes, are the test side.
     """
     made = [dict(row) for row in rows]
     for k in SPLITS:
@@ -73,8 +72,10 @@ def inner(rows: Sequence[Row]) -> list[Row]:
 
 
 def few(rows: Sequence[Row], share: float) -> list[Row]:
-    """Rows with that share of each class's training videos, those with the smallest hashes; test
-    sides are whole."""
+    """Return rows with a share of the training videos of each class, those with smallest hashes.
+
+    Test sides are unchanged.
+    """
     made = [dict(row) for row in rows]
     for k in SPLITS:
         of_class: dict[str, list[str]] = defaultdict(list)
@@ -93,7 +94,7 @@ def few(rows: Sequence[Row], share: float) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> Path:
-    """A csv of labels for `--dataset csv:PATH`."""
+    """Write a csv of labels for `--dataset csv:PATH`."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -103,10 +104,13 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
 
 @dataclass(frozen=True)
 class Pooled:
-    """What was said of each video: said [S, V], names of classes, empty of one that could not be
-    read; labels [V] and sources [V] of the videos; every video tested once a seed."""
+    """Predictions of all folds, in which every video is tested once per seed.
 
-    said: np.ndarray
+    `predicted` has names of classes [S, V], "" for an unreadable video; `labels` and `groups` (the
+    sources) are [V].
+    """
+
+    predicted: np.ndarray
     labels: np.ndarray
     videos: list[str]
     groups: np.ndarray
@@ -114,8 +118,8 @@ class Pooled:
 
     @property
     def right(self) -> np.ndarray:
-        """1 where the video's own class was said, else 0 [S, V]."""
-        return (self.said == self.labels).astype(np.float64)
+        """1 for a correct prediction, else 0, [S, V]."""
+        return (self.predicted == self.labels).astype(np.float64)
 
     @property
     def by_seed(self) -> np.ndarray:
@@ -124,43 +128,50 @@ class Pooled:
 
 
 def pooled(runs: dict[tuple[int, int], Path], rows: Sequence[Row]) -> Pooled:
-    """runs: (split, seed) → run folder with predictions.h5. SystemExit where a fold or a video is
-    missing."""
+    """Pool the predictions of runs, given as (split, seed) → run folder.
+
+    Raises:
+        SystemExit: A fold or a video is missing.
+    """
     seeds = sorted({seed for _, seed in runs})
     names = [row["path"] for row in rows]
-    said = np.full((len(seeds), len(names)), None, dtype=object)
+    predicted = np.full((len(seeds), len(names)), None, dtype=object)
     place = {name: i for i, name in enumerate(names)}
     for (_, seed), run in runs.items():
         found = Predictions.read(run / "predictions.h5")
-        for video, value in zip(found.videos, said_of(found), strict=True):
+        for video, value in zip(found.videos, top_classes(found), strict=True):
             at = place[_relative(video, place)]
-            if said[seeds.index(seed), at] is not None:
+            if predicted[seeds.index(seed), at] is not None:
                 raise SystemExit(f"{run}: {video} was tested twice with seed {seed}")
-            said[seeds.index(seed), at] = value
-    missing = np.argwhere(said == None)  # noqa: E711
+            predicted[seeds.index(seed), at] = value
+    missing = np.argwhere(predicted == None)  # noqa: E711
     if len(missing):
         raise SystemExit(
-            f"{len(missing)} of {said.size} tests are missing, the first: {names[missing[0][1]]}"
+            f"{len(missing)} of {predicted.size} tests are missing, the first: {names[missing[0][1]]}"
         )
     labels, sources = (
         np.array([row[key] for row in rows], dtype=object) for key in ("label", "source")
     )
-    return Pooled(said, labels, names, sources, seeds)
+    return Pooled(predicted, labels, names, sources, seeds)
 
 
-def said_of(found: Predictions) -> list[str]:
-    """The top class of each video [V], empty where it could not be read."""
-    best = found.video_scores.argmax(axis=1)  # of NaN anything: not looked at
+def top_classes(found: Predictions) -> list[str]:
+    """Return the top class of each video [V], "" if it is unreadable."""
+    best = found.video_scores.argmax(axis=1)  # arbitrary for NaN, and not used
     fine = np.isfinite(found.video_scores).all(axis=1)
     return [found.classes[k] if ok else "" for k, ok in zip(best, fine, strict=True)]
 
 
-def write_said(path: Path, found: dict[str, Pooled]) -> None:
-    """A csv that all figures of these rows can be computed from again: video, source, label, and
-    `ROW | SEED`."""
+def write_predictions(path: Path, found: dict[str, Pooled]) -> None:
+    """Write predictions to a csv: video, source, label, and a column `ROW | SEED` per run.
+
+    All figures of the rows can be recomputed from it.
+    """
     first = next(iter(found.values()))
     columns = {
-        f"{row} | {seed}": p.said[i] for row, p in found.items() for i, seed in enumerate(p.seeds)
+        f"{row} | {seed}": p.predicted[i]
+        for row, p in found.items()
+        for i, seed in enumerate(p.seeds)
     }
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="") as file:
@@ -171,8 +182,8 @@ def write_said(path: Path, found: dict[str, Pooled]) -> None:
         )
 
 
-def read_said(path: Path) -> dict[str, Pooled]:
-    """Row → what `write_said` wrote of it."""
+def read_predictions(path: Path) -> dict[str, Pooled]:
+    """Read a csv of `write_predictions`, by row."""
     with open(path, newline="") as file:
         lines = list(csv.DictReader(file))
     seeds: dict[str, list[int]] = defaultdict(list)
@@ -193,21 +204,21 @@ def read_said(path: Path) -> dict[str, Pooled]:
 
 
 def interval(values: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:
-    """values [V] → mean, and the ends of its 95 % bootstrap interval over sources."""
+    """Return the mean of values [V], and the ends of its 95 % bootstrap interval over sources."""
     above, below = by_group(values[:, None], groups), by_group(np.ones((len(values), 1)), groups)
     low, high = np.quantile(bootstrap_ratios(above, below)[:, 0], (0.025, 0.975))
     return float(values.mean()), float(low), float(high)
 
 
 def gain(ours: Pooled, theirs: Pooled) -> tuple[float, float, float]:
-    """The paired difference of the seeds' means, with its interval over sources."""
+    """Return the paired difference of the means over seeds, with its interval over sources."""
     return interval(ours.right.mean(axis=0) - theirs.right.mean(axis=0), ours.groups)
 
 
 def runs_of(
     out: Path, records: Iterable[dict[str, object]]
 ) -> dict[str, dict[tuple[int, int], Path]]:
-    """Row → (split, seed) → run folder, of the finished cells of cells.json."""
+    """Return row → (split, seed) → run folder for the finished cells of cells.json."""
     found: dict[str, dict[tuple[int, int], Path]] = defaultdict(dict)
     for record in records:
         if record["status"] == "done":
@@ -218,12 +229,12 @@ def runs_of(
 
 
 def read_cells(path: Path) -> list[dict[str, object]]:
-    """The records of a cells.json."""
+    """Read the records of a cells.json."""
     return list(json.loads(path.read_text())["cells"])
 
 
 def _relative(video: str, place: dict[str, int]) -> str:
-    """The name in the labels of a path in predictions.h5."""
+    """Return the name in the labels for a path in predictions.h5."""
     if video in place:
         return video
     return next(name for name in place if video.endswith("/" + name))

@@ -1,15 +1,14 @@
-"""DistInit, inflated and scratch where the actions need motion and the teacher knows the objects
-alone.
+"""Compare DistInit, inflated and scratch on the object × motion corpus.
 
-    python benchmarks/proof/motion.py --out OUT [--actions ways]
+    python benchmarks/proof/motion.py --out OUT [--actions motions]
 
-The corpus is that of motion_corpus.py; the teacher, a narrow ResNet-18 trained on still digits
-(object_teacher.py), is also what the inflated network is made of: all three starts are r3d_18 of
-the same width. Each has the learning rate that was best on an inner split of the training videos
-(split2), with one seed; then split1, all seeds. Then the same networks on test clips whose frames
-are shuffled or frozen, and how much the first filters vary in time. Interrupted, the same command
-goes on. OUT/results.json has the figures, the screen shows them; OUT/reports has a page of each
-ablation.
+The corpus is that of motion_corpus.py. The teacher knows only the objects: it is a narrow ResNet-18
+trained on still digits (object_teacher.py), from which the inflated network is made too. All three
+initialisations are r3d_18 of equal width. Each has the learning rate that was best on an inner
+split of the training videos (split2) with one seed, and is then trained on split1 with all seeds.
+The networks are also tested on clips whose frames are shuffled or frozen, and the variation of
+their first filters over time is measured. After an interruption the same command resumes.
+OUT/results.json has the figures, which are printed too; OUT/reports has a page per ablation.
 
 The primary measure, fixed before the starts were compared: top 1 on the test side of split1, the
 mean over seeds, the paired difference of two starts with a 95 % bootstrap interval over videos
@@ -31,7 +30,7 @@ import object_teacher
 import tables
 import yaml
 from diagnostics import of_students, select, variants
-from folds import Pooled, gain, interval, runs_of, said_of, write_said
+from folds import Pooled, gain, interval, runs_of, top_classes, write_predictions
 from object_teacher import RESIZED, SIDE
 from real_videos import run_ablation, run_distinit
 
@@ -57,14 +56,14 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, default=48_000, help="still images that the teacher learns from"
     )
-    rates = "finetuning's learning rates to choose from, the same for every start; one: nothing is chosen"
+    rates = "learning rates of finetuning to choose from, the same for every initialisation"
     parser.add_argument("--rates", nargs="+", type=float, default=[0.02, 0.05, 0.15], help=rates)
-    before = f"the rates as chosen before, of {', '.join(STARTS)}, and of rows of --vary, else that of their start"
+    before = f"rates that were chosen before, for {', '.join(STARTS)} and rows of --vary (default: DistInit's)"
     parser.add_argument("--chosen", nargs="+", metavar="START=RATE", help=before)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    parser.add_argument("--workers", type=int, default=2, help="parallel runs")
     known = variants([], RATE)
-    rows = "besides, DistInit with one thing changed in stage two, each with its own rate: all, or some of "
+    rows = "also DistInit with one change in stage two, each with its own rate: all, or some of "
     rows += ", ".join(known)
     parser.add_argument("--vary", nargs="*", metavar="ROW", help=rows)
     args = parser.parse_args()
@@ -106,20 +105,23 @@ def main() -> None:
 
 
 def rates_of(words: list[str], rows: list[str]) -> dict[str, float]:
-    """Start, or one of these rows, → rate, of `--chosen`. SystemExit where a start is missing, a
-    name unknown, or a rate no number above 0."""
+    """Parse `--chosen`: initialisation, or one of these rows, → learning rate.
+
+    Raises:
+        SystemExit: An initialisation is missing, a name unknown, or a rate not a positive number.
+    """
     given = dict(word.partition("=")[::2] for word in words)
     if not STARTS.keys() <= given.keys() <= STARTS.keys() | set(rows):
-        wanted = f"START=RATE for each of {', '.join(STARTS)}" + (
+        expected = f"START=RATE for each of {', '.join(STARTS)}" + (
             f" and any of {', '.join(rows)}" if rows else ""
         )
-        raise SystemExit(f"--chosen {' '.join(words)}: wanted is {wanted}")
+        raise SystemExit(f"--chosen {' '.join(words)}: expected {expected}")
     try:
         rates = {start: float(rate) for start, rate in given.items()}
     except ValueError as error:
         raise SystemExit(f"--chosen {' '.join(words)}: {error}") from None
     if min(rates.values()) <= 0:
-        raise SystemExit(f"--chosen {' '.join(words)}: a rate is above 0")
+        raise SystemExit(f"--chosen {' '.join(words)}: expected rates above 0")
     return rates
 
 
@@ -135,8 +137,10 @@ class Proof:
         }
 
     def choose(self, name: str, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-        """Of each row of a plan, the rate of finetuning with the best top 1 on the inner split; the
-        lower where equal."""
+        """Return the learning rate with the best top 1 on the inner split for each row of a plan.
+
+        Of equal ones the lower is chosen.
+        """
         if len(self.args.rates) == 1:
             return dict.fromkeys(rows, self.args.rates[0])
         tried = {f"{row} {lr:g}": (row, lr) for row in rows for lr in self.args.rates}
@@ -159,8 +163,7 @@ class Proof:
         }
 
     def compare(self, chosen: dict[str, float]) -> dict[str, Any]:
-        """Accuracy of each start as it is and with frames shuffled or frozen; gains; variation of
-        filters in time."""
+        """Measure each initialisation with frames ordered, shuffled and frozen, and its filters."""
         axis = {start: keys | schedule(chosen[start]) for start, keys in self.starts.items()}
         records = self.ablate("compare", axis, self.args.seeds, 1)
         runs = runs_of(self.out / "runs", records)
@@ -173,7 +176,7 @@ class Proof:
         rows = {
             f"{start}, {frames}": p for start, mine in found.items() for frames, p in mine.items()
         }
-        write_said(self.out / "said" / f"{self.args.actions}.csv", rows)
+        write_predictions(self.out / "predictions" / f"{self.args.actions}.csv", rows)
         students = {
             start: [self.student_of(run) for run in mine.values()] for start, mine in runs.items()
         }
@@ -203,16 +206,18 @@ class Proof:
         }
 
     def vary(self, rows: dict[str, dict[str, Any]], rates: dict[str, float]) -> dict[str, Any]:
-        """Accuracy of rows with one thing changed in stage two, each finetuned with its own rate;
-        each one's gain over the unchanged row; seconds of their students, and how much these have
-        learned."""
+        """Measure rows with one change in stage two, each finetuned with its own rate.
+
+        The result has accuracies, gains over the unchanged row, and seconds and explained fractions
+        of the students.
+        """
         axis = {row: keys | schedule(rates[row]) for row, keys in ({"DistInit": {}} | rows).items()}
         records = self.ablate("vary", axis, self.args.seeds, 1)
         found = {
             row: self.right(mine.values())
             for row, mine in runs_of(self.out / "runs", records).items()
         }
-        write_said(self.out / "said" / f"{self.args.actions}-varied.csv", found)
+        write_predictions(self.out / "predictions" / f"{self.args.actions}-varied.csv", found)
         return {
             "rates": {row: rates[row] for row in axis},
             "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in found.items()},
@@ -227,7 +232,7 @@ class Proof:
     def ablate(
         self, name: str, axis: dict[str, Any], seeds: list[int], split: int
     ) -> list[dict[str, Any]]:
-        """One `distinit ablate` and its report, in OUT/reports; the cells."""
+        """Run `distinit ablate` and its report in OUT/reports, and return the cells."""
         loop = {
             "clip_norm": 5.0,
             "workers": 0,
@@ -255,7 +260,8 @@ class Proof:
                 "exclude": str(self.corpus / "test.txt"),
                 "loop": {**loop, **pretraining},
             },
-            "finetune": {  # mirrored, left would be right
+            # Mirroring would turn left into right.
+            "finetune": {
                 "clips": {"flip": 0.0},
                 "loop": {**loop, "epoch_clips": 256, "weight_decay": 0.005},
                 "test": {"clips": 5, "workers": 0},
@@ -279,7 +285,7 @@ class Proof:
         return run_ablation(file, self.out, words, self.args.workers, cwd=HERE)
 
     def tested(self, run: Path, frames: str) -> Path:
-        """The run tested on clips without their order or without motion."""
+        """Test a run on clips with shuffled or frozen frames, and return the folder."""
         folder = self.out / frames / run.name
         if not (folder / "result.json").exists():
             words = ["evaluate", str(run), "--test-frames", frames, "--out", str(folder)]
@@ -287,48 +293,51 @@ class Proof:
         return folder
 
     def right(self, runs: Iterable[Path]) -> Pooled:
-        """One fold, a run a seed."""
+        """Collect the predictions of one fold, a run per seed."""
         found = [Predictions.read(run / "predictions.h5") for run in runs]
         first = found[0]
         order = [[each.videos.index(video) for video in first.videos] for each in found]
-        said = np.array(
-            [np.array(said_of(each), object)[mine] for each, mine in zip(found, order, strict=True)]
+        predicted = np.array(
+            [
+                np.array(top_classes(each), object)[mine]
+                for each, mine in zip(found, order, strict=True)
+            ]
         )
         labels, sources = (
             np.array(first.classes, object)[first.labels],
             np.array(first.sources, object),
         )
-        return Pooled(said, labels, first.videos, sources, self.args.seeds[: len(found)])
+        return Pooled(predicted, labels, first.videos, sources, self.args.seeds[: len(found)])
 
     def student_of(self, run: Path) -> Path:
-        """Where a run began, for its filters: the student, or the finetuned network where there is
-        none."""
+        """Return the student of a run for its filters, or the finetuned network without one."""
         init = yaml.safe_load((run / "config.yaml").read_text())["finetune"]["init"]
         return Path(init) if Path(init).is_dir() else run
 
 
 def schedule(lr: float) -> dict[str, Any]:
-    """Keys of a plan: finetuning's epochs and its rate, a tenth of it after every third of them."""
+    """Return the keys of finetuning's schedule: the rate is divided by 10 after each third."""
     keys = {"epochs": EPOCHS, "lr": lr, "step_epochs": -(-EPOCHS // 3)}
     return {f"finetune.loop.{key}": value for key, value in keys.items()}
 
 
 def of_parts(found: Pooled) -> dict[str, float]:
-    """How often the thing and the way are right, each by itself, in what is said; of labels that
-    name both."""
+    """Measure how often object and motion are correct, each by itself, if labels name both."""
     if not all("-" in label for label in found.labels):
         return {}
-    parts = {"thing": 0, "way": 2}
+    parts = {"object": 0, "motion": 2}
     of_labels = np.array([label.partition("-") for label in found.labels], object)
-    of_said = np.array([[each.partition("-") for each in seed] for seed in found.said], object)
+    of_predicted = np.array(
+        [[each.partition("-") for each in seed] for seed in found.predicted], object
+    )
     return {
-        name: float((of_said[..., part] == of_labels[:, part]).mean())
+        name: float((of_predicted[..., part] == of_labels[:, part]).mean())
         for name, part in parts.items()
     }
 
 
 def _first_filters(run: Path) -> np.ndarray:
-    """[filters, 3, t, h, w] of the first convolution."""
+    """Return the first convolution, [filters, 3, t, h, w]."""
     return np.asarray(load_student(run).backbone.stem[0].weight.detach())
 
 

@@ -1,5 +1,4 @@
-"""The image teacher of the motion corpus: a ResNet-18, narrow, that knows digits in single images
-and no motion.
+"""The image teacher of the object × motion corpus: a narrow ResNet-18 that knows only digits.
 
 `build` is the factory for `extract-targets --teacher object_teacher:build`. Its twin in three
 dimensions is r3d_18 of the same width, so that `finetune --init inflate:FILE` fits. Without the max
@@ -17,20 +16,15 @@ from motion_corpus import backgrounds, scans, scene
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from distinit.pipeline.clips.transforms import (
-    MEAN,
-    STD,
-)  # those of students, so that the inflated twin is exact
+# Mean and deviation of students, so that the inflated twin is exact.
+from distinit.pipeline.clips.transforms import MEAN, STD
 
-RESIZED, SIDE = (
-    48,
-    40,
-)  # frames are made this small; it is taught, like the student, on parts of this side
+# Short side of resized frames, and of the crops that teacher and students are trained on.
+RESIZED, SIDE = 48, 40
 
 
 def build(width: float = 0.25) -> nn.Module:
-    """ResNet-18 with `width` times its channels and 10 classes; images [B, 3, h, w] → logits [B,
-    10]."""
+    """Build a ResNet-18 with `width` times its channels: images [B, 3, h, w] → logits [B, 10]."""
     net = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=10)
     channels = int(64 * width)
     net.inplanes = channels
@@ -50,27 +44,30 @@ def build(width: float = 0.25) -> nn.Module:
 def train(
     path: Path, folder: Path, *, width: float, images: int, seed: int = 0, batch: int = 64
 ) -> float:
-    """Trains it on still images made like the frames of the videos, saves its state; accuracy on
-    unseen scans."""
+    """Train the teacher on still images like the frames of the videos, and save its weights.
+
+    Returns:
+        Its accuracy on unseen scans.
+    """
     draw = np.random.default_rng(seed + 1)
     torch.manual_seed(seed)
-    things, behind = scans(of_teacher=True), backgrounds(folder)
+    scanned, behind = scans(of_teacher=True), backgrounds(folder)
     behind = behind[len(behind) // 4 :]
-    held = np.flatnonzero(np.arange(len(things.digits)) % 10 == 0)
-    learned = np.setdiff1d(np.arange(len(things.digits)), held)
+    held = np.flatnonzero(np.arange(len(scanned.digits)) % 10 == 0)
+    learned = np.setdiff1d(np.arange(len(scanned.digits)), held)
 
     def some(of: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = draw.choice(of, count)
         pictures = []
-        for thing in chosen:
+        for scan in chosen:
             mine, other = draw.choice(len(behind), 2, replace=False)
-            picture = next(scene(draw, things.images[thing], behind[mine], behind[other], None))
+            picture = next(scene(draw, scanned.images[scan], behind[mine], behind[other], None))
             picture = cv2.resize(picture, (RESIZED, RESIZED), interpolation=cv2.INTER_AREA)
             top, left = draw.integers(0, RESIZED - SIDE + 1, 2)
             pictures.append(picture[top : top + SIDE, left : left + SIDE])
         clean = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
         scaled = (clean - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-        return scaled, torch.from_numpy(things.digits[chosen]).long()
+        return scaled, torch.from_numpy(scanned.digits[chosen]).long()
 
     net = build(width).train()
     steps = images // batch

@@ -1,16 +1,16 @@
-"""Does DistInit beat training from scratch on real labelled videos?
+"""Compare DistInit with training from scratch on real labelled videos.
 
     python benchmarks/proof/real_videos.py FOLDER... --out OUT
 
 A FOLDER has `labels.csv` with columns path, label, source, split1, split2, split3: three folds,
 every video tested in one, no source on both sides. All videos of the folders (and of `--more`) are
 the unlabelled corpus; the students of a split have not seen its test videos (`--seen` adds students
-that have, without labels). The teacher is EfficientNet-Lite0 with its ImageNet weights. Every start
-has the schedule that was best on the training side alone: on an inner split of it, by source, for
-each data set and fold. There an epoch has two thirds of the clips, as there are two thirds of the
-videos. With fewer labels (`--shares`) it is chosen anew, among the same rates. `--starts scratch`
-with more `--epochs` gives scratch as many clips as stages two and three have together. Interrupted,
-the same command goes on.
+that have, without labels). The teacher is EfficientNet-Lite0 with its ImageNet weights. The
+schedule of each initialisation is the best one on an inner split of the train side, by source, for
+each data set and fold; an epoch there has two thirds of the clips, like the videos. With fewer
+labels (`--shares`) it is chosen again among the same rates. `--starts scratch` with more `--epochs`
+gives scratch as many clips as stages two and three have together. After an interruption the same
+command resumes.
 
 The primary measure, fixed before anything ran: top 1 of the three test folds pooled, the mean over
 seeds, and the paired difference with a 95 % bootstrap interval over sources. OUT/results.json has
@@ -40,9 +40,9 @@ from folds import (
     read_cells,
     read_labels,
     runs_of,
-    write_leave_out,
+    write_excluded,
+    write_predictions,
     write_rows,
-    write_said,
 )
 
 DISTINIT = "DistInit"
@@ -110,7 +110,7 @@ def main() -> None:
         )  # files that cannot be read are listed and left out: exit 1 says so
         extract = ["extract-targets", *sources, "--out", str(out / "targets.zarr"), "--every", "2"]
         run_distinit(*extract, "--teacher", TEACHER, check=False)
-    write_leave_out(lists, args.folders)
+    write_excluded(lists, args.folders)
     corpora = [source.partition("=")[0] for source in sources]
     proof = Proof(args, out, lists, corpora, flow=args.flow)
     measures = {"finetuned": proof.compare, "probe": proof.probe, "few": proof.few_labels}
@@ -148,8 +148,10 @@ class Proof:
         return self.chosen[key]
 
     def choose(self, folder: Path, share: float) -> Chosen:
-        """The schedule of each start with the best top 1 on the inner test side, by fold; the first
-        where equal. From that share of the inner training side."""
+        """Choose the schedule of each initialisation by top 1 on the inner test side, per fold.
+
+        Networks are trained on a share of the inner train side; of equal schedules the first wins.
+        """
         some = share < 1
         clips, epochs = (EPOCH_CLIPS, sorted(self.args.epochs))
         if some:
@@ -194,11 +196,11 @@ class Proof:
         return chosen
 
     def compare(self, folder: Path) -> None:
-        """The primary measure."""
+        """Compute the primary measure."""
         self.measure(f"finetuned for {self.length}", folder, folder / "labels.csv", {})
 
     def probe(self, folder: Path) -> None:
-        """The head alone is trained."""
+        """Train only the head."""
         more = {
             "finetune.freeze": "backbone",
             "finetune.loop.epochs": 10,
@@ -208,7 +210,7 @@ class Proof:
         self.measure("linear probe", folder, folder / "labels.csv", more)
 
     def few_labels(self, folder: Path) -> None:
-        """A tenth of the labels, or the shares that were asked for."""
+        """Finetune on a tenth of the labels, or on the given shares."""
         for share in self.args.shares:
             labels = write_rows(
                 self.lists / f"share{share:g}-{folder.name}.csv", few(read_labels(folder), share)
@@ -219,8 +221,7 @@ class Proof:
     def measure(
         self, name: str, folder: Path, labels: Path, more: dict[str, Any], *, share: float = 1
     ) -> None:
-        """Runs of every fold and seed by the schedules chosen with that share of the labels, and
-        what they come to."""
+        """Run all folds and seeds with the schedules for a share of labels, and pool them."""
         chosen = self.schedules(folder, share)
         found: dict[str, dict[tuple[int, int], Path]] = {}
         for k in SPLITS:
@@ -233,7 +234,7 @@ class Proof:
         rows = read_labels(folder)
         each = {row: pooled(runs, rows) for row, runs in found.items()}
         name = self.named(name)
-        write_said(self.out / "said" / f"{folder.name}-{_slug(name)}.csv", each)
+        write_predictions(self.out / "predictions" / f"{folder.name}-{_slug(name)}.csv", each)
         self.results.setdefault(name, {})[folder.name] = {
             "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in each.items()},
             "by seed": {row: p.by_seed.tolist() for row, p in each.items()},
@@ -264,8 +265,9 @@ class Proof:
             )
             runs.update(runs_of(self.out / "runs", records)[DISTINIT])
         found = pooled(runs, read_labels(folder))
-        write_said(
-            self.out / "said" / f"{folder.name}-{_slug(self.named('seen'))}.csv", {DISTINIT: found}
+        write_predictions(
+            self.out / "predictions" / f"{folder.name}-{_slug(self.named('seen'))}.csv",
+            {DISTINIT: found},
         )
         self.results.setdefault(self.named("test videos seen"), {})[folder.name] = {
             "accuracy": {DISTINIT: interval(found.right.mean(axis=0), found.groups)},
@@ -312,7 +314,7 @@ class Proof:
         return folder
 
     def named(self, name: str) -> str:
-        """A measure's name, told apart where students see flow."""
+        """Return the name of a measure, with a suffix for students of flow."""
         return f"flow {name}" if self.flow else name
 
     @property
@@ -325,7 +327,7 @@ class Proof:
         return (self.args.copies or self.out / "copies").resolve()
 
     def base(self, *, seen: bool = False) -> dict[str, Any]:
-        """What all runs share; seen: the students have seen the test videos."""
+        """Return the options of all runs; with `seen`, students have seen the test videos."""
         loop = {
             "clip_norm": 5.0,
             "workers": 0,
@@ -369,15 +371,18 @@ def _slug(name: str) -> str:
 
 
 def start(name: str, epochs: int, lr: float) -> dict[str, Any]:
-    """Keys of a plan: how stage three begins, its epochs, its rate, a tenth after every third of
-    them."""
+    """Return the keys of finetuning: initialisation, epochs, and rate, divided by 10 per third."""
     keys: dict[str, Any] = {"finetune.loop.epochs": epochs, "finetune.loop.lr": lr}
     keys["finetune.loop.step_epochs"] = -(-epochs // 3)
     return keys | ({"finetune.init": "scratch"} if name == SCRATCH else {})
 
 
 def run_distinit(*words: str, check: bool = True, cwd: Path | None = None) -> None:
-    """The command; SystemExit where it fails, unless told that files may be left out (exit 1)."""
+    """Run a command; with `check=False` exit status 1 (skipped files) is accepted.
+
+    Raises:
+        SystemExit: It failed.
+    """
     done = subprocess.run([sys.executable, "-m", "distinit", *words], cwd=cwd)
     if done.returncode and (check or done.returncode != 1):
         raise SystemExit(f"distinit {words[0]} ended with {done.returncode}")
@@ -386,8 +391,13 @@ def run_distinit(*words: str, check: bool = True, cwd: Path | None = None) -> No
 def run_ablation(
     plan: Path, out: Path, words: list[str], workers: int, cwd: Path | None = None
 ) -> list[dict[str, Any]]:
-    """`distinit ablate` in OUT/runs and its `distinit report` in OUT/reports; the cells, which are
-    kept beside the plan. A page that cannot be made does not end the proof."""
+    """Run `distinit ablate` in OUT/runs and `distinit report` in OUT/reports.
+
+    A failed report does not end the proof.
+
+    Returns:
+        The cells, which are also stored next to the plan.
+    """
     side_by_side = ["--workers", str(workers)] if workers > 1 else []
     run_distinit("ablate", str(plan), *words, "--out", str(out / "runs"), *side_by_side, cwd=cwd)
     cells = plan.with_suffix(".cells.json")

@@ -1,5 +1,4 @@
-"""EfficientNet-Lite1 with its ImageNet weights from a pip package, for the row of two teachers in
-diagnostics.py.
+"""EfficientNet-Lite1 from a pip package, the second teacher of diagnostics.py.
 
 `build` is a factory as a user would write one: `extract-targets --teacher second_teacher:build`.
 """

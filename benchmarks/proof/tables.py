@@ -2,12 +2,12 @@
 
     python benchmarks/proof/tables.py OUT/results.json
     python benchmarks/proof/tables.py OUT/diagnostics.json
-    python benchmarks/proof/tables.py benchmarks/proof/said/har7-60-epochs.csv [MORE.csv …] [ROW]
+    python benchmarks/proof/tables.py predictions/har7-60-epochs.csv [MORE.csv …] [ROW]
 
-The last computes accuracies, and gains of ROW (default the first) over the others, from what every
-run said of every
-video: such files lie in OUT/said, and those of docs/results.md in said/ beside this script. Of
-several files that have a row of one name, it is told apart by the file's.
+The last computes accuracies, and gains of ROW (default the first) over the others, from saved
+predictions: motion.py and others write such files into OUT/predictions, and those of
+docs/results.md are in predictions/ next to this script. Rows of several files with one name get the
+name of the file.
 """
 
 from __future__ import annotations
@@ -44,9 +44,12 @@ def main() -> None:
 
 
 def together(files: list[Path]) -> dict[str, folds.Pooled]:
-    """Rows of several csv files of what was said, of the same videos. SystemExit where they are
-    others."""
-    each = {file: folds.read_said(file) for file in files}
+    """Read the rows of several csv files of predictions.
+
+    Raises:
+        SystemExit: The files are of different videos.
+    """
+    each = {file: folds.read_predictions(file) for file in files}
     names = [row for rows in each.values() for row in rows]
     found = {
         row if names.count(row) == 1 else f"{row} ({file.stem})": p
@@ -61,7 +64,7 @@ def together(files: list[Path]) -> dict[str, folds.Pooled]:
 
 
 def of_videos(found: dict[str, folds.Pooled], row: str | None = None) -> str:
-    """Rows of a csv of what was said."""
+    """Return the rows of a csv of predictions."""
     row = row or next(iter(found))
     if row not in found:
         raise SystemExit(f"{row}: not one of {', '.join(found)}")
@@ -76,8 +79,7 @@ def of_videos(found: dict[str, folds.Pooled], row: str | None = None) -> str:
 
 
 def real(sets: dict[str, Any]) -> str:
-    """Data sets × starts: top 1 in per cent with its interval, each seed's, and DistInit's gain
-    over the row."""
+    """Tabulate data sets × initialisations: top 1 with its interval, seeds, and DistInit's gain."""
     lines = []
     for name, found in sets.items():
         for start, accuracy in found["accuracy"].items():
@@ -92,8 +94,7 @@ def real(sets: dict[str, Any]) -> str:
 
 
 def rows(found: dict[str, Any]) -> str:
-    """Rows with one thing changed, of diagnostics.py and motion.py; rates are those of
-    finetuning."""
+    """Tabulate rows with one change, of diagnostics.py and motion.py, with finetuning's rates."""
     lines, rates = [], found.get("rates", {})
     for row, accuracy in found["accuracy"].items():
         gain, seconds = found["gain"].get(row), found["seconds of stage two"].get(row)
@@ -108,13 +109,15 @@ def rows(found: dict[str, Any]) -> str:
 
 
 def motion(found: dict[str, Any]) -> str:
-    """Starts × order of the test clips' frames, and how much first filters vary in time."""
+    """Tabulate initialisation × order of frames, and the variation of first filters over time."""
     lines = []
     for start, accuracy in found["accuracy"].items():
         vary = found["filters vary in time"][start]
         cells = [percent(accuracy[frames]) for frames in ("ordered", "shuffled", "frozen")]
         parts = found["what is right"][start]
-        cells += [f"{100 * parts[part]:.0f}" if part in parts else "" for part in ("thing", "way")]
+        cells += [
+            f"{100 * parts[part]:.0f}" if part in parts else "" for part in ("object", "motion")
+        ]
         lines.append([start, _explained(found, start), *cells, f"{fmean(vary):.3f}"])
     head = [
         "start",
@@ -122,8 +125,8 @@ def motion(found: dict[str, Any]) -> str:
         "top 1, % [95 %]",
         "frames shuffled",
         "frames frozen",
-        "thing right",
-        "way right",
+        "object right",
+        "motion right",
     ]
     text = table([*head, "filters vary in time"], lines)
     gains = [[name, percent(gain, sign=True)] for name, gain in found["gain"].items()]
@@ -137,7 +140,7 @@ def _explained(found: dict[str, Any], row: str) -> str:
 
 
 def percent(values: Sequence[float], *, sign: bool = False) -> str:
-    """A mean and the ends of its interval, in per cent."""
+    """Format a mean and the ends of its interval in per cent."""
     mean, low, high = (100 * value for value in values)
     return (
         f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if sign else f"{mean:.1f} [{low:.1f}, {high:.1f}]"

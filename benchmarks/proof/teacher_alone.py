@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _mean(store: TargetStore, teacher: str, video: int) -> np.ndarray:
-    """The mean logits [K] of a video's cached frames."""
+    """Return the mean logits [K] of the cached frames of a video."""
     rows = store.frames(video)[2]
     return np.asarray(store.logits(teacher, rows), np.float32).mean(axis=0)
 
