@@ -44,7 +44,7 @@ import contextlib, json, resource, sys, time
 from pathlib import Path
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.store.store_options import (
-    BrowseOptions, ExportOptions, InfoOptions, MergeOptions, VerifyOptions
+    BrowseConfig, ExportConfig, InfoConfig, MergeConfig, VerifyConfig
 )
 from distinit.stages.targets_browse import targets_browse
 from distinit.stages.targets_export import targets_export
@@ -78,12 +78,12 @@ sys.stderr = open("/dev/null", "w")
 run = {
     "open": lambda: TargetStore.open(store),
     "video": videos,
-    "info": lambda: targets_info(InfoOptions(store=store, list_failed=True), screen),
-    "browse": lambda: targets_browse(BrowseOptions(store=store, out=str(out / "browse")), screen),
-    "verify": lambda: targets_verify(VerifyOptions(store=store), screen),
-    "export .h5": lambda: targets_export(ExportOptions(store=store, out=str(out / "x.h5")), screen),
-    "export .zarr": lambda: targets_export(ExportOptions(store=store, out=str(out / "x.zarr")), screen),
-    "merge": lambda: targets_merge(MergeOptions(parts=[store, other], out=str(out / "m.zarr")), screen),
+    "info": lambda: targets_info(InfoConfig(store=store, list_failed=True), screen),
+    "browse": lambda: targets_browse(BrowseConfig(store=store, out=str(out / "browse")), screen),
+    "verify": lambda: targets_verify(VerifyConfig(store=store), screen),
+    "export .h5": lambda: targets_export(ExportConfig(store=store, out=str(out / "x.h5")), screen),
+    "export .zarr": lambda: targets_export(ExportConfig(store=store, out=str(out / "x.zarr")), screen),
+    "merge": lambda: targets_merge(MergeConfig(parts=[store, other], out=str(out / "m.zarr")), screen),
 }[command]
 began = time.perf_counter()
 with screen:

@@ -28,21 +28,21 @@ STAGES = {
     ),
     "predict": ("pipeline.evaluation.evaluation_options:PredictConfig", "stages.predict:predict"),
     "ablate": ("pipeline.ablation.ablate_options:AblateConfig", "stages.ablate:ablate"),
-    "report": ("pipeline.reporting.report_options:ReportOptions", "stages.report:report"),
+    "report": ("pipeline.reporting.report_options:ReportConfig", "stages.report:report"),
     "targets-info": (
-        "pipeline.store.store_options:InfoOptions",
+        "pipeline.store.store_options:InfoConfig",
         "stages.targets_info:targets_info",
     ),
     "targets-browse": (
-        "pipeline.store.store_options:BrowseOptions",
+        "pipeline.store.store_options:BrowseConfig",
         "stages.targets_browse:targets_browse",
     ),
     "targets-probe": (
-        "pipeline.evaluation.probe_options:ProbeOptions",
+        "pipeline.evaluation.probe_options:ProbeConfig",
         "stages.targets_probe:targets_probe",
     ),
     "targets-compare": (
-        "pipeline.evaluation.compare_options:CompareOptions",
+        "pipeline.evaluation.compare_options:CompareConfig",
         "stages.targets_compare:targets_compare",
     ),
     "targets-vocabulary": (
@@ -50,19 +50,19 @@ STAGES = {
         "stages.targets_vocabulary:targets_vocabulary",
     ),
     "targets-verify": (
-        "pipeline.store.store_options:VerifyOptions",
+        "pipeline.store.store_options:VerifyConfig",
         "stages.targets_verify:targets_verify",
     ),
     "targets-hash": (
-        "pipeline.store.store_options:HashOptions",
+        "pipeline.store.store_options:HashConfig",
         "stages.targets_hash:targets_hash",
     ),
     "targets-merge": (
-        "pipeline.store.store_options:MergeOptions",
+        "pipeline.store.store_options:MergeConfig",
         "stages.targets_merge:targets_merge",
     ),
     "targets-export": (
-        "pipeline.store.store_options:ExportOptions",
+        "pipeline.store.store_options:ExportConfig",
         "stages.targets_export:targets_export",
     ),
 }

@@ -16,7 +16,7 @@ from ..pipeline.common.errors import StoreError, UsageError
 from ..pipeline.common.run_dir import check_output_dir
 from ..pipeline.evaluation.finetune_options import FinetuneConfig
 from ..pipeline.extraction.extract_options import ExtractConfig
-from ..pipeline.reporting.report_options import ReportOptions
+from ..pipeline.reporting.report_options import ReportConfig
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.training.distillation_options import TrainConfig
 from .demo_options import DemoConfig
@@ -84,7 +84,7 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
         results[name] = finetune(_finetuning(config, runs / name, init), console)
 
     console.say("5/5 report")
-    made = report(ReportOptions(folders=[str(runs)], out=str(out / "report")), console)
+    made = report(ReportConfig(folders=[str(runs)], out=str(out / "report")), console)
     seconds = time.monotonic() - started
     _show_next_steps(config, results, made, seconds, console)
     return {

@@ -21,14 +21,14 @@ from ..pipeline.reporting.ablation_results import ablation_folders, cell_names, 
 from ..pipeline.reporting.ablation_tables import ablation_numbers, screen_table
 from ..pipeline.reporting.accuracy_tables import accuracy_numbers, screen_tables
 from ..pipeline.reporting.report_contents import make_report
-from ..pipeline.reporting.report_options import ReportOptions
+from ..pipeline.reporting.report_options import ReportConfig
 from ..pipeline.reporting.report_page import FIGURES, to_html, to_markdown
 from ..pipeline.reporting.runs import find_runs
 
 FILES, RECORD = "report-files.json", "report.yaml"
 
 
-def report(options: ReportOptions, console: Console) -> dict[str, Any]:
+def report(options: ReportConfig, console: Console) -> dict[str, Any]:
     """Write a report of runs into `out`, and show its tables.
 
     The report has report.html, report.md, accuracy.csv, figures/ and a CSV per ablation.

@@ -13,12 +13,12 @@ from ..pipeline.common.run_dir import check_page_dir
 from ..pipeline.reporting.store_page import store_page
 from ..pipeline.reporting.store_summary import summarize_store
 from ..pipeline.store.reader import TargetStore, check_video_roots
-from ..pipeline.store.store_options import BrowseOptions
+from ..pipeline.store.store_options import BrowseConfig
 
 RECORD = "browse.yaml"
 
 
-def targets_browse(options: BrowseOptions, console: Console) -> dict[str, Any]:
+def targets_browse(options: BrowseConfig, console: Console) -> dict[str, Any]:
     """Write OUT/browse.html; the result holds what is on it.
 
     Raises StoreError, UsageError (a corpus that the store does not have, `out` cannot be written).

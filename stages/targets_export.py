@@ -28,14 +28,14 @@ from ..pipeline.store.layout import is_ours
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.store.reencode import codecs_for
 from ..pipeline.store.selection import choose_videos
-from ..pipeline.store.store_options import ExportOptions
+from ..pipeline.store.store_options import ExportConfig
 from ..pipeline.store.subset import write_subset
 
 BLOCK = 4096  # rows copied at a time
 HDF5, ZARR = (".h5", ".hdf5"), ".zarr"
 
 
-def targets_export(options: ExportOptions, console: Console) -> dict[str, Any]:
+def targets_export(options: ExportConfig, console: Console) -> dict[str, Any]:
     """Write videos of the store to `out`: HDF5 or a store, by its ending.
 
     HDF5 gets the usable videos, a store also those that failed, with their reasons; videos that are
@@ -83,7 +83,7 @@ def _finished(
     out: Path,
     names: list[str],
     chosen: NDArray[np.int64],
-    options: ExportOptions,
+    options: ExportConfig,
     console: Console,
 ) -> dict[str, Any]:
     """Return the result of an earlier run of the same export that was killed at its end.
@@ -118,7 +118,7 @@ def _same_store(
     out: Path,
     names: list[str],
     videos: NDArray[np.int64],
-    options: ExportOptions,
+    options: ExportConfig,
 ) -> bool:
     """Check whether a store is a finished export of this one, of these teachers and videos."""
     made = TargetStore.open(out)
@@ -203,7 +203,7 @@ def _export_store(
     out: Path,
     names: list[str],
     chosen: NDArray[np.int64],
-    options: ExportOptions,
+    options: ExportConfig,
     console: Console,
 ) -> dict[str, Any]:
     videos = _exportable(store, names, chosen)

@@ -14,7 +14,7 @@ from ..pipeline.extraction.planner import StorePlan, tasks
 from ..pipeline.extraction.shard_filler import ShardFiller
 from ..pipeline.extraction.teacher_runner import TeacherRunner
 from ..pipeline.store.reader import TargetStore, check_video_roots
-from ..pipeline.store.store_options import HashOptions
+from ..pipeline.store.store_options import HashConfig
 from ..pipeline.store.writer import StoreWriter
 from ..pipeline.video.container import digest
 from ..pipeline.video.perceptual_hash import HASH_VIEW
@@ -23,7 +23,7 @@ from ..pipeline.video.pool.decode_pool import DecodePool
 BATCH = 64  # pictures
 
 
-def targets_hash(options: HashOptions, console: Console) -> dict[str, Any]:
+def targets_hash(options: HashConfig, console: Console) -> dict[str, Any]:
     """Decode the cached frames of shards without hashes again, and commit each shard's hashes.
 
     A store of version 1 becomes one of version 2. Killed at any moment and run again, the store is
@@ -72,7 +72,7 @@ def _worth_another_try(plan: StorePlan) -> list[int]:
 
 
 def _hash_shards(
-    plan: StorePlan, shards: list[int], options: HashOptions, console: Console
+    plan: StorePlan, shards: list[int], options: HashConfig, console: Console
 ) -> None:
     """Decode the frames of these shards and commit their hashes, shard by shard."""
     writer, index = plan.writer, plan.writer.index

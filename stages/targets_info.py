@@ -16,13 +16,13 @@ from ..pipeline.store.index import FAILED, OK, PENDING
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.store.stats import failures, teacher_stats
 from ..pipeline.store.storage import LocalFiles
-from ..pipeline.store.store_options import InfoOptions
+from ..pipeline.store.store_options import InfoConfig
 
 LISTED = 1000
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-def targets_info(options: InfoOptions, console: Console) -> dict[str, Any]:
+def targets_info(options: InfoConfig, console: Console) -> dict[str, Any]:
     """Show counts, corpora, teachers, entropies and failures of a store. Raises StoreError."""
     store = TargetStore.open(options.store)
     state = store.video_state

@@ -17,12 +17,12 @@ from ..pipeline.common.urls import check_local
 from ..pipeline.store.index import FAILED, OK
 from ..pipeline.store.merge import check_parts, copy_shards, place, plan_merge, reading
 from ..pipeline.store.reader import TargetStore
-from ..pipeline.store.store_options import MergeOptions
+from ..pipeline.store.store_options import MergeConfig
 from ..pipeline.store.writer import StoreWriter
 from ..pipeline.teachers.fingerprint import Fingerprint
 
 
-def targets_merge(options: MergeOptions, console: Console) -> dict[str, Any]:
+def targets_merge(options: MergeConfig, console: Console) -> dict[str, Any]:
     """Merge finished stores into `out`, or continue an interrupted merge of the same parts.
 
     Raises:

@@ -10,13 +10,13 @@ import numpy as np
 from ..pipeline.common.console import Console
 from ..pipeline.common.tables import Column, Table
 from ..pipeline.evaluation.listing import short_dataset
-from ..pipeline.evaluation.probe_options import ALL_FRAMES, ProbeOptions
+from ..pipeline.evaluation.probe_options import ALL_FRAMES, ProbeConfig
 from ..pipeline.evaluation.store_labels import StoreLabels, match_labels
 from ..pipeline.evaluation.target_probe import ProbeResult, probe_teacher
 from ..pipeline.store.reader import TargetStore, check_video_roots
 
 
-def targets_probe(options: ProbeOptions, console: Console) -> dict[str, Any]:
+def targets_probe(options: ProbeConfig, console: Console) -> dict[str, Any]:
     """Show the accuracy of a linear probe per teacher and number of frames.
 
     Raises:
@@ -69,7 +69,7 @@ def targets_probe(options: ProbeOptions, console: Console) -> dict[str, Any]:
     }
 
 
-def _sampled(labels: StoreLabels, options: ProbeOptions) -> StoreLabels:
+def _sampled(labels: StoreLabels, options: ProbeConfig) -> StoreLabels:
     """Take at most `sample` videos, so that a probe of a large data set stays quick."""
     count = len(labels.videos)
     if count <= options.sample:
@@ -91,7 +91,7 @@ def _unfit(results: list[ProbeResult]) -> dict[str, ProbeResult]:
 
 
 def _show(
-    options: ProbeOptions,
+    options: ProbeConfig,
     labels: StoreLabels,
     results: list[ProbeResult],
     notes: list[str],

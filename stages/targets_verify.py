@@ -12,12 +12,12 @@ from typing import Any
 from ..pipeline.common.console import Console
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.store.storage import store_files
-from ..pipeline.store.store_options import VerifyOptions
+from ..pipeline.store.store_options import VerifyConfig
 from ..pipeline.store.verify import Finding, drop_commits, verify, without_digest
 from ..pipeline.store.writer import StoreWriter
 
 
-def targets_verify(options: VerifyOptions, console: Console) -> dict[str, Any]:
+def targets_verify(options: VerifyConfig, console: Console) -> dict[str, Any]:
     """Print the findings of a store, a line each; `repair` drops the commits of damaged shards.
 
     The next `extract-targets` fills dropped shards again. With `frames` the frames of all videos

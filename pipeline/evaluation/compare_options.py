@@ -10,7 +10,7 @@ from ..common.settings import VIDEO_ROOTS, VIDEO_ROOTS_HELP, CliOption, Options
 from ..common.urls import StoreAddress
 
 
-class CompareOptions(Options):
+class CompareConfig(Options):
     """Everything that `distinit targets compare` can be told."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")

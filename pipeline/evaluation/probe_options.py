@@ -12,7 +12,7 @@ from ..common.urls import StoreAddress
 ALL_FRAMES = "all"
 
 
-class ProbeOptions(Options):
+class ProbeConfig(Options):
     """Everything that `distinit targets probe` can be told."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
@@ -47,7 +47,7 @@ class ProbeOptions(Options):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> ProbeOptions:
+    def _check(self) -> ProbeConfig:
         self.frame_counts()
         return self
 

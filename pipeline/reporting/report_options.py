@@ -9,7 +9,7 @@ from pydantic import Field
 from ..common.settings import CliOption, Options
 
 
-class ReportOptions(Options):
+class ReportConfig(Options):
     """The options of `distinit report`."""
 
     folders: Annotated[list[str], CliOption("DIR")] = Field(

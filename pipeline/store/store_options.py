@@ -28,7 +28,7 @@ Encoding = str
 SEED = CliOption(metavar="S")
 
 
-class InfoOptions(Options):
+class InfoConfig(Options):
     """Everything that `distinit targets info` can be told."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
@@ -37,7 +37,7 @@ class InfoOptions(Options):
     )
 
 
-class BrowseOptions(Options):
+class BrowseConfig(Options):
     """Everything that `distinit targets browse` can be told."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
@@ -53,7 +53,7 @@ class BrowseOptions(Options):
     )
 
 
-class HashOptions(Options):
+class HashConfig(Options):
     """Everything that `distinit targets hash` can be told."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder")
@@ -65,7 +65,7 @@ class HashOptions(Options):
     ] = Field(default=None, ge=1, description="decoding processes")
 
 
-class VerifyOptions(Options):
+class VerifyConfig(Options):
     """Everything that `distinit targets verify` can be told."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
@@ -99,7 +99,7 @@ class VerifyOptions(Options):
     device: Annotated[str, DEVICE] = Field(default="auto", description=DEVICE_HELP)
 
     @model_validator(mode="after")
-    def _needs(self) -> VerifyOptions:
+    def _needs(self) -> VerifyConfig:
         teachers = self.weights or self.allow_teachers
         if (self.video_roots and not (self.deep or self.frames)) or (teachers and not self.deep):
             raise UsageError(
@@ -109,7 +109,7 @@ class VerifyOptions(Options):
         return self
 
 
-class MergeOptions(Options):
+class MergeConfig(Options):
     """Everything that `distinit targets merge` can be told."""
 
     parts: Annotated[list[Annotated[str, PlainSerializer(public_url)]], CliOption("PART")] = Field(
@@ -132,7 +132,7 @@ def _check_encoding(value: str | None) -> str | None:
     raise UsageError(f"--encoding {value}: expected {', '.join(plain)} or pca:D (D components)")
 
 
-class ExportOptions(Options):
+class ExportConfig(Options):
     """Everything that `distinit targets export` can be told."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")

@@ -18,7 +18,7 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreMismatchError
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.store_options import VerifyOptions
+from distinit.pipeline.store.store_options import VerifyConfig
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets
@@ -131,7 +131,7 @@ def extract(videos: Path, out: Path, specs: list[dict[str, Any]], **more: Any) -
 
 
 def verified(store: Path, deep: int, **more: Any) -> dict[str, Any]:
-    return targets_verify(VerifyOptions(store=str(store), deep=deep, **more), QUIET)
+    return targets_verify(VerifyConfig(store=str(store), deep=deep, **more), QUIET)
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.digests import seal
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import (
-    ExportOptions,
-    InfoOptions,
-    MergeOptions,
-    VerifyOptions,
+    ExportConfig,
+    InfoConfig,
+    MergeConfig,
+    VerifyConfig,
 )
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import write_video
@@ -134,9 +134,7 @@ def test_a_store_refuses_rows_of_code_that_changed(
             extract(home, retry_failed=True, allow_different_numerics=True, accept_teachers=["t"])
     assert files(home / "s.zarr") == before
     findings = targets_verify(
-        VerifyOptions(
-            store=str(home / "s.zarr"), deep=1, allow_teachers=["grown_teachers:teacher"]
-        ),
+        VerifyConfig(store=str(home / "s.zarr"), deep=1, allow_teachers=["grown_teachers:teacher"]),
         QUIET,
     )["findings"]
     assert {f["teacher"] for f in findings} == {"t"}
@@ -144,9 +142,7 @@ def test_a_store_refuses_rows_of_code_that_changed(
     assert extract(home)["ok"] == 4
     monkeypatch.setenv("CHANGE", "")
     assert targets_verify(
-        VerifyOptions(
-            store=str(home / "s.zarr"), deep=9, allow_teachers=["grown_teachers:teacher"]
-        ),
+        VerifyConfig(store=str(home / "s.zarr"), deep=9, allow_teachers=["grown_teachers:teacher"]),
         QUIET,
     )["ok"]
 
@@ -231,14 +227,13 @@ def test_without_videos_a_user_must_say_that_it_is_the_same(home: Path) -> None:
         extract(home, sources=[], accept_teachers=["u"])
     extract(home, sources=[], retry_failed=True, accept_teachers=["t"])
     assert info(home)["basis"] == {"kind": "accepted"}
-    targets_export(ExportOptions(store=str(home / "s.zarr"), out=str(home / "some.zarr")), QUIET)
+    targets_export(ExportConfig(store=str(home / "s.zarr"), out=str(home / "some.zarr")), QUIET)
     assert info(home, "some.zarr")["basis"] == {"kind": "accepted"}
 
 
 def info(home: Path, store: str = "s.zarr") -> dict[str, Any]:
     return dict(
-        targets_info(InfoOptions(store=str(home / store)), QUIET)["teachers"][0]["fingerprint"]
-        or {}
+        targets_info(InfoConfig(store=str(home / store)), QUIET)["teachers"][0]["fingerprint"] or {}
     )
 
 
@@ -250,14 +245,14 @@ def test_parts_of_other_code_are_not_merged(home: Path, monkeypatch: pytest.Monk
         extract(home, f"{change}.zarr", part="2/2", shard_rows=256)
     with pytest.raises(StoreMismatchError, match=r"reversed\.zarr"):
         targets_merge(
-            MergeOptions(
+            MergeConfig(
                 parts=[str(home / "1.zarr"), str(home / "reversed.zarr")], out=str(home / "no.zarr")
             ),
             QUIET,
         )
     assert not (home / "no.zarr").exists()
     targets_merge(
-        MergeOptions(
+        MergeConfig(
             parts=[str(home / "1.zarr"), str(home / "next to nothing.zarr")],
             out=str(home / "all.zarr"),
         ),
@@ -266,7 +261,7 @@ def test_parts_of_other_code_are_not_merged(home: Path, monkeypatch: pytest.Monk
     assert info(home, "all.zarr")["basis"] == {"kind": "new"}
     shutil.rmtree(node(home / "2.zarr"))
     targets_merge(
-        MergeOptions(
+        MergeConfig(
             parts=[str(home / "1.zarr"), str(home / "2.zarr")], out=str(home / "half.zarr")
         ),
         QUIET,
@@ -282,7 +277,7 @@ def test_a_fingerprint_that_cannot_be_read_is_found(home: Path) -> None:
     path.write_bytes(seal(document))
     assert [
         f["teacher"]
-        for f in targets_verify(VerifyOptions(store=str(home / "s.zarr")), QUIET)["findings"]
+        for f in targets_verify(VerifyConfig(store=str(home / "s.zarr")), QUIET)["findings"]
     ] == ["t"]
     with pytest.raises(DistInitError, match="99"):
         extract(home)

@@ -27,7 +27,7 @@ from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, Labelle
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions, metrics_from_file
 from distinit.pipeline.evaluation.predictor import predict
-from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.students.export import load_student
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.frames import read_frames
@@ -347,7 +347,7 @@ def test_finetuning_begins_where_another_run_ended(
     assert not torch.equal(after.head("label").weight, before.head("label").weight)
 
     found = report(
-        ReportOptions(folders=[str(finished[0]), str(out)], out=str(tmp_path / "report")),
+        ReportConfig(folders=[str(finished[0]), str(out)], out=str(tmp_path / "report")),
         Console(quiet=True),
     )
     assert [(d["run"], d["base"], d["videos"]) for d in found["differences"]] == [

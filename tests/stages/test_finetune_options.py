@@ -27,7 +27,7 @@ from distinit.pipeline.evaluation.labelled_clips import EvaluationClips
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.figures.filters import read_filters, variation_over_time
-from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.runs import read_run
 from distinit.pipeline.students.export import load_student
 from distinit.pipeline.students.inflate import video_name
@@ -183,7 +183,7 @@ def test_all_splits_are_runs_of_their_own_and_their_mean(
     assert [
         r["name"]
         for r in report(
-            ReportOptions(folders=[str(out / "all")], out=str(tmp_path / "report")), QUIET
+            ReportConfig(folders=[str(out / "all")], out=str(tmp_path / "report")), QUIET
         )["runs"]
     ] == [
         "split1",

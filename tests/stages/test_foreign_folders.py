@@ -27,9 +27,9 @@ from distinit.pipeline.evaluation.protocol import check_result_dir
 from distinit.pipeline.evaluation.splits import split_folders
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
-from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.store_options import BrowseOptions, ExportOptions, MergeOptions
+from distinit.pipeline.store.store_options import BrowseConfig, ExportConfig, MergeConfig
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.video.encode import write_video
@@ -115,16 +115,16 @@ COMMANDS: dict[str, Callable[[Inputs, Path], object]] = {
     "finetune --split all": lambda given, out: _finetune(given, out, split="all"),
     "ablate": _ablate,
     "report": lambda given, out: report(
-        ReportOptions(folders=[str(_finished_run(given))], out=str(out)), QUIET
+        ReportConfig(folders=[str(_finished_run(given))], out=str(out)), QUIET
     ),
     "targets browse": lambda given, out: targets_browse(
-        BrowseOptions(store=str(given.store), out=str(out), sample=0), QUIET
+        BrowseConfig(store=str(given.store), out=str(out), sample=0), QUIET
     ),
     "targets export": lambda given, out: targets_export(
-        ExportOptions(store=str(given.store), out=f"{out}.zarr"), QUIET
+        ExportConfig(store=str(given.store), out=f"{out}.zarr"), QUIET
     ),
     "targets merge": lambda given, out: targets_merge(
-        MergeOptions(parts=[str(given.store)], out=str(out)), QUIET
+        MergeConfig(parts=[str(given.store)], out=str(out)), QUIET
     ),
     "demo": lambda given, out: demo(DemoConfig.model_validate({"out": out}), QUIET),
 }
@@ -247,7 +247,7 @@ def test_folders_next_to_a_store_are_left_alone(inputs: Inputs, tmp_path: Path) 
 
 def test_the_demo_leaves_a_store_of_other_videos_alone(inputs: Inputs, tmp_path: Path) -> None:
     own = tmp_path / "mine" / "targets.zarr"
-    targets_export(ExportOptions(store=str(inputs.store), out=str(own)), QUIET)
+    targets_export(ExportConfig(store=str(inputs.store), out=str(own)), QUIET)
     before = held(own.parent)
     with pytest.raises(UsageError, match=r"targets\.zarr"):
         demo(DemoConfig(out=own.parent), QUIET)

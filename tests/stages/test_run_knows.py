@@ -18,7 +18,7 @@ from distinit.pipeline.common.errors import CheckpointError, LabelsError, UsageE
 from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig, PredictConfig
 from distinit.pipeline.evaluation.exclusion import exclude
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
-from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.training.seen_videos import SeenVideos
@@ -258,7 +258,7 @@ def test_folders_that_are_not_utf8_are_trained_on(data: Path, tmp_path: Path) ->
     result = tuned(f"folder:{os.fsdecode(root)}", tmp_path / "run")
     assert set(result["metrics"]["per_class"]) == {"caf%E9", "tea"}
     assert evaluated(tmp_path / "run")["metrics"]["failed"] == []
-    report(ReportOptions(folders=[str(tmp_path / "run")], out=str(tmp_path / "report")), QUIET)
+    report(ReportConfig(folders=[str(tmp_path / "run")], out=str(tmp_path / "report")), QUIET)
     with pytest.raises(UsageError, match="--out"):
         tuned(f"folder:{os.fsdecode(root)}", Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xe9")))
 
@@ -282,12 +282,12 @@ def test_predict_takes_two_folders_of_one_name(data: Path, run: Path, tmp_path: 
 def test_a_report_removes_what_an_earlier_one_wrote(data: Path, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "second")
     out = tmp_path / "report"
-    report(ReportOptions(folders=[str(run), str(tmp_path / "second")], out=str(out)), QUIET)
+    report(ReportConfig(folders=[str(run), str(tmp_path / "second")], out=str(out)), QUIET)
     (out / "figures/mine.svg").write_text("not of the report")
     both = set(files(out))
-    report(ReportOptions(folders=[str(run)], out=str(out)), QUIET)
+    report(ReportConfig(folders=[str(run)], out=str(out)), QUIET)
     fresh = tmp_path / "fresh"
-    report(ReportOptions(folders=[str(run)], out=str(fresh)), QUIET)
+    report(ReportConfig(folders=[str(run)], out=str(fresh)), QUIET)
     assert set(files(out)) == {*files(fresh), "figures/mine.svg"}
     assert set(files(out)) <= both
 
@@ -386,7 +386,7 @@ def test_no_run_goes_into_a_store(tiny_store: Any, run: Path) -> None:
         with pytest.raises(UsageError, match="--out"):
             evaluated(run, out=str(place))
         with pytest.raises(UsageError, match="--out"):
-            report(ReportOptions(folders=[str(run)], out=str(place)), QUIET)
+            report(ReportConfig(folders=[str(run)], out=str(place)), QUIET)
         assert not place.exists()
 
 

@@ -19,7 +19,7 @@ from distinit.pipeline.common.locks import folder_lock
 from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
-from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.stages.ablate import ablate
 from distinit.stages.evaluate import evaluate
@@ -152,7 +152,7 @@ def test_a_run_that_is_written_can_be_read_and_not_be_tested(
             with pytest.raises(UsageError, match="run"):
                 refused()
         assert contents(run) == before
-        report(ReportOptions(folders=[str(run)], out=str(tmp_path / "report")), QUIET)
+        report(ReportConfig(folders=[str(run)], out=str(tmp_path / "report")), QUIET)
         evaluated(folder, [run], out=str(tmp_path / "elsewhere"))
         folder.finetune(tmp_path / "next", init=str(run))
     evaluated(folder, [run])

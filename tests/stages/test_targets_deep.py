@@ -19,7 +19,7 @@ from distinit.pipeline.common.errors import DistInitError, UsageError
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.digests import digest_bytes, seal
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.store_options import ExportOptions, VerifyOptions
+from distinit.pipeline.store.store_options import ExportConfig, VerifyConfig
 from distinit.pipeline.teachers.recorded import load_recorded
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import write_video
@@ -91,7 +91,7 @@ def deep(made: Path, *, weights: str = "weights1.pt", **more: Any) -> dict[str, 
     given = {name: str(made / weights) for name in ("one", "small")}
     more = {"allow_teachers": [FACTORY], **more}
     return targets_verify(
-        VerifyOptions(store=str(made / "s.zarr"), deep=99, weights=given, **more), QUIET
+        VerifyConfig(store=str(made / "s.zarr"), deep=99, weights=given, **more), QUIET
     )
 
 
@@ -115,10 +115,10 @@ def test_rows_of_several_runs_that_an_export_put_together(made: Path) -> None:
         extract(made, name, encoding, batch_size=5, allow_different_numerics=True)
     (made / "s.zarr").rename(made / "grown.zarr")
     targets_export(
-        ExportOptions(store=str(made / "grown.zarr"), out=str(made / "half.zarr"), shard_rows=1024),
+        ExportConfig(store=str(made / "grown.zarr"), out=str(made / "half.zarr"), shard_rows=1024),
         QUIET,
     )
-    targets_export(ExportOptions(store=str(made / "half.zarr"), out=str(made / "s.zarr")), QUIET)
+    targets_export(ExportConfig(store=str(made / "half.zarr"), out=str(made / "s.zarr")), QUIET)
     runs = [
         c["run"] for c in TargetStore.open(made / "s.zarr").index.teachers["one"].commits.values()
     ]
@@ -167,28 +167,28 @@ def test_rows_of_another_frame_are_found_though_every_digest_is_right(made: Path
         data = (store / name).read_bytes()
         record.update(size=len(data), blake2b=digest_bytes(data))
     node.write_bytes(seal(document))
-    assert targets_verify(VerifyOptions(store=str(store)), QUIET)["ok"]
+    assert targets_verify(VerifyConfig(store=str(store)), QUIET)["ok"]
     (found,) = deep(made)["findings"]
     assert (found["teacher"], found["shard"]) == ("one", shard)
     assert "v0.mp4: of 2 frames the teacher says other logits" in found["what"]
 
 
 def test_what_is_missing_is_asked_for(made: Path) -> None:
-    found = targets_verify(VerifyOptions(store=str(made / "s.zarr"), deep=1), QUIET)["findings"]
+    found = targets_verify(VerifyConfig(store=str(made / "s.zarr"), deep=1), QUIET)["findings"]
     assert [f["teacher"] for f in found] == ["one", "small"]
     assert f"--allow-teacher '{FACTORY}'" in found[0]["what"]
     found = targets_verify(
-        VerifyOptions(store=str(made / "s.zarr"), deep=1, allow_teachers=[FACTORY]), QUIET
+        VerifyConfig(store=str(made / "s.zarr"), deep=1, allow_teachers=[FACTORY]), QUIET
     )["findings"]
     assert [f["teacher"] for f in found] == ["one", "small"]
     assert "weights1.pt" in found[0]["what"]
     assert "--teacher-weights" in found[0]["what"]
     with pytest.raises(UsageError, match="it has: one, small"):
         targets_verify(
-            VerifyOptions(store=str(made / "s.zarr"), deep=1, weights={"other": "x"}), QUIET
+            VerifyConfig(store=str(made / "s.zarr"), deep=1, weights={"other": "x"}), QUIET
         )
     with pytest.raises(ValidationError, match="--deep"):
-        VerifyOptions(store=str(made / "s.zarr"), video_roots={"videos": "x"})
+        VerifyConfig(store=str(made / "s.zarr"), video_roots={"videos": "x"})
 
 
 CODE = """
@@ -265,7 +265,7 @@ def test_deep_runs_no_command_of_a_store(made: Path) -> None:
     spec = {"name": "os:system", "options": {"command": f"touch {made}/canary"}}
     document["attributes"]["distinit"]["provenance"]["spec"] = spec
     node.write_bytes(seal(document))
-    findings = targets_verify(VerifyOptions(store=str(made / "s.zarr"), deep=1), QUIET)["findings"]
+    findings = targets_verify(VerifyConfig(store=str(made / "s.zarr"), deep=1), QUIET)["findings"]
     assert any(f["teacher"] == "one" and "os:system" in f["what"] for f in findings)
     assert not (made / "canary").exists()
 

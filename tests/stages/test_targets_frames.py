@@ -15,7 +15,7 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.digests import digest_bytes, seal
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.store_options import VerifyOptions
+from distinit.pipeline.store.store_options import VerifyConfig
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import transcode, write_video
 from distinit.pipeline.video.sampling import Sampling
@@ -83,20 +83,20 @@ def test_frames_that_the_files_do_not_have_are_found_and_made_again(
     videos: Path, tmp_path: Path
 ) -> None:
     extract(videos, tmp_path / "fresh.zarr")
-    assert targets_verify(VerifyOptions(store=str(tmp_path / "fresh.zarr"), frames=True), QUIET)[
+    assert targets_verify(VerifyConfig(store=str(tmp_path / "fresh.zarr"), frames=True), QUIET)[
         "ok"
     ]
     shutil.copytree(tmp_path / "fresh.zarr", tmp_path / "old.zarr")
     spoil(tmp_path / "old.zarr")
-    assert targets_verify(VerifyOptions(store=str(tmp_path / "old.zarr")), QUIET)["ok"]
+    assert targets_verify(VerifyConfig(store=str(tmp_path / "old.zarr")), QUIET)["ok"]
     found = targets_verify(
-        VerifyOptions(store=str(tmp_path / "old.zarr"), frames=True, repair=True), QUIET
+        VerifyConfig(store=str(tmp_path / "old.zarr"), frames=True, repair=True), QUIET
     )
     named = {Path(finding["what"].split(":")[0]).name for finding in found["findings"]}
     assert named == {"copied.mp4", "small.mp4"}
     assert found["dropped"] > 0
     extract(videos, tmp_path / "old.zarr")
-    assert targets_verify(VerifyOptions(store=str(tmp_path / "old.zarr"), frames=True), QUIET)["ok"]
+    assert targets_verify(VerifyConfig(store=str(tmp_path / "old.zarr"), frames=True), QUIET)["ok"]
     old, fresh = TargetStore.open(tmp_path / "old.zarr"), TargetStore.open(tmp_path / "fresh.zarr")
     for video in range(fresh.n_videos):
         for one, other in zip(old.frames(video), fresh.frames(video), strict=True):
@@ -113,7 +113,7 @@ def test_videos_that_are_gone_or_changed_are_named(videos: Path, tmp_path: Path)
     (videos / "small.mp4").unlink()
     with (videos / "good.mp4").open("ab") as file:
         file.write(b"\0" * 10)
-    found = targets_verify(VerifyOptions(store=str(tmp_path / "t.zarr"), frames=True), QUIET)
+    found = targets_verify(VerifyConfig(store=str(tmp_path / "t.zarr"), frames=True), QUIET)
     assert not found["ok"]
     assert {Path(f["what"].split(":")[0]).name for f in found["findings"]} == {
         "small.mp4",

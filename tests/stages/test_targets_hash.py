@@ -15,10 +15,10 @@ from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.layout import read_node, write_node
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import (
-    ExportOptions,
-    HashOptions,
-    InfoOptions,
-    MergeOptions,
+    ExportConfig,
+    HashConfig,
+    InfoConfig,
+    MergeConfig,
 )
 from distinit.pipeline.store.verify import drop_commits, verify
 from distinit.pipeline.store.writer import StoreWriter
@@ -67,7 +67,7 @@ def test_extraction_hashes_every_cached_frame(tiny_store: TinyStore) -> None:
         np.testing.assert_array_equal(p, hash_p(pictures))
         np.testing.assert_array_equal(r, hash_r(pictures)[0])
         np.testing.assert_array_equal(rms, hash_r(pictures)[1])
-    info = targets_info(InfoOptions(store=str(tiny_store.path)), QUIET)
+    info = targets_info(InfoConfig(store=str(tiny_store.path)), QUIET)
     assert info["hashed_rows"] == info["rows"]
     assert list(verify(tiny_store.path, load_index(tiny_store.path))) == []
 
@@ -79,7 +79,7 @@ def test_hashes_are_filled_in_as_at_extraction(
     root = without_hashes(tiny_store, tmp_path / "s.zarr", version)
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     assert len(TargetStore.open(root).hashed_rows()) == 0
-    options = HashOptions(store=str(root))
+    options = HashConfig(store=str(root))
     with monkeypatch.context() as patch:
 
         def killed(*args: Any) -> None:
@@ -107,7 +107,7 @@ def test_a_video_that_is_gone_is_named_and_tried_again(
     name = next(iter(TargetStore.open(root).corpora))
     gone = own_store.videos / "v00 é.mp4"
     gone.rename(tmp_path / "aside")
-    options = HashOptions(store=str(root), video_roots={name: str(own_store.videos)})
+    options = HashConfig(store=str(root), video_roots={name: str(own_store.videos)})
     result = targets_hash(options, QUIET)
     assert [Path(path).name for path in result["failed"]] == [gone.name]
     assert result["hashed"] == result["rows"] - 12
@@ -120,8 +120,8 @@ def test_a_video_that_is_gone_is_named_and_tried_again(
 
 def test_copies_of_a_store_keep_them(tiny_store: TinyStore, tmp_path: Path) -> None:
     a, merged = tmp_path / "a.zarr", tmp_path / "m.zarr"
-    targets_export(ExportOptions(store=str(tiny_store.path), out=str(a)), QUIET)
-    targets_merge(MergeOptions(parts=[str(a)], out=str(merged)), QUIET)
+    targets_export(ExportConfig(store=str(tiny_store.path), out=str(a)), QUIET)
+    targets_merge(MergeConfig(parts=[str(a)], out=str(merged)), QUIET)
     whole = TargetStore.open(tiny_store.path)
     expected = whole.hashes(whole.rows_of(whole.usable()))
     for path in (a, merged):
@@ -147,7 +147,7 @@ def test_a_flipped_bit_is_found_and_repaired_alone(tiny_store: TinyStore, tmp_pa
     assert len(findings) == 1
     assert "frames/hash_r" in str(findings[0])
     assert drop_commits(root, findings) == 1
-    targets_hash(HashOptions(store=str(root)), QUIET)
+    targets_hash(HashConfig(store=str(root)), QUIET)
     assert hash_files(root) == hash_files(tiny_store.path)
     for change in (
         {"rows": 3},

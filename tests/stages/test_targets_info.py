@@ -14,7 +14,7 @@ import pytest
 import zarr
 
 from distinit.pipeline.common.console import Console
-from distinit.pipeline.store.store_options import InfoOptions
+from distinit.pipeline.store.store_options import InfoConfig
 from distinit.stages.targets_info import targets_info
 
 
@@ -23,7 +23,7 @@ def test_files_that_an_extraction_moves_meanwhile_are_no_error(
     make_store: Callable[..., tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, root = make_store()
-    size = targets_info(InfoOptions(store=str(root)), Console(quiet=True))["bytes"]
+    size = targets_info(InfoConfig(store=str(root)), Console(quiet=True))["bytes"]
     (root / "staging").mkdir()
     for name in ("before", "after"):
         (root / "staging" / name).write_bytes(b"12345")
@@ -39,7 +39,7 @@ def test_files_that_an_extraction_moves_meanwhile_are_no_error(
         return found
 
     monkeypatch.setattr(Path, "stat", stat)
-    assert targets_info(InfoOptions(store=str(root)), Console(quiet=True))["bytes"] - size in (0, 5)
+    assert targets_info(InfoConfig(store=str(root)), Console(quiet=True))["bytes"] - size in (0, 5)
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_histogram_failures_and_bytes(make_store: Callable[..., tuple[Any, Path]
     recipe, root = make_store(teachers={"t": 10, "wide": 100})
     out, err = io.StringIO(), io.StringIO()
     info = targets_info(
-        InfoOptions(store=str(root), list_failed=True), Console(stdout=out, stderr=err)
+        InfoConfig(store=str(root), list_failed=True), Console(stdout=out, stderr=err)
     )
     failed = [v for v in recipe.videos if recipe.rows(v) == 0]
     assert info["failures"] == {"no video stream (audio only)": len(failed)}

@@ -13,7 +13,7 @@ from distinit.pipeline.common.errors import StoreMismatchError
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.store_options import MergeOptions
+from distinit.pipeline.store.store_options import MergeConfig
 from distinit.pipeline.store.verify import verify
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import write_video
@@ -59,7 +59,7 @@ def test_parts_of_two_machines_make_the_store_of_one(
     whole = TargetStore.open(run("whole.zarr"))
     parts = [run("1.zarr", "1/3"), run("2.zarr", "2/3", "elsewhere"), run("3.zarr", "3/3")]
     result = targets_merge(
-        MergeOptions(parts=[str(each) for each in parts], out=str(tmp_path / "all.zarr")), QUIET
+        MergeConfig(parts=[str(each) for each in parts], out=str(tmp_path / "all.zarr")), QUIET
     )
     assert (result["videos"], result["ok"], result["failed"]) == (8, 7, 1)
     merged = TargetStore.open(tmp_path / "all.zarr")

@@ -27,14 +27,14 @@ from distinit.pipeline.common.urls import (
     is_url,
     public_url,
 )
-from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import (
-    BrowseOptions,
-    ExportOptions,
-    InfoOptions,
-    MergeOptions,
-    VerifyOptions,
+    BrowseConfig,
+    ExportConfig,
+    InfoConfig,
+    MergeConfig,
+    VerifyConfig,
 )
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.stages.ablate import ablate
@@ -162,11 +162,11 @@ def test_no_command_opens_another_url(url: str, server: Any, tmp_path: Path) -> 
     canary = program(tmp_path)
     url, out = url.format(folder=tmp_path, port=server.server_port), str(tmp_path / "out")
     for use in (
-        lambda: targets_info(InfoOptions(store=str(url)), QUIET),
-        lambda: targets_browse(BrowseOptions(store=str(url), out=str(out)), QUIET),
-        lambda: targets_export(ExportOptions(store=str(url), out=f"{out}.zarr"), QUIET),
-        lambda: targets_merge(MergeOptions(parts=[str(url), str(url)], out=f"{out}.zarr"), QUIET),
-        lambda: targets_verify(VerifyOptions(store=str(url)), QUIET),
+        lambda: targets_info(InfoConfig(store=str(url)), QUIET),
+        lambda: targets_browse(BrowseConfig(store=str(url), out=str(out)), QUIET),
+        lambda: targets_export(ExportConfig(store=str(url), out=f"{out}.zarr"), QUIET),
+        lambda: targets_merge(MergeConfig(parts=[str(url), str(url)], out=f"{out}.zarr"), QUIET),
+        lambda: targets_verify(VerifyConfig(store=str(url)), QUIET),
         lambda: train_student(
             TrainConfig.model_validate({**TRAIN, "store": url, "out": out}), QUIET
         ),
@@ -248,7 +248,7 @@ def test_a_report_contacts_no_address_of_a_run(
     shutil.copytree(tiny_store.path, server.folder / "s.zarr")
     url = url.format(secret=SECRET, port=server.server_port)
     runs = strangers_run(tmp_path, url)
-    report(ReportOptions(folders=[str(runs)], out=str(tmp_path / "page")), QUIET)
+    report(ReportConfig(folders=[str(runs)], out=str(tmp_path / "page")), QUIET)
     assert not server.heard
     assert not (tmp_path / "cache").exists()
     pages = [(tmp_path / "page" / name).read_text() for name in ("report.html", "report.md")]
@@ -257,14 +257,12 @@ def test_a_report_contacts_no_address_of_a_run(
     )
     if url.startswith("http"):
         made = report(
-            ReportOptions(folders=[str(runs)], out=str(tmp_path / "page"), open_urls=True), QUIET
+            ReportConfig(folders=[str(runs)], out=str(tmp_path / "page"), open_urls=True), QUIET
         )
         assert server.heard
         assert any("entropy" in name for name in made["figures"])
     else:
-        report(
-            ReportOptions(folders=[str(runs)], out=str(tmp_path / "page"), open_urls=True), QUIET
-        )
+        report(ReportConfig(folders=[str(runs)], out=str(tmp_path / "page"), open_urls=True), QUIET)
         assert not server.heard
 
 
@@ -272,7 +270,7 @@ def test_a_report_reads_the_reference_of_no_run(tmp_path: Path) -> None:
     canary = program(tmp_path)
     for number, store in enumerate((f"reference::{tmp_path}/refs.json", "a\0b", f"x::{tmp_path}")):
         report(
-            ReportOptions(
+            ReportConfig(
                 folders=[str(strangers_run(tmp_path / str(number), store))],
                 out=str(tmp_path / "page"),
                 open_urls=True,

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
-from distinit.pipeline.evaluation.probe_options import ProbeOptions
+from distinit.pipeline.evaluation.probe_options import ProbeConfig
 from distinit.pipeline.evaluation.store_labels import match_labels
 from distinit.pipeline.evaluation.target_probe import fit_and_predict, mean_targets
 from distinit.pipeline.reporting.runs import Run
@@ -61,7 +61,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Labelled, Path, 
 
 
 def probe(store: Path, labels: Path, **options: object) -> dict[str, dict[object, dict]]:
-    config = ProbeOptions(store=str(store), dataset=f"csv:{labels}", **options)
+    config = ProbeConfig(store=str(store), dataset=f"csv:{labels}", **options)
     found = targets_probe(config, Console(quiet=True))
     table: dict[str, dict[object, dict]] = {}
     for each in found["probes"]:
@@ -162,7 +162,7 @@ def test_the_probe_is_that_of_all_dimensions() -> None:
 @pytest.mark.parametrize("frames", ["0", "1,two", "", "-1"])
 def test_frames_that_are_no_numbers(frames: str) -> None:
     with pytest.raises(ValueError, match="frames"):
-        ProbeOptions(store="s.zarr", dataset="csv:l.csv", frames=frames)
+        ProbeConfig(store="s.zarr", dataset="csv:l.csv", frames=frames)
 
 
 def test_labels_of_other_videos(labelled: tuple[Labelled, Path, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from scipy.stats import ortho_group, spearmanr
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.common.numerics import softmax
-from distinit.pipeline.evaluation.compare_options import CompareOptions
+from distinit.pipeline.evaluation.compare_options import CompareConfig
 from distinit.pipeline.evaluation.teacher_comparison import (
     compare_teachers,
     linear_cka,
@@ -106,7 +106,7 @@ def test_frames_of_a_video_are_no_neighbours() -> None:
 
 
 def test_the_page_and_the_result(related: Path, tmp_path: Path) -> None:
-    options = CompareOptions(store=str(related), out=str(tmp_path / "look"), videos=2)
+    options = CompareConfig(store=str(related), out=str(tmp_path / "look"), videos=2)
     found = targets_compare(options, Console(quiet=True))
     page = Path(found["page"]).read_text()
     assert len(found["disputed"]) == 2

@@ -29,7 +29,7 @@ from distinit.pipeline.reporting.ablation_tables import (
     screen_table,
 )
 from distinit.pipeline.reporting.published_results import Accuracies, PaperNumbers
-from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.run_pairs import largest_gain, named_pair
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.stages.report import report
@@ -139,7 +139,7 @@ def top1(folder: Path) -> dict[str, float]:
 def test_numbers_are_those_of_the_predictions(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = report(ReportOptions(folders=[str(out)], out=str(tmp_path / "report")), Console())
+    result = report(ReportConfig(folders=[str(out)], out=str(tmp_path / "report")), Console())
     with open(tmp_path / "report" / "ablation-1.csv", encoding="utf-8") as file:
         rows = {(row["row"], row["dataset"]): row for row in csv.DictReader(file)}
     assert len(rows) == 8
@@ -194,7 +194,7 @@ def test_numbers_are_those_of_the_predictions(
 
 @pytest.mark.slow
 def test_missing_cells_are_shown_with_their_reasons(out: Path, tmp_path: Path) -> None:
-    report(ReportOptions(folders=[str(out)], out=str(tmp_path / "report")), Console(quiet=True))
+    report(ReportConfig(folders=[str(out)], out=str(tmp_path / "report")), Console(quiet=True))
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     for text in (page, markdown):
@@ -209,7 +209,7 @@ def test_missing_cells_are_shown_with_their_reasons(out: Path, tmp_path: Path) -
     assert "<h2>Accuracy" not in page  # all runs are cells
     for path in (out / "finetunes").iterdir():
         shutil.rmtree(path)
-    report(ReportOptions(folders=[str(out)], out=str(tmp_path / "report")), Console(quiet=True))
+    report(ReportConfig(folders=[str(out)], out=str(tmp_path / "report")), Console(quiet=True))
     (ablation,) = read_ablations(ablation_folders([out]), [])
     for table in ablation_tables(ablation):
         for row in table.rows[:3]:
@@ -236,7 +236,7 @@ def cells_of(table: str, kind: str) -> list[list[str]]:
 def test_each_measure_has_the_papers_beside_it_and_published_results_stand_below(
     out: Path, tmp_path: Path
 ) -> None:
-    report(ReportOptions(folders=[str(out)], out=str(tmp_path / "report")), Console(quiet=True))
+    report(ReportConfig(folders=[str(out)], out=str(tmp_path / "report")), Console(quiet=True))
     with open(tmp_path / "report" / "ablation-1.csv", encoding="utf-8") as file:
         plain = {(row["row"], row["dataset"]): row for row in csv.DictReader(file)}
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.reporting.store_summary import EXTREMES, HEIGHT, STRIP, summarize_store
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.store_options import BrowseOptions
+from distinit.pipeline.store.store_options import BrowseConfig
 from distinit.pipeline.video.decoder import VideoReader
 from distinit.stages.prepare import prepare
 from distinit.stages.targets_browse import targets_browse
@@ -102,7 +102,7 @@ def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_
     paths[1].write_bytes(paths[3].read_bytes())
     video_roots = {"videos": str(own_store.videos)}
     result = targets_browse(
-        BrowseOptions(
+        BrowseConfig(
             store=str(own_store.path), out=str(tmp_path / "out"), sample=99, video_roots=video_roots
         ),
         QUIET,
@@ -116,7 +116,7 @@ def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_
     assert paths[0].name in page
     with pytest.raises(UsageError, match="the store has the corpora videos"):
         targets_browse(
-            BrowseOptions(
+            BrowseConfig(
                 store=str(own_store.path),
                 out=str(tmp_path / "out"),
                 video_roots={"other": str(tmp_path)},
@@ -124,7 +124,7 @@ def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_
             QUIET,
         )
     with pytest.raises(ValidationError, match="sample"):
-        BrowseOptions(store=str(own_store.path), out=str(tmp_path / "out"), sample=-1)
+        BrowseConfig(store=str(own_store.path), out=str(tmp_path / "out"), sample=-1)
 
 
 @pytest.mark.slow

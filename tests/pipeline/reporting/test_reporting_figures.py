@@ -29,7 +29,7 @@ from distinit.pipeline.reporting.figures.entropy import entropy_density, thresho
 from distinit.pipeline.reporting.figures.features import embed
 from distinit.pipeline.reporting.figures.filters import variation_over_time
 from distinit.pipeline.reporting.report_contents import forwards_saved
-from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.runs import find_runs, read_run
 from distinit.pipeline.students.export import save_student
 from distinit.pipeline.students.student import build_student
@@ -201,7 +201,7 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
     exported(tmp_path / "kinetics.safetensors", "r2plus1d_18")
     kinetics = str(tmp_path / "kinetics.safetensors")
     result = report(
-        ReportOptions(
+        ReportConfig(
             folders=[str(out)],
             out=str(tmp_path / "report"),
             kinetics=kinetics,
@@ -246,8 +246,8 @@ def test_a_report_is_made_without_torch(out: Path, tmp_path: Path) -> None:
     """Its import takes seconds; weights of Kinetics alone want it."""
     words = (
         "import sys; from distinit.stages.report import report; from distinit.pipeline.common.console import Console; "
-        "from distinit.pipeline.reporting.report_options import ReportOptions; "
-        "report(ReportOptions(folders=sys.argv[1:2], out=sys.argv[2]), Console(quiet=True)); "
+        "from distinit.pipeline.reporting.report_options import ReportConfig; "
+        "report(ReportConfig(folders=sys.argv[1:2], out=sys.argv[2]), Console(quiet=True)); "
         "sys.exit('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", words, str(out), str(tmp_path / "report")]
@@ -262,7 +262,7 @@ def test_what_is_not_there_is_not_drawn_and_said(out: Path, tmp_path: Path) -> N
     config = yaml.safe_load((alone / "config.yaml").read_text())
     config["train-student"]["store"] = str(tmp_path / "gone.zarr")
     (alone / "config.yaml").write_text(yaml.safe_dump(config))
-    assert report(ReportOptions(folders=[str(alone)], out=str(tmp_path / "report")), QUIET)[
+    assert report(ReportConfig(folders=[str(alone)], out=str(tmp_path / "report")), QUIET)[
         "figures"
     ] == [
         "figure-3-filters",
@@ -275,7 +275,7 @@ def test_what_is_not_there_is_not_drawn_and_said(out: Path, tmp_path: Path) -> N
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(UsageError, match=r"other\.pt: has no stem\.0\.weight"):
         report(
-            ReportOptions(
+            ReportConfig(
                 folders=[str(alone)],
                 out=str(tmp_path / "report"),
                 kinetics=str(tmp_path / "other.pt"),

@@ -22,7 +22,7 @@ from distinit.pipeline.evaluation.compare import compare
 from distinit.pipeline.evaluation.predictions import Predictions, PredictionsError
 from distinit.pipeline.evaluation.run_labels import RunLabels
 from distinit.pipeline.reporting.ablation_results import cell_names
-from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.pipeline.students.export import save_start
 from distinit.pipeline.students.student import build_student
@@ -267,7 +267,7 @@ def test_splits_far_apart_are_not_counted(tmp_path: Path) -> None:
     run_folder(tmp_path / "ablation" / "finetunes" / "a")
     cells = [CELL, CELL | {"split": 10**18}]
     (tmp_path / "ablation" / "cells.json").write_text(json.dumps({"title": "t", "cells": cells}))
-    report(ReportOptions(folders=[str(tmp_path / "ablation")], out=str(tmp_path / "out")), QUIET)
+    report(ReportConfig(folders=[str(tmp_path / "ablation")], out=str(tmp_path / "out")), QUIET)
     assert f"1, {10**18}" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -365,7 +365,7 @@ def test_a_model_whose_header_has_another_form_is_named(tmp_path: Path, text: st
         {"x": np.zeros(1, np.float32)}, run / "student.safetensors", metadata={"distinit": text}
     )
     with pytest.raises(CheckpointError, match=r"student\.safetensors"):
-        report(ReportOptions(folders=[str(run)], out=str(tmp_path / "out")), QUIET)
+        report(ReportConfig(folders=[str(run)], out=str(tmp_path / "out")), QUIET)
 
 
 @pytest.mark.slow
@@ -389,7 +389,7 @@ def test_odd_numbers_make_a_report(tmp_path: Path) -> None:
         predictions(odd=odd).write(run / "predictions.h5")
         save_file({"stem.0.weight": np.full(shape, np.nan, np.float32)}, run / "model.safetensors")
     with np.errstate(all="ignore"):
-        report(ReportOptions(folders=[str(tmp_path / "runs")], out=str(tmp_path / "out")), QUIET)
+        report(ReportConfig(folders=[str(tmp_path / "runs")], out=str(tmp_path / "out")), QUIET)
     assert (tmp_path / "out" / "report.html").exists()
 
 
@@ -398,7 +398,7 @@ def test_what_a_report_writes_stays_in_its_folder(tmp_path: Path) -> None:
     """--out is a report that somebody else made: it lists files to remove, and holds links."""
     run_folder(tmp_path / "runs" / "run")
     out, victim = tmp_path / "out", tmp_path / "victim.html"
-    report(ReportOptions(folders=[str(tmp_path / "runs")], out=str(out)), QUIET)
+    report(ReportConfig(folders=[str(tmp_path / "runs")], out=str(out)), QUIET)
     victim.write_text("precious")
     (out / "notes.txt").write_text("precious")
     (out / "old.svg").write_text("earlier")
@@ -414,16 +414,16 @@ def test_what_a_report_writes_stays_in_its_folder(tmp_path: Path) -> None:
     ]
     (out / "report-files.json").write_text(json.dumps(names))
     (out / f".report.html.{os.getpid()}.partial").symlink_to(victim)
-    report(ReportOptions(folders=[str(tmp_path / "runs")], out=str(out)), QUIET)
+    report(ReportConfig(folders=[str(tmp_path / "runs")], out=str(out)), QUIET)
     assert victim.read_text() == (out / "notes.txt").read_text() == "precious"
     assert not (out / "old.svg").exists()
     for record in (DEEP, "3", '{"a": 1}'):
         (out / "report-files.json").write_text(record)
-        report(ReportOptions(folders=[str(tmp_path / "runs")], out=str(out)), QUIET)
+        report(ReportConfig(folders=[str(tmp_path / "runs")], out=str(out)), QUIET)
     (out / "figures").rename(tmp_path / "elsewhere")
     (out / "figures").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="figures"):
-        report(ReportOptions(folders=[str(tmp_path / "runs")], out=str(out)), QUIET)
+        report(ReportConfig(folders=[str(tmp_path / "runs")], out=str(out)), QUIET)
 
 
 @pytest.mark.parametrize(
@@ -463,9 +463,7 @@ def test_a_damaged_file_costs_one_run_of_the_report(
         (harmed / name).write_text('[" no object "]\n')
     else:
         harm(harmed / name)
-    found = report(
-        ReportOptions(folders=[str(tmp_path / "runs")], out=str(tmp_path / "out")), QUIET
-    )
+    found = report(ReportConfig(folders=[str(tmp_path / "runs")], out=str(tmp_path / "out")), QUIET)
     assert not found["ok"]
     assert [run["path"] for run in found["runs"]] == [str(whole.resolve())]
     (line,) = found["skipped"]

@@ -23,7 +23,7 @@ from distinit.pipeline.common.tables import Column, Table
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.charts import Line, bar_chart, line_chart, tick_labels, ticks
 from distinit.pipeline.reporting.report_contents import make_report, student_table
-from distinit.pipeline.reporting.report_options import ReportOptions
+from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.report_page import to_markdown
 from distinit.pipeline.reporting.runs import find_runs
 from distinit.stages.report import report
@@ -89,7 +89,7 @@ def runs(tmp_path: Path) -> Path:
 def test_numbers_are_those_of_the_predictions(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = report(ReportOptions(folders=[str(runs)], out=str(tmp_path / "out")), Console())
+    result = report(ReportConfig(folders=[str(runs)], out=str(tmp_path / "out")), Console())
     with open(tmp_path / "out" / "accuracy.csv", encoding="utf-8") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     with h5py.File(runs / "distinit" / "predictions.h5") as file:
@@ -146,7 +146,7 @@ def test_a_tie_is_called_undecided(tmp_path: Path) -> None:
 def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(
     runs: Path, tmp_path: Path
 ) -> None:
-    report(ReportOptions(folders=[str(runs)], out=str(tmp_path / "out")), Console(quiet=True))
+    report(ReportConfig(folders=[str(runs)], out=str(tmp_path / "out")), Console(quiet=True))
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     addresses = set(re.findall(r"https?://[^\s\"'<]+", page))
     assert addresses <= {"http://www.w3.org/2000/svg"}, "a name space, never fetched"
@@ -175,7 +175,7 @@ def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(
         assert page.count(f'id="{anchor}"') == 1
     assert page.count("<details>") == 4
     before = page
-    report(ReportOptions(folders=[str(runs)], out=str(tmp_path / "out")), Console(quiet=True))
+    report(ReportConfig(folders=[str(runs)], out=str(tmp_path / "out")), Console(quiet=True))
     assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == before, (
         "the same runs, the same page"
     )

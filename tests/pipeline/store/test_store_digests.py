@@ -20,7 +20,7 @@ from distinit.pipeline.common.errors import DistInitError, StoreError
 from distinit.pipeline.store.digests import check_document, is_sealed, seal, split_ranges
 from distinit.pipeline.store.layout import video_specs
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.store_options import VerifyOptions
+from distinit.pipeline.store.store_options import VerifyConfig
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_verify import targets_verify
 from distinit.tests.flips import flips
@@ -77,7 +77,7 @@ def read_or_refused(root: Path) -> dict[str, Any] | None:
 def findings(root: Path) -> str:
     """What verify finds, or why it cannot begin; empty if all is good."""
     try:
-        result = targets_verify(VerifyOptions(store=str(root)), Console(quiet=True))
+        result = targets_verify(VerifyConfig(store=str(root)), Console(quiet=True))
     except DistInitError as error:
         return str(error)
     return "\n".join(f"{f['shard']} {f['teacher']} {f['what']}" for f in result["findings"])
@@ -113,11 +113,11 @@ def test_every_flipped_bit_is_found_with_its_file_and_never_read(
 def test_a_store_without_digests_is_read_verified_and_grown(root: Path) -> None:
     expected = content(TargetStore.open(root))
     assert (
-        targets_verify(VerifyOptions(store=str(root)), Console(quiet=True))["unchecked_files"] == 0
+        targets_verify(VerifyConfig(store=str(root)), Console(quiet=True))["unchecked_files"] == 0
     )
     without_digests(root)
     assert content(TargetStore.open(root)) == expected
-    result = targets_verify(VerifyOptions(store=str(root)), Console(quiet=True))
+    result = targets_verify(VerifyConfig(store=str(root)), Console(quiet=True))
     assert result["ok"]
     assert result["unchecked_files"] > 30
     before = TargetStore.open(root).n_videos
@@ -126,7 +126,7 @@ def test_a_store_without_digests_is_read_verified_and_grown(root: Path) -> None:
     with write(root) as writer:
         writer.add_videos({**columns, "path": ["new 1", "new 2"]}, writer.index.corpora)
     assert TargetStore.open(root).n_videos == before + 2
-    result = targets_verify(VerifyOptions(store=str(root)), Console(quiet=True))
+    result = targets_verify(VerifyConfig(store=str(root)), Console(quiet=True))
     assert result["ok"]
     assert result["unchecked_files"] > 0
     zarr.open_array(root / "videos/fps", mode="r+")[before + 1] = (
@@ -209,7 +209,7 @@ def test_a_writer_says_how_a_damaged_commit_is_repaired(node: str, root: Path) -
     assert node in str(caught.value)
     assert f"distinit targets verify --repair {root}`" in str(caught.value)
     assert (
-        targets_verify(VerifyOptions(store=str(root), repair=True), Console(quiet=True))["dropped"]
+        targets_verify(VerifyConfig(store=str(root), repair=True), Console(quiet=True))["dropped"]
         >= 1
     )
     with write(root):

@@ -28,7 +28,7 @@ from distinit.pipeline.store.encoding import (
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.layout import read_node, write_node
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.store_options import ExportOptions, InfoOptions, PlainEncoding
+from distinit.pipeline.store.store_options import ExportConfig, InfoConfig, PlainEncoding
 from distinit.pipeline.store.verify import verify
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_export import targets_export
@@ -125,14 +125,14 @@ def test_an_int8_store_reads_as_any_other(make_store: Callable[..., Any], tmp_pa
         )
         errors.append(kl(z, store.logits("t", rows)))
     assert np.isnan(plain[np.setdiff1d(np.arange(len(plain)), store.committed_rows("t"))]).all()
-    info = targets_info(InfoOptions(store=str(root)), Console(quiet=True))["teachers"][0]
+    info = targets_info(InfoConfig(store=str(root)), Console(quiet=True))["teachers"][0]
     assert info["encoding"] == "int8"
     assert info["encoding_error"]["kl_mean"] == pytest.approx(
         np.concatenate(errors).mean(), rel=1e-3
     )
     assert info["encoding_error"]["kl_p99"] >= np.quantile(np.concatenate(errors), 0.99) * 0.999
     assert list(verify(root, load_index(root))) == []
-    targets_export(ExportOptions(store=str(root), out=str(tmp_path / "x.h5")), Console(quiet=True))
+    targets_export(ExportConfig(store=str(root), out=str(tmp_path / "x.h5")), Console(quiet=True))
     with h5py.File(tmp_path / "x.h5") as file:
         exported = np.concatenate(
             [store.logits("t", store.frames(int(v))[2]) for v in store.usable()]

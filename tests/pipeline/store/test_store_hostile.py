@@ -24,11 +24,11 @@ from distinit.pipeline.common.errors import DistInitError
 from distinit.pipeline.store.digests import seal
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import (
-    BrowseOptions,
-    ExportOptions,
-    InfoOptions,
-    MergeOptions,
-    VerifyOptions,
+    BrowseConfig,
+    ExportConfig,
+    InfoConfig,
+    MergeConfig,
+    VerifyConfig,
 )
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_browse import targets_browse
@@ -83,27 +83,25 @@ def read_all(store: Path) -> None:
 
 COMMANDS: dict[str, Callable[[Path, Path], object]] = {
     "read": lambda store, out: read_all(store),
-    "info": lambda store, out: targets_info(InfoOptions(store=str(store), list_failed=True), QUIET),
+    "info": lambda store, out: targets_info(InfoConfig(store=str(store), list_failed=True), QUIET),
     "browse": lambda store, out: targets_browse(
-        BrowseOptions(store=str(store), out=str(out / "page"), sample=2), QUIET
+        BrowseConfig(store=str(store), out=str(out / "page"), sample=2), QUIET
     ),
     "merge": lambda store, out: targets_merge(
-        MergeOptions(
+        MergeConfig(
             parts=[str(store.with_name("other.zarr")), str(store)], out=str(out / "merged.zarr")
         ),
         QUIET,
     ),
     "export": lambda store, out: targets_export(
-        ExportOptions(store=str(store), out=str(out / "e.zarr")), QUIET
+        ExportConfig(store=str(store), out=str(out / "e.zarr")), QUIET
     ),
     "hdf5": lambda store, out: targets_export(
-        ExportOptions(store=str(store), out=str(out / "e.h5")), QUIET
+        ExportConfig(store=str(store), out=str(out / "e.h5")), QUIET
     ),
-    "verify": lambda store, out: targets_verify(VerifyOptions(store=str(store)), QUIET),
+    "verify": lambda store, out: targets_verify(VerifyConfig(store=str(store)), QUIET),
     "extract": lambda store, out: extract(store),
-    "repair": lambda store, out: targets_verify(
-        VerifyOptions(store=str(store), repair=True), QUIET
-    ),
+    "repair": lambda store, out: targets_verify(VerifyConfig(store=str(store), repair=True), QUIET),
 }
 
 
@@ -458,7 +456,7 @@ def test_links_to_the_store_itself_and_inside_corpora_are_no_matter(
     sound: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "link.zarr").symlink_to(sound / "s.zarr")
-    assert targets_verify(VerifyOptions(store=str(tmp_path / "link.zarr")), QUIET)["ok"]
+    assert targets_verify(VerifyConfig(store=str(tmp_path / "link.zarr")), QUIET)["ok"]
     read_all(tmp_path / "link.zarr")
 
 
@@ -472,8 +470,8 @@ def test_a_damaged_commit_is_dropped_and_filled_again(sound: Path, tmp_path: Pat
         (store / node / "zarr.json").write_text("{")
         with pytest.raises(DistInitError, match=node):
             StoreWriter(store, sampling=SAMPLING)
-        assert targets_verify(VerifyOptions(store=str(store), repair=True), QUIET)["dropped"] >= 1
+        assert targets_verify(VerifyConfig(store=str(store), repair=True), QUIET)["dropped"] >= 1
         with StoreWriter(store, sampling=SAMPLING) as writer:
             writer.commit(recipe.stage(writer, 0), RUN)
-        assert targets_verify(VerifyOptions(store=str(store)), QUIET)["ok"]
+        assert targets_verify(VerifyConfig(store=str(store)), QUIET)["ok"]
         assert np.array_equal(TargetStore.open(store).logits("t", np.arange(20)), expected)

@@ -13,7 +13,7 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.reporting.store_page import store_page
 from distinit.pipeline.reporting.store_summary import summarize_store
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.store_options import BrowseOptions
+from distinit.pipeline.store.store_options import BrowseConfig
 from distinit.stages.targets_browse import targets_browse
 
 
@@ -38,6 +38,6 @@ def test_failures_and_missing_videos_are_named(
     assert page.count("missing here: no such file") == 4
     assert "ü\\udcff.mp4" in page
     targets_browse(
-        BrowseOptions(store=str(root), out=str(tmp_path / "out"), sample=4), Console(quiet=True)
+        BrowseConfig(store=str(root), out=str(tmp_path / "out"), sample=4), Console(quiet=True)
     )
     assert "<img" not in (tmp_path / "out" / "browse.html").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from distinit.pipeline.corpus.parts import Part
 from distinit.pipeline.corpus.sources import Corpus, VideoList
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.store_options import MergeOptions
+from distinit.pipeline.store.store_options import MergeConfig
 from distinit.pipeline.store.verify import verify
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_merge import targets_merge
@@ -66,9 +66,9 @@ def test_a_merged_store_holds_what_its_parts_hold(
     parts: list[Path], make_store: Make, tmp_path: Path
 ) -> None:
     out = tmp_path / "all.zarr"
-    result = targets_merge(MergeOptions(parts=[str(each) for each in parts], out=str(out)), QUIET)
+    result = targets_merge(MergeConfig(parts=[str(each) for each in parts], out=str(out)), QUIET)
     merged = TargetStore.open(out)
-    used = load_config(MergeOptions, "targets-merge", file=f"{out}.config.yaml")
+    used = load_config(MergeConfig, "targets-merge", file=f"{out}.config.yaml")
     assert used.parts == [str(each) for each in parts]
     expected = {key: value for p in parts for key, value in content(TargetStore.open(p)).items()}
     assert content(merged) == expected
@@ -86,7 +86,7 @@ def test_a_merged_store_holds_what_its_parts_hold(
     for teacher in ("t", "u"):
         assert merged.encoding_error(teacher)["kl_mean"] > 0
     assert (
-        targets_merge(MergeOptions(parts=[str(each) for each in parts], out=str(out)), QUIET)[
+        targets_merge(MergeConfig(parts=[str(each) for each in parts], out=str(out)), QUIET)[
             "copied"
         ]
         == 0
@@ -100,7 +100,7 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
     """Stopped before one of its writes: the result says that it is unfinished, and the same call
     finishes it."""
     whole = tmp_path / "whole.zarr"
-    targets_merge(MergeOptions(parts=[str(each) for each in parts], out=str(whole)), QUIET)
+    targets_merge(MergeConfig(parts=[str(each) for each in parts], out=str(whole)), QUIET)
     shards = TargetStore.open(whole).index.n_shards
     expected = content(TargetStore.open(whole))
     stops = {"_plan_node": (0, 3), "commit": (3 * shards - 1,), "_publish": (2,)}
@@ -122,9 +122,7 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
         with monkeypatch.context() as patch:
             patch.setattr(StoreWriter, step, stop)
             with pytest.raises(KeyboardInterrupt):
-                targets_merge(
-                    MergeOptions(parts=[str(each) for each in parts], out=str(out)), QUIET
-                )
+                targets_merge(MergeConfig(parts=[str(each) for each in parts], out=str(out)), QUIET)
         broken = TargetStore.open(out)
         finished = (
             broken.n_videos == 40
@@ -132,7 +130,7 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
             and len(broken.usable()) == 34
         )
         assert not finished
-        targets_merge(MergeOptions(parts=[str(each) for each in parts], out=str(out)), QUIET)
+        targets_merge(MergeConfig(parts=[str(each) for each in parts], out=str(out)), QUIET)
         assert list(verify(out, load_index(out))) == []
         assert content(TargetStore.open(out)) == expected
 
@@ -165,12 +163,12 @@ def test_what_does_not_fit_is_refused_by_name(
     b = make_store("b.zarr", **{"videos": range(10, 15), **changes})[1]
     kind = StoreError if "uncommitted" in changes else StoreMismatchError
     with pytest.raises(kind, match=words):
-        targets_merge(MergeOptions(parts=[str(a), str(b)], out=str(tmp_path / "out.zarr")), QUIET)
+        targets_merge(MergeConfig(parts=[str(a), str(b)], out=str(tmp_path / "out.zarr")), QUIET)
     assert not (tmp_path / "out.zarr").exists()
     if "run" in changes:
         assert (
             targets_merge(
-                MergeOptions(
+                MergeConfig(
                     parts=[str(a), str(b)],
                     out=str(tmp_path / "out.zarr"),
                     allow_different_numerics=True,
@@ -187,27 +185,27 @@ def test_damage_locks_and_wrong_use_are_named(make_store: Make, tmp_path: Path) 
     b = make_store("b.zarr", videos=range(10, 15))[1]
     out = tmp_path / "out.zarr"
     with pytest.raises(UsageError, match="given twice"):
-        targets_merge(MergeOptions(parts=[str(a), str(a)], out=str(out)), QUIET)
+        targets_merge(MergeConfig(parts=[str(a), str(a)], out=str(out)), QUIET)
     with pytest.raises(UsageError, match="is one of the parts"):
-        targets_merge(MergeOptions(parts=[str(a), str(b)], out=str(b)), QUIET)
+        targets_merge(MergeConfig(parts=[str(a), str(b)], out=str(b)), QUIET)
     with pytest.raises(UsageError, match="--out s3://bucket/x"):
-        targets_merge(MergeOptions(parts=[str(a), str(b)], out="s3://bucket/x.zarr"), QUIET)
+        targets_merge(MergeConfig(parts=[str(a), str(b)], out="s3://bucket/x.zarr"), QUIET)
     with (
         StoreWriter(b, sampling=recipe.sampling),
         pytest.raises(StoreError, match=r"b.zarr: another process"),
     ):
-        targets_merge(MergeOptions(parts=[str(a), str(b)], out=str(out)), QUIET)
+        targets_merge(MergeConfig(parts=[str(a), str(b)], out=str(out)), QUIET)
     shard = b / "teachers/t/logits/c/0/0"
     data = shard.read_bytes()
     shard.write_bytes(data[:50] + b"x" + data[51:])
     with pytest.raises(
         StoreError, match=r"b.zarr/teachers/t/logits/c/0/0: differs from what was committed"
     ):
-        targets_merge(MergeOptions(parts=[str(a), str(b)], out=str(out)), QUIET)
+        targets_merge(MergeConfig(parts=[str(a), str(b)], out=str(out)), QUIET)
     shard.write_bytes(data)
-    assert targets_merge(MergeOptions(parts=[str(a), str(b)], out=str(out)), QUIET)["videos"] == 15
+    assert targets_merge(MergeConfig(parts=[str(a), str(b)], out=str(out)), QUIET)["videos"] == 15
     with pytest.raises(StoreMismatchError, match=r"out.zarr: merged_from"):
-        targets_merge(MergeOptions(parts=[str(b)], out=str(out)), QUIET)
+        targets_merge(MergeConfig(parts=[str(b)], out=str(out)), QUIET)
 
 
 def test_shares_cover_a_list_once_and_do_not_shift() -> None:

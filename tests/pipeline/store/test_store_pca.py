@@ -20,10 +20,10 @@ from distinit.pipeline.store.layout import read_node
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.reencode import fit_pca, sample_rows
 from distinit.pipeline.store.store_options import (
-    BrowseOptions,
-    ExportOptions,
-    InfoOptions,
-    MergeOptions,
+    BrowseConfig,
+    ExportConfig,
+    InfoConfig,
+    MergeConfig,
 )
 from distinit.pipeline.store.verify import verify
 from distinit.pipeline.store.writer import StoreWriter
@@ -49,7 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It in pca:6."""
     out = tmp_path_factory.mktemp("pca") / "p.zarr"
-    targets_export(ExportOptions(store=str(source), out=str(out), encoding="pca:6"), QUIET)
+    targets_export(ExportConfig(store=str(source), out=str(out), encoding="pca:6"), QUIET)
     return out
 
 
@@ -112,12 +112,12 @@ def test_more_components_than_rows_allow_are_refused_with_the_most(
     root = make_store(videos=[0], features={"f": WIDTH})[1]  # 20 rows
     options = {"store": str(root), "out": str(tmp_path / "x.zarr")}
     with pytest.raises(UsageError, match=r"pca:11.*pca:10"):
-        targets_export(ExportOptions(**options, encoding="pca:11"), QUIET)
+        targets_export(ExportConfig(**options, encoding="pca:11"), QUIET)
     assert not (tmp_path / "x.zarr").exists()
-    targets_export(ExportOptions(**options, encoding="pca:10"), QUIET)
+    targets_export(ExportConfig(**options, encoding="pca:10"), QUIET)
     with pytest.raises(UsageError, match=r"x\.zarr"):
-        targets_export(ExportOptions(**options, encoding="pca:9"), QUIET)
-    targets_export(ExportOptions(**options, encoding="pca:10"), QUIET)
+        targets_export(ExportConfig(**options, encoding="pca:9"), QUIET)
+    targets_export(ExportConfig(**options, encoding="pca:10"), QUIET)
 
 
 @pytest.mark.parametrize(
@@ -136,22 +136,20 @@ def test_what_cannot_be_is_refused(
     options = {"store": str(source), "out": "x.zarr", **change, "encoding": encoding}
     options["out"] = f"{tmp_path}/{options['out']}"
     with pytest.raises((UsageError, ValidationError), match=encoding):
-        targets_export(ExportOptions(**options), QUIET)
+        targets_export(ExportConfig(**options), QUIET)
     assert not list(tmp_path.iterdir())
 
 
 def test_precision_that_is_lost_is_not_had_back(exported: Path, tmp_path: Path) -> None:
     for encoding in ("float16", "pca:4", "int8"):
-        options = ExportOptions(
-            store=str(exported), out=str(tmp_path / "x.zarr"), encoding=encoding
-        )
+        options = ExportConfig(store=str(exported), out=str(tmp_path / "x.zarr"), encoding=encoding)
         with pytest.raises(UsageError, match="'f'"):
             targets_export(options, QUIET)
 
 
 def test_logits_and_features_in_int8(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.zarr"
-    targets_export(ExportOptions(store=str(source), out=str(out), encoding="int8"), QUIET)
+    targets_export(ExportConfig(store=str(source), out=str(out), encoding="int8"), QUIET)
     before, after = TargetStore.open(source), TargetStore.open(out)
     for name in ("t", "f"):
         rows = before.rows_of(before.usable()), after.rows_of(after.usable())
@@ -168,7 +166,7 @@ def test_a_store_in_pca_grows_and_merges_by_its_own_basis(
     def export(videos: str, store: Path, name: str) -> str:
         (tmp_path / "list.txt").write_bytes(os.fsencode(videos))
         out = str(tmp_path / name)
-        options = ExportOptions(
+        options = ExportConfig(
             store=str(store), out=out, videos_from=str(tmp_path / "list.txt"), shard_rows=256
         )
         targets_export(options, QUIET)
@@ -180,7 +178,7 @@ def test_a_store_in_pca_grows_and_merges_by_its_own_basis(
         for some, name in ((places[:5], "a.zarr"), (places[5:], "b.zarr"))
     )
     merged = str(tmp_path / "ab.zarr")
-    targets_merge(MergeOptions(parts=[a, b], out=merged), QUIET)
+    targets_merge(MergeConfig(parts=[a, b], out=merged), QUIET)
     whole, store = TargetStore.open(exported), TargetStore.open(merged)
     np.testing.assert_array_equal(store.teacher("f").codec.basis, whole.teacher("f").codec.basis)
     np.testing.assert_allclose(store.statistics("f")[0], whole.statistics("f")[0], atol=1e-6)
@@ -193,15 +191,15 @@ def test_a_store_in_pca_grows_and_merges_by_its_own_basis(
     other = tmp_path / "other.zarr"
     (tmp_path / "list.txt").write_bytes(os.fsencode("\n".join(places[5:]) + "\n"))
     targets_export(
-        ExportOptions(store=str(source), out=str(other), videos_from=str(tmp_path / "list.txt"),
+        ExportConfig(store=str(source), out=str(other), videos_from=str(tmp_path / "list.txt"),
                       encoding="pca:6", shard_rows=256), QUIET
     )  # fmt: skip
     with pytest.raises(StoreMismatchError, match="basis"):
-        targets_merge(MergeOptions(parts=[a, str(other)], out=str(tmp_path / "no.zarr")), QUIET)
+        targets_merge(MergeConfig(parts=[a, str(other)], out=str(tmp_path / "no.zarr")), QUIET)
 
 
 def test_info_browse_and_hdf5_know_features(exported: Path, tmp_path: Path) -> None:
-    info = targets_info(InfoOptions(store=str(exported)), QUIET)
+    info = targets_info(InfoConfig(store=str(exported)), QUIET)
     assert json.loads(json.dumps(info)) == info
     teacher = next(t for t in info["teachers"] if t["name"] == "f")
     assert (teacher["output"], teacher["width"], teacher["encoding"]) == (
@@ -210,12 +208,12 @@ def test_info_browse_and_hdf5_know_features(exported: Path, tmp_path: Path) -> N
         "pca:6",
     )
     assert 0 < teacher["encoding_error"]["cosine_mean"] < 1
-    targets_browse(BrowseOptions(store=str(exported), out=str(tmp_path), sample=1), QUIET)
+    targets_browse(BrowseConfig(store=str(exported), out=str(tmp_path), sample=1), QUIET)
     page = (tmp_path / "browse.html").read_text()
     assert f"f ({WIDTH} features in pca:6)" in page
     store, file = TargetStore.open(exported), tmp_path / "x.h5"
     for _ in range(2):  # the second finds it finished
-        targets_export(ExportOptions(store=str(exported), out=str(file)), QUIET)
+        targets_export(ExportConfig(store=str(exported), out=str(file)), QUIET)
     with h5py.File(file) as tables:
         expected = store.outputs("f", store.rows_of(store.usable())).astype(np.float16)
         np.testing.assert_array_equal(tables["teachers/f/features"][:], expected)

@@ -36,7 +36,7 @@ from distinit.pipeline.store.staging import (
     new_staging,
     stage_array,
 )
-from distinit.pipeline.store.store_options import VerifyOptions
+from distinit.pipeline.store.store_options import VerifyConfig
 from distinit.pipeline.store.verify import Finding, drop_commits, verify
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages import targets_verify as verifying
@@ -250,7 +250,7 @@ def damaged(
         shutil.rmtree(root / lost)
     else:
         zarr.open_array(root / column, mode="r+")[at : at + 1] = np.array([value])
-    result = targets_verify(VerifyOptions(store=str(root)), Console(quiet=True))
+    result = targets_verify(VerifyConfig(store=str(root)), Console(quiet=True))
     assert result["ok"] is False
     return [f["what"] for f in result["findings"]]
 
@@ -281,12 +281,12 @@ def test_a_lost_segment_table_is_said(root: Path, column: str) -> None:
     shutil.copytree(root, root.with_name("sealed.zarr"))
     shutil.rmtree(root.with_name("sealed.zarr") / column / "c")
     result = targets_verify(
-        VerifyOptions(store=str(root.with_name("sealed.zarr"))), Console(quiet=True)
+        VerifyConfig(store=str(root.with_name("sealed.zarr"))), Console(quiet=True)
     )
     assert any(column in found["what"] for found in result["findings"])
     assert any(column in what for what in damaged(root, lost=f"{column}/c"))
     assert (
-        targets_verify(VerifyOptions(store=str(root), repair=True), Console(quiet=True))["dropped"]
+        targets_verify(VerifyConfig(store=str(root), repair=True), Console(quiet=True))["dropped"]
         == 0
     )
     assert sorted(root.glob("commits/*/*/zarr.json")) == commits
@@ -328,7 +328,7 @@ def test_a_table_that_is_too_short_or_cannot_be_decoded_is_found(root: Path) -> 
 def test_a_lost_teacher_plan_is_not_healed_and_nothing_else_is_dropped(root: Path) -> None:
     shutil.rmtree(root / "plans/000002")
     assert (
-        targets_verify(VerifyOptions(store=str(root), repair=True), Console(quiet=True))["dropped"]
+        targets_verify(VerifyConfig(store=str(root), repair=True), Console(quiet=True))["dropped"]
         == 0
     )
     assert (root / "commits/teachers/t/000000").exists()
@@ -345,7 +345,7 @@ def test_nobody_writes_while_a_repair_looks_for_what_to_drop(
     monkeypatch.setattr(verifying, "verify", looking)
     shutil.rmtree(root / "teachers/t/logits/c/0")
     assert (
-        targets_verify(VerifyOptions(store=str(root), repair=True), Console(quiet=True))["dropped"]
+        targets_verify(VerifyConfig(store=str(root), repair=True), Console(quiet=True))["dropped"]
         == 1
     )
 

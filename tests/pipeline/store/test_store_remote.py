@@ -26,7 +26,7 @@ from distinit.pipeline.store import layout as fmt
 from distinit.pipeline.store import remote
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.storage import absolute
-from distinit.pipeline.store.store_options import InfoOptions
+from distinit.pipeline.store.store_options import InfoConfig
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_info import targets_info
 
@@ -240,8 +240,8 @@ def test_what_is_no_store_there_is_said_by_its_url(
             TargetStore.open(f"{server.url}/none.zarr")
         with pytest.raises(StoreError, match="not a target store"):
             TargetStore.open(f"{server.url}/s.zarr/frames")
-        info = targets_info(InfoOptions(store=f"{server.url}/s.zarr"), Console(quiet=True))
-        local = targets_info(InfoOptions(store=str(root)), Console(quiet=True))
+        info = targets_info(InfoConfig(store=f"{server.url}/s.zarr"), Console(quiet=True))
+        local = targets_info(InfoConfig(store=str(root)), Console(quiet=True))
         assert {k: info[k] for k in info if k not in ("store", "bytes", "bytes_a_row")} == {
             k: local[k] for k in local if k not in ("store", "bytes", "bytes_a_row")
         }

@@ -19,7 +19,7 @@ from distinit.pipeline.common.errors import StoreError, UsageError
 from distinit.pipeline.store import subset
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.store.store_options import ExportOptions, MergeOptions
+from distinit.pipeline.store.store_options import ExportConfig, MergeConfig
 from distinit.pipeline.store.verify import verify
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_merge import targets_merge
@@ -57,7 +57,7 @@ def test_a_chosen_part_is_a_store_like_any_other(
     (tmp_path / "list.txt").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     out = tmp_path / "some.zarr"
     result = targets_export(
-        ExportOptions(
+        ExportConfig(
             store=str(root),
             out=str(out),
             teachers=["u"],
@@ -82,10 +82,10 @@ def test_a_chosen_part_is_a_store_like_any_other(
     record = "some.zarr.config.yaml"
     names = ["list.txt", "s.zarr", "some.zarr", record]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
-    used = load_config(ExportOptions, "targets-export", file=str(tmp_path / record))
+    used = load_config(ExportConfig, "targets-export", file=str(tmp_path / record))
     assert (used.store, used.teachers, used.corpora) == (str(root), ["u"], ["b"])
     everything = tmp_path / "all.zarr"
-    targets_export(ExportOptions(store=str(root), out=str(everything), shard_rows=1024), QUIET)
+    targets_export(ExportConfig(store=str(root), out=str(everything), shard_rows=1024), QUIET)
     assert TargetStore.open(everything).index.shard_rows == 1024
     same_videos(whole, TargetStore.open(everything), ("t", "u"))
     same_videos(TargetStore.open(everything), whole, ("t", "u"))
@@ -95,11 +95,9 @@ def test_a_chosen_part_is_a_store_like_any_other(
 def test_an_exported_part_fits_a_merge_that_it_did_not(make_store: Make, tmp_path: Path) -> None:
     a = make_store("a.zarr", videos=range(10))[1]
     b = make_store("b.zarr", videos=range(10, 15), shard_rows=1024)[1]
-    targets_export(
-        ExportOptions(store=str(b), out=str(tmp_path / "b2.zarr"), shard_rows=512), QUIET
-    )
+    targets_export(ExportConfig(store=str(b), out=str(tmp_path / "b2.zarr"), shard_rows=512), QUIET)
     merged = targets_merge(
-        MergeOptions(parts=[str(a), str(tmp_path / "b2.zarr")], out=str(tmp_path / "ab.zarr")),
+        MergeConfig(parts=[str(a), str(tmp_path / "b2.zarr")], out=str(tmp_path / "ab.zarr")),
         QUIET,
     )
     assert merged["videos"] == 15
@@ -119,12 +117,12 @@ def test_nothing_stands_at_out_until_it_is_whole(
     with monkeypatch.context() as patch:
         patch.setattr(subset.ShardCopy, "teacher", stop)
         with pytest.raises(KeyboardInterrupt):
-            targets_export(ExportOptions(store=str(root), out=str(out)), QUIET)
+            targets_export(ExportConfig(store=str(root), out=str(out)), QUIET)
     assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
     shutil.copytree(root, tmp_path / ".out.zarr.part")  # as a kill leaves it
     shutil.rmtree(tmp_path / ".out.zarr.part" / "commits")
     whole = TargetStore.open(root)
-    done = targets_export(ExportOptions(store=str(root), out=str(out)), QUIET)
+    done = targets_export(ExportConfig(store=str(root), out=str(out)), QUIET)
     assert done["videos"] == whole.n_videos - int(
         (whole.video_state == 0).sum()
     )  # pending ones are left out
@@ -132,7 +130,7 @@ def test_nothing_stands_at_out_until_it_is_whole(
     damaged = root / "teachers/t/logits/c/0/0"
     damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
     with pytest.raises(StoreError, match="crc32c"):
-        targets_export(ExportOptions(store=str(root), out=str(tmp_path / "again.zarr")), QUIET)
+        targets_export(ExportConfig(store=str(root), out=str(tmp_path / "again.zarr")), QUIET)
     assert not (tmp_path / "again.zarr").exists()
 
 
@@ -144,10 +142,10 @@ def test_a_config_next_to_a_result_replaces_one_of_distinit_alone(
     record = tmp_path / "x.h5.config.yaml"
     record.write_text("targets-export: {store: earlier.zarr, out: x.h5}" if of_ours else "notes: 1")
     before = record.read_bytes()
-    options = ExportOptions(store=str(root), out=str(out))
+    options = ExportConfig(store=str(root), out=str(out))
     if of_ours:
         targets_export(options, QUIET)
-        assert load_config(ExportOptions, "targets-export", file=str(record)) == options
+        assert load_config(ExportConfig, "targets-export", file=str(record)) == options
         return
     with pytest.raises(UsageError, match=r"--out .*x\.h5\.config\.yaml"):
         targets_export(options, QUIET)
@@ -162,11 +160,11 @@ def test_one_export_at_a_time_writes_a_file(make_store: Make, tmp_path: Path) ->
     descriptor = os.open(tmp_path / ".x.h5.export-lock", os.O_CREAT | os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     with pytest.raises(StoreError, match="another export is writing it"):
-        targets_export(ExportOptions(store=str(root), out=str(tmp_path / "x.h5")), QUIET)
+        targets_export(ExportConfig(store=str(root), out=str(tmp_path / "x.h5")), QUIET)
     assert part.read_bytes() == b"of another export"
     os.close(descriptor)  # that one was killed
     assert (
-        targets_export(ExportOptions(store=str(root), out=str(tmp_path / "x.h5")), QUIET)["videos"]
+        targets_export(ExportConfig(store=str(root), out=str(tmp_path / "x.h5")), QUIET)["videos"]
         > 0
     )
     assert {path.name for path in tmp_path.iterdir()} == {"s.zarr", "x.h5", "x.h5.config.yaml"}
@@ -183,12 +181,12 @@ def test_of_two_exports_to_one_store_the_second_is_refused_and_the_first_goes_on
     def meanwhile(*args: Any) -> Any:
         if not refused:
             with pytest.raises(StoreError) as busy:
-                targets_export(ExportOptions(store=str(root), out=str(out)), QUIET)
+                targets_export(ExportConfig(store=str(root), out=str(out)), QUIET)
             refused.append(str(busy.value))
         return copy(*args)
 
     monkeypatch.setattr(subset.ShardCopy, "teacher", meanwhile)
-    assert targets_export(ExportOptions(store=str(root), out=str(out)), QUIET)["videos"] > 0
+    assert targets_export(ExportConfig(store=str(root), out=str(out)), QUIET)["videos"] > 0
     assert str(out) in refused[0]
     names = {path.name for path in out.parent.iterdir()}
     assert names - {"s.zarr"} == {"x.zarr", "x.zarr.config.yaml"}
@@ -212,7 +210,7 @@ def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> No
         out = str(changes.pop("out", "out.zarr"))  # type: ignore[attr-defined]
         out = out if "://" in out else str(tmp_path / out)
         with pytest.raises((UsageError, StoreError), match=words):
-            targets_export(ExportOptions(store=str(root), out=str(out), **changes), QUIET)  # type: ignore[arg-type]
+            targets_export(ExportConfig(store=str(root), out=str(out), **changes), QUIET)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -221,9 +219,9 @@ def test_a_finished_export_is_known_again_and_another_is_refused(
     make_store: Make, tmp_path: Path, name: str
 ) -> None:
     root, out = make_store()[1], tmp_path / name
-    done = targets_export(ExportOptions(store=str(root), out=str(out)), QUIET)
+    done = targets_export(ExportConfig(store=str(root), out=str(out)), QUIET)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert targets_export(ExportOptions(store=str(root), out=str(out)), QUIET) == done
+    assert targets_export(ExportConfig(store=str(root), out=str(out)), QUIET) == done
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     first = TargetStore.open(root).place(0)
     (tmp_path / "list.txt").write_bytes(os.fsencode(first[1]) + b"\n")
@@ -232,13 +230,13 @@ def test_a_finished_export_is_known_again_and_another_is_refused(
         changes.append({"shard_rows": 2048})
     for change in changes:
         with pytest.raises(UsageError):
-            targets_export(ExportOptions(store=str(root), out=str(out), **change), QUIET)
+            targets_export(ExportConfig(store=str(root), out=str(out), **change), QUIET)
     with pytest.raises(UsageError):
-        targets_export(ExportOptions(store=str(make_store("other.zarr")[1]), out=str(out)), QUIET)
+        targets_export(ExportConfig(store=str(make_store("other.zarr")[1]), out=str(out)), QUIET)
     shutil.rmtree(out) if out.is_dir() else out.unlink()
     out.write_bytes(b"another file")
     with pytest.raises(UsageError):
-        targets_export(ExportOptions(store=str(root), out=str(out)), QUIET)
+        targets_export(ExportConfig(store=str(root), out=str(out)), QUIET)
     assert out.read_bytes() == b"another file"
 
 
@@ -260,7 +258,7 @@ def test_hdf5_itself_finds_every_flipped_bit_of_an_exported_file(
     make_store: Make, tmp_path: Path
 ) -> None:
     out = tmp_path / "x.h5"
-    targets_export(ExportOptions(store=str(make_store()[1]), out=str(out)), QUIET)
+    targets_export(ExportConfig(store=str(make_store()[1]), out=str(out)), QUIET)
     whole, seen = tables_of(out), 0
     for flip in flips(out, tmp_path / "y.h5", seed=0, per_kind=150):
         try:
