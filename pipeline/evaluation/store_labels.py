@@ -145,7 +145,7 @@ class _Index:
 def _groups(
     store: TargetStore, videos: NDArray[np.int64], rows: Sequence[Row]
 ) -> NDArray[np.int64]:
-    """Number the recordings: videos of one source, or of equal content, are in one group."""
+    """Assign numbers to recordings: videos of one source, or of equal content, are in one group."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 

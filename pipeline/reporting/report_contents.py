@@ -102,7 +102,7 @@ def make_report(
         differences=found,
         findings=uncertainty_notes(finetuned, found),
         teachers=teacher_table(
-            finetuned, [path for path, store in stores.items() if store.surveys is not None]
+            finetuned, [path for path, store in stores.items() if store.teachers is not None]
         ),
         students=student_table(runs),
         costs=cost_table(runs),
