@@ -94,10 +94,10 @@ def check_parts(stores: Sequence[TargetStore], *, allow_different_numerics: bool
             for key in (
                 "identity",
                 "output",
-                "width",
                 "encoding",
-                "basis_digests",
                 "classes",
+                "width",
+                "basis_digests",
                 *(() if allow_different_numerics else ("run",)),
             ):
                 _same(first, store, f"teacher {name!r}: {key}", getattr(a, key), getattr(b, key))
