@@ -71,9 +71,7 @@ def _worth_another_try(plan: StorePlan) -> list[int]:
     return sorted({int(index.shard[s]) for s in index.unhashed if readable(s)})
 
 
-def _hash_shards(
-    plan: StorePlan, shards: list[int], options: HashConfig, console: Console
-) -> None:
+def _hash_shards(plan: StorePlan, shards: list[int], options: HashConfig, console: Console) -> None:
     """Decode the frames of these shards and commit their hashes, shard by shard."""
     writer, index = plan.writer, plan.writer.index
     total = int(index.rows[np.isin(index.shard, shards)].sum())
