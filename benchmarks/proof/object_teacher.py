@@ -16,8 +16,10 @@ from motion_corpus import backgrounds, scans, scene
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from distinit.pipeline.clips.clip_options import NORMALIZATION
+
 # Mean and deviation of students, so that the inflated twin is exact.
-from distinit.pipeline.clips.transforms import MEAN, STD
+MEAN, STD = NORMALIZATION[3]
 
 # Short side of resized frames, and of the crops that teacher and students are trained on.
 RESIZED, SIDE = 48, 40
