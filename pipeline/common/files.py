@@ -47,8 +47,8 @@ def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
         os.replace(part, path)
         fsync_path(path.parent)
     except BaseException as error:
-        # A failed write(2) does not know its file.
-        if isinstance(error, OSError) and error.filename is None:
+        # A failed write(2) does not know its file; errors of our own have no number.
+        if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)
         with suppress(OSError):
             part.unlink(missing_ok=True)
