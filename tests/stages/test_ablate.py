@@ -307,5 +307,5 @@ def test_the_run_that_stands_in_several_of_the_papers_tables_has_the_same_number
 def test_the_cost_of_a_large_batch_is_measured_on_what_fits() -> None:
     """A paper's step of 1536 clips, in one piece, is more than this machine's memory; here it is a
     million clips."""
-    network = {"student": {"architecture": "r3d_18", "width": 0.0625}, "length": 4, "size": 32}
-    assert measure({**network, "clips_at_once": 10**6, "precision": "fp32", "device": "cpu"}) > 0
+    network = {"student": {"architecture": "r3d_18", "width": 0.0625}, "clip_frames": 4, "size": 32}
+    assert measure({**network, "micro_batch_size": 10**6, "precision": "fp32", "device": "cpu"}) > 0

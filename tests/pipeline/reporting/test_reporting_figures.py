@@ -223,8 +223,8 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
     assert rows["inflated", "inflated, after finetuning"] > 0.5
     assert rows["student of 2 nats, seed 0", "distilled"] > 0.5
     assert (
-        "From top to bottom: a student as distilled, before any finetuning; an inflated network as it began; the same "
-        "after its finetuning." in text
+        "From top to bottom: a distilled student before any finetuning; an inflated network before its finetuning; "
+        "the same after its finetuning." in text
     )
     assert "<td>inflate:resnet18.pth</td>" in text
     pair = "none, hmdb51, split 1, seed 0", "2 nats, hmdb51, split 1, seed 0"
@@ -232,8 +232,8 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
     assert f"Top 1 of {pair[0]} minus that of {pair[1]}, by class" in text
     anchors = re.findall(r'href="#([^"]+)"', text)
     assert all(len(re.findall(rf'id="?{anchor}"?[ >]', text)) == 1 for anchor in anchors)
-    assert len(re.findall(r'Began from <a href="#run-\d+">student of', text)) == 6
-    assert len(re.findall(r'Learned from <a href="#store-1">', text)) == 6
+    assert len(re.findall(r'Initialised from <a href="#run-\d+">student of', text)) == 6
+    assert len(re.findall(r'Trained on <a href="#store-1">', text)) == 6
     for width in (1280, 400):
         opened = open_page(page, width)
         assert opened.console == []
