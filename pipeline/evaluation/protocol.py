@@ -16,6 +16,7 @@ from ..common.errors import UsageError
 from ..common.files import write_whole
 from ..common.progress_bar import progress_bar
 from ..common.run_dir import PARTIAL_PREDICTIONS, PREDICTIONS, RESULT
+from ..common.streams import printable
 from ..common.tables import Column, Table
 from ..common.weights import state_sha256
 from ..students.student import Student
@@ -225,7 +226,7 @@ def _resume(predictions: Predictions, path: Path) -> int:
 
 def show_metrics(title: str, classes: int, metrics: dict[str, Any]) -> None:
     """Show the accuracies, the unit of their intervals, and the unreadable and truncated videos."""
-    title = f"{title}: {metrics['videos']} test videos"
+    title = printable(f"{title}: {metrics['videos']} test videos")
     table = Table(
         title, [Column("accuracy, %"), Column("value", True), Column("95 % interval", True)]
     )

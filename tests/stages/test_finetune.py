@@ -300,7 +300,7 @@ def test_resume_refuses_other_classes(
             EvaluateConfig(runs=[str(finished[0])], dataset=f"csv:{renamed}"), Console(quiet=True)
         )
     other = EvaluateConfig(runs=[str(finished[0])], dataset=f"csv:{renamed}", out=str(tmp_path))
-    with pytest.raises(CheckpointError, match="class list"):
+    with pytest.raises(CheckpointError, match="crimson"):
         evaluate(other, Console(quiet=True))
 
 

@@ -170,7 +170,7 @@ def test_a_student_of_flow_reads_flow_that_was_prepared(tiny_store, tmp_path: Pa
             QUIET,
         )
     tuned = finetune(
-        tuned_config(tiny_store, tmp_path, result["run"], videos=os.fspath(out)), QUIET
+        tuned_config(tiny_store, tmp_path, result["run"], copies=os.fspath(out)), QUIET
     )
     assert (tuned["test_videos"], tuned["unreadable"], tuned["metrics"]["failed"]) == (4, {}, [])
 
