@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from distinit.pipeline.students.export import load_student
     from distinit.pipeline.students.student import build_student
     from distinit.pipeline.students.student_options import StudentOptions
-    from distinit.pipeline.targets.soft_targets import mean_logits, soft_targets
+    from distinit.pipeline.targets.soft_targets import mean_outputs, soft_targets
     from distinit.pipeline.targets.student_clips import student_clips
     from distinit.pipeline.teachers.teacher import load_teacher
     from distinit.pipeline.teachers.teacher_options import TeacherSpec
@@ -64,7 +64,7 @@ __all__ = [
     "list_videos",
     "load_student",
     "load_teacher",
-    "mean_logits",
+    "mean_outputs",
     "normalize_clip",
     "predict",
     "prepare",
@@ -88,7 +88,7 @@ _HOME = {
     "list_videos": "distinit.pipeline.corpus.sources",
     "load_student": "distinit.pipeline.students.export",
     "load_teacher": "distinit.pipeline.teachers.teacher",
-    "mean_logits": "distinit.pipeline.targets.soft_targets",
+    "mean_outputs": "distinit.pipeline.targets.soft_targets",
     "normalize_clip": "distinit.pipeline.clips.transforms",
     "read_frames": "distinit.pipeline.video.frames",
     "soft_targets": "distinit.pipeline.targets.soft_targets",

@@ -85,7 +85,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def kill_one(process: subprocess.Popen[bytes], who: str, rng: random.Random) -> bool:
-    """Send `kill -9` to the client or a random worker; return False if there is none yet."""
+    """Send `kill -9` to the client or a random worker; return False before it exists."""
     if who == "client":
         end(process)
         return True

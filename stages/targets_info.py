@@ -185,7 +185,7 @@ def _show(info: dict[str, Any], console: Console) -> None:
     words = [f"{t['name']} {_in_words(t['fingerprint'])}" for t in info["teachers"]]
     about.add_row("fingerprints", ", ".join(words) or "–")
     console.table(about)
-    corpora = Table("corpus", "lay in")
+    corpora = Table("corpus", "extracted from")
     for column in ("ok", "failed", "pending", "frames"):
         corpora.add_column(column, justify="right")
     for c in info["corpora"]:

@@ -394,7 +394,7 @@ def _explained(
     loss, by = result.train_loss, "training"
     if held_out:
         loss, by = result.best if export == "best" else result.validation["loss"], "held-out"
-    fraction = bounds.learned(loss)
+    fraction = bounds.explained_fraction(loss)
     if fraction < TOO_LITTLE:
         console.warn(
             f"the student has learned next to nothing: {by} loss {loss:.3f}, the best constant predictor has "
@@ -402,7 +402,9 @@ def _explained(
         )
     else:
         of_training = (
-            f" ({bounds.learned(result.train_loss):.0%} by the training loss)" if held_out else ""
+            f" ({bounds.explained_fraction(result.train_loss):.0%} by the training loss)"
+            if held_out
+            else ""
         )
         console.say(
             f"explained fraction {fraction:.0%}, from the best constant predictor (0 %) to the lower bound (100 %), "
@@ -460,16 +462,16 @@ def _identity(
 
 def _check_same(run_dir: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
     """Check for a store that has grown: with other videos an epoch has other clips."""
-    theirs, ours = saved["store"], identity["store"]
-    grown = theirs["id"] == ours["id"] and theirs["videos"] < ours["videos"]
+    before, now = saved["store"], identity["store"]
+    grown = before["id"] == now["id"] and before["videos"] < now["videos"]
     if (
         grown
         and saved["exclude"] == identity["exclude"]
         and saved["held_out"] == identity["held_out"]
     ):
         raise StoreMismatchError(
-            f"{run_dir} was trained on {theirs['videos']} videos of the store, which has {ours['videos']} to draw from "
-            "by now: no run goes on with others; begin anew with another --out"
+            f"{run_dir} was trained on {before['videos']} videos of the store, which has {now['videos']} by now; "
+            "a run cannot be resumed with other videos: start a new one with another --out"
         )
     check_identity(run_dir, saved, identity)
 

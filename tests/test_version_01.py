@@ -77,7 +77,7 @@ def test_draws(artifacts: Path, recorded: dict[str, Any], name: str) -> None:
     keys = [(epoch, sample) for epoch in (0, 1, 7) for sample in range(6)]
     for key, expected in zip(keys, recorded["draws"][name], strict=True):
         draw = sampler.draw(*key)
-        assert draw.logits["tiny"].tolist() == expected["logits"]
+        assert draw.targets["tiny"].tolist() == expected["logits"]
         for field in expected.keys() - {"logits"}:
             value = getattr(draw, field)
             assert (value.tolist() if isinstance(value, np.ndarray) else value) == expected[field]

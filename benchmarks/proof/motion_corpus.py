@@ -128,7 +128,7 @@ def random_pose(draw: np.random.Generator) -> Pose:
     )
 
 
-def moved(pose: Pose, motion: str, t: float, speed: float) -> Pose:
+def pose_at(pose: Pose, motion: str, t: float, speed: float) -> Pose:
     """Return the pose `t` frames after the middle of the video; 1 is the usual speed."""
     along = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(motion, (0, 0))
     step, turn, growth = 1.6 * speed * t, 9 * speed * t, 1.03 ** (speed * t)
@@ -174,7 +174,7 @@ def scene(
     patch = still[top : top + side[0], left : left + side[1]][::-1]
     first = int(draw.integers(len(behind)))
     for t in range(FRAMES if motion is not None else 1):
-        at = moved(pose, motion, t - (FRAMES - 1) / 2, speed) if motion is not None else pose
+        at = pose_at(pose, motion, t - (FRAMES - 1) / 2, speed) if motion is not None else pose
         # The background plays forwards and backwards, so that it never jumps.
         turn = (first + t) % (2 * len(behind) - 2)
         picture = behind[min(turn, 2 * len(behind) - 2 - turn)]

@@ -184,7 +184,7 @@ class ClusterOptions(Options):
     workers: Annotated[int | None, CliOption(group="Hardware", metavar="N")] = Field(
         None,
         ge=1,
-        description="work in N dask worker processes, with a GPU each where there are several",
+        description="use N dask worker processes, one per GPU on a machine with several",
     )
     scheduler: Annotated[str | None, CliOption(group="Hardware", metavar="ADDRESS")] = Field(
         None, description="work on an existing dask.distributed cluster"

@@ -159,7 +159,7 @@ def check_result_dir(out: Path, runs: dict[str, str | list[str]]) -> None:
             and `b`.
 
     Raises:
-        UsageError: OUT/result.json is that of other runs or of another command, or there is none
+        UsageError: OUT/result.json is missing, or of other runs or another command,
             and a predictions file of OUT was not written by distinit.
     """
     try:

@@ -164,7 +164,7 @@ def _check_moved(plan: StorePlan, corpus: dict[str, str]) -> None:
     )
     if gone:
         raise StoreMismatchError(
-            f"corpus {name!r} lay in {old_root}, and {gone} of its {len(seen)} videos are not in {root}; "
+            f"corpus {name!r} was extracted from {old_root}, and {gone} of its {len(seen)} videos are not in {root}; "
             f"give the new source another name (new={root}), or the whole moved folder"
         )
 

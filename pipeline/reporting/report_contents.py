@@ -127,7 +127,7 @@ def _not_drawn(pair: Pair, figures: Sequence[Figure]) -> list[str]:
 
 
 def student_table(runs: Sequence[Run]) -> Table | None:
-    """Tabulate one row per student, None if there is none."""
+    """Tabulate the students, one row each; return None without a student."""
     students = [run for run in runs if run.kind == "student"]
     if not students:
         return None
@@ -184,7 +184,7 @@ def _architecture(run: Run) -> str:
 
 
 def cost_table(runs: Sequence[Run]) -> Table | None:
-    """Tabulate the costs of runs with a finished epoch, and their sums; None if there is none."""
+    """Tabulate the costs of runs with a finished epoch, and their sums; return None without one."""
     runs = [run for run in runs if run.clips]
     if not runs:
         return None

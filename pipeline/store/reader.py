@@ -181,7 +181,7 @@ class TargetStore:
 
     @property
     def corpora(self) -> dict[str, str]:
-        """Corpus name → the folder it lay in when it was extracted."""
+        """Corpus name → the folder from which it was extracted."""
         return {c["name"]: unescape_path(c["root"]) for c in self.index.corpora}
 
     @cached_property

@@ -102,7 +102,7 @@ class StudentClips(Dataset[Any]):
         )
         crop = None if self.sampler.fixed else Crop(draw.top, draw.left, draw.flip, zoom)
         example = {
-            "targets": {name: torch.from_numpy(mean) for name, mean in draw.logits.items()},
+            "targets": {name: torch.from_numpy(mean) for name, mean in draw.targets.items()},
             "weight": {name: torch.tensor(weight) for name, weight in draw.weight.items()},
             "video": draw.video,
             "name": escape_path(file.path),

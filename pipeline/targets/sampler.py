@@ -18,7 +18,7 @@ from ..store.reader import TargetStore
 from .class_head import ClassHead
 from .mixture import Mixture
 from .picks import PickRule, StartSet, pick, start_set
-from .soft_targets import mean_logits
+from .soft_targets import mean_outputs
 from .teacher_targets import TeacherTargets
 
 # Other clips tried for one sample when the filter rejects the first.
@@ -33,8 +33,8 @@ class ClipSample:
 
     frame_count: frames of the video, as far as the store knows. indices[T + ahead]: frames to
     decode, counted from the start of the file; a video shorter than T repeats its last. picked,
-    picked_pts [n]: the frames whose logits were averaged.
-    logits: teacher → mean picked outputs [K] float32; weight: teacher → 1 (counts) or 0
+    picked_pts [n]: the frames whose outputs were averaged.
+    targets: teacher → mean picked outputs [K] float32; weight: teacher → 1 (counts) or 0
         (rejected).
     rejected: draws that the filter rejected before this one; attempt: the attempt that this one is.
     top, left: where to crop, as shares in [0, 1) of the possible range; flip: mirror it.
@@ -46,7 +46,7 @@ class ClipSample:
     indices: NDArray[np.int64]
     picked: NDArray[np.int64]
     picked_pts: NDArray[np.int64]
-    logits: dict[str, NDArray[np.float32]]
+    targets: dict[str, NDArray[np.float32]]
     weight: dict[str, float]
     rejected: int
     attempt: int
@@ -317,7 +317,7 @@ class TargetSampler:
         return int(group[(first + 1 + int(random.integers(n - 1))) % n])  # any but the first
 
     def _judge(self, clip: _Clip, rejected: int, attempt: int) -> ClipSample:
-        logits: dict[str, NDArray[np.float32]] = {}
+        targets: dict[str, NDArray[np.float32]] = {}
         weight: dict[str, float] = {}
         for name in self.teachers:
             mean: NDArray[np.float32] | None = None
@@ -326,7 +326,9 @@ class TargetSampler:
                 weight[name] = 1.0 if nats <= self.max_entropy[name] else 0.0
             else:
                 weight[name] = 1.0
-            logits[name] = mean_logits(self.targets[name].read(clip.rows)) if mean is None else mean
+            targets[name] = (
+                mean_outputs(self.targets[name].read(clip.rows)) if mean is None else mean
+            )
         stop = clip.start + self.clip_frames + self.ahead
         indices = np.arange(clip.start, stop, dtype=np.int64)
         if stop > clip.frame_count:
@@ -338,7 +340,7 @@ class TargetSampler:
             indices=indices,
             picked=clip.picked,
             picked_pts=clip.picked_pts,
-            logits=logits,
+            targets=targets,
             weight=weight,
             rejected=rejected,
             attempt=attempt,

@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from ..common.numerics import softmax
 
 
-def mean_logits(logits: ArrayLike) -> NDArray[np.float32]:
-    """Return the mean over frames of logits [..., n, K], [..., K] (eq. 1 before τ)."""
-    given = np.asarray(logits, dtype=np.float32)
+def mean_outputs(outputs: ArrayLike) -> NDArray[np.float32]:
+    """Return the mean over frames of logits or features [..., n, K], [..., K] (eq. 1 before τ)."""
+    given = np.asarray(outputs, dtype=np.float32)
     if given.shape[-2] == 1:
         return given[..., 0, :]
     return given.mean(axis=-2, dtype=np.float32)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..common.numerics import entropy
 from ..store.reader import TargetStore
 from .class_head import ClassHead
-from .soft_targets import mean_logits
+from .soft_targets import mean_outputs
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ class TeacherTargets:
             return None, float("nan")
         if len(rows) == 1 and self.head is None:
             return None, float(self.store.entropy(self.teacher, rows)[0])
-        mean = mean_logits(self.read(rows))
+        mean = mean_outputs(self.read(rows))
         return mean, float(entropy(mean))

@@ -68,15 +68,15 @@ def require_not_longer(run_dir: Path, options: LoopOptions) -> None:
         )
 
 
-def check_identity(run_dir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Compare the identity in a run's checkpoint (`theirs`) with what is asked for now (`ours`).
+def check_identity(run_dir: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compare the identity in a run's checkpoint with that of the current command.
 
     Raises:
         CheckpointError: names the first key that differs (StoreMismatchError: one of the store).
     """
-    ours = json.loads(json.dumps(ours))
-    for key in sorted(ours.keys() | theirs.keys()):
-        difference = _difference(theirs.get(key), ours.get(key), key)
+    current = json.loads(json.dumps(current))
+    for key in sorted(current.keys() | saved.keys()):
+        difference = _difference(saved.get(key), current.get(key), key)
         if difference is None:
             continue
         where, old, new = difference
@@ -257,16 +257,16 @@ def _identity_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     return current_keys(json.loads(saved["identity"]))
 
 
-def _difference(theirs: Any, ours: Any, where: str) -> tuple[str, Any, Any] | None:
+def _difference(saved: Any, current: Any, where: str) -> tuple[str, Any, Any] | None:
     """Return the first key, in alphabetical order, at which two JSON values differ, with both."""
-    if theirs == ours:
+    if saved == current:
         return None
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted(theirs.keys() | ours.keys()):
-            found = _difference(theirs.get(key), ours.get(key), f"{where}.{key}")
-            if found is not None:
-                return found
-    return where, theirs, ours
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for key in sorted(saved.keys() | current.keys()):
+            difference = _difference(saved.get(key), current.get(key), f"{where}.{key}")
+            if difference is not None:
+                return difference
+    return where, saved, current
 
 
 def _short(value: Any) -> str:

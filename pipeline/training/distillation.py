@@ -59,15 +59,17 @@ class Distillation:
         self.weights = {name: (weights or {}).get(name, 1.0) for name in self.teachers}
 
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
-        """int64 [1 + teachers]: the clips that at least one head counts, then those that each
-        counts."""
+        """Count clips, int64 [1 + teachers]: those of at least one head, then those of each."""
         each = [batch["weight"][name].ne(0).sum() for name in self.teachers]
         return torch.stack([self.counted(batch).sum(), *each])
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], counts: Tensor) -> LossReport:
-        """Clips that no head counts are left out of the forward pass: they were not decoded, and
-        black clips would spoil the batch statistics. Without any clip the loss is 0 with a graph
-        over all parameters."""
+        """Return the losses of a batch.
+
+        Clips that no head counts are not in the forward pass: they were not decoded, and black
+        clips would spoil the batch statistics. Without any clip the loss is 0 with a graph over all
+        parameters.
+        """
         counted = self.counted(batch)
         # Ranks that share gradients all need a forward pass, if need be of no clips.
         if not bool(counted.any()) and not isinstance(model, DistributedDataParallel):
@@ -127,7 +129,7 @@ class Distillation:
         }
 
     def counted(self, batch: Mapping[str, Any]) -> Tensor:
-        """bool [B]: the clips that at least one head counts."""
+        """Return which clips at least one head counts, bool [B]."""
         return torch.stack([batch["weight"][name] for name in self.teachers]).ne(0).any(dim=0)
 
     def forward(

@@ -16,8 +16,7 @@ from .loop_options import RESUME, RESUME_HELP, LoopOptions, Resume
 
 
 class ClipOptions(ClipView):
-    """The clips that the student sees: `length` consecutive frames, resized, cropped and
-    mirrored."""
+    """The clips that the student sees: consecutive frames, resized, cropped and mirrored."""
 
     clip_frames: Annotated[int, CliOption("--frames", "Sampling", "T")] = Field(
         default=8, ge=1, description="frames per clip"

@@ -22,8 +22,13 @@ QUICK_DRAWS = 2000  # enough to tell the share that a threshold in nats keeps to
 
 @dataclass(frozen=True)
 class Filter:
-    """thresholds: nats by teacher. kept: share of draws that at least one head keeps. kept_by: that
-    of each head that has a threshold, by teacher."""
+    """Entropy thresholds, and what they keep.
+
+    Args:
+        thresholds: Nats, by teacher.
+        kept: Share of draws that at least one head keeps.
+        kept_by: Share that each head with a threshold keeps, by teacher.
+    """
 
     thresholds: dict[str, float] = field(default_factory=dict)
     kept: float = 1.0
@@ -33,7 +38,7 @@ class Filter:
 def measure_thresholds(
     options: TargetOptions, sampler: TargetSampler, saved: dict[str, Any] | None
 ) -> Filter:
-    """The filter's thresholds, and what they keep of the draws.
+    """Return the filter's thresholds, and what they keep of the draws.
 
     A resumed run takes those that its checkpoint has in nats: measuring again would cost as much
     again. Raises UsageError where they keep no clip.

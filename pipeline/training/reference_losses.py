@@ -1,9 +1,7 @@
-"""Between which two losses a student learns: one that has learned nothing, and one that knows every
-target.
+"""Reference losses of a run: the best constant predictor and the lower bound.
 
-A loss that falls a little, from its first steps to that of a constant guess, looks like learning
-and is none. A run whose student ended there was once taken for a finding of its own
-(docs/results.md).
+A loss that falls from its first steps to that of the best constant predictor looks like learning
+and is not. A run that ended there was once taken for a result (docs/results.md).
 
 Shapes: M draws, K classes.
 """
@@ -29,16 +27,23 @@ TOO_LITTLE = 0.05  # of the way between the two, below which a student has learn
 
 @dataclass(frozen=True)
 class LossBounds:
-    """constant: the least loss of a student that says the same of every clip. perfect: that of one
-    that says every target. Both with the teachers' losses added by their weights, as in the
-    training."""
+    """The losses between which a student learns.
+
+    Both are the teachers' losses added by their weights, as in training.
+
+    Args:
+        constant: Loss of the best constant predictor.
+        perfect: Lower bound: loss of a student that predicts every target.
+    """
 
     constant: float
     perfect: float
 
-    def learned(self, loss: float) -> float:
-        """How far a loss is from `constant` (0) to `perfect` (1); below 0 where it is worse than a
-        constant guess, and 0 where no clip differs from another."""
+    def explained_fraction(self, loss: float) -> float:
+        """Return the share of the way from `constant` (0) to `perfect` (1) that a loss has covered.
+
+        Negative where it is worse than a constant, 0 where no clip differs from another.
+        """
         room = self.constant - self.perfect
         return (self.constant - loss) / room if room > 1e-6 else 0.0
 
@@ -62,7 +67,7 @@ def head_bounds(
     for sample in samples:
         for name, each in targets.items():
             if sample.weight[name]:
-                each.append(sample.logits[name])
+                each.append(sample.targets[name])
     return {
         name: _bounds(np.stack(each), objective.heads[name])
         for name, each in targets.items()

@@ -137,7 +137,7 @@ def test_a_student_of_flow_reads_flow_that_was_prepared(tiny_store, tmp_path: Pa
     for sample in range(12):
         draw, example = sampler.draw(0, sample), clips[0, sample]
         assert (example["video"], example["broken"]) == (draw.video, [])
-        np.testing.assert_array_equal(example["targets"]["sure"], draw.logits["sure"])
+        np.testing.assert_array_equal(example["targets"]["sure"], draw.targets["sure"])
         frames = read_frames(store.video_path(draw.video), draw.indices, view.frame_view())
         picked = np.searchsorted(draw.indices, draw.picked)
         assert frames.pts[picked].tolist() == draw.picked_pts.tolist()

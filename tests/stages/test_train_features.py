@@ -96,7 +96,7 @@ def test_targets_are_means_of_the_picked_frames_features(feature_store: FeatureS
         draw = sampler.draw(0, sample)
         index, _, rows = sampler.store.frames(draw.video)
         picked = feature_store.features[rows[np.isin(index, draw.picked)]]
-        np.testing.assert_allclose(draw.logits[TEACHER], picked.mean(axis=0), rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(draw.targets[TEACHER], picked.mean(axis=0), rtol=2e-3, atol=2e-3)
         assert draw.weight[TEACHER] == 1
 
 
@@ -109,7 +109,7 @@ def test_a_head_gives_logits_entropies_and_the_filter(
     nats = []
     for sample in range(12):
         draw = plain.draw(0, sample)
-        logits = torch.from_numpy(classes.weight @ draw.logits[TEACHER] + classes.bias)
+        logits = torch.from_numpy(classes.weight @ draw.targets[TEACHER] + classes.bias)
         nats.append(float(torch.distributions.Categorical(logits=logits).entropy()))
     limit = float(np.median(nats))
     sampler = student_clips(
@@ -117,9 +117,9 @@ def test_a_head_gives_logits_entropies_and_the_filter(
         filter_mode="zero-weight", **options,
     ).sampler  # fmt: skip
     for sample in range(12):
-        draw, features = sampler.draw(0, sample), plain.draw(0, sample).logits[TEACHER]
+        draw, features = sampler.draw(0, sample), plain.draw(0, sample).targets[TEACHER]
         np.testing.assert_allclose(
-            draw.logits[TEACHER], classes.weight @ features + classes.bias, rtol=1e-4, atol=1e-4
+            draw.targets[TEACHER], classes.weight @ features + classes.bias, rtol=1e-4, atol=1e-4
         )
         assert sampler.entropies(0, sample)[0] == pytest.approx(nats[sample], abs=1e-4)
         if abs(nats[sample] - limit) > 1e-4:

@@ -130,7 +130,7 @@ def test_the_filter_in_nats_keeps_what_is_below_it_by_numpy(
     draws = [sampler.draw(epoch, sample) for epoch in range(10) for sample in range(16)]
     expected = []
     for draw in draws:
-        logits = draw.logits[TEACHER].astype(np.float64)
+        logits = draw.targets[TEACHER].astype(np.float64)
         target = np.exp(logits - logits.max())
         target /= target.sum()
         expected.append(-(target * np.log(np.maximum(target, 1e-300))).sum())

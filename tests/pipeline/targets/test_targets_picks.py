@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.targets.picks import PickRule, pick, start_set
-from distinit.pipeline.targets.soft_targets import mean_logits, soft_targets
+from distinit.pipeline.targets.soft_targets import mean_outputs, soft_targets
 
 
 @st.composite
@@ -98,7 +98,7 @@ def test_equation_1_averages_logits_before_one_softmax(
     z = np.random.default_rng(seed).normal(0, 4, (n, k)).astype(np.float32)
     exponent = z.astype(np.float64).sum(0) / (tau * n)
     expected = np.exp(exponent) / np.exp(exponent).sum()
-    np.testing.assert_allclose(soft_targets(mean_logits(z), tau), expected, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(soft_targets(mean_outputs(z), tau), expected, rtol=2e-5, atol=1e-7)
 
 
 @given(st.integers(2, 500), st.floats(0.01, 60), st.integers(0, 1000))

@@ -105,7 +105,7 @@ def test_draws_against_the_rules_and_plain_zarr(store, rule):
         ]
         assert list(draw.picked_pts) == list(rows["pts"][at])
         for name in TEACHERS:
-            np.testing.assert_allclose(draw.logits[name], logits[name][at].mean(axis=0), rtol=1e-6)
+            np.testing.assert_allclose(draw.targets[name], logits[name][at].mean(axis=0), rtol=1e-6)
         assert draw.weight == {"sure": 1.0, "unsure": 1.0}
         assert 0 <= draw.top < 1
     if rule == "random":
@@ -124,7 +124,7 @@ def test_draws_against_the_rules_and_plain_zarr(store, rule):
 def test_zero_weight_masks_each_head_by_the_entropy_of_the_mean_picked_logits(store, rule):
     free = some(make(store, picks=PickRule.parse(rule)))
     limits = {
-        name: float(np.median([nats(draw.logits[name]) for draw in free])) for name in TEACHERS
+        name: float(np.median([nats(draw.targets[name]) for draw in free])) for name in TEACHERS
     }
     masked = some(
         make(store, picks=PickRule.parse(rule), max_entropy=limits, filter_mode="zero-weight")
@@ -137,7 +137,7 @@ def test_zero_weight_masks_each_head_by_the_entropy_of_the_mean_picked_logits(st
             list(after.picked),
         )
         for name in TEACHERS:
-            entropy = nats(before.logits[name])
+            entropy = nats(before.targets[name])
             if abs(entropy - limits[name]) > near:
                 assert after.weight[name] == (1.0 if entropy <= limits[name] else 0.0)
     patterns = {tuple(draw.weight.values()) for draw in masked}
@@ -147,7 +147,7 @@ def test_zero_weight_masks_each_head_by_the_entropy_of_the_mean_picked_logits(st
 def test_skip_draws_another_video_until_one_head_keeps_the_clip(store):
     free = some(make(store))
     limits = {
-        name: float(np.quantile([nats(draw.logits[name]) for draw in free], 0.2))
+        name: float(np.quantile([nats(draw.targets[name]) for draw in free], 0.2))
         for name in TEACHERS
     }
     sampler = make(store, max_entropy=limits)
@@ -186,7 +186,7 @@ def test_a_quantile_of_measured_entropies_keeps_the_share_it_promises(store):
     )
     share = np.mean([draw.counts for draw in some(others, epochs=25)])
     assert share == pytest.approx(0.3, abs=0.07)
-    expected = [nats(sampler.draw(i // 24, i % 24).logits["unsure"]) for i in range(50)]
+    expected = [nats(sampler.draw(i // 24, i % 24).targets["unsure"]) for i in range(50)]
     np.testing.assert_allclose(measured[:50, 0], expected, atol=0.006)
 
 
@@ -228,7 +228,7 @@ def test_a_clip_is_the_frames_of_a_plain_decode_cropped_and_mirrored(store):
         expected = images[:, top : top + 32, left : left + 32].transpose(3, 0, 1, 2)
         expected = expected[..., ::-1] if draw.flip else expected
         np.testing.assert_array_equal(example["clip"].numpy(), expected)
-        np.testing.assert_array_equal(example["targets"]["sure"].numpy(), draw.logits["sure"])
+        np.testing.assert_array_equal(example["targets"]["sure"].numpy(), draw.targets["sure"])
         checked.add((draw.flip, len(frames) < T))
     assert (
         checked == {(False, False), (True, False), (False, True), (True, True)} or len(checked) >= 3

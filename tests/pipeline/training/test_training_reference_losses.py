@@ -29,7 +29,7 @@ def draws(
     }
     found = [
         SimpleNamespace(
-            logits={name: values[i] for name, values in logits.items()},
+            targets={name: values[i] for name, values in logits.items()},
             weight={"a": 1.0, "b": weight_of_b[i] if weight_of_b else 1.0},
         )
         for i in range(DRAWS)
@@ -54,9 +54,9 @@ def test_of_cross_entropy_they_are_the_loss_of_the_mean_target_and_of_the_target
     assert bounds is not None
     assert bounds.constant == pytest.approx(constant, rel=1e-5)
     assert bounds.perfect == pytest.approx(perfect, rel=1e-5)
-    assert bounds.learned(constant) == pytest.approx(0, abs=1e-4)
-    assert bounds.learned(perfect) == pytest.approx(1, abs=1e-4)
-    assert bounds.learned(constant + 0.1) < 0
+    assert bounds.explained_fraction(constant) == pytest.approx(0, abs=1e-4)
+    assert bounds.explained_fraction(perfect) == pytest.approx(1, abs=1e-4)
+    assert bounds.explained_fraction(constant + 0.1) < 0
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -88,7 +88,7 @@ def test_a_teacher_counts_the_draws_that_its_filter_keeps() -> None:
 
 
 def test_where_every_clip_is_alike_there_is_nothing_to_learn() -> None:
-    assert LossBounds(1.5, 1.5).learned(1.5) == 0
+    assert LossBounds(1.5, 1.5).explained_fraction(1.5) == 0
 
 
 @pytest.mark.parametrize(
