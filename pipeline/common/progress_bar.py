@@ -1,7 +1,7 @@
 """Progress of long work: reported by engines, shown by a console.
 
-Like a logger, `progress_bar` knows nothing of screens. The display that was
-installed last shows it; without a display nothing is shown.
+Like a logger, `progress_bar` knows nothing of screens. The display that was installed last shows
+it; without a display nothing is shown.
 """
 
 from __future__ import annotations

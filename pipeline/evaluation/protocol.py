@@ -159,8 +159,8 @@ def check_result_dir(out: Path, runs: dict[str, str | list[str]]) -> None:
             and `b`.
 
     Raises:
-        UsageError: OUT/result.json is missing, or of other runs or another command,
-            and a predictions file of OUT was not written by distinit.
+        UsageError: OUT/result.json records other runs or another command; or it does not exist,
+            but a predictions file does that distinit did not write.
     """
     try:
         stored = json.loads((out / RESULT).read_text(encoding="utf-8"))
