@@ -23,6 +23,9 @@ PYTHON ?= $(shell \
 	done; \
 	for folder in $$PATH; do usable "$$folder/python3" && exit; done)
 
+# Tests start hundreds of processes, which would compile the package anew each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-fast test-oldest lint docs versions clean
 .DELETE_ON_ERROR:
 

@@ -3,21 +3,24 @@ itself."""
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
-from distinit.tests.store_recipe import make_store
+from distinit.tests.store_recipe import make_store, recipe_stores
 
-__all__ = ["make_store"]
+__all__ = ["make_store", "recipe_stores"]
 
 # Property tests take a share of these examples; --hypothesis-profile=many is for a change of what
 # they test.
@@ -59,6 +62,32 @@ FRAMES = [48, 40, 5, 31, 48, 64, 48, 33, 48, 48, 52, 48]
 """Frames of each video; the third is shorter than an 8-frame clip."""
 
 
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], Path]:
+    """`once(name, make)` → the folder that `make(folder)` filled, for all workers of pytest-xdist.
+
+    The first that asks makes it, the others wait for it; nobody writes to it afterwards.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def shared(name: str, make: Callable[[Path], Any]) -> Path:
+        folder, done = base / "once" / name, base / "once" / f"{name}.done"
+        folder.parent.mkdir(exist_ok=True)
+        with (base / "once" / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                # What a worker left behind that failed.
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return shared
+
+
 @dataclass(frozen=True)
 class TinyStore:
     """Where the store and its videos lie."""
@@ -68,16 +97,20 @@ class TinyStore:
 
 
 @pytest.fixture(scope="session")
-def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
+def tiny_store(once: Callable[[str, Callable[[Path], Any]], Path]) -> TinyStore:
     """12 videos of 96x64 pixels, every 4th frame seen by teachers `sure` (7 classes) and `unsure`
     (5)."""
+    root = once("tiny", _make_tiny_store)
+    return TinyStore(root / "targets.zarr", root / "videos")
+
+
+def _make_tiny_store(root: Path) -> None:
     from distinit.pipeline.common.console import Console
     from distinit.pipeline.extraction.extract_options import ExtractConfig
     from distinit.pipeline.teachers.teacher_options import TeacherSpec
     from distinit.pipeline.video.encode import write_video
     from distinit.stages.extract_targets import extract_targets
 
-    root = tmp_path_factory.mktemp("tiny")
     (root / "modules").mkdir()
     (root / "modules" / "tiny_teachers.py").write_text(TEACHERS)
     (root / "videos").mkdir()
@@ -100,7 +133,6 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
         extract_targets(config, Console(quiet=True))
     finally:
         sys.path.remove(str(root / "modules"))
-    return TinyStore(root / "targets.zarr", root / "videos")
 
 
 @pytest.fixture

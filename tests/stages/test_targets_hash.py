@@ -72,6 +72,7 @@ def test_extraction_hashes_every_cached_frame(tiny_store: TinyStore) -> None:
     assert list(verify(tiny_store.path, load_index(tiny_store.path))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 def test_hashes_are_filled_in_as_at_extraction(
     tiny_store: TinyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
@@ -100,6 +101,7 @@ def test_hashes_are_filled_in_as_at_extraction(
     assert targets_hash(options, QUIET)["hashed"] == result["hashed"]
 
 
+@pytest.mark.slow
 def test_a_video_that_is_gone_is_named_and_tried_again(
     own_store: TinyStore, tmp_path: Path
 ) -> None:
@@ -118,6 +120,7 @@ def test_a_video_that_is_gone_is_named_and_tried_again(
     assert hash_files(root) == hash_files(own_store.path)
 
 
+@pytest.mark.slow
 def test_copies_of_a_store_keep_them(tiny_store: TinyStore, tmp_path: Path) -> None:
     a, merged = tmp_path / "a.zarr", tmp_path / "m.zarr"
     targets_export(ExportConfig(store=str(tiny_store.path), out=str(a)), QUIET)
@@ -134,6 +137,7 @@ def test_copies_of_a_store_keep_them(tiny_store: TinyStore, tmp_path: Path) -> N
         assert list(verify(path, load_index(path))) == []
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_and_repaired_alone(tiny_store: TinyStore, tmp_path: Path) -> None:
     root = tmp_path / "s.zarr"
     shutil.copytree(tiny_store.path, root)

@@ -106,6 +106,7 @@ def test_rows_are_mean_plus_coefficients(source: Path, exported: Path) -> None:
     assert read_node(exported / "zarr.json")["requires"] == ["features", "pca"]
 
 
+@pytest.mark.slow
 def test_more_components_than_rows_allow_are_refused_with_the_most(
     make_store: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_logits_and_features_in_int8(source: Path, tmp_path: Path) -> None:
     assert list(verify(out, load_index(out))) == []
 
 
+@pytest.mark.slow
 def test_a_store_in_pca_grows_and_merges_by_its_own_basis(
     exported: Path, source: Path, tmp_path: Path
 ) -> None:

@@ -103,9 +103,15 @@ def stage(writer: StoreWriter, shard: int, teacher: str = "t") -> ShardResult:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(finished: Path, tmp_path: Path) -> Path:
     """A finished store of 40 videos, 5 of them failed, in several shards."""
-    path = tmp_path / "s.zarr"
+    return shutil.copytree(finished, tmp_path / "s.zarr")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store that `root` copies."""
+    path = tmp_path_factory.mktemp("finished") / "s.zarr"
     with StoreWriter(path, sampling=SAMPLING, shard_rows=R) as writer:
         listed(writer)
         writer.add_segments([FrameRange(v, 0, -1, rows_of(v)) for v in range(V)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
 import pickle
 import signal
 import time
@@ -31,6 +30,7 @@ from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.frames import read_frames
 from distinit.pipeline.video.geometry import View, render
 from distinit.tests import warm
+from distinit.tests.signals import die_by
 
 T = 8
 VIEW = ClipView(size=32, resize=(40, 60))
@@ -293,6 +293,7 @@ def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(
     assert int(elsewhere.stdout) == int(clips[0, 0]["clip"].long().sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["crash", "hang", "memory"])
 def test_a_video_that_ends_a_worker_is_named_and_another_is_drawn_once_it_is_refused(
     store, monkeypatch, how
@@ -306,7 +307,7 @@ def test_a_video_that_ends_a_worker_is_named_and_another_is_drawn_once_it_is_ref
                 raise VideoError("unreadable")
             if how == "hang":
                 time.sleep(100)
-            os.kill(os.getpid(), signal.SIGSEGV if how == "crash" else signal.SIGKILL)
+            die_by(signal.SIGSEGV if how == "crash" else signal.SIGKILL)
         return read_frames(path, *arguments, **options)
 
     monkeypatch.setitem(reading._READERS, "video", reader)

@@ -80,6 +80,7 @@ def test_efficientnet_lite_pools_what_its_classifier_takes() -> None:
         assert (teacher.width("features"), teacher.width("logits")) == (1280, 1000)
 
 
+@pytest.mark.slow
 def test_one_model_gives_the_same_alone_and_together() -> None:
     """No bit of logits or of their identity depends on the features being taken."""
     saved(torchvision.models.resnet18(num_classes=7))
@@ -388,6 +389,7 @@ def test_outputs_find_their_teacher() -> None:
             parse_teachers(names, (), (), (), (text,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["pil", "swscale", "torch"])
 def test_the_resize_is_part_of_the_identity(value: str) -> None:
     saved(torchvision.models.resnet18(num_classes=7))

@@ -136,6 +136,7 @@ def test_a_video_that_kills_twice_fails_and_the_next_is_decoded(long_video: str)
     assert rows[1] == expected(long_video, Sampling(every=9))
 
 
+@pytest.mark.slow
 def test_a_hanging_child_is_killed_after_the_time_out(long_video: str) -> None:
     stopped: set[int] = set()
     rows: Rows = {}
