@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     # Their keyword arguments are the options of the commands.
     ablate: Callable[..., Result]
     demo: Callable[..., Result]
+    embed: Callable[..., Result]
     evaluate: Callable[..., Result]
     extract_targets: Callable[..., Result]
     finetune: Callable[..., Result]
@@ -58,6 +59,7 @@ __all__ = [
     "build_student",
     "collate",
     "demo",
+    "embed",
     "evaluate",
     "extract_targets",
     "finetune",

@@ -27,6 +27,7 @@ STAGES = {
         "stages.evaluate:evaluate",
     ),
     "predict": ("pipeline.evaluation.evaluation_options:PredictConfig", "stages.predict:predict"),
+    "embed": ("pipeline.evaluation.evaluation_options:EmbedConfig", "stages.embed:embed"),
     "ablate": ("pipeline.ablation.ablate_options:AblateConfig", "stages.ablate:ablate"),
     "report": ("pipeline.reporting.report_options:ReportConfig", "stages.report:report"),
     "targets-info": (
@@ -185,10 +186,23 @@ nothing is decoded again.""",
         help="""The classes of your own videos, by a finetuned MODEL: a run folder or its model.safetensors.
 
 A VIDEO is a file, a folder, a quoted glob or a list. Exits with 1 where one cannot be read; it
-is listed with the reason, and the others are shown all the same.""",
+is listed with the reason, and the others are shown and written all the same.""",
         examples=(
             "distinit predict runs/ours holiday.mp4 clips/*.mp4",
+            "distinit predict runs/ours @list.txt --out classes.csv",
             "distinit predict runs/ours clips/ --top 3 --json > classes.json",
+        ),
+    ),
+    "embed": Command(
+        short="The features of your own videos.",
+        help="""The features of your own videos, by any student: a run folder or a safetensors file of
+train-student or finetune.
+
+FILE gets a row per video in the order given: the mean over its clips, or with --per-clip one
+feature per clip. Exits with 1 where a video cannot be read; its row is NaN and has the reason.""",
+        examples=(
+            "distinit embed runs/student clips/ --out features.h5",
+            "distinit embed runs/ours @list.txt --out features.npz --clips 4 --per-clip",
         ),
     ),
     "ablate": Command(

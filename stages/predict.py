@@ -8,22 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from ..pipeline.clips.clip_options import ClipView
-from ..pipeline.common.console import Console
+from ..pipeline.common.console import Console, plain
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.errors import CheckpointError
+from ..pipeline.common.files import write_page
+from ..pipeline.common.streams import as_json
 from ..pipeline.common.tables import Column, Table
-from ..pipeline.corpus.sources import escape_path, list_videos
+from ..pipeline.corpus.sources import escape_path
 from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.ensemble import probabilities
 from ..pipeline.evaluation.evaluation_options import PredictConfig
-from ..pipeline.evaluation.labelled_clips import EvaluationClips
-from ..pipeline.evaluation.labels import Labelled, Labels
+from ..pipeline.evaluation.own_videos import (
+    claim_file,
+    clips_of,
+    list_paths,
+    log_problems,
+    require_parquet,
+    write_rows,
+)
 from ..pipeline.evaluation.predictions import OK, Predictions
 from ..pipeline.evaluation.predictor import predict as fill_in
 from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student
 from ..pipeline.training.precision import pick_workers, torch_threads
+
+ENDINGS = {".csv": "a row per video", ".json": "as --json", ".parquet": "as .csv, with types"}
 
 
 def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
@@ -37,6 +46,7 @@ def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
 
     Raises:
         CheckpointError: There is no model, or one without labels.
+        UsageError: `out` cannot be written.
         SourceError: A source has no videos.
         DeviceError: The device is missing.
     """
@@ -46,54 +56,48 @@ def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
         raise CheckpointError(
             f"{config.model}: expected a model of distinit finetune, this one has no labels (heads: {heads})"
         )
-    # Each source separately: unlike corpora, two folders may have the same name.
-    lists = [list_videos([source]) for source in config.sources]
-    paths = dict.fromkeys(
-        os.path.normpath(listed.absolute(i)) for listed in lists for i in range(len(listed))
-    )
-    predictions = _score(student, [Labelled(path, -1) for path in paths], config, console)
+    paths = list_paths(config.sources)
+    out = None if config.out is None else claim_file(config.out, ENDINGS, "predict", config)
+    if out is not None and out.suffix == ".parquet":
+        require_parquet()  # before the work, not after it
+    predictions = _score(student, paths, config, console)
     videos = _best(predictions, min(config.top, len(predictions.classes)))
-    _show(videos, predictions, console)
     failed = predictions.failures()
-    return {
+    result = {
         "ok": not failed,
         "model": str(Path(config.model)),
         "protocol": predictions.protocol,
         "videos": videos,
         "failed": failed,
     }
+    _show(videos, predictions, console)
+    if out is not None:
+        result["out"] = str(out)
+        _write(out, result, predictions, config.top)
+        console.say(f"predictions of {len(predictions.videos)} videos: {out}")
+    return result
 
 
 def _score(
-    student: Student, videos: list[Labelled], config: PredictConfig, console: Console
+    student: Student, paths: list[str], config: PredictConfig, console: Console
 ) -> Predictions:
     """Score the clips of all videos."""
     device = resolve_device(config.device)
-    meta, options = student.meta, config.test
-    classes = meta.classes[HEAD]
+    options = config.test
     predictions = Predictions.empty(
-        classes,
-        [video.path for video in videos],
-        [video.label for video in videos],
+        student.meta.classes[HEAD],
+        paths,
+        [-1] * len(paths),
         options.clips * options.crops,
         protocol=options.protocol(),
         identity={},
     )
-    clips = EvaluationClips(
-        Labels("", 1, "", tuple(classes), (), tuple(videos)),
-        videos,
-        ClipView(size=meta.clip_size, resize=meta.resize),
-        clip_frames=meta.clip_length,
-        clips=options.clips,
-        crops=options.crops,
-        order=options.frames,
-        channels=student.options.channels,
-    )
+    clips = clips_of(student, paths, clips=options.clips, crops=options.crops, order=options.frames)
     # A single video is read without a loader process.
-    workers = min(pick_workers(options.workers, device), len(videos) - 1)
+    workers = min(pick_workers(options.workers, device), len(paths) - 1)
     with (
         torch_threads(None, workers, device),
-        console.progress("predicting", len(videos), "video") as bar,
+        console.progress("predicting", len(paths), "video") as bar,
     ):
         fill_in(
             student,
@@ -139,7 +143,22 @@ def _show(rows: list[dict[str, Any]], predictions: Predictions, console: Console
                 then,
             )
         console.table(table.to_rich())
-    for each in predictions.failures():
-        console.warn(f"unreadable: {each['video']}: {each['reason']}")
-    for each in predictions.damaged():
-        console.warn(f"truncated: {each['video']}: {each['reason']}")
+    log_problems(predictions.failures(), predictions.damaged())
+
+
+def _write(out: Path, result: dict[str, Any], predictions: Predictions, top: int) -> None:
+    """Write the result as JSON, or a row per video as csv or parquet."""
+    if out.suffix == ".json":
+        write_page(out, as_json(plain(result)) + "\n")
+        return
+    top = min(top, len(predictions.classes))
+    columns = {"video": "string", "status": "string", "reason": "string", "frames": "int64"}
+    for k in range(1, top + 1):
+        columns |= {f"class{k}": "string", f"probability{k}": "float64"}
+    ranked = {row["video"]: row["top"] for row in result["videos"]}
+    rows = []
+    for i, video in enumerate(map(escape_path, predictions.videos)):
+        cells = [each[key] for each in ranked.get(video, ()) for key in ("class", "probability")]
+        about = [video, predictions.status[i], predictions.reasons[i], int(predictions.frames[i])]
+        rows.append([*about, *(cells or [None] * 2 * top)])
+    write_rows(out, columns, rows)

@@ -41,6 +41,7 @@ SECTIONS = (
     "finetune",
     "evaluate",
     "predict",
+    "embed",
     "ablate",
     "report",
     "demo",

@@ -1,4 +1,4 @@
-"""Options of `distinit evaluate` and `predict`, and of the test protocol. Imports no torch."""
+"""Options of `distinit evaluate`, `predict`, `embed` and of the test protocol. Imports no torch."""
 
 from __future__ import annotations
 
@@ -119,6 +119,9 @@ class PredictConfig(Options):
     sources: Annotated[list[str], CliOption("VIDEO")] = Field(
         min_length=1, description="videos, folders, globs, lists"
     )
+    out: Annotated[str | None, CliOption(group="Output", metavar="FILE", shown="none")] = Field(
+        default=None, description="also write the predictions: .csv, .json or .parquet"
+    )
     top: Annotated[int, CliOption(group="Output", metavar="N")] = Field(
         default=5, ge=1, description="classes shown per video, the best first"
     )
@@ -127,3 +130,34 @@ class PredictConfig(Options):
     )
     device: Annotated[str, DEVICE] = Field(default="auto", description=DEVICE_HELP)
     test: Annotated[EvaluationOptions, CliOption()] = Field(default_factory=EvaluationOptions)
+
+
+class EmbedConfig(Options):
+    """All options of `distinit embed`."""
+
+    model: Annotated[str, CliOption("MODEL")] = Field(
+        description="a run folder or a safetensors file of train-student or finetune"
+    )
+    sources: Annotated[list[str], CliOption("VIDEO")] = Field(
+        min_length=1, description="videos, folders, globs, lists"
+    )
+    out: Annotated[str, CliOption(group="Output", metavar="FILE")] = Field(
+        description="the file of features to write: .h5, .hdf5 or .npz"
+    )
+    clips: Annotated[int, CliOption(group="Sampling", metavar="N")] = Field(
+        default=10, ge=1, description="clips per video, evenly spread"
+    )
+    crops: Annotated[Literal[1, 3], CliOption(group="Sampling")] = Field(
+        default=1, description="crops per clip: the middle, or three along the longer side"
+    )
+    per_clip: Annotated[bool, CliOption(group="Output")] = Field(
+        default=False, description="keep a feature per clip and crop instead of their mean"
+    )
+    batch_size: int = Field(default=32, ge=1, description="clips per forward pass")
+    workers: int | None = Field(
+        default=None, ge=0, description="loader processes; default depending on the machine"
+    )
+    factory: str | None = Field(
+        default=None, description="package.module:factory that the model's file may run"
+    )
+    device: Annotated[str, DEVICE] = Field(default="auto", description=DEVICE_HELP)

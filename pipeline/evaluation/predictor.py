@@ -1,4 +1,4 @@
-"""Score test videos with a model, and fill the tables of predictions.h5.
+"""Run a model over the clips of videos, and fill the tables of predictions.h5.
 
 Shapes: B clips of a forward pass, N clips of a video, C channels, T frames, H W pixels, K classes.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,27 @@ def _rows(
                     yield {"video": torch.tensor([video]), "error": [reason]}
 
 
+@dataclass(frozen=True)
+class VideoOutputs:
+    """What a model computes for the N clips of one video.
+
+    Attributes:
+        video: Index of the video in the dataset.
+        error: Why the video is unreadable; all else is then empty.
+        outputs: Tensors of the forward pass, each float32 [N, …].
+        starts: First frame of each clip, int64 [N].
+        frames: Number of frames of the video.
+        note: Which part of the video is truncated, "" if none.
+    """
+
+    video: int
+    error: str = ""
+    outputs: tuple[Tensor, ...] = ()
+    starts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    frames: int = -1
+    note: str = ""
+
+
 @torch.inference_mode()
 def predict(
     model: Student,
@@ -84,8 +106,7 @@ def predict(
     """Score videos, and enter the results into `predictions`.
 
     Scores are averaged over the clips of a video: softmax, or logits if `predictions.protocol` has
-    "scores": "logits". The computation is in float32 whatever the precision of the training, so
-    that scores differ by less than 1e-4 between batch sizes.
+    "scores": "logits".
 
     Args:
         model: The student to test.
@@ -102,64 +123,106 @@ def predict(
         TrainingError: Scores are not finite, so that no accuracy would mean anything.
     """
     model.to(device).eval()
-    waiting: list[dict[str, Any]] = []
     saved = time.monotonic()
-    with _exact_float32(device), _on_interrupt(save):
-        for row in _rows(
-            dataset, predictions.pending if videos is None else videos, workers, device
+    with _on_interrupt(save):
+        for result in video_outputs(
+            lambda clips: clip_logits(model, clips),
+            dataset,
+            predictions.pending if videos is None else videos,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
         ):
-            video = int(row["video"][0])
-            if "error" in row:
-                predictions.fail(video, row["error"][0])
-                done(1)
-            else:
-                waiting.append(row)
-            if sum(r["clips"].shape[1] for r in waiting) >= batch_size:
-                _score(model, waiting, predictions, batch_size, device, done)
-                waiting = []
+            _enter(result, predictions)
+            done(1)
             if time.monotonic() - saved > SAVE_EVERY_S:
                 save()
                 saved = time.monotonic()
-        if waiting:
-            _score(model, waiting, predictions, batch_size, device, done)
 
 
-def _score(
-    model: Student,
+def _enter(result: VideoOutputs, predictions: Predictions) -> None:
+    if result.error:
+        predictions.fail(result.video, result.error)
+        return
+    logits, features = result.outputs
+    scores = logits if predictions.protocol.get("scores") == LOGITS else logits.softmax(dim=1)
+    require_finite(scores, predictions.videos[result.video], "scores")
+    predictions.set_scores(
+        result.video,
+        scores.numpy(),
+        result.starts,
+        result.frames,
+        note=result.note,
+        features=features.numpy(),
+    )
+
+
+def require_finite(values: Tensor, video: str, what: str) -> None:
+    """Raise TrainingError, which names the video, unless all values are finite."""
+    if not bool(torch.isfinite(values).all()):
+        raise TrainingError(
+            f"the {what} of {video!r} are not finite: the weights are damaged or have diverged"
+        )
+
+
+@torch.inference_mode()
+def video_outputs(
+    forward: Callable[[Tensor], tuple[Tensor, ...]],
+    dataset: KeyedDataset,
+    videos: list[int],
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> Iterator[VideoOutputs]:
+    """Yield the outputs of a model for each video, in order; an unreadable video has an error.
+
+    The computation is in float32 whatever the precision of the training, so that outputs differ by
+    less than 1e-4 between batch sizes.
+
+    Args:
+        forward: From clips uint8 [B, C, T, H, W] on the device to tensors [B, …].
+        dataset: dataset[(0, i)] gives the clips of the i-th video, see EvaluationClips.
+        videos: Indices of the videos.
+        batch_size: Clips per forward pass.
+        workers: Loader processes.
+        device: Where to compute.
+    """
+    waiting: list[dict[str, Any]] = []
+    for row in _rows(dataset, videos, workers, device):
+        if "error" in row:
+            yield VideoOutputs(int(row["video"][0]), error=row["error"][0])
+            continue
+        waiting.append(row)
+        if sum(each["clips"].shape[1] for each in waiting) >= batch_size:
+            yield from _compute(forward, waiting, batch_size, device)
+            waiting = []
+    if waiting:
+        yield from _compute(forward, waiting, batch_size, device)
+
+
+def _compute(
+    forward: Callable[[Tensor], tuple[Tensor, ...]],
     rows: list[dict[str, Any]],
-    predictions: Predictions,
     batch_size: int,
     device: torch.device,
-    done: Callable[[int], None],
-) -> None:
-    """Score the clips of whole videos in passes of at most `batch_size` clips."""
+) -> list[VideoOutputs]:
+    """Run the clips of whole videos in passes of at most `batch_size` clips."""
     clips = torch.cat([row["clips"][0] for row in rows])  # [ΣN, C, T, H, W]
-    parts = [
-        clip_logits(model, part.to(device, non_blocking=True)) for part in clips.split(batch_size)
-    ]
+    with _exact_float32(device):
+        passes = [forward(part.to(device, non_blocking=True)) for part in clips.split(batch_size)]
     counts = [row["clips"].shape[1] for row in rows]
-    logits, features = (torch.cat(part).cpu().split(counts) for part in zip(*parts, strict=True))
-    averaged = (
-        logits
-        if predictions.protocol.get("scores") == LOGITS
-        else [each.softmax(dim=1) for each in logits]
-    )
-    for row, scores, feature in zip(rows, averaged, features, strict=True):
-        video = int(row["video"][0])
-        if not bool(torch.isfinite(scores).all()):
-            raise TrainingError(
-                f"the scores of {predictions.videos[video]!r} are not finite: the weights are damaged or have diverged"
-            )
-        starts = row["starts"][0].numpy().astype(np.int64)
-        predictions.set_scores(
-            video,
-            scores.numpy(),
-            starts,
-            int(row["frames"][0]),
+    outputs = [torch.cat(parts).cpu().split(counts) for parts in zip(*passes, strict=True)]
+    return [
+        VideoOutputs(
+            int(row["video"][0]),
+            outputs=of_video,
+            starts=row["starts"][0].numpy().astype(np.int64),
+            frames=int(row["frames"][0]),
             note=row["note"][0],
-            features=feature.numpy(),
         )
-        done(1)
+        for row, of_video in zip(rows, zip(*outputs, strict=True), strict=True)
+    ]
 
 
 def clip_logits(model: Student, clips: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,135 @@
+"""A user's own videos, without labels: their paths, their clips, and the files of the results."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ..clips.clip_options import ClipView
+from ..common.config import write_config
+from ..common.errors import UsageError
+from ..common.extras import import_extra
+from ..common.files import write_page, write_whole
+from ..common.run_dir import config_next_to, recorded_sections, refuse_existing, require_writable
+from ..common.settings import Options
+from ..corpus.sources import list_videos
+from ..students.student import Student
+from .evaluation_options import FrameOrder
+from .labelled_clips import EvaluationClips
+from .labels import Labelled, Labels
+
+log = logging.getLogger(__name__)
+
+
+def list_paths(sources: Sequence[str]) -> list[str]:
+    """Return the absolute paths of the videos of folders, globs and lists, each once.
+
+    Each source is listed separately: unlike corpora, two folders may have the same name.
+
+    Raises:
+        SourceError: A source has no videos.
+    """
+    lists = [list_videos([source]) for source in sources]
+    return list(
+        dict.fromkeys(
+            os.path.normpath(each.absolute(i)) for each in lists for i in range(len(each))
+        )
+    )
+
+
+def clips_of(
+    student: Student,
+    paths: Sequence[str],
+    *,
+    clips: int,
+    crops: Literal[1, 3],
+    order: FrameOrder = "ordered",
+) -> EvaluationClips:
+    """Return the dataset of evenly spread clips, with the frames and size of the student."""
+    meta = student.meta
+    videos = [Labelled(path, -1) for path in paths]
+    return EvaluationClips(
+        Labels("", 1, "", (), (), tuple(videos)),
+        videos,
+        ClipView(size=meta.clip_size, resize=meta.resize),
+        clip_frames=meta.clip_length,
+        clips=clips,
+        crops=crops,
+        order=order,
+        channels=student.options.channels,
+    )
+
+
+def claim_file(out: str, endings: Mapping[str, str], command: str, config: Options) -> Path:
+    """Check that a command may write its result to `out`, and write the config next to it.
+
+    Args:
+        out: The file.
+        endings: Allowed ending → name of the format.
+        command: Name of the command.
+        config: Its options.
+
+    Raises:
+        UsageError: Another ending, a file that the command did not write, or a folder that cannot
+            be written.
+    """
+    path = Path(os.path.abspath(out))
+    if path.suffix not in endings:
+        allowed = ", ".join(f"{ending} ({name})" for ending, name in endings.items())
+        raise UsageError(f"--out {out}: expected a file that ends in {allowed}")
+    require_writable(path.parent)
+    record = config_next_to(path)
+    if recorded_sections(record) != {command}:
+        refuse_existing(path.parent, (path.name,), f"distinit {command}")
+    write_config(record, command, config)
+    return path
+
+
+def write_rows(path: Path, columns: Mapping[str, str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write a table as csv or parquet, by the ending of the file.
+
+    Args:
+        path: The file.
+        columns: Name of each column → its type, as pyarrow names it.
+        rows: Cells in the order of the columns; None for an empty cell.
+
+    Raises:
+        UsageError: pyarrow is missing, or the file cannot be written.
+    """
+    if path.suffix == ".parquet":
+        pyarrow, parquet = require_parquet()
+        data = io.BytesIO()
+        schema = pyarrow.schema(
+            [(name, getattr(pyarrow, kind)()) for name, kind in columns.items()]
+        )
+        cells = [list(column) for column in zip(*rows, strict=True)]
+        parquet.write_table(pyarrow.table(cells, schema=schema), data)
+        write_whole(path, data.getbuffer(), UsageError)
+        return
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_page(path, text.getvalue())
+
+
+def require_parquet() -> tuple[Any, Any]:
+    """Return pyarrow and its module for parquet; UsageError where it is missing."""
+    option = "--out FILE.parquet"
+    return import_extra("pyarrow", "parquet", option), import_extra(
+        "pyarrow.parquet", "parquet", option
+    )
+
+
+def log_problems(
+    failed: Sequence[Mapping[str, str]], truncated: Sequence[Mapping[str, str]]
+) -> None:
+    """Log the unreadable and the truncated videos, each with the reason."""
+    for kind, videos in (("unreadable", failed), ("truncated", truncated)):
+        for each in videos:
+            log.warning("%s: %s: %s", kind, each["video"], each["reason"])
