@@ -11,6 +11,10 @@ there it is min(D, T). D, T and the whole are measured in turn in one process, i
 Processor time per frame (decoding + teacher, over the whole's) is the same without waiting, and
 hardly depends on the load of the machine.
 
+`--names N` lists every video N times under other names, for devices that finish a folder in
+seconds; `--json FILE` keeps the rates, with the cores that decoding would need to keep up with the
+teacher.
+
 Goal: at least 0.90 of the bound. `torchvision.models:resnet50` has random weights, which serve for
     speed.
 """
@@ -18,6 +22,8 @@ Goal: at least 0.90 of the bound. `torchvision.models:resnet50` has random weigh
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 import shutil
 import sys
 import tempfile
@@ -28,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import in_turn, machine, medians, processor_seconds, table
+from measuring import in_turn, machine, medians, processor_seconds, table, write_json
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.devices import resolve_device
@@ -37,6 +43,7 @@ from distinit.pipeline.corpus.sources import list_videos
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.extraction.machine import default_decoders
 from distinit.pipeline.extraction.teacher_runner import TeacherRunner, batch_threads
+from distinit.pipeline.teachers.engines import use_engine
 from distinit.pipeline.teachers.teacher import TeacherOutput, load_teacher
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool
@@ -72,15 +79,19 @@ class Parts:
     They also record the processor time per frame.
     """
 
-    def __init__(self, args: argparse.Namespace, name: str) -> None:
+    def __init__(self, args: argparse.Namespace, name: str, folder: Path) -> None:
         self.args, self.device = args, resolve_device(args.device)
         self.spec = TeacherSpec(name=name)
         self.teacher = load_teacher(self.spec).to(self.device, args.precision)
+        use_engine(self.teacher, args.engine, batch_size=args.batch_size)
         self.sampling = Sampling(every=args.every)
         self.decoders = args.decoders or default_decoders(self.device)
         self.processor: dict[str, list[float]] = {}
         listed = list_videos([args.source])
-        self.paths = [listed.absolute(i) for i in range(len(listed))]
+        paths = [os.path.abspath(listed.absolute(i)) for i in range(len(listed))]
+        self.paths = paths + [
+            _other_name(folder, path, n) for n in range(1, args.names) for path in paths
+        ]
 
     def decode(self) -> float:
         """Decode without a teacher."""
@@ -137,6 +148,7 @@ class Parts:
                 "batch_size": self.args.batch_size,
                 "precision": self.args.precision,
                 "device": self.args.device,
+                "engine": self.args.engine,
             }
             watch = Watch()
             result = extract_targets(
@@ -167,6 +179,16 @@ class Parts:
         self.processor.clear()
 
 
+def _other_name(folder: Path, path: str, number: int) -> str:
+    """Return the path of a link to a video, in a folder of its own per number."""
+    digest = hashlib.sha256(path.encode()).hexdigest()[:16]
+    link = folder / str(number) / f"{digest}{Path(path).suffix}"
+    link.parent.mkdir(exist_ok=True)
+    if not link.exists():
+        link.symlink_to(path)
+    return str(link)
+
+
 def main() -> None:
     """Print a table and where it was measured."""
     parser = argparse.ArgumentParser(
@@ -187,10 +209,19 @@ def main() -> None:
     parser.add_argument("--decoders", type=int, help="default: as extract-targets")
     parser.add_argument("--seconds", type=float, default=6, help="of the teacher's time a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--engine", default="auto", help="as extract-targets")
+    parser.add_argument("--names", type=int, default=1, metavar="N")
+    parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    rows = []
+    with tempfile.TemporaryDirectory(prefix="distinit-speed-") as folder:
+        measure(args, Path(folder))
+
+
+def measure(args: argparse.Namespace, folder: Path) -> None:
+    """Print a table of all teachers; links to videos are made in `folder`."""
+    rows, results = [], []
     for name in args.teacher or ["efficientnet_lite0", "torchvision.models:resnet50"]:
-        parts = Parts(args, name)
+        parts = Parts(args, name, folder)
         parts.fit()
         rate = medians(
             in_turn(
@@ -204,6 +235,15 @@ def main() -> None:
             if shared
             else min(rate["decode"], rate["teacher"])
         )
+        results.append(
+            {
+                "teacher": name, "precision": args.precision, "engine": args.engine, "batch_size": args.batch_size,
+                "videos": len(parts.paths), "decoders": parts.decoders, "images_per_s": rate, "bound": bound,
+                "whole_over_teacher": rate["whole"] / rate["teacher"], "whole_over_bound": rate["whole"] / bound,
+                "cores_to_keep_up": rate["teacher"] * busy["decode"] / 1000, "processor_ms_per_frame": busy,
+            }
+        )  # fmt: skip
+        write_json(args.json, parts.device, results)
         rows.append(
             [
                 f"{name}, {args.precision}, {parts.device.type}",

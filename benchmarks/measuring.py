@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
 
 def machine() -> str:
@@ -81,6 +83,15 @@ def video_columns(paths: Sequence[str], rows: int, *, seed: int) -> dict[str, An
         "height": np.full(videos, 256),
         "digest": np.random.default_rng(seed).integers(0, 256, (videos, 16), np.uint8),
     }
+
+
+def write_json(path: str | Path | None, device: torch.device, rows: Sequence[object]) -> None:
+    """Write results with the machine, the device and the version of torch; nothing for None."""
+    if path is None:
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    record = {"machine": machine(), "device": name, "torch": torch.__version__, "rows": rows}
+    Path(path).write_text(json.dumps(record, indent=1))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

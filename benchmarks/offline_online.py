@@ -2,7 +2,8 @@
 
     python benchmarks/offline_online.py SOURCE --store STORE [--teacher efficientnet_lite0]
         [--width 0.25] [--size 56] [--batch-size 16] [--steps 8] [--rounds 3] [--videos 300000]
-        [--frames-a-video 62]
+        [--frames-a-video 62] [--device cuda] [--precision bf16] [--workers 12] [--copies FOLDER]
+        [--json FILE]
         [--epochs 45] [--epoch-clips 1000000]
 
 STORE holds targets of SOURCE by that teacher. Three rates are measured here: frames a second of an
@@ -26,18 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import in_turn, machine, medians, table
+from measuring import in_turn, machine, medians, table, write_json
 from torch.nn.functional import interpolate
 from training_steps import Trainer
 
 from distinit.pipeline.common.console import Console
-from distinit.pipeline.common.devices import keep_freed_memory
+from distinit.pipeline.common.devices import keep_freed_memory, resolve_device
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.teachers.teacher import load_teacher
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.training.loop_options import LoopOptions
-from distinit.pipeline.training.precision import torch_threads
+from distinit.pipeline.training.precision import autocast, torch_threads
 from distinit.stages.extract_targets import extract_targets
 
 TRAININGS = (1, 5, 20)
@@ -50,8 +51,9 @@ class Online(Trainer):
     side: int
 
     def step(self, batch: dict[str, Any]) -> None:
-        middle = batch["clip"][:, :, batch["clip"].shape[2] // 2].float() / 255
-        with torch.inference_mode():
+        middle = batch["clip"][:, :, batch["clip"].shape[2] // 2]
+        middle = middle.to(self.device, non_blocking=True).float() / 255
+        with torch.inference_mode(), autocast(self.device, self.options.precision):
             self.teacher(interpolate(middle, (self.side, self.side), mode="bilinear"))
         super().step(batch)
 
@@ -63,7 +65,9 @@ def extraction_rate(args: argparse.Namespace) -> float:
             sources=[args.source],
             out=Path(folder) / "t.zarr",
             teachers=[TeacherSpec(name=args.teacher)],
-            sampling={"every": 8},
+            sampling={"every": args.every},
+            device=args.device,
+            precision=args.precision,
         )
         began = time.perf_counter()
         extract_targets(config, Console(quiet=True))
@@ -88,15 +92,29 @@ def main() -> None:
     parser.add_argument("--frames-a-video", type=int, default=62)
     parser.add_argument("--epochs", type=int, default=45)
     parser.add_argument("--epoch-clips", type=int, default=1_000_000)
+    parser.add_argument("--every", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--copies", help="folder of `distinit prepare`")
+    parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     keep_freed_memory()
     print(machine())
     store = TargetStore.open(args.store)
-    options = LoopOptions(batch_size=args.batch_size, device="cpu", clip_norm=5, epoch_clips=10**6)
+    device = resolve_device(args.device)
+    options = LoopOptions(
+        batch_size=args.batch_size,
+        device=args.device,
+        precision=args.precision,
+        clip_norm=5,
+        epoch_clips=10**6,
+    )
     frames = extraction_rate(args)
-    teacher = load_teacher(TeacherSpec(name=args.teacher))
-    with torch_threads(None, 1, torch.device("cpu")):
-        cached, online = Trainer(args, store, options, 1), Online(args, store, options, 1)
+    teacher = load_teacher(TeacherSpec(name=args.teacher)).to(device)
+    with torch_threads(None, args.workers, device):
+        cached, online = (kind(args, store, options, args.workers) for kind in (Trainer, Online))
+        assert isinstance(online, Online)
         online.teacher = teacher.recipe.module.eval()
         online.side = teacher.recipe.preprocessing.view.crop
         rates = medians(in_turn({"cached": cached.real, "online": online.real}, args.rounds))
@@ -104,6 +122,11 @@ def main() -> None:
     print(
         f"extraction {frames:.1f} frames/s; training {cached_rate:.1f} clips/s cached, {online_rate:.1f} online"
     )
+    write_json(
+        args.json,
+        device,
+        [{"extraction_frames_per_s": frames, "cached_clips_per_s": cached_rate, "online_clips_per_s": online_rate}],
+    )  # fmt: skip
     extraction = args.videos * args.frames_a_video / frames / 3600
     clips = args.epochs * args.epoch_clips / 3600
     rows = []

@@ -3,11 +3,13 @@
     python benchmarks/training_steps.py --store STORE [--student r2plus1d_18]
         [--width 0.25] [--size 56]
         [--batch-sizes 16] [--workers 0 1] [--steps 20] [--rounds 3] [--device cuda]
+        [--settings bf16-last ...] [--copies FOLDER] [--json FILE]
 
 Both are the loop's own step: objective, backward, clipping, optimizer. "at once": the first real
 batch again and again, on the device already. The two take turns. On a GPU every batch size is also
-run in bf16, with and without channels-last memory and torch.compile, and the achieved FLOP/s are
-set against those of a large product of matrices in the same type on the same device.
+run in bf16, with and without channels-last memory and torch.compile (or with the `--settings`
+named), and the achieved FLOP/s are set against those of a large product of matrices in the same
+type on the same device. `--copies` reads clips from the copies of `distinit prepare`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command does, before torch is loaded
 
 import torch
-from measuring import in_turn, machine, medians, table
+from measuring import in_turn, machine, medians, table, write_json
 
 from distinit.pipeline.common.devices import keep_freed_memory, resolve_device
 from distinit.pipeline.common.distributed import SINGLE_PROCESS
@@ -79,7 +81,11 @@ class Trainer:
             self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True
         )
         self.objective = Distillation(tuple(heads))
-        self.clips = student_clips(store, frames=args.frames, size=args.size, epoch_clips=10**6)
+        copies = getattr(args, "copies", None)
+        roots = dict.fromkeys(store.corpora, copies) if copies else None
+        self.clips = student_clips(
+            store, frames=args.frames, size=args.size, epoch_clips=10**6, video_roots=roots
+        )
         self.steps = args.steps
         keys = EpochBatchSampler(batch_size=options.batch_size, steps_per_epoch=1, epochs=1)
         self.batch = next(read_batches(self.clips, keys, workers=0, device=self.device))
@@ -123,15 +129,12 @@ class Trainer:
         return self.steps / (time.perf_counter() - began)
 
 
-def settings(device: torch.device) -> list[dict[str, Any]]:
-    if device.type != "cuda":
-        return [{}]
-    return [
-        {"precision": "fp32", "channels_last": True},
-        {"precision": "bf16", "channels_last": False},
-        {"precision": "bf16", "channels_last": True},
-        {"precision": "bf16", "channels_last": True, "compile": "default"},
-    ]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fp32-last": {"precision": "fp32", "channels_last": True},
+    "bf16": {"precision": "bf16", "channels_last": False},
+    "bf16-last": {"precision": "bf16", "channels_last": True},
+    "bf16-last-compiled": {"precision": "bf16", "channels_last": True, "compile": "default"},
+}
 
 
 def main() -> None:
@@ -148,16 +151,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, help="default: all on a GPU, fp32-last on a CPU"
+    )
+    parser.add_argument("--copies", help="folder of `distinit prepare`")
+    parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     keep_freed_memory()
     store, device = TargetStore.open(args.store), resolve_device(args.device)
     print(machine())
     if device.type == "cuda":
         print(torch.cuda.get_device_name(device), torch.__version__)
-    rows = []
-    for batch_size, workers, chosen in itertools.product(
-        args.batch_sizes, args.workers, settings(device)
+    rows, results = [], []
+    usual = list(SETTINGS) if device.type == "cuda" else ["fp32-last"]
+    for batch_size, workers, setting in itertools.product(
+        args.batch_sizes, args.workers, args.settings or usual
     ):
+        chosen = SETTINGS[setting]
         options = LoopOptions(
             batch_size=batch_size, device=args.device, clip_norm=5, epoch_clips=10**6, **chosen
         )
@@ -168,6 +178,15 @@ def main() -> None:
             )
             peak = matrix_rate(device, options.precision, 8192 if device.type == "cuda" else 1024)
         flops = trainer.cost.flops * found["at once"] if trainer.cost else float("nan")
+        results.append(
+            {
+                "frames": args.frames, "size": args.size, "batch_size": batch_size, "workers": workers,
+                "setting": setting, "clips_per_s": {k: v * batch_size for k, v in found.items()},
+                "real_over_at_once": found["real"] / found["at once"], "flops_per_s": flops,
+                "matrix_flops_per_s": peak, "share_of_matrix_rate": flops / peak,
+            }
+        )  # fmt: skip
+        write_json(args.json, device, results)
         rows.append(
             [
                 batch_size,

@@ -31,6 +31,7 @@ from ..pipeline.extraction.machine import (
     load_teachers,
     outputs_of,
     run_record,
+    use_engines,
 )
 from ..pipeline.extraction.planner import (
     StorePlan,
@@ -49,7 +50,7 @@ from ..pipeline.extraction.teacher_check import check_fingerprints, examine_teac
 from ..pipeline.extraction.teacher_runner import TeacherRunner, batch_threads
 from ..pipeline.store.index import FAILED, OK, PENDING
 from ..pipeline.store.staging import ShardResult
-from ..pipeline.store.writer import StoreWriter
+from ..pipeline.store.writer import StoreWriter, with_engine
 from ..pipeline.teachers.teacher import Teacher, TeacherOutput
 from ..pipeline.video.geometry import View
 from ..pipeline.video.perceptual_hash import HASH_VIEW
@@ -104,8 +105,9 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
             run = run_of_workers(client, config)
         else:
             run = run_record(config.batch_size, config.precision, device)
+        engines = use_engines(loaded, config.engine, writer.numerics(), config.batch_size)
         asked = {
-            name: {**attributes, "run": run}
+            name: {**attributes, "run": with_engine(run, engines, name)}
             for name, attributes in _records(config, loaded).items()
         }
         for name, attributes in asked.items():  # before videos are listed, since those stay
@@ -153,7 +155,7 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
         if config.workers is not None:
             client = stack.enter_context(cluster(config.workers, None))
         fill = (
-            _there(config, writer, teachers, run, client)
+            _there(config, writer, teachers, run, engines, client)
             if client is not None
             else stack.enter_context(_here(config, writer, teachers, pool, views, device))
         )
@@ -165,7 +167,7 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
         while shards := open_tasks(plan, list(teachers)):
             idle = False
             done += _run_shards(
-                plan, shards, list(teachers), fill, run, watch, all_of_fewer, console
+                plan, shards, list(teachers), fill, run, engines, watch, all_of_fewer, console
             )
             plan_overflow(plan, pool)
         write_config(record, "extract-targets", config)
@@ -221,6 +223,7 @@ def _there(
     writer: StoreWriter,
     teachers: dict[str, TeacherOutput],
     run: dict[str, Any],
+    engines: dict[str, str],
     client: Client,
 ) -> Fill:
     """Shards are filled by the workers of a dask cluster."""
@@ -228,7 +231,7 @@ def _there(
 
     def fill(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
         sampling = Sampling.model_validate(writer.attributes["sampling"])
-        setup = WorkerSetup.of(config, writer, teachers, sampling, run)
+        setup = WorkerSetup.of(config, writer, teachers, sampling, run, engines)
         for result in run_shards(client, setup, work, retries=config.retries):
             advance(result.rows)
             yield result
@@ -242,6 +245,7 @@ def _run_shards(
     teachers: list[str],
     fill: Fill,
     run: dict[str, Any],
+    engines: dict[str, str],
     watch: SameFailure,
     all_of_fewer: bool,
     console: Console,
@@ -262,17 +266,19 @@ def _run_shards(
             held.append(result)
             done += result.rows
             if not watch.watching:
-                _commit(plan, held, run)
+                _commit(plan, held, run, engines)
         if all_of_fewer:
             watch.finish()
-        _commit(plan, held, run)
+        _commit(plan, held, run, engines)
         bar.set_total(done)
     return done
 
 
-def _commit(plan: StorePlan, held: list[ShardResult], run: dict[str, Any]) -> None:
+def _commit(
+    plan: StorePlan, held: list[ShardResult], run: dict[str, Any], engines: dict[str, str]
+) -> None:
     while held:
-        plan.writer.commit(held.pop(0), run)
+        plan.writer.commit(held.pop(0), run, engines)
 
 
 def _reason(result: ShardResult, segment: int) -> str | None:

@@ -16,6 +16,12 @@ The primary measure, fixed before anything ran: top 1 of the three test folds po
 seeds, and the paired difference with a 95 % bootstrap interval over sources. OUT/results.json has
 it, with a linear probe and finetuning on a tenth of the labels; OUT/reports a page of each
 ablation. `--flow` does it with networks that see flow.
+
+At the paper's size on a GPU, from a store and copies of short side 128 made before:
+
+    python benchmarks/proof/real_videos.py FOLDER --out OUT --store STORE --copies COPIES \\
+        --preset paper --device cuda --width 1 --size 112 --resize 128 171 --student r3d_18 \\
+        --starts DistInit scratch inflated --inflate-from resnet18.pth --rates 0.02 --workers 1
 """
 
 from __future__ import annotations
@@ -45,15 +51,18 @@ from folds import (
     write_rows,
 )
 
+from distinit.pipeline.common.config import preset_section
+
 DISTINIT = "DistInit"
 SCRATCH = "scratch"
+INFLATED = "inflated"
 EPOCH_CLIPS = 192
 FEW = {
     0.1: (48, 30),
     0.3: (64, 60),
 }  # share of the labels → clips an epoch, epochs: each video is seen about as often
 TEACHER = "efficientnet_lite0"
-STARTS = (DISTINIT, SCRATCH)
+STARTS = (DISTINIT, SCRATCH, INFLATED)
 MEASURES = ("finetuned", "probe", "few")
 RESULTS = "results.json"
 
@@ -75,7 +84,7 @@ def main() -> None:
     rates = "learning rates of finetuning: " + candidates.format("epochs")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.06], help=rates)
     parser.add_argument(
-        "--starts", nargs="+", choices=STARTS, default=STARTS, help="some of the starts"
+        "--starts", nargs="+", choices=STARTS, default=STARTS[:2], help="some of the starts"
     )
     parser.add_argument(
         "--only", nargs="+", choices=MEASURES, default=MEASURES, help="some of the measures"
@@ -170,7 +179,7 @@ class Proof:
             for length, lr in candidates
         }
         axis = {
-            row: start(*mine) | {"finetune.loop.epoch_clips": clips * 2 // 3}
+            row: self.start(*mine) | {"finetune.loop.epoch_clips": clips * 2 // 3}
             for row, mine in rows.items()
         }
         name = f"{prefix}choose-{folder.name}" + ("" if some else f"-{self.length}")
@@ -225,7 +234,7 @@ class Proof:
         chosen = self.schedules(folder, share)
         found: dict[str, dict[tuple[int, int], Path]] = {}
         for k in SPLITS:
-            axis = {each: start(each, *chosen[k, each]) | more for each in self.args.starts}
+            axis = {each: self.start(each, *chosen[k, each]) | more for each in self.args.starts}
             records = self.ablate(
                 f"{name}-{folder.name}-{k}", axis, labels, folder, seeds=self.args.seeds, split=k
             )
@@ -258,7 +267,7 @@ class Proof:
         """DistInit by students that have seen the test videos too, without their labels."""
         runs: dict[tuple[int, int], Path] = {}
         for k in SPLITS:
-            axis = {DISTINIT: start(DISTINIT, *self.schedules(folder)[k, DISTINIT])}
+            axis = {DISTINIT: self.start(DISTINIT, *self.schedules(folder)[k, DISTINIT])}
             name, labels = f"seen-{folder.name}-{k}", folder / "labels.csv"
             records = self.ablate(
                 name, axis, labels, folder, seeds=self.args.seeds, split=k, seen=True
@@ -310,7 +319,7 @@ class Proof:
         folder = self.out / frames / run.name
         if not (folder / "result.json").exists():
             words = ["evaluate", str(run), "--test-frames", frames, "--out", str(folder)]
-            run_distinit(*words, "--device", "cpu", "--quiet")
+            run_distinit(*words, "--device", self.args.device, "--quiet")
         return folder
 
     def named(self, name: str) -> str:
@@ -330,9 +339,10 @@ class Proof:
         """Return the options of all runs; with `seen`, students have seen the test videos."""
         loop = {
             "clip_norm": 5.0,
-            "workers": 0,
+            "workers": self.args.loaders,
             "threads": 1,
-            "device": "cpu",
+            "device": self.args.device,
+            "precision": self.args.precision,
             "warmup_epochs": 1,
             "log_every": 50,
         }
@@ -342,18 +352,20 @@ class Proof:
             "epoch_clips": self.args.clips // 10,
             "lr": self.args.lr,
         }
-        student = {
-            "student": {"width": self.args.width},
-            "clips": {"clip_frames": 8, "size": 56, "resize": [64, 85]},
+        student: dict[str, Any] = {
+            "student": {"width": self.args.width, "architecture": self.args.student},
+            "clips": {"clip_frames": 8, "size": self.args.size, "resize": self.args.resize},
             "targets": {"teachers": [TEACHER]},  # diagnostics.py may have added another
             "loop": {**loop, **pretraining, "step_epochs": 6, "gamma": 0.1},
         }
+        if self.args.preset is not None:
+            student |= self.by_preset(loop)
         if self.flow:
             student["student"]["channels"] = 2
         if not seen:
             student["exclude"] = str(self.lists / "test{split}.txt")
         tuning = {
-            "videos": str(self.copies),
+            "copies": str(self.copies),
             "loop": {
                 **loop,
                 "batch_size": 16,
@@ -361,9 +373,37 @@ class Proof:
                 "gamma": 0.1,
                 "weight_decay": 0.005,
             },
-            "test": {"clips": 5, "workers": 0},
+            "test": {"clips": 5, "workers": self.args.loaders},
         }
         return {"train-student": student, "finetune": tuning}
+
+    def by_preset(self, loop: dict[str, Any]) -> dict[str, Any]:
+        """Return the keys of students by `--preset`, with the clips and the batch of this proof."""
+        epochs = preset_section(self.args.preset, "train-student")["loop"]["epochs"]
+        machine = ("workers", "threads", "device", "precision", "log_every", "clip_norm")
+        changed = {
+            "batch_size": self.args.batch_size,
+            "micro_batch_size": None,
+            "lr": self.args.lr,
+            "epoch_clips": max(self.args.batch_size, self.args.clips // epochs),
+        }
+        student = {
+            "width": self.args.width,
+            "architecture": self.args.student,
+            "variant": "torchvision",
+        }
+        return {
+            "preset": self.args.preset,
+            "student": student,
+            "loop": {**{key: loop[key] for key in machine}, **changed},
+        }
+
+    def start(self, name: str, epochs: int, lr: float) -> dict[str, Any]:
+        """Return the keys of finetuning from an initialisation, see `start`."""
+        keys = start(name, epochs, lr)
+        if name == INFLATED:
+            keys["finetune.init"] = f"inflate:{self.args.inflate_from}"
+        return keys
 
 
 def _slug(name: str) -> str:
@@ -429,6 +469,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=0.3, help="stage two's learning rate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--loaders", type=int, default=0, help="loader processes of a run")
+    parser.add_argument("--student", default="r2plus1d_18")
+    parser.add_argument("--size", type=int, default=56, help="side of a clip")
+    parser.add_argument("--resize", type=int, nargs=2, default=[64, 85], metavar=("H", "W"))
+    parser.add_argument("--preset", help="of train-student, such as paper")
+    parser.add_argument("--batch-size", type=int, default=96, help="of students with --preset")
+    parser.add_argument(
+        "--inflate-from",
+        default="resnet18",
+        help="weights of the start `inflated`: resnet18 or a file",
+    )
 
 
 def folders_of(args: argparse.Namespace) -> list[Path]:

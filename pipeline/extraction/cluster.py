@@ -29,9 +29,9 @@ from ..teachers.teacher_options import TeacherSpec
 from ..video.perceptual_hash import HASH_VIEW
 from ..video.sampling import Sampling
 from .extract_options import ExtractConfig
-from .machine import outputs_of, run_record
+from .machine import outputs_of, run_record, use_engines
 from .shard_filler import ShardFiller, ShardTask
-from .teacher_runner import TeacherRunner
+from .teacher_runner import GPU_THREADS, TeacherRunner
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class WorkerSetup:
     specs: tuple[str, ...]  # TeacherSpec as JSON
     identities: tuple[tuple[str, str], ...]  # name → identity as JSON: a worker's own must be equal
     run: str  # the run record as JSON: likewise
+    engines: tuple[tuple[str, str], ...]  # name → engine: likewise
     sampling: str
     shard_rows: int
     batch_size: int
@@ -70,6 +71,7 @@ class WorkerSetup:
         teachers: Mapping[str, TeacherOutput],
         sampling: Sampling,
         run: Mapping[str, Any],
+        engines: Mapping[str, str],
     ) -> WorkerSetup:
         """Return the setup that makes a worker do what the client would do by itself.
 
@@ -80,6 +82,7 @@ class WorkerSetup:
             specs=tuple(_anywhere(spec).model_dump_json() for spec in config.teachers),
             identities=tuple((n, _json(t.identity(config.precision))) for n, t in teachers.items()),
             run=_json(run),
+            engines=tuple(engines.items()),
             sampling=sampling.model_dump_json(),
             shard_rows=writer.shard_rows,
             batch_size=config.batch_size,
@@ -178,6 +181,12 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
         keep_freed_memory()
     specs = [TeacherSpec.model_validate_json(text) for text in setup.specs]
     teachers = [load_teacher(spec).to(device, setup.precision) for spec in specs]
+    engines = {name: {"engine": engine} for name, engine in setup.engines}
+    here = use_engines(teachers, "auto", engines, setup.batch_size)
+    if here != dict(setup.engines):
+        raise StoreMismatchError(
+            f"this worker would compute with {_json(here)}, the others do with {_json(dict(setup.engines))}"
+        )
     outputs, expected = outputs_of(teachers), dict(setup.identities)
     found = {t.store_names[o]: f for t in teachers for o, f in fingerprints(t).items()}
     for name, output in outputs.items():
@@ -197,7 +206,8 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
         memory_gb=setup.memory_gb,
         timeout_s=setup.timeout_s,
     )
-    runner = TeacherRunner(outputs, views, batch_size=setup.batch_size, threads=1)
+    threads = GPU_THREADS if device.type == "cuda" else 1
+    runner = TeacherRunner(outputs, views, batch_size=setup.batch_size, threads=threads)
     open_.enter_context(pool)
     open_.enter_context(runner)
     sampling = Sampling.model_validate_json(setup.sampling)

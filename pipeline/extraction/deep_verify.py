@@ -25,6 +25,7 @@ from ..store.encoding import Codec, arrays_of, cosine_error, rounding
 from ..store.index import OK
 from ..store.reader import TargetStore, check_video_roots
 from ..store.verify import Finding
+from ..teachers.engines import use_engine
 from ..teachers.fingerprint import Fingerprint
 from ..teachers.probes import fingerprints
 from ..teachers.recorded import load_recorded
@@ -203,6 +204,7 @@ def _load(
         node.get("provenance", {}), where, weights=weights.get(name), trusted=allowed
     )
     teacher.to(device, str(record.run.get("precision")))
+    use_engine(teacher, "auto", record.run.get("engine"))
     if record.classes and len(teacher.classes) == len(record.classes):
         teacher.classes = list(record.classes)  # their names may have come from a file
     here = teacher.identity()

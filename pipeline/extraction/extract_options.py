@@ -15,7 +15,7 @@ from ..common.settings import (
     DecodingOptions,
 )
 from ..store.store_options import PlainEncoding
-from ..teachers.teacher_options import TeacherSpec, parse_teachers
+from ..teachers.teacher_options import EngineName, TeacherSpec, parse_teachers
 from ..video.sampling import Sampling
 
 TEACHERS = CliOption(
@@ -76,6 +76,11 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
     precision: Annotated[Literal["fp32", "bf16"], CliOption(group="Hardware")] = Field(
         "fp32", description="what teachers compute in"
     )
+    engine: Annotated[EngineName, CliOption(group="Hardware")] = Field(
+        "auto",
+        description="what runs teachers: torch, or torch with compilation, which is faster on a GPU "
+        "after a minute; auto is the engine that the store began with, torch for a new one",
+    )
     decoders: Annotated[
         int | None, CliOption(group="Hardware", metavar="N", shown="depending on the machine")
     ] = Field(None, ge=1, description="decoding processes")
@@ -87,7 +92,8 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
         None, description="how a new teacher's outputs are stored; int8 halves the store"
     )
     allow_different_numerics: Annotated[bool, CliOption(group="Hardware")] = Field(
-        False, description="continue with another batch size, precision, torch or device kind"
+        False,
+        description="continue with another batch size, precision, engine, torch or device kind",
     )
     accept_teachers: Annotated[list[str], CliOption("--accept-teacher", "Teacher", "NAME")] = Field(
         [],

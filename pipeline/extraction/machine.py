@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..common.errors import UsageError
 from ..common.processes import cores
+from ..teachers.engines import use_engine
 from ..teachers.teacher import Teacher, TeacherOutput, load_teacher
+from ..teachers.teacher_options import EngineName
 from .extract_options import ExtractConfig
 
 
@@ -29,6 +31,28 @@ def load_teachers(config: ExtractConfig, device: torch.device) -> list[Teacher]:
             names.add(name)
         teachers.append(teacher.to(device, config.precision))
     return teachers
+
+
+def use_engines(
+    teachers: Sequence[Teacher],
+    asked: EngineName,
+    stored: Mapping[str, Mapping[str, Any]],
+    batch_size: int,
+) -> dict[str, str]:
+    """Give the teachers their engines; return the name of each by its output's name in the store.
+
+    `stored` has the numerics of the teachers that the store holds.
+    """
+    engines = {}
+    for teacher in teachers:
+        names = teacher.store_names.values()
+        recorded = next(
+            (stored[name].get("engine", "torch") for name in names if name in stored), None
+        )
+        engines.update(
+            dict.fromkeys(names, use_engine(teacher, asked, recorded, batch_size=batch_size))
+        )
+    return engines
 
 
 def outputs_of(teachers: Sequence[Teacher]) -> dict[str, TeacherOutput]:

@@ -9,10 +9,11 @@ Shapes: B rows of a batch, h w pixels of a view, D numbers of an output.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -28,6 +29,7 @@ from ..teachers.teacher import Teacher, TeacherOutput
 from ..video.geometry import View
 
 MOST_THREADS = 16  # each holds the activations of one batch
+GPU_THREADS = 2  # one waits for outputs while the other one's batch is queued
 
 Outputs = dict[str, NDArray[np.float32]]
 """[B, D] of each teacher of the store, by name."""
@@ -59,11 +61,15 @@ class TeacherRunner:
         self.outputs = outputs
         self._views = views
         shapes = [t.fixed_shape for t in views]
+        # A GPU is given one batch after the other: the settings of its kernels are of the whole
+        # process. Threads wait for the outputs of their batches at the same time.
+        gpu = any(output.teacher.device.type == "cuda" for output in outputs.values())
+        self._starting: AbstractContextManager[object] = threading.Lock() if gpu else nullcontext()
         # One batch is filled while each thread has one at work and one more waits.
         self._batches = [
             Batch(
                 [
-                    np.zeros((batch_size, *shape, 3), np.uint8)
+                    _zeros((batch_size, *shape, 3), pinned=gpu)
                     for shape in shapes
                     if shape is not None
                 ]
@@ -125,26 +131,32 @@ class TeacherRunner:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, batch: Batch, names: tuple[str, ...]) -> Outputs:
-        computed: dict[Teacher, dict[Output, Tensor]] = {}
-        found: Outputs = {}
-        for name in names:
-            teacher = self.outputs[name].teacher
-            if teacher not in computed:
-                computed[teacher] = teacher.compute(batch.images[self._views.index(teacher.view)])
-            found[name] = computed[teacher][self.outputs[name].output].numpy()
-        return found
+        with self._starting:
+            running: dict[Teacher, Callable[[], dict[Output, Tensor]]] = {}
+            for name in names:
+                teacher = self.outputs[name].teacher
+                if teacher not in running:
+                    running[teacher] = teacher.start(batch.images[self._views.index(teacher.view)])
+        computed = {teacher: finish() for teacher, finish in running.items()}
+        outputs = {name: self.outputs[name] for name in names}
+        return {name: computed[of.teacher][of.output].numpy() for name, of in outputs.items()}
+
+
+def _zeros(shape: tuple[int, ...], *, pinned: bool) -> NDArray[np.uint8]:
+    """Return an array of zeros; pinned memory is copied to a GPU while this process continues."""
+    zeros: NDArray[np.uint8] = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
+    return zeros
 
 
 @contextmanager
 def batch_threads(device: torch.device, cores: int) -> Iterator[int]:
     """Return how many batches run at once on a device, and torch's own threads meanwhile.
 
-    On the CPU torch's threads are few, at best one. A GPU has one batch thread: while it computes,
-    the
-    next batch is put together.
+    On the CPU torch's threads are few, at best one. A GPU computes one batch while the next one is
+    queued and a third is put together.
     """
     if device.type != "cpu":
-        yield 1
+        yield GPU_THREADS if device.type == "cuda" else 1
         return
     keep_freed_memory()
     threads = min(cores, MOST_THREADS)

@@ -203,6 +203,11 @@ class StoreWriter:
             self._set_shard_rows(auto_shard_rows(rows))
         return self.shard_rows
 
+    def numerics(self) -> dict[str, dict[str, Any]]:
+        """Return what the first rows of each teacher of the store were computed with."""
+        nodes = fmt.read_nodes(LocalFiles(self.root), "teachers", list(self.index.teachers))
+        return {name: node["run"] for name, node in nodes.items()}
+
     def check_teacher(
         self,
         name: str,
@@ -225,7 +230,10 @@ class StoreWriter:
             return
         stored = fmt.read_nodes(LocalFiles(self.root), "teachers", [name])[name]
         for key in ("identity",) if allow_different_numerics else ("identity", "run"):
-            same_attributes(f"{self.root}: teacher {name!r}", key, stored[key], attributes[key])
+            there, here = stored[key], attributes[key]
+            if key == "run":
+                there, here = ({"engine": "torch", **run} for run in (there, here))
+            same_attributes(f"{self.root}: teacher {name!r}", key, there, here)
         where = f"{self.root}: teacher {name!r}"
         same_attributes(where, "output", stored.get("output", "logits"), output)
         if output == "features":
@@ -339,12 +347,22 @@ class StoreWriter:
     # -- committing
     # ----------------------------------------------------------------------------------
 
-    def commit(self, result: ShardResult, run: Mapping[str, Any]) -> None:
+    def commit(
+        self,
+        result: ShardResult,
+        run: Mapping[str, Any],
+        engines: Mapping[str, str] | None = None,
+    ) -> None:
         """Move a shard's files into place and make it exist: frames first, then each teacher.
 
         What is committed already is left alone, so that a superseded attempt changes nothing. A
         kill between two nodes leaves a shard whose missing teachers the next run computes over its
         frames.
+
+        Args:
+            result: The shard.
+            run: The numerics, without the engine.
+            engines: Teacher → the engine that ran it; default torch.
         """
         shard = result.shard
         frames = result.frames
@@ -376,7 +394,8 @@ class StoreWriter:
                 )
             node = {
                 "shard": shard, "teacher": name, "rows": part.rows, "failed": _keys(part.failed),
-                "error": part.error, "files": _files(part.files), "run": dict(run), "time": _now(),
+                "error": part.error, "files": _files(part.files),
+                "run": with_engine(run, engines, name), "time": _now(),
             }  # fmt: skip
             self._write_in_group(f"commits/teachers/{name}", f"{shard:06d}", node)
             add_teacher_commit(self.index, name, shard, node)
@@ -519,6 +538,14 @@ def _alive(pid: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
+
+
+def with_engine(
+    run: Mapping[str, Any], engines: Mapping[str, str] | None, name: str
+) -> dict[str, Any]:
+    """Return the numerics of one teacher; the engine is torch where none is recorded."""
+    engine = (engines or {}).get(name, "torch")
+    return dict(run) if engine == "torch" else {**run, "engine": engine}
 
 
 def same_attributes(

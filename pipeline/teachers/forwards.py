@@ -31,7 +31,7 @@ def tapped(module: nn.Module, layer: str) -> Forward:
     def forward(images: Tensor, outputs: tuple[Output, ...]) -> Mapping[Output, Tensor]:
         logits = module(images)
         features = seen.inputs
-        del seen.inputs
+        seen.inputs = None
         return {"logits": logits, "features": features}
 
     return forward

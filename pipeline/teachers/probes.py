@@ -142,14 +142,14 @@ def _fingerprints(teacher: Teacher, images: NDArray[np.uint8]) -> dict[Output, F
 
 
 def _outputs(teacher: Teacher, images: NDArray[np.uint8]) -> dict[Output, NDArray[np.float32]]:
-    """Return the outputs in float32.
+    """Return the outputs in float32, computed by torch.
 
     In float32 different code shows at far smaller differences than in half precision.
     """
-    precision = teacher.precision
+    precision, engine = teacher.precision, teacher.engine
     try:
         with third_party(f"teacher {teacher.name!r}: fails on {len(images)} images", TeacherError):
             found = teacher.to(teacher.device).compute(images)
             return {output: values.numpy() for output, values in found.items()}
     finally:
-        teacher.to(teacher.device, precision)
+        teacher.to(teacher.device, precision).engine = engine

@@ -61,6 +61,18 @@ SHIPPED = frozenset(_BY_NAME)
 """Names of teachers that need no library's model name."""
 
 
+@dataclass(frozen=True)
+class Engine:
+    """What runs a teacher's forward pass in place of torch itself.
+
+    name: as `numerics` records it, with the version where it has one.
+    run: images uint8 [B, h, w, 3] on the teacher's device → outputs [B, D].
+    """
+
+    name: str
+    run: Callable[[Tensor], Mapping[Output, Any]]
+
+
 class Teacher:
     """A frozen image model with its preprocessing, classes and identity; in evaluation mode always.
 
@@ -98,6 +110,7 @@ class Teacher:
         self.input_shape: tuple[int, int] = shape
         self.state_sha256 = state_sha256(self.module.state_dict())
         self.device, self.precision = torch.device("cpu"), "fp32"
+        self.engine: Engine | None = None
         self._place()
         self._widths: dict[Output, int] = {}
         self._widths = self._measure_widths()
@@ -113,14 +126,15 @@ class Teacher:
     def to(self, device: torch.device | str, precision: str = "fp32") -> Teacher:
         """Move to a device and choose the precision: `fp32`, or `bf16` (autocast).
 
-        With `bf16` the weights stay float32.
+        With `bf16` the weights stay float32. From here on torch runs the teacher, until it gets
+        another engine.
 
         Raises:
             TeacherError: Another precision was given.
         """
         if precision not in _COMPUTE:
             raise TeacherError(f"precision is {precision!r}, allowed: {', '.join(_COMPUTE)}")
-        self.device, self.precision = torch.device(device), precision
+        self.device, self.precision, self.engine = torch.device(device), precision, None
         self.module.to(self.device)
         self._place()
         return self
@@ -195,16 +209,42 @@ class Teacher:
         Raises:
             TeacherError: images of another dtype or shape.
         """
+        return self.start(images)()
+
+    def start(self, images: np.ndarray | Tensor) -> Callable[[], dict[Output, Tensor]]:
+        """Start a forward pass; the function returned waits for its outputs, those of `compute`.
+
+        On a CUDA device the work is queued and this returns before it is done, so that another
+        batch can be queued meanwhile. `images` must not change before the outputs are there; they
+        are copied without a halt where they are in pinned memory.
+
+        Raises:
+            TeacherError: images of another dtype or shape.
+        """
         batch = self._checked(images)
         if len(batch) == 0:
-            return {output: torch.zeros(0, self._widths[output]) for output in self.outputs}
+            return lambda: {output: torch.zeros(0, self._widths[output]) for output in self.outputs}
         with torch.inference_mode(), self._arithmetic():
-            # [B, h, w, 3] seen as [B, 3, h, w] is in memory as channels_last already.
-            pixels = batch.to(self.device).permute(0, 3, 1, 2).float()
-            given = self._forward((pixels - self._mean) / self._std)
-        return {
+            run = self.run if self.engine is None else self.engine.run
+            given = run(batch.to(self.device, non_blocking=True))
+        rows = {
             output: self._rows(output, given.get(output), len(batch)) for output in self.outputs
         }
+        if self.device.type != "cuda":
+            return lambda: rows
+        done = torch.cuda.current_stream(self.device).record_event()
+
+        def finish() -> dict[Output, Tensor]:
+            done.synchronize()
+            return rows
+
+        return finish
+
+    def run(self, batch: Tensor) -> Mapping[Output, Any]:
+        """Run torch's forward pass on images uint8 [B, h, w, 3] that are on the device already."""
+        # [B, h, w, 3] seen as [B, 3, h, w] is in memory as channels_last already.
+        pixels = batch.permute(0, 3, 1, 2).float()
+        return self._forward((pixels - self._mean) / self._std)
 
     def _checked(self, images: np.ndarray | Tensor) -> Tensor:
         if isinstance(images, np.ndarray):
@@ -230,7 +270,8 @@ class Teacher:
 
     def _rows(self, output: Output, given: object, count: int) -> Tensor:
         if isinstance(given, Tensor) and given.ndim == 2 and len(given) == count:
-            return given.float().cpu()
+            # To memory of the host that is pinned, so that a GPU goes on meanwhile.
+            return given.float().to("cpu", non_blocking=self.device.type == "cuda")
         shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
         letter = "K" if output == "logits" else "D"
         raise TeacherError(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
 from ..common.errors import UsageError
 from ..common.settings import Options
 from ..store.store_options import Output
+
+EngineName = Literal["auto", "torch", "compile"]
+"""What runs a teacher, as the user asks for it."""
 
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 

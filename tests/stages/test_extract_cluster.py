@@ -162,7 +162,8 @@ def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(
         run = run_record(8, "fp32", torch.device("cpu"))
         classes = [f"class {k}" for k in range(6)]
         writer.add_teacher("tiny", classes, {"name": NAME, "identity": {}, "run": run})
-        setup = WorkerSetup.of(made, writer, teachers, Sampling(every=1), run)
+        engines = dict.fromkeys(teachers, "torch")
+        setup = WorkerSetup.of(made, writer, teachers, Sampling(every=1), run, engines)
         before = set(psutil.Process().children(recursive=True))
         kept = []
         for _ in range(6):  # more than the runner has batches
@@ -178,7 +179,9 @@ def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(
         assert fill_shard(setup, task).rows == 200
         decoders = set(psutil.Process().children(recursive=True)) - before
         assert decoders
-        other = WorkerSetup.of(made, writer, teachers, Sampling(every=1), run | {"torch": "1.0"})
+        other = WorkerSetup.of(
+            made, writer, teachers, Sampling(every=1), run | {"torch": "1.0"}, engines
+        )
         with pytest.raises(StoreMismatchError, match=r'"torch": "1\.0"'):
             fill_shard(other, task)
         assert not any(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from distinit.pipeline.teachers.teacher import TeacherSpec, load_teacher
+from distinit.pipeline.extraction.teacher_runner import TeacherRunner
+from distinit.pipeline.teachers.teacher import TeacherOutput, TeacherSpec, load_teacher
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -27,3 +28,24 @@ def test_logits_of_a_device_are_those_of_the_cpu(
     assert teacher.device.type == device
     assert (on_device.dtype, on_device.device.type) == (torch.float32, "cpu")
     torch.testing.assert_close(on_device, on_cpu, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.usefixtures("random_teachers")
+def test_batches_that_run_at_once_have_the_rows_of_each_alone(device: str) -> None:
+    spec = TeacherSpec(name="random_teachers:teacher", options={"k": "7", "input_size": "32"})
+    teacher = load_teacher(spec).to(device)
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, *teacher.input_shape, 3), np.uint8)
+    expected = [teacher.logits(batch).numpy() for batch in images]
+
+    outputs = {"t": TeacherOutput(teacher, "logits")}
+    with TeacherRunner(outputs, [teacher.view], batch_size=3, threads=2) as runner:
+        futures = []
+        for pictures in images:
+            batch = runner.take()
+            batch.images[0][:], batch.count = pictures, 3
+            futures.append(runner.submit(batch, ["t"]))
+        found = [future.result()["t"] for future in futures]
+
+    for rows, alone in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(rows, alone)
