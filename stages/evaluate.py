@@ -43,6 +43,7 @@ from ..pipeline.evaluation.protocol import (
 from ..pipeline.evaluation.run_labels import RunLabels
 from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.splits import ALL, split_folder, split_folders, summarise_splits
+from ..pipeline.evaluation.test_looks import count_looks
 from ..pipeline.evaluation.test_overlap import overlap, require_own_labels
 from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student
@@ -200,6 +201,8 @@ def _evaluate_split_locked(
         counts = count_some(job.labels, job.labels.test)
         warn_of_short_videos(counts, len(job.labels.test), clip_frames, channels)
     overlap = ranks.on_main(lambda: _count_seen(config, job, _folder(run)))
+    own = config.dataset is None and config.split is None
+    looks = ranks.on_main(lambda: count_looks(_folder(run)) if own else None)
     metrics = evaluate_student(
         job.student,
         job.labels,
@@ -217,6 +220,7 @@ def _evaluate_split_locked(
         "split": job.labels.split,
         "predictions": str(out / PREDICTIONS),
         **({} if overlap is None else {"overlap": overlap}),
+        **({} if looks is None else {"test_looks": looks}),
         "metrics": metrics,
     }
     ranks.on_main(lambda: write_result(out, {**read_json(out / RESULT, Form), **result}))

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,19 @@ from ..pipeline.common.run_dir import (
 from ..pipeline.common.weights import state_sha256
 from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.finetune_options import FinetuneConfig
+from ..pipeline.evaluation.hold_out import hold_out
 from ..pipeline.evaluation.labelled_clips import LabelledClips
 from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
 from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.protocol import evaluate_student, write_result
-from ..pipeline.evaluation.run_labels import labels_digest
+from ..pipeline.evaluation.run_labels import labels_digest, videos_digest
+from ..pipeline.evaluation.search import FOLDER as SEARCH_FOLDER
+from ..pipeline.evaluation.search import SearchRecord, search
 from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.splits import ALL, split_folder, split_folders, summarise_splits
+from ..pipeline.evaluation.test_looks import count_looks
 from ..pipeline.evaluation.test_overlap import record_and_compare, require_own_labels
+from ..pipeline.evaluation.validation import validation
 from ..pipeline.students.export import InitReport, read_meta, save_start, save_student
 from ..pipeline.students.initialization import (
     Initialization,
@@ -52,20 +57,24 @@ from ..pipeline.students.student import Student, build_student, count_parameters
 from ..pipeline.students.student_options import SCRATCH, StudentMeta
 from ..pipeline.training.checkpoint import (
     check_identity,
+    load_weights,
     read_identity,
     require_not_longer,
 )
 from ..pipeline.training.launch import run_distributed
-from ..pipeline.training.loop import FitResult, fit
-from ..pipeline.training.loop_options import LoopOptions
+from ..pipeline.training.loop import FitResult, Stop, fit
+from ..pipeline.training.loop_options import LoopOptions, Resume
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
 
 COMMAND = "finetune"
-_WRITES = (*RUN_FILES, *TEST_FILES, START, SEEN_VIDEOS)
+_WRITES = (*RUN_FILES, *TEST_FILES, START, SEEN_VIDEOS, SEARCH_FOLDER)
 
 
 def finetune(config: FinetuneConfig, console: Console) -> dict[str, Any]:
     """Train on the train videos of a data set, and test on its test videos.
+
+    With a validation side the best checkpoint on it is tested. With a search the options are chosen
+    on it first, and the training is that on both sides; the test side is used once, at the end.
 
     Writes RUN/config.yaml, checkpoints, metrics.jsonl, model.safetensors, predictions.h5 and
     result.json; with `--split all` into a folder per split, and their mean into RUN/result.json.
@@ -122,9 +131,7 @@ def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
     """Return the splits of the data set after checking all of them, before the first is trained."""
     splits = available_splits(config.dataset, config.root)
     for split in splits:
-        load_labels(
-            config.dataset, split, copies=config.copies, root=config.root, partial=config.partial
-        )
+        _load_labels(config.model_copy(update={"split": split}))
     return splits
 
 
@@ -160,14 +167,25 @@ def _finetune_split(
     # Rank 0 first, so that an initialisation is downloaded once.
     if ranks.world > 1:
         ranks.on_main(lambda: resolve_init(config.init, config.student).options)
-    job = ranks.on_all_ranks(lambda: _assemble(config))
+    job = ranks.on_all_ranks(lambda: _assemble(config, _load_labels(config)))
     ranks.on_main(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
-    overlap = _record_run(job, run_dir, console, ranks)
     if ranks.is_main:
         _describe_run(job, console)
-    result = _train(job, run_dir, console, ranks)
+    searched, stop = None, Stop(patience=config.patience)
+    if config.search:
+        searched = _search(job, run_dir, console, ranks)
+        stop = Stop(epochs=searched.best.best_epoch)
+        job = ranks.on_all_ranks(lambda: _chosen(config, job.labels, searched))
+    overlap = _record_run(job, run_dir, console, ranks)
+    result = _train(job, run_dir, console, ranks, stop)
     config, labels, student = job.config, job.labels, job.student
+    exported = _exported(job)
+    if exported == "best":
+        ranks.on_all_ranks(
+            lambda: load_weights(run_dir, "best", student, weights=config.loop.weights)
+        )
     ranks.on_main(lambda: _export(config, labels, student, run_dir))
+    looks = ranks.on_main(lambda: count_looks(run_dir, again=not result.already_finished))
     metrics = evaluate_student(
         student,
         labels,
@@ -179,7 +197,13 @@ def _finetune_split(
         threads=config.loop.threads,
         ranks=ranks,
     )
-    summary = _summary(config, labels, job.report, result, metrics) | {"overlap": overlap}
+    summary = _summary(config, labels, job.report, result, metrics) | {
+        "overlap": overlap,
+        "exported": exported,
+        "validation": _validated(job, result),
+        "search": None if searched is None else _searched(searched),
+        "test_looks": looks,
+    }
     ranks.on_main(lambda: write_result(run_dir, summary))
     return summary
 
@@ -206,9 +230,93 @@ def _record_run(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> dic
     )
 
 
-def _train(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> FitResult:
+def _search(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> SearchRecord:
+    """Choose the options of the run on the validation side."""
+    config, labels = job.config, job.labels
+    if not labels.val:
+        raise UsageError(
+            "--search: requires a validation side to choose on: --held-out 0.2, val in a column splitN, or "
+            "a folder val/"
+        )
+    # From here on, the folder is known as a run.
+    ranks.on_main(lambda: write_config(run_dir / CONFIG, COMMAND, config))
+
+    def train(options: FinetuneConfig, folder: Path, epochs: int) -> dict[str, Any]:
+        candidate = ranks.on_all_ranks(lambda: _assemble(options, labels))
+        stop = Stop(epochs=epochs, patience=options.patience)
+        result = _train(candidate, folder, console, ranks, stop, resume="auto")
+        last = _exported(candidate) == "last"
+        measured = result.validation if last else result.best_validation
+        return {**measured, "best_epoch": result.epochs if last else result.best_epoch}
+
+    identity = job.identity() | job.options.identity() | {"epochs": config.loop.epochs}
+    identity |= {"stop": {"patience": config.patience, "export": config.export}}
+    record = search(config, run_dir, identity, train, console.say, ranks)
+    best = record.best
+    console.say(
+        f"search: chose {best.name} (validation loss {best.loss:.4f}, accuracy {best.accuracy:.3f}); now training on "
+        f"{len(labels.train)} train and {len(labels.val)} validation videos for {best.best_epoch} epochs"
+    )
+    return record
+
+
+def _chosen(config: FinetuneConfig, labels: Labels, record: SearchRecord) -> _Job:
+    """Return the last training of a search: the chosen options, on train and validation videos."""
+    chosen = record.config(config)
+    return _assemble(chosen, labels.with_val_trained())
+
+
+def _exported(job: _Job) -> str:
+    """Return which checkpoint is exported and tested: last or best.
+
+    Without a validation side the best checkpoint is that of the lowest training loss.
+    """
+    return job.config.export or ("best" if job.labels.val else "last")
+
+
+def _validated(job: _Job, result: FitResult) -> dict[str, Any] | None:
+    """Return what was measured on the validation side, for result.json."""
+    if not job.labels.val:
+        return None
+    return {
+        "videos": len(job.labels.val),
+        "best_epoch": result.best_epoch,
+        "best": result.best_validation,
+        "last": result.validation,
+    }
+
+
+def _searched(record: SearchRecord) -> dict[str, Any]:
+    """Return the search for result.json."""
+    return {
+        "candidates": [asdict(each) for each in record.candidates],
+        "chosen": record.best.options,
+        "epochs": record.best.best_epoch,
+        "epochs_of_candidates": record.epochs_trained,
+    }
+
+
+def _train(
+    job: _Job,
+    run_dir: Path,
+    console: Console,
+    ranks: Ranks,
+    stop: Stop,
+    resume: Resume | None = None,
+) -> FitResult:
+    """Train a student; `resume` is by default that of the config."""
     config, labels, student, options = job.config, job.labels, job.student, job.options
     console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
+    measure = validation(
+        student,
+        labels,
+        view=config.clips,
+        clip_frames=config.clips.clip_frames,
+        clips=config.val_clips,
+        options=config.test,
+        device=resolve_device(options.device),
+        ranks=ranks,
+    )
     result = fit(
         model=student,
         dataset=LabelledClips(
@@ -223,7 +331,9 @@ def _train(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> FitResul
         options=options,
         run_dir=run_dir,
         identity=job.identity(),
-        resume=config.resume,
+        resume=config.resume if resume is None else resume,
+        validate=measure if labels.val else None,
+        stop=stop,
         ranks=ranks,
     )
     if result.broken and ranks.is_main:
@@ -268,10 +378,20 @@ class _Job:
             "dropout": self.config.dropout,
             "freeze": self.config.freeze,
             "clips": self.config.clips.identity_dump(),
+            **self._validated_by(),
         }
 
+    def _validated_by(self) -> dict[str, Any]:
+        """Return what a resume must share of the validation, {} without one."""
+        config, labels = self.config, self.labels
+        if labels.val:
+            return {"validation": {"videos": videos_digest(labels.val), "clips": config.val_clips}}
+        # The last training of a search, which is as long as its best candidate.
+        return {"train": videos_digest(labels.train)} if config.search else {}
 
-def _assemble(config: FinetuneConfig) -> _Job:
+
+def _load_labels(config: FinetuneConfig) -> Labels:
+    """Load the labels, with the validation side that is held out."""
     labels = load_labels(
         config.dataset,
         config.split if isinstance(config.split, int) else None,
@@ -279,6 +399,10 @@ def _assemble(config: FinetuneConfig) -> _Job:
         root=config.root,
         partial=config.partial,
     )
+    return hold_out(labels, config.held_out)
+
+
+def _assemble(config: FinetuneConfig, labels: Labels) -> _Job:
     init = resolve_init(config.init, config.student, config.inflation)
     resolved = _resolved(config, labels, init)
     student, report = _build(resolved, labels, init)
@@ -347,10 +471,10 @@ def _describe_run(job: _Job, console: Console) -> None:
         console.warn(note)
     console.say(
         f"{config.dataset}, split {labels.split}: {len(labels.classes)} classes, {len(labels.train)} train videos, "
-        f"{len(labels.test)} test videos"
+        f"{f'{len(labels.val)} validation videos, ' if labels.val else ''}{len(labels.test)} test videos"
     )
     console.say(balance(labels))
-    videos = [*labels.train, *labels.test]
+    videos = [*labels.train, *labels.val, *labels.test]
     warn_of_short_videos(
         count_some(labels, videos),
         len(videos),
@@ -427,6 +551,7 @@ def _summary(
             for k, name in enumerate(labels.classes)
         },
         "train_videos": len(labels.train),
+        "validation_videos": len(labels.val),
         "test_videos": len(labels.test),
         "metrics": metrics,
         "model": str(run_dir / MODEL_FILE),

@@ -20,8 +20,10 @@ from ..common.run_dir import RESULT, STEP_FOLDERS, STUDENT_FILE
 from ..common.settings import Options
 from ..evaluation.exclusion import canonical_exclude, exclude
 from ..evaluation.finetune_options import FinetuneConfig
+from ..evaluation.hold_out import hold_out
 from ..evaluation.labels import Labels, canonical, load_labels
-from ..evaluation.run_labels import labels_digest
+from ..evaluation.run_labels import labels_digest, videos_digest
+from ..evaluation.search import epochs_of_search
 from ..store.exclude import Exclusion
 from ..store.reader import TargetStore
 from ..training.distillation_options import TrainConfig
@@ -137,12 +139,14 @@ class StepMaker:
         config = self._config(TUNE, cell, forced)
         labels = self._labels_of(config)
         begins = student.key if student is not None else _of_file(config.init)
-        key = _digest(_bare(config, TUNE), {"begins": begins, "labels": labels_digest(labels)})
+        seen = {"begins": begins, "labels": labels_digest(labels)}
+        if labels.val:
+            seen["validation"] = videos_digest(labels.val)
+        key = _digest(_bare(config, TUNE), seen)
         loop = config.loop.for_videos(len(labels.train))
-        clips, needs = (
-            loop.total_steps * loop.batch_size,
-            student.key if student is not None else None,
-        )
+        epochs = epochs_of_search(config) if config.search else loop.epochs
+        clips = epochs * loop.clips_per_epoch
+        needs = student.key if student is not None else None
         return Step(TUNE, key, _given(config), clips, _network(ours, config), needs)
 
     def _config(self, command: str, cell: Cell, forced: dict[str, Any]) -> Any:
@@ -164,16 +168,24 @@ class StepMaker:
         return self._left[source, split]
 
     def _labels_of(self, config: Any) -> Labels:
-        place = (config.dataset, config.split, config.copies, config.root, config.partial)
+        place = (
+            config.dataset,
+            config.split,
+            config.copies,
+            config.root,
+            config.partial,
+            config.held_out,
+        )
         if place not in self._labels:
             split = config.split if isinstance(config.split, int) else None
-            self._labels[place] = load_labels(
+            labels = load_labels(
                 config.dataset,
                 split,
                 copies=config.copies,
                 root=config.root,
                 partial=config.partial,
             )
+            self._labels[place] = hold_out(labels, config.held_out)
         return self._labels[place]
 
 

@@ -35,13 +35,14 @@ LAST = "checkpoints/last.pt"
 STUDENT_FILE = "student.safetensors"  # of train-student
 MODEL_FILE = "model.safetensors"  # of finetune
 START = "start.safetensors"  # the weights before the first step
+SEARCH = "search.json"  # candidates of finetune --search
 SEEN_VIDEOS = "seen_videos.npz"
 LOADER_CRASHES = "loader_crashes.json"
 LABELS = "labels.json"
 PREDICTIONS, PARTIAL_PREDICTIONS = "predictions.h5", "predictions.partial.h5"
 
 # Any of these means that a folder holds a run.
-RUN_FILES = (LAST, METRICS, STUDENT_FILE, MODEL_FILE, LOADER_CRASHES)
+RUN_FILES = (LAST, METRICS, STUDENT_FILE, MODEL_FILE, LOADER_CRASHES, SEARCH)
 TEST_FILES = (PREDICTIONS, PARTIAL_PREDICTIONS, RESULT)
 
 CELLS, SECONDS = "cells.json", "seconds.json"  # of an ablation

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from ..clips.clip_options import ClipView
+from ..common.config import parse_setting
 from ..common.settings import CliOption, Options
 from ..students.student_options import SCRATCH, Inflation, StudentOptions
 from ..training.loop_options import RESUME, RESUME_HELP, LoopOptions, Resume
@@ -56,12 +57,29 @@ class FinetuneLoop(LoopOptions):
     )
 
 
+def parse_search(texts: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Read `KEY=VALUE,VALUE`, repeated; values are YAML. Raises ValueError."""
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not (key and equals and values):
+            raise ValueError(f"expected KEY=VALUE,VALUE, as in lr=0.02,0.06, got {text!r}")
+        if key in found:
+            raise ValueError(f"{key!r} is given twice")
+        found[key] = [parse_setting(f"{key}={value}")[1] for value in values.split(",")]
+    return found
+
+
 class FinetuneConfig(Options):
     """All options of `distinit finetune`.
 
     `student` and the frames and size of clips are by default those of the initialisation; a student
     that differs from the file is refused.
     """
+
+    ADDED: ClassVar[frozenset[str]] = frozenset(
+        {"held_out", "val_clips", "patience", "export", "search"}
+    )
 
     init: Annotated[str, CliOption(metavar="INIT")] = Field(
         default=SCRATCH,
@@ -74,8 +92,8 @@ class FinetuneConfig(Options):
         description="how inflate: repeats kernels over time: divided by their length, or unchanged",
     )
     dataset: Annotated[str, CliOption(metavar="NAME")] = Field(
-        description="csv:FILE with columns path, label and splitN (train or test); folder:DIR with "
-        "train/CLASS and test/CLASS; kinetics:FILE; hmdb51; ucf101"
+        description="csv:FILE with columns path, label and splitN (train, val or test); "
+        "folder:DIR with train/CLASS, test/CLASS and maybe val/CLASS; kinetics:FILE; hmdb51; ucf101"
     )
     root: Annotated[str | None, CliOption(metavar="DIR")] = Field(
         default=None, description="folder of the videos of hmdb51, ucf101, kinetics: or csv:"
@@ -86,6 +104,12 @@ class FinetuneConfig(Options):
     partial: Annotated[bool, CliOption()] = Field(default=False, description=PARTIAL_HELP)
     copies: Annotated[str | None, CliOption(metavar="DIR")] = Field(
         default=None, description=COPIES_HELP
+    )
+    held_out: Annotated[float, CliOption(metavar="Q")] = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the train videos to validate with, whole recordings (column source)",
     )
     out: Annotated[str, CliOption(group="Output", metavar="RUN")] = Field(
         description="the run folder to write"
@@ -99,6 +123,23 @@ class FinetuneConfig(Options):
     freeze: Annotated[Literal["none", "backbone"], CliOption(group="Student")] = Field(
         default="none", description="backbone: train only the head"
     )
+    val_clips: int = Field(default=3, ge=1, description="clips per validation video")
+    patience: Annotated[int | None, CliOption(group="Training", metavar="N", shown="none")] = Field(
+        default=None,
+        ge=1,
+        description="stop after N epochs without a lower validation loss",
+    )
+    search: Annotated[
+        dict[str, list[Any]], CliOption("--search", "Training", "KEY=V,V", parse=parse_search)
+    ] = Field(
+        default={},
+        description="choose among values of an option by the validation loss, as in lr=0.02,0.06, then "
+        "train on train and validation videos; repeatable: all combinations",
+    )
+    export: Annotated[
+        Literal["last", "best"] | None,
+        CliOption(group="Output", shown="best with validation videos, else last"),
+    ] = Field(default=None, description="checkpoint that is exported and tested")
     verbose: Annotated[bool, CliOption(group="Output")] = Field(
         default=False, description="print the origin of every tensor"
     )

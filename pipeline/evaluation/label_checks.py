@@ -14,7 +14,7 @@ from ..corpus.sources import escape_path
 from ..corpus.textfiles import is_utf8
 from ..prepared.folders import CopyFolder
 from ..video.container import digest
-from .listing import SIDES, Listing, Row, first_few, videos_in
+from .listing import SIDES, VAL, Listing, Row, first_few, videos_in
 
 
 class _File(NamedTuple):
@@ -72,9 +72,14 @@ def class_names(listing: Listing, rows: list[Row]) -> tuple[str, ...]:
     """Return the classes in order.
 
     Raises:
-        LabelsError: A class is on one side only.
+        LabelsError: A class is on one side only; the validation side may lack some.
     """
-    train, test = ({row.label for row in rows if row.side == side} for side in SIDES)
+    train, test, val = ({row.label for row in rows if row.side == side} for side in (*SIDES, VAL))
+    if unknown := sorted(val - train):
+        raise LabelsError(
+            f"{listing.origin}: {len(unknown)} of {len(val)} classes of the validation side have no training video: "
+            f"{first_few(unknown, 5)}"
+        )
     if train != test:
         unpaired = {"train": sorted(train - test), "test": sorted(test - train)}
         shown = (
@@ -98,7 +103,17 @@ def note_shared_sources(listing: Listing, rows: list[Row], notes: list[str]) -> 
     """
     if listing.official:
         return 0
-    train = {row.source for row in rows if row.side == "train" and row.source}
+    sources = {
+        side: {row.source for row in rows if row.side == side and row.source}
+        for side in (*SIDES, VAL)
+    }
+    if both := sources["train"] & sources[VAL]:
+        notes.append(
+            f"{len(both)} of {len(sources[VAL])} recordings of the validation side are also on the train side "
+            f"({first_few(sorted(both))}); what is chosen on it may not hold for unseen recordings"
+        )
+    # A search trains on the validation videos in the end.
+    train = sources["train"] | sources[VAL]
     test = [row for row in rows if row.side == "test" and row.source]
     shared = [row for row in test if row.source in train]
     if shared:
@@ -156,7 +171,12 @@ def _check_missing(listing: Listing, missing: list[Row], partial: bool, notes: l
             f"{listing.origin}: {len(listing.unlabelled)} videos next to the listed ones have no label, "
             f"{first_few(listing.unlabelled)}; {listing.get}, or give --partial"
         )
-    for side, effect in (("train", "they are not used"), ("test", "each counts as wrong")):
+    effects = {
+        "train": "they are not used",
+        VAL: "they are not used",
+        "test": "each counts as wrong",
+    }
+    for side, effect in effects.items():
         if count := sum(row.side == side for row in missing):
             notes.append(f"{count} {side} videos of {listing.origin} do not exist: {effect}")
     if listing.unlabelled:

@@ -1,4 +1,4 @@
-"""Labelled data sets: the videos of the train and test sides of a split, and their classes.
+"""Labelled data sets: the videos of the sides of a split, and their classes.
 
 Five forms are supported: `csv:FILE`, `folder:DIR`, `kinetics:FILE`, `hmdb51` and `ucf101`. All are
 checked in the same way (see `label_checks`), so that no number is computed on a list that leaks,
@@ -18,7 +18,7 @@ from ..prepared.folders import CopyFolder
 from ..video.container import digest
 from .kinetics import read_kinetics
 from .label_checks import check_rows, class_names, note_shared_sources
-from .listing import SIDES, Listing, Row, first_few
+from .listing import SIDES, VAL, Listing, Row, first_few
 from .official import READERS as OFFICIAL
 from .official import SPLITS as OFFICIAL_SPLITS
 from .user_labels import csv_splits, read_csv, read_folder
@@ -54,6 +54,9 @@ class Labels:
         copies: Prepared copies that are read instead of the videos, if any.
         notes: What a user should know about the list, a line each.
         shared_sources: Number of test videos cut from a recording of the train side.
+        val: Videos to choose options and checkpoints by.
+        listed_train: The train side as listed, where another one is trained on; see `hold_out`
+            and `with_val_trained`.
     """
 
     dataset: str
@@ -65,6 +68,19 @@ class Labels:
     copies: CopyFolder | None = None
     notes: tuple[str, ...] = ()
     shared_sources: int = 0
+    val: tuple[Labelled, ...] = ()
+    listed_train: tuple[Labelled, ...] | None = None
+
+    @property
+    def listed(self) -> tuple[Labelled, ...]:
+        """The train side as listed, by which a run recognises its labels."""
+        return self.train if self.listed_train is None else self.listed_train
+
+    def with_val_trained(self) -> Labels:
+        """Return labels whose validation side is part of the train side, for the last training."""
+        held_out = set(self.listed).issuperset(self.val)
+        train = self.listed if held_out else (*self.train, *self.val)
+        return replace(self, train=train, val=(), listed_train=self.listed)
 
     def file(self, video: Labelled) -> VideoFile:
         """Return the file to read a video from.
@@ -93,7 +109,7 @@ class Labels:
     def __repr__(self) -> str:
         return (
             f"Labels({self.dataset}, split {self.split}, classes[{len(self.classes)}], "
-            f"train[{len(self.train)}], test[{len(self.test)}])"
+            f"train[{len(self.train)}], {f'val[{len(self.val)}], ' if self.val else ''}test[{len(self.test)}])"
         )
 
 
@@ -109,9 +125,10 @@ def load_labels(
     """Load and check one split of a data set.
 
     Args:
-        dataset: `csv:FILE` with columns `path`, `label`, `splitN` (`train`, `test`, or empty: not
-            used in this split) and optionally `source`; `folder:DIR` with
-            `DIR/{train,test}/CLASS/…`; `kinetics:FILE`; `hmdb51`; `ucf101`.
+        dataset: `csv:FILE` with columns `path`, `label`, `splitN` (`train`, `val`, `test`, or
+            empty: not used in this split) and optionally `source`; `folder:DIR` with
+            `DIR/{train,test}/CLASS/…` and optionally `DIR/val/CLASS/…`; `kinetics:FILE`;
+            `hmdb51`; `ucf101`.
         split: Number of the split, by default 1.
         copies: A folder of copies by `distinit prepare` to read instead of the videos, which may
             then be missing.
@@ -137,8 +154,10 @@ def load_labels(
     rows, notes = check_rows(number, listing, SIDES, folder, partial)
     names = class_names(listing, rows)
     shared = note_shared_sources(listing, rows, notes)
-    train, test = (_labelled(rows, side, names) for side in SIDES)
-    return Labels(dataset, number, listing.root, names, train, test, folder, tuple(notes), shared)
+    train, test, val = (_labelled(rows, side, names) for side in (*SIDES, VAL))
+    return Labels(
+        dataset, number, listing.root, names, train, test, folder, tuple(notes), shared, val
+    )
 
 
 def read_all_sides(dataset: str, root: str | None = None) -> Listing:

@@ -12,7 +12,9 @@ from ..common.errors import LabelsError
 from ..corpus.sources import escape_path, is_video
 from ..corpus.textfiles import is_utf8, read_text
 
+# Every split has these two sides; a user's labels may have a validation side as well.
 SIDES = ("train", "test")
+VAL = "val"
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Row:
     Attributes:
         path: Path of the video relative to `Listing.root`.
         label: Name of its class.
-        side: "train" or "test".
+        side: "train", "test" or "val".
         where: Where it is listed, for messages.
         source: The recording that it was cut from, "" if unknown.
     """

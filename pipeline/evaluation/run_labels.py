@@ -37,7 +37,7 @@ class RunLabels:
     @classmethod
     def from_labels(cls, labels: Labels) -> RunLabels:
         """Return the record of labels."""
-        train, test = _pairs(labels.train), _pairs(labels.test)
+        train, test = _pairs(labels.listed), _pairs(labels.test)
         dataset = escape_path(labels.dataset)
         return cls(dataset, labels.split, list(labels.classes), train, test, labels_digest(labels))
 
@@ -98,12 +98,17 @@ class RunLabels:
 
 
 def labels_digest(labels: Labels) -> str:
-    """Return the sha256 of classes and both lists in hex; it does not depend on the root folder."""
+    """Return the sha256 of classes, train and test lists in hex; independent of the root folder."""
     content = [
         list(labels.classes),
-        *([[v.path, v.label] for v in side] for side in (labels.train, labels.test)),
+        *([[v.path, v.label] for v in side] for side in (labels.listed, labels.test)),
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def videos_digest(videos: Sequence[Labelled]) -> str:
+    """Return the sha256 of the paths and labels of videos in hex."""
+    return hashlib.sha256(json.dumps([[v.path, v.label] for v in videos]).encode()).hexdigest()
 
 
 def _counts(names: Mapping[str, set[str]]) -> str:

@@ -31,8 +31,10 @@ def record_and_compare(init: str, labels: Labels, run_dir: Path, *, again: bool)
     """
     seen = SeenVideos.read(run_dir) if again else None
     if seen is None:
+        # Choosing by the validation side is a kind of training, too.
+        videos = [*labels.train, *labels.val]
         trained = SeenVideos.of(
-            [labels.digest(v) for v in labels.train], [labels.absolute(v) for v in labels.train]
+            [labels.digest(v) for v in videos], [labels.absolute(v) for v in videos]
         )
         seen = trained.after(_seen_by(init))
         seen.write(run_dir)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from ..common.errors import LabelsError, SourceError
 from ..corpus.sources import escape_path, is_video, list_videos
 from ..corpus.textfiles import is_utf8, read_text, refuse_windows_paths
-from .listing import SIDES, Listing, Row, first_few, require_utf8, videos_in
+from .listing import SIDES, VAL, Listing, Row, first_few, require_utf8, videos_in
 
 
 def read_csv(path: str, split: int | None, root: str | None = None) -> Listing:
@@ -51,7 +51,7 @@ def csv_splits(path: str) -> tuple[int, ...]:
 
 
 def read_folder(root: str, split: int) -> Listing:
-    """Read `ROOT/{train,test}/CLASS/…`.
+    """Read `ROOT/{train,test}/CLASS/…`, and `ROOT/val/CLASS/…` where there is one.
 
     Raises:
         LabelsError: Another split than 1, a missing side, or a video outside of a class folder.
@@ -60,7 +60,8 @@ def read_folder(root: str, split: int) -> Listing:
         raise LabelsError(f"{root}: a folder has only split 1, got --split {split}")
     rows: list[Row] = []
     notes: list[str] = []
-    for side in SIDES:
+    sides = (*SIDES, VAL) if os.path.isdir(os.path.join(root, VAL)) else SIDES
+    for side in sides:
         folder = os.path.join(root, side)
         if not os.path.isdir(folder):
             raise LabelsError(
@@ -111,15 +112,19 @@ def _skipped_files(root: str, side: str, listed: list[str]) -> Iterator[str]:
 
 
 def _other_folders(root: str) -> Iterator[str]:
-    """Yield a note on each folder with videos next to train and test, such as val."""
+    """Yield a note on each folder with videos next to train, val and test."""
     for name in sorted(os.listdir(root)):
-        if name in SIDES or name.startswith(".") or not os.path.isdir(os.path.join(root, name)):
+        if (
+            name in (*SIDES, VAL)
+            or name.startswith(".")
+            or not os.path.isdir(os.path.join(root, name))
+        ):
             continue
         try:
             count = len(list_videos([f"other={os.path.join(root, name)}"]))
         except SourceError:
             continue
-        yield f"{escape_path(name)}/ of {root} is not used ({count} videos), only train/ and test/ are"
+        yield f"{escape_path(name)}/ of {root} is not used ({count} videos), only train/, val/ and test/ are"
 
 
 def _table(path: str) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
@@ -167,10 +172,10 @@ def _used_rows(
         side = "" if column is None else row[column].strip().lower()
         if column is not None and not side:
             continue
-        if column is not None and side not in SIDES:
+        if column is not None and side not in (*SIDES, VAL):
             value = row[column].strip()
             raise LabelsError(
-                f"{path}: {where} has {column}={value!r}, expected {', '.join(SIDES)} or an empty cell"
+                f"{path}: {where} has {column}={value!r}, expected {', '.join((*SIDES, VAL))} or an empty cell"
             )
         name, label = row["path"], row["label"].strip()
         if not name or not label:

@@ -137,6 +137,30 @@ def _table_notes(runs: Sequence[Run]) -> list[str]:
         chances = sorted({len(run.predictions.classes) for run in evaluated if run.predictions})
         guesses = ", ".join(f"{100 / k:.1f} % with {k} classes" for k in chances)
         notes.append(f"Guessing among equally frequent classes scores {guesses}.")
+    return notes + _choice_notes(evaluated)
+
+
+def _choice_notes(runs: Sequence[Run]) -> list[str]:
+    """Return how often each test split was used by these runs, and which test videos were seen."""
+    notes = []
+    for dataset, split in dict.fromkeys((run.dataset, run.split) for run in runs):
+        tested = [run for run in runs if (run.dataset, run.split) == (dataset, split)]
+        looks = sum(run.test_looks for run in tested)
+        blind = sum(not run.chosen_on_validation for run in tested)
+        by = (
+            f"; {blind} of {len(tested)} runs have no validation side: an option that is chosen by "
+            "comparing them is chosen on the test split"
+            if blind > 1
+            else ""
+        )
+        times = "once" if looks == 1 else f"{looks} times"
+        notes.append(f"The test split {split} of {dataset} was looked at {times}{by}.")
+    for run in runs:
+        if seen := run.test_videos_seen:
+            notes.append(
+                f"{run.name}: {seen} of its test videos were seen by the student that it starts from; its accuracies "
+                "are not those of unseen videos."
+            )
     return notes
 
 

@@ -163,6 +163,24 @@ class Run:
         return len(self.metrics["failed"]) if self.metrics else 0
 
     @property
+    def test_looks(self) -> int:
+        """How often the run was tested; 1 for runs of version 0.1, which did not count."""
+        looks = self.result.get("test_looks")
+        return looks if isinstance(looks, int) else 1
+
+    @property
+    def chosen_on_validation(self) -> bool:
+        """Whether the run had a validation side, for its search or for its best checkpoint."""
+        return bool(self.result.get("search") or self.result.get("validation"))
+
+    @property
+    def test_videos_seen(self) -> int:
+        """Number of test videos that the initialisation of the run was trained on."""
+        overlap = self.result.get("overlap")
+        seen = overlap.get("test_videos_seen_by_init") if isinstance(overlap, dict) else 0
+        return seen if isinstance(seen, int) else 0
+
+    @property
     def model(self) -> Path:
         """File of the exported model; it exists once the run is finished."""
         return self.path / (STUDENT_FILE if self.kind == "student" else MODEL_FILE)

@@ -41,6 +41,27 @@ Validate = Callable[[], dict[str, float]]
 
 
 @dataclass(frozen=True)
+class Stop:
+    """When a training ends before its last epoch; by default it does not.
+
+    The learning rate is that of the whole schedule, wherever the training ends.
+
+    Args:
+        epochs: number of epochs to train.
+        patience: number of epochs without a better held-out loss.
+    """
+
+    epochs: int | None = None
+    patience: int | None = None
+
+    def reached(self, state: TrainState) -> bool:
+        """Return whether the epochs that are finished are enough."""
+        done = self.epochs is not None and state.epochs >= self.epochs
+        waited = state.epochs - state.best_epoch
+        return done or (self.patience is not None and waited >= self.patience)
+
+
+@dataclass(frozen=True)
 class FitResult:
     """How a training ended.
 
@@ -51,6 +72,7 @@ class FitResult:
         best: the lowest held-out loss, or training loss where nothing is held out.
         best_epoch: its epoch, counted from 1.
         validation: what `validate` measured after the last epoch.
+        best_validation: what it measured after the best one.
         broken: name → reason of the videos that could not be read.
         resumed_from: the step that this process began with.
         already_finished: whether there was nothing to do.
@@ -64,6 +86,7 @@ class FitResult:
     best: float
     best_epoch: int
     validation: dict[str, float]
+    best_validation: dict[str, float]
     broken: dict[str, str]
     resumed_from: int
     already_finished: bool
@@ -88,6 +111,7 @@ def fit(
     identity: dict[str, Any],
     resume: Resume = False,
     validate: Validate | None = None,
+    stop: Stop = Stop(),
     ranks: Ranks = SINGLE_PROCESS,
 ) -> FitResult:
     """Train `model` in place and leave it with its last weights, on the device and in train mode.
@@ -109,6 +133,7 @@ def fit(
         resume: see `Resume`.
         validate: called at the end of each epoch, on all ranks; its "loss", the lower the better,
             chooses the best checkpoint.
+        stop: when to end before the last epoch.
         ranks: the processes that train together. All call `fit` with the same arguments.
 
     Raises:
@@ -120,9 +145,9 @@ def fit(
     """
     with ranks.same_error():
         run = _begin(
-            model, options, Checkpoints(run_dir, identity | options.identity()), resume, ranks
+            model, options, Checkpoints(run_dir, identity | options.identity()), resume, ranks, stop
         )
-        state, already_finished = run.state, run.state.step >= options.total_steps
+        state, already_finished = run.state, run.finished
         if already_finished:
             log.info(
                 f"{run_dir} is finished: {state.step} of {options.total_steps} steps; nothing to do"
@@ -139,6 +164,7 @@ def fit(
             best=state.best,
             best_epoch=state.best_epoch,
             validation=dict(state.validation),
+            best_validation=dict(state.best_validation),
             broken=dict(state.broken),
             resumed_from=run.meter.first_step,
             already_finished=already_finished,
@@ -161,6 +187,12 @@ class _Run:
     options: LoopOptions
     device: torch.device
     ranks: Ranks
+    stop: Stop
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.state.step >= self.options.total_steps or self.stop.reached(self.state)
 
     def save(self, which: str) -> None:
         """Write the `last` or `best` checkpoint; all ranks call it."""
@@ -184,7 +216,12 @@ class _Run:
 
 
 def _begin(
-    model: nn.Module, options: LoopOptions, checkpoints: Checkpoints, resume: Resume, ranks: Ranks
+    model: nn.Module,
+    options: LoopOptions,
+    checkpoints: Checkpoints,
+    resume: Resume,
+    ranks: Ranks,
+    stop: Stop,
 ) -> _Run:
     """Place the model on its device, make the optimizer, and load the last checkpoint if asked."""
     device = resolve_device(options.device)
@@ -208,7 +245,7 @@ def _begin(
     )
     meter = Meter(options, state, device)
     return _Run(
-        model, trained, optimizer, average, checkpoints, state, meter, options, device, ranks
+        model, trained, optimizer, average, checkpoints, state, meter, options, device, ranks, stop
     )
 
 
@@ -226,7 +263,7 @@ def _train(
     keys = EpochBatchSampler(
         batch_size=options.batch_size,
         steps_per_epoch=options.steps_per_epoch,
-        epochs=options.epochs,
+        epochs=min(options.epochs, run.stop.epochs or options.epochs),
         start=state.step,
     )
     with ExitStack() as stack:
@@ -259,8 +296,10 @@ def _train(
                 _end_epoch(run, validate, metrics)
             if epoch_over or state.step % options.checkpoint_every == 0:
                 run.save("last")
+            if epoch_over and run.finished:
+                break
 
-        if state.step < options.total_steps:
+        if not run.finished:
             run.save("last")
             raise TrainingInterrupted(
                 f"interrupted at step {state.step} of {options.total_steps}; "

@@ -26,6 +26,7 @@ class TrainState:
         best: the lowest loss of an epoch, held-out if there is one.
         best_epoch: its number, counted from 1.
         validation: what was measured after the last epoch.
+        best_validation: what was measured after the best epoch.
         broken: name → reason of the videos that could not be read.
         max_broken: how many of them are allowed.
     """
@@ -40,6 +41,7 @@ class TrainState:
     best: float = math.inf
     best_epoch: int = 0
     validation: dict[str, float] = field(default_factory=dict)
+    best_validation: dict[str, float] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     max_broken: int = 0
 
@@ -83,6 +85,7 @@ class TrainState:
         if not value < self.best:
             return False
         self.best, self.best_epoch = value, self.epochs
+        self.best_validation = dict(validation)
         return True
 
     def epoch_record(self) -> dict[str, Any]:

@@ -200,9 +200,9 @@ def test_equal_ends_are_no_leak_of_another_data_set(
 def test_all_splits_are_read_before_the_first_is_trained(data: Path, tmp_path: Path) -> None:
     text = (data / "labels.csv").read_text().splitlines()
     rows = [f"{line},{line.rpartition(',')[2]}" for line in text[1:]]
-    rows[4] = rows[4].removesuffix("test") + "val"
+    rows[4] = rows[4].removesuffix("test") + "valid"
     (data / "late.csv").write_text("\n".join([f"{text[0]},split2", *rows]))
-    with pytest.raises(LabelsError, match=r"line 6.*split2.*'val'"):
+    with pytest.raises(LabelsError, match=r"line 6.*split2.*'valid'"):
         tuned(f"csv:{data / 'late.csv'}", tmp_path / "all", split="all")
     assert not (tmp_path / "all").exists()
 

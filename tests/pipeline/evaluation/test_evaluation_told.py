@@ -86,7 +86,7 @@ def test_what_a_folder_leaves_out_is_named(tmp_path: Path) -> None:
         "test/a/x.weird",
         "train/wave/1.weird",
         "test/wave/2.weird",
-        "val/a/3.mp4",
+        "valid/a/3.mp4",
     ]
     others += ["train/a/.hidden", "notes/readme.txt"]
     labels = load_labels(folder(tmp_path, *used, *others))
@@ -98,7 +98,7 @@ def test_what_a_folder_leaves_out_is_named(tmp_path: Path) -> None:
         "train/wave/1.weird",
         "test/wave/2.weird",
         "'wave'",
-        "val/",
+        "valid/",
     ):
         assert name in told
     for name in ("hidden", "notes", "readme"):

@@ -24,7 +24,7 @@ from distinit.pipeline.common.errors import (
     WorkerDied,
 )
 from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
-from distinit.pipeline.training.loop import FitResult, LossReport, fit
+from distinit.pipeline.training.loop import FitResult, LossReport, Stop, fit
 from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.pipeline.training.optimizer import WeightAverage, make_optimizer
 
@@ -350,6 +350,34 @@ def test_best_is_by_held_out_loss_where_there_is_one(tmp_path):
     epochs = [line for line in records(tmp_path) if line["kind"] == "epoch"]
     assert [line["held_out/loss"] for line in epochs] == [3.0, 1.0, 2.0]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_early_stopping_waits_for_a_better_held_out_loss_and_resumes_to_the_same_end(tmp_path):
+    """Epoch 2 is the best, and 4 epochs without a better one are waited for. A resume in the middle
+    of an epoch ends at the same step with the same weights; a finished run is left alone."""
+    losses = [3.0, 1.0, 2.0, 1.5, 1.0, 1.2, 0.5, 0.4]
+    options = {"epochs": len(losses)}
+
+    def run(folder: Path, objective: Regression, **changes: Any) -> tuple[FitResult, nn.Module]:
+        model = network()
+        state = iter(losses[changes.pop("done", 0) :])
+        measure = {"validate": lambda: {"loss": next(state)}, "stop": Stop(patience=4)}
+        return train(folder, objective, model, options=options, **measure, **changes), model
+
+    result, model = run(tmp_path / "whole", Regression())
+    assert (result.epochs, result.best_epoch, result.steps) == (6, 2, 30)
+    assert result.best_validation == {"loss": 1.0}
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "cut", Regression(stop=(23, "crash")))
+    again, resumed = run(tmp_path / "cut", Regression(), resume=True, done=4)
+    assert (again.epochs, again.resumed_from) == (6, 22)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    finished, _ = run(tmp_path / "whole", Regression(), resume=True)
+    assert finished.already_finished
+    assert finished.epochs == 6
+    short = train(tmp_path / "short", Regression(), network(), options=options, stop=Stop(epochs=2))
+    assert (short.epochs, short.steps) == (2, 10)
 
 
 def test_bf16_trains_on_a_cpu(tmp_path):
