@@ -44,7 +44,11 @@ from ..pipeline.evaluation.search import SearchRecord, search
 from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.test_looks import count_looks
-from ..pipeline.evaluation.test_overlap import record_and_compare, require_own_labels
+from ..pipeline.evaluation.test_overlap import (
+    record_and_compare,
+    refuse_overlap,
+    require_own_labels,
+)
 from ..pipeline.evaluation.validation import validation
 from ..pipeline.students.export import InitReport, read_meta, save_start, save_student
 from ..pipeline.students.initialization import (
@@ -391,7 +395,11 @@ class _Job:
 
 
 def _load_labels(config: FinetuneConfig) -> Labels:
-    """Load the labels, with the validation side that is held out."""
+    """Load the labels, with the validation side that is held out.
+
+    Raises:
+        LabelsError: A leak, with --strict.
+    """
     labels = load_labels(
         config.dataset,
         config.split if isinstance(config.split, int) else None,
@@ -399,6 +407,9 @@ def _load_labels(config: FinetuneConfig) -> Labels:
         root=config.root,
         partial=config.partial,
     )
+    if config.strict:
+        for init in {config.init, *config.search.get("init", ())}:
+            refuse_overlap(init, labels)
     return hold_out(labels, config.held_out)
 
 

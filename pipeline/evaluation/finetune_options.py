@@ -78,7 +78,7 @@ class FinetuneConfig(Options):
     """
 
     ADDED: ClassVar[frozenset[str]] = frozenset(
-        {"held_out", "val_clips", "patience", "export", "search"}
+        {"held_out", "val_clips", "patience", "export", "search", "strict"}
     )
 
     init: Annotated[str, CliOption(metavar="INIT")] = Field(
@@ -102,6 +102,10 @@ class FinetuneConfig(Options):
         default=None, description="which split; all: a run per split, and the mean"
     )
     partial: Annotated[bool, CliOption()] = Field(default=False, description=PARTIAL_HELP)
+    strict: Annotated[bool, CliOption()] = Field(
+        default=False,
+        description="refuse test videos, or recordings of them, that the run or its initialisation trains on",
+    )
     copies: Annotated[str | None, CliOption(metavar="DIR")] = Field(
         default=None, description=COPIES_HELP
     )

@@ -6,8 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import CheckpointError
+from ..common.errors import CheckpointError, LabelsError
+from ..common.run_dir import SEEN_VIDEOS
 from ..corpus.sources import escape_path
+from ..students.export import read_meta
 from ..students.initialization import student_file
 from ..training.seen_videos import INIT, OWN, SeenVideos
 from .labels import Labels
@@ -29,6 +31,8 @@ def record_and_compare(init: str, labels: Labels, run_dir: Path, *, again: bool)
     Returns:
         Number of test videos by the way in which the run has seen them.
     """
+    if unknown := unknown_videos(init):
+        log.warning(unknown)
     seen = SeenVideos.read(run_dir) if again else None
     if seen is None:
         # Choosing by the validation side is a kind of training, too.
@@ -47,6 +51,49 @@ def record_and_compare(init: str, labels: Labels, run_dir: Path, *, again: bool)
         training=False,
     )
     return {"test_videos_of_shared_sources": labels.shared_sources, **counts}
+
+
+def refuse_overlap(init: str, labels: Labels) -> None:
+    """Refuse labels whose test videos, or recordings of them, are among those trained on.
+
+    Raises:
+        LabelsError: They are, or the videos of the initialisation are not known.
+    """
+    if unknown := unknown_videos(init):
+        raise LabelsError(f"--strict: {unknown}")
+    if labels.shared_sources:
+        raise LabelsError(
+            f"--strict: {labels.dataset}: {labels.shared_sources} of {len(labels.test)} test videos are cut from "
+            "recordings of training videos"
+        )
+    seen = _seen_by(init)
+    if seen is None:
+        return
+    rows = seen.rows(
+        [labels.digest(video) for video in labels.test],
+        [labels.absolute(video) for video in labels.test],
+    )
+    known = [video for video, found in zip(labels.test, rows, strict=True) if found]
+    if known:
+        raise LabelsError(
+            f"--strict: {len(known)} of {len(labels.test)} test videos are among those that {init} was trained on, "
+            f"the first: {escape_path(known[0].path)}; "
+            f"train it with --exclude {labels.dataset} --split {labels.split}"
+        )
+
+
+def unknown_videos(init: str) -> str:
+    """Return a sentence about an initialisation that does not say what it has seen, else "".
+
+    Weights of others (torchvision's, Kinetics') are not meant, whose videos nobody could list.
+    """
+    file = student_file(init)
+    if file is None or read_meta(file) is None or _seen_by(init) is not None:
+        return ""
+    return (
+        f"{init} has no {SEEN_VIDEOS}, so whether it was trained on test videos is not known; give the run folder "
+        "that train-student wrote"
+    )
 
 
 def overlap(

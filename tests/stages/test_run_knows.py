@@ -317,6 +317,14 @@ def test_test_videos_of_a_students_corpus_are_counted(
         dataset, tmp_path / "tuned", init=str(tmp_path / "student"), clips={}, student=None
     )
     assert result["overlap"]["test_videos_seen_by_init"] == 2
+    strict: dict[str, Any] = {"strict": True, "clips": {}, "student": None}
+    with pytest.raises(LabelsError, match=r"--strict: 2 of 2 .*--exclude csv:"):
+        tuned(dataset, tmp_path / "refused", init=str(tmp_path / "student"), **strict)
+    alone = tmp_path / "alone.safetensors"
+    shutil.copy(tmp_path / "student/student.safetensors", alone)
+    with pytest.raises(LabelsError, match=r"--strict: .*alone.safetensors"):
+        tuned(dataset, tmp_path / "refused", init=str(alone), **strict)
+    assert not (tmp_path / "refused").exists()
     tuned(dataset, tmp_path / "again", init=str(tmp_path / "tuned"), clips={}, student=None)
     swapped = write_labels(root, ("test", "test", "train", "train", "train", "train"))
     result = tuned(
@@ -335,9 +343,7 @@ def test_test_videos_of_a_students_corpus_are_counted(
     assert {os.path.basename(path) for path in seen.paths} == {
         v.name for v in videos[:4] + videos[6:]
     }
-    result = tuned(
-        dataset, tmp_path / "clean", init=str(tmp_path / "careful"), clips={}, student=None
-    )
+    result = tuned(dataset, tmp_path / "clean", init=str(tmp_path / "careful"), **strict)
     assert result["overlap"]["test_videos_seen_by_init"] == 0
 
 
