@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..pipeline.common.errors import UsageError
 from ..pipeline.common.locks import folder_lock
 from ..pipeline.common.run_dir import (
     CONFIG,
+    LAST,
     MODEL_FILE,
     PREDICTIONS,
     RUN_FILES,
@@ -40,7 +41,7 @@ from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.protocol import evaluate_student, write_result
 from ..pipeline.evaluation.run_labels import labels_digest, videos_digest
 from ..pipeline.evaluation.search import FOLDER as SEARCH_FOLDER
-from ..pipeline.evaluation.search import SearchRecord, search
+from ..pipeline.evaluation.search import SearchRecord, epochs_of_search, search
 from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.test_looks import count_looks
@@ -65,6 +66,7 @@ from ..pipeline.training.checkpoint import (
     read_identity,
     require_not_longer,
 )
+from ..pipeline.training.estimate import announce, clips_in, measure_rate, recorded_schedule
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, Stop, fit
 from ..pipeline.training.loop_options import LoopOptions, Resume
@@ -167,14 +169,25 @@ def _finetune_split(
     config: FinetuneConfig, console: Console, ranks: Ranks, stack: ExitStack
 ) -> dict[str, Any]:
     run_dir = Path(config.out)
+    config = ranks.on_main(lambda: _scheduled(config))
     device = ranks.on_all_ranks(lambda: resolve_device(config.loop.device))
     # Rank 0 first, so that an initialisation is downloaded once.
     if ranks.world > 1:
         ranks.on_main(lambda: resolve_init(config.init, config.student).options)
     job = ranks.on_all_ranks(lambda: _assemble(config, _load_labels(config)))
     ranks.on_main(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
+    if job.config.loop.minutes is not None:
+        config = ranks.on_main(lambda: _fitted(config, job, ranks.world))
+        job = ranks.on_all_ranks(lambda: _assemble(config, job.labels))
+    if config.loop.budget is not None:
+        # From here on, the schedule is as if it had been given.
+        loop = {"loop": job.options}
+        config, used = config.model_copy(update=loop), job.config.model_copy(update=loop)
+        job = replace(job, config=used)
     if ranks.is_main:
         _describe_run(job, console)
+    if not (run_dir / LAST).exists():
+        announce(job.student, job.clips(), job.options, job.total_clips(), ranks)
     searched, stop = None, Stop(patience=config.patience)
     if config.search:
         searched = _search(job, run_dir, console, ranks)
@@ -323,14 +336,7 @@ def _train(
     )
     result = fit(
         model=student,
-        dataset=LabelledClips(
-            labels,
-            config.clips,
-            clip_frames=config.clips.clip_frames,
-            seed=config.loop.seed,
-            epoch_clips=options.clips_per_epoch,
-            channels=student.options.channels,
-        ),
+        dataset=job.clips(),
         objective=Classification(),
         options=options,
         run_dir=run_dir,
@@ -368,6 +374,24 @@ class _Job:
         """The loop for this number of videos."""
         return self.config.loop.for_videos(len(self.labels.train))
 
+    def clips(self) -> LabelledClips:
+        """Return the training clips."""
+        config = self.config
+        return LabelledClips(
+            self.labels,
+            config.clips,
+            clip_frames=config.clips.clip_frames,
+            seed=config.loop.seed,
+            epoch_clips=self.options.clips_per_epoch,
+            channels=self.student.options.channels,
+        )
+
+    def total_clips(self) -> int:
+        """Return the clips of the training, those of a search included."""
+        options = self.options
+        epochs = epochs_of_search(self.config) if self.config.search else options.epochs
+        return epochs * options.clips_per_epoch
+
     def identity(self) -> dict[str, Any]:
         """Return what a resume must share, by top-level key, so that an error names the difference.
 
@@ -392,6 +416,24 @@ class _Job:
             return {"validation": {"videos": videos_digest(labels.val), "clips": config.val_clips}}
         # The last training of a search, which is as long as its best candidate.
         return {"train": videos_digest(labels.train)} if config.search else {}
+
+
+def _scheduled(config: FinetuneConfig) -> FinetuneConfig:
+    """Return the config with the schedule of the run that is resumed, or with a budget."""
+    loop = recorded_schedule(Path(config.out), COMMAND, config.loop, resume=config.resume)
+    return config.model_copy(update={"loop": loop})
+
+
+def _fitted(config: FinetuneConfig, job: _Job, world: int) -> FinetuneConfig:
+    """Return the config with the budget of clips that `--minutes` has time for."""
+    loop, options = config.loop, job.options
+    assert loop.minutes is not None
+    clips = clips_in(loop.minutes, measure_rate(job.student, job.clips(), options), options, world)
+    # A search shares the time among its candidates and the last training.
+    clips = int(clips * options.epochs * options.clips_per_epoch / job.total_clips())
+    return config.model_copy(
+        update={"loop": loop.model_copy(update={"budget": max(1, clips), "minutes": None})}
+    )
 
 
 def _load_labels(config: FinetuneConfig) -> Labels:

@@ -53,6 +53,7 @@ from ..pipeline.training.checkpoint import (
 from ..pipeline.training.distillation import Distillation, evaluate_distillation
 from ..pipeline.training.distillation_options import TrainConfig
 from ..pipeline.training.dry_run import dry_run
+from ..pipeline.training.estimate import announce, clips_in, measure_rate, recorded_schedule
 from ..pipeline.training.filter_thresholds import Filter, measure_thresholds
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, fit
@@ -91,8 +92,12 @@ def train_student(config: TrainConfig, console: Console) -> dict[str, Any]:
 
 def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
     """Show what a training would be, with its first batch, and do not train."""
+    config = _scheduled(config)
     store, teachers, _ = _open(config)
     parts = _assemble(config, store, teachers, None, console)
+    if config.loop.minutes is not None:
+        config = _fitted(config, parts, config.loop.gpus)
+        parts = _assemble(config, store, teachers, None, console)
     return dry_run(config, store, parts.train, _build(config, parts.train.sampler.targets))
 
 
@@ -110,11 +115,16 @@ def _train_locked(
 ) -> dict[str, Any]:
     run_dir = Path(config.out)
     ranks.on_main(lambda: check_output_dir(run_dir, COMMAND, (*RUN_FILES, SEEN_VIDEOS, RESULT)))
+    config = ranks.on_main(lambda: _scheduled(config))
     store, teachers, device = ranks.on_all_ranks(lambda: _open(config))
     ranks.on_main(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
     saved = ranks.on_all_ranks(lambda: read_identity(run_dir) if config.resume else None)
     parts = ranks.on_all_ranks(lambda: _assemble(config, store, teachers, saved, console))
+    if config.loop.minutes is not None:
+        config = ranks.on_main(lambda: _fitted(config, parts, ranks.world))
+        parts = ranks.on_all_ranks(lambda: _assemble(config, store, teachers, saved, console))
     options = config.loop.for_videos(len(parts.train.sampler.videos))
+    config = config.model_copy(update={"loop": _as_used(config.loop, options)})
     identity = _identity(config, store, teachers, parts, options)
     if saved is not None:  # before the config of the run is overwritten
         ranks.on_all_ranks(lambda: _check_same(run_dir, saved, identity))
@@ -132,6 +142,9 @@ def _train_locked(
         f"{options.epochs} epochs of {options.clips_per_epoch} clips from {len(parts.train.sampler.videos)} videos"
     )
     console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
+    if saved is None:
+        clips = options.total_steps * options.batch_size
+        announce(student, parts.train, options, clips, ranks)
     objective = make_objective(config.targets, parts.train.sampler.targets, parts.baselines)
     bounds = ranks.on_main(lambda: _bounds(parts.train.sampler, objective, console))
 
@@ -173,6 +186,27 @@ def _train_locked(
         return summary
 
     return ranks.on_main(finish)
+
+
+def _scheduled(config: TrainConfig) -> TrainConfig:
+    """Return the config with the schedule of the run that is resumed, or with a budget."""
+    loop = recorded_schedule(Path(config.out), COMMAND, config.loop, resume=config.resume)
+    return config.model_copy(update={"loop": loop})
+
+
+def _fitted(config: TrainConfig, parts: _Parts, world: int) -> TrainConfig:
+    """Return the config with the budget of clips that `--minutes` has time for."""
+    loop, student = config.loop, _build(config, parts.train.sampler.targets)
+    assert loop.minutes is not None
+    clips = clips_in(loop.minutes, measure_rate(student, parts.train, loop), loop, world)
+    return config.model_copy(
+        update={"loop": loop.model_copy(update={"budget": clips, "minutes": None})}
+    )
+
+
+def _as_used(loop: LoopOptions, options: LoopOptions) -> LoopOptions:
+    """Return the loop with the schedule that a budget decided, for config.yaml."""
+    return options if loop.budget is not None else loop
 
 
 def _open(config: TrainConfig) -> tuple[TargetStore, tuple[str, ...], torch.device]:

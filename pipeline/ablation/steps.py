@@ -27,7 +27,7 @@ from ..evaluation.search import epochs_of_search
 from ..store.exclude import Exclusion
 from ..store.reader import TargetStore
 from ..training.distillation_options import TrainConfig
-from ..training.loop_options import FREE_ON_RESUME
+from ..training.loop_options import FREE_ON_RESUME, SCHEDULE
 from .plan import SECTIONS, STUDENT, Cell
 
 TRAIN, TUNE = SECTIONS
@@ -37,7 +37,7 @@ PATHS = {
 }
 MODELS: dict[str, type[Options]] = {TRAIN: TrainConfig, TUNE: FinetuneConfig}
 
-FREE = FREE_ON_RESUME - {"epochs"}
+FREE = FREE_ON_RESUME - {"epochs", "budget", "minutes"}
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,12 @@ def filled_in(section: Any, split: int) -> Any:
 
 def _given(config: Options) -> dict[str, Any]:
     """Return the keys set by preset and plan; finetune takes others from the initialisation."""
-    return dict(config.model_dump(mode="json", exclude_unset=True))
+    given = dict(config.model_dump(mode="json", exclude_unset=True))
+    loop = config.loop  # type: ignore[attr-defined]
+    # A schedule that the plan leaves to the defaults is that of the cell's digest, and no other.
+    if loop.budget is None and loop.minutes is None:
+        given["loop"] = {key: getattr(loop, key) for key in SCHEDULE} | given.get("loop", {})
+    return given
 
 
 def _network(trained: TrainConfig, tuned: Any) -> dict[str, Any]:

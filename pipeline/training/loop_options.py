@@ -6,6 +6,7 @@ Shared by `train-student` and `finetune`.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -28,8 +29,37 @@ FREE_ON_RESUME = frozenset(
         "threads",
         "weights",
     }
-    | {"log_every", "checkpoint_every", "max_broken"}
+    | {"log_every", "checkpoint_every", "max_broken", "budget", "minutes", "max_hours"}
 )
+
+# The options that decide how long a training is.
+SCHEDULE = ("epochs", "epoch_clips", "warmup_epochs", "step_epochs")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many clips a training of `videos` videos has, and what its schedule looks like.
+
+    Args:
+        clips_per_video: how often a video is drawn in all.
+        least: clips of the shortest training.
+        most: clips of the longest.
+        epochs: parts that the clips are divided into.
+        warmup_epochs: epochs of warm-up.
+        step_epochs: epochs between drops of the rate.
+    """
+
+    clips_per_video: int
+    least: int
+    most: int
+    epochs: int
+    warmup_epochs: int
+    step_epochs: int
+
+    def clips(self, videos: int) -> int:
+        """Return the clips of a training."""
+        return min(max(self.clips_per_video * videos, self.least), self.most)
+
 
 # False: a folder that holds a run is refused. True: one that holds none. auto: a run is resumed, or
 # begins where there is none.
@@ -58,7 +88,13 @@ class LoopOptions(Options):
     sets. With AdamW the defaults of `lr` and `weight_decay` are those of `ADAMW_DEFAULTS`.
     """
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"optimizer", "betas", "schedule", "ema"})
+    ADDED: ClassVar[frozenset[str]] = frozenset(
+        {"optimizer", "betas", "schedule", "ema", "budget", "minutes", "max_hours"}
+    )
+    # The paper draws a video of Kinetics 190 times; half of that loses little. With fewer than
+    # 24 000 clips a student from scratch has hardly begun to learn (docs/train-student.md). The
+    # shape is that of the paper's 45 epochs, divided by five.
+    BUDGET: ClassVar[Budget] = Budget(100, 24_000, 45_000_000, 9, 2, 2)
     ADAMW_DEFAULTS: ClassVar[dict[str, float]] = {"lr": 0.001, "weight_decay": 0.05}
 
     epochs: Annotated[int, CliOption(group="Training", metavar="N")] = Field(
@@ -67,6 +103,28 @@ class LoopOptions(Options):
     epoch_clips: Annotated[
         int | None, CliOption(group="Training", metavar="N", shown="one per video")
     ] = Field(default=None, ge=1, description="clips per epoch")
+    budget: Annotated[
+        int | Literal["auto"] | None,
+        CliOption(
+            group="Training",
+            metavar="CLIPS|auto",
+            shown="auto without a schedule",
+            replaces=SCHEDULE,
+        ),
+    ] = Field(
+        default=None,
+        description="clips to train on in all, which the schedule is fitted to; auto: by the number of videos",
+    )
+    minutes: Annotated[
+        float | None, CliOption(group="Training", metavar="M", shown="none", replaces=SCHEDULE)
+    ] = Field(
+        default=None,
+        gt=0,
+        description="fit the schedule to the time there is, test included, by measuring a few steps",
+    )
+    max_hours: Annotated[float | None, CliOption(group="Training", metavar="H", shown="none")] = (
+        Field(default=None, gt=0, description="refuse a training that is estimated to take longer")
+    )
     batch_size: Annotated[int, CliOption(group="Training", metavar="B")] = Field(
         default=32, ge=1, description="clips per step, over all GPUs"
     )
@@ -174,17 +232,41 @@ class LoopOptions(Options):
     def _check_combinations(self) -> LoopOptions:
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0, found momentum = 0; set nesterov=false")
+        if isinstance(self.budget, int) and self.budget < 1:
+            raise ValueError(f"budget is {self.budget}, expected 1 clip or more, or auto")
+        if self.budget is not None and self.minutes is not None:
+            raise ValueError("give --budget (clips) or --minutes (time), not both")
         if self.weights == "ema" and self.ema is None:
             raise ValueError("weights is ema, which needs a decay: --ema 0.999")
         return self
 
     def for_videos(self, videos: int) -> LoopOptions:
-        """Return the options with `epoch_clips` filled in: one per video if it is not given."""
-        return (
-            self
-            if self.epoch_clips is not None
-            else self.model_copy(update={"epoch_clips": max(1, videos)})
-        )
+        """Return the options with the schedule of the budget, and with `epoch_clips` filled in.
+
+        Options that were given stay. Without a budget, an epoch has one clip per video if
+        `epoch_clips` is not given.
+        """
+        planned = self._planned(videos) if self.budget is not None else self
+        if planned.epoch_clips is not None:
+            return planned
+        return planned.model_copy(update={"epoch_clips": max(1, videos)})
+
+    def _planned(self, videos: int) -> LoopOptions:
+        """Return the options with what the budget decides of the schedule."""
+        rule, given = self.BUDGET, self.model_fields_set
+        clips = rule.clips(videos) if self.budget == "auto" else int(self.budget or 0)
+        epochs = self.epochs if "epochs" in given else rule.epochs
+        if "epoch_clips" in given and "epochs" not in given and self.epoch_clips is not None:
+            epochs = max(1, round(clips / self.epoch_clips))
+        # Of another number of epochs the warm-up and the drops take the same shares.
+        share = epochs / rule.epochs
+        derived = {
+            "epochs": epochs,
+            "epoch_clips": math.ceil(clips / epochs),
+            "warmup_epochs": min(round(rule.warmup_epochs * share), epochs - 1),
+            "step_epochs": max(1, round(rule.step_epochs * share)),
+        }
+        return self.model_copy(update={k: v for k, v in derived.items() if k not in given})
 
     @property
     def steps_per_epoch(self) -> int:

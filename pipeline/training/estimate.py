@@ -1,0 +1,169 @@
+"""Estimate how long a training takes: a few steps are measured on a copy of the model.
+
+Shapes: B clips, C channels, T frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..clips.transforms import normalize_clip
+from ..common.devices import resolve_device
+from ..common.distributed import Ranks
+from ..common.documents import load_yaml, read_bytes
+from ..common.errors import DistInitError, UsageError
+from ..common.run_dir import CONFIG
+from .loader import EpochBatchSampler, KeyedDataset, read_batches
+from .loop_options import SCHEDULE, LoopOptions, Resume
+from .precision import autocast, pick_workers, torch_threads
+
+log = logging.getLogger(__name__)
+
+# Shorter trainings are over before the measurement pays for itself.
+LONG_CLIPS = 4000
+MEASURED_S, CLIPS = 2.0, 4
+# What of --minutes is left for start, validation, checkpoints and test.
+TRAINING_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Seconds per clip, of one process that computes and of one that reads."""
+
+    compute_s: float
+    read_s: float
+
+    def seconds(self, clips: int, workers: int) -> float:
+        """Return the seconds of a training; loader processes work at the same time."""
+        if workers == 0:
+            return clips * (self.compute_s + self.read_s)
+        return clips * max(self.compute_s, self.read_s / workers)
+
+
+def measure_rate(model: nn.Module, dataset: KeyedDataset, options: LoopOptions) -> Rate:
+    """Measure on the first clips of a training; neither weights nor random states change.
+
+    Raises:
+        DistInitError: The clips cannot be read, or do not fit into the memory of the device.
+    """
+    device = resolve_device(options.device)
+    workers = pick_workers(options.workers, device)
+    keys = EpochBatchSampler(batch_size=1, steps_per_epoch=CLIPS + 1, epochs=1)
+    batches = read_batches(dataset, keys, workers=min(1, workers), device=device)
+    clips, started = [], time.perf_counter()
+    for number, batch in enumerate(islice(batches, CLIPS + 1)):
+        # The first one waits for the process to start.
+        if number == 0:
+            started = time.perf_counter()
+        clips.append(batch["clip"])
+    read_s = (time.perf_counter() - started) / max(1, len(clips) - 1)
+    size = min(options.clips_at_once(options.gpus), CLIPS if device.type == "cpu" else 10**6)
+    repeated = torch.cat(clips)[torch.arange(size) % len(clips)]
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), torch_threads(options.threads, workers, device):
+        shadow = copy.deepcopy(model).to(device).train()
+        steps = _timed(shadow, repeated.to(device), options, device)
+    return Rate(steps / size, read_s)
+
+
+def _timed(
+    model: nn.Module, clips: torch.Tensor, options: LoopOptions, device: torch.device
+) -> float:
+    """Return the seconds of a step."""
+    steps, started = 0, 0.0
+    while steps < 2 or time.perf_counter() - started < MEASURED_S:
+        with autocast(device, options.precision):
+            outputs: Any = model(normalize_clip(clips, torch.float32))
+        torch.stack(
+            [output.float().square().mean() for output in outputs.values()]
+        ).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        # The first step is a warm-up.
+        started = started or time.perf_counter()
+        steps += 1
+    return (time.perf_counter() - started) / (steps - 1)
+
+
+def announce(
+    model: nn.Module, dataset: KeyedDataset, options: LoopOptions, clips: int, ranks: Ranks
+) -> None:
+    """Log how long a training takes, before it starts.
+
+    Args:
+        model: What is trained.
+        dataset: What it is trained on.
+        options: Of the loop, with `epoch_clips`.
+        clips: Number of clips that are trained on in all.
+        ranks: The processes that train together.
+
+    Raises:
+        UsageError: It takes more than `max_hours`.
+    """
+
+    def estimate() -> None:
+        if clips < LONG_CLIPS and options.max_hours is None:
+            return
+        try:
+            rate = measure_rate(model, dataset, options)
+        except DistInitError as error:
+            # The training says so itself, and may get over it.
+            log.warning("no estimate of the time: %s", error)
+            return
+        workers = pick_workers(options.workers, resolve_device(options.device))
+        hours = rate.seconds(clips, workers) / ranks.world / 3600
+        log.info(f"estimated: {_duration(hours)} for {clips} clips, without validation and test")
+        if options.max_hours is not None and hours > options.max_hours:
+            fitting = int(clips * options.max_hours / hours)
+            raise UsageError(
+                f"--max-hours {options.max_hours:g}: the training takes about {_duration(hours)}; --budget {fitting} "
+                "fits it into that time, a larger --max-hours allows it"
+            )
+
+    ranks.on_main(estimate)
+
+
+def clips_in(minutes: float, rate: Rate, options: LoopOptions, world: int) -> int:
+    """Return how many clips can be trained on in these minutes, test included."""
+    workers = pick_workers(options.workers, resolve_device(options.device))
+    seconds = 60 * minutes * TRAINING_SHARE * world
+    return max(options.batch_size, int(seconds / rate.seconds(1, workers)))
+
+
+def recorded_schedule(
+    run_dir: Path, command: str, loop: LoopOptions, *, resume: Resume
+) -> LoopOptions:
+    """Return the options with the schedule of the run in a folder, where none is given.
+
+    A run that is resumed keeps its schedule, also one of version 0.1. Without a run the options are
+    those given, with a budget that follows the number of videos if they set no schedule at all.
+    """
+    given = loop.model_fields_set
+    if given.issuperset(SCHEDULE):
+        return loop
+    text = read_bytes(run_dir / CONFIG, run_dir) if resume else b""
+    content = load_yaml(text.decode("utf-8", "replace"))
+    section = content.get(command) if isinstance(content, dict) else None
+    stored = section.get("loop") if isinstance(section, dict) else None
+    if isinstance(stored, dict):
+        kept = {key: stored[key] for key in SCHEDULE if key in stored and key not in given}
+        values = {**loop.model_dump(exclude_unset=True), **kept}
+        return type(loop).model_validate({**values, "budget": None, "minutes": None})
+    if loop.minutes is None and loop.budget is None and not given & set(SCHEDULE):
+        return loop.model_copy(update={"budget": "auto"})
+    return loop
+
+
+def _duration(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours:.1f} hours" if hours >= 1 else f"{max(hours * 60, 0.1):.1f} min"

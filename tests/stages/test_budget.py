@@ -1,0 +1,89 @@
+"""A schedule that follows from the number of videos, or from the time there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distinit.pipeline.common.console import Console
+from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.evaluation.finetune_options import FinetuneLoop
+from distinit.pipeline.training.distillation_options import TrainConfig
+from distinit.pipeline.training.loop_options import LoopOptions
+from distinit.stages.train_student import train_student
+
+QUIET = Console(quiet=True)
+
+
+@pytest.mark.parametrize(("videos", "clips"), [(10, 24_000), (380, 38_000), (10**6, 45_000_000)])
+def test_a_budget_follows_the_number_of_videos(videos: int, clips: int) -> None:
+    options = LoopOptions(budget="auto", batch_size=24).for_videos(videos)
+    assert clips <= options.epochs * options.clips_per_epoch < clips + 9 * 25
+    assert (options.epochs, options.warmup_epochs, options.step_epochs) == (9, 2, 2)
+    assert options.for_videos(videos + 5) == options, "what is derived is derived once"
+
+
+def test_options_that_are_given_stay() -> None:
+    given = FinetuneLoop(budget=1000, epochs=20, step_epochs=None).for_videos(50)
+    assert (given.epochs, given.epoch_clips, given.step_epochs) == (20, 50, None)
+    parts = FinetuneLoop(budget=1000, epoch_clips=100).for_videos(50)
+    assert (parts.epochs, parts.epoch_clips, parts.step_epochs) == (10, 100, 2)
+    assert FinetuneLoop(budget=10, epochs=1).for_videos(5).warmup_epochs == 0
+    assert LoopOptions(epochs=3).for_videos(7).epoch_clips == 7, "no budget, no derivation"
+
+
+@pytest.mark.parametrize("options", [{"budget": 0}, {"budget": 5, "minutes": 1}, {"minutes": 0}])
+def test_a_budget_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"budget|minutes"):
+        LoopOptions.model_validate(options)
+
+
+def config(store: Any, out: Path, **loop: Any) -> TrainConfig:
+    machine = {"batch_size": 4, "workers": 0, "device": "cpu", "lr": 0.02}
+    return TrainConfig.model_validate(
+        {
+            "store": str(store.path), "out": str(out), "student": {"architecture": "r3d_18", "width": 0.0625},
+            "clips": {"clip_frames": 8, "size": 32, "resize": [40, 60]}, "loop": {**machine, **loop},
+            "resume": "auto",
+        }
+    )  # fmt: skip
+
+
+def used(run: Path, command: str = "train-student") -> dict[str, Any]:
+    loop = yaml.safe_load((run / "config.yaml").read_text())[command]["loop"]
+    return {key: loop[key] for key in ("epochs", "epoch_clips", "warmup_epochs", "step_epochs")}
+
+
+@pytest.mark.slow
+def test_a_run_records_what_a_budget_decided_and_resumes_with_it(
+    tiny_store: Any, tmp_path: Path
+) -> None:
+    first = train_student(config(tiny_store, tmp_path / "run", budget=16, epochs=2), QUIET)
+    schedule = {"epochs": 2, "epoch_clips": 8, "warmup_epochs": 0, "step_epochs": 1}
+    assert used(tmp_path / "run") == schedule
+    assert (first["steps"], first["epochs"]) == (4, 2)
+    again = train_student(config(tiny_store, tmp_path / "run"), QUIET)
+    assert again["already_finished"]
+    assert used(tmp_path / "run") == schedule
+    explicit = train_student(config(tiny_store, tmp_path / "given", **schedule), QUIET)
+    assert explicit["loss"] == first["loss"], "as if it had been given"
+
+
+@pytest.mark.slow
+def test_minutes_are_measured_and_recorded(tiny_store: Any, tmp_path: Path) -> None:
+    result = train_student(config(tiny_store, tmp_path / "run", minutes=0.01, epochs=1), QUIET)
+    schedule = used(tmp_path / "run")
+    assert result["steps"] == schedule["epochs"] * -(-schedule["epoch_clips"] // 4)
+    assert result["seconds"] < 30
+
+
+@pytest.mark.slow
+def test_what_takes_too_long_is_refused_before_it_starts(tiny_store: Any, tmp_path: Path) -> None:
+    """Without a schedule it is that of the budget, whose clips the message fits to the time."""
+    with pytest.raises(UsageError, match=r"--max-hours 0\.0001.*--budget \d+"):
+        train_student(config(tiny_store, tmp_path / "run", max_hours=0.0001), QUIET)
+    assert not (tmp_path / "run/checkpoints").exists()
+    assert used(tmp_path / "run")["epoch_clips"] == 2667
