@@ -361,11 +361,12 @@ def _records(config: ExtractConfig, loaded: list[Teacher]) -> dict[str, dict[str
     return {
         name: {
             "name": name,
-            "identity": teacher.identity(config.precision, output),
-            "provenance": {**teacher.provenance(), "spec": spec.record(output)},
+            "identity": teacher.identity(config.precision, key),
+            "provenance": {**teacher.provenance(), "spec": spec.record(key)},
+            **TeacherOutput(teacher, key).view_attributes(),
         }
         for teacher, spec in zip(loaded, config.teachers, strict=True)
-        for output, name in teacher.store_names.items()
+        for key, name in teacher.store_names.items()
     }
 
 

@@ -49,6 +49,12 @@ def targets_export(options: ExportConfig, console: Console) -> dict[str, Any]:
     store, out = TargetStore.open(options.store), Path(os.path.abspath(options.out))
     wanted = dict.fromkeys(options.teachers)
     names = [store.teacher(name).name for name in wanted] or list(store.teachers)
+    for name in names:
+        if (of := store.teacher(name).mirror_of) is not None and of not in names:
+            raise UsageError(
+                f"--teacher {name}: holds the mirrored frames of {of!r}: name that as well"
+            )
+    names = [name for name in store.teachers if name in names] if wanted else names
     if out.suffix not in (*HDF5, ZARR):
         raise UsageError(
             f"--out {out}: must end in {', '.join(HDF5)} (one HDF5 file) or {ZARR} (a store)"
@@ -182,7 +188,7 @@ def _same_file(store: TargetStore, out: Path, names: list[str], videos: NDArray[
             )
             and all(
                 file[f"teachers/{name}/{store.teacher(name).output}"].shape
-                == (len(file["frames/pts"]), store.teacher(name).width)
+                == (len(file["frames/pts"]), store.teacher(name).codec.width)
                 for name in names
             )
         )
@@ -269,7 +275,11 @@ def _export_hdf5(
             for name in names:
                 record = store.teacher(name)
                 group = file.create_group(f"teachers/{name}")
-                shape = (len(rows), record.width)
+                shape = (len(rows), record.codec.width)
+                if record.grid:
+                    group.attrs["grid"] = record.grid
+                if record.mirror_of is not None:
+                    group.attrs["mirror_of"] = record.mirror_of
                 values = group.create_dataset(record.output, shape, "f2", **_checked(shape, 2))
                 entropy = None
                 if record.output == "logits":
@@ -280,7 +290,7 @@ def _export_hdf5(
                 for at in range(0, len(rows), BLOCK):
                     some = rows[at : at + BLOCK]
                     # Not by HDF5: 1.14.2 halves what float16 rounds up to a power of two.
-                    values[at : at + BLOCK] = store.outputs(name, some).astype(np.float16)
+                    values[at : at + BLOCK] = store.values(name, some).astype(np.float16)
                     if entropy is not None:
                         entropy[at : at + BLOCK] = store.entropy(name, some)
                     writer.check()

@@ -132,6 +132,7 @@ def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
         "name": name,
         "output": record.output,
         "width": record.width,
+        "view": record.view,
         "classes": len(record.classes),
         "identity": record.identity,
         "run": record.run,
@@ -194,7 +195,7 @@ def _show(info: dict[str, Any], console: Console) -> None:
         )
     console.table(corpora)
     teachers = Table("teacher", "weights")
-    for column in ("output", "frames", "kept as", "bytes a frame"):
+    for column in ("output", "view", "frames", "kept as", "bytes a frame"):
         teachers.add_column(column, justify="right")
     teachers.add_column("most frequent")
     entropies = Table("teacher")
@@ -206,7 +207,9 @@ def _show(info: dict[str, Any], console: Console) -> None:
         weights = str(t["identity"].get("weights", ""))
         labels = ", ".join(f"{m['class']} {m['share']:.0%}" for m in t.get("most_frequent", [])[:4])
         what = f"{t['width']:,} {'classes' if t['output'] == 'logits' else 'features'}"
-        teachers.add_row(t["name"], weights, what, f"{t['rows']:,}", _kept(t), size, labels)
+        teachers.add_row(
+            t["name"], weights, what, t["view"], f"{t['rows']:,}", _kept(t), size, labels
+        )
         if t["output"] != "logits":
             continue
         e = t["entropy_nats"]

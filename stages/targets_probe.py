@@ -34,7 +34,7 @@ def targets_probe(options: ProbeConfig, console: Console) -> dict[str, Any]:
         video_roots=options.video_roots,
     )
     labels = _sampled(labels, options)
-    names = [store.teacher(name).name for name in options.teachers or store.teachers]
+    names = store.target_names(options.teachers)
     counts, results = options.frame_counts(), list[ProbeResult]()
     notes = list(labels.notes)
     with console.progress("probing", len(names) * len(counts), "probes") as bar:

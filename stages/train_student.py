@@ -241,13 +241,11 @@ def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
     Raises:
         UsageError: The store lacks one.
     """
-    names = tuple(config.targets.teachers or store.teachers)
+    names = store.target_names(config.targets.teachers)
     if not names:
         raise StoreError(
             f"{store.name} holds no teacher's logits; run distinit extract-targets first"
         )
-    for name in names:
-        store.teacher(name)
     names = tuple(name for name in store.teachers if name in names)
     by_teacher = {
         f"targets.{key}": getattr(config.targets, key)
@@ -304,6 +302,7 @@ def _assemble(
             seed=seed,
             epoch_clips=options.clips_per_epoch,
             flip=config.clips.flip,
+            view=config.clips,
             max_entropy=thresholds,
             filter_mode=config.targets.filter_mode,
             fixed=fixed,
@@ -477,7 +476,7 @@ def _identity(
     return {
         "store": {"id": found["store_id"], "videos": len(parts.train.sampler.videos)},
         "sampling": found["sampling"],
-        "teachers": {name: found["teachers"][name] for name in teachers},
+        "teachers": {name: found["teachers"][name] for name in store.with_mirrors(teachers)},
         "student": config.student.identity_dump(),
         "clips": config.clips.identity_dump(),
         "targets": config.targets.identity_dump(exclude={"teachers", "heads"}),

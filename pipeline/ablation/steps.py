@@ -92,13 +92,15 @@ class StepMaker:
         config = self._config(
             TRAIN, cell, {"store": self.store.name, "out": ".", "video_roots": self.video_roots}
         )
-        teachers = config.targets.teachers or tuple(self.store.teachers)
+        teachers = config.targets.teachers or self.store.target_names()
         identity = self.store.identity()
         usable = self.store.usable([name for name in teachers if name in self.store.teachers])
         seen = {
             "store": identity["store_id"],
             "sampling": identity["sampling"],
-            "teachers": {name: identity["teachers"].get(name) for name in teachers},
+            "teachers": {
+                name: identity["teachers"].get(name) for name in self.store.with_mirrors(teachers)
+            },
             "videos": len(usable),
         }
         if config.exclude is not None:
@@ -109,7 +111,7 @@ class StepMaker:
         loop = config.loop.for_videos(int(len(usable) * (1 - config.held_out)))
         bare = _bare(config, TRAIN)
         # `seen` has the teachers, whether the plan names them or uses all of the store.
-        if list(teachers) == [name for name in self.store.teachers if name in teachers]:
+        if list(teachers) == [name for name in self.store.target_names() if name in teachers]:
             bare["targets"]["teachers"] = None
         key = _digest(bare, seen)
         clips, address = loop.total_steps * loop.batch_size, self.store.files.address

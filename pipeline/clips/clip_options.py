@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, field_validator
 
 from ..common.settings import CliOption, Options
+from ..video.region import Region
 
 # Mean and standard deviation by the number of channels of a clip: of RGB in 0 … 1 in Kinetics, as
 # torchvision's video models expect it, and of flow in pixels, x and y, as in Caffe2's operator.
@@ -93,12 +94,25 @@ class ClipView(Options):
 
         if crop is None:
             return center_crop(images, self.size)
-        height, width = images.shape[1:3]
-        top, left = (
-            int(crop.top * (height - self.size + 1)),
-            int(crop.left * (width - self.size + 1)),
-        )
+        top, left = self._corner(images.shape[1:3], crop)
         return crop_and_flip(images, top, left, self.size, crop.flip)
+
+    def region(self, crop: Crop | None) -> Region:
+        """Return the rectangle of the displayed frame that a clip with this crop shows.
+
+        Whether the clip is mirrored does not move it.
+        """
+        height, width = self.frame_view(crop).scaled(1, 1)
+        if crop is None:
+            top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        else:
+            top, left = self._corner((height, width), crop)
+        return Region.of_pixels(top, left, (self.size, self.size), (height, width))
+
+    def _corner(self, shape: tuple[int, ...], crop: Crop) -> tuple[int, int]:
+        """Return the top and left of a crop in a picture (height, width)."""
+        height, width = shape
+        return int(crop.top * (height - self.size + 1)), int(crop.left * (width - self.size + 1))
 
     def cuts(self, images: np.ndarray, crops: Literal[1, 3]) -> list[torch.Tensor]:
         """Cut crops uint8 [3, T, size, size] of one clip.

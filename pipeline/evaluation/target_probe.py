@@ -81,6 +81,11 @@ def probe_teacher(
     from threadpoolctl import threadpool_limits
 
     record = store.teacher(teacher)
+    if record.grid and not record.plain_mean:
+        raise UsageError(
+            f"teacher {teacher!r} of {store.name} holds cells whose mean is not the model's feature: "
+            f"a probe of it would tell nothing of that; choose others by --teacher"
+        )
     means = mean_targets(store, teacher, labels.videos, frame_counts)
     sides = list(_sides(labels, folds, seed))
     tested = np.sort(np.concatenate([test for _, test in sides]))

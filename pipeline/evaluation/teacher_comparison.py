@@ -105,7 +105,7 @@ def compare_teachers(
     Raises:
         UsageError: There are fewer than two teachers, or fewer than three videos that all have.
     """
-    names = [store.teacher(name).name for name in teachers or store.teachers]
+    names = [store.teacher(name).name for name in teachers or store.target_names()]
     if len(names) < 2:
         raise UsageError(
             f"{store.name}: a comparison requires at least 2 teachers, got {', '.join(names) or 0}"

@@ -162,7 +162,7 @@ def deep_check(
             of = _load(store, name, weights or {}, allow_teachers, resolve_device(device))
             replays.append(Replay(store, name, of))
             if (node := store.fingerprint(name)) is not None:
-                found = fingerprints(of.teacher)[of.output]
+                found = fingerprints(of.teacher)[of.key]
                 Fingerprint.parse(node, f"teachers/{name}").check(found, name, store.name)
         except DistInitError as error:
             findings.append(Finding(str(error), None, name))
@@ -207,13 +207,14 @@ def _load(
     use_engine(teacher, "auto", record.run.get("engine"))
     if record.classes and len(teacher.classes) == len(record.classes):
         teacher.classes = list(record.classes)  # their names may have come from a file
-    here = teacher.identity()
+    of = TeacherOutput(teacher, teacher.outputs[-1])  # the one that the record asks for
+    here = of.identity()
     for key, recorded in record.identity.items():
         if here.get(key) != recorded:
             raise UsageError(
                 f"not the teacher that was extracted: its {key} is {here.get(key)}, was {recorded}"
             )
-    return TeacherOutput(teacher, teacher.outputs[0])
+    return of
 
 
 def _check_video(

@@ -48,10 +48,18 @@ def dry_run(
     asked = config.sampling or Sampling()
     options = [asked, *(s for s in _others() if s != asked)]
     teacher_s = sum(_seconds_a_row(t, config.batch_size) for t in teachers)
+    outputs = outputs_of(teachers)
+    # A forward pass gives several outputs: each one's time is that of its own passes.
+    seconds_of = {
+        name: _seconds_a_row(of.teacher, config.batch_size, of.key)
+        if len(outputs) > 1
+        else teacher_s
+        for name, of in outputs.items()
+    }
     encoding = config.encoding or DEFAULT
     bytes_of = {
         name: row_bytes(o.width, encoding) + (ENTROPY_BYTES if o.output == "logits" else 0)
-        for name, o in outputs_of(teachers).items()
+        for name, o in outputs.items()
     }
     together = sum if device.type == "cpu" else max
     rows_out: list[dict[str, Any]] = []
@@ -75,6 +83,7 @@ def dry_run(
                     "rows": int(rows),
                     "gigabytes": rows * (sum(bytes_of.values()) + ROW_BYTES) / 1e9,
                     "gigabytes_of": {n: rows * size / 1e9 for n, size in bytes_of.items()},
+                    "hours_of": {n: rows * s / 3600 for n, s in seconds_of.items()},
                     "hours": together([decode_s, rows * teacher_s]) / 3600,
                     "hours_decoding": decode_s / 3600,
                     "hours_teachers": rows * teacher_s / 3600,
@@ -95,13 +104,15 @@ def _others() -> list[Sampling]:
     return [Sampling(every=1), Sampling(every=4), Sampling(every=None, keyframes=True)]
 
 
-def _seconds_a_row(teacher: Teacher, batch_size: int) -> float:
-    log.info("measuring %s", teacher.name)
+def _seconds_a_row(teacher: Teacher, batch_size: int, key: str | None = None) -> float:
+    """Return the seconds of all outputs of a frame, or of one alone."""
+    only = None if key is None else (key,)
+    log.info("measuring %s", teacher.name if key is None else f"{teacher.name}: {key}")
     h, w = teacher.view.shape(256, 256)
     images = np.random.default_rng(0).integers(0, 255, (batch_size, h, w, 3), dtype=np.uint8)
-    teacher.compute(images)  # warm-up: allocations, compiled kernels
+    teacher.compute(images, only)  # warm-up: allocations, compiled kernels
     began = time.perf_counter()
-    teacher.compute(images)
+    teacher.compute(images, only)
     return (time.perf_counter() - began) / batch_size
 
 
@@ -128,17 +139,25 @@ def _decode_seconds(pool: DecodePool, sampling: Sampling, good: list[tuple[str, 
 
 def _show(rows: list[dict[str, Any]], videos: int, probed: int, broken: int) -> None:
     title = f"{videos} videos" + (f", estimated from {probed} of them" if probed < videos else "")
-    outputs = list(rows[0]["gigabytes_of"])
-    each = [f"GB of {name}" for name in outputs] if len(outputs) > 1 else []
-    numbers = [Column(name, number=True) for name in ("rows", "GB", *each, "hours")]
+    numbers = [Column(name, number=True) for name in ("rows", "GB", "hours")]
     table = Table(
         title + (f"; {broken} cannot be read" if broken else ""),
         [Column("frames kept"), *numbers, Column("bound by")],
     )
     for r in rows:
         by = "decoding" if r["hours_decoding"] > r["hours_teachers"] else "the teachers"
-        hours = r["hours"]
-        shown = f"{hours:.1f}" if hours >= 1 else f"{hours * 60:.1f} min"
-        parts = [f"{r['gigabytes_of'][name]:.3g}" for name in outputs] if each else []
-        table.add(r["sampling"], f"{r['rows']:,}", f"{r['gigabytes']:.3g}", *parts, shown, by)
+        table.add(r["sampling"], f"{r['rows']:,}", f"{r['gigabytes']:.3g}", _shown(r["hours"]), by)
     log.info(table)
+    first = rows[0]
+    if len(first["gigabytes_of"]) > 1:
+        each = Table(
+            f"{first['sampling']}: what each teacher of the store takes",
+            [Column("teacher"), *(Column(c, number=True) for c in ("rows", "GB", "hours alone"))],
+        )
+        for name, size in first["gigabytes_of"].items():
+            each.add(name, f"{first['rows']:,}", f"{size:.3g}", _shown(first["hours_of"][name]))
+        log.info(each)
+
+
+def _shown(hours: float) -> str:
+    return f"{hours:.1f}" if hours >= 1 else f"{hours * 60:.1f} min"

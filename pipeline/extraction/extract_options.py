@@ -46,6 +46,12 @@ TEACHERS = CliOption(
             "logits (default), features or logits,features: what is stored of a teacher's forward "
             "pass; repeatable",
         ),
+        (
+            "--views",
+            "[NAME=]VIEWS",
+            "center (default), center,flip (the mirrored frame too, for clips that are mirrored), "
+            "grid:G or center,grid:G (GxG cells of features, averaged under a clip's crop); repeatable",
+        ),
     ),
 )
 

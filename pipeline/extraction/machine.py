@@ -57,7 +57,7 @@ def use_engines(
 
 def outputs_of(teachers: Sequence[Teacher]) -> dict[str, TeacherOutput]:
     """Return the outputs of all teachers by their name in the store."""
-    outputs = [TeacherOutput(teacher, output) for teacher in teachers for output in teacher.outputs]
+    outputs = [TeacherOutput(teacher, key) for teacher in teachers for key in teacher.outputs]
     return {output.name: output for output in outputs}
 
 

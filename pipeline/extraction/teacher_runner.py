@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..common.devices import keep_freed_memory
-from ..store.store_options import Output
 from ..teachers.teacher import Teacher, TeacherOutput
 from ..video.geometry import View
 
@@ -131,15 +130,15 @@ class TeacherRunner:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, batch: Batch, names: tuple[str, ...]) -> Outputs:
-        with self._starting:
-            running: dict[Teacher, Callable[[], dict[Output, Tensor]]] = {}
-            for name in names:
-                teacher = self.outputs[name].teacher
-                if teacher not in running:
-                    running[teacher] = teacher.start(batch.images[self._views.index(teacher.view)])
-        computed = {teacher: finish() for teacher, finish in running.items()}
         outputs = {name: self.outputs[name] for name in names}
-        return {name: computed[of.teacher][of.output].numpy() for name, of in outputs.items()}
+        with self._starting:
+            running: dict[Teacher, Callable[[], dict[str, Tensor]]] = {}
+            for teacher in dict.fromkeys(of.teacher for of in outputs.values()):
+                images = batch.images[self._views.index(teacher.view)]
+                only = [of.key for of in outputs.values() if of.teacher is teacher]
+                running[teacher] = teacher.start(images, only)
+        computed = {teacher: finish() for teacher, finish in running.items()}
+        return {name: computed[of.teacher][of.key].numpy() for name, of in outputs.items()}
 
 
 def _zeros(shape: tuple[int, ...], *, pinned: bool) -> NDArray[np.uint8]:

@@ -71,7 +71,9 @@ def _add_rows(table: Table, path: str, dataset: str, root: str | None, split: in
     try:
         store = TargetStore.open(path)
         labels = match_labels(store, dataset, root=root, split=split)
-        for name in store.teachers:
+        for name in store.target_names():
+            if store.teachers[name].grid and not store.teachers[name].plain_mean:
+                continue
             has = np.isin(labels.videos, store.usable([name]))
             has &= np.cumsum(has) <= MOST
             (result,) = probe_teacher(store, name, labels.choose(has), (None,))

@@ -264,6 +264,12 @@ class Sums:
             square += float((values * values).sum())
         return cls(rows, total, square)
 
+    def of_cells(self, cells: int) -> Sums:
+        """Return the sums with each of a row's `cells` cells as a row; 0: a row is one."""
+        if not cells:
+            return self
+        return Sums(self.rows * cells, self.total.reshape(cells, -1).sum(axis=0), self.square)
+
     def record(self) -> dict[str, Any]:
         """Return the content of a node of statistics."""
         return {"rows": self.rows, "sum": self.total.tolist(), "square": self.square}

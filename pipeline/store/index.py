@@ -227,10 +227,10 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
         place = f"{files.name}/teachers/{name}/zarr.json"
         output = check_output(nodes[name].get("output", "logits"), place)
         encoding = check_encoding(nodes[name].get("encoding"), place, output)
-        needed = set(fmt.requirements(output, encoding))
+        needed = set(fmt.requirements(output, encoding, nodes[name]))
         if missing := needed.difference(attributes.get("requires", [])):
             raise StoreError(
-                f"{place}: output {output!r} in {encoding} needs {', '.join(sorted(missing))} among "
+                f"{place}: its output {output!r} in {encoding} needs {', '.join(sorted(missing))} among "
                 f"the requirements of the store, got {attributes.get('requires')}"
             )
         index.teachers[name] = TeacherCommits(encoding, output)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import zarr
@@ -33,15 +33,16 @@ from .encoding import (
     value_type,
 )
 from .storage import LocalFiles, StoreFiles, inside, open_table, store_files
-from .store_options import Encoding, Output
+from .store_options import Encoding, Output, PlainEncoding
 from .validation import MAX_BASIS, check_basis, check_node, check_requires, check_width, load_json
 from .validation import check_root as check_root_form
 
 FORMAT = "distinit-targets"
 VERSIONS = (1, 2)
 VERSION = 2  # of new stores
-REQUIREMENTS = ("features", "pca")
-"""What a store of version 2 can require of its readers: teachers with features, in pca:D."""
+REQUIREMENTS = ("features", "pca", "grid", "flip")
+"""What a store of version 2 can require of its readers: teachers with features, in pca:D, of cells
+of a frame, of mirrored frames."""
 STAGING = "staging"  # a group that exists only while a store is written
 VALUES_CHUNK = 16  # rows read for one pick: 32 kB at 1000 classes
 TABLE_CHUNK = 256  # rows of the frame tables read together
@@ -468,11 +469,37 @@ def _check_requirements(where: str, record: Mapping[str, Any]) -> None:
         )
 
 
-def requirements(output: Output, encoding: Encoding) -> list[str]:
-    """Return what a teacher of this kind requires of readers."""
-    return (["features"] if output == "features" else []) + (
-        ["pca"] if pca_components(encoding) else []
-    )
+def requirements(output: Output, encoding: Encoding, node: Mapping[str, Any]) -> list[str]:
+    """Return what a teacher of this kind requires of readers; `node`: that of its group."""
+    needed = {
+        "features": output == "features",
+        "pca": bool(pca_components(encoding)),
+        "grid": "grid" in node,
+        "flip": "mirror_of" in node,
+    }
+    return [name for name, is_needed in needed.items() if is_needed]
+
+
+def check_view(where: str, name: str, node: Mapping[str, Any], teachers: Container[str]) -> None:
+    """Check the view of a frame that a teacher's rows are of.
+
+    Raises:
+        StoreError: It is mirrored of no other teacher, or its cells are not of features.
+    """
+    grid, of = node.get("grid"), node.get("mirror_of")
+    if of is not None and (of == name or of not in teachers):
+        raise StoreError(f"{where}: mirror_of: expected another teacher of the store, got {of!r}")
+    if grid is None:
+        return
+    if node.get("output") != "features" or node["encoding"] not in get_args(PlainEncoding):
+        raise StoreError(
+            f"{where}: grid: is of features in {' or '.join(get_args(PlainEncoding))}, got "
+            f"{node.get('output')!r} in {node['encoding']!r}"
+        )
+    if check_width(where, node) % grid["cells"] ** 2:
+        raise StoreError(
+            f"{where}: width {node['width']}: expected a multiple of the {grid['cells'] ** 2} cells"
+        )
 
 
 def _instead(files: StoreFiles) -> str:

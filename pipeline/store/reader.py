@@ -44,7 +44,9 @@ from .store_options import Encoding, Output
 class TeacherRecord:
     """A teacher in a store and the identity it was extracted under.
 
-    classes: their names [K]; none of features. codec: how its rows are stored. views: of a frame.
+    classes: their names [K]; none of features. codec: how its rows are stored. mirror_of: the
+    teacher of whose frames it holds the mirrored ones. grid: cells per side of the feature map, 0
+    where it was pooled as a whole; plain_mean: whether the mean of all cells is the feature itself.
     """
 
     name: str
@@ -52,7 +54,9 @@ class TeacherRecord:
     identity: dict[str, Any]
     run: dict[str, Any]
     codec: Codec
-    views: tuple[str, ...] = ("center",)
+    mirror_of: str | None = None
+    grid: int = 0
+    plain_mean: bool = False
 
     @property
     def output(self) -> Output:
@@ -66,8 +70,14 @@ class TeacherRecord:
 
     @property
     def width(self) -> int:
-        """Values of a row: classes or features."""
-        return self.codec.width
+        """Values of a target: classes or features; of cells, those of one."""
+        return self.codec.width // max(self.grid, 1) ** 2
+
+    @property
+    def view(self) -> str:
+        """Which view of a frame its rows are of, as `--views` names it."""
+        grid = f"grid:{self.grid}" if self.grid else "center" if self.mirror_of is None else ""
+        return ",".join(filter(None, (grid, "flip" if self.mirror_of is not None else "")))
 
     @property
     def basis_digests(self) -> dict[str, Any]:
@@ -107,6 +117,8 @@ class TargetStore:
         for name, node in fmt.read_nodes(files, "teachers", self.index.teachers).items():
             try:
                 codec = fmt.read_codec(files, name, node)
+                where = f"{files.name}/teachers/{name}/zarr.json"
+                fmt.check_view(where, name, node, self.index.teachers)
                 classes = read_classes(files, name) if codec.output == "logits" else ()
             except StoreError:
                 if damaged:  # which `verify` reports
@@ -118,7 +130,16 @@ class TargetStore:
                 and (wrong := other_classes(classes, node["identity"]))
             ):
                 raise StoreError(f"{files.name}/teachers/{name}/class: {wrong}")
-            self.teachers[name] = TeacherRecord(name, classes, node["identity"], node["run"], codec)
+            grid = node.get("grid", {"cells": 0, "plain_mean": False})
+            self.teachers[name] = TeacherRecord(
+                name,
+                classes,
+                node["identity"],
+                node["run"],
+                codec,
+                node.get("mirror_of"),
+                **{"grid": grid["cells"], "plain_mean": grid["plain_mean"]},
+            )
         self._columns: dict[str, NDArray[Any]] = {}
         self._rows: dict[str, ShardedRows] = {}
 
@@ -235,9 +256,35 @@ class TargetStore:
             )
         return self.teachers[name]
 
+    def mirror(self, teacher: str) -> str | None:
+        """Return the name of the teacher that holds the mirrored frames of this one, if any."""
+        return next((n for n, record in self.teachers.items() if record.mirror_of == teacher), None)
+
+    def with_mirrors(self, teachers: Sequence[str]) -> tuple[str, ...]:
+        """Return all whose rows targets of these teachers are made of."""
+        return (*teachers, *filter(None, map(self.mirror, teachers)))
+
+    def target_names(self, asked: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Return the names of teachers to learn from: those asked for, else all.
+
+        Mirrored frames belong to the teacher of the frames, which takes them itself.
+
+        Raises:
+            UsageError: The store has none of a name, or it is of mirrored frames.
+        """
+        for name in asked or ():
+            if (of := self.teacher(name).mirror_of) is not None:
+                raise UsageError(
+                    f"teacher {name!r} of {self.name} holds mirrored frames, which mirrored clips of "
+                    f"{of!r} take: name {of!r}"
+                )
+        return tuple(
+            asked or (name for name, record in self.teachers.items() if record.mirror_of is None)
+        )
+
     def teachers_of(self, output: Output) -> list[str]:
-        """Return the names of the teachers whose rows hold this output."""
-        return [name for name, record in self.teachers.items() if record.output == output]
+        """Return the names of the teachers to learn from whose rows hold this output."""
+        return [name for name in self.target_names() if self.teachers[name].output == output]
 
     def fingerprint(self, teacher: str) -> dict[str, Any] | None:
         """Return the content of a teacher's node of that name (`teachers.fingerprint`), if any."""
@@ -246,11 +293,13 @@ class TargetStore:
     def usable(self, teachers: Sequence[str] | None = None) -> NDArray[np.int64]:
         """Return ids of the videos with at least one row under every one of the teachers.
 
-        By default all teachers count.
+        By default all teachers count. Where the store has a teacher's mirrored frames, they count
+        as well.
         """
         good = (self.video_state == OK) & (self.row_counts > 0)
-        for name in self.teachers if teachers is None else teachers:
-            good &= self.index.teacher_state(self.teacher(name).name) == OK
+        names = list(self.teachers) if teachers is None else list(teachers)
+        for name in self.with_mirrors([self.teacher(name).name for name in names]):
+            good &= self.index.teacher_state(name) == OK
         return np.flatnonzero(good)
 
     def video(self, i: int) -> VideoRecord:
@@ -392,9 +441,22 @@ class TargetStore:
         return self._rows_in(set(self.index.hashes), self.index.unhashed)
 
     def outputs(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
-        """Return a teacher's logits or features of rows, [n, K] float32, in any encoding."""
+        """Return a teacher's logits or features of rows, [n, K] float32, in any encoding.
+
+        Of cells it is their mean.
+        """
+        record = self.teacher(teacher)
+        return self.cells(teacher, rows).mean((1, 2)) if record.grid else self.values(teacher, rows)
+
+    def values(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
+        """Return a teacher's rows decoded, [n, K] float32; of cells all of them."""
         codec = self.teacher(teacher).codec
         return codec.read(lambda name: self.read_stored(teacher, name, rows))
+
+    def cells(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
+        """Return the G × G cells of rows, [n, G, G, K] float32, of a teacher that has them."""
+        record = self.teacher(teacher)
+        return self.values(teacher, rows).reshape(-1, record.grid, record.grid, record.width)
 
     def logits(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
         """Return logits of rows, [n, K] float32; UsageError of a teacher of features."""
@@ -420,13 +482,15 @@ class TargetStore:
     def statistics(self, teacher: str) -> tuple[NDArray[np.float32], float]:
         """Return the mean [K] of a teacher's stored rows, and one scale for all dimensions.
 
-        The scale is the root of the mean of (x − mean)² over rows and dimensions, as PHI-S has it.
+        The scale is the root of the mean of (x − mean)² over rows and dimensions, as PHI-S has it;
+        each cell counts as a row.
         Read from what was added up when the shards were written; where nothing was, of logits
         always, all rows of the shard are read.
         """
         record = self.teacher(teacher)
         shards = sorted(self.index.teachers[teacher].shards)
-        return mean_and_scale(list(self.sums(teacher, shards)), record.width)
+        sums = [s.of_cells(record.grid**2) for s in self.sums(teacher, shards)]
+        return mean_and_scale(sums, record.width)
 
     def sums(self, teacher: str, shards: Sequence[int]) -> Iterator[Sums]:
         """Yield what `statistics` adds up, of each of these shards that the teacher has.
@@ -448,10 +512,11 @@ class TargetStore:
                     record.codec, {a: self.read_stored(teacher, a, rows[first:end]) for a in arrays}
                 )
             elif node is not None:
-                if node["rows"] != commits[shard]["rows"] or len(node["sum"]) != record.width:
+                width = record.codec.width
+                if node["rows"] != commits[shard]["rows"] or len(node["sum"]) != width:
                     raise StoreError(
                         f"{self.name}/{group}/{name}: is of {node['rows']} rows of "
-                        f"{len(node['sum'])} values, expected {commits[shard]['rows']} of {record.width}"
+                        f"{len(node['sum'])} values, expected {commits[shard]['rows']} of {width}"
                     )
                 yield Sums(node["rows"], np.array(node["sum"], np.float64), node["square"])
 

@@ -55,6 +55,11 @@ def codecs_for(
     for name, codec in codecs.items():
         if codec.encoding == encoding or (components and codec.output == "logits"):
             continue
+        if components and store.teacher(name).grid:
+            raise UsageError(
+                f"--encoding {encoding}: teacher {name!r} of {store.name} holds cells, which have no "
+                f"pca:D; allowed: {', '.join(ENCODINGS)}"
+            )
         if encoding == "float16" or pca_components(codec.encoding):
             raise UsageError(
                 f"--encoding {encoding}: teacher {name!r} of {store.name} is stored in "

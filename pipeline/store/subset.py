@@ -202,7 +202,7 @@ class ShardCopy:
         parts: dict[str, list[NDArray[Any]]] = {}
         errors: list[NDArray[np.float32]] = []
         for at in range(0, max(len(rows), 1), BLOCK):
-            values = self.source.outputs(name, rows[at : at + BLOCK])
+            values = self.source.values(name, rows[at : at + BLOCK])
             encoded = new.encode(values)
             errors.append(new.error(values, new.decode(encoded)))
             for array in arrays_of(new.encoding, new.output):

@@ -23,6 +23,7 @@ from pydantic_core import from_json
 
 from ..common.errors import StoreError
 from ..video.sampling import Sampling
+from .frame_views import LARGEST_GRID, SMALLEST_GRID
 from .store_options import Output
 
 if TYPE_CHECKING:
@@ -221,6 +222,14 @@ _REQUIRES: Form = (
     "a list of names",
     lambda v: _is_unique(v, lambda name: _is_text(name, MAX_NAME), str),
 )
+_GRID: Form = (
+    f"an object with cells from {SMALLEST_GRID} to {LARGEST_GRID} and plain_mean, true or false",
+    lambda v: (
+        isinstance(v, dict)
+        and _is_int(v.get("cells"), SMALLEST_GRID, LARGEST_GRID)
+        and isinstance(v.get("plain_mean"), bool)
+    ),
+)
 _SEGMENT_LISTS = ("segment", "first_row", "rows", "frames")
 
 # Of each kind of node the keys that are used: the form of each, and whether it is required.
@@ -277,6 +286,8 @@ _NODES: dict[str, dict[str, tuple[Form, bool]]] = {
         "output": (("text", lambda v: _is_text(v, MAX_NAME)), False),
         "width": (_WIDTH, False),
         "pca": (("an object with the digests of basis and mean", _is_pca), False),
+        "grid": (_GRID, False),
+        "mirror_of": (("the name of a teacher", is_teacher_name), False),
     },
     "statistics": {
         "rows": (_COUNT, True),

@@ -243,6 +243,7 @@ def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
         try:
             node = fmt.read_nodes(files, "teachers", [name])[name]
             width = fmt.read_codec(files, name, node).width
+            fmt.check_view(f"teachers/{name}/zarr.json", name, node, index.teachers)
             classes = read_classes(files, name) if of.output == "logits" else ()
             if of.output == "logits" and (wrong := other_classes(classes, node["identity"])):
                 yield Finding(f"teachers/{name}/class: {wrong}", None, name)

@@ -282,7 +282,7 @@ class StoreWriter:
         encoding = check_encoding(encoding or DEFAULT, f"{self.root}: teacher {name!r}", output)
         if codec is None:
             codec = Codec(output, encoding, len(classes) if width is None else width)
-        self._require(fmt.requirements(output, encoding))
+        self._require(fmt.requirements(output, encoding, attributes))
         staged = self.root / fmt.STAGING / f"teacher-{uuid.uuid4().hex[:8]}"
         fmt.make_group(staged, {**attributes, **fmt.codec_attributes(codec)})
         if fingerprint is not None:

@@ -71,6 +71,8 @@ class StudentClips(Dataset[Any]):
             raise ValueError(
                 f"clips of {channels} channels need a sampler with ahead={pictures_needed(0, channels)}"
             )
+        if sampler.has_cells and sampler.view != view:
+            raise ValueError("clips of a teacher with cells need a sampler with their view")
         self.channels = channels
         self.sampler = sampler
         self.view = view

@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..clips import seeding
+from ..clips.clip_options import ClipView, Crop
 from ..common.errors import TrainingError, UsageError
 from ..store.reader import TargetStore
 from .class_head import ClassHead
 from .mixture import Mixture
 from .picks import PickRule, StartSet, pick, start_set
 from .soft_targets import mean_outputs
-from .teacher_targets import TeacherTargets
+from .teacher_targets import Seen, TeacherTargets
 
 # Other clips tried for one sample when the filter rejects the first.
 MAX_REDRAWS = 100
@@ -103,6 +104,8 @@ class TargetSampler:
         seed: Of all draws.
         epoch_clips: Samples per epoch.
         flip: Probability that a clip is mirrored.
+        view: What clips look like: teachers with cells average those under a clip's crop; all cells
+            without it.
         max_entropy: teacher → largest entropy in nats (of the softmax of the mean picked logits,
             τ = 1) that counts; teachers that are not named count always. Every head has its own
             mask.
@@ -138,6 +141,7 @@ class TargetSampler:
         seed: int,
         epoch_clips: int,
         flip: float = 0.5,
+        view: ClipView | None = None,
         max_entropy: Mapping[str, float] | None = None,
         filter_mode: Literal["skip", "zero-weight"] = "skip",
         fixed: bool = False,
@@ -158,6 +162,7 @@ class TargetSampler:
         self.seed = seed
         self.epoch_clips = epoch_clips
         self.flip = flip
+        self.view = view
         self.max_entropy = dict(max_entropy or {})
         self.filter_mode = filter_mode
         self.fixed = fixed
@@ -190,7 +195,7 @@ class TargetSampler:
                 if windowless > MAX_REDRAWS or self.fixed:
                     raise TrainingError(self.no_window())
             else:
-                draw = self._judge(clip, rejected, attempt)
+                draw = self._judge(clip, rejected, (epoch, sample, attempt))
                 if (
                     draw.counts
                     or self.fixed
@@ -227,7 +232,8 @@ class TargetSampler:
         clip = self._clip(epoch, sample, 0)
         if clip is None:
             return None
-        nats = [self.targets[name].mean_and_entropy(clip.rows)[1] for name in self.teachers]
+        seen = self._seen(clip, (epoch, sample, 0))
+        nats = [self.targets[name].mean_and_entropy(clip.rows, seen)[1] for name in self.teachers]
         return np.array(nats, np.float32)
 
     def has_window(self, video: int) -> bool:
@@ -316,18 +322,34 @@ class TargetSampler:
             return int(group[first])
         return int(group[(first + 1 + int(random.integers(n - 1))) % n])  # any but the first
 
-    def _judge(self, clip: _Clip, rejected: int, attempt: int) -> ClipSample:
+    @property
+    def has_cells(self) -> bool:
+        """Whether targets depend on where a clip is cut."""
+        return any(targets.has_cells for targets in self.targets.values())
+
+    def _seen(self, clip: _Clip, key: tuple[int, int, int]) -> Seen:
+        """Return what the student sees of the frames of attempt `key` (epoch, sample, attempt)."""
+        mirrored = not self.fixed and clip.flip < self.flip
+        if self.view is None or not self.has_cells:
+            return Seen(clip.video, mirrored)
+        low, high = self.view.scale
+        zoom = self.zoom(*key) if low < high and not self.fixed else 0.0
+        crop = None if self.fixed else Crop(clip.top, clip.left, mirrored, zoom)
+        return Seen(clip.video, mirrored, self.view.region(crop))
+
+    def _judge(self, clip: _Clip, rejected: int, key: tuple[int, int, int]) -> ClipSample:
+        seen = self._seen(clip, key)
         targets: dict[str, NDArray[np.float32]] = {}
         weight: dict[str, float] = {}
         for name in self.teachers:
             mean: NDArray[np.float32] | None = None
             if name in self.max_entropy:
-                mean, nats = self.targets[name].mean_and_entropy(clip.rows)
+                mean, nats = self.targets[name].mean_and_entropy(clip.rows, seen)
                 weight[name] = 1.0 if nats <= self.max_entropy[name] else 0.0
             else:
                 weight[name] = 1.0
             targets[name] = (
-                mean_outputs(self.targets[name].read(clip.rows)) if mean is None else mean
+                mean_outputs(self.targets[name].read(clip.rows, seen)) if mean is None else mean
             )
         stop = clip.start + self.clip_frames + self.ahead
         indices = np.arange(clip.start, stop, dtype=np.int64)
@@ -343,10 +365,10 @@ class TargetSampler:
             targets=targets,
             weight=weight,
             rejected=rejected,
-            attempt=attempt,
+            attempt=key[2],
             top=0.5 if self.fixed else clip.top,
             left=0.5 if self.fixed else clip.left,
-            flip=not self.fixed and clip.flip < self.flip,
+            flip=seen.mirrored,
         )
 
 

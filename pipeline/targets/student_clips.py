@@ -65,12 +65,13 @@ def student_clips(
     """
     opened = store if isinstance(store, TargetStore) else TargetStore.open(store)
     check_video_roots(opened, video_roots or {})
-    names = tuple(teachers or opened.teachers)
+    names = opened.target_names(teachers)
     records = {name: opened.teacher(name) for name in names}
     for name in max_entropy or {}:
         if name in records and records[name].output == "features" and name not in (heads or {}):
             raise UsageError(f"max_entropy: teacher {name!r} gives features, which have no entropy")
     videos = opened.usable(names)
+    view = ClipView(size=size, scale=scale)
     sampler = TargetSampler(
         opened,
         teachers=names,
@@ -79,6 +80,7 @@ def student_clips(
         videos=videos,
         seed=seed,
         epoch_clips=epoch_clips or max(1, len(videos)),
+        view=view,
         max_entropy=max_entropy,
         filter_mode=filter_mode,
         ahead=pictures_needed(0, channels),
@@ -89,4 +91,4 @@ def student_clips(
         ),
     )
     sampler.check_windows()
-    return StudentClips(sampler, ClipView(size=size, scale=scale), video_roots, channels=channels)
+    return StudentClips(sampler, view, video_roots, channels=channels)

@@ -1,28 +1,60 @@
 """What clips are given as targets by one teacher: the store's outputs, or a head's logits of them.
 
+Of a mirrored clip they are those of the mirrored frames, where the store has these. Of cells they
+are the average under the clip's crop.
+
 Shapes: n rows, K classes or features.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.errors import UsageError
 from ..common.numerics import entropy
+from ..store.frame_views import roi_average
 from ..store.reader import TargetStore
+from ..video.geometry import View
+from ..video.region import Region
 from .class_head import ClassHead
 from .soft_targets import mean_outputs
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What the student sees of the frames of one video.
+
+    region: the rectangle of the displayed frame that a clip shows, None where it is not known.
+    """
+
+    video: int
+    mirrored: bool = False
+    region: Region | None = None
+
+
+@dataclass(frozen=True)
 class TeacherTargets:
-    """The targets of one teacher of a store, through its head where it has one."""
+    """The targets of one teacher of a store, through its head where it has one.
+
+    Raises:
+        UsageError: The head is for features, and the store has cells whose mean is another thing.
+    """
 
     store: TargetStore
     teacher: str
     head: ClassHead | None = None
+
+    def __post_init__(self) -> None:
+        record = self.store.teacher(self.teacher)
+        if self.head is not None and record.grid and not record.plain_mean:
+            raise UsageError(
+                f"--head {self.teacher}=…: {self.store.name} holds cells of it whose mean is not the "
+                f"model's feature; a head requires features of view center"
+            )
 
     @property
     def output(self) -> str:
@@ -43,12 +75,33 @@ class TeacherTargets:
             return self.head.classes
         return self.store.teachers[self.teacher].classes
 
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    @cached_property
+    def has_cells(self) -> bool:
+        """Whether targets depend on the crop of a clip."""
+        return self.head is None and self.store.teachers[self.teacher].grid > 0
+
+    @cached_property
+    def _mirror(self) -> str | None:
+        return self.store.mirror(self.teacher)
+
+    @cached_property
+    def _view(self) -> View:
+        return View.model_validate(self.store.teachers[self.teacher].identity["view"])
+
+    def read(self, rows: NDArray[np.int64], seen: Seen) -> NDArray[np.float32]:
         """Return the outputs of rows [n, K]."""
-        outputs = self.store.outputs(self.teacher, rows)
+        name = self._row_of(seen)
+        if self.has_cells and (region := self._in_map(seen)) is not None:
+            is_mirrored = name != self.teacher
+            return roi_average(
+                self.store.cells(name, rows), region.mirrored() if is_mirrored else region
+            )
+        outputs = self.store.outputs(name, rows)
         return outputs if self.head is None else self.head(outputs)
 
-    def mean_and_entropy(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32] | None, float]:
+    def mean_and_entropy(
+        self, rows: NDArray[np.int64], seen: Seen
+    ) -> tuple[NDArray[np.float32] | None, float]:
         """Return the mean logits [K], if they had to be read, and their entropy in nats.
 
         The entropy of a single frame is in the store, from the teacher's own float32 logits. That
@@ -57,6 +110,20 @@ class TeacherTargets:
         if self.output == "features":
             return None, float("nan")
         if len(rows) == 1 and self.head is None:
-            return None, float(self.store.entropy(self.teacher, rows)[0])
-        mean = mean_outputs(self.read(rows))
+            return None, float(self.store.entropy(self._row_of(seen), rows)[0])
+        mean = mean_outputs(self.read(rows, seen))
         return mean, float(entropy(mean))
+
+    def _row_of(self, seen: Seen) -> str:
+        """Return the teacher of the store whose rows a clip takes."""
+        return self._mirror if seen.mirrored and self._mirror is not None else self.teacher
+
+    def _in_map(self, seen: Seen) -> Region | None:
+        """Return what a clip shows, in shares of the picture that the teacher saw.
+
+        None where that is not known: then the mean of all cells is taken.
+        """
+        height, width = (int(self.store.column(n)[seen.video]) for n in ("height", "width"))
+        if seen.region is None or not (height and width):
+            return None
+        return seen.region.inside(self._view.region(height, width))

@@ -61,6 +61,7 @@ def efficientnet_lite(spec: TeacherSpec, size: int) -> LoadedModel:
         file_sha256=weights.sha256,
         offers=BOTH,
         forward=tapped(module, "_fc"),
+        maps=True,
         pooling="mean",
     )
 

@@ -21,8 +21,10 @@ from ..store.store_options import Output
 from ..video.geometry import View
 from .teacher_options import TeacherSpec
 
-Forward = Callable[[Tensor, tuple[Output, ...]], Mapping[Output, Tensor]]
-"""One forward pass: images [B, 3, h, w], outputs asked for → logits [B, K], features [B, D]."""
+Forward = Callable[[Tensor, tuple[str, ...]], Mapping[str, Tensor]]
+"""One forward pass: images [B, 3, h, w], outputs asked for → logits [B, K], features [B, D], and
+where it `maps` the map [B, D, h, w] that features are pooled from."""
+MAP = "map"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -56,6 +58,8 @@ class LoadedModel:
     """What the model can give."""
     forward: Forward | None = None
     """None where the module's own output is the one output, or a mapping of outputs by name."""
+    maps: bool = False
+    """Whether `forward` also gives the last feature map, as the output `map`."""
     pooling: str | None = None
     """How features are taken: the pooling, or the layer whose input they are. In their identity."""
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..common.errors import TeacherError, third_party
-from ..store.store_options import Output
+from ..store.frame_views import OutputView
 from .fingerprint import COUNT, Difference, Fingerprint
 from .teacher import Teacher
 
@@ -19,7 +19,7 @@ BATCH = (0.05, 0.3)
 below."""
 
 
-def fingerprints(teacher: Teacher) -> dict[Output, Fingerprint]:
+def fingerprints(teacher: Teacher) -> dict[str, Fingerprint]:
     """Return the fingerprint of each of the teacher's outputs on its current device.
 
     Raises:
@@ -28,7 +28,7 @@ def fingerprints(teacher: Teacher) -> dict[Output, Fingerprint]:
     return _fingerprints(teacher, probe_images(*teacher.input_shape))
 
 
-def examine(teacher: Teacher) -> dict[Output, Fingerprint]:
+def examine(teacher: Teacher) -> dict[str, Fingerprint]:
     """Return the fingerprints of a teacher after checking that its outputs can be cached.
 
     Raises:
@@ -124,7 +124,7 @@ def _noise(height: int, width: int, seed: int) -> NDArray[np.int64]:
     return (z >> np.uint64(56)).astype(np.int64).reshape(height, width, 3)
 
 
-def _fingerprints(teacher: Teacher, images: NDArray[np.uint8]) -> dict[Output, Fingerprint]:
+def _fingerprints(teacher: Teacher, images: NDArray[np.uint8]) -> dict[str, Fingerprint]:
     device = teacher.device
     if device.type == "cuda":
         processor = f"cuda {torch.cuda.get_device_name(device)}"
@@ -136,12 +136,12 @@ def _fingerprints(teacher: Teacher, images: NDArray[np.uint8]) -> dict[Output, F
         )
     version = torch.__version__.split("+")[0]
     return {
-        output: Fingerprint(values, version, processor, output=output)
-        for output, values in _outputs(teacher, images).items()
+        key: Fingerprint(values, version, processor, output=OutputView.of(key).output)
+        for key, values in _outputs(teacher, images).items()
     }
 
 
-def _outputs(teacher: Teacher, images: NDArray[np.uint8]) -> dict[Output, NDArray[np.float32]]:
+def _outputs(teacher: Teacher, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
     """Return the outputs in float32, computed by torch.
 
     In float32 different code shows at far smaller differences than in half precision.
@@ -150,6 +150,6 @@ def _outputs(teacher: Teacher, images: NDArray[np.uint8]) -> dict[Output, NDArra
     try:
         with third_party(f"teacher {teacher.name!r}: fails on {len(images)} images", TeacherError):
             found = teacher.to(teacher.device).compute(images)
-            return {output: values.numpy() for output, values in found.items()}
+            return {key: values.numpy() for key, values in found.items()}
     finally:
         teacher.to(teacher.device, precision).engine = engine

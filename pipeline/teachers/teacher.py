@@ -4,10 +4,11 @@ Names: `efficientnet_lite0` (1, 2), `resnet50`, `resnet50-places365`, `torchvisi
 `timm:NAME`, `open_clip:ARCH[@WEIGHTS]`, `hf:ORG/NAME`, and `package.module:factory`, a function
 that returns an `nn.Module` (images [B, 3, h, w] → the output asked for) or a `Teacher`.
 
-A teacher gives logits, features or both, of one forward pass. A store holds each as a teacher of
-its own: NAME and NAME.features.
+A teacher gives logits, features or both, of one forward pass; of the mirrored frame, if asked for,
+in another. A store holds each as a teacher of its own: NAME, NAME.features, NAME.flip, …
+(`store.frame_views`).
 
-Shapes: B images, h w pixels of the view, K classes, D numbers of an output.
+Shapes: B images, h w pixels of the view, K classes, D numbers of an output, G cells per side.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,11 +29,14 @@ from torch import Tensor, nn
 from ..common.errors import TeacherError, third_party
 from ..common.plugins import call_factory, is_factory
 from ..common.weights import check_sha256, load_into, load_weights, state_sha256
+from ..store.frame_views import CENTER, OutputView, output_keys
 from ..store.store_options import Output
 from ..video.geometry import View
 from .efficientnet_lite import efficientnet_lite
+from .forwards import grid_cells
 from .hf_models import hf_model
 from .loaded_model import (
+    MAP,
     OWN_OPTIONS,
     LoadedModel,
     apply_view_options,
@@ -70,7 +74,7 @@ class Engine:
     """
 
     name: str
-    run: Callable[[Tensor], Mapping[Output, Any]]
+    run: Callable[[Tensor], Mapping[str, Any]]
 
 
 class Teacher:
@@ -80,6 +84,7 @@ class Teacher:
         name: its name in a store; characters other than letters, digits, `.`, `_`, `-` become `-`.
         recipe: the module and what belongs to it.
         outputs: what is taken of its forward pass.
+        views: of each frame.
 
     Raises:
         TeacherError: the model does not give an output, or not as [B, D] of a batch of images; or
@@ -87,11 +92,14 @@ class Teacher:
     """
 
     def __init__(
-        self, name: str, recipe: LoadedModel, outputs: tuple[Output, ...] = ("logits",)
+        self,
+        name: str,
+        recipe: LoadedModel,
+        outputs: tuple[Output, ...] = ("logits",),
+        views: tuple[str, ...] = (CENTER,),
     ) -> None:
         self.name = _store_name(name)
         self.recipe = recipe
-        self.outputs = outputs
         for output in outputs:
             if output not in recipe.offers:
                 lacks = "has no classifier" if output == "logits" else "has no pooled features"
@@ -112,11 +120,28 @@ class Teacher:
         self.device, self.precision = torch.device("cpu"), "fp32"
         self.engine: Engine | None = None
         self._place()
-        self._widths: dict[Output, int] = {}
-        self._widths = self._measure_widths()
+        self.choose(outputs, views)
         self.classes: list[str] = (
             self._class_names(self._widths["logits"]) if "logits" in outputs else []
         )
+
+    def choose(self, outputs: tuple[Output, ...], views: tuple[str, ...]) -> None:
+        """Set what is computed: keys of `OutputView`, and how many numbers each has.
+
+        Raises:
+            TeacherError: The model has no feature map to take cells of.
+        """
+        self.outputs: tuple[str, ...] = output_keys(outputs, views)
+        self.plain_mean = False
+        has_cells = any(OutputView.of(key).grid for key in self.outputs)
+        self._asked: tuple[str, ...] = (*outputs, MAP) if has_cells else outputs
+        if has_cells and not self.recipe.maps:
+            raise TeacherError(
+                f"teacher {self.name!r}: --views {','.join(views)}: no feature map of "
+                f"{self.recipe.architecture} is known, allowed: center, or center,flip"
+            )
+        self._widths: dict[str, int] = {}
+        self._widths = self._measure_widths()
 
     @property
     def view(self) -> View:
@@ -140,18 +165,15 @@ class Teacher:
         return self
 
     @property
-    def store_names(self) -> dict[Output, str]:
-        """Names of the teachers of a store that hold the outputs: NAME, and NAME.features."""
-        names: dict[Output, str] = {"logits": self.name, "features": f"{self.name}.features"}
-        return {output: names[output] for output in self.outputs}
+    def store_names(self) -> dict[str, str]:
+        """Names of the teachers of a store that hold the outputs, as NAME and NAME.features."""
+        return {key: OutputView.of(key).store_name(self.name) for key in self.outputs}
 
-    def width(self, output: Output) -> int:
-        """Return the number of classes, or of features."""
-        return self._widths[output]
+    def width(self, key: str) -> int:
+        """Return the number of classes, or of features, of all cells."""
+        return self._widths[key]
 
-    def identity(
-        self, precision: str | None = None, output: Output | None = None
-    ) -> dict[str, Any]:
+    def identity(self, precision: str | None = None, output: str | None = None) -> dict[str, Any]:
         """Return what determines an output (default: the first), the same on every machine.
 
         It is JSON-able. `sha256` is that of the loaded state (its form:
@@ -159,8 +181,8 @@ class Teacher:
         same teacher. The device is not part of it. Features have a `pooling` where logits have
         classes, whose names do not change them.
         """
-        prepared = self.recipe.preprocessing
-        if (output or self.outputs[0]) == "features":
+        prepared, asked = self.recipe.preprocessing, OutputView.of(output or self.outputs[0])
+        if asked.output == "features":
             of_output: dict[str, Any] = {"output": "features", "pooling": self.recipe.pooling}
         else:
             names = "\n".join(self.classes).encode()
@@ -179,6 +201,11 @@ class Teacher:
             "std": prepared.std,
             "compute": _COMPUTE[precision or self.precision],
         }
+        # Of the centre alone nothing is added: its identity is that of stores without views.
+        if asked.grid:
+            identity |= {"grid": asked.grid, "plain_mean": self.plain_mean}
+        if asked.mirrored:
+            identity["mirrored"] = True
         plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
         return plain
 
@@ -197,21 +224,26 @@ class Teacher:
         """logits[B, K] of images, as `compute` returns them."""
         return self.compute(images)["logits"]
 
-    def compute(self, images: np.ndarray | Tensor) -> dict[Output, Tensor]:
-        """Return each output [B, D], float32 on the CPU, of one forward pass.
+    def compute(
+        self, images: np.ndarray | Tensor, only: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Return each output [B, D], float32 on the CPU, of one forward pass, or two with flip.
 
         The same batch gives the same values; another batch size may change the last bits, so
         batches are padded to one size where stores must be equal.
 
         Args:
             images: RGB [B, h, w, 3], uint8, rendered by `view`.
+            only: Some of the outputs; a pass that gives none of them is not run.
 
         Raises:
             TeacherError: images of another dtype or shape.
         """
-        return self.start(images)()
+        return self.start(images, only)()
 
-    def start(self, images: np.ndarray | Tensor) -> Callable[[], dict[Output, Tensor]]:
+    def start(
+        self, images: np.ndarray | Tensor, only: Collection[str] | None = None
+    ) -> Callable[[], dict[str, Tensor]]:
         """Start a forward pass; the function returned waits for its outputs, those of `compute`.
 
         On a CUDA device the work is queued and this returns before it is done, so that another
@@ -222,25 +254,30 @@ class Teacher:
             TeacherError: images of another dtype or shape.
         """
         batch = self._checked(images)
+        wanted = [key for key in self.outputs if only is None or key in only]
         if len(batch) == 0:
-            return lambda: {output: torch.zeros(0, self._widths[output]) for output in self.outputs}
+            return lambda: {key: torch.zeros(0, self._widths[key]) for key in wanted}
+        run = self.run if self.engine is None else self.engine.run
+        given: dict[bool, Mapping[str, Any]] = {}
         with torch.inference_mode(), self._arithmetic():
-            run = self.run if self.engine is None else self.engine.run
-            given = run(batch.to(self.device, non_blocking=True))
+            pixels = batch.to(self.device, non_blocking=True)
+            for mirrored in sorted({OutputView.of(key).mirrored for key in wanted}):
+                given[mirrored] = run(pixels.flip(2) if mirrored else pixels)
         rows = {
-            output: self._rows(output, given.get(output), len(batch)) for output in self.outputs
+            key: self._rows(view, given[view.mirrored], len(batch))
+            for key, view in ((key, OutputView.of(key)) for key in wanted)
         }
         if self.device.type != "cuda":
             return lambda: rows
         done = torch.cuda.current_stream(self.device).record_event()
 
-        def finish() -> dict[Output, Tensor]:
+        def finish() -> dict[str, Tensor]:
             done.synchronize()
             return rows
 
         return finish
 
-    def run(self, batch: Tensor) -> Mapping[Output, Any]:
+    def run(self, batch: Tensor) -> Mapping[str, Any]:
         """Run torch's forward pass on images uint8 [B, h, w, 3] that are on the device already."""
         # [B, h, w, 3] seen as [B, 3, h, w] is in memory as channels_last already.
         pixels = batch.permute(0, 3, 1, 2).float()
@@ -262,17 +299,26 @@ class Teacher:
             )
         return images
 
-    def _forward(self, pixels: Tensor) -> Mapping[Output, Any]:
+    def _forward(self, pixels: Tensor) -> Mapping[str, Any]:
         if self.recipe.forward is not None:
-            return self.recipe.forward(pixels, self.outputs)
+            return self.recipe.forward(pixels, self._asked)
         given = self.module(pixels)
-        return given if isinstance(given, Mapping) else {self.outputs[0]: given}
+        return given if isinstance(given, Mapping) else {self._asked[0]: given}
 
-    def _rows(self, output: Output, given: object, count: int) -> Tensor:
-        if isinstance(given, Tensor) and given.ndim == 2 and len(given) == count:
+    def _rows(self, view: OutputView, outputs: Mapping[str, Any], count: int) -> Tensor:
+        output = view.output
+        given = outputs.get(MAP if view.grid else output)
+        dimensions = 4 if view.grid else 2
+        if isinstance(given, Tensor) and given.ndim == dimensions and len(given) == count:
+            rows = grid_cells(given.float(), view.grid) if view.grid else given.float()
             # To memory of the host that is pinned, so that a GPU goes on meanwhile.
-            return given.float().to("cpu", non_blocking=self.device.type == "cuda")
+            return rows.to("cpu", non_blocking=self.device.type == "cuda")
         shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        if view.grid:
+            raise TeacherError(
+                f"teacher {self.name!r}: --views grid:{view.grid}: its feature map must be "
+                f"[{count}, D, h, w], got {shape}; allowed: center, or center,flip"
+            )
         letter = "K" if output == "logits" else "D"
         raise TeacherError(
             f"teacher {self.name!r}: {output} must be [{count}, {letter}], got {shape}"
@@ -297,12 +343,24 @@ class Teacher:
         ):
             yield
 
-    def _measure_widths(self) -> dict[Output, int]:
+    def _measure_widths(self) -> dict[str, int]:
         height, width = self.input_shape
         who = f"teacher {self.name!r}: fails on an image [1, 3, {height}, {width}]"
         with third_party(who, TeacherError):
             given = self.compute(np.zeros((1, height, width, 3), np.uint8))
-        return {output: values.shape[1] for output, values in given.items()}
+            if MAP in self._asked:
+                self.plain_mean = self._pools_by_the_mean()
+        return {key: values.shape[1] for key, values in given.items()}
+
+    def _pools_by_the_mean(self) -> bool:
+        """Return whether the features are the mean of the map, as a picture of noise shows."""
+        noise = np.random.default_rng(0).integers(0, 256, (1, *self.input_shape, 3), np.uint8)
+        with torch.inference_mode(), self._arithmetic():
+            given = self.run(torch.from_numpy(noise).to(self.device))
+        features, mean = given["features"].float(), given[MAP].float().mean((2, 3))
+        return features.shape == mean.shape and bool(
+            (features - mean).abs().max() <= 0.02 * features.abs().max()
+        )
 
     def _class_names(self, count: int) -> list[str]:
         names = self.recipe.classes
@@ -317,20 +375,25 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """One output of a teacher: what a store holds as a teacher of its own."""
+    """One output of a view: what a store holds as a teacher of its own. key: of `OutputView`."""
 
     teacher: Teacher
-    output: Output
+    key: str
+
+    @property
+    def output(self) -> Output:
+        """What its rows hold."""
+        return OutputView.of(self.key).output
 
     @property
     def name(self) -> str:
         """Its name in the store."""
-        return self.teacher.store_names[self.output]
+        return self.teacher.store_names[self.key]
 
     @property
     def width(self) -> int:
-        """Number of classes, or of features."""
-        return self.teacher.width(self.output)
+        """Number of classes, or of features of all cells."""
+        return self.teacher.width(self.key)
 
     @property
     def classes(self) -> list[str]:
@@ -339,11 +402,22 @@ class TeacherOutput:
 
     def compute(self, images: np.ndarray | Tensor) -> Tensor:
         """Return this output [B, D], as `Teacher.compute` does."""
-        return self.teacher.compute(images)[self.output]
+        return self.teacher.compute(images, (self.key,))[self.key]
 
     def identity(self, precision: str | None = None) -> dict[str, Any]:
         """Return the identity of this output."""
-        return self.teacher.identity(precision, self.output)
+        return self.teacher.identity(precision, self.key)
+
+    def view_attributes(self) -> dict[str, Any]:
+        """Return what the node of the teacher says of its view; nothing of the centre."""
+        view, attributes = OutputView.of(self.key), dict[str, Any]()
+        if view.grid:
+            attributes["grid"] = {"cells": view.grid, "plain_mean": self.teacher.plain_mean}
+        if view.mirrored:
+            attributes["mirror_of"] = OutputView(view.output, view.grid).store_name(
+                self.teacher.name
+            )
+        return attributes
 
 
 def known_teachers() -> list[str]:
@@ -377,7 +451,7 @@ def load_teacher(spec: TeacherSpec) -> Teacher:
         else:
             if "classes" in spec.options:
                 made = _with_classes(made, read_classes(spec.options["classes"]))
-            teacher = Teacher(spec.options.get("name", spec.name), made, spec.outputs)
+            teacher = Teacher(spec.options.get("name", spec.name), made, spec.outputs, spec.views)
     if teacher.recipe.file is None:
         check_sha256(f"teacher {spec.name!r}: its loaded state", teacher.state_sha256, spec.sha256)
     return teacher
@@ -412,7 +486,7 @@ def _restrict(teacher: Teacher, spec: TeacherSpec) -> None:
                 f"teacher {spec.name!r}: --teacher-output {output}: its factory made one of "
                 f"{', '.join(teacher.outputs)}"
             )
-    teacher.outputs = spec.outputs
+    teacher.choose(spec.outputs, spec.views)
 
 
 def _from_factory(spec: TeacherSpec) -> LoadedModel | Teacher:
@@ -451,6 +525,7 @@ def _from_factory(spec: TeacherSpec) -> LoadedModel | Teacher:
         file_sha256=file.sha256 if file else None,
         options=options,
         offers=OUTPUTS,
+        maps=True,
         pooling="output of the module",
     )
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..common.errors import UsageError
 from ..common.settings import Options
+from ..store.frame_views import CENTER, OutputView, check_views
 from ..store.store_options import Output
 
 EngineName = Literal["auto", "torch", "compile"]
@@ -35,6 +36,8 @@ class TeacherSpec(Options):
     file."""
     outputs: tuple[Output, ...] = ("logits",)
     """What is taken of a forward pass: logits, features or both."""
+    views: tuple[str, ...] = (CENTER,)
+    """Views of a frame that are stored: center, grid:G (cells of features), flip (mirrored)."""
     options: dict[str, str] = {}
     fetch: bool = Field(default=True, exclude=True)
     """Whether weights that this machine lacks may be downloaded."""
@@ -46,7 +49,21 @@ class TeacherSpec(Options):
             raise ValueError(f"no output; allowed: {', '.join(OUTPUTS)} or both")
         return tuple(output for output in OUTPUTS if output in outputs)
 
-    def record(self, output: Output = "logits") -> dict[str, Any]:
+    @field_validator("views")
+    @classmethod
+    def _in_order(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+        return check_views(views)
+
+    @model_validator(mode="after")
+    def _cells_of_features(self) -> TeacherSpec:
+        if "features" not in self.outputs and any(view.startswith("grid") for view in self.views):
+            raise UsageError(
+                f"--views {','.join(self.views)}: teacher {self.name!r}: cells are of features, "
+                f"which --teacher-output features asks for; it is {','.join(self.outputs)}"
+            )
+        return self
+
+    def record(self, key: str = "logits") -> dict[str, Any]:
         """Return what a store records: enough to load one output again, without local folders.
 
         `weights` loses its folder and `classes` is left out: the store has the names.
@@ -55,7 +72,12 @@ class TeacherSpec(Options):
         weights = Path(self.weights).name if self.weights is not None else None
         record = {"name": self.name, "weights": weights, "sha256": self.sha256, "options": options}
         # The record of logits is that of version 0.1, which has no other output.
-        return record if output == "logits" else {**record, "outputs": [output]}
+        view = OutputView.of(key)
+        if view.output != "logits":
+            record["outputs"] = [view.output]
+        if view.views != (CENTER,):
+            record["views"] = list(view.views)
+        return record
 
 
 def parse_teachers(
@@ -64,11 +86,12 @@ def parse_teachers(
     weights: tuple[str, ...],
     sha256: tuple[str, ...],
     outputs: tuple[str, ...] = (),
+    views: tuple[str, ...] = (),
 ) -> list[dict[str, Any]] | None:
     """Make config values of `--teacher` and what belongs to it; None when no teacher was given.
 
-    `NAME=logits,features`, `NAME:key=value`, `NAME=FILE` and `NAME=DIGEST` name the teacher; with
-    one teacher NAME may be left out.
+    `NAME=logits,features`, `NAME=center,flip`, `NAME:key=value`, `NAME=FILE` and `NAME=DIGEST` name
+    the teacher; with one teacher NAME may be left out.
 
     Raises:
         UsageError: A name is no `--teacher`, or is missing where it is needed; another output.
@@ -92,6 +115,9 @@ def parse_teachers(
                 f"--teacher-output {text}: the output is {value!r}, allowed: logits, features, logits,features"
             )
         spec(name, f"--teacher-output {text}")["outputs"] = asked
+    for text in views:
+        name, _, value = text.rpartition("=")
+        spec(name, f"--views {text}")["views"] = list(check_views(value.split(",")))
     for text in options:
         left, equals, value = text.partition("=")
         owner, _, key = left.rpartition(":")

@@ -13,6 +13,7 @@ from ..common.weights import WeightsFile, load_into, load_weights
 from ..store.store_options import Output
 from ..video.geometry import View
 from .loaded_model import (
+    MAP,
     Forward,
     LoadedModel,
     apply_view_options,
@@ -60,6 +61,7 @@ def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:
         options=options,
         offers=_offers(module),
         forward=_forward(module),
+        maps="features" in _offers(module),
         pooling=_pooling(module),
     )
 
@@ -112,16 +114,33 @@ def _forward(module: Any) -> Forward:
     For logits alone the model's own forward is run.
     """
 
-    def forward(images: Tensor, outputs: tuple[Output, ...]) -> Mapping[Output, Tensor]:
+    def forward(images: Tensor, outputs: tuple[str, ...]) -> Mapping[str, Tensor]:
         if "features" not in outputs:
             return {"logits": module(images)}
         maps = module.forward_features(images)
-        found: dict[Output, Tensor] = {"features": module.forward_head(maps, pre_logits=True)}
+        found: dict[str, Tensor] = {"features": module.forward_head(maps, pre_logits=True)}
+        if MAP in outputs:
+            found[MAP] = _map(module, maps)
         if "logits" in outputs:
             found["logits"] = module.forward_head(maps)
         return found
 
     return forward
+
+
+def _map(module: Any, maps: Tensor) -> Tensor:
+    """Return the features before pooling as [B, D, h, w]: of a transformer its patch tokens.
+
+    Whatever has no such form is returned as it is, which `Teacher` refuses.
+    """
+    if maps.ndim == 4:
+        nhwc = getattr(module, "output_fmt", "NCHW") == "NHWC"
+        return maps.permute(0, 3, 1, 2) if nhwc else maps
+    sizes = getattr(getattr(module, "patch_embed", None), "grid_size", None)
+    tokens = maps[:, getattr(module, "num_prefix_tokens", 0) :] if maps.ndim == 3 else maps
+    if sizes is None or tokens.ndim != 3 or math.prod(sizes) != tokens.shape[1]:
+        return maps
+    return tokens.transpose(1, 2).unflatten(2, tuple(sizes))
 
 
 def _tag(module: nn.Module) -> str:

@@ -15,7 +15,7 @@ from ..common.errors import TeacherError, WeightsError
 from ..common.library_weights import hub_folder, library_weights
 from ..common.weights import WeightsFile, load_into, load_weights
 from ..video.geometry import View
-from .forwards import last_linear, tapped
+from .forwards import last_linear, pooling_layer, tapped
 from .loaded_model import (
     LoadedModel,
     Preprocessing,
@@ -127,6 +127,7 @@ def _features(module: nn.Module) -> dict[str, Any]:
     return {
         "offers": ("logits", "features"),
         "forward": tapped(module, layer),
+        "maps": pooling_layer(module) is not None,
         "pooling": f"input of {layer}",
     }
 

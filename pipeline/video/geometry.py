@@ -22,6 +22,7 @@ from pydantic import Field, PositiveInt
 from ..common.errors import VideoError
 from ..common.settings import Options
 from .container import Margins
+from .region import Region
 
 _MOST_PIXELS = 2**26  # of a rendered picture; a 16384x1 frame with short side 256 would be 1 GB
 _WIDEST_PIXEL = (
@@ -132,6 +133,20 @@ class View(Options):
     def shape(self, display_h: int, display_w: int) -> tuple[int, int]:
         """(height, width) of the result."""
         return (self.crop, self.crop) if self.crop else self.scaled(display_h, display_w)
+
+    def region(self, display_h: int, display_w: int) -> Region:
+        """Return the rectangle of the displayed picture that the result shows.
+
+        It is larger than the picture where a smaller one is padded.
+        """
+        sized = self.scaled(display_h, display_w)
+        if not self.crop:
+            return Region(0.0, 0.0, 1.0, 1.0)
+        top, left = (
+            -((self.crop - length) // 2) if length < self.crop else round((length - self.crop) / 2)
+            for length in sized
+        )
+        return Region.of_pixels(top, left, (self.crop, self.crop), sized)
 
     @property
     def fixed_shape(self) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -26,6 +27,7 @@ from distinit.pipeline.teachers.recorded import load_recorded
 from distinit.pipeline.teachers.teacher import Teacher, load_teacher
 from distinit.pipeline.teachers.teacher_options import TeacherSpec, parse_teachers
 from distinit.pipeline.video.geometry import View
+from distinit.pipeline.video.region import shares
 
 BOTH = ("logits", "features")
 
@@ -171,6 +173,95 @@ def test_an_encoder_of_timm_gives_features_alone() -> None:
         )
     with pytest.raises(TeacherError, match=r"--teacher-output logits: .*allowed: features"):
         load("timm:vit_tiny_patch16_224", BOTH, weights="w.safetensors", options=options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "plain"),
+    [
+        ("efficientnet_lite0", {}, True),
+        ("torchvision:resnet18", {"input_size": "96"}, True),
+        ("torchvision:mobilenet_v3_small", {"input_size": "64"}, False),
+        ("timm:mobilenetv3_small_050", {"num_classes": "5", "input_size": "64"}, False),
+        ("timm:resnet18", {"num_classes": "0", "input_size": "96"}, True),
+        ("timm:vit_tiny_patch16_224", {"num_classes": "0", "depth": "1"}, False),
+        ("timm:swin_tiny_patch4_window7_224", {"num_classes": "5", "depths": "[1, 1, 1, 1]"}, True),
+    ],
+)
+def test_cells_are_averages_of_the_feature_map(
+    name: str, options: dict[str, str], plain: bool
+) -> None:
+    family, _, model = name.partition(":")
+    weights = None
+    if family == "timm":
+        timm = pytest.importorskip("timm")
+        arguments = {k: yaml.safe_load(v) for k, v in options.items() if k != "input_size"}
+        module, weights = saved(timm.create_model(model, **arguments)), "w.safetensors"
+        maps_of = module.forward_features
+        if "vit" in model:
+            # A class token comes before the 14 × 14 patches.
+            maps_of = lambda x: module.forward_features(x)[:, 1:].mT.reshape(2, -1, 14, 14)  # noqa: E731
+        if "swin" in model:
+            maps_of = lambda x: module.forward_features(x).permute(0, 3, 1, 2)  # noqa: E731
+    elif family == "torchvision":
+        module = saved(torchvision.models.get_model(model, num_classes=3))
+        weights = "w.safetensors"
+        children = list(module.named_children())
+        upto = [name for name, _ in children].index("avgpool")
+        maps_of = torch.nn.Sequential(*[child for _, child in children[:upto]])
+    spec = TeacherSpec(
+        name=name, weights=weights, options=options, outputs=("features",), views=("grid:4", "flip")
+    )
+    teacher = load_teacher(spec)
+    if family == "efficientnet_lite0":
+        maps_of = teacher.module.extract_features
+    images = noise(2, teacher.input_shape[0])
+    found = teacher.compute(images)
+    assert set(found) == {"features.grid4", "features.grid4.flip"}
+    assert teacher.plain_mean == plain
+    assert teacher.identity()["plain_mean"] == plain
+    recipe = teacher.recipe.preprocessing
+    for key, seen in (("features.grid4", images), ("features.grid4.flip", images[:, :, ::-1])):
+        pixels = normalized(
+            np.ascontiguousarray(seen), np.array(recipe.mean) / 255, np.array(recipe.std) / 255
+        )
+        with torch.inference_mode():
+            maps = maps_of(pixels).numpy()
+        height, width = maps.shape[2:]
+        # Each cell of the map becomes 4 × 4 of equal values, of which h × w are in each cell.
+        fine = maps.repeat(4, axis=2).repeat(4, axis=3)
+        cells = fine.reshape(2, -1, 4, height, 4, width).mean((3, 5)).transpose(0, 2, 3, 1)
+        close(found[key], torch.from_numpy(cells.reshape(2, -1).copy()))
+        if plain:
+            pooled = load_teacher(spec.model_copy(update={"views": ("center",)})).compute(
+                np.ascontiguousarray(seen)
+            )
+            close(found[key].reshape(2, 16, -1).mean(1), pooled["features"])
+
+
+def test_a_model_without_a_feature_map_has_no_cells() -> None:
+    saved(torchvision.models.shufflenet_v2_x0_5(num_classes=3))
+    with pytest.raises(
+        TeacherError, match=r"--views grid:4: .*torchvision:shufflenet_v2_x0_5.*allowed"
+    ):
+        load_teacher(
+            TeacherSpec(name="torchvision:shufflenet_v2_x0_5", weights="w.safetensors",
+                        outputs=("features",), views=("grid:4",))
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "end", "expected"),
+    [
+        (0.0, 1.0, [0.25] * 4),
+        (0.125, 0.5, [1 / 3, 2 / 3, 0, 0]),
+        (-1.0, 0.25, [1, 0, 0, 0]),
+        (-1.0, -0.5, [1, 0, 0, 0]),
+        (1.2, 1.5, [0, 0, 0, 1]),
+    ],
+)
+def test_shares_of_an_interval(first: float, end: float, expected: list[float]) -> None:
+    np.testing.assert_allclose(shares(first, end, 4), expected)
 
 
 # --- open_clip and transformers
