@@ -16,7 +16,7 @@ from ..pipeline.clips.clip_options import ClipView
 from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.devices import resolve_device
-from ..pipeline.common.distributed import Ranks
+from ..pipeline.common.distributed import SINGLE_PROCESS, Ranks
 from ..pipeline.common.errors import UsageError
 from ..pipeline.common.locks import folder_lock
 from ..pipeline.common.run_dir import (
@@ -33,6 +33,7 @@ from ..pipeline.common.run_dir import (
 )
 from ..pipeline.common.weights import state_sha256
 from ..pipeline.evaluation.classification import HEAD, Classification
+from ..pipeline.evaluation.finetune_dry_run import dry_run
 from ..pipeline.evaluation.finetune_options import FinetuneConfig
 from ..pipeline.evaluation.hold_out import hold_out
 from ..pipeline.evaluation.labelled_clips import LabelledClips
@@ -96,7 +97,27 @@ def finetune(config: FinetuneConfig, console: Console) -> dict[str, Any]:
         DeviceError: The device is missing.
         WeightsError: Weights cannot be loaded.
     """
+    if config.dry_run:
+        return _try_out(config, console)
     return run_distributed(_finetune, config, console, config.loop)
+
+
+def _try_out(config: FinetuneConfig, console: Console) -> dict[str, Any]:
+    """Show what a finetuning would be, with its first batch, and do not train.
+
+    With `--split all`, of the first split.
+    """
+    if config.split == ALL:
+        first = available_splits(config.dataset, config.root)[0]
+        config = config.model_copy(update={"split": first})
+    _require_fitting(Path(config.out), config.split)
+    config = _scheduled(config)
+    job = _assemble(config, _load_labels(config))
+    if config.loop.minutes is not None:
+        job = _assemble(_fitted(config, job, config.loop.gpus), job.labels)
+    _describe_run(job, console)
+    announce(job.student, job.clips(), job.options, job.total_clips(), SINGLE_PROCESS)
+    return dry_run(job.config, job.options, job.clips(), job.student)
 
 
 def _finetune(config: FinetuneConfig, console: Console, ranks: Ranks) -> dict[str, Any]:

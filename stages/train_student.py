@@ -18,7 +18,7 @@ from ..pipeline.clips.seeding import split_held_out
 from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console, plain
 from ..pipeline.common.devices import resolve_device
-from ..pipeline.common.distributed import Ranks
+from ..pipeline.common.distributed import SINGLE_PROCESS, Ranks
 from ..pipeline.common.errors import StoreError, StoreMismatchError, UsageError
 from ..pipeline.common.files import write_whole
 from ..pipeline.common.run_dir import (
@@ -98,7 +98,11 @@ def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
     if config.loop.minutes is not None:
         config = _fitted(config, parts, config.loop.gpus)
         parts = _assemble(config, store, teachers, None, console)
-    return dry_run(config, store, parts.train, _build(config, parts.train.sampler.targets))
+    student = _build(config, parts.train.sampler.targets)
+    options = config.loop.for_videos(len(parts.train.sampler.videos))
+    clips = options.total_steps * options.batch_size
+    announce(student, parts.train, options, clips, SINGLE_PROCESS)
+    return dry_run(config, store, parts.train, student)
 
 
 def _train(config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from .plan import SECTIONS, STUDENT, Cell
 TRAIN, TUNE = SECTIONS
 PATHS = {
     TRAIN: {"out", "resume", "video_roots", "store", "exclude", "exclude_split"},
-    TUNE: {"out", "resume", "verbose", "copies", "init", "dataset", "root", "strict"},
+    TUNE: {"out", "resume", "verbose", "copies", "init", "dataset", "root", "strict", "dry_run"},
 }
 MODELS: dict[str, type[Options]] = {TRAIN: TrainConfig, TUNE: FinetuneConfig}
 

@@ -80,7 +80,7 @@ class FinetuneConfig(Options):
     """
 
     ADDED: ClassVar[frozenset[str]] = frozenset(
-        {"held_out", "val_clips", "patience", "export", "search", "strict"}
+        {"held_out", "val_clips", "patience", "export", "search", "strict", "dry_run"}
     )
 
     init: Annotated[str, CliOption(metavar="INIT")] = Field(
@@ -155,3 +155,7 @@ class FinetuneConfig(Options):
     loop: Annotated[FinetuneLoop, CliOption()] = Field(default_factory=FinetuneLoop)
     test: Annotated[EvaluationOptions, CliOption()] = Field(default_factory=EvaluationOptions)
     resume: Annotated[Resume, RESUME] = Field(default=False, description=RESUME_HELP)
+    dry_run: Annotated[bool, CliOption(group="Output")] = Field(
+        default=False,
+        description="show config, sizes and the first batch as a picture; train nothing",
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -18,11 +18,26 @@ from ..targets.dataset import StudentClips
 from .distillation_options import TrainConfig
 from .footprint import footprint
 from .loader import EpochBatchSampler, read_batches
+from .loop_options import LoopOptions
 from .preview import MOST_CLIPS, render_batch, save_preview
 
 log = logging.getLogger(__name__)
 
 PICTURE = "first-batch.png"
+
+
+class ClipSize(Protocol):
+    """Frames and side of a clip, which are options of training and finetuning."""
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames per clip."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Pixels per side."""
+        ...
 
 
 def dry_run(
@@ -51,7 +66,7 @@ def dry_run(
         f"{len(clips.sampler.videos)} videos, {options.epochs} epochs of {options.clips_per_epoch} clips"
     )
     log.info(f"{options.describe_steps(config.loop.gpus)}; {options.describe_rate()}")
-    size = _memory(config, student)
+    size = log_memory(config.loop, config.clips, config.student.channels, student)
 
     batch_size = min(options.batch_size, MOST_CLIPS)
     keys = EpochBatchSampler(batch_size=batch_size, steps_per_epoch=1, epochs=1)
@@ -76,11 +91,12 @@ def dry_run(
     }
 
 
-def _memory(config: TrainConfig, student: Student) -> dict[str, Any]:
+def log_memory(
+    options: LoopOptions, view: ClipSize, channels: int, student: Student
+) -> dict[str, Any]:
     """Log and return bytes and FLOPs of a micro batch on one device."""
-    options, view = config.loop, config.clips
     clips = options.clips_at_once(options.gpus)
-    shape = (clips, config.student.channels, view.clip_frames, view.size, view.size)
+    shape = (clips, channels, view.clip_frames, view.size, view.size)
     found = footprint(student, shape, precision=options.precision, copies=options.weight_copies)
     if found is None:
         log.info("memory: unknown, the student cannot run without data")

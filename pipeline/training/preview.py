@@ -36,18 +36,43 @@ def render_batch(
         tau: Temperature of the target's softmax.
     """
     clips = batch["clip"][:MOST_CLIPS]
+    decoded = [
+        any(bool(weight[n] != 0) for weight in batch["weight"].values()) for n in range(len(clips))
+    ]
+    lines = [_lines(batch, number, classes, tau) for number in range(len(clips))]
+    return _render(clips, decoded, lines, 1 + 2 * len(classes))
+
+
+def render_labels(batch: Mapping[str, Any], classes: Sequence[str]) -> Image.Image:
+    """Render a row per clip: its frames, the video, the first frame, and the label.
+
+    Args:
+        batch: A collated batch of `LabelledClips`.
+        classes: The names of the classes [K].
+    """
+    clips = batch["clip"][:MOST_CLIPS]
+    lines = [
+        [_clip_line(batch, n), (f"label: {_short(classes[int(batch['label'][n])], 40)}", True)]
+        for n in range(len(clips))
+    ]
+    return _render(clips, [True] * len(clips), lines, 2)
+
+
+def _render(
+    clips: Tensor, decoded: Sequence[bool], lines: Sequence[Sequence[tuple[str, bool]]], height: int
+) -> Image.Image:
+    """Render clips [B, C, T, H, W] and the lines next to each, `height` of them at most."""
     chosen = np.unique(
         np.linspace(0, clips.shape[2] - 1, min(MOST_FRAMES, clips.shape[2])).round().astype(int)
     )
-    row = max(SIDE, LINE * (1 + 2 * len(classes))) + GAP
+    row = max(SIDE, LINE * height) + GAP
     picture = Image.new("RGB", (len(chosen) * (SIDE + GAP) + TEXT, len(clips) * row + GAP), PAPER)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
     for number in range(len(clips)):
         top = GAP + number * row
-        decoded = any(bool(weight[number] != 0) for weight in batch["weight"].values())
         for column, frame in enumerate(chosen):
             place = (GAP + column * (SIDE + GAP), top)
-            if not decoded:
+            if not decoded[number]:
                 picture.paste(BLANK, (*place, place[0] + SIDE, place[1] + SIDE))
                 continue
             image = Image.fromarray(_pixels(clips[number, :, frame])).resize(
@@ -55,7 +80,7 @@ def render_batch(
             )
             picture.paste(image, place)
         left = len(chosen) * (SIDE + GAP) + 2 * GAP
-        for line, (text, strong) in enumerate(_lines(batch, number, classes, tau)):
+        for line, (text, strong) in enumerate(lines[number]):
             pen.text((left, top + line * LINE), text, fill=INK if strong else FAINT, font=font)
     return picture
 
@@ -70,8 +95,7 @@ def _lines(
     batch: Mapping[str, Any], number: int, classes: Mapping[str, Sequence[str]], tau: float
 ) -> list[tuple[str, bool]]:
     """Return the lines next to one clip, and whether each is printed strongly."""
-    name = Path(str(batch["name"][number])).name
-    lines = [(f"{_short(name, 40)}  from frame {int(batch['start'][number])}", True)]
+    lines = [_clip_line(batch, number)]
     for teacher, names in classes.items():
         logits = batch["targets"][teacher][number].float()
         counts = bool(batch["weight"][teacher][number] != 0)
@@ -88,6 +112,12 @@ def _lines(
             )
         )
     return lines
+
+
+def _clip_line(batch: Mapping[str, Any], number: int) -> tuple[str, bool]:
+    """Return the line with the video and the first frame of a clip."""
+    name = Path(str(batch["name"][number])).name
+    return f"{_short(name, 40)}  from frame {int(batch['start'][number])}", True
 
 
 def _pixels(frame: Tensor) -> np.ndarray:

@@ -11,16 +11,19 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, LabelsError, UsageError
 from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig, parse_search
 from distinit.pipeline.evaluation.hold_out import hold_out
+from distinit.pipeline.evaluation.labelled_clips import LabelledClips
 from distinit.pipeline.evaluation.labels import Labelled, Labels, load_labels
 from distinit.pipeline.evaluation.search import epochs_of_search, rungs
 from distinit.pipeline.students.export import load_student
 from distinit.pipeline.training import loop
+from distinit.pipeline.training.preview import GAP, SIDE
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.evaluate import evaluate
 from distinit.stages.finetune import finetune
@@ -266,6 +269,22 @@ def test_what_cannot_be_chosen_by_is_an_error(
     with pytest.raises(UsageError, match=named):
         finetune(config(data, tmp_path / "run", **changes), QUIET)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_dry_run_shows_the_first_batch_and_trains_nothing(data: Path, tmp_path: Path) -> None:
+    """Its picture has the frames of the first clips of the run, a row each."""
+    result = finetune(config(data, tmp_path / "run", dry_run=True), QUIET)
+    assert (result["steps"], result["clips"]) == (4, 16)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["first-batch.png"]
+    labels = load_labels(f"csv:{data / 'labels.csv'}")
+    options = {"clip_frames": 4, "seed": 0, "epoch_clips": 8}
+    clips = LabelledClips(labels, config(data, tmp_path).clips, **options)
+    picture = np.asarray(Image.open(result["picture"]), dtype=float)
+    for number in range(4):
+        clip = clips[(0, number)]["clip"]
+        top = GAP + number * (SIDE + GAP)
+        shown = picture[top : top + SIDE, GAP : GAP + SIDE].mean(axis=(0, 1))
+        assert shown == pytest.approx(clip[:, 0].float().mean(dim=(1, 2)).numpy(), abs=3)
 
 
 def test_a_class_on_the_validation_side_alone_is_refused(data: Path, tmp_path: Path) -> None:
