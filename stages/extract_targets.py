@@ -32,6 +32,7 @@ from ..pipeline.extraction.machine import (
     outputs_of,
     run_record,
     use_engines,
+    with_precision,
 )
 from ..pipeline.extraction.planner import (
     StorePlan,
@@ -77,6 +78,7 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
     check_local(config.out)
     record = config_next_to(config.out)
     device = resolve_device(config.device)
+    asked_config, config = config, with_precision(config, device)
     listed = _list(config, console)
     if config.dry_run:
         return dry_run(config, None if listed is None else _share(config, listed, console), device)
@@ -105,7 +107,7 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
             run = run_of_workers(client, config)
         else:
             run = run_record(config.batch_size, config.precision, device)
-        engines = use_engines(loaded, config.engine, writer.numerics(), config.batch_size)
+        engines = use_engines(loaded, config.engine, writer.numerics(), run)
         asked = {
             name: {**attributes, "run": with_engine(run, engines, name)}
             for name, attributes in _records(config, loaded).items()
@@ -170,7 +172,7 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
                 plan, shards, list(teachers), fill, run, engines, watch, all_of_fewer, console
             )
             plan_overflow(plan, pool)
-        write_config(record, "extract-targets", config)
+        write_config(record, "extract-targets", asked_config)
         seconds = time.monotonic() - began
         ids = None if videos is None else ids_of(plan, videos)
         result = _summary(plan, list(teachers), ids, done, seconds, console)

@@ -182,7 +182,7 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
     specs = [TeacherSpec.model_validate_json(text) for text in setup.specs]
     teachers = [load_teacher(spec).to(device, setup.precision) for spec in specs]
     engines = {name: {"engine": engine} for name, engine in setup.engines}
-    here = use_engines(teachers, "auto", engines, setup.batch_size)
+    here = use_engines(teachers, "auto", engines, json.loads(run))
     if here != dict(setup.engines):
         raise StoreMismatchError(
             f"this worker would compute with {_json(here)}, the others do with {_json(dict(setup.engines))}"

@@ -204,7 +204,7 @@ def _load(
         node.get("provenance", {}), where, weights=weights.get(name), trusted=allowed
     )
     teacher.to(device, str(record.run.get("precision")))
-    use_engine(teacher, "auto", record.run.get("engine"))
+    use_engine(teacher, "auto", str(record.run.get("engine", "torch")))
     if record.classes and len(teacher.classes) == len(record.classes):
         teacher.classes = list(record.classes)  # their names may have come from a file
     of = TeacherOutput(teacher, teacher.outputs[-1])  # the one that the record asks for

@@ -19,7 +19,7 @@ from ..video.pool.decode_pool import Block, DecodeJob, DecodePool
 from ..video.probe import Probe
 from ..video.sampling import Sampling
 from .extract_options import ExtractConfig
-from .machine import default_decoders, load_teachers, outputs_of
+from .machine import default_decoders, load_teachers, outputs_of, run_record, use_engines
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ def dry_run(
     if videos is None:
         raise UsageError("--dry-run needs a SOURCE")
     teachers = load_teachers(config, device)
+    use_engines(
+        teachers, config.engine, {}, run_record(config.batch_size, config.precision, device)
+    )
     views = list(dict.fromkeys(teacher.view for teacher in teachers))
     chosen = np.unique(
         np.linspace(0, len(videos) - 1, min(PROBED, len(videos))).astype(int)

@@ -79,13 +79,16 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
         32, ge=1, description="frames per batch of a teacher"
     )
     device: Annotated[str, DEVICE] = Field("auto", description=DEVICE_HELP)
-    precision: Annotated[Literal["fp32", "bf16"], CliOption(group="Hardware")] = Field(
-        "fp32", description="what teachers compute in"
+    precision: Annotated[Literal["auto", "fp32", "bf16"], CliOption(group="Hardware")] = Field(
+        "fp32",
+        description="what teachers compute in; auto is that of an existing store's teachers, else bf16 on "
+        "a GPU that has it and fp32 elsewhere",
     )
     engine: Annotated[EngineName, CliOption(group="Hardware")] = Field(
         "auto",
-        description="what runs teachers: torch, or torch with compilation, which is faster on a GPU "
-        "after a minute; auto is the engine that the store began with, torch for a new one",
+        description="what runs teachers: torch, torch with compilation (faster on a GPU, after a "
+        "minute), or ONNX Runtime on a CPU; auto is the engine that the store's rows began with, for "
+        "a new teacher on a CPU ONNX Runtime where it agrees with torch and is faster, else torch",
     )
     decoders: Annotated[
         int | None, CliOption(group="Hardware", metavar="N", shown="depending on the machine")

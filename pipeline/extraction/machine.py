@@ -9,6 +9,7 @@ import torch
 
 from ..common.errors import UsageError
 from ..common.processes import cores
+from ..store.reader import TargetStore
 from ..teachers.engines import use_engine
 from ..teachers.teacher import Teacher, TeacherOutput, load_teacher
 from ..teachers.teacher_options import EngineName
@@ -33,15 +34,35 @@ def load_teachers(config: ExtractConfig, device: torch.device) -> list[Teacher]:
     return teachers
 
 
+def with_precision(config: ExtractConfig, device: torch.device) -> ExtractConfig:
+    """Return the config with fp32 or bf16 in place of `--precision auto`."""
+    if config.precision != "auto":
+        return config
+    stored: set[str] = set()
+    if (config.out / "zarr.json").exists():
+        stored = {
+            str(t.run.get("precision")) for t in TargetStore.open(config.out).teachers.values()
+        }
+    if stored == {"fp32"} or stored == {"bf16"}:
+        precision = stored.pop()
+    else:
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return config.model_copy(update={"precision": precision})
+
+
 def use_engines(
     teachers: Sequence[Teacher],
     asked: EngineName,
     stored: Mapping[str, Mapping[str, Any]],
-    batch_size: int,
+    run: Mapping[str, Any],
 ) -> dict[str, str]:
     """Give the teachers their engines; return the name of each by its output's name in the store.
 
-    `stored` has the numerics of the teachers that the store holds.
+    Args:
+        teachers: On their device.
+        asked: As `use_engine` takes it.
+        stored: The numerics of the teachers that the store holds.
+        run: The numerics of this command; its workers may be on another kind of device.
     """
     engines = {}
     for teacher in teachers:
@@ -49,8 +70,10 @@ def use_engines(
         recorded = next(
             (stored[name].get("engine", "torch") for name in names if name in stored), None
         )
+        if recorded is None and run["device"] != teacher.device.type:
+            recorded = "torch"
         engines.update(
-            dict.fromkeys(names, use_engine(teacher, asked, recorded, batch_size=batch_size))
+            dict.fromkeys(names, use_engine(teacher, asked, recorded, batch_size=run["batch_size"]))
         )
     return engines
 

@@ -12,7 +12,7 @@ from ..common.settings import Options
 from ..store.frame_views import CENTER, OutputView, check_views
 from ..store.store_options import Output
 
-EngineName = Literal["auto", "torch", "compile"]
+EngineName = Literal["auto", "torch", "compile", "onnx"]
 """What runs a teacher, as the user asks for it."""
 
 OUTPUTS: tuple[Output, ...] = get_args(Output)
