@@ -102,7 +102,7 @@ def _fill(
     status, reasons = [FAILED] * len(paths), [""] * len(paths)
     with (
         torch_threads(None, workers, device),
-        console.progress("embedding", len(paths), "video") as bar,
+        console.progress("embedding", len(paths), "videos") as bar,
     ):
         for result in video_outputs(
             lambda part: (student.features(normalize_clip(part, torch.float32)).float(),),

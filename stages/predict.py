@@ -97,7 +97,7 @@ def _score(
     workers = min(pick_workers(options.workers, device), len(paths) - 1)
     with (
         torch_threads(None, workers, device),
-        console.progress("predicting", len(paths), "video") as bar,
+        console.progress("predicting", len(paths), "videos") as bar,
     ):
         fill_in(
             student,

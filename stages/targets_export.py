@@ -81,6 +81,7 @@ def targets_export(options: ExportConfig, console: Console) -> dict[str, Any]:
         result = _export_store(store, out, names, chosen, options, console)
     if not (finished and record.exists()):
         write_config(record, "targets-export", options)
+    console.say(f"{options.out}: {result['videos']:,} videos, {result['rows']:,} frames")
     return result
 
 

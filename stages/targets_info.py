@@ -201,7 +201,8 @@ def _show(info: dict[str, Any], console: Console) -> None:
     entropies = Table("teacher")
     for column in ("entropy median", "5 % to 95 %"):
         entropies.add_column(column, justify="right")
-    entropies.add_column("its histogram, from 0 to ln of the classes")
+    # Bars in two lines would not be a histogram.
+    entropies.add_column("histogram, to ln of the classes", no_wrap=True)
     for t in info["teachers"]:
         size = f"{t['bytes_a_row']:,.0f}" if t["rows"] else "–"
         weights = str(t["identity"].get("weights", ""))
@@ -230,7 +231,9 @@ def _show(info: dict[str, Any], console: Console) -> None:
         for reason, count in failures.most_common(20):
             table.add_row(str(count), reason)
         console.table(table)
-    if "failed" in info:
+    if "failed" in info and not info["failed"]:
+        console.say("no video failed")
+    elif "failed" in info:
         table = Table("corpus", "file", "reason")
         for f in info["failed"][:LISTED]:
             table.add_row(f["corpus"], f["path"], f["reason"])

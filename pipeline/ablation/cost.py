@@ -68,7 +68,7 @@ def show_cost(
         }
         table.add(
             record["row"], record["dataset"], str(record["split"]), str(record["seed"]),
-            states.get(TRAIN, "–"), states["finetune"], f"{hours:.2f}",
+            states.get(TRAIN, "–"), states["finetune"], _hours(hours),
         )  # fmt: skip
         record["hours_left"] = round(hours, 6)
     log.info(table)
@@ -77,8 +77,12 @@ def show_cost(
         if on_noise
         else ""
     )
-    log.info(f"{total:.2f} hours left on one device{caveat}")
+    log.info(f"{_hours(total)} hours left on one device{caveat}")
     return {"cells": records, "hours_left": round(total, 6), "measured_on_noise": on_noise}
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.2f}" if hours < 100 else f"{hours:,.0f}"
 
 
 def _network(step: Step) -> str:

@@ -395,6 +395,11 @@ def _problem(
 
 
 def _near(key: str, known: Sequence[str]) -> str:
+    if key in known:
+        # Only --set takes keys with dots: in YAML a section is a mapping.
+        *sections, last = key.split(".")
+        nested = "".join(f"{name}: {{" for name in sections)
+        return f"; write it as nested sections, {nested}{last}: VALUE{'}' * len(sections)}"
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     last = key.rpartition(".")[2]
     near += [name for name in known if name.rpartition(".")[2] == last and name not in near]

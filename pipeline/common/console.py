@@ -27,6 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.segment import Segment
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from .progress_bar import ProgressBar, SilentBar, show_progress
@@ -88,6 +89,10 @@ class Console:
 
     def table(self, renderable: RenderableType) -> None:
         """Write a rich table or text on standard output (with json: on standard error)."""
+        if isinstance(renderable, RichTable):
+            # Two long names that are cut to the same beginning cannot be told apart.
+            for column in renderable.columns:
+                column.overflow = "fold"
         self._out.print(renderable, highlight=False)
 
     def result(self, value: Mapping[str, Any]) -> None:

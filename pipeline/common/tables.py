@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from .streams import printable
+
+# A table of more columns of text than NARROW has its titles wrapped to TITLE_WIDTH or more.
+NARROW, TITLE_WIDTH = 80, 9
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,20 @@ class Table:
         Rich's own title and caption would be wrapped to the width of a narrow table.
         """
         table = RichTable()
-        for column in self.columns:
-            # Numbers are never cut or wrapped; names give way.
+        cells = [[len(row[at]) for row in self.rows] for at in range(len(self.columns))]
+        longest = [max(lengths, default=0) for lengths in cells]
+        natural = (
+            max(len(column.title), n) + 3 for column, n in zip(self.columns, longest, strict=True)
+        )
+        # Numbers are never cut or wrapped. In a wide table their titles are wrapped, since names
+        # would otherwise be squeezed to nothing.
+        wide = sum(natural) >= NARROW
+        for column, n in zip(self.columns, longest, strict=True):
+            title = column.title
+            if wide and column.number:
+                title = textwrap.fill(title, max(n, TITLE_WIDTH), break_long_words=False)
             table.add_column(
-                _text(column.title),
+                _text(title),
                 justify="right" if column.number else "left",
                 no_wrap=column.number,
                 overflow="fold",

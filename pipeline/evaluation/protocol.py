@@ -93,7 +93,7 @@ def evaluate_student(
     def score() -> None:
         with (
             torch_threads(threads, workers, device),
-            progress_bar("testing", len(share), "video") as bar,
+            progress_bar("testing", len(share), "videos") as bar,
         ):
             predict(
                 student,

@@ -140,27 +140,33 @@ def _decode_seconds(pool: DecodePool, sampling: Sampling, good: list[tuple[str, 
     return seconds * share * sum(p.frames for _, p in good) / max(frames, 1)
 
 
+def _gigabytes(gigabytes: float) -> str:
+    return f"{gigabytes:.3g}" if gigabytes >= 0.001 else "< 0.001"
+
+
 def _show(rows: list[dict[str, Any]], videos: int, probed: int, broken: int) -> None:
     title = f"{videos} videos" + (f", estimated from {probed} of them" if probed < videos else "")
-    numbers = [Column(name, number=True) for name in ("rows", "GB", "hours")]
+    numbers = [Column(name, number=True) for name in ("rows", "GB", "time")]
     table = Table(
         title + (f"; {broken} cannot be read" if broken else ""),
         [Column("frames kept"), *numbers, Column("bound by")],
     )
     for r in rows:
         by = "decoding" if r["hours_decoding"] > r["hours_teachers"] else "the teachers"
-        table.add(r["sampling"], f"{r['rows']:,}", f"{r['gigabytes']:.3g}", _shown(r["hours"]), by)
+        table.add(
+            r["sampling"], f"{r['rows']:,}", _gigabytes(r["gigabytes"]), _shown(r["hours"]), by
+        )
     log.info(table)
     first = rows[0]
     if len(first["gigabytes_of"]) > 1:
         each = Table(
             f"{first['sampling']}: what each teacher of the store takes",
-            [Column("teacher"), *(Column(c, number=True) for c in ("rows", "GB", "hours alone"))],
+            [Column("teacher"), *(Column(c, number=True) for c in ("rows", "GB", "time alone"))],
         )
         for name, size in first["gigabytes_of"].items():
-            each.add(name, f"{first['rows']:,}", f"{size:.3g}", _shown(first["hours_of"][name]))
+            each.add(name, f"{first['rows']:,}", _gigabytes(size), _shown(first["hours_of"][name]))
         log.info(each)
 
 
 def _shown(hours: float) -> str:
-    return f"{hours:.1f}" if hours >= 1 else f"{hours * 60:.1f} min"
+    return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"

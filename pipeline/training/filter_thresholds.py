@@ -91,7 +91,7 @@ def measure_thresholds(
 
 
 def _with_progress(sampler: TargetSampler, count: int) -> Iterator[np.ndarray]:
-    with progress_bar("measuring entropies", count, "draw") as bar:
+    with progress_bar("measuring entropies", count, "draws") as bar:
         for found in measure_entropies(sampler, count):
             bar.advance(1)
             yield found

@@ -271,7 +271,7 @@ def _train(
         stop = stack.enter_context(Interrupts()).requested
         run_dir = run.checkpoints.folder.parent
         metrics = stack.enter_context(Metrics(run_dir, state.step)) if ranks.is_main else None
-        bar = stack.enter_context(progress_bar("training", len(keys), "step"))
+        bar = stack.enter_context(progress_bar("training", len(keys), "steps"))
         share = SplitBatchSampler(keys, ranks)
         stack.enter_context(crashes_recorded(run_dir, is_main=ranks.is_main))
         batches = read_batches(dataset, share, workers=workers, device=run.device, stop=stop)

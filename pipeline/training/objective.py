@@ -78,7 +78,7 @@ def measure_baselines(
 def first_draws(sampler: TargetSampler) -> Iterator[ClipSample]:
     """Yield the first draws of a training, at most ten per video."""
     count = min(DRAWS, 10 * len(sampler.videos))
-    with progress_bar("measuring targets", count, "draw") as bar:
+    with progress_bar("measuring targets", count, "draws") as bar:
         for number in range(count):
             yield sampler.draw(*divmod(number, sampler.epoch_clips))
             bar.advance(1)

@@ -146,3 +146,24 @@ def test_progress_in_a_notebook_is_one_line_that_is_replaced(
     assert [update for _, update in seen] == [False, True, True]
     assert seen[1][0].startswith("probing: 1/2 videos")
     assert seen[2][0].startswith("probing: 2/2 videos")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_names_next_to_many_numbers_are_shown_whole(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    titles = [
+        "same best class, %",
+        "correlation of entropies",
+        "first more confident, %",
+        "linear CKA",
+    ]
+    table = ResultTable("Pairs", [Column("teachers"), *(Column(t, number=True) for t in titles)])
+    names = "efficientnet_lite0,efficientnet_lite0.features"
+    table.add(names, *["12.25"] * len(titles))
+    out = Terminal()
+    Console(stdout=out, stderr=out).table(table.to_rich())
+    rows = [line.split("│") for line in out.getvalue().splitlines() if "│" in line]
+    assert "".join(row[1].strip() for row in rows) == names
+    assert [cell.strip() for cell in rows[0][2:-1]] == ["12.25"] * len(titles)
