@@ -26,13 +26,16 @@ def need_safetensors(spec: TeacherSpec, path: Path) -> Path:
     """Return `path`; WeightsError if it is a weights file of another kind."""
     if path.suffix != ".safetensors":
         raise WeightsError(
-            f"weights file {path}: teacher {spec.name!r} takes safetensors alone (FILE.safetensors)"
+            f"weights file {path}: teacher {spec.name!r} takes safetensors alone; convert it: "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'FILE.safetensors')"
         )
     return path
 
 
-def hub_file(spec: TeacherSpec, repository: str, names: Sequence[str]) -> Path:
-    """Return the first of these files that a repository has.
+def hub_file(
+    spec: TeacherSpec, repository: str, names: Sequence[str], revision: str | None = None
+) -> Path:
+    """Return the first of these files that a repository has, of its newest revision by default.
 
     Raises:
         WeightsError: None is in the cache, and none can be fetched.
@@ -44,7 +47,7 @@ def hub_file(spec: TeacherSpec, repository: str, names: Sequence[str]) -> Path:
         missing: Exception = FileNotFoundError(f"{repository} has none of {', '.join(names)}")
         for name in names:
             try:
-                return hf_hub_download(repository, name, local_files_only=local)
+                return hf_hub_download(repository, name, revision=revision, local_files_only=local)
             except EntryNotFoundError as error:
                 missing = error
         raise missing

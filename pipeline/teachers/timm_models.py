@@ -1,4 +1,8 @@
-"""Teachers from timm, with the preprocessing that timm records for them."""
+"""Teachers from timm, with the preprocessing that timm records for them.
+
+Weights that come by a model's name are safetensors; a file of the user's own may be any that
+`load_weights` reads.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..common.errors import TeacherError, WeightsError, first_line
+from ..common.errors import TeacherError, WeightsError, first_line, third_party
 from ..common.weights import WeightsFile, load_into, load_weights
 from ..store.store_options import Output
 from ..video.geometry import View
+from .hub import hub_file
 from .loaded_model import (
     MAP,
     Forward,
@@ -40,10 +45,6 @@ def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:
         ) from None
     library: Any = timm  # its types leave out what `timm.data` re-exports
     options = builder_options(spec)
-    if not (spec.weights or spec.fetch):
-        raise WeightsError(
-            f"teacher {spec.name!r}: timm would download its weights, which is not allowed"
-        )
     file = load_weights(spec.weights, spec.sha256) if spec.weights else None
     module = _create(library, spec, model, options, file)
     config = library.data.resolve_model_data_config(module)
@@ -69,25 +70,65 @@ def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:
 def _create(
     timm: Any, spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile | None
 ) -> nn.Module:
+    if not timm.is_model(model.split(".", 1)[0]) and ":" not in model:
+        near = timm.list_models(f"*{model.split('.', 1)[0]}*")[:5]
+        also = f"; near: {', '.join(near)}" if near else ""
+        raise TeacherError(f"timm has no model {model!r}{also}")
+    arguments = options if file is not None else _published(timm, spec, model, options)
     try:
-        module: nn.Module = timm.create_model(model, pretrained=file is None, **options)
-    except Exception as error:
-        # RuntimeError for an unknown model; for weights it cannot fetch, whatever the hub's client
-        # raises.
-        if not timm.is_model(model.split(".", 1)[0]) and ":" not in model:
-            near = timm.list_models(f"*{model.split('.', 1)[0]}*")[:5]
-            also = f"; near: {', '.join(near)}" if near else ""
-            raise TeacherError(f"timm has no model {model!r}{also}") from None
-        line = first_line(error)
-        if isinstance(error, TypeError) or file is not None:
-            raise TeacherError(f"teacher {spec.name!r}: timm refuses to build it: {line}") from None
-        raise WeightsError(
-            f"teacher {spec.name!r}: its weights are not on this machine and cannot be fetched ({line}); "
-            f"bring the file and pass --teacher-weights {spec.name}=FILE"
+        module: nn.Module = timm.create_model(model, pretrained=file is None, **arguments)
+    except Exception as error:  # of builders and of weights that do not fit, whatever they raise
+        raise TeacherError(
+            f"teacher {spec.name!r}: timm refuses to build it: {first_line(error)}"
         ) from None
     if file is not None:
         load_into(module, file.state, f"weights file {file.name}")
     return module
+
+
+def _published(timm: Any, spec: TeacherSpec, model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the builder's options with the safetensors file of a named model's weights.
+
+    By itself timm would open a pickled checkpoint where a repository has no other.
+
+    Raises:
+        WeightsError: They are not published as safetensors, or not in the cache and cannot be
+            fetched.
+    """
+    scheme, _, repository = model.partition(":")
+    name, url = "", ""
+    if not repository:
+        with third_party(f"teacher {spec.name!r}: timm refuses to build it", TeacherError):
+            config = timm.models.resolve_pretrained_cfg(
+                model, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay")
+            )
+        if config.file:  # which an option names: the user's own
+            return options
+        repository, name, url = config.hf_hub_id, config.hf_hub_filename, str(config.url or "")
+    elif scheme not in ("hf-hub", "hf_hub"):  # such as local-dir, a folder of the user's own
+        return options
+    elif not spec.fetch:
+        raise WeightsError(
+            f"teacher {spec.name!r}: timm would download its configuration, which is not allowed"
+        )
+    if not repository:
+        raise WeightsError(
+            f"teacher {spec.name!r}: timm publishes "
+            + (f"its weights only as {url}, which is no safetensors" if url else "no weights of it")
+            + f"; get a file of them and pass --teacher-weights {spec.name}=FILE"
+        )
+    repository, _, revision = repository.partition("@")
+    hub = timm.models._hub
+    names = (
+        [name]
+        if (name or "").endswith(".safetensors")
+        else hub._get_safe_alternatives(name or hub.HF_WEIGHTS_NAME)
+    )
+    path = hub_file(spec, repository, [*names], revision or None)
+    # `custom_load` is of a file in another format, which some configurations name.
+    source = {"file": str(path), "custom_load": False, "source": ""}
+    given = options.get("pretrained_cfg_overlay") or {}
+    return {**options, "pretrained_cfg_overlay": {**given, **source}}
 
 
 def _offers(module: nn.Module) -> tuple[Output, ...]:

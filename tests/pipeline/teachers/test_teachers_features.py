@@ -175,6 +175,56 @@ def test_an_encoder_of_timm_gives_features_alone() -> None:
         load("timm:vit_tiny_patch16_224", BOTH, weights="w.safetensors", options=options)
 
 
+def in_cache(repository: str, folder: Path) -> Path:
+    """Make a folder of the Hub's cache, as huggingface_hub lays it out; return it."""
+    cached = folder / "hub" / f"models--{repository.replace('/', '--')}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("a" * 40)
+    (cached / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    return cached / "snapshots" / ("a" * 40)
+
+
+@pytest.mark.parametrize("fetch", [True, False])
+def test_weights_by_name_from_timm_are_safetensors(tmp_path: Path, fetch: bool) -> None:
+    timm = pytest.importorskip("timm")
+    module = timm.create_model("test_resnet.r160_in1k")
+    snapshot = in_cache("timm/test_resnet.r160_in1k", tmp_path)
+    torch.save(module.state_dict(), snapshot / "pytorch_model.bin")
+    name = "timm:test_resnet.r160_in1k"
+    with pytest.raises(WeightsError, match=r"timm/test_resnet\.r160_in1k.*--teacher-weights"):
+        load(name, BOTH, fetch=fetch)
+    saved(module, str(snapshot / "model.safetensors"))
+    teacher = load(name, BOTH, fetch=fetch)
+    images = noise(2, teacher.input_shape[0])
+    pixels = normalized(images, module.pretrained_cfg["mean"], module.pretrained_cfg["std"])
+    with torch.inference_mode():
+        close(teacher.compute(images)["logits"], module(pixels))
+    assert (teacher.recipe.weights, len(teacher.classes)) == ("r160_in1k", 1000)
+    # A head of another size is the model's own, as timm has it.
+    assert load(name, BOTH, fetch=fetch, options={"num_classes": "3"}).width("logits") == 3
+    # A user's own checkpoint may be of another kind; it is read weights-only.
+    own = load(name, BOTH, fetch=fetch, weights=str(snapshot / "pytorch_model.bin"))
+    assert own.state_sha256 == teacher.state_sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "named"),
+    [
+        ("timm:gcvit_xxtiny", WeightsError, r"\.pth"),  # which timm has at an address alone
+        ("timm:regnetz_b16_evos", WeightsError, "no weights"),
+        ("timm:test_resnet.no_such_tag", TeacherError, "no_such_tag"),
+        ("timm:hf-hub:me/mine", WeightsError, "me/mine"),
+        ("timm:no-such-scheme:me/mine", TeacherError, "no-such-scheme"),
+    ],
+)
+def test_weights_that_timm_has_not_as_safetensors_are_refused(
+    name: str, error: type[Exception], named: str
+) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(error, match=named):
+        load(name, BOTH)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "plain"),
