@@ -146,9 +146,12 @@ class Codec:
         if self.basis is None or self.mean is None:
             return encode(values, self.encoding, self.output)
         good = storable(values)
-        centred = np.where(good[:, None], values, np.float32(np.nan)) - self.mean
+        centred = np.where(good[:, None], values, np.nan) - self.mean
+        # In float64, so that what is left of the order of summation, which depends on the number of
+        # rows and of threads, is rounded away: a row has the same coefficients in any batch.
         with np.errstate(invalid="ignore"):
-            return _int8(centred @ self.basis.T, good, self.output)
+            coefficients = (centred @ self.basis.T.astype(np.float64)).astype(np.float32)
+            return _int8(coefficients, good, self.output)
 
     def decode(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Values [n, K] in float32, in the teacher's own space; NaN in fill."""
