@@ -5,7 +5,7 @@ Shapes: S segments, V videos.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from .digests import Ranges, ranges_of, read_rows
 from .encoding import DEFAULT, ERROR_KEYS, check_encoding, check_output, row_arrays
 from .storage import LocalFiles, StoreFiles, store_files
 from .store_options import Encoding, Output
-from .validation import check_files
+from .validation import known_files
 
 PENDING, OK, FAILED, OVERFLOWED = 0, 1, 2, 3
 MANY_LOST = 100
@@ -311,7 +311,7 @@ def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: 
                 for key in ("segment", "first_row", "rows", "frames")
             },
         }
-    check_files(where, node["files"], fmt.FRAME_TABLES, shard, "frames")
+    node = _with_known_files(index, where, node, fmt.FRAME_TABLES, shard, "frames")
     ids = node["segment"]
     _check_planned(index, where, shard, ids)
     if (
@@ -344,7 +344,7 @@ def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: 
 def add_hash_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: str = "") -> None:
     """Enter one commit of hashes of frames; StoreError as `add_frame_commit`."""
     where = f"{root}commits/hashes/{shard:06d}/zarr.json"
-    check_files(where, node["files"], fmt.HASH_TABLES, shard, "frames")
+    node = _with_known_files(index, where, node, fmt.HASH_TABLES, shard, "frames")
     if node["rows"] > index.shard_rows:
         raise StoreError(
             f"{where}: speaks of {node['rows']} rows, its shard has {index.shard_rows}"
@@ -362,7 +362,7 @@ def add_teacher_commit(
     teacher = index.teachers[name]
     where = f"{root}commits/teachers/{name}/{shard:06d}/zarr.json"
     arrays = row_arrays(teacher.encoding, teacher.output)
-    check_files(where, node["files"], arrays, shard, f"teachers/{name}")
+    node = _with_known_files(index, where, node, arrays, shard, f"teachers/{name}")
     if set(ERROR_KEYS[teacher.output]) - node["error"].keys():
         raise StoreError(
             f"{where}: error: expected {' and '.join(ERROR_KEYS[teacher.output])} of "
@@ -378,6 +378,19 @@ def add_teacher_commit(
     teacher.shards.add(shard)
     teacher.failed.update(failed)
     teacher.commits[shard] = node
+
+
+def _with_known_files(
+    index: StoreIndex,
+    where: str,
+    node: dict[str, Any],
+    arrays: Collection[str],
+    shard: int,
+    folder: str,
+) -> dict[str, Any]:
+    """Return a commit whose `files` are those that this version knows; the rest: `other_files`."""
+    known, others = known_files(where, node["files"], arrays, shard, folder, index.version)
+    return {**node, "files": known, "other_files": others}
 
 
 def _check_planned(index: StoreIndex, where: str, shard: int, segments: ArrayLike) -> None:

@@ -12,7 +12,7 @@ import math
 import re
 from array import array
 from collections.abc import Callable, Collection, Mapping
-from functools import cache
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -45,6 +45,7 @@ SHARD_UNIT = 256
 
 _TABLE_CODECS: tuple[list[str], ...] = ([], ["zstd"], ["crc32c"], ["zstd", "crc32c"])
 _DIGEST = re.compile(r"[0-9a-f]{32}")
+_FILE = re.compile(r"[A-Za-z0-9_.-]{1,200}(/[A-Za-z0-9_.-]{1,200}){0,15}")
 
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 
@@ -419,22 +420,52 @@ def _segment_table(where: str, record: Mapping[str, Any]) -> NDArray[np.int64]:
     return checked
 
 
-def check_files(
-    where: str, files: Mapping[str, Any], arrays: Collection[str], shard: int, folder: str
-) -> None:
-    """Raise StoreError unless a commit's files are among those of shard `shard` of `arrays`."""
+def known_files(
+    where: str,
+    files: Mapping[str, Any],
+    arrays: Collection[str],
+    shard: int,
+    folder: str,
+    version: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a commit's files that are those of shard `shard` of `arrays`, and its other files.
+
+    The others are of arrays that this version does not know, which nothing but `verify` looks at;
+    those without size and digest are passed over.
+
+    Raises:
+        StoreError: One of the first has no size or digest; or another has a name that is none, is
+            of an array that the format has, or is in a store of version 1.
+    """
     allowed = _file_names(folder, tuple(arrays), shard)
+    known, others = dict[str, Any](), dict[str, Any]()
     for name, record in files.items():
-        if name not in allowed:
-            raise StoreError(
-                f"{where}: files: expected of {', '.join(allowed)}, got {_short(name)}"
-            )
-        good = isinstance(record, dict) and _is_int(record.get("size"), 0, MAX_SHARD_BYTES)
-        if not (good and _is_digest(record.get("blake2b"))):
+        good = (
+            isinstance(record, dict)
+            and _is_int(record.get("size"), 0, MAX_SHARD_BYTES)
+            and _is_digest(record.get("blake2b"))
+        )
+        if name in allowed and good:
+            known[name] = record
+        elif name in allowed:
             raise StoreError(
                 f"{where}: files: {name}: expected size, from 0 to {MAX_SHARD_BYTES}, and blake2b, "
                 f"32 hexadecimal digits, got {_short(record)}"
             )
+        elif version < 2 or not _is_unknown_file(name):
+            raise StoreError(
+                f"{where}: files: expected of {', '.join(allowed)}, got {_short(name)}"
+            )
+        elif good:
+            others[name] = record
+    return known, others
+
+
+def _is_unknown_file(name: str) -> bool:
+    """Return whether a name can be that of a file of an array that this version does not know."""
+    if _FILE.fullmatch(name) is None or {".", ".."} & set(parts := name.split("/")):
+        return False
+    return all(_spec_of("/".join(parts[:end])) is None for end in range(len(parts) + 1))
 
 
 def _file_names(folder: str, arrays: tuple[str, ...], shard: int) -> tuple[str, ...]:
@@ -459,7 +490,7 @@ def check_array(where: str, path: str, meta: Mapping[str, Any]) -> None:
         raise StoreError(f"{where}: not the metadata of {path}: {problem}")
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _spec_of(path: str) -> ArraySpec | None:
     from . import layout as fmt  # which reads files through functions that ask here
 

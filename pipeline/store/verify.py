@@ -262,7 +262,7 @@ def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
 
 def _frames(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Finding]:
     commit = index.frame_commits[shard]
-    bad = list(_files(files, commit["files"], shard, None))
+    bad = list(_files(files, commit, shard, None))
     yield from bad
     rows, first = commit["rows"], commit["first_row"]
     if (
@@ -293,7 +293,7 @@ def _frames(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Findin
 def _hashes(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Finding]:
     """Yield what is wrong with the hashes of a shard's frames."""
     node, commit = index.hashes[shard], index.frame_commits[shard]
-    bad = list(_files(files, node["files"], shard, fmt.HASHES))
+    bad = list(_files(files, node, shard, fmt.HASHES))
     yield from bad
     total = int(commit["rows"].sum())
     failed = np.isin(commit["segment"], [int(s) for s in node["failed"]])
@@ -313,7 +313,7 @@ def _hashes(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Findin
 
 def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Iterator[Finding]:
     teacher = index.teachers[name]
-    bad = list(_files(files, teacher.commits[shard]["files"], shard, name))
+    bad = list(_files(files, teacher.commits[shard], shard, name))
     yield from bad
     if bad or shard not in index.frame_commits:
         return
@@ -356,9 +356,9 @@ def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Ite
 
 
 def _files(
-    store: LocalFiles, files: dict[str, Any], shard: int, teacher: str | None
+    store: LocalFiles, commit: dict[str, Any], shard: int, teacher: str | None
 ) -> Iterator[Finding]:
-    for name, record in files.items():
+    for name, record in {**commit["files"], **commit["other_files"]}.items():
         try:
             data = store.read(name)
         except (FileNotFoundError, NotADirectoryError) as error:

@@ -14,6 +14,7 @@ import pytest
 import zarr
 
 from distinit.pipeline.common.errors import StoreError, StoreMismatchError, UsageError
+from distinit.pipeline.store.digests import digest_bytes
 from distinit.pipeline.store.encoding import Codec, cosine_error
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.layout import read_node, write_node
@@ -188,14 +189,35 @@ def test_what_a_reader_does_not_know_is_refused_by_name(
 
 
 def test_other_unknown_attributes_and_arrays_are_ignored(make_store: Callable[..., Any]) -> None:
-    root = make_store(videos=range(2), features={"t.features": WIDTH})[1]
+    recipe, root = make_store(videos=range(2), features={"t.features": WIDTH})
     before = TargetStore.open(root).outputs("t.features", range(30))
     for node in (".", "teachers/t.features", "commits/teachers/t.features/000000", "plans/000000"):
         record = read_node(root / node / "zarr.json")
         write_node(root, node, {**record, "later": {"a": 1}})
     for array in ("frames/later", "teachers/t.features/later"):
         zarr.open_group(root, mode="r+").create_array(array, shape=(512,), dtype="int16")
+    # Files of such arrays in commits, with a digest or whatever a later version has in its place.
+    later = {
+        "teachers/t.features/later/c/0": b"abc",
+        "frames/later/c/0/0": b"d",
+        "parts/0.tar": b"",
+    }
+    for name, data in later.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    entries = {name: {"size": len(d), "blake2b": digest_bytes(d)} for name, d in later.items()}
+    for node in ("commits/teachers/t.features/000000", "commits/frames/000000"):
+        record = read_node(root / node / "zarr.json")
+        files = {**record["files"], **entries, "spans/0": {"in": "parts/0.tar"}}
+        write_node(root, node, {**record, "files": files})
     store = TargetStore.open(root)
     np.testing.assert_array_equal(store.outputs("t.features", range(30)), before)
     assert list(verify(root, load_index(root))) == []
+    with StoreWriter(root, sampling=store.attributes["sampling"]) as writer:
+        writer.add_teacher("u", ["a"], {"identity": {}, "run": recipe.run})
+        assert set(writer.index.file_record("frames/video", 0) or {}) == {"size", "blake2b"}
+    assert {name: (root / name).read_bytes() for name in later} == later
+    (root / "teachers/t.features/later/c/0").write_bytes(b"abd")
+    found = [finding for finding in verify(root, load_index(root)) if "later" in finding.what]
+    assert [(finding.shard, finding.teacher) for finding in found] == [(0, None), (0, "t.features")]
     assert json.loads((root / "zarr.json").read_text())["attributes"]["distinit"]["version"] == 2
