@@ -187,4 +187,4 @@ def random_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "random_teachers.py").write_text(RANDOM_TEACHERS)
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"), prepend=os.pathsep)

@@ -28,13 +28,20 @@ from distinit.pipeline.store.writer import StoreWriter
 RUN = {"batch_size": 4, "precision": "fp32", "torch": "x", "device": "cpu"}
 
 
+def in_pca(width: int) -> Codec:
+    """pca:4 with a basis of its own for each width."""
+    random = np.random.default_rng(width)
+    basis = np.linalg.qr(random.normal(0, 1, (width, 4)))[0].T.astype(np.float32, order="C")
+    return Codec("features", "pca:4", width, basis, random.normal(0, 1, width).astype(np.float32))
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What to put into a store: `videos` are numbers, each of which stands for a file and its
     outputs.
 
     teachers: their classes. features: the width of teachers whose output is features, in
-    `features_encoding`.
+    `features_encoding`. pca: the width of others, in pca:4.
     """
 
     videos: Sequence[int] = range(40)
@@ -47,6 +54,7 @@ class Recipe:
     encoding: Encoding = "float16"
     features: Mapping[str, int] = field(default_factory=dict)
     features_encoding: Encoding = "float16"
+    pca: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sampling(self) -> dict[str, object]:
@@ -66,7 +74,7 @@ class Recipe:
         return video % 2
 
     def logits(self, video: int, teacher: str) -> np.ndarray:
-        width = {**self.teachers, **self.features}[teacher]
+        width = {**self.teachers, **self.features, **self.pca}[teacher]
         random = np.random.default_rng([video, len(teacher), width])
         return random.normal(0, 3, (self.rows(video), width)).astype(np.float32)
 
@@ -74,9 +82,10 @@ class Recipe:
     def codecs(self) -> dict[str, Codec]:
         """How the rows of each teacher are stored."""
         logits = {name: Codec("logits", self.encoding, n) for name, n in self.teachers.items()}
-        return logits | {
+        features = {
             name: Codec("features", self.features_encoding, n) for name, n in self.features.items()
         }
+        return logits | features | {name: in_pca(n) for name, n in self.pca.items()}
 
     def make(self, root: Path) -> Path:
         """Write the store, all shards but the `uncommitted` ones."""

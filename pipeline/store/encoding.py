@@ -267,6 +267,10 @@ class Sums:
             square += float((values * values).sum())
         return cls(rows, total, square)
 
+    def __add__(self, other: Sums) -> Sums:
+        """Return the sums of the rows of both."""
+        return Sums(self.rows + other.rows, self.total + other.total, self.square + other.square)
+
     def of_cells(self, cells: int) -> Sums:
         """Return the sums with each of a row's `cells` cells as a row; 0: a row is one."""
         if not cells:

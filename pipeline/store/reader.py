@@ -566,13 +566,17 @@ class TargetStore:
                 f"{where}: has {rows.shard_rows} rows per shard, the store {self.index.shard_rows}"
             )
         if path.endswith(("/logits", "/features")):
-            codec = self.teachers[path.split("/")[1]].codec
-            width = pca_components(codec.encoding) or codec.width
-            if rows.dtype.name != value_type(codec.encoding) or rows.shape[1] != width:
-                raise StoreError(
-                    f"{where}: is {rows.dtype.name} with rows of {rows.shape[1]}, the teacher has "
-                    f"rows of {width} in {codec.encoding}"
-                )
+            check_values(where, self.teachers[path.split("/")[1]].codec, rows)
+
+
+def check_values(where: str, codec: Codec, rows: ShardedRows) -> None:
+    """Raise StoreError if the array of a teacher's values contradicts how its node stores them."""
+    width = pca_components(codec.encoding) or codec.width
+    if rows.dtype.name != value_type(codec.encoding) or rows.shape[1] != width:
+        raise StoreError(
+            f"{where}: is {rows.dtype.name} with rows of {rows.shape[1]}, the teacher has "
+            f"rows of {width} in {codec.encoding}"
+        )
 
 
 def read_classes(files: StoreFiles, teacher: str) -> tuple[str, ...]:

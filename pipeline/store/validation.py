@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from array import array
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
@@ -154,7 +155,8 @@ def _is_run(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    # A whole number of JSON may be beyond any float.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_error(value: Any) -> bool:

@@ -20,9 +20,9 @@ from ..common.numerics import entropy, log_softmax, softmax
 from ..teachers.fingerprint import Fingerprint
 from . import layout as fmt
 from .digests import check_document, digest_bytes, is_sealed, read_rows
-from .encoding import rounding, row_arrays
+from .encoding import Sums, rounding, row_arrays
 from .index import OK, StoreIndex
-from .reader import other_classes, read_classes
+from .reader import check_values, other_classes, read_classes
 from .storage import LocalFiles, StoreFiles, inside
 
 ENTROPY_TOLERANCE = 1e-3
@@ -331,7 +331,10 @@ def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Ite
         codec = fmt.read_codec(files, name, fmt.read_nodes(files, "teachers", [name])[name])
         arrays = row_arrays(codec.encoding, codec.output)
         stored = {a: files.rows(f"teachers/{name}/{a}", index.file_record) for a in arrays}
+        where = f"{files.name}/teachers/{name}/{codec.output}/zarr.json"
+        check_values(where, codec, stored[codec.output])
         step = max(16, min(2048, (1 << 22) // codec.width))  # memory does not grow with classes
+        sums = Sums(0, np.zeros(codec.width), 0.0)
         for at in range(0, len(rows), step):
             some = {a: array.read(rows[at : at + step]) for a, array in stored.items()}
             z = codec.decode(some)
@@ -339,6 +342,7 @@ def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Ite
                 yield Finding("rows are not finite", shard, name)
                 return
             if codec.output == "features":
+                sums += Sums.of(codec, some)
                 continue
             h = some["entropy"]
             off = np.abs(entropy(z) - h)
@@ -351,8 +355,25 @@ def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Ite
                     f"an entropy is {off[bad_rows].max():.3f} nats off its logits", shard, name
                 )
                 return
+        if codec.output == "features" and (wrong := _other_sums(files, shard, name, sums)):
+            yield Finding(wrong, shard, name)
     except StoreError as error:
         yield Finding(str(error), shard, name)
+
+
+def _other_sums(files: LocalFiles, shard: int, name: str, sums: Sums) -> str | None:
+    """Return how the sums that a store has of a shard's rows differ from those of its rows."""
+    group, key = f"teachers/{name}/{fmt.STATISTICS}", f"{shard:06d}"
+    node = fmt.read_nodes(files, group, [key]).get(key)
+    if node is None:
+        return None
+    same = (
+        (node["rows"], len(node["sum"])) == (sums.rows, len(sums.total))
+        # What rounding leaves grows with the size of the terms, not with that of their sum.
+        and np.abs(sums.total - node["sum"]).max() <= 1e-9 * np.sqrt(sums.rows * sums.square)
+        and abs(sums.square - node["square"]) <= 1e-9 * sums.square
+    )
+    return None if same else f"{group}/{key} holds other sums than those of its rows"
 
 
 def _files(

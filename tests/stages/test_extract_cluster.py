@@ -90,7 +90,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(home / "modules"))
-        patch.setenv("PYTHONPATH", str(home / "modules"))
+        patch.setenv("PYTHONPATH", str(home / "modules"), prepend=os.pathsep)
         patch.setenv("OMP_NUM_THREADS", "1")
         extract_targets(config(home, home / "whole.zarr"), QUIET)
         yield home

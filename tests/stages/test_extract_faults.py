@@ -43,10 +43,22 @@ import torch
 from torch import nn
 
 
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+        self.fc = nn.Linear(48, 6)
+
+    def forward(self, x):
+        features = self.pool(x)
+        return {"logits": self.fc(features), "features": features}
+
+
 def teacher():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 6))
+    return Net()
 """
+BOTH = ("logits", "features")
 # Runs a list of shell lines and distinit commands in one process: importing torch for each would
 # take longer than the tests. Prints [exit code, standard error] of each command.
 DRIVER = """
@@ -88,7 +100,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(home / "modules"))
-        patch.setenv("PYTHONPATH", str(home / "modules"))
+        patch.setenv("PYTHONPATH", str(home / "modules"), prepend=os.pathsep)
         patch.setenv("OMP_NUM_THREADS", "1")
         extract_targets(config(home / "videos", home / "whole.zarr"), QUIET)
         yield home
@@ -102,7 +114,7 @@ def videos(home: Path, tmp_path: Path) -> Path:
 
 def config(videos: Path, out: Path, **changes: Any) -> ExtractConfig:
     base = {"sources": [str(videos)], "out": out, "batch_size": 8, "shard_rows": 256, "decoders": 1}
-    teachers = [TeacherSpec(name=NAME, options=OPTIONS)]
+    teachers = [TeacherSpec(name=NAME, options=OPTIONS, outputs=BOTH)]
     return ExtractConfig.model_validate(
         {**base, "teachers": teachers, "sampling": Sampling(every=1), **changes}
     )
@@ -119,6 +131,8 @@ def words(videos: Path, out: Path, *more: str) -> list[str]:
         str(out),
         "--teacher",
         NAME,
+        "--teacher-output",
+        ",".join(BOTH),
         *own,
         *sizes,
         *more,
@@ -141,6 +155,9 @@ def same(a: Path, b: Path) -> None:
     for name in names:
         x, y = (np.asarray(zarr.open_array(root / name, mode="r")[:]) for root in (a, b))
         np.testing.assert_array_equal(x, y, err_msg=name)
+    sums = "teachers/*/statistics/*/zarr.json"
+    found, others = ([f.read_bytes() for f in sorted(root.glob(sums))] for root in (a, b))
+    assert found == others != []
     assert not (b / "staging").exists()
 
 
@@ -156,7 +173,9 @@ def same_videos(a: Path, b: Path, but: str) -> None:
         np.testing.assert_array_equal(i, j)
         np.testing.assert_array_equal(p, q)
         assert len(i)
-        np.testing.assert_allclose(x.logits("tiny", rows), y.logits("tiny", others), atol=0.01)
+        for teacher in ("tiny", "tiny.features"):
+            values = x.outputs(teacher, rows), y.outputs(teacher, others)
+            np.testing.assert_allclose(*values, atol=0.01)
 
 
 def status(store: Path, path: str) -> tuple[str, str | None]:
@@ -297,9 +316,9 @@ def test_a_shard_of_nothing_but_failures_takes_another_teacher(
     extract_targets(config(videos, out), Meddling(harm))
     index = TargetStore.open(out).index
     assert not index.rows[index.shard == index.n_shards - 1].any()
-    second = TeacherSpec(name=NAME, options={**OPTIONS, "name": "second"})
+    second = TeacherSpec(name=NAME, options={**OPTIONS, "name": "second"}, outputs=BOTH)
     result = extract_targets(config(videos, out, teachers=[second]), QUIET)
-    assert result["teachers"] == {"second": 7}
+    assert result["teachers"] == {"second": 7, "second.features": 7}
     assert list(verify(out, TargetStore.open(out).index)) == []
 
 

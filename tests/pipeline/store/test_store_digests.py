@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, StoreError
 from distinit.pipeline.store.digests import check_document, is_sealed, seal, split_ranges
-from distinit.pipeline.store.layout import video_specs
+from distinit.pipeline.store.layout import read_node, video_specs, write_node
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import VerifyConfig
 from distinit.pipeline.store.writer import StoreWriter
@@ -87,7 +87,8 @@ def findings(root: Path) -> str:
 def test_every_flipped_bit_is_found_with_its_file_and_never_read(
     make_store: Callable[..., tuple[Any, Path]], tmp_path: Path
 ) -> None:
-    root = make_store(videos=range(20), features={"f": 12}, features_encoding="int8")[1]
+    features = {"features": {"f": 12}, "features_encoding": "int8", "pca": {"p": 12}}
+    root = make_store(videos=range(20), **features)[1]
     with write(root) as writer:
         writer.add_fingerprint("t", {"probes": 1, "logits": [[0.0] * 10] * 6, "torch": "2", "device": "cpu",
                                      "basis": {"kind": "new"}})  # fmt: skip
@@ -107,6 +108,46 @@ def test_every_flipped_bit_is_found_with_its_file_and_never_read(
         assert tried % 4 or read_or_refused(flip.path) in (expected, None), flip
         tried += 1
     assert tried > 30 * per_kind
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_of_features_their_basis_and_sums_is_found(
+    make_store: Callable[..., tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """More bits than of every kind of file: in the values of a row, not in fill alone."""
+    root = make_store(videos=range(2), shard_rows=256, features={"f": 3}, pca={"p": 5})[1]
+    arrays = ("features", "scale", "offset", "basis", "mean")
+    kinds = [f"teachers/[fp]/{array}/c/*" for array in arrays]
+    kinds.append("teachers/[fp]/statistics/*/zarr.json")
+    per_kind = 300 if is_thorough() else 5
+    tried = list[str]()
+    for flip in flips(root, tmp_path / "copy", seed=0, per_kind=per_kind, kinds=kinds):
+        # Chunks of tables are named by their array.
+        assert flip.file.partition("/c/")[0].removesuffix("/zarr.json") in findings(flip.path), flip
+        tried.append(flip.file.split("/")[2])
+    assert {*arrays, "statistics"} == set(tried)
+
+
+def test_sums_of_other_rows_are_found(
+    make_store: Callable[..., tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """Whoever changes a node can change its digest, too."""
+    root = make_store(videos=range(20), shard_rows=256, features={"f": 12}, pca={"p": 12})[1]
+    for teacher in ("f", "p"):
+        node = f"teachers/{teacher}/statistics/000001"
+        record = read_node(root / node / "zarr.json")
+        for change in (
+            {"rows": record["rows"] + 1},
+            {"sum": [*record["sum"][:-1], record["sum"][-1] + 1e-3]},
+            {"sum": record["sum"][1:]},
+            {"square": record["square"] * (1 + 1e-6)},
+        ):
+            write_node(root, node, {**record, **change})
+            assert findings(root).splitlines() == [
+                f"1 {teacher} {node} holds other sums than those of its rows"
+            ]
+        write_node(root, node, record)
+    assert findings(root) == ""
 
 
 @pytest.mark.slow

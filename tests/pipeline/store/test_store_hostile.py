@@ -48,8 +48,10 @@ FINGERPRINT = {
     "basis": {"kind": "new"},
     "logits": [[0.5] * 3] * 6,
 }
+FEATURES = {"features": {"f": 6}, "pca": {"p": 6}}
 ROOT, PLAN, FRAMES, ROWS = "", "plans/000000", "commits/frames/000000", "commits/teachers/t/000000"
 TEACHER, PRINT = "teachers/t", "teachers/t/fingerprint"
+PLAIN, PCA, SUMS = "teachers/f", "teachers/p", "teachers/f/statistics/000000"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     touch."""
     base = tmp_path_factory.mktemp("sound")
     for name, videos in (("s.zarr", range(5)), ("other.zarr", range(7, 10))):
-        Recipe(videos=videos, teachers={"t": 3}, shard_rows=256).make(base / name)
+        Recipe(videos=videos, teachers={"t": 3}, shard_rows=256, **FEATURES).make(base / name)
         with StoreWriter(base / name, sampling=SAMPLING) as writer:
             writer.add_fingerprint("t", FINGERPRINT)
     (base / "victim").mkdir()
@@ -75,9 +77,11 @@ def read_all(store: Path) -> None:
         opened.video_path(video)
         rows = opened.frames(video)[2]
         for name in opened.teachers:
-            opened.logits(name, rows)
-            opened.entropy(name, rows)
+            opened.outputs(name, rows)
+            if opened.teacher(name).output == "logits":
+                opened.entropy(name, rows)
             opened.encoding_error(name)
+            opened.statistics(name)
             opened.fingerprint(name)
 
 
@@ -238,6 +242,17 @@ NODES: list[tuple[str, dict[str, Any]]] = [
     *[(PRINT, {"logits": v}) for v in (5, [], [5], [[10**400]] * 6, [["x"]] * 6, [[{}]] * 6, [[1.0], [1.0, 2.0]] * 3)],
     *[(PRINT, {"probes": v}) for v in ("x", -1, 10**400, None, ...)],
     *[(PRINT, {"basis": v}) for v in ([], "new", ...)],
+    *[(ROOT, {"requires": v}) for v in (5, [5], "features", ["features"], ["features", "x"], [], ["pca"] * 2, ...)],
+    *[(PLAIN, {"output": v}) for v in (5, None, ["features"], "tokens", "logits", ...)],
+    *[(PLAIN, {"width": v}) for v in (0, -1, 7, 2**40, "6", 6.0, None, ...)],
+    *[(PLAIN, {"encoding": v}) for v in ("pca:4", "pca:", "pca:4 ", 5, ...)],
+    *[(PCA, {"encoding": v}) for v in ("pca:0", "pca:7", "pca:5", "pca:99999", "pca:-4", "pca:٤", "PCA:4", "float16")],
+    *[(PCA, {"pca": v}) for v in (5, {}, {"basis": "0" * 32}, {"basis": "../x", "mean": "0" * 32},
+                                  {"basis": "0" * 32, "mean": "0" * 32}, ...)],
+    *[(SUMS, {"sum": v}) for v in (5, [], ["x"] * 6, [[]] * 6, [10**400] * 6, [1.0] * 7, [0.0] * 6, ...)],
+    *[(SUMS, {"square": v}) for v in ("x", None, -1.0, [], ...)],
+    *[(SUMS, {"rows": v}) for v in (-1, 10**6, "x", ...)],
+    *[("commits/teachers/f/000000", {"error": v}) for v in ({}, {"kl_mean": 0.1, "kl_p99": 0.2}, {"cosine_mean": "x"})],
 ]  # fmt: skip
 
 
@@ -306,6 +321,16 @@ ARRAYS: list[tuple[str, dict[str, Any]]] = [
     ("segments/video", {"shape": [2**31]}),
     ("segments/bound", {"fill_value": "NaN"}),
     ("segments/shard", {"shape": "x"}),
+    ("teachers/f/features", {"data_type": "int8", "fill_value": 0}),
+    ("teachers/f/features", {"shape": [256, 10**9], INNER: [16, 10**9], SHARD: [256, 10**9]}),
+    ("teachers/p/features", {"shape": [256, 6], INNER: [16, 6], SHARD: [256, 6]}),
+    ("teachers/p/scale", {"data_type": "float64"}),
+    ("teachers/p/basis", {"shape": [4, 10**9], SHARD: [4, 10**9]}),
+    ("teachers/p/basis", {"shape": [5, 6]}),
+    ("teachers/p/basis", {"data_type": "float64"}),
+    ("teachers/p/basis", {"codecs": [{"name": "bytes"}, {"name": "numcodecs.pickle"}]}),
+    ("teachers/p/mean", {"shape": [10**12]}),
+    ("teachers/p/mean", {SHARD: [0]}),
 ]
 
 
@@ -330,7 +355,7 @@ TEXTS = {
     "deep objects": DEEP,
 }  # fmt: skip
 FILES = ["", PLAN, FRAMES, ROWS, TEACHER, PRINT, "frames/video", "teachers/t/logits", "teachers/t/class",
-         "videos/path", "videos/fps", "segments/bound"]  # fmt: skip
+         "videos/path", "videos/fps", "segments/bound", PCA, "teachers/p/basis", SUMS]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -355,6 +380,8 @@ PLACES = [
     "teachers", "teachers/t", "teachers/t/logits", "teachers/t/logits/c", "teachers/t/logits/c/0/0", "commits",
     "commits/frames", "commits/teachers", "commits/teachers/t", FRAMES, ROWS, "frames", "frames/video/c/0", "plans",
     PLAN, "videos", "videos/path", "videos/path/c/0", "videos/duration/c/0", "segments", "segments/video/c/0", PRINT,
+    "teachers/p/basis", "teachers/p/basis/c/0/0", "teachers/p/mean/c", "teachers/f/features/c/0/0",
+    "teachers/f/statistics", SUMS,
 ]  # fmt: skip
 
 
@@ -403,7 +430,7 @@ def zeros_of_no_said_size() -> bytes:
     # Every second one has every column and every kind.
     some(
         product(
-            ["videos/path", "videos/fps", "segments/bound", "teachers/t/class"],
+            ["videos/path", "videos/fps", "segments/bound", "teachers/t/class", "teachers/p/mean"],
             ["said", "unsaid", "sparse"],
         ),
         2,
@@ -462,7 +489,7 @@ def test_links_to_the_store_itself_and_inside_corpora_are_no_matter(
 
 @pytest.mark.slow
 def test_a_damaged_commit_is_dropped_and_filled_again(sound: Path, tmp_path: Path) -> None:
-    recipe = Recipe(videos=range(5), teachers={"t": 3}, shard_rows=256)
+    recipe = Recipe(videos=range(5), teachers={"t": 3}, shard_rows=256, **FEATURES)
     for node in (FRAMES, ROWS):
         store = tmp_path / node.replace("/", "-")
         shutil.copytree(sound / "s.zarr", store)

@@ -42,8 +42,13 @@ KINDS = [
     "teachers/t/class/c/0",
     "teachers/t/logits/zarr.json",
     "teachers/t/logits/c/0/0",
+    "teachers/f/features/c/0/0",
+    "teachers/f/statistics/000000/zarr.json",
+    "teachers/p/basis/c/0/0",
+    "teachers/p/mean/zarr.json",
     "frames/pts/c/0",
 ]
+FEATURES = {"features": {"f": 6}, "pca": {"p": 6}}
 NODES = [kind for kind in KINDS if kind.endswith("zarr.json")]
 
 Trick = Callable[[BaseHTTPRequestHandler], None]
@@ -191,7 +196,8 @@ def read_all(url: str, **options: Any) -> np.ndarray:
     for v in range(store.n_videos):
         _ = store.video(v)
         rows = store.frames(v)[2]
-        parts += [store.logits(name, rows).ravel() for name in store.teachers]
+        parts += [store.outputs(name, rows).ravel() for name in store.teachers]
+    parts += [store.statistics(name)[0] for name in store.teachers]
     return np.concatenate(parts)
 
 
@@ -214,7 +220,7 @@ def refused(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_more_is_read_than_a_file_can_have(make_store: Callable[..., Any], kind: str) -> None:
-    _, root = make_store(videos=range(12))
+    _, root = make_store(videos=range(12), **FEATURES)
     for trick in (endless, endless_in_chunks, claims_a_terabyte, bomb):
         with serve(root.parent) as server:
             refused(server, trick, kind)
@@ -399,15 +405,17 @@ def test_a_plan_that_is_missing_before_another_is_named(
     "change",
     [lambda d: d[:-1], lambda d: d + b"x", lambda d: b"", lambda d: d[::-1], lambda d: d * 2],
 )
-@pytest.mark.parametrize("kind", ["teachers/t/logits/c/0/0", "frames/video/c/0"])
+@pytest.mark.parametrize(
+    "kind", ["teachers/t/logits/c/0/0", "teachers/p/features/c/0/0", "frames/video/c/0"]
+)
 def test_files_of_another_length_or_content_are_no_rows(
     make_store: Callable[..., Any], change: Callable[[bytes], bytes], kind: str
 ) -> None:
-    _, root = make_store(videos=range(12))
+    _, root = make_store(videos=range(12), **FEATURES)
     data = (root / kind).read_bytes()
     with serve(root.parent) as server:
         if (
-            change(data).startswith(data) and "logits" in kind
+            change(data).startswith(data) and "teachers" in kind
         ):  # read by ranges, which are what they were
             server.tricks = {f"/s.zarr/{kind}": lambda handler: answer(handler, change(data))}
             np.testing.assert_array_equal(read_all(f"{server.url}/s.zarr"), read_all(str(root)))

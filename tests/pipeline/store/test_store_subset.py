@@ -231,8 +231,9 @@ def test_a_finished_export_is_known_again_and_another_is_refused(
     for change in changes:
         with pytest.raises(UsageError):
             targets_export(ExportConfig(store=str(root), out=str(out), **change), QUIET)
+    other = make_store("other.zarr", identity=2)[1]
     with pytest.raises(UsageError):
-        targets_export(ExportConfig(store=str(make_store("other.zarr")[1]), out=str(out)), QUIET)
+        targets_export(ExportConfig(store=str(other), out=str(out)), QUIET)
     shutil.rmtree(out) if out.is_dir() else out.unlink()
     out.write_bytes(b"another file")
     with pytest.raises(UsageError):
