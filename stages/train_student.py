@@ -37,7 +37,7 @@ from ..pipeline.store.reader import TargetStore, check_video_roots
 from ..pipeline.store.storage import absolute
 from ..pipeline.students.export import save_student
 from ..pipeline.students.student import Student, build_student, count_parameters
-from ..pipeline.students.student_options import StudentMeta
+from ..pipeline.students.student_options import HeadMeta, StudentMeta
 from ..pipeline.targets.class_head import ClassHead, read_heads
 from ..pipeline.targets.dataset import StudentClips
 from ..pipeline.targets.mixture import by_corpus
@@ -182,7 +182,7 @@ def _train_locked(
     def finish() -> dict[str, Any]:
         if result.broken:
             console.warn(result.unread())
-        exported = _export(config, store, student, parts.train.sampler.targets, run_dir)
+        exported = _export(config, store, student, parts.train.sampler.targets, objective, run_dir)
         summary = _summary(config, parts, result, exported) | _explained(
             bounds, result, teachers, config.export, console
         )
@@ -518,6 +518,7 @@ def _export(
     store: TargetStore,
     student: Student,
     targets: Mapping[str, TeacherTargets],
+    objective: Distillation,
     run_dir: Path,
 ) -> Path:
     """RUN/student.safetensors from the last weights, or the best."""
@@ -527,6 +528,7 @@ def _export(
     resize = config.clips.frame_view().resize
     meta = StudentMeta(
         classes={name: list(each.classes) for name, each in targets.items() if each.classes},
+        heads=_of_heads(objective),
         clip_length=config.clips.clip_frames,
         clip_size=config.clips.size,
         resize=resize if isinstance(resize, tuple) else None,
@@ -535,8 +537,23 @@ def _export(
             "targets": config.targets.model_dump(mode="json"),
         },
     )
-    save_student(path, student, meta)
+    scales = {
+        name: (head.mean, head.scale)
+        for name, head in objective.heads.items()
+        if head.mean is not None
+    }
+    save_student(path, student, meta, scales)
     return path
+
+
+def _of_heads(objective: Distillation) -> dict[str, HeadMeta]:
+    """Return what each head gives; nothing where all give logits, as in version 0.1."""
+    if all(head.output == "logits" for head in objective.heads.values()):
+        return {}
+    return {
+        name: HeadMeta.model_validate({"output": head.output, "loss": head.loss})
+        for name, head in objective.heads.items()
+    }
 
 
 def _summary(

@@ -3,9 +3,12 @@
 One linear head is written as torchvision's `fc.weight` and `fc.bias` (unless the backbone has an
 `fc` of its own), several as `heads.<name>.weight` and `.bias`, so that a student of one head and
 the torchvision variant loads strictly into torchvision's own model. An MLP head is written as
-`heads.<name>.hidden.*` and `.output.*`. The metadata's `distinit` entry is one JSON object, the
-options and heads next to the `StudentMeta`; `format_version` is 1. Its `distinit-sha256` entry is a
-digest of the whole file, see `sealed`; files of version 0.1 have none.
+`heads.<name>.hidden.*` and `.output.*`. A head that learned features at a scale of their own is
+written with that scale and mean in its last layer, so that it gives the teacher's.
+
+The metadata's `distinit` entry is one JSON object, the options and heads next to the `StudentMeta`;
+`format_version` is 1. Its `distinit-sha256` entry is a digest of the whole file, see `sealed`;
+files of version 0.1 have none.
 """
 
 from __future__ import annotations
@@ -72,7 +75,12 @@ def save_start(path: str | Path, student: Student) -> None:
     _write(Path(path), {STEM: stem}, {"format": "pt"})
 
 
-def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping[str, Any]) -> None:
+def save_student(
+    path: str | Path,
+    student: Student,
+    meta: StudentMeta | Mapping[str, Any],
+    scales: Mapping[str, tuple[Tensor, float]] | None = None,
+) -> None:
     """Write a student as one safetensors file, atomically.
 
     Args:
@@ -80,6 +88,8 @@ def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping
         student: its weights, options and heads.
         meta: what a user must know; keys of a flat mapping that `StudentMeta` does not have are put
             under its `extra`.
+        scales: head → mean [K] and scale of what it learned as (x − mean) / scale; the head of the
+            file gives x.
 
     Raises:
         CheckpointError: class names that do not fit the heads, or a file that cannot be written.
@@ -104,14 +114,17 @@ def save_student(path: str | Path, student: Student, meta: StudentMeta | Mapping
         meta=meta,
     )
     tensors = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named_tensors(student)
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in _named_tensors(student, scales or {})
     }
     _write(path, tensors, {"format": "pt", "distinit": _as_json(header)})
 
 
 def _as_json(header: _Header) -> str:
     """Return the header as ASCII, in which lone surrogates (paths not in UTF-8) are escapes."""
-    without = set() if header.head_kinds else {"head_kinds"}
+    # What is empty was not written by version 0.1.
+    without: dict[str, Any] = {} if header.head_kinds else {"head_kinds": True}
+    without |= {} if header.meta.heads else {"meta": {"heads"}}
     return json.dumps(header.model_dump(mode="python", exclude=without))
 
 
@@ -292,15 +305,22 @@ def _check_sizes(header: _Header, state: Mapping[str, Tensor], path: Path) -> No
         )
 
 
-def _named_tensors(student: Student) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a student under its exported name."""
+def _named_tensors(
+    student: Student, scales: Mapping[str, tuple[Tensor, float]] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a student under its exported name; `scales` as of `save_student`."""
     yield from student.backbone.state_dict().items()
     for name in student.classes:
         linear = student.head_kinds[name] == "linear"
         alone = linear and len(student.classes) == 1 and not hasattr(student.backbone, "fc")
         prefix = "fc" if alone else f"heads.{name}"
-        for part, tensor in student.head(name).state_dict().items():
-            yield f"{prefix}.{part}", tensor
+        state = student.head(name).state_dict()
+        if name in (scales or {}):
+            last = "" if linear else "output."
+            mean, scale = (scales or {})[name]
+            state[f"{last}weight"] = state[f"{last}weight"] * scale
+            state[f"{last}bias"] = state[f"{last}bias"] * scale + mean.to(state[f"{last}bias"])
+        yield from ((f"{prefix}.{part}", tensor) for part, tensor in state.items())
 
 
 def _fill(student: Student, state: dict[str, Tensor], path: Path) -> None:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from ..clips.clip_options import NORMALIZATION
 from ..common.plugins import is_factory
 from ..common.settings import CliOption, Options
+from ..store.store_options import Output
 
 Inflation = Literal["scaled", "replicated"]
 HeadKind = Literal["linear", "mlp"]
@@ -114,11 +115,23 @@ class StudentOptions(Options):
         return f"{self.architecture} (variant {self.variant}, width {self.width:g}, {self.channels} channels)"
 
 
+class HeadMeta(Options):
+    """What a head was trained to give, and by which loss.
+
+    Of features under smooth-l1 or mse, in the teacher's own scale; under cosine their direction
+    alone has a meaning.
+    """
+
+    output: Output
+    loss: str
+
+
 class StudentMeta(Options):
     """What a user of an exported student must know, next to its options.
 
     Attributes:
         classes: class names of each head, in the order of its logits; a head may be left out.
+        heads: what each head gives, of a student with a head of features; empty: logits.
         clip_length: T, frames of a clip.
         clip_size: H and W of a clip, in pixels.
         resize: height and width that a frame is resized to before the crop, where it is known.
@@ -129,6 +142,7 @@ class StudentMeta(Options):
     """
 
     classes: dict[str, list[str]] = {}
+    heads: dict[str, HeadMeta] = {}
     clip_length: int = Field(default=8, ge=1, le=10_000)
     clip_size: int = Field(default=112, ge=1, le=10_000)
     resize: tuple[int, int] | None = None

@@ -22,8 +22,10 @@ from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.staging import ShardResult, TeacherPart, new_staging, stage_array
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.pipeline.students.export import load_student
+from distinit.pipeline.students.student import build_student
 from distinit.pipeline.targets.class_head import ClassHead
 from distinit.pipeline.targets.student_clips import student_clips
+from distinit.pipeline.training.checkpoint import load_weights
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.stages.train_student import train_student
 
@@ -157,7 +159,21 @@ def test_a_run_of_many_losses_is_resumed_bit_by_bit(
     assert resumed["held_out"] == held_out
     first, second = (load_student(tmp_path / run).state_dict() for run in ("whole", "cut"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert load_student(tmp_path / "cut").classes == {"sure": 7, "unsure": 5, TEACHER: WIDTH}
+    student = load_student(tmp_path / "cut")
+    assert student.classes == {"sure": 7, "unsure": 5, TEACHER: WIDTH}
+    assert {name: (head.output, head.loss) for name, head in student.meta.heads.items()} == {
+        "sure": ("logits", "cosine"), "unsure": ("logits", "squared-error"), TEACHER: ("features", "mse")
+    }  # fmt: skip
+    # What was trained is (x - mean) / scale; what is exported gives x.
+    trained = build_student(student.options, student.classes).eval()
+    load_weights(tmp_path / "cut", "last", trained)
+    rows = TargetStore.open(feature_store.path).committed_rows(TEACHER)
+    kept = feature_store.features[rows].astype(np.float16).astype(np.float64)
+    clip = torch.randn(3, 3, 8, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found, raw = student(clip)[TEACHER].numpy(), trained(clip)[TEACHER].double().numpy()
+    scale = np.sqrt(((kept - kept.mean(0)) ** 2).mean())
+    np.testing.assert_allclose(found, raw * scale + kept.mean(0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

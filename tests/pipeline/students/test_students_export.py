@@ -83,6 +83,26 @@ def test_an_mlp_head_is_linear_gelu_linear_and_comes_back(tmp_path: Path) -> Non
     assert set(header) == {"format_version", "options", "heads", "meta"}
 
 
+def test_heads_of_features_are_written_in_the_teachers_scale(tmp_path: Path) -> None:
+    options, kinds = StudentOptions.model_validate(NARROW), {"mlp": "mlp"}
+    heads = {"linear": 3, "mlp": 3, "logits": 2}
+    student = build_student(options, heads, head_kinds=kinds).eval()
+    mean, scale = torch.tensor([5.0, -2.0, 0.5]), 7.5
+    about = {name: {"output": "features", "loss": "mse"} for name in ("linear", "mlp")}
+    about["logits"] = {"output": "logits", "loss": "cross-entropy"}
+    scales = {"linear": (mean, scale), "mlp": (mean, scale)}
+    with torch.inference_mode():
+        before = student(clip_of())
+        save_student(tmp_path / "s.safetensors", student, {"heads": about}, scales)
+        loaded = load_student(tmp_path / "s.safetensors")
+        after, unchanged = loaded(clip_of()), student(clip_of())
+    for name in ("linear", "mlp"):
+        assert torch.equal(unchanged[name], before[name])
+        torch.testing.assert_close(after[name], before[name] * scale + mean)
+    assert torch.equal(after["logits"], before["logits"])
+    assert loaded.meta.model_dump()["heads"] == about
+
+
 def test_round_trip_with_several_heads_through_a_run_folder(tmp_path: Path) -> None:
     student = student_of({"a.b-c": 3, "keys": 2}, variant="vmz", channels=2, **NARROW)
     meta = {"classes": {"keys": ["no", "yes"]}, "clip_length": 16, "clip_size": 64, "store": "abc"}
