@@ -26,8 +26,8 @@ from ..teachers.teacher import Teacher, TeacherOutput
 from ..video.container import digest
 from ..video.geometry import View
 from ..video.pool.decode_pool import DecodeJob, DecodePool, Done, Failed
-from .deep_verify import Replay
 from .planner import StorePlan
+from .replay import Replay, Rerun
 
 log = logging.getLogger(__name__)
 
@@ -132,10 +132,11 @@ def _replay_sample(plan: StorePlan, replay: Replay, pool: DecodePool, view: int)
         if replay.has(s)
     ]
     first = {int(index.video[s]): s for s in reversed(stored)}  # one segment of each video
+    rerun = Rerun(replay.teacher, [replay])
     for video in np.random.default_rng(0).permutation(list(first)).tolist():
         path = plan.path(video)
-        unusable = _replay_segment(store, first[video], path, replay, pool, view)
-        replay.run()
+        unusable = _replay_segment(store, first[video], path, rerun, pool, view)
+        rerun.run()
         if wrong := replay.findings(path):
             raise StoreMismatchError(
                 f"{store.name}: teacher {replay.name!r} has no fingerprint there, and its stored rows are not what it "
@@ -152,7 +153,7 @@ def _replay_sample(plan: StorePlan, replay: Replay, pool: DecodePool, view: int)
 
 
 def _replay_segment(
-    store: TargetStore, segment: int, path: str, replay: Replay, pool: DecodePool, view: int
+    store: TargetStore, segment: int, path: str, rerun: Rerun, pool: DecodePool, view: int
 ) -> str | None:
     """Feed the teacher the first rows of a segment; returns why there are none."""
     try:
@@ -184,6 +185,6 @@ def _replay_segment(
             np.array_equal(stored[0][at], event.index) and np.array_equal(stored[1][at], event.pts)
         )
         if not differs:
-            replay.feed(event.images[view], rows[at])
+            rerun.feed(event.images[view], rows[at], segment)
             done = at.stop
     return "other frames are read of it than are stored" if differs or done < len(rows) else None

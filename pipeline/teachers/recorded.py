@@ -54,16 +54,32 @@ def load_recorded(
         StoreError: the record is none.
         TeacherError, WeightsError: as `load_teacher`.
     """
+    return load_spec(recorded_spec(provenance, where), weights=weights, trusted=trusted)
+
+
+def recorded_spec(provenance: Mapping[str, Any], where: str) -> TeacherSpec:
+    """Return how the teacher that a store records was asked for.
+
+    Raises:
+        UsageError: The store does not say it.
+        StoreError: The record is none.
+    """
     if "spec" not in provenance:
         raise UsageError(
             "the store does not say how the teacher was asked for, so that it cannot be loaded again"
         )
     try:
-        spec = TeacherSpec.model_validate(provenance["spec"])
+        return TeacherSpec.model_validate(provenance["spec"])
     except ValidationError as error:
         raise StoreError(
             f"{where}: provenance.spec is no record of a teacher ({in_one_line(error)})"
         ) from None
+
+
+def load_spec(
+    spec: TeacherSpec, *, weights: str | None = None, trusted: Collection[str] = ()
+) -> Teacher:
+    """Return the teacher of a `recorded_spec`; arguments and errors as those of `load_recorded`."""
     if spec.name not in trusted:
         _check_plain(spec)
     for key in _OPENS_FILES if spec.name.startswith("timm:") else ():

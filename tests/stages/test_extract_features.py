@@ -52,6 +52,11 @@ class Net(nn.Module):
 
 def both():
     return Net()
+
+
+def either():
+    # What it returns is the output asked for, and it never gives two.
+    return Net().pool
 """
 
 
@@ -198,10 +203,8 @@ def _lite_file() -> str:
 
 def test_deep_verification_compares_features(stored: Any) -> None:
     path, specs, _ = stored
-    weights = {}
-    for spec in specs[1:]:
-        name = spec["options"]["name"]
-        weights |= {name: spec["weights"], f"{name}.features": spec["weights"]}
+    # The file of a model is that of all of its outputs.
+    weights = {spec["options"]["name"]: spec["weights"] for spec in specs[1:]}
     result = verified(path, 1, weights=weights)
     assert result["findings"] == []
     assert {
@@ -253,6 +256,33 @@ def test_the_other_output_is_added_later(home: Path, videos: Path, first: str) -
         assert once.teachers[name].identity == twice.teachers[name].identity
     assert extract(videos, home / "twice.zarr", spec([second]))["new_rows"] == 0
     assert verified(home / "twice.zarr", 0)["findings"] == []
+
+
+def test_deep_verification_runs_a_model_once_for_all_of_its_outputs(
+    home: Path, videos: Path
+) -> None:
+    passes = {}
+    for name, outputs in (("one", ["logits"]), ("two", BOTH)):
+        extract(videos, home / f"{name}.zarr", spec(outputs))
+        before = (home / "runs").read_text().count("4")
+        result = verified(home / f"{name}.zarr", 2, allow_teachers=["two_outputs:both"])
+        assert result["findings"] == []
+        compared = result["deep"]["teachers"].values()
+        assert [(t["rows"], t["bit_equal"]) for t in compared] == [(6, 1.0)] * len(outputs)
+        passes[name] = (home / "runs").read_text().count("4") - before
+    assert passes["one"] == passes["two"] > 0
+
+
+def test_outputs_that_a_model_gives_one_at_a_time_are_verified(home: Path, videos: Path) -> None:
+    (asked,) = spec(BOTH)
+    asked["name"] = "two_outputs:either"
+    for output in BOTH:
+        extract(videos, home / "s.zarr", [{**asked, "outputs": [output]}])
+    result = verified(home / "s.zarr", 2, allow_teachers=["two_outputs:either"])
+    assert result["findings"] == []
+    assert {name: t["rows"] for name, t in result["deep"]["teachers"].items()} == {
+        "t": 6, "t.features": 6
+    }  # fmt: skip
 
 
 def test_a_name_in_the_store_keeps_its_output(home: Path, videos: Path) -> None:

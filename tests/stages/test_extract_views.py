@@ -350,6 +350,9 @@ def test_verification_sees_every_view(home: Path, stored: TargetStore) -> None:
             (copy / file).write_bytes(data)
             record["files"][file] = {"size": len(data), "blake2b": digest_bytes(data)}
         fmt.write_node(copy, node, record)
+        if "features" in wrong:
+            sums = "statistics/000000/zarr.json"
+            shutil.copy(copy / f"teachers/t{kind}" / sums, copy / f"teachers/{wrong}" / sums)
         assert verify(copy)["findings"] == []
         found = verify(copy, **deep)["findings"]
         assert {f["teacher"] for f in found} == {wrong}
