@@ -38,6 +38,7 @@ from ..pipeline.extraction.planner import (
     StorePlan,
     add_new_videos,
     check_unchanged,
+    hashed_in_part,
     ids_of,
     new_videos,
     open_tasks,
@@ -168,6 +169,8 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
         all_of_fewer = not (writer.index.state == OK).any()
         while shards := open_tasks(plan, list(teachers)):
             idle = False
+            for shard in set(shards).intersection(hashed_in_part(plan)):
+                writer.drop_hashes(shard)  # their videos are decoded anyway
             done += _run_shards(
                 plan, shards, list(teachers), fill, run, engines, watch, all_of_fewer, console
             )

@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 
 from ..pipeline.common.console import Console
-from ..pipeline.common.errors import VideoError
 from ..pipeline.common.processes import cores
-from ..pipeline.extraction.planner import StorePlan, tasks
+from ..pipeline.extraction.planner import StorePlan, hashed_in_part, tasks
 from ..pipeline.extraction.shard_filler import ShardFiller
 from ..pipeline.extraction.teacher_runner import TeacherRunner
 from ..pipeline.store.reader import TargetStore, check_video_roots
 from ..pipeline.store.store_options import HashConfig
 from ..pipeline.store.writer import StoreWriter
-from ..pipeline.video.container import digest
 from ..pipeline.video.perceptual_hash import HASH_VIEW
 from ..pipeline.video.pool.decode_pool import DecodePool
 
@@ -39,7 +37,7 @@ def targets_hash(options: HashConfig, console: Console) -> dict[str, Any]:
         writer.upgrade()
         plan = StorePlan(writer)
         plan.roots.update(options.video_roots)
-        for shard in _worth_another_try(plan):
+        for shard in hashed_in_part(plan):
             writer.drop_hashes(shard)
         shards = [s for s in sorted(writer.index.frame_commits) if s not in writer.index.hashes]
         before = len(store.hashed_rows())
@@ -55,20 +53,6 @@ def targets_hash(options: HashConfig, console: Console) -> dict[str, Any]:
     for path, why in failed.items():
         console.say(f"{path}: {why}")
     return {"store": store.name, "rows": store.n_rows, "hashed": rows, "failed": failed}
-
-
-def _worth_another_try(plan: StorePlan) -> list[int]:
-    """Return the shards with a segment that was not hashed, and whose video can be read now."""
-    index = plan.writer.index
-
-    def readable(segment: int) -> bool:
-        video = int(index.video[segment])
-        try:
-            return digest(plan.path(video)) == plan.digest(video)
-        except VideoError:
-            return False
-
-    return sorted({int(index.shard[s]) for s in index.unhashed if readable(s)})
 
 
 def _hash_shards(plan: StorePlan, shards: list[int], options: HashConfig, console: Console) -> None:

@@ -5,11 +5,14 @@ Damaged shards are dropped on request.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ..pipeline.common.console import Console
+from ..pipeline.store.layout import HASHES
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.store.storage import store_files
 from ..pipeline.store.store_options import VerifyConfig
@@ -20,10 +23,13 @@ from ..pipeline.store.writer import StoreWriter
 def targets_verify(options: VerifyConfig, console: Console) -> dict[str, Any]:
     """Print the findings of a store, a line each; `repair` drops the commits of damaged shards.
 
-    The next `extract-targets` fills dropped shards again. With `frames` the frames of all videos
-    are compared with their files (`frame_check`); with `deep` random videos are decoded and shown
-    to the teachers once more (`deep_check`). Raises StoreError if it is no store at all, UsageError
-    for a corpus or teacher it does not have.
+    The next `extract-targets` fills dropped shards again, `targets hash` dropped hashes of frames.
+    With `frames` the frames of all videos are compared with their files (`frame_check`); with
+    `deep` random videos are decoded and shown to the teachers once more (`deep_check`).
+
+    Raises:
+        StoreError: It is no store at all.
+        UsageError: A corpus or teacher that it does not have.
     """
     store = TargetStore(store_files(options.store), damaged=True)
     writer: StoreWriter | None = None
@@ -63,9 +69,7 @@ def targets_verify(options: VerifyConfig, console: Console) -> dict[str, Any]:
             identify_again(store, writer, list(by_video), options.video_roots)
         if options.repair and any(finding.shard is not None for finding in findings):
             dropped = drop_commits(Path(store.path), findings)
-            console.say(
-                f"{dropped} commits dropped; run the same extract-targets command again to fill them"
-            )
+            console.say(f"{dropped} commits dropped; {_how_to_fill(findings, store.name)}")
     unchecked = without_digest(store.files, index)
     if unchecked:
         console.say(
@@ -89,3 +93,14 @@ def targets_verify(options: VerifyConfig, console: Console) -> dict[str, Any]:
         **({"deep": compared} if options.deep else {}),
         "ok": not findings,
     }
+
+
+def _how_to_fill(findings: Sequence[Finding], store: str) -> str:
+    """Return which commands fill dropped commits again: an extraction hashes what it decodes."""
+    damaged = [finding for finding in findings if finding.shard is not None]
+    extracted = {finding.shard for finding in damaged if finding.teacher != HASHES}
+    commands = ["run the same extract-targets command again to fill them"] if extracted else []
+    if {finding.shard for finding in damaged} - extracted:
+        what = "hashes of frames alone" if extracted else "them"
+        commands.append(f"`distinit targets hash {shlex.quote(store)}` fills in {what}")
+    return "; ".join(commands)

@@ -24,6 +24,7 @@ from ..store.planning import FrameRange, cut
 from ..store.reader import TargetStore
 from ..store.storage import LocalFiles
 from ..store.writer import StoreWriter
+from ..video.container import digest
 from ..video.pool.decode_pool import DecodePool
 from ..video.probe import Probe
 from ..video.sampling import Sampling
@@ -233,6 +234,20 @@ def open_tasks(plan: StorePlan, teachers: Sequence[str]) -> list[int]:
         if shard not in index.frame_commits
         or any(shard not in index.teachers[t].shards for t in teachers)
     ]
+
+
+def hashed_in_part(plan: StorePlan) -> list[int]:
+    """Return the shards with a segment that was not hashed, and whose video can be read now."""
+    index = plan.writer.index
+
+    def readable(segment: int) -> bool:
+        video = int(index.video[segment])
+        try:
+            return digest(plan.path(video)) == plan.digest(video)
+        except VideoError:
+            return False
+
+    return sorted({int(index.shard[s]) for s in index.unhashed if readable(s)})
 
 
 def tasks(plan: StorePlan, shards: Sequence[int], teachers: Sequence[str]) -> Iterator[ShardTask]:

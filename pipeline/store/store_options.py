@@ -70,7 +70,8 @@ class VerifyConfig(Options):
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
     repair: Annotated[bool, CliOption(group="Output")] = Field(
-        default=False, description="drop what is damaged, so that extract-targets fills it again"
+        default=False,
+        description="drop what is damaged, so that extract-targets (of hashes: targets hash) fills it again",
     )
     frames: Annotated[bool, CliOption()] = Field(
         default=False,
