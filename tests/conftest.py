@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -140,6 +141,22 @@ def own_store(tiny_store: TinyStore, tmp_path: Path) -> TinyStore:
     """A copy of the videos that a test may harm; the store itself is shared and never written."""
     shutil.copytree(tiny_store.videos, tmp_path / "videos")
     return TinyStore(tiny_store.path, tmp_path / "videos")
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes of `--gpus N` from one that has imported torch.
+
+    Each of them would take seconds for that. `test_train_ranks` starts them as a user does, too.
+    """
+    from distinit.pipeline.training import launch
+
+    stages = [f"distinit.stages.{name}" for name in ("train_student", "finetune", "evaluate")]
+    multiprocessing.set_forkserver_preload(["torchvision", "torch._dynamo", *stages])
+    config = launch.LaunchConfig
+    monkeypatch.setattr(
+        launch, "LaunchConfig", lambda **given: config(**{**given, "start_method": "forkserver"})
+    )
 
 
 def moving_blobs(number: int, frames: int) -> np.ndarray:

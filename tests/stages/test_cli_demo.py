@@ -58,14 +58,15 @@ def test_the_demo_runs_and_keeps_what_is_done(tmp_path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "split1"])
         writer.writerows([str(CORPUS / row["path"]), row["label"], row["split1"]] for row in few)
-    loop = "{batch_size: 4, epochs: 1, epoch_clips: 8, warmup_epochs: 0, step_epochs: 1}"
+    loop = "{batch_size: 4, epochs: 1, epoch_clips: 4, warmup_epochs: 0, step_epochs: 1}"
     settings = (
         f"extract.sources=[demo={CORPUS / 'Walking'}]",
         "extract.sampling.every=16",
         f"train.loop={loop}",
         "train.video_roots={}",
         f"finetune.loop={loop}",
-        "finetune.test.clips=2",
+        "finetune.test.clips=1",
+        "finetune.test.crops=1",
         f"finetune.dataset=csv:{tmp_path / 'few.csv'}",
     )
     first = run(tmp_path, *settings)

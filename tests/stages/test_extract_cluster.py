@@ -97,6 +97,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sys.modules.pop("flaky_teachers", None)
 
 
+@pytest.fixture(scope="module")
+def scheduler(home: Path) -> Iterator[str]:
+    """The address of a cluster with one worker, whose four threads fill four shards at a time."""
+    with LocalCluster(n_workers=1, threads_per_worker=4, dashboard_address=":0") as cluster:
+        yield cluster.scheduler_address
+
+
 def config(home: Path, out: Path, **changes: Any) -> ExtractConfig:
     options = {"name": "tiny", "input_size": "32", "resize": "32", "trouble": str(home / "trouble")}
     base = {
@@ -130,6 +137,7 @@ def same(a: Path, b: Path) -> None:
 
 
 def test_an_error_in_a_worker_costs_its_shard_one_try(home: Path, tmp_path: Path) -> None:
+    """With a worker of its own, which other tests here do without."""
     trouble(home, 1)
     result = extract_targets(config(home, tmp_path / "s.zarr", workers=1), QUIET)
     assert list((home / "trouble").iterdir()) == []
@@ -137,10 +145,12 @@ def test_an_error_in_a_worker_costs_its_shard_one_try(home: Path, tmp_path: Path
     same(home / "whole.zarr", tmp_path / "s.zarr")
 
 
-def test_an_error_that_stays_is_the_one_that_is_told(home: Path, tmp_path: Path) -> None:
+def test_an_error_that_stays_is_the_one_that_is_told(
+    home: Path, scheduler: str, tmp_path: Path
+) -> None:
     trouble(home, 99)
     with pytest.raises(DistInitError, match=r"2 .*CUDA out of memory"):
-        extract_targets(config(home, tmp_path / "s.zarr", workers=1, retries=1), QUIET)
+        extract_targets(config(home, tmp_path / "s.zarr", scheduler=scheduler, retries=1), QUIET)
     trouble(home, 0)
     extract_targets(config(home, tmp_path / "s.zarr"), QUIET)
     same(home / "whole.zarr", tmp_path / "s.zarr")
@@ -191,7 +201,7 @@ def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(
 
 
 def test_a_worker_elsewhere_with_many_threads_fills_the_same_store(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trouble(home, 0)
     monkeypatch.chdir(tmp_path)
@@ -199,14 +209,10 @@ def test_a_worker_elsewhere_with_many_threads_fills_the_same_store(
     made = config(home, tmp_path / "s.zarr")
     made.teachers[0].options["classes"] = "names.txt"
     there = torch.__version__.split("+")[0]
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=4, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-        monkeypatch.context() as patch,
-    ):
+    with Client(scheduler) as client, monkeypatch.context() as patch:
         client.run(os.chdir, "/")
         patch.setattr(torch, "__version__", "0.0.1")  # the client's
-        extract_targets(made.model_copy(update={"scheduler": cluster.scheduler_address}), QUIET)
+        extract_targets(made.model_copy(update={"scheduler": scheduler}), QUIET)
     same(home / "whole.zarr", tmp_path / "s.zarr")
     store = TargetStore.open(tmp_path / "s.zarr")
     assert list(store.teacher("tiny").classes) == list("abcdef")

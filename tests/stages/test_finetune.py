@@ -278,8 +278,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
     assert losses(out) == losses(whole)
     assert len(losses(out)) == 12
+    expected = load_student(whole).state_dict()
     for name, tensor in load_student(out).state_dict().items():
-        assert torch.equal(tensor, load_student(whole).state_dict()[name])
+        assert torch.equal(tensor, expected[name])
     with h5py.File(out / "predictions.h5") as ours, h5py.File(whole / "predictions.h5") as theirs:
         np.testing.assert_array_equal(ours["clip_scores"][:], theirs["clip_scores"][:])
     again = finetune(config(dataset, out, resume=True), Console(quiet=True))

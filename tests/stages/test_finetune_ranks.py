@@ -18,7 +18,7 @@ from distinit.pipeline.video.encode import write_video
 from distinit.stages.evaluate import evaluate
 from distinit.stages.finetune import finetune
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("forked_ranks")]
 
 QUIET = Console(quiet=True)
 

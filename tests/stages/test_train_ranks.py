@@ -185,6 +185,7 @@ def saved(run: Path) -> dict[str, Any]:
     return dict(torch.load(run / "checkpoints" / "last.pt", weights_only=True))
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_processes_train_the_student_of_one_and_so_does_accumulation(
     work: Any, tmp_path: Path
 ) -> None:
@@ -255,10 +256,18 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(
     ],
 )
 def test_the_end_of_one_process_ends_all_with_one_error(
-    work: Any, capfd: pytest.CaptureFixture[str], how: str, kind: Any, says: str
+    work: Any,
+    capfd: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    how: str,
+    kind: Any,
+    says: str,
 ) -> None:
     import ending_job  # type: ignore[import-not-found]
 
+    # Started as a user does where the end is that of the process itself.
+    if how != "kill":
+        request.getfixturevalue("forked_ranks")
     options = LoopOptions(gpus=2, device="cpu")
     with pytest.raises(kind) as failed:
         run_distributed(ending_job.job, ending_job.Ending(how=how), Console(quiet=True), options)
