@@ -1,6 +1,6 @@
 # make demo         a virtual environment, the package with the demo's teacher, and the demo itself
 # make test         the same environment with the developers' tools, and all tests
-# make test-fast    the tests without a mark (slow, cluster, network, gpu), in about a minute
+# make test-fast    the tests without a mark (slow, cluster, network, gpu), in one to two minutes
 # make test-oldest  an environment with the oldest versions that are supported, and what depends on versions
 # make lint         style, format, the direction of imports, types
 # make docs         the documentation as a site, in build/docs; docs/cli.md is written anew from --help

@@ -30,6 +30,7 @@ from ..pipeline.common.run_dir import (
     check_output_dir,
     run_dir_lock,
 )
+from ..pipeline.common.urls import check_local
 from ..pipeline.evaluation.exclusion import canonical_exclude, optional_exclusion
 from ..pipeline.evaluation.short_videos import warn_of_short_videos
 from ..pipeline.store.exclude import Exclusion
@@ -92,6 +93,7 @@ def train_student(config: TrainConfig, console: Console) -> dict[str, Any]:
 
 def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
     """Show what a training would be, with its first batch, and do not train."""
+    check_local(config.out)
     config = _scheduled(config)
     store, teachers, _ = _open(config)
     parts = _assemble(config, store, teachers, None, console)

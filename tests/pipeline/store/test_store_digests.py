@@ -128,6 +128,7 @@ def test_a_flipped_bit_of_features_their_basis_and_sums_is_found(
     assert {*arrays, "statistics"} == set(tried)
 
 
+@pytest.mark.slow
 def test_sums_of_other_rows_are_found(
     make_store: Callable[..., tuple[Any, Path]], tmp_path: Path
 ) -> None:

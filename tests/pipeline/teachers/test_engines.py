@@ -92,6 +92,7 @@ def pictures(count: int, teacher: Teacher) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).integers(0, 256, (count, *teacher.input_shape, 3), np.uint8)
 
 
+@pytest.mark.slow
 def test_rows_agree_with_torch_and_do_not_depend_on_the_batch(cache: Path) -> None:
     teacher = load_teacher(spec())
     images = pictures(8, teacher)
@@ -109,6 +110,7 @@ def test_rows_agree_with_torch_and_do_not_depend_on_the_batch(cache: Path) -> No
     assert torch.equal(teacher.compute(images)["logits"], expected["logits"])
 
 
+@pytest.mark.slow
 def test_an_exported_file_is_used_again_if_it_is_still_this_teacher(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +136,7 @@ def test_an_exported_file_is_used_again_if_it_is_still_this_teacher(
     assert torch.equal(again.logits(images), teacher.logits(images))
 
 
+@pytest.mark.slow
 def test_auto_takes_what_is_worth_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = load_teacher(spec())
     before = set(cache.glob("*"))
@@ -160,6 +163,7 @@ def test_auto_takes_what_is_worth_it(cache: Path, monkeypatch: pytest.MonkeyPatc
         use_engine(teacher, "auto", "abacus 3")
 
 
+@pytest.mark.slow
 def test_a_store_keeps_the_engine_of_its_first_run(tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
