@@ -15,7 +15,6 @@ Means with 95 % intervals over videos.
 from __future__ import annotations
 
 import argparse
-import itertools
 
 import numpy as np
 import torch
@@ -153,11 +152,14 @@ def main() -> None:
         estimates = [estimate_mean(values.astype(np.float64), video) for values in measures]
         lines.append([name, *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in estimates)])
     print(table(["the clip and its target", "cosine", "KL, nats", "same first class"], lines))
-    mirrored = [name for name in found if name.startswith("mirrored: ")]
-    for first, other in itertools.pairwise(mirrored):
-        gain = found[other][0] - found[first][0]
-        e = estimate_mean(gain.astype(np.float64), video, least=-1)
-        print(f"cosine, {other} minus {first}: {e.value:+.4f} [{e.low:+.4f}, {e.high:+.4f}]")
+    gains = []
+    for name, measures in found.items():
+        kind, _, way = name.partition(": ")
+        if way not in ("", "centre"):
+            off = [m - c for m, c in zip(measures, found[f"{kind}: centre"], strict=True)][:2]
+            each = [estimate_mean(d.astype(np.float64), video, least=-1) for d in off]
+            gains.append([name, *(f"{e.value:+.4f} [{e.low:+.4f}, {e.high:+.4f}]" for e in each)])
+    print(table(["minus the centre", "cosine", "KL, nats"], gains))
 
 
 if __name__ == "__main__":
