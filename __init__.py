@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     demo: Callable[..., Result]
     embed: Callable[..., Result]
     evaluate: Callable[..., Result]
+    export: Callable[..., Result]
     extract_targets: Callable[..., Result]
     finetune: Callable[..., Result]
     predict: Callable[..., Result]
@@ -61,6 +62,7 @@ __all__ = [
     "demo",
     "embed",
     "evaluate",
+    "export",
     "extract_targets",
     "finetune",
     "list_videos",

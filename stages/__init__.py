@@ -28,6 +28,7 @@ STAGES = {
     ),
     "predict": ("pipeline.evaluation.evaluation_options:PredictConfig", "stages.predict:predict"),
     "embed": ("pipeline.evaluation.evaluation_options:EmbedConfig", "stages.embed:embed"),
+    "export": ("pipeline.students.graph_options:GraphConfig", "stages.export:export"),
     "ablate": ("pipeline.ablation.ablate_options:AblateConfig", "stages.ablate:ablate"),
     "report": ("pipeline.reporting.report_options:ReportConfig", "stages.report:report"),
     "targets-info": (
@@ -203,6 +204,19 @@ feature per clip. Exits with 1 where a video cannot be read; its row is NaN and 
         examples=(
             "distinit embed runs/student clips/ --out features.h5",
             "distinit embed runs/ours @list.txt --out features.npz --clips 4 --per-clip",
+        ),
+    ),
+    "export": Command(
+        short="A student as ONNX, torch.export, TorchScript, or for the hub.",
+        help="""A student for use elsewhere: as ONNX, torch.export or TorchScript, which take uint8 clips and
+need no distinit, or as a folder for the Hugging Face hub with a model card.
+
+The exported file is run on a probe clip and compared with the student; the largest difference is
+printed, and recorded in PATH.json (hub: config.json) with classes, clip and outputs.""",
+        examples=(
+            "distinit export runs/ours --to onnx --out ours.onnx",
+            "distinit export runs/student --to torch-export --out student.pt2",
+            "distinit export runs/ours --to hub --out ours-hub",
         ),
     ),
     "ablate": Command(

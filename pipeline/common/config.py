@@ -42,6 +42,7 @@ SECTIONS = (
     "evaluate",
     "predict",
     "embed",
+    "export",
     "ablate",
     "report",
     "demo",

@@ -33,6 +33,7 @@ from ..common.safetensors_files import open_checked
 from ..common.sealed import BLANK, KEY, seal
 from ..common.settings import Options
 from .external import library_shapes
+from .hub import hub_model, is_hub_address
 from .student import Backbone, Student, build_student
 from .student_options import BUILTIN_ARCHITECTURES, STEM, HeadKind, StudentMeta, StudentOptions
 
@@ -141,7 +142,8 @@ def load_student(
 
     Args:
         path: a file, or a run folder with `student.safetensors` (from train-student) or
-            `model.safetensors` (from finetune).
+            `model.safetensors` (from finetune), or `hf://ORG/NAME[@REVISION]`, a repository of the
+            Hugging Face hub, of which `model.safetensors` is downloaded and nothing is run.
         device: where the student is put.
         factory: a file whose student is made by a `package.module:factory` is loaded only where the
             caller names that very factory here, since its code is run.
@@ -343,6 +345,8 @@ def _file_of(path: str | Path) -> Path:
         CheckpointError: there is none, or a run folder holds two.
         SourceError: a link out of a run folder.
     """
+    if is_hub_address(path):
+        return hub_model(str(path))
     path = Path(path)
     if not path.is_dir():
         if not path.is_file():

@@ -1,0 +1,102 @@
+"""The README.md of an exported student: its clips, its outputs, and the numbers of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..common.tables import markdown_text
+from .accuracy_tables import percent
+from .runs import Run
+
+_NAMES = {
+    "top1": "top 1",
+    "top5": "top 5",
+    "class_mean": "mean over classes",
+    "per_clip": "top 1 per clip",
+}
+
+
+def model_card(about: Mapping[str, Any], run: Run | None) -> str:
+    """Return the card as Markdown, with the front matter that the hub reads.
+
+    Args:
+        about: What config.json holds.
+        run: The run folder that the student is from; None for a file alone, without numbers.
+    """
+    clip, heads = about["clip"], about["heads"]
+    task = "video-classification" if "label" in heads else "feature-extraction"
+    kind = "RGB, uint8" if clip["channels"] == 3 else "optical flow in pixels, float32"
+    lines = [
+        "---",
+        "library_name: distinit",
+        f"pipeline_tag: {task}",
+        "tags: [video, distinit]",
+        "---",
+        "",
+        "# A video student of distinit",
+        "",
+        f"{about['description']}, for clips of {clip['frames']} frames of {clip['size']}x{clip['size']} pixels.",
+        "",
+        "```python",
+        "import distinit",
+        "import torch",
+        "",
+        'student = distinit.load_student("hf://ORG/NAME")  # or this folder',
+        f"clips = torch.zeros(1, {clip['channels']}, {clip['frames']}, {clip['size']}, {clip['size']})  # {kind}",
+        "outputs = student(distinit.normalize_clip(clips))  # of each head",
+        "```",
+        "",
+        "Loading runs no code of the repository: the weights are safetensors, and the network is distinit's.",
+        "",
+        "## Outputs",
+        "",
+        *(
+            f"- `{markdown_text(name)}`: {head['outputs']} outputs"
+            + (f" ({_some(head['classes'])})" if head["classes"] else "")
+            for name, head in heads.items()
+        ),
+        "",
+        "## Results",
+        "",
+        *_results(run),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _some(classes: list[str], most: int = 20) -> str:
+    shown = ", ".join(markdown_text(name) for name in classes[:most])
+    return shown + (f" and {len(classes) - most} more" if len(classes) > most else "")
+
+
+def _results(run: Run | None) -> list[str]:
+    if run is None:
+        return ["Exported from a file without its run: no results are known."]
+    if run.metrics is None:
+        share = run.explained_fraction
+        if share is None:
+            return ["The run recorded no results."]
+        by = "held-out clips" if run.result.get("explained_by") == "held-out" else "training clips"
+        return [
+            f"Distilled from the stored outputs of teachers: explained fraction {100 * share:.1f} % on {by} "
+            "(0 %: the best constant predictor, 100 %: the lower bound)."
+        ]
+    metrics = run.metrics
+    test, unit = metrics["protocol"], metrics["intervals"]
+    return [
+        f"On the test side of split {markdown_text(run.split)} of {markdown_text(run.dataset)}: "
+        f"{metrics['videos']} videos ({len(metrics['failed'])} unreadable, counted as wrong), "
+        f"{test['clips']} clips x {test['crops']} crops per video; initialisation: "
+        f"{markdown_text(run.init)}.",
+        "",
+        "| accuracy | % [95 % interval] |",
+        "|---|---:|",
+        *(
+            f"| {name} | {percent(metrics[key])} |"
+            for key, name in _NAMES.items()
+            if key in metrics
+        ),
+        "",
+        f"The intervals are of a bootstrap over {unit['units']} {unit['resampled']}; the seed of the training is not "
+        "covered. The numbers are computed from the run's saved predictions.",
+    ]

@@ -1,0 +1,141 @@
+"""Export a student as ONNX, torch.export, TorchScript or a folder for the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..pipeline.common.config import write_config
+from ..pipeline.common.console import Console
+from ..pipeline.common.errors import UsageError
+from ..pipeline.common.files import replacing, write_page, write_whole
+from ..pipeline.common.run_dir import (
+    CONFIG,
+    MODEL_FILE,
+    config_next_to,
+    recorded_sections,
+    refuse_existing,
+    require_writable,
+)
+from ..pipeline.reporting.model_card import model_card
+from ..pipeline.reporting.runs import KINDS, Run, read_run
+from ..pipeline.students.export import load_student, save_student
+from ..pipeline.students.graph_options import ENDINGS, GraphConfig
+from ..pipeline.students.graphs import (
+    CLIPS,
+    PROBES,
+    largest_difference,
+    make_graph,
+    output_names,
+    probe_clips,
+    require_onnx,
+    run_graph,
+    student_outputs,
+)
+from ..pipeline.students.student import Student
+
+FORMAT, FORMAT_VERSION = "distinit-export", 1
+CONFIG_JSON, CARD = "config.json", "README.md"
+
+
+def export(config: GraphConfig, console: Console) -> dict[str, Any]:
+    """Write a student in another form, and compare what was written with the student.
+
+    The exported file is run on a probe clip; nothing is left at `out` where it differs.
+
+    Returns:
+        Paths, and the largest difference of any output from the student's.
+
+    Raises:
+        CheckpointError: There is no student, it cannot be exported, or the export differs from it.
+        UsageError: `out` cannot be written, or a package is missing.
+    """
+    if config.to == "onnx":
+        require_onnx()
+    student = load_student(config.model, factory=config.factory)
+    out = _claim(config)
+    about = _describe(student, config)
+    probe = probe_clips(student, PROBES)
+    expected = student_outputs(student, probe)
+    if config.to == "hub":
+        run = _run_of(config.model)
+        save_student(out / MODEL_FILE, student, _public(student))
+        found = student_outputs(load_student(out / MODEL_FILE, factory=config.factory), probe)
+        difference = largest_difference(found, expected, config.tolerance)
+        write_page(out / CARD, model_card(about, run))
+        record = out / CONFIG_JSON
+    else:
+        content = make_graph(student, config.to)
+        with replacing(out) as part:
+            part.write_bytes(content)
+            found = run_graph(part.read_bytes(), config.to, probe)
+            difference = largest_difference(found, expected, config.tolerance)
+        record = out.with_name(f"{out.name}.json")
+    about["verified"] = {"probe": list(probe.shape), "largest_difference": difference}
+    write_whole(record, json.dumps(about, indent=1).encode(), UsageError)
+    console.say(f"{config.to}: {out}; the largest difference from the student is {difference:.2g}")
+    if config.to == "hub":
+        console.say(f"next: hf upload ORG/NAME {out}; distinit.load_student('hf://ORG/NAME')")
+    return {"out": str(out), "to": config.to, "about": str(record), **about["verified"]}
+
+
+def _claim(config: GraphConfig) -> Path:
+    """Check that `out` can be written and is no work of others, and write the config next to it."""
+    out = Path(os.path.abspath(config.out))
+    ending = ENDINGS.get(config.to)
+    if ending is not None and out.suffix != ending:
+        raise UsageError(f"--out {config.out}: expected a file that ends in {ending}")
+    require_writable(out.parent)
+    record = config_next_to(out)
+    if recorded_sections(record) != {"export"}:
+        refuse_existing(out.parent, (out.name, f"{out.name}.json"), "distinit export")
+    write_config(record, "export", config)
+    return out
+
+
+def _describe(student: Student, config: GraphConfig) -> dict[str, Any]:
+    """Return what a program must know to use the export, JSON-able."""
+    meta, rgb = student.meta.completed(student.options.channels), student.options.channels == 3
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "distinit": __version__,
+        "torch": torch.__version__,
+        "to": config.to,
+        "description": student.options.describe(),
+        "student": student.options.model_dump(mode="json"),
+        "heads": {
+            name: {"outputs": count, "classes": meta.classes.get(name)}
+            for name, count in student.classes.items()
+        },
+        "clip": {
+            "channels": student.options.channels,
+            "frames": meta.clip_length,
+            "size": meta.clip_size,
+            "resize": meta.resize,
+            "mean": meta.mean,
+            "std": meta.std,
+        },
+        "inputs": {CLIPS: "uint8 [B, 3, T, H, W]" if rgb else "float32 [B, 2, T, H, W]"},
+        "outputs": output_names(student),
+    }
+
+
+def _public(student: Student) -> Any:
+    """Return the metadata without the paths of this machine."""
+    kept = {
+        key: value for key, value in student.meta.extra.items() if key not in ("dataset", "init")
+    }
+    return student.meta.model_copy(update={"extra": kept})
+
+
+def _run_of(model: str) -> Run | None:
+    """Return the run of a run folder, None for a file."""
+    folder = Path(model)
+    known = folder.is_dir() and recorded_sections(folder / CONFIG) & set(KINDS)
+    return read_run(folder, folder.resolve().name) if known else None
