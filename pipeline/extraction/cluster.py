@@ -182,10 +182,10 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
     specs = [TeacherSpec.model_validate_json(text) for text in setup.specs]
     teachers = [load_teacher(spec).to(device, setup.precision) for spec in specs]
     engines = {name: {"engine": engine} for name, engine in setup.engines}
-    here = use_engines(teachers, "auto", engines, json.loads(run))
-    if here != dict(setup.engines):
+    used = use_engines(teachers, "auto", engines, json.loads(run))
+    if used != dict(setup.engines):
         raise StoreMismatchError(
-            f"this worker would compute with {_json(here)}, the others do with {_json(dict(setup.engines))}"
+            f"this worker would compute with {_json(used)}, the others do with {_json(dict(setup.engines))}"
         )
     outputs, expected = outputs_of(teachers), dict(setup.identities)
     found = {t.store_names[o]: f for t in teachers for o, f in fingerprints(t).items()}

@@ -30,6 +30,9 @@ EXAMPLES, PROBES = 2, 3  # clips; different, so that a fixed batch size would be
 class Graph(nn.Module):
     """A student with its normalisation, from clips as they are decoded to a tuple of outputs."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, student: Student) -> None:
         super().__init__()
         self.student = student

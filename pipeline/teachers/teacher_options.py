@@ -70,7 +70,12 @@ class TeacherSpec(Options):
         """
         options = {key: value for key, value in self.options.items() if key != "classes"}
         weights = Path(self.weights).name if self.weights is not None else None
-        record = {"name": self.name, "weights": weights, "sha256": self.sha256, "options": options}
+        record: dict[str, Any] = {
+            "name": self.name,
+            "weights": weights,
+            "sha256": self.sha256,
+            "options": options,
+        }
         # The record of logits is that of version 0.1, which has no other output.
         view = OutputView.of(key)
         if view.output != "logits":
