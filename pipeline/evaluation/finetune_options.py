@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ..clips.clip_options import ClipView
-from ..common.config import parse_setting
 from ..common.settings import CliOption, Options
 from ..students.student_options import SCRATCH, Inflation, StudentOptions
 from ..training.loop_options import RESUME, RESUME_HELP, Budget, LoopOptions, Resume
@@ -61,6 +60,9 @@ class FinetuneLoop(LoopOptions):
 
 def parse_search(texts: tuple[str, ...]) -> dict[str, list[Any]]:
     """Read `KEY=VALUE,VALUE`, repeated; values are YAML. Raises ValueError."""
+    # It loads YAML, which `--help` does without.
+    from ..common.config import parse_setting
+
     found: dict[str, list[Any]] = {}
     for text in texts:
         key, equals, values = text.partition("=")

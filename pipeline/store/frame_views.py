@@ -13,11 +13,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..common.errors import UsageError
-from ..video.region import Region, shares
 from .store_options import Output
 
 CENTER, FLIP = "center", "flip"
@@ -91,15 +87,3 @@ def output_keys(outputs: Iterable[Output], views: Collection[str]) -> tuple[str,
         for view in plain
         for mirrored in ((False, True) if FLIP in views else (False,))
     )
-
-
-def roi_average(cells: NDArray[np.float32], region: Region) -> NDArray[np.float32]:
-    """Return the average [n, D] of cells [n, G, G, D] by the area that `region` has of each.
-
-    region: in shares of the picture that the cells cover.
-    """
-    down = shares(region.top, region.bottom, cells.shape[1])
-    across = shares(region.left, region.right, cells.shape[2])
-    weights = np.outer(down, across).astype(np.float32).ravel()
-    flat = cells.reshape(len(cells), len(weights), -1)
-    return np.asarray(np.matmul(weights, flat), np.float32)

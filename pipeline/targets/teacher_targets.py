@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..common.errors import UsageError
 from ..common.numerics import entropy
-from ..store.frame_views import roi_average
+from ..store.cells import roi_average
 from ..store.reader import TargetStore
 from ..video.geometry import View
 from ..video.region import Region

@@ -27,6 +27,7 @@ from ..common.errors import DistInitError, TeacherError, in_one_line, third_part
 from ..common.files import write_whole
 from ..store.cache import cache_folder
 from .fingerprint import ALIKE, COUNT, Difference
+from .loaded_model import MAP
 from .probes import probe_images
 from .teacher import Engine, Teacher
 
@@ -114,8 +115,10 @@ def _check(teacher: Teacher, images: np.ndarray, run: _Run) -> None:
     with third_party("it fails on the probe images", TeacherError):
         expected, found = teacher.run(torch.from_numpy(images)), run(torch.from_numpy(images))
         half = run(torch.from_numpy(images[: COUNT // 2]))
-    for output in teacher.outputs:
-        apart = Difference.of(expected[output].float().numpy(), found[output].numpy())
+    for output in teacher.asked:
+        apart = Difference.of(
+            *(rows[output].float().flatten(1).numpy() for rows in (expected, found))
+        )
         if not apart.within(ALIKE["fp32"]):
             raise TeacherError(
                 f"its {output} of the probe images are off by up to {apart.largest:.2g} deviations"
@@ -125,7 +128,7 @@ def _check(teacher: Teacher, images: np.ndarray, run: _Run) -> None:
 
 
 class _Exported(nn.Module):
-    """A teacher's forward pass, from images uint8 [B, h, w, 3] to a tuple of outputs."""
+    """A teacher's forward pass, from images uint8 [B, h, w, 3] to a tuple of its outputs."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
@@ -135,7 +138,7 @@ class _Exported(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         (teacher,) = self._teacher
         given = teacher.run(images)
-        return tuple(given[output].float() for output in teacher.outputs)
+        return tuple(given[output].float() for output in teacher.asked)
 
 
 def _export(teacher: Teacher) -> bytes:
@@ -153,7 +156,7 @@ def _export(teacher: Teacher) -> bytes:
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             input_names=["images"],
-            output_names=list(teacher.outputs),
+            output_names=list(teacher.asked),
             verbose=False,
         )
         if program is None:
@@ -190,7 +193,7 @@ def _session(teacher: Teacher, model: bytes) -> _Run:
     options.log_severity_level = 3
     with third_party("it cannot open the exported model", TeacherError):
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    outputs = teacher.outputs
+    outputs = teacher.asked
 
     def run(batch: Tensor) -> Mapping[Any, Tensor]:
         found = session.run(list(outputs), {"images": batch.numpy()})
@@ -220,7 +223,8 @@ def _file(teacher: Teacher, name: str) -> Path:
     """Return where the exported teacher is kept: by all that determines it but its code."""
     made_of = {
         "form": FORM,
-        "teacher": [teacher.identity(output=output) for output in teacher.outputs],
+        "teacher": [teacher.identity(output=output) for output in teacher.asked if output != MAP],
+        "map": MAP in teacher.asked,
         "torch": torch.__version__,
         "engine": name,
         "processor": torch.backends.cpu.get_cpu_capability(),

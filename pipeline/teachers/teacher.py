@@ -134,7 +134,8 @@ class Teacher:
         self.outputs: tuple[str, ...] = output_keys(outputs, views)
         self.plain_mean = False
         has_cells = any(OutputView.of(key).grid for key in self.outputs)
-        self._asked: tuple[str, ...] = (*outputs, MAP) if has_cells else outputs
+        # What one forward pass gives; views are made of it.
+        self.asked: tuple[str, ...] = (*outputs, MAP) if has_cells else outputs
         if has_cells and not self.recipe.maps:
             raise TeacherError(
                 f"teacher {self.name!r}: --views {','.join(views)}: no feature map of "
@@ -301,9 +302,9 @@ class Teacher:
 
     def _forward(self, pixels: Tensor) -> Mapping[str, Any]:
         if self.recipe.forward is not None:
-            return self.recipe.forward(pixels, self._asked)
+            return self.recipe.forward(pixels, self.asked)
         given = self.module(pixels)
-        return given if isinstance(given, Mapping) else {self._asked[0]: given}
+        return given if isinstance(given, Mapping) else {self.asked[0]: given}
 
     def _rows(self, view: OutputView, outputs: Mapping[str, Any], count: int) -> Tensor:
         output = view.output
@@ -348,7 +349,7 @@ class Teacher:
         who = f"teacher {self.name!r}: fails on an image [1, 3, {height}, {width}]"
         with third_party(who, TeacherError):
             given = self.compute(np.zeros((1, height, width, 3), np.uint8))
-            if MAP in self._asked:
+            if MAP in self.asked:
                 self.plain_mean = self._pools_by_the_mean()
         return {key: values.shape[1] for key, values in given.items()}
 

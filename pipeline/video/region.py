@@ -1,11 +1,8 @@
-"""Rectangles of a displayed frame, and the shares of an interval in equal parts."""
+"""Rectangles of a displayed frame. Imports no NumPy, so that options can use them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 
 class Region(NamedTuple):
@@ -37,16 +34,3 @@ class Region(NamedTuple):
             (self.bottom - outer.top) / height,
             (self.right - outer.left) / width,
         )
-
-
-def shares(first: float, end: float, count: int) -> NDArray[np.float64]:
-    """Return which shares of the interval [first, end] are in `count` equal parts of [0, 1].
-
-    What is outside [0, 1] does not count; an interval that is outside as a whole is in the nearest
-    part.
-    """
-    edges = np.arange(count + 1) / count
-    overlap = np.clip(np.minimum(end, edges[1:]) - np.maximum(first, edges[:-1]), 0, None)
-    if overlap.sum() <= 0:
-        overlap[0 if end <= 0 else -1] = 1.0
-    return np.asarray(overlap / overlap.sum())

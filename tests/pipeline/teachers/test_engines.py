@@ -41,12 +41,13 @@ class Both(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         layers = [nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, groups=16)]
-        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(32, 7)
 
     def forward(self, images):
-        features = self.trunk(images)
-        return {"logits": self.head(features), "features": features}
+        cells = self.trunk(images)
+        features = cells.mean((2, 3))
+        return {"logits": self.head(features), "features": features, "map": cells}
 
 
 class Branching(Both):
@@ -82,10 +83,14 @@ def cache(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made / "cache" / "onnx"
 
 
-def spec(factory: str = "both", **options: str) -> TeacherSpec:
+def spec(
+    factory: str = "both", views: tuple[str, ...] = ("center",), **options: str
+) -> TeacherSpec:
     options = {"input_size": "32", **options}
     outputs: Any = ("logits", "features")
-    return TeacherSpec(name=f"engine_teachers:{factory}", outputs=outputs, options=options)
+    return TeacherSpec(
+        name=f"engine_teachers:{factory}", outputs=outputs, options=options, views=views
+    )
 
 
 def pictures(count: int, teacher: Teacher) -> np.ndarray[Any, Any]:
@@ -93,13 +98,17 @@ def pictures(count: int, teacher: Teacher) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.slow
-def test_rows_agree_with_torch_and_do_not_depend_on_the_batch(cache: Path) -> None:
-    teacher = load_teacher(spec())
+@pytest.mark.parametrize("views", [("center",), ("center", "grid:4", "flip")])
+def test_rows_agree_with_torch_and_do_not_depend_on_the_batch(
+    views: tuple[str, ...], cache: Path
+) -> None:
+    teacher = load_teacher(spec(views=views))
     images = pictures(8, teacher)
     expected = teacher.compute(images)
     assert use_engine(teacher, "onnx") == onnx_engine.version()
     found = teacher.compute(images)
-    assert set(found) == {"logits", "features"}
+    assert set(found) == set(teacher.outputs)
+    assert len(found) == (2 if views == ("center",) else 6)
     for output, rows in found.items():
         torch.testing.assert_close(rows, expected[output], atol=1e-5, rtol=1e-4)
         assert torch.equal(rows[:3], teacher.compute(images[:3])[output])
@@ -198,6 +207,10 @@ def test_a_store_keeps_the_engine_of_its_first_run(tmp_path: Path) -> None:
         assert len(rows[0]) == 40
         np.testing.assert_array_equal(*rows)
 
+    # A view that is added later, too.
+    viewed = extract("onnx.zarr", teachers=[spec(views=("center", "flip"))])
+    assert viewed.teachers[f"{name}.flip"].run["engine"] == onnx_engine.version()
+
     # The precision of the store, as its engine.
     assert extract("onnx.zarr", precision="auto").teachers[name].run["precision"] == "fp32"
     deep = targets_verify(
@@ -205,4 +218,4 @@ def test_a_store_keeps_the_engine_of_its_first_run(tmp_path: Path) -> None:
         Console(quiet=True),
     )
     assert deep["findings"] == []
-    assert [t["bit_equal"] for t in deep["deep"]["teachers"].values()] == [1, 1]
+    assert [t["bit_equal"] for t in deep["deep"]["teachers"].values()] == [1] * 4
