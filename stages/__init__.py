@@ -234,7 +234,7 @@ continues where it was stopped. `distinit report DIR` makes the tables.""",
             "distinit ablate table3-loss --store t.zarr --dataset csv:labels.csv --out abl "
             "--dry-run",
             "distinit ablate table2-picks --store t.zarr --dataset csv:labels.csv "
-            "--out small --seed 0 --set base.train-student.student.width=0.25 --set base.train-student.loop.epochs=4",
+            "--out small --seed 0 --set base.train-student.preset=small --set base.finetune.preset=small",
         ),
     ),
     "report": Command(

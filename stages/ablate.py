@@ -11,7 +11,7 @@ from typing import Any
 from ..pipeline.ablation.ablate_options import AblateConfig
 from ..pipeline.ablation.cost import show_cost
 from ..pipeline.ablation.plan import cells, read_plan
-from ..pipeline.ablation.progress import Progress, Work
+from ..pipeline.ablation.progress import Progress, Work, derives_schedules
 from ..pipeline.ablation.steps import Step, StepMaker, step_options
 from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
@@ -20,6 +20,7 @@ from ..pipeline.common.locks import folder_lock
 from ..pipeline.common.run_dir import CELLS, CONFIG, SECONDS, check_output_dir
 from ..pipeline.common.urls import check_local
 from ..pipeline.store.reader import TargetStore, check_video_roots
+from ..pipeline.training.estimate import LONG_CLIPS
 from .finetune import finetune
 from .train_student import train_student
 
@@ -48,9 +49,10 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
         raise UsageError("--dataset: required, since the plan has no data set")
     store = TargetStore.open(config.store)
     check_video_roots(store, config.video_roots)
-    maker = StepMaker(
-        store, {name: os.path.abspath(folder) for name, folder in config.video_roots.items()}
-    )
+    out = Path(os.path.abspath(config.out))
+    derived = derives_schedules(out)
+    roots = {name: os.path.abspath(folder) for name, folder in config.video_roots.items()}
+    maker = StepMaker(store, roots, derive=derived)
     work = []
     for cell in cells(
         plan,
@@ -60,16 +62,25 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
     ):
         student = maker.student(cell) if cell.needs_student else None
         work.append(Work(cell, student, maker.finetuning(cell, student)))
-    out = Path(os.path.abspath(config.out))
     check_output_dir(out, "ablate", (CELLS, SECONDS))
-    progress = Progress(out, plan, work)
+    progress = Progress(out, plan, work, derived=derived)
     steps = list(dict.fromkeys(step for each in work for step in each.steps))
     open_steps = [step for step in steps if step.result(out) is None]
     console.say(
         f"{plan.title}: {len(work)} cells of {len(steps)} runs, {len(steps) - len(open_steps)} of these done already"
     )
-    if config.dry_run:
-        return show_cost(progress.records(), [each.steps for each in work], out, progress.seconds)
+    long = sum(step.clips for step in open_steps) >= LONG_CLIPS or config.max_hours is not None
+    if config.dry_run or (open_steps and long):
+        costs = show_cost(
+            progress.records(),
+            [each.steps for each in work],
+            out,
+            progress.seconds,
+            config.max_hours,
+            cells=config.dry_run,
+        )
+        if config.dry_run:
+            return costs
     with folder_lock(out):
         write_config(out / CONFIG, "ablate", config)
         progress.write()

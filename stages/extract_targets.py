@@ -24,7 +24,7 @@ from ..pipeline.common.same_failure import SameFailure
 from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.parts import Part
 from ..pipeline.corpus.sources import VideoList, list_videos
-from ..pipeline.extraction.estimate import dry_run
+from ..pipeline.extraction.estimate import announce, dry_run
 from ..pipeline.extraction.extract_options import ExtractConfig
 from ..pipeline.extraction.machine import (
     default_decoders,
@@ -154,6 +154,8 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
                 fingerprint=fingerprints[name].record(),
             )
         copy_stored(plan, list(teachers))
+        shards = open_tasks(plan, list(teachers))
+        announce(config, plan, loaded, shards, pool, device, _workers(config, client))
         began = time.monotonic()
         if config.workers is not None:
             client = stack.enter_context(cluster(config.workers, None))
@@ -186,6 +188,13 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
                 f"{done} new rows in {seconds:.1f} s ({done / max(seconds, 1e-9):.0f} frames/s)"
             )
         return result
+
+
+def _workers(config: ExtractConfig, client: Client | None) -> int:
+    """Return how many workers share the shards."""
+    if client is not None:
+        return max(1, len(client.scheduler_info()["workers"]))
+    return config.workers or 1
 
 
 # How reasons of version 0.1 begin that were a fault of its own: with PyAV 19 it failed on every

@@ -6,7 +6,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..common.settings import VIDEO_ROOTS, VIDEO_ROOTS_HELP, CliOption, ClusterOptions
+from ..common.settings import (
+    MAX_HOURS,
+    MAX_HOURS_HELP,
+    VIDEO_ROOTS,
+    VIDEO_ROOTS_HELP,
+    CliOption,
+    ClusterOptions,
+)
 from ..common.urls import StoreAddress
 
 
@@ -39,6 +46,9 @@ class AblateConfig(ClusterOptions):
     )
     base: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="sections that are merged over the base of the plan"
+    )
+    max_hours: Annotated[float | None, MAX_HOURS] = Field(
+        default=None, gt=0, description=MAX_HOURS_HELP + "; of all cells together, on one device"
     )
     dry_run: Annotated[bool, CliOption(group="Output")] = Field(
         default=False,

@@ -13,6 +13,7 @@ import torch
 
 from ..common.devices import resolve_device
 from ..common.errors import TrainingError
+from ..common.hours import check_hours, describe_hours
 from ..common.tables import Column, Table
 from ..students.student import Student, build_student
 from ..students.student_options import StudentOptions
@@ -21,6 +22,11 @@ from .steps import TRAIN, Step
 
 log = logging.getLogger(__name__)
 
+# What to type for less; every plan takes these settings.
+SHORTER = (
+    "--set base.train-student.preset=small --set base.finetune.preset=small takes a narrow student and a "
+    "short schedule, --set base.train-student.loop.budget=CLIPS a shorter one"
+)
 MEASURED_S = 2.0
 CPU_CLIPS = 4  # on a CPU larger batches take memory and time, and are hardly faster per clip
 
@@ -30,6 +36,8 @@ def show_cost(
     steps: list[list[Step]],
     out: Path,
     seconds: dict[str, float],
+    max_hours: float | None,
+    cells: bool,
 ) -> dict[str, Any]:
     """Show the finished runs of each cell and the hours of the others, without running anything.
 
@@ -41,9 +49,14 @@ def show_cost(
         steps: The steps of each cell.
         out: The folder of the ablation.
         seconds: Duration of each finished step by key.
+        max_hours: The most hours that may be left; None: a warning of many.
+        cells: Whether to show each cell.
 
     Returns:
         `cells` with `hours_left` each, the total, and whether a rate was measured on noise.
+
+    Raises:
+        UsageError: More than `max_hours` are left.
     """
     rates = _known_rates(steps, out, seconds)
     titles = ("cell", "data set", "split", "seed", "student", "finetuning", "hours left")
@@ -71,13 +84,15 @@ def show_cost(
             states.get(TRAIN, "–"), states["finetune"], _hours(hours),
         )  # fmt: skip
         record["hours_left"] = round(hours, 6)
-    log.info(table)
+    if cells:
+        log.info(table)
     caveat = (
         "; without a finished run of its kind, measured on noise without decoding and tests"
         if on_noise
         else ""
     )
-    log.info(f"{_hours(total)} hours left on one device{caveat}")
+    log.info(f"estimated: {describe_hours(total)} left on one device{caveat}")
+    check_hours(total, max_hours, "this ablation", SHORTER)
     return {"cells": records, "hours_left": round(total, 6), "measured_on_noise": on_noise}
 
 

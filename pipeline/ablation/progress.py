@@ -16,6 +16,8 @@ from ..common.run_dir import CELLS, SECONDS
 from .plan import Cell, Plan
 from .steps import Step
 
+DERIVED = "derived"
+
 
 @dataclass(frozen=True)
 class Work:
@@ -31,11 +33,30 @@ class Work:
         return [step for step in (self.student, self.finetuning) if step is not None]
 
 
-class Progress:
-    """Durations and failures of steps; their results are in their folders."""
+def derives_schedules(out: Path) -> bool:
+    """Return whether schedules that plans leave open follow the number of videos in a folder.
 
-    def __init__(self, out: Path, plan: Plan, work: list[Work]) -> None:
-        self.out, self.plan, self.work = out, plan, work
+    A folder of version 0.1 keeps the defaults that its finished runs have.
+    """
+    content = read_bytes(out / CELLS, out)
+    try:
+        return not content or json.loads(content).get("schedules") == DERIVED
+    except (ValueError, AttributeError, RecursionError):
+        return True
+
+
+class Progress:
+    """Durations and failures of steps; their results are in their folders.
+
+    Args:
+        out: The folder of the ablation.
+        plan: Its plan.
+        work: Its cells and their steps.
+        derived: Whether open schedules follow the number of videos, see `derives_schedules`.
+    """
+
+    def __init__(self, out: Path, plan: Plan, work: list[Work], *, derived: bool = True) -> None:
+        self.out, self.plan, self.work, self.derived = out, plan, work, derived
         self.failed: dict[str, str] = {}
         try:
             self.seconds = TypeAdapter(dict[str, FiniteFloat]).validate_json(
@@ -63,6 +84,7 @@ class Progress:
             "title": self.plan.title,
             "paper": paper.model_dump(exclude_none=True) if paper else None,
             "axes": list(self.plan.axes),
+            "schedules": DERIVED if self.derived else "defaults",
             "cells": self.records(),
         }
         write_whole(self.out / CELLS, json.dumps(content, indent=1).encode())

@@ -27,7 +27,7 @@ from ..evaluation.search import epochs_of_search
 from ..store.exclude import Exclusion
 from ..store.reader import TargetStore
 from ..training.distillation_options import TrainConfig
-from ..training.loop_options import FREE_ON_RESUME, SCHEDULE
+from ..training.loop_options import FREE_ON_RESUME, SCHEDULE, LoopOptions
 from .plan import SECTIONS, STUDENT, Cell
 
 TRAIN, TUNE = SECTIONS
@@ -76,10 +76,19 @@ class Step:
 
 
 class StepMaker:
-    """Make the steps of cells for one store."""
+    """Make the steps of cells for one store.
 
-    def __init__(self, store: TargetStore, video_roots: dict[str, str]) -> None:
-        self.store, self.video_roots = store, video_roots
+    Args:
+        store: The target store.
+        video_roots: Where its corpora are located now.
+        derive: Whether a schedule that a plan leaves open follows the number of videos, as it does
+            in the commands; else it is that of the option models, as in version 0.1.
+    """
+
+    def __init__(
+        self, store: TargetStore, video_roots: dict[str, str], *, derive: bool = True
+    ) -> None:
+        self.store, self.video_roots, self.derive = store, video_roots, derive
         self._labels: dict[tuple[Any, ...], Labels] = {}
         self._left: dict[tuple[Any, ...], Exclusion] = {}
 
@@ -108,7 +117,7 @@ class StepMaker:
             exclusion = self._exclusion(config.exclude, config.exclude_split)
             seen["leave_out"] = exclusion.digest
             usable = exclusion.remove_from(usable)
-        loop = config.loop.for_videos(int(len(usable) * (1 - config.held_out)))
+        config, loop = self._scheduled(config, int(len(usable) * (1 - config.held_out)))
         bare = _bare(config, TRAIN)
         # `seen` has the teachers, whether the plan names them or uses all of the store.
         if list(teachers) == [name for name in self.store.target_names() if name in teachers]:
@@ -140,12 +149,12 @@ class StepMaker:
             forced["clips"] = merge(clips, section.get("clips", {}))
         config = self._config(TUNE, cell, forced)
         labels = self._labels_of(config)
+        config, loop = self._scheduled(config, len(labels.train))
         begins = student.key if student is not None else _of_file(config.init)
         seen = {"begins": begins, "labels": labels_digest(labels)}
         if labels.val:
             seen["validation"] = videos_digest(labels.val)
         key = _digest(_bare(config, TUNE), seen)
-        loop = config.loop.for_videos(len(labels.train))
         epochs = epochs_of_search(config) if config.search else loop.epochs
         clips = epochs * loop.clips_per_epoch
         needs = student.key if student is not None else None
@@ -157,12 +166,29 @@ class StepMaker:
         if command == TUNE and section.get("init") == STUDENT:
             section.pop("init")
         layers = [(f"preset {preset}", preset_section(preset, command))] if preset else []
+        loop = section.get("loop", {})
+        if layers and (loop.get("budget") or loop.get("minutes")):
+            # As on the command line: a budget replaces the schedule of a preset.
+            below = layers[0][1]
+            below["loop"] = {k: v for k, v in below.get("loop", {}).items() if k not in SCHEDULE}
         forced = merge({"loop": {"seed": cell.seed}}, forced)
         return load_config(
             MODELS[command],
             command,
             layers=[*layers, (f"plan, {cell.row}", section), ("", forced)],
         )
+
+    def _scheduled(self, config: Any, videos: int) -> tuple[Any, LoopOptions]:
+        """Return the config with the schedule that follows from the number of videos, and its loop.
+
+        The config keeps a schedule that the plan gives, since digests of stored runs have it.
+        """
+        derived = config.loop.with_derived_schedule() if self.derive else config.loop
+        loop = derived.for_videos(videos)
+        if derived is not config.loop:
+            loop = loop.model_copy(update={"budget": None})
+            config = config.model_copy(update={"loop": loop})
+        return config, loop
 
     def _exclusion(self, source: str, split: int | str | None) -> Exclusion:
         if (source, split) not in self._left:

@@ -174,6 +174,8 @@ def parse_size(text: str) -> list[int]:
 # Fields that several commands have, so that they look alike in each.
 DEVICE = CliOption(group="Hardware", metavar="DEVICE")
 DEVICE_HELP = "auto, cpu, cuda or cuda:N"
+MAX_HOURS = CliOption(group="Output", metavar="H", shown="warn of more than 24 hours")
+MAX_HOURS_HELP = "refuse what is estimated to take longer, before it starts"
 VIDEO_ROOTS = CliOption("--videos", "Inputs", "CORPUS=DIR", parse=parse_pairs)
 VIDEO_ROOTS_HELP = "where a corpus of the store is located now; repeatable"
 

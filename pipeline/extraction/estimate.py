@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..common.errors import UsageError
+from ..common.hours import check_hours, describe_hours
 from ..common.progress_bar import progress_bar
 from ..common.tables import Column, Table
 from ..corpus.sources import VideoList
 from ..store.encoding import DEFAULT, row_bytes
-from ..teachers.teacher import Teacher
+from ..teachers.teacher import Teacher, TeacherOutput
 from ..video.pool.decode_pool import Block, DecodeJob, DecodePool
 from ..video.probe import Probe
 from ..video.sampling import Sampling
 from .extract_options import ExtractConfig
 from .machine import default_decoders, load_teachers, outputs_of, run_record, use_engines
+from .planner import StorePlan
 
 log = logging.getLogger(__name__)
 
+# Shorter extractions are over before the measurement pays for itself.
+LONG_ROWS = 20_000
+SHORTER = "--every 8 keeps fewer frames, --part I/N shares the videos among N machines"
 PROBED, TIMED = 2000, 8  # videos probed; of these, decoded to measure the rate
 ROW_BYTES = 4 + 8 + 8  # video, index, pts
 ENTROPY_BYTES = 4
@@ -59,11 +65,7 @@ def dry_run(
         else teacher_s
         for name, of in outputs.items()
     }
-    encoding = config.encoding or DEFAULT
-    bytes_of = {
-        name: row_bytes(o.width, encoding) + (ENTROPY_BYTES if o.output == "logits" else 0)
-        for name, o in outputs.items()
-    }
+    bytes_of = _row_bytes(outputs, config)
     together = sum if device.type == "cpu" else max
     rows_out: list[dict[str, Any]] = []
     with DecodePool(processes=config.decoders or default_decoders(device), views=views) as pool:
@@ -94,12 +96,67 @@ def dry_run(
             )
     broken = int(scale * (len(probes) - len(good)))
     _show(rows_out, len(videos), len(chosen), broken)
+    check_hours(rows_out[0]["hours"], config.max_hours, "this extraction", SHORTER)
     return {
         "dry_run": True,
         "videos": len(videos),
         "probed": len(chosen),
         "unreadable": broken,
         "costs": rows_out,
+    }
+
+
+def announce(
+    config: ExtractConfig,
+    plan: StorePlan,
+    teachers: list[Teacher],
+    shards: list[int],
+    pool: DecodePool,
+    device: torch.device,
+    workers: int,
+) -> None:
+    """Log how long the open shards take and how large they are, and warn of many hours.
+
+    Args:
+        config: The options.
+        plan: The store and its videos.
+        teachers: The teachers, with their engines.
+        shards: The open shards.
+        pool: The decoding processes of this machine.
+        device: What the teachers run on.
+        workers: The number of machines or processes that share the work, each like this one.
+
+    Raises:
+        UsageError: It takes more than `max_hours`; nothing that is stored is lost.
+    """
+    index = plan.writer.index
+    segments = np.flatnonzero(np.isin(index.shard, shards))
+    rows = int(index.bound[segments].sum())
+    if rows == 0 or (rows < LONG_ROWS and config.max_hours is None):
+        return
+    videos = np.unique(index.video[segments])
+    some = videos[np.unique(np.linspace(0, len(videos) - 1, min(TIMED, len(videos))).astype(int))]
+    jobs = [DecodeJob(int(v), plan.path(int(v)), plan.sampling, max_rows=200) for v in some]
+    began, decoded = time.perf_counter(), 0
+    for event in pool.stream(jobs):
+        if isinstance(event, Block):
+            decoded += len(event.index)
+    decode_s = (time.perf_counter() - began) / max(decoded, 1)
+    teacher_s = sum(_seconds_a_row(teacher, config.batch_size) for teacher in teachers)
+    seconds = (sum if device.type == "cpu" else max)([decode_s, teacher_s]) * rows
+    hours = seconds / 3600 / workers
+    sizes = _row_bytes(outputs_of(teachers), config).values()
+    size = _gigabytes(rows * (sum(sizes) + ROW_BYTES) / 1e9)
+    log.info(f"estimated: {describe_hours(hours)} and {size} GB for at most {rows:,} frames")
+    check_hours(hours, config.max_hours, "this extraction", SHORTER)
+
+
+def _row_bytes(outputs: Mapping[str, TeacherOutput], config: ExtractConfig) -> dict[str, int]:
+    """Return the bytes of a row of each output."""
+    encoding = config.encoding or DEFAULT
+    return {
+        name: row_bytes(o.width, encoding) + (ENTROPY_BYTES if o.output == "logits" else 0)
+        for name, o in outputs.items()
     }
 
 

@@ -10,6 +10,8 @@ from pydantic import Field, field_validator
 from ..common.settings import (
     DEVICE,
     DEVICE_HELP,
+    MAX_HOURS,
+    MAX_HOURS_HELP,
     CliOption,
     ClusterOptions,
     DecodingOptions,
@@ -112,6 +114,7 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
     retries: Annotated[int, CliOption(group="Hardware", metavar="N")] = Field(
         2, ge=0, description="attempts at a failed shard after the first"
     )
+    max_hours: Annotated[float | None, MAX_HOURS] = Field(None, gt=0, description=MAX_HOURS_HELP)
     dry_run: Annotated[bool, CliOption(group="Output")] = Field(
         False, description="show rows, GB and hours; write nothing"
     )

@@ -20,7 +20,8 @@ from ..clips.transforms import normalize_clip
 from ..common.devices import resolve_device
 from ..common.distributed import Ranks
 from ..common.documents import load_yaml, read_bytes
-from ..common.errors import DistInitError, UsageError
+from ..common.errors import DistInitError
+from ..common.hours import check_hours, describe_hours, limit_of
 from ..common.run_dir import CONFIG
 from .loader import EpochBatchSampler, KeyedDataset, read_batches
 from .loop_options import SCHEDULE, LoopOptions, Resume
@@ -97,7 +98,7 @@ def _timed(
 def announce(
     model: nn.Module, dataset: KeyedDataset, options: LoopOptions, clips: int, ranks: Ranks
 ) -> None:
-    """Log how long a training takes, before it starts.
+    """Log how long a training takes, before it starts, and warn of a long one.
 
     Args:
         model: What is trained.
@@ -121,13 +122,13 @@ def announce(
             return
         workers = pick_workers(options.workers, resolve_device(options.device))
         hours = rate.seconds(clips, workers) / ranks.world / 3600
-        log.info(f"estimated: {_duration(hours)} for {clips} clips, without validation and test")
-        if options.max_hours is not None and hours > options.max_hours:
-            fitting = int(clips * options.max_hours / hours)
-            raise UsageError(
-                f"--max-hours {options.max_hours:g}: the training takes about {_duration(hours)}; --budget {fitting} "
-                "fits it into that time, a larger --max-hours allows it"
-            )
+        log.info(
+            f"estimated: {describe_hours(hours)} for {clips} clips, without validation and test"
+        )
+        limit = limit_of(options.max_hours)
+        fitting = max(1, int(clips * limit / hours))
+        remedy = f"--budget {fitting} or --minutes {limit * 60:g} fits it into {limit:g} hours"
+        check_hours(hours, options.max_hours, "the training", remedy)
 
     ranks.on_main(estimate)
 
@@ -144,8 +145,8 @@ def recorded_schedule(
 ) -> LoopOptions:
     """Return the options with the schedule of the run in a folder, where none is given.
 
-    A run that is resumed keeps its schedule, also one of version 0.1. Without a run the options are
-    those given, with a budget that follows the number of videos if they set no schedule at all.
+    A run that is resumed keeps its schedule, also one of version 0.1; a budget that is given again
+    is warned of. Without a run the options are those given, see `with_derived_schedule`.
     """
     given = loop.model_fields_set
     if given.issuperset(SCHEDULE):
@@ -157,13 +158,12 @@ def recorded_schedule(
     if isinstance(stored, dict):
         kept = {key: stored[key] for key in SCHEDULE if key in stored and key not in given}
         values = {**loop.model_dump(exclude_unset=True), **kept}
+        for option, value in (("--budget", loop.budget), ("--minutes", loop.minutes)):
+            if value is not None:
+                # Not an error: a job that is started again has the options of its first start.
+                log.warning(
+                    f"{option} {value}: no effect on a run that is resumed, {run_dir} keeps its schedule; "
+                    "--epochs changes its length, another --out starts a new run"
+                )
         return type(loop).model_validate({**values, "budget": None, "minutes": None})
-    if loop.minutes is None and loop.budget is None and not given & set(SCHEDULE):
-        return loop.model_copy(update={"budget": "auto"})
-    return loop
-
-
-def _duration(hours: float) -> str:
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    return f"{hours:.1f} hours" if hours >= 1 else f"{max(hours * 60, 0.1):.1f} min"
+    return loop.with_derived_schedule()

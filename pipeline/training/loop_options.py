@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..common.settings import DEVICE, DEVICE_HELP, CliOption, Options
+from ..common.settings import (
+    DEVICE,
+    DEVICE_HELP,
+    MAX_HOURS,
+    MAX_HOURS_HELP,
+    CliOption,
+    Options,
+)
 
 # Options that may differ between the start of a run and its resume: none of them changes what is
 # learned from a given step on, but for the clips that share batch statistics and for rounding.
@@ -122,8 +129,8 @@ class LoopOptions(Options):
         gt=0,
         description="fit the schedule to the time there is, test included, by measuring a few steps",
     )
-    max_hours: Annotated[float | None, CliOption(group="Training", metavar="H", shown="none")] = (
-        Field(default=None, gt=0, description="refuse a training that is estimated to take longer")
+    max_hours: Annotated[float | None, MAX_HOURS] = Field(
+        default=None, gt=0, description=MAX_HOURS_HELP
     )
     batch_size: Annotated[int, CliOption(group="Training", metavar="B")] = Field(
         default=32, ge=1, description="clips per step, over all GPUs"
@@ -251,11 +258,26 @@ class LoopOptions(Options):
             return planned
         return planned.model_copy(update={"epoch_clips": max(1, videos)})
 
+    def with_derived_schedule(self) -> Self:
+        """Return the options with a budget by the number of videos, unless a schedule is given.
+
+        In finetuning the clips of an epoch are derived whenever they are not given: their default
+        is the paper's number, which a small data set would need days for.
+        """
+        given, derived = self.model_fields_set, type(self).model_fields["epoch_clips"].default
+        is_open = not given & set(SCHEDULE) or (derived is not None and "epoch_clips" not in given)
+        if self.budget is None and self.minutes is None and is_open:
+            return self.model_copy(update={"budget": "auto"})
+        return self
+
     def _planned(self, videos: int) -> LoopOptions:
         """Return the options with what the budget decides of the schedule."""
         rule, given = self.BUDGET, self.model_fields_set
         clips = rule.clips(videos) if self.budget == "auto" else int(self.budget or 0)
         epochs = self.epochs if "epochs" in given else rule.epochs
+        if self.budget == "auto":
+            # More epochs are a longer training: an epoch has the clips that it has by default.
+            clips = math.ceil(clips * epochs / rule.epochs)
         if "epoch_clips" in given and "epochs" not in given and self.epoch_clips is not None:
             epochs = max(1, round(clips / self.epoch_clips))
         # Of another number of epochs the warm-up and the drops take the same shares.

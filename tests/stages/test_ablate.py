@@ -20,8 +20,9 @@ import yaml
 from distinit.pipeline.ablation.ablate_options import AblateConfig
 from distinit.pipeline.ablation.cost import measure
 from distinit.pipeline.ablation.plan import cells, read_plan, shipped_plans
+from distinit.pipeline.ablation.progress import derives_schedules
 from distinit.pipeline.ablation.steps import StepMaker
-from distinit.pipeline.common.config import load_config
+from distinit.pipeline.common.config import load_config, write_config
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, UsageError
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
@@ -197,6 +198,48 @@ def test_keys_follow_what_decides_an_outcome(tiny_store, home):
     labels = (home / "labels.csv").read_text()
     (home / "labels.csv").write_text(labels.replace(",b,train", ",a,train", 1))
     assert set(keys()).isdisjoint(first)
+
+
+def test_cells_without_a_schedule_derive_theirs_and_stored_ablations_keep_theirs(tiny_store, home):
+    """12 videos have the 24 000 clips of the shortest student, 8 labelled ones 3 000."""
+    base = {
+        section: {**PLAN["base"][section], "loop": {"batch_size": 4, "device": "cpu"}}
+        for section in ("train-student", "finetune")
+    }
+    plan = {**PLAN, "base": base}
+    (home / "plan.yaml").write_text(yaml.safe_dump(plan))
+
+    def clips(derive: bool, base: Mapping[str, Any] | None = None) -> tuple[list[int], list[str]]:
+        maker = StepMaker(TargetStore.open(tiny_store.path), {}, derive=derive)
+        read = read_plan(str(home / "plan.yaml"), base or {})
+        cell = cells(read, datasets=[f"csv:{home / 'labels.csv'}"], seeds=[0], splits=[1])[0]
+        student = maker.student(cell)
+        steps = [student, maker.finetuning(cell, student)]
+        return [step.clips for step in steps], [step.key for step in steps]
+
+    derived, keys = clips(True)
+    assert derived == [9 * 2668, 8 * 376]  # 24 000 / 9 and 3 000 / 8, in whole batches of 4
+    given = {"epochs": 9, "epoch_clips": 2667, "warmup_epochs": 2, "step_epochs": 2}
+    assert clips(True, {"train-student": {"loop": given}})[1][0] == keys[0], "one run"
+    assert clips(False)[0] == [45 * 12, 8 * 40_000], "as in version 0.1"
+    budget = {"preset": "paper", "loop": {"budget": 900}}
+    assert clips(True, {"train-student": budget})[0][0] == 900, "in place of the preset's"
+    # What the folder says decides: cells.json of version 0.1 says nothing.
+    assert derives_schedules(home / "out")
+    (home / "out").mkdir()
+    write_config(home / "out/config.yaml", "ablate", config(home, tiny_store, "out"))
+    (home / "out/cells.json").write_text(json.dumps({"title": "", "axes": [], "cells": []}))
+    assert not derives_schedules(home / "out")
+    result = ablate(config(home, tiny_store, "out", dry_run=True), QUIET)
+    assert result["cells"][0]["student"] == f"students/{clips(False)[1][0]}"
+
+
+def test_more_than_the_hours_allowed_are_refused_before_anything_runs(tiny_store, home):
+    plan = {**PLAN, "axes": {"finetune.init": ["scratch"]}}
+    (home / "plan.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(UsageError, match=r"--max-hours 1e-06.*--set base\.train-student"):
+        ablate(config(home, tiny_store, "out", max_hours=1e-6), QUIET)
+    assert not (home / "out").exists()
 
 
 def test_students_of_a_split_leave_out_its_test_videos(tiny_store, home):

@@ -10,6 +10,7 @@ import yaml
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.common.hours import LONG_HOURS, check_hours
 from distinit.pipeline.evaluation.finetune_options import FinetuneLoop
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.training.loop_options import LoopOptions
@@ -35,10 +36,52 @@ def test_options_that_are_given_stay() -> None:
     assert LoopOptions(epochs=3).for_videos(7).epoch_clips == 7, "no budget, no derivation"
 
 
+@pytest.mark.parametrize(
+    ("given", "epochs", "epoch_clips", "step_epochs"),
+    [
+        ({}, 8, 1125, 2),  # 90 clips of each of 100 videos, in 8 epochs
+        ({"epochs": 2}, 2, 1125, 1),
+        ({"epochs": 16}, 16, 1125, 4),
+        ({"epochs": 8, "step_epochs": 3}, 8, 1125, 3),
+        ({"epoch_clips": 500}, 8, 500, 2),
+        ({"epochs": 3, "epoch_clips": None}, 3, 100, 2),
+        ({"budget": 80}, 8, 10, 2),
+    ],
+)
+def test_clips_of_a_finetuning_follow_its_videos_unless_they_are_given(
+    given: dict[str, Any], epochs: int, epoch_clips: int, step_epochs: int
+) -> None:
+    options = FinetuneLoop.model_validate(given).with_derived_schedule().for_videos(100)
+    assert (options.epochs, options.epoch_clips, options.step_epochs) == (
+        epochs,
+        epoch_clips,
+        step_epochs,
+    )
+
+
+def test_epochs_alone_of_a_student_are_of_one_clip_per_video() -> None:
+    options = LoopOptions(epochs=3).with_derived_schedule().for_videos(7)
+    assert (options.epochs, options.epoch_clips) == (3, 7)
+
+
 @pytest.mark.parametrize("options", [{"budget": 0}, {"budget": 5, "minutes": 1}, {"minutes": 0}])
 def test_a_budget_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"budget|minutes"):
         LoopOptions.model_validate(options)
+
+
+def test_hours_without_a_limit_are_warned_of_and_with_one_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    check_hours(LONG_HOURS, None, "it", "type this")
+    check_hours(2, 2, "it", "type this")
+    assert not caplog.records
+    check_hours(LONG_HOURS + 1, None, "it", "type this")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "type this" in record.message
+    with pytest.raises(UsageError, match="--max-hours 2: "):
+        check_hours(2.1, 2, "it", "type this")
 
 
 def config(store: Any, out: Path, **loop: Any) -> TrainConfig:
@@ -59,7 +102,7 @@ def used(run: Path, command: str = "train-student") -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_run_records_what_a_budget_decided_and_resumes_with_it(
-    tiny_store: Any, tmp_path: Path
+    tiny_store: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = train_student(config(tiny_store, tmp_path / "run", budget=16, epochs=2), QUIET)
     schedule = {"epochs": 2, "epoch_clips": 8, "warmup_epochs": 0, "step_epochs": 1}
@@ -68,6 +111,12 @@ def test_a_run_records_what_a_budget_decided_and_resumes_with_it(
     again = train_student(config(tiny_store, tmp_path / "run"), QUIET)
     assert again["already_finished"]
     assert used(tmp_path / "run") == schedule
+    for option, value in (("budget", 4000), ("minutes", 1.0)):
+        caplog.clear()
+        train_student(config(tiny_store, tmp_path / "run", **{option: value}), QUIET)
+        (line,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        assert line.startswith(f"--{option} {value}:")
+        assert used(tmp_path / "run") == schedule, "it has no effect, and says so"
     explicit = train_student(config(tiny_store, tmp_path / "given", **schedule), QUIET)
     assert explicit["loss"] == first["loss"], "as if it had been given"
 

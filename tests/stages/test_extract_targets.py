@@ -17,7 +17,7 @@ import torch
 import zarr
 
 from distinit.pipeline.common.console import Console
-from distinit.pipeline.common.errors import SourceError, StoreMismatchError
+from distinit.pipeline.common.errors import SourceError, StoreMismatchError, UsageError
 from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.index import load_index
@@ -272,6 +272,24 @@ def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
     by = {c["sampling"]: c for c in costs}
     extract_targets(config(folder, tmp_path / "s.zarr"), QUIET)
     assert by["every 4th frame"]["rows"] == TargetStore.open(tmp_path / "s.zarr").n_rows
+
+
+def test_hours_above_the_limit_are_refused_before_a_row_is_computed(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    limited = config(folder, tmp_path / "out/t.zarr", max_hours=1e-9)
+    with pytest.raises(UsageError, match=r"--max-hours 1e-09.*--part I/N"):
+        extract_targets(limited.model_copy(update={"dry_run": True}), QUIET)
+    assert not list((tmp_path / "out").iterdir())
+    with pytest.raises(UsageError, match=r"--max-hours 1e-09.*--part I/N"):
+        extract_targets(limited, QUIET)
+    assert load_index(tmp_path / "out/t.zarr").frame_commits == {}
+    done = extract_targets(limited.model_copy(update={"max_hours": 1.0}), QUIET)
+    assert done["complete"]
+    assert done["new_rows"] > 0
+    # Nothing is left to do, which takes no time.
+    assert extract_targets(limited, QUIET)["new_rows"] == 0
 
 
 def test_a_command_that_is_refused_lists_nothing(folder: Path, tmp_path: Path) -> None:
