@@ -20,9 +20,10 @@ from ..pipeline.common.run_dir import check_page_dir, require_writable
 from ..pipeline.reporting.ablation_results import ablation_folders, cell_names, read_ablations
 from ..pipeline.reporting.ablation_tables import ablation_numbers, screen_table
 from ..pipeline.reporting.accuracy_tables import accuracy_numbers, screen_tables
+from ..pipeline.reporting.mistakes import wrong_video_rows
 from ..pipeline.reporting.report_contents import make_report
 from ..pipeline.reporting.report_options import ReportConfig
-from ..pipeline.reporting.report_page import FIGURES, to_html, to_markdown
+from ..pipeline.reporting.report_page import FIGURES, WRONG_VIDEOS, to_html, to_markdown
 from ..pipeline.reporting.runs import find_runs
 
 FILES, RECORD = "report-files.json", "report.yaml"
@@ -31,7 +32,8 @@ FILES, RECORD = "report-files.json", "report.yaml"
 def report(options: ReportConfig, console: Console) -> dict[str, Any]:
     """Write a report of runs into `out`, and show its tables.
 
-    The report has report.html, report.md, accuracy.csv, figures/ and a CSV per ablation.
+    The report has report.html, report.md, accuracy.csv, wrong-videos.csv, figures/ and a CSV per
+    ablation.
 
     Returns:
         The files, and the accuracies of each finetuned run as recomputed from its predictions (None
@@ -51,7 +53,13 @@ def report(options: ReportConfig, console: Console) -> dict[str, Any]:
     ablations = read_ablations(folders, runs)
     require_writable(out)
     content = make_report(
-        runs, ablations, kinetics=options.kinetics, pair=options.pair, open_urls=options.open_urls
+        runs,
+        ablations,
+        kinetics=options.kinetics,
+        pair=options.pair,
+        open_urls=options.open_urls,
+        examples=options.examples,
+        root=options.root,
     )
     content = replace(content, notes=[*(f"run {line}" for line in skipped), *content.notes])
     page, markdown, table = (out / name for name in ("report.html", "report.md", "accuracy.csv"))
@@ -59,6 +67,7 @@ def report(options: ReportConfig, console: Console) -> dict[str, Any]:
         page: to_html(content, __version__),
         markdown: to_markdown(content),
         table: accuracy_numbers(content.finetuned).to_csv(),
+        out / WRONG_VIDEOS: wrong_video_rows(runs).to_csv(),
     }
     for figure in content.figures:
         files[out / FIGURES / f"{figure.name}.svg"] = figure.svg
@@ -84,6 +93,7 @@ def report(options: ReportConfig, console: Console) -> dict[str, Any]:
         "report": str(page),
         "markdown": str(markdown),
         "csv": str(table),
+        "wrong_videos": str(out / WRONG_VIDEOS),
         "figures": [figure.name for figure in content.figures],
         "ablations": [
             {

@@ -13,12 +13,14 @@ from ..targets.picks import PickRule
 from .ablation_results import Ablation
 from .ablation_tables import EXPLAINED
 from .accuracy_tables import DASH, Difference, accuracy_table, differences, uncertainty_notes
+from .example_videos import MAX_VIDEOS, ExampleVideos, Strip
 from .figures.accuracy_figures import CLASS_GAINS
 from .figures.all_figures import draw_figures
 from .figures.canvas import Figure
 from .figures.entropy import read_stores
 from .figures.features import FEATURES, MIN_VIDEOS
-from .run_pairs import Pair, named_pair
+from .mistakes import ClassChanges, Mistakes, find_changes, find_mistakes
+from .run_pairs import Pair, largest_gain, named_pair
 from .runs import Run
 from .teacher_baselines import teacher_table
 
@@ -36,6 +38,9 @@ class Report:
         teachers: Linear probe of the targets that students were trained on, if possible.
         costs: Table of costs, if a run has finished an epoch.
         ablations: The ablations.
+        mistakes: What each evaluated run gets wrong.
+        changes: The classes that differ between a run and its base.
+        strips: Pictures of the videos that these two show.
         figures: The figures.
         stores: Identity of each store that a student was trained from, by path.
         notes: What could not be shown, and why.
@@ -49,6 +54,9 @@ class Report:
     students: Table | None
     costs: Table | None
     ablations: Sequence[Ablation]
+    mistakes: Sequence[Mistakes]
+    changes: Sequence[ClassChanges]
+    strips: Sequence[Strip]
     figures: Sequence[Figure]
     stores: Mapping[str, dict[str, Any]]
     notes: Sequence[str]
@@ -76,6 +84,8 @@ def make_report(
     kinetics: str | None = None,
     pair: tuple[str, str] | None = None,
     open_urls: bool = False,
+    examples: int = 8,
+    root: str | None = None,
 ) -> Report:
     """Recompute every number from the predictions of the runs, and draw the figures.
 
@@ -85,6 +95,8 @@ def make_report(
         kinetics: A file of R(2+1)D weights to compare with the filters of a student.
         pair: Names of the runs or rows of Figures 5 and 7, by default those of the largest gain.
         open_urls: Whether to read stores at URLs that are recorded in runs.
+        examples: Wrong test videos to show per run; with 0 no video is opened.
+        root: Where test videos are located now, by default where they were tested.
 
     Raises:
         WeightsError: `kinetics` cannot be read.
@@ -95,6 +107,9 @@ def make_report(
     found = differences(finetuned)
     stores = read_stores(runs, open_urls=open_urls)
     figures = draw_figures(runs, ablations, finetuned, found, stores, kinetics, chosen)
+    videos = ExampleVideos(root, MAX_VIDEOS if examples else 0)
+    changes = find_changes(_pairs(runs, ablations, found, chosen), videos)
+    mistakes = find_mistakes(runs, videos, examples)
     notes = [f"store {path}: {store.problem}" for path, store in stores.items() if store.problem]
     return Report(
         runs=runs,
@@ -107,12 +122,33 @@ def make_report(
         students=student_table(runs),
         costs=cost_table(runs),
         ablations=ablations,
+        mistakes=mistakes,
+        changes=changes,
+        strips=videos.strips,
         figures=figures,
         stores={
             path: store.identity for path, store in stores.items() if store.teachers is not None
         },
         notes=notes + (_not_drawn(chosen, figures) if chosen is not None else []),
     )
+
+
+def _pairs(
+    runs: Sequence[Run],
+    ablations: Sequence[Ablation],
+    found: Sequence[Difference],
+    chosen: Pair | None,
+) -> list[Pair]:
+    """Return the pairs whose classes are compared: that of Figure 7 first, then all differences."""
+    rows = {
+        cell.run.path: cell.record.row
+        for ablation in ablations
+        for cell in ablation.cells
+        if cell.run is not None
+    }
+    first = chosen or largest_gain(runs, rows)
+    pairs = [first] * (first is not None) + [(each.run, each.base) for each in found]
+    return list({(run.path, base.path): (run, base) for run, base in pairs if run}.values())
 
 
 def _not_drawn(pair: Pair, figures: Sequence[Figure]) -> list[str]:

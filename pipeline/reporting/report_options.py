@@ -31,3 +31,9 @@ class ReportConfig(Options):
     open_urls: Annotated[bool, CliOption()] = Field(
         default=False, description="also read stores that are behind the URLs recorded in the runs"
     )
+    examples: Annotated[int, CliOption(metavar="N")] = Field(
+        default=8, ge=0, le=100, description="wrong test videos to show per run; 0 opens no video"
+    )
+    root: Annotated[str | None, CliOption(metavar="DIR", shown="where they were tested")] = Field(
+        default=None, description="the folder that the paths of test videos are relative to now"
+    )

@@ -17,6 +17,7 @@ from .report_contents import Report
 from .runs import Run
 
 FIGURES = "figures"  # folder next to the page
+WRONG_VIDEOS = "wrong-videos.csv"  # file next to the page
 
 
 def to_markdown(report: Report) -> str:
@@ -29,6 +30,17 @@ def to_markdown(report: Report) -> str:
         parts.append(report.teachers.to_markdown())
     parts += [
         table.to_markdown() for ablation in report.ablations for table in ablation_tables(ablation)
+    ]
+    parts += [
+        f"## {markdown_text(each.run.name)} compared with {markdown_text(each.base.name)}\n\n"
+        + each.table.to_markdown()
+        for each in report.changes
+    ]
+    parts += [
+        f"## {each.num_wrong} of {each.num_videos} test videos wrong: {markdown_text(each.run.name)}\n\n"
+        + each.confusions.to_markdown()
+        for each in report.mistakes
+        if each.confusions is not None
     ]
     parts += [table.to_markdown() for table in (report.students, report.costs) if table is not None]
     for figure in report.figures:
@@ -68,6 +80,7 @@ def to_html(report: Report, version: str) -> str:
         links=links,
         figures=figures,
         folder=FIGURES,
+        wrong_videos=WRONG_VIDEOS,
         ablations=[_ablation(ablation, links) for ablation in report.ablations],
         runs=[_details(run, report, links) for run in report.runs],
     )

@@ -1,0 +1,146 @@
+"""Confusion matrices of finetuned runs: counts, the most frequent confusions, and a drawing.
+
+Shapes: V test videos, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.tables import Column, Table
+from ..evaluation.predictions import Predictions
+from .charts import COLOURS
+from .figures.canvas import short
+
+RIGHT, WRONG = COLOURS[0], COLOURS[1]
+LEVELS = 6  # of colour, so that the squares of a level are one path
+MAX_CONFUSIONS = 10
+MAX_LABEL = 28  # characters of a class name
+# Up to so many classes: side of a square and size of its text in pixels.
+SIZES = ((12, 36, 13), (32, 24, 11), (math.inf, 10, 8))
+MAX_COUNTED = 32  # classes; with more, squares are too small for numbers
+MAX_DRAWN = 400  # classes; with more, squares would be below what a page can show
+
+
+@dataclass(frozen=True)
+class Squares:
+    """The squares of one colour: `path` as SVG takes it, opacity from 0 to 1."""
+
+    colour: str
+    opacity: float
+    path: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A confusion matrix in pixels: a row per true class, a column per prediction.
+
+    Attributes:
+        width: Width of the drawing.
+        height: Height of the drawing.
+        left: Left edge of the squares.
+        top: Upper edge of the squares.
+        side: Side of a square.
+        font: Size of the class names.
+        rows: Names of the rows.
+        columns: Names of the columns.
+        squares: Those with a video, by colour.
+        counts: x, y, text, and whether it is drawn in white.
+    """
+
+    width: int
+    height: int
+    left: int
+    top: int
+    side: int
+    font: int
+    rows: Sequence[str]
+    columns: Sequence[str]
+    squares: Sequence[Squares]
+    counts: Sequence[tuple[float, float, str, bool]]
+
+
+def predicted_classes(predictions: Predictions) -> NDArray[np.int64]:
+    """Return the best class of each video [V], −1 where the video is unreadable."""
+    scores = predictions.video_scores
+    finite = np.isfinite(scores).all(axis=1)
+    return np.where(finite, np.where(finite[:, None], scores, 0).argmax(axis=1), -1)
+
+
+def confusion_counts(predictions: Predictions) -> NDArray[np.int64]:
+    """Count videos by true and predicted class, [K, K + 1]; the last column is unreadable videos.
+
+    Among equal scores the lower class counts, as in top 1, which is the share of the diagonal.
+    """
+    num_classes = len(predictions.classes)
+    counts = np.zeros((num_classes, num_classes + 1), np.int64)
+    np.add.at(counts, (predictions.labels, predicted_classes(predictions)), 1)
+    return counts
+
+
+def frequent_confusions(counts: NDArray[np.int64], classes: Sequence[str]) -> Table | None:
+    """Tabulate the most frequent confusions, None if there is none.
+
+    Args:
+        counts: Of `confusion_counts`, [K, K + 1].
+        classes: Names of the K classes.
+    """
+    wrong = counts[:, :-1].copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")
+    pairs = [divmod(int(at), len(classes)) for at in order[: (wrong > 0).sum()]]
+    if not pairs:
+        return None
+    columns = [Column("true class"), Column("predicted"), Column("videos", True)]
+    table = Table("Most frequent confusions", [*columns, Column("share of the class, %", True)])
+    for label, guess in pairs[:MAX_CONFUSIONS]:
+        share = wrong[label, guess] / counts[label].sum()
+        table.add(
+            classes[label], classes[guess], str(int(wrong[label, guess])), f"{100 * share:.0f}"
+        )
+    if len(pairs) > MAX_CONFUSIONS:
+        table.notes = [f"{len(pairs) - MAX_CONFUSIONS} more pairs of classes are confused."]
+    return table
+
+
+def draw_matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> Matrix | None:
+    """Place the squares of a confusion matrix; None with too many classes to be seen.
+
+    A square is the darker, the larger its share of the videos of the true class is.
+
+    Args:
+        counts: Of `confusion_counts`, [K, K + 1].
+        classes: Names of the K classes.
+    """
+    if len(classes) > MAX_DRAWN:
+        return None
+    rows = [short(name, MAX_LABEL) for name in classes]
+    columns = rows + ["unreadable"] * bool(counts[:, -1].any())
+    _, side, font = next(size for size in SIZES if len(classes) <= size[0])
+    longest = max(map(len, columns)) * 0.62 * font
+    left, top = round(longest + 10), round(longest * 0.87 + 10)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    levels = np.ceil(shares * LEVELS).astype(int)
+    paths: dict[tuple[bool, int], str] = {}
+    numbers: list[tuple[float, float, str, bool]] = []
+    for row, column in np.argwhere(counts[:, : len(columns)] > 0).tolist():
+        key = (row == column, int(levels[row, column]))
+        x, y = left + column * side, top + row * side
+        paths[key] = paths.get(key, "") + f"M{x} {y}h{side - 1}v{side - 1}h{1 - side}z"
+        if len(classes) <= MAX_COUNTED:
+            text = str(int(counts[row, column]))
+            middle = (side - 1) / 2
+            numbers.append((x + middle, y + middle + font * 0.36, text, 2 * key[1] > LEVELS))
+    squares = [
+        Squares(RIGHT if right else WRONG, round(0.1 + 0.9 * level / LEVELS, 2), path)
+        for (right, level), path in sorted(paths.items())
+    ]
+    width = left + side * len(columns) + round(longest * 0.5) + 6
+    return Matrix(
+        width, top + side * len(rows) + 4, left, top, side, font, rows, columns, squares, numbers
+    )  # fmt: skip

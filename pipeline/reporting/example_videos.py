@@ -1,0 +1,153 @@
+"""Frames of test videos as small pictures, each video once on a page however often it is shown.
+
+They are read from the videos that a run was tested on, where those can be opened, else from the
+prepared copies that it used.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..common.documents import is_regular_file
+from ..common.errors import DistInitError, VideoError
+from ..corpus.sources import escape_path
+from ..evaluation.labels import read_split
+from ..prepared.copies import read_copy
+from ..prepared.folders import CopyFolder
+from ..video.frames import read_frames
+from ..video.geometry import View
+from .runs import Run
+
+PLACES = (1 / 6, 1 / 2, 5 / 6)  # of a video's length, where its frames are taken
+HEIGHT = 80  # of a frame, in pixels
+MAX_WIDTH = 160
+QUALITY = 65
+MAX_VIDEOS = 200  # with pictures on one page: 200 take about 1.5 MB
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Frames of a video next to each other: `jpeg` as a data URL, size in pixels."""
+
+    name: str
+    jpeg: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test video: path, and its strip, or None with the `problem`."""
+
+    video: str
+    strip: Strip | None
+    problem: str | None = None
+
+
+class ExampleVideos:
+    """Read strips of test videos of runs, of at most `most` videos.
+
+    Attributes:
+        strips: Those read so far, in this order.
+    """
+
+    def __init__(self, root: str | None = None, most: int = MAX_VIDEOS) -> None:
+        """Create a reader.
+
+        Args:
+            root: Where the videos are located now, by default where each run's data set was.
+            most: Videos to read; further ones have no pictures.
+        """
+        self.root, self.most = root, most
+        self.strips: list[Strip] = []
+        self._examples: dict[tuple[str, str, str], Example] = {}
+        self._folders: dict[tuple[str, str, str], str] = {}
+
+    def example(self, run: Run, video: int) -> Example:
+        """Return a test video of an evaluated run, by its index in the predictions."""
+        predictions = run.predictions
+        assert predictions is not None
+        path, copies = predictions.videos[video], str(run.config.get("copies") or "")
+        folder = self._folder(run)
+        key = (folder, copies, path)
+        if key not in self._examples:
+            frames = int(predictions.frames[video])
+            self._examples[key] = self._read(folder, copies, path, frames)
+        return self._examples[key]
+
+    def _read(self, folder: str, copies: str, path: str, total: int) -> Example:
+        name = escape_path(path)
+        if len(self.strips) >= self.most:
+            return Example(name, None, f"the page has frames of {self.most} videos already")
+        if total < 1:
+            return Example(name, None, "unreadable when it was tested")
+        index = np.array([int(place * total) for place in PLACES], np.int64)
+        try:
+            images = _frames(folder, copies, path, index)
+        except (DistInitError, OSError, ValueError) as error:
+            return Example(name, None, str(error))
+        self.strips.append(_strip(f"video-{len(self.strips) + 1}", images))
+        return Example(name, self.strips[-1])
+
+    def _folder(self, run: Run) -> str:
+        """Return the folder that the paths of a run's videos are relative to, "" if unknown."""
+        if self.root is not None:
+            return self.root
+        key = (str(run.config.get("dataset")), str(run.config.get("root") or ""), run.split)
+        if key not in self._folders:
+            self._folders[key] = _folder_of(*key)
+        return self._folders[key]
+
+
+def _folder_of(dataset: str, root: str, split: str) -> str:
+    kind, _, where = dataset.partition(":")
+    if kind == "csv":
+        return root or os.path.dirname(os.path.abspath(where))
+    if kind == "folder":
+        return where
+    try:
+        # The official data sets may be located in a folder below the given one.
+        return read_split(dataset, int(split), root or None).root
+    except (DistInitError, OSError, ValueError):
+        return root
+
+
+def _frames(folder: str, copies: str, path: str, index: np.ndarray) -> np.ndarray:
+    """Read frames of a video [F], else of its copy: RGB uint8 [F, h, w, 3].
+
+    Raises:
+        DistInitError: Neither can be read.
+    """
+    view, file = View(resize=HEIGHT), Path(folder, path)
+    if folder and is_regular_file(file):
+        try:
+            return read_frames(str(file), index, view).images
+        except (VideoError, OSError):
+            if not copies:
+                raise
+    elif not copies:
+        raise VideoError("missing here: --root DIR names the folder of the test videos")
+    prepared = CopyFolder.open(copies)
+    if prepared.kind != "copy":
+        raise VideoError(
+            "missing here, and its copy is optical flow: --root DIR names the folder of the test videos"
+        )
+    return read_copy(prepared.find(folder, path), index, view).images
+
+
+def _strip(name: str, images: np.ndarray) -> Strip:
+    """Encode frames RGB uint8 [F, h, w, 3] as one picture, cut to MAX_WIDTH each."""
+    spare = max(0, images.shape[2] - MAX_WIDTH) // 2
+    images = images[:, :HEIGHT, spare : images.shape[2] - spare]
+    picture = np.concatenate(list(images), axis=1)
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "JPEG", quality=QUALITY, optimize=True)
+    data = "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+    return Strip(name, data, picture.shape[1], picture.shape[0])

@@ -1,0 +1,245 @@
+"""What runs get wrong: confusions against scikit-learn, the gallery against the wrong videos and
+frames that PyAV decodes, class changes against counts by hand."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+
+from distinit.pipeline.common.console import Console
+from distinit.pipeline.common.numerics import softmax
+from distinit.pipeline.corpus.sources import escape_path
+from distinit.pipeline.evaluation.predictions import Predictions
+from distinit.pipeline.prepared.prepare_options import PrepareConfig
+from distinit.pipeline.reporting.confusions import (
+    MAX_DRAWN,
+    RIGHT,
+    confusion_counts,
+    draw_matrix,
+    frequent_confusions,
+)
+from distinit.pipeline.reporting.example_videos import PLACES, ExampleVideos
+from distinit.pipeline.reporting.mistakes import find_changes, find_mistakes, wrong_videos
+from distinit.pipeline.reporting.report_options import ReportConfig
+from distinit.pipeline.reporting.runs import Run, find_runs
+from distinit.stages.prepare import prepare
+from distinit.stages.report import report
+
+QUIET = Console(quiet=True)
+CLASSES = ["run & <b>jump</b>", "walk\x1b[31m", "sit", "stand"]
+
+
+def run_of(
+    folder: Path,
+    videos: Path,
+    seed: int,
+    *,
+    init: str = "scratch",
+    failed: int = 1,
+    backwards: bool = False,
+    **config: Any,
+) -> Run:
+    """A finetuned run tested on the videos of a folder, with random scores."""
+    names = sorted((path.name for path in videos.glob("*.mp4")), reverse=backwards)
+    rng = np.random.default_rng(seed)
+    labels = np.array([int(name[1:3]) for name in names]) % len(CLASSES)
+    found = Predictions.empty(
+        CLASSES, names, labels.tolist(), 2, protocol={"scores": "logits"}, identity={}
+    )
+    for at, name in enumerate(names):
+        if at < failed:
+            found.fail(at, "no <i>stream</i>")
+            continue
+        with av.open(str(videos / name)) as file:
+            frames = sum(1 for _ in file.decode(video=0))
+        scores = rng.normal(0, 2, (2, len(CLASSES))).astype(np.float32)
+        found.set_scores(at, scores, np.zeros(2), frames)
+    folder.mkdir(parents=True)
+    options = {"init": init, "dataset": f"csv:{videos / 'labels.csv'}", "split": 1}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"finetune": options}))
+    (folder / "result.json").write_text(json.dumps({"split": 1}))
+    found.write(folder / "predictions.h5")
+    return find_runs([folder])[0]
+
+
+def wrong_by_hand(run: Run) -> set[str]:
+    found = run.predictions
+    assert found is not None
+    scores = found.clip_scores.astype(np.float64).mean(axis=1)
+    wrong = np.isnan(scores).any(axis=1) | (np.nan_to_num(scores).argmax(axis=1) != found.labels)
+    return {video for video, bad in zip(found.videos, wrong, strict=True) if bad}
+
+
+def test_confusions_are_those_of_scikit_learn(tmp_path: Path, tiny_store: Any) -> None:
+    found = run_of(tmp_path / "run", tiny_store.videos, 3, failed=2).predictions
+    assert found is not None
+    readable = np.array([status == "ok" for status in found.status])
+    guesses = found.video_scores[readable].argmax(axis=1)
+    counts = confusion_counts(found)
+    expected = confusion_matrix(found.labels[readable], guesses, labels=range(4))
+    assert counts[:, :-1].tolist() == expected.tolist()
+    assert counts[:, -1].tolist() == np.bincount(found.labels[~readable], minlength=4).tolist()
+    table = frequent_confusions(counts, CLASSES)
+    assert table is not None
+    of = {name: at for at, name in enumerate(CLASSES)}
+    np.fill_diagonal(expected, 0)
+    for label, guess, videos, share in table.rows:
+        row = of[label]
+        assert int(videos) == expected[row, of[guess]]
+        assert float(share) == pytest.approx(100 * int(videos) / counts[row].sum(), abs=0.5)
+    listed = [int(row[2]) for row in table.rows]
+    assert listed == sorted(expected[expected > 0].tolist(), reverse=True)[: len(listed)]
+
+
+@pytest.mark.parametrize("classes", [7, 101])
+def test_each_confused_pair_has_a_square_of_its_place(classes: int) -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 3, (classes, classes + 1)) * (rng.random((classes, classes + 1)) < 0.2)
+    counts[:, -1] = 0
+    names = [f"class {k}" for k in range(classes)]
+    drawn = draw_matrix(counts, names)
+    assert drawn is not None
+    assert list(drawn.columns) == names
+    corners = [
+        (int(x), int(y))
+        for each in drawn.squares
+        for x, y in re.findall(r"M(\d+) (\d+)h", each.path)
+    ]
+    cells = {((y - drawn.top) / drawn.side, (x - drawn.left) / drawn.side) for x, y in corners}
+    assert cells == {(r, c) for r, c in np.argwhere(counts > 0).tolist()}
+    assert len(cells) == len(corners)
+    diagonal = [each.path.count("M") for each in drawn.squares if each.colour == RIGHT]
+    assert sum(diagonal) == (np.diag(counts) > 0).sum()
+    assert len(drawn.counts) == (len(cells) if classes == 7 else 0)
+    assert draw_matrix(np.zeros((MAX_DRAWN + 1,) * 2, int), ["x"] * (MAX_DRAWN + 1)) is None
+
+
+def test_the_gallery_holds_the_wrong_videos_with_their_frames(
+    tmp_path: Path, tiny_store: Any
+) -> None:
+    run = run_of(tmp_path / "run", tiny_store.videos, 5)
+    reader = ExampleVideos()
+    (found,) = find_mistakes([run], reader, 100)
+    assert {wrong.example.video for wrong in found.shown} == wrong_by_hand(run)
+    assert found.num_wrong == len(found.shown) < found.num_videos == 12
+    predictions = run.predictions
+    assert predictions is not None
+    odds = softmax(predictions.video_scores.astype(np.float64))
+    for wrong in found.shown[:-1]:
+        at = predictions.videos.index(wrong.example.video)
+        assert wrong.label == CLASSES[predictions.labels[at]]
+        assert wrong.of_label == pytest.approx(odds[at, predictions.labels[at]], abs=1e-6)
+        assert [share for _, share in wrong.guesses] == pytest.approx(
+            np.sort(odds[at])[::-1][:3].tolist(), abs=1e-6
+        )
+    surest = [wrong.guesses[0][1] for wrong in found.shown[:-1]]
+    assert surest == sorted(surest, reverse=True)
+    unreadable = found.shown[-1]
+    assert unreadable.problem == "no <i>stream</i>"
+    assert unreadable.example.strip is None
+    _assert_frames(reader, found.shown[0].example, tiny_store.videos)
+    _assert_frames(reader, found.shown[3].example, tiny_store.videos)
+
+
+def _assert_frames(reader: ExampleVideos, example: Any, videos: Path) -> None:
+    """The strip shows three frames of the video, as PyAV and PIL make them."""
+    assert example.strip in reader.strips
+    picture = Image.open(io.BytesIO(base64.b64decode(example.strip.jpeg.partition(",")[2])))
+    assert picture.size == (example.strip.width, example.strip.height)
+    with av.open(str(videos / example.video)) as file:
+        images = [frame.to_image() for frame in file.decode(video=0)]
+    size = (picture.width // 3, picture.height)
+    expected = [
+        images[int(place * len(images))].resize(size, Image.Resampling.BILINEAR) for place in PLACES
+    ]
+    joined = np.concatenate([np.asarray(image, float) for image in expected], axis=1)
+    assert np.abs(np.asarray(picture, float) - joined).mean() < 8
+    assert np.abs(np.asarray(picture, float) - joined[:, ::-1]).mean() > 15
+
+
+@pytest.mark.slow
+def test_videos_are_read_where_they_are_now_or_from_copies(tmp_path: Path, own_store: Any) -> None:
+    sources = [str(own_store.videos)]
+    prepare(
+        PrepareConfig.model_validate({"sources": sources, "out": str(tmp_path / "copies")}), QUIET
+    )
+    run = run_of(tmp_path / "run", own_store.videos, 5)
+    copied = replace(run, config={**run.config, "copies": str(tmp_path / "copies")})
+    own_store.videos.rename(tmp_path / "moved")
+    video = wrong_videos(run.predictions)[0]  # type: ignore[arg-type]
+    for reader, of, found in (
+        (ExampleVideos(), run, False),
+        (ExampleVideos(str(tmp_path / "moved")), run, True),
+        (ExampleVideos(), copied, True),
+        (ExampleVideos(str(tmp_path / "moved"), 0), run, False),
+    ):
+        example = reader.example(of, video)
+        assert (example.strip is not None) == found == (example.problem is None)
+        assert reader.example(of, video) is example
+
+
+def test_class_changes_are_counts_of_videos(tmp_path: Path, tiny_store: Any) -> None:
+    ours = run_of(tmp_path / "ours", tiny_store.videos, 0, init="/x/student")
+    base = run_of(tmp_path / "base", tiny_store.videos, 5, failed=0, backwards=True)
+    (changes,) = find_changes([(ours, base)], ExampleVideos())
+    wrong, wrong_before = wrong_by_hand(ours), wrong_by_hand(base)
+    predictions = ours.predictions
+    assert predictions is not None
+    label = dict(zip(predictions.videos, predictions.labels.tolist(), strict=True))
+    for name, total, before, after, change in changes.table.rows:
+        mine = {video for video, k in label.items() if CLASSES[k] == name}
+        assert int(total) == len(mine)
+        assert int(before) == len(mine - wrong_before)
+        assert int(after) == len(mine - wrong)
+        assert int(change.replace("−", "-")) == int(after) - int(before) != 0
+    gains = [int(row[4].replace("−", "-")) for row in changes.table.rows]
+    assert max(gains) > 0 > min(gains)
+    assert {each.example.video for each in changes.improved} <= wrong_before - wrong
+    assert {each.example.video for each in changes.harmed} <= wrong - wrong_before
+    assert changes.improved
+    assert changes.harmed
+    for each in changes.improved:
+        assert each.guess[0][0] == each.label != (each.base_guess or [("", 0)])[0][0]
+
+
+@pytest.mark.slow
+def test_the_page_shows_and_escapes_them_and_no_video_is_opened_on_demand(
+    tmp_path: Path, tiny_store: Any
+) -> None:
+    ours = run_of(tmp_path / "runs" / "ours", tiny_store.videos, 8, init="/x/student")
+    base = run_of(tmp_path / "runs" / "base", tiny_store.videos, 2)
+    out = tmp_path / "out"
+    report(ReportConfig(folders=[str(tmp_path / "runs")], out=str(out), examples=4), QUIET)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    strips = re.findall(r'<image id="([^"]+)" [^>]*href="data:image/jpeg;base64,([^"]+)"', page)
+    for _, data in strips:
+        Image.open(io.BytesIO(base64.b64decode(data))).load()
+    used = re.findall(r'<use href="#([^"]+)"', page)
+    assert set(used) == {name for name, _ in strips}
+    assert len(used) > len(strips) > 0, "a video of two runs is on the page once"
+    assert "<b>jump" not in page
+    assert "<i>stream" not in page
+    assert "\x1b" not in page
+    with open(out / "wrong-videos.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for run in (ours, base):
+        assert {row["video"] for row in rows if row["run"] == run.name} == {
+            escape_path(video) for video in wrong_by_hand(run)
+        }
+    report(ReportConfig(folders=[str(tmp_path / "runs")], out=str(out), examples=0), QUIET)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "data:image/jpeg" not in page
+    assert "confusion matrix" in page
