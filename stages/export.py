@@ -23,7 +23,8 @@ from ..pipeline.common.run_dir import (
     require_writable,
 )
 from ..pipeline.reporting.model_card import model_card
-from ..pipeline.reporting.runs import KINDS, Run, read_run
+from ..pipeline.reporting.run_folders import read_run
+from ..pipeline.reporting.runs import KINDS, Run
 from ..pipeline.students.export import load_student, save_student
 from ..pipeline.students.graph_options import ENDINGS, GraphConfig
 from ..pipeline.students.graphs import (

@@ -24,7 +24,7 @@ from ..pipeline.reporting.mistakes import wrong_video_rows
 from ..pipeline.reporting.report_contents import make_report
 from ..pipeline.reporting.report_options import ReportConfig
 from ..pipeline.reporting.report_page import FIGURES, WRONG_VIDEOS, to_html, to_markdown
-from ..pipeline.reporting.runs import find_runs
+from ..pipeline.reporting.run_folders import find_runs
 
 FILES, RECORD = "report-files.json", "report.yaml"
 

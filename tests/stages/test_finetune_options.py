@@ -28,7 +28,7 @@ from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.figures.filters import read_filters, variation_over_time
 from distinit.pipeline.reporting.report_options import ReportConfig
-from distinit.pipeline.reporting.runs import read_run
+from distinit.pipeline.reporting.run_folders import read_run
 from distinit.pipeline.students.export import load_student
 from distinit.pipeline.students.inflate import video_name
 from distinit.pipeline.students.student import build_student

@@ -1,4 +1,4 @@
-"""Figures of accuracies and differences, of the gain of each class (Figure 7), and of losses."""
+"""Figures of accuracies and differences, and of the gain of each class (Figure 7)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import numpy as np
 from ...evaluation.ensemble import Comparison
 from ...evaluation.metrics import Estimate
 from ..accuracy_tables import Difference
-from ..charts import Line, thin
 from ..runs import Run
-from .canvas import INK, Figure, colour, finish, line_style, new_canvas, short
+from .canvas import INK, Figure, colour, finish, new_canvas, short
 
 CLASS_GAINS = "figure-7-classes"
 CLASSES = 12  # with the largest gains, and as many with the largest losses
 Row = tuple[str, float, float, float]
 """Name, value and the ends of its interval."""
-CURVES = 8  # in one panel; more cannot be distinguished
 
 
 def accuracies(runs: Sequence[Run]) -> Figure | None:
@@ -100,42 +98,6 @@ def class_gains(found: Comparison, a: Run, b: Run) -> Figure | None:
         f"{CLASSES} each; {same} of {len(found.classes)} classes do not differ."
     )
     return finish(canvas, CLASS_GAINS, "Figure 7: which classes gain", caption, [a.name, b.name])
-
-
-def curves(runs: Sequence[Run], kind: str, title: str) -> Figure | None:
-    """Draw the training loss of the first CURVES runs of a kind that logged one."""
-    lines: list[Line] = [thin(run.curve("loss")) for run in runs if run.kind == kind]
-    lines = [line for line in lines if len(line.x) > 0]
-    if not lines:
-        return None
-    shown = lines[:CURVES]
-    canvas, (ax,) = new_canvas(8, 3.4 + 0.17 * len(shown))
-    for i, line in enumerate(shown):
-        style = line_style(i // 2)
-        marker = "o" if len(line.x) == 1 else None
-        ax.plot(
-            line.x,
-            line.y,
-            color=colour(i),
-            ls=style,
-            lw=1.8,
-            marker=marker,
-            label=short(line.name, 70),
-        )
-    ax.set_xlabel("step")
-    ax.set_ylabel("loss")
-    canvas.legend(
-        loc="outside lower left",
-        ncols=1 if max(len(line.name) for line in shown) > 40 else 2,
-        fontsize=8.5,
-    )
-    more = f" The first {CURVES} of {len(lines)} runs." if len(lines) > CURVES else ""
-    return finish(
-        canvas, f"curves-{kind}", title,
-        f"The loss by step as logged during training; each point is the mean since the previous one.{more} A curve "
-        "that still falls at its end belongs to a schedule that was too short.",
-        [line.name for line in shown],
-    )  # fmt: skip
 
 
 def spread_of(values: np.ndarray) -> tuple[float, float]:

@@ -13,11 +13,12 @@ from ..ablation_results import Ablation
 from ..accuracy_tables import Difference
 from ..run_pairs import Pair, largest_gain
 from ..runs import Run, short_path
-from .accuracy_figures import accuracies, class_gains, curves, gains, paired, points
+from .accuracy_figures import accuracies, class_gains, gains, paired, points
 from .canvas import Figure, styled
 from .entropy import StoreStats, densities, threshold_points
 from .features import feature_map
 from .filters import Filters, in_space, over_time, read_filters
+from .learning_curves import learning_curves
 
 
 def draw_figures(
@@ -82,8 +83,8 @@ def _draw(
         )
         found.append(class_gains(compared, *best))
     found += [
-        curves(runs, "student", "Loss of distillation"),
-        curves(runs, "finetune", "Loss of finetuning"),
+        learning_curves(runs, "student", "Learning curves of distillation"),
+        learning_curves(runs, "finetune", "Learning curves of finetuning"),
     ]
     return [figure for figure in found if figure is not None]
 

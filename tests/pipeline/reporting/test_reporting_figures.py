@@ -30,7 +30,7 @@ from distinit.pipeline.reporting.figures.features import embed
 from distinit.pipeline.reporting.figures.filters import variation_over_time
 from distinit.pipeline.reporting.report_contents import forwards_saved
 from distinit.pipeline.reporting.report_options import ReportConfig
-from distinit.pipeline.reporting.runs import find_runs, read_run
+from distinit.pipeline.reporting.run_folders import find_runs, read_run
 from distinit.pipeline.students.export import save_student
 from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_options import StudentMeta, StudentOptions

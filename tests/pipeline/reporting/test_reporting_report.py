@@ -25,7 +25,7 @@ from distinit.pipeline.reporting.charts import Line, bar_chart, line_chart, tick
 from distinit.pipeline.reporting.report_contents import make_report, student_table
 from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.report_page import to_markdown
-from distinit.pipeline.reporting.runs import find_runs
+from distinit.pipeline.reporting.run_folders import find_runs
 from distinit.stages.report import report
 
 CLASSES = [f"class {k}" for k in range(7)]
