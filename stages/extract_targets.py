@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,10 @@ from ..pipeline.common.explain import full_disk
 from ..pipeline.common.processes import cores
 from ..pipeline.common.run_dir import config_next_to
 from ..pipeline.common.same_failure import SameFailure
+from ..pipeline.common.streams import counted
 from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.parts import Part
-from ..pipeline.corpus.sources import VideoList, list_videos
+from ..pipeline.corpus.sources import VideoList, escape_path, list_videos
 from ..pipeline.extraction.estimate import announce, dry_run
 from ..pipeline.extraction.extract_options import ExtractConfig
 from ..pipeline.extraction.machine import (
@@ -187,7 +189,11 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
             console.say(
                 f"{done} new rows in {seconds:.1f} s ({done / max(seconds, 1e-9):.0f} frames/s)"
             )
-        return result
+        root = shlex.quote(str(plan.writer.root))
+        commands = [f"distinit targets info {root}"]
+        if result["complete"]:
+            commands.append(f"distinit train-student --store {root} --out runs/student")
+        return result | {"next": commands}
 
 
 def _workers(config: ExtractConfig, client: Client | None) -> int:
@@ -197,6 +203,7 @@ def _workers(config: ExtractConfig, client: Client | None) -> int:
     return config.workers or 1
 
 
+NAMED = 3  # videos named per reason of a failure
 # How reasons of version 0.1 begin that were a fault of its own: with PyAV 19 it failed on every
 # video.
 OF_0_1 = ("the decoder process ended with status", "TypeError: ")
@@ -315,7 +322,8 @@ def _list(config: ExtractConfig, console: Console) -> VideoList | None:
     )
     names = ", ".join(c.name for c in videos.corpora)
     console.say(
-        f"{len(videos)} videos in {names}" + (f" (not videos: {ignored})" if ignored else "")
+        f"{counted(len(videos), 'video')} in {names}"
+        + (f" (not videos: {ignored})" if ignored else "")
     )
     return videos
 
@@ -442,13 +450,12 @@ def _summary(
         )
     reasons = index.video_reasons()
     failures = Counter(reasons.values())
-    _say_failures(plan, failures, "failed", console)
+    _say_failures(plan, reasons, "failed", console)
     under: dict[str, Counter[str]] = {}
     for name in teachers:
-        under[name] = Counter(
-            text for v, text in index.video_reasons(name).items() if v not in reasons
-        )
-        _say_failures(plan, under[name], f"failed under {name} alone", console)
+        alone = {v: text for v, text in index.video_reasons(name).items() if v not in reasons}
+        under[name] = Counter(alone.values())
+        _say_failures(plan, alone, f"failed under {name} alone", console)
     internal = sum(
         count for reason, count in failures.items() if reason.startswith((INTERNAL, *OF_0_1))
     )
@@ -474,12 +481,15 @@ def _summary(
     }
 
 
-def _say_failures(plan: StorePlan, failures: Counter[str], how: str, console: Console) -> None:
-    if not failures:
+def _say_failures(plan: StorePlan, reasons: Mapping[int, str], how: str, console: Console) -> None:
+    """Log how many videos failed, why, and the names of the first ones of each reason."""
+    if not reasons:
         return
     root = plan.writer.root
     console.say(
-        f"{failures.total()} videos {how}; `distinit targets info {root} --failed` lists them:"
+        f"{counted(len(reasons), 'video')} {how}; `distinit targets info {root} --failed` lists all:"
     )
-    for reason, count in failures.most_common(10):
-        console.say(f"  {count:6d}  {reason}")
+    for reason, count in Counter(reasons.values()).most_common(10):
+        some = [v for v, text in reasons.items() if text == reason][:NAMED]
+        names = ", ".join(escape_path(plan.path(v)) for v in some)
+        console.say(f"  {count:6d}  {reason}: {names}{', …' if count > len(some) else ''}")

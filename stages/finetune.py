@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from ..pipeline.common.run_dir import (
     LAST,
     MODEL_FILE,
     PREDICTIONS,
+    RESULT,
     RUN_FILES,
     SEEN_VIDEOS,
     START,
@@ -132,7 +134,9 @@ def _finetune_locked(
     out, results = Path(config.out), {}
     ranks.on_main(lambda: _require_fitting(out, config.split))
     if config.split != ALL:
-        return _finetune_split(config, console, ranks, stack)
+        summary = _finetune_split(config, console, ranks, stack)
+        console.say(f"model: {summary['model']}, predictions: {summary['predictions']}")
+        return _with_next(out, summary, f"distinit predict {shlex.quote(config.out)} VIDEO")
     begun = ranks.on_main(lambda: bool(split_folders(out)))
     if config.resume is True and not begun:
         raise UsageError(f"--resume: {out} has no run; --resume auto starts one")
@@ -151,7 +155,13 @@ def _finetune_locked(
         with ExitStack() as split_stack:
             results[split] = _finetune_split(split_config, console, ranks, split_stack)
     title = short_dataset(config.dataset)
-    return ranks.on_main(lambda: summarise_splits(out, results, title))
+
+    def finish() -> dict[str, Any]:
+        summary = summarise_splits(out, results, title)
+        console.say(f"result: {out / RESULT}, a run per split next to it")
+        return _with_next(out, summary)
+
+    return ranks.on_main(finish)
 
 
 def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
@@ -244,6 +254,12 @@ def _finetune_split(
     }
     ranks.on_main(lambda: write_result(run_dir, summary))
     return summary
+
+
+def _with_next(out: Path, summary: dict[str, Any], *more: str) -> dict[str, Any]:
+    """Return what a finetuning returns: its summary, and what to type next."""
+    run = shlex.quote(str(out))
+    return summary | {"next": [f"distinit report {run} --out report", *more]}
 
 
 def _record_run(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> dict[str, int]:
@@ -562,8 +578,11 @@ def _describe_run(job: _Job, console: Console) -> None:
     if report is None:
         console.say("initialisation: from scratch")
         return
-    names = ", ".join(report.left[:6]) + (", …" if len(report.left) > 6 else "")
-    skipped = f", not used: {names}" if report.left else ""
+    # The heads of a student of ours are left by design; of other files it says what does not fit.
+    file = student_file(config.init)
+    left = () if file is not None and read_meta(file) is not None else report.left
+    names = ", ".join(left[:6]) + (", …" if len(left) > 6 else "")
+    skipped = f", not used: {names}" if left else ""
     console.say(
         f"initialisation: {len(report.loaded)} tensors of {report.path}{skipped}; the head is new"
     )

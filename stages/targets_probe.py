@@ -10,6 +10,7 @@ import numpy as np
 from ..pipeline.common.console import Console
 from ..pipeline.common.tables import Column, Table
 from ..pipeline.evaluation.listing import short_dataset
+from ..pipeline.evaluation.metrics import brackets
 from ..pipeline.evaluation.probe_options import ALL_FRAMES, ProbeConfig
 from ..pipeline.evaluation.store_labels import StoreLabels, match_labels
 from ..pipeline.evaluation.target_probe import ProbeResult, probe_teacher
@@ -52,7 +53,7 @@ def targets_probe(options: ProbeConfig, console: Console) -> dict[str, Any]:
     for name, best in unfit.items():
         console.warn(
             f"teacher {name} cannot tell these classes apart: a linear probe of its targets reaches "
-            f"{_interval(best)} %, the most frequent class has {100 * best.most_frequent:.1f} %; "
+            f"{best.accuracy.percent()}, the most frequent class has {100 * best.most_frequent:.1f} %; "
             f"expect little from a student of it on these labels"
         )
     return {
@@ -115,7 +116,6 @@ def _show(
         notes=[*_baselines(results, labels), *notes],
     )
     for each in results:
-        low, high = 100 * each.accuracy.low, 100 * each.accuracy.high
         table.add(
             each.teacher,
             each.output,
@@ -123,7 +123,7 @@ def _show(
             f"{each.width}",
             ALL_FRAMES if each.frames is None else str(each.frames),
             f"{100 * each.accuracy.value:.1f}",
-            f"{low:.1f} to {high:.1f}",
+            brackets(each.accuracy.low, each.accuracy.high),
         )
     console.table(table.to_rich())
 
@@ -136,11 +136,6 @@ def _baselines(results: list[ProbeResult], labels: StoreLabels) -> list[str]:
         f"most frequent class {', '.join(map(str, shares))} %, chance "
         f"{100 / len(labels.classes):.1f} %"
     ]
-
-
-def _interval(result: ProbeResult) -> str:
-    a = result.accuracy
-    return f"{100 * a.value:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]"
 
 
 def _as_dict(result: ProbeResult) -> dict[str, Any]:

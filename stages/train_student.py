@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from ..pipeline.common.run_dir import (
     check_output_dir,
     run_dir_lock,
 )
+from ..pipeline.common.streams import counted
 from ..pipeline.common.urls import check_local
 from ..pipeline.evaluation.exclusion import canonical_exclude, optional_exclusion
 from ..pipeline.evaluation.short_videos import warn_of_short_videos
@@ -145,7 +147,7 @@ def _train_locked(
     console.say(
         f"{config.student.describe()}: {count_parameters(student) / 1e6:.1f} M parameters, "
         f"heads {', '.join(f'{name} [{k}]' for name, k in student.classes.items())}; "
-        f"{options.epochs} epochs of {options.clips_per_epoch} clips from {len(parts.train.sampler.videos)} videos"
+        f"{options.describe_epochs()} from {counted(len(parts.train.sampler.videos), 'video')}"
     )
     console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     if saved is None:
@@ -189,7 +191,10 @@ def _train_locked(
             bounds, result, teachers, config.export, console
         )
         write_whole(run_dir / RESULT, json.dumps(plain(summary), indent=1).encode())
-        return summary
+        console.say(f"student: {exported}")
+        run = shlex.quote(config.out)
+        finetuning = f"distinit finetune --init {run} --dataset csv:labels.csv --out runs/finetuned"
+        return summary | {"next": [finetuning]}
 
     return ranks.on_main(finish)
 

@@ -25,5 +25,5 @@ def import_extra(module: str, extra: str, option: str) -> Any:
         package = module.partition(".")[0]
         why = "" if error.name == package else f" (importing it: {' '.join(str(error).split())})"
         raise UsageError(
-            f"{option} requires {package}{why}: pip install 'distinit[{extra}]'"
+            f'{option} requires {package}{why}: pip install "distinit[{extra}]"'
         ) from None

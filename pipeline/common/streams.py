@@ -25,6 +25,16 @@ _UNSAFE = re.compile(
 _UNSAFE_IN_LINES = re.compile(_UNSAFE.pattern.replace(r"\x00-\x1f", r"\x00-\x09\x0b-\x1f"))
 
 
+def counted(count: int, noun: str, plural: str = "s") -> str:
+    """Return a number with its noun.
+
+    Example:
+        >>> counted(1, "video"), counted(3, "process", "es")
+        ('1 video', '3 processes')
+    """
+    return f"{count} {noun}{'' if count == 1 else plural}"
+
+
 def printable(text: str, *, lines: bool = False) -> str:
     r"""Return the text with characters escaped (as `\x1b`) that are not for display.
 

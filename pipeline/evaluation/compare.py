@@ -13,7 +13,7 @@ from ..common.locks import folder_lock
 from ..common.run_dir import PREDICTIONS
 from ..common.tables import Column, Table
 from .ensemble import Comparison, compare_predictions, fuse_predictions
-from .metrics import MEASURES, signed
+from .metrics import MEASURES, signed, signed_brackets
 from .predictions import Predictions, metrics_from_file, read_finished
 from .protocol import check_result_dir, intervals_note, show_metrics, write_result
 from .splits import split_folders
@@ -137,13 +137,12 @@ def _show_measures(comparison: Comparison, part: Predictions, a: str, b: str) ->
     for name, shown in MEASURES.items():
         if name in comparison.measures:
             g = comparison.measures[name]
-            ends = f"{signed(g.estimate.low)} – {signed(g.estimate.high)}"
             table.add(
                 shown,
                 f"{100 * g.a:.1f}",
                 f"{100 * g.b:.1f}",
                 signed(g.estimate.value),
-                ends,
+                signed_brackets(g.estimate.low, g.estimate.high),
                 f"{g.p:.4f}",
             )
     table.notes.append(intervals_note(part.resampled))

@@ -41,7 +41,7 @@ def dry_run(
     used = config.model_copy(update={"loop": options}).model_dump(mode="json")
     for line in yaml.safe_dump(used, sort_keys=False, width=100).splitlines():
         log.info(line)
-    log.info(f"{options.epochs} epochs of {options.clips_per_epoch} clips")
+    log.info(options.describe_epochs())
     log.info(f"{options.describe_steps(options.gpus)}; {options.describe_rate()}")
     size = log_memory(options, config.clips, student.options.channels, student)
     batch_size = min(options.batch_size, MOST_CLIPS)

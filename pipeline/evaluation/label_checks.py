@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..clips.content import same_content
 from ..common.errors import LabelsError, UsageError, VideoError
+from ..common.streams import counted
 from ..corpus.sources import escape_path
 from ..corpus.textfiles import is_utf8
 from ..prepared.folders import CopyFolder
@@ -181,7 +182,7 @@ def _check_missing(listing: Listing, missing: list[Row], partial: bool, notes: l
             notes.append(f"{count} {side} videos of {listing.origin} do not exist: {effect}")
     if listing.unlabelled:
         notes.append(
-            f"{len(listing.unlabelled)} videos next to those of {listing.origin} have no label and are not used: "
+            f"{counted(len(listing.unlabelled), 'video')} next to those of {listing.origin} without a label, not used: "
             f"{first_few(listing.unlabelled)}"
         )
 

@@ -39,6 +39,20 @@ class Estimate:
         """Return the record for result.json."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
+    def percent(self) -> str:
+        """Return `36.4 % [31.2, 41.7]`, the one form of an accuracy in a sentence."""
+        return f"{100 * self.value:.1f} % {brackets(self.low, self.high)}"
+
+
+def brackets(low: float, high: float) -> str:
+    """Return the interval of fractions in per cent, `[31.2, 41.7]`, as in cells of tables."""
+    return f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def signed_brackets(low: float, high: float) -> str:
+    """Return the interval of a difference of fractions in points, `[+4.7, +14.5]`."""
+    return f"[{signed(low)}, {signed(high)}]"
+
 
 def hits(scores: np.ndarray, labels: np.ndarray, top: int = 1) -> np.ndarray:
     """Return whether the label is among the `top` best scores: scores [..., K], labels [...].

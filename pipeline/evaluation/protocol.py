@@ -25,7 +25,7 @@ from .evaluation_options import EvaluationOptions
 from .labelled_clips import EvaluationClips
 from .labels import Labels
 from .listing import short_dataset
-from .metrics import MEASURES
+from .metrics import MEASURES, brackets
 from .predictions import Predictions, PredictionsError, metrics_from_file
 from .predictor import predict
 from .run_labels import labels_digest
@@ -233,8 +233,8 @@ def show_metrics(title: str, classes: int, metrics: dict[str, Any]) -> None:
     for name, shown in MEASURES.items():
         if name not in metrics:
             continue
-        value, low, high = (100 * metrics[name][end] for end in ("value", "low", "high"))
-        table.add(shown, f"{value:.1f}", f"{low:.1f} – {high:.1f}")
+        value, low, high = (metrics[name][end] for end in ("value", "low", "high"))
+        table.add(shown, f"{100 * value:.1f}", brackets(low, high))
     table.notes.append(intervals_note(metrics["intervals"]))
     if classes <= 5:
         table.notes.append(f"With {classes} classes, top 5 is correct for every readable video.")

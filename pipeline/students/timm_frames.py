@@ -47,7 +47,7 @@ def timm_backbone(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:
     try:
         import timm
     except ImportError:
-        raise UsageError(f"{who} needs timm: pip install 'distinit[timm]'") from None
+        raise UsageError(f'{who} requires timm: pip install "distinit[timm]"') from None
     name = options.architecture.removeprefix("timm:")
     # Other names of timm lead to files and downloads (`hf-hub:…`, `local-dir:…`).
     if ":" in name or "/" in name or not timm.is_model(name):

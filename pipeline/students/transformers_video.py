@@ -125,7 +125,7 @@ def _transformers(who: str) -> Any:
     try:
         import transformers
     except ImportError:
-        raise UsageError(f"{who} needs transformers: pip install 'distinit[hf]'") from None
+        raise UsageError(f'{who} requires transformers: pip install "distinit[hf]"') from None
     return transformers
 
 

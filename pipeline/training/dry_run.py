@@ -11,6 +11,7 @@ import yaml
 
 from ..common.devices import resolve_device
 from ..common.errors import TrainingError
+from ..common.streams import counted
 from ..common.urls import check_local
 from ..store.reader import TargetStore
 from ..students.student import Student, count_parameters
@@ -62,9 +63,7 @@ def dry_run(
     log.info(f"{config.student.describe()}: {_count(backbone)} parameters in the backbone")
     for name, count in heads.items():
         log.info(f"head {name}: {student.classes[name]} classes, {_count(count)} parameters")
-    log.info(
-        f"{len(clips.sampler.videos)} videos, {options.epochs} epochs of {options.clips_per_epoch} clips"
-    )
+    log.info(f"{counted(len(clips.sampler.videos), 'video')}, {options.describe_epochs()}")
     log.info(f"{options.describe_steps(config.loop.gpus)}; {options.describe_rate()}")
     size = log_memory(config.loop, config.clips, config.student.channels, student)
 

@@ -153,6 +153,11 @@ def fit(
                 f"{run_dir} is finished: {state.step} of {options.total_steps} steps; nothing to do"
             )
         else:
+            if state.step:
+                epoch = state.step // options.steps_per_epoch + 1
+                log.info(
+                    f"resumed at epoch {epoch} of {options.epochs}, step {state.step} of {options.total_steps}"
+                )
             _train(run, dataset, objective, validate)
         if options.weights == "ema" and run.average is not None:
             model.load_state_dict(run.average.state_dict())

@@ -19,6 +19,7 @@ from ..common.settings import (
     CliOption,
     Options,
 )
+from ..common.streams import counted
 
 # Options that may differ between the start of a run and its resume: none of them changes what is
 # learned from a given step on, but for the clips that share batch statistics and for rounding.
@@ -323,14 +324,18 @@ class LoopOptions(Options):
             rate = f"AdamW, {rate}, weight decay {self.weight_decay:g}"
         return rate if self.ema is None else f"{rate}; moving average of the weights {self.ema:g}"
 
+    def describe_epochs(self) -> str:
+        """Return, for the log, `9 epochs of 400 clips`."""
+        return f"{counted(self.epochs, 'epoch')} of {counted(self.clips_per_epoch, 'clip')}"
+
     def describe_steps(self, world: int) -> str:
         """Return, for the log, `120 steps of 64 clips, 2 GPUs × 2 pieces × at most 16`."""
-        words = f"{self.total_steps} steps of {self.batch_size} clips"
+        words = f"{counted(self.total_steps, 'step')} of {counted(self.batch_size, 'clip')}"
         pieces = self.accumulation_steps(world)
         if world == pieces == 1:
             return words
-        most = _number(self.clips_at_once(world), "clip")
-        parts = (_number(world, "process", "es"), _number(pieces, "piece"), f"at most {most}")
+        most = counted(self.clips_at_once(world), "clip")
+        parts = (counted(world, "process", "es"), counted(pieces, "piece"), f"at most {most}")
         return f"{words}: {' × '.join(parts)}"
 
     def accumulation_steps(self, world: int) -> int:
@@ -356,7 +361,3 @@ class LoopOptions(Options):
         """Return what a resumed run must share with its checkpoint, under one top-level key."""
         free = FREE_ON_RESUME - ({"epochs"} if self.schedule == "cosine" else set())
         return {"loop": self.identity_dump(exclude=set(free))}
-
-
-def _number(count: int, noun: str, plural: str = "s") -> str:
-    return f"{count} {noun}{'' if count == 1 else plural}"

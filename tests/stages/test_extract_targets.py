@@ -275,7 +275,7 @@ def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
 
 
 def test_hours_above_the_limit_are_refused_before_a_row_is_computed(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
     limited = config(folder, tmp_path / "out/t.zarr", max_hours=1e-9)
@@ -285,8 +285,12 @@ def test_hours_above_the_limit_are_refused_before_a_row_is_computed(
     with pytest.raises(UsageError, match=r"--max-hours 1e-09.*--part I/N"):
         extract_targets(limited, QUIET)
     assert load_index(tmp_path / "out/t.zarr").frame_commits == {}
+    lines: list[str] = []
+    monkeypatch.setattr(QUIET, "say", lines.append)
     done = extract_targets(limited.model_copy(update={"max_hours": 1.0}), QUIET)
     assert done["complete"]
+    # Each unreadable video is named where the run ends, next to the reason.
+    assert all(any(name in line for line in lines) for name in ("cut.mp4", "playlist.mp4"))
     assert done["new_rows"] > 0
     # Nothing is left to do, which takes no time.
     assert extract_targets(limited, QUIET)["new_rows"] == 0
