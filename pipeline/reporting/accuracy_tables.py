@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..common.tables import Column, Table
+from ..evaluation.listing import short_dataset
 from ..evaluation.metrics import MEASURES, Estimate, estimate_difference, signed, video_values
 from .runs import Run
+from .teacher_baselines import TeacherProbe
 
 DASH = "–"
 
@@ -51,34 +53,93 @@ def percent(estimate: dict[str, float] | Estimate | None) -> str:
     return f"{100 * e.value:.1f} [{100 * e.low:.1f}–{100 * e.high:.1f}]"
 
 
-def accuracy_table(runs: Sequence[Run]) -> Table:
-    """Tabulate one row per finetuned run; runs without an evaluation are shown as missing."""
-    columns = [
-        Column("run"),
-        Column("init"),
-        Column("data set"),
-        Column("split", True),
-        Column("test videos", True),
-    ]
-    table = Table(
-        "Accuracy, % [95 % interval]",
-        [*columns, *(Column(name, True) for name in MEASURES.values())],
-    )
+def accuracy_table(
+    runs: Sequence[Run],
+    students: Sequence[Run] = (),
+    probes: Sequence[TeacherProbe] = (),
+) -> Table:
+    """Tabulate one row per finetuned run; runs without an evaluation are shown as missing.
+
+    Args:
+        runs: The finetuned runs.
+        students: Students; the explained fraction of the one that a run starts from is shown.
+        probes: Probes of teachers, a row each below the runs.
+    """
+    explained = {str(run.path): run for run in students if run.explained_fraction is not None}
+    has_explained = any(str(run.config.get("init")) in explained for run in runs)
+    columns = [Column("run"), Column("init")] + [Column("init explained, %", True)] * has_explained
+    columns += [Column("data set"), Column("split", True), Column("test videos", True)]
+    columns += [Column(name, True) for name in MEASURES.values()]
+    table = Table("Accuracy, % [95 % interval]", columns)
     for run in runs:
-        m = run.metrics
+        m, student = run.metrics, explained.get(str(run.config.get("init")))
+        head = [run.name, run.init] + [explained_percent(student)] * has_explained
+        head += [run.dataset, run.split]
         if m is None:
-            table.add(
-                run.name, run.init, run.dataset, run.split, *["missing"] * (1 + len(MEASURES))
-            )
+            table.add(*head, *["missing"] * (1 + len(MEASURES)))
             continue
-        unreadable = f" ({run.num_unreadable} unreadable)" if run.num_unreadable else ""
-        videos = f"{m['videos']}{unreadable}"
+        counts = ((run.num_unreadable, "unreadable"), (run.test_videos_seen, "seen"))
+        asides = ", ".join(f"{count} {word}" for count, word in counts if count)
         cells = [
             DASH if name == "top5" and _few_classes(run) else percent(m[name]) for name in MEASURES
         ]
-        table.add(run.name, run.init, run.dataset, run.split, videos, *cells)
+        table.add(*head, f"{m['videos']}{f' ({asides})' if asides else ''}", *cells)
+    if probes:
+        table.head("Baselines without a student: linear probe of a teacher’s cached targets")
+    for probe in probes:
+        cells = [percent(probe.accuracy) if name == "top1" else DASH for name in MEASURES]
+        head = [f"{probe.teacher} ({probe.output})", "linear probe"] + [DASH] * has_explained
+        head += [short_dataset(probe.dataset), probe.split, str(probe.num_videos)]
+        table.add(*head, *cells)
     table.notes = _table_notes(runs)
+    if any(run.test_videos_seen for run in runs):
+        table.notes.append(
+            "seen: test videos that the student a run starts from was trained on, without their labels; its "
+            "accuracies are not those of unseen videos."
+        )
+    if has_explained:
+        table.notes.append("init explained: explained fraction of the student, see its table.")
     return table
+
+
+def teacher_table(probes: Sequence[TeacherProbe]) -> Table | None:
+    """Tabulate probes of teachers with what they are; None without one."""
+    if not probes:
+        return None
+    table = Table(
+        "Linear probe of the teachers’ cached targets, % [95 % interval]",
+        [
+            Column("teacher"),
+            Column("output"),
+            Column("data set"),
+            Column("split", True),
+            Column("test videos", True),
+            Column("top 1", True),
+        ],
+        notes=[
+            "A logistic regression on each teacher’s targets averaged over a video, trained and tested "
+            "on the videos of the split that are in the store: what the targets hold, without any "
+            "student (distinit targets probe)."
+        ],
+    )
+    for probe in probes:
+        table.add(
+            probe.teacher,
+            probe.output,
+            short_dataset(probe.dataset),
+            probe.split,
+            str(probe.num_videos),
+            percent(probe.accuracy),
+        )
+    return table
+
+
+def explained_percent(student: Run | None) -> str:
+    """Format the explained fraction of a student in per cent, a dash for none."""
+    if student is None or student.explained_fraction is None:
+        return DASH
+    fraction = student.explained_fraction
+    return f"{100 * fraction:.0f}" if fraction >= 0 else "below 0"
 
 
 def screen_tables(runs: Sequence[Run]) -> list[Table]:
@@ -116,6 +177,11 @@ def screen_tables(runs: Sequence[Run]) -> list[Table]:
         for run in group:
             if run.num_unreadable:
                 table.notes.append(f"{run.name}: {run.num_unreadable} unreadable test videos.")
+            if seen := run.test_videos_seen:
+                table.notes.append(
+                    f"{run.name}: {seen} of its test videos were seen by the student that it starts from; its "
+                    "accuracies are not those of unseen videos."
+                )
         tables.append(table)
     return tables
 
@@ -141,7 +207,7 @@ def _table_notes(runs: Sequence[Run]) -> list[str]:
 
 
 def _choice_notes(runs: Sequence[Run]) -> list[str]:
-    """Return how often each test split was used by these runs, and which test videos were seen."""
+    """Return how often each test split was looked at by these runs."""
     notes = []
     for dataset, split in dict.fromkeys((run.dataset, run.split) for run in runs):
         tested = [run for run in runs if (run.dataset, run.split) == (dataset, split)]
@@ -155,12 +221,6 @@ def _choice_notes(runs: Sequence[Run]) -> list[str]:
         )
         times = "once" if looks == 1 else f"{looks} times"
         notes.append(f"The test split {split} of {dataset} was looked at {times}{by}.")
-    for run in runs:
-        if seen := run.test_videos_seen:
-            notes.append(
-                f"{run.name}: {seen} of its test videos were seen by the student that it starts from; its accuracies "
-                "are not those of unseen videos."
-            )
     return notes
 
 

@@ -12,7 +12,15 @@ from ..common.tables import Column, Table
 from ..targets.picks import PickRule
 from .ablation_results import Ablation
 from .ablation_tables import EXPLAINED
-from .accuracy_tables import DASH, Difference, accuracy_table, differences, uncertainty_notes
+from .accuracy_tables import (
+    DASH,
+    Difference,
+    accuracy_table,
+    differences,
+    explained_percent,
+    teacher_table,
+    uncertainty_notes,
+)
 from .example_videos import MAX_VIDEOS, ExampleVideos, Strip
 from .figures.accuracy_figures import CLASS_GAINS
 from .figures.all_figures import draw_figures
@@ -22,7 +30,7 @@ from .figures.features import FEATURES, MIN_VIDEOS
 from .mistakes import ClassChanges, Mistakes, find_changes, find_mistakes
 from .run_pairs import Pair, largest_gain, named_pair
 from .runs import Run
-from .teacher_baselines import teacher_table
+from .teacher_baselines import probe_teachers
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,9 @@ def make_report(
     finetuned = alone(runs, ablations)
     found = differences(finetuned)
     stores = read_stores(runs, open_urls=open_urls)
+    probes = probe_teachers(
+        finetuned, [path for path, store in stores.items() if store.teachers is not None]
+    )
     figures = draw_figures(runs, ablations, finetuned, found, stores, kinetics, chosen)
     videos = ExampleVideos(root, MAX_VIDEOS if examples else 0)
     changes = find_changes(_pairs(runs, ablations, found, chosen), videos)
@@ -113,12 +124,10 @@ def make_report(
     notes = [f"store {path}: {store.problem}" for path, store in stores.items() if store.problem]
     return Report(
         runs=runs,
-        accuracy=accuracy_table(finetuned),
+        accuracy=accuracy_table(finetuned, [run for run in runs if run.kind == "student"], probes),
         differences=found,
         findings=uncertainty_notes(finetuned, found),
-        teachers=teacher_table(
-            finetuned, [path for path, store in stores.items() if store.teachers is not None]
-        ),
+        teachers=teacher_table(probes),
         students=student_table(runs),
         costs=cost_table(runs),
         ablations=ablations,
@@ -174,12 +183,13 @@ def student_table(runs: Sequence[Run]) -> Table | None:
             *columns,
             Column("loss of last epoch", True),
             Column("explained, %", True),
+            Column("measured on"),
             Column("clips/s", True),
         ],
     )
     for run in students:
         if not run.finished:
-            table.add(run.name, _architecture(run), *["missing"] * 5)
+            table.add(run.name, _architecture(run), *["missing"] * 6)
             continue
         epoch, rates = run.last("epoch"), run.curve("clips_per_s").y
         table.add(
@@ -188,25 +198,19 @@ def student_table(runs: Sequence[Run]) -> Table | None:
             ", ".join(run.heads),
             str(epoch.get("step", DASH)),
             f"{epoch['loss']:.3f}" if epoch.get("loss") is not None else DASH,
-            DASH
-            if run.explained_fraction is None
-            else f"{100 * run.explained_fraction:.0f}"
-            if run.explained_fraction >= 0
-            else "below 0",
+            explained_percent(run),
+            _explained_on(run),
             f"{np.median(rates):.1f}" if len(rates) else DASH,
         )
-    table.notes = [EXPLAINED, *(line for run in students if (line := of_training(run)))]
+    table.notes = [EXPLAINED]
     return table
 
 
-def of_training(run: Run) -> str:
-    """Return a note if the explained fraction is that of training clips, else ""."""
-    held_out = run.result.get("explained_by") == "held-out"
-    return (
-        ""
-        if run.explained_fraction is None or held_out
-        else f"{run.name}: explained is measured on its training clips."
-    )
+def _explained_on(run: Run) -> str:
+    """Return the clips that the explained fraction is measured on."""
+    if run.explained_fraction is None:
+        return DASH
+    return "held-out clips" if run.result.get("explained_by") == "held-out" else "training clips"
 
 
 def _architecture(run: Run) -> str:

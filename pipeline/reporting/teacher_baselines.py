@@ -1,4 +1,4 @@
-"""The teachers' own row beside the runs: a linear probe of their cached targets.
+"""The teachers' own row next to the runs: a linear probe of their cached targets.
 
 Where the labelled videos of a run are in the store that a student was trained from, the probe says
 what the teachers' targets hold about its classes, without any student.
@@ -8,48 +8,47 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..common.errors import DistInitError
-from ..common.tables import Column, Table
-from ..evaluation.listing import short_dataset
+from ..evaluation.metrics import Estimate
 from ..evaluation.store_labels import match_labels
 from ..evaluation.target_probe import probe_teacher
 from ..store.reader import TargetStore
-from .accuracy_tables import percent
 from .runs import Run
 
 MOST = 5000  # labelled videos; a report is no place for a longer computation
 
 
-def teacher_table(runs: Sequence[Run], stores: Sequence[str]) -> Table | None:
-    """Return the accuracy of a probe of each teacher; None where no labelled video is in a store.
+@dataclass(frozen=True)
+class TeacherProbe:
+    """The probe of one teacher's targets on one split of a data set; `dataset` as in the runs."""
+
+    dataset: str
+    split: str
+    teacher: str
+    output: str
+    num_videos: int
+    accuracy: Estimate
+
+
+def probe_teachers(runs: Sequence[Run], stores: Sequence[str]) -> list[TeacherProbe]:
+    """Probe each teacher on the data sets and splits of finetuned runs.
+
+    A data set is left out where none of its labelled videos is in a store.
 
     Args:
-        runs: Finetuned runs, whose data sets and splits are probed.
+        runs: Finetuned runs.
         stores: Paths of those that may be read.
     """
-    table = Table(
-        "Linear probe of the teachers’ cached targets, % [95 % interval]",
-        [
-            Column("teacher"),
-            Column("output"),
-            Column("data set"),
-            Column("split", True),
-            Column("test videos", True),
-            Column("top 1", True),
-        ],
-        notes=[
-            "A logistic regression on each teacher’s targets averaged over a video, trained and tested "
-            "on the videos of the split that are in the store: what the targets hold, without any "
-            "student (distinit targets probe)."
-        ],
-    )
-    for path in stores:
-        for dataset, root, split in _splits(runs):
-            _add_rows(table, path, dataset, root, split)
-    return table if table.rows else None
+    return [
+        probe
+        for path in stores
+        for dataset, root, split in _splits(runs)
+        for probe in _probes(path, dataset, root, split)
+    ]
 
 
 def _splits(runs: Sequence[Run]) -> list[tuple[str, str | None, int]]:
@@ -67,7 +66,8 @@ def _splits(runs: Sequence[Run]) -> list[tuple[str, str | None, int]]:
     return list(found)
 
 
-def _add_rows(table: Table, path: str, dataset: str, root: str | None, split: int) -> None:
+def _probes(path: str, dataset: str, root: str | None, split: int) -> list[TeacherProbe]:
+    probes = []
     try:
         store = TargetStore.open(path)
         labels = match_labels(store, dataset, root=root, split=split)
@@ -77,14 +77,12 @@ def _add_rows(table: Table, path: str, dataset: str, root: str | None, split: in
             has = np.isin(labels.videos, store.usable([name]))
             has &= np.cumsum(has) <= MOST
             (result,) = probe_teacher(store, name, labels.choose(has), (None,))
-            table.add(
-                name,
-                result.output,
-                short_dataset(dataset),
-                str(split),
-                str(len(result.correct)),
-                percent(result.accuracy),
+            probes.append(
+                TeacherProbe(
+                    dataset, str(split), name, result.output, len(result.correct), result.accuracy
+                )
             )
     except (DistInitError, OSError, ValueError):
-        # As a rule the labelled videos are not in the store: there is nothing to say then.
-        return
+        # As a rule the labelled videos are not in the store: there is nothing to report then.
+        return probes
+    return probes

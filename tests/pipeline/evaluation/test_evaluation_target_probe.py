@@ -16,8 +16,9 @@ from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.evaluation.probe_options import ProbeConfig
 from distinit.pipeline.evaluation.store_labels import match_labels
 from distinit.pipeline.evaluation.target_probe import fit_and_predict, mean_targets
+from distinit.pipeline.reporting.accuracy_tables import teacher_table
 from distinit.pipeline.reporting.runs import Run
-from distinit.pipeline.reporting.teacher_baselines import teacher_table
+from distinit.pipeline.reporting.teacher_baselines import probe_teachers
 from distinit.pipeline.store.reader import TargetStore
 from distinit.stages.targets_probe import targets_probe
 from distinit.tests.store_recipe import Recipe
@@ -182,11 +183,11 @@ def test_the_teachers_own_row_of_a_report(labelled: tuple[Labelled, Path, Path])
         Run("run", store.parent, "finetune", {"dataset": name, "split": 1}, {}, None, None, [])
         for name in (dataset, dataset, "csv:/nowhere/labels.csv", "folder:/")
     ]
-    table = teacher_table(runs, [str(store), "/nowhere/s.zarr"])
+    table = teacher_table(probe_teachers(runs, [str(store), "/nowhere/s.zarr"]))
     assert table is not None
     assert [row[0] for row in table.rows] == ["good", "noise", "source"]
     for name, *_, videos, accuracy in table.rows:
         found = expected[name]["all"]["accuracy"]
         assert accuracy.startswith(f"{100 * found['value']:.1f} [")
         assert int(videos) == sum(video >= 40 and video % 7 != 3 for video in range(60))
-    assert teacher_table(runs[2:], [str(store)]) is None
+    assert teacher_table(probe_teachers(runs[2:], [str(store)])) is None

@@ -20,12 +20,15 @@ from safetensors.numpy import save
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import SourceError
 from distinit.pipeline.common.tables import Column, Table
+from distinit.pipeline.evaluation.metrics import Estimate
 from distinit.pipeline.evaluation.predictions import Predictions
+from distinit.pipeline.reporting.accuracy_tables import accuracy_table
 from distinit.pipeline.reporting.charts import Line, bar_chart, line_chart, tick_labels, ticks
 from distinit.pipeline.reporting.report_contents import make_report, student_table
 from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.report_page import to_markdown
 from distinit.pipeline.reporting.run_folders import find_runs
+from distinit.pipeline.reporting.teacher_baselines import TeacherProbe
 from distinit.stages.report import report
 
 CLASSES = [f"class {k}" for k in range(7)]
@@ -261,19 +264,19 @@ def test_markdown_lists_unread_videos(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("result", "shown", "of_training"),
+    ("result", "shown", "clips"),
     [
-        ({"explained_fraction": 0.123, "explained_by": "held-out"}, "12", 0),
-        ({"explained_fraction": 0.123, "explained_by": "training"}, "12", 1),
-        ({"explained_fraction": None}, "–", 0),
+        ({"explained_fraction": 0.123, "explained_by": "held-out"}, "12", "held-out clips"),
+        ({"explained_fraction": 0.123, "explained_by": "training"}, "12", "training clips"),
+        ({"explained_fraction": None}, "–", "–"),
         # Runs of version 0.1.
-        ({"learned": 0.123, "learned_by": "held-out"}, "12", 0),
-        ({"learned": -40.0}, "below 0", 1),
-        ({}, "–", 0),
+        ({"learned": 0.123, "learned_by": "held-out"}, "12", "held-out clips"),
+        ({"learned": -40.0}, "below 0", "training clips"),
+        ({}, "–", "–"),
     ],
 )
 def test_the_report_shows_explained_fractions(
-    runs: Path, result: dict[str, object], shown: str, of_training: int
+    runs: Path, result: dict[str, object], shown: str, clips: str
 ) -> None:
     (runs / "student" / "result.json").write_text(json.dumps(result))
     (runs / "student" / "student.safetensors").write_bytes(save({}))
@@ -281,4 +284,28 @@ def test_the_report_shows_explained_fractions(
     assert table is not None
     column = [c.title for c in table.columns].index("explained, %")
     assert table.rows[0][column] == shown
-    assert sum(note.startswith("student:") for note in table.notes) == of_training
+    assert table.rows[0][column + 1] == clips
+
+
+def test_a_run_has_the_explained_fraction_of_its_student_and_teachers_have_rows(
+    runs: Path,
+) -> None:
+    (runs / "student" / "result.json").write_text(json.dumps({"explained_fraction": 0.276}))
+    config = {"init": str((runs / "student").resolve()), "dataset": "csv:/d/a.csv", "split": 2}
+    (runs / "distinit" / "config.yaml").write_text(yaml.safe_dump({"finetune": config}))
+    result = {"split": 2, "overlap": {"test_videos_seen_by_init": 35}}
+    (runs / "distinit" / "result.json").write_text(json.dumps(result))
+    found = find_runs([runs])
+    probe = TeacherProbe("csv:/d/a.csv", "2", "lite<0>", "features", 33, Estimate(0.7, 0.6, 0.8))
+    table = accuracy_table([run for run in found if run.kind == "finetune"], found, [probe])
+    columns = [column.title for column in table.columns]
+    rows = {row[0]: dict(zip(columns, row, strict=True)) for row in table.rows}
+    assert rows["distinit"]["init explained, %"] == "28"
+    assert rows["distinit"]["test videos"] == "35 (2 unreadable, 35 seen)"
+    assert rows["scratch"]["init explained, %"] == "–"
+    assert rows["unfinished"]["top 1"] == "missing"
+    baseline = rows["lite<0> (features)"]
+    assert (baseline["data set"], baseline["split"], baseline["top 1"]) == (
+        "d/a.csv", "2", "70.0 [60.0–80.0]",
+    )  # fmt: skip
+    assert list(table.headings) == [table.rows.index(list(baseline.values()))]
