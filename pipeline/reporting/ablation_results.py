@@ -23,7 +23,7 @@ from ..common.run_dir import CELLS, RESULT
 from ..evaluation.ensemble import Gain, p_value
 from ..evaluation.listing import short_dataset
 from ..evaluation.metrics import Estimate, bootstrap_ratios, by_group, interval, video_values
-from .published_results import PaperNumbers
+from .published_results import PaperNumbers, Published
 from .runs import Run
 
 Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -136,20 +136,19 @@ class Ablation:
         """The splits, sorted."""
         return sorted({cell.record.split for cell in self.cells})
 
-    def published(self, dataset: str) -> list[tuple[str, dict[str, float]]]:
-        """Return the published results for a data set: name, and numbers in per cent by measure.
+    def published(self, dataset: str) -> list[tuple[Published, dict[str, float]]]:
+        """Return the published results for a data set, and their numbers in per cent by measure.
 
         Numbers of other splits are missing.
         """
         paper = self.paper
         if paper is None:
             return []
-        listed = [
-            (each.label, each.numbers[dataset])
+        return [
+            (each, paper.for_splits(each.numbers[dataset], self.splits))
             for each in paper.published
             if dataset in each.numbers
         ]
-        return [(label, paper.for_splits(numbers, self.splits)) for label, numbers in listed]
 
     def cells_of(self, row: str, dataset: str) -> list[Cell]:
         """Return the cells of a row and data set."""

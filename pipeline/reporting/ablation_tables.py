@@ -45,7 +45,7 @@ def _table(ablation: Ablation, dataset: str) -> Table:
         if name != "split1" or (len(ablation.splits) > 1 and 1 in ablation.splits)
     ]
     listed = ablation.published(dataset)
-    published = [(label, numbers) for label, numbers in listed if numbers.keys() & set(shown)]
+    published = [(result, numbers) for result, numbers in listed if numbers.keys() & set(shown)]
     known = {
         name
         for numbers in (*(e.paper for e in entries), *(n for _, n in published))
@@ -67,13 +67,19 @@ def _table(ablation: Ablation, dataset: str) -> Table:
             )
         cells += [spread(entry.explained) if len(entry.explained) else DASH] * explained
         table.add(*cells, _runs(entry), *_gain(entry, first=entry.row == ablation.rows[0]))
-    if published:
-        table.head("Published results, as the paper lists them")
-    for label, numbers in published:
-        cells = [label]
-        for name in shown:
-            cells += [""] + [_percent(numbers.get(name))] * (name in known)
-        table.add(*cells, *[""] * explained, "", "", "")
+    for heading, elsewhere in (
+        ("Published results, as the paper lists them", False),
+        ("Published results, from elsewhere", True),
+    ):
+        for first, (result, numbers) in enumerate(
+            [each for each in published if (each[0].source is not None) == elsewhere]
+        ):
+            if first == 0:
+                table.head(heading)
+            cells = [result.label]
+            for name in shown:
+                cells += [""] + [_percent(numbers.get(name))] * (name in known)
+            table.add(*cells, *[""] * explained, "", "", "")
     table.notes = [EXPLAINED] * explained + _notes(
         ablation, dataset, known, len(listed) - len(published)
     )
@@ -178,9 +184,9 @@ def ablation_numbers(ablation: Ablation) -> Table:
             "; ".join(cell.problem for cell in entry.cells if cell.problem),
         )
     for dataset in ablation.datasets:
-        for label, numbers in ablation.published(dataset):
+        for result, numbers in ablation.published(dataset):
             table.add(
-                *(label, dataset, "published", "", "", ""),
+                *(result.label, dataset, "published", "", "", ""),
                 *[""] * len(statistics),
                 *paper(numbers),
                 *[""] * (len(ends) + 1),

@@ -43,23 +43,47 @@ class Accuracies(Options):
 
 
 class Published(Options):
-    """A result that the paper quotes from another publication; `numbers` by data set."""
+    """A published result of others.
+
+    Attributes:
+        name: Name of the method.
+        network: Its network.
+        frames: Frames per clip.
+        pretraining: What the network was initialised from.
+        numbers: Accuracies by data set.
+        source: Where the numbers are from; None for those that the paper quotes.
+        year: Year of the publication; required with a source.
+        splits_stated: Whether the source says which splits the numbers are of.
+    """
 
     name: str
     network: str | None = None
     frames: int | None = Field(None, ge=1)
     pretraining: str | None = None
     numbers: dict[str, Accuracies] = Field(min_length=1)
+    source: str | None = None
+    year: int | None = Field(None, ge=1900, le=2100)
+    splits_stated: bool = True
+
+    @model_validator(mode="after")
+    def _source_and_year(self) -> Published:
+        if (self.source is None) != (self.year is None):
+            raise ValueError(f"{self.name}: expected source and year, or neither")
+        return self
 
     @property
     def label(self) -> str:
-        """Name and settings, such as `C3D, custom network, 16 frames, from scratch`."""
+        """Name and settings, such as `C3D, custom network, 16 frames, from scratch`.
+
+        Results from elsewhere have their year and source too.
+        """
         frames = (
             None if self.frames is None else f"{self.frames} frame{'s' if self.frames > 1 else ''}"
         )
-        return ", ".join(
-            part for part in (self.name, self.network, frames, self.pretraining) if part
-        )
+        splits = None if self.splits_stated else "splits not stated"
+        year = None if self.year is None else str(self.year)
+        parts = (self.name, self.network, frames, self.pretraining, splits, year, self.source)
+        return ", ".join(part for part in parts if part)
 
 
 class PaperNumbers(Options):

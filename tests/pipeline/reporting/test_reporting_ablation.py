@@ -14,7 +14,9 @@ import h5py
 import numpy as np
 import pytest
 import yaml
+from pydantic import ValidationError
 
+from distinit.pipeline.common.config import CONF
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import SourceError, UsageError
 from distinit.pipeline.evaluation.predictions import Predictions
@@ -438,3 +440,31 @@ def test_ablation_tables_show_explained_fractions(out: Path) -> None:
         if r["source"] == "ours"
     }
     assert float(explained["random"]) == pytest.approx(0.55)
+
+
+def test_results_from_elsewhere_have_source_and_year_below_those_of_the_paper(out: Path) -> None:
+    plan = yaml.safe_load((CONF / "ablations" / "table6-32-frames.yaml").read_text())
+    paper = PaperNumbers.model_validate(plan["paper"])
+    elsewhere = [each for each in paper.published if each.source is not None]
+    assert len(elsewhere) > 15
+    for each in elsewhere:
+        assert each.year is not None
+        assert each.label.endswith(f"{each.year}, {each.source}")
+        assert ("splits not stated" in each.label) != each.splits_stated
+    folder = out
+    content = json.loads((folder / "cells.json").read_text())
+    content["paper"]["published"] = [
+        {"name": "B", "source": "s.org", "year": 2021, "numbers": {"hmdb51": 65.1}},
+        {"name": "A", "numbers": {"hmdb51": 43.2}},
+    ]
+    (folder / "cells.json").write_text(json.dumps(content))
+    (ablation,) = read_ablations([folder.resolve()], find_runs([folder]))
+    table = next(each for each in ablation_tables(ablation) if "hmdb51" in each.title)
+    at = {row[0]: number for number, row in enumerate(table.rows)}
+    first, second = sorted(table.headings)
+    assert (at["A"], at["B, 2021, s.org"]) == (first, second)
+    assert table.rows[second][1:].count("65.1") == 1
+    with pytest.raises(ValidationError, match="year"):
+        PaperNumbers.model_validate(
+            {"table": "6", "published": [{"name": "B", "source": "s", "numbers": {"ucf101": 1}}]}
+        )
