@@ -1,0 +1,215 @@
+"""Compare students of logits and of features on labelled videos.
+
+    python benchmarks/proof/target_kinds.py FOLDER --out OUT
+
+FOLDER has `labels.csv` as real_videos.py describes it, three folds by source. EfficientNet-Lite0
+runs once, for logits and features; every second frame is cached, and a second store is exported
+with `pca:128`. Four kinds of targets train a student each and per seed, with equal clips and an
+equal schedule (AdamW, whose steps do not depend on the scale of a loss, cosine): logits by
+cross-entropy, logits by cosine, features by cosine, and the features of the second store by
+cosine. Students see all videos of FOLDER without labels, those of the test sides too: one student
+serves the three folds, and what is compared is the kind of target alone.
+
+Two measures, fixed before anything ran: logistic regression on the mean feature of a video's five
+clips (`probe`), and finetuning, equally long for every start and for scratch. Both are the top 1 of
+the three folds pooled, the mean over seeds, with a 95 % bootstrap interval over sources, and the
+paired difference from the first row. After an interruption the same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from folds import SPLITS, Pooled, pooled, read_labels, write_predictions
+from real_videos import run_distinit
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tables import of_videos
+
+from distinit.pipeline.clips.clip_options import ClipView
+from distinit.pipeline.clips.transforms import normalize_clip
+from distinit.pipeline.evaluation.labelled_clips import EvaluationClips
+from distinit.pipeline.evaluation.labels import load_labels
+from distinit.pipeline.students.export import load_student
+
+TEACHER = "efficientnet_lite0"
+FEATURES = f"{TEACHER}.features"
+KINDS = {
+    "logits, cross-entropy": ("targets.zarr", TEACHER, "cross-entropy"),
+    "logits, cosine": ("targets.zarr", TEACHER, "cosine"),
+    "features, cosine": ("targets.zarr", FEATURES, "cosine"),
+    "features pca:128, cosine": ("pca128.zarr", FEATURES, "cosine"),
+}
+SCRATCH = "scratch"
+LOOP = ("workers=0", "threads=1", "device=cpu", "log_every=50", "clip_norm=5")
+CLIPS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--clips", type=int, default=12_000, help="clips of stage two")
+    parser.add_argument("--lr", type=float, default=0.004, help="stage two's learning rate")
+    parser.add_argument("--epochs", type=int, default=20, help="of 192 clips, of finetuning")
+    parser.add_argument("--finetune-lr", type=float, default=0.06)
+    parser.add_argument("--width", type=float, default=0.125)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=("probe", "finetuned"))
+    args = parser.parse_args()
+    make_stores(args)
+    for seed in args.seeds:
+        for kind in KINDS:
+            train(args, kind, seed)
+    measures = {"probe": probe, "finetuned": finetuned}
+    for name in args.only or measures:
+        found = measures[name](args)
+        write_predictions(args.out / "predictions" / f"target-kinds-{name}.csv", found)
+        print(f"\n{name}\n\n{of_videos(found)}")
+
+
+def make_stores(args: argparse.Namespace) -> None:
+    """Copies, a store of logits and features, and that store with `pca:128`."""
+    source = f"{args.folder.name}={args.folder.resolve()}"
+    store, small = args.out / "targets.zarr", args.out / "pca128.zarr"
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.out / "copies" / "status.csv").exists():
+        size = ("--size", "64x85", "--gop", "8")
+        run_distinit("prepare", source, "--out", str(args.out / "copies"), *size, check=False)
+    outputs = ("--teacher", TEACHER, "--teacher-output", "logits,features")
+    run_distinit(
+        "extract-targets", source, "--out", str(store), "--every", "2", *outputs, "--quiet"
+    )
+    if not small.exists():
+        run_distinit("targets", "export", str(store), "--out", str(small), "--encoding", "pca:128")
+
+
+def train(args: argparse.Namespace, kind: str, seed: int) -> None:
+    """Train the student of a kind and a seed, unless it is there; print its explained fraction."""
+    store, teacher, loss = KINDS[kind]
+    run = student_of(args, kind, seed)
+    if not (run / "result.json").exists():
+        words = [
+            "--store",
+            str(args.out / store),
+            "--videos",
+            f"{args.folder.name}={args.out}/copies",
+        ]
+        words += ["--teacher", teacher, "--loss", loss, "--width", f"{args.width:g}"]
+        words += ["--frames", "8", "--size", "56", "--set", "clips.resize=[64, 85]"]
+        words += ["--optimizer", "adamw", "--schedule", "cosine", "--lr", f"{args.lr:g}"]
+        words += ["--epochs", "10", "--epoch-clips", str(args.clips // 10), "--batch-size", "16"]
+        words += [
+            "--warmup-epochs",
+            "1",
+            "--seed",
+            str(seed),
+            "--out",
+            str(run),
+            "--resume",
+            "auto",
+        ]
+        run_distinit("train-student", *words, *settings(), "--quiet")
+    result = json.loads((run / "result.json").read_text())
+    print(f"{kind}, seed {seed}: explained {100 * result['explained_fraction']:.0f} %", flush=True)
+
+
+def student_of(args: argparse.Namespace, kind: str, seed: int) -> Path:
+    return Path(args.out, "students", f"{slug(kind)}-{seed}")
+
+
+def slug(kind: str) -> str:
+    return kind.replace(", ", "-").replace(" ", "-").replace(":", "")
+
+
+def csv_of(args: argparse.Namespace) -> str:
+    return f"csv:{args.folder.resolve()}/labels.csv"
+
+
+def settings() -> list[str]:
+    return [word for key in LOOP for word in ("--set", f"loop.{key}")]
+
+
+def probe(args: argparse.Namespace) -> dict[str, Pooled]:
+    """Logistic regression on the students' frozen features, fold by fold."""
+    rows = read_labels(args.folder)
+    sides = {k: np.array([row[f"split{k}"] == "test" for row in rows]) for k in SPLITS}
+    labels, sources = (
+        np.array([row[key] for row in rows], dtype=object) for key in ("label", "source")
+    )
+    found = {}
+    for kind in KINDS:
+        predicted = np.full((len(args.seeds), len(rows)), "", dtype=object)
+        for i, seed in enumerate(args.seeds):
+            means = video_features(args, student_of(args, kind, seed))
+            for test in sides.values():
+                model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=0.01))
+                predicted[i, test] = model.fit(means[~test], labels[~test]).predict(means[test])
+        names = [row["path"] for row in rows]
+        found[kind] = Pooled(predicted, labels, names, sources, args.seeds)
+    return found
+
+
+@torch.no_grad()
+def video_features(args: argparse.Namespace, run: Path) -> np.ndarray:
+    """Mean feature [V, D] of the clips of each row of labels.csv."""
+    student = load_student(run).eval()
+    labels = load_labels(csv_of(args), copies=str(args.out / "copies"))
+    place = {video.path: video for video in (*labels.train, *labels.test)}
+    videos = [place[row["path"]] for row in read_labels(args.folder)]
+    view = ClipView(size=student.meta.clip_size, resize=student.meta.resize)
+    clips = EvaluationClips(labels, videos, view, clip_frames=8, clips=CLIPS)
+    means = [
+        student.features(normalize_clip(clips[0, i]["clips"])).mean(0) for i in range(len(videos))
+    ]
+    return torch.stack(means).numpy()
+
+
+def finetuned(args: argparse.Namespace) -> dict[str, Pooled]:
+    """Finetune every student and scratch on every fold."""
+    found = {}
+    for kind in (*KINDS, SCRATCH):
+        runs = {}
+        for seed in args.seeds:
+            for k in SPLITS:
+                run = runs[k, seed] = args.out / "finetuned" / f"{slug(kind)}-{seed}-{k}"
+                if (run / "result.json").exists():
+                    continue
+                words = ["--dataset", csv_of(args), "--split", str(k)]
+                words += ["--copies", str(args.out / "copies")]
+                words += [
+                    "--epochs",
+                    str(args.epochs),
+                    "--epoch-clips",
+                    "192",
+                    "--batch-size",
+                    "16",
+                ]
+                words += [
+                    "--lr",
+                    f"{args.finetune_lr:g}",
+                    "--step-epochs",
+                    str(-(-args.epochs // 3)),
+                ]
+                words += ["--warmup-epochs", "1", "--test-clips", str(CLIPS), "--seed", str(seed)]
+                words += ["--set", "test.workers=0", "--out", str(run), "--resume", "auto"]
+                if kind == SCRATCH:
+                    words += ["--width", f"{args.width:g}", "--frames", "8", "--size", "56"]
+                    words += ["--set", "clips.resize=[64, 85]"]
+                else:
+                    words += ["--init", str(student_of(args, kind, seed))]
+                run_distinit("finetune", *words, *settings(), "--quiet")
+        found[kind] = pooled(runs, read_labels(args.folder))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
