@@ -97,26 +97,12 @@ def train(args: argparse.Namespace, kind: str, seed: int) -> None:
     store, teacher, loss = KINDS[kind]
     run = student_of(args, kind, seed)
     if not (run / "result.json").exists():
-        words = [
-            "--store",
-            str(args.out / store),
-            "--videos",
-            f"{args.folder.name}={args.out}/copies",
-        ]
-        words += ["--teacher", teacher, "--loss", loss, "--width", f"{args.width:g}"]
-        words += ["--frames", "8", "--size", "56", "--set", "clips.resize=[64, 85]"]
-        words += ["--optimizer", "adamw", "--schedule", "cosine", "--lr", f"{args.lr:g}"]
-        words += ["--epochs", "10", "--epoch-clips", str(args.clips // 10), "--batch-size", "16"]
-        words += [
-            "--warmup-epochs",
-            "1",
-            "--seed",
-            str(seed),
-            "--out",
-            str(run),
-            "--resume",
-            "auto",
-        ]
+        words = ["--store", str(args.out / store), "--teacher", teacher, "--loss", loss]
+        words += ["--videos", f"{args.folder.name}={args.out}/copies", "--out", str(run)]
+        words += ["--set", "clips.resize=[64, 85]"]
+        words += f"--width {args.width:g} --frames 8 --size 56 --seed {seed} --resume auto".split()
+        words += f"--optimizer adamw --schedule cosine --lr {args.lr:g} --warmup-epochs 1".split()
+        words += f"--epochs 10 --epoch-clips {args.clips // 10} --batch-size 16".split()
         run_distinit("train-student", *words, *settings(), "--quiet")
     result = json.loads((run / "result.json").read_text())
     print(f"{kind}, seed {seed}: explained {100 * result['explained_fraction']:.0f} %", flush=True)
@@ -183,24 +169,11 @@ def finetuned(args: argparse.Namespace) -> dict[str, Pooled]:
                 run = runs[k, seed] = args.out / "finetuned" / f"{slug(kind)}-{seed}-{k}"
                 if (run / "result.json").exists():
                     continue
-                words = ["--dataset", csv_of(args), "--split", str(k)]
-                words += ["--copies", str(args.out / "copies")]
-                words += [
-                    "--epochs",
-                    str(args.epochs),
-                    "--epoch-clips",
-                    "192",
-                    "--batch-size",
-                    "16",
-                ]
-                words += [
-                    "--lr",
-                    f"{args.finetune_lr:g}",
-                    "--step-epochs",
-                    str(-(-args.epochs // 3)),
-                ]
-                words += ["--warmup-epochs", "1", "--test-clips", str(CLIPS), "--seed", str(seed)]
-                words += ["--set", "test.workers=0", "--out", str(run), "--resume", "auto"]
+                words = ["--dataset", csv_of(args), "--split", str(k), "--out", str(run)]
+                words += ["--copies", str(args.out / "copies"), "--set", "test.workers=0"]
+                words += f"--epochs {args.epochs} --step-epochs {-(-args.epochs // 3)}".split()
+                words += f"--lr {args.finetune_lr:g} --warmup-epochs 1 --epoch-clips 192".split()
+                words += f"--batch-size 16 --test-clips {CLIPS} --seed {seed} --resume auto".split()
                 if kind == SCRATCH:
                     words += ["--width", f"{args.width:g}", "--frames", "8", "--size", "56"]
                     words += ["--set", "clips.resize=[64, 85]"]

@@ -1,0 +1,311 @@
+"""The same job by distinit and by programs that a user would write instead.
+
+    python benchmarks/speed/same_job.py FOLDER [--videos 300] [--teacher efficientnet_lite0]
+        [--rounds 3] [--only distinit torchcodec opencv daft] [--json FILE]
+
+The job: the logits of every 8th frame of the videos of FOLDER, as a whole process, from its start
+to its end. The programs are in peers/: torchcodec in a DataLoader (channels-last, batches of 8; of
+1 and 2 workers the faster), OpenCV, one video after another, and Daft. They take turns; medians of
+wall and processor time, and the highest sum of the memory of all processes (proportional set size,
+read once a second).
+
+Rows are compared with those of a linear decode by the ffmpeg command, prepared as each contender
+does: `wrong` are rows that are missing, too many, or off by more than 0.2 deviations of their row
+(a frame of another place in the video is off by about 0.5). Then each is killed (SIGKILL, the whole
+group) after half of its time; `left` are videos whose outputs are on the disk.
+
+distinit's engine comes from the cache after the first run; `first run` includes the export.
+ResNet-50 has random weights, which serve for speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+import psutil
+import torch
+import torchvision
+from measuring import machine, table
+
+from distinit.pipeline.corpus.sources import list_videos
+from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.teachers.teacher import load_teacher
+from distinit.pipeline.teachers.teacher_options import TeacherSpec
+from distinit.pipeline.video.geometry import render
+
+PEERS = Path(__file__).parent / "peers"
+sys.path.insert(0, str(PEERS))
+OFF = 0.2
+
+Rows = dict[int, np.ndarray]
+
+
+@dataclass
+class Run:
+    """One whole process, and what it took."""
+
+    seconds: float
+    processor: float
+    peak_mb: float
+
+
+@dataclass
+class Contender:
+    """How to start one, and how to read the rows [n, K] of its videos."""
+
+    command: Callable[[Path], list[str]]
+    read: Callable[[Path], Rows]
+    runs: list[Run] = field(default_factory=list)
+
+
+def run(command: list[str], *, kill_after: float | None = None, limit: float = 3600) -> Run:
+    """Run a command in a process group of its own."""
+    began, peak = time.monotonic(), 0.0
+    before = os.times()
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    last = 0.0
+    while process.poll() is None:
+        now = time.monotonic() - began
+        if now > (kill_after or limit):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            break
+        if now - last >= 1:
+            last, peak = now, max(peak, memory_mb(process.pid))
+        time.sleep(0.02)
+    seconds, after = time.monotonic() - began, os.times()
+    if process.returncode and kill_after is None:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    processor = after.children_user - before.children_user
+    return Run(seconds, processor + after.children_system - before.children_system, peak)
+
+
+def memory_mb(pid: int) -> float:
+    """Return the proportional memory of a process and of those that it started."""
+    total = 0.0
+    try:
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            total += process.memory_full_info().pss / 2**20
+    except psutil.Error:
+        pass
+    return total
+
+
+def peers(args: argparse.Namespace, paths: list[str], folder: Path) -> dict[str, Contender]:
+    """Return the other programs; torchcodec with 1 and with 2 workers."""
+    (folder / "list.txt").write_text("\n".join(paths) + "\n")
+
+    def peer(script: str, *words: str) -> Contender:
+        def command(out: Path) -> list[str]:
+            given = ["--teacher", args.teacher, "--every", str(args.every), *words]
+            if args.weights:
+                given += ["--weights", str(args.weights)]
+            return [sys.executable, str(PEERS / script), str(folder / "list.txt"), str(out), *given]
+
+        def read(out: Path) -> Rows:
+            found = {}
+            for file in out.glob("*.npy"):
+                try:
+                    found[int(file.stem)] = np.load(file)
+                except (ValueError, EOFError):
+                    continue  # half written
+            return found
+
+        return Contender(command, read)
+
+    scripts = {
+        "torchcodec": ("torchcodec_loader.py",),
+        "opencv": ("opencv_loop.py",),
+        "daft": ("daft_udf.py",),
+    }
+    found = {}
+    for name in [name for name in args.only if name in scripts]:
+        counts = (1, 2) if name == "torchcodec" else (0,)
+        for workers in counts:
+            label = f"{name}, {workers} workers" if workers else name
+            found[label] = peer(*scripts[name], "--workers", str(workers))
+    return found
+
+
+def ours(args: argparse.Namespace, paths: list[str], folder: Path) -> Contender:
+    """Return distinit's command."""
+    source = folder / "videos"
+    source.mkdir()
+    for i, path in enumerate(paths):
+        (source / f"{i:05d}{Path(path).suffix}").symlink_to(path)
+    teacher = args.teacher if args.weights is None else f"torchvision:{args.teacher}"
+
+    def command(out: Path) -> list[str]:
+        words = ["extract-targets", str(source), "--out", str(out), "--every", str(args.every)]
+        words += ["--teacher", teacher, "--quiet"]
+        if args.weights:
+            words += ["--teacher-weights", str(args.weights)]
+        return [sys.executable, "-m", "distinit", *words]
+
+    def read(out: Path) -> Rows:
+        if not out.exists():
+            return {}
+        store = TargetStore.open(out)
+        if not store.teachers:
+            return {}
+        found = {}
+        (name,) = store.teachers
+        # A killed run leaves whole shards, and videos that are whole in them.
+        for i in store.usable():
+            rows, index, _ = store.frames(int(i))
+            in_order = rows[np.argsort(index)]
+            found[int(Path(store.video_path(int(i))).stem)] = store.logits(name, in_order)
+        return found
+
+    return Contender(command, read)
+
+
+def decoded(path: str, every: int) -> list[np.ndarray]:
+    """Return every Nth frame [H, W, 3] of a linear decode by the ffmpeg command."""
+    words = ["ffmpeg", "-v", "error", "-i", path, "-map", "0:v:0", "-fps_mode", "passthrough"]
+    words += ["-vf", f"select=not(mod(n\\,{every}))", "-f", "image2pipe", "-c:v", "ppm", "-"]
+    data = subprocess.run(words, stdout=subprocess.PIPE, check=False).stdout
+    stream, frames = io.BytesIO(data), []
+    while stream.readline():  # P6, then width and height, then the largest value
+        width, height = map(int, stream.readline().split())
+        stream.readline()
+        pixels = stream.read(width * height * 3)
+        frames.append(np.frombuffer(pixels, np.uint8).reshape(height, width, 3))
+    return frames
+
+
+def wrong(found: Rows, expected: Rows) -> int:
+    """Return how many rows are missing, too many, or off by more than OFF deviations."""
+    count = 0
+    for index, rows in expected.items():
+        got = found.get(index, rows[:0])
+        both = min(len(rows), len(got))
+        off = np.sqrt(((got[:both] - rows[:both]) ** 2).mean(1)) / rows[:both].std(1)
+        count += abs(len(rows) - len(got)) + int((off > OFF).sum())
+    return count + sum(len(rows) for index, rows in found.items() if index not in expected)
+
+
+def expected(args: argparse.Namespace, paths: list[str]) -> tuple[Rows, Rows]:
+    """Return the rows of a linear decode: as distinit and as the others prepare frames."""
+    from teacher import Teacher
+
+    name = args.teacher if args.weights is None else f"torchvision:{args.teacher}"
+    weights = str(args.weights) if args.weights else None
+    own, other = (
+        load_teacher(TeacherSpec(name=name, weights=weights)),
+        Teacher(args.teacher, weights),
+    )
+    by_us, by_others = {}, {}
+    for index, path in enumerate(paths):
+        frames = decoded(path, args.every)
+        if not frames:
+            continue
+        pictures = [render(av.VideoFrame.from_ndarray(f, "rgb24"), own.view) for f in frames]
+        by_us[index] = own.logits(np.stack(pictures)).numpy()
+        stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        by_others[index] = other.in_batches(stacked)
+    return by_us, by_others
+
+
+def resnet50_weights(folder: Path) -> Path:
+    torch.manual_seed(0)
+    path = folder / "resnet50.pth"
+    torch.save(torchvision.models.resnet50().state_dict(), path)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder")
+    parser.add_argument("--videos", type=int, default=300)
+    parser.add_argument("--every", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--teacher", choices=("efficientnet_lite0", "resnet50"), default="efficientnet_lite0"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=["distinit", "torchcodec", "opencv"],
+        choices=("distinit", "torchcodec", "opencv", "daft"),
+    )  # fmt: skip
+    parser.add_argument("--limit", type=float, default=1800, help="seconds of one process at most")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    print(machine())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        args.weights = resnet50_weights(folder) if args.teacher == "resnet50" else None
+        os.environ["DISTINIT_CACHE"] = str(folder / "cache")
+        listed = list_videos([args.folder])
+        paths = [os.path.abspath(listed.absolute(i)) for i in range(len(listed))][: args.videos]
+        contenders = peers(args, paths, folder)
+        if "distinit" in args.only:
+            contenders = {"distinit": ours(args, paths, folder), **contenders}
+            cold = run(contenders["distinit"].command(folder / "cold.zarr"), limit=args.limit)
+            print(f"distinit, first run: {cold.seconds:.1f} s")
+        found: dict[str, Rows] = {}
+        for number in range(args.rounds):
+            for label, contender in contenders.items():
+                out = folder / f"{number}-{label}"
+                contender.runs.append(run(contender.command(out), limit=args.limit))
+                found[label] = contender.read(out)
+                print(f"round {number}, {label}: {contender.runs[-1].seconds:.1f} s", flush=True)
+        report(args, paths, folder, contenders, found)
+
+
+def report(
+    args: argparse.Namespace,
+    paths: list[str],
+    folder: Path,
+    contenders: dict[str, Contender],
+    found: dict[str, Rows],
+) -> None:
+    """Kill each contender once, and print the table."""
+    by_us, by_others = expected(args, paths)
+    total = sum(map(len, by_us.values()))
+    lines, records = [], {}
+    for label, contender in contenders.items():
+        middle = {
+            key: float(np.median([getattr(run, key) for run in contender.runs]))
+            for key in ("seconds", "processor", "peak_mb")
+        }
+        out = folder / f"killed-{label}"
+        run(contender.command(out), kill_after=middle["seconds"] / 2)
+        left = len(contender.read(out))
+        # Daft gives the teacher another picture: only the numbers of rows can be compared.
+        rows = by_us if label == "distinit" else by_others
+        off = wrong(found[label], rows) if label != "daft" else "–"
+        records[label] = {
+            **middle,
+            "wrong": off,
+            "left": left,
+            "runs": [vars(r) for r in contender.runs],
+        }
+        lines.append(
+            [label, f"{middle['seconds']:.1f}", f"{total / middle['seconds']:.1f}",
+             f"{middle['processor']:.1f}", f"{middle['peak_mb']:.0f}", off, f"{left} of {len(paths)}"]
+        )  # fmt: skip
+    print(f"\n{len(paths)} videos, {total} frames of a linear decode, {args.teacher}\n")
+    head = ["program", "s", "frames/s", "processor s", "memory MB", "wrong", "left after a kill"]
+    print(table(head, lines))
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(), "rows": records}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
