@@ -166,9 +166,8 @@ def ours(args: argparse.Namespace, paths: list[str], folder: Path) -> Contender:
         (name,) = store.teachers
         # A killed run leaves whole shards, and videos that are whole in them.
         for i in store.usable():
-            rows, index, _ = store.frames(int(i))
-            in_order = rows[np.argsort(index)]
-            found[int(Path(store.video_path(int(i))).stem)] = store.logits(name, in_order)
+            _, _, rows = store.frames(int(i))
+            found[int(Path(store.video_path(int(i))).stem)] = store.logits(name, rows)
         return found
 
     return Contender(command, read)
