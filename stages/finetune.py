@@ -41,6 +41,7 @@ from ..pipeline.evaluation.hold_out import hold_out
 from ..pipeline.evaluation.labelled_clips import LabelledClips
 from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
 from ..pipeline.evaluation.listing import short_dataset
+from ..pipeline.evaluation.metrics import MEASURES
 from ..pipeline.evaluation.protocol import evaluate_student, write_result
 from ..pipeline.evaluation.run_labels import labels_digest, videos_digest
 from ..pipeline.evaluation.search import FOLDER as SEARCH_FOLDER
@@ -73,6 +74,7 @@ from ..pipeline.training.estimate import announce, clips_in, measure_rate, recor
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, Stop, fit
 from ..pipeline.training.loop_options import LoopOptions, Resume
+from ..pipeline.training.trackers import log_final, require_trackers
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
 
 COMMAND = "finetune"
@@ -101,6 +103,7 @@ def finetune(config: FinetuneConfig, console: Console) -> dict[str, Any]:
     """
     if config.dry_run:
         return _try_out(config, console)
+    require_trackers(config.loop.loggers)
     return run_distributed(_finetune, config, console, config.loop)
 
 
@@ -252,8 +255,17 @@ def _finetune_split(
         "search": None if searched is None else _searched(searched),
         "test_looks": looks,
     }
+    final = _final(metrics, result)
     ranks.on_main(lambda: write_result(run_dir, summary))
+    ranks.on_main(lambda: log_final(config.loop.loggers, run_dir, result.steps, final))
     return summary
+
+
+def _final(metrics: dict[str, Any], result: FitResult) -> dict[str, Any]:
+    """Return the numbers of the test, for the trackers."""
+    tested = {f"test/{name}": metrics[name]["value"] for name in MEASURES if name in metrics}
+    validated = {f"validation/{name}": value for name, value in result.best_validation.items()}
+    return {**tested, **validated, "clips_per_second": result.clips_per_second}
 
 
 def _with_next(out: Path, summary: dict[str, Any], *more: str) -> dict[str, Any]:
@@ -296,6 +308,9 @@ def _search(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> SearchR
     ranks.on_main(lambda: write_config(run_dir / CONFIG, COMMAND, config))
 
     def train(options: FinetuneConfig, folder: Path, epochs: int) -> dict[str, Any]:
+        # What becomes of a candidate is in search.json.
+        quiet = options.loop.model_copy(update={"loggers": ()})
+        options = options.model_copy(update={"loop": quiet})
         candidate = ranks.on_all_ranks(lambda: _assemble(options, labels))
         stop = Stop(epochs=epochs, patience=options.patience)
         result = _train(candidate, folder, console, ranks, stop, resume="auto")

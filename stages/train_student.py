@@ -65,6 +65,7 @@ from ..pipeline.training.objective import first_draws, make_objective, measure_b
 from ..pipeline.training.precision import pick_workers
 from ..pipeline.training.reference_losses import TOO_LITTLE, LossBounds, loss_bounds
 from ..pipeline.training.seen_videos import OWN, SeenVideos
+from ..pipeline.training.trackers import log_final, require_trackers
 from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
 
 COMMAND = "train-student"
@@ -90,6 +91,7 @@ def train_student(config: TrainConfig, console: Console) -> dict[str, Any]:
     """
     if config.dry_run:
         return _try_out(config, console)
+    require_trackers(config.loop.loggers)
     return run_distributed(_train, config, console, config.loop)
 
 
@@ -191,6 +193,7 @@ def _train_locked(
             bounds, result, teachers, config.export, console
         )
         write_whole(run_dir / RESULT, json.dumps(plain(summary), indent=1).encode())
+        log_final(options.loggers, run_dir, result.steps, _final(summary))
         console.say(f"student: {exported}")
         run = shlex.quote(config.out)
         finetuning = f"distinit finetune --init {run} --dataset csv:labels.csv --out runs/finetuned"
@@ -561,6 +564,13 @@ def _of_heads(objective: Distillation) -> dict[str, HeadMeta]:
         name: HeadMeta.model_validate({"output": head.output, "loss": head.loss})
         for name, head in objective.heads.items()
     }
+
+
+def _final(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers at the end of a training, for the trackers."""
+    names = ("loss", "best", "best_epoch", "explained_fraction", "kept_share", "clips_per_second")
+    held_out = {f"held_out/{name}": value for name, value in summary["held_out"].items()}
+    return {**{name: summary[name] for name in names}, **held_out}
 
 
 def _summary(

@@ -30,6 +30,7 @@ from .urls import check_local
 
 CONFIG = "config.yaml"  # as used; by it a folder is known as the work of its command
 METRICS = "metrics.jsonl"
+TRACKERS = "trackers.json"  # what W&B and trackio were given
 RESULT = "result.json"
 LAST = "checkpoints/last.pt"
 STUDENT_FILE = "student.safetensors"  # of train-student

@@ -275,7 +275,9 @@ def _train(
         stack.enter_context(torch_threads(options.threads, workers, run.device))
         stop = stack.enter_context(Interrupts()).requested
         run_dir = run.checkpoints.folder.parent
-        metrics = stack.enter_context(Metrics(run_dir, state.step)) if ranks.is_main else None
+        metrics = None
+        if ranks.is_main:
+            metrics = stack.enter_context(Metrics(run_dir, state.step, options.loggers))
         bar = stack.enter_context(progress_bar("training", len(keys), "steps"))
         share = SplitBatchSampler(keys, ranks)
         stack.enter_context(crashes_recorded(run_dir, is_main=ranks.is_main))

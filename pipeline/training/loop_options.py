@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -37,7 +37,7 @@ FREE_ON_RESUME = frozenset(
         "threads",
         "weights",
     }
-    | {"log_every", "checkpoint_every", "max_broken", "budget", "minutes", "max_hours"}
+    | {"log_every", "checkpoint_every", "max_broken", "budget", "minutes", "max_hours", "loggers"}
 )
 
 # The options that decide how long a training is.
@@ -74,11 +74,24 @@ class Budget:
 Resume = Literal["auto"] | bool
 # Which weights are validated, exported and tested: as trained, or their moving average.
 Weights = Literal["trained", "ema"]
+# What takes the numbers of a run besides its metrics.jsonl.
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 RESUME = CliOption(group="Output", metavar="[auto]", bare="true")
 RESUME_HELP = (
     "resume from the last checkpoint of --out; with `auto` also start where there is no run yet"
 )
+
+
+def parse_loggers(texts: tuple[str, ...]) -> list[str]:
+    """Read `tensorboard,wandb`, repeated, or `none`. Raises ValueError."""
+    names = [name for text in texts for name in text.split(",")]
+    if "none" in names and len(names) > 1:
+        raise ValueError(f"none with others has no meaning, got {','.join(names)}")
+    for name in names:
+        if name != "none" and name not in get_args(TrackerName):
+            raise ValueError(f"expected {', '.join(get_args(TrackerName))} or none, got {name!r}")
+    return [] if names == ["none"] else list(dict.fromkeys(names))
 
 
 class LoopOptions(Options):
@@ -97,7 +110,7 @@ class LoopOptions(Options):
     """
 
     ADDED: ClassVar[frozenset[str]] = frozenset(
-        {"optimizer", "betas", "schedule", "ema", "budget", "minutes", "max_hours"}
+        {"optimizer", "betas", "schedule", "ema", "budget", "minutes", "max_hours", "loggers"}
     )
     # The paper draws a video of Kinetics 190 times; half of that loses little. With fewer than
     # 24 000 clips a student from scratch has hardly begun to learn (docs/train-student.md). The
@@ -221,6 +234,19 @@ class LoopOptions(Options):
     )
     log_every: Annotated[int, CliOption(group="Output", metavar="N")] = Field(
         default=20, ge=1, description="steps between log lines"
+    )
+    loggers: Annotated[
+        tuple[TrackerName, ...],
+        CliOption(
+            "--logger",
+            "Output",
+            "tensorboard|wandb|trackio|none",
+            "tensorboard",
+            parse=parse_loggers,
+        ),
+    ] = Field(
+        default=("tensorboard",),
+        description="where numbers of the run go besides metrics.jsonl; repeatable, or separated by commas",
     )
     checkpoint_every: Annotated[int, CliOption(group="Output", metavar="N")] = Field(
         default=500,

@@ -1,36 +1,39 @@
-"""Write metrics.jsonl and TensorBoard files; a resume cuts both back to the checkpoint."""
+"""Write metrics.jsonl and what `--logger` names; a resume cuts them back to the checkpoint."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from ..common.errors import TrainingError
 from ..common.files import write_whole
 from ..common.run_dir import METRICS
-from ..common.streams import printable
+from .loop_options import TrackerName
+from .trackers import Tracker, numbers, open_trackers
 
 
 class Metrics:
-    """Append to RUN/metrics.jsonl and RUN/tensorboard; a context manager.
+    """Append to RUN/metrics.jsonl and to trackers; a context manager.
 
     A record is one line: {"kind": "train" | "epoch", "step": steps done, …}; numbers that are not
     finite are null. Records after `step` (of a run that was killed after its last checkpoint) are
     removed.
     """
 
-    def __init__(self, run_dir: Path, step: int) -> None:
+    def __init__(
+        self, run_dir: Path, step: int, trackers: Sequence[TrackerName] = ("tensorboard",)
+    ) -> None:
         self.path = run_dir / METRICS
-        self._tensorboard_dir = run_dir / "tensorboard"
         self._step = step
+        self._names = trackers
         self._file: IO[str] | None = None
-        self._tensorboard: SummaryWriter | None = None
+        self._trackers: list[Tracker] = []
+        self._open = ExitStack()
 
     def __enter__(self) -> Metrics:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,14 +44,13 @@ class Metrics:
                 if _step_of(line) <= self._step
             ]
             write_whole(self.path, "".join(line + "\n" for line in kept).encode())
-        self._file = open(self.path, "a", encoding="utf-8")
-        purge = self._step + 1 if self._step else None
-        self._tensorboard = SummaryWriter(str(self._tensorboard_dir), purge_step=purge)
+        self._file = self._open.enter_context(open(self.path, "a", encoding="utf-8"))
+        self._trackers = open_trackers(self._names, self.path.parent, self._step, self._open)
         return self
 
     def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
-        """Append one record; its numbers also go to TensorBoard as `kind/name`."""
-        if self._file is None or self._tensorboard is None:
+        """Append one record; its numbers also go to the trackers as `kind/name`."""
+        if self._file is None:
             raise TrainingError("Metrics.write outside of its with block")
         values = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -57,9 +59,8 @@ class Metrics:
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(printable(f"{kind}/{name}"), value, step)
+            for tracker in self._trackers:
+                tracker.log(kind, step, numbers(values))
         except OSError as error:
             raise TrainingError(f"cannot write {self.path}: {error.strerror or error}") from error
 
@@ -70,10 +71,7 @@ class Metrics:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if self._tensorboard is not None:
-                self._tensorboard.close()
-            if self._file is not None:
-                self._file.close()
+            self._open.close()
         except OSError as failure:
             if error is None:
                 raise TrainingError(

@@ -39,6 +39,17 @@ def options_of(line: str) -> dict[str, Any]:
     return cli.commands[name].make_context(name, args, resilient_parsing=True).params
 
 
+def final_scalars(run: Path) -> set[str]:
+    """Return the names of the numbers that TensorBoard has of the end of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"train/loss", "train/lr", "train/clips_per_s", "epoch/loss"} <= set(tags)
+    return {tag.removeprefix("final/") for tag in tags if tag.startswith("final/")}
+
+
 def test_each_stage_names_its_result_and_a_next_command_that_parses(
     tiny_store: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -74,6 +85,8 @@ def test_each_stage_names_its_result_and_a_next_command_that_parses(
     assert not any("not used" in line for line in console.lines)
     assert tuned["model"] in console.lines[-1]
     assert tuned["predictions"] in console.lines[-1]
+    assert final_scalars(run) >= {"loss", "clips_per_second", "explained_fraction"}
+    assert final_scalars(tmp_path / "tuned") >= {"test/top1", "test/class_mean"}
     report, predict = map(options_of, tuned["next"])
     assert report["folders"] == (str(tmp_path / "tuned"),)
     assert predict["model"] == str(tmp_path / "tuned")
