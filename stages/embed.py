@@ -22,6 +22,7 @@ from ..pipeline.common.files import replacing, write_whole
 from ..pipeline.common.hdf5 import Hdf5Writer
 from ..pipeline.corpus.sources import escape_path
 from ..pipeline.evaluation.evaluation_options import EmbedConfig
+from ..pipeline.evaluation.feature_files import FORMAT, FORMAT_VERSION
 from ..pipeline.evaluation.own_videos import claim_file, clips_of, list_paths, log_problems
 from ..pipeline.evaluation.predictions import FAILED, OK
 from ..pipeline.evaluation.predictor import require_finite, video_outputs
@@ -29,7 +30,6 @@ from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student
 from ..pipeline.training.precision import pick_workers, torch_threads
 
-FORMAT, FORMAT_VERSION = "distinit-features", 1
 ENDINGS = {".h5": "HDF5", ".hdf5": "HDF5", ".npz": "NumPy"}
 CHUNK = 2**16  # values of a chunk of the table of features, at most
 

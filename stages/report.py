@@ -42,7 +42,7 @@ def report(options: ReportConfig, console: Console) -> dict[str, Any]:
 
     Raises:
         SourceError: There is no run.
-        UsageError: `out` cannot be written, or `pair` names no run.
+        UsageError: `out` cannot be written, `pair` names no run, or `features` are of other videos.
         WeightsError: `kinetics` cannot be read.
         DistInitError: Every run is damaged; the error is that of the first.
     """
@@ -60,6 +60,7 @@ def report(options: ReportConfig, console: Console) -> dict[str, Any]:
         open_urls=options.open_urls,
         examples=options.examples,
         root=options.root,
+        features=options.features,
     )
     content = replace(content, notes=[*(f"run {line}" for line in skipped), *content.notes])
     page, markdown, table = (out / name for name in ("report.html", "report.md", "accuracy.csv"))

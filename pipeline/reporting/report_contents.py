@@ -94,6 +94,7 @@ def make_report(
     open_urls: bool = False,
     examples: int = 8,
     root: str | None = None,
+    features: Sequence[str] = (),
 ) -> Report:
     """Recompute every number from the predictions of the runs, and draw the figures.
 
@@ -104,6 +105,7 @@ def make_report(
         pair: Names of the runs or rows of Figures 5 and 7, by default those of the largest gain.
         open_urls: Whether to read stores at URLs that are recorded in runs.
         examples: Wrong test videos to show per run; with 0 no video is opened.
+        features: Files of features of training videos, for Figure 5.
         root: Where test videos are located now, by default where they were tested.
 
     Raises:
@@ -117,7 +119,7 @@ def make_report(
     probes = probe_teachers(
         finetuned, [path for path, store in stores.items() if store.teachers is not None]
     )
-    figures = draw_figures(runs, ablations, finetuned, found, stores, kinetics, chosen)
+    figures = draw_figures(runs, ablations, finetuned, found, stores, kinetics, chosen, features)
     videos = ExampleVideos(root, MAX_VIDEOS if examples else 0)
     changes = find_changes(_pairs(runs, ablations, found, chosen), videos)
     mistakes = find_mistakes(runs, videos, examples)

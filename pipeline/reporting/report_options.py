@@ -22,6 +22,11 @@ class ReportConfig(Options):
         default=None,
         description="weights of R(2+1)D, to compare with a student's first filters",
     )
+    features: Annotated[list[str], CliOption(metavar="FILE", repeated=True)] = Field(
+        default=[],
+        max_length=4,
+        description="features of training videos by distinit embed (.h5), for Figure 5; repeatable",
+    )
     pair: Annotated[tuple[str, str] | None, CliOption(metavar="A B", shown="the largest gain")] = (
         Field(
             default=None,

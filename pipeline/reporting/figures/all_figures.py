@@ -14,6 +14,7 @@ from ..accuracy_tables import Difference
 from ..run_pairs import Pair, largest_gain
 from ..runs import Run, short_path
 from .accuracy_figures import accuracies, class_gains, gains, paired, points
+from .backbone_features import backbone_features
 from .canvas import Figure, styled
 from .entropy import StoreStats, densities, threshold_points
 from .features import feature_map
@@ -29,6 +30,7 @@ def draw_figures(
     stores: Mapping[str, StoreStats],
     kinetics: str | None,
     pair: Pair | None,
+    features: Sequence[str],
 ) -> list[Figure]:
     """Draw the figures in the order of the page.
 
@@ -40,14 +42,17 @@ def draw_figures(
         stores: Stores by path.
         kinetics: File of R(2+1)D weights to compare with, if any.
         pair: The runs of Figures 5 and 7, by default those of the largest gain.
+        features: Files of features of training videos, for Figure 5.
 
     Raises:
         WeightsError: `kinetics` cannot be read.
-        UsageError: `kinetics` has other weights.
+        UsageError: `kinetics` has other weights, or `features` are not of training videos.
+        SourceError: A file of features cannot be read.
     """
     filters = _kinetics(kinetics) if kinetics is not None else None
     with styled():
-        return _draw(runs, ablations, alone, differences, stores, filters, pair)
+        backbone = backbone_features(features, runs)
+        return _draw(runs, ablations, alone, differences, stores, filters, pair, backbone)
 
 
 def _draw(
@@ -58,11 +63,12 @@ def _draw(
     stores: Mapping[str, StoreStats],
     kinetics: Filters | None,
     pair: Pair | None,
+    backbone: Figure | None,
 ) -> list[Figure]:
     found: list[Figure | None] = [accuracies(alone), paired(differences)]
     found += [_ablation(number, ablation) for number, ablation in enumerate(ablations, start=1)]
     filters = [filters for run in runs for filters in read_filters(run)]
-    found += [over_time(filters), in_space(filters, kinetics)]
+    found += [over_time(filters), in_space(filters, kinetics), backbone]
     with_features = [
         run for run in runs if run.predictions is not None and run.predictions.features.shape[2]
     ]

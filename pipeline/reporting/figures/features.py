@@ -1,4 +1,4 @@
-"""Figure 5: t-SNE of the features of test videos for two finetuned runs.
+"""Figure 5: t-SNE of features, of the training videos as in the paper, and of test videos.
 
 Shapes: V videos, N clips, D features.
 """
@@ -6,17 +6,23 @@ Shapes: V videos, N clips, D features.
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.figure import Figure as Canvas
 
 from ...evaluation.predictions import Predictions
 from ..runs import Run
 from .canvas import MARKERS, Figure, colour, finish, new_canvas, short
 
 FEATURES = "figure-5-features"
+BACKBONE = "figure-5-backbone"
 CLASSES = 10  # the paper's number
 MIN_VIDEOS = 12
 SEED = 0
+READING = "The features distinguish classes that are separated; distances between groups and the axes have no meaning."
+Features = Mapping[str, np.ndarray]
+"""Video → its features [D]."""
 
 
 def feature_map(a: Run, b: Run) -> Figure | None:
@@ -37,29 +43,76 @@ def feature_map(a: Run, b: Run) -> Figure | None:
     videos = [v for v in both if labels[v] in classes]
     if len(videos) < MIN_VIDEOS:
         return None
-    canvas, axes = new_canvas(9, 4.6, 1, 2)
-    owner = np.array([labels[v] for v in videos])
-    for ax, run, features in zip(axes, (a, b), (first, second), strict=True):
-        places = embed(np.stack([features[v] for v in videos]))
-        for i, k in enumerate(sorted(classes)):
-            mine = places[owner == k]
-            ax.scatter(
-                mine[:, 0], mine[:, 1], s=34, color=colour(i), marker=MARKERS[i % len(MARKERS)], linewidths=0.4,
-                edgecolors="white", label=short(a.predictions.classes[k], 30) if run is a else None,
-            )  # fmt: skip
-        ax.set_title(textwrap.fill(short(run.name, 96), 54), fontsize=9.5)
-        ax.set_xticks([])
-        ax.set_yticks([])
-    canvas.legend(loc="outside lower center", ncols=4, fontsize=8.5)
+    canvas = _draw(
+        [(a.name, first), (b.name, second)], videos, labels, {k: a.predictions.classes[k] for k in classes}
+    )  # fmt: skip
     caption = (
         f"t-SNE of the features before the head, averaged over the clips of a video, for {len(videos)} test videos of "
         f"{len(classes)} classes (colour and shape): {a.name} on the left, {b.name} on the right. Both networks were "
-        "finetuned on these classes; the paper’s Figure 5 shows the distilled backbone, which has seen no action "
-        "label, on training videos (a run of finetune --freeze backbone comes close). The features distinguish "
-        "classes that are separated; distances between groups and the axes have no meaning."
+        "finetuned on these classes; the paper’s Figure 5 shows the distilled backbone on training videos, as "
+        f"--features FILE does here. {READING}"
     )
     title = "After Figure 5: features of test videos, of finetuned networks"
     return finish(canvas, FEATURES, title, caption, [a.name, b.name])
+
+
+def backbone_map(
+    named: Sequence[tuple[str, Features]],
+    labels: Mapping[str, int],
+    classes: Sequence[str],
+    about: str,
+) -> Figure | None:
+    """Draw Figure 5 as the paper has it: features of training videos, of random classes.
+
+    Args:
+        named: Name of each network, and its features.
+        labels: Class index of each training video.
+        classes: Names of the classes.
+        about: What the networks are, for the caption.
+
+    Returns:
+        None if the networks share fewer than MIN_VIDEOS labelled videos of these classes.
+    """
+    both = sorted(set(labels).intersection(*(features for _, features in named)))
+    present = sorted({labels[video] for video in both})
+    # Random ones, as in the paper, but the same in every report.
+    order = np.random.default_rng(SEED).permutation(present)[:CLASSES]
+    chosen = {int(k): classes[int(k)] for k in sorted(order)}
+    videos = [video for video in both if labels[video] in chosen]
+    if len(videos) < MIN_VIDEOS:
+        return None
+    caption = (
+        f"t-SNE of the features before the head, averaged over the clips of a video, for {len(videos)} training videos "
+        f"of {len(chosen)} random classes (colour and shape). {about} {READING}"
+    )
+    return finish(
+        _draw(named, videos, labels, chosen), BACKBONE, "Figure 5: features of training videos", caption,
+        [name for name, _ in named],
+    )  # fmt: skip
+
+
+def _draw(
+    named: Sequence[tuple[str, Features]],
+    videos: Sequence[str],
+    labels: Mapping[str, int],
+    classes: Mapping[int, str],
+) -> Canvas:
+    """Draw a map for each network, of the same videos."""
+    canvas, axes = new_canvas(4.5 * len(named) if len(named) > 1 else 6, 4.6, 1, len(named))
+    owner = np.array([labels[video] for video in videos])
+    for ax, (name, features) in zip(axes, named, strict=True):
+        places = embed(np.stack([features[video] for video in videos]))
+        for i, (k, label) in enumerate(sorted(classes.items())):
+            mine = places[owner == k]
+            ax.scatter(
+                mine[:, 0], mine[:, 1], s=34, color=colour(i), marker=MARKERS[i % len(MARKERS)], linewidths=0.4,
+                edgecolors="white", label=short(label, 30) if ax is axes[0] else None,
+            )  # fmt: skip
+        ax.set_title(textwrap.fill(short(name, 96), 54), fontsize=9.5)
+        ax.set_xticks([])
+        ax.set_yticks([])
+    canvas.legend(loc="outside lower center", ncols=4, fontsize=8.5)
+    return canvas
 
 
 def embed(features: np.ndarray) -> np.ndarray:
