@@ -64,6 +64,7 @@ from ..pipeline.students.initialization import (
 )
 from ..pipeline.students.student import Student, build_student, count_parameters
 from ..pipeline.students.student_options import SCRATCH, StudentMeta
+from ..pipeline.training.batch_size import EXAMPLES, with_batch_size
 from ..pipeline.training.checkpoint import (
     check_identity,
     load_weights,
@@ -117,7 +118,9 @@ def _try_out(config: FinetuneConfig, console: Console) -> dict[str, Any]:
         config = config.model_copy(update={"split": first})
     _require_fitting(Path(config.out), config.split)
     config = _scheduled(config)
-    job = _assemble(config, _load_labels(config))
+    labels = _load_labels(config)
+    config = _sized(config, labels, config.loop.gpus)
+    job = _assemble(config, labels)
     if config.loop.minutes is not None:
         job = _assemble(_fitted(config, job, config.loop.gpus), job.labels)
     _describe_run(job, console)
@@ -157,6 +160,10 @@ def _finetune_locked(
         split_config = config.model_copy(update=update)
         with ExitStack() as split_stack:
             results[split] = _finetune_split(split_config, console, ranks, split_stack)
+        if config.loop.batch_size == "auto":
+            # That of the first split, so that the splits differ in nothing else.
+            size = {"batch_size": results[split]["batch_size"]}
+            config = config.model_copy(update={"loop": config.loop.model_copy(update=size)})
     title = short_dataset(config.dataset)
 
     def finish() -> dict[str, Any]:
@@ -210,6 +217,9 @@ def _finetune_split(
         ranks.on_main(lambda: resolve_init(config.init, config.student).options)
     job = ranks.on_all_ranks(lambda: _assemble(config, _load_labels(config)))
     ranks.on_main(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
+    if config.loop.batch_size == "auto":
+        config = ranks.on_main(lambda: _sized(config, job.labels, ranks.world))
+        job = ranks.on_all_ranks(lambda: _assemble(config, job.labels))
     if job.config.loop.minutes is not None:
         config = ranks.on_main(lambda: _fitted(config, job, ranks.world))
         job = ranks.on_all_ranks(lambda: _assemble(config, job.labels))
@@ -476,6 +486,19 @@ def _scheduled(config: FinetuneConfig) -> FinetuneConfig:
     return config.model_copy(update={"loop": loop})
 
 
+def _sized(config: FinetuneConfig, labels: Labels, world: int) -> FinetuneConfig:
+    """Return the config with a number in place of `--batch-size auto`."""
+    if config.loop.batch_size != "auto":
+        return config
+    # Clips are drawn by number, so that a data set for any batch size has them.
+    small = config.loop.model_copy(update={"batch_size": EXAMPLES})
+    job = _assemble(config.model_copy(update={"loop": small}), labels)
+    loop = with_batch_size(
+        config.loop, world, job.total_clips(), lambda: (job.student, job.clips(), Classification())
+    )
+    return config.model_copy(update={"loop": loop})
+
+
 def _fitted(config: FinetuneConfig, job: _Job, world: int) -> FinetuneConfig:
     """Return the config with the budget of clips that `--minutes` has time for."""
     loop, options = config.loop, job.options
@@ -666,6 +689,7 @@ def _summary(
         "predictions": str(run_dir / PREDICTIONS),
         "epochs": result.epochs,
         "steps": result.steps,
+        "batch_size": config.loop.step_clips,
         "loss": result.train_loss,
         "unreadable": result.broken,
         "already_finished": result.already_finished,

@@ -47,6 +47,7 @@ from ..pipeline.targets.mixture import by_corpus
 from ..pipeline.targets.picks import PickRule
 from ..pipeline.targets.sampler import TargetSampler
 from ..pipeline.targets.teacher_targets import TeacherTargets
+from ..pipeline.training.batch_size import EXAMPLES, with_batch_size
 from ..pipeline.training.checkpoint import (
     check_identity,
     load_weights,
@@ -100,13 +101,14 @@ def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
     check_local(config.out)
     config = _scheduled(config)
     store, teachers, _ = _open(config)
+    config = _sized(config, store, teachers, None, console, config.loop.gpus)
     parts = _assemble(config, store, teachers, None, console)
     if config.loop.minutes is not None:
         config = _fitted(config, parts, config.loop.gpus)
         parts = _assemble(config, store, teachers, None, console)
     student = _build(config, parts.train.sampler.targets)
     options = config.loop.for_videos(len(parts.train.sampler.videos))
-    clips = options.total_steps * options.batch_size
+    clips = options.total_steps * options.step_clips
     announce(student, parts.train, options, clips, SINGLE_PROCESS)
     return dry_run(config, store, parts.train, student)
 
@@ -129,6 +131,7 @@ def _train_locked(
     store, teachers, device = ranks.on_all_ranks(lambda: _open(config))
     ranks.on_main(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
     saved = ranks.on_all_ranks(lambda: read_identity(run_dir) if config.resume else None)
+    config = ranks.on_main(lambda: _sized(config, store, teachers, saved, console, ranks.world))
     parts = ranks.on_all_ranks(lambda: _assemble(config, store, teachers, saved, console))
     if config.loop.minutes is not None:
         config = ranks.on_main(lambda: _fitted(config, parts, ranks.world))
@@ -153,7 +156,7 @@ def _train_locked(
     )
     console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     if saved is None:
-        clips = options.total_steps * options.batch_size
+        clips = options.total_steps * options.step_clips
         announce(student, parts.train, options, clips, ranks)
     objective = make_objective(config.targets, parts.train.sampler.targets, parts.baselines)
     bounds = ranks.on_main(lambda: _bounds(parts.train.sampler, objective, console))
@@ -205,6 +208,33 @@ def _train_locked(
 def _scheduled(config: TrainConfig) -> TrainConfig:
     """Return the config with the schedule of the run that is resumed, or with a budget."""
     loop = recorded_schedule(Path(config.out), COMMAND, config.loop, resume=config.resume)
+    return config.model_copy(update={"loop": loop})
+
+
+def _sized(
+    config: TrainConfig,
+    store: TargetStore,
+    teachers: tuple[str, ...],
+    saved: dict[str, Any] | None,
+    console: Console,
+    world: int,
+) -> TrainConfig:
+    """Return the config with a number in place of `--batch-size auto`."""
+    if config.loop.batch_size != "auto":
+        return config
+    # Clips are drawn by number, so that a data set for any batch size has them.
+    small = config.loop.model_copy(update={"batch_size": EXAMPLES})
+    small_config = config.model_copy(update={"loop": small})
+    parts = _assemble(small_config, store, teachers, saved, console)
+    targets = parts.train.sampler.targets
+
+    def made() -> tuple[Student, StudentClips, Distillation]:
+        objective = make_objective(config.targets, targets, parts.baselines)
+        return _build(config, targets), parts.train, objective
+
+    schedule = small.for_videos(len(parts.train.sampler.videos))
+    clips = schedule.epochs * schedule.clips_per_epoch
+    loop = with_batch_size(config.loop, world, clips, made)
     return config.model_copy(update={"loop": loop})
 
 

@@ -123,7 +123,7 @@ class StepMaker:
         if list(teachers) == [name for name in self.store.target_names() if name in teachers]:
             bare["targets"]["teachers"] = None
         key = _digest(bare, seen)
-        clips, address = loop.total_steps * loop.batch_size, self.store.files.address
+        clips, address = loop.total_steps * loop.step_clips, self.store.files.address
         return Step(TRAIN, key, _given(config), clips, _network(config, config), store=address)
 
     def finetuning(self, cell: Cell, student: Step | None) -> Step:

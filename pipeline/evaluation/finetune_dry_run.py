@@ -44,7 +44,7 @@ def dry_run(
     log.info(options.describe_epochs())
     log.info(f"{options.describe_steps(options.gpus)}; {options.describe_rate()}")
     size = log_memory(options, config.clips, student.options.channels, student)
-    batch_size = min(options.batch_size, MOST_CLIPS)
+    batch_size = min(options.step_clips, MOST_CLIPS)
     keys = EpochBatchSampler(batch_size=batch_size, steps_per_epoch=1, epochs=1)
     batch = next(read_batches(clips, keys, workers=0, device=torch.device("cpu")))
     for unreadable in batch["broken"]:
@@ -55,13 +55,13 @@ def dry_run(
         save_preview(render_labels(batch, clips.labels.classes), path)
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
-    log.info(f"{path}: the first {batch_size} clips of {options.batch_size}, with their labels")
+    log.info(f"{path}: the first {batch_size} clips of {options.step_clips}, with their labels")
     return {
         "dry_run": True,
         "picture": str(path),
         "parameters": count_parameters(student),
         "epochs": options.epochs,
         "steps": options.total_steps,
-        "clips": options.total_steps * options.batch_size,
+        "clips": options.total_steps * options.step_clips,
         **size,
     }

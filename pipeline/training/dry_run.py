@@ -67,7 +67,7 @@ def dry_run(
     log.info(f"{options.describe_steps(config.loop.gpus)}; {options.describe_rate()}")
     size = log_memory(config.loop, config.clips, config.student.channels, student)
 
-    batch_size = min(options.batch_size, MOST_CLIPS)
+    batch_size = min(options.step_clips, MOST_CLIPS)
     keys = EpochBatchSampler(batch_size=batch_size, steps_per_epoch=1, epochs=1)
     batch = next(read_batches(clips, keys, workers=0, device=torch.device("cpu")))
     for found in batch["broken"]:
@@ -80,7 +80,7 @@ def dry_run(
         save_preview(render_batch(batch, classes, tau=config.targets.tau), path)
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
-    log.info(f"{path}: the first {batch_size} clips of {options.batch_size}, with their targets")
+    log.info(f"{path}: the first {batch_size} clips of {options.step_clips}, with their targets")
     return {
         "dry_run": True,
         "picture": str(path),

@@ -137,7 +137,7 @@ def clips_in(minutes: float, rate: Rate, options: LoopOptions, world: int) -> in
     """Return how many clips can be trained on in these minutes, test included."""
     workers = pick_workers(options.workers, resolve_device(options.device))
     seconds = 60 * minutes * TRAINING_SHARE * world
-    return max(options.batch_size, int(seconds / rate.seconds(1, workers)))
+    return max(options.step_clips, int(seconds / rate.seconds(1, workers)))
 
 
 def recorded_schedule(
@@ -146,10 +146,11 @@ def recorded_schedule(
     """Return the options with the schedule of the run in a folder, where none is given.
 
     A run that is resumed keeps its schedule, also one of version 0.1; a budget that is given again
-    is warned of. Without a run the options are those given, see `with_derived_schedule`.
+    is warned of. It keeps its batch size where `auto` is given. Without a run the options are those
+    given, see `with_derived_schedule`.
     """
     given = loop.model_fields_set
-    if given.issuperset(SCHEDULE):
+    if given.issuperset(SCHEDULE) and loop.batch_size != "auto":
         return loop
     text = read_bytes(run_dir / CONFIG, run_dir) if resume else b""
     content = load_yaml(text.decode("utf-8", "replace"))
@@ -157,6 +158,8 @@ def recorded_schedule(
     stored = section.get("loop") if isinstance(section, dict) else None
     if isinstance(stored, dict):
         kept = {key: stored[key] for key in SCHEDULE if key in stored and key not in given}
+        if loop.batch_size == "auto" and isinstance(stored.get("batch_size"), int):
+            kept["batch_size"] = stored["batch_size"]
         values = {**loop.model_dump(exclude_unset=True), **kept}
         for option, value in (("--budget", loop.budget), ("--minutes", loop.minutes)):
             if value is not None:

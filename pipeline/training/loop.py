@@ -230,9 +230,9 @@ def _begin(
 ) -> _Run:
     """Place the model on its device, make the optimizer, and load the last checkpoint if asked."""
     device = resolve_device(options.device)
-    if options.batch_size < ranks.world:
+    if options.step_clips < ranks.world:
         raise UsageError(
-            f"loop.batch_size={options.batch_size} is less than a clip for each of {ranks.world} GPUs"
+            f"loop.batch_size={options.step_clips} is less than a clip for each of {ranks.world} GPUs"
         )
     trained = wrap(model, options, device, ranks).train()
     torch.manual_seed(options.seed + ranks.rank)
@@ -266,7 +266,7 @@ def _train(
     if warning := slow_bf16_warning(run.device, options.precision):
         log.warning(warning)
     keys = EpochBatchSampler(
-        batch_size=options.batch_size,
+        batch_size=options.step_clips,
         steps_per_epoch=options.steps_per_epoch,
         epochs=min(options.epochs, run.stop.epochs or options.epochs),
         start=state.step,

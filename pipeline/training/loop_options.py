@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from ..common.errors import UsageError
 from ..common.settings import (
     DEVICE,
     DEVICE_HELP,
@@ -39,6 +40,8 @@ FREE_ON_RESUME = frozenset(
     }
     | {"log_every", "checkpoint_every", "max_broken", "budget", "minutes", "max_hours", "loggers"}
 )
+
+DEFAULT_BATCH_SIZE = 32
 
 # The options that decide how long a training is.
 SCHEDULE = ("epochs", "epoch_clips", "warmup_epochs", "step_epochs")
@@ -146,8 +149,12 @@ class LoopOptions(Options):
     max_hours: Annotated[float | None, MAX_HOURS] = Field(
         default=None, gt=0, description=MAX_HOURS_HELP
     )
-    batch_size: Annotated[int, CliOption(group="Training", metavar="B")] = Field(
-        default=32, ge=1, description="clips per step, over all GPUs"
+    batch_size: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["auto"],
+        CliOption(group="Training", metavar="B|auto"),
+    ] = Field(
+        default=DEFAULT_BATCH_SIZE,
+        description="clips per step, over all GPUs; auto: what fits a GPU, on a CPU 32",
     )
     micro_batch_size: Annotated[int | None, CliOption(group="Hardware", metavar="B")] = Field(
         default=None,
@@ -318,16 +325,29 @@ class LoopOptions(Options):
         return self.model_copy(update={k: v for k, v in derived.items() if k not in given})
 
     @property
+    def step_clips(self) -> int:
+        """The batch size as a number.
+
+        Raises:
+            UsageError: It is `auto`, which only a single training can measure.
+        """
+        if self.batch_size == "auto":
+            raise UsageError(
+                "--batch-size auto: only a single training measures it, expected a number here"
+            )
+        return self.batch_size
+
+    @property
     def steps_per_epoch(self) -> int:
         """Steps of an epoch, at least enough for `epoch_clips`."""
         if self.epoch_clips is None:
             raise ValueError("epoch_clips is not set; call LoopOptions.for_videos(n) first")
-        return math.ceil(self.epoch_clips / self.batch_size)
+        return math.ceil(self.epoch_clips / self.step_clips)
 
     @property
     def clips_per_epoch(self) -> int:
         """Clips of an epoch: whole batches only, so that no step has a short batch."""
-        return self.steps_per_epoch * self.batch_size
+        return self.steps_per_epoch * self.step_clips
 
     @property
     def peak_lr(self) -> float:
@@ -335,7 +355,7 @@ class LoopOptions(Options):
         return (
             self.lr
             if self.lr_base_batch_size is None
-            else self.lr * self.batch_size / self.lr_base_batch_size
+            else self.lr * self.step_clips / self.lr_base_batch_size
         )
 
     def describe_rate(self) -> str:
@@ -343,7 +363,7 @@ class LoopOptions(Options):
         scaled = (
             "not scaled by the batch size"
             if self.lr_base_batch_size is None
-            else f"{self.lr:g} × {self.batch_size} / {self.lr_base_batch_size}"
+            else f"{self.lr:g} × {self.step_clips} / {self.lr_base_batch_size}"
         )
         rate = f"peak learning rate {self.peak_lr:g} ({scaled})"
         if self.optimizer == "adamw":
@@ -356,7 +376,7 @@ class LoopOptions(Options):
 
     def describe_steps(self, world: int) -> str:
         """Return, for the log, `120 steps of 64 clips, 2 GPUs × 2 pieces × at most 16`."""
-        words = f"{counted(self.total_steps, 'step')} of {counted(self.batch_size, 'clip')}"
+        words = f"{counted(self.total_steps, 'step')} of {counted(self.step_clips, 'clip')}"
         pieces = self.accumulation_steps(world)
         if world == pieces == 1:
             return words
@@ -366,12 +386,12 @@ class LoopOptions(Options):
 
     def accumulation_steps(self, world: int) -> int:
         """Return how many pieces each of `world` processes splits its share of a batch into."""
-        share = math.ceil(self.batch_size / world)
+        share = math.ceil(self.step_clips / world)
         return math.ceil(share / self.micro_batch_size) if self.micro_batch_size is not None else 1
 
     def clips_at_once(self, world: int) -> int:
         """Return the most clips that one of `world` devices has in a forward pass of training."""
-        return math.ceil(math.ceil(self.batch_size / world) / self.accumulation_steps(world))
+        return math.ceil(math.ceil(self.step_clips / world) / self.accumulation_steps(world))
 
     @property
     def weight_copies(self) -> int:

@@ -78,9 +78,10 @@ def test_each_stage_names_its_result_and_a_next_command_that_parses(
     rows = [f"{name},{'ab'[i % 2]},{'test' if i >= 8 else 'train'}" for i, name in enumerate(names)]
     labels.write_text("\n".join(["path,label,split1", *rows]) + "\n")
     values = {"init": str(run), "dataset": f"csv:{labels}", "out": str(tmp_path / "tuned")}
-    values |= {"loop": LOOP, "test": {"clips": 1, "workers": 0}}
+    values |= {"loop": {**LOOP, "batch_size": "auto"}, "test": {"clips": 1, "workers": 0}}
     console = Recorder()
     tuned = finetune(FinetuneConfig.model_validate(values), console)
+    assert tuned["batch_size"] == 32, "the fixed choice of a CPU"
     # The head of a student is not a part that failed to load.
     assert not any("not used" in line for line in console.lines)
     assert tuned["model"] in console.lines[-1]
