@@ -46,6 +46,7 @@ from ..pipeline.evaluation.splits import ALL, split_folder, split_folders, summa
 from ..pipeline.evaluation.test_looks import count_looks
 from ..pipeline.evaluation.test_overlap import overlap, require_own_labels
 from ..pipeline.students.export import load_student
+from ..pipeline.students.hub import hub_model, is_hub_address
 from ..pipeline.students.student import Student
 from ..pipeline.training.checkpoint import read_identity
 from ..pipeline.training.launch import run_distributed
@@ -134,7 +135,8 @@ def _evaluate(config: EvaluateConfig, console: Console, ranks: Ranks) -> dict[st
 def _evaluate_locked(
     config: EvaluateConfig, console: Console, ranks: Ranks, stack: ExitStack
 ) -> dict[str, Any]:
-    run = Path(config.runs[0])
+    address = config.runs[0]
+    run = ranks.on_main(lambda: hub_model(address) if is_hub_address(address) else Path(address))
     splits = {} if (run / CONFIG).exists() else split_folders(run)
     if splits and config.split in (None, ALL):
         return _evaluate_all_splits(config, run, splits, console, ranks, stack)

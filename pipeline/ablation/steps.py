@@ -26,6 +26,7 @@ from ..evaluation.run_labels import labels_digest, videos_digest
 from ..evaluation.search import epochs_of_search
 from ..store.exclude import Exclusion
 from ..store.reader import TargetStore
+from ..students.initialization import is_hub_init, student_file
 from ..training.distillation_options import TrainConfig
 from ..training.loop_options import FREE_ON_RESUME, SCHEDULE, LoopOptions
 from .plan import SECTIONS, STUDENT, Cell
@@ -156,9 +157,9 @@ class StepMaker:
             seen["validation"] = videos_digest(labels.val)
         key = _digest(_bare(config, TUNE), seen)
         epochs = epochs_of_search(config) if config.search else loop.epochs
-        clips = epochs * loop.clips_per_epoch
+        total = epochs * loop.clips_per_epoch
         needs = student.key if student is not None else None
-        return Step(TUNE, key, _given(config), clips, _network(ours, config), needs)
+        return Step(TUNE, key, _given(config), total, _network(ours, config), needs)
 
     def _config(self, command: str, cell: Cell, forced: dict[str, Any]) -> Any:
         section = filled_in(cell.sections[command], cell.split)
@@ -277,6 +278,8 @@ def _digest(*parts: Any) -> str:
 
 def _of_file(init: str) -> str:
     """Return the name of an initialisation, or the digest of its file if it has one."""
+    if is_hub_init(init):
+        init = str(student_file(init))
     kind, colon, rest = init.partition(":")
     for path in (init, rest) if colon else (init,):
         path = os.path.join(path, STUDENT_FILE) if os.path.isdir(path) else path

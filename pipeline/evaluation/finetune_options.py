@@ -87,7 +87,7 @@ class FinetuneConfig(Options):
 
     init: Annotated[str, CliOption(metavar="INIT")] = Field(
         default=SCRATCH,
-        description="scratch, a student's run folder or .safetensors, inflate:resnet18, inflate:FILE "
+        description="scratch, a student's run folder or .safetensors, hf://ORG/NAME, inflate:resnet18, inflate:FILE "
         "(a 2D ResNet), kinetics, kinetics:FILE, hf:FOLDER (a video encoder of transformers), or "
         "package.module:factory",
     )

@@ -175,23 +175,29 @@ def load_student(
     return student.eval().to(device)
 
 
-def load_backbone(student: Student, path: str | Path) -> InitReport:
+def load_backbone(student: Student, path: str | Path, label: str | None = None) -> InitReport:
     """Initialise a student's backbone from an exported student; its heads stay as they are.
 
     Takes a run folder or a safetensors file, also one in torchvision's names without metadata,
     whose kind is then told by its shapes.
+
+    Args:
+        student: takes the tensors.
+        path: the folder or file.
+        label: where it is from, in messages; by default the file.
 
     Raises:
         CheckpointError: another architecture, variant, width or number of channels (named, with the
             options that fit), a damaged file, or values that are not finite.
     """
     path = _file_of(path)
+    label = str(path) if label is None else label
     state, header = _read(path)
     found = header.options if header else recognise(state)
     if found is None:
-        raise CheckpointError(f"{path}: its tensors are those of no student that distinit knows")
-    check_options(student.options, found, str(path))
-    return take_backbone(student, state, str(path))
+        raise CheckpointError(f"{label}: its tensors are those of no student that distinit knows")
+    check_options(student.options, found, label)
+    return take_backbone(student, state, label)
 
 
 def take_backbone(

@@ -1,7 +1,8 @@
-"""Initialisations of a student: one option, six forms.
+"""Initialisations of a student: one option, seven forms.
 
 scratch: fresh weights.
 RUN or FILE.safetensors: a student of distinit (DistInit), or one in torchvision's names.
+hf://ORG/NAME, hf://ORG/NAME@REVISION: a student of distinit in a repository of the hub.
 inflate:resnet18, inflate:resnet34: torchvision's ImageNet ResNet, inflated; see `inflate`.
 inflate:FILE: any 2D ResNet of that depth, such as Places365's resnet18_places365.pth.tar.
 kinetics, kinetics:FILE: torchvision's Kinetics-400 weights of the student, fetched or from a file.
@@ -25,6 +26,7 @@ from ..common.library_weights import library_weights
 from ..common.plugins import call_factory, is_factory
 from ..common.weights import load_weights
 from .export import InitReport, check_options, load_backbone, read_options, recognise, take_backbone
+from .hub import hub_model
 from .inflate import fitting_student, inflatable, inflate
 from .student import Backbone, Student
 from .student_options import SCRATCH, Inflation, StudentOptions
@@ -48,10 +50,17 @@ class Initialization:
     fill: Callable[[Student], InitReport]
 
 
+def is_hub_init(init: str) -> bool:
+    """Return whether `init` is a repository of the hub; `hf:/FOLDER` is a local folder."""
+    return init.startswith("hf://")
+
+
 def canonical_init(init: str) -> str:
     """Return the initialisation under a name that holds from any folder."""
     kind, colon, where = init.partition(":")
     if init in (SCRATCH, "kinetics") or (kind == "inflate" and where in INFLATABLE):
+        return init
+    if is_hub_init(init):
         return init
     if colon and kind in _WITH_PATH:
         return f"{kind}:{os.path.abspath(where)}"
@@ -59,7 +68,12 @@ def canonical_init(init: str) -> str:
 
 
 def student_file(init: str) -> str | None:
-    """Return the path where `init` is a student of distinit or a file in torchvision's names."""
+    """Return the path where `init` is a student of distinit or a file in torchvision's names.
+
+    A file of the hub is downloaded if it is not in the cache.
+    """
+    if is_hub_init(init):
+        return str(hub_model(init))
     kind = init.partition(":")[0]
     return (
         None if init in (SCRATCH, "kinetics") or kind in _WITH_PATH or _is_factory(init) else init
@@ -87,6 +101,8 @@ def resolve_init(
         return Initialization(
             wanted or StudentOptions(), lambda student: InitReport(SCRATCH, (), ())
         )
+    if is_hub_init(init):
+        return _of_student(str(hub_model(init)), init, wanted)
     if kind == "inflate":
         if not where:
             raise UsageError(
@@ -103,11 +119,17 @@ def resolve_init(
     if not os.path.exists(init):
         raise CheckpointError(
             f"--init {init}: no such file or run folder; it may also be scratch, inflate:resnet18, inflate:FILE, "
-            "kinetics, kinetics:FILE, hf:FOLDER or package.module:factory"
+            "kinetics, kinetics:FILE, hf:FOLDER, hf://ORG/NAME or package.module:factory"
         )
+    return _of_student(init, init, wanted)
+
+
+def _of_student(file: str, init: str, wanted: StudentOptions | None) -> Initialization:
+    """Return the student of a file or run folder, under the name that was given."""
     named = wanted.architecture if wanted is not None else None
-    options = _with_wanted(read_options(init, factory=named), wanted, init)
-    return Initialization(options, lambda student: load_backbone(student, init))
+    options = _with_wanted(read_options(file, factory=named), wanted, init)
+    label = None if file == init else init
+    return Initialization(options, lambda student: load_backbone(student, file, label))
 
 
 def _inflated(
