@@ -234,6 +234,52 @@ def test_cells_without_a_schedule_derive_theirs_and_stored_ablations_keep_theirs
     assert result["cells"][0]["student"] == f"students/{clips(False)[1][0]}"
 
 
+def test_each_cell_chooses_on_its_validation_side_and_never_on_the_test(tiny_store, home):
+    """With the classes of the test videos swapped, each cell makes the same choice."""
+    loop = {**LOOP, "epochs": 1, "epoch_clips": 4}
+    tuned = {
+        "init": "scratch", "loop": loop, "test": {"clips": 1, "workers": 0},
+        "held_out": 0.25, "search": {"lr": [0.05, 1e-9]},
+    }  # fmt: skip
+    base = {"train-student": PLAN["base"]["train-student"], "finetune": tuned}
+    plan = {**PLAN, "base": base, "axes": {"finetune.dropout": [0.0, 0.5]}, "paper": None}
+    (home / "plan.yaml").write_text(yaml.safe_dump(plan))
+
+    def chosen(out: str) -> dict[str, tuple[dict[str, Any], list[float], float]]:
+        found = {}
+        for record in ablate(config(home, tiny_store, out), QUIET)["cells"]:
+            run = home / out / record["finetune"]
+            result = json.loads((run / "result.json").read_text())
+            search = result["search"]
+            assert (result["test_looks"], result["validation_videos"]) == (1, 0), "all are trained"
+            assert not (run / "search").exists()
+            losses = {each["options"]["loop.lr"]: each["loss"] for each in search["candidates"]}
+            assert search["chosen"] == {"loop.lr": min(losses, key=lambda lr: losses[lr])}
+            used = yaml.safe_load((run / "config.yaml").read_text())["finetune"]["loop"]["lr"]
+            assert used == search["chosen"]["loop.lr"], "what is tested is what was chosen"
+            top1 = result["metrics"]["top1"]["value"]
+            found[record["row"]] = search["chosen"], list(losses.values()), top1
+        return found
+
+    first = chosen("one")
+    assert list(first) == ["0.0", "0.5"]
+    maker = StepMaker(TargetStore.open(tiny_store.path), {})
+    cell = cells(
+        read_plan(str(home / "plan.yaml"), {}),
+        datasets=[f"csv:{home / 'labels.csv'}"],
+        seeds=[0],
+        splits=[1],
+    )[0]
+    assert maker.finetuning(cell, None).clips == 3 * 4, "two candidates, and the last training"
+    text = (home / "labels.csv").read_text()
+    swapped = text.replace(",a,test", ",x,test").replace(",b,test", ",a,test")
+    (home / "labels.csv").write_text(swapped.replace(",x,test", ",b,test"))
+    second = chosen("two")
+    for row, (options, losses, top1) in first.items():
+        assert second[row][:2] == (options, losses)
+        assert second[row][2] == pytest.approx(1 - top1), "two classes: right becomes wrong"
+
+
 def test_more_than_the_hours_allowed_are_refused_before_anything_runs(tiny_store, home):
     plan = {**PLAN, "axes": {"finetune.init": ["scratch"]}}
     (home / "plan.yaml").write_text(yaml.safe_dump(plan))
