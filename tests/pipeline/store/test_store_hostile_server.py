@@ -240,7 +240,7 @@ def test_a_slow_or_silent_server_ends_in_an_error(
 def test_what_is_packed_without_being_asked_is_read_within_its_bound(
     make_store: Callable[..., Any],
 ) -> None:
-    _, root = make_store(videos=range(12))
+    _, root = make_store(videos=range(12), **FEATURES)
     plain = read_all(str(root))
 
     def pack(handler: BaseHTTPRequestHandler) -> None:
@@ -250,7 +250,7 @@ def test_what_is_packed_without_being_asked_is_read_within_its_bound(
         answer(handler, gzip.compress(file.read_bytes()), Content_Encoding="gzip")
 
     with serve(root.parent) as server:
-        server.tricks = {f"/s.zarr/{kind}": pack for kind in KINDS if (root / kind).exists()}
+        server.tricks = {f"/s.zarr/{kind}": pack for kind in KINDS}
         np.testing.assert_array_equal(read_all(f"{server.url}/s.zarr"), plain)
         message = refused(server, lambda h: answer(h, b"x", Content_Encoding="br"), "zarr.json")
         assert "br" in message
@@ -276,7 +276,7 @@ def test_what_is_packed_without_being_asked_is_read_within_its_bound(
     ],
 )
 def test_redirects_lead_to_http_alone(make_store: Callable[..., Any], kind: str, to: str) -> None:
-    _, root = make_store(videos=range(6))
+    _, root = make_store(videos=range(6), **FEATURES)
     with serve(root.parent) as server:
         refused(server, redirect(to), kind)
 

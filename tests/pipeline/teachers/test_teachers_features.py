@@ -20,6 +20,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from distinit.pipeline.common.errors import StoreError, TeacherError, UsageError, WeightsError
+from distinit.pipeline.store.cells import shares
 from distinit.pipeline.teachers.fingerprint import COUNT, Fingerprint
 from distinit.pipeline.teachers.forwards import last_linear, tapped
 from distinit.pipeline.teachers.probes import examine
@@ -27,7 +28,6 @@ from distinit.pipeline.teachers.recorded import load_recorded
 from distinit.pipeline.teachers.teacher import Teacher, load_teacher
 from distinit.pipeline.teachers.teacher_options import TeacherSpec, parse_teachers
 from distinit.pipeline.video.geometry import View
-from distinit.pipeline.video.region import shares
 
 BOTH = ("logits", "features")
 
