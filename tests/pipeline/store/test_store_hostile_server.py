@@ -250,7 +250,7 @@ def test_what_is_packed_without_being_asked_is_read_within_its_bound(
         answer(handler, gzip.compress(file.read_bytes()), Content_Encoding="gzip")
 
     with serve(root.parent) as server:
-        server.tricks = {f"/s.zarr/{kind}": pack for kind in KINDS}
+        server.tricks = {f"/s.zarr/{kind}": pack for kind in KINDS if (root / kind).exists()}
         np.testing.assert_array_equal(read_all(f"{server.url}/s.zarr"), plain)
         message = refused(server, lambda h: answer(h, b"x", Content_Encoding="br"), "zarr.json")
         assert "br" in message
