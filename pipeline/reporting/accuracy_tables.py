@@ -301,6 +301,26 @@ def _difference(run: Run, base: Run) -> Difference:
     return Difference(run, base, len(videos), estimate_difference(a, b, groups))
 
 
+def difference_table(found: Sequence[Difference]) -> Table:
+    """Tabulate differences, for more of them than a reader wants in sentences."""
+    columns = [Column("run"), Column("compared with"), Column("test videos", True)]
+    table = Table(
+        "Paired differences in top 1, points [95 % interval]",
+        [*columns, Column("difference", True), Column("these videos show")],
+        notes=["An order that they show is that of two runs with one seed each."],
+    )
+    for each in found:
+        e = each.estimate
+        shown = (
+            ("that it is better" if e.value > 0 else "that it is worse")
+            if each.decided
+            else "no order"
+        )
+        interval = f"{signed(e.value)} [{signed(e.low)} to {signed(e.high)}]"
+        table.add(each.run.name, each.base.name, str(each.videos), interval, shown)
+    return table
+
+
 def uncertainty_notes(runs: Sequence[Run], differences: Sequence[Difference]) -> list[str]:
     """Describe what test sets of these sizes can show and what they cannot."""
     lines = [difference.sentence() for difference in differences]

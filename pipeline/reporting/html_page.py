@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from ..common.streams import printable
 
@@ -32,6 +33,12 @@ def as_yaml(values: Any) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
 
 
+def headings(body: str) -> list[tuple[str, Markup]]:
+    """Return anchor and title of each section of a rendered page, for its table of contents."""
+    found = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body, re.S)
+    return [(anchor, Markup(title)) for anchor, title in found]
+
+
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,
@@ -41,5 +48,6 @@ _ENVIRONMENT = Environment(
 )
 _ENVIRONMENT.filters["base64"] = lambda content: base64.b64encode(content).decode()
 _ENVIRONMENT.filters["thousands"] = "{:,}".format
+_ENVIRONMENT.filters["headings"] = headings
 _ENVIRONMENT.filters["yaml"] = as_yaml
 _ENVIRONMENT.tests["finite"] = math.isfinite

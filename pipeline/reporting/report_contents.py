@@ -16,6 +16,7 @@ from .accuracy_tables import (
     DASH,
     Difference,
     accuracy_table,
+    difference_table,
     differences,
     explained_percent,
     teacher_table,
@@ -31,6 +32,8 @@ from .mistakes import ClassChanges, Mistakes, find_changes, find_mistakes
 from .run_pairs import Pair, largest_gain, named_pair
 from .runs import Run
 from .teacher_baselines import probe_teachers
+
+SENTENCES = 6  # differences that are described by a sentence each
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,17 @@ class Report:
     figures: Sequence[Figure]
     stores: Mapping[str, dict[str, Any]]
     notes: Sequence[str]
+
+    @property
+    def comparisons(self) -> Table | None:
+        """Table of the differences, if they are more than SENTENCES."""
+        many = len(self.differences) > SENTENCES
+        return difference_table(self.differences) if many else None
+
+    @property
+    def sentences(self) -> Sequence[str]:
+        """The findings that are not in `comparisons`."""
+        return self.findings[len(self.differences) * (self.comparisons is not None) :]
 
     @property
     def finetuned(self) -> list[Run]:

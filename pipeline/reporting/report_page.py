@@ -25,7 +25,9 @@ def to_markdown(report: Report) -> str:
     parts = ["# DistInit report\n"]
     if report.finetuned:
         parts += [report.accuracy.to_markdown(), "### What these numbers show\n"]
-        parts += [f"- {markdown_text(line)}" for line in report.findings] + [""]
+        if report.comparisons is not None:
+            parts.append(report.comparisons.to_markdown())
+        parts += [f"- {markdown_text(line)}" for line in report.sentences] + [""]
     if report.teachers is not None:
         parts.append(report.teachers.to_markdown())
     parts += [

@@ -48,7 +48,7 @@ def _curves(video: VideoSummary, highest: float, legend: bool) -> Chart | None:
         [Line(name, seconds, nats) for name, (seconds, nats) in video.curves.items()],
         x_label="seconds",
         y_label="entropy, nats",
-        width=1040,
+        width=1200,
         height=160,
         y_range=(0.0, highest),
         legend=legend,

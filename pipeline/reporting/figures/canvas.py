@@ -22,10 +22,11 @@ from ..charts import COLOURS, DASHES
 MARKERS = "osD^vP*Xhd"
 INK, SOFT, RULE = "#1a1a1a", "#5c5c5c", "#d9d9d9"
 PNG_DPI = 160
+WIDE = 10  # inches; narrower figures are next to each other where the window allows
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # part of matplotlib: the same picture everywhere
-    "font.size": 9.5,
+    "font.size": 11,
     "text.color": INK,
     "axes.edgecolor": SOFT,
     "axes.labelcolor": INK,
@@ -33,7 +34,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.titlesize": 10,
+    "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "grid.color": RULE,
     "grid.linewidth": 0.8,
@@ -60,6 +61,7 @@ class Figure:
         png: The figure as PNG.
         about: Names of the runs or stores that it shows.
         table: Its numbers, if they are more readable than the picture.
+        wide: Whether it takes the whole width of a page.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Figure:
     png: bytes
     about: Sequence[str] = field(default_factory=tuple)
     table: Table | None = None
+    wide: bool = False
 
 
 @contextmanager
@@ -101,7 +104,8 @@ def finish(
     canvas.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
     # Texts are drawn as paths and repeated in comments.
     drawn = printable(svg.getvalue().decode(), lines=True).encode()
-    return Figure(name, title, caption, drawn, png.getvalue(), tuple(about), table)
+    wide = canvas.get_figwidth() > WIDE
+    return Figure(name, title, caption, drawn, png.getvalue(), tuple(about), table, wide)
 
 
 def colour(i: int) -> str:

@@ -114,7 +114,7 @@ def densities(
     axes[-1].set_ylabel("density")
     axes[-1].set_ylim(bottom=0)
     axes[-1].set_xlim(0, max(float(np.log(len(found.classes))) for found in teachers))
-    axes[-1].legend(loc="upper left", fontsize=8.5)
+    axes[-1].legend(loc="upper left", fontsize=10)
     if points:
         _accuracy(axes[0], points, [found.teacher for found in teachers])
         axes[0].sharex(axes[-1])
@@ -145,7 +145,7 @@ def _accuracy(ax: Axes, points: Sequence[Point], teachers: Sequence[str]) -> Non
         )
         for nats, p in mine:
             ax.annotate(
-                short(p.row, 24), (nats, p.mean), (4, 6), textcoords="offset points", fontsize=8
+                short(p.row, 24), (nats, p.mean), (4, 6), textcoords="offset points", fontsize=9.5
             )
     for p in points:
         if p.nats is None:
@@ -153,7 +153,7 @@ def _accuracy(ax: Axes, points: Sequence[Point], teachers: Sequence[str]) -> Non
                 p.mean, color=INK, ls="--", lw=1.1, label=f"{short(p.row, 30)} (no threshold)"
             )
     ax.set_ylabel("top 1, %")
-    ax.legend(loc="best", fontsize=8.5)
+    ax.legend(loc="best", fontsize=10)
 
 
 def entropy_density(

@@ -108,10 +108,10 @@ def _draw(
                 mine[:, 0], mine[:, 1], s=34, color=colour(i), marker=MARKERS[i % len(MARKERS)], linewidths=0.4,
                 edgecolors="white", label=short(label, 30) if ax is axes[0] else None,
             )  # fmt: skip
-        ax.set_title(textwrap.fill(short(name, 96), 54), fontsize=9.5)
+        ax.set_title(textwrap.fill(short(name, 96), 54), fontsize=11)
         ax.set_xticks([])
         ax.set_yticks([])
-    canvas.legend(loc="outside lower center", ncols=4, fontsize=8.5)
+    canvas.legend(loc="outside lower center", ncols=4, fontsize=10)
     return canvas
 
 

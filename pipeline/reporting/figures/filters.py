@@ -132,7 +132,7 @@ def over_time(found: Sequence[Filters]) -> Figure | None:
             ax.axis("off")
             if step < f.weights.shape[2]:
                 ax.imshow(_mosaic(f.weights, step), interpolation="nearest")
-                ax.set_title(f"\nt = {step}", fontsize=9)
+                ax.set_title(f"\nt = {step}", fontsize=10.5)
         # Above all steps, and not part of the layout, which would widen the first column.
         words = f"{short(f.name, 60)} ({f.state}): variation {variation_over_time(f.weights):.3f}"
         axes[row * steps].annotate(
@@ -141,7 +141,7 @@ def over_time(found: Sequence[Filters]) -> Figure | None:
             (0, 18),
             "axes fraction",
             "offset points",
-            fontsize=9,
+            fontsize=10.5,
             annotation_clip=False,
         ).set_in_layout(False)
     caption = (
@@ -212,7 +212,7 @@ def in_space(found: Sequence[Filters], kinetics: Filters | None = None) -> Figur
         ax.axis("off")
         ax.imshow(picture, interpolation="nearest")
         ax.set_anchor("N")
-        ax.set_title(f"{short(f.name, 40)}: {len(f.weights)} filters", fontsize=9)
+        ax.set_title(f"{short(f.name, 40)}: {len(f.weights)} filters", fontsize=10.5)
     caption = (
         "The spatial half of the first convolution, one square per filter, each scaled separately: grey is 0. Trained "
         "filters show edges and colour blobs; noise indicates few steps or few clips."

@@ -72,7 +72,7 @@ def learning_curves(runs: Sequence[Run], kind: str, title: str) -> Figure | None
         handles=handles + _legend(validated, marked),
         loc="outside lower left",
         ncols=1 if panels == 1 and max(len(run.name) for run, _ in shown) > 40 else 2 * panels,
-        fontsize=8.5,
+        fontsize=10,
     )
     caption = _caption(len(losses), validated, marked)
     _, high, highest = _limits([found for _, found in shown])

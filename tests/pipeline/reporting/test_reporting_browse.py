@@ -156,6 +156,6 @@ def test_the_command_and_its_page_in_a_browser(
     assert not re.search(r"<(script|iframe)|@import|url\(", page.read_text(encoding="utf-8"))
     for width in (1280, 400):
         opened = open_page(page, width)
-        assert opened.console == []
-        assert opened.images == opened.loaded > 2 * 2 + 2 * 2 * EXTREMES
-        assert opened.wide <= 0
+        assert opened.holds()
+        assert opened.width == width
+        assert opened.images > 2 * 2 + 2 * 2 * EXTREMES

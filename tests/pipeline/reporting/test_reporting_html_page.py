@@ -33,7 +33,7 @@ def test_cells_titles_and_notes_of_a_table_are_escaped() -> None:
     assert "n, %</th>" in page
     assert page.index("&lt;b&gt;below") < page.index("linked</a>")
     tags = set(re.findall(r"<(\w+)", page))
-    assert tags == {"div", "table", "caption", "thead", "tr", "th", "tbody", "td", "a", "p"}
+    assert tags == {"div", "table", "caption", "span", "thead", "tr", "th", "tbody", "td", "a", "p"}
 
 
 @pytest.mark.parametrize("legend", [True, False])

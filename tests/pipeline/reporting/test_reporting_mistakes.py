@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,3 +245,27 @@ def test_the_page_shows_and_escapes_them_and_no_video_is_opened_on_demand(
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "data:image/jpeg" not in page
     assert "confusion matrix" in page
+
+
+@pytest.mark.slow
+def test_the_page_holds_in_a_browser(
+    tmp_path: Path, tiny_store: Any, open_page: Callable[..., Any]
+) -> None:
+    run_of(tmp_path / "runs" / "ours", tiny_store.videos, 8, init="/x/student")
+    run_of(tmp_path / "runs" / ("base" * 20), tiny_store.videos, 2)
+    out = tmp_path / "out"
+    report(ReportConfig(folders=[str(tmp_path / "runs")], out=str(out)), QUIET)
+    for width in (1280, 400):
+        opened = open_page(out / "report.html", width)
+        assert opened.holds()
+        assert opened.width == width
+        assert opened.uses > 8
+    broken = (
+        (out / "report.html")
+        .read_text()
+        .replace("data:image/jpeg;base64,", "data:image/jpeg;base64,A", 1)
+    )
+    (out / "broken.html").write_text(broken.replace("</body>", "<p style='width:999px'>x</body>"))
+    opened = open_page(out / "broken.html", 400)
+    assert opened.loaded == opened.images - 1
+    assert opened.wide > 0

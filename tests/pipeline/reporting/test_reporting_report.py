@@ -136,6 +136,23 @@ def test_difference_is_paired_and_says_what_it_proves(runs: Path) -> None:
     assert "one video is worth 2.9 points" in found.findings[-1]
 
 
+def test_many_differences_are_a_table(tmp_path: Path) -> None:
+    finetuned(tmp_path / "scratch", "scratch", 15)
+    right = {f"run {n}": n for n in (0, 12, 13, 14, 16, 17, 35)}
+    for name, n in right.items():
+        finetuned(tmp_path / name, "/x/student", n)
+    found = make_report(find_runs([tmp_path]))
+    assert found.comparisons is not None
+    rows = {row[0]: row for row in found.comparisons.rows}
+    assert rows.keys() == right.keys()
+    for name, n in right.items():
+        value = float(rows[name][3].split(" [")[0].replace("−", "-"))
+        assert value == pytest.approx(100 * (n - 15) / 35, abs=0.06)
+    assert (rows["run 35"][4], rows["run 0"][4]) == ("that it is better", "that it is worse")
+    assert rows["run 16"][4] == "no order"
+    assert len(found.sentences) == len(found.findings) - len(right) > 0
+
+
 def test_a_tie_is_called_undecided(tmp_path: Path) -> None:
     finetuned(tmp_path / "a", "/x/student", 12)
     finetuned(tmp_path / "b", "scratch", 11)
@@ -177,6 +194,11 @@ def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(
     for anchor in re.findall(r'href="#([^"]+)"', page):
         assert page.count(f'id="{anchor}"') == 1
     assert len(re.findall(r"<details><summary>[^<]*</summary>\n<p class=note id=\"run-", page)) == 4
+    contents = re.search(r"<nav.*?</nav>", page, re.S)
+    assert contents is not None
+    listed = re.findall(r'<a href="#([^"]+)">([^<]+)</a>', contents[0])
+    assert listed == re.findall(r'<h2 id="([^"]+)">([^<]+)</h2>', page)
+    assert len(listed) == page.count("<h2") >= 5
     before = page
     report(ReportConfig(folders=[str(runs)], out=str(tmp_path / "out")), Console(quiet=True))
     assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == before, (
