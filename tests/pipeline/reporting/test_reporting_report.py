@@ -136,6 +136,7 @@ def test_difference_is_paired_and_says_what_it_proves(runs: Path) -> None:
     assert "one video is worth 2.9 points" in found.findings[-1]
 
 
+@pytest.mark.slow
 def test_many_differences_are_a_table(tmp_path: Path) -> None:
     finetuned(tmp_path / "scratch", "scratch", 15)
     right = {f"run {n}": n for n in (0, 12, 13, 14, 16, 17, 35)}
