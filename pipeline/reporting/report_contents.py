@@ -172,8 +172,8 @@ def _pairs(
         if cell.run is not None
     }
     first = chosen or largest_gain(runs, rows)
-    pairs = [first] * (first is not None) + [(each.run, each.base) for each in found]
-    return list({(run.path, base.path): (run, base) for run, base in pairs if run}.values())
+    pairs = ([] if first is None else [first]) + [(each.run, each.base) for each in found]
+    return list({(run.path, base.path): (run, base) for run, base in pairs}.values())
 
 
 def _not_drawn(pair: Pair, figures: Sequence[Figure]) -> list[str]:

@@ -45,7 +45,7 @@ class Curves:
         line = self.held_out if len(self.held_out.x) else self.training
         if self.exported is None or not len(line.x):
             return None
-        at = int(np.abs(line.x - self.exported).argmin())
+        at = int(np.argmin(np.abs(line.x - self.exported)))
         return float(line.x[at]), float(line.y[at])
 
 
