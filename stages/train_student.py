@@ -64,7 +64,12 @@ from ..pipeline.training.loop import FitResult, fit
 from ..pipeline.training.loop_options import LoopOptions
 from ..pipeline.training.objective import first_draws, make_objective, measure_baselines
 from ..pipeline.training.precision import pick_workers
-from ..pipeline.training.reference_losses import TOO_LITTLE, LossBounds, loss_bounds
+from ..pipeline.training.reference_losses import (
+    TOO_LITTLE,
+    LossBounds,
+    loss_bounds,
+    most_frequent_shares,
+)
 from ..pipeline.training.seen_videos import OWN, SeenVideos
 from ..pipeline.training.trackers import log_final, require_trackers
 from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
@@ -195,6 +200,7 @@ def _train_locked(
         summary = _summary(config, parts, result, exported) | _explained(
             bounds, result, teachers, config.export, console
         )
+        summary["most_frequent_class"] = _show_agreement(parts, objective, result, console)
         write_whole(run_dir / RESULT, json.dumps(plain(summary), indent=1).encode())
         log_final(options.loggers, run_dir, result.steps, _final(summary))
         console.say(f"student: {exported}")
@@ -493,6 +499,30 @@ def _explained(
         "explained_fraction": fraction,
         "explained_by": by,
     }
+
+
+def _show_agreement(
+    parts: _Parts, objective: Distillation, result: FitResult, console: Console
+) -> dict[str, float]:
+    """Log the agreement on held-out clips, next to that of always guessing the same class.
+
+    Returns:
+        Teacher → the share of its most frequent class.
+    """
+    if parts.held_out is None:
+        return {}
+    sampler = parts.held_out.sampler
+    draws = (sampler.draw(0, k) for k in range(len(sampler.videos)))
+    names = [name for name, head in objective.heads.items() if head.output == "logits"]
+    shares = most_frequent_shares(draws, names)
+    for name, share in shares.items():
+        found = result.validation.get(f"agreement/{name}")
+        if found is not None:
+            console.say(
+                f"held-out clips: agrees with {name} on {100 * found:.1f} %, always guessing its most frequent class "
+                f"would on {100 * share:.1f} %"
+            )
+    return shares
 
 
 def _build(config: TrainConfig, targets: Mapping[str, TeacherTargets]) -> Student:

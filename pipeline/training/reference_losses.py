@@ -75,6 +75,25 @@ def head_bounds(
     }
 
 
+def most_frequent_shares(
+    samples: Iterable[ClipSample], teachers: Iterable[str]
+) -> dict[str, float]:
+    """Return teacher → the share of its most frequent best class, among the clips that it counts.
+
+    It is the agreement of the best constant predictor. Teachers of features have none.
+    """
+    best: dict[str, list[int]] = {name: [] for name in teachers}
+    for sample in samples:
+        for name, classes in best.items():
+            if sample.weight[name]:
+                classes.append(int(sample.targets[name].argmax()))
+    return {
+        name: float(np.bincount(classes).max() / len(classes))
+        for name, classes in best.items()
+        if classes
+    }
+
+
 def _bounds(targets: NDArray[np.float32], head: HeadLoss) -> tuple[float, float]:
     """Return (best constant, lower bound) of one teacher's mean outputs [M, K].
 

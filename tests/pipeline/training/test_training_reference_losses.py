@@ -14,7 +14,12 @@ from distinit.pipeline.training.losses import (
     soft_target_cross_entropy,
     squared_error,
 )
-from distinit.pipeline.training.reference_losses import LossBounds, head_bounds, loss_bounds
+from distinit.pipeline.training.reference_losses import (
+    LossBounds,
+    head_bounds,
+    loss_bounds,
+    most_frequent_shares,
+)
 
 DRAWS, CLASSES = 40, {"a": 6, "b": 4}
 
@@ -35,6 +40,18 @@ def draws(
         for i in range(DRAWS)
     ]
     return found, logits
+
+
+def test_the_share_of_the_most_frequent_class_is_that_of_the_clips_that_count() -> None:
+    weights = [float(i % 3 > 0) for i in range(DRAWS)]
+    found, logits = draws(weight_of_b=weights)
+    best = {name: torch.from_numpy(values).argmax(dim=1) for name, values in logits.items()}
+    best["b"] = best["b"][torch.tensor(weights) > 0]
+    expected = {
+        name: float((each == each.mode().values).double().mean()) for name, each in best.items()
+    }
+    assert most_frequent_shares(found, ["a", "b"]) == pytest.approx(expected)
+    assert most_frequent_shares(draws(weight_of_b=[0.0] * DRAWS)[0], ["b"]) == {}, "none counts"
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])
