@@ -92,7 +92,7 @@ def finetune(config: FinetuneConfig, console: Console) -> dict[str, Any]:
     result.json; with `--split all` into a folder per split, and their mean into RUN/result.json.
 
     Returns:
-        The content of result.json.
+        The content of result.json, and under `next` what to type next.
 
     Raises:
         UsageError: Options do not fit each other, the initialisation or the folder.
