@@ -7,10 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from ..common.tables import Column, Table
+from ..evaluation.labels import canonical
 from ..evaluation.listing import short_dataset
 from ..evaluation.metrics import MEASURES, signed
 from .ablation_results import Ablation, Entry
-from .accuracy_tables import DASH
+from .accuracy_tables import BASELINES, DASH
+from .teacher_baselines import TeacherProbe
 
 # The order of the paper; split 1 and the mean of splits as in its Table 6.
 PAPER_ORDER = ("per_clip", "split1", "top1", "top5")
@@ -29,15 +31,16 @@ NOTES = (
 )
 
 
-def ablation_tables(ablation: Ablation) -> list[Table]:
+def ablation_tables(ablation: Ablation, probes: Sequence[TeacherProbe] = ()) -> list[Table]:
     """Tabulate an ablation, one table per data set with a row per variant.
 
-    Each measure has the paper's number to its right; published results are below our rows.
+    Each measure has the paper's number to its right; published results are below our rows, and so
+    are teachers that were probed on every split.
     """
-    return [_table(ablation, dataset) for dataset in ablation.datasets]
+    return [_table(ablation, dataset, probes) for dataset in ablation.datasets]
 
 
-def _table(ablation: Ablation, dataset: str) -> Table:
+def _table(ablation: Ablation, dataset: str, probes: Sequence[TeacherProbe]) -> Table:
     entries = [entry for entry in ablation.entries if entry.dataset == dataset]
     shown = [
         name
@@ -67,6 +70,14 @@ def _table(ablation: Ablation, dataset: str) -> Table:
             )
         cells += [spread(entry.explained) if len(entry.explained) else DASH] * explained
         table.add(*cells, _runs(entry), *_gain(entry, first=entry.row == ablation.rows[0]))
+    for first, (name, values) in enumerate(_baselines(ablation, dataset, probes).items()):
+        if first == 0:
+            table.head(BASELINES)
+        cells = [name]
+        for measure in shown:
+            cells += [spread(values[measure]) if measure in values else DASH]
+            cells += [""] * (measure in known)
+        table.add(*cells, *[DASH] * explained, "", "", "")
     for heading, elsewhere in (
         ("Published results, as the paper lists them", False),
         ("Published results, from elsewhere", True),
@@ -84,6 +95,22 @@ def _table(ablation: Ablation, dataset: str) -> Table:
         ablation, dataset, known, len(listed) - len(published)
     )
     return table
+
+
+def _baselines(
+    ablation: Ablation, dataset: str, probes: Sequence[TeacherProbe]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return top 1 of each probed teacher by split, and that of split 1, by name."""
+    tops: dict[str, dict[int, float]] = {}
+    for probe in probes:
+        if canonical(probe.dataset) == canonical(dataset):
+            tops.setdefault(probe.name, {})[int(probe.split)] = probe.accuracy.value
+    return {
+        name: {"top1": np.array([top[split] for split in ablation.splits])}
+        | ({"split1": np.array([top[1]])} if 1 in top else {})
+        for name, top in tops.items()
+        if top.keys() >= set(ablation.splits)
+    }
 
 
 def _heading(measure: str, splits: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from .runs import Run
 from .teacher_baselines import TeacherProbe
 
 DASH = "–"
+BASELINES = "Baselines without a student: linear probe of a teacher’s cached targets"
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,10 @@ def accuracy_table(
         ]
         table.add(*head, f"{m['videos']}{f' ({asides})' if asides else ''}", *cells)
     if probes:
-        table.head("Baselines without a student: linear probe of a teacher’s cached targets")
+        table.head(BASELINES)
     for probe in probes:
         cells = [percent(probe.accuracy) if name == "top1" else DASH for name in MEASURES]
-        head = [f"{probe.teacher} ({probe.output})", "linear probe"] + [DASH] * has_explained
+        head = [probe.name, "linear probe"] + [DASH] * has_explained
         head += [short_dataset(probe.dataset), probe.split, str(probe.num_videos)]
         table.add(*head, *cells)
     table.notes = _table_notes(runs)

@@ -31,7 +31,7 @@ from .figures.features import FEATURES, MIN_VIDEOS
 from .mistakes import ClassChanges, Mistakes, find_changes, find_mistakes
 from .run_pairs import Pair, largest_gain, named_pair
 from .runs import Run
-from .teacher_baselines import probe_teachers
+from .teacher_baselines import TeacherProbe, probe_teachers
 
 SENTENCES = 6  # differences that are described by a sentence each
 
@@ -48,6 +48,7 @@ class Report:
         students: Table of the students, if there are any.
         teachers: Linear probe of the targets that students were trained on, if possible.
         costs: Table of costs, if a run has finished an epoch.
+        probes: Probes of teachers on the data sets of the runs.
         ablations: The ablations.
         mistakes: What each evaluated run gets wrong.
         changes: The classes that differ between a run and its base.
@@ -64,6 +65,7 @@ class Report:
     teachers: Table | None
     students: Table | None
     costs: Table | None
+    probes: Sequence[TeacherProbe]
     ablations: Sequence[Ablation]
     mistakes: Sequence[Mistakes]
     changes: Sequence[ClassChanges]
@@ -127,11 +129,12 @@ def make_report(
         UsageError: `kinetics` has other weights, or `pair` names no runs.
     """
     chosen = named_pair(pair, runs, ablations) if pair is not None else None
-    finetuned = alone(runs, ablations)
+    finetuned, students = alone(runs, ablations), [run for run in runs if run.kind == "student"]
     found = differences(finetuned)
     stores = read_stores(runs, open_urls=open_urls)
     probes = probe_teachers(
-        finetuned, [path for path, store in stores.items() if store.teachers is not None]
+        [run for run in runs if run.kind == "finetune"],
+        [path for path, store in stores.items() if store.teachers is not None],
     )
     figures = draw_figures(runs, ablations, finetuned, found, stores, kinetics, chosen, features)
     videos = ExampleVideos(root, MAX_VIDEOS if examples else 0)
@@ -140,12 +143,13 @@ def make_report(
     notes = [f"store {path}: {store.problem}" for path, store in stores.items() if store.problem]
     return Report(
         runs=runs,
-        accuracy=accuracy_table(finetuned, [run for run in runs if run.kind == "student"], probes),
+        accuracy=accuracy_table(finetuned, students, _of(finetuned, probes)),
         differences=found,
         findings=uncertainty_notes(finetuned, found),
         teachers=teacher_table(probes),
         students=student_table(runs),
         costs=cost_table(runs),
+        probes=probes,
         ablations=ablations,
         mistakes=mistakes,
         changes=changes,
@@ -156,6 +160,12 @@ def make_report(
         },
         notes=notes + (_not_drawn(chosen, figures) if chosen is not None else []),
     )
+
+
+def _of(runs: Sequence[Run], probes: Sequence[TeacherProbe]) -> list[TeacherProbe]:
+    """Return the probes on the data sets and splits of some runs."""
+    places = {(str(run.config.get("dataset")), run.split) for run in runs}
+    return [probe for probe in probes if (probe.dataset, probe.split) in places]
 
 
 def _pairs(

@@ -15,6 +15,7 @@ from .figures.canvas import Figure
 from .html_page import as_yaml, render
 from .report_contents import Report
 from .runs import Run
+from .teacher_baselines import TeacherProbe
 
 FIGURES = "figures"  # folder next to the page
 WRONG_VIDEOS = "wrong-videos.csv"  # file next to the page
@@ -31,7 +32,9 @@ def to_markdown(report: Report) -> str:
     if report.teachers is not None:
         parts.append(report.teachers.to_markdown())
     parts += [
-        table.to_markdown() for ablation in report.ablations for table in ablation_tables(ablation)
+        table.to_markdown()
+        for ablation in report.ablations
+        for table in ablation_tables(ablation, report.probes)
     ]
     parts += [
         f"## {markdown_text(each.run.name)} compared with {markdown_text(each.base.name)}\n\n"
@@ -83,12 +86,14 @@ def to_html(report: Report, version: str) -> str:
         figures=figures,
         folder=FIGURES,
         wrong_videos=WRONG_VIDEOS,
-        ablations=[_ablation(ablation, links) for ablation in report.ablations],
+        ablations=[_ablation(ablation, links, report.probes) for ablation in report.ablations],
         runs=[_details(run, report, links) for run in report.runs],
     )
 
 
-def _ablation(ablation: Ablation, links: Mapping[str, str]) -> dict[str, Any]:
+def _ablation(
+    ablation: Ablation, links: Mapping[str, str], probes: Sequence[TeacherProbe]
+) -> dict[str, Any]:
     """Return the values of an ablation for the template; a row is a link to its first run."""
     rows = {
         cell.record.row: links[cell.run.name]
@@ -98,7 +103,7 @@ def _ablation(ablation: Ablation, links: Mapping[str, str]) -> dict[str, Any]:
     # The common part of the titles is the heading of the section.
     tables = [
         dataclasses.replace(table, title=f"Accuracy on {short_dataset(dataset)}")
-        for table, dataset in zip(ablation_tables(ablation), ablation.datasets, strict=True)
+        for table, dataset in zip(ablation_tables(ablation, probes), ablation.datasets, strict=True)
     ]
     return {
         "title": ablation.title,

@@ -33,6 +33,11 @@ class TeacherProbe:
     num_videos: int
     accuracy: Estimate
 
+    @property
+    def name(self) -> str:
+        """Name of the row."""
+        return f"{self.teacher} ({self.output})"
+
 
 def probe_teachers(runs: Sequence[Run], stores: Sequence[str]) -> list[TeacherProbe]:
     """Probe each teacher on the data sets and splits of finetuned runs.

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from distinit.pipeline.common.config import CONF
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import SourceError, UsageError
+from distinit.pipeline.evaluation.metrics import Estimate
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.ablation_results import (
     ablation_folders,
@@ -34,6 +35,7 @@ from distinit.pipeline.reporting.published_results import Accuracies, PaperNumbe
 from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.run_folders import find_runs
 from distinit.pipeline.reporting.run_pairs import largest_gain, named_pair
+from distinit.pipeline.reporting.teacher_baselines import TeacherProbe
 from distinit.stages.report import report
 
 CLASSES = [f"class {k}" for k in range(6)]
@@ -468,3 +470,22 @@ def test_results_from_elsewhere_have_source_and_year_below_those_of_the_paper(ou
         PaperNumbers.model_validate(
             {"table": "6", "published": [{"name": "B", "source": "s", "numbers": {"ucf101": 1}}]}
         )
+
+
+def test_a_teacher_that_is_probed_on_every_split_has_a_row(out: Path) -> None:
+    (ablation,) = read_ablations([out.resolve()], find_runs([out]))
+    dataset = ablation.datasets[0]
+
+    def probe(teacher: str, split: int, top1: float) -> TeacherProbe:
+        return TeacherProbe(dataset, str(split), teacher, "logits", 9, Estimate(top1, 0.1, 0.9))
+
+    probes = [probe("lite", 1, 0.5), probe("lite", 2, 0.6), probe("half", 1, 0.5)]
+    first, second = ablation_tables(ablation, probes)
+    columns = [column.title for column in first.columns]
+    row = dict(zip(columns, first.rows[-1], strict=True))
+    assert row["row"] == "lite (logits)"
+    assert row["top 1, split 1, %"] == "50.0"
+    assert row["top 1, splits 1–2, %"] == f"55.0 ± {100 * np.std([0.5, 0.6], ddof=1):.1f}"
+    assert row["per clip, %"] == "–"
+    assert list(first.headings) == [len(first.rows) - 1]
+    assert all("lite" not in row[0] for row in second.rows)

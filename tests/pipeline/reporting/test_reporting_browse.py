@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
+from distinit.pipeline.evaluation.compare_options import CompareConfig
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.reporting.store_summary import EXTREMES, HEIGHT, STRIP, summarize_store
 from distinit.pipeline.store.reader import TargetStore
@@ -27,6 +28,7 @@ from distinit.pipeline.store.store_options import BrowseConfig
 from distinit.pipeline.video.decoder import VideoReader
 from distinit.stages.prepare import prepare
 from distinit.stages.targets_browse import targets_browse
+from distinit.stages.targets_compare import targets_compare
 from distinit.tests import warm
 
 QUIET = Console(quiet=True)
@@ -154,8 +156,13 @@ def test_the_command_and_its_page_in_a_browser(
     assert done.returncode == 0, done.stderr
     page = Path(json.loads(done.stdout)["page"])
     assert not re.search(r"<(script|iframe)|@import|url\(", page.read_text(encoding="utf-8"))
+    options = CompareConfig(store=str(tiny_store.path), out=str(tmp_path / "compare"), videos=2)
+    compared = Path(targets_compare(options, QUIET)["page"])
     for width in (1280, 400):
         opened = open_page(page, width)
         assert opened.holds()
         assert opened.width == width
         assert opened.images > 2 * 2 + 2 * 2 * EXTREMES
+        opened = open_page(compared, width)
+        assert opened.holds()
+        assert opened.images == 2
