@@ -86,9 +86,9 @@ def most_frequent_shares(
     for sample in samples:
         for name, classes in best.items():
             if sample.weight[name]:
-                classes.append(int(sample.targets[name].argmax()))
+                classes.append(int(np.argmax(sample.targets[name])))
     return {
-        name: float(np.bincount(classes).max() / len(classes))
+        name: float(np.max(np.bincount(classes)) / len(classes))
         for name, classes in best.items()
         if classes
     }
