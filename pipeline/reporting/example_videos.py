@@ -75,6 +75,8 @@ class ExampleVideos:
         predictions = run.predictions
         assert predictions is not None
         path, copies = predictions.videos[video], str(run.config.get("copies") or "")
+        if self.most == 0:
+            return Example(escape_path(path), None, "--examples 0 opens no video")
         folder = self._folder(run)
         key = (folder, copies, path)
         if key not in self._examples:
@@ -112,6 +114,9 @@ def _folder_of(dataset: str, root: str, split: str) -> str:
         return root or os.path.dirname(os.path.abspath(where))
     if kind == "folder":
         return where
+    # A run can come from another person, and so can the name of a pipe in it.
+    if kind == "kinetics" and not os.path.isfile(where):
+        return root
     try:
         # The official data sets may be located in a folder below the given one.
         return read_split(dataset, int(split), root or None).root

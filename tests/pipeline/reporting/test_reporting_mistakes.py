@@ -7,6 +7,7 @@ import base64
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -190,7 +191,20 @@ def test_videos_are_read_where_they_are_now_or_from_copies(tmp_path: Path, own_s
     ):
         example = reader.example(of, video)
         assert (example.strip is not None) == found == (example.problem is None)
-        assert reader.example(of, video) is example
+        assert reader.example(of, video) == example
+        assert len(reader.strips) == found, "a video is read once"
+
+
+@pytest.mark.parametrize("dataset", ["kinetics:PIPE", "hmdb51", "folder:/nowhere", "", "csv:\0"])
+def test_other_data_sets_without_videos_have_a_reason(
+    tmp_path: Path, tiny_store: Any, dataset: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    run = run_of(tmp_path / "run", tiny_store.videos, 5)
+    config = {"dataset": dataset.replace("PIPE", str(tmp_path / "pipe"))}
+    example = ExampleVideos().example(replace(run, config=config), 5)
+    assert example.strip is None
+    assert example.problem
 
 
 def test_class_changes_are_counts_of_videos(tmp_path: Path, tiny_store: Any) -> None:
