@@ -519,8 +519,8 @@ def _show_agreement(
         found = result.validation.get(f"agreement/{name}")
         if found is not None:
             console.say(
-                f"held-out clips: agrees with {name} on {100 * found:.1f} %, always guessing its most frequent class "
-                f"would on {100 * share:.1f} %"
+                f"{counted(len(sampler.videos), 'held-out clip')}: agrees with {name} on {100 * found:.1f} %, always "
+                f"guessing its most frequent class would on {100 * share:.1f} %"
             )
     return shares
 

@@ -41,7 +41,7 @@ def with_batch_size(
 ) -> L:
     """Return the options with a number in place of `batch_size: auto`.
 
-    On a CPU it is the default, since more clips at once are no faster there.
+    Without a CUDA device it is the default: on a CPU more clips at once are no faster.
 
     Args:
         options: Of the loop.
@@ -55,8 +55,8 @@ def with_batch_size(
     if options.batch_size != "auto":
         return options
     device = resolve_device(options.device)
-    if device.type == "cpu":
-        size, why = DEFAULT_BATCH_SIZE, "the default of a CPU"
+    if device.type != "cuda":
+        size, why = DEFAULT_BATCH_SIZE, "the default without a CUDA device"
     else:
         most = min(MOST, max(1, total_clips // LEAST_STEPS // world))
         size = world * largest_that_fits(*parts(), options, device, most)
