@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 # What to type for less; every plan takes these settings.
 SHORTER = (
-    "--set base.train-student.preset=small --set base.finetune.preset=small takes a narrow student and a "
-    "short schedule, --set base.train-student.loop.budget=CLIPS a shorter one"
+    "--set base.train-student.preset=small --set base.finetune.preset=small takes a narrow student and "
+    "the schedule of so many videos, --set base.train-student.loop.budget=CLIPS a shorter one"
 )
 MEASURED_S = 2.0
 CPU_CLIPS = 4  # on a CPU larger batches take memory and time, and are hardly faster per clip

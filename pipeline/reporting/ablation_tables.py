@@ -9,7 +9,7 @@ import numpy as np
 from ..common.tables import Column, Table
 from ..evaluation.labels import canonical
 from ..evaluation.listing import short_dataset
-from ..evaluation.metrics import MEASURES, signed
+from ..evaluation.metrics import MEASURES, signed, signed_brackets
 from .ablation_results import Ablation, Entry
 from .accuracy_tables import BASELINES, DASH
 from .teacher_baselines import TeacherProbe
@@ -281,7 +281,7 @@ def _gain(entry: Entry, *, first: bool) -> list[str]:
     if first or entry.gain is None:
         return ["first row" if first else DASH, DASH]
     e = entry.gain.estimate
-    return [f"{signed(e.value)} [{signed(e.low)} to {signed(e.high)}]", p_text(entry.gain.p)]
+    return [f"{signed(e.value)} {signed_brackets(e.low, e.high)}", p_text(entry.gain.p)]
 
 
 def p_text(p: float) -> str:

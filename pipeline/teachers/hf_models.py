@@ -45,7 +45,7 @@ def hf_model(spec: TeacherSpec, repository: str) -> LoadedModel:
         import transformers
     except ImportError:
         raise TeacherError(
-            f"teacher {spec.name!r} needs transformers: pip install 'distinit[hf]'"
+            f'teacher {spec.name!r} needs transformers: pip install "distinit[hf]"'
         ) from None
     options = builder_options(spec)
     asked = options.pop("pooling", None)

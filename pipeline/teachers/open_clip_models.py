@@ -61,7 +61,7 @@ def open_clip_whole(spec: TeacherSpec, model: str, tag: str | None) -> OpenClipM
         import open_clip
     except ImportError:
         raise TeacherError(
-            f"teacher {spec.name!r} needs open_clip: pip install 'distinit[clip]'"
+            f'teacher {spec.name!r} needs open_clip: pip install "distinit[clip]"'
         ) from None
     library: Any = open_clip
     if model not in library.list_models():

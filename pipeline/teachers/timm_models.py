@@ -41,7 +41,7 @@ def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:
         import timm.data
     except ImportError:
         raise TeacherError(
-            f"teacher {spec.name!r} needs timm: pip install 'distinit[timm]'"
+            f'teacher {spec.name!r} needs timm: pip install "distinit[timm]"'
         ) from None
     library: Any = timm  # its types leave out what `timm.data` re-exports
     options = builder_options(spec)

@@ -67,7 +67,7 @@ def test_the_papers_other_presets_change_one_number(name: str, changes: dict[str
 
 def test_small_has_the_papers_schedule_a_fifth_as_long() -> None:
     small, paper = preset("small").loop, preset("paper").loop
-    small = small.for_videos(240)
+    small = small.with_derived_schedule().for_videos(240)
     short = [
         learning_rate((epoch + 1) * small.steps_per_epoch - 1, small) / small.peak_lr
         for epoch in range(9)

@@ -329,6 +329,6 @@ def test_a_run_has_the_explained_fraction_of_its_student_and_teachers_have_rows(
     assert rows["unfinished"]["top 1"] == "missing"
     baseline = rows["lite<0> (features)"]
     assert (baseline["data set"], baseline["split"], baseline["top 1"]) == (
-        "d/a.csv", "2", "70.0 [60.0–80.0]",
+        "d/a.csv", "2", "70.0 [60.0, 80.0]",
     )  # fmt: skip
     assert list(table.headings) == [table.rows.index(list(baseline.values()))]
