@@ -154,7 +154,7 @@ def test_a_folder_for_the_hub_has_the_numbers_of_the_run(run: Path, tmp_path: Pa
     card = (out / "README.md").read_text()
     for key in ("top1", "class_mean"):
         e = metrics_from_file(run / "predictions.h5")[key]
-        assert f"{100 * e['value']:.1f} [{100 * e['low']:.1f}–{100 * e['high']:.1f}]" in card
+        assert f"{100 * e['value']:.1f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]" in card
     assert "har/labels.csv" in card
     assert "<b>" not in card
     for path in out.iterdir():
