@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 # Shorter trainings are over before the measurement pays for itself.
 LONG_CLIPS = 4000
 MEASURED_S, CLIPS = 2.0, 4
+# A whole batch is tried where a step of it is not longer than this.
+WHOLE_STEP_S = 4.0
 # What of --minutes is left for start, validation, checkpoints and test.
 TRAINING_SHARE = 0.8
 
@@ -67,13 +69,21 @@ def measure_rate(model: nn.Module, dataset: KeyedDataset, options: LoopOptions) 
             started = time.perf_counter()
         clips.append(batch["clip"])
     read_s = (time.perf_counter() - started) / max(1, len(clips) - 1)
-    size = min(options.clips_at_once(options.gpus), CLIPS if device.type == "cpu" else 10**6)
-    repeated = torch.cat(clips)[torch.arange(size) % len(clips)]
+    whole = options.clips_at_once(options.gpus)
+    size = min(whole, CLIPS) if device.type == "cpu" else whole
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus), torch_threads(options.threads, workers, device):
         shadow = copy.deepcopy(model).to(device).train()
-        steps = _timed(shadow, repeated.to(device), options, device)
-    return Rate(steps / size, read_s)
+
+        def step_s(size: int) -> float:
+            repeated = torch.cat(clips)[torch.arange(size) % len(clips)]
+            return _timed(shadow, repeated.to(device), options, device)
+
+        seconds = step_s(size)
+        # A clip of a narrow network costs less in a whole batch than among a few.
+        if size < whole and seconds * whole / size < WHOLE_STEP_S:
+            size, seconds = whole, step_s(whole)
+    return Rate(seconds / size, read_s)
 
 
 def _timed(
