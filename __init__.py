@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from distinit.pipeline.common.stage_function import Result
     from distinit.pipeline.corpus.sources import list_videos
     from distinit.pipeline.store.reader import TargetStore
-    from distinit.pipeline.students.export import load_student
     from distinit.pipeline.students.student import build_student
+    from distinit.pipeline.students.student_files import load_student
     from distinit.pipeline.students.student_options import StudentOptions
     from distinit.pipeline.targets.soft_targets import mean_outputs, soft_targets
     from distinit.pipeline.targets.student_clips import student_clips
@@ -90,7 +90,7 @@ _HOME = {
     "build_student": "distinit.pipeline.students.student",
     "collate": "distinit.pipeline.training.loader",
     "list_videos": "distinit.pipeline.corpus.sources",
-    "load_student": "distinit.pipeline.students.export",
+    "load_student": "distinit.pipeline.students.student_files",
     "load_teacher": "distinit.pipeline.teachers.teacher",
     "mean_outputs": "distinit.pipeline.targets.soft_targets",
     "normalize_clip": "distinit.pipeline.clips.transforms",

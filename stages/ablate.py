@@ -20,7 +20,7 @@ from ..pipeline.common.locks import folder_lock
 from ..pipeline.common.run_dir import CELLS, CONFIG, SECONDS, check_output_dir
 from ..pipeline.common.urls import check_local
 from ..pipeline.store.reader import TargetStore, check_video_roots
-from ..pipeline.training.estimate import LONG_CLIPS
+from ..pipeline.training.training_time import LONG_CLIPS
 from .finetune import finetune
 from .train_student import train_student
 

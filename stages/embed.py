@@ -26,8 +26,8 @@ from ..pipeline.evaluation.feature_files import FORMAT, FORMAT_VERSION
 from ..pipeline.evaluation.own_videos import claim_file, clips_of, list_paths, log_problems
 from ..pipeline.evaluation.predictions import FAILED, OK
 from ..pipeline.evaluation.predictor import require_finite, video_outputs
-from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student
+from ..pipeline.students.student_files import load_student
 from ..pipeline.training.precision import pick_workers, torch_threads
 
 ENDINGS = {".h5": "HDF5", ".hdf5": "HDF5", ".npz": "NumPy"}

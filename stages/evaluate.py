@@ -45,9 +45,9 @@ from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.splits import ALL, split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.test_looks import count_looks
 from ..pipeline.evaluation.test_overlap import overlap, require_own_labels
-from ..pipeline.students.export import load_student
-from ..pipeline.students.hub import hub_model, is_hub_address
 from ..pipeline.students.student import Student
+from ..pipeline.students.student_files import load_student
+from ..pipeline.students.student_hub import hub_model, is_hub_address
 from ..pipeline.training.checkpoint import read_identity
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop_options import LoopOptions

@@ -25,7 +25,6 @@ from ..pipeline.common.run_dir import (
 from ..pipeline.reporting.model_card import model_card
 from ..pipeline.reporting.run_folders import read_run
 from ..pipeline.reporting.runs import KINDS, Run
-from ..pipeline.students.export import load_student, save_student
 from ..pipeline.students.graph_options import ENDINGS, GraphConfig
 from ..pipeline.students.graphs import (
     CLIPS,
@@ -39,6 +38,7 @@ from ..pipeline.students.graphs import (
     student_outputs,
 )
 from ..pipeline.students.student import Student
+from ..pipeline.students.student_files import load_student, save_student
 
 FORMAT, FORMAT_VERSION = "distinit-export", 1
 CONFIG_JSON, CARD = "config.json", "README.md"

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,7 @@ from ..pipeline.evaluation.test_overlap import (
     refuse_overlap,
     require_own_labels,
 )
-from ..pipeline.evaluation.validation import validation
-from ..pipeline.students.export import InitReport, read_meta, save_start, save_student
+from ..pipeline.evaluation.validation_side import validation
 from ..pipeline.students.initialization import (
     Initialization,
     canonical_init,
@@ -63,6 +63,7 @@ from ..pipeline.students.initialization import (
     student_file,
 )
 from ..pipeline.students.student import Student, build_student, count_parameters
+from ..pipeline.students.student_files import InitReport, read_meta, save_start, save_student
 from ..pipeline.students.student_options import SCRATCH, StudentMeta
 from ..pipeline.training.batch_size import EXAMPLES, with_batch_size
 from ..pipeline.training.checkpoint import (
@@ -71,11 +72,17 @@ from ..pipeline.training.checkpoint import (
     read_identity,
     require_not_longer,
 )
-from ..pipeline.training.estimate import announce, clips_in, measure_rate, recorded_schedule
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, Stop, fit
 from ..pipeline.training.loop_options import LoopOptions, Resume
 from ..pipeline.training.trackers import log_final, require_trackers
+from ..pipeline.training.training_time import (
+    Rate,
+    announce,
+    clips_in,
+    measure_rate,
+    recorded_schedule,
+)
 from ..pipeline.video.flow import FLOW_CHANNELS, require_opencv
 
 COMMAND = "finetune"
@@ -120,11 +127,12 @@ def _try_out(config: FinetuneConfig, console: Console) -> dict[str, Any]:
     config = _scheduled(config)
     labels = _load_labels(config)
     config = _sized(config, labels, config.loop.gpus)
-    job = _assemble(config, labels)
-    if config.loop.minutes is not None:
-        job = _assemble(_fitted(config, job, config.loop.gpus), job.labels)
+    job, rate = _assemble(config, labels), None
+    if (minutes := config.loop.minutes) is not None:
+        config, rate = _fitted(config, job, minutes, config.loop.gpus)
+        job = _assemble(config, job.labels)
     _describe_run(job, console)
-    announce(job.student, job.clips(), job.options, job.total_clips(), SINGLE_PROCESS)
+    announce(job.student, job.clips(), job.options, job.total_clips(), SINGLE_PROCESS, rate)
     return dry_run(job.config, job.options, job.clips(), job.student)
 
 
@@ -220,8 +228,9 @@ def _finetune_split(
     if config.loop.batch_size == "auto":
         config = ranks.on_main(lambda: _sized(config, job.labels, ranks.world))
         job = ranks.on_all_ranks(lambda: _assemble(config, job.labels))
-    if job.config.loop.minutes is not None:
-        config = ranks.on_main(lambda: _fitted(config, job, ranks.world))
+    rate = None
+    if (minutes := job.config.loop.minutes) is not None:
+        config, rate = ranks.on_main(partial(_fitted, config, job, minutes, ranks.world))
         job = ranks.on_all_ranks(lambda: _assemble(config, job.labels))
     if config.loop.budget is not None:
         # From here on, the schedule is as if it had been given.
@@ -231,7 +240,7 @@ def _finetune_split(
     if ranks.is_main:
         _describe_run(job, console)
     if not (run_dir / LAST).exists():
-        announce(job.student, job.clips(), job.options, job.total_clips(), ranks)
+        announce(job.student, job.clips(), job.options, job.total_clips(), ranks, rate)
     searched, stop = None, Stop(patience=config.patience)
     if config.search:
         searched = _search(job, run_dir, console, ranks)
@@ -499,16 +508,17 @@ def _sized(config: FinetuneConfig, labels: Labels, world: int) -> FinetuneConfig
     return config.model_copy(update={"loop": loop})
 
 
-def _fitted(config: FinetuneConfig, job: _Job, world: int) -> FinetuneConfig:
-    """Return the config with the budget of clips that `--minutes` has time for."""
+def _fitted(
+    config: FinetuneConfig, job: _Job, minutes: float, world: int
+) -> tuple[FinetuneConfig, Rate]:
+    """Return the config with the budget of clips that `--minutes` has time for, and the rate."""
     loop, options = config.loop, job.options
-    assert loop.minutes is not None
-    clips = clips_in(loop.minutes, measure_rate(job.student, job.clips(), options), options, world)
+    rate = measure_rate(job.student, job.clips(), options)
+    clips = clips_in(minutes, rate, options, world)
     # A search shares the time among its candidates and the last training.
     clips = int(clips * options.epochs * options.clips_per_epoch / job.total_clips())
-    return config.model_copy(
-        update={"loop": loop.model_copy(update={"budget": max(1, clips), "minutes": None})}
-    )
+    fitted = loop.model_copy(update={"budget": max(1, clips), "minutes": None})
+    return config.model_copy(update={"loop": fitted}), rate
 
 
 def _load_labels(config: FinetuneConfig) -> Labels:
@@ -616,7 +626,7 @@ def _describe_run(job: _Job, console: Console) -> None:
     if report is None:
         console.say("initialisation: from scratch")
         return
-    # The heads of a student of ours are left by design; of other files it says what does not fit.
+    # The heads of our own students are left out on purpose; for other files log what does not fit.
     file = student_file(config.init)
     left = () if file is not None and read_meta(file) is not None else report.left
     names = ", ".join(left[:6]) + (", …" if len(left) > 6 else "")

@@ -28,8 +28,8 @@ from ..pipeline.evaluation.own_videos import (
 )
 from ..pipeline.evaluation.predictions import OK, Predictions
 from ..pipeline.evaluation.predictor import predict as fill_in
-from ..pipeline.students.export import load_student
 from ..pipeline.students.student import Student
+from ..pipeline.students.student_files import load_student
 from ..pipeline.training.precision import pick_workers, torch_threads
 
 ENDINGS = {".csv": "a row per video", ".json": "as --json", ".parquet": "as .csv, with types"}

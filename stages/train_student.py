@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ from ..pipeline.evaluation.short_videos import warn_of_short_videos
 from ..pipeline.store.exclude import Exclusion
 from ..pipeline.store.reader import TargetStore, check_video_roots
 from ..pipeline.store.storage import absolute
-from ..pipeline.students.export import save_student
 from ..pipeline.students.student import Student, build_student, count_parameters
+from ..pipeline.students.student_files import save_student
 from ..pipeline.students.student_options import HeadMeta, StudentMeta
 from ..pipeline.targets.class_head import ClassHead, read_heads
 from ..pipeline.targets.dataset import StudentClips
@@ -57,7 +58,6 @@ from ..pipeline.training.checkpoint import (
 from ..pipeline.training.distillation import Distillation, evaluate_distillation
 from ..pipeline.training.distillation_options import TrainConfig
 from ..pipeline.training.dry_run import dry_run
-from ..pipeline.training.estimate import announce, clips_in, measure_rate, recorded_schedule
 from ..pipeline.training.filter_thresholds import Filter, measure_thresholds
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, fit
@@ -72,6 +72,13 @@ from ..pipeline.training.reference_losses import (
 )
 from ..pipeline.training.seen_videos import OWN, SeenVideos
 from ..pipeline.training.trackers import log_final, require_trackers
+from ..pipeline.training.training_time import (
+    Rate,
+    announce,
+    clips_in,
+    measure_rate,
+    recorded_schedule,
+)
 from ..pipeline.video.flow import FLOW_CHANNELS, pictures_needed, require_opencv
 
 COMMAND = "train-student"
@@ -107,14 +114,14 @@ def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
     config = _scheduled(config)
     store, teachers, _ = _open(config)
     config = _sized(config, store, teachers, None, console, config.loop.gpus)
-    parts = _assemble(config, store, teachers, None, console)
-    if config.loop.minutes is not None:
-        config = _fitted(config, parts, config.loop.gpus)
+    parts, rate = _assemble(config, store, teachers, None, console), None
+    if (minutes := config.loop.minutes) is not None:
+        config, rate = _fitted(config, parts, minutes, config.loop.gpus)
         parts = _assemble(config, store, teachers, None, console)
     student = _build(config, parts.train.sampler.targets)
     options = config.loop.for_videos(len(parts.train.sampler.videos))
     clips = options.total_steps * options.step_clips
-    announce(student, parts.train, options, clips, SINGLE_PROCESS)
+    announce(student, parts.train, options, clips, SINGLE_PROCESS, rate)
     return dry_run(config, store, parts.train, student)
 
 
@@ -138,8 +145,9 @@ def _train_locked(
     saved = ranks.on_all_ranks(lambda: read_identity(run_dir) if config.resume else None)
     config = ranks.on_main(lambda: _sized(config, store, teachers, saved, console, ranks.world))
     parts = ranks.on_all_ranks(lambda: _assemble(config, store, teachers, saved, console))
-    if config.loop.minutes is not None:
-        config = ranks.on_main(lambda: _fitted(config, parts, ranks.world))
+    rate = None
+    if (minutes := config.loop.minutes) is not None:
+        config, rate = ranks.on_main(partial(_fitted, config, parts, minutes, ranks.world))
         parts = ranks.on_all_ranks(lambda: _assemble(config, store, teachers, saved, console))
     options = config.loop.for_videos(len(parts.train.sampler.videos))
     config = config.model_copy(update={"loop": _as_used(config.loop, options)})
@@ -162,7 +170,7 @@ def _train_locked(
     console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     if saved is None:
         clips = options.total_steps * options.step_clips
-        announce(student, parts.train, options, clips, ranks)
+        announce(student, parts.train, options, clips, ranks, rate)
     objective = make_objective(config.targets, parts.train.sampler.targets, parts.baselines)
     bounds = ranks.on_main(lambda: _bounds(parts.train.sampler, objective, console))
 
@@ -244,14 +252,15 @@ def _sized(
     return config.model_copy(update={"loop": loop})
 
 
-def _fitted(config: TrainConfig, parts: _Parts, world: int) -> TrainConfig:
-    """Return the config with the budget of clips that `--minutes` has time for."""
+def _fitted(
+    config: TrainConfig, parts: _Parts, minutes: float, world: int
+) -> tuple[TrainConfig, Rate]:
+    """Return the config with the budget of clips that `--minutes` has time for, and the rate."""
     loop, student = config.loop, _build(config, parts.train.sampler.targets)
-    assert loop.minutes is not None
-    clips = clips_in(loop.minutes, measure_rate(student, parts.train, loop), loop, world)
-    return config.model_copy(
-        update={"loop": loop.model_copy(update={"budget": clips, "minutes": None})}
-    )
+    rate = measure_rate(student, parts.train, loop)
+    budget = clips_in(minutes, rate, loop, world)
+    fitted = loop.model_copy(update={"budget": budget, "minutes": None})
+    return config.model_copy(update={"loop": fitted}), rate
 
 
 def _as_used(loop: LoopOptions, options: LoopOptions) -> LoopOptions:

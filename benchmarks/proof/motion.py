@@ -36,7 +36,7 @@ from real_videos import run_ablation, run_distinit
 
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.figures.filters import variation_over_time
-from distinit.pipeline.students.export import load_student
+from distinit.pipeline.students.student_files import load_student
 
 HERE = Path(__file__).resolve().parent
 STARTS = {"DistInit": "student", "inflated": "inflate:{teacher}", "scratch": "scratch"}

@@ -36,7 +36,7 @@ from distinit.pipeline.clips.clip_options import ClipView
 from distinit.pipeline.clips.transforms import normalize_clip
 from distinit.pipeline.evaluation.labelled_clips import EvaluationClips
 from distinit.pipeline.evaluation.labels import load_labels
-from distinit.pipeline.students.export import load_student
+from distinit.pipeline.students.student_files import load_student
 
 TEACHER = "efficientnet_lite0"
 FEATURES = f"{TEACHER}.features"

@@ -16,6 +16,7 @@ import os
 import torch
 import torch.distributed as dist
 from measuring import write_json
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from training_steps import Trainer
 
@@ -68,18 +69,20 @@ def main() -> None:
     finally:
         dist.destroy_process_group()
     weights = [dict(model.named_parameters()) for model in (trained, grouped)]
-    apart = max(float((value - weights[1][name]).abs().max()) for name, value in weights[0].items())
-    moved = max(float((value - first[name]).abs().max()) for name, value in weights[0].items())
+    difference, change = (largest_difference(weights[0], other) for other in (weights[1], first))
     print(
-        f"{backend}: {args.steps} steps move a weight by up to {moved:.3g}, apart by up to {apart:.3g}"
+        f"{backend}: {args.steps} steps change a weight by up to {change:.3g}; with and without a "
+        f"group the weights differ by up to {difference:.3g}"
     )
-    write_json(
-        args.json,
-        device,
-        [{"backend": backend, "largest_change": moved, "largest_difference": apart}],
-    )
-    if not moved > 1e-6 or apart > 1e-2 * moved:
+    record = {"backend": backend, "largest_change": change, "largest_difference": difference}
+    write_json(args.json, device, [record])
+    if not change > 1e-6 or difference > 1e-2 * change:
         raise SystemExit("the weights with and without a group differ")
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Return the largest absolute difference of the weights of a from those of b by name."""
+    return max(float((value - b[name]).abs().max()) for name, value in a.items())
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ ResNet-50 has random weights, which serve for speed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -94,14 +95,13 @@ def run(command: list[str], *, kill_after: float | None = None, limit: float = 3
 
 
 def memory_mb(pid: int) -> float:
-    """Return the proportional memory of a process and of those that it started."""
+    """Return the proportional memory of a process and of those that it started; 0 once it ended."""
     total = 0.0
-    try:
+    # Processes end at any time.
+    with contextlib.suppress(psutil.Error):
         root = psutil.Process(pid)
         for process in (root, *root.children(recursive=True)):
             total += process.memory_full_info().pss / 2**20
-    except psutil.Error:
-        pass
     return total
 
 

@@ -33,10 +33,14 @@ class Hdf5Error(DistInitError, OSError):
     """
 
 
+Dimensions = int | tuple[int, ...]
+Tables = Mapping[str, tuple[str, Dimensions]]
+
+
 @contextmanager
 def open_hdf5(
     path: str | os.PathLike[str],
-    tables: Mapping[str, tuple[str, int]],
+    tables: Tables,
     groups: tuple[str, ...] = (),
     *,
     checked: bool = False,
@@ -49,7 +53,7 @@ def open_hdf5(
     Args:
         path: The file.
         tables: Path of each data set that the format has → kinds of its values (numpy's letters, or
-            STRING) and number of its dimensions. A file need not have all of them.
+            STRING) and allowed numbers of dimensions. A file need not have all of them.
         groups: Paths of the groups that it has.
         checked: This very file was opened here before, and need not be looked through again.
 
@@ -71,7 +75,7 @@ def open_hdf5(
 def _check_group(
     group: h5py.h5g.GroupID,
     prefix: str,
-    tables: Mapping[str, tuple[str, int]],
+    tables: Tables,
     groups: tuple[str, ...],
     size: int,
 ) -> None:
@@ -97,7 +101,7 @@ def _check_group(
 
 
 def _check_table(
-    table: h5py.h5d.DatasetID, where: str, kinds: str, dimensions: int, size: int
+    table: h5py.h5d.DatasetID, where: str, kinds: str, dimensions: Dimensions, size: int
 ) -> None:
     """Raise Hdf5Error if a data set is stored outside the file or has other values than these."""
     properties, shape, dtype = table.get_create_plist(), table.shape, table.dtype
@@ -105,9 +109,9 @@ def _check_table(
     if layout == h5py.h5d.VIRTUAL or properties.get_external_count():
         raise Hdf5Error(f"{where!r} is stored in other files: refused")
     text = h5py.check_string_dtype(dtype) is not None
-    if (not text if kinds == STRING else text or dtype.kind not in kinds) or len(
-        shape or ()
-    ) != dimensions:
+    allowed = (dimensions,) if isinstance(dimensions, int) else dimensions
+    other_kind = not text if kinds == STRING else text or dtype.kind not in kinds
+    if other_kind or len(shape or ()) not in allowed:
         raise Hdf5Error(f"{where!r} is {dtype} {shape}, which the format does not have")
     filters = {properties.get_filter(i)[0] for i in range(properties.get_nfilters())}
     if not filters <= _FILTERS:

@@ -94,7 +94,7 @@ def fuse_predictions(
         )
     first = parts[0]
     orders = [
-        _matching_rows(first, part, names[0], name) for part, name in zip(parts, names, strict=True)
+        matching_rows(first, part, names[0], name) for part, name in zip(parts, names, strict=True)
     ]
     fused = Predictions.empty(
         first.classes,
@@ -155,7 +155,7 @@ def compare_predictions(
         CheckpointError: Class lists differ.
         LabelsError: Videos or labels differ.
     """
-    order = _matching_rows(a, b, *names)
+    order = matching_rows(a, b, *names)
     labels, groups = a.labels, a.groups
     values_a = video_values(a.clip_scores, labels)
     values_b = video_values(b.clip_scores[order], labels)
@@ -228,8 +228,13 @@ def p_value(resampled: np.ndarray, units: int) -> float:
     return float(min(1.0, max(2 * min(below, above), 2 * 0.5**units)))
 
 
-def _matching_rows(a: Predictions, b: Predictions, name_a: str, name_b: str) -> list[int]:
-    """Return the row of b for each row of a."""
+def matching_rows(a: Predictions, b: Predictions, name_a: str, name_b: str) -> list[int]:
+    """Return the row of b for each row of a; names are for messages.
+
+    Raises:
+        CheckpointError: Class lists differ.
+        LabelsError: Videos or labels differ.
+    """
     require_classes(b.classes, a.classes, origin=name_b, expected_origin=name_a)
     rows = {video: i for i, video in enumerate(b.videos)}
     unpaired = sorted(set(a.videos) ^ set(b.videos))

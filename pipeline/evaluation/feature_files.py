@@ -22,14 +22,15 @@ import numpy as np
 
 from ..common.documents import plain_data
 from ..common.errors import SourceError
-from ..common.hdf5 import STRING, Hdf5Error, open_hdf5
+from ..common.hdf5 import STRING, Hdf5Error, Tables, open_hdf5
 from ..common.sealed import check_seal
 
 FORMAT, FORMAT_VERSION = "distinit-features", 1
-_TABLES = {
+_TABLES: Tables = {
     **dict.fromkeys(("videos", "status", "reasons"), (STRING, 1)),
     "starts": ("i", 2),
     "frames": ("i", 1),
+    "features": ("f", (2, 3)),
 }
 
 
@@ -51,20 +52,14 @@ def read_features(path: str | os.PathLike[str]) -> FeatureFile:
     try:
         if os.path.exists(path):
             check_seal(path, SourceError)
-        for dimensions in (2, 3):
-            try:
-                with open_hdf5(path, {**_TABLES, "features": ("f", dimensions)}) as file:
-                    return _parse(file)
-            except Hdf5Error:
-                if dimensions == 3:
-                    raise
+        with open_hdf5(path, _TABLES) as file:
+            return _parse(file)
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file of features") from None
     except Hdf5Error as error:
         raise SourceError(
             f"{path}: not a file of features that distinit embed wrote as .h5 ({error})"
         ) from error
-    raise AssertionError
 
 
 def _parse(file: Any) -> FeatureFile:

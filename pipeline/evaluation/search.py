@@ -1,6 +1,6 @@
 """`finetune --search`: choose options on the validation side by successive halving.
 
-All candidates are trained for a part of their schedule; the better half of them goes on to twice
+All candidates are trained for a part of their schedule; the better half of them continues to twice
 that part, from its checkpoints, until the last ones have finished. RUN/search.json has the results
 so far, so that an interrupted search resumes; RUN/search/N is the folder of candidate N, which is
 removed once it is known not to be needed.
@@ -96,8 +96,9 @@ class SearchRecord:
 
     @property
     def best(self) -> Candidate:
-        """The chosen candidate."""
-        assert self.chosen is not None
+        """The chosen candidate of a finished search."""
+        if self.chosen is None:
+            raise ValueError("the search has not chosen yet")
         return self.candidates[self.chosen]
 
     def config(self, config: FinetuneConfig) -> FinetuneConfig:

@@ -83,8 +83,8 @@ def probe_teacher(
     record = store.teacher(teacher)
     if record.grid and not record.plain_mean:
         raise UsageError(
-            f"teacher {teacher!r} of {store.name} holds cells whose mean is not the model's feature: "
-            f"a probe of it would tell nothing of that; choose others by --teacher"
+            f"teacher {teacher!r} of {store.name} holds cells whose mean is not the model's "
+            "feature, so that a probe of them does not measure the model; choose other teachers with --teacher"
         )
     means = mean_targets(store, teacher, labels.videos, frame_counts)
     sides = list(_sides(labels, folds, seed))

@@ -9,8 +9,8 @@ from typing import Any
 from ..common.errors import CheckpointError, LabelsError
 from ..common.run_dir import SEEN_VIDEOS
 from ..corpus.sources import escape_path
-from ..students.export import read_meta
 from ..students.initialization import student_file
+from ..students.student_files import read_meta
 from ..training.seen_videos import INIT, OWN, SeenVideos
 from .labels import Labels
 from .predictions import require_classes

@@ -1,6 +1,6 @@
 """Verify a store against its videos and teachers: decode a sample and run the teachers again.
 
-Frames must be the same, by index and pts; outputs are compared as `replay` says. Teachers of the
+Frames must be the same, by index and pts; outputs are compared as in `replay`. Teachers of the
 store that are outputs of one model are computed in one forward pass, as they were.
 """
 

@@ -72,7 +72,7 @@ def accuracy_table(
     Args:
         runs: The finetuned runs.
         students: Students; the explained fraction of the one that a run starts from is shown.
-        probes: Probes of teachers, a row each below the runs.
+        probes: Probes of teachers, one row per probe below the runs.
     """
     explained = {str(run.path): run for run in students if run.explained_fraction is not None}
     has_explained = any(str(run.config.get("init")) in explained for run in runs)
@@ -311,7 +311,7 @@ def _difference(run: Run, base: Run) -> Difference:
 
 
 def difference_table(found: Sequence[Difference]) -> Table:
-    """Tabulate differences, for more of them than a reader wants in sentences."""
+    """Tabulate paired differences, of which there are too many for sentences."""
     columns = [Column("run"), Column("compared with"), Column("test videos", True)]
     table = Table(
         "Paired differences in top 1, points [95 % interval]",

@@ -84,7 +84,7 @@ def confusion_counts(predictions: Predictions) -> NDArray[np.int64]:
 
 
 def frequent_confusions(counts: NDArray[np.int64], classes: Sequence[str]) -> Table | None:
-    """Tabulate the most frequent confusions, None if there is none.
+    """Tabulate the most frequent confusions, or return None without a wrong video.
 
     Args:
         counts: Of `confusion_counts`, [K, K + 1].

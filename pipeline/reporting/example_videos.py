@@ -19,6 +19,7 @@ from ..common.documents import is_regular_file
 from ..common.errors import DistInitError, VideoError
 from ..corpus.sources import escape_path
 from ..evaluation.labels import read_split
+from ..evaluation.predictions import Predictions
 from ..prepared.copies import read_copy
 from ..prepared.folders import CopyFolder
 from ..video.frames import read_frames
@@ -70,10 +71,8 @@ class ExampleVideos:
         self._examples: dict[tuple[str, str, str], Example] = {}
         self._folders: dict[tuple[str, str, str], str] = {}
 
-    def example(self, run: Run, video: int) -> Example:
-        """Return a test video of an evaluated run, by its index in the predictions."""
-        predictions = run.predictions
-        assert predictions is not None
+    def example(self, run: Run, predictions: Predictions, video: int) -> Example:
+        """Return a test video of a run, by its index in the run's predictions."""
         path, copies = predictions.videos[video], str(run.config.get("copies") or "")
         if self.most == 0:
             return Example(escape_path(path), None, "--examples 0 opens no video")

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..common.errors import DistInitError
 from ..common.tables import Column, Table
 from ..corpus.sources import escape_path
-from ..evaluation.ensemble import probabilities
+from ..evaluation.ensemble import matching_rows, probabilities
 from ..evaluation.metrics import video_values
 from ..evaluation.predictions import Predictions
 from .confusions import (
@@ -65,7 +66,7 @@ class Mistakes:
         num_wrong: Number of its wrong test videos, unreadable ones included.
         num_videos: Number of its test videos.
         matrix: Its confusion matrix, None with too many classes.
-        confusions: Its most frequent confusions, None if there is none.
+        confusions: Its most frequent confusions, None if no video is confused.
         shown: Some wrong videos, those with the highest probability of a wrong class first.
     """
 
@@ -132,8 +133,8 @@ def wrong_videos(found: Predictions) -> list[int]:
     Unreadable ones, which count as wrong, come last.
     """
     wrong = np.flatnonzero(video_values(found.clip_scores, found.labels)["top1"] == 0)
-    surest = np.nan_to_num(probabilities(found).max(axis=1), nan=-1.0)
-    return wrong[np.argsort(-surest[wrong], kind="stable")].tolist()
+    confidence = np.nan_to_num(probabilities(found).max(axis=1), nan=-1.0)
+    return wrong[np.argsort(-confidence[wrong], kind="stable")].tolist()
 
 
 def _wrong_video(
@@ -142,7 +143,7 @@ def _wrong_video(
     """Describe a wrong video; odds: the probabilities of its classes [K]."""
     label, guesses = int(found.labels[video]), _guesses(found, odds, GUESSES)
     return WrongVideo(
-        example=videos.example(run, video),
+        example=videos.example(run, found, video),
         label=found.classes[label],
         of_label=float(odds[label]) if guesses else None,
         guesses=guesses,
@@ -193,14 +194,16 @@ def find_changes(pairs: Sequence[Pair], videos: ExampleVideos) -> list[ClassChan
 
 
 def _changes(run: Run, base: Run, videos: ExampleVideos) -> ClassChanges | None:
-    ours, theirs = run.predictions, base.predictions
-    if ours is None or theirs is None or set(ours.videos) != set(theirs.videos):
+    predictions, base_predictions = run.predictions, base.predictions
+    if predictions is None or base_predictions is None:
         return None
-    place = {video: at for at, video in enumerate(theirs.videos)}
-    order = np.array([place[video] for video in ours.videos])
-    after = video_values(ours.clip_scores, ours.labels)["top1"]
-    before = video_values(theirs.clip_scores, theirs.labels)["top1"][order]
-    changes = np.bincount(ours.labels, after - before, len(ours.classes))
+    try:
+        order = np.array(matching_rows(predictions, base_predictions, run.name, base.name))
+    except DistInitError:
+        return None
+    after = video_values(predictions.clip_scores, predictions.labels)["top1"]
+    before = video_values(base_predictions.clip_scores, base_predictions.labels)["top1"][order]
+    changes = np.bincount(predictions.labels, after - before, len(predictions.classes))
     improved, harmed = (
         [
             int(at)
@@ -211,21 +214,25 @@ def _changes(run: Run, base: Run, videos: ExampleVideos) -> ClassChanges | None:
     )
     if not improved and not harmed:
         return None
-    table = _class_table(run, base, ours, (improved, harmed), before, after)
-    odds, base_odds = probabilities(ours), probabilities(theirs)[order]
+    table = _class_table(run, base, predictions, (improved, harmed), before, after)
+    odds, base_odds = probabilities(predictions), probabilities(base_predictions)[order]
 
     def examples(classes: Sequence[int], sign: int) -> list[ChangedVideo]:
         changed = [
-            np.flatnonzero((after - before == sign) & (ours.labels == at))[:EXAMPLES_PER_CLASS]
+            np.flatnonzero((after - before == sign) & (predictions.labels == at))[
+                :EXAMPLES_PER_CLASS
+            ]
             for at in classes[:EXAMPLE_CLASSES]
         ]
         return [
             ChangedVideo(
                 # The run that gets it right has read it.
-                videos.example(run, video) if sign > 0 else videos.example(base, int(order[video])),
-                ours.classes[int(ours.labels[video])],
-                _guesses(theirs, base_odds[video], 1),
-                _guesses(ours, odds[video], 1),
+                videos.example(run, predictions, video)
+                if sign > 0
+                else videos.example(base, base_predictions, int(order[video])),
+                predictions.classes[int(predictions.labels[video])],
+                _guesses(base_predictions, base_odds[video], 1),
+                _guesses(predictions, odds[video], 1),
             )
             for video in (int(video) for each in changed for video in each)
         ]

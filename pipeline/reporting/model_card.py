@@ -6,15 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..common.tables import markdown_text
+from ..evaluation.metrics import MEASURES
 from .accuracy_tables import percent
 from .runs import Run
-
-_NAMES = {
-    "top1": "top 1",
-    "top5": "top 5",
-    "class_mean": "mean over classes",
-    "per_clip": "top 1 per clip",
-}
 
 
 def model_card(about: Mapping[str, Any], run: Run | None) -> str:
@@ -26,7 +20,10 @@ def model_card(about: Mapping[str, Any], run: Run | None) -> str:
     """
     clip, heads = about["clip"], about["heads"]
     task = "video-classification" if "label" in heads else "feature-extraction"
-    kind = "RGB, uint8" if clip["channels"] == 3 else "optical flow in pixels, float32"
+    kind, dtype = (
+        ("RGB", "uint8") if clip["channels"] == 3 else ("optical flow in pixels", "float32")
+    )
+    shape = f"{clip['channels']}, {clip['frames']}, {clip['size']}, {clip['size']}"
     lines = [
         "---",
         "library_name: distinit",
@@ -43,7 +40,7 @@ def model_card(about: Mapping[str, Any], run: Run | None) -> str:
         "import torch",
         "",
         'student = distinit.load_student("hf://ORG/NAME")  # or this folder',
-        f"clips = torch.zeros(1, {clip['channels']}, {clip['frames']}, {clip['size']}, {clip['size']})  # {kind}",
+        f"clips = torch.zeros(1, {shape}, dtype=torch.{dtype})  # {kind}",
         "outputs = student(distinit.normalize_clip(clips))  # of each head",
         "```",
         "",
@@ -93,10 +90,21 @@ def _results(run: Run | None) -> list[str]:
         "|---|---:|",
         *(
             f"| {name} | {percent(metrics[key])} |"
-            for key, name in _NAMES.items()
+            for key, name in MEASURES.items()
             if key in metrics
         ),
         "",
         f"The intervals are of a bootstrap over {unit['units']} {unit['resampled']}; the seed of the training is not "
         "covered. The numbers are computed from the run's saved predictions.",
+        *_seen(run.test_videos_seen),
+    ]
+
+
+def _seen(videos: int) -> list[str]:
+    if not videos:
+        return []
+    return [
+        "",
+        f"**{videos} of the test videos were seen by the student that the training started from**, without their "
+        "labels: these are not accuracies of unseen videos.",
     ]

@@ -96,7 +96,7 @@ class StoreWriter:
         except StoreError as error:
             repair = f"distinit targets verify --repair {shlex.quote(str(self.root))}"
             raise StoreError(
-                f"{error}; `{repair}` drops what is damaged and says what fills it again"
+                f"{error}; `{repair}` drops what is damaged and logs the command that fills it again"
             ) from error
 
     def __enter__(self) -> StoreWriter:

@@ -25,10 +25,17 @@ from ..common.errors import CheckpointError, UsageError, WeightsError
 from ..common.library_weights import library_weights
 from ..common.plugins import call_factory, is_factory
 from ..common.weights import load_weights
-from .export import InitReport, check_options, load_backbone, read_options, recognise, take_backbone
-from .hub import hub_model
 from .inflate import fitting_student, inflatable, inflate
 from .student import Backbone, Student
+from .student_files import (
+    InitReport,
+    check_options,
+    load_backbone,
+    read_options,
+    recognise,
+    take_backbone,
+)
+from .student_hub import hub_model
 from .student_options import SCRATCH, Inflation, StudentOptions
 from .transformers_video import read_folder, read_weights
 

@@ -10,6 +10,7 @@ import re
 from torch import Tensor, nn
 
 from ..common.errors import UsageError, third_party
+from ..common.extras import import_extra
 from .student_options import StudentOptions
 
 # Arguments of timm that read files, fetch weights, or change what the model returns.
@@ -44,10 +45,7 @@ def timm_backbone(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:
         UsageError: timm is not installed, has no such model, or its builder fails.
     """
     who = f"student {options.architecture!r}"
-    try:
-        import timm
-    except ImportError:
-        raise UsageError(f'{who} requires timm: pip install "distinit[timm]"') from None
+    timm = import_extra("timm", "timm", who)
     name = options.architecture.removeprefix("timm:")
     # Other names of timm lead to files and downloads (`hf-hub:…`, `local-dir:…`).
     if ":" in name or "/" in name or not timm.is_model(name):

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..common.errors import CheckpointError, UsageError, third_party
+from ..common.extras import import_extra
 from ..common.weights import load_weights
 from .student_options import HF_MODELS, StudentOptions
 
@@ -50,7 +51,7 @@ def transformers_backbone(options: StudentOptions, clip: tuple[int, int]) -> nn.
     Raises:
         UsageError: transformers is not installed, the model has no such option, or it refuses one.
     """
-    transformers = _transformers(f"student {options.architecture!r}")
+    transformers = import_extra("transformers", "hf", f"student {options.architecture!r}")
     with third_party(f"student {options.architecture!r}", UsageError):
         config = _config(transformers, options, clip)
         return VideoEncoder(transformers.AutoModelForVideoClassification.from_config(config))
@@ -63,7 +64,7 @@ def read_folder(folder: str) -> StudentOptions:
         CheckpointError: no readable config.json, or another kind of model.
         UsageError: transformers is not installed.
     """
-    transformers = _transformers(f"--init hf:{folder}")
+    transformers = import_extra("transformers", "hf", f"--init hf:{folder}")
     path = Path(folder) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -99,7 +100,7 @@ def read_weights(folder: str, options: StudentOptions, clip: tuple[int, int]) ->
     if not files:
         raise CheckpointError(f"{label}: holds no .safetensors; other formats are not read")
     state = {name: tensor for file in files for name, tensor in load_weights(file).state.items()}
-    transformers = _transformers(label)
+    transformers = import_extra("transformers", "hf", label)
     with third_party(label, CheckpointError):
         config = _config(transformers, options, clip)
         auto = transformers.AutoModelForVideoClassification
@@ -119,14 +120,6 @@ def read_weights(folder: str, options: StudentOptions, clip: tuple[int, int]) ->
         for name, tensor in model.state_dict().items()
         if not name.startswith("classifier")
     }
-
-
-def _transformers(who: str) -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise UsageError(f'{who} requires transformers: pip install "distinit[hf]"') from None
-    return transformers
 
 
 def _own_keys(transformers: Any, kind: str) -> dict[str, Any]:

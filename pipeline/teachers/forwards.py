@@ -50,7 +50,7 @@ def tapped(module: nn.Module, layer: str) -> Forward:
 
 
 def pooling_layer(module: nn.Module) -> str | None:
-    """Return the name of the layer that pools the last feature map, None where there is none."""
+    """Return the name of the layer that pools the last feature map, or None."""
     return next((name for name, _ in module.named_children() if name in _POOLS), None)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import TeacherError, WeightsError, first_line, third_party
+from ..common.extras import import_extra
 from ..common.weights import file_sha256
 from ..video.geometry import View
 from .hub import hub_folder_of, need_safetensors
@@ -41,12 +42,7 @@ def hf_model(spec: TeacherSpec, repository: str) -> LoadedModel:
         TeacherError: transformers is not installed or cannot build the model; another option.
         WeightsError: The files do not exist, cannot be fetched, or are not safetensors.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise TeacherError(
-            f'teacher {spec.name!r} needs transformers: pip install "distinit[hf]"'
-        ) from None
+    transformers = import_extra("transformers", "hf", f"teacher {spec.name!r}", TeacherError)
     options = builder_options(spec)
     asked = options.pop("pooling", None)
     if options or asked not in (None, *POOLINGS):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import TeacherError, WeightsError, first_line, third_party
+from ..common.extras import import_extra
 from ..common.weights import WeightsFile, load_weights
 from ..video.geometry import View
 from .hub import hub_file, need_safetensors
@@ -57,13 +58,7 @@ class OpenClipModel:
 
 def open_clip_whole(spec: TeacherSpec, model: str, tag: str | None) -> OpenClipModel:
     """Load both towers of an open_clip architecture; see `open_clip_model`."""
-    try:
-        import open_clip
-    except ImportError:
-        raise TeacherError(
-            f'teacher {spec.name!r} needs open_clip: pip install "distinit[clip]"'
-        ) from None
-    library: Any = open_clip
+    library = import_extra("open_clip", "clip", f"teacher {spec.name!r}", TeacherError)
     if model not in library.list_models():
         near = [name for name in library.list_models() if model.lower() in name.lower()][:5]
         raise TeacherError(

@@ -312,7 +312,7 @@ class Teacher:
         dimensions = 4 if view.grid else 2
         if isinstance(given, Tensor) and given.ndim == dimensions and len(given) == count:
             rows = grid_cells(given.float(), view.grid) if view.grid else given.float()
-            # To memory of the host that is pinned, so that a GPU goes on meanwhile.
+            # Into pinned host memory, so that the GPU continues during the copy.
             return rows.to("cpu", non_blocking=self.device.type == "cuda")
         shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
         if view.grid:
@@ -410,7 +410,7 @@ class TeacherOutput:
         return self.teacher.identity(precision, self.key)
 
     def view_attributes(self) -> dict[str, Any]:
-        """Return what the node of the teacher says of its view; nothing of the centre."""
+        """Return the attributes of the teacher's node that describe its view; {} for the centre."""
         view, attributes = OutputView.of(self.key), dict[str, Any]()
         if view.grid:
             attributes["grid"] = {"cells": view.grid, "plain_mean": self.teacher.plain_mean}

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..common.errors import TeacherError, WeightsError, first_line, third_party
+from ..common.extras import import_extra
 from ..common.weights import WeightsFile, load_into, load_weights
 from ..store.store_options import Output
 from ..video.geometry import View
@@ -36,14 +37,7 @@ def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:
         TeacherError: timm is not installed, or has no such model or option.
         WeightsError: The weights cannot be fetched or do not fit.
     """
-    try:
-        import timm
-        import timm.data
-    except ImportError:
-        raise TeacherError(
-            f'teacher {spec.name!r} needs timm: pip install "distinit[timm]"'
-        ) from None
-    library: Any = timm  # its types leave out what `timm.data` re-exports
+    library = import_extra("timm", "timm", f"teacher {spec.name!r}", TeacherError)
     options = builder_options(spec)
     file = load_weights(spec.weights, spec.sha256) if spec.weights else None
     module = _create(library, spec, model, options, file)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import yaml
+from PIL.Image import Image
 
 from ..common.devices import resolve_device
 from ..common.errors import TrainingError
+from ..common.settings import Options
 from ..common.streams import counted
 from ..common.urls import check_local
 from ..store.reader import TargetStore
@@ -18,7 +21,7 @@ from ..students.student import Student, count_parameters
 from ..targets.dataset import StudentClips
 from .distillation_options import TrainConfig
 from .footprint import footprint
-from .loader import EpochBatchSampler, read_batches
+from .loader import EpochBatchSampler, KeyedDataset, read_batches
 from .loop_options import LoopOptions
 from .preview import MOST_CLIPS, render_batch, save_preview
 
@@ -54,10 +57,7 @@ def dry_run(
     """
     check_local(config.out)
     options = config.loop.for_videos(len(clips.sampler.videos))
-    for line in yaml.safe_dump(
-        config.model_dump(mode="json"), sort_keys=False, width=100
-    ).splitlines():
-        log.info(line)
+    log_config(config)
     heads = {name: count_parameters(student.head(name)) for name in student.classes}
     backbone = count_parameters(student.backbone)
     log.info(f"{config.student.describe()}: {_count(backbone)} parameters in the backbone")
@@ -66,28 +66,60 @@ def dry_run(
     log.info(f"{counted(len(clips.sampler.videos), 'video')}, {options.describe_epochs()}")
     log.info(f"{options.describe_steps(config.loop.gpus)}; {options.describe_rate()}")
     size = log_memory(config.loop, config.clips, config.student.channels, student)
-
-    batch_size = min(options.step_clips, MOST_CLIPS)
-    keys = EpochBatchSampler(batch_size=batch_size, steps_per_epoch=1, epochs=1)
-    batch = next(read_batches(clips, keys, workers=0, device=torch.device("cpu")))
-    for found in batch["broken"]:
-        for name, reason in found:
-            log.warning("%s: %s", name, reason)
-    path = Path(config.out) / PICTURE
     targets = clips.sampler.targets
     classes = {name: each.classes for name, each in targets.items() if each.classes}
-    try:
-        save_preview(render_batch(batch, classes, tau=config.targets.tau), path)
-    except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
-    log.info(f"{path}: the first {batch_size} clips of {options.step_clips}, with their targets")
+
+    def render(batch: dict[str, Any]) -> Image:
+        return render_batch(batch, classes, tau=config.targets.tau)
+
     return {
         "dry_run": True,
-        "picture": str(path),
+        "picture": save_first_batch(clips, options, render, config.out, "targets"),
         "backbone_parameters": backbone,
         "head_parameters": heads,
         **size,
     }
+
+
+def log_config(config: Options) -> None:
+    """Log a config as YAML, as it is written next to a result."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    for line in text.splitlines():
+        log.info(line)
+
+
+def save_first_batch(
+    clips: KeyedDataset,
+    options: LoopOptions,
+    render: Callable[[dict[str, Any]], Image],
+    run_dir: str,
+    shown: str,
+) -> str:
+    """Write the first clips of a training as a picture, RUN/first-batch.png, and return its path.
+
+    Args:
+        clips: What is trained on.
+        options: Of the loop.
+        render: Makes the picture of a batch.
+        run_dir: RUN.
+        shown: What is next to each clip in the picture.
+
+    Raises:
+        TrainingError: The clips cannot be read, or the picture cannot be written.
+    """
+    count = min(options.step_clips, MOST_CLIPS)
+    keys = EpochBatchSampler(batch_size=count, steps_per_epoch=1, epochs=1)
+    batch = next(read_batches(clips, keys, workers=0, device=torch.device("cpu")))
+    for unreadable in batch["broken"]:
+        for name, reason in unreadable:
+            log.warning("%s: %s", name, reason)
+    path = Path(run_dir) / PICTURE
+    try:
+        save_preview(render(batch), path)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
+    log.info(f"{path}: the first {count} clips of {options.step_clips}, with their {shown}")
+    return str(path)
 
 
 def log_memory(

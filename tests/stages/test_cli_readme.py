@@ -123,7 +123,7 @@ def test_the_python_example_runs(
 def test_a_student_loads_into_torchvision_as_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from distinit.pipeline.students.export import save_student
+    from distinit.pipeline.students.student_files import save_student
 
     (tmp_path / "runs" / "student").mkdir(parents=True)
     torch.manual_seed(0)

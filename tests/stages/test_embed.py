@@ -15,8 +15,8 @@ import distinit
 from distinit.cli import main
 from distinit.pipeline.common.errors import DistInitError, SourceError, UsageError
 from distinit.pipeline.common.sealed import check_seal
-from distinit.pipeline.students.export import load_student, save_student
 from distinit.pipeline.students.student import build_student
+from distinit.pipeline.students.student_files import load_student, save_student
 from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.frames import read_frames

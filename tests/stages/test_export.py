@@ -15,8 +15,8 @@ import distinit
 from distinit.pipeline.common.errors import CheckpointError, DistInitError, UsageError
 from distinit.pipeline.evaluation.predictions import Predictions, metrics_from_file
 from distinit.pipeline.students import graphs
-from distinit.pipeline.students.export import load_student, save_student
 from distinit.pipeline.students.student import Student, build_student
+from distinit.pipeline.students.student_files import load_student, save_student
 from distinit.pipeline.students.student_options import StudentOptions
 
 pytestmark = pytest.mark.slow
@@ -159,10 +159,22 @@ def test_a_folder_for_the_hub_has_the_numbers_of_the_run(run: Path, tmp_path: Pa
     assert "<b>" not in card
     for path in out.iterdir():
         assert b"someone" not in path.read_bytes(), "no path of this machine is published"
+    example = card.split("```python\n")[1].split("```")[0].replace("hf://ORG/NAME", str(out))
+    given: dict[str, Any] = {}
+    exec(example, given)
+    assert given["clips"].dtype == torch.uint8
+    assert given["outputs"]["label"].shape == (1, len(CLASSES))
     loaded = load_student(out)
     assert loaded.meta.classes == {"label": CLASSES}
     for name, tensor in student().state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+    leaked = shutil.copytree(run, tmp_path / "leaked")
+    result = json.loads((leaked / "result.json").read_text())
+    result["overlap"] = {"test_videos_seen_by_init": 7}
+    (leaked / "result.json").write_text(json.dumps(result))
+    distinit.export(leaked, to="hub", out=tmp_path / "leaked-hub", quiet=True)
+    assert "7 of the test videos" in (tmp_path / "leaked-hub" / "README.md").read_text()
+    assert "of the test videos" not in card
     alone = tmp_path / "alone"
     shutil.copy(run / "model.safetensors", tmp_path / "m.safetensors")
     distinit.export(tmp_path / "m.safetensors", to="hub", out=alone, quiet=True)

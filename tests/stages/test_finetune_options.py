@@ -29,9 +29,9 @@ from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.figures.filters import read_filters, variation_over_time
 from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.run_folders import read_run
-from distinit.pipeline.students.export import load_student
 from distinit.pipeline.students.inflate import video_name
 from distinit.pipeline.students.student import build_student
+from distinit.pipeline.students.student_files import load_student
 from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.frames import read_frames
@@ -40,6 +40,7 @@ from distinit.stages.finetune import finetune
 from distinit.stages.predict import predict
 from distinit.stages.report import report
 from distinit.tests import warm
+from distinit.tests.tiny_finetuning import tiny_finetuning
 
 pytestmark = pytest.mark.slow
 
@@ -64,22 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, out: Path, **changes: Any) -> FinetuneConfig:
-    values: dict[str, Any] = {
-        "dataset": f"csv:{folder / 'labels.csv'}",
-        "out": str(out),
-        "student": {"architecture": "r3d_18", "width": 0.0625},
-        "clips": {"size": 32, "clip_frames": 4},
-        "loop": {
-            "batch_size": 4,
-            "epochs": 2,
-            "epoch_clips": 8,
-            "lr": 0.02,
-            "workers": 0,
-            "device": "cpu",
-        },
-        "test": {"clips": 2, "workers": 0},
-    }
-    return FinetuneConfig.model_validate(values | changes)
+    values = tiny_finetuning(f"csv:{folder / 'labels.csv'}", out, **changes)
+    return FinetuneConfig.model_validate(values)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -21,12 +22,13 @@ from distinit.pipeline.evaluation.hold_out import hold_out
 from distinit.pipeline.evaluation.labelled_clips import LabelledClips
 from distinit.pipeline.evaluation.labels import Labelled, Labels, load_labels
 from distinit.pipeline.evaluation.search import epochs_of_search, rungs
-from distinit.pipeline.students.export import load_student
+from distinit.pipeline.students.student_files import load_student
 from distinit.pipeline.training import loop
 from distinit.pipeline.training.preview import GAP, SIDE
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.evaluate import evaluate
 from distinit.stages.finetune import finetune
+from distinit.tests.tiny_finetuning import tiny_finetuning
 
 pytestmark = pytest.mark.slow
 
@@ -52,27 +54,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(data: Path, out: Path, csv: str = "labels.csv", **changes: Any) -> FinetuneConfig:
-    values: dict[str, Any] = {
-        "dataset": f"csv:{data / csv}",
-        "out": str(out),
-        "student": {"architecture": "r3d_18", "width": 0.0625},
-        "clips": {"size": 32, "clip_frames": 4},
-        "loop": {
-            "batch_size": 4,
-            "epochs": 2,
-            "epoch_clips": 8,
-            "lr": 0.02,
-            "workers": 0,
-            "device": "cpu",
-        },
-        "test": {"clips": 2, "workers": 0},
-        "dropout": 0.1,
-    }
+    values = tiny_finetuning(f"csv:{data / csv}", out, dropout=0.1)
     for key, value in changes.items():
         values[key] = (
             {**values[key], **value} if key in values and isinstance(value, dict) else value
         )
     return FinetuneConfig.model_validate(values)
+
+
+def interrupt(options: FinetuneConfig, patch: pytest.MonkeyPatch, *, step: int) -> None:
+    """Run a finetuning that is interrupted before it takes a step, counted from 1."""
+    steps = itertools.count(1)
+    take_step = loop.take_step
+
+    def interrupted(*args: Any) -> Any:
+        if next(steps) == step:
+            raise KeyboardInterrupt
+        return take_step(*args)
+
+    with patch.context() as patched:
+        patched.setattr(loop, "take_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(options, QUIET)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -143,20 +146,7 @@ def test_an_interrupted_run_with_validation_resumes_bit_by_bit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    steps = 0
-    take_step = loop.take_step
-
-    def interrupted(*args: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 3:
-            raise KeyboardInterrupt
-        return take_step(*args)
-
-    monkeypatch.setattr(loop, "take_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(config(data, tmp_path / "run"), QUIET)
-    monkeypatch.undo()
+    interrupt(config(data, tmp_path / "run"), monkeypatch, step=3)
     result = finetune(config(data, tmp_path / "run", resume=True), QUIET)
     assert result["resumed_from_step"] == 2
     assert equal(weights(tmp_path / "run"), weights(validated[0]))
@@ -221,19 +211,7 @@ def test_an_interrupted_search_resumes_to_the_same_choice_and_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     search = parse_search(("lr=0.00001,0.02,1e30",))
-    steps, take_step = 0, loop.take_step
-
-    def interrupted(*args: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 4:
-            raise KeyboardInterrupt
-        return take_step(*args)
-
-    monkeypatch.setattr(loop, "take_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(config(data, tmp_path / "run", search=search), QUIET)
-    monkeypatch.undo()
+    interrupt(config(data, tmp_path / "run", search=search), monkeypatch, step=4)
     with pytest.raises(UsageError, match="--resume"):
         finetune(config(data, tmp_path / "run", search=search), QUIET)
     other = parse_search(("lr=0.02,0.03",))

@@ -20,7 +20,7 @@ from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.students.export import load_student
+from distinit.pipeline.students.student_files import load_student
 from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.targets.dataset import StudentClips
 from distinit.pipeline.targets.picks import PickRule

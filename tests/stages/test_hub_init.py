@@ -16,9 +16,9 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, DistInitError
 from distinit.pipeline.evaluation.evaluation_options import EmbedConfig, EvaluateConfig
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
-from distinit.pipeline.students.export import load_student, save_student
 from distinit.pipeline.students.initialization import canonical_init, resolve_init
 from distinit.pipeline.students.student import build_student
+from distinit.pipeline.students.student_files import load_student, save_student
 from distinit.pipeline.students.student_options import StudentOptions
 from distinit.stages.embed import embed
 from distinit.stages.evaluate import evaluate

@@ -16,7 +16,7 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import SourceError, UsageError
 from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig, PredictConfig
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
-from distinit.pipeline.students.export import load_student
+from distinit.pipeline.students.student_files import load_student
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.evaluate import evaluate
 from distinit.stages.finetune import finetune

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distinit.pipeline.common.console import Console
-from distinit.pipeline.students.export import load_student
+from distinit.pipeline.students.student_files import load_student
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.stages.train_student import train_student
 

@@ -21,8 +21,8 @@ from distinit.pipeline.store.encoding import Codec, Sums, error_record
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.staging import ShardResult, TeacherPart, new_staging, stage_array
 from distinit.pipeline.store.writer import StoreWriter
-from distinit.pipeline.students.export import load_student
 from distinit.pipeline.students.student import build_student
+from distinit.pipeline.students.student_files import load_student
 from distinit.pipeline.targets.class_head import ClassHead
 from distinit.pipeline.targets.student_clips import student_clips
 from distinit.pipeline.training.checkpoint import load_weights

@@ -19,7 +19,7 @@ from distinit.pipeline.clips.transforms import normalize_clip
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, TrainingInterrupted, UsageError
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.students.export import load_student
+from distinit.pipeline.students.student_files import load_student
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.stages.train_student import _assemble, train_student
 from distinit.tests import warm

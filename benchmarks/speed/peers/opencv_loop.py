@@ -9,7 +9,7 @@ from teacher import Teacher, arguments, save
 
 
 def frames_of(path: str, every: int) -> np.ndarray | None:
-    """Return every Nth frame, uint8 [n, H, W, 3]; None if there is none."""
+    """Return every Nth frame, uint8 [n, H, W, 3], or None if no frame can be read."""
     capture, frames, index = cv2.VideoCapture(path), [], 0
     while capture.grab():
         if index % every == 0:

@@ -33,14 +33,14 @@ from distinit.pipeline.prepared.frame_map import check_copy, read_map
 from distinit.pipeline.prepared.make_copy import make_copy, make_flow
 from distinit.pipeline.prepared.prepare_options import CopyOptions, FlowOptions
 from distinit.pipeline.reporting.figures.filters import _stem
-from distinit.pipeline.students.export import (
+from distinit.pipeline.students.student import build_student
+from distinit.pipeline.students.student_files import (
     load_backbone,
     load_student,
     read_meta,
     save_start,
     save_student,
 )
-from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_options import STEM, StudentOptions
 from distinit.pipeline.training.checkpoint import (
     Checkpoints,

@@ -31,8 +31,8 @@ from distinit.pipeline.reporting.figures.filters import variation_over_time
 from distinit.pipeline.reporting.report_contents import forwards_saved
 from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.run_folders import find_runs, read_run
-from distinit.pipeline.students.export import save_student
 from distinit.pipeline.students.student import build_student
+from distinit.pipeline.students.student_files import save_student
 from distinit.pipeline.students.student_options import StudentMeta, StudentOptions
 from distinit.stages.report import report
 

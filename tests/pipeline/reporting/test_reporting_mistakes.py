@@ -182,16 +182,18 @@ def test_videos_are_read_where_they_are_now_or_from_copies(tmp_path: Path, own_s
     run = run_of(tmp_path / "run", own_store.videos, 5)
     copied = replace(run, config={**run.config, "copies": str(tmp_path / "copies")})
     own_store.videos.rename(tmp_path / "moved")
-    video = wrong_videos(run.predictions)[0]  # type: ignore[arg-type]
+    predictions = run.predictions
+    assert predictions is not None
+    video = wrong_videos(predictions)[0]
     for reader, of, found in (
         (ExampleVideos(), run, False),
         (ExampleVideos(str(tmp_path / "moved")), run, True),
         (ExampleVideos(), copied, True),
         (ExampleVideos(str(tmp_path / "moved"), 0), run, False),
     ):
-        example = reader.example(of, video)
+        example = reader.example(of, predictions, video)
         assert (example.strip is not None) == found == (example.problem is None)
-        assert reader.example(of, video) == example
+        assert reader.example(of, predictions, video) == example
         assert len(reader.strips) == found, "a video is read once"
 
 
@@ -202,7 +204,8 @@ def test_other_data_sets_without_videos_have_a_reason(
     os.mkfifo(tmp_path / "pipe")
     run = run_of(tmp_path / "run", tiny_store.videos, 5)
     config = {"dataset": dataset.replace("PIPE", str(tmp_path / "pipe"))}
-    example = ExampleVideos().example(replace(run, config=config), 5)
+    assert run.predictions is not None
+    example = ExampleVideos().example(replace(run, config=config), run.predictions, 5)
     assert example.strip is None
     assert example.problem
 

@@ -23,13 +23,13 @@ from torchvision.models.video.resnet import (
 )
 
 from distinit.pipeline.common.errors import CheckpointError, UsageError
-from distinit.pipeline.students.export import (
+from distinit.pipeline.students.student import Student, build_student, count_parameters
+from distinit.pipeline.students.student_files import (
     load_backbone,
     load_student,
     read_options,
     save_student,
 )
-from distinit.pipeline.students.student import Student, build_student, count_parameters
 from distinit.pipeline.students.student_options import StudentMeta, StudentOptions
 
 MODULE = '''

@@ -16,10 +16,10 @@ from torchvision.models import ResNet18_Weights
 from torchvision.models.video import R2Plus1D_18_Weights
 
 from distinit.pipeline.common.errors import CheckpointError, DistInitError, UsageError, WeightsError
-from distinit.pipeline.students.export import InitReport, save_student
 from distinit.pipeline.students.inflate import video_name
 from distinit.pipeline.students.initialization import canonical_init, resolve_init
 from distinit.pipeline.students.student import Student, build_student
+from distinit.pipeline.students.student_files import InitReport, save_student
 from distinit.pipeline.students.student_options import StudentMeta, StudentOptions
 
 

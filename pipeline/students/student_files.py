@@ -33,8 +33,8 @@ from ..common.safetensors_files import open_checked
 from ..common.sealed import BLANK, KEY, seal
 from ..common.settings import Options
 from .external import library_shapes
-from .hub import hub_model, is_hub_address
 from .student import Backbone, Student, build_student
+from .student_hub import hub_model, is_hub_address
 from .student_options import BUILTIN_ARCHITECTURES, STEM, HeadKind, StudentMeta, StudentOptions
 
 FORMAT_VERSION = 1

@@ -18,13 +18,13 @@ from torchvision.models.video import r2plus1d_18
 
 from distinit.pipeline.clips.transforms import normalize_clip
 from distinit.pipeline.common.errors import CheckpointError
-from distinit.pipeline.students.export import (
+from distinit.pipeline.students.student import Student, build_student
+from distinit.pipeline.students.student_files import (
     load_backbone,
     load_student,
     read_options,
     save_student,
 )
-from distinit.pipeline.students.student import Student, build_student
 from distinit.pipeline.students.student_options import StudentMeta, StudentOptions
 
 NARROW = {"width": 0.125}

@@ -106,7 +106,12 @@ def _timed(
 
 
 def announce(
-    model: nn.Module, dataset: KeyedDataset, options: LoopOptions, clips: int, ranks: Ranks
+    model: nn.Module,
+    dataset: KeyedDataset,
+    options: LoopOptions,
+    clips: int,
+    ranks: Ranks,
+    rate: Rate | None = None,
 ) -> None:
     """Log how long a training takes, before it starts, and warn of a long one.
 
@@ -116,6 +121,7 @@ def announce(
         options: Of the loop, with `epoch_clips`.
         clips: Number of clips that are trained on in all.
         ranks: The processes that train together.
+        rate: Measured before, by default now.
 
     Raises:
         UsageError: It takes more than `max_hours`.
@@ -125,13 +131,13 @@ def announce(
         if clips < LONG_CLIPS and options.max_hours is None:
             return
         try:
-            rate = measure_rate(model, dataset, options)
+            known = rate or measure_rate(model, dataset, options)
         except DistInitError as error:
-            # The training says so itself, and may get over it.
+            # The training reports the error itself, and may recover from it.
             log.warning("no estimate of the time: %s", error)
             return
         workers = pick_workers(options.workers, resolve_device(options.device))
-        hours = rate.seconds(clips, workers) / ranks.world / 3600
+        hours = known.seconds(clips, workers) / ranks.world / 3600
         log.info(
             f"estimated: {describe_hours(hours)} for {clips} clips, without validation and test"
         )
