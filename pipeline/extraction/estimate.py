@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 
 from ..common.errors import UsageError
 from ..common.hours import check_hours, describe_hours
+from ..common.processes import cores
 from ..common.progress_bar import progress_bar
 from ..common.tables import Column, Table
 from ..corpus.sources import VideoList
@@ -23,13 +26,16 @@ from ..video.sampling import Sampling
 from .extract_options import ExtractConfig
 from .machine import default_decoders, load_teachers, outputs_of, run_record, use_engines
 from .planner import StorePlan
+from .teacher_runner import batch_threads
 
 log = logging.getLogger(__name__)
 
 # Shorter extractions are over before the measurement pays for itself.
 LONG_ROWS = 20_000
 SHORTER = "--every 8 keeps fewer frames, --part I/N shares the videos among N machines"
-PROBED, TIMED = 2000, 8  # videos probed; of these, decoded to measure the rate
+PROBED = 2000  # videos
+TIMED = 8  # videos that are decoded, and batches at most, to measure a rate
+TIMED_SECONDS = 2.0  # of batches; one that takes longer is timed once
 ROW_BYTES = 4 + 8 + 8  # video, index, pts
 ENTROPY_BYTES = 4
 
@@ -40,9 +46,8 @@ def dry_run(
     """Print and return rows, GB and hours of the chosen sampling and of others; write nothing.
 
     Rows are upper bounds from the containers, scaled up if only a sample was probed; hours come
-    from
-    rates measured on this machine: the teachers on one batch, the decoder on a few videos. On a CPU
-    both share the cores and their hours add up; with a GPU they overlap.
+    from rates measured on this machine: the teachers on a few batches, the decoder on a few videos.
+    On a CPU both share the cores and their hours add up; with a GPU they overlap.
     """
     if videos is None:
         raise UsageError("--dry-run needs a SOURCE")
@@ -142,7 +147,8 @@ def announce(
         if isinstance(event, Block):
             decoded += len(event.index)
     decode_s = (time.perf_counter() - began) / max(decoded, 1)
-    teacher_s = sum(_seconds_a_row(teacher, config.batch_size) for teacher in teachers)
+    at_most = 1 if workers > 1 else None  # workers share the cores of a machine
+    teacher_s = sum(_seconds_a_row(t, config.batch_size, at_most=at_most) for t in teachers)
     seconds = (sum if device.type == "cpu" else max)([decode_s, teacher_s]) * rows
     hours = seconds / 3600 / workers
     sizes = _row_bytes(outputs_of(teachers), config).values()
@@ -164,16 +170,32 @@ def _others() -> list[Sampling]:
     return [Sampling(every=1), Sampling(every=4), Sampling(every=None, keyframes=True)]
 
 
-def _seconds_a_row(teacher: Teacher, batch_size: int, key: str | None = None) -> float:
-    """Return the seconds of all outputs of a frame, or of one alone."""
+def _seconds_a_row(
+    teacher: Teacher, batch_size: int, key: str | None = None, *, at_most: int | None = None
+) -> float:
+    """Return the seconds of all outputs of a frame, or of one alone.
+
+    As many batches run at once as in an extraction, or `at_most` as many.
+    """
     only = None if key is None else (key,)
     log.info("measuring %s", teacher.name if key is None else f"{teacher.name}: {key}")
     h, w = teacher.view.shape(256, 256)
     images = np.random.default_rng(0).integers(0, 255, (batch_size, h, w, 3), dtype=np.uint8)
-    teacher.compute(images, only)  # warm-up: allocations, compiled kernels
-    began = time.perf_counter()
-    teacher.compute(images, only)
-    return (time.perf_counter() - began) / batch_size
+
+    def compute(_: None) -> None:
+        teacher.compute(images, only)
+
+    seconds: list[float] = []
+    with (
+        batch_threads(teacher.device, at_most or cores()) as threads,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        list(pool.map(compute, repeat(None, threads)))  # warm-up: allocations, compiled kernels
+        while not seconds or (len(seconds) < TIMED and sum(seconds) < TIMED_SECONDS):
+            began = time.perf_counter()
+            list(pool.map(compute, repeat(None, threads)))
+            seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds)) / (batch_size * threads)
 
 
 def _decode_seconds(pool: DecodePool, sampling: Sampling, good: list[tuple[str, Probe]]) -> float:
