@@ -1,14 +1,15 @@
-"""Compare students of logits and of features on labelled videos.
+"""Compare students of logits and features, or of the views of a frame, on labelled videos.
 
-    python benchmarks/proof/target_kinds.py FOLDER --out OUT
+    python benchmarks/proof/target_kinds.py FOLDER --out OUT [--compare views --only probe]
 
 FOLDER has `labels.csv` as real_videos.py describes it, three folds by source. EfficientNet-Lite0
-runs once, for logits and features; every second frame is cached, and a second store is exported
-with `pca:128`. Four kinds of targets train a student each and per seed, with equal clips and an
-equal schedule (AdamW, whose steps do not depend on the scale of a loss, cosine): logits by
-cross-entropy, logits by cosine, features by cosine, and the features of the second store by
-cosine. Students see all videos of FOLDER without labels, those of the test sides too: one student
-serves the three folds, and what is compared is the kind of target alone.
+runs over every second frame. Each row of the comparison is a kind of target, which trains a student
+per seed, with equal clips and an equal schedule (AdamW, whose steps do not depend on the scale of a
+loss, cosine). `--compare kinds`: logits by cross-entropy, logits by cosine, features by cosine, and
+the same features exported with `pca:128`. `--compare views`: features by cosine, of the frame's
+centre, with the mirrored frame, with 4 x 4 cells, and with both. Students see all videos of FOLDER
+without labels, those of the test sides too: one student serves the three folds, and what is
+compared is the target alone.
 
 Two measures, fixed before anything ran: logistic regression on the mean feature of a video's five
 clips (`probe`), and finetuning, equally long for every start and for scratch. Both are the top 1 of
@@ -40,12 +41,23 @@ from distinit.pipeline.students.student_files import load_student
 
 TEACHER = "efficientnet_lite0"
 FEATURES = f"{TEACHER}.features"
-KINDS = {
-    "logits, cross-entropy": ("targets.zarr", TEACHER, "cross-entropy"),
-    "logits, cosine": ("targets.zarr", TEACHER, "cosine"),
-    "features, cosine": ("targets.zarr", FEATURES, "cosine"),
-    "features pca:128, cosine": ("pca128.zarr", FEATURES, "cosine"),
+# Name → store, teacher, loss.
+COMPARISONS = {
+    "kinds": {
+        "logits, cross-entropy": ("targets.zarr", TEACHER, "cross-entropy"),
+        "logits, cosine": ("targets.zarr", TEACHER, "cosine"),
+        "features, cosine": ("targets.zarr", FEATURES, "cosine"),
+        "features pca:128, cosine": ("pca128.zarr", FEATURES, "cosine"),
+    },
+    # Where a store has the mirrored frames, mirrored clips take them.
+    "views": {
+        "features, cosine": ("targets.zarr", FEATURES, "cosine"),
+        "center,flip": ("flip.zarr", FEATURES, "cosine"),
+        "grid:4": ("grid.zarr", f"{FEATURES}.grid4", "cosine"),
+        "grid:4,flip": ("grid-flip.zarr", f"{FEATURES}.grid4", "cosine"),
+    },
 }
+VIEWS = {"flip.zarr": "center,flip", "grid.zarr": "grid:4", "grid-flip.zarr": "grid:4,flip"}
 SCRATCH = "scratch"
 LOOP = ("workers=0", "threads=1", "device=cpu", "log_every=50", "clip_norm=5")
 CLIPS = 5
@@ -57,6 +69,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--compare", choices=COMPARISONS, default="kinds")
     parser.add_argument("--clips", type=int, default=12_000, help="clips of stage two")
     parser.add_argument("--lr", type=float, default=0.004, help="stage two's learning rate")
     parser.add_argument("--epochs", type=int, default=20, help="of 192 clips, of finetuning")
@@ -65,36 +78,41 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=("probe", "finetuned"))
     args = parser.parse_args()
-    make_stores(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for store in {store for store, _, _ in COMPARISONS[args.compare].values()}:
+        make_store(args, store)
     for seed in args.seeds:
-        for kind in KINDS:
+        for kind in COMPARISONS[args.compare]:
             train(args, kind, seed)
     measures = {"probe": probe, "finetuned": finetuned}
     for name in args.only or measures:
         found = measures[name](args)
-        write_predictions(args.out / "predictions" / f"target-kinds-{name}.csv", found)
+        write_predictions(args.out / "predictions" / f"target-{args.compare}-{name}.csv", found)
         print(f"\n{name}\n\n{of_videos(found)}")
 
 
-def make_stores(args: argparse.Namespace) -> None:
-    """Copies, a store of logits and features, and that store with `pca:128`."""
+def make_store(args: argparse.Namespace, name: str) -> None:
+    """The copies, and a store of the comparison: from one extraction, or exported from another."""
     source = f"{args.folder.name}={args.folder.resolve()}"
-    store, small = args.out / "targets.zarr", args.out / "pca128.zarr"
-    args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "copies" / "status.csv").exists():
         size = ("--size", "64x85", "--gop", "8")
         run_distinit("prepare", source, "--out", str(args.out / "copies"), *size, check=False)
-    outputs = ("--teacher", TEACHER, "--teacher-output", "logits,features")
-    run_distinit(
-        "extract-targets", source, "--out", str(store), "--every", "2", *outputs, "--quiet"
-    )
-    if not small.exists():
-        run_distinit("targets", "export", str(store), "--out", str(small), "--encoding", "pca:128")
+    out = ("--out", str(args.out / name))
+    if name == "pca128.zarr":
+        make_store(args, "targets.zarr")
+        if not Path(out[1]).exists():
+            whole = str(args.out / "targets.zarr")
+            run_distinit("targets", "export", whole, *out, "--encoding", "pca:128")
+        return
+    output = ("--teacher-output", "features" if name in VIEWS else "logits,features")
+    views = ("--views", VIEWS[name]) if name in VIEWS else ()
+    words = ("--every", "2", "--teacher", TEACHER, *output, *views, "--quiet")
+    run_distinit("extract-targets", source, *out, *words)
 
 
 def train(args: argparse.Namespace, kind: str, seed: int) -> None:
     """Train the student of a kind and a seed, unless it is there; print its explained fraction."""
-    store, teacher, loss = KINDS[kind]
+    store, teacher, loss = COMPARISONS[args.compare][kind]
     run = student_of(args, kind, seed)
     if not (run / "result.json").exists():
         words = ["--store", str(args.out / store), "--teacher", teacher, "--loss", loss]
@@ -113,7 +131,7 @@ def student_of(args: argparse.Namespace, kind: str, seed: int) -> Path:
 
 
 def slug(kind: str) -> str:
-    return kind.replace(", ", "-").replace(" ", "-").replace(":", "")
+    return kind.replace(", ", "-").replace(",", "-").replace(" ", "-").replace(":", "")
 
 
 def csv_of(args: argparse.Namespace) -> str:
@@ -132,7 +150,7 @@ def probe(args: argparse.Namespace) -> dict[str, Pooled]:
         np.array([row[key] for row in rows], dtype=object) for key in ("label", "source")
     )
     found = {}
-    for kind in KINDS:
+    for kind in COMPARISONS[args.compare]:
         predicted = np.full((len(args.seeds), len(rows)), "", dtype=object)
         for i, seed in enumerate(args.seeds):
             means = video_features(args, student_of(args, kind, seed))
@@ -162,7 +180,7 @@ def video_features(args: argparse.Namespace, run: Path) -> np.ndarray:
 def finetuned(args: argparse.Namespace) -> dict[str, Pooled]:
     """Finetune every student and scratch on every fold."""
     found = {}
-    for kind in (*KINDS, SCRATCH):
+    for kind in (*COMPARISONS[args.compare], SCRATCH):
         runs = {}
         for seed in args.seeds:
             for k in SPLITS:
