@@ -8,7 +8,9 @@ no torch, and only that of the command at hand is imported: help is quick.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
 import importlib.util
 import os
@@ -348,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     # work too (decoding, another job): sleeping ones cost nothing measurable. Read when torch is
     # loaded, later.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    atexit.register(_leave_objects_alone)
     argv = sys.argv[1:] if argv is None else argv
     run(cli, argv)
 
@@ -395,6 +398,13 @@ def _fail(message: str, code: int, debug: bool, prefix: str = "error: ") -> NoRe
     line = printable(hide_secrets(" ".join(message.split("\n"))))
     print(f"{prefix}{line}", file=sys.stderr)
     _leave(code)
+
+
+def _leave_objects_alone() -> None:
+    """Spare the interpreter its last search for unused objects, up to a second before it ends."""
+    # triton reports what is still there when the interpreter ends.
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 def _leave(code: int) -> NoReturn:

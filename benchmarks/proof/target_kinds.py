@@ -51,13 +51,27 @@ COMPARISONS = {
     },
     # Where a store has the mirrored frames, mirrored clips take them.
     "views": {
-        "features, cosine": ("targets.zarr", FEATURES, "cosine"),
+        "center": ("center.zarr", FEATURES, "cosine"),
         "center,flip": ("flip.zarr", FEATURES, "cosine"),
         "grid:4": ("grid.zarr", f"{FEATURES}.grid4", "cosine"),
         "grid:4,flip": ("grid-flip.zarr", f"{FEATURES}.grid4", "cosine"),
     },
 }
-VIEWS = {"flip.zarr": "center,flip", "grid.zarr": "grid:4", "grid-flip.zarr": "grid:4,flip"}
+# Store → what it is exported from, with which words.
+EXPORTED = {
+    "pca128.zarr": ("targets.zarr", ("--encoding", "pca:128")),
+    "center.zarr": ("views.zarr", ("--teacher", FEATURES)),
+    "flip.zarr": ("views.zarr", ("--teacher", FEATURES, "--teacher", f"{FEATURES}.flip")),
+    "grid.zarr": ("views.zarr", ("--teacher", f"{FEATURES}.grid4")),
+    "grid-flip.zarr": (
+        "views.zarr",
+        ("--teacher", f"{FEATURES}.grid4", "--teacher", f"{FEATURES}.grid4.flip"),
+    ),
+}
+OUTPUTS = {
+    "targets.zarr": ("--teacher-output", "logits,features"),
+    "views.zarr": ("--teacher-output", "features", "--views", "center,grid:4,flip"),
+}
 SCRATCH = "scratch"
 LOOP = ("workers=0", "threads=1", "device=cpu", "log_every=50", "clip_norm=5")
 CLIPS = 5
@@ -98,15 +112,13 @@ def make_store(args: argparse.Namespace, name: str) -> None:
         size = ("--size", "64x85", "--gop", "8")
         run_distinit("prepare", source, "--out", str(args.out / "copies"), *size, check=False)
     out = ("--out", str(args.out / name))
-    if name == "pca128.zarr":
-        make_store(args, "targets.zarr")
+    if name in EXPORTED:
+        whole, words = EXPORTED[name]
+        make_store(args, whole)
         if not Path(out[1]).exists():
-            whole = str(args.out / "targets.zarr")
-            run_distinit("targets", "export", whole, *out, "--encoding", "pca:128")
+            run_distinit("targets", "export", str(args.out / whole), *out, *words)
         return
-    output = ("--teacher-output", "features" if name in VIEWS else "logits,features")
-    views = ("--views", VIEWS[name]) if name in VIEWS else ()
-    words = ("--every", "2", "--teacher", TEACHER, *output, *views, "--quiet")
+    words = ("--every", "2", "--teacher", TEACHER, *OUTPUTS[name], "--quiet")
     run_distinit("extract-targets", source, *out, *words)
 
 

@@ -173,18 +173,15 @@ def ours(args: argparse.Namespace, paths: list[str], folder: Path) -> Contender:
     return Contender(command, read)
 
 
-def decoded(path: str, every: int) -> list[np.ndarray]:
-    """Return every Nth frame [H, W, 3] of a linear decode by the ffmpeg command."""
+def decoded(path: str, every: int) -> list[av.VideoFrame]:
+    """Return every Nth frame of a linear decode by the ffmpeg command, in the file's own pixels."""
     words = ["ffmpeg", "-v", "error", "-i", path, "-map", "0:v:0", "-fps_mode", "passthrough"]
-    words += ["-vf", f"select=not(mod(n\\,{every}))", "-f", "image2pipe", "-c:v", "ppm", "-"]
+    words += ["-vf", f"select=not(mod(n\\,{every}))", "-c:v", "rawvideo", "-f", "nut", "-"]
     data = subprocess.run(words, stdout=subprocess.PIPE, check=False).stdout
-    stream, frames = io.BytesIO(data), []
-    while stream.readline():  # P6, then width and height, then the largest value
-        width, height = map(int, stream.readline().split())
-        stream.readline()
-        pixels = stream.read(width * height * 3)
-        frames.append(np.frombuffer(pixels, np.uint8).reshape(height, width, 3))
-    return frames
+    if not data:
+        return []
+    with av.open(io.BytesIO(data)) as container:
+        return list(container.decode(video=0))
 
 
 def wrong(found: Rows, expected: Rows) -> int:
@@ -213,9 +210,9 @@ def expected(args: argparse.Namespace, paths: list[str]) -> tuple[Rows, Rows]:
         frames = decoded(path, args.every)
         if not frames:
             continue
-        pictures = [render(av.VideoFrame.from_ndarray(f, "rgb24"), own.view) for f in frames]
-        by_us[index] = own.logits(np.stack(pictures)).numpy()
-        stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        by_us[index] = own.logits(np.stack([render(f, own.view) for f in frames])).numpy()
+        stacked = torch.from_numpy(np.stack([f.to_ndarray(format="rgb24") for f in frames]))
+        stacked = stacked.permute(0, 3, 1, 2)
         by_others[index] = other.in_batches(stacked)
     return by_us, by_others
 
@@ -250,6 +247,8 @@ def main() -> None:
         folder = Path(name)
         args.weights = resnet50_weights(folder) if args.teacher == "resnet50" else None
         os.environ["DISTINIT_CACHE"] = str(folder / "cache")
+        # Installed packages have their bytecode; a checkout has it after the first run.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         listed = list_videos([args.folder])
         paths = [os.path.abspath(listed.absolute(i)) for i in range(len(listed))][: args.videos]
         contenders = peers(args, paths, folder)

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ..common.config import CONF
 from ..common.documents import load_yaml
 from ..common.errors import ListError, TeacherError
 from ..common.settings import Options
@@ -167,13 +168,12 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
 
 @cache
 def imagenet_classes() -> tuple[str, ...]:
-    """Return the 1000 classes of ImageNet-1K in the standard order.
+    """Return the 1000 classes of ImageNet-1K in the standard order, under torchvision's names.
 
     Some names occur twice: crane, maillot.
     """
-    from torchvision.models import ResNet50_Weights
-
-    return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+    # From a file, since torchvision takes seconds to import, which most teachers do without.
+    return tuple((CONF / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines())
 
 
 def _value(text: str) -> Any:

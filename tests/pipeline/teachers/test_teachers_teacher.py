@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from distinit.pipeline.common.devices import resolve_device
 from distinit.pipeline.common.errors import DeviceError, TeacherError, WeightsError
 from distinit.pipeline.common.weights import state_sha256
+from distinit.pipeline.teachers.loaded_model import imagenet_classes
 from distinit.pipeline.teachers.places365 import CATEGORIES
 from distinit.pipeline.teachers.teacher import Teacher, known_teachers, load_teacher
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
@@ -73,6 +74,11 @@ def test_lite0_against_its_own_package(lite0: Teacher, capsys: pytest.CaptureFix
     assert lite0.view == View(resize=256, crop=224, interpolation="bicubic")
     assert lite0.provenance()["weights_file_sha256"] == LITE0_SHA256
     assert lite0.identity()["sha256"] == state_sha256(theirs.state_dict())
+
+
+def test_names_of_imagenets_classes_are_torchvisions() -> None:
+    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+    assert imagenet_classes() == tuple(weights.meta["categories"])
 
 
 def test_lite0_knows_imagenets_class_order(lite0: Teacher) -> None:
