@@ -342,12 +342,16 @@ def _end_epoch(
 
 
 def _held_out_line(epoch: int, epochs: int, measures: Mapping[str, float]) -> str:
-    """Return the line of the log about what `validate` measured after an epoch, the loss first."""
-    others = (
-        f"{name.replace('/', ' ')} {value:.4g}"
-        for name, value in measures.items()
-        if name != "loss"
-    )
-    return f"epoch {epoch}/{epochs}  held out: " + ", ".join(
-        [f"loss {measures['loss']:.4f}", *others]
-    )
+    """Return what `validate` measured after an epoch, the loss first, with a line for each head."""
+    own = {name: value for name, value in measures.items() if "/" not in name and name != "loss"}
+    heads: dict[str, list[str]] = {}
+    for name, value in measures.items():
+        if "/" in name:
+            measure, head = name.split("/", 1)
+            heads.setdefault(head, []).append(f"{measure} {value:.4g}")
+    first = [
+        f"loss {measures['loss']:.4f}",
+        *(f"{name} {value:.4g}" for name, value in own.items()),
+    ]
+    lines = [f"    {head}: {', '.join(words)}" for head, words in heads.items()]
+    return "\n".join([f"epoch {epoch}/{epochs}  held out: {', '.join(first)}", *lines])

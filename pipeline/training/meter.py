@@ -93,26 +93,31 @@ class Meter:
         return record
 
     def line(self, record: Mapping[str, Any]) -> str:
-        """Return the record as one line of the log."""
-        parts = ", ".join(
-            f"{name.removeprefix('loss/')} {value:.4f}"
-            for name, value in record.items()
-            if "/" in name
-        )
-        where = "GPU memory" if self._device.type == "cuda" else "memory"
+        """Return the record as a line of the log, and the losses of several heads as a second one.
+
+        What is zero and what does not change is left to metrics.jsonl, so that it fits 80 columns.
+        """
         words = [
             f"epoch {record['epoch']}/{self._options.epochs}",
             f"step {self._state.step}/{self._options.total_steps}",
-            f"loss {record['loss']:.4f}" + (f" ({parts})" if parts else ""),
+            f"loss {record['loss']:.4f}",
             f"lr {record['lr']:.3g}",
             f"{record['clips_per_s']:.1f} clips/s",
             f"data {record['data_share']:.0%}",
-            f"{where} {record['memory_gb']:.1f} GB",
-            f"filtered {record['filtered']:.0%}",
         ]
+        if self._device.type == "cuda":
+            words.append(f"{record['memory_gb']:.1f} GB")
+        if record["filtered"]:
+            words.append(f"filtered {record['filtered']:.0%}")
         if record["broken"]:
             words.append(f"unreadable videos {record['broken']}")
-        return "  ".join([*words, f"ETA {clock(record['eta_s'])}"])
+        line = "  ".join([*words, f"ETA {clock(record['eta_s'])}"])
+        parts = [
+            f"{name.removeprefix('loss/')} {value:.4f}"
+            for name, value in record.items()
+            if "/" in name
+        ]
+        return line if not parts else f"{line}\n    {', '.join(parts)}"
 
     @property
     def seconds(self) -> float:
