@@ -175,7 +175,8 @@ def _seconds_a_row(
 ) -> float:
     """Return the seconds of all outputs of a frame, or of one alone.
 
-    As many batches run at once as in an extraction, or `at_most` as many.
+    As many batches run at once as in an extraction, or `at_most` as many; on a GPU one, whose
+    settings are of the whole process.
     """
     only = None if key is None else (key,)
     log.info("measuring %s", teacher.name if key is None else f"{teacher.name}: {key}")
@@ -186,16 +187,15 @@ def _seconds_a_row(
         teacher.compute(images, only)
 
     seconds: list[float] = []
-    with (
-        batch_threads(teacher.device, at_most or cores()) as threads,
-        ThreadPoolExecutor(threads) as pool,
-    ):
-        list(pool.map(compute, repeat(None, threads)))  # warm-up: allocations, compiled kernels
-        while not seconds or (len(seconds) < TIMED and sum(seconds) < TIMED_SECONDS):
-            began = time.perf_counter()
-            list(pool.map(compute, repeat(None, threads)))
-            seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds)) / (batch_size * threads)
+    with batch_threads(teacher.device, at_most or cores()) as most:
+        batches = most if teacher.device.type == "cpu" else 1
+        with ThreadPoolExecutor(batches) as pool:
+            list(pool.map(compute, repeat(None, batches)))  # warm-up: allocations, compiled kernels
+            while not seconds or (len(seconds) < TIMED and sum(seconds) < TIMED_SECONDS):
+                began = time.perf_counter()
+                list(pool.map(compute, repeat(None, batches)))
+                seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds)) / (batch_size * batches)
 
 
 def _decode_seconds(pool: DecodePool, sampling: Sampling, good: list[tuple[str, Probe]]) -> float:
