@@ -182,7 +182,7 @@ def _show(info: dict[str, Any], console: Console) -> None:
         "made",
         f"{info['created']}, format version {info['format_version']}, id {info['store_id'][:12]}",
     )
-    about.add_row("hashes", f"of {info['hashed_rows']:,} of {info['rows']:,} frames")
+    about.add_row("hashes", f"{info['hashed_rows']:,} of {info['rows']:,} frames")
     words = [f"{t['name']} {_in_words(t['fingerprint'])}" for t in info["teachers"]]
     about.add_row("fingerprints", ", ".join(words) or "–")
     console.table(about)
@@ -194,10 +194,11 @@ def _show(info: dict[str, Any], console: Console) -> None:
             c["name"], c["root"], *(f"{c[k]:,}" for k in ("ok", "failed", "pending", "rows"))
         )
     console.table(corpora)
-    teachers = Table("teacher", "weights")
-    for column in ("output", "view", "frames", "kept as", "bytes a frame"):
+    # Two tables, so that both fit 80 columns.
+    teachers = Table("teacher")
+    for column in ("output", "view", "frames", "bytes a frame"):
         teachers.add_column(column, justify="right")
-    teachers.add_column("most frequent")
+    contents = Table("teacher", "weights", "kept as", "most frequent classes")
     entropies = Table("teacher")
     for column in ("entropy median", "5 % to 95 %"):
         entropies.add_column(column, justify="right")
@@ -208,9 +209,8 @@ def _show(info: dict[str, Any], console: Console) -> None:
         weights = str(t["identity"].get("weights", ""))
         labels = ", ".join(f"{m['class']} {m['share']:.0%}" for m in t.get("most_frequent", [])[:4])
         what = f"{t['width']:,} {'classes' if t['output'] == 'logits' else 'features'}"
-        teachers.add_row(
-            t["name"], weights, what, t["view"], f"{t['rows']:,}", _kept(t), size, labels
-        )
+        teachers.add_row(t["name"], what, t["view"], f"{t['rows']:,}", size)
+        contents.add_row(t["name"], weights, _kept(t), labels)
         if t["output"] != "logits":
             continue
         e = t["entropy_nats"]
@@ -219,8 +219,8 @@ def _show(info: dict[str, Any], console: Console) -> None:
         histogram = e["histogram"]
         bars = f"0 ▕{_bars(histogram['counts'])}▏ {histogram['edges'][-1]:.1f} nats"
         entropies.add_row(t["name"], median, spread, bars)
-    console.table(teachers)
-    console.table(entropies)
+    for table in (teachers, contents, entropies):
+        console.table(table)
     failures = Counter(info["failures"])
     for t in info["teachers"]:
         failures.update(
