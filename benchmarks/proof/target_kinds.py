@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("probe", "finetuned"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for store in {store for store, _, _ in COMPARISONS[args.compare].values()}:
+    for store in dict.fromkeys(store for store, _, _ in COMPARISONS[args.compare].values()):
         make_store(args, store)
     for seed in args.seeds:
         for kind in COMPARISONS[args.compare]:

@@ -239,7 +239,7 @@ def _bar(console: RichConsole) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),  # leaves 80 columns to the rest
         _Rate(),
         TextColumn("ETA", markup=False),
         TimeRemainingColumn(),

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -147,7 +146,9 @@ def announce(
         if isinstance(event, Block):
             decoded += len(event.index)
     decode_s = (time.perf_counter() - began) / max(decoded, 1)
-    at_most = 1 if workers > 1 else None  # workers share the cores of a machine
+    # A worker runs one batch at once, since workers share the cores of a machine.
+    on_workers = config.workers is not None or config.scheduler is not None
+    at_most = 1 if on_workers else None
     teacher_s = sum(_seconds_a_row(t, config.batch_size, at_most=at_most) for t in teachers)
     seconds = (sum if device.type == "cpu" else max)([decode_s, teacher_s]) * rows
     hours = seconds / 3600 / workers
@@ -183,17 +184,17 @@ def _seconds_a_row(
     h, w = teacher.view.shape(256, 256)
     images = np.random.default_rng(0).integers(0, 255, (batch_size, h, w, 3), dtype=np.uint8)
 
-    def compute(_: None) -> None:
+    def compute(_: int) -> None:
         teacher.compute(images, only)
 
     seconds: list[float] = []
     with batch_threads(teacher.device, at_most or cores()) as most:
         batches = most if teacher.device.type == "cpu" else 1
         with ThreadPoolExecutor(batches) as pool:
-            list(pool.map(compute, repeat(None, batches)))  # warm-up: allocations, compiled kernels
+            list(pool.map(compute, range(batches)))  # warm-up: allocations, compiled kernels
             while not seconds or (len(seconds) < TIMED and sum(seconds) < TIMED_SECONDS):
                 began = time.perf_counter()
-                list(pool.map(compute, repeat(None, batches)))
+                list(pool.map(compute, range(batches)))
                 seconds.append(time.perf_counter() - began)
     return float(np.median(seconds)) / (batch_size * batches)
 

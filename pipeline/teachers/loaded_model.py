@@ -172,7 +172,7 @@ def imagenet_classes() -> tuple[str, ...]:
 
     Some names occur twice: crane, maillot.
     """
-    # From a file, since torchvision takes seconds to import, which most teachers do without.
+    # From a file, since torchvision takes seconds to import, which EfficientNet-Lite does without.
     return tuple((CONF / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines())
 
 

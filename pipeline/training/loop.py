@@ -295,7 +295,8 @@ def _train(
             bar.advance(1, loss=f"{state.last_loss:.3f}")
             if state.step % options.log_every == 0 or state.step == options.total_steps:
                 record = meter.record(rate)
-                log.info(meter.line(record))
+                for line in meter.lines(record):
+                    log.info(line)
                 if metrics is not None:
                     metrics.write("train", state.step, record)
             epoch_over = state.step % options.steps_per_epoch == 0
@@ -332,7 +333,8 @@ def _end_epoch(
     state = run.state
     best = state.end_epoch(run.validate(validate))
     if state.validation:
-        log.info(_held_out_line(state.epochs, run.options.epochs, state.validation))
+        for line in _held_out_lines(state.epochs, run.options.epochs, state.validation):
+            log.info(line)
     if metrics is not None:
         metrics.write("epoch", state.step, state.epoch_record())
     # Before the last checkpoint: killed between the two, the resume repeats the steps and writes
@@ -341,7 +343,7 @@ def _end_epoch(
         run.save("best")
 
 
-def _held_out_line(epoch: int, epochs: int, measures: Mapping[str, float]) -> str:
+def _held_out_lines(epoch: int, epochs: int, measures: Mapping[str, float]) -> list[str]:
     """Return what `validate` measured after an epoch, the loss first, with a line for each head."""
     own = {name: value for name, value in measures.items() if "/" not in name and name != "loss"}
     heads: dict[str, list[str]] = {}
@@ -354,4 +356,4 @@ def _held_out_line(epoch: int, epochs: int, measures: Mapping[str, float]) -> st
         *(f"{name} {value:.4g}" for name, value in own.items()),
     ]
     lines = [f"    {head}: {', '.join(words)}" for head, words in heads.items()]
-    return "\n".join([f"epoch {epoch}/{epochs}  held out: {', '.join(first)}", *lines])
+    return [f"epoch {epoch}/{epochs}  held out: {', '.join(first)}", *lines]

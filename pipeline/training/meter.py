@@ -92,7 +92,7 @@ class Meter:
         self._reset()
         return record
 
-    def line(self, record: Mapping[str, Any]) -> str:
+    def lines(self, record: Mapping[str, Any]) -> list[str]:
         """Return the record as a line of the log, and the losses of several heads as a second one.
 
         What is zero and what does not change is left to metrics.jsonl, so that it fits 80 columns.
@@ -117,7 +117,7 @@ class Meter:
             for name, value in record.items()
             if "/" in name
         ]
-        return line if not parts else f"{line}\n    {', '.join(parts)}"
+        return [line, f"    {', '.join(parts)}"] if parts else [line]
 
     @property
     def seconds(self) -> float:

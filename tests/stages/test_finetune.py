@@ -34,6 +34,7 @@ from distinit.pipeline.video.frames import read_frames
 from distinit.stages.evaluate import evaluate
 from distinit.stages.finetune import finetune
 from distinit.stages.report import report
+from distinit.tests.tiny_finetuning import tiny_finetuning
 
 pytestmark = pytest.mark.slow
 
@@ -84,22 +85,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(dataset: str, out: Path, **changes: Any) -> FinetuneConfig:
-    values: dict[str, Any] = {
-        "dataset": dataset,
-        "out": str(out),
-        "student": {"architecture": "r3d_18", "width": 0.0625},
-        "clips": {"size": 32, "clip_frames": 4},
-        "loop": {
-            "batch_size": 4,
-            "epochs": 3,
-            "epoch_clips": 16,
-            "lr": 0.02,
-            "workers": 0,
-            "device": "cpu",
-        }
-        | {"checkpoint_every": 3, "log_every": 1},
-        "test": {"batch_size": 7, "workers": 0},
-    }
+    values = tiny_finetuning(dataset, out, test={"batch_size": 7, "workers": 0})
+    values["loop"] |= {"epochs": 3, "epoch_clips": 16, "checkpoint_every": 3, "log_every": 1}
     for key, value in changes.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) else value
     return FinetuneConfig.model_validate(values)

@@ -436,5 +436,10 @@ def test_held_out_results_and_each_head_s_share_are_on_the_screen(tiny_store, tm
     assert f"{result['kept_share_by_teacher']['unsure']:.0%}" in shares
     assert "100%" in shares
     assert sum("held out: loss" in line for line in lines) == 2
-    assert sum("sure: " in line and "agreement " in line for line in lines) >= 2
+    assert sum(line.startswith("    sure: ") and "agreement " in line for line in lines) == 2
+    # The losses of two heads have a line of their own, below that of a step.
+    steps = [at for at, line in enumerate(lines) if "clips/s" in line]
+    assert steps
+    assert all(lines[at + 1].startswith("    sure ") for at in steps)
+    assert not [line for line in lines if "\\n" in line]
     assert sum("--frames 60" in line for line in lines) == 1
