@@ -4,8 +4,7 @@
 
 Each contender is a separate process that runs the teacher for some seconds, on idle cores and next
 to as many busy processes as there are cores (like decoders). `malloc's default` is stage one
-without `keep_freed_memory`. Medians of rounds in which
-all take turns.
+without `keep_freed_memory`. Medians of rounds in which all take turns.
 """
 
 from __future__ import annotations

@@ -92,8 +92,7 @@ def read_clip(
     """Read consecutive frames int64 [L] of a video as one clip.
 
     Returns uint8 [3, T = L, H, W], or with channels=2 the optical flow, float32 [2, T = L - 1, H,
-    W]
-    in pixels.
+    W] in pixels.
 
     Args:
         file: The video, its copy or its flow.

@@ -96,10 +96,8 @@ def split_held_out(
     """Return (train, held-out) video ids.
 
     A video is held out if a hash of (seed, id) is below `share`, so that videos added to a store
-    later
-    do not move the others. Held-out ids come in the order of the hash, so that the first few of
-    them
-    are a sample of all.
+    later do not move the others. Held-out ids come in the order of the hash, so that the first few
+    of them are a sample of all.
     """
     if share <= 0:
         return videos, videos[:0]

@@ -69,15 +69,11 @@ def list_videos(sources: Sequence[str]) -> VideoList:
     """List all videos of the sources, in their order, each file once.
 
     A source is `[NAME=]WHERE`. WHERE is a folder (searched recursively for files with the ending of
-    a
-    video), a quoted glob, one video file, a list (`list.txt` or `@list`: one path per line,
-    relative
-    to the list; a trailing label as in `a.mp4 3` is ignored) or a csv file with a column `path`. A
-    line of a list that begins with `#` is a comment unless a file has that name. NAME defaults to
-    the
-    name of the folder or list. Files that a list names and that do not exist stay in the table:
-    they
-    get a status and are not silently omitted.
+    a video), a quoted glob, one video file, a list (`list.txt` or `@list`: one path per line,
+    relative to the list; a trailing label as in `a.mp4 3` is ignored) or a csv file with a column
+    `path`. A line of a list that begins with `#` is a comment unless a file has that name. NAME
+    defaults to the name of the folder or list. Files that a list names and that do not exist stay
+    in the table: they get a status and are not silently omitted.
 
     Raises:
         SourceError: A source names nothing, one name has two folders, or a list is in UTF-16 or has
@@ -175,8 +171,7 @@ def _walk(root: str, ignored: Counter[str]) -> list[str]:
     """List the video files below `root`, relative to it.
 
     Each folder is visited once, by its own name rather than that of a link to it. Names with a
-    leading
-    dot are skipped, and so are folders of prepared copies below `root`.
+    leading dot are skipped, and so are folders of prepared copies below `root`.
     """
     videos: list[str] = []
     seen: set[tuple[int, int]] = set()

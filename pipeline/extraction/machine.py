@@ -88,8 +88,7 @@ def default_decoders(device: torch.device) -> int:
     """Return the number of decode processes.
 
     One per core next to a teacher on the CPU, since whichever is ahead waits; all cores but one
-    next
-    to a GPU.
+    next to a GPU.
     """
     return cores() if device.type == "cpu" else max(1, cores() - 1)
 

@@ -46,10 +46,8 @@ class StorePlan:
         """Take the folders of corpora from `videos`, for this run.
 
         Returns the videos as the store would list them. A corpus is known by its name, and videos
-        by their
-        paths in it. If a list moved away from the files that it names, all paths are different: its
-        videos
-        are located by the store's record, relative to the root of that time.
+        by their paths in it. If a list moved away from the files that it names, all paths are
+        different: its videos are located by the store's record, relative to the root of that time.
         """
         corpora, paths = list(videos.corpora), list(videos.paths)
         for number, corpus in enumerate(videos.corpora):
@@ -153,8 +151,7 @@ def _check_moved(plan: StorePlan, corpus: dict[str, str]) -> None:
     """Raise StoreMismatchError if videos of a corpus do not exist in its current folder.
 
     What is new in that folder then belongs to another corpus. A corpus that moved as a whole has
-    all of
-    them; one that stays where it was may lose some.
+    all of them; one that stays where it was may lose some.
     """
     name, old_root, root = corpus["name"], unescape_path(corpus["root"]), plan.roots[corpus["name"]]
     if old_root == root:

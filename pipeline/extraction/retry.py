@@ -95,8 +95,7 @@ def copy_stored(plan: StorePlan, teachers: Sequence[str]) -> None:
     """Fill shards that replace stored segments with their frames and rows.
 
     Rows of the teachers to try again are not copied. The work follows from the tables alone, so
-    that
-    any other run continues one that was killed.
+    that any other run continues one that was killed.
     """
     planned = plan.writer.index
     shards = np.unique(planned.shard[planned.replaces >= 0]).tolist()

@@ -65,8 +65,7 @@ def prepared_corpora(video_roots: Mapping[str, str]) -> dict[str, PreparedCorpus
     """Return those folders of `video_roots` (corpus → folder) that hold copies made by `prepare`.
 
     A folder of copies of a single corpus serves that corpus under any name. The folder of one
-    corpus
-    inside may be named as well.
+    corpus inside may be named as well.
 
     Raises:
         UsageError: A folder of copies has none of the corpus.
@@ -147,8 +146,7 @@ class CopyFolder:
 
         An original below a corpus' folder (or named by its list) has its copy by that path. If the
         originals had another location when they were copied, `relative` itself is looked for in
-        each
-        corpus.
+        each corpus.
 
         Raises:
             VideoError: There is no copy, or there are two.

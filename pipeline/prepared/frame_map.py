@@ -65,8 +65,7 @@ class SourceRecord:
         """Raise StoreMismatchError unless this is the source that `digest` or `expect` describe.
 
         index, pts int64 [N]: the frames that the copy has; a damaged frame has none. expect:
-        indices and
-        their pts.
+        indices and their pts.
         """
         if digest is not None and digest != self.digest:
             raise StoreMismatchError(

@@ -17,10 +17,8 @@ class CopyOptions(Options):
     """How copies are encoded.
 
     The defaults were the quickest to read per byte (docs/benchmarks.md): H.264 without B-frames,
-    CABAC
-    and deblocking filter, at the size that clips of 112 pixels are cropped from, so that reading
-    them
-    needs no resize.
+    CABAC and deblocking filter, at the size that clips of 112 pixels are cropped from, so that
+    reading them needs no resize.
 
     size: (height, width), whatever the source's shape; or short_side: pixels, the shape is kept and
     smaller sources keep their size. gop: most frames between key frames. crf: x264's quality, lower

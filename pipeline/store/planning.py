@@ -62,8 +62,7 @@ def cut(
     """Cut a long video into ranges of at most `shard_rows` of the `wanted` frame indices.
 
     Cuts are at key frames (`keys`, ascending indices) if a range has one after its first frame, so
-    that
-    it is decoded without the frames before it; else at the frame after the last that fits.
+    that it is decoded without the frames before it; else at the frame after the last that fits.
     """
     stretches: list[FrameRange] = []
     first, row = 0, 0

@@ -483,9 +483,8 @@ class TargetStore:
         """Return the mean [K] of a teacher's stored rows, and one scale for all dimensions.
 
         The scale is the root of the mean of (x − mean)² over rows and dimensions, as PHI-S has it;
-        each cell counts as a row.
-        Read from what was added up when the shards were written; where nothing was, of logits
-        always, all rows of the shard are read.
+        each cell counts as a row. Read from what was added up when the shards were written; where
+        nothing was, of logits always, all rows of the shard are read.
         """
         record = self.teacher(teacher)
         shards = sorted(self.index.teachers[teacher].shards)

@@ -23,8 +23,7 @@ class TeacherStats:
     """Statistics of one teacher.
 
     rows int64 [n] of the store that were read, ascending, of `total`; their entropy float32 [n] in
-    nats
-    and the index of their best class, top int64 [n].
+    nats and the index of their best class, top int64 [n].
     """
 
     teacher: str

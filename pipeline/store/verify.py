@@ -119,8 +119,7 @@ def entropy_tolerance(
     """Return how far a row's entropy may be off that of its stored `logits` [n, K].
 
     The logits are off by at most `rounding` [n]. dH/dz_i = −p_i (log p_i + H), so that H is off by
-    at
-    most rounding · Σ p |log p + H| to first order; what is beyond is measured to be below 1e-6
+    at most rounding · Σ p |log p + H| to first order; what is beyond is measured to be below 1e-6
     (docs/benchmarks.md). A wrong row is mostly off by far more.
     """
     p, log_p = softmax(logits), log_softmax(logits)

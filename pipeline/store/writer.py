@@ -133,8 +133,7 @@ class StoreWriter:
         """Replace the identity of the files of `videos`, of which no frame is stored.
 
         The plan with the new digests comes first. A kill before the rows are written leaves them as
-        they
-        were, under the former digests, and the next attempt writes them again.
+        they were, under the former digests, and the next attempt writes them again.
         """
         ids = np.asarray(videos, np.int64)
         blocks: list[tuple[zarr.Array, int, NDArray[Any]]] = []

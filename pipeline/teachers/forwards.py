@@ -21,8 +21,8 @@ _POOLS = ("avgpool", "_avg_pooling")
 def tapped(module: nn.Module, layer: str) -> Forward:
     """Return a forward pass whose features are the input [B, D] of `layer`, the classifier.
 
-    The logits are the module's own output, whether features are asked for or not. The map is
-    the input of the layer that pools it, where there is one.
+    The logits are the module's own output, whether features are asked for or not. The map is the
+    input of the layer that pools it, where there is one.
     """
     # Of its own in each thread: several batches run through one module at once.
     seen = threading.local()

@@ -93,8 +93,7 @@ def must_be_first(codec: str, extradata: bytes | None, first: memoryview) -> boo
     """Return whether a decoder has to see the `first` packet before any other.
 
     That packet reports faults of early x264, in 4:4:4 before build 151 and in direct prediction
-    before
-    34, which libavcodec reproduces if it knows the build.
+    before 34, which libavcodec reproduces if it knows the build.
     """
     match = _X264.search(first) if codec == "h264" else None
     if match is None:

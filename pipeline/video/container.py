@@ -147,8 +147,7 @@ def cropping(stream: VideoStream) -> Margins:
     """Return how much the container says to cut off the stored picture.
 
     That is `clap` of mp4 and PixelCrop of Matroska. FFmpeg (7.1 and newer) reads it and leaves it
-    to
-    the player to apply it.
+    to the player to apply it.
     """
     if not _CAN_CROP & set(stream.container.format.name.split(",")):
         return Margins()

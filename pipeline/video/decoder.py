@@ -259,8 +259,7 @@ class VideoReader:
         """Return seconds from one frame to the next where they are counted.
 
         They come from the packets' times. The header's rate is taken only if the packets have none:
-        an AVI
-        made from an mp4 claims 600 frames per second.
+        an AVI made from an mp4 claims 600 frames per second.
         """
         packets = self.packets
         # Fields come in two packets to a frame, and an AVI has packets that repeat a frame.

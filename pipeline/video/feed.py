@@ -144,10 +144,8 @@ class Waiting:
 
     Only then is it known whether those are damaged. A picture refers to pictures that were decoded
     before it, but some of those are shown after it. What a decoder puts in the place of damage
-    depends
-    on what else it decoded. Example: decode order I0 P3 B1, with P3 damaged; B1 comes out first,
-    and
-    only then P3 with its mark.
+    depends on what else it decoded. Example: decode order I0 P3 B1, with P3 damaged; B1 comes out
+    first, and only then P3 with its mark.
     """
 
     def __init__(self) -> None:

@@ -63,10 +63,8 @@ def flow_between(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Return the flow float32 [H, W, 2] between two grey pictures uint8 [H, W].
 
     It is how far (x, y) in pixels each point of the first is displaced in the second, x to the
-    right, y
-    down. Between two equal pictures it is zero, where Farnebäck's method finds motion along the
-    border;
-    clips that end before their length repeat a frame.
+    right, y down. Between two equal pictures it is zero, where Farnebäck's method finds motion
+    along the border; clips that end before their length repeat a frame.
     """
     if np.array_equal(before, after):
         return np.zeros((*before.shape, 2), np.float32)

@@ -47,8 +47,7 @@ def read_frames(
     """Read frames of a video in any order, repeats allowed, with one open and one pass.
 
     A damaged frame inside a clip is shown as a player shows it, by the one before; it is an error
-    if
-    it is expected, or if half of the clip is damaged.
+    if it is expected, or if half of the clip is damaged.
 
     Args:
         path: The video.
@@ -117,8 +116,7 @@ def _read(path: str, use: Callable[[VideoReader], T]) -> T:
     """Use the file with a reader that knows its header, else with one that has read all packets.
 
     The second is used where the header is not enough or something is wrong. What was learnt of the
-    file
-    is cached for its next clip.
+    file is cached for its next clip.
     """
     key = _key(path)
     stored_index = _indices.get(key)

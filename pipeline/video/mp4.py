@@ -33,8 +33,7 @@ def read_header(descriptor: int, container: InputContainer, stream: VideoStream)
     """Read packets and timeline of an open mp4 with H.264 or HEVC from its header.
 
     None if the header does not give them. The table is what reading the packets would give, except
-    that
-    key frames are the header's, and that every one of them counts as an entry.
+    that key frames are the header's, and that every one of them counts as an entry.
 
     Raises:
         OSError: The file cannot be read.

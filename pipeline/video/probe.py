@@ -88,8 +88,7 @@ def _estimate(stream: VideoStream, duration: float) -> tuple[int, int] | None:
     """Return upper bounds of (frames, key frames) from the header.
 
     They come from the index if it is complete, else from rates. None if the header has neither:
-    then
-    only the whole file can tell.
+    then only the whole file can tell.
     """
     entries = stream.index_entries
     if "mov" in stream.container.format.name and len(entries) >= stream.frames > 0:

@@ -119,8 +119,7 @@ class QuickReader(VideoReader):
         """Return whether decoding may begin at a packet.
 
         Parameters other than the header's are in doubt everywhere: what they omit (colours, the
-        shape of
-        pixels) stays as it was before.
+        shape of pixels) stays as it was before.
         """
         codec, extradata, data = (
             self._context.codec.canonical_name,

@@ -375,8 +375,7 @@ class DecodePool:
         """Try the task once more in a fresh worker, then give it up.
 
         A worker that never began has no video to blame. No existing worker will do: its slots may
-        all hold
-        blocks that are read after this task.
+        all hold blocks that are read after this task.
         """
         child, task = self._child(place), self._working.pop(place)
         self._drop(place)
