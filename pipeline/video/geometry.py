@@ -16,6 +16,7 @@ from typing import Any, Literal
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
+from av.video.plane import VideoPlane
 from av.video.reformatter import Interpolation, VideoReformatter
 from pydantic import Field, PositiveInt
 
@@ -219,17 +220,20 @@ class Renderer:
     def _scale(
         self, frame: av.VideoFrame, view: View | None, width: int, height: int
     ) -> np.ndarray:
-        """[height, width, 3] RGB, a view of swscale's own buffer."""
+        """[height, width, 3] RGB, where possible a view of swscale's own buffer."""
         if frame.interlaced_frame:
             frame = _progressive(frame)
         scaler = self._reformatters.setdefault(view, VideoReformatter())
         kind = _FILTERS[view.interpolation if view is not None else "bilinear"]
+        # At odd widths swscale has no fast way to packed RGB, and its way to planes, which gives
+        # the same bits with this filter, takes a third of the time.
+        planar = kind == Interpolation.BICUBIC and width % 2 == 1
         try:
             rgb = scaler.reformat(
                 frame,
                 width=width,
                 height=height,
-                format="rgb24",
+                format="gbrp" if planar else "rgb24",
                 interpolation=kind,
                 dst_color_range="JPEG",
                 threads=1,
@@ -238,9 +242,15 @@ class Renderer:
             raise VideoError(
                 f"pixel format {frame.format.name} cannot be converted to RGB"
             ) from error
-        plane = rgb.planes[0]
-        lines = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
-        return lines[:, : width * 3].reshape(height, width, 3)
+        if planar:
+            green, blue, red = (_rows(plane, height)[:, :width] for plane in rgb.planes)
+            return np.stack((red, green, blue), axis=-1)
+        return _rows(rgb.planes[0], height)[:, : width * 3].reshape(height, width, 3)
+
+
+def _rows(plane: VideoPlane, height: int) -> np.ndarray:
+    """Return the bytes of a plane [height, line size]."""
+    return np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
 
 
 def render(frame: av.VideoFrame, view: View | None, aspect: Fraction = Fraction(1)) -> np.ndarray:

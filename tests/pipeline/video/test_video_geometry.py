@@ -10,6 +10,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import Interpolation, VideoReformatter
 from torchvision.transforms import v2
 
 from distinit.pipeline.common.errors import VideoError
@@ -162,6 +163,23 @@ def test_bilinear_is_close_to_torchvisions(tmp_path: Path) -> None:
         torch.from_numpy(picture(240, 320)).permute(2, 0, 1)
     )
     assert difference(render(frame, View(resize=(60, 80))), expected.permute(1, 2, 0).numpy()) < 2.6
+
+
+FORMATS = ["yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv420p10le", "yuva420p", "nv12", "gray"]
+
+
+@pytest.mark.parametrize("pix_fmt", [*FORMATS, "rgb24", "gbrp", "bgra"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "area"])
+def test_pictures_are_those_of_swscales_packed_rgb(interpolation: str, pix_fmt: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (90, 122, 3), np.uint8)
+    frame = av.VideoFrame.from_ndarray(noise, "rgb24").reformat(format=pix_fmt)
+    for height, width in ((45, 61), (64, 33), (90, 121), (90, 122), (133, 201), (48, 64), (32, 32)):
+        packed = VideoReformatter().reformat(
+            frame, width=width, height=height, format="rgb24", dst_color_range="JPEG", threads=1,
+            interpolation=Interpolation[interpolation.upper()],
+        )  # fmt: skip
+        view = View(resize=(height, width), interpolation=interpolation)
+        np.testing.assert_array_equal(render(frame, view), packed.to_ndarray())
 
 
 def test_what_cannot_be_rendered() -> None:
