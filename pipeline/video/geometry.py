@@ -225,9 +225,12 @@ class Renderer:
             frame = _progressive(frame)
         scaler = self._reformatters.setdefault(view, VideoReformatter())
         kind = _FILTERS[view.interpolation if view is not None else "bilinear"]
-        # At odd widths swscale has no fast way to packed RGB, and its way to planes, which gives
-        # the same bits with this filter, takes a third of the time.
-        planar = kind == Interpolation.BICUBIC and width % 2 == 1
+        # At odd widths swscale has no fast way to packed RGB, and its way to planes takes a third
+        # of the time. It gives the same bits where a row is made of more than two others.
+        planar = width % 2 == 1 and (
+            kind == Interpolation.BICUBIC
+            or (kind == Interpolation.BILINEAR and height < frame.height)
+        )
         try:
             rgb = scaler.reformat(
                 frame,

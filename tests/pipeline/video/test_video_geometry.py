@@ -173,7 +173,15 @@ FORMATS = ["yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv420p10le", "yuva420p
 def test_pictures_are_those_of_swscales_packed_rgb(interpolation: str, pix_fmt: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (90, 122, 3), np.uint8)
     frame = av.VideoFrame.from_ndarray(noise, "rgb24").reformat(format=pix_fmt)
-    for height, width in ((45, 61), (64, 33), (90, 121), (90, 122), (133, 201), (48, 64), (32, 32)):
+    for height, width in (
+        (45, 61),
+        (64, 33),
+        (90, 121),
+        (89, 121),
+        (90, 122),
+        (133, 201),
+        (48, 64),
+    ):
         packed = VideoReformatter().reformat(
             frame, width=width, height=height, format="rgb24", dst_color_range="JPEG", threads=1,
             interpolation=Interpolation[interpolation.upper()],
