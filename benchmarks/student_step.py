@@ -28,6 +28,7 @@ from distinit.pipeline.common.devices import keep_freed_memory
 from distinit.pipeline.common.distributed import SINGLE_PROCESS
 from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_options import StudentOptions
+from distinit.pipeline.training.batch_norm import ChannelsLastBatchNorm3d
 from distinit.pipeline.training.distillation import Distillation
 from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.pipeline.training.parallel import wrap
@@ -38,7 +39,7 @@ CLASSES = 1000
 KINDS = (
     ("convolution, backward", ("convolution_backward",)),
     ("convolution, forward", ("convolution", "conv3d", "mkldnn")),
-    ("batch norm", ("batch_norm",)),
+    ("batch norm", ("batch_norm", "foldedbackward")),
     ("ReLU", ("relu", "threshold", "clamp")),
     ("optimizer and clipping", ("_foreach", "linalg_vector_norm")),
     ("memory format and copies", ("copy_", "contiguous", "clone", "to_copy", "fill_", "zero_")),
@@ -50,6 +51,7 @@ class Step:
 
     def __init__(self, args: argparse.Namespace, width: float, batch: int, **settings: Any) -> None:
         self.threads = settings.pop("threads", torch.get_num_threads())
+        own_norm = settings.pop("own_norm", True)
         clip = (args.frames, args.size)
         self.options = LoopOptions(batch_size=batch, device="cpu", clip_norm=5, **settings)
         torch.manual_seed(0)
@@ -57,6 +59,9 @@ class Step:
             StudentOptions(architecture=args.student, width=width), {"t": CLASSES}, clip=clip
         )
         self.model: nn.Module = wrap(student, self.options, CPU, SINGLE_PROCESS).train()
+        for module in self.model.modules():
+            if isinstance(module, ChannelsLastBatchNorm3d) and not own_norm:
+                module.__class__ = nn.BatchNorm3d
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True
         )
@@ -126,6 +131,7 @@ def main() -> None:
         print(table(["operator", "share"], [[k, f"{v:.0%}"] for k, v in found.items()]), "\n")
         tried: Mapping[str, Step] = {
             **{f"batches of {size}": Step(args, width, size) for size in args.batch_sizes},
+            f"of {largest}, PyTorch's batch norm": Step(args, width, largest, own_norm=False),
             f"of {largest}, contiguous memory": Step(args, width, largest, channels_last=False),
             f"of {largest}, one thread": Step(args, width, largest, threads=1),
             f"of {largest}, bf16": Step(args, width, largest, precision="bf16"),

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.distributed import Ranks
+from .batch_norm import use_folded_backward
 from .loop_options import LoopOptions
 
 
@@ -19,6 +20,8 @@ def wrap(model: nn.Module, options: LoopOptions, device: torch.device, ranks: Ra
     model.to(device)
     if options.channels_last:
         _to_channels_last(model)
+        if device.type == "cpu" and options.compile == "none":
+            use_folded_backward(model)
     if ranks.world > 1 and options.sync_batchnorm and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if options.compile != "none":

@@ -1,0 +1,80 @@
+"""Batch norm's own backward pass, against PyTorch's in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from distinit.pipeline.common.distributed import SINGLE_PROCESS
+from distinit.pipeline.students.student import build_student
+from distinit.pipeline.students.student_options import StudentOptions
+from distinit.pipeline.training.batch_norm import ChannelsLastBatchNorm3d, use_folded_backward
+from distinit.pipeline.training.loop_options import LoopOptions
+from distinit.pipeline.training.parallel import wrap
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 18, 2, 6, 6), (3, 5, 4, 7, 4), (2, 29, 3, 2, 2), (3, 7, 1, 5, 5), (2, 32, 2, 4, 4)],
+)
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_gradients_are_those_of_pytorch(shape: tuple[int, ...], contiguous: bool) -> None:
+    torch.manual_seed(0)
+    kept = torch.contiguous_format if contiguous else torch.channels_last_3d
+    plain = nn.BatchNorm3d(shape[1])
+    nn.init.normal_(plain.weight)
+    nn.init.normal_(plain.bias)
+    ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    use_folded_backward(ours)
+    assert type(ours) is ChannelsLastBatchNorm3d
+    x = (3 + 2 * torch.randn(shape)).contiguous(memory_format=kept)
+    g = torch.randn(shape)
+    results = []
+    for norm, given in ((plain, x), (ours, x), (exact, x.double())):
+        given = given.clone(memory_format=torch.preserve_format).requires_grad_()
+        for _ in range(2):
+            out = norm(given)
+        found = torch.autograd.grad(out, (given, norm.weight, norm.bias), g.to(out.dtype))
+        results.append((out, *found))
+    assert torch.equal(results[1][0], results[0][0])
+    for mine, true in zip(results[1], results[2], strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), plain.buffers(), strict=True))
+    ours.eval(), plain.eval()
+    assert torch.equal(ours(x), plain(x))
+
+
+def test_a_narrow_student_has_the_gradients_that_it_had() -> None:
+    gradients = []
+    for own in (True, False):
+        torch.manual_seed(0)
+        student = build_student(StudentOptions(width=0.125), {"t": 7}, clip=(4, 32))
+        options = LoopOptions(batch_size=4, device="cpu")
+        model = wrap(student, options, torch.device("cpu"), SINGLE_PROCESS).train()
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm3d)]
+        assert norms
+        assert all(type(m) is ChannelsLastBatchNorm3d for m in norms)
+        for norm in norms if not own else ():
+            norm.__class__ = nn.BatchNorm3d
+        clip = torch.randn(4, 3, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+        model(clip)["t"].square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        before = gradients[1][name]
+        assert gradient is not None
+        assert before is not None
+        assert float((gradient - before).norm()) <= 1e-3 * float(before.norm()), name
+
+
+def test_no_batch_norm_is_changed_where_it_is_not_needed() -> None:
+    for options in (
+        LoopOptions(batch_size=4, device="cpu", channels_last=False),
+        LoopOptions(batch_size=4, device="cpu", compile="default"),
+    ):
+        student = build_student(StudentOptions(width=0.125), {"t": 7}, clip=(4, 32))
+        model = wrap(student, options, torch.device("cpu"), SINGLE_PROCESS)
+        assert not any(type(m) is ChannelsLastBatchNorm3d for m in model.modules())
