@@ -52,14 +52,13 @@ class _FoldedBackward(torch.autograd.Function):
             """[N / fold, fold · C] → [C]."""
             return tensor.sum(0).view(fold, channels).sum(0)
 
-        g, pixels = rows(grad), rows(x)
+        g, centered = rows(grad), rows(x) - mean.repeat(fold)
         grad_bias = total(g)
-        grad_weight = (total(g * pixels) - mean * grad_bias) * inverse
+        grad_weight = total(g * centered) * inverse
         scale = weight * inverse
-        slope = -scale * inverse * grad_weight / count
-        offset = -scale * grad_bias / count - slope * mean
+        offset, slope = -scale * grad_bias / count, -scale * inverse * grad_weight / count
         grad_x = torch.addcmul(offset.repeat(fold), g, scale.repeat(fold))
-        grad_x.addcmul_(pixels, slope.repeat(fold))
+        grad_x.addcmul_(centered, slope.repeat(fold))
         b, c, t, h, w = shape
         return (
             grad_x.view(b, t, h, w, c).permute(0, 4, 1, 2, 3),

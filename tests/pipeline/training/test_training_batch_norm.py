@@ -21,7 +21,10 @@ from distinit.pipeline.training.parallel import wrap
     [(4, 18, 2, 6, 6), (3, 5, 4, 7, 4), (2, 29, 3, 2, 2), (3, 7, 1, 5, 5), (2, 32, 2, 4, 4)],
 )
 @pytest.mark.parametrize("contiguous", [False, True])
-def test_gradients_are_those_of_pytorch(shape: tuple[int, ...], contiguous: bool) -> None:
+@pytest.mark.parametrize("mean", [3, 100])
+def test_gradients_are_those_of_pytorch(
+    shape: tuple[int, ...], contiguous: bool, mean: float
+) -> None:
     torch.manual_seed(0)
     kept = torch.contiguous_format if contiguous else torch.channels_last_3d
     plain = nn.BatchNorm3d(shape[1])
@@ -30,7 +33,7 @@ def test_gradients_are_those_of_pytorch(shape: tuple[int, ...], contiguous: bool
     ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     use_folded_backward(ours)
     assert type(ours) is ChannelsLastBatchNorm3d
-    x = (3 + 2 * torch.randn(shape)).contiguous(memory_format=kept)
+    x = (mean + 2 * torch.randn(shape)).contiguous(memory_format=kept)
     g = torch.randn(shape)
     results = []
     for norm, given in ((plain, x), (ours, x), (exact, x.double())):
