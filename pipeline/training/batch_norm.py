@@ -1,8 +1,9 @@
-"""Batch norm of 3D students on a CPU, with a faster backward pass.
+"""Batch norm of 3D students in several threads of a CPU, with a faster backward pass.
 
-In channels-last memory PyTorch's backward pass handles one by one what is left of each pixel's
-channels after its vectors of 16 numbers. R(2+1)D's narrow students, whose blocks have 18 or 29
-channels, then spend half of a training step in it (docs/benchmarks.md).
+Over channels-last memory PyTorch's backward pass gives each thread sums of its own, side by side.
+Where the channels do not fill whole cache lines of 16 numbers, as the 18 or 29 of R(2+1)D's narrow
+students, threads write to the same lines and wait for each other: two are half as fast as one, and
+half of a training step is spent there (docs/benchmarks.md).
 
 Shapes: B clips, C channels, T frames, H W pixels; N = B·T·H·W.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-VECTOR = 16  # numbers of float32 that a processor computes at once
+LINE = 16  # numbers of float32 in a cache line
 
 
 class _FoldedBackward(torch.autograd.Function):
@@ -88,17 +89,18 @@ class ChannelsLastBatchNorm3d(nn.BatchNorm3d):
     def _applies(self, x: Tensor) -> bool:
         return (
             self.affine
+            and torch.get_num_threads() > 1
             and x.dtype == torch.float32
             and x.device.type == "cpu"
-            and x.shape[1] % VECTOR != 0
+            and x.shape[1] % LINE != 0
             and x.is_contiguous(memory_format=torch.channels_last_3d)
             and _fold(x) > 1
         )
 
 
 def _fold(x: Tensor) -> int:
-    """Return how many pixels of [B, C, T, H, W] make a row: a divisor of N, at best a vector's."""
-    return math.gcd(x.numel() // x.shape[1], VECTOR)
+    """Return how many pixels of [B, C, T, H, W] make a row: a divisor of N, at best LINE."""
+    return math.gcd(x.numel() // x.shape[1], LINE)
 
 
 def use_folded_backward(model: nn.Module) -> None:

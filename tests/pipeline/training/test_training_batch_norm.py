@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,14 @@ from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.training.batch_norm import ChannelsLastBatchNorm3d, use_folded_backward
 from distinit.pipeline.training.loop_options import LoopOptions
 from distinit.pipeline.training.parallel import wrap
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +57,19 @@ def test_gradients_are_those_of_pytorch(
     assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), plain.buffers(), strict=True))
     ours.eval(), plain.eval()
     assert torch.equal(ours(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ("threads", "channels", "own"), [(2, 18, True), (1, 18, False), (2, 16, False)]
+)
+def test_pytorchs_backward_pass_is_replaced_where_it_is_slow(
+    threads: int, channels: int, own: bool
+) -> None:
+    torch.set_num_threads(threads)
+    norm = nn.BatchNorm3d(channels)
+    use_folded_backward(norm)
+    x = torch.randn(2, channels, 2, 4, 4).contiguous(memory_format=torch.channels_last_3d)
+    assert ("FoldedBackward" in type(norm(x).grad_fn).__name__) is own
 
 
 def test_a_narrow_student_has_the_gradients_that_it_had() -> None:
