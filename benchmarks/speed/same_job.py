@@ -179,8 +179,8 @@ def ours(args: argparse.Namespace, paths: list[str], folder: Path) -> Contender:
 def decoded(path: str, every: int) -> tuple[list[av.VideoFrame], Fraction | None]:
     """Return every Nth frame of a linear decode by the ffmpeg command, and the shape of a pixel.
 
-    No frames of a file in which that meets an error: which frame is the Nth is then a matter of
-    taste. Raw frames carry no colours, which come from the first frame that PyAV decodes.
+    No frames if it reports an error: damaged frames leave open which one is the Nth. Raw frames
+    carry no colours, which come from the first frame that PyAV decodes.
     """
     words = ["ffmpeg", "-v", "error", "-i", path, "-fps_mode", "passthrough", "-an", "-sn", "-dn"]
     words += ["-vf", f"select=not(mod(n\\,{every}))", "-c:v", "rawvideo", "-f", "nut", "-"]

@@ -46,7 +46,7 @@ class StorePlan:
         """Take the folders of corpora from `videos`, for this run.
 
         Returns the videos as the store would list them. A corpus is known by its name, and videos
-        by their paths in it. If a list moved away from the files that it names, all paths are
+        by their paths in it. If only the list was moved, and not its files, every path is
         different: its videos are located by the store's record, relative to the root of that time.
         """
         corpora, paths = list(videos.corpora), list(videos.paths)

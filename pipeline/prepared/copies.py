@@ -23,7 +23,7 @@ from av.video.reformatter import VideoReformatter
 from ..common.errors import VideoError
 from ..video.container import reason
 from ..video.frames import Frames, fill_damaged
-from ..video.geometry import Renderer, View
+from ..video.geometry import Renderer, View, plane_rows
 from .frame_map import FrameMap, map_of
 
 _DECODERS = 8  # set up and kept in each thread: copies of one size and one set of options share one
@@ -179,8 +179,8 @@ class CopyDecoder:
         plane = self._converter.reformat(
             frame, format="rgb24", dst_color_range="JPEG", threads=1
         ).planes[0]
-        lines = np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)
-        return lines[:, : frame.width * 3].reshape(frame.height, frame.width, 3)
+        lines = plane_rows(plane, frame.height)[:, : frame.width * 3]
+        return lines.reshape(frame.height, frame.width, 3)
 
     def stretch(
         self, descriptor: int, frame_map: FrameMap, entry: int, positions: list[int]

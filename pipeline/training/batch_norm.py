@@ -2,8 +2,8 @@
 
 Over channels-last memory PyTorch's backward pass gives each thread sums of its own, side by side.
 Where the channels do not fill whole cache lines of 16 numbers, as the 18 or 29 of R(2+1)D's narrow
-students, threads write to the same lines and wait for each other: two are half as fast as one, and
-half of a training step is spent there (docs/benchmarks.md).
+students, threads seem to wait for each other: two are half as fast as one, and half of a training
+step is spent there (docs/benchmarks.md).
 
 Shapes: B clips, C channels, T frames, H W pixels; N = B·T·H·W.
 """

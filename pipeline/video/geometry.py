@@ -246,12 +246,12 @@ class Renderer:
                 f"pixel format {frame.format.name} cannot be converted to RGB"
             ) from error
         if planar:
-            green, blue, red = (_rows(plane, height)[:, :width] for plane in rgb.planes)
+            green, blue, red = (plane_rows(plane, height)[:, :width] for plane in rgb.planes)
             return np.stack((red, green, blue), axis=-1)
-        return _rows(rgb.planes[0], height)[:, : width * 3].reshape(height, width, 3)
+        return plane_rows(rgb.planes[0], height)[:, : width * 3].reshape(height, width, 3)
 
 
-def _rows(plane: VideoPlane, height: int) -> np.ndarray:
+def plane_rows(plane: VideoPlane, height: int) -> np.ndarray:
     """Return the bytes of a plane [height, line size]."""
     return np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
 
