@@ -215,8 +215,7 @@ def _done(target: str, source: str, options: dict[str, Any]) -> tuple[Row | None
     """Return the row of a copy that is whole, and whether every byte of it has a checksum.
 
     It was made with these options, of the source as it is now. A damaged copy whose source is gone
-    is
-    kept: its other frames can still be read.
+    is kept: its other frames can still be read.
     """
     if not os.path.exists(target):
         return None, False

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..pipeline.clips.seeding import split_held_out
+from ..pipeline.clips.seeding import held_out_share, split_held_out
 from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console, plain
 from ..pipeline.common.devices import resolve_device
@@ -86,10 +86,14 @@ COMMAND = "train-student"
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a training is made of, once the store is open and the filter measured."""
+    """What a training is made of, once the store is open and the filter measured.
+
+    held_out_share: share of the videos that are held out, by whose clips `held_out` is.
+    """
 
     train: StudentClips
     held_out: StudentClips | None
+    held_out_share: float
     filter: Filter
     left_out: Exclusion | None
     baselines: dict[str, float]
@@ -150,7 +154,9 @@ def _train_locked(
         config, rate = ranks.on_main(partial(_fitted, config, parts, minutes, ranks.world))
         parts = ranks.on_all_ranks(lambda: _assemble(config, store, teachers, saved, console))
     options = config.loop.for_videos(len(parts.train.sampler.videos))
-    config = config.model_copy(update={"loop": _as_used(config.loop, options)})
+    config = config.model_copy(
+        update={"loop": _as_used(config.loop, options), "held_out": parts.held_out_share}
+    )
     identity = _identity(config, store, teachers, parts, options)
     if saved is not None:  # before the config of the run is overwritten
         ranks.on_all_ranks(lambda: _check_same(run_dir, saved, identity))
@@ -333,10 +339,12 @@ def _assemble(
     if left_out is not None:
         console.say(left_out.describe())
         usable = left_out.remove_from(usable)
-    videos, held_ids = split_held_out(usable, config.held_out, seed)
+    recorded = saved["held_out"]["share"] if saved is not None else None
+    share = held_out_share(recorded if config.held_out is None else config.held_out, len(usable))
+    videos, held_ids = split_held_out(usable, share, seed)
     if len(usable) and not len(videos):
         raise UsageError(
-            f"--held-out {config.held_out:g} leaves none of {len(usable)} videos to learn from"
+            f"--held-out {share:g} leaves none of {len(usable)} videos to learn from"
         )
     shares = None
     if config.targets.corpora is not None:
@@ -389,16 +397,16 @@ def _assemble(
     held_ids = _usable_held_out(
         held_ids, lambda ids: sampler(ids, thresholds, fixed=True), config.held_out_clips
     )
-    if config.held_out > 0 and len(held_ids) == 0:
+    if share > 0 and len(held_ids) == 0:
         console.warn(
-            f"held_out={config.held_out:g}: no clip of these videos counts; best is by training loss"
+            f"held_out={share:g}: no clip of these videos counts; best is by training loss"
         )
     held = None
     if len(held_ids):
         fixed = sampler(held_ids, thresholds, fixed=True)
         held = StudentClips(fixed, config.clips, config.video_roots, channels=channels)
     baselines = measure_baselines(config.targets, train.sampler, saved)
-    return _Parts(train, held, found, left_out, baselines)
+    return _Parts(train, held, share, found, left_out, baselines)
 
 
 def _class_heads(

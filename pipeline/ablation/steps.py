@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..clips.seeding import held_out_share
 from ..common.config import first_keys, load_config, merge, preset_section
 from ..common.run_dir import RESULT, STEP_FOLDERS, STUDENT_FILE
 from ..common.settings import Options
@@ -118,7 +119,9 @@ class StepMaker:
             exclusion = self._exclusion(config.exclude, config.exclude_split)
             seen["leave_out"] = exclusion.digest
             usable = exclusion.remove_from(usable)
-        config, loop = self._scheduled(config, int(len(usable) * (1 - config.held_out)))
+        share = held_out_share(config.held_out, len(usable))
+        config = config.model_copy(update={"held_out": share})
+        config, loop = self._scheduled(config, int(len(usable) * (1 - share)))
         bare = _bare(config, TRAIN)
         # `seen` has the teachers, whether the plan names them or uses all of the store.
         if list(teachers) == [name for name in self.store.target_names() if name in teachers]:

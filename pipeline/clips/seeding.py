@@ -90,6 +90,17 @@ def position(seed: int, nth: int, *, n: int, group: int = 0) -> int:
     return int(_permutation(seed, turn, n, group)[place])
 
 
+def held_out_share(share: float | None, n: int) -> float:
+    """Return the share of `n` videos to hold out, decided by their number where it is None.
+
+    A fiftieth, but no fewer than 30 videos, since fewer tell little, and no more than 1000; never
+    above a tenth. Of fewer than 50 videos none: each is needed.
+    """
+    if share is not None:
+        return share
+    return 0.0 if n < 50 else min(0.1, min(1000, max(30, n / 50)) / n)
+
+
 def split_held_out(
     videos: NDArray[np.int64], share: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

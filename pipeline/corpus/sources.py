@@ -131,8 +131,7 @@ def unescape_path(text: str) -> str:
     """Return the path that `escape_path` was given.
 
     A zero byte, which no path has, stays escaped: text from a third party then names a file that
-    does
-    not exist, and not one at which every function of the system raises.
+    does not exist, and not one at which every function of the system raises.
     """
     return unquote_to_bytes(text.replace("\0", "%00").replace("%00", "%2500")).decode(
         "utf-8", "surrogateescape"

@@ -85,8 +85,7 @@ class _Rows:
     """Working arrays of one shard, in decoding order; rows of failed segments are dropped later.
 
     stored: teacher → its arrays as the store keeps them, by name. running: rows whose batches are
-    at
-    the teachers, in order.
+    at the teachers, in order.
     """
 
     task: ShardTask
@@ -161,8 +160,7 @@ class ShardFiller:
         """Yield shards in the order of `tasks`.
 
         Frames are decoded and teachers run ahead across the borders of shards. Ends with its pool
-        and
-        runner ready for another call, also when it raises or is closed: a worker keeps both.
+        and runner ready for another call, also when it raises or is closed: a worker keeps both.
         """
         waiting: deque[ShardTask] = deque()  # given to the pool
         decoded: deque[_Rows] = deque()  # the teachers are at the last batches of these

@@ -84,8 +84,7 @@ def prove_teachers(
 
     Raises:
         StoreMismatchError: Rows differ, or no video is left to compute one from, unless the teacher
-            is
-            among the `accepted`.
+            is among the `accepted`.
     """
     if not without:
         return

@@ -156,10 +156,8 @@ class CopyDecoder:
         """Fill `out` uint8 [h, w, 3] with the view of a frame.
 
         display: the source's (height, width). Where the view asks for the copy's own size, only the
-        colours
-        are converted: ten times as fast as a resize. A copy of odd size is stored with one more row
-        or
-        column, which is cut off first.
+        colours are converted: ten times as fast as a resize. A copy of odd size is stored with one
+        more row or column, which is cut off first.
         """
         size = (frame_map.height, frame_map.width)
         as_stored = (frame.height, frame.width) == size

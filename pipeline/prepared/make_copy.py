@@ -55,8 +55,7 @@ def make_copy(
     """Write the copy of `source` to `part` and rename it to `target`, on the same disk.
 
     The copy is read back before that: its packets, its map, and `quality_frames` frames whose PSNR
-    and
-    SSIM against the scaled frames of the source are put into the map.
+    and SSIM against the scaled frames of the source are put into the map.
 
     Returns:
         The map.

@@ -22,8 +22,7 @@ class CopyOptions(Options):
 
     size: (height, width), whatever the source's shape; or short_side: pixels, the shape is kept and
     smaller sources keep their size. gop: most frames between key frames. crf: x264's quality, lower
-    is
-    better and larger. quality_frames: frames per video that are read back and compared.
+    is better and larger. quality_frames: frames per video that are read back and compared.
     """
 
     size: Annotated[
@@ -82,10 +81,8 @@ class FlowOptions(Options):
     """How flow files are written.
 
     size: (height, width) that frames are resized to. bound: pixels; faster motion is stored as
-    this,
-    and the step between stored values is bound / 127. In the clips that were measured, 16 at
-    128x171
-    clips below 0.1 %.
+    this, and the step between stored values is bound / 127. In the clips that were measured, 16 at
+    128x171 clips below 0.1 %.
     """
 
     size: tuple[int, int] = (128, 171)

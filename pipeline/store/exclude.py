@@ -58,8 +58,7 @@ def exclude_list(store: TargetStore, path: str) -> Exclusion:
 
     Raises:
         UsageError: The list names nothing, or a line names no video of the store: a list with a
-            typing
-            error would leave a test video in.
+            typing error would leave a test video in.
     """
     try:
         lines = [line.strip() for line in read_text(path).split("\n")]

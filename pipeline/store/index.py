@@ -272,8 +272,7 @@ def losses(files: LocalFiles, plans: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield what a store in a folder has lost of its plans and tables.
 
     To a reader neither is an error: rows of a missing plan do not exist, and a missing chunk is
-    fill, a
-    video without a name. At most `MANY_LOST` of each kind are yielded.
+    fill, a video without a name. At most `MANY_LOST` of each kind are yielded.
     """
     folders = [p for p in (files.root / "plans").glob("*") if p.name.isascii() and p.name.isdigit()]
     numbers = sorted({int(p.name) for p in folders if (p / "zarr.json").exists()})

@@ -68,8 +68,7 @@ def check_parts(stores: Sequence[TargetStore], *, allow_different_numerics: bool
     """Raise StoreMismatchError naming both sides if two stores do not fit each other.
 
     These must be equal: sampling, shard size, teachers and for each its identity, encoding, classes
-    and,
-    unless accepted, run. These must differ: the stores themselves, and all videos (a path in a
+    and, unless accepted, run. These must differ: the stores themselves, and all videos (a path in a
     corpus).
 
     Raises:

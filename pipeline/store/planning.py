@@ -45,10 +45,8 @@ def auto_shard_rows(total: int) -> int:
     """Return the rows per shard for a store of about `total` rows.
 
     It is a power of two that gives some 32 shards or more. A shard is the unit of what a kill costs
-    and
-    of what is written at once: small stores need small ones, large stores 16384 (32 MB at 1000
-    classes
-    in float16).
+    and of what is written at once: small stores need small ones, large stores 16384 (32 MB at 1000
+    classes in float16).
     """
     rows = MIN_SHARD_ROWS
     while rows < MAX_SHARD_ROWS and rows * 32 < total:

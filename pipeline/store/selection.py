@@ -20,9 +20,8 @@ def choose_videos(
     """Return ids of the videos of these corpora that the list names, ascending; by default all.
 
     A line of the list is a path in a corpus, `CORPUS=PATH` if several have that path, or the
-    absolute
-    path of the file when it was extracted. `#` begins a comment line; a label after the path, as in
-    `a.mp4 3`, is ignored.
+    absolute path of the file when it was extracted. `#` begins a comment line; a label after the
+    path, as in `a.mp4 3`, is ignored.
 
     Raises:
         UsageError: A corpus or a line names nothing in the store.

@@ -118,8 +118,7 @@ class LocalFiles(StoreFiles):
         Raises:
             FileNotFoundError: There is no such file.
             StoreError: A name leaves the store, or is a link, a device or a pipe, which would wait
-                for
-                ever.
+                for ever.
         """
         folder, _, name = path.rpartition("/")
         if folder not in self._folders:
@@ -219,8 +218,7 @@ def inside(root: str | os.PathLike[str], path: str, *, below: bool = False) -> P
 
     Raises:
         StoreError: A name leaves the store, or a part of it, or anything below, is a link or
-            neither a
-            file nor a folder.
+            neither a file nor a folder.
     """
     names = path.split("/")
     if {"", ".", ".."}.intersection(names) or "\0" in path:

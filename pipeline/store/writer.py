@@ -220,10 +220,9 @@ class StoreWriter:
         """StoreMismatchError if the store has a teacher of this name that is another.
 
         `attributes` holds `identity` (what the teacher is) and `run` (batch size, precision, torch,
-        device
-        kind: what makes equal rows equal bits). `allow_different_numerics` lets another `run`
-        continue the store; every commit records its own. `encoding` None is that of the store, of a
-        new teacher the default. `width`: the number of features, None of logits.
+        device kind: what makes equal rows equal bits). `allow_different_numerics` lets another
+        `run` continue the store; every commit records its own. `encoding` None is that of the
+        store, of a new teacher the default. `width`: the number of features, None of logits.
         """
         if name not in self.index.teachers:
             return

@@ -246,8 +246,8 @@ class TrainConfig(Options):
     exclude_split: Annotated[
         int | Literal["all"] | None, CliOption("--split", metavar="N|all", shown="1")
     ] = Field(default=None, description="whose test videos --exclude is")
-    held_out: Annotated[float, CliOption(metavar="Q")] = Field(
-        default=0.0, ge=0, lt=1, description="share of videos kept for the held-out loss"
+    held_out: Annotated[float | None, CliOption(metavar="Q", shown="by their number")] = Field(
+        default=None, ge=0, lt=1, description="share of videos kept for the held-out loss"
     )
     held_out_clips: int = Field(
         default=1000, ge=1, description="most held-out videos used, a clip each"

@@ -17,11 +17,7 @@ def wrap(model: nn.Module, options: LoopOptions, device: torch.device, ranks: Ra
     The model keeps its parameters' names, so checkpoints and exports are those of one process. All
     ranks have the weights of rank 0 from here on.
     """
-    model.to(device)
-    if options.channels_last:
-        _to_channels_last(model)
-        if device.type == "cpu" and options.compile == "none":
-            use_folded_backward(model)
+    lay_out(model, options, device)
     if ranks.world > 1 and options.sync_batchnorm and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if options.compile != "none":
@@ -31,6 +27,15 @@ def wrap(model: nn.Module, options: LoopOptions, device: torch.device, ranks: Ra
     return DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
+
+
+def lay_out(model: nn.Module, options: LoopOptions, device: torch.device) -> None:
+    """Move `model` to its device, in the memory format in which it is trained."""
+    model.to(device)
+    if options.channels_last:
+        _to_channels_last(model)
+        if device.type == "cpu" and options.compile == "none":
+            use_folded_backward(model)
 
 
 def _to_channels_last(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ from ..common.hours import check_hours, describe_hours, limit_of
 from ..common.run_dir import CONFIG
 from .loader import EpochBatchSampler, KeyedDataset, read_batches
 from .loop_options import SCHEDULE, LoopOptions, Resume
+from .parallel import lay_out
 from .precision import autocast, pick_workers, torch_threads
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ def measure_rate(model: nn.Module, dataset: KeyedDataset, options: LoopOptions) 
     size = min(whole, CLIPS) if device.type == "cpu" else whole
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus), torch_threads(options.threads, workers, device):
-        shadow = copy.deepcopy(model).to(device).train()
+        shadow = copy.deepcopy(model).train()
+        lay_out(shadow, options, device)
 
         def step_s(size: int) -> float:
             repeated = torch.cat(clips)[torch.arange(size) % len(clips)]

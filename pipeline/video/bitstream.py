@@ -64,8 +64,8 @@ def in_doubt(codec: str, extradata: bytes | None, data: memoryview, size: int) -
     """Return whether a packet of H.264 or HEVC may leave a decoder in an unexpected state.
 
     It does if, before its first slice ends, it has a unit longer than itself, or brings parameter
-    sets
-    that the header lacks: a decoder that saw the packets before keeps some of their parameters.
+    sets that the header lacks: a decoder that saw the packets before keeps some of their
+    parameters.
 
     data: the beginning of the packet's `size` bytes.
     """
@@ -172,11 +172,9 @@ class NonReferencePictures:
     """Tells, packet by packet, which H.264 pictures a decoder may skip without effect on others.
 
     Those are the non-reference pictures, but one flipped bit gives a reference picture the header
-    of
-    one, and a decoder that skips it shows the pictures that refer to it wrongly without an error.
-    `frame_num` tells them apart: it counts reference pictures, so that the next picture has the
-    same
-    number after a non-reference picture alone (ITU-T H.264 §7.4.3).
+    of one, and a decoder that skips it shows the pictures that refer to it wrongly without an
+    error. `frame_num` tells them apart: it counts reference pictures, so that the next picture has
+    the same number after a non-reference picture alone (ITU-T H.264 §7.4.3).
     """
 
     def __init__(self, extradata: bytes | None) -> None:

@@ -69,10 +69,8 @@ class Sampling(Options):
         """Return the indices int64 [N], ascending, of the frames kept.
 
         `pts` int64 [T], strictly ascending, and `is_key` bool [T] are of all frames of a video. For
-        a
-        rate, of each k = 0, 1, … up to the last frame's time: the last frame with time ≤ first +
-        k/fps; a
-        frame that several k name is kept once.
+        a rate, of each k = 0, 1, … up to the last frame's time: the last frame with time ≤ first +
+        k/fps; a frame that several k name is kept once.
         """
         import numpy as np  # not for --help, which builds this model
 

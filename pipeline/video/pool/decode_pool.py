@@ -74,8 +74,7 @@ class Done:
     """Job `key` is complete.
 
     `frames` in the file (−1: unknown); `note` tells what was damaged; `more`: max_rows was reached
-    with
-    frames left.
+    with frames left.
     """
 
     key: int

@@ -73,3 +73,12 @@ def test_held_out_videos_do_not_move_when_a_store_grows():
     assert 150 < len(held) < 250
     assert set(held) != set(seeding.split_held_out(small, 0.1, seed=4)[1])
     assert len(seeding.split_held_out(small, 0.0, seed=3)[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("videos", "held"),
+    [(0, 0), (49, 0), (50, 5), (200, 20), (313, 30), (1500, 30), (5000, 100), (10**6, 1000)],
+)
+def test_how_many_videos_are_held_out_follows_from_their_number(videos: int, held: int) -> None:
+    assert seeding.held_out_share(None, videos) * videos == pytest.approx(held)
+    assert seeding.held_out_share(0.3, videos) == 0.3
