@@ -343,9 +343,7 @@ def _assemble(
     share = held_out_share(recorded if config.held_out is None else config.held_out, len(usable))
     videos, held_ids = split_held_out(usable, share, seed)
     if len(usable) and not len(videos):
-        raise UsageError(
-            f"--held-out {share:g} leaves none of {len(usable)} videos to learn from"
-        )
+        raise UsageError(f"--held-out {share:g} leaves none of {len(usable)} videos to learn from")
     shares = None
     if config.targets.corpora is not None:
         corpus, names = store.column("corpus"), list(store.corpora)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from distinit.pipeline.common.console import Console
+from distinit.pipeline.extraction import extraction as stage
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.extraction.retry import MIXED
 from distinit.pipeline.store.reader import TargetStore
@@ -21,7 +22,6 @@ from distinit.pipeline.store.writer import StoreWriter
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
-from distinit.stages import extract_targets as stage
 from distinit.stages.extract_targets import extract_targets
 
 pytestmark = pytest.mark.slow

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
 _AHEAD = 4  # tasks that may be finished and unread, per child
+_PROBES = 16  # files that a child probes without a word from here
+_FIRST_PROBES = 256  # likewise, while nobody listens: their answers fit the buffer of a socket
 # A task for which was waited this many time-outs needs a sign of life every such part of a
 # time-out, on average.
 _SLOW = 10
@@ -94,7 +96,10 @@ class Failed:
 
 @dataclass
 class _Task:
-    """One message to a child, and what came back so far."""
+    """One message to a child, and what came back so far.
+
+    rows: frames that came, or answers where the message has several paths.
+    """
 
     message: dict[str, Any]
     answers: deque[tuple[dict[str, Any], ChildProcess | None]] = field(default_factory=deque)
@@ -104,21 +109,40 @@ class _Task:
     waited: float = 0.0  # seconds in this try
     failures: list[str] = field(default_factory=list)
 
+    @property
+    def path(self) -> str:
+        """The file at which the child is."""
+        if "paths" in self.message:
+            paths = self.message["paths"]
+            return str(paths[min(self.rows, len(paths) - 1)])
+        return str(self.message.get("path", self.message.get("source")))
+
+    def next_path(self) -> None:
+        """Note that the answer of a path came: the next one has its own time and tries."""
+        if "paths" in self.message:
+            self.rows, self.signs, self.waited = self.rows + 1, 0, 0.0
+            self.failures.clear()
+
+
+_Started = tuple[deque[_Task], Iterator[dict[str, Any]]]
+"""Tasks that were given to children or are done, and the messages to come."""
+
 
 class DecodePool:
     """`processes` children that probe and decode. Use as a context manager; one call at a time.
 
-    views: fixed size, rendered of every frame. memory_gb: address space of a child. timeout_s: how
-    long a child may go without a packet, a frame or an answer before it is killed; one that is
-    waited for ten times as long is killed if these come less often than every tenth of it. ahead:
-    tasks a child may have finished that nobody has read, because one before them takes longer.
+    views: fixed size, rendered of every frame; see also `show`. memory_gb: address space of a
+    child. timeout_s: how long a child may go without a packet, a frame or an answer before it is
+    killed; one that is waited for ten times as long is killed if these come less often than every
+    tenth of it. ahead: tasks a child may have finished that nobody has read, because one before
+    them takes longer.
     """
 
     def __init__(
         self,
         *,
         processes: int,
-        views: Sequence[View],
+        views: Sequence[View] = (),
         memory_gb: float = 4,
         timeout_s: float = 120,
         ahead: int = _AHEAD,
@@ -130,8 +154,10 @@ class DecodePool:
         self._memory_gb, self._timeout_s = memory_gb, timeout_s
         self._ahead = ahead
         self._children: list[ChildProcess | None] = [None] * processes
+        self._used = processes
         self._working: dict[int, _Task] = {}  # by place of the child
         self._busy = False
+        self._begun: tuple[list[str], _Started] | None = None  # probing, and of which paths
         self._owner = os.getpid()
 
     def __enter__(self) -> Self:
@@ -156,14 +182,45 @@ class DecodePool:
         """Process ids of the children that were started."""
         return [child.pid for child in self._children if child is not None]
 
+    def show(self, views: Sequence[View]) -> None:
+        """Render these views of every frame from now on. Not while a stream is being read."""
+        self._views, self._layout = tuple(views), Layout.of(tuple(views))
+        for child in self._children:
+            if child is not None:
+                child.show(self._layout, self._views)
+
+    def use_at_most(self, processes: int) -> None:
+        """Give new tasks to so many children alone."""
+        self._used = min(processes, len(self._children))
+
+    def begin_probing(self, paths: Sequence[str]) -> None:
+        """Let the children probe, for the first `probe`, of the same paths, to take what they find.
+
+        They need no word of the caller until each has done a share of `_FIRST_PROBES` or all.
+        """
+        share = min(_FIRST_PROBES, -(-len(paths) // len(self._children)))
+        self._begun = list(paths), self._start(self._probes(paths, max(1, share)))
+
     def probe(self, paths: Sequence[str]) -> Iterator[Probe]:
         """Yield a Probe of each path, in order; after a crash or a hang, a Probe with an error."""
-        for _, answer, _ in self._run({"kind": "probe", "path": path} for path in paths):
+        begun = None
+        if self._begun is not None and self._begun[0] == list(paths):
+            begun, self._begun = self._begun[1], None
+        share = min(_PROBES, -(-len(paths) // len(self._children)))
+        for _, answer, _ in self._run(self._probes(paths, share), begun):
             if answer["kind"] == "failed":
                 yield Probe(error=answer["reason"])
             else:
                 fields = answer["probe"]
                 yield Probe(**{**fields, "time_base": tuple(fields["time_base"])})
+
+    def _probes(self, paths: Sequence[str], share: int) -> Iterator[dict[str, Any]]:
+        """Yield messages of `share` paths for each child, then of few, so that all end together."""
+        at, message = 0, 0
+        while at < len(paths):
+            end = at + (share if message < len(self._children) else min(share, _PROBES))
+            yield {"kind": "probes", "paths": list(paths[at:end]), "skip": 0}
+            at, message = end, message + 1
 
     def timeline(self, path: str) -> Timeline:
         """Return all frames of one video in order; raises VideoError."""
@@ -234,12 +291,13 @@ class DecodePool:
                 yield Block(key, index, pts, images)
                 child.free(answer["slot"])
 
-    # One engine for all three
+    # One engine for all of them
 
-    def _run(
-        self, messages: Iterator[dict[str, Any]]
-    ) -> Iterator[tuple[dict[str, Any], dict[str, Any], ChildProcess | None]]:
-        """Yield (message, answer, worker) in the order of the messages; a last answer ends each."""
+    def _start(self, messages: Iterator[dict[str, Any]]) -> _Started:
+        """Give the first messages to the children."""
+        if self._begun is not None:
+            self._begun = None
+            self._leave()
         if self._busy:
             raise RuntimeError(
                 "this pool is in use: finish or close the iterator of the earlier call first"
@@ -247,6 +305,14 @@ class DecodePool:
         self._busy = True
         queue: deque[_Task] = deque()
         source = iter(messages)
+        self._assign(queue, source)
+        return queue, source
+
+    def _run(
+        self, messages: Iterator[dict[str, Any]], begun: _Started | None = None
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any], ChildProcess | None]]:
+        """Yield (message, answer, worker) in the order of the messages; a last answer ends each."""
+        queue, source = begun or self._start(messages)
         try:
             while True:
                 exhausted = self._assign(queue, source)
@@ -264,16 +330,18 @@ class DecodePool:
                 else:
                     queue.popleft()
         finally:
-            for place, child in enumerate(self._children):
-                if place in self._working or (child is not None and child.unread):
-                    self._drop(
-                        place
-                    )  # the consumer left early: what it did not read is not wanted any more
-            self._busy = False
+            self._leave()
+
+    def _leave(self) -> None:
+        """End the children with something that nobody wants any more."""
+        for place, child in enumerate(self._children):
+            if place in self._working or (child is not None and child.unread):
+                self._drop(place)
+        self._busy = False
 
     def _assign(self, queue: deque[_Task], source: Iterator[dict[str, Any]]) -> bool:
         """Give work to idle children; True when there is no more."""
-        for place in range(len(self._children)):
+        for place in range(self._used):
             if place in self._working:
                 continue
             if len(queue) >= self._ahead * len(self._children):
@@ -350,22 +418,22 @@ class DecodePool:
             elif answer["kind"] == "ready":
                 child.ready = True
             elif answer["kind"] == "fault":
-                log.error(
-                    "%s: %s", task.message.get("path", task.message.get("source")), answer["trace"]
-                )
+                log.error("%s: %s", task.path, answer["trace"])
                 raise DecoderError(
                     f"decoding does not work here, whatever the video: {answer['what']}"
                 )
-            elif answer["kind"] != "alive":
-                if "trace" in answer:
-                    log.error(
-                        "%s: %s",
-                        task.message.get("path", task.message.get("source")),
-                        answer["trace"],
-                    )
-                task.answers.append((answer, None))
+            elif answer["kind"] == "end":
                 task.finished = True
                 del self._working[place]
+            elif answer["kind"] != "alive":
+                if "trace" in answer:
+                    log.error("%s: %s", task.path, answer["trace"])
+                task.answers.append((answer, None))
+                if "paths" in task.message:
+                    task.next_path()
+                else:
+                    task.finished = True
+                    del self._working[place]
 
     def _died(self, place: int) -> None:
         self._failed(place, self._child(place).last_words())
@@ -381,12 +449,14 @@ class DecodePool:
         task.failures.append(why)
         if not child.ready and (child.ended or len(task.failures) == _ATTEMPTS):
             raise DecoderError(f"a decoding process cannot start: {why}")
-        if len(task.failures) < _ATTEMPTS:
+        if len(task.failures) == _ATTEMPTS:
+            task.answers.append(({"kind": "failed", "reason": why}, None))
+            task.next_path()
+        if "paths" in task.message or len(task.failures) < _ATTEMPTS:
             task.message = {**task.message, "skip": task.rows}
             task.signs, task.waited = 0, 0.0
             self._give(place, task)
         else:
-            task.answers.append(({"kind": "failed", "reason": why}, None))
             task.finished = True
 
     def _child(self, place: int) -> ChildProcess:

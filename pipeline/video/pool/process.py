@@ -37,8 +37,8 @@ class ChildProcess:
         self.unread = 0
         self.listened = 0.0
         parent_end, child_end = socket.socketpair()
-        descriptor = shared_file(layout.total_bytes)
-        self._memory = mmap.mmap(descriptor, layout.total_bytes)
+        self._file = shared_file(layout.total_bytes)
+        self._memory = mmap.mmap(self._file, layout.total_bytes)
         self._layout = layout
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
         # The same modules as here, wherever they were imported from; -P keeps the working folder
@@ -52,17 +52,19 @@ class ChildProcess:
         }
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _MODULE, str(child_end.fileno()), str(descriptor)],
-                pass_fds=(child_end.fileno(), descriptor),
+                [sys.executable, "-P", "-m", _MODULE, str(child_end.fileno()), str(self._file)],
+                pass_fds=(child_end.fileno(), self._file),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for the parent, which ends its children
             )
+        except BaseException:
+            os.close(self._file)
+            raise
         finally:
             child_end.close()
-            os.close(descriptor)
         self.connection = Connection(parent_end.detach())
         self._inbox = Inbox()
         self.send(
@@ -71,6 +73,19 @@ class ChildProcess:
                 "bytes": layout.total_bytes,
                 "memory_gb": memory_gb,
                 "owner": asdict(Owner.here()),
+            }
+        )
+
+    def show(self, layout: Layout, views: tuple[View, ...]) -> None:
+        """Let the process render other views from the next task on; no slot may be in use."""
+        os.ftruncate(self._file, layout.total_bytes)
+        self._memory = mmap.mmap(self._file, layout.total_bytes)
+        self._layout = layout
+        self.send(
+            {
+                "kind": "views",
+                "views": [view.model_dump() for view in views],
+                "bytes": layout.total_bytes,
             }
         )
 
@@ -152,5 +167,7 @@ class ChildProcess:
             subprocess.TimeoutExpired
         ):  # it reads from a file server that does not answer
             self._process.wait(timeout=_END_S)
-        self.connection.close()
-        self._errors.close()
+        if not self.connection.closed:
+            self.connection.close()
+            self._errors.close()
+            os.close(self._file)

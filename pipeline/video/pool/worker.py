@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import mmap
-import os
 import sys
 import tempfile
 import time
@@ -59,9 +58,11 @@ def _job(message: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
 class DecodeWorker:
     """Serves one parent: probes, timelines, decode jobs and copies, one at a time."""
 
-    def __init__(self, connection: Connection, memory: mmap.mmap, views: tuple[View, ...]) -> None:
-        self._connection = connection
-        self._memory, self._layout, self._views = memory, Layout.of(views), views
+    def __init__(
+        self, connection: Connection, file: int, size: int, views: tuple[View, ...]
+    ) -> None:
+        self._connection, self._file = connection, file
+        self._memory, self._layout, self._views = mmap.mmap(file, size), Layout.of(views), views
         self._free = list(range(SLOTS))
         self._spoke = time.monotonic()
 
@@ -74,17 +75,38 @@ class DecodeWorker:
                 self._free.append(message["slot"])
                 continue
             self._spoke = time.monotonic()
-            try:
-                answer = self._work(message)
-            except VideoError as error:
-                answer = {"kind": "failed", "reason": str(error)}
-            except (MemoryError, av.FFmpegError) as error:
-                answer = self._of_the_file(error)
-            except (EOFError, ConnectionError):  # the parent has gone
-                raise
-            except Exception as error:
-                answer = self._unexpected(error, message)
-            send(self._connection, answer)
+            if message["kind"] == "views":
+                self._show(message)
+            elif message["kind"] == "probes":
+                for path in message["paths"][message["skip"] :]:
+                    send(self._connection, self._answer({"kind": "probe", "path": path}))
+                send(self._connection, {"kind": "end"})
+            else:
+                send(self._connection, self._answer(message))
+
+    def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return the last answer to a message, or why there is none."""
+        try:
+            return self._work(message)
+        except VideoError as error:
+            return {"kind": "failed", "reason": str(error)}
+        except (MemoryError, av.FFmpegError) as error:
+            return self._of_the_file(error)
+        except (EOFError, ConnectionError):  # the parent has gone
+            raise
+        except Exception as error:
+            return self._unexpected(error, message)
+
+    def _show(self, message: dict[str, Any]) -> None:
+        """Render other views from now on, after they were tried."""
+        self._views = tuple(View.model_validate(view) for view in message["views"])
+        self._layout = Layout.of(self._views)
+        self._memory = mmap.mmap(self._file, message["bytes"])
+        try:
+            self.check()
+        except Exception as error:
+            trace = traceback.format_exc()
+            send(self._connection, {"kind": "fault", "what": in_one_line(error), "trace": trace})
 
     def check(self, message: dict[str, Any] | None = None) -> None:
         """Read a video that is known to be good as `message` asks; raise what fails."""
@@ -241,10 +263,8 @@ def main(arguments: list[str]) -> int:
     connection = Connection(int(arguments[0]))
     setup = receive(connection)
     end_with(Owner(**setup["owner"]))
-    memory = mmap.mmap(int(arguments[1]), setup["bytes"])
-    os.close(int(arguments[1]))
     views = tuple(View.model_validate(view) for view in setup["views"])
-    child = DecodeWorker(connection, memory, views)
+    child = DecodeWorker(connection, int(arguments[1]), setup["bytes"], views)
     child.check()
     _limit_memory(setup["memory_gb"])
     try:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.geometry import Renderer, View
 from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool, Done, Failed
+from distinit.pipeline.video.probe import probe
 from distinit.pipeline.video.sampling import Sampling
 
 VIEWS = [View(resize=(120, 160)), View(resize=64, crop=56)]
@@ -60,8 +62,8 @@ def collect(events: Iterator[Block | Done | Failed], rows: Rows) -> Iterator[Blo
         yield event
 
 
-def pool(**options: float) -> DecodePool:
-    return DecodePool(**{"processes": 1, "views": VIEWS, **options})  # type: ignore[arg-type]
+def pool(**options: Any) -> DecodePool:
+    return DecodePool(**{"processes": 1, "views": VIEWS, **options})
 
 
 @pytest.mark.slow
@@ -160,6 +162,30 @@ def test_a_child_keeps_to_its_memory(tmp_path: Path, long_video: str) -> None:
         probes = list(decoders.probe([str(tmp_path / "big.mp4"), long_video]))
     assert "could not be decoded" in str(probes[0].error)
     assert probes[1].frames == FRAMES
+
+
+@pytest.mark.slow
+def test_probing_begins_before_the_views_are_known(tmp_path: Path, long_video: str) -> None:
+    short = [video(tmp_path / f"{i}.mp4", n, i) for i, n in enumerate((30, 1, 90))]
+    (tmp_path / "noise.mp4").write_bytes(b"x" * 999)
+    paths = [*short, str(tmp_path / "noise.mp4"), *short * 20, long_video]
+    wanted = [repr(probe(path)) for path in paths]  # nan is not nan
+    for processes in (1, 3):
+        for killed in (False, True):
+            with pool(processes=processes, views=()) as decoders:
+                decoders.begin_probing(paths)
+                decoders.show(VIEWS)
+                if killed:
+                    os.kill(decoders.pids[0], signal.SIGKILL)
+                assert [repr(p) for p in decoders.probe(paths)] == wanted
+                rows: Rows = {}
+                jobs = [DecodeJob(0, short[2], Sampling(every=3))]
+                assert isinstance([*collect(decoders.stream(jobs), rows)][-1], Done)
+                assert rows[0] == expected(short[2], Sampling(every=3))
+                decoders.begin_probing(paths)
+                assert [p.frames for p in decoders.probe(short)] == [30, 1, 90], "others are asked"
+                decoders.begin_probing(paths)
+                assert len(decoders.timeline(short[0])) == 30
 
 
 @pytest.mark.slow

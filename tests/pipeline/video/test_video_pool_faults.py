@@ -33,6 +33,7 @@ from distinit.pipeline.video.sampling import Sampling
 
 TIMEOUT_S = 100.0
 END_S = 50 * TIMEOUT_S  # of simulated time, far more than any of these runs takes
+CRASH = "crash"
 Fault = tuple[int, int, str]
 """(wait, place, what): before the pool's n-th wait the n-th child is killed ("kill") or stops for
 good ("stop")."""
@@ -78,11 +79,15 @@ class SimulatedChild:
         )
 
     def at_its_end(self) -> bool:
-        return bool(self.todo[0]["skip"] >= int(self.todo[0]["path"]))
+        task = self.todo[0]
+        return bool(task["skip"] >= (len(task["paths"]) if "paths" in task else int(task["path"])))
 
     def work(self) -> None:
         """Decode one block of the task, or end it."""
         task = self.todo[0]
+        if "paths" in task:
+            self.probe(task)
+            return
         if self.at_its_end():
             self.said.append(
                 {"kind": "done", "frames": -1, "clock": "pts", "note": None, "more": False}
@@ -92,6 +97,19 @@ class SimulatedChild:
         slot = self.free_slots.pop()
         self.slots[slot] = (task["key"], task["skip"])
         self.said.append({"kind": "block", "slot": slot, "index": [task["skip"]], "pts": [0]})
+        task["skip"] += 1
+
+    def probe(self, task: dict[str, Any]) -> None:
+        """Probe one of several files, or end; one called `crash` ends the child."""
+        if self.at_its_end():
+            self.said.append({"kind": "end"})
+            self.todo.pop(0)
+            return
+        path = task["paths"][task["skip"]]
+        if path == CRASH:
+            self.state = "dead"
+            return
+        self.said.append({"kind": "probed", "probe": {"codec": path, "time_base": [1, 25]}})
         task["skip"] += 1
 
     def receive(self) -> dict[str, Any] | None:
@@ -178,6 +196,39 @@ def run(
             else:
                 events.append(("done" if isinstance(event, Done) else "failed", event.key))
     return events
+
+
+@settings(deadline=None)
+@given(
+    crashing=st.lists(st.sampled_from([False, False, False, True]), max_size=40),
+    processes=st.integers(1, 3),
+    order=st.sampled_from(["any", "first", "last", "all"]),
+    killed=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 2), st.just("kill")), max_size=1),
+    first=st.sampled_from([1, 3, 256]),
+    begun=st.booleans(),
+)
+def test_files_that_crash_a_child_cost_the_others_nothing(
+    crashing: list[bool],
+    processes: int,
+    order: str,
+    killed: list[Fault],
+    first: int,
+    begun: bool,
+) -> None:
+    paths = [CRASH if crash else str(i) for i, crash in enumerate(crashing)]
+    machine = Machine(order, killed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool_module, "ChildProcess", lambda *_: SimulatedChild(machine))
+        patch.setattr(pool_module, "wait", machine.wait)
+        patch.setattr(pool_module.time, "monotonic", machine.monotonic)
+        patch.setattr(pool_module, "_FIRST_PROBES", first)
+        patch.setattr(pool_module, "_PROBES", 4)
+        machine.pool = DecodePool(processes=processes, timeout_s=TIMEOUT_S)
+        if begun:
+            machine.pool.begin_probing(paths)
+        probes = list(machine.pool.probe(paths))
+    assert [p.codec for p in probes] == ["" if path == CRASH else path for path in paths]
+    assert [p.error for p in probes] == ["killed" if path == CRASH else None for path in paths]
 
 
 def undisturbed(blocks: list[int]) -> list[Any]:
