@@ -86,8 +86,7 @@ def extract(
     asked_config, config = config, with_precision(config, device)
     if config.dry_run:
         return dry_run(config, None if listed is None else _share(config, listed, console), device)
-    if config.decoders is None:
-        pool.use_at_most(default_decoders(device))
+    pool.use_at_most(config.decoders or default_decoders(device))
     sampling = _sampling(config)
     loaded = load_teachers(config, device)
     teachers = outputs_of(loaded)

@@ -190,7 +190,7 @@ class DecodePool:
                 child.show(self._layout, self._views)
 
     def use_at_most(self, processes: int) -> None:
-        """Give new tasks to so many children alone."""
+        """Give tasks to so many of the children alone, from now on."""
         self._used = min(processes, len(self._children))
 
     def begin_probing(self, paths: Sequence[str]) -> None:
@@ -198,7 +198,7 @@ class DecodePool:
 
         They need no word of the caller until each has done a share of `_FIRST_PROBES` or all.
         """
-        share = min(_FIRST_PROBES, -(-len(paths) // len(self._children)))
+        share = min(_FIRST_PROBES, -(-len(paths) // self._used))
         self._begun = list(paths), self._start(self._probes(paths, max(1, share)))
 
     def probe(self, paths: Sequence[str]) -> Iterator[Probe]:
@@ -206,7 +206,7 @@ class DecodePool:
         begun = None
         if self._begun is not None and self._begun[0] == list(paths):
             begun, self._begun = self._begun[1], None
-        share = min(_PROBES, -(-len(paths) // len(self._children)))
+        share = min(_PROBES, -(-len(paths) // self._used))
         for _, answer, _ in self._run(self._probes(paths, share), begun):
             if answer["kind"] == "failed":
                 yield Probe(error=answer["reason"])
@@ -218,7 +218,7 @@ class DecodePool:
         """Yield messages of `share` paths for each child, then of few, so that all end together."""
         at, message = 0, 0
         while at < len(paths):
-            end = at + (share if message < len(self._children) else min(share, _PROBES))
+            end = at + (share if message < self._used else min(share, _PROBES))
             yield {"kind": "probes", "paths": list(paths[at:end]), "skip": 0}
             at, message = end, message + 1
 
