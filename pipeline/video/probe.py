@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-import numpy as np
 from av.error import FFmpegError
 from av.video.stream import VideoStream
 
 from ..common.errors import VideoError
 from .container import digest, file_size, rational, reason
 from .decoder import VideoReader
-from .feed import NotAsPlanned
-from .quick import QuickReader
 
 DEMUX_BYTES = 2**26  # files up to this size are demuxed in full
 _HEADROOM = 1.1
@@ -52,23 +48,10 @@ def probe(path: str, progress: Callable[[], None] | None = None) -> Probe:
     try:
         size = file_size(path)
         identity = digest(path)
-        if size <= DEMUX_BYTES:
-            with contextlib.suppress(NotAsPlanned, VideoError, MemoryError, FFmpegError):
-                return _by_header(path, size, identity)
         with VideoReader(path, progress=progress) as reader:
             return _measure(reader, size, identity)
     except (VideoError, MemoryError, FFmpegError) as error:
         return Probe(size=size, digest=identity, error=reason(error))
-
-
-def _by_header(path: str, size: int, identity: str) -> Probe:
-    """Measure a file whose header lists all packets, in half the time; else NotAsPlanned."""
-    with QuickReader(path) as reader:
-        if rational(reader.stream.average_rate) is None:  # libavformat would read frames for it
-            raise NotAsPlanned
-        for _ in reader.frames_at(np.array([0])):
-            return _measure(reader, size, identity)
-    raise NotAsPlanned
 
 
 def _measure(reader: VideoReader, size: int, identity: str) -> Probe:
