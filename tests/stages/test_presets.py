@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distinit.pipeline.common.config import load_config, preset_section
@@ -65,15 +66,16 @@ def test_the_papers_other_presets_change_one_number(name: str, changes: dict[str
     assert preset_section(name, "extract-targets") == preset_section("paper", "extract-targets")
 
 
-def test_small_has_the_papers_schedule_a_fifth_as_long() -> None:
+def test_small_warms_up_as_the_paper_does_and_ends_at_nothing() -> None:
     small, paper = preset("small").loop, preset("paper").loop
     small = small.with_derived_schedule().for_videos(240)
-    short = [
+    rates = [
         learning_rate((epoch + 1) * small.steps_per_epoch - 1, small) / small.peak_lr
         for epoch in range(9)
     ]
-    long = [
-        learning_rate((5 * epoch + 5) * paper.steps_per_epoch - 1, paper) / paper.peak_lr
-        for epoch in range(9)
-    ]
-    assert short == pytest.approx(long)
+    assert rates[:2] == pytest.approx([0.5, 1]), "2 of 9 epochs, as 10 of 45"
+    share = (np.arange(3, 10) * small.steps_per_epoch - 1 - 2 * small.steps_per_epoch) / (
+        7 * small.steps_per_epoch
+    )
+    assert rates[2:] == pytest.approx(0.5 * (1 + np.cos(np.pi * share)), abs=1e-3)
+    assert (small.warmup_epochs, paper.warmup_epochs) == (2, 10)
