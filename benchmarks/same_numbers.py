@@ -41,18 +41,18 @@ from safetensors import safe_open
 CLIPS_PER_CLASS = 2
 # Spellings of one option, the oldest first; a command line takes the one that `--help` knows.
 SPELLINGS = (
-    ("--store", "--store"),
-    ("--max-entropy-quantile", "--max-entropy-quantile"),
-    ("--micro-batch-size", "--micro-batch-size"),
+    ("--targets", "--store"),
+    ("--filter-quantile", "--max-entropy-quantile"),
+    ("--gpu-batch-size", "--micro-batch-size"),
 )
 # Keys of identities and metrics that were renamed, from old to new.
 RENAMED = {
-    "exclude": "exclude",
+    "leave_out": "exclude",
     "length": "clip_frames",
     "filter": "filter_mode",
     "nats": "max_entropy",
-    "micro_batch_size": "micro_batch_size",
-    "lr_base_batch_size": "lr_base_batch_size",
+    "gpu_batch_size": "micro_batch_size",
+    "lr_batch_size": "lr_base_batch_size",
     "loss_of_a_constant": "baseline_loss",
     "loss_of_the_targets": "loss_lower_bound",
     "learned": "explained_fraction",
@@ -63,7 +63,11 @@ RENAMED = {
 VOLATILE = frozenset(("id", "store_id", "clips_per_s", "data_share", "eta_s", "memory_gb"))
 EXTRACT = "extract-targets --teacher efficientnet_lite0 --every 4 --batch-size 8 --device cpu"
 STUDENT = "--student r2plus1d_18 --width 0.125 --frames 8 --size 56"
-LOOP = "--epochs 2 --epoch-clips 16 --batch-size 4 --checkpoint-every 2 --workers 0 --device cpu"
+# On two cores one loader process leaves one thread: in several, batch norm has its own backward pass.
+LOOP = (
+    "--epochs 2 --epoch-clips 16 --warmup-epochs 1 --step-epochs 1 --batch-size 4 --checkpoint-every 2"
+    " --workers 1 --device cpu"
+)
 TRAIN = (
     f"train-student {STUDENT} {LOOP} --picks random:2 --max-entropy-quantile 0.6 --held-out 0.2"
     " --set targets.quantile_draws=50"
@@ -118,7 +122,8 @@ class Checkout:
         for spellings in SPELLINGS:
             known = [s for s in spellings if f" {s} " in help_text]
             words = [known[-1] if known and word in spellings else word for word in words]
-        return words
+        # Another engine computes other last bits.
+        return [*words, "--engine", "torch"] if " --engine " in help_text else words
 
     def run(self, line: str, **paths: Path) -> None:
         """Run one command to its end."""
