@@ -94,11 +94,11 @@ def held_out_share(share: float | None, n: int) -> float:
     """Return the share of `n` videos to hold out, decided by their number where it is None.
 
     A fiftieth, but no fewer than 30 videos, since fewer tell little, and no more than 1000; never
-    above a tenth. Of fewer than 50 videos none: each is needed.
+    above a tenth. Of fewer than 200 videos none.
     """
     if share is not None:
         return share
-    return 0.0 if n < 50 else min(0.1, min(1000, max(30, n / 50)) / n)
+    return 0.0 if n < 200 else min(0.1, min(1000, max(30, n / 50)) / n)
 
 
 def split_held_out(

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -113,3 +120,74 @@ def test_a_finetuning_starts_from_it_and_the_result_is_tested_and_embedded_from_
     )
     with np.load(features) as arrays:
         assert np.isfinite(arrays["features"]).all()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does for one file of one repository, in the paths of `resolve`."""
+
+    content = b""
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        known = re.fullmatch(rf"/org/name/resolve/(main|{COMMIT})/model.safetensors", self.path)
+        self.send_response(200 if known else 404)
+        if known:
+            self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+        else:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", str(len(self.content) if known else 0))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        if "/org/name/" in self.path:
+            self.wfile.write(self.content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_a_student_comes_over_http_once_and_what_is_not_there_is_named(
+    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = snapshot / "model.safetensors"
+    monkeypatch.setattr(Hub, "content", file.read_bytes())
+    Hub.asked.clear()
+    script = """
+import sys, distinit
+for address in sys.argv[1:]:
+    try:
+        student = distinit.load_student(address)
+        print(sum(float(p.detach().double().sum()) for p in student.parameters()))
+    except distinit.DistInitError as error:
+        print(error)
+"""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "home"),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        environment = {k: v for k, v in environment.items() if k != "HF_HUB_OFFLINE"}
+
+        addresses = [ADDRESS, f"{ADDRESS}@{COMMIT}", "hf://org/other"]
+        done = subprocess.run(
+            [sys.executable, "-c", script, *addresses],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    first, again, missing = done.stdout.splitlines()
+    wanted = sum(float(p.detach().double().sum()) for p in load_student(file).parameters())
+    assert (float(first), float(again)) == (wanted, wanted)
+    fetched = [line for line in Hub.asked if line.startswith("GET") and "resolve" in line]
+    assert fetched == ["GET /org/name/resolve/main/model.safetensors"]
+    assert missing.startswith("hf://org/other")
