@@ -83,8 +83,8 @@ class StepMaker:
     Args:
         store: The target store.
         video_roots: Where its corpora are located now.
-        derive: Whether a schedule that a plan leaves open follows the number of videos, as it does
-            in the commands; else it is that of the option models, as in version 0.1.
+        derive: Whether a schedule and a share of held-out videos that a plan leaves open follow the
+            number of videos, as they do in the commands; else they are those of version 0.1.
     """
 
     def __init__(
@@ -119,7 +119,9 @@ class StepMaker:
             exclusion = self._exclusion(config.exclude, config.exclude_split)
             seen["leave_out"] = exclusion.digest
             usable = exclusion.remove_from(usable)
-        share = held_out_share(config.held_out, len(usable))
+        share = config.held_out or 0.0
+        if self.derive:
+            share = held_out_share(config.held_out, len(usable))
         config = config.model_copy(update={"held_out": share})
         config, loop = self._scheduled(config, int(len(usable) * (1 - share)))
         bare = _bare(config, TRAIN)
