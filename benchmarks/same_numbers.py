@@ -63,7 +63,7 @@ RENAMED = {
 VOLATILE = frozenset(("id", "store_id", "clips_per_s", "data_share", "eta_s", "memory_gb"))
 EXTRACT = "extract-targets --teacher efficientnet_lite0 --every 4 --batch-size 8 --device cpu"
 STUDENT = "--student r2plus1d_18 --width 0.125 --frames 8 --size 56"
-# On two cores one loader process leaves one thread: in several, batch norm has its own backward pass.
+# On two cores one loader process leaves one thread; in several, batch norm has its own backward.
 LOOP = (
     "--epochs 2 --epoch-clips 16 --warmup-epochs 1 --step-epochs 1 --batch-size 4 --checkpoint-every 2"
     " --workers 1 --device cpu"
