@@ -11,10 +11,8 @@ from ..pipeline.common.streams import counted
 from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.parts import Part
 from ..pipeline.corpus.sources import VideoList, list_videos
-from ..pipeline.extraction.extract_options import ExtractConfig
+from ..pipeline.extraction.extract_options import PROBED_AT_ONCE, ExtractConfig
 from ..pipeline.video.pool.decode_pool import DecodePool
-
-PROBED_AHEAD = 10_000  # videos: as many as the store lists at once
 
 
 def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
@@ -38,7 +36,7 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
     ) as pool:
         if listed is not None and not config.dry_run and not config.out.exists():
             share = listed if config.part is None else Part.parse(config.part).share(listed)
-            pool.begin_probing([share.absolute(i) for i in range(min(len(share), PROBED_AHEAD))])
+            pool.begin_probing([share.absolute(i) for i in range(min(len(share), PROBED_AT_ONCE))])
         # Loads torch and teachers while the decoding processes read the files: both take seconds.
         from ..pipeline.extraction.extraction import extract
 

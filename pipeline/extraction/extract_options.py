@@ -20,6 +20,7 @@ from ..store.store_options import PlainEncoding
 from ..teachers.teacher_options import EngineName, TeacherSpec, parse_teachers
 from ..video.sampling import Sampling
 
+PROBED_AT_ONCE = 10_000  # videos probed between two writes of the video table
 TEACHERS = CliOption(
     "--teacher",
     "Teacher",

@@ -74,7 +74,7 @@ def extract(
         config: Of the command.
         listed: The videos of all parts.
         pool: Without views so far; it may have begun to probe the videos.
-        console: For what a user is told.
+        console: Prints the messages and the progress.
 
     Raises:
         TeacherError: Of a teacher, or WeightsError of its weights.

@@ -28,9 +28,8 @@ from ..video.container import digest
 from ..video.pool.decode_pool import DecodePool
 from ..video.probe import Probe
 from ..video.sampling import Sampling
+from .extract_options import PROBED_AT_ONCE
 from .shard_filler import SegmentTask, ShardTask
-
-SLAB = 10_000  # videos probed between two writes of the video table
 
 
 class StorePlan:
@@ -46,8 +45,8 @@ class StorePlan:
         """Take the folders of corpora from `videos`, for this run.
 
         Returns the videos as the store would list them. A corpus is known by its name, and videos
-        by their paths in it. If only the list was moved, and not its files, every path is
-        different: its videos are located by the store's record, relative to the root of that time.
+        by their paths in it. A list in another folder than before, whose files stayed in place,
+        gives each a new path: its videos are located by the root that the store records.
         """
         corpora, paths = list(videos.corpora), list(videos.paths)
         for number, corpus in enumerate(videos.corpora):
@@ -129,8 +128,8 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, max_fai
         _check_moved(plan, plan.corpora[corpus])
     watch = SameFailure(max_failures)
     with progress_bar("probing", len(new), "videos") as bar:
-        for at in range(0, len(new), SLAB):
-            slab = new[at : at + SLAB]
+        for at in range(0, len(new), PROBED_AT_ONCE):
+            slab = new[at : at + PROBED_AT_ONCE]
             probes = []
             for (i, _), probe in zip(
                 slab, pool.probe([videos.absolute(i) for i, _ in slab]), strict=True
@@ -138,7 +137,7 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, max_fai
                 watch.see(i, probe.error, videos.absolute(i))
                 probes.append(probe)
                 bar.advance(1)
-            if at + SLAB >= len(new) and not (plan.writer.index.state == OK).any():
+            if at + PROBED_AT_ONCE >= len(new) and not (plan.writer.index.state == OK).any():
                 watch.finish()
             columns = video_columns(probes, plan.sampling)
             columns["corpus"] = [c for _, c in slab]

@@ -85,7 +85,7 @@ class DecodeWorker:
                 send(self._connection, self._answer(message))
 
     def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Return the last answer to a message, or why there is none."""
+        """Do what a message asks for; return the result, or the reason of a failure."""
         try:
             return self._work(message)
         except VideoError as error:
