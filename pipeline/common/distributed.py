@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import DeviceError, DistInitError, RankLostError
+from .errors import DeviceError, DistInitError, RankLostError, in_one_line
 
 T = TypeVar("T")
 
@@ -181,8 +181,8 @@ def join_ranks(device: str, init_method: str = "env://") -> Iterator[Ranks]:
 
     Raises:
         DeviceError: The machine has fewer GPUs than processes, or the device is `cuda:N`, which
-        would
-            put all of them on one.
+            would put all of them on one.
+        RankLostError: Another process has ended before all were connected.
     """
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -194,17 +194,27 @@ def join_ranks(device: str, init_method: str = "env://") -> Iterator[Ranks]:
         count = torch.cuda.device_count()
         if local >= count:
             raise DeviceError(
-                f"process {local} of this machine has no GPU of its failure: it has {count}"
+                f"process {local} of this machine has no GPU of its own: the machine has {count}"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group(
-        "nccl" if gpu else "gloo",
-        init_method=init_method,
-        rank=rank,
-        world_size=world,
-        device_id=torch.device("cuda", local) if gpu else None,
-    )
     try:
-        yield Ranks(rank, world, local, dist.new_group(backend="gloo") if gpu else dist.group.WORLD)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            init_method=init_method,
+            rank=rank,
+            world_size=world,
+            device_id=torch.device("cuda", local) if gpu else None,
+        )
+    except RuntimeError as error:
+        raise RankLostError(
+            f"rank {rank}: cannot connect to the other processes: {in_one_line(error)}"
+        ) from error
+    try:
+        ranks = Ranks(
+            rank, world, local, dist.new_group(backend="gloo") if gpu else dist.group.WORLD
+        )
+        # One that failed while others still connect would end them with an error of gloo's.
+        ranks.sum(torch.zeros(1))
+        yield ranks
     finally:
         dist.destroy_process_group()
