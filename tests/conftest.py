@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from distinit.pipeline.video.pool import decode_pool
+from distinit.pipeline.video.pool.process import ForkServerProcess
 from distinit.tests.store_recipe import make_store, recipe_stores
 
 __all__ = ["make_store", "recipe_stores"]
@@ -44,6 +46,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if for_gpu and not importlib.import_module("torch").cuda.is_available():
         for item in for_gpu:
             item.add_marker(pytest.mark.skip(reason="requires a CUDA device"))
+
+
+class SharedForkServer(ForkServerProcess):
+    """A fork server of decode processes that serves all pools of this process, one after another.
+
+    Each would take half a second to start.
+    """
+
+    def close(self) -> tuple[int, bytes]:
+        return super().close() if self.ended else (0, b"")
+
+
+_fork_servers: list[SharedForkServer] = []
+
+
+def shared_fork_server() -> SharedForkServer:
+    if not _fork_servers or _fork_servers[-1].ended:
+        _fork_servers.append(SharedForkServer())
+    return _fork_servers[-1]
+
+
+decode_pool.ForkServerProcess = shared_fork_server  # type: ignore[misc, assignment]
 
 
 TEACHERS = '''

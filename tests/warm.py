@@ -41,7 +41,7 @@ requests = socket.socket(fileno=int(sys.argv[1]))
 for name in sys.argv[2:]:
     importlib.import_module(name)
 assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
-# What is there already is left alone by the collector, and stays shared.
+# The collector leaves what exists alone, so that its memory stays shared.
 gc.collect()
 gc.freeze()
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)

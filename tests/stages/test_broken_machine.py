@@ -19,6 +19,8 @@ from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import write_video
+from distinit.pipeline.video.pool import decode_pool
+from distinit.pipeline.video.pool.process import ForkServerProcess
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.prepare import prepare
 from distinit.tests.thorough import is_thorough
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.slow
 QUIET = Console(quiet=True)
 BREAK = """
 import sys
-if any("pipeline.video.pool.worker" in word for word in sys.orig_argv):
+if any("pipeline.video.pool.fork_server" in word for word in sys.orig_argv):
     import av
     opened, real = [], av.open
     def broken(file, *args, **named):
@@ -59,6 +61,7 @@ def break_decoders(
         BREAK.format(condition=condition, error=error)
     )
     monkeypatch.syspath_prepend(str(tmp_path / "broken"))
+    monkeypatch.setattr(decode_pool, "ForkServerProcess", ForkServerProcess)
 
 
 def extract(videos: Path, out: Path, **options: Any) -> dict[str, Any]:

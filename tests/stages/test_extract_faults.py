@@ -220,7 +220,7 @@ class Trouble(Meddling):
         seen: set[int] = set()
         ends = time.monotonic() + 60
         while self.left and time.monotonic() < ends:
-            for child in psutil.Process().children():
+            for child in psutil.Process().children(recursive=True):
                 try:
                     if child.pid not in seen and any(
                         f.path.endswith(LONG) for f in child.open_files()
@@ -456,15 +456,14 @@ def test_ctrl_c_and_dead_workers(home: Path, tmp_path: Path, workers: int) -> No
         found = []
         for child in family.children(recursive=True):
             try:
-                parent = (
-                    child.parent()
-                    if "distinit.pipeline.video.pool.worker" in child.cmdline()
-                    else None
-                )
+                server, parent = child.parents()[:2]
+                if parent.pid != process.pid and all(
+                    "distinit.pipeline.video.pool.fork_server" in each.cmdline()
+                    for each in (child, server)
+                ):
+                    found.append(parent)
             except psutil.Error:
                 continue  # ended while we looked
-            if parent is not None and parent.pid != process.pid:
-                found.append(parent)
         return found
 
     if workers:

@@ -1,4 +1,4 @@
-"""Decode many videos in child processes, in order, ahead of whoever eats the frames.
+"""Decode many videos in child processes, in order, ahead of whoever consumes the frames.
 
 A child that crashes or falls silent costs its video a second try in a fresh child and, if that
 fails too, a reason; never the run. Where decoding does not work at all, whatever the video, a
@@ -33,16 +33,17 @@ from ..packets import Timeline
 from ..probe import Probe
 from ..sampling import Sampling
 from .messages import Layout
-from .process import ChildProcess
+from .process import ChildProcess, ForkServerProcess
 
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
 _AHEAD = 4  # tasks that may be finished and unread, per child
-_PROBES = 16  # files that a child probes without a word from here
-_FIRST_PROBES = 256  # likewise, while nobody listens: their answers fit the buffer of a socket
-# A task for which was waited this many time-outs needs a sign of life every such part of a
-# time-out, on average.
+_PROBES = 16  # files per message to a child
+# The same before the first `probe`: the answers of that many fit the buffer of a socket.
+_FIRST_PROBES = 256
+# A task that was waited for longer than so many time-outs fails, unless it gave a sign of life once
+# per time-out / this number on average.
 _SLOW = 10
 
 
@@ -75,7 +76,7 @@ class Block:
 class Done:
     """Job `key` is complete.
 
-    `frames` in the file (−1: unknown); `note` tells what was damaged; `more`: max_rows was reached
+    `frames` in the file; `note` tells what was damaged; `more`: max_rows was reached
     with frames left.
     """
 
@@ -153,6 +154,7 @@ class DecodePool:
         self._views = tuple(views)
         self._memory_gb, self._timeout_s = memory_gb, timeout_s
         self._ahead = ahead
+        self._server: ForkServerProcess | None = None
         self._children: list[ChildProcess | None] = [None] * processes
         self._used = processes
         self._working: dict[int, _Task] = {}  # by place of the child
@@ -172,15 +174,18 @@ class DecodePool:
         self.close()
 
     def close(self) -> None:
-        """End the children."""
+        """End the children and their fork server."""
         if self._owner == os.getpid():
             for place in range(len(self._children)):
                 self._drop(place)
+            if self._server is not None:
+                self._server.close()
 
     @property
     def pids(self) -> list[int]:
         """Process ids of the children that were started."""
-        return [child.pid for child in self._children if child is not None]
+        pids = [child.pid for child in self._children if child is not None]
+        return [pid for pid in pids if pid is not None]
 
     def show(self, views: Sequence[View]) -> None:
         """Render these views of every frame from now on. Not while a stream is being read."""
@@ -194,9 +199,10 @@ class DecodePool:
         self._used = min(processes, len(self._children))
 
     def begin_probing(self, paths: Sequence[str]) -> None:
-        """Let the children probe, for the first `probe`, of the same paths, to take what they find.
+        """Start to probe; the first `probe` takes the answers, if its paths are the same.
 
-        They need no word of the caller until each has done a share of `_FIRST_PROBES` or all.
+        The children need nothing from the caller until each has probed its share of them, or
+        `_FIRST_PROBES`.
         """
         share = min(_FIRST_PROBES, -(-len(paths) // self._used))
         self._begun = list(paths), self._start(self._probes(paths, max(1, share)))
@@ -358,7 +364,9 @@ class DecodePool:
         child = self._children[place]
         if child is None:
             try:
-                child = ChildProcess(self._layout, self._views, self._memory_gb)
+                if self._server is None or self._server.ended:
+                    self._server = ForkServerProcess()
+                child = ChildProcess(self._server, self._layout, self._views, self._memory_gb)
             except OSError as error:  # descriptors, processes, shared memory
                 reason = limit_met(error) or error.strerror or error
                 raise DecoderError(f"a decoding process cannot be started: {reason}") from error

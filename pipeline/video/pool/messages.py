@@ -26,8 +26,10 @@ import numpy as np
 from ..geometry import View
 
 INTERNAL = "internal error: "
-"""How the reason of a video begins that could not be read through a fault of this package."""
+"""Begins the reason of a video that could not be read because of a fault of this package."""
 SLOTS = 4
+FORK = b"f"
+"""The request for a child, with its descriptors."""
 _SLOT_BYTES = 2**22
 
 

@@ -1,4 +1,4 @@
-"""The parent's end of one decoding child: its process, its socket, its shared memory."""
+"""The parent's end of decoding children: their processes, sockets and shared memory."""
 
 from __future__ import annotations
 
@@ -10,29 +10,149 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 import numpy as np
 
 from ...common.processes import Owner
 from ..geometry import View
-from .messages import SLOTS, Inbox, Layout, send, shared_file
+from .messages import FORK, SLOTS, Inbox, Layout, send, shared_file
 
-_MODULE = f"{__package__}.worker"
+_SERVER = f"{__package__}.fork_server"
 _READ_BYTES = 2**20
 _END_S = 5.0  # the longest that a process takes to end
 
 
-class ChildProcess:
-    """A started child. `listened`: seconds the parent has waited for it since it last spoke.
+class ForkServerProcess:
+    """A started fork server.
 
-    Started with `subprocess`, not `multiprocessing`: that works inside daemonic workers and from
-    scripts without a `__main__` guard.
+    With `subprocess`, not `multiprocessing`: that works inside daemonic workers and from scripts
+    without a `__main__` guard.
+
+    Raises:
+        OSError: No process can be started.
     """
 
-    def __init__(self, layout: Layout, views: tuple[View, ...], memory_gb: float) -> None:
+    def __init__(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
+        self._requests, its = socket.socketpair()
+        # The same modules as here, wherever they were imported from; -P keeps the working folder
+        # out.
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        with its:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", _SERVER, str(its.fileno())],
+                pass_fds=(its.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the parent, which ends its children
+            )
+
+    @property
+    def ended(self) -> bool:
+        """Whether it can fork no more children."""
+        return self._process.poll() is not None
+
+    def fork(self, connection: int, memory: int, errors: int) -> ForkedProcess:
+        """Return a child with these descriptors, the last as its standard error."""
+        report, its = Pipe(duplex=False)
+        with its, contextlib.suppress(ConnectionError):  # it has ended: the child is told so
+            descriptors = [connection, memory, errors, its.fileno()]
+            socket.send_fds(self._requests, [FORK], descriptors)
+        return ForkedProcess(self, report)
+
+    def close(self) -> tuple[int, bytes]:
+        """End it after its children.
+
+        Returns:
+            How it ended, as `Popen.returncode` has it, and what it wrote to standard error.
+        """
+        self._requests.close()
+        if self._process.poll() is None:
+            self._process.kill()
+        code = self._process.wait()
+        if not self._errors.closed:
+            self._errors.seek(0)
+            self._written = self._errors.read()
+            self._errors.close()
+        return code, self._written
+
+
+class ForkedProcess:
+    """A child of a fork server, with the part of `Popen` that is needed.
+
+    errors: what the server wrote to standard error, if it ended before there was a child.
+    """
+
+    def __init__(self, server: ForkServerProcess, report: Connection) -> None:
+        self.errors = b""
+        self.returncode: int | None = None
+        self._server, self._report = server, report
+        self._pid: int | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Wait until there is a process, and return its id; None if there will be none."""
+        if self._pid is None:
+            self._receive(None)
+        return self._pid
+
+    def poll(self) -> int | None:
+        """Return how the process ended, None while it runs."""
+        return self.wait(0)
+
+    def wait(self, timeout: float) -> int | None:
+        """Return how the process ended; None if it runs after so many seconds."""
+        end = time.monotonic() + timeout
+        while self.returncode is None and self._receive(max(0.0, end - time.monotonic())):
+            pass
+        return self.returncode
+
+    def kill(self) -> None:
+        """End the process at once. One that is not forked yet finds that nobody needs it."""
+        if self.poll() is None and self._pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            self.wait(_END_S)  # longer if it reads from a file server that does not answer
+        self._report.close()
+
+    def _receive(self, timeout: float | None) -> bool:
+        """Take in what the server reports: the process id, then the end; False if nothing came."""
+        if self._report.closed or not self._report.poll(timeout):
+            return False
+        try:
+            number = int(self._report.recv_bytes())
+        except EOFError:  # the server has ended, and with it its children
+            code, self.errors = self._server.close()
+            self.returncode = -signal.SIGKILL if self._pid is not None else code
+            return True
+        if self._pid is None:
+            self._pid = number
+        else:
+            self.returncode = number
+        return True
+
+
+class ChildProcess:
+    """A started child. `listened`: seconds the parent has waited for it since it last spoke."""
+
+    def __init__(
+        self,
+        server: ForkServerProcess,
+        layout: Layout,
+        views: tuple[View, ...],
+        memory_gb: float,
+    ) -> None:
         self.ready = False  # whether it has begun to work
         self.unread = 0
         self.listened = 0.0
@@ -41,25 +161,8 @@ class ChildProcess:
         self._memory = mmap.mmap(self._file, layout.total_bytes)
         self._layout = layout
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
-        # The same modules as here, wherever they were imported from; -P keeps the working folder
-        # out.
-        path = os.pathsep.join(p for p in sys.path if p)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _MODULE, str(child_end.fileno()), str(self._file)],
-                pass_fds=(child_end.fileno(), self._file),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._errors,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for the parent, which ends its children
-            )
+            self._process = server.fork(child_end.fileno(), self._file, self._errors.fileno())
         except BaseException:
             os.close(self._file)
             raise
@@ -90,8 +193,8 @@ class ChildProcess:
         )
 
     @property
-    def pid(self) -> int:
-        """Return the process id."""
+    def pid(self) -> int | None:
+        """Return the process id, None if it could not be started."""
         return self._process.pid
 
     def send(self, message: dict[str, Any]) -> bool:
@@ -141,9 +244,8 @@ class ChildProcess:
 
     def last_words(self) -> str:
         """Describe why the process ended."""
-        try:
-            code = self._process.wait(timeout=_END_S)
-        except subprocess.TimeoutExpired:
+        code = self._process.wait(_END_S)
+        if code is None:
             return "the decoder hung up"
         if code < 0:
             name = (
@@ -151,7 +253,8 @@ class ChildProcess:
             )
             return f"the decoder crashed ({name})"
         self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        written = self._errors.read() or self._process.errors
+        lines = written.decode(errors="replace").strip().splitlines()
         return f"the decoder process ended with status {code}" + (f": {lines[-1]}" if lines else "")
 
     @property
@@ -161,12 +264,7 @@ class ChildProcess:
 
     def kill(self) -> None:
         """End the process at once; blocks that were delivered stay readable."""
-        if self._process.poll() is None:
-            self._process.kill()
-        with contextlib.suppress(
-            subprocess.TimeoutExpired
-        ):  # it reads from a file server that does not answer
-            self._process.wait(timeout=_END_S)
+        self._process.kill()
         if not self.connection.closed:
             self.connection.close()
             self._errors.close()

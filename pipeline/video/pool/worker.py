@@ -1,10 +1,11 @@
-"""The decoding child process: `python -m distinit.pipeline.video.pool.worker SOCKET MEMORY`.
+"""The decoding child process, see `serve`.
 
 A decoder that crashes or hangs in C takes this process with it and nothing else. The child imports
 no torch, keeps to its memory limit, and ends when its parent does.
 
-An exception that no bad file explains is not the file's: the child then reads a video that ships
-with the package, and says which of the two it is. It reads that video once before it begins, too.
+An exception that a bad file cannot explain may be a fault of this package: the child then reads a
+video that ships with it, and reports which of the two is at fault. It reads that video once before
+it begins, too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import mmap
-import sys
 import tempfile
 import time
 import traceback
@@ -258,21 +258,20 @@ def _limit_memory(gigabytes: float) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def main(arguments: list[str]) -> int:
-    """Entry of the child process."""
-    connection = Connection(int(arguments[0]))
-    setup = receive(connection)
+def serve(connection: int, memory: int) -> None:
+    """Work until the parent hangs up.
+
+    Args:
+        connection: Descriptor of the socket to the parent.
+        memory: Descriptor of the shared memory.
+    """
+    parent = Connection(connection)
+    setup = receive(parent)
     end_with(Owner(**setup["owner"]))
     views = tuple(View.model_validate(view) for view in setup["views"])
-    child = DecodeWorker(connection, int(arguments[1]), setup["bytes"], views)
+    child = DecodeWorker(parent, memory, setup["bytes"], views)
     child.check()
     _limit_memory(setup["memory_gb"])
-    try:
+    # What is raised when the parent is done with this process.
+    with contextlib.suppress(EOFError, ConnectionError):
         child.serve()
-    except (EOFError, BrokenPipeError, ConnectionError):
-        return 0  # the parent is done with us
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

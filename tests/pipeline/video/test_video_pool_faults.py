@@ -137,6 +137,15 @@ class SimulatedChild:
         self.state = "dead"
 
 
+class SimulatedServer:
+    """Stands in for the process that children are forked from."""
+
+    ended = False
+
+    def close(self) -> None:
+        return
+
+
 class Machine:
     """Lets children work, in one of several orders, and does harm to them. Stands in for `wait` and
     for the clock."""
@@ -183,6 +192,7 @@ def run(
     """All events: (key, row) of each block, ("done", key) or ("failed", key)."""
     events: list[Any] = []
     with monkeypatch.context() as patch:
+        patch.setattr(pool_module, "ForkServerProcess", SimulatedServer)
         patch.setattr(pool_module, "ChildProcess", lambda *_: SimulatedChild(machine))
         patch.setattr(pool_module, "wait", machine.wait)
         patch.setattr(pool_module.time, "monotonic", machine.monotonic)
@@ -218,6 +228,7 @@ def test_files_that_crash_a_child_cost_the_others_nothing(
     paths = [CRASH if crash else str(i) for i, crash in enumerate(crashing)]
     machine = Machine(order, killed)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool_module, "ForkServerProcess", SimulatedServer)
         patch.setattr(pool_module, "ChildProcess", lambda *_: SimulatedChild(machine))
         patch.setattr(pool_module, "wait", machine.wait)
         patch.setattr(pool_module.time, "monotonic", machine.monotonic)
