@@ -74,7 +74,8 @@ def _bytes(store: TargetStore) -> int:
             for folder, _, names in os.walk(store.path)
             for name in names
         )
-    commits = [store.index.frame_commits, *(t.commits for t in store.index.teachers.values())]
+    index = store.index
+    commits = [index.frame_commits, index.hashes, *(t.commits for t in index.teachers.values())]
     return sum(f["size"] for of in commits for node in of.values() for f in node["files"].values())
 
 
@@ -172,7 +173,7 @@ def _show(info: dict[str, Any], console: Console) -> None:
                   f"{videos['pending']:,} pending")  # fmt: skip
     about.add_row("cached frames", f"{info['rows']:,}, {info['sampling']}")
     about.add_row(
-        "size", f"{info['bytes'] / 1e6:,.1f} MB, {info['bytes_a_row']:,.0f} bytes a frame"
+        "size", f"{info['bytes'] / 1e6:,.1f} MB, {info['bytes_a_row']:,.0f} bytes per frame"
     )
     shards = info["shards"]
     about.add_row(
@@ -196,7 +197,7 @@ def _show(info: dict[str, Any], console: Console) -> None:
     console.table(corpora)
     # Two tables, so that both fit 80 columns.
     teachers = Table("teacher")
-    for column in ("output", "view", "frames", "bytes a frame"):
+    for column in ("output", "view", "frames", "bytes per frame"):
         teachers.add_column(column, justify="right")
     contents = Table("teacher", "weights", "kept as", "most frequent classes")
     entropies = Table("teacher")

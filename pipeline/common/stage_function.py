@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import UsageError
 from .settings import CliOption, Options, fields_of, inner_model, paths_as_text, value_type
 
 
@@ -134,10 +135,10 @@ def _by_name(
     if not positional:
         return dict(options)
     repeated = argument is not None and keywords[argument].repeated
-    if argument is None or argument in options or (len(positional) > 1 and not repeated):
+    one = not repeated or isinstance(positional[0], list | tuple)
+    if argument is None or argument in options or (len(positional) > 1 and one):
         raise TypeError(f"{function}() takes positional arguments for: {argument or 'nothing'}")
-    several = repeated and not isinstance(positional[0], list | tuple)
-    return {**options, argument: list(positional) if several else positional[0]}
+    return {**options, argument: positional[0] if one else list(positional)}
 
 
 def _docstring(command: str, keywords: Mapping[str, _Keyword]) -> str:
@@ -214,6 +215,9 @@ def _value(word: str, keyword: _Keyword, options: Mapping[str, Any]) -> Any:
             return value
         typed = tuple(texts) if many else texts[0]
         return keyword.cli.parse(typed, *given)
+    for part in parts:
+        if options.get(part) is not None:
+            raise UsageError(f"{part} goes with {word} as text; give it inside of {_short(value)}")
     if keyword.repeated and isinstance(value, str):
         return [value]
     return value

@@ -1,9 +1,11 @@
 """The folder that keeps what was read from stores behind URLs.
 
-    CACHE/stores/<place>-<store id>/tables/<digest of plans>/<array>/…   columns of the tables, as
-    these plans name them CACHE/stores/<place>-<store id>/shards/<2 digits>/<digest>           a
-    shard file whose digest was checked CACHE/stores/<place>-<store id>/shards/<2
-    digits>/<digest>.part      one of which ranges are still missing; sparse
+    CACHE/stores/<place>-<store id>/tables/<digest of plans>/<array>/…
+        columns of the tables, as these plans name them
+    CACHE/stores/<place>-<store id>/shards/<2 digits>/<digest>
+        a shard file whose digest was checked
+    CACHE/stores/<place>-<store id>/shards/<2 digits>/<digest>.part
+        one of which ranges are still missing; sparse
 
 <place> is the digest of the store's URL. So a store gives rows only to itself, whatever digests
 another one claims. A name that a store gives becomes the name of a file only in the form that
@@ -71,7 +73,7 @@ class StoreCache:
         return self._folder("tables", state, *folders) / name
 
     def keep_table(self, folder: Path, files: Mapping[str, bytes]) -> Path:
-        """Write the files of a column into a new folder beside `folder`, for `publish`."""
+        """Write the files of a column into a new folder next to `folder`, for `publish`."""
         fresh = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
         try:
             for name, data in files.items():

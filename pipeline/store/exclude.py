@@ -38,8 +38,9 @@ class Exclusion:
 
     def describe(self) -> str:
         """For the log: how many of how many."""
-        among = f", of {self.wanted} that it names" if self.wanted != len(self.videos) else ""
-        return f"exclude: {len(self.videos)} of {self.store.n_videos} videos are never drawn, by {self.source}{among}"
+        among = f", which names {self.wanted}" if self.wanted != len(self.videos) else ""
+        never = f"{len(self.videos)} of {self.store.n_videos} videos are never drawn"
+        return f"exclude: {never} (named by {self.source}{among})"
 
     def remove_from(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the videos that are not excluded; UsageError if none is left."""
@@ -76,7 +77,7 @@ def exclude_list(store: TargetStore, path: str) -> Exclusion:
     if unknown:
         raise UsageError(
             f"exclude: {path}: {unknown[0]!r} ({len(unknown)} such) is not in {store.name}; "
-            f"a line is CORPUS/PATH, as in {example!r}; of a file of labels take csv:{path}"
+            f"a line is CORPUS/PATH, as in {example!r}; for a file of labels use csv:{path}"
         )
     if not videos:
         raise UsageError(

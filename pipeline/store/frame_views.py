@@ -1,6 +1,6 @@
 """Views of a frame that a teacher's output can be stored of: whole, in cells, and mirrored.
 
-Each is a teacher of the store of its own, so that all that is true of teachers is true of it:
+Each is a separate teacher of the store, so that all that is true of teachers is true of it:
 NAME, NAME.flip (of the mirrored frame), NAME.features, NAME.features.flip, NAME.features.grid4
 (4 × 4 cells of the last feature map), NAME.features.grid4.flip. Free of torch.
 

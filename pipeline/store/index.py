@@ -171,7 +171,7 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
     )
     if lost and not damaged:
         raise StoreError(
-            f"{files.name}: {lost[0]}; `distinit targets verify {files.name}` says what else is damaged"
+            f"{files.name}: {lost[0]}; `distinit targets verify {files.name}` reports what else is damaged"
         )
     broken += [(what, None, None) for what in lost]
     if len(lost) >= MANY_LOST:  # no numbers of plans without data are made into arrays

@@ -4,7 +4,7 @@ Videos, segments and shards of each part keep their order and are counted on fro
 before, so all that changes in a shard is the number of its videos: `frames/video` is written anew,
 every other file is copied and its digest checked on the way. The result is planned as a whole
 before the first shard is copied and each shard has its commit, as in an extraction: an interrupted
-merge is a store with pending videos, and going on copies what is missing.
+merge is a store with pending videos, and the same command copies what is missing.
 """
 
 from __future__ import annotations

@@ -176,7 +176,6 @@ class TargetStore:
         return f"TargetStore({self.name!r}, {self.n_videos} videos, {self.n_rows} rows, teachers: {teachers})"
 
     # -- contents
-    # -------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint records of the store.
@@ -245,7 +244,7 @@ class TargetStore:
 
     @cached_property
     def video_state(self) -> NDArray[np.int8]:
-        """Status of each video's frames [V]: codes of `targets.index`."""
+        """Status of each video's frames [V]: codes of `store.index`."""
         return self.index.video_state()
 
     def teacher(self, name: str) -> TeacherRecord:
@@ -384,7 +383,6 @@ class TargetStore:
         return os.path.join(root, unescape_path(self._path_at(i)))
 
     # -- rows
-    # ----------------------------------------------------------------------------------------
 
     def segments(self, video: int) -> NDArray[np.int64]:
         """Return ids of the segments that hold the rows of a video, in order of their frames."""

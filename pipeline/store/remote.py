@@ -4,7 +4,7 @@ A shard file in the cache has its full length from the start, as a hole, and is 
 asked for. No list of what is there is kept: every chunk and every index ends with its own crc32c,
 which a hole does not satisfy. So processes share the cache without locks, a kill leaves nothing
 wrong behind, and a warm row costs what it costs in a local store. A file that has no hole left is
-held against the digest of its commit.
+compared with the digest of its commit.
 
 What a server sends is data of a third party: names and sizes are checked before they are used, and
 no answer is read beyond what the file can have.
@@ -163,7 +163,6 @@ class RemoteFiles(StoreFiles):
         return 0, data
 
     # -- details
-    # -------------------------------------------------------------------------------------
 
     def _connect(self) -> tuple[AbstractFileSystem, str | WebReader]:
         """Return the file system, and the store's path in it or its reader.
@@ -182,7 +181,7 @@ class RemoteFiles(StoreFiles):
                     base = WebReader(filesystem, self.url)
             except ImportError as error:
                 raise StoreError(
-                    f'{self.name}: {error}; pip install "distinit[remote]" serves http'
+                    f'{self.name}: {error}; pip install "distinit[remote]" installs the support for http'
                 ) from error
             except Exception as error:  # every file system has errors of its own
                 raise StoreError(f"{self.name}: cannot be opened ({_short(error)})") from None

@@ -25,7 +25,7 @@ from ..common.errors import StoreError, in_one_line
 
 MISSING = 2**64 - 1
 FEW = 16
-OPEN_SHARDS = 128  # descriptors and indices kept, an array
+OPEN_SHARDS = 128  # descriptors and indices kept per array
 
 
 class ShardedRows:
@@ -79,7 +79,8 @@ class ShardedRows:
             self._read_few(requested.tolist(), out)
             return out
         if np.min(requested) < 0 or np.max(requested) >= self.shape[0]:
-            raise StoreError(f"{self.path}: row {int(np.max(requested))} of {self.shape[0]}")
+            wrong = np.min(requested) if np.min(requested) < 0 else np.max(requested)
+            raise StoreError(f"{self.path}: row {int(wrong)} of {self.shape[0]}")
         chunks = requested // self.chunk_rows
         for chunk in np.unique(chunks):
             at = np.flatnonzero(chunks == chunk)
@@ -100,7 +101,7 @@ class ShardedRows:
         return out
 
     def _read_few(self, rows: list[int], out: NDArray[Any]) -> None:
-        """Return the rows of a pick.
+        """Read the rows of a pick into `out`.
 
         For so few rows NumPy's grouping would cost more than the reading.
         """

@@ -258,7 +258,7 @@ def store_files(
 
     Args:
         where: A path or URL.
-        cache: Folder for what is read from a URL (default: see `remote.cache_folder`).
+        cache: Folder for what is read from a URL (default: see `cache.cache_folder`).
         storage_options: For the fsspec file system of the URL.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the commands `distinit targets …` can be told. Free of torch."""
+"""Options of the commands `distinit targets …`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SEED = CliOption(metavar="S")
 
 
 class InfoConfig(Options):
-    """Everything that `distinit targets info` can be told."""
+    """Options of `distinit targets info`."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
     list_failed: Annotated[bool, CliOption("--failed", "Output")] = Field(
@@ -38,7 +38,7 @@ class InfoConfig(Options):
 
 
 class BrowseConfig(Options):
-    """Everything that `distinit targets browse` can be told."""
+    """Options of `distinit targets browse`."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
     out: Annotated[str, CliOption(group="Output", metavar="DIR")] = Field(
@@ -54,7 +54,7 @@ class BrowseConfig(Options):
 
 
 class HashConfig(Options):
-    """Everything that `distinit targets hash` can be told."""
+    """Options of `distinit targets hash`."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder")
     video_roots: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
@@ -66,12 +66,12 @@ class HashConfig(Options):
 
 
 class VerifyConfig(Options):
-    """Everything that `distinit targets verify` can be told."""
+    """Options of `distinit targets verify`."""
 
-    store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
+    store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder")
     repair: Annotated[bool, CliOption(group="Output")] = Field(
         default=False,
-        description="drop what is damaged, so that extract-targets (of hashes: targets hash) fills it again",
+        description="drop what is damaged, so that extract-targets (for hashes: targets hash) fills it again",
     )
     frames: Annotated[bool, CliOption()] = Field(
         default=False,
@@ -111,7 +111,7 @@ class VerifyConfig(Options):
 
 
 class MergeConfig(Options):
-    """Everything that `distinit targets merge` can be told."""
+    """Options of `distinit targets merge`."""
 
     parts: Annotated[list[Annotated[str, PlainSerializer(public_url)]], CliOption("PART")] = Field(
         min_length=1, repr=False, description="finished stores of the same teachers and sampling"
@@ -134,7 +134,7 @@ def _check_encoding(value: str | None) -> str | None:
 
 
 class ExportConfig(Options):
-    """Everything that `distinit targets export` can be told."""
+    """Options of `distinit targets export`."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
     out: Annotated[str, CliOption(group="Output", metavar="OUT")] = Field(

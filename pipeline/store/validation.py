@@ -202,11 +202,11 @@ _RUN: Form = (
 )
 _REASONS: Form = "texts by segment id", lambda v: _is_by_segment(v, _is_text)
 _CORPORA: Form = (
-    "objects with name, of which each is another, and root",
+    "objects with root and name, all names different",
     lambda v: _is_unique(v, _is_corpus, lambda c: c["name"]),
 )
 _TEACHERS: Form = (
-    f"names of up to {MAX_NAME} of A-Z a-z 0-9 . _ - that are all different, and none of them . or .. or zarr.json",
+    f"different names of at most {MAX_NAME} characters A-Z a-z 0-9 . _ -, none of them ., .. or zarr.json",
     lambda v: _is_unique(v, is_teacher_name, str),
 )
 _SHARD_ROWS: Form = (
@@ -456,7 +456,7 @@ def known_files(
             )
         elif version < 2 or not _is_unknown_file(name):
             raise StoreError(
-                f"{where}: files: expected of {', '.join(allowed)}, got {_short(name)}"
+                f"{where}: files: expected one of {', '.join(allowed)}, got {_short(name)}"
             )
         elif good:
             others[name] = record

@@ -68,7 +68,7 @@ def verify(
             )
         else:
             yield from _frames(files, index, shard)
-        if shard in index.hashes:
+        if shard in index.hashes and shard in index.frame_commits:
             yield from _hashes(files, index, shard)
         for name, teacher in index.teachers.items():
             if shard in teacher.shards:

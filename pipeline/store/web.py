@@ -26,7 +26,7 @@ SLOW_S, SLOW_RATE = (
     32 << 10,
 )  # after so long, an answer has so many bytes per second, or it is given up
 TOTAL_S = 600.0  # a request, with its redirects
-OVERFLOWED = (301, 302, 303, 307, 308)
+REDIRECT_STATUSES = (301, 302, 303, 307, 308)
 TRY_AGAIN = (408, 425, 429)
 OWN = (
     "proxy",
@@ -91,7 +91,7 @@ class WebReader:
                     url, allow_redirects=False, auto_decompress=False, **options
                 )
             try:
-                if answer.status not in OVERFLOWED:
+                if answer.status not in REDIRECT_STATUSES:
                     return await _body(answer, span, limit)
                 following = _redirected(url, answer.headers.get("Location", ""))
             finally:
@@ -182,14 +182,15 @@ def _redirected(url: URL, location: str) -> URL:
     """Return where a redirect leads: to http or https, and not from https to http."""
     from yarl import URL
 
+    if not location:
+        raise AnswerError("is redirected to nowhere: the answer names no Location")
     try:
         following = url.join(URL(location))
     except ValueError as error:
         raise AnswerError("is redirected to something that is no URL") from error
-    if (
-        not location
-        or following.scheme not in ("http", "https")
-        or (url.scheme, following.scheme) == ("https", "http")
+    if following.scheme not in ("http", "https") or (url.scheme, following.scheme) == (
+        "https",
+        "http",
     ):
         raise AnswerError(
             f"is redirected from {url.scheme} to {following.scheme[:20]!r}, which is not followed"

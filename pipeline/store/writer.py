@@ -46,11 +46,13 @@ Tables = dict[str, list[tuple[int, int, str]]]
 class StoreWriter:
     """An open, locked store. Use as a context manager; the lock dies with the process.
 
-    `origin` are attributes that say which videos the store is made of (`part`, `merged_from`,
-    `exported_from`).
-    `damaged`: see `load_index`; nothing is added to such a store. Raises UsageError if `path` is a
-    URL, StoreError if it is foreign, corrupt or being written by another process, and
-    StoreMismatchError if the store was made with another sampling, shard size or origin.
+    `origin` are attributes that name the videos that the store is made of (`part`, `merged_from`,
+    `exported_from`). `damaged`: see `load_index`; nothing is added to such a store.
+
+    Raises:
+        UsageError: `path` is a URL.
+        StoreError: It is of another program, corrupt or being written by another process.
+        StoreMismatchError: The store was made with another sampling, shard size or origin.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class StoreWriter:
                 )
             if shard_rows and self.attributes["shard_rows"] not in (None, shard_rows):
                 raise StoreMismatchError(
-                    f"{self.root}: its shards have {self.attributes['shard_rows']} rows, --shard-rows says {shard_rows}"
+                    f"{self.root}: its shards have {self.attributes['shard_rows']} rows, --shard-rows is {shard_rows}"
                 )
             for key, value in (origin or {}).items():
                 same_attributes(str(self.root), key, self.attributes.get(key), value)
@@ -112,7 +114,6 @@ class StoreWriter:
         return int(self.attributes["shard_rows"] or 0)
 
     # -- planning
-    # ------------------------------------------------------------------------------------
 
     def add_videos(
         self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], corpora: list[dict[str, str]]
@@ -186,7 +187,7 @@ class StoreWriter:
         return placed
 
     def add_placed(self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], shards: int) -> None:
-        """Append segments that have their shards: `columns` by name of `format.segment_specs`."""
+        """Append segments that have their shards: `columns` by name of `layout.segment_specs`."""
         start = len(self.index.video)
         stop = start + len(columns["video"])
         tables = self._append(
@@ -343,7 +344,6 @@ class StoreWriter:
         fmt.write_node(self.root, f"teachers/{name}/{fmt.FINGERPRINT}", record)
 
     # -- committing
-    # ----------------------------------------------------------------------------------
 
     def commit(
         self,
@@ -400,7 +400,6 @@ class StoreWriter:
         shutil.rmtree(result.staging, ignore_errors=True)
 
     # -- details
-    # -------------------------------------------------------------------------------------
 
     def _write_in_group(self, group: str, name: str, node: Mapping[str, Any]) -> None:
         """Write a node, after its group where that does not exist yet."""
@@ -465,7 +464,7 @@ class StoreWriter:
     def _grow(self) -> None:
         """Bring every row array to the planned size.
 
-        It is idempotent, so a kill between two resizes is mended.
+        It is idempotent, so a kill between two resizes is repaired.
         """
         rows = self.index.n_shards * self.shard_rows
         if not rows:

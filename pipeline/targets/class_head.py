@@ -144,7 +144,7 @@ def _flag(where: str, metadata: dict[str, str]) -> bool:
 def read_heads(
     files: Mapping[str, str], widths: Mapping[str, int], outputs: Mapping[str, str]
 ) -> dict[str, ClassHead]:
-    """Read the heads of teachers and hold each against its teacher.
+    """Read the heads of teachers and compare each with its teacher.
 
     Args:
         files: teacher → file of its head.

@@ -170,7 +170,7 @@ class StudentClips(Dataset[Any]):
         return VideoFile(found.path(store.video_path(video, {corpus: ""})), found.kind)
 
     def _read(self, plan: _Plan) -> torch.Tensor | str:
-        """Return the clip, uint8 [C, T, H, W], or why it cannot be read.
+        """Return the clip, uint8 [3, T, H, W] or float32 [2, T, H, W], or why it cannot be read.
 
         A failure is remembered, and comes to the same as failing again: the draws depend on nothing
         but the key.

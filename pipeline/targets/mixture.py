@@ -19,8 +19,8 @@ class Mixture:
 
     Every 1000 clips in a row hold the same number of each group, in a seeded order:
 
-        shares 2 : 1, blocks of 6:   a b a a b a | b a a a a b | …   clip 3 is the third of a, clip
-        7 the third of b
+        shares 2 : 1, blocks of 6:   a b a a b a | b a a a a b | …
+        counted from 0, clip 3 is the third of a, clip 6 the third of b
 
     So a sample's video is a function of (seed, epoch, sample) alone, and every video of a group
     comes equally often. With one group it is `seeding.epoch_position` itself.

@@ -35,8 +35,7 @@ class ClipSample:
     frame_count: frames of the video, as far as the store knows. indices[T + ahead]: frames to
     decode, counted from the start of the file; a video shorter than T repeats its last. picked,
     picked_pts [n]: the frames whose outputs were averaged.
-    targets: teacher → mean picked outputs [K] float32; weight: teacher → 1 (counts) or 0
-        (rejected).
+    targets: teacher → mean picked outputs [K] float32; weight: teacher → 1 (counts), 0 (rejected).
     rejected: draws that the filter rejected before this one; attempt: the attempt that this one is.
     top, left: where to crop, as shares in [0, 1) of the possible range; flip: mirror it.
     """
@@ -111,7 +110,7 @@ class TargetSampler:
             mask.
         filter_mode: "skip" draws another video, at most 100 times, when every head rejects a clip
             (after that the clip has weight zero); "zero-weight" keeps the clip with weight zero
-            (the paper's letter).
+            (as in the paper).
         fixed: For held-out videos. Sample i is videos[i], the middle start, no flip, the middle
             crop, picks by the video's id; nothing is drawn again.
         ahead: Frames read after a clip's own, which must exist too (flow requires one); never
@@ -185,7 +184,8 @@ class TargetSampler:
         For an unreadable file, the caller asks for the attempt after its own.
 
         Raises:
-            TrainingError: 100 videos in a row have no window that holds enough cached frames.
+            TrainingError: More than 100 attempts (of a held-out video one) have no window that
+                holds enough cached frames.
         """
         rejected = windowless = 0
         while True:

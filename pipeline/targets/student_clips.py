@@ -56,8 +56,9 @@ def student_clips(
         heads: teacher → safetensors file that makes logits of its features, see `ClassHead.read`.
 
     Raises:
-        StoreError: There is no store, or it has no such teacher.
-        UsageError: A value is not allowed, or there is nothing to draw from.
+        StoreError: There is no store, or it is damaged.
+        UsageError: A value is not allowed, the store lacks a teacher, or there is nothing to draw
+            from.
         TrainingError: From reading an example, where no video can be read.
 
     Example:
@@ -68,7 +69,9 @@ def student_clips(
     names = opened.target_names(teachers)
     records = {name: opened.teacher(name) for name in names}
     for name in max_entropy or {}:
-        if name in records and records[name].output == "features" and name not in (heads or {}):
+        if name not in records:
+            raise UsageError(f"max_entropy names {name!r}; the teachers are: {', '.join(records)}")
+        if records[name].output == "features" and name not in (heads or {}):
             raise UsageError(f"max_entropy: teacher {name!r} gives features, which have no entropy")
     videos = opened.usable(names)
     view = ClipView(size=size, scale=scale)

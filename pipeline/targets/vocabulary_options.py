@@ -1,4 +1,4 @@
-"""What `distinit targets vocabulary` can be told. Free of torch."""
+"""Options of `distinit targets vocabulary`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..common.settings import CliOption, Options
 
 
 class VocabularyOptions(Options):
-    """Everything that `distinit targets vocabulary` can be told."""
+    """Options of `distinit targets vocabulary`."""
 
     classes: Annotated[str, CliOption("CLASSES", metavar="FILE")] = Field(
         description="a text file with the name of a class per line"

@@ -167,7 +167,7 @@ for address in sys.argv[1:]:
         print(error)
 """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         environment = {
             **os.environ,

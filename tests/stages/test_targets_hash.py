@@ -76,6 +76,14 @@ def test_extraction_hashes_every_cached_frame(tiny_store: TinyStore) -> None:
     assert list(verify(tiny_store.path, load_index(tiny_store.path))) == []
 
 
+def test_hashes_without_the_commit_of_their_frames(tiny_store: TinyStore, tmp_path: Path) -> None:
+    root = tmp_path / "s.zarr"
+    shutil.copytree(tiny_store.path, root)
+    shutil.rmtree(root / "commits" / "frames" / "000000")
+    findings = list(verify(root, load_index(root, damaged=True)))
+    assert any("not committed" in finding.what for finding in findings)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 def test_hashes_are_filled_in_as_at_extraction(

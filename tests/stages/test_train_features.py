@@ -92,6 +92,8 @@ def config(store: FeatureStore, out: Path, targets: dict[str, Any], **changes: A
 
 
 def test_targets_are_means_of_the_picked_frames_features(feature_store: FeatureStore) -> None:
+    with pytest.raises(UsageError, match=r"max_entropy names 'nobody'"):
+        student_clips(feature_store.path, max_entropy={"nobody": 1.0})
     clips = student_clips(feature_store.path, frames=8, size=32, picks="random:2")
     sampler = clips.sampler
     for sample in range(8):

@@ -123,7 +123,7 @@ def server(tmp_path: Path) -> Iterator[Any]:
     handler = partial(Handler, directory=str(tmp_path / "www"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
         served.heard, served.folder = heard, tmp_path / "www"  # type: ignore[attr-defined]
-        threading.Thread(target=served.serve_forever, daemon=True).start()
+        threading.Thread(target=served.serve_forever, args=(0.02,), daemon=True).start()
         yield served
         served.shutdown()
 

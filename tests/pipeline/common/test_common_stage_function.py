@@ -18,7 +18,8 @@ from distinit.stages import FUNCTIONS
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_keywords_are_the_options_of_the_command(name: str) -> None:
     command = cli.commands[FUNCTIONS[name]]
-    params = command.get_params(click.Context(command))
+    # Help options are made once: with the names that the command gives them.
+    params = command.get_params(click.Context(command, **command.context_settings))
     options = {max(p.opts, key=len).lstrip("-").replace("-", "_") for p in params}
     keywords = set(inspect.signature(getattr(distinit, name)).parameters)
     assert options - {"json", "debug", "help"} <= keywords
@@ -34,6 +35,16 @@ def test_a_function_does_what_the_command_does(
     assert "many" in str(caught.value)
     with pytest.raises(TypeError, match="did you mean 'epochs'"):
         distinit.train_student(store=root, out=tmp_path / "run", epoch=3)
+
+
+def test_no_argument_of_a_function_is_ignored(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="sources"):
+        distinit.extract_targets(["a/"], "b/", out=tmp_path / "t.zarr")
+    teacher = [{"name": "resnet50"}]
+    with pytest.raises(distinit.DistInitError, match=r"teacher_output.*teacher"):
+        distinit.extract_targets(
+            "a/", out=tmp_path / "t.zarr", teacher=teacher, teacher_output="features"
+        )
 
 
 def test_options_of_a_function_are_read_as_those_of_the_command(

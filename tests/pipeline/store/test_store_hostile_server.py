@@ -4,12 +4,14 @@ soon, with its URL."""
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -232,14 +234,18 @@ def test_no_more_is_read_than_a_file_can_have(make_store: Callable[..., Any], ki
 
 
 @pytest.mark.usefixtures("little_patience")
-@pytest.mark.parametrize("kind", ["zarr.json", "videos/path/c/0", "teachers/t/logits/c/0/0"])
-@pytest.mark.parametrize("trick", [drip, drip_of_headers, silence, silence_after_a_byte])
-def test_a_slow_or_silent_server_ends_in_an_error(
-    make_store: Callable[..., Any], kind: str, trick: Trick
-) -> None:
+def test_a_slow_or_silent_server_ends_in_an_error(make_store: Callable[..., Any]) -> None:
     _, root = make_store(videos=range(12))
-    with serve(root.parent) as server:
-        refused(server, trick, kind)
+
+    def read(kind: str, trick: Trick) -> None:
+        with serve(root.parent) as server:
+            refused(server, trick, kind)
+
+    kinds = ["zarr.json", "videos/path/c/0", "teachers/t/logits/c/0/0"]
+    tricks = [drip, drip_of_headers, silence, silence_after_a_byte]
+    # At the same time: all of them wait.
+    with ThreadPoolExecutor(len(kinds) * len(tricks)) as threads:
+        list(threads.map(read, *zip(*itertools.product(kinds, tricks), strict=True)))
 
 
 def test_what_is_packed_without_being_asked_is_read_within_its_bound(
@@ -284,6 +290,13 @@ def test_redirects_lead_to_http_alone(make_store: Callable[..., Any], kind: str,
     _, root = make_store(videos=range(6), **FEATURES)
     with serve(root.parent) as server:
         refused(server, redirect(to), kind)
+
+
+def test_a_redirect_to_nowhere_is_named(make_store: Callable[..., Any]) -> None:
+    _, root = make_store(videos=range(6))
+    with serve(root.parent) as server:
+        message = refused(server, lambda handler: answer(handler, b"", 302), "zarr.json")
+        assert "Location" in message
 
 
 def test_redirects_end_and_short_ones_are_followed(make_store: Callable[..., Any]) -> None:
