@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,21 @@ from ..common.devices import resolve_device
 from ..common.errors import TrainingError
 from ..common.hours import check_hours, describe_hours
 from ..common.tables import Column, Table
-from ..students.student import Student, build_student
+from ..students.student import build_student
 from ..students.student_options import StudentOptions
-from ..training.precision import out_of_memory_hint
+from ..training.loop_options import LoopOptions
+from ..training.parallel import lay_out
+from ..training.precision import out_of_memory_hint, pick_workers, torch_threads
+from ..training.training_time import step_seconds
 from .steps import TRAIN, Step
 
 log = logging.getLogger(__name__)
 
-# What to type for less; every plan takes these settings.
+# Options that make an ablation shorter; every plan accepts them.
 SHORTER = (
-    "--set base.train-student.preset=small --set base.finetune.preset=small takes a narrow student and "
-    "the schedule of so many videos, --set base.train-student.loop.budget=CLIPS a shorter one"
+    "--set base.train-student.preset=small --set base.finetune.preset=small selects a narrow student and "
+    "a schedule that follows the number of videos, --set base.train-student.loop.budget=CLIPS a shorter one"
 )
-MEASURED_S = 2.0
 CPU_CLIPS = 4  # on a CPU larger batches take memory and time, and are hardly faster per clip
 
 
@@ -87,7 +88,7 @@ def show_cost(
     if cells:
         log.info(table)
     caveat = (
-        "; without a finished run of its kind, measured on noise without decoding and tests"
+        "; runs without a finished one of their kind were timed on noise, without decoding and tests"
         if on_noise
         else ""
     )
@@ -121,33 +122,16 @@ def measure(network: dict[str, Any]) -> float:
     """
     device = resolve_device(network["device"])
     options = StudentOptions.model_validate(network["student"])
-    student = build_student(options, {"head": 1000}).to(device).train()
+    student = build_student(options, {"head": 1000}).train()
+    loop = LoopOptions(precision=network["precision"], device=network["device"])
     batch, size = network["micro_batch_size"], network["size"]
     if device.type == "cpu":
         batch = min(batch, CPU_CLIPS)
+    shape = (batch, options.channels, network["clip_frames"], size, size)
+    clips = torch.randint(256, shape, dtype=torch.uint8)
     try:
-        return _timed(student, batch, size, network, device)
+        with torch_threads(None, pick_workers(None, device), device):
+            lay_out(student, loop, device)
+            return batch / step_seconds(student, clips.to(device), loop, device)
     except torch.OutOfMemoryError as error:
         raise TrainingError(out_of_memory_hint(batch)) from error
-
-
-def _timed(
-    student: Student, batch: int, size: int, network: dict[str, Any], device: torch.device
-) -> float:
-    clips = torch.randn(
-        batch, student.options.channels, network["clip_frames"], size, size, device=device
-    )
-    steps, started = 0, 0.0
-    while steps < 2 or time.perf_counter() - started < MEASURED_S:
-        with torch.autocast(
-            device.type, dtype=torch.bfloat16, enabled=network["precision"] == "bf16"
-        ):
-            loss = student(clips)["head"].square().mean()
-        loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        # The first step is a warm-up.
-        if not started:
-            started = time.perf_counter()
-        steps += 1
-    return (steps - 1) * batch / (time.perf_counter() - started)

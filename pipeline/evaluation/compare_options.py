@@ -1,4 +1,4 @@
-"""What `distinit targets compare` can be told. Free of torch."""
+"""Options of `distinit targets compare`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..common.urls import StoreAddress
 
 
 class CompareConfig(Options):
-    """Everything that `distinit targets compare` can be told."""
+    """Options of `distinit targets compare`."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
     out: Annotated[str | None, CliOption(group="Output", metavar="DIR")] = Field(
@@ -27,7 +27,7 @@ class CompareConfig(Options):
         default=5000, ge=3, description="most cached frames used"
     )
     seed: Annotated[int, CliOption(group="Sampling", metavar="S")] = Field(
-        default=0, ge=0, description="which frames those are"
+        default=0, ge=0, description="seed of the sample"
     )
     video_roots: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
         default={}, description=VIDEO_ROOTS_HELP

@@ -17,7 +17,6 @@ from ..common.numerics import softmax
 from ..corpus.sources import escape_path
 from .metrics import (
     RESAMPLES,
-    SEED,
     Estimate,
     bootstrap_ratios,
     by_group,
@@ -137,7 +136,6 @@ def compare_predictions(
     names: tuple[str, str],
     *,
     resamples: int = RESAMPLES,
-    seed: int = SEED,
 ) -> Comparison:
     """Compute the gain of A over B, paired by video, with a bootstrap over recordings or videos.
 
@@ -149,7 +147,6 @@ def compare_predictions(
         b: Predictions of model B for the same videos.
         names: Names of the two for messages.
         resamples: Bootstrap resamples, R.
-        seed: Seed of the bootstrap.
 
     Raises:
         CheckpointError: Class lists differ.
@@ -165,7 +162,7 @@ def compare_predictions(
 
     def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
         return bootstrap_ratios(
-            by_group(above, groups), by_group(below, groups), resamples=resamples, seed=seed
+            by_group(above, groups), by_group(below, groups), resamples=resamples
         )
 
     num_units = len(by_group(ones, groups))
@@ -213,8 +210,8 @@ def _gain(a: np.ndarray, b: np.ndarray, resampled: np.ndarray, units: int) -> Ga
 def p_value(resampled: np.ndarray, units: int) -> float:
     """Compute the two-sided bootstrap p-value of no difference.
 
-    It is 2 · min(share of resampled differences ≤ 0, share ≥ 0), each share with one added above
-    and below, and at most 1.
+    It is 2 · min(share of resampled differences ≤ 0, share ≥ 0), each share with one added to its
+    numerator and its denominator, and at most 1.
 
     Args:
         resampled: Resampled differences [R].

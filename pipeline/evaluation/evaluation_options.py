@@ -89,7 +89,7 @@ class EvaluateConfig(Options):
     gpus: Annotated[int, CliOption(group="Hardware", metavar="N")] = Field(
         default=1,
         ge=1,
-        description="processes on this machine, one per GPU; torchrun decides for itself",
+        description="processes on this machine, one per GPU; on several machines use torchrun",
     )
     test: Annotated[EvaluationOptions | None, CliOption(shown="the run's")] = None
 

@@ -56,7 +56,7 @@ def _recordings(videos: tuple[Labelled, ...]) -> list[list[Labelled]]:
 def _chosen(recordings: list[list[Labelled]], share: float) -> set[Labelled]:
     """Take each recording that brings the classes nearer to their shares."""
     left = Counter(video.label for recording in recordings for video in recording)
-    # Of a class with a few videos at least one, if another is left to train on.
+    # At least one video of a small class, if another is left to train on.
     missing = {label: max(1, round(share * n)) for label, n in left.items()}
     held: set[Labelled] = set()
     for recording in recordings:

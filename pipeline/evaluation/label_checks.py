@@ -98,7 +98,7 @@ def class_names(listing: Listing, rows: list[Row]) -> tuple[str, ...]:
 
 
 def note_shared_sources(listing: Listing, rows: list[Row], notes: list[str]) -> int:
-    """Count test videos that are cut from recordings of the train side, and add a note on them.
+    """Count test videos cut from recordings of the other sides, and add a note on shared ones.
 
     Published lists are used as they are: what the names of their files suggest is only a guess.
     """

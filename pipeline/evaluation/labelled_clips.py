@@ -182,7 +182,7 @@ class EvaluationClips:
         starts = clip_starts(total, span, self.clips)
         frames = np.stack([frame_indices(int(start), span, total) for start in starts])
         read = read_clips(file, frames, self.view, channels=self.channels, crops=self.crops)
-        note = f"{read.repeated} of {read.distinct} frames are damaged, replaced by the one before"
+        note = f"{read.repeated} of {read.distinct} frames cannot be decoded, replaced by the one before"
         return {
             "clips": read.clips,
             "starts": torch.from_numpy(starts.repeat(self.crops)),

@@ -53,7 +53,7 @@ class Labels:
         test: Videos to test with.
         copies: Prepared copies that are read instead of the videos, if any.
         notes: What a user should know about the list, a line each.
-        shared_sources: Number of test videos cut from a recording of the train side.
+        shared_sources: Number of test videos cut from a recording of the train or validation side.
         val: Videos to choose options and checkpoints by.
         listed_train: The train side as listed, where another one is trained on; see `hold_out`
             and `with_val_trained`.

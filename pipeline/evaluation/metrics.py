@@ -91,7 +91,7 @@ def mean_scores(clip_scores: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_ratios(
-    above: np.ndarray, below: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED
+    above: np.ndarray, below: np.ndarray, *, resamples: int = RESAMPLES
 ) -> np.ndarray:
     """Compute Σ above / Σ below over resampled videos.
 
@@ -101,13 +101,12 @@ def bootstrap_ratios(
         above: Numerators [V, M].
         below: Denominators [V, M].
         resamples: R.
-        seed: Seed of the draws.
 
     Returns:
         float64 [R, M], NaN for 0 / 0.
     """
     n = len(above)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     ratios = np.empty((resamples, above.shape[1]))
     for first in range(0, resamples, _BLOCK):
         count = min(_BLOCK, resamples - first)
@@ -133,12 +132,11 @@ def estimate_mean(
     groups: np.ndarray | None = None,
     *,
     resamples: int = RESAMPLES,
-    seed: int = SEED,
     least: float = 0,
 ) -> Estimate:
     """Estimate the mean of values [V] between `least` and 1, with its interval."""
     above, below = by_group(values[:, None], groups), by_group(np.ones((len(values), 1)), groups)
-    means = bootstrap_ratios(above, below, resamples=resamples, seed=seed)
+    means = bootstrap_ratios(above, below, resamples=resamples)
     return Estimate(float(values.mean()), *interval(means[:, 0], len(above), least))
 
 
@@ -183,7 +181,6 @@ def estimate_class_mean(
     groups: np.ndarray | None = None,
     *,
     resamples: int = RESAMPLES,
-    seed: int = SEED,
 ) -> Estimate:
     """Estimate the mean over classes of their top-1 accuracy, see `class_values`.
 
@@ -193,7 +190,7 @@ def estimate_class_mean(
     tested = present.any(axis=0)
     right, present = by_group(right[:, tested], groups), by_group(present[:, tested], groups)
     value = (right.sum(axis=0) / present.sum(axis=0)).mean()
-    means = np.nanmean(bootstrap_ratios(right, present, resamples=resamples, seed=seed), axis=1)
+    means = np.nanmean(bootstrap_ratios(right, present, resamples=resamples), axis=1)
     return Estimate(float(value), *interval(means, (present > 0).sum(axis=0)))
 
 
@@ -203,15 +200,12 @@ def accuracies(
     groups: np.ndarray | None = None,
     *,
     resamples: int = RESAMPLES,
-    seed: int = SEED,
 ) -> dict[str, Estimate]:
     """Estimate all accuracies from clip_scores [V, N, K] and labels [V], see MEASURES."""
     values = video_values(clip_scores, labels)
-    result = {
-        name: estimate_mean(v, groups, resamples=resamples, seed=seed) for name, v in values.items()
-    }
+    result = {name: estimate_mean(v, groups, resamples=resamples) for name, v in values.items()}
     result["class_mean"] = estimate_class_mean(
-        values["top1"], labels, clip_scores.shape[2], groups, resamples=resamples, seed=seed
+        values["top1"], labels, clip_scores.shape[2], groups, resamples=resamples
     )
     return result
 
@@ -222,12 +216,11 @@ def estimate_difference(
     groups: np.ndarray | None = None,
     *,
     resamples: int = RESAMPLES,
-    seed: int = SEED,
 ) -> Estimate:
     """Estimate the mean of a − b, paired: a [V] and b [V] are of the same videos."""
     if a.shape != b.shape:
         raise ValueError(f"a paired difference requires equal shapes, got {a.shape} and {b.shape}")
-    return estimate_mean(a - b, groups, resamples=resamples, seed=seed, least=-1)
+    return estimate_mean(a - b, groups, resamples=resamples, least=-1)
 
 
 def signed(fraction: float) -> str:

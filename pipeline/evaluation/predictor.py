@@ -24,7 +24,6 @@ from .classification import HEAD
 from .predictions import LOGITS, Predictions
 
 SAVE_EVERY_S = 60.0
-READ_AHEAD = 4  # batches that a loader process prefetches at most
 
 
 class _Pending:
@@ -58,15 +57,14 @@ def _rows(
                 left.pop(0)
                 yield row
         except WorkerDied:
-            # One of the videos that were being read has crashed its decoder. Each of them is read
-            # again in a process of its own: the one whose process dies again is unreadable.
-            for video in left[: workers * READ_AHEAD + 1]:
-                left.pop(0)
-                try:
-                    yield from read([video], 1)
-                except WorkerDied as died:
-                    reason = died.reason or "its decoder crashed"
-                    yield {"video": torch.tensor([video]), "error": [reason]}
+            # The video that was waited for may have crashed its decoder. It is read again in a
+            # process of its own, and is unreadable if that one dies, too.
+            video = left.pop(0)
+            try:
+                yield from read([video], 1)
+            except WorkerDied as died:
+                reason = died.reason or "its decoder crashed"
+                yield {"video": torch.tensor([video]), "error": [reason]}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What `distinit targets probe` can be told. Free of torch and scikit-learn."""
+"""Options of `distinit targets probe`. Imports neither torch nor scikit-learn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALL_FRAMES = "all"
 
 
 class ProbeConfig(Options):
-    """Everything that `distinit targets probe` can be told."""
+    """Options of `distinit targets probe`."""
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
     dataset: Annotated[str, CliOption(metavar="NAME")] = Field(
@@ -21,7 +21,7 @@ class ProbeConfig(Options):
         "with train/CLASS and test/CLASS; kinetics:FILE; hmdb51; ucf101"
     )
     root: Annotated[str | None, CliOption(metavar="DIR")] = Field(
-        default=None, description="where the videos are located: of hmdb51, ucf101, kinetics:, csv:"
+        default=None, description="folder of the videos of hmdb51, ucf101, kinetics: or csv:"
     )
     split: Annotated[int | None, CliOption(metavar="N", shown="folds of all labelled videos")] = (
         Field(default=None, ge=1, description="train and test on the sides of this split")
@@ -40,7 +40,7 @@ class ProbeConfig(Options):
         default=5, ge=2, description="folds, none of which shares a source with another"
     )
     seed: Annotated[int, CliOption(group="Test", metavar="S")] = Field(
-        default=0, ge=0, description="of the folds and the sample"
+        default=0, ge=0, description="seed of the folds and the sample"
     )
     video_roots: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
         default={}, description=VIDEO_ROOTS_HELP

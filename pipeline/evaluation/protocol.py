@@ -208,6 +208,8 @@ def _protocol(view: ClipView, clip_frames: int, options: EvaluationOptions) -> d
         "crop": f"{'center' if options.crops == 1 else 'begin, middle and end of the longer side'} {view.size}",
         "precision": "fp32",
         "unread_videos": "wrong",
+        # Before version 0.2 no order was stored, and those of ordered frames stay the same.
+        **({} if options.frames == "ordered" else {"frame_order": options.frames}),
     }
 
 

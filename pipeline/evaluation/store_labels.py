@@ -81,8 +81,8 @@ def match_labels(
     if not found:
         raise UsageError(
             f"--dataset {dataset}: none of its {len(rows)} videos is in {store.name}, the first is "
-            f"{escape_path(rows[0].path) if rows else 'missing'}; --videos CORPUS=DIR says where a "
-            f"corpus is located now"
+            f"{escape_path(rows[0].path) if rows else 'missing'}; --videos CORPUS=DIR gives the "
+            f"current folder of a corpus"
         )
     usable = np.flatnonzero(store.row_counts > 0)
     videos = np.array(sorted(set(found) & set(usable.tolist())), np.int64)
@@ -95,7 +95,7 @@ def match_labels(
         )
     notes = []
     if missing:
-        shown = first_few([escape_path(row.path) for row in missing])
+        shown = first_few(row.path for row in missing)
         notes.append(f"{len(missing)} of {len(rows)} labelled videos are not in the store: {shown}")
     if len(used) < len(found):
         notes.append(f"{len(found) - len(used)} labelled videos have no cached frames")

@@ -21,8 +21,8 @@ from ..store.reader import TargetStore
 from .metrics import Estimate, estimate_mean
 from .store_labels import StoreLabels
 
-# Of targets whose mean squared distance from their mean is 1: the range in which the best value of
-# har7 and fight-surv was, and a factor of ten on both sides.
+# For targets whose mean squared distance from their mean is 1: the range of the best values on
+# har7 and fight-surv, widened by a factor of ten on both sides.
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 INNER_FOLDS = 3
 BLOCK = 16_384  # rows decoded at a time, about
@@ -167,8 +167,8 @@ def _sides(
         train, test = np.flatnonzero(~labels.test), np.flatnonzero(labels.test)
         if len(np.unique(labels.label[train])) < 2 or len(test) == 0:
             raise UsageError(
-                f"--split: {len(train)} training and {len(test)} test videos of it are in the "
-                f"store; a probe requires training videos of at least 2 classes and a test video"
+                f"--split: {len(train)} training and {len(test)} test videos of the split are in "
+                f"the store; a probe requires training videos of at least 2 classes and a test video"
             )
         yield train, test
         return

@@ -1,4 +1,4 @@
-"""Teachers of a store side by side: do they say the same, and where do they not?
+"""Compare the teachers of a store: where do their outputs agree, and where do they differ?
 
 Measures that need no common classes come from the geometry of the outputs: linear CKA (Kornblith et
 al., ICML 2019) and the overlap of nearest neighbours.
@@ -49,7 +49,7 @@ class TeacherView:
 
 @dataclass(frozen=True)
 class PairComparison:
-    """Two teachers over the same frames; None is what cannot be said of their outputs.
+    """Two teachers over the same frames; None where a measure does not apply.
 
     agreement: share of frames with the same best class, of teachers of the same classes.
     cka: linear CKA, 1 for outputs that a rotation and a factor make equal, 0 for unrelated ones.

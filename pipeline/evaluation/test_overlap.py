@@ -83,7 +83,7 @@ def refuse_overlap(init: str, labels: Labels) -> None:
 
 
 def unknown_videos(init: str) -> str:
-    """Return a sentence about an initialisation that does not say what it has seen, else "".
+    """Return a sentence about an initialisation without a record of its videos, else "".
 
     Weights of others (torchvision's, Kinetics') are not meant, whose videos nobody could list.
     """

@@ -54,10 +54,8 @@ class Difference:
         )
 
 
-def percent(estimate: dict[str, float] | Estimate | None) -> str:
-    """Format an estimate in per cent, `54.3 [37.1, 71.4]`; a dash for None."""
-    if estimate is None:
-        return DASH
+def percent(estimate: dict[str, float] | Estimate) -> str:
+    """Format an estimate in per cent, `54.3 [37.1, 71.4]`."""
     e = estimate if isinstance(estimate, Estimate) else Estimate(**estimate)
     return f"{100 * e.value:.1f} {brackets(e.low, e.high)}"
 

@@ -126,7 +126,9 @@ def make_report(
 
     Raises:
         WeightsError: `kinetics` cannot be read.
-        UsageError: `kinetics` has other weights, or `pair` names no runs.
+        SourceError: A file of features cannot be read.
+        UsageError: `kinetics` has other weights, `pair` names no runs, or `features` are not of
+            training videos.
     """
     chosen = named_pair(pair, runs, ablations) if pair is not None else None
     finetuned, students = alone(runs, ablations), [run for run in runs if run.kind == "student"]
@@ -270,9 +272,9 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
     saved = sum(map(forwards_saved, runs))
     table.add("all", f"{hours:.3f}", f"{sum(run.clips for run in runs):,}", DASH, f"{saved:,}")
     table.notes = [
-        "hours: of training, without the test after finetuning; of a resumed run, its last part. teacher forwards "
-        "saved: clips × picked frames × teachers, whose logits were read from the store instead of being computed; "
-        "clips that the entropy filter rejected are not counted."
+        "hours: of training, without the test after finetuning; for a resumed run, those of its last part. "
+        "teacher forwards saved: clips × picked frames × teachers, whose logits were read from the store instead of "
+        "being computed; clips that the entropy filter rejected are not counted."
     ]
     return table
 

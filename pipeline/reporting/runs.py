@@ -118,7 +118,7 @@ class Run:
 
     @property
     def hours(self) -> float | None:
-        """Duration of a finished run in hours; of a resumed run, that of its last part."""
+        """Duration of a finished run in hours; for a resumed run, that of its last part."""
         seconds = self.result.get("seconds")
         return float(seconds) / 3600 if isinstance(seconds, int | float) else None
 

@@ -36,7 +36,7 @@ class DisputedVideo:
     problem: str | None = None
 
     def in_words(self) -> str:
-        """Return what each teacher with classes says."""
+        """Return the best classes of each teacher with classes, as text."""
         return "; ".join(
             f"{name}: " + ", ".join(f"{label} {100 * share:.0f} %" for label, share in best)
             for name, best in self.labels.items()

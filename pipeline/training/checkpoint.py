@@ -176,7 +176,7 @@ class Checkpoints:
             average: the moving average, where the run has one.
 
         Raises:
-            CheckpointError: the disk refuses; the checkpoint before stays whole.
+            CheckpointError: the file cannot be written; the previous checkpoint stays intact.
         """
         path = self.folder / f"{which}.pt"
         buffer = io.BytesIO()

@@ -135,7 +135,7 @@ class Distillation:
     def forward(
         self, model: nn.Module, batch: dict[str, Any], counted: Tensor
     ) -> dict[str, Tensor]:
-        """Student logits of each teacher's head for the clips that count."""
+        """Return the student's outputs of each teacher's head for the clips that count."""
         clip = batch["clip"] if bool(counted.all()) else batch["clip"][counted]
         outputs: dict[str, Tensor] = model(normalize_clip(clip, torch.float32))
         return outputs

@@ -1,4 +1,4 @@
-"""What `distinit train-student` can be told. Free of torch."""
+"""Options of `distinit train-student`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class TargetOptions(Options):
     share of draws that a head keeps, likewise, measured on the sampler itself and saved in nats. At
     most one of the two.
     `corpora`: those to draw from, each with its share of the clips, in any unit; all videos alike
-        if not given.
+    if not given.
     `heads`: files that make logits of features when clips are drawn, see `ClassHead.read`.
     `loss`: of all teachers whose output has it (`LOSSES`), while the others take the first of
     theirs; or by name.
@@ -108,6 +108,7 @@ class TargetOptions(Options):
     teacher dominates by the scale of its loss.
     `teacher_dropping`: of a clip, the teacher with the highest weighted loss always counts, and
     each other one is left out with this probability.
+
     With `loss=squared-error` use a tenth of the learning rate (the paper, section 4.2).
     """
 
@@ -164,7 +165,7 @@ class TargetOptions(Options):
         "cosine; of features: cosine, smooth-l1 or mse; repeatable with the name of a teacher",
     )
     mse_reduction: Annotated[Literal["sum", "mean"], CliOption(group="Training")] = Field(
-        default="sum", description="of the squared error, over classes"
+        default="sum", description="how the squared error is reduced over classes"
     )
     max_entropy: Annotated[
         float | dict[str, float] | None,
@@ -245,7 +246,7 @@ class TrainConfig(Options):
     )
     exclude_split: Annotated[
         int | Literal["all"] | None, CliOption("--split", metavar="N|all", shown="1")
-    ] = Field(default=None, description="whose test videos --exclude is")
+    ] = Field(default=None, description="the split whose test videos --exclude names")
     held_out: Annotated[float | None, CliOption(metavar="Q", shown="by their number")] = Field(
         default=None, ge=0, lt=1, description="share of videos kept for the held-out loss"
     )

@@ -16,7 +16,6 @@ from ..common.errors import TrainingError
 from ..common.settings import Options
 from ..common.streams import counted
 from ..common.urls import check_local
-from ..store.reader import TargetStore
 from ..students.student import Student, count_parameters
 from ..targets.dataset import StudentClips
 from .distillation_options import TrainConfig
@@ -44,9 +43,7 @@ class ClipSize(Protocol):
         ...
 
 
-def dry_run(
-    config: TrainConfig, store: TargetStore, clips: StudentClips, student: Student
-) -> dict[str, Any]:
+def dry_run(config: TrainConfig, clips: StudentClips, student: Student) -> dict[str, Any]:
     """Log config, parameters, memory and computation of a step, and write RUN/first-batch.png.
 
     Returns:

@@ -17,7 +17,8 @@ from .distillation_options import TargetOptions
 
 log = logging.getLogger(__name__)
 
-QUICK_DRAWS = 2000  # enough to tell the share that a threshold in nats keeps to about one per cent
+# Enough to measure the share that a threshold in nats keeps to about one per cent.
+QUICK_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ def measure_thresholds(
     """Return the filter's thresholds, and what they keep of the draws.
 
     A resumed run takes those that its checkpoint has in nats: measuring again would cost as much
-    again. Raises UsageError where they keep no clip.
+    again.
+
+    Raises:
+        UsageError: They keep no clip.
     """
     teachers = sampler.teachers
     quantile = options.max_entropy_quantile

@@ -55,9 +55,8 @@ def footprint(
         for p in model.parameters()
     )
     weights += sum(buffer.nbytes for buffer in model.buffers())
-    kept: dict[
-        int, Tensor
-    ] = {}  # the tensors themselves: an address is unique while its tensor lives
+    # The tensors themselves: an address is unique while its tensor lives.
+    kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor
@@ -72,7 +71,7 @@ def footprint(
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 outputs: Any = shadow(torch.zeros(shape, device="meta"))
             torch.stack([output.sum() for output in outputs.values()]).sum().backward()
-    except Exception:  # a user's module may look at its data, which a shape has not
+    except Exception:  # a user's module may look at its data, and a shape has none
         return None
     activations = sum(
         tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own

@@ -15,6 +15,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ from ..common.errors import DistInitError, RankLostError, TrainingError, UsageEr
 from ..common.files import write_whole
 from ..common.processes import Owner, end_with
 from ..common.settings import Options
+from ..common.streams import counted
 from .loop_options import LoopOptions
 
 C = TypeVar("C", bound=Options)
@@ -90,7 +92,7 @@ def _enough_gpus(loop: LoopOptions) -> bool:
     count = torch.cuda.device_count()
     on_gpus = loop.device.startswith("cuda") or (loop.device == "auto" and count > 0)
     if on_gpus and loop.gpus > count:
-        raise UsageError(f"loop.gpus={loop.gpus}: this machine has {count} GPUs")
+        raise UsageError(f"loop.gpus={loop.gpus}: this machine has {counted(count, 'GPU')}")
     return on_gpus or loop.device != "auto"
 
 
@@ -196,6 +198,10 @@ def _forwarding_sigterm(world: int, others: set[BaseProcess]) -> Iterator[None]:
         for process in ranks:
             process.terminate()
 
+    # Python lets no other thread install handlers.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, forward)
     try:
         yield

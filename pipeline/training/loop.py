@@ -1,4 +1,4 @@
-"""The training loop of `train-student` and `finetune`, on one screen.
+"""The training loop of `train-student` and `finetune`.
 
 What is learned is the objective's business, what is read the data set's; the loop does steps,
 epochs, the learning rate, checkpoints and the log.
@@ -20,6 +20,7 @@ from ..common.devices import resolve_device
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import TrainingInterrupted, UsageError, WorkerDied
 from ..common.progress_bar import progress_bar
+from ..common.streams import counted
 from .checkpoint import Checkpoints, random_states
 from .interrupts import Interrupts, crashes_recorded
 from .loader import EpochBatchSampler, KeyedDataset, SplitBatchSampler, read_batches
@@ -93,12 +94,12 @@ class FitResult:
     seconds: float
     clips_per_second: float
 
-    def unread(self) -> str:
-        """Return a sentence about the broken videos: how many, and why the first three."""
+    def describe_unreadable(self) -> str:
+        """Return a sentence about the unreadable videos: how many, and why the first three."""
         some = list(self.broken.items())[:3]
         named = "; ".join(f"{name}: {reason}" for name, reason in some)
         more = "; …" if len(self.broken) > len(some) else ""
-        return f"videos that could not be read, others were drawn in their place: {len(self.broken)}: {named}{more}"
+        return f"{counted(len(self.broken), 'unreadable video')}, replaced by other draws: {named}{more}"
 
 
 def fit(
@@ -122,9 +123,9 @@ def fit(
         model: what is trained.
         dataset: dataset[(epoch, sample)], sample < options.clips_per_epoch, is one example, a dict
             of tensors, numbers and dicts of them. Three keys mean something to the loop, all
-            optional: "name" (str) is told when a loss is not finite; "rejected" (int) counts the
-            draws that a filter turned down for this sample; "broken" (list of (name, reason)) the
-            videos that could not be read.
+            optional: "name" (str) is named in the error of a loss that is not finite; "rejected"
+            (int) counts the draws that a filter turned down for this sample; "broken" (list of
+            (name, reason)) the videos that could not be read.
         objective: what is learned.
         options: see `LoopOptions`; `epoch_clips` is set.
         run_dir: the folder of checkpoints and metrics. Rank 0 alone writes, all read on a resume.

@@ -24,8 +24,8 @@ from ..common.streams import counted
 
 # Options that may differ between the start of a run and its resume: none of them changes what is
 # learned from a given step on, but for the clips that share batch statistics and for rounding.
-# (`epochs` may, except with the cosine schedule, which ends with the last epoch: a run with steps
-# can be made longer.)
+# (`epochs` may, except with the cosine schedule, which ends with the last epoch: a run with the
+# step schedule can be made longer.)
 FREE_ON_RESUME = frozenset(
     {
         "epochs",
@@ -375,7 +375,7 @@ class LoopOptions(Options):
         return f"{counted(self.epochs, 'epoch')} of {counted(self.clips_per_epoch, 'clip')}"
 
     def describe_steps(self, world: int) -> str:
-        """Return, for the log, `120 steps of 64 clips, 2 GPUs × 2 pieces × at most 16`."""
+        """Format `120 steps of 64 clips: 2 processes × 2 pieces × at most 16 clips` for the log."""
         words = f"{counted(self.total_steps, 'step')} of {counted(self.step_clips, 'clip')}"
         pieces = self.accumulation_steps(world)
         if world == pieces == 1:
@@ -395,7 +395,7 @@ class LoopOptions(Options):
 
     @property
     def weight_copies(self) -> int:
-        """Tensors as large as the weights: weights, gradients, AdamW's two moments, the average."""
+        """Tensors as large as the weights: these, gradients, one or two moments, the average."""
         return 3 + (self.optimizer == "adamw") + (self.ema is not None)
 
     @property

@@ -26,7 +26,9 @@ class HeadLoss:
         output: "logits" or "features", what the teacher's targets are.
         loss: One of `LOSSES[output]`.
         tau: Temperature of the targets of cross-entropy.
-        mse_reduction: Over classes, of "squared-error".
+        mse_reduction: Over classes, of "squared-error". The paper trains it at a tenth of the
+            cross-entropy's rate, as its losses begin far higher there, which suggests the sum; the
+            mean is K times smaller.
         mean: [K], subtracted from features before "smooth-l1" and "mse".
         scale: The features' one scale for all dimensions, for the same two.
 
@@ -68,31 +70,6 @@ class HeadLoss:
         return mean_over_kept(self.by_clip(outputs, targets), weight, count)
 
 
-def soft_target_cross_entropy(
-    logits: Tensor, targets: Tensor, weight: Tensor, count: Tensor | None = None
-) -> Tensor:
-    """Return −Σ_k y_k log f_k of logits [B, K] against distributions targets [B, K].
-
-    Summed over classes, mean over the clips that count (see `mean_over_kept`); in float32.
-    """
-    return mean_over_kept(_cross_entropy(logits.float(), targets.float()), weight, count)
-
-
-def squared_error(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    reduction: Reduction = "sum",
-    count: Tensor | None = None,
-) -> Tensor:
-    """Return (z − t)² of logits [B, K] and mean teacher logits [B, K], over the clips that count.
-
-    The paper trains it at a tenth of the cross-entropy's rate because "initial loss values are much
-    higher", which suggests the sum over classes (the default); the mean is K times smaller.
-    """
-    return mean_over_kept(_squares(logits.float(), targets.float(), reduction), weight, count)
-
-
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * log_softmax(logits, dim=1)).sum(dim=1)
 
@@ -103,7 +80,7 @@ def _squares(outputs: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
 
 
 def _cosine(outputs: Tensor, targets: Tensor, *, centred: bool) -> Tensor:
-    """Return 1 − cos of each row; of logits, of what a constant added to a row does not change."""
+    """Return 1 − cos of each row; `centred`: after the mean of the row is subtracted."""
     if centred:
         outputs = outputs - outputs.mean(dim=1, keepdim=True)
         targets = targets - targets.mean(dim=1, keepdim=True)

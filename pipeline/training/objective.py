@@ -59,7 +59,7 @@ def head_loss(options: TargetOptions, targets: TeacherTargets, loss: Loss) -> He
 def measure_baselines(
     options: TargetOptions, sampler: TargetSampler, saved: dict[str, Any] | None
 ) -> dict[str, float]:
-    """Return teacher → the loss of its best constant predictor, to divide by; empty where none is.
+    """Return teacher → the loss of its best constant predictor, {} without `balance_losses`.
 
     A resumed run takes those of its checkpoint.
     """

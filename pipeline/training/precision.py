@@ -24,7 +24,7 @@ def pick_workers(workers: int | None, device: torch.device) -> int:
 
 @contextmanager
 def torch_threads(threads: int | None, workers: int, device: torch.device) -> Iterator[None]:
-    """Set the number of torch's threads meanwhile.
+    """Set the number of torch's threads inside the context.
 
     On a CPU the memory of freed tensors is kept, for the rest of the process.
 

@@ -21,7 +21,9 @@ from .distillation import Distillation
 from .losses import HeadLoss
 
 BISECTIONS = 24
-DRAWS = 2000  # of a constant guess's loss the error is below K / (2 · DRAWS) nats, most of it for targets that are sure
+# The error of the loss of a constant guess is below K / (2 · DRAWS) nats, largest for targets of
+# low entropy.
+DRAWS = 2000
 TOO_LITTLE = 0.05  # of the way between the two, below which a student has learned next to nothing
 
 

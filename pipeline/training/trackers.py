@@ -55,7 +55,7 @@ def open_trackers(
     """Open the trackers of a run, whose config is in its folder, and close them with the stack.
 
     Args:
-        names: Which.
+        names: Names of the trackers.
         run_dir: The folder of the run.
         step: Steps done; what was logged of later ones is replaced or not logged again.
         stack: Closes them.
@@ -172,7 +172,7 @@ class _Marked:
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         if not self._marks.logged(kind, step):
-            # The last numbers may be sent by a process of their own, for which W&B counts on.
+            # Another process may send the final numbers: W&B continues its own count of steps.
             at = None if kind == FINAL else step
             self._send({f"{kind}/{name}": value for name, value in values.items()}, at)
             self._marks.set(kind, step)

@@ -35,7 +35,7 @@ LONG_CLIPS = 4000
 MEASURED_S, CLIPS = 2.0, 4
 # A whole batch is tried where a step of it is not longer than this.
 WHOLE_STEP_S = 4.0
-# What of --minutes is left for start, validation, checkpoints and test.
+# The share of --minutes that is trained; the rest is for start, validation, checkpoints and test.
 TRAINING_SHARE = 0.8
 
 
@@ -79,7 +79,7 @@ def measure_rate(model: nn.Module, dataset: KeyedDataset, options: LoopOptions) 
 
         def step_s(size: int) -> float:
             repeated = torch.cat(clips)[torch.arange(size) % len(clips)]
-            return _timed(shadow, repeated.to(device), options, device)
+            return step_seconds(shadow, repeated.to(device), options, device)
 
         seconds = step_s(size)
         # A clip of a narrow network costs less in a whole batch than among a few.
@@ -88,10 +88,10 @@ def measure_rate(model: nn.Module, dataset: KeyedDataset, options: LoopOptions) 
     return Rate(seconds / size, read_s)
 
 
-def _timed(
+def step_seconds(
     model: nn.Module, clips: torch.Tensor, options: LoopOptions, device: torch.device
 ) -> float:
-    """Return the seconds of a step."""
+    """Return the seconds of a forward and a backward pass of `clips`, as a data set gives them."""
     steps, started = 0, 0.0
     while steps < 2 or time.perf_counter() - started < MEASURED_S:
         with autocast(device, options.precision):

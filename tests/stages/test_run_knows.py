@@ -197,6 +197,13 @@ def test_equal_ends_are_no_leak_of_another_data_set(
     assert own.stages(digests[1:], paths[1:]) == [{1}], "the digest is all that is left of it"
 
 
+@pytest.mark.parametrize("damage", [b"", b"PK\3\4"])
+def test_a_damaged_record_of_videos_is_named(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "seen_videos.npz").write_bytes(damage)
+    with pytest.raises(CheckpointError, match=r"seen_videos\.npz"):
+        SeenVideos.read(tmp_path)
+
+
 def test_all_splits_are_read_before_the_first_is_trained(data: Path, tmp_path: Path) -> None:
     text = (data / "labels.csv").read_text().splitlines()
     rows = [f"{line},{line.rpartition(',')[2]}" for line in text[1:]]

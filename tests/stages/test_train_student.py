@@ -419,7 +419,7 @@ def test_videos_that_are_gone_are_told_of_before_and_after(tiny_store, own_store
         )
     told = capfd.readouterr().err
     assert "5 of the first 12 videos of corpus 'videos' " in told
-    assert f"others were drawn in their place: {len(result['unreadable'])}: " in told
+    assert f"{len(result['unreadable'])} unreadable videos, replaced by other draws: " in told
     assert 0 < len(result["unreadable"]) <= 5
 
 

@@ -18,7 +18,7 @@ from .backbone_features import backbone_features
 from .canvas import Figure, styled
 from .entropy import StoreStats, densities, threshold_points
 from .features import feature_map
-from .filters import Filters, in_space, over_time, read_filters
+from .filters import RGB, Filters, in_space, over_time, read_filters
 from .learning_curves import learning_curves
 
 
@@ -113,8 +113,8 @@ def _kinetics(path: str) -> Filters:
     from ...common.weights import load_weights
 
     stem = load_weights(path).state.get(STEM)
-    if stem is None or stem.ndim != 5:
+    if stem is None or stem.ndim != 5 or stem.shape[1] != RGB:
         raise UsageError(
-            f"--kinetics {path}: has no {STEM}; expected weights of R(2+1)D in torchvision's names"
+            f"--kinetics {path}: has no {STEM}; expected weights of R(2+1)D for RGB in torchvision's names"
         )
     return Filters(short_path(path), stem.numpy().astype(np.float64), "Kinetics")

@@ -141,7 +141,14 @@ def _accuracy(ax: Axes, points: Sequence[Point], teachers: Sequence[str]) -> Non
         x, y = [nats for nats, _ in mine], [p.mean for _, p in mine]
         bars = [p.deviation for _, p in mine]
         ax.errorbar(
-            x, y, yerr=bars, fmt=MARKERS[i] + "-", color=colour(i), capsize=3, lw=1.6, label=teacher
+            x,
+            y,
+            yerr=bars,
+            fmt=MARKERS[i % len(MARKERS)] + "-",
+            color=colour(i),
+            capsize=3,
+            lw=1.6,
+            label=teacher,
         )
         for nats, p in mine:
             ax.annotate(

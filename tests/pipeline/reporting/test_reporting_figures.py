@@ -271,13 +271,15 @@ def test_what_is_not_there_is_not_drawn_and_said(out: Path, tmp_path: Path) -> N
     assert "gone.zarr" in text
     assert "No other network of this kind is among the runs" in text
     assert read_run(alone, "x").hours == 2.0
-    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(UsageError, match=r"other\.pt: has no stem\.0\.weight"):
-        report(
-            ReportConfig(
-                folders=[str(alone)],
-                out=str(tmp_path / "report"),
-                kinetics=str(tmp_path / "other.pt"),
-            ),
-            QUIET,
-        )
+    flow = torch.zeros(45, 2, 1, 7, 7)
+    for weights in ({"fc.weight": torch.zeros(2)}, {"stem.0.weight": flow}):
+        torch.save(weights, tmp_path / "other.pt")
+        with pytest.raises(UsageError, match=r"other\.pt: has no stem\.0\.weight"):
+            report(
+                ReportConfig(
+                    folders=[str(alone)],
+                    out=str(tmp_path / "report"),
+                    kinetics=str(tmp_path / "other.pt"),
+                ),
+                QUIET,
+            )

@@ -10,7 +10,7 @@ import torch
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.training.distillation import Distillation
 from distinit.pipeline.training.distillation_options import LOSSES, TargetOptions, resolve_losses
-from distinit.pipeline.training.losses import HeadLoss, soft_target_cross_entropy, squared_error
+from distinit.pipeline.training.losses import HeadLoss
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
@@ -27,11 +27,8 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_cross_entropy_is_equation_2_over_the_kept_clips(batch):
     student, teacher, weight = batch
-    targets = softmax(teacher)
-    by_clip = -(targets * np.log(softmax(student))).sum(axis=1)
-    loss = soft_target_cross_entropy(
-        *(torch.tensor(x, dtype=torch.float32) for x in (student, targets, weight))
-    )
+    by_clip = -(softmax(teacher) * np.log(softmax(student))).sum(axis=1)
+    loss = HeadLoss()(*(torch.tensor(x, dtype=torch.float32) for x in (student, teacher, weight)))
     assert loss.item() == pytest.approx(by_clip[weight == 1].mean(), rel=1e-6)
 
 
@@ -39,16 +36,15 @@ def test_cross_entropy_is_equation_2_over_the_kept_clips(batch):
 def test_squared_error_reduces_over_classes_then_over_the_kept_clips(batch, reduction):
     student, teacher, weight = batch
     by_clip = getattr(np, reduction)((student - teacher) ** 2, axis=1)
-    loss = squared_error(
-        *(torch.tensor(x, dtype=torch.float32) for x in (student, teacher, weight)), reduction
-    )
+    head = HeadLoss(loss="squared-error", mse_reduction=reduction)
+    loss = head(*(torch.tensor(x, dtype=torch.float32) for x in (student, teacher, weight)))
     assert loss.item() == pytest.approx(by_clip[weight == 1].mean(), rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", [soft_target_cross_entropy, squared_error])
+@pytest.mark.parametrize("loss", LOSSES["logits"])
 def test_no_kept_clip_gives_zero_with_a_zero_gradient(loss):
     logits = torch.randn(4, 5, requires_grad=True)
-    value = loss(logits, torch.softmax(torch.randn(4, 5), 1), torch.zeros(4))
+    value = HeadLoss(loss=loss)(logits, torch.randn(4, 5), torch.zeros(4))
     value.backward()
     assert value.item() == 0
     assert torch.equal(logits.grad, torch.zeros(4, 5))
@@ -56,9 +52,10 @@ def test_no_kept_clip_gives_zero_with_a_zero_gradient(loss):
 
 def test_the_loss_is_float32_whatever_the_forward_pass_was():
     logits = torch.randn(4, 1000, dtype=torch.bfloat16)
-    targets = torch.softmax(torch.randn(4, 1000), 1)
-    expected = -(targets.double() * torch.log_softmax(logits.double(), 1)).sum(1).mean()
-    value = soft_target_cross_entropy(logits, targets, torch.ones(4))
+    teacher = torch.randn(4, 1000)
+    targets = torch.softmax(teacher.double(), 1)
+    expected = -(targets * torch.log_softmax(logits.double(), 1)).sum(1).mean()
+    value = HeadLoss()(logits, teacher, torch.ones(4))
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
 
