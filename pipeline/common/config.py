@@ -269,7 +269,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UsageError(f"{where}: not YAML: {_yaml_problem(error)}") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{where}: expected a section a command ({', '.join(SECTIONS)})")
+        raise UsageError(f"{where}: expected one section per command ({', '.join(SECTIONS)})")
     return value
 
 

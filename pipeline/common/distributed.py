@@ -1,8 +1,8 @@
 """The processes that train one model together: their ranks, and the values that they exchange.
 
 These values go over gloo between CPUs, also where gradients go over NCCL: a process that has ended
-is noticed at once. Every method but the properties is a collective: all ranks call it, in the same
-order.
+is noticed at once. Every method but `same_error` and the properties is a collective: all ranks call
+it, in the same order.
 """
 
 from __future__ import annotations

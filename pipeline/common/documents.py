@@ -152,7 +152,7 @@ def _count(node: yaml.Node | None, known: dict[int, int], depth: int) -> int:
 
 
 def read_json(path: Path, form: type[F], inside: Path | None = None) -> dict[str, Any]:
-    """Return the object in a JSON file, checked for its form; {} if the file does not exist.
+    """Return the object in a JSON file, checked for its form; {} if it is missing or empty.
 
     Raises:
         SourceError: It cannot be read, or has another form.

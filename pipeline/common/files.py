@@ -32,7 +32,8 @@ def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
 
     Args:
         path: The file to write.
-        scratch: The temporary path, on the same file system; by default its name tells the process.
+        scratch: The temporary path, on the same file system; by default its name contains the
+            process id.
 
     Raises:
         OSError: The file cannot be synced or renamed.

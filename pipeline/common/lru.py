@@ -29,6 +29,8 @@ class LruCache(Generic[M]):
 
     def get(self, key: _Key) -> M | None:
         """Return what is kept under `key`, or None."""
+        if key in self._tables:
+            self._tables.move_to_end(key)
         return self._tables.get(key)
 
     def add(self, key: _Key, table: M) -> None:

@@ -23,8 +23,7 @@ class Owner:
 
     Args:
         in_main_thread: Whether they are started in its main thread. Linux takes the end of the
-        thread
-            that started a process for the end of the parent.
+            thread that started a process for the end of the parent.
     """
 
     pid: int

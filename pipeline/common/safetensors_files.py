@@ -26,7 +26,7 @@ def open_checked(path: str | os.PathLike[str], framework: str) -> Iterator[Any]:
 
     Raises:
         CheckpointError: Another file, or a damaged one; also where reading it fails while it is
-        open.
+            open.
     """
     sealed = check_seal(path, CheckpointError)
     try:

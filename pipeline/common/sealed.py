@@ -64,7 +64,7 @@ def check_seal(path: str | os.PathLike[str], error: type[DistInitError]) -> bool
 
     Raises:
         error: The file differs from its digest, or cannot be read. The message begins with the
-        path.
+            path.
     """
     try:
         status = os.stat(path)

@@ -27,7 +27,7 @@ QUERY = re.compile(r"(://[^\s?]*)\?\S*")
 def is_url(text: str | os.PathLike[str]) -> bool:
     """Check whether the address of a store is a URL.
 
-    What exists as a local path is one, whatever its name.
+    An existing local path is no URL, whatever its name.
     """
     text = os.fspath(text)
     return URL.match(text) is not None and local_path(text) == text and not os.path.exists(text)
@@ -50,7 +50,7 @@ def check_local(out: str | os.PathLike[str]) -> None:
     if re.match(r"[A-Za-z][A-Za-z0-9+._-]+:(:.*:)?/", text) and not os.path.exists(text):
         url = public_url(re.sub(":/(?!/)", "://", text, count=1))
         raise UsageError(
-            f"--out {url}: a URL; expected a local folder, for behind a URL stores can only be read"
+            f"--out {url}: a URL; expected a local folder: a store behind a URL can only be read"
         )
 
 

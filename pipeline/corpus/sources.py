@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import glob
 import io
+import itertools
 import os
 import re
 from collections import Counter
@@ -83,18 +84,20 @@ def list_videos(sources: Sequence[str]) -> VideoList:
     rows: dict[tuple[str, str], None] = {}
     ignored: Counter[str] = Counter()
     for source in sources:
-        name, root, paths = _expand(source, ignored)
+        skipped: Counter[str] = Counter()
+        name, root, paths = _expand(source, skipped)
         if corpora.setdefault(name, root) != root:
             raise SourceError(
                 f"{source}: corpus {name!r} is {corpora[name]} already; give this one another name, as in new={root}"
             )
         if not paths:
             endings = ", ".join(
-                f"{n} {ending or 'without ending'}" for ending, n in ignored.items()
+                f"{n} {ending or 'without ending'}" for ending, n in skipped.items()
             )
             raise SourceError(
                 f"{source}: no videos found" + (f" (other files: {endings})" if endings else "")
             )
+        ignored += skipped
         rows.update(dict.fromkeys((name, p) for p in paths))
     if not rows:
         raise SourceError("no videos found: no source given")
@@ -207,10 +210,10 @@ def _videos(paths: Iterable[str], ignored: Counter[str]) -> list[str]:
 
 
 def _globbed(name: str | None, pattern: str, ignored: Counter[str]) -> tuple[str, str, list[str]]:
-    parts = Path(os.path.abspath(pattern)).parts
-    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    root = os.path.join(*parts[:fixed])
-    matches = [p for p in glob.glob(os.path.abspath(pattern), recursive=True) if os.path.isfile(p)]
+    # The name of the working folder is no pattern, whatever characters it has.
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)
+    root = os.path.abspath(os.path.join("", *fixed))
+    matches = [os.path.abspath(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
     paths = _videos((os.path.relpath(p, root) for p in matches), ignored)
     return name or _basename(root), root, sorted(set(paths), key=os.fsencode)
 

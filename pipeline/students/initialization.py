@@ -1,4 +1,4 @@
-"""Initialisations of a student: one option, seven forms.
+"""Initialisations of a student: all forms of one option.
 
 scratch: fresh weights.
 RUN or FILE.safetensors: a student of distinit (DistInit), or one in torchvision's names.

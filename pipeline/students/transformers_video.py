@@ -84,6 +84,8 @@ def read_folder(folder: str) -> StudentOptions:
         and (value != defaults[key] or key in _OF_THE_CLIP)
     }
     channels = content.get("num_channels", 3)
+    if channels not in (2, 3):
+        raise CheckpointError(f"{path}: num_channels is {channels!r}, allowed: 2, 3")
     return StudentOptions.model_validate(
         {"architecture": f"hf:{kind}", "channels": channels, "options": differing}
     )

@@ -63,9 +63,9 @@ def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bo
 def in_doubt(codec: str, extradata: bytes | None, data: memoryview, size: int) -> bool:
     """Return whether a packet of H.264 or HEVC may leave a decoder in an unexpected state.
 
-    It does if, before its first slice ends, it has a unit longer than itself, or brings parameter
-    sets that the header lacks: a decoder that saw the packets before keeps some of their
-    parameters.
+    It does if a unit up to its first slice ends after the packet, if it brings parameter sets that
+    the header lacks (a decoder that saw the packets before keeps some of their parameters), or if
+    its beginning has no slice.
 
     data: the beginning of the packet's `size` bytes.
     """
@@ -92,8 +92,8 @@ def in_doubt(codec: str, extradata: bytes | None, data: memoryview, size: int) -
 def must_be_first(codec: str, extradata: bytes | None, first: memoryview) -> bool:
     """Return whether a decoder has to see the `first` packet before any other.
 
-    That packet reports faults of early x264, in 4:4:4 before build 151 and in direct prediction
-    before 34, which libavcodec reproduces if it knows the build.
+    That packet names the build of x264. Early builds have faults, in 4:4:4 before 151 and in direct
+    prediction before 34, which libavcodec reproduces if it knows the build.
     """
     match = _X264.search(first) if codec == "h264" else None
     if match is None:
@@ -132,7 +132,7 @@ def _slice_headers(data: memoryview, length: int) -> Iterator[int]:
 
 def _h264_slice_is_b(data: memoryview, length: int) -> bool:
     for unit in _nal_units(data, length):
-        kind = unit[0] & 0x1F if unit else 0
+        kind = unit[0] & 0x1F
         if 1 <= kind <= 5:
             head = bytes(unit[1:9])
             bits = int.from_bytes(head, "big")
@@ -369,5 +369,7 @@ def _nal_units(data: memoryview, length: int, most: int = 64) -> Iterator[memory
         if at < 0 or at + 3 >= len(raw):
             return
         end = raw.find(b"\x00\x00\x01", at + 3)
-        yield memoryview(raw)[at + 3 : end if end > 0 else len(raw)]
+        # Between two start codes there may be nothing.
+        if end != at + 3:
+            yield memoryview(raw)[at + 3 : end if end > 0 else len(raw)]
         at = end

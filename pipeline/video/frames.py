@@ -47,7 +47,7 @@ def read_frames(
     """Read frames of a video in any order, repeats allowed, with one open and one pass.
 
     A damaged frame inside a clip is shown as a player shows it, by the one before; it is an error
-    if it is expected, or if half of the clip is damaged.
+    if `expect` names it, or if more than half of the clip's frames are damaged.
 
     Args:
         path: The video.

@@ -96,8 +96,8 @@ def _moov(descriptor: int) -> bytes | None:
 def _samples(moov: bytes, num_packets: int) -> tuple[np.ndarray, np.ndarray, int] | None:
     """Return sizes in bytes, offsets of presentation times int64 [P], and the shift of all.
 
-    They are those of the one video track. known: P; None is returned if the header claims another
-    number.
+    They are those of the one video track. num_packets: P; None is returned if the header
+    claims another number.
 
     Raises:
         ValueError: A box ends too early.

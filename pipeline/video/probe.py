@@ -25,7 +25,7 @@ class Probe:
     """Bytes, identity, seconds, display size in pixels. `frames` and `keyframes` are upper bounds.
 
     `exact`: the packets were all read, and `frames` counts them (a damaged one may not decode).
-    `error`: why the file cannot be used; the other fields are then zero where unknown.
+    `error`: why the file cannot be used; the other fields then have their defaults where unknown.
     """
 
     size: int = 0

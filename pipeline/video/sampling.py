@@ -50,11 +50,11 @@ class Sampling(Options):
         return self
 
     def describe(self) -> str:
-        """For a person: "every 4th frame", "2 frames a second", "key frames"."""
+        """For a person: "every 4th frame", "2 frames per second", "key frames"."""
         if self.keyframes:
             return "key frames"
         if self.fps is not None:
-            return f"{self.fps:g} frames a second"
+            return f"{self.fps:g} frames per second"
         every = self.every or 1
         if every == 1:
             return "every frame"

@@ -95,6 +95,25 @@ def test_a_folder_with_an_equals_sign_in_its_name(
     assert list_videos(["x=y"]).corpora[0].name == "x=y"
 
 
+def test_a_glob_in_a_folder_whose_name_looks_like_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a[1]" / "v").mkdir(parents=True)
+    (tmp_path / "a[1]" / "v" / "x.mp4").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path / "a[1]")
+    found = list_videos(["v/*.mp4"])
+    assert (found.corpora[0].name, found.paths) == ("v", ["x.mp4"])
+    assert found.corpora[0].root == str(tmp_path / "a[1]" / "v")
+    with pytest.raises(SourceError, match="no videos found"):
+        list_videos(["v/*/.."])
+
+
+def test_the_other_files_of_a_source_are_its_own(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"empty: no videos found$"):
+        list_videos([str(folder), str(tmp_path / "empty")])
+
+
 def test_what_names_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.csv").write_text("file,label\na,b\n")

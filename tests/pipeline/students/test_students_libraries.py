@@ -229,6 +229,10 @@ def test_a_folder_of_transformers_is_an_initialisation(tmp_path: Path, kind: str
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(CheckpointError, match=r"'bert'.*videomae"):
         resolve_init(f"hf:{tmp_path}", None)
+    grey = {"model_type": "videomae", "num_channels": 1}
+    (tmp_path / "config.json").write_text(json.dumps(grey))
+    with pytest.raises(CheckpointError, match=r"num_channels is 1.*2, 3"):
+        resolve_init(f"hf:{tmp_path}", None)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.prepared.copies import read_copy
 from distinit.pipeline.prepared.make_copy import make_copy
 from distinit.pipeline.prepared.prepare_options import CopyOptions
-from distinit.pipeline.video.bitstream import NonReferencePictures
+from distinit.pipeline.video.bitstream import NonReferencePictures, entry_test, in_doubt
 from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
@@ -366,3 +366,15 @@ def test_a_reference_picture_that_looks_like_none_is_decoded(ending: str, tmp_pa
 
 def digest_of(frame: av.VideoFrame) -> str:
     return hashlib.md5(frame.to_ndarray().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("codec", "slice_"), [("h264", b"\x65\x88\x80"), ("hevc", b"\x26\x01\xaf")]
+)
+def test_two_start_codes_in_a_row_are_one(codec: str, slice_: bytes) -> None:
+    plain, doubled = (memoryview(b"\0\0\1" * n + slice_) for n in (1, 2))
+    is_entry = entry_test(codec, None)
+    assert is_entry is not None
+    assert is_entry(plain)
+    assert is_entry(doubled)
+    assert not in_doubt(codec, None, doubled, len(doubled))
