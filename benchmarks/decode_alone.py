@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = (
@@ -28,9 +28,8 @@ os.environ["OMP_NUM_THREADS"] = (
 )
 
 import numpy as np
-from measuring import in_turn, machine, medians, table
+from measuring import in_turn, machine, medians, pictures, table
 
-from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.corpus.sources import list_videos
 from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import write_video
@@ -38,18 +37,6 @@ from distinit.pipeline.video.geometry import Renderer, View
 
 SIZE, FRAMES, EVERY = View(resize=(256, 340)), 250, 8
 Decode = Callable[[str], np.ndarray]
-
-
-def pictures(paths: list[str]) -> Iterator[np.ndarray]:
-    """Frames of 256x340 of one file after the other, without end."""
-    for path in itertools.cycle(paths):
-        try:
-            with VideoReader(path) as reader:
-                renderer = reader.info.renderer()
-                for _, _, frame in reader.decode_plain():
-                    yield renderer.render(frame, SIZE)
-        except VideoError:
-            continue
 
 
 def ours(path: str) -> np.ndarray:
@@ -76,7 +63,7 @@ def torchcodec(mode: str) -> Decode:
 
 
 def decord(path: str) -> np.ndarray:
-    """Return a decoder of decord."""
+    """Decode with decord."""
     import decord
 
     reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
@@ -84,7 +71,7 @@ def decord(path: str) -> np.ndarray:
 
 
 def opencv(path: str) -> np.ndarray:
-    """Return a decoder of OpenCV, converted from BGR."""
+    """Decode with OpenCV, converted from BGR."""
     import cv2
 
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
@@ -111,7 +98,10 @@ def contenders(sample: str) -> dict[str, Decode]:
             decode(sample)
             found[name] = decode
         except (ImportError, RuntimeError, OSError) as error:
-            print(f"{name} is not there: {' '.join(str(error).split())[:100]}", file=sys.stderr)
+            print(
+                f"{name} is not installed or fails: {' '.join(str(error).split())[:100]}",
+                file=sys.stderr,
+            )
     return found
 
 
@@ -129,7 +119,7 @@ def main() -> None:
     decoders: dict[str, Decode] = {}
     with tempfile.TemporaryDirectory() as folder:
         for gop in (12, 250):
-            source = pictures([listed.absolute(i) for i in range(len(listed))])
+            source = pictures([listed.absolute(i) for i in range(len(listed))], (256, 340))
             files = []
             for n in range(args.videos):
                 files.append(str(Path(folder, f"gop{gop}-{n}.mp4")))

@@ -16,7 +16,7 @@ seconds; `--json FILE` keeps the rates, with the cores that decoding would need 
 teacher.
 
 Goal: at least 0.90 of the bound. `torchvision.models:resnet50` has random weights, which serve for
-    speed.
+speed.
 """
 
 from __future__ import annotations

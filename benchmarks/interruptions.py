@@ -6,13 +6,15 @@
 Kinds of harm:
 
     kill-change   kill -9 just before the k-th change of a file that the client makes in Python, k
-    drawn at random kill-moment   kill -9 at a random moment of the work signal        INT, TERM,
-    HUP or PIPE at a random moment of the work kill-child    kill -9, or a segmentation fault, of
-    one process that the command started (a decoder, a loader
-                  process, a dask worker, a process of flow) at a random moment; the command may
-                  continue
-    full-disk     a tmpfs of 2 to 90 % of the space that is needed; root only file-limit    no file
-    may have more than 2 to 90 % of the largest file of the result (RLIMIT_FSIZE)
+                  drawn at random
+    kill-moment   kill -9 at a random moment of the work
+    signal        INT, TERM, HUP or PIPE at a random moment of the work
+    kill-child    kill -9, or a segmentation fault, of one process that the command started (a
+                  decoder, a loader process, a dask worker, a process of flow) at a random moment;
+                  the command may continue
+    full-disk     a tmpfs of 2 to 90 % of the space that is needed; root only
+    file-limit    no file may have more than 2 to 90 % of the largest file of the result
+                  (RLIMIT_FSIZE)
 
 Kills and signals go to the client or its whole process group in turn. The undisturbed run tells
 when the client changes files; moments are drawn from the time of its work and timed from the change
@@ -22,7 +24,7 @@ After each harm, all processes of the command must be gone in ten seconds. The s
 again, must end with status 0, and its folder equal that of the undisturbed run: arrays, weights,
 predictions and copies, and no other file left behind. A trial whose command was done before the
 harm came is drawn again. Needs the demo's teacher and OpenCV (`pip install distinit[demo,flow]`).
-Exit status 0 when nothing fell.
+Exit status 0 when no trial failed.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import psutil
-from kill_and_resume import differences as differences_of_stores
+import zarr
 from measuring import machine
 from safetensors.numpy import load_file
 
@@ -114,6 +116,31 @@ axes:
 """
 
 
+def differences_of_stores(a: Path, b: Path) -> list[str]:
+    """Arrays of two stores that differ in shape or in any bit of any row."""
+    found = []
+    arrays = sorted(
+        p.parent.relative_to(a).as_posix()
+        for p in a.rglob("zarr.json")
+        if '"array"' in p.read_text()
+    )
+    others = sorted(
+        p.parent.relative_to(b).as_posix()
+        for p in b.rglob("zarr.json")
+        if '"array"' in p.read_text()
+    )
+    if arrays != others:
+        return [f"other arrays: {sorted(set(arrays) ^ set(others))}"]
+    for name in arrays:
+        x, y = (np.asarray(zarr.open_array(root / name, mode="r")[:]) for root in (a, b))
+        same = x.shape == y.shape and (
+            x.tobytes() == y.tobytes() if x.dtype.kind in "iufb" else bool((x == y).all())
+        )
+        if not same:
+            found.append(name)
+    return found
+
+
 @dataclass(frozen=True)
 class Command:
     """A command line without its --out, the name of that, and what is in its folder before it.
@@ -176,7 +203,7 @@ def tables_of(path: Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(values) for name, values in tables.items()}
 
 
-class Fell(Exception):
+class TrialFailed(Exception):
     """A trial that did not hold."""
 
 
@@ -235,7 +262,7 @@ class Started:
                 until, change = min(until, self.began + self.changes()[change - 1] + delay), 0
         if self.process.poll() is None and change is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-            raise Fell(f"no end after {LONGEST_S:g} s")
+            raise TrialFailed(f"no end after {LONGEST_S:g} s")
         self._take(0)
         return self.process.returncode
 
@@ -269,11 +296,11 @@ class Started:
         return found
 
     def end(self, seconds: float = GONE_S) -> None:
-        """Wait for the end of all its processes. Raises Fell."""
+        """Wait for the end of all its processes. Raises TrialFailed."""
         self.follow(0, seconds)
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-            raise Fell("does not end")
+            raise TrialFailed("does not end")
         until = time.monotonic() + GONE_S
         while (left := self.family()) and time.monotonic() < until:
             time.sleep(0.1)
@@ -283,10 +310,10 @@ class Started:
                 with suppress(psutil.Error):
                     words.append(" ".join(each.cmdline()[:4]))
                     each.kill()
-            raise Fell(f"outlived the command by {GONE_S:g} s: {words}")
+            raise TrialFailed(f"outlived the command by {GONE_S:g} s: {words}")
 
     def close(self) -> None:
-        """End what is left of it, after a trial that fell or came too late."""
+        """End what is left of it, after a trial that failed or came too late."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -398,7 +425,7 @@ class Workplace:
         status = started.follow()
         started.close()
         if status:
-            raise Fell(f"status {status} of {' '.join(words[:2])}: {started.last_line()}")
+            raise TrialFailed(f"status {status} of {' '.join(words[:2])}: {started.last_line()}")
         return started
 
 
@@ -442,7 +469,7 @@ class Trials:
         return folder / command.name
 
     def run(self, name: str, kind: str) -> None:
-        """One trial. Raises Fell, or TooLate."""
+        """One trial. Raises TrialFailed, or TooLate."""
         whole, command = self.whole(name), self.commands[name]
         self.number += 1
         folder = self.place.root / f"trial{self.number}"
@@ -465,14 +492,14 @@ class Trials:
             try:
                 getattr(self, "_" + kind.replace("-", "_"))(name, started)
                 if concurrent and concurrent.follow():
-                    raise Fell(f"the concurrent command: {concurrent.last_line()}")
+                    raise TrialFailed(f"the concurrent command: {concurrent.last_line()}")
                 if kind == "full-disk":
                     subprocess.run(["mount", "-o", "remount,size=90%", str(folder)], check=True)
                 self.place.make(command.words, out)
                 if found := differences(whole.parent, folder):
-                    raise Fell(f"different: {', '.join(found[:4])}")
-            except Fell as fell:
-                raise Fell(f"{fell} (after: {started.last_line()})") from None
+                    raise TrialFailed(f"different: {', '.join(found[:4])}")
+            except TrialFailed as failed:
+                raise TrialFailed(f"{failed} (after: {started.last_line()})") from None
             finally:
                 for each in filter(None, (started, concurrent)):
                     each.close()
@@ -509,17 +536,19 @@ class Trials:
         status = started.follow()
         started.end()
         if status not in (0, 1):
-            raise Fell(f"status {status} after the death of a child")
+            raise TrialFailed(f"status {status} after the death of a child")
 
     def _full_disk(self, name: str, started: Started) -> None:
         status = started.follow()
         started.end()
         if status == 0:
             if found := differences(self.whole(name).parent, started.folder):
-                raise Fell(f"status 0 where a file could not be written: {', '.join(found[:4])}")
+                raise TrialFailed(
+                    f"status 0 where a file could not be written: {', '.join(found[:4])}"
+                )
             raise TooLate
         if status != 1 or "Traceback" in started.said():
-            raise Fell(f"status {status} where a file could not be written")
+            raise TrialFailed(f"status {status} where a file could not be written")
 
     def _file_limit(self, name: str, started: Started) -> None:
         limit = int(_size(self.whole(name), biggest=True) * self.random.uniform(0.02, 0.9))
@@ -539,7 +568,7 @@ class Trials:
 
 
 def main() -> int:
-    """Exit status 0 when nothing fell."""
+    """Exit status 0 when no trial failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -558,7 +587,7 @@ def main() -> int:
         args.kinds = [kind for kind in args.kinds if kind != "full-disk"]
     began = time.monotonic()
     tried, equal, late = Counter[tuple[str, str]](), Counter[tuple[str, str]](), 0
-    fell: list[str] = []
+    failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="distinit-interrupt-") as root:
         trials = Trials(Workplace(Path(root).resolve(), args.clips), args.seed)
         names = args.commands or list(trials.commands)
@@ -575,9 +604,9 @@ def main() -> int:
                 except TooLate:
                     late += 1
                     continue
-                except (Fell, OSError) as error:
-                    fell.append(f"{name}, {kind}: {error}")
-                    print(f"{time.strftime('%H:%M:%S')} FELL: {fell[-1]}", flush=True)
+                except (TrialFailed, OSError) as error:
+                    failed.append(f"{name}, {kind}: {error}")
+                    print(f"{time.strftime('%H:%M:%S')} FAILED: {failed[-1]}", flush=True)
                 tried[name, kind] += 1
                 break
     print(
@@ -589,10 +618,10 @@ def main() -> int:
             f"{name:18}"
             + "".join(f"{f'{tried[name, k]} / {equal[name, k]}':>14}" for k in args.kinds)
         )
-    print(f"fell: {len(fell)}")
-    for line in fell:
+    print(f"failed: {len(failed)}")
+    for line in failed:
         print(f"  {line}")
-    return bool(fell)
+    return bool(failed)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ linear teacher of 1000 classes, and read 8-frame clips from the videos and from 
 `size` makes stores of 10^3 and 10^6 videos whose paths all lead to a few of the folder's videos.
 Processor time unless noted; contenders take turns.
 Goals: targets under 3 % of the bare decode; memory that neither grows nor depends on the number of
-    videos.
+videos.
 """
 
 from __future__ import annotations

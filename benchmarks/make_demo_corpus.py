@@ -3,8 +3,8 @@
     python benchmarks/make_demo_corpus.py FOLDER [--train 11] [--test 5]
 
 FOLDER holds `labels.csv` with columns path, label, source, split1, split2, split3 (clips of one
-`source` stand on one side only; every clip is tested in one split). The demo uses split1, the
-smallest proof all three. Of each class and side of split1 the clips whose path has the smallest
+`source` stand on one side only; every clip is tested in one split). The demo uses split1.
+Of each class and side of split1 the clips whose path has the smallest
 SHA-256 are taken: a fixed choice that nobody made by looking at clips or results. Copies have a
 short side of 128 and keep every frame.
 """

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+
+from distinit.pipeline.common.errors import VideoError
+from distinit.pipeline.video.decoder import VideoReader
+from distinit.pipeline.video.geometry import View
 
 
 def machine() -> str:
@@ -61,11 +67,20 @@ def processor_seconds() -> float:
     return total
 
 
+def pictures(paths: Sequence[str], size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Yield frames of `size` (height, width) of one file after the other, without end."""
+    for path in itertools.cycle(paths):
+        with contextlib.suppress(VideoError), VideoReader(path) as reader:
+            renderer = reader.info.renderer()
+            for _, _, frame in reader.decode_plain():
+                yield renderer.render(frame, View(resize=size))
+
+
 def video_columns(paths: Sequence[str], rows: int, *, seed: int) -> dict[str, Any]:
     """Return the video table of a store for synthetic videos of 10 s.
 
     Args:
-        videos: Number of videos.
+        paths: Path of each video in its corpus.
         rows: Cached frames per video.
         seed: Seed of their digests.
     """

@@ -17,15 +17,14 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from measuring import pictures
 
-from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.corpus.sources import list_videos
-from distinit.pipeline.prepared import frame_map as frame_map
-from distinit.pipeline.prepared import make_copy as prepare
+from distinit.pipeline.prepared import frame_map, make_copy
 from distinit.pipeline.prepared.copies import read_copy
 from distinit.pipeline.video import frames as clips
 from distinit.pipeline.video.decoder import VideoReader
@@ -43,18 +42,6 @@ CABAC = {"codec": "libx264", "gop": 12, "bframes": 0, "crf": 20}
 MJPEG = {"codec": "mjpeg", "pix_fmt": "yuvj420p"}
 
 
-def pictures(files: list[str]) -> Iterator[np.ndarray]:
-    """Frames of 256x340 of one file after the other, without end."""
-    for path in itertools.cycle(files):
-        try:
-            with VideoReader(path) as reader:
-                renderer = reader.info.renderer()
-                for _, _, frame in reader.decode_plain():
-                    yield renderer.render(frame, ORIGINAL)
-        except VideoError:
-            continue
-
-
 def variant(source: str, target: str, encoder: dict[str, object], extra: dict[str, object]) -> None:
     """Make a copy with a frame map in another encoding."""
     with VideoReader(source) as reader:
@@ -62,7 +49,7 @@ def variant(source: str, target: str, encoder: dict[str, object], extra: dict[st
         height, width = 128, 171
         view = View(resize=(height, width))
         frames = (
-            prepare._even(renderer.render(frame, view)) for _, _, frame in reader.decode_plain()
+            make_copy._even(renderer.render(frame, view)) for _, _, frame in reader.decode_plain()
         )
         write_video(
             target,
@@ -72,7 +59,7 @@ def variant(source: str, target: str, encoder: dict[str, object], extra: dict[st
             **encoder,
         )
         n = len(timeline)
-    offset, key, crc, codec, extradata = prepare._packets(target)
+    offset, key, crc, codec, extradata = make_copy._packets(target)
     record = frame_map.SourceRecord(
         "", 0, 0, n, info.width, info.height, timeline.time_base, timeline.clock
     )
@@ -87,10 +74,10 @@ def build(
     folder: Path, files: list[str], videos: int, seconds: float
 ) -> dict[str, tuple[Read, list[str]]]:
     """Contender → how to read it, and its files, as many for each."""
-    source = pictures(files)
+    source = pictures(files, (256, 340))
     found: dict[str, tuple[Read, list[str]]] = {}
-    named = {f"copy, GOP {gop}": prepare.CopyOptions(gop=gop) for gop in (1, 8, 12, 16)}
-    named["copy, GOP 12, short side 128"] = prepare.CopyOptions(short_side=128)
+    named = {f"copy, GOP {gop}": make_copy.CopyOptions(gop=gop) for gop in (1, 8, 12, 16)}
+    named["copy, GOP 12, short side 128"] = make_copy.CopyOptions(short_side=128)
     for number in range(videos):
         frames = list(itertools.islice(source, int(seconds * 30)))
         for gop in (250, 12):
@@ -100,7 +87,7 @@ def build(
         original = os.fspath(folder / f"{number}-250.mp4")
         for name, options in named.items():
             path = os.fspath(folder / f"{number}-{name.replace(' ', '')}.mp4")
-            prepare.make_copy(original, path + ".part", path, options)
+            make_copy.make_copy(original, path + ".part", path, options)
             found.setdefault(name, (read_copy, []))[1].append(path)
         for name, encoder, extra in (
             ("copy, CABAC and deblocking", CABAC, {}),

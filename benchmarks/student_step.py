@@ -47,7 +47,7 @@ KINDS = (
 
 
 class Step:
-    """One student and a batch that is there."""
+    """One student and a fixed batch."""
 
     def __init__(self, args: argparse.Namespace, width: float, batch: int, **settings: Any) -> None:
         self.threads = settings.pop("threads", torch.get_num_threads())

@@ -7,8 +7,7 @@ beyond what `entropy_tolerance` grants to rounding at first order (its constant 
 On logits from nearly certain to nearly uniform, of 2 to 20 000 classes, and on those of the videos.
 `--deep`: how far the logits of the same frames are off in another batch size and in bf16, and those
 of the next frame: root mean square over the classes, in standard deviations of the row; medians and
-extremes
-    over rows.
+extremes over rows.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python benchmarks/two_checkouts.py ../before . --videos /data/clips --rounds 5
 
 Every command runs in a process of its own in both checkouts, in turn, on the same inputs; printed
-are the medians and the median of the ratios round by round (second over first).  `{out}` is a fresh
-folder per run, `{store}` and `{student}` are made once by the first checkout. Commands that only
-one of them has are skipped and named.
+are the medians and the median of the ratios round by round (second over first). `{out}` is a fresh
+folder per run, `{store}` is made once by the first checkout. A command that one of them lacks ends
+the run.
 """
 
 from __future__ import annotations

@@ -11,10 +11,13 @@ left where the decoder puts them; `torchcodec` gives RGB on the device, PyAV fra
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import av
 import torch

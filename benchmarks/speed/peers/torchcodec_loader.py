@@ -11,7 +11,7 @@ from torchcodec.decoders import VideoDecoder
 
 
 class Videos(Dataset):
-    """Prepared pictures of every Nth frame; the prediction of a file that fails is left out."""
+    """Prepared pictures of every Nth frame; None for a file that fails."""
 
     def __init__(self, paths: list[str], every: int, teacher: Teacher) -> None:
         self.paths, self.every, self.prepare = paths, every, teacher.prepare
