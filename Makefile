@@ -39,7 +39,7 @@ test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal \
 		-m "not slow and not cluster and not network and not gpu" $(TESTS)
 
-# Decoding, Zarr, torch, dask and click; what else there is depends on no version.
+# The tests that depend on versions of libraries: of decoding, Zarr, torch, dask and click.
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=.venv-oldest CONSTRAINTS=tests/oldest.txt MINORS="11 12 13 14" versions test \
 		TESTS="tests/pipeline/video tests/pipeline/prepared tests/pipeline/store tests/stages/test_extract_cluster.py \

@@ -176,8 +176,9 @@ def common_params() -> list[click.Parameter]:
         click.Option(
             ["--preset"],
             metavar="NAME",
-            help="a preset that ships: demo, small, paper; of train-student also paper-32, flow, "
-            "transformer; of finetune also transformer, hmdb51, ucf101, scratch",
+            help="a preset that ships: demo, small, paper; of extract-targets and train-student also "
+            "paper-32, flow; of train-student and finetune also transformer; of finetune also hmdb51, "
+            "ucf101, scratch",
         ),
         click.Option(
             ["--config", "file"],
@@ -299,7 +300,9 @@ def _group() -> StageGroup:
     for name, command in TARGETS.items():
         targets.add_command(StageCommand(name, command, f"targets-{name}"))
     for name, command in COMMANDS.items():
-        if name == "train-student":  # where a store is looked into: once it is there
+        if (
+            name == "train-student"
+        ):  # `targets` reads a store: listed after the command that makes one
             group.add_command(targets)
         group.add_command(StageCommand(name, command, name))
     return group
@@ -331,7 +334,7 @@ def _console(given: Mapping[str, Any]) -> Iterator[Console]:
 
 
 def require_system() -> None:
-    """DistInitError where the system lacks what every command rests on."""
+    """Raise DistInitError if the system lacks what every command requires."""
     missing = [name for name in ("fcntl", "resource") if importlib.util.find_spec(name) is None]
     if missing:
         raise DistInitError(
@@ -384,9 +387,8 @@ def _run(group: click.Group, argv: Sequence[str], resume_hints: Mapping[str, str
         _leave(1)
     except Exception as error:
         if getattr(error, "shared", False) and os.environ.get("RANK", "0") != "0":
-            _leave(
-                explain(error)[1]
-            )  # one of several processes with the same error, which rank 0 tells
+            # All processes have the same error, and rank 0 reports it.
+            _leave(explain(error)[1])
         _fail(*explain(error), debug)
 
 

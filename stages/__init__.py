@@ -112,12 +112,11 @@ continues an interrupted run; DIR/status.csv has a line per video.""",
     ),
     "extract-targets": Command(
         short="Stage one: run teachers over videos, once.",
-        help="""Stage one: run frozen teachers over unlabelled videos, once, and store their logits.
+        help="""Stage one: run frozen teachers over unlabelled videos, once, and store their outputs.
 
 A SOURCE is a folder, a quoted glob, a video, a text list (list.txt or @list.txt) or a csv with
-a column `path`; NAME=SOURCE names the corpus. The same command continues an
-interrupted run.
-A video that cannot be read gets a status and a reason, and the others are done.""",
+a column `path`; NAME=SOURCE names the corpus. The same command continues an interrupted run. A
+video that cannot be read gets a status and a reason, and the others are done.""",
         examples=(
             "distinit extract-targets clips/ --out targets.zarr --teacher resnet50",
             "distinit extract-targets k400=/data/kinetics @more.txt --out t.zarr "
@@ -211,7 +210,7 @@ feature per clip. Exits with 1 where a video cannot be read; its row is NaN and 
         help="""A student for use elsewhere: as ONNX, torch.export or TorchScript, which take uint8 clips and
 need no distinit, or as a folder for the Hugging Face hub with a model card.
 
-The exported file is run on a probe clip and compared with the student; the largest difference is
+The exported file is run on random clips and compared with the student; the largest difference is
 printed, and recorded in PATH.json (hub: config.json) with classes, clip and outputs.""",
         examples=(
             "distinit export runs/ours --to onnx --out ours.onnx",
@@ -272,7 +271,7 @@ the videos that failed. A video that is not here is shown as missing.""",
         ),
     ),
     "probe": Command(
-        help="""What can cached targets teach? A linear probe of each teacher's on your labels.
+        help="""What can cached targets teach? A linear probe of each teacher's targets on your labels.
 
 Targets are averaged over a video and given to a logistic regression; folds keep the videos of
 one source together. Takes seconds, opens no video, and reports plainly when a teacher cannot

@@ -47,7 +47,8 @@ CONFIG_JSON, CARD = "config.json", "README.md"
 def export(config: GraphConfig, console: Console) -> dict[str, Any]:
     """Write a student in another form, and compare what was written with the student.
 
-    The exported file is run on a probe clip; nothing is left at `out` where it differs.
+    The exported file is run on random clips; where it differs nothing is left at `out`, but for the
+    model file of `hub`.
 
     Returns:
         Paths, and the largest difference of any output from the student's.

@@ -418,7 +418,7 @@ def _train(
         ranks=ranks,
     )
     if result.broken and ranks.is_main:
-        console.warn(result.unread())
+        console.warn(result.describe_unreadable())
     return result
 
 

@@ -42,10 +42,13 @@ _AHEAD = 256  # copies, finished or read, that may wait for one long video liste
 
 
 def prepare(config: PrepareConfig, console: Console) -> dict[str, Any]:
-    """Copy what is not copied yet; returns what the folder holds of these sources afterwards.
+    """Copy what is not copied yet; return what the folder holds of these sources afterwards.
 
-    Running it again goes on where it was stopped; a source that has changed is copied anew. Raises
-    SourceError, and UsageError where `out` holds copies made with other options.
+    Running it again continues where it stopped; a source that has changed is copied again.
+
+    Raises:
+        SourceError: A source names nothing.
+        UsageError: `out` holds copies made with other options.
     """
     check_local(config.out)
     if config.flow:
@@ -73,7 +76,9 @@ def _list(config: PrepareConfig, console: Console) -> VideoList:
         i for i in range(len(videos)) if not os.path.realpath(videos.absolute(i)).startswith(own)
     ]
     if len(kept) < len(videos):
-        console.say(f"{len(videos) - len(kept)} videos lie in {config.out} itself and are left out")
+        console.say(
+            f"{len(videos) - len(kept)} videos are located in {config.out} itself and are left out"
+        )
         videos = VideoList(
             videos.corpora, videos.corpus[kept], [videos.paths[i] for i in kept], videos.ignored
         )
@@ -190,7 +195,7 @@ def _plan(
 
     keys = _keys(videos)
     readers = ThreadPoolExecutor(cores())
-    with readers, console.progress("reading what is there", len(videos), "videos") as bar:
+    with readers, console.progress("checking existing copies", len(videos), "videos") as bar:
         for first in range(0, len(videos), _AHEAD):
             some = range(first, min(first + _AHEAD, len(videos)))
             for i, (row, proved) in zip(some, readers.map(look, some), strict=True):

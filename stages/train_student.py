@@ -100,7 +100,7 @@ class _Parts:
 
 
 def train_student(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """Trains a student, exports RUN/student.safetensors, and says how it went.
+    """Train a student, export RUN/student.safetensors, and return a summary.
 
     With `loop.gpus` above 1, or under torchrun, in several processes that train one student.
 
@@ -126,7 +126,7 @@ def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
     options = config.loop.for_videos(len(parts.train.sampler.videos))
     clips = options.total_steps * options.step_clips
     announce(student, parts.train, options, clips, SINGLE_PROCESS, rate)
-    return dry_run(config, store, parts.train, student)
+    return dry_run(config, parts.train, student)
 
 
 def _train(config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _train_locked(
 
     def finish() -> dict[str, Any]:
         if result.broken:
-            console.warn(result.unread())
+            console.warn(result.describe_unreadable())
         exported = _export(config, store, student, parts.train.sampler.targets, objective, run_dir)
         summary = _summary(config, parts, result, exported) | _explained(
             bounds, result, teachers, config.export, console
@@ -308,9 +308,7 @@ def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
     """
     names = store.target_names(config.targets.teachers)
     if not names:
-        raise StoreError(
-            f"{store.name} holds no teacher's logits; run distinit extract-targets first"
-        )
+        raise StoreError(f"{store.name} has no teachers; run distinit extract-targets first")
     names = tuple(name for name in store.teachers if name in names)
     by_teacher = {
         f"targets.{key}": getattr(config.targets, key)

@@ -19,7 +19,7 @@ from ..video.container import digest
 class VideoFile(NamedTuple):
     """A file to read clips from: a video, the copy of one, or its flow.
 
-    original: of a copy or of flow, where the video itself may lie; compared if it is there.
+    original: of a copy or of flow, where the video itself may be located; compared if it exists.
     """
 
     path: str

@@ -1,6 +1,6 @@
 """From frames to the input of a video model: crop, mirror, normalise.
 
-The only module of this package that imports torch.
+No module of this package but this one and `read` imports torch.
 
 Shapes: B clips, C channels, T frames, H W pixels.
 """
@@ -26,7 +26,7 @@ def crop_and_flip(images: np.ndarray, top: int, left: int, size: int, flip: bool
 
 
 def center_crop(images: np.ndarray, size: int) -> torch.Tensor:
-    """Crop uint8 [T, H, W, 3] to uint8 [3, T, size, size] at the centre.
+    """Crop uint8 [T, H, W, C] to uint8 [C, T, size, size] at the centre.
 
     The offset is rounded as torchvision does.
     """

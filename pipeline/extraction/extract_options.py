@@ -1,4 +1,4 @@
-"""What `distinit extract-targets` can be told. Free of torch."""
+"""Options of `distinit extract-targets`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ TEACHERS = CliOption(
 
 
 class ExtractConfig(ClusterOptions, DecodingOptions):
-    """Everything `distinit extract-targets` can be told."""
+    """Options of `distinit extract-targets`."""
 
     sources: Annotated[list[str], CliOption("SOURCE")] = []
     out: Annotated[Path, CliOption(group="Output", metavar="STORE")] = Field(
@@ -109,8 +109,8 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
     )
     accept_teachers: Annotated[list[str], CliOption("--accept-teacher", "Teacher", "NAME")] = Field(
         [],
-        description="take a teacher for that of a store of version 0.1 although no video is left to "
-        "check it by; repeatable",
+        description="accept a teacher as that of a store of version 0.1 although no video is left to "
+        "check it with; repeatable",
     )
     retries: Annotated[int, CliOption(group="Hardware", metavar="N")] = Field(
         2, ge=0, description="attempts at a failed shard after the first"

@@ -77,14 +77,14 @@ def plan_retries(
         else:
             stretches.append(_again(index, s))
     plan.writer.add_segments(stretches)
-    # Stretches that lack the same teachers share shards: of a shard a teacher's rows are all
+    # Segments that lack the same teachers share shards: of a shard a teacher's rows are all
     # copied, or all computed.
     lacking = {s: _lacking(index, s, teachers) for s in ready}
     for _, group in groupby(sorted(ready, key=lambda s: (lacking[s], s)), key=lambda s: lacking[s]):
         plan.writer.add_segments([_again(index, s) for s in group])
     _fail(plan, [s for s in without if index.video[s] in mixed and index.reason[s] != MIXED], run)
     tried = len(fresh) + len(ready)
-    log.info(f"{tried} failed stretches are tried again")
+    log.info(f"{tried} failed segments are tried again")
     if left := len(without) + len(partly) - tried:
         log.info(
             f"{left} are left as they are: their files cannot be read, or are not those that are stored"

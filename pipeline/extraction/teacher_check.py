@@ -143,7 +143,7 @@ def _replay_sample(plan: StorePlan, replay: Replay, pool: DecodePool, view: int)
                 f"(`distinit targets verify --frames` compares the frames of all)"
             )
         if unusable:
-            why = f"{len(first) - used} of its videos cannot be used, as {path}: {unusable}"
+            why = f"{len(first) - used} of its videos cannot be used, such as {path}: {unusable}"
         else:
             used += 1
         if used == VIDEOS:
@@ -186,4 +186,4 @@ def _replay_segment(
         if not differs:
             rerun.feed(event.images[view], rows[at], segment)
             done = at.stop
-    return "other frames are read of it than are stored" if differs or done < len(rows) else None
+    return "other frames are read from it than are stored" if differs or done < len(rows) else None

@@ -82,7 +82,7 @@ def make_flow(
     options: FlowOptions,
     progress: Callable[[], None] | None = None,
 ) -> FlowMap:
-    """Write the optical flow of `source` as `make_copy` writes its copy; see `flowfile`."""
+    """Write the optical flow of `source` as `make_copy` writes its copy; see `flow_files`."""
     return _make(
         source,
         part,

@@ -1,4 +1,4 @@
-"""What `distinit prepare` can be told, and what copies and flow files are like."""
+"""Options of `distinit prepare`, and what copies and flow files are like."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class FlowOptions(Options):
 
 
 class PrepareConfig(DecodingOptions):
-    """Everything that `distinit prepare` can be told."""
+    """Options of `distinit prepare`."""
 
     sources: Annotated[list[str], CliOption("SOURCE")] = Field(min_length=1)
     out: Annotated[Path, CliOption(group="Output", metavar="DIR")] = Field(

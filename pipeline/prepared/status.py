@@ -159,7 +159,7 @@ def summary(out: Path, videos: int, new: int, seconds: float, tally: Tally) -> d
         shown = f"{factor:.1f} times smaller" if factor >= 1 else f"{1 / factor:.1f} times larger"
         log.info(
             f"{tally.ok} done, {tally.copy_bytes / 1e6:.1f} MB for {tally.source_bytes / 1e6:.1f} MB of sources "
-            f"({shown}, {tally.copy_bytes / max(tally.seconds, 1e-9) / 1e3:.1f} kB a second)"
+            f"({shown}, {tally.copy_bytes / max(tally.seconds, 1e-9) / 1e3:.1f} kB per second)"
         )
     if "psnr" in result and "ssim" in result:
         log.info(

@@ -219,6 +219,6 @@ def _three(spec: TeacherSpec, key: str) -> tuple[float, ...]:
         least = "above 0" if key == "std" else "0"
         raise TeacherError(
             f"teacher {spec.name!r}: option {key} is {text!r}, allowed: one or three numbers a,b,c from {least} to 1, "
-            f"for pixels in 0–1; of pixels in 0–255 divide them by 255"
+            f"for pixels in 0–1; divide values for pixels in 0–255 by 255"
         )
     return numbers

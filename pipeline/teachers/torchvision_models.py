@@ -85,8 +85,8 @@ def torchvision_model(
 def resnet50_places365(spec: TeacherSpec) -> LoadedModel:
     """ResNet-50 on Places365 from CSAILVision's checkpoint: a file, or one in torch hub's cache.
 
-    Class names come from `categories_places365.txt` beside the checkpoint, else from the list here.
-    Validation there: short side 256, centre crop 224.
+    Class names come from `categories_places365.txt` next to the checkpoint, else from the list
+    here. Validation there: short side 256, centre crop 224.
 
     Raises:
         WeightsError: no checkpoint (it is never downloaded), or one that does not fit.
