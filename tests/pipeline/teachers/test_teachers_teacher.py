@@ -366,7 +366,7 @@ def test_factories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (
             "efficientnet_lite0",
             {"mean": "123.675,116.28,103.53"},
-            "pixels in 0–1; of pixels in 0–255 divide them by",
+            "pixels in 0–1; divide values for pixels in 0–255",
         ),
         (
             "efficientnet_lite0",
