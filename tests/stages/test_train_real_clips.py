@@ -75,7 +75,7 @@ def test_16_real_clips_are_learned_by_heart(clips: StudentClips, tmp_path: Path)
     student = build_student(StudentOptions(width=0.125), {TEACHER: 1000})
     objective = Distillation((TEACHER,))
     options = LoopOptions(
-        batch_size=16, epochs=75, epoch_clips=16, lr=0.3, step_epochs=60, warmup_epochs=5, clip_norm=5, workers=0,
+        batch_size=16, epochs=48, epoch_clips=16, lr=0.3, step_epochs=40, warmup_epochs=4, clip_norm=5, workers=0,
         device="cpu", checkpoint_every=1000,
     )  # fmt: skip
 
