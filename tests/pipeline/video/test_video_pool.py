@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from distinit.pipeline.common.errors import VideoError
+from distinit.pipeline.common.errors import DecoderError, VideoError
 from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.geometry import Renderer, View
+from distinit.pipeline.video.pool import decode_pool, process
 from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool, Done, Failed
 from distinit.pipeline.video.probe import probe
 from distinit.pipeline.video.sampling import Sampling
@@ -115,6 +117,36 @@ def test_a_killed_child_costs_nothing(long_video: str, after: int) -> None:
             events.append(event)
         assert isinstance(events[-1], Done)
     assert rows[0] == expected(long_video, Sampling(every=1))
+
+
+@pytest.mark.slow
+def test_a_killed_fork_server_costs_nothing(long_video: str) -> None:
+    """Its children end with it, and the videos are decoded by those of another."""
+    rows: Rows = {}
+    killed = 0
+    with pool(processes=2) as decoders:
+        jobs = [DecodeJob(key, long_video, Sampling(every=1)) for key in range(2)]
+        events = []
+        for event in collect(decoders.stream(jobs), rows):
+            if not killed:
+                killed = psutil.Process(decoders.pids[0]).ppid()
+                os.kill(killed, signal.SIGKILL)
+            events.append(event)
+        assert killed not in (os.getpid(), psutil.Process(decoders.pids[0]).ppid())
+    assert not [event for event in events if isinstance(event, Failed)]
+    assert rows[0] == rows[1] == expected(long_video, Sampling(every=1))
+
+
+def test_a_fork_server_that_cannot_start_is_no_fault_of_a_video(
+    long_video: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_SERVER", "distinit.nothing")
+    monkeypatch.setattr(decode_pool, "ForkServerProcess", process.ForkServerProcess)
+    with (
+        pool() as decoders,
+        pytest.raises(DecoderError, match=r"cannot start: .*distinit\.nothing"),
+    ):
+        list(decoders.probe([long_video]))
 
 
 @pytest.mark.slow
