@@ -162,14 +162,14 @@ def drip_of_headers(handler: BaseHTTPRequestHandler) -> None:
 
 
 def silence(handler: BaseHTTPRequestHandler) -> None:
-    handler.server.state.stop.wait(30)  # type: ignore[attr-defined]
+    handler.server.state.stop.wait(90)  # type: ignore[attr-defined]
 
 
 def silence_after_a_byte(handler: BaseHTTPRequestHandler) -> None:
     handler.send_response(200)
     handler.end_headers()
     handler.wfile.write(b"{")
-    handler.server.state.stop.wait(30)  # type: ignore[attr-defined]
+    handler.server.state.stop.wait(90)  # type: ignore[attr-defined]
 
 
 def redirect(to: str) -> Trick:
@@ -242,7 +242,7 @@ def test_a_slow_or_silent_server_ends_in_an_error(make_store: Callable[..., Any]
 
     def read(kind: str, trick: Trick) -> None:
         with serve(root.parent) as server:
-            refused(server, trick, kind)
+            refused(server, trick, kind, within=60)
 
     kinds = ["zarr.json", "videos/path/c/0", "teachers/t/logits/c/0/0"]
     tricks = [drip, drip_of_headers, silence, silence_after_a_byte]
