@@ -23,8 +23,9 @@ def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
 
     Raises:
         SourceError: Of the sources.
-        TeacherError: Of a teacher, or WeightsError of its weights.
-        StoreError: Of the store, or StoreMismatchError where the store holds something else.
+        TeacherError: A teacher cannot be loaded or run; WeightsError for its weights.
+        StoreError: The store cannot be opened or written; StoreMismatchError if it holds something
+            else.
         DeviceError: This machine has no such device.
     """
     check_local(config.out)

@@ -139,9 +139,8 @@ def read_clips(
     with at(file.path):
         read = _READERS[file.kind](file.path, distinct, view.frame_view())
     indices = torch.from_numpy(place.reshape(frames.shape))
-    taken = torch.stack(
-        [cut[:, indices] for cut in view.cuts(read.images, crops)], dim=2
-    )  # [3, N, crops, L, H, W]
+    # [3, N, crops, L, H, W].
+    taken = torch.stack([cut[:, indices] for cut in view.cuts(read.images, crops)], dim=2)
     made = torch.stack([of_channels(clip, channels) for clip in taken.flatten(1, 2).unbind(1)])
     return Clips(made.contiguous(), len(distinct), read.repeated)
 

@@ -1,8 +1,8 @@
 """Extraction on dask.distributed: a task is a shard, workers stage files, the client alone commits.
 
-Teachers and decode processes are set up once a worker and stay. What a worker returns is small:
-names and digests of the files it staged inside the store, which therefore must lie on a file system
-that all see.
+Teachers and decode processes are set up once per worker and stay. What a worker returns is small:
+names and digests of the files it staged inside the store, which therefore must be on a file system
+that all of them see.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ QUEUED = 32  # tasks at least, whatever the workers: a cluster that adapts grows
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """All that a worker needs to know beside its task; equal setups share teachers and decoders."""
+    """All that a worker needs to know in addition to its task.
+
+    Equal setups share teachers and decoders.
+    """
 
     root: str
     specs: tuple[str, ...]  # TeacherSpec as JSON
@@ -98,9 +101,8 @@ class _Worker:
     """What a worker process keeps between shards: teachers and decoders of its latest setup."""
 
     def __init__(self) -> None:
-        self.busy = (
-            threading.Lock()
-        )  # a worker of several threads fills one shard at a time all the same
+        # A worker of several threads fills one shard at a time all the same.
+        self.busy = threading.Lock()
         self.setup: WorkerSetup | None = None
         self.filler: ShardFiller | None = None
         self.open = ExitStack()
@@ -124,9 +126,8 @@ def fill_shard(setup: WorkerSetup, task: ShardTask) -> ShardResult:
         try:
             (result,) = _WORKER.filler_of(setup).fill([task])
         except BaseException as error:
-            clear_frames(
-                error.__traceback__
-            )  # dask keeps the error: its frames would hold what the next try needs
+            # Dask keeps the error: its frames would hold what the next try needs.
+            clear_frames(error.__traceback__)
             raise
     return result
 

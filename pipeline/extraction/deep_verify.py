@@ -55,7 +55,7 @@ def deep_check(
         weights: Teacher in the store → its weights file, which is also that of other outputs of
             its model that are not named.
         allow_teachers: Teachers whose code may run and whose weights may be downloaded although the
-            store names them (`load_recorded`).
+            store names them (`load_spec`).
         device: Where teachers run.
 
     Raises:
@@ -158,7 +158,9 @@ def _load(
     device: torch.device,
     findings: list[Finding],
 ) -> list[list[Replay]]:
-    """Load a model on this machine: return its outputs; of one each if it is refused for all.
+    """Load a model and return its outputs as one group.
+
+    Load each output by itself if all together are refused.
 
     findings: receives teachers that cannot be loaded, or are others than those of the store.
     """

@@ -60,11 +60,11 @@ def dry_run(
     ).tolist()
     asked = config.sampling or Sampling()
     options = [asked, *(s for s in _others() if s != asked)]
-    teacher_s = sum(_seconds_a_row(t, config.batch_size) for t in teachers)
+    teacher_s = sum(_seconds_per_row(t, config.batch_size) for t in teachers)
     outputs = outputs_of(teachers)
     # A forward pass gives several outputs: each one's time is that of its own passes.
     seconds_of = {
-        name: _seconds_a_row(of.teacher, config.batch_size, of.key)
+        name: _seconds_per_row(of.teacher, config.batch_size, of.key)
         if len(outputs) > 1
         else teacher_s
         for name, of in outputs.items()
@@ -149,7 +149,7 @@ def announce(
     # A worker runs one batch at once, since workers share the cores of a machine.
     on_workers = config.workers is not None or config.scheduler is not None
     at_most = 1 if on_workers else None
-    teacher_s = sum(_seconds_a_row(t, config.batch_size, at_most=at_most) for t in teachers)
+    teacher_s = sum(_seconds_per_row(t, config.batch_size, at_most=at_most) for t in teachers)
     seconds = (sum if device.type == "cpu" else max)([decode_s, teacher_s]) * rows
     hours = seconds / 3600 / workers
     sizes = _row_bytes(outputs_of(teachers), config).values()
@@ -171,7 +171,7 @@ def _others() -> list[Sampling]:
     return [Sampling(every=1), Sampling(every=4), Sampling(every=None, keyframes=True)]
 
 
-def _seconds_a_row(
+def _seconds_per_row(
     teacher: Teacher, batch_size: int, key: str | None = None, *, at_most: int | None = None
 ) -> float:
     """Return the seconds of all outputs of a frame, or of one alone.

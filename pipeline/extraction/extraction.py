@@ -77,8 +77,9 @@ def extract(
         console: Prints the messages and the progress.
 
     Raises:
-        TeacherError: Of a teacher, or WeightsError of its weights.
-        StoreError: Of the store, or StoreMismatchError where the store holds something else.
+        TeacherError: A teacher cannot be loaded or run; WeightsError for its weights.
+        StoreError: The store cannot be opened or written; StoreMismatchError if it holds something
+            else.
         DeviceError: This machine has no such device.
     """
     record = config_next_to(config.out)
@@ -156,13 +157,13 @@ def extract(
         if config.workers is not None:
             client = stack.enter_context(cluster(config.workers, None))
         fill = (
-            _there(config, writer, teachers, run, engines, client)
+            _cluster_fill(config, writer, teachers, run, engines, client)
             if client is not None
-            else stack.enter_context(_here(config, writer, teachers, pool, views, device))
+            else stack.enter_context(_local_fill(config, writer, teachers, pool, views, device))
         )
         done, idle = 0, True
-        # What failed before may fail again; and where others were stored, a killed run's last ones
-        # may.
+        # With --retry-failed, videos that failed before may all fail again. Where rows are stored
+        # already, the last videos of a run that was killed may all fail.
         watch = SameFailure(0 if config.retry_failed else config.max_failures)
         all_of_fewer = not (writer.index.state == OK).any()
         while shards := open_tasks(plan, list(teachers)):
@@ -205,7 +206,7 @@ Fill = Callable[[Iterator[ShardTask], Callable[[int], Any]], Iterator[ShardResul
 
 
 @contextmanager
-def _here(
+def _local_fill(
     config: ExtractConfig,
     writer: StoreWriter,
     teachers: dict[str, TeacherOutput],
@@ -213,7 +214,7 @@ def _here(
     views: list[View],
     device: torch.device,
 ) -> Iterator[Fill]:
-    """Shards are filled in this process."""
+    """Yield a function that fills shards in this process."""
 
     def fill(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
         sampling = Sampling.model_validate(writer.attributes["sampling"])
@@ -233,7 +234,7 @@ def _here(
         yield fill
 
 
-def _there(
+def _cluster_fill(
     config: ExtractConfig,
     writer: StoreWriter,
     teachers: dict[str, TeacherOutput],
@@ -241,7 +242,7 @@ def _there(
     engines: dict[str, str],
     client: Client,
 ) -> Fill:
-    """Shards are filled by the workers of a dask cluster."""
+    """Return a function that fills shards on the workers of a dask cluster."""
     from .cluster import WorkerSetup, run_shards
 
     def fill(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
@@ -267,7 +268,8 @@ def _run_shards(
 ) -> int:
     """Do one pass over open shards; return the rows done.
 
-    Each is committed as soon as it is whole, the first ones once one is not like the others.
+    Each is committed as soon as it is complete; the first ones are held back until one video does
+    not fail for the same reason as the others.
     """
     index = plan.writer.index
     bound = int(index.bound[np.isin(index.shard, shards)].sum())
@@ -305,7 +307,7 @@ def _reason(result: ShardResult, segment: int) -> str | None:
 
 
 def _share(config: ExtractConfig, listed: VideoList, console: Console) -> VideoList:
-    """Those of the listed videos that are this run's part."""
+    """Return the listed videos that belong to this run's part."""
     if config.part is None:
         return listed
     videos = Part.parse(config.part).share(listed)
@@ -340,12 +342,12 @@ def _add_videos(
     pool: DecodePool,
     console: Console,
 ) -> None:
-    """Enter in the store what is new of the sources, of which there are `listed` in all parts."""
+    """Add the new videos to the store; `listed` is the number of videos of all parts."""
     check_unchanged(plan, videos)
     added = add_new_videos(plan, videos, pool, config.max_failures)
-    there = plan.writer.index.n_videos - added
-    if added and there:
-        console.say(f"{added} new videos, {there} are in the store already")
+    num_existing = plan.writer.index.n_videos - added
+    if added and num_existing:
+        console.say(f"{added} new videos, {num_existing} are in the store already")
     if config.part is not None:
         # From the whole list, so that all parts have shards of one size and can be merged.
         rows = plan.writer.set_shard_rows_for(listed * _rows_of_a_clip(plan.sampling))

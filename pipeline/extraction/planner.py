@@ -99,14 +99,8 @@ class StorePlan:
 
 def new_videos(plan: StorePlan, videos: VideoList) -> list[int]:
     """Return those of the located videos that the store does not list yet."""
-    names = {c["name"]: i for i, c in enumerate(plan.corpora)}
     listed = _known(plan)
-    return [
-        i
-        for i in range(len(videos))
-        if (names.get(videos.corpora[int(videos.corpus[i])].name, -1), escape_path(videos.paths[i]))
-        not in listed
-    ]
+    return [i for i, key in enumerate(_keys(plan, videos)) if key not in listed]
 
 
 def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, max_failures: int) -> int:
@@ -170,12 +164,7 @@ def check_unchanged(plan: StorePlan, videos: VideoList) -> None:
     """Raise StoreMismatchError for the first listed file whose size the teachers did not see."""
     state = plan.writer.index.video_state()
     size, listed = plan.column("size"), _known(plan)
-    names = {c["name"]: i for i, c in enumerate(plan.corpora)}
-    for i in range(len(videos)):
-        key = (
-            names.get(videos.corpora[int(videos.corpus[i])].name, -1),
-            escape_path(videos.paths[i]),
-        )
+    for i, key in enumerate(_keys(plan, videos)):
         video = listed.get(key)
         if video is None or state[video] != OK:
             continue
@@ -190,35 +179,35 @@ def check_unchanged(plan: StorePlan, videos: VideoList) -> None:
             )
 
 
-def plan_segments(plan: StorePlan, pool: DecodePool) -> int:
-    """Give every listed video without a segment its place in shards; returns how many segments."""
+def plan_segments(plan: StorePlan, pool: DecodePool) -> None:
+    """Give every listed video without a segment its place in shards."""
     writer = plan.writer
     planned = np.zeros(writer.index.n_videos, bool)
     planned[writer.index.video] = True
     todo = np.flatnonzero(~planned)
     if len(todo) == 0:
-        return 0
+        return
     rows = writer.set_shard_rows_for(int(plan.column("rows_bound")[todo].sum()))
-    stretches: list[FrameRange] = []
+    segments: list[FrameRange] = []
     for v in todo.tolist():
-        stretches += stretches_of(plan, pool, v, int(plan.column("rows_bound")[v]), rows, -1)
-    return len(writer.add_segments(stretches))
+        segments += segments_of(plan, pool, v, int(plan.column("rows_bound")[v]), rows, -1)
+    writer.add_segments(segments)
 
 
-def plan_overflow(plan: StorePlan, pool: DecodePool) -> int:
+def plan_overflow(plan: StorePlan, pool: DecodePool) -> None:
     """Plan again, from an exact count, the segments that held more rows than their bound."""
     index = plan.writer.index
     moved = np.flatnonzero((index.state == OVERFLOWED) & index.live)
-    stretches: list[FrameRange] = []
+    segments: list[FrameRange] = []
     for s in moved.tolist():
         if index.first[s] == 0 and index.end[s] == -1:
-            stretches += _exact(plan, pool, int(index.video[s]), s)
+            segments += _exact(plan, pool, int(index.video[s]), s)
         else:  # one range of several: the others stay, so it keeps its frames and gets more rows
             bound = min(2 * int(index.overflow[s]), plan.writer.shard_rows)
-            stretches.append(
+            segments.append(
                 FrameRange(int(index.video[s]), int(index.first[s]), int(index.end[s]), bound, s)
             )
-    return len(plan.writer.add_segments(stretches))
+    plan.writer.add_segments(segments)
 
 
 def open_tasks(plan: StorePlan, teachers: Sequence[str]) -> list[int]:
@@ -306,7 +295,7 @@ def video_columns(probes: Sequence[Probe], sampling: Sampling) -> dict[str, list
     }
 
 
-def stretches_of(
+def segments_of(
     plan: StorePlan, pool: DecodePool, video: int, bound: int, shard_rows: int, replaces: int
 ) -> list[FrameRange]:
     """Return a video as ranges of frames that fit a shard, by the bound of its probe."""
@@ -323,9 +312,8 @@ def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list
     try:
         timeline = pool.timeline(plan.path(video))
     except VideoError:
-        return [
-            FrameRange(video, 0, -1, 0, replaces)
-        ]  # the decode will report what is wrong with it
+        # The decode will report what is wrong with it.
+        return [FrameRange(video, 0, -1, 0, replaces)]
     selected = plan.sampling.select(timeline.pts, timeline.key, timeline.time_base)
     keys = np.flatnonzero(timeline.key)
     parts = cut(video, selected, keys, len(timeline.pts), plan.writer.shard_rows)
@@ -334,12 +322,17 @@ def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list
 
 def ids_of(plan: StorePlan, videos: VideoList) -> list[int]:
     """Return the store's numbers of those located videos that it lists."""
-    names, listed = {c["name"]: i for i, c in enumerate(plan.corpora)}, _known(plan)
+    listed = _known(plan)
+    return [listed[key] for key in _keys(plan, videos) if key in listed]
+
+
+def _keys(plan: StorePlan, videos: VideoList) -> list[tuple[int, str]]:
+    """Return the keys in `_known` of located videos; the corpus is -1 if the store has none."""
+    names = {c["name"]: i for i, c in enumerate(plan.corpora)}
     of = [names.get(corpus.name, -1) for corpus in videos.corpora]
-    keys = [
+    return [
         (of[int(c)], escape_path(path)) for c, path in zip(videos.corpus, videos.paths, strict=True)
     ]
-    return [listed[key] for key in keys if key in listed]
 
 
 def _known(plan: StorePlan) -> dict[tuple[int, str], int]:

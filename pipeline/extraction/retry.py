@@ -22,7 +22,7 @@ from ..store.staging import FramesPart, ShardResult, new_staging
 from ..store.subset import ShardCopy
 from ..video.pool.decode_pool import DecodePool
 from ..video.probe import Probe
-from .planner import StorePlan, stretches_of, video_columns
+from .planner import StorePlan, segments_of, video_columns
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ def plan_retries(
 ) -> None:
     """Plan what failed again, in new shards.
 
-    A video of which nothing is stored is identified anew. One of which something is stored is the
-    file that it was: a stretch that failed under one of `teachers` waits until that file is there,
-    and a failed stretch of a video whose file is another now fails for that reason.
+    A video of which nothing is stored is identified again. A video with stored rows must still be
+    the same file: a segment that failed under one of `teachers` waits until that file exists again,
+    and a failed segment of a video whose file has changed fails for that reason.
     """
     index = plan.writer.index
     without, partly = _failed(index, teachers)
@@ -67,16 +67,16 @@ def plan_retries(
         for s in partly
         if probes[int(index.video[s])].error is None and index.video[s] not in mixed
     ]
-    stretches: list[FrameRange] = []
+    segments: list[FrameRange] = []
     for s in fresh:
         v = int(index.video[s])
         if index.first[s] == 0 and index.end[s] == -1:
-            stretches += stretches_of(
+            segments += segments_of(
                 plan, pool, v, int(plan.column("rows_bound")[v]), plan.writer.shard_rows, s
             )
         else:
-            stretches.append(_again(index, s))
-    plan.writer.add_segments(stretches)
+            segments.append(_again(index, s))
+    plan.writer.add_segments(segments)
     # Segments that lack the same teachers share shards: of a shard a teacher's rows are all
     # copied, or all computed.
     lacking = {s: _lacking(index, s, teachers) for s in ready}
@@ -87,7 +87,7 @@ def plan_retries(
     log.info(f"{tried} failed segments are tried again")
     if left := len(without) + len(partly) - tried:
         log.info(
-            f"{left} are left as they are: their files cannot be read, or are not those that are stored"
+            f"{left} are left as they are: their files cannot be read, or are not those that the teachers saw"
         )
 
 

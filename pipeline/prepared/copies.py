@@ -112,7 +112,7 @@ def decode_copy(
 ) -> Iterator[tuple[av.VideoFrame, CopyDecoder]]:
     """Decode the copy's own frames at `positions` int64 [n], ascending and distinct.
 
-    Returns them with what renders them.
+    Yields each with the decoder that renders it.
 
     Raises:
         VideoError: A packet is not what it was when the copy was made, or does not decode.
@@ -209,9 +209,8 @@ class CopyDecoder:
         packet = None
         if data is not None:
             packet = av.Packet(data)
-            packet.pts = (
-                position  # comes out again with the frame: the copy's own clock is not used
-            )
+            # It comes out again with the frame: the copy's own clock is not used.
+            packet.pts = position
         try:
             return self._context.decode(packet)
         except av.FFmpegError as error:

@@ -111,7 +111,11 @@ class FlowWriter:
         return FlowMap(source, index, pts, self._options.bound, share, self._options.size, options)
 
     def close(self) -> None:
-        """Also a file that was not finished. OSError, of a full disk above all."""
+        """Close the file, also one that was not finished.
+
+        Raises:
+            OSError: Mostly because the disk is full.
+        """
         self._writer.close()
 
 

@@ -1,6 +1,6 @@
-"""Folders made by `distinit prepare`: what lies in them, and where the copy of a video is.
+"""Folders made by `distinit prepare`: what they hold, and where the copy of a video is.
 
-A folder holds DIR/prepared.json (options, and of each corpus where its originals lay) and
+A folder holds DIR/prepared.json (options, and of each corpus where its originals were) and
 DIR/CORPUS/PATH.mp4, or with optical flow in place of copies DIR/CORPUS/PATH.h5.
 """
 
@@ -116,7 +116,7 @@ def read_marker(folder: str | os.PathLike[str]) -> dict[str, dict[str, object]] 
 class CopyFolder:
     """A folder of copies for whoever knows the originals by their paths, as labels do.
 
-    roots: corpus → where its originals lay when they were copied. options: how the copies were
+    roots: corpus → where its originals were when they were copied. options: how the copies were
         made.
     """
 
@@ -175,7 +175,7 @@ class CopyFolder:
 
 
 def check_current(source: SourceRecord, original: str) -> None:
-    """VideoError where the original is there and is not what a copy was made of."""
+    """Raise VideoError if the original exists and is not the file that the copy was made of."""
     try:
         now = os.stat(original)
     except (OSError, ValueError):

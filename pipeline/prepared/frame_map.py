@@ -148,7 +148,10 @@ class FrameMap:
 
     @classmethod
     def unpack(cls, packed: bytes) -> FrameMap:
-        """From what `pack` compressed; ValueError, KeyError or the like where it is not that."""
+        """Read a map from the bytes that `pack` compressed.
+
+        Raise ValueError, KeyError or the like for others.
+        """
         unzip = zlib.decompressobj()
         data = unzip.decompress(packed, _MOST)
         if unzip.unconsumed_tail or not unzip.eof:
@@ -270,9 +273,8 @@ def _load(descriptor: int, size: int) -> FrameMap:
         frame_map = FrameMap.unpack(packed)
     except VideoError:
         raise
-    except (
-        Exception
-    ) as error:  # what JSON, zlib and numpy raise for another's bytes is of many kinds
+    # What JSON, zlib and numpy raise for another's bytes is of many kinds.
+    except Exception as error:
         raise VideoError(f"the copy's map is damaged: {reason(error)}") from error
     if frame_map.offset[0] < 0 or frame_map.offset[-1] > size - box:
         raise VideoError("the copy's map is damaged: it points beyond the file")

@@ -57,7 +57,7 @@ class StatusFile:
         return dict(zip(COLUMNS, next(csv.reader([line])), strict=True))
 
     def set(self, key: Key, row: Row) -> None:
-        """Know a row, without writing it yet."""
+        """Keep a row in memory, without writing it yet."""
         self._lines[key] = _line(
             [*key, *("" if row.get(c) is None else printable(str(row[c])) for c in COLUMNS[2:])]
         )
@@ -95,7 +95,7 @@ def _line(values: Iterable[Any]) -> str:
 
 
 class Tally:
-    """What is known of the copies so far; a few numbers a video."""
+    """What is known of the copies so far; a few numbers per video."""
 
     def __init__(self) -> None:
         self.reasons: Counter[str] = Counter()

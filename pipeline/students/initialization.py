@@ -75,9 +75,9 @@ def canonical_init(init: str) -> str:
 
 
 def student_file(init: str) -> str | None:
-    """Return the path where `init` is a student of distinit or a file in torchvision's names.
+    """Return the path if `init` is a student of distinit or a file in torchvision's names.
 
-    A file of the hub is downloaded if it is not in the cache.
+    Return None otherwise. A file of the hub is downloaded if it is not in the cache.
     """
     if is_hub_init(init):
         return str(hub_model(init))
@@ -143,9 +143,8 @@ def _inflated(
     init: str, where: str, wanted: StudentOptions | None, inflation: Inflation
 ) -> Initialization:
     if where in INFLATABLE and not os.path.isfile(where):
-        fitting_student(
-            int(where.removeprefix("resnet")), wanted, f"--init {init}"
-        )  # before anything is fetched
+        # Before anything is fetched.
+        fitting_student(int(where.removeprefix("resnet")), wanted, f"--init {init}")
         choice = get_model_weights(where)["IMAGENET1K_V1"]
         state = library_weights(
             choice, who=f"--init {init}", remedy="take --init inflate:FILE"
@@ -217,9 +216,8 @@ def _with_wanted(
         return found
     asked = wanted.model_dump(include=wanted.model_fields_set)
     if asked.get("architecture", found.architecture) != found.architecture:
-        asked.setdefault(
-            "variant", wanted.variant
-        )  # not the file's, which may be no rule of this one
+        # Not the file's variant, which may be no rule of this architecture.
+        asked.setdefault("variant", wanted.variant)
     try:
         return StudentOptions.model_validate({**found.model_dump(), **asked})
     except ValidationError as error:  # each is possible, the two together are not

@@ -31,9 +31,9 @@ _Conv = type[Conv3DSimple] | type[Conv3DNoTemporal] | type[Conv2Plus1D]
 class VmzConv2Plus1D(Conv2Plus1D):
     """A (2+1)D convolution whose middle width fits its own inputs and outputs.
 
-    VMZ computes ⌊3·in·out·k·k / (in·k·k + 3·out)⌋ for each convolution
-    (facebookresearch/VMZ c2/lib/models/builder/video_model.py); torchvision passes one number to
-    both convolutions of a block, which is ignored here.
+    VMZ computes ⌊3·in·out·k·k / (in·k·k + 3·out)⌋ for each convolution (facebookresearch/VMZ
+    c2/lib/models/builder/video_model.py); torchvision passes one number to both convolutions of a
+    block, which is ignored here.
     """
 
     def __init__(

@@ -389,12 +389,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header | None]:
         return state, _Header.model_validate(content)
     except CheckpointError:
         raise
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        RecursionError,
-    ) as error:  # JSON's and pydantic's are ValueErrors
+    # The errors of JSON and pydantic are ValueErrors.
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: damaged 'distinit' metadata ({type(error).__name__})"
         ) from None

@@ -31,7 +31,7 @@ class StudentOptions(Options):
     """A student's backbone, heads aside.
 
     `variant` is the rule for the middle width of R(2+1)D's factorised convolutions: `torchvision`
-    computes it once a block, `vmz` (the paper's code family) once a convolution. Their shapes
+    computes it once per block, `vmz` (the paper's code family) once per convolution. Their shapes
     differ, so neither loads the other's weights. Other architectures have no such choice.
 
     `architecture` may also name one of torchvision's other video models (`s3d`, `mvit_v2_s`), which

@@ -50,9 +50,8 @@ def timm_backbone(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:
     # Other names of timm lead to files and downloads (`hf-hub:…`, `local-dir:…`).
     if ":" in name or "/" in name or not timm.is_model(name):
         near = timm.list_models(f"*{re.sub('[^a-z0-9]+', '*', name.lower())[:12]}*")[:5]
-        raise UsageError(
-            f"{who}: timm has no such model; {', '.join(near) or 'timm.list_models()'}"
-        )
+        hint = f"near: {', '.join(near)}" if near else "timm.list_models() lists them"
+        raise UsageError(f"{who}: timm has no such model; {hint}")
     reserved = next((key for key in options.options if _RESERVED.fullmatch(key)), None)
     if reserved is not None:
         raise UsageError(

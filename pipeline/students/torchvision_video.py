@@ -110,7 +110,10 @@ def _mvit(
 
 
 def _take_channels(model: nn.Module, options: StudentOptions) -> None:
-    """Replace the first convolution by one of as many channels, with those kernel slices."""
+    """Replace the first convolution by one of `options.channels` channels.
+
+    It has the first slices of the replaced kernels.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv3d) and module.in_channels == 3 and module.groups == 1:
             first = nn.Conv3d(

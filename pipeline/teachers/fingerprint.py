@@ -111,7 +111,8 @@ class Fingerprint:
         """
         if node.get("probes") != PROBES:
             raise StoreError(
-                f"{where}: a fingerprint over probe images {node.get('probes')!r}, this distinit draws {PROBES}"
+                f"{where}: its fingerprint is of version {node.get('probes')!r} of the probe images, "
+                f"this distinit has version {PROBES}"
             )
         output: Output = "features" if "features" in node else "logits"
         try:

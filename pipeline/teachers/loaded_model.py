@@ -89,7 +89,7 @@ def builder_options(spec: TeacherSpec) -> dict[str, Any]:
 
 
 def refuse_builder_options(spec: TeacherSpec) -> None:
-    """For teachers whose builder is fixed.
+    """Refuse options for the builder, for teachers whose builder is fixed.
 
     Raises:
         TeacherError: an option that is not distinit's own.

@@ -32,31 +32,6 @@ _OPENS_FILES = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "
 """Options of timm's builder that lead it to files and addresses."""
 
 
-def load_recorded(
-    provenance: Mapping[str, Any],
-    where: str,
-    *,
-    weights: str | None = None,
-    trusted: Collection[str] = (),
-) -> Teacher:
-    """Return the teacher that a store records, on the CPU.
-
-    Args:
-        provenance: the attribute `provenance` of the teacher's node.
-        where: names the node in messages.
-        weights: the weights file given on the command line; a file that only the store names is
-            never opened.
-        trusted: teachers named on the command line, as the store spells them: their code may run,
-            their weights may be downloaded, and their options may have any value.
-
-    Raises:
-        UsageError: what has to be named on the command line first.
-        StoreError: the record is none.
-        TeacherError, WeightsError: as `load_teacher`.
-    """
-    return load_spec(recorded_spec(provenance, where), weights=weights, trusted=trusted)
-
-
 def recorded_spec(provenance: Mapping[str, Any], where: str) -> TeacherSpec:
     """Return how the teacher that a store records was asked for.
 
@@ -79,7 +54,19 @@ def recorded_spec(provenance: Mapping[str, Any], where: str) -> TeacherSpec:
 def load_spec(
     spec: TeacherSpec, *, weights: str | None = None, trusted: Collection[str] = ()
 ) -> Teacher:
-    """Return the teacher of a `recorded_spec`; arguments and errors as those of `load_recorded`."""
+    """Return the teacher of a `recorded_spec`, on the CPU.
+
+    Args:
+        spec: How the teacher was asked for, as the store records it.
+        weights: The weights file given on the command line; a file that only the store names is
+            never opened.
+        trusted: Teachers named on the command line, as the store spells them: their code may run,
+            their weights may be downloaded, and their options may have any value.
+
+    Raises:
+        UsageError: What has to be named on the command line first.
+        TeacherError, WeightsError: As `load_teacher`.
+    """
     if spec.name not in trusted:
         _check_plain(spec)
     for key in _OPENS_FILES if spec.name.startswith("timm:") else ():
@@ -89,11 +76,11 @@ def load_spec(
             )
     if spec.weights is not None and weights is None:
         raise UsageError(
-            f"its weights {spec.weights!r} are not opened by that name: --teacher-weights NAME=FILE"
+            f"the store names the weights file {spec.weights!r}, which is never opened by that name: "
+            "pass --teacher-weights NAME=FILE"
         )
-    options = {
-        key: value for key, value in spec.options.items() if key != "classes"
-    }  # a file; the store has the names
+    # The classes are a file; the store has the names.
+    options = {key: value for key, value in spec.options.items() if key != "classes"}
     spec = spec.model_copy(
         update={"weights": weights, "options": options, "fetch": spec.name in trusted}
     )
@@ -101,9 +88,8 @@ def load_spec(
         return load_teacher(spec)
     except DistInitError:
         raise
-    except (
-        Exception
-    ) as error:  # a library meets numbers that it never checks, and has errors of its own
+    # A library meets numbers that it never checks, and has errors of its own.
+    except Exception as error:
         raise TeacherError(
             f"teacher {spec.name!r}: cannot be built as the store records it ({in_one_line(error)})"
         ) from error

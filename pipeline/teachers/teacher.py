@@ -20,7 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +51,6 @@ from .torchvision_models import resnet50_places365, torchvision_model
 
 __all__ = ["Teacher", "TeacherOutput", "TeacherSpec", "known_teachers", "load_teacher"]
 
-Precision = Literal["fp32", "bf16"]
 _COMPUTE = {"fp32": "float32", "bf16": "bfloat16 autocast over float32 weights"}
 
 _BY_NAME: dict[str, Callable[[TeacherSpec], LoadedModel]] = {
@@ -400,10 +399,6 @@ class TeacherOutput:
     def classes(self) -> list[str]:
         """Class names of logits; none of features."""
         return self.teacher.classes if self.output == "logits" else []
-
-    def compute(self, images: np.ndarray | Tensor) -> Tensor:
-        """Return this output [B, D], as `Teacher.compute` does."""
-        return self.teacher.compute(images, (self.key,))[self.key]
 
     def identity(self, precision: str | None = None) -> dict[str, Any]:
         """Return the identity of this output."""

@@ -22,18 +22,17 @@ class TeacherSpec(Options):
     """A teacher as the user asked for it; small and picklable, so that each worker loads its own.
 
     `options` are distinit's own, which any teacher takes: `name` (its name in the store), `classes`
-    (a file with a class name a line), `input_size` (side of the centre crop), `resize` (short side,
-    or HEIGHTxWIDTH), `interpolation`, `resize_backend` (swscale, or pil: the resize of image
-    libraries), `mean` and `std` (of pixels in 0–1, one number or three).
-    All others are keyword arguments of the model's builder.
+    (a file with one class name per line), `input_size` (side of the centre crop), `resize` (short
+    side, or HEIGHTxWIDTH), `interpolation`, `resize_backend` (swscale, or pil: the resize of image
+    libraries), `mean` and `std` (of pixels in 0–1, one number or three). All others are keyword
+    arguments of the model's builder.
     """
 
     name: str
     weights: str | None = None
     """A checkpoint file in place of the library's weights."""
     sha256: str | None = None
-    """Expected digest of the weights file, or of the loaded state where the weights have no
-    file."""
+    """Expected digest of the weights file, or of the loaded state if the weights have no file."""
     outputs: tuple[Output, ...] = ("logits",)
     """What is taken of a forward pass: logits, features or both."""
     views: tuple[str, ...] = (CENTER,)

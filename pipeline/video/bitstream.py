@@ -24,6 +24,7 @@ FLAGGED = frozenset(("av1",))
 # MPEG-1, -2 and -4 conceal damage without a word, from whatever was decoded before: nothing is left
 # out.
 FROM_START = frozenset(("mpeg1video", "mpeg2video", "mpeg4"))
+_MAX_NAL_UNITS = 64  # that are looked at in a packet
 _X264 = re.compile(rb"x264 - core (\d{1,9})")
 _H264_SEQUENCE = re.compile(rb"\x00\x00\x01[\x07\x27\x47\x67](.)", re.DOTALL)
 _H264_444 = (44, 244)  # of profile_idc
@@ -180,9 +181,8 @@ class NonReferencePictures:
     def __init__(self, extradata: bytes | None) -> None:
         self._length = _length_size("h264", extradata)
         self._bits = _frame_num_bits(extradata or b"", self._length)
-        self._left_out: int | None = (
-            None  # the number of the picture before, where that was left out
-        )
+        # The number of the picture before, if that was left out.
+        self._left_out: int | None = None
 
     def begin(self) -> None:
         """Forget the packets before."""
@@ -348,15 +348,15 @@ def _nal_headers(data: memoryview, length: int) -> Iterator[int]:
     return (unit[0] for unit in _nal_units(data, length))
 
 
-def _nal_units(data: memoryview, length: int, most: int = 64) -> Iterator[memoryview]:
-    """Yield the NAL units of a packet, after start codes or a `length` of so many bytes.
+def _nal_units(data: memoryview, length: int) -> Iterator[memoryview]:
+    """Yield the first NAL units of a packet, after start codes or a `length` of so many bytes.
 
     They are cut off where the data is.
     """
     at = 0
     if length:
         data = data[: 1 << 16]
-        for _ in range(most):
+        for _ in range(_MAX_NAL_UNITS):
             start = at + length
             if start >= len(data):
                 return
@@ -365,7 +365,7 @@ def _nal_units(data: memoryview, length: int, most: int = 64) -> Iterator[memory
         return
     raw = bytes(data[: 1 << 16])
     at = raw.find(b"\x00\x00\x01")
-    for _ in range(most):
+    for _ in range(_MAX_NAL_UNITS):
         if at < 0 or at + 3 >= len(raw):
             return
         end = raw.find(b"\x00\x00\x01", at + 3)

@@ -34,10 +34,10 @@ FORMATS = (
     "hevc,ivf,kux,live_flv,m4v,matroska,mgsts,mjpeg,mkv,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nsv,nut,nuv,obu,"
     "ogg,rm,roq,smk,vc1,vc1test,vvc,webm,wtv,yuv4mpegpipe"
 )
-MAX_PIXELS = (
-    2**27
-)  # of one frame: a 16K frame fits; larger claims of a header are refused before decoding
+# Of one frame: a 16K frame fits. Larger claims of a header are refused before decoding.
+MAX_PIXELS = 2**27
 DIGEST_BYTES = 2**16
+_MAX_BOXES = 64  # of an ISO base media file that are looked at
 _NOT_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 # Titles that are not UTF-8 must not keep a file from being opened: PyAV 19 replaces such bytes by
 # itself.
@@ -246,13 +246,13 @@ def _why_not_opened(path: str, error: BaseException) -> str:
     return f"the header is damaged, cut off or not supported ({reason(error)})"
 
 
-def _top_level_boxes(path: str, most: int = 64) -> list[bytes]:
+def _top_level_boxes(path: str) -> list[bytes]:
     """Return the types of the first boxes of an ISO base media file."""
     types: list[bytes] = []
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
         at = 0
-        while at + 8 <= size and len(types) < most:
+        while at + 8 <= size and len(types) < _MAX_BOXES:
             file.seek(at)
             header = file.read(16)
             length = int.from_bytes(header[:4], "big")

@@ -137,13 +137,10 @@ class VideoReader:
             self._container.close()
             raise
         self._context = self._stream.codec_context
-        self._opened_aspect = rational(
-            self._stream.sample_aspect_ratio
-        )  # what comes later in the stream may change it
-        self._read, self._fed = (
-            False,
-            False,
-        )  # whether the container or the decoder is no longer fresh
+        # What comes later in the stream may change it.
+        self._opened_aspect = rational(self._stream.sample_aspect_ratio)
+        # Whether the container or the decoder is no longer fresh.
+        self._read, self._fed = False, False
 
     def start(self, *, read: bool, feed: bool) -> None:
         """Make sure that what will be used is fresh: the container to read, the decoder to feed."""
@@ -309,18 +306,16 @@ class VideoReader:
             except MemoryError as error:
                 raise VideoError(reason(error)) from error
             except DECODE_ERRORS as error:
-                if not (
-                    count.failed or isinstance(error, PermissionError)
-                ):  # some decoders' word for damage
+                # PermissionError is some decoders' word for damage.
+                if not (count.failed or isinstance(error, PermissionError)):
                     self.damage = reason(error)
                 count.failed, count.last_failed = count.failed + 1, True
                 continue
             count.last_failed = count.last_failed and not frames
             for frame in frames:
                 count.corrupt += frame.is_corrupt
-                if (
-                    frame.is_corrupt and intra
-                ):  # shows what an earlier picture left in the buffer, whichever that was
+                # Such a frame shows what an earlier picture left in the buffer, whichever that was.
+                if frame.is_corrupt and intra:
                     continue
                 count.came += 1
                 self._notice(frame)
@@ -463,9 +458,9 @@ class VideoReader:
         needed = set(table.order[requested].tolist())
         codec = context.codec.canonical_name
         numbers = NonReferencePictures(context.extradata) if codec == "h264" else None
-        marks_damage = (
-            codec not in FROM_START
-        )  # the others depend on the buffers that are free: nothing is held back
+        # What the decoders of FROM_START show depends on the buffers that are free: nothing is held
+        # back.
+        marks_damage = codec not in FROM_START
         feed = Feed(self)
         for start, stop in stretches(table, requested):
             feed.begin(start)
@@ -495,17 +490,15 @@ class VideoReader:
                         raise NotAsPlanned
                     if frame.pts < first_pts:  # a leading picture that lacks what it refers to
                         continue
-                    if (
-                        frame.is_corrupt or frame.pts < latest
-                    ):  # damaged, or shown in another order than the pts say
+                    # The frame is damaged, or shown in another order than the pts say.
+                    if frame.is_corrupt or frame.pts < latest:
                         raise NotAsPlanned
                     latest = frame.pts
                     yield from waiting.came(frame, wanted=place in needed)
             yield from waiting.rest()
 
-    def sample(self, sampling: Sampling, first: int = 0, end: int | None = None) -> Rows:
-        """(index, pts, frame) of the sampled frames with first ≤ index < end, in one pass."""
+    def sample(self, sampling: Sampling) -> Rows:
+        """Yield (index, pts, frame) of the sampled frames, in one pass."""
         timeline = self.timeline()
         chosen = sampling.select(timeline.pts, timeline.key, timeline.time_base)
-        last = len(timeline) if end is None else end
-        yield from self.frames_at(chosen[(chosen >= first) & (chosen < last)])
+        yield from self.frames_at(chosen)

@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import ffmpeg
@@ -66,7 +67,7 @@ def write_video(
         pipe = process.stdin
         if pipe is None:
             raise VideoError("ffmpeg cannot be written to")
-        for frame in _chain(first, source):
+        for frame in chain((first,), source):
             if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
                 raise VideoError(
                     f"frame {count} is {frame.dtype} {frame.shape}, the first uint8 {first.shape}"
@@ -86,9 +87,7 @@ def transcode(
     short_side: int | None = None,
     codec: str = "libx264",
     gop: int | None = None,
-    bframes: int | None = None,
     crf: int | None = None,
-    pix_fmt: str = "yuv420p",
     input_options: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
@@ -102,7 +101,7 @@ def transcode(
     if short_side is not None:
         size = f"if(gt(iw,ih),-2,{short_side})", f"if(gt(iw,ih),{short_side},-2)"
         stream = stream.filter("scale", *size)
-    options = _encoder_options(codec, gop, bframes, crf, pix_fmt)
+    options = _encoder_options(codec, gop, None, crf)
     command = stream.output(_TARGET, **{"fps_mode": "passthrough", **options, **(extra or {})})
     with _running(command, {_SOURCE: source, _TARGET: target}, stdin=False):
         pass  # the exit of the context waits for the end
@@ -114,7 +113,7 @@ def _plain(path: Path) -> str:
 
 
 def _encoder_options(
-    codec: str, gop: int | None, bframes: int | None, crf: int | None, pix_fmt: str
+    codec: str, gop: int | None, bframes: int | None, crf: int | None, pix_fmt: str = "yuv420p"
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"vcodec": codec, "pix_fmt": pix_fmt, "threads": 1, "an": None}
     if codec == "copy":
@@ -126,11 +125,6 @@ def _encoder_options(
     if crf is not None:
         options["crf"] = crf
     return options
-
-
-def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    yield first
-    yield from rest
 
 
 @contextlib.contextmanager
@@ -174,9 +168,8 @@ def _running(
         drain.join()
         if process.stderr is not None:
             process.stderr.close()
-    if (
-        process.returncode == -signal.SIGXFSZ
-    ):  # a limit such as `ulimit -f`, which ffmpeg does not report
+    # A limit such as `ulimit -f`, which ffmpeg does not report.
+    if process.returncode == -signal.SIGXFSZ:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     if process.returncode != 0:
         words = tail.decode(errors="replace").strip().splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import av
@@ -99,7 +100,7 @@ class Feed:
                 continue
             landed = table.position_of.get(packet.pts)
             if landed is not None and landed <= start:
-                self._next, self._position = _with_first(packet, packets), landed
+                self._next, self._position = chain((packet,), packets), landed
                 return True
         return False
 
@@ -170,11 +171,6 @@ class Waiting:
         """Yield the others, after the end of what is decoded."""
         while self._frames:
             yield self._frames.popleft()
-
-
-def _with_first(first: av.Packet, rest: Iterator[av.Packet]) -> Iterator[av.Packet]:
-    yield first
-    yield from rest
 
 
 def ascending(

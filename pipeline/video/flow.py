@@ -28,9 +28,8 @@ _PARAMETERS = {
     "poly_sigma": 1.5,
 }
 _GAUSSIAN_WINDOW = 256  # OPTFLOW_FARNEBACK_GAUSSIAN
-_GREY = np.array(
-    [9798, 19235, 3735], np.int32
-)  # 0.299, 0.587, 0.114 in 1/32768, as OpenCV has them
+# 0.299, 0.587, 0.114 in 1/32768, as OpenCV has them.
+_GREY = np.array([9798, 19235, 3735], np.int32)
 
 
 def pictures_needed(length: int, channels: int) -> int:

@@ -26,9 +26,8 @@ from .container import Margins
 from .region import Region
 
 _MOST_PIXELS = 2**26  # of a rendered picture; a 16384x1 frame with short side 256 would be 1 GB
-_WIDEST_PIXEL = (
-    16  # a pixel aspect ratio beyond this, or its inverse, is an invalid header: taken as 1
-)
+# A pixel aspect ratio beyond this, or its inverse, is an invalid header: taken as 1.
+_WIDEST_PIXEL = 16
 _FILTERS = {
     "bilinear": Interpolation.BILINEAR,
     "bicubic": Interpolation.BICUBIC,

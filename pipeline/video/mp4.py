@@ -140,9 +140,8 @@ def _samples(moov: bytes, num_packets: int) -> tuple[np.ndarray, np.ndarray, int
         ):
             return None
         offsets = np.repeat(values, lengths)
-        shift = max(
-            0, -int(np.min(values[:-2], initial=0))
-        )  # as libavformat: the last two runs do not count
+        # As in libavformat, the last two runs do not count.
+        shift = max(0, -int(np.min(values[:-2], initial=0)))
     return sizes, offsets, shift
 
 

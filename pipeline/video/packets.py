@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 
 NO_PTS = np.iinfo(np.int64).min
 _GAP = 100  # times the usual step between two frames: a step longer than that is none
-KEEP_BYTES = (
-    2**24
-)  # compressed video up to this size stays in memory between the demux and the decode
+# Compressed video up to this size stays in memory between the demux and the decode.
+KEEP_BYTES = 2**24
 # Side data that changes the decoder's settings, at a key frame: lost where its packet is skipped.
 _CHANGES: tuple[Literal["new_extradata"], Literal["param_change"]] = (
     "new_extradata",
@@ -50,10 +49,10 @@ PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive
 
 @dataclass(frozen=True)
 class Timeline:
-    """pts int64 [T] strictly ascending, key bool [T], in the stream's `time_base` (seconds a tick).
+    """pts int64 [T] strictly ascending, key bool [T], in the stream's `time_base`.
 
-    `reliable`: from packets alone. `clock` is "counted" where the file has no usable pts and the
-    index stands in for it, one tick a frame.
+    `time_base`: seconds per tick. `reliable`: from packets alone. `clock` is "counted" where the
+    file has no usable pts and the index stands in for it, one tick per frame.
     """
 
     pts: np.ndarray
@@ -68,7 +67,7 @@ class Timeline:
 
 @dataclass
 class PacketTable:
-    """One row a packet in decode order: pts and dts int64 [P], flags bool [P], bytes int64 [P].
+    """One row per packet in decode order: pts and dts int64 [P], flags bool [P], bytes int64 [P].
 
     place: where each begins in the file, int64 [P], if that is known and to be held against what is
         read.
@@ -85,9 +84,8 @@ class PacketTable:
     kept: list[av.Packet] | None = None
     place: np.ndarray | None = None
     encrypted: bool = False
-    order: np.ndarray = field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )  # decode position of each row
+    # Decode position of each row.
+    order: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @cached_property
     def rising(self) -> np.ndarray:

@@ -58,9 +58,8 @@ class QuickReader(VideoReader):
         if header is None:
             raise NotAsPlanned
         self._table, self._timeline = header
-        if not self._begins(
-            0
-        ):  # the first frames may never come out, and the others would have other indices
+        # Else the first frames may never come out, and the others would have other indices.
+        if not self._begins(0):
             raise NotAsPlanned
 
     def _open(self) -> None:

@@ -20,7 +20,7 @@ from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.digests import digest_bytes, seal
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import ExportConfig, VerifyConfig
-from distinit.pipeline.teachers.recorded import load_recorded
+from distinit.pipeline.teachers.recorded import load_spec, recorded_spec
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
@@ -253,7 +253,7 @@ def test_what_a_store_names_is_not_run_fetched_or_opened(
         .replace("/FOLDER", str(tmp_path))
     )
     with pytest.raises(DistInitError) as caught:
-        load_recorded({"spec": json.loads(text)}, "teachers/one/zarr.json")
+        load_spec(recorded_spec({"spec": json.loads(text)}, "teachers/one/zarr.json"))
     assert named.replace("/FOLDER", str(tmp_path)) in str(caught.value)
     assert not (tmp_path / "canary").exists()
     assert "canary_code" not in sys.modules
@@ -280,6 +280,6 @@ def test_a_library_teacher_loads_by_itself_from_what_is_on_this_machine(
     state = torchvision.models.resnet18(weights=None).state_dict()
     torch.save(state, tmp_path / "hub/hub/checkpoints/resnet18-f37072fd.pth")
     spec = {"name": "torchvision:resnet18", "options": {"input_size": "64", "mean": "0.5"}}
-    teacher = load_recorded({"spec": spec}, "here")
+    teacher = load_spec(recorded_spec({"spec": spec}, "here"))
     assert teacher.input_shape == (64, 64)
     assert len(teacher.classes) == 1000

@@ -35,7 +35,7 @@ _SLOT_BYTES = 2**22
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows a slot, and the (height, width) of each view."""
+    """Rows per slot, and the (height, width) of each view."""
 
     rows: int
     shapes: tuple[tuple[int, int], ...]

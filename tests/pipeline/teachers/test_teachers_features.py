@@ -24,7 +24,7 @@ from distinit.pipeline.store.cells import shares
 from distinit.pipeline.teachers.fingerprint import COUNT, Fingerprint
 from distinit.pipeline.teachers.forwards import last_linear, tapped
 from distinit.pipeline.teachers.probes import examine
-from distinit.pipeline.teachers.recorded import load_recorded
+from distinit.pipeline.teachers.recorded import load_spec, recorded_spec
 from distinit.pipeline.teachers.teacher import Teacher, load_teacher
 from distinit.pipeline.teachers.teacher_options import TeacherSpec, parse_teachers
 from distinit.pipeline.video.geometry import View
@@ -507,17 +507,17 @@ def test_a_record_loads_what_is_at_hand_and_nothing_else(tmp_path: Path) -> None
     )
     assert "outputs" not in spec.record()
     record = {"spec": spec.record("features")}
-    again = load_recorded(record, "node", weights="w.safetensors")
+    again = load_spec(recorded_spec(record, "node"), weights="w.safetensors")
     assert again.identity() == load_teacher(spec).identity(output="features")
     for name in ("hf:me/m", "open_clip:ViT-B-32@laion2b_s34b_b79k"):
         with pytest.raises(WeightsError, match="not downloaded"):
-            load_recorded({"spec": {"name": name, "outputs": ["features"]}}, "node")
+            load_spec(recorded_spec({"spec": {"name": name, "outputs": ["features"]}}, "node"))
     for name in ("hf:../m", "hf:me/../m", "hf:/me/m", "open_clip:a/b"):
         with pytest.raises(UsageError, match="--allow-teacher"):
-            load_recorded({"spec": {"name": name, "outputs": ["features"]}}, "node")
+            load_spec(recorded_spec({"spec": {"name": name, "outputs": ["features"]}}, "node"))
     for outputs in (["tokens"], []):
         with pytest.raises(StoreError, match=r"provenance\.spec"):
-            load_recorded({"spec": {"name": "resnet50", "outputs": outputs}}, "node")
+            load_spec(recorded_spec({"spec": {"name": "resnet50", "outputs": outputs}}, "node"))
 
 
 def test_outputs_find_their_teacher() -> None:
