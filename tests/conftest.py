@@ -70,6 +70,11 @@ def shared_fork_server() -> SharedForkServer:
 decode_pool.ForkServerProcess = shared_fork_server  # type: ignore[misc, assignment]
 
 
+def pytest_unconfigure() -> None:
+    for server in _fork_servers:
+        ForkServerProcess.close(server)
+
+
 TEACHERS = '''
 import torch
 from torch import nn
