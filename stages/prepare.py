@@ -24,6 +24,7 @@ from ..pipeline.common.locks import locked
 from ..pipeline.common.processes import cores
 from ..pipeline.common.run_dir import CONFIG
 from ..pipeline.common.same_failure import SameFailure
+from ..pipeline.common.streams import counted
 from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.sources import MARKER, VideoList, escape_path, list_videos, unescape_path
 from ..pipeline.prepared.flow_files import FlowMap, check_flow, read_flow_map
@@ -87,7 +88,8 @@ def _list(config: PrepareConfig, console: Console) -> VideoList:
         f"{n} {ext or 'without extension'}" for ext, n in sorted(videos.ignored.items())
     )
     console.say(
-        f"{len(videos)} videos in {names}" + (f" (not videos: {ignored})" if ignored else "")
+        f"{counted(len(videos), 'video')} in {names}"
+        + (f" (not videos: {ignored})" if ignored else "")
     )
     if not len(videos):
         raise UsageError(

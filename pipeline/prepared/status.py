@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ..common.files import replacing
-from ..common.streams import printable
+from ..common.streams import counted, printable
 from ..video.pool.messages import INTERNAL
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def summary(out: Path, videos: int, new: int, seconds: float, tally: Tally) -> d
     """Return what --json prints of a run, and print the same as text."""
     failed = sum(tally.reasons.values())
     if failed:
-        log.info(f"{failed} videos failed; {out / 'status.csv'} lists them:")
+        log.info(f"{counted(failed, 'video')} failed; {out / 'status.csv'} lists them:")
         for reason, count in tally.reasons.most_common(10):
             log.info(f"  {count:6d}  {reason}")
     result: dict[str, Any] = {
