@@ -77,8 +77,8 @@ def plan_retries(
         else:
             segments.append(_again(index, s))
     plan.writer.add_segments(segments)
-    # Segments that lack the same teachers share shards: of a shard a teacher's rows are all
-    # copied, or all computed.
+    # Segments that lack the same teachers share shards: all rows of a teacher in a shard are
+    # copied, or all are computed.
     lacking = {s: _lacking(index, s, teachers) for s in ready}
     for _, group in groupby(sorted(ready, key=lambda s: (lacking[s], s)), key=lambda s: lacking[s]):
         plan.writer.add_segments([_again(index, s) for s in group])

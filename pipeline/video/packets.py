@@ -51,8 +51,8 @@ PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive
 class Timeline:
     """pts int64 [T] strictly ascending, key bool [T], in the stream's `time_base`.
 
-    `time_base`: seconds per tick. `reliable`: from packets alone. `clock` is "counted" where the
-    file has no usable pts and the index stands in for it, one tick per frame.
+    `time_base`: seconds per tick. `reliable`: from packets alone. `clock` is "counted" if the
+    file has no usable pts: then pts is the index, one tick per frame.
     """
 
     pts: np.ndarray

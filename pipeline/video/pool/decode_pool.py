@@ -1,4 +1,4 @@
-"""Decode many videos in child processes, in order, ahead of whoever consumes the frames.
+"""Decode many videos in child processes, in order, ahead of the consumer of the frames.
 
 A child that crashes or falls silent costs its video a second try in a fresh child and, if that
 fails too, a reason; never the run. Where decoding does not work at all, whatever the video, a
@@ -76,8 +76,7 @@ class Block:
 class Done:
     """Job `key` is complete.
 
-    `frames` in the file; `note` tells what was damaged; `more`: max_rows was reached
-    with frames left.
+    `frames` in the file; `note`: what was damaged; `more`: max_rows was reached with frames left.
     """
 
     key: int
@@ -155,6 +154,7 @@ class DecodePool:
         self._memory_gb, self._timeout_s = memory_gb, timeout_s
         self._ahead = ahead
         self._server: ForkServerProcess | None = None
+        self._servers_ended = 0  # counted per child, since the last answer
         self._children: list[ChildProcess | None] = [None] * processes
         self._used = processes
         self._working: dict[int, _Task] = {}  # by place of the child
@@ -419,6 +419,8 @@ class DecodePool:
                 return
             child.listened = 0.0
             task.signs += 1
+            if answer["kind"] not in ("ready", "alive"):
+                self._servers_ended = 0
             if answer["kind"] == "block":
                 task.rows += len(answer["index"])
                 child.unread += 1
@@ -444,7 +446,18 @@ class DecodePool:
                     del self._working[place]
 
     def _died(self, place: int) -> None:
-        self._failed(place, self._child(place).last_words())
+        child = self._child(place)
+        why = child.last_words()
+        if not child.server_ended:
+            self._failed(place, why)
+            return
+        # No video is to blame, unless servers end one after another with nothing done in between.
+        self._servers_ended += 1
+        if self._servers_ended > _ATTEMPTS * len(self._children):
+            raise DecoderError("the process that decoding processes are forked from was killed")
+        task = self._working.pop(place)
+        self._drop(place)
+        self._retry(place, task)
 
     def _failed(self, place: int, why: str) -> None:
         """Try the task once more in a fresh worker, then give it up.
@@ -461,11 +474,14 @@ class DecodePool:
             task.answers.append(({"kind": "failed", "reason": why}, None))
             task.next_path()
         if "paths" in task.message or len(task.failures) < _ATTEMPTS:
-            task.message = {**task.message, "skip": task.rows}
-            task.signs, task.waited = 0, 0.0
-            self._give(place, task)
+            self._retry(place, task)
         else:
             task.finished = True
+
+    def _retry(self, place: int, task: _Task) -> None:
+        task.message = {**task.message, "skip": task.rows}
+        task.signs, task.waited = 0, 0.0
+        self._give(place, task)
 
     def _child(self, place: int) -> ChildProcess:
         child = self._children[place]

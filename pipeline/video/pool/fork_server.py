@@ -6,7 +6,7 @@ that started it closes the socket or ends.
 
 A request is one byte with four descriptors: the socket and the shared memory of the child, its
 standard error, and a pipe. Into the pipe go its process id and then how it ended, as
-`Popen.returncode` has it.
+`Popen.returncode` has it, or `NOT_FORKED` alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 
-from .messages import FORK
+from .messages import FORK, NOT_FORKED
 from .worker import serve
 
 _DESCRIPTORS = 4
@@ -45,15 +45,23 @@ class ForkServer:
     def _fork(self, connection: int, memory: int, errors: int, report: int) -> None:
         # A child that ends at once must not be reported before it is known.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # a limit of processes or memory: the other children live on
+            os.write(errors, f"{error}\n".encode())
+            pid = NOT_FORKED
         if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
             self._requests.close()
             os.close(report)
             os._exit(_run_child(connection, memory, errors))
-        self._reports[pid] = Connection(report, readable=False)
-        _send(self._reports[pid], pid)
+        pipe = Connection(report, readable=False)
+        _send(pipe, pid)
+        if pid == NOT_FORKED:
+            pipe.close()
+        else:
+            self._reports[pid] = pipe
         for descriptor in (connection, memory, errors):
             os.close(descriptor)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])

@@ -30,6 +30,8 @@ INTERNAL = "internal error: "
 SLOTS = 4
 FORK = b"f"
 """The request for a child, with its descriptors."""
+NOT_FORKED = -1
+"""The answer to it where the system forks no more processes."""
 _SLOT_BYTES = 2**22
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...common.processes import Owner
 from ..geometry import View
-from .messages import FORK, SLOTS, Inbox, Layout, send, shared_file
+from .messages import FORK, NOT_FORKED, SLOTS, Inbox, Layout, send, shared_file
 
 _SERVER = f"{__package__}.fork_server"
 _READ_BYTES = 2**20
@@ -66,7 +66,8 @@ class ForkServerProcess:
     def fork(self, connection: int, memory: int, errors: int) -> ForkedProcess:
         """Return a child with these descriptors, the last as its standard error."""
         report, its = Pipe(duplex=False)
-        with its, contextlib.suppress(ConnectionError):  # it has ended: the child is told so
+        # A server that has ended is noticed where the child's report is read.
+        with its, contextlib.suppress(ConnectionError):
             descriptors = [connection, memory, errors, its.fileno()]
             socket.send_fds(self._requests, [FORK], descriptors)
         return ForkedProcess(self, report)
@@ -92,10 +93,12 @@ class ForkedProcess:
     """A child of a fork server, with the part of `Popen` that is needed.
 
     errors: what the server wrote to standard error, if it ended before there was a child.
+    server_ended: whether this process ended only because the server did.
     """
 
     def __init__(self, server: ForkServerProcess, report: Connection) -> None:
         self.errors = b""
+        self.server_ended = False
         self.returncode: int | None = None
         self._server, self._report = server, report
         self._pid: int | None = None
@@ -134,12 +137,15 @@ class ForkedProcess:
             number = int(self._report.recv_bytes())
         except EOFError:  # the server has ended, and with it its children
             code, self.errors = self._server.close()
-            self.returncode = -signal.SIGKILL if self._pid is not None else code
+            self.server_ended = self._pid is not None
+            self.returncode = -signal.SIGKILL if self.server_ended else code
             return True
-        if self._pid is None:
-            self._pid = number
-        else:
+        if self._pid is not None:
             self.returncode = number
+        elif number == NOT_FORKED:
+            self.returncode = 1
+        else:
+            self._pid = number
         return True
 
 
@@ -261,6 +267,11 @@ class ChildProcess:
     def ended(self) -> bool:
         """Whether the process ended by itself, not by a signal."""
         return (self._process.poll() or 0) > 0
+
+    @property
+    def server_ended(self) -> bool:
+        """Whether the process ended only because its fork server did."""
+        return self._process.server_ended
 
     def kill(self) -> None:
         """End the process at once; blocks that were delivered stay readable."""

@@ -53,6 +53,7 @@ class SimulatedChild:
     unread: int = 0
     listened: float = 0.0
     ended: bool = False
+    server_ended: bool = False
     pid: int = 0
     state: str = "runs"
     todo: list[dict[str, Any]] = field(default_factory=list)
