@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from types import TracebackType
 from typing import Self
 
 import av
@@ -29,7 +28,7 @@ from av.video.stream import VideoStream
 from ..common.errors import VideoError
 from .bitstream import FROM_START, INTRA_ONLY, ONE_FRAME_PER_PACKET, NonReferencePictures
 from .container import Margins, cropping, open_container, rational, reason, video_stream
-from .feed import DECODE_ERRORS, HOLD, Feed, NotAsPlanned, Waiting, ascending, stretches
+from .feed import DECODE_ERRORS, HOLD, Feed, NotAsPlanned, Waiting, ascending, packet_ranges
 from .geometry import Orientation, Renderer, display_size, inner_size, pixel_aspect
 from .packets import PROGRESSIVE, PacketTable, Timeline, read_packets
 from .sampling import Sampling
@@ -117,12 +116,7 @@ class VideoReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -439,7 +433,7 @@ class VideoReader:
         rank = {int(table.pts[table.order[i]]): int(i) for i in requested}
         queue = [int(i) for i in requested[::-1]]
         early: dict[int, av.VideoFrame] = {}
-        for frame in self._feed_stretches(requested):
+        for frame in self._decode_ranges(requested):
             index = rank.pop(frame.pts, None) if frame.pts is not None else None
             if index is not None:
                 self._notice(frame)
@@ -452,7 +446,7 @@ class VideoReader:
         if queue:
             raise NotAsPlanned
 
-    def _feed_stretches(self, requested: np.ndarray) -> Iterator[av.VideoFrame]:
+    def _decode_ranges(self, requested: np.ndarray) -> Iterator[av.VideoFrame]:
         """Yield the frames that come out of the ranges of packets with those `requested`."""
         table, context = self.packets, self._context
         needed = set(table.order[requested].tolist())
@@ -462,7 +456,7 @@ class VideoReader:
         # back.
         marks_damage = codec not in FROM_START
         feed = Feed(self)
-        for start, stop in stretches(table, requested):
+        for start, stop in packet_ranges(table, requested):
             feed.begin(start)
             context = self._context  # another one if the file had to be opened again
             first_pts = latest = table.pts[start]

@@ -31,8 +31,8 @@ class NotAsPlanned(Exception):
     """The shortcut did not deliver what the timeline promised: the plain decode must decide."""
 
 
-def stretches(table: PacketTable, requested: np.ndarray) -> list[tuple[int, int]]:
-    """Decode positions [(start, stop), …] to feed, both ends included, ascending and apart.
+def packet_ranges(table: PacketTable, requested: np.ndarray) -> list[tuple[int, int]]:
+    """Return decode positions [(start, stop), …] to feed, both ends included, ascending and apart.
 
     A wanted frame is decoded from the last entry at or before its packet. If it is shown before
     that entry (a leading picture of an open group), it may need frames of the group before: the
@@ -47,13 +47,13 @@ def stretches(table: PacketTable, requested: np.ndarray) -> list[tuple[int, int]
     while leading.any():
         which = which - leading
         leading = (pts < table.pts[entries[which]]) & (which > 0)
-    spans: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for start, stop in sorted(zip(entries[which].tolist(), positions.tolist(), strict=True)):
-        if spans and start <= spans[-1][1] + 1:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], stop))
+        if ranges and start <= ranges[-1][1] + 1:
+            ranges[-1] = (ranges[-1][0], max(ranges[-1][1], stop))
         else:
-            spans.append((start, stop))
-    return spans
+            ranges.append((start, stop))
+    return ranges
 
 
 class Feed:

@@ -17,7 +17,7 @@ from ..common.errors import VideoError
 from .bitstream import b_picture_test, entry_test, in_doubt, must_be_first
 from .container import rational, reason
 from .decoder import Rows, VideoIndex, VideoReader
-from .feed import NotAsPlanned, stretches
+from .feed import NotAsPlanned, packet_ranges
 from .mp4 import read_header
 
 _BEGINNING = 2**16  # bytes of a packet that are looked at for what it is
@@ -95,14 +95,14 @@ class QuickReader(VideoReader):
         """
         table = self.packets
         while True:
-            spans = stretches(table, requested)
-            wrong = [start for start, _ in spans if not self._begins(start)]
+            ranges = packet_ranges(table, requested)
+            wrong = [start for start, _ in ranges if not self._begins(start)]
             if not wrong:
                 break
             table.entry[wrong] = False
         codec, extradata = self._context.codec.canonical_name, self._context.extradata
         is_b = b_picture_test(codec, extradata)
-        for _, stop in spans:
+        for _, stop in ranges:
             # What is decoded is looked at on the way. If the packet after it is shown before it,
             # its pts must say so.
             after = stop + 1

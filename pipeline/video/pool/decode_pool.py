@@ -1,14 +1,14 @@
-"""Decode many videos in child processes, in order, ahead of the consumer of the frames.
+"""Decode many videos in worker processes, in order, ahead of the consumer of the frames.
 
-A child that crashes or falls silent costs its video a second try in a fresh child and, if that
+A worker that crashes or falls silent costs its video a second try in a fresh worker and, if that
 fails too, a reason; never the run. Where decoding does not work at all, whatever the video, a
-DecoderError ends the run, and no video is given a reason. Each child has four slots of shared
-memory; a child whose slots are all unread waits, which bounds what is decoded ahead.
+DecoderError ends the run, and no video is given a reason. Each worker has four slots of shared
+memory; a worker whose slots are all unread waits, which bounds what is decoded ahead.
 
-Why no one waits for ever: a child is given tasks in the order in which they are read, and a second
-try goes to a child that was given none. So all unread blocks of the child that works on the first
-task are of that task: either there is a block to read, or the child has a free slot and its silence
-is timed.
+Why no one waits for ever: a worker is given tasks in the order in which they are read, and a
+second try goes to a worker that was given none. So all unread blocks of the worker that works on
+the first task are of that task: either there is a block to read, or the worker has a free slot and
+its silence is timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from multiprocessing.connection import wait
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -33,13 +32,13 @@ from ..packets import Timeline
 from ..probe import Probe
 from ..sampling import Sampling
 from .messages import Layout
-from .process import ChildProcess, ForkServerProcess
+from .process import ForkServerProcess, WorkerProcess
 
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
-_AHEAD = 4  # tasks that may be finished and unread, per child
-_PROBES = 16  # files per message to a child
+_AHEAD = 4  # tasks that may be finished and unread, per worker
+_PROBES = 16  # files per message to a worker
 # The same before the first `probe`: the answers of that many fit the buffer of a socket.
 _FIRST_PROBES = 256
 # A task that was waited for longer than so many time-outs fails, unless it gave a sign of life once
@@ -96,13 +95,13 @@ class Failed:
 
 @dataclass
 class _Task:
-    """One message to a child, and what came back so far.
+    """One message to a worker, and what came back so far.
 
     rows: frames that came, or answers where the message has several paths.
     """
 
     message: dict[str, Any]
-    answers: deque[tuple[dict[str, Any], ChildProcess | None]] = field(default_factory=deque)
+    answers: deque[tuple[dict[str, Any], WorkerProcess | None]] = field(default_factory=deque)
     finished: bool = False
     rows: int = 0
     signs: int = 0  # of life, in this try
@@ -111,7 +110,7 @@ class _Task:
 
     @property
     def path(self) -> str:
-        """The file at which the child is."""
+        """The file at which the worker is."""
         if "paths" in self.message:
             paths = self.message["paths"]
             return str(paths[min(self.rows, len(paths) - 1)])
@@ -125,16 +124,16 @@ class _Task:
 
 
 _Started = tuple[deque[_Task], Iterator[dict[str, Any]]]
-"""Tasks that were given to children or are done, and the messages to come."""
+"""Tasks that were given to workers or are done, and the messages to come."""
 
 
 class DecodePool:
-    """`processes` children that probe and decode. Use as a context manager; one call at a time.
+    """`processes` workers that probe and decode. Use as a context manager; one call at a time.
 
     views: fixed size, rendered of every frame; see also `show`. memory_gb: address space of a
-    child. timeout_s: how long a child may go without a packet, a frame or an answer before it is
+    worker. timeout_s: how long a worker may go without a packet, a frame or an answer before it is
     killed; one that is waited for ten times as long is killed if these come less often than every
-    tenth of it. ahead: tasks a child may have finished that nobody has read, because one before
+    tenth of it. ahead: tasks a worker may have finished that nobody has read, because one before
     them takes longer.
     """
 
@@ -154,10 +153,10 @@ class DecodePool:
         self._memory_gb, self._timeout_s = memory_gb, timeout_s
         self._ahead = ahead
         self._server: ForkServerProcess | None = None
-        self._servers_ended = 0  # counted per child, since the last answer
-        self._children: list[ChildProcess | None] = [None] * processes
-        self._used = processes
-        self._working: dict[int, _Task] = {}  # by place of the child
+        self._servers_ended = 0  # counted per worker, since the last answer
+        self._workers: dict[int, WorkerProcess] = {}  # by place, below `processes`
+        self._processes = self._used = processes
+        self._working: dict[int, _Task] = {}  # by place of the worker
         self._busy = False
         self._begun: tuple[list[str], _Started] | None = None  # probing, and of which paths
         self._owner = os.getpid()
@@ -165,43 +164,37 @@ class DecodePool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the children and their fork server."""
+        """End the workers and their fork server."""
         if self._owner == os.getpid():
-            for place in range(len(self._children)):
+            for place in list(self._workers):
                 self._drop(place)
             if self._server is not None:
                 self._server.close()
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the children that were started."""
-        pids = [child.pid for child in self._children if child is not None]
+        """Process ids of the workers that were started."""
+        pids = (worker.pid for worker in self._workers.values())
         return [pid for pid in pids if pid is not None]
 
     def show(self, views: Sequence[View]) -> None:
         """Render these views of every frame from now on. Not while a stream is being read."""
         self._views, self._layout = tuple(views), Layout.of(tuple(views))
-        for child in self._children:
-            if child is not None:
-                child.show(self._layout, self._views)
+        for worker in self._workers.values():
+            worker.show(self._layout, self._views)
 
     def use_at_most(self, processes: int) -> None:
-        """Give tasks to so many of the children alone, from now on."""
-        self._used = min(processes, len(self._children))
+        """Give tasks to so many of the workers alone, from now on."""
+        self._used = min(processes, self._processes)
 
     def begin_probing(self, paths: Sequence[str]) -> None:
         """Start to probe; the first `probe` takes the answers, if its paths are the same.
 
-        The children need nothing from the caller until each has probed its share of them, or
+        The workers need nothing from the caller until each has probed its share of them, or
         `_FIRST_PROBES`.
         """
         share = min(_FIRST_PROBES, -(-len(paths) // self._used))
@@ -221,7 +214,7 @@ class DecodePool:
                 yield Probe(**{**fields, "time_base": tuple(fields["time_base"])})
 
     def _probes(self, paths: Sequence[str], share: int) -> Iterator[dict[str, Any]]:
-        """Yield messages of `share` paths for each child, then of few, so that all end together."""
+        """Yield messages of `share` paths per worker, then of few, so that all end together."""
         at, message = 0, 0
         while at < len(paths):
             end = at + (share if message < self._used else min(share, _PROBES))
@@ -284,23 +277,23 @@ class DecodePool:
             }
             for job in jobs
         )
-        for message, answer, child in self._run(messages):
+        for message, answer, worker in self._run(messages):
             key = message["key"]
             if answer["kind"] == "done":
                 yield Done(key, answer["frames"], answer["clock"], answer["note"], answer["more"])
             elif answer["kind"] == "failed":
                 yield Failed(key, answer["reason"])
-            elif child is not None:
+            elif worker is not None:
                 n = len(answer["index"])
-                images = tuple(a[:n] for a in child.slot(answer["slot"]))
+                images = tuple(a[:n] for a in worker.slot(answer["slot"]))
                 index, pts = np.array(answer["index"], np.int64), np.array(answer["pts"], np.int64)
                 yield Block(key, index, pts, images)
-                child.free(answer["slot"])
+                worker.free(answer["slot"])
 
     # One engine for all of them
 
     def _start(self, messages: Iterator[dict[str, Any]]) -> _Started:
-        """Give the first messages to the children."""
+        """Give the first messages to the workers."""
         if self._begun is not None:
             self._begun = None
             self._leave()
@@ -316,7 +309,7 @@ class DecodePool:
 
     def _run(
         self, messages: Iterator[dict[str, Any]], begun: _Started | None = None
-    ) -> Iterator[tuple[dict[str, Any], dict[str, Any], ChildProcess | None]]:
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any], WorkerProcess | None]]:
         """Yield (message, answer, worker) in the order of the messages; a last answer ends each."""
         queue, source = begun or self._start(messages)
         try:
@@ -331,26 +324,26 @@ class DecodePool:
                     self._listen()
                     self._assign(queue, source)
                 if head.answers:
-                    answer, child = head.answers.popleft()
-                    yield head.message, answer, child
+                    answer, worker = head.answers.popleft()
+                    yield head.message, answer, worker
                 else:
                     queue.popleft()
         finally:
             self._leave()
 
     def _leave(self) -> None:
-        """End the children with something that nobody wants any more."""
-        for place, child in enumerate(self._children):
-            if place in self._working or (child is not None and child.unread):
+        """End the workers with something that nobody wants any more."""
+        for place, worker in list(self._workers.items()):
+            if place in self._working or worker.unread:
                 self._drop(place)
         self._busy = False
 
     def _assign(self, queue: deque[_Task], source: Iterator[dict[str, Any]]) -> bool:
-        """Give work to idle children; True when there is no more."""
+        """Give work to idle workers; True when there is no more."""
         for place in range(self._used):
             if place in self._working:
                 continue
-            if len(queue) >= self._ahead * len(self._children):
+            if len(queue) >= self._ahead * self._processes:
                 return False
             message = next(source, None)
             if message is None:
@@ -361,72 +354,72 @@ class DecodePool:
         return False
 
     def _give(self, place: int, task: _Task) -> None:
-        child = self._children[place]
-        if child is None:
+        worker = self._workers.get(place)
+        if worker is None:
             try:
                 if self._server is None or self._server.ended:
                     self._server = ForkServerProcess()
-                child = ChildProcess(self._server, self._layout, self._views, self._memory_gb)
+                worker = WorkerProcess(self._server, self._layout, self._views, self._memory_gb)
             except OSError as error:  # descriptors, processes, shared memory
                 reason = limit_met(error) or error.strerror or error
                 raise DecoderError(f"a decoding process cannot be started: {reason}") from error
-            self._children[place] = child
+            self._workers[place] = worker
         self._working[place] = task
-        if not child.send(task.message):
+        if not worker.send(task.message):
             self._died(place)
 
     def _listen(self) -> None:
         """Receive what workers send; kill those that were silent, or nearly so, for too long."""
-        listening = {place: self._child(place) for place in self._working}
+        listening = {place: self._workers[place] for place in self._working}
         began = time.monotonic()
         ready = wait(
-            [child.connection for child in listening.values()], timeout=min(self._timeout_s, 1.0)
+            [worker.connection for worker in listening.values()], timeout=min(self._timeout_s, 1.0)
         )
         seconds = time.monotonic() - began
-        for place, child in listening.items():
-            if child.connection in ready:
+        for place, worker in listening.items():
+            if worker.connection in ready:
                 self._take(place)
-        for place, child in listening.items():
-            # Time in which nobody received, or in which all slots were unread, is not the child's
+        for place, worker in listening.items():
+            # Time in which nobody received, or in which all slots were unread, is not the worker's
             # silence.
-            if place not in self._working or self._child(place) is not child:
+            if place not in self._working or self._workers.get(place) is not worker:
                 continue
-            if child.all_slots_unread():
-                child.listened = 0.0
+            if worker.all_slots_unread():
+                worker.listened = 0.0
                 continue
-            child.listened += seconds
+            worker.listened += seconds
             task = self._working[place]
             task.waited += seconds
             slow = (
                 task.waited > _SLOW * self._timeout_s
                 and task.waited > task.signs * self._timeout_s / _SLOW
             )
-            if child.listened > self._timeout_s and not child.has_sent():
+            if worker.listened > self._timeout_s and not worker.has_sent():
                 self._failed(place, f"no frame for {self._timeout_s:g} s")
             elif slow:
                 self._failed(place, f"fewer than one frame in {self._timeout_s / _SLOW:g} s")
 
     def _take(self, place: int) -> None:
         """Receive all messages that one worker has sent."""
-        child, task = self._child(place), self._working[place]
+        worker, task = self._workers[place], self._working[place]
         while place in self._working:
             try:
-                answer = child.receive()
+                answer = worker.receive()
             except (EOFError, OSError, ValueError):
                 self._died(place)
                 return
             if answer is None:
                 return
-            child.listened = 0.0
+            worker.listened = 0.0
             task.signs += 1
             if answer["kind"] not in ("ready", "alive"):
                 self._servers_ended = 0
             if answer["kind"] == "block":
                 task.rows += len(answer["index"])
-                child.unread += 1
-                task.answers.append((answer, child))
+                worker.unread += 1
+                task.answers.append((answer, worker))
             elif answer["kind"] == "ready":
-                child.ready = True
+                worker.ready = True
             elif answer["kind"] == "fault":
                 log.error("%s: %s", task.path, answer["trace"])
                 raise DecoderError(
@@ -446,14 +439,14 @@ class DecodePool:
                     del self._working[place]
 
     def _died(self, place: int) -> None:
-        child = self._child(place)
-        why = child.last_words()
-        if not child.server_ended:
+        worker = self._workers[place]
+        why = worker.last_words()
+        if not worker.server_ended:
             self._failed(place, why)
             return
         # No video is to blame, unless servers end one after another with nothing done in between.
         self._servers_ended += 1
-        if self._servers_ended > _ATTEMPTS * len(self._children):
+        if self._servers_ended > _ATTEMPTS * self._processes:
             raise DecoderError("the process that decoding processes are forked from was killed")
         task = self._working.pop(place)
         self._drop(place)
@@ -465,10 +458,10 @@ class DecodePool:
         A worker that never began has no video to blame. No existing worker will do: its slots may
         all hold blocks that are read after this task.
         """
-        child, task = self._child(place), self._working.pop(place)
+        worker, task = self._workers[place], self._working.pop(place)
         self._drop(place)
         task.failures.append(why)
-        if not child.ready and (child.ended or len(task.failures) == _ATTEMPTS):
+        if not worker.ready and (worker.ended or len(task.failures) == _ATTEMPTS):
             raise DecoderError(f"a decoding process cannot start: {why}")
         if len(task.failures) == _ATTEMPTS:
             task.answers.append(({"kind": "failed", "reason": why}, None))
@@ -483,14 +476,7 @@ class DecodePool:
         task.signs, task.waited = 0, 0.0
         self._give(place, task)
 
-    def _child(self, place: int) -> ChildProcess:
-        child = self._children[place]
-        if child is None:
-            raise RuntimeError(f"no child at place {place}")
-        return child
-
     def _drop(self, place: int) -> None:
-        child, self._children[place] = self._children[place], None
         self._working.pop(place, None)
-        if child is not None:
-            child.kill()
+        if (worker := self._workers.pop(place, None)) is not None:
+            worker.kill()

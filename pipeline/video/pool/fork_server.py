@@ -1,10 +1,10 @@
-"""The process from which decoding children are forked: `python -m …fork_server SOCKET`.
+"""The process from which decoding workers are forked: `python -m …fork_server SOCKET`.
 
-It has imported all that a child needs, so that one more costs a few milliseconds, also in place of
+It has imported all that a worker needs, so that one more costs a few milliseconds, also in place of
 one that a file has crashed. It runs one thread, decodes nothing itself, and ends when the process
 that started it closes the socket or ends.
 
-A request is one byte with four descriptors: the socket and the shared memory of the child, its
+A request is one byte with four descriptors: the socket and the shared memory of the worker, its
 standard error, and a pipe. Into the pipe go its process id and then how it ended, as
 `Popen.returncode` has it, or `NOT_FORKED` alone.
 """
@@ -27,11 +27,11 @@ _DESCRIPTORS = 4
 
 
 class ForkServer:
-    """Forks a child for each request, and reports its end."""
+    """Forks a worker for each request, and reports its end."""
 
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
-        self._reports: dict[int, Connection] = {}  # by process id of a child that runs
+        self._reports: dict[int, Connection] = {}  # by process id of a worker that runs
 
     def run(self) -> None:
         """Serve until the other side hangs up."""
@@ -43,11 +43,11 @@ class ForkServer:
             self._fork(*descriptors)
 
     def _fork(self, connection: int, memory: int, errors: int, report: int) -> None:
-        # A child that ends at once must not be reported before it is known.
+        # A worker that ends at once must not be reported before it is known.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         try:
             pid = os.fork()
-        except OSError as error:  # a limit of processes or memory: the other children live on
+        except OSError as error:  # a limit of processes or memory: the other workers live on
             os.write(errors, f"{error}\n".encode())
             pid = NOT_FORKED
         if pid == 0:
@@ -55,7 +55,7 @@ class ForkServer:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
             self._requests.close()
             os.close(report)
-            os._exit(_run_child(connection, memory, errors))
+            os._exit(_run_worker(connection, memory, errors))
         pipe = Connection(report, readable=False)
         _send(pipe, pid)
         if pid == NOT_FORKED:
@@ -81,8 +81,8 @@ def _send(report: Connection, number: int) -> None:
         report.send_bytes(str(number).encode())
 
 
-def _run_child(connection: int, memory: int, errors: int) -> int:
-    """Work as a child of its own session (Ctrl-C is for the parent); return the exit code."""
+def _run_worker(connection: int, memory: int, errors: int) -> int:
+    """Work as a worker of its own session (Ctrl-C is for the parent); return the exit code."""
     try:
         os.setsid()
         os.dup2(errors, 2)

@@ -29,7 +29,7 @@ INTERNAL = "internal error: "
 """Begins the reason of a video that could not be read because of a fault of this package."""
 SLOTS = 4
 FORK = b"f"
-"""The request for a child, with its descriptors."""
+"""The request for a worker, with its descriptors."""
 NOT_FORKED = -1
 """The answer to it where the system forks no more processes."""
 _SLOT_BYTES = 2**22

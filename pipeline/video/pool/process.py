@@ -1,4 +1,4 @@
-"""The parent's end of decoding children: their processes, sockets and shared memory."""
+"""The parent's end of decoding workers: their processes, sockets and shared memory."""
 
 from __future__ import annotations
 
@@ -55,25 +55,25 @@ class ForkServerProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for the parent, which ends its children
+                start_new_session=True,  # Ctrl-C is for the parent, which ends its workers
             )
 
     @property
     def ended(self) -> bool:
-        """Whether it can fork no more children."""
+        """Whether it can fork no more workers."""
         return self._process.poll() is not None
 
     def fork(self, connection: int, memory: int, errors: int) -> ForkedProcess:
-        """Return a child with these descriptors, the last as its standard error."""
+        """Return a worker with these descriptors, the last as its standard error."""
         report, its = Pipe(duplex=False)
-        # A server that has ended is noticed where the child's report is read.
+        # A server that has ended is noticed where the worker's report is read.
         with its, contextlib.suppress(ConnectionError):
             descriptors = [connection, memory, errors, its.fileno()]
             socket.send_fds(self._requests, [FORK], descriptors)
         return ForkedProcess(self, report)
 
     def close(self) -> tuple[int, bytes]:
-        """End it after its children.
+        """End it after its workers.
 
         Returns:
             How it ended, as `Popen.returncode` has it, and what it wrote to standard error.
@@ -90,9 +90,9 @@ class ForkServerProcess:
 
 
 class ForkedProcess:
-    """A child of a fork server, with the part of `Popen` that is needed.
+    """A worker of a fork server, with the part of `Popen` that is needed.
 
-    errors: what the server wrote to standard error, if it ended before there was a child.
+    errors: what the server wrote to standard error, if it ended before there was a worker.
     server_ended: whether this process ended only because the server did.
     """
 
@@ -135,7 +135,7 @@ class ForkedProcess:
             return False
         try:
             number = int(self._report.recv_bytes())
-        except EOFError:  # the server has ended, and with it its children
+        except EOFError:  # the server has ended, and with it its workers
             code, self.errors = self._server.close()
             self.server_ended = self._pid is not None
             self.returncode = -signal.SIGKILL if self.server_ended else code
@@ -149,8 +149,8 @@ class ForkedProcess:
         return True
 
 
-class ChildProcess:
-    """A started child. `listened`: seconds the parent has waited for it since it last spoke."""
+class WorkerProcess:
+    """A started worker. `listened`: seconds the parent has waited for it since it last spoke."""
 
     def __init__(
         self,
@@ -162,18 +162,18 @@ class ChildProcess:
         self.ready = False  # whether it has begun to work
         self.unread = 0
         self.listened = 0.0
-        parent_end, child_end = socket.socketpair()
+        parent_end, worker_end = socket.socketpair()
         self._file = shared_file(layout.total_bytes)
         self._memory = mmap.mmap(self._file, layout.total_bytes)
         self._layout = layout
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
         try:
-            self._process = server.fork(child_end.fileno(), self._file, self._errors.fileno())
+            self._process = server.fork(worker_end.fileno(), self._file, self._errors.fileno())
         except BaseException:
             os.close(self._file)
             raise
         finally:
-            child_end.close()
+            worker_end.close()
         self.connection = Connection(parent_end.detach())
         self._inbox = Inbox()
         self.send(
@@ -204,7 +204,7 @@ class ChildProcess:
         return self._process.pid
 
     def send(self, message: dict[str, Any]) -> bool:
-        """Send a message; False if the child is gone."""
+        """Send a message; False if the worker is gone."""
         self.listened = 0.0
         try:
             send(self.connection, message)
@@ -235,11 +235,11 @@ class ChildProcess:
         return bool(wait([self.connection], timeout=0))
 
     def slot(self, slot: int) -> tuple[np.ndarray, ...]:
-        """uint8 [rows, h, w, 3] per view of one slot; readable also after the child's death."""
+        """uint8 [rows, h, w, 3] per view of one slot; readable also after the worker's death."""
         return self._layout.arrays(self._memory, slot)
 
     def free(self, slot: int) -> None:
-        """Give a slot back. A child that has died meanwhile does not care."""
+        """Give a slot back. A worker that has died meanwhile does not care."""
         self.unread -= 1
         if self._process.poll() is None and not self.connection.closed:
             self.send({"kind": "free", "slot": slot})

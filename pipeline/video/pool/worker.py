@@ -1,9 +1,9 @@
-"""The decoding child process, see `serve`.
+"""The decoding worker process, see `serve`.
 
-A decoder that crashes or hangs in C takes this process with it and nothing else. The child imports
+A decoder that crashes or hangs in C takes this process with it and nothing else. The worker imports
 no torch, keeps to its memory limit, and ends when its parent does.
 
-An exception that a bad file cannot explain may be a fault of this package: the child then reads a
+An exception that a bad file cannot explain may be a fault of this package: the worker then reads a
 video that ships with it, and reports which of the two is at fault. It reads that video once before
 it begins, too.
 """
@@ -180,7 +180,7 @@ class DecodeWorker:
         return self._decode(message)
 
     def _decode(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Decode a job's rows into slots; `skip` rows were delivered by a child that died."""
+        """Decode a job's rows into slots; `skip` rows were delivered by a worker that died."""
         sampling = Sampling.model_validate(job["sampling"])
         first, end, most, skip = job["first"], job["end"], job["max_rows"], job["skip"]
         with VideoReader(job["path"], progress=self._alive) as reader:
@@ -269,9 +269,9 @@ def serve(connection: int, memory: int) -> None:
     setup = receive(parent)
     end_with(Owner(**setup["owner"]))
     views = tuple(View.model_validate(view) for view in setup["views"])
-    child = DecodeWorker(parent, memory, setup["bytes"], views)
-    child.check()
+    worker = DecodeWorker(parent, memory, setup["bytes"], views)
+    worker.check()
     _limit_memory(setup["memory_gb"])
     # What is raised when the parent is done with this process.
     with contextlib.suppress(EOFError, ConnectionError):
-        child.serve()
+        worker.serve()

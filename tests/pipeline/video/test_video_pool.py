@@ -97,7 +97,7 @@ def test_many_videos_in_order_whatever_the_number_of_children(tmp_path: Path) ->
         assert probes[2].error
 
 
-def test_stretches_and_bounds(long_video: str) -> None:
+def test_ranges_and_bounds(long_video: str) -> None:
     rows: Rows = {}
     jobs = [
         DecodeJob(1, long_video, Sampling(every=4), 50, 90),

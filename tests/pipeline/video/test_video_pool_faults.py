@@ -1,7 +1,7 @@
 """A decoder that dies or stops, at every state of the buffers: the frames are those of an
 undisturbed run.
 
-The pool is the real one. Its children are simulated, and so is the clock, so that thousands of
+The pool is the real one. Its workers are simulated, and so is the clock, so that thousands of
 states are tried and a wait without end is seen at once.
 """
 
@@ -28,14 +28,14 @@ from distinit.pipeline.video.geometry import View
 from distinit.pipeline.video.pool import decode_pool as pool_module
 from distinit.pipeline.video.pool.decode_pool import Block, DecodeJob, DecodePool, Done, Failed
 from distinit.pipeline.video.pool.messages import SLOTS, Inbox
-from distinit.pipeline.video.pool.process import ChildProcess
+from distinit.pipeline.video.pool.process import WorkerProcess
 from distinit.pipeline.video.sampling import Sampling
 
 TIMEOUT_S = 100.0
 END_S = 50 * TIMEOUT_S  # of simulated time, far more than any of these runs takes
 CRASH = "crash"
 Fault = tuple[int, int, str]
-"""(wait, place, what): before the pool's n-th wait the n-th child is killed ("kill") or stops for
+"""(wait, place, what): before the pool's n-th wait the n-th worker is killed ("kill") or stops for
 good ("stop")."""
 
 
@@ -44,8 +44,8 @@ class Standstill(AssertionError):
 
 
 @dataclass(eq=False)
-class SimulatedChild:
-    """A child as pipeline/video/pool/worker.py is, which works when the machine lets it. A job's
+class SimulatedWorker:
+    """A worker as pipeline/video/pool/worker.py is, which works when the machine lets it. A job's
     path is its blocks."""
 
     machine: Machine
@@ -62,7 +62,7 @@ class SimulatedChild:
     slots: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
-    def connection(self) -> SimulatedChild:
+    def connection(self) -> SimulatedWorker:
         return self
 
     def send(self, message: dict[str, Any]) -> bool:
@@ -101,7 +101,7 @@ class SimulatedChild:
         task["skip"] += 1
 
     def probe(self, task: dict[str, Any]) -> None:
-        """Probe one of several files, or end; one called `crash` ends the child."""
+        """Probe one of several files, or end; one called `crash` ends the worker."""
         if self.at_its_end():
             self.said.append({"kind": "end"})
             self.todo.pop(0)
@@ -139,7 +139,7 @@ class SimulatedChild:
 
 
 class SimulatedServer:
-    """Stands in for the process that children are forked from."""
+    """Stands in for the process that workers are forked from."""
 
     ended = False
 
@@ -148,7 +148,7 @@ class SimulatedServer:
 
 
 class Machine:
-    """Lets children work, in one of several orders, and does harm to them. Stands in for `wait` and
+    """Lets workers work, in one of several orders, and does harm to them. Stands in for `wait` and
     for the clock."""
 
     def __init__(self, order: str, faults: Iterable[Fault], seed: int = 0) -> None:
@@ -160,14 +160,13 @@ class Machine:
     def monotonic(self) -> float:
         return self.now
 
-    def wait(self, connections: list[SimulatedChild], timeout: float) -> list[SimulatedChild]:
+    def wait(self, connections: list[SimulatedWorker], timeout: float) -> list[SimulatedWorker]:
         self.waits += 1
-        children = self.pool._children if self.pool is not None else []
+        workers: dict[int, Any] = self.pool._workers if self.pool is not None else {}  # type: ignore[assignment]
         for number, place, what in self.faults:
-            child = children[place] if number == self.waits and place < len(children) else None
-            if child is not None:
-                child.state = {"kill": "dead", "stop": "stopped"}[what]  # type: ignore[attr-defined]
-        able: list[Any] = [child for child in children if child is not None and child.can_work()]  # type: ignore[attr-defined]
+            if number == self.waits and place in workers:
+                workers[place].state = {"kill": "dead", "stop": "stopped"}[what]
+        able = [worker for _, worker in sorted(workers.items()) if worker.can_work()]
         if able:
             if self.order == "first":
                 able = able[:1]
@@ -175,11 +174,11 @@ class Machine:
                 able = able[-1:]
             elif self.order == "any":
                 able = [self.random.choice(able)]
-            for child in able:
-                child.work()
-                while self.order == "far" and child.can_work():
-                    child.work()
-        heard = [child for child in connections if child.has_sent()]
+            for worker in able:
+                worker.work()
+                while self.order == "far" and worker.can_work():
+                    worker.work()
+        heard = [worker for worker in connections if worker.has_sent()]
         if not heard:
             self.now += timeout
             if self.now > END_S:
@@ -194,7 +193,7 @@ def run(
     events: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(pool_module, "ForkServerProcess", SimulatedServer)
-        patch.setattr(pool_module, "ChildProcess", lambda *_: SimulatedChild(machine))
+        patch.setattr(pool_module, "WorkerProcess", lambda *_: SimulatedWorker(machine))
         patch.setattr(pool_module, "wait", machine.wait)
         patch.setattr(pool_module.time, "monotonic", machine.monotonic)
         machine.pool = DecodePool(
@@ -218,7 +217,7 @@ def run(
     first=st.sampled_from([1, 3, 256]),
     begun=st.booleans(),
 )
-def test_files_that_crash_a_child_cost_the_others_nothing(
+def test_files_that_crash_a_worker_cost_the_others_nothing(
     crashing: list[bool],
     processes: int,
     order: str,
@@ -230,7 +229,7 @@ def test_files_that_crash_a_child_cost_the_others_nothing(
     machine = Machine(order, killed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool_module, "ForkServerProcess", SimulatedServer)
-        patch.setattr(pool_module, "ChildProcess", lambda *_: SimulatedChild(machine))
+        patch.setattr(pool_module, "WorkerProcess", lambda *_: SimulatedWorker(machine))
         patch.setattr(pool_module, "wait", machine.wait)
         patch.setattr(pool_module.time, "monotonic", machine.monotonic)
         patch.setattr(pool_module, "_FIRST_PROBES", first)
@@ -251,7 +250,7 @@ def undisturbed(blocks: list[int]) -> list[Any]:
     ]
 
 
-# Videos shorter and longer than what a child's slots hold, in the orders that fill them behind a
+# Videos shorter and longer than what a worker's slots hold, in the orders that fill them behind a
 # long one.
 CORPORA = [
     [1, 9, 1, 1, 1, 1],
@@ -321,7 +320,7 @@ def test_a_trickle_of_frames_does_not_hold_a_decoder_for_ever(
             super().__init__("all", [])
             self.every_s, self.last = every_s, 0.0
 
-        def wait(self, connections: list[SimulatedChild], timeout: float) -> list[SimulatedChild]:
+        def wait(self, connections: list[SimulatedWorker], timeout: float) -> list[SimulatedWorker]:
             if self.now - self.last >= self.every_s:
                 self.last = self.now
                 return super().wait(connections, timeout)
@@ -335,7 +334,7 @@ def test_a_trickle_of_frames_does_not_hold_a_decoder_for_ever(
         assert machine.now < 40 * TIMEOUT_S
 
 
-# The real children
+# The real workers
 
 
 def video(path: Path, frames: int, seed: int) -> str:
@@ -388,17 +387,17 @@ def test_the_decoder_of_the_first_video_falls_while_the_other_has_filled_its_slo
 
 
 @pytest.mark.parametrize("head", [(17).to_bytes(4, "big"), b"\xff" * 4 + (17).to_bytes(8, "big")])
-def test_a_child_that_stops_in_the_middle_of_a_message_is_not_waited_for(head: bytes) -> None:
+def test_a_worker_that_stops_in_the_middle_of_a_message_is_not_waited_for(head: bytes) -> None:
     ours, theirs = socket.socketpair()
-    child = ChildProcess.__new__(ChildProcess)
-    child.connection, child._inbox, child.listened = Connection(ours.detach()), Inbox(), 0.0
+    worker = WorkerProcess.__new__(WorkerProcess)
+    worker.connection, worker._inbox, worker.listened = Connection(ours.detach()), Inbox(), 0.0
     data = head + b'{"kind": "alive"}'
     for cut in range(len(data)):
-        assert child.receive() is None
+        assert worker.receive() is None
         theirs.sendall(data[cut : cut + 1])
-    assert child.receive() == {"kind": "alive"}
-    assert child.receive() is None
+    assert worker.receive() == {"kind": "alive"}
+    assert worker.receive() is None
     theirs.sendall(data[:5])
     theirs.close()
     with pytest.raises(EOFError):
-        child.receive()
+        worker.receive()
