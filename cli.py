@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .pipeline.common.errors import DistInitError, UsageError
-from .pipeline.common.explain import explain
+from .pipeline.common.errors import DistInitError, UsageError, explain
 from .pipeline.common.streams import clean_streams, printable
 from .stages import COMMANDS, STAGES, TARGETS, TARGETS_SHORT, Command
 

@@ -9,8 +9,7 @@ from ..pipeline.common.errors import UsageError
 from ..pipeline.common.processes import cores
 from ..pipeline.common.streams import counted
 from ..pipeline.common.urls import check_local
-from ..pipeline.corpus.parts import Part
-from ..pipeline.corpus.sources import VideoList, list_videos
+from ..pipeline.corpus.sources import Part, VideoList, list_videos
 from ..pipeline.extraction.extract_options import PROBED_AT_ONCE, ExtractConfig
 from ..pipeline.video.pool.decode_pool import DecodePool
 

@@ -18,12 +18,11 @@ from typing import Any
 
 from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
-from ..pipeline.common.errors import UsageError, VideoError
+from ..pipeline.common.errors import SameFailure, UsageError, VideoError
 from ..pipeline.common.files import replacing, sweep_run
 from ..pipeline.common.locks import locked
 from ..pipeline.common.processes import cores
 from ..pipeline.common.run_dir import CONFIG
-from ..pipeline.common.same_failure import SameFailure
 from ..pipeline.common.streams import counted
 from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.sources import MARKER, VideoList, escape_path, list_videos, unescape_path

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..pipeline.common.console import Console
+from ..pipeline.common.documents import read_text
 from ..pipeline.common.errors import UsageError
-from ..pipeline.corpus.textfiles import read_text
 from ..pipeline.targets.class_head import ClassHead, class_names
 from ..pipeline.targets.vocabulary_options import VocabularyOptions
 from ..pipeline.teachers.teacher_options import TeacherSpec

@@ -12,7 +12,7 @@ import torch
 
 from ..common.devices import resolve_device
 from ..common.errors import TrainingError
-from ..common.hours import check_hours, describe_hours
+from ..common.settings import check_hours, describe_hours
 from ..common.tables import Column, Table
 from ..students.student import build_student
 from ..students.student_options import StudentOptions

@@ -30,7 +30,7 @@ from rich.segment import Segment
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .progress_bar import ProgressBar, SilentBar, show_progress
+from .progress_bar import ProgressBar, show_progress
 from .streams import as_json, never_fail_to_encode, printable, raw_stream
 from .tables import Table
 
@@ -111,7 +111,7 @@ class Console:
         `total` None: not known (yet).
         """
         if self.quiet:
-            yield SilentBar()
+            yield ProgressBar()
         elif self._err.is_terminal:
             with _bar(self._err) as bar:
                 yield _Bar(bar, printable(description), total, unit)
@@ -223,16 +223,9 @@ class _Rate(ProgressColumn):
     """Units done of all, and units per second."""
 
     def render(self, task: Task) -> Text:
-        unit = task.fields["unit"]
-        done = (
-            _count(task.completed)
-            if task.total is None
-            else f"{_count(task.completed)}/{_count(task.total)}"
-        )
-        speed = task.finished_speed or task.speed
-        return Text(
-            f"{done} {unit}".rstrip() + (f" {_rate(speed)} {unit}/s" if speed and unit else "")
-        )
+        unit, speed = task.fields["unit"], task.finished_speed or task.speed
+        done = _done(task.completed, task.total, unit)
+        return Text(done + (f" {_rate(speed)} {unit}/s" if speed and unit else ""))
 
 
 def _bar(console: RichConsole) -> Progress:
@@ -250,7 +243,7 @@ def _bar(console: RichConsole) -> Progress:
     )
 
 
-class _Bar:
+class _Bar(ProgressBar):
     def __init__(self, bar: Progress, description: str, total: float | None, unit: str) -> None:
         self._progress = bar
         self._task = bar.add_task(description, total=total, unit=unit, text="")
@@ -267,7 +260,7 @@ class _Bar:
         self._progress.update(self._task, total=total)
 
 
-class _Lines:
+class _Lines(ProgressBar):
     """Progress as plain lines, for logs and notebooks."""
 
     def __init__(
@@ -287,10 +280,7 @@ class _Lines:
 
     def advance(self, n: float = 1, **fields: object) -> None:
         self._done += n
-        if fields:
-            self._text = _words(fields)
-        if time.monotonic() - self._written >= self._every_s:
-            self._report()
+        self.update(_words(fields) if fields else self._text)
 
     def update(self, text: str) -> None:
         self._text = text
@@ -307,12 +297,7 @@ class _Lines:
     def _report(self) -> None:
         now = time.monotonic()
         rate = self._done / max(now - self._began, 1e-9)
-        done = (
-            _count(self._done)
-            if self._total is None
-            else f"{_count(self._done)}/{_count(self._total)}"
-        )
-        parts = [f"{self._description}: {done} {self._unit}".rstrip()]
+        parts = [f"{self._description}: {_done(self._done, self._total, self._unit)}"]
         if self._done:
             parts.append(f"{_rate(rate)} {self._unit}/s")
         if self._total is not None and 0 < self._done < self._total:
@@ -325,17 +310,15 @@ class _Lines:
 
 def _words(fields: Mapping[str, object]) -> str:
     shown = (
-        f"{value:.4g}" if isinstance(value, float) else str(value) for value in fields.values()
+        f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in fields.items()
     )
-    return printable(
-        " ".join(
-            f"{name.replace('_', ' ')} {value}" for name, value in zip(fields, shown, strict=True)
-        )
-    )
+    return printable(" ".join(shown))
 
 
-def _count(n: float) -> str:
-    return f"{n:.0f}"
+def _done(done: float, total: float | None, unit: str) -> str:
+    """Return units done of all, as in `3/8 videos`."""
+    return f"{done:.0f}{'' if total is None else f'/{total:.0f}'} {unit}".rstrip()
 
 
 def _rate(rate: float) -> str:

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .errors import DistInitError, in_one_line
-from .limits import require_descriptors
-from .processes import cores
+from .processes import cores, require_descriptors
 
 log = logging.getLogger(__name__)
 

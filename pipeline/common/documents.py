@@ -1,15 +1,17 @@
-"""JSON and YAML that others may have written: read whole, as plain data of a known form.
+"""JSON, YAML and lists that others may have written: read whole, as plain data of a known form.
 
 A folder of runs may come from anybody. What is read of it is a regular file inside of it, no larger
 than such a file can be, nested no deeper than people nest, and of the form that its reader relies
-on; otherwise one error names the file.
+on; otherwise one error names the file. Lists and csv files are text in UTF-8, as editors save it.
 """
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -17,12 +19,21 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import DistInitError, SourceError
+from .errors import DistInitError, ListError, SourceError
 
 MAX_BYTES = 256 << 20
+MAX_LIST_BYTES = 1 << 30
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_VALUES = 1_000_000  # each alias counts as many as the values that it repeats
 MAX_DEPTH = 48  # of lists and mappings in each other; YAML is written by a recursive function
+
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 F = TypeVar("F", bound="Form")
 
@@ -202,3 +213,55 @@ def inner_path(text: str) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a list; bytes that are not UTF-8, as file names may have them, become surrogates.
+
+    Raises:
+        ListError: the file is UTF-16, UTF-32 or not text, or larger than a list of some million
+            videos.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = (
+            file.read(MAX_LIST_BYTES + 1)
+            if os.fstat(file.fileno()).st_size <= MAX_LIST_BYTES
+            else None
+        )
+    if data is None or len(data) > MAX_LIST_BYTES:
+        raise ListError(
+            f"{os.fspath(path)}: more than {MAX_LIST_BYTES:,} bytes, which is no list of videos or labels"
+        )
+    named = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    if named is None and b"\0" in data:  # in UTF-16 without a mark every line end has one
+        named = "UTF-16 without a byte order mark, or not text"
+    if named is not None:
+        raise ListError(f"{os.fspath(path)}: the file is {named}; save it as text in UTF-8")
+    return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text read by `read_text` or given by the system can be written as UTF-8."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def refuse_windows_paths(file: str, root: str, paths: list[str]) -> None:
+    r"""Raise ListError for `C:\a.mp4`, `\\host\a.mp4` and `b\a.mp4` that are no files of `root`."""
+    none_exists: bool | None = None
+    for path in paths:
+        if "\\" not in path and not _WINDOWS.match(path):
+            continue
+        if os.path.lexists(os.path.join(root, path)):
+            continue
+        windows = bool(_WINDOWS.match(path)) or os.path.exists(
+            os.path.join(root, path.replace("\\", "/"))
+        )
+        if not windows:  # a Linux file may have a backslash in its name, and may have been deleted
+            if none_exists is None:
+                none_exists = not any(os.path.lexists(os.path.join(root, each)) for each in paths)
+            windows = none_exists
+        if windows:
+            raise ListError(
+                f"{file}: {path!r} is a path of Windows; expected paths with /, relative to {root} or absolute"
+            )

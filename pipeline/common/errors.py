@@ -1,4 +1,4 @@
-"""Every error a user can meet, in one small hierarchy.
+"""Every error a user can meet, in one small hierarchy, and one line for any other exception.
 
 Each is also the builtin it resembles, so that callers who do not know this package can catch it.
 `exit_code` is what the command line returns: 2 for wrong use, 1 for a failure of the job itself.
@@ -7,6 +7,9 @@ Messages are one line: the file or option, the value found, the values allowed.
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -124,3 +127,127 @@ def third_party(who: str, failure: type[DistInitError]) -> Iterator[None]:
         raise
     except Exception as error:
         raise failure(f"{who}: {in_one_line(error)}") from error
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Return one line and the exit code for any exception."""
+    full = full_disk(error)
+    if full is not None:
+        return (
+            f"disk full while writing{_file_of(full, error)}; free some space and run it again",
+            1,
+        )
+    if isinstance(error, DistInitError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return str(limit_met(error)), 1
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error} (is the installation complete? pip install distinit)", 1
+    words = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {words[0]} (--debug shows where)", 1
+
+
+def full_disk(error: BaseException) -> OSError | None:
+    """Return the error of a full disk or quota that led to `error`, if one did."""
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return cause
+    return None
+
+
+def _file_of(full: OSError, error: BaseException) -> str:
+    if full.filename:
+        return f" {full.filename}"
+    return f": {error}" if isinstance(error, DistInitError) else ""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def limit_met(error: BaseException) -> str | None:
+    """Return which limit of the system an error speaks of and how to raise it, None for another.
+
+    Libraries that pass descriptors between processes drop the number of the error and keep its
+    words.
+    """
+    import resource  # Windows has none, where --help works
+
+    number, words = getattr(error, "errno", None), str(error)
+    if (
+        number in (errno.EMFILE, errno.ENFILE)
+        or "Too many open files" in words
+        or "items of ancdata" in words
+    ):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"too many open files: a process may have {limit}; raise that limit (ulimit -n)"
+    if number in (errno.EAGAIN, errno.ENOMEM):
+        limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        count = "any number of" if limit == resource.RLIM_INFINITY else str(limit)
+        return f"no further process or memory: this user may have {count} processes (ulimit -u)"
+    return None
+
+
+_VARYING = re.compile(r"0x[0-9a-f]+|/[^\s:,'\"]+|'[^']*'|\"[^\"]*\"|\d+(\.\d+)?", re.IGNORECASE)
+
+
+class SameFailure:
+    """Stop a run whose first videos all fail for one reason, before that reason is recorded.
+
+    It is hardly the videos' own.
+
+    Args:
+        limit: Number of videos whose outcome is watched; 0: of none.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._seen: dict[int, str] = {}
+        self._kind: str | None = None
+        self.watching = limit > 0
+
+    def see(self, video: int, reason: str | None, path: str) -> None:
+        """Add the reason of a video, None if it is usable.
+
+        Raises:
+            DistInitError: It is the last that was waited for, and all failed for one reason.
+        """
+        if not self.watching or video in self._seen:
+            return
+        kind = _kind(reason, path) if reason is not None else None
+        if reason is None or self._kind not in (None, kind):
+            self.watching = False
+            return
+        self._kind = kind
+        self._seen[video] = reason
+        if len(self._seen) >= self._limit:
+            self._stop(f"the first {len(self._seen)} videos")
+
+    def finish(self) -> None:
+        """End the watch: there are no more videos.
+
+        Raises:
+            DistInitError: All of them failed for one reason.
+        """
+        if self.watching and self._seen:
+            self._stop("the one video" if len(self._seen) == 1 else f"all {len(self._seen)} videos")
+
+    def _stop(self, which: str) -> None:
+        reason = next(iter(self._seen.values()))
+        raise DistInitError(
+            f"{which} failed for one reason, nothing of them is recorded: {reason}; "
+            "if it is the videos' own, --max-failures 0 records it and continues"
+        )
+
+
+def _kind(reason: str, path: str) -> str:
+    """Return the reason without what varies from video to video: its name, numbers, addresses."""
+    for name in (path, os.path.basename(path)):
+        reason = reason.replace(name, "")
+    return _VARYING.sub("", reason)

@@ -1,4 +1,7 @@
-"""A user's own function, as `package.module:factory`: of a teacher, student, initialisation."""
+"""Code that is imported by name: a user's own function, and packages of the extras.
+
+A function has the form `package.module:factory`: of a teacher, a student, an initialisation.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import UsageError, third_party
+from .errors import DistInitError, UsageError, third_party
 
 _FORM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -68,3 +71,25 @@ def _working_folder_on_path() -> Iterator[None]:
     finally:
         if added:
             sys.path.remove(here)
+
+
+def import_extra(
+    module: str, extra: str, option: str, kind: type[DistInitError] = UsageError
+) -> Any:
+    """Import a module of a package that distinit installs only with an extra.
+
+    Args:
+        module: The module, which is also the name of the package in the message.
+        extra: Name of the extra.
+        option: What requires the package, as the option with its value.
+        kind: Class of the error.
+
+    Raises:
+        DistInitError: Of this kind; the package is missing, or cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        why = "" if error.name == package else f" (importing it: {' '.join(str(error).split())})"
+        raise kind(f'{option} requires {package}{why}: pip install "distinit[{extra}]"') from None

@@ -1,15 +1,21 @@
-"""Helper processes that end when the process they work for ends, even if it is killed."""
+"""Helper processes that end when the process they work for ends, even if it is killed.
+
+Also what processes may use: cores and open files.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import select
 import signal
 import sys
 import threading
 import time
 from dataclasses import dataclass
+
+from .errors import DistInitError
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 # Looked up before any fork: another thread may hold the lock of the linker.
@@ -112,3 +118,23 @@ def cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     found = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def require_descriptors(count: int, what: str) -> None:
+    """Let this process and its children have `count` open files, where the system allows it.
+
+    Args:
+        count: open files that are required.
+        what: what requires them, as messages name it.
+
+    Raises:
+        DistInitError: names `what` and the limit if the hard limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise DistInitError(
+            f"{what}: requires {count} open files, a process may have {hard}; raise that limit (ulimit -n)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
 
 
-class ProgressBar(Protocol):
-    """The progress of one piece of work."""
+class ProgressBar:
+    """The progress of one piece of work; this one shows nothing, a console's do."""
 
     def advance(self, n: float = 1, **fields: object) -> None:
         """Count n more units; `fields` replace the text behind the bar, as in loss=0.52."""
@@ -22,19 +21,6 @@ class ProgressBar(Protocol):
 
     def set_total(self, total: float | None) -> None:
         """Correct the total once it is known."""
-
-
-class SilentBar:
-    """A progress bar that shows nothing."""
-
-    def advance(self, n: float = 1, **fields: object) -> None:
-        """Show nothing."""
-
-    def update(self, text: str) -> None:
-        """Show nothing."""
-
-    def set_total(self, total: float | None) -> None:
-        """Show nothing."""
 
 
 Display = Callable[[str, float | None, str], AbstractContextManager[ProgressBar]]
@@ -59,7 +45,7 @@ def progress_bar(
                 probe(path)
                 bar.advance()
     """
-    return _displays[-1](description, total, unit) if _displays else nullcontext(SilentBar())
+    return _displays[-1](description, total, unit) if _displays else nullcontext(ProgressBar())
 
 
 @contextmanager

@@ -4,19 +4,28 @@ The digest is the sha256 of the file in which its own 64 hex digits are zeros. T
 `distinit-sha256` at a place where each format allows other text: in the metadata of safetensors, in
 the comment that ends a zip archive (which a checkpoint of torch is), in the user block before the
 first byte of HDF5. Any other reader of these formats passes over them.
+
+Free of torch.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
-from .errors import DistInitError
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError, DistInitError
+
+log = logging.getLogger(__name__)
 
 KEY = "distinit-sha256"
 """The metadata key of safetensors, whose value `seal` replaces."""
@@ -80,6 +89,32 @@ def check_seal(path: str | os.PathLike[str], error: type[DistInitError]) -> bool
             f"{os.fspath(path)}: damaged: its bytes are not those that were written (their sha256 differs)"
         )
     return found is True
+
+
+@contextmanager
+def open_checked(path: str | os.PathLike[str], framework: str) -> Iterator[Any]:
+    """Open a safetensors file as `safe_open` does.
+
+    Args:
+        path: The file.
+        framework: "pt" or "np", the kind of its tensors.
+
+    Raises:
+        CheckpointError: Another file, or a damaged one; also where reading it fails while it is
+            open.
+    """
+    sealed = check_seal(path, CheckpointError)
+    try:
+        with safe_open(path, framework=framework) as file:
+            if not sealed and "distinit" in (file.metadata() or {}):
+                log.warning(
+                    "%s: written by distinit 0.1, without a digest: damage cannot be found", path
+                )
+            yield file
+    except DistInitError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or damaged ({error})") from None
 
 
 def sha256_of(path: str | os.PathLike[str], size: int | None = None) -> str:

@@ -19,11 +19,14 @@ import hashlib
 import json
 import pickle
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError
@@ -195,3 +198,42 @@ def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -
     if found:
         raise WeightsError(f"{what}: does not fit {type(module).__name__}: {', '.join(found)}")
     module.load_state_dict(state, strict=False)
+
+
+def hub_folder() -> Path:
+    """Where torch hub keeps checkpoints: TORCH_HOME, or the user's cache."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def library_weights(
+    choice: Any, sha256: str | None = None, *, who: str, remedy: str, fetch: bool = True
+) -> WeightsFile:
+    """Return the weights of a member of torchvision's enums, as ResNet18_Weights.IMAGENET1K_V1.
+
+    Args:
+        choice: The member of the enum.
+        sha256: What the file's must be, if given.
+        who: Who requires them, for the message where they cannot be had.
+        remedy: What to do with a file, for the same message.
+        fetch: Whether they may be downloaded.
+
+    Raises:
+        WeightsError: Not in the cache and cannot be fetched, another sha256, or damaged.
+    """
+    path = hub_folder() / Path(urlparse(choice.url).path).name
+    if not path.is_file():
+        if not fetch:
+            raise WeightsError(
+                f"{who}: {path.name} is not in {path.parent} and is not downloaded here; {remedy}"
+            )
+        try:
+            choice.get_state_dict(
+                progress=sys.stderr.isatty(), check_hash=True, map_location="cpu", weights_only=True
+            )
+        except (OSError, RuntimeError) as error:
+            raise WeightsError(
+                f"{who}: {path.name} is not in {path.parent} and cannot be fetched "
+                f"({first_line(error)}); "
+                f"get {choice.url} and {remedy}"
+            ) from None
+    return load_weights(path, sha256)

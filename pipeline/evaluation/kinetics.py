@@ -10,9 +10,9 @@ import csv
 import io
 import os
 
+from ..common.documents import read_text
 from ..common.errors import LabelsError, SourceError, UsageError
 from ..corpus.sources import escape_path, list_videos
-from ..corpus.textfiles import read_text
 from .listing import Listing, Row, first_few, require_utf8
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..clips.content import same_content
+from ..common.documents import is_utf8
 from ..common.errors import LabelsError, UsageError, VideoError
 from ..common.streams import counted
 from ..corpus.sources import escape_path
-from ..corpus.textfiles import is_utf8
 from ..prepared.folders import CopyFolder
 from ..video.container import digest
 from .listing import SIDES, VAL, Listing, Row, first_few, videos_in

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.documents import is_utf8, read_text
 from ..common.errors import LabelsError
 from ..corpus.sources import escape_path, is_video
-from ..corpus.textfiles import is_utf8, read_text
 
 # Every split has these two sides; a user's labels may have a validation side as well.
 SIDES = ("train", "test")

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from ..clips.clip_options import ClipView
 from ..common.config import write_config
 from ..common.errors import UsageError
-from ..common.extras import import_extra
 from ..common.files import write_page, write_whole
+from ..common.plugins import import_extra
 from ..common.run_dir import config_next_to, recorded_sections, refuse_existing, require_writable
 from ..common.settings import Options
 from ..corpus.sources import list_videos

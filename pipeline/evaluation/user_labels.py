@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
+from ..common.documents import is_utf8, read_text, refuse_windows_paths
 from ..common.errors import LabelsError, SourceError
 from ..corpus.sources import escape_path, is_video, list_videos
-from ..corpus.textfiles import is_utf8, read_text, refuse_windows_paths
 from .listing import SIDES, VAL, Listing, Row, first_few, require_utf8, videos_in
 
 

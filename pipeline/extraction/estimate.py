@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from ..common.errors import UsageError
-from ..common.hours import check_hours, describe_hours
 from ..common.processes import cores
 from ..common.progress_bar import progress_bar
+from ..common.settings import check_hours, describe_hours
 from ..common.tables import Column, Table
 from ..corpus.sources import VideoList
 from ..store.encoding import DEFAULT, row_bytes

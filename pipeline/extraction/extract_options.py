@@ -123,6 +123,6 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
     @field_validator("part")
     @classmethod
     def _a_part(cls, part: str | None) -> str | None:
-        from ..corpus.parts import Part
+        from ..corpus.sources import Part
 
         return None if part is None else str(Part.parse(part))

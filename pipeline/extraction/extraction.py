@@ -17,14 +17,11 @@ from ..common.config import write_config
 from ..common.console import Console
 from ..common.dask_workers import cluster
 from ..common.devices import resolve_device
-from ..common.errors import StoreError, UsageError
-from ..common.explain import full_disk
+from ..common.errors import SameFailure, StoreError, UsageError, full_disk
 from ..common.processes import cores
 from ..common.run_dir import config_next_to
-from ..common.same_failure import SameFailure
 from ..common.streams import counted
-from ..corpus.parts import Part
-from ..corpus.sources import VideoList, escape_path
+from ..corpus.sources import Part, VideoList, escape_path
 from ..store.index import FAILED, OK, PENDING
 from ..store.staging import ShardResult
 from ..store.writer import StoreWriter, with_engine

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.errors import StoreMismatchError, VideoError
+from ..common.errors import SameFailure, StoreMismatchError, VideoError
 from ..common.progress_bar import progress_bar
-from ..common.same_failure import SameFailure
 from ..corpus.sources import Corpus, VideoList, escape_path, unescape_path
 from ..store.digests import read_rows
 from ..store.index import OK, OVERFLOWED

@@ -23,12 +23,11 @@ import numpy as np
 
 from ..common.errors import VideoError
 from ..common.hdf5 import Hdf5Error, Hdf5Writer, open_hdf5
-from ..common.lru import LruCache
 from ..common.sealed import check_seal
 from ..video.container import reason
 from ..video.decoder import VideoReader
 from ..video.flow import flow_between, grey
-from ..video.frames import check_damage
+from ..video.frames import LruCache, check_damage
 from ..video.geometry import Renderer, View
 from .frame_map import SourceRecord
 from .prepare_options import FlowOptions

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ..common.errors import StoreMismatchError, VideoError
-from ..common.lru import LruCache
 from ..common.sealed import sha256_of
 from ..video.container import reason
+from ..video.frames import LruCache
 
 BOX = uuid.UUID("6bb1fa8c-5e0b-4f43-9d8c-2f3c5a7d1e90").bytes
 MAGIC = b"distprep"

@@ -11,7 +11,7 @@ import numpy as np
 from ..common.documents import Form, parse_json, require_form
 from ..common.errors import CheckpointError
 from ..common.run_dir import MODEL_FILE, STUDENT_FILE
-from ..common.safetensors_files import open_checked
+from ..common.sealed import open_checked
 from ..evaluation.listing import short_dataset
 from ..evaluation.predictions import Predictions
 from .charts import Line

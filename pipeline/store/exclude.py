@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.documents import read_text
 from ..common.errors import UsageError
-from ..corpus.textfiles import read_text
 from .reader import TargetStore
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..clips.clip_options import NORMALIZATION
 from ..clips.transforms import normalize_clip
 from ..common.errors import CheckpointError, third_party
-from ..common.extras import import_extra
+from ..common.plugins import import_extra
 from .student import Student
 
 CLIPS, FEATURES = "clips", "features"

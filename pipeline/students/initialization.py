@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from ..common.errors import CheckpointError, UsageError, WeightsError
-from ..common.library_weights import library_weights
 from ..common.plugins import call_factory, is_factory
-from ..common.weights import load_weights
+from ..common.weights import library_weights, load_weights
 from .inflate import fitting_student, inflatable, inflate
 from .student import Backbone, Student
 from .student_files import (

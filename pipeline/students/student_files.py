@@ -29,8 +29,7 @@ from ..common.documents import is_regular_file
 from ..common.errors import CheckpointError
 from ..common.files import write_whole
 from ..common.run_dir import MODEL_FILE, STUDENT_FILE
-from ..common.safetensors_files import open_checked
-from ..common.sealed import BLANK, KEY, seal
+from ..common.sealed import BLANK, KEY, open_checked, seal
 from ..common.settings import Options
 from .external import library_shapes
 from .student import Backbone, Student, build_student

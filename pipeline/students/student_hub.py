@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from ..common.errors import CheckpointError, third_party
-from ..common.extras import import_extra
+from ..common.plugins import import_extra
 from ..common.run_dir import MODEL_FILE
 
 # Also with one slash, which is what a Path makes of it.

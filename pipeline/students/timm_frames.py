@@ -10,7 +10,7 @@ import re
 from torch import Tensor, nn
 
 from ..common.errors import UsageError, third_party
-from ..common.extras import import_extra
+from ..common.plugins import import_extra
 from .student_options import StudentOptions
 
 # Arguments of timm that read files, fetch weights, or change what the model returns.

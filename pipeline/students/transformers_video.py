@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..common.errors import CheckpointError, UsageError, third_party
-from ..common.extras import import_extra
+from ..common.plugins import import_extra
 from ..common.weights import load_weights
 from .student_options import HF_MODELS, StudentOptions
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import TeacherError, WeightsError, first_line, third_party
-from ..common.extras import import_extra
+from ..common.plugins import import_extra
 from ..common.weights import file_sha256
 from ..video.geometry import View
 from .hub import hub_folder_of, need_safetensors

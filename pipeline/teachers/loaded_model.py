@@ -14,10 +14,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..common.config import CONF
-from ..common.documents import load_yaml
+from ..common.documents import is_utf8, load_yaml, read_text
 from ..common.errors import ListError, TeacherError
 from ..common.settings import Options
-from ..corpus.textfiles import is_utf8, read_text
 from ..store.store_options import Output
 from ..video.geometry import View
 from .teacher_options import TeacherSpec

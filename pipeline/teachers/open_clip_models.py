@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import TeacherError, WeightsError, first_line, third_party
-from ..common.extras import import_extra
+from ..common.plugins import import_extra
 from ..common.weights import WeightsFile, load_weights
 from ..video.geometry import View
 from .hub import hub_file, need_safetensors

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..common.errors import TeacherError, WeightsError, first_line, third_party
-from ..common.extras import import_extra
+from ..common.plugins import import_extra
 from ..common.weights import WeightsFile, load_into, load_weights
 from ..store.store_options import Output
 from ..video.geometry import View

@@ -12,8 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..common.errors import TeacherError, WeightsError
-from ..common.library_weights import hub_folder, library_weights
-from ..common.weights import WeightsFile, load_into, load_weights
+from ..common.weights import WeightsFile, hub_folder, library_weights, load_into, load_weights
 from ..video.geometry import View
 from .forwards import last_linear, pooling_layer, tapped
 from .loaded_model import (

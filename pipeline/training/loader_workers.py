@@ -32,8 +32,7 @@ import torch
 
 from ..clips.seeding import Key
 from ..common import worker_status
-from ..common.errors import DistInitError, TrainingError, WorkerDied, in_one_line
-from ..common.limits import limit_met
+from ..common.errors import DistInitError, TrainingError, WorkerDied, in_one_line, limit_met
 from ..common.processes import Owner, end_with
 from ..common.worker_status import WorkerStatus
 from ..corpus.sources import escape_path

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from ..common.config import current_keys
 from ..common.documents import load_yaml, read_bytes
 from ..common.errors import TrainingError, third_party
-from ..common.extras import import_extra
 from ..common.files import write_whole
+from ..common.plugins import import_extra
 from ..common.run_dir import CONFIG, TRACKERS
 from ..common.streams import printable
 from .loop_options import TrackerName

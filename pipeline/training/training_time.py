@@ -21,8 +21,8 @@ from ..common.devices import resolve_device
 from ..common.distributed import Ranks
 from ..common.documents import load_yaml, read_bytes
 from ..common.errors import DistInitError
-from ..common.hours import check_hours, describe_hours, limit_of
 from ..common.run_dir import CONFIG
+from ..common.settings import check_hours, describe_hours, limit_of
 from .loader import EpochBatchSampler, KeyedDataset, read_batches
 from .loop_options import SCHEDULE, LoopOptions, Resume
 from .parallel import lay_out

@@ -41,7 +41,7 @@ Rows = Iterator[tuple[int, int, av.VideoFrame]]  # (index, pts, frame)
 class VideoIndex:
     """What reading a whole file was needed for; a reader that is given it need not do so again.
 
-    from_header: by `mp4.read_header`, for a `quick.QuickReader` alone.
+    from_header: by `mp4.read_header`, for an `mp4.QuickReader` alone.
     """
 
     packets: PacketTable

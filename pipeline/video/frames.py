@@ -3,22 +3,54 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from ..common.errors import StoreMismatchError, VideoError
-from ..common.lru import LruCache
 from .container import digest as digest_of
 from .container import reason
 from .decoder import VideoIndex, VideoReader
 from .feed import NotAsPlanned
 from .geometry import View
-from .quick import QuickReader
+from .mp4 import QuickReader
+
+MAX_FRAMES = 2**18  # some 9 MB
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Sized)
+_Key = tuple[str, int, int]
+
+
+class LruCache(Generic[M]):
+    """The tables read last in this process, `MAX_FRAMES` frames in all.
+
+    Keys are (path, size, mtime_ns).
+    """
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[_Key, M] = OrderedDict()
+        self._frames = 0
+
+    def get(self, key: _Key) -> M | None:
+        """Return what is kept under `key`, or None."""
+        if key in self._tables:
+            self._tables.move_to_end(key)
+        return self._tables.get(key)
+
+    def add(self, key: _Key, table: M) -> None:
+        """Keep a table and drop the oldest ones where there are too many frames."""
+        if key in self._tables:
+            self._frames -= len(self._tables[key])
+        self._tables[key] = table
+        self._frames += len(table)
+        while self._frames > MAX_FRAMES and len(self._tables) > 1:
+            self._frames -= len(self._tables.popitem(last=False)[1])
+
+
 _indices: LruCache[VideoIndex] = LruCache()  # of the videos read last in this process, some 40 MB
 
 
@@ -191,7 +223,7 @@ def check_damage(decoded: np.ndarray, indices: np.ndarray, required: np.ndarray)
         )
 
 
-def _key(path: str) -> tuple[str, int, int]:
+def _key(path: str) -> _Key:
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from distinit.pipeline.common.console import Console
-from distinit.pipeline.common.errors import DecoderError, DistInitError
-from distinit.pipeline.common.same_failure import SameFailure
+from distinit.pipeline.common.errors import DecoderError, DistInitError, SameFailure
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.store.reader import TargetStore

@@ -10,7 +10,7 @@ import yaml
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
-from distinit.pipeline.common.hours import LONG_HOURS, check_hours
+from distinit.pipeline.common.settings import LONG_HOURS, check_hours
 from distinit.pipeline.evaluation.finetune_options import FinetuneLoop
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.training.loop_options import LoopOptions

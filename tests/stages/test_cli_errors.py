@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from distinit.cli import cli, run
-from distinit.pipeline.common.errors import StoreError, UsageError
-from distinit.pipeline.common.explain import explain
+from distinit.pipeline.common.errors import StoreError, UsageError, explain
 from distinit.pipeline.video.encode import write_video
 from distinit.tests import warm
 from distinit.tests.commands import command_that_raises
@@ -61,7 +60,7 @@ def test_wrong_use_is_one_line_and_exit_2(
 def test_a_system_without_what_is_needed_is_named_in_one_line(tmp_path: Path) -> None:
     """As on Windows, where a module cannot be imported that Linux has; --help works all the
     same."""
-    code = "import sys; sys.modules['fcntl'] = None\nfrom distinit.cli import main\nmain()"
+    code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\nfrom distinit.cli import main\nmain()"
     done = warm.run("report", ".", "--out", "r", code=code, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith("error: ")

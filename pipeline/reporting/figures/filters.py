@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ...common.run_dir import START
-from ...common.safetensors_files import open_checked
+from ...common.sealed import open_checked
 from ...common.tables import Column, Table
 from ...students.student_options import STEM
 from ..runs import Run

@@ -25,8 +25,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from ...common.errors import DecoderError, VideoError
-from ...common.limits import limit_met
+from ...common.errors import DecoderError, VideoError, limit_met
 from ..geometry import View
 from ..packets import Timeline
 from ..probe import Probe

@@ -13,8 +13,7 @@ import pytest
 from distinit.pipeline.common.config import load_config
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError, StoreMismatchError, UsageError
-from distinit.pipeline.corpus.parts import Part
-from distinit.pipeline.corpus.sources import Corpus, VideoList
+from distinit.pipeline.corpus.sources import Corpus, Part, VideoList
 from distinit.pipeline.store.index import load_index
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import MergeConfig

@@ -24,7 +24,7 @@ from distinit.pipeline.video.decoder import VideoIndex, VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
 from distinit.pipeline.video.feed import NotAsPlanned
 from distinit.pipeline.video.frames import count_frames
-from distinit.pipeline.video.quick import QuickReader
+from distinit.pipeline.video.mp4 import QuickReader
 from distinit.pipeline.video.sampling import Sampling
 
 Row = tuple[int, int, bytes]
