@@ -39,29 +39,22 @@ def resolve_device(name: str) -> torch.device:
         raise DeviceError(
             f"device {name!r} is not known; allowed: auto, cpu, cuda, cuda:INDEX, mps"
         )
-    kind, index = found.group(1), found.group(2)
+    kind, index = found[1].partition(":")[0], found[2]
     if kind == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if kind.startswith("cuda"):
-        if not torch.cuda.is_available():
-            built = torch.version.cuda or torch.version.hip
-            why = (
-                "no GPU or no driver"
-                if built
-                else f"torch {torch.__version__} is built without CUDA"
-            )
-            raise DeviceError(
-                f"device {name!r} is not there ({why}); available: {', '.join(_available())}"
-            )
-        count = torch.cuda.device_count()
-        if index is not None and int(index) >= count:
-            raise DeviceError(f"device {name!r} is not there; available: {', '.join(_available())}")
-        return torch.device("cuda", torch.cuda.current_device() if index is None else int(index))
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError(f"device 'mps' is not there; available: {', '.join(_available())}")
-    return torch.device(kind)
+        mps = torch.backends.mps.is_available
+        kind = "cuda" if torch.cuda.is_available() else "mps" if mps() else "cpu"
+    why = ""
+    if kind == "cuda" and torch.cuda.is_available():
+        number = torch.cuda.current_device() if index is None else int(index)
+        if number < torch.cuda.device_count():
+            return torch.device("cuda", number)
+    elif kind == "cuda":
+        built = torch.version.cuda or torch.version.hip
+        without = f"torch {torch.__version__} is built without CUDA"
+        why = f" ({'no GPU or no driver' if built else without})"
+    elif kind == "cpu" or torch.backends.mps.is_available():
+        return torch.device(kind)
+    raise DeviceError(f"device {name!r} is not there{why}; available: {', '.join(_available())}")
 
 
 def keep_freed_memory() -> None:

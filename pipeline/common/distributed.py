@@ -102,24 +102,21 @@ class Ranks:
         An error on the way to a batch is raised on every rank.
         """
         iterator = iter(batches)
-        while self.world > 1 or not stop():
+        if self.world == 1:
+            while not stop() and (batch := next(iterator, None)) is not None:
+                yield batch
+            return
+        while True:
             batch, failure = None, None
             try:
                 batch = next(iterator, None)
             except DistInitError as error:
-                if self.world == 1:
-                    raise
                 failure = error
-            if self.world > 1:
-                over = batch is None or stop()
-                failed, ended = self.sum(
-                    torch.tensor([failure is not None, over], dtype=torch.int64)
-                ).tolist()
-                if failed:
-                    raise self._first_error(failure)
-                if ended:
-                    return
-            if batch is None:
+            flags = torch.tensor([failure is not None, batch is None or stop()], dtype=torch.int64)
+            failed, ended = self.sum(flags).tolist()
+            if failed:
+                raise self._first_error(failure)
+            if ended or batch is None:
                 return
             yield batch
 

@@ -22,7 +22,7 @@ from typing import Literal
 import yaml
 
 from .config import SECTIONS
-from .documents import load_yaml, read_bytes
+from .documents import is_utf8, load_yaml, read_bytes
 from .errors import SourceError, UsageError
 from .locks import folder_lock
 from .streams import printable
@@ -63,7 +63,7 @@ def claim_run_dir(run_dir: Path, *, resume: bool | Literal["auto"]) -> None:
         UsageError: It holds a run and `resume` is off, or it holds none and `resume` is True, or it
             cannot be made.
     """
-    if any("\ud800" <= c <= "\udfff" for c in os.fspath(run_dir)):
+    if not is_utf8(os.fspath(run_dir)):
         # TensorBoard's writer cannot take it.
         raise UsageError(
             f"--out {printable(os.fspath(run_dir))}: the path is not UTF-8; choose another --out"
@@ -152,12 +152,8 @@ def check_page_dir(page: Path, names: Iterable[str] = ()) -> None:
         ours = _OURS.search(page.read_text(encoding="utf-8", errors="replace")) is not None
     except OSError:
         ours = False
-    for name in (page.name, *names) if not ours else ():
-        if os.path.lexists(page.parent / name):
-            raise UsageError(
-                f"--out {page.parent}: its {name} was not written by distinit, which would overwrite it; "
-                f"choose another --out"
-            )
+    if not ours:
+        refuse_existing(page.parent, (page.name, *names), "distinit")
 
 
 def refuse_existing(folder: Path, names: Iterable[str], writer: str) -> None:
@@ -185,11 +181,8 @@ def recorded_sections(config: Path) -> set[str]:
         content = load_yaml(read_bytes(config).decode("utf-8"))
     except (SourceError, UnicodeDecodeError, yaml.YAMLError):
         return set()
-    return (
-        set(content) & set(SECTIONS)
-        if isinstance(content, dict) and set(content) <= set(SECTIONS)
-        else set()
-    )
+    known = isinstance(content, dict) and set(content) <= set(SECTIONS)
+    return set(content) if known else set()
 
 
 def require_no_store(folder: Path) -> None:

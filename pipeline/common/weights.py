@@ -34,10 +34,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import WeightsError, first_line
-from .sealed import check_seal
+from .sealed import check_seal, sha256_of
 
 _NESTED = ("state_dict", "model")
 _COUNTER = "num_batches_tracked"
+# What torch's reader raises for a pickle of more than tensors, or one by Python 2.
+_NOT_PLAIN = (
+    pickle.UnpicklingError,
+    UnicodeDecodeError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,7 @@ def file_sha256(path: str | Path) -> str:
         WeightsError: the file is missing or cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise WeightsError(f"weights file {path}: {error.strerror or error}") from None
 
@@ -115,34 +123,24 @@ def load_weights(path: str | Path, sha256: str | None = None) -> WeightsFile:
 
 def _load_torch(path: Path) -> object:
     """torch.load, weights-only; once more as latin1 for pickles written by Python 2."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+    with warnings.catch_warnings():
+        # torch warns that it ignores `encoding`; it does pass it to the weights-only reader.
+        warnings.simplefilter("ignore", UserWarning)
+        try:
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        UnicodeDecodeError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        ValueError,
-    ) as error:
-        first: Exception = error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise WeightsError(
-            f"weights file {path}: not a torch checkpoint ({first_line(error)})"
-        ) from None
-    try:
-        with warnings.catch_warnings():
-            # torch warns that it ignores `encoding` here; it does pass it to the weights-only
-            # reader.
-            warnings.simplefilter("ignore", UserWarning)
+        except _NOT_PLAIN as error:
+            first = error
+        except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise WeightsError(
+                f"weights file {path}: not a torch checkpoint ({first_line(error)})"
+            ) from None
+        try:
             return torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
-    except Exception:  # whatever a hostile or foreign pickle makes the reader raise, it is refused
-        raise WeightsError(
-            f"weights file {path}: not a checkpoint of tensors alone, and it is never unpickled freely; "
-            f"save its state dict as safetensors ({_refused(first)})"
-        ) from None
+        except Exception:  # whatever a hostile pickle makes the reader raise, it is refused
+            raise WeightsError(
+                f"weights file {path}: not a checkpoint of tensors alone, and it is never unpickled freely; "
+                f"save its state dict as safetensors ({_refused(first)})"
+            ) from None
 
 
 def _refused(error: Exception) -> str:

@@ -47,14 +47,11 @@ def entry_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bo
         return lambda data: True
     if codec in FROM_START:
         return lambda data: False
-    length = _length_size(codec, extradata)
+    kinds = _nal_kinds(codec, extradata)
     tests: dict[str, Callable[[memoryview], bool]] = {
-        "h264": lambda data: _has_nal(
-            data, length, lambda b: b & 0x1F == 5, lambda b: b & 0x1F == 1
-        ),
-        "hevc": lambda data: _has_nal(
-            data, length, lambda b: 16 <= b >> 1 & 0x3F <= 21, lambda b: b >> 1 & 0x3F < 16
-        ),
+        # The first slice decides: whether it is IDR (H.264), or of a random access point (HEVC).
+        "h264": lambda data: next((k == 5 for k in kinds(data) if k in (1, 5)), False),
+        "hevc": lambda data: next((k >= 16 for k in kinds(data) if k <= 21), False),
         "vp8": lambda data: len(data) > 0 and not data[0] & 1,
         "vp9": lambda data: len(data) > 0 and not _vp9(data[0])[1],
     }
@@ -77,7 +74,7 @@ def in_doubt(codec: str, extradata: bytes | None, data: memoryview, size: int) -
         at += length + int.from_bytes(data[at : at + length], "big")
         if length and at > size:
             return True
-        kind = unit[0] & 0x1F if codec == "h264" else unit[0] >> 1 & 0x3F
+        kind = _nal_kind(codec, unit)
         if 1 <= kind <= 5 if codec == "h264" else kind < 32:
             return False
         if kind in _PARAMETERS[codec]:  # in avcC and hvcC, each is preceded by its length
@@ -111,12 +108,10 @@ def b_picture_test(codec: str, extradata: bytes | None) -> Callable[[memoryview]
     order (any `-c copy` of an AVI). HEVC marks low-delay P pictures as B slices too, so that its
     sub-layer non-reference pictures are taken instead.
     """
-    length = _length_size(codec, extradata)
+    length, kinds = _length_size(codec, extradata), _nal_kinds(codec, extradata)
     tests: dict[str, Callable[[memoryview], bool]] = {
         "h264": lambda data: _h264_slice_is_b(data, length),
-        "hevc": lambda data: any(
-            b >> 1 & 0x3F < 16 and not b >> 1 & 1 for b in _slice_headers(data, length)
-        ),
+        "hevc": lambda data: any(k < 16 and not k & 1 for k in kinds(data)),
         "mpeg4": lambda data: any(
             vop[:1] and vop[0] >> 6 == 2 for vop in bytes(data).split(b"\0\0\1\xb6")[1:]
         ),
@@ -124,11 +119,6 @@ def b_picture_test(codec: str, extradata: bytes | None) -> Callable[[memoryview]
         "mpeg2video": _mpeg_picture_is_b,
     }
     return tests.get(codec)
-
-
-def _slice_headers(data: memoryview, length: int) -> Iterator[int]:
-    """Yield the first header byte of each HEVC slice of a packet."""
-    return (first for first in _nal_headers(data, length) if first >> 1 & 0x3F < 32)
 
 
 def _h264_slice_is_b(data: memoryview, length: int) -> bool:
@@ -227,8 +217,7 @@ class NonReferencePictures:
             head = head.replace(b"\0\0\3", b"\0\0")
         bits, at = int.from_bytes(head, "big"), 8 * len(head) - 8
         for _ in range(3):  # first_mb_in_slice, slice_type, pic_parameter_set_id: Exp-Golomb codes
-            bits &= (1 << at) - 1
-            at -= 2 * (at - bits.bit_length()) + 1
+            _, at = _exp_golomb(bits, at)
             if at < self._bits:
                 return None
         return bits >> (at - self._bits) & ((1 << self._bits) - 1)
@@ -331,21 +320,15 @@ def _length_size(codec: str, extradata: bytes | None) -> int:
     return 0
 
 
-def _has_nal(
-    data: memoryview, length: int, wanted: Callable[[int], bool], other: Callable[[int], bool]
-) -> bool:
-    """Return whether an access unit has a NAL unit of a wanted kind before any of another one."""
-    for first in _nal_headers(data, length):
-        if wanted(first):
-            return True
-        if other(first):
-            return False
-    return False
+def _nal_kinds(codec: str, extradata: bytes | None) -> Callable[[memoryview], Iterator[int]]:
+    """Return a function that yields the kind of each NAL unit of a packet of H.264 or HEVC."""
+    length = _length_size(codec, extradata)
+    return lambda data: (_nal_kind(codec, unit) for unit in _nal_units(data, length))
 
 
-def _nal_headers(data: memoryview, length: int) -> Iterator[int]:
-    """Yield the first byte of each NAL unit of a packet."""
-    return (unit[0] for unit in _nal_units(data, length))
+def _nal_kind(codec: str, unit: memoryview) -> int:
+    """Return `nal_unit_type`."""
+    return unit[0] & 0x1F if codec == "h264" else unit[0] >> 1 & 0x3F
 
 
 def _nal_units(data: memoryview, length: int) -> Iterator[memoryview]:

@@ -115,16 +115,11 @@ def _plain(path: Path) -> str:
 def _encoder_options(
     codec: str, gop: int | None, bframes: int | None, crf: int | None, pix_fmt: str = "yuv420p"
 ) -> dict[str, Any]:
-    options: dict[str, Any] = {"vcodec": codec, "pix_fmt": pix_fmt, "threads": 1, "an": None}
     if codec == "copy":
         return {"vcodec": "copy", "an": None}
-    if gop is not None:
-        options["g"] = gop
-    if bframes is not None:
-        options["bf"] = bframes
-    if crf is not None:
-        options["crf"] = crf
-    return options
+    given = {"g": gop, "bf": bframes, "crf": crf}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return {"vcodec": codec, "pix_fmt": pix_fmt, "threads": 1, "an": None, **chosen}
 
 
 @contextlib.contextmanager
