@@ -1,6 +1,6 @@
 """The `distinit` command: options → one validated options model → one stage.
 
-A command is a line in the tables of stages/__init__.py: its options model, its stage, its help.
+A command is an entry of `COMMANDS` in stages/__init__.py: options model, help and examples.
 Its options are generated from the fields of the model (`CliOption` in pipeline/common/settings.py),
 so that type, default, choices and help text are written once, there. The modules of the models load
 no torch, and only that of the command at hand is imported: help is quick.
@@ -25,7 +25,7 @@ import click
 from . import __version__
 from .pipeline.common.errors import DistInitError, UsageError, explain
 from .pipeline.common.streams import clean_streams, printable
-from .stages import COMMANDS, STAGES, TARGETS, TARGETS_SHORT, Command
+from .stages import COMMANDS, STAGES, TARGETS_SHORT, Command
 
 if TYPE_CHECKING:
     from .pipeline.common.console import Console
@@ -63,6 +63,8 @@ class KeyOption(click.Option):
     values `parse` takes too.
     """
 
+    name: str
+
     def __init__(self, *args: Any, key: str, cli: CliOption, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.key = key
@@ -72,7 +74,6 @@ class KeyOption(click.Option):
 
     def config_value(self, given: Mapping[str, Any]) -> Any:
         """Return the value for the config; None if the option was not given."""
-        assert self.name is not None
         typed = given[self.name]
         names = [flag[2:].replace("-", "_") for flag, _, _ in self.cli.parts]
         if typed in (None, ()) and not any(given[name] for name in names):
@@ -90,6 +91,8 @@ class KeyOption(click.Option):
 class KeyArgument(click.Argument):
     """An argument that fills one key of the command's options model."""
 
+    name: str
+
     def __init__(self, *args: Any, key: str, text: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.key = key
@@ -97,7 +100,6 @@ class KeyArgument(click.Argument):
 
     def config_value(self, given: Mapping[str, Any]) -> Any:
         """Return the value for the config; None if nothing was given."""
-        assert self.name is not None
         typed = given[self.name]
         return (list(typed) or None) if isinstance(typed, tuple) else typed
 
@@ -158,8 +160,7 @@ def model_params(model: type[Options], prefix: str = "", shown: str = "") -> lis
         flag = cli.name or f"--{name.replace('_', '-')}"
         params.append(KeyOption([flag], key=prefix + name, cli=cli, **more))
         for flag, metavar, words in cli.parts:
-            part = click.Option([flag], multiple=True, metavar=metavar, help=words)
-            params.append(part)
+            params.append(click.Option([flag], multiple=True, metavar=metavar, help=words))
     return params
 
 
@@ -201,7 +202,7 @@ def common_params() -> list[click.Parameter]:
 
 
 class StageCommand(click.Command):
-    """A command of the tables; its options model is imported when its options are needed."""
+    """A command of `COMMANDS`; its options model is imported when its options are needed."""
 
     def __init__(self, name: str, command: Command, section: str) -> None:
         examples = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in command.examples)
@@ -212,7 +213,6 @@ class StageCommand(click.Command):
             short_help=command.short,
             epilog=examples,
         )
-        self.command = command
         self.section = section
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -296,14 +296,11 @@ def _group() -> StageGroup:
     )
     click.version_option(__version__, "-V", "--version", message="distinit %(version)s")(group)
     targets = StageGroup("targets", help="Look into a target store.", short_help=TARGETS_SHORT)
-    for name, command in TARGETS.items():
-        targets.add_command(StageCommand(name, command, f"targets-{name}"))
     for name, command in COMMANDS.items():
-        if (
-            name == "train-student"
-        ):  # `targets` reads a store: listed after the command that makes one
+        word = name.removeprefix("targets-")
+        (group if word == name else targets).add_command(StageCommand(word, command, name))
+        if word != name:
             group.add_command(targets)
-        group.add_command(StageCommand(name, command, name))
     return group
 
 

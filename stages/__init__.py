@@ -8,80 +8,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Command → module:name of its options model and of its stage, both below `distinit`. The modules of
-# the models load no torch.
-STAGES = {
-    "demo": ("stages.demo_options:DemoConfig", "stages.demo:demo"),
-    "prepare": ("pipeline.prepared.prepare_options:PrepareConfig", "stages.prepare:prepare"),
-    "extract-targets": (
-        "pipeline.extraction.extract_options:ExtractConfig",
-        "stages.extract_targets:extract_targets",
-    ),
-    "train-student": (
-        "pipeline.training.distillation_options:TrainConfig",
-        "stages.train_student:train_student",
-    ),
-    "finetune": ("pipeline.evaluation.finetune_options:FinetuneConfig", "stages.finetune:finetune"),
-    "evaluate": (
-        "pipeline.evaluation.evaluation_options:EvaluateConfig",
-        "stages.evaluate:evaluate",
-    ),
-    "predict": ("pipeline.evaluation.evaluation_options:PredictConfig", "stages.predict:predict"),
-    "embed": ("pipeline.evaluation.evaluation_options:EmbedConfig", "stages.embed:embed"),
-    "export": ("pipeline.students.graph_options:GraphConfig", "stages.export:export"),
-    "ablate": ("pipeline.ablation.ablate_options:AblateConfig", "stages.ablate:ablate"),
-    "report": ("pipeline.reporting.report_options:ReportConfig", "stages.report:report"),
-    "targets-info": (
-        "pipeline.store.store_options:InfoConfig",
-        "stages.targets_info:targets_info",
-    ),
-    "targets-browse": (
-        "pipeline.store.store_options:BrowseConfig",
-        "stages.targets_browse:targets_browse",
-    ),
-    "targets-probe": (
-        "pipeline.evaluation.probe_options:ProbeConfig",
-        "stages.targets_probe:targets_probe",
-    ),
-    "targets-compare": (
-        "pipeline.evaluation.compare_options:CompareConfig",
-        "stages.targets_compare:targets_compare",
-    ),
-    "targets-vocabulary": (
-        "pipeline.targets.vocabulary_options:VocabularyOptions",
-        "stages.targets_vocabulary:targets_vocabulary",
-    ),
-    "targets-verify": (
-        "pipeline.store.store_options:VerifyConfig",
-        "stages.targets_verify:targets_verify",
-    ),
-    "targets-hash": (
-        "pipeline.store.store_options:HashConfig",
-        "stages.targets_hash:targets_hash",
-    ),
-    "targets-merge": (
-        "pipeline.store.store_options:MergeConfig",
-        "stages.targets_merge:targets_merge",
-    ),
-    "targets-export": (
-        "pipeline.store.store_options:ExportConfig",
-        "stages.targets_export:targets_export",
-    ),
-}
-FUNCTIONS = {name.replace("-", "_"): name for name in STAGES if not name.startswith("targets-")}
+TARGETS_SHORT = "Look into a store; check it, write it out."
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the help of a command says; `STAGES` has its options model and its stage."""
+    """The options model of a command, module:name below `distinit`, and the text of its help.
 
+    The modules of the models load no torch.
+    """
+
+    model: str
     help: str
     examples: tuple[str, ...]
     short: str | None = None
 
 
+# In the order of the work; those of `distinit targets` begin with "targets-".
 COMMANDS = {
     "demo": Command(
+        "stages.demo_options:DemoConfig",
         short="The whole pipeline on a small corpus, in minutes.",
         help="""The whole pipeline on a small corpus that ships with the package: CPU, minutes.
 
@@ -94,6 +40,7 @@ again it does what is not done yet.""",
         ),
     ),
     "prepare": Command(
+        "pipeline.prepared.prepare_options:PrepareConfig",
         short="Small copies or optical flow, for fast clips.",
         help="""Small copies of videos that clips are read from several times faster.
 
@@ -111,6 +58,7 @@ continues an interrupted run; DIR/status.csv has a line per video.""",
         ),
     ),
     "extract-targets": Command(
+        "pipeline.extraction.extract_options:ExtractConfig",
         short="Stage one: run teachers over videos, once.",
         help="""Stage one: run frozen teachers over unlabelled videos, once, and store their outputs.
 
@@ -128,7 +76,111 @@ video that cannot be read gets a status and a reason, and the others are done.""
             "distinit extract-targets clips/ --out t.zarr --teacher resnet50 --dry-run",
         ),
     ),
+    "targets-info": Command(
+        "pipeline.store.store_options:InfoConfig",
+        help="""What is in a store: corpora, videos, frames, teachers, failures.""",
+        examples=(
+            "distinit targets info targets.zarr",
+            "distinit targets info targets.zarr --json",
+        ),
+    ),
+    "targets-browse": Command(
+        "pipeline.store.store_options:BrowseConfig",
+        help="""A page with frames, labels and entropies of sampled videos, for any browser, without network.
+
+Also the most and least confident frames of each teacher, how often each class comes first, and
+the videos that failed. A video that is not here is shown as missing.""",
+        examples=(
+            "distinit targets browse targets.zarr --out look",
+            "distinit targets browse targets.zarr --out look --sample 30 "
+            "--videos kinetics=/data/k400",
+        ),
+    ),
+    "targets-probe": Command(
+        "pipeline.evaluation.probe_options:ProbeConfig",
+        help="""What can cached targets teach? A linear probe of each teacher's targets on your labels.
+
+Targets are averaged over a video and given to a logistic regression; folds keep the videos of
+one source together. Takes seconds, opens no video, and reports plainly when a teacher cannot
+tell the classes apart.""",
+        examples=(
+            "distinit targets probe targets.zarr --dataset csv:labels.csv",
+            "distinit targets probe targets.zarr --dataset csv:labels.csv --split 1 --frames all",
+            "distinit targets probe targets.zarr --dataset hmdb51 --root /data/hmdb51 --json",
+        ),
+    ),
+    "targets-compare": Command(
+        "pipeline.evaluation.compare_options:CompareConfig",
+        help="""Teachers side by side: how far they agree, which is confident where.
+
+Also the videos on which they disagree most; with --out as a page with pictures, for any
+browser, without network.""",
+        examples=(
+            "distinit targets compare targets.zarr",
+            "distinit targets compare targets.zarr --out look --videos kinetics=/data/k400",
+        ),
+    ),
+    "targets-vocabulary": Command(
+        "pipeline.targets.vocabulary_options:VocabularyOptions",
+        help="""Make a head for features from names of classes, by the text tower of open_clip.
+
+`train-student --head` then turns the stored features of the same model into logits of these
+classes; no teacher is run again.""",
+        examples=(
+            "distinit targets vocabulary classes.txt --teacher open_clip:ViT-B-32@laion2b_s34b_b79k "
+            "--out classes.safetensors",
+            "distinit targets vocabulary classes.txt --teacher open_clip:ViT-B-32 "
+            "--teacher-weights clip.safetensors --prompt 'a video of {}.' --prompt 'someone {}' "
+            "--out classes.safetensors",
+        ),
+    ),
+    "targets-verify": Command(
+        "pipeline.store.store_options:VerifyConfig",
+        help="""Check a store: structure, counts, checksums, finiteness, entropy against logits.
+
+With --frames also against the videos, with --deep against videos and teachers. Exit status 1
+and a line for each thing that is wrong.""",
+        examples=(
+            "distinit targets verify targets.zarr",
+            "distinit targets verify targets.zarr --deep 20 --videos kinetics=/data/k400",
+        ),
+    ),
+    "targets-hash": Command(
+        "pipeline.store.store_options:HashConfig",
+        help="""Give cached frames their perceptual hashes where a store lacks them.
+
+Extraction and every added teacher do so too. Frames are decoded again, no teacher is run. A store of
+format version 1 becomes one of version 2. The same command continues an interrupted run.""",
+        examples=("distinit targets hash targets.zarr --videos kinetics=/data/k400",),
+    ),
+    "targets-merge": Command(
+        "pipeline.store.store_options:MergeConfig",
+        help="""Put finished stores of the same teachers and sampling together into one.
+
+No row is computed again and no logit changes. The same command continues an interrupted
+merge.""",
+        examples=(
+            "distinit extract-targets clips/ --out part-1.zarr --teacher resnet50 --part 1/2",
+            "distinit extract-targets clips/ --out part-2.zarr --teacher resnet50 --part 2/2",
+            "distinit targets merge part-1.zarr part-2.zarr --out targets.zarr",
+        ),
+    ),
+    "targets-export": Command(
+        "pipeline.store.store_options:ExportConfig",
+        help="""Write a store out, or some teachers, corpora and videos of it, as one HDF5 file or as a new
+store.
+
+HDF5 holds the usable videos: their frames, logits and entropies. A new store also holds the
+videos that failed, with their reasons, and is one like any other.""",
+        examples=(
+            "distinit targets export targets.zarr --out targets.h5 --teacher resnet50",
+            "distinit targets export targets.zarr --out kinetics.zarr --corpus kinetics",
+            "distinit targets export https://data.example.org/all.zarr --out mine.zarr "
+            "--videos-from list.txt",
+        ),
+    ),
     "train-student": Command(
+        "pipeline.training.distillation_options:TrainConfig",
         short="Stage two: a student learns from the store.",
         help="""Stage two: train a video student to predict the stored targets from clips.
 
@@ -148,6 +200,7 @@ and student.safetensors, in torchvision's parameter names.""",
         ),
     ),
     "finetune": Command(
+        "pipeline.evaluation.finetune_options:FinetuneConfig",
         short="Stage three: train on labels, and test.",
         help="""Stage three: train a student on labels, from an initialisation or from scratch, and test it.
 
@@ -165,6 +218,7 @@ test video that cannot be read counts as wrong and is listed.""",
         ),
     ),
     "evaluate": Command(
+        "pipeline.evaluation.evaluation_options:EvaluateConfig",
         short="Test again; fuse or compare runs.",
         help="""Test a finetuned run again, or fuse or compare the predictions of several.
 
@@ -182,6 +236,7 @@ nothing is decoded again.""",
         ),
     ),
     "predict": Command(
+        "pipeline.evaluation.evaluation_options:PredictConfig",
         short="The classes of your own videos.",
         help="""The classes of your own videos, by a finetuned MODEL: a run folder or its model.safetensors.
 
@@ -194,6 +249,7 @@ is listed with the reason, and the others are shown and written all the same."""
         ),
     ),
     "embed": Command(
+        "pipeline.evaluation.evaluation_options:EmbedConfig",
         short="The features of your own videos.",
         help="""The features of your own videos, by any student: a run folder or a safetensors file of
 train-student or finetune.
@@ -206,6 +262,7 @@ feature per clip. Exits with 1 where a video cannot be read; its row is NaN and 
         ),
     ),
     "export": Command(
+        "pipeline.students.graph_options:GraphConfig",
         short="A student as ONNX, torch.export, TorchScript, or for the hub.",
         help="""A student for use elsewhere: as ONNX, torch.export or TorchScript, which take uint8 clips and
 need no distinit, or as a folder for the Hugging Face hub with a model card.
@@ -219,6 +276,7 @@ printed, and recorded in PATH.json (hub: config.json) with classes, clip and out
         ),
     ),
     "ablate": Command(
+        "pipeline.ablation.ablate_options:AblateConfig",
         short="A grid of stages two and three over a store.",
         help="""A grid of stages two and three over one store: what changes if …? No teacher is loaded.
 
@@ -237,6 +295,7 @@ continues where it was stopped. `distinit report DIR` makes the tables.""",
         ),
     ),
     "report": Command(
+        "pipeline.reporting.report_options:ReportConfig",
         short="Tables and figures of runs, as one page.",
         help="""Tables and figures of runs and ablations, as one self-contained HTML page, Markdown, CSV, PNG
 and SVG.
@@ -249,102 +308,10 @@ A DIR is a run folder, a folder of run folders, or the folder of an ablation."""
         ),
     ),
 }
-"""In the order of the work."""
 
-TARGETS = {
-    "info": Command(
-        help="""What is in a store: corpora, videos, frames, teachers, failures.""",
-        examples=(
-            "distinit targets info targets.zarr",
-            "distinit targets info targets.zarr --json",
-        ),
-    ),
-    "browse": Command(
-        help="""A page with frames, labels and entropies of sampled videos, for any browser, without network.
-
-Also the most and least confident frames of each teacher, how often each class comes first, and
-the videos that failed. A video that is not here is shown as missing.""",
-        examples=(
-            "distinit targets browse targets.zarr --out look",
-            "distinit targets browse targets.zarr --out look --sample 30 "
-            "--videos kinetics=/data/k400",
-        ),
-    ),
-    "probe": Command(
-        help="""What can cached targets teach? A linear probe of each teacher's targets on your labels.
-
-Targets are averaged over a video and given to a logistic regression; folds keep the videos of
-one source together. Takes seconds, opens no video, and reports plainly when a teacher cannot
-tell the classes apart.""",
-        examples=(
-            "distinit targets probe targets.zarr --dataset csv:labels.csv",
-            "distinit targets probe targets.zarr --dataset csv:labels.csv --split 1 --frames all",
-            "distinit targets probe targets.zarr --dataset hmdb51 --root /data/hmdb51 --json",
-        ),
-    ),
-    "compare": Command(
-        help="""Teachers side by side: how far they agree, which is confident where.
-
-Also the videos on which they disagree most; with --out as a page with pictures, for any
-browser, without network.""",
-        examples=(
-            "distinit targets compare targets.zarr",
-            "distinit targets compare targets.zarr --out look --videos kinetics=/data/k400",
-        ),
-    ),
-    "vocabulary": Command(
-        help="""Make a head for features from names of classes, by the text tower of open_clip.
-
-`train-student --head` then turns the stored features of the same model into logits of these
-classes; no teacher is run again.""",
-        examples=(
-            "distinit targets vocabulary classes.txt --teacher open_clip:ViT-B-32@laion2b_s34b_b79k "
-            "--out classes.safetensors",
-            "distinit targets vocabulary classes.txt --teacher open_clip:ViT-B-32 "
-            "--teacher-weights clip.safetensors --prompt 'a video of {}.' --prompt 'someone {}' "
-            "--out classes.safetensors",
-        ),
-    ),
-    "verify": Command(
-        help="""Check a store: structure, counts, checksums, finiteness, entropy against logits.
-
-With --frames also against the videos, with --deep against videos and teachers. Exit status 1
-and a line for each thing that is wrong.""",
-        examples=(
-            "distinit targets verify targets.zarr",
-            "distinit targets verify targets.zarr --deep 20 --videos kinetics=/data/k400",
-        ),
-    ),
-    "hash": Command(
-        help="""Give cached frames their perceptual hashes where a store lacks them.
-
-Extraction and every added teacher do so too. Frames are decoded again, no teacher is run. A store of
-format version 1 becomes one of version 2. The same command continues an interrupted run.""",
-        examples=("distinit targets hash targets.zarr --videos kinetics=/data/k400",),
-    ),
-    "merge": Command(
-        help="""Put finished stores of the same teachers and sampling together into one.
-
-No row is computed again and no logit changes. The same command continues an interrupted
-merge.""",
-        examples=(
-            "distinit extract-targets clips/ --out part-1.zarr --teacher resnet50 --part 1/2",
-            "distinit extract-targets clips/ --out part-2.zarr --teacher resnet50 --part 2/2",
-            "distinit targets merge part-1.zarr part-2.zarr --out targets.zarr",
-        ),
-    ),
-    "export": Command(
-        help="""Write a store out, or some teachers, corpora and videos of it, as one HDF5 file or as a new
-store.
-
-HDF5 holds the usable videos: their frames, logits and entropies. A new store also holds the
-videos that failed, with their reasons, and is one like any other.""",
-        examples=(
-            "distinit targets export targets.zarr --out targets.h5 --teacher resnet50",
-            "distinit targets export targets.zarr --out kinetics.zarr --corpus kinetics",
-            "distinit targets export https://data.example.org/all.zarr --out mine.zarr "
-            "--videos-from list.txt",
-        ),
-    ),
+# Command → module:name of its options model and of its stage, both below `distinit`.
+STAGES = {
+    name: (command.model, "stages.{0}:{0}".format(name.replace("-", "_")))
+    for name, command in COMMANDS.items()
 }
-TARGETS_SHORT = "Look into a store; check it, write it out."
+FUNCTIONS = {name.replace("-", "_"): name for name in STAGES if not name.startswith("targets-")}
