@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,18 +127,11 @@ def _fuse(config: EvaluateConfig) -> dict[str, Any]:
 
 def _evaluate(config: EvaluateConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
     """Run one process of the test; only rank 0 writes and holds locks."""
-    with ExitStack() as stack:
-        return _evaluate_locked(config, console, ranks, stack)
-
-
-def _evaluate_locked(
-    config: EvaluateConfig, console: Console, ranks: Ranks, stack: ExitStack
-) -> dict[str, Any]:
     address = config.runs[0]
     run = ranks.on_main(lambda: hub_model(address) if is_hub_address(address) else Path(address))
     splits = {} if (run / CONFIG).exists() else split_folders(run)
     if splits and config.split in (None, ALL):
-        return _evaluate_all_splits(config, run, splits, console, ranks, stack)
+        return _evaluate_all_splits(config, run, splits, console, ranks)
     if config.split == ALL:
         raise UsageError(
             f"--split all: {run} was trained on one split, so that it has seen test videos of the others"
@@ -157,7 +149,6 @@ def _evaluate_all_splits(
     splits: dict[int, Path],
     console: Console,
     ranks: Ranks,
-    stack: ExitStack,
 ) -> dict[str, Any]:
     out = None if config.out is None else Path(config.out)
     if out is not None:
@@ -172,30 +163,30 @@ def _evaluate_all_splits(
     jobs = ranks.on_all_ranks(
         lambda: {n: _assemble(configs[n], folder) for n, folder in splits.items()}
     )
-    ranks.on_main(lambda: stack.enter_context(folder_lock(out or run)))
-    results = {
-        n: _evaluate_split(configs[n], jobs[n], folder, console, ranks)
-        for n, folder in splits.items()
-    }
-    title = short_dataset(next(iter(results.values()))["dataset"])
-    return ranks.on_main(lambda: summarise_splits(out or run, results, title))
+    with ranks.holding(folder_lock(out or run)):
+        results = {
+            n: _evaluate_split(configs[n], jobs[n], folder, console, ranks)
+            for n, folder in splits.items()
+        }
+        title = short_dataset(next(iter(results.values()))["dataset"])
+        return ranks.on_main(lambda: summarise_splits(out or run, results, title))
 
 
 def _evaluate_split(
     config: EvaluateConfig, job: _Job, run: Path, console: Console, ranks: Ranks
 ) -> dict[str, Any]:
-    with ExitStack() as stack:
-        return _evaluate_split_locked(config, job, run, console, ranks, stack)
-
-
-def _evaluate_split_locked(
-    config: EvaluateConfig, job: _Job, run: Path, console: Console, ranks: Ranks, stack: ExitStack
-) -> dict[str, Any]:
     out = Path(config.out or _folder(run))
     if config.out is not None:
         ranks.on_main(lambda: check_result_dir(out, {"run": str(run)}))
     ranks.on_main(lambda: require_writable(out))
-    ranks.on_main(lambda: stack.enter_context(folder_lock(out)))
+    with ranks.holding(folder_lock(out)):
+        return _test(config, job, run, out, console, ranks)
+
+
+def _test(
+    config: EvaluateConfig, job: _Job, run: Path, out: Path, console: Console, ranks: Ranks
+) -> dict[str, Any]:
+    """Test a student, and write its predictions and result into `out`."""
     for note in (*job.labels.notes, *job.notes) if ranks.is_main else ():
         console.warn(note)
     clip_frames, channels = job.student.meta.clip_length, job.student.options.channels

@@ -6,15 +6,12 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..pipeline.clips.clip_options import ClipView
 from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.devices import resolve_device
@@ -125,12 +122,8 @@ def _try_out(config: FinetuneConfig, console: Console) -> dict[str, Any]:
         config = config.model_copy(update={"split": first})
     _require_fitting(Path(config.out), config.split)
     config = _scheduled(config)
-    labels = _load_labels(config)
-    config = _sized(config, labels, config.loop.gpus)
-    job, rate = _assemble(config, labels), None
-    if (minutes := config.loop.minutes) is not None:
-        config, rate = _fitted(config, job, minutes, config.loop.gpus)
-        job = _assemble(config, job.labels)
+    job = _assemble(config, _load_labels(config))
+    _, job, rate = _measured(config, job, SINGLE_PROCESS, config.loop.gpus)
     _describe_run(job, console)
     announce(job.student, job.clips(), job.options, job.total_clips(), SINGLE_PROCESS, rate)
     return dry_run(job.config, job.options, job.clips(), job.student)
@@ -138,17 +131,10 @@ def _try_out(config: FinetuneConfig, console: Console) -> dict[str, Any]:
 
 def _finetune(config: FinetuneConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
     """Run one process of the training and the test; only rank 0 writes and holds locks."""
-    with ExitStack() as stack:
-        return _finetune_locked(config, console, ranks, stack)
-
-
-def _finetune_locked(
-    config: FinetuneConfig, console: Console, ranks: Ranks, stack: ExitStack
-) -> dict[str, Any]:
-    out, results = Path(config.out), {}
+    out = Path(config.out)
     ranks.on_main(lambda: _require_fitting(out, config.split))
     if config.split != ALL:
-        summary = _finetune_split(config, console, ranks, stack)
+        summary = _finetune_split(config, console, ranks)
         console.say(f"model: {summary['model']}, predictions: {summary['predictions']}")
         return _with_next(out, summary, f"distinit predict {shlex.quote(config.out)} VIDEO")
     begun = ranks.on_main(lambda: bool(split_folders(out)))
@@ -156,30 +142,33 @@ def _finetune_locked(
         raise UsageError(f"--resume: {out} has no run; --resume auto starts one")
     splits = ranks.on_all_ranks(lambda: _checked_splits(config))
     ranks.on_main(lambda: _require_own_splits(out, splits))
-    ranks.on_main(lambda: stack.enter_context(folder_lock(out)))
+    with ranks.holding(folder_lock(out)):
+        results = _finetune_splits(config, splits, console, ranks)
+        title = short_dataset(config.dataset)
+        summary = ranks.on_main(lambda: summarise_splits(out, results, title))
+        console.say(f"result: {out / RESULT}, a run per split next to it")
+        return _with_next(out, summary)
+
+
+def _finetune_splits(
+    config: FinetuneConfig, splits: Sequence[int], console: Console, ranks: Ranks
+) -> dict[int, dict[str, Any]]:
+    """Train and test on one split after the other; return the result of each."""
+    results = {}
     for split in splits:
         console.say(f"split {split}")
         # After an interruption some splits have not started: they cannot be resumed.
         update = {
             "split": split,
-            "out": str(split_folder(out, split)),
+            "out": str(split_folder(Path(config.out), split)),
             "resume": "auto" if config.resume else False,
         }
-        split_config = config.model_copy(update=update)
-        with ExitStack() as split_stack:
-            results[split] = _finetune_split(split_config, console, ranks, split_stack)
+        results[split] = _finetune_split(config.model_copy(update=update), console, ranks)
         if config.loop.batch_size == "auto":
             # That of the first split, so that the splits differ in nothing else.
             size = {"batch_size": results[split]["batch_size"]}
             config = config.model_copy(update={"loop": config.loop.model_copy(update=size)})
-    title = short_dataset(config.dataset)
-
-    def finish() -> dict[str, Any]:
-        summary = summarise_splits(out, results, title)
-        console.say(f"result: {out / RESULT}, a run per split next to it")
-        return _with_next(out, summary)
-
-    return ranks.on_main(finish)
+    return results
 
 
 def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
@@ -214,33 +203,33 @@ def _require_own_splits(out: Path, splits: Sequence[int]) -> None:
         check_output_dir(split_folder(out, split), COMMAND, _WRITES)
 
 
-def _finetune_split(
-    config: FinetuneConfig, console: Console, ranks: Ranks, stack: ExitStack
-) -> dict[str, Any]:
-    run_dir = Path(config.out)
+def _finetune_split(config: FinetuneConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
+    """Train and test on one split, in a run folder that is locked meanwhile."""
     config = ranks.on_main(lambda: _scheduled(config))
     device = ranks.on_all_ranks(lambda: resolve_device(config.loop.device))
     # Rank 0 first, so that an initialisation is downloaded once.
     if ranks.world > 1:
         ranks.on_main(lambda: resolve_init(config.init, config.student).options)
     job = ranks.on_all_ranks(lambda: _assemble(config, _load_labels(config)))
-    ranks.on_main(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
-    if config.loop.batch_size == "auto":
-        config = ranks.on_main(lambda: _sized(config, job.labels, ranks.world))
-        job = ranks.on_all_ranks(lambda: _assemble(config, job.labels))
-    rate = None
-    if (minutes := job.config.loop.minutes) is not None:
-        config, rate = ranks.on_main(partial(_fitted, config, job, minutes, ranks.world))
-        job = ranks.on_all_ranks(lambda: _assemble(config, job.labels))
-    if config.loop.budget is not None:
-        # From here on, the schedule is as if it had been given.
-        loop = {"loop": job.options}
-        config, used = config.model_copy(update=loop), job.config.model_copy(update=loop)
-        job = replace(job, config=used)
-    if ranks.is_main:
-        _describe_run(job, console)
-    if not (run_dir / LAST).exists():
-        announce(job.student, job.clips(), job.options, job.total_clips(), ranks, rate)
+    with ranks.holding(run_dir_lock(Path(config.out), resume=config.resume)):
+        config, job, rate = _measured(config, job, ranks, ranks.world)
+        if config.loop.budget is not None:
+            # From here on, the schedule is as if it had been given.
+            loop = {"loop": job.options}
+            config, used = config.model_copy(update=loop), job.config.model_copy(update=loop)
+            job = replace(job, config=used)
+        if ranks.is_main:
+            _describe_run(job, console)
+        if not Path(config.out, LAST).exists():
+            announce(job.student, job.clips(), job.options, job.total_clips(), ranks, rate)
+        return _train_and_test(config, job, device, console, ranks)
+
+
+def _train_and_test(
+    config: FinetuneConfig, job: _Job, device: torch.device, console: Console, ranks: Ranks
+) -> dict[str, Any]:
+    """Search, train, export and test; return the content of result.json."""
+    run_dir = Path(config.out)
     searched, stop = None, Stop(patience=config.patience)
     if config.search:
         searched = _search(job, run_dir, console, ranks)
@@ -495,10 +484,32 @@ def _scheduled(config: FinetuneConfig) -> FinetuneConfig:
     return config.model_copy(update={"loop": loop})
 
 
+def _measured(
+    config: FinetuneConfig, job: _Job, ranks: Ranks, world: int
+) -> tuple[FinetuneConfig, _Job, Rate | None]:
+    """Return config and job with numbers in place of `--batch-size auto` and `--minutes`.
+
+    Args:
+        config: The config as given.
+        job: The job of this config.
+        ranks: The processes that measure, of which rank 0 does.
+        world: Number of processes of the training.
+
+    Returns:
+        Config, job, and the rate that was measured for `--minutes`.
+    """
+    labels, rate = job.labels, None
+    if config.loop.batch_size == "auto":
+        config = ranks.on_main(lambda: _sized(config, labels, world))
+        job = ranks.on_all_ranks(lambda: _assemble(config, labels))
+    if (minutes := config.loop.minutes) is not None:
+        config, rate = ranks.on_main(lambda: _fitted(config, job, minutes, world))
+        job = ranks.on_all_ranks(lambda: _assemble(config, labels))
+    return config, job, rate
+
+
 def _sized(config: FinetuneConfig, labels: Labels, world: int) -> FinetuneConfig:
     """Return the config with a number in place of `--batch-size auto`."""
-    if config.loop.batch_size != "auto":
-        return config
     # Clips are drawn by number, so that a data set for any batch size has them.
     small = config.loop.model_copy(update={"batch_size": EXAMPLES})
     job = _assemble(config.model_copy(update={"loop": small}), labels)
@@ -658,16 +669,10 @@ def _export(config: FinetuneConfig, labels: Labels, student: Student, run_dir: P
         classes={HEAD: list(labels.classes)},
         clip_length=clips.clip_frames,
         clip_size=clips.size,
-        resize=_pair(clips),
+        resize=clips.frame_size(),
         extra={"dataset": config.dataset, "split": labels.split, "init": config.init},
     )
     save_student(run_dir / MODEL_FILE, student, meta)
-
-
-def _pair(clips: ClipView) -> tuple[int, int] | None:
-    """Return the height and width that frames are resized to, None for a resize by one side."""
-    resize = clips.frame_view().resize
-    return resize if isinstance(resize, tuple) else None
 
 
 def _summary(

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -91,12 +90,24 @@ class _Parts:
     held_out_share: share of the videos that are held out, by whose clips `held_out` is.
     """
 
+    store: TargetStore
+    teachers: tuple[str, ...]
     train: StudentClips
     held_out: StudentClips | None
     held_out_share: float
     filter: Filter
     left_out: Exclusion | None
     baselines: dict[str, float]
+
+    @property
+    def targets(self) -> Mapping[str, TeacherTargets]:
+        """What each head learns."""
+        return self.train.sampler.targets
+
+    @property
+    def num_videos(self) -> int:
+        """Number of videos to learn from."""
+        return len(self.train.sampler.videos)
 
 
 def train_student(config: TrainConfig, console: Console) -> dict[str, Any]:
@@ -117,13 +128,10 @@ def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
     check_local(config.out)
     config = _scheduled(config)
     store, teachers, _ = _open(config)
-    config = _sized(config, store, teachers, None, console, config.loop.gpus)
-    parts, rate = _assemble(config, store, teachers, None, console), None
-    if (minutes := config.loop.minutes) is not None:
-        config, rate = _fitted(config, parts, minutes, config.loop.gpus)
-        parts = _assemble(config, store, teachers, None, console)
-    student = _build(config, parts.train.sampler.targets)
-    options = config.loop.for_videos(len(parts.train.sampler.videos))
+    assemble = partial(_assemble, store=store, teachers=teachers, saved=None, console=console)
+    config, parts, rate = _measured(config, assemble, SINGLE_PROCESS, config.loop.gpus)
+    student = _build(config, parts.targets)
+    options = config.loop.for_videos(parts.num_videos)
     clips = options.total_steps * options.step_clips
     announce(student, parts.train, options, clips, SINGLE_PROCESS, rate)
     return dry_run(config, parts.train, student)
@@ -134,30 +142,31 @@ def _train(config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any
 
     Rank 0 alone writes, and holds the lock of the run folder.
     """
-    with ExitStack() as stack:
-        return _train_locked(config, console, ranks, stack)
-
-
-def _train_locked(
-    config: TrainConfig, console: Console, ranks: Ranks, stack: ExitStack
-) -> dict[str, Any]:
     run_dir = Path(config.out)
     ranks.on_main(lambda: check_output_dir(run_dir, COMMAND, (*RUN_FILES, SEEN_VIDEOS, RESULT)))
     config = ranks.on_main(lambda: _scheduled(config))
     store, teachers, device = ranks.on_all_ranks(lambda: _open(config))
-    ranks.on_main(lambda: stack.enter_context(run_dir_lock(run_dir, resume=config.resume)))
+    with ranks.holding(run_dir_lock(run_dir, resume=config.resume)):
+        return _train_locked(config, store, teachers, device, console, ranks)
+
+
+def _train_locked(
+    config: TrainConfig,
+    store: TargetStore,
+    teachers: tuple[str, ...],
+    device: torch.device,
+    console: Console,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    run_dir = Path(config.out)
     saved = ranks.on_all_ranks(lambda: read_identity(run_dir) if config.resume else None)
-    config = ranks.on_main(lambda: _sized(config, store, teachers, saved, console, ranks.world))
-    parts = ranks.on_all_ranks(lambda: _assemble(config, store, teachers, saved, console))
-    rate = None
-    if (minutes := config.loop.minutes) is not None:
-        config, rate = ranks.on_main(partial(_fitted, config, parts, minutes, ranks.world))
-        parts = ranks.on_all_ranks(lambda: _assemble(config, store, teachers, saved, console))
-    options = config.loop.for_videos(len(parts.train.sampler.videos))
-    config = config.model_copy(
-        update={"loop": _as_used(config.loop, options), "held_out": parts.held_out_share}
-    )
-    identity = _identity(config, store, teachers, parts, options)
+    assemble = partial(_assemble, store=store, teachers=teachers, saved=saved, console=console)
+    config, parts, rate = _measured(config, assemble, ranks, ranks.world)
+    options = config.loop.for_videos(parts.num_videos)
+    # A budget is written as the schedule that it has decided.
+    loop = config.loop if config.loop.budget is None else options
+    config = config.model_copy(update={"loop": loop, "held_out": parts.held_out_share})
+    identity = _identity(config, parts, options)
     if saved is not None:  # before the config of the run is overwritten
         ranks.on_all_ranks(lambda: _check_same(run_dir, saved, identity))
         ranks.on_all_ranks(lambda: require_not_longer(run_dir, options))
@@ -167,17 +176,17 @@ def _train_locked(
             lambda: _seen(store, parts.train.sampler.videos, config.video_roots).write(run_dir)
         )
 
-    student = ranks.on_all_ranks(lambda: _build(config, parts.train.sampler.targets))
+    student = ranks.on_all_ranks(lambda: _build(config, parts.targets))
     console.say(
         f"{config.student.describe()}: {count_parameters(student) / 1e6:.1f} M parameters, "
         f"heads {', '.join(f'{name} [{k}]' for name, k in student.classes.items())}; "
-        f"{options.describe_epochs()} from {counted(len(parts.train.sampler.videos), 'video')}"
+        f"{options.describe_epochs()} from {counted(parts.num_videos, 'video')}"
     )
     console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     if saved is None:
         clips = options.total_steps * options.step_clips
         announce(student, parts.train, options, clips, ranks, rate)
-    objective = make_objective(config.targets, parts.train.sampler.targets, parts.baselines)
+    objective = make_objective(config.targets, parts.targets, parts.baselines)
     bounds = ranks.on_main(lambda: _bounds(parts.train.sampler, objective, console))
 
     def held_out() -> dict[str, float]:
@@ -210,10 +219,9 @@ def _train_locked(
     def finish() -> dict[str, Any]:
         if result.broken:
             console.warn(result.describe_unreadable())
-        exported = _export(config, store, student, parts.train.sampler.targets, objective, run_dir)
-        summary = _summary(config, parts, result, exported) | _explained(
-            bounds, result, teachers, config.export, console
-        )
+        exported = _export(config, parts, student, objective)
+        summary = _summary(config, parts, result, exported)
+        summary |= _explained(bounds, result, teachers, config.export, console)
         summary["most_frequent_class"] = _show_agreement(parts, objective, result, console)
         write_whole(run_dir / RESULT, json.dumps(plain(summary), indent=1).encode())
         log_final(options.loggers, run_dir, result.steps, _final(summary))
@@ -231,28 +239,42 @@ def _scheduled(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"loop": loop})
 
 
+def _measured(
+    config: TrainConfig, assemble: Callable[[TrainConfig], _Parts], ranks: Ranks, world: int
+) -> tuple[TrainConfig, _Parts, Rate | None]:
+    """Return the config with numbers in place of `--batch-size auto` and `--minutes`.
+
+    Args:
+        config: The config as given.
+        assemble: Makes the parts of a config.
+        ranks: The processes that measure, of which rank 0 does.
+        world: Number of processes of the training.
+
+    Returns:
+        Config, its parts, and the rate that was measured for `--minutes`.
+    """
+    if config.loop.batch_size == "auto":
+        config = ranks.on_main(lambda: _sized(config, assemble, world))
+    parts, rate = ranks.on_all_ranks(lambda: assemble(config)), None
+    if (minutes := config.loop.minutes) is not None:
+        config, rate = ranks.on_main(lambda: _fitted(config, parts, minutes, world))
+        parts = ranks.on_all_ranks(lambda: assemble(config))
+    return config, parts, rate
+
+
 def _sized(
-    config: TrainConfig,
-    store: TargetStore,
-    teachers: tuple[str, ...],
-    saved: dict[str, Any] | None,
-    console: Console,
-    world: int,
+    config: TrainConfig, assemble: Callable[[TrainConfig], _Parts], world: int
 ) -> TrainConfig:
     """Return the config with a number in place of `--batch-size auto`."""
-    if config.loop.batch_size != "auto":
-        return config
     # Clips are drawn by number, so that a data set for any batch size has them.
     small = config.loop.model_copy(update={"batch_size": EXAMPLES})
-    small_config = config.model_copy(update={"loop": small})
-    parts = _assemble(small_config, store, teachers, saved, console)
-    targets = parts.train.sampler.targets
+    parts = assemble(config.model_copy(update={"loop": small}))
 
     def made() -> tuple[Student, StudentClips, Distillation]:
-        objective = make_objective(config.targets, targets, parts.baselines)
-        return _build(config, targets), parts.train, objective
+        objective = make_objective(config.targets, parts.targets, parts.baselines)
+        return _build(config, parts.targets), parts.train, objective
 
-    schedule = small.for_videos(len(parts.train.sampler.videos))
+    schedule = small.for_videos(parts.num_videos)
     clips = schedule.epochs * schedule.clips_per_epoch
     loop = with_batch_size(config.loop, world, clips, made)
     return config.model_copy(update={"loop": loop})
@@ -262,16 +284,11 @@ def _fitted(
     config: TrainConfig, parts: _Parts, minutes: float, world: int
 ) -> tuple[TrainConfig, Rate]:
     """Return the config with the budget of clips that `--minutes` has time for, and the rate."""
-    loop, student = config.loop, _build(config, parts.train.sampler.targets)
+    loop, student = config.loop, _build(config, parts.targets)
     rate = measure_rate(student, parts.train, loop)
     budget = clips_in(minutes, rate, loop, world)
     fitted = loop.model_copy(update={"budget": budget, "minutes": None})
     return config.model_copy(update={"loop": fitted}), rate
-
-
-def _as_used(loop: LoopOptions, options: LoopOptions) -> LoopOptions:
-    """Return the loop with the schedule that a budget decided, for config.yaml."""
-    return options if loop.budget is not None else loop
 
 
 def _open(config: TrainConfig) -> tuple[TargetStore, tuple[str, ...], torch.device]:
@@ -402,7 +419,7 @@ def _assemble(
         fixed = sampler(held_ids, thresholds, fixed=True)
         held = StudentClips(fixed, config.clips, config.video_roots, channels=channels)
     baselines = measure_baselines(config.targets, train.sampler, saved)
-    return _Parts(train, held, share, found, left_out, baselines)
+    return _Parts(store, teachers, train, held, share, found, left_out, baselines)
 
 
 def _class_heads(
@@ -549,21 +566,15 @@ def _build(config: TrainConfig, targets: Mapping[str, TeacherTargets]) -> Studen
     )
 
 
-def _identity(
-    config: TrainConfig,
-    store: TargetStore,
-    teachers: tuple[str, ...],
-    parts: _Parts,
-    options: LoopOptions,
-) -> dict[str, Any]:
+def _identity(config: TrainConfig, parts: _Parts, options: LoopOptions) -> dict[str, Any]:
     """Return what a resume must share, by top-level key: a refusal names what differs."""
-    found = store.identity()
-    targets = parts.train.sampler.targets
-    digests = {name: each.head.digest for name, each in targets.items() if each.head is not None}
+    found, teachers = parts.store.identity(), parts.store.with_mirrors(parts.teachers)
+    heads = {name: each.head for name, each in parts.targets.items()}
+    digests = {name: head.digest for name, head in heads.items() if head is not None}
     return {
-        "store": {"id": found["store_id"], "videos": len(parts.train.sampler.videos)},
+        "store": {"id": found["store_id"], "videos": parts.num_videos},
         "sampling": found["sampling"],
-        "teachers": {name: found["teachers"][name] for name in store.with_mirrors(teachers)},
+        "teachers": {name: found["teachers"][name] for name in teachers},
         "student": config.student.identity_dump(),
         "clips": config.clips.identity_dump(),
         "targets": config.targets.identity_dump(exclude={"teachers", "heads"}),
@@ -596,27 +607,19 @@ def _check_same(run_dir: Path, saved: dict[str, Any], identity: dict[str, Any]) 
     check_identity(run_dir, saved, identity)
 
 
-def _export(
-    config: TrainConfig,
-    store: TargetStore,
-    student: Student,
-    targets: Mapping[str, TeacherTargets],
-    objective: Distillation,
-    run_dir: Path,
-) -> Path:
-    """RUN/student.safetensors from the last weights, or the best."""
-    path = run_dir / STUDENT_FILE
+def _export(config: TrainConfig, parts: _Parts, student: Student, objective: Distillation) -> Path:
+    """Write RUN/student.safetensors from the last weights, or the best."""
+    path = Path(config.out, STUDENT_FILE)
     if config.export == "best":
-        load_weights(run_dir, "best", student, weights=config.loop.weights)
-    resize = config.clips.frame_view().resize
+        load_weights(path.parent, "best", student, weights=config.loop.weights)
     meta = StudentMeta(
-        classes={name: list(each.classes) for name, each in targets.items() if each.classes},
+        classes={name: list(each.classes) for name, each in parts.targets.items() if each.classes},
         heads=_of_heads(objective),
         clip_length=config.clips.clip_frames,
         clip_size=config.clips.size,
-        resize=resize if isinstance(resize, tuple) else None,
+        resize=config.clips.frame_size(),
         extra={
-            "store": store.identity()["store_id"],
+            "store": parts.store.identity()["store_id"],
             "targets": config.targets.model_dump(mode="json"),
         },
     )
@@ -657,7 +660,7 @@ def _summary(
         "weights": config.loop.weights,
         "epochs": result.epochs,
         "steps": result.steps,
-        "videos": len(parts.train.sampler.videos),
+        "videos": parts.num_videos,
         "held_out_videos": len(parts.held_out.sampler.videos) if parts.held_out is not None else 0,
         "excluded_videos": len(parts.left_out.videos) if parts.left_out is not None else 0,
         "loss": result.train_loss,

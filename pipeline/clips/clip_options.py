@@ -70,7 +70,13 @@ class ClipView(Options):
         return scale
 
     def frame_view(self, crop: Crop | None = None) -> View:
-        """Return the resize that the decoder does for a clip with this crop.
+        """Return the resize that the decoder does for a clip with this crop, see `frame_size`."""
+        from ..video.geometry import View
+
+        return View(resize=self.frame_size(crop))
+
+    def frame_size(self, crop: Crop | None = None) -> tuple[int, int]:
+        """Return height and width that frames are resized to for a clip with this crop.
 
         Raises:
             ValueError: The crop does not fit into the resize.
@@ -84,9 +90,7 @@ class ClipView(Options):
             )
         low, high = self.scale
         factor = 1.0 if crop is None else low + crop.zoom * (high - low)
-        from ..video.geometry import View
-
-        return View(resize=(round(factor * height), round(factor * width)))
+        return round(factor * height), round(factor * width)
 
     def cut(self, images: np.ndarray, crop: Crop | None) -> torch.Tensor:
         """Crop frames uint8 [T, H, W, C] to uint8 [C, T, size, size]; None crops the middle."""

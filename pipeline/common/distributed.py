@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -79,6 +79,16 @@ class Ranks:
             raise outcome[1]
         result: T = outcome[0]
         return result
+
+    @contextmanager
+    def holding(self, lock: AbstractContextManager[None]) -> Iterator[None]:
+        """Hold a lock on rank 0 alone during the block.
+
+        What is raised when it is taken is raised on all.
+        """
+        with ExitStack() as stack:
+            self.on_main(lambda: stack.enter_context(lock))
+            yield
 
     def on_all_ranks(self, work: Callable[[], T]) -> T:
         """Run `work` on each rank and return its result.
