@@ -13,7 +13,7 @@ from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.errors import CheckpointError
 from ..pipeline.common.files import write_page
 from ..pipeline.common.streams import as_json
-from ..pipeline.common.tables import Column, Table
+from ..pipeline.common.tables import Table, columns
 from ..pipeline.corpus.sources import escape_path
 from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.ensemble import probabilities
@@ -131,8 +131,8 @@ def _show(rows: list[dict[str, Any]], predictions: Predictions, console: Console
     if rows:
         # The common part of all paths is in the title, to leave room for the classes.
         common = os.path.commonpath([os.path.dirname(row["video"]) for row in rows])
-        columns = [Column("video"), Column("class"), Column("%", True), Column("then")]
-        table = Table(f"{len(rows)} of {len(predictions.videos)} videos, in {common}", columns)
+        title = f"{len(rows)} of {len(predictions.videos)} videos, in {common}"
+        table = Table(title, columns("video", "class", ">%", "then"))
         for row in rows:
             first, *others = row["top"]
             then = ", ".join(f"{each['class']} {100 * each['probability']:.1f}" for each in others)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..pipeline.common.console import Console
-from ..pipeline.common.tables import Column, Table
+from ..pipeline.common.tables import Table, columns
 from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.metrics import brackets
 from ..pipeline.evaluation.probe_options import ALL_FRAMES, ProbeConfig
@@ -104,15 +104,9 @@ def _show(
         f"linear probe of cached targets on {short_dataset(options.dataset)}, {how}, "
         f"{tested} test videos of {len(labels.classes)} classes, "
         f"{len(np.unique(labels.group))} sources",
-        [
-            Column("teacher"),
-            Column("output"),
-            Column("kept as"),
-            Column("width", True),
-            Column("frames", True),
-            Column("accuracy, %", True),
-            Column("95 % interval", True),
-        ],
+        columns(
+            "teacher", "output", "kept as", ">width", ">frames", ">accuracy, %", ">95 % interval"
+        ),
         notes=[*_baselines(results, labels), *notes],
     )
     for each in results:

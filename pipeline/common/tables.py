@@ -29,6 +29,16 @@ class Column:
     number: bool = False
 
 
+def columns(*titles: str) -> list[Column]:
+    """Return columns of these titles, numbers where one begins with `>`, as in a format string.
+
+    Example:
+        >>> columns("run", ">clips")
+        [Column(title='run', number=False), Column(title='clips', number=True)]
+    """
+    return [Column(title.removeprefix(">"), title.startswith(">")) for title in titles]
+
+
 @dataclass
 class Table:
     """A table of texts, as a person reads them.

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from ..common.tables import Column, Table
+from ..common.tables import Table, columns
 from ..evaluation.labels import canonical
 from ..evaluation.listing import short_dataset
 from ..evaluation.metrics import MEASURES, signed, signed_brackets
@@ -54,14 +54,12 @@ def _table(ablation: Ablation, dataset: str, probes: Sequence[TeacherProbe]) -> 
         for numbers in (*(e.paper for e in entries), *(n for _, n in published))
         for name in numbers
     }
-    columns = [Column("row")]
-    for name in shown:
-        columns += [Column(f"{_heading(name, ablation.splits)}, %", True)]
-        columns += [Column("paper", True)] * (name in known)
     explained = any(len(entry.explained) for entry in entries)
-    columns += [Column("explained, %", True)] * explained
-    columns += [Column("runs", True), Column("difference", True), Column("p", True)]
-    table = Table(f"{ablation.title}: {short_dataset(dataset)}", columns)
+    titles = ["row"]
+    for name in shown:
+        titles += [f">{_heading(name, ablation.splits)}, %"] + [">paper"] * (name in known)
+    titles += [">explained, %"] * explained + [">runs", ">difference", ">p"]
+    table = Table(f"{ablation.title}: {short_dataset(dataset)}", columns(*titles))
     for entry in entries:
         cells = [entry.row]
         for name in shown:
@@ -141,9 +139,9 @@ def screen_table(ablation: Ablation) -> Table:
     """Tabulate top 1, runs, paper and difference of all data sets, for a terminal of 80 columns."""
     entries = ablation.entries
     paper = any("top1" in entry.paper for entry in entries)
-    columns = [Column("row")] + [Column("data set")] * (len(ablation.datasets) > 1)
-    columns += [Column("top 1, %", True), Column("runs", True)] + [Column("paper", True)] * paper
-    table = Table(ablation.title, [*columns, Column("difference", True), Column("p", True)])
+    titles = ["row"] + ["data set"] * (len(ablation.datasets) > 1)
+    titles += [">top 1, %", ">runs"] + [">paper"] * paper + [">difference", ">p"]
+    table = Table(ablation.title, columns(*titles))
     for entry in entries:
         cells = [entry.row] + [short_dataset(entry.dataset)] * (len(ablation.datasets) > 1)
         cells += [spread(entry.values["top1"]), _runs(entry)] + [
@@ -177,19 +175,8 @@ def ablation_numbers(ablation: Ablation) -> Table:
     statistics = [f"{name}_{what}" for name in names for what in ("mean", "deviation")]
     published = [f"paper_{name}" for name in names]
     ends = ["difference", "difference_low", "difference_high", "p"]
-    columns = [
-        "row",
-        "dataset",
-        "source",
-        "runs",
-        "planned",
-        "explained_fraction",
-        *statistics,
-        *published,
-        *ends,
-        "problems",
-    ]
-    table = Table(ablation.title, [Column(name) for name in columns])
+    titles = ["row", "dataset", "source", "runs", "planned", "explained_fraction"]
+    table = Table(ablation.title, columns(*titles, *statistics, *published, *ends, "problems"))
 
     def paper(numbers: Mapping[str, float]) -> list[str]:
         return [repr(round(numbers[name] / 100, 6)) if name in numbers else "" for name in names]
@@ -223,14 +210,7 @@ def ablation_numbers(ablation: Ablation) -> Table:
 
 def cells_table(ablation: Ablation) -> Table:
     """Tabulate every cell: its top 1, or why it has none."""
-    columns = [
-        Column("run"),
-        Column("top 1, %", True),
-        Column("hours", True),
-        Column("folder"),
-        Column(""),
-    ]
-    table = Table("Every run", columns)
+    table = Table("Every run", columns("run", ">top 1, %", ">hours", "folder", ""))
     for cell in ablation.cells:
         record, metrics = cell.record, cell.run.metrics if cell.run is not None else None
         top1 = (

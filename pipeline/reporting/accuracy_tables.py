@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.tables import Column, Table
+from ..common.tables import Table, columns
 from ..evaluation.listing import short_dataset
 from ..evaluation.metrics import (
     MEASURES,
@@ -74,10 +74,9 @@ def accuracy_table(
     """
     explained = {str(run.path): run for run in students if run.explained_fraction is not None}
     has_explained = any(str(run.config.get("init")) in explained for run in runs)
-    columns = [Column("run"), Column("init")] + [Column("init explained, %", True)] * has_explained
-    columns += [Column("data set"), Column("split", True), Column("test videos", True)]
-    columns += [Column(name, True) for name in MEASURES.values()]
-    table = Table("Accuracy, % [95 % interval]", columns)
+    titles = ["run", "init"] + [">init explained, %"] * has_explained
+    titles += ["data set", ">split", ">test videos", *(f">{name}" for name in MEASURES.values())]
+    table = Table("Accuracy, % [95 % interval]", columns(*titles))
     for run in runs:
         m, student = run.metrics, explained.get(str(run.config.get("init")))
         head = [run.name, run.init] + [explained_percent(student)] * has_explained
@@ -115,14 +114,7 @@ def teacher_table(probes: Sequence[TeacherProbe]) -> Table | None:
         return None
     table = Table(
         "Linear probe of the teachers’ cached targets, % [95 % interval]",
-        [
-            Column("teacher"),
-            Column("output"),
-            Column("data set"),
-            Column("split", True),
-            Column("test videos", True),
-            Column("top 1", True),
-        ],
+        columns("teacher", "output", "data set", ">split", ">test videos", ">top 1"),
         notes=[
             "A logistic regression on each teacher’s targets averaged over a video, trained and tested "
             "on the videos of the split that are in the store: what the targets hold, without any "
@@ -160,14 +152,8 @@ def screen_tables(runs: Sequence[Run]) -> list[Table]:
         groups.setdefault(f"{run.dataset}, split {run.split}{size}", []).append(run)
     tables = []
     for title, group in groups.items():
-        columns = [Column("run"), Column("init"), Column("top 1, % [95 %]", True)]
-        table = Table(
-            title,
-            [
-                *columns,
-                *(Column(MEASURES[name], True) for name in ("per_clip", "top5", "class_mean")),
-            ],
-        )
+        others = (f">{MEASURES[name]}" for name in ("per_clip", "top5", "class_mean"))
+        table = Table(title, columns("run", "init", ">top 1, % [95 %]", *others))
         for run in group:
             m = run.metrics
             if m is None:
@@ -233,14 +219,14 @@ def _choice_notes(runs: Sequence[Run]) -> list[str]:
 
 def accuracy_numbers(runs: Sequence[Run]) -> Table:
     """Tabulate fractions for a CSV, with the ends of intervals; missing cells are empty."""
-    columns = ["run", "path", "init", "dataset", "split", "classes", "test_videos"]
-    columns += ["unreadable_videos"]
-    columns += [name + end for name in MEASURES for end in ("", "_low", "_high")]
-    table = Table("accuracy", [Column(name) for name in columns])
+    titles = ["run", "path", "init", "dataset", "split", "classes", "test_videos"]
+    titles += ["unreadable_videos"]
+    titles += [name + end for name in MEASURES for end in ("", "_low", "_high")]
+    table = Table("accuracy", columns(*titles))
     for run in runs:
         head = [run.name, str(run.path), run.init, str(run.config.get("dataset", "")), run.split]
         if run.metrics is None or run.predictions is None:
-            table.add(*head, *[""] * (len(columns) - len(head)))
+            table.add(*head, *[""] * (len(titles) - len(head)))
             continue
         head += [
             str(len(run.predictions.classes)),
@@ -310,10 +296,9 @@ def _difference(run: Run, base: Run) -> Difference:
 
 def difference_table(found: Sequence[Difference]) -> Table:
     """Tabulate paired differences, of which there are too many for sentences."""
-    columns = [Column("run"), Column("compared with"), Column("test videos", True)]
     table = Table(
         "Paired differences in top 1, points [95 % interval]",
-        [*columns, Column("difference", True), Column("these videos show")],
+        columns("run", "compared with", ">test videos", ">difference", "these videos show"),
         notes=["An order that they show is that of two runs with one seed each."],
     )
     for each in found:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.tables import Column, Table
+from ..common.tables import Table, columns
 from ..evaluation.predictions import Predictions
 from .charts import COLOURS
 from .figures.canvas import short
@@ -96,8 +96,8 @@ def frequent_confusions(counts: NDArray[np.int64], classes: Sequence[str]) -> Ta
     pairs = [divmod(int(at), len(classes)) for at in order[: (wrong > 0).sum()]]
     if not pairs:
         return None
-    columns = [Column("true class"), Column("predicted"), Column("videos", True)]
-    table = Table("Most frequent confusions", [*columns, Column("share of the class, %", True)])
+    titles = ("true class", "predicted", ">videos", ">share of the class, %")
+    table = Table("Most frequent confusions", columns(*titles))
     for label, guess in pairs[:MAX_CONFUSIONS]:
         share = wrong[label, guess] / counts[label].sum()
         table.add(

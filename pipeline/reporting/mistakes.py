@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..common.errors import DistInitError
-from ..common.tables import Column, Table
+from ..common.tables import Table, columns
 from ..corpus.sources import escape_path
 from ..evaluation.ensemble import matching_rows, probabilities
 from ..evaluation.metrics import video_values
@@ -160,7 +160,7 @@ def _guesses(found: Predictions, odds: np.ndarray, count: int) -> list[Guess]:
 
 def wrong_video_rows(runs: Sequence[Run]) -> Table:
     """Tabulate every wrong test video of every evaluated run, for a CSV."""
-    columns = [
+    titles = (
         "run",
         "video",
         "label",
@@ -168,8 +168,8 @@ def wrong_video_rows(runs: Sequence[Run]) -> Table:
         "probability",
         "probability_of_label",
         "problem",
-    ]
-    table = Table("wrong test videos", [Column(name) for name in columns])
+    )
+    table = Table("wrong test videos", columns(*titles))
     for run in runs:
         found = run.predictions
         if found is None:
@@ -249,11 +249,8 @@ def _class_table(
     after: np.ndarray,
 ) -> Table:
     """Tabulate the chosen classes, improved and harmed; before, after: right videos [V]."""
-    columns = [Column("class"), Column("test videos", True), Column(f"right, {base.name}", True)]
-    table = Table(
-        "Classes that change most",
-        [*columns, Column(f"right, {run.name}", True), Column("change", True)],
-    )
+    names = (f">right, {base.name}", f">right, {run.name}")
+    table = Table("Classes that change most", columns("class", ">test videos", *names, ">change"))
     for title, classes in zip(("Most improved", "Most harmed"), chosen, strict=True):
         if classes:
             table.head(title)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.tables import Column, Table
+from ..common.tables import Table, columns
 from ..targets.picks import PickRule
 from .ablation_results import Ablation
 from .ablation_tables import EXPLAINED
@@ -204,17 +204,9 @@ def student_table(runs: Sequence[Run]) -> Table | None:
     students = [run for run in runs if run.kind == "student"]
     if not students:
         return None
-    columns = [Column("run"), Column("student"), Column("teachers"), Column("steps", True)]
-    table = Table(
-        "Distillation from cached targets",
-        [
-            *columns,
-            Column("loss of last epoch", True),
-            Column("explained, %", True),
-            Column("measured on"),
-            Column("clips/s", True),
-        ],
-    )
+    titles = ["run", "student", "teachers", ">steps", ">loss of last epoch", ">explained, %"]
+    titles += ["measured on", ">clips/s"]
+    table = Table("Distillation from cached targets", columns(*titles))
     for run in students:
         if not run.finished:
             table.add(run.name, _architecture(run), *["missing"] * 6)
@@ -256,8 +248,8 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
     runs = [run for run in runs if run.clips]
     if not runs:
         return None
-    columns = [Column("run"), Column("hours", True), Column("clips", True), Column("clips/s", True)]
-    table = Table("Costs", [*columns, Column("teacher forwards saved", True)])
+    titles = ("run", ">hours", ">clips", ">clips/s", ">teacher forwards saved")
+    table = Table("Costs", columns(*titles))
     for run in runs:
         speed = run.result.get("clips_per_second")
         saved = forwards_saved(run)

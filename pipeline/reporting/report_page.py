@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..common.tables import Column, Table, markdown_text
+from ..common.tables import Table, columns, markdown_text
 from ..evaluation.listing import short_dataset
 from .ablation_results import Ablation
 from .ablation_tables import ablation_tables, cells_table
@@ -163,20 +163,14 @@ def _origin(run: Run, report: Report, links: Mapping[str, str]) -> dict[str, str
 
 def _reasons(title: str, rows: Sequence[Mapping[str, str]]) -> list[Table]:
     """Return a table of videos with reasons; none without rows."""
-    table = Table(title, [Column("video"), Column("reason")])
+    table = Table(title, columns("video", "reason"))
     for row in rows:
         table.add(row["video"], row["reason"])
     return [table] if rows else []
 
 
 def _class_table(per_class: dict[str, dict[str, int]]) -> Table:
-    columns = [
-        Column("class"),
-        Column("right", True),
-        Column("test videos", True),
-        Column("top 1, %", True),
-    ]
-    table = Table("Each class", columns)
+    table = Table("Each class", columns("class", ">right", ">test videos", ">top 1, %"))
     for name, count in per_class.items():
         share = f"{100 * count['right'] / count['videos']:.1f}" if count["videos"] else DASH
         table.add(name, str(count["right"]), str(count["videos"]), share)

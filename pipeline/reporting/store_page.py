@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.tables import Column, Table
+from ..common.tables import Table, columns
 from ..store.stats import Failure, TeacherStats
 from .charts import Chart, Line, bar_chart, line_chart
 from .html_page import render
@@ -91,7 +91,7 @@ def _caption(stats: TeacherStats, highest: float) -> str:
 
 
 def _frequent_classes(stats: TeacherStats) -> Table:
-    table = Table("Most frequent best class", [Column("class"), Column("share of frames, %", True)])
+    table = Table("Most frequent best class", columns("class", ">share of frames, %"))
     for label, share in stats.most_frequent(FREQUENT):
         table.add(label, f"{100 * share:.1f}")
     distinct = len(np.unique(stats.top))
@@ -103,10 +103,10 @@ def _frequent_classes(stats: TeacherStats) -> Table:
 
 def _failures(failures: Sequence[Failure]) -> tuple[Table, Table]:
     """Return a table of reasons and one of videos."""
-    reasons = Table("Reasons", [Column("reason"), Column("videos", True)])
+    reasons = Table("Reasons", columns("reason", ">videos"))
     for reason, count in Counter(failure.reason for failure in failures).most_common(REASONS):
         reasons.add(reason, f"{count:,}")
-    each = Table("Videos that failed", [Column("corpus"), Column("video"), Column("reason")])
+    each = Table("Videos that failed", columns("corpus", "video", "reason"))
     for failure in failures[:LISTED]:
         each.add(failure.corpus, failure.path, failure.reason)
     if len(failures) > LISTED:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..common.errors import StoreMismatchError, VideoError
 from ..common.numerics import softmax
-from ..common.tables import Column, Table
+from ..common.tables import Table, columns
 from ..evaluation.teacher_comparison import TeacherComparison, TeacherView
 from ..store.reader import TargetStore
 from .html_page import render
@@ -81,13 +81,7 @@ def teachers_table(comparison: TeacherComparison) -> Table:
     """Return how confident each teacher is: 1 − entropy / ln K, which compares across classes."""
     table = Table(
         f"Confidence over {len(comparison.rows):,} frames",
-        [
-            Column("teacher"),
-            Column("output"),
-            Column("width", True),
-            Column("confidence, median", True),
-            Column("5 to 95 %", True),
-        ],
+        columns("teacher", "output", ">width", ">confidence, median", ">5 to 95 %"),
         notes=["Confidence is 1 − entropy / ln K: 1 certain of one of K classes, 0 uniform."],
     )
     for view in comparison.teachers:
@@ -105,14 +99,14 @@ def pairs_table(comparison: TeacherComparison) -> Table:
     """Return the measures of every pair."""
     table = Table(
         "Pairs of teachers",
-        [
-            Column("teachers"),
-            Column("same best class, %", True),
-            Column("linear CKA", True),
-            Column("common neighbours (by chance), %", True),
-            Column("correlation of entropies", True),
-            Column("first more confident, %", True),
-        ],
+        columns(
+            "teachers",
+            ">same best class, %",
+            ">linear CKA",
+            ">common neighbours (by chance), %",
+            ">correlation of entropies",
+            ">first more confident, %",
+        ),
         notes=[
             "Linear CKA: 1 where a rotation and a factor make the outputs equal, 0 where they are "
             "unrelated.",
@@ -135,7 +129,7 @@ def disputed_table(videos: Sequence[DisputedVideo]) -> Table:
     """Return the videos on which teachers disagree most."""
     table = Table(
         "Videos on which the teachers disagree most",
-        [Column("video"), Column("disagreement, %", True), Column("best classes")],
+        columns("video", ">disagreement, %", "best classes"),
     )
     for video in videos:
         table.add(f"{video.corpus}: {video.path}", _percent(video.disagreement), video.in_words())

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...common.run_dir import START
 from ...common.sealed import open_checked
-from ...common.tables import Column, Table
+from ...common.tables import Table, columns
 from ...students.student_options import STEM
 from ..runs import Run
 from .canvas import Figure, finish, new_canvas, short
@@ -114,8 +114,9 @@ def over_time(found: Sequence[Filters]) -> Figure | None:
     if not able:
         return None
     rows = [f for f in _rows(able) if f.weights.shape[1] == RGB]
-    columns = [Column("run"), Column("filters"), Column("variation", True)]
-    table = Table("Variation of first-layer filters over time", columns)
+    table = Table(
+        "Variation of first-layer filters over time", columns("run", "filters", ">variation")
+    )
     for f in able:
         table.add(f.name, f.state, f"{variation_over_time(f.weights):.3f}")
     table.notes = [
